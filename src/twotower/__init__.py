@@ -1,0 +1,3 @@
+"""Retrieval training whose negatives are corrected by construction."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,9 @@
+"""The one exception that means: what came in is wrong, and here is what to do about it."""
+
+
+class InputError(ValueError):
+    """Bad input or bad usage: a file, a column, a row, a setting.
+
+    The message is one or two lines: where the fault is (file, column, row or field), what was found, what was
+    expected, and what to do. The command line prints it without a traceback and exits with code 2.
+    """
