@@ -1,0 +1,7 @@
+"""From query embeddings to the best items: exact search and the order among ties."""
+
+from twotower.index.exact import ExactIndex
+from twotower.index.ties import tie_order
+from twotower.index.topk import Exclusion, ScoreTile, top_k
+
+__all__ = ["ExactIndex", "Exclusion", "ScoreTile", "tie_order", "top_k"]

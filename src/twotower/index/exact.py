@@ -1,0 +1,103 @@
+"""Exact search over a whole catalog by inner product."""
+
+import torch
+from torch import Tensor
+
+from twotower.index.ties import tie_order
+from twotower.index.topk import Exclusion, top_k
+
+
+class ExactIndex:
+    """All items, every score: the index that evaluation trusts.
+
+    The score of item j for a query q is
+
+        s_j = <q, x_j> + b_j
+
+    in float32. Results are ordered by score, then by the fixed order of `tie_order`. The items are kept once, laid out in
+    that order: ties then need no work, and the catalog is met in random order, which keeps the top-k filter sharp
+    even when codes follow popularity.
+
+    Equal means bit-equal float32. A matrix product may round the last bit differently for other shapes of its
+    tiles, so exact ties between *different* computations are not promised; tie-breaking is.
+
+    Args:
+        items: [N, D] item embeddings, float16, bfloat16, float32 or float64. Held as float32 on the same device.
+        bias: [N] added to each item's score, or None.
+
+    Raises:
+        ValueError: shapes disagree, or an embedding or bias is NaN.
+
+    Example:
+        >>> index = ExactIndex(torch.eye(3))
+        >>> scores, items = index.search(torch.tensor([[0.1, 0.9, 0.5]]), k=2)
+        >>> items.tolist()
+        [[1, 2]]
+    """
+
+    is_exact = True
+
+    def __init__(self, items: Tensor, bias: Tensor | None = None) -> None:
+        if items.ndim != 2:
+            raise ValueError(f"items must have shape [N, D], got {list(items.shape)}")
+        if bias is not None and bias.shape != items.shape[:1]:
+            raise ValueError(f"bias must have shape [{len(items)}], got {list(bias.shape)}")
+        self._order = tie_order(len(items)).to(items.device)
+        self._items = items.detach()[self._order].to(torch.float32)
+        self._bias = None if bias is None else bias.detach().to(items.device)[self._order].to(torch.float32)
+        if bool(self._items.isnan().any()) or (self._bias is not None and bool(self._bias.isnan().any())):
+            raise ValueError("an item embedding or bias is NaN: the model has diverged")
+
+    @property
+    def num_items(self) -> int:
+        """N, the size of the catalog."""
+        return len(self._items)
+
+    @property
+    def dim(self) -> int:
+        """D, the width of the embeddings."""
+        return int(self._items.shape[1])
+
+    @torch.no_grad()
+    def search(
+        self,
+        queries: Tensor,
+        k: int,
+        exclude: Exclusion | None = None,
+        *,
+        row_block: int | None = None,
+        column_tile: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The K items of highest score for each query.
+
+        Args:
+            queries: [B, D] query embeddings, any floating type, any device.
+            k: K, how many items. May exceed N.
+            exclude: compressed rows `(offsets int64 [B+1], items)` of item codes to leave out, or None.
+            row_block: rows of a tile, chosen when None; the result does not depend on it.
+            column_tile: columns of a tile, likewise.
+
+        Returns:
+            scores: [B, K] float32, descending, -inf where no item was left.
+            items: [B, K] int64 item codes, -1 where no item was left.
+
+        Raises:
+            ValueError: a shape is wrong, a score is NaN, or an exclusion is out of range.
+        """
+        if queries.ndim != 2 or queries.shape[1] != self.dim:
+            raise ValueError(f"queries must have shape [B, {self.dim}], got {list(queries.shape)}")
+        asked = queries.detach().to(self._items.device, torch.float32)
+        buffer: dict[tuple[int, int], Tensor] = {}  # one output for each shape of tile: at most four
+
+        def score_tile(rows: slice, columns: slice) -> Tensor:
+            shape = (rows.stop - rows.start, columns.stop - columns.start)
+            if shape not in buffer:
+                buffer[shape] = torch.empty(shape, dtype=torch.float32, device=self._items.device)
+            tile, items = buffer[shape], self._items[columns].T
+            if self._bias is None:
+                return torch.mm(asked[rows], items, out=tile)
+            return torch.addmm(self._bias[columns], asked[rows], items, out=tile)
+
+        return top_k(
+            score_tile, len(asked), self._order, k, exclude, row_block=row_block, column_tile=column_tile
+        )
