@@ -7,3 +7,7 @@ class InputError(ValueError):
     The message is one or two lines: where the fault is (file, column, row or field), what was found, what was
     expected, and what to do. The command line prints it without a traceback and exits with code 2.
     """
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user stopped a long task; the message says where its state was left."""

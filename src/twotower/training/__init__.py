@@ -1,0 +1,7 @@
+"""Training: the step, the optimizer, the loop around them."""
+
+from twotower.training.fit import FitResult, fit_towers
+from twotower.training.model import TrainingModule, batch_loss
+from twotower.training.optimizers import TableAdamW
+
+__all__ = ["FitResult", "TableAdamW", "TrainingModule", "batch_loss", "fit_towers"]

@@ -1,0 +1,48 @@
+# Every command works on a fresh machine with Python 3.11 or newer; the first one makes .venv and installs into it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test test-all lint types docs clean
+
+install: $(STAMP)
+
+# torch first and pinned on its own: an unpinned torch pulls a multi-gigabyte CUDA build.
+$(STAMP): pyproject.toml constraints.txt
+	@echo "Making $(VENV) and installing the pinned packages (a few minutes the first time) ..."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "torch==$$(sed -n 's/^torch==//p' constraints.txt)" --constraint constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,docs,report]"
+	@touch $(STAMP)
+	@echo "Installed: $(BIN)/twotower"
+
+demo: install
+	$(BIN)/twotower train movielens-100k --out demo/movielens-100k --force
+	$(BIN)/twotower recommend demo/movielens-100k --query 1 --query 42 --query 300
+	@echo
+	@echo "That was a real model on real data. Try next:"
+	@echo "  $(BIN)/twotower similar demo/movielens-100k --item 50           # like Star Wars"
+	@echo "  $(BIN)/twotower recommend demo/movielens-100k --history 50,181,172"
+	@echo "  $(BIN)/twotower evaluate demo/movielens-100k --json"
+	@echo "  $(BIN)/twotower train YOUR.parquet --out my-model"
+
+test: install
+	$(BIN)/pytest
+
+test-all: install
+	$(BIN)/pytest -m "slow or not slow"
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: install
+	$(BIN)/mypy
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+clean:
+	rm -rf $(VENV) site demo .mypy_cache .pytest_cache .ruff_cache

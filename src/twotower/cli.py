@@ -1,0 +1,213 @@
+"""The command line: `twotower COMMAND`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import polars as pl
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from twotower.errors import InputError
+
+app = typer.Typer(
+    help="Train, evaluate and use retrieval models whose negatives are corrected by construction.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+messages = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Run = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder that `twotower train` made.")]
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    _STATE["debug"] = debug
+
+
+_STATE: dict[str, bool] = {"debug": False}
+
+
+@app.command()
+def train(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A file, a folder, or the name of a data set.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The run folder to write.")],
+    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="Settings in YAML.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting, such as training.seed=1.")
+    ] = None,
+    items: Annotated[str | None, typer.Option("--items", metavar="FILE", help="Item features and titles.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in DIR.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the model that is in DIR.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a model, evaluate it beside baselines, and write it to DIR."""
+    from twotower import run  # noqa: PLC0415  # the heavy imports only when they are needed
+    from twotower.config import Config  # noqa: PLC0415
+
+    if resume and config is None and (out / "config.yaml").exists():
+        config = out / "config.yaml"
+    changes = list(overrides or [])
+    if items is not None:
+        changes.append(f"data.items={json.dumps(items)}")
+    settings = Config.load(config, changes)
+    if not (resume or force) and (out / "model").exists():
+        raise InputError(f"{out}: a model is there already; choose another --out, or give --force to replace it")
+    say = messages.print if as_json else console.print
+    _, measured = run.train_run(data, out, settings, resume=resume, say=lambda text: say(str(text), highlight=False))
+    if as_json:
+        _print_json(measured.to_dict())
+        return
+    console.print(measured)
+    console.print(f"\nThe model is in {out}. Next:", highlight=False)
+    console.print(f"  twotower recommend {out} --query ID\n  twotower similar {out} --item ID", highlight=False)
+
+
+@app.command()
+def evaluate(
+    directory: Run,
+    data: Annotated[str | None, typer.Option("--data", help="Where the data is now, if it has moved.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON instead of a table.")
+    ] = False,
+) -> None:
+    """Measure a model on its test queries again, beside baselines."""
+    from twotower import run  # noqa: PLC0415
+
+    measured = run.evaluate_run(directory, data)
+    if as_json:
+        _print_json(measured.to_dict())
+    else:
+        console.print(measured)
+
+
+@app.command()
+def recommend(
+    directory: Run,
+    query: Annotated[list[str] | None, typer.Option("--query", help="Id of a query in the data; may be repeated.")] = None,
+    history: Annotated[str | None, typer.Option("--history", help='Item ids, oldest first: "i1,i2,...".')] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="How many items.")] = 10,
+    keep_seen: Annotated[bool, typer.Option("--keep-seen", help="Also recommend items of the history.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The best items for a query, or for a history of items."""
+    from twotower.serving import Retriever  # noqa: PLC0415
+
+    if (query is None) == (history is None):
+        raise InputError("recommend: expected --query ID or --history ITEM,ITEM,...; give one of the two")
+    retriever = Retriever.load(directory)
+    histories = None
+    if history is not None:
+        histories = [[part.strip() for part in history.split(",") if part.strip()]]
+    found = retriever.recommend(query, histories=histories, k=k, exclude_seen=not keep_seen)
+    if as_json:
+        _print_json(found.to_dicts())
+        return
+    for of, rows in found.group_by("query", maintain_order=True):
+        if query is not None:
+            _print_frame(f"The latest items of {of[0]}", retriever.history(of[0]).tail(5).reverse())
+        _print_frame(f"Recommended for {of[0] if query is not None else 'this history'}", rows.drop("query"))
+
+
+@app.command()
+def similar(
+    directory: Run,
+    item: Annotated[list[str], typer.Option("--item", help="Id of an item; may be repeated.")],
+    k: Annotated[int, typer.Option("-k", min=1, help="How many items.")] = 10,
+    as_json: Json = False,
+) -> None:
+    """The items nearest to an item."""
+    from twotower.serving import Retriever  # noqa: PLC0415
+
+    found = Retriever.load(directory).similar(item, k)
+    if as_json:
+        _print_json(found.to_dicts())
+        return
+    for of, rows in found.group_by("of", maintain_order=True):
+        _print_frame(f"Like {of[0]}", rows.drop("of"))
+
+
+@app.command()
+def datasets(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="The data set to fetch.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the known data sets, or fetch one and print its account."""
+    from twotower.data import datasets as known  # noqa: PLC0415
+
+    if name is not None:
+        data = known.load(name)
+        if as_json:
+            _print_json(data.account.to_dict())
+        else:
+            console.print(str(data.account), highlight=False)
+        return
+    rows = known.available()
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table("name", "what", "size", "terms", "here", title="Data sets")
+    for row in rows:
+        table.add_row(row["name"], row["description"], row["size"], row["terms"], "yes" if row["cached"] else "no")
+    console.print(table)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Versions, devices, threads, and what is missing."""
+    from twotower.doctor import examine  # noqa: PLC0415
+
+    found = examine()
+    if as_json:
+        _print_json(found)
+        return
+    for section, rows in found.items():
+        table = Table("what", "found", title=section, title_justify="left")
+        for name, value in rows.items():
+            table.add_row(name, str(value))
+        console.print(table)
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+def _print_frame(title: str, frame: pl.DataFrame) -> None:
+    table = Table(*frame.columns, title=title, title_justify="left")
+    for row in frame.iter_rows():
+        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row))
+    console.print(table)
+
+
+def main() -> None:
+    """Run the command line: exit code 0 done, 1 a failure of the program, 2 bad usage or bad input."""
+    from twotower.errors import Interrupted  # noqa: PLC0415
+
+    try:
+        app(standalone_mode=True)
+    except InputError as error:
+        if _STATE["debug"]:
+            raise
+        messages.print(f"twotower: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2)
+    except Interrupted as stop:
+        messages.print(f"twotower: {stop}; go on with --resume", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(130)
+    except Exception as error:
+        if _STATE["debug"]:
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        messages.print(
+            f"twotower: {type(error).__name__}: {text} (a fault of the program; --debug shows where)",
+            style="red", highlight=False, markup=False, soft_wrap=True,
+        )
+        sys.exit(1)

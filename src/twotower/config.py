@@ -1,0 +1,193 @@
+"""The settings of a run as pydantic models: pure data, builds nothing.
+
+Three kinds of setting are kept apart: what the model is (`query_tower`, `item_tower`, `objective`), what a run does
+(`data`, `training`, `evaluation`), and live state, which is not here but in the checkpoint.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from twotower.errors import InputError
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ColumnsConfig(Section):
+    """Which column is what; a name left out is found by its usual names (user_id, item_id, timestamp, ...)."""
+
+    query: str | None = None
+    item: str | None = None
+    timestamp: str | None = None
+    weight: str | None = None
+    label: str | None = None
+    group: str | None = None
+
+
+class DataConfig(Section):
+    """What is read and how it is split."""
+
+    items: str | None = Field(None, description="Table of item features and titles, joined by item id.")
+    queries: str | None = Field(None, description="Table of query features, joined by query id.")
+    columns: ColumnsConfig = ColumnsConfig()
+    positive_label: float | None = Field(
+        None, description="Rows with a label below this are observed negatives, not positives. None: all are positives."
+    )
+    split: Literal["time", "leave-last-out", "held-out-queries"] = Field(
+        "time", description="time: everything after a date is the future. leave-last-out: each query's last item."
+    )
+    validation: float = Field(0.05, gt=0, lt=1, description="Share for validation (time, held-out-queries).")
+    test: float = Field(0.1, gt=0, lt=1, description="Share for the test (time, held-out-queries).")
+    validation_queries: int | float | str | None = Field(
+        None, description="leave-last-out: who gives a validation item: all (None), a number, a share, a query column."
+    )
+
+
+class HistoryConfig(Section):
+    """The recent items of a query, pooled with learned weights for each step back in time."""
+
+    length: int = Field(50, ge=1, le=10_000, description="L: how many of the most recent items are looked at.")
+    heads: int = Field(4, ge=1, le=64, description="How many pooled averages, each with its own recency weights.")
+    dropout: float = Field(0.1, ge=0, lt=1, description="Share of history items hidden while training.")
+
+
+class QueryTowerConfig(Section):
+    """From a query to its embedding: an id embedding and/or the pooled history, then an MLP."""
+
+    id_embedding: bool = Field(True, description="A learned vector for each query seen in training.")
+    history: HistoryConfig | None = HistoryConfig()
+    hidden: list[Annotated[int, Field(ge=1)]] = Field([128], description="Widths of the hidden layers of the MLP.")
+    dropout: float = Field(0.1, ge=0, lt=1)
+
+
+class ItemTowerConfig(Section):
+    """From an item to its embedding: an id embedding, optionally followed by an MLP."""
+
+    dimension: int = Field(64, ge=1, le=4096, description="D: width of the embeddings in which both towers end.")
+    hidden: list[Annotated[int, Field(ge=1)]] = Field([], description="Widths of the hidden layers; empty: no MLP.")
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class ObjectiveConfig(Section):
+    """What is minimised, and where its candidates come from."""
+
+    name: str = Field("expected-count", description="The name of the objective.")
+    sources: list[dict[str, dict[str, Any]]] | None = Field(
+        None, description="Sources of candidates, each one name with its settings; None: the objective's own."
+    )
+    unique: bool = Field(True, description="Remove duplicates over all sources.")
+    temperature: float | Literal["learned"] = Field(
+        "learned", description="Divides the score before the correction. learned: starts at initial_temperature."
+    )
+    initial_temperature: float = Field(0.1, gt=0)
+    similarity: Literal["cosine", "dot"] = "cosine"
+
+
+class TrainingConfig(Section):
+    """How the model is fitted."""
+
+    batch_size: int = Field(1024, ge=1)
+    max_epochs: int = Field(100, ge=1)
+    learning_rate: float = Field(2e-3, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup_steps: int = Field(100, ge=0)
+    patience: int = Field(5, ge=1, description="Stop after so many validations without an improvement.")
+    validate_every: int = Field(1, ge=1, description="Epochs between validations.")
+    metric: str = Field("ndcg@10", pattern=r"^(recall|ndcg|mrr|hit_rate)@\d+$", description="What early stopping sees.")
+    seed: int = Field(0, ge=0)
+    accelerator: str = Field("auto", description="auto, cpu, gpu, ... as in Lightning.")
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    time_limit: str | None = Field(None, pattern=r"^\d\d:\d\d:\d\d:\d\d$", description="DD:HH:MM:SS, or none.")
+
+
+class EvaluationConfig(Section):
+    """What is measured after training."""
+
+    ks: list[Annotated[int, Field(ge=1)]] = Field([10, 20], min_length=1, description="Cut-offs K.")
+    exclude_seen: bool = Field(True, description="Never rank what already stands in the query's history.")
+    baselines: bool = Field(True, description="Popularity and item-kNN in the same table.")
+
+
+def _objective_by_name(value: object) -> object:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class Config(Section):
+    """Everything that a run can be told; the defaults are meant to be good on most data."""
+
+    data: DataConfig = DataConfig()
+    query_tower: QueryTowerConfig = QueryTowerConfig()
+    item_tower: ItemTowerConfig = ItemTowerConfig()
+    objective: Annotated[ObjectiveConfig, BeforeValidator(_objective_by_name)] = ObjectiveConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
+        """Read a YAML file and apply overrides such as "training.max_epochs=3".
+
+        Raises:
+            InputError: the file is missing or not YAML, or a field is unknown or out of range; the message names it.
+        """
+        values: dict[str, Any] = {}
+        where = "configuration"
+        if path is not None:
+            where = str(path)
+            values = _read_yaml(Path(path))
+        for override in overrides or []:
+            _apply(values, override)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"]) or "(top level)"
+            more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+            raise InputError(f"{where}: field {field}: {first['msg']}, found {first['input']!r}{more}") from error
+
+    def to_yaml(self) -> str:
+        """The whole configuration as YAML; `Config.load` reads it back to an equal one."""
+        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return text
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as text: {error}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected sections such as `training:`, found {type(values).__name__}")
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f"--set {override}: expected section.key=value, such as training.max_epochs=3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override}: the value is not valid YAML") from error
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if isinstance(inner, str) and section == "objective":  # `objective: NAME` followed by objective.strength=...
+            inner = values[section] = {"name": inner}
+        if not isinstance(inner, dict):
+            raise InputError(f"--set {override}: {section} is a value, not a section")
+        values = inner
+    values[last] = value

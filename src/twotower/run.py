@@ -1,0 +1,319 @@
+"""From settings to a trained, evaluated model: the only place that maps names to classes."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from twotower.config import Config, DataConfig
+from twotower.data import Holdout, Interactions, Split, TrainingBatches, by_time, datasets, held_out_queries, leave_last_out
+from twotower.errors import InputError
+from twotower.evaluation import Evaluation, Ranker, evaluate_ranker
+from twotower.evaluation.towers import TowerRanker
+from twotower.losses import ExpectedCount, Objective
+from twotower.negatives import CountedFrequency, Frequency, InBatch, Pool, Sampled, Source, Uniform
+from twotower.serving import Artifact, Retriever
+from twotower.serving.artifact import FOLDER
+from twotower.towers import TwoTower, build_towers
+from twotower.training import FitResult, fit_towers
+
+#: The sources of an objective that names none: in-batch candidates cost nothing, uniform ones reach the whole catalog.
+DEFAULT_SOURCES: list[dict[str, dict[str, Any]]] = [{"in_batch": {}}, {"uniform": {"size": 1024}}]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A fitted model: ranks, recommends, saves itself.
+
+    Attributes:
+        artifact: what `save` writes.
+        split: what it was fitted on.
+        fit: how the fitting went.
+    """
+
+    artifact: Artifact
+    split: Split
+    fit: FitResult
+
+    @property
+    def retriever(self) -> Retriever:
+        """The model as something that answers by ids."""
+        return Retriever(self.artifact)
+
+    def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> np.ndarray:
+        """Best items of every query of a holdout, int64 [E, k]."""
+        return self.retriever.rank(holdout, k, exclude_seen)
+
+    def save(self, directory: str | Path) -> Path:
+        """Write the model folder, whole or not at all."""
+        return self.artifact.save(directory)
+
+
+def read_data(source: str | Path, settings: DataConfig, *, items: str | None = None) -> Interactions:
+    """Read a file, a folder or a named data set with the settings of section `data`."""
+    return datasets.load(
+        source,
+        items=items or settings.items,
+        queries=settings.queries,
+        columns=settings.columns.model_dump(),
+        positive_label=settings.positive_label,
+    )
+
+
+def split_data(data: Interactions, settings: DataConfig) -> Split:
+    """Split as section `data` says."""
+    if settings.split == "leave-last-out":
+        return leave_last_out(data, validation_queries=settings.validation_queries)
+    if settings.split == "held-out-queries":
+        return held_out_queries(data, validation=settings.validation, test=settings.test)
+    return by_time(data, validation=settings.validation, test=settings.test)
+
+
+def build_source(name: str, settings: dict[str, Any], frequency: Frequency, num_items: int) -> Source:
+    """One source of candidates from its name and settings.
+
+    Raises:
+        InputError: the name or a setting is unknown.
+    """
+    builders: dict[str, Callable[..., Source]] = {
+        "in_batch": lambda unique=False: InBatch(frequency, unique=unique),
+        "uniform": lambda size, unique=False: Sampled(Uniform(num_items), size, unique=unique),
+    }
+    if name not in builders:
+        raise InputError(f"objective.sources: unknown source {name!r}; expected one of {', '.join(builders)}")
+    try:
+        return builders[name](**settings)
+    except TypeError as error:
+        raise InputError(f"objective.sources: {name}: {str(error).split(') ')[-1]}") from error
+
+
+def build_objective(config: Config, train: Interactions) -> Objective:
+    """The objective of a configuration, its frequency counted from the training interactions.
+
+    Raises:
+        InputError: the objective or one of its sources is unknown.
+    """
+    settings = config.objective
+    if settings.name != "expected-count":
+        raise InputError(f"objective.name: unknown objective {settings.name!r}; expected expected-count")
+    frequency = CountedFrequency(train)
+    sources = [
+        build_source(name, options or {}, frequency, train.num_items)
+        for source in (settings.sources or DEFAULT_SOURCES)
+        for name, options in source.items()
+    ]
+    return ExpectedCount(Pool(*sources, unique=settings.unique))
+
+
+def fit(
+    split: Split,
+    config: Config | str | Path | None = None,
+    *,
+    directory: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> Model:
+    """Train a two-tower model.
+
+    Args:
+        split: training interactions and the validation queries that early stopping looks at.
+        config: settings, or a YAML file of them; the defaults where None.
+        directory: where checkpoints and logs go; a temporary folder where None.
+        resume: go on from the last checkpoint in `directory`.
+        progress: show a progress bar.
+
+    Returns:
+        The model with its best weights.
+
+    Raises:
+        InputError: a setting is wrong, or there is nothing to resume.
+        Interrupted: Ctrl-C; a checkpoint was left in `directory`.
+    """
+    settings = config if isinstance(config, Config) else Config.load(config)
+    if directory is None:
+        with tempfile.TemporaryDirectory(prefix="twotower-") as temporary:
+            return fit(split, settings, directory=temporary, resume=resume, progress=progress)
+    train, training = split.train, settings.training
+    # The seed decides the start, the order of the rows and the draws; the caller's generators are left as they were.
+    with torch.random.fork_rng():
+        torch.manual_seed(training.seed)
+        towers = build_towers(settings, num_queries=train.num_queries, num_items=train.num_items)
+        length = history_length(settings)
+        batches = TrainingBatches(train, training.batch_size, history_length=length, seed=training.seed)
+        result = fit_towers(
+            towers,
+            build_objective(settings, train),
+            batches,
+            training,
+            Path(directory),
+            validate=_validation(split.validation, settings, train) if len(split.validation) else None,
+            resume=resume,
+            progress=progress,
+        )
+    return Model(_artifact(settings, split, towers, result), split, result)
+
+
+def evaluate(
+    model: Ranker,
+    holdout: Holdout,
+    *,
+    train: Interactions | None = None,
+    ks: tuple[int, ...] = (10, 20),
+    exclude_seen: bool = True,
+    baselines: bool = True,
+) -> Evaluation:
+    """Rank the full catalog for every query of a holdout, beside popularity and item-kNN.
+
+    Args:
+        model: a `Model`, or anything with `rank(holdout, k, exclude_seen)`.
+        holdout: queries with histories and targets, such as `split.test`.
+        train: the training interactions, for baselines and popularity slices; taken from a `Model` where None.
+        ks: cut-offs K.
+        exclude_seen: never rank what stands in the query's history.
+        baselines: measure popularity and item-kNN as well.
+
+    Raises:
+        InputError: `train` is missing for a ranker that does not know it.
+    """
+    if train is None:
+        if not isinstance(model, Model):
+            raise InputError("evaluate: give train=..., the training interactions, for baselines and popularity slices")
+        train = model.split.train
+    ranker = model.retriever if isinstance(model, Model) else model
+    return evaluate_ranker(ranker, holdout, train=train, ks=ks, exclude_seen=exclude_seen, baselines=baselines)
+
+
+def history_length(config: Config) -> int:
+    """L of the query tower; 0 where it looks at no history."""
+    return config.query_tower.history.length if config.query_tower.history else 0
+
+
+def _validation(holdout: Holdout, config: Config, train: Interactions) -> Callable[[TwoTower], dict[str, float]]:
+    k = int(config.training.metric.split("@")[1])
+
+    def validate(towers: TwoTower) -> dict[str, float]:
+        ranker = TowerRanker(towers, history_length(config))
+        measured = evaluate_ranker(
+            ranker, holdout, train=train, ks=(k,), exclude_seen=config.evaluation.exclude_seen, baselines=False
+        )
+        return measured.overall("model")
+
+    return validate
+
+
+def _artifact(config: Config, split: Split, towers: TwoTower, result: FitResult) -> Artifact:
+    data = split.data
+    return Artifact(
+        config=config,
+        towers=towers.eval(),
+        item_embeddings=towers.item_embeddings(),
+        item_counts=torch.from_numpy(split.train.item_counts()),
+        queries=data.queries,
+        items=data.items,
+        history_offsets=data.offsets,
+        history_items=data.item_codes,
+        item_table=data.item_table,
+        metadata={
+            "data": {"fingerprint": data.fingerprint, "account": data.account.to_dict()},
+            "split": {"name": split.name, "settings": split.settings, "account": split.account.to_dict()},
+            "training": {
+                "epochs": result.epochs,
+                "seconds": round(result.seconds, 1),
+                "best": {config.training.metric: result.best},
+                "history": result.history,
+            },
+        },
+    )
+
+
+def train_run(
+    source: str | Path,
+    out: str | Path,
+    config: Config,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    say: Callable[[object], None] = print,
+) -> tuple[Model, Evaluation]:
+    """The whole of `twotower train`: read, split, fit, evaluate on the test queries, write the run folder.
+
+    Args:
+        source: a file, a folder or the name of a data set.
+        out: the run folder: `config.yaml`, `model/`, `results.json`, `checkpoints/`, `logs/`.
+        config: the settings.
+        resume: go on with an interrupted run in `out`.
+        progress: show a progress bar.
+        say: where the accounts are told.
+    """
+    directory = Path(out)
+    data = read_data(source, config.data)
+    say(data.account)
+    split = split_data(data, config.data)
+    say(split.account)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_text(directory / "config.yaml", config.to_yaml())
+    model = fit(split, config, directory=directory, resume=resume, progress=progress)
+    measured = evaluate(
+        model,
+        split.test,
+        ks=tuple(config.evaluation.ks),
+        exclude_seen=config.evaluation.exclude_seen,
+        baselines=config.evaluation.baselines,
+    )
+    model.artifact.metadata["data"]["source"] = _absolute(source)
+    model.artifact.metadata["metrics"] = measured.to_dict()
+    model.save(directory / FOLDER)
+    write_text(directory / "results.json", json.dumps(measured.to_dict(), indent=1))
+    return model, measured
+
+
+def evaluate_run(directory: str | Path, source: str | Path | None = None) -> Evaluation:
+    """The whole of `twotower evaluate`: a saved model on the test queries of its data, or of other data.
+
+    Raises:
+        InputError: the data is not to be found, or not the data the model was trained on.
+    """
+    artifact = Artifact.load(directory)
+    known = artifact.metadata["data"]
+    given = source or known.get("source")
+    if given is None:
+        raise InputError(f"{directory}: the model does not say where its data is; give it with --data")
+    data = read_data(given, artifact.config.data)
+    if data.fingerprint != known["fingerprint"]:
+        raise InputError(
+            f"{given}: not the data this model was trained on (fingerprint {data.fingerprint[:12]}, expected "
+            f"{known['fingerprint'][:12]}): its training rows may be in this test; train on this data instead"
+        )
+    split = split_data(data, artifact.config.data)
+    settings = artifact.config.evaluation
+    return evaluate_ranker(
+        Retriever(artifact),
+        split.test,
+        train=split.train,
+        ks=tuple(settings.ks),
+        exclude_seen=settings.exclude_seen,
+        baselines=settings.baselines,
+    )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _absolute(source: str | Path) -> str:
+    path = Path(source)
+    return str(path.resolve()) if path.exists() else str(source)

@@ -1,0 +1,199 @@
+"""The model folder: safetensors, Parquet and JSON, written whole or not at all, verified when read, never unpickled.
+
+    metadata.json          schema version, config, data account and fingerprint, split, metrics, versions, checksums
+    towers.safetensors     weights of both towers
+    items.safetensors      item embeddings [N, D] float32, ready for an index, and training counts [N]
+    histories.safetensors  what each query has interacted with: offsets [Q+1], item codes, oldest first
+    queries.parquet        query vocabulary, row = code
+    items.parquet          item vocabulary
+    item_table.parquet     features and titles of the items, row = code (where there were any)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import uuid
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from twotower.config import Config
+from twotower.errors import InputError
+from twotower.schema import Vocabulary
+from twotower.towers import TwoTower, build_towers
+
+SCHEMA_VERSION = 1
+FOLDER = "model"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Everything that a model needs to answer, and to say where it comes from.
+
+    Attributes:
+        config: the settings it was trained with.
+        towers: both towers, in evaluation mode.
+        item_embeddings: float32 [N, D].
+        item_counts: training interactions of each item, int64 [N].
+        queries, items: the vocabularies.
+        history_offsets: int64 [Q+1].
+        history_items: int32 [n], oldest first within a query.
+        item_table: one row for each item code, or None.
+        metadata: data account, fingerprint, split, metrics: JSON values.
+    """
+
+    config: Config
+    towers: TwoTower
+    item_embeddings: Tensor
+    item_counts: Tensor
+    queries: Vocabulary
+    items: Vocabulary
+    history_offsets: np.ndarray
+    history_items: np.ndarray
+    item_table: pl.DataFrame | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, directory: str | Path) -> Path:
+        """Write to a temporary folder beside `directory`, then rename; an older model there is replaced at once.
+
+        Returns:
+            The folder written.
+        """
+        target = Path(directory)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
+        temporary.mkdir()
+        try:
+            self._write(temporary)
+            replaced = target.with_name(f".{target.name}.replaced")
+            shutil.rmtree(replaced, ignore_errors=True)
+            if target.exists():
+                target.rename(replaced)
+            temporary.rename(target)
+            shutil.rmtree(replaced, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return target
+
+    def _write(self, folder: Path) -> None:
+        weights = {name: value.detach().cpu().contiguous() for name, value in self.towers.state_dict().items()}
+        save_file(weights, folder / "towers.safetensors")
+        save_file(
+            {"embeddings": self.item_embeddings.float().cpu().contiguous(), "counts": self.item_counts.cpu()},
+            folder / "items.safetensors",
+        )
+        save_file(
+            {
+                "offsets": torch.from_numpy(np.array(self.history_offsets, dtype=np.int64)),
+                "items": torch.from_numpy(np.array(self.history_items, dtype=np.int32)),
+            },
+            folder / "histories.safetensors",
+        )
+        self.queries.write(folder / "queries.parquet")
+        self.items.write(folder / "items.parquet")
+        if self.item_table is not None:
+            self.item_table.write_parquet(folder / "item_table.parquet")
+        metadata = {
+            "schema_version": SCHEMA_VERSION,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": library_versions(),
+            "config": self.config.model_dump(mode="json"),
+            "num_queries": len(self.queries),
+            "num_items": len(self.items),
+            **self.metadata,
+            "checksums": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
+        }
+        (folder / "metadata.json").write_text(json.dumps(metadata, indent=1, ensure_ascii=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Artifact:
+        """Read a model folder, or the run folder around it, and verify every file.
+
+        Raises:
+            InputError: no model there, written by a newer version, a file is missing or its checksum differs.
+        """
+        folder = find_model(directory)
+        metadata = read_metadata(folder)
+        for name, checksum in metadata["checksums"].items():
+            path = folder / name
+            if not path.is_file():
+                raise InputError(f"{path}: missing; the model folder is incomplete, copy it again or train again")
+            if _sha256(path) != checksum:
+                raise InputError(f"{path}: its checksum differs from metadata.json; copy it again or train again")
+        try:
+            config = Config.model_validate(metadata["config"])
+            towers = build_towers(config, num_queries=metadata["num_queries"], num_items=metadata["num_items"])
+            towers.load_state_dict(load_file(folder / "towers.safetensors"))
+            items = load_file(folder / "items.safetensors")
+            histories = load_file(folder / "histories.safetensors")
+        except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"{folder}: the files do not fit together ({error}); train again") from error
+        table = folder / "item_table.parquet"
+        return cls(
+            config=config,
+            towers=towers.eval(),
+            item_embeddings=items["embeddings"],
+            item_counts=items["counts"],
+            queries=Vocabulary.read(folder / "queries.parquet"),
+            items=Vocabulary.read(folder / "items.parquet"),
+            history_offsets=histories["offsets"].numpy(),
+            history_items=histories["items"].numpy(),
+            item_table=pl.read_parquet(table) if table.name in metadata["checksums"] else None,
+            metadata=metadata,
+        )
+
+
+def find_model(directory: str | Path) -> Path:
+    """The model folder in `directory`, which may be that folder itself or a run folder that holds `model/`.
+
+    Raises:
+        InputError: there is none.
+    """
+    given = Path(directory)
+    for folder in (given, given / FOLDER):
+        if (folder / "metadata.json").is_file():
+            return folder
+    if not given.exists():
+        raise InputError(f"{given}: no such folder; expected one that `twotower train ... --out {given}` made")
+    raise InputError(f"{given}: no model in this folder; expected metadata.json, as `twotower train` writes it")
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """`metadata.json` of a model folder, its schema version checked."""
+    path = folder / "metadata.json"
+    try:
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+        found = metadata["schema_version"]
+        checksums = metadata["checksums"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not the metadata of a model ({error}); copy the folder again or train again") from error
+    if found != SCHEMA_VERSION or not isinstance(checksums, dict):
+        raise InputError(
+            f"{path}: schema version {found}, this twotower reads {SCHEMA_VERSION}; "
+            "use the version that wrote it, or train again"
+        )
+    result: dict[str, Any] = metadata
+    return result
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    names = ("twotower", "torch", "polars", "pytorch-lightning", "numpy", "safetensors", "pydantic")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

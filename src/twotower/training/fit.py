@@ -1,0 +1,196 @@
+"""Fit towers with Lightning: progress, early stopping, the best checkpoint, interruption and resumption."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
+from pytorch_lightning.loggers import CSVLogger
+from torch.utils.data import DataLoader
+
+from twotower.config import TrainingConfig
+from twotower.data import Batch
+from twotower.errors import InputError, Interrupted
+from twotower.losses import Objective
+from twotower.towers import TwoTower
+from twotower.training.checkpoints import SafeCheckpointIO
+from twotower.training.model import TrainingModule
+
+
+class SizedBatches(Protocol):
+    """An epoch of batches whose number is known."""
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        ...
+
+    def __iter__(self) -> Iterable[Batch]:
+        """The batches of the current epoch."""
+        ...
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the epoch."""
+        ...
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What came of a training.
+
+    Attributes:
+        towers: the model with its best weights.
+        best: the validation metric of these weights, None without validation.
+        epochs: epochs begun.
+        seconds: wall time of the fit.
+        history: validation metrics of every epoch.
+    """
+
+    towers: TwoTower
+    best: float | None
+    epochs: int
+    seconds: float
+    history: list[dict[str, float]]
+
+
+def fit_towers(
+    towers: TwoTower,
+    objective: Objective,
+    batches: SizedBatches,
+    settings: TrainingConfig,
+    directory: Path,
+    *,
+    validate: Callable[[TwoTower], dict[str, float]] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> FitResult:
+    """Train until the validation metric stops improving, and return the best weights.
+
+    Args:
+        towers: the model; trained in place.
+        objective: what is minimised.
+        batches: the training rows.
+        settings: section `training`.
+        directory: where checkpoints (`checkpoints/`) and logs (`logs/`) go.
+        validate: measures the towers after each epoch; without it the last weights are taken.
+        resume: go on from `directory/checkpoints/last`.
+        progress: show a progress bar.
+
+    Raises:
+        InputError: there is nothing to resume from.
+        Interrupted: Ctrl-C; `directory/checkpoints/last` holds the state to resume from.
+    """
+    io = SafeCheckpointIO()
+    last = directory / "checkpoints" / "last.ckpt"
+    if resume and not last.exists():
+        raise InputError(f"{last}: no checkpoint to resume from; train without --resume first")
+    module = TrainingModule(
+        towers, objective, settings, total_steps=settings.max_epochs * len(batches), validate=validate
+    )
+    history = _History()
+    keep_best = ModelCheckpoint(
+        directory / "checkpoints",
+        filename="best",
+        monitor=settings.metric if validate else None,
+        mode="max",
+        save_last=True,
+        enable_version_counter=False,
+    )
+    callbacks: list[Callback] = [keep_best, history, _EpochOrder(batches), _SaveWhenInterrupted(last)]
+    if validate:
+        callbacks.append(EarlyStopping(settings.metric, patience=settings.patience, mode="max"))
+    if progress:
+        callbacks.append(RichProgressBar(leave=False))
+    _quiet_lightning()
+    trainer = pl.Trainer(
+        max_epochs=settings.max_epochs,
+        accelerator=settings.accelerator,
+        devices=1,
+        precision=settings.precision,
+        max_time=settings.time_limit,
+        check_val_every_n_epoch=settings.validate_every,
+        num_sanity_val_steps=0,
+        log_every_n_steps=10,
+        callbacks=callbacks,
+        logger=CSVLogger(directory, name="logs", version=""),
+        plugins=[io],
+        enable_progress_bar=progress,
+        enable_model_summary=False,
+        gradient_clip_val=None,
+    )
+    started = time.perf_counter()
+    # One placeholder: a validation ranks the whole catalog itself.
+    placeholder = DataLoader([0], batch_size=1) if validate else None  # type: ignore[arg-type,var-annotated]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*does not have many workers.*")
+            warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+            warnings.filterwarnings("ignore", ".*number of training batches .* is smaller than the logging interval.*")
+            warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists and is not empty.*")
+            trainer.fit(module, batches, placeholder, ckpt_path=str(last) if resume else None)
+    except SystemExit as stop:  # Lightning's answer to Ctrl-C
+        raise Interrupted(f"interrupted; the state is in {last}") from stop
+    best = _load_best(towers, keep_best, io, has_metric=validate is not None)
+    return FitResult(towers, best, trainer.current_epoch, time.perf_counter() - started, history.rows)
+
+
+def _load_best(towers: TwoTower, keep_best: ModelCheckpoint, io: SafeCheckpointIO, *, has_metric: bool) -> float | None:
+    if not keep_best.best_model_path:
+        return None
+    weights = io.load_checkpoint(keep_best.best_model_path)["state_dict"]
+    prefix = "towers."
+    towers.load_state_dict({key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)})
+    towers.eval()
+    return float(keep_best.best_model_score) if has_metric and keep_best.best_model_score is not None else None
+
+
+class _EpochOrder(Callback):
+    """Tells the batches which epoch it is, so that the order is that of (seed, epoch)."""
+
+    def __init__(self, batches: SizedBatches) -> None:
+        self.batches = batches
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        del pl_module
+        self.batches.set_epoch(trainer.current_epoch)
+
+
+class _History(Callback):
+    """Validation metrics of every epoch, kept over a resumption."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        del pl_module
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "@" in name}
+        self.rows.append({"epoch": trainer.current_epoch, "step": trainer.global_step, **metrics})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = list(state_dict["rows"])
+
+
+class _SaveWhenInterrupted(Callback):
+    """Leaves a checkpoint of the moment when the user stops the training or a step fails."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        del pl_module
+        if isinstance(exception, KeyboardInterrupt):
+            trainer.save_checkpoint(self.path)
+
+
+def _quiet_lightning() -> None:
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,0 +1,121 @@
+"""The training step: rows in, loss out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from twotower.config import TrainingConfig
+from twotower.data import Batch
+from twotower.losses import Objective
+from twotower.negatives import Candidates
+from twotower.towers import TwoTower
+from twotower.training.checkpoints import random_state, restore_random_state
+from twotower.training.optimizers import TableAdamW, parameter_groups
+
+
+def batch_loss(towers: TwoTower, objective: Objective, batch: Batch) -> tuple[Tensor, Candidates]:
+    """The loss of each row of a batch, [B], and the candidates it was measured against.
+
+    The candidates are drawn first, so that the item tower embeds each distinct item once.
+    """
+    drawn = objective.draw(batch.items)
+    query = towers.embed_queries(batch.queries, batch.history)
+    items = torch.cat([batch.items, drawn.items])
+    if items.device.type == "cpu":
+        distinct, place = torch.unique(items, return_inverse=True)
+        embedded = towers.embed_items(distinct)[place]
+    else:  # the number of distinct items would have to be awaited
+        embedded = towers.embed_items(items)
+    positive, candidates = embedded.split([len(batch.items), len(drawn.items)])
+    return objective(query, positive, candidates, drawn, temperature=towers.temperature), drawn
+
+
+class TrainingModule(pl.LightningModule):
+    """Towers and objective as Lightning sees them.
+
+    Args:
+        towers: the model.
+        objective: what is minimised.
+        settings: learning rate, warm-up, seed and the like.
+        total_steps: steps of the whole schedule.
+        validate: measures the towers; called after each epoch, returns metrics by name.
+    """
+
+    def __init__(
+        self,
+        towers: TwoTower,
+        objective: Objective,
+        settings: TrainingConfig,
+        *,
+        total_steps: int,
+        validate: Callable[[TwoTower], dict[str, float]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.towers = towers
+        self.objective = objective
+        self.settings = settings
+        self.total_steps = total_steps
+        self.validate = validate
+        self._rows = 0
+        self._since = time.perf_counter()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean loss of the batch, weighted where rows carry weights."""
+        loss, _ = batch_loss(self.towers, self.objective, batch)
+        mean = loss.mean() if batch.weights is None else (loss * batch.weights).sum() / batch.weights.sum()
+        self._rows += len(batch.items)
+        if batch_idx % self.trainer.log_every_n_steps == 0:
+            self.log("loss", mean.detach(), prog_bar=True)
+            now = time.perf_counter()
+            self.log("rows/s", self._rows / max(now - self._since, 1e-9), prog_bar=True)
+            self.log("temperature", self.towers.temperature.detach())
+            self._rows, self._since = 0, now
+        return mean
+
+    def on_train_epoch_start(self) -> None:
+        """Start the clock of rows/s afresh: validation is not training."""
+        self._rows, self._since = 0, time.perf_counter()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Rank the whole catalog for the validation queries; `batch` is a placeholder."""
+        del batch, batch_idx
+        if self.validate is not None:
+            for name, value in self.validate(self.towers).items():
+                self.log(name, value, prog_bar=name == self.settings.metric, batch_size=1)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with lazy table rows; linear warm-up, then a cosine to a tenth of the learning rate."""
+        optimizer = TableAdamW(
+            parameter_groups(self.towers, self.settings.weight_decay), lr=self.settings.learning_rate
+        )
+        warmup, total = self.settings.warmup_steps, self.total_steps
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            done = min((step - warmup) / max(total - warmup, 1), 1.0)
+            return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the random generators' state, so that a resumed run draws what the uninterrupted one would have."""
+        checkpoint["random_state"] = random_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore it when training starts: building the model and its sanity checks also use random numbers."""
+        self._random_state = checkpoint["random_state"]
+
+    def on_train_start(self) -> None:
+        """See `on_load_checkpoint`."""
+        if hasattr(self, "_random_state"):
+            restore_random_state(self._random_state)
+            del self._random_state

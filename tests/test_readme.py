@@ -1,0 +1,54 @@
+"""The README's commands, run as a reader would: copied from its shell blocks, in order, in an empty folder."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+
+#: Commands of the README that other targets run (the gate itself, and what would start an installation again).
+ELSEWHERE = ("make ", "git ", "pip ", "cd ", "python3 -m venv", ". .venv")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    lines = [line.split("  #")[0].strip() for line in lines]
+    return [line for line in lines if line and not line.startswith(("#", *ELSEWHERE))]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, interactions_csv):
+    """An empty folder with the file of purchases that the README talks about."""
+    path = tmp_path_factory.mktemp("readme")
+    interactions_csv(path / "purchases.csv")
+    return path
+
+
+def test_the_readme_has_commands():
+    assert len(commands()) >= 5
+
+
+def test_its_shell_commands_work(folder):
+    for line in commands():
+        words = shlex.split(line)
+        assert words[0] == "twotower", f"the README shows a command that no test runs: {line}"
+        done = subprocess.run(
+            [sys.executable, "-m", "twotower.cli", *words[1:]], cwd=folder, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+def test_its_python_works(folder):
+    for block in blocks("python"):
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", block], cwd=folder, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, f"{block}\n{done.stderr[-2000:]}"
