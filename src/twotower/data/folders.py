@@ -1,0 +1,98 @@
+"""Which files of a folder are the interactions, and which the feature tables."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from twotower.data.reading import SUFFIXES, suffix_of
+from twotower.errors import InputError
+from twotower.schema import listed
+
+INTERACTION_NAMES = ("interactions", "ratings", "transactions", "sequences")
+ITEM_NAMES = ("items", "products", "movies", "articles")
+QUERY_NAMES = ("users", "queries", "customers", "households", "demographics")
+SPLIT_NAMES = {"train", "valid", "validation", "test"}
+
+
+@dataclass
+class Files:
+    """Files of a data set: `interactions` in the order in which they are read."""
+
+    interactions: list[Path]
+    items: Path | None = None
+    queries: Path | None = None
+    ignored: list[str] = field(default_factory=list)
+
+
+def find_files(path: Path) -> Files:
+    """The files of `path`, a file or a folder.
+
+    A folder holds either one file named ``*.inter``, ``interactions.*``, ``ratings.*``, ``transactions.*`` or
+    ``sequences.*``, or shards of one format, read in the order of their names; besides, at most one item table
+    (``*.item``, ``items.*``, ``products.*``, ``movies.*``) and one query table (``*.user``, ``users.*``, ...).
+
+    Raises:
+        InputError: nothing to read, or more than one reading.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder; give a Parquet, CSV or TSV file, or a folder of them.")
+    if not path.is_dir():
+        return Files([path])
+    files = sorted(p for p in path.iterdir() if p.is_file() and p.name[0] not in "._" and suffix_of(p) in SUFFIXES)
+    if not files:
+        raise InputError(f"{path}: no data files in this folder; expected some of *{', *'.join(SUFFIXES)}.")
+    items = _table(path, files, ".item", ITEM_NAMES)
+    queries = _table(path, files, ".user", QUERY_NAMES)
+    rest = [p for p in files if p not in (items, queries)]
+    named = [p for p in rest if suffix_of(p) == ".inter" or _stem(p) in INTERACTION_NAMES]
+    if len(named) > 1:
+        raise InputError(
+            f"{path}: {listed([p.name for p in named])} could each be the interactions; "
+            "name the file instead of the folder."
+        )
+    if named:
+        return Files(named, items, queries, [p.name for p in rest if p not in named])
+    if not rest:
+        raise InputError(
+            f"{path}: feature tables but no interactions in this folder; add interactions.parquet or .csv."
+        )
+    if len(rest) > 1 and {_stem(p) for p in rest} & SPLIT_NAMES:
+        raise InputError(
+            f"{path}: {listed([p.name for p in rest])} look like a ready-made split; read it with splits.from_parts."
+        )
+    kinds = sorted({suffix_of(p) for p in rest})
+    if len(kinds) > 1 or (kinds == [".txt"] and len(rest) > 1):
+        raise InputError(
+            f"{path}: cannot tell the interactions among {listed([p.name for p in rest])}; "
+            "name the file, or keep shards of one format in a folder of their own."
+        )
+    return Files(rest, items, queries)
+
+
+def _stem(path: Path) -> str:
+    return path.name.split(".", maxsplit=1)[0].lower()
+
+
+def _table(folder: Path, files: Sequence[Path], suffix: str, names: Sequence[str]) -> Path | None:
+    found = [p for p in files if suffix_of(p) == suffix or _stem(p) in names]
+    if len(found) > 1:
+        raise InputError(f"{folder}: {listed([p.name for p in found])} could each be the table; keep one, or pass it.")
+    return found[0] if found else None
+
+
+def cache_root() -> Path:
+    """Where prepared data and downloads go: TWOTOWER_CACHE, or ~/.cache/twotower."""
+    told = os.environ.get("TWOTOWER_CACHE")
+    return Path(told).expanduser() if told else Path.home() / ".cache" / "twotower"
+
+
+def cache_key(files: Sequence[Path], options: dict[str, Any]) -> str:
+    """A name for what these files, as they are now, become under these options."""
+    stamps = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return hashlib.sha256(json.dumps([stamps, options], sort_keys=True).encode()).hexdigest()[:32]

@@ -1,0 +1,341 @@
+"""`Interactions`: one sorted, compressed-row table of who met what when, memory-mapped where it comes from a file."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from twotower.data.account import Account
+from twotower.data.building import TABLE_FILES, VOCABULARY_FILES, Reading, build
+from twotower.data.features import TableLike
+from twotower.data.folders import Files, cache_key, cache_root, find_files
+from twotower.data.reading import FrameSource, Source, open_source
+from twotower.data.storing import (
+    DTYPES,
+    LAYOUT_VERSION,
+    META,
+    appearing,
+    combined,
+    digest,
+    open_column,
+    read_meta,
+    read_table,
+    vocabulary_digest,
+    write_meta,
+)
+from twotower.errors import InputError
+from twotower.schema import Columns, Vocabulary
+
+ColumnsLike = Columns | Mapping[str, str | None] | None
+PathLike = str | Path
+ROW_FIELDS = ("item_codes", "timestamps", "weights", "labels", "groups")
+COUNT_ROWS = 4_000_000
+
+
+@dataclass(eq=False)
+class Interactions:
+    """Positives sorted by query code, then time, then order of arrival.
+
+    Attributes:
+        queries: the query ids; position = code.
+        items: the item ids; position = code.
+        offsets: int64 [Q+1], rows of query q are ``offsets[q]:offsets[q+1]``.
+        item_codes: int32 [n].
+        timestamps: int64 [n], microseconds since 1970; None where row order stands for time.
+        weights: float32 [n], 0 or more, or None.
+        labels: float32 [n] or None.
+        groups: int32 [n], codes in `group_names`, or None.
+        group_names: the groups' ids.
+        item_table: row i describes item code i; nulls where the table had no such id.
+        query_table: row i describes query code i.
+        negatives: rows below ``positive_label``, same vocabularies.
+        account: what was read, what was dropped and why.
+    """
+
+    queries: Vocabulary
+    items: Vocabulary
+    offsets: NDArray[np.int64]
+    item_codes: NDArray[np.int32]
+    timestamps: NDArray[np.int64] | None = None
+    weights: NDArray[np.float32] | None = None
+    labels: NDArray[np.float32] | None = None
+    groups: NDArray[np.int32] | None = None
+    group_names: Vocabulary | None = None
+    item_table: pl.DataFrame | None = None
+    query_table: pl.DataFrame | None = None
+    negatives: Interactions | None = None
+    account: Account = field(default_factory=Account)
+    known_fingerprint: str | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.item_codes)
+
+    def __repr__(self) -> str:
+        return f"Interactions({len(self):,} rows, {self.num_queries:,} queries, {self.num_items:,} items)"
+
+    @property
+    def num_queries(self) -> int:
+        """Q, the size of the query vocabulary."""
+        return len(self.queries)
+
+    @property
+    def num_items(self) -> int:
+        """N, the size of the catalog."""
+        return len(self.items)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over rows and vocabularies; known beforehand where the data came from a file."""
+        if self.known_fingerprint is None:
+            self.known_fingerprint = combined(self._digests())
+        return self.known_fingerprint
+
+    def _digests(self) -> dict[str, str]:
+        rows = {
+            name: digest(getattr(self, name)) for name in ("offsets", *ROW_FIELDS) if getattr(self, name) is not None
+        }
+        sides = {"queries": self.queries, "items": self.items, "groups_": self.group_names}
+        named = {side.rstrip("_"): vocabulary_digest(v) for side, v in sides.items() if v is not None}
+        return {**rows, **named}
+
+    def item_counts(self) -> NDArray[np.int64]:
+        """How often each item occurs, int64 [N]."""
+        counts = np.zeros(self.num_items, dtype=np.int64)
+        for start in range(0, len(self), COUNT_ROWS):  # in pieces: bincount widens its input to int64
+            counts += np.bincount(self.item_codes[start : start + COUNT_ROWS], minlength=self.num_items)
+        return counts
+
+    def query_codes(self) -> NDArray[np.int32]:
+        """The query code of each row, int32 [n]."""
+        return np.repeat(np.arange(self.num_queries, dtype=np.int32), np.diff(self.offsets))
+
+    def select(self, rows: NDArray[Any]) -> Interactions:
+        """Only these rows, with the same vocabularies, tables and negatives, in memory.
+
+        Args:
+            rows: boolean mask [n], or ascending distinct row numbers.
+
+        Raises:
+            ValueError: a mask of another length, or row numbers not ascending or out of range.
+        """
+        rows = np.asarray(rows)
+        if rows.dtype == bool:
+            if rows.shape != (len(self),):
+                raise ValueError(f"a mask of shape {rows.shape} for {len(self)} rows")
+            rows = np.flatnonzero(rows)
+        elif rows.size and (rows.min() < 0 or rows.max() >= len(self) or bool(np.any(rows[1:] <= rows[:-1]))):
+            raise ValueError(f"row numbers must ascend within 0..{len(self) - 1}")
+        rows = rows.astype(np.int64, copy=False)
+        chosen: dict[str, Any] = {
+            name: np.asarray(getattr(self, name)[rows]) for name in ROW_FIELDS if getattr(self, name) is not None
+        }
+        offsets = np.searchsorted(rows, self.offsets).astype(np.int64)
+        return replace(
+            self, offsets=offsets, account=Account(list(self.account.lines)), known_fingerprint=None, **chosen
+        )
+
+    @classmethod
+    def read(
+        cls,
+        path: PathLike | Sequence[PathLike],
+        items: TableLike | None = None,
+        queries: TableLike | None = None,
+        columns: ColumnsLike = None,
+        positive_label: float | None = None,
+        *,
+        cache: PathLike | None = None,
+        catalog: str = "interactions",
+    ) -> Interactions:
+        """Read a file, a folder or several files once; later readings open the prepared form.
+
+        Args:
+            path: Parquet, CSV or TSV (``.gz`` too), a text file of ``query item item ...`` lines, a folder (see
+                `folders.find_files`), what `save` wrote, or a list of files. One row a query with a list of items
+                is read too.
+            items: item features, a file or a data frame with one row for each item.
+            queries: query features, likewise.
+            columns: which column is what; by their usual names where not told.
+            positive_label: rows with a smaller label become `negatives`; None counts every row as a positive.
+            cache: folder of the prepared form, kept there for the next reading; default below TWOTOWER_CACHE or
+                ``~/.cache/twotower``.
+            catalog: "interactions", or "table" to add the items that stand only in the item table.
+
+        Returns:
+            Memory-mapped interactions.
+
+        Raises:
+            InputError: with file, column and row.
+        """
+        reading = Reading(Columns.of(columns), positive_label, catalog)
+        if isinstance(path, str | Path) and (Path(path) / META).is_file():
+            return cls.open(path)
+        files = find_files(Path(path)) if isinstance(path, str | Path) else _several(path)
+        items = files.items if items is None else items
+        queries = files.queries if queries is None else queries
+        framed = any(not isinstance(table, str | Path | None) for table in (items, queries))
+        account = Account()
+        if files.ignored:
+            account.add("files ignored", len(files.ignored), ", ".join(files.ignored))
+        options = {"reading": asdict(reading), "tables": [str(items), str(queries)], "layout": LAYOUT_VERSION}
+
+        def stamp() -> str | None:
+            if framed:  # a frame in memory has no time of change, so it is always prepared anew
+                return None
+            tables = [Path(t) for t in (items, queries) if isinstance(t, str | Path) and Path(t).is_file()]
+            return cache_key([*files.interactions, *tables], options)
+
+        key = stamp()
+        if cache is not None:
+            target = Path(cache)
+        elif key is not None:
+            target = cache_root() / "interactions" / key
+        else:
+            with tempfile.TemporaryDirectory(prefix="twotower-") as directory:
+                sources = [open_source(p) for p in files.interactions]
+                return cls._built(sources, reading, items, queries, Path(directory), account=account)
+        if (target / META).is_file() and not (target / "key").is_file() and key is not None:
+            raise InputError(f"{target}: holds saved interactions, not a cache; give another folder.")
+        if (target / META).is_file() and key is not None and (target / "key").read_text() == key:
+            try:
+                return cls.open(target)
+            except InputError:
+                shutil.rmtree(target)  # a damaged cache is only a cache
+        sources = [open_source(p) for p in files.interactions]
+        with appearing(target) as directory_:
+            build(sources, reading=reading, items=items, queries=queries, directory=directory_, account=account)
+            if key is not None:
+                (directory_ / "key").write_text(key)
+        return cls.open(target)
+
+    @classmethod
+    def from_frame(
+        cls,
+        frame: Any,
+        items: TableLike | None = None,
+        queries: TableLike | None = None,
+        columns: ColumnsLike = None,
+        positive_label: float | None = None,
+        *,
+        catalog: str = "interactions",
+    ) -> Interactions:
+        """Interactions from a polars, pandas or Arrow frame, in memory; arguments and errors as in `read`."""
+        reading = Reading(Columns.of(columns), positive_label, catalog)
+        source = FrameSource(frame)
+        with tempfile.TemporaryDirectory(prefix="twotower-") as directory:
+            return cls._built([source], reading, items, queries, Path(directory), account=Account())
+
+    @classmethod
+    def _built(
+        cls,
+        sources: Sequence[Source],
+        reading: Reading,
+        items: TableLike | None,
+        queries: TableLike | None,
+        directory: Path,
+        *,
+        account: Account,
+    ) -> Interactions:
+        build(sources, reading=reading, items=items, queries=queries, directory=directory, account=account)
+        return cls.open(directory)._resident()
+
+    def _resident(self) -> Interactions:
+        """The same with its arrays in memory instead of mapped from files about to vanish."""
+        arrays: dict[str, Any] = {
+            name: np.array(getattr(self, name)) for name in ROW_FIELDS if getattr(self, name) is not None
+        }
+        below = None if self.negatives is None else self.negatives._resident()
+        return replace(self, offsets=np.array(self.offsets), negatives=below, **arrays)
+
+    def save(self, directory: PathLike) -> None:
+        """Write to a folder that `open` reads, complete or not at all.
+
+        Raises:
+            InputError: the folder holds something else, or cannot be written.
+        """
+        with appearing(Path(directory)) as building:
+            self._write(building)
+            for side, vocabulary in (("queries", self.queries), ("items", self.items), ("groups", self.group_names)):
+                if vocabulary is not None:
+                    vocabulary.write(building / VOCABULARY_FILES[side])
+            for role, table in (("item", self.item_table), ("query", self.query_table)):
+                if table is not None:
+                    table.write_parquet(building / TABLE_FILES[role])
+            if self.negatives is not None:
+                (building / "negatives").mkdir()
+                self.negatives._write(building / "negatives")
+
+    def _write(self, directory: Path) -> None:
+        fields = [name for name in ROW_FIELDS if getattr(self, name) is not None]
+        for name in ("offsets", *fields):
+            np.save(directory / f"{name}.npy", getattr(self, name).astype(DTYPES[name], copy=False), allow_pickle=False)
+        tables = {"item": self.item_table, "query": self.query_table}
+        write_meta(
+            directory,
+            {
+                "rows": len(self),
+                "fields": sorted(fields),
+                "fingerprint": self.fingerprint,
+                "negatives": self.negatives is not None,
+                "groups": self.group_names is not None,
+                "tables": sorted(role for role, table in tables.items() if table is not None),
+                "account": self.account.to_dict(),
+            },
+        )
+
+    @classmethod
+    def open(cls, directory: PathLike) -> Interactions:
+        """Open what `save` or an earlier reading wrote; arrays stay on disk, memory-mapped.
+
+        Raises:
+            InputError: missing, truncated, or of another layout.
+        """
+        folder = Path(directory)
+        meta = read_meta(folder)
+        try:
+            queries = Vocabulary.read(folder / VOCABULARY_FILES["queries"])
+            items = Vocabulary.read(folder / VOCABULARY_FILES["items"])
+            names = Vocabulary.read(folder / VOCABULARY_FILES["groups"]) if meta["groups"] else None
+            tables = {role: read_table(folder / TABLE_FILES[role]) for role in meta["tables"]}
+            account = Account.from_dict(meta["account"])
+            arrays = _columns(folder, meta, len(queries))
+            data = cls(
+                queries, items, **arrays, group_names=names, account=account, known_fingerprint=meta["fingerprint"],
+                item_table=tables.get("item"), query_table=tables.get("query"),
+            )  # fmt: skip
+            if meta["negatives"]:
+                below = read_meta(folder / "negatives")
+                arrays = _columns(folder / "negatives", below, len(queries))
+                data.negatives = replace(
+                    data,
+                    **{**dict.fromkeys(ROW_FIELDS), **arrays},
+                    known_fingerprint=below["fingerprint"],
+                    account=Account(),
+                )
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{folder / META}: damaged ({error}); prepare the data again.") from None
+        return data
+
+
+def _columns(folder: Path, meta: dict[str, Any], num_queries: int) -> dict[str, Any]:
+    """The arrays of one folder, checked against its meta.json."""
+    arrays = {name: open_column(folder, name, meta["rows"]) for name in meta["fields"]}
+    # Offsets are small and used at every step, so they are read.
+    arrays["offsets"] = np.array(open_column(folder, "offsets", num_queries + 1))
+    if int(arrays["offsets"][-1]) != meta["rows"]:
+        raise InputError(f"{folder / 'offsets.npy'}: does not fit the rows; prepare the data again.")
+    return arrays
+
+
+def _several(paths: Sequence[PathLike]) -> Files:
+    """A list of files, each of which must be there."""
+    if not paths:
+        raise InputError("an empty list of files; give at least one.")
+    return Files([file for path in paths for file in find_files(Path(path)).interactions])
