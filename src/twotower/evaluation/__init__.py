@@ -1,0 +1,29 @@
+"""Honest evaluation: the whole catalog, exactly, beside what a model must beat."""
+
+from twotower.evaluation.baselines import EASE, ItemKNN, Popularity
+from twotower.evaluation.inputs import HoldoutLike, Ranker, TrainLike
+from twotower.evaluation.metrics import coverage, hit_rate_at, hits, mrr_at, ndcg_at, recall_at
+from twotower.evaluation.ranking import evaluate, evaluate_all
+from twotower.evaluation.report import Evaluation, Row
+from twotower.evaluation.slices import SLICES, popularity_thirds
+
+__all__ = [
+    "EASE",
+    "SLICES",
+    "Evaluation",
+    "HoldoutLike",
+    "ItemKNN",
+    "Popularity",
+    "Ranker",
+    "Row",
+    "TrainLike",
+    "coverage",
+    "evaluate",
+    "evaluate_all",
+    "hit_rate_at",
+    "hits",
+    "mrr_at",
+    "ndcg_at",
+    "popularity_thirds",
+    "recall_at",
+]

@@ -98,6 +98,4 @@ class ExactIndex:
                 return torch.mm(asked[rows], items, out=tile)
             return torch.addmm(self._bias[columns], asked[rows], items, out=tile)
 
-        return top_k(
-            score_tile, len(asked), self._order, k, exclude, row_block=row_block, column_tile=column_tile
-        )
+        return top_k(score_tile, len(asked), self._order, k, exclude, row_block=row_block, column_tile=column_tile)

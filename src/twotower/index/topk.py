@@ -23,7 +23,7 @@ ScoreTile = Callable[[slice, slice], Tensor]
 Exclusion = tuple[Tensor | np.ndarray, Tensor | np.ndarray]
 """Compressed rows `(offsets [B+1], items)`: row b excludes `items[offsets[b]:offsets[b+1]]`."""
 
-_CHUNK = 32
+_CHUNK = 64
 _LOW = (1 << 32) - 1
 _EMPTY = torch.iinfo(torch.int64).min
 # One tile of 16 MiB and its row of candidates stay in the last-level cache, where the filter is nearly free.
@@ -91,8 +91,8 @@ def top_k(
             best.offer(tile, left)
         keys = best.sorted()
         found = keys != _EMPTY
-        scores[start:stop, :kept] = torch.where(found, _unpack_score(keys), -torch.inf)
-        items[start:stop, :kept] = torch.where(found, order[_unpack_column(keys)], -1)
+        scores[start:stop, :kept] = torch.where(found, unpack_scores(keys), -torch.inf)
+        items[start:stop, :kept] = torch.where(found, order[unpack_columns(keys)], -1)
     return scores, items
 
 
@@ -120,11 +120,11 @@ class _Best:
         # `row` ascends, so an entry's place in its row is its position less the start of its row.
         first = torch.cumsum(count, 0) - count
         place = torch.arange(len(row), device=row.device) - first[row] + self.waiting[row]
-        self.keys[row, self.k + place] = _pack(tile[row, column], column + left)
+        self.keys[row, self.k + place] = pack_keys(tile[row, column], column + left)
         self.waiting += count
         self.most = int(self.waiting.max())
-        # Merging about once per doubling of the columns seen keeps the thresholds sharp at little cost.
-        if not self.full or self.most >= max(self.k, _CHUNK):
+        # Merging before the columns seen have doubled keeps the thresholds sharp at little cost.
+        if not self.full or self.most >= max(self.k // 2, _CHUNK):
             self._merge()
 
     def _passing(self, tile: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,12 +135,10 @@ class _Best:
         """
         rows, width = tile.shape
         chunks = width // _CHUNK
-        body = tile[:, : chunks * _CHUNK]
-        # Column = offset * chunks + chunk: chunks are strided, so that the maxima run over contiguous memory.
-        maxima = body.reshape(rows, _CHUNK, chunks).amax(1) if chunks else tile.new_empty((rows, 0))
+        body = tile[:, : chunks * _CHUNK].reshape(rows * chunks, _CHUNK)
+        maxima = body.amax(1).view(rows, chunks)
         rest = tile[:, chunks * _CHUNK :]
-        # A NaN survives amax, so the maxima tell of every score.
-        if bool(maxima.isnan().any()) or bool(rest.isnan().any()):
+        if _has_nan(maxima) or _has_nan(rest):
             raise ValueError("a score is NaN: the model has diverged (look for NaN in its parameters or inputs)")
         threshold = self.threshold
         if not self.full and chunks >= self.k:
@@ -148,11 +146,9 @@ class _Best:
             bound = maxima.topk(self.k, dim=1).values[:, -1:]
             threshold = torch.maximum(threshold, torch.nextafter(bound, bound.new_tensor(-torch.inf)))
         row, chunk = (maxima > threshold).nonzero(as_tuple=True)
-        offset = torch.arange(_CHUNK, device=tile.device)
-        column = chunk[:, None] + offset * chunks
-        inside = tile[row[:, None], column] > threshold[row]
+        inside = body.index_select(0, row * chunks + chunk) > threshold[row]
         hit, lane = inside.nonzero(as_tuple=True)
-        row, column = row[hit], column[hit, lane]
+        row, column = row[hit], chunk[hit] * _CHUNK + lane
         if rest.shape[1]:
             rest_row, rest_column = (rest > threshold).nonzero(as_tuple=True)
             row = torch.cat([row, rest_row])
@@ -169,7 +165,7 @@ class _Best:
         self.waiting.zero_()
         self.most = 0
         worst = best.amin(1, keepdim=True)
-        self.threshold = torch.where(worst == _EMPTY, -torch.inf, _unpack_score(worst))
+        self.threshold = torch.where(worst == _EMPTY, -torch.inf, unpack_scores(worst))
         self.full = True
 
     def sorted(self) -> Tensor:
@@ -177,19 +173,24 @@ class _Best:
         return self.keys[:, : self.k + self.most].topk(self.k, dim=1).values
 
 
-def _pack(score: Tensor, column: Tensor) -> Tensor:
+def _has_nan(scores: Tensor) -> bool:
+    # The largest of scores is NaN where any of them is: one pass, no mask.
+    return scores.numel() > 0 and bool(scores.amax().isnan())
+
+
+def pack_keys(score: Tensor, column: Tensor) -> Tensor:
     # Adding 0.0 turns -0.0 into 0.0: two equal scores must have equal bits.
     bits = (score + 0.0).view(torch.int32).to(torch.int64)
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return (ordered << 32) | (_LOW - column)
 
 
-def _unpack_score(key: Tensor) -> Tensor:
+def unpack_scores(key: Tensor) -> Tensor:
     ordered = key >> 32
     return torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(torch.int32).view(torch.float32)
 
 
-def _unpack_column(key: Tensor) -> Tensor:
+def unpack_columns(key: Tensor) -> Tensor:
     # An empty key must not index out of range; the caller masks it.
     return torch.where(key == _EMPTY, 0, _LOW - (key & _LOW))
 
