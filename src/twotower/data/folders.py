@@ -64,7 +64,7 @@ def find_files(path: Path) -> Files:
         )
     if len(rest) > 1 and {_stem(p) for p in rest} & SPLIT_NAMES:
         raise InputError(
-            f"{path}: {listed([p.name for p in rest])} look like a ready-made split; read it with splits.from_parts."
+            f"{path}: {listed([p.name for p in rest])} look like a ready-made split; read it with from_parts."
         )
     kinds = sorted({suffix_of(p) for p in rest})
     if len(kinds) > 1 or (kinds == [".txt"] and len(rest) > 1):

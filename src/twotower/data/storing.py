@@ -94,8 +94,12 @@ def combined(digests: dict[str, str]) -> str:
 
 
 @contextmanager
-def appearing(target: Path) -> Iterator[Path]:
+def appearing(target: Path, marker: str = META) -> Iterator[Path]:
     """A temporary folder that becomes `target` when the block ends, and vanishes when it fails.
+
+    Args:
+        target: the folder; replaced where it is there and holds `marker`.
+        marker: a file by which a complete folder is known.
 
     Raises:
         InputError: the place cannot be written, or `target` is there and is not a saved data set.
@@ -109,7 +113,7 @@ def appearing(target: Path) -> Iterator[Path]:
             f"{target}: cannot be written ({error.strerror}); give another folder (cache=..., or TWOTOWER_CACHE)."
         ) from None
     try:
-        if target.exists() and not (target / META).is_file() and any(target.iterdir()):
+        if target.exists() and not (target / marker).is_file() and any(target.iterdir()):
             raise InputError(f"{target}: is there and is no saved data set; give a new or empty folder.")
         yield building
         if target.exists():
@@ -117,7 +121,7 @@ def appearing(target: Path) -> Iterator[Path]:
         try:
             os.replace(building, target)  # noqa: PTH105
         except OSError:
-            if not (target / META).is_file():  # else another process was faster with the same data
+            if not (target / marker).is_file():  # else another process was faster with the same data
                 raise
     finally:
         shutil.rmtree(building, ignore_errors=True)

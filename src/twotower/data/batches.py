@@ -1,0 +1,144 @@
+"""Batches of training rows: an exact shuffle of all rows each epoch, which resumes in the middle of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from twotower.data.histories import gather_histories
+from twotower.data.interactions import Interactions
+from twotower.data.shuffling import Shuffle
+from twotower.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows of a batch.
+
+    Attributes:
+        rows: int64 [B], row numbers in the training interactions.
+        queries: int64 [B], query codes.
+        items: int64 [B], codes of the positives.
+        history: int64 [B, L], the query's items before this row, newest last, -1 on the left where there are fewer.
+        weights: float32 [B] or None.
+        groups: int64 [B] or None.
+    """
+
+    rows: Tensor
+    queries: Tensor
+    items: Tensor
+    history: Tensor
+    weights: Tensor | None = None
+    groups: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch on a device."""
+        moved = {
+            f.name: value.to(device, non_blocking=non_blocking)
+            for f in fields(self)
+            if (value := getattr(self, f.name)) is not None
+        }
+        return replace(self, **moved)
+
+
+class TrainingBatches:
+    """All rows of the interactions once an epoch, in an order that seed and epoch decide.
+
+    Iterating gives what is left of the current epoch, and then goes on to the next one. The order is computed, not
+    stored, so that 100 million rows need no permutation in memory; nothing global is drawn from.
+
+    Args:
+        interactions: the rows to train on.
+        batch_size: B.
+        history_length: L, 0 for none.
+        seed: 0 or more.
+        drop_last: leave out the last, smaller batch; fewer rows than `batch_size` are one batch all the same.
+
+    Raises:
+        InputError: no rows, or a size or seed out of range.
+    """
+
+    def __init__(
+        self,
+        interactions: Interactions,
+        batch_size: int,
+        *,
+        history_length: int = 0,
+        seed: int = 0,
+        drop_last: bool = True,
+    ) -> None:
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("history_length", history_length, 0),
+            ("seed", seed, 0),
+        ):
+            if value < least:
+                raise InputError(f"{name}: {value}; expected at least {least}.")
+        if not len(interactions):
+            raise InputError("training batches: no interactions to train on.")
+        self.interactions, self.history_length, self.seed = interactions, history_length, seed
+        self.batch_size, self.drop_last = min(batch_size, len(interactions)), drop_last
+        self.epoch, self.position = 0, 0
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch."""
+        n = len(self.interactions)
+        return n // self.batch_size if self.drop_last else -(-n // self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of an epoch; where it is the current one, stay at the position reached."""
+        if epoch != self.epoch:
+            self.epoch, self.position = epoch, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Seed, epoch and the batches of it already given out; and what the order depends on."""
+        return {
+            "seed": self.seed,
+            "epoch": self.epoch,
+            "position": self.position,
+            "batch_size": self.batch_size,
+            "rows": len(self.interactions),
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where `state_dict` was taken, with the same order.
+
+        Raises:
+            InputError: other data or another batch size, for which there is no such place.
+        """
+        for name, here in (("batch_size", self.batch_size), ("rows", len(self.interactions))):
+            if state[name] != here:
+                raise InputError(f"batches: the saved state has {name} {state[name]}, here it is {here}; start anew.")
+        self.seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
+
+    def __iter__(self) -> Iterator[Batch]:
+        shuffle = Shuffle(len(self.interactions), self.seed, self.epoch)
+        while self.position < len(self):
+            start = self.position * self.batch_size
+            stop = min(start + self.batch_size, len(self.interactions))
+            batch = self.batch(shuffle(np.arange(start, stop)))
+            self.position += 1  # before the batch is given out, so that a state taken while it is used is after it
+            yield batch
+        self.epoch, self.position = self.epoch + 1, 0
+
+    def batch(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Batch:
+        """The batch of some row numbers, int64 [B]."""
+        data = self.interactions
+        queries = np.searchsorted(data.offsets, rows, side="right") - 1
+        history = gather_histories(data.offsets, data.item_codes, queries, rows, self.history_length)
+        return Batch(
+            rows=torch.from_numpy(rows),
+            queries=torch.from_numpy(queries),
+            items=torch.from_numpy(data.item_codes[rows].astype(np.int64)),
+            history=torch.from_numpy(history),
+            weights=None if data.weights is None else torch.from_numpy(np.array(data.weights[rows])),
+            groups=None if data.groups is None else torch.from_numpy(data.groups[rows].astype(np.int64)),
+        )

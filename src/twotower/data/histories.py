@@ -1,0 +1,61 @@
+"""The newest items of many queries at once, as rectangles and as compressed rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Integers = NDArray[np.integer[Any]]
+PAD = -1  # no item has this code, so padding cannot be mistaken for one
+
+
+def gather_histories(
+    offsets: Integers, item_codes: Integers, rows_query: Integers, rows_end: Integers, length: int
+) -> NDArray[np.int64]:
+    """The `length` items before a row of each query, newest last, padded on the left with -1.
+
+    Args:
+        offsets: [Q+1], rows of query q are ``offsets[q]:offsets[q+1]``.
+        item_codes: [n], oldest first within a query.
+        rows_query: [B], the queries asked.
+        rows_end: [B], the row before which a history ends: that row's own item is not in it.
+        length: L, 0 or more.
+
+    Returns:
+        int64 [B, L].
+
+    Example:
+        >>> gather_histories(np.array([0, 3]), np.array([7, 8, 9]), np.array([0]), np.array([2]), 3)
+        array([[-1,  7,  8]])
+    """
+    ends = np.asarray(rows_end, dtype=np.int64)[:, None]
+    starts = np.asarray(offsets)[rows_query][:, None]
+    at = ends - length + np.arange(length)
+    inside = at >= starts
+    if not len(item_codes):
+        return np.full(at.shape, PAD, dtype=np.int64)
+    return np.where(inside, np.asarray(item_codes[np.where(inside, at, 0)]), PAD).astype(np.int64)
+
+
+def ragged_histories(offsets: Integers, items: Integers, rows: Integers, length: int) -> NDArray[np.int64]:
+    """The newest `length` items of some compressed rows, newest last, padded on the left with -1; int64 [B, L].
+
+    Args:
+        offsets: [E+1], as `Holdout.history_offsets`.
+        items: the items of all rows, oldest first, as `Holdout.history_items`.
+        rows: [B], which rows.
+        length: L.
+    """
+    rows = np.asarray(rows)
+    return gather_histories(offsets, items, rows, np.asarray(offsets)[rows + 1], length)
+
+
+def take_ranges(starts: Integers, ends: Integers) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """All numbers of the ranges ``starts[i]:ends[i]`` one after the other, and the offsets of the ranges [E+1]."""
+    sizes = np.asarray(ends, dtype=np.int64) - np.asarray(starts, dtype=np.int64)
+    offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])
+    numbers = np.arange(offsets[-1], dtype=np.int64)
+    numbers += np.repeat(np.asarray(starts, dtype=np.int64) - offsets[:-1], sizes)
+    return numbers, offsets

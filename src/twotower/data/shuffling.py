@@ -1,0 +1,50 @@
+"""A shuffle that is computed instead of stored: where row p of an epoch goes, for any p, in no memory."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+ROUNDS = 8
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+
+
+class Shuffle:
+    """A pseudo-random bijection of 0..n-1, keyed by seed and epoch.
+
+    A Feistel network permutes a power of four that is at least n; a number that leaves 0..n-1 is sent through again
+    until it is back (cycle walking; Black and Rogaway 2002), which takes fewer than four tries on average.
+
+    Args:
+        n: how many numbers, above 0.
+        seed: 0 or more.
+        epoch: 0 or more; each has its own order.
+    """
+
+    def __init__(self, n: int, seed: int, epoch: int) -> None:
+        if n < 1:
+            raise ValueError(f"a shuffle of {n} numbers")
+        self.n = n
+        self._half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+        self._low = np.uint64((1 << int(self._half)) - 1)
+        self._keys = np.random.SeedSequence([seed, epoch]).generate_state(ROUNDS, np.uint64)
+
+    def __call__(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The numbers at some positions, int64 of the same shape; positions are in 0..n-1."""
+        out = self._permute(positions.astype(np.uint64))
+        outside = np.flatnonzero(out >= self.n)
+        while outside.size:
+            out[outside] = self._permute(out[outside])
+            outside = outside[out[outside] >= self.n]
+        return out.astype(np.int64)
+
+    def _permute(self, numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        left, right = numbers >> self._half, numbers & self._low
+        for key in self._keys:
+            # The finaliser of splitmix64: every bit of the key and the half decides every bit of the outcome.
+            mixed = right + key
+            mixed = (mixed ^ (mixed >> np.uint64(30))) * _MIX_1
+            mixed = (mixed ^ (mixed >> np.uint64(27))) * _MIX_2
+            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) & self._low)
+        return (left << self._half) | right
