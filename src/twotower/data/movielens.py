@@ -7,9 +7,20 @@ import polars as pl
 from twotower.errors import InputError
 
 GENRES = (
-    "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical "
-    "Mystery Romance Sci-Fi Thriller War Western"
-).split()
+    *(
+        "unknown",
+        "Action",
+        "Adventure",
+        "Animation",
+        "Children's",
+        "Comedy",
+        "Crime",
+        "Documentary",
+        "Drama",
+        "Fantasy",
+    ),
+    *("Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western"),
+)
 RATINGS = ("user_id", "movie_id", "rating", "timestamp")
 USERS_1M = ("user_id", "gender", "age", "occupation", "zip_code")
 USERS_100K = ("user_id", "age", "gender", "occupation", "zip_code")

@@ -143,9 +143,8 @@ def leave_last_out(
         )  # fmt: skip
     made["test"] = make_holdout(data, "test", Window(last, last, ends), account, known_items=known_items)
     told = validation_queries if isinstance(validation_queries, int | float | str | None) else int(chosen.sum())
-    return _split(
-        "leave_last_out", train, made, account, {"validation_queries": told, "cold": cold, "seed": seed}, data
-    )
+    settings = {"validation_queries": told, "cold": cold, "seed": seed}
+    return _split("leave_last_out", train, made=made, account=account, settings=settings, data=data)
 
 
 def held_out_queries(
