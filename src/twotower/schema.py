@@ -207,8 +207,6 @@ class Vocabulary:
         series = ids_of(ids, "vocabulary").alias("id")
         if series.null_count():
             raise InputError("vocabulary: null ids; every id must be there.")
-        if series.n_unique() != len(series):
-            raise InputError("vocabulary: repeated ids; each id stands once.")
         self._ids = series.rechunk()
         # Ascending integers, the usual case, are looked up by bisection; anything else by a hash join.
         self._ascending: NDArray[np.int64] | None = None
@@ -216,6 +214,9 @@ class Vocabulary:
             values = self._ids.to_numpy()
             if len(values) < 2 or bool(np.all(values[1:] > values[:-1])):
                 self._ascending = values
+        # Ascending ids cannot repeat; for a million of others the check costs a tenth of a second.
+        if self._ascending is None and series.n_unique() != len(series):
+            raise InputError("vocabulary: repeated ids; each id stands once.")
 
     @property
     def ids(self) -> pl.Series:
