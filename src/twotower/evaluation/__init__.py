@@ -1,8 +1,8 @@
 """Honest evaluation: the whole catalog, exactly, beside what a model must beat."""
 
 from twotower.evaluation.baselines import EASE, ItemKNN, Popularity
-from twotower.evaluation.inputs import HoldoutLike, Ranker, TrainLike
 from twotower.evaluation.metrics import coverage, hit_rate_at, hits, mrr_at, ndcg_at, recall_at
+from twotower.evaluation.rankers import Ranker
 from twotower.evaluation.ranking import evaluate, evaluate_all
 from twotower.evaluation.report import Evaluation, Row
 from twotower.evaluation.slices import SLICES, popularity_thirds
@@ -11,12 +11,10 @@ __all__ = [
     "EASE",
     "SLICES",
     "Evaluation",
-    "HoldoutLike",
     "ItemKNN",
     "Popularity",
     "Ranker",
     "Row",
-    "TrainLike",
     "coverage",
     "evaluate",
     "evaluate_all",

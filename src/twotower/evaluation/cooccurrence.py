@@ -8,12 +8,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from twotower.evaluation.inputs import Codes, TrainLike
+from twotower.data import Interactions
 
 _BLOCK_PAIRS = 1 << 24
 
 
-def distinct_rows(offsets: NDArray[np.int64], items: Codes, num_items: int) -> tuple[NDArray[np.int64], ...]:
+def distinct_rows(
+    offsets: NDArray[np.int64], items: NDArray[np.integer], num_items: int
+) -> tuple[NDArray[np.int64], ...]:
     """Compressed rows without repeats, items ascending within a row.
 
     Args:
@@ -32,13 +34,13 @@ def distinct_rows(offsets: NDArray[np.int64], items: Codes, num_items: int) -> t
     return starts, distinct
 
 
-def pair_count(train: TrainLike) -> int:
+def pair_count(train: Interactions) -> int:
     """The number of item pairs that share a query, sum over queries of (row length)^2: the cost of `cooccurrences`."""
     lengths = np.diff(train.offsets).astype(np.float64)
     return int((lengths**2).sum())
 
 
-def cooccurrences(train: TrainLike) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+def cooccurrences(train: Interactions) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """C = X^T X for the binary [Q, N] matrix X of training pairs, a block of rows at a time.
 
     Blocks are cut so that each costs about 16 million pairs, whatever the size of the catalog.
@@ -72,7 +74,7 @@ def cooccurrences(train: TrainLike) -> Iterator[tuple[int, Tensor, Tensor, Tenso
         yield first, product.crow_indices(), product.col_indices(), product.values()
 
 
-def gram(train: TrainLike) -> Tensor:
+def gram(train: Interactions) -> Tensor:
     """The dense [N, N] float32 matrix C = X^T X."""
     dense = torch.zeros(train.num_items, train.num_items)
     for first, starts, columns, counts in cooccurrences(train):

@@ -76,7 +76,8 @@ def ndcg_at(hit: Hits, num_targets: NDArray[np.int64], k: int) -> Values:
     """
     discount = 1.0 / np.log2(np.arange(2, k + 2))
     ideal = np.concatenate([[1.0], np.cumsum(discount)])  # a query without targets divides 0 by 1
-    return np.asarray(_first(hit, k) @ discount / ideal[np.minimum(num_targets, k)], dtype=np.float64)
+    gained = np.asarray(_first(hit, k) @ discount, dtype=np.float64)
+    return np.asarray(gained / ideal[np.minimum(num_targets, k)], dtype=np.float64)
 
 
 def mrr_at(hit: Hits, k: int) -> Values:
@@ -90,7 +91,7 @@ def mrr_at(hit: Hits, k: int) -> Values:
         [E] in [0, 1].
     """
     first = _first(hit, k)
-    return np.where(first.any(axis=1), 1.0 / (first.argmax(axis=1) + 1), 0.0)
+    return np.asarray(np.where(first.any(axis=1), 1.0 / (first.argmax(axis=1) + 1), 0.0), dtype=np.float64)
 
 
 def hit_rate_at(hit: Hits, k: int) -> Values:
@@ -103,7 +104,7 @@ def hit_rate_at(hit: Hits, k: int) -> Values:
     Returns:
         [E] of 0.0 and 1.0.
     """
-    return _first(hit, k).any(axis=1).astype(np.float64)
+    return np.asarray(_first(hit, k).any(axis=1), dtype=np.float64)
 
 
 def coverage(ranked: NDArray[np.int64], num_items: int) -> float:

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from twotower.data import Holdout, Interactions
 from twotower.evaluation.baselines import ItemKNN, Popularity
-from twotower.evaluation.inputs import HoldoutLike, Ranker, TrainLike
 from twotower.evaluation.metrics import coverage, hit_rate_at, hits, mrr_at, ndcg_at, recall_at
+from twotower.evaluation.rankers import Ranker
 from twotower.evaluation.report import Evaluation, Row
 from twotower.evaluation.slices import SLICES, popularity_thirds
 
@@ -19,9 +20,9 @@ Empty = Literal["skip", "zero"]
 
 def evaluate(
     ranker: Ranker,
-    holdout: HoldoutLike,
+    holdout: Holdout,
     *,
-    train: TrainLike,
+    train: Interactions,
     ks: Sequence[int] = (10, 20),
     exclude_seen: bool = True,
     baselines: bool | Mapping[str, Ranker] = True,
@@ -69,9 +70,9 @@ def evaluate(
 
 def evaluate_all(
     rankers: Mapping[str, Ranker],
-    holdout: HoldoutLike,
+    holdout: Holdout,
     *,
-    train: TrainLike,
+    train: Interactions,
     ks: Sequence[int] = (10, 20),
     exclude_seen: bool = True,
     empty: Empty = "skip",
@@ -98,8 +99,8 @@ def evaluate_all(
     thirds = popularity_thirds(train.item_counts())
     rows = []
     for name, ranker in rankers.items():
-        ranked = _checked(name, ranker, holdout, max(ks), exclude_seen, train.num_items)
-        rows.append(_measure(name, ranked, targets, counted, thirds, ks))
+        ranked = _ranked(name, ranker, holdout, k=max(ks), exclude_seen=exclude_seen, num_items=train.num_items)
+        rows.append(_measure(name, ranked, targets, counted=counted, thirds=thirds, ks=ks))
     return Evaluation(
         holdout=holdout.name,
         ks=ks,
@@ -132,7 +133,7 @@ class _Targets:
     removed: int
 
     @classmethod
-    def of(cls, holdout: HoldoutLike, num_items: int, exclude_seen: bool) -> "_Targets":
+    def of(cls, holdout: Holdout, num_items: int, exclude_seen: bool) -> "_Targets":
         rows = _pairs(holdout.target_offsets, holdout.target_items, num_items, f"{holdout.name}: targets")
         wanted = np.unique(rows)
         kept = wanted
@@ -158,7 +159,7 @@ def _pairs(offsets: NDArray[np.int64], items: NDArray[np.integer], num_items: in
     return np.repeat(np.arange(len(offsets) - 1, dtype=np.int64), np.diff(offsets)) * num_items + codes
 
 
-def _baselines(train: TrainLike, name: str) -> tuple[dict[str, Ranker], list[str]]:
+def _baselines(train: Interactions, name: str) -> tuple[dict[str, Ranker], list[str]]:
     chosen: dict[str, Ranker] = {"popularity": Popularity(train)}
     if reason := ItemKNN.refusal(train):
         return chosen, [f"the item-kNN baseline was left out: {reason}"]
@@ -177,8 +178,8 @@ def _notes(removed: int, num_empty: int, empty: Empty) -> list[str]:
     return notes
 
 
-def _checked(
-    name: str, ranker: Ranker, holdout: HoldoutLike, k: int, exclude_seen: bool, num_items: int
+def _ranked(
+    name: str, ranker: Ranker, holdout: Holdout, *, k: int, exclude_seen: bool, num_items: int
 ) -> NDArray[np.int64]:
     """The ranking as an array, after proof that it is one: a repeated item would count its hit twice."""
     ranked = torch.as_tensor(ranker.rank(holdout, k, exclude_seen)).cpu().numpy()
@@ -200,6 +201,7 @@ def _measure(
     name: str,
     ranked: NDArray[np.int64],
     targets: _Targets,
+    *,
     counted: NDArray[np.bool_],
     thirds: NDArray[np.int8],
     ks: tuple[int, ...],

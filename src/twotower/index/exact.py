@@ -14,9 +14,9 @@ class ExactIndex:
 
         s_j = <q, x_j> + b_j
 
-    in float32. Results are ordered by score, then by the fixed order of `tie_order`. The items are kept once, laid out in
-    that order: ties then need no work, and the catalog is met in random order, which keeps the top-k filter sharp
-    even when codes follow popularity.
+    in float32. Results are ordered by score, then by the fixed order of `tie_order`. The items are kept once, laid
+    out in that order: ties then need no work, and the catalog is met in random order, which keeps the top-k filter
+    sharp even when codes follow popularity.
 
     Equal means bit-equal float32. A matrix product may round the last bit differently for other shapes of its
     tiles, so exact ties between *different* computations are not promised; tie-breaking is.

@@ -179,6 +179,12 @@ def _has_nan(scores: Tensor) -> bool:
 
 
 def pack_keys(score: Tensor, column: Tensor) -> Tensor:
+    """One int64 for each score and column: larger is better, lower columns win among equal scores.
+
+    Args:
+        score: float32, no NaN.
+        column: int64 in 0 .. 2^32 - 2, of the same shape.
+    """
     # Adding 0.0 turns -0.0 into 0.0: two equal scores must have equal bits.
     bits = (score + 0.0).view(torch.int32).to(torch.int64)
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
@@ -186,11 +192,13 @@ def pack_keys(score: Tensor, column: Tensor) -> Tensor:
 
 
 def unpack_scores(key: Tensor) -> Tensor:
+    """The float32 scores of keys."""
     ordered = key >> 32
     return torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(torch.int32).view(torch.float32)
 
 
 def unpack_columns(key: Tensor) -> Tensor:
+    """The int64 columns of keys, 0 for an empty one."""
     # An empty key must not index out of range; the caller masks it.
     return torch.where(key == _EMPTY, 0, _LOW - (key & _LOW))
 

@@ -1,0 +1,62 @@
+"""Slow reference of ranking and its metrics: plain Python loops over float64, sharing nothing with `src`."""
+
+import math
+
+
+def splitmix(code):
+    z = ((code + 1) * 0x9E3779B97F4A7C15) % 2**64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+    return z ^ (z >> 31)
+
+
+def top_items(scores, k, excluded=()):
+    """The k best items of one row of scores: by score, then hash, then code; -1 where none is left."""
+    excluded = set(excluded)
+    left = [item for item in range(len(scores)) if item not in excluded and scores[item] != -math.inf]
+    left.sort(key=lambda item: (-scores[item], splitmix(item), item))
+    return (left + [-1] * k)[:k]
+
+
+def inner_products(queries, items, bias=None):
+    return [
+        [
+            math.fsum(q * x for q, x in zip(query, item, strict=True)) + (bias[j] if bias else 0.0)
+            for j, item in enumerate(items)
+        ]
+        for query in queries
+    ]
+
+
+def metrics(ranked, targets, k):
+    """(recall, ndcg, reciprocal rank, hit) of one query; targets is a non-empty set."""
+    found = [rank for rank, item in enumerate(ranked[:k], start=1) if item in targets]
+    gained = math.fsum(1 / math.log2(rank + 1) for rank in found)
+    ideal = math.fsum(1 / math.log2(rank + 1) for rank in range(1, min(k, len(targets)) + 1))
+    return len(found) / len(targets), gained / ideal, 1 / found[0] if found else 0.0, 1.0 if found else 0.0
+
+
+def thirds(counts):
+    """0 head, 1 mid, 2 tail by cumulated interactions before the item."""
+    total, before, result = sum(counts), 0, [2] * len(counts)
+    for item in sorted(range(len(counts)), key=lambda j: (-counts[j], j)):
+        result[item] = 0 if before < total / 3 else 1 if before < 2 * total / 3 else 2
+        before += counts[item]
+    return result
+
+
+def knn_scores(train_rows, num_items, history, neighbours, shrink):
+    """Item-kNN scores of one history, float64."""
+    rows = [set(row) for row in train_rows]
+    holds = [{q for q, row in enumerate(rows) if item in row} for item in range(num_items)]
+    scores = [0.0] * num_items
+    for i in set(history):
+        similar = []
+        for j in range(num_items):
+            both = len(holds[i] & holds[j])
+            if j != i and both:
+                similar.append((both / (math.sqrt(len(holds[i]) * len(holds[j])) + shrink), j))
+        similar.sort(key=lambda pair: (-pair[0], splitmix(pair[1])))
+        for similarity, j in similar[:neighbours]:
+            scores[j] += similarity
+    return scores
