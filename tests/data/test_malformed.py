@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -187,8 +188,6 @@ def test_unusable_frames_are_refused(frame: Any, parts: list[str]) -> None:
 
 
 def test_a_pandas_frame_of_mixed_types_is_refused() -> None:
-    import pandas as pd
-
     with pytest.raises(InputError, match="mixed types"):
         Interactions.from_frame(pd.DataFrame({"user": [1, "x"], "item": [1, 2]}))
     with pytest.raises(InputError, match="duplicate column"):

@@ -30,6 +30,7 @@ class Reading:
     columns: Columns = field(default_factory=Columns)
     positive_label: float | None = None
     catalog: str = "interactions"
+    part: bool = False
 
     def __post_init__(self) -> None:
         if self.catalog not in ("interactions", "table"):
@@ -180,7 +181,7 @@ def _vocabularies(
     }
     if collected.distinct["groups"]:
         vocabularies["groups"] = collected.vocabulary("groups", columns.group or "")
-    if len(vocabularies["items"]) < 2:
+    if len(vocabularies["items"]) < 2 and not reading.part:
         raise InputError(
             f"{where}: column {columns.item!r}: only one item, {vocabularies['items'].ids[0]!r}; "
             "retrieval needs at least two."

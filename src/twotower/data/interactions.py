@@ -153,6 +153,7 @@ class Interactions:
         *,
         cache: PathLike | None = None,
         catalog: str = "interactions",
+        part: bool = False,
     ) -> Interactions:
         """Read a file, a folder or several files once; later readings open the prepared form.
 
@@ -167,6 +168,7 @@ class Interactions:
             cache: folder of the prepared form, kept there for the next reading; default below TWOTOWER_CACHE or
                 ``~/.cache/twotower``.
             catalog: "interactions", or "table" to add the items that stand only in the item table.
+            part: the file is a part of the data, such as a ready-made test; then a single item is enough.
 
         Returns:
             Memory-mapped interactions.
@@ -174,7 +176,7 @@ class Interactions:
         Raises:
             InputError: with file, column and row.
         """
-        reading = Reading(Columns.of(columns), positive_label, catalog)
+        reading = Reading(Columns.of(columns), positive_label, catalog, part)
         if isinstance(path, str | Path) and (Path(path) / META).is_file():
             return cls.open(path)
         files = find_files(Path(path)) if isinstance(path, str | Path) else _several(path)

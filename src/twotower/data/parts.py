@@ -58,7 +58,7 @@ def from_parts(
     for name, part in (("train", train), ("validation", validation), ("test", test)):
         if part is None:
             continue
-        parts[name] = part if isinstance(part, Interactions) else Interactions.read(part, columns=columns)
+        parts[name] = part if isinstance(part, Interactions) else Interactions.read(part, columns=columns, part=True)
         account.add(f"{name} given", len(parts[name]), f"{parts[name].num_queries:,} queries")
         if parts[name].negatives is not None:
             account.add(f"{name}: negatives", len(parts[name].negatives or ()), "not used in a given split")
