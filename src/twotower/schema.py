@@ -283,7 +283,7 @@ class Vocabulary:
         target = Path(path)
         partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
         try:
-            pl.DataFrame({"id": self._ids}).write_parquet(partial)
+            pl.DataFrame({"id": self._ids}).write_parquet(partial, compression="lz4")
             os.replace(partial, target)  # noqa: PTH105
         finally:
             partial.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Reading in every format, against plain Python loops; the saved form and its cache."""
 
+import errno
 import gzip
 import json
 import random
@@ -298,3 +299,22 @@ def test_another_layout_is_refused(tmp_path: Path) -> None:
     (tmp_path / "saved" / META).write_text(json.dumps({**meta, "layout": 99}))
     with pytest.raises(InputError, match="layout 99"):
         Interactions.open(tmp_path / "saved")
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_as(frame_of(some_rows()), "csv", tmp_path)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(preparing.ColumnFile, "append", full)
+    with pytest.raises(InputError, match="disk is full"):
+        Interactions.read(path, cache=tmp_path / "cache" / "here")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_several_files_are_read_in_their_order(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("1 5 6\r\n")
+    (tmp_path / "a.txt").write_text("1 7\r\n2 5\r\n")
+    data = Interactions.read([tmp_path / "b.txt", tmp_path / "a.txt"])
+    assert as_sequences(data) == {1: [(5, 0), (6, 0), (7, 0)], 2: [(5, 0)]}

@@ -12,8 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pooch
-
 from twotower.errors import InputError
 
 SITE_TIMEOUT = 10.0
@@ -69,6 +67,8 @@ def fetch(places: Sequence[Site | Wheel], use: Callable[[zipfile.ZipFile], None]
 
 def _from_site(site: Site, directory: Path) -> Path:
     say(f"downloading {site.url}")
+    import pooch  # noqa: PLC0415 - brings an HTTP client, which only a download needs
+
     pooch.get_logger().setLevel(logging.WARNING)
     try:
         path = pooch.retrieve(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -123,6 +124,12 @@ def appearing(target: Path, marker: str = META) -> Iterator[Path]:
         except OSError:
             if not (target / marker).is_file():  # else another process was faster with the same data
                 raise
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise InputError(
+                f"{target}: the disk is full; give another folder (cache=..., or TWOTOWER_CACHE)."
+            ) from None
+        raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
