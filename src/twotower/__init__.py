@@ -1,3 +1,61 @@
-"""Retrieval training whose negatives are corrected by construction."""
+"""Retrieval training whose negatives are corrected by construction.
+
+Two doors: the pieces (`negatives`, `losses`, `towers`), usable in anybody's own PyTorch loop, and the whole
+(`Interactions`, `splits`, `fit`, `evaluate`, `Retriever`).
+"""
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from twotower import data, evaluation, index, losses, negatives, serving, towers, training
+    from twotower.config import Config
+    from twotower.data import Interactions, datasets, splits
+    from twotower.errors import InputError
+    from twotower.run import Model, evaluate, fit
+    from twotower.serving import Retriever
+
+_ROOMS = ("data", "evaluation", "index", "losses", "negatives", "serving", "towers", "training")
+_NAMES = {
+    "Config": "twotower.config",
+    "InputError": "twotower.errors",
+    "Interactions": "twotower.data",
+    "Model": "twotower.run",
+    "Retriever": "twotower.serving",
+    "datasets": "twotower.data",
+    "evaluate": "twotower.run",
+    "fit": "twotower.run",
+    "splits": "twotower.data",
+}
+
+__all__ = [
+    "Config",
+    "InputError",
+    "Interactions",
+    "Model",
+    "Retriever",
+    "data",
+    "datasets",
+    "evaluate",
+    "evaluation",
+    "fit",
+    "index",
+    "losses",
+    "negatives",
+    "serving",
+    "splits",
+    "towers",
+    "training",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first used, so that the pieces do not load the trainer and `--help` does not load torch.
+    from importlib import import_module  # noqa: PLC0415
+
+    if name in _ROOMS:
+        return import_module(f"twotower.{name}")
+    if name in _NAMES:
+        return getattr(import_module(_NAMES[name]), name)
+    raise AttributeError(f"module 'twotower' has no attribute {name!r}")

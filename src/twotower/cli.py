@@ -211,3 +211,7 @@ def main() -> None:
             style="red", highlight=False, markup=False, soft_wrap=True,
         )
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

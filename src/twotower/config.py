@@ -101,7 +101,7 @@ class TrainingConfig(Section):
     warmup_steps: int = Field(100, ge=0)
     patience: int = Field(5, ge=1, description="Stop after so many validations without an improvement.")
     validate_every: int = Field(1, ge=1, description="Epochs between validations.")
-    metric: str = Field("ndcg@10", pattern=r"^(recall|ndcg|mrr|hit_rate)@\d+$", description="What early stopping sees.")
+    metric: str = Field("NDCG@10", pattern=r"^(Recall|NDCG|MRR|HR)@[1-9]\d*$", description="What early stopping sees.")
     seed: int = Field(0, ge=0)
     accelerator: str = Field("auto", description="auto, cpu, gpu, ... as in Lightning.")
     precision: Literal["32-true", "bf16-mixed"] = "32-true"

@@ -16,7 +16,8 @@ import torch
 from twotower.config import Config, DataConfig
 from twotower.data import Holdout, Interactions, Split, TrainingBatches, by_time, datasets, held_out_queries, leave_last_out
 from twotower.errors import InputError
-from twotower.evaluation import Evaluation, Ranker, evaluate_ranker
+from twotower import evaluation
+from twotower.evaluation import Evaluation, Ranker
 from twotower.evaluation.towers import TowerRanker
 from twotower.losses import ExpectedCount, Objective
 from twotower.negatives import CountedFrequency, Frequency, InBatch, Pool, Sampled, Source, Uniform
@@ -188,7 +189,7 @@ def evaluate(
             raise InputError("evaluate: give train=..., the training interactions, for baselines and popularity slices")
         train = model.split.train
     ranker = model.retriever if isinstance(model, Model) else model
-    return evaluate_ranker(ranker, holdout, train=train, ks=ks, exclude_seen=exclude_seen, baselines=baselines)
+    return evaluation.evaluate(ranker, holdout, train=train, ks=ks, exclude_seen=exclude_seen, baselines=baselines)
 
 
 def history_length(config: Config) -> int:
@@ -201,10 +202,10 @@ def _validation(holdout: Holdout, config: Config, train: Interactions) -> Callab
 
     def validate(towers: TwoTower) -> dict[str, float]:
         ranker = TowerRanker(towers, history_length(config))
-        measured = evaluate_ranker(
+        measured = evaluation.evaluate(
             ranker, holdout, train=train, ks=(k,), exclude_seen=config.evaluation.exclude_seen, baselines=False
         )
-        return measured.overall("model")
+        return measured["model"].values
 
     return validate
 
@@ -294,7 +295,7 @@ def evaluate_run(directory: str | Path, source: str | Path | None = None) -> Eva
         )
     split = split_data(data, artifact.config.data)
     settings = artifact.config.evaluation
-    return evaluate_ranker(
+    return evaluation.evaluate(
         Retriever(artifact),
         split.test,
         train=split.train,

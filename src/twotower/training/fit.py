@@ -21,7 +21,20 @@ from twotower.errors import InputError, Interrupted
 from twotower.losses import Objective
 from twotower.towers import TwoTower
 from twotower.training.checkpoints import SafeCheckpointIO
+from twotower.training.interruption import StopBetweenSteps
 from twotower.training.model import TrainingModule
+
+
+#: Warnings of Lightning that tell a user of this library nothing to act on.
+LIGHTNING_NOISE = (
+    ".*isinstance\\(treespec, LeafSpec\\).* is deprecated.*",
+    ".*does not have many workers.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+    ".*Experiment logs directory .* exists and is not empty.*",
+    ".*number of training batches .* is smaller than the logging interval.*",
+    ".*Trying to infer the `batch_size`.*",
+    ".*GPU available but not used.*",
+)
 
 
 class SizedBatches(Protocol):
@@ -102,7 +115,8 @@ def fit_towers(
         save_last=True,
         enable_version_counter=False,
     )
-    callbacks: list[Callback] = [keep_best, history, _EpochOrder(batches), _SaveWhenInterrupted(last)]
+    stop = StopBetweenSteps(last)
+    callbacks: list[Callback] = [keep_best, history, _EpochOrder(batches), stop]
     if validate:
         callbacks.append(EarlyStopping(settings.metric, patience=settings.patience, mode="max"))
     if progress:
@@ -128,14 +142,12 @@ def fit_towers(
     # One placeholder: a validation ranks the whole catalog itself.
     placeholder = DataLoader([0], batch_size=1) if validate else None  # type: ignore[arg-type,var-annotated]
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*does not have many workers.*")
-            warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
-            warnings.filterwarnings("ignore", ".*number of training batches .* is smaller than the logging interval.*")
-            warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists and is not empty.*")
+        with warnings.catch_warnings(), stop:
+            for message in LIGHTNING_NOISE:
+                warnings.filterwarnings("ignore", message)
             trainer.fit(module, batches, placeholder, ckpt_path=str(last) if resume else None)
-    except SystemExit as stop:  # Lightning's answer to Ctrl-C
-        raise Interrupted(f"interrupted; the state is in {last}") from stop
+    except SystemExit as exit_:  # Lightning's answer to KeyboardInterrupt
+        raise Interrupted(f"interrupted; the state is in {last}") from exit_
     best = _load_best(towers, keep_best, io, has_metric=validate is not None)
     return FitResult(towers, best, trainer.current_epoch, time.perf_counter() - started, history.rows)
 
@@ -173,22 +185,10 @@ class _History(Callback):
         self.rows.append({"epoch": trainer.current_epoch, "step": trainer.global_step, **metrics})
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows}
+        return {"rows": list(self.rows)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows = list(state_dict["rows"])
-
-
-class _SaveWhenInterrupted(Callback):
-    """Leaves a checkpoint of the moment when the user stops the training or a step fails."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        del pl_module
-        if isinstance(exception, KeyboardInterrupt):
-            trainer.save_checkpoint(self.path)
 
 
 def _quiet_lightning() -> None:
