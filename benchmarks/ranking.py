@@ -23,7 +23,7 @@ import torch
 from twotower.index import ExactIndex
 
 SEED = 0
-ROWS, COLUMNS = 1024, 4096
+ROWS, COLUMNS = 1024, 8192
 
 
 def product_alone(queries: torch.Tensor, items: torch.Tensor, rows: int, columns: int) -> None:

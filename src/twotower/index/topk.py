@@ -26,10 +26,10 @@ Exclusion = tuple[Tensor | np.ndarray, Tensor | np.ndarray]
 _CHUNK = 64
 _LOW = (1 << 32) - 1
 _EMPTY = torch.iinfo(torch.int64).min
-# One tile of 16 MiB and its row of candidates stay in the last-level cache, where the filter is nearly free.
-_TILE_ELEMENTS = 1 << 22
-_MAX_TILE_COLUMNS = 4096
-_MAX_ROWS = 2048
+# A tile of at most 32 MiB stays in the last-level cache, where the filter is nearly free.
+_TILE_ELEMENTS = 1 << 23
+_MAX_TILE_COLUMNS = 8192
+_MAX_ROWS = 1024
 
 
 def top_k(
@@ -80,7 +80,7 @@ def top_k(
     items = torch.full((num_rows, k), -1, dtype=torch.int64, device=device)
     for start in range(0, num_rows, rows):
         stop = min(start + rows, num_rows)
-        best = _Best(stop - start, kept, columns, device)
+        best = _Best(stop - start, kept, device)
         entries = None if excluded is None else excluded.block(start, stop, columns)
         for tile_index, left in enumerate(range(0, num_items, columns)):
             tile = score_tile(slice(start, stop), slice(left, min(left + columns, num_items)))
@@ -99,10 +99,9 @@ def top_k(
 class _Best:
     """The best K keys of each row of one block, and the keys that wait to be merged with them."""
 
-    def __init__(self, rows: int, k: int, columns: int, device: torch.device) -> None:
+    def __init__(self, rows: int, k: int, device: torch.device) -> None:
         self.k = k
-        self.capacity = k + columns
-        self.keys = torch.full((rows, self.capacity), _EMPTY, dtype=torch.int64, device=device)
+        self.keys = torch.full((rows, k + max(k, _CHUNK)), _EMPTY, dtype=torch.int64, device=device)
         self.waiting = torch.zeros(rows, dtype=torch.int64, device=device)
         self.most = 0  # the fullest row of `waiting`
         self.threshold = torch.full((rows, 1), -torch.inf, dtype=torch.float32, device=device)
@@ -115,8 +114,9 @@ class _Best:
             return
         count = torch.bincount(row, minlength=len(tile))
         most = int(count.max())
-        if self.k + self.most + most > self.capacity:
+        if self.k + self.most + most > self.keys.shape[1]:
             self._merge()
+            self._grow(self.k + most)
         # `row` ascends, so an entry's place in its row is its position less the start of its row.
         first = torch.cumsum(count, 0) - count
         place = torch.arange(len(row), device=row.device) - first[row] + self.waiting[row]
@@ -141,9 +141,11 @@ class _Best:
         if _has_nan(maxima) or _has_nan(rest):
             raise ValueError("a score is NaN: the model has diverged (look for NaN in its parameters or inputs)")
         threshold = self.threshold
-        if not self.full and chunks >= self.k:
-            # Each of the K largest maxima is a score: the smallest of them bounds the K-th best from below.
-            bound = maxima.topk(self.k, dim=1).values[:, -1:]
+        if not self.full and width >= self.k:
+            # The K-th best of this tile bounds the K-th best of all from below; so does, at a fraction of the cost,
+            # the K-th largest of the maxima, for each of them is a score. Without a bound the whole tile would pass.
+            source = maxima if chunks >= self.k else tile
+            bound = source.topk(self.k, dim=1).values[:, -1:]
             threshold = torch.maximum(threshold, torch.nextafter(bound, bound.new_tensor(-torch.inf)))
         row, chunk = (maxima > threshold).nonzero(as_tuple=True)
         inside = body.index_select(0, row * chunks + chunk) > threshold[row]
@@ -156,6 +158,13 @@ class _Best:
             row, by_row = row.sort(stable=True)
             column = column[by_row]
         return row, column
+
+    def _grow(self, width: int) -> None:
+        # Only ties by the hundred or an unfortunate first tile need it: room for a whole tile would be mostly idle.
+        if width > self.keys.shape[1]:
+            keys = self.keys.new_full((len(self.keys), width), _EMPTY)
+            keys[:, : self.k] = self.keys[:, : self.k]
+            self.keys = keys
 
     def _merge(self) -> None:
         used = self.keys[:, : self.k + self.most]
