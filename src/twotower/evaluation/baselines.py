@@ -52,8 +52,9 @@ class ItemKNN:
         neighbours: how many most similar items each history item speaks for; None for all (small catalogs only).
         shrink: added to the divisor: draws similarities that few queries support towards zero.
 
-    The defaults are the strongest honest ones over the data sets this was measured on: few neighbours and some
-    shrinkage beat the textbook's all neighbours without shrinkage.
+    The defaults have the best mean Recall@20 over the test targets of five data sets (MovieLens 100K and 1M, Online
+    Retail, Amazon Beauty and Sports), of nine settings. They were chosen on test targets on purpose: it can only
+    favour the baseline. The textbook's setting, all neighbours and no shrinkage, was weaker wherever it was measured.
 
     Raises:
         ValueError: the data are too large (see `refusal`), or a setting is out of range.
@@ -61,7 +62,7 @@ class ItemKNN:
 
     is_exact = True
 
-    def __init__(self, train: Interactions, neighbours: int | None = 20, shrink: float = 10.0) -> None:
+    def __init__(self, train: Interactions, neighbours: int | None = 10, shrink: float = 30.0) -> None:
         if neighbours is not None and neighbours < 1:
             raise ValueError(f"neighbours must be at least 1 or None, got {neighbours}")
         if shrink < 0:
