@@ -18,6 +18,7 @@ ROOMS = [
     "evaluation",
     "training",
     "serving",
+    "build",
     "analysis",
     "doctor",
     "run",
@@ -25,7 +26,10 @@ ROOMS = [
 ]
 
 #: A served model needs no trainer installed.
-FORBIDDEN = {"serving": {"training", "analysis", "run"}, "evaluation": {"training", "serving", "analysis", "run"}}
+FORBIDDEN = {
+    "serving": {"training", "analysis", "build", "run"},
+    "evaluation": {"training", "serving", "analysis", "build", "run"},
+}
 
 
 def modules() -> dict[str, Path]:

@@ -76,9 +76,7 @@ def train(
 def evaluate(
     directory: Run,
     data: Annotated[str | None, typer.Option("--data", help="Where the data is now, if it has moved.")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON instead of a table.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Measure a model on its test queries again, beside baselines."""
     from twotower import run  # noqa: PLC0415
@@ -93,7 +91,9 @@ def evaluate(
 @app.command()
 def recommend(
     directory: Run,
-    query: Annotated[list[str] | None, typer.Option("--query", help="Id of a query in the data; may be repeated.")] = None,
+    query: Annotated[
+        list[str] | None, typer.Option("--query", help="Id of a query in the data; may be repeated.")
+    ] = None,
     history: Annotated[str | None, typer.Option("--history", help='Item ids, oldest first: "i1,i2,...".')] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="How many items.")] = 10,
     keep_seen: Annotated[bool, typer.Option("--keep-seen", help="Also recommend items of the history.")] = False,
@@ -208,7 +208,10 @@ def main() -> None:
         text = " ".join(str(error).split()) or type(error).__name__
         messages.print(
             f"twotower: {type(error).__name__}: {text} (a fault of the program; --debug shows where)",
-            style="red", highlight=False, markup=False, soft_wrap=True,
+            style="red",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
         )
         sys.exit(1)
 

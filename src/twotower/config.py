@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, ValidationError
 
 from twotower.errors import InputError
 
@@ -56,16 +56,17 @@ class HistoryConfig(Section):
 
     length: int = Field(50, ge=1, le=10_000, description="L: how many of the most recent items are looked at.")
     heads: int = Field(4, ge=1, le=64, description="How many pooled averages, each with its own recency weights.")
-    dropout: float = Field(0.1, ge=0, lt=1, description="Share of history items hidden while training.")
+    dropout: float = Field(0.3, ge=0, lt=1, description="Share of history items hidden while training.")
+    share_table: bool = Field(True, description="Look the history's items up in the item tower's own table.")
 
 
 class QueryTowerConfig(Section):
     """From a query to its embedding: an id embedding and/or the pooled history, then an MLP."""
 
-    id_embedding: bool = Field(True, description="A learned vector for each query seen in training.")
+    id_embedding: bool = Field(False, description="A learned vector for each query seen in training.")
     history: HistoryConfig | None = HistoryConfig()
     hidden: list[Annotated[int, Field(ge=1)]] = Field([128], description="Widths of the hidden layers of the MLP.")
-    dropout: float = Field(0.1, ge=0, lt=1)
+    dropout: float = Field(0.3, ge=0, lt=1)
 
 
 class ItemTowerConfig(Section):
@@ -77,14 +78,23 @@ class ItemTowerConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """What is minimised, and where its candidates come from."""
+    """What is minimised, and where its candidates come from. docs/objectives.md tells about each name."""
 
     name: str = Field("expected-count", description="The name of the objective.")
-    sources: list[dict[str, dict[str, Any]]] | None = Field(
+    sources: list[dict[str, dict[str, Any] | None]] | None = Field(
         None, description="Sources of candidates, each one name with its settings; None: the objective's own."
     )
-    unique: bool = Field(True, description="Remove duplicates over all sources.")
-    temperature: float | Literal["learned"] = Field(
+    unique: bool | None = Field(None, description="Remove duplicates over all sources; None: as the objective says.")
+    strength: float = Field(1.0, ge=0, le=1, description="Scales log kappa: 0 no correction, 1 all of it.")
+    mask_known_positives: bool | None = Field(
+        None, description="Never push a row away from any of its query's training items; None: as the objective says."
+    )
+    frequency: Literal["counted", "streaming", "grouped", "grouped-streaming"] = Field(
+        "counted", description="Where p_j comes from. grouped: within data.columns.group; batches are built within it."
+    )
+    negatives: int = Field(64, ge=1, description="K of the binary objectives: negatives for each row.")
+    calibration: float = Field(0.75, ge=0, le=1, description="t of gbce.")
+    temperature: PositiveFloat | Literal["learned"] = Field(
         "learned", description="Divides the score before the correction. learned: starts at initial_temperature."
     )
     initial_temperature: float = Field(0.1, gt=0)

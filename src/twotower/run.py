@@ -8,26 +8,32 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from twotower.config import Config, DataConfig
-from twotower.data import Holdout, Interactions, Split, TrainingBatches, by_time, datasets, held_out_queries, leave_last_out
-from twotower.errors import InputError
 from twotower import evaluation
+from twotower.build import build_objective, masks_known_positives
+from twotower.config import Config, DataConfig
+from twotower.data import (
+    GroupedBatches,
+    Holdout,
+    Interactions,
+    KnownPositives,
+    Split,
+    TrainingBatches,
+    by_time,
+    datasets,
+    held_out_queries,
+    leave_last_out,
+)
+from twotower.errors import InputError
 from twotower.evaluation import Evaluation, Ranker
 from twotower.evaluation.towers import TowerRanker
-from twotower.losses import ExpectedCount, Objective
-from twotower.negatives import CountedFrequency, Frequency, InBatch, Pool, Sampled, Source, Uniform
 from twotower.serving import Artifact, Retriever
 from twotower.serving.artifact import FOLDER
 from twotower.towers import TwoTower, build_towers
 from twotower.training import FitResult, fit_towers
-
-#: The sources of an objective that names none: in-batch candidates cost nothing, uniform ones reach the whole catalog.
-DEFAULT_SOURCES: list[dict[str, dict[str, Any]]] = [{"in_batch": {}}, {"uniform": {"size": 1024}}]
 
 
 @dataclass(frozen=True)
@@ -78,42 +84,6 @@ def split_data(data: Interactions, settings: DataConfig) -> Split:
     return by_time(data, validation=settings.validation, test=settings.test)
 
 
-def build_source(name: str, settings: dict[str, Any], frequency: Frequency, num_items: int) -> Source:
-    """One source of candidates from its name and settings.
-
-    Raises:
-        InputError: the name or a setting is unknown.
-    """
-    builders: dict[str, Callable[..., Source]] = {
-        "in_batch": lambda unique=False: InBatch(frequency, unique=unique),
-        "uniform": lambda size, unique=False: Sampled(Uniform(num_items), size, unique=unique),
-    }
-    if name not in builders:
-        raise InputError(f"objective.sources: unknown source {name!r}; expected one of {', '.join(builders)}")
-    try:
-        return builders[name](**settings)
-    except TypeError as error:
-        raise InputError(f"objective.sources: {name}: {str(error).split(') ')[-1]}") from error
-
-
-def build_objective(config: Config, train: Interactions) -> Objective:
-    """The objective of a configuration, its frequency counted from the training interactions.
-
-    Raises:
-        InputError: the objective or one of its sources is unknown.
-    """
-    settings = config.objective
-    if settings.name != "expected-count":
-        raise InputError(f"objective.name: unknown objective {settings.name!r}; expected expected-count")
-    frequency = CountedFrequency(train)
-    sources = [
-        build_source(name, options or {}, frequency, train.num_items)
-        for source in (settings.sources or DEFAULT_SOURCES)
-        for name, options in source.items()
-    ]
-    return ExpectedCount(Pool(*sources, unique=settings.unique))
-
-
 def fit(
     split: Split,
     config: Config | str | Path | None = None,
@@ -149,12 +119,14 @@ def fit(
         towers = build_towers(settings, num_queries=train.num_queries, num_items=train.num_items)
         length = history_length(settings)
         batches = TrainingBatches(train, training.batch_size, history_length=length, seed=training.seed)
+        known = KnownPositives(train) if masks_known_positives(settings.objective) else None
         result = fit_towers(
             towers,
             build_objective(settings, train),
-            batches,
+            GroupedBatches(batches) if settings.objective.frequency.startswith("grouped") else batches,
             training,
             Path(directory),
+            known_positives=known,
             validate=_validation(split.validation, settings, train) if len(split.validation) else None,
             resume=resume,
             progress=progress,
@@ -259,6 +231,7 @@ def train_run(
     say(data.account)
     split = split_data(data, config.data)
     say(split.account)
+    build_objective(config, split.train)  # a wrong setting is told before anything is written
     directory.mkdir(parents=True, exist_ok=True)
     write_text(directory / "config.yaml", config.to_yaml())
     model = fit(split, config, directory=directory, resume=resume, progress=progress)

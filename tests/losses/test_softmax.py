@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from reference import finite_difference, sampled_softmax as slow_sampled_softmax
 
+from reference import finite_difference
+from reference import sampled_softmax as slow_sampled_softmax
 from twotower.errors import InputError
 from twotower.losses import full_softmax, sampled_softmax
 from twotower.negatives import CountedFrequency, InBatch, Pool, Sampled, Uniform
@@ -179,7 +180,11 @@ def test_a_batch_of_the_default_pool_equals_the_reference():
 def test_shapes_that_do_not_fit_are_refused(change, message):
     query, positive, items, log_kappa, hits = case()
     given = {
-        "query": query, "positive": positive, "candidates": items, "log_expected_count": log_kappa, "hits": hits,
+        "query": query,
+        "positive": positive,
+        "candidates": items,
+        "log_expected_count": log_kappa,
+        "hits": hits,
     } | change
     with pytest.raises(InputError, match=f"^{message}: expected"):
         sampled_softmax(**given)

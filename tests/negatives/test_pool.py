@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from reference import pooled_kappa
 from scipy import stats
 
+from reference import pooled_kappa
 from twotower.errors import InputError
 from twotower.negatives import CountedFrequency, InBatch, Pool, Sampled, Uniform
 from twotower.negatives.sources import Request, log_absence_after, log_complement
@@ -91,8 +91,7 @@ def test_a_wrong_count_is_caught(wrong):
 def test_claimed_counts_equal_the_table_of_the_theory(unique):
     pool = pools()["mixed unique" if unique else "mixed kept"]
     expected = [
-        pooled_kappa(j, counts=COUNTS.tolist(), rows=B, uniform_size=SIZE, num_items=N, unique=unique)
-        for j in range(N)
+        pooled_kappa(j, counts=COUNTS.tolist(), rows=B, uniform_size=SIZE, num_items=N, unique=unique) for j in range(N)
     ]
     assert claimed(pool).tolist() == pytest.approx(expected, rel=1e-12)
 

@@ -45,8 +45,16 @@ def test_a_planted_answer_is_found(planted_split):
 
 @pytest.mark.parametrize(
     "change",
-    ["query_tower.history=null", "query_tower.id_embedding=false", "item_tower.hidden=[16]",
-     "objective.similarity=dot", "objective.temperature=0.2", "objective.unique=false"],
+    [
+        "query_tower={history: null, id_embedding: true}",
+        "query_tower.id_embedding=true",
+        "query_tower.history.share_table=false",
+        "query_tower.hidden=[]",
+        "item_tower.hidden=[16]",
+        "objective.similarity=dot",
+        "objective.temperature=0.2",
+        "objective.unique=false",
+    ],
 )
 def test_every_kind_of_tower_learns(planted_split, change):
     model = tt.fit(planted_split, config("training.max_epochs=12", change), progress=False)

@@ -1,0 +1,1 @@
+"""What a model's training really did: audits and comparisons."""

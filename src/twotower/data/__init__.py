@@ -2,18 +2,21 @@
 
 from twotower.data import datasets, splits
 from twotower.data.account import Account
-from twotower.data.batches import Batch, TrainingBatches
+from twotower.data.batches import Batch, GroupedBatches, TrainingBatches
 from twotower.data.histories import gather_histories, ragged_histories
 from twotower.data.holdouts import Holdout
 from twotower.data.interactions import Interactions
+from twotower.data.known import KnownPositives
 from twotower.data.parts import from_parts
 from twotower.data.splits import Split, by_time, held_out_queries, leave_last_out
 
 __all__ = [
     "Account",
     "Batch",
+    "GroupedBatches",
     "Holdout",
     "Interactions",
+    "KnownPositives",
     "Split",
     "TrainingBatches",
     "by_time",

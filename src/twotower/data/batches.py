@@ -27,6 +27,7 @@ class Batch:
         history: int64 [B, L], the query's items before this row, newest last, -1 on the left where there are fewer.
         weights: float32 [B] or None.
         groups: int64 [B] or None.
+        group: the one group that all rows come from, where batches are built within groups; None otherwise.
     """
 
     rows: Tensor
@@ -35,6 +36,7 @@ class Batch:
     history: Tensor
     weights: Tensor | None = None
     groups: Tensor | None = None
+    group: int | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -44,7 +46,7 @@ class Batch:
         moved = {
             f.name: value.to(device, non_blocking=non_blocking)
             for f in fields(self)
-            if (value := getattr(self, f.name)) is not None
+            if isinstance(value := getattr(self, f.name), Tensor)
         }
         return replace(self, **moved)
 
@@ -142,3 +144,64 @@ class TrainingBatches:
             weights=None if data.weights is None else torch.from_numpy(np.array(data.weights[rows])),
             groups=None if data.groups is None else torch.from_numpy(data.groups[rows].astype(np.int64)),
         )
+
+
+class GroupedBatches:
+    """Batches whose rows all come from one group (market, kind of session), in an order that seed and epoch decide.
+
+    Every group gives as many full batches as it has rows for; the batches of all groups are shuffled together. Such a
+    batch is no random draw from all rows: its objective needs the frequency within the group.
+
+    Args:
+        batches: gives seed, batch size and history length; its interactions have groups.
+
+    Raises:
+        InputError: no group column, or no group has enough rows for one batch.
+    """
+
+    def __init__(self, batches: TrainingBatches) -> None:
+        groups = batches.interactions.groups
+        if groups is None:
+            raise InputError("training batches: batches within groups need a group column; name it in data.columns.")
+        self.batches = batches
+        codes = np.asarray(groups, dtype=np.int64)
+        self._rows = np.argsort(codes, kind="stable")
+        self._sizes = np.bincount(codes)
+        self._starts = np.cumsum(self._sizes) - self._sizes
+        self._group_of_batch = np.repeat(np.arange(len(self._sizes)), self._sizes // batches.batch_size)
+        if not len(self._group_of_batch):
+            raise InputError(
+                f"training batches: no group has {batches.batch_size} rows; choose a smaller training.batch_size."
+            )
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch."""
+        return len(self._group_of_batch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """As `TrainingBatches.set_epoch`."""
+        self.batches.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, int]:
+        """As `TrainingBatches.state_dict`."""
+        return self.batches.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """As `TrainingBatches.load_state_dict`."""
+        self.batches.load_state_dict(state)
+
+    def __iter__(self) -> Iterator[Batch]:
+        inner = self.batches
+        size = inner.batch_size
+        order = Shuffle(len(self), inner.seed, inner.epoch)
+        # One order for each group: groups differ in size, so they cannot share one.
+        within = [Shuffle(max(int(n), 1), inner.seed + 1 + g, inner.epoch) for g, n in enumerate(self._sizes)]
+        first = np.searchsorted(self._group_of_batch, np.arange(len(self._sizes)))
+        while inner.position < len(self):
+            number = int(order(np.array([inner.position]))[0])
+            group = int(self._group_of_batch[number])
+            start = (number - int(first[group])) * size
+            rows = self._rows[self._starts[group] + within[group](np.arange(start, start + size))]
+            inner.position += 1
+            yield replace(inner.batch(rows), group=group)
+        inner.epoch, inner.position = inner.epoch + 1, 0

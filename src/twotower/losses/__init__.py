@@ -1,6 +1,33 @@
 """Losses as pure functions, and the objectives that pair them with candidates."""
 
-from twotower.losses.objectives import ExpectedCount, Objective
-from twotower.losses.softmax import full_softmax, sampled_softmax
+from twotower.losses.logistic import bpr, gbce, gbce_beta, logistic
+from twotower.losses.objectives import (
+    BPR,
+    Embedded,
+    GeneralisedBCE,
+    Logistic,
+    Objective,
+    PositiveCorrectedSoftmax,
+    RefinedLogQ,
+    SampledSoftmax,
+)
+from twotower.losses.softmax import candidate_logits, full_softmax, refined_logq, sampled_softmax
 
-__all__ = ["ExpectedCount", "Objective", "full_softmax", "sampled_softmax"]
+__all__ = [
+    "BPR",
+    "Embedded",
+    "GeneralisedBCE",
+    "Logistic",
+    "Objective",
+    "PositiveCorrectedSoftmax",
+    "RefinedLogQ",
+    "SampledSoftmax",
+    "bpr",
+    "candidate_logits",
+    "full_softmax",
+    "gbce",
+    "gbce_beta",
+    "logistic",
+    "refined_logq",
+    "sampled_softmax",
+]

@@ -3,40 +3,86 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from twotower.losses.softmax import sampled_softmax
-from twotower.negatives import Candidates, Pool
+from twotower.errors import InputError
+from twotower.losses.logistic import bpr, gbce, gbce_beta, logistic
+from twotower.losses.softmax import candidate_logits, refined_logq, sampled_softmax
+from twotower.negatives import Candidates, InBatch, Pool
+from twotower.negatives.frequency import Group
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The embeddings of one batch.
+
+    Attributes:
+        query: [B, D].
+        positive: [B, D].
+        candidates: of `drawn.items`, [M, D].
+        row_candidates: of `drawn.row_items`, [B, R, D], or None.
+    """
+
+    query: Tensor
+    positive: Tensor
+    candidates: Tensor
+    row_candidates: Tensor | None = None
 
 
 class Objective(nn.Module, ABC):
     """What is minimised. Holds a pool and hyperparameters; never a model.
 
-    Attributes:
+    Args:
         pool: where the candidates come from.
+        strength: scales log kappa, from 0 (no correction) to 1 (all of it): a dial between head and tail.
+
+    Raises:
+        InputError: strength is not in [0, 1].
     """
 
-    pool: Pool
+    #: Copies of an item may be merged with their summed weight: true of sums of exponentials, not of binary forms.
+    merges_copies: bool = True
+
+    def __init__(self, pool: Pool, *, strength: float = 1.0) -> None:
+        super().__init__()
+        if not 0.0 <= strength <= 1.0:
+            raise InputError(f"objective.strength: expected a number in [0, 1], found {strength}")
+        self.pool = pool
+        self.strength = strength
 
     def draw(
-        self, positives: Tensor, *, group: Tensor | None = None, generator: torch.Generator | None = None
+        self,
+        positives: Tensor,
+        *,
+        known_positives: Tensor | tuple[Tensor, Tensor] | None = None,
+        queries: Tensor | None = None,
+        group: Group | None = None,
+        generator: torch.Generator | None = None,
     ) -> Candidates:
-        """The candidates of one batch, each distinct item once; positives int64 [B]."""
-        return self.pool.draw(positives, group=group, generator=generator).collapse()
+        """The candidates of one batch, each distinct shared item once where the form allows; see `Pool.draw`."""
+        drawn = self.pool.draw(
+            positives, known_positives=known_positives, queries=queries, group=group, generator=generator
+        )
+        if self.strength < 1.0:
+            row_count = drawn.row_log_expected_count
+            drawn = replace(
+                drawn,
+                log_expected_count=_scale(drawn.log_expected_count, self.strength),
+                positive_log_count=_scale(drawn.positive_log_count, self.strength),
+                row_log_expected_count=None if row_count is None else _scale(row_count, self.strength),
+            )
+        return drawn.collapse() if self.merges_copies else drawn
 
     @abstractmethod
-    def forward(
-        self, query: Tensor, positive: Tensor, candidates: Tensor, drawn: Candidates, *, temperature: Tensor | float
-    ) -> Tensor:
+    def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
         """One loss for each row.
 
         Args:
-            query: query embeddings, [B, D].
-            positive: embeddings of the positives, [B, D].
-            candidates: embeddings of `drawn.items`, [M, D].
-            drawn: what `draw` returned for these positives.
+            embedded: the embeddings of the batch.
+            drawn: what `draw` returned for its positives.
             temperature: divides every score.
 
         Returns:
@@ -44,24 +90,171 @@ class Objective(nn.Module, ABC):
         """
 
 
-class ExpectedCount(Objective):
-    """The estimate of the full softmax that the library stands on: s_j - log kappa_j, positive uncorrected.
+class SampledSoftmax(Objective):
+    """s_j minus what the pool's correction says of j; the positive as it is. See `sampled_softmax`.
 
-    See `sampled_softmax` for the formula and THEORY.md section 2 for why. The default; use it unless a comparison on
-    your data says otherwise.
-
-    Args:
-        pool: any pool.
+    With the default correction of a pool, the expected count, this is the library's own estimate of the full softmax.
     """
 
-    def __init__(self, pool: Pool) -> None:
-        super().__init__()
-        self.pool = pool
-
-    def forward(
-        self, query: Tensor, positive: Tensor, candidates: Tensor, drawn: Candidates, *, temperature: Tensor | float
-    ) -> Tensor:
+    def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
         """[B]; see `Objective.forward`."""
-        return sampled_softmax(
-            query, positive, candidates, drawn.log_expected_count, hits=drawn.hits, temperature=temperature
+        return _softmax(embedded, drawn, temperature, None)
+
+
+class PositiveCorrectedSoftmax(Objective):
+    """The positive is corrected like a candidate: s_y - log p_y. The common industry form, and a biased one."""
+
+    def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
+        """[B]; see `Objective.forward`."""
+        # Dividing numerator and denominator by 1/p_y leaves the positive alone and adds log p_y to every candidate.
+        return _softmax(embedded, drawn, temperature, -drawn.positive_log_count)
+
+
+class RefinedLogQ(Objective):
+    """The refined logQ loss in its published form; `row_weight` tells its weight 1 - P_hat(y). See `refined_logq`."""
+
+    def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
+        """[B]; see `Objective.forward`."""
+        return self._refined(embedded, drawn, temperature)[0]
+
+    def row_weight(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
+        """1 - P_hat(y) of each row, [B]: the model's own chance of being wrong."""
+        return self._refined(embedded, drawn, temperature)[1]
+
+    def _refined(self, embedded: Embedded, drawn: Candidates, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
+        if drawn.row_items is not None:
+            raise InputError("objective.sources: refined-logq is defined on candidates shared by the batch")
+        return refined_logq(
+            embedded.query,
+            embedded.positive,
+            embedded.candidates,
+            drawn.log_expected_count,
+            hits=drawn.hits,
+            row_offset=refined_offset(drawn),
+            temperature=temperature,
         )
+
+
+class Binary(Objective):
+    """What the binary objectives share: logits with one learned bias, b, added to all of them.
+
+    A binary form asks for probabilities of single items, most of them tiny, and scores of unit vectors cannot all be
+    far below zero. The bias is the missing constant (log of the odds; for NCE the log partition). It is the same for
+    every item, so it changes no ranking and needs no place in an index.
+    """
+
+    merges_copies = False
+
+    def __init__(self, pool: Pool, *, strength: float = 1.0) -> None:
+        super().__init__(pool, strength=strength)
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def _biased(self, embedded: Embedded, drawn: Candidates, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
+        positive, negatives = _logits(embedded, drawn, temperature)
+        return positive + self.bias, negatives + self.bias
+
+
+class Logistic(Binary):
+    """Binary cross-entropy over the candidates, summed. See `logistic`.
+
+    Args:
+        pool: where the candidates come from.
+        corrected: subtract log kappa from every logit, the positive's too (NCE, sampled logistic).
+        keep_accidental: a drawn copy of the row's own positive is noise like any other (NCE), not masked.
+        strength: scales log kappa.
+
+    Raises:
+        InputError: accidental hits are to be kept in a pool with in-batch candidates, where a row's own positive
+            stands without having been drawn.
+    """
+
+    def __init__(
+        self, pool: Pool, *, corrected: bool = False, keep_accidental: bool = False, strength: float = 1.0
+    ) -> None:
+        super().__init__(pool, strength=strength)
+        self.corrected = corrected
+        self.keep_accidental = keep_accidental
+        if keep_accidental and any(isinstance(member, InBatch) for member in pool.members()):
+            raise InputError("objective.sources: nce needs noise that is drawn; use uniform or frequency, not in_batch")
+
+    def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
+        """[B]; see `Objective.forward`."""
+        if self.keep_accidental:
+            own = drawn.items == drawn.positives[:, None]
+            drawn = replace(drawn, hits=drawn.hits & ~(own & torch.isfinite(drawn.log_expected_count)))
+        positive, negatives = self._biased(embedded, drawn, temperature)
+        if self.corrected:
+            positive = positive - drawn.positive_log_count.to(positive.dtype)
+        return logistic(positive, negatives)
+
+
+class GeneralisedBCE(Binary):
+    """gBCE of gSASRec. See `gbce`.
+
+    Args:
+        pool: K uniform negatives for each row.
+        size: K.
+        num_items: N.
+        calibration: t.
+    """
+
+    def __init__(self, pool: Pool, *, size: int, num_items: int, calibration: float = 0.75) -> None:
+        super().__init__(pool)
+        self.beta = gbce_beta(size, num_items, calibration)
+
+    def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
+        """[B]; see `Objective.forward`."""
+        return gbce(*self._biased(embedded, drawn, temperature), beta=self.beta)
+
+
+class BPR(Objective):
+    """Bayesian personalised ranking. See `bpr`."""
+
+    merges_copies = False
+
+    def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
+        """[B]; see `Objective.forward`."""
+        return bpr(*_logits(embedded, drawn, temperature))
+
+
+def refined_offset(drawn: Candidates) -> Tensor:
+    """Log n' - log(1 - q_y) of each row, float32 [B], n' the candidates left after masking, copies counted."""
+    left = ((~drawn.hits) * drawn.multiplicity).sum(1).clamp(min=1)
+    q = drawn.positive_log_count.double().exp().clamp(max=1.0)
+    # A catalog of one item has q_y = 1; there are no candidates then, and any finite offset serves.
+    rest = torch.log1p(-q.clamp(max=1.0 - 1e-15))
+    return (left.double().log() - rest).float()
+
+
+def _softmax(embedded: Embedded, drawn: Candidates, temperature: Tensor | float, row_offset: Tensor | None) -> Tensor:
+    return sampled_softmax(
+        embedded.query,
+        embedded.positive,
+        embedded.candidates,
+        drawn.log_expected_count,
+        hits=drawn.hits,
+        row_candidates=embedded.row_candidates,
+        row_log_expected_count=drawn.row_log_expected_count,
+        row_hits=drawn.row_hits,
+        temperature=temperature,
+        row_offset=row_offset,
+    )
+
+
+def _logits(embedded: Embedded, drawn: Candidates, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
+    return candidate_logits(
+        embedded.query,
+        embedded.positive,
+        embedded.candidates,
+        drawn.log_expected_count,
+        hits=drawn.hits,
+        row_candidates=embedded.row_candidates,
+        row_log_expected_count=drawn.row_log_expected_count,
+        row_hits=drawn.row_hits,
+        temperature=temperature,
+    )
+
+
+def _scale(log_count: Tensor, strength: float) -> Tensor:
+    # An empty place stays empty at any strength: 0 * inf is not a number.
+    return torch.where(torch.isposinf(log_count), log_count, log_count * strength)

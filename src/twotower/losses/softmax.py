@@ -19,6 +19,7 @@ def sampled_softmax(
     row_log_expected_count: Tensor | None = None,
     row_hits: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    row_offset: Tensor | None = None,
 ) -> Tensor:
     """Softmax cross-entropy estimated from candidates, each weighted by one over its expected count.
 
@@ -41,6 +42,9 @@ def sampled_softmax(
         row_log_expected_count: their log kappa, [B, R]; 0 for candidates that are always included.
         row_hits: bool [B, R], True where a row's candidate is no negative for it.
         temperature: divides every score; a number or a scalar tensor, > 0.
+        row_offset: a further number subtracted from every candidate's logit in a row, [B]: the part of a log count
+            that depends on the row, such as log n' - log(1 - q_y) of the refined form. Minus log p_y gives the form
+            that corrects the positive as well.
 
     Returns:
         One loss for each row, [B], float32 (float64 where the inputs are); a row with no negative left has loss 0.
@@ -53,6 +57,80 @@ def sampled_softmax(
         >>> sampled_softmax(query, item[:2], item, torch.zeros(3), hits=torch.eye(2, 3, dtype=torch.bool)).shape
         torch.Size([2])
     """
+    positive_logit, logits = candidate_logits(
+        query,
+        positive,
+        candidates,
+        log_expected_count,
+        hits=hits,
+        row_candidates=row_candidates,
+        row_log_expected_count=row_log_expected_count,
+        row_hits=row_hits,
+        temperature=temperature,
+        row_offset=row_offset,
+    )
+    return torch.logsumexp(torch.cat([positive_logit[:, None], logits], 1), 1) - positive_logit
+
+
+def refined_logq(
+    query: Tensor,
+    positive: Tensor,
+    candidates: Tensor,
+    log_count: Tensor,
+    *,
+    hits: Tensor | None = None,
+    row_offset: Tensor,
+    temperature: float | Tensor = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The refined logQ loss in its published form, and the weight it gives to each row.
+
+    With Q'_j = q_j / (1 - q_y), n' candidates left after masking y, and P_hat without gradient,
+
+        P_hat(y) = exp s_y / ( exp s_y + (1/n') sum_i exp( s_i - log Q'_i ) )
+        loss     = -(1 - P_hat(y)) log( exp s_y / sum_i exp( s_i - log Q'_i ) )
+
+    Its gradient is that of `sampled_softmax` with kappa_j = n' Q'_j (THEORY, section 3). Use `sampled_softmax` unless
+    you want the published value or the weight.
+
+    Args:
+        query: [B, D].
+        positive: [B, D].
+        candidates: [M, D].
+        log_count: log q_j of each candidate, minus log of how many copies it stands for, [M].
+        hits: bool [B, M], True where a candidate is masked.
+        row_offset: log n' - log(1 - q_y), [B], so that `log_count + row_offset` is log(n' Q'_j).
+        temperature: divides every score.
+
+    Returns:
+        (loss, weight), [B] each; weight = 1 - P_hat(y), without gradient. A row without candidates has loss 0, weight 0.
+
+    Source: Khrylchenko et al. 2025, "Correcting the LogQ Correction", arXiv 2507.09331, equations 8 to 10.
+    """
+    positive_logit, logits = candidate_logits(
+        query, positive, candidates, log_count, hits=hits, temperature=temperature, row_offset=row_offset
+    )
+    # Every logit carries - log n' already: the sum here is (1/n') sum_i exp(s_i - log Q'_i).
+    log_negatives = torch.logsumexp(logits, 1)
+    weight = torch.sigmoid(log_negatives - positive_logit).detach()
+    empty = torch.isneginf(log_negatives)
+    loss = weight * (log_negatives.masked_fill(empty, 0.0) - positive_logit).masked_fill(empty, 0.0)
+    return loss, weight
+
+
+def candidate_logits(
+    query: Tensor,
+    positive: Tensor,
+    candidates: Tensor,
+    log_expected_count: Tensor,
+    *,
+    hits: Tensor | None = None,
+    row_candidates: Tensor | None = None,
+    row_log_expected_count: Tensor | None = None,
+    row_hits: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    row_offset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Corrected logits: (positive [B], candidates [B, M + R]), -inf where masked. See `sampled_softmax`."""
     _check_shapes(query, positive, candidates, log_expected_count, hits)
     query, positive, candidates = (_accumulating(tensor) for tensor in (query, positive, candidates))
     scaled = query / temperature
@@ -60,7 +138,6 @@ def sampled_softmax(
     logits = scaled @ candidates.T - log_expected_count.to(scaled.dtype)
     if hits is not None:
         logits = logits.masked_fill(hits, -torch.inf)
-    parts = [positive_logit[:, None], logits]
     if row_candidates is not None:
         _check_row_shapes(query, row_candidates, row_log_expected_count, row_hits)
         row_logits = torch.einsum("bd,brd->br", scaled, _accumulating(row_candidates))
@@ -68,8 +145,10 @@ def sampled_softmax(
             row_logits = row_logits - row_log_expected_count.to(scaled.dtype)
         if row_hits is not None:
             row_logits = row_logits.masked_fill(row_hits, -torch.inf)
-        parts.append(row_logits)
-    return torch.logsumexp(torch.cat(parts, 1), 1) - positive_logit
+        logits = torch.cat([logits, row_logits], 1)
+    if row_offset is not None:
+        logits = logits - row_offset[:, None].to(scaled.dtype)
+    return positive_logit, logits
 
 
 def full_softmax(

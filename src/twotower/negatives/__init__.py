@@ -1,19 +1,48 @@
 """Candidates and their expected counts: frequencies, proposals, sources and the pool that joins them."""
 
+from twotower.negatives import corrections
 from twotower.negatives.candidates import Candidates, Pool
-from twotower.negatives.frequency import CountedFrequency, Frequency
-from twotower.negatives.proposals import Proposal, Uniform
-from twotower.negatives.sources import InBatch, Request, Sampled, Source
+from twotower.negatives.frequency import CountedFrequency, Frequency, GroupedFrequency
+from twotower.negatives.proposals import FrequencyPower, IndexStream, LogUniform, Proposal, Uniform, Weighted
+from twotower.negatives.sources import (
+    Catalog,
+    CrossBatchMemory,
+    Head,
+    InBatch,
+    Mined,
+    Observed,
+    RandomSource,
+    Request,
+    Sampled,
+    Source,
+)
+from twotower.negatives.streaming import FrequencyReport, StreamingFrequency, compare_frequencies, popularity_deciles
 
 __all__ = [
     "Candidates",
+    "Catalog",
     "CountedFrequency",
+    "CrossBatchMemory",
     "Frequency",
+    "FrequencyPower",
+    "FrequencyReport",
+    "GroupedFrequency",
+    "Head",
     "InBatch",
+    "IndexStream",
+    "LogUniform",
+    "Mined",
+    "Observed",
     "Pool",
     "Proposal",
+    "RandomSource",
     "Request",
     "Sampled",
     "Source",
+    "StreamingFrequency",
     "Uniform",
+    "Weighted",
+    "compare_frequencies",
+    "corrections",
+    "popularity_deciles",
 ]

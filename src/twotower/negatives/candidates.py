@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
 
 from twotower.errors import InputError
-from twotower.negatives.sources import Request, Source, log_complement
+from twotower.negatives.corrections import Correction, ExpectedCounts
+from twotower.negatives.duplicates import as_pairs, compact, empty_duplicates, membership, row_duplicates
+from twotower.negatives.frequency import Frequency, Group
+from twotower.negatives.sources import CrossBatchMemory, InBatch, RandomSource, Request, Source, log_complement
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The candidates of one batch, shared by its rows.
+    """The candidates of one batch: those shared by its rows, [M], and those of single rows, [B, R], where there are any.
 
     Attributes:
-        items: codes, int64 [M].
-        log_expected_count: log kappa_j of each candidate, pooled over all sources, float32 [M]. After `collapse()`
-            exp(-log_expected_count) is the weight of all copies of the item together.
+        items: shared candidates' codes, int64 [M].
+        log_expected_count: log kappa_j of each, pooled over all sources, float32 [M]; 0 for an item that is always in,
+            inf for a place left empty. After `collapse()` exp(-log_expected_count) is the weight of all copies of the
+            item together.
         hits: bool [B, M], True where a candidate is no negative for the row: its own positive (accidental hit), a
-            known positive, or a place left empty by the removal of duplicates.
+            known positive, an item that stands in the row for certain, or an empty place.
         multiplicity: how many drawn copies each candidate stands for, int64 [M] (1 before `collapse()`).
         source: which source of the pool brought the candidate, int64 [M]; -1 once copies are merged.
+        positives: the rows' positives, int64 [B].
+        positive_log_count: what the pool's correction says of the positives, float32 [B]. Only forms that correct
+            the positive look at it.
+        row_items: candidates of single rows, int64 [B, R]; -1 where empty. None where no source is per row.
+        row_log_expected_count: their log kappa, float32 [B, R].
+        row_hits: bool [B, R], True where a row's candidate is no negative for it.
     """
 
     items: Tensor
@@ -31,9 +40,14 @@ class Candidates:
     hits: Tensor
     multiplicity: Tensor
     source: Tensor
+    positives: Tensor
+    positive_log_count: Tensor
+    row_items: Tensor | None = None
+    row_log_expected_count: Tensor | None = None
+    row_hits: Tensor | None = None
 
     def collapse(self) -> Candidates:
-        """The same estimate with each distinct item once: copies merged into one with their summed weight.
+        """The same estimate with each distinct shared item once: copies merged into one with their summed weight.
 
         sum over copies of exp(s_j - log kappa_j) = exp(s_j - log kappa'_j), log kappa'_j = -logsumexp(-log kappa_j),
         so that loss and gradient are unchanged and no product is computed twice.
@@ -50,7 +64,8 @@ class Candidates:
         live = torch.isfinite(log_weight).long() * len(inverse)
         chosen = torch.zeros_like(items).scatter_reduce(0, inverse, place + live, "amax") % max(len(inverse), 1)
         multiplicity = torch.zeros_like(items).index_add_(0, inverse, self.multiplicity)
-        return Candidates(
+        return replace(
+            self,
             items=items,
             log_expected_count=-(largest + weight.log()).to(self.log_expected_count.dtype),
             hits=self.hits[:, chosen],
@@ -60,7 +75,8 @@ class Candidates:
 
     def to(self, device: torch.device | str) -> Candidates:
         """The same candidates on another device."""
-        return replace(self, **{name: getattr(self, name).to(device) for name in self.__dataclass_fields__})
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Candidates(**{name: None if value is None else value.to(device) for name, value in values.items()})
 
 
 class Pool(nn.Module):
@@ -71,11 +87,13 @@ class Pool(nn.Module):
         duplicates kept:     kappa_j = sum_s kappa_j^s
         duplicates removed:  kappa_j = 1 - prod_s (1 - inclusion_j^s)
 
-    so that one item has one kappa, whichever source brought it.
+    so that one item has one kappa, whichever source brought it. An item that a source includes always has kappa = 1,
+    and its copies from random sources are masked.
 
     Args:
         sources: one or more sources.
         unique: remove duplicates over all sources together.
+        correction: what is subtracted from the logits; the expected count, unless a published form is to be compared.
 
     Raises:
         InputError: there is no source.
@@ -88,28 +106,34 @@ class Pool(nn.Module):
         True
     """
 
-    def __init__(self, *sources: Source, unique: bool = False) -> None:
+    def __init__(self, *sources: Source, unique: bool = False, correction: Correction | None = None) -> None:
         super().__init__()
         if not sources:
             raise InputError("sources: a pool needs at least one source of candidates, such as InBatch(frequency)")
         self.sources = nn.ModuleList(sources)
         self.unique = unique
+        self.correction = correction or ExpectedCounts()
 
     def draw(
         self,
         positives: Tensor,
         *,
         known_positives: Tensor | tuple[Tensor, Tensor] | None = None,
-        group: Tensor | None = None,
+        queries: Tensor | None = None,
+        group: Group | None = None,
         generator: torch.Generator | None = None,
     ) -> Candidates:
         """Draw the candidates of one batch.
+
+        In training mode (`pool.train()`, the default) streaming frequencies take note of the positives before the
+        draw, and a cross-batch memory after it; in evaluation mode nothing is remembered.
 
         Args:
             positives: item of each row, int64 [B].
             known_positives: other items that a row must not be pushed away from: int64 [B, H] padded with -1, or a
                 pair (row [P], item [P]). They are masked for their row; kappa is unchanged (THEORY, rule 7).
-            group: group that the batch was built in, int64 scalar tensor, for grouped frequencies.
+            queries: query of each row, int64 [B], for sources that look items up by query.
+            group: group that the batch was built in, for grouped frequencies.
             generator: random generator of the draws.
 
         Returns:
@@ -123,101 +147,178 @@ class Pool(nn.Module):
             raise InputError(
                 f"positives: expected int64 item codes of shape [B], found {positives.dtype} {list(positives.shape)}"
             )
-        request = Request(positives, group, generator)
-        parts = [self._draw_from(source, request) for source in self._members()]
-        items = torch.cat([part for part, _ in parts])
-        empty = torch.cat([void for _, void in parts])
-        source = torch.cat([torch.full_like(part, place) for place, (part, _) in enumerate(parts)])
-        if self.unique:
-            items, duplicate, order = sorted_duplicates(items)
-            # A copy that is already void must not stand for a live one: within-source duplicates sort beside it.
-            empty = duplicate
-            source = torch.full_like(source[order], -1)
-        items, empty, source = _compact(items, empty, source)
-        log_expected_count = self.log_expected_count(items, request)
-        if items.device.type == "cpu":
-            self._refuse_impossible(items, log_expected_count)
+        request = Request(positives, queries, group, generator)
+        if self.training:
+            for frequency in self.frequencies():
+                frequency.observe(positives, group)
+        known = None if known_positives is None else as_pairs(known_positives)
+        fixed, drawn, drawn_source, row_fixed, row_drawn, row_source = self._gather(request)
+        items, empty, source = self._shared(fixed, drawn, drawn_source)
+        log_count = self._log_count(items, source, request, is_fixed=source == FIXED)
         # An empty place weighs nothing: kappa = inf. It is masked as well, for losses that do not look at kappa.
-        log_expected_count = log_expected_count.masked_fill(empty, torch.inf)
+        log_count = log_count.masked_fill(empty, torch.inf)
         hits = (items == positives[:, None]) | empty
-        if known_positives is not None:
-            hits |= membership(items, *_as_pairs(known_positives), rows=len(positives))
-        return Candidates(
-            items, log_expected_count.to(torch.float32), hits, torch.ones_like(items), source
+        for pairs in (known, None if row_fixed is None else as_pairs(row_fixed)):
+            if pairs is not None:
+                hits |= membership(items, *pairs, rows=len(positives))
+        result = Candidates(
+            items=items,
+            log_expected_count=log_count.to(torch.float32),
+            hits=hits,
+            multiplicity=torch.ones_like(items),
+            source=source,
+            positives=positives,
+            positive_log_count=self.correction.log_count(self, positives, torch.full_like(positives, -1), request).to(
+                torch.float32
+            )
+            if self.random_sources()
+            else torch.zeros(len(positives), device=positives.device),
         )
+        if row_fixed is not None or row_drawn is not None:
+            result = self._with_rows(result, row_fixed, row_drawn, row_source, known, fixed, request)
+        if self.training:
+            for member in self.members():
+                if isinstance(member, CrossBatchMemory):
+                    member.remember(positives)
+        return result
 
     def log_expected_count(self, items: Tensor, request: Request) -> Tensor:
-        """log kappa_j of the whole pool, float64, the shape of `items`."""
+        """Log kappa_j over all random sources, float64, the shape of `items`; -inf where none can bring the item."""
+        sources = self.random_sources()
+        if not sources:
+            return torch.full(items.shape, -torch.inf, dtype=torch.float64, device=items.device)
         if self.unique:
-            absence = torch.stack([source.log_absence(items, request) for source in self._members()]).sum(0)
+            absence = torch.stack([source.log_absence(items, request) for source in sources]).sum(0)
             return log_complement(absence)
-        return torch.logsumexp(
-            torch.stack([source.log_expected_count(items, request) for source in self._members()]), 0
-        )
+        return torch.logsumexp(torch.stack([source.log_expected_count(items, request) for source in sources]), 0)
 
-    def _members(self) -> Sequence[Source]:
+    def members(self) -> list[Source]:
+        """The sources, in the order given."""
         return list(self.sources)  # type: ignore[arg-type]  # ModuleList forgets what it holds
 
-    @staticmethod
-    def _draw_from(source: Source, request: Request) -> tuple[Tensor, Tensor]:
-        items = source.draw(request)
-        if source.unique:
-            items, duplicate, _ = sorted_duplicates(items)
-            return items, duplicate
-        return items, torch.zeros_like(items, dtype=torch.bool)
+    def frequencies(self) -> list[Frequency]:
+        """The frequencies that the sources share, each once."""
+        found = {id(m.frequency): m.frequency for m in self.members() if isinstance(m, InBatch | CrossBatchMemory)}
+        return list(found.values())
 
-    @staticmethod
-    def _refuse_impossible(items: Tensor, log_expected_count: Tensor) -> None:
-        impossible = ~torch.isfinite(log_expected_count)
-        if bool(impossible.any()):
-            item = int(items[impossible][0])
-            raise InputError(
-                f"item code {item} was drawn, but its expected count is zero or not a number: the frequency was not "
-                "counted from the data these batches come from; count it from the same training interactions"
-            )
+    def random_sources(self) -> list[RandomSource]:
+        """The sources that draw."""
+        return [member for member in self.members() if isinstance(member, RandomSource)]
+
+    def _gather(self, request: Request) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Draw from every source: (always, random, source of random) shared, and the same per row."""
+        shared: dict[bool, list[Tensor]] = {True: [], False: []}
+        rows: dict[bool, list[Tensor]] = {True: [], False: []}
+        places, row_places = [], []
+        for place, member in enumerate(self.members()):
+            items = member.draw(request)
+            if member.per_row:
+                items = row_duplicates(items) if member.unique else items
+                rows[member.always].append(items)
+                row_places += [] if member.always else [torch.full_like(items, place)]
+            else:
+                items = empty_duplicates(items) if member.unique else items
+                shared[member.always].append(items)
+                places += [] if member.always else [torch.full_like(items, place)]
+        nothing = request.positives.new_empty(0)
+        return (
+            torch.cat([nothing, *shared[True]]),
+            torch.cat([nothing, *shared[False]]),
+            torch.cat([nothing, *places]),
+            torch.cat(rows[True], 1) if rows[True] else None,
+            torch.cat(rows[False], 1) if rows[False] else None,
+            torch.cat(row_places, 1) if row_places else None,
+        )
+
+    def _shared(self, fixed: Tensor, drawn: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Shared candidates, which places are empty, and their sources (FIXED for those that are always in)."""
+        if self.unique:
+            drawn, order = torch.sort(drawn)
+            source = torch.full_like(source[order], MERGED)
+            drawn = empty_duplicates(drawn)
+        if len(fixed):
+            fixed = empty_duplicates(fixed)
+            drawn = drawn.masked_fill(torch.isin(drawn, fixed), -1)
+        items = torch.cat([fixed, drawn])
+        source = torch.cat([torch.full_like(fixed, FIXED), source])
+        return compact(items, source)
+
+    def _log_count(self, items: Tensor, source: Tensor, request: Request, *, is_fixed: Tensor) -> Tensor:
+        if not self.random_sources():
+            return torch.zeros(items.shape, dtype=torch.float64, device=items.device)
+        log_count = self.correction.log_count(self, items, source, request).masked_fill(is_fixed, 0.0)
+        if items.device.type == "cpu":
+            _refuse_impossible(items, log_count)
+        return log_count
+
+    def _with_rows(
+        self,
+        shared: Candidates,
+        fixed: Tensor | None,
+        drawn: Tensor | None,
+        source: Tensor | None,
+        known: tuple[Tensor, Tensor] | None,
+        shared_fixed: Tensor,
+        request: Request,
+    ) -> Candidates:
+        """Add the candidates of single rows to the shared ones."""
+        rows = len(request.positives)
+        blank = request.positives.new_empty(rows, 0)
+        fixed = blank if fixed is None else row_duplicates(fixed)
+        drawn = blank if drawn is None or source is None else drawn
+        if drawn.shape[1]:
+            if self.unique:
+                drawn = row_duplicates(drawn)
+                in_shared = torch.isin(drawn, shared.items)
+            else:
+                in_shared = torch.isin(drawn, shared_fixed)
+            in_fixed = membership_of_rows(drawn, fixed)
+            drawn = drawn.masked_fill(in_shared | in_fixed, -1)
+        items = torch.cat([fixed, drawn], 1)
+        place = torch.cat([torch.full_like(fixed, FIXED), drawn if source is None else source], 1)
+        empty = items < 0
+        log_count = self._log_count(items.clamp(min=0), place, request, is_fixed=(place == FIXED) | empty)
+        hits = empty | (items == request.positives[:, None])
+        if known is not None:
+            hits |= known_in_rows(items, *known)
+        return replace(
+            shared,
+            row_items=items,
+            row_log_expected_count=log_count.masked_fill(empty, torch.inf).to(torch.float32),
+            row_hits=hits,
+        )
 
 
-def sorted_duplicates(items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort codes and mark every copy but the first: (sorted [m], is a duplicate [m], order [m])."""
-    ordered, order = torch.sort(items)
-    duplicate = torch.zeros_like(ordered, dtype=torch.bool)
-    duplicate[1:] = ordered[1:] == ordered[:-1]
-    return ordered, duplicate, order
+#: In place of the number of a source: the item is always in, or copies from several sources became one.
+FIXED = -2
+MERGED = -1
 
 
-def membership(items: Tensor, row: Tensor, item: Tensor, *, rows: int) -> Tensor:
-    """Which candidates stand in which row's set, by binary search.
-
-    Args:
-        items: candidates, int64 [M], in any order, duplicates allowed.
-        row: row of each member, int64 [P].
-        item: its item code, int64 [P]; -1 marks an empty place.
-        rows: B.
-
-    Returns:
-        bool [B, M].
-    """
-    keys = torch.sort(items).values
-    place = torch.searchsorted(keys, item).clamp_(max=max(len(keys) - 1, 0))
-    # The first copy of each key takes the mark; members that are no candidate land in one column too many, which is
-    # cut off: nothing here has a shape that depends on the data, so an accelerator never waits.
-    marks = torch.zeros(rows, len(keys) + 1, dtype=torch.bool, device=items.device)
-    if len(keys) and len(item):
-        marks[row, torch.where(keys[place] == item, place, len(keys))] = True
-    first = torch.searchsorted(keys, items)
-    return marks[:, first]
+def membership_of_rows(items: Tensor, members: Tensor) -> Tensor:
+    """Whether items [B, R] stand among the members [B, S] of their row; bool [B, R]. Empty places (-1) never do."""
+    if members.shape[1] == 0:
+        return torch.zeros_like(items, dtype=torch.bool)
+    ordered = torch.sort(members, 1).values
+    place = torch.searchsorted(ordered, items).clamp_(max=members.shape[1] - 1)
+    return (ordered.gather(1, place) == items) & (items >= 0)
 
 
-def _as_pairs(known: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    if isinstance(known, tuple):
-        return known
-    row = torch.arange(len(known), device=known.device)[:, None].expand_as(known)
-    return row.reshape(-1), known.reshape(-1)
+def known_in_rows(items: Tensor, row: Tensor, item: Tensor) -> Tensor:
+    """Whether items [B, R] stand among their row's pairs (row [P], item [P]); bool [B, R]."""
+    if len(item) == 0 or items.numel() == 0:
+        return torch.zeros_like(items, dtype=torch.bool)
+    width = torch.maximum(items.max(), item.max()) + 2
+    keys = torch.sort(row * width + item).values
+    asked = torch.arange(len(items), device=items.device)[:, None] * width + items
+    place = torch.searchsorted(keys, asked).clamp_(max=len(keys) - 1)
+    return (keys[place] == asked) & (items >= 0)
 
 
-def _compact(items: Tensor, empty: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Drop empty places on CPU, where it saves work; keep them, masked, where their number would have to be awaited."""
-    if items.device.type != "cpu" or not bool(empty.any()):
-        return items, empty, source
-    live = ~empty
-    return items[live], empty[live], source[live]
+def _refuse_impossible(items: Tensor, log_expected_count: Tensor) -> None:
+    impossible = ~torch.isfinite(log_expected_count) & (items >= 0)
+    if bool(impossible.any()):
+        item = int(items[impossible][0])
+        raise InputError(
+            f"item code {item} was drawn, but its expected count is zero or not a number: the frequency was not "
+            "counted from the data these batches come from; count it from the same training interactions"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -11,12 +12,34 @@ from torch import Tensor, nn
 
 from twotower.errors import InputError
 
+#: A group of a batch: its number, as a plain int or a scalar tensor.
+Group = int | Tensor
+
 
 class HasItemCounts(Protocol):
     """Anything that can count its items, such as `twotower.Interactions`."""
 
     def item_counts(self) -> np.ndarray:
         """Occurrences of each item, int64 [N]."""
+        ...
+
+
+class HasGroups(Protocol):
+    """Interactions with a group column, such as `twotower.Interactions`."""
+
+    @property
+    def item_codes(self) -> np.ndarray:
+        """Item of each interaction, [n]."""
+        ...
+
+    @property
+    def groups(self) -> np.ndarray | None:
+        """Group of each interaction, [n]."""
+        ...
+
+    @property
+    def num_items(self) -> int:
+        """N."""
         ...
 
 
@@ -32,19 +55,19 @@ class Frequency(nn.Module, ABC):
     is_exact: bool
 
     @abstractmethod
-    def log_prob(self, items: Tensor, group: Tensor | None = None) -> Tensor:
-        """log p_j, in float64.
+    def log_prob(self, items: Tensor, group: Group | None = None) -> Tensor:
+        """Log p_j, in float64.
 
         Args:
             items: codes, int64, any shape.
-            group: the group that the batch was drawn from, int64 scalar tensor; None where batches are random draws.
+            group: the group that the batch was drawn from; None where batches are random draws.
 
         Returns:
             float64, the shape of `items`; -inf for an item that never occurs.
         """
 
-    def observe(self, items: Tensor, group: Tensor | None = None) -> None:
-        """Take note of the positives of one training step; an exact frequency has nothing to learn from it."""
+    def observe(self, items: Tensor, group: Group | None = None) -> None:
+        """Take note of the positives of one training step, before they are drawn from; counted ones know already."""
         del items, group
 
 
@@ -84,7 +107,57 @@ class CountedFrequency(Frequency):
         # Derived from the data, so it is rebuilt rather than stored in every checkpoint.
         self.register_buffer("log_probability", values.log() - values.sum().log(), persistent=False)
 
-    def log_prob(self, items: Tensor, group: Tensor | None = None) -> Tensor:
-        """log p_j, float64, the shape of `items`; `group` is ignored."""
+    def log_prob(self, items: Tensor, group: Group | None = None) -> Tensor:
+        """Log p_j, float64, the shape of `items`; `group` is ignored."""
         del group
         return self.log_probability[items]
+
+
+class GroupedFrequency(Frequency):
+    """One frequency for each group (market, kind of session), for batches that are built within a group.
+
+    Such batches are no random draw from all interactions, so the global frequency is the wrong q for them (THEORY,
+    rule 8). Members may be counted or streaming; the memory is theirs together, N numbers for each counted group.
+
+    Args:
+        members: the frequency within group 0, 1, ...
+
+    Raises:
+        InputError: no members, or they differ in the size of the catalog.
+    """
+
+    def __init__(self, members: Sequence[Frequency]) -> None:
+        super().__init__()
+        if not members or len({member.num_items for member in members}) != 1:
+            raise InputError("members: expected one frequency for each group, all over the same catalog")
+        self.members = nn.ModuleList(members)
+        self.num_items = members[0].num_items
+        self.is_exact = all(member.is_exact for member in members)
+
+    @classmethod
+    def counted(cls, interactions: HasGroups) -> GroupedFrequency:
+        """Count the interactions of every group.
+
+        Raises:
+            InputError: the interactions have no group column.
+        """
+        if interactions.groups is None:
+            raise InputError("frequency: grouped counts need a group column; name it with data.columns.group")
+        groups = np.asarray(interactions.groups, dtype=np.int64)
+        size, count = interactions.num_items, int(groups.max()) + 1
+        table = np.bincount(groups * size + interactions.item_codes, minlength=count * size).reshape(count, size)
+        return cls([CountedFrequency(row) for row in table])
+
+    def log_prob(self, items: Tensor, group: Group | None = None) -> Tensor:
+        """Log p_j within the group, float64, the shape of `items`."""
+        return self._member(group).log_prob(items)
+
+    def observe(self, items: Tensor, group: Group | None = None) -> None:
+        """Let the group's member take note."""
+        self._member(group).observe(items)
+
+    def _member(self, group: Group | None) -> Frequency:
+        if group is None:
+            raise InputError("frequency: a grouped frequency needs the group of the batch; draw with group=...")
+        member: Frequency = self.members[int(group)]  # type: ignore[assignment]  # ModuleList forgets what it holds
+        return member

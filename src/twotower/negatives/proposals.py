@@ -23,7 +23,7 @@ class Proposal(nn.Module, ABC):
 
     @abstractmethod
     def log_prob(self, items: Tensor) -> Tensor:
-        """log q_j, float64, the shape of `items` (int64 codes); -inf where the proposal never draws the item."""
+        """Log q_j, float64, the shape of `items` (int64 codes); -inf where the proposal never draws the item."""
 
     @abstractmethod
     def sample(self, size: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
@@ -83,7 +83,7 @@ class Weighted(Proposal):
         self.table = AliasTable(values)
 
     def log_prob(self, items: Tensor) -> Tensor:
-        """log w_j - log sum w, float64, the shape of `items`."""
+        """Log w_j - log sum w, float64, the shape of `items`."""
         return self.log_probability[items]
 
     def sample(self, size: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:

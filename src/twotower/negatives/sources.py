@@ -1,16 +1,19 @@
 """Where candidates come from. Each source draws items and knows its own expected count for every item.
 
-The three numbers of a source, for item j (THEORY: "One estimator: the expected count"):
+The numbers of a source, for item j (THEORY, "One estimator: the expected count"):
 
     expected count   E[number of times j stands among this source's candidates of a row]
     absence          P(j does not stand among them) = 1 - inclusion probability
-    always           j stands among them in every draw, so it must be masked from every random source
+
+A source is *random*, or *always*: then its items stand in every draw, have kappa = 1, and are masked from every
+random source of the row. It is shared by the batch, [m], or drawn *per row*, [B, R].
 
 `Pool` (candidates.py) adds expected counts, or multiplies absences, and applies the masks.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -18,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from twotower.errors import InputError
-from twotower.negatives.frequency import Frequency
+from twotower.negatives.frequency import Frequency, Group
 from twotower.negatives.proposals import Proposal
 
 
@@ -28,12 +31,14 @@ class Request:
 
     Attributes:
         positives: item of each row, int64 [B].
-        group: the group that the batch was built in, int64 scalar tensor, or None for batches that are random draws.
+        queries: query of each row, int64 [B], for sources that look something up by query.
+        group: the group that the batch was built in, or None for batches that are random draws.
         generator: the random generator of the draw, or None for torch's default.
     """
 
     positives: Tensor
-    group: Tensor | None = None
+    queries: Tensor | None = None
+    group: Group | None = None
     generator: torch.Generator | None = None
 
 
@@ -43,34 +48,45 @@ class Source(nn.Module, ABC):
     Attributes:
         unique: duplicates within the source are removed, so that the expected count is an inclusion probability.
         always: the source is deterministic: its items stand in every draw and are masked from the random sources.
+        per_row: candidates belong to single rows, [B, R] with -1 for an empty place, not to the whole batch, [m].
     """
 
-    unique: bool
+    unique: bool = False
     always: bool = False
+    per_row: bool = False
 
     @abstractmethod
     def draw(self, request: Request) -> Tensor:
-        """The candidates before duplicates are removed, int64 [m], shared by all rows of the batch."""
+        """The candidates before duplicates are removed, int64 [m]; or [B, R], where the source is per row."""
+
+
+class RandomSource(Source):
+    """A source whose items are independent draws; knows the expected count of every item of the catalog."""
 
     @abstractmethod
-    def expected_draws(self, items: Tensor, request: Request) -> Tensor:
-        """Expected occurrences of each item before duplicates are removed, in log, float64, shape of `items`."""
+    def draws(self, request: Request) -> int:
+        """How many independent draws a row sees."""
 
     @abstractmethod
+    def log_prob(self, items: Tensor, request: Request) -> Tensor:
+        """Log of the probability that one draw is the item, float64, the shape of `items`."""
+
     def log_absence(self, items: Tensor, request: Request) -> Tensor:
-        """log of the probability that an item does not occur at all, float64, shape of `items`."""
+        """Log (1 - q_j)^n: no draw is item j, float64, the shape of `items`."""
+        return log_absence_after(self.draws(request), self.log_prob(items, request))
 
     def log_expected_count(self, items: Tensor, request: Request) -> Tensor:
-        """log kappa_j of this source alone: an expected number, or a probability where the source is unique."""
+        """Log kappa_j of this source alone: log(n q_j), or log(1 - (1-q_j)^n) where the source is unique."""
         if self.unique:
             return log_complement(self.log_absence(items, request))
-        return self.expected_draws(items, request)
+        draws = self.draws(request)
+        return (math.log(draws) if draws else -math.inf) + self.log_prob(items, request)
 
 
 def log_complement(log_probability: Tensor) -> Tensor:
     """log(1 - exp(x)) for x <= 0, exact at both ends; -inf at x = 0."""
     # Mächler (2012): expm1 keeps the digits where exp(x) is near 1, log1p where it is near 0.
-    near_one = log_probability > -0.6931471805599453
+    near_one = log_probability > -math.log(2.0)
     return torch.where(
         near_one,
         torch.log(-torch.expm1(log_probability)),
@@ -79,14 +95,14 @@ def log_complement(log_probability: Tensor) -> Tensor:
 
 
 def log_absence_after(draws: int, log_prob: Tensor) -> Tensor:
-    """log (1 - q)^n = n log1p(-q): no hit in n independent draws, float64."""
+    """Log (1 - q)^n = n log1p(-q): no hit in n independent draws, float64."""
     # q = 1 gives -inf, and 0 draws of a sure thing give 0 * -inf: nothing was drawn, so the item is absent.
     if draws == 0:
         return torch.zeros_like(log_prob)
     return draws * torch.log1p(-torch.exp(log_prob))
 
 
-class InBatch(Source):
+class InBatch(RandomSource):
     """The other rows' positives: B-1 draws from the item frequency, which cost nothing extra to embed.
 
     kappa_j = (B-1) p_j; without duplicates 1 - (1-p_j)^(B-1). B-1, not B: the row's own positive is not a draw.
@@ -105,47 +121,243 @@ class InBatch(Source):
         """The positives of the batch, [B]; each row's own is masked as a hit, so B-1 remain for it."""
         return request.positives
 
-    def expected_draws(self, items: Tensor, request: Request) -> Tensor:
-        """log((B-1) p_j)."""
-        others = torch.tensor(len(request.positives) - 1, dtype=torch.float64, device=items.device)
-        return others.log() + self.frequency.log_prob(items, request.group)
+    def draws(self, request: Request) -> int:
+        """B-1."""
+        return len(request.positives) - 1
 
-    def log_absence(self, items: Tensor, request: Request) -> Tensor:
-        """(B-1) log(1 - p_j)."""
-        return log_absence_after(len(request.positives) - 1, self.frequency.log_prob(items, request.group))
+    def log_prob(self, items: Tensor, request: Request) -> Tensor:
+        """Log p_j, within the group of the batch."""
+        return self.frequency.log_prob(items, request.group)
 
 
-class Sampled(Source):
-    """Independent draws from a proposal, shared by all rows of the batch: kappa_j = n q_j, or 1 - (1-q_j)^n if unique.
+class Sampled(RandomSource):
+    """Independent draws from a proposal: kappa_j = n q_j, or 1 - (1-q_j)^n if unique.
 
     Args:
         proposal: the distribution drawn from.
         size: n, how many draws.
         unique: remove duplicates among the draws. The count of *tries* stays n, so the inclusion probability is exact.
+        per_row: draw n for each row instead of n for the whole batch.
 
     Raises:
         InputError: size is negative.
     """
 
-    def __init__(self, proposal: Proposal, size: int, *, unique: bool = False) -> None:
+    def __init__(self, proposal: Proposal, size: int, *, unique: bool = False, per_row: bool = False) -> None:
         super().__init__()
         if size < 0:
             raise InputError(f"size: expected a number of draws >= 0, found {size}")
         self.proposal = proposal
         self.size = size
         self.unique = unique
+        self.per_row = per_row
 
     def draw(self, request: Request) -> Tensor:
-        """`size` draws from the proposal."""
-        return self.proposal.sample((self.size,), request.generator)
+        """`size` draws from the proposal, [size] or [B, size]."""
+        shape = (len(request.positives), self.size) if self.per_row else (self.size,)
+        return self.proposal.sample(shape, request.generator)
 
-    def expected_draws(self, items: Tensor, request: Request) -> Tensor:
-        """log(n q_j)."""
+    def draws(self, request: Request) -> int:
+        """N."""
         del request
-        size = torch.tensor(self.size, dtype=torch.float64, device=items.device)
-        return size.log() + self.proposal.log_prob(items)
+        return self.size
 
-    def log_absence(self, items: Tensor, request: Request) -> Tensor:
-        """n log(1 - q_j)."""
+    def log_prob(self, items: Tensor, request: Request) -> Tensor:
+        """Log q_j."""
         del request
-        return log_absence_after(self.size, self.proposal.log_prob(items))
+        return self.proposal.log_prob(items)
+
+
+class CrossBatchMemory(RandomSource):
+    """The positives of the last batches, M of them: kappa_j = M p_j, or 1 - (1-p_j)^M if unique.
+
+    The memory holds item codes, not embeddings: remembered items are embedded anew in every step, so nothing is stale
+    and both towers get their gradient. What ages is only which items they are; `age` tells by how much.
+
+    State (the items, how many, their steps) is in `state_dict`, so a resumed run goes on with the same memory.
+
+    Args:
+        frequency: how often each item is a positive.
+        size: M, how many items are remembered.
+        unique: remove duplicates within the memory.
+
+    Raises:
+        InputError: size is less than 1.
+    """
+
+    items: Tensor
+    steps: Tensor
+    state: Tensor
+
+    def __init__(self, frequency: Frequency, size: int, *, unique: bool = False) -> None:
+        super().__init__()
+        if size < 1:
+            raise InputError(f"size: expected at least 1 remembered item, found {size}")
+        self.frequency = frequency
+        self.size = size
+        self.unique = unique
+        self.register_buffer("items", torch.zeros(size, dtype=torch.int64))
+        self.register_buffer("steps", torch.zeros(size, dtype=torch.int64))
+        # Filled places, next place, step: plain numbers kept on the CPU, where reading them waits for nothing.
+        self._filled, self._next, self._step = 0, 0, 0
+        self.register_buffer("state", torch.zeros(3, dtype=torch.int64))
+        self.register_load_state_dict_post_hook(lambda module, _: module._restore())
+
+    def draw(self, request: Request) -> Tensor:
+        """What is remembered, [M] or fewer at the start; `remember` the batch afterwards."""
+        del request
+        return self.items[: self._filled].clone()
+
+    def remember(self, positives: Tensor) -> None:
+        """Put the positives of a finished draw into the memory, over the oldest."""
+        newest = positives[-self.size :]
+        places = (torch.arange(len(newest), device=self.items.device) + self._next) % self.size
+        self.items[places] = newest
+        self.steps[places] = self._step
+        self._next = (self._next + len(newest)) % self.size
+        self._filled = min(self._filled + len(newest), self.size)
+        self._step += 1
+        self.state.copy_(torch.tensor([self._filled, self._next, self._step]))
+
+    @property
+    def age(self) -> float:
+        """Mean age of the remembered items, in steps; 0 while the memory is empty."""
+        return float((self._step - self.steps[: self._filled]).double().mean()) if self._filled else 0.0
+
+    def draws(self, request: Request) -> int:
+        """How many places are filled."""
+        del request
+        return self._filled
+
+    def log_prob(self, items: Tensor, request: Request) -> Tensor:
+        """Log p_j, within the group of the batch."""
+        return self.frequency.log_prob(items, request.group)
+
+    def _restore(self) -> None:
+        self._filled, self._next, self._step = (int(value) for value in self.state)
+
+
+class Head(Source):
+    """The H most frequent items, in every draw: kappa = 1. With a sampled tail the estimate stays unbiased.
+
+    Args:
+        counts: training interactions of each item, [N].
+        size: H.
+
+    Raises:
+        InputError: size is less than 1.
+    """
+
+    always = True
+    items: Tensor
+
+    def __init__(self, counts: Tensor, size: int) -> None:
+        super().__init__()
+        if size < 1:
+            raise InputError(f"size: expected at least 1 item in the head, found {size}")
+        order = torch.argsort(torch.as_tensor(counts), descending=True, stable=True)
+        self.register_buffer("items", order[:size].sort().values, persistent=False)
+
+    def draw(self, request: Request) -> Tensor:
+        """The head, [H]."""
+        del request
+        return self.items
+
+
+class Catalog(Source):
+    """Every item of the catalog once, kappa = 1: the full softmax.
+
+    Args:
+        num_items: N.
+    """
+
+    always = True
+    items: Tensor
+
+    def __init__(self, num_items: int) -> None:
+        super().__init__()
+        self.register_buffer("items", torch.arange(num_items), persistent=False)
+
+    def draw(self, request: Request) -> Tensor:
+        """All items, [N]."""
+        del request
+        return self.items
+
+
+class PerQuery(Source):
+    """Items known for the query of each row, always included: observed dislikes, or mined hard negatives.
+
+    `Observed` and `Mined` fill it.
+
+    Args:
+        items: int64 [Q, R], -1 where a query has fewer.
+    """
+
+    always = True
+    per_row = True
+    items: Tensor
+
+    def __init__(self, items: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("items", items)
+
+    def draw(self, request: Request) -> Tensor:
+        """The items of the rows' queries, [B, R], -1 where there is none.
+
+        Raises:
+            InputError: the draw was not told the queries of its rows.
+        """
+        if request.queries is None:
+            raise InputError("queries: this source looks its items up by query; draw with queries=...")
+        known = request.queries >= 0
+        found = self.items[request.queries.clamp(min=0)].long()
+        return found.masked_fill(~known[:, None], -1)
+
+
+class Observed(PerQuery):
+    """Observed negatives of the row's query (dislikes, impressions without a click): its latest `size`, kappa = 1.
+
+    Args:
+        offsets: int64 [Q+1], rows of each query among the observed negatives, oldest first.
+        item_codes: their items.
+        size: R, how many of a query's latest are taken.
+    """
+
+    def __init__(self, offsets: Tensor, item_codes: Tensor, size: int) -> None:
+        if size < 1:
+            raise InputError(f"size: expected at least 1 observed negative for each row, found {size}")
+        stop = offsets[1:, None]
+        place = stop - size + torch.arange(size)
+        present = place >= offsets[:-1, None]
+        codes = item_codes if len(item_codes) else torch.zeros(1, dtype=torch.int64)
+        latest = codes[place.clamp(min=0, max=len(codes) - 1)].long()
+        super().__init__(torch.where(present, latest, -1))
+
+
+class Mined(PerQuery):
+    """Hard negatives: for each query the items that the current model ranks highest, refreshed now and then, kappa = 1.
+
+    Stratified: the hard set is exact and masked from the random sources, which estimate the rest, so the pool stays
+    unbiased. Mine by the raw scores: on corrected logits rare items would look hard.
+
+    State (the mined items) is in `state_dict`.
+
+    Args:
+        num_queries: Q.
+        size: R, items for each query; none until the first `refresh`.
+    """
+
+    def __init__(self, num_queries: int, size: int) -> None:
+        if size < 1:
+            raise InputError(f"size: expected at least 1 hard negative for each row, found {size}")
+        super().__init__(torch.full((num_queries, size), -1, dtype=torch.int32))
+        self.size = size
+
+    def refresh(self, queries: Tensor, ranked: Tensor) -> None:
+        """Take a new ranking.
+
+        Args:
+            queries: codes, int64 [E].
+            ranked: their best items without their known positives, int64 [E, >= R], -1 where there is none.
+        """
+        self.items[queries] = ranked[:, : self.size].to(self.items.dtype)

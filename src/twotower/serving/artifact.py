@@ -1,12 +1,12 @@
 """The model folder: safetensors, Parquet and JSON, written whole or not at all, verified when read, never unpickled.
 
-    metadata.json          schema version, config, data account and fingerprint, split, metrics, versions, checksums
-    towers.safetensors     weights of both towers
-    items.safetensors      item embeddings [N, D] float32, ready for an index, and training counts [N]
-    histories.safetensors  what each query has interacted with: offsets [Q+1], item codes, oldest first
-    queries.parquet        query vocabulary, row = code
-    items.parquet          item vocabulary
-    item_table.parquet     features and titles of the items, row = code (where there were any)
+metadata.json          schema version, config, data account and fingerprint, split, metrics, versions, checksums
+towers.safetensors     weights of both towers
+items.safetensors      item embeddings [N, D] float32, ready for an index, and training counts [N]
+histories.safetensors  what each query has interacted with: offsets [Q+1], item codes, oldest first
+queries.parquet        query vocabulary, row = code
+items.parquet          item vocabulary
+item_table.parquet     features and titles of the items, row = code (where there were any)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 import polars as pl
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
 
 from twotower.config import Config
@@ -88,8 +88,7 @@ class Artifact:
         return target
 
     def _write(self, folder: Path) -> None:
-        weights = {name: value.detach().cpu().contiguous() for name, value in self.towers.state_dict().items()}
-        save_file(weights, folder / "towers.safetensors")
+        save_model(self.towers, str(folder / "towers.safetensors"))
         save_file(
             {"embeddings": self.item_embeddings.float().cpu().contiguous(), "counts": self.item_counts.cpu()},
             folder / "items.safetensors",
@@ -135,7 +134,7 @@ class Artifact:
         try:
             config = Config.model_validate(metadata["config"])
             towers = build_towers(config, num_queries=metadata["num_queries"], num_items=metadata["num_items"])
-            towers.load_state_dict(load_file(folder / "towers.safetensors"))
+            load_model(towers, folder / "towers.safetensors")
             items = load_file(folder / "items.safetensors")
             histories = load_file(folder / "histories.safetensors")
         except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
@@ -178,7 +177,9 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         found = metadata["schema_version"]
         checksums = metadata["checksums"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not the metadata of a model ({error}); copy the folder again or train again") from error
+        raise InputError(
+            f"{path}: not the metadata of a model ({error}); copy the folder again or train again"
+        ) from error
     if found != SCHEMA_VERSION or not isinstance(checksums, dict):
         raise InputError(
             f"{path}: schema version {found}, this twotower reads {SCHEMA_VERSION}; "

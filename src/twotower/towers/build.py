@@ -5,6 +5,7 @@ from __future__ import annotations
 from twotower.config import Config
 from twotower.errors import InputError
 from twotower.towers.encoders import ItemTower, PooledHistory, QueryTower, TwoTower
+from twotower.towers.tables import EmbeddingTable
 
 
 def build_towers(config: Config, *, num_queries: int, num_items: int) -> TwoTower:
@@ -21,20 +22,24 @@ def build_towers(config: Config, *, num_queries: int, num_items: int) -> TwoTowe
     query, item, objective = config.query_tower, config.item_tower, config.objective
     if not query.id_embedding and query.history is None:
         raise InputError("query_tower: expected id_embedding: true, or a history; found neither")
-    history = query.history and PooledHistory(query.history.length, query.history.heads, dropout=query.history.dropout)
     dimension = config.item_tower.dimension
-    learned = objective.temperature == "learned"
+    item_tower = ItemTower(num_items, dimension, hidden=item.hidden, dropout=item.dropout)
+    history = query.history and PooledHistory(query.history.length, query.history.heads, dropout=query.history.dropout)
+    history_items = None
+    if query.history:
+        history_items = item_tower.ids if query.history.share_table else EmbeddingTable(num_items, dimension)
+    query_tower = QueryTower(
+        num_queries if query.id_embedding else 0,
+        dimension,
+        history=history,
+        history_items=history_items,
+        hidden=query.hidden,
+        dropout=query.dropout,
+    )
     return TwoTower(
-        QueryTower(
-            num_queries if query.id_embedding else 0,
-            num_items,
-            dimension,
-            history=history,
-            hidden=query.hidden,
-            dropout=query.dropout,
-        ),
-        ItemTower(num_items, dimension, hidden=item.hidden, dropout=item.dropout),
+        query_tower,
+        item_tower,
         cosine=objective.similarity == "cosine",
         temperature=objective.initial_temperature if objective.temperature == "learned" else objective.temperature,
-        learned_temperature=learned,
+        learned_temperature=objective.temperature == "learned",
     )

@@ -49,6 +49,7 @@ class PooledHistory(nn.Module):
 
     def __init__(self, length: int, heads: int, *, dropout: float = 0.0) -> None:
         super().__init__()
+        self.heads = heads
         self.dropout = dropout
         steps_back = torch.arange(length - 1, -1, -1, dtype=torch.float32)
         # Half-lives 0.5, 2, 8, ... items; the last head is an even mean.
@@ -56,7 +57,7 @@ class PooledHistory(nn.Module):
         self.log_weight = nn.Parameter(-rates[:, None] * steps_back * 0.6931)
 
     def forward(self, history: Tensor, table: nn.Embedding) -> Tensor:
-        """Codes int64 [B, L], newest last, -1 where empty -> [B, heads * D]; zeros for an empty history."""
+        """Codes int64 [B, L], newest last, -1 where empty -> [B, heads, D]; zeros for an empty history."""
         present = history >= 0
         if self.training and self.dropout > 0:
             kept = torch.rand(history.shape, device=history.device) >= self.dropout
@@ -68,17 +69,22 @@ class PooledHistory(nn.Module):
         empty = ~present.any(1)
         weights = scores.masked_fill(empty[:, None, None], 0.0).softmax(-1)
         weights = weights.masked_fill(empty[:, None, None], 0.0)
-        return (weights.to(embedded.dtype) @ embedded).flatten(1)
+        return weights.to(embedded.dtype) @ embedded
 
 
 class QueryTower(nn.Module):
-    """Id embedding and pooled history, concatenated, then an MLP to width D.
+    """Id embedding and pooled history; an MLP over all of them, added to their sum.
+
+        u = e_id + mean_h pooled_h + MLP([e_id, pooled_1, ..., pooled_H])
+
+    The sum lets a history speak in the space of the items from the first step on, where both sides share one table:
+    what lies near the recent items is recommended, and the MLP learns what to change about that.
 
     Args:
         num_queries: rows of the id table; 0 for a tower without an id embedding.
-        num_items: rows of the history's own item table.
         dimension: D.
         history: how the history is pooled; None for a tower without one.
+        history_items: the table that the history's items are looked up in; the item tower's own, or a separate one.
         hidden: widths of the MLP's hidden layers.
         dropout: in the MLP.
     """
@@ -86,33 +92,37 @@ class QueryTower(nn.Module):
     def __init__(
         self,
         num_queries: int,
-        num_items: int,
         dimension: int,
         *,
-        history: PooledHistory | None,
+        history: PooledHistory | None = None,
+        history_items: nn.Embedding | None = None,
         hidden: Sequence[int] = (),
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        if (history is None) != (history_items is None):
+            raise ValueError("a history needs a table of items, and a table a history")
         self.ids = EmbeddingTable(num_queries, dimension) if num_queries else None
         self.history = history
-        self.history_items = EmbeddingTable(num_items, dimension) if history is not None else None
-        width = dimension * bool(num_queries)
-        if history is not None:
-            width += dimension * history.log_weight.shape[0]
-        self.mlp = MLP([width, *hidden, dimension], dropout=dropout)
+        self.history_items = history_items
+        heads = 0 if history is None else history.heads
+        self.mlp = MLP([dimension * (heads + bool(num_queries)), *hidden, dimension], dropout=dropout)
 
     def forward(self, queries: Tensor, history: Tensor | None) -> Tensor:
         """Codes of queries int64 [B] (-1 for one never seen) and histories int64 [B, L] -> [B, D]."""
         parts: list[Tensor] = []
+        total: Tensor | float = 0.0
         if self.ids is not None:
-            known = (queries >= 0)[:, None]
-            parts.append(self.ids(queries.clamp(min=0)) * known)
+            known = self.ids(queries.clamp(min=0)) * (queries >= 0)[:, None]
+            parts.append(known)
+            total = total + known
         if self.history is not None and self.history_items is not None:
             if history is None:
                 raise ValueError("history: this query tower needs the recent items, int64 [B, L]; found none")
-            parts.append(self.history(history, self.history_items))
-        embedded: Tensor = self.mlp(torch.cat(parts, 1))
+            pooled = self.history(history, self.history_items)
+            parts.append(pooled.flatten(1))
+            total = total + pooled.mean(1)
+        embedded: Tensor = self.mlp(torch.cat(parts, 1)) + total
         return embedded
 
 
@@ -136,7 +146,6 @@ class ItemTower(nn.Module):
         """Codes int64 [M] -> [M, D]."""
         embedded: Tensor = self.ids(items)
         return embedded if self.mlp is None else self.mlp(embedded)
-
 
 
 class TwoTower(nn.Module):

@@ -70,9 +70,7 @@ def _encode(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
         tensors[name] = value.detach().cpu().clone().contiguous()
         return {"tensor": name}
     if isinstance(value, dict):
-        pairs = [
-            [_encode(key, tensors, name), _encode(item, tensors, f"{name}.{key}")] for key, item in value.items()
-        ]
+        pairs = [[_encode(key, tensors, name), _encode(item, tensors, f"{name}.{key}")] for key, item in value.items()]
         return {"dict": pairs}
     if isinstance(value, list | tuple):
         kind = "list" if isinstance(value, list) else "tuple"
@@ -87,7 +85,7 @@ def _encode(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
 def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
     if not isinstance(value, dict):
         return value
-    (kind, content), = value.items()
+    ((kind, content),) = value.items()
     if kind == "tensor":
         return tensors[content]
     if kind == "dict":

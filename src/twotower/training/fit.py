@@ -16,14 +16,13 @@ from pytorch_lightning.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from twotower.config import TrainingConfig
-from twotower.data import Batch
+from twotower.data import Batch, KnownPositives
 from twotower.errors import InputError, Interrupted
 from twotower.losses import Objective
 from twotower.towers import TwoTower
 from twotower.training.checkpoints import SafeCheckpointIO
 from twotower.training.interruption import StopBetweenSteps
 from twotower.training.model import TrainingModule
-
 
 #: Warnings of Lightning that tell a user of this library nothing to act on.
 LIGHTNING_NOISE = (
@@ -79,6 +78,7 @@ def fit_towers(
     settings: TrainingConfig,
     directory: Path,
     *,
+    known_positives: KnownPositives | None = None,
     validate: Callable[[TwoTower], dict[str, float]] | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -91,6 +91,7 @@ def fit_towers(
         batches: the training rows.
         settings: section `training`.
         directory: where checkpoints (`checkpoints/`) and logs (`logs/`) go.
+        known_positives: what a row must not be pushed away from; None to mask its own positive alone.
         validate: measures the towers after each epoch; without it the last weights are taken.
         resume: go on from `directory/checkpoints/last`.
         progress: show a progress bar.
@@ -104,7 +105,12 @@ def fit_towers(
     if resume and not last.exists():
         raise InputError(f"{last}: no checkpoint to resume from; train without --resume first")
     module = TrainingModule(
-        towers, objective, settings, total_steps=settings.max_epochs * len(batches), validate=validate
+        towers,
+        objective,
+        settings,
+        total_steps=settings.max_epochs * len(batches),
+        known_positives=known_positives,
+        validate=validate,
     )
     history = _History()
     keep_best = ModelCheckpoint(
@@ -120,7 +126,8 @@ def fit_towers(
     if validate:
         callbacks.append(EarlyStopping(settings.metric, patience=settings.patience, mode="max"))
     if progress:
-        callbacks.append(RichProgressBar(leave=False))
+        # Standard output belongs to results.
+        callbacks.append(RichProgressBar(leave=False, console_kwargs={"stderr": True}))
     _quiet_lightning()
     trainer = pl.Trainer(
         max_epochs=settings.max_epochs,

@@ -12,29 +12,47 @@ import torch
 from torch import Tensor
 
 from twotower.config import TrainingConfig
-from twotower.data import Batch
-from twotower.losses import Objective
+from twotower.data import Batch, KnownPositives
+from twotower.losses import Embedded, Objective
 from twotower.negatives import Candidates
 from twotower.towers import TwoTower
 from twotower.training.checkpoints import random_state, restore_random_state
 from twotower.training.optimizers import TableAdamW, parameter_groups
 
 
-def batch_loss(towers: TwoTower, objective: Objective, batch: Batch) -> tuple[Tensor, Candidates]:
-    """The loss of each row of a batch, [B], and the candidates it was measured against.
+def batch_loss(
+    towers: TwoTower, objective: Objective, batch: Batch, known_positives: KnownPositives | None = None
+) -> tuple[Tensor, Embedded, Candidates]:
+    """The loss of each row of a batch, [B], with the embeddings and the candidates it was measured on.
 
     The candidates are drawn first, so that the item tower embeds each distinct item once.
     """
-    drawn = objective.draw(batch.items)
+    drawn = objective.draw(
+        batch.items,
+        known_positives=None if known_positives is None else known_positives.pairs(batch.queries),
+        queries=batch.queries,
+        group=batch.group,
+    )
     query = towers.embed_queries(batch.queries, batch.history)
-    items = torch.cat([batch.items, drawn.items])
-    if items.device.type == "cpu":
-        distinct, place = torch.unique(items, return_inverse=True)
-        embedded = towers.embed_items(distinct)[place]
-    else:  # the number of distinct items would have to be awaited
-        embedded = towers.embed_items(items)
-    positive, candidates = embedded.split([len(batch.items), len(drawn.items)])
-    return objective(query, positive, candidates, drawn, temperature=towers.temperature), drawn
+    asked = [batch.items, drawn.items]
+    if drawn.row_items is not None:
+        asked.append(drawn.row_items.clamp(min=0).reshape(-1))
+    vectors = embed_once(towers, torch.cat(asked)).split([len(part) for part in asked])
+    embedded = Embedded(
+        query,
+        vectors[0],
+        vectors[1],
+        None if drawn.row_items is None else vectors[2].reshape(*drawn.row_items.shape, -1),
+    )
+    return objective(embedded, drawn, temperature=towers.temperature), embedded, drawn
+
+
+def embed_once(towers: TwoTower, items: Tensor) -> Tensor:
+    """Embeddings of items, [M, D], where each distinct item goes through the tower once."""
+    if items.device.type != "cpu":  # the number of distinct items would have to be awaited
+        return towers.embed_items(items)
+    distinct, place = torch.unique(items, return_inverse=True)
+    return towers.embed_items(distinct)[place]
 
 
 class TrainingModule(pl.LightningModule):
@@ -45,6 +63,7 @@ class TrainingModule(pl.LightningModule):
         objective: what is minimised.
         settings: learning rate, warm-up, seed and the like.
         total_steps: steps of the whole schedule.
+        known_positives: looks up what a row must not be pushed away from; None to mask its own positive alone.
         validate: measures the towers; called after each epoch, returns metrics by name.
     """
 
@@ -55,6 +74,7 @@ class TrainingModule(pl.LightningModule):
         settings: TrainingConfig,
         *,
         total_steps: int,
+        known_positives: KnownPositives | None = None,
         validate: Callable[[TwoTower], dict[str, float]] | None = None,
     ) -> None:
         super().__init__()
@@ -62,13 +82,14 @@ class TrainingModule(pl.LightningModule):
         self.objective = objective
         self.settings = settings
         self.total_steps = total_steps
+        self.known_positives = known_positives
         self.validate = validate
         self._rows = 0
         self._since = time.perf_counter()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of the batch, weighted where rows carry weights."""
-        loss, _ = batch_loss(self.towers, self.objective, batch)
+        loss, _, _ = batch_loss(self.towers, self.objective, batch, self.known_positives)
         mean = loss.mean() if batch.weights is None else (loss * batch.weights).sum() / batch.weights.sum()
         self._rows += len(batch.items)
         if batch_idx % self.trainer.log_every_n_steps == 0:
@@ -93,7 +114,8 @@ class TrainingModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW with lazy table rows; linear warm-up, then a cosine to a tenth of the learning rate."""
         optimizer = TableAdamW(
-            parameter_groups(self.towers, self.settings.weight_decay), lr=self.settings.learning_rate
+            parameter_groups(torch.nn.ModuleList([self.towers, self.objective]), self.settings.weight_decay),
+            lr=self.settings.learning_rate,
         )
         warmup, total = self.settings.warmup_steps, self.total_steps
 

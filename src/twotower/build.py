@@ -1,0 +1,317 @@
+"""From names to objects: the only place that maps the names of objectives, sources and frequencies to classes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twotower.config import Config, ObjectiveConfig
+from twotower.data import Interactions
+from twotower.errors import InputError
+from twotower.losses import (
+    BPR,
+    GeneralisedBCE,
+    Logistic,
+    Objective,
+    PositiveCorrectedSoftmax,
+    RefinedLogQ,
+    SampledSoftmax,
+)
+from twotower.negatives import (
+    Catalog,
+    CountedFrequency,
+    CrossBatchMemory,
+    Frequency,
+    FrequencyPower,
+    GroupedFrequency,
+    Head,
+    InBatch,
+    LogUniform,
+    Mined,
+    Observed,
+    Pool,
+    Proposal,
+    Sampled,
+    Source,
+    StreamingFrequency,
+    Uniform,
+    Weighted,
+    corrections,
+)
+from twotower.negatives.corrections import Correction
+
+Sources = list[dict[str, dict[str, Any] | None]]
+
+IN_BATCH: Sources = [{"in_batch": {}}]
+MIXED: Sources = [{"in_batch": {}}, {"uniform": {"size": 1024}}]
+UNIFORM: Sources = [{"uniform": {"size": 1024}}]
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a name of an objective stands for.
+
+    Attributes:
+        summary: one line for a list.
+        sources: its sources where the configuration gives none; `K` stands for `objective.negatives`.
+        correction: what it subtracts from the logits.
+        make: builds it from its pool.
+        unique: whether duplicates are removed where the configuration does not say.
+        mask_known_positives: whether a query's other positives are masked where the configuration does not say.
+    """
+
+    summary: str
+    sources: Sources
+    make: Callable[[Pool, ObjectiveConfig, int], Objective]
+    correction: Correction = field(default_factory=corrections.ExpectedCounts)
+    unique: bool = False
+    mask_known_positives: bool = False
+
+
+def _softmax(pool: Pool, settings: ObjectiveConfig, num_items: int) -> Objective:
+    del num_items
+    return SampledSoftmax(pool, strength=settings.strength)
+
+
+def _logistic(pool: Pool, settings: ObjectiveConfig, num_items: int) -> Objective:
+    del settings, num_items
+    return Logistic(pool)
+
+
+OBJECTIVES: dict[str, Named] = {
+    "expected-count": Named(
+        "softmax, each candidate weighted by one over its expected count (the default)", MIXED, _softmax, unique=True
+    ),
+    "full-softmax": Named("softmax over the whole catalog, exact", [{"catalog": {}}], _softmax),
+    "sampled-softmax-uniform": Named("softmax over K uniform items, s - log(K/N)", UNIFORM, _softmax),
+    "in-batch": Named(
+        "softmax over the batch, uncorrected: popular items are over-penalised",
+        IN_BATCH,
+        _softmax,
+        corrections.NoCorrection(),
+    ),
+    "in-batch-logq": Named("softmax over the batch, s - log p", IN_BATCH, _softmax, corrections.Probability()),
+    "in-batch-logq-batch-probability": Named(
+        "softmax over the batch, s - log(1 - (1-p)^B)", IN_BATCH, _softmax, corrections.BatchProbability()
+    ),
+    "in-batch-logq-all": Named(
+        "softmax over the batch, s - log p, the positive corrected too: the common industry form",
+        IN_BATCH,
+        lambda pool, settings, num_items: PositiveCorrectedSoftmax(pool, strength=settings.strength),
+        corrections.Probability(),
+    ),
+    "in-batch-importance": Named(
+        "softmax over the batch, reweighted to uniform: s + log(P/Q)",
+        IN_BATCH,
+        _softmax,
+        corrections.ImportanceToUniform(),
+    ),
+    "refined-logq": Named(
+        "softmax over the batch without the positive, rows weighted by 1 - P(y)",
+        IN_BATCH,
+        lambda pool, settings, num_items: RefinedLogQ(pool, strength=settings.strength),
+        corrections.Probability(),
+    ),
+    "mixed": Named(
+        "batch and uniform candidates, s - log Q* of the mixture (mixed negative sampling)",
+        MIXED,
+        _softmax,
+        corrections.MixtureProbability(),
+    ),
+    "mixed-by-source": Named(
+        "batch and uniform candidates, each by its own source's q", MIXED, _softmax, corrections.BySourceProbability()
+    ),
+    "negative-sampling": Named(
+        "binary cross-entropy, K uniform negatives for each positive (word2vec)",
+        [{"uniform": {"size": "K", "per_row": True}}],
+        _logistic,
+        corrections.NoCorrection(),
+    ),
+    "logistic-observed": Named(
+        "binary cross-entropy, negatives are observed dislikes or impressions",
+        [{"observed": {"size": "K"}}],
+        _logistic,
+        corrections.NoCorrection(),
+    ),
+    "logistic-popular": Named(
+        "binary cross-entropy, negatives by popularity among items the query has not met",
+        [{"frequency": {"size": "K", "power": 1.0, "per_row": True}}],
+        _logistic,
+        corrections.NoCorrection(),
+        mask_known_positives=True,
+    ),
+    "sampled-logistic": Named(
+        "binary cross-entropy, log kappa subtracted from all logits, accidental hits masked",
+        MIXED,
+        lambda pool, settings, num_items: Logistic(pool, corrected=True, strength=settings.strength),
+    ),
+    "nce": Named(
+        "binary cross-entropy, log kappa subtracted from all logits, accidental hits kept as noise",
+        [{"frequency": {"size": 1024, "power": 1.0}}],
+        lambda pool, settings, num_items: Logistic(
+            pool, corrected=True, keep_accidental=True, strength=settings.strength
+        ),
+    ),
+    "gbce": Named(
+        "binary cross-entropy calibrated against overconfidence (gSASRec)",
+        [{"uniform": {"size": "K", "per_row": True}}],
+        lambda pool, settings, num_items: GeneralisedBCE(
+            pool, size=settings.negatives, num_items=num_items, calibration=settings.calibration
+        ),
+        corrections.NoCorrection(),
+    ),
+    "bpr": Named(
+        "pairwise ranking against K uniform negatives",
+        [{"uniform": {"size": "K", "per_row": True}}],
+        lambda pool, settings, num_items: BPR(pool),
+        corrections.NoCorrection(),
+    ),
+}
+
+
+def named_objective(name: str) -> Named:
+    """What a name stands for.
+
+    Raises:
+        InputError: the name is unknown.
+    """
+    if name not in OBJECTIVES:
+        raise InputError(f"objective.name: unknown objective {name!r}; expected one of {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[name]
+
+
+def build_objective(config: Config, train: Interactions) -> Objective:
+    """The objective of a configuration, its frequency counted from the training interactions.
+
+    Raises:
+        InputError: the objective, one of its sources or a setting is unknown, or needs what the data does not have.
+    """
+    settings = config.objective
+    named = named_objective(settings.name)
+    pool = build_pool(settings, train)
+    return named.make(pool, settings, train.num_items)
+
+
+def build_pool(settings: ObjectiveConfig, train: Interactions) -> Pool:
+    """The pool of an objective's settings; errors as those of `build_objective`."""
+    named = named_objective(settings.name)
+    unique = named.unique if settings.unique is None else settings.unique
+    written = [
+        (name, _options(options, settings))
+        for source in (settings.sources or named.sources)
+        for name, options in source.items()
+    ]
+    builder = _SourceBuilder(train, build_frequency(settings, train), written)
+    return Pool(
+        *(builder.build(name, options) for name, options in written), unique=unique, correction=named.correction
+    )
+
+
+def masks_known_positives(settings: ObjectiveConfig) -> bool:
+    """Whether a query's other training items are masked."""
+    if settings.mask_known_positives is not None:
+        return settings.mask_known_positives
+    return named_objective(settings.name).mask_known_positives
+
+
+def build_frequency(settings: ObjectiveConfig, train: Interactions) -> Frequency:
+    """The item frequency that `objective.frequency` names.
+
+    Raises:
+        InputError: grouped, and the data has no group column.
+    """
+    if settings.frequency == "counted":
+        return CountedFrequency(train)
+    if settings.frequency == "streaming":
+        return StreamingFrequency(train.num_items)
+    if settings.frequency == "grouped":
+        return GroupedFrequency.counted(train)
+    if train.groups is None:
+        raise InputError("objective.frequency: grouped-streaming needs a group column; name it with data.columns.group")
+    return GroupedFrequency([StreamingFrequency(train.num_items) for _ in range(int(train.groups.max()) + 1)])
+
+
+def _options(options: dict[str, Any] | None, settings: ObjectiveConfig) -> dict[str, Any]:
+    return {key: settings.negatives if value == "K" else value for key, value in (options or {}).items()}
+
+
+class _SourceBuilder:
+    """Builds the sources of one pool, which know of each other's head: a tail need not be drawn from the head."""
+
+    def __init__(self, train: Interactions, frequency: Frequency, written: list[tuple[str, dict[str, Any]]]) -> None:
+        self.train, self.frequency = train, frequency
+        self.counts = torch.from_numpy(train.item_counts())
+        heads = [int(options.get("size", 0)) for name, options in written if name == "head"]
+        self.head = Head(self.counts, max(heads)).items if heads and max(heads) > 0 else None
+
+    def build(self, name: str, options: dict[str, Any]) -> Source:
+        builders = {
+            "in_batch": self.in_batch,
+            "uniform": self.uniform,
+            "frequency": self.frequency_power,
+            "log_uniform": self.log_uniform,
+            "memory": self.memory,
+            "head": self.head_source,
+            "observed": self.observed,
+            "mined": self.mined,
+            "catalog": self.catalog,
+        }
+        if name not in builders:
+            raise InputError(f"objective.sources: unknown source {name!r}; expected one of {', '.join(builders)}")
+        try:
+            inspect.signature(builders[name]).bind(**options)
+        except TypeError as error:
+            raise InputError(f"objective.sources: {name}: {error}") from error
+        source: Source = builders[name](**options)  # type: ignore[operator]
+        return source
+
+    def in_batch(self, *, unique: bool = False) -> Source:
+        return InBatch(self.frequency, unique=unique)
+
+    def uniform(self, *, size: int, unique: bool = False, per_row: bool = False) -> Source:
+        proposal = Uniform(self.train.num_items) if self.head is None else self._tail(torch.ones(self.train.num_items))
+        return Sampled(proposal, size, unique=unique, per_row=per_row)
+
+    def frequency_power(
+        self, *, size: int, power: float = 0.75, floor: float = 0.0, unique: bool = False, per_row: bool = False
+    ) -> Source:
+        proposal: Proposal = FrequencyPower(self.counts, power, floor=floor)
+        if self.head is not None:
+            proposal = self._tail(proposal.log_prob(torch.arange(self.train.num_items)).exp())
+        return Sampled(proposal, size, unique=unique, per_row=per_row)
+
+    def log_uniform(self, *, size: int, unique: bool = False, per_row: bool = False) -> Source:
+        return Sampled(LogUniform(self.counts), size, unique=unique, per_row=per_row)
+
+    def memory(self, *, size: int, unique: bool = False) -> Source:
+        return CrossBatchMemory(self.frequency, size, unique=unique)
+
+    def head_source(self, *, size: int) -> Source:
+        return Head(self.counts, size)
+
+    def observed(self, *, size: int) -> Source:
+        negatives = self.train.negatives
+        if negatives is None or not len(negatives):
+            raise InputError(
+                "objective.sources: observed needs observed negatives; say which labels are positive with "
+                "data.positive_label, and the rows below it are taken"
+            )
+        codes = torch.from_numpy(negatives.item_codes.astype("int64"))
+        return Observed(torch.from_numpy(negatives.offsets.copy()), codes, size)
+
+    def mined(self, *, size: int) -> Source:
+        return Mined(self.train.num_queries, size)
+
+    def catalog(self) -> Source:
+        return Catalog(self.train.num_items)
+
+    def _tail(self, weights: Tensor) -> Weighted:
+        weights[self.head] = 0.0
+        if not bool((weights > 0).any()):
+            raise InputError("objective.sources: the head holds every item that could be drawn; make it smaller")
+        return Weighted(weights)

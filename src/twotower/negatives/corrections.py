@@ -1,0 +1,141 @@
+"""What is subtracted from the logit of a candidate. One of these is right; the others are kept by name to compare with.
+
+A correction maps candidates to log kappa, or to what a published method puts in its place. Every one of them is
+`log_count(pool, items, source, request) -> float64`, the shape of `items`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from twotower.errors import InputError
+from twotower.negatives.sources import InBatch, RandomSource, Request, Source, log_absence_after, log_complement
+
+
+class Sources(Protocol):
+    """What a correction asks of a pool."""
+
+    def members(self) -> list[Source]:
+        """All sources, in order."""
+        ...
+
+    def random_sources(self) -> list[RandomSource]:
+        """Those that draw."""
+        ...
+
+    def log_expected_count(self, items: Tensor, request: Request) -> Tensor:
+        """Log kappa_j over all random sources."""
+        ...
+
+
+class Correction(ABC):
+    """A rule for log kappa."""
+
+    @abstractmethod
+    def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: Request) -> Tensor:
+        """What is subtracted from the logits of random candidates.
+
+        Args:
+            pool: the pool they were drawn from.
+            items: their codes, int64, any shape.
+            source: which of the pool's sources brought each, the same shape; -1 where duplicates were merged.
+            request: the batch.
+
+        Returns:
+            float64, the shape of `items`.
+        """
+
+
+class ExpectedCounts(Correction):
+    """log kappa_j, pooled over all random sources: the estimate is unbiased (THEORY, section 2)."""
+
+    def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: Request) -> Tensor:
+        """Sums of counts, or one minus the product of absences where the pool is unique."""
+        del source
+        return pool.log_expected_count(items, request)
+
+
+class NoCorrection(Correction):
+    """0: every candidate counts once, so popular items, which are drawn more often, are penalised more."""
+
+    def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: Request) -> Tensor:
+        """Zeros."""
+        del pool, source, request
+        return torch.zeros(items.shape, dtype=torch.float64, device=items.device)
+
+
+class Probability(Correction):
+    """log p_j, the frequency alone, without the number of draws: the sum is B-1 times too small."""
+
+    def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: Request) -> Tensor:
+        """Log p_j of the in-batch source."""
+        del source
+        return in_batch_source(pool).log_prob(items, request)
+
+
+class BatchProbability(Correction):
+    """log(1 - (1-p_j)^B): the chance to stand in the batch, put on every copy of a batch that keeps duplicates."""
+
+    def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: Request) -> Tensor:
+        """The inclusion probability in B draws."""
+        del source
+        log_prob = in_batch_source(pool).log_prob(items, request)
+        return log_complement(log_absence_after(len(request.positives), log_prob))
+
+
+class ImportanceToUniform(Correction):
+    """log(Q_j / P_j) with P uniform over the catalog and Q the frequency: log p_j + log N."""
+
+    def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: Request) -> Tensor:
+        """Log p_j + log N."""
+        del source
+        in_batch = in_batch_source(pool)
+        return in_batch.log_prob(items, request) + math.log(in_batch.frequency.num_items)
+
+
+class MixtureProbability(Correction):
+    """log Q*_j, the mixture of all sources in the ratio of their draws (B for in-batch): a probability, no count."""
+
+    def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: Request) -> Tensor:
+        """Log sum_s n_s q_j^s - log sum_s n_s."""
+        del source
+        parts, total = [], 0
+        for member in pool.random_sources():
+            draws = _draws_as_published(member, request)
+            if draws:
+                total += draws
+                parts.append(math.log(draws) + member.log_prob(items, request))
+        return torch.logsumexp(torch.stack(parts), 0) - math.log(total)
+
+
+class BySourceProbability(Correction):
+    """log q_j of the very source that brought the candidate: p_j for in-batch, 1/N for uniform."""
+
+    def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: Request) -> Tensor:
+        """Log q_j^s."""
+        count = torch.zeros(items.shape, dtype=torch.float64, device=items.device)
+        for place, member in enumerate(pool.members()):
+            if isinstance(member, RandomSource):
+                count = torch.where(source == place, member.log_prob(items, request), count)
+        return count
+
+
+def in_batch_source(pool: Sources) -> InBatch:
+    """The pool's in-batch source.
+
+    Raises:
+        InputError: it has none.
+    """
+    for member in pool.members():
+        if isinstance(member, InBatch):
+            return member
+    raise InputError("sources: this objective is defined on in-batch candidates; add in_batch to its sources")
+
+
+def _draws_as_published(member: RandomSource, request: Request) -> int:
+    return len(request.positives) if isinstance(member, InBatch) else member.draws(request)

@@ -1,0 +1,181 @@
+"""The model folder and the retriever: the same answers after loading, by ids, and clear refusals."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import twotower as tt
+from twotower.config import Config
+from twotower.errors import InputError
+from twotower.serving import Artifact, Retriever
+
+SETTINGS = [
+    "training.max_epochs=6",
+    "training.batch_size=64",
+    "training.learning_rate=0.01",
+    "training.warmup_steps=5",
+    "training.accelerator=cpu",
+    "item_tower.dimension=16",
+    "query_tower.history.length=10",
+    "objective.sources=[{in_batch: {}}, {uniform: {size: 20}}]",
+]
+
+
+@pytest.fixture(scope="module")
+def model(planted_split):
+    return tt.fit(planted_split, Config.load(None, SETTINGS), progress=False)
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    return model.save(tmp_path_factory.mktemp("saved") / "model")
+
+
+def test_a_loaded_model_ranks_and_recommends_the_same(model, folder, planted_split):
+    loaded = Retriever.load(folder)
+    test = planted_split.test
+    assert np.array_equal(model.rank(test, 10, True), loaded.rank(test, 10, True))
+    assert model.retriever.recommend(["u001", "u002"]).equals(loaded.recommend(["u001", "u002"]))
+
+
+def test_recommend_returns_what_evaluate_ranks(folder, planted_split):
+    """The ids of `rank` for a holdout's histories are the ids of `recommend` for the same histories."""
+    loaded, test = Retriever.load(folder), planted_split.test
+    ranked = loaded.rank(test, 10, True)
+    queries = loaded.artifact.queries.decode(test.queries).to_list()
+    histories = [
+        loaded.artifact.items.decode(test.history_items[a:b].astype(np.int64)).to_list()
+        for a, b in zip(test.history_offsets[:-1], test.history_offsets[1:], strict=True)
+    ]
+    found = loaded.recommend(queries, histories=histories, k=10)
+    assert found["item"].to_list() == loaded.artifact.items.decode(ranked.reshape(-1)).to_list()
+    assert found["rank"].to_list() == list(range(1, 11)) * len(queries)
+
+
+def test_the_scores_are_the_dot_products_of_the_towers(model):
+    found = model.retriever.recommend(["u003"], k=5)
+    towers, artifact = model.artifact.towers, model.artifact
+    code = artifact.queries.encode(["u003"])
+    start, stop = artifact.history_offsets[code[0]], artifact.history_offsets[code[0] + 1]
+    history = torch.full((1, 10), -1)
+    recent = artifact.history_items[start:stop][-10:]
+    history[0, -len(recent) :] = torch.from_numpy(np.array(recent, dtype=np.int64))
+    with torch.no_grad():
+        scores = (towers.embed_queries(torch.from_numpy(code.copy()), history) @ towers.item_embeddings().T)[0]
+    scores[torch.from_numpy(np.array(artifact.history_items[start:stop], dtype=np.int64))] = -torch.inf
+    best = scores.topk(5)
+    assert found["item"].to_list() == artifact.items.decode(best.indices.numpy()).to_list()
+    assert found["score"].to_list() == pytest.approx(best.values.tolist(), abs=1e-6)
+
+
+def test_seen_items_are_left_out_or_kept(model):
+    retriever = model.retriever
+    seen = set(retriever.history("u004")["item"])
+    assert not seen & set(retriever.recommend(["u004"], k=70)["item"])
+    kept = retriever.recommend(["u004"], k=200, exclude_seen=False)
+    assert seen < set(kept["item"]) and len(kept) == len(retriever.artifact.items)
+
+
+def test_a_new_query_is_answered_by_its_history(model):
+    found = model.retriever.recommend(histories=[[1, 3, 5, 7], [0, 2, 4, 99999]], k=5)
+    assert found["query"].to_list() == [0] * 5 + [1] * 5
+    assert [j % 2 for j in found["item"]] == [1] * 5 + [0] * 5, "unknown items are ignored, tastes do not mix"
+
+
+def test_titles_and_similar(model):
+    found = model.retriever.similar([4], k=6)
+    assert 4 not in found["item"].to_list()
+    assert found["title"].to_list() == [f"Item number {j}" for j in found["item"]]
+    assert found["score"].is_sorted(descending=True)
+    assert sum(j % 2 == 0 for j in found["item"]) >= 5
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda r: r.recommend(["nobody"]), "query 'nobody': not in"),
+        (lambda r: r.recommend(), "expected query ids or histories"),
+        (lambda r: r.recommend(["u001"], k=0), "at least 1"),
+        (lambda r: r.recommend(["u001"], histories=[[1], [2]]), "one for each query"),
+        (lambda r: r.recommend(histories=[[99999]]), "none of its items is in the catalog"),
+        (lambda r: r.similar([777]), "item 777: not in"),
+        (lambda r: r.similar([1], k=-1), "at least 1"),
+    ],
+)
+def test_bad_questions_are_refused(model, ask, message):
+    with pytest.raises(InputError, match=message):
+        ask(model.retriever)
+
+
+def damaged(folder, tmp_path, change):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    change(copy)
+    return copy
+
+
+def edit_metadata(change):
+    def edit(folder):
+        path = folder / "metadata.json"
+        values = json.loads(path.read_text())
+        change(values)
+        path.write_text(json.dumps(values))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f / "towers.safetensors").write_bytes(b"x"), "towers.safetensors: its checksum differs"),
+        (lambda f: (f / "items.parquet").unlink(), "items.parquet: missing"),
+        (lambda f: (f / "metadata.json").write_text("{"), "not the metadata of a model"),
+        (lambda f: (f / "metadata.json").unlink(), "no model in this folder"),
+        (edit_metadata(lambda v: v.update(schema_version=99)), "schema version 99, this twotower reads 1"),
+        (edit_metadata(lambda v: v["config"].update(nonsense=1)), "do not fit together"),
+        (edit_metadata(lambda v: v.update(num_items=3)), "do not fit together"),
+    ],
+)
+def test_a_damaged_folder_is_refused(folder, tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        Artifact.load(damaged(folder, tmp_path, change))
+    with pytest.raises(InputError, match="no such folder"):
+        Artifact.load(tmp_path / "nowhere")
+
+
+def test_saving_replaces_whole_and_leaves_nothing_else(model, tmp_path):
+    first = model.save(tmp_path / "m")
+    (first / "stale.txt").write_text("from an older model")
+    model.save(tmp_path / "m")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    assert not (first / "stale.txt").exists()
+
+
+def test_a_failed_save_keeps_the_old_model(model, tmp_path, monkeypatch):
+    target = model.save(tmp_path / "m")
+    before = sorted(path.name for path in target.iterdir())
+
+    def full(self, path):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(type(model.artifact.queries), "write", full)
+    with pytest.raises(OSError, match="No space"):
+        model.save(tmp_path / "m")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    assert sorted(path.name for path in target.iterdir()) == before
+
+
+def test_serving_loads_no_trainer(folder):
+    code = (
+        "import sys; from twotower.serving import Retriever; "
+        f"r = Retriever.load({str(folder)!r}); assert len(r.recommend(['u001'], k=3)) == 3; "
+        "bad = [m for m in sys.modules if m.startswith(('twotower.training', 'twotower.analysis', 'twotower.run', "
+        "'pytorch_lightning'))]; assert not bad, bad"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

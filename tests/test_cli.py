@@ -1,0 +1,163 @@
+"""The command line as a person uses it: real files in, tables or JSON out, clear errors with the right exit code."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from twotower import cli
+from twotower.config import Config
+from twotower.errors import InputError
+
+QUICK = [
+    "--set",
+    "training.max_epochs=3",
+    "--set",
+    "training.batch_size=64",
+    "--set",
+    "item_tower.dimension=16",
+    "--set",
+    "training.learning_rate=0.01",
+    "--set",
+    "objective.sources=[{in_batch: {}}, {uniform: {size: 20}}]",
+    "--set",
+    "data.split=leave-last-out",
+]
+
+
+def twotower(*words, cwd=None):
+    """The command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "twotower.cli", *map(str, words)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+
+
+@pytest.fixture
+def command(run_folder, monkeypatch, capsys):
+    """The command in this process, which saves the imports: `command(words) -> (exit code, stdout, stderr)`."""
+    monkeypatch.chdir(run_folder)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["twotower", *map(str, words)])
+        cli._STATE["debug"] = False
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory, interactions_csv):
+    folder = tmp_path_factory.mktemp("cli")
+    interactions_csv(folder / "purchases.csv")
+    done = twotower("train", "purchases.csv", "--items", "products.csv", "--out", "run", *QUICK, "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert {row["name"] for row in json.loads(done.stdout)["rows"]} >= {"model", "popularity"}
+    assert "leak through time" in done.stderr, "the account of the split goes to stderr, stdout is JSON alone"
+    return folder
+
+
+def test_train_leaves_a_whole_run(run_folder):
+    run = run_folder / "run"
+    assert {path.name for path in run.iterdir()} == {"config.yaml", "model", "results.json", "checkpoints", "logs"}
+    assert Config.load(run / "config.yaml").training.max_epochs == 3
+    assert (run / "logs" / "metrics.csv").read_text().count("\n") > 3
+
+
+def test_the_written_config_trains_the_same_model_again(run_folder, command):
+    code, _, err = command("train", "purchases.csv", "--config", "run/config.yaml", "--out", "again")
+    assert code == 0, err
+    weights = [(run_folder / run / "model" / "towers.safetensors").read_bytes() for run in ("run", "again")]
+    assert weights[0] == weights[1]
+
+
+def test_evaluate_repeats_the_result(run_folder, command):
+    code, out, err = command("evaluate", "run", "--json")
+    assert code == 0, err
+    assert json.loads(out) == json.loads((run_folder / "run" / "results.json").read_text())
+    assert "item-kNN" in command("evaluate", "run")[1]
+
+
+def test_recommend_and_similar(command):
+    found = json.loads(command("recommend", "run", "--query", "u001", "-k", 3, "--json")[1])
+    assert [row["rank"] for row in found] == [1, 2, 3] and all("title" in row for row in found)
+    told = command("recommend", "run", "--query", "u001", "--query", "u002")[1]
+    assert "u001" in told and "u002" in told and "Item number" in told
+    assert len(json.loads(command("recommend", "run", "--history", "1, 3,5", "-k", 4, "--json")[1])) == 4
+    assert len(json.loads(command("similar", "run", "--item", "4", "-k", 2, "--json")[1])) == 2
+
+
+def test_doctor_and_datasets(command):
+    assert json.loads(command("doctor", "--json")[1])["versions"]["torch"]
+    assert "cores" in command("doctor")[1]
+    names = {row["name"] for row in json.loads(command("datasets", "--json")[1])}
+    assert {"movielens-100k", "movielens-1m", "complete-journey"} <= names
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "nowhere.csv", "--out", "x"], "nowhere.csv"),
+        (["train", "purchases.csv", "--out", "run"], "a model is there already"),
+        (["train", "purchases.csv", "--out", "x", "--config", "no.yaml"], "no.yaml: no such configuration file"),
+        (["train", "purchases.csv", "--out", "x", "--set", "training.max_epochs=0"], "field training.max_epochs"),
+        (["train", "purchases.csv", "--out", "x", "--set", "training.speed=9"], "field training.speed"),
+        (["train", "purchases.csv", "--out", "x", "--set", "nonsense"], "expected section.key=value"),
+        (["train", "purchases.csv", "--out", "x", "--set", "objective=magic"], "unknown objective 'magic'"),
+        (["train", "purchases.csv", "--out", "x", "--set", "objective.sources=[{magic: {}}]"], "unknown source"),
+        (["train", "purchases.csv", "--out", "x", "--set", "objective.sources=[{uniform: {sise: 2}}]"], "sise"),
+        (["train", "purchases.csv", "--out", "x", "--resume"], "no checkpoint to resume from"),
+        (["evaluate", "nowhere"], "nowhere: no such folder"),
+        (["evaluate", "."], "no model in this folder"),
+        (["recommend", "run", "--query", "nobody"], "query 'nobody'"),
+        (["recommend", "run"], "expected --query ID or --history"),
+        (["similar", "run", "--item", "999"], "item '999'"),
+        (["datasets", "movielens-9"], "movielens-9"),
+    ],
+)
+def test_bad_usage_is_one_clear_error(run_folder, command, words, message):
+    code, out, err = command(*words)
+    assert code == 2, out + err
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
+    assert not (run_folder / "x" / "model").exists()
+
+
+def test_exit_codes_of_the_real_process(run_folder):
+    assert twotower("evaluate", "nowhere", cwd=run_folder).returncode == 2
+    assert twotower("train", "--nonsense", cwd=run_folder).returncode == 2
+    assert "Traceback" in twotower("--debug", "evaluate", "nowhere", cwd=run_folder).stderr
+
+
+def test_a_fault_of_the_program_is_exit_code_one(command, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("a wheel came off")
+
+    monkeypatch.setattr("twotower.serving.Retriever.load", broken)
+    code, _, err = command("similar", "run", "--item", "4")
+    assert code == 1 and "a wheel came off" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("text", ["training: [1", "- a\n- b", "training:\n  seed: -1", "training:\n  precision: 8"])
+def test_a_wrong_config_names_the_file(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match="c.yaml"):
+        Config.load(path)
+
+
+def test_overrides_and_round_trip(tmp_path):
+    config = Config.load(None, ["objective=expected-count", "objective.unique=false", "evaluation.ks=[5]"])
+    assert config.objective.name == "expected-count" and not config.objective.unique
+    (tmp_path / "c.yaml").write_text(config.to_yaml())
+    assert Config.load(tmp_path / "c.yaml") == config
