@@ -102,7 +102,7 @@ OBJECTIVES: dict[str, Named] = {
     "in-batch-logq-all": Named(
         "softmax over the batch, s - log p, the positive corrected too: the common industry form",
         IN_BATCH,
-        lambda pool, settings, num_items: PositiveCorrectedSoftmax(pool, strength=settings.strength),
+        lambda pool, settings, _: PositiveCorrectedSoftmax(pool, strength=settings.strength),
         corrections.Probability(),
     ),
     "in-batch-importance": Named(
@@ -114,7 +114,7 @@ OBJECTIVES: dict[str, Named] = {
     "refined-logq": Named(
         "softmax over the batch without the positive, rows weighted by 1 - P(y)",
         IN_BATCH,
-        lambda pool, settings, num_items: RefinedLogQ(pool, strength=settings.strength),
+        lambda pool, settings, _: RefinedLogQ(pool, strength=settings.strength),
         corrections.Probability(),
     ),
     "mixed": Named(
@@ -148,14 +148,12 @@ OBJECTIVES: dict[str, Named] = {
     "sampled-logistic": Named(
         "binary cross-entropy, log kappa subtracted from all logits, accidental hits masked",
         MIXED,
-        lambda pool, settings, num_items: Logistic(pool, corrected=True, strength=settings.strength),
+        lambda pool, settings, _: Logistic(pool, corrected=True, strength=settings.strength),
     ),
     "nce": Named(
         "binary cross-entropy, log kappa subtracted from all logits, accidental hits kept as noise",
         [{"frequency": {"size": 1024, "power": 1.0}}],
-        lambda pool, settings, num_items: Logistic(
-            pool, corrected=True, keep_accidental=True, strength=settings.strength
-        ),
+        lambda pool, settings, _: Logistic(pool, corrected=True, keep_accidental=True, strength=settings.strength),
     ),
     "gbce": Named(
         "binary cross-entropy calibrated against overconfidence (gSASRec)",
@@ -168,7 +166,7 @@ OBJECTIVES: dict[str, Named] = {
     "bpr": Named(
         "pairwise ranking against K uniform negatives",
         [{"uniform": {"size": "K", "per_row": True}}],
-        lambda pool, settings, num_items: BPR(pool),
+        lambda pool, *_: BPR(pool),
         corrections.NoCorrection(),
     ),
 }
@@ -250,7 +248,7 @@ class _SourceBuilder:
         self.head = Head(self.counts, max(heads)).items if heads and max(heads) > 0 else None
 
     def build(self, name: str, options: dict[str, Any]) -> Source:
-        builders = {
+        builders: dict[str, Callable[..., Source]] = {
             "in_batch": self.in_batch,
             "uniform": self.uniform,
             "frequency": self.frequency_power,
@@ -267,8 +265,7 @@ class _SourceBuilder:
             inspect.signature(builders[name]).bind(**options)
         except TypeError as error:
             raise InputError(f"objective.sources: {name}: {error}") from error
-        source: Source = builders[name](**options)  # type: ignore[operator]
-        return source
+        return builders[name](**options)
 
     def in_batch(self, *, unique: bool = False) -> Source:
         return InBatch(self.frequency, unique=unique)

@@ -102,7 +102,7 @@ def refined_logq(
         temperature: divides every score.
 
     Returns:
-        (loss, weight), [B] each; weight = 1 - P_hat(y), without gradient. A row without candidates has loss 0, weight 0.
+        (loss, weight), [B] each; weight = 1 - P_hat(y), without gradient. Both are 0 for a row without candidates.
 
     Source: Khrylchenko et al. 2025, "Correcting the LogQ Correction", arXiv 2507.09331, equations 8 to 10.
     """

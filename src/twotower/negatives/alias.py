@@ -10,9 +10,9 @@ _BITS = 31
 
 
 class AliasTable(nn.Module):
-    """Draws item j with probability w_j / sum w (Walker 1977; built by prefix sums, after Hübschle-Schneider and
-    Sanders 2019, "Parallel Weighted Random Sampling").
+    """Draws item j with probability w_j / sum w (Walker 1977).
 
+    Built by prefix sums, after Hübschle-Schneider and Sanders 2019, "Parallel Weighted Random Sampling".
     With the weights scaled to mean 1, an item below 1 (light) keeps its own slot with probability w and gives the rest
     to a heavy one. Sweeping lights and heavies in order, the heavy item that fills light i is the first whose
     cumulated excess exceeds the deficit cumulated before i; where a heavy item is used up, the next one fills it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from twotower.negatives.sources import CrossBatchMemory, InBatch, RandomSource, 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The candidates of one batch: those shared by its rows, [M], and those of single rows, [B, R], where there are any.
+    """The candidates of one batch: those shared by its rows, [M], and those of single rows, [B, R], if any.
 
     Attributes:
         items: shared candidates' codes, int64 [M].
@@ -75,8 +76,9 @@ class Candidates:
 
     def to(self, device: torch.device | str) -> Candidates:
         """The same candidates on another device."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Candidates(**{name: None if value is None else value.to(device) for name, value in values.items()})
+        present = {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
+        moved: dict[str, Any] = {name: value.to(device) for name, value in present.items()}
+        return replace(self, **moved)
 
 
 class Pool(nn.Module):
@@ -175,7 +177,15 @@ class Pool(nn.Module):
             else torch.zeros(len(positives), device=positives.device),
         )
         if row_fixed is not None or row_drawn is not None:
-            result = self._with_rows(result, row_fixed, row_drawn, row_source, known, fixed, request)
+            result = self._with_rows(
+                result,
+                fixed=row_fixed,
+                drawn=row_drawn,
+                source=row_source,
+                known=known,
+                shared_fixed=fixed,
+                request=request,
+            )
         if self.training:
             for member in self.members():
                 if isinstance(member, CrossBatchMemory):
@@ -254,6 +264,7 @@ class Pool(nn.Module):
     def _with_rows(
         self,
         shared: Candidates,
+        *,
         fixed: Tensor | None,
         drawn: Tensor | None,
         source: Tensor | None,

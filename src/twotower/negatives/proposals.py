@@ -92,7 +92,7 @@ class Weighted(Proposal):
 
 
 class FrequencyPower(Weighted):
-    """q_j in proportion to count_j^power: 1 is the unigram distribution, 0.75 that of word2vec, 0 uniform over items seen.
+    """q_j in proportion to count_j^power: 1 is the unigram distribution, 0.75 word2vec's, 0 uniform over items seen.
 
     Args:
         counts: training interactions of each item, [N].

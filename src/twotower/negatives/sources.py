@@ -201,7 +201,7 @@ class CrossBatchMemory(RandomSource):
         # Filled places, next place, step: plain numbers kept on the CPU, where reading them waits for nothing.
         self._filled, self._next, self._step = 0, 0, 0
         self.register_buffer("state", torch.zeros(3, dtype=torch.int64))
-        self.register_load_state_dict_post_hook(lambda module, _: module._restore())
+        self.register_load_state_dict_post_hook(_restore)  # type: ignore[no-untyped-call]
 
     def draw(self, request: Request) -> Tensor:
         """What is remembered, [M] or fewer at the start; `remember` the batch afterwards."""
@@ -233,8 +233,9 @@ class CrossBatchMemory(RandomSource):
         """Log p_j, within the group of the batch."""
         return self.frequency.log_prob(items, request.group)
 
-    def _restore(self) -> None:
-        self._filled, self._next, self._step = (int(value) for value in self.state)
+
+def _restore(memory: CrossBatchMemory, _: object) -> None:
+    memory._filled, memory._next, memory._step = (int(value) for value in memory.state)
 
 
 class Head(Source):

@@ -53,6 +53,7 @@ class StreamingFrequency(Frequency):
     gap: Tensor
     last: Tensor
     clock: Tensor
+    keys: Tensor
 
     def __init__(
         self,

@@ -24,9 +24,9 @@ def build_towers(config: Config, *, num_queries: int, num_items: int) -> TwoTowe
         raise InputError("query_tower: expected id_embedding: true, or a history; found neither")
     dimension = config.item_tower.dimension
     item_tower = ItemTower(num_items, dimension, hidden=item.hidden, dropout=item.dropout)
-    history = query.history and PooledHistory(query.history.length, query.history.heads, dropout=query.history.dropout)
-    history_items = None
-    if query.history:
+    history, history_items = None, None
+    if query.history is not None:
+        history = PooledHistory(query.history.length, query.history.heads, dropout=query.history.dropout)
         history_items = item_tower.ids if query.history.share_table else EmbeddingTable(num_items, dimension)
     query_tower = QueryTower(
         num_queries if query.id_embedding else 0,

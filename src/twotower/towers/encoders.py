@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ class MLP(nn.Module):
     def __init__(self, widths: Sequence[int], *, dropout: float = 0.0) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for width, following in zip(widths[:-2], widths[1:-1], strict=True):
+        for width, following in pairwise(widths[:-1]):
             layers += [nn.Linear(width, following), nn.GELU(), nn.Dropout(dropout)]
         layers.append(nn.Linear(widths[-2], widths[-1]))
         self.layers = nn.Sequential(*layers)
@@ -69,7 +70,8 @@ class PooledHistory(nn.Module):
         empty = ~present.any(1)
         weights = scores.masked_fill(empty[:, None, None], 0.0).softmax(-1)
         weights = weights.masked_fill(empty[:, None, None], 0.0)
-        return weights.to(embedded.dtype) @ embedded
+        pooled: Tensor = weights.to(embedded.dtype) @ embedded
+        return pooled
 
 
 class QueryTower(nn.Module):
@@ -199,4 +201,4 @@ class TwoTower(nn.Module):
     def item_embeddings(self, block: int = 65_536) -> Tensor:
         """All item embeddings as an index needs them, [N, D], float32, without gradient."""
         codes = torch.arange(self.item_tower.num_items, device=self.log_temperature.device)
-        return torch.cat([self.embed_items(part).float() for part in codes.split(block)])
+        return torch.cat([self.embed_items(part).float() for part in torch.split(codes, block)])

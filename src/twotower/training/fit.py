@@ -22,7 +22,7 @@ from twotower.losses import Objective
 from twotower.towers import TwoTower
 from twotower.training.checkpoints import SafeCheckpointIO
 from twotower.training.interruption import StopBetweenSteps
-from twotower.training.model import TrainingModule
+from twotower.training.model import LOG_EVERY, TrainingModule
 
 #: Warnings of Lightning that tell a user of this library nothing to act on.
 LIGHTNING_NOISE = (
@@ -137,7 +137,7 @@ def fit_towers(
         max_time=settings.time_limit,
         check_val_every_n_epoch=settings.validate_every,
         num_sanity_val_steps=0,
-        log_every_n_steps=10,
+        log_every_n_steps=LOG_EVERY,
         callbacks=callbacks,
         logger=CSVLogger(directory, name="logs", version=""),
         plugins=[io],

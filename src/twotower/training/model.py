@@ -19,6 +19,9 @@ from twotower.towers import TwoTower
 from twotower.training.checkpoints import random_state, restore_random_state
 from twotower.training.optimizers import TableAdamW, parameter_groups
 
+#: Steps between entries of the log.
+LOG_EVERY = 10
+
 
 def batch_loss(
     towers: TwoTower, objective: Objective, batch: Batch, known_positives: KnownPositives | None = None
@@ -37,7 +40,7 @@ def batch_loss(
     asked = [batch.items, drawn.items]
     if drawn.row_items is not None:
         asked.append(drawn.row_items.clamp(min=0).reshape(-1))
-    vectors = embed_once(towers, torch.cat(asked)).split([len(part) for part in asked])
+    vectors = torch.split(embed_once(towers, torch.cat(asked)), [len(part) for part in asked])
     embedded = Embedded(
         query,
         vectors[0],
@@ -92,7 +95,7 @@ class TrainingModule(pl.LightningModule):
         loss, _, _ = batch_loss(self.towers, self.objective, batch, self.known_positives)
         mean = loss.mean() if batch.weights is None else (loss * batch.weights).sum() / batch.weights.sum()
         self._rows += len(batch.items)
-        if batch_idx % self.trainer.log_every_n_steps == 0:
+        if batch_idx % LOG_EVERY == 0:
             self.log("loss", mean.detach(), prog_bar=True)
             now = time.perf_counter()
             self.log("rows/s", self._rows / max(now - self._since, 1e-9), prog_bar=True)

@@ -53,7 +53,7 @@ class TableAdamW(torch.optim.Optimizer):
                         "mean": torch.zeros_like(parameter),
                         "variance": torch.zeros_like(parameter),
                     }
-            self._step_dense([p for p in with_gradient if not p.grad.is_sparse], group)  # type: ignore[union-attr]
+            self._step_dense([p for p in with_gradient if not p.grad.is_sparse], group)
             for parameter in with_gradient:
                 if parameter.grad is not None and parameter.grad.is_sparse:
                     self._step_rows(parameter, parameter.grad.coalesce(), group)
