@@ -105,7 +105,7 @@ class TrainingConfig(Section):
     """How the model is fitted."""
 
     batch_size: int = Field(1024, ge=1)
-    max_epochs: int = Field(100, ge=1)
+    max_epochs: int = Field(30, ge=1, description="The learning rate falls along a cosine over so many epochs.")
     learning_rate: float = Field(2e-3, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     warmup_steps: int = Field(100, ge=0)

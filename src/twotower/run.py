@@ -30,10 +30,15 @@ from twotower.data import (
 from twotower.errors import InputError
 from twotower.evaluation import Evaluation, Ranker
 from twotower.evaluation.towers import TowerRanker
+from twotower.losses import Objective
+from twotower.negatives import Mined
 from twotower.serving import Artifact, Retriever
 from twotower.serving.artifact import FOLDER
 from twotower.towers import TwoTower, build_towers
 from twotower.training import FitResult, fit_towers
+
+#: Queries mined at once.
+MINING_BLOCK = 8192
 
 
 @dataclass(frozen=True)
@@ -120,13 +125,16 @@ def fit(
         length = history_length(settings)
         batches = TrainingBatches(train, training.batch_size, history_length=length, seed=training.seed)
         known = KnownPositives(train) if masks_known_positives(settings.objective) else None
+        objective = build_objective(settings, train)
         result = fit_towers(
             towers,
-            build_objective(settings, train),
+            objective,
             GroupedBatches(batches) if settings.objective.frequency.startswith("grouped") else batches,
             training,
             Path(directory),
             known_positives=known,
+            counts=torch.from_numpy(train.item_counts()),
+            mine=_miner(objective, train, length),
             validate=_validation(split.validation, settings, train) if len(split.validation) else None,
             resume=resume,
             progress=progress,
@@ -167,6 +175,25 @@ def evaluate(
 def history_length(config: Config) -> int:
     """L of the query tower; 0 where it looks at no history."""
     return config.query_tower.history.length if config.query_tower.history else 0
+
+
+def _miner(objective: Objective, train: Interactions, length: int) -> Callable[[TwoTower], None] | None:
+    """Refreshes the mined sources of an objective: the best items of each query, without its training items."""
+    sources = [source for source in objective.pool.members() if isinstance(source, Mined)]
+    if not sources:
+        return None
+
+    def mine(towers: TwoTower) -> None:
+        ranker = TowerRanker(towers, length)
+        # By the raw score: on corrected logits rare items would look hard.
+        for block in np.array_split(np.arange(train.num_queries), -(-train.num_queries // MINING_BLOCK)):
+            offsets = train.offsets[block[0] : block[-1] + 2]
+            rows = (offsets - offsets[0], train.item_codes[offsets[0] : offsets[-1]])
+            _, items = ranker.search(block, rows, max(source.size for source in sources), exclude=rows)
+            for source in sources:
+                source.refresh(torch.from_numpy(block).to(source.items.device), items.to(source.items.device))
+
+    return mine
 
 
 def _validation(holdout: Holdout, config: Config, train: Interactions) -> Callable[[TwoTower], dict[str, float]]:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
 from pytorch_lightning.loggers import CSVLogger
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from twotower.config import TrainingConfig
@@ -79,6 +80,8 @@ def fit_towers(
     directory: Path,
     *,
     known_positives: KnownPositives | None = None,
+    counts: Tensor | None = None,
+    mine: Callable[[TwoTower], None] | None = None,
     validate: Callable[[TwoTower], dict[str, float]] | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -92,6 +95,8 @@ def fit_towers(
         settings: section `training`.
         directory: where checkpoints (`checkpoints/`) and logs (`logs/`) go.
         known_positives: what a row must not be pushed away from; None to mask its own positive alone.
+        counts: training interactions of each item, [N], for diagnostics by popularity.
+        mine: refreshes mined negatives from the current towers; called before every epoch but the first.
         validate: measures the towers after each epoch; without it the last weights are taken.
         resume: go on from `directory/checkpoints/last`.
         progress: show a progress bar.
@@ -110,6 +115,7 @@ def fit_towers(
         settings,
         total_steps=settings.max_epochs * len(batches),
         known_positives=known_positives,
+        counts=counts,
         validate=validate,
     )
     history = _History()
@@ -123,6 +129,8 @@ def fit_towers(
     )
     stop = StopBetweenSteps(last)
     callbacks: list[Callback] = [keep_best, history, _EpochOrder(batches), stop]
+    if mine is not None:
+        callbacks.append(_Mine(mine))
     if validate:
         callbacks.append(EarlyStopping(settings.metric, patience=settings.patience, mode="max"))
     if progress:
@@ -178,6 +186,17 @@ class _EpochOrder(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         del pl_module
         self.batches.set_epoch(trainer.current_epoch)
+
+
+class _Mine(Callback):
+    """Refreshes mined negatives before every epoch but the first, when there is nothing to mine with yet."""
+
+    def __init__(self, mine: Callable[[TwoTower], None]) -> None:
+        self.mine = mine
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch > 0 and isinstance(pl_module, TrainingModule):
+            self.mine(pl_module.towers)
 
 
 class _History(Callback):

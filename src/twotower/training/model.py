@@ -13,14 +13,17 @@ from torch import Tensor
 
 from twotower.config import TrainingConfig
 from twotower.data import Batch, KnownPositives
+from twotower.evaluation import popularity_thirds
 from twotower.losses import Embedded, Objective
 from twotower.negatives import Candidates
 from twotower.towers import TwoTower
 from twotower.training.checkpoints import random_state, restore_random_state
+from twotower.training.diagnostics import Watch, diagnose, frequency_drift
 from twotower.training.optimizers import TableAdamW, parameter_groups
 
-#: Steps between entries of the log.
+#: Steps between entries of the log, and between diagnostics of the objective in it.
 LOG_EVERY = 10
+DIAGNOSE_EVERY = 50
 
 
 def batch_loss(
@@ -67,6 +70,7 @@ class TrainingModule(pl.LightningModule):
         settings: learning rate, warm-up, seed and the like.
         total_steps: steps of the whole schedule.
         known_positives: looks up what a row must not be pushed away from; None to mask its own positive alone.
+        counts: training interactions of each item, [N], for the diagnostics by popularity; none without it.
         validate: measures the towers; called after each epoch, returns metrics by name.
     """
 
@@ -78,6 +82,7 @@ class TrainingModule(pl.LightningModule):
         *,
         total_steps: int,
         known_positives: KnownPositives | None = None,
+        counts: Tensor | None = None,
         validate: Callable[[TwoTower], dict[str, float]] | None = None,
     ) -> None:
         super().__init__()
@@ -86,13 +91,16 @@ class TrainingModule(pl.LightningModule):
         self.settings = settings
         self.total_steps = total_steps
         self.known_positives = known_positives
+        self.counts = counts
+        self.thirds = None if counts is None else torch.from_numpy(popularity_thirds(counts.numpy()))
+        self._watch = Watch()
         self.validate = validate
         self._rows = 0
         self._since = time.perf_counter()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of the batch, weighted where rows carry weights."""
-        loss, _, _ = batch_loss(self.towers, self.objective, batch, self.known_positives)
+        loss, embedded, drawn = batch_loss(self.towers, self.objective, batch, self.known_positives)
         mean = loss.mean() if batch.weights is None else (loss * batch.weights).sum() / batch.weights.sum()
         self._rows += len(batch.items)
         if batch_idx % LOG_EVERY == 0:
@@ -100,6 +108,10 @@ class TrainingModule(pl.LightningModule):
             now = time.perf_counter()
             self.log("rows/s", self._rows / max(now - self._since, 1e-9), prog_bar=True)
             self.log("temperature", self.towers.temperature.detach())
+            if self.thirds is not None and self.objective.merges_copies and batch_idx % DIAGNOSE_EVERY == 0:
+                numbers = diagnose(embedded, drawn, self.towers.temperature, self.thirds.to(self.device))
+                self._watch.look(numbers)
+                self.log_dict(numbers)
             self._rows, self._since = 0, now
         return mean
 
@@ -110,6 +122,9 @@ class TrainingModule(pl.LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Rank the whole catalog for the validation queries; `batch` is a placeholder."""
         del batch, batch_idx
+        if self.counts is not None and (drift := frequency_drift(self.objective, self.counts)) is not None:
+            self.log("frequency_drift", drift, batch_size=1)
+            self._watch.look({"frequency_drift": drift})
         if self.validate is not None:
             for name, value in self.validate(self.towers).items():
                 self.log(name, value, prog_bar=name == self.settings.metric, batch_size=1)

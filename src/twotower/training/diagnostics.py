@@ -1,0 +1,114 @@
+"""What an objective's candidates do while training: cheap numbers for the log, and words when one is off."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from twotower.losses import Embedded, Objective, candidate_logits
+from twotower.negatives import Candidates, compare_frequencies
+
+logger = logging.getLogger("twotower")
+
+#: Popularity thirds as they are called in the log.
+THIRDS = ("head", "mid", "tail")
+
+
+@torch.no_grad()
+def diagnose(embedded: Embedded, drawn: Candidates, temperature: Tensor | float, thirds: Tensor) -> dict[str, float]:
+    """Diagnostics of one batch of a softmax objective, from the weights w_i = exp(s_i - log kappa_i).
+
+    Args:
+        embedded: the embeddings of the batch.
+        drawn: its candidates.
+        temperature: of the scores.
+        thirds: 0 head, 1 mid, 2 tail for each item, int8 [N].
+
+    Returns:
+        effective_candidates: mean over rows of (sum w)^2 / sum w^2, how many candidates the estimate rests on.
+        masked_share: share of (row, candidate) pairs that are masked.
+        uncertainty: mean of 1 - P_hat(y), the model's own chance of being wrong.
+        largest_weight: mean over rows of max w / sum w.
+        gradient_head, gradient_mid, gradient_tail: share of the negatives' gradient that falls on each third.
+    """
+    positive, logits = candidate_logits(
+        embedded.query,
+        embedded.positive,
+        embedded.candidates,
+        drawn.log_expected_count,
+        hits=drawn.hits,
+        row_candidates=embedded.row_candidates,
+        row_log_expected_count=drawn.row_log_expected_count,
+        row_hits=drawn.row_hits,
+        temperature=temperature,
+    )
+    total = torch.logsumexp(logits, 1)
+    alive = ~torch.isneginf(total)
+    if not bool(alive.any()):
+        return {}
+    shared = drawn.items.expand(len(logits), -1)
+    items = shared if drawn.row_items is None else torch.cat([shared, drawn.row_items.clamp(min=0)], 1)
+    items, logits, total = items[alive], logits[alive], total[alive]
+    effective = torch.exp(2 * total - torch.logsumexp(2 * logits, 1))
+    # The gradient of a row on candidate i is its probability beside the positive.
+    gradient = torch.softmax(torch.cat([positive[alive, None], logits], 1), 1)[:, 1:]
+    third = thirds[items].long()
+    by_third = torch.zeros(3, device=gradient.device, dtype=gradient.dtype).index_add_(
+        0, third.reshape(-1), gradient.reshape(-1)
+    )
+    by_third = by_third / by_third.sum().clamp(min=1e-30)
+    numbers = {
+        "effective_candidates": effective.mean(),
+        "masked_share": torch.isneginf(logits).float().mean(),
+        "uncertainty": torch.sigmoid(total - positive[alive]).mean(),
+        "largest_weight": torch.exp(logits.amax(1) - total).mean(),
+        **{f"gradient_{name}": by_third[place] for place, name in enumerate(THIRDS)},
+    }
+    return {name: float(value) for name, value in numbers.items()}
+
+
+def frequency_drift(objective: Objective, counts: Tensor) -> float | None:
+    """Total variation between an estimated frequency and the counted one; None where p is counted or grouped."""
+    for frequency in objective.pool.frequencies():
+        if not frequency.is_exact and not hasattr(frequency, "members"):
+            return compare_frequencies(frequency, counts.to(objective_device(objective))).total_variation
+    return None
+
+
+def objective_device(objective: Objective) -> torch.device:
+    """Where the objective's buffers live."""
+    return next((buffer.device for buffer in objective.buffers()), torch.device("cpu"))
+
+
+class Watch:
+    """Says once, in words, when a diagnostic is out of range."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def look(self, numbers: dict[str, float]) -> None:
+        """Warn of what is out of range in the diagnostics of a batch."""
+        if numbers.get("effective_candidates", 99.0) < 3:
+            self._say(
+                "effective_candidates",
+                f"the softmax is estimated from {numbers['effective_candidates']:.1f} effective candidates; draw more, "
+                "or from a proposal nearer to the model: `twotower audit DIR --suggest` measures which",
+            )
+        if numbers.get("masked_share", 0.0) > 0.5:
+            self._say(
+                "masked_share",
+                f"{numbers['masked_share']:.0%} of the candidates are masked as positives; draw more uniform ones",
+            )
+        if numbers.get("frequency_drift", 0.0) > 0.3:
+            self._say(
+                "frequency_drift",
+                f"the streaming frequency is {numbers['frequency_drift']:.2f} (total variation) away from the counted "
+                "one: corrections are off by that much; count it, or let it see more rows",
+            )
+
+    def _say(self, kind: str, text: str) -> None:
+        if kind not in self._said:
+            self._said.add(kind)
+            logger.warning("%s", text)
