@@ -51,12 +51,13 @@ def gbce(positive_logit: Tensor, negative_logits: Tensor, *, beta: float) -> Ten
 def gbce_beta(size: int, num_items: int, calibration: float = 0.75) -> float:
     """Beta = a (t (1 - 1/a) + 1/a) with sampling rate a = K / (N - 1) and calibration t in [0, 1].
 
-    t = 0 gives plain binary cross-entropy (beta = 1), t = 1 a fully calibrated one (beta = a).
+    t = 0 gives plain binary cross-entropy (beta = 1), t = 1 a fully calibrated one (beta = a). Multiplied out, which
+    also serves a = 0: beta = 1 - t (1 - a).
 
     Source: Petrov and Macdonald 2023, "gSASRec", equation 10.
     """
     rate = min(size / max(num_items - 1, 1), 1.0)
-    return rate * (calibration * (1.0 - 1.0 / rate) + 1.0 / rate)
+    return 1.0 - calibration * (1.0 - rate)
 
 
 def bpr(positive_logit: Tensor, negative_logits: Tensor) -> Tensor:

@@ -71,7 +71,6 @@ class Objective(nn.Module, ABC):
             drawn = replace(
                 drawn,
                 log_expected_count=_scale(drawn.log_expected_count, self.strength),
-                positive_log_count=_scale(drawn.positive_log_count, self.strength),
                 row_log_expected_count=None if row_count is None else _scale(row_count, self.strength),
             )
         return drawn.collapse() if self.merges_copies else drawn
@@ -107,11 +106,29 @@ class PositiveCorrectedSoftmax(Objective):
     def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
         """[B]; see `Objective.forward`."""
         # Dividing numerator and denominator by 1/p_y leaves the positive alone and adds log p_y to every candidate.
-        return _softmax(embedded, drawn, temperature, -drawn.positive_log_count)
+        return _softmax(embedded, drawn, temperature, -_scale(drawn.positive_log_count, self.strength))
 
 
 class RefinedLogQ(Objective):
-    """The refined logQ loss in its published form; `row_weight` tells its weight 1 - P_hat(y). See `refined_logq`."""
+    """The refined logQ loss in its published form; `row_weight` tells its weight 1 - P_hat(y). See `refined_logq`.
+
+    `strength` scales all of log kappa_j = log(n' q_j / (1 - q_y)), so that 0 is the uncorrected softmax's gradient.
+
+    Args:
+        pool: in-batch candidates.
+        strength: scales log kappa.
+
+    Raises:
+        InputError: a source of the pool is always included: the form knows drawn candidates alone.
+    """
+
+    def __init__(self, pool: Pool, *, strength: float = 1.0) -> None:
+        super().__init__(pool, strength=strength)
+        if any(member.always for member in pool.members()):
+            raise InputError(
+                "objective.sources: refined-logq is defined on drawn candidates; head, observed, mined and catalog are "
+                "always included; use expected-count"
+            )
 
     def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
         """[B]; see `Objective.forward`."""
@@ -124,13 +141,15 @@ class RefinedLogQ(Objective):
     def _refined(self, embedded: Embedded, drawn: Candidates, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
         if drawn.row_items is not None:
             raise InputError("objective.sources: refined-logq is defined on candidates shared by the batch")
+        log_left, log_rest = refined_parts(drawn)
         return refined_logq(
             embedded.query,
             embedded.positive,
             embedded.candidates,
             drawn.log_expected_count,
             hits=drawn.hits,
-            row_offset=refined_offset(drawn),
+            log_left=self.strength * log_left,
+            row_offset=self.strength * (log_left - log_rest),
             temperature=temperature,
         )
 
@@ -180,11 +199,10 @@ class Logistic(Binary):
     def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
         """[B]; see `Objective.forward`."""
         if self.keep_accidental:
-            own = drawn.items == drawn.positives[:, None]
-            drawn = replace(drawn, hits=drawn.hits & ~(own & torch.isfinite(drawn.log_expected_count)))
+            drawn = _keep_accidental(drawn)
         positive, negatives = self._biased(embedded, drawn, temperature)
         if self.corrected:
-            positive = positive - drawn.positive_log_count.to(positive.dtype)
+            positive = positive - _scale(drawn.positive_log_count, self.strength).to(positive.dtype)
         return logistic(positive, negatives)
 
 
@@ -217,13 +235,13 @@ class BPR(Objective):
         return bpr(*_logits(embedded, drawn, temperature))
 
 
-def refined_offset(drawn: Candidates) -> Tensor:
-    """Log n' - log(1 - q_y) of each row, float32 [B], n' the candidates left after masking, copies counted."""
+def refined_parts(drawn: Candidates) -> tuple[Tensor, Tensor]:
+    """Log n' and log(1 - q_y) of each row, float32 [B]; n' the candidates left after masking, copies counted."""
     left = ((~drawn.hits) * drawn.multiplicity).sum(1).clamp(min=1)
     q = drawn.positive_log_count.double().exp().clamp(max=1.0)
     # A catalog of one item has q_y = 1; there are no candidates then, and any finite offset serves.
     rest = torch.log1p(-q.clamp(max=1.0 - 1e-15))
-    return (left.double().log() - rest).float()
+    return left.double().log().float(), rest.float()
 
 
 def _softmax(embedded: Embedded, drawn: Candidates, temperature: Tensor | float, row_offset: Tensor | None) -> Tensor:
@@ -255,6 +273,17 @@ def _logits(embedded: Embedded, drawn: Candidates, temperature: Tensor | float) 
     )
 
 
+def _keep_accidental(drawn: Candidates) -> Candidates:
+    """The same candidates, where drawn copies of a row's own positive are no hits."""
+    own = drawn.items == drawn.positives[:, None]
+    kept = replace(drawn, hits=drawn.hits & ~(own & (drawn.multiplicity > 0)))
+    if drawn.row_items is None or drawn.row_hits is None:
+        return kept
+    return replace(kept, row_hits=drawn.row_hits & (drawn.row_items != drawn.positives[:, None]))
+
+
 def _scale(log_count: Tensor, strength: float) -> Tensor:
-    # An empty place stays empty at any strength: 0 * inf is not a number.
-    return torch.where(torch.isposinf(log_count), log_count, log_count * strength)
+    # An empty place stays empty at any strength, and a count of zero is no correction at strength 0: 0 * inf is
+    # neither.
+    scaled = log_count * strength if strength else torch.zeros_like(log_count)
+    return torch.where(torch.isposinf(log_count), log_count, scaled)

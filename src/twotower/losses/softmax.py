@@ -29,8 +29,8 @@ def sampled_softmax(
         loss_x = -s(x, y) + log( exp s(x, y) + sum_{i not a hit} exp( s(x, j_i) - log kappa_{j_i} ) ).
 
     The sum in the logarithm has expectation sum_j exp s(x, j) over the whole catalog where every kappa_j > 0: the
-    positive is always present, so it is not corrected (THEORY, section 2). Temperature divides the score before the
-    correction. Nothing leaves log space.
+    positive is always present, so it is not corrected (docs/theory.md, section 2). Temperature divides the score
+    before the correction. Nothing leaves log space.
 
     Args:
         query: query embeddings u, [B, D].
@@ -79,6 +79,7 @@ def refined_logq(
     log_count: Tensor,
     *,
     hits: Tensor | None = None,
+    log_left: Tensor,
     row_offset: Tensor,
     temperature: float | Tensor = 1.0,
 ) -> tuple[Tensor, Tensor]:
@@ -89,8 +90,8 @@ def refined_logq(
         P_hat(y) = exp s_y / ( exp s_y + (1/n') sum_i exp( s_i - log Q'_i ) )
         loss     = -(1 - P_hat(y)) log( exp s_y / sum_i exp( s_i - log Q'_i ) )
 
-    Its gradient is that of `sampled_softmax` with kappa_j = n' Q'_j (THEORY, section 3). Use `sampled_softmax` unless
-    you want the published value or the weight.
+    Its gradient is that of `sampled_softmax` with kappa_j = n' Q'_j (docs/theory.md, section 3). Use `sampled_softmax`
+    unless you want the published value or the weight.
 
     Args:
         query: [B, D].
@@ -98,6 +99,7 @@ def refined_logq(
         candidates: [M, D].
         log_count: log q_j of each candidate, minus log of how many copies it stands for, [M].
         hits: bool [B, M], True where a candidate is masked.
+        log_left: log n', [B]: the sum in the loss, unlike that in P_hat, is not divided by n'.
         row_offset: log n' - log(1 - q_y), [B], so that `log_count + row_offset` is log(n' Q'_j).
         temperature: divides every score.
 
@@ -113,7 +115,8 @@ def refined_logq(
     log_negatives = torch.logsumexp(logits, 1)
     weight = torch.sigmoid(log_negatives - positive_logit).detach()
     empty = torch.isneginf(log_negatives)
-    loss = weight * (log_negatives.masked_fill(empty, 0.0) - positive_logit).masked_fill(empty, 0.0)
+    log_sum = log_negatives.masked_fill(empty, 0.0) + log_left.to(log_negatives.dtype)
+    loss = weight * (log_sum - positive_logit).masked_fill(empty, 0.0)
     return loss, weight
 
 
@@ -147,6 +150,8 @@ def candidate_logits(
             row_logits = row_logits.masked_fill(row_hits, -torch.inf)
         logits = torch.cat([logits, row_logits], 1)
     if row_offset is not None:
+        if row_offset.shape != query.shape[:1]:
+            raise InputError(f"row_offset: expected [{len(query)}], found {list(row_offset.shape)}")
         logits = logits - row_offset[:, None].to(scaled.dtype)
     return positive_logit, logits
 
@@ -181,6 +186,8 @@ def _accumulating(tensor: Tensor) -> Tensor:
 def _check_shapes(
     query: Tensor, positive: Tensor, candidates: Tensor, log_expected_count: Tensor, hits: Tensor | None
 ) -> None:
+    if query.ndim != 2:
+        raise InputError(f"query: expected [B, D], found {list(query.shape)}")
     rows, width = query.shape
     if positive.shape != query.shape:
         raise InputError(f"positive: expected the shape of query, {list(query.shape)}; found {list(positive.shape)}")

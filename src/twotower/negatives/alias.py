@@ -43,7 +43,9 @@ class AliasTable(nn.Module):
 
 def build_alias(weights: Tensor) -> tuple[Tensor, Tensor]:
     """Thresholds in [0, 1] and aliases of Walker's table, (float64 [N], int64 [N]), without a loop over items."""
-    scaled = weights.double() * (len(weights) / weights.double().sum())
+    # The largest becomes 1 first, so that neither the smallest doubles nor the largest overflow.
+    scaled = weights.double() / weights.double().max()
+    scaled = scaled * (len(weights) / scaled.sum())
     light, heavy = torch.nonzero(scaled < 1.0)[:, 0], torch.nonzero(scaled >= 1.0)[:, 0]
     threshold, alias = torch.ones_like(scaled), torch.arange(len(weights), device=weights.device)
     if len(light) == 0 or len(heavy) == 0:

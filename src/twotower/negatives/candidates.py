@@ -26,11 +26,12 @@ class Candidates:
             item together.
         hits: bool [B, M], True where a candidate is no negative for the row: its own positive (accidental hit), a
             known positive, an item that stands in the row for certain, or an empty place.
-        multiplicity: how many drawn copies each candidate stands for, int64 [M] (1 before `collapse()`).
+        multiplicity: how many drawn copies each candidate stands for, int64 [M]: 1 before `collapse()`, 0 for a place
+            left empty.
         source: which source of the pool brought the candidate, int64 [M]; -1 once copies are merged.
         positives: the rows' positives, int64 [B].
-        positive_log_count: what the pool's correction says of the positives, float32 [B]. Only forms that correct
-            the positive look at it.
+        positive_log_count: what the pool's correction says of the positives, float32 [B]; 0 for a positive that is
+            always in. Only forms that correct the positive look at it.
         row_items: candidates of single rows, int64 [B, R]; -1 where empty. None where no source is per row.
         row_log_expected_count: their log kappa, float32 [B, R].
         row_hits: bool [B, R], True where a row's candidate is no negative for it.
@@ -84,7 +85,7 @@ class Candidates:
 class Pool(nn.Module):
     """Several sources as one: expected counts are added, or absences multiplied where duplicates are removed.
 
-    For a candidate j from any of the random sources s (THEORY, section 2)
+    For a candidate j from any of the random sources s (docs/theory.md, section 2)
 
         duplicates kept:     kappa_j = sum_s kappa_j^s
         duplicates removed:  kappa_j = 1 - prod_s (1 - inclusion_j^s)
@@ -133,7 +134,7 @@ class Pool(nn.Module):
         Args:
             positives: item of each row, int64 [B].
             known_positives: other items that a row must not be pushed away from: int64 [B, H] padded with -1, or a
-                pair (row [P], item [P]). They are masked for their row; kappa is unchanged (THEORY, rule 7).
+                pair (row [P], item [P]). They are masked for their row; kappa is unchanged (docs/theory.md, rule 7).
             queries: query of each row, int64 [B], for sources that look items up by query.
             group: group that the batch was built in, for grouped frequencies.
             generator: random generator of the draws.
@@ -167,14 +168,10 @@ class Pool(nn.Module):
             items=items,
             log_expected_count=log_count.to(torch.float32),
             hits=hits,
-            multiplicity=torch.ones_like(items),
+            multiplicity=(~empty).long(),
             source=source,
             positives=positives,
-            positive_log_count=self.correction.log_count(self, positives, torch.full_like(positives, -1), request).to(
-                torch.float32
-            )
-            if self.random_sources()
-            else torch.zeros(len(positives), device=positives.device),
+            positive_log_count=self._positive_log_count(request, fixed, row_fixed),
         )
         if row_fixed is not None or row_drawn is not None:
             result = self._with_rows(
@@ -189,7 +186,7 @@ class Pool(nn.Module):
         if self.training:
             for member in self.members():
                 if isinstance(member, CrossBatchMemory):
-                    member.remember(positives)
+                    member.remember(positives, group)
         return result
 
     def log_expected_count(self, items: Tensor, request: Request) -> Tensor:
@@ -261,6 +258,18 @@ class Pool(nn.Module):
             _refuse_impossible(items, log_count)
         return log_count
 
+    def _positive_log_count(self, request: Request, fixed: Tensor, row_fixed: Tensor | None) -> Tensor:
+        positives = request.positives
+        if not self.random_sources():
+            return torch.zeros(len(positives), device=positives.device)
+        nowhere = torch.full_like(positives, MERGED)
+        log_count = self.correction.log_count(self, positives, nowhere, request)
+        # What is always in has kappa = 1, whatever the random sources, from which it is masked, say of it.
+        always = torch.isin(positives, fixed)
+        if row_fixed is not None:
+            always |= (row_fixed == positives[:, None]).any(1)
+        return log_count.masked_fill(always, 0.0).to(torch.float32)
+
     def _with_rows(
         self,
         shared: Candidates,
@@ -280,7 +289,8 @@ class Pool(nn.Module):
         if drawn.shape[1]:
             if self.unique:
                 drawn = row_duplicates(drawn)
-                in_shared = torch.isin(drawn, shared.items)
+                # Off the CPU an empty place keeps a valid code: it must not hide the rows' draws of that item.
+                in_shared = torch.isin(drawn, shared.items.masked_fill(shared.multiplicity == 0, -1))
             else:
                 in_shared = torch.isin(drawn, shared_fixed)
             in_fixed = membership_of_rows(drawn, fixed)

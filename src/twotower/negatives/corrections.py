@@ -20,6 +20,8 @@ from twotower.negatives.sources import InBatch, RandomSource, Request, Source, l
 class Sources(Protocol):
     """What a correction asks of a pool."""
 
+    unique: bool
+
     def members(self) -> list[Source]:
         """All sources, in order."""
         ...
@@ -52,7 +54,7 @@ class Correction(ABC):
 
 
 class ExpectedCounts(Correction):
-    """log kappa_j, pooled over all random sources: the estimate is unbiased (THEORY, section 2)."""
+    """log kappa_j, pooled over all random sources: the estimate is unbiased (docs/theory.md, section 2)."""
 
     def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: Request) -> Tensor:
         """Sums of counts, or one minus the product of absences where the pool is unique."""
@@ -104,20 +106,29 @@ class MixtureProbability(Correction):
     def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: Request) -> Tensor:
         """Log sum_s n_s q_j^s - log sum_s n_s."""
         del source
-        parts, total = [], 0
+        parts, total = [torch.full(items.shape, -torch.inf, dtype=torch.float64, device=items.device)], 0
         for member in pool.random_sources():
             draws = _draws_as_published(member, request)
             if draws:
                 total += draws
                 parts.append(math.log(draws) + member.log_prob(items, request))
-        return torch.logsumexp(torch.stack(parts), 0) - math.log(total)
+        return torch.logsumexp(torch.stack(parts), 0) - math.log(max(total, 1))
 
 
 class BySourceProbability(Correction):
     """log q_j of the very source that brought the candidate: p_j for in-batch, 1/N for uniform."""
 
     def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: Request) -> Tensor:
-        """Log q_j^s."""
+        """Log q_j^s.
+
+        Raises:
+            InputError: the pool merges copies from different sources, so that a candidate has no source.
+        """
+        if pool.unique:
+            raise InputError(
+                "objective.unique: a correction by source needs each candidate's own source, and removing duplicates "
+                "over all sources merges them; set unique to false, or choose expected-count"
+            )
         count = torch.zeros(items.shape, dtype=torch.float64, device=items.device)
         for place, member in enumerate(pool.members()):
             if isinstance(member, RandomSource):

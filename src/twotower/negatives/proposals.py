@@ -98,10 +98,15 @@ class FrequencyPower(Weighted):
         counts: training interactions of each item, [N].
         power: the exponent.
         floor: added to every count first, so that items never seen can be drawn as well.
+
+    Raises:
+        InputError: counts with the floor added are negative, not finite, or all zero.
     """
 
     def __init__(self, counts: Tensor, power: float, *, floor: float = 0.0) -> None:
         values = torch.as_tensor(counts).to(torch.float64) + floor
+        if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
+            raise InputError("counts: expected finite numbers >= 0, one for each item")
         # 0^0 is 1 in torch: an item never seen must stay at zero whatever the power.
         super().__init__(torch.where(values > 0, values.pow(power), 0.0))
         self.power = power
@@ -114,6 +119,9 @@ class LogUniform(Proposal):
 
     Args:
         counts: anything that orders the items by popularity, [N].
+
+    Raises:
+        InputError: counts are not [N], or there are none.
     """
 
     item_of_rank: Tensor
@@ -121,7 +129,10 @@ class LogUniform(Proposal):
 
     def __init__(self, counts: Tensor) -> None:
         super().__init__()
-        order = torch.argsort(torch.as_tensor(counts), descending=True, stable=True)
+        counts = torch.as_tensor(counts)
+        if counts.ndim != 1 or len(counts) == 0:
+            raise InputError(f"counts: expected one number for each item, shape [N]; found {list(counts.shape)}")
+        order = torch.argsort(counts, descending=True, stable=True)
         self.num_items = len(order)
         self.register_buffer("item_of_rank", order, persistent=False)
         self.register_buffer("rank_of_item", torch.argsort(order), persistent=False)

@@ -1,6 +1,6 @@
 """Where candidates come from. Each source draws items and knows its own expected count for every item.
 
-The numbers of a source, for item j (THEORY, "One estimator: the expected count"):
+The numbers of a source, for item j (docs/theory.md, "One estimator: the expected count"):
 
     expected count   E[number of times j stands among this source's candidates of a row]
     absence          P(j does not stand among them) = 1 - inclusion probability
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from twotower.errors import InputError
-from twotower.negatives.frequency import Frequency, Group
+from twotower.negatives.frequency import Frequency, Group, GroupedFrequency
 from twotower.negatives.proposals import Proposal
 
 
@@ -174,7 +174,11 @@ class CrossBatchMemory(RandomSource):
     The memory holds item codes, not embeddings: remembered items are embedded anew in every step, so nothing is stale
     and both towers get their gradient. What ages is only which items they are; `age` tells by how much.
 
-    State (the items, how many, their steps) is in `state_dict`, so a resumed run goes on with the same memory.
+    With a grouped frequency each remembered row was drawn within its own batch's group g, not within that of the batch
+    which looks at it now: kappa_j = sum_g M_g p_j^g, with M_g remembered rows of group g.
+
+    State (the items, their groups, their steps, how many) is in `state_dict`, so a resumed run goes on with the same
+    memory.
 
     Args:
         frequency: how often each item is a positive.
@@ -186,6 +190,7 @@ class CrossBatchMemory(RandomSource):
     """
 
     items: Tensor
+    groups: Tensor
     steps: Tensor
     state: Tensor
 
@@ -197,6 +202,7 @@ class CrossBatchMemory(RandomSource):
         self.size = size
         self.unique = unique
         self.register_buffer("items", torch.zeros(size, dtype=torch.int64))
+        self.register_buffer("groups", torch.zeros(size, dtype=torch.int64))
         self.register_buffer("steps", torch.zeros(size, dtype=torch.int64))
         # Filled places, next place, step: plain numbers kept on the CPU, where reading them waits for nothing.
         self._filled, self._next, self._step = 0, 0, 0
@@ -208,11 +214,12 @@ class CrossBatchMemory(RandomSource):
         del request
         return self.items[: self._filled].clone()
 
-    def remember(self, positives: Tensor) -> None:
-        """Put the positives of a finished draw into the memory, over the oldest."""
+    def remember(self, positives: Tensor, group: Group | None = None) -> None:
+        """Put the positives of a finished draw, and the group they came from, into the memory, over the oldest."""
         newest = positives[-self.size :]
         places = (torch.arange(len(newest), device=self.items.device) + self._next) % self.size
         self.items[places] = newest
+        self.groups[places] = 0 if group is None else int(group)
         self.steps[places] = self._step
         self._next = (self._next + len(newest)) % self.size
         self._filled = min(self._filled + len(newest), self.size)
@@ -230,8 +237,32 @@ class CrossBatchMemory(RandomSource):
         return self._filled
 
     def log_prob(self, items: Tensor, request: Request) -> Tensor:
-        """Log p_j, within the group of the batch."""
-        return self.frequency.log_prob(items, request.group)
+        """Log p_j, in a grouped memory the mean over the groups its rows were drawn in."""
+        if not self._mixes_groups:
+            return self.frequency.log_prob(items, request.group)
+        rows, log_prob = self._by_group(items)
+        return torch.logsumexp(log_prob + rows.log(), 0) - math.log(self._filled)
+
+    def log_absence(self, items: Tensor, request: Request) -> Tensor:
+        """Log of prod_g (1 - p_j^g)^M_g: no remembered row is item j, float64, the shape of `items`."""
+        if not self._mixes_groups:
+            return super().log_absence(items, request)
+        rows, log_prob = self._by_group(items)
+        absence = rows * torch.log1p(-torch.exp(log_prob))
+        return torch.where(rows > 0, absence, 0.0).sum(0)
+
+    @property
+    def _mixes_groups(self) -> bool:
+        return isinstance(self.frequency, GroupedFrequency) and self._filled > 0
+
+    def _by_group(self, items: Tensor) -> tuple[Tensor, Tensor]:
+        """Remembered rows of each group, float64 [G, 1, ...], and log p_j within each, [G, ...]."""
+        frequency: GroupedFrequency = self.frequency  # type: ignore[assignment]  # asked only where `_mixes_groups`
+        log_prob = torch.stack([frequency.log_prob(items, group) for group in range(len(frequency.members))])
+        rows = torch.zeros(len(log_prob), dtype=torch.float64, device=items.device)
+        remembered = self.groups[: self._filled]
+        rows.index_add_(0, remembered, torch.ones(len(remembered), dtype=torch.float64, device=items.device))
+        return rows.reshape(-1, *[1] * items.ndim), log_prob
 
 
 def _restore(memory: CrossBatchMemory, _: object) -> None:
@@ -360,5 +391,13 @@ class Mined(PerQuery):
         Args:
             queries: codes, int64 [E].
             ranked: their best items without their known positives, int64 [E, >= R], -1 where there is none.
+
+        Raises:
+            InputError: the ranking is of another number of queries, or shorter than R.
         """
+        if ranked.ndim != 2 or len(ranked) != len(queries) or ranked.shape[1] < self.size:
+            raise InputError(
+                f"ranked: expected [{len(queries)}, at least {self.size}], -1 where there is no item; "
+                f"found {list(ranked.shape)}"
+            )
         self.items[queries] = ranked[:, : self.size].to(self.items.dtype)

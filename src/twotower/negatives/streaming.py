@@ -122,7 +122,7 @@ class StreamingFrequency(Frequency):
             raise InputError("merge: expected estimators with the same tables and the same hash keys")
         rows = torch.stack([one.clock for one in everyone])
         probability = torch.stack([torch.where(torch.isinf(one.gap), 0.0, 1.0 / one.gap) for one in everyone])
-        share = (rows / rows.sum())[:, None, None]
+        share = (rows / rows.sum().clamp(min=1.0))[:, None, None]
         self.gap.copy_(1.0 / (probability * share).sum(0))
         # Time goes on as if one rank had seen all rows: open gaps are put on the common clock.
         open_gap = torch.stack([one.clock - one.last for one in everyone]).amin(0)
