@@ -83,6 +83,17 @@ def measure(name: str, root: Path, seed: int, overrides: list[str]) -> dict[str,
     }
 
 
+def kept(path: Path) -> list[dict[str, Any]]:
+    """The runs that are finished."""
+    runs: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    return runs
+
+
+def key_of(run: dict[str, Any]) -> tuple[str, int, list[str]]:
+    """What makes a run the same run."""
+    return run["data"], run["seed"], run["overrides"]
+
+
 def main() -> None:
     """Measure what is asked for and not yet there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -93,21 +104,15 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--again", action="store_true", help="repeat runs that are there already")
     asked = parser.parse_args()
-    for name in asked.only:
-        for seed in asked.seeds:
-            runs = json.loads(asked.results.read_text()) if asked.results.exists() else []
-            same = [
-                run for run in runs if (run["data"], run["seed"], run["overrides"]) == (name, seed, asked.overrides)
-            ]
-            if same and not asked.again:
+    for seed in asked.seeds:
+        for name in asked.only:
+            key = (name, seed, asked.overrides)
+            if key in [key_of(run) for run in kept(asked.results)] and not asked.again:
                 continue
             found = measure(name, asked.data, seed, asked.overrides)
             # Read again: another process may have finished a run meanwhile.
-            runs = json.loads(asked.results.read_text()) if asked.results.exists() else []
-            runs = [
-                run for run in runs if (run["data"], run["seed"], run["overrides"]) != (name, seed, asked.overrides)
-            ]
-            write_text(asked.results, json.dumps([*runs, found], indent=1))
+            others = [run for run in kept(asked.results) if key_of(run) != key]
+            write_text(asked.results, json.dumps([*others, found], indent=1))
 
 
 if __name__ == "__main__":

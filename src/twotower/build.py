@@ -201,7 +201,7 @@ def build_pool(settings: ObjectiveConfig, train: Interactions) -> Pool:
     unique = named.unique if settings.unique is None else settings.unique
     written = [
         (name, _options(options, settings))
-        for source in (settings.sources or named.sources)
+        for source in (named.sources if settings.sources is None else settings.sources)
         for name, options in source.items()
     ]
     builder = _SourceBuilder(train, build_frequency(settings, train), written)
@@ -261,10 +261,15 @@ class _SourceBuilder:
         }
         if name not in builders:
             raise InputError(f"objective.sources: unknown source {name!r}; expected one of {', '.join(builders)}")
-        try:
-            inspect.signature(builders[name]).bind(**options)
-        except TypeError as error:
-            raise InputError(f"objective.sources: {name}: {error}") from error
+        known = inspect.signature(builders[name]).parameters
+        for option in options:
+            if option not in known:
+                raise InputError(
+                    f"objective.sources: {name}: unknown setting {option!r}; expected {', '.join(known) or 'none'}"
+                )
+        for option, parameter in known.items():
+            if parameter.default is parameter.empty and option not in options:
+                raise InputError(f"objective.sources: {name}: setting {option!r} is missing")
         return builders[name](**options)
 
     def in_batch(self, *, unique: bool = False) -> Source:

@@ -62,8 +62,14 @@ def train(
     settings = Config.load(config, changes)
     if not (resume or force) and (out / "model").exists():
         raise InputError(f"{out}: a model is there already; choose another --out, or give --force to replace it")
-    say = messages.print if as_json else console.print
-    _, measured = run.train_run(data, out, settings, resume=resume, say=lambda text: say(str(text), highlight=False))
+    told = messages if as_json else console
+    _, measured = run.train_run(
+        data,
+        out,
+        settings,
+        resume=resume,
+        say=lambda text: told.print(str(text), highlight=False, markup=False, soft_wrap=True),
+    )
     if as_json:
         _print_json(measured.to_dict())
         return
@@ -193,7 +199,7 @@ def main() -> None:
     from twotower.errors import Interrupted  # noqa: PLC0415
 
     try:
-        app(standalone_mode=True)
+        app()
     except InputError as error:
         if _STATE["debug"]:
             raise

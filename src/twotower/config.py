@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 
 from twotower.errors import InputError
 
@@ -104,11 +113,13 @@ class ObjectiveConfig(Section):
 class TrainingConfig(Section):
     """How the model is fitted."""
 
-    batch_size: int = Field(1024, ge=1)
+    batch_size: PositiveInt | Literal["auto"] = Field(
+        "auto", description="B. auto: 1024, or less where the data would give fewer than 50 steps an epoch."
+    )
     max_epochs: int = Field(30, ge=1, description="The learning rate falls along a cosine over so many epochs.")
     learning_rate: float = Field(2e-3, gt=0)
     weight_decay: float = Field(0.01, ge=0)
-    warmup_steps: int = Field(100, ge=0)
+    warmup_steps: NonNegativeInt | Literal["auto"] = Field("auto", description="auto: 100, or one epoch if shorter.")
     patience: int = Field(5, ge=1, description="Stop after so many validations without an improvement.")
     validate_every: int = Field(1, ge=1, description="Epochs between validations.")
     metric: str = Field("NDCG@10", pattern=r"^(Recall|NDCG|MRR|HR)@[1-9]\d*$", description="What early stopping sees.")
@@ -148,7 +159,7 @@ class Config(Section):
             InputError: the file is missing or not YAML, or a field is unknown or out of range; the message names it.
         """
         values: dict[str, Any] = {}
-        where = "configuration"
+        where = "--set" if overrides else "configuration"
         if path is not None:
             where = str(path)
             values = _read_yaml(Path(path))
@@ -161,6 +172,14 @@ class Config(Section):
             field = ".".join(str(part) for part in first["loc"]) or "(top level)"
             more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
             raise InputError(f"{where}: field {field}: {first['msg']}, found {first['input']!r}{more}") from error
+
+    def resolved(self, rows: int) -> Config:
+        """The same settings with every "auto" replaced by the number it means for so many training rows."""
+        training = self.training
+        batch = min(max(rows // 50, 64), 1024) if training.batch_size == "auto" else training.batch_size
+        warmup = min(100, max(rows // batch, 1)) if training.warmup_steps == "auto" else training.warmup_steps
+        changed = training.model_copy(update={"batch_size": batch, "warmup_steps": warmup})
+        return self.model_copy(update={"training": changed})
 
     def to_yaml(self) -> str:
         """The whole configuration as YAML; `Config.load` reads it back to an equal one."""

@@ -9,5 +9,5 @@ class InputError(ValueError):
     """
 
 
-class Interrupted(KeyboardInterrupt):
+class Interrupted(Exception):  # noqa: N818  # it is no error
     """The user stopped a long task; the message says where its state was left."""

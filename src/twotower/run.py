@@ -117,13 +117,14 @@ def fit(
     if directory is None:
         with tempfile.TemporaryDirectory(prefix="twotower-") as temporary:
             return fit(split, settings, directory=temporary, resume=resume, progress=progress)
+    settings = settings.resolved(len(split.train))
     train, training = split.train, settings.training
     # The seed decides the start, the order of the rows and the draws; the caller's generators are left as they were.
     with torch.random.fork_rng():
         torch.manual_seed(training.seed)
         towers = build_towers(settings, num_queries=train.num_queries, num_items=train.num_items)
         length = history_length(settings)
-        batches = TrainingBatches(train, training.batch_size, history_length=length, seed=training.seed)
+        batches = TrainingBatches(train, int(training.batch_size), history_length=length, seed=training.seed)
         known = KnownPositives(train) if masks_known_positives(settings.objective) else None
         objective = build_objective(settings, train)
         result = fit_towers(
@@ -258,10 +259,15 @@ def train_run(
     say(data.account)
     split = split_data(data, config.data)
     say(split.account)
+    config = config.resolved(len(split.train))
     build_objective(config, split.train)  # a wrong setting is told before anything is written
     directory.mkdir(parents=True, exist_ok=True)
-    write_text(directory / "config.yaml", config.to_yaml())
+    if not resume:
+        write_text(directory / "config.yaml", config.to_yaml())
     model = fit(split, config, directory=directory, resume=resume, progress=progress)
+    if resume:  # only now: settings that do not fit the checkpoint must not replace those that do
+        write_text(directory / "config.yaml", config.to_yaml())
+    say(_story(model, config))
     measured = evaluate(
         model,
         split.test,
@@ -274,6 +280,18 @@ def train_run(
     model.save(directory / FOLDER)
     write_text(directory / "results.json", json.dumps(measured.to_dict(), indent=1))
     return model, measured
+
+
+def _story(model: Model, config: Config) -> str:
+    """One line on how the fitting went."""
+    result = model.fit
+    text = f"trained {result.epochs} epochs in {result.seconds:.0f} s"
+    if not result.history:
+        return text
+    metric = config.training.metric
+    best = max(result.history, key=lambda row: row[metric])
+    ended = "stopped early" if result.epochs < config.training.max_epochs else "all epochs done"
+    return f"{text} ({ended}); best validation {metric} {best[metric]:.4f} after epoch {int(best['epoch']) + 1}"
 
 
 def evaluate_run(directory: str | Path, source: str | Path | None = None) -> Evaluation:

@@ -65,8 +65,8 @@ def usual_column(columns: Sequence[str], tiers: Sequence[Sequence[str]], role: s
         found = [c for c in columns if plain_name(c) in tier]
         if len(found) > 1:
             raise InputError(
-                f"{where}: columns {listed(found)} could each be the {role}; say which, e.g. columns={{{role!r}: "
-                f"{found[0]!r}}}. Columns found: {listed(columns)}."
+                f"{where}: columns {listed(found)} could each be the {role}; say which: data.columns.{role}="
+                f"{found[0]} (in Python columns={{{role!r}: {found[0]!r}}}). Columns found: {listed(columns)}."
             )
         if found:
             return found[0]
@@ -141,8 +141,8 @@ class Columns:
             if found[role] is None and role in ("query", "item"):
                 usual = "user_id, customer_id, query_id" if role == "query" else "item_id, product_id, movie_id"
                 raise InputError(
-                    f"{where}: no {role} column (usual names: {usual}); say which it is, e.g. "
-                    f"columns={{{role!r}: NAME}}. Columns found: {listed(columns)}."
+                    f"{where}: no {role} column (usual names: {usual}); say which it is: data.columns.{role}=NAME "
+                    f"(in Python columns={{{role!r}: NAME}}). Columns found: {listed(columns)}."
                 )
         return Columns(**found)
 

@@ -116,8 +116,9 @@ class CountedFrequency(Frequency):
 class GroupedFrequency(Frequency):
     """One frequency for each group (market, kind of session), for batches that are built within a group.
 
-    Such batches are no random draw from all interactions, so the global frequency is the wrong q for them (THEORY,
-    rule 8). Members may be counted or streaming; the memory is theirs together, N numbers for each counted group.
+    Such batches are no random draw from all interactions, so the global frequency is the wrong q for them
+    (docs/theory.md, rule 8). Members may be counted or streaming; the memory is theirs together, N numbers for each
+    counted group.
 
     Args:
         members: the frequency within group 0, 1, ...

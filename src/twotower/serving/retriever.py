@@ -173,7 +173,10 @@ class Retriever:
 
 
 def _encode(vocabulary: Any, ids: Sequence[Any], side: str, metadata: dict[str, Any]) -> np.ndarray:
-    codes: np.ndarray = vocabulary.encode(list(ids))
+    try:
+        codes: np.ndarray = vocabulary.encode(list(ids))
+    except InputError:  # not even of the kind that the ids are
+        codes = np.full(len(ids), -1, dtype=np.int64)
     if bool((codes < 0).any()):
         unknown = list(ids)[int(np.flatnonzero(codes < 0)[0])]
         example = vocabulary.decode([0])[0]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytorch_lightning as pl
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor
@@ -92,7 +93,7 @@ def fit_towers(
         towers: the model; trained in place.
         objective: what is minimised.
         batches: the training rows.
-        settings: section `training`.
+        settings: section `training`, without "auto" (`Config.resolved`).
         directory: where checkpoints (`checkpoints/`) and logs (`logs/`) go.
         known_positives: what a row must not be pushed away from; None to mask its own positive alone.
         counts: training interactions of each item, [N], for diagnostics by popularity.
@@ -161,6 +162,11 @@ def fit_towers(
             for message in LIGHTNING_NOISE:
                 warnings.filterwarnings("ignore", message)
             trainer.fit(module, batches, placeholder, ckpt_path=str(last) if resume else None)
+    except MisconfigurationException as error:
+        raise InputError(
+            f"{last}: cannot go on from this checkpoint with these settings ({' '.join(str(error).split())}); give the "
+            "run's own config.yaml, or train anew"
+        ) from error
     except SystemExit as exit_:  # Lightning's answer to KeyboardInterrupt
         raise Interrupted(f"interrupted; the state is in {last}") from exit_
     best = _load_best(towers, keep_best, io, has_metric=validate is not None)

@@ -67,7 +67,7 @@ class TrainingModule(pl.LightningModule):
     Args:
         towers: the model.
         objective: what is minimised.
-        settings: learning rate, warm-up, seed and the like.
+        settings: learning rate, warm-up, seed and the like, without "auto" (`Config.resolved`).
         total_steps: steps of the whole schedule.
         known_positives: looks up what a row must not be pushed away from; None to mask its own positive alone.
         counts: training interactions of each item, [N], for the diagnostics by popularity; none without it.
@@ -103,12 +103,12 @@ class TrainingModule(pl.LightningModule):
         loss, embedded, drawn = batch_loss(self.towers, self.objective, batch, self.known_positives)
         mean = loss.mean() if batch.weights is None else (loss * batch.weights).sum() / batch.weights.sum()
         self._rows += len(batch.items)
-        if batch_idx % LOG_EVERY == 0:
+        if (batch_idx + 1) % LOG_EVERY == 0:
             self.log("loss", mean.detach(), prog_bar=True)
             now = time.perf_counter()
             self.log("rows/s", self._rows / max(now - self._since, 1e-9), prog_bar=True)
             self.log("temperature", self.towers.temperature.detach())
-            if self.thirds is not None and self.objective.merges_copies and batch_idx % DIAGNOSE_EVERY == 0:
+            if self.thirds is not None and self.objective.merges_copies and (batch_idx + 1) % DIAGNOSE_EVERY == 0:
                 numbers = diagnose(embedded, drawn, self.towers.temperature, self.thirds.to(self.device))
                 self._watch.look(numbers)
                 self.log_dict(numbers)
@@ -135,7 +135,7 @@ class TrainingModule(pl.LightningModule):
             parameter_groups(torch.nn.ModuleList([self.towers, self.objective]), self.settings.weight_decay),
             lr=self.settings.learning_rate,
         )
-        warmup, total = self.settings.warmup_steps, self.total_steps
+        warmup, total = int(self.settings.warmup_steps), self.total_steps
 
         def factor(step: int) -> float:
             if step < warmup:

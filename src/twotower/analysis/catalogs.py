@@ -1,0 +1,68 @@
+"""Catalogs made for the study: Zipf popularity, a model that has learnt its positives, and random batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from twotower.analysis.gradients import AuditedRows
+from twotower.data import Batch, Interactions
+from twotower.negatives import Proposal, Weighted
+
+
+def zipf_interactions(num_items: int, rarest: int) -> Interactions:
+    """Interactions in which the item of rank r occurs rarest N / r times, whole numbers.
+
+    Args:
+        num_items: N.
+        rarest: how often the last item occurs.
+    """
+    counts = np.round(rarest * num_items / np.arange(1, num_items + 1)).astype(np.int64)
+    items = np.repeat(np.arange(num_items), counts)
+    starts = np.cumsum(counts) - counts
+    return Interactions.from_frame(
+        pl.DataFrame({"query_id": np.arange(len(items)) - np.repeat(starts, counts), "item_id": items})
+    )
+
+
+def learnt_rows(
+    counts: Tensor, ranks: list[int], *, slope: float, noise: float, probability: float, generator: torch.Generator
+) -> AuditedRows:
+    """Rows with s = slope log p + noise z over the catalog, and s_y such that P(y|x) is as asked.
+
+    Args:
+        counts: training interactions of each item, [N].
+        ranks: popularity rank, from 0, of each row's positive.
+        slope: how far the model follows popularity.
+        noise: standard deviation of what it knows beyond.
+        probability: P(y|x).
+        generator: of z, which all rows share.
+    """
+    log_p = counts.double().log() - counts.sum().double().log()
+    logits = slope * log_p + noise * torch.randn(len(counts), generator=generator, dtype=torch.float64)
+    positives = torch.argsort(counts, descending=True, stable=True)[torch.tensor(ranks)]
+    rows = torch.arange(len(ranks))
+    logits = logits.repeat(len(ranks), 1)
+    logits[rows, positives] = -torch.inf
+    logits[rows, positives] = torch.logsumexp(logits, 1) + np.log(probability / (1.0 - probability))
+    return AuditedRows(logits, positives)
+
+
+def head_mass(rows: AuditedRows, counts: Tensor, size: int) -> float:
+    """Share of the softmax of the negatives that the `size` most frequent items hold, mean over rows."""
+    logits = rows.logits.scatter(1, rows.positives[:, None], -torch.inf)
+    head = torch.argsort(counts, descending=True, stable=True)[:size]
+    return float(torch.softmax(logits, 1)[:, head].sum(1).mean())
+
+
+def random_batches(counts: Tensor, size: int, generator: torch.Generator) -> Iterator[Batch]:
+    """Endless batches whose positives are independent draws in proportion to `counts`."""
+    proposal: Proposal = Weighted(counts)
+    nothing = torch.zeros(size, dtype=torch.int64)
+    while True:
+        items = proposal.sample((size,), generator)
+        yield Batch(rows=nothing, queries=nothing, items=items, history=nothing[:, None][:, :0])
