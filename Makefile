@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installed: $(BIN)/twotower"
 
 demo: install
-	$(BIN)/twotower train movielens-100k --out demo/movielens-100k --force
+	$(BIN)/twotower train movielens-100k --set data.split=leave-last-out --out demo/movielens-100k --force
 	$(BIN)/twotower recommend demo/movielens-100k --query 1 --query 42 --query 300
 	@echo
 	@echo "That was a real model on real data. Try next:"

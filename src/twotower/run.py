@@ -35,7 +35,9 @@ from twotower.negatives import Mined
 from twotower.serving import Artifact, Retriever
 from twotower.serving.artifact import FOLDER
 from twotower.towers import TwoTower, build_towers
-from twotower.training import FitResult, fit_towers
+
+if TYPE_CHECKING:
+    from twotower.training import FitResult
 
 #: Queries mined at once.
 MINING_BLOCK = 8192
@@ -113,6 +115,8 @@ def fit(
         InputError: a setting is wrong, or there is nothing to resume.
         Interrupted: Ctrl-C; a checkpoint was left in `directory`.
     """
+    from twotower.training import fit_towers  # noqa: PLC0415  # Lightning is slow to import, and only this needs it
+
     settings = config if isinstance(config, Config) else Config.load(config)
     if directory is None:
         with tempfile.TemporaryDirectory(prefix="twotower-") as temporary:

@@ -30,7 +30,14 @@ def zipf_interactions(num_items: int, rarest: int) -> Interactions:
 
 
 def learnt_rows(
-    counts: Tensor, ranks: list[int], *, slope: float, noise: float, probability: float, generator: torch.Generator
+    counts: Tensor,
+    ranks: list[int],
+    *,
+    slope: float,
+    noise: float,
+    probability: float,
+    generator: torch.Generator,
+    shared: bool = False,
 ) -> AuditedRows:
     """Rows with s = slope log p + noise z over the catalog, and s_y such that P(y|x) is as asked.
 
@@ -40,13 +47,14 @@ def learnt_rows(
         slope: how far the model follows popularity.
         noise: standard deviation of what it knows beyond.
         probability: P(y|x).
-        generator: of z, which all rows share.
+        generator: of z.
+        shared: all rows have the same z, and differ in their positives alone.
     """
     log_p = counts.double().log() - counts.sum().double().log()
-    logits = slope * log_p + noise * torch.randn(len(counts), generator=generator, dtype=torch.float64)
+    z = torch.randn(1 if shared else len(ranks), len(counts), generator=generator, dtype=torch.float64)
     positives = torch.argsort(counts, descending=True, stable=True)[torch.tensor(ranks)]
     rows = torch.arange(len(ranks))
-    logits = logits.repeat(len(ranks), 1)
+    logits = (slope * log_p + noise * z).repeat(len(ranks) if shared else 1, 1)
     logits[rows, positives] = -torch.inf
     logits[rows, positives] = torch.logsumexp(logits, 1) + np.log(probability / (1.0 - probability))
     return AuditedRows(logits, positives)

@@ -73,7 +73,8 @@ class Objective(nn.Module, ABC):
                 log_expected_count=_scale(drawn.log_expected_count, self.strength),
                 row_log_expected_count=None if row_count is None else _scale(row_count, self.strength),
             )
-        return drawn.collapse() if self.merges_copies else drawn
+        # A unique pool has no copies left to merge.
+        return drawn.collapse() if self.merges_copies and not self.pool.unique else drawn
 
     @abstractmethod
     def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:

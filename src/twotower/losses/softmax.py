@@ -69,7 +69,8 @@ def sampled_softmax(
         temperature=temperature,
         row_offset=row_offset,
     )
-    return torch.logsumexp(torch.cat([positive_logit[:, None], logits], 1), 1) - positive_logit
+    # log(e^s + Z) - s = log(1 + e^(log Z - s)): the positive needs no copy of the matrix to join the sum.
+    return torch.nn.functional.softplus(log_sum_exp(logits) - positive_logit)
 
 
 def refined_logq(
@@ -120,6 +121,15 @@ def refined_logq(
     return loss, weight
 
 
+def log_sum_exp(logits: Tensor) -> Tensor:
+    """log sum_i exp(l_i) over the last dimension; -inf, with gradient 0, where nothing is left to sum."""
+    if logits.shape[-1] == 0:
+        return logits.new_full(logits.shape[:-1], -torch.inf)
+    total = torch.logsumexp(logits, -1)
+    # The gradient of an empty sum would be 0/0.
+    return torch.where(torch.isneginf(total), -torch.inf, total)
+
+
 def candidate_logits(
     query: Tensor,
     positive: Tensor,
@@ -138,9 +148,10 @@ def candidate_logits(
     query, positive, candidates = (_accumulating(tensor) for tensor in (query, positive, candidates))
     scaled = query / temperature
     positive_logit = (scaled * positive).sum(-1)
-    logits = scaled @ candidates.T - log_expected_count.to(scaled.dtype)
+    # One matrix of B x M is made and then changed in place: it is most of a step's memory traffic.
+    logits = torch.addmm(-log_expected_count.to(scaled.dtype)[None, :], scaled, candidates.T)
     if hits is not None:
-        logits = logits.masked_fill(hits, -torch.inf)
+        logits = logits.masked_fill_(hits, -torch.inf)
     if row_candidates is not None:
         _check_row_shapes(query, row_candidates, row_log_expected_count, row_hits)
         row_logits = torch.einsum("bd,brd->br", scaled, _accumulating(row_candidates))

@@ -1,0 +1,115 @@
+"""The forms of the study: every softmax objective by name with 255 candidates, and two faults of published code."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from twotower.build import build_objective
+from twotower.config import Config
+from twotower.data import Interactions
+from twotower.losses import Objective, SampledSoftmax
+from twotower.negatives import Pool, Request
+from twotower.negatives.corrections import BySourceProbability, Correction, Probability, Sources
+
+MIXED_BATCH, MIXED_UNIFORM = 129, 127
+
+
+class OwnSourceCount(Correction):
+    """log(n q_j^s), n the draws of all sources: each source by its own q, the count in place. Unbiased."""
+
+    def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: Request) -> Tensor:
+        """Log n + log q_j of the source that brought the candidate."""
+        total = sum(member.draws(request) for member in pool.random_sources())
+        return BySourceProbability().log_count(pool, items, source, request) + math.log(total)
+
+
+class PlainFrequency(Correction):
+    """log(n p_j) for every candidate of a mixed pool without duplicates: one frequency for all sources, no inclusion."""
+
+    def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: Request) -> Tensor:
+        """Log n + log p_j of the in-batch source."""
+        total = sum(member.draws(request) for member in pool.random_sources())
+        return Probability().log_count(pool, items, source, request) + math.log(total)
+
+
+@dataclass(frozen=True)
+class Form:
+    """A row of the study.
+
+    Attributes:
+        name: in the table.
+        objective: the name in `build.OBJECTIVES` that it shows.
+        overrides: its settings, as after `--set objective.`.
+        batch_size: B.
+        claims_unbiased: its bias is claimed to vanish.
+        correction: in place of the objective's own.
+        exact: nothing is drawn.
+    """
+
+    name: str
+    objective: str
+    overrides: tuple[str, ...] = ()
+    batch_size: int = 256
+    claims_unbiased: bool = False
+    correction: Correction | None = None
+    exact: bool = False
+
+
+_MIX = f"sources=[{{in_batch: {{}}}}, {{uniform: {{size: {MIXED_UNIFORM}}}}}]"
+_BATCH = "sources=[{in_batch: {}}]"
+
+FORMS = [
+    Form("full-softmax", "full-softmax", claims_unbiased=True, exact=True),
+    Form(
+        "sampled-softmax-uniform",
+        "sampled-softmax-uniform",
+        ("sources=[{uniform: {size: 255}}]",),
+        claims_unbiased=True,
+    ),
+    Form("in-batch", "in-batch"),
+    Form("in-batch-logq", "in-batch-logq"),
+    Form("in-batch-logq-batch-probability", "in-batch-logq-batch-probability"),
+    Form("in-batch-logq-all", "in-batch-logq-all"),
+    Form("in-batch-importance", "in-batch-importance"),
+    Form("refined-logq", "refined-logq", claims_unbiased=True),
+    Form("mixed", "mixed", (_MIX,), MIXED_BATCH),
+    Form("mixed-by-source", "mixed-by-source", (_MIX,), MIXED_BATCH),
+    Form("expected-count, in-batch", "expected-count", (_BATCH, "unique=false"), claims_unbiased=True),
+    Form("expected-count, in-batch unique", "expected-count", (_BATCH, "unique=true"), claims_unbiased=True),
+    Form(
+        "expected-count, 128 in-batch + 127 uniform",
+        "expected-count",
+        (_MIX, "unique=false"),
+        MIXED_BATCH,
+        claims_unbiased=True,
+    ),
+    Form("the same, unique", "expected-count", (_MIX, "unique=true"), MIXED_BATCH, claims_unbiased=True),
+    Form(
+        "the same, each source by its own q",
+        "expected-count",
+        (_MIX, "unique=false"),
+        MIXED_BATCH,
+        claims_unbiased=True,
+        correction=OwnSourceCount(),
+    ),
+    Form(
+        "the same, unique, corrected with n p",
+        "expected-count",
+        (_MIX, "unique=true"),
+        MIXED_BATCH,
+        correction=PlainFrequency(),
+    ),
+]
+
+
+def build_form(form: Form, train: Interactions) -> Objective:
+    """The objective of a form, built as a configuration would."""
+    overrides = [f"objective={form.objective}", *(f"objective.{text}" for text in form.overrides)]
+    objective = build_objective(Config.load(None, overrides), train)
+    if form.correction is None:
+        return objective
+    pool = Pool(*objective.pool.members(), unique=objective.pool.unique, correction=form.correction)
+    return SampledSoftmax(pool)
