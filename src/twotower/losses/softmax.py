@@ -122,7 +122,7 @@ def refined_logq(
 
 
 def log_sum_exp(logits: Tensor) -> Tensor:
-    """log sum_i exp(l_i) over the last dimension; -inf, with gradient 0, where nothing is left to sum."""
+    """The log of sum_i exp(l_i) over the last dimension; -inf, with gradient 0, where nothing is left to sum."""
     if logits.shape[-1] == 0:
         return logits.new_full(logits.shape[:-1], -torch.inf)
     total = torch.logsumexp(logits, -1)
