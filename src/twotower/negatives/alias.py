@@ -57,8 +57,9 @@ def build_alias(weights: Tensor) -> tuple[Tensor, Tensor]:
     filler = torch.searchsorted(excess, before, right=True).clamp_(max=len(heavy) - 1)
     threshold[light], alias[light] = scaled[light], heavy[filler]
     # The light item at whose filling a heavy one runs short, if any, tells what is left of the heavy one's own slot.
-    short = torch.searchsorted(deficit, excess, right=True)
-    runs_short = short < len(deficit)
+    # right=False: one that is used up exactly, or has no excess to begin with, keeps its slot whole.
+    short = torch.searchsorted(deficit, excess)
+    runs_short = (short < len(deficit)) & (excess > 0)
     runs_short[-1] = False  # rounding alone can do that to the last one
     left = 1.0 - (deficit[short.clamp(max=len(deficit) - 1)] - excess)
     following = heavy[torch.arange(len(heavy), device=heavy.device).add(1).clamp(max=len(heavy) - 1)]

@@ -79,7 +79,9 @@ class Weighted(Proposal):
         if not bool(torch.isfinite(values).all()) or bool((values < 0).any()) or not bool(values.sum() > 0):
             raise InputError("weights: expected finite numbers >= 0, not all of them zero")
         self.num_items = len(values)
-        self.register_buffer("log_probability", values.log() - values.sum().log(), persistent=False)
+        # logsumexp: the sum of the largest weights may be no finite number.
+        log_weight = values.log()
+        self.register_buffer("log_probability", log_weight - log_weight.logsumexp(0), persistent=False)
         self.table = AliasTable(values)
 
     def log_prob(self, items: Tensor) -> Tensor:
