@@ -1,143 +1,83 @@
-"""Pools: what is drawn follows the claimed counts, the partition estimate is unbiased, and wrong counts are caught."""
+"""Pools: masks, merging of copies, places left empty, bad calls. Counts are in test_counts.py."""
 
 import math
 
-import numpy as np
 import pytest
 import torch
-from scipy import stats
 
-from reference import pooled_kappa
 from twotower.errors import InputError
-from twotower.negatives import CountedFrequency, InBatch, Pool, Sampled, Uniform
+from twotower.negatives import (
+    CountedFrequency,
+    CrossBatchMemory,
+    FrequencyPower,
+    GroupedFrequency,
+    Head,
+    InBatch,
+    IndexStream,
+    LogUniform,
+    Mined,
+    Observed,
+    Pool,
+    Sampled,
+    StreamingFrequency,
+    Uniform,
+    Weighted,
+    corrections,
+)
+from twotower.negatives.candidates import known_in_rows, membership_of_rows
+from twotower.negatives.duplicates import membership
 from twotower.negatives.sources import Request, log_absence_after, log_complement
 
 COUNTS = torch.tensor([50, 20, 10, 8, 5, 3, 2, 1, 1, 0])
-N = len(COUNTS)
-B = 6
-SIZE = 5
-
-
-def pools():
-    frequency = CountedFrequency(COUNTS)
-    return {
-        "in-batch kept": Pool(InBatch(frequency)),
-        "in-batch unique": Pool(InBatch(frequency, unique=True)),
-        "uniform kept": Pool(Sampled(Uniform(N), SIZE)),
-        "uniform unique": Pool(Sampled(Uniform(N), SIZE, unique=True)),
-        "mixed kept": Pool(InBatch(frequency), Sampled(Uniform(N), SIZE)),
-        "mixed unique": Pool(InBatch(frequency), Sampled(Uniform(N), SIZE), unique=True),
-        "mixed, only in-batch unique": Pool(InBatch(frequency, unique=True), Sampled(Uniform(N), SIZE)),
-    }
+N, B = len(COUNTS), 6
+FREQUENCY = CountedFrequency(COUNTS)
 
 
 def rows(rng, count=B):
     return torch.multinomial(COUNTS.double(), count, replacement=True, generator=rng)
 
 
-def appearances(pool, draws, positive):
-    """How often each item stands among the live candidates of a row whose positive is `positive`, over many batches."""
-    rng = torch.Generator().manual_seed(0)
-    torch.manual_seed(0)
-    counts = torch.zeros(draws, N)
-    for draw in range(draws):
-        positives = rows(rng)
-        positives[0] = positive
-        drawn = pool.draw(positives, generator=rng)
-        live = drawn.items[~drawn.hits[0]]
-        counts[draw].index_add_(0, live, torch.ones(len(live)))
-    return counts
+def keep_empty_places(monkeypatch):
+    """Pools as they are off the CPU, where empty places are masked and not cut out."""
 
+    def compact(items, source):
+        return items.clamp(min=0), items < 0, source
 
-def claimed(pool):
-    items = torch.arange(N)
-    return pool.log_expected_count(items, Request(torch.zeros(B, dtype=torch.int64))).exp()
-
-
-def z_scores(counts, kappa, positive):
-    """Standardised difference between observed and claimed counts of every item but the row's own."""
-    error = counts.std(0) / math.sqrt(len(counts))
-    z = (counts.mean(0) - kappa) / error.clamp(min=1e-12)
-    keep = (torch.arange(N) != positive) & (kappa > 0)
-    return z[keep].double()
-
-
-@pytest.mark.parametrize("name", list(pools()))
-@pytest.mark.parametrize("positive", [0, 6])
-def test_observed_counts_follow_claimed_counts(name, positive):
-    pool = pools()[name]
-    counts = appearances(pool, 3000, positive)
-    z = z_scores(counts, claimed(pool), positive)
-    assert stats.chi2.sf(float((z**2).sum()), len(z)) > 1e-4
-    assert float(counts[:, positive].sum()) == 0, "the row's own positive must be masked wherever it came from"
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        lambda kappa: kappa * B / (B - 1),  # B instead of B-1
-        lambda kappa: claimed(pools()["mixed kept"]),  # the count where the probability belongs
-        lambda kappa: kappa.clamp(max=0.8),
-    ],
-)
-def test_a_wrong_count_is_caught(wrong):
-    pool = pools()["mixed unique"]
-    counts = appearances(pool, 3000, 6)
-    z = z_scores(counts, wrong(claimed(pool)), 6)
-    assert stats.chi2.sf(float((z**2).sum()), len(z)) < 1e-6
+    monkeypatch.setattr("twotower.negatives.candidates.compact", compact)
 
 
 @pytest.mark.parametrize("unique", [False, True])
-def test_claimed_counts_equal_the_table_of_the_theory(unique):
-    pool = pools()["mixed unique" if unique else "mixed kept"]
-    expected = [
-        pooled_kappa(j, counts=COUNTS.tolist(), rows=B, uniform_size=SIZE, num_items=N, unique=unique) for j in range(N)
-    ]
-    assert claimed(pool).tolist() == pytest.approx(expected, rel=1e-12)
-
-
-@pytest.mark.parametrize("name", [name for name in pools() if "uniform" in name or "mixed" in name])
-def test_the_partition_estimate_is_unbiased(name):
-    pool = pools()[name]
-    scores = torch.randn(N, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    rng = torch.Generator().manual_seed(1)
-    torch.manual_seed(1)
-    positive = 1
-    estimates = []
-    for _ in range(6000):
-        positives = rows(rng)
-        positives[0] = positive
-        drawn = pool.draw(positives, generator=rng)
-        terms = (scores[drawn.items] - drawn.log_expected_count.double()).masked_fill(drawn.hits[0], -torch.inf)
-        estimates.append(float(scores[positive].exp() + terms.exp().sum()))
-    truth = float(scores.exp().sum())
-    error = np.std(estimates) / math.sqrt(len(estimates))
-    assert abs(np.mean(estimates) - truth) < 4 * error
-    # The same draws without the correction are far off: the test can fail.
-    assert error < 0.05 * truth
-
-
-def test_collapse_keeps_every_row_sum():
-    frequency = CountedFrequency(COUNTS)
-    pool = Pool(InBatch(frequency), Sampled(Uniform(N), 30))
+def test_collapse_keeps_every_row_sum(unique):
+    pool = Pool(InBatch(FREQUENCY), Sampled(Uniform(N), 30, unique=unique))
     rng = torch.Generator().manual_seed(5)
     drawn = pool.draw(rows(rng, 20), generator=rng)
     merged = drawn.collapse()
     assert len(merged.items) == len(set(drawn.items.tolist())) < len(drawn.items)
     assert int(merged.multiplicity.sum()) == len(drawn.items)
     scores = torch.randn(N, generator=rng, dtype=torch.float64)
+    totals = []
     for candidates in (drawn, merged):
         weight = (scores[candidates.items] - candidates.log_expected_count.double()).exp()
-        total = (weight * ~candidates.hits).sum(1)
-        if candidates is drawn:
-            expected = total
-    assert total.tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+        totals.append((weight * ~candidates.hits).sum(1).tolist())
+    assert totals[1] == pytest.approx(totals[0], rel=1e-5)
+
+
+def test_collapse_adds_weights_of_copies_with_different_counts():
+    pool = Pool(InBatch(FREQUENCY), Sampled(Uniform(N), 40), correction=corrections.BySourceProbability())
+    rng = torch.Generator().manual_seed(6)
+    drawn = pool.draw(rows(rng, 20), generator=rng)
+    expected = [0.0] * N
+    for item, log_count in zip(drawn.items.tolist(), drawn.log_expected_count.tolist(), strict=True):
+        expected[item] += math.exp(-log_count)
+    merged = drawn.collapse()
+    found = dict(zip(merged.items.tolist(), (-merged.log_expected_count).exp().tolist(), strict=True))
+    assert found == pytest.approx({item: value for item, value in enumerate(expected) if value}, rel=1e-5)
 
 
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("unique", [True, False])
 def test_known_positives_are_masked_in_their_row_alone(padded, unique):
-    pool = Pool(InBatch(CountedFrequency(COUNTS)), Sampled(Uniform(N), 40), unique=unique)
+    pool = Pool(InBatch(FREQUENCY), Sampled(Uniform(N), 40), Sampled(Uniform(N), 9, per_row=True), unique=unique)
     rng = torch.Generator().manual_seed(2)
     positives = rows(rng)
     known = torch.tensor([[0, 3, -1], [-1, -1, -1], [9, 9, 4], [1, -1, 2], [5, 6, 7], [8, -1, -1]])
@@ -147,40 +87,155 @@ def test_known_positives_are_masked_in_their_row_alone(padded, unique):
         given = (row, known[row, place])
     drawn = pool.draw(positives, known_positives=given, generator=rng)
     for row in range(B):
-        for place, item in enumerate(drawn.items.tolist()):
-            expected = item == int(positives[row]) or item in known[row].tolist()
-            assert bool(drawn.hits[row, place]) == expected
+        for items, hits in ((drawn.items, drawn.hits[row]), (drawn.row_items[row], drawn.row_hits[row])):
+            for item, hit in zip(items.tolist(), hits.tolist(), strict=True):
+                assert hit == (item in {int(positives[row]), -1, *known[row].tolist()})
+
+
+def test_membership_equals_loops():
+    rng = torch.Generator().manual_seed(7)
+    for size, members in ((0, 3), (5, 0), (12, 9), (40, 60)):
+        items = torch.randint(9, (size,), generator=rng)
+        row, item = torch.randint(4, (members,), generator=rng), torch.randint(-1, 12, (members,), generator=rng)
+        pairs = set(zip(row.tolist(), item.tolist(), strict=True))
+        expected = [[(r, j) in pairs for j in items.tolist()] for r in range(4)]
+        assert membership(items, row, item, rows=4).tolist() == expected
+        table = torch.randint(-1, 9, (4, size), generator=rng)
+        expected = [[j >= 0 and (r, j) in pairs for j in table[r].tolist()] for r in range(4)]
+        assert known_in_rows(table, row, item).tolist() == expected
+        members_of_row = torch.randint(-1, 9, (4, members), generator=rng)
+        expected = [[j >= 0 and j in members_of_row[r].tolist() for j in table[r].tolist()] for r in range(4)]
+        assert membership_of_rows(table, members_of_row).tolist() == expected
+
+
+def test_empty_places_count_for_nothing(monkeypatch):
+    """Where empty places stay, the row sums, the merged copies and the rows' own draws are those of the CPU."""
+    # A pool whose memory is empty has nothing shared but empty places: the row's draws of item 0 must not be hidden.
+    per_row = Sampled(Uniform(3), 6, per_row=True)
+    pool = Pool(Sampled(Uniform(3), 5), per_row, unique=True).eval()
+    mixed = Pool(InBatch(FREQUENCY, unique=True), Head(COUNTS, 2), Sampled(Uniform(N), 30)).eval()
+    found = {}
+    for place in ("cut", "kept"):
+        if place == "kept":
+            keep_empty_places(monkeypatch)
+        rng = torch.Generator().manual_seed(8)
+        sums, numbers = [], []
+        for _ in range(30):
+            drawn = pool.draw(torch.tensor([2, 1]), generator=rng)
+            for candidates in (drawn, drawn.collapse()):
+                for row in range(2):
+                    shared = candidates.items[~candidates.hits[row]].tolist()
+                    own = candidates.row_items[row][~candidates.row_hits[row]].tolist()
+                    sums.append(sorted(shared + own))
+            drawn = mixed.draw(rows(rng), generator=rng)
+            merged = drawn.collapse()
+            numbers.append(int(merged.multiplicity.sum()))
+            for candidates in (drawn, merged):
+                assert not bool((candidates.hits.all(0) & torch.isfinite(candidates.log_expected_count)).all())
+                weight = (-candidates.log_expected_count.double()).exp() * ~candidates.hits
+                sums.append([round(value, 3) for value in weight.sum(1).tolist()])
+        found[place] = (sums, numbers)
+    assert found["cut"] == found["kept"]
+
+
+def test_a_positive_that_is_always_in_has_log_count_zero():
+    """Forms that correct the positive, too, must know that the head is certain, whatever the tail says of it."""
+    tail = Weighted(torch.tensor([0.0, 0.0, 1, 1, 1, 1, 1, 1, 1, 1]))
+    observed = Observed(torch.tensor([0, 0, 1]), torch.tensor([5]), 2)
+    pool = Pool(Head(COUNTS, 2), observed, Sampled(tail, 4))
+    drawn = pool.draw(torch.tensor([0, 1, 2, 5, 5]), queries=torch.tensor([0, 0, 0, 1, 0]))
+    assert drawn.positive_log_count.tolist() == pytest.approx([0.0, 0.0, math.log(4 / 8), 0.0, math.log(4 / 8)])
+
+
+def test_counts_of_a_pool_in_another_shape():
+    items = torch.arange(N).reshape(2, 5)
+    request = Request(torch.zeros(B, dtype=torch.int64))
+    pool = Pool(InBatch(FREQUENCY), Sampled(Uniform(N), 3), unique=True)
+    flat = pool.log_expected_count(items.flatten(), request)
+    assert torch.equal(pool.log_expected_count(items, request).flatten(), flat)
+    assert Pool(Head(COUNTS, 2)).log_expected_count(items, request).isneginf().all()
+
+
+def test_frequencies_take_note_once_a_step_and_only_in_training():
+    frequency = StreamingFrequency(N)
+    pool = Pool(InBatch(frequency), CrossBatchMemory(frequency, 4))
+    pool.draw(torch.tensor([1, 2, 3]))
+    assert float(frequency.clock) == 3
+    pool.eval().draw(torch.tensor([1, 2, 3]))
+    assert float(frequency.clock) == 3
+    assert pool.members()[1].draws(Request(torch.tensor([0]))) == 3
 
 
 def test_a_drawn_item_without_probability_is_refused():
-    pool = Pool(InBatch(CountedFrequency(COUNTS)))
+    pool = Pool(InBatch(FREQUENCY))
     with pytest.raises(InputError, match="expected count is zero"):
         pool.draw(torch.tensor([9, 1]))
 
 
-def test_bad_calls_are_refused():
-    with pytest.raises(InputError, match="at least one source"):
-        Pool()
-    with pytest.raises(InputError, match="int64 item codes"):
-        pools()["mixed kept"].draw(torch.tensor([0.5]))
-    with pytest.raises(InputError, match="all are zero"):
-        CountedFrequency(torch.zeros(3))
-    with pytest.raises(InputError, match="finite numbers"):
-        CountedFrequency(torch.tensor([1, -1]))
-    with pytest.raises(InputError, match="draws >= 0"):
-        Sampled(Uniform(3), -1)
-    with pytest.raises(InputError, match="at least 1"):
-        Uniform(0)
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Pool(), "at least one source"),
+        (lambda: Pool(InBatch(FREQUENCY)).draw(torch.tensor([0.5])), "int64 item codes"),
+        (lambda: Pool(InBatch(FREQUENCY)).draw(torch.tensor([[0]])), "int64 item codes"),
+        (lambda: CountedFrequency(torch.zeros(3)), "all are zero"),
+        (lambda: CountedFrequency(torch.zeros(0)), "one number for each item"),
+        (lambda: CountedFrequency(torch.tensor([1, -1])), "finite numbers"),
+        (lambda: CountedFrequency(torch.tensor([1, math.nan])), "finite numbers"),
+        (lambda: GroupedFrequency([]), "one frequency for each group"),
+        (lambda: GroupedFrequency([FREQUENCY, CountedFrequency(torch.ones(2))]), "over the same catalog"),
+        (lambda: GroupedFrequency([FREQUENCY]).log_prob(torch.tensor([0])), "needs the group of the batch"),
+        (lambda: Sampled(Uniform(3), -1), "draws >= 0"),
+        (lambda: Uniform(0), "at least 1"),
+        (lambda: Weighted(torch.zeros(2)), "not all of them zero"),
+        (lambda: Weighted(torch.tensor([1, -1])), "finite numbers"),
+        (lambda: Weighted(torch.ones(2, 2)), "one number for each item"),
+        (lambda: FrequencyPower(torch.tensor([3.0, -1.0]), 0.5), "finite numbers"),
+        (lambda: FrequencyPower(torch.tensor([3.0, math.nan]), 0.5), "finite numbers"),
+        (lambda: FrequencyPower(torch.zeros(2), 0.5), "not all of them zero"),
+        (lambda: LogUniform(torch.zeros(0)), "one number for each item"),
+        (lambda: IndexStream(3, torch.zeros(0, dtype=torch.int64)), "no item would be left"),
+        (lambda: IndexStream(3, torch.tensor([3])), "from 0 to 2"),
+        (lambda: IndexStream(3).withdraw(torch.arange(3)), "no item would be left"),
+        (lambda: IndexStream(3).add(torch.tensor([-1])), "from 0 to 2"),
+        (lambda: CrossBatchMemory(FREQUENCY, 0), "at least 1 remembered"),
+        (lambda: Head(COUNTS, 0), "at least 1 item in the head"),
+        (lambda: Mined(3, 0), "at least 1 hard negative"),
+        (lambda: Mined(3, 2).refresh(torch.tensor([0]), torch.tensor([[1]])), "at least 2"),
+        (lambda: Mined(3, 2).refresh(torch.tensor([0, 1]), torch.tensor([[1, 2]])), "at least 2"),
+        (lambda: Observed(torch.tensor([0, 1]), torch.tensor([1]), 0), "at least 1 observed"),
+        (lambda: Pool(Mined(3, 2)).draw(torch.tensor([0])), "draw with queries"),
+        (lambda: StreamingFrequency(3, rate=0.0), "rate"),
+        (lambda: StreamingFrequency(3, buckets=0), "buckets"),
+        (lambda: StreamingFrequency(3, tables=2), "give buckets"),
+        (
+            lambda: Pool(Sampled(Uniform(N), 2), correction=corrections.Probability()).draw(torch.tensor([0])),
+            "add in_batch",
+        ),
+        (
+            lambda: Pool(InBatch(FREQUENCY), unique=True, correction=corrections.BySourceProbability()).draw(
+                torch.tensor([0, 1])
+            ),
+            "set unique to false",
+        ),
+    ],
+)
+def test_bad_calls_are_refused(call, message):
+    with pytest.raises(InputError, match=message):
+        call()
 
 
 def test_ids_above_two_to_the_24th_stay_exact():
     big = 2**24 + 1
-    pool = Pool(Sampled(Uniform(2**40), 50))
-    drawn = pool.draw(torch.tensor([big, big + 1]), generator=torch.Generator().manual_seed(0))
+    drawn = Pool(Sampled(Uniform(2**40), 50)).draw(torch.tensor([big]), generator=torch.Generator().manual_seed(0))
     assert drawn.items.dtype == torch.int64
-    frequency_items = torch.tensor([big, big + 1])
-    shared = Pool(InBatch(_Flat(2**25))).draw(frequency_items)
-    assert shared.hits.tolist() == [[True, False], [False, True]]
+    assert int(drawn.items.max()) > 2**33
+    known = (torch.tensor([0]), torch.tensor([big + 1]))
+    pool = Pool(InBatch(_Flat(2**25)), Sampled(_Only(big), 2, per_row=True))
+    shared = pool.draw(torch.tensor([big, big + 1, big + 2]), known_positives=known)
+    expected = [[j == y or (y == big and j == big + 1) for j in (big, big + 1, big + 2)] for y in range(big, big + 3)]
+    assert shared.hits.tolist() == expected
+    assert shared.row_hits.tolist() == [[True, True], [False, False], [False, False]]
 
 
 class _Flat(CountedFrequency):
@@ -194,6 +249,17 @@ class _Flat(CountedFrequency):
         return torch.full(items.shape, -math.log(self.num_items), dtype=torch.float64)
 
 
+class _Only(Uniform):
+    """A proposal that draws one item of a huge catalog."""
+
+    def __init__(self, item):
+        super().__init__(2**25)
+        self.item = item
+
+    def sample(self, size, generator=None):
+        return torch.full(size, self.item)
+
+
 def test_log_space_keeps_tiny_probabilities():
     tiny = torch.tensor([1e-12], dtype=torch.float64).log()
     inclusion = log_complement(log_absence_after(1000, tiny)).exp()
@@ -202,10 +268,30 @@ def test_log_space_keeps_tiny_probabilities():
     assert float(log_complement(torch.tensor([-math.inf], dtype=torch.float64))) == 0.0
     sure = log_absence_after(3, torch.zeros(1, dtype=torch.float64))
     assert float(log_complement(sure).exp()) == 1.0
+    assert float(log_absence_after(0, torch.zeros(1, dtype=torch.float64))) == 0.0
 
 
-def test_one_row_and_one_item():
-    pool = Pool(InBatch(CountedFrequency(torch.tensor([4]))), Sampled(Uniform(1), 3), unique=True)
+@pytest.mark.parametrize("unique", [False, True])
+def test_one_row_and_one_item(unique):
+    pool = Pool(InBatch(CountedFrequency(torch.tensor([4]))), Sampled(Uniform(1), 3), unique=unique)
     drawn = pool.draw(torch.tensor([0]))
     assert drawn.hits.all()
     assert torch.isfinite(drawn.log_expected_count).all()
+
+
+@pytest.mark.parametrize("correction", [None, corrections.MixtureProbability()])
+@pytest.mark.parametrize("unique", [False, True])
+def test_sources_without_a_draw_give_an_empty_pool(unique, correction):
+    """Size 0, and a memory before its first batch."""
+    sources = [Sampled(Uniform(N), 0), CrossBatchMemory(FREQUENCY, 5), Sampled(Uniform(N), 0, per_row=True)]
+    drawn = Pool(*sources, unique=unique, correction=correction).draw(torch.tensor([3, 4]))
+    assert drawn.items.shape == (0,)
+    assert drawn.row_items.shape == (2, 0)
+    assert drawn.collapse().items.shape == (0,)
+    assert drawn.positive_log_count.isneginf().all()
+
+
+def test_candidates_move():
+    drawn = Pool(InBatch(FREQUENCY)).draw(torch.tensor([0, 1])).to("meta")
+    assert drawn.hits.device.type == "meta"
+    assert drawn.row_items is None

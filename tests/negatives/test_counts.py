@@ -1,0 +1,371 @@
+"""Every source and pool: appearances follow the claimed counts, the partition is unbiased; wrong counts are caught.
+
+A row with positive 1 and known positive 4 is watched over many draws. Its counts must follow the table of
+docs/theory.md, section 2, written here as plain arithmetic; its partition estimate must have the mean
+sum over (C without K) + y. Thresholds: seeds are fixed, so a p-value below 1e-4 or a mean 4 standard errors off in one
+of these tests is a fault and not bad luck; the wrong counts at the end must be found at 1e-6.
+"""
+
+import copy
+import functools
+import math
+
+import pytest
+import torch
+from drawing import Observations, agreement, observe, standard_errors_off
+
+from reference import expected_counts
+from twotower.negatives import (
+    Catalog,
+    CountedFrequency,
+    CrossBatchMemory,
+    FrequencyPower,
+    Head,
+    InBatch,
+    IndexStream,
+    LogUniform,
+    Mined,
+    Observed,
+    Pool,
+    Sampled,
+    Uniform,
+    Weighted,
+    corrections,
+)
+
+COUNTS = torch.tensor([50, 20, 10, 8, 5, 3, 2, 1, 1, 0])
+N, B, POSITIVE, KNOWN, DRAWS = len(COUNTS), 6, 1, 4, 700
+P = (COUNTS / COUNTS.sum()).tolist()
+UNIFORM = [1 / N] * N
+ROOT = [math.sqrt(c) / sum(math.sqrt(d) for d in COUNTS.tolist()) for c in COUNTS.tolist()]
+ZIPF = [math.log((r + 2) / (r + 1)) / math.log(N + 1) for r in range(N)]
+TAIL = [0.0] * 3 + [1 / (N - 3)] * (N - 3)
+STREAM = [1 / 7 if j >= 3 else 0.0 for j in range(N)]
+IN_BATCH = (B - 1, P, False)
+FREQUENCY = CountedFrequency(COUNTS)
+
+
+def observed(*items):
+    """Observed negatives of query 0, and others of all other queries."""
+    table = [*items, 7, 8, 8, 3]
+    return Observed(torch.tensor([0, len(items), len(table)]), torch.tensor(table), 4)
+
+
+def mined(*items):
+    source = Mined(2, 3)
+    source.refresh(torch.tensor([0, 1]), torch.tensor([[*items, -1, -1, -1][:3], [2, 7, 8]]))
+    return source
+
+
+def sampled(proposal, size, **options):
+    return Sampled(proposal, size, **options)
+
+
+def stream():
+    source = IndexStream(N, torch.tensor([2, 3, 4, 5, 6, 7]))
+    source.add(torch.tensor([8, 9]))
+    source.withdraw(torch.tensor([2]))
+    return source
+
+
+#: name: (sources, pool-unique, (draws, q, own duplicates removed) of the random ones, always included)
+POOLS = {
+    "in-batch kept": ([lambda: InBatch(FREQUENCY)], False, [IN_BATCH], ()),
+    "in-batch unique": ([lambda: InBatch(FREQUENCY, unique=True)], False, [(B - 1, P, True)], ()),
+    "uniform kept": ([lambda: sampled(Uniform(N), 9)], False, [(9, UNIFORM, False)], ()),
+    "uniform unique": ([lambda: sampled(Uniform(N), 9, unique=True)], False, [(9, UNIFORM, True)], ()),
+    "uniform per row kept": ([lambda: sampled(Uniform(N), 9, per_row=True)], False, [(9, UNIFORM, False)], ()),
+    "uniform per row unique": (
+        [lambda: sampled(Uniform(N), 9, per_row=True, unique=True)],
+        False,
+        [(9, UNIFORM, True)],
+        (),
+    ),
+    "root of frequency kept": ([lambda: sampled(FrequencyPower(COUNTS, 0.5), 8)], False, [(8, ROOT, False)], ()),
+    "log-uniform unique": ([lambda: sampled(LogUniform(COUNTS), 8, unique=True)], False, [(8, ZIPF, True)], ()),
+    "index stream kept": ([lambda: sampled(stream(), 8)], False, [(8, STREAM, False)], ()),
+    "memory kept": ([lambda: CrossBatchMemory(FREQUENCY, 12)], False, [(12, P, False)], ()),
+    "memory unique": ([lambda: CrossBatchMemory(FREQUENCY, 12, unique=True)], False, [(12, P, True)], ()),
+    "memory partly filled": ([lambda: CrossBatchMemory(FREQUENCY, 40)], False, [(12, P, False)], ()),
+    "mixed kept": (
+        [lambda: InBatch(FREQUENCY), lambda: sampled(Uniform(N), 7)],
+        False,
+        [IN_BATCH, (7, UNIFORM, False)],
+        (),
+    ),
+    "mixed, each source unique": (
+        [lambda: InBatch(FREQUENCY, unique=True), lambda: sampled(Uniform(N), 7, unique=True)],
+        False,
+        [(B - 1, P, True), (7, UNIFORM, True)],
+        (),
+    ),
+    "mixed unique": (
+        [lambda: InBatch(FREQUENCY), lambda: sampled(Uniform(N), 7)],
+        True,
+        [IN_BATCH, (7, UNIFORM, False)],
+        (),
+    ),
+    "in-batch, memory, per row unique": (
+        [
+            lambda: InBatch(FREQUENCY),
+            lambda: CrossBatchMemory(FREQUENCY, 12),
+            lambda: sampled(Uniform(N), 4, per_row=True),
+        ],
+        True,
+        [IN_BATCH, (12, P, False), (4, UNIFORM, False)],
+        (),
+    ),
+    "in-batch, per row kept": (
+        [lambda: InBatch(FREQUENCY), lambda: sampled(Uniform(N), 4, per_row=True)],
+        False,
+        [IN_BATCH, (4, UNIFORM, False)],
+        (),
+    ),
+    "head and tail": (
+        [lambda: Head(COUNTS, 3), lambda: sampled(Weighted(torch.tensor(TAIL)), 6)],
+        False,
+        [(6, TAIL, False)],
+        (0, 1, 2),
+    ),
+    "head, in-batch, uniform unique": (
+        [lambda: Head(COUNTS, 3), lambda: InBatch(FREQUENCY), lambda: sampled(Uniform(N), 6)],
+        True,
+        [IN_BATCH, (6, UNIFORM, False)],
+        (0, 1, 2),
+    ),
+    "head, per row": (
+        [lambda: Head(COUNTS, 3), lambda: sampled(Uniform(N), 6, per_row=True)],
+        False,
+        [(6, UNIFORM, False)],
+        (0, 1, 2),
+    ),
+    "observed and mixed": (
+        [lambda: observed(2, 5, 5), lambda: InBatch(FREQUENCY), lambda: sampled(Uniform(N), 7)],
+        False,
+        [IN_BATCH, (7, UNIFORM, False)],
+        (2, 5),
+    ),
+    "mined, head and both kinds unique": (
+        [
+            lambda: mined(6, 2, 9),
+            lambda: Head(COUNTS, 3),
+            lambda: sampled(Uniform(N), 5),
+            lambda: sampled(Uniform(N), 4, per_row=True),
+        ],
+        True,
+        [(5, UNIFORM, False), (4, UNIFORM, False)],
+        (0, 1, 2, 6, 9),
+    ),
+    "observed, mined, per row kept": (
+        [lambda: observed(3), lambda: mined(3, 7), lambda: sampled(Uniform(N), 5, per_row=True)],
+        False,
+        [(5, UNIFORM, False)],
+        (3, 7),
+    ),
+    "catalog": ([lambda: Catalog(N)], False, [], range(N)),
+    "catalog beside random ones": (
+        [lambda: Catalog(N), lambda: InBatch(FREQUENCY), lambda: sampled(Uniform(N), 5, per_row=True)],
+        False,
+        [IN_BATCH, (5, UNIFORM, False)],
+        range(N),
+    ),
+}
+
+
+def batches(times, rng, rows=B):
+    """Positives of many batches, [times, rows], all but the first of a batch drawn by popularity."""
+    found = torch.multinomial(COUNTS.double(), times * rows, replacement=True, generator=rng).reshape(times, rows)
+    found[:, 0] = POSITIVE
+    return found
+
+
+def run(pool, times=DRAWS, seed=0, known=KNOWN) -> Observations:
+    """Independent draws of a pool; a memory is filled anew for each."""
+    rng = torch.Generator().manual_seed(seed)
+    positives, pool = batches(times, rng), pool.eval()
+    fresh = torch.multinomial(COUNTS.double(), times * 12, replacement=True, generator=rng).reshape(times, 12)
+    memories = [member for member in pool.members() if isinstance(member, CrossBatchMemory)]
+    empty = [copy.deepcopy(memory.state_dict()) for memory in memories]
+    pairs = None if known is None else (torch.zeros(1, dtype=torch.int64), torch.tensor([known]))
+    queries = (torch.arange(B) > 0).long()
+
+    def draw(number):
+        for memory, state in zip(memories, empty, strict=True):
+            memory.load_state_dict(state)
+            memory.remember(fresh[number])
+        return pool.draw(positives[number], known_positives=pairs, queries=queries, generator=rng)
+
+    return observe(draw, times, N)
+
+
+@functools.cache
+def case(name):
+    """A pool's draws (shared by the tests of this file) and its counts by arithmetic."""
+    sources, unique, parts, always = POOLS[name]
+    pool = Pool(*(make() for make in sources), unique=unique)
+    kappa = torch.tensor(expected_counts(parts, unique=unique, always=always, num_items=N), dtype=torch.float64)
+    return run(pool), kappa
+
+
+def masked(values):
+    """Without the row's own and its known positive."""
+    values = values.clone()
+    values[..., [POSITIVE, KNOWN]] = 0.0
+    return values
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_appearances_follow_the_counts_of_the_theory(name):
+    found, kappa = case(name)
+    assert agreement(found.counts, masked(kappa)) > 1e-4
+    for item in set(POOLS[name][3]) - {POSITIVE, KNOWN}:
+        assert found.counts[:, item].tolist() == [1.0] * DRAWS, "always in, and masked from the random sources"
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_each_candidate_weighs_one_over_its_count(name):
+    found, kappa = case(name)
+    expected = found.counts / masked(kappa).clamp(min=1e-30)
+    assert torch.allclose(found.weights, expected, rtol=1e-5)
+
+
+def scores(kind):
+    """Scores of an untrained model, of one that follows popularity, and of one that found a rare item."""
+    noise = torch.randn(N, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    if kind == "noise":
+        return noise
+    if kind == "popular":
+        return noise + (COUNTS + 0.1).double().log()
+    return noise + 4.0 * (torch.arange(N) == POSITIVE)
+
+
+def partition_target(values, kappa):
+    """Sum of exp s over the items that can come, without the known ones, and the positive."""
+    reachable = masked(kappa) > 0
+    return float(values[POSITIVE].exp() + values[reachable].exp().sum())
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_the_partition_estimate_is_unbiased(name):
+    found, kappa = case(name)
+    for kind in ("noise", "popular", "learnt"):
+        values = scores(kind)
+        estimates = found.partition(values, POSITIVE)
+        truth = partition_target(values, kappa)
+        assert standard_errors_off(estimates, truth) < 4, kind
+        # Precise enough to mean something: one standard error is below 6 % of what is estimated.
+        assert float(estimates.std()) / math.sqrt(DRAWS) < 0.06 * truth, kind
+
+
+BIASED = {
+    "no correction": ("in-batch kept", corrections.NoCorrection()),
+    "plain frequency": ("in-batch kept", corrections.Probability()),
+    "batch probability on kept duplicates": ("in-batch kept", corrections.BatchProbability()),
+    "importance to uniform": ("in-batch kept", corrections.ImportanceToUniform()),
+    "a mixture's probability": ("mixed kept", corrections.MixtureProbability()),
+    "each by its own source's probability": ("mixed kept", corrections.BySourceProbability()),
+    "a mixture's probability, duplicates removed": ("mixed unique", corrections.MixtureProbability()),
+}
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_published_corrections_are_biased(name):
+    """Each of them under the very test that the expected count passes."""
+    sources, unique, parts, _ = POOLS[BIASED[name][0]]
+    found = run(Pool(*(make() for make in sources), unique=unique, correction=BIASED[name][1]))
+    kappa = torch.tensor(expected_counts(parts, unique=unique, always=(), num_items=N), dtype=torch.float64)
+    values = scores("popular")
+    estimates, truth = found.partition(values, POSITIVE), partition_target(values, kappa)
+    assert standard_errors_off(estimates, truth) > 8
+    assert abs(float(estimates.mean()) / truth - 1) > 0.08
+
+
+def test_duplicates_removed_but_corrected_with_plain_frequency_is_biased():
+    """Mixed pool, duplicates removed, each candidate corrected with the frequency (for an item never seen: 1/N)."""
+    found, kappa = case("mixed unique")
+    plain = torch.where(COUNTS > 0, torch.tensor(P, dtype=torch.float64), 1 / N)
+    values = scores("popular")
+    for scale in (1.0, B - 1.0, B + 6.0):  # as a probability, and as either count
+        estimates = values[POSITIVE].exp() + (found.counts / (scale * plain)) @ values.exp()
+        assert standard_errors_off(estimates, partition_target(values, kappa)) > 8
+
+
+WRONG = {
+    "B instead of B-1": lambda kappa: torch.tensor(
+        expected_counts([(B, P, False), (7, UNIFORM, False)], unique=True, num_items=N), dtype=torch.float64
+    ),
+    "a count where a probability belongs": lambda kappa: torch.tensor(
+        expected_counts([IN_BATCH, (7, UNIFORM, False)], unique=False, num_items=N), dtype=torch.float64
+    ),
+    "clipped": lambda kappa: kappa.clamp(max=0.8),
+    "one source forgotten": lambda kappa: torch.tensor(
+        expected_counts([(7, UNIFORM, False)], unique=True, num_items=N), dtype=torch.float64
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_count_is_caught_by_both_tests(name):
+    found, kappa = case("mixed unique")
+    wrong = WRONG[name](kappa)
+    assert agreement(found.counts, masked(wrong)) < 1e-6
+    values = 0.5 * (COUNTS + 0.1).double().log()
+    estimates = values[POSITIVE].exp() + (found.counts / wrong) @ values.exp()
+    assert standard_errors_off(estimates, partition_target(values, kappa)) > 4
+
+
+@pytest.mark.parametrize("unique", [False, True])
+def test_the_full_count_is_the_same_for_every_row(unique):
+    """Not only row 0: rows of one batch share candidates, yet each has the claimed counts."""
+    pool = Pool(InBatch(FREQUENCY), Sampled(Uniform(N), 7), unique=unique).eval()
+    rng = torch.Generator().manual_seed(4)
+    positives = batches(600, rng)
+    positives[:, 3] = POSITIVE
+    found = observe(lambda number: pool.draw(positives[number], generator=rng), 600, N, row=3)
+    # Row 0 holds the same positive here, so that four other rows are random.
+    kappa = expected_counts([(B - 2, P, False), (7, UNIFORM, False)], unique=unique, num_items=N)
+    expected = torch.tensor(kappa, dtype=torch.float64)
+    expected[POSITIVE] = 0.0
+    assert agreement(found.counts, expected) > 1e-4
+
+
+def test_a_memory_in_training_follows_its_counts():
+    """The pool itself remembers; every third draw is measured, for by then the memory holds other rows."""
+    memory = CrossBatchMemory(FREQUENCY, 2 * B)
+    pool = Pool(InBatch(FREQUENCY), memory, unique=True)
+    rng = torch.Generator().manual_seed(5)
+    rows = torch.multinomial(COUNTS.double(), 1500 * B, replacement=True, generator=rng).reshape(1500, B)
+
+    def draw(number):
+        pool.draw(rows[3 * number], generator=rng)
+        pool.draw(rows[3 * number + 1], generator=rng)
+        measured = rows[3 * number + 2].clone()
+        measured[0] = POSITIVE
+        pool.eval()
+        drawn = pool.draw(measured, generator=rng)
+        pool.train()
+        return drawn
+
+    found = observe(draw, 500, N)
+    kappa = torch.tensor(expected_counts([IN_BATCH, (2 * B, P, False)], unique=True, num_items=N), dtype=torch.float64)
+    kappa[POSITIVE] = 0.0
+    assert agreement(found.counts, kappa) > 1e-4
+
+
+def test_row_sources_mask_the_shared_copies_of_their_row_alone():
+    pool = Pool(observed(0, 2), Sampled(Uniform(N), 60)).eval()
+    positives = torch.tensor([1, 1, 3])
+    drawn = pool.draw(positives, queries=torch.tensor([0, 1, -1]), generator=torch.Generator().manual_seed(0))
+    always = [{0, 2}, {3, 7, 8}, set()]
+    for row, items in enumerate(always):
+        for place, item in enumerate(drawn.items.tolist()):
+            assert bool(drawn.hits[row, place]) == (item in items or item == int(positives[row]))
+        held = [int(j) for j, hit in zip(drawn.row_items[row], drawn.row_hits[row], strict=True) if not hit]
+        assert sorted(held) == sorted(items)
+
+
+def test_pools_of_row_sources_alone_have_no_shared_candidates():
+    drawn = Pool(Sampled(Uniform(N), 4, per_row=True)).draw(torch.tensor([1, 2]))
+    assert drawn.items.shape == (0,)
+    assert drawn.row_items.shape == (2, 4)
+    assert drawn.hits.shape == (2, 0)
