@@ -175,7 +175,7 @@ def test_a_drawn_item_without_probability_is_refused():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: Pool(), "at least one source"),
+        (Pool, "at least one source"),
         (lambda: Pool(InBatch(FREQUENCY)).draw(torch.tensor([0.5])), "int64 item codes"),
         (lambda: Pool(InBatch(FREQUENCY)).draw(torch.tensor([[0]])), "int64 item codes"),
         (lambda: CountedFrequency(torch.zeros(3)), "all are zero"),
