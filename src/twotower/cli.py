@@ -95,6 +95,47 @@ def evaluate(
 
 
 @app.command()
+def audit(
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="A run folder that `twotower train` made.")
+    ] = None,
+    objectives: Annotated[
+        str | None, typer.Option("--objectives", metavar="A,B", help="Other objectives to measure as well.")
+    ] = None,
+    suggest: Annotated[bool, typer.Option("--suggest", help="Look for the candidate pool with least spread.")] = False,
+    study: Annotated[bool, typer.Option("--study", help="The reference study; needs no model.")] = False,
+    rows: Annotated[int, typer.Option("--rows", min=2, help="Rows of the training data to measure.")] = 64,
+    draws: Annotated[
+        int | None, typer.Option("--draws", min=2, help="Redraws; by default 100, 16 to suggest, 2,000 in the study.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of rows, batches and draws.")] = 0,
+    data: Annotated[str | None, typer.Option("--data", help="Where the data is now, if it has moved.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what the gradient of an objective is worth: its bias against full softmax, and its spread."""
+    from twotower import analysis, run  # noqa: PLC0415
+
+    if study == (directory is not None):
+        raise InputError("audit: expected either DIR, the run folder of a trained model, or --study")
+    if objectives is not None and (suggest or study):
+        raise InputError("audit: --objectives goes with DIR alone, not with --suggest or --study")
+    found: analysis.Study | analysis.Suggestion | analysis.Audit
+    if directory is None:
+        found = analysis.study(draws=draws or 2000, seed=seed)
+    else:
+        subject = run.audit_run(directory, data, rows=rows, seed=seed)
+        if suggest:
+            found = analysis.suggest(subject, draws=draws or 16, seed=seed)
+        else:
+            names = [name.strip() for name in (objectives or "").split(",") if name.strip()]
+            found = analysis.audit(subject, objectives=names, draws=draws or 100, seed=seed)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        console.print(found)
+
+
+@app.command()
 def recommend(
     directory: Run,
     query: Annotated[

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from twotower import evaluation
+from twotower.analysis.subject import Subject, subject_of
 from twotower.build import build_objective, masks_known_positives
 from twotower.config import Config, DataConfig
 from twotower.data import (
@@ -305,6 +306,24 @@ def evaluate_run(directory: str | Path, source: str | Path | None = None) -> Eva
     Raises:
         InputError: the data is not to be found, or not the data the model was trained on.
     """
+    artifact, split = reread(directory, source)
+    settings = artifact.config.evaluation
+    return evaluation.evaluate(
+        Retriever(artifact),
+        split.test,
+        train=split.train,
+        ks=tuple(settings.ks),
+        exclude_seen=settings.exclude_seen,
+        baselines=settings.baselines,
+    )
+
+
+def reread(directory: str | Path, source: str | Path | None = None) -> tuple[Artifact, Split]:
+    """A saved model, and the data it was trained on, read and split as then.
+
+    Raises:
+        InputError: the data is not to be found, or not the data the model was trained on.
+    """
     artifact = Artifact.load(directory)
     known = artifact.metadata["data"]
     given = source or known.get("source")
@@ -316,16 +335,17 @@ def evaluate_run(directory: str | Path, source: str | Path | None = None) -> Eva
             f"{given}: not the data this model was trained on (fingerprint {data.fingerprint[:12]}, expected "
             f"{known['fingerprint'][:12]}): its training rows may be in this test; train on this data instead"
         )
-    split = split_data(data, artifact.config.data)
-    settings = artifact.config.evaluation
-    return evaluation.evaluate(
-        Retriever(artifact),
-        split.test,
-        train=split.train,
-        ks=tuple(settings.ks),
-        exclude_seen=settings.exclude_seen,
-        baselines=settings.baselines,
-    )
+    return artifact, split_data(data, artifact.config.data)
+
+
+def audit_run(directory: str | Path, source: str | Path | None = None, *, rows: int = 64, seed: int = 0) -> Subject:
+    """What `twotower audit` measures: a saved model, rows of its training data, and their batches.
+
+    Raises:
+        InputError: as those of `evaluate_run`.
+    """
+    artifact, split = reread(directory, source)
+    return subject_of(artifact, split.train, rows=rows, seed=seed)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -20,7 +20,7 @@ _PER_BIN = 5.0
 #: A source is called wrong where chance alone would do so once in ten thousand times.
 SIGNIFICANCE = 1e-4
 #: An estimated frequency is never exactly right: how far it may be off, and vary from batch to batch.
-_CLOSE, _STEADY = 0.05, 1.25
+_CLOSE, _STEADY = 0.1, 1.25
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from twotower.analysis.gradients import AuditedRows
+from twotower.analysis.measurement import AuditedRows
 from twotower.data import Batch, Interactions
 from twotower.negatives import Proposal, Weighted
 

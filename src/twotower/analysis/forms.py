@@ -27,7 +27,7 @@ class OwnSourceCount(Correction):
 
 
 class PlainFrequency(Correction):
-    """log(n p_j) for every candidate of a mixed pool without duplicates: one frequency for all sources, no inclusion."""
+    """log(n p_j) for every candidate of a mixed pool without duplicates: one frequency for all sources."""
 
     def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: Request) -> Tensor:
         """Log n + log p_j of the in-batch source."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from twotower.analysis.measurement import AuditedRows, Measurement
 from twotower.data import Batch
 from twotower.errors import InputError
 from twotower.losses import Embedded, Objective, PositiveCorrectedSoftmax, RefinedLogQ, SampledSoftmax
@@ -16,108 +17,6 @@ from twotower.negatives import Candidates, CrossBatchMemory, InBatch, Pool
 
 #: Draws and logits of one call of the loss: several small draws share a call, for its fixed cost outweighs theirs.
 _DRAWS, _CELLS = 16, 1 << 19
-
-
-@dataclass(frozen=True)
-class AuditedRows:
-    """Rows whose gradient is measured, with every logit of the catalog.
-
-    Attributes:
-        logits: s(x, j), already divided by the temperature, float64 [R, N].
-        positives: y of each row, int64 [R].
-        queries: query of each row, int64 [R], for sources that look items up by query.
-        groups: group of each row, int64 [R], where batches are built within groups.
-        known: (row [P], item [P]): items masked for a row besides its positive. The target is then the softmax over
-            the rest of the catalog.
-    """
-
-    logits: Tensor
-    positives: Tensor
-    queries: Tensor | None = None
-    groups: Tensor | None = None
-    known: tuple[Tensor, Tensor] | None = None
-
-    def __len__(self) -> int:
-        return len(self.positives)
-
-    def exact_gradient(self) -> Tensor:
-        """dL/ds_j = P(j|x) - [j = y] of the full softmax, float64 [R, N]."""
-        logits, rows = self.logits, torch.arange(len(self))
-        if self.known is not None:
-            logits = logits.clone()
-            logits[self.known] = -torch.inf
-            logits[rows, self.positives] = self.logits[rows, self.positives]
-        gradient = torch.softmax(logits, 1)
-        gradient[rows, self.positives] -= 1.0
-        return gradient
-
-    def known_of(self, row: int) -> tuple[Tensor, Tensor] | None:
-        """What is masked for one row, as pairs for a batch in which it is the first."""
-        if self.known is None:
-            return None
-        items = self.known[1][self.known[0] == row]
-        return torch.zeros_like(items), items
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What was measured of each row, float64 [R]; the norm ||g|| of the exact gradient is the unit of the first three.
-
-    Attributes:
-        bias: ||mean g_hat - g|| / ||g||, which a finite number of draws keeps above zero by about `noise`.
-        noise: Monte-Carlo error of `bias`, sqrt(E||g_hat - E g_hat||^2 / n) / ||g||.
-        spread: standard deviation of one draw, sqrt(E||g_hat - E g_hat||^2) / ||g||.
-        spread_error: Monte-Carlo error of `spread`^2, from the scatter of ||g_hat - g||^2 over the draws.
-        distinct: mean number of distinct negatives of the row.
-        effective: mean effective sample size, (sum w)^2 / sum w^2 over the negatives, w = exp(s - log kappa).
-        draws: n, how often candidates were drawn for the row.
-    """
-
-    bias: Tensor
-    noise: Tensor
-    spread: Tensor
-    spread_error: Tensor
-    distinct: Tensor
-    effective: Tensor
-    draws: Tensor
-
-    def corrected_bias(self, rows: Tensor | None = None) -> tuple[float, float]:
-        """The bias without its noise floor over some rows, and its standard error.
-
-            b^2 = mean over rows of (bias^2 - noise^2),   b = sqrt(max(b^2, 0))
-
-        The error comes from the scatter of b^2 over the rows; of one row alone it is `noise`.
-        """
-        chosen = self._measured(rows)
-        square = (self.bias**2 - self.noise**2)[chosen]
-        if len(square) == 0:
-            return math.nan, math.nan
-        value = math.sqrt(max(float(square.mean()), 0.0))
-        if len(square) == 1:
-            return value, float(self.noise[chosen][0])
-        error = float(square.std()) / math.sqrt(len(square))
-        # d sqrt(x) = dx / (2 sqrt x), and near zero sqrt(dx) is all that can be said.
-        return value, min(error / (2 * value), math.sqrt(error)) if value > 0 else math.sqrt(error)
-
-    def mean(self, name: str, rows: Tensor | None = None) -> float:
-        """Mean over some rows of `distinct`, `effective`, `bias`, `noise` or `draws`."""
-        values: Tensor = getattr(self, name)[self._measured(rows)]
-        return float(values.mean()) if len(values) else math.nan
-
-    def _measured(self, rows: Tensor | None) -> Tensor:
-        """Rows asked for that were drawn for at least twice, bool [R]: groups may be too rare for a batch."""
-        measured = self.draws >= 2
-        return measured if rows is None else measured & rows
-
-    def mean_spread(self, rows: Tensor | None = None) -> tuple[float, float]:
-        """Root mean square of the spread over some rows, and its Monte-Carlo error."""
-        chosen = self._measured(rows)
-        square = (self.spread**2)[chosen]
-        if len(square) == 0:
-            return math.nan, math.nan
-        value = math.sqrt(float(square.mean()))
-        error = float(self.spread_error[chosen].norm()) / len(square)
-        return value, error / (2 * value) if value > 0 else 0.0
 
 
 def estimates_softmax(objective: Objective) -> bool:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from rich.console import Group
 from rich.table import Table
-from torch import Tensor
 
 from twotower.analysis.catalogs import head_mass, learnt_rows, random_batches, zipf_interactions
 from twotower.analysis.forms import FORMS, Form, build_form
-from twotower.analysis.gradients import AuditedRows, Measurement, estimates_softmax, measure
+from twotower.analysis.gradients import estimates_softmax, measure
+from twotower.analysis.measurement import AuditedRows, Measurement, spread_gain
 from twotower.analysis.pools import PoolPlan, at_equal_distinct, plain_pools
 from twotower.build import OBJECTIVES, build_pool
 from twotower.data import Interactions
@@ -251,17 +251,6 @@ def _measure_pool(
     objective = SampledSoftmax(build_pool(plan.settings(), train))
     counts = torch.from_numpy(train.item_counts())
     return measure(objective, rows, random_batches(counts, batch_size, generator), draws=draws, generator=generator)
-
-
-def spread_gain(present: Measurement, other: Measurement) -> tuple[float, float]:
-    """Spread of one pool over that of another, geometric mean over the same rows, and its standard error.
-
-    The error is that of the rows' log-ratios, which holds both Monte-Carlo error and the difference between rows.
-    """
-    both = (present.draws >= 2) & (other.draws >= 2)
-    ratio = (present.spread[both] / other.spread[both]).log()
-    gain = float(ratio.mean().exp())
-    return gain, gain * float(ratio.std()) / len(ratio) ** 0.5 if len(ratio) > 1 else float("nan")
 
 
 def _draws_of(plan: PoolPlan, batch_size: int) -> int:

@@ -1,0 +1,279 @@
+"""The audit of a trained model: what its objective's gradient is worth on the user's own data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Group
+from rich.table import Table
+from torch import Tensor
+
+from twotower.analysis.appearances import Appearance, appearances
+from twotower.analysis.gradients import estimates_softmax, measure
+from twotower.analysis.measurement import Measurement
+from twotower.analysis.subject import Subject, masked_share, warm_up
+from twotower.build import build_objective, named_objective
+from twotower.config import Config, ObjectiveConfig
+from twotower.losses import Objective
+from twotower.negatives import Mined
+
+#: A bias below this share of the gradient, or within twice its error, is called none.
+_UNBIASED = 0.03
+
+
+@dataclass(frozen=True)
+class ObjectiveAudit:
+    """What was measured of one objective.
+
+    Attributes:
+        name: of the objective.
+        own: whether the model was trained with it.
+        note: why nothing was measured, or what a reader should know.
+        overall: bias, error, spread, ...; None where the objective does not estimate the softmax.
+        deciles: the same by popularity decile of the positive, most popular first; None for one without rows.
+    """
+
+    name: str
+    own: bool
+    note: str | None
+    overall: dict[str, float] | None
+    deciles: list[dict[str, float] | None]
+
+    @property
+    def unbiased(self) -> bool | None:
+        """Whether no bias was found; None where none was looked for."""
+        if self.overall is None:
+            return None
+        return self.overall["bias"] <= max(_UNBIASED, 2.0 * self.overall["bias_error"])
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The result of an audit. Print it, or take `to_dict()`.
+
+    Attributes:
+        objectives: the model's own first.
+        appearances: claims of its random sources against real batches.
+        masked: share of its candidates that are masked, over all rows of real batches.
+        rows, draws, num_items, seed: of the measurement.
+        probability: mean P(y|x) of the audited rows.
+    """
+
+    objectives: list[ObjectiveAudit]
+    appearances: list[Appearance]
+    masked: float
+    rows: int
+    draws: int
+    num_items: int
+    seed: int
+    probability: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; what could not be measured is None."""
+        values = asdict(self)
+        values["objectives"] = [{**asdict(one), "unbiased": one.unbiased} for one in self.objectives]
+        values["appearances"] = [one.to_dict() for one in self.appearances]
+        values["conclusion"] = self.conclusion()
+        plain: dict[str, Any] = _plain(values)
+        return plain
+
+    def conclusion(self) -> list[str]:
+        """What it means, in plain words."""
+        own = self.objectives[0]
+        said = [f"{own.name}: {_sentence(own)}"]
+        best = [one for one in self.objectives[1:] if one.unbiased]
+        if own.unbiased is False:
+            names = ", ".join(one.name for one in best)
+            said.append(
+                f"without a bias here: {names}"
+                if best
+                else "expected-count estimates the full softmax; compare it with --objectives expected-count"
+            )
+        wrong = [one for one in self.appearances if not one.as_claimed]
+        said += [f"{one.source}: {one.verdict}" for one in wrong]
+        if wrong:
+            said.append(
+                "a source that is not as claimed makes every correction wrong: take the frequency from the batches as "
+                "they come (objective.frequency: streaming), or within the group they are built from (grouped)"
+            )
+        elif self.appearances:
+            said.append("every source brings its items as often as it claims")
+        if own.overall is not None and own.overall["effective"] < 0.1 * own.overall["distinct"]:
+            said.append(
+                f"a few candidates carry the gradient: {own.overall['effective']:.0f} effective of "
+                f"{own.overall['distinct']:.0f}; `twotower audit DIR --suggest` looks for a better pool"
+            )
+        return said
+
+    def __rich__(self) -> Group:
+        """Tables for a rich console."""
+        head = (
+            f"{self.rows} rows of the training data, {self.draws} draws each, catalog of {self.num_items:,} items, "
+            f"mean P(y|x) {self.probability:.3f}"
+        )
+        table = Table(title="Gradient against full softmax", title_justify="left")
+        table.add_column("objective")
+        for title in ("bias", "spread", "distinct", "effective", "found"):
+            table.add_column(title, justify="right")
+        for one in self.objectives:
+            name = f"{one.name} (its own)" if one.own else one.name
+            if one.overall is None:
+                table.add_row(name, "-", "-", "-", "-", "another target")
+                continue
+            found = "no bias" if one.unbiased else "biased"
+            table.add_row(name, *_cells(one.overall), found)
+        parts: list[Any] = [head, table, *(self._deciles(one) for one in self.objectives if one.overall is not None)]
+        parts += [f"{one.name}: {one.note}" for one in self.objectives if one.note]
+        if self.appearances:
+            parts.append(self._appearances())
+        parts.append(f"masked: {self.masked:.2%} of the candidates, over all rows of real batches")
+        return Group(*parts, "", *(f"* {line}" for line in self.conclusion()))
+
+    @staticmethod
+    def _deciles(one: ObjectiveAudit) -> Table:
+        table = Table(title=f"{one.name}, by popularity decile of the positive", title_justify="left")
+        for title in ("decile", "rows", "bias", "spread", "distinct", "effective"):
+            table.add_column(title, justify="right")
+        for number, values in enumerate(one.deciles):
+            label = f"{number + 1}" + {0: " (head)", 9: " (tail)"}.get(number, "")
+            table.add_row(label, *(["-"] * 5 if values is None else [f"{values['rows']:.0f}", *_cells(values)]))
+        return table
+
+    def _appearances(self) -> Table:
+        table = Table(title="Appearances in real batches against the claim", title_justify="left")
+        table.add_column("source")
+        for title in ("batches", "p (counts)", "batch to batch", "p (batches)"):
+            table.add_column(title, justify="right")
+        table.add_column("verdict")
+        for one in self.appearances:
+            table.add_row(
+                one.source,
+                str(one.batches),
+                f"{one.p_counts:.2g}",
+                "-" if one.dispersion is None else f"{one.dispersion:.2f}",
+                "-" if one.p_batches is None else f"{one.p_batches:.2g}",
+                one.verdict,
+            )
+        return table
+
+
+def audit(
+    subject: Subject, *, objectives: Sequence[str] = (), draws: int = 100, batches: int = 200, seed: int = 0
+) -> Audit:
+    """Measure the model's own objective and any others named.
+
+    Args:
+        subject: from `subject_of`.
+        objectives: names of others, each with its own sources and the settings of the model otherwise.
+        draws: redraws for each row.
+        batches: real batches that the claims of the sources are held against.
+        seed: of batches and draws.
+
+    Raises:
+        InputError: an objective is unknown, or needs what the data does not have.
+    """
+    own = subject.config.objective
+    asked = [own] + [_named(own, name) for name in dict.fromkeys(objectives) if name != own.name]
+    built = [build_objective(_with(subject.config, settings), subject.train) for settings in asked]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        measured = [
+            _measured(subject, settings, objective, draws, seed)
+            for settings, objective in zip(asked, built, strict=True)
+        ]
+        stream = subject.batches(seed)
+        pool = build_objective(subject.config, subject.train).pool
+        warm_up(pool, stream, len(subject.train) // subject.batch_size)
+        appeared = appearances(pool, stream, batches, item_counts=subject.counts)
+        masked = masked_share(pool, stream, subject)
+    rows = torch.arange(len(subject.rows))
+    probability = torch.softmax(subject.rows.logits, 1)[rows, subject.rows.positives]
+    return Audit(
+        measured,
+        appeared,
+        masked,
+        rows=len(subject.rows),
+        draws=draws,
+        num_items=subject.train.num_items,
+        seed=seed,
+        probability=float(probability.mean()),
+    )
+
+
+def _measured(
+    subject: Subject, settings: ObjectiveConfig, objective: Objective, draws: int, seed: int
+) -> ObjectiveAudit:
+    own = settings is subject.config.objective
+    if not estimates_softmax(objective):
+        other = "a binary or pairwise form: it does not estimate the softmax, so there is no bias to speak of"
+        return ObjectiveAudit(settings.name, own, other, None, [None] * 10)
+    stream = subject.batches(seed)
+    warm_up(objective.pool, stream, len(subject.train) // subject.batch_size)
+    found = measure(objective, subject.rows, stream, draws=draws)
+    deciles = []
+    for number in range(10):
+        chosen = subject.deciles == number
+        deciles.append(summary(found, chosen) if bool(chosen.any()) else None)
+    mined = any(isinstance(member, Mined) for member in objective.pool.members())
+    note = "mined negatives are not part of a model folder: measured without them" if mined else None
+    return ObjectiveAudit(settings.name, own, note, summary(found), deciles)
+
+
+def summary(found: Measurement, rows: Tensor | None = None) -> dict[str, float]:
+    """Bias without its noise floor, spread, and their errors, over some rows."""
+    bias, bias_error = found.corrected_bias(rows)
+    spread, spread_error = found.mean_spread(rows)
+    return {
+        "rows": float(len(found.bias) if rows is None else int(rows.sum())),
+        "bias": bias,
+        "bias_error": bias_error,
+        "bias_with_noise": found.mean("bias", rows),
+        "noise": found.mean("noise", rows),
+        "spread": spread,
+        "spread_error": spread_error,
+        "distinct": found.mean("distinct", rows),
+        "effective": found.mean("effective", rows),
+    }
+
+
+def _named(own: ObjectiveConfig, name: str) -> ObjectiveConfig:
+    named_objective(name)
+    changes = {"name": name, "sources": None, "unique": None, "mask_known_positives": own.mask_known_positives}
+    return own.model_copy(update=changes)
+
+
+def _with(config: Config, objective: ObjectiveConfig) -> Config:
+    return config.model_copy(update={"objective": objective})
+
+
+def _cells(values: dict[str, float]) -> list[str]:
+    return [
+        f"{values['bias']:.3f} ± {values['bias_error']:.3f}",
+        f"{values['spread']:.3f} ± {values['spread_error']:.3f}",
+        f"{values['distinct']:.0f}",
+        f"{values['effective']:.0f}",
+    ]
+
+
+def _sentence(own: ObjectiveAudit) -> str:
+    if own.overall is None:
+        return "another target than the softmax; its gradient is not compared"
+    bias, error, spread = (own.overall[name] for name in ("bias", "bias_error", "spread"))
+    if own.unbiased:
+        return f"no bias against full softmax was found ({bias:.3f} ± {error:.3f}); one draw is off by {spread:.2f}"
+    return (
+        f"its gradient is biased by {bias:.0%} ± {error:.0%} of the full softmax's, which no number of steps averages "
+        f"out; one draw adds {spread:.2f} of noise, which they do"
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

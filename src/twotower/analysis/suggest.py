@@ -1,0 +1,209 @@
+"""Which candidate pool gives the least spread on a trained model, at as many distinct candidates as it has now."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Group
+from rich.table import Table
+
+from twotower.analysis.gradients import depends_on_batch, estimates_softmax, measure
+from twotower.analysis.measurement import Measurement, spread_gain
+from twotower.analysis.pools import PoolPlan, at_equal_distinct, remembers
+from twotower.analysis.subject import Subject, warm_up
+from twotower.build import build_objective, build_pool, named_objective
+from twotower.errors import InputError
+from twotower.losses import SampledSoftmax
+
+#: Pools that are measured again, with fresh draws: the best of many noisy figures looks better than it is.
+_FINALISTS = 3
+
+
+@dataclass(frozen=True)
+class PoolMeasure:
+    """One pool.
+
+    Attributes:
+        name: of the pool.
+        sources: what to write into the configuration.
+        unique: as there.
+        spread: root mean square over the rows of the standard deviation of one draw.
+        spread_error: its Monte-Carlo error.
+        distinct: mean number of distinct negatives.
+        gain: spread of the present pool over this one's, geometric mean over rows.
+        gain_error: its standard error.
+        final: measured in the second round, with fresh draws.
+    """
+
+    name: str
+    sources: list[dict[str, dict[str, Any] | None]]
+    unique: bool
+    spread: float
+    spread_error: float
+    distinct: float
+    gain: float
+    gain_error: float
+    final: bool
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """What was measured, and what follows. Print it, or take `to_dict()`.
+
+    Attributes:
+        pools: the present one first, then by spread.
+        best: the pool suggested; None where nothing beats the present one by more than twice the error.
+    """
+
+    pools: list[PoolMeasure]
+    best: PoolMeasure | None
+    rows: int
+    draws: int
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self), "yaml": self.yaml(), "conclusion": self.conclusion()}
+
+    def yaml(self) -> str | None:
+        """The suggestion as a piece of a configuration; None where there is none."""
+        if self.best is None:
+            return None
+        objective = {"name": "expected-count", "unique": self.best.unique, "sources": self.best.sources}
+        text: str = yaml.safe_dump({"objective": objective}, sort_keys=False, default_flow_style=None)
+        return text
+
+    def conclusion(self) -> str:
+        """In plain words."""
+        present = self.pools[0]
+        if self.best is None:
+            return (
+                f"no pool beats the present one (spread {present.spread:.3f}, {present.distinct:.0f} distinct "
+                "candidates) by more than twice the error of the measurement: keep it"
+            )
+        return (
+            f"{self.best.name}: spread {self.best.spread:.3f} instead of {present.spread:.3f}, {self.best.gain:.2f} ± "
+            f"{self.best.gain_error:.2f} times less, with {self.best.distinct:.0f} distinct candidates instead of "
+            f"{present.distinct:.0f}"
+        )
+
+    def __rich__(self) -> Group:
+        """A table for a rich console."""
+        table = Table(title="Spread of one draw at equal numbers of distinct candidates", title_justify="left")
+        table.add_column("pool")
+        for title in ("spread", "distinct", "gain", "round"):
+            table.add_column(title, justify="right")
+        for one in self.pools:
+            table.add_row(
+                one.name,
+                f"{one.spread:.3f} ± {one.spread_error:.3f}",
+                f"{one.distinct:.0f}",
+                f"{one.gain:.2f} ± {one.gain_error:.2f}",
+                "second" if one.final else "first",
+            )
+        notes = (
+            f"{self.rows} rows, {self.draws} draws each in the first round, 4 times as many in the second; gain = "
+            "spread of the present pool over this one's, geometric mean over rows"
+        )
+        return Group(table, notes, "", f"* {self.conclusion()}", *([self.yaml() or ""] if self.best else []))
+
+
+def candidate_plans(target: float, num_items: int) -> list[PoolPlan]:
+    """The pools that are tried: each proposal alone, beside the batch, behind a head, and both."""
+    proposals: list[tuple[str, str, dict[str, Any]]] = [("uniform", "uniform", {})]
+    proposals += [(f"frequency^{power:g}", "frequency", {"power": power}) for power in (0.25, 0.5, 0.75, 1.0)]
+    batch: dict[str, dict[str, Any] | None] = {"in_batch": {}}
+    plans = [PoolPlan("in-batch", [batch])]
+    heads = sorted({size for share in (0.125, 0.25, 0.5) if 0 < (size := int(share * target)) < num_items})
+    for name, key, options in proposals:
+        drawn: dict[str, dict[str, Any] | None] = {key: {**options, "size": 1}}
+        plans += [PoolPlan(name, [drawn]), PoolPlan(f"in-batch + {name}", [batch, drawn])]
+        plans += [PoolPlan(f"head {size} + {name}", [{"head": {"size": size}}, drawn]) for size in heads]
+    return plans
+
+
+def suggest(subject: Subject, *, draws: int = 16, seed: int = 0) -> Suggestion:
+    """Measure pools with as many distinct candidates as the present one, and name the one with the least spread.
+
+    The present pool is measured with expected counts, whatever the model was trained with, so that pools are compared
+    and not corrections. In-batch candidates come in real batches of the present size; where that alone brings another
+    number of candidates, it is left out.
+
+    Args:
+        subject: from `subject_of`.
+        draws: redraws for each row in the first round; the finalists get four times as many.
+        seed: of batches and draws.
+
+    Raises:
+        InputError: the objective does not estimate the softmax, or its pool has candidates of single rows.
+    """
+    own = subject.config.objective
+    objective = build_objective(subject.config, subject.train)
+    if not estimates_softmax(objective):
+        raise InputError(f"--suggest: objective {own.name} does not estimate the softmax; pools are compared by that")
+    if any(member.per_row for member in objective.pool.members()):
+        raise InputError("--suggest: the pool has candidates of single rows, which are not counted like shared ones")
+    named = named_objective(own.name)
+    sources = named.sources if own.sources is None else own.sources
+    present_plan = PoolPlan("present", sources, named.unique if own.unique is None else own.unique)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        bench = _Bench(subject, seed)
+        present = bench.measure(present_plan, draws)
+        target = present.mean("distinct")
+        first = {plan.name: (plan, bench.measure(plan, draws)) for plan in bench.sized(target)}
+        ranked = sorted(first.values(), key=lambda one: one[1].mean_spread()[0])
+        final_present = bench.measure(present_plan, 4 * draws)
+        final = [(plan, bench.measure(plan, 4 * draws)) for plan, _ in ranked[:_FINALISTS]]
+    rows = [_pool(present_plan, final_present, final_present, final=True)]
+    rows += sorted((_pool(plan, found, final_present, final=True) for plan, found in final), key=lambda p: p.spread)
+    rows += [_pool(plan, found, present, final=False) for plan, found in ranked[_FINALISTS:]]
+    better = [one for one in rows[1:] if one.final and one.gain - 1.0 > 2.0 * one.gain_error]
+    return Suggestion(rows, max(better, key=lambda p: p.gain) if better else None, len(subject.rows), draws, seed)
+
+
+class _Bench:
+    """Measures pools on one subject."""
+
+    def __init__(self, subject: Subject, seed: int) -> None:
+        self.subject, self.seed, self.round = subject, seed, 0
+        stream = subject.batches(seed)
+        self.groups = list(dict.fromkeys(next(stream).group for _ in range(20)))
+
+    def sized(self, target: float) -> list[PoolPlan]:
+        """Every plan that can have `target` distinct candidates, brought to that number."""
+        found = []
+        for plan in candidate_plans(target, self.subject.train.num_items):
+            sized = at_equal_distinct(
+                plan,
+                target,
+                self.subject.train,
+                batch_size=self.subject.batch_size,
+                base=self.subject.config.objective,
+                groups=self.groups,
+            )
+            # A pool of the batch alone grows only with the batch, which is not the pool's to choose.
+            if sized and math.isclose(sized[1], self.subject.batch_size, rel_tol=0.05):
+                found.append(sized[0])
+        return found
+
+    def measure(self, plan: PoolPlan, draws: int) -> Measurement:
+        subject = self.subject
+        objective = SampledSoftmax(build_pool(plan.settings(subject.config.objective), subject.train))
+        self.round += 1
+        stream = subject.batches(self.seed + self.round)
+        if depends_on_batch(objective.pool) or remembers(objective.pool):
+            warm_up(objective.pool, stream, len(subject.train) // subject.batch_size)
+        return measure(objective, subject.rows, stream, draws=draws)
+
+
+def _pool(plan: PoolPlan, found: Measurement, present: Measurement, *, final: bool) -> PoolMeasure:
+    spread, error = found.mean_spread()
+    gain, gain_error = spread_gain(present, found)
+    return PoolMeasure(
+        plan.name, plan.sources, plan.unique, spread, error, found.mean("distinct"), gain, gain_error, final
+    )
