@@ -95,3 +95,78 @@ def popularity_decile(counts):
         decile[item] = min(10 * before // total, 9)
         before += counts[item]
     return decile
+
+
+def _softplus(x):
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+def _log_sum(terms):
+    largest = max(terms)
+    return largest + math.log(sum(math.exp(term - largest) for term in terms))
+
+
+def log_corrections(name, *, rows, extra, p, num_items):
+    """What each method of docs/theory.md subtracts: (from a candidate of a source, from the positive).
+
+    rows: B. extra: draws of the source beside the batch, or alone. p: frequency of every item.
+    """
+    uniform = 1.0 / num_items
+    candidate = {
+        "full-softmax": lambda j, source: 0.0,
+        "sampled-softmax-uniform": lambda j, source: math.log(extra * uniform),
+        "in-batch": lambda j, source: 0.0,
+        "in-batch-logq": lambda j, source: math.log(p[j]),
+        "in-batch-logq-batch-probability": lambda j, source: math.log(1.0 - (1.0 - p[j]) ** rows),
+        "in-batch-logq-all": lambda j, source: math.log(p[j]),
+        "in-batch-importance": lambda j, source: -math.log(uniform / p[j]),
+        "mixed": lambda j, source: math.log((rows * p[j] + extra * uniform) / (rows + extra)),
+        "mixed-by-source": lambda j, source: math.log(p[j] if source == "in_batch" else uniform),
+        "expected-count": lambda j, source: math.log(1.0 - (1.0 - p[j]) ** (rows - 1) * (1.0 - uniform) ** extra),
+        "sampled-logistic": lambda j, source: math.log((rows - 1) * p[j] + extra * uniform),
+        "nce": lambda j, source: math.log(extra * p[j]),
+    }.get(name, lambda j, source: 0.0)
+    positive = candidate if name in {"in-batch-logq-all", "sampled-logistic", "nce"} else lambda j, source: 0.0
+    return candidate, lambda y: positive(y, "in_batch")
+
+
+def refined_row(score, scores, q, q_y, strength=1.0):
+    """(1 - P_hat(y), -log( exp s_y / sum_i exp(s_i - log Q'_i) )); kappa^strength instead of kappa = n' Q'."""
+    if not scores:
+        return 0.0, 0.0
+    log_left = strength * math.log(len(scores))
+    log_sum = _log_sum([s - strength * (math.log(q_j) - math.log(1.0 - q_y)) for s, q_j in zip(scores, q, strict=True)])
+    return 1.0 / (1.0 + math.exp(score - (log_sum - log_left))), log_sum - score
+
+
+def objective(name, query, table, positives, candidates, *, known, temperature, bias, strength, settings, weights=None):
+    """One loss for each row by the formulas of docs/theory.md, section 3.
+
+    candidates: for each row its (item, source) as drawn, copies kept. settings: of `log_corrections`.
+    weights: those of the refined rows where they are held fixed (they carry no gradient).
+    """
+    candidate, of_positive = log_corrections(name, **settings)
+    losses = []
+    for row, y in enumerate(positives):
+        own = name == "nce"
+        live = [(j, s) for j, s in candidates[row] if (own and j == y) or (j != y and j not in known[row])]
+        score = dot(query[row], table[y]) / temperature
+        raw = [dot(query[row], table[j]) / temperature for j, _ in live]
+        corrected = [s - strength * candidate(j, source) for s, (j, source) in zip(raw, live, strict=True)]
+        if name == "refined-logq":
+            p = settings["p"]
+            weight, loss = refined_row(score, raw, [p[j] for j, _ in live], p[y], strength)
+            losses.append((weight if weights is None else weights[row]) * loss)
+        elif name == "bpr":
+            losses.append(sum(_softplus(s - score) for s in corrected) / max(len(corrected), 1))
+        elif name in {"negative-sampling", "logistic-observed", "logistic-popular", "sampled-logistic", "nce", "gbce"}:
+            beta = 1.0
+            if name == "gbce":
+                rate = settings["extra"] / (settings["num_items"] - 1)
+                beta = rate * (0.75 * (1.0 - 1.0 / rate) + 1.0 / rate)
+            raised = score + bias - strength * of_positive(y)
+            losses.append(beta * _softplus(-raised) + sum(_softplus(s + bias) for s in corrected))
+        else:
+            raised = score - strength * of_positive(y)
+            losses.append(_log_sum([raised, *corrected]) - raised)
+    return losses

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from twotower.errors import InputError
+from twotower.losses.logistic import softplus
 
 
 def sampled_softmax(
@@ -70,7 +71,7 @@ def sampled_softmax(
         row_offset=row_offset,
     )
     # log(e^s + Z) - s = log(1 + e^(log Z - s)): the positive needs no copy of the matrix to join the sum.
-    return torch.nn.functional.softplus(log_sum_exp(logits) - positive_logit)
+    return softplus(log_sum_exp(logits) - positive_logit)
 
 
 def refined_logq(
@@ -122,12 +123,13 @@ def refined_logq(
 
 
 def log_sum_exp(logits: Tensor) -> Tensor:
-    """The log of sum_i exp(l_i) over the last dimension; -inf, with gradient 0, where nothing is left to sum."""
+    """The log of sum_i exp(l_i) over the last dimension; -inf where nothing is left to sum.
+
+    The gradient of such a row is 0 for logits masked by `masked_fill`, as those of `candidate_logits` are.
+    """
     if logits.shape[-1] == 0:
         return logits.new_full(logits.shape[:-1], -torch.inf)
-    total = torch.logsumexp(logits, -1)
-    # The gradient of an empty sum would be 0/0.
-    return torch.where(torch.isneginf(total), -torch.inf, total)
+    return torch.logsumexp(logits, -1)
 
 
 def candidate_logits(
