@@ -21,7 +21,7 @@ import torch
 
 import twotower as tt
 from twotower.build import OBJECTIVES
-from twotower.run import write_text
+from twotower.files import write_text
 from twotower.serving.artifact import library_versions
 
 RESULTS = Path(__file__).parent / "results" / "objectives.json"

@@ -23,7 +23,7 @@ import torch
 import twotower as tt
 from twotower.data import Split
 from twotower.evaluation import EASE, ItemKNN, Popularity, Ranker, evaluate_all
-from twotower.run import write_text
+from twotower.files import write_text
 from twotower.serving.artifact import library_versions
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"

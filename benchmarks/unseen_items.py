@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 import twotower as tt
-from twotower.run import write_text
+from twotower.files import write_text
 from twotower.serving.artifact import library_versions
 
 RESULTS = Path(__file__).parent / "results" / "unseen_items.json"

@@ -8,6 +8,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "twotower"
 #: Top to bottom. A module may import from rooms above its own, and within its own folder without a circle.
 ROOMS = [
     "errors",
+    "files",
     "config",
     "schema",
     "data",

@@ -106,7 +106,7 @@ def audit(
     study: Annotated[bool, typer.Option("--study", help="The reference study; needs no model.")] = False,
     rows: Annotated[int, typer.Option("--rows", min=2, help="Rows of the training data to measure.")] = 64,
     draws: Annotated[
-        int | None, typer.Option("--draws", min=2, help="Redraws; by default 100, 16 to suggest, 2,000 in the study.")
+        int | None, typer.Option("--draws", min=2, help="Redraws; by default 50, 16 to suggest, 1,500 in the study.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of rows, batches and draws.")] = 0,
     data: Annotated[str | None, typer.Option("--data", help="Where the data is now, if it has moved.")] = None,
@@ -121,14 +121,14 @@ def audit(
         raise InputError("audit: --objectives goes with DIR alone, not with --suggest or --study")
     found: analysis.Study | analysis.Suggestion | analysis.Audit
     if directory is None:
-        found = analysis.study(draws=draws or 2000, seed=seed)
+        found = analysis.study(draws=draws or 1500, seed=seed)
     else:
         subject = run.audit_run(directory, data, rows=rows, seed=seed)
         if suggest:
             found = analysis.suggest(subject, draws=draws or 16, seed=seed)
         else:
             names = [name.strip() for name in (objectives or "").split(",") if name.strip()]
-            found = analysis.audit(subject, objectives=names, draws=draws or 100, seed=seed)
+            found = analysis.audit(subject, objectives=names, draws=draws or 50, seed=seed)
     if as_json:
         _print_json(found.to_dict())
     else:

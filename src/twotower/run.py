@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from twotower.data import (
 from twotower.errors import InputError
 from twotower.evaluation import Evaluation, Ranker
 from twotower.evaluation.towers import TowerRanker
+from twotower.files import write_text
 from twotower.losses import Objective
 from twotower.negatives import Mined
 from twotower.serving import Artifact, Retriever
@@ -346,16 +346,6 @@ def audit_run(directory: str | Path, source: str | Path | None = None, *, rows: 
     """
     artifact, split = reread(directory, source)
     return subject_of(artifact, split.train, rows=rows, seed=seed)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _absolute(source: str | Path) -> str:

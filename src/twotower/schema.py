@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,6 +13,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from twotower.errors import InputError
+from twotower.files import whole_file
 
 # Usual names, in tiers: the first tier that occurs decides, two names of one tier are ambiguous. Compared without
 # case, spaces, dashes, underscores and the ":token" of typed headers.
@@ -280,13 +279,8 @@ class Vocabulary:
 
     def write(self, path: str | Path) -> None:
         """Write to a Parquet file (one column, ``id``), complete or not at all."""
-        target = Path(path)
-        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
-        try:
+        with whole_file(Path(path)) as partial:
             pl.DataFrame({"id": self._ids}).write_parquet(partial, compression="lz4")
-            os.replace(partial, target)  # noqa: PTH105
-        finally:
-            partial.unlink(missing_ok=True)
 
     @classmethod
     def read(cls, path: str | Path) -> Vocabulary:

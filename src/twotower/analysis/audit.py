@@ -21,8 +21,8 @@ from twotower.config import Config, ObjectiveConfig
 from twotower.losses import Objective
 from twotower.negatives import Mined
 
-#: A bias below this share of the gradient, or within twice its error, is called none.
-_UNBIASED = 0.03
+#: A relative bias up to the first is called none, as is one within twice its error; up to the second, small.
+_NONE, _SMALL = 0.005, 0.03
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,14 @@ class ObjectiveAudit:
     deciles: list[dict[str, float] | None]
 
     @property
-    def unbiased(self) -> bool | None:
-        """Whether no bias was found; None where none was looked for."""
+    def verdict(self) -> str:
+        """`no bias found`, `small bias`, `biased` or `another target`."""
         if self.overall is None:
-            return None
-        return self.overall["bias"] <= max(_UNBIASED, 2.0 * self.overall["bias_error"])
+            return "another target"
+        bias = self.overall["bias"]
+        if bias <= max(_NONE, 2.0 * self.overall["bias_error"]):
+            return "no bias found"
+        return "small bias" if bias <= _SMALL else "biased"
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Audit:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; what could not be measured is None."""
         values = asdict(self)
-        values["objectives"] = [{**asdict(one), "unbiased": one.unbiased} for one in self.objectives]
+        values["objectives"] = [{**asdict(one), "verdict": one.verdict} for one in self.objectives]
         values["appearances"] = [one.to_dict() for one in self.appearances]
         values["conclusion"] = self.conclusion()
         plain: dict[str, Any] = _plain(values)
@@ -85,13 +88,12 @@ class Audit:
         """What it means, in plain words."""
         own = self.objectives[0]
         said = [f"{own.name}: {_sentence(own)}"]
-        best = [one for one in self.objectives[1:] if one.unbiased]
-        if own.unbiased is False:
-            names = ", ".join(one.name for one in best)
+        if own.verdict in ("small bias", "biased"):
+            best = [one.name for one in self.objectives[1:] if one.verdict == "no bias found"]
             said.append(
-                f"without a bias here: {names}"
+                f"without a bias here: {', '.join(best)}"
                 if best
-                else "expected-count estimates the full softmax; compare it with --objectives expected-count"
+                else "expected-count estimates the full softmax; measure it with --objectives expected-count"
             )
         wrong = [one for one in self.appearances if not one.as_claimed]
         said += [f"{one.source}: {one.verdict}" for one in wrong]
@@ -122,10 +124,9 @@ class Audit:
         for one in self.objectives:
             name = f"{one.name} (its own)" if one.own else one.name
             if one.overall is None:
-                table.add_row(name, "-", "-", "-", "-", "another target")
+                table.add_row(name, "-", "-", "-", "-", one.verdict)
                 continue
-            found = "no bias" if one.unbiased else "biased"
-            table.add_row(name, *_cells(one.overall), found)
+            table.add_row(name, *_cells(one.overall), one.verdict)
         parts: list[Any] = [head, table, *(self._deciles(one) for one in self.objectives if one.overall is not None)]
         parts += [f"{one.name}: {one.note}" for one in self.objectives if one.note]
         if self.appearances:
@@ -162,7 +163,7 @@ class Audit:
 
 
 def audit(
-    subject: Subject, *, objectives: Sequence[str] = (), draws: int = 100, batches: int = 200, seed: int = 0
+    subject: Subject, *, objectives: Sequence[str] = (), draws: int = 50, batches: int = 200, seed: int = 0
 ) -> Audit:
     """Measure the model's own objective and any others named.
 
@@ -263,7 +264,7 @@ def _sentence(own: ObjectiveAudit) -> str:
     if own.overall is None:
         return "another target than the softmax; its gradient is not compared"
     bias, error, spread = (own.overall[name] for name in ("bias", "bias_error", "spread"))
-    if own.unbiased:
+    if own.verdict == "no bias found":
         return f"no bias against full softmax was found ({bias:.3f} ± {error:.3f}); one draw is off by {spread:.2f}"
     return (
         f"its gradient is biased by {bias:.0%} ± {error:.0%} of the full softmax's, which no number of steps averages "

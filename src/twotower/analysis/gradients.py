@@ -108,10 +108,11 @@ def _draw(
     size = len(batch) if depends_on_batch(objective.pool) else 1
     positives = torch.cat([rows.positives[row : row + 1], batch.items[1:size]])
     queries = None if rows.queries is None else torch.cat([rows.queries[row : row + 1], batch.queries[1:size]])
-    drawn = objective.draw(
+    drawn = objective.pool.draw(
         positives, known_positives=rows.known_of(row), queries=queries, group=batch.group, generator=generator
     )
-    return replace(
+    # The other rows go before copies are merged, which costs most for a whole batch and changes nothing for one row.
+    first = replace(
         drawn,
         hits=drawn.hits[:1],
         positives=drawn.positives[:1],
@@ -120,6 +121,7 @@ def _draw(
         row_log_expected_count=None if drawn.row_log_expected_count is None else drawn.row_log_expected_count[:1],
         row_hits=None if drawn.row_hits is None else drawn.row_hits[:1],
     )
+    return objective.prepare(first)
 
 
 def stack(parts: list[Candidates]) -> tuple[Candidates, Tensor]:

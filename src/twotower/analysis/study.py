@@ -163,18 +163,18 @@ class Study:
         return table
 
 
-def study(*, draws: int = 2000, seed: int = 0) -> Study:
+def study(*, draws: int = 1500, seed: int = 0) -> Study:
     """Measure all forms and pools.
 
     Args:
-        draws: redraws of each form that claims to be unbiased; the biased ones need a fifth, the pools a sixtieth.
+        draws: redraws of each form that claims to be unbiased; the biased ones need a fifth, the pools a fiftieth.
         seed: of the catalogs and of all draws.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         generator = torch.Generator().manual_seed(seed)
         forms = _forms(draws, generator)
-        pools = _pools(max(draws // 60, 4), generator)
+        pools = _pools(max(draws // 50, 4), generator)
     others = [name for name in OBJECTIVES if name not in {form.objective for form in FORMS}]
     return Study(forms, pools, others, draws, seed)
 

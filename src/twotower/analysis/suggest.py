@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 
 from twotower.analysis.gradients import depends_on_batch, estimates_softmax, measure
-from twotower.analysis.measurement import Measurement, spread_gain
+from twotower.analysis.measurement import Measurement, rms_gain
 from twotower.analysis.pools import PoolPlan, at_equal_distinct, remembers
 from twotower.analysis.subject import Subject, warm_up
 from twotower.build import build_objective, build_pool, named_objective
@@ -34,8 +34,8 @@ class PoolMeasure:
         spread: root mean square over the rows of the standard deviation of one draw.
         spread_error: its Monte-Carlo error.
         distinct: mean number of distinct negatives.
-        gain: spread of the present pool over this one's, geometric mean over rows.
-        gain_error: its standard error.
+        gain: spread of the present pool over this one's.
+        gain_error: its standard error, over rows.
         final: measured in the second round, with fresh draws.
     """
 
@@ -106,8 +106,8 @@ class Suggestion:
                 "second" if one.final else "first",
             )
         notes = (
-            f"{self.rows} rows, {self.draws} draws each in the first round, 4 times as many in the second; gain = "
-            "spread of the present pool over this one's, geometric mean over rows"
+            f"{self.rows} rows, {self.draws} draws each in the first round, 4 times as many in the second; "
+            "gain = spread of the present pool over this one's"
         )
         return Group(table, notes, "", f"* {self.conclusion()}", *([self.yaml() or ""] if self.best else []))
 
@@ -163,7 +163,8 @@ def suggest(subject: Subject, *, draws: int = 16, seed: int = 0) -> Suggestion:
     rows += sorted((_pool(plan, found, final_present, final=True) for plan, found in final), key=lambda p: p.spread)
     rows += [_pool(plan, found, present, final=False) for plan, found in ranked[_FINALISTS:]]
     better = [one for one in rows[1:] if one.final and one.gain - 1.0 > 2.0 * one.gain_error]
-    return Suggestion(rows, max(better, key=lambda p: p.gain) if better else None, len(subject.rows), draws, seed)
+    best = max(better, key=lambda one: one.gain) if better else None
+    return Suggestion(rows, best, len(subject.rows), draws, seed)
 
 
 class _Bench:
@@ -203,7 +204,7 @@ class _Bench:
 
 def _pool(plan: PoolPlan, found: Measurement, present: Measurement, *, final: bool) -> PoolMeasure:
     spread, error = found.mean_spread()
-    gain, gain_error = spread_gain(present, found)
+    gain, gain_error = rms_gain(present, found)
     return PoolMeasure(
         plan.name, plan.sources, plan.unique, spread, error, found.mean("distinct"), gain, gain_error, final
     )

@@ -10,6 +10,7 @@ from twotower.losses.objectives import (
     PositiveCorrectedSoftmax,
     RefinedLogQ,
     SampledSoftmax,
+    corrected_logits,
 )
 from twotower.losses.softmax import candidate_logits, full_softmax, refined_logq, sampled_softmax
 
@@ -24,6 +25,7 @@ __all__ = [
     "SampledSoftmax",
     "bpr",
     "candidate_logits",
+    "corrected_logits",
     "full_softmax",
     "gbce",
     "gbce_beta",

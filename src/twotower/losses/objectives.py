@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from twotower.errors import InputError
 from twotower.losses.logistic import bpr, gbce, gbce_beta, logistic
-from twotower.losses.softmax import candidate_logits, refined_logq, sampled_softmax
+from twotower.losses.softmax import candidate_logits, refined_logq, softmax_loss
 from twotower.negatives import Candidates, InBatch, Pool
 from twotower.negatives.frequency import Group
 
@@ -63,9 +63,14 @@ class Objective(nn.Module, ABC):
         generator: torch.Generator | None = None,
     ) -> Candidates:
         """The candidates of one batch, each distinct shared item once where the form allows; see `Pool.draw`."""
-        drawn = self.pool.draw(
-            positives, known_positives=known_positives, queries=queries, group=group, generator=generator
+        return self.prepare(
+            self.pool.draw(
+                positives, known_positives=known_positives, queries=queries, group=group, generator=generator
+            )
         )
+
+    def prepare(self, drawn: Candidates) -> Candidates:
+        """What `draw` does to the candidates of the pool: scale log kappa, merge copies."""
         if self.strength < 1.0:
             row_count = drawn.row_log_expected_count
             drawn = replace(
@@ -98,7 +103,7 @@ class SampledSoftmax(Objective):
 
     def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
         """[B]; see `Objective.forward`."""
-        return _softmax(embedded, drawn, temperature, None)
+        return softmax_loss(*corrected_logits(embedded, drawn, temperature))
 
 
 class PositiveCorrectedSoftmax(Objective):
@@ -107,7 +112,8 @@ class PositiveCorrectedSoftmax(Objective):
     def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
         """[B]; see `Objective.forward`."""
         # Dividing numerator and denominator by 1/p_y leaves the positive alone and adds log p_y to every candidate.
-        return _softmax(embedded, drawn, temperature, -_scale(drawn.positive_log_count, self.strength))
+        offset = -_scale(drawn.positive_log_count, self.strength)
+        return softmax_loss(*corrected_logits(embedded, drawn, temperature, offset))
 
 
 class RefinedLogQ(Objective):
@@ -170,7 +176,7 @@ class Binary(Objective):
         self.bias = nn.Parameter(torch.zeros(()))
 
     def _biased(self, embedded: Embedded, drawn: Candidates, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
-        positive, negatives = _logits(embedded, drawn, temperature)
+        positive, negatives = corrected_logits(embedded, drawn, temperature)
         return positive + self.bias, negatives + self.bias
 
 
@@ -233,7 +239,7 @@ class BPR(Objective):
 
     def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
         """[B]; see `Objective.forward`."""
-        return bpr(*_logits(embedded, drawn, temperature))
+        return bpr(*corrected_logits(embedded, drawn, temperature))
 
 
 def refined_parts(drawn: Candidates) -> tuple[Tensor, Tensor]:
@@ -245,22 +251,10 @@ def refined_parts(drawn: Candidates) -> tuple[Tensor, Tensor]:
     return left.double().log().float(), rest.float()
 
 
-def _softmax(embedded: Embedded, drawn: Candidates, temperature: Tensor | float, row_offset: Tensor | None) -> Tensor:
-    return sampled_softmax(
-        embedded.query,
-        embedded.positive,
-        embedded.candidates,
-        drawn.log_expected_count,
-        hits=drawn.hits,
-        row_candidates=embedded.row_candidates,
-        row_log_expected_count=drawn.row_log_expected_count,
-        row_hits=drawn.row_hits,
-        temperature=temperature,
-        row_offset=row_offset,
-    )
-
-
-def _logits(embedded: Embedded, drawn: Candidates, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
+def corrected_logits(
+    embedded: Embedded, drawn: Candidates, temperature: Tensor | float, row_offset: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The corrected logits of a batch, (positive [B], candidates [B, M + R]); see `candidate_logits`."""
     return candidate_logits(
         embedded.query,
         embedded.positive,
@@ -271,6 +265,7 @@ def _logits(embedded: Embedded, drawn: Candidates, temperature: Tensor | float) 
         row_log_expected_count=drawn.row_log_expected_count,
         row_hits=drawn.row_hits,
         temperature=temperature,
+        row_offset=row_offset,
     )
 
 

@@ -70,8 +70,7 @@ def sampled_softmax(
         temperature=temperature,
         row_offset=row_offset,
     )
-    # log(e^s + Z) - s = log(1 + e^(log Z - s)): the positive needs no copy of the matrix to join the sum.
-    return softplus(log_sum_exp(logits) - positive_logit)
+    return softmax_loss(positive_logit, logits)
 
 
 def refined_logq(
@@ -120,6 +119,12 @@ def refined_logq(
     log_sum = log_negatives.masked_fill(empty, 0.0) + log_left.to(log_negatives.dtype)
     loss = weight * (log_sum - positive_logit).masked_fill(empty, 0.0)
     return loss, weight
+
+
+def softmax_loss(positive_logit: Tensor, logits: Tensor) -> Tensor:
+    """-s_y + log( exp s_y + sum_i exp l_i ) of corrected logits: [B] and [B, M] -> [B]."""
+    # log(e^s + Z) - s = log(1 + e^(log Z - s)): the positive needs no copy of the matrix to join the sum.
+    return softplus(log_sum_exp(logits) - positive_logit)
 
 
 def log_sum_exp(logits: Tensor) -> Tensor:

@@ -14,8 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import shutil
-import uuid
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -31,6 +29,7 @@ from torch import Tensor
 
 from twotower.config import Config
 from twotower.errors import InputError
+from twotower.files import whole_folder
 from twotower.schema import Vocabulary
 from twotower.towers import TwoTower, build_towers
 
@@ -72,19 +71,8 @@ class Artifact:
             The folder written.
         """
         target = Path(directory)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
-        temporary.mkdir()
-        try:
-            self._write(temporary)
-            replaced = target.with_name(f".{target.name}.replaced")
-            shutil.rmtree(replaced, ignore_errors=True)
-            if target.exists():
-                target.rename(replaced)
-            temporary.rename(target)
-            shutil.rmtree(replaced, ignore_errors=True)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with whole_folder(target) as folder:
+            self._write(folder)
         return target
 
     def _write(self, folder: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from twotower.errors import InputError
+from twotower.files import whole_folder
 
 
 class SafeCheckpointIO(CheckpointIO):
@@ -23,23 +23,11 @@ class SafeCheckpointIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write to a temporary folder beside `path`, then rename."""
         del storage_options
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
         tensors: dict[str, Tensor] = {}
         structure = _encode(checkpoint, tensors, "checkpoint")
-        temporary.mkdir()
-        try:
-            save_file(tensors, temporary / "tensors.safetensors")
-            (temporary / "state.json").write_text(json.dumps(structure), encoding="utf-8")
-            replaced = target.with_name(f".{target.name}.replaced")
-            shutil.rmtree(replaced, ignore_errors=True)
-            if target.exists():
-                target.rename(replaced)
-            temporary.rename(target)
-            shutil.rmtree(replaced, ignore_errors=True)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with whole_folder(Path(path)) as folder:
+            save_file(tensors, folder / "tensors.safetensors")
+            (folder / "state.json").write_text(json.dumps(structure), encoding="utf-8")
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None

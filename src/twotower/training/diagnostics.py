@@ -7,7 +7,7 @@ import logging
 import torch
 from torch import Tensor
 
-from twotower.losses import Embedded, Objective, candidate_logits
+from twotower.losses import Embedded, Objective, corrected_logits
 from twotower.negatives import Candidates, compare_frequencies
 
 logger = logging.getLogger("twotower")
@@ -33,17 +33,7 @@ def diagnose(embedded: Embedded, drawn: Candidates, temperature: Tensor | float,
         largest_weight: mean over rows of max w / sum w.
         gradient_head, gradient_mid, gradient_tail: share of the negatives' gradient that falls on each third.
     """
-    positive, logits = candidate_logits(
-        embedded.query,
-        embedded.positive,
-        embedded.candidates,
-        drawn.log_expected_count,
-        hits=drawn.hits,
-        row_candidates=embedded.row_candidates,
-        row_log_expected_count=drawn.row_log_expected_count,
-        row_hits=drawn.row_hits,
-        temperature=temperature,
-    )
+    positive, logits = corrected_logits(embedded, drawn, temperature)
     total = torch.logsumexp(logits, 1)
     alive = ~torch.isneginf(total)
     if not bool(alive.any()):
