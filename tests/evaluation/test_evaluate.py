@@ -119,11 +119,14 @@ def test_the_table_holds_model_and_baselines():
     result = evaluate(Scores(torch.rand(100, 200)), asked, train=train, name="two-tower")
     assert [row.name for row in result.rows] == ["two-tower", "popularity", "item-kNN"]
     text = str(result)
-    for part in ("test: 100 queries, 100 targets", "200 items", "already seen excluded", "@10", "@20", "Recall tail"):
+    for part in ("test: 100 queries, 100 targets", "200 items", "already seen excluded", "@10", "@20", "tail"):
         assert part in text
     console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
     console.print(result)
     assert "item-kNN" in console.export_text()
+    model, best = result.rows[0], max(result.rows[1:], key=lambda row: row.values["NDCG@20"])
+    verdict = "is above" if model.values["NDCG@20"] > best.values["NDCG@20"] else "does not beat"
+    assert f"two-tower {verdict}" in text and best.name in text.split(verdict)[1].splitlines()[0]
     console.file.close()
     assert "kept" in str(evaluate(Scores(torch.rand(100, 200)), asked, train=train, exclude_seen=False))
     with pytest.raises(KeyError, match="no row"):

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
@@ -123,19 +124,19 @@ class Evaluation:
         parts = [self._title(), *self._subtitle()]
         for k in self.ks:
             parts += ["", *_aligned([self._header(k), *(self._cells(row, k) for row in self.rows)])]
-        return "\n".join([*parts, *(["", *(f"note: {note}" for note in self.notes)] if self.notes else [])])
+        return "\n".join([*parts, "", *self._verdict(), *(f"note: {note}" for note in self.notes)])
 
     def __rich__(self) -> Group:
         """The same table for a rich console."""
         parts: list[Any] = [self._title(), *self._subtitle()]
         for k in self.ks:
-            table = Table()
+            table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)  # nine columns in 80 characters
             for place, title in enumerate(self._header(k)):
                 table.add_column(title, justify="right" if place else "left")
             for row in self.rows:
                 table.add_row(*self._cells(row, k))
             parts.append(table)
-        return Group(*parts, *(f"note: {note}" for note in self.notes))
+        return Group(*parts, *self._verdict(), *(f"note: {note}" for note in self.notes))
 
     def _title(self) -> str:
         return (
@@ -148,11 +149,29 @@ class Evaluation:
         sizes = [
             f"{name} {size['items']:,} items / {size['targets']:,} targets" for name, size in self.slice_sizes.items()
         ]
-        return ["thirds of the training interactions: " + ", ".join(sizes)]
+        return [
+            "thirds of the training interactions: " + ", ".join(sizes),
+            "columns head, mid, tail: Recall of the targets in that third",
+        ]
+
+    def _verdict(self) -> list[str]:
+        """Whether the first row earns its keep, in words."""
+        model, *others = self.rows
+        metric = f"NDCG@{self.ks[-1]}"
+        if not others:
+            return []
+        best = max(others, key=lambda row: row.values[metric])
+        mine, theirs = model.values[metric], best.values[metric]
+        if mine > theirs:
+            return [f"{model.name} is above the best baseline, {best.name}: {metric} {mine:.4f} against {theirs:.4f}"]
+        return [
+            f"{model.name} does not beat {best.name}: {metric} {mine:.4f} against {theirs:.4f}; "
+            "more epochs, more data or another configuration is needed before it earns its keep"
+        ]
 
     @staticmethod
     def _header(k: int) -> list[str]:
-        return [f"@{k}", *METRICS, "coverage", *(f"Recall {name}" for name in SLICES)]
+        return [f"@{k}", *METRICS, "coverage", *SLICES]
 
     @staticmethod
     def _cells(row: Row, k: int) -> list[str]:
