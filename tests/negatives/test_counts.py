@@ -3,7 +3,7 @@
 A row with positive 1 and known positive 4 is watched over many draws. Its counts must follow the table of
 docs/theory.md, section 2, written here as plain arithmetic; its partition estimate must have the mean
 sum over (C without K) + y. Thresholds: seeds are fixed, so a p-value below 1e-4 or a mean 4 standard errors off in one
-of these tests is a fault and not bad luck; the wrong counts at the end must be found at 1e-6.
+of these tests is a fault and not bad luck; a wrong count must fall below the same 1e-4.
 """
 
 import copy
@@ -229,6 +229,18 @@ def test_each_candidate_weighs_one_over_its_count(name):
     assert torch.allclose(found.weights, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", POOLS)
+def test_the_same_with_other_and_four_times_the_draws(name):
+    sources, unique, *_ = POOLS[name]
+    found = run(Pool(*(make() for make in sources), unique=unique), times=4 * DRAWS, seed=1)
+    kappa = case(name)[1]
+    assert agreement(found.counts, masked(kappa)) > 1e-4
+    for kind in ("noise", "popular", "learnt"):
+        estimates = found.partition(scores(kind), POSITIVE)
+        assert standard_errors_off(estimates, partition_target(scores(kind), kappa)) < 4, kind
+
+
 def scores(kind):
     """Scores of an untrained model, of one that follows popularity, and of one that found a rare item."""
     noise = torch.randn(N, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -308,7 +320,7 @@ WRONG = {
 def test_a_wrong_count_is_caught_by_both_tests(name):
     found, kappa = case("mixed unique")
     wrong = WRONG[name](kappa)
-    assert agreement(found.counts, masked(wrong)) < 1e-6
+    assert agreement(found.counts, masked(wrong)) < 1e-4
     values = 0.5 * (COUNTS + 0.1).double().log()
     estimates = values[POSITIVE].exp() + (found.counts / wrong) @ values.exp()
     assert standard_errors_off(estimates, partition_target(values, kappa)) > 4
