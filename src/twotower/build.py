@@ -83,6 +83,10 @@ def _logistic(pool: Pool, settings: ObjectiveConfig, num_items: int) -> Objectiv
     return Logistic(pool)
 
 
+def _draws_for_each_row(pool: Pool) -> int:
+    return sum(member.size for member in pool.members() if isinstance(member, Sampled))
+
+
 OBJECTIVES: dict[str, Named] = {
     "expected-count": Named(
         "softmax, each candidate weighted by one over its expected count (the default)", MIXED, _softmax, unique=True
@@ -159,7 +163,7 @@ OBJECTIVES: dict[str, Named] = {
         "binary cross-entropy calibrated against overconfidence (gSASRec)",
         [{"uniform": {"size": "K", "per_row": True}}],
         lambda pool, settings, num_items: GeneralisedBCE(
-            pool, size=settings.negatives, num_items=num_items, calibration=settings.calibration
+            pool, size=_draws_for_each_row(pool), num_items=num_items, calibration=settings.calibration
         ),
         corrections.NoCorrection(),
     ),

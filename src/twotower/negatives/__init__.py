@@ -1,21 +1,12 @@
 """Candidates and their expected counts: frequencies, proposals, sources and the pool that joins them."""
 
 from twotower.negatives import corrections
+from twotower.negatives.always import Catalog, Head, Mined, Observed
 from twotower.negatives.candidates import Candidates, Pool
 from twotower.negatives.frequency import CountedFrequency, Frequency, GroupedFrequency
+from twotower.negatives.memory import CrossBatchMemory
 from twotower.negatives.proposals import FrequencyPower, IndexStream, LogUniform, Proposal, Uniform, Weighted
-from twotower.negatives.sources import (
-    Catalog,
-    CrossBatchMemory,
-    Head,
-    InBatch,
-    Mined,
-    Observed,
-    RandomSource,
-    Request,
-    Sampled,
-    Source,
-)
+from twotower.negatives.sources import InBatch, RandomSource, Request, Sampled, Source
 from twotower.negatives.streaming import FrequencyReport, StreamingFrequency, compare_frequencies, popularity_deciles
 
 __all__ = [

@@ -10,9 +10,18 @@ from torch import Tensor, nn
 
 from twotower.errors import InputError
 from twotower.negatives.corrections import Correction, ExpectedCounts
-from twotower.negatives.duplicates import as_pairs, compact, empty_duplicates, membership, row_duplicates
+from twotower.negatives.duplicates import (
+    as_pairs,
+    compact,
+    empty_duplicates,
+    known_in_rows,
+    membership,
+    membership_of_rows,
+    row_duplicates,
+)
 from twotower.negatives.frequency import Frequency, Group
-from twotower.negatives.sources import CrossBatchMemory, InBatch, RandomSource, Request, Source, log_complement
+from twotower.negatives.memory import CrossBatchMemory
+from twotower.negatives.sources import InBatch, RandomSource, Request, Source, log_complement
 
 
 @dataclass(frozen=True)
@@ -313,26 +322,6 @@ class Pool(nn.Module):
 #: In place of the number of a source: the item is always in, or copies from several sources became one.
 FIXED = -2
 MERGED = -1
-
-
-def membership_of_rows(items: Tensor, members: Tensor) -> Tensor:
-    """Whether items [B, R] stand among the members [B, S] of their row; bool [B, R]. Empty places (-1) never do."""
-    if members.shape[1] == 0:
-        return torch.zeros_like(items, dtype=torch.bool)
-    ordered = torch.sort(members, 1).values
-    place = torch.searchsorted(ordered, items).clamp_(max=members.shape[1] - 1)
-    return (ordered.gather(1, place) == items) & (items >= 0)
-
-
-def known_in_rows(items: Tensor, row: Tensor, item: Tensor) -> Tensor:
-    """Whether items [B, R] stand among their row's pairs (row [P], item [P]); bool [B, R]."""
-    if len(item) == 0 or items.numel() == 0:
-        return torch.zeros_like(items, dtype=torch.bool)
-    width = torch.maximum(items.max(), item.max()) + 2
-    keys = torch.sort(row * width + item).values
-    asked = torch.arange(len(items), device=items.device)[:, None] * width + items
-    place = torch.searchsorted(keys, asked).clamp_(max=len(keys) - 1)
-    return (keys[place] == asked) & (items >= 0)
 
 
 def _refuse_impossible(items: Tensor, log_expected_count: Tensor) -> None:

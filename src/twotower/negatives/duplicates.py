@@ -59,6 +59,26 @@ def membership(items: Tensor, row: Tensor, item: Tensor, *, rows: int) -> Tensor
     return marks[:, torch.searchsorted(keys, items)]
 
 
+def membership_of_rows(items: Tensor, members: Tensor) -> Tensor:
+    """Whether items [B, R] stand among the members [B, S] of their row; bool [B, R]. Empty places (-1) never do."""
+    if members.shape[1] == 0:
+        return torch.zeros_like(items, dtype=torch.bool)
+    ordered = torch.sort(members, 1).values
+    place = torch.searchsorted(ordered, items).clamp_(max=members.shape[1] - 1)
+    return (ordered.gather(1, place) == items) & (items >= 0)
+
+
+def known_in_rows(items: Tensor, row: Tensor, item: Tensor) -> Tensor:
+    """Whether items [B, R] stand among their row's pairs (row [P], item [P]); bool [B, R]."""
+    if len(item) == 0 or items.numel() == 0:
+        return torch.zeros_like(items, dtype=torch.bool)
+    width = torch.maximum(items.max(), item.max()) + 2
+    keys = torch.sort(row * width + item).values
+    asked = torch.arange(len(items), device=items.device)[:, None] * width + items
+    place = torch.searchsorted(keys, asked).clamp_(max=len(keys) - 1)
+    return (keys[place] == asked) & (items >= 0)
+
+
 def as_pairs(known: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Members of rows as (row [P], item [P]), from [B, H] padded with -1 or from such a pair."""
     if isinstance(known, tuple):
