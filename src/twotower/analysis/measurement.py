@@ -120,13 +120,3 @@ def spread_gain(present: Measurement, other: Measurement) -> tuple[float, float]
     ratio = (present.spread[both] / other.spread[both]).log()
     gain = float(ratio.mean().exp())
     return gain, gain * float(ratio.std()) / len(ratio) ** 0.5 if len(ratio) > 1 else math.nan
-
-
-def rms_gain(present: Measurement, other: Measurement) -> tuple[float, float]:
-    """Root mean square spread of one pool over that of another, on the same rows, and its jackknife error over rows."""
-    both = (present.draws >= 2) & (other.draws >= 2)
-    above, below = present.spread[both] ** 2, other.spread[both] ** 2
-    gain = math.sqrt(float(above.sum() / below.sum()))
-    count = len(above)
-    without = ((above.sum() - above) / (below.sum() - below)).sqrt()
-    return gain, math.sqrt((count - 1) / count * float(((without - without.mean()) ** 2).sum()))

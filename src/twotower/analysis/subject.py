@@ -22,6 +22,8 @@ from twotower.serving import Artifact
 _LOGITS = 1 << 23
 #: Batches that estimated frequencies and memories see before anything is measured.
 _WARM_UP = 500
+#: Batches that are shuffled in one call.
+_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,29 @@ class Subject:
 
     def batches(self, seed: int = 0) -> Iterator[Batch]:
         """Training batches without end, as `fit` would give them."""
-        batches = TrainingBatches(self.train, self.batch_size, seed=seed)
-        grouped = self.config.objective.frequency.startswith("grouped")
-        epochs = GroupedBatches(batches) if grouped else batches
+        if self.config.objective.frequency.startswith("grouped"):
+            grouped = GroupedBatches(TrainingBatches(self.train, self.batch_size, seed=seed))
+            while True:
+                yield from grouped
+        # Several batches at a time, cut apart: the same order, for the shuffle costs by call more than by row.
+        several = max(min(_AT_ONCE, len(self.train) // self.batch_size), 1)
+        batches = TrainingBatches(self.train, several * self.batch_size, seed=seed)
         while True:
-            yield from epochs
+            for block in batches:
+                for start in range(0, len(block), self.batch_size):
+                    yield _part(block, slice(start, start + self.batch_size))
+
+
+def _part(block: Batch, rows: slice) -> Batch:
+    """Some rows of a batch."""
+    return Batch(
+        rows=block.rows[rows],
+        queries=block.queries[rows],
+        items=block.items[rows],
+        history=block.history[rows],
+        weights=None if block.weights is None else block.weights[rows],
+        groups=None if block.groups is None else block.groups[rows],
+    )
 
 
 def subject_of(artifact: Artifact, train: Interactions, *, rows: int = 64, seed: int = 0) -> Subject:

@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 
 from twotower.analysis.gradients import depends_on_batch, estimates_softmax, measure
-from twotower.analysis.measurement import Measurement, rms_gain
+from twotower.analysis.measurement import Measurement, spread_gain
 from twotower.analysis.pools import PoolPlan, at_equal_distinct, remembers
 from twotower.analysis.subject import Subject, warm_up
 from twotower.build import build_objective, build_pool, named_objective
@@ -34,8 +34,9 @@ class PoolMeasure:
         spread: root mean square over the rows of the standard deviation of one draw.
         spread_error: its Monte-Carlo error.
         distinct: mean number of distinct negatives.
-        gain: spread of the present pool over this one's.
-        gain_error: its standard error, over rows.
+        gain: spread of the present pool over this one's, geometric mean over rows: that of a typical row.
+        gain_error: its standard error.
+        worse_rows: share of the rows that this pool spreads more on.
         final: measured in the second round, with fresh draws.
     """
 
@@ -47,6 +48,7 @@ class PoolMeasure:
     distinct: float
     gain: float
     gain_error: float
+    worse_rows: float
     final: bool
 
 
@@ -55,8 +57,9 @@ class Suggestion:
     """What was measured, and what follows. Print it, or take `to_dict()`.
 
     Attributes:
-        pools: the present one first, then by spread.
-        best: the pool suggested; None where nothing beats the present one by more than twice the error.
+        pools: the present one first, then by gain.
+        best: the finalist with the largest gain; None where no gain exceeds twice its error, or where it is bought
+            with more spread in the mean square, by a few rows that fare much worse.
     """
 
     pools: list[PoolMeasure]
@@ -85,17 +88,18 @@ class Suggestion:
                 f"no pool beats the present one (spread {present.spread:.3f}, {present.distinct:.0f} distinct "
                 "candidates) by more than twice the error of the measurement: keep it"
             )
+        best = self.best
         return (
-            f"{self.best.name}: spread {self.best.spread:.3f} instead of {present.spread:.3f}, {self.best.gain:.2f} ± "
-            f"{self.best.gain_error:.2f} times less, with {self.best.distinct:.0f} distinct candidates instead of "
-            f"{present.distinct:.0f}"
+            f"{best.name}: {best.gain:.2f} ± {best.gain_error:.2f} times less spread than the present pool on a "
+            f"typical row, {best.spread:.3f} instead of {present.spread:.3f} in the mean square, with "
+            f"{best.distinct:.0f} distinct candidates instead of {present.distinct:.0f}"
         )
 
     def __rich__(self) -> Group:
         """A table for a rich console."""
         table = Table(title="Spread of one draw at equal numbers of distinct candidates", title_justify="left")
         table.add_column("pool")
-        for title in ("spread", "distinct", "gain", "round"):
+        for title in ("spread", "distinct", "gain", "worse", "round"):
             table.add_column(title, justify="right")
         for one in self.pools:
             table.add_row(
@@ -103,11 +107,12 @@ class Suggestion:
                 f"{one.spread:.3f} ± {one.spread_error:.3f}",
                 f"{one.distinct:.0f}",
                 f"{one.gain:.2f} ± {one.gain_error:.2f}",
+                f"{one.worse_rows:.0%}",
                 "second" if one.final else "first",
             )
         notes = (
-            f"{self.rows} rows, {self.draws} draws each in the first round, 4 times as many in the second; "
-            "gain = spread of the present pool over this one's"
+            f"{self.rows} rows, {self.draws} draws each in the first round, 4 times as many in the second\n"
+            "gain = spread of the present pool over this one's on a typical row; worse = share of rows with more spread"
         )
         return Group(table, notes, "", f"* {self.conclusion()}", *([self.yaml() or ""] if self.best else []))
 
@@ -156,13 +161,15 @@ def suggest(subject: Subject, *, draws: int = 16, seed: int = 0) -> Suggestion:
         present = bench.measure(present_plan, draws)
         target = present.mean("distinct")
         first = {plan.name: (plan, bench.measure(plan, draws)) for plan in bench.sized(target)}
-        ranked = sorted(first.values(), key=lambda one: one[1].mean_spread()[0])
+        ranked = sorted(first.values(), key=lambda one: -spread_gain(present, one[1])[0])
         final_present = bench.measure(present_plan, 4 * draws)
         final = [(plan, bench.measure(plan, 4 * draws)) for plan, _ in ranked[:_FINALISTS]]
     rows = [_pool(present_plan, final_present, final_present, final=True)]
-    rows += sorted((_pool(plan, found, final_present, final=True) for plan, found in final), key=lambda p: p.spread)
+    rows += sorted((_pool(plan, found, final_present, final=True) for plan, found in final), key=lambda p: -p.gain)
     rows += [_pool(plan, found, present, final=False) for plan, found in ranked[_FINALISTS:]]
-    better = [one for one in rows[1:] if one.final and one.gain - 1.0 > 2.0 * one.gain_error]
+    better = [
+        one for one in rows[1:] if one.final and one.gain - 1.0 > 2.0 * one.gain_error and one.spread <= rows[0].spread
+    ]
     best = max(better, key=lambda one: one.gain) if better else None
     return Suggestion(rows, best, len(subject.rows), draws, seed)
 
@@ -204,7 +211,8 @@ class _Bench:
 
 def _pool(plan: PoolPlan, found: Measurement, present: Measurement, *, final: bool) -> PoolMeasure:
     spread, error = found.mean_spread()
-    gain, gain_error = rms_gain(present, found)
+    gain, gain_error = spread_gain(present, found)
+    worse = float((found.spread > present.spread).double().mean())
     return PoolMeasure(
-        plan.name, plan.sources, plan.unique, spread, error, found.mean("distinct"), gain, gain_error, final
+        plan.name, plan.sources, plan.unique, spread, error, found.mean("distinct"), gain, gain_error, worse, final
     )
