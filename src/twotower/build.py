@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,12 +80,29 @@ def _softmax(pool: Pool, settings: ObjectiveConfig, num_items: int) -> Objective
 
 
 def _logistic(pool: Pool, settings: ObjectiveConfig, num_items: int) -> Objective:
-    del settings, num_items
-    return Logistic(pool)
+    del num_items
+    return Logistic(pool, initial_bias=-math.log(settings.negatives))
 
 
-def _draws_for_each_row(pool: Pool) -> int:
-    return sum(member.size for member in pool.members() if isinstance(member, Sampled))
+def _corrected_logistic(pool: Pool, settings: ObjectiveConfig, num_items: int) -> Objective:
+    return Logistic(pool, corrected=True, initial_bias=-math.log(num_items), strength=settings.strength)
+
+
+def _noise_contrastive(pool: Pool, settings: ObjectiveConfig, num_items: int) -> Objective:
+    return Logistic(
+        pool, corrected=True, keep_accidental=True, initial_bias=-math.log(num_items), strength=settings.strength
+    )
+
+
+def _gbce(pool: Pool, settings: ObjectiveConfig, num_items: int) -> Objective:
+    size = sum(member.size for member in pool.members() if isinstance(member, Sampled))
+    return GeneralisedBCE(
+        pool,
+        size=size,
+        num_items=num_items,
+        calibration=settings.calibration,
+        initial_bias=-math.log(max(size, 1)),
+    )
 
 
 OBJECTIVES: dict[str, Named] = {
@@ -152,19 +170,17 @@ OBJECTIVES: dict[str, Named] = {
     "sampled-logistic": Named(
         "binary cross-entropy, log kappa subtracted from all logits, accidental hits masked",
         MIXED,
-        lambda pool, settings, _: Logistic(pool, corrected=True, strength=settings.strength),
+        _corrected_logistic,
     ),
     "nce": Named(
         "binary cross-entropy, log kappa subtracted from all logits, accidental hits kept as noise",
         [{"frequency": {"size": 1024, "power": 1.0}}],
-        lambda pool, settings, _: Logistic(pool, corrected=True, keep_accidental=True, strength=settings.strength),
+        _noise_contrastive,
     ),
     "gbce": Named(
         "binary cross-entropy calibrated against overconfidence (gSASRec)",
         [{"uniform": {"size": "K", "per_row": True}}],
-        lambda pool, settings, num_items: GeneralisedBCE(
-            pool, size=_draws_for_each_row(pool), num_items=num_items, calibration=settings.calibration
-        ),
+        _gbce,
         corrections.NoCorrection(),
     ),
     "bpr": Named(

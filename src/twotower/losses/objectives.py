@@ -167,13 +167,20 @@ class Binary(Objective):
     A binary form asks for probabilities of single items, most of them tiny, and scores of unit vectors cannot all be
     far below zero. The bias is the missing constant (log of the odds; for NCE the log partition). It is the same for
     every item, so it changes no ranking and needs no place in an index.
+
+    Args:
+        pool: where the candidates come from.
+        initial_bias: where b starts. Left at 0 it would have a long way to go, and until it arrives the only way to
+            say "unlikely" is to push every score down, the popular items' most: -log K for K uncorrected negatives
+            (the odds of a positive), -log N for the corrected forms (probabilities that sum to one).
+        strength: scales log kappa.
     """
 
     merges_copies = False
 
-    def __init__(self, pool: Pool, *, strength: float = 1.0) -> None:
+    def __init__(self, pool: Pool, *, initial_bias: float = 0.0, strength: float = 1.0) -> None:
         super().__init__(pool, strength=strength)
-        self.bias = nn.Parameter(torch.zeros(()))
+        self.bias = nn.Parameter(torch.tensor(initial_bias))
 
     def _biased(self, embedded: Embedded, drawn: Candidates, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
         positive, negatives = corrected_logits(embedded, drawn, temperature)
@@ -187,6 +194,7 @@ class Logistic(Binary):
         pool: where the candidates come from.
         corrected: subtract log kappa from every logit, the positive's too (NCE, sampled logistic).
         keep_accidental: a drawn copy of the row's own positive is noise like any other (NCE), not masked.
+        initial_bias: where the bias starts; see `Binary`.
         strength: scales log kappa.
 
     Raises:
@@ -195,9 +203,15 @@ class Logistic(Binary):
     """
 
     def __init__(
-        self, pool: Pool, *, corrected: bool = False, keep_accidental: bool = False, strength: float = 1.0
+        self,
+        pool: Pool,
+        *,
+        corrected: bool = False,
+        keep_accidental: bool = False,
+        initial_bias: float = 0.0,
+        strength: float = 1.0,
     ) -> None:
-        super().__init__(pool, strength=strength)
+        super().__init__(pool, initial_bias=initial_bias, strength=strength)
         self.corrected = corrected
         self.keep_accidental = keep_accidental
         if keep_accidental and any(isinstance(member, InBatch) for member in pool.members()):
@@ -221,10 +235,13 @@ class GeneralisedBCE(Binary):
         size: K.
         num_items: N.
         calibration: t.
+        initial_bias: where the bias starts; see `Binary`.
     """
 
-    def __init__(self, pool: Pool, *, size: int, num_items: int, calibration: float = 0.75) -> None:
-        super().__init__(pool)
+    def __init__(
+        self, pool: Pool, *, size: int, num_items: int, calibration: float = 0.75, initial_bias: float = 0.0
+    ) -> None:
+        super().__init__(pool, initial_bias=initial_bias)
         self.beta = gbce_beta(size, num_items, calibration)
 
     def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
