@@ -9,6 +9,7 @@ import yaml
 
 from twotower import analysis, cli
 from twotower.analysis.pools import PoolPlan, at_equal_distinct, expected_distinct
+from twotower.analysis.suggest import candidate_plans
 from twotower.build import build_pool
 from twotower.config import Config
 from twotower.errors import InputError
@@ -149,3 +150,14 @@ def test_expected_distinct_is_what_draws_bring(planted_split):
     assert abs(expected_distinct(build_pool(sized.settings(), train), 17) - 40) < 1.0
     assert at_equal_distinct(plan, 5, train, batch_size=17) is None
     assert at_equal_distinct(plan, 1e6, train, batch_size=17) is None
+
+
+def test_suggested_frequencies_reach_items_never_seen():
+    everywhere = candidate_plans(50, torch.tensor([3, 2, 1] * 50))
+    somewhere = candidate_plans(50, torch.tensor([3, 2, 0] * 50))
+    options = [
+        [source["frequency"] for plan in plans for source in plan.sources if "frequency" in source]
+        for plans in (everywhere, somewhere)
+    ]
+    assert options[0] and all("floor" not in one for one in options[0])
+    assert options[1] and all(one["floor"] == 1.0 for one in options[1])

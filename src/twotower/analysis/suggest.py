@@ -10,6 +10,7 @@ import torch
 import yaml
 from rich.console import Group
 from rich.table import Table
+from torch import Tensor
 
 from twotower.analysis.gradients import depends_on_batch, estimates_softmax, measure
 from twotower.analysis.measurement import Measurement, spread_gain
@@ -21,6 +22,8 @@ from twotower.losses import SampledSoftmax
 
 #: Pools that are measured again, with fresh draws: the best of many noisy figures looks better than it is.
 _FINALISTS = 3
+#: A relative bias that a suggested pool may have where the present one has none.
+_SMALL = 0.03
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class PoolMeasure:
         spread: root mean square over the rows of the standard deviation of one draw.
         spread_error: its Monte-Carlo error.
         distinct: mean number of distinct negatives.
+        bias: of the gradient, without its noise floor.
         gain: spread of the present pool over this one's, geometric mean over rows: that of a typical row.
         gain_error: its standard error.
         worse_rows: share of the rows that this pool spreads more on.
@@ -46,6 +50,7 @@ class PoolMeasure:
     spread: float
     spread_error: float
     distinct: float
+    bias: float
     gain: float
     gain_error: float
     worse_rows: float
@@ -59,7 +64,7 @@ class Suggestion:
     Attributes:
         pools: the present one first, then by gain.
         best: the finalist with the largest gain; None where no gain exceeds twice its error, or where it is bought
-            with more spread in the mean square, by a few rows that fare much worse.
+            with a bias, or with more spread in the mean square, by a few rows that fare much worse.
     """
 
     pools: list[PoolMeasure]
@@ -99,13 +104,14 @@ class Suggestion:
         """A table for a rich console."""
         table = Table(title="Spread of one draw at equal numbers of distinct candidates", title_justify="left")
         table.add_column("pool")
-        for title in ("spread", "distinct", "gain", "worse", "round"):
+        for title in ("spread", "distinct", "bias", "gain", "worse", "round"):
             table.add_column(title, justify="right")
         for one in self.pools:
             table.add_row(
                 one.name,
                 f"{one.spread:.3f} ± {one.spread_error:.3f}",
                 f"{one.distinct:.0f}",
+                f"{one.bias:.3f}",
                 f"{one.gain:.2f} ± {one.gain_error:.2f}",
                 f"{one.worse_rows:.0%}",
                 "second" if one.final else "first",
@@ -117,10 +123,22 @@ class Suggestion:
         return Group(table, notes, "", f"* {self.conclusion()}", *([self.yaml() or ""] if self.best else []))
 
 
-def candidate_plans(target: float, num_items: int) -> list[PoolPlan]:
-    """The pools that are tried: each proposal alone, beside the batch, behind a head, and both."""
+def candidate_plans(target: float, counts: Tensor) -> list[PoolPlan]:
+    """The pools that are tried: each proposal alone, beside the batch, and behind a head.
+
+    Where the catalog has items that never occur in training, a frequency is counted from 1, so that they can be drawn:
+    without them the estimate would be of another sum, and look the steadier for it.
+
+    Args:
+        target: distinct candidates.
+        counts: training interactions of each item, [N].
+    """
+    num_items = len(counts)
+    floor = {} if bool((counts > 0).all()) else {"floor": 1.0}
     proposals: list[tuple[str, str, dict[str, Any]]] = [("uniform", "uniform", {})]
-    proposals += [(f"frequency^{power:g}", "frequency", {"power": power}) for power in (0.25, 0.5, 0.75, 1.0)]
+    for power in (0.25, 0.5, 0.75, 1.0):
+        name = f"(frequency + 1)^{power:g}" if floor else f"frequency^{power:g}"
+        proposals.append((name, "frequency", {"power": power, **floor}))
     batch: dict[str, dict[str, Any] | None] = {"in_batch": {}}
     plans = [PoolPlan("in-batch", [batch])]
     heads = sorted({size for share in (0.125, 0.25, 0.5) if 0 < (size := int(share * target)) < num_items})
@@ -167,11 +185,14 @@ def suggest(subject: Subject, *, draws: int = 16, seed: int = 0) -> Suggestion:
     rows = [_pool(present_plan, final_present, final_present, final=True)]
     rows += sorted((_pool(plan, found, final_present, final=True) for plan, found in final), key=lambda p: -p.gain)
     rows += [_pool(plan, found, present, final=False) for plan, found in ranked[_FINALISTS:]]
-    better = [
-        one for one in rows[1:] if one.final and one.gain - 1.0 > 2.0 * one.gain_error and one.spread <= rows[0].spread
-    ]
+    better = [one for one in rows[1:] if one.final and _beats(one, rows[0])]
     best = max(better, key=lambda one: one.gain) if better else None
     return Suggestion(rows, best, len(subject.rows), draws, seed)
+
+
+def _beats(one: PoolMeasure, present: PoolMeasure) -> bool:
+    unbiased = one.bias <= max(_SMALL, present.bias)
+    return unbiased and one.spread <= present.spread and one.gain - 1.0 > 2.0 * one.gain_error
 
 
 class _Bench:
@@ -185,7 +206,7 @@ class _Bench:
     def sized(self, target: float) -> list[PoolPlan]:
         """Every plan that can have `target` distinct candidates, brought to that number."""
         found = []
-        for plan in candidate_plans(target, self.subject.train.num_items):
+        for plan in candidate_plans(target, self.subject.counts):
             sized = at_equal_distinct(
                 plan,
                 target,
@@ -214,5 +235,15 @@ def _pool(plan: PoolPlan, found: Measurement, present: Measurement, *, final: bo
     gain, gain_error = spread_gain(present, found)
     worse = float((found.spread > present.spread).double().mean())
     return PoolMeasure(
-        plan.name, plan.sources, plan.unique, spread, error, found.mean("distinct"), gain, gain_error, worse, final
+        plan.name,
+        plan.sources,
+        plan.unique,
+        spread,
+        error,
+        found.mean("distinct"),
+        found.corrected_bias()[0],
+        gain,
+        gain_error,
+        worse,
+        final,
     )
