@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from twotower.losses import Embedded, Objective, corrected_logits
-from twotower.negatives import Candidates, compare_frequencies
+from twotower.negatives import Candidates, CrossBatchMemory, compare_frequencies
 
 logger = logging.getLogger("twotower")
 
@@ -65,6 +65,12 @@ def frequency_drift(objective: Objective, counts: Tensor) -> float | None:
         if not frequency.is_exact and not hasattr(frequency, "members"):
             return compare_frequencies(frequency, counts.to(objective_device(objective))).total_variation
     return None
+
+
+def memory_age(objective: Objective) -> dict[str, float]:
+    """Mean age in steps of what a cross-batch memory holds, as `memory_age`; nothing for a pool without one."""
+    ages = [member.age for member in objective.pool.members() if isinstance(member, CrossBatchMemory)]
+    return {"memory_age": max(ages)} if ages else {}
 
 
 def objective_device(objective: Objective) -> torch.device:

@@ -18,7 +18,7 @@ from twotower.losses import Embedded, Objective
 from twotower.negatives import Candidates
 from twotower.towers import TwoTower
 from twotower.training.checkpoints import random_state, restore_random_state
-from twotower.training.diagnostics import Watch, diagnose, frequency_drift
+from twotower.training.diagnostics import Watch, diagnose, frequency_drift, memory_age
 from twotower.training.optimizers import TableAdamW, parameter_groups
 
 #: Steps between entries of the log, and between diagnostics of the objective in it.
@@ -111,7 +111,7 @@ class TrainingModule(pl.LightningModule):
             if self.thirds is not None and self.objective.merges_copies and (batch_idx + 1) % DIAGNOSE_EVERY == 0:
                 numbers = diagnose(embedded, drawn, self.towers.temperature, self.thirds.to(self.device))
                 self._watch.look(numbers)
-                self.log_dict(numbers)
+                self.log_dict({**numbers, **memory_age(self.objective)})
             self._rows, self._since = 0, now
         return mean
 
