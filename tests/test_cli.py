@@ -139,6 +139,12 @@ def test_exit_codes_of_the_real_process(run_folder):
     assert "Traceback" in twotower("--debug", "evaluate", "nowhere", cwd=run_folder).stderr
 
 
+def test_an_interrupted_run_is_not_overwritten(run_folder, command):
+    (run_folder / "cut" / "checkpoints").mkdir(parents=True)
+    code, _, err = command("train", "purchases.csv", "--out", "cut")
+    assert code == 2 and "go on with --resume, or give --force" in " ".join(err.split())
+
+
 def test_a_fault_of_the_program_is_exit_code_one(command, monkeypatch):
     def broken(*args):
         raise RuntimeError("a wheel came off")

@@ -62,6 +62,8 @@ def train(
     settings = Config.load(config, changes)
     if not (resume or force) and (out / "model").exists():
         raise InputError(f"{out}: a model is there already; choose another --out, or give --force to replace it")
+    if not (resume or force) and (out / "checkpoints").exists():
+        raise InputError(f"{out}: an interrupted run is there; go on with --resume, or give --force to start anew")
     told = messages if as_json else console
     _, measured = run.train_run(
         data,

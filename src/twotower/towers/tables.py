@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 #: Tables with more rows than this get sparse gradients, so that a step's cost does not grow with the catalog. Below,
 #: a dense gradient is cheaper than sorting the ids that a step touched.
@@ -21,7 +21,3 @@ class EmbeddingTable(nn.Embedding):
     def __init__(self, rows: int, dimension: int, *, scale: float | None = None) -> None:
         super().__init__(rows, dimension, sparse=rows > SPARSE_ABOVE)
         nn.init.normal_(self.weight, std=dimension**-0.5 if scale is None else scale)
-
-    def all(self) -> Tensor:
-        """Every row, [rows, D]."""
-        return self.weight
