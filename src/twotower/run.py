@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,7 +60,7 @@ class Model:
     split: Split
     fit: FitResult
 
-    @property
+    @cached_property
     def retriever(self) -> Retriever:
         """The model as something that answers by ids."""
         return Retriever(self.artifact)

@@ -249,9 +249,8 @@ class Pool(nn.Module):
     def _shared(self, fixed: Tensor, drawn: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Shared candidates, which places are empty, and their sources (FIXED for those that are always in)."""
         if self.unique:
-            drawn, order = torch.sort(drawn)
-            source = torch.full_like(source[order], MERGED)
             drawn = empty_duplicates(drawn)
+            source = torch.full_like(source, MERGED)
         if len(fixed):
             fixed = empty_duplicates(fixed)
             drawn = drawn.masked_fill(torch.isin(drawn, fixed), -1)
