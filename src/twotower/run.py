@@ -235,6 +235,8 @@ def _artifact(config: Config, split: Split, towers: TwoTower, result: FitResult)
             "training": {
                 "epochs": result.epochs,
                 "seconds": round(result.seconds, 1),
+                "cpu_seconds": round(result.cpu_seconds, 1),
+                "peak_memory": result.peak_memory,
                 "best": {config.training.metric: result.best},
                 "history": result.history,
             },

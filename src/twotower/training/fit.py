@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -63,6 +64,8 @@ class FitResult:
         best: the validation metric of these weights, None without validation.
         epochs: epochs begun.
         seconds: wall time of the fit.
+        cpu_seconds: time of all threads of this process in the fit.
+        peak_memory: the most memory this process has held so far, bytes; None where the system does not tell.
         history: validation metrics of every epoch.
     """
 
@@ -70,6 +73,8 @@ class FitResult:
     best: float | None
     epochs: int
     seconds: float
+    cpu_seconds: float
+    peak_memory: int | None
     history: list[dict[str, float]]
 
 
@@ -154,7 +159,7 @@ def fit_towers(
         enable_model_summary=False,
         gradient_clip_val=None,
     )
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     # One placeholder: a validation ranks the whole catalog itself.
     placeholder = DataLoader([0], batch_size=1) if validate else None  # type: ignore[arg-type,var-annotated]
     try:
@@ -170,7 +175,25 @@ def fit_towers(
     except SystemExit as exit_:  # Lightning's answer to KeyboardInterrupt
         raise Interrupted(f"interrupted; the state is in {last}") from exit_
     best = _load_best(towers, keep_best, io, has_metric=validate is not None)
-    return FitResult(towers, best, trainer.current_epoch, time.perf_counter() - started, history.rows)
+    return FitResult(
+        towers,
+        best,
+        trainer.current_epoch,
+        seconds=time.perf_counter() - started,
+        cpu_seconds=time.process_time() - cpu_started,
+        peak_memory=peak_memory(),
+        history=history.rows,
+    )
+
+
+def peak_memory() -> int | None:
+    """The most memory this process has held so far, bytes; None where the system does not tell."""
+    try:
+        import resource  # noqa: PLC0415  # not on Windows
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _load_best(towers: TwoTower, keep_best: ModelCheckpoint, io: SafeCheckpointIO, *, has_metric: bool) -> float | None:
