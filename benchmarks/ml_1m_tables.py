@@ -1,6 +1,6 @@
-"""Titles, years and genres of MovieLens-1M, and its users, as Parquet tables that `--items` and `--set data.queries=` take.
+"""Titles, years and genres of MovieLens-1M, and its users, as Parquet tables for `--items` and `data.queries`.
 
-    python benchmarks/ml_1m_tables.py ../shared/data/ml-1m runs/ml-1m-tables
+Run: `python benchmarks/ml_1m_tables.py ../shared/data/ml-1m runs/ml-1m-tables`.
 """
 
 from __future__ import annotations
