@@ -9,6 +9,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "twotower"
 ROOMS = [
     "errors",
     "files",
+    "feature_config",
     "config",
     "schema",
     "data",

@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from twotower.errors import InputError
+from twotower.feature_config import Features
 
 
 class Section(BaseModel):
@@ -47,6 +48,9 @@ class DataConfig(Section):
     items: str | None = Field(None, description="Table of item features and titles, joined by item id.")
     queries: str | None = Field(None, description="Table of query features, joined by query id.")
     columns: ColumnsConfig = ColumnsConfig()
+    catalog: Literal["interactions", "table"] = Field(
+        "interactions", description="table: items that stand only in the item table are in the catalog as well."
+    )
     positive_label: float | None = Field(
         None, description="Rows with a label below this are observed negatives, not positives. None: all are positives."
     )
@@ -67,6 +71,9 @@ class HistoryConfig(Section):
     heads: int = Field(4, ge=1, le=64, description="How many pooled averages, each with its own recency weights.")
     dropout: float = Field(0.3, ge=0, lt=1, description="Share of history items hidden while training.")
     share_table: bool = Field(True, description="Look the history's items up in the item tower's own table.")
+    item_features: bool = Field(
+        False, description="Embed the history's items by the whole item tower, features included, not by their id."
+    )
 
 
 class QueryTowerConfig(Section):
@@ -76,14 +83,28 @@ class QueryTowerConfig(Section):
     history: HistoryConfig | None = HistoryConfig()
     hidden: list[Annotated[int, Field(ge=1)]] = Field([128], description="Widths of the hidden layers of the MLP.")
     dropout: float = Field(0.3, ge=0, lt=1)
+    residual: bool = Field(False, description="Skip connections around the MLP's hidden layers.")
+    layer_norm: bool = Field(False, description="Layer norm before the activations of the MLP.")
+    features: Features = Field(
+        "none", description="Columns of the query table: none, auto (what `twotower features` proposes), or a list."
+    )
 
 
 class ItemTowerConfig(Section):
-    """From an item to its embedding: an id embedding, optionally followed by an MLP."""
+    """From an item to its embedding: id embedding and declared features, joined by an MLP."""
 
     dimension: int = Field(64, ge=1, le=4096, description="D: width of the embeddings in which both towers end.")
     hidden: list[Annotated[int, Field(ge=1)]] = Field([], description="Widths of the hidden layers; empty: no MLP.")
     dropout: float = Field(0.0, ge=0, lt=1)
+    residual: bool = Field(False, description="Add the id embedding to the output; skip connections in the MLP.")
+    layer_norm: bool = Field(False, description="Layer norm before the activations of the MLP.")
+    features: Features = Field(
+        "none", description="Columns of the item table: none, auto (what `twotower features` proposes), or a list."
+    )
+    id_embedding: bool = Field(True, description="A learned vector for each item; false: features alone.")
+    id_dropout: float = Field(
+        0.0, ge=0, lt=1, description="Probability that an item's id is hidden while training; needs features."
+    )
 
 
 class ObjectiveConfig(Section):
@@ -127,6 +148,9 @@ class TrainingConfig(Section):
     accelerator: str = Field("auto", description="auto, cpu, gpu, ... as in Lightning.")
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     time_limit: str | None = Field(None, pattern=r"^\d\d:\d\d:\d\d:\d\d$", description="DD:HH:MM:SS, or none.")
+    logger: Literal["csv", "tensorboard", "mlflow", "none"] = Field(
+        "csv", description="Where loss, metrics and diagnostics go: a file in logs/, TensorBoard, MLflow, nowhere."
+    )
 
 
 class EvaluationConfig(Section):
@@ -153,7 +177,7 @@ class Config(Section):
 
     @classmethod
     def load(cls, path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
-        """Read a YAML file and apply overrides such as "training.max_epochs=3".
+        """Read a YAML file, or a preset by its name, and apply overrides such as "training.max_epochs=3".
 
         Raises:
             InputError: the file is missing or not YAML, or a field is unknown or out of range; the message names it.
@@ -162,7 +186,7 @@ class Config(Section):
         where = "--set" if overrides else "configuration"
         if path is not None:
             where = str(path)
-            values = _read_yaml(Path(path))
+            values = _read_yaml(_found(Path(path)))
         for override in overrides or []:
             _apply(values, override)
         try:
@@ -185,6 +209,18 @@ class Config(Section):
         """The whole configuration as YAML; `Config.load` reads it back to an equal one."""
         text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         return text
+
+
+def _found(path: Path) -> Path:
+    """The file itself, or the preset of that name."""
+    if path.suffix or len(path.parts) > 1 or path.exists():
+        return path
+    presets = Path(__file__).parent / "presets"
+    preset = presets / f"{path}.yaml"
+    if not preset.is_file():
+        known = ", ".join(sorted(found.stem for found in presets.glob("*.yaml")))
+        raise InputError(f"{path}: no such configuration file, and no preset of that name; presets: {known}")
+    return preset
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
