@@ -14,7 +14,7 @@ import torch
 from twotower import __version__
 
 #: Extra -> module that it brings.
-EXTRAS = {"report": "matplotlib"}
+EXTRAS = {"tensorboard": "tensorboard", "tracking": "mlflow"}
 
 
 def examine() -> dict[str, dict[str, Any]]:

@@ -146,6 +146,7 @@ def fit(
             validate=_validation(split.validation, settings, train) if len(split.validation) else None,
             resume=resume,
             progress=progress,
+            hyperparameters=settings.model_dump(mode="json"),
         )
     return Model(_artifact(settings, split, towers, result), split, result)
 

@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import pytorch_lightning as pl
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
-from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -25,6 +24,7 @@ from twotower.losses import Objective
 from twotower.towers import TwoTower
 from twotower.training.checkpoints import SafeCheckpointIO
 from twotower.training.interruption import StopBetweenSteps
+from twotower.training.loggers import make_logger
 from twotower.training.model import LOG_EVERY, TrainingModule
 
 #: Warnings of Lightning that tell a user of this library nothing to act on.
@@ -36,6 +36,7 @@ LIGHTNING_NOISE = (
     ".*number of training batches .* is smaller than the logging interval.*",
     ".*Trying to infer the `batch_size`.*",
     ".*GPU available but not used.*",
+    ".*MLFlow only allows.*special characters in metric name.*",  # NDCG@10 becomes NDCG10
 )
 
 
@@ -91,6 +92,7 @@ def fit_towers(
     validate: Callable[[TwoTower], dict[str, float]] | None = None,
     resume: bool = False,
     progress: bool = True,
+    hyperparameters: Mapping[str, Any] | None = None,
 ) -> FitResult:
     """Train until the validation metric stops improving, and return the best weights.
 
@@ -106,9 +108,10 @@ def fit_towers(
         validate: measures the towers after each epoch; without it the last weights are taken.
         resume: go on from `directory/checkpoints/last`.
         progress: show a progress bar.
+        hyperparameters: what the logger shows beside the curves, where it can.
 
     Raises:
-        InputError: there is nothing to resume from.
+        InputError: there is nothing to resume from, or the logger's package is missing.
         Interrupted: Ctrl-C; `directory/checkpoints/last` holds the state to resume from.
     """
     io = SafeCheckpointIO()
@@ -153,7 +156,7 @@ def fit_towers(
         num_sanity_val_steps=0,
         log_every_n_steps=LOG_EVERY,
         callbacks=callbacks,
-        logger=CSVLogger(directory, name="logs", version=""),
+        logger=make_logger(settings.logger, directory, hyperparameters),
         plugins=[io],
         enable_progress_bar=progress,
         enable_model_summary=False,
