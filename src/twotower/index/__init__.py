@@ -1,7 +1,19 @@
-"""From query embeddings to the best items: exact search and the order among ties."""
+"""From query embeddings to the best items: exact and approximate search, filters, the popularity dial, ties."""
 
+from twotower.index.catalog import ExactCatalog, Index
 from twotower.index.exact import ExactIndex
+from twotower.index.popularity import PopularityDial
 from twotower.index.ties import tie_order
 from twotower.index.topk import Exclusion, ScoreTile, pack_keys, top_k
 
-__all__ = ["ExactIndex", "Exclusion", "ScoreTile", "pack_keys", "tie_order", "top_k"]
+__all__ = [
+    "ExactCatalog",
+    "ExactIndex",
+    "Exclusion",
+    "Index",
+    "PopularityDial",
+    "ScoreTile",
+    "pack_keys",
+    "tie_order",
+    "top_k",
+]

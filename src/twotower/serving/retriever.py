@@ -1,4 +1,4 @@
-"""A trained model that answers: items for a query, items like an item."""
+"""A trained model that answers: items for a query, items like an item, and why."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ from torch.nn import functional as F
 from twotower.data import Holdout
 from twotower.errors import InputError
 from twotower.evaluation.towers import TowerRanker
-from twotower.index import ExactIndex
-from twotower.schema import title_column
+from twotower.index import ExactCatalog, Index
+from twotower.index.popularity import checked_popularity
+from twotower.serving.answers import Answers
 from twotower.serving.artifact import Artifact
+from twotower.serving.explain import Explanation, explain
+from twotower.serving.filters import allowed_items
+from twotower.serving.questions import Questions, known_codes, stored_histories
+from twotower.serving.search import Search
 
 
 class Retriever:
@@ -24,19 +29,20 @@ class Retriever:
 
     Args:
         artifact: what `Artifact.load` read.
+        index: an approximate index over the model's items, as `twotower index` builds it; exact search where None.
 
     Example:
         retriever = twotower.Retriever.load("model/")
-        retriever.recommend(["196"], k=10)
+        retriever.recommend(["196"], k=10, filter="year > 1990", popularity=0.5)
     """
 
-    def __init__(self, artifact: Artifact) -> None:
+    def __init__(self, artifact: Artifact, index: Index | None = None) -> None:
         self.artifact = artifact
         history = artifact.config.query_tower.history
         self.ranker = TowerRanker(artifact.towers, history.length if history else 0, artifact.item_embeddings)
-        column = None if artifact.item_table is None else title_column(artifact.item_table)
-        self.title_column = column
-        self._neighbours: ExactIndex | None = None
+        self._search = Search(artifact, self.ranker.index, index)
+        self._answers = Answers(artifact)
+        self._neighbours: ExactCatalog | None = None
 
     @classmethod
     def load(cls, directory: str | Path) -> Retriever:
@@ -47,8 +53,18 @@ class Retriever:
         """
         return cls(Artifact.load(directory))
 
+    @property
+    def index(self) -> Index:
+        """What `recommend` searches; `rank` always searches exactly."""
+        return self._search.index
+
+    @property
+    def title_column(self) -> str | None:
+        """The column of the item table that answers show as `title`."""
+        return self._answers.title_column
+
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> np.ndarray:
-        """Rank for an evaluation: int64 [E, k]. The very search that `recommend` uses."""
+        """Rank for an evaluation: int64 [E, k]. The very search that `recommend` uses where it is exact."""
         return self.ranker.rank(holdout, k, exclude_seen)
 
     def recommend(
@@ -58,6 +74,10 @@ class Retriever:
         histories: Sequence[Sequence[Any]] | None = None,
         k: int = 10,
         exclude_seen: bool = True,
+        filter: str | None = None,  # noqa: A002  # what a request calls it
+        allow: Sequence[Any] | None = None,
+        deny: Sequence[Any] | None = None,
+        popularity: float = 1.0,
     ) -> pl.DataFrame:
         """The K best items for each query.
 
@@ -67,119 +87,143 @@ class Retriever:
                 are left out.
             k: how many items for each query.
             exclude_seen: leave out the items of the history.
+            filter: a condition on the columns of the item table, such as `country = 'FR' and price < 20`.
+            allow: the only item ids that may be recommended.
+            deny: item ids that may not be.
+            popularity: b in [0, 2], the popularity dial: 1 as trained, 0 discovery; see `PopularityDial`.
 
         Returns:
-            Columns `query` (id, or position where only histories are given), `rank` from 1, `item` (id), `score`, and
-            `title` where the item table has one. A query with fewer than K items left has fewer rows.
+            Columns `query` (id, or position where only histories are given), `rank` from 1, `item` (id), `score`
+            (`<u, v> + (b - 1) T log p`), and `title` where the item table has one. A query with fewer than K items
+            left has fewer rows.
 
         Raises:
-            InputError: a query id is unknown; k < 1; nothing asked; a history without any known item for a model that
-                knows queries by their history alone.
+            InputError: a query id is unknown; k < 1; nothing asked; a history without any known item for a query that
+                is not known by id; a filter or list that cannot be understood; a dial out of range.
         """
-        if k < 1:
-            raise InputError(f"k: expected at least 1, found {k}")
-        if queries is None and histories is None:
-            raise InputError("recommend: expected query ids or histories, found neither")
-        codes = self._query_codes(queries) if queries is not None else np.full(len(histories or []), -1)
-        rows = self._known_histories(codes) if histories is None else self._given_histories(histories, len(codes))
-        self._refuse_empty(codes, rows[0])
-        scores, items = self.ranker.search(codes, rows, k, exclude=rows if exclude_seen else None)
-        asked = pl.Series(range(len(codes))) if queries is None else self.artifact.queries.decode(codes)
-        return self._frame("query", asked, items, scores)
+        return self._recommend(
+            Questions.of(self.artifact, queries, histories),
+            _positive(k),
+            exclude_seen=exclude_seen,
+            allowed=allowed_items(
+                self.artifact.items, self.artifact.item_table, condition=filter, allow=allow, deny=deny
+            ),
+            popularity=checked_popularity(popularity),
+        )
 
-    def similar(self, items: Sequence[Any], k: int = 10) -> pl.DataFrame:
+    def similar(
+        self,
+        items: Sequence[Any],
+        k: int = 10,
+        *,
+        filter: str | None = None,  # noqa: A002
+        allow: Sequence[Any] | None = None,
+        deny: Sequence[Any] | None = None,
+    ) -> pl.DataFrame:
         """The K items nearest to each item, by cosine of the item embeddings; the item itself is left out.
+
+        Args:
+            items: item ids.
+            k: how many items for each.
+            filter: a condition on the item table that the answers fulfil.
+            allow: the only item ids that may come back.
+            deny: item ids that may not.
 
         Returns:
             Columns `of` (the item asked about), `rank`, `item`, `score`, and `title` where there is one.
 
         Raises:
-            InputError: an item id is unknown; k < 1.
+            InputError: an item id is unknown; k < 1; a filter or list that cannot be understood.
         """
-        if k < 1:
-            raise InputError(f"k: expected at least 1, found {k}")
-        codes = self._item_codes(items)
+        codes = known_codes(self.artifact.items, items, "item", self.artifact)
+        allowed = allowed_items(self.artifact.items, self.artifact.item_table, condition=filter, allow=allow, deny=deny)
         if self._neighbours is None:
-            self._neighbours = ExactIndex(F.normalize(self.artifact.item_embeddings, dim=1))
+            self._neighbours = ExactCatalog(F.normalize(self.artifact.item_embeddings, dim=1))
         vectors = F.normalize(self.artifact.item_embeddings[torch.from_numpy(codes)], dim=1)
         own = (np.arange(len(codes) + 1, dtype=np.int64), codes)
-        scores, found = self._neighbours.search(vectors, k, own)
-        return self._frame("of", self.artifact.items.decode(codes), found, scores)
+        scores, found = self._neighbours.search(vectors, _positive(k), own, allowed=allowed)
+        return self._answers.ranked("of", self.artifact.items.decode(codes), found, scores)
+
+    def explain(
+        self,
+        query: Any = None,
+        *,
+        item: Any,
+        history: Sequence[Any] | None = None,
+        popularity: float = 1.0,
+    ) -> Explanation:
+        """What pulled an item up for a query: items of its history, and popularity.
+
+        Args:
+            query: id of a known query, or None for a new one.
+            item: the item's id.
+            history: item ids, oldest first; the query's own in the data where None.
+            popularity: the setting of the dial that the item was recommended with.
+
+        Raises:
+            InputError: an unknown query or item, neither query nor history, a dial out of range.
+        """
+        asked = Questions.of(self.artifact, None if query is None else [query], None if history is None else [history])
+        return explain(
+            self._answers,
+            self.ranker.embed,
+            asked,
+            int(known_codes(self.artifact.items, [item], "item", self.artifact)[0]),
+            length=self.ranker.history_length,
+            temperature=self._search.dial.temperature,
+            popularity=checked_popularity(popularity),
+        )
 
     def history(self, query: Any) -> pl.DataFrame:
         """The items of a known query in the data, oldest first: columns `item`, and `title` where there is one."""
-        offsets, items = self._known_histories(self._query_codes([query]))
-        del offsets
-        return self._items_frame(items.astype(np.int64))
+        codes = known_codes(self.artifact.queries, [query], "query", self.artifact)
+        return self._answers.items(stored_histories(self.artifact, codes)[1].astype(np.int64))
 
-    def _frame(self, name: str, asked: pl.Series, items: torch.Tensor, scores: torch.Tensor) -> pl.DataFrame:
-        count, k = items.shape
-        codes = items.cpu().numpy().reshape(-1)
-        found = codes >= 0
-        # A few rows each: repeating ids as Series keeps their type.
-        asked_rows = np.repeat(np.arange(count), k)[found]
-        ranks = np.tile(np.arange(1, k + 1), count)[found]
-        described = self._items_frame(codes[found])
-        frame = pl.DataFrame(
-            {
-                name: asked.gather(asked_rows),
-                "rank": ranks,
-                "item": described["item"],
-                "score": scores.cpu().numpy().reshape(-1)[found],
-            }
+    def describe(self, items: Sequence[Any]) -> pl.DataFrame:
+        """What is known of some items.
+
+        Returns:
+            Columns `item`, `title` where there is one, `interactions` in training, and the item table's other columns.
+
+        Raises:
+            InputError: an item id is unknown.
+        """
+        return self._answers.described(known_codes(self.artifact.items, items, "item", self.artifact))
+
+    def search_titles(self, text: str, k: int = 10) -> pl.DataFrame:
+        """Items whose title contains `text`, whatever the case. Without titles, ids are searched.
+
+        Returns:
+            At most K rows, titles that begin with the text first, then by interactions in training; columns `item`,
+            `title` where there is one, and `interactions`.
+
+        Raises:
+            InputError: k < 1.
+        """
+        found = self._answers.described(self._answers.titled(text, _positive(k)))
+        return found.select(name for name in ("item", "title", "interactions") if name in found.columns)
+
+    def _recommend(
+        self,
+        asked: Questions,
+        k: int,
+        *,
+        exclude_seen: bool,
+        allowed: np.ndarray | None,
+        popularity: float,
+        titles: bool = True,
+    ) -> pl.DataFrame:
+        scores, items = self._search.search(
+            self.ranker.embed(asked.codes, asked.histories),
+            k,
+            exclude=asked.histories if exclude_seen else None,
+            allowed=allowed,
+            popularity=popularity,
         )
-        return frame if "title" not in described.columns else frame.with_columns(described["title"])
-
-    def _items_frame(self, codes: np.ndarray) -> pl.DataFrame:
-        frame = pl.DataFrame({"item": self.artifact.items.decode(codes)})
-        table = self.artifact.item_table
-        if table is None or self.title_column is None:
-            return frame
-        return frame.with_columns(table[self.title_column].gather(codes).alias("title"))
-
-    def _query_codes(self, queries: Sequence[Any]) -> np.ndarray:
-        return _encode(self.artifact.queries, queries, "query", self.artifact.metadata)
-
-    def _item_codes(self, items: Sequence[Any]) -> np.ndarray:
-        return _encode(self.artifact.items, items, "item", self.artifact.metadata)
-
-    def _known_histories(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        offsets, items = self.artifact.history_offsets, self.artifact.history_items
-        lengths = offsets[codes + 1] - offsets[codes]
-        ends = np.cumsum(lengths)
-        # Place of every item: the start of its row in the store, plus how far into the row it stands.
-        place = np.repeat(offsets[codes] - (ends - lengths), lengths) + np.arange(int(ends[-1]) if len(ends) else 0)
-        return np.concatenate([[0], ends]).astype(np.int64), items[place]
-
-    def _given_histories(self, histories: Sequence[Sequence[Any]], count: int) -> tuple[np.ndarray, np.ndarray]:
-        if len(histories) != count:
-            raise InputError(f"histories: expected one for each query, {count}; found {len(histories)}")
-        known = [self._known_items(history) for history in histories]
-        offsets = np.concatenate([[0], np.cumsum([len(codes) for codes in known])]).astype(np.int64)
-        return offsets, np.concatenate([*known, np.empty(0, dtype=np.int64)]).astype(np.int32)
-
-    def _known_items(self, history: Sequence[Any]) -> np.ndarray:
-        codes = self.artifact.items.encode(list(history)) if len(history) else np.empty(0, dtype=np.int64)
-        return codes[codes >= 0]
-
-    def _refuse_empty(self, codes: np.ndarray, offsets: np.ndarray) -> None:
-        nothing = (codes < 0) & (np.diff(offsets) == 0)
-        if bool(nothing.any()):
-            row = int(np.flatnonzero(nothing)[0])
-            raise InputError(
-                f"history {row + 1}: none of its items is in the catalog, so nothing is known of this query; "
-                "give at least one known item id"
-            )
+        return self._answers.ranked("query", asked.ids, items, scores, titles=titles)
 
 
-def _encode(vocabulary: Any, ids: Sequence[Any], side: str, metadata: dict[str, Any]) -> np.ndarray:
-    try:
-        codes: np.ndarray = vocabulary.encode(list(ids))
-    except InputError:  # not even of the kind that the ids are
-        codes = np.full(len(ids), -1, dtype=np.int64)
-    if bool((codes < 0).any()):
-        unknown = list(ids)[int(np.flatnonzero(codes < 0)[0])]
-        example = vocabulary.decode([0])[0]
-        where = metadata.get("data", {}).get("source", "the training data")
-        raise InputError(f"{side} {unknown!r}: not in {where}; expected an id such as {example!r}")
-    return codes
+def _positive(k: int) -> int:
+    if k < 1:
+        raise InputError(f"k: expected at least 1, found {k}")
+    return k

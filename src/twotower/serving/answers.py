@@ -1,0 +1,93 @@
+"""What comes back: codes turned into tables of ids, scores and titles."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from torch import Tensor
+
+from twotower.schema import title_column
+from twotower.serving.artifact import Artifact
+
+Codes = NDArray[np.int64]
+
+
+class Answers:
+    """Tables in ids for results in codes.
+
+    Args:
+        artifact: the model, its vocabularies and its item table.
+    """
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.artifact = artifact
+        self.title_column = None if artifact.item_table is None else title_column(artifact.item_table)
+
+    def ranked(
+        self, name: str, asked: pl.Series, items: Tensor, scores: Tensor, *, titles: bool = True
+    ) -> pl.DataFrame:
+        """One row for each item found.
+
+        Args:
+            name: the column of what was asked.
+            asked: its values, one a row of the result.
+            items: int64 [B, K], -1 where nothing was left.
+            scores: [B, K].
+            titles: add the column `title` where there is one.
+
+        Returns:
+            Columns `name`, `rank` from 1, `item`, `score`, and `title`.
+        """
+        count, k = items.shape
+        codes = items.cpu().numpy().reshape(-1)
+        found = codes >= 0
+        described = self.items(codes[found], titles=titles)
+        frame = pl.DataFrame(
+            {
+                name: asked.gather(np.repeat(np.arange(count), k)[found]),  # a Series keeps the ids' type
+                "rank": np.tile(np.arange(1, k + 1), count)[found],
+                "item": described["item"],
+                "score": scores.cpu().numpy().reshape(-1)[found],
+            }
+        )
+        return frame if "title" not in described.columns else frame.with_columns(described["title"])
+
+    def items(self, codes: Codes, *, titles: bool = True) -> pl.DataFrame:
+        """Columns `item`, and `title` where there is one."""
+        frame = pl.DataFrame({"item": self.artifact.items.decode(codes)})
+        if not titles or self.artifact.item_table is None or self.title_column is None:
+            return frame
+        return frame.with_columns(self.artifact.item_table[self.title_column].gather(codes).alias("title"))
+
+    def described(self, codes: Codes) -> pl.DataFrame:
+        """What is known of items.
+
+        Returns:
+            Columns `item`, `title` where there is one, `interactions` in training, and every other column of the item
+            table that does not go by one of these names.
+        """
+        frame = self.items(codes).with_columns(
+            pl.Series("interactions", self.artifact.item_counts.numpy()[codes], dtype=pl.Int64)
+        )
+        table = self.artifact.item_table
+        if table is None:
+            return frame
+        others = [name for name in table.columns if name not in (*frame.columns, self.title_column)]
+        return frame.hstack(table.select(pl.col(others).gather(codes))) if others else frame
+
+    def titled(self, text: str, k: int) -> Codes:
+        """Items whose title (id, where there are no titles) contains `text`, whatever the case.
+
+        Returns:
+            At most K codes: titles that begin with the text first, then by interactions in training.
+        """
+        wanted = text.strip().lower()
+        names = self.items(np.arange(len(self.artifact.items))).to_series(-1).cast(pl.String).str.to_lowercase()
+        found = pl.DataFrame({"name": names, "count": self.artifact.item_counts.numpy()}).with_row_index("code")
+        best = (
+            found.filter(pl.col("name").str.contains(wanted, literal=True))
+            .with_columns(pl.col("name").str.starts_with(wanted).alias("first"))
+            .sort("first", "count", "code", descending=[True, True, False])
+        )
+        return best["code"].head(k).cast(pl.Int64).to_numpy()
