@@ -14,7 +14,7 @@ import torch
 from twotower import __version__
 
 #: Extra -> module that it brings.
-EXTRAS = {"tensorboard": "tensorboard", "tracking": "mlflow"}
+EXTRAS = {"ann": "faiss", "onnx": "onnxruntime", "pgvector": "psycopg", "tensorboard": "tensorboard", "tracking": "mlflow"}
 
 
 def examine() -> dict[str, dict[str, Any]]:
