@@ -14,7 +14,13 @@ import torch
 from twotower import __version__
 
 #: Extra -> module that it brings.
-EXTRAS = {"ann": "faiss", "onnx": "onnxruntime", "pgvector": "psycopg", "tensorboard": "tensorboard", "tracking": "mlflow"}
+EXTRAS = {
+    "ann": "faiss",
+    "onnx": "onnxruntime",
+    "pgvector": "psycopg",
+    "tensorboard": "tensorboard",
+    "tracking": "mlflow",
+}
 
 
 def examine() -> dict[str, dict[str, Any]]:
