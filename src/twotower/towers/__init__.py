@@ -1,7 +1,20 @@
 """Towers: from features to embeddings of width D."""
 
 from twotower.towers.build import build_towers
-from twotower.towers.encoders import MLP, ItemTower, PooledHistory, QueryTower, TwoTower
+from twotower.towers.dnn import DNN, MLP
+from twotower.towers.encoders import PooledHistory, QueryTower, TwoTower
+from twotower.towers.features import FeatureInputs
+from twotower.towers.items import ItemTower
 from twotower.towers.tables import EmbeddingTable
 
-__all__ = ["MLP", "EmbeddingTable", "ItemTower", "PooledHistory", "QueryTower", "TwoTower", "build_towers"]
+__all__ = [
+    "DNN",
+    "MLP",
+    "EmbeddingTable",
+    "FeatureInputs",
+    "ItemTower",
+    "PooledHistory",
+    "QueryTower",
+    "TwoTower",
+    "build_towers",
+]

@@ -2,32 +2,79 @@
 
 from __future__ import annotations
 
+from torch import Tensor, nn
+
 from twotower.config import Config
+from twotower.data.encoding import EncodedTable
 from twotower.errors import InputError
-from twotower.towers.encoders import ItemTower, PooledHistory, QueryTower, TwoTower
+from twotower.towers.encoders import PooledHistory, QueryTower, TwoTower
+from twotower.towers.features import FeatureInputs
+from twotower.towers.items import ItemTower
 from twotower.towers.tables import EmbeddingTable
 
 
-def build_towers(config: Config, *, num_queries: int, num_items: int) -> TwoTower:
+def build_towers(
+    config: Config,
+    *,
+    num_queries: int,
+    num_items: int,
+    item_features: EncodedTable | None = None,
+    query_features: EncodedTable | None = None,
+    trained_items: Tensor | None = None,
+) -> TwoTower:
     """Build both towers of a configuration, with fresh weights.
 
     Args:
         config: sections `query_tower`, `item_tower`, `objective` (similarity and temperature).
         num_queries: Q, rows of the query id table.
         num_items: N.
+        item_features: the items' features, fitted and encoded; None where item_tower.features is none.
+        query_features: likewise the queries'.
+        trained_items: items that occur in training, bool [N]; None: all. A saved model brings its own.
 
     Raises:
-        InputError: the query tower has neither an id embedding nor a history.
+        InputError: a tower has nothing to go by, or settings that need features have none.
     """
     query, item, objective = config.query_tower, config.item_tower, config.objective
-    if not query.id_embedding and query.history is None:
-        raise InputError("query_tower: expected id_embedding: true, or a history; found neither")
+    if not query.id_embedding and query.history is None and query_features is None:
+        raise InputError("query_tower: expected id_embedding: true, a history, or features; found none of them")
     dimension = config.item_tower.dimension
-    item_tower = ItemTower(num_items, dimension, hidden=item.hidden, dropout=item.dropout)
-    history, history_items = None, None
+    if item_features is None:
+        for name, given in (("id_dropout", item.id_dropout > 0), ("id_embedding: false", not item.id_embedding)):
+            if given:
+                raise InputError(
+                    f"item_tower.{name}: needs item_tower.features; an item without any is known by its id"
+                )
+    item_inputs = None if item_features is None else FeatureInputs(item_features, dimension)
+
+    def new_item_tower() -> ItemTower:
+        return ItemTower(
+            num_items,
+            dimension,
+            hidden=item.hidden,
+            dropout=item.dropout,
+            features=item_inputs,
+            id_embedding=item.id_embedding,
+            id_dropout=item.id_dropout,
+            trained=trained_items,
+            residual=item.residual,
+            layer_norm=item.layer_norm,
+        )
+
+    item_tower = new_item_tower()
+    history = None
+    history_items: nn.Embedding | ItemTower | None = None
     if query.history is not None:
         history = PooledHistory(query.history.length, query.history.heads, dropout=query.history.dropout)
-        history_items = item_tower.ids if query.history.share_table else EmbeddingTable(num_items, dimension)
+        if query.history.item_features:
+            history_items = item_tower if query.history.share_table else new_item_tower()
+        else:
+            history_items = item_tower.ids if query.history.share_table else EmbeddingTable(num_items, dimension)
+        if history_items is None:
+            raise InputError(
+                "query_tower.history.share_table: item_tower.id_embedding: false leaves no table to share; "
+                "give query_tower.history.item_features: true, or share_table: false"
+            )
     query_tower = QueryTower(
         num_queries if query.id_embedding else 0,
         dimension,
@@ -35,6 +82,9 @@ def build_towers(config: Config, *, num_queries: int, num_items: int) -> TwoTowe
         history_items=history_items,
         hidden=query.hidden,
         dropout=query.dropout,
+        features=None if query_features is None else FeatureInputs(query_features, dimension),
+        residual=query.residual,
+        layer_norm=query.layer_norm,
     )
     return TwoTower(
         query_tower,

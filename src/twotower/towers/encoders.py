@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from twotower.data.encoding import RowsLike
+from twotower.towers.dnn import Rows, dense_layers
+from twotower.towers.features import FeatureInputs
+from twotower.towers.items import ItemTower
 from twotower.towers.tables import EmbeddingTable
-
-
-class MLP(nn.Module):
-    """Linear layers with GELU and dropout between them; no activation at the end.
-
-    Args:
-        widths: input width, hidden widths, output width.
-        dropout: probability that a hidden unit is zeroed in training.
-    """
-
-    def __init__(self, widths: Sequence[int], *, dropout: float = 0.0) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for width, following in pairwise(widths[:-1]):
-            layers += [nn.Linear(width, following), nn.GELU(), nn.Dropout(dropout)]
-        layers.append(nn.Linear(widths[-2], widths[-1]))
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """[..., widths[0]] -> [..., widths[-1]]."""
-        output: Tensor = self.layers(features)
-        return output
 
 
 class PooledHistory(nn.Module):
@@ -75,9 +57,9 @@ class PooledHistory(nn.Module):
 
 
 class QueryTower(nn.Module):
-    """Id embedding and pooled history; an MLP over all of them, added to their sum.
+    """Id embedding, pooled history and features; an MLP over all of them, added to the sum of the first two.
 
-        u = e_id + mean_h pooled_h + MLP([e_id, pooled_1, ..., pooled_H])
+        u = e_id + mean_h pooled_h + MLP([e_id, pooled_1, ..., pooled_H, features])
 
     The sum lets a history speak in the space of the items from the first step on, where both sides share one table:
     what lies near the recent items is recommended, and the MLP learns what to change about that.
@@ -86,9 +68,13 @@ class QueryTower(nn.Module):
         num_queries: rows of the id table; 0 for a tower without an id embedding.
         dimension: D.
         history: how the history is pooled; None for a tower without one.
-        history_items: the table that the history's items are looked up in; the item tower's own, or a separate one.
+        history_items: what the history's items are looked up in: the item tower's own table or a separate one, or an
+            item tower, which embeds each distinct item of the batch's histories with its features.
         hidden: widths of the MLP's hidden layers.
         dropout: in the MLP.
+        features: of the queries; None for a tower without any.
+        residual: skip connections around the hidden layers.
+        layer_norm: before their activations.
     """
 
     def __init__(
@@ -97,9 +83,12 @@ class QueryTower(nn.Module):
         dimension: int,
         *,
         history: PooledHistory | None = None,
-        history_items: nn.Embedding | None = None,
+        history_items: nn.Embedding | ItemTower | None = None,
         hidden: Sequence[int] = (),
         dropout: float = 0.0,
+        features: FeatureInputs | None = None,
+        residual: bool = False,
+        layer_norm: bool = False,
     ) -> None:
         super().__init__()
         if (history is None) != (history_items is None):
@@ -108,10 +97,15 @@ class QueryTower(nn.Module):
         self.history = history
         self.history_items = history_items
         heads = 0 if history is None else history.heads
-        self.mlp = MLP([dimension * (heads + bool(num_queries)), *hidden, dimension], dropout=dropout)
+        self.features = features
+        width = dimension * (heads + bool(num_queries)) + (features.width if features else 0)
+        self.mlp = dense_layers([width, *hidden, dimension], dropout=dropout, residual=residual, layer_norm=layer_norm)
 
-    def forward(self, queries: Tensor, history: Tensor | None) -> Tensor:
-        """Codes of queries int64 [B] (-1 for one never seen) and histories int64 [B, L] -> [B, D]."""
+    def forward(self, queries: Tensor, history: Tensor | None, features: list[Tensor] | None = None) -> Tensor:
+        """Codes of queries int64 [B] (-1 for one never seen) and histories int64 [B, L] -> [B, D].
+
+        `features` are encoded rows (`FeatureInputs.encode`) of queries that are new; otherwise their codes tell.
+        """
         parts: list[Tensor] = []
         total: Tensor | float = 0.0
         if self.ids is not None:
@@ -121,33 +115,23 @@ class QueryTower(nn.Module):
         if self.history is not None and self.history_items is not None:
             if history is None:
                 raise ValueError("history: this query tower needs the recent items, int64 [B, L]; found none")
-            pooled = self.history(history, self.history_items)
+            pooled = self._pooled(history)
             parts.append(pooled.flatten(1))
             total = total + pooled.mean(1)
+        if self.features is not None:
+            parts.append(self.features(queries) if features is None else self.features.embed(features))
         embedded: Tensor = self.mlp(torch.cat(parts, 1)) + total
         return embedded
 
-
-class ItemTower(nn.Module):
-    """Id embedding, followed by an MLP where hidden widths are given.
-
-    Args:
-        num_items: N.
-        dimension: D.
-        hidden: widths of the hidden layers; empty for the table alone.
-        dropout: in the MLP.
-    """
-
-    def __init__(self, num_items: int, dimension: int, *, hidden: Sequence[int] = (), dropout: float = 0.0) -> None:
-        super().__init__()
-        self.num_items = num_items
-        self.ids = EmbeddingTable(num_items, dimension)
-        self.mlp = MLP([dimension, *hidden, dimension], dropout=dropout) if hidden else None
-
-    def forward(self, items: Tensor) -> Tensor:
-        """Codes int64 [M] -> [M, D]."""
-        embedded: Tensor = self.ids(items)
-        return embedded if self.mlp is None else self.mlp(embedded)
+    def _pooled(self, history: Tensor) -> Tensor:
+        assert self.history is not None
+        table: nn.Module | Rows | None = self.history_items
+        if isinstance(table, ItemTower):
+            # Each distinct item goes through the item tower once; the history then counts within those.
+            distinct, place = torch.unique(history.clamp(min=0), return_inverse=True)
+            history, table = torch.where(history >= 0, place, -1), Rows(table(distinct))
+        pooled: Tensor = self.history(history, table)
+        return pooled
 
 
 class TwoTower(nn.Module):
@@ -198,7 +182,54 @@ class TwoTower(nn.Module):
         return F.normalize(embedded, dim=-1) if self.cosine else embedded
 
     @torch.no_grad()
+    def embed_new_items(self, rows: RowsLike) -> Tensor:
+        """Embeddings of items that are in no vocabulary, by their features alone, float32 [M, D].
+
+        Args:
+            rows: a data frame, or dicts, with the columns declared in item_tower.features.
+
+        Raises:
+            ValueError: the item tower has no features; InputError: a column is missing or a value of another kind.
+        """
+        if self.item_tower.features is None:
+            raise ValueError("this item tower knows items by their id alone; set item_tower.features and train again")
+        with _evaluating(self):
+            embedded = self.item_tower.embed_features(self.item_tower.features.encode(rows))
+        return (F.normalize(embedded, dim=-1) if self.cosine else embedded).float()
+
+    @torch.no_grad()
+    def embed_new_queries(self, rows: RowsLike, history: Tensor | None = None) -> Tensor:
+        """Embeddings of queries never seen in training, by their features and, where the tower has one, their history.
+
+        Args:
+            rows: a data frame, or dicts, with the columns declared in query_tower.features.
+            history: item codes int64 [B, L], -1 where empty; no items where None.
+
+        Raises:
+            ValueError: the query tower has no features; InputError: as those of `embed_new_items`.
+        """
+        inputs = self.query_tower.features
+        if inputs is None:
+            raise ValueError("this query tower knows no features; set query_tower.features and train again")
+        encoded = inputs.encode(rows)
+        unknown = torch.full((len(encoded[0]),), -1, device=encoded[0].device)
+        with _evaluating(self):
+            embedded = self.query_tower(unknown, unknown[:, None] if history is None else history, encoded)
+        return (F.normalize(embedded, dim=-1) if self.cosine else embedded).float()
+
+    @torch.no_grad()
     def item_embeddings(self, block: int = 65_536) -> Tensor:
         """All item embeddings as an index needs them, [N, D], float32, without gradient."""
         codes = torch.arange(self.item_tower.num_items, device=self.log_temperature.device)
         return torch.cat([self.embed_items(part).float() for part in torch.split(codes, block)])
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout, whatever mode the model is in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

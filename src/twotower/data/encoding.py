@@ -1,0 +1,292 @@
+"""The declared features of one side, fitted on training rows: from tables, frames or dicts to arrays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from pydantic import TypeAdapter
+from safetensors.numpy import load_file, save_file
+
+from twotower.data.columns import Place
+from twotower.data.encoders import Bag, Category, Encoder
+from twotower.data.number_encoders import Moment, Number, Quantile, Vector
+from twotower.data.reading import as_polars
+from twotower.data.text import Sentence
+from twotower.errors import InputError
+from twotower.feature_config import (
+    AnyFeature,
+    CategoricalFeature,
+    DenseFeature,
+    MultiFeature,
+    NumericFeature,
+    TextFeature,
+    TimestampFeature,
+)
+from twotower.schema import Vocabulary, ids_of, listed
+
+#: One array for each feature, in the order of the declaration.
+Encoded = list[NDArray[Any]]
+RowsLike = pl.DataFrame | Sequence[Mapping[str, Any]] | Any
+
+_DECLARED: TypeAdapter[AnyFeature] = TypeAdapter(AnyFeature)
+
+
+def _kind(declared: AnyFeature) -> Any:
+    """The class that encodes a declared feature."""
+    if isinstance(declared, NumericFeature):
+        return Quantile if declared.scale == "quantiles" else Number
+    if isinstance(declared, TextFeature):
+        return Bag if declared.model == "words" else Sentence
+    classes = {CategoricalFeature: Category, MultiFeature: Bag, TimestampFeature: Moment, DenseFeature: Vector}
+    return classes[type(declared)]
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Fitted encoders of the declared features of one side.
+
+    Attributes:
+        side: "item" or "query".
+        declared: what was asked for.
+        encoders: one for each.
+
+    Example:
+        features = FeatureSet.fit("item", [NumericFeature(column="price")], data.item_table, known=counts > 0)
+        features.encode([{"price": 3.5}, {"price": None}])
+    """
+
+    side: str
+    declared: list[AnyFeature]
+    encoders: list[Encoder]
+
+    @classmethod
+    def fit(
+        cls,
+        side: str,
+        declared: Sequence[AnyFeature],
+        table: pl.DataFrame | None,
+        *,
+        ids: pl.Series,
+        known: NDArray[np.bool_] | None = None,
+    ) -> FeatureSet:
+        """Fit vocabularies, means and bins.
+
+        Args:
+            side: "item" or "query".
+            declared: the features; at least one.
+            table: row i describes id i; None where every feature comes from a file.
+            ids: of the rows.
+            known: rows that occur in training, bool [rows]; nothing is learnt of the others. None: all.
+
+        Raises:
+            InputError: no table, a column is missing or of another kind.
+        """
+        frame = _with_files(pl.DataFrame({"": ids}) if table is None else table, declared, ids)
+        place = _place(side, ids)
+        _check_columns(frame, declared, place.table, needs_table=table is None)
+        rows = np.flatnonzero(known) if known is not None else np.arange(len(frame))
+        place = Place(place.table, ids.gather(rows), side)
+        fitted = [_kind(one).fit(one, frame[one.column].gather(rows), place) for one in declared]
+        return cls(side, list(declared), fitted)
+
+    def encode_table(self, table: pl.DataFrame | None, ids: pl.Series) -> Encoded:
+        """Arrays of a whole table, one row for each id.
+
+        Raises:
+            InputError: see `fit`.
+        """
+        frame = _with_files(pl.DataFrame({"": ids}) if table is None else table, self.declared, ids)
+        return self._encode(frame, _place(self.side, ids))
+
+    def encode(self, rows: RowsLike) -> Encoded:
+        """Arrays of new rows, of ids never seen or of none.
+
+        Args:
+            rows: a data frame (polars, pandas, Arrow) or a list of dicts with the declared columns; others are
+                ignored. None, NaN and blank text mean missing.
+
+        Returns:
+            One array for each feature; see `encoders` for their forms.
+
+        Raises:
+            InputError: a declared column is missing, or a value of another kind; with column and row.
+        """
+        name = f"{self.side} features"
+        frame = _frame(rows, self.columns, name)
+        _check_columns(frame, self.declared, name, needs_table=False)
+        return self._encode(frame, Place(name))
+
+    def _encode(self, frame: pl.DataFrame, place: Place) -> Encoded:
+        pairs = zip(self.declared, self.encoders, strict=True)
+        return [encoder.encode(frame[one.column], place) for one, encoder in pairs]
+
+    def missing(self) -> Encoded:
+        """Arrays of one row of which nothing is known."""
+        return self._encode(pl.DataFrame({name: pl.Series([None], dtype=pl.Null) for name in self.columns}), Place(""))
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that are needed, each once."""
+        return list(dict.fromkeys(one.column for one in self.declared))
+
+    def told(self) -> list[str]:
+        """One line on each feature, for an account."""
+        pairs = zip(self.declared, self.encoders, strict=True)
+        return [f"{one.column}: {one.kind}" + (f", {encoder.note}" if encoder.note else "") for one, encoder in pairs]
+
+    def to_json(self) -> str:
+        """What `from_json` reads: declarations and what fitting found."""
+        pairs = zip(self.declared, self.encoders, strict=True)
+        features = [{"declared": one.model_dump(mode="json"), "state": encoder.state()} for one, encoder in pairs]
+        return json.dumps({"side": self.side, "features": features}, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> FeatureSet:
+        """A fitted set again.
+
+        Raises:
+            ValueError: not what `to_json` writes.
+        """
+        try:
+            read = json.loads(text)
+            declared = [_DECLARED.validate_python(entry["declared"]) for entry in read["features"]]
+            states = [entry["state"] for entry in read["features"]]
+            encoders = [_kind(one).restore(one, state) for one, state in zip(declared, states, strict=True)]
+            return cls(str(read["side"]), declared, encoders)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not fitted features: {error}") from error
+
+
+@dataclass(frozen=True)
+class EncodedTable:
+    """The features of every id of one side, encoded; written beside a model, read without the table they came from.
+
+    Attributes:
+        features: the fitted encoders.
+        arrays: one for each feature, row i for code i.
+    """
+
+    features: FeatureSet
+    arrays: Encoded
+
+    @classmethod
+    def fit(
+        cls,
+        side: str,
+        declared: Sequence[AnyFeature],
+        table: pl.DataFrame | None,
+        *,
+        ids: pl.Series,
+        known: NDArray[np.bool_] | None = None,
+    ) -> EncodedTable:
+        """Fit on the rows that are in training and encode all; see `FeatureSet.fit`."""
+        features = FeatureSet.fit(side, declared, table, ids=ids, known=known)
+        return cls(features, features.encode_table(table, ids))
+
+    def write(self, folder: Path) -> None:
+        """Two files: `item_features.json` and `item_features.safetensors`, or those of the queries."""
+        name = f"{self.features.side}_features"
+        (folder / f"{name}.json").write_text(self.features.to_json(), encoding="utf-8")
+        arrays = {str(place): np.ascontiguousarray(array) for place, array in enumerate(self.arrays)}
+        save_file(arrays, folder / f"{name}.safetensors")
+
+    @classmethod
+    def read(cls, folder: Path, side: str) -> EncodedTable | None:
+        """What `write` wrote, or None where there is nothing of this side.
+
+        Raises:
+            ValueError: damaged.
+        """
+        path = folder / f"{side}_features.json"
+        if not path.is_file():
+            return None
+        features = FeatureSet.from_json(path.read_text(encoding="utf-8"))
+        arrays = load_file(path.with_suffix(".safetensors"))
+        return cls(features, [arrays[str(place)] for place in range(len(features.declared))])
+
+
+def _place(side: str, ids: pl.Series) -> Place:
+    return Place(f"{side} table", ids, side)
+
+
+def _frame(rows: RowsLike, columns: Sequence[str], name: str) -> pl.DataFrame:
+    if isinstance(rows, Sequence) and not isinstance(rows, str) and all(isinstance(row, Mapping) for row in rows):
+        values = {column: [row.get(column) for row in rows] for column in columns if any(column in r for r in rows)}
+        if not rows:
+            raise InputError(f"{name}: no rows.")
+        try:
+            return pl.DataFrame([_series(column, given) for column, given in values.items()])
+        except (TypeError, ValueError, pl.exceptions.PolarsError, OverflowError) as error:
+            raise InputError(f"{name}: values of mixed types ({str(error).splitlines()[0]}).") from None
+    return as_polars(rows, name)
+
+
+def _series(column: str, values: list[Any]) -> pl.Series:
+    try:
+        return pl.Series(column, values, strict=True)
+    except (TypeError, pl.exceptions.PolarsError):
+        if any(isinstance(value, list | tuple | np.ndarray) for value in values):
+            raise
+        # 3 beside "three": text, so that the encoder can say which row it cannot use.
+        return pl.Series(column, [None if value is None else str(value) for value in values], dtype=pl.String)
+
+
+def _check_columns(frame: pl.DataFrame, declared: Sequence[AnyFeature], name: str, *, needs_table: bool) -> None:
+    for one in declared:
+        if one.column not in frame.columns:
+            side = name.split(maxsplit=1)[0]
+            if needs_table:
+                raise InputError(
+                    f"{side}_tower.features: column {one.column!r} needs the {side} table; give data.{_PLURAL[side]}."
+                )
+            raise InputError(
+                f"{name}: column {one.column!r}, declared in {side}_tower.features, is not there. "
+                f"Columns found: {listed(frame.columns)}."
+            )
+
+
+_PLURAL = {"item": "items", "query": "queries"}
+
+
+def _with_files(frame: pl.DataFrame, declared: Sequence[AnyFeature], ids: pl.Series) -> pl.DataFrame:
+    """The table with a column for each dense feature that comes from a file, null where the file has no such id."""
+    for one in declared:
+        if isinstance(one, DenseFeature) and one.file is not None:
+            matrix, owners = _matrix(one)
+            place = Vocabulary(owners).encode(ids)
+            values = np.asarray(matrix[np.maximum(place, 0)], dtype=np.float32)
+            column = pl.Series(one.column, values, dtype=pl.Array(pl.Float32, matrix.shape[1]))
+            frame = frame.with_columns(pl.when(pl.lit(pl.Series(place >= 0))).then(pl.lit(column)).alias(one.column))
+    return frame
+
+
+def _matrix(one: DenseFeature) -> tuple[NDArray[Any], pl.Series]:
+    """The matrix of a .npy file, mapped, and the ids of its rows."""
+    file, ids_file = Path(one.file or ""), Path(one.ids or "")
+    try:
+        matrix = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: not a readable .npy matrix ({str(error).splitlines()[0]}).") from None
+    if matrix.ndim != 2 or not np.issubdtype(matrix.dtype, np.number):
+        raise InputError(f"{file}: expected a matrix of numbers, found shape {matrix.shape} of {matrix.dtype}.")
+    try:
+        if ids_file.suffix == ".npy":
+            ids = ids_of(pl.Series("id", np.load(ids_file, allow_pickle=False)), str(ids_file))
+        else:
+            ids = pl.Series("id", ids_file.read_text(encoding="utf-8").splitlines())
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{ids_file}: not a readable list of ids ({str(error).splitlines()[0]}).") from None
+    if len(ids) != len(matrix):
+        raise InputError(
+            f"{ids_file}: {len(ids):,} ids, {file} has {len(matrix):,} rows; expected one id for each row."
+        )
+    return matrix, ids

@@ -1,0 +1,102 @@
+"""Declared features inside a tower: tables of vectors for codes, averages for bags, numbers as they are."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from twotower.data.encoders import Encoder
+from twotower.data.encoding import EncodedTable, RowsLike
+from twotower.data.values import MISSING, UNKNOWN
+from twotower.towers.tables import EmbeddingTable
+
+
+class FeatureInputs(nn.Module):
+    """All features of one side side by side, [rows, width].
+
+    The encoded table of the whole side lies in buffers, so that a batch needs only codes, and the lookup runs where
+    the model is. The buffers are not part of the state dict: a checkpoint every epoch need not hold what never changes.
+
+    Args:
+        table: fitted encoders, and the features of every code.
+        dimension: D, the largest width that `auto` chooses.
+
+    Attributes:
+        width: of the output.
+    """
+
+    def __init__(self, table: EncodedTable, dimension: int) -> None:
+        super().__init__()
+        self.table = table
+        self.embeddings = nn.ModuleDict()
+        width = 0
+        nothing = table.features.missing()
+        pairs = zip(table.features.declared, table.features.encoders, strict=True)
+        for place, (declared, encoder) in enumerate(pairs):
+            # The last row stands for a code nobody has seen: -1 finds it without a special case.
+            rows = _under(table.arrays[place], nothing[place])
+            if encoder.form == "numbers":
+                width += encoder.size
+            else:
+                asked = getattr(declared, "width", "auto")
+                own = auto_width(encoder.size, dimension) if asked == "auto" else int(asked)
+                self.embeddings[str(place)] = _vectors(encoder, own)
+                width += own
+                rows = rows.astype(np.int32)
+            self.register_buffer(f"rows{place}", torch.from_numpy(rows), persistent=False)
+        self.width = width
+
+    @property
+    def encoders(self) -> list[Encoder]:
+        """The fitted encoders, in the order of the declaration."""
+        return self.table.features.encoders
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Codes int64 [M], -1 for one of which nothing is known -> [M, width]."""
+        return self.embed([self.get_buffer(f"rows{place}")[codes] for place in range(len(self.encoders))])
+
+    def embed(self, encoded: list[Tensor]) -> Tensor:
+        """Encoded rows, one tensor for each feature, as `encode` gives them -> [M, width]."""
+        parts = []
+        for place, (encoder, rows) in enumerate(zip(self.encoders, encoded, strict=True)):
+            if encoder.form == "numbers":
+                parts.append(rows)
+            elif encoder.form == "codes":
+                parts.append(self.embeddings[str(place)](rows))
+            else:
+                present = (rows != MISSING)[..., None].to(torch.float32)
+                total = (self.embeddings[str(place)](rows) * present).sum(1)
+                parts.append(total / present.sum(1).clamp(min=1.0))
+        return torch.cat(parts, 1)
+
+    def encode(self, rows: RowsLike) -> list[Tensor]:
+        """New rows, a frame or dicts, as `embed` takes them; errors as those of `FeatureSet.encode`."""
+        device = self.get_buffer("rows0").device
+        return [torch.from_numpy(array).to(device) for array in self.table.features.encode(rows)]
+
+
+def auto_width(size: int, dimension: int) -> int:
+    """Width of the vectors of a table with `size` rows: 2 sqrt(size), 4 at least, D at most."""
+    return min(dimension, max(4, math.ceil(2 * math.sqrt(size))))
+
+
+def _vectors(encoder: Encoder, width: int) -> EmbeddingTable:
+    """A table whose missing and unknown rows start at zero: what training never shows must say nothing."""
+    table = EmbeddingTable(encoder.size, width)
+    with torch.no_grad():
+        table.weight[MISSING] = 0.0
+        if getattr(getattr(encoder, "values", None), "known", None) is not None:
+            table.weight[UNKNOWN] = 0.0
+    return table
+
+
+def _under(rows: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """Rows with one more row below them, filled up to their width."""
+    if rows.ndim == 1:
+        return np.concatenate([rows, last])
+    filled = np.zeros((1, rows.shape[1]), dtype=rows.dtype)
+    filled[:, : last.shape[1]] = last
+    return np.concatenate([rows, filled])

@@ -1,0 +1,107 @@
+"""The item tower: from an item's id and features to its embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from twotower.towers.dnn import dense_layers
+from twotower.towers.features import FeatureInputs
+from twotower.towers.tables import EmbeddingTable
+
+
+class ItemTower(nn.Module):
+    """Id embedding and features, joined by dense layers (Yang et al. 2020, "Mixed Negative Sampling", section 3.1).
+
+        v = DNN([e, features]) + e where `residual`,   e = e_id, or a learned vector e_0 where the id says nothing
+
+    The id says nothing for an item that never occurs in training, and, with probability `id_dropout`, for any item of
+    a training step: so the features learn to carry an item alone, as they must for a new one (Volkovs et al. 2017,
+    "DropoutNet"). Without features it is the id embedding, followed by an MLP where hidden widths are given.
+
+    Args:
+        num_items: N.
+        dimension: D.
+        hidden: widths of the hidden layers; empty for one linear map, or, without features, for the table alone.
+        dropout: in the hidden layers.
+        features: of the items; None for a tower without any.
+        id_embedding: whether items have a vector of their own.
+        id_dropout: share of the items of a training step whose id is hidden.
+        trained: items that occur in training, bool [N]; None: all.
+        residual: add e to the output, and skip connections around the hidden layers.
+        layer_norm: before the activations.
+
+    Raises:
+        ValueError: neither ids nor features; id dropout without features.
+    """
+
+    trained: Tensor
+
+    def __init__(
+        self,
+        num_items: int,
+        dimension: int,
+        *,
+        hidden: Sequence[int] = (),
+        dropout: float = 0.0,
+        features: FeatureInputs | None = None,
+        id_embedding: bool = True,
+        id_dropout: float = 0.0,
+        trained: Tensor | None = None,
+        residual: bool = False,
+        layer_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        if features is None and (id_dropout > 0 or not id_embedding):
+            raise ValueError("an item tower without features needs its ids")
+        self.num_items = num_items
+        self.dimension = dimension
+        self.ids = EmbeddingTable(num_items, dimension) if id_embedding else None
+        self.features = features
+        self.id_dropout = id_dropout
+        self.residual = residual
+        if features is not None and id_embedding:
+            self.no_id = nn.Parameter(torch.zeros(dimension))
+            self.register_buffer("trained", torch.ones(num_items, dtype=torch.bool) if trained is None else trained)
+        width = dimension * id_embedding + (features.width if features else 0)
+        layered = bool(hidden) or features is not None
+        self.mlp = (
+            dense_layers([width, *hidden, dimension], dropout=dropout, residual=residual, layer_norm=layer_norm)
+            if layered
+            else None
+        )
+
+    def forward(self, items: Tensor) -> Tensor:
+        """Codes int64 [M] -> [M, D]."""
+        if self.features is None:
+            own: Tensor = self.ids(items) if self.ids is not None else items
+            return self._joined(own, None)
+        return self._joined(self._own(items), self.features(items))
+
+    def embed_features(self, encoded: list[Tensor]) -> Tensor:
+        """Items without an id, by their encoded features (`FeatureInputs.encode`) -> [M, D].
+
+        Raises:
+            ValueError: this tower has no features.
+        """
+        if self.features is None:
+            raise ValueError("this item tower knows items by their id alone; set item_tower.features and train again")
+        features = self.features.embed(encoded)
+        return self._joined(None if self.ids is None else self.no_id.expand(len(features), -1), features)
+
+    def _own(self, items: Tensor) -> Tensor | None:
+        if self.ids is None:
+            return None
+        said = self.trained[items]
+        if self.training and self.id_dropout > 0:
+            said = said & (torch.rand(len(items), device=items.device) >= self.id_dropout)
+        return torch.where(said[:, None], self.ids(items), self.no_id)
+
+    def _joined(self, own: Tensor | None, features: Tensor | None) -> Tensor:
+        parts = [part for part in (own, features) if part is not None]
+        if self.mlp is None:
+            return parts[0]
+        output: Tensor = self.mlp(torch.cat(parts, 1))
+        return output + own if self.residual and own is not None else output
