@@ -1,14 +1,18 @@
 """Honest evaluation: the whole catalog, exactly, beside what a model must beat."""
 
 from twotower.evaluation.baselines import EASE, ItemKNN, Popularity
+from twotower.evaluation.beyond import diversity_at, exposure, gini, list_mean, self_information
+from twotower.evaluation.columns import check_slices
 from twotower.evaluation.metrics import coverage, hit_rate_at, hits, mrr_at, ndcg_at, recall_at
 from twotower.evaluation.rankers import Ranker
 from twotower.evaluation.ranking import evaluate, evaluate_all
 from twotower.evaluation.report import Evaluation, Row
 from twotower.evaluation.significance import Interval, PairedComparison, bootstrap_interval, holm, paired_comparison
-from twotower.evaluation.slices import SLICES, popularity_thirds
+from twotower.evaluation.slices import COLD, DECILES, SLICES, popularity_parts, popularity_thirds
 
 __all__ = [
+    "COLD",
+    "DECILES",
     "EASE",
     "SLICES",
     "Evaluation",
@@ -19,15 +23,22 @@ __all__ = [
     "Ranker",
     "Row",
     "bootstrap_interval",
+    "check_slices",
     "coverage",
+    "diversity_at",
     "evaluate",
     "evaluate_all",
+    "exposure",
+    "gini",
     "hit_rate_at",
     "hits",
     "holm",
+    "list_mean",
     "mrr_at",
     "ndcg_at",
     "paired_comparison",
+    "popularity_parts",
     "popularity_thirds",
     "recall_at",
+    "self_information",
 ]

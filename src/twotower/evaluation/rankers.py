@@ -13,7 +13,8 @@ class Ranker(Protocol):
     """A model or a baseline, as evaluation sees it: it ranks, and its scores stay its own.
 
     A ranker that searches an approximate index says so with an attribute `is_exact = False`; evaluation refuses it
-    unless asked.
+    unless asked. One that places items in a space may have an attribute `item_embeddings`, [N, D]: the diversity of its
+    lists is measured there.
     """
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool, /) -> "Tensor | NDArray[np.int64]":

@@ -1,7 +1,6 @@
 """Evaluate rankers: the full catalog, exactly, beside what they must beat."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -10,10 +9,12 @@ from numpy.typing import NDArray
 
 from twotower.data import Holdout, Interactions
 from twotower.evaluation.baselines import ItemKNN, Popularity
-from twotower.evaluation.metrics import coverage, hit_rate_at, hits, mrr_at, ndcg_at, recall_at
+from twotower.evaluation.columns import column_slices
+from twotower.evaluation.measuring import Question, Targets, measure
+from twotower.evaluation.metrics import hits
 from twotower.evaluation.rankers import Ranker
-from twotower.evaluation.report import Evaluation, Row
-from twotower.evaluation.slices import SLICES, popularity_thirds
+from twotower.evaluation.report import Evaluation
+from twotower.evaluation.slices import flat, standard_slices
 
 Empty = Literal["skip", "zero"]
 
@@ -29,6 +30,7 @@ def evaluate(
     name: str = "model",
     empty: Empty = "skip",
     allow_approximate: bool = False,
+    slices: Sequence[str] = (),
 ) -> Evaluation:
     """Rank the whole catalog for every query of a holdout, and compare with the baselines.
 
@@ -44,7 +46,9 @@ def evaluate(
         baselines: True for popularity and item-kNN; a mapping from names to rankers for others; False for none.
         name: the ranker's name in the table.
         empty: a query without targets is left out of every mean (`"skip"`) or counts as 0 (`"zero"`).
-        allow_approximate: accept a ranker that declares `is_exact = False`.
+        allow_approximate: accept a ranker that declares `is_exact = False`; the result says so.
+        slices: columns to slice by, `"items.genres"` or `"queries.age"`: of the table of items, which slices the
+            targets, or of the table of queries (`column_slices` says how values become slices).
 
     Returns:
         An `Evaluation`: prints as a table.
@@ -52,6 +56,7 @@ def evaluate(
     Raises:
         ValueError: a setting is out of range, nothing is left to evaluate, the ranker is inexact, or what it
             returned is not a ranking (wrong shape, unknown codes, repeats, items it was told to leave out).
+        InputError: `slices` names what the tables do not have.
     """
     chosen, notes = _baselines(train, name) if baselines is True else (dict(baselines or {}), [])
     if name in chosen:
@@ -64,6 +69,7 @@ def evaluate(
         exclude_seen=exclude_seen,
         empty=empty,
         allow_approximate=allow_approximate,
+        slices=slices,
         notes=notes,
     )
 
@@ -77,6 +83,7 @@ def evaluate_all(
     exclude_seen: bool = True,
     empty: Empty = "skip",
     allow_approximate: bool = False,
+    slices: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> Evaluation:
     """Evaluate several rankers on the same queries and targets; see `evaluate` for the arguments."""
@@ -88,19 +95,22 @@ def evaluate_all(
         if not (allow_approximate or getattr(ranker, "is_exact", True)):
             raise ValueError(f"{name} searches an approximate index: pass allow_approximate=True to evaluate it")
     ks = tuple(sorted(set(ks)))
-    targets = _Targets.of(holdout, train.num_items, exclude_seen)
+    queries = np.asarray(holdout.queries, dtype=np.int64)
+    item_counts = train.item_counts()
+    groups = standard_slices(item_counts, np.diff(train.offsets), queries) | column_slices(train, queries, slices)
+    targets = Targets.of(holdout, train.num_items, exclude_seen)
     counted = targets.sizes() > 0
     num_empty = int((~counted).sum())
     if empty == "zero":
         counted = np.ones_like(counted)
     if not counted.any():
         raise ValueError(f"{holdout.name}: no query has a target that can be ranked, nothing to evaluate")
-    notes = [*notes, *_notes(targets.removed, num_empty, empty)]
-    thirds = popularity_thirds(train.item_counts())
+    question = Question(targets, counted, ks, flat(groups), item_counts)
+    inexact = [name for name, ranker in rankers.items() if not getattr(ranker, "is_exact", True)]
     rows = []
     for name, ranker in rankers.items():
         ranked = _ranked(name, ranker, holdout, k=max(ks), exclude_seen=exclude_seen, num_items=train.num_items)
-        rows.append(_measure(name, ranked, targets, counted=counted, thirds=thirds, ks=ks))
+        rows.append(measure(name, ranked, question, _item_embeddings(name, ranker, train.num_items)))
     return Evaluation(
         holdout=holdout.name,
         ks=ks,
@@ -110,53 +120,14 @@ def evaluate_all(
         num_targets=len(targets.items),
         num_removed=targets.removed,
         num_empty=num_empty,
-        queries=np.asarray(holdout.queries, dtype=np.int64)[counted],
-        slice_sizes={
-            label: {
-                "items": int((thirds == number).sum()),
-                "targets": int((thirds[targets.items] == number).sum()),
-                "queries": int((targets.sizes(thirds[targets.items] == number) > 0).sum()),
-            }
-            for number, label in enumerate(SLICES)
-        },
+        queries=queries[counted],
+        slice_sizes={name: question.size(part) for name, part in question.slices.items()},
         rows=tuple(rows),
-        notes=tuple(notes),
+        notes=(*notes, *_notes(targets.removed, num_empty, empty, inexact)),
+        slice_groups={name: tuple(group) for name, group in groups.items()},
+        is_exact=not inexact,
+        query_ids=train.queries,
     )
-
-
-@dataclass(frozen=True)
-class _Targets:
-    """The targets that can be found, in compressed rows without repeats."""
-
-    offsets: NDArray[np.int64]
-    items: NDArray[np.int64]
-    removed: int
-
-    @classmethod
-    def of(cls, holdout: Holdout, num_items: int, exclude_seen: bool) -> "_Targets":
-        rows = _pairs(holdout.target_offsets, holdout.target_items, num_items, f"{holdout.name}: targets")
-        wanted = np.unique(rows)
-        kept = wanted
-        if exclude_seen:
-            seen = _pairs(holdout.history_offsets, holdout.history_items, num_items, f"{holdout.name}: history")
-            kept = wanted[~np.isin(wanted, seen)]
-        queries, items = np.divmod(kept, num_items)
-        offsets = np.zeros(len(holdout.target_offsets), dtype=np.int64)
-        np.cumsum(np.bincount(queries, minlength=len(offsets) - 1), out=offsets[1:])
-        return cls(offsets, items, len(wanted) - len(kept))
-
-    def sizes(self, chosen: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
-        """[E] how many targets each query has, of the `chosen` ones where given."""
-        rows = np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
-        return np.bincount(rows if chosen is None else rows[chosen], minlength=len(self.offsets) - 1)
-
-
-def _pairs(offsets: NDArray[np.int64], items: NDArray[np.integer], num_items: int, what: str) -> NDArray[np.int64]:
-    """(query, item) as single integers: query * N + item."""
-    codes = np.asarray(items, dtype=np.int64)
-    if len(codes) and not 0 <= codes.min() <= codes.max() < num_items:
-        raise ValueError(f"{what} must be item codes in 0 .. {num_items - 1}")
-    return np.repeat(np.arange(len(offsets) - 1, dtype=np.int64), np.diff(offsets)) * num_items + codes
 
 
 def _baselines(train: Interactions, name: str) -> tuple[dict[str, Ranker], list[str]]:
@@ -168,8 +139,8 @@ def _baselines(train: Interactions, name: str) -> tuple[dict[str, Ranker], list[
     return {**chosen, "item-kNN": ItemKNN(train)}, []
 
 
-def _notes(removed: int, num_empty: int, empty: Empty) -> list[str]:
-    notes = []
+def _notes(removed: int, num_empty: int, empty: Empty, inexact: Sequence[str]) -> list[str]:
+    notes = [f"{name} searches an approximate index: its metrics are those of that index" for name in inexact]
     if removed:
         notes.append(f"{removed:,} targets already stand in their query's history and were taken out")
     if num_empty:
@@ -197,35 +168,12 @@ def _ranked(
     return ranked
 
 
-def _measure(
-    name: str,
-    ranked: NDArray[np.int64],
-    targets: _Targets,
-    *,
-    counted: NDArray[np.bool_],
-    thirds: NDArray[np.int8],
-    ks: tuple[int, ...],
-) -> Row:
-    hit = hits(ranked, targets.offsets, targets.items)[counted]
-    ranked = ranked[counted]
-    sizes = targets.sizes()[counted]
-    values: dict[str, float] = {}
-    per_query: dict[str, NDArray[np.float64]] = {}
-    for k in ks:
-        per_query[f"Recall@{k}"] = recall_at(hit, sizes, k)
-        per_query[f"NDCG@{k}"] = ndcg_at(hit, sizes, k)
-        per_query[f"MRR@{k}"] = mrr_at(hit, k)
-        per_query[f"HR@{k}"] = hit_rate_at(hit, k)
-        values |= {key: float(per_query[key].mean()) for key in (f"{m}@{k}" for m in ("Recall", "NDCG", "MRR", "HR"))}
-        values[f"coverage@{k}"] = coverage(ranked[:, :k], len(thirds))
-    slices: dict[str, dict[str, float]] = {}
-    for number, label in enumerate(SLICES):
-        inside = targets.sizes(thirds[targets.items] == number)[counted]
-        hit_inside = hit & (thirds[ranked] == number)
-        slices[label] = {}
-        for k in ks:
-            for metric, function in (("Recall", recall_at), ("NDCG", ndcg_at)):
-                value = np.where(inside > 0, function(hit_inside, inside, k), np.nan)
-                per_query[f"{label}/{metric}@{k}"] = value
-                slices[label][f"{metric}@{k}"] = float(np.nanmean(value)) if (inside > 0).any() else float("nan")
-    return Row(name, values, slices, per_query)
+def _item_embeddings(name: str, ranker: Ranker, num_items: int) -> NDArray[np.floating] | None:
+    """[N, D] where the ranker has embeddings of items."""
+    found = getattr(ranker, "item_embeddings", None)
+    if found is None:
+        return None
+    embeddings: NDArray[np.floating] = torch.as_tensor(found).detach().float().cpu().numpy()
+    if embeddings.ndim != 2 or len(embeddings) != num_items:
+        raise ValueError(f"{name}: item_embeddings must be [{num_items}, D], got {list(embeddings.shape)}")
+    return embeddings

@@ -1,19 +1,26 @@
 """The result of an evaluation: numbers for machines, a table for people."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
-from rich.box import SIMPLE_HEAD
 from rich.console import Group
-from rich.table import Table
 
+from twotower.evaluation.significance import Interval, bootstrap_interval, bootstrap_intervals
 from twotower.evaluation.slices import SLICES
+from twotower.evaluation.table import WIDTH, TextTable, shortened
+from twotower.files import whole_file
+from twotower.schema import Vocabulary
 
 METRICS = ("Recall", "NDCG", "MRR", "HR")
-SLICE_METRICS = ("Recall", "NDCG")
+#: Groups that the main table shows, or that are for figures.
+_TOLD_ELSEWHERE = ("thirds", "deciles")
 
 
 @dataclass(frozen=True)
@@ -22,17 +29,29 @@ class Row:
 
     Attributes:
         name: what the ranker is called in the table.
-        values: the mean over queries of each metric, by its name (`"Recall@20"`, `"coverage@20"`).
-        slices: by slice (`"head"`, `"mid"`, `"tail"`), the mean of each metric over the queries that have a target
-            in the slice, with only those targets; NaN where no query has one.
+        values: by metric and K, the mean over queries of Recall, NDCG, MRR, HR, novelty (bits), popularity (training
+            interactions) and diversity (`"Recall@20"`), and coverage and Gini of all lists together; NaN where nothing
+            can be measured, as diversity of a ranker without item embeddings.
+        slices: by slice (`"head"`, `"decile 3"`, `"cold items"`, `"items.genres=Comedy"`), the mean of Recall and NDCG
+            over the queries that have a target in the slice, with only those targets; NaN where no query has one.
         per_query: the values behind the means, [E] by metric name, `"tail/Recall@20"` for a slice (NaN where the
-            query has no target there). Rows of one `Evaluation` are aligned: compare them in pairs.
+            query has no target there). Rows of one `Evaluation` are aligned: compare them in pairs
+            (`paired_comparison`).
     """
 
     name: str
     values: dict[str, float]
     slices: dict[str, dict[str, float]]
     per_query: dict[str, NDArray[np.float64]] = field(repr=False)
+
+    @cached_property
+    def intervals(self) -> dict[str, Interval]:
+        """95 % intervals over queries of every value that is a mean over queries (`bootstrap_interval`)."""
+        overall = {name: values for name, values in self.per_query.items() if "/" not in name}
+        whole = [name for name, values in overall.items() if not np.isnan(values).any()]
+        together = np.stack([overall[name] for name in whole], axis=1) if whole else np.empty((0, 0))
+        found = dict(zip(whole, bootstrap_intervals(together), strict=True))
+        return {name: found[name] if name in found else bootstrap_interval(overall[name]) for name in overall}
 
 
 @dataclass(frozen=True)
@@ -52,6 +71,9 @@ class Evaluation:
         slice_sizes: by slice, the number of `items`, of `targets`, and of `queries` with such a target.
         rows: the ranker that was asked about first, then the baselines.
         notes: what a reader should know.
+        slice_groups: by group ("thirds", "deciles", "cold", "items.genres"), the names of its slices in order.
+        is_exact: whether every ranker searched exactly.
+        query_ids: what the query codes stand for; None where it is not known.
     """
 
     holdout: str
@@ -66,6 +88,9 @@ class Evaluation:
     slice_sizes: dict[str, dict[str, int]]
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
+    slice_groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    is_exact: bool = True
+    query_ids: Vocabulary | None = field(default=None, repr=False)
 
     @property
     def num_queries(self) -> int:
@@ -89,7 +114,7 @@ class Evaluation:
             "holdout": self.holdout,
             "protocol": {
                 "catalog": "full",
-                "exact": True,
+                "exact": self.is_exact,
                 "exclude_seen": self.exclude_seen,
                 "empty": self.empty,
                 "ks": list(self.ks),
@@ -99,11 +124,13 @@ class Evaluation:
             "num_targets": self.num_targets,
             "num_removed": self.num_removed,
             "num_empty": self.num_empty,
+            "slice_groups": {group: list(names) for group, names in self.slice_groups.items()},
             "slice_sizes": self.slice_sizes,
             "rows": [
                 {
                     "name": row.name,
                     "values": _plain(row.values),
+                    "intervals": {metric: interval.to_dict() for metric, interval in row.intervals.items()},
                     "slices": {name: _plain(values) for name, values in row.slices.items()},
                 }
                 for row in self.rows
@@ -119,24 +146,83 @@ class Evaluation:
                 }
         return result
 
+    def per_query_frame(self) -> pl.DataFrame:
+        """One row for each ranker and query.
+
+        Returns:
+            Columns `ranker`, `query` (the id; null for a query that is not in the vocabulary; absent where ids are not
+            known), `query_code` (int64), and the metrics of `Row.per_query`, float64, null where a query has no value.
+        """
+        keys: dict[str, Any] = {"query_code": self.queries}
+        if self.query_ids is not None:
+            keys = {"query": self.query_ids.decode(self.queries), **keys}
+        frames = [
+            pl.DataFrame({"ranker": [row.name] * len(self.queries), **keys, **row.per_query}) for row in self.rows
+        ]
+        return pl.concat(frames).with_columns(pl.selectors.float().fill_nan(None))
+
+    def write_per_query(self, path: str | Path) -> Path:
+        """Write `per_query_frame()` as Parquet, whole or not at all.
+
+        Args:
+            path: of the file; its folder is made where it is missing.
+        """
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(target) as temporary:
+            self.per_query_frame().write_parquet(temporary)
+        return target
+
     def __str__(self) -> str:
         """The table as plain text, a block for each K."""
-        parts = [self._title(), *self._subtitle()]
-        for k in self.ks:
-            parts += ["", *_aligned([self._header(k), *(self._cells(row, k) for row in self.rows)])]
-        return "\n".join([*parts, "", *self._verdict(), *(f"note: {note}" for note in self.notes)])
+        parts = [line for part in self._parts() for line in ("", *part.lines())]
+        return "\n".join([self._title(), *self._subtitle(), *parts, "", *self._closing()])
 
     def __rich__(self) -> Group:
         """The same table for a rich console."""
-        parts: list[Any] = [self._title(), *self._subtitle()]
+        tables = [part.rich() for part in self._parts()]
+        return Group(self._title(), *self._subtitle(), *tables, *self._closing())
+
+    def _parts(self) -> Iterator[TextTable]:
         for k in self.ks:
-            table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)  # nine columns in 80 characters
-            for place, title in enumerate(self._header(k)):
-                table.add_column(title, justify="right" if place else "left")
-            for row in self.rows:
-                table.add_row(*self._cells(row, k))
-            parts.append(table)
-        return Group(*parts, *self._verdict(), *(f"note: {note}" for note in self.notes))
+            yield TextTable(self._header(k), [self._cells(row, k) for row in self.rows])
+        if (more := self._more_slices()) is not None:
+            yield more
+
+    def _more_slices(self) -> TextTable | None:
+        """Cold and user-defined slices, a row for each; None where there are none."""
+        names = [name for group in self.slice_groups if group not in _TOLD_ELSEWHERE for name in self._present(group)]
+        if not names:
+            return None
+        metric = f"Recall@{self.ks[-1]}"
+        width = max(len(metric), *(len(shortened(name, 30)) for name in names)) + 9  # a column of sizes beside it
+        rows: list[Row] = []
+        for row in self.rows:
+            width += max(len(row.name), 6) + 3
+            if width <= WIDTH or not rows:
+                rows.append(row)
+        return TextTable(
+            [metric, "queries", *(row.name for row in rows)],
+            [
+                [
+                    shortened(name, 30),
+                    f"{self.slice_sizes[name]['queries']:,}",
+                    *(_cell(row.slices[name][metric]) for row in rows),
+                ]
+                for name in names
+            ],
+        )
+
+    def _present(self, group: str) -> tuple[str, ...]:
+        """The slices of a group that are worth a line: cold and warm only where something is cold."""
+        names = self.slice_groups[group]
+        if group != "cold":
+            return names
+        return tuple(
+            name
+            for name in names
+            if self.slice_sizes[f"cold {name.split()[1]}"]["targets"]  # of the same side
+        )
 
     def _title(self) -> str:
         return (
@@ -147,7 +233,8 @@ class Evaluation:
 
     def _subtitle(self) -> list[str]:
         sizes = [
-            f"{name} {size['items']:,} items / {size['targets']:,} targets" for name, size in self.slice_sizes.items()
+            f"{name} {self.slice_sizes[name]['items']:,} items / {self.slice_sizes[name]['targets']:,} targets"
+            for name in SLICES
         ]
         return [
             "thirds of the training interactions: " + ", ".join(sizes),
@@ -169,6 +256,9 @@ class Evaluation:
             "more epochs, more data or another configuration is needed before it earns its keep"
         ]
 
+    def _closing(self) -> list[str]:
+        return [*self._verdict(), *(f"note: {note}" for note in self.notes)]
+
     @staticmethod
     def _header(k: int) -> list[str]:
         return [f"@{k}", *METRICS, "coverage", *SLICES]
@@ -177,19 +267,12 @@ class Evaluation:
     def _cells(row: Row, k: int) -> list[str]:
         values = [row.values[f"{metric}@{k}"] for metric in (*METRICS, "coverage")]
         values += [row.slices[name][f"Recall@{k}"] for name in SLICES]
-        return [row.name, *("-" if np.isnan(value) else f"{value:.4f}" for value in values)]
+        return [row.name, *map(_cell, values)]
 
 
 def _plain(values: dict[str, float]) -> dict[str, float | None]:
     return {name: None if np.isnan(value) else value for name, value in values.items()}
 
 
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
-    return [
-        "  ".join(
-            cell.rjust(width) if place else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
+def _cell(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4f}"

@@ -26,7 +26,8 @@ class TowerRanker:
     def __init__(self, towers: TwoTower, history_length: int, item_embeddings: Tensor | None = None) -> None:
         self.towers = towers
         self.history_length = history_length
-        self.index = ExactIndex(self._items() if item_embeddings is None else item_embeddings)
+        self.item_embeddings = self._items() if item_embeddings is None else item_embeddings
+        self.index = ExactIndex(self.item_embeddings)
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> np.ndarray:
         """Best items of every query of a holdout, int64 [E, k], -1 where fewer are left."""
