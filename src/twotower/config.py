@@ -159,6 +159,9 @@ class EvaluationConfig(Section):
     ks: list[Annotated[int, Field(ge=1)]] = Field([10, 20], min_length=1, description="Cut-offs K.")
     exclude_seen: bool = Field(True, description="Never rank what already stands in the query's history.")
     baselines: bool = Field(True, description="Popularity and item-kNN in the same table.")
+    slices: list[str] = Field(
+        [], description="Columns to slice by: items.COLUMN of the item table, queries.COLUMN of the query table."
+    )
 
 
 def _objective_by_name(value: object) -> object:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -159,6 +160,8 @@ def evaluate(
     ks: tuple[int, ...] = (10, 20),
     exclude_seen: bool = True,
     baselines: bool = True,
+    empty: Literal["skip", "zero"] = "skip",
+    slices: Sequence[str] = (),
 ) -> Evaluation:
     """Rank the full catalog for every query of a holdout, beside popularity and item-kNN.
 
@@ -169,16 +172,27 @@ def evaluate(
         ks: cut-offs K.
         exclude_seen: never rank what stands in the query's history.
         baselines: measure popularity and item-kNN as well.
+        empty: a query without targets is left out of every mean (`"skip"`) or counts as 0 (`"zero"`).
+        slices: columns to slice by, such as `"items.genres"` or `"queries.age"`.
 
     Raises:
-        InputError: `train` is missing for a ranker that does not know it.
+        InputError: `train` is missing for a ranker that does not know it, or the tables have no such column.
     """
     if train is None:
         if not isinstance(model, Model):
             raise InputError("evaluate: give train=..., the training interactions, for baselines and popularity slices")
         train = model.split.train
     ranker = model.retriever if isinstance(model, Model) else model
-    return evaluation.evaluate(ranker, holdout, train=train, ks=ks, exclude_seen=exclude_seen, baselines=baselines)
+    return evaluation.evaluate(
+        ranker,
+        holdout,
+        train=train,
+        ks=ks,
+        exclude_seen=exclude_seen,
+        baselines=baselines,
+        empty=empty,
+        slices=slices,
+    )
 
 
 def history_length(config: Config) -> int:
@@ -213,7 +227,7 @@ def _validation(holdout: Holdout, config: Config, train: Interactions) -> Callab
         measured = evaluation.evaluate(
             ranker, holdout, train=train, ks=(k,), exclude_seen=config.evaluation.exclude_seen, baselines=False
         )
-        return measured["model"].values
+        return {name: value for name, value in measured["model"].values.items() if math.isfinite(value)}
 
     return validate
 
@@ -270,7 +284,9 @@ def train_run(
     split = split_data(data, config.data)
     say(split.account)
     config = config.resolved(len(split.train))
-    build_objective(config, split.train)  # a wrong setting is told before anything is written
+    # A wrong setting is told before anything is written.
+    build_objective(config, split.train)
+    evaluation.check_slices(split.train, config.evaluation.slices)
     directory.mkdir(parents=True, exist_ok=True)
     if not resume:
         write_text(directory / "config.yaml", config.to_yaml())
@@ -284,6 +300,7 @@ def train_run(
         ks=tuple(config.evaluation.ks),
         exclude_seen=config.evaluation.exclude_seen,
         baselines=config.evaluation.baselines,
+        slices=config.evaluation.slices,
     )
     model.artifact.metadata["data"]["source"] = _absolute(source)
     model.artifact.metadata["metrics"] = measured.to_dict()
@@ -319,6 +336,7 @@ def evaluate_run(directory: str | Path, source: str | Path | None = None) -> Eva
         ks=tuple(settings.ks),
         exclude_seen=settings.exclude_seen,
         baselines=settings.baselines,
+        slices=settings.slices,
     )
 
 

@@ -63,6 +63,11 @@ class Retriever:
         """The column of the item table that answers show as `title`."""
         return self._answers.title_column
 
+    @property
+    def item_embeddings(self) -> torch.Tensor:
+        """v(j) of every item, [N, D], where the diversity of lists is measured."""
+        return self.artifact.item_embeddings
+
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> np.ndarray:
         """Rank for an evaluation: int64 [E, k]. The very search that `recommend` uses where it is exact."""
         return self.ranker.rank(holdout, k, exclude_seen)
