@@ -2,6 +2,7 @@
 
 from twotower.evaluation.baselines import EASE, ItemKNN, Popularity
 from twotower.evaluation.beyond import diversity_at, exposure, gini, list_mean, self_information
+from twotower.evaluation.calibration import Calibration, PartitionError, partition_error, softmax_calibration
 from twotower.evaluation.columns import check_slices
 from twotower.evaluation.metrics import coverage, hit_rate_at, hits, mrr_at, ndcg_at, recall_at
 from twotower.evaluation.rankers import Ranker
@@ -15,10 +16,12 @@ __all__ = [
     "DECILES",
     "EASE",
     "SLICES",
+    "Calibration",
     "Evaluation",
     "Interval",
     "ItemKNN",
     "PairedComparison",
+    "PartitionError",
     "Popularity",
     "Ranker",
     "Row",
@@ -37,8 +40,10 @@ __all__ = [
     "mrr_at",
     "ndcg_at",
     "paired_comparison",
+    "partition_error",
     "popularity_parts",
     "popularity_thirds",
     "recall_at",
     "self_information",
+    "softmax_calibration",
 ]

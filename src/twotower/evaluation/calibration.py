@@ -1,0 +1,303 @@
+"""Whether a model's softmax means what it says, and how well candidates estimate its sum.
+
+These look at scores, which no ranking metric does, and only make sense for a two-tower model whose scores estimate
+log P(y | x) up to a constant of the query: one trained by a (sampled) softmax whose corrections are right. They are
+kept apart from the metrics of rankings: a model may rank well and be badly calibrated, or the other way round.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from twotower.index import Exclusion
+from twotower.losses.softmax import candidate_logits, log_sum_exp
+from twotower.negatives import Pool
+
+#: Logits held at a time, queries x N: 16 MB in float64, and a few arrays beside it.
+_BLOCK = 1 << 21
+#: Cells of the histogram of log2 P: 16 in each octave, from 2^-128 to 1; what is below falls into the first.
+_CELLS_PER_OCTAVE = 16
+_OCTAVES = 128
+
+
+@dataclass(frozen=True)
+class CalibrationBin:
+    """The (query, item) pairs whose predicted probability lies in one range.
+
+    Attributes:
+        low: smallest probability of the range.
+        high: largest probability of the range.
+        pairs: how many pairs.
+        predicted: their mean P(item | query).
+        observed: their mean observed share of the query's targets.
+        targets: how many targets are among the pairs: with few, `observed` is uncertain.
+    """
+
+    low: float
+    high: float
+    pairs: int
+    predicted: float
+    observed: float
+    targets: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Predicted probabilities against what was observed.
+
+    Attributes:
+        bins: from the least probable pairs to the most, each with about the same predicted mass.
+        expected_calibration_error: sum over bins of pairs |predicted - observed| / E, in [0, 2].
+        log_likelihood: mean over queries of the mean log P of their targets, nats.
+        perplexity: exp(-log_likelihood): of so many equally likely items a target is as hard to guess.
+        num_queries: E, queries with a target.
+    """
+
+    bins: tuple[CalibrationBin, ...]
+    expected_calibration_error: float
+    log_likelihood: float
+    perplexity: float
+    num_queries: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for JSON."""
+        return {
+            "bins": [vars(one).copy() for one in self.bins],
+            "expected_calibration_error": self.expected_calibration_error,
+            "log_likelihood": self.log_likelihood,
+            "perplexity": self.perplexity,
+            "num_queries": self.num_queries,
+        }
+
+
+@dataclass(frozen=True)
+class PartitionError:
+    """How far the estimated log partition sum is from the exact one, in nats.
+
+    Attributes:
+        mean: of log Z_hat - log Z over rows and draws. Z_hat is unbiased, its log is not: the mean is below 0 by
+            about half the variance where candidates are few.
+        std: standard deviation over rows and draws.
+        per_row_mean: [B] mean over draws.
+        per_row_std: [B] standard deviation over draws; NaN for one draw.
+        num_draws: how often candidates were drawn.
+    """
+
+    mean: float
+    std: float
+    per_row_mean: NDArray[np.float64]
+    per_row_std: NDArray[np.float64]
+    num_draws: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for JSON."""
+        return {"mean": self.mean, "std": self.std, "num_rows": len(self.per_row_mean), "num_draws": self.num_draws}
+
+
+@torch.no_grad()
+def softmax_calibration(
+    queries: Tensor,
+    items: Tensor,
+    targets: Exclusion,
+    *,
+    temperature: float | Tensor = 1.0,
+    exclude: Exclusion | None = None,
+    bins: int = 10,
+) -> Calibration:
+    """Predicted probability of an item against how often it was the target.
+
+        P(j | x) = exp(<u(x), v(j)> / T) / sum_{j' not excluded} exp(<u(x), v(j')> / T)
+        observed share of (x, j) = 1 / |targets of x| for a target of x, else 0
+
+    Both sum to 1 over the items of a query. All E N pairs (not the targets alone) are put into bins by P, so that each
+    bin holds about the same predicted mass; in a calibrated model the mean share observed in a bin is the mean
+    predicted (reliability diagram: DeGroot & Fienberg 1983). The expected calibration error adds up by how much
+    they differ, weighted by mass instead of by pairs, since nearly all pairs have a P near 0 (Naeini et al. 2015 weight
+    by pairs). It has a positive part from chance even in a calibrated model, less with more targets for each bin.
+
+    Args:
+        queries: u(x) of each query, [E, D].
+        items: v(j), [N, D].
+        targets: compressed rows (offsets int64 [E+1], item codes); repeats count once.
+        temperature: T > 0.
+        exclude: compressed rows of items that cannot be asked for, such as those of the history: P is that of the
+            rest. A target among them is left out.
+        bins: how many bins, at most; fewer where many pairs have the same P.
+
+    Returns:
+        The calibration over queries with at least one target.
+
+    Raises:
+        ValueError: shapes disagree, a setting is out of range, or no query has a target.
+    """
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, got {bins}")
+    wanted = _pairs(targets, len(queries), len(items), "targets")
+    left_out = np.empty((2, 0), dtype=np.int64)
+    if exclude is not None:
+        left_out = _pairs(exclude, len(queries), len(items), "exclude")
+        seen = np.isin(wanted[0] * len(items) + wanted[1], left_out[0] * len(items) + left_out[1])
+        wanted = wanted[:, ~seen]
+    sizes = np.bincount(wanted[0], minlength=len(queries))
+    if not sizes.any():
+        raise ValueError("no query has a target: nothing to calibrate")
+    histogram, log_probability = _Histogram(), np.empty(wanted.shape[1])
+    catalog = items.double().T / temperature
+    block = max(1, _BLOCK // len(items))
+    for start in range(0, len(queries), block):
+        asked = np.flatnonzero(sizes[start : start + block])
+        logits = queries[start : start + block].double() @ catalog
+        row, column = _within(left_out, start, start + block)
+        logits[row, column] = -torch.inf
+        log_p = torch.log_softmax(logits, 1)
+        row, column = _within(wanted, start, start + block)
+        inside = (wanted[0] >= start) & (wanted[0] < start + block)
+        log_probability[inside] = log_p[row, column].cpu().numpy()
+        histogram.add(log_p[asked])
+    share = 1.0 / sizes[wanted[0]]
+    histogram.observe(log_probability, share)
+    num_queries = int((sizes > 0).sum())
+    found = histogram.bins(bins)
+    likelihood = float(log_probability @ share) / num_queries
+    error = sum(one.pairs * abs(one.predicted - one.observed) for one in found) / num_queries
+    return Calibration(tuple(found), error, likelihood, _exp(-likelihood), num_queries)
+
+
+@torch.no_grad()
+def partition_error(
+    queries: Tensor,
+    items: Tensor,
+    positives: Tensor,
+    pool: Pool,
+    *,
+    temperature: float | Tensor = 1.0,
+    draws: int = 1,
+    generator: torch.Generator | None = None,
+) -> PartitionError:
+    """The partition sum that a pool's candidates estimate, against the exact one.
+
+        Z(x)     = sum_{j=1..N} exp s(x, j),   s = <u, v> / T
+        Z_hat(x) = exp s(x, y) + sum_{candidates j that are no hit} exp(s(x, j) - log kappa_j)
+        error    = log Z_hat - log Z
+
+    (docs/theory.md, section 2.) The pool is put into evaluation mode while it draws: nothing is remembered. Only the
+    row's own positive is masked, since Z sums the whole catalog.
+
+    Args:
+        queries: u(x) of the rows of a batch, [B, D].
+        items: v(j), [N, D].
+        positives: item codes of the rows, int64 [B]: the batch that in-batch sources draw from.
+        pool: the sources.
+        temperature: T > 0.
+        draws: how often candidates are drawn for the batch; a pool that only knows the batch draws the same each time.
+        generator: random generator of the draws.
+
+    Returns:
+        The errors in nats.
+
+    Raises:
+        ValueError: no rows, or fewer than 1 draw.
+    """
+    if draws < 1 or not len(queries):
+        raise ValueError(f"expected at least 1 draw and 1 row, got {draws} and {len(queries)}")
+    queries, items = queries.double(), items.double()
+    exact = torch.cat(
+        [
+            torch.logsumexp(part @ items.T / temperature, 1)
+            for part in torch.split(queries, max(1, _BLOCK // len(items)))
+        ]
+    )
+    was_training = pool.training
+    pool.eval()
+    errors = []
+    for _ in range(draws):
+        drawn = pool.draw(positives, generator=generator).collapse()
+        rows = drawn.row_items
+        positive, logits = candidate_logits(
+            queries,
+            items[positives],
+            items[drawn.items],
+            drawn.log_expected_count,
+            hits=drawn.hits,
+            row_candidates=None if rows is None else items[rows.clamp(min=0)],
+            row_log_expected_count=drawn.row_log_expected_count,
+            row_hits=drawn.row_hits,
+            temperature=temperature,
+        )
+        errors.append(torch.logaddexp(positive, log_sum_exp(logits)) - exact)
+    pool.train(was_training)
+    error = torch.stack(errors).cpu().numpy()
+    spread = error.std(axis=0, ddof=1) if draws > 1 else np.full(error.shape[1], np.nan)
+    return PartitionError(float(error.mean()), float(error.std()), error.mean(axis=0), spread, draws)
+
+
+def _exp(value: float) -> float:
+    """Infinite in place of an overflow."""
+    return math.exp(value) if value < math.log(np.finfo(np.float64).max) else math.inf
+
+
+class _Histogram:
+    """Pairs, predicted and observed mass by cells of log2 P, so that one pass over all pairs is enough."""
+
+    def __init__(self) -> None:
+        cells = _OCTAVES * _CELLS_PER_OCTAVE
+        self.pairs = np.zeros(cells, dtype=np.int64)
+        self.targets = np.zeros(cells, dtype=np.int64)
+        self.predicted, self.observed = np.zeros(cells), np.zeros(cells)
+
+    def add(self, log_p: Tensor) -> None:
+        """All pairs of some queries, log P, [rows, N]; -inf for an excluded item, which is no pair."""
+        flat = log_p[torch.isfinite(log_p)].cpu().numpy()
+        cell = self._cell(flat)
+        self.pairs += np.bincount(cell, minlength=len(self.pairs))
+        self.predicted += np.bincount(cell, np.exp(flat), len(self.pairs))
+
+    def observe(self, log_p: NDArray[np.float64], share: NDArray[np.float64]) -> None:
+        """The targets among them."""
+        cell = self._cell(log_p)
+        self.targets += np.bincount(cell, minlength=len(self.pairs))
+        self.observed += np.bincount(cell, share, len(self.pairs))
+
+    def bins(self, count: int) -> list[CalibrationBin]:
+        """Neighbouring cells put together to bins of about the same predicted mass."""
+        mass = np.cumsum(self.predicted)
+        # A cell goes where the middle of its mass lies.
+        of_cell = np.minimum(((mass - self.predicted / 2) / mass[-1] * count).astype(np.int64), count - 1)
+        found = []
+        for number in range(count):
+            cells = np.flatnonzero((of_cell == number) & (self.pairs > 0))
+            if len(cells):
+                pairs = int(self.pairs[cells].sum())
+                low, high = cells[0] / _CELLS_PER_OCTAVE - _OCTAVES, (cells[-1] + 1) / _CELLS_PER_OCTAVE - _OCTAVES
+                predicted, observed = float(self.predicted[cells].sum()), float(self.observed[cells].sum())
+                targets = int(self.targets[cells].sum())
+                # Below the first cell there is everything down to 0.
+                smallest = 0.0 if cells[0] == 0 else 2.0**low
+                found.append(CalibrationBin(smallest, 2.0**high, pairs, predicted / pairs, observed / pairs, targets))
+        return found
+
+    def _cell(self, log_p: NDArray[np.float64]) -> NDArray[np.int64]:
+        cell = np.floor((log_p / math.log(2) + _OCTAVES) * _CELLS_PER_OCTAVE).astype(np.int64)
+        return np.clip(cell, 0, len(self.pairs) - 1)
+
+
+def _pairs(rows: Exclusion, count: int, num_items: int, what: str) -> NDArray[np.int64]:
+    """(query, item) of compressed rows, without repeats, int64 [2, P], by query."""
+    offsets, items = (np.asarray(part, dtype=np.int64) for part in rows)
+    if offsets.shape != (count + 1,):
+        raise ValueError(f"{what}: offsets must be [{count + 1}], one row for each query, got {list(offsets.shape)}")
+    if len(items) and not 0 <= items.min() <= items.max() < num_items:
+        raise ValueError(f"{what} must be item codes in 0 .. {num_items - 1}")
+    row = np.repeat(np.arange(count), np.diff(offsets))
+    return np.stack(np.divmod(np.unique(row * num_items + items), num_items))
+
+
+def _within(pairs: NDArray[np.int64], start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """The pairs of some queries, counted from `start`."""
+    first, last = np.searchsorted(pairs[0], [start, stop])
+    return torch.from_numpy(pairs[0, first:last] - start), torch.from_numpy(pairs[1, first:last])
