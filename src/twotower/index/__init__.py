@@ -1,5 +1,7 @@
 """From query embeddings to the best items: exact and approximate search, filters, the popularity dial, ties."""
 
+from twotower.index.ann import ApproximateIndex
+from twotower.index.build import KINDS, IndexReport, build_index, load_index
 from twotower.index.catalog import ExactCatalog, Index
 from twotower.index.exact import ExactIndex
 from twotower.index.popularity import PopularityDial
@@ -7,12 +9,17 @@ from twotower.index.ties import tie_order
 from twotower.index.topk import Exclusion, ScoreTile, pack_keys, top_k
 
 __all__ = [
+    "KINDS",
+    "ApproximateIndex",
     "ExactCatalog",
     "ExactIndex",
     "Exclusion",
     "Index",
+    "IndexReport",
     "PopularityDial",
     "ScoreTile",
+    "build_index",
+    "load_index",
     "pack_keys",
     "tie_order",
     "top_k",

@@ -18,15 +18,15 @@ Mask = NDArray[np.bool_]
 
 
 class Index(Protocol):
-    """What answers queries by inner product: `ExactCatalog` and `ApproximateIndex`.
+    """What answers queries by inner product: `ExactCatalog` and `ApproximateIndex`."""
 
-    Attributes:
-        kind: exact, hnsw, ivfpq or pgvector.
-        is_exact: whether the K items returned are always the K best; evaluation refuses an index that says no.
-    """
+    @property
+    def kind(self) -> str:
+        """One of exact, hnsw, ivfpq and pgvector."""
 
-    kind: str
-    is_exact: bool
+    @property
+    def is_exact(self) -> bool:
+        """Whether the K items returned are always the K best; evaluation refuses an index that says no."""
 
     @property
     def num_items(self) -> int:

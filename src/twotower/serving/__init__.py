@@ -1,6 +1,16 @@
 """A trained model as a folder, and as something that answers. Imports nothing of training."""
 
 from twotower.serving.artifact import Artifact, find_model, read_metadata
+from twotower.serving.explain import Explanation
 from twotower.serving.retriever import Retriever
+from twotower.serving.stored import build_stored_index, read_index_report
 
-__all__ = ["Artifact", "Retriever", "find_model", "read_metadata"]
+__all__ = [
+    "Artifact",
+    "Explanation",
+    "Retriever",
+    "build_stored_index",
+    "find_model",
+    "read_index_report",
+    "read_metadata",
+]

@@ -13,15 +13,15 @@ from torch.nn import functional as F
 
 from twotower.data import Holdout
 from twotower.errors import InputError
-from twotower.evaluation.towers import TowerRanker
 from twotower.index import ExactCatalog, Index
 from twotower.index.popularity import checked_popularity
 from twotower.serving.answers import Answers
-from twotower.serving.artifact import Artifact
+from twotower.serving.artifact import Artifact, find_model
 from twotower.serving.explain import Explanation, explain
 from twotower.serving.filters import allowed_items
 from twotower.serving.questions import Questions, known_codes, stored_histories
-from twotower.serving.search import Search
+from twotower.serving.search import Search, ranker_of
+from twotower.serving.stored import load_stored_index
 
 
 class Retriever:
@@ -38,20 +38,25 @@ class Retriever:
 
     def __init__(self, artifact: Artifact, index: Index | None = None) -> None:
         self.artifact = artifact
-        history = artifact.config.query_tower.history
-        self.ranker = TowerRanker(artifact.towers, history.length if history else 0, artifact.item_embeddings)
+        self.ranker = ranker_of(artifact)
         self._search = Search(artifact, self.ranker.index, index)
         self._answers = Answers(artifact)
         self._neighbours: ExactCatalog | None = None
 
     @classmethod
-    def load(cls, directory: str | Path) -> Retriever:
-        """Read a model folder, checksums verified.
+    def load(cls, directory: str | Path, *, exact: bool = False) -> Retriever:
+        """Read a model folder and the index that `twotower index` has put into it, checksums verified.
+
+        Args:
+            directory: a model folder, or the run folder around it.
+            exact: search exactly, whatever index is there.
 
         Raises:
-            InputError: see `Artifact.load`.
+            InputError: see `Artifact.load`; an index that is damaged, or needs what is not installed.
         """
-        return cls(Artifact.load(directory))
+        folder = find_model(directory)
+        artifact = Artifact.load(folder)
+        return cls(artifact, None if exact else load_stored_index(folder, artifact))
 
     @property
     def index(self) -> Index:

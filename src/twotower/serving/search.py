@@ -7,9 +7,21 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from twotower.evaluation.towers import TowerRanker
 from twotower.index import ExactCatalog, ExactIndex, Exclusion, Index, PopularityDial
 from twotower.index.catalog import Mask
 from twotower.serving.artifact import Artifact
+
+
+def ranker_of(artifact: Artifact) -> TowerRanker:
+    """The model's towers and its exact index."""
+    history = artifact.config.query_tower.history
+    return TowerRanker(artifact.towers, history.length if history else 0, artifact.item_embeddings)
+
+
+def dial_of(artifact: Artifact) -> PopularityDial:
+    """The popularity dial of the model's training counts and temperature."""
+    return PopularityDial(artifact.item_counts, float(artifact.towers.temperature.detach()))
 
 
 class Search:
@@ -23,7 +35,7 @@ class Search:
 
     def __init__(self, artifact: Artifact, exact: ExactIndex, approximate: Index | None = None) -> None:
         self.artifact = artifact
-        self.dial = PopularityDial(artifact.item_counts, float(artifact.towers.temperature.detach()))
+        self.dial = dial_of(artifact)
         self.approximate = approximate
         self._plain = ExactCatalog(artifact.item_embeddings, index=exact)
 

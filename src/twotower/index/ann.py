@@ -1,0 +1,221 @@
+"""Approximate search that loses nothing to filters: over-fetch, re-score exactly, fall back to every item."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from twotower.index.catalog import Codes, ExactCatalog, Mask, Vectors, plain
+from twotower.index.ties import tie_order
+from twotower.index.topk import Exclusion, pack_keys, unpack_columns, unpack_scores
+
+#: Queries answered at once: bounds the memory of gathered candidates.
+BLOCK = 256
+
+#: Below this share of the catalog, or so many items, allowed items are searched exactly: that is faster than a graph
+#: most of whose nodes are not allowed, and loses nothing.
+NARROW_SHARE = 20
+NARROW_ITEMS = 2000
+
+
+class Engine(Protocol):
+    """What proposes candidates: HNSW, IVF-PQ, or a database. Distances are negative inner products, never L2.
+
+    Attributes:
+        kind: its name.
+        effort: how hard it looks: more finds more and takes longer.
+        max_effort: the most that `effort` may be.
+    """
+
+    kind: str
+    effort: int
+    max_effort: int
+
+    def candidates(self, queries: NDArray[np.float32], k: int, allowed: Mask | None) -> Codes:
+        """Codes of about the k best items for each query, int64 [B, k], -1 where it found fewer.
+
+        `allowed`, bool [N], are the only items that may come back. Removed items never do.
+        """
+
+    def add(self, codes: Codes, vectors: NDArray[np.float32]) -> None:
+        """Items with new codes."""
+
+    def remove(self, codes: Codes) -> None:
+        """Items leave; their codes may be added again."""
+
+    def settings(self) -> dict[str, Any]:
+        """What it was built with, as JSON values."""
+
+    def size(self) -> int:
+        """Bytes it takes, beside the embeddings."""
+
+    def save(self, folder: Path) -> None:
+        """Write what `load` of the same class reads."""
+
+
+class ApproximateIndex:
+    """An engine's candidates, re-scored with the true embeddings.
+
+    A search asks the engine for more than K, leaves out what is excluded, and asks for twice as many for the rows that
+    have fewer than K left. Rows for which the engine has no more are searched exactly. So K items come back wherever K
+    are left, as from an exact index; which ones is approximate, and their scores are exact inner products in float32.
+    Ties are broken as everywhere, see `tie_order`.
+
+    Args:
+        items: float [N, D], the embeddings that the engine was built on.
+        engine: what proposes candidates.
+        alive: bool [N], False for items that were removed; None where all are there.
+        oversample: candidates fetched for each result, for engines whose own order is coarse.
+
+    Raises:
+        ValueError: a wrong shape, or NaN.
+    """
+
+    is_exact = False
+
+    def __init__(self, items: Tensor, engine: Engine, *, alive: Mask | None = None, oversample: float = 1.0) -> None:
+        self.vectors = Vectors(items, alive)
+        self.engine = engine
+        self.oversample = oversample
+        self._exact: ExactCatalog | None = None
+        self._ties: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def kind(self) -> str:
+        """The engine's name."""
+        return self.engine.kind
+
+    @property
+    def num_items(self) -> int:
+        """N, removed items among them."""
+        return self.vectors.num_items
+
+    def search(
+        self, queries: Tensor, k: int, exclude: Exclusion | None = None, *, allowed: Mask | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """About the K allowed items of highest inner product; see `Index.search`.
+
+        Raises:
+            ValueError: a shape is wrong, or K < 1.
+        """
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        queries = self.vectors.checked_queries(queries)
+        mask = self.vectors.allowed(allowed)
+        if mask is not None and mask.sum() <= max(NARROW_ITEMS, self.num_items // NARROW_SHARE):
+            return self._narrow(queries, k, exclude, mask)
+        scores = torch.full((len(queries), k), -torch.inf)
+        items = torch.full((len(queries), k), -1, dtype=torch.int64)
+        offsets, excluded = (np.zeros(len(queries) + 1, dtype=np.int64), np.empty(0, dtype=np.int64))
+        if exclude is not None:
+            offsets, excluded = plain(exclude)
+            _check(offsets, excluded, len(queries), self.num_items)
+        for start in range(0, len(queries), BLOCK):
+            stop = min(start + BLOCK, len(queries))
+            block = offsets[start : stop + 1]
+            part = _pairs(block - block[0], excluded[block[0] : block[-1]], self.num_items)
+            scores[start:stop], items[start:stop] = self._block(queries[start:stop], k, np.unique(part), mask)
+        return scores, items
+
+    def add(self, vectors: Tensor) -> Codes:
+        """Items [n, D] join, without a rebuild; their new codes."""
+        codes = self.vectors.add(vectors)
+        self._exact = self._ties = None
+        self.engine.add(codes, vectors.detach().float().cpu().numpy())
+        return codes
+
+    def update(self, codes: Codes, vectors: Tensor) -> None:
+        """Items get new embeddings [n, D], without a rebuild."""
+        self.engine.remove(codes[self.vectors.alive[codes]])
+        self.vectors.update(codes, vectors)
+        self._exact = None
+        self.engine.add(codes, vectors.detach().float().cpu().numpy())
+
+    def remove(self, codes: Codes) -> None:
+        """Items never come back."""
+        self.engine.remove(codes[self.vectors.alive[codes]])
+        self.vectors.remove(codes)
+
+    def _block(self, queries: Tensor, k: int, excluded: Codes, mask: Mask | None) -> tuple[Tensor, Tensor]:
+        """One block of rows; `excluded` are row * N + item, ascending."""
+        count = self.num_items if mask is None else int(mask.sum())
+        scores = torch.full((len(queries), k), -torch.inf)
+        items = torch.full((len(queries), k), -1, dtype=torch.int64)
+        rows = np.arange(len(queries))
+        # The average exclusion in a block usually suffices; the rows with more come round again.
+        fetch = min(count, int(np.ceil(k * self.oversample)) + -(-len(excluded) // max(len(queries), 1)))
+        while len(rows) and fetch:
+            found = self.engine.candidates(queries[rows].numpy(), fetch, mask)
+            kept = (found >= 0) & ~_is_in(rows[:, None] * self.num_items + found, excluded)
+            # Fewer than asked for: it has no more. Fewer than K left: it may have.
+            short = kept.sum(1) < min(k, count)
+            ended = short & ((found < 0).any(1) | (fetch >= count))
+            done = ~short
+            chosen = torch.from_numpy(rows[done])
+            scores[chosen], items[chosen] = self._best(queries[chosen], found[done], kept[done], k)
+            for row in rows[ended]:
+                scores[row], items[row] = self._every_item(queries[row], k, int(row), excluded, mask)
+            rows = rows[short & ~ended]
+            fetch = min(count, 2 * fetch)
+        return scores, items
+
+    def _best(self, queries: Tensor, found: Codes, kept: Mask, k: int) -> tuple[Tensor, Tensor]:
+        """The K best of some candidates, by exact scores."""
+        codes = torch.from_numpy(np.where(kept, found, 0))
+        scores = torch.bmm(self.vectors.items[codes], queries[:, :, None])[:, :, 0]
+        return self._sorted(scores, codes, torch.from_numpy(kept), k)
+
+    def _every_item(self, query: Tensor, k: int, row: int, excluded: Codes, mask: Mask | None) -> tuple[Tensor, Tensor]:
+        kept = self.vectors.alive.copy() if mask is None else mask.copy()
+        own = excluded[np.searchsorted(excluded, row * self.num_items) :]
+        kept[own[: np.searchsorted(own, (row + 1) * self.num_items)] - row * self.num_items] = False
+        codes = torch.from_numpy(np.flatnonzero(kept))
+        scores = (self.vectors.items @ query)[codes]
+        best, items = self._sorted(scores[None], codes[None], torch.ones(1, len(codes), dtype=torch.bool), k)
+        return best[0], items[0]
+
+    def _sorted(self, scores: Tensor, codes: Tensor, kept: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The best K of [B, m] scores, ties in the one order; -inf and -1 where fewer are kept."""
+        order, place = self._tie_order()
+        keys = torch.where(kept, pack_keys(scores, place[codes]), torch.iinfo(torch.int64).min)
+        best = keys.topk(min(k, keys.shape[1]), dim=1).values
+        there = best != torch.iinfo(torch.int64).min
+        out_scores, out_items = torch.full((len(scores), k), -torch.inf), torch.full((len(scores), k), -1)
+        out_scores[:, : best.shape[1]] = torch.where(there, unpack_scores(best), -torch.inf)
+        out_items[:, : best.shape[1]] = torch.where(there, order[unpack_columns(best)], -1)
+        return out_scores, out_items
+
+    def _tie_order(self) -> tuple[Tensor, Tensor]:
+        if self._ties is None:
+            order = tie_order(self.num_items)
+            self._ties = order, torch.empty_like(order).index_copy(0, order, torch.arange(len(order)))
+        return self._ties
+
+    def _narrow(self, queries: Tensor, k: int, exclude: Exclusion | None, mask: Mask) -> tuple[Tensor, Tensor]:
+        if self._exact is None:
+            self._exact = ExactCatalog(self.vectors.items)
+        return self._exact.search(queries, k, exclude, allowed=mask)
+
+
+def _pairs(offsets: Codes, items: Codes, num_items: int) -> Codes:
+    """(row, item) of compressed rows as single integers, row * N + item."""
+    return np.repeat(np.arange(len(offsets) - 1, dtype=np.int64), np.diff(offsets)) * num_items + items
+
+
+def _is_in(values: Codes, ascending: Codes) -> Mask:
+    if not len(ascending):
+        return np.zeros(values.shape, dtype=np.bool_)
+    at = np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
+    return np.asarray(ascending[at] == values)
+
+
+def _check(offsets: Codes, items: Codes, rows: int, num_items: int) -> None:
+    if offsets.shape != (rows + 1,) or offsets[0] != 0 or offsets[-1] != len(items) or (np.diff(offsets) < 0).any():
+        raise ValueError(f"exclude: offsets must have shape [{rows + 1}] and rise from 0 to {len(items)}")
+    if len(items) and not 0 <= items.min() <= items.max() < num_items:
+        raise ValueError(f"exclude: items must be codes in 0 .. {num_items - 1}")

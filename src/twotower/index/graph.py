@@ -1,0 +1,107 @@
+"""HNSW (Malkov and Yashunin, 2018) by inner product, through faiss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from twotower.errors import InputError
+from twotower.index.catalog import Codes, Mask
+
+
+def faiss_module() -> Any:
+    """The faiss package, imported when first needed.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        import faiss  # noqa: PLC0415  # an extra
+    except ImportError:
+        raise InputError("index: this kind needs faiss; pip install 'twotower[ann]'") from None
+    return faiss
+
+
+class HNSW:
+    """A graph over the items, walked from hubs to the neighbourhood of the query.
+
+    Removed items stay in the graph as stepping stones and are left out of results; an updated item is removed and added
+    again. After many removals a new graph is smaller.
+
+    Args:
+        vectors: float32 [N, D]; row = code.
+        links: M, edges of each node; 2 M on the lowest level. 8 M bytes an item.
+        build_effort: efConstruction, how many nodes are looked at to place one.
+        effort: efSearch, how many are kept while searching; at least the number of results.
+
+    Raises:
+        InputError: faiss is not installed.
+    """
+
+    kind = "hnsw"
+    max_effort = 4096
+
+    def __init__(
+        self, vectors: NDArray[np.float32], *, links: int = 32, build_effort: int = 128, effort: int = 128
+    ) -> None:
+        faiss = faiss_module()
+        self.effort = effort
+        self._settings = {"links": links, "build_effort": build_effort}
+        self._codes = np.empty(0, dtype=np.int64)
+        self._live = np.empty(0, dtype=np.bool_)
+        self._graph = faiss.IndexHNSWFlat(vectors.shape[1], links, faiss.METRIC_INNER_PRODUCT)
+        self._graph.hnsw.efConstruction = build_effort
+        self.add(np.arange(len(vectors), dtype=np.int64), vectors)
+
+    def candidates(self, queries: NDArray[np.float32], k: int, allowed: Mask | None) -> Codes:
+        """See `Engine.candidates`."""
+        faiss = faiss_module()
+        settings = {"efSearch": max(self.effort, k)}
+        live = self._live if allowed is None else self._live & allowed[self._codes]
+        bits = np.packbits(live, bitorder="little")  # faiss keeps a pointer to it while it searches
+        if not live.all():
+            settings["sel"] = faiss.IDSelectorBitmap(bits)
+        _, rows = self._graph.search(
+            np.ascontiguousarray(queries), min(k, len(live)), params=faiss.SearchParametersHNSW(**settings)
+        )
+        codes = np.full((len(queries), k), -1, dtype=np.int64)
+        codes[:, : rows.shape[1]] = np.where(rows >= 0, self._codes[rows], -1)
+        return codes
+
+    def add(self, codes: Codes, vectors: NDArray[np.float32]) -> None:
+        """See `Engine.add`."""
+        self._graph.add(np.ascontiguousarray(vectors))
+        self._codes = np.concatenate([self._codes, codes])
+        self._live = np.concatenate([self._live, np.ones(len(codes), dtype=np.bool_)])
+
+    def remove(self, codes: Codes) -> None:
+        """See `Engine.remove`."""
+        self._live &= ~np.isin(self._codes, codes)
+
+    def settings(self) -> dict[str, Any]:
+        """See `Engine.settings`."""
+        return {**self._settings, "effort": self.effort}
+
+    def size(self) -> int:
+        """Bytes of the graph and of its own copy of the vectors."""
+        return int(self._graph.ntotal * (4 * self._graph.d + 8 * self._settings["links"] + 9))
+
+    def save(self, folder: Path) -> None:
+        """See `Engine.save`."""
+        faiss_module().write_index(self._graph, str(folder / "graph.faiss"))
+        save_file({"codes": self._codes, "live": self._live}, folder / "rows.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path, settings: dict[str, Any]) -> HNSW:
+        """What `save` wrote."""
+        engine = cls.__new__(cls)
+        engine.effort = int(settings["effort"])
+        engine._settings = {name: int(settings[name]) for name in ("links", "build_effort")}
+        engine._graph = faiss_module().read_index(str(folder / "graph.faiss"))
+        rows = load_file(folder / "rows.safetensors")
+        engine._codes, engine._live = rows["codes"], rows["live"]
+        return engine
