@@ -2,9 +2,10 @@
 
 from twotower.evaluation.baselines import EASE, ItemKNN, Popularity
 from twotower.evaluation.beyond import diversity_at, exposure, gini, list_mean, self_information
-from twotower.evaluation.calibration import Calibration, PartitionError, partition_error, softmax_calibration
+from twotower.evaluation.calibration import Calibration, softmax_calibration
 from twotower.evaluation.columns import check_slices
 from twotower.evaluation.metrics import coverage, hit_rate_at, hits, mrr_at, ndcg_at, recall_at
+from twotower.evaluation.partition import PartitionError, partition_error
 from twotower.evaluation.rankers import Ranker
 from twotower.evaluation.ranking import evaluate, evaluate_all
 from twotower.evaluation.report import Evaluation, Row

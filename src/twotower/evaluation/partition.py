@@ -1,0 +1,107 @@
+"""How well the candidates of a pool estimate the sum of the softmax: a look at scores, apart from the ranking metrics."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from twotower.losses.softmax import candidate_logits, log_sum_exp
+from twotower.negatives import Pool
+
+#: Logits held at a time, rows x N: 16 MB in float64.
+_BLOCK = 1 << 21
+
+
+@dataclass(frozen=True)
+class PartitionError:
+    """How far the estimated log partition sum is from the exact one, in nats.
+
+    Attributes:
+        mean: of log Z_hat - log Z over rows and draws. Z_hat is unbiased, its log is not: the mean is below 0 by
+            about half the variance where candidates are few.
+        std: standard deviation over rows and draws.
+        per_row_mean: [B] mean over draws.
+        per_row_std: [B] standard deviation over draws; NaN for one draw.
+        num_draws: how often candidates were drawn.
+    """
+
+    mean: float
+    std: float
+    per_row_mean: NDArray[np.float64]
+    per_row_std: NDArray[np.float64]
+    num_draws: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for JSON."""
+        return {"mean": self.mean, "std": self.std, "num_rows": len(self.per_row_mean), "num_draws": self.num_draws}
+
+
+@torch.no_grad()
+def partition_error(
+    queries: Tensor,
+    items: Tensor,
+    positives: Tensor,
+    pool: Pool,
+    *,
+    temperature: float | Tensor = 1.0,
+    draws: int = 1,
+    generator: torch.Generator | None = None,
+) -> PartitionError:
+    """The partition sum that a pool's candidates estimate, against the exact one.
+
+        Z(x)     = sum_{j=1..N} exp s(x, j),   s = <u, v> / T
+        Z_hat(x) = exp s(x, y) + sum_{candidates j that are no hit} exp(s(x, j) - log kappa_j)
+        error    = log Z_hat - log Z
+
+    (docs/theory.md, section 2.) The pool is put into evaluation mode while it draws: nothing is remembered. Only the
+    row's own positive is masked, since Z sums the whole catalog.
+
+    Args:
+        queries: u(x) of the rows of a batch, [B, D].
+        items: v(j), [N, D].
+        positives: item codes of the rows, int64 [B]: the batch that in-batch sources draw from.
+        pool: the sources.
+        temperature: T > 0.
+        draws: how often candidates are drawn for the batch; a pool that only knows the batch draws the same each time.
+        generator: random generator of the draws.
+
+    Returns:
+        The errors in nats.
+
+    Raises:
+        ValueError: no rows, or fewer than 1 draw.
+    """
+    if draws < 1 or not len(queries):
+        raise ValueError(f"expected at least 1 draw and 1 row, got {draws} and {len(queries)}")
+    queries, items = queries.double(), items.double()
+    exact = torch.cat(
+        [
+            torch.logsumexp(part @ items.T / temperature, 1)
+            for part in torch.split(queries, max(1, _BLOCK // len(items)))
+        ]
+    )
+    was_training = pool.training
+    pool.eval()
+    errors = []
+    for _ in range(draws):
+        drawn = pool.draw(positives, generator=generator).collapse()
+        rows = drawn.row_items
+        positive, logits = candidate_logits(
+            queries,
+            items[positives],
+            items[drawn.items],
+            drawn.log_expected_count,
+            hits=drawn.hits,
+            row_candidates=None if rows is None else items[rows.clamp(min=0)],
+            row_log_expected_count=drawn.row_log_expected_count,
+            row_hits=drawn.row_hits,
+            temperature=temperature,
+        )
+        errors.append(torch.logaddexp(positive, log_sum_exp(logits)) - exact)
+    pool.train(was_training)
+    error = torch.stack(errors).cpu().numpy()
+    spread = error.std(axis=0, ddof=1) if draws > 1 else np.full(error.shape[1], np.nan)
+    return PartitionError(float(error.mean()), float(error.std()), error.mean(axis=0), spread, draws)
