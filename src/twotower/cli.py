@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,16 +85,74 @@ def train(
 def evaluate(
     directory: Run,
     data: Annotated[str | None, typer.Option("--data", help="Where the data is now, if it has moved.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE", help="Where the report goes; DIR/report.html unless told.")
+    ] = None,
+    no_report: Annotated[bool, typer.Option("--no-report", help="Write no report and no per_query.parquet.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Measure a model on its test queries again, beside baselines."""
-    from twotower import run  # noqa: PLC0415
+    """Measure a model on its test queries again, beside baselines, and write a report into its folder."""
+    from twotower.comparison import evaluate_folder  # noqa: PLC0415
 
-    measured = run.evaluate_run(directory, data)
+    page = None if no_report else report or directory / "report.html"
+    measured = evaluate_folder(directory, data, page=page)
     if as_json:
         _print_json(measured.to_dict())
-    else:
-        console.print(measured)
+        return
+    console.print(measured)
+    if page is not None:
+        console.print(f"The report is in {page}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def compare(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A file, a folder, or the name of a data set.")],
+    objectives: Annotated[
+        str, typer.Option("--objectives", metavar="A,B", help="Names, YAML files, or NAME=FILE.yaml, with commas.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder of the comparison.")],
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Trainings of each objective.")] = 3,
+    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="Settings in YAML.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting, such as training.max_epochs=4.")
+    ] = None,
+    items: Annotated[str | None, typer.Option("--items", metavar="FILE", help="Item features and titles.")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Trainings at once.")] = 1,
+    no_audit: Annotated[bool, typer.Option("--no-audit", help="Leave out bias and spread of the gradients.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train objectives alike, compare them on the same test queries, and write a report to DIR.
+
+    The same command goes on where it was interrupted; what is finished is not repeated.
+    """
+    from twotower.comparison import compare_run  # noqa: PLC0415
+    from twotower.config import Config  # noqa: PLC0415
+    from twotower.errors import Interrupted  # noqa: PLC0415
+
+    changes = list(overrides or [])
+    if items is not None:
+        changes.append(f"data.items={json.dumps(items)}")
+    told = messages if as_json else console
+    try:
+        found = compare_run(
+            data,
+            out,
+            Config.load(config, changes),
+            [name.strip() for name in objectives.split(",") if name.strip()],
+            seeds=seeds,
+            jobs=jobs,
+            audited=not no_audit,
+            command=shlex.join(["twotower", *sys.argv[1:]]),
+            say=lambda text: told.print(text, highlight=False, markup=False, soft_wrap=True),
+        )
+    except Interrupted as stop:
+        messages.print(f"twotower: {stop}; the same command goes on", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(130) from stop
+    if as_json:
+        _print_json(found.to_dict())
+        return
+    console.print(found)
+    console.print(f"\nThe report is in {out / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -208,6 +267,35 @@ def datasets(
     for row in rows:
         table.add_row(row["name"], row["description"], row["size"], row["terms"], "yes" if row["cached"] else "no")
     console.print(table)
+
+
+@app.command()
+def features(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A file, a folder, or the name of a data set.")],
+    items: Annotated[str | None, typer.Option("--items", metavar="FILE", help="Item features.")] = None,
+    queries: Annotated[str | None, typer.Option("--queries", metavar="FILE", help="Query features.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="Settings in YAML.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Propose features: what each column of the item and query tables could be, and why, as YAML to paste."""
+    from twotower import run  # noqa: PLC0415
+    from twotower.config import Config  # noqa: PLC0415
+    from twotower.data.proposing import as_yaml  # noqa: PLC0415
+
+    found = run.propose_features(data, Config.load(config).data, items=items, queries=queries)
+    if as_json:
+        _print_json({side: [one.to_dict() for one in columns] for side, columns in found.items()})
+        return
+    for side, columns in found.items():
+        table = Table("column", "kind", "why", "distinct", "missing", title=f"{side} table", title_justify="left")
+        for one in columns:
+            kind = "-" if one.declared is None else one.declared.kind
+            distinct = "" if one.distinct is None else f"{one.distinct:,}"
+            table.add_row(one.column, kind, one.why, distinct, f"{one.missing:.1%}")
+        console.print(table)
+    console.print("\nAs settings; change what you know better:\n", highlight=False)
+    for side, columns in found.items():
+        console.print(as_yaml(side, columns), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

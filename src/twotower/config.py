@@ -19,6 +19,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    model_validator,
 )
 
 from twotower.errors import InputError
@@ -106,6 +107,12 @@ class ItemTowerConfig(Section):
         0.0, ge=0, lt=1, description="Probability that an item's id is hidden while training; needs features."
     )
 
+    @model_validator(mode="after")
+    def _knows_items(self) -> ItemTowerConfig:
+        if self.features == "none" and (self.id_dropout > 0 or not self.id_embedding):
+            raise ValueError("id_dropout and id_embedding: false need features; without any an item is known by its id")
+        return self
+
 
 class ObjectiveConfig(Section):
     """What is minimised, and where its candidates come from. docs/objectives.md tells about each name."""
@@ -140,6 +147,12 @@ class TrainingConfig(Section):
     max_epochs: int = Field(30, ge=1, description="The learning rate falls along a cosine over so many epochs.")
     learning_rate: float = Field(2e-3, gt=0)
     weight_decay: float = Field(0.01, ge=0)
+    table_optimizer: Literal["adam", "rowwise-adagrad"] = Field(
+        "adam", description="How embedding tables move. rowwise-adagrad: one number of state for each row, not 2 D."
+    )
+    table_learning_rate_factor: PositiveFloat | Literal["auto"] = Field(
+        "auto", description="Learning rate of the tables over that of the layers. auto: 1 for adam, 10 otherwise."
+    )
     warmup_steps: NonNegativeInt | Literal["auto"] = Field("auto", description="auto: 100, or one epoch if shorter.")
     patience: int = Field(5, ge=1, description="Stop after so many validations without an improvement.")
     validate_every: int = Field(1, ge=1, description="Epochs between validations.")
@@ -205,7 +218,12 @@ class Config(Section):
         training = self.training
         batch = min(max(rows // 50, 64), 1024) if training.batch_size == "auto" else training.batch_size
         warmup = min(100, max(rows // batch, 1)) if training.warmup_steps == "auto" else training.warmup_steps
-        changed = training.model_copy(update={"batch_size": batch, "warmup_steps": warmup})
+        factor = training.table_learning_rate_factor
+        if factor == "auto":
+            factor = 1.0 if training.table_optimizer == "adam" else 10.0
+        changed = training.model_copy(
+            update={"batch_size": batch, "warmup_steps": warmup, "table_learning_rate_factor": factor}
+        )
         return self.model_copy(update={"training": changed})
 
     def to_yaml(self) -> str:

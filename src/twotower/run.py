@@ -30,6 +30,8 @@ from twotower.data import (
     held_out_queries,
     leave_last_out,
 )
+from twotower.data.declaring import encode_features, fit_features, in_training, unused_tables, with_features
+from twotower.data.proposing import Proposed, propose
 from twotower.errors import InputError
 from twotower.evaluation import Evaluation, Ranker
 from twotower.evaluation.towers import TowerRanker
@@ -83,6 +85,7 @@ def read_data(source: str | Path, settings: DataConfig, *, items: str | None = N
         queries=settings.queries,
         columns=settings.columns.model_dump(),
         positive_label=settings.positive_label,
+        catalog=settings.catalog,
     )
 
 
@@ -125,12 +128,20 @@ def fit(
     if directory is None:
         with tempfile.TemporaryDirectory(prefix="twotower-") as temporary:
             return fit(split, settings, directory=temporary, resume=resume, progress=progress)
-    settings = settings.resolved(len(split.train))
+    settings = with_features(settings.resolved(len(split.train)), split.train)
     train, training = split.train, settings.training
     # The seed decides the start, the order of the rows and the draws; the caller's generators are left as they were.
     with torch.random.fork_rng():
         torch.manual_seed(training.seed)
-        towers = build_towers(settings, num_queries=train.num_queries, num_items=train.num_items)
+        features = encode_features(settings, train)
+        towers = build_towers(
+            settings,
+            num_queries=train.num_queries,
+            num_items=train.num_items,
+            item_features=features.get("item"),
+            query_features=features.get("query"),
+            trained_items=torch.from_numpy(in_training(train, "item")),
+        )
         length = history_length(settings)
         batches = TrainingBatches(train, int(training.batch_size), history_length=length, seed=training.seed)
         known = KnownPositives(train) if masks_known_positives(settings.objective) else None
@@ -283,9 +294,13 @@ def train_run(
     say(data.account)
     split = split_data(data, config.data)
     say(split.account)
-    config = config.resolved(len(split.train))
+    for line in unused_tables(config, split.train):
+        say(line)
+    config = with_features(config.resolved(len(split.train)), split.train)
     # A wrong setting is told before anything is written.
     build_objective(config, split.train)
+    for fitted in fit_features(config, split.train).values():
+        say(fitted)
     evaluation.check_slices(split.train, config.evaluation.slices)
     directory.mkdir(parents=True, exist_ok=True)
     if not resume:
@@ -358,6 +373,22 @@ def reread(directory: str | Path, source: str | Path | None = None) -> tuple[Art
             f"{known['fingerprint'][:12]}): its training rows may be in this test; train on this data instead"
         )
     return artifact, split_data(data, artifact.config.data)
+
+
+def propose_features(
+    source: str | Path, settings: DataConfig, *, items: str | None = None, queries: str | None = None
+) -> dict[str, list[Proposed]]:
+    """The whole of `twotower features`: what the columns of each table could be, by side where there is a table.
+
+    Raises:
+        InputError: the data cannot be read, or has no feature table at all.
+    """
+    data = read_data(source, settings.model_copy(update={"queries": queries or settings.queries}), items=items)
+    tables = {"item": data.item_table, "query": data.query_table}
+    found = {side: propose(table) for side, table in tables.items() if table is not None and table.width > 1}
+    if not found:
+        raise InputError(f"{source}: no table of item or query features; give one with --items or --queries")
+    return found
 
 
 def audit_run(directory: str | Path, source: str | Path | None = None, *, rows: int = 64, seed: int = 0) -> Subject:

@@ -136,10 +136,11 @@ class FeatureSet:
         """The columns that are needed, each once."""
         return list(dict.fromkeys(one.column for one in self.declared))
 
-    def told(self) -> list[str]:
-        """One line on each feature, for an account."""
-        pairs = zip(self.declared, self.encoders, strict=True)
-        return [f"{one.column}: {one.kind}" + (f", {encoder.note}" if encoder.note else "") for one, encoder in pairs]
+    def __str__(self) -> str:
+        """One line on each feature, as an account of what fitting found."""
+        pairs = list(zip(self.declared, self.encoders, strict=True))
+        width = max(len(one.column) for one in self.declared)
+        return "\n".join(f"{self.side} feature  {one.column:{width}s}  {one.kind}  {it.note}" for one, it in pairs)
 
     def to_json(self) -> str:
         """What `from_json` reads: declarations and what fitting found."""

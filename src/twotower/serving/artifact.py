@@ -7,6 +7,8 @@ histories.safetensors  what each query has interacted with: offsets [Q+1], item 
 queries.parquet        query vocabulary, row = code
 items.parquet          item vocabulary
 item_table.parquet     features and titles of the items, row = code (where there were any)
+item_features.json     fitted encoders of the declared features, and beside it the features of every item, encoded:
+                       item_features.safetensors; likewise query_features (where features were declared)
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
 
 from twotower.config import Config
+from twotower.data.encoding import EncodedTable
 from twotower.errors import InputError
 from twotower.files import whole_folder
 from twotower.schema import Vocabulary
@@ -88,6 +91,8 @@ class Artifact:
             },
             folder / "histories.safetensors",
         )
+        for table in self.towers.feature_tables():
+            table.write(folder)
         self.queries.write(folder / "queries.parquet")
         self.items.write(folder / "items.parquet")
         if self.item_table is not None:
@@ -121,7 +126,13 @@ class Artifact:
                 raise InputError(f"{path}: its checksum differs from metadata.json; copy it again or train again")
         try:
             config = Config.model_validate(metadata["config"])
-            towers = build_towers(config, num_queries=metadata["num_queries"], num_items=metadata["num_items"])
+            towers = build_towers(
+                config,
+                num_queries=metadata["num_queries"],
+                num_items=metadata["num_items"],
+                item_features=EncodedTable.read(folder, "item"),
+                query_features=EncodedTable.read(folder, "query"),
+            )
             load_model(towers, folder / "towers.safetensors")
             items = load_file(folder / "items.safetensors")
             histories = load_file(folder / "histories.safetensors")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from twotower.data.encoding import RowsLike
+from twotower.data.encoding import EncodedTable, RowsLike
 from twotower.towers.dnn import Rows, dense_layers
 from twotower.towers.features import FeatureInputs
 from twotower.towers.items import ItemTower
@@ -180,6 +180,11 @@ class TwoTower(nn.Module):
         """v(j): codes int64 [M] -> [M, D]."""
         embedded: Tensor = self.item_tower(items)
         return F.normalize(embedded, dim=-1) if self.cosine else embedded
+
+    def feature_tables(self) -> list[EncodedTable]:
+        """The encoded features of the sides that have any; a saved model needs them to be built again."""
+        sides = (getattr(self.item_tower, "features", None), getattr(self.query_tower, "features", None))
+        return [side.table for side in sides if isinstance(side, FeatureInputs)]
 
     @torch.no_grad()
     def embed_new_items(self, rows: RowsLike) -> Tensor:

@@ -1,0 +1,181 @@
+"""Which columns of a table could be features, of which kind, and why: a proposal to read before it is used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+import yaml
+
+from twotower.data.columns import Place, as_moments
+from twotower.errors import InputError
+from twotower.feature_config import (
+    AnyFeature,
+    CategoricalFeature,
+    DenseFeature,
+    MultiFeature,
+    NumericFeature,
+    TextFeature,
+    TimestampFeature,
+)
+
+#: A whole number with no more values than this is rather a code (gender, store, rating) than a quantity.
+FEW_VALUES = 32
+#: Above so many values a vocabulary gives way to buckets, and a value is seen too seldom to be learnt apart.
+MANY_VALUES = 10_000
+#: Above this share of missing values a column says too little.
+MOSTLY_MISSING = 0.95
+#: Above this share of values that stand in one row only a column of single words names rows instead of describing them.
+MOSTLY_UNIQUE = 0.5
+SEPARATORS = ("|", ";", ",", " ")
+#: Lists of numbers of at least this length are vectors, shorter ones sets of codes.
+VECTOR_LENGTH = 8
+#: A skewness above this asks for the logarithm.
+SKEWED = 2.0
+
+
+@dataclass(frozen=True)
+class Proposed:
+    """What was found of one column.
+
+    Attributes:
+        column: its name.
+        declared: the proposed feature, or None where the column is left out.
+        why: in a few words.
+        distinct: how many values it has; None for lists of numbers.
+        missing: share of rows without a value.
+    """
+
+    column: str
+    declared: AnyFeature | None
+    why: str
+    distinct: int | None
+    missing: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        declared = None if self.declared is None else self.declared.model_dump(mode="json", exclude_defaults=True)
+        kind = None if self.declared is None else self.declared.kind
+        return {
+            "column": self.column,
+            "kind": kind,
+            "why": self.why,
+            "distinct": self.distinct,
+            "missing": round(self.missing, 4),
+            "feature": None if declared is None else {"column": self.column, "kind": kind, **declared},
+        }
+
+
+def propose(table: pl.DataFrame, id_column: str | None = None) -> list[Proposed]:
+    """A proposal for every column but the id.
+
+    Args:
+        table: a feature table, one row for each id.
+        id_column: its id; the first column where None.
+    """
+    own = id_column or table.columns[0]
+    return [_one(table[name]) for name in table.columns if name != own]
+
+
+def features_of(proposed: list[Proposed]) -> list[AnyFeature]:
+    """The features among the proposals."""
+    return [one.declared for one in proposed if one.declared is not None]
+
+
+def as_yaml(side: str, proposed: list[Proposed]) -> str:
+    """The proposal as it stands in a configuration."""
+    entries = [one.to_dict()["feature"] for one in proposed if one.declared is not None]
+    lines = [yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, width=1000).strip() for entry in entries]
+    body = "".join(f"\n    - {line}" for line in lines) if lines else " none"
+    return f"{side}_tower:\n  features:{body}"
+
+
+def _one(column: pl.Series) -> Proposed:
+    nested = column.dtype.is_nested()
+    known = column.drop_nulls()
+    if column.dtype.is_float():
+        known = known.drop_nans()
+    if column.dtype == pl.String:
+        known = known.filter(known.str.strip_chars() != "")
+    missing = 1 - len(known) / max(len(column), 1)
+    distinct = None if nested else known.n_unique()
+    declared: AnyFeature | None = None
+    if not len(known):
+        why = "no values"
+    elif missing > MOSTLY_MISSING:
+        why = f"missing in {missing:.0%} of the rows"
+    elif distinct == 1:
+        why = "one value everywhere"
+    elif nested:
+        declared, why = _lists(known)
+    elif column.dtype.is_temporal():
+        dated = column.dtype == pl.Date or isinstance(column.dtype, pl.Datetime)
+        declared, why = (TimestampFeature(column=column.name), "dates") if dated else (None, f"type {column.dtype}")
+    elif column.dtype == pl.Boolean:
+        declared, why = CategoricalFeature(column=column.name), "true or false"
+    elif column.dtype.is_numeric():
+        declared, why = _numbers(known, distinct or 0)
+    elif column.dtype in (pl.String, pl.Categorical, pl.Enum):
+        declared, why = _texts(known.cast(pl.String), distinct or 0)
+    else:
+        why = f"type {column.dtype}"
+    return Proposed(column.name, declared, why, distinct, missing)
+
+
+def _lists(known: pl.Series) -> tuple[AnyFeature | None, str]:
+    if isinstance(known.dtype, pl.Array):
+        known = known.arr.to_list()
+    if not isinstance(known.dtype, pl.List) or known.dtype.inner.is_nested():
+        return None, f"type {known.dtype}"
+    lengths = known.list.len()
+    longest: Any = lengths.max()
+    inner: Any = known.dtype.inner
+    if inner.is_float() or (inner.is_numeric() and lengths.n_unique() == 1 and longest >= VECTOR_LENGTH):
+        if lengths.n_unique() == 1:
+            return DenseFeature(column=known.name), f"vectors of {longest} numbers"
+        return None, "lists of numbers of different lengths"
+    values = known.list.explode().drop_nulls().n_unique()
+    return MultiFeature(column=known.name, **_buckets(values)), f"lists, {values:,} values"
+
+
+def _numbers(known: pl.Series, distinct: int) -> tuple[AnyFeature | None, str]:
+    whole = known.dtype.is_integer() or bool((known == known.floor()).all())
+    if whole and distinct <= FEW_VALUES:
+        return CategoricalFeature(column=known.name), f"whole numbers, only {distinct} values"
+    if whole and distinct == len(known):
+        return None, "whole numbers, another one in every row: looks like an id"
+    skewness: Any = known.cast(pl.Float64).skew()
+    smallest: Any = known.min()
+    if skewness is not None and skewness > SKEWED and smallest >= 0:
+        return NumericFeature(column=known.name, scale="log"), f"numbers, skewed ({skewness:.1f}): their logarithm"
+    return NumericFeature(column=known.name), "numbers"
+
+
+def _texts(known: pl.Series, distinct: int) -> tuple[AnyFeature | None, str]:
+    name = known.name
+    try:
+        as_moments(known, Place(""))
+    except InputError:
+        pass
+    else:
+        return TimestampFeature(column=name), "dates as text"
+    words = known.str.extract_all(r"[\p{L}\p{N}]+")
+    for separator in SEPARATORS:
+        holds = known.str.contains(separator, literal=True)
+        parts = known.str.split(separator).list.eval(pl.element().str.strip_chars()).list.explode().drop_nulls()
+        # Several values: many rows have some, and the same parts come again in other rows.
+        values = parts.n_unique()
+        if float(holds.mean() or 0) > 0.2 and values < min(distinct / 2, 0.2 * len(parts)):  # type: ignore[arg-type]
+            declared = MultiFeature(column=name, separator=separator, **_buckets(values))
+            return declared, f"several values joined by {separator!r}, {values:,} of them"
+    per_row = float(words.list.len().mean() or 0)  # type: ignore[arg-type]
+    if distinct > MOSTLY_UNIQUE * len(known):
+        if per_row >= 2:
+            return TextFeature(column=name), f"text, {per_row:.1f} words a row"
+        return None, f"{distinct:,} values in {len(known):,} rows: names rows instead of describing them"
+    return CategoricalFeature(column=name, **_buckets(distinct)), f"text, {distinct:,} values"
+
+
+def _buckets(values: int) -> dict[str, Any]:
+    return {"buckets": MANY_VALUES} if values > MANY_VALUES else {}
