@@ -111,7 +111,7 @@ class Retriever:
             InputError: a query id is unknown; k < 1; nothing asked; a history without any known item for a query that
                 is not known by id; a filter or list that cannot be understood; a dial out of range.
         """
-        return self._recommend(
+        return self.answer(
             Questions.of(self.artifact, queries, histories),
             _positive(k),
             exclude_seen=exclude_seen,
@@ -213,16 +213,29 @@ class Retriever:
         found = self._answers.described(self._answers.titled(text, _positive(k)))
         return found.select(name for name in ("item", "title", "interactions") if name in found.columns)
 
-    def _recommend(
+    def answer(
         self,
         asked: Questions,
         k: int,
         *,
-        exclude_seen: bool,
-        allowed: np.ndarray | None,
-        popularity: float,
+        exclude_seen: bool = True,
+        allowed: np.ndarray | None = None,
+        popularity: float = 1.0,
         titles: bool = True,
     ) -> pl.DataFrame:
+        """What `recommend` does after it has checked what it was given.
+
+        Args:
+            asked: queries as codes.
+            k: K.
+            exclude_seen: leave out the items of the histories.
+            allowed: bool [N], as `allowed_items` gives it.
+            popularity: b.
+            titles: add titles where there are any.
+
+        Returns:
+            As `recommend`.
+        """
         scores, items = self._search.search(
             self.ranker.embed(asked.codes, asked.histories),
             k,
@@ -234,6 +247,6 @@ class Retriever:
 
 
 def _positive(k: int) -> int:
-    if k < 1:
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise InputError(f"k: expected at least 1, found {k}")
     return k

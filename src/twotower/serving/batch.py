@@ -1,0 +1,239 @@
+"""Recommendations for a file of queries: in blocks, so that memory is bounded; in parts, so that it resumes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from twotower.errors import InputError, Interrupted
+from twotower.files import whole_file, write_text
+from twotower.index.popularity import checked_popularity
+from twotower.schema import USUAL_NAMES, Vocabulary, listed, plain_name, usual_column
+from twotower.serving.filters import allowed_items
+from twotower.serving.questions import Codes, Questions, stored_histories
+from twotower.serving.retriever import Retriever
+
+#: Queries in one part.
+BLOCK = 8192
+HISTORY_NAMES = ("history", "histories", "items", "itemids", "sequence")
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """What became of a file of queries.
+
+    Attributes:
+        queries: rows of the input.
+        answered: queries with at least one recommendation.
+        unknown: queries that are not in the model and have no history with a known item.
+        rows: recommendations written.
+        resumed: queries whose part was there from an earlier, interrupted run.
+    """
+
+    queries: int
+    answered: int
+    unknown: int
+    rows: int
+    resumed: int
+
+
+def recommend_file(
+    retriever: Retriever,
+    source: str | Path,
+    target: str | Path,
+    *,
+    k: int = 10,
+    exclude_seen: bool = True,
+    filter: str | None = None,  # noqa: A002  # as in Retriever.recommend
+    allow: Sequence[Any] | None = None,
+    deny: Sequence[Any] | None = None,
+    popularity: float = 1.0,
+    resume: bool = False,
+    force: bool = False,
+    block: int = BLOCK,
+    progress: Callable[[int, int], None] | None = None,
+) -> BatchReport:
+    """Recommend for every row of a Parquet file.
+
+    Finished blocks are kept beside `target` in `.NAME.parts/` until all are done; then they become one file, whole or
+    not at all.
+
+    Args:
+        retriever: the model.
+        source: Parquet with a column of query ids (`query`, `user_id`, ... ), or a column `history` with lists of item
+            ids, oldest first, or both: a query that is not known is then answered by its history.
+        target: Parquet to write, columns `query` (id; the row's number from 0 where there are only histories), `rank`,
+            `item`, `score`.
+        k: how many items for each query.
+        exclude_seen: leave out the items of the history.
+        filter: a condition on the columns of the item table.
+        allow: the only item ids that may be recommended.
+        deny: item ids that may not be.
+        popularity: b, the popularity dial.
+        resume: go on with an interrupted run.
+        force: replace `target`, and forget an interrupted run.
+        block: queries in one part.
+        progress: called with the queries done and their number.
+
+    Returns:
+        The counts. Queries that nothing is known of have no rows.
+
+    Raises:
+        InputError: a file or column is not there or of a wrong type, something to be overwritten is there, or an
+            interrupted run had asked something else.
+        Interrupted: Ctrl-C; finished parts stay.
+    """
+    source, target = Path(source), Path(target)
+    allowed = allowed_items(
+        retriever.artifact.items, retriever.artifact.item_table, condition=filter, allow=allow, deny=deny
+    )
+    reader = _Reader.of(source)
+    asked = {
+        "model": _fingerprint(retriever),
+        "source": [str(source.resolve()), source.stat().st_size, source.stat().st_mtime_ns],
+        "block": block,
+        "k": k,
+        "exclude_seen": exclude_seen,
+        "allowed": None if allowed is None else hashlib.sha256(np.packbits(allowed).tobytes()).hexdigest(),
+        "popularity": checked_popularity(popularity),
+    }
+    parts = _open_parts(target, asked, resume=resume, force=force)
+    answer = partial(
+        retriever.answer, k=k, exclude_seen=exclude_seen, allowed=allowed, popularity=popularity, titles=False
+    )
+    resumed = 0
+    try:
+        for number, start in enumerate(range(0, max(reader.rows, 1), block)):  # an empty file has one empty part
+            stop = min(start + block, reader.rows)
+            path = parts / f"part-{number:06d}.parquet"
+            if path.exists():
+                resumed += stop - start
+            else:
+                questions, unknown = _with_something_known(reader.questions(retriever, start, stop))
+                found = answer(questions)
+                counts = {"unknown": unknown, "answered": found["query"].n_unique(), "rows": len(found)}
+                write_text(path.with_suffix(".json"), json.dumps(counts))
+                with whole_file(path) as temporary:
+                    found.write_parquet(temporary)
+            if progress is not None:
+                progress(stop, reader.rows)
+    except KeyboardInterrupt:
+        raise Interrupted(f"{target}: stopped; finished parts are in {parts}") from None
+    with whole_file(target) as temporary:
+        pl.scan_parquet(parts / "part-*.parquet").sink_parquet(temporary)
+    told = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(parts.glob("part-*.json"))]
+    shutil.rmtree(parts)
+    return BatchReport(
+        queries=reader.rows,
+        **{name: sum(part[name] for part in told) for name in ("answered", "unknown", "rows")},
+        resumed=resumed,
+    )
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """The input, read in slices."""
+
+    path: Path
+    rows: int
+    query: str | None
+    history: str | None
+
+    @classmethod
+    def of(cls, path: Path) -> _Reader:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; expected Parquet with a column of query ids or of histories")
+        try:
+            schema = pl.read_parquet_schema(path)
+            rows = int(pl.scan_parquet(path).select(pl.len()).collect().item())
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise InputError(f"{path}: not readable as Parquet ({str(error).splitlines()[0]})") from None
+        columns = list(schema)
+        lists = [name for name in columns if isinstance(schema[name], pl.List) and plain_name(name) in HISTORY_NAMES]
+        others = [name for name in columns if not schema[name].is_nested()]
+        query = usual_column(others, USUAL_NAMES["query"], "query", str(path))
+        if query is None and not lists:
+            raise InputError(
+                f"{path}: expected a column of query ids (query, user_id, ...) or a column history with lists of item "
+                f"ids; found {listed(columns)}"
+            )
+        return cls(path, rows, query, lists[0] if lists else None)
+
+    def questions(self, retriever: Retriever, start: int, stop: int) -> Questions:
+        """Rows start .. stop - 1; nothing is refused here."""
+        columns = [name for name in (self.query, self.history) if name is not None]
+        rows = pl.scan_parquet(self.path).select(columns).slice(start, stop - start).collect()
+        artifact = retriever.artifact
+        if self.query is None:
+            ids = pl.Series("query", np.arange(start, stop), dtype=pl.Int64)
+            codes = np.full(stop - start, -1, dtype=np.int64)
+        else:
+            ids = rows[self.query]
+            codes = self._encoded(artifact.queries, ids, self.query)
+        if self.history is None:
+            known = codes >= 0
+            offsets, items = stored_histories(artifact, codes[known])
+            sizes = np.zeros(len(codes), dtype=np.int64)
+            sizes[known] = np.diff(offsets)
+        else:
+            column = rows[self.history]
+            lengths = column.list.len().fill_null(0).cast(pl.Int64).to_numpy()
+            flat = column.filter(pl.Series(lengths > 0)).explode()
+            found = self._encoded(artifact.items, flat, self.history)
+            owner = np.repeat(np.arange(len(codes)), lengths)[found >= 0]
+            sizes, items = np.bincount(owner, minlength=len(codes)), found[found >= 0].astype(np.int32)
+        return Questions(ids, codes, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64), items)
+
+    def _encoded(self, vocabulary: Vocabulary, ids: pl.Series, column: str) -> Codes:
+        try:
+            return vocabulary.encode(ids)
+        except InputError as error:
+            raise InputError(f"{self.path}: column {column!r}: {error}") from None
+
+
+def _with_something_known(asked: Questions) -> tuple[Questions, int]:
+    """The queries that can be answered, and how many cannot."""
+    known = (asked.codes >= 0) | (np.diff(asked.offsets) > 0)
+    # A query that nothing is known of has no history, so no items go with it.
+    offsets = np.concatenate([[0], np.cumsum(np.diff(asked.offsets)[known])]).astype(np.int64)
+    kept = Questions(asked.ids.filter(pl.Series(known, dtype=pl.Boolean)), asked.codes[known], offsets, asked.items)
+    return kept, int((~known).sum())
+
+
+def _open_parts(target: Path, asked: dict[str, Any], *, resume: bool, force: bool) -> Path:
+    parts = target.with_name(f".{target.name}.parts")
+    journal = parts / "journal.json"
+    if force:
+        shutil.rmtree(parts, ignore_errors=True)
+    elif journal.exists():
+        if not resume:
+            raise InputError(f"{target}: an interrupted run is there; go on with --resume, or start anew with --force")
+        before = json.loads(journal.read_text(encoding="utf-8"))
+        changed = sorted(name for name in asked if before.get(name) != asked[name])
+        if changed:
+            raise InputError(
+                f"{target}: the interrupted run asked something else ({', '.join(changed)}); ask the same, or start "
+                "anew with --force"
+            )
+    elif target.exists():
+        raise InputError(f"{target}: is there already; choose another --output, or replace it with --force")
+    if not target.parent.is_dir():
+        raise InputError(f"{target.parent}: no such folder; make it first")
+    parts.mkdir(exist_ok=True)
+    write_text(journal, json.dumps(asked))
+    return parts
+
+
+def _fingerprint(retriever: Retriever) -> str:
+    checksums = retriever.artifact.metadata.get("checksums", {})
+    told = {"files": checksums, "index": retriever.index.kind}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
