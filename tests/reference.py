@@ -170,3 +170,39 @@ def objective(name, query, table, positives, candidates, *, known, temperature, 
             raised = score - strength * of_positive(y)
             losses.append(_log_sum([raised, *corrected]) - raised)
     return losses
+
+
+def _row_gradients(weight, rows, targets):
+    """Sum over a step's rows of the gradient of |w_row - target|^2, each distinct row once."""
+    gradients = {}
+    for row, target in zip(rows, targets, strict=True):
+        sums = gradients.setdefault(row, [0.0] * len(target))
+        for d, goal in enumerate(target):
+            sums[d] += 2.0 * (weight[row][d] - goal)
+    return gradients
+
+
+def adam_table(weight, steps, targets, *, lr, eps, betas=(0.9, 0.999)):
+    """Adam on the touched rows of a table, one number at a time; untouched rows keep mean, variance and weight."""
+    weight = [list(row) for row in weight]
+    mean, variance = [[0.0] * len(row) for row in weight], [[0.0] * len(row) for row in weight]
+    for t, (rows, goals) in enumerate(zip(steps, targets, strict=True), start=1):
+        for row, gradient in _row_gradients(weight, rows, goals).items():
+            for d, g in enumerate(gradient):
+                mean[row][d] = betas[0] * mean[row][d] + (1 - betas[0]) * g
+                variance[row][d] = betas[1] * variance[row][d] + (1 - betas[1]) * g * g
+                unbiased, square = mean[row][d] / (1 - betas[0] ** t), variance[row][d] / (1 - betas[1] ** t)
+                weight[row][d] -= lr * unbiased / (math.sqrt(square) + eps)
+    return weight
+
+
+def adagrad_table(weight, steps, targets, *, lr, eps):
+    """Row-wise Adagrad, one number at a time."""
+    weight = [list(row) for row in weight]
+    total = [0.0] * len(weight)
+    for rows, goals in zip(steps, targets, strict=True):
+        for row, gradient in _row_gradients(weight, rows, goals).items():
+            total[row] += sum(g * g for g in gradient) / len(gradient)
+            for d, g in enumerate(gradient):
+                weight[row][d] -= lr * g / (math.sqrt(total[row]) + eps)
+    return weight

@@ -2,6 +2,6 @@
 
 from twotower.training.fit import FitResult, fit_towers
 from twotower.training.model import TrainingModule, batch_loss
-from twotower.training.optimizers import TableAdamW
+from twotower.training.optimizers import TableOptimizer
 
-__all__ = ["FitResult", "TableAdamW", "TrainingModule", "batch_loss", "fit_towers"]
+__all__ = ["FitResult", "TableOptimizer", "TrainingModule", "batch_loss", "fit_towers"]

@@ -1,4 +1,4 @@
-"""One optimizer for the whole model: AdamW for dense gradients, lazy Adam for the rows of sparse ones."""
+"""One optimizer for the whole model: AdamW for layers, lazy Adam or row-wise Adagrad for embedding tables."""
 
 from __future__ import annotations
 
@@ -9,21 +9,35 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from twotower.errors import InputError
+from twotower.training.rows import adagrad_rows, adam_rows, combine_rows
 
-class TableAdamW(torch.optim.Optimizer):
-    """AdamW that touches only the rows of a table that a step has used, where the table's gradient is sparse.
+#: What a parameter group may ask for.
+RULES = ("adam", "rowwise-adagrad")
 
-    Dense parameters follow Loshchilov & Hutter (2019), decoupled weight decay. A sparse gradient is first summed over
-    duplicated rows; then mean and variance move for its rows alone ("lazy" Adam), with the bias correction of the
-    global step, and the rows decay only when they are touched. The cost of a step does not depend on the number of
-    rows in the table.
+
+class TableOptimizer(torch.optim.Optimizer):
+    """AdamW for dense gradients; for tables either Adam or row-wise Adagrad, and only of the rows a step has used.
+
+    One object with one state, one schedule and one checkpoint. A group's `rule` says how its parameters move:
+
+    - `adam`: a dense gradient as AdamW (Loshchilov & Hutter 2019). A sparse one lazily: see `adam_rows`.
+    - `rowwise-adagrad`: for tables, [N, D]; a sparse gradient touches only its rows. See `adagrad_rows`.
+
+    Duplicated rows of a sparse gradient are summed once (`combine_rows`), and no temporary is as large as a table: the
+    cost of a step depends on the rows it touched, not on N. bfloat16 tables are moved in float32 and rounded
+    stochastically; their state is float32.
 
     Args:
-        params: parameters or parameter groups.
+        params: parameters or parameter groups; see `parameter_groups`.
         lr: learning rate.
-        betas: decay of the running mean and of the running variance.
-        eps: added to the root of the variance.
+        betas: decay of Adam's running mean and of its running variance.
+        eps: added to the root of the variance, or of the accumulator.
         weight_decay: decoupled weight decay, of the parameter per unit of learning rate.
+        rule: the rule of groups that name none.
+
+    Raises:
+        ValueError: a rule is unknown, or `rowwise-adagrad` is asked for a parameter that is no table.
     """
 
     def __init__(
@@ -34,8 +48,14 @@ class TableAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        rule: str = "adam",
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rule": rule})
+        for group in self.param_groups:
+            if group["rule"] not in RULES:
+                raise ValueError(f"rule: expected one of {', '.join(RULES)}, found {group['rule']!r}")
+            if group["rule"] == "rowwise-adagrad" and any(parameter.ndim != 2 for parameter in group["params"]):
+                raise ValueError("rowwise-adagrad: expected tables, [N, D]; found a parameter of another shape")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -45,21 +65,50 @@ class TableAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            with_gradient = [parameter for parameter in group["params"] if parameter.grad is not None]
-            for parameter in with_gradient:
+            layers: list[Tensor] = []
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
                 if not self.state[parameter]:
-                    self.state[parameter] = {
-                        "step": torch.tensor(0.0),
-                        "mean": torch.zeros_like(parameter),
-                        "variance": torch.zeros_like(parameter),
-                    }
-            self._step_dense([p for p in with_gradient if not p.grad.is_sparse], group)
-            for parameter in with_gradient:
-                if parameter.grad is not None and parameter.grad.is_sparse:
-                    self._step_rows(parameter, parameter.grad.coalesce(), group)
+                    self.state[parameter] = fresh_state(parameter, group["rule"])
+                if group["rule"] == "adam" and not parameter.grad.is_sparse:
+                    layers.append(parameter)
+                else:
+                    self._step_table(parameter, parameter.grad, group)
+            self._step_layers(layers, group)
         return loss
 
-    def _step_dense(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved state.
+
+        Raises:
+            InputError: the state is that of other parameters.
+        """
+        try:
+            super().load_state_dict(state_dict)
+        except ValueError as error:
+            raise InputError(
+                f"optimizer: the saved state does not fit this model ({error}); go on with the settings and the "
+                "version that wrote it, or train anew"
+            ) from error
+        # torch gives state the parameter's type; that of a bfloat16 table is float32, and is to stay so.
+        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(saved, parameters, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                if value.dtype != self.state[parameter][name].dtype:
+                    self.state[parameter][name] = value.to(parameter.device)
+
+    def _step_table(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        state["step"] += 1
+        rows, values = combine_rows(gradient) if gradient.is_sparse else (None, gradient)
+        if group["rule"] == "rowwise-adagrad":
+            adagrad_rows(parameter, rows, values.to(state["sum"].dtype), state, group)
+        elif rows is not None:
+            adam_rows(parameter, rows, values, state, group)
+
+    def _step_layers(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         if not parameters:
             return
         state = [self.state[parameter] for parameter in parameters]
@@ -80,30 +129,49 @@ class TableAdamW(torch.optim.Optimizer):
             maximize=False,
         )
 
-    def _step_rows(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        state["step"] += 1
-        step = float(state["step"])
-        beta1, beta2 = group["betas"]
-        rows, values = gradient.indices()[0], gradient.values()
-        mean = state["mean"][rows].lerp_(values, 1 - beta1)
-        variance = state["variance"][rows].mul_(beta2).addcmul_(values, values, value=1 - beta2)
-        state["mean"][rows] = mean
-        state["variance"][rows] = variance
-        scale = variance.div_(1 - beta2**step).sqrt_().add_(group["eps"])
-        update = mean.div_(1 - beta1**step).div_(scale)
-        touched = parameter[rows] * (1 - group["lr"] * group["weight_decay"])
-        parameter[rows] = touched.sub_(update, alpha=group["lr"])
 
+def fresh_state(parameter: Tensor, rule: str) -> dict[str, Tensor]:
+    """What the optimizer keeps for a parameter before its first step.
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay the weight matrices of layers; leave tables, biases and scalars alone.
-
-    A row of a table is touched as often as its item occurs, so decay would act on popular items most: it would be one
-    more popularity bias.
+    `adam`: `mean` and `variance`, each as large as the parameter. `rowwise-adagrad`: `sum`, one number for each row.
     """
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    decayed = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in tables]
-    decayed_ids = {id(p) for p in decayed}
-    rest = [p for p in model.parameters() if id(p) not in decayed_ids]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    dtype = state_dtype(parameter)
+    state = {"step": torch.tensor(0.0)}
+    if rule == "rowwise-adagrad":
+        return {**state, "sum": torch.zeros(len(parameter), dtype=dtype, device=parameter.device)}
+    return {
+        **state,
+        "mean": torch.zeros_like(parameter, dtype=dtype),
+        "variance": torch.zeros_like(parameter, dtype=dtype),
+    }
+
+
+def state_dtype(parameter: Tensor) -> torch.dtype:
+    """Float32 for a parameter of 16 bits, where sums of squares would soon stop growing; else its own type."""
+    return torch.float32 if parameter.dtype in (torch.bfloat16, torch.float16) else parameter.dtype
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, *, lr: float, table_rule: str = "adam", table_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """Groups for `TableOptimizer`: decayed weight matrices; biases and scalars; tables.
+
+    Tables do not decay. A row is touched as often as its item occurs, so decay would act on popular items most: it
+    would be one more popularity bias.
+
+    Args:
+        model: its `nn.Embedding` modules are the tables.
+        weight_decay: of the weight matrices of layers.
+        lr: learning rate of the layers.
+        table_rule: "adam" or "rowwise-adagrad".
+        table_lr: learning rate of the tables; `lr` where None.
+    """
+    ids = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    tables = [p for p in model.parameters() if id(p) in ids]
+    decayed = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in ids]
+    rest = [p for p in model.parameters() if p.ndim < 2 and id(p) not in ids]
+    return [
+        {"params": decayed, "lr": lr, "weight_decay": weight_decay, "rule": "adam"},
+        {"params": rest, "lr": lr, "weight_decay": 0.0, "rule": "adam"},
+        {"params": tables, "lr": lr if table_lr is None else table_lr, "weight_decay": 0.0, "rule": table_rule},
+    ]
