@@ -1,0 +1,123 @@
+"""The service: answers over HTTP, and a page to look at them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+from twotower.errors import InputError
+
+try:
+    import uvicorn
+    from fastapi import Depends, FastAPI
+    from fastapi.security import HTTPBearer
+except ImportError as error:  # pragma: no cover  # the tests install the extra
+    raise InputError(f"serve: {error.name} is missing; install it with: pip install 'twotower[serve]'") from None
+
+from importlib.metadata import version
+
+from twotower.serving.service import logs, problems
+from twotower.serving.service.guard import Guard
+from twotower.serving.service.page_routes import page
+from twotower.serving.service.routes import operations, routes
+from twotower.serving.service.settings import ServiceSettings, is_loopback
+from twotower.serving.service.state import Service
+
+__all__ = ["ServiceSettings", "create_app", "serve"]
+
+#: Seconds that requests in flight have when the service is told to end.
+_GRACE = 20
+
+
+def create_app(directories: Sequence[str | Path], settings: ServiceSettings | None = None) -> FastAPI:
+    """An ASGI application that answers from model folders.
+
+    Args:
+        directories: model or run folders; each is a model by the name of its folder, the first is the one asked where
+            a request names none.
+        settings: options of the service.
+
+    Returns:
+        The application; its `state.service` has the models.
+
+    Raises:
+        InputError: a model cannot be read.
+    """
+    chosen = settings or ServiceSettings()
+    service = Service([Path(directory) for directory in directories], chosen)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await service.start()
+        loop, pending = asyncio.get_running_loop(), set[asyncio.Task[dict[str, str]]]()
+
+        def hang_up() -> None:
+            task = loop.create_task(service.reload())
+            pending.add(task)
+            task.add_done_callback(pending.discard)
+
+        # Only the main thread may take signals, and not every system has this one.
+        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError, AttributeError):
+            loop.add_signal_handler(signal.SIGHUP, hang_up)
+        yield
+        await service.stop()
+
+    app = FastAPI(
+        title="twotower",
+        version=version("twotower"),
+        description="Recommendations from trained two-tower models.",
+        lifespan=lifespan,
+        # The usual viewers load their scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.service = service
+    guarded = [] if chosen.token is None else [Depends(HTTPBearer(auto_error=False))]
+    app.include_router(operations(service))
+    app.include_router(routes(service), dependencies=guarded)
+    app.include_router(page(service), dependencies=guarded)
+    problems.install(app)
+    app.add_middleware(Guard, settings=chosen, metrics=service.metrics)
+    return app
+
+
+def serve(
+    directories: Sequence[str | Path],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    settings: ServiceSettings | None = None,
+    log_level: str = "info",
+) -> None:
+    """Answer until told to end (SIGINT, SIGTERM); requests in flight are answered first. SIGHUP looks for new models.
+
+    Args:
+        directories: see `create_app`.
+        host: address to listen on.
+        port: port to listen on; 0 for any free one.
+        settings: options of the service.
+        log_level: of the log on standard output, one JSON object a line.
+
+    Raises:
+        InputError: a model cannot be read.
+    """
+    logs.configure(log_level)
+    app = create_app(directories, settings)
+    if not is_loopback(host) and (settings is None or settings.token is None):
+        logs.log("anybody who reaches this address may ask: no token is set", level=30, address=host)
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_GRACE,
+        timeout_keep_alive=30,
+        h11_max_incomplete_event_size=16 * 1024,
+    )
+    uvicorn.Server(config).run()

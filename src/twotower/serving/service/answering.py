@@ -1,0 +1,184 @@
+"""Batches of questions answered: the same ids as `Retriever` gives, each question failing on its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from twotower.errors import InputError
+from twotower.serving.answers import Answers
+from twotower.serving.explain import explain
+from twotower.serving.questions import Questions, stored_histories
+from twotower.serving.service.model import Codes, ServedModel, codes_of, known_code
+
+
+class RecommendKey(NamedTuple):
+    """Settings that one search can have. The model is among them: a swap never mixes two in a batch."""
+
+    kind: str
+    model: ServedModel
+    exclude_seen: bool
+    filter: str | None
+    popularity: float
+    k: int | None  # None where any K is a prefix of a larger one: exact search
+
+
+class SimilarKey(NamedTuple):
+    """Settings of one search for neighbours."""
+
+    kind: str
+    model: ServedModel
+    filter: str | None
+
+
+@dataclass(frozen=True)
+class Question:
+    """One request: for a query by id, by its history, or both; or, for neighbours, an item id."""
+
+    k: int
+    query: Any = None
+    history: Sequence[Any] | None = None
+    item: Any = None
+
+
+def answer(key: RecommendKey | SimilarKey, questions: Sequence[Question]) -> list[bytes | Exception]:
+    """JSON for each question of a batch, or what is wrong with it."""
+    if isinstance(key, SimilarKey):
+        return _similar(key, questions)
+    return _recommend(key, questions)
+
+
+def asked(model: ServedModel, query: Any, history: Sequence[Any] | None) -> tuple[int, Codes]:
+    """Query code and history of one question.
+
+    Raises:
+        InputError: an unknown query, or nothing known.
+    """
+    code = -1 if query is None else known_code(codes_of(model.artifact.queries, [query]), "query_id")
+    if history is None:
+        if code < 0:
+            raise InputError("expected query_id or history, found neither")
+        return code, stored_histories(model.artifact, np.array([code]))[1].astype(np.int64)
+    codes = codes_of(model.artifact.items, history)
+    codes = codes[codes >= 0]
+    if code < 0 and not len(codes):
+        raise InputError("history: none of its items is in the catalog; expected at least one known item id")
+    return code, codes
+
+
+def explained(
+    model: ServedModel, query: Any, history: Sequence[Any] | None, items: Sequence[Any], popularity: float
+) -> list[dict[str, Any]]:
+    """What pulled each of some items up, as JSON values, the tower asked only once.
+
+    Raises:
+        InputError: an unknown query or item, or nothing known.
+    """
+    code, seen = asked(model, query, history)
+    codes = codes_of(model.artifact.items, items)
+    if (codes < 0).any():
+        raise InputError("items: not all are ids that this model knows")
+    one = Questions(
+        ids=model.artifact.items.ids.head(0),
+        codes=np.array([code]),
+        offsets=np.array([0, len(seen)]),
+        items=seen.astype(np.int32),
+    )
+    kept: list[Tensor] = []
+
+    def embed(queries: Codes, histories: tuple[Codes, NDArray[np.int32]]) -> Tensor:
+        # The same rows for every item: the history as it is, then without each of its items.
+        if not kept:
+            kept.append(model.retriever.ranker.embed(queries, histories))
+        return kept[0]
+
+    answers = Answers(model.artifact)
+    return [
+        explain(
+            answers,
+            embed,
+            one,
+            int(item),
+            length=model.retriever.ranker.history_length,
+            temperature=model.search.dial.temperature,
+            popularity=popularity,
+        ).to_dict()
+        for item in codes
+    ]
+
+
+def _recommend(key: RecommendKey, questions: Sequence[Question]) -> list[bytes | Exception]:
+    model, answers = key.model, list[bytes | Exception]()
+    good: list[tuple[int, Codes]] = []
+    places: list[int] = []
+    for place, question in enumerate(questions):
+        try:
+            good.append(asked(model, question.query, question.history))
+            places.append(place)
+            answers.append(b"")
+        except InputError as error:
+            answers.append(error)
+    if not good:
+        return answers
+    offsets = np.concatenate([[0], np.cumsum([len(seen) for _, seen in good])]).astype(np.int64)
+    items = np.concatenate([seen for _, seen in good]).astype(np.int32)
+    embedded = model.retriever.ranker.embed(np.array([code for code, _ in good], dtype=np.int64), (offsets, items))
+    scores, found = model.search.search(
+        embedded,
+        min(max(questions[place].k for place in places), max(len(model.counts), 1)),
+        exclude=(offsets, items) if key.exclude_seen else None,
+        allowed=model.condition(key.filter),
+        popularity=key.popularity,
+    )
+    for place, told in zip(places, _told(model, [questions[p].k for p in places], scores, found), strict=True):
+        answers[place] = told
+    return answers
+
+
+def _similar(key: SimilarKey, questions: Sequence[Question]) -> list[bytes | Exception]:
+    model, answers = key.model, list[bytes | Exception](b"" for _ in questions)
+    codes = codes_of(model.artifact.items, [question.item for question in questions])
+    for place in np.flatnonzero(codes < 0).tolist():
+        answers[place] = InputError("item: not an id that this model knows")
+    places = np.flatnonzero(codes >= 0).tolist()
+    if not places:
+        return answers
+    own = codes[places]
+    scores, found = model.neighbours.search(
+        F.normalize(model.artifact.item_embeddings[torch.from_numpy(own)], dim=1),
+        min(max(questions[place].k for place in places), len(model.counts)),
+        (np.arange(len(own) + 1, dtype=np.int64), own),
+        allowed=model.condition(key.filter),
+    )
+    for place, told in zip(places, _told(model, [questions[p].k for p in places], scores, found), strict=True):
+        answers[place] = told
+    return answers
+
+
+def _told(model: ServedModel, ks: Sequence[int], scores: Tensor, found: Tensor) -> list[bytes]:
+    """Rows of a search as JSON, each cut to its own K."""
+    kept, values = found.numpy(), scores.numpy()
+    sizes = [int((row[:k] >= 0).sum()) for row, k in zip(kept, ks, strict=True)]
+    codes = np.concatenate([row[:size] for row, size in zip(kept, sizes, strict=True)])
+    flat = np.concatenate([row[:size] for row, size in zip(values, sizes, strict=True)]).tolist()
+    rows = model.listed(codes)
+    answers, start = [], 0
+    for size in sizes:
+        listed = [
+            {"rank": rank, **row, "score": score}
+            for rank, row, score in zip(
+                range(1, size + 1), rows[start : start + size], flat[start : start + size], strict=True
+            )
+        ]
+        start += size
+        told = {"model": model.name, "version": model.version, "items": listed}
+        answers.append(json.dumps(told, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace"))
+    return answers

@@ -1,0 +1,129 @@
+"""A map of the catalog: items in two dimensions, near each other where the model finds them alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+#: Items laid out; larger catalogs are sampled, and the others placed among their nearest neighbours.
+SAMPLE = 4000
+
+#: Neighbours that hold an item in its place.
+NEIGHBOURS = 12
+
+#: Random items that push it away, for each that pulls.
+PUSHES = 4
+
+STEPS = 250
+
+Places = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Atlas:
+    """Places of items in the square [-1, 1] x [-1, 1].
+
+    Attributes:
+        sample: codes of the items laid out, ascending.
+        places: [len(sample), 2].
+        embeddings: the catalog's embeddings, of length one.
+    """
+
+    sample: NDArray[np.int64]
+    places: Places
+    embeddings: Tensor
+
+    @classmethod
+    def draw(cls, embeddings: Tensor, seed: int = 0) -> Atlas:
+        """Lay out a catalog; a few seconds for `SAMPLE` items.
+
+        Cosine neighbours attract each other and random items repel, by the gradients of UMAP (McInnes, Healy and
+        Melville 2018, section 3.2) with the kernel 1 / (1 + d^2), from the first two principal components. The same
+        embeddings give the same map.
+
+        Args:
+            embeddings: item embeddings [N, D].
+            seed: of the sample and of the items that repel.
+        """
+        rng = np.random.default_rng(seed)
+        unit = F.normalize(embeddings.float(), dim=1)
+        count = len(unit)
+        sample = np.arange(count) if count <= SAMPLE else np.sort(rng.choice(count, SAMPLE, replace=False))
+        chosen = unit[torch.from_numpy(sample)]
+        start = principal(chosen)
+        laid = start if len(sample) <= NEIGHBOURS + 1 else _arranged(start, _edges(chosen), rng)
+        return cls(sample.astype(np.int64), _in_square(laid), unit)
+
+    def place(self, codes: NDArray[np.int64]) -> Places:
+        """Places of any items [n, 2]: their own, or the weighted middle of the five nearest items that have one."""
+        at = np.minimum(np.searchsorted(self.sample, codes), max(len(self.sample) - 1, 0))
+        found = self.places[at].copy()
+        missing = np.flatnonzero(self.sample[at] != codes)
+        if len(missing):
+            near = self.embeddings[torch.from_numpy(codes[missing])] @ self.embeddings[torch.from_numpy(self.sample)].T
+            best = near.topk(min(5, near.shape[1]), dim=1)
+            weight = torch.softmax(10.0 * best.values, 1).double().numpy()
+            found[missing] = (weight[:, :, None] * self.places[best.indices.numpy()]).sum(1)
+        return found
+
+
+def principal(rows: Tensor) -> Places:
+    """The first two principal components of rows [n, D], their larger spread 1; [n, 2]."""
+    centred = (rows - rows.mean(0)).double()
+    _, directions = torch.linalg.eigh(centred.T @ centred)
+    axes = directions[:, -2:].flip(1)
+    # The sign of an eigenvector is anybody's choice; with this one the same items give the same map.
+    axes = axes * torch.where(axes.sum(0) < 0, -1.0, 1.0)
+    flat = centred @ axes
+    if flat.shape[1] < 2:
+        flat = F.pad(flat, (0, 2 - flat.shape[1]))
+    flat = flat / flat.std(0, correction=0).max().clamp(min=1e-12)
+    places: Places = flat.numpy()
+    return places
+
+
+def _edges(unit: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Pairs of an item and one of its nearest by cosine."""
+    near = unit @ unit.T
+    near.fill_diagonal_(-torch.inf)
+    nearest = near.topk(NEIGHBOURS, dim=1).indices.numpy()
+    return np.repeat(np.arange(len(unit)), NEIGHBOURS), nearest.reshape(-1)
+
+
+def _arranged(start: Places, edges: tuple[NDArray[np.int64], NDArray[np.int64]], rng: np.random.Generator) -> Places:
+    laid, count = 10.0 * start, len(start)
+    ones, others = edges
+    for step in range(STEPS):
+        rate = 1.0 - step / STEPS
+        # A fraction of the edges at a time, as in stochastic descent: all at once would overshoot.
+        drawn = rng.random(len(ones)) < 0.25
+        a, b = ones[drawn], others[drawn]
+        apart = laid[a] - laid[b]
+        square = (apart**2).sum(1, keepdims=True)
+        pull = np.clip(-2.0 / (1.0 + square) * apart, -4.0, 4.0)
+        from_ = np.repeat(a, PUSHES)
+        away = laid[from_] - laid[rng.integers(0, count, len(from_))]
+        square = (away**2).sum(1, keepdims=True)
+        push = np.clip(2.0 / ((0.01 + square) * (1.0 + square)) * away, -4.0, 4.0)
+        for axis in (0, 1):
+            laid[:, axis] += rate * (
+                np.bincount(a, pull[:, axis], count)
+                - np.bincount(b, pull[:, axis], count)
+                + np.bincount(from_, push[:, axis], count)
+            )
+    return laid
+
+
+def _in_square(laid: Places) -> Places:
+    """Centred and scaled to the square, by one factor so that distances keep their proportion."""
+    if not len(laid):
+        return laid
+    middle = (laid.max(0) + laid.min(0)) / 2.0
+    largest = float(np.abs(laid - middle).max())
+    placed: Places = (laid - middle) / (largest or 1.0)
+    return placed

@@ -1,0 +1,73 @@
+"""The card of a model: where it comes from, how it was made, what it reaches and what an audit found."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from twotower.serving.service.model import ServedModel
+
+#: Looked for beside `metadata.json` and in the run folder around it: `twotower audit DIR --json > DIR/audit.json`.
+AUDIT = "audit.json"
+
+_LARGEST_AUDIT = 4 * 1024 * 1024
+_FOLDERS = re.compile(r"(?<![\w.:])/(?:[^\s/'\"]+/)+")
+
+
+def card(model: ServedModel) -> dict[str, Any]:
+    """What a reader wants to know of a model, as JSON values; folders of this machine are left out of it."""
+    told, config = model.artifact.metadata, model.artifact.config
+    data, split = told.get("data", {}), told.get("split", {})
+    found = {
+        "name": model.name,
+        "version": model.version,
+        "created": told.get("created"),
+        "versions": told.get("versions", {}),
+        "data": {
+            "source": data.get("source"),
+            "fingerprint": data.get("fingerprint"),
+            "account": data.get("account", {}).get("lines", []),
+        },
+        "split": {
+            "name": split.get("name"),
+            "settings": split.get("settings", {}),
+            "account": split.get("account", {}).get("lines", []),
+        },
+        "model": {
+            "objective": config.objective.model_dump(mode="json", exclude_none=True),
+            "query_tower": config.query_tower.model_dump(mode="json", exclude_none=True),
+            "item_tower": config.item_tower.model_dump(mode="json", exclude_none=True),
+            "temperature": model.search.dial.temperature,
+            "num_queries": len(model.artifact.queries),
+            "num_items": len(model.artifact.items),
+        },
+        "training": told.get("training", {}),
+        "metrics": told.get("metrics"),
+        "audit": read_audit(model.folder),
+    }
+    cleaned: dict[str, Any] = without_folders(found)
+    return cleaned
+
+
+def read_audit(folder: Path) -> Any:
+    """The JSON of an audit that lies in the model folder or beside it, or None."""
+    for path in (folder / AUDIT, folder.parent / AUDIT):
+        try:
+            if path.stat().st_size <= _LARGEST_AUDIT:
+                return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def without_folders(value: Any) -> Any:
+    """Names of files without the folders they lie in."""
+    if isinstance(value, str):
+        return _FOLDERS.sub("", value)
+    if isinstance(value, dict):
+        return {name: without_folders(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(one) for one in value]
+    return value

@@ -1,0 +1,101 @@
+"""Answers to requests that cannot be served: RFC 9457 problem details, without stack traces and without echoes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from twotower.errors import InputError
+
+
+class Problem(Exception):  # noqa: N818  # RFC 9457 calls it a problem
+    """A request that is answered with an error.
+
+    Args:
+        status: HTTP status.
+        detail: what was found and what was expected, fit to be shown.
+        headers: further headers of the answer.
+    """
+
+    def __init__(self, status: int, detail: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+        self.headers = dict(headers or {})
+
+
+def problem_body(status: int, detail: str) -> bytes:
+    """The JSON of an RFC 9457 problem."""
+    values = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
+    return json.dumps(values, ensure_ascii=False).encode("utf-8", "replace")
+
+
+def problem_answer(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
+    """A problem as an answer."""
+    return Response(problem_body(status, detail), status, dict(headers or {}), "application/problem+json")
+
+
+def install(app: FastAPI) -> None:
+    """Answer every kind of failure in one form."""
+
+    @app.exception_handler(Problem)
+    async def _problem(_: Request, error: Problem) -> Response:
+        return problem_answer(error.status, error.detail, error.headers)
+
+    @app.exception_handler(InputError)
+    async def _input(_: Request, error: InputError) -> Response:
+        return problem_answer(422, str(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def _validation(_: Request, error: RequestValidationError) -> Response:
+        errors = error.errors()
+        malformed = any(one["type"] == "json_invalid" for one in errors)
+        return problem_answer(400 if malformed else 422, told(errors))
+
+    @app.exception_handler(HTTPException)
+    async def _http(_: Request, error: HTTPException) -> Response:
+        return problem_answer(error.status_code, str(error.detail), error.headers)
+
+
+def told(errors: Sequence[Any]) -> str:
+    """The first few errors of a validation, each as `field: message`; what was sent is not repeated."""
+    parts: list[str] = []
+    for error in errors:
+        # A union reports each of its branches by a name of its own behind the field; a malformed body its position.
+        place = [str(part) for part in error["loc"][1:] if "[" not in str(part) and "constrained" not in str(part)]
+        place = [] if error["type"] == "json_invalid" else place
+        part = f"{'.'.join(place) or str(error['loc'][0])}: {error['msg']}"
+        if part not in parts:
+            parts.append(part)
+    return "; ".join(parts[:4])
+
+
+#: What a route can answer besides success, for OpenAPI.
+PROBLEM_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["type", "title", "status", "detail"],
+    "properties": {
+        "type": {"type": "string"},
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "detail": {"type": "string"},
+    },
+}
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI entries of problems."""
+    return {
+        status: {
+            "description": HTTPStatus(status).phrase,
+            "content": {"application/problem+json": {"schema": PROBLEM_SCHEMA}},
+        }
+        for status in statuses
+    }

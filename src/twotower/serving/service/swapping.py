@@ -1,0 +1,160 @@
+"""Model folders that are watched: a new model is loaded beside the old one and takes over between two requests."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from twotower.errors import InputError
+from twotower.serving.artifact import find_model
+from twotower.serving.service.logs import log
+from twotower.serving.service.metrics import Metrics
+from twotower.serving.service.model import ServedModel
+from twotower.serving.service.problems import Problem
+
+Identity = tuple[tuple[int, int, int] | None, ...]
+
+#: A folder that is replaced while it is read is read again, so often.
+_TRIES = 5
+
+
+class Slot:
+    """A model folder and the model of it that answers.
+
+    `current` is replaced by one assignment. A request takes it once and keeps it to its end, so an old model goes
+    when its last request is answered.
+
+    Args:
+        name: what requests call the model.
+        directory: a model or run folder.
+        metrics: told of swaps.
+
+    Raises:
+        InputError: there is no model that can be read.
+    """
+
+    def __init__(self, name: str, directory: Path, metrics: Metrics) -> None:
+        self.name = name
+        self.directory = directory
+        self._metrics = metrics
+        self._lock = threading.Lock()
+        self._broken: Identity | None = None
+        self._identity, self.current = self._load()
+        metrics.swapped(name, None, self.current.version)
+
+    def refresh(self, *, again: bool = False) -> str:
+        """Look at the folder, and let a new model take over if there is one.
+
+        Args:
+            again: try a model that was broken at the last look once more.
+
+        Returns:
+            swapped; unchanged; missing, where there is no model folder at the moment; or broken. The old model goes on
+            in all but the first case.
+        """
+        with self._lock:
+            seen = identity(self.directory)
+            if seen is None:
+                return "missing"
+            if seen == self._identity or (seen == self._broken and not again):
+                return "unchanged"
+            try:
+                found, model = self._load()
+            except Exception as error:  # whatever is wrong with the new model, the old one goes on
+                self._broken = seen
+                self._metrics.swaps.labels(self.name, "broken").inc()
+                log("model broken, the old one goes on", level=logging.ERROR, error=error, model=self.name)
+                return "broken"
+            old = self.current.version
+            self.current, self._identity, self._broken = model, found, None
+            self._metrics.swapped(self.name, old, model.version)
+            self._metrics.swaps.labels(self.name, "swapped").inc()
+            log("model swapped", model=self.name, old=old, new=model.version)
+            return "swapped"
+
+    def _load(self) -> tuple[Identity | None, ServedModel]:
+        """Load, and make sure that all of it was of one model: the folder may be replaced in the middle."""
+        for left in reversed(range(_TRIES)):
+            before = identity(self.directory)
+            try:
+                model = ServedModel.load(self.name, self.directory)
+            except Exception:
+                if identity(self.directory) == before or not left:
+                    raise
+                continue
+            if identity(self.directory) == before:
+                return before, model
+        raise InputError(f"{self.directory}: replaced again and again while it was read")
+
+
+def identity(directory: Path) -> Identity | None:
+    """What tells one model from the next: the files that tell of the others. None where there is no model."""
+    try:
+        folder = find_model(directory)
+        return _stamp(folder / "metadata.json"), _stamp(folder / "index" / "index.json")
+    except (InputError, OSError):
+        return None
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    if not path.exists():
+        return None
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+class Slots:
+    """The models of a service by name; the first one answers where none is named.
+
+    Args:
+        directories: model or run folders, each another one.
+        metrics: told of swaps.
+
+    Raises:
+        InputError: no directory, the same one twice, or one that cannot be read.
+    """
+
+    def __init__(self, directories: Sequence[Path], metrics: Metrics) -> None:
+        if not directories:
+            raise InputError("serve: expected at least one model folder, found none")
+        if len({directory.resolve() for directory in directories}) < len(directories):
+            raise InputError("serve: the same folder is given twice; expected different models")
+        self._slots = {
+            name: Slot(name, directory, metrics)
+            for name, directory in zip(_names(directories), directories, strict=True)
+        }
+
+    def models(self) -> list[ServedModel]:
+        """The models that answer now."""
+        return [slot.current for slot in self._slots.values()]
+
+    def model(self, name: str | None) -> ServedModel:
+        """The model of a name, the first one for None.
+
+        Raises:
+            Problem: 404, there is none.
+        """
+        if name is None:
+            return next(iter(self._slots.values())).current
+        if name not in self._slots:
+            raise Problem(404, f"model: expected one of {', '.join(self._slots)}")
+        return self._slots[name].current
+
+    def refresh(self, *, again: bool = False) -> dict[str, str]:
+        """Look at every folder; what became of each, by name."""
+        return {name: slot.refresh(again=again) for name, slot in self._slots.items()}
+
+
+def _names(directories: Sequence[Path]) -> list[str]:
+    """The folders' own names, of the run folder where it is its model/; numbered where two are the same."""
+    names: list[str] = []
+    for directory in directories:
+        path = directory.resolve()
+        name = path.parent.name if path.name == "model" else path.name
+        names.append(name or "model")
+    return [
+        name if names.count(name) == 1 else f"{name}-{names[: place + 1].count(name)}"
+        for place, name in enumerate(names)
+    ]
