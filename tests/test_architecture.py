@@ -24,6 +24,8 @@ ROOMS = [
     "analysis",
     "doctor",
     "run",
+    "terminal",
+    "cli_answers",
     "cli",
 ]
 

@@ -146,7 +146,7 @@ def test_an_interrupted_run_is_not_overwritten(run_folder, command):
 
 
 def test_a_fault_of_the_program_is_exit_code_one(command, monkeypatch):
-    def broken(*args):
+    def broken(*args, **kwargs):
         raise RuntimeError("a wheel came off")
 
     monkeypatch.setattr("twotower.serving.Retriever.load", broken)

@@ -6,14 +6,14 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import polars as pl
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from twotower.cli_answers import commands
 from twotower.errors import InputError
+from twotower.terminal import Json, Run, console, messages, print_json
 
 app = typer.Typer(
     help="Train, evaluate and use retrieval models whose negatives are corrected by construction.",
@@ -21,11 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
-messages = Console(stderr=True)
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Run = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder that `twotower train` made.")]
+app.add_typer(commands)
 
 
 @app.callback()
@@ -74,7 +70,7 @@ def train(
         say=lambda text: told.print(str(text), highlight=False, markup=False, soft_wrap=True),
     )
     if as_json:
-        _print_json(measured.to_dict())
+        print_json(measured.to_dict())
         return
     console.print(measured)
     console.print(f"\nThe model is in {out}. Next:", highlight=False)
@@ -86,7 +82,8 @@ def evaluate(
     directory: Run,
     data: Annotated[str | None, typer.Option("--data", help="Where the data is now, if it has moved.")] = None,
     report: Annotated[
-        Path | None, typer.Option("--report", metavar="FILE", help="Where the report goes; DIR/report.html unless told.")
+        Path | None,
+        typer.Option("--report", metavar="FILE", help="Where the report goes; DIR/report.html unless told."),
     ] = None,
     no_report: Annotated[bool, typer.Option("--no-report", help="Write no report and no per_query.parquet.")] = False,
     as_json: Json = False,
@@ -97,7 +94,7 @@ def evaluate(
     page = None if no_report else report or directory / "report.html"
     measured = evaluate_folder(directory, data, page=page)
     if as_json:
-        _print_json(measured.to_dict())
+        print_json(measured.to_dict())
         return
     console.print(measured)
     if page is not None:
@@ -149,7 +146,7 @@ def compare(
         messages.print(f"twotower: {stop}; the same command goes on", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(130) from stop
     if as_json:
-        _print_json(found.to_dict())
+        print_json(found.to_dict())
         return
     console.print(found)
     console.print(f"\nThe report is in {out / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
@@ -191,57 +188,9 @@ def audit(
             names = [name.strip() for name in (objectives or "").split(",") if name.strip()]
             found = analysis.audit(subject, objectives=names, draws=draws or 50, seed=seed)
     if as_json:
-        _print_json(found.to_dict())
+        print_json(found.to_dict())
     else:
         console.print(found)
-
-
-@app.command()
-def recommend(
-    directory: Run,
-    query: Annotated[
-        list[str] | None, typer.Option("--query", help="Id of a query in the data; may be repeated.")
-    ] = None,
-    history: Annotated[str | None, typer.Option("--history", help='Item ids, oldest first: "i1,i2,...".')] = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="How many items.")] = 10,
-    keep_seen: Annotated[bool, typer.Option("--keep-seen", help="Also recommend items of the history.")] = False,
-    as_json: Json = False,
-) -> None:
-    """The best items for a query, or for a history of items."""
-    from twotower.serving import Retriever  # noqa: PLC0415
-
-    if (query is None) == (history is None):
-        raise InputError("recommend: expected --query ID or --history ITEM,ITEM,...; give one of the two")
-    retriever = Retriever.load(directory)
-    histories = None
-    if history is not None:
-        histories = [[part.strip() for part in history.split(",") if part.strip()]]
-    found = retriever.recommend(query, histories=histories, k=k, exclude_seen=not keep_seen)
-    if as_json:
-        _print_json(found.to_dicts())
-        return
-    for of, rows in found.group_by("query", maintain_order=True):
-        if query is not None:
-            _print_frame(f"The latest items of {of[0]}", retriever.history(of[0]).tail(5).reverse())
-        _print_frame(f"Recommended for {of[0] if query is not None else 'this history'}", rows.drop("query"))
-
-
-@app.command()
-def similar(
-    directory: Run,
-    item: Annotated[list[str], typer.Option("--item", help="Id of an item; may be repeated.")],
-    k: Annotated[int, typer.Option("-k", min=1, help="How many items.")] = 10,
-    as_json: Json = False,
-) -> None:
-    """The items nearest to an item."""
-    from twotower.serving import Retriever  # noqa: PLC0415
-
-    found = Retriever.load(directory).similar(item, k)
-    if as_json:
-        _print_json(found.to_dicts())
-        return
-    for of, rows in found.group_by("of", maintain_order=True):
-        _print_frame(f"Like {of[0]}", rows.drop("of"))
 
 
 @app.command()
@@ -255,13 +204,13 @@ def datasets(
     if name is not None:
         data = known.load(name)
         if as_json:
-            _print_json(data.account.to_dict())
+            print_json(data.account.to_dict())
         else:
             console.print(str(data.account), highlight=False)
         return
     rows = known.available()
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
     table = Table("name", "what", "size", "terms", "here", title="Data sets")
     for row in rows:
@@ -284,7 +233,7 @@ def features(
 
     found = run.propose_features(data, Config.load(config).data, items=items, queries=queries)
     if as_json:
-        _print_json({side: [one.to_dict() for one in columns] for side, columns in found.items()})
+        print_json({side: [one.to_dict() for one in columns] for side, columns in found.items()})
         return
     for side, columns in found.items():
         table = Table("column", "kind", "why", "distinct", "missing", title=f"{side} table", title_justify="left")
@@ -305,24 +254,13 @@ def doctor(as_json: Json = False) -> None:
 
     found = examine()
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     for section, rows in found.items():
         table = Table("what", "found", title=section, title_justify="left")
         for name, value in rows.items():
             table.add_row(name, str(value))
         console.print(table)
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
-
-
-def _print_frame(title: str, frame: pl.DataFrame) -> None:
-    table = Table(*frame.columns, title=title, title_justify="left")
-    for row in frame.iter_rows():
-        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row))
-    console.print(table)
 
 
 def main() -> None:

@@ -39,7 +39,8 @@ class Retriever:
     def __init__(self, artifact: Artifact, index: Index | None = None) -> None:
         self.artifact = artifact
         self.ranker = ranker_of(artifact)
-        self._search = Search(artifact, self.ranker.index, index)
+        self._exact = Search(artifact, self.ranker.index)
+        self._search = self._exact if index is None else Search(artifact, self.ranker.index, index)
         self._answers = Answers(artifact)
         self._neighbours: ExactCatalog | None = None
 
@@ -73,9 +74,16 @@ class Retriever:
         """v(j) of every item, [N, D], where the diversity of lists is measured."""
         return self.artifact.item_embeddings
 
-    def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> np.ndarray:
-        """Rank for an evaluation: int64 [E, k]. The very search that `recommend` uses where it is exact."""
-        return self.ranker.rank(holdout, k, exclude_seen)
+    def rank(self, holdout: Holdout, k: int, exclude_seen: bool, *, popularity: float = 1.0) -> np.ndarray:
+        """Rank for an evaluation, exactly: int64 [E, k]. The very search of `recommend`, unless that has an index."""
+        histories = (holdout.history_offsets, holdout.history_items)
+        _, items = self._exact.search(
+            self.ranker.embed(holdout.queries, histories),
+            k,
+            exclude=histories if exclude_seen else None,
+            popularity=checked_popularity(popularity),
+        )
+        return items.cpu().numpy()
 
     def recommend(
         self,

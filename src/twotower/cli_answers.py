@@ -1,0 +1,266 @@
+"""Commands of a trained model: recommend, similar, explain, dial, index, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from twotower.errors import InputError
+from twotower.terminal import Json, Run, console, messages, print_frame, print_json
+
+if TYPE_CHECKING:
+    from twotower.serving import Retriever
+
+commands = typer.Typer()
+
+Query = Annotated[list[str] | None, typer.Option("--query", help="Id of a query in the data; may be repeated.")]
+History = Annotated[str | None, typer.Option("--history", help='Item ids, oldest first: "i1,i2,...".')]
+Popularity = Annotated[
+    float, typer.Option("--popularity", help="The popularity dial: 1 as trained, 0 discovery, up to 2.")
+]
+Filter = Annotated[
+    str | None, typer.Option("--filter", help="Condition on the item table: \"country = 'FR' and price < 20\".")
+]
+Allow = Annotated[str | None, typer.Option("--allow", help='The only items: "i1,i2,...", or @FILE with one a line.')]
+Deny = Annotated[str | None, typer.Option("--deny", help="Never these items; written likewise.")]
+
+
+@commands.command()
+def recommend(
+    directory: Run,
+    query: Query = None,
+    history: History = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="How many items.")] = 10,
+    keep_seen: Annotated[bool, typer.Option("--keep-seen", help="Also recommend items of the history.")] = False,
+    popularity: Popularity = 1.0,
+    filter_: Filter = None,
+    allow: Allow = None,
+    deny: Deny = None,
+    source: Annotated[
+        Path | None, typer.Option("--input", metavar="FILE", help="Parquet with query ids, or histories.")
+    ] = None,
+    target: Annotated[Path | None, typer.Option("--output", metavar="FILE", help="Parquet to write.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted --output.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace --output.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Search exactly, whatever index there is.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The best items for a query, for a history of items, or for every row of a file."""
+    from twotower.serving import Retriever  # noqa: PLC0415
+
+    asked: dict[str, Any] = {
+        "k": k,
+        "exclude_seen": not keep_seen,
+        "popularity": popularity,
+        "filter": filter_,
+        "allow": _listed(allow, "--allow"),
+        "deny": _listed(deny, "--deny"),
+    }
+    if source is not None or target is not None:
+        if source is None or target is None or query is not None or history is not None:
+            raise InputError("recommend: expected --input FILE with --output FILE, and neither --query nor --history")
+        _file(Retriever.load(directory, exact=exact), source, target, asked, resume, force, as_json)
+        return
+    if (query is None) == (history is None):
+        raise InputError("recommend: expected --query ID or --history ITEM,ITEM,...; give one of the two")
+    retriever = Retriever.load(directory, exact=exact)
+    found = retriever.recommend(query, histories=None if history is None else [_ids(history)], **asked)
+    if as_json:
+        print_json(found.to_dicts())
+        return
+    for of, rows in found.group_by("query", maintain_order=True):
+        if query is not None:
+            print_frame(f"The latest items of {of[0]}", retriever.history(of[0]).tail(5).reverse())
+        print_frame(f"Recommended for {of[0] if query is not None else 'this history'}", rows.drop("query"))
+    if not len(found):
+        console.print("No item is left to recommend.")
+    _tell_index(retriever)
+
+
+@commands.command()
+def similar(
+    directory: Run,
+    item: Annotated[list[str], typer.Option("--item", help="Id of an item; may be repeated.")],
+    k: Annotated[int, typer.Option("-k", min=1, help="How many items.")] = 10,
+    filter_: Filter = None,
+    as_json: Json = False,
+) -> None:
+    """The items nearest to an item."""
+    from twotower.serving import Retriever  # noqa: PLC0415
+
+    found = Retriever.load(directory, exact=True).similar(item, k, filter=filter_)
+    if as_json:
+        print_json(found.to_dicts())
+        return
+    for of, rows in found.group_by("of", maintain_order=True):
+        print_frame(f"Like {of[0]}", rows.drop("of"))
+
+
+@commands.command()
+def explain(
+    directory: Run,
+    item: Annotated[str, typer.Option("--item", help="Id of the recommended item.")],
+    query: Annotated[str | None, typer.Option("--query", help="Id of a query in the data.")] = None,
+    history: History = None,
+    popularity: Popularity = 1.0,
+    as_json: Json = False,
+) -> None:
+    """What pulled an item up: the items of the history, and popularity."""
+    from twotower.serving import Retriever  # noqa: PLC0415
+
+    if query is None and history is None:
+        raise InputError("explain: expected --query ID or --history ITEM,ITEM,...; found neither")
+    retriever = Retriever.load(directory, exact=True)
+    given = None if history is None else _ids(history)
+    found = retriever.explain(query, item=item, history=given, popularity=popularity)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    name = retriever.describe([item])
+    shown = name["title"][0] if "title" in name.columns else item
+    console.print(f"{shown}: {found.lift:+.2f} logits above the mean of the catalog,", highlight=False, markup=False)
+    share = "" if found.popularity_share is None else f" ({found.popularity_share:.0%})"
+    console.print(f"{found.popularity:+.2f}{share} of it as goes with its popularity.", highlight=False)
+    print_frame("Without this item of the history it would lose", found.history.head(10))
+
+
+@commands.command()
+def dial(
+    directory: Run,
+    data: Annotated[str | None, typer.Option("--data", help="Where the data is now, if it has moved.")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Length of the lists.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Recall against discovery: what the popularity dial gives and takes on the test queries."""
+    from twotower import run  # noqa: PLC0415
+    from twotower.analysis.dial import popularity_curve  # noqa: PLC0415
+    from twotower.serving import Retriever  # noqa: PLC0415
+
+    artifact, split = run.reread(directory, data)
+    seen = artifact.config.evaluation.exclude_seen
+    found = popularity_curve(Retriever(artifact), split.test, train=split.train, k=k, exclude_seen=seen)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        console.print(found)
+
+
+@commands.command()
+def index(
+    directory: Run,
+    kind: Annotated[str, typer.Option("--kind", help="exact, hnsw, ivfpq or pgvector.")],
+    min_recall: Annotated[
+        float | None, typer.Option("--min-recall", help="Refuse an index that finds less of the exact top K.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="K of the recall.")] = 100,
+    queries: Annotated[int, typer.Option("--queries", min=1, help="Known queries that recall is measured on.")] = 500,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=NUMBER", help="A setting of the kind, such as links=48.")
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option("--url", help="Of the database, for pgvector; otherwise PGHOST and the like.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Build an index for a model, measure its recall, and keep it in the model's folder."""
+    from twotower.serving import build_stored_index  # noqa: PLC0415
+
+    settings: dict[str, Any] = dict(_setting(text) for text in overrides or [])
+    if url is not None:
+        settings["url"] = url
+    report = build_stored_index(directory, kind, k=k, min_recall=min_recall, queries=queries, settings=settings)
+    if as_json:
+        print_json({"kind": "exact"} if report is None else report.to_dict())
+    elif report is None:
+        console.print("Exact search needs no index; an approximate one is no longer there.", highlight=False)
+    else:
+        recall = ", ".join(f"{value:.4f} at {name}" for name, value in report.recall.items())
+        console.print(
+            f"{report.kind}: {report.num_items:,} items in {report.build_seconds:.1f} s, "
+            f"{report.bytes / 2**20:.1f} MiB; recall of the exact top {report.k} on {report.num_queries:,} queries: "
+            f"{recall}; effort {report.settings['effort']}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@commands.command()
+def export(
+    directory: Run,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")],
+    format_: Annotated[str, typer.Option("--format", help="onnx or torch.")] = "onnx",
+    as_json: Json = False,
+) -> None:
+    """The query tower on its own, for ONNX Runtime or torch.export, checked against the original."""
+    from twotower.serving.export import export_query_tower  # noqa: PLC0415
+
+    report = export_query_tower(directory, out, format_)
+    if as_json:
+        print_json(report)
+    else:
+        console.print(
+            f"{report['file']}: inputs {', '.join(report['inputs'])}; largest difference from the original "
+            f"{report['largest_difference']:.1e}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _file(
+    retriever: Retriever, source: Path, target: Path, asked: dict[str, Any], resume: bool, force: bool, as_json: bool
+) -> None:
+    from rich.progress import Progress, TimeElapsedColumn  # noqa: PLC0415
+
+    from twotower.serving.batch import recommend_file  # noqa: PLC0415
+
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=messages) as bar:
+        task = bar.add_task("queries", total=None)
+        report = recommend_file(
+            retriever,
+            source,
+            target,
+            **asked,
+            resume=resume,
+            force=force,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if as_json:
+        print_json(report.__dict__)
+        return
+    console.print(
+        f"{target}: {report.rows:,} rows for {report.answered:,} of {report.queries:,} queries; "
+        f"{report.unknown:,} queries are not known and have no known history",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _tell_index(retriever: Retriever) -> None:
+    if not retriever.index.is_exact:
+        console.print(f"Found by the {retriever.index.kind} index; --exact searches every item.", highlight=False)
+
+
+def _ids(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _listed(text: str | None, option: str) -> list[str] | None:
+    """Ids of an option, or of the file it names."""
+    if text is None or not text.startswith("@"):
+        return None if text is None else _ids(text)
+    try:
+        lines = Path(text[1:]).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{option} {text}: cannot be read ({error}); expected a text file with one id a line"
+        ) from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _setting(text: str) -> tuple[str, int]:
+    key, equals, value = text.partition("=")
+    if not equals or not value.strip().isdigit():
+        raise InputError(f"--set {text}: expected name=number, such as links=48")
+    return key.strip(), int(value)

@@ -1,0 +1,159 @@
+"""The query tower on its own: for ONNX Runtime, or as a torch.export program; neither needs this package to run."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from twotower.errors import InputError
+from twotower.files import whole_folder
+from twotower.serving.artifact import Artifact, find_model
+from twotower.serving.search import dial_of
+from twotower.towers import TwoTower
+
+FORMATS = {"onnx": "query_tower.onnx", "torch": "query_tower.pt2"}
+
+#: An export that differs more than this from the original is refused.
+TOLERANCE = 1e-5
+
+
+class QueryEncoder(nn.Module):
+    """The query tower with its inputs and its output spelled out for an export.
+
+    Args:
+        towers: the model.
+        uses_queries: whether it has an id embedding; its input `query` is then int64 [B], -1 for a new query.
+        uses_history: whether it looks at a history; `history` is then int64 [B, L], item codes, the newest last, -1 on
+            the left where there are fewer.
+    """
+
+    def __init__(self, towers: TwoTower, *, uses_queries: bool, uses_history: bool) -> None:
+        super().__init__()
+        self.towers = towers
+        self.uses_queries = uses_queries
+        self.uses_history = uses_history
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """The inputs in the order query, history, as far as there are any -> embedding float32 [B, D]."""
+        rows = inputs[0]
+        queries = rows if self.uses_queries else torch.full_like(rows[:, 0], -1)
+        history = inputs[-1] if self.uses_history else None
+        return self.towers.embed_queries(queries, history).float()
+
+
+def export_query_tower(directory: str | Path, out: str | Path, format: str = "onnx") -> dict[str, Any]:  # noqa: A002
+    """Write the query tower, and what is needed to call it, to a folder.
+
+    `query_tower.onnx` or `query_tower.pt2`; `items.safetensors` with the item embeddings [N, D] and the popularity
+    coordinate [N] (see `PopularityDial`); `items.parquet` and `queries.parquet`, row = code; `export.json` with the
+    inputs, L, D, the temperature, and the largest difference that was found.
+
+    The file is run on queries of the model, in batches of 1, 3 and 64, and compared with the original.
+
+    Args:
+        directory: a model folder, or the run folder around it.
+        out: the folder to write.
+        format: onnx or torch.
+
+    Returns:
+        What `export.json` holds.
+
+    Raises:
+        InputError: an unknown format, a package that is missing, or a result that differs by more than 1e-5.
+    """
+    if format not in FORMATS:
+        raise InputError(f"export: unknown format {format!r}; expected onnx or torch")
+    artifact = Artifact.load(find_model(directory))
+    config = artifact.config.query_tower
+    length = config.history.length if config.history else 0
+    encoder = QueryEncoder(
+        artifact.towers, uses_queries=config.id_embedding, uses_history=config.history is not None
+    ).eval()
+    names = [name for name, used in (("query", encoder.uses_queries), ("history", encoder.uses_history)) if used]
+    target = Path(out)
+    with whole_folder(target) as folder:
+        path = folder / FORMATS[format]
+        example = _inputs(artifact, 3, length, names)
+        run = _export_onnx(encoder, example, names, path) if format == "onnx" else _export_torch(encoder, example, path)
+        largest = 0.0
+        for rows in (1, 3, 64):
+            inputs = _inputs(artifact, rows, length, names)
+            with torch.no_grad():
+                expected = encoder(*inputs).numpy()
+            largest = max(largest, float(np.abs(run(inputs) - expected).max()))
+        if not largest <= TOLERANCE:
+            raise InputError(f"export: {format} differs from the model by {largest:.1e}, more than {TOLERANCE:.0e}")
+        dial = dial_of(artifact)
+        told = {
+            "file": FORMATS[format],
+            "inputs": {name: "int64 [B]" if name == "query" else f"int64 [B, {length}]" for name in names},
+            "output": f"float32 [B, {artifact.item_embeddings.shape[1]}]",
+            "history_length": length,
+            "dimension": int(artifact.item_embeddings.shape[1]),
+            "temperature": dial.temperature,
+            "num_items": len(artifact.items),
+            "largest_difference": largest,
+        }
+        _write_items(artifact, dial.items(artifact.item_embeddings)[:, -1], folder)
+        (folder / "export.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
+    return told
+
+
+def _inputs(artifact: Artifact, rows: int, length: int, names: list[str]) -> tuple[Tensor, ...]:
+    """Random queries: some of them new, histories of every length from one item on."""
+    generator = torch.Generator().manual_seed(rows)
+    made = {"query": torch.randint(-1, max(len(artifact.queries), 1), (rows,), generator=generator)}
+    if length:
+        history = torch.randint(0, len(artifact.items), (rows, length), generator=generator)
+        present = torch.randint(1, length + 1, (rows, 1), generator=generator)
+        made["history"] = torch.where(torch.arange(length, 0, -1) <= present, history, -1)
+    return tuple(made[name] for name in names)
+
+
+def _export_torch(encoder: QueryEncoder, example: tuple[Tensor, ...], path: Path) -> Any:
+    batch = torch.export.Dim("batch", min=1)
+    shapes = {"inputs": tuple({0: batch} for _ in example)}
+    program = torch.export.export(encoder, example, dynamic_shapes=shapes)
+    torch.export.save(program, path)
+    loaded = torch.export.load(path).module()
+    return lambda inputs: loaded(*inputs).detach().numpy()
+
+
+def _export_onnx(encoder: QueryEncoder, example: tuple[Tensor, ...], names: list[str], path: Path) -> Any:
+    try:
+        import onnxruntime  # noqa: PLC0415  # an extra
+        import onnxscript  # noqa: F401, PLC0415
+    except ImportError:
+        raise InputError("export: this format needs ONNX; pip install 'twotower[onnx]'") from None
+    batch = torch.export.Dim("batch", min=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own deprecations
+        torch.onnx.export(
+            encoder,
+            example,
+            path,
+            input_names=names,
+            output_names=["embedding"],
+            dynamic_shapes={"inputs": tuple({0: batch} for _ in example)},
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda inputs: session.run(None, {name: x.numpy() for name, x in zip(names, inputs, strict=True)})[0]
+
+
+def _write_items(artifact: Artifact, coordinate: Tensor, folder: Path) -> None:
+    save_file(
+        {"embeddings": artifact.item_embeddings.float().contiguous(), "popularity": coordinate.contiguous()},
+        folder / "items.safetensors",
+    )
+    artifact.items.write(folder / "items.parquet")
+    artifact.queries.write(folder / "queries.parquet")
