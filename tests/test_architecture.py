@@ -9,6 +9,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "twotower"
 ROOMS = [
     "errors",
     "files",
+    "machine",
+    "process",
     "feature_config",
     "config",
     "schema",
@@ -24,6 +26,7 @@ ROOMS = [
     "analysis",
     "doctor",
     "run",
+    "comparison",
     "terminal",
     "cli_answers",
     "cli",

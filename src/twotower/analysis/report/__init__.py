@@ -1,0 +1,5 @@
+"""The report of a comparison or of one model: a single page of HTML that needs nothing else."""
+
+from twotower.analysis.report.page import render
+
+__all__ = ["render"]

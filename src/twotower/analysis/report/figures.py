@@ -1,0 +1,275 @@
+"""The three kinds of figure of the report: rows of intervals, small multiples, and points with labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from twotower.analysis.report.markup import Html, h
+from twotower.analysis.report.svg import (
+    TEXT,
+    Box,
+    Scale,
+    axis_name,
+    figure,
+    label,
+    line,
+    mark,
+    path,
+    plain,
+    text_width,
+    ticks,
+    wrapped,
+)
+
+
+@dataclass(frozen=True)
+class IntervalRow:
+    """One row of `interval_rows`.
+
+    Attributes:
+        name: at its left.
+        value: its point.
+        low, high: ends of its interval, or None.
+        kind: of its mark: best, same, ahead, behind, baseline.
+        told: the number in words, at its right.
+        seeds: the value of each seed, as small ticks.
+    """
+
+    name: str
+    value: float
+    low: float | None
+    high: float | None
+    kind: str
+    told: str
+    seeds: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One panel of `small_multiples`: points with ranges; None where there is no value."""
+
+    name: str
+    points: Sequence[tuple[float, float | None, float | None, float | None]]
+    kind: str = "other"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of `labelled_points`."""
+
+    name: str
+    x: float
+    y: float
+    kind: str
+    x_range: tuple[float, float] | None = None
+    y_range: tuple[float, float] | None = None
+
+
+@dataclass
+class _Room:
+    """Where something already is."""
+
+    taken: list[Box] = field(default_factory=list)
+
+    def free(self, box: Box) -> bool:
+        return not any(box.meets(other) for other in self.taken)
+
+
+def interval_rows(
+    title: str,
+    description: str,
+    rows: Sequence[IntervalRow],
+    axis: str,
+    *,
+    zero: bool = False,
+    caption: Html | str | None = None,
+) -> Html:
+    """Rows of points with intervals on one axis.
+
+    Args:
+        title: see `figure`.
+        description: see `figure`.
+        rows: top to bottom.
+        axis: name and unit.
+        zero: the axis reaches 0, which is marked.
+        caption: see `figure`.
+    """
+    ends = [end for row in rows for end in (row.value, row.low, row.high, *row.seeds) if end is not None]
+    low, high = min([*ends, 0.0] if zero else ends), max([*ends, 0.0] if zero else ends)
+    margin = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
+    low, high = (low if zero and low == 0 else low - margin), (high if zero and high == 0 else high + margin)
+
+    def draw(width: int) -> tuple[float, list[Html]]:
+        beside = width > 500
+        names = max(text_width(row.name) for row in rows) + 16 if beside else 12.0
+        numbers = max(text_width(row.told) for row in rows) + 16
+        step = 27 if beside else 46
+        scale = Scale(low, high, names, width - numbers if beside else width - 12)
+        bottom = 8 + step * len(rows)
+        elements: list[Html] = []
+        for tick in ticks(low, high, 6 if beside else 4):
+            elements.append(line(scale(tick), 4, scale(tick), bottom, "zero" if zero and tick == 0 else "grid"))
+            elements.append(label(scale(tick), bottom + 16, plain(tick), "middle", "muted"))
+        for number, row in enumerate(rows):
+            y = 8 + step * number + (step / 2 if beside else step - 12)
+            text = y + 4.5 if beside else y - 14
+            strong = "strong" if row.kind == "best" else ""
+            elements.append(label(0, text, row.name, "start", strong))
+            elements.append(label(width, text, row.told, "end", f"number {strong}".strip()))
+            if row.low is not None and row.high is not None:
+                elements.append(line(scale(row.low), y, scale(row.high), y, f"interval {row.kind}"))
+            elements += [line(scale(seed), y - 4, scale(seed), y + 4, "seed") for seed in row.seeds]
+            elements.append(mark(scale(row.value), y, row.kind))
+        named = axis_name((names + scale.stop) / 2, bottom + 36, axis, width)
+        return bottom + 28 + 16 * len(named), [*elements, *named]
+
+    return figure(title, description, draw, caption)
+
+
+def small_multiples(
+    title: str,
+    description: str,
+    curves: Sequence[Curve],
+    x_axis: str,
+    y_axis: str,
+    *,
+    x_ticks: Sequence[tuple[float, str]],
+    floor: float | None = None,
+    caption: Html | str | None = None,
+) -> Html:
+    """A panel for each curve, with all the others behind it in grey: ten lines in one panel could not be told apart.
+
+    Args:
+        title: see `figure`.
+        description: see `figure`.
+        curves: one panel each; all share both axes.
+        x_axis: name and unit.
+        y_axis: name and unit.
+        x_ticks: where and what.
+        floor: where the vertical axis begins; at the lowest value where None.
+        caption: see `figure`.
+    """
+    xs = [x for curve in curves for x, *_ in curve.points]
+    ys = [y for curve in curves for _, *values in curve.points for y in values if y is not None]
+    low = min(ys) if floor is None else floor
+    high = max(ys) + 0.04 * ((max(ys) - low) or 1.0)
+    low = low - 0.04 * (high - low) if floor is None else low
+
+    def draw(width: int) -> tuple[float, list[Html]]:
+        y_ticks = ticks(low, high, 4)
+        axis = max(text_width(plain(tick)) for tick in y_ticks) + 8
+        columns = max(min(len(curves), 4 if width > 500 else 2), 1)
+        gap = 16
+        wide = (width - axis - gap * (columns - 1) - 4) / columns
+        heads = [wrapped(curve.name, wide) for curve in curves]
+        head, tall = 17 * max(len(lines) for lines in heads) + 8, 112
+        elements: list[Html] = [label(0, 14, y_axis, "start", "muted")]
+        top = 26.0
+        for number, curve in enumerate(curves):
+            row, column = divmod(number, columns)
+            left = axis + column * (wide + gap)
+            upper = top + row * (head + tall + 34) + head
+            x = Scale(min(xs), max(xs), left + 6, left + wide - 6)
+            y = Scale(low, high, upper + tall, upper)
+            for place, text in enumerate(reversed(heads[number])):
+                kind = "strong" if curve.kind == "best" else ""
+                elements.append(label(left, upper - 8 - 17 * place, text, "start", kind))
+            for tick in y_ticks:
+                elements.append(line(left, y(tick), left + wide, y(tick), "grid"))
+                if column == 0:
+                    elements.append(label(axis - 6, y(tick) + 4.5, plain(tick), "end", "muted"))
+            for at, text in x_ticks:
+                elements.append(label(x(at), upper + tall + 17, text, "middle", "muted"))
+            elements += [
+                path([(x(a), y(b)) for a, b, *_ in other.points if b is not None], "others")
+                for other in curves
+                if other is not curve
+            ]
+            known = [(x(a), y(b), y(c), y(d)) for a, b, c, d in curve.points if None not in (b, c, d)]  # type: ignore[arg-type]
+            if len(known) > 1:
+                band = [(a, c) for a, _, c, _ in known] + [(a, d) for a, _, _, d in reversed(known)]
+                elements.append(path(band, f"band {curve.kind}"))
+            shown = [(x(a), y(b)) for a, b, *_ in curve.points if b is not None]
+            elements.append(path(shown, f"curve {curve.kind}"))
+            elements += [h("circle", cx=a, cy=b, r=2.4, class_=f"dot {curve.kind}") for a, b in shown]
+        bottom = top + -(-len(curves) // columns) * (head + tall + 34)
+        named = axis_name((axis + width) / 2, bottom + 8, x_axis, width)
+        return bottom + 2 + 16 * len(named), [*elements, *named]
+
+    return figure(title, description, draw, caption)
+
+
+def labelled_points(
+    title: str,
+    description: str,
+    points: Sequence[Point],
+    *,
+    x_axis: str,
+    y_axis: str,
+    caption: Html | str | None = None,
+) -> Html:
+    """Points with their names beside them, placed so that no name lies on another name or point."""
+
+    def limits(values: list[float]) -> tuple[float, float]:
+        low, high = min(values), max(values)
+        margin = 0.08 * (high - low) or abs(high) * 0.1 or 1.0
+        return low - margin, high + margin
+
+    x_low, x_high = limits([value for point in points for value in (point.x, *(point.x_range or ()))])
+    y_low, y_high = limits([value for point in points for value in (point.y, *(point.y_range or ()))])
+
+    def draw(width: int) -> tuple[float, list[Html]]:
+        tall = 400 if width > 500 else 430
+        y_ticks = ticks(y_low, y_high, 6)
+        left = max(text_width(plain(tick)) for tick in y_ticks) + 10
+        x, y = Scale(x_low, x_high, left, width - 6), Scale(y_low, y_high, 26 + tall, 26)
+        elements: list[Html] = [label(0, 14, y_axis, "start", "muted")]
+        for tick in y_ticks:
+            elements.append(line(left, y(tick), width, y(tick), "grid"))
+            elements.append(label(left - 6, y(tick) + 4.5, plain(tick), "end", "muted"))
+        for tick in ticks(x_low, x_high, 6 if width > 500 else 4):
+            elements.append(line(x(tick), 26, x(tick), 26 + tall, "grid"))
+            elements.append(label(x(tick), 26 + tall + 17, plain(tick), "middle", "muted"))
+        places = [(x(point.x), y(point.y)) for point in points]
+        for point, (a, b) in zip(points, places, strict=True):
+            if point.y_range:
+                elements.append(line(a, y(point.y_range[0]), a, y(point.y_range[1]), f"interval {point.kind}"))
+            if point.x_range:
+                elements.append(line(x(point.x_range[0]), b, x(point.x_range[1]), b, f"interval {point.kind}"))
+        room = _Room([Box(a - 6, b - 6, a + 6, b + 6) for a, b in places])
+        inside = Box(left + 2, 22, width, 26 + tall - 2)
+        for point, (a, b) in sorted(zip(points, places, strict=True), key=lambda pair: -len(pair[0].name)):
+            elements += _named(point, a, b, room, inside)
+        elements += [mark(a, b, point.kind) for point, (a, b) in zip(points, places, strict=True)]
+        named = axis_name((left + width) / 2, 26 + tall + 38, x_axis, width)
+        return 26 + tall + 30 + 16 * len(named), [*elements, *named]
+
+    return figure(title, description, draw, caption)
+
+
+def _named(point: Point, x: float, y: float, room: _Room, inside: Box) -> list[Html]:
+    """The name of a point at the nearest free place, with a thin line to it where that is not beside it."""
+    whole = wrapped(point.name, 1e9)
+    halves = wrapped(point.name, text_width(point.name) / 2 + 24)
+    for away in (0, 16, 32, 48, 64, 84, 104, 128, 152, 180, 210, 240):
+        for lines in (whole, halves):
+            wide, tall = max(text_width(text) for text in lines), (TEXT + 3) * len(lines)
+            for dx, dy in ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (1, 1), (-1, -1), (-1, 1)):
+                reach = 10 + away
+                left = x + dx * reach if dx > 0 else (x + dx * reach - wide if dx < 0 else x - wide / 2)
+                top = y + dy * reach - tall / 2 + (dy * tall / 2 if dx == 0 else 0)
+                box = Box(left, top, left + wide, top + tall)
+                if box.within(inside) and room.free(box):
+                    room.taken.append(box)
+                    elements = []
+                    if away:
+                        end = (box.left - 2 if dx > 0 else box.right + 2) if dx else (box.left + box.right) / 2
+                        height = (box.top + box.bottom) / 2 if dx else (box.bottom + 2 if dy < 0 else box.top - 2)
+                        elements.append(line(x, y, end, height, "leader"))
+                    strong = "strong" if point.kind == "best" else ""
+                    for number, text in enumerate(lines):
+                        baseline = top + TEXT - 1 + (TEXT + 3) * number
+                        elements.append(label(left, baseline, text, "start", strong))
+                    return elements
+    return []  # the table beside the figure has every name

@@ -1,0 +1,329 @@
+"""Sections about the numbers: overall, differences, popularity deciles, coverage, slices, learning, cost."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from twotower.analysis.report import story
+from twotower.analysis.report.figures import (
+    Curve,
+    IntervalRow,
+    Point,
+    interval_rows,
+    labelled_points,
+    small_multiples,
+)
+from twotower.analysis.report.markup import Html, h, join
+from twotower.analysis.report.svg import mark, minus
+from twotower.analysis.report.tables import table
+
+Document = dict[str, Any]
+
+
+def overall(document: Document) -> Html:
+    """Each model's headline metric with its interval, and the table of all metrics."""
+    metric, kinds = document["metric"], story.verdicts(document)
+    rows = [_row(entry, metric, kinds[entry["name"]]) for entry in document["models"]]
+    rows += [_row(entry, metric, "baseline") for entry in _sorted(document["baselines"], metric)]
+    many = len(document["seeds"]) > 1
+    chart = interval_rows(
+        f"{metric} on the test queries",
+        "; ".join(f"{row.name} {row.told}" for row in rows),
+        rows,
+        f"{metric} (0 to 1, higher is better)",
+        caption=join(
+            [
+                f"Point: mean over {document['evaluation']['num_queries']:,} queries",
+                f" and {len(document['seeds'])} seeds; line: 95 % interval over queries; small ticks: single seeds. "
+                if many
+                else "; line: 95 % interval over queries. ",
+                "Intervals may overlap although two objectives differ: they answer the same queries, and the next "
+                "figure compares them query by query."
+                if len(document["models"]) > 1
+                else None,
+            ]
+        ),
+    )
+    return h("div", chart, legend(kinds, bool(document["baselines"])), _metrics(document))
+
+
+def differences(document: Document) -> Html | None:
+    """Each objective less the best, query by query."""
+    tests = story.family(document, "all")
+    if tests is None:
+        return None
+    best = document["models"][0]
+    scale = 100.0 / best["values"][tests["metric"]]["mean"]
+    kinds = story.verdicts(document)
+    by_name = {one["name"]: one for one in tests["contests"]}
+    rows, cells = [], []
+    for model in document["models"][1:]:
+        one = by_name[model["name"]]
+        low, high = (None if end is None else end * scale for end in (one["low"], one["high"]))
+        told = minus(f"{one['difference'] * scale:+.1f} %")
+        rows.append(IntervalRow(model["name"], one["difference"] * scale, low, high, kinds[model["name"]], told))
+        spread = "–" if one["seed_error"] is None else f"{one['seed_error'] * scale:.1f} %"
+        interval = "–" if low is None or high is None else minus(f"{low:+.1f} to {high:+.1f} %")
+        effect = "–" if one["effect_size"] is None else minus(f"{one['effect_size']:+.2f}")
+        cells.append([model["name"], told, interval, spread, story.p_value(one["adjusted"]), effect, one["verdict"]])
+    chart = interval_rows(
+        f"Difference to {best['name']}",
+        "; ".join(f"{row.name} {row.told}" for row in rows),
+        rows,
+        f"difference in {tests['metric']}, in % of {best['name']}",
+        zero=True,
+        caption="Mean over queries of the paired difference, seeds averaged; line: 95 % interval over queries.",
+    )
+    told = (
+        "p from the paired bootstrap over queries, adjusted for all comparisons of the table (Holm). The effect size is "
+        "the mean difference over its standard deviation over queries. Two objectives are told apart where p is below "
+        "0.05 and the difference is larger than two standard errors over seeds (pooled over objectives)."
+    )
+    heads = ["objective", "difference", "95 % interval", "error over seeds", "p (Holm)", "effect size", "verdict"]
+    return h(
+        "div",
+        chart,
+        table(heads, cells, f"Differences to {best['name']} in {tests['metric']}"),
+        h("p", told, class_="note"),
+    )
+
+
+def deciles(document: Document) -> Html | None:
+    """Recall by popularity of the target."""
+    names = document["evaluation"]["slice_groups"].get("deciles", [])
+    metric, kinds = document["tail_metric"], story.verdicts(document)
+    curves = []
+    for entry in [*document["models"], *document["baselines"]]:
+        points = []
+        for place, name in enumerate(names):
+            found = story.value(entry, metric, name)
+            points.append(
+                (place + 1.0, *((found["mean"], found["low"], found["high"]) if found else (None, None, None)))
+            )
+        kind = kinds.get(entry["name"], "baseline")
+        if any(point[1] is not None for point in points):
+            curves.append(Curve(entry["name"], points, kind))
+    if not curves:
+        return None
+    sizes = document["evaluation"]["slice_sizes"]
+    first, last = sizes[names[0]]["items"], sizes[names[-1]]["items"]
+    chart = small_multiples(
+        f"{metric} by popularity of the target",
+        "; ".join(f"{curve.name}: {_ends(curve)}" for curve in curves),
+        curves,
+        "popularity decile of the target (1 most popular, 10 rarest)",
+        f"{metric} (share of targets found)",
+        x_ticks=[(1, "1"), (5, "5"), (10, "10")],
+        floor=0.0,
+        caption=f"Each decile holds a tenth of the training interactions: the first {first:,} items, the last "
+        f"{last:,}. Band: 95 % interval over queries. Grey: all the others.",
+    )
+    rows = [
+        [curve.name, *("–" if point[1] is None else f"{point[1]:.3f}" for point in curve.points)] for curve in curves
+    ]
+    return h("div", chart, table(["", *(str(place + 1) for place in range(len(names)))], rows, f"{metric} by decile"))
+
+
+def coverage(document: Document) -> Html | None:
+    """Accuracy against the share of the catalog that is ever recommended."""
+    k, kinds = document["metric"].split("@")[1], story.verdicts(document)
+    points = []
+    # Beside several models the baselines are far below, and would squeeze them together.
+    for entry in [*document["models"], *(document["baselines"] if len(document["models"]) < 3 else [])]:
+        x, y = story.value(entry, f"coverage@{k}"), story.value(entry, document["metric"])
+        if x and y:
+            x_range = (100 * min(x["by_seed"]), 100 * max(x["by_seed"])) if len(x["by_seed"]) > 1 else None
+            y_range = None if y["low"] is None else (y["low"], y["high"])
+            points.append(
+                Point(entry["name"], 100 * x["mean"], y["mean"], kinds.get(entry["name"], "baseline"), x_range, y_range)
+            )
+    if len(points) < 2:
+        return None
+    return labelled_points(
+        "Accuracy against coverage",
+        "; ".join(f"{point.name}: {point.x:.0f} % of the catalog, {story.number(point.y)}" for point in points),
+        points,
+        x_axis=f"coverage@{k} (% of the catalog in somebody's first {k})",
+        y_axis=document["metric"],
+        caption="Up is more accurate, right reaches more of the catalog. Vertical lines: 95 % interval over queries; "
+        "horizontal: range over seeds.",
+    )
+
+
+def slices(document: Document) -> Html | None:
+    """Groups of slices that the user named, and cold items and queries where there are any."""
+    metric, sizes = document["tail_metric"], document["evaluation"]["slice_sizes"]
+    parts = []
+    for group, names in document["evaluation"]["slice_groups"].items():
+        if group in ("thirds", "deciles") or (
+            group == "cold" and not any(sizes[name]["targets"] for name in names[::2])
+        ):
+            continue
+        shown = [name for name in names if sizes.get(name, {}).get("targets")]
+        rows = []
+        for entry in [*document["models"], *document["baselines"]]:
+            found = [story.value(entry, metric, name) for name in shown]
+            rows.append([entry["name"], *("–" if one is None else f"{one['mean']:.3f}" for one in found)])
+        heads = ["", *(name.removeprefix(f"{group}=").removeprefix(f"{group}: ") for name in shown)]
+        counts = ["targets", *(f"{sizes[name]['targets']:,}" for name in shown)]
+        if shown:
+            parts.append(h("div", h("h3", group), table(heads, [*rows, counts], f"{metric} by {group}")))
+    return h("div", h("p", f"{metric} of the targets in each slice."), parts) if parts else None
+
+
+def learning(document: Document) -> Html | None:
+    """The validation metric after each epoch."""
+    metric, kinds = document["settings"]["training"]["metric"], story.verdicts(document)
+    curves = []
+    for model in document["models"]:
+        by_epoch: dict[int, list[float]] = {}
+        for run in model["runs"]:
+            for row in run["history"]:
+                if metric in row:
+                    by_epoch.setdefault(int(row["epoch"]) + 1, []).append(row[metric])
+        points = [
+            (float(epoch), statistics.fmean(found), min(found), max(found)) for epoch, found in sorted(by_epoch.items())
+        ]
+        if points:
+            curves.append(Curve(model["name"], points, kinds[model["name"]]))
+    if not curves or max(len(curve.points) for curve in curves) < 2:
+        return None
+    last = max(int(point[0]) for curve in curves for point in curve.points)
+    step = max(-(-(last - 1) // 4), 1)
+    return small_multiples(
+        f"Validation {metric} while training",
+        "; ".join(f"{curve.name}: {_ends(curve)}" for curve in curves),
+        curves,
+        "epoch",
+        f"validation {metric}",
+        x_ticks=[(epoch, str(epoch)) for epoch in range(1, last + 1, step)],
+        caption=f"{'Mean over seeds; band: range over seeds. ' if len(document['seeds']) > 1 else ''}"
+        f"{'Grey: all the others. ' if len(curves) > 1 else ''}The test is never looked at here.",
+    )
+
+
+def cost(document: Document) -> Html | None:
+    """Time and memory of each training."""
+    models = [model for model in document["models"] if story.processor_time(model) is not None]
+    if not models:
+        return None
+    kinds = story.verdicts(document)
+    order = sorted(models, key=lambda model: story.processor_time(model) or 0.0)
+    rows, cells = [], []
+    for model in order:
+        times = [run["cpu_seconds"] for run in model["runs"]]
+        middle = statistics.median(times)
+        rows.append(
+            IntervalRow(model["name"], middle, min(times), max(times), kinds[model["name"]], story.duration(middle))
+        )
+        memory = [run["peak_memory"] / 2**20 for run in model["runs"] if run["peak_memory"]]
+        cells.append(
+            [
+                model["name"],
+                f"{middle:,.0f}",
+                f"{middle / (story.processor_time(order[0]) or middle):.2f}",
+                f"{statistics.median(run['seconds'] for run in model['runs']):,.0f}",
+                f"{statistics.median(memory):,.0f}" if memory else "–",
+                f"{statistics.median(run['epochs'] for run in model['runs']):.0f}",
+            ]
+        )
+    heads = ["objective", "processor s", "× least", "wall s", "peak memory, MiB", "epochs"]
+    told = (
+        "Medians over seeds, of the fit alone; peak memory is that of the whole process, data and libraries included."
+    )
+    if most := story.overlapped(document):
+        told += f" Up to {most} trainings ran side by side: wall times are not comparable, processor times nearly so."
+    parts: list[Html] = []
+    if len(rows) > 1:
+        parts.append(
+            interval_rows(
+                "Processor time of one training",
+                "; ".join(f"{row.name} {row.told}" for row in rows),
+                rows,
+                "seconds of processor time, all threads",
+                zero=True,
+                caption="Median over seeds; line: range over seeds." if len(document["seeds"]) > 1 else None,
+            )
+        )
+    return h("div", parts, table(heads, cells, "Time and memory"), h("p", told, class_="note"))
+
+
+def legend(kinds: dict[str, str], baselines: bool) -> Html:
+    """What the marks mean, as far as they occur."""
+    words = {
+        "best": "highest mean",
+        "same": "not told apart from it",
+        "ahead": "ahead of it",
+        "behind": "behind it",
+        "baseline": "baseline, not trained here",
+    }
+    used = [kind for kind in words if kind in kinds.values() or (kind == "baseline" and baselines)]
+    if used in (["best"], []):
+        return h("div")
+    return h(
+        "ul",
+        [
+            h(
+                "li",
+                h("svg", mark(8, 8, kind), width=16, height=16, viewBox="0 0 16 16", aria_hidden="true"),
+                words[kind],
+            )
+            for kind in used
+        ],
+        class_="legend",
+    )
+
+
+def _row(entry: dict[str, Any], metric: str, kind: str) -> IntervalRow:
+    found = entry["values"][metric]
+    seeds = found["by_seed"] if len(found["by_seed"]) > 1 else ()
+    return IntervalRow(
+        entry["name"], found["mean"], found["low"], found["high"], kind, story.number(found["mean"]), seeds
+    )
+
+
+def _metrics(document: Document) -> Html:
+    k, kinds = document["metric"].split("@")[1], story.verdicts(document)
+    tail = document["tail_metric"]
+    columns: list[tuple[str, str, str | None, str]] = [
+        ("NDCG", f"NDCG@{k}", None, ".4f"),
+        ("Recall", f"Recall@{k}", None, ".4f"),
+        ("MRR", f"MRR@{k}", None, ".4f"),
+        ("head", tail, "head", ".3f"),
+        ("mid", tail, "mid", ".3f"),
+        ("tail", tail, "tail", ".3f"),
+        ("coverage", f"coverage@{k}", None, ".3f"),
+        ("Gini", f"Gini@{k}", None, ".3f"),
+        ("novelty", f"novelty@{k}", None, ".2f"),
+        ("diversity", f"diversity@{k}", None, ".3f"),
+    ]
+    entries = [*document["models"], *_sorted(document["baselines"], document["metric"])]
+    columns = [column for column in columns if any(story.value(entry, column[1], column[2]) for entry in entries)]
+    rows = []
+    for entry in entries:
+        found = [(story.value(entry, metric, part), form) for _, metric, part, form in columns]
+        rows.append([entry["name"], *("–" if one is None else format(one["mean"], form) for one, form in found)])
+    strong = [name for name, kind in kinds.items() if kind == "best"]
+    return h(
+        "div",
+        table(["", *(column[0] for column in columns)], rows, "All metrics", strong=strong),
+        h(
+            "p",
+            f"All at {k}. Columns head, mid, tail: {tail} of the targets in that third of the training interactions. "
+            "Coverage: share of the catalog in somebody's list. Gini: inequality of exposure, 0 to 1. "
+            "Novelty: mean surprise of a listed item in bits. Diversity: mean distance between the items of a list.",
+            class_="note",
+        ),
+    )
+
+
+def _sorted(baselines: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
+    known = [entry for entry in baselines if story.value(entry, metric)]
+    return sorted(known, key=lambda entry: -entry["values"][metric]["mean"])
+
+
+def _ends(curve: Curve) -> str:
+    known: Sequence[float] = [point[1] for point in curve.points if point[1] is not None]
+    return f"from {known[0]:.3f} to {known[-1]:.3f}" if known else "no value"

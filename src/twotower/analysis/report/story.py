@@ -1,0 +1,268 @@
+"""The findings in words, computed from the numbers, and careful about what the numbers can carry."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+Document = dict[str, Any]
+
+#: A training is called cheaper where it takes less than this share of the processor time of another.
+_CHEAPER = 0.9
+
+
+def question(document: Document) -> str:
+    """What the report answers."""
+    if document["kind"] == "comparison":
+        return "Which objective should you use on this data, and what does it cost in the tail?"
+    return "How good is this model, and what does it do in the tail?"
+
+
+def answer(document: Document) -> list[str]:
+    """Paragraphs; the first is the answer in short."""
+    if document["kind"] != "comparison" or len(document["models"]) == 1:
+        return [*_alone(document), *_baselines(document)]
+    return [_use(document), *_behind(document), *_tail(document), *_reference(document), *_baselines(document)]
+
+
+def cautions(document: Document) -> list[str]:
+    """What a reader should know before relying on it."""
+    said = []
+    models = document["models"]
+    if document["kind"] == "comparison" and len(document["seeds"]) == 1:
+        said.append(
+            "Each objective was trained once, with one seed. How much another seed would change is not known, so a "
+            "small lead may be luck; --seeds 3 measures it."
+        )
+    rising = [model["name"] for model in models if _still_rising(model, document["settings"]["training"]["metric"])]
+    if rising:
+        many = f"{len(rising)} of {len(models)} models" if len(models) > 1 else "the model"
+        said.append(
+            f"The validation metric of {many} was still best after the last epoch: longer training would raise it"
+            f"{', and may change the order' if len(models) > 1 else ''}."
+        )
+    if most := overlapped(document):
+        said.append(
+            f"Up to {most} trainings ran side by side on one machine: compare their processor time, not their duration."
+        )
+    notes = document["data"]["split"]["account"]["lines"]
+    said += [_sentence(f"{line['label']}: {line['note']}") for line in notes if "leak" in line["label"]]
+    said += [
+        note[:1].upper() + note[1:] + ("" if note.endswith(".") else ".") for note in document["evaluation"]["notes"]
+    ]
+    return said
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith('.') else '.'}"
+
+
+def overlapped(document: Document) -> int:
+    """The most trainings that ran at the same time; 0 where they ran one after the other."""
+    runs = [run for model in document["models"] for run in model["runs"]]
+    # A second of tolerance: the end is known to the second, and later than the fit's.
+    spans = [(run["ended"] - run["seconds"], run["ended"] - 1) for run in runs]
+    most = max((sum(a <= begin < b for a, b in spans) for begin, _ in spans), default=1)
+    return most if most > 1 else 0
+
+
+def family(document: Document, about: str) -> dict[str, Any] | None:
+    """The tests about "all", "tail" or "baselines"."""
+    return next((tests for tests in document["tests"] if tests["about"] == about), None)
+
+
+def verdicts(document: Document, about: str = "all") -> dict[str, str]:
+    """By objective, what its mark says: best, same, ahead or behind of the best."""
+    tests = family(document, about)
+    if tests is None:
+        return {model["name"]: "best" for model in document["models"]}
+    kinds = {"not told apart": "same", "ahead": "ahead", "behind": "behind"}
+    return {tests["against"]: "best", **{one["name"]: kinds[one["verdict"]] for one in tests["contests"]}}
+
+
+def value(entry: dict[str, Any], metric: str, part: str | None = None) -> dict[str, Any] | None:
+    """A measured number of a model or baseline; None where there is none."""
+    numbers = entry["values"] if part is None else entry["slices"].get(part, {})
+    found: dict[str, Any] | None = numbers.get(metric)
+    return None if found is None or found["mean"] is None else found
+
+
+def processor_time(model: dict[str, Any]) -> float | None:
+    """Median processor seconds of a training."""
+    known = [run["cpu_seconds"] for run in model["runs"] if run["cpu_seconds"] is not None]
+    return statistics.median(known) if known else None
+
+
+def listed(names: Sequence[str], last: str = "and") -> str:
+    """a, b and c."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {last} {names[-1]}"
+
+
+def share(number: float) -> str:
+    """A part of a whole in percent."""
+    return f"{100 * number:.1f} %"
+
+
+def number(found: float | None) -> str:
+    """A metric's value."""
+    return "–" if found is None else f"{found:.4f}"
+
+
+def p_value(p: float | None) -> str:
+    """P with its sign: = or <."""
+    if p is None:
+        return "p unknown"
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+
+
+def duration(seconds: float) -> str:
+    """For people."""
+    if seconds < 120:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _interval(found: dict[str, Any]) -> str:
+    if found["low"] is None:
+        return number(found["mean"])
+    return f"{number(found['mean'])} (95 % interval {number(found['low'])} to {number(found['high'])})"
+
+
+def _use(document: Document) -> str:
+    best, metric = document["models"][0], document["metric"]
+    same = [name for name, kind in verdicts(document).items() if kind == "same"]
+    top = f"{metric} {_interval(value(best, metric) or {})}"
+    if not same:
+        return f"Use {best['name']}. Its {top} is ahead of every other objective's."
+    named = [model for model in document["models"] if model["name"] in {best["name"], *same}]
+    names = [model["name"] for model in named]
+    said = (
+        f"Use {listed(names, 'or')}. {best['name']} has the highest {top}, but it cannot be told apart from "
+        f"{listed(same, 'or')}."
+    )
+    times = {model["name"]: processor_time(model) for model in named}
+    known = {name: time for name, time in times.items() if time is not None}
+    if len(known) == len(named):
+        cheapest, dearest = min(known, key=lambda name: known[name]), max(known, key=lambda name: known[name])
+        if known[cheapest] < _CHEAPER * known[dearest]:
+            said += (
+                f" Of these {cheapest} takes the least processor time, {duration(known[cheapest])} a training"
+                f" against {duration(known[dearest])} of {dearest}."
+            )
+    return said
+
+
+def _behind(document: Document) -> list[str]:
+    tests = family(document, "all")
+    if tests is None:
+        return []
+    best = value(document["models"][0], tests["metric"])
+    behind = sorted(
+        (one for one in tests["contests"] if one["verdict"] == "behind"), key=lambda one: -one["difference"]
+    )
+    if not behind or best is None:
+        return ["No objective is told apart from the best: this comparison does not decide between them."]
+    near, far = behind[0], behind[-1]
+
+    def lower(one: dict[str, Any]) -> str:
+        return f"{one['name']}, {share(-one['difference'] / best['mean'])} lower"
+
+    if near is far:
+        return [f"{lower(near)} ({p_value(near['adjusted'])} after Holm)."]
+    count = len(tests["contests"])
+    some = f"All {count} others are" if len(behind) == count else f"{len(behind)} of {count} others are"
+    most = p_value(max(one["adjusted"] for one in behind))
+    return [f"{some} behind, each with {most} or less after Holm: from {lower(near)}, to {lower(far)}."]
+
+
+def _tail(document: Document) -> list[str]:
+    tests, models = family(document, "tail"), document["models"]
+    best, metric = models[0], document["tail_metric"]
+    head, tail = value(best, metric, "head"), value(best, metric, "tail")
+    if tests is None or tail is None:
+        return []
+    size = document["evaluation"]["slice_sizes"].get("tail", {})
+    said = (
+        f"In the tail, the {size.get('items', 0):,} items that share the last third of the training interactions, "
+        f"{best['name']} finds {share(tail['mean'])} of the targets ({metric})"
+        + (f", in the head {share(head['mean'])}." if head else ".")
+    )
+    ahead = sorted((one for one in tests["contests"] if one["verdict"] == "ahead"), key=lambda one: -one["difference"])
+    overall = {one["name"]: one for one in (family(document, "all") or tests)["contests"]}
+    if not ahead:
+        said += " No other objective is told apart above it there: its lead is not paid for in the tail."
+    else:
+        top = ahead[0]
+        found = share(tail["mean"] + top["difference"])
+        said += f" {top['name']} finds {found} there ({p_value(top['adjusted'])} after Holm)"
+        lost = -overall[top["name"]]["difference"] / (value(best, document["metric"]) or {"mean": 1.0})["mean"]
+        kind = overall[top["name"]]["verdict"]
+        said += (
+            f", at the price of {share(lost)} of {document['metric']} overall."
+            if kind == "behind"
+            else ", and over all queries the two cannot be told apart."
+        )
+        if len(ahead) > 1:
+            said += f" {listed([one['name'] for one in ahead[1:]])} also find{'s' if len(ahead) == 2 else ''} more."
+    worst = min(tests["contests"], key=lambda one: one["difference"])
+    if worst["verdict"] == "behind":
+        said += f" {worst['name']} finds the least, {share(tail['mean'] + worst['difference'])}."
+    return [said]
+
+
+def _reference(document: Document) -> list[str]:
+    """Against full softmax, which sampled objectives stand in for."""
+    by_name = {model["name"]: model for model in document["models"]}
+    if "full-softmax" not in by_name or "expected-count" not in by_name:
+        return []
+    metric = document["metric"]
+    full, sampled = value(by_name["full-softmax"], metric), value(by_name["expected-count"], metric)
+    if full is None or sampled is None or not full["mean"]:
+        return []
+    times = processor_time(by_name["full-softmax"]), processor_time(by_name["expected-count"])
+    said = f"expected-count reaches {share(sampled['mean'] / full['mean'])} of full softmax's {metric}"
+    if times[0] and times[1]:
+        said += f", in {share(times[1] / times[0])} of its processor time"
+    return [f"{said}."]
+
+
+def _alone(document: Document) -> list[str]:
+    model, metric, tail_metric = document["models"][0], document["metric"], document["tail_metric"]
+    found = value(model, tail_metric)
+    head, tail = value(model, tail_metric, "head"), value(model, tail_metric, "tail")
+    lead = f"{model['name']}: {metric} {_interval(value(model, metric) or {})}"
+    if found is not None:
+        lead += f"; it finds {share(found['mean'])} of the targets among its first {tail_metric.split('@')[1]}"
+    said = [lead + "."]
+    if head is not None and tail is not None:
+        items = document["evaluation"]["slice_sizes"]["tail"]["items"]
+        said.append(
+            f"Of targets in the head it finds {share(head['mean'])}, of those in the tail, the {items:,} items that "
+            f"share the last third of the training interactions, {share(tail['mean'])}."
+        )
+    return said
+
+
+def _baselines(document: Document) -> list[str]:
+    tests = family(document, "baselines")
+    if tests is None:
+        return []
+    metric = tests["metric"]
+    own = (value(document["models"][0], metric) or {"mean": 0.0})["mean"]
+    words = {"behind": "is above", "ahead": "is below", "not told apart": "cannot be told apart from"}
+    said = [
+        f"{words[one['verdict']]} {one['name']} ({number(own + one['difference'])}, {p_value(one['adjusted'])})"
+        for one in tests["contests"]
+    ]
+    return [f"Against the baselines by {metric}: {tests['against']} {listed(said)}."]
+
+
+def _still_rising(model: dict[str, Any], metric: str) -> bool:
+    """Whether the last epoch was the best one, in most seeds."""
+    last = []
+    for run in model["runs"]:
+        rows = [row for row in run["history"] if metric in row]
+        if len(rows) > 1:
+            last.append(max(rows, key=lambda row: row[metric]) is rows[-1])
+    return bool(last) and sum(last) * 2 > len(last)

@@ -1,0 +1,176 @@
+"""What a comparison trains: one cell for each objective and seed, and which of them are finished already."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from twotower.build import build_objective
+from twotower.config import Config
+from twotower.data import Interactions
+from twotower.errors import InputError
+from twotower.serving.artifact import find_model, read_metadata
+
+#: Settings that change neither the start, nor the data, nor a step of the training.
+FREE = ("evaluation", "training.logger")
+#: Settings that hold a path: the same file by another name is no other setting.
+PATHS = ("data.items", "data.queries")
+
+State = Literal["finished", "interrupted", "new"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training: an objective and a seed.
+
+    Attributes:
+        name: of the objective, as the report calls it.
+        seed: of the start, the order of rows and the draws.
+        config: all its settings, without "auto".
+        directory: its run folder.
+        rows: training rows of the data.
+    """
+
+    name: str
+    seed: int
+    config: Config
+    directory: Path
+    rows: int
+
+    @property
+    def label(self) -> str:
+        """How progress calls it."""
+        return f"{self.name}, seed {self.seed}"
+
+    def state(self, fingerprint: str) -> State:
+        """Whether there is anything left to do.
+
+        Args:
+            fingerprint: of the data.
+
+        Raises:
+            InputError: what is there was trained with other settings or on other data.
+        """
+        written = self.directory / "config.yaml"
+        finished = (self.directory / "results.json").exists()
+        if not finished and not (self.directory / "checkpoints" / "last.ckpt").exists():
+            return "new"
+        # A setting that came later has its default there, which may be "auto".
+        found = Config.load(written).resolved(self.rows)
+        for field, (asked, there) in differences(self.config, found).items():
+            raise InputError(
+                f"{written}: {field} is {there!r} there, {asked!r} is asked for now; give the settings the folder "
+                "was begun with, or another --out"
+            )
+        if finished:
+            known = read_metadata(find_model(self.directory))["data"]["fingerprint"]
+            if known != fingerprint:
+                raise InputError(
+                    f"{self.directory}: trained on other data (fingerprint {known[:12]}, the data now has "
+                    f"{fingerprint[:12]}); choose another --out"
+                )
+            return "finished"
+        return "interrupted"
+
+
+def make_cells(base: Config, objectives: Sequence[str], seeds: int, out: Path, train: Interactions) -> list[Cell]:
+    """The cells of a comparison, all objectives of the first seed first.
+
+    Args:
+        base: the settings that all share; its `training.seed` is the first seed.
+        objectives: names, YAML files, or `name=FILE`.
+        seeds: how many.
+        out: the folder of the comparison.
+        train: the training interactions.
+
+    Raises:
+        InputError: an objective is unknown, named twice, or does not fit the data.
+    """
+    if base.objective.sources is not None or base.objective.unique is not None:
+        raise InputError(
+            "objective.sources, objective.unique: each compared objective has its own; to compare pools, write each "
+            "into a YAML file and give --objectives name=FILE.yaml,..."
+        )
+    named: dict[str, Config] = {}
+    for text in objectives:
+        name, config = _objective(base, text)
+        if name in named:
+            raise InputError(f"--objectives: {name} is named twice")
+        named[name] = config.resolved(len(train))
+        build_objective(named[name], train)  # a wrong one is told before anything is trained
+    if not named:
+        raise InputError("--objectives: expected at least one name, such as expected-count,in-batch-logq")
+    first = base.training.seed
+    return [
+        Cell(name, seed, _seeded(config, seed), out / "runs" / f"{name}-{seed}", len(train))
+        for seed in range(first, first + seeds)
+        for name, config in named.items()
+    ]
+
+
+def differences(asked: Config, found: Config) -> dict[str, tuple[Any, Any]]:
+    """Fields that decide about a training and are not equal: name -> (asked, found)."""
+    mine, other = (dict(_flat(config.model_dump(mode="json"))) for config in (asked, found))
+    unequal = {}
+    for field in mine.keys() | other.keys():
+        values = mine.get(field), other.get(field)
+        same = _path(values[0]) == _path(values[1]) if field in PATHS else values[0] == values[1]
+        if not same and not field.startswith(FREE):
+            unequal[field] = values
+    return dict(sorted(unequal.items()))
+
+
+def _objective(base: Config, text: str) -> tuple[str, Config]:
+    name, equals, path = text.partition("=")
+    if not equals:
+        if not text.endswith((".yaml", ".yml")):
+            return text, base.model_copy(update={"objective": base.objective.model_copy(update={"name": text})})
+        name, path = Path(text).stem, text
+    if not name or set(name) & set("/\\ ") or name.startswith("."):
+        raise InputError(f"--objectives: {name!r} is no name for a folder; give name=FILE.yaml")
+    values = _read(Path(path))
+    values = values.get("objective", values)
+    changed = base.model_dump(mode="json")
+    changed["objective"] = {"name": values} if isinstance(values, str) else values
+    try:
+        return name, Config.model_validate(changed)
+    except ValueError as error:
+        first = str(error).splitlines()
+        raise InputError(f"{path}: not the settings of an objective: {' '.join(first[1:3])}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise InputError(
+            f"{path}: expected the fields of an objective, such as `name:`, found {json.dumps(values)[:40]}"
+        )
+    return values
+
+
+def _seeded(config: Config, seed: int) -> Config:
+    training = config.training.model_copy(update={"seed": seed})
+    evaluation = config.evaluation.model_copy(update={"baselines": False})  # they are measured once for all
+    return config.model_copy(update={"training": training, "evaluation": evaluation})
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _path(value: str | None) -> str | None:
+    return None if value is None else str(Path(value).resolve())

@@ -1,0 +1,149 @@
+"""The whole of `twotower compare`: train each objective, measure all on the same queries, test, write, report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Group
+
+from twotower.analysis import audit, report
+from twotower.analysis.compare import compare
+from twotower.comparison.cells import Cell, make_cells
+from twotower.comparison.document import build_document, diagnostics, headline
+from twotower.comparison.examples import disagreements
+from twotower.comparison.measuring import Measurements, measure_cells, per_query_frame
+from twotower.comparison.printed import printed
+from twotower.comparison.trainings import train_cells
+from twotower.config import Config
+from twotower.data import Interactions
+from twotower.files import whole_file, write_text
+from twotower.run import audit_run, read_data, split_data
+
+#: Rows and redraws of the report's audit: enough to tell a bias of some percent, in minutes on a small catalog.
+AUDIT_ROWS, AUDIT_DRAWS = 40, 24
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison found.
+
+    Attributes:
+        document: all of it as JSON values, as in `results.json`.
+        directory: where `results.json`, `results.parquet`, `report.html` and the runs are.
+    """
+
+    document: dict[str, Any]
+    directory: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document."""
+        return self.document
+
+    def __rich__(self) -> Group:
+        """A table for a rich console, and the answer in words."""
+        return printed(self.document)
+
+
+def compare_run(
+    source: str | Path,
+    out: str | Path,
+    base: Config,
+    objectives: Sequence[str],
+    *,
+    seeds: int = 3,
+    jobs: int = 1,
+    audited: bool = True,
+    command: str | None = None,
+    say: Callable[[str], None] = print,
+) -> Comparison:
+    """Train, measure and compare objectives from the same start, data order and budget.
+
+    Args:
+        source: a file, a folder or the name of a data set.
+        out: the folder of the comparison. Finished trainings in it are not repeated, interrupted ones go on.
+        base: the settings that all objectives share; `training.seed` is the first seed.
+        objectives: names, YAML files with the fields of an objective, or `name=FILE`.
+        seeds: trainings of each objective, with seeds that follow one another.
+        jobs: trainings at once.
+        audited: measure bias and spread of each objective's gradient on one of the models.
+        command: the command line that asks for this, for the report.
+        say: told of progress.
+
+    Raises:
+        InputError: a setting is wrong, or `out` holds trainings with other settings or of other data.
+        Interrupted: Ctrl-C; the same call goes on.
+        RuntimeError: a training failed.
+    """
+    directory = Path(out)
+    data = read_data(source, base.data)
+    split = split_data(data, base.data)
+    cells = make_cells(base, objectives, seeds, directory, split.train)
+    train_cells(str(source), cells, data.fingerprint, directory, jobs=jobs, say=say)
+    say(f"ranking the test queries with {len(cells)} models")
+    found = measure_cells(cells, split, base.evaluation)
+    ks = tuple(sorted(base.evaluation.ks))
+    compared = compare(found.rows, found.baselines, metric=f"NDCG@{ks[0]}", tail_metric=f"Recall@{ks[0]}")
+    document = build_document(
+        "comparison",
+        compared,
+        found.evaluation,
+        found.baselines,
+        metadata=found.metadata,
+        data=data,
+        jobs=jobs,
+        command=command,
+        objectives={cell.name: cell.config.objective.model_dump(mode="json") for cell in cells},
+        diagnostics={cell.name: diagnostics(cell.directory) for cell in cells if cell.seed == base.training.seed},
+        examples=disagreements(found.ranked, split.test, split.train, base.evaluation.exclude_seen),
+        audit=_audit(cells, source, directory, compared.best(headline(found.evaluation)), say) if audited else None,
+    )
+    _write(document, directory, found, cells, data)
+    return Comparison(document, directory)
+
+
+def _audit(
+    cells: Sequence[Cell], source: str | Path, out: Path, best: str, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Bias and spread of each objective's gradient on one model, measured once and kept in `audit.json`."""
+    named = {cell.name for cell in cells if cell.name == cell.config.objective.name}
+    subject = next(
+        (cell for cell in cells if cell.name == "expected-count"), next(cell for cell in cells if cell.name == best)
+    )
+    others = sorted(named - {subject.name})
+    asked = {
+        "model": subject.directory.name,
+        "checksum": _weights(subject),
+        "objectives": others,
+        "rows": AUDIT_ROWS,
+        "draws": AUDIT_DRAWS,
+    }
+    kept = out / "audit.json"
+    if kept.exists():
+        known = json.loads(kept.read_text(encoding="utf-8"))
+        if known.get("asked") == asked:
+            return dict(known)
+    say(f"auditing the gradients of {len(others) + 1} objectives on {subject.label} (kept in {kept.name})")
+    measured = audit(
+        audit_run(subject.directory, source, rows=AUDIT_ROWS), objectives=others, draws=AUDIT_DRAWS, batches=50
+    )
+    result = {"asked": asked, **measured.to_dict()}
+    write_text(kept, json.dumps(result, indent=1))
+    return result
+
+
+def _weights(cell: Cell) -> str:
+    metadata = json.loads((cell.directory / "model" / "metadata.json").read_text(encoding="utf-8"))
+    return str(metadata["checksums"]["towers.safetensors"])
+
+
+def _write(document: dict[str, Any], out: Path, found: Measurements, cells: Sequence[Cell], data: Interactions) -> None:
+    write_text(out / "results.json", json.dumps(document, indent=1, ensure_ascii=False))
+    queries = data.queries.decode(np.asarray(found.evaluation.queries))
+    with whole_file(out / "results.parquet") as path:
+        per_query_frame(found, cells, queries).write_parquet(path)
+    write_text(out / "report.html", report.render(document))

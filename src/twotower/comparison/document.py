@@ -1,0 +1,159 @@
+"""What a comparison or an evaluation found, as one JSON document: `results.json`, and all that a report shows."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from twotower.analysis.compare import Compared, measured
+from twotower.build import OBJECTIVES
+from twotower.config import Config
+from twotower.data import Interactions
+from twotower.evaluation import Evaluation, Row
+
+#: Rises when a reader of older documents would misunderstand a newer one.
+DOCUMENT_VERSION = 1
+#: Significant digits of a number.
+DIGITS = 6
+#: Diagnostics of the objective that the report shows, as they were at the end of the training.
+DIAGNOSTICS = (
+    "effective_candidates",
+    "masked_share",
+    "largest_weight",
+    "gradient_head",
+    "gradient_mid",
+    "gradient_tail",
+)
+
+
+def build_document(
+    kind: str,
+    compared: Compared,
+    found: Evaluation,
+    baselines: Sequence[Row],
+    *,
+    metadata: Mapping[str, Sequence[Mapping[str, Any]]],
+    data: Interactions,
+    **more: Any,
+) -> dict[str, Any]:
+    """The document of a comparison (`kind="comparison"`) or of one model (`"evaluation"`).
+
+    Args:
+        kind: which of the two.
+        compared: means, intervals and tests.
+        found: the evaluation they come from.
+        baselines: its baselines.
+        metadata: by model, `metadata.json` of each seed.
+        data: all that was read.
+        more: further sections: examples, audit, calibration, command, directories, ...
+    """
+    metric = headline(found)
+    order = sorted(compared.values, key=lambda name: -compared.values[name][metric].mean)
+    first = next(iter(metadata.values()))[0]
+    document: dict[str, Any] = rounded(
+        {
+            "document": DOCUMENT_VERSION,
+            "kind": kind,
+            "metric": metric,
+            "tail_metric": f"Recall@{found.ks[0]}",
+            "seeds": [int(meta["config"]["training"]["seed"]) for meta in next(iter(metadata.values()))],
+            "models": [_model(name, compared, metadata[name]) for name in order],
+            "baselines": [_baseline(row) for row in baselines],
+            "tests": [family.to_dict() for family in compared.families],
+            "evaluation": _protocol(found),
+            "data": {
+                "source": first["data"].get("source"),
+                "fingerprint": first["data"]["fingerprint"],
+                "account": first["data"]["account"]["lines"],
+                "split": first["split"],
+                "queries": data.num_queries,
+                "items": data.num_items,
+                "interactions": len(data),
+            },
+            "settings": _settings(first["config"]),
+            "versions": first["versions"],
+            **more,
+        }
+    )
+    return document
+
+
+def headline(found: Evaluation) -> str:
+    """The metric that decides: NDCG at the smallest cut-off."""
+    return f"NDCG@{found.ks[0]}"
+
+
+def rounded(value: Any) -> Any:
+    """The same with every float cut to a few significant digits: the rest is noise, and would be most of the file."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, Mapping):
+        return {key: rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(inner) for inner in value]
+    return value
+
+
+def diagnostics(directory: Path) -> dict[str, float]:
+    """Means of an objective's diagnostics over the last quarter of a training; none without `logs/metrics.csv`."""
+    log = directory / "logs" / "metrics.csv"
+    if not log.is_file():
+        return {}
+    with log.open(encoding="utf-8", newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    found = {}
+    for name in DIAGNOSTICS:
+        values = [float(row[name]) for row in rows if row.get(name)]
+        if values:
+            found[name] = statistics.fmean(values[-max(len(values) // 4, 1) :])
+    return found
+
+
+def _model(name: str, compared: Compared, metadata: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    objective = Config.model_validate(metadata[0]["config"]).objective
+    known = OBJECTIVES.get(objective.name)
+    return {
+        "name": name,
+        "objective": objective.name,
+        "about": known.summary if known else "",
+        **compared.model(name),
+        "runs": [_run(meta) for meta in metadata],
+    }
+
+
+def _run(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    training = metadata["training"]
+    ended = datetime.fromisoformat(metadata["created"]).timestamp()
+    return {
+        "seed": metadata["config"]["training"]["seed"],
+        "epochs": training["epochs"],
+        "seconds": training["seconds"],
+        "cpu_seconds": training.get("cpu_seconds"),
+        "peak_memory": training.get("peak_memory"),
+        "ended": int(ended),
+        "history": training["history"],
+    }
+
+
+def _baseline(row: Row) -> dict[str, Any]:
+    found = {metric: measured([row], metric) for metric in row.values}
+    slices = {part: {metric: measured([row], metric, part) for metric in row.slices[part]} for part in row.slices}
+    return {"name": row.name, **Compared({row.name: found}, {row.name: slices}, ()).model(row.name)}
+
+
+def _protocol(found: Evaluation) -> dict[str, Any]:
+    values = found.to_dict()
+    values.pop("rows")
+    values["slice_groups"] = {name: list(parts) for name, parts in found.slice_groups.items()}
+    return values
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What all models share: everything but the objective and the seed."""
+    shared = {section: dict(values) for section, values in config.items() if section != "objective"}
+    shared["training"].pop("seed")
+    return shared
