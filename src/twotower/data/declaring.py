@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
@@ -21,7 +23,10 @@ def with_features(config: Config, train: Interactions) -> Config:
         if features == "auto":
             section = f"{side}_tower"
             found = [] if table is None else features_of(propose(table))
-            changed[section] = getattr(config, section).model_copy(update={"features": found or "none"})
+            update: dict[str, Any] = {"features": found or "none"}
+            if side == "item" and not found:
+                update["id_dropout"] = 0.0  # nothing could take the id's place
+            changed[section] = getattr(config, section).model_copy(update=update)
     return config.model_copy(update=changed)
 
 

@@ -235,6 +235,8 @@ def _series(column: str, values: list[Any]) -> pl.Series:
     except (TypeError, pl.exceptions.PolarsError):
         if any(isinstance(value, list | tuple | np.ndarray) for value in values):
             raise
+        if all(value is None or isinstance(value, int | float) for value in values):
+            return pl.Series(column, [None if value is None else float(value) for value in values], dtype=pl.Float64)
         # 3 beside "three": text, so that the encoder can say which row it cannot use.
         return pl.Series(column, [None if value is None else str(value) for value in values], dtype=pl.String)
 

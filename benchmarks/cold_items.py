@@ -1,0 +1,218 @@
+"""Cold items ranked by their features alone, and what features do to warm ones: global temporal split.
+
+    python benchmarks/cold_items.py --data ../shared/data/online-retail --tests 0.1 0.3 --seeds 0
+
+Every model is trained on the past. The test asks for what comes after the cut, in two parts:
+
+warm   targets that occur in training, ranked in the full catalog beside popularity, item-kNN and EASE;
+cold   targets that never occur in training, ranked among the cold items, and in the full catalog. Chance is the
+       expectation of a random order; popularity knows nothing of an item without a past.
+
+Variants: the default id towers; the same with features (text as words, price, country) and id dropout; text by a
+sentence model where --text-model names one. Finished runs are kept in the results file and not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import twotower as tt
+from twotower.data import Holdout, Interactions, Split
+from twotower.evaluation import EASE, ItemKNN, Popularity, Ranker, evaluate_all
+from twotower.evaluation.towers import TowerRanker
+from twotower.files import write_text
+from twotower.run import Model, history_length
+from twotower.serving.artifact import library_versions
+
+RESULTS = Path(__file__).parent / "results" / "cold_items.json"
+K = 20
+
+#: Candidates from what is seen in training: a cold item drawn as a negative would be pushed away for no reason.
+SEEN_ONLY = "objective.sources=[{in_batch: {}}, {frequency: {size: 1024, power: 0}}]"
+FEATURES = [
+    SEEN_ONLY,
+    "item_tower.features=auto",
+    "query_tower.features=auto",
+    "item_tower.residual=true",
+    "item_tower.id_dropout=0.3",
+]
+VARIANTS: dict[str, list[str]] = {
+    "ids": [],
+    "ids, candidates seen in training": [SEEN_ONLY],
+    "features": FEATURES,
+    "features, also of the history": [*FEATURES, "query_tower.history.item_features=true"],
+    "features, no id dropout": [*FEATURES, "item_tower.id_dropout=0"],
+    "preset dnn": ["preset"],
+}
+
+
+@dataclass(frozen=True)
+class Among:
+    """Ranks the cold items alone: the same scores, a smaller catalog."""
+
+    model: Model
+    items: NDArray[np.int64]
+
+    def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> NDArray[np.int64]:
+        """Best of `items`, int64 [E, k]; -1 where fewer are left."""
+        towers = self.model.artifact.towers
+        histories = (holdout.history_offsets, holdout.history_items)
+        embedded = TowerRanker(towers, history_length(self.model.artifact.config)).embed(holdout.queries, histories)
+        codes = torch.from_numpy(self.items)
+        scores = embedded @ towers.embed_items(codes).detach().T
+        if exclude_seen:
+            scores = scores.masked_fill(torch.from_numpy(_seen(holdout, self.items)), -torch.inf)
+        best = scores.topk(min(k, len(self.items)), dim=1)
+        found = torch.where(best.values > -torch.inf, codes[best.indices], -1).numpy()
+        return np.pad(found, ((0, 0), (0, k - found.shape[1])), constant_values=-1)
+
+
+def _seen(holdout: Holdout, items: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which of `items` stand in each query's history, [E, items]."""
+    owner = np.repeat(np.arange(len(holdout)), np.diff(holdout.history_offsets))
+    place = np.searchsorted(items, holdout.history_items)
+    known = (place < len(items)) & (items[np.minimum(place, len(items) - 1)] == holdout.history_items)
+    seen = np.zeros((len(holdout), len(items)), dtype=bool)
+    seen[owner[known], place[known]] = True
+    return seen
+
+
+def cold_part(test: Holdout, train: Interactions) -> Holdout:
+    """The cold targets of the queries that are known."""
+    cold = train.item_counts()[test.target_items] == 0
+    owner = np.repeat(np.arange(len(test)), np.diff(test.target_offsets))
+    cold &= (np.diff(train.offsets) > 0)[test.queries][owner]
+    sizes = np.bincount(owner[cold], minlength=len(test))
+    kept = np.flatnonzero(sizes)
+    starts, ends = test.history_offsets[:-1][kept], test.history_offsets[1:][kept]
+    history = np.concatenate([test.history_items[a:b] for a, b in zip(starts, ends, strict=True)])
+    return Holdout(
+        "cold",
+        test.queries[kept],
+        np.concatenate([[0], np.cumsum(ends - starts)]).astype(np.int64),
+        history,
+        np.concatenate([[0], np.cumsum(sizes[kept])]).astype(np.int64),
+        test.target_items[cold],
+    )
+
+
+def chance(holdout: Holdout, items: NDArray[np.int64]) -> float:
+    """Expected Recall@K of a random order of `items` without those seen: K over how many are left, 1 at most."""
+    left = len(items) - _seen(holdout, items).sum(1)
+    return float(np.minimum(K / left, 1.0).mean())
+
+
+def values(rankers: dict[str, Ranker], holdout: Holdout, train: Interactions) -> dict[str, dict[str, float]]:
+    """Recall and NDCG of each ranker."""
+    measured = evaluate_all(rankers, holdout, train=train, ks=(10, K))
+    return {row.name: dict(row.values) for row in measured.rows}
+
+
+def baselines(warm: Split, cold: Holdout) -> dict[str, Any]:
+    """What needs no training by gradient."""
+    train = warm.train
+    known: dict[str, Ranker] = {
+        "popularity": Popularity(train),
+        "item-kNN": ItemKNN(train),
+        "EASE": EASE(train, l2=100.0),
+    }
+    everything = np.arange(train.num_items)
+    unseen = np.flatnonzero(train.item_counts() == 0)
+    return {
+        "warm": values(known, warm.test, train),
+        "cold, full catalog": {**values(known, cold, train), "chance": {"Recall@20": chance(cold, everything)}},
+        "cold, among cold items": {"chance": {"Recall@20": chance(cold, unseen)}},
+    }
+
+
+def measure(name: str, overrides: list[str], warm: Split, cold: Holdout, common: list[str]) -> dict[str, Any]:
+    """Train one variant and evaluate it."""
+    preset = overrides == ["preset"]
+    config = tt.Config.load("dnn" if preset else None, [*([] if preset else overrides), *common])
+    started = time.perf_counter()
+    model = tt.fit(warm, config, progress=False)
+    seconds = time.perf_counter() - started
+    unseen = np.flatnonzero(warm.train.item_counts() == 0)
+    return {
+        "seconds": round(seconds, 1),
+        "epochs": model.fit.epochs,
+        "validation": model.fit.best,
+        "config": model.artifact.config.model_dump(mode="json"),
+        "warm": values({name: model.retriever}, warm.test, warm.train)[name],
+        "cold, full catalog": values({name: model.retriever}, cold, warm.train)[name],
+        "cold, among cold items": values({name: Among(model, unseen)}, cold, warm.train)[name],
+    }
+
+
+def main() -> None:
+    """Measure what is asked for and not yet there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--tests", nargs="+", type=float, default=[0.1, 0.3], help="shares of the rows after the cut")
+    parser.add_argument("--only", nargs="+", default=list(VARIANTS), help="variants to train")
+    parser.add_argument("--text-model", help="a sentence-transformers model, for one more variant")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    asked = parser.parse_args()
+    data = tt.Interactions.read(asked.data)
+    variants = {name: VARIANTS[name] for name in asked.only}
+    if asked.text_model:
+        text = json.dumps([{"column": "description", "kind": "text", "model": asked.text_model}])
+        price = '{"column": "median_price_gbp", "kind": "numeric", "scale": "log"}'
+        variants["features, text by a sentence model"] = [*FEATURES, f"item_tower.features={text[:-1]}, {price}]"]
+    for share in asked.tests:
+        warm = tt.splits.by_time(data, validation=0.05, test=share)
+        cold = cold_part(tt.splits.by_time(data, validation=0.05, test=share, cold="keep").test, warm.train)
+        print(f"test {share}: {warm.test!r}; {cold!r}", flush=True)
+        facts = {
+            "cold_items": int((warm.train.item_counts() == 0).sum()),
+            "cold_targets": len(cold.target_items),
+            "cold_queries": len(cold),
+            "warm_targets": len(warm.test.target_items),
+            "training_rows": len(warm.train),
+            "items": data.num_items,
+        }
+        record(asked.results, {"test": share, "name": "baselines", "seed": None, **facts, **baselines(warm, cold)})
+        for seed in asked.seeds:
+            for name, overrides in variants.items():
+                key = (share, name, seed)
+                if key in {(run["test"], run["name"], run["seed"]) for run in kept(asked.results)}:
+                    continue
+                found = measure(name, overrides, warm, cold, [f"training.seed={seed}", *asked.overrides])
+                common = {"overrides": asked.overrides, "threads": torch.get_num_threads()}
+                record(asked.results, {"test": share, "name": name, "seed": seed, **common, **found})
+
+
+def kept(path: Path) -> list[dict[str, Any]]:
+    """The runs that are finished."""
+    runs: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    return runs
+
+
+def record(path: Path, run: dict[str, Any]) -> None:
+    """Print a run's recalls and add it to the file."""
+    for part in ("warm", "cold, full catalog", "cold, among cold items"):
+        rows = run[part] if run["name"] == "baselines" else {run["name"]: run[part]}
+        for name, row in rows.items():
+            shown = {k: round(v, 4) for k, v in row.items() if k in ("Recall@10", "Recall@20", "NDCG@20")}
+            print(f"test {run['test']} seed {run['seed']} {part:24s} {name:36s} {shown}", flush=True)
+    stamped = {**run, "versions": library_versions(), "date": datetime.now(UTC).date().isoformat()}
+    others = [
+        old for old in kept(path) if (old["test"], old["name"], old["seed"]) != (run["test"], run["name"], run["seed"])
+    ]
+    write_text(path, json.dumps([*others, stamped], indent=1))
+
+
+if __name__ == "__main__":
+    main()
