@@ -77,8 +77,8 @@ def differences(document: Document) -> Html | None:
         caption="Mean over queries of the paired difference, seeds averaged; line: 95 % interval over queries.",
     )
     told = (
-        "p from the paired bootstrap over queries, adjusted for all comparisons of the table (Holm). The effect size is "
-        "the mean difference over its standard deviation over queries. Two objectives are told apart where p is below "
+        "p from the paired bootstrap over queries, adjusted for all comparisons of the table (Holm). The effect size "
+        "is the mean difference over its standard deviation over queries. Two objectives are told apart where p is below "
         "0.05 and the difference is larger than two standard errors over seeds (pooled over objectives)."
     )
     heads = ["objective", "difference", "95 % interval", "error over seeds", "p (Holm)", "effect size", "verdict"]

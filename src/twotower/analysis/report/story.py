@@ -132,7 +132,7 @@ def _interval(found: dict[str, Any]) -> str:
 def _use(document: Document) -> str:
     best, metric = document["models"][0], document["metric"]
     same = [name for name, kind in verdicts(document).items() if kind == "same"]
-    top = f"{metric} {_interval(value(best, metric) or {})}"
+    top = f"{metric} of {_interval(value(best, metric) or {})}"
     if not same:
         return f"Use {best['name']}. Its {top} is ahead of every other objective's."
     named = [model for model in document["models"] if model["name"] in {best["name"], *same}]
@@ -231,7 +231,7 @@ def _alone(document: Document) -> list[str]:
     model, metric, tail_metric = document["models"][0], document["metric"], document["tail_metric"]
     found = value(model, tail_metric)
     head, tail = value(model, tail_metric, "head"), value(model, tail_metric, "tail")
-    lead = f"{model['name']}: {metric} {_interval(value(model, metric) or {})}"
+    lead = f"{model['name']} has an {metric} of {_interval(value(model, metric) or {})}"
     if found is not None:
         lead += f"; it finds {share(found['mean'])} of the targets among its first {tail_metric.split('@')[1]}"
     said = [lead + "."]

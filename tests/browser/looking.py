@@ -1,0 +1,61 @@
+"""What is wrong with a page as a browser shows it: overflow, labels that overlap or are cut off, errors, requests."""
+
+#: Runs in the page; gives sentences about what is wrong with its layout.
+LAYOUT = """
+() => {
+  const wrong = [], width = document.documentElement.clientWidth;
+  if (document.documentElement.scrollWidth > width) wrong.push(`page is ${document.documentElement.scrollWidth} wide`);
+  for (const element of document.body.querySelectorAll("*")) {
+    const box = element.getBoundingClientRect();
+    const scrolls = element.parentElement.closest(".scroll, pre");
+    if (box.width && !scrolls && (box.right > width + 1 || box.left < -1))
+      wrong.push(`<${element.tagName.toLowerCase()}> reaches from ${box.left} to ${box.right}`);
+  }
+  let labels = 0;
+  for (const svg of document.querySelectorAll("figure svg")) {
+    const frame = svg.getBoundingClientRect();
+    if (!frame.width) continue;
+    const texts = [...svg.querySelectorAll("text")].map(text => [text.textContent, text.getBoundingClientRect()]);
+    labels += texts.length;
+    texts.forEach(([words, box], place) => {
+      if (box.left < frame.left - 1 || box.right > frame.right + 1 || box.top < frame.top - 1 || box.bottom > frame.bottom + 1)
+        wrong.push(`"${words}" is cut off`);
+      for (const [others, other] of texts.slice(place + 1)) {
+        const wide = Math.min(box.right, other.right) - Math.max(box.left, other.left);
+        const tall = Math.min(box.bottom, other.bottom) - Math.max(box.top, other.top);
+        if (wide > 1 && tall > 2) wrong.push(`"${words}" lies on "${others}"`);
+      }
+    });
+  }
+  return {wrong, labels};
+}
+"""
+
+
+def look(browser, address, *, width, scheme="light", media="screen"):
+    """Open a page and list what is wrong with it.
+
+    Returns:
+        Sentences, and how many labels of figures were seen.
+    """
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    wrong = []
+
+    def watch(route, request):
+        if request.url == address or request.url.startswith("data:"):
+            route.continue_()
+        else:
+            wrong.append(f"asks for {request.url}")
+            route.abort()
+
+    try:
+        context.route("**/*", watch)
+        page = context.new_page()
+        page.on("console", lambda said: wrong.append(f"console: {said.text}") if said.type != "log" else None)
+        page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
+        page.emulate_media(media=media, color_scheme=scheme)
+        page.goto(address)
+        found = page.evaluate(LAYOUT)
+        return [*wrong, *found["wrong"]], found["labels"]
+    finally:
+        context.close()
