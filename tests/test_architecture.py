@@ -29,6 +29,7 @@ ROOMS = [
     "comparison",
     "terminal",
     "cli_answers",
+    "cli_serve",
     "cli",
 ]
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 from twotower.errors import InputError
 
 try:
-    import uvicorn
     from fastapi import Depends, FastAPI
     from fastapi.security import HTTPBearer
 except ImportError as error:  # pragma: no cover  # the tests install the extra
@@ -19,7 +19,7 @@ except ImportError as error:  # pragma: no cover  # the tests install the extra
 
 from importlib.metadata import version
 
-from twotower.serving.service import logs, problems
+from twotower.serving.service import logs, problems, server
 from twotower.serving.service.guard import Guard
 from twotower.serving.service.page_routes import page
 from twotower.serving.service.routes import operations, routes
@@ -27,9 +27,6 @@ from twotower.serving.service.settings import ServiceSettings, is_loopback
 from twotower.serving.service.state import Service
 
 __all__ = ["ServiceSettings", "create_app", "serve"]
-
-#: Seconds that requests in flight have when the service is told to end.
-_GRACE = 20
 
 
 def create_app(directories: Sequence[str | Path], settings: ServiceSettings | None = None) -> FastAPI:
@@ -92,6 +89,7 @@ def serve(
     port: int = 8000,
     settings: ServiceSettings | None = None,
     log_level: str = "info",
+    opened: Callable[[str], None] | None = None,
 ) -> None:
     """Answer until told to end (SIGINT, SIGTERM); requests in flight are answered first. SIGHUP looks for new models.
 
@@ -101,23 +99,13 @@ def serve(
         port: port to listen on; 0 for any free one.
         settings: options of the service.
         log_level: of the log on standard output, one JSON object a line.
+        opened: called with the address of the page once it can be asked.
 
     Raises:
-        InputError: a model cannot be read.
+        InputError: a model cannot be read, or the address cannot be had.
     """
-    logs.configure(log_level)
     app = create_app(directories, settings)
+    logs.configure(log_level)
     if not is_loopback(host) and (settings is None or settings.token is None):
-        logs.log("anybody who reaches this address may ask: no token is set", level=30, address=host)
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=_GRACE,
-        timeout_keep_alive=30,
-        h11_max_incomplete_event_size=16 * 1024,
-    )
-    uvicorn.Server(config).run()
+        logs.log("anybody who reaches this address may ask: no token is set", level=logging.WARNING, address=host)
+    server.run(app, host=host, port=port, opened=opened)

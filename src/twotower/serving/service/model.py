@@ -152,6 +152,7 @@ class ServedModel:
             "version": self.version,
             "num_queries": len(self.artifact.queries),
             "num_items": len(self.artifact.items),
+            "most_interactions": int(self.counts.max()) if len(self.counts) else 0,
             "has_titles": self.titles is not None,
             "history_length": history.length if history else 0,
             "columns": {} if table is None else {name: str(dtype) for name, dtype in table.schema.items()},

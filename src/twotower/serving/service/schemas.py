@@ -120,6 +120,7 @@ class ModelSummary(BaseModel):
     version: str
     num_queries: int
     num_items: int
+    most_interactions: int = Field(description="Of one item.")
     has_titles: bool
     history_length: int
     columns: dict[str, str] = Field(description="Columns of the item table and their types.")

@@ -1,0 +1,64 @@
+// Questions to the service. A later question on the same channel makes an earlier one obsolete.
+
+const running = new Map();
+let asking = null;
+
+export class Failure extends Error {
+  constructor(status, detail) {
+    super(detail);
+    this.status = status;
+  }
+}
+
+export const obsolete = (error) => error.name === "AbortError";
+
+export async function get(path, params = {}, channel = null) {
+  const given = Object.entries(params).filter(([, value]) => value !== null && value !== undefined);
+  const query = new URLSearchParams(given).toString();
+  return send(query ? `${path}?${query}` : path, {}, channel);
+}
+
+export async function post(path, body, channel = null) {
+  const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
+  return send(path, options, channel);
+}
+
+async function send(path, options, channel) {
+  let signal;
+  if (channel) {
+    running.get(channel)?.abort();
+    const control = new AbortController();
+    running.set(channel, control);
+    signal = control.signal;
+  }
+  const token = sessionStorage.getItem("twotower-token");
+  const headers = { ...options.headers, ...(token ? { Authorization: `Bearer ${token}` } : {}) };
+  const answer = await fetch(path, { ...options, headers, signal });
+  if (answer.ok) return answer.json();
+  if (answer.status === 401) {
+    await tokenFromReader();
+    return send(path, options, channel);
+  }
+  const problem = await answer.json().catch(() => ({}));
+  if (answer.status === 503) throw new Failure(503, "The service is busy. Try again in a moment.");
+  throw new Failure(answer.status, problem.detail ?? answer.statusText);
+}
+
+function tokenFromReader() {
+  asking ??= new Promise((resolve) => {
+    const dialog = document.getElementById("ask-token");
+    dialog.addEventListener(
+      "close",
+      () => {
+        const field = document.getElementById("token");
+        sessionStorage.setItem("twotower-token", field.value.trim());
+        field.value = "";
+        asking = null;
+        resolve();
+      },
+      { once: true },
+    );
+    dialog.showModal();
+  });
+  return asking;
+}

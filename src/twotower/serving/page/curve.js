@@ -1,0 +1,39 @@
+// Above the dial: how popular the list would be at each of its settings.
+
+import { median, svg, whole } from "./dom.js";
+
+export const SETTINGS = [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2];
+
+// lines: [{letter, medians: [one for each of SETTINGS]}], now: {a: items, b: items} at the dial.
+export function drawCurve(place, lines, dial, now) {
+  const width = place.clientWidth || 300;
+  const height = place.clientHeight || 58;
+  const edge = 8; // half of the thumb: the curve is above the track
+  const every = [...lines.flatMap((line) => line.medians), ...Object.values(now).map((items) => medianOf(items))];
+  const most = Math.max(...every, 1);
+  const x = (setting) => edge + ((width - 2 * edge) * setting) / 2;
+  const y = (count) => height - 6 - (height - 22) * (Math.log1p(count) / Math.log1p(most));
+  place.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  place.replaceChildren(svg("line", { x1: x(dial), x2: x(dial), y1: 4, y2: height }));
+  for (const line of lines) {
+    const path = line.medians.map((count, at) => `${at ? "L" : "M"}${x(SETTINGS[at]).toFixed(1)} ${y(count).toFixed(1)}`).join("");
+    place.append(svg("path", { d: path, class: line.letter }));
+  }
+  for (const [letter, items] of Object.entries(now)) {
+    const count = medianOf(items);
+    place.append(svg("circle", { cx: x(dial), cy: y(count), r: 5, class: letter }));
+  }
+  const first = Object.values(now)[0];
+  if (first) {
+    const text = svg("text", { x: dial > 1.4 ? x(dial) - 10 : x(dial) + 10, y: Math.max(y(medianOf(first)) - 7, 10), "text-anchor": dial > 1.4 ? "end" : "start" });
+    text.textContent = `${whole.format(Math.round(medianOf(first)))} interactions`;
+    place.append(text);
+  }
+}
+
+export const medianOf = (items) => median(items.map((item) => item.interactions));
+
+export function saidOf(dial) {
+  if (dial === 1) return "1.00, as trained";
+  return `${dial.toFixed(2)}, ${dial < 1 ? "towards discovery" : "towards the popular"}`;
+}
