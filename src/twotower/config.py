@@ -95,6 +95,9 @@ class ItemTowerConfig(Section):
     """From an item to its embedding: id embedding and declared features, joined by an MLP."""
 
     dimension: int = Field(64, ge=1, le=4096, description="D: width of the embeddings in which both towers end.")
+    table_precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="What the embedding tables of both towers are stored in. bfloat16: half the memory."
+    )
     hidden: list[Annotated[int, Field(ge=1)]] = Field([], description="Widths of the hidden layers; empty: no MLP.")
     dropout: float = Field(0.0, ge=0, lt=1)
     residual: bool = Field(False, description="Add the id embedding to the output; skip connections in the MLP.")

@@ -1,4 +1,4 @@
-"""What this machine offers a training: versions, devices, threads, and which extras are missing."""
+"""What this machine offers a training: versions, devices, threads, memory, and which extras are missing."""
 
 from __future__ import annotations
 
@@ -11,21 +11,30 @@ from typing import Any
 
 import torch
 
-from twotower import __version__
+from twotower import __version__, machine, process
 
 #: Extra -> module that it brings.
 EXTRAS = {
     "ann": "faiss",
     "onnx": "onnxruntime",
     "pgvector": "psycopg",
+    "serve": "fastapi",
     "tensorboard": "tensorboard",
     "tracking": "mlflow",
 }
 
+#: What matrix products and bfloat16 are fast with, in the order of their making; names of Linux.
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+
 
 def examine() -> dict[str, dict[str, Any]]:
     """Sections of findings: name -> (what -> found)."""
-    return {"versions": _versions(), "machine": _machine(), "extras": _extras()}
+    return {
+        "versions": _versions(),
+        "machine": _machine(),
+        "memory": _memory(machine.memory()),
+        "extras": _extras(),
+    }
 
 
 def _versions() -> dict[str, str]:
@@ -40,31 +49,78 @@ def _versions() -> dict[str, str]:
 
 
 def _machine() -> dict[str, Any]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = torch.get_num_threads()
     found: dict[str, Any] = {
-        "cores": cores,
-        "torch threads": threads if threads == cores else f"{threads} (set OMP_NUM_THREADS={cores} to use every core)",
+        "cores": _cores(),
+        "torch threads": _threads(torch.get_num_threads(), machine.cores()),
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
-        "free disk": f"{shutil.disk_usage('.').free / 2**30:.0f} GiB",
+        "instructions": _instructions(machine.cpu_flags()),
+        "free disk": _size(shutil.disk_usage(".").free),
     }
-    memory = _memory()
-    if memory is not None:
-        found["memory"] = f"{memory / 2**30:.1f} GiB"
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(index)
-            found[f"cuda:{index}"] = f"{device.name}, {device.total_memory / 2**30:.0f} GiB"
+            found[f"cuda:{index}"] = f"{device.name}, {_size(device.total_memory)}"
     else:
         found["accelerator"] = "none: training runs on the CPU"
     return found
 
 
-def _memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None
+def _cores() -> str:
+    seen, quota = os.cpu_count() or 1, machine.cpu_quota()
+    text = f"{machine.cores()} physical for this process ({seen} hardware threads in the machine)"
+    return text if quota is None else f"{text}; limited to {quota:g} by the container"
+
+
+def _threads(threads: int, cores: int) -> str:
+    set_by = os.environ.get("OMP_NUM_THREADS")
+    if threads == cores:
+        return f"{threads}, one for each core" + (f" (OMP_NUM_THREADS={set_by})" if set_by == str(threads) else "")
+    advice = "unset OMP_NUM_THREADS" if set_by else f"set OMP_NUM_THREADS={cores}"
+    return f"{threads}, expected {cores}, the physical cores: {advice}"
+
+
+def _instructions(flags: frozenset[str]) -> str:
+    if not flags:
+        return "the system does not tell"
+    have = [name for name in FLAGS if name in flags]
+    fast = "amx_bf16" in flags or "avx512_bf16" in flags
+    return (
+        f"{', '.join(have) or 'none of ' + ', '.join(FLAGS)}; bfloat16 products {'fast' if fast else 'emulated, slow'}"
+    )
+
+
+def _memory(found: machine.Memory) -> dict[str, str]:
+    rows = {
+        "total": _size(found.total),
+        "available": _size(found.available),
+        "limit": "none" if found.limit is None else f"{_size(found.limit)} (of the container or ulimit -v)",
+        "this process": f"{_size(found.resident)} now, {_size(found.peak)} at most",
+        "allocator": _allocator(),
+        "huge pages": _huge_pages(machine.huge_pages()),
+    }
+    return {name: value for name, value in rows.items() if value is not None}
+
+
+def _allocator() -> str:
+    tuned = process.tuning()
+    name = process.allocator()
+    if tuned is not None and tuned.kept_below is not None:
+        return f"{name}; freed blocks below {_size(tuned.kept_below)} are kept for reuse"
+    if not name.startswith("glibc"):
+        return f"{name}; left as it is"
+    given = [key for key in os.environ if key.startswith("MALLOC_") or key == "GLIBC_TUNABLES"]
+    return f"{name}; left as {', '.join(given)} says" if given else f"{name}; default: call twotower.process.tune()"
+
+
+def _huge_pages(mode: str | None) -> str:
+    if mode is None:
+        return "none here"
+    told = {
+        "always": "large tables get them",
+        "madvise": "large tables ask for them and get them",
+        "never": "switched off; rows of large tables are found more slowly",
+    }
+    return f"{mode}: {told.get(mode, 'unknown setting')}"
 
 
 def _extras() -> dict[str, str]:
@@ -72,3 +128,7 @@ def _extras() -> dict[str, str]:
         name: "installed" if find_spec(module) else f"missing: pip install 'twotower[{name}]'"
         for name, module in EXTRAS.items()
     }
+
+
+def _size(count: int | None) -> str:
+    return "unknown" if count is None else f"{count / 2**30:.1f} GiB"

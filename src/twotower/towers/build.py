@@ -10,7 +10,7 @@ from twotower.errors import InputError
 from twotower.towers.encoders import PooledHistory, QueryTower, TwoTower
 from twotower.towers.features import FeatureInputs
 from twotower.towers.items import ItemTower
-from twotower.towers.tables import EmbeddingTable
+from twotower.towers.tables import EmbeddingTable, store_tables
 
 
 def build_towers(
@@ -86,10 +86,12 @@ def build_towers(
         residual=query.residual,
         layer_norm=query.layer_norm,
     )
-    return TwoTower(
+    towers = TwoTower(
         query_tower,
         item_tower,
         cosine=objective.similarity == "cosine",
         temperature=objective.initial_temperature if objective.temperature == "learned" else objective.temperature,
         learned_temperature=objective.temperature == "learned",
     )
+    store_tables(towers, item.table_precision)
+    return towers
