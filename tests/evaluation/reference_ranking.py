@@ -60,3 +60,54 @@ def knn_scores(train_rows, num_items, history, neighbours, shrink):
         for similarity, j in similar[:neighbours]:
             scores[j] += similarity
     return scores
+
+
+def random_expectation(num_left, num_targets, k):
+    """Expected (recall, ndcg, reciprocal rank, hit) at k of a ranking drawn at random among `num_left` items."""
+    share = num_targets / num_left
+    ideal = math.fsum(1 / math.log2(rank + 1) for rank in range(1, min(k, num_targets) + 1))
+    gained = share * math.fsum(1 / math.log2(rank + 1) for rank in range(1, k + 1))
+    none_before, reciprocal = 1.0, 0.0
+    for rank in range(1, k + 1):
+        left = num_left - rank + 1
+        reciprocal += none_before * num_targets / left / rank
+        none_before *= max(left - num_targets, 0) / left
+    return k / num_left, gained / ideal, reciprocal, 1 - none_before
+
+
+def parts(counts, number):
+    """Each item's part of the interactions, by walking down the popularity ranking."""
+    total, before, result = sum(counts), 0, [number - 1] * len(counts)
+    for item in sorted(range(len(counts)), key=lambda j: (-counts[j], j)):
+        if total:
+            result[item] = next((p for p in range(number) if before * number < total * (p + 1)), number - 1)
+        before += counts[item]
+    return result
+
+
+def beyond_accuracy(lists, counts, embeddings, k):
+    """(coverage, Gini, novelty, popularity, diversity) by the definitions; each mean over queries with a value."""
+    shown = [[item for item in row[:k] if item >= 0] for row in lists]
+    times = sorted(sum(item in row for row in shown) for item in range(len(counts)))
+    pairs = sum(abs(x - y) for x in times for y in times)
+    total = sum(times)
+    gini = pairs / (2 * len(times) * total) if total else math.nan
+    bits = [-math.log2((count + 1) / (sum(counts) + len(counts))) for count in counts]
+    different = [[1 - _cosine(embeddings[i], embeddings[j]) for i in row for j in row if i != j] for row in shown]
+    return (
+        sum(time > 0 for time in times) / len(times),
+        gini,
+        _mean([_mean([bits[item] for item in row]) for row in shown]),
+        _mean([_mean([counts[item] for item in row]) for row in shown]),
+        _mean([_mean(row) for row in different]),
+    )
+
+
+def _cosine(a, b):
+    lengths = math.sqrt(math.fsum(x * x for x in a) * math.fsum(x * x for x in b))
+    return math.fsum(x * y for x, y in zip(a, b, strict=True)) / lengths if lengths else 0.0
+
+
+def _mean(values):
+    known = [value for value in values if not math.isnan(value)]
+    return math.fsum(known) / len(known) if known else math.nan

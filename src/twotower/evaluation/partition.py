@@ -1,4 +1,4 @@
-"""How well the candidates of a pool estimate the sum of the softmax: a look at scores, apart from the ranking metrics."""
+"""How well the candidates of a pool estimate the sum of the softmax: scores again, apart from the ranking metrics."""
 
 from dataclasses import dataclass
 from typing import Any

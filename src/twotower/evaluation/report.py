@@ -33,7 +33,8 @@ class Row:
             interactions) and diversity (`"Recall@20"`), and coverage and Gini of all lists together; NaN where nothing
             can be measured, as diversity of a ranker without item embeddings.
         slices: by slice (`"head"`, `"decile 3"`, `"cold items"`, `"items.genres=Comedy"`), the mean of Recall and NDCG
-            over the queries that have a target in the slice, with only those targets; NaN where no query has one.
+            over the queries that have a target in the slice, with only those targets, at their rank in the whole list;
+            NaN where no query has one.
         per_query: the values behind the means, [E] by metric name, `"tail/Recall@20"` for a slice (NaN where the
             query has no target there). Rows of one `Evaluation` are aligned: compare them in pairs
             (`paired_comparison`).

@@ -145,7 +145,7 @@ def paired_comparison(
       (symmetric bootstrap-t; Hall 1988). A resample without any spread counts as one that is as extreme.
     - `"t-test"`: Student's distribution with E - 1 degrees of freedom in place of t*.
 
-    Interval and p-value are of one piece: 0 lies outside the interval where p < 1 - level. With many comparisons
+    Interval and p-value are of one piece: 0 lies outside the interval where p <= 1 - level. With many comparisons
     adjust the p-values (`holm`).
 
     Args:
@@ -185,8 +185,8 @@ def paired_comparison(
     else:
         drawn = _studentized(x - difference, resamples, seed)
         p_value = (1 + int((drawn >= t).sum())) / (1 + resamples)
-        # The order statistic that makes interval and p-value agree: |t| above it gives p < 1 - level.
-        place = math.ceil(level * (1 + resamples)) - 1
+        # The order statistic that makes interval and p-value agree: |t| above it gives p <= 1 - level.
+        place = math.ceil(level * (1 + resamples) - 1e-9) - 1
         reach = float(np.sort(drawn)[place]) if place < resamples else math.inf
     half = reach * error if math.isfinite(reach) else math.nan
     return PairedComparison(difference, difference - half, difference + half, p_value, difference / deviation, count)
@@ -224,7 +224,9 @@ def _bca(mean: float, deviation: Values, drawn: Values, level: float) -> Interva
     square = float((deviation**2).sum())
     if math.sqrt(square / len(deviation)) <= _ROUNDING * abs(mean) or square == 0:
         return Interval(mean, mean, mean, level)
-    below = (np.searchsorted(drawn, 0, "left") + np.searchsorted(drawn, 0, "right")) / 2
+    # Means of few distinct values often meet the mean itself: half of those that do, whatever their rounding.
+    edge = _ROUNDING * float(np.abs(deviation).max())
+    below = (np.searchsorted(drawn, -edge) + np.searchsorted(drawn, edge)) / 2
     z0 = float(ndtri(np.clip(below / len(drawn), 1 / (1 + len(drawn)), len(drawn) / (1 + len(drawn)))))
     acceleration = float((deviation**3).sum()) / (6 * square**1.5)
     ends = []
