@@ -36,10 +36,15 @@ class Engine(Protocol):
     effort: int
     max_effort: int
 
-    def candidates(self, queries: NDArray[np.float32], k: int, allowed: Mask | None) -> Codes:
+    def candidates(self, queries: NDArray[np.float32], k: int, allowed: Mask | None, depth: float) -> Codes:
         """Codes of about the k best items for each query, int64 [B, k], -1 where it found fewer.
 
-        `allowed`, bool [N], are the only items that may come back. Removed items never do.
+        Args:
+            queries: float32 [B, D].
+            k: how many.
+            allowed: bool [N], the only items that may come back; removed ones never do.
+            depth: how many times further down than usual the items wanted may stand, because what stands above is
+                excluded or not allowed; at least 1. The effort follows it.
         """
 
     def add(self, codes: Codes, vectors: NDArray[np.float32]) -> None:
@@ -148,9 +153,10 @@ class ApproximateIndex:
         items = torch.full((len(queries), k), -1, dtype=torch.int64)
         rows = np.arange(len(queries))
         # The average exclusion in a block usually suffices; the rows with more come round again.
-        fetch = min(count, int(np.ceil(k * self.oversample)) + -(-len(excluded) // max(len(queries), 1)))
+        fetch = min(count, int(np.ceil((k + len(excluded) / max(len(queries), 1)) * self.oversample)))
         while len(rows) and fetch:
-            found = self.engine.candidates(queries[rows].numpy(), fetch, mask)
+            depth = max(1.0, fetch / (k * self.oversample) * (self.num_items / count))
+            found = self.engine.candidates(queries[rows].numpy(), fetch, mask, depth)
             kept = (found >= 0) & ~_is_in(rows[:, None] * self.num_items + found, excluded)
             # Fewer than asked for: it has no more. Fewer than K left: it may have.
             short = kept.sum(1) < min(k, count)

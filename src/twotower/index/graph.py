@@ -57,10 +57,12 @@ class HNSW:
         self._graph.hnsw.efConstruction = build_effort
         self.add(np.arange(len(vectors), dtype=np.int64), vectors)
 
-    def candidates(self, queries: NDArray[np.float32], k: int, allowed: Mask | None) -> Codes:
+    def candidates(self, queries: NDArray[np.float32], k: int, allowed: Mask | None, depth: float) -> Codes:
         """See `Engine.candidates`."""
         faiss = faiss_module()
-        settings = {"efSearch": max(self.effort, k)}
+        # The beam is at least as wide as what is fetched, so it follows the depth by itself; some slack keeps its far
+        # end as good as its near end.
+        settings: dict[str, Any] = {"efSearch": round(max(self.effort, k) * min(depth, 2.0))}
         live = self._live if allowed is None else self._live & allowed[self._codes]
         bits = np.packbits(live, bitorder="little")  # faiss keeps a pointer to it while it searches
         if not live.all():

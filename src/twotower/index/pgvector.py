@@ -73,16 +73,17 @@ class PgVector:
             )
             cursor.execute(f"ANALYZE {self._table}")
 
-    def candidates(self, queries: NDArray[np.float32], k: int, allowed: Mask | None) -> Codes:
+    def candidates(self, queries: NDArray[np.float32], k: int, allowed: Mask | None, depth: float) -> Codes:
         """See `Engine.candidates`."""
         found = np.full((len(queries), k), -1, dtype=np.int64)
+        effort = min(round(max(self.effort, k) * min(depth, 2.0)), MAX_EFFORT)
         where = ""
         wanted: tuple[list[int], ...] = ()
         if allowed is not None:
             where, wanted = "WHERE code = ANY(%s)", (np.flatnonzero(allowed).tolist(),)
         text = f"SELECT code FROM {self._table} {where} ORDER BY embedding <#> %s::vector LIMIT %s"
         with self._cursor() as cursor:
-            cursor.execute(f"SET LOCAL hnsw.ef_search = {min(max(self.effort, k), MAX_EFFORT)}")
+            cursor.execute(f"SET LOCAL hnsw.ef_search = {effort}")
             cursor.execute("SET LOCAL hnsw.iterative_scan = strict_order")
             for row, query in enumerate(queries):
                 codes = cursor.execute(text, (*wanted, _literal(query), k)).fetchall()
@@ -130,6 +131,10 @@ class PgVector:
                     f"{engine._where()}: no table {engine._table}; build it again: twotower index DIR --kind pgvector"
                 )
         return engine
+
+    def __del__(self) -> None:
+        if getattr(self, "_connection", None) is not None:
+            self.close()
 
     def close(self) -> None:
         """End the connection; the next use makes another."""

@@ -57,10 +57,10 @@ class IVFPQ:
         self._ivf.train(np.ascontiguousarray(padded[np.sort(sample)]))
         self._ivf.add_with_ids(padded, np.arange(count, dtype=np.int64))
 
-    def candidates(self, queries: NDArray[np.float32], k: int, allowed: Mask | None) -> Codes:
+    def candidates(self, queries: NDArray[np.float32], k: int, allowed: Mask | None, depth: float) -> Codes:
         """See `Engine.candidates`."""
         faiss = faiss_module()
-        settings: dict[str, Any] = {"nprobe": self.effort}
+        settings: dict[str, Any] = {"nprobe": min(round(self.effort * depth), self._ivf.nlist)}
         if allowed is not None:
             bits = np.packbits(allowed, bitorder="little")  # faiss keeps a pointer to it while it searches
             settings["sel"] = faiss.IDSelectorBitmap(bits)
