@@ -5,7 +5,8 @@ import { element, whole } from "./dom.js";
 const MAIN = ["head", "mid", "tail"];
 const number = (value) => (Math.abs(value) >= 1 ? value.toFixed(2) : value.toFixed(4));
 
-export function card(found, letter) {
+// `scale` is the largest value of a bar: cards side by side have the same.
+export function card(found, letter, scale) {
   const { model, data, split, training } = found;
   const facts = [
     [whole.format(model.num_items), "items"],
@@ -21,7 +22,7 @@ export function card(found, letter) {
     element("h3", {}, element("span", { class: "dot", "aria-hidden": "true" }), found.name),
     element("div", { class: "facts" }, facts.map(([value, name]) => element("div", {}, element("b", {}, value), element("span", {}, name)))),
   );
-  if (found.metrics?.rows?.length) made.append(...metrics(found.metrics));
+  if (found.metrics?.rows?.length) made.append(...metrics(found.metrics, scale));
   else made.append(element("p", { class: "quiet" }, "No evaluation is kept with this model."));
   made.append(audit(found.audit));
   made.append(account("Data", [["source", data.source], ["fingerprint", data.fingerprint?.slice(0, 16)]], data.account));
@@ -30,7 +31,7 @@ export function card(found, letter) {
   return made;
 }
 
-function metrics(found) {
+function metrics(found, scale) {
   const k = Math.min(...found.protocol.ks);
   const own = found.rows.map((row) => row.values);
   const names = Object.keys(own[0]).filter((name) => name.endsWith(`@${k}`) && typeof own[0][name] === "number").slice(0, 6);
@@ -44,16 +45,26 @@ function metrics(found) {
     element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Metrics" }, element("table", {}, element("caption", {}, "Metrics"), element("thead", {}, element("tr", {}, element("td", {}), names.map((name) => element("th", { scope: "col", class: "number" }, name)))), element("tbody", {}, rows))),
     element("p", { class: "hint" }, said),
   ];
-  const shown = ["NDCG", "Recall"].map((name) => `${name}@${k}`).find((name) => found.rows[0].slices?.head?.[name] !== undefined);
-  if (shown) parts.push(bySlice(found, shown));
+  const shown = slicedBy(found);
+  if (shown) parts.push(bySlice(found, shown, scale));
   const others = Object.keys(found.rows[0].slices ?? {}).filter((name) => !MAIN.includes(name));
   if (shown && others.length) parts.push(moreSlices(found, others, shown));
   if (found.notes?.length) parts.push(notes(found.notes));
   return parts;
 }
 
-function bySlice(found, metric) {
-  const most = Math.max(...found.rows.flatMap((row) => MAIN.map((part) => row.slices?.[part]?.[metric] ?? 0)), 1e-9);
+function slicedBy(found) {
+  const k = Math.min(...found.protocol.ks);
+  return ["NDCG", "Recall"].map((name) => `${name}@${k}`).find((name) => found.rows[0].slices?.head?.[name] !== undefined);
+}
+
+export function largestBar(found) {
+  if (!found.metrics?.rows?.length) return 0;
+  const metric = slicedBy(found.metrics);
+  return Math.max(...found.metrics.rows.flatMap((row) => MAIN.map((part) => row.slices?.[part]?.[metric] ?? 0)));
+}
+
+function bySlice(found, metric, most) {
   const charts = MAIN.filter((part) => found.rows[0].slices?.[part]).map((part) => {
     const bars = found.rows.map((row, at) => {
       const value = row.slices?.[part]?.[metric];

@@ -10,9 +10,11 @@ export function drawCurve(place, lines, dial, now) {
   const height = place.clientHeight || 58;
   const edge = 8; // half of the thumb: the curve is above the track
   const every = [...lines.flatMap((line) => line.medians), ...Object.values(now).map((items) => medianOf(items))];
-  const most = Math.max(...every, 1);
+  // A logarithmic scale, of a factor of four at least: what hardly changes should look so.
+  const [low, high] = [Math.log1p(Math.min(...every, Infinity)), Math.log1p(Math.max(...every, 0))];
+  const spread = Math.max(high - low, Math.log(4));
   const x = (setting) => edge + ((width - 2 * edge) * setting) / 2;
-  const y = (count) => height - 6 - (height - 22) * (Math.log1p(count) / Math.log1p(most));
+  const y = (count) => height - 9 - (height - 30) * (0.5 + (Math.log1p(count) - (low + high) / 2) / spread);
   place.setAttribute("viewBox", `0 0 ${width} ${height}`);
   place.replaceChildren(svg("line", { x1: x(dial), x2: x(dial), y1: 4, y2: height }));
   for (const line of lines) {

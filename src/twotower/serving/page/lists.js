@@ -23,7 +23,8 @@ export function summary(items) {
     said.push(`${number} ${part}`);
   }
   const text = element("span", {}, "half have more than ", element("strong", { class: "median" }, whole.format(Math.round(median(counts)))), ` interactions · ${said.join(" · ")}`);
-  return element("div", { class: "summary" }, text, shares);
+  const title = "head, mid and tail: a third of all training interactions each, from few popular items to many rare ones";
+  return element("div", { class: "summary", title }, text, shares);
 }
 
 // Draws a list into `place`, moving the rows that stay from where they were.

@@ -95,8 +95,8 @@ export class CatalogMap {
     });
     pen.globalAlpha = 1;
     for (const one of this.marks.history) this.mark1(pen, one, ink, panel, "ring");
-    for (const one of this.marks.b) this.mark1(pen, one, b, panel, "diamond");
     for (const one of this.marks.a) this.mark1(pen, one, a, panel, "disc");
+    for (const one of this.marks.b) this.mark1(pen, one, b, panel, "diamond"); // the smaller ones on top: both stay seen
     const lit = [...this.marks.a, ...this.marks.b, ...this.marks.history].find((one) => String(one.item) === this.lit);
     if (lit?.place) this.name(pen, lit, ink, panel, width);
   }
@@ -104,7 +104,7 @@ export class CatalogMap {
   mark1(pen, one, colour, edge, form) {
     if (!one.place) return;
     const [x, y] = this.onScreen(...one.place);
-    const size = String(one.item) === this.lit ? 9 : form === "ring" ? 4.2 : 6.5;
+    const size = String(one.item) === this.lit ? 9 : { ring: 4.2, disc: 6.5, diamond: 4.2 }[form];
     pen.beginPath();
     if (form === "diamond") {
       pen.moveTo(x, y - size - 1);

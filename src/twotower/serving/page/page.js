@@ -1,7 +1,7 @@
 // The page: who asks, what is answered at the dial's setting, where it lies on the map, and the models' cards.
 
 import { get, obsolete, post } from "./api.js";
-import { card } from "./card.js";
+import { card, largestBar } from "./card.js";
 import { combo } from "./combo.js";
 import { SETTINGS, drawCurve, medianOf, saidOf } from "./curve.js";
 import { byId, element, later, nameOf, readable, whole } from "./dom.js";
@@ -305,7 +305,8 @@ const marks = later(30, async () => {
 async function drawCards() {
   try {
     const found = await Promise.all(active().map((letter) => get("page/card", { model: state.letters[letter] }, channel("card", letter))));
-    byId("cards").replaceChildren(...found.map((one, at) => card(one, active()[at])));
+    const scale = Math.max(...found.map(largestBar), 1e-9);
+    byId("cards").replaceChildren(...found.map((one, at) => card(one, active()[at], scale)));
   } catch (error) {
     if (!obsolete(error)) complain(error.message);
   }
