@@ -20,7 +20,27 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         return markdown
     from twotower.config import Config  # noqa: PLC0415 - only the page that needs it pays for the import
 
-    return markdown.replace(MARKER, "\n\n".join(sections(Config)))
+    return markdown.replace(MARKER, "\n\n".join([*sections(Config), *features()]))
+
+
+def features() -> list[str]:
+    """One part for each kind of feature."""
+    from twotower.feature_config import KINDS  # noqa: PLC0415
+
+    parts = [
+        "## Features",
+        "Entries of `item_tower.features` and `query_tower.features`: mappings with `kind` and `column`.",
+    ]
+    for kind in KINDS:
+        rows = [
+            f"| `{name}` | {'needed' if field.is_required() else _default(field)} | {_kind(field)} "
+            f"| {_cell(field.description or '')} |"
+            for name, field in kind.model_fields.items()
+            if name != "kind"
+        ]
+        parts += [f"### `kind: {kind.model_fields['kind'].default}`", " ".join((kind.__doc__ or "").split())]
+        parts.append("\n".join(["| setting | default | takes | what it does |", "|---|---|---|---|", *rows]))
+    return parts
 
 
 def sections(model: type[BaseModel], path: str = "") -> list[str]:
@@ -68,7 +88,7 @@ def _kind(field: FieldInfo) -> str:
 def _named(annotation: Any) -> str:
     if typing.get_origin(annotation) is typing.Literal:
         return " or ".join(f"`{value}`" for value in typing.get_args(annotation))
-    if typing.get_origin(annotation) in (typing.Union, type(int | str)):
+    if typing.get_origin(annotation) in (typing.Union, type(int | str)) and "feature_config" not in str(annotation):
         return " or ".join(_named(kind) for kind in typing.get_args(annotation))
     if annotation is type(None):
         return "null"
@@ -77,11 +97,13 @@ def _named(annotation: Any) -> str:
         if not typing.get_args(annotation)
         else re.sub(r"typing\.|Annotated\[(\w+), [^\]]*\]\)?\]?", r"\1", str(annotation))
     )
+    if "feature_config" in str(annotation):
+        plain = "`none`, `auto`, or a list of features, see below"
     names = {"str": "text", "bool": "true or false", "int": "whole number", "float": "number"}
     if plain.startswith("list[dict"):
         return "list of `{name: {setting: value}}`"
     if plain.startswith("list["):
-        return "list of whole numbers"
+        return "list of names" if "Literal" in str(annotation) else "list of whole numbers"
     return names.get(plain, plain)
 
 

@@ -86,6 +86,9 @@ class TextFeature(Feature):
     width: Width = Field("auto", description="Of a word's vector.")
 
 
+#: Every kind, in the order in which they are documented.
+KINDS = (CategoricalFeature, MultiFeature, NumericFeature, DenseFeature, TimestampFeature, TextFeature)
+
 AnyFeature = Annotated[
     CategoricalFeature | MultiFeature | NumericFeature | DenseFeature | TimestampFeature | TextFeature,
     Field(discriminator="kind"),
