@@ -12,7 +12,7 @@ from twotower.losses import (
     RefinedLogQ,
     SampledSoftmax,
 )
-from twotower.negatives import Candidates, Catalog, CountedFrequency, InBatch, Pool, Sampled, Uniform, corrections
+from twotower.negatives import Candidates, Catalog, CountedFrequency, Hits, InBatch, Pool, Sampled, Uniform, corrections
 
 FREQUENCY = CountedFrequency(torch.tensor([5, 3, 2, 1]))
 UNIFORM, IN_BATCH = Sampled(Uniform(4), 3), InBatch(FREQUENCY)
@@ -38,7 +38,7 @@ def drawn_by_hand(log_count, hits, *, row_hits=None, positive_log_count=None):
     return Candidates(
         items=torch.arange(rows, rows + size),
         log_expected_count=torch.as_tensor(log_count, dtype=torch.float32).expand(size).clone(),
-        hits=hits,
+        masks=Hits.of(hits),
         multiplicity=torch.ones(size, dtype=torch.int64),
         source=torch.zeros(size, dtype=torch.int64),
         positives=own,

@@ -18,6 +18,7 @@ from twotower.losses import (
     RefinedLogQ,
     SampledSoftmax,
     gbce_beta,
+    tiling,
 )
 from twotower.negatives import CountedFrequency, Head, InBatch, Pool, Sampled, Uniform, Weighted, corrections
 
@@ -170,6 +171,31 @@ def test_gradients_are_finite_differences_of_the_formulas(name, strength, train)
     assert max(abs(value) for value in found) > 0.01
     if hasattr(case.objective, "bias"):
         assert float(case.objective.bias.grad) == pytest.approx(expected[-1], abs=2e-6)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_trains_on_what_its_plain_form_says(name, mask, weighted, train, monkeypatch):
+    monkeypatch.setattr(tiling, "tile_starts", lambda rows, *_: [*range(0, rows, 3), rows])
+    monkeypatch.setattr(tiling, "BLOCK_NUMBERS", 12)
+    case = Case(name, train, mask=mask, rows=8, seed=3, strength=0.8)
+    weights = torch.linspace(0.1, 1.0, 8, dtype=torch.float64) if weighted else None
+    found = []
+    for is_plain in (True, False):
+        leaves = [case.query.clone().requires_grad_(), case.table.clone().requires_grad_()]
+        temperature = torch.tensor(TEMPERATURE, dtype=torch.float64, requires_grad=True)
+        embedded = case.embedded(*leaves)
+        parameters = list(case.objective.parameters())
+        if is_plain:
+            losses = case.objective(embedded, case.drawn, temperature=temperature)
+            value = losses.mean() if weights is None else (losses * weights).sum()
+        else:
+            value = case.objective.mean(embedded, case.drawn, temperature=temperature, weights=weights)
+        found.append((value, *torch.autograd.grad(value, [*leaves, temperature, *parameters])))
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-6, atol=1e-8)
+        assert float(one.detach().abs().max()) > 1e-4
 
 
 @pytest.mark.parametrize(

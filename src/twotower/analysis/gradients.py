@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from twotower.analysis.measurement import AuditedRows, Measurement
 from twotower.data import Batch
 from twotower.errors import InputError
 from twotower.losses import Embedded, Objective, PositiveCorrectedSoftmax, RefinedLogQ, SampledSoftmax
-from twotower.negatives import Candidates, CrossBatchMemory, InBatch, Pool
+from twotower.negatives import Candidates, CrossBatchMemory, Hits, InBatch, Pool
 
 #: Draws and logits of one call of the loss: several small draws share a call, for its fixed cost outweighs theirs.
 _DRAWS, _CELLS = 16, 1 << 15
@@ -115,16 +114,7 @@ def _draw(
         positives, known_positives=rows.known_of(row), queries=queries, group=batch.group, generator=generator
     )
     # The other rows go before copies are merged, which costs most for a whole batch and changes nothing for one row.
-    first = replace(
-        drawn,
-        hits=drawn.hits[:1],
-        positives=drawn.positives[:1],
-        positive_log_count=drawn.positive_log_count[:1],
-        row_items=None if drawn.row_items is None else drawn.row_items[:1],
-        row_log_expected_count=None if drawn.row_log_expected_count is None else drawn.row_log_expected_count[:1],
-        row_hits=None if drawn.row_hits is None else drawn.row_hits[:1],
-    )
-    return objective.prepare(first)
+    return objective.prepare(drawn.head(1))
 
 
 def stack(parts: list[Candidates]) -> tuple[Candidates, Tensor]:
@@ -144,7 +134,7 @@ def stack(parts: list[Candidates]) -> tuple[Candidates, Tensor]:
     stacked = Candidates(
         items=joined("items"),
         log_expected_count=joined("log_expected_count"),
-        hits=hits,
+        masks=Hits.of(hits),
         multiplicity=joined("multiplicity"),
         source=joined("source"),
         positives=joined("positives"),

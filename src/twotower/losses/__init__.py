@@ -1,11 +1,9 @@
 """Losses as pure functions, and the objectives that pair them with candidates."""
 
+from twotower.losses.binary import BPR, GeneralisedBCE, Logistic
 from twotower.losses.logistic import bpr, gbce, gbce_beta, logistic
 from twotower.losses.objectives import (
-    BPR,
     Embedded,
-    GeneralisedBCE,
-    Logistic,
     Objective,
     PositiveCorrectedSoftmax,
     RefinedLogQ,
@@ -13,6 +11,7 @@ from twotower.losses.objectives import (
     corrected_logits,
 )
 from twotower.losses.softmax import candidate_logits, full_softmax, refined_logq, sampled_softmax
+from twotower.losses.tiled import tiled_bpr, tiled_full_softmax, tiled_logistic, tiled_softmax
 
 __all__ = [
     "BPR",
@@ -32,4 +31,8 @@ __all__ = [
     "logistic",
     "refined_logq",
     "sampled_softmax",
+    "tiled_bpr",
+    "tiled_full_softmax",
+    "tiled_logistic",
+    "tiled_softmax",
 ]

@@ -1,17 +1,21 @@
-"""Objectives: a pool of candidates and the loss that goes with it, chosen together so that they agree."""
+"""Objectives: a pool of candidates and the loss that goes with it, chosen together so that they agree.
+
+Here the softmax objectives; the binary ones are in binary.py.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from twotower.errors import InputError
-from twotower.losses.logistic import bpr, gbce, gbce_beta, logistic
 from twotower.losses.softmax import candidate_logits, refined_logq, softmax_loss
-from twotower.negatives import Candidates, InBatch, Pool
+from twotower.losses.tiled import tiled_softmax
+from twotower.negatives import Candidates, Pool
 from twotower.negatives.frequency import Group
 
 
@@ -75,8 +79,8 @@ class Objective(nn.Module, ABC):
             row_count = drawn.row_log_expected_count
             drawn = replace(
                 drawn,
-                log_expected_count=_scale(drawn.log_expected_count, self.strength),
-                row_log_expected_count=None if row_count is None else _scale(row_count, self.strength),
+                log_expected_count=scale_log_count(drawn.log_expected_count, self.strength),
+                row_log_expected_count=None if row_count is None else scale_log_count(row_count, self.strength),
             )
         # A unique pool has no copies left to merge.
         return drawn.collapse() if self.merges_copies and not self.pool.unique else drawn
@@ -94,6 +98,27 @@ class Objective(nn.Module, ABC):
             [B].
         """
 
+    @abstractmethod
+    def mean(
+        self,
+        embedded: Embedded,
+        drawn: Candidates,
+        *,
+        temperature: Tensor | float,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """What training minimises: sum_b w_b loss_b of `forward`, tile by tile in bounded memory (see tiled.py).
+
+        Args:
+            embedded: the embeddings of the batch.
+            drawn: what `draw` returned for its positives.
+            temperature: divides every score.
+            weights: w of each row, [B], constants; None for the mean, 1/B each.
+
+        Returns:
+            A scalar.
+        """
+
 
 class SampledSoftmax(Objective):
     """s_j minus what the pool's correction says of j; the positive as it is. See `sampled_softmax`.
@@ -105,15 +130,34 @@ class SampledSoftmax(Objective):
         """[B]; see `Objective.forward`."""
         return softmax_loss(*corrected_logits(embedded, drawn, temperature))
 
+    def mean(
+        self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float, weights: Tensor | None = None
+    ) -> Tensor:
+        """A scalar; see `Objective.mean`."""
+        return tiled_softmax(**tiled_arguments(embedded, drawn), temperature=temperature, weights=weights)
+
 
 class PositiveCorrectedSoftmax(Objective):
     """The positive is corrected like a candidate: s_y - log p_y. The common industry form, and a biased one."""
 
     def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
         """[B]; see `Objective.forward`."""
+        return softmax_loss(*corrected_logits(embedded, drawn, temperature, self._offset(drawn)))
+
+    def mean(
+        self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float, weights: Tensor | None = None
+    ) -> Tensor:
+        """A scalar; see `Objective.mean`."""
+        return tiled_softmax(
+            **tiled_arguments(embedded, drawn),
+            temperature=temperature,
+            row_offset=self._offset(drawn),
+            weights=weights,
+        )
+
+    def _offset(self, drawn: Candidates) -> Tensor:
         # Dividing numerator and denominator by 1/p_y leaves the positive alone and adds log p_y to every candidate.
-        offset = -_scale(drawn.positive_log_count, self.strength)
-        return softmax_loss(*corrected_logits(embedded, drawn, temperature, offset))
+        return -scale_log_count(drawn.positive_log_count, self.strength)
 
 
 class RefinedLogQ(Objective):
@@ -145,10 +189,26 @@ class RefinedLogQ(Objective):
         """1 - P_hat(y) of each row, [B]: the model's own chance of being wrong."""
         return self._refined(embedded, drawn, temperature)[1]
 
-    def _refined(self, embedded: Embedded, drawn: Candidates, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
+    def mean(
+        self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float, weights: Tensor | None = None
+    ) -> Tensor:
+        """A scalar; see `Objective.mean`."""
+        log_left, log_rest = self._parts(drawn)
+        return tiled_softmax(
+            **tiled_arguments(embedded, drawn),
+            temperature=temperature,
+            row_offset=self.strength * (log_left - log_rest),
+            log_left=self.strength * log_left,
+            weights=weights,
+        )
+
+    def _parts(self, drawn: Candidates) -> tuple[Tensor, Tensor]:
         if drawn.row_items is not None:
             raise InputError("objective.sources: refined-logq is defined on candidates shared by the batch")
-        log_left, log_rest = refined_parts(drawn)
+        return refined_parts(drawn)
+
+    def _refined(self, embedded: Embedded, drawn: Candidates, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
+        log_left, log_rest = self._parts(drawn)
         return refined_logq(
             embedded.query,
             embedded.positive,
@@ -161,107 +221,9 @@ class RefinedLogQ(Objective):
         )
 
 
-class Binary(Objective):
-    """What the binary objectives share: logits with one learned bias, b, added to all of them.
-
-    A binary form asks for probabilities of single items, most of them tiny, and scores of unit vectors cannot all be
-    far below zero. The bias is the missing constant (log of the odds; for NCE the log partition). It is the same for
-    every item, so it changes no ranking and needs no place in an index.
-
-    Args:
-        pool: where the candidates come from.
-        initial_bias: where b starts. Left at 0 it would have a long way to go, and until it arrives the only way to
-            say "unlikely" is to push every score down, the popular items' most: -log K for K uncorrected negatives
-            (the odds of a positive), -log N for the corrected forms (probabilities that sum to one).
-        strength: scales log kappa.
-    """
-
-    merges_copies = False
-
-    def __init__(self, pool: Pool, *, initial_bias: float = 0.0, strength: float = 1.0) -> None:
-        super().__init__(pool, strength=strength)
-        self.bias = nn.Parameter(torch.tensor(initial_bias))
-
-    def _biased(self, embedded: Embedded, drawn: Candidates, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
-        positive, negatives = corrected_logits(embedded, drawn, temperature)
-        return positive + self.bias, negatives + self.bias
-
-
-class Logistic(Binary):
-    """Binary cross-entropy over the candidates, summed. See `logistic`.
-
-    Args:
-        pool: where the candidates come from.
-        corrected: subtract log kappa from every logit, the positive's too (NCE, sampled logistic).
-        keep_accidental: a drawn copy of the row's own positive is noise like any other (NCE), not masked.
-        initial_bias: where the bias starts; see `Binary`.
-        strength: scales log kappa.
-
-    Raises:
-        InputError: accidental hits are to be kept in a pool with in-batch candidates, where a row's own positive
-            stands without having been drawn.
-    """
-
-    def __init__(
-        self,
-        pool: Pool,
-        *,
-        corrected: bool = False,
-        keep_accidental: bool = False,
-        initial_bias: float = 0.0,
-        strength: float = 1.0,
-    ) -> None:
-        super().__init__(pool, initial_bias=initial_bias, strength=strength)
-        self.corrected = corrected
-        self.keep_accidental = keep_accidental
-        if keep_accidental and any(isinstance(member, InBatch) for member in pool.members()):
-            raise InputError("objective.sources: nce needs noise that is drawn; use uniform or frequency, not in_batch")
-
-    def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
-        """[B]; see `Objective.forward`."""
-        if self.keep_accidental:
-            drawn = _keep_accidental(drawn)
-        positive, negatives = self._biased(embedded, drawn, temperature)
-        if self.corrected:
-            positive = positive - _scale(drawn.positive_log_count, self.strength).to(positive.dtype)
-        return logistic(positive, negatives)
-
-
-class GeneralisedBCE(Binary):
-    """gBCE of gSASRec. See `gbce`.
-
-    Args:
-        pool: K uniform negatives for each row.
-        size: K.
-        num_items: N.
-        calibration: t.
-        initial_bias: where the bias starts; see `Binary`.
-    """
-
-    def __init__(
-        self, pool: Pool, *, size: int, num_items: int, calibration: float = 0.75, initial_bias: float = 0.0
-    ) -> None:
-        super().__init__(pool, initial_bias=initial_bias)
-        self.beta = gbce_beta(size, num_items, calibration)
-
-    def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
-        """[B]; see `Objective.forward`."""
-        return gbce(*self._biased(embedded, drawn, temperature), beta=self.beta)
-
-
-class BPR(Objective):
-    """Bayesian personalised ranking. See `bpr`."""
-
-    merges_copies = False
-
-    def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
-        """[B]; see `Objective.forward`."""
-        return bpr(*corrected_logits(embedded, drawn, temperature))
-
-
 def refined_parts(drawn: Candidates) -> tuple[Tensor, Tensor]:
     """Log n' and log(1 - q_y) of each row, float32 [B]; n' the candidates left after masking, copies counted."""
-    left = ((~drawn.hits) * drawn.multiplicity).sum(1).clamp(min=1)
+    left = (drawn.multiplicity.sum() - drawn.masks.count(drawn.multiplicity)).clamp(min=1)
     q = drawn.positive_log_count.double().exp().clamp(max=1.0)
     # A catalog of one item has q_y = 1; there are no candidates then, and any finite offset serves.
     rest = torch.log1p(-q.clamp(max=1.0 - 1e-15))
@@ -286,16 +248,22 @@ def corrected_logits(
     )
 
 
-def _keep_accidental(drawn: Candidates) -> Candidates:
-    """The same candidates, where drawn copies of a row's own positive are no hits."""
-    own = drawn.items == drawn.positives[:, None]
-    kept = replace(drawn, hits=drawn.hits & ~(own & (drawn.multiplicity > 0)))
-    if drawn.row_items is None or drawn.row_hits is None:
-        return kept
-    return replace(kept, row_hits=drawn.row_hits & (drawn.row_items != drawn.positives[:, None]))
+def tiled_arguments(embedded: Embedded, drawn: Candidates) -> dict[str, Any]:
+    """What every tiled loss takes of a batch."""
+    return {
+        "query": embedded.query,
+        "positive": embedded.positive,
+        "candidates": embedded.candidates,
+        "log_expected_count": drawn.log_expected_count,
+        "hits": drawn.masks,
+        "row_candidates": embedded.row_candidates,
+        "row_log_expected_count": drawn.row_log_expected_count,
+        "row_hits": drawn.row_hits,
+    }
 
 
-def _scale(log_count: Tensor, strength: float) -> Tensor:
+def scale_log_count(log_count: Tensor, strength: float) -> Tensor:
+    """Strength times log kappa; an empty place stays empty."""
     # An empty place stays empty at any strength, and a count of zero is no correction at strength 0: 0 * inf is
     # neither.
     scaled = log_count * strength if strength else torch.zeros_like(log_count)

@@ -4,6 +4,7 @@ from twotower.negatives import corrections
 from twotower.negatives.always import Catalog, Head, Mined, Observed
 from twotower.negatives.candidates import Candidates, Pool
 from twotower.negatives.frequency import CountedFrequency, Frequency, GroupedFrequency
+from twotower.negatives.hits import Hits
 from twotower.negatives.memory import CrossBatchMemory
 from twotower.negatives.proposals import FrequencyPower, IndexStream, LogUniform, Proposal, Uniform, Weighted
 from twotower.negatives.sources import InBatch, RandomSource, Request, Sampled, Source
@@ -19,6 +20,7 @@ __all__ = [
     "FrequencyReport",
     "GroupedFrequency",
     "Head",
+    "Hits",
     "InBatch",
     "IndexStream",
     "LogUniform",

@@ -15,11 +15,11 @@ from twotower.negatives.duplicates import (
     compact,
     empty_duplicates,
     known_in_rows,
-    membership,
     membership_of_rows,
     row_duplicates,
 )
 from twotower.negatives.frequency import Frequency, Group
+from twotower.negatives.hits import Hits
 from twotower.negatives.memory import CrossBatchMemory
 from twotower.negatives.sources import InBatch, RandomSource, Request, Source, log_complement
 
@@ -33,8 +33,7 @@ class Candidates:
         log_expected_count: log kappa_j of each, pooled over all sources, float32 [M]; 0 for an item that is always in,
             inf for a place left empty. After `collapse()` exp(-log_expected_count) is the weight of all copies of the
             item together.
-        hits: bool [B, M], True where a candidate is no negative for the row: its own positive (accidental hit), a
-            known positive, an item that stands in the row for certain, or an empty place.
+        masks: the same as `hits`, as pairs of a row and an item; what the tiled losses read.
         multiplicity: how many drawn copies each candidate stands for, int64 [M]: 1 before `collapse()`, 0 for a place
             left empty.
         source: which source of the pool brought the candidate, int64 [M]; -1 once copies are merged.
@@ -48,7 +47,7 @@ class Candidates:
 
     items: Tensor
     log_expected_count: Tensor
-    hits: Tensor
+    masks: Hits
     multiplicity: Tensor
     source: Tensor
     positives: Tensor
@@ -56,6 +55,27 @@ class Candidates:
     row_items: Tensor | None = None
     row_log_expected_count: Tensor | None = None
     row_hits: Tensor | None = None
+
+    @property
+    def hits(self) -> Tensor:
+        """Bool [B, M], True where a candidate is no negative for the row; made when first asked for.
+
+        A hit is the row's own positive (accidental hit), a known positive, an item that stands in the row for certain,
+        or an empty place.
+        """
+        return self.masks.dense()
+
+    def head(self, rows: int) -> Candidates:
+        """The same candidates for the first rows alone."""
+        return replace(
+            self,
+            masks=self.masks.head(rows),
+            positives=self.positives[:rows],
+            positive_log_count=self.positive_log_count[:rows],
+            row_items=None if self.row_items is None else self.row_items[:rows],
+            row_log_expected_count=None if self.row_log_expected_count is None else self.row_log_expected_count[:rows],
+            row_hits=None if self.row_hits is None else self.row_hits[:rows],
+        )
 
     def collapse(self) -> Candidates:
         """The same estimate with each distinct shared item once: copies merged into one with their summed weight.
@@ -79,7 +99,7 @@ class Candidates:
             self,
             items=items,
             log_expected_count=-(largest + weight.log()).to(self.log_expected_count.dtype),
-            hits=self.hits[:, chosen],
+            masks=self.masks.select(chosen),
             multiplicity=multiplicity,
             source=torch.full_like(items, -1),
         )
@@ -169,14 +189,18 @@ class Pool(nn.Module):
         log_count = self._log_count(items, source, request, is_fixed=source == FIXED)
         # An empty place weighs nothing: kappa = inf. It is masked as well, for losses that do not look at kappa.
         log_count = log_count.masked_fill(empty, torch.inf)
-        hits = (items == positives[:, None]) | empty
-        for pairs in (known, None if row_fixed is None else as_pairs(row_fixed)):
-            if pairs is not None:
-                hits |= membership(items, *pairs, rows=len(positives))
+        own = (torch.arange(len(positives), device=positives.device), positives)
+        pairs = [own, known, None if row_fixed is None else as_pairs(row_fixed)]
         result = Candidates(
             items=items,
             log_expected_count=log_count.to(torch.float32),
-            hits=hits,
+            masks=Hits(
+                [pair for pair in pairs if pair is not None],
+                rows=len(positives),
+                items=items,
+                size=len(items),
+                empty=None if items.device.type == "cpu" and not bool(empty.any()) else empty,
+            ),
             multiplicity=(~empty).long(),
             source=source,
             positives=positives,

@@ -29,7 +29,7 @@ DIAGNOSE_EVERY = 50
 def batch_loss(
     towers: TwoTower, objective: Objective, batch: Batch, known_positives: KnownPositives | None = None
 ) -> tuple[Tensor, Embedded, Candidates]:
-    """The loss of each row of a batch, [B], with the embeddings and the candidates it was measured on.
+    """The mean loss of a batch, weighted where rows carry weights, with the embeddings and the candidates of it.
 
     The candidates are drawn first, so that the item tower embeds each distinct item once.
     """
@@ -50,7 +50,8 @@ def batch_loss(
         vectors[1],
         None if drawn.row_items is None else vectors[2].reshape(*drawn.row_items.shape, -1),
     )
-    return objective(embedded, drawn, temperature=towers.temperature), embedded, drawn
+    weights = None if batch.weights is None else batch.weights / batch.weights.sum()
+    return objective.mean(embedded, drawn, temperature=towers.temperature, weights=weights), embedded, drawn
 
 
 def embed_once(towers: TwoTower, items: Tensor) -> Tensor:
@@ -101,8 +102,7 @@ class TrainingModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of the batch, weighted where rows carry weights."""
-        loss, embedded, drawn = batch_loss(self.towers, self.objective, batch, self.known_positives)
-        mean = loss.mean() if batch.weights is None else (loss * batch.weights).sum() / batch.weights.sum()
+        mean, embedded, drawn = batch_loss(self.towers, self.objective, batch, self.known_positives)
         self._rows += len(batch.items)
         if (batch_idx + 1) % LOG_EVERY == 0:
             self.log("loss", mean.detach(), prog_bar=True)

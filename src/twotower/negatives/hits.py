@@ -1,0 +1,176 @@
+"""Which candidates are no negatives of which rows, kept as pairs: a matrix [B, M] is made only for those who ask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from twotower.errors import InputError
+from twotower.negatives.duplicates import membership
+
+#: Pairs (row [P], item [P]), int64: in this row every candidate that is this item is a hit.
+Pairs = tuple[Tensor, Tensor]
+
+
+class Hits:
+    """The masked places of a batch, as (row, item) pairs compared with the candidates' items.
+
+    A batch of 65,536 rows and as many candidates has 4 GiB of booleans and perhaps a few hundred thousand hits. Losses
+    that work tile by tile ask for the hits of a few rows (`tiles`); `dense` is the matrix.
+
+    Args:
+        pairs: sets of pairs; they may overlap, and name items that are no candidate.
+        rows: B.
+        items: codes of the candidates, int64 [M]; None where pairs name places among the candidates instead.
+        size: M.
+        empty: bool [M], places that are hits of every row; None where there are none.
+    """
+
+    def __init__(
+        self, pairs: Iterable[Pairs], *, rows: int, items: Tensor | None, size: int, empty: Tensor | None = None
+    ) -> None:
+        self.pairs = list(pairs)
+        self.rows, self.size = rows, size
+        self.items, self.empty = items, empty
+        self._dense: Tensor | None = None
+        self._found: list[tuple[Tensor, Tensor, Tensor]] | None = None
+        self._order: Tensor | None = None
+
+    @classmethod
+    def of(cls, dense: Tensor) -> Hits:
+        """From a matrix, bool [B, M].
+
+        Raises:
+            InputError: it is none.
+        """
+        if dense.ndim != 2 or dense.dtype != torch.bool:
+            raise InputError(f"hits: expected bool [B, M], found {dense.dtype} {list(dense.shape)}")
+        row, place = dense.nonzero(as_tuple=True)
+        hits = cls([(row, place)], rows=dense.shape[0], items=None, size=dense.shape[1])
+        hits._dense = dense
+        return hits
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, M)."""
+        return self.rows, self.size
+
+    def dense(self) -> Tensor:
+        """The matrix, bool [B, M]; made once. Nothing in it has a shape that depends on the data."""
+        if self._dense is None:
+            row, item = (torch.cat(part) for part in zip(*self.pairs, strict=True))
+            items = torch.arange(self.size, device=item.device) if self.items is None else self.items
+            found = membership(items, row, item, rows=self.rows)
+            self._dense = found if self.empty is None else found | self.empty
+        return self._dense
+
+    def tiles(self, starts: list[int]) -> Iterable[tuple[Tensor, Tensor]]:
+        """The hits of rows starts[0]:starts[1], starts[1]:starts[2], ... without the empty places.
+
+        Yields:
+            (row, place), int64 [H] each, row counted from the tile's first; a hit may come more than once.
+        """
+        found = self._index()
+        asked = torch.tensor(starts)
+        bounds = [torch.searchsorted(row.cpu(), asked).tolist() for row, _, _ in found]
+        for tile, start in enumerate(starts[:-1]):
+            parts = []
+            for (row, first, copies), bound in zip(found, bounds, strict=True):
+                part = slice(bound[tile], bound[tile + 1])
+                parts.append(self._expand(row[part] - start, first[part], copies[part]))
+            yield torch.cat([row for row, _ in parts]), torch.cat([place for _, place in parts])
+
+    def count(self, weight: Tensor) -> Tensor:
+        """Sum over each row's hits of a weight of the candidates, [M] -> [B]; a hit named twice counts once."""
+        total = weight.new_zeros(self.rows)
+        if self.size == 0:
+            return total
+        if self.empty is not None:
+            total += weight[self.empty].sum()
+            weight = weight.masked_fill(self.empty, 0)
+        found = self._index()
+        key = torch.unique(torch.cat([row * self.size + first for row, first, _ in found]))
+        first = key % self.size
+        _, copies, order = self._ordered()
+        sums = torch.cat([weight.new_zeros(1), (weight if order is None else weight[order]).cumsum(0)])
+        return total.index_add_(0, key // self.size, sums[first + copies[first]] - sums[first])
+
+    def without(self, own: Tensor, candidates: Tensor) -> Hits:
+        """The same but for each row's own item, [B], among the candidates' codes, [M]; empty places stay."""
+        kept = []
+        for row, item in self.pairs:
+            code = item if self.items is not None else candidates[item]
+            live = code != own[row]
+            kept.append((row[live], item[live]))
+        return Hits(kept, rows=self.rows, items=self.items, size=self.size, empty=self.empty)
+
+    def select(self, places: Tensor) -> Hits:
+        """The hits among some of the candidates, int64 [M']."""
+        items = places if self.items is None else self.items[places]
+        empty = None if self.empty is None else self.empty[places]
+        return Hits(self.pairs, rows=self.rows, items=items, size=len(places), empty=empty)
+
+    def head(self, rows: int) -> Hits:
+        """The hits of the first rows alone."""
+        kept = [(row[live], item[live]) for row, item in self.pairs for live in [row < rows]]
+        return Hits(kept, rows=min(rows, self.rows), items=self.items, size=self.size, empty=self.empty)
+
+    def to(self, device: torch.device | str) -> Hits:
+        """The same hits on another device."""
+        return Hits(
+            [(row.to(device), item.to(device)) for row, item in self.pairs],
+            rows=self.rows,
+            items=None if self.items is None else self.items.to(device),
+            size=self.size,
+            empty=None if self.empty is None else self.empty.to(device),
+        )
+
+    def _index(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """For each set of pairs, those that are candidates: row, ascending; first place in `_order`; copies."""
+        if self._found is None:
+            keys, copies, order = self._ordered()
+            self._order = order
+            self._found = []
+            for row, item in self.pairs:
+                first = item if keys is None else first_places(keys, item)
+                live = first >= 0
+                row, first = row[live], first[live]  # noqa: PLW2901  # the rest is of no use
+                if bool((row[1:] < row[:-1]).any()):
+                    row, turn = torch.sort(row, stable=True)  # noqa: PLW2901
+                    first = first[turn]
+                self._found.append((row, first, copies[first] if len(copies) else first))
+        return self._found
+
+    def _ordered(self) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Items in ascending order, how many of an item stand from each place on, and where they stand."""
+        if self.items is None:
+            device = self.pairs[0][0].device if self.pairs else None
+            return None, torch.ones(self.size, dtype=torch.int64, device=device), None
+        keys, order = torch.sort(self.items, stable=True)
+        place = torch.arange(len(keys), device=keys.device)
+        return keys, torch.searchsorted(keys, keys, right=True) - place, order
+
+    def _expand(self, row: Tensor, first: Tensor, copies: Tensor) -> tuple[Tensor, Tensor]:
+        if len(copies) and int(copies.max()) > 1:
+            row = torch.repeat_interleave(row, copies)
+            before = torch.repeat_interleave(copies.cumsum(0) - copies, copies)
+            first = torch.repeat_interleave(first, copies) + torch.arange(len(row), device=row.device) - before
+        return row, first if self._order is None else self._order[first]
+
+
+def first_places(keys: Tensor, item: Tensor) -> Tensor:
+    """Where each item first stands among ascending keys, int64 [P]; -1 where it does not."""
+    if len(keys) == 0 or len(item) == 0:
+        return torch.full_like(item, -1)
+    size = int(keys[-1]) + 1
+    # A table of the catalog answers several times faster than bisection, where filling it is not the larger part.
+    if size <= 8 * (len(keys) + len(item)):
+        head = torch.ones_like(keys, dtype=torch.bool)
+        head[1:] = keys[1:] != keys[:-1]
+        table = torch.full((size + 1,), -1, dtype=torch.int32, device=keys.device)
+        table[keys[head]] = head.nonzero()[:, 0].to(torch.int32)
+        return table[torch.where((item >= 0) & (item < size), item, size)].long()
+    place = torch.searchsorted(keys, item).clamp_(max=len(keys) - 1)
+    return torch.where(keys[place] == item, place, -1)
