@@ -7,6 +7,7 @@ import math
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from twotower.data.encoders import Encoder
 from twotower.data.encoding import EncodedTable, RowsLike
@@ -67,15 +68,19 @@ class FeatureInputs(nn.Module):
             elif encoder.form == "codes":
                 parts.append(self.embeddings[str(place)](rows))
             else:
-                present = (rows != MISSING)[..., None].to(torch.float32)
-                total = (self.embeddings[str(place)](rows) * present).sum(1)
-                parts.append(total / present.sum(1).clamp(min=1.0))
+                parts.append(_mean(rows, self.embeddings[str(place)]))
         return torch.cat(parts, 1)
 
     def encode(self, rows: RowsLike) -> list[Tensor]:
         """New rows, a frame or dicts, as `embed` takes them; errors as those of `FeatureSet.encode`."""
         device = self.get_buffer("rows0").device
         return [torch.from_numpy(array).to(device) for array in self.table.features.encode(rows)]
+
+
+def _mean(bags: Tensor, table: nn.Module) -> Tensor:
+    """Mean of the vectors of each bag, zeros for an empty one; no array of bag by width by D is made."""
+    assert isinstance(table, nn.Embedding)
+    return F.embedding_bag(bags, table.weight, mode="mean", padding_idx=MISSING, sparse=table.sparse).float()
 
 
 def auto_width(size: int, dimension: int) -> int:
