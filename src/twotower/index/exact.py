@@ -1,10 +1,14 @@
 """Exact search over a whole catalog by inner product."""
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
+from twotower.index import screen
+from twotower.index.exclusions import Exclusion
 from twotower.index.ties import tie_order
-from twotower.index.topk import Exclusion, top_k
+from twotower.index.topk import Progress, top_k
 
 
 class ExactIndex:
@@ -17,6 +21,8 @@ class ExactIndex:
     in float32. Results are ordered by score, then by the fixed order of `tie_order`. The items are kept once, laid
     out in that order: ties then need no work, and the catalog is met in random order, which keeps the top-k filter
     sharp even when codes follow popularity.
+
+    On processors with bfloat16 matrix units a large search is screened (`twotower.index.screen`): faster, and exact.
 
     Equal means bit-equal float32. A matrix product may round the last bit differently for other shapes of its
     tiles, so exact ties between *different* computations are not promised; tie-breaking is.
@@ -67,6 +73,8 @@ class ExactIndex:
         *,
         row_block: int | None = None,
         column_tile: int | None = None,
+        progress: Progress | None = None,
+        screened: bool | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The K items of highest score for each query.
 
@@ -76,6 +84,10 @@ class ExactIndex:
             exclude: compressed rows `(offsets int64 [B+1], items)` of item codes to leave out, or None.
             row_block: rows of a tile, chosen when None; the result does not depend on it.
             column_tile: columns of a tile, likewise.
+            progress: `progress(done, total)` is called after every tile.
+            screened: estimate all scores in bfloat16 first, and score in float32 what may be among the best
+                (`twotower.index.screen`). None: where that is faster, which needs a processor with bfloat16 matrix
+                units, a large catalog, no bias and more than a few queries.
 
         Returns:
             scores: [B, K] float32, descending, -inf where no item was left.
@@ -87,6 +99,12 @@ class ExactIndex:
         if queries.ndim != 2 or queries.shape[1] != self.dim:
             raise ValueError(f"queries must have shape [B, {self.dim}], got {list(queries.shape)}")
         asked = queries.detach().to(self._items.device, torch.float32)
+        if self._screened(len(asked), screened):
+            found = self._screen.search(
+                asked, k, exclude, row_block=row_block, column_tile=column_tile, progress=progress
+            )
+            if found is not None:
+                return found
         buffer: dict[tuple[int, int], Tensor] = {}  # one output for each shape of tile: at most four
 
         def score_tile(rows: slice, columns: slice) -> Tensor:
@@ -98,4 +116,28 @@ class ExactIndex:
                 return torch.mm(asked[rows], items, out=tile)
             return torch.addmm(self._bias[columns], asked[rows], items, out=tile)
 
-        return top_k(score_tile, len(asked), self._order, k, exclude, row_block=row_block, column_tile=column_tile)
+        return top_k(
+            score_tile,
+            len(asked),
+            self._order,
+            k,
+            exclude,
+            row_block=row_block,
+            column_tile=column_tile,
+            progress=progress,
+        )
+
+    @cached_property
+    def _screen(self) -> screen.Screen:
+        return screen.Screen(self._items, self._order)
+
+    def _screened(self, queries: int, asked: bool | None) -> bool:
+        possible = self._bias is None and self._items.device.type == "cpu" and self.num_items > 0 and queries > 0
+        if asked is not None:
+            return asked and possible
+        return (
+            possible
+            and queries >= screen.LEAST_QUERIES
+            and self.num_items >= screen.LEAST_ITEMS
+            and bool(screen.serves())
+        )
