@@ -18,7 +18,8 @@ LAYOUT = """
     const texts = [...svg.querySelectorAll("text")].map(text => [text.textContent, text.getBoundingClientRect()]);
     labels += texts.length;
     texts.forEach(([words, box], place) => {
-      if (box.left < frame.left - 1 || box.right > frame.right + 1 || box.top < frame.top - 1 || box.bottom > frame.bottom + 1)
+      if (box.left < frame.left - 1 || box.right > frame.right + 1
+          || box.top < frame.top - 1 || box.bottom > frame.bottom + 1)
         wrong.push(`"${words}" is cut off`);
       for (const [others, other] of texts.slice(place + 1)) {
         const wide = Math.min(box.right, other.right) - Math.max(box.left, other.left);

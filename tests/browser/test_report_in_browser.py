@@ -3,9 +3,9 @@
 import shutil
 
 import pytest
+
 from browser.looking import look
 from sample_report import sample_document
-
 from twotower.analysis.report import render
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")

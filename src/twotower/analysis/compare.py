@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twotower.evaluation import Row
-from twotower.evaluation.significance import bootstrap_interval, holm, paired_comparison
+from twotower.evaluation.significance import Interval, bootstrap_intervals, holm, paired_comparison
 
 #: Two objectives are told apart below this adjusted p-value ...
 SIGNIFICANT = 0.05
@@ -156,15 +156,10 @@ def compare(
     """
     if not rows or not all(rows.values()):
         raise ValueError("compare: expected at least one objective, each with a row")
-    values: dict[str, dict[str, Measured]] = {}
-    slices: dict[str, dict[str, dict[str, Measured]]] = {}
-    for name, runs in rows.items():
-        values[name] = {key: measured(runs, key) for key in runs[0].values}
-        slices[name] = {
-            part: {key: measured(runs, key, part) for key in runs[0].slices[part]} for part in runs[0].slices
-        }
-    found = Compared(values, slices, ())
-    best = found.best(metric)
+    numbers = {name: measured(runs) for name, runs in rows.items()}
+    values = {name: overall for name, (overall, _) in numbers.items()}
+    slices = {name: parts for name, (_, parts) in numbers.items()}
+    best = Compared(values, slices, ()).best(metric)
     families = []
     if len(rows) > 1:
         families.append(contest("all", rows, metric, None, best))
@@ -176,15 +171,40 @@ def compare(
     return Compared(values, slices, tuple(families))
 
 
-def measured(runs: Sequence[Row], metric: str, part: str | None = None) -> Measured:
-    """One metric of one objective over its seeds."""
-    by_seed = tuple(float(run.values[metric] if part is None else run.slices[part][metric]) for run in runs)
-    key = metric if part is None else f"{part}/{metric}"
-    if any(key not in run.per_query for run in runs):
-        return Measured(float(np.mean(by_seed)), None, None, by_seed)
-    interval = bootstrap_interval(over_seeds(runs, key))
-    low, high = (value if math.isfinite(value) else None for value in (interval.low, interval.high))
-    return Measured(interval.mean, low, high, by_seed)
+def measured(runs: Sequence[Row]) -> tuple[dict[str, Measured], dict[str, dict[str, Measured]]]:
+    """All numbers of one objective over its seeds: by metric, and by slice and metric."""
+    intervals = _intervals(runs)
+
+    def one(by_seed: tuple[float, ...], key: str) -> Measured:
+        if key not in intervals:
+            return Measured(float(np.mean(by_seed)), None, None, by_seed)
+        found = intervals[key]
+        low, high = (value if math.isfinite(value) else None for value in (found.low, found.high))
+        return Measured(found.mean, low, high, by_seed)
+
+    overall = {key: one(tuple(run.values[key] for run in runs), key) for key in runs[0].values}
+    parts = {
+        part: {key: one(tuple(run.slices[part][key] for run in runs), f"{part}/{key}") for key in metrics}
+        for part, metrics in runs[0].slices.items()
+    }
+    return overall, parts
+
+
+def _intervals(runs: Sequence[Row]) -> dict[str, Interval]:
+    """The interval over queries of everything that has a value for each query, averaged over seeds.
+
+    Metrics of the same queries are drawn again together, which costs little more than one of them.
+    """
+    together: dict[bytes, list[str]] = {}
+    means = {key: over_seeds(runs, key) for key in runs[0].per_query}
+    for key, mean in means.items():
+        together.setdefault(np.isnan(mean).tobytes(), []).append(key)
+    found: dict[str, Interval] = {}
+    for keys in together.values():
+        known = ~np.isnan(means[keys[0]])
+        stacked = np.stack([means[key][known] for key in keys], axis=1)
+        found |= dict(zip(keys, bootstrap_intervals(stacked), strict=True))
+    return found
 
 
 def over_seeds(runs: Sequence[Row], key: str) -> Values:

@@ -13,6 +13,7 @@ from rich.console import Group
 
 from twotower.analysis import audit, report
 from twotower.analysis.compare import compare
+from twotower.comparison.calibrating import calibrations
 from twotower.comparison.cells import Cell, make_cells
 from twotower.comparison.document import build_document, diagnostics, headline
 from twotower.comparison.examples import disagreements
@@ -99,6 +100,7 @@ def compare_run(
         command=command,
         objectives={cell.name: cell.config.objective.model_dump(mode="json") for cell in cells},
         diagnostics={cell.name: diagnostics(cell.directory) for cell in cells if cell.seed == base.training.seed},
+        calibration=calibrations({cell.name: cell.directory for cell in reversed(cells)}, split),
         examples=disagreements(found.ranked, split.test, split.train, base.evaluation.exclude_seen),
         audit=_audit(cells, source, directory, compared.best(headline(found.evaluation)), say) if audited else None,
     )

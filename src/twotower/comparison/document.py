@@ -140,9 +140,8 @@ def _run(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _baseline(row: Row) -> dict[str, Any]:
-    found = {metric: measured([row], metric) for metric in row.values}
-    slices = {part: {metric: measured([row], metric, part) for metric in row.slices[part]} for part in row.slices}
-    return {"name": row.name, **Compared({row.name: found}, {row.name: slices}, ()).model(row.name)}
+    overall, slices = measured([row])
+    return {"name": row.name, **Compared({row.name: overall}, {row.name: slices}, ()).model(row.name)}
 
 
 def _protocol(found: Evaluation) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from twotower import evaluation
 from twotower.analysis import report
 from twotower.analysis.compare import compare
+from twotower.comparison.calibrating import calibrations
 from twotower.comparison.document import build_document, diagnostics
 from twotower.comparison.measuring import FolderRanker
 from twotower.evaluation import Evaluation
@@ -64,6 +65,7 @@ def evaluate_folder(
         data=split.data,
         command=f"twotower evaluate {directory}",
         objectives={name: artifact.config.objective.model_dump(mode="json")},
+        calibration=calibrations({name: run}, split),
         diagnostics={name: diagnostics(run)},
     )
     write_text(Path(page), report.render(document))

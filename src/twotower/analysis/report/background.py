@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import yaml
 
-from twotower.analysis.report.figures import IntervalRow, interval_rows
+from twotower.analysis.report import story
+from twotower.analysis.report.figures import Curve, IntervalRow, interval_rows, small_multiples
 from twotower.analysis.report.markup import Html, h
 from twotower.analysis.report.tables import table
 from twotower.config import ObjectiveConfig
@@ -83,6 +85,65 @@ def audit(document: Document) -> Html | None:
         if others
         else None,
     )
+
+
+def calibration(document: Document) -> Html | None:
+    """Predicted probabilities against what was observed."""
+    found = document.get("calibration")
+    if not found:
+        return None
+    kinds = story.verdicts(document)
+    curves, cells = [], []
+    for model in document["models"]:
+        one = found.get(model["name"])
+        if one is None:
+            continue
+        points = [_ratio(part) for part in one["bins"] if part["predicted"] > 0]
+        curves.append(Curve(model["name"], points, kinds[model["name"]]))
+        cells.append([model["name"], f"{one['expected_calibration_error']:.3f}", f"{one['perplexity']:,.0f}"])
+    low = min((point[0] for curve in curves for point in curve.points), default=0.0)
+    shown = [(float(power), f"{10.0**power:g}") for power in range(-6, 1) if power >= low]
+    told = (
+        "How likely the softmax says an item is, against how often it was the target, over all pairs of test query and "
+        "item. Left out: objectives that do not estimate the softmax. First seed."
+    )
+    return h(
+        "div",
+        h("p", told),
+        small_multiples(
+            "Observed over predicted probability",
+            "; ".join(f"{row[0]}: calibration error {row[1]}" for row in cells),
+            curves,
+            "predicted probability of an item (log scale)",
+            "observed / predicted",
+            x_ticks=shown[-3:],
+            y_words=_power_of_two,
+            reference=0.0,
+            caption="1: as often as predicted. Above: the model thinks such items less likely than they are. Band: two "
+            "standard errors, from the number of targets. Grey: all the others.",
+        ),
+        table(["", "calibration error", "perplexity"], cells, "Calibration"),
+        h(
+            "p",
+            "Calibration error: the mass of probability that lies in the wrong place, 0 to 2. Perplexity: of so many "
+            "equally likely items a target is as hard to guess.",
+            class_="note",
+        ),
+    )
+
+
+def _ratio(part: dict[str, Any]) -> tuple[float, float | None, float | None, float | None]:
+    """Log10 of the predicted probability; log2 of observed over predicted, and two standard errors of it."""
+    x = math.log10(part["predicted"])
+    if part["observed"] <= 0 or part["targets"] < 1:
+        return (x, None, None, None)
+    ratio = part["observed"] / part["predicted"]
+    error = 2 / math.sqrt(part["targets"])
+    return (x, math.log2(ratio), math.log2(ratio * max(1 - error, 0.25)), math.log2(ratio * (1 + error)))
+
+
+def _power_of_two(power: float) -> str:
+    return f"{2.0**power:.3g}" if power >= 0 else f"1/{2.0**-power:.3g}"
 
 
 def examples(document: Document) -> Html | None:

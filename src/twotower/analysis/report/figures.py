@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from twotower.analysis.report.markup import Html, h
@@ -136,6 +136,8 @@ def small_multiples(
     *,
     x_ticks: Sequence[tuple[float, str]],
     floor: float | None = None,
+    y_words: Callable[[float], str] = plain,
+    reference: float | None = None,
     caption: Html | str | None = None,
 ) -> Html:
     """A panel for each curve, with all the others behind it in grey: ten lines in one panel could not be told apart.
@@ -148,6 +150,8 @@ def small_multiples(
         y_axis: name and unit.
         x_ticks: where and what.
         floor: where the vertical axis begins; at the lowest value where None.
+        y_words: from a tick of the vertical axis to its text.
+        reference: a value that every panel marks with a dotted line.
         caption: see `figure`.
     """
     xs = [x for curve in curves for x, *_ in curve.points]
@@ -158,7 +162,7 @@ def small_multiples(
 
     def draw(width: int) -> tuple[float, list[Html]]:
         y_ticks = ticks(low, high, 4)
-        axis = max(text_width(plain(tick)) for tick in y_ticks) + 8
+        axis = max(text_width(y_words(tick)) for tick in y_ticks) + 8
         columns = max(min(len(curves), 4 if width > 500 else 2), 1)
         gap = 16
         wide = (width - axis - gap * (columns - 1) - 4) / columns
@@ -178,7 +182,9 @@ def small_multiples(
             for tick in y_ticks:
                 elements.append(line(left, y(tick), left + wide, y(tick), "grid"))
                 if column == 0:
-                    elements.append(label(axis - 6, y(tick) + 4.5, plain(tick), "end", "muted"))
+                    elements.append(label(axis - 6, y(tick) + 4.5, y_words(tick), "end", "muted"))
+            if reference is not None and low <= reference <= high:
+                elements.append(line(left, y(reference), left + wide, y(reference), "reference"))
             for at, text in x_ticks:
                 elements.append(label(x(at), upper + tall + 17, text, "middle", "muted"))
             elements += [
@@ -273,3 +279,9 @@ def _named(point: Point, x: float, y: float, room: _Room, inside: Box) -> list[H
                         elements.append(label(left, baseline, text, "start", strong))
                     return elements
     return []  # the table beside the figure has every name
+
+
+def ends(curve: Curve) -> str:
+    """Where a curve begins and ends, for the words of a figure."""
+    known: Sequence[float] = [point[1] for point in curve.points if point[1] is not None]
+    return f"from {known[0]:.3f} to {known[-1]:.3f}" if known else "no value"

@@ -1,9 +1,7 @@
-"""Sections about the numbers: overall, differences, popularity deciles, coverage, slices, learning, cost."""
+"""Sections about the numbers: overall, differences, popularity deciles, coverage, slices."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
 from typing import Any
 
 from twotower.analysis.report import story
@@ -11,6 +9,7 @@ from twotower.analysis.report.figures import (
     Curve,
     IntervalRow,
     Point,
+    ends,
     interval_rows,
     labelled_points,
     small_multiples,
@@ -77,8 +76,8 @@ def differences(document: Document) -> Html | None:
         caption="Mean over queries of the paired difference, seeds averaged; line: 95 % interval over queries.",
     )
     told = (
-        "p from the paired bootstrap over queries, adjusted for all comparisons of the table (Holm). The effect size "
-        "is the mean difference over its standard deviation over queries. Two objectives are told apart where p is below "
+        "p from the paired bootstrap over queries, adjusted for all comparisons of the table (Holm). The effect size: "
+        "mean difference over its standard deviation over queries. Two objectives are told apart where p is below "
         "0.05 and the difference is larger than two standard errors over seeds (pooled over objectives)."
     )
     heads = ["objective", "difference", "95 % interval", "error over seeds", "p (Holm)", "effect size", "verdict"]
@@ -111,7 +110,7 @@ def deciles(document: Document) -> Html | None:
     first, last = sizes[names[0]]["items"], sizes[names[-1]]["items"]
     chart = small_multiples(
         f"{metric} by popularity of the target",
-        "; ".join(f"{curve.name}: {_ends(curve)}" for curve in curves),
+        "; ".join(f"{curve.name}: {ends(curve)}" for curve in curves),
         curves,
         "popularity decile of the target (1 most popular, 10 rarest)",
         f"{metric} (share of targets found)",
@@ -171,83 +170,6 @@ def slices(document: Document) -> Html | None:
         if shown:
             parts.append(h("div", h("h3", group), table(heads, [*rows, counts], f"{metric} by {group}")))
     return h("div", h("p", f"{metric} of the targets in each slice."), parts) if parts else None
-
-
-def learning(document: Document) -> Html | None:
-    """The validation metric after each epoch."""
-    metric, kinds = document["settings"]["training"]["metric"], story.verdicts(document)
-    curves = []
-    for model in document["models"]:
-        by_epoch: dict[int, list[float]] = {}
-        for run in model["runs"]:
-            for row in run["history"]:
-                if metric in row:
-                    by_epoch.setdefault(int(row["epoch"]) + 1, []).append(row[metric])
-        points = [
-            (float(epoch), statistics.fmean(found), min(found), max(found)) for epoch, found in sorted(by_epoch.items())
-        ]
-        if points:
-            curves.append(Curve(model["name"], points, kinds[model["name"]]))
-    if not curves or max(len(curve.points) for curve in curves) < 2:
-        return None
-    last = max(int(point[0]) for curve in curves for point in curve.points)
-    step = max(-(-(last - 1) // 4), 1)
-    return small_multiples(
-        f"Validation {metric} while training",
-        "; ".join(f"{curve.name}: {_ends(curve)}" for curve in curves),
-        curves,
-        "epoch",
-        f"validation {metric}",
-        x_ticks=[(epoch, str(epoch)) for epoch in range(1, last + 1, step)],
-        caption=f"{'Mean over seeds; band: range over seeds. ' if len(document['seeds']) > 1 else ''}"
-        f"{'Grey: all the others. ' if len(curves) > 1 else ''}The test is never looked at here.",
-    )
-
-
-def cost(document: Document) -> Html | None:
-    """Time and memory of each training."""
-    models = [model for model in document["models"] if story.processor_time(model) is not None]
-    if not models:
-        return None
-    kinds = story.verdicts(document)
-    order = sorted(models, key=lambda model: story.processor_time(model) or 0.0)
-    rows, cells = [], []
-    for model in order:
-        times = [run["cpu_seconds"] for run in model["runs"]]
-        middle = statistics.median(times)
-        rows.append(
-            IntervalRow(model["name"], middle, min(times), max(times), kinds[model["name"]], story.duration(middle))
-        )
-        memory = [run["peak_memory"] / 2**20 for run in model["runs"] if run["peak_memory"]]
-        cells.append(
-            [
-                model["name"],
-                f"{middle:,.0f}",
-                f"{middle / (story.processor_time(order[0]) or middle):.2f}",
-                f"{statistics.median(run['seconds'] for run in model['runs']):,.0f}",
-                f"{statistics.median(memory):,.0f}" if memory else "–",
-                f"{statistics.median(run['epochs'] for run in model['runs']):.0f}",
-            ]
-        )
-    heads = ["objective", "processor s", "× least", "wall s", "peak memory, MiB", "epochs"]
-    told = (
-        "Medians over seeds, of the fit alone; peak memory is that of the whole process, data and libraries included."
-    )
-    if most := story.overlapped(document):
-        told += f" Up to {most} trainings ran side by side: wall times are not comparable, processor times nearly so."
-    parts: list[Html] = []
-    if len(rows) > 1:
-        parts.append(
-            interval_rows(
-                "Processor time of one training",
-                "; ".join(f"{row.name} {row.told}" for row in rows),
-                rows,
-                "seconds of processor time, all threads",
-                zero=True,
-                caption="Median over seeds; line: range over seeds." if len(document["seeds"]) > 1 else None,
-            )
-        )
-    return h("div", parts, table(heads, cells, "Time and memory"), h("p", told, class_="note"))
 
 
 def legend(kinds: dict[str, str], baselines: bool) -> Html:
@@ -322,8 +244,3 @@ def _metrics(document: Document) -> Html:
 def _sorted(baselines: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
     known = [entry for entry in baselines if story.value(entry, metric)]
     return sorted(known, key=lambda entry: -entry["values"][metric]["mean"])
-
-
-def _ends(curve: Curve) -> str:
-    known: Sequence[float] = [point[1] for point in curve.points if point[1] is not None]
-    return f"from {known[0]:.3f} to {known[-1]:.3f}" if known else "no value"

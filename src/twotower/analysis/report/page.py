@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from twotower.analysis.report import background, measured, story
+from twotower.analysis.report import background, measured, story, trainings
 from twotower.analysis.report.markup import Html, h, raw
 
 Document = dict[str, Any]
@@ -38,9 +38,10 @@ SECTIONS = (
     Section("popularity", "By popularity", measured.deciles),
     Section("coverage", "Reach", measured.coverage),
     Section("slices", "Slices", measured.slices),
-    Section("learning", "Learning curves", measured.learning),
+    Section("learning", "Learning curves", trainings.learning),
     Section("audit", "Bias and spread of the gradients", background.audit),
-    Section("cost", "Time and memory", measured.cost),
+    Section("calibration", "Calibration", background.calibration),
+    Section("cost", "Time and memory", trainings.cost),
     Section("examples", "Where they disagree", background.examples),
     Section("data", "The data", background.data),
     Section("settings", "Settings", background.settings),

@@ -10,6 +10,8 @@ Document = dict[str, Any]
 
 #: A training is called cheaper where it takes less than this share of the processor time of another.
 _CHEAPER = 0.9
+#: More than so many objectives that cannot be told apart from the best are counted, not named.
+_MANY = 3
 
 
 def question(document: Document) -> str:
@@ -135,6 +137,11 @@ def _use(document: Document) -> str:
     top = f"{metric} of {_interval(value(best, metric) or {})}"
     if not same:
         return f"Use {best['name']}. Its {top} is ahead of every other objective's."
+    if len(same) > _MANY:
+        return (
+            f"No single objective stands out. {best['name']} has the highest {top}, but {len(same)} of the "
+            f"{len(document['models']) - 1} others cannot be told apart from it."
+        )
     named = [model for model in document["models"] if model["name"] in {best["name"], *same}]
     names = [model["name"] for model in named]
     said = (
