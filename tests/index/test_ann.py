@@ -46,8 +46,7 @@ def brute(items, queries, k, left_out=None, allowed=None):
     """Codes by float64 inner product, a list for each query."""
     scores = queries.double().numpy() @ items.double().numpy().T
     best = []
-    for row, score in enumerate(scores):
-        score = score.copy()
+    for row, score in enumerate(scores):  # rows of an own array: written to
         if allowed is not None:
             score[~allowed] = -np.inf
         if left_out is not None:

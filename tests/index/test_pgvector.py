@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from postgres import postgres
 from torch.nn import functional as F
 
+from postgres import postgres
 from twotower.errors import InputError
 from twotower.index import ExactCatalog, build_index, load_index
 from twotower.index.pgvector import PgVector

@@ -172,6 +172,8 @@ class ExactCatalog:
         mask = self.vectors.allowed(allowed)
         if mask is None:
             return self._all().search(queries, k, exclude)
+        if not mask.any():
+            return torch.full((len(queries), k), -torch.inf), torch.full((len(queries), k), -1)
         out = np.flatnonzero(~mask)
         if len(out) * max(len(queries), 1) <= self.num_items // 4:
             return self._all().search(queries, k, joined(exclude, out, len(queries)))

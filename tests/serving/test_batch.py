@@ -1,0 +1,145 @@
+"""Recommendations for a file: equal to those asked one by one, in parts that resume, refused before anything is lost."""
+
+import json
+
+import polars as pl
+import pytest
+
+from twotower.errors import InputError, Interrupted
+from twotower.serving import Retriever
+from twotower.serving.batch import recommend_file
+
+QUERIES = [f"u{j:03d}" for j in range(25)]
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "queries.parquet"
+    pl.DataFrame({"user_id": [*QUERIES, "stranger", None]}).write_parquet(path)
+    return path
+
+
+def test_a_file_is_answered_as_its_queries_are(model, source, tmp_path):
+    retriever, target, told = model.retriever, tmp_path / "recs.parquet", []
+    report = recommend_file(
+        retriever, source, target, k=7, popularity=0.5, deny=[3], block=4, progress=lambda *done: told.append(done)
+    )
+    expected = retriever.recommend(QUERIES, k=7, popularity=0.5, deny=[3]).drop("title")
+    found = pl.read_parquet(target)
+    assert found.columns == ["query", "rank", "item", "score"]
+    assert found.drop("score").equals(expected.drop("score"))
+    assert found["score"].to_list() == pytest.approx(expected["score"].to_list(), abs=1e-6)
+    assert (report.queries, report.answered, report.unknown, report.rows) == (27, 25, 2, 175)
+    assert told[-1] == (27, 27) and len(told) == 7
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["queries.parquet", "recs.parquet"]
+
+
+def test_histories_alone_or_beside_ids(model, tmp_path):
+    retriever, source, target = model.retriever, tmp_path / "q.parquet", tmp_path / "r.parquet"
+    histories = [[1, 3, 5], [], [2, 999, 4], None, [999]]
+    pl.DataFrame({"history": histories}).write_parquet(source)
+    report = recommend_file(retriever, source, target, k=3, block=2)
+    found = pl.read_parquet(target)
+    assert report.unknown == 3 and found["query"].unique().sort().to_list() == [0, 2]
+    expected = retriever.recommend(histories=[histories[0], histories[2]], k=3)
+    assert found["item"].to_list() == expected["item"].to_list()
+    ids = ["u001", "u002", "new", "newer", "u003"]
+    pl.DataFrame({"query": ids, "history": histories}).write_parquet(source)
+    report = recommend_file(retriever, source, target, k=3, force=True)
+    found = pl.read_parquet(target)
+    assert report.unknown == 1 and found["query"].unique(maintain_order=True).to_list() == ["u001", "u002", "new", "u003"]
+    one = retriever.recommend(["u001"], histories=[[1, 3, 5]], k=3)
+    assert found.filter(pl.col("query") == "u001")["item"].to_list() == one["item"].to_list()
+
+
+def test_an_interrupted_file_goes_on(model, source, tmp_path):
+    target = tmp_path / "recs.parquet"
+
+    def stop(done, total):
+        if done >= 12:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match="stopped; finished parts are in"):
+        recommend_file(model.retriever, source, target, block=4, progress=stop)
+    assert not target.exists()
+    parts = tmp_path / ".recs.parquet.parts"
+    times = {path.name: path.stat().st_mtime_ns for path in parts.glob("part-*.parquet")}
+    assert len(times) == 3
+    with pytest.raises(InputError, match="go on with --resume, or start anew with --force"):
+        recommend_file(model.retriever, source, target, block=4)
+    with pytest.raises(InputError, match=r"asked something else \(k, popularity\)"):
+        recommend_file(model.retriever, source, target, block=4, k=3, popularity=0.2, resume=True)
+    (parts / "part-000002.parquet").unlink()  # as if the machine had stopped in it
+    report = recommend_file(model.retriever, source, target, block=4, resume=True)
+    assert report.resumed == 8 and report.rows == 250
+    assert pl.read_parquet(target).equals(model.retriever.recommend(QUERIES).drop("title")) or (
+        pl.read_parquet(target)["item"].to_list() == model.retriever.recommend(QUERIES)["item"].to_list()
+    )
+    assert not parts.exists()
+
+
+def test_a_changed_file_is_not_gone_on_with(model, source, tmp_path):
+    target = tmp_path / "recs.parquet"
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        recommend_file(model.retriever, source, target, block=4, progress=stop)
+    pl.DataFrame({"user_id": QUERIES[:9]}).write_parquet(source)
+    with pytest.raises(InputError, match=r"asked something else \(source\)"):
+        recommend_file(model.retriever, source, target, block=4, resume=True)
+    assert recommend_file(model.retriever, source, target, block=4, force=True).queries == 9
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"price": [1.0]}, "expected a column of query ids .* found 'price'"),
+        ({"history": [["a", "b"]]}, "column 'history': ids: 'a' is not an integer"),
+        ({"user_id": [0.5]}, "column 'user_id': ids: ids of type Float64"),
+        (None, "no such file"),
+    ],
+)
+def test_wrong_files_are_refused(model, tmp_path, table, message):
+    source = tmp_path / "q.parquet"
+    if table is not None:
+        pl.DataFrame(table).write_parquet(source)
+    with pytest.raises(InputError, match=message):
+        recommend_file(model.retriever, source, tmp_path / "r.parquet")
+    assert not (tmp_path / "r.parquet").exists()
+
+
+def test_what_is_there_is_not_overwritten(model, source, tmp_path):
+    target = tmp_path / "recs.parquet"
+    target.write_text("mine")
+    with pytest.raises(InputError, match="is there already"):
+        recommend_file(model.retriever, source, target)
+    assert target.read_text() == "mine"
+    source.write_text("not Parquet")
+    with pytest.raises(InputError, match="not readable as Parquet"):
+        recommend_file(model.retriever, source, tmp_path / "other.parquet")
+    with pytest.raises(InputError, match="no such folder"):
+        pl.DataFrame({"user_id": QUERIES}).write_parquet(source)
+        recommend_file(model.retriever, source, tmp_path / "nowhere" / "r.parquet")
+
+
+def test_an_empty_file_gives_an_empty_one(model, tmp_path):
+    source, target = tmp_path / "q.parquet", tmp_path / "r.parquet"
+    pl.DataFrame({"query": pl.Series([], dtype=pl.String)}).write_parquet(source)
+    assert recommend_file(model.retriever, source, target).rows == 0
+    assert pl.read_parquet(target).columns == ["query", "rank", "item", "score"]
+
+
+def test_other_models_are_other_questions(model, folder, source, tmp_path):
+    """Parts of one model are not mixed with those of another."""
+    target = tmp_path / "recs.parquet"
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        recommend_file(Retriever.load(folder), source, target, block=4, progress=stop)
+    assert json.loads((tmp_path / ".recs.parquet.parts" / "journal.json").read_text())["k"] == 10
+    with pytest.raises(InputError, match=r"asked something else \(model\)"):
+        recommend_file(model.retriever, source, target, block=4, resume=True)

@@ -1,0 +1,107 @@
+"""The exported query tower: equal to the original in batches it was not exported with, run without this package."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+
+import twotower as tt
+from twotower.config import Config
+from twotower.errors import InputError
+from twotower.serving.artifact import Artifact
+from twotower.serving.export import export_query_tower
+
+
+@pytest.fixture(scope="module")
+def with_ids(planted_split, tmp_path_factory):
+    """A model that knows queries by an id embedding as well as by their history."""
+    settings = ["training.max_epochs=1", "training.batch_size=64", "item_tower.dimension=8",
+                "query_tower.id_embedding=true", "query_tower.history.length=6"]  # fmt: skip
+    model = tt.fit(planted_split, Config.load(None, settings), progress=False)
+    return model.save(tmp_path_factory.mktemp("ids") / "model")
+
+
+def asked(artifact, rows, length, seed):
+    rng = np.random.default_rng(seed)
+    history = rng.integers(0, len(artifact.items), (rows, length))
+    present = rng.integers(1, length + 1, (rows, 1))
+    history = np.where(np.arange(length, 0, -1) <= present, history, -1)
+    return rng.integers(-1, len(artifact.queries), rows), history
+
+
+@pytest.mark.parametrize("format_", ["onnx", "torch"])
+@pytest.mark.parametrize("which", ["folder", "with_ids"])
+def test_an_export_equals_the_original(which, format_, request, tmp_path):
+    if format_ == "onnx":
+        pytest.importorskip("onnxruntime", reason="ONNX is not installed: pip install 'twotower[onnx]'")
+    folder = request.getfixturevalue(which)
+    report = export_query_tower(folder, tmp_path / "out", format_)
+    assert report["largest_difference"] <= 1e-5
+    artifact = Artifact.load(folder)
+    assert list(report["inputs"]) == (["history"] if which == "folder" else ["query", "history"])
+    for rows in (1, 2, 117):
+        queries, history = asked(artifact, rows, report["history_length"], rows)
+        inputs = {"query": queries, "history": history}
+        with torch.no_grad():
+            expected = artifact.towers.embed_queries(torch.from_numpy(queries), torch.from_numpy(history)).numpy()
+        given = [inputs[name] for name in report["inputs"]]
+        path = tmp_path / "out" / report["file"]
+        if format_ == "onnx":
+            import onnxruntime
+
+            session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+            found = session.run(None, dict(zip(report["inputs"], given, strict=True)))[0]
+        else:
+            found = torch.export.load(path).module()(*map(torch.from_numpy, given)).detach().numpy()
+        assert found.shape == expected.shape and np.abs(found - expected).max() <= 1e-5
+        assert np.abs(found).max() > 0.01
+
+
+def test_it_serves_without_torch_and_without_this_package(folder, model, tmp_path):
+    """The answers of the model from the exported folder alone, with onnxruntime, numpy and safetensors."""
+    pytest.importorskip("onnxruntime")
+    export_query_tower(folder, tmp_path / "out", "onnx")
+    history = [1, 3, 5]
+    codes = model.artifact.items.encode(history).tolist()
+    code = f"""
+        import json, sys
+        import numpy as np, onnxruntime
+        from safetensors.numpy import load_file
+        told = json.load(open("export.json"))
+        history = np.full((1, told["history_length"]), -1, dtype=np.int64)
+        history[0, -3:] = {codes}
+        u = onnxruntime.InferenceSession(told["file"]).run(None, {{"history": history}})[0]
+        items = load_file("items.safetensors")
+        scores = items["embeddings"] @ u[0] + (0.5 - 1.0) * items["popularity"]
+        scores[{codes}] = -np.inf
+        print(json.dumps(np.argsort(-scores)[:5].tolist()))
+        assert "torch" not in sys.modules and "twotower" not in sys.modules
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=tmp_path / "out",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    found = model.retriever.recommend(histories=[history], k=5, popularity=0.5)
+    assert json.loads(done.stdout) == model.artifact.items.encode(found["item"].to_list()).tolist()
+
+
+def test_an_export_that_differs_is_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("twotower.serving.export._export_torch", lambda encoder, example, path: (
+        lambda inputs: encoder(*inputs).detach().numpy() + 1e-3
+    ))  # fmt: skip
+    with pytest.raises(InputError, match="differs from the model by 1.0e-03"):
+        export_query_tower(folder, tmp_path / "out", "torch")
+    assert not (tmp_path / "out").exists()
+
+
+def test_refusals(folder, tmp_path):
+    with pytest.raises(InputError, match="unknown format 'tflite'; expected onnx or torch"):
+        export_query_tower(folder, tmp_path / "out", "tflite")
