@@ -41,7 +41,7 @@ class Targets:
         kept = wanted
         if exclude_seen:
             seen = _pairs(holdout.history_offsets, holdout.history_items, num_items, f"{holdout.name}: history")
-            kept = wanted[~np.isin(wanted, seen)]
+            kept = wanted[~_among(wanted, seen)]
         queries, items = np.divmod(kept, num_items)
         offsets = np.zeros(len(holdout.target_offsets), dtype=np.int64)
         np.cumsum(np.bincount(queries, minlength=len(offsets) - 1), out=offsets[1:])
@@ -146,6 +146,15 @@ def _mean(values: Values) -> float:
     """The mean of the values that are not NaN; NaN where none is."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else math.nan
+
+
+def _among(few: NDArray[np.int64], many: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which of `few`, ascending and distinct, occur in `many`: looks each of many up in few, and sorts neither."""
+    found = np.zeros(len(few), dtype=bool)
+    if len(few):
+        place = np.minimum(np.searchsorted(few, many), len(few) - 1)
+        found[place[few[place] == many]] = True
+    return found
 
 
 def _pairs(offsets: NDArray[np.int64], items: NDArray[np.integer], num_items: int, what: str) -> NDArray[np.int64]:
