@@ -147,6 +147,7 @@ def measure(name: str, overrides: list[str], warm: Split, cold: Holdout, common:
         "seconds": round(seconds, 1),
         "epochs": model.fit.epochs,
         "validation": model.fit.best,
+        "curve": model.fit.history,
         "config": model.artifact.config.model_dump(mode="json"),
         "warm": values({name: model.retriever}, warm.test, warm.train)[name],
         "cold, full catalog": values({name: model.retriever}, cold, warm.train)[name],
@@ -186,11 +187,11 @@ def main() -> None:
         record(asked.results, {"test": share, "name": "baselines", "seed": None, **facts, **baselines(warm, cold)})
         for seed in asked.seeds:
             for name, overrides in variants.items():
-                key = (share, name, seed)
-                if key in {(run["test"], run["name"], run["seed"]) for run in kept(asked.results)}:
+                common = {"overrides": asked.overrides, "threads": torch.get_num_threads()}
+                key = key_of({"test": share, "name": name, "seed": seed, **common})
+                if key in [key_of(run) for run in kept(asked.results)]:
                     continue
                 found = measure(name, overrides, warm, cold, [f"training.seed={seed}", *asked.overrides])
-                common = {"overrides": asked.overrides, "threads": torch.get_num_threads()}
                 record(asked.results, {"test": share, "name": name, "seed": seed, **common, **found})
 
 
@@ -198,6 +199,11 @@ def kept(path: Path) -> list[dict[str, Any]]:
     """The runs that are finished."""
     runs: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     return runs
+
+
+def key_of(run: dict[str, Any]) -> tuple[Any, ...]:
+    """What makes a run the same run."""
+    return run["test"], run["name"], run["seed"], run.get("overrides")
 
 
 def record(path: Path, run: dict[str, Any]) -> None:
@@ -208,9 +214,7 @@ def record(path: Path, run: dict[str, Any]) -> None:
             shown = {k: round(v, 4) for k, v in row.items() if k in ("Recall@10", "Recall@20", "NDCG@20")}
             print(f"test {run['test']} seed {run['seed']} {part:24s} {name:36s} {shown}", flush=True)
     stamped = {**run, "versions": library_versions(), "date": datetime.now(UTC).date().isoformat()}
-    others = [
-        old for old in kept(path) if (old["test"], old["name"], old["seed"]) != (run["test"], run["name"], run["seed"])
-    ]
+    others = [old for old in kept(path) if key_of(old) != key_of(run)]
     write_text(path, json.dumps([*others, stamped], indent=1))
 
 
