@@ -59,10 +59,10 @@ def test_without_its_margin_the_screen_would_lose_items(monkeypatch):
     queries[:, ::2] = -1.0
     queries += 0.03 + 0.01 * torch.randn(8, 24, generator=generator)
     screen, order = laid_out(items)
-    expected = brute_force(screen, queries, order, 5, [set()] * 8)
-    assert screen.search(queries, 5)[1].tolist() == expected
+    expected = brute_force(screen, queries, order, 50, [set()] * 8)
+    assert screen.search(queries, 50)[1].tolist() == expected
     monkeypatch.setattr(Screen, "margin", lambda self, queries: torch.zeros(len(queries), 1))
-    assert screen.search(queries, 5)[1].tolist() != expected
+    assert screen.search(queries, 50)[1].tolist() != expected
 
 
 @pytest.mark.parametrize("kind", ["normal", "crowded", "heavy-tailed", "tiny"])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from twotower.negatives import FrequencyPower, IndexStream, LogUniform, Uniform, Weighted
-from twotower.negatives.alias import build_alias
+from twotower.negatives.alias import AliasTable, build_alias
 
 COUNTS = torch.tensor([500, 0, 200, 90, 40, 40, 7, 3, 1, 0, 1, 0])
 N = len(COUNTS)
@@ -187,3 +187,49 @@ def test_a_million_draws_from_ten_million_items_take_less_than_a_second():
     started = time.perf_counter()
     proposal.sample((1_000_000,))
     assert time.perf_counter() - started < 1.0
+
+
+@pytest.mark.parametrize("num_items", [1, 7, 10_000_000, 2**31 - 1])
+def test_one_random_number_tells_slot_and_coin_exactly(num_items):
+    """The product of 63 random bits and N in Python's whole numbers, against the two halves in int64."""
+    bits = torch.randint(2**62, (2000,), generator=torch.Generator().manual_seed(3)) * 2 + 1
+    bits[:3] = torch.tensor([0, 2**63 - 1, 2**31 - 1])
+    products = [(value * num_items) >> 31 for value in bits.tolist()]
+    expected = [(product >> 32, (product & 0xFFFFFFFF) >> 1) for product in products]
+    table = AliasTable(torch.ones(1))
+    for keep in (True, False):
+        # A stand-in for the table's memory: a slot says its own number as alias, and keeps itself always or never.
+        table.packed = _EverySlot(num_items, threshold=2**31 - 1 if keep else 0)
+        found = bits.clone()
+        table._fill(found)
+        moved = [not keep or coin >= 2**31 - 1 for _, coin in expected]
+        aliased = [num_items - 1 - slot for slot, _ in expected]
+        slots = [slot for slot, _ in expected]
+        assert found.tolist() == [b if m else a for a, b, m in zip(slots, aliased, moved, strict=True)]
+
+
+class _EverySlot(torch.Tensor):
+    """Answers `index_select` as a table of N words would, without holding them."""
+
+    @staticmethod
+    def __new__(cls, num_items, threshold):
+        return torch.Tensor._make_subclass(cls, torch.empty(0, dtype=torch.int64))
+
+    def __init__(self, num_items, threshold):
+        self.num_items, self.threshold = num_items, threshold
+
+    def __len__(self):
+        return self.num_items
+
+    def index_select(self, dim, index):
+        return (self.threshold << 32) | (self.num_items - 1 - index)
+
+
+def test_ids_above_two_to_the_24_are_exact():
+    num_items = 2**24 + 5
+    weights = torch.zeros(num_items)
+    weights[-3:] = torch.tensor([1.0, 2.0, 1.0])
+    drawn = Weighted(weights).sample((4000,), torch.Generator().manual_seed(0))
+    counts = torch.bincount(drawn - (num_items - 3), minlength=3)
+    assert int(drawn.min()) >= num_items - 3
+    assert stats.chisquare(counts.numpy(), [1000, 2000, 1000]).pvalue > 1e-4

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 #: Acceptance thresholds are kept in 31 bits, so that threshold and alias share one 64-bit word.
 _BITS = 31
 
+#: Draws at a time on the CPU: what lies between the random number and the item stays in the cache.
+_BLOCK = 1 << 16
+
 
 class AliasTable(nn.Module):
     """Draws item j with probability w_j / sum w (Walker 1977).
@@ -34,11 +37,27 @@ class AliasTable(nn.Module):
 
     def sample(self, size: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
         """Independent draws, int64 codes of shape `size`."""
-        device = self.packed.device
-        slot = torch.randint(len(self.packed), size, generator=generator, device=device)
-        coin = torch.randint(1 << _BITS, size, generator=generator, device=device)
-        word = self.packed[slot]
-        return torch.where(coin < word >> 32, slot, word & 0xFFFFFFFF)
+        drawn = torch.empty(size, dtype=torch.int64, device=self.packed.device)
+        flat = drawn.view(-1)
+        for part in flat.split(_BLOCK if flat.device.type == "cpu" else max(len(flat), 1)):
+            self._fill(part.random_(generator=generator))
+        return drawn
+
+    def _fill(self, bits: Tensor) -> None:
+        """Turn numbers of 63 random bits into draws, in place.
+
+        One number u of [0, 1) tells slot and coin: the whole part of N u and its fraction. With u = bits / 2^63 the
+        product is taken in two halves, so that it is exact to 32 places behind the point; a remainder or a product of
+        32 random bits would prefer some slots by N / 2^32.
+        """
+        slots = len(self.packed)
+        scaled = (bits & 0x7FFFFFFF).mul_(slots).bitwise_right_shift_(31)
+        scaled.add_((bits >> 31).mul_(slots))
+        torch.bitwise_right_shift(scaled, 32, out=bits)
+        coin = scaled.bitwise_and_(0xFFFFFFFF).bitwise_right_shift_(1)
+        word = self.packed.index_select(0, bits)
+        moved = coin >= word >> 32
+        torch.where(moved, word.bitwise_and_(0xFFFFFFFF), bits, out=bits)
 
 
 def build_alias(weights: Tensor) -> tuple[Tensor, Tensor]:
