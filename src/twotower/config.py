@@ -163,6 +163,9 @@ class TrainingConfig(Section):
     seed: int = Field(0, ge=0)
     accelerator: str = Field("auto", description="auto, cpu, gpu, ... as in Lightning.")
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    micro_batch: PositiveInt | None = Field(
+        None, description="Rows the towers embed at a time, twice, for less memory; same gradients. None: all at once."
+    )
     time_limit: str | None = Field(None, pattern=r"^\d\d:\d\d:\d\d:\d\d$", description="DD:HH:MM:SS, or none.")
     logger: Literal["csv", "tensorboard", "mlflow", "none"] = Field(
         "csv", description="Where loss, metrics and diagnostics go: a file in logs/, TensorBoard, MLflow, nowhere."

@@ -121,7 +121,7 @@ def errors(function, form, case, dtype, exact):
 def assert_no_worse(form, case, dtype, allowed):
     """Own error against float64 at most the plain form's own error plus `allowed`, of values of about 1.
 
-    The plain form's error is that of the worst of four orders of its sums: next to a kink at logits of 1e4 a single
+    The plain form's error is that of the worst of twelve orders of its sums: next to a kink at logits of 1e4 a single
     order may be lucky.
     """
     leaves, given, extra = case
@@ -130,7 +130,7 @@ def assert_no_worse(form, case, dtype, allowed):
     exact = {"value": value, **grads}
     own = errors(tiled, form, (leaves, given, extra), dtype, exact)
     theirs = dict.fromkeys(own, 0.0)
-    for seed in range(4):
+    for seed in range(12):
         turn = torch.randperm(leaves["query"].shape[1], generator=torch.Generator().manual_seed(seed))
 
         def turned(tensors, turn=turn):
@@ -173,7 +173,7 @@ def test_no_worse_than_the_plain_form(form, scale, dtype):
         assert_no_worse(form, case, dtype, 1e-6 if dtype == torch.float32 else 2.0**-8)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     rows=st.integers(1, 9),
     size=st.integers(0, 12),

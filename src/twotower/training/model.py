@@ -19,6 +19,7 @@ from twotower.negatives import Candidates
 from twotower.towers import TwoTower
 from twotower.training.checkpoints import random_state, restore_random_state
 from twotower.training.diagnostics import Watch, diagnose, frequency_drift, memory_age
+from twotower.training.gradient_cache import cached_embedding
 from twotower.training.optimizers import TableOptimizer, parameter_groups
 
 #: Steps between entries of the log, and between diagnostics of the objective in it.
@@ -27,11 +28,17 @@ DIAGNOSE_EVERY = 50
 
 
 def batch_loss(
-    towers: TwoTower, objective: Objective, batch: Batch, known_positives: KnownPositives | None = None
+    towers: TwoTower,
+    objective: Objective,
+    batch: Batch,
+    known_positives: KnownPositives | None = None,
+    *,
+    micro_batch: int | None = None,
 ) -> tuple[Tensor, Embedded, Candidates]:
     """The mean loss of a batch, weighted where rows carry weights, with the embeddings and the candidates of it.
 
-    The candidates are drawn first, so that the item tower embeds each distinct item once.
+    The candidates are drawn first, so that the item tower embeds each distinct item once. With `micro_batch` the towers
+    embed so many rows at a time and keep nothing of it: see gradient_cache.py.
     """
     drawn = objective.draw(
         batch.items,
@@ -39,11 +46,11 @@ def batch_loss(
         queries=batch.queries,
         group=batch.group,
     )
-    query = towers.embed_queries(batch.queries, batch.history)
+    query = _in_chunks(towers, towers.embed_queries, batch.queries, batch.history, chunk=micro_batch)
     asked = [batch.items, drawn.items]
     if drawn.row_items is not None:
         asked.append(drawn.row_items.clamp(min=0).reshape(-1))
-    vectors = torch.split(embed_once(towers, torch.cat(asked)), [len(part) for part in asked])
+    vectors = torch.split(embed_once(towers, torch.cat(asked), chunk=micro_batch), [len(part) for part in asked])
     embedded = Embedded(
         query,
         vectors[0],
@@ -54,13 +61,20 @@ def batch_loss(
     return objective.mean(embedded, drawn, temperature=towers.temperature, weights=weights), embedded, drawn
 
 
-def embed_once(towers: TwoTower, items: Tensor) -> Tensor:
-    """Embeddings of items, [M, D], where each distinct item goes through the tower once."""
+def embed_once(towers: TwoTower, items: Tensor, *, chunk: int | None = None) -> Tensor:
+    """Embeddings of items, [M, D], where each distinct item goes through the tower once; `chunk` of them at a time."""
     if items.device.type != "cpu":  # the number of distinct items would have to be awaited
-        return towers.embed_items(items)
+        return _in_chunks(towers, towers.embed_items, items, chunk=chunk)
     distinct, place = torch.unique(items, return_inverse=True)
     # Not `[place]`: the backward of indexing is five times that of index_select on a CPU.
-    return towers.embed_items(distinct).index_select(0, place)
+    return _in_chunks(towers, towers.embed_items, distinct, chunk=chunk).index_select(0, place)
+
+
+def _in_chunks(towers: TwoTower, embed: Callable[..., Tensor], *inputs: Tensor | None, chunk: int | None) -> Tensor:
+    if chunk is None:
+        return embed(*inputs)
+    anchor = next(parameter for parameter in towers.parameters() if parameter.requires_grad)
+    return cached_embedding(embed, *inputs, chunk=chunk, anchor=anchor)
 
 
 class TrainingModule(pl.LightningModule):
@@ -102,7 +116,9 @@ class TrainingModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of the batch, weighted where rows carry weights."""
-        mean, embedded, drawn = batch_loss(self.towers, self.objective, batch, self.known_positives)
+        mean, embedded, drawn = batch_loss(
+            self.towers, self.objective, batch, self.known_positives, micro_batch=self.settings.micro_batch
+        )
         self._rows += len(batch.items)
         if (batch_idx + 1) % LOG_EVERY == 0:
             self.log("loss", mean.detach(), prog_bar=True)

@@ -1,0 +1,153 @@
+"""The softmax over a whole catalog beside its matrix products alone, interleaved in one process.
+
+    python benchmarks/full_softmax.py [--items 1000000] [--rows 1024] [--rounds 7] [--naive] [--memory] [--json FILE]
+
+Value and gradients of queries and items, float32, D = 64. In every round: the three products of a matrix [B, N] kept
+from before; the same products tile by tile; `tiled_full_softmax`; `torch.nn.functional.linear_cross_entropy` where torch
+has it; with --naive also logits and cross_entropy in full, which needs 12 GiB at 1,000,000 items. `--memory` measures the
+growth of the largest resident size beyond tables and gradients instead.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from twotower.losses import tiled_full_softmax
+from twotower.losses.tiling import TILE_MEMORY
+
+SEED, D, TEMPERATURE = 0, 64, 0.1
+
+
+class Problem:
+    """Unit vectors, targets, and memory for gradients."""
+
+    def __init__(self, rows: int, number: int) -> None:
+        rng = torch.Generator().manual_seed(SEED)
+        self.query = F.normalize(torch.randn(rows, D, generator=rng), dim=1).requires_grad_()
+        self.items = F.normalize(torch.randn(number, D, generator=rng), dim=1).requires_grad_()
+        self.target = torch.randint(number, (rows,), generator=rng)
+        self.by_query, self.by_items = torch.zeros(rows, D), torch.zeros(number, D)
+        self.logits = torch.empty(0)
+
+    def products(self) -> None:
+        """The matrix products alone, each in one call."""
+        query, items = self.query.detach(), self.items.detach()
+        if not len(self.logits):
+            self.logits = torch.empty(len(query), len(items))
+        torch.mm(query, items.T, out=self.logits)
+        torch.mm(self.logits, items, out=self.by_query)
+        torch.mm(self.logits.T, query, out=self.by_items)
+
+    def tiled_products(self) -> None:
+        """The matrix products alone, some rows at a time."""
+        query, items = self.query.detach(), self.items.detach()
+        size = max(TILE_MEMORY // (4 * len(items)), 1)
+        buffer = torch.empty(size, len(items))
+        for start in range(0, len(query), size):
+            part = query[start : start + size]
+            torch.mm(part, items.T, out=buffer[: len(part)])
+            torch.mm(buffer[: len(part)], items, out=self.by_query[start : start + size])
+            self.by_items.addmm_(buffer[: len(part)].T, part, beta=0 if start == 0 else 1)
+
+    def run(self, loss: torch.Tensor) -> None:
+        """Backward, and the gradients thrown away."""
+        loss.backward()
+        self.query.grad = self.items.grad = None
+
+    def tiled(self) -> None:
+        """The library's."""
+        self.run(tiled_full_softmax(self.query, self.target, self.items, temperature=TEMPERATURE))
+
+    def naive(self) -> None:
+        """All logits at once."""
+        self.run(F.cross_entropy(self.query / TEMPERATURE @ self.items.T, self.target))
+
+    def torchs(self) -> None:
+        """The form that comes with torch, in chunks of rows."""
+        options = F.LinearCrossEntropyOptions(batch_chunk_size=64)  # type: ignore[attr-defined]
+        loss = F.linear_cross_entropy(self.query / TEMPERATURE, self.items, self.target, options=options)  # type: ignore[attr-defined]
+        self.run(loss)
+
+
+def resident(field: str) -> float:
+    """A line of /proc/self/status, MiB."""
+    line = next(part for part in Path("/proc/self/status").read_text().splitlines() if part.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def extra_memory(problem: Problem) -> float:
+    """MiB beyond tables and gradients: the gradient of the items is counted as part of the problem."""
+    torch.mm(problem.query.detach()[:64], problem.query.detach()[:64].T)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    problem.tiled()
+    return resident("VmHWM") - before - problem.items.numel() * 4 / 2**20
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--items", type=int, default=1_000_000)
+    parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--naive", action="store_true")
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--json", type=Path)
+    settings = parser.parse_args()
+    problem = Problem(settings.rows, settings.items)
+    result: dict[str, Any]
+    if settings.memory:
+        result = {"extra_mib": extra_memory(problem)}
+        print(f"tiled: {result['extra_mib']:.1f} MiB beyond tables and gradients")
+    else:
+        calls: dict[str, Callable[[], None]] = {
+            "products": problem.products,
+            "products, tiled": problem.tiled_products,
+            "tiled": problem.tiled,
+        }
+        if hasattr(F, "linear_cross_entropy"):
+            calls["linear_cross_entropy"] = problem.torchs
+        if settings.naive:
+            calls["naive"] = problem.naive
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        for turn in range(settings.rounds + 1):
+            for name, call in calls.items():
+                start = time.perf_counter()
+                call()
+                if turn:
+                    seconds[name].append(time.perf_counter() - start)
+        base = seconds["products"]
+        result = {
+            name: {
+                "median_s": statistics.median(times),
+                "of_products": statistics.median(t / p for t, p in zip(times, base, strict=True)),
+            }
+            for name, times in seconds.items()
+        }
+        for name, row in result.items():
+            print(f"{name:24} {row['median_s']:8.3f} s   {row['of_products']:6.2f} x products")
+    if settings.json is not None:
+        known = json.loads(settings.json.read_text()) if settings.json.exists() else {}
+        known[f"{'memory' if settings.memory else 'time'}, B = {settings.rows}, N = {settings.items}"] = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "threads": torch.get_num_threads(),
+            "seed": SEED,
+            "rounds": settings.rounds,
+            "result": result,
+        }
+        settings.json.write_text(json.dumps(known, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

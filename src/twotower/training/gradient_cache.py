@@ -1,0 +1,100 @@
+"""The gradient cache: a batch far larger than its activations' memory, with the very same gradients.
+
+A loss with in-batch candidates needs all embeddings of the batch at once, but not all activations of the towers: the
+gradient of a tower's weights is the sum over rows of the gradient by the embedding times that of the embedding by the
+weights. So the rows are embedded in chunks without a graph; the loss is taken of the embeddings; and each chunk is
+embedded again, this time with a graph, which the gradient by its embeddings runs through.
+
+Source: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def cached_embedding(embed: Callable[..., Tensor], *inputs: Tensor | None, chunk: int, anchor: Tensor) -> Tensor:
+    """embed(*inputs), in chunks of rows and without keeping what is inside.
+
+    Value and gradient are those of embedding each chunk as it is, with the dropout of the first time: the state of the
+    random generators is kept for each chunk (CPU, and CUDA where the rows live there) and used again. A layer that
+    looks at other rows, such as batch normalisation, sees its chunk alone.
+
+    Args:
+        embed: from tensors of rows to [rows, D], such as `towers.embed_queries`; its parameters get their gradients.
+        inputs: [rows, ...] each, or None.
+        chunk: rows at a time.
+        anchor: any tensor with `requires_grad`, such as a parameter of the tower: it tells autograd that the result has
+            a gradient, and gets none of its own from here.
+
+    Returns:
+        [rows, D].
+    """
+    rows = len(next(given for given in inputs if given is not None))
+    if rows <= chunk or not torch.is_grad_enabled():
+        return embed(*inputs)
+    starts = range(0, rows, chunk)
+    parts = [tuple(None if one is None else one[s : s + chunk] for one in inputs) for s in starts]
+    embedded: Tensor = _Cached.apply(anchor, embed, parts)  # type: ignore[no-untyped-call]
+    return embedded
+
+
+class _Cached(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, embed: Callable[..., Tensor], parts: list[tuple[Tensor | None, ...]]
+    ) -> Tensor:
+        del anchor
+        ctx.embed, ctx.parts, ctx.states = embed, parts, []
+        ctx.autocast = {
+            device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")
+        }
+        embedded = []
+        with torch.no_grad():
+            for part in parts:
+                ctx.states.append(_random_state(part))
+                embedded.append(embed(*part))
+        return torch.cat(embedded)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        (grad,) = grads
+        pieces = torch.split(grad, [len(next(p for p in part if p is not None)) for part in ctx.parts])
+        device = grad.device.type
+        enabled, dtype = ctx.autocast.get(device, (False, torch.bfloat16))
+        for part, state, piece in zip(ctx.parts, ctx.states, pieces, strict=True):
+            with _replayed(state), torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
+                again = ctx.embed(*part)
+            torch.autograd.backward(again, piece.to(again.dtype))
+        return None, None, None
+
+
+def _random_state(part: tuple[Tensor | None, ...]) -> list[tuple[torch.device | None, Tensor]]:
+    """The state of the CPU's generator, and of those of the CUDA devices that the rows live on."""
+    states: list[tuple[torch.device | None, Tensor]] = [(None, torch.get_rng_state())]
+    devices = {one.device for one in part if one is not None and one.device.type == "cuda"}
+    return states + [(device, torch.cuda.get_rng_state(device)) for device in devices]
+
+
+@contextmanager
+def _replayed(states: list[tuple[torch.device | None, Tensor]]) -> Iterator[None]:
+    """Random numbers as they were then; afterwards the generators go on as if nothing had been drawn."""
+    now = [(d, torch.get_rng_state() if d is None else torch.cuda.get_rng_state(d)) for d, _ in states]
+    _restore(states)
+    try:
+        yield
+    finally:
+        _restore(now)
+
+
+def _restore(states: list[tuple[torch.device | None, Tensor]]) -> None:
+    for device, state in states:
+        if device is None:
+            torch.set_rng_state(state)
+        else:
+            torch.cuda.set_rng_state(state, device)
