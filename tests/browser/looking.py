@@ -40,6 +40,7 @@ def look(browser, address, *, width, scheme="light", media="screen"):
         Sentences, and how many labels of figures were seen.
     """
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    context.set_default_timeout(120_000)  # for a busy machine
     wrong = []
 
     def watch(route, request):

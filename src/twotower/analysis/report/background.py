@@ -15,7 +15,7 @@ from twotower.config import ObjectiveConfig
 
 Document = dict[str, Any]
 
-_VERDICT_KINDS = {"no bias found": "best", "small bias": "same", "biased": "behind"}
+_VERDICT_KINDS = {"no bias found": "clear", "small bias": "same", "biased": "behind"}
 
 
 def audit(document: Document) -> Html | None:

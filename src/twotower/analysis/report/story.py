@@ -120,7 +120,7 @@ def p_value(p: float | None) -> str:
 
 def duration(seconds: float) -> str:
     """For people."""
-    if seconds < 120:
+    if seconds < 600:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 

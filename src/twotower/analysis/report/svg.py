@@ -129,7 +129,7 @@ def path(points: Sequence[tuple[float, float]], kind: str) -> Html:
 
 
 def mark(x: float, y: float, kind: str) -> Html:
-    """A point whose shape and colour both say what it is: best, same (not told apart), behind, baseline, other."""
+    """A point whose shape and colour both say what it is: best, same, behind, ..."""
     if kind == "behind":
         return h("path", d=f"M{x:.1f} {y - 5.5:.1f}l5.5 5.5l-5.5 5.5l-5.5 -5.5z", class_="mark behind")
     if kind == "baseline":
