@@ -48,7 +48,8 @@ def planted():
             "words": [f"thing {rng.integers(20)} of {rng.integers(20)}" for _ in range(OLD + NEW)],
         }
     )
-    users = pl.DataFrame({"user_id": [f"u{q:02d}" for q in range(QUERIES)], "age": [20.5 + q % 40 for q in range(QUERIES)]})
+    ages = [20.5 + q % 40 for q in range(QUERIES)]
+    users = pl.DataFrame({"user_id": [f"u{q:02d}" for q in range(QUERIES)], "age": ages})
     return Interactions.from_frame(pl.DataFrame(rows), items=items, queries=users, catalog="table")
 
 

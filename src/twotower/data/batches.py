@@ -12,6 +12,7 @@ from torch import Tensor
 
 from twotower.data.histories import gather_histories
 from twotower.data.interactions import Interactions
+from twotower.data.prefetching import ahead
 from twotower.data.shuffling import Shuffle
 from twotower.errors import InputError
 
@@ -55,7 +56,8 @@ class TrainingBatches:
     """All rows of the interactions once an epoch, in an order that seed and epoch decide.
 
     Iterating gives what is left of the current epoch, and then goes on to the next one. The order is computed, not
-    stored, so that 100 million rows need no permutation in memory; nothing global is drawn from.
+    stored, so that 100 million rows need no permutation in memory; nothing global is drawn from. Batches are made on a
+    thread of their own, a few ahead; the state is that of the batches given out.
 
     Args:
         interactions: the rows to train on.
@@ -123,11 +125,16 @@ class TrainingBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         shuffle = Shuffle(len(self.interactions), self.seed, self.epoch)
-        while self.position < len(self):
-            start = self.position * self.batch_size
+
+        def make(position: int) -> Batch:
+            start = position * self.batch_size
             stop = min(start + self.batch_size, len(self.interactions))
-            batch = self.batch(shuffle(np.arange(start, stop)))
-            self.position += 1  # before the batch is given out, so that a state taken while it is used is after it
+            return self.batch(shuffle(np.arange(start, stop)))
+
+        for batch in ahead(make, self.position, len(self)):
+            # What counts is what was given out, not what was made ahead. Before the batch is given out, so that a state
+            # taken while it is used is after it.
+            self.position += 1
             yield batch
         self.epoch, self.position = self.epoch + 1, 0
 
@@ -197,11 +204,15 @@ class GroupedBatches:
         # One order for each group: groups differ in size, so they cannot share one.
         within = [Shuffle(max(int(n), 1), inner.seed + 1 + g, inner.epoch) for g, n in enumerate(self._sizes)]
         first = np.searchsorted(self._group_of_batch, np.arange(len(self._sizes)))
-        while inner.position < len(self):
-            number = int(order(np.array([inner.position]))[0])
+
+        def make(position: int) -> Batch:
+            number = int(order(np.array([position]))[0])
             group = int(self._group_of_batch[number])
             start = (number - int(first[group])) * size
             rows = self._rows[self._starts[group] + within[group](np.arange(start, start + size))]
+            return replace(inner.batch(rows), group=group)
+
+        for batch in ahead(make, inner.position, len(self)):
             inner.position += 1
-            yield replace(inner.batch(rows), group=group)
+            yield batch
         inner.epoch, inner.position = inner.epoch + 1, 0

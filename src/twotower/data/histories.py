@@ -33,10 +33,12 @@ def gather_histories(
     ends = np.asarray(rows_end, dtype=np.int64)[:, None]
     starts = np.asarray(offsets)[rows_query][:, None]
     at = ends - length + np.arange(length)
-    inside = at >= starts
     if not len(item_codes):
         return np.full(at.shape, PAD, dtype=np.int64)
-    return np.where(inside, np.asarray(item_codes[np.where(inside, at, 0)]), PAD).astype(np.int64)
+    # Places before the first row are clipped to it, and padded over with the others that are before their query's.
+    history = np.asarray(item_codes).take(at, mode="clip").astype(np.int64)
+    np.copyto(history, PAD, where=at < starts)
+    return history
 
 
 def ragged_histories(offsets: Integers, items: Integers, rows: Integers, length: int) -> NDArray[np.int64]:
