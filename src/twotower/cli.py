@@ -268,7 +268,9 @@ def doctor(as_json: Json = False) -> None:
 def main() -> None:
     """Run the command line: exit code 0 done, 1 a failure of the program, 2 bad usage or bad input."""
     from twotower.errors import Interrupted  # noqa: PLC0415
+    from twotower.process import tune  # noqa: PLC0415
 
+    tune()  # before torch is imported and before the first large block is asked for
     try:
         app()
     except InputError as error:
