@@ -105,6 +105,7 @@ def fit(
     directory: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
+    say: Callable[[object], None] | None = None,
 ) -> Model:
     """Train a two-tower model.
 
@@ -114,6 +115,7 @@ def fit(
         directory: where checkpoints and logs go; a temporary folder where None.
         resume: go on from the last checkpoint in `directory`.
         progress: show a progress bar.
+        say: where the memory plan is told; nowhere where None.
 
     Returns:
         The model with its best weights.
@@ -122,14 +124,16 @@ def fit(
         InputError: a setting is wrong, or there is nothing to resume.
         Interrupted: Ctrl-C; a checkpoint was left in `directory`.
     """
-    from twotower.training import fit_towers  # noqa: PLC0415  # Lightning is slow to import, and only this needs it
+    # Lightning is slow to import, and only this needs it.
+    from twotower.training import check_tables, fit_towers, plan_memory  # noqa: PLC0415
 
     settings = config if isinstance(config, Config) else Config.load(config)
     if directory is None:
         with tempfile.TemporaryDirectory(prefix="twotower-") as temporary:
-            return fit(split, settings, directory=temporary, resume=resume, progress=progress)
+            return fit(split, settings, directory=temporary, resume=resume, progress=progress, say=say)
     settings = with_features(settings.resolved(len(split.train)), split.train)
     train, training = split.train, settings.training
+    check_tables(settings, train)
     # The seed decides the start, the order of the rows and the draws; the caller's generators are left as they were.
     with torch.random.fork_rng():
         torch.manual_seed(training.seed)
@@ -146,6 +150,8 @@ def fit(
         batches = TrainingBatches(train, int(training.batch_size), history_length=length, seed=training.seed)
         known = KnownPositives(train) if masks_known_positives(settings.objective) else None
         objective = build_objective(settings, train)
+        if say is not None:
+            say(plan_memory(settings, towers, objective, train))
         result = fit_towers(
             towers,
             objective,
@@ -305,7 +311,7 @@ def train_run(
     directory.mkdir(parents=True, exist_ok=True)
     if not resume:
         write_text(directory / "config.yaml", config.to_yaml())
-    model = fit(split, config, directory=directory, resume=resume, progress=progress)
+    model = fit(split, config, directory=directory, resume=resume, progress=progress, say=say)
     if resume:  # only now: settings that do not fit the checkpoint must not replace those that do
         write_text(directory / "config.yaml", config.to_yaml())
     say(_story(model, config))

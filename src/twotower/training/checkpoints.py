@@ -54,8 +54,11 @@ class SafeCheckpointIO(CheckpointIO):
 
 def _encode(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
     if isinstance(value, Tensor):
-        # A copy: safetensors refuses tensors that share memory, such as tied weights.
-        tensors[name] = value.detach().cpu().clone().contiguous()
+        own = value.detach().cpu().contiguous()
+        # safetensors refuses tensors that share memory, such as tied weights; a copy of all would double the tables.
+        place = own.untyped_storage().data_ptr()
+        is_shared = place != 0 and any(place == other.untyped_storage().data_ptr() for other in tensors.values())
+        tensors[name] = own.clone() if is_shared else own
         return {"tensor": name}
     if isinstance(value, dict):
         pairs = [[_encode(key, tensors, name), _encode(item, tensors, f"{name}.{key}")] for key, item in value.items()]

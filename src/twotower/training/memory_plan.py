@@ -1,0 +1,191 @@
+"""How much memory a training will need, computed from its settings before it begins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from twotower import machine
+from twotower.config import Config
+from twotower.data import Interactions
+from twotower.errors import InputError
+from twotower.losses import Objective
+from twotower.losses.tiling import tile_starts
+from twotower.negatives import CrossBatchMemory, InBatch
+from twotower.towers import TwoTower
+from twotower.training.optimizers import state_dtype
+
+#: Sizes of float32 and int64.
+F4, I8 = 4, 8
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a training holds, and what comes on top in its three moments, bytes by name.
+
+    Attributes:
+        held: from beginning to end.
+        step: on top of it in a training step.
+        ranking: on top of it when the catalog is ranked for a validation or a test.
+        saving: on top of it when the best weights are read back.
+        available: what the machine or the container has left; None where it does not tell.
+        mapped: of the prepared data, read from files as it is needed; the system takes it back when memory is short.
+    """
+
+    held: dict[str, int]
+    step: dict[str, int]
+    ranking: dict[str, int]
+    saving: dict[str, int]
+    available: int | None
+    mapped: int
+
+    @property
+    def peak(self) -> int:
+        """The most that this process will hold."""
+        return sum(self.held.values()) + max(sum(part.values()) for part in (self.step, self.ranking, self.saving))
+
+    @property
+    def needed(self) -> int:
+        """What is still to be asked of the system: the process and the tables are there already."""
+        return self.peak - self.held.get("process", 0) - self.held.get("tables", 0)
+
+    @property
+    def is_too_large(self) -> bool:
+        """Whether the machine has less than is needed."""
+        return self.available is not None and self.needed > self.available
+
+    def __str__(self) -> str:
+        """A few lines: what is held, the moments, the peak beside what is there, and what to do if it does not fit."""
+        lines = [f"memory: {size(self.peak)} at most, of which held throughout: {listed(self.held)}"]
+        for name, part in (("a step", self.step), ("ranking", self.ranking), ("reading back", self.saving)):
+            lines.append(f"  {name} adds {size(sum(part.values()))}: {listed(part)}")
+        if self.mapped:
+            lines.append(f"  the prepared data, {size(self.mapped)}, stays on disk and is read as needed")
+        if self.is_too_large and self.available is not None:
+            lines.append(
+                f"  WARNING: {size(self.needed)} more are needed and {size(self.available)} are there. Smaller: "
+                f"{'; '.join(self._advice())}"
+            )
+        return "\n".join(lines)
+
+    def _advice(self) -> list[str]:
+        advice = {
+            "optimizer state": "training.table_optimizer=rowwise-adagrad (a D-th of the state)",
+            "tables": "item_tower.table_precision=bfloat16 (half the tables), or a smaller item_tower.dimension",
+            "histories": "a smaller training.batch_size or query_tower.history.length",
+            "tile": "a smaller training.batch_size",
+        }
+        parts = {**self.held, **self.step}
+        largest = sorted((name for name in advice if parts.get(name)), key=lambda name: -parts[name])
+        return [advice[name] for name in largest[:3]] or ["a smaller item_tower.dimension"]
+
+
+def plan_memory(config: Config, towers: TwoTower, objective: Objective, data: Interactions) -> MemoryPlan:
+    """Compute a plan from the shapes of what was built; nothing is allocated.
+
+    What is in memory already, such as libraries, counts and what the split took from the data, is asked of the system.
+
+    Args:
+        config: the settings, without "auto" (`Config.resolved`).
+        towers: the model, in memory.
+        objective: its pool says how many candidates a batch has.
+        data: the training interactions.
+    """
+    found = machine.memory()
+    width, rows = config.item_tower.dimension, int(config.training.batch_size)
+    length = config.query_tower.history.length if config.query_tower.history else 0
+    tables = {id(m.weight): m.weight for m in towers.modules() if isinstance(m, nn.Embedding)}
+    sparse = {id(m.weight) for m in towers.modules() if isinstance(m, nn.Embedding) and m.sparse}
+    layers = [p for p in (*towers.parameters(), *objective.parameters()) if id(p) not in tables]
+    candidates, own = candidates_of(objective, rows, data.num_items)
+    embedded = min(rows + candidates, data.num_items)
+    in_tables = sum(table.nbytes for table in tables.values())
+    held = {
+        "process": max((found.resident or 0) - in_tables, 0),
+        "tables": in_tables,
+        "optimizer state": sum(_state(t, config.training.table_optimizer) for t in tables.values())
+        + sum(_state(p, "adam") for p in layers),
+    }
+    # Looked up, pooled and masked; then the gradient of what was looked up. A dense one is as large as its table.
+    of_history = rows * length * (3 * width * F4 + 4 * I8)
+    touched = min(embedded + rows * length, data.num_items) if length else embedded
+    step = {
+        "gradients": sum(p.nbytes for p in layers)
+        + sum(t.nbytes for key, t in tables.items() if key not in sparse)
+        + (2 * touched * width * F4 if sparse else 0),
+        "batch": rows * (3 + length) * I8,
+        "histories": of_history,
+        "embeddings": (6 * rows + 6 * embedded + 3 * rows * own) * width * F4,
+        "tile": _tile(rows, candidates + own),
+    }
+    catalog = data.num_items * width * F4
+    ranking = {"item embeddings": 2 * catalog, "index": catalog // 4}
+    saving = {"best weights": in_tables}
+    # What `select` took from the prepared data is in memory already, and so counted with the process.
+    return MemoryPlan(held, step, ranking, saving, found.available, _mapped(data))
+
+
+def check_tables(config: Config, data: Interactions) -> None:
+    """Refuse tables that do not fit before they are made: the system would end the process in the middle.
+
+    Raises:
+        InputError: the id tables and their optimizer state alone need more than there is.
+    """
+    available = machine.memory().available
+    query, item = config.query_tower, config.item_tower
+    separate = query.history is not None and not query.history.share_table
+    rows = data.num_items * (item.id_embedding + separate) + data.num_queries * query.id_embedding
+    each = 2 if item.table_precision == "bfloat16" else F4
+    state = F4 if config.training.table_optimizer == "rowwise-adagrad" else 2 * F4 * item.dimension
+    needed = rows * (item.dimension * each + state)
+    if available is not None and needed > available:
+        raise InputError(
+            f"item_tower.dimension: tables of {rows:,} rows and their optimizer state need {size(needed)}, "
+            f"{size(available)} are there; expected a smaller dimension, training.table_optimizer=rowwise-adagrad, or "
+            "item_tower.table_precision=bfloat16"
+        )
+
+
+def candidates_of(objective: Objective, rows: int, num_items: int) -> tuple[int, int]:
+    """(shared, of each row alone): how many candidates a batch has at most, copies of an item once where it may."""
+    shared, own = 0, 0
+    for source in objective.pool.members():
+        size = int(getattr(source, "size", 0))
+        if isinstance(source, InBatch):
+            shared += rows
+        elif isinstance(source, CrossBatchMemory):
+            shared += size or int(getattr(source, "capacity", 0))
+        elif getattr(source, "per_row", False):
+            own += size
+        else:
+            shared += size or num_items  # a source that says no size is the catalog
+    return (min(shared, num_items) if objective.merges_copies or objective.pool.unique else shared), own
+
+
+def _state(parameter: torch.Tensor, rule: str) -> int:
+    number = torch.empty((), dtype=state_dtype(parameter)).element_size()
+    return len(parameter) * number if rule == "rowwise-adagrad" else 2 * parameter.numel() * number
+
+
+def _tile(rows: int, width: int) -> int:
+    starts = tile_starts(rows, width, torch.empty(0))
+    return (starts[1] - starts[0]) * width * F4 if len(starts) > 1 else 0
+
+
+def _mapped(data: Interactions) -> int:
+    arrays = (data.item_codes, data.timestamps, data.weights, data.labels, data.groups)
+    return sum(array.nbytes for array in arrays if isinstance(array, np.memmap))
+
+
+def listed(parts: dict[str, int]) -> str:
+    """Every part that is worth a word, largest first."""
+    named = sorted(parts.items(), key=lambda part: -part[1])
+    return ", ".join(f"{name} {size(count)}" for name, count in named if count >= 1 << 20) or "less than 1 MiB"
+
+
+def size(count: int) -> str:
+    """Bytes as MiB or GiB."""
+    return f"{count / 2**30:.1f} GiB" if count >= 1 << 30 else f"{count / 2**20:.0f} MiB"
