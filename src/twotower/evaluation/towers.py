@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from twotower.data import Holdout, ragged_histories
+from twotower.evaluation.progress import SlowProgress
 from twotower.index import ExactIndex, Exclusion
 from twotower.towers import TwoTower
 
@@ -21,9 +22,18 @@ class TowerRanker:
         towers: the model; put into evaluation mode while it ranks.
         history_length: L, how many recent items the query tower looks at; 0 for a tower without a history.
         item_embeddings: [N, D], where they are at hand; computed otherwise.
+        progress: show a bar while a long ranking of a holdout runs.
     """
 
-    def __init__(self, towers: TwoTower, history_length: int, item_embeddings: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        towers: TwoTower,
+        history_length: int,
+        item_embeddings: Tensor | None = None,
+        *,
+        progress: bool = False,
+    ) -> None:
+        self.progress = progress
         self.towers = towers
         self.history_length = history_length
         self.item_embeddings = self._items() if item_embeddings is None else item_embeddings
@@ -32,7 +42,9 @@ class TowerRanker:
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> np.ndarray:
         """Best items of every query of a holdout, int64 [E, k], -1 where fewer are left."""
         histories = (holdout.history_offsets, holdout.history_items)
-        _, items = self.search(holdout.queries, histories, k, exclude=histories if exclude_seen else None)
+        queries, exclude = self.embed(holdout.queries, histories), histories if exclude_seen else None
+        with SlowProgress("ranking") as told:
+            _, items = self.index.search(queries, k, exclude, progress=told if self.progress else None)
         return items.cpu().numpy()
 
     def search(

@@ -16,7 +16,7 @@ from twotower.serving.artifact import Artifact
 def ranker_of(artifact: Artifact) -> TowerRanker:
     """The model's towers and its exact index."""
     history = artifact.config.query_tower.history
-    return TowerRanker(artifact.towers, history.length if history else 0, artifact.item_embeddings)
+    return TowerRanker(artifact.towers, history.length if history else 0, artifact.item_embeddings, progress=True)
 
 
 def dial_of(artifact: Artifact) -> PopularityDial:

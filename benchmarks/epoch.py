@@ -1,0 +1,260 @@
+"""An epoch of MovieLens-1M and its evaluation, in seconds, beside item-kNN and a plain PyTorch loop doing the same.
+
+    python benchmarks/epoch.py [--data ../shared/data/ml-1m-loo/sequences.parquet] [--epochs 3] [--json FILE]
+
+Ours: pooled history, B = 8192, D = 64, in-batch and 1,024 uniform candidates, duplicates removed, as `twotower train`
+runs it without Lightning (`TrainingBatches`, `batch_loss`, `TableOptimizer`), then `TowerRanker`. Plain: the same
+towers from the same start, at the same learning rate, as a competent user would write the rest: padded rows gathered
+by torch, a matrix of logits, log of the expected count subtracted, the row's own item masked among the other rows and
+the uniform draws, cross_entropy, dense Adam; the whole score matrix and `topk` to evaluate. The two take turns, an
+epoch each. Item-kNN is our baseline's: fit, then rank. The loader alone is timed over one more epoch. Ctrl-C ends it
+with what has been measured.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from twotower.build import build_objective, masks_known_positives
+from twotower.config import Config
+from twotower.data import Holdout, Interactions, KnownPositives, TrainingBatches
+from twotower.evaluation import ItemKNN
+from twotower.evaluation.metrics import hits, ndcg_at
+from twotower.evaluation.towers import TowerRanker
+from twotower.run import read_data, split_data
+from twotower.towers import TwoTower, build_towers
+from twotower.training import TableOptimizer, batch_loss, parameter_groups
+
+SEED, K, UNIFORM, LEARNING_RATE = 0, 10, 1024, 2e-3
+SETTINGS = [
+    "data.split=leave-last-out",
+    "training.batch_size=8192",
+    f"objective.sources=[{{in_batch: {{}}}}, {{uniform: {{size: {UNIFORM}}}}}]",
+]
+
+
+@dataclass
+class Contender:
+    """What one way has taken so far, an entry an epoch."""
+
+    train_seconds: list[float] = field(default_factory=list)
+    evaluation_seconds: list[float] = field(default_factory=list)
+    processor_seconds: list[float] = field(default_factory=list)
+    ndcg: list[float] = field(default_factory=list)
+
+
+def ndcg(ranked: np.ndarray, holdout: Holdout) -> float:
+    """Mean NDCG@10."""
+    found = hits(ranked, holdout.target_offsets, holdout.target_items)
+    return float(ndcg_at(found, np.diff(holdout.target_offsets), K).mean())
+
+
+class Ours:
+    """The library's own pieces."""
+
+    def __init__(self, config: Config, train: Interactions, towers: TwoTower) -> None:
+        self.towers, self.length = towers, config.query_tower.history.length if config.query_tower.history else 0
+        self.objective = build_objective(config, train)
+        self.batches = TrainingBatches(train, int(config.training.batch_size), history_length=self.length, seed=SEED)
+        self.known = KnownPositives(train) if masks_known_positives(config.objective) else None
+        model = torch.nn.ModuleList([towers, self.objective])
+        self.optimizer = TableOptimizer(parameter_groups(model, 0.0, lr=LEARNING_RATE), lr=LEARNING_RATE)
+
+    def epoch(self, steps: int) -> None:
+        """Train on so many batches."""
+        self.towers.train()
+        for number, batch in enumerate(self.batches, 1):
+            loss, _, _ = batch_loss(self.towers, self.objective, batch, self.known)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            progress("ours", number, steps)
+            if number == steps:
+                break
+
+    def rank(self, holdout: Holdout) -> np.ndarray:
+        """[E, K]."""
+        return TowerRanker(self.towers, self.length).rank(holdout, K, exclude_seen=True)
+
+
+class Plain:
+    """The same as a plain loop."""
+
+    def __init__(self, config: Config, train: Interactions, towers: TwoTower) -> None:
+        self.towers, self.length = towers, config.query_tower.history.length if config.query_tower.history else 0
+        self.batch_size, self.num_items = int(config.training.batch_size), train.num_items
+        self.items = torch.from_numpy(np.asarray(train.item_codes).astype(np.int64))
+        self.user = torch.from_numpy(np.asarray(train.query_codes()).astype(np.int64))
+        self.starts = torch.from_numpy(np.asarray(train.offsets).astype(np.int64))
+        self.log_p = (torch.bincount(self.items, minlength=self.num_items).double() / len(self.items)).log()
+        self.optimizer = torch.optim.Adam(towers.parameters(), lr=LEARNING_RATE)
+        self.back = torch.arange(self.length, 0, -1)
+
+    def history(self, user: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+        """[B, L], padded with -1."""
+        at = end[:, None] - self.back
+        return torch.where(at >= self.starts[user][:, None], self.items[at.clamp(min=0)], -1)
+
+    def epoch(self, steps: int) -> None:
+        """Train on so many batches."""
+        self.towers.train()
+        order = torch.randperm(len(self.items))
+        for number, rows in enumerate(order.split(self.batch_size)[:steps], 1):
+            positive, user = self.items[rows], self.user[rows]
+            candidates = torch.unique(torch.cat([positive, torch.randint(self.num_items, (UNIFORM,))]))
+            # Of B + U tries, how likely one brings the item: the correction of candidates without duplicates.
+            absent = self.batch_size * torch.log1p(-self.log_p.exp()) + UNIFORM * math.log1p(-1.0 / self.num_items)
+            log_kappa = torch.log(-torch.expm1(absent)).float()
+            query = self.towers.embed_queries(user, self.history(user, rows))
+            table = self.towers.embed_items(candidates)
+            temperature = self.towers.temperature
+            logits = query @ table.T / temperature - log_kappa[candidates]
+            logits = logits.masked_fill(candidates == positive[:, None], -torch.inf)
+            own = (query * self.towers.embed_items(positive)).sum(1, keepdim=True) / temperature
+            target = torch.zeros(len(rows), dtype=torch.int64)
+            loss = F.cross_entropy(torch.cat([own, logits], 1), target)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            progress("plain", number, steps)
+
+    @torch.no_grad()
+    def rank(self, holdout: Holdout) -> np.ndarray:
+        """[E, K], from the whole matrix of scores."""
+        self.towers.eval()
+        offsets = torch.from_numpy(holdout.history_offsets)
+        items = torch.from_numpy(holdout.history_items.astype(np.int64))
+        at = offsets[1:, None] - self.back
+        history = torch.where(at >= offsets[:-1, None], items[at.clamp(min=0)], -1)
+        queries = self.towers.embed_queries(torch.from_numpy(holdout.queries), history)
+        scores = queries @ self.towers.embed_items(torch.arange(self.num_items)).T
+        row = torch.repeat_interleave(torch.arange(len(holdout)), offsets.diff())
+        scores[row, items] = -torch.inf
+        return scores.topk(K, dim=1).indices.numpy()
+
+
+def progress(name: str, step: int, steps: int) -> None:
+    """One line on a terminal."""
+    if sys.stderr.isatty():
+        end = "\n" if step == steps else ""
+        sys.stderr.write(f"\r{name}: step {step} of {steps} {end}")
+
+
+def run(name: str, way: Ours | Plain, taken: Contender, holdout: Holdout, steps: int) -> None:
+    """An epoch and its evaluation."""
+    began, cpu = time.perf_counter(), time.process_time()
+    way.epoch(steps)
+    trained = time.perf_counter()
+    score = ndcg(way.rank(holdout), holdout)
+    taken.evaluation_seconds.append(time.perf_counter() - trained)
+    taken.train_seconds.append(trained - began)
+    taken.processor_seconds.append(time.process_time() - cpu)
+    taken.ndcg.append(score)
+    print(
+        f"{name:<6} epoch {len(taken.ndcg)}: {taken.train_seconds[-1]:7.1f} s, evaluation "
+        f"{taken.evaluation_seconds[-1]:6.2f} s, NDCG@{K} {score:.4f}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Measure and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="../shared/data/ml-1m-loo/sequences.parquet")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=None, help="of an epoch; all where left out")
+    parser.add_argument("--json", type=Path, default=None)
+    arguments = parser.parse_args()
+    config = Config.load(None, SETTINGS)
+    split = split_data(read_data(arguments.data, config.data), config.data)
+    train, test = split.train, split.test
+    config = config.resolved(len(train))
+    torch.manual_seed(SEED)
+    ours_towers, plain_towers = (
+        build_towers(config, num_queries=train.num_queries, num_items=train.num_items) for _ in range(2)
+    )
+    plain_towers.load_state_dict(ours_towers.state_dict())
+    ours, plain = Ours(config, train, ours_towers), Plain(config, train, plain_towers)
+    steps = min(arguments.steps or len(ours.batches), len(ours.batches))
+    rows = steps * ours.batches.batch_size
+    print(f"{len(train):,} rows, {steps} steps of {ours.batches.batch_size:,}; {len(test):,} test queries", flush=True)
+
+    taken = {"ours": Contender(), "plain": Contender()}
+    results: dict[str, object] = {"epochs": taken, "rows_of_an_epoch": rows}
+    try:
+        began = time.perf_counter()
+        knn = ItemKNN(train)
+        fitted = time.perf_counter()
+        score = ndcg(np.asarray(knn.rank(test, K, exclude_seen=True)), test)
+        results["item_knn"] = {
+            "fit_seconds": round(fitted - began, 3),
+            "rank_seconds": round(time.perf_counter() - fitted, 3),
+            "ndcg": score,
+        }
+        print(f"item-kNN: {results['item_knn']}", flush=True)
+        for _ in range(arguments.epochs):
+            run("ours", ours, taken["ours"], test, steps)
+            run("plain", plain, taken["plain"], test, steps)
+        began, cpu = time.perf_counter(), time.process_time()
+        loader = TrainingBatches(train, ours.batches.batch_size, history_length=ours.length, seed=SEED + 1)
+        for number, _ in enumerate(loader, 1):
+            if number == steps:
+                break
+        seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
+        step_cpu = statistics.median(taken["ours"].processor_seconds)
+        results["loader"] = {
+            "rows_per_second": round(rows / seconds),
+            "times_faster_than_the_step": round(statistics.median(taken["ours"].train_seconds) / seconds, 1),
+            "processor_share_of_an_epoch": round(cpu_seconds / step_cpu, 3),
+        }
+        print(f"loader alone: {results['loader']}")
+        ratio = [
+            (p + q) / (o + e)
+            for o, e, p, q in zip(
+                taken["ours"].train_seconds,
+                taken["ours"].evaluation_seconds,
+                taken["plain"].train_seconds,
+                taken["plain"].evaluation_seconds,
+                strict=True,
+            )
+        ]
+        results["plain_over_ours"] = round(statistics.median(ratio), 2)
+        print(f"plain / ours, epoch with evaluation: {results['plain_over_ours']}")
+    except KeyboardInterrupt:
+        results["interrupted"] = True
+        print("interrupted; what was measured so far is kept")
+    if arguments.json:
+        results["epochs"] = {name: asdict(value) for name, value in taken.items()}
+        report = {
+            "benchmark": "epoch",
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seed": SEED,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+            "machine": {
+                "processor": platform.machine(),
+                "threads": torch.get_num_threads(),
+                "load": os.getloadavg()[0],
+            },
+            "settings": SETTINGS,
+            "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+            **results,
+        }
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
