@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twotower.data import Batch
-from twotower.losses import SampledSoftmax
+from twotower.losses import Embedded, SampledSoftmax
 from twotower.negatives import CountedFrequency, InBatch, Pool
 from twotower.training import TableOptimizer, batch_loss
 
@@ -197,20 +197,17 @@ def measure(settings: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def loss_memory(rows: int, *, unique: bool, merged: bool) -> float:
+def loss_memory(rows: int, *, unique: bool) -> float:
     """MiB by which the resident size grows, at most, while the loss and its gradients are computed."""
     rng = torch.Generator().manual_seed(SEED)
     items = torch.multinomial(zipf(), rows, replacement=True, generator=rng)
     objective = SampledSoftmax(Pool(InBatch(CountedFrequency(zipf())), unique=unique))
-    objective.merges_copies = merged
     known = Known(zipf(), rng)
     query = F.normalize(torch.randn(rows, D, generator=rng), dim=1).requires_grad_()
     torch.mm(query.detach()[:64], query.detach()[:64].T)
     drawn = objective.draw(items, known_positives=known.pairs(items))
     table = F.normalize(torch.randn(rows, D, generator=rng), dim=1)
     positive, candidates = table.clone().requires_grad_(), table[: len(drawn.items)].clone().requires_grad_()
-    from twotower.losses import Embedded  # noqa: PLC0415
-
     embedded = Embedded(query, positive, candidates)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
@@ -243,12 +240,8 @@ def main() -> None:
     if settings.tuned and os.environ.get("MALLOC_MMAP_THRESHOLD_") != TUNED["MALLOC_MMAP_THRESHOLD_"]:
         sys.exit(subprocess.run([sys.executable, *sys.argv], env={**os.environ, **TUNED}, check=False).returncode)
     if settings.memory:
-        result: dict[str, Any] = {
-            "kept": loss_memory(settings.rows, unique=False, merged=True),
-            "kept, copies not merged": loss_memory(settings.rows, unique=False, merged=False),
-        }
-        for name, mib in result.items():
-            print(f"{name:28} {mib:8.1f} MiB beyond its inputs, B = {settings.rows}")
+        result: dict[str, Any] = {"kept": loss_memory(settings.rows, unique=False)}
+        print(f"{result['kept']:.1f} MiB beyond its inputs, B = {settings.rows}")
     else:
         result = measure(settings)
         for name, row in result.items():
