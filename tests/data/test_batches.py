@@ -32,6 +32,7 @@ def interactions(n: int, queries: int = 9, seed: int = 0) -> Interactions:
     )
 
 
+@settings(deadline=None)
 @given(st.integers(0, 6), st.integers(0, 10**6))
 def test_histories_are_what_the_loops_say(length: int, seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -39,7 +39,7 @@ class AliasTable(nn.Module):
         """Independent draws, int64 codes of shape `size`."""
         drawn = torch.empty(size, dtype=torch.int64, device=self.packed.device)
         flat = drawn.view(-1)
-        for part in flat.split(_BLOCK if flat.device.type == "cpu" else max(len(flat), 1)):
+        for part in torch.split(flat, _BLOCK if flat.device.type == "cpu" else max(len(flat), 1)):
             self._fill(part.random_(generator=generator))
         return drawn
 
