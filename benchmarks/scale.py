@@ -1,6 +1,6 @@
-"""Step time and memory against the size of the catalog and of the batch, and what the optimizer adds to a step.
+"""Step time and memory against the size of the catalog and of the batch.
 
-    python benchmarks/scale.py [--parts catalogs,batches,optimizers] [--threads 2] [--json FILE] [--plot docs/scale.svg]
+    python benchmarks/scale.py [--parts catalogs,batches] [--threads 2] [--json FILE] [--plot docs/scale.svg]
 
 A step is the whole of it: towers (one table of queries, one of items), in-batch candidates with correction and masks,
 loss, backward, row-wise Adagrad on the tables. Catalogs differ in N alone: the same ranks, drawn by Zipf's law, stand
@@ -14,25 +14,21 @@ alone, forward and backward, on the distinct items, in tiles.
 
 import argparse
 import json
-import os
-import platform
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from rounds import apply, bound, how, milliseconds, options, ratio, rounds_of
+from scale_plot import plot
 
-from twotower import machine, process
+from twotower import machine
 from twotower.data import Batch
 from twotower.losses.objectives import SampledSoftmax
 from twotower.negatives import CountedFrequency, InBatch, Pool
-from twotower.towers import EmbeddingTable, ItemTower, QueryTower, TwoTower
+from twotower.towers import ItemTower, QueryTower, TwoTower
 from twotower.training import TableOptimizer, batch_loss
 from twotower.training.optimizers import parameter_groups
 
@@ -107,43 +103,16 @@ def products(rows: int, distinct: int) -> Callable[[], None]:
     return multiply
 
 
-#: What is read before and after a call; `--clock cpu` for a busy machine.
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-_clock = {"read": CLOCKS["wall"]}
-
-
-def seconds(call: Callable[[], object]) -> float:
-    """Time of one call, by the clock chosen."""
-    read = _clock["read"]
-    start = read()
-    call()
-    return read() - start
-
-
-def rounds_of(calls: dict[str, Callable[[], Callable[[], object]]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call in each round; the first round warms up and does not count. Preparing is not timed."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name, prepare in calls.items():
-            taken = seconds(prepare())
-            if turn:
-                times[name].append(taken)
-    return times
-
-
-def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Median of the ratios within a round."""
-    return round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 3)
-
-
-def milliseconds(times: Sequence[float]) -> float:
-    """Median, in thousandths of a second."""
-    return round(statistics.median(times) * 1000, 2)
-
-
 def peak(num_items: int, rows: int, num_ranks: int) -> float:
     """MiB that a process of its own held at most for this model and its steps."""
-    command = [sys.executable, __file__, "--one", f"{num_items},{rows},{num_ranks}", "--threads", str(threads())]
+    command = [
+        sys.executable,
+        __file__,
+        "--one",
+        f"{num_items},{rows},{num_ranks}",
+        "--threads",
+        str(torch.get_num_threads()),
+    ]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -156,19 +125,14 @@ def one(num_items: int, rows: int, num_ranks: int) -> None:
     print(((machine.peak_memory() or 0) - before) / 2**20)
 
 
-def threads() -> int:
-    """Threads of torch."""
-    return torch.get_num_threads()
-
-
-def catalogs(rounds: int, rows: int = 8192) -> list[dict[str, Any]]:
+def catalogs(rounds: int, *, rows: int = 8192, with_memory: bool = True) -> list[dict[str, Any]]:
     """Step time and memory at each N."""
     steps = {n: Step(n, rows, CATALOGS[0]) for n in CATALOGS}
     calls: dict[str, Callable[[], Callable[[], object]]] = {}
     for n, step in steps.items():
-        calls[f"whole {n}"] = lambda step=step: _bound(step.whole, step.batch())  # type: ignore[misc]
+        calls[f"whole {n}"] = lambda step=step: bound(step.whole, step.batch())  # type: ignore[misc]
     for n, step in steps.items():
-        calls[f"tables {n}"] = lambda step=step: _bound(step.tables, step.batch())  # type: ignore[misc]
+        calls[f"tables {n}"] = lambda step=step: bound(step.tables, step.batch())  # type: ignore[misc]
     steps[CATALOGS[0]].batch()
     multiply = products(rows, steps[CATALOGS[0]].distinct)
     calls["products"] = lambda: multiply
@@ -192,29 +156,32 @@ def catalogs(rounds: int, rows: int = 8192) -> list[dict[str, Any]]:
         )
     del steps, step, calls
     for row in found:
-        row["peak_mib"] = round(peak(int(row["items"]), rows, base), 1)
+        if with_memory:
+            row["peak_mib"] = round(peak(int(row["items"]), rows, base), 1)
         row["tables_mib"] = round((int(row["items"]) + NUM_QUERIES) * (D + 1) * 4 / 2**20, 1)
         print(row, flush=True)
     return found
 
 
-def batches(rounds: int, num_items: int = 10**6, largest: int = BATCHES[-1]) -> list[dict[str, Any]]:
+def batches(
+    rounds: int, *, num_items: int = 10**6, largest: int = BATCHES[-1], with_memory: bool = True
+) -> list[dict[str, Any]]:
     """Step time and memory at each B. Every size is timed beside its own products."""
     step = Step(num_items, BATCHES[0], num_items)
-    found = []
+    found: list[dict[str, Any]] = []
     for rows in (size for size in BATCHES if size <= largest):
         step.rows = rows
         step.batch()
         multiply = products(rows, step.distinct)
         times = rounds_of(
             {
-                "whole": lambda: _bound(step.whole, step.batch()),
+                "whole": lambda: bound(step.whole, step.batch()),
                 "products": lambda multiply=multiply: multiply,  # type: ignore[misc]
-                "tables": lambda: _bound(step.tables, step.batch()),
+                "tables": lambda: bound(step.tables, step.batch()),
             },
             rounds,
         )
-        row = {
+        row: dict[str, Any] = {
             "rows": rows,
             "items": num_items,
             "distinct": step.distinct,
@@ -222,130 +189,37 @@ def batches(rounds: int, num_items: int = 10**6, largest: int = BATCHES[-1]) -> 
             "products_ms": milliseconds(times["products"]),
             "step_over_products": ratio(times["whole"], times["products"]),
             "tables_over_step": ratio(times["tables"], times["whole"]),
-            "peak_mib": round(peak(num_items, rows, num_items), 1),
         }
+        if with_memory:
+            row["peak_mib"] = round(peak(num_items, rows, num_items), 1)
         print(row, flush=True)
         found.append(row)
     return found
-
-
-def optimizers(rounds: int, rows: int = 8192) -> list[dict[str, Any]]:
-    """Look-up, backward and update of one table of a million rows, ids with duplicates, by each optimizer."""
-    step = Step(10**4, rows, 10**4)
-    step.codes, num_items = torch.randperm(10**6)[: 10**4], 10**6
-    upstream = torch.randn(rows, D)
-    pairs: dict[str, tuple[nn.Embedding, torch.optim.Optimizer]] = {}
-    for name, sparse, make in (
-        ("twotower adam", True, lambda p: TableOptimizer(p, lr=1e-3)),
-        ("twotower rowwise-adagrad", True, lambda p: TableOptimizer(p, lr=1e-2, rule="rowwise-adagrad")),
-        ("torch SparseAdam", True, lambda p: torch.optim.SparseAdam(p, lr=1e-3)),
-        ("torch Adagrad, sparse", True, lambda p: torch.optim.Adagrad(p, lr=1e-2)),
-        ("torch AdamW, dense", False, lambda p: torch.optim.AdamW(p, lr=1e-3)),
-    ):
-        table = EmbeddingTable(num_items, D)
-        table.sparse = sparse
-        pairs[name] = table, make(list(table.parameters()))
-
-    def update(table: nn.Embedding, optimizer: torch.optim.Optimizer, items: Tensor) -> None:
-        optimizer.zero_grad()
-        table(items).backward(upstream)
-        optimizer.step()
-
-    times = rounds_of(
-        {
-            name: lambda pair=pair: _bound(update, *pair, step.batch().items)  # type: ignore[misc]
-            for name, pair in pairs.items()
-        },
-        rounds,
-    )
-    found = []
-    for name, (embedding, optimizer) in pairs.items():
-        state = sum(v.nbytes for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor))
-        row = {
-            "optimizer": name,
-            "ms": milliseconds(times[name]),
-            "over_rowwise_adagrad": ratio(times[name], times["twotower rowwise-adagrad"]),
-            "state_over_table": round(state / embedding.weight.nbytes, 3),
-        }
-        print(row, flush=True)
-        found.append(row)
-    return found
-
-
-def _bound(call: Callable[..., object], *arguments: Any) -> Callable[[], object]:
-    return lambda: call(*arguments)
-
-
-def plot(results: dict[str, Any], path: Path) -> None:
-    """Time and memory against N and against B, as SVG."""
-    import matplotlib as mpl  # noqa: PLC0415
-
-    mpl.use("Agg")
-    mpl.rcParams["svg.hashsalt"] = "scale"
-    from matplotlib import pyplot as plt  # noqa: PLC0415
-
-    parts = [(results["catalogs"], "items", "catalog size N"), (results["batches"], "rows", "batch size B")]
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained", sharex="col")
-    for column, (rows, key, label) in enumerate(parts):
-        at = [row[key] for row in rows]
-        axes[0, column].plot(at, [row["step_ms"] for row in rows], "o-", color="#33566e", label="whole step")
-        limit = [row["step_ms"] / row["step_over_products"] for row in rows]
-        axes[0, column].plot(at, limit, "s--", color="#b5651d", label="matrix products alone")
-        axes[1, column].plot(at, [row["peak_mib"] for row in rows], "o-", color="#33566e", label="peak memory")
-        if key == "items":
-            own = [row["tables_mib"] for row in rows]
-            axes[1, column].plot(at, own, "s--", color="#b5651d", label="tables and their state")
-        axes[0, column].set(xscale="log", yscale="log", ylabel="ms per step")
-        axes[1, column].set(xscale="log", yscale="log", xlabel=label, ylabel="MiB")
-        for axis in axes[:, column]:
-            axis.grid(alpha=0.3, which="both")
-            axis.legend(frameon=False)
-        if key == "items":
-            axes[0, column].set_ylim(min(limit) / 3, max(row["step_ms"] for row in rows) * 3)
-    axes[0, 0].set_title(f"B = {parts[0][0][0]['rows']:,}, the same distinct items at every N")
-    axes[0, 1].set_title(f"N = {parts[1][0][0]['items']:,}")
-    figure.savefig(path, metadata={"Date": None})
-    print(f"wrote {path}")
 
 
 def main() -> None:
     """Measure the parts asked for; results of others in the JSON file are kept."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", default="catalogs,batches,optimizers")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser = options(__doc__.splitlines()[0])
+    parser.add_argument("--parts", default="catalogs,batches", help="may be empty, to plot what is there")
     parser.add_argument("--largest-batch", type=int, default=BATCHES[-1])
-    parser.add_argument("--threads", type=int, default=machine.cores())
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time; wants --threads 1")
-    parser.add_argument("--json", type=Path, default=None, help="where to write the results")
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="also measure peaks")
     parser.add_argument("--plot", type=Path, default=None, help="where to draw the results in --json")
     parser.add_argument("--one", default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    tuning = process.tune()
-    _clock["read"] = CLOCKS[arguments.clock]
-    torch.set_num_threads(arguments.threads)
+    apply(arguments)
     if arguments.one:
         one(*(int(part) for part in arguments.one.split(",")))
         return
     measure: dict[str, Callable[[], list[dict[str, Any]]]] = {
-        "catalogs": lambda: catalogs(arguments.rounds),
-        "batches": lambda: batches(arguments.rounds, largest=arguments.largest_batch),
-        "optimizers": lambda: optimizers(arguments.rounds),
+        "catalogs": lambda: catalogs(arguments.rounds, with_memory=arguments.memory),
+        "batches": lambda: batches(arguments.rounds, largest=arguments.largest_batch, with_memory=arguments.memory),
     }
     report: dict[str, Any] = {"benchmark": "scale", "seed": SEED, "dimension": D}
     if arguments.json and arguments.json.exists():
         report = json.loads(arguments.json.read_text())
     for part in filter(None, arguments.parts.split(",")):
         report[part] = measure[part]()
-        report.setdefault("how", {})[part] = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "rounds": arguments.rounds,
-            "threads": threads(),
-            "clock": arguments.clock,
-            "load": round(os.getloadavg()[0], 1),
-            "kept_below": tuning.kept_below,
-            "huge_pages": machine.huge_pages(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        }
+        report.setdefault("how", {})[part] = how(arguments)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -11,6 +11,7 @@ from torch import nn
 from twotower import machine
 from twotower.config import Config
 from twotower.data import Interactions
+from twotower.data.prefetching import DEPTH
 from twotower.errors import InputError
 from twotower.losses import Objective
 from twotower.losses.tiling import tile_starts
@@ -110,13 +111,14 @@ def plan_memory(config: Config, towers: TwoTower, objective: Objective, data: In
         + sum(_state(p, "adam") for p in layers),
     }
     # Looked up, pooled and masked; then the gradient of what was looked up. A dense one is as large as its table.
-    of_history = rows * length * (3 * width * F4 + 4 * I8)
+    at_once = min(rows, int(config.training.micro_batch or rows))
+    of_history = at_once * length * (3 * width * F4 + 4 * I8)
     touched = min(embedded + rows * length, data.num_items) if length else embedded
     step = {
         "gradients": sum(p.nbytes for p in layers)
         + sum(t.nbytes for key, t in tables.items() if key not in sparse)
         + (2 * touched * width * F4 if sparse else 0),
-        "batch": rows * (3 + length) * I8,
+        "batch": (1 + DEPTH) * rows * (3 + length) * I8,
         "histories": of_history,
         "embeddings": (6 * rows + 6 * embedded + 3 * rows * own) * width * F4,
         "tile": _tile(rows, candidates + own),
