@@ -27,6 +27,9 @@ demo: install
 	@echo "  $(BIN)/twotower recommend demo/movielens-100k --history 50,181,172"
 	@echo "  $(BIN)/twotower evaluate demo/movielens-100k --json"
 	@echo "  $(BIN)/twotower train YOUR.parquet --out my-model"
+	@echo
+	@echo "And look at it: start the service, open http://127.0.0.1:8000/ in a browser, stop it with Ctrl-C."
+	@echo "  $(BIN)/twotower serve demo/movielens-100k"
 
 test: install
 	$(BIN)/pytest

@@ -18,7 +18,7 @@ SETTINGS = ["item_tower.dimension=16", "query_tower.history.length=10"]
 TOKEN = "a-token-of-some-length"
 
 
-def drawn(data, folder: Path, seed: int = 0) -> Path:
+def drawn(data, folder: Path, seed: int = 0, table=None, **metadata) -> Path:
     """A model with weights as they were drawn, written to a folder: what it answers is as good as any to compare."""
     config = Config.load(None, SETTINGS)
     torch.manual_seed(seed)
@@ -34,10 +34,11 @@ def drawn(data, folder: Path, seed: int = 0) -> Path:
         items=data.items,
         history_offsets=data.offsets,
         history_items=data.item_codes,
-        item_table=data.item_table,
+        item_table=data.item_table if table is None else table,
         metadata={
             "data": {"source": "/somewhere/else/purchases.csv", "account": data.account.to_dict()},
             "training": {"epochs": 0},
+            **metadata,
         },
     )
     return model.save(folder)

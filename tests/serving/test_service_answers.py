@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from serving.service_models import client, drawn
 
+from serving.service_models import client, drawn
 from twotower.serving import Retriever
 from twotower.serving.service.atlas import Atlas, principal
 from twotower.serving.service.batching import Batcher
@@ -109,7 +109,7 @@ def test_items_histories_and_queries(service, retriever):
 
 
 def test_the_map_puts_alike_items_together():
-    """Ten clusters: an item's nearest on the map are nearly always of its own, far more often than in two components."""
+    """Ten clusters: an item's nearest on the map are nearly always of its own, unlike in two principal components."""
     torch.manual_seed(0)
     cluster = torch.arange(300) % 10
     embeddings = torch.randn(10, 32)[cluster] + 0.6 * torch.randn(300, 32)

@@ -6,12 +6,11 @@ import socket
 import time
 
 import pytest
-from serving.service_models import TOKEN, client, drawn, listening
 
+from serving.service_models import TOKEN, client, drawn, listening
 from twotower.errors import InputError
 from twotower.serving.app import ServiceSettings, create_app
 from twotower.serving.service import settings
-from twotower.serving.service.answering import RecommendKey
 from twotower.serving.service.logs import JsonLines
 
 
@@ -135,8 +134,8 @@ def test_a_hostile_address_or_header_gets_the_right_4xx(service, method, path, h
 
 
 def test_a_token_is_asked_for_everywhere_but_where_nothing_is_told(guarded):
-    for headers in ({"Authorization": ""}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {TOKEN}"},
-                    {"Authorization": f"Bearer {TOKEN}x"}, {"Authorization": "Bearer \xe4".encode("latin-1")}):  # fmt: skip
+    for given in ("", "Bearer wrong", f"Basic {TOKEN}", f"Bearer {TOKEN}x", TOKEN, "Bearer \xe4".encode("latin-1")):
+        headers = {"Authorization": given}
         answer = guarded.post("/recommend", json=U, headers=headers)
         told(answer, 401)
         assert answer.headers["www-authenticate"] == "Bearer"
@@ -147,7 +146,7 @@ def test_a_token_is_asked_for_everywhere_but_where_nothing_is_told(guarded):
     for path in ("/", "/static/page.js", "/healthz", "/readyz", "/openapi.json"):
         assert guarded.get(path, headers=bare).status_code == 200
     assert guarded.post("/recommend", json=U).status_code == 200
-    assert guarded.post("/reload", json={}).json()["models"] == {"requests0": "unchanged"} or True
+    assert list(guarded.post("/reload", json={}).json()["models"].values()) == ["unchanged"]
 
 
 def test_every_answer_says_that_nothing_comes_from_elsewhere(service):
@@ -204,7 +203,7 @@ def test_what_never_becomes_a_request(folder):
     post = b"POST /recommend HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     with listening(app) as address:
         assert b" 400 " in raw(address, b"\x16\x03\x01 no http\r\n\r\n")
-        assert b" 400 " in raw(address, b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX: " + b"a" * 40_000) or True
+        assert b" 400 " in raw(address, b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX: " + b"a" * 40_000)
         assert b" 400 " in raw(address, b"GET /" + b"a" * 40_000)
         chunk = b"1000\r\n" + b" " * 4096 + b"\r\n"
         assert b" 413 " in raw(address, post + b"Transfer-Encoding: chunked\r\n\r\n" + 17 * chunk)
@@ -232,7 +231,3 @@ def test_only_this_machines_names_where_bound_to_it():
     assert settings.allowed_hosts("0.0.0.0", ()) is None
     assert settings.allowed_hosts("0.0.0.0", ("a.example",)) == ("0.0.0.0", "a.example")
     assert not settings.is_loopback("10.0.0.1") and settings.is_loopback("::1")
-
-
-def test_the_keys_of_batches_know_their_kind():
-    assert RecommendKey._fields[0] == "kind"  # metrics are told by it

@@ -13,7 +13,7 @@ from twotower.serving.service.model import ServedModel
 AUDIT = "audit.json"
 
 _LARGEST_AUDIT = 4 * 1024 * 1024
-_FOLDERS = re.compile(r"(?<![\w.:])/(?:[^\s/'\"]+/)+")
+_FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^\s/'\"]+/)+")
 
 
 def card(model: ServedModel) -> dict[str, Any]:

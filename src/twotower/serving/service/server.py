@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 from collections.abc import Callable
@@ -45,7 +46,9 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
+    """A web server that says where it listens: `opened(address)`."""
+
     def __init__(self, config: uvicorn.Config, opened: Callable[[str], None] | None) -> None:
         super().__init__(config)
         self._opened = opened
@@ -58,19 +61,15 @@ class _Server(uvicorn.Server):
             self._opened(f"http://{f'[{host}]' if ':' in host else host}:{port}/")
 
 
-def run(app: Any, *, host: str, port: int, opened: Callable[[str], None] | None = None) -> None:
-    """Serve an ASGI application until SIGINT or SIGTERM.
+def server(app: Any, *, host: str, port: int, opened: Callable[[str], None] | None = None) -> Server:
+    """A web server for an ASGI application.
 
     Args:
         app: the application.
         host: address to listen on.
         port: port; 0 for any free one.
         opened: called with the address of the page once it can be asked.
-
-    Raises:
-        InputError: the address is taken or is not one of this machine's.
     """
-    _check(host, port)
     config = uvicorn.Config(
         app,
         host=host,
@@ -80,16 +79,27 @@ def run(app: Any, *, host: str, port: int, opened: Callable[[str], None] | None 
         log_config=None,
         access_log=False,
         server_header=False,
-        date_header=True,
         proxy_headers=False,
         timeout_graceful_shutdown=GRACE,
         timeout_keep_alive=KEEP_ALIVE,
     )
-    _Server(config, opened).run()
+    return Server(config, opened)
+
+
+def run(app: Any, *, host: str, port: int, opened: Callable[[str], None] | None = None) -> None:
+    """Serve an ASGI application until SIGINT or SIGTERM; see `server`.
+
+    Raises:
+        InputError: the address is taken or is not one of this machine's.
+    """
+    _check(host, port)
+    # Ctrl-C is raised once more after everything has ended in order; nobody needs to hear of it again.
+    with contextlib.suppress(KeyboardInterrupt):
+        server(app, host=host, port=port, opened=opened).run()
 
 
 def _check(host: str, port: int) -> None:
-    """Find out before the models are asked for whether the address can be had."""
+    """Say in one line that an address cannot be had; the server would only log it."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as one:

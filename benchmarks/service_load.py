@@ -1,0 +1,248 @@
+"""The service under load: requests per second, latencies, memory over minutes, and models swapped meanwhile.
+
+    python benchmarks/service_load.py MODEL_DIR --parts load,swaps,soak --json benchmarks/results/service_load.json
+
+`twotower serve` runs as a process of its own on this machine, and wrk (Debian: apt-get install wrk) asks it over
+loopback for the ten best items of queries drawn at random. Beside it, in the same run, /healthz: what the web server
+alone can do. wrk counts answers that are not 2xx and connections that break; the benchmark fails when there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from twotower.serving.artifact import Artifact, library_versions
+
+LUA = """
+local ids = {%s}
+function init(args) math.randomseed(tonumber(args[1]) or 0) end
+function request()
+  local body = '{"query_id": "' .. ids[math.random(#ids)] .. '", "k": 10}'
+  return wrk.format("POST", "/recommend", {["Content-Type"] = "application/json"}, body)
+end
+"""
+
+
+@contextmanager
+def service(folder: Path, *options: str) -> Iterator[str]:
+    """`twotower serve` in a process of its own; gives its address."""
+    command = [sys.executable, "-m", "twotower.cli", "serve", str(folder), "--port", "0", "--log-level", "warning"]
+    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if found := re.search(r"http://\S+/", line):
+                break
+        else:
+            raise RuntimeError(f"the service ended with {process.wait()}")
+        try:
+            yield found.group()
+        finally:
+            process.terminate()
+            if process.wait(30) not in (0, -15):  # ended in order, then by the signal once more
+                raise RuntimeError(f"the service ended with {process.returncode}")
+
+
+def load(address: str, script: Path | None, connections: int, seconds: float, seed: int) -> dict[str, Any]:
+    """One run of wrk."""
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--latency", "--timeout", "10s"]
+    if script is not None:
+        command += ["-s", str(script), address, "--", str(seed)]
+    else:
+        command += [f"{address}healthz"]
+    before = metrics(address)["process_cpu_seconds_total"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    spent = metrics(address)["process_cpu_seconds_total"] - before
+    latency = {name: milliseconds(*re.search(rf"{name}\s+([\d.]+)(\w+)", text).groups())  # type: ignore[union-attr]
+               for name in ("50%", "90%", "99%")}  # fmt: skip
+    failed = 0
+    if found := re.search(r"Non-2xx or 3xx responses: (\d+)", text):
+        failed += int(found.group(1))
+    if found := re.search(r"Socket errors: connect (\d+), read (\d+), write (\d+), timeout (\d+)", text):
+        failed += sum(map(int, found.groups()))
+    total = int(re.search(r"(\d+) requests in", text).group(1))  # type: ignore[union-attr]
+    rate = float(re.search(r"Requests/sec:\s+([\d.]+)", text).group(1))  # type: ignore[union-attr]
+    return {
+        "connections": connections,
+        "requests": total,
+        "failed": failed,
+        "per_second": rate,
+        # What the service itself used: unlike the rate, it does not depend on what else the machine does.
+        "cpu_milliseconds_per_request": round(1000 * spent / total, 3) if total else None,
+        "milliseconds": latency,
+    }
+
+
+def milliseconds(value: str, unit: str) -> float:
+    """A time as wrk writes it."""
+    return float(value) * {"us": 0.001, "ms": 1.0, "s": 1000.0}[unit]
+
+
+def metrics(address: str) -> dict[str, float]:
+    """Values of /metrics without labels, and counts of batches."""
+    with urllib.request.urlopen(f"{address}metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+
+def replaced(folder: Path, other: Path) -> None:
+    """Another model takes the folder's place, whole, by renaming."""
+    beside, old = folder.with_name("beside"), folder.with_name("old")
+    shutil.copytree(other, beside)
+    folder.rename(old)
+    beside.rename(folder)
+    shutil.rmtree(old)
+
+
+def run_load(address: str, script: Path, rounds: int, seconds: float) -> dict[str, Any]:
+    """Rounds of each number of connections, interleaved with the web server alone; medians."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for seed in range(rounds):
+        for connections in (1, 16, 64):
+            found.setdefault(f"recommend, {connections} connections", []).append(
+                load(address, script, connections, seconds, seed)
+            )
+            found.setdefault(f"healthz, {connections} connections", []).append(
+                load(address, None, connections, seconds / 2, seed)
+            )
+    return {name: middle(runs) for name, runs in found.items()}
+
+
+def middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over rounds, sums of failures."""
+    return {
+        "rounds": len(runs),
+        "requests": sum(run["requests"] for run in runs),
+        "failed": sum(run["failed"] for run in runs),
+        "per_second": round(statistics.median(run["per_second"] for run in runs), 1),
+        "cpu_milliseconds_per_request": statistics.median(run["cpu_milliseconds_per_request"] or 0.0 for run in runs),
+        "milliseconds": {
+            name: round(statistics.median(run["milliseconds"][name] for run in runs), 2)
+            for name in runs[0]["milliseconds"]
+        },
+    }
+
+
+def run_swaps(address: str, script: Path, folder: Path, others: list[Path], swaps: int) -> dict[str, Any]:
+    """Swap models while wrk asks without a pause."""
+    loads: list[dict[str, Any]] = []
+    thread = threading.Thread(target=lambda: loads.append(load(address, script, 16, 3.0 * swaps + 5, 0)))
+    before = metrics(address)["process_resident_memory_bytes"]
+    thread.start()
+    name = folder.parent.name
+
+    def done() -> float:
+        return metrics(address).get(f'twotower_model_reloads_total{{model="{name}",outcome="swapped"}}', 0.0)
+
+    took = []
+    for number in range(swaps):
+        began = time.monotonic()
+        replaced(folder, others[number % len(others)])
+        while done() < number + 1 and time.monotonic() - began < 30:
+            time.sleep(0.05)
+        took.append(time.monotonic() - began)
+        time.sleep(max(0.0, 3.0 - took[-1]))
+    thread.join()
+    after = metrics(address)["process_resident_memory_bytes"]
+    return {
+        **loads[0],
+        "swaps": int(done()),
+        "seconds_until_swapped": round(statistics.median(took), 2),
+        "memory_mb": [round(before / 2**20, 1), round(after / 2**20, 1)],
+    }
+
+
+def run_soak(address: str, script: Path, seconds: float) -> dict[str, Any]:
+    """Memory while wrk asks for minutes; the first half minute fills caches and is told apart."""
+    loads: list[dict[str, Any]] = []
+    thread = threading.Thread(target=lambda: loads.append(load(address, script, 16, seconds, 0)))
+    thread.start()
+    seen = []
+    while thread.is_alive():
+        seen.append(round(metrics(address)["process_resident_memory_bytes"] / 2**20, 1))
+        thread.join(10)
+    return {
+        **loads[0],
+        "seconds": seconds,
+        "memory_mb_every_10_s": seen,
+        "growth_mb_after_30_s": round(seen[-1] - seen[3], 1),
+    }
+
+
+def main() -> None:
+    """Run the parts and write what they found."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument(
+        "other", type=Path, nargs="?", help="another model to swap with; a copy of the first unless told"
+    )
+    parser.add_argument("--parts", default="load,swaps,soak")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--soak", type=float, default=300.0)
+    parser.add_argument("--swaps", type=int, default=20)
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args()
+    if shutil.which("wrk") is None:
+        sys.exit("wrk is missing: apt-get install wrk")
+    artifact = Artifact.load(chosen.model)
+    found: dict[str, Any] = json.loads(chosen.json.read_text()) if chosen.json and chosen.json.exists() else {}
+    found["about"] = {
+        "catalog": {"queries": len(artifact.queries), "items": len(artifact.items), "k": 10},
+        "versions": library_versions(),
+        "machine": {"processors": os.cpu_count(), "platform": platform.platform()},
+        "threads": os.environ.get("OMP_NUM_THREADS", "unset"),
+        "load": "wrk -t1 over loopback, on the same processors as the service",
+        "seed": "wrk's requests: the number of the round",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        script = Path(scratch) / "ask.lua"
+        script.write_text(LUA % ", ".join(f"'{one}'" for one in artifact.queries.ids.to_list()), encoding="utf-8")
+        run = Path(scratch) / "served"
+        shutil.copytree(
+            chosen.model if (chosen.model / "metadata.json").exists() else chosen.model / "model", run / "model"
+        )
+        second = chosen.other or chosen.model
+        others = [path if (path / "metadata.json").exists() else path / "model" for path in (second, chosen.model)]
+        with service(run, "--watch", "0.25") as address:
+            load(address, script, 16, 2, 0)  # warm
+            for part in chosen.parts.split(","):
+                if part == "load":
+                    found[part] = run_load(address, script, chosen.rounds, chosen.seconds)
+                    told = metrics(address)
+                    sizes = (told[f'twotower_batch_size_{what}{{kind="recommend"}}'] for what in ("sum", "count"))
+                    total, count = sizes
+                    found[part]["requests in a batch, mean"] = round(total / count, 2)
+                elif part == "swaps":
+                    found[part] = run_swaps(address, script, run / "model", others, chosen.swaps)
+                else:
+                    found[part] = run_soak(address, script, chosen.soak)
+                print(part, json.dumps(found[part], indent=1), flush=True)
+    if chosen.json:
+        chosen.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    failed = [
+        one for part in found.values() for one in (part, *part.values()) if isinstance(one, dict) and one.get("failed")
+    ]
+    if failed:
+        sys.exit(f"requests failed: {failed}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""The browser of this machine, where it has one."""
+
+import shutil
+
+import pytest
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium, driven by playwright; a skip with the reason where there is none."""
+    found = next(filter(None, map(shutil.which, NAMES)), None)
+    if found is None:
+        pytest.skip("no Chromium here: on Debian or Ubuntu, apt-get install chromium")
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright; its own browser is unused")
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        yield opened
+        opened.close()

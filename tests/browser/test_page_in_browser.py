@@ -1,0 +1,248 @@
+"""The page of the service in a real browser, every part of it used: wide and narrow, light and dark, by keyboard."""
+
+import json
+from contextlib import contextmanager
+
+import httpx
+import polars as pl
+import pytest
+
+from browser.looking import LAYOUT
+from serving.service_models import TOKEN, drawn, listening
+from twotower.serving.app import ServiceSettings, create_app
+
+WAIT = 60_000  # milliseconds: a busy machine is slow
+
+
+@pytest.fixture(scope="module")
+def models(planted_data, tmp_path_factory):
+    """Two models of the same data; the first has an evaluation, by slice, and an audit beside it."""
+    folder = tmp_path_factory.mktemp("page")
+    kinds = pl.Series("kind", [("drama", "comedy", "crime")[j % 3] for j in range(100)])
+    table = planted_data.item_table.with_columns(kinds)
+    first = drawn(planted_data, folder / "first" / "model", 0, table, metrics=METRICS)
+    second = drawn(planted_data, folder / "second" / "model", 1, table)
+    audit = {"conclusion": ["mixed: no bias found"], "objectives": [{"name": "mixed", "verdict": "no bias found"}]}
+    (folder / "first" / "audit.json").write_text(json.dumps(audit), encoding="utf-8")
+    return first, second
+
+
+METRICS = {
+    "holdout": "test",
+    "protocol": {"catalog": "full", "exact": True, "ks": [10, 20]},
+    "num_items": 100,
+    "num_queries": 60,
+    "num_targets": 60,
+    "slice_sizes": {part: {"items": count} for part, count in (("head", 9), ("mid", 21), ("tail", 70))},
+    "rows": [
+        {
+            "name": "model",
+            "values": {"NDCG@10": 0.25},
+            "slices": {p: {"NDCG@10": 0.2} for p in ("head", "mid", "tail")},
+        },
+        {"name": "popularity", "values": {"NDCG@10": 0.125}, "slices": {"head": {"NDCG@10": 0.5}}},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def address(models):
+    with listening(create_app(models, ServiceSettings(watch_seconds=0))) as opened:
+        yield opened
+
+
+@contextmanager
+def looked_at(browser, address, *, width=1280, scheme="light", path=""):
+    """A page that must ask for nothing elsewhere and report nothing wrong."""
+    context = browser.new_context(
+        viewport={"width": width, "height": 900}, color_scheme=scheme, reduced_motion="reduce"
+    )
+    wrong = []
+    try:
+        page = context.new_page()
+        page.set_default_timeout(WAIT)
+        page.on("request", lambda r: None if r.url.startswith(address) else wrong.append(f"asks for {r.url}"))
+        page.on("console", lambda said: wrong.append(said.text) if said.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.goto(address + path)
+        yield page, wrong
+        assert wrong == []
+    finally:
+        context.close()
+
+
+def names(page, letter="a"):
+    return page.locator(f"#list-{letter} .item .name").all_inner_texts()
+
+
+def titles(address, model, **body):
+    answer = httpx.post(f"{address}recommend", json={"model": model, "k": 10, **body}, timeout=60).json()
+    return [row["title"] for row in answer["items"]]
+
+
+def shows(page, expected, letter="a"):
+    """Wait until a list shows these titles, in order."""
+    page.wait_for_function(
+        "([letter, wanted]) => JSON.stringify([...document.querySelectorAll(`#list-${letter} .item .name`)]"
+        ".map(one => one.textContent)) === JSON.stringify(wanted)",
+        arg=[letter, expected],
+    )
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_a_user_the_dial_the_comparison_the_map_and_the_card(browser, address, width, scheme):
+    with looked_at(browser, address, width=width, scheme=scheme, path="#user=u003") as (page, _):
+        for letter, model in (("a", "first"), ("b", "second")):
+            shows(page, titles(address, model, query_id="u003"), letter)
+        common = set(names(page)) & set(names(page, "b"))
+        assert page.locator("#common").inner_text().startswith(f"{len(common)} of 10")
+        assert page.locator("#list-a .shared").count() == len(common)
+        history = httpx.get(f"{address}page/history", params={"query_id": "u003"}).json()["items"]
+        shown = page.locator("#history .name").all_inner_texts()
+        assert shown == [row["title"] for row in reversed(history)]
+
+        # What pulled an item up: in its row, beside it in the history, and in the open row with its columns.
+        page.locator("#list-a .why").first.get_by_text("popularity").wait_for()
+        page.locator("#list-a .item").first.click()
+        page.locator("#list-a .more dl").get_by_text("kind").wait_for()
+        assert page.locator("#list-a .pulls li").count() >= 5
+        assert page.locator("#list-a .item").first.get_attribute("aria-expanded") == "true"
+
+        # The dial by the keyboard: the list, its median and the curve follow.
+        before = names(page)
+        page.focus("#dial")
+        page.keyboard.press("Home")
+        shows(page, titles(address, "first", query_id="u003", popularity=0.0))
+        assert names(page) != before and "discovery" in page.locator("#dial-said").inner_text()
+        rare = int(page.locator("#list-a .median").inner_text())
+        page.keyboard.press("End")
+        shows(page, titles(address, "first", query_id="u003", popularity=2.0))
+        assert int(page.locator("#list-a .median").inner_text()) > rare
+        assert page.locator("#curve path").count() == 2
+
+        # The map: what is marked, the colours, closer and back.
+        page.locator("#map-wait").wait_for(state="hidden")
+        page.wait_for_function("document.getElementById('chart').getAttribute('aria-label').includes('10 recomm')")
+        label = page.locator("#chart").get_attribute("aria-label")
+        assert "Map of 100 items" in label and "10 of the second model" in label
+        assert page.locator("#colour option").all_inner_texts() == ["popularity", "kind"]
+        assert "comedy" in page.locator("#legend").inner_text()
+        page.select_option("#colour", "popularity")
+        assert "tail" in page.locator("#legend").inner_text()
+        drawn_before = page.evaluate("document.getElementById('chart').toDataURL()")
+        page.click("#closer")
+        assert page.evaluate("document.getElementById('chart').toDataURL()") != drawn_before
+        page.click("#whole")
+        assert page.evaluate("document.getElementById('chart').toDataURL()") == drawn_before
+
+        # The card.
+        card = page.locator("#cards article").first
+        assert "0.2500" in card.inner_text() and "NDCG@10 by popularity of the target" in card.inner_text()
+        assert "mixed: no bias found" in card.inner_text() and "purchases.csv" in card.inner_text()
+        assert "/somewhere" not in page.content()
+        assert "No evaluation is kept" in page.locator("#cards article").nth(1).inner_text()
+
+        # One model alone, and the page fits.
+        page.select_option("#model-b", "")
+        page.wait_for_function("document.querySelectorAll('#lists > .list').length === 1")
+        page.locator("#list-a .why em").first.wait_for()
+        assert page.evaluate(LAYOUT)["wrong"] == []
+
+
+def test_a_history_built_with_the_keyboard(browser, address):
+    with looked_at(browser, address) as (page, _):
+        page.locator("#list-a .item").first.wait_for()  # somebody at random, so that the page is never empty
+        assert page.input_value("#query").startswith("u0")
+        page.click("#clear")
+        page.locator("#list-a .nothing").wait_for()
+        assert page.evaluate("document.activeElement.id") == "title"
+        page.keyboard.type("number 17")
+        page.locator("#title-list li").first.wait_for()
+        page.keyboard.press("ArrowDown")
+        page.keyboard.press("Enter")
+        shows(page, titles(address, "first", history=[17]))
+        page.keyboard.type("number 42")
+        page.wait_for_function("document.querySelector('#title-list li')?.textContent.includes('42')")
+        page.keyboard.press("Enter")
+        shows(page, titles(address, "first", history=[17, 42]))
+        page.get_by_role("button", name="Remove Item number 17").click()
+        shows(page, titles(address, "first", history=[42]))
+        assert "history=42" in page.evaluate("location.hash")
+
+        page.fill("#query", "u011")
+        page.keyboard.press("Enter")
+        shows(page, titles(address, "first", query_id="u011"))
+        page.locator("#history button").first.click()
+        page.locator("#restore").wait_for()
+        kept = httpx.get(f"{address}page/history", params={"query_id": "u011"}).json()["items"][:-1]
+        shows(page, titles(address, "first", query_id="u011", history=[row["item"] for row in kept]))
+        page.click("#restore")
+        shows(page, titles(address, "first", query_id="u011"))
+
+
+def test_settings_a_click_on_the_map_and_the_theme(browser, address):
+    with looked_at(browser, address, path="#user=u003") as (page, _):
+        shows(page, titles(address, "first", query_id="u003"))
+        page.locator(".settings summary").click()
+        page.fill("#filter", "kind = 'crime'")
+        shows(page, titles(address, "first", query_id="u003", filter="kind = 'crime'"))
+        page.select_option("#k", "5")
+        shows(page, titles(address, "first", query_id="u003", filter="kind = 'crime'")[:5])
+        page.uncheck("#seen")
+        shows(page, titles(address, "first", query_id="u003", filter="kind = 'crime'", exclude_seen=False)[:5])
+
+        page.locator("#map-wait").wait_for(state="hidden")
+        before = page.locator("#history li").count()
+        chart = httpx.get(f"{address}page/map").json()
+        seen = {row["item"] for row in httpx.get(f"{address}page/history?query_id=u003").json()["items"]}
+        box = page.locator("#chart").bounding_box()
+        scale = 0.47 * min(box["width"], box["height"])
+        far = [at for at, item in enumerate(chart["items"]) if item not in seen and _alone(chart, at)]
+        x, y = chart["x"][far[0]], chart["y"][far[0]]
+        page.mouse.click(box["x"] + box["width"] / 2 + scale * x, box["y"] + box["height"] / 2 - scale * y)
+        page.wait_for_function("count => document.querySelectorAll('#history li').length === count", arg=before + 1)
+        assert page.locator("#history .name").first.inner_text() == chart["titles"][far[0]]
+
+        light = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        page.click("#theme")
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") != light
+        page.reload()
+        page.locator("#list-a .item").first.wait_for()
+        assert page.locator("html").get_attribute("data-theme") == "dark"
+
+
+def _alone(chart, at):
+    """Whether no other item of the map is near enough to be meant by a click."""
+    places = list(zip(chart["x"], chart["y"], strict=True))
+    x, y = places[at]
+    return all((x - a) ** 2 + (y - b) ** 2 > 0.12**2 for place, (a, b) in enumerate(places) if place != at)
+
+
+def test_what_is_wrong_is_said_in_words(browser, address):
+    with looked_at(browser, address, path="#user=u003&beside=") as (page, wrong):
+        page.locator("#list-a .item").first.wait_for()
+        page.fill("#query", "nobody")
+        page.keyboard.press("Enter")
+        page.locator("#problem").get_by_text("not an id that this model knows: nobody").wait_for()
+        page.locator(".settings summary").click()
+        page.fill("#filter", "price < 3")
+        page.locator("#problem").get_by_text("no column 'price'").wait_for()
+        page.locator("#list-a").get_by_text("Nothing is left").wait_for()
+        wrong[:] = [one for one in wrong if "Failed to load resource" not in one]  # the browser's word for a 4xx
+
+
+def test_the_page_asks_for_the_token(browser, models):
+    with (
+        listening(create_app(models[:1], ServiceSettings(token=TOKEN, watch_seconds=0))) as address,
+        looked_at(browser, address, path="#user=u003") as (page, wrong),
+    ):
+        page.locator("#ask-token").wait_for()
+        page.fill("#token", "not the right one at all")
+        page.keyboard.press("Enter")
+        page.wait_for_function("document.getElementById('ask-token').open && !document.getElementById('token').value")
+        page.fill("#token", TOKEN)
+        page.keyboard.press("Enter")
+        page.locator("#list-a .item").nth(9).wait_for()
+        page.locator("#cards article").wait_for()
+        assert page.locator("#compare").is_hidden()
+        wrong[:] = [one for one in wrong if "Failed to load resource" not in one]

@@ -1,0 +1,141 @@
+"""Models that are replaced while they answer, and the process that serves them: no request is lost."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from serving.service_models import TOKEN, client, drawn, listening, replace
+from twotower.errors import InputError
+from twotower.serving import Retriever
+from twotower.serving.app import ServiceSettings, create_app
+
+BODY = {"query_id": "u001", "k": 20}
+
+
+@pytest.fixture(scope="module")
+def two(planted_data, tmp_path_factory):
+    """Two models and what each answers."""
+    folder = tmp_path_factory.mktemp("two")
+    models = [drawn(planted_data, folder / name / "model", seed) for seed, name in enumerate("ab")]
+    answers = [Retriever.load(model).recommend(["u001"], k=20)["item"].to_list() for model in models]
+    assert answers[0] != answers[1]
+    return models, answers
+
+
+def items(answer):
+    return [row["item"] for row in answer.json()["items"]]
+
+
+def test_models_are_swapped_under_load_without_a_lost_request(two, tmp_path):
+    """Every answer is whole and of the model it names; both versions answer; none fails."""
+    (first, second), answers = two
+    run = tmp_path / "run" / "model"
+    shutil.copytree(first, run)
+    service = create_app([run], ServiceSettings(watch_seconds=0.02))
+    by_version, stop, failures, asked = {}, threading.Event(), [], [0] * 6
+
+    def load(worker):
+        with httpx.Client(base_url=address) as line:
+            while not stop.is_set():
+                answer = line.post("/recommend", json=BODY)
+                asked[worker] += 1
+                if answer.status_code != 200:
+                    failures.append(answer.text)
+                    continue
+                by_version.setdefault(answer.json()["version"], set()).add(tuple(items(answer)))
+
+    with listening(service) as address, ThreadPoolExecutor(6) as pool:
+        workers = [pool.submit(load, worker) for worker in range(6)]
+        try:
+            versions = [httpx.get(f"{address}models").json()["models"][0]["version"]]
+            for number in range(6):
+                replace(run, (second, first)[number % 2])
+                deadline = time.monotonic() + 30
+                while (now := httpx.get(f"{address}models").json()["models"][0]["version"]) == versions[-1]:
+                    assert time.monotonic() < deadline, "the new model did not take over"
+                    time.sleep(0.01)
+                versions.append(now)
+                before = sum(asked)
+                while sum(asked) < before + 12 and not failures:  # the new one answers, too
+                    time.sleep(0.005)
+        finally:
+            stop.set()
+        for worker in workers:
+            worker.result()
+        told = httpx.get(f"{address}metrics").text
+    assert not failures and versions[::2] == [versions[0]] * 4 and versions[1::2] == [versions[1]] * 3
+    assert by_version == {versions[0]: {tuple(answers[0])}, versions[1]: {tuple(answers[1])}}
+    assert 'twotower_model_reloads_total{model="run",outcome="swapped"} 6.0' in told
+
+
+def test_a_broken_model_is_refused_and_the_old_one_goes_on(two, tmp_path):
+    (first, second), answers = two
+    run = tmp_path / "run" / "model"
+    shutil.copytree(first, run)
+    with client(run, token=TOKEN, watch_seconds=0) as service:
+
+        def reload():
+            return service.post("/reload", json={}).json()["models"]["run"]
+
+        assert (reload(), items(service.post("/recommend", json=BODY))) == ("unchanged", answers[0])
+        broken = tmp_path / "broken"
+        shutil.copytree(second, broken)
+        (broken / "towers.safetensors").write_bytes(b"not a model")
+        replace(run, broken)
+        assert [reload(), reload()] == ["broken", "broken"]
+        assert items(service.post("/recommend", json=BODY)) == answers[0]
+        run.rename(tmp_path / "away")
+        assert (reload(), items(service.post("/recommend", json=BODY))) == ("missing", answers[0])
+        (tmp_path / "away").rename(run)
+        replace(run, second)
+        assert (reload(), items(service.post("/recommend", json=BODY))) == ("swapped", answers[1])
+        told = service.get("/metrics").text
+    assert 'outcome="broken"} 2.0' in told and 'outcome="swapped"} 1.0' in told
+    assert told.count("twotower_model_info{") == 1
+
+
+def test_the_process_serves_swaps_on_sighup_and_ends_in_order(two, tmp_path):
+    (first, second), answers = two
+    run = tmp_path / "run" / "model"
+    shutil.copytree(first, run)
+    command = [sys.executable, "-W", "error", "-m", "twotower.cli", "serve", str(run), "--port", "0", "--watch", "0"]
+    environment = {**os.environ, "TWOTOWER_TOKEN": TOKEN}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as one:
+        try:
+            address = re.search(r"http://127\.0\.0\.1:\d+/", one.stderr.readline()).group()
+            with httpx.Client(base_url=address, headers={"Authorization": f"Bearer {TOKEN}"}) as line:
+                assert httpx.post(f"{address}recommend", json=BODY).status_code == 401
+                assert items(line.post("/recommend", json=BODY)) == answers[0]
+                replace(run, second)
+                one.send_signal(signal.SIGHUP)
+                deadline = time.monotonic() + 60
+                while items(line.post("/recommend", json=BODY)) != answers[1]:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.05)
+            one.send_signal(signal.SIGTERM)
+            logs, _ = one.communicate(timeout=60)
+        finally:
+            one.kill()
+    assert one.returncode in (0, -signal.SIGTERM)
+    assert all(line.startswith('{"time": ') for line in logs.splitlines()) and '"event": "model swapped"' in logs
+    assert "u001" not in logs and TOKEN not in logs
+
+
+def test_what_cannot_be_served_is_said_at_once(two, tmp_path):
+    (first, _), _ = two
+    for folders, reason in (([tmp_path / "none"], "no such folder"), ([first, first], "twice"), ([], "at least one")):
+        with pytest.raises(InputError, match=reason):
+            create_app(folders)
+    with pytest.raises(InputError, match="not one of|cannot|[Nn]ame|address"):
+        from twotower.serving.service.server import run
+
+        run(None, host="203.0.113.7", port=0)
