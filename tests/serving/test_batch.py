@@ -1,4 +1,4 @@
-"""Recommendations for a file: equal to those asked one by one, in parts that resume, refused before anything is lost."""
+"""Recommendations for a file: as those asked one by one, in parts that resume, refused before anything is lost."""
 
 import json
 
@@ -47,7 +47,8 @@ def test_histories_alone_or_beside_ids(model, tmp_path):
     pl.DataFrame({"query": ids, "history": histories}).write_parquet(source)
     report = recommend_file(retriever, source, target, k=3, force=True)
     found = pl.read_parquet(target)
-    assert report.unknown == 1 and found["query"].unique(maintain_order=True).to_list() == ["u001", "u002", "new", "u003"]
+    answered = found["query"].unique(maintain_order=True).to_list()
+    assert report.unknown == 1 and answered == ["u001", "u002", "new", "u003"]
     one = retriever.recommend(["u001"], histories=[[1, 3, 5]], k=3)
     assert found.filter(pl.col("query") == "u001")["item"].to_list() == one["item"].to_list()
 

@@ -19,8 +19,9 @@ def by_hand(retriever, query, b, seen):
     start, stop = artifact.history_offsets[code[0]], artifact.history_offsets[code[0] + 1]
     history = np.asarray(artifact.history_items[start:stop])
     embedded = retriever.ranker.embed(code, (np.array([0, len(history)]), history))[0].double()
+    temperature = float(artifact.towers.temperature.detach())
     logits = [
-        sum(float(a) * float(b) for a, b in zip(embedded, item, strict=True)) / float(artifact.towers.temperature.detach())
+        sum(float(a) * float(b) for a, b in zip(embedded, item, strict=True)) / temperature
         for item in artifact.item_embeddings
     ]
     normaliser = math.log(sum(math.exp(value) for value in logits))
@@ -87,7 +88,7 @@ def test_a_setting_out_of_range_is_refused(model, b):
 
 
 def test_one_approximate_index_serves_every_setting(model):
-    """An approximate index over the longer vectors gives the exact answers of every setting, here of a small catalog."""
+    """An approximate index over the longer vectors gives the exact answers for every setting, in a small catalog."""
     pytest.importorskip("faiss")
     from twotower.index import ApproximateIndex
     from twotower.index.graph import HNSW

@@ -12,6 +12,7 @@ import torch
 from twotower.errors import InputError
 from twotower.serving import Artifact, Retriever
 
+
 def test_a_loaded_model_ranks_and_recommends_the_same(model, folder, planted_split):
     loaded = Retriever.load(folder)
     test = planted_split.test

@@ -5,8 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
-from postgres import postgres
 
+from postgres import postgres
 from twotower.errors import InputError
 from twotower.serving import Retriever, build_stored_index, read_index_report
 from twotower.serving.artifact import Artifact

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -133,14 +136,14 @@ def _export_onnx(encoder: QueryEncoder, example: tuple[Tensor, ...], names: list
     except ImportError:
         raise InputError("export: this format needs ONNX; pip install 'twotower[onnx]'") from None
     batch = torch.export.Dim("batch", min=1)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _quiet("torch.onnx"):
         warnings.simplefilter("ignore")  # the exporter's own deprecations
         torch.onnx.export(
             encoder,
             example,
             path,
             input_names=names,
-            output_names=["embedding"],
+            output_names=["query_vector"],  # the exporter calls its own values "embedding" and the like
             dynamic_shapes={"inputs": tuple({0: batch} for _ in example)},
             dynamo=True,
             external_data=False,
@@ -148,6 +151,18 @@ def _export_onnx(encoder: QueryEncoder, example: tuple[Tensor, ...], names: list
         )
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda inputs: session.run(None, {name: x.numpy() for name, x in zip(names, inputs, strict=True)})[0]
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """The exporter logs which packages it did without, such as torchvision."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _write_items(artifact: Artifact, coordinate: Tensor, folder: Path) -> None:
