@@ -36,7 +36,8 @@ from twotower.evaluation.metrics import hits, ndcg_at
 from twotower.evaluation.towers import TowerRanker
 from twotower.run import read_data, split_data
 from twotower.towers import TwoTower, build_towers
-from twotower.training import TableOptimizer, batch_loss, parameter_groups
+from twotower.training import TableOptimizer, batch_loss
+from twotower.training.optimizers import parameter_groups
 
 SEED, K, UNIFORM, LEARNING_RATE = 0, 10, 1024, 2e-3
 SETTINGS = [
