@@ -39,7 +39,7 @@ def calibrations(directories: Mapping[str, Path], split: Split, *, seed: int = 0
             queries,
             artifact.item_embeddings,
             targets,
-            temperature=float(artifact.towers.temperature),
+            temperature=float(artifact.towers.temperature.detach()),
             exclude=histories if artifact.config.evaluation.exclude_seen else None,
         )
         found[name] = calibration.to_dict()
