@@ -75,9 +75,9 @@ def listening(app):
     thread = threading.Thread(target=one.run)
     thread.start()
     try:
-        assert opened.wait(60)
+        assert opened.wait(200)
         yield told[0]
     finally:
         one.should_exit = True
-        thread.join(30)
+        thread.join(200)
     assert not thread.is_alive()

@@ -23,6 +23,20 @@ T = TypeVar("T")
 _ASIDE = 64
 
 
+class _Pools:
+    """The threads of a running service."""
+
+    def __init__(self) -> None:
+        # One thread searches: a matrix product uses all cores by itself, and batches grow while it is busy.
+        self.search = ThreadPoolExecutor(1, "search")
+        self.others = ThreadPoolExecutor(2, "others")
+        self.loader = ThreadPoolExecutor(1, "loader")
+
+    def shutdown(self) -> None:
+        for pool in (self.search, self.others, self.loader):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
 class Service:
     """The state of one service.
 
@@ -39,19 +53,17 @@ class Service:
         self.metrics = Metrics()
         self.models = Slots(directories, self.metrics)
         self.ready = False
-        # One thread searches: a matrix product uses all cores by itself, and batches grow while it is busy.
-        self._search = ThreadPoolExecutor(1, "search")
-        self._others = ThreadPoolExecutor(2, "others")
-        self._loader = ThreadPoolExecutor(1, "loader")
         self._waiting = 0
+        self._pools: _Pools | None = None
         self._batcher: Batcher | None = None
         self._watch: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Begin to answer."""
+        self._pools = _Pools()
         self._batcher = Batcher(
             answer,
-            self._search,
+            self._pools.search,
             capacity=self.settings.queue,
             largest=self.settings.largest_batch,
             metrics=self.metrics,
@@ -70,8 +82,8 @@ class Service:
                 await self._watch
         if self._batcher is not None:
             await self._batcher.stop()
-        for pool in (self._search, self._others, self._loader):
-            pool.shutdown(wait=False, cancel_futures=True)
+        if self._pools is not None:
+            self._pools.shutdown()
 
     async def ask(self, key: RecommendKey | SimilarKey, question: Question) -> bytes:
         """The JSON that answers a question; a condition is understood before it can hold up others.
@@ -98,13 +110,22 @@ class Service:
             raise Problem(503, "too many requests wait; try again", {"Retry-After": "1"})
         self._waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._others, lambda: work(*args, **kwargs))
+            return await asyncio.get_running_loop().run_in_executor(
+                self._running().others, lambda: work(*args, **kwargs)
+            )
         finally:
             self._waiting -= 1
 
     async def reload(self, *, again: bool = True) -> dict[str, str]:
         """Look at the model folders now."""
-        return await asyncio.get_running_loop().run_in_executor(self._loader, lambda: self.models.refresh(again=again))
+        return await asyncio.get_running_loop().run_in_executor(
+            self._running().loader, lambda: self.models.refresh(again=again)
+        )
+
+    def _running(self) -> _Pools:
+        if self._pools is None:
+            raise Problem(503, "not ready yet", {"Retry-After": "1"})
+        return self._pools
 
     async def _watching(self) -> None:
         while True:
