@@ -94,9 +94,9 @@ def measure(catalog: str, arguments: argparse.Namespace) -> dict[str, Any]:
         before, start = resident_mib(), time.perf_counter()
         index: Any
         if kind == "flat":
-            index, built = Flat(items), {}
+            index, built = Flat(items), dict[str, Any]()
         elif kind == "exact":
-            index, built = ExactCatalog(items), {}
+            index, built = ExactCatalog(items), dict[str, Any]()
             index.search(sample[:1], arguments.k)  # lays the items out
         else:
             settings = {"url": arguments.url, "table": "twotower_benchmark"} if kind == "pgvector" else {}
