@@ -133,7 +133,8 @@ def catalogs(rounds: int, *, rows: int = 8192, with_memory: bool = True) -> list
         calls[f"whole {n}"] = lambda step=step: bound(step.whole, step.batch())  # type: ignore[misc]
     for n, step in steps.items():
         calls[f"tables {n}"] = lambda step=step: bound(step.tables, step.batch())  # type: ignore[misc]
-    steps[CATALOGS[0]].batch()
+    for step in steps.values():  # of each, so that their batches stay alike
+        step.batch()
     multiply = products(rows, steps[CATALOGS[0]].distinct)
     calls["products"] = lambda: multiply
     times = rounds_of(calls, rounds)

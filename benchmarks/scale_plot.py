@@ -25,6 +25,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
         if key == "items":
             own = [row["tables_mib"] for row in rows]
             axes[1, column].plot(at, own, "s--", color="#b5651d", label="tables and their state")
+        else:
+            axes[1, column].set_ylim(100, 3 * max(row.get("peak_mib", 100.0) for row in rows))
         axes[0, column].set(xscale="log", yscale="log", ylabel="ms per step")
         axes[1, column].set(xscale="log", yscale="log", xlabel=label, ylabel="MiB")
         for axis in axes[:, column]:
@@ -32,7 +34,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
             axis.legend(frameon=False)
         if key == "items":
             axes[0, column].set_ylim(min(limit) / 3, max(row["step_ms"] for row in rows) * 3)
-    axes[0, 0].set_title(f"B = {parts[0][0][0]['rows']:,}, the same distinct items at every N")
+    axes[0, 0].set_title(f"B = {parts[0][0][0]['rows']:,}, as many distinct items at every N")
     axes[0, 1].set_title(f"N = {parts[1][0][0]['items']:,}")
     figure.savefig(path, metadata={"Date": None})
     print(f"wrote {path}")
