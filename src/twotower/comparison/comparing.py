@@ -15,7 +15,7 @@ from twotower.analysis import audit, report
 from twotower.analysis.compare import compare
 from twotower.comparison.calibrating import calibrations
 from twotower.comparison.cells import Cell, make_cells
-from twotower.comparison.document import build_document, diagnostics, headline
+from twotower.comparison.document import build_document, diagnostics
 from twotower.comparison.examples import disagreements
 from twotower.comparison.measuring import Measurements, measure_cells, per_query_frame
 from twotower.comparison.printed import printed
@@ -102,20 +102,19 @@ def compare_run(
         diagnostics={cell.name: diagnostics(cell.directory) for cell in cells if cell.seed == base.training.seed},
         calibration=calibrations({cell.name: cell.directory for cell in reversed(cells)}, split),
         examples=disagreements(found.ranked, split.test, split.train, base.evaluation.exclude_seen),
-        audit=_audit(cells, source, directory, compared.best(headline(found.evaluation)), say) if audited else None,
+        audit=_audit(cells, source, directory, say) if audited else None,
     )
     _write(document, directory, found, cells, data)
     return Comparison(document, directory)
 
 
-def _audit(
-    cells: Sequence[Cell], source: str | Path, out: Path, best: str, say: Callable[[str], None]
-) -> dict[str, Any]:
+def _audit(cells: Sequence[Cell], source: str | Path, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Bias and spread of each objective's gradient on one model, measured once and kept in `audit.json`."""
-    named = {cell.name for cell in cells if cell.name == cell.config.objective.name}
-    subject = next(
-        (cell for cell in cells if cell.name == "expected-count"), next(cell for cell in cells if cell.name == best)
-    )
+    # Others by name, with their own sources: pools from a file are measured by `twotower audit` on their own models.
+    plain = {cell.name: cell.config.objective for cell in cells}
+    named = {name for name, own in plain.items() if own.name == name and own.sources is None and own.unique is None}
+    # Not the best: which one that is depends on how it is measured, and the audit would begin anew.
+    subject = next((cell for cell in cells if cell.name == "expected-count"), cells[0])
     others = sorted(named - {subject.name})
     asked = {
         "model": subject.directory.name,
