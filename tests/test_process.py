@@ -102,15 +102,16 @@ def test_huge_pages_are_asked_for_inside_the_block_alone():
     assert process.advise_huge_pages(block.data_ptr(), block.nbytes)
     block.fill_(1.0)
     start = block.data_ptr()
-    areas, inside = {}, None
+    flags, inside = set(), False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first = line.split()[0]
         if "-" in first and not first.endswith(":"):
             low, high = (int(part, 16) for part in first.split("-"))
-            inside = low if low < start + block.nbytes and start < high else None
-        elif inside is not None and line.startswith("AnonHugePages"):
-            areas[inside] = int(line.split()[1]) * 1024
-    assert sum(areas.values()) >= block.nbytes // 2, "written to, it lies on huge pages"
+            inside = low < start + block.nbytes and start < high
+        elif inside and first == "VmFlags:":
+            flags.update(line.split()[1:])
+    # Whether the kernel has whole huge pages to give depends on how its memory lies; that they were asked for does not.
+    assert "hg" in flags
 
 
 def test_quotas_of_containers(tmp_path):

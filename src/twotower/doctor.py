@@ -20,6 +20,7 @@ EXTRAS = {
     "pgvector": "psycopg",
     "serve": "fastapi",
     "tensorboard": "tensorboard",
+    "text": "sentence_transformers",
     "tracking": "mlflow",
 }
 

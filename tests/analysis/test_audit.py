@@ -52,7 +52,7 @@ def command(monkeypatch, capsys):
 
 def test_the_audit_as_json(run_folder, command):
     others = "in-batch,in-batch-logq,full-softmax,bpr"
-    code, out, err = command(run_folder, "--objectives", others, "--rows", 20, "--draws", 12, "--json")
+    code, out, err = command(run_folder, "--objectives", others, "--rows", 20, "--draws", 50, "--json")
     assert code == 0, err
     found = json.loads(out)
     by_name = {one["name"]: one for one in found["objectives"]}

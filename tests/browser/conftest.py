@@ -7,7 +7,8 @@ import pytest
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
-@pytest.fixture(scope="session")
+# Not for the session: while the driver is there its event loop runs, and tests with one of their own could not.
+@pytest.fixture(scope="module")
 def browser():
     """Chromium, driven by playwright; a skip with the reason where there is none."""
     found = next(filter(None, map(shutil.which, NAMES)), None)

@@ -1,29 +1,12 @@
 """The report in a real browser: wide and narrow, light and dark, and on paper."""
 
-import shutil
-
 import pytest
 
 from browser.looking import look
 from sample_report import sample_document
 from twotower.analysis.report import render
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
 WIDTHS = (1280, 768, 390)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
-        pytest.skip("no Chromium here: on Debian or Ubuntu, apt-get install chromium")
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="pip install playwright; its own browser is not used"
-    )
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")
