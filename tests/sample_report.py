@@ -1,5 +1,7 @@
 """A comparison's document with ten objectives and awkward names, from real measurements of made-up rankers."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from twotower.analysis.compare import compare
@@ -20,6 +22,9 @@ OBJECTIVES = [
     "in-batch-logq-batch-probability",
     "negative-sampling",
 ]
+
+
+GENRES = [f"Genre {letter} of many" for letter in "ABCDEFGHIJKLMNOPQR"]
 
 
 class Leaning:
@@ -77,6 +82,22 @@ def audited(names):
     return {"asked": {"model": "expected-count-0"}, "objectives": found, "rows": 40, "draws": 24}
 
 
+def calibrated(place):
+    """As `Calibration.to_dict()`: ten bins from rare to probable, off by more in later objectives."""
+    bins = [
+        {
+            "low": 0,
+            "high": 1,
+            "pairs": 99,
+            "predicted": p,
+            "observed": p * 1.3 ** (place * (n - 5) / 5),
+            "targets": n * 9,
+        }
+        for n, p in enumerate(0.00021 * 2.3**n for n in range(10))
+    ]
+    return {"bins": bins, "expected_calibration_error": 0.02 * place, "perplexity": 400.0 + place}
+
+
 def sample_document(split, *, names=OBJECTIVES, seeds=3, kind="comparison"):
     """A document of the given shape; `split` is the planted leave-last-out split."""
     rankers = {
@@ -88,8 +109,16 @@ def sample_document(split, *, names=OBJECTIVES, seeds=3, kind="comparison"):
     found = evaluate_all({**rankers, **baselines}, split.test, train=split.train)
     rows = {name: [found[f"{name}-{seed}"] for seed in range(seeds)] for name in names}
     beside = [found[name] for name in baselines]
-    compared = compare(rows, beside, metric="NDCG@10", tail_metric="Recall@10")
     ranked = {name: rankers[f"{name}-0"].rank(split.test, 20, True).astype(np.int32) for name in names}
+    for row in found.rows:  # as slices of a column are
+        row.slices.update({f"items.genre={genre}": dict(row.slices["tail"]) for genre in GENRES})
+    sizes = {f"items.genre={genre}": {"items": 9, "targets": 20, "queries": 20} for genre in GENRES}
+    found = replace(
+        found,
+        slice_sizes={**found.slice_sizes, **sizes},
+        slice_groups={**found.slice_groups, "items.genre": tuple(sizes)},
+    )
+    compared = compare(rows, beside, metric="NDCG@10", tail_metric="Recall@10")
     return build_document(
         kind,
         compared,
@@ -102,4 +131,5 @@ def sample_document(split, *, names=OBJECTIVES, seeds=3, kind="comparison"):
         examples=disagreements(ranked, split.test, split.train, True),
         audit=audited(names) if len(names) > 1 else None,
         diagnostics={name: {"gradient_tail": 0.3} for name in names},
+        calibration={name: calibrated(place) for place, name in enumerate(names)},
     )

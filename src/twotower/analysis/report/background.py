@@ -101,8 +101,12 @@ def calibration(document: Document) -> Html | None:
         points = [_ratio(part) for part in one["bins"] if part["predicted"] > 0]
         curves.append(Curve(model["name"], points, kinds[model["name"]]))
         cells.append([model["name"], f"{one['expected_calibration_error']:.3f}", f"{one['perplexity']:,.0f}"])
-    low = min((point[0] for curve in curves for point in curve.points), default=0.0)
-    shown = [(float(power), f"{10.0**power:g}") for power in range(-6, 1) if power >= low]
+    places = [point[0] for curve in curves for point in curve.points]
+    if not places:
+        return None
+    # Powers of ten within the range; where there is none, its ends.
+    within = [float(power) for power in range(-9, 1) if min(places) <= power <= max(places)][-3:]
+    shown = [(place, _power_of_ten(place)) for place in within] or [(min(places), f"{10.0 ** min(places):.2g}")]
     told = (
         "How likely the softmax says an item is, against how often it was the target, over all pairs of test query and "
         "item. Left out: objectives that do not estimate the softmax. First seed."
@@ -116,7 +120,7 @@ def calibration(document: Document) -> Html | None:
             curves,
             "predicted probability of an item (log scale)",
             "observed / predicted",
-            x_ticks=shown[-3:],
+            x_ticks=shown,
             y_words=_power_of_two,
             reference=0.0,
             caption="1: as often as predicted. Above: the model thinks such items less likely than they are. Band: two "
@@ -140,6 +144,10 @@ def _ratio(part: dict[str, Any]) -> tuple[float, float | None, float | None, flo
     ratio = part["observed"] / part["predicted"]
     error = 2 / math.sqrt(part["targets"])
     return (x, math.log2(ratio), math.log2(ratio * max(1 - error, 0.25)), math.log2(ratio * (1 + error)))
+
+
+def _power_of_ten(power: float) -> str:
+    return f"10{str(int(power)).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
 
 
 def _power_of_two(power: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from twotower.analysis.report import story
@@ -19,6 +20,9 @@ from twotower.analysis.report.svg import mark, minus
 from twotower.analysis.report.tables import table
 
 Document = dict[str, Any]
+
+#: Columns of slices beside each other.
+_SLICES = 8
 
 
 def overall(document: Document) -> Html:
@@ -161,15 +165,24 @@ def slices(document: Document) -> Html | None:
         ):
             continue
         shown = [name for name in names if sizes.get(name, {}).get("targets")]
-        rows = []
-        for entry in [*document["models"], *document["baselines"]]:
-            found = [story.value(entry, metric, name) for name in shown]
-            rows.append([entry["name"], *("–" if one is None else f"{one['mean']:.3f}" for one in found)])
-        heads = ["", *(name.removeprefix(f"{group}=").removeprefix(f"{group}: ") for name in shown)]
-        counts = ["targets", *(f"{sizes[name]['targets']:,}" for name in shown)]
-        if shown:
-            parts.append(h("div", h("h3", group), table(heads, [*rows, counts], f"{metric} by {group}")))
+        # Several tables of a page's width rather than one that is cut off on paper.
+        tables = [
+            _slice_table(document, group, shown[start : start + _SLICES]) for start in range(0, len(shown), _SLICES)
+        ]
+        if tables:
+            parts.append(h("div", h("h3", group), tables))
     return h("div", h("p", f"{metric} of the targets in each slice."), parts) if parts else None
+
+
+def _slice_table(document: Document, group: str, shown: Sequence[str]) -> Html:
+    metric, sizes = document["tail_metric"], document["evaluation"]["slice_sizes"]
+    rows = []
+    for entry in [*document["models"], *document["baselines"]]:
+        found = [story.value(entry, metric, name) for name in shown]
+        rows.append([entry["name"], *("–" if one is None else f"{one['mean']:.3f}" for one in found)])
+    heads = ["", *(name.removeprefix(f"{group}=").removeprefix(f"{group}: ") for name in shown)]
+    counts = ["targets", *(f"{sizes[name]['targets']:,}" for name in shown)]
+    return table(heads, [*rows, counts], f"{metric} by {group}")
 
 
 def legend(kinds: dict[str, str], baselines: bool) -> Html:
