@@ -80,7 +80,7 @@ class Ours:
         for number, batch in enumerate(self.batches, 1):
             loss, _, _ = batch_loss(self.towers, self.objective, batch, self.known)
             self.optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
             progress("ours", number, steps)
             if number == steps:
@@ -113,7 +113,7 @@ class Plain:
         """Train on so many batches."""
         self.towers.train()
         order = torch.randperm(len(self.items))
-        for number, rows in enumerate(order.split(self.batch_size)[:steps], 1):
+        for number, rows in enumerate(order.split(self.batch_size)[:steps], 1):  # type: ignore[no-untyped-call]
             positive, user = self.items[rows], self.user[rows]
             candidates = torch.unique(torch.cat([positive, torch.randint(self.num_items, (UNIFORM,))]))
             # Of B + U tries, how likely one brings the item: the correction of candidates without duplicates.
@@ -128,7 +128,7 @@ class Plain:
             target = torch.zeros(len(rows), dtype=torch.int64)
             loss = F.cross_entropy(torch.cat([own, logits], 1), target)
             self.optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
             progress("plain", number, steps)
 

@@ -60,7 +60,7 @@ class Problem:
 
     def run(self, loss: torch.Tensor) -> None:
         """Backward, and the gradients thrown away."""
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self.query.grad = self.items.grad = None
 
     def tiled(self) -> None:
@@ -74,7 +74,7 @@ class Problem:
     def torchs(self) -> None:
         """The form that comes with torch, in chunks of rows."""
         options = F.LinearCrossEntropyOptions(batch_chunk_size=64)  # type: ignore[attr-defined]
-        loss = F.linear_cross_entropy(self.query / TEMPERATURE, self.items, self.target, options=options)  # type: ignore[attr-defined]
+        loss = F.linear_cross_entropy(self.query / TEMPERATURE, self.items, self.target, options=options)
         self.run(loss)
 
 

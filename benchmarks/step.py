@@ -102,7 +102,7 @@ class Ours:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.low):
             loss, _, _ = batch_loss(self.towers, self.objective, batch, self.known)  # type: ignore[arg-type]
         self.optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
 
 
@@ -131,7 +131,7 @@ class Plain:
         log_count = self.log_p[items] + torch.tensor(len(items) - 1.0).log()
         loss = self.loss(self.towers.embed_queries(users), self.towers.embed_items(items), items, log_count)
         self.optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
 
 
@@ -211,7 +211,7 @@ def loss_memory(rows: int, *, unique: bool) -> float:
     embedded = Embedded(query, positive, candidates)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
-    objective.mean(embedded, drawn, temperature=TEMPERATURE).backward()
+    objective.mean(embedded, drawn, temperature=TEMPERATURE).backward()  # type: ignore[no-untyped-call]
     return resident("VmHWM") - before
 
 
