@@ -23,6 +23,8 @@ Document = dict[str, Any]
 
 #: Columns of slices beside each other.
 _SLICES = 8
+#: Among more points than this, one below this share of the best would squeeze the others together.
+_MANY, _FAR = 5, 0.75
 
 
 def overall(document: Document) -> Html:
@@ -144,6 +146,10 @@ def coverage(document: Document) -> Html | None:
             )
     if len(points) < 2:
         return None
+    best = max(point.y for point in points)
+    far = [point for point in points if point.y < _FAR * best] if len(points) > _MANY else []
+    points = [point for point in points if point not in far]
+    left_out = ", ".join(f"{point.name} ({point.x:.0f} % of the catalog, {story.number(point.y)})" for point in far)
     return labelled_points(
         "Accuracy against coverage",
         "; ".join(f"{point.name}: {point.x:.0f} % of the catalog, {story.number(point.y)}" for point in points),
@@ -151,7 +157,7 @@ def coverage(document: Document) -> Html | None:
         x_axis=f"coverage@{k} (% of the catalog in somebody's first {k})",
         y_axis=document["metric"],
         caption="Up is more accurate, right reaches more of the catalog. Vertical lines: 95 % interval over queries; "
-        "horizontal: range over seeds.",
+        "horizontal: range over seeds." + (f" Left out, far below the others: {left_out}." if far else ""),
     )
 
 
