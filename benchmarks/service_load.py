@@ -59,9 +59,9 @@ def service(folder: Path, *options: str) -> Iterator[str]:
                 raise RuntimeError(f"the service ended with {process.returncode}")
 
 
-def load(address: str, script: Path | None, connections: int, seconds: float, seed: int) -> dict[str, Any]:
+def load(address: str, script: Path | None, connections: int, seconds: int, seed: int) -> dict[str, Any]:
     """One run of wrk."""
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--latency", "--timeout", "10s"]
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "--timeout", "10s"]
     if script is not None:
         command += ["-s", str(script), address, "--", str(seed)]
     else:
@@ -110,7 +110,7 @@ def replaced(folder: Path, other: Path) -> None:
     shutil.rmtree(old)
 
 
-def run_load(address: str, script: Path, rounds: int, seconds: float) -> dict[str, Any]:
+def run_load(address: str, script: Path, rounds: int, seconds: int) -> dict[str, Any]:
     """Rounds of each number of connections, interleaved with the web server alone; medians."""
     found: dict[str, list[dict[str, Any]]] = {}
     for seed in range(rounds):
@@ -119,7 +119,7 @@ def run_load(address: str, script: Path, rounds: int, seconds: float) -> dict[st
                 load(address, script, connections, seconds, seed)
             )
             found.setdefault(f"healthz, {connections} connections", []).append(
-                load(address, None, connections, seconds / 2, seed)
+                load(address, None, connections, 2, seed)
             )
     return {name: middle(runs) for name, runs in found.items()}
 
@@ -142,7 +142,7 @@ def middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def run_swaps(address: str, script: Path, folder: Path, others: list[Path], swaps: int) -> dict[str, Any]:
     """Swap models while wrk asks without a pause."""
     loads: list[dict[str, Any]] = []
-    thread = threading.Thread(target=lambda: loads.append(load(address, script, 16, 3.0 * swaps + 5, 0)))
+    thread = threading.Thread(target=lambda: loads.append(load(address, script, 16, 3 * swaps + 5, 0)))
     before = metrics(address)["process_resident_memory_bytes"]
     thread.start()
     name = folder.parent.name
@@ -168,7 +168,7 @@ def run_swaps(address: str, script: Path, folder: Path, others: list[Path], swap
     }
 
 
-def run_soak(address: str, script: Path, seconds: float) -> dict[str, Any]:
+def run_soak(address: str, script: Path, seconds: int) -> dict[str, Any]:
     """Memory while wrk asks for minutes; the first half minute fills caches and is told apart."""
     loads: list[dict[str, Any]] = []
     thread = threading.Thread(target=lambda: loads.append(load(address, script, 16, seconds, 0)))
@@ -194,8 +194,8 @@ def main() -> None:
     )
     parser.add_argument("--parts", default="load,swaps,soak")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=4.0)
-    parser.add_argument("--soak", type=float, default=300.0)
+    parser.add_argument("--seconds", type=int, default=4)
+    parser.add_argument("--soak", type=int, default=300)
     parser.add_argument("--swaps", type=int, default=20)
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()

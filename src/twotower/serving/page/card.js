@@ -3,6 +3,8 @@
 import { element, whole } from "./dom.js";
 
 const MAIN = ["head", "mid", "tail"];
+const BETTER = ["Recall", "NDCG", "MRR", "HR", "coverage"]; // more is better: the best value is bold
+const COLUMNS = [...BETTER, "popularity"];
 const number = (value) => (Math.abs(value) >= 1 ? value.toFixed(2) : value.toFixed(4));
 
 // `scale` is the largest value of a bar: cards side by side have the same.
@@ -34,10 +36,10 @@ export function card(found, letter, scale) {
 function metrics(found, scale) {
   const k = Math.min(...found.protocol.ks);
   const own = found.rows.map((row) => row.values);
-  const names = Object.keys(own[0]).filter((name) => name.endsWith(`@${k}`) && typeof own[0][name] === "number").slice(0, 6);
+  const names = COLUMNS.map((name) => `${name}@${k}`).filter((name) => typeof own[0][name] === "number");
   const best = Object.fromEntries(names.map((name) => [name, Math.max(...own.map((values) => values[name] ?? -Infinity))]));
   const rows = found.rows.map((row) =>
-    element("tr", {}, element("th", { scope: "row" }, row.name), names.map((name) => element("td", { class: row.values[name] === best[name] && own.length > 1 ? "number best" : "number" }, cell(row.values[name])))),
+    element("tr", {}, element("th", { scope: "row" }, row.name), names.map((name) => element("td", { class: row.values[name] === best[name] && own.length > 1 && BETTER.includes(name.split("@")[0]) ? "number best" : "number" }, cell(row.values[name])))),
   );
   const protocol = found.protocol;
   const said = `${whole.format(found.num_targets)} targets of ${whole.format(found.num_queries)} queries (${found.holdout}), ${protocol.catalog} catalog of ${whole.format(found.num_items)} items${protocol.exact ? ", exact" : ", approximate"}.`;
