@@ -102,8 +102,8 @@ def interval_rows(
 
     def draw(width: int) -> tuple[float, list[Html]]:
         beside = width > 500
-        names = max(text_width(row.name) for row in rows) + 16 if beside else 12.0
-        numbers = max(text_width(row.told) for row in rows) + 16
+        names = max(text_width(row.name, strong=row.kind == "best") for row in rows) + 16 if beside else 12.0
+        numbers = max(text_width(row.told, strong=row.kind == "best") for row in rows) + 16
         step = 27 if beside else 46
         scale = Scale(low, high, names, width - numbers if beside else width - 12)
         bottom = 8 + step * len(rows)
@@ -260,7 +260,8 @@ def _named(point: Point, x: float, y: float, room: _Room, inside: Box) -> list[H
     halves = wrapped(point.name, text_width(point.name) / 2 + 24)
     for away in (0, 16, 32, 48, 64, 84, 104, 128, 152, 180, 210, 240):
         for lines in (whole, halves):
-            wide, tall = max(text_width(text) for text in lines), (TEXT + 3) * len(lines)
+            wide = max(text_width(text, strong=point.kind == "best") for text in lines)
+            tall = (TEXT + 3) * len(lines)
             for dx, dy in ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (1, 1), (-1, -1), (-1, 1)):
                 reach = 10 + away
                 left = x + dx * reach if dx > 0 else (x + dx * reach - wide if dx < 0 else x - wide / 2)

@@ -19,6 +19,8 @@ WIDE, NARROW = 860, 350
 TEXT = 13
 #: Width of a character of a wide sans-serif font, in parts of its size.
 _ADVANCE = 0.6
+#: Strong text is wider by so much.
+_STRONG = 1.12
 _NARROW_CHARACTERS = frozenset("iljtfr.,:;'|!()[] -")
 
 
@@ -65,8 +67,9 @@ class Box:
         )
 
 
-def text_width(text: str, size: float = TEXT) -> float:
+def text_width(text: str, size: float = TEXT, *, strong: bool = False) -> float:
     """An upper estimate of a text's width; what a browser really takes is smaller with most fonts."""
+    size *= _STRONG if strong else 1.0
     return sum(0.42 if character in _NARROW_CHARACTERS else _ADVANCE + 0.04 for character in text) * size
 
 
