@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from twotower import machine
+from twotower import machine, process
 from twotower.config import Config
 from twotower.data import Interactions
 from twotower.data.prefetching import DEPTH
@@ -21,6 +21,8 @@ from twotower.training.optimizers import state_dtype
 
 #: Sizes of float32 and int64.
 F4, I8 = 4, 8
+#: Rows that `TwoTower.item_embeddings` embeds at once.
+BLOCK = 65_536
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,16 @@ def plan_memory(config: Config, towers: TwoTower, objective: Objective, data: In
         "tile": _tile(rows, candidates + own),
     }
     catalog = data.num_items * width * F4
-    ranking = {"item embeddings": 2 * catalog, "index": catalog // 4}
+    ranking = {
+        "gradients": step["gradients"],  # those of the last step are still there
+        "item embeddings": 2 * catalog + 2 * min(data.num_items, BLOCK) * width * F4,
+        "index": catalog + catalog // 2 + catalog // 4,  # the items in its order, in bfloat16, and which are NaN
+    }
+    tuned = process.tuning()
+    if tuned is not None and tuned.kept_below is not None:
+        # What a step has freed stays with the process, and need not fit what a ranking asks for.
+        freed = step["histories"] + step["embeddings"]
+        ranking["kept for reuse"] = min(freed, process.KEPT_IN_ALL)
     saving = {"best weights": in_tables}
     # What `select` took from the prepared data is in memory already, and so counted with the process.
     return MemoryPlan(held, step, ranking, saving, found.available, _mapped(data))
