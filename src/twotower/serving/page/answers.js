@@ -1,0 +1,141 @@
+// What is answered at the dial's setting, by each model, and why.
+
+import { remember } from "./address.js";
+import { get, obsolete, post } from "./api.js";
+import { marks, map } from "./atlas.js";
+import { SETTINGS, drawCurve, medianOf, saidOf } from "./curve.js";
+import { byId, element, later, readable } from "./dom.js";
+import { draw } from "./lists.js";
+import { swapped } from "./models.js";
+import { active, asked, channel, complain, question, state, summaryOf } from "./state.js";
+import { drawHistory } from "./who.js";
+
+// Who asks or how has changed: everything is asked anew.
+export function changed() {
+  drawHistory();
+  remember();
+  state.open = {};
+  state.curves = {};
+  refresh();
+  curves();
+}
+
+export async function refresh() {
+  complain(null);
+  await Promise.all(active().map(answer));
+  spoken();
+  explainLater();
+  marks();
+}
+
+async function answer(letter) {
+  const body = asked(letter);
+  try {
+    const found = body ? await post("recommend", body, channel("recommend", letter)) : { items: [] };
+    const known = new Map((state.found[letter] ?? []).map((item) => [item.item, item.columns]));
+    state.found[letter] = found.items.map((item) => ({ ...item, columns: known.get(item.item) }));
+    if (found.version && found.version !== summaryOf(state.letters[letter])?.version) swapped();
+  } catch (error) {
+    if (obsolete(error)) return;
+    state.found[letter] = [];
+    complain(active().length > 1 ? `${state.letters[letter]}: ${error.message}` : error.message);
+  }
+  drawList(letter);
+  if (active().length > 1) drawList(letter === "a" ? "b" : "a");
+  drawDial();
+}
+
+function drawList(letter) {
+  const place = byId(`list-${letter}`);
+  if (!place) return;
+  if (!question()) {
+    place.replaceChildren(element("p", { class: "nothing" }, "Pick a user, or add a title or two that somebody might like."));
+    return;
+  }
+  const [own, other] = [state.found[letter] ?? [], state.found[letter === "a" ? "b" : "a"] ?? []];
+  const shared = active().length > 1 ? new Set(other.map((item) => String(item.item))) : null;
+  draw(place, {
+    model: state.letters[letter],
+    letter,
+    items: own,
+    most: summaryOf(state.letters[letter])?.most_interactions,
+    shared,
+    open: state.open[letter],
+    toggle: (item) => toggle(letter, item),
+    point: (item) => point(letter, item),
+  });
+  const common = byId("common");
+  common.hidden = !shared || !own.length || !other.length;
+  if (!common.hidden) common.textContent = `${own.filter((item) => shared.has(String(item.item))).length} of ${own.length} in both lists, marked at the left edge.`;
+}
+
+async function toggle(letter, item) {
+  const opening = state.open[letter] !== String(item.item);
+  state.open[letter] = opening ? String(item.item) : null;
+  if (opening && !item.columns) {
+    try {
+      item.columns = (await get(`items/${encodeURIComponent(item.item)}`, { model: state.letters[letter] })).columns;
+    } catch {
+      item.columns = {};
+    }
+  }
+  drawList(letter);
+  byId(`list-${letter}`).querySelector(`li[data-item="${CSS.escape(String(item.item))}"] button`)?.focus({ preventScroll: true });
+}
+
+// The history items that pulled an item up, beside the list, and its place on the map.
+function point(letter, item) {
+  map.light(item?.item ?? null);
+  const pulls = new Map((item?.explanation?.history ?? []).filter((one) => one.contribution > 0).slice(0, 3).map((one) => [String(one.item), one.contribution]));
+  for (const row of byId("history").children) {
+    const pull = pulls.get(row.dataset.item);
+    row.className = pull === undefined ? "" : `pulled by-${letter}`;
+    row.querySelector(".pull")?.remove();
+    if (pull !== undefined) row.querySelector(".meter").append(element("span", { class: "pull" }, `+${pull.toFixed(2)}`));
+  }
+}
+
+const explainLater = later(60, () => active().forEach(explain));
+
+async function explain(letter) {
+  const who = question();
+  const items = (state.found[letter] ?? []).slice(0, 20);
+  if (!who || !items.length) return;
+  const body = { ...who, model: state.letters[letter], items: items.map((item) => item.item), popularity: state.dial };
+  try {
+    const found = await post("explain", body, channel("explain", letter));
+    items.forEach((item, at) => { item.explanation = found.items[at]; });
+    drawList(letter);
+  } catch (error) {
+    if (!obsolete(error)) complain(error.message);
+  }
+}
+
+export async function curves() {
+  await Promise.all(active().map(async (letter) => {
+    if (!question()) return;
+    try {
+      const lists = await Promise.all(SETTINGS.map((dial) => post("recommend", asked(letter, dial), channel(`curve${dial}`, letter))));
+      state.curves[letter] = lists.map((found) => medianOf(found.items));
+      drawDial();
+    } catch {
+      // Without the curve the dial still works; what is wrong is said beside the list.
+    }
+  }));
+}
+
+export function drawDial() {
+  const lines = active().filter((letter) => state.curves[letter]).map((letter) => ({ letter, medians: state.curves[letter] }));
+  const now = Object.fromEntries(active().filter((letter) => state.found[letter]?.length).map((letter) => [letter, state.found[letter]]));
+  drawCurve(byId("curve"), lines, state.dial, now);
+  byId("dial-said").textContent = saidOf(state.dial);
+  byId("dial").setAttribute("aria-valuetext", saidOf(state.dial));
+}
+
+const spoken = later(400, () => {
+  const parts = active().filter((letter) => state.found[letter]?.length).map((letter) => {
+    const items = state.found[letter];
+    return `${state.letters[letter]}: ${items.length} items, first ${readable(items[0])}, half have more than ${Math.round(medianOf(items))} interactions`;
+  });
+  byId("spoken").textContent = parts.join(". ");
+});
