@@ -11,6 +11,7 @@ ROOMS = [
     "files",
     "machine",
     "process",
+    "ranks",
     "feature_config",
     "config",
     "schema",

@@ -15,6 +15,7 @@ from twotower.data.interactions import Interactions
 from twotower.data.prefetching import ahead
 from twotower.data.shuffling import Shuffle
 from twotower.errors import InputError
+from twotower.ranks import Ranks
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +30,7 @@ class Batch:
         weights: float32 [B] or None.
         groups: int64 [B] or None.
         group: the one group that all rows come from, where batches are built within groups; None otherwise.
+        total: rows of the batch over all ranks, of which these are `Ranks.part(total)`; None where nobody knows.
     """
 
     rows: Tensor
@@ -38,6 +40,7 @@ class Batch:
     weights: Tensor | None = None
     groups: Tensor | None = None
     group: int | None = None
+    total: int | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -65,6 +68,7 @@ class TrainingBatches:
         history_length: L, 0 for none.
         seed: 0 or more.
         drop_last: leave out the last, smaller batch; fewer rows than `batch_size` are one batch all the same.
+        ranks: gives out this rank's part of every batch; `batch_size` is that of all ranks together.
 
     Raises:
         InputError: no rows, or a size or seed out of range.
@@ -78,6 +82,7 @@ class TrainingBatches:
         history_length: int = 0,
         seed: int = 0,
         drop_last: bool = True,
+        ranks: Ranks | None = None,
     ) -> None:
         for name, value, least in (
             ("batch_size", batch_size, 1),
@@ -90,6 +95,7 @@ class TrainingBatches:
             raise InputError("training batches: no interactions to train on.")
         self.interactions, self.history_length, self.seed = interactions, history_length, seed
         self.batch_size, self.drop_last = min(batch_size, len(interactions)), drop_last
+        self.ranks = ranks or Ranks()
         self.epoch, self.position = 0, 0
 
     def __len__(self) -> int:
@@ -129,7 +135,7 @@ class TrainingBatches:
         def make(position: int) -> Batch:
             start = position * self.batch_size
             stop = min(start + self.batch_size, len(self.interactions))
-            return self.batch(shuffle(np.arange(start, stop)))
+            return self.part(shuffle(np.arange(start, stop)))
 
         for batch in ahead(make, self.position, len(self)):
             # What counts is what was given out, not what was made ahead. Before the batch is given out, so that a state
@@ -137,6 +143,10 @@ class TrainingBatches:
             self.position += 1
             yield batch
         self.epoch, self.position = self.epoch + 1, 0
+
+    def part(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Batch:
+        """This rank's part of the batch of some row numbers."""
+        return replace(self.batch(rows[self.ranks.part(len(rows))]), total=len(rows))
 
     def batch(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Batch:
         """The batch of some row numbers, int64 [B]."""
@@ -210,7 +220,7 @@ class GroupedBatches:
             group = int(self._group_of_batch[number])
             start = (number - int(first[group])) * size
             rows = self._rows[self._starts[group] + within[group](np.arange(start, start + size))]
-            return replace(inner.batch(rows), group=group)
+            return replace(inner.part(rows), group=group)
 
         for batch in ahead(make, inner.position, len(self)):
             inner.position += 1

@@ -65,11 +65,17 @@ class Objective(nn.Module, ABC):
         queries: Tensor | None = None,
         group: Group | None = None,
         generator: torch.Generator | None = None,
+        rows: slice | None = None,
     ) -> Candidates:
         """The candidates of one batch, each distinct shared item once where the form allows; see `Pool.draw`."""
         return self.prepare(
             self.pool.draw(
-                positives, known_positives=known_positives, queries=queries, group=group, generator=generator
+                positives,
+                known_positives=known_positives,
+                queries=queries,
+                group=group,
+                generator=generator,
+                rows=rows,
             )
         )
 

@@ -154,11 +154,16 @@ class Pool(nn.Module):
         queries: Tensor | None = None,
         group: Group | None = None,
         generator: torch.Generator | None = None,
+        rows: slice | None = None,
     ) -> Candidates:
         """Draw the candidates of one batch.
 
         In training mode (`pool.train()`, the default) streaming frequencies take note of the positives before the
         draw, and a cross-batch memory after it; in evaluation mode nothing is remembered.
+
+        A batch may be spread over processes: each then draws with the positives of all of them and the same state of
+        the generator, and asks for its own `rows`. Items and kappa are those of the whole batch, masks those of the
+        rows.
 
         Args:
             positives: item of each row, int64 [B].
@@ -167,6 +172,8 @@ class Pool(nn.Module):
             queries: query of each row, int64 [B], for sources that look items up by query.
             group: group that the batch was built in, for grouped frequencies.
             generator: random generator of the draws.
+            rows: the rows to make masks and row candidates for, start and stop given; `known_positives` and `queries`
+                are then theirs alone, counted from the first of them. None for all.
 
         Returns:
             Candidates, [M] of them; at least the positives of the batch where a source is in-batch.
@@ -180,31 +187,32 @@ class Pool(nn.Module):
                 f"positives: expected int64 item codes of shape [B], found {positives.dtype} {list(positives.shape)}"
             )
         request = Request(positives, queries, group, generator)
+        asked = positives if rows is None else positives[rows]
         if self.training:
             for frequency in self.frequencies():
                 frequency.observe(positives, group)
         known = None if known_positives is None else as_pairs(known_positives)
-        fixed, drawn, drawn_source, row_fixed, row_drawn, row_source = self._gather(request)
+        fixed, drawn, drawn_source, row_fixed, row_drawn, row_source = self._gather(request, rows)
         items, empty, source = self._shared(fixed, drawn, drawn_source)
         log_count = self._log_count(items, source, request, is_fixed=source == FIXED)
         # An empty place weighs nothing: kappa = inf. It is masked as well, for losses that do not look at kappa.
         log_count = log_count.masked_fill(empty, torch.inf)
-        own = (torch.arange(len(positives), device=positives.device), positives)
+        own = (torch.arange(len(asked), device=asked.device), asked)
         pairs = [own, known, None if row_fixed is None else as_pairs(row_fixed)]
         result = Candidates(
             items=items,
             log_expected_count=log_count.to(torch.float32),
             masks=Hits(
                 [pair for pair in pairs if pair is not None],
-                rows=len(positives),
+                rows=len(asked),
                 items=items,
                 size=len(items),
                 empty=None if items.device.type == "cpu" and not bool(empty.any()) else empty,
             ),
             multiplicity=(~empty).long(),
             source=source,
-            positives=positives,
-            positive_log_count=self._positive_log_count(request, fixed, row_fixed),
+            positives=asked,
+            positive_log_count=self._positive_log_count(asked, request, fixed, row_fixed),
         )
         if row_fixed is not None or row_drawn is not None:
             result = self._with_rows(
@@ -245,14 +253,19 @@ class Pool(nn.Module):
         """The sources that draw."""
         return [member for member in self.members() if isinstance(member, RandomSource)]
 
-    def _gather(self, request: Request) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Draw from every source: (always, random, source of random) shared, and the same per row."""
+    def _gather(
+        self, request: Request, asked: slice | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Draw from every source: (always, random, source of random) shared, and the same per row, of those asked."""
+        own = request if asked is None else replace(request, positives=request.positives[asked])
         shared: dict[bool, list[Tensor]] = {True: [], False: []}
         rows: dict[bool, list[Tensor]] = {True: [], False: []}
         places, row_places = [], []
         for place, member in enumerate(self.members()):
-            items = member.draw(request)
+            # Random candidates of a row are drawn for all rows, so that they do not depend on how a batch is spread.
+            items = member.draw(own if member.always else request)
             if member.per_row:
+                items = items if member.always or asked is None else items[asked]
                 items = row_duplicates(items) if member.unique else items
                 rows[member.always].append(items)
                 row_places += [] if member.always else [torch.full_like(items, place)]
@@ -290,8 +303,9 @@ class Pool(nn.Module):
             _refuse_impossible(items, log_count)
         return log_count
 
-    def _positive_log_count(self, request: Request, fixed: Tensor, row_fixed: Tensor | None) -> Tensor:
-        positives = request.positives
+    def _positive_log_count(
+        self, positives: Tensor, request: Request, fixed: Tensor, row_fixed: Tensor | None
+    ) -> Tensor:
         if not self.random_sources():
             return torch.zeros(len(positives), device=positives.device)
         nowhere = torch.full_like(positives, MERGED)
@@ -314,8 +328,8 @@ class Pool(nn.Module):
         request: Request,
     ) -> Candidates:
         """Add the candidates of single rows to the shared ones."""
-        rows = len(request.positives)
-        blank = request.positives.new_empty(rows, 0)
+        positives = shared.positives
+        blank = positives.new_empty(len(positives), 0)
         fixed = blank if fixed is None else row_duplicates(fixed)
         drawn = blank if drawn is None or source is None else drawn
         if drawn.shape[1]:
@@ -331,7 +345,7 @@ class Pool(nn.Module):
         place = torch.cat([torch.full_like(fixed, FIXED), drawn if source is None else source], 1)
         empty = items < 0
         log_count = self._log_count(items.clamp(min=0), place, request, is_fixed=(place == FIXED) | empty)
-        hits = empty | (items == request.positives[:, None])
+        hits = empty | (items == positives[:, None])
         if known is not None:
             hits |= known_in_rows(items, *known)
         return replace(

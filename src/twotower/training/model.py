@@ -16,11 +16,15 @@ from twotower.data import Batch, KnownPositives
 from twotower.evaluation import popularity_thirds
 from twotower.losses import Embedded, Objective
 from twotower.negatives import Candidates
+from twotower.ranks import Ranks
 from twotower.towers import TwoTower
 from twotower.training.checkpoints import random_state, restore_random_state
-from twotower.training.diagnostics import Watch, diagnose, frequency_drift, memory_age
-from twotower.training.gradient_cache import cached_embedding
+from twotower.training.diagnostics import Watch, diagnose, frequency_drift, memory_age, objective_device
+from twotower.training.embedding import embed_once, embed_queries
+from twotower.training.exchange import GradientExchange
+from twotower.training.gathering import gathered_loss
 from twotower.training.optimizers import TableOptimizer, parameter_groups
+from twotower.training.randomness import DROPOUT, ROUNDING, draws_of, step_seed
 
 #: Steps between entries of the log, and between diagnostics of the objective in it.
 LOG_EVERY = 10
@@ -34,6 +38,7 @@ def batch_loss(
     known_positives: KnownPositives | None = None,
     *,
     micro_batch: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Embedded, Candidates]:
     """The mean loss of a batch, weighted where rows carry weights, with the embeddings and the candidates of it.
 
@@ -45,8 +50,9 @@ def batch_loss(
         known_positives=None if known_positives is None else known_positives.pairs(batch.queries),
         queries=batch.queries,
         group=batch.group,
+        generator=generator,
     )
-    query = _in_chunks(towers, towers.embed_queries, batch.queries, batch.history, chunk=micro_batch)
+    query = embed_queries(towers, batch.queries, batch.history, chunk=micro_batch)
     asked = [batch.items, drawn.items]
     if drawn.row_items is not None:
         asked.append(drawn.row_items.clamp(min=0).reshape(-1))
@@ -61,22 +67,6 @@ def batch_loss(
     return objective.mean(embedded, drawn, temperature=towers.temperature, weights=weights), embedded, drawn
 
 
-def embed_once(towers: TwoTower, items: Tensor, *, chunk: int | None = None) -> Tensor:
-    """Embeddings of items, [M, D], where each distinct item goes through the tower once; `chunk` of them at a time."""
-    if items.device.type != "cpu":  # the number of distinct items would have to be awaited
-        return _in_chunks(towers, towers.embed_items, items, chunk=chunk)
-    distinct, place = torch.unique(items, return_inverse=True)
-    # Not `[place]`: the backward of indexing is five times that of index_select on a CPU.
-    return _in_chunks(towers, towers.embed_items, distinct, chunk=chunk).index_select(0, place)
-
-
-def _in_chunks(towers: TwoTower, embed: Callable[..., Tensor], *inputs: Tensor | None, chunk: int | None) -> Tensor:
-    if chunk is None:
-        return embed(*inputs)
-    anchor = next(parameter for parameter in towers.parameters() if parameter.requires_grad)
-    return cached_embedding(embed, *inputs, chunk=chunk, anchor=anchor)
-
-
 class TrainingModule(pl.LightningModule):
     """Towers and objective as Lightning sees them.
 
@@ -88,6 +78,7 @@ class TrainingModule(pl.LightningModule):
         known_positives: looks up what a row must not be pushed away from; None to mask its own positive alone.
         counts: training interactions of each item, [N], for the diagnostics by popularity; none without it.
         validate: measures the towers; called after each epoch, returns metrics by name.
+        ranks: the processes that train together; one that is alone where None.
     """
 
     def __init__(
@@ -100,6 +91,7 @@ class TrainingModule(pl.LightningModule):
         known_positives: KnownPositives | None = None,
         counts: Tensor | None = None,
         validate: Callable[[TwoTower], dict[str, float]] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         super().__init__()
         self.towers = towers
@@ -111,26 +103,56 @@ class TrainingModule(pl.LightningModule):
         self.thirds = None if counts is None else torch.from_numpy(popularity_thirds(counts.numpy()))
         self._watch = Watch()
         self.validate = validate
+        self.ranks = ranks or Ranks()
+        self._exchange = GradientExchange(torch.nn.ModuleList([towers, objective]), self.ranks)
         self._rows = 0
         self._since = time.perf_counter()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean loss of the batch, weighted where rows carry weights."""
-        mean, embedded, drawn = batch_loss(
-            self.towers, self.objective, batch, self.known_positives, micro_batch=self.settings.micro_batch
-        )
-        self._rows += len(batch.items)
+        """Mean loss of the batch, weighted where rows carry weights; of several ranks, this one's share of it."""
+        mean, embedded, drawn = self._loss(batch)
+        self._rows += len(batch.items) if batch.total is None else batch.total
         if (batch_idx + 1) % LOG_EVERY == 0:
-            self.log("loss", mean.detach(), prog_bar=True)
+            self.log("loss", self.ranks.sum(mean), prog_bar=True)
             now = time.perf_counter()
             self.log("rows/s", self._rows / max(now - self._since, 1e-9), prog_bar=True)
             self.log("temperature", self.towers.temperature.detach())
-            if self.thirds is not None and self.objective.merges_copies and (batch_idx + 1) % DIAGNOSE_EVERY == 0:
-                numbers = diagnose(embedded, drawn, self.towers.temperature, self.thirds.to(self.device))
+            thirds = self.thirds if self.objective.merges_copies and len(batch) else None
+            if thirds is not None and (batch_idx + 1) % DIAGNOSE_EVERY == 0:
+                numbers = diagnose(embedded, drawn, self.towers.temperature, thirds.to(self.device))
                 self._watch.look(numbers)
                 self.log_dict({**numbers, **memory_age(self.objective)})
             self._rows, self._since = 0, now
         return mean
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, Embedded, Candidates]:
+        seed, step = self.settings.seed, self.global_step
+        generator = draws_of(seed, step, objective_device(self.objective))
+        micro_batch = self.settings.micro_batch
+        if self.ranks.size == 1:
+            return batch_loss(
+                self.towers, self.objective, batch, self.known_positives, micro_batch=micro_batch, generator=generator
+            )
+        torch.manual_seed(step_seed(seed, step, DROPOUT, self.ranks.rank))
+        return gathered_loss(
+            self.towers,
+            self.objective,
+            batch,
+            self.ranks,
+            self.known_positives,
+            micro_batch=micro_batch,
+            generator=generator,
+        )
+
+    def on_after_backward(self) -> None:
+        """Sum the gradients over ranks."""
+        self._exchange.sum_gradients()
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Round tables alike on every rank."""
+        del optimizer
+        if self.ranks.size > 1:
+            torch.manual_seed(step_seed(self.settings.seed, self.global_step, ROUNDING))
 
     def on_train_epoch_start(self) -> None:
         """Start the clock of rows/s afresh: validation is not training."""

@@ -1,0 +1,57 @@
+"""Each distinct item through the tower once, some rows at a time where memory is short."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from twotower.ranks import Ranks
+from twotower.towers import TwoTower
+from twotower.training.gradient_cache import cached_embedding
+
+
+def embed_queries(towers: TwoTower, queries: Tensor, history: Tensor, *, chunk: int | None = None) -> Tensor:
+    """Embeddings of queries, [B, D]; `chunk` of them at a time."""
+    return _in_chunks(towers, towers.embed_queries, queries, history, chunk=chunk)
+
+
+def embed_once(towers: TwoTower, items: Tensor, *, chunk: int | None = None) -> Tensor:
+    """Embeddings of items, [M, D], where each distinct item goes through the tower once; `chunk` of them at a time."""
+    if items.device.type != "cpu":  # the number of distinct items would have to be awaited
+        return _in_chunks(towers, towers.embed_items, items, chunk=chunk)
+    distinct, place = torch.unique(items, return_inverse=True)
+    # Not `[place]`: the backward of indexing is five times that of index_select on a CPU.
+    return _in_chunks(towers, towers.embed_items, distinct, chunk=chunk).index_select(0, place)
+
+
+def embed_by_ranks(towers: TwoTower, items: Tensor, ranks: Ranks, *, chunk: int | None = None) -> Tensor:
+    """Embeddings of items that every rank asks for alike, [M, D]; each rank embeds M/W of them.
+
+    The parts are gathered with their gradient: the backward pass hands each rank what all ranks' losses give to its
+    own items. Parts are equally large, so nobody has to be asked for a size; the last is filled up.
+
+    Args:
+        towers: the model, the same on every rank.
+        items: codes, int64 [M], the same on every rank.
+        ranks: the processes of the run.
+        chunk: items that go through the tower at a time; None for all.
+    """
+    if ranks.size == 1 or len(items) == 0:
+        return embed_once(towers, items, chunk=chunk)
+    place = None
+    if items.device.type == "cpu":
+        items, place = torch.unique(items, return_inverse=True)
+    each = -(-len(items) // ranks.size)
+    own = torch.arange(ranks.rank * each, (ranks.rank + 1) * each, device=items.device).clamp_(max=len(items) - 1)
+    embedded = _in_chunks(towers, towers.embed_items, items[own], chunk=chunk)
+    every = ranks.gather_with_gradient(embedded)[: len(items)]
+    return every if place is None else every.index_select(0, place)
+
+
+def _in_chunks(towers: TwoTower, embed: Callable[..., Tensor], *inputs: Tensor | None, chunk: int | None) -> Tensor:
+    if chunk is None:
+        return embed(*inputs)
+    anchor = next(parameter for parameter in towers.parameters() if parameter.requires_grad)
+    return cached_embedding(embed, *inputs, chunk=chunk, anchor=anchor)

@@ -1,0 +1,92 @@
+"""Gradients summed over ranks: those of layers in one buffer, those of tables by the rows that were touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from twotower.ranks import Ranks
+from twotower.training.rows import combine_rows
+
+
+class GradientExchange:
+    """Gives every rank the sum of all ranks' gradients.
+
+    Layers and small tables are reduced together in one flat buffer. A sparse gradient is exchanged as its rows,
+    P_r of each rank, and their D numbers each: what travels depends on the rows that a step touched, not on the N rows
+    of the table. torch's DistributedDataParallel is not used: NCCL cannot reduce sparse gradients with other rows on
+    each rank, and the gradient cache embeds again inside the backward pass, which its hooks take for a second gradient.
+
+    Which parameters have gradients is agreed upon in the first step: a rank without rows then knows what to send.
+
+    Args:
+        model: its sparse `nn.Embedding` modules are the tables with sparse gradients.
+        ranks: the processes of the run.
+    """
+
+    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
+        self.ranks = ranks
+        sparse = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.sparse}
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.tables = [p for p in trained if id(p) in sparse]
+        self.layers = [p for p in trained if id(p) not in sparse]
+        self._used: list[nn.Parameter] | None = None
+
+    @torch.no_grad()
+    def sum_gradients(self) -> None:
+        """Replace every parameter's `grad` by the sum over ranks; collective.
+
+        Raises:
+            RuntimeError: a parameter has a gradient for the first time after the first step: ranks would disagree.
+        """
+        if self.ranks.size == 1:
+            return
+        layers = self._layers_in_use()
+        for dtype in sorted({p.dtype for p in layers}, key=str):
+            self._sum_layers([p for p in layers if p.dtype == dtype])
+        for table in self.tables:
+            self._gather_rows(table)
+
+    def _layers_in_use(self) -> list[nn.Parameter]:
+        if self._used is None:
+            if not self.layers:
+                return []
+            flags = torch.tensor([float(p.grad is not None) for p in self.layers], device=self.layers[0].device)
+            anywhere = self.ranks.sum(flags).tolist()
+            self._used = [p for p, count in zip(self.layers, anywhere, strict=True) if count]
+        known = {id(p) for p in self._used}
+        if any(p.grad is not None and id(p) not in known for p in self.layers):
+            raise RuntimeError("a parameter without a gradient in the first step has one now; ranks would disagree")
+        return self._used
+
+    def _sum_layers(self, layers: list[nn.Parameter]) -> None:
+        flat = torch.cat([torch.zeros_like(p).view(-1) if p.grad is None else p.grad.reshape(-1) for p in layers])
+        total = self.ranks.sum_in_place(flat)
+        for parameter, part in zip(layers, torch.split(total, [p.numel() for p in layers]), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+    def _gather_rows(self, table: nn.Parameter) -> None:
+        rows, values = _touched(table)
+        sizes = self.ranks.sizes(len(rows), table.device)
+        if not sum(sizes):
+            return
+        every = self.ranks.gather(rows, sizes), self.ranks.gather(values, sizes)
+        table.grad = torch.sparse_coo_tensor(
+            every[0][None], every[1], table.shape, is_coalesced=False, check_invariants=False
+        )
+
+
+def _touched(table: nn.Parameter) -> tuple[Tensor, Tensor]:
+    if table.grad is None:
+        width = table.shape[1]
+        return torch.empty(0, dtype=torch.int64, device=table.device), table.new_empty(0, width)
+    rows, values = combine_rows(table.grad)
+    return rows, values.to(table.dtype)
+
+
+def same_start(model: nn.Module, ranks: Ranks) -> None:
+    """Give every rank the parameters and buffers of rank 0; collective."""
+    tensors: Iterable[Tensor] = (*model.parameters(), *model.buffers())
+    ranks.copy_first([tensor.detach() for tensor in tensors])

@@ -1,0 +1,163 @@
+"""What is trained twice: by several ranks and by one. Shared by the test and by the processes that it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from twotower.build import build_objective, masks_known_positives
+from twotower.config import Config
+from twotower.data import Batch, Interactions, KnownPositives, TrainingBatches
+from twotower.ranks import Ranks
+from twotower.towers import build_towers
+from twotower.training import TableOptimizer, batch_loss
+from twotower.training.exchange import GradientExchange
+from twotower.training.gathering import gathered_loss
+from twotower.training.optimizers import parameter_groups
+from twotower.training.randomness import draws_of
+
+NUM_QUERIES, NUM_ITEMS, STEPS, LENGTH = 40, 60, 20, 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """Settings of one training.
+
+    Attributes:
+        changes: of the configuration.
+        sparse: give the tables sparse gradients, as large ones have.
+        weighted: rows carry weights.
+        size: W of the run that is compared with one process.
+        micro_batch: rows that go through a tower at a time.
+    """
+
+    changes: tuple[str, ...]
+    sparse: bool = False
+    weighted: bool = False
+    size: int = 2
+    micro_batch: int | None = None
+
+
+def objective(name: str, *sources: str, unique: bool = False, more: tuple[str, ...] = ()) -> tuple[str, ...]:
+    given = f"objective.sources=[{', '.join(sources)}]"
+    return (f"objective.name={name}", given, f"objective.unique={str(unique).lower()}", *more)
+
+
+IN_BATCH, UNIFORM = "{in_batch: {}}", "{uniform: {size: 15}}"
+KNOWN = ("objective.mask_known_positives=true",)
+ROWWISE = ("training.table_optimizer=rowwise-adagrad",)
+CASES = {
+    "in-batch kept": Case(objective("expected-count", IN_BATCH)),
+    "in-batch unique": Case(objective("expected-count", IN_BATCH, unique=True)),
+    "mixed": Case(objective("expected-count", IN_BATCH, UNIFORM, unique=True), sparse=True),
+    "mixed as published": Case(objective("mixed", IN_BATCH, UNIFORM), weighted=True),
+    "head": Case(objective("expected-count", IN_BATCH, "{head: {size: 6}}", UNIFORM), sparse=True),
+    "memory": Case(objective("expected-count", IN_BATCH, "{memory: {size: 30}}", unique=True), sparse=True),
+    "known positives": Case(objective("expected-count", IN_BATCH, UNIFORM, more=KNOWN), weighted=True),
+    "streaming": Case(
+        objective("expected-count", IN_BATCH, "{memory: {size: 30}}", more=("objective.frequency=streaming",))
+    ),
+    "uniform alone": Case(objective("sampled-softmax-uniform", UNIFORM, more=ROWWISE), sparse=True),
+    "per row": Case(objective("gbce", "{uniform: {size: 4, per_row: true}}")),
+    "refined": Case(objective("refined-logq", IN_BATCH)),
+    "full softmax": Case(objective("full-softmax", "{catalog: {}}"), sparse=True),
+    "micro-batch": Case(objective("expected-count", IN_BATCH, UNIFORM, unique=True), sparse=True, micro_batch=3),
+    "three ranks": Case(objective("expected-count", IN_BATCH, UNIFORM, unique=True), sparse=True, weighted=True, size=3),
+    "three ranks, memory": Case(objective("expected-count", IN_BATCH, "{memory: {size: 30}}", more=KNOWN), size=3),
+}
+
+
+@dataclass
+class Trained:
+    """What came of a training.
+
+    Attributes:
+        losses: the mean loss of every step.
+        first: gradients of the first step, by name.
+        last: gradients of the last step.
+        state: parameters, and the state of the objective.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    first: dict[str, Tensor] = field(default_factory=dict)
+    last: dict[str, Tensor] = field(default_factory=dict)
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+
+def interactions() -> Interactions:
+    random = np.random.default_rng(0)
+    popular = 1.0 / np.arange(1, NUM_ITEMS + 1)
+    rows = 600
+    columns = {
+        "user_id": random.integers(0, NUM_QUERIES, rows),
+        "item_id": np.r_[np.arange(NUM_ITEMS), random.choice(NUM_ITEMS, rows - NUM_ITEMS, p=popular / popular.sum())],
+        "timestamp": np.arange(rows),
+        "weight": random.uniform(0.5, 2.0, rows),
+    }
+    import polars as pl
+
+    return Interactions.from_frame(pl.DataFrame(columns))
+
+
+def batches(data: Interactions, ranks: Ranks, *, weighted: bool) -> Iterator[Batch]:
+    """Batches of 12 rows; then a smaller one, one that does not divide by W, and one that rank 0 has for itself."""
+    source = TrainingBatches(data, 12, history_length=LENGTH, ranks=ranks)
+    order = np.random.default_rng(1).permutation(len(data))
+    rows = [*np.split(order[: 12 * (STEPS - 3)], STEPS - 3), order[300:302], order[310:317], order[320:325]]
+    for step, part in enumerate(rows):
+        if step == STEPS - 1:  # as where ranks read data of their own, and one comes to its end
+            batch = source.batch(part if ranks.is_first else part[:0])
+        else:
+            batch = source.part(part)
+        yield batch if weighted else replace(batch, weights=None)
+
+
+def train(case: Case, ranks: Ranks) -> Trained:
+    data = interactions()
+    config = Config.load(
+        None,
+        [
+            "item_tower.dimension=8",
+            "item_tower.hidden=[10]",
+            "query_tower.id_embedding=true",
+            "query_tower.hidden=[12]",
+            "query_tower.dropout=0",
+            f"query_tower.history={{length: {LENGTH}, heads: 2, dropout: 0}}",
+            "training.batch_size=12",
+            "training.warmup_steps=2",
+            *case.changes,
+        ],
+    ).resolved(len(data))
+    torch.manual_seed(3)
+    towers = build_towers(config, num_queries=data.num_queries, num_items=data.num_items).train()
+    for module in towers.modules():
+        if isinstance(module, nn.Embedding):
+            module.sparse = case.sparse
+    goal = build_objective(config, data).train()
+    model = nn.ModuleDict({"towers": towers, "objective": goal})
+    known = KnownPositives(data) if masks_known_positives(config.objective) else None
+    optimizer = TableOptimizer(
+        parameter_groups(model, 0.01, lr=2e-3, table_rule=config.training.table_optimizer), lr=2e-3
+    )
+    exchange = GradientExchange(model, ranks)
+    found = Trained()
+    for step, batch in enumerate(batches(data, ranks, weighted=case.weighted)):
+        options = {"micro_batch": case.micro_batch, "generator": draws_of(0, step, "cpu")}
+        if ranks.size == 1:
+            loss, _, _ = batch_loss(towers, goal, batch, known, **options)
+        else:
+            loss, _, _ = gathered_loss(towers, goal, batch, ranks, known, **options)
+        optimizer.zero_grad()
+        loss.backward()
+        exchange.sum_gradients()
+        found.losses.append(float(ranks.sum(loss)))
+        if step in (0, STEPS - 1):
+            grads = {name: p.grad.to_dense().clone() for name, p in model.named_parameters() if p.grad is not None}
+            found.first, found.last = (grads, found.last) if step == 0 else (found.first, grads)
+        optimizer.step()
+    found.state = {name: value.clone() for name, value in model.state_dict().items()}
+    return found

@@ -1,0 +1,101 @@
+"""Two ranks with B rows each are one with 2 B rows: losses, gradients, parameters and state after 20 steps."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import cases
+
+from twotower.ranks import Ranks
+
+WORKER = Path(__file__).parent / "worker.py"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment(rank: int, size: int, port: int) -> dict[str, str]:
+    return os.environ | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@pytest.fixture(scope="module")
+def of_ranks(tmp_path_factory):
+    """What each rank's process has found, by case: three processes do all cases, some of them as a group of two."""
+    out, port = tmp_path_factory.mktemp("ranks"), free_port()
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(out)],
+            env=environment(rank, 3, port),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    told = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], "\n".join(told)
+    return {
+        name: [torch.load(out / f"{name}.{rank}.pt", weights_only=True) for rank in range(case.size)]
+        for name, case in cases.CASES.items()
+    }
+
+
+def assert_same(found, expected, what):
+    assert found.keys() == expected.keys(), what
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5, msg=lambda text, n=name: f"{what} {n}: {text}")
+
+
+@pytest.mark.parametrize("name", list(cases.CASES))
+def test_ranks_are_one_process_with_all_their_rows(of_ranks, name):
+    alone = cases.train(cases.CASES[name], Ranks())
+    assert len(set(alone.losses)) == cases.STEPS
+    assert min(float(g.abs().max()) for g in alone.last.values()) > 0  # nothing agrees by being nothing
+    for rank, found in enumerate(of_ranks[name]):
+        torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(alone.losses), rtol=0, atol=1e-5)
+        assert_same(found["first"], alone.first, f"rank {rank}: first gradient of")
+        assert_same(found["last"], alone.last, f"rank {rank}: last gradient of")
+        assert_same(found["state"], alone.state, f"rank {rank}:")
+
+
+def test_every_rank_has_the_very_same_model(of_ranks):
+    for name, found in of_ranks.items():
+        for other in found[1:]:
+            for key, value in found[0]["state"].items():
+                assert torch.equal(other["state"][key], value), f"{name}: {key}"
+
+
+def test_shares_cover_everything_once():
+    for size in (1, 2, 3, 7):
+        for total in (0, 1, 5, 14, 100):
+            parts = [Ranks(rank, size).part(total) for rank in range(size)]
+            assert [i for part in parts for i in range(part.start, part.stop)] == list(range(total))
+            assert max(Ranks(0, size).shares(total)) - min(Ranks(0, size).shares(total)) <= 1
+
+
+def test_a_process_alone_exchanges_nothing():
+    alone, rows = Ranks(), torch.arange(6.0).reshape(3, 2).requires_grad_()
+    assert alone.gather_with_gradient(rows) is rows
+    assert alone.gather(rows) is rows
+    assert alone.sizes(4) == [4]
+    assert torch.equal(alone.sum(rows), rows)
+    assert not alone.agree(False)
+    assert Ranks.current() == alone
