@@ -24,6 +24,7 @@ ROOMS = [
     "training",
     "serving",
     "build",
+    "continuing",
     "analysis",
     "doctor",
     "run",

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from twotower.config import Config
     from twotower.data import Interactions, datasets, splits
     from twotower.errors import InputError
-    from twotower.run import Model, evaluate, fit
+    from twotower.run import Model, continue_with, evaluate, fit
     from twotower.serving import Retriever
 
 _ROOMS = ("data", "evaluation", "index", "losses", "negatives", "serving", "towers", "training")
@@ -23,6 +23,7 @@ _NAMES = {
     "Interactions": "twotower.data",
     "Model": "twotower.run",
     "Retriever": "twotower.serving",
+    "continue_with": "twotower.run",
     "datasets": "twotower.data",
     "evaluate": "twotower.run",
     "fit": "twotower.run",
@@ -35,6 +36,7 @@ __all__ = [
     "Interactions",
     "Model",
     "Retriever",
+    "continue_with",
     "data",
     "datasets",
     "evaluate",

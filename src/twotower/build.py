@@ -203,19 +203,22 @@ def named_objective(name: str) -> Named:
     return OBJECTIVES[name]
 
 
-def build_objective(config: Config, train: Interactions) -> Objective:
+def build_objective(config: Config, train: Interactions, *, learnt: Interactions | None = None) -> Objective:
     """The objective of a configuration, its frequency counted from the training interactions.
+
+    `learnt` are the rows that batches are made of, where they are not all of `train`: the frequency of in-batch
+    candidates is theirs, while heads and proposals go by all rows.
 
     Raises:
         InputError: the objective, one of its sources or a setting is unknown, or needs what the data does not have.
     """
     settings = config.objective
     named = named_objective(settings.name)
-    pool = build_pool(settings, train)
+    pool = build_pool(settings, train, learnt=learnt)
     return named.make(pool, settings, train.num_items)
 
 
-def build_pool(settings: ObjectiveConfig, train: Interactions) -> Pool:
+def build_pool(settings: ObjectiveConfig, train: Interactions, *, learnt: Interactions | None = None) -> Pool:
     """The pool of an objective's settings; errors as those of `build_objective`."""
     named = named_objective(settings.name)
     unique = named.unique if settings.unique is None else settings.unique
@@ -224,7 +227,7 @@ def build_pool(settings: ObjectiveConfig, train: Interactions) -> Pool:
         for source in (named.sources if settings.sources is None else settings.sources)
         for name, options in source.items()
     ]
-    builder = _SourceBuilder(train, build_frequency(settings, train), written)
+    builder = _SourceBuilder(train, build_frequency(settings, train if learnt is None else learnt), written)
     return Pool(
         *(builder.build(name, options) for name, options in written), unique=unique, correction=named.correction
     )

@@ -45,6 +45,12 @@ def train(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting, such as training.seed=1.")
     ] = None,
     items: Annotated[str | None, typer.Option("--items", metavar="FILE", help="Item features and titles.")] = None,
+    start: Annotated[
+        Path | None, typer.Option("--from", metavar="DIR", help="Go on with the model in DIR; DATA holds new days.")
+    ] = None,
+    withdraw: Annotated[
+        Path | None, typer.Option("--withdraw", metavar="FILE", help="With --from: item ids that leave the catalog.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in DIR.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the model that is in DIR.")] = False,
     as_json: Json = False,
@@ -53,12 +59,19 @@ def train(
     from twotower import run  # noqa: PLC0415  # the heavy imports only when they are needed
     from twotower.config import Config  # noqa: PLC0415
 
+    if withdraw is not None and start is None:
+        raise InputError("--withdraw: needs --from DIR, the model whose catalog the items leave")
+    if start is not None and config is not None:
+        raise InputError("--config: the settings of a continued training are those of --from; change some with --set")
     if resume and config is None and (out / "config.yaml").exists():
         config = out / "config.yaml"
     changes = list(overrides or [])
     if items is not None:
         changes.append(f"data.items={json.dumps(items)}")
-    settings = Config.load(config, changes)
+    base = run.settings_of(start) if start is not None and config is None else None
+    settings = Config.load(config, changes, base=base)
+    if start is not None and out.resolve() == start.resolve():
+        raise InputError(f"{out}: --out is the folder of --from; give the continued model a folder of its own")
     if not (resume or force) and (out / "model").exists():
         raise InputError(f"{out}: a model is there already; choose another --out, or give --force to replace it")
     if not (resume or force) and (out / "checkpoints").exists():
@@ -68,6 +81,8 @@ def train(
         data,
         out,
         settings,
+        start=start,
+        withdraw=withdraw,
         resume=resume,
         say=lambda text: told.print(str(text), highlight=False, markup=False, soft_wrap=True),
     )

@@ -6,6 +6,7 @@ Three kinds of setting are kept apart: what the model is (`query_tower`, `item_t
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -161,6 +162,9 @@ class TrainingConfig(Section):
     validate_every: int = Field(1, ge=1, description="Epochs between validations.")
     metric: str = Field("NDCG@10", pattern=r"^(Recall|NDCG|MRR|HR)@[1-9]\d*$", description="What early stopping sees.")
     seed: int = Field(0, ge=0)
+    replay: float = Field(
+        1.0, ge=0, le=100, description="Continuing on new days (--from): rows of the model's past for each new row."
+    )
     accelerator: str = Field("auto", description="auto, cpu, gpu, ... as in Lightning.")
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     micro_batch: PositiveInt | None = Field(
@@ -198,13 +202,21 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @classmethod
-    def load(cls, path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
+    def load(
+        cls,
+        path: str | Path | None = None,
+        overrides: list[str] | None = None,
+        *,
+        base: dict[str, Any] | None = None,
+    ) -> Config:
         """Read a YAML file, or a preset by its name, and apply overrides such as "training.max_epochs=3".
+
+        `base` is what stands there without a file, such as the settings of a saved model.
 
         Raises:
             InputError: the file is missing or not YAML, or a field is unknown or out of range; the message names it.
         """
-        values: dict[str, Any] = {}
+        values: dict[str, Any] = copy.deepcopy(base) if base else {}
         where = "--set" if overrides else "configuration"
         if path is not None:
             where = str(path)

@@ -9,15 +9,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from twotower import evaluation
+from twotower import continuing, evaluation
 from twotower.analysis.subject import Subject, subject_of
 from twotower.build import build_objective, masks_known_positives
 from twotower.config import Config, DataConfig
+from twotower.continuing import Parent
 from twotower.data import (
     GroupedBatches,
     Holdout,
@@ -31,6 +32,7 @@ from twotower.data import (
     leave_last_out,
 )
 from twotower.data.declaring import encode_features, fit_features, in_training, unused_tables, with_features
+from twotower.data.past import ContinuedSplit
 from twotower.data.proposing import Proposed, propose
 from twotower.errors import InputError
 from twotower.evaluation import Evaluation, Ranker
@@ -38,8 +40,9 @@ from twotower.evaluation.towers import TowerRanker
 from twotower.files import write_text
 from twotower.losses import Objective
 from twotower.negatives import Mined
+from twotower.schema import IdValues
 from twotower.serving import Artifact, Retriever
-from twotower.serving.artifact import FOLDER
+from twotower.serving.artifact import FOLDER, find_model, load_rows, read_metadata
 from twotower.towers import TwoTower, build_towers
 
 if TYPE_CHECKING:
@@ -89,13 +92,14 @@ def read_data(source: str | Path, settings: DataConfig, *, items: str | None = N
     )
 
 
-def split_data(data: Interactions, settings: DataConfig) -> Split:
-    """Split as section `data` says."""
+def split_data(data: Interactions, settings: DataConfig, *, cold: Literal["drop", "keep"] | None = None) -> Split:
+    """Split as section `data` says; `cold` in place of the protocol's own way with cold targets."""
+    told: dict[str, Any] = {} if cold is None else {"cold": cold}
     if settings.split == "leave-last-out":
-        return leave_last_out(data, validation_queries=settings.validation_queries)
+        return leave_last_out(data, validation_queries=settings.validation_queries, **told)
     if settings.split == "held-out-queries":
-        return held_out_queries(data, validation=settings.validation, test=settings.test)
-    return by_time(data, validation=settings.validation, test=settings.test)
+        return held_out_queries(data, validation=settings.validation, test=settings.test, **told)
+    return by_time(data, validation=settings.validation, test=settings.test, **told)
 
 
 def fit(
@@ -103,15 +107,18 @@ def fit(
     config: Config | str | Path | None = None,
     *,
     directory: str | Path | None = None,
+    start: Model | Parent | str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
     say: Callable[[object], None] | None = None,
 ) -> Model:
-    """Train a two-tower model.
+    """Train a two-tower model, or go on with one on new days.
 
     Args:
-        split: training interactions and the validation queries that early stopping looks at.
-        config: settings, or a YAML file of them; the defaults where None.
+        split: training interactions and the validation queries that early stopping looks at; with `start` what
+            `continued` makes of new days.
+        config: settings, or a YAML file of them; the defaults where None, with `start` those of that model.
+        start: the model to go on with, or its folder.
         directory: where checkpoints and logs go; a temporary folder where None.
         resume: go on from the last checkpoint in `directory`.
         progress: show a progress bar.
@@ -121,23 +128,29 @@ def fit(
         The model with its best weights.
 
     Raises:
-        InputError: a setting is wrong, or there is nothing to resume.
+        InputError: a setting is wrong, or there is nothing to resume; `split` does not continue `start`.
         Interrupted: Ctrl-C; a checkpoint was left in `directory`.
     """
     # Lightning is slow to import, and only this needs it.
     from twotower.training import check_tables, fit_towers, plan_memory  # noqa: PLC0415
 
+    parent = continuing.parent_of(start)
+    if config is None and parent is not None:
+        config = parent.artifact.config
     settings = config if isinstance(config, Config) else Config.load(config)
     if directory is None:
         with tempfile.TemporaryDirectory(prefix="twotower-") as temporary:
-            return fit(split, settings, directory=temporary, resume=resume, progress=progress, say=say)
-    settings = with_features(settings.resolved(len(split.train)), split.train)
+            return fit(split, settings, directory=temporary, start=parent, resume=resume, progress=progress, say=say)
+    rows = continuing.rows_to_learn(split, parent, settings)
+    settings = with_features(settings.resolved(len(split.train) if rows is None else len(rows)), split.train)
     train, training = split.train, settings.training
+    learnt = None if rows is None else train.select(rows)
     check_tables(settings, train)
     # The seed decides the start, the order of the rows and the draws; the caller's generators are left as they were.
     with torch.random.fork_rng():
         torch.manual_seed(training.seed)
-        features = encode_features(settings, train)
+        growth = None if parent is None else continuing.grown_features(parent, continuing.checked(split))
+        features = encode_features(settings, train) if growth is None else growth.features
         towers = build_towers(
             settings,
             num_queries=train.num_queries,
@@ -147,9 +160,16 @@ def fit(
             trained_items=torch.from_numpy(in_training(train, "item")),
         )
         length = history_length(settings)
-        batches = TrainingBatches(train, int(training.batch_size), history_length=length, seed=training.seed)
+        batches = TrainingBatches(train, int(training.batch_size), history_length=length, seed=training.seed, rows=rows)
         known = KnownPositives(train) if masks_known_positives(settings.objective) else None
-        objective = build_objective(settings, train)
+        objective = build_objective(settings, train, learnt=learnt)
+        optimizer = mine = None
+        if growth is not None and parent is not None:
+            optimizer = continuing.carry_on(parent, settings, growth, towers=towers, objective=objective)
+            if (mine := _miner(objective, train, length)) is not None and not resume:
+                mine(towers)
+        validate = _validation(split.validation, settings, train) if len(split.validation) else None
+        before = validate(towers) if validate is not None and parent is not None and not resume else None
         if say is not None:
             say(plan_memory(settings, towers, objective, train))
         result = fit_towers(
@@ -161,12 +181,49 @@ def fit(
             known_positives=known,
             counts=torch.from_numpy(train.item_counts()),
             mine=_miner(objective, train, length),
-            validate=_validation(split.validation, settings, train) if len(split.validation) else None,
+            validate=validate,
             resume=resume,
             progress=progress,
             hyperparameters=settings.model_dump(mode="json"),
+            start=optimizer,
         )
-    return Model(_artifact(settings, split, towers, result), split, result)
+    artifact = _artifact(settings, split, towers, result)
+    new = len(train) if learnt is None else int((~continuing.checked(split).learnt).sum())
+    artifact.metadata["data"]["lineage"] = continuing.lineage(
+        parent, split, new, 0 if rows is None else len(rows) - new
+    )
+    if before is not None:
+        artifact.metadata["training"]["before"] = before
+    return Model(artifact, split, result)
+
+
+def continue_with(
+    start: Model | Parent | str | Path,
+    data: Interactions,
+    config: Config | None = None,
+    *,
+    withdrawn: IdValues | None = None,
+) -> ContinuedSplit:
+    """New interactions joined to what a model was trained on, and split; what `fit(split, start=model)` takes.
+
+    Args:
+        start: the model, or its folder.
+        data: what has come since, or a log that has grown: rows up to the model's last moment are left out.
+        config: settings whose section `data` says how to split; the model's own where None.
+        withdrawn: item ids that leave the catalog.
+
+    Returns:
+        Training rows of old and new days; validation and test of the new ones.
+
+    Raises:
+        InputError: nothing is new, ids of another type, or a split that cannot be made.
+    """
+    parent = continuing.parent_of(start)
+    assert parent is not None
+    settings = parent.artifact.config if config is None else config
+    return continuing.new_days(
+        parent, data, settings, lambda fresh: split_data(fresh, settings.data, cold="keep"), withdrawn=withdrawn
+    )
 
 
 def evaluate(
@@ -261,8 +318,13 @@ def _artifact(config: Config, split: Split, towers: TwoTower, result: FitResult)
         history_offsets=data.offsets,
         history_items=data.item_codes,
         item_table=data.item_table,
+        rows=continuing.rows_of(split),
         metadata={
-            "data": {"fingerprint": data.fingerprint, "account": data.account.to_dict()},
+            "data": {
+                "fingerprint": data.fingerprint,
+                "account": data.account.to_dict(),
+                "groups": None if data.group_names is None else data.group_names.ids.to_list(),
+            },
             "split": {"name": split.name, "settings": split.settings, "account": split.account.to_dict()},
             "training": {
                 "epochs": result.epochs,
@@ -281,6 +343,8 @@ def train_run(
     out: str | Path,
     config: Config,
     *,
+    start: str | Path | None = None,
+    withdraw: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
     say: Callable[[object], None] = print,
@@ -291,27 +355,43 @@ def train_run(
         source: a file, a folder or the name of a data set.
         out: the run folder: `config.yaml`, `model/`, `results.json`, `checkpoints/`, `logs/`.
         config: the settings.
+        start: folder of the model to go on with; `source` then holds the new days.
+        withdraw: file of item ids that leave its catalog.
         resume: go on with an interrupted run in `out`.
         progress: show a progress bar.
         say: where the accounts are told.
     """
     directory = Path(out)
-    data = read_data(source, config.data)
+    parents = directory / "parent.json"
+    if start is None and resume and parents.is_file():
+        start = json.loads(parents.read_text(encoding="utf-8"))["model"]
+    parent = None if start is None else Parent.load(start)
+    data = read_data(source, config.data if parent is None else _with_catalog(config.data))
     say(data.account)
-    split = split_data(data, config.data)
+    split: Split
+    if parent is None:
+        split = split_data(data, config.data)
+    else:
+        ids = None if withdraw is None else continuing.read_withdrawn(withdraw, parent.artifact.items.ids.dtype)
+        split = continue_with(parent, data, config, withdrawn=ids)
     say(split.account)
     for line in unused_tables(config, split.train):
         say(line)
-    config = with_features(config.resolved(len(split.train)), split.train)
+    rows = continuing.rows_to_learn(split, parent, config)
+    config = with_features(config.resolved(len(split.train) if rows is None else len(rows)), split.train)
     # A wrong setting is told before anything is written.
     build_objective(config, split.train)
-    for fitted in fit_features(config, split.train).values():
-        say(fitted)
+    if parent is None:
+        for fitted in fit_features(config, split.train).values():
+            say(fitted)
     evaluation.check_slices(split.train, config.evaluation.slices)
     directory.mkdir(parents=True, exist_ok=True)
     if not resume:
         write_text(directory / "config.yaml", config.to_yaml())
-    model = fit(split, config, directory=directory, resume=resume, progress=progress, say=say)
+        parents.unlink(missing_ok=True)
+        if parent is not None:
+            write_text(parents, json.dumps({"model": parent.where, "fingerprint": parent.fingerprint}))
+    model = fit(split, config, directory=directory, start=parent, resume=resume, progress=progress, say=say)
     if resume:  # only now: settings that do not fit the checkpoint must not replace those that do
         write_text(directory / "config.yaml", config.to_yaml())
     say(_story(model, config))
@@ -338,6 +418,9 @@ def _story(model: Model, config: Config) -> str:
         return text
     metric = config.training.metric
     best = max(result.history, key=lambda row: row[metric])
+    before = model.artifact.metadata["training"].get("before", {}).get(metric)
+    if before is not None:
+        text = f"{text}; validation {metric} of the model it went on from {before:.4f}"
     ended = "stopped early" if result.epochs < config.training.max_epochs else "all epochs done"
     return f"{text} ({ended}); best validation {metric} {best[metric]:.4f} after epoch {int(best['epoch']) + 1}"
 
@@ -369,6 +452,8 @@ def reread(directory: str | Path, source: str | Path | None = None) -> tuple[Art
     """
     artifact = Artifact.load(directory)
     known = artifact.metadata["data"]
+    if len(known.get("lineage", [])) > 1:  # its test rows stand after a past that only the model folder holds
+        return artifact, continuing.split_again(artifact, load_rows(find_model(directory)) or {})
     given = source or known.get("source")
     if given is None:
         raise InputError(f"{directory}: the model does not say where its data is; give it with --data")
@@ -379,6 +464,19 @@ def reread(directory: str | Path, source: str | Path | None = None) -> tuple[Art
             f"{known['fingerprint'][:12]}): its training rows may be in this test; train on this data instead"
         )
     return artifact, split_data(data, artifact.config.data)
+
+
+def settings_of(directory: str | Path) -> dict[str, Any]:
+    """The settings of a saved model, for a training that goes on with it: "auto" where rows decide."""
+    values: dict[str, Any] = read_metadata(find_model(directory))["config"]
+    for name in ("batch_size", "warmup_steps"):
+        values.get("training", {}).pop(name, None)
+    return values
+
+
+def _with_catalog(settings: DataConfig) -> DataConfig:
+    """New days are read with the whole item table, where there is one: it describes old items anew as well."""
+    return settings if settings.items is None else settings.model_copy(update={"catalog": "table"})
 
 
 def propose_features(

@@ -68,6 +68,7 @@ class TrainingBatches:
         history_length: L, 0 for none.
         seed: 0 or more.
         drop_last: leave out the last, smaller batch; fewer rows than `batch_size` are one batch all the same.
+        rows: int64 [n], the row numbers to train on, ascending; all where None.
         ranks: gives out this rank's part of every batch; `batch_size` is that of all ranks together.
 
     Raises:
@@ -82,6 +83,7 @@ class TrainingBatches:
         history_length: int = 0,
         seed: int = 0,
         drop_last: bool = True,
+        rows: np.ndarray[Any, np.dtype[np.int64]] | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         for name, value, least in (
@@ -91,16 +93,18 @@ class TrainingBatches:
         ):
             if value < least:
                 raise InputError(f"{name}: {value}; expected at least {least}.")
-        if not len(interactions):
+        self.rows = rows
+        self.num_rows = len(interactions) if rows is None else len(rows)
+        if not self.num_rows:
             raise InputError("training batches: no interactions to train on.")
         self.interactions, self.history_length, self.seed = interactions, history_length, seed
-        self.batch_size, self.drop_last = min(batch_size, len(interactions)), drop_last
+        self.batch_size, self.drop_last = min(batch_size, self.num_rows), drop_last
         self.ranks = ranks or Ranks()
         self.epoch, self.position = 0, 0
 
     def __len__(self) -> int:
         """Batches in a whole epoch."""
-        n = len(self.interactions)
+        n = self.num_rows
         return n // self.batch_size if self.drop_last else -(-n // self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
@@ -115,7 +119,7 @@ class TrainingBatches:
             "epoch": self.epoch,
             "position": self.position,
             "batch_size": self.batch_size,
-            "rows": len(self.interactions),
+            "rows": self.num_rows,
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -124,17 +128,20 @@ class TrainingBatches:
         Raises:
             InputError: other data or another batch size, for which there is no such place.
         """
-        for name, here in (("batch_size", self.batch_size), ("rows", len(self.interactions))):
+        for name, here in (("batch_size", self.batch_size), ("rows", self.num_rows)):
             if state[name] != here:
                 raise InputError(f"batches: the saved state has {name} {state[name]}, here it is {here}; start anew.")
         self.seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
 
     def __iter__(self) -> Iterator[Batch]:
-        shuffle = Shuffle(len(self.interactions), self.seed, self.epoch)
+        order = Shuffle(self.num_rows, self.seed, self.epoch)
+
+        def shuffle(places: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.int64]]:
+            return order(places) if self.rows is None else self.rows[order(places)]
 
         def make(position: int) -> Batch:
             start = position * self.batch_size
-            stop = min(start + self.batch_size, len(self.interactions))
+            stop = min(start + self.batch_size, self.num_rows)
             return self.part(shuffle(np.arange(start, stop)))
 
         for batch in ahead(make, self.position, len(self)):
@@ -181,8 +188,10 @@ class GroupedBatches:
         if groups is None:
             raise InputError("training batches: batches within groups need a group column; name it in data.columns.")
         self.batches = batches
-        codes = np.asarray(groups, dtype=np.int64)
+        codes = np.asarray(groups if batches.rows is None else groups[batches.rows], dtype=np.int64)
         self._rows = np.argsort(codes, kind="stable")
+        if batches.rows is not None:
+            self._rows = batches.rows[self._rows]
         self._sizes = np.bincount(codes)
         self._starts = np.cumsum(self._sizes) - self._sizes
         self._group_of_batch = np.repeat(np.arange(len(self._sizes)), self._sizes // batches.batch_size)

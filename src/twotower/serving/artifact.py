@@ -7,6 +7,7 @@ histories.safetensors  what each query has interacted with: offsets [Q+1], item 
 queries.parquet        query vocabulary, row = code
 items.parquet          item vocabulary
 item_table.parquet     features and titles of the items, row = code (where there were any)
+rows.safetensors       which rows were trained on, and their times, so that a training can go on; not read to answer
 item_features.json     fitted encoders of the declared features, and beside it the features of every item, encoded:
                        item_features.safetensors; likewise query_features (where features were declared)
 """
@@ -26,6 +27,8 @@ import numpy as np
 import polars as pl
 import torch
 from safetensors import SafetensorError
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
 
@@ -38,6 +41,7 @@ from twotower.towers import TwoTower, build_towers
 
 SCHEMA_VERSION = 1
 FOLDER = "model"
+ROWS = "rows.safetensors"
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class Artifact:
         history_items: int32 [n], oldest first within a query.
         item_table: one row for each item code, or None.
         metadata: data account, fingerprint, split, metrics: JSON values.
+        rows: what continuing the training needs to know of the rows of the histories; `load` leaves it on disk
+            (`load_rows`).
     """
 
     config: Config
@@ -66,6 +72,7 @@ class Artifact:
     history_items: np.ndarray
     item_table: pl.DataFrame | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    rows: dict[str, np.ndarray] | None = None
 
     def save(self, directory: str | Path) -> Path:
         """Write to a temporary folder beside `directory`, then rename; an older model there is replaced at once.
@@ -97,6 +104,8 @@ class Artifact:
         self.items.write(folder / "items.parquet")
         if self.item_table is not None:
             self.item_table.write_parquet(folder / "item_table.parquet")
+        if self.rows is not None:
+            save_arrays({name: np.ascontiguousarray(rows) for name, rows in self.rows.items()}, folder / ROWS)
         metadata = {
             "schema_version": SCHEMA_VERSION,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -166,6 +175,21 @@ def find_model(directory: str | Path) -> Path:
     if not given.exists():
         raise InputError(f"{given}: no such folder; expected one that `twotower train ... --out {given}` made")
     raise InputError(f"{given}: no model in this folder; expected metadata.json, as `twotower train` writes it")
+
+
+def load_rows(folder: Path) -> dict[str, np.ndarray] | None:
+    """`rows` of a model folder; None where an older version wrote it.
+
+    Raises:
+        InputError: damaged.
+    """
+    path = folder / ROWS
+    if not path.is_file():
+        return None
+    try:
+        return dict(load_arrays(path))
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: not readable ({error}); copy it again or train again") from error
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:

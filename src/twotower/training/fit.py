@@ -68,6 +68,7 @@ class FitResult:
         cpu_seconds: time of all threads of this process in the fit.
         peak_memory: the most memory this process has held so far, bytes; None where the system does not tell.
         history: validation metrics of every epoch.
+        checkpoint: the best one, with the optimizer's state; None where none was written.
     """
 
     towers: TwoTower
@@ -77,6 +78,7 @@ class FitResult:
     cpu_seconds: float
     peak_memory: int | None
     history: list[dict[str, float]]
+    checkpoint: Path | None = None
 
 
 def fit_towers(
@@ -93,6 +95,7 @@ def fit_towers(
     resume: bool = False,
     progress: bool = True,
     hyperparameters: Mapping[str, Any] | None = None,
+    start: Callback | None = None,
 ) -> FitResult:
     """Train until the validation metric stops improving, and return the best weights.
 
@@ -109,6 +112,7 @@ def fit_towers(
         resume: go on from `directory/checkpoints/last`.
         progress: show a progress bar.
         hyperparameters: what the logger shows beside the curves, where it can.
+        start: brings the optimizer to where a parent's was (training/continuing.py); a fresh one where None.
 
     Raises:
         InputError: there is nothing to resume from, or the logger's package is missing.
@@ -138,6 +142,8 @@ def fit_towers(
     )
     stop = StopBetweenSteps(last)
     callbacks: list[Callback] = [keep_best, history, _EpochOrder(batches), stop]
+    if start is not None:
+        callbacks.append(start)
     if mine is not None:
         callbacks.append(_Mine(mine))
     if validate:
@@ -186,6 +192,7 @@ def fit_towers(
         cpu_seconds=time.process_time() - cpu_started,
         peak_memory=peak_memory(),
         history=history.rows,
+        checkpoint=Path(keep_best.best_model_path) if keep_best.best_model_path else None,
     )
 
 

@@ -1,0 +1,87 @@
+"""Two vocabularies, and two tables, made one: what continuing on new days does to a catalog."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from twotower.errors import InputError
+from twotower.schema import Vocabulary
+
+Codes = NDArray[np.int64]
+
+
+def union(first: pl.Series, second: pl.Series, side: str) -> Vocabulary:
+    """The ids of both, each once, ascending: as ids are ordered everywhere, so a code does not tell what is new.
+
+    Raises:
+        InputError: integers in one and text in the other.
+    """
+    if first.dtype != second.dtype:
+        raise InputError(
+            f"{side} ids are {first.dtype} in the model and {second.dtype} in the new data; write one type"
+        )
+    return Vocabulary(pl.concat([first.alias("id"), second.alias("id")]).unique().sort())
+
+
+def item_map(old: Vocabulary, new: Vocabulary) -> Codes:
+    """The new code of each old one, int64 [old ids], -1 for an id that the new vocabulary does not have."""
+    return new.encode(old.ids)
+
+
+def described(table: pl.DataFrame | None, count: int) -> NDArray[np.bool_]:
+    """Rows of a joined table that say anything beside the id, bool [count]; none without a table."""
+    if table is None or table.width < 2:
+        return np.zeros(count, dtype=np.bool_)
+    own = table.columns[0]
+    return table.select(pl.any_horizontal(pl.exclude(own).is_not_null())).to_series().to_numpy()
+
+
+def joined_table(
+    old: pl.DataFrame | None,
+    old_ids: Vocabulary,
+    new: pl.DataFrame | None,
+    new_ids: Vocabulary,
+    ids: Vocabulary,
+) -> pl.DataFrame | None:
+    """One table in the order of `ids`: the new table's row of an id where it has one, else the old one's.
+
+    Args:
+        old: table in the order of `old_ids`, the id first; None where there is none.
+        old_ids: its vocabulary.
+        new: likewise.
+        new_ids: likewise.
+        ids: of the result.
+
+    Returns:
+        All columns of both, nulls where nothing is known; None where there is no table at all.
+
+    Raises:
+        InputError: a column is of another kind in the new table.
+    """
+    parts = []
+    for table, vocabulary in ((new, new_ids), (old, old_ids)):
+        if table is not None:
+            own = table.columns[0]
+            told = pl.Series(described(table, len(table)))
+            parts.append(table.with_columns(vocabulary.ids.alias(own)).filter(told))
+    if not parts:
+        return None
+    name = parts[0].columns[0]
+    if len(parts) == 2:
+        fresh, kept = parts[0], parts[1].rename({parts[1].columns[0]: name})
+        kept = kept.filter(~kept[name].is_in(fresh[name].implode()))
+        for column in kept.columns:
+            if column in fresh.columns and not _alike(kept.schema[column], fresh.schema[column]):
+                raise InputError(
+                    f"item table: column {column!r} is {fresh.schema[column]} in the new table and "
+                    f"{kept.schema[column]} in the model's; write it as one type"
+                )
+        parts = [fresh, kept]
+    whole = pl.concat(parts, how="diagonal_relaxed")
+    return pl.DataFrame({name: ids.ids}).join(whole, on=name, how="left", maintain_order="left")
+
+
+def _alike(first: pl.DataType, second: pl.DataType) -> bool:
+    return first == second or pl.Null in (first, second) or (first.is_numeric() and second.is_numeric())

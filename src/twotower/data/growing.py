@@ -1,0 +1,115 @@
+"""Fitted features that meet new rows: new values join the vocabularies, everything else stays as it was fitted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from twotower.data.catalogs import described
+from twotower.data.columns import Place
+from twotower.data.encoders import Bag, Category, Encoder
+from twotower.data.encoding import EncodedTable, FeatureSet
+from twotower.data.values import Values
+from twotower.feature_config import DenseFeature
+from twotower.schema import Vocabulary
+
+Codes = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Grown:
+    """Features of a side after new rows have joined.
+
+    Attributes:
+        table: encoders and encoded rows, in the order of the new ids.
+        value_maps: by place of the feature, the new code of each old value code; only of features with a table of
+            vectors.
+    """
+
+    table: EncodedTable
+    value_maps: dict[int, Codes]
+
+
+def grown(
+    old: EncodedTable,
+    code_map: Codes,
+    table: pl.DataFrame | None,
+    ids: Vocabulary,
+    known: NDArray[np.bool_],
+) -> Grown:
+    """Fitted features on more rows.
+
+    Values that a vocabulary does not have join it where they occur often enough (`min_count`) among the new table's
+    rows that are in training. Means, deviations, bins and the reference moment stay as they were fitted: the layers
+    behind them were trained on those. A row that the new table describes is encoded anew; another one keeps its codes.
+
+    Args:
+        old: features of the model that goes on.
+        code_map: int64 [old ids], new code of each old id; -1 where it left.
+        table: the new table in the order of `ids`, nulls where it has no row; None where there is none.
+        ids: of this side.
+        known: bool [ids], those with a training row.
+
+    Raises:
+        InputError: there are new ids and no table; a declared column is missing or of another kind.
+    """
+    side, declared = old.features.side, old.features.declared
+    stays = np.zeros(len(ids), dtype=np.bool_)
+    stays[code_map[code_map >= 0]] = True
+    if table is None and bool(stays.all()):
+        # Nobody is new: null rows, which keep what the old table says.
+        columns = {name: pl.Series([None] * len(ids), dtype=pl.Null) for name in old.features.columns}
+        table = pl.DataFrame({"": ids.ids, **columns})
+    told = described(table, len(ids))
+    fitting = np.flatnonzero(told & known)
+    maps: dict[int, Codes] = {}
+    encoders: list[Encoder] = []
+    for place, (one, encoder) in enumerate(zip(declared, old.features.encoders, strict=True)):
+        if isinstance(encoder, Category | Bag) and encoder.values.known is not None:
+            fresh = encoder.values
+            if table is not None and one.column in table.columns and len(fitting):
+                column = table[one.column].gather(fitting)
+                where = Place(f"{side} table", ids.ids.gather(fitting), side)
+                fresh = type(encoder).fit(one, column, where).values  # type: ignore[arg-type]
+            both, maps[place] = _union(encoder.values, fresh)
+            encoder = replace(encoder, values=both)  # noqa: PLW2901
+        elif encoder.form != "numbers":
+            maps[place] = np.arange(encoder.size)
+        encoders.append(encoder)
+    features = FeatureSet(side, declared, encoders)
+    arrays = features.encode_table(table, ids.ids)
+    for place, one in enumerate(declared):
+        own = told
+        if isinstance(one, DenseFeature) and one.file is not None:
+            own = arrays[place][:, -1] == 0  # the last number of a vector says that it is missing
+        keeps = np.flatnonzero(~own & stays)
+        source = np.full(len(ids), -1, dtype=np.int64)
+        source[code_map[code_map >= 0]] = np.flatnonzero(code_map >= 0)
+        rows = old.arrays[place][source[keeps]]
+        if place in maps:
+            rows = maps[place][rows]
+        arrays[place] = _put(arrays[place], keeps, rows)
+    return Grown(EncodedTable(features, arrays), maps)
+
+
+def _union(old: Values, new: Values) -> tuple[Values, Codes]:
+    """The values of both vocabularies, ascending, and the new code of each old one."""
+    assert old.known is not None and new.known is not None
+    values = Values(Vocabulary(pl.concat([old.known.ids, new.known.ids.alias("id")]).unique().sort()))
+    assert values.known is not None
+    return values, np.concatenate([[0, 1], 2 + values.known.encode(old.known.ids)]).astype(np.int64)
+
+
+def _put(array: NDArray[Any], places: Codes, rows: NDArray[Any]) -> NDArray[Any]:
+    """`rows` at `places`; bags are filled up with 0 to the wider of both."""
+    if array.ndim == 2 and array.shape[1] < rows.shape[1]:
+        array = np.concatenate([array, np.zeros((len(array), rows.shape[1] - array.shape[1]), array.dtype)], axis=1)
+    elif array.ndim == 2 and rows.shape[1] < array.shape[1]:
+        rows = np.concatenate([rows, np.zeros((len(rows), array.shape[1] - rows.shape[1]), rows.dtype)], axis=1)
+    array = array.copy()
+    array[places] = rows
+    return array

@@ -1,0 +1,335 @@
+"""New days after the ones that a model was trained on: both under one pair of vocabularies, split by the new days."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from twotower.data.account import Account
+from twotower.data.catalogs import item_map, joined_table, union
+from twotower.data.histories import take_ranges
+from twotower.data.holdouts import Holdout
+from twotower.data.interactions import Interactions
+from twotower.data.past import CARRIED, ContinuedSplit, Past
+from twotower.data.splits import Split
+from twotower.errors import InputError
+from twotower.schema import IdValues, Vocabulary
+
+Codes = NDArray[np.int64]
+
+
+def continued(
+    past: Past,
+    data: Interactions,
+    split: Callable[[Interactions], Split],
+    *,
+    withdrawn: IdValues | None = None,
+    catalog: Literal["interactions", "table"] = "interactions",
+    cold: Literal["drop", "keep"] = "drop",
+) -> ContinuedSplit:
+    """New days joined to the past.
+
+    Rows up to the past's last moment are left out, so `data` may be the new days alone or a log that has grown. Old
+    rows come before new ones in every history. The parent's held-out rows become training rows. Only the new rows are
+    split, so validation and test are of the new days.
+
+    Args:
+        past: what the model was trained on.
+        data: what has come since; `catalog="table"` readings may hold items without rows.
+        split: holds out rows of the new days, keeping cold targets.
+        withdrawn: item ids that leave the catalog.
+        catalog: "table": the parent's items that are neither in the new rows nor in the item table leave as well.
+        cold: what becomes of targets that neither the past nor the new training rows have: "drop" or "keep".
+
+    Raises:
+        InputError: nothing is new, ids of another type, nothing left to test, or no withdrawn id is known.
+    """
+    account = Account()
+    gone = _withdrawn(past, data, withdrawn)
+    fresh = _new_rows(past, data, gone, account)
+    made = split(fresh)
+    account.extend(made.account)
+    new_items = fresh.item_counts() > 0
+    if fresh.negatives is not None:
+        new_items |= fresh.negatives.item_counts() > 0
+    kept = ~_among(past.items, gone)
+    if catalog == "table":  # read so, the data holds the items of its rows and those of the table
+        kept &= item_map(past.items, data.items) >= 0
+    if catalog == "table":
+        new_items |= ~_among(data.items, gone)
+    items = union(past.items.ids.filter(pl.Series(kept)), data.items.ids.filter(pl.Series(new_items)), "item")
+    new_queries = np.diff(fresh.offsets) > 0
+    queries = union(past.queries.ids, data.queries.ids.filter(pl.Series(new_queries)), "query")
+    maps = _Maps(
+        past_queries=item_map(past.queries, queries),
+        past_items=np.where(kept, item_map(past.items, items), -1),
+        queries=item_map(data.queries, queries),
+        items=item_map(data.items, items),
+    )
+    account.add("items withdrawn", int((~kept).sum()), "they leave the catalog, and the histories")
+    account.add("items new", len(items) - int(kept.sum()), f"of {len(items):,}")
+    account.add("queries new", len(queries) - len(past.queries), f"of {len(queries):,}")
+    joined = _Joined.of(past, fresh, np.diff(made.train.offsets), queries=queries, items=items, maps=maps)
+    whole = joined.rows
+    whole.item_table = joined_table(past.item_table, past.items, data.item_table, data.items, items)
+    whole.query_table = joined_table(None, past.queries, data.query_table, data.queries, queries)
+    train = whole.select(joined.trains)
+    if made.train.negatives is not None:
+        train = replace(train, negatives=_recoded(made.train.negatives, queries, items, maps))
+    learnt = joined.learnt[joined.trains]
+    account.add("rows to learn", int((~learnt).sum()), f"beside {int(learnt.sum()):,} that the parent was trained on")
+    warm_items = train.item_counts() > 0 if cold == "drop" else None
+    warm_queries = np.diff(train.offsets) > 0 if cold == "drop" and made.name == "by_time" else None
+    before = _PastRows.of(past, maps, len(queries))
+    holdouts = {
+        name: _carried(getattr(made, name), before, maps, whole, account=account, warm=(warm_items, warm_queries))
+        for name in ("validation", "test")
+    }
+    times = fresh.timestamps
+    return ContinuedSplit(
+        train=train,
+        validation=holdouts["validation"],
+        test=holdouts["test"],
+        account=account,
+        name=made.name,
+        settings={**made.settings, "cold": cold, "continues": past.fingerprint},
+        data=whole,
+        learnt=learnt,
+        query_map=maps.past_queries,
+        item_map=maps.past_items,
+        parent=past.fingerprint,
+        dates=None if times is None else (int(np.min(times)), int(np.max(times))),
+    )
+
+
+@dataclass(frozen=True)
+class _Maps:
+    """New codes of old codes, -1 where there is none."""
+
+    past_queries: Codes
+    past_items: Codes
+    queries: Codes
+    items: Codes
+
+
+def _withdrawn(past: Past, data: Interactions, ids: IdValues | None) -> Vocabulary | None:
+    if ids is None or not len(ids):
+        return None
+    values = ids if isinstance(ids, pl.Series) else pl.Series("id", ids)
+    found = Vocabulary(values.unique().drop_nulls())
+    if (past.items.encode(found.ids) < 0).all() and (data.items.encode(found.ids) < 0).all():
+        raise InputError(
+            f"withdrawn: none of its {len(found):,} items is in the catalog; expected ids such as {past.items.ids[0]!r}"
+        )
+    return found
+
+
+def _among(items: Vocabulary, ids: Vocabulary | None) -> NDArray[np.bool_]:
+    mask = np.zeros(len(items), dtype=np.bool_)
+    if ids is not None:
+        codes = items.encode(ids.ids)
+        mask[codes[codes >= 0]] = True
+    return mask
+
+
+def _new_rows(past: Past, data: Interactions, gone: Vocabulary | None, account: Account) -> Interactions:
+    """The rows that the past does not know."""
+    for side, old, new in (("query", past.queries, data.queries), ("item", past.items, data.items)):
+        if old.ids.dtype != new.ids.dtype:
+            kinds = {pl.Int64: "integers", pl.String: "text"}
+            raise InputError(
+                f"{side} ids are {kinds[type(old.ids.dtype)]} in the model and {kinds[type(new.ids.dtype)]} in the new "
+                "data; write one type"
+            )
+    rows = np.ones(len(data), dtype=np.bool_)
+    if past.last is not None and data.timestamps is None:
+        raise InputError(
+            "the model's data has timestamps and the new data has none, so what is new in it cannot be told; give the "
+            "column with data.columns.timestamp"
+        )
+    if past.last is not None and data.timestamps is not None:
+        rows = np.asarray(data.timestamps) > past.last
+        account.add("rows known", int((~rows).sum()), "up to the last moment of the model's data, left out")
+    listed = _among(data.items, gone)[data.item_codes] & rows
+    if gone is not None:
+        account.add("rows of withdrawn items", int(listed.sum()), "left out")
+    rows &= ~listed
+    if not rows.any():
+        raise InputError(
+            "nothing to continue on: the new data has no row after the last moment of the model's data"
+            if past.last is not None
+            else "nothing to continue on: every row is of a withdrawn item"
+        )
+    fresh = data.select(rows)
+    below = data.negatives
+    if below is not None:
+        after = np.ones(len(below), dtype=np.bool_)
+        if past.last is not None and below.timestamps is not None:
+            after = np.asarray(below.timestamps) > past.last
+        after &= ~_among(data.items, gone)[below.item_codes]
+        fresh = replace(fresh, negatives=below.select(after) if after.any() else None)
+    account.add("new rows", len(fresh))
+    return replace(fresh, labels=None)
+
+
+@dataclass(frozen=True)
+class _PastRows:
+    """The past's rows in new codes, without withdrawn items, by new query code."""
+
+    offsets: Codes
+    items: NDArray[np.int32]
+    learnt: NDArray[np.bool_]
+    columns: dict[str, NDArray[Any]]
+
+    @classmethod
+    def of(cls, past: Past, maps: _Maps, num_queries: int) -> _PastRows:
+        sizes = np.diff(past.offsets)
+        queries = np.repeat(maps.past_queries, sizes)
+        place = np.arange(len(past.item_codes)) - np.repeat(past.offsets[:-1], sizes)
+        learnt = place < np.repeat(past.learnt, sizes)
+        items = maps.past_items[past.item_codes]
+        # Sorted vocabularies keep the order of the queries, others may not.
+        order = np.argsort(queries, kind="stable")
+        order = order[items[order] >= 0]
+        counts = np.bincount(queries[order], minlength=num_queries)
+        return cls(
+            np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)]),
+            items[order].astype(np.int32),
+            learnt[order],
+            {name: np.asarray(values)[order] for name, values in past.columns.items()},
+        )
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """Old rows, then new ones, of every query.
+
+    Attributes:
+        rows: all of them.
+        trains: bool [n], those that training may know.
+        learnt: bool [n], those that the parent was trained on.
+    """
+
+    rows: Interactions
+    trains: NDArray[np.bool_]
+    learnt: NDArray[np.bool_]
+
+    @classmethod
+    def of(
+        cls, past: Past, fresh: Interactions, training: Codes, *, queries: Vocabulary, items: Vocabulary, maps: _Maps
+    ) -> _Joined:
+        """`training` [Q of fresh]: how many new rows of each query, from the first, are training rows."""
+        old = _PastRows.of(past, maps, len(queries))
+        sizes = np.diff(fresh.offsets)
+        new_codes = maps.queries[fresh.query_codes()]
+        place = np.arange(len(fresh)) - np.repeat(fresh.offsets[:-1], sizes)
+        codes = np.concatenate([np.repeat(np.arange(len(queries)), np.diff(old.offsets)), new_codes])
+        order = np.argsort(codes, kind="stable")  # stable: the past stands first, and each part in its own order
+        columns: dict[str, Any] = {}
+        for name in CARRIED:
+            theirs, ours = old.columns.get(name), getattr(fresh, name)
+            if name == "weights" and (theirs is None) != (ours is None):
+                # Rows without a weight weigh 1, as everywhere.
+                theirs = np.ones(len(old.items), dtype=np.float32) if theirs is None else theirs
+                ours = np.ones(len(fresh), dtype=np.float32) if ours is None else ours
+            if theirs is not None and ours is not None:
+                columns[name] = (theirs, np.asarray(ours))
+        names = None
+        if "groups" in columns and past.group_names is not None and fresh.group_names is not None:
+            names = union(past.group_names.ids, fresh.group_names.ids, "group")
+            maps_ = item_map(past.group_names, names), item_map(fresh.group_names, names)
+            columns["groups"] = tuple(
+                m[np.asarray(c)].astype(np.int32) for m, c in zip(maps_, columns["groups"], strict=True)
+            )
+        else:
+            columns.pop("groups", None)
+        arrays: dict[str, Any] = {name: np.concatenate(both)[order] for name, both in columns.items()}
+        rows = Interactions(
+            queries,
+            items,
+            np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(np.bincount(codes, minlength=len(queries)))]),
+            np.concatenate([old.items, maps.items[fresh.item_codes].astype(np.int32)])[order],
+            group_names=names,
+            account=Account(list(fresh.account.lines)),
+            **arrays,
+        )
+        trains = np.concatenate([np.ones(len(old.items), dtype=np.bool_), place < np.repeat(training, sizes)])[order]
+        learnt = np.concatenate([old.learnt, np.zeros(len(fresh), dtype=np.bool_)])[order]
+        return cls(rows, trains, learnt)
+
+
+def _recoded(below: Interactions, queries: Vocabulary, items: Vocabulary, maps: _Maps) -> Interactions | None:
+    """Observed negatives in new codes; those of items that left are dropped."""
+    codes, found = maps.queries[below.query_codes()], maps.items[below.item_codes]
+    known = np.flatnonzero((codes >= 0) & (found >= 0))
+    if not len(known):
+        return None
+    order = known[np.argsort(codes[known], kind="stable")]
+    counts = np.bincount(codes[order], minlength=len(queries))
+    return Interactions(
+        queries,
+        items,
+        np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)]),
+        found[order].astype(np.int32),
+        timestamps=None if below.timestamps is None else np.asarray(below.timestamps)[order],
+    )
+
+
+def _carried(
+    holdout: Holdout,
+    before: _PastRows,
+    maps: _Maps,
+    whole: Interactions,
+    *,
+    account: Account,
+    warm: tuple[NDArray[np.bool_] | None, NDArray[np.bool_] | None],
+) -> Holdout:
+    """A holdout of the new days in new codes, its histories after the past's, without cold targets."""
+    if not len(holdout):
+        return holdout
+    queries = maps.queries[holdout.queries]
+    sizes = np.diff(holdout.target_offsets)
+    owner = np.repeat(np.arange(len(queries)), sizes)
+    targets = maps.items[holdout.target_items]
+    warm_items, warm_queries = warm
+    asks = np.ones(len(targets), dtype=np.bool_)
+    if warm_items is not None:
+        asks &= warm_items[targets]
+    if warm_queries is not None:
+        asks &= warm_queries[queries[owner]]
+    if not asks.all():
+        account.add(f"{holdout.name}: cold targets", int((~asks).sum()), "query or item without a training row")
+    owner, targets = owner[asks], targets[asks]
+    asked = np.unique(owner)
+    if not len(asked):
+        raise InputError(
+            f"split: {holdout.name} is empty: every row held out of the new days is of a query or an item without a "
+            "training row; hold out more, or give more days"
+        )
+    # By query code, as every holdout.
+    asked = asked[np.argsort(queries[asked], kind="stable")]
+    rank = np.full(len(queries), -1)
+    rank[asked] = np.arange(len(asked))
+    order = np.argsort(rank[owner], kind="stable")
+    # A history is the first rows of its query: all of the past, and those new ones that the protocol puts into it.
+    starts = whole.offsets[queries[asked]]
+    lengths = np.diff(before.offsets)[queries[asked]] + np.diff(holdout.history_offsets)[asked]
+    rows, history_offsets = take_ranges(starts, starts + lengths)
+    account.add(f"{holdout.name}: targets, cold ones left out", len(targets), f"of {len(asked):,} queries")
+    return Holdout(
+        name=holdout.name,
+        queries=queries[asked],
+        history_offsets=history_offsets,
+        history_items=np.asarray(whole.item_codes[rows]),
+        target_offsets=np.concatenate([[0], np.cumsum(np.bincount(rank[owner], minlength=len(asked)))]).astype(
+            np.int64
+        ),
+        target_items=targets[order].astype(np.int32),
+        history_timestamps=None if whole.timestamps is None else np.asarray(whole.timestamps[rows]),
+        query_times=None if holdout.query_times is None else holdout.query_times[asked],
+    )
