@@ -215,7 +215,24 @@ def build_objective(config: Config, train: Interactions, *, learnt: Interactions
     settings = config.objective
     named = named_objective(settings.name)
     pool = build_pool(settings, train, learnt=learnt)
-    return named.make(pool, settings, train.num_items)
+    objective = named.make(pool, settings, train.num_items)
+    objective.rows_per_draw = settings.rows_per_draw
+    if config.query_tower.history is not None and config.query_tower.history.sequence is not None:
+        refuse_in_batch(pool)
+    return objective
+
+
+def refuse_in_batch(pool: Pool) -> None:
+    """Refuse the rows of a batch as candidates where rows are positions of whole sequences.
+
+    Raises:
+        InputError: the pool has an in-batch source.
+    """
+    if any(isinstance(member, InBatch) for member in pool.members()):
+        raise InputError(
+            "objective.sources: in_batch: rows of one sequence are no independent draws of each other's candidates; "
+            "expected frequency, uniform, head or catalog beside query_tower.history.sequence"
+        )
 
 
 def build_pool(settings: ObjectiveConfig, train: Interactions, *, learnt: Interactions | None = None) -> Pool:

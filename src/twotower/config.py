@@ -66,8 +66,20 @@ class DataConfig(Section):
     )
 
 
+class SequenceConfig(Section):
+    """A history read in its order: every position of a query's sequence is a training row. docs/sequences.md"""
+
+    kind: Literal["transformer", "gru"] = "transformer"
+    blocks: int = Field(2, ge=1, le=64, description="Transformer blocks, or layers of the GRU.")
+    heads: int = Field(2, ge=1, le=64, description="Attention heads of each block; they divide D.")
+    expansion: float = Field(4.0, gt=0, le=16, description="Units of a block's feed-forward layer, over D.")
+    gated: bool = Field(False, description="RMSNorm and SwiGLU in the blocks instead of LayerNorm and GELU.")
+    recency: bool = Field(False, description="A learned bias of attention for each distance, one for each head.")
+    dropout: float = Field(0.2, ge=0, lt=1, description="Of the input, of what blocks add, and of their hidden units.")
+
+
 class HistoryConfig(Section):
-    """The recent items of a query, pooled with learned weights for each step back in time."""
+    """The recent items of a query, pooled with learned weights for each step back in time, or read in their order."""
 
     length: int = Field(50, ge=1, le=10_000, description="L: how many of the most recent items are looked at.")
     heads: int = Field(4, ge=1, le=64, description="How many pooled averages, each with its own recency weights.")
@@ -75,6 +87,9 @@ class HistoryConfig(Section):
     share_table: bool = Field(True, description="Look the history's items up in the item tower's own table.")
     item_features: bool = Field(
         False, description="Embed the history's items by the whole item tower, features included, not by their id."
+    )
+    sequence: SequenceConfig | None = Field(
+        None, description="Read the history by a transformer or a GRU. None: pool it (heads, MLP)."
     )
 
 
@@ -130,6 +145,9 @@ class ObjectiveConfig(Section):
     mask_known_positives: bool | None = Field(
         None, description="Never push a row away from any of its query's training items; None: as the objective says."
     )
+    rows_per_draw: PositiveInt | None = Field(
+        None, description="Rows that share one draw of candidates; a batch then has several. None: the whole batch."
+    )
     frequency: Literal["counted", "streaming", "grouped", "grouped-streaming"] = Field(
         "counted", description="Where p_j comes from. grouped: within data.columns.group; batches are built within it."
     )
@@ -167,6 +185,9 @@ class TrainingConfig(Section):
     )
     accelerator: str = Field("auto", description="auto, cpu, gpu, ... as in Lightning.")
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    weight_average: float = Field(
+        0.0, ge=0, lt=1, description="Decay of a moving average of the weights, which is what is measured and kept. 0: none."
+    )
     micro_batch: PositiveInt | None = Field(
         None, description="Rows the towers embed at a time, twice, for less memory; same gradients. None: all at once."
     )

@@ -24,6 +24,7 @@ from twotower.data import (
     Holdout,
     Interactions,
     KnownPositives,
+    SequenceBatches,
     Split,
     TrainingBatches,
     by_time,
@@ -160,7 +161,7 @@ def fit(
             trained_items=torch.from_numpy(in_training(train, "item")),
         )
         length = history_length(settings)
-        batches = TrainingBatches(train, int(training.batch_size), history_length=length, seed=training.seed, rows=rows)
+        batches = make_batches(settings, train, rows)
         known = KnownPositives(train) if masks_known_positives(settings.objective) else None
         objective = build_objective(settings, train, learnt=learnt)
         optimizer = mine = None
@@ -175,7 +176,7 @@ def fit(
         result = fit_towers(
             towers,
             objective,
-            GroupedBatches(batches) if settings.objective.frequency.startswith("grouped") else batches,
+            batches,
             training,
             Path(directory),
             known_positives=known,
@@ -272,6 +273,31 @@ def evaluate(
 def history_length(config: Config) -> int:
     """L of the query tower; 0 where it looks at no history."""
     return config.query_tower.history.length if config.query_tower.history else 0
+
+
+def make_batches(
+    config: Config, train: Interactions, rows: np.ndarray | None = None
+) -> TrainingBatches | GroupedBatches | SequenceBatches:
+    """The batches that the towers and the objective of a configuration learn from.
+
+    Args:
+        config: the settings, without "auto" (`Config.resolved`).
+        train: the training interactions.
+        rows: the rows of them to learn from; None for all.
+
+    Raises:
+        InputError: whole sequences are to be read, and some rows to be left out, or batches built within groups.
+    """
+    size, seed, length = int(config.training.batch_size), config.training.seed, history_length(config)
+    grouped = config.objective.frequency.startswith("grouped")
+    if config.query_tower.history is not None and config.query_tower.history.sequence is not None:
+        if grouped:
+            raise InputError("objective.frequency: grouped: a sequence may run over several groups; expected counted")
+        if rows is not None:
+            raise InputError("--from: a sequence tower learns from whole sequences; train it on all days anew")
+        return SequenceBatches(train, size, history_length=length, seed=seed)
+    batches = TrainingBatches(train, size, history_length=length, seed=seed, rows=rows)
+    return GroupedBatches(batches) if grouped else batches
 
 
 def _miner(objective: Objective, train: Interactions, length: int) -> Callable[[TwoTower], None] | None:

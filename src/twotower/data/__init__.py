@@ -7,7 +7,9 @@ from twotower.data.histories import gather_histories, ragged_histories
 from twotower.data.holdouts import Holdout
 from twotower.data.interactions import Interactions
 from twotower.data.known import KnownPositives
+from twotower.data.packing import Packed
 from twotower.data.parts import from_parts
+from twotower.data.sequences import SequenceBatches
 from twotower.data.splits import Split, by_time, held_out_queries, leave_last_out
 
 __all__ = [
@@ -17,6 +19,8 @@ __all__ = [
     "Holdout",
     "Interactions",
     "KnownPositives",
+    "Packed",
+    "SequenceBatches",
     "Split",
     "TrainingBatches",
     "by_time",

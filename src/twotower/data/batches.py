@@ -12,6 +12,7 @@ from torch import Tensor
 
 from twotower.data.histories import gather_histories
 from twotower.data.interactions import Interactions
+from twotower.data.packing import Packed
 from twotower.data.prefetching import ahead
 from twotower.data.shuffling import Shuffle
 from twotower.errors import InputError
@@ -31,6 +32,8 @@ class Batch:
         groups: int64 [B] or None.
         group: the one group that all rows come from, where batches are built within groups; None otherwise.
         total: rows of the batch over all ranks, of which these are `Ranks.part(total)`; None where nobody knows.
+        sequences: what the rows are positions of, where the batch is made of whole sequences (sequences.py); `history`
+            is then [B, 0]. None otherwise.
     """
 
     rows: Tensor
@@ -41,6 +44,7 @@ class Batch:
     groups: Tensor | None = None
     group: int | None = None
     total: int | None = None
+    sequences: Packed | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -50,7 +54,7 @@ class Batch:
         moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=non_blocking)
             for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
+            if isinstance(value := getattr(self, f.name), Tensor | Packed)
         }
         return replace(self, **moved)
 

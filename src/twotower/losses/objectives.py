@@ -49,6 +49,8 @@ class Objective(nn.Module, ABC):
 
     #: Copies of an item may be merged with their summed weight: true of sums of exponentials, not of binary forms.
     merges_copies: bool = True
+    #: Rows that share one draw of candidates; None: all rows of a batch.
+    rows_per_draw: int | None = None
 
     def __init__(self, pool: Pool, *, strength: float = 1.0) -> None:
         super().__init__()

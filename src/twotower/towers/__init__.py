@@ -1,10 +1,13 @@
 """Towers: from features to embeddings of width D."""
 
+from twotower.towers.attention import Transformer
 from twotower.towers.build import build_towers
 from twotower.towers.dnn import DNN, MLP
 from twotower.towers.encoders import PooledHistory, QueryTower, TwoTower
 from twotower.towers.features import FeatureInputs
 from twotower.towers.items import ItemTower
+from twotower.towers.recurrent import Recurrent
+from twotower.towers.sequence import SequenceTower
 from twotower.towers.tables import EmbeddingTable
 
 __all__ = [
@@ -15,6 +18,9 @@ __all__ = [
     "ItemTower",
     "PooledHistory",
     "QueryTower",
+    "Recurrent",
+    "SequenceTower",
+    "Transformer",
     "TwoTower",
     "build_towers",
 ]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from twotower.config import Config
+from twotower.config import Config, HistoryConfig
 from twotower.data.encoding import EncodedTable
 from twotower.errors import InputError
+from twotower.towers.attention import Transformer
 from twotower.towers.encoders import PooledHistory, QueryTower, TwoTower
 from twotower.towers.features import FeatureInputs
 from twotower.towers.items import ItemTower
+from twotower.towers.recurrent import Recurrent
+from twotower.towers.sequence import SequenceTower
 from twotower.towers.tables import EmbeddingTable, store_tables
 
 
@@ -62,10 +65,14 @@ def build_towers(
         )
 
     item_tower = new_item_tower()
+    sequence = None if query.history is None else query.history.sequence
+    if sequence is not None:
+        refuse_beside_sequence(config, query_features)
     history = None
     history_items: nn.Embedding | ItemTower | None = None
     if query.history is not None:
-        history = PooledHistory(query.history.length, query.history.heads, dropout=query.history.dropout)
+        if sequence is None:
+            history = PooledHistory(query.history.length, query.history.heads, dropout=query.history.dropout)
         if query.history.item_features:
             history_items = item_tower if query.history.share_table else new_item_tower()
         else:
@@ -75,17 +82,21 @@ def build_towers(
                 "query_tower.history.share_table: item_tower.id_embedding: false leaves no table to share; "
                 "give query_tower.history.item_features: true, or share_table: false"
             )
-    query_tower = QueryTower(
-        num_queries if query.id_embedding else 0,
-        dimension,
-        history=history,
-        history_items=history_items,
-        hidden=query.hidden,
-        dropout=query.dropout,
-        features=None if query_features is None else FeatureInputs(query_features, dimension),
-        residual=query.residual,
-        layer_norm=query.layer_norm,
-    )
+    query_tower: QueryTower | SequenceTower
+    if query.history is not None and history_items is not None and sequence is not None:
+        query_tower = build_sequence_tower(query.history, dimension, history_items)
+    else:
+        query_tower = QueryTower(
+            num_queries if query.id_embedding else 0,
+            dimension,
+            history=history,
+            history_items=history_items,
+            hidden=query.hidden,
+            dropout=query.dropout,
+            features=None if query_features is None else FeatureInputs(query_features, dimension),
+            residual=query.residual,
+            layer_norm=query.layer_norm,
+        )
     towers = TwoTower(
         query_tower,
         item_tower,
@@ -95,3 +106,52 @@ def build_towers(
     )
     store_tables(towers, item.table_precision)
     return towers
+
+
+def build_sequence_tower(
+    settings: HistoryConfig, dimension: int, history_items: nn.Embedding | ItemTower
+) -> SequenceTower:
+    """The query tower that `query_tower.history.sequence` asks for, with fresh weights.
+
+    Raises:
+        InputError: the heads do not divide the width.
+    """
+    sequence = settings.sequence
+    assert sequence is not None
+    encoder: Transformer | Recurrent
+    if sequence.kind == "gru":
+        encoder = Recurrent(dimension, layers=sequence.blocks, dropout=sequence.dropout)
+    else:
+        if dimension % sequence.heads:
+            raise InputError(
+                f"query_tower.history.sequence.heads: {sequence.heads}; expected a divisor of item_tower.dimension, "
+                f"{dimension}"
+            )
+        encoder = Transformer(
+            dimension,
+            settings.length + 1,
+            blocks=sequence.blocks,
+            heads=sequence.heads,
+            hidden=max(round(sequence.expansion * dimension), 1),
+            dropout=sequence.dropout,
+            gated=sequence.gated,
+            recency=sequence.recency,
+        )
+    return SequenceTower(encoder, history_items, dimension, length=settings.length, item_dropout=settings.dropout)
+
+
+def refuse_beside_sequence(config: Config, query_features: EncodedTable | None) -> None:
+    """Refuse settings of a query tower that a sequence tower has no place for.
+
+    Raises:
+        InputError: an id embedding or features of the query.
+    """
+    for name, given in (
+        ("id_embedding", config.query_tower.id_embedding),
+        ("features", query_features is not None),
+    ):
+        if given:
+            raise InputError(
+                f"query_tower.{name}: a sequence tower knows a query by its items alone; take it out, or take out "
+                "query_tower.history.sequence"
+            )

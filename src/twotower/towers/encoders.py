@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twotower.data.encoding import EncodedTable, RowsLike
+from twotower.data.packing import Packed
 from twotower.towers.dnn import Rows, dense_layers
 from twotower.towers.features import FeatureInputs
 from twotower.towers.items import ItemTower
+from twotower.towers.sequence import SequenceTower
 from twotower.towers.tables import EmbeddingTable
 
 
@@ -149,7 +151,7 @@ class TwoTower(nn.Module):
 
     def __init__(
         self,
-        query_tower: QueryTower,
+        query_tower: QueryTower | SequenceTower,
         item_tower: ItemTower,
         *,
         cosine: bool = True,
@@ -174,6 +176,17 @@ class TwoTower(nn.Module):
     def embed_queries(self, queries: Tensor, history: Tensor | None) -> Tensor:
         """u(x): codes int64 [B], histories int64 [B, L] -> [B, D]."""
         embedded: Tensor = self.query_tower(queries, history)
+        return F.normalize(embedded, dim=-1) if self.cosine else embedded
+
+    def embed_sequences(self, sequences: Packed) -> Tensor:
+        """The wanted positions of packed sequences, u, in one pass -> [B, D].
+
+        Raises:
+            TypeError: the query tower reads no sequences.
+        """
+        if not isinstance(self.query_tower, SequenceTower):
+            raise TypeError("this query tower pools its history; set query_tower.history.sequence and train again")
+        embedded = self.query_tower.embed(sequences)
         return F.normalize(embedded, dim=-1) if self.cosine else embedded
 
     def embed_items(self, items: Tensor) -> Tensor:

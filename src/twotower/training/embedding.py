@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from twotower.data import Batch
 from twotower.ranks import Ranks
 from twotower.towers import TwoTower
 from twotower.training.gradient_cache import cached_embedding
@@ -15,6 +16,13 @@ from twotower.training.gradient_cache import cached_embedding
 def embed_queries(towers: TwoTower, queries: Tensor, history: Tensor, *, chunk: int | None = None) -> Tensor:
     """Embeddings of queries, [B, D]; `chunk` of them at a time."""
     return _in_chunks(towers, towers.embed_queries, queries, history, chunk=chunk)
+
+
+def embed_rows(towers: TwoTower, batch: Batch, *, chunk: int | None = None) -> Tensor:
+    """Embeddings of a batch's queries, [B, D]; all positions of its sequences in one pass, where it is made of some."""
+    if batch.sequences is not None:
+        return towers.embed_sequences(batch.sequences)
+    return embed_queries(towers, batch.queries, batch.history, chunk=chunk)
 
 
 def embed_once(towers: TwoTower, items: Tensor, *, chunk: int | None = None) -> Tensor:

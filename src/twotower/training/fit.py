@@ -210,7 +210,7 @@ def _load_best(towers: TwoTower, keep_best: ModelCheckpoint, io: SafeCheckpointI
     if not keep_best.best_model_path:
         return None
     weights = io.load_checkpoint(keep_best.best_model_path)["state_dict"]
-    prefix = "towers."
+    prefix = "averaged." if any(key.startswith("averaged.") for key in weights) else "towers."
     towers.load_state_dict({key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)})
     towers.eval()
     return float(keep_best.best_model_score) if has_metric and keep_best.best_model_score is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -20,11 +21,12 @@ from twotower.ranks import Ranks
 from twotower.towers import TwoTower
 from twotower.training.checkpoints import random_state, restore_random_state
 from twotower.training.diagnostics import Watch, diagnose, frequency_drift, memory_age, objective_device
-from twotower.training.embedding import embed_once, embed_queries
+from twotower.training.embedding import embed_once, embed_rows
 from twotower.training.exchange import GradientExchange
 from twotower.training.gathering import gathered_loss
 from twotower.training.optimizers import TableOptimizer, parameter_groups
 from twotower.training.randomness import DROPOUT, ROUNDING, draws_of, step_seed
+from twotower.training.shared_draws import loss_by_draws
 
 #: Steps between entries of the log, and between diagnostics of the objective in it.
 LOG_EVERY = 10
@@ -42,9 +44,17 @@ def batch_loss(
 ) -> tuple[Tensor, Embedded, Candidates]:
     """The mean loss of a batch, weighted where rows carry weights, with the embeddings and the candidates of it.
 
+    Rows that are positions of sequences are embedded in one pass over those. Where the objective draws more than once
+    for a batch, the embeddings and candidates given back are those of the last draw.
+
     The candidates are drawn first, so that the item tower embeds each distinct item once. With `micro_batch` the towers
     embed so many rows at a time and keep nothing of it: see gradient_cache.py.
     """
+    if objective.rows_per_draw is not None:
+        query = embed_rows(towers, batch, chunk=micro_batch)
+        return loss_by_draws(
+            towers, objective, batch, query, known_positives, micro_batch=micro_batch, generator=generator
+        )
     drawn = objective.draw(
         batch.items,
         known_positives=None if known_positives is None else known_positives.pairs(batch.queries),
@@ -52,7 +62,7 @@ def batch_loss(
         group=batch.group,
         generator=generator,
     )
-    query = embed_queries(towers, batch.queries, batch.history, chunk=micro_batch)
+    query = embed_rows(towers, batch, chunk=micro_batch)
     asked = [batch.items, drawn.items]
     if drawn.row_items is not None:
         asked.append(drawn.row_items.clamp(min=0).reshape(-1))
@@ -95,6 +105,8 @@ class TrainingModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.towers = towers
+        # A moving average of the weights (Polyak & Juditsky 1992): what is measured and kept instead.
+        self.averaged = copy.deepcopy(towers).requires_grad_(False) if settings.weight_average else None
         self.objective = objective
         self.settings = settings
         self.total_steps = total_steps
@@ -154,6 +166,15 @@ class TrainingModule(pl.LightningModule):
         if self.ranks.size > 1:
             torch.manual_seed(step_seed(self.settings.seed, self.global_step, ROUNDING))
 
+    @torch.no_grad()
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Move the average towards the weights: slowly, but in the first steps, so that the start is soon forgotten."""
+        del outputs, batch, batch_idx
+        if self.averaged is not None:
+            step = self.global_step
+            keep = min(self.settings.weight_average, step / (step + 9))
+            torch._foreach_lerp_(list(self.averaged.parameters()), list(self.towers.parameters()), 1.0 - keep)
+
     def on_train_epoch_start(self) -> None:
         """Start the clock of rows/s afresh: validation is not training."""
         self._rows, self._since = 0, time.perf_counter()
@@ -165,7 +186,7 @@ class TrainingModule(pl.LightningModule):
             self.log("frequency_drift", drift, batch_size=1)
             self._watch.look({"frequency_drift": drift})
         if self.validate is not None:
-            for name, value in self.validate(self.towers).items():
+            for name, value in self.validate(self.averaged or self.towers).items():
                 self.log(name, value, prog_bar=name == self.settings.metric, batch_size=1)
 
     def configure_optimizers(self) -> Any:

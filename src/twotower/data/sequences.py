@@ -1,0 +1,144 @@
+"""Batches of whole sequences: every position is a training row, and one pass over a sequence serves all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from twotower.data.batches import Batch
+from twotower.data.interactions import Interactions
+from twotower.data.packing import pack
+from twotower.data.prefetching import ahead
+from twotower.data.shuffling import Shuffle
+from twotower.errors import InputError
+
+
+class SequenceBatches:
+    """Windows of the queries' sequences; each row of the interactions is in one window an epoch.
+
+    A query with n rows is cut into ceil(n / (L + 1)) windows of at most L + 1 consecutive rows, so that the last row of
+    a full window sees L items. Where there are several, the first and the last share what is left over by a random cut
+    that seed, epoch and query decide: over the epochs every row is met at every place. A row sees the rows of its
+    window before it, and no others.
+
+    Every batch has the same number of windows, drawn without replacement, so that a candidate that comes from
+    another window has a known expected count. The number of rows varies.
+
+    Args:
+        interactions: the rows to train on.
+        batch_size: B, rows of a batch on average.
+        history_length: L.
+        seed: 0 or more.
+
+    Raises:
+        InputError: no rows, or a size or seed out of range.
+    """
+
+    def __init__(self, interactions: Interactions, batch_size: int, *, history_length: int, seed: int = 0) -> None:
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("history_length", history_length, 1),
+            ("seed", seed, 0),
+        ):
+            if value < least:
+                raise InputError(f"{name}: {value}; expected at least {least}.")
+        if not len(interactions):
+            raise InputError("training batches: no interactions to train on.")
+        self.interactions, self.history_length, self.seed = interactions, history_length, seed
+        self.batch_size = batch_size
+        sizes = np.diff(interactions.offsets)
+        self._windows = -(-sizes // (history_length + 1))
+        self.num_windows = int(self._windows.sum())
+        mean = len(interactions) / self.num_windows
+        self.windows_per_batch = min(max(round(batch_size / mean), 1), self.num_windows)
+        # Which query a window belongs to: the number of the query's first window.
+        self._first = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self._windows)])
+        self.epoch, self.position = 0, 0
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch; windows that fill no batch are left out."""
+        return self.num_windows // self.windows_per_batch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of an epoch; where it is the current one, stay at the position reached."""
+        if epoch != self.epoch:
+            self.epoch, self.position = epoch, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Seed, epoch and the batches of it already given out; and what the order depends on."""
+        return {
+            "seed": self.seed,
+            "epoch": self.epoch,
+            "position": self.position,
+            "windows_per_batch": self.windows_per_batch,
+            "history_length": self.history_length,
+            "rows": len(self.interactions),
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where `state_dict` was taken, with the same order.
+
+        Raises:
+            InputError: other data, another batch size or another L, for which there is no such place.
+        """
+        here = self.state_dict()
+        for name in ("windows_per_batch", "history_length", "rows"):
+            if state.get(name) != here[name]:
+                raise InputError(
+                    f"batches: the saved state has {name} {state.get(name)}, here it is {here[name]}; start anew."
+                )
+        self.seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
+
+    def __iter__(self) -> Iterator[Batch]:
+        shuffle, epoch = Shuffle(self.num_windows, self.seed, self.epoch), self.epoch
+        size = self.windows_per_batch
+
+        def make(position: int) -> Batch:
+            return self.batch(shuffle(np.arange(position * size, (position + 1) * size)), epoch)
+
+        for batch in ahead(make, self.position, len(self)):
+            self.position += 1
+            yield batch
+        self.epoch, self.position = self.epoch + 1, 0
+
+    def windows(self, numbers: NDArray[np.int64], epoch: int) -> tuple[NDArray[np.int64], ...]:
+        """(query, first row, number of rows) of some windows, int64 [S] each, as they are cut in an epoch."""
+        queries = np.searchsorted(self._first, numbers, side="right") - 1
+        place = numbers - self._first[queries]
+        count = self._windows[queries]
+        start = np.asarray(self.interactions.offsets)[queries]
+        total = np.asarray(self.interactions.offsets)[queries + 1] - start
+        full = self.history_length + 1
+        least = total - (count - 1) * full  # rows of the first window if all others were full
+        first = least + self._cut(queries, epoch) % (full - least + 1) * (count > 1)
+        begin = np.where(place == 0, 0, first + (place - 1) * full)
+        end = np.minimum(np.where(place == 0, first, begin + full), total)
+        return queries, start + begin, end - begin
+
+    def batch(self, numbers: NDArray[np.int64], epoch: int = 0) -> Batch:
+        """The batch of some windows' numbers, int64 [S]; its rows are in the order of `sequences.rows`."""
+        data = self.interactions
+        queries, starts, lengths = self.windows(numbers, epoch)
+        packed, order, rows = pack(starts, lengths, data.item_codes, last_only=False)
+        return Batch(
+            rows=torch.from_numpy(rows),
+            queries=torch.from_numpy(np.repeat(queries[order], lengths[order])),
+            items=torch.from_numpy(np.asarray(data.item_codes)[rows].astype(np.int64)),
+            history=torch.empty(len(rows), 0, dtype=torch.int64),
+            weights=None if data.weights is None else torch.from_numpy(np.array(data.weights[rows])),
+            groups=None if data.groups is None else torch.from_numpy(data.groups[rows].astype(np.int64)),
+            sequences=packed,
+        )
+
+    def _cut(self, queries: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        """A pseudo-random number for each query in an epoch, 0 or more: splitmix64 of both and the seed."""
+        key = np.random.SeedSequence([self.seed, epoch, 1]).generate_state(1, np.uint64)[0]
+        mixed: NDArray[Any] = queries.astype(np.uint64) + key
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+        cut: NDArray[np.int64] = ((mixed ^ (mixed >> np.uint64(31))) >> np.uint64(1)).astype(np.int64)
+        return cut

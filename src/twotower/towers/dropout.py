@@ -1,0 +1,42 @@
+"""Dropout whose random numbers cost little on a CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+#: Chances are multiples of 1 / 256: one random byte decides one number.
+LEVELS = 256
+
+
+class Dropout(nn.Module):
+    """Dropout (Srivastava et al. 2014): y = x m / (1 - p), m = 0 with probability p and 1 otherwise.
+
+    On a CPU torch draws a float for each number, one after the other, which takes longer than the matrix products of a
+    small transformer. Here eight numbers are decided by one draw of 64 bits. So p is rounded to a multiple of 1/256
+    there, and the scale is that of the rounded p.
+
+    Args:
+        p: probability that a number is zeroed in training.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+        self.threshold = round(p * LEVELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape -> the same shape."""
+        if not self.training or self.p == 0:
+            return x
+        if x.device.type != "cpu":
+            return F.dropout(x, self.p)
+        return x * keep(x.shape, self.threshold).to(x.dtype).mul_(LEVELS / (LEVELS - self.threshold))
+
+
+def keep(shape: torch.Size, threshold: int) -> Tensor:
+    """Bool of a shape on the CPU, False with probability threshold / 256; from torch's global generator."""
+    numbers = shape.numel()
+    words = torch.empty(-(-numbers // 8), dtype=torch.int64).random_(-(2**63), None)
+    return (words.view(torch.uint8)[:numbers] >= threshold).view(shape)

@@ -1,0 +1,121 @@
+"""The query tower that reads a history in its order, and embeds every position of a sequence in one pass."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from twotower.data.packing import START, Packed, pack_histories
+from twotower.towers.attention import Transformer
+from twotower.towers.dnn import Rows
+from twotower.towers.dropout import LEVELS, keep
+from twotower.towers.features import FeatureInputs
+from twotower.towers.items import ItemTower
+from twotower.towers.recurrent import Recurrent
+
+#: Tokens encoded at once where nothing is trained: bounds the memory of a ranking.
+TOKENS = 16_384
+
+
+class SequenceTower(nn.Module):
+    """A causal encoder over the start token and the newest L items; its output at a token embeds the query there.
+
+        u_t = encoder(e_start, e(item_1), ..., e(item_t))_t,   e(item) sqrt(D) going in (Vaswani et al. 2017)
+
+    An empty history is the start token alone. Items before the newest L are not looked at.
+
+    Args:
+        encoder: of tokens [P, D] with their places and the shapes of their groups.
+        history_items: what items are looked up in: the item tower's own table or a separate one, or an item tower,
+            which embeds each distinct item with its features.
+        dimension: D.
+        length: L.
+        item_dropout: share of the items hidden in training, so that no single one is relied on.
+    """
+
+    #: What a tower of another kind may have.
+    features: FeatureInputs | None = None
+
+    def __init__(
+        self,
+        encoder: Transformer | Recurrent,
+        history_items: nn.Embedding | ItemTower,
+        dimension: int,
+        *,
+        length: int,
+        item_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.history_items = history_items
+        self.start = nn.Parameter(torch.zeros(dimension))
+        self.length = length
+        self.scale = math.sqrt(dimension)
+        self.item_dropout = item_dropout
+
+    def forward(self, queries: Tensor, history: Tensor | None, features: list[Tensor] | None = None) -> Tensor:
+        """Histories int64 [B, at most L], newest last, -1 on the left where there are fewer -> [B, D].
+
+        Raises:
+            ValueError: no history.
+        """
+        del queries, features
+        if history is None:
+            raise ValueError("history: this query tower needs the recent items, int64 [B, L]; found none")
+        history = history[:, -self.length :]
+        if torch.compiler.is_exporting():
+            return self._rectangle(history)
+        if torch.is_grad_enabled():
+            packed, place = pack_histories(history)
+            return self.embed(packed)[place]
+        # By length, so that a block has little padding; then back in the order asked.
+        order = torch.argsort((history >= 0).sum(1))
+        block = max(TOKENS // (history.shape[1] + 1), 1)
+        embedded = []
+        for part in torch.split(history[order], block):
+            packed, place = pack_histories(part)
+            embedded.append(self.embed(packed)[place])
+        return torch.cat(embedded)[torch.argsort(order)] if embedded else self.start.new_empty(0, len(self.start))
+
+    def embed(self, packed: Packed) -> Tensor:
+        """The outputs that are wanted of packed sequences, [B, D]."""
+        encoded = self._encode(packed.tokens, packed.positions, packed.shapes)
+        return encoded.index_select(0, packed.rows)
+
+    def _encode(self, tokens: Tensor, positions: Tensor, shapes: tuple[tuple[int, int], ...]) -> Tensor:
+        is_item = tokens != START
+        x = self._look_up(tokens.clamp(min=0)) * self.scale
+        if self.training and self.item_dropout > 0:
+            shown = is_item & _shown(tokens, self.item_dropout)
+            x = x * shown[:, None]
+        x = torch.where(is_item[:, None], x, self.start)
+        encoded: Tensor = self.encoder(x, positions, shapes)
+        return encoded
+
+    def _look_up(self, codes: Tensor) -> Tensor:
+        table: nn.Module | Rows = self.history_items
+        if isinstance(table, ItemTower):
+            distinct, codes = torch.unique(codes, return_inverse=True)
+            table = Rows(table(distinct))
+        embedded: Tensor = table(codes)
+        return embedded
+
+    def _rectangle(self, history: Tensor) -> Tensor:
+        """What `forward` does, in operations whose shapes do not depend on the data: for an export."""
+        rows, width = history.shape
+        count = (history >= 0).sum(1, keepdim=True)
+        place = torch.arange(width + 1, device=history.device).expand(rows, -1)
+        at = (width - count + place - 1).clamp(0, width - 1)
+        is_item = (place > 0) & (place <= count)
+        tokens = torch.where(is_item, history.gather(1, at), START)
+        encoded = self._encode(tokens.reshape(-1), place.reshape(-1), ((rows, width + 1),))
+        encoded = encoded.reshape(rows, width + 1, -1)
+        return encoded.gather(1, count[:, :, None].expand(-1, -1, encoded.shape[2]))[:, 0]
+
+
+def _shown(tokens: Tensor, dropout: float) -> Tensor:
+    if tokens.device.type == "cpu":
+        return keep(tokens.shape, round(dropout * LEVELS))
+    return torch.rand(tokens.shape, device=tokens.device) >= dropout
