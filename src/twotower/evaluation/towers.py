@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -37,7 +39,11 @@ class TowerRanker:
         self.towers = towers
         self.history_length = history_length
         self.item_embeddings = self._items() if item_embeddings is None else item_embeddings
-        self.index = ExactIndex(self.item_embeddings)
+
+    @cached_property
+    def index(self) -> ExactIndex:
+        """Exact search over the items, laid out when first needed: a served model may have an index of another kind."""
+        return ExactIndex(self.item_embeddings)
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> np.ndarray:
         """Best items of every query of a holdout, int64 [E, k], -1 where fewer are left."""
@@ -80,7 +86,7 @@ class TowerRanker:
                 history = torch.from_numpy(recent).to(device)
             parts.append(self.towers.embed_queries(codes, history).float())
         self.towers.train(was_training)
-        return torch.cat(parts) if parts else torch.empty(0, self.index.dim, device=device)
+        return torch.cat(parts) if parts else torch.empty(0, self.item_embeddings.shape[1], device=device)
 
     def _items(self) -> Tensor:
         was_training = self.towers.training

@@ -53,6 +53,9 @@ class Engine(Protocol):
     def remove(self, codes: Codes) -> None:
         """Items leave; their codes may be added again."""
 
+    def count(self) -> int:
+        """How many items it has, without removed ones."""
+
     def settings(self) -> dict[str, Any]:
         """What it was built with, as JSON values."""
 
@@ -72,10 +75,11 @@ class ApproximateIndex:
     Ties are broken as everywhere, see `tie_order`.
 
     Args:
-        items: float [N, D], the embeddings that the engine was built on.
+        items: float [N, D], the embeddings that the engine was built on. They are shared, not copied; see `Vectors`.
         engine: what proposes candidates.
         alive: bool [N], False for items that were removed; None where all are there.
         oversample: candidates fetched for each result, for engines whose own order is coarse.
+        last: float [N], a last coordinate of the vectors that is kept apart from `items`, or None.
 
     Raises:
         ValueError: a wrong shape, or NaN.
@@ -83,8 +87,16 @@ class ApproximateIndex:
 
     is_exact = False
 
-    def __init__(self, items: Tensor, engine: Engine, *, alive: Mask | None = None, oversample: float = 1.0) -> None:
-        self.vectors = Vectors(items, alive)
+    def __init__(
+        self,
+        items: Tensor,
+        engine: Engine,
+        *,
+        alive: Mask | None = None,
+        oversample: float = 1.0,
+        last: Tensor | None = None,
+    ) -> None:
+        self.vectors = Vectors(items, alive, last=last)
         self.engine = engine
         self.oversample = oversample
         self._exact: ExactCatalog | None = None
@@ -157,6 +169,8 @@ class ApproximateIndex:
         while len(rows) and fetch:
             depth = max(1.0, fetch / (k * self.oversample) * (self.num_items / count))
             found = self.engine.candidates(queries[rows].numpy(), fetch, mask, depth)
+            # A database may know of items that were added after this index was read.
+            found = np.where(found < self.num_items, found, -1)
             kept = (found >= 0) & ~_is_in(rows[:, None] * self.num_items + found, excluded)
             # Fewer than asked for: it has no more. Fewer than K left: it may have.
             short = kept.sum(1) < min(k, count)
@@ -173,7 +187,7 @@ class ApproximateIndex:
     def _best(self, queries: Tensor, found: Codes, kept: Mask, k: int) -> tuple[Tensor, Tensor]:
         """The K best of some candidates, by exact scores."""
         codes = torch.from_numpy(np.where(kept, found, 0))
-        scores = torch.bmm(self.vectors.items[codes], queries[:, :, None])[:, :, 0]
+        scores = torch.bmm(self.vectors.rows(codes), queries[:, :, None])[:, :, 0]
         return self._sorted(scores, codes, torch.from_numpy(kept), k)
 
     def _every_item(self, query: Tensor, k: int, row: int, excluded: Codes, mask: Mask | None) -> tuple[Tensor, Tensor]:
@@ -181,7 +195,7 @@ class ApproximateIndex:
         own = excluded[np.searchsorted(excluded, row * self.num_items) :]
         kept[own[: np.searchsorted(own, (row + 1) * self.num_items)] - row * self.num_items] = False
         codes = torch.from_numpy(np.flatnonzero(kept))
-        scores = (self.vectors.items @ query)[codes]
+        scores = self.vectors.scores(query)[codes]
         best, items = self._sorted(scores[None], codes[None], torch.ones(1, len(codes), dtype=torch.bool), k)
         return best[0], items[0]
 
@@ -204,7 +218,7 @@ class ApproximateIndex:
 
     def _narrow(self, queries: Tensor, k: int, exclude: Exclusion | None, mask: Mask) -> tuple[Tensor, Tensor]:
         if self._exact is None:
-            self._exact = ExactCatalog(self.vectors.items)
+            self._exact = ExactCatalog(self.vectors)
         return self._exact.search(queries, k, exclude, allowed=mask)
 
 

@@ -121,7 +121,14 @@ def build_index(
     return index, report
 
 
-def load_index(report: Mapping[str, Any], items: Tensor, folder: Path, alive: Mask | None = None) -> ApproximateIndex:
+def load_index(
+    report: Mapping[str, Any],
+    items: Tensor,
+    folder: Path,
+    alive: Mask | None = None,
+    *,
+    last: Tensor | None = None,
+) -> ApproximateIndex:
     """An index that was built before.
 
     Args:
@@ -129,6 +136,7 @@ def load_index(report: Mapping[str, Any], items: Tensor, folder: Path, alive: Ma
         items: the embeddings it was built on.
         folder: what its engine wrote.
         alive: bool [N], False for removed items.
+        last: float [N], their last coordinate where it is kept apart; see `Vectors`.
 
     Raises:
         InputError: an unknown kind, or what the kind needs is missing.
@@ -138,7 +146,7 @@ def load_index(report: Mapping[str, Any], items: Tensor, folder: Path, alive: Ma
     if kind not in loaders:
         raise InputError(f"{folder}: an index of the unknown kind {kind!r}; build it again with `twotower index`")
     engine: Engine = loaders[kind](folder, dict(report["settings"]))
-    return ApproximateIndex(items, engine, alive=alive, oversample=OVERSAMPLE[kind])
+    return ApproximateIndex(items, engine, alive=alive, oversample=OVERSAMPLE[kind], last=last)
 
 
 def exact_answers(items: Tensor, queries: Tensor, k: int) -> Tensor:

@@ -18,7 +18,9 @@ Mask = NDArray[np.bool_]
 
 
 class Index(Protocol):
-    """What answers queries by inner product: `ExactCatalog` and `ApproximateIndex`."""
+    """What answers queries by inner product: `ExactCatalog` and `ApproximateIndex`; `vectors` are what is searched."""
+
+    vectors: Vectors
 
     @property
     def kind(self) -> str:
@@ -61,20 +63,29 @@ class Index(Protocol):
 class Vectors:
     """The embeddings of a catalog, row = code, and which of them are still in it.
 
+    float32 embeddings on the CPU are shared with the caller, who may have them mapped from a file, until items come or
+    change. A last coordinate can be kept apart from them: a vector is then `[items, last]`, and nothing is copied to
+    make the embeddings one wider.
+
     Args:
         items: float [N, D].
         alive: bool [N]; None where all are.
+        last: float [N], one more coordinate of each item, or None.
 
     Raises:
         ValueError: a wrong shape, or NaN.
     """
 
-    def __init__(self, items: Tensor, alive: Mask | None = None) -> None:
+    def __init__(self, items: Tensor, alive: Mask | None = None, *, last: Tensor | None = None) -> None:
         if items.ndim != 2:
             raise ValueError(f"items must have shape [N, D], got {list(items.shape)}")
-        if bool(items.isnan().any()):
-            raise ValueError("an item embedding is NaN: the model has diverged")
+        if last is not None and last.shape != items.shape[:1]:
+            raise ValueError(f"last must have shape [{len(items)}], got {list(last.shape)}")
+        for part in (items, last):
+            if part is not None and bool(part.isnan().any()):
+                raise ValueError("an item embedding is NaN: the model has diverged")
         self.items = items.detach().to("cpu", torch.float32).contiguous()
+        self.last = None if last is None else last.detach().to("cpu", torch.float32).contiguous()
         self.alive = np.ones(len(items), dtype=np.bool_) if alive is None else alive.copy()
 
     @property
@@ -84,12 +95,27 @@ class Vectors:
 
     @property
     def dim(self) -> int:
-        """D."""
-        return int(self.items.shape[1])
+        """Width of a vector."""
+        return int(self.items.shape[1]) + (self.last is not None)
+
+    def rows(self, codes: Tensor) -> Tensor:
+        """Vectors of codes of any shape, [..., width]."""
+        if self.last is None:
+            return self.items[codes]
+        return torch.cat([self.items[codes], self.last[codes][..., None]], -1)
+
+    def scores(self, query: Tensor) -> Tensor:
+        """Inner products of every item with one query [width], [N]."""
+        if self.last is None:
+            return self.items @ query
+        return torch.addmv(self.last * query[-1], self.items, query[:-1])
 
     def add(self, vectors: Tensor) -> Codes:
         """New rows at the end; their codes."""
-        self.items = torch.cat([self.items, self._checked(vectors)])
+        checked = self._checked(vectors)
+        self.items = torch.cat([self.items, checked[:, : self.items.shape[1]]])
+        if self.last is not None:
+            self.last = torch.cat([self.last, checked[:, -1]])
         self.alive = np.concatenate([self.alive, np.ones(len(vectors), dtype=np.bool_)])
         return np.arange(len(self.items) - len(vectors), len(self.items), dtype=np.int64)
 
@@ -98,7 +124,10 @@ class Vectors:
         if len(codes) != len(vectors):
             raise ValueError(f"vectors must have shape [{len(codes)}, {self.dim}], got {list(vectors.shape)}")
         checked, rows = self._checked(vectors), torch.from_numpy(self._rows(codes))
-        self.items = self.items.index_copy(0, rows, checked)  # a copy: the caller's tensor stays as it was
+        # Copies: the caller's tensors stay as they were.
+        self.items = self.items.index_copy(0, rows, checked[:, : self.items.shape[1]])
+        if self.last is not None:
+            self.last = self.last.index_copy(0, rows, checked[:, -1])
         self.alive[codes] = True
 
     def remove(self, codes: Codes) -> None:
@@ -139,9 +168,9 @@ class ExactCatalog:
     its cost is that of a smaller catalog. A few forbidden items among many are left out row by row instead.
 
     Args:
-        items: float [N, D].
-        index: an `ExactIndex` over the same items, where there is one already.
+        items: float [N, D], or the `Vectors` of another catalog, which are then shared.
         alive: bool [N], False for removed items; None where all are there.
+        bias: float [N], added to the items' scores, or None. A catalog with a bias takes no new items.
 
     Raises:
         ValueError: a wrong shape, or NaN.
@@ -150,10 +179,20 @@ class ExactCatalog:
     kind = "exact"
     is_exact = True
 
-    def __init__(self, items: Tensor, *, index: ExactIndex | None = None, alive: Mask | None = None) -> None:
-        self.vectors = Vectors(items, alive)
-        self._whole = index
+    def __init__(self, items: Tensor | Vectors, *, alive: Mask | None = None, bias: Tensor | None = None) -> None:
+        self.vectors = items if isinstance(items, Vectors) else Vectors(items, alive)
+        self._bias = bias
+        self._whole: ExactIndex | None = None
         self._narrow: tuple[bytes, ExactIndex, Codes] | None = None
+
+    def with_bias(self, bias: Tensor) -> ExactCatalog:
+        """The same items with `bias` [N] added to their scores; embeddings and their layout are shared, not copied.
+
+        It is for searching only, and as the catalog is now: changes are made to this one, and another asked for.
+        """
+        other = ExactCatalog(self.vectors, bias=bias)
+        other._whole = self._all().with_bias(bias)
+        return other
 
     @property
     def num_items(self) -> int:
@@ -183,12 +222,14 @@ class ExactCatalog:
 
     def add(self, vectors: Tensor) -> Codes:
         """Items [n, D] join; their new codes. The next search lays the catalog out anew."""
+        self._refuse_bias()
         codes = self.vectors.add(vectors)
         self._whole = self._narrow = None
         return codes
 
     def update(self, codes: Codes, vectors: Tensor) -> None:
         """Items get new embeddings [n, D]."""
+        self._refuse_bias()
         self.vectors.update(codes, vectors)
         self._whole = self._narrow = None
 
@@ -196,9 +237,15 @@ class ExactCatalog:
         """Items never come back; nothing is laid out anew for a few."""
         self.vectors.remove(codes)
 
+    def _refuse_bias(self) -> None:
+        if self._bias is not None:
+            raise ValueError("a catalog with a bias is for searching; change the one it was made from")
+
     def _all(self) -> ExactIndex:
         if self._whole is None:
-            self._whole = ExactIndex(self.vectors.items)
+            whole = self.vectors
+            items = whole.items if whole.last is None else whole.rows(torch.arange(self.num_items))
+            self._whole = ExactIndex(items, self._bias)
         return self._whole
 
     def _subset(self, mask: Mask) -> tuple[ExactIndex, Codes]:
@@ -212,7 +259,8 @@ class ExactCatalog:
         # does, so that equal scores come in the order that the whole catalog gives them.
         codes = np.empty_like(kept)
         codes[tie_order(len(kept)).numpy()] = kept
-        index = ExactIndex(self.vectors.items[torch.from_numpy(codes)])
+        chosen = torch.from_numpy(codes)
+        index = ExactIndex(self.vectors.rows(chosen), None if self._bias is None else self._bias[chosen])
         self._narrow = (key, index, codes)
         return index, codes
 

@@ -1,5 +1,6 @@
 """Exact search over a whole catalog by inner product."""
 
+import copy
 from functools import cached_property
 
 import torch
@@ -63,6 +64,20 @@ class ExactIndex:
     def dim(self) -> int:
         """D, the width of the embeddings."""
         return int(self._items.shape[1])
+
+    def with_bias(self, bias: Tensor) -> "ExactIndex":
+        """The same items with another bias [N]; they are shared, not copied.
+
+        Raises:
+            ValueError: a wrong shape, or NaN.
+        """
+        if bias.shape != self._items.shape[:1]:
+            raise ValueError(f"bias must have shape [{self.num_items}], got {list(bias.shape)}")
+        if bool(bias.isnan().any()):
+            raise ValueError("an item bias is NaN")
+        other = copy.copy(self)
+        other._bias = bias.detach().to(self._items.device)[self._order].to(torch.float32)
+        return other
 
     @torch.no_grad()
     def search(

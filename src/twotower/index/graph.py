@@ -30,7 +30,9 @@ class HNSW:
     """A graph over the items, walked from hubs to the neighbourhood of the query.
 
     Removed items stay in the graph as stepping stones and are left out of results; an updated item is removed and added
-    again. After many removals a new graph is smaller.
+    again. After many removals a new graph is smaller. A graph that was loaded is mapped from its file, not read: pages
+    come in as searches meet them, and processes share them. The first item that is added to it brings all of it into
+    memory.
 
     Args:
         vectors: float32 [N, D]; row = code.
@@ -53,6 +55,7 @@ class HNSW:
         self._settings = {"links": links, "build_effort": build_effort}
         self._codes = np.empty(0, dtype=np.int64)
         self._live = np.empty(0, dtype=np.bool_)
+        self._mapped = False
         self._graph = faiss.IndexHNSWFlat(vectors.shape[1], links, faiss.METRIC_INNER_PRODUCT)
         self._graph.hnsw.efConstruction = build_effort
         self.add(np.arange(len(vectors), dtype=np.int64), vectors)
@@ -76,6 +79,9 @@ class HNSW:
 
     def add(self, codes: Codes, vectors: NDArray[np.float32]) -> None:
         """See `Engine.add`."""
+        if self._mapped:  # faiss ends the process when something is added to a mapped graph
+            faiss = faiss_module()
+            self._graph, self._mapped = faiss.deserialize_index(faiss.serialize_index(self._graph)), False
         self._graph.add(np.ascontiguousarray(vectors))
         self._codes = np.concatenate([self._codes, codes])
         self._live = np.concatenate([self._live, np.ones(len(codes), dtype=np.bool_)])
@@ -83,6 +89,10 @@ class HNSW:
     def remove(self, codes: Codes) -> None:
         """See `Engine.remove`."""
         self._live &= ~np.isin(self._codes, codes)
+
+    def count(self) -> int:
+        """See `Engine.count`."""
+        return int(self._live.sum())
 
     def settings(self) -> dict[str, Any]:
         """See `Engine.settings`."""
@@ -103,7 +113,9 @@ class HNSW:
         engine = cls.__new__(cls)
         engine.effort = int(settings["effort"])
         engine._settings = {name: int(settings[name]) for name in ("links", "build_effort")}
-        engine._graph = faiss_module().read_index(str(folder / "graph.faiss"))
+        faiss = faiss_module()
+        flag = getattr(faiss, "IO_FLAG_MMAP_IFC", 0)  # since faiss 1.11
+        engine._graph, engine._mapped = faiss.read_index(str(folder / "graph.faiss"), flag), bool(flag)
         rows = load_file(folder / "rows.safetensors")
         engine._codes, engine._live = rows["codes"], rows["live"]
         return engine

@@ -100,6 +100,12 @@ class PgVector:
         with self._cursor() as cursor:
             cursor.execute(f"DELETE FROM {self._table} WHERE code = ANY(%s)", (codes.tolist(),))
 
+    def count(self) -> int:
+        """See `Engine.count`."""
+        with self._cursor() as cursor:
+            row = cursor.execute(f"SELECT count(*) FROM {self._table}").fetchone()
+            return int(row[0]) if row else 0
+
     def settings(self) -> dict[str, Any]:
         """See `Engine.settings`."""
         return {**self._settings, "effort": self.effort, "url": self._url, "table": self._table}

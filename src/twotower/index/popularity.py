@@ -29,20 +29,28 @@ class PopularityDial:
     and the mean is taken off so that the coordinate is small beside the embeddings: a graph or a quantizer that is
     built on the longer vectors then serves the model as trained as well.
 
+    Items that join after training change neither the total, nor N, nor m: those are of the items that were there, so
+    that nobody's coordinate moves when others come.
+
     Args:
         counts: training interactions of each item, integers [N].
         temperature: T.
+        trained: the first so many items were there in training; None for all.
     """
 
-    def __init__(self, counts: Tensor, temperature: float) -> None:
+    def __init__(self, counts: Tensor, temperature: float, trained: int | None = None) -> None:
         self.temperature = temperature
-        self.log_probability = log_popularity(counts)
-        self.mean = float(self.log_probability.mean()) if len(counts) else 0.0
+        self.log_probability = log_popularity(counts, trained)
+        known = self.log_probability[:trained]
+        self.mean = float(known.mean()) if len(known) else 0.0
+
+    def coordinate(self) -> Tensor:
+        """The items' last coordinate, `T (log p - m)`, float32 [N]."""
+        return (self.temperature * (self.log_probability - self.mean)).to(torch.float32)
 
     def items(self, embeddings: Tensor) -> Tensor:
         """Embeddings v [N, D] -> [N, D+1] float32."""
-        coordinate = self.temperature * (self.log_probability - self.mean)
-        return torch.cat([embeddings.float(), coordinate.to(embeddings.device, torch.float32)[:, None]], 1)
+        return torch.cat([embeddings.float(), self.coordinate().to(embeddings.device)[:, None]], 1)
 
     def queries(self, embeddings: Tensor, popularity: float) -> Tensor:
         """Embeddings u [B, D] -> [B, D+1] float32 for a setting b."""
@@ -53,10 +61,15 @@ class PopularityDial:
         return (popularity - 1.0) * self.temperature * self.mean
 
 
-def log_popularity(counts: Tensor) -> Tensor:
-    """Of each item, log p(y) = log((count_y + 1) / (sum_j count_j + N)), float64 [N]."""
+def log_popularity(counts: Tensor, trained: int | None = None) -> Tensor:
+    """Of each item, log p(y) = log((count_y + 1) / (sum_j count_j + N)), float64 [N].
+
+    Args:
+        counts: integers [N'].
+        trained: N, the sum is over the first so many items; None for all.
+    """
     smoothed = counts.double().cpu() + 1.0
-    return (smoothed / smoothed.sum()).log()
+    return (smoothed / smoothed[:trained].sum()).log()
 
 
 def checked_popularity(popularity: float) -> float:

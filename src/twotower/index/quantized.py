@@ -76,6 +76,10 @@ class IVFPQ:
         if len(codes):
             self._ivf.remove_ids(np.ascontiguousarray(codes, dtype=np.int64))
 
+    def count(self) -> int:
+        """See `Engine.count`."""
+        return int(self._ivf.ntotal)
+
     def settings(self) -> dict[str, Any]:
         """See `Engine.settings`."""
         return {"clusters": self._ivf.nlist, "bits": self._ivf.pq.nbits, "effort": self.effort}

@@ -18,10 +18,12 @@ class Answers:
 
     Args:
         artifact: the model, its vocabularies and its item table.
+        alive: bool [N], False for items that have left; None where all are there.
     """
 
-    def __init__(self, artifact: Artifact) -> None:
+    def __init__(self, artifact: Artifact, alive: NDArray[np.bool_] | None = None) -> None:
         self.artifact = artifact
+        self.alive = alive
         self.title_column = None if artifact.item_table is None else title_column(artifact.item_table)
 
     def ranked(
@@ -85,6 +87,8 @@ class Answers:
         wanted = text.strip().lower()
         names = self.items(np.arange(len(self.artifact.items))).to_series(-1).cast(pl.String).str.to_lowercase()
         found = pl.DataFrame({"name": names, "count": self.artifact.item_counts.numpy()}).with_row_index("code")
+        if self.alive is not None:
+            found = found.filter(pl.Series(self.alive))
         best = (
             found.filter(pl.col("name").str.contains(wanted, literal=True))
             .with_columns(pl.col("name").str.starts_with(wanted).alias("first"))

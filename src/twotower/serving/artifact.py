@@ -143,6 +143,7 @@ class Artifact:
                 query_features=EncodedTable.read(folder, "query"),
             )
             load_model(towers, folder / "towers.safetensors")
+            _map(towers, folder / "towers.safetensors")
             items = load_file(folder / "items.safetensors")
             histories = load_file(folder / "histories.safetensors")
         except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
@@ -160,6 +161,15 @@ class Artifact:
             item_table=pl.read_parquet(table) if table.name in metadata["checksums"] else None,
             metadata=metadata,
         )
+
+
+def _map(towers: TwoTower, path: Path) -> None:
+    """Let the weights lie in the file: pages come in as they are used, and processes share them."""
+    stored = load_file(path)
+    for name, weight in towers.named_parameters():
+        mapped = stored.get(name)
+        if mapped is not None and mapped.dtype == weight.dtype and mapped.shape == weight.shape:
+            weight.data = mapped
 
 
 def find_model(directory: str | Path) -> Path:

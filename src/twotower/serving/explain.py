@@ -11,7 +11,7 @@ import polars as pl
 from numpy.typing import NDArray
 from torch import Tensor
 
-from twotower.index.popularity import log_popularity
+from twotower.index.popularity import PopularityDial
 from twotower.serving.answers import Answers
 from twotower.serving.questions import Questions
 
@@ -48,7 +48,7 @@ class Explanation:
 
 
 def explain(
-    answers: Answers, embed: Embed, asked: Questions, code: int, *, length: int, temperature: float, popularity: float
+    answers: Answers, embed: Embed, asked: Questions, code: int, *, length: int, dial: PopularityDial, popularity: float
 ) -> Explanation:
     """Explain one item for one query.
 
@@ -58,10 +58,10 @@ def explain(
         asked: one query.
         code: the item.
         length: L, how many recent items the query tower looks at.
-        temperature: T.
+        dial: temperature and log p.
         popularity: b, the setting of the dial.
     """
-    artifact = answers.artifact
+    artifact, temperature = answers.artifact, dial.temperature
     recent = asked.items[max(len(asked.items) - length, 0) :]
     count = len(recent)
     # Row 0 has the whole history, row i + 1 all but item i. Items older than L stay: one of them moves up.
@@ -70,7 +70,7 @@ def explain(
     embedded = embed(np.repeat(asked.codes, count + 1), (offsets, np.concatenate(kept).astype(np.int32))).cpu()
     item = artifact.item_embeddings[code].double()
     own = (embedded.double() @ item) / temperature
-    log_p = log_popularity(artifact.item_counts)
+    log_p = dial.log_probability
     logits = (artifact.item_embeddings @ embedded[0]).double() / temperature + (popularity - 1.0) * log_p
     centred = log_p - log_p.mean()
     spread = float((centred**2).sum())

@@ -104,7 +104,7 @@ def export_query_tower(directory: str | Path, out: str | Path, format: str = "on
             "num_items": len(artifact.items),
             "largest_difference": largest,
         }
-        _write_items(artifact, dial.items(artifact.item_embeddings)[:, -1], folder)
+        _write_items(artifact, dial.coordinate(), folder)
         (folder / "export.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
     return told
 

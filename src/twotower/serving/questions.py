@@ -93,6 +93,15 @@ def stored_histories(artifact: Artifact, codes: Codes) -> tuple[Codes, NDArray[n
     return ends, np.asarray(artifact.history_items[place], dtype=np.int32)
 
 
+def trained_only(histories: tuple[Codes, NDArray[np.int32]], count: int) -> tuple[Codes, NDArray[np.int32]]:
+    """Histories without items of codes from `count` on: they joined after training, and a tower has no row for them."""
+    offsets, items = histories
+    known = np.asarray(items) < count
+    if bool(known.all()):
+        return histories
+    return np.concatenate([[0], np.cumsum(known)])[offsets].astype(np.int64), items[known]
+
+
 def known_codes(vocabulary: Vocabulary, ids: Sequence[Any], side: str, artifact: Artifact) -> Codes:
     """Codes of ids that have to be known.
 

@@ -13,13 +13,15 @@ from torch.nn import functional as F
 
 from twotower.data import Holdout
 from twotower.errors import InputError
-from twotower.index import ExactCatalog, Index
+from twotower.index import ApproximateIndex, Index
 from twotower.index.popularity import checked_popularity
 from twotower.serving.answers import Answers
 from twotower.serving.artifact import Artifact, find_model
+from twotower.serving.changes import Changes
 from twotower.serving.explain import Explanation, explain
 from twotower.serving.filters import allowed_items
-from twotower.serving.questions import Questions, known_codes, stored_histories
+from twotower.serving.live import LiveCatalog
+from twotower.serving.questions import Questions, known_codes, stored_histories, trained_only
 from twotower.serving.search import Search, ranker_of
 from twotower.serving.stored import load_stored_index
 
@@ -27,22 +29,23 @@ from twotower.serving.stored import load_stored_index
 class Retriever:
     """Answers queries from a model folder; needs no trainer.
 
+    Items join, change and leave by `retriever.catalog`; see `LiveCatalog`.
+
     Args:
         artifact: what `Artifact.load` read.
         index: an approximate index over the model's items, as `twotower index` builds it; exact search where None.
+        changes: items that joined, changed and left since training; the index has them already.
 
     Example:
         retriever = twotower.Retriever.load("model/")
         retriever.recommend(["196"], k=10, filter="year > 1990", popularity=0.5)
     """
 
-    def __init__(self, artifact: Artifact, index: Index | None = None) -> None:
-        self.artifact = artifact
+    def __init__(
+        self, artifact: Artifact, index: ApproximateIndex | None = None, changes: Changes | None = None
+    ) -> None:
         self.ranker = ranker_of(artifact)
-        self._exact = Search(artifact, self.ranker.index)
-        self._search = self._exact if index is None else Search(artifact, self.ranker.index, index)
-        self._answers = Answers(artifact)
-        self._neighbours: ExactCatalog | None = None
+        self.catalog = LiveCatalog(artifact, index, changes)
 
     @classmethod
     def load(cls, directory: str | Path, *, exact: bool = False) -> Retriever:
@@ -56,13 +59,27 @@ class Retriever:
             InputError: see `Artifact.load`; an index that is damaged, or needs what is not installed.
         """
         folder = find_model(directory)
-        artifact = Artifact.load(folder)
-        return cls(artifact, None if exact else load_stored_index(folder, artifact))
+        artifact, changes = Artifact.load(folder), Changes.read(folder)
+        return cls(artifact, None if exact else load_stored_index(folder, artifact, changes), changes)
+
+    @property
+    def artifact(self) -> Artifact:
+        """The model, with its items as they are now."""
+        return self.catalog.artifact
+
+    @property
+    def search(self) -> Search:
+        """Of the catalog as it is now."""
+        return self.catalog.search
+
+    @property
+    def _answers(self) -> Answers:
+        return Answers(self.artifact, self.search.alive)
 
     @property
     def index(self) -> Index:
         """What `recommend` searches; `rank` always searches exactly."""
-        return self._search.index
+        return self.search.index
 
     @property
     def title_column(self) -> str | None:
@@ -71,17 +88,20 @@ class Retriever:
 
     @property
     def item_embeddings(self) -> torch.Tensor:
-        """v(j) of every item, [N, D], where the diversity of lists is measured."""
-        return self.artifact.item_embeddings
+        """v(j) of every item of the training, [N, D], where the diversity of lists is measured."""
+        return self.catalog.trained.item_embeddings
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool, *, popularity: float = 1.0) -> np.ndarray:
         """Rank for an evaluation, exactly: int64 [E, k]. The very search of `recommend`, unless that has an index."""
         histories = (holdout.history_offsets, holdout.history_items)
-        _, items = self._exact.search(
-            self.ranker.embed(holdout.queries, histories),
+        trained, count = len(self.catalog.trained.items), len(self.artifact.items)
+        _, items = self.search.search(
+            self.embed(holdout.queries, histories),
             k,
             exclude=histories if exclude_seen else None,
+            allowed=None if self.catalog.is_as_trained else np.arange(count) < trained,  # others are in no holdout
             popularity=checked_popularity(popularity),
+            exactly=True,
         )
         return items.cpu().numpy()
 
@@ -155,11 +175,9 @@ class Retriever:
         """
         codes = known_codes(self.artifact.items, items, "item", self.artifact)
         allowed = allowed_items(self.artifact.items, self.artifact.item_table, condition=filter, allow=allow, deny=deny)
-        if self._neighbours is None:
-            self._neighbours = ExactCatalog(F.normalize(self.artifact.item_embeddings, dim=1))
         vectors = F.normalize(self.artifact.item_embeddings[torch.from_numpy(codes)], dim=1)
         own = (np.arange(len(codes) + 1, dtype=np.int64), codes)
-        scores, found = self._neighbours.search(vectors, _positive(k), own, allowed=allowed)
+        scores, found = self.search.neighbours.search(vectors, _positive(k), own, allowed=allowed)
         return self._answers.ranked("of", self.artifact.items.decode(codes), found, scores)
 
     def explain(
@@ -184,13 +202,17 @@ class Retriever:
         asked = Questions.of(self.artifact, None if query is None else [query], None if history is None else [history])
         return explain(
             self._answers,
-            self.ranker.embed,
+            self.embed,
             asked,
             int(known_codes(self.artifact.items, [item], "item", self.artifact)[0]),
             length=self.ranker.history_length,
-            temperature=self._search.dial.temperature,
+            dial=self.search.dial,
             popularity=checked_popularity(popularity),
         )
+
+    def embed(self, queries: np.ndarray, histories: tuple[np.ndarray, np.ndarray]) -> torch.Tensor:
+        """u(x) of queries by codes and histories, [E, D]. Items that joined after training say nothing to the tower."""
+        return self.ranker.embed(queries, trained_only(histories, len(self.catalog.trained.items)))
 
     def history(self, query: Any) -> pl.DataFrame:
         """The items of a known query in the data, oldest first: columns `item`, and `title` where there is one."""
@@ -244,8 +266,8 @@ class Retriever:
         Returns:
             As `recommend`.
         """
-        scores, items = self._search.search(
-            self.ranker.embed(asked.codes, asked.histories),
+        scores, items = self.search.search(
+            self.embed(asked.codes, asked.histories),
             k,
             exclude=asked.histories if exclude_seen else None,
             allowed=allowed,

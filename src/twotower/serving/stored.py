@@ -6,8 +6,8 @@ model/index/...           what the kind keeps: a graph, clusters; nothing where 
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -20,7 +20,10 @@ from twotower.errors import InputError
 from twotower.files import whole_folder
 from twotower.index.ann import ApproximateIndex
 from twotower.index.build import KINDS, IndexReport, build_index, load_index
-from twotower.serving.artifact import Artifact, find_model, library_versions
+from twotower.serving.artifact import Artifact, find_model, library_versions, read_metadata
+from twotower.serving.changes import FOLDER as CHANGES
+from twotower.serving.changes import Changes, checksum
+from twotower.serving.live import LiveCatalog
 from twotower.serving.questions import stored_histories
 from twotower.serving.search import dial_of, ranker_of
 
@@ -67,14 +70,17 @@ def build_stored_index(
     if kind == "exact":
         shutil.rmtree(folder / FOLDER, ignore_errors=True)
         return None
-    artifact = Artifact.load(folder)
+    artifact, changes = Artifact.load(folder), Changes.read(folder)
+    alive = None
+    if changes is not None:
+        artifact, alive = changes.applied(artifact)
     drawn = _drawn_queries(artifact, queries, seed)
     embedded = ranker_of(artifact).embed(drawn, stored_histories(artifact, drawn))
     dial = dial_of(artifact)
-    checksum = artifact.metadata["checksums"]["items.safetensors"]
+    items = artifact.metadata["checksums"]["items.safetensors"]
     given = dict(settings or {})
     if kind == "pgvector":
-        given.setdefault("table", f"twotower_{checksum[:16]}")
+        given.setdefault("table", f"twotower_{items[:16]}")
     index, report = build_index(
         kind,
         dial.items(artifact.item_embeddings),
@@ -83,16 +89,19 @@ def build_stored_index(
         min_recall=min_recall,
         settings=given,
     )
+    if alive is not None:
+        index.remove(np.flatnonzero(~alive))
     with whole_folder(folder / FOLDER) as target:
         index.engine.save(target)
         told = {
             "schema_version": SCHEMA_VERSION,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": library_versions(),
-            "items": checksum,
+            "items": items,
+            "changes": None if changes is None else checksum(folder / CHANGES / "changes.json"),
             "min_recall": min_recall,
             **report.to_dict(),
-            "checksums": {path.name: _sha256(path) for path in sorted(target.iterdir())},
+            "checksums": {path.name: checksum(path) for path in sorted(target.iterdir())},
         }
         (target / "index.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
     return report
@@ -117,8 +126,13 @@ def read_index_report(folder: Path) -> dict[str, Any] | None:
     return told
 
 
-def load_stored_index(folder: Path, artifact: Artifact) -> ApproximateIndex | None:
+def load_stored_index(folder: Path, artifact: Artifact, changes: Changes | None = None) -> ApproximateIndex | None:
     """The index in a model folder, verified; None where there is none.
+
+    Args:
+        folder: the model folder.
+        artifact: the model as it was trained.
+        changes: what became of its catalog since.
 
     Raises:
         InputError: it is damaged, was built for other embeddings, or needs what is not installed.
@@ -129,10 +143,69 @@ def load_stored_index(folder: Path, artifact: Artifact) -> ApproximateIndex | No
     where = folder / FOLDER
     if told.get("items") != artifact.metadata["checksums"]["items.safetensors"]:
         raise InputError(f"{where}: built for other item embeddings than this model's; build it again")
-    for name, checksum in told["checksums"].items():
-        if not (where / name).is_file() or _sha256(where / name) != checksum:
+    if told.get("changes") != (None if changes is None else checksum(folder / CHANGES / "changes.json")):
+        raise InputError(f"{where}: built for another state of the catalog; build it again with `twotower index`")
+    for name, expected in told["checksums"].items():
+        if not (where / name).is_file() or checksum(where / name) != expected:
             raise InputError(f"{where / name}: missing, or its checksum differs; build it again with `twotower index`")
-    return load_index(told, dial_of(artifact).items(artifact.item_embeddings), where)
+    alive = None
+    if changes is not None:
+        artifact, alive = changes.applied(artifact)
+    index = load_index(told, artifact.item_embeddings, where, alive, last=dial_of(artifact).coordinate())
+    there = index.engine.count()
+    if there != int(index.vectors.alive.sum()):
+        raise InputError(f"{where}: holds {there:,} items, the model {index.vectors.alive.sum():,}; build it again")
+    return index
+
+
+def save_changes(catalog: LiveCatalog, directory: str | Path) -> dict[str, Any]:
+    """Keep the changes of a catalog, and of its index, in the model folder it was read from.
+
+    The folder is replaced as a whole, so a service that watches it swaps to the new catalog. Files that stay as they
+    are share their space with the old ones. What a database holds has changed already, item by item.
+
+    Args:
+        catalog: of a retriever that was loaded from the folder, with its index; changed since.
+        directory: the model folder, or the run folder around it.
+
+    Returns:
+        How many items joined, changed and left since training.
+
+    Raises:
+        InputError: another model is there, or the catalog was loaded without the index that is there.
+    """
+    folder = find_model(directory)
+    told = read_index_report(folder)
+    if read_metadata(folder)["checksums"] != catalog.trained.metadata.get("checksums"):
+        raise InputError(f"{folder}: another model is there by now; load it and make the changes again")
+    approximate = catalog.search.approximate
+    if told is not None and approximate is None:
+        raise InputError(f"{folder / FOLDER}: would not have the changes; load the model with its index")
+    changes = catalog.changes
+    with whole_folder(folder) as target:
+        for path in folder.iterdir():
+            if path.name not in (FOLDER, CHANGES):
+                _link(path, target / path.name)
+        (target / CHANGES).mkdir()
+        changes.write(target / CHANGES)
+        if told is not None and approximate is not None:
+            (target / FOLDER).mkdir()
+            approximate.engine.save(target / FOLDER)
+            told["changes"] = checksum(target / CHANGES / "changes.json")
+            told["checksums"] = {path.name: checksum(path) for path in sorted((target / FOLDER).iterdir())}
+            (target / FOLDER / "index.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
+    return changes.to_dict()
+
+
+def _link(path: Path, other: Path) -> None:
+    """The same file under another name; a copy where the file system has no such links."""
+    if path.is_dir():
+        shutil.copytree(path, other)
+        return
+    try:
+        os.link(path, other)
+    except OSError:
+        shutil.copy2(path, other)
 
 
 def _drawn_queries(artifact: Artifact, count: int, seed: int) -> np.ndarray:
@@ -141,8 +214,3 @@ def _drawn_queries(artifact: Artifact, count: int, seed: int) -> np.ndarray:
     if not len(known):
         raise InputError("index: the model knows no query with a history, so recall cannot be measured; use exact")
     return np.sort(np.random.default_rng(seed).choice(known, size=min(count, len(known)), replace=False))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

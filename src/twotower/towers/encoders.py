@@ -200,11 +200,12 @@ class TwoTower(nn.Module):
         return [side.table for side in sides if isinstance(side, FeatureInputs)]
 
     @torch.no_grad()
-    def embed_new_items(self, rows: RowsLike) -> Tensor:
+    def embed_new_items(self, rows: RowsLike, items: Tensor | None = None) -> Tensor:
         """Embeddings of items that are in no vocabulary, by their features alone, float32 [M, D].
 
         Args:
             rows: a data frame, or dicts, with the columns declared in item_tower.features.
+            items: codes int64 [M] of items that were trained and have new features, -1 for new ones; None: all are new.
 
         Raises:
             ValueError: the item tower has no features; InputError: a column is missing or a value of another kind.
@@ -212,7 +213,7 @@ class TwoTower(nn.Module):
         if self.item_tower.features is None:
             raise ValueError("this item tower knows items by their id alone; set item_tower.features and train again")
         with _evaluating(self):
-            embedded = self.item_tower.embed_features(self.item_tower.features.encode(rows))
+            embedded = self.item_tower.embed_features(self.item_tower.features.encode(rows), items)
         return (F.normalize(embedded, dim=-1) if self.cosine else embedded).float()
 
     @torch.no_grad()

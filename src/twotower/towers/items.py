@@ -80,8 +80,10 @@ class ItemTower(nn.Module):
             return self._joined(own, None)
         return self._joined(self._own(items), self.features(items))
 
-    def embed_features(self, encoded: list[Tensor]) -> Tensor:
-        """Items without an id, by their encoded features (`FeatureInputs.encode`) -> [M, D].
+    def embed_features(self, encoded: list[Tensor], items: Tensor | None = None) -> Tensor:
+        """Items by their encoded features (`FeatureInputs.encode`) -> [M, D].
+
+        `items` int64 [M] are the codes of those whose ids join in, with -1 for an item without one; None: nobody's.
 
         Raises:
             ValueError: this tower has no features.
@@ -89,7 +91,13 @@ class ItemTower(nn.Module):
         if self.features is None:
             raise ValueError("this item tower knows items by their id alone; set item_tower.features and train again")
         features = self.features.embed(encoded)
-        return self._joined(None if self.ids is None else self.no_id.expand(len(features), -1), features)
+        if self.ids is None:
+            return self._joined(None, features)
+        own: Tensor = self.no_id.expand(len(features), -1)
+        if items is not None:
+            known = self.trained[items.clamp(min=0)] & (items >= 0)
+            own = torch.where(known[:, None], self.ids(items.clamp(min=0)), own)
+        return self._joined(own, features)
 
     def _own(self, items: Tensor) -> Tensor | None:
         if self.ids is None:

@@ -97,7 +97,7 @@ def explained(
     def embed(queries: Codes, histories: tuple[Codes, NDArray[np.int32]]) -> Tensor:
         # The same rows for every item: the history as it is, then without each of its items.
         if not kept:
-            kept.append(model.retriever.ranker.embed(queries, histories))
+            kept.append(model.retriever.embed(queries, histories))
         return kept[0]
 
     answers = Answers(model.artifact)
@@ -108,7 +108,7 @@ def explained(
             one,
             int(item),
             length=model.retriever.ranker.history_length,
-            temperature=model.search.dial.temperature,
+            dial=model.search.dial,
             popularity=popularity,
         ).to_dict()
         for item in codes
@@ -130,7 +130,7 @@ def _recommend(key: RecommendKey, questions: Sequence[Question]) -> list[bytes |
         return answers
     offsets = np.concatenate([[0], np.cumsum([len(seen) for _, seen in good])]).astype(np.int64)
     items = np.concatenate([seen for _, seen in good]).astype(np.int32)
-    embedded = model.retriever.ranker.embed(np.array([code for code, _ in good], dtype=np.int64), (offsets, items))
+    embedded = model.retriever.embed(np.array([code for code, _ in good], dtype=np.int64), (offsets, items))
     scores, found = model.search.search(
         embedded,
         min(max(questions[place].k for place in places), max(len(model.counts), 1)),
@@ -152,7 +152,7 @@ def _similar(key: SimilarKey, questions: Sequence[Question]) -> list[bytes | Exc
     if not places:
         return answers
     own = codes[places]
-    scores, found = model.neighbours.search(
+    scores, found = model.search.neighbours.search(
         F.normalize(model.artifact.item_embeddings[torch.from_numpy(own)], dim=1),
         min(max(questions[place].k for place in places), len(model.counts)),
         (np.arange(len(own) + 1, dtype=np.int64), own),

@@ -31,7 +31,7 @@ class Atlas:
     Attributes:
         sample: codes of the items laid out, ascending.
         places: [len(sample), 2].
-        embeddings: the catalog's embeddings, of length one.
+        embeddings: the catalog's embeddings [N, D]; directions are compared.
     """
 
     sample: NDArray[np.int64]
@@ -51,13 +51,12 @@ class Atlas:
             seed: of the sample and of the items that repel.
         """
         rng = np.random.default_rng(seed)
-        unit = F.normalize(embeddings.float(), dim=1)
-        count = len(unit)
+        count = len(embeddings)
         sample = np.arange(count) if count <= SAMPLE else np.sort(rng.choice(count, SAMPLE, replace=False))
-        chosen = unit[torch.from_numpy(sample)]
+        chosen = _directions(embeddings, sample)
         start = principal(chosen)
         laid = start if len(sample) <= NEIGHBOURS + 1 else _arranged(start, _edges(chosen), rng)
-        return cls(sample.astype(np.int64), _in_square(laid), unit)
+        return cls(sample.astype(np.int64), _in_square(laid), embeddings)
 
     def place(self, codes: NDArray[np.int64]) -> Places:
         """Places of any items [n, 2]: their own, or the weighted middle of the five nearest items that have one."""
@@ -65,11 +64,16 @@ class Atlas:
         found = self.places[at].copy()
         missing = np.flatnonzero(self.sample[at] != codes)
         if len(missing):
-            near = self.embeddings[torch.from_numpy(codes[missing])] @ self.embeddings[torch.from_numpy(self.sample)].T
+            near = _directions(self.embeddings, codes[missing]) @ _directions(self.embeddings, self.sample).T
             best = near.topk(min(5, near.shape[1]), dim=1)
             weight = torch.softmax(10.0 * best.values, 1).double().numpy()
             found[missing] = (weight[:, :, None] * self.places[best.indices.numpy()]).sum(1)
         return found
+
+
+def _directions(embeddings: Tensor, codes: NDArray[np.int64]) -> Tensor:
+    """Some items' embeddings, of length one."""
+    return F.normalize(embeddings[torch.from_numpy(codes)].float(), dim=1)
 
 
 def principal(rows: Tensor) -> Places:

@@ -14,20 +14,20 @@ from typing import Any
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from torch.nn import functional as F
 
 from twotower.errors import InputError
 from twotower.evaluation.slices import SLICES, popularity_thirds
-from twotower.index import ExactCatalog
 from twotower.schema import Vocabulary
 from twotower.serving.artifact import find_model
 from twotower.serving.filters import condition_mask
 from twotower.serving.retriever import Retriever
-from twotower.serving.search import Search
 from twotower.serving.service.atlas import Atlas
 
 Codes = NDArray[np.int64]
 Mask = NDArray[np.bool_]
+
+#: Files of a model folder that change with anything in it.
+TELLING = ("metadata.json", "index/index.json", "changes/changes.json")
 
 _INTEGER = re.compile(r"-?[0-9]{1,19}")
 _INT64 = 2**63 - 1
@@ -52,8 +52,7 @@ class ServedModel:
         self.retriever = retriever
         self.folder = folder
         self.artifact = retriever.artifact
-        exact = retriever.index.is_exact
-        self.search = Search(self.artifact, retriever.ranker.index, None if exact else retriever.index)
+        self.search = retriever.search
         self.counts: Codes = self.artifact.item_counts.numpy().astype(np.int64)
         self.parts = popularity_thirds(self.counts)
         column, table = retriever.title_column, self.artifact.item_table
@@ -69,7 +68,7 @@ class ServedModel:
             InputError: see `Artifact.load`.
         """
         folder = find_model(directory)
-        files = [path for path in (folder / "metadata.json", folder / "index" / "index.json") if path.is_file()]
+        files = [path for name in TELLING if (path := folder / name).is_file()]
         version = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
         made = cls(name, version, Retriever.load(folder), folder)
         made.warm_up()
@@ -81,11 +80,6 @@ class ServedModel:
             embedded = self.artifact.item_embeddings[:1]
             for popularity in (1.0, 0.5):
                 self.search.search(embedded, 1, popularity=popularity)
-
-    @cached_property
-    def neighbours(self) -> ExactCatalog:
-        """The catalog by cosine."""
-        return ExactCatalog(F.normalize(self.artifact.item_embeddings, dim=1))
 
     @cached_property
     def atlas(self) -> Atlas:

@@ -11,7 +11,7 @@ from twotower.errors import InputError
 from twotower.serving.artifact import find_model
 from twotower.serving.service.logs import log
 from twotower.serving.service.metrics import Metrics
-from twotower.serving.service.model import ServedModel
+from twotower.serving.service.model import TELLING, ServedModel
 from twotower.serving.service.problems import Problem
 
 Identity = tuple[tuple[int, int, int] | None, ...]
@@ -93,7 +93,8 @@ def identity(directory: Path) -> Identity | None:
     """What tells one model from the next: the files that tell of the others. None where there is no model."""
     try:
         folder = find_model(directory)
-        return _stamp(folder / "metadata.json"), _stamp(folder / "index" / "index.json")
+        found = tuple(_stamp(folder / name) for name in TELLING)
+        return found if found[0] is not None else None
     except (InputError, OSError):
         return None
 
