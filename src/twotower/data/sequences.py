@@ -21,9 +21,9 @@ class SequenceBatches:
     """Windows of the queries' sequences; each row of the interactions is in one window an epoch.
 
     A query with n rows is cut into ceil(n / (L + 1)) windows of at most L + 1 consecutive rows, so that the last row of
-    a full window sees L items. Where there are several, the first and the last share what is left over by a random cut
-    that seed, epoch and query decide: over the epochs every row is met at every place. A row sees the rows of its
-    window before it, and no others.
+    a full window sees L items. Where there are several, the first and the last share what is left over by a cut that
+    seed, epoch and query decide, so that the windows move from epoch to epoch. A row sees the rows of its window before
+    it, and no others.
 
     Every batch has the same number of windows, drawn without replacement, so that a candidate that comes from
     another window has a known expected count. The number of rows varies.

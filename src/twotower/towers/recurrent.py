@@ -30,10 +30,40 @@ class Recurrent(nn.Module):
         for layer in self.layers:
             parts = torch.split(self.dropout(x), token_counts(shapes))
             # Padding stands on the right, behind everything that is looked at.
-            states = [
-                layer(part.reshape(*shape, -1))[0].reshape(len(part), -1)
-                for part, shape in zip(parts, shapes, strict=True)
-            ]
-            x = torch.cat(states)
+            x = torch.cat([states(layer, part, shape) for part, shape in zip(parts, shapes, strict=True)])
         output: Tensor = self.norm(x)
         return output
+
+
+def states(layer: nn.Module, part: Tensor, shape: tuple[int, int]) -> Tensor:
+    """States of a GRU after every token of a group, [sequences * longest, D] -> the same shape."""
+    if not isinstance(layer, nn.GRU):
+        raise TypeError(f"expected a GRU, found {type(layer).__name__}")
+    tokens = part.reshape(*shape, -1)
+    found = step_by_step(layer, tokens) if torch.compiler.is_exporting() else layer(tokens)[0]
+    return found.reshape(part.shape)
+
+
+def step_by_step(layer: nn.GRU, tokens: Tensor) -> Tensor:
+    """What `layer` does, one token after the other, for an export: torch's own would fix the number of rows.
+
+        r = sigmoid(W_r x + U_r h),  z = sigmoid(W_z x + U_z h),  n = tanh(W_n x + r * U_n h),  h <- (1 - z) n + z h
+
+    Args:
+        layer: one layer, batch first; biases belong to each product above.
+        tokens: [rows, L, D].
+
+    Returns:
+        [rows, L, D].
+    """
+    given = nn.functional.linear(tokens, layer.weight_ih_l0, layer.bias_ih_l0)
+    state = torch.zeros_like(tokens[:, 0])
+    found = []
+    for place in range(tokens.shape[1]):
+        reset, update, new = given[:, place].chunk(3, 1)
+        by_reset, by_update, by_new = nn.functional.linear(state, layer.weight_hh_l0, layer.bias_hh_l0).chunk(3, 1)
+        z = torch.sigmoid(update + by_update)
+        n = torch.tanh(new + torch.sigmoid(reset + by_reset) * by_new)
+        state = (1 - z) * n + z * state
+        found.append(state)
+    return torch.stack(found, 1)

@@ -67,6 +67,8 @@ class SequenceTower(nn.Module):
         history = history[:, -self.length :]
         if torch.compiler.is_exporting():
             return self._rectangle(history)
+        if len(history) == 0:
+            return self.start.new_empty(0, len(self.start))
         if torch.is_grad_enabled():
             packed, place = pack_histories(history)
             return self.embed(packed)[place]
@@ -77,7 +79,7 @@ class SequenceTower(nn.Module):
         for part in torch.split(history[order], block):
             packed, place = pack_histories(part)
             embedded.append(self.embed(packed)[place])
-        return torch.cat(embedded)[torch.argsort(order)] if embedded else self.start.new_empty(0, len(self.start))
+        return torch.cat(embedded)[torch.argsort(order)]
 
     def embed(self, packed: Packed) -> Tensor:
         """The outputs that are wanted of packed sequences, [B, D]."""

@@ -1,0 +1,234 @@
+"""The sequence tower: no look ahead, packed as one at a time, and what is read of a history."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from twotower.data.packing import Packed, length_groups, pack, pack_histories
+from twotower.towers import EmbeddingTable, Recurrent, SequenceTower, Transformer
+
+ITEMS, WIDTH, LENGTH = 40, 16, 12
+
+KINDS = {
+    "classic": {"gated": False, "recency": False},
+    "classic, recency": {"gated": False, "recency": True},
+    "gated": {"gated": True, "recency": False},
+    "gated, recency": {"gated": True, "recency": True},
+    "gru": None,
+}
+
+
+def tower_of(kind: str, *, dropout: float = 0.0, item_dropout: float = 0.0, seed: int = 0) -> SequenceTower:
+    torch.manual_seed(seed)
+    settings = KINDS[kind]
+    encoder = (
+        Recurrent(WIDTH, layers=2, dropout=dropout)
+        if settings is None
+        else Transformer(WIDTH, LENGTH + 1, blocks=2, heads=2, hidden=24, dropout=dropout, **settings)
+    )
+    tower = SequenceTower(encoder, EmbeddingTable(ITEMS, WIDTH), WIDTH, length=LENGTH, item_dropout=item_dropout)
+    with torch.no_grad():  # weights at which every part matters
+        for parameter in tower.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return tower.double()
+
+
+def packed_of(lengths: list[int], seed: int = 0) -> tuple[Packed, np.ndarray, np.ndarray, np.ndarray]:
+    """Packed sequences of so many tokens, the items they are cut from, where each begins, and the rows' items."""
+    codes = np.random.default_rng(seed).integers(0, ITEMS, sum(lengths))
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
+    packed, _, follow = pack(starts, np.array(lengths), codes, last_only=False)
+    return packed, codes, starts, follow
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_comes_later_changes_nothing(kind):
+    """Change one item of one sequence: outputs that have not seen it stay bit for bit, and others move."""
+    tower = tower_of(kind).eval()
+    lengths = [9, 3, 11, 10, 1]
+    packed, codes, starts, follow = packed_of(lengths)
+    before = tower.embed(packed)
+    for place in (0, 4, 9):  # in the third sequence
+        changed = codes.copy()
+        at = int(starts[2]) + place
+        changed[at] = (changed[at] + 7) % ITEMS
+        after = tower.embed(pack(starts, np.array(lengths), changed, last_only=False)[0])
+        moved = (before - after).abs().amax(1) > 1e-9
+        sees = torch.from_numpy((follow > at) & (follow < starts[2] + lengths[2]))
+        assert torch.equal(before[~sees], after[~sees])
+        assert bool(moved[sees].all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_equals_one_at_a_time(kind):
+    """Outputs and gradients of many sequences in groups are those of every prefix on its own."""
+    tower = tower_of(kind).eval()
+    lengths = [9, 3, 11, 10, 1, 12]
+    packed, codes, starts, follow = packed_of(lengths)
+    direction = torch.randn(len(follow), WIDTH, dtype=torch.float64)
+    together = tower.embed(packed)
+    (together * direction).sum().backward()
+    gradient = {name: p.grad.clone() for name, p in tower.named_parameters() if p.grad is not None}
+    tower.zero_grad()
+    total = torch.zeros((), dtype=torch.float64)
+    for row, at in enumerate(follow):
+        begin = starts[np.searchsorted(starts, at, side="right") - 1]
+        alone = tower(torch.tensor([-1]), torch.from_numpy(codes[begin:at])[None])
+        assert float((alone[0] - together[row]).detach().abs().max()) < 1e-9
+        total = total + (alone[0] * direction[row]).sum()
+    total.backward()
+    assert len(gradient) > 5
+    for name, parameter in tower.named_parameters():
+        assert gradient[name].abs().max() > 0, name
+        torch.testing.assert_close(parameter.grad, gradient[name], atol=1e-9, rtol=1e-7)
+
+
+def slow_attention(x, attention):
+    """[L, D] -> [L, D], every pair of places on its own."""
+    width, heads = x.shape[1], attention.heads
+    size = width // heads
+    joined = (x @ attention.projection.weight.T + attention.projection.bias).reshape(len(x), 3, heads, size)
+    out = torch.zeros(len(x), heads, size, dtype=x.dtype)
+    for h in range(heads):
+        for i in range(len(x)):
+            weights = []
+            for j in range(i + 1):
+                score = float(joined[i, 0, h] @ joined[j, 1, h]) / math.sqrt(size)
+                weights.append(math.exp(score + (0.0 if attention.bias is None else float(attention.bias[h, i - j]))))
+            for j, weight in enumerate(weights):
+                out[i, h] += weight / sum(weights) * joined[j, 2, h]
+    return out.reshape(len(x), width) @ attention.output.weight.T + attention.output.bias
+
+
+def slow_norm(x, norm):
+    if isinstance(norm, torch.nn.LayerNorm):
+        x = x - x.mean(1, keepdim=True)
+        return x / (x.pow(2).mean(1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+    eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
+    return x / (x.pow(2).mean(1, keepdim=True) + eps).sqrt() * norm.weight
+
+
+def slow_feedforward(x, layer):
+    inner = x @ layer.inner.weight.T + layer.inner.bias
+    if type(layer).__name__ == "Gated":
+        gate, value = inner[:, : inner.shape[1] // 2], inner[:, inner.shape[1] // 2 :]
+        inner = gate / (1 + torch.exp(-gate)) * value
+    else:
+        inner = 0.5 * inner * (1 + torch.erf(inner / math.sqrt(2)))
+    return inner @ layer.outer.weight.T + layer.outer.bias
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gru"])
+@torch.no_grad()
+def test_a_transformer_is_what_its_formula_says(kind):
+    tower = tower_of(kind).eval()
+    codes = torch.tensor([3, 17, 3, 39, 0, 8])
+    x = torch.cat([tower.start[None], tower.history_items.weight[codes] * math.sqrt(WIDTH)])
+    x = x + tower.encoder.positions[: len(x)]
+    for block in tower.encoder.blocks:
+        x = x + slow_attention(slow_norm(x, block.attention_norm), block.attention)
+        x = x + slow_feedforward(slow_norm(x, block.feedforward_norm), block.feedforward)
+    expected = slow_norm(x, tower.encoder.norm)[-1]
+    assert float((tower(torch.tensor([-1]), codes[None])[0] - expected).abs().max()) < 1e-9
+
+
+@torch.no_grad()
+def test_a_gru_is_what_its_formula_says():
+    tower = tower_of("gru").eval()
+    codes = torch.tensor([3, 17, 3, 39, 0, 8])
+    x = torch.cat([tower.start[None], tower.history_items.weight[codes] * math.sqrt(WIDTH)])
+    for layer in tower.encoder.layers:
+        state, states = torch.zeros(WIDTH, dtype=torch.float64), []
+        w, u, b, c = layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0, layer.bias_hh_l0
+        for token in x:
+            parts = [slice(n * WIDTH, (n + 1) * WIDTH) for n in range(3)]
+            r, z = (1 / (1 + torch.exp(-(w[p] @ token + b[p] + u[p] @ state + c[p]))) for p in parts[:2])
+            p = parts[2]
+            n = torch.tanh(w[p] @ token + b[p] + r * (u[p] @ state + c[p]))
+            state = (1 - z) * n + z * state
+            states.append(state)
+        x = torch.stack(states)
+    expected = slow_norm(x, tower.encoder.norm)[-1]
+    assert float((tower(torch.tensor([-1]), codes[None])[0] - expected).abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["classic, recency", "gru"])
+@torch.no_grad()
+def test_only_the_newest_items_count(kind):
+    tower = tower_of(kind).eval()
+    history = torch.randint(0, ITEMS, (3, LENGTH + 5))
+    other = history.clone()
+    other[:, :5] = (other[:, :5] + 1) % ITEMS
+    nobody = torch.full((3,), -1)
+    assert torch.equal(tower(nobody, history), tower(nobody, other))
+    assert torch.equal(tower(nobody, history), tower(nobody, history[:, 5:]))
+    other[:, 5] = (other[:, 5] + 1) % ITEMS  # the oldest that counts
+    assert bool(((tower(nobody, history) - tower(nobody, other)).abs().amax(1) > 0).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_histories_of_any_length_in_any_order(kind):
+    """Empty ones are the start token alone; a rectangle, as exports run it, gives what packing gives."""
+    tower = tower_of(kind).eval()
+    generator = torch.Generator().manual_seed(0)
+    present = torch.randint(0, LENGTH + 1, (50, 1), generator=generator)
+    present[7] = 0
+    history = torch.randint(0, ITEMS, (50, LENGTH), generator=generator)
+    history = torch.where(torch.arange(LENGTH, 0, -1) <= present, history, -1)
+    nobody = torch.full((50,), -1)
+    found = tower(nobody, history)
+    assert float((tower._rectangle(history) - found).abs().max()) < 1e-9
+    alone = tower.encoder(tower.start[None], torch.zeros(1, dtype=torch.int64), ((1, 1),))
+    assert float((found[7] - alone[0]).abs().max()) < 1e-9
+    with torch.enable_grad():
+        assert float((tower(nobody, history) - found).detach().abs().max()) < 1e-9
+    assert tower(nobody[:0], history[:0]).shape == (0, WIDTH)
+    for row in (0, 7, 30):
+        kept = history[row][history[row] >= 0][None]
+        assert float((tower(nobody[:1], kept) - found[row]).abs().max()) < 1e-9
+
+
+def test_hidden_items_and_dropout_only_while_training():
+    tower = tower_of("classic", dropout=0.5, item_dropout=0.5)
+    packed = packed_of([9, 3, 11])[0]
+    assert not torch.equal(tower.train().embed(packed), tower.embed(packed))
+    assert torch.equal(tower.eval().embed(packed), tower.embed(packed))
+    hidden = tower_of("classic", item_dropout=254 / 256).train()  # nearly all items: only places are left to tell
+    torch.manual_seed(0)
+    first = hidden.embed(packed_of([9], seed=1)[0])
+    torch.manual_seed(0)
+    second = hidden.embed(packed_of([9], seed=2)[0])
+    torch.testing.assert_close(first, second, atol=1e-9, rtol=0)
+
+
+def test_a_history_is_needed():
+    with pytest.raises(ValueError, match="needs the recent items"):
+        tower_of("gru")(torch.tensor([0]), None)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_groups_have_the_fewest_tokens(seed):
+    """Against every way to cut the sorted lengths into groups."""
+    rng = np.random.default_rng(seed)
+    lengths, cost = rng.integers(1, 30, 9), int(rng.integers(1, 40))
+    groups = length_groups(lengths, cost=cost)
+    assert sorted(np.concatenate(groups).tolist()) == list(range(9))
+    found = sum(len(group) * int(lengths[group].max()) + cost for group in groups)
+    ordered, best = np.sort(lengths), math.inf
+    for cuts in range(2**8):
+        bounds = [0, *(place + 1 for place in range(8) if cuts >> place & 1), 9]
+        tokens = sum((b - a) * int(ordered[b - 1]) + cost for a, b in pairwise(bounds))
+        best = min(best, tokens)
+    assert found == best
+
+
+def test_histories_are_packed_by_length():
+    history = torch.tensor([[-1, -1, 5], [1, 2, 3], [-1, -1, -1]])
+    packed, place = pack_histories(history)
+    outputs = packed.rows[place]
+    assert packed.tokens[outputs].tolist() == [5, 3, -1]
+    assert packed.positions[outputs].tolist() == [1, 3, 0]
