@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional as F
 
 from twotower.losses import tiled_full_softmax
-from twotower.losses.tiling import TILE_MEMORY
+from twotower.losses.tiles import TILE_MEMORY
 
 SEED, D, TEMPERATURE = 0, 64, 0.1
 

@@ -19,6 +19,7 @@ from twotower.losses import (
     tiled_softmax,
     tiling,
 )
+from twotower.losses import tiles as cutting
 from twotower.negatives import Hits
 
 #: (rows, candidates, row candidates, width): odd ones, one row, one candidate, none.
@@ -29,8 +30,8 @@ SHAPES = [(1, 1, 0, 3), (1, 9, 0, 5), (7, 1, 2, 1), (5, 0, 3, 4), (5, 0, 0, 4), 
 def tiles(request, monkeypatch):
     """Everything in one tile, or tiles of a few rows in blocks of a few candidates."""
     if request.param == "many tiles":
-        monkeypatch.setattr(tiling, "TILE_MEMORY", 40)
-        monkeypatch.setattr(tiling, "BLOCK_NUMBERS", 40)
+        monkeypatch.setattr(cutting, "TILE_MEMORY", 40)
+        monkeypatch.setattr(cutting, "BLOCK_NUMBERS", 40)
         monkeypatch.setattr(tiling, "tile_starts", lambda rows, *_: [*range(0, rows, 4), rows])
 
 
@@ -234,7 +235,8 @@ def test_the_whole_catalog(shape):
 
 
 def test_no_matrix_of_all_rows_is_kept(monkeypatch):
-    monkeypatch.setattr(tiling, "TILE_NUMBERS", 64 * 500)
+    monkeypatch.setattr(cutting, "TILE_NUMBERS", 64 * 500)
+    monkeypatch.setattr(cutting, "LEAST_ROWS", 64)
     leaves, given, _ = inputs(400, 500, 0, 8)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda t: t):

@@ -1,16 +1,20 @@
-"""What a tile of logits becomes in each loss: the rows' losses, and, in its own place, the gradient.
+"""What a block of logits becomes in each loss: the rows' losses, and, in its own place, the gradient.
 
 A form meets the logits of some rows block by block, each [R, m], masked places at -inf. It turns every block into
-numbers g such that the gradient by a logit is `scale` of its row times g.
+numbers g such that the gradient by a logit is w_b `scale`_b g, with w the rows' weights in the mean. What concerns one
+number for each row is kept for the whole batch: a small operation after a product of matrices takes as long as its
+fetching from memory, so there are to be few of them for each tile.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from twotower.losses.logistic import softplus
 
@@ -20,40 +24,43 @@ class Form(ABC):
 
     Attributes:
         sums_exponentials: the loss knows the candidates only through sum_j exp l_j, so that their weights may be
-            applied to the sum instead of the logits.
+            applied to the sum instead of the logits. Its blocks come as logits times `log2_unit`.
     """
 
     sums_exponentials: bool = False
 
     @abstractmethod
-    def begin(self, own: Tensor, part: slice, *, offset: Tensor | None, base: float | None) -> Tile:
-        """Start a tile.
+    def begin(self, own: Tensor, *, offset: Tensor | None, base: float | None) -> Sums:
+        """Start a batch.
 
         Args:
-            own: the positives' logits, [R].
-            part: which rows of the batch these are.
-            offset: subtracted from every candidate's logit of a row, [R].
+            own: the positives' logits, [B].
+            offset: subtracted from every candidate's logit of a row, [B].
             base: where it is a number, blocks need no row maximum taken out and come with weights exp(base - log
                 count); then -base is added to the log of the sum.
         """
 
 
-class Tile(ABC):
-    """Some rows on their way through a form.
+class Sums(ABC):
+    """The rows of a batch on their way through a form.
 
     Attributes:
-        is_final: a block is what it becomes as soon as it was visited, not only once all were.
+        is_final: a block is what it becomes as soon as it was visited, not only once all of its rows were.
     """
 
     is_final: bool = True
 
     @abstractmethod
-    def visit(self, block: Tensor, weight: Tensor | None) -> None:
-        """Take up one block of logits, [R, m], with its candidates' weights, [m]."""
+    def visit(self, part: slice, block: Tensor, weight: Tensor | None) -> None:
+        """Take up one block of the logits of some rows, [R, m], with its candidates' weights, [m]."""
 
     @abstractmethod
-    def finish(self, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, gradient by the positive's logit, scale), [R] each, the last two times the rows' weights."""
+    def scale(self, part: slice) -> Tensor | None:
+        """What turns the numbers in these rows' blocks into gradients, [R]; None for 1. All blocks were visited."""
+
+    @abstractmethod
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """(loss, its derivative by the positive's logit), [B] each."""
 
 
 @dataclass
@@ -67,44 +74,49 @@ class Softmax(Form):
     log_left: Tensor | None = None
     sums_exponentials = True
 
-    def begin(self, own: Tensor, part: slice, *, offset: Tensor | None, base: float | None) -> Tile:
+    def begin(self, own: Tensor, *, offset: Tensor | None, base: float | None) -> Sums:
         """See `Form.begin`."""
-        left = None if self.log_left is None else self.log_left[part].to(own.dtype)
-        return _SoftmaxTile(own, offset, base, left)
+        return _SoftmaxSums(own, offset, base, self.log_left)
 
 
-class _SoftmaxTile(Tile):
+class _SoftmaxSums(Sums):
     def __init__(self, own: Tensor, offset: Tensor | None, base: float | None, log_left: Tensor | None) -> None:
-        self.own, self.offset, self.base, self.log_left = own, offset, base, log_left
+        self.dtype, self.log_left = own.dtype, log_left
         self.is_final = base is not None
-        # Sums of sums over many blocks: R numbers, so double precision costs nothing.
-        self.total = torch.zeros_like(own, dtype=torch.float64)
-        self.largest = torch.full_like(own, -torch.inf)
+        # One number for each row: double precision costs nothing.
+        self.own = own.double() + (base or 0.0)
+        if offset is not None:
+            self.own += offset.double()
+        self.total = torch.zeros_like(self.own)
+        self.largest = None if self.is_final else torch.full_like(own, -torch.inf)
         self.blocks: list[Tensor] = []
 
-    def visit(self, block: Tensor, weight: Tensor | None) -> None:
-        if self.base is None:
-            self.largest = torch.maximum(self.largest, block.amax(1))
-            self.blocks.append(block)
+    def visit(self, part: slice, block: Tensor, weight: Tensor | None) -> None:
+        if self.largest is None:
+            self.total[part] += row_sums(block.exp2_(), weight)
         else:
-            block.exp_()
-            self.total += block.sum(1) if weight is None else torch.mv(block, weight)
+            self.largest[part] = torch.maximum(self.largest[part], block.amax(1))
+            self.blocks.append(block)
 
-    def finish(self, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        taken_out = self.largest.masked_fill(torch.isneginf(self.largest), 0.0)
-        for block in self.blocks:
-            self.total += block.sub_(taken_out[:, None]).exp_().sum(1)
-        log_sum = self.total.log().to(self.own.dtype) + (taken_out if self.base is None else -self.base)
-        if self.offset is not None:
-            log_sum = log_sum - self.offset
-        margin = log_sum - self.own
+    def scale(self, part: slice) -> Tensor:
+        if self.largest is not None:
+            largest = self.largest[part]
+            largest.masked_fill_(torch.isneginf(largest), 0.0)
+            for block in self.blocks:
+                self.total[part] += block.sub_(largest[:, None]).exp2_().sum(1)
+            self.blocks.clear()
+            self.own[part] -= largest.double() / log2_unit(self.dtype)
+        total = self.total[part]
+        # P(not y) / total = 1 / (total + e^s_y); 0 where all candidates are masked.
+        inverse = (total + self.own[part].exp()).reciprocal_().masked_fill_(total == 0, 0.0)
+        return inverse.to(self.dtype)
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        margin = (self.total.log() - self.own).to(self.dtype)
         wrong = torch.sigmoid(margin)  # 1 - P_hat(y)
         if self.log_left is None:
-            loss = softplus(margin)
-        else:
-            loss = wrong * (margin + self.log_left).masked_fill(torch.isneginf(margin), 0.0)
-        scale = torch.where(self.total > 0, wrong / self.total, 0.0).to(margin.dtype)
-        return loss, -wrong * weights, scale * weights
+            return softplus(margin), -wrong
+        return wrong * (margin + self.log_left.to(self.dtype)).masked_fill(torch.isneginf(margin), 0.0), -wrong
 
 
 @dataclass
@@ -117,55 +129,67 @@ class Logistic(Form):
 
     beta: float = 1.0
 
-    def begin(self, own: Tensor, part: slice, *, offset: Tensor | None, base: float | None) -> Tile:
+    def begin(self, own: Tensor, *, offset: Tensor | None, base: float | None) -> Sums:
         """See `Form.begin`."""
-        del part, base
-        return _LogisticTile(own, offset, self.beta)
+        del base
+        return _LogisticSums(own, offset, self.beta)
 
 
-class _LogisticTile(Tile):
+class _LogisticSums(Sums):
     def __init__(self, own: Tensor, offset: Tensor | None, beta: float) -> None:
         self.own, self.offset, self.beta = own, offset, beta
         self.total = torch.zeros_like(own)
 
-    def visit(self, block: Tensor, weight: Tensor | None) -> None:
-        del weight
+    def visit(self, part: slice, block: Tensor, weight: Tensor | None) -> None:
         if self.offset is not None:
-            block.sub_(self.offset[:, None])
-        self.total += softplus_sum(block)
+            block.sub_(self.offset[part, None])
+        self.total[part] += row_sums(F.softplus(block, threshold=40.0), weight)  # 0 at -inf
         block.sigmoid_()
 
-    def finish(self, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        loss = self.beta * softplus(-self.own) + self.total
-        return loss, -self.beta * torch.sigmoid(-self.own) * weights, weights
+    def scale(self, part: slice) -> None:
+        del part
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        return self.beta * softplus(-self.own) + self.total, -self.beta * torch.sigmoid(-self.own)
 
 
 class Pairwise(Form):
     """Mean over negatives of -log sigmoid(s_y - l_i)."""
 
-    def begin(self, own: Tensor, part: slice, *, offset: Tensor | None, base: float | None) -> Tile:
+    def begin(self, own: Tensor, *, offset: Tensor | None, base: float | None) -> Sums:
         """See `Form.begin`."""
-        del part, base
-        return _PairwiseTile(own, offset)
+        del base
+        return _PairwiseSums(own, offset)
 
 
-class _PairwiseTile(Tile):
+class _PairwiseSums(Sums):
     def __init__(self, own: Tensor, offset: Tensor | None) -> None:
         self.shift = own if offset is None else own + offset
         self.total, self.live, self.by_logits = (torch.zeros_like(own) for _ in range(3))
 
-    def visit(self, block: Tensor, weight: Tensor | None) -> None:
-        del weight
-        self.live += (~torch.isneginf(block)).sum(1)
-        block.sub_(self.shift[:, None])
-        self.total += softplus_sum(block)
-        self.by_logits += block.sigmoid_().sum(1)
+    def visit(self, part: slice, block: Tensor, weight: Tensor | None) -> None:
+        self.live[part] += row_sums((~torch.isneginf(block)).to(block.dtype), weight)
+        block.sub_(self.shift[part, None])
+        self.total[part] += row_sums(F.softplus(block, threshold=40.0), weight)
+        self.by_logits[part] += row_sums(block.sigmoid_(), weight)
 
-    def finish(self, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def scale(self, part: slice) -> Tensor:
+        return self.live[part].clamp(min=1).reciprocal_()
+
+    def finish(self) -> tuple[Tensor, Tensor]:
         number = self.live.clamp(min=1)
-        return self.total / number, -self.by_logits / number * weights, weights / number
+        return self.total / number, -self.by_logits / number
 
 
-def softplus_sum(block: Tensor) -> Tensor:
-    """sum_i log(1 + e^l_i) of each row, [R, m] -> [R]; a logit of -inf adds nothing."""
-    return torch.nn.functional.softplus(block, threshold=40.0).sum(1)
+def log2_unit(dtype: torch.dtype) -> float:
+    """What a logit is multiplied with before 2^x is taken of it: 1 / ln 2, as the precision has it.
+
+    2^x costs the same for every x. e^x, of a library for vectors, is faster by a quarter on moderate numbers, but
+    each masked or underflowing one takes as long as some hundred others.
+    """
+    return float(torch.tensor(1.0 / math.log(2.0), dtype=dtype))
+
+
+def row_sums(block: Tensor, weight: Tensor | None) -> Tensor:
+    """sum_i w_i b_i of each row, [R, m] -> [R]."""
+    return block.sum(1) if weight is None else torch.mv(block, weight)

@@ -7,31 +7,26 @@ is computed twice, and no matrix [B, M] is kept. docs/performance.md tells what 
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from twotower.losses.forms import Form
+from twotower.losses.copies import find_copies
+from twotower.losses.forms import Form, log2_unit, row_sums
+from twotower.losses.tiles import Mask, fill_masked, masks_of_blocks, products, tile_blocks, tile_starts
 from twotower.negatives import Hits
 
-#: Most memory of the tile, bytes.
-TILE_MEMORY = 256 << 20
-#: On CPU a tile of this many numbers, and within it blocks of that many: what is computed is still in the caches when
-#: it is read again (measured: benchmarks/step.py --tiles).
-TILE_NUMBERS = 1 << 21
-BLOCK_NUMBERS = 1 << 19
 #: Where every logit is this near to zero, and weights of candidates within the range of float32, exponentials need no
 #: row maximum taken out first.
 SAFE_LOGIT = 50.0
 SAFE_RANGE = 80.0
-
-_workspace = threading.local()
+#: Matrix products want rows of memory that begin on whole lines of it: at 4,480 candidates they are up to twice as fast
+#: as at 4,484.
+WIDTH = 64
 
 
 @dataclass
@@ -48,6 +43,7 @@ class Task:
         row_offset: a further number subtracted from every candidate's logit in a row, [B].
         own_offset: subtracted from the positive's logit, [B].
         own_places: int64 [B], where the positives stand among the candidates, which then take their gradient.
+        multiplicity: how many copies each candidate stands for, [M]; None where each stands for itself.
         low_precision: products in bfloat16, sums in float32.
     """
 
@@ -60,6 +56,7 @@ class Task:
     row_offset: Tensor | None = None
     own_offset: Tensor | None = None
     own_places: Tensor | None = None
+    multiplicity: Tensor | None = None
     low_precision: bool = False
 
 
@@ -95,27 +92,33 @@ class Tiled(torch.autograd.Function):
 def evaluate(inputs: Inputs, task: Task, *, wanted: bool) -> tuple[Tensor, list[Tensor | None]]:
     """The weighted sum, and its gradients by the inputs where they are wanted."""
     query, positive, candidates, row_candidates, temperature, bias = inputs
-    with torch.no_grad(), torch.autocast(query.device.type, enabled=False), _products(low=task.low_precision):
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        copies = None if task.own_places is not None else find_copies(candidates, task.log_count, task.hits)
+        shared = candidates
+        if copies is not None and task.hits is not None:
+            shared = candidates.index_select(0, copies.place)
+            log_count = None if task.log_count is None else task.log_count[copies.place]
+            task = replace(task, log_count=log_count, hits=task.hits.select(copies.place), multiplicity=copies.count)
         run = _Run(
             scaled=query.to(dtype) / temperature.to(dtype),
             positive=None if positive is None else positive.to(dtype),
-            candidates=candidates.to(dtype),
+            candidates=shared.to(dtype),
             rows=None if row_candidates is None else row_candidates.to(dtype),
             bias=None if bias is None else bias.to(dtype),
             task=task,
             wanted=wanted,
         )
-        losses = run.losses()
-        total = (task.weights.to(dtype) * losses).sum()
+        total = run.total()
         if not wanted:
             return total, []
         # The logit is a product of scaled query and item: its gradient by T is - <dL/dscaled, scaled> / T.
         by_temperature = -(run.by_scaled * run.scaled).sum() / temperature.to(dtype)
+        by_shared = run.by_candidates[: len(shared)]
         given: list[Tensor | None] = [
             run.by_scaled.div_(temperature.to(dtype)),
             run.by_positive if positive is not None else None,
-            run.by_candidates,
+            by_shared if copies is None else copies.spread(by_shared),
             run.by_rows,
             by_temperature.reshape(temperature.shape),
             None if bias is None else run.by_bias.reshape(bias.shape),
@@ -137,19 +140,48 @@ class _Run:
         task: Task,
         wanted: bool,
     ) -> None:
-        self.scaled, self.positive, self.candidates, self.rows = scaled, positive, candidates, rows
+        self.scaled, self.rows = scaled, rows
         self.bias, self.task, self.wanted = bias, task, wanted
-        self.by_scaled = torch.empty_like(scaled)
-        self.by_positive = torch.empty_like(scaled)
-        self.by_candidates = torch.empty_like(candidates) if wanted else candidates.new_empty(0)
+        self.is_low = task.low_precision and scaled.dtype == torch.float32
+        shift = None if task.log_count is None else task.log_count.to(scaled.dtype)
+        if bias is not None:
+            shift = -bias.expand(len(candidates)) if shift is None else shift - bias
+        copies = None if task.multiplicity is None else task.multiplicity.to(scaled.dtype)
+        if copies is not None and task.form.sums_exponentials:  # sum over copies of e^l = e^(l + log of their number)
+            shift, copies = -copies.log() if shift is None else shift - copies.log(), None
+        self.candidates, self.shift = self._padded(candidates, shift)
+        self.weight, self.base = self._weights()
+        if copies is not None:
+            self.weight = F.pad(copies, (0, len(self.candidates) - len(copies)))
+        # What a block is multiplied with.
+        self.weighted = self.candidates if self.weight is None else self.candidates * self.weight[:, None]
+        self.unit = log2_unit(scaled.dtype) if task.form.sums_exponentials else 1.0
+        if self.shift is not None and self.unit != 1.0:
+            self.shift = self.shift * self.unit
+        # What is multiplied for the logits: the unit joins the smaller of the two.
+        is_first = len(scaled) <= len(self.candidates)
+        self.left = scaled * self.unit if self.unit != 1.0 and is_first else scaled
+        self.right = self.candidates * self.unit if self.unit != 1.0 and not is_first else self.candidates
+        self.positive = candidates.index_select(0, task.own_places) if positive is None else positive  # type: ignore[arg-type]
+        own = (scaled * self.positive).sum(1)
+        if bias is not None:
+            own += bias
+        if task.own_offset is not None:
+            own -= task.own_offset.to(own.dtype)
+        offset = None if task.row_offset is None else task.row_offset.to(own.dtype)
+        self.sums = task.form.begin(own, offset=offset, base=self.base)
+        self.row_weights = task.weights.to(scaled.dtype)
+        self.by_scaled = torch.empty_like(scaled) if wanted else scaled.new_empty(0)
+        self.by_candidates = torch.empty_like(self.candidates) if wanted else scaled.new_empty(0)
         self.by_rows = None if rows is None or not wanted else torch.empty_like(rows)
         self.by_bias = scaled.new_zeros(())
-        self.shift = None if task.log_count is None else task.log_count.to(scaled.dtype)
-        if bias is not None:
-            self.shift = -bias.expand(len(candidates)) if self.shift is None else self.shift - bias
-        self.weight, self.base = self._weights()
-        # What a tile of exponentials is multiplied with.
-        self.weighted = candidates if self.weight is None else candidates * self.weight[:, None]
+
+    def _padded(self, candidates: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Empty candidates added, up to a width that suits the products; they weigh nothing."""
+        spare = -len(candidates) % WIDTH
+        if not spare or shift is None or candidates.device.type != "cpu" or len(candidates) < WIDTH:
+            return candidates, shift
+        return F.pad(candidates, (0, 0, 0, spare)), F.pad(shift, (0, spare), value=torch.inf)
 
     def _weights(self) -> tuple[Tensor | None, float | None]:
         """Candidates' weights exp(base - log count) and the base, if exponentials need no maximum; else (None, None).
@@ -172,52 +204,48 @@ class _Run:
         base = float(live.min())
         return torch.exp(base - self.shift), base
 
-    def losses(self) -> Tensor:
-        """One loss for each row, [B]; fills the gradients."""
+    def total(self) -> Tensor:
+        """The weighted sum of the rows' losses; fills the gradients."""
         task, rows = self.task, len(self.scaled)
-        losses = self.scaled.new_empty(rows)
         starts = tile_starts(rows, len(self.candidates), self.scaled)
         masks = None if task.hits is None else iter(task.hits.tiles(starts))
         for start, stop in pairwise(starts):
-            losses[start:stop] = self._tile(slice(start, stop), None if masks is None else next(masks))
+            self._tile(slice(start, stop), None if masks is None else next(masks))
+        losses, by_own = self.sums.finish()
         if self.wanted:
-            if rows == 0:
-                self.by_candidates.zero_()
-            if self.weight is not None:
-                self.by_candidates.mul_(self.weight[:, None])
-            if task.own_places is not None:
-                self.by_candidates.index_add_(0, task.own_places, self.by_positive)
-        return losses
+            self._complete(by_own * self.row_weights)
+        return (task.weights.double() * losses).sum().to(losses.dtype)
 
-    def _tile(self, part: slice, mask: tuple[Tensor, Tensor] | None) -> Tensor:
-        task, scaled = self.task, self.scaled[part]
-        positive = self.candidates[task.own_places[part]] if self.positive is None else self.positive[part]  # type: ignore[index]
-        own = (scaled * positive).sum(1)
-        if self.bias is not None:
-            own += self.bias
-        if task.own_offset is not None:
-            own -= task.own_offset[part].to(own.dtype)
-        offset = None if task.row_offset is None else task.row_offset[part].to(own.dtype)
-        tile = task.form.begin(own, part, offset=offset, base=self.base)
+    def _complete(self, by_own: Tensor) -> None:
+        """What the positives give to the gradients, and what is the same for all tiles."""
+        if len(self.scaled) == 0:
+            self.by_candidates.zero_()
+        if self.weight is not None:
+            self.by_candidates.mul_(self.weight[:, None])
+        self.by_scaled.addcmul_(self.positive, by_own[:, None])
+        self.by_bias += by_own.sum()
+        self.by_positive = self.scaled * by_own[:, None]
+        if self.task.own_places is not None:
+            self.by_candidates.index_add_(0, self.task.own_places, self.by_positive)
 
-        blocks = tile_blocks(len(scaled), len(self.candidates), self.scaled)
-        hits = _by_block(mask, blocks)
-        for cols, block in blocks:
-            torch.mm(scaled, self.candidates[cols].T, out=block)
-            if self.shift is not None and self.weight is None:
+    def _tile(self, part: slice, mask: Mask | None) -> None:
+        left, sums = self.left[part], self.sums
+        blocks = tile_blocks(len(left), len(self.candidates), self.scaled)
+        for (cols, block), masked in zip(blocks, masks_of_blocks(mask, blocks), strict=True):
+            with products(low=self.is_low):
+                torch.mm(left, self.right[cols].T, out=block)
+            if self.shift is not None and self.base is None:
                 block.sub_(self.shift[cols])
-            if hits is not None:
-                block.view(-1).index_fill_(0, next(hits), -torch.inf)
-            tile.visit(block, None if self.weight is None else self.weight[cols])
-            if self.wanted and tile.is_final:  # while the block is in the cache
-                self.by_scaled[part].addmm_(block, self.weighted[cols], beta=0 if cols.start == 0 else 1)
+            fill_masked(block, masked)
+            sums.visit(part, block, None if self.weight is None else self.weight[cols])
+            if self.wanted and sums.is_final:  # while the block is in the cache
+                self._add_to_scaled(part, cols, block)
         row_block = None if self.rows is None else self._row_logits(self.rows[part], part)
         if row_block is not None:
-            tile.visit(row_block, None)
-        loss, by_own, scale = tile.finish(task.weights[part].to(own.dtype))
+            sums.visit(part, row_block, None)
+        scale = sums.scale(part)
         if self.wanted:
-            self._gather(part, blocks, row_block, positive=positive, by_own=by_own, scale=scale, is_final=tile.is_final)
-        return loss
+            self._gather(part, blocks, row_block, scale)
 
     def _row_logits(self, rows: Tensor, part: slice) -> Tensor:
         task = self.task
@@ -226,102 +254,39 @@ class _Run:
             logits -= task.row_log_count[part].to(logits.dtype)
         if self.bias is not None:
             logits += self.bias
+        if self.unit != 1.0:
+            logits *= self.unit
         return logits if task.row_hits is None else logits.masked_fill_(task.row_hits[part], -torch.inf)
 
+    def _add_to_scaled(self, part: slice, cols: slice, block: Tensor) -> None:
+        with products(low=self.is_low):
+            self.by_scaled[part].addmm_(block, self.weighted[cols], beta=0 if cols.start == 0 else 1)
+
     def _gather(
-        self,
-        part: slice,
-        blocks: list[tuple[slice, Tensor]],
-        row_block: Tensor | None,
-        *,
-        positive: Tensor,
-        by_own: Tensor,
-        scale: Tensor,
-        is_final: bool,
+        self, part: slice, blocks: list[tuple[slice, Tensor]], row_block: Tensor | None, scale: Tensor | None
     ) -> None:
         """Add what a finished tile gives to the gradients."""
+        weights = self.row_weights[part] if scale is None else scale * self.row_weights[part]
         scaled, by_scaled = self.scaled[part], self.by_scaled[part]
-        torch.mul(scaled, by_own[:, None], out=self.by_positive[part])
-        toward = scaled * scale[:, None]
+        toward = scaled * weights[:, None]
         if not blocks:
             by_scaled.zero_()
         for cols, block in blocks:
-            if not is_final:
-                by_scaled.addmm_(block, self.weighted[cols], beta=0 if cols.start == 0 else 1)
+            if not self.sums.is_final:
+                self._add_to_scaled(part, cols, block)
             by_candidates = self.by_candidates[cols]
-            torch.addmm(by_candidates, block.T, toward, beta=0 if part.start == 0 else 1, out=by_candidates)
+            with products(low=self.is_low):
+                torch.addmm(by_candidates, block.T, toward, beta=0 if part.start == 0 else 1, out=by_candidates)
             if self.bias is not None:
-                self.by_bias += block.sum(1) @ scale
+                self.by_bias += row_sums(block, None if self.weight is None else self.weight[cols]) @ weights
         if row_block is not None and self.by_rows is not None and self.rows is not None:
             by_scaled += torch.bmm(row_block[:, None, :], self.rows[part])[:, 0]
             torch.mul(row_block[:, :, None], toward[:, None, :], out=self.by_rows[part])
-            self.by_bias += row_block.sum(1) @ scale
-        by_scaled.mul_(scale[:, None]).addcmul_(positive, by_own[:, None])
-        self.by_bias += by_own.sum()
-
-
-def tile_starts(rows: int, candidates: int, like: Tensor) -> list[int]:
-    """First row of each tile, and the number of rows at the end."""
-    width = max(candidates, 1)
-    most = max(TILE_MEMORY // (width * like.element_size()), 1)
-    size = most if like.device.type != "cpu" else min(max(TILE_NUMBERS // width, 64), 4096, most)
-    return [*range(0, rows, size), rows]
-
-
-def tile_blocks(rows: int, candidates: int, like: Tensor) -> list[tuple[slice, Tensor]]:
-    """A tile's candidates in blocks, with the memory that each block's logits are written to, [rows, m]."""
-    width = candidates if like.device.type != "cpu" else max(BLOCK_NUMBERS // rows, 1)
-    # On an accelerator the allocator keeps its memory; on the CPU fresh memory costs a page fault every 4 KiB.
-    buffer = like.new_empty(rows * candidates) if like.device.type != "cpu" else _buffer(rows * candidates, like.dtype)
-    blocks = []
-    for start in range(0, candidates, max(width, 1)):
-        stop = min(start + width, candidates)
-        blocks.append((slice(start, stop), buffer[rows * start : rows * stop].view(rows, stop - start)))
-    return blocks
+            self.by_bias += row_block.sum(1) @ weights
+        by_scaled.mul_(weights[:, None])
 
 
 def largest_norm(vectors: Tensor) -> Tensor:
     """The length of the longest row."""
     length: Tensor = torch.linalg.vector_norm(vectors, dim=1).max()
     return length
-
-
-def _by_block(mask: tuple[Tensor, Tensor] | None, blocks: list[tuple[slice, Tensor]]) -> Iterator[Tensor] | None:
-    """The flat places of a tile's hits in each of its blocks."""
-    if mask is None or not blocks:
-        return None
-    row, place = mask
-    widths = [block.shape[1] for _, block in blocks]
-    if len(blocks) == 1:
-        return iter([row * widths[0] + place])
-    of = place // widths[0]
-    order = torch.argsort(of)
-    counts = torch.bincount(of, minlength=len(blocks)).tolist()
-    rows, places = torch.split(row[order], counts), torch.split(place[order], counts)
-    return iter(
-        [r * width + p - n * widths[0] for n, (r, p, width) in enumerate(zip(rows, places, widths, strict=True))]
-    )
-
-
-def _buffer(numbers: int, dtype: torch.dtype) -> Tensor:
-    """The tile's memory of this thread, kept from step to step and made larger when needed."""
-    buffers: dict[torch.dtype, Tensor] = _workspace.__dict__.setdefault("buffers", {})
-    kept = buffers.get(dtype)
-    if kept is None or len(kept) < numbers:
-        buffers[dtype] = kept = torch.empty(numbers, dtype=dtype)
-    return kept
-
-
-@contextmanager
-def _products(*, low: bool) -> Iterator[None]:
-    """Products of float32 matrices rounded to bfloat16 and summed in float32, where the machine has such."""
-    if not low:
-        yield
-        return
-    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set by torch at import
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -66,21 +67,60 @@ class Hits:
             self._dense = found if self.empty is None else found | self.empty
         return self._dense
 
-    def tiles(self, starts: list[int]) -> Iterable[tuple[Tensor, Tensor]]:
+    def tiles(self, starts: list[int]) -> Iterator[Pairs | Tensor]:
         """The hits of rows starts[0]:starts[1], starts[1]:starts[2], ... without the empty places.
 
         Yields:
-            (row, place), int64 [H] each, row counted from the tile's first; a hit may come more than once.
+            (row, place), int64 [H] each, row counted from the tile's first, where a hit may come more than once; or,
+            on an accelerator, which would have to be awaited for the number of them, bool [R, M].
         """
-        found = self._index()
+        if self.pairs and self.pairs[0][0].device.type != "cpu":
+            yield from self.matrices(starts)
+            return
         asked = torch.tensor(starts)
-        bounds = [torch.searchsorted(row.cpu(), asked).tolist() for row, _, _ in found]
+        found: list[tuple[Tensor, Tensor, Tensor | None, list[int]]] = []
+        for row, first, copies in self._index():
+            bounds = torch.searchsorted(row, asked).tolist()
+            if len(copies) == 0 or int(copies.max()) == 1:  # as it is where copies were merged: nothing left to do
+                place = first if self._order is None else self._order[first]
+                found.append((row, place, None, bounds))
+            else:
+                found.append((row, first, copies, bounds))
         for tile, start in enumerate(starts[:-1]):
-            parts = []
-            for (row, first, copies), bound in zip(found, bounds, strict=True):
-                part = slice(bound[tile], bound[tile + 1])
-                parts.append(self._expand(row[part] - start, first[part], copies[part]))
-            yield torch.cat([row for row, _ in parts]), torch.cat([place for _, place in parts])
+            rows, places = [], []
+            for row, first, several, bounds in found:
+                part = slice(bounds[tile], bounds[tile + 1])
+                one, place = row[part], first[part]
+                if several is not None:
+                    one, place = self._expand(one, place, several[part])
+                rows.append(one)
+                places.append(place)
+            yield torch.cat(rows) - start, torch.cat(places)
+
+    def matrices(self, starts: list[int]) -> Iterator[Tensor]:
+        """The same as bool [R, M], one for each tile; nothing here has a shape that depends on the data."""
+        if not self.pairs:
+            yield from (torch.zeros(stop - start, self.size, dtype=torch.bool) for start, stop in pairwise(starts))
+            return
+        marked, spread = self.pairs, None
+        if self.items is not None:
+            keys, order = torch.sort(self.items, stable=True)
+            # Where each candidate's item first stands among the keys: there it is marked for all its copies.
+            spread = torch.empty_like(order).scatter_(0, order, torch.searchsorted(keys, keys))
+            marked = []
+            for row, item in self.pairs:
+                place = torch.searchsorted(keys, item)
+                if self.size:
+                    place = torch.where(keys[place.clamp(max=self.size - 1)] == item, place, self.size)
+                marked.append((row, place))
+        for start, stop in pairwise(starts):
+            # One column too many takes the marks of other tiles' rows and of items that are no candidate.
+            marks = torch.zeros(stop - start, self.size + 1, dtype=torch.bool, device=marked[0][0].device)
+            for row, place in marked:
+                if stop > start:
+                    is_here = (row >= start) & (row < stop)
+                    marks[torch.where(is_here, row - start, 0), torch.where(is_here, place, self.size)] = True
+            yield marks[:, : self.size] if spread is None else marks.index_select(1, spread)
 
     def count(self, weight: Tensor) -> Tensor:
         """Sum over each row's hits of a weight of the candidates, [M] -> [B]; a hit named twice counts once."""
@@ -152,11 +192,11 @@ class Hits:
         place = torch.arange(len(keys), device=keys.device)
         return keys, torch.searchsorted(keys, keys, right=True) - place, order
 
-    def _expand(self, row: Tensor, first: Tensor, copies: Tensor) -> tuple[Tensor, Tensor]:
-        if len(copies) and int(copies.max()) > 1:
-            row = torch.repeat_interleave(row, copies)
-            before = torch.repeat_interleave(copies.cumsum(0) - copies, copies)
-            first = torch.repeat_interleave(first, copies) + torch.arange(len(row), device=row.device) - before
+    def _expand(self, row: Tensor, first: Tensor, copies: Tensor) -> Pairs:
+        """Each hit once for every copy of its item."""
+        row = torch.repeat_interleave(row, copies)
+        before = torch.repeat_interleave(copies.cumsum(0) - copies, copies)
+        first = torch.repeat_interleave(first, copies) + torch.arange(len(row)) - before
         return row, first if self._order is None else self._order[first]
 
 

@@ -14,7 +14,7 @@ from twotower.data import Interactions
 from twotower.data.prefetching import DEPTH
 from twotower.errors import InputError
 from twotower.losses import Objective
-from twotower.losses.tiling import tile_starts
+from twotower.losses.tiles import tile_starts
 from twotower.negatives import CrossBatchMemory, InBatch
 from twotower.towers import TwoTower
 from twotower.training.optimizers import state_dtype

@@ -1,0 +1,102 @@
+"""How a matrix of logits is cut into tiles and blocks, where these lie, and how precise their products are."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+#: Most memory of a tile, bytes.
+TILE_MEMORY = 256 << 20
+#: On CPU a tile has about this many numbers, 8 MiB of float32, but at least `LEAST_ROWS` rows: what is computed is
+#: still in the caches when it is read again, and the products are large enough for their library to be at its best.
+TILE_NUMBERS = 1 << 21
+LEAST_ROWS = 512
+#: A larger tile is worked on in blocks of so many numbers. Narrower blocks of small tiles only cost: a third more at
+#: 512 rows in blocks of 1,024 than at once.
+BLOCK_NUMBERS = 1 << 22
+
+_workspace = threading.local()
+
+#: Masked places of a tile: (row, place), int64 [H] each, or bool [R, M].
+Mask = tuple[Tensor, Tensor] | Tensor
+
+
+def tile_starts(rows: int, candidates: int, like: Tensor) -> list[int]:
+    """First row of each tile, and the number of rows at the end."""
+    width = max(candidates, 1)
+    most = max(TILE_MEMORY // (width * like.element_size()), 1)
+    size = most if like.device.type != "cpu" else min(max(TILE_NUMBERS // width, LEAST_ROWS), 4096, most)
+    if size > 64:
+        size -= size % 64
+    return [*range(0, rows, size), rows]
+
+
+def tile_blocks(rows: int, candidates: int, like: Tensor) -> list[tuple[slice, Tensor]]:
+    """A tile's candidates in blocks, with the memory that each block's logits are written to, [rows, m]."""
+    width = candidates if like.device.type != "cpu" else max(BLOCK_NUMBERS // rows, 1)
+    # On an accelerator the allocator keeps its memory; on the CPU fresh memory costs a page fault every 4 KiB.
+    buffer = like.new_empty(rows * candidates) if like.device.type != "cpu" else _buffer(rows * candidates, like.dtype)
+    blocks = []
+    for start in range(0, candidates, max(width, 1)):
+        stop = min(start + width, candidates)
+        blocks.append((slice(start, stop), buffer[rows * start : rows * stop].view(rows, stop - start)))
+    return blocks
+
+
+def masks_of_blocks(mask: Mask | None, blocks: list[tuple[slice, Tensor]]) -> list[Tensor | None]:
+    """A tile's mask in each of its blocks: flat places, int64, or bool [R, m]; None where nothing is masked."""
+    if mask is None or not blocks:
+        return [None] * len(blocks)
+    if isinstance(mask, Tensor):
+        return [mask[:, cols] for cols, _ in blocks]
+    return [*_by_block(*mask, blocks)]
+
+
+def fill_masked(block: Tensor, mask: Tensor | None) -> None:
+    """Set a block's masked logits to -inf."""
+    if mask is None:
+        return
+    if mask.dtype == torch.bool:
+        block[:, : mask.shape[1]].masked_fill_(mask, -torch.inf)
+    else:
+        block.view(-1).index_fill_(0, mask, -torch.inf)
+
+
+@contextmanager
+def products(*, low: bool) -> Iterator[None]:
+    """Products of float32 matrices rounded to bfloat16 and summed in float32, where the machine has such."""
+    if not low:
+        yield
+        return
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set by torch at import
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def _by_block(row: Tensor, place: Tensor, blocks: list[tuple[slice, Tensor]]) -> list[Tensor]:
+    """The flat places of a tile's hits in each of its blocks."""
+    widths = [block.shape[1] for _, block in blocks]
+    if len(blocks) == 1:
+        return [row * widths[0] + place]
+    of = place // widths[0]
+    order = torch.argsort(of)
+    counts = torch.bincount(of, minlength=len(blocks)).tolist()
+    rows, places = torch.split(row[order], counts), torch.split(place[order], counts)
+    return [r * width + p - n * widths[0] for n, (r, p, width) in enumerate(zip(rows, places, widths, strict=True))]
+
+
+def _buffer(numbers: int, dtype: torch.dtype) -> Tensor:
+    """The tile's memory of this thread, kept from step to step and made larger when needed."""
+    buffers: dict[torch.dtype, Tensor] = _workspace.__dict__.setdefault("buffers", {})
+    kept = buffers.get(dtype)
+    if kept is None or len(kept) < numbers:
+        buffers[dtype] = kept = torch.empty(numbers, dtype=dtype)
+    return kept
