@@ -118,15 +118,14 @@ def rows_to_learn(split: Split, parent: Parent | None, settings: Config) -> NDAr
     """Rows of `split.train` that a continued training goes through; None for a training from the beginning.
 
     Raises:
-        InputError: split and parent do not belong together, or the settings ask for other towers.
+        InputError: split and parent do not belong together.
     """
     if parent is None and not isinstance(split, ContinuedSplit):
         return None
     if parent is None or not isinstance(split, ContinuedSplit) or split.parent != parent.fingerprint:
         raise InputError(
-            "fit: to go on with a model, give start=MODEL and the split of new days that continue_with(MODEL, data) made"
+            "fit: to go on with a model, give start=MODEL and the split that continue_with(MODEL, data) makes"
         )
-    check_settings(parent.artifact.config, settings)
     return split.rows_to_learn(settings.training.replay, settings.training.seed)
 
 
@@ -177,12 +176,21 @@ def read_withdrawn(path: str | Path, kind: pl.DataType) -> pl.Series:
     return ids.alias("id")
 
 
-def check_settings(parent: Config, config: Config) -> None:
-    """Refuse what would need other weights than the parent's.
+def settled(parent: Config, config: Config) -> Config:
+    """Settings of a continued training: features left to "auto" are the parent's.
 
     Raises:
-        InputError: a setting of the towers differs; it is named.
+        InputError: what would need other weights than the parent's differs; it is named.
     """
+    changed = {}
+    for section in ("query_tower", "item_tower"):
+        own, theirs = getattr(config, section), getattr(parent, section)
+        if own.features == "auto":
+            taken: dict[str, Any] = {"features": theirs.features}
+            if section == "item_tower" and theirs.features == "none":
+                taken["id_dropout"] = 0.0
+            changed[section] = own.model_copy(update=taken)
+    config = config.model_copy(update=changed)
     old, new = parent.model_dump(mode="json"), config.model_dump(mode="json")
     for section in ("query_tower", "item_tower"):
         found = _difference(old[section], new[section], section)
@@ -199,6 +207,7 @@ def check_settings(parent: Config, config: Config) -> None:
             f"objective.temperature: {first['temperature']} in the model, {second['temperature']} here; a learned one "
             "goes on as learned, a fixed one as fixed"
         )
+    return config
 
 
 def _difference(old: Any, new: Any, name: str) -> str | None:
@@ -232,7 +241,7 @@ def grown_features(parent: Parent, split: ContinuedSplit) -> Grown:
     """The parent's fitted features on the new rows as well; see `data.growing.grown`."""
     train = split.train
     sides: dict[str, tuple[Any, Vocabulary, pl.DataFrame | None, NDArray[np.bool_]]] = {
-        "item": (split.item_map, train.items, train.item_table, train.item_counts() > 0),
+        "item": (split.item_map, train.items, split.new_item_table, train.item_counts() > 0),
         "query": (split.query_map, train.queries, train.query_table, np.diff(train.offsets) > 0),
     }
     features, values = {}, {}

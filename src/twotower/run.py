@@ -143,6 +143,8 @@ def fit(
         with tempfile.TemporaryDirectory(prefix="twotower-") as temporary:
             return fit(split, settings, directory=temporary, start=parent, resume=resume, progress=progress, say=say)
     rows = continuing.rows_to_learn(split, parent, settings)
+    if parent is not None:
+        settings = continuing.settled(parent.artifact.config, settings)
     settings = with_features(settings.resolved(len(split.train) if rows is None else len(rows)), split.train)
     train, training = split.train, settings.training
     learnt = None if rows is None else train.select(rows)
@@ -404,6 +406,8 @@ def train_run(
     for line in unused_tables(config, split.train):
         say(line)
     rows = continuing.rows_to_learn(split, parent, config)
+    if parent is not None:
+        config = continuing.settled(parent.artifact.config, config)
     config = with_features(config.resolved(len(split.train) if rows is None else len(rows)), split.train)
     # A wrong setting is told before anything is written.
     build_objective(config, split.train)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,8 +15,9 @@ from twotower.data.columns import Place
 from twotower.data.encoders import Bag, Category, Encoder
 from twotower.data.encoding import EncodedTable, FeatureSet
 from twotower.data.values import Values
-from twotower.feature_config import DenseFeature
-from twotower.schema import Vocabulary
+from twotower.errors import InputError
+from twotower.feature_config import AnyFeature, DenseFeature
+from twotower.schema import Vocabulary, listed
 
 Codes = NDArray[np.int64]
 
@@ -64,6 +66,7 @@ def grown(
         # Nobody is new: null rows, which keep what the old table says.
         columns = {name: pl.Series([None] * len(ids), dtype=pl.Null) for name in old.features.columns}
         table = pl.DataFrame({"": ids.ids, **columns})
+    _check(side, declared, table)
     told = described(table, len(ids))
     fitting = np.flatnonzero(told & known)
     maps: dict[int, Codes] = {}
@@ -94,6 +97,23 @@ def grown(
             rows = maps[place][rows]
         arrays[place] = _put(arrays[place], keeps, rows)
     return Grown(EncodedTable(features, arrays), maps)
+
+
+def _check(side: str, declared: Sequence[AnyFeature], table: pl.DataFrame | None) -> None:
+    plural = {"item": "items", "query": "queries"}[side]
+    for one in declared:
+        if isinstance(one, DenseFeature) and one.file is not None:
+            continue
+        if table is None:
+            raise InputError(
+                f"{side}_tower.features: the model's feature {one.column!r} needs the {side} table of the new data; "
+                f"give data.{plural}"
+            )
+        if one.column not in table.columns:
+            raise InputError(
+                f"{side} table of the new data: column {one.column!r}, a feature of the model, is not there; columns "
+                f"found: {listed(table.columns)}"
+            )
 
 
 def _union(old: Values, new: Values) -> tuple[Values, Codes]:

@@ -103,6 +103,7 @@ def continued(
         query_map=maps.past_queries,
         item_map=maps.past_items,
         parent=past.fingerprint,
+        new_item_table=joined_table(None, past.items, data.item_table, data.items, items),
         dates=None if times is None else (int(np.min(times)), int(np.max(times))),
     )
 

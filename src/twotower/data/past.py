@@ -56,6 +56,8 @@ class ContinuedSplit(Split):
         learnt: bool [rows of train], those that the parent was trained on.
         query_map, item_map: new code of each of the parent's codes, int64; -1 for an item that was withdrawn.
         parent: fingerprint of the parent's data.
+        new_item_table: what the new data says of items, in the order of their codes; `data.item_table` says besides
+            what the parent knew.
         dates: first and last moment of the new rows, microseconds, or None.
     """
 
@@ -64,6 +66,7 @@ class ContinuedSplit(Split):
     item_map: Codes = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     parent: str = ""
     dates: tuple[int, int] | None = None
+    new_item_table: pl.DataFrame | None = None
 
     def rows_to_learn(self, replay: float, seed: int) -> Codes:
         """Row numbers of `train` that a training goes through: all that are new, and a sample of the parent's.

@@ -1,0 +1,201 @@
+"""What a training that goes on with new days keeps, and what it learns: replay and learning rate, beside doing it anew.
+
+    python benchmarks/continuing.py --data ../shared/data/online-retail --seeds 0 1 2
+
+The days up to a moment are the past; of every query with enough of them the last row is taken out of it, and nobody
+ever trains on it: that is the test of what is kept. The days after the moment are the new ones, split by time.
+
+parent    trained on the past
+continued with each --replay and each --rates factor of the learning rate
+afresh    trained on the new days alone, with the same budget: what is left when nothing is taken over
+retrained trained on everything from the beginning, the parent's budget again
+
+Finished runs are kept in the results file and not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+
+import twotower as tt
+from twotower.data import Holdout, Interactions, Split
+from twotower.data.histories import take_ranges
+from twotower.evaluation.towers import TowerRanker
+from twotower.files import write_text
+from twotower.run import Model, history_length
+from twotower.serving.artifact import library_versions
+
+RESULTS = Path(__file__).parent / "results" / "continuing.json"
+K = 20
+
+
+def frame_of(data: Interactions) -> pl.DataFrame:
+    """Interactions as a table again."""
+    return pl.DataFrame({
+        "user_id": data.queries.decode(data.query_codes()),
+        "item_id": data.items.decode(data.item_codes),
+        "timestamp": np.asarray(data.timestamps),
+    })  # fmt: skip
+
+
+def parts(data: Interactions, cut: float, least: int) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+    """Past without its last rows, those last rows, and the new days."""
+    assert data.timestamps is not None
+    moment = int(np.quantile(np.asarray(data.timestamps), cut))
+    frame = frame_of(data)
+    past, new = frame.filter(pl.col("timestamp") < moment), frame.filter(pl.col("timestamp") >= moment)
+    place = pl.int_range(pl.len()).over("user_id")
+    last = (place == pl.len().over("user_id") - 1) & (pl.len().over("user_id") >= least)
+    kept = past.filter(~last)
+    # A target that the query has met before cannot be found where seen items are left out.
+    held = past.filter(last).join(kept.select("user_id", "item_id").unique(), on=["user_id", "item_id"], how="anti")
+    return kept, held, new
+
+
+def old_test(model: Model, past: pl.DataFrame, held: pl.DataFrame) -> Holdout:
+    """What was taken out of the past, in the codes of a model; items that it does not have stay unfindable."""
+    items, queries = model.artifact.items, model.artifact.queries
+    rows = past.with_columns(
+        code=pl.Series(queries.encode(past["user_id"])), item=pl.Series(items.encode(past["item_id"]))
+    )
+    rows = rows.filter((pl.col("code") >= 0) & (pl.col("item") >= 0)).sort("code", "timestamp", maintain_order=True)
+    counts = np.bincount(rows["code"].to_numpy(), minlength=len(queries))
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    asked = held.with_columns(
+        code=pl.Series(queries.encode(held["user_id"])), item=pl.Series(items.encode(held["item_id"]))
+    )
+    asked = asked.filter((pl.col("code") >= 0) & (pl.col("item") >= 0)).sort("code")
+    codes = asked["code"].to_numpy()
+    place, starts = take_ranges(offsets[codes], offsets[codes + 1])
+    return Holdout(
+        "old", codes, starts, rows["item"].to_numpy()[place].astype(np.int32),
+        np.arange(len(codes) + 1), asked["item"].to_numpy().astype(np.int32),
+    )  # fmt: skip
+
+
+def recall(model: Model, holdout: Holdout, of: int | None = None) -> dict[str, float]:
+    """Recall@K and NDCG@K over `of` queries, those that the model does not know counting 0."""
+    values = tt.evaluate(
+        TowerRanker(model.artifact.towers, history_length(model.artifact.config), model.artifact.item_embeddings),
+        holdout, train=model.split.train, ks=(K,), baselines=False,
+    )["model"].values  # fmt: skip
+    share = 1.0 if of is None else len(holdout) / of
+    return {name: values[f"{name}@{K}"] * share for name in ("Recall", "NDCG")}
+
+
+def run_seed(args: argparse.Namespace, data: Interactions, seed: int, done: dict[str, Any]) -> None:
+    """All variants of a seed that are not there yet."""
+    past, held, new = parts(data, args.cut, args.least)
+    old, fresh = Interactions.from_frame(past), Interactions.from_frame(new)
+    settings = [f"training.seed={seed}", "training.accelerator=cpu", "training.logger=none", *args.set]
+    if args.config:
+        base = tt.Config.load(args.config, [*settings, f"training.max_epochs={args.epochs}"])
+    else:
+        base = tt.Config.load(None, [*settings, f"training.max_epochs={args.epochs}"])
+    folder = args.work / f"seed{seed}"
+
+    def kept(name: str, make: Any) -> Any:
+        key = f"seed {seed}, {name}"
+        if key not in done:
+            began = time.perf_counter()
+            found = make()
+            done[key] = {"seed": seed, "variant": name, **found, "seconds": round(time.perf_counter() - began, 1)}
+            write_text(args.results, json.dumps({**about(args, data), "runs": done}, indent=1))
+            print(key, done[key], flush=True)
+        return done[key]
+
+    split = tt.splits.by_time(old, validation=0.05, test=0.02)
+    parent = tt.fit(split, base, directory=folder, progress=False)
+    parent.save(folder / "model")
+    count = len(old_test(parent, past, held))
+    days = tt.continue_with(folder, fresh)
+    new_items = np.ones(days.train.num_items, dtype=bool)
+    new_items[days.item_map[days.item_map >= 0]] = False
+
+    def measured(model: Model, test: Holdout | None) -> dict[str, Any]:
+        found: dict[str, Any] = {"old": recall(model, old_test(model, past, held), count), "epochs": model.fit.epochs}
+        if test is not None:
+            found["new"] = recall(model, test)
+            best = model.retriever.rank(test, K, True)
+            found["new_items_in_lists"] = float(new_items[best[best >= 0]].mean())
+        return found
+
+    kept("parent", lambda: measured(parent, None))
+    for rate in args.rates:
+        for replay in args.replay:
+            changes = {
+                "replay": replay,
+                "learning_rate": base.training.learning_rate * rate,
+                "max_epochs": args.more,
+            }
+            config = base.model_copy(update={"training": base.training.model_copy(update=changes)})
+            kept(
+                f"continued, replay {replay:g}, rate {rate:g}",
+                lambda config=config: measured(tt.fit(days, config, start=folder, progress=False), days.test),
+            )
+    more = base.model_copy(update={"training": base.training.model_copy(update={"max_epochs": args.more})})
+    kept("afresh", lambda: measured(tt.fit(alone(days), more, progress=False), days.test))
+    kept("retrained", lambda: measured(tt.fit(plain(days), base, progress=False), days.test))
+
+
+def plain(days: Split) -> Split:
+    """The same rows and questions for a training from the beginning."""
+    return Split(days.train, days.validation, days.test, days.account, days.name, days.settings, days.data)
+
+
+def alone(days: Any) -> Split:
+    """The new rows only, with the vocabularies of all."""
+    return Split(
+        days.train.select(~days.learnt), days.validation, days.test, days.account, days.name, days.settings, days.data
+    )
+
+
+def about(args: argparse.Namespace, data: Interactions) -> dict[str, Any]:
+    """What the numbers were measured with."""
+    told = {name: value for name, value in vars(args).items() if name not in ("work", "results")}
+    return {
+        "benchmark": "continuing", "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in told.items()},
+        "rows": len(data), "threads": torch.get_num_threads(), "versions": library_versions(), "k": K,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Run what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--queries", type=int, default=None, help="so many queries, drawn once; all unless told")
+    parser.add_argument("--cut", type=float, default=0.8, help="share of the rows that are the past")
+    parser.add_argument("--least", type=int, default=5, help="rows a query needs to give its last one away")
+    parser.add_argument("--epochs", type=int, default=10, help="of the parent")
+    parser.add_argument("--more", type=int, default=5, help="epochs of a continuation, at most")
+    parser.add_argument("--replay", type=float, nargs="+", default=[0.0, 1.0, 3.0])
+    parser.add_argument("--rates", type=float, nargs="+", default=[1.0, 0.3, 0.1])
+    parser.add_argument("--config", default=None, help="a preset or a YAML file")
+    parser.add_argument("--set", nargs="*", default=[])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    data = Interactions.read(args.data)
+    if args.queries is not None:
+        chosen = np.random.default_rng(0).permutation(data.num_queries)[: args.queries]
+        data = Interactions.from_frame(frame_of(data.select(np.isin(data.query_codes(), chosen))))
+    stored = json.loads(args.results.read_text())["runs"] if args.results.exists() else {}
+    with tempfile.TemporaryDirectory() as work:
+        args.work = Path(work)
+        for seed in args.seeds:
+            run_seed(args, data, seed, stored)
+
+
+if __name__ == "__main__":
+    main()
