@@ -31,6 +31,7 @@ ROOMS = [
     "comparison",
     "terminal",
     "cli_answers",
+    "cli_items",
     "cli_serve",
     "cli",
 ]

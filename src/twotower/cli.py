@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from twotower.cli_answers import commands
+from twotower.cli_items import commands as catalog
 from twotower.cli_serve import commands as serving
 from twotower.errors import InputError
 from twotower.terminal import Json, Run, console, messages, print_json
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(commands)
+app.add_typer(catalog)
 app.add_typer(serving)
 
 

@@ -55,8 +55,8 @@ def recommend(
         "exclude_seen": not keep_seen,
         "popularity": popularity,
         "filter": filter_,
-        "allow": _listed(allow, "--allow"),
-        "deny": _listed(deny, "--deny"),
+        "allow": listed(allow, "--allow"),
+        "deny": listed(deny, "--deny"),
     }
     if source is not None or target is not None:
         if source is None or target is None or query is not None or history is not None:
@@ -246,7 +246,7 @@ def _ids(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _listed(text: str | None, option: str) -> list[str] | None:
+def listed(text: str | None, option: str) -> list[str] | None:
     """Ids of an option, or of the file it names."""
     if text is None or not text.startswith("@"):
         return None if text is None else _ids(text)

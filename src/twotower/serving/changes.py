@@ -57,7 +57,7 @@ class GrownVocabulary(Vocabulary):
     def encode(self, ids: IdValues) -> Codes:
         """See `Vocabulary.encode`."""
         wanted = ids_of(ids, "ids")
-        codes = self._first.encode(wanted)
+        codes = np.array(self._first.encode(wanted))  # what comes back may not be written to
         missing = np.flatnonzero(codes < 0)
         if len(missing):
             later = self._later.encode(wanted.gather(missing))
