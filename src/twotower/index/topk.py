@@ -68,7 +68,9 @@ def top_k(
         raise ValueError(f"k must be at least 1, got {k}")
     if num_items > MAX_COLUMNS:
         raise ValueError(f"a catalog of {num_items} items is too large: at most {MAX_COLUMNS} can be ranked")
-    columns = column_tile or min(max(num_items, 1), _MAX_TILE_COLUMNS)
+    # Few rows make small tiles, of which there would be many: each has a price that does not depend on its size.
+    widest = max(_MAX_TILE_COLUMNS, _TILE_ELEMENTS // (4 * max(num_rows, 1)))
+    columns = column_tile or min(max(num_items, 1), widest)
     kept = min(k, num_items)
     # A row needs room for its results and for one whole tile that passes the filter.
     rows_fit = max(1, 8 * _TILE_ELEMENTS // (kept + columns))
