@@ -180,6 +180,7 @@ def test_gradients_are_finite_differences_of_the_formulas(name, strength, train)
 def test_every_objective_trains_on_what_its_plain_form_says(name, mask, weighted, train, monkeypatch):
     monkeypatch.setattr(tiling, "tile_starts", lambda rows, *_: [*range(0, rows, 3), rows])
     monkeypatch.setattr(tiles, "BLOCK_NUMBERS", 12)
+    monkeypatch.setattr(tiles, "LEAST_WIDTH", 1)
     case = Case(name, train, mask=mask, rows=8, seed=3, strength=0.8)
     weights = torch.linspace(0.1, 1.0, 8, dtype=torch.float64) if weighted else None
     found = []

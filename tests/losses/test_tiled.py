@@ -32,6 +32,7 @@ def tiles(request, monkeypatch):
     if request.param == "many tiles":
         monkeypatch.setattr(cutting, "TILE_MEMORY", 40)
         monkeypatch.setattr(cutting, "BLOCK_NUMBERS", 40)
+        monkeypatch.setattr(cutting, "LEAST_WIDTH", 1)
         monkeypatch.setattr(tiling, "tile_starts", lambda rows, *_: [*range(0, rows, 4), rows])
 
 

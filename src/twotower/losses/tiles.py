@@ -9,15 +9,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-#: Most memory of a tile, bytes.
-TILE_MEMORY = 256 << 20
+#: Most memory of a tile, bytes; with what the products themselves need it stays below 256 MiB.
+TILE_MEMORY = 245 << 20
 #: On CPU a tile has about this many numbers, 8 MiB of float32, but at least `LEAST_ROWS` rows: what is computed is
 #: still in the caches when it is read again, and the products are large enough for their library to be at its best.
 TILE_NUMBERS = 1 << 21
 LEAST_ROWS = 512
-#: A larger tile is worked on in blocks of so many numbers. Narrower blocks of small tiles only cost: a third more at
-#: 512 rows in blocks of 1,024 than at once.
-BLOCK_NUMBERS = 1 << 22
+#: A larger tile is worked on in blocks of about so many numbers, at least `LEAST_WIDTH` candidates: the library
+#: takes memory for a copy of them. Narrow blocks cost: a third more at 512 rows in blocks of 1,024 than at once.
+BLOCK_NUMBERS = 1 << 20
+LEAST_WIDTH = 8192
 
 _workspace = threading.local()
 
@@ -37,7 +38,7 @@ def tile_starts(rows: int, candidates: int, like: Tensor) -> list[int]:
 
 def tile_blocks(rows: int, candidates: int, like: Tensor) -> list[tuple[slice, Tensor]]:
     """A tile's candidates in blocks, with the memory that each block's logits are written to, [rows, m]."""
-    width = candidates if like.device.type != "cpu" else max(BLOCK_NUMBERS // rows, 1)
+    width = candidates if like.device.type != "cpu" else max(BLOCK_NUMBERS // rows, LEAST_WIDTH)
     # On an accelerator the allocator keeps its memory; on the CPU fresh memory costs a page fault every 4 KiB.
     buffer = like.new_empty(rows * candidates) if like.device.type != "cpu" else _buffer(rows * candidates, like.dtype)
     blocks = []

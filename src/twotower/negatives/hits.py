@@ -36,7 +36,7 @@ class Hits:
         self.rows, self.size = rows, size
         self.items, self.empty = items, empty
         self._dense: Tensor | None = None
-        self._found: list[tuple[Tensor, Tensor, Tensor]] | None = None
+        self._found: list[tuple[Tensor, Tensor, Tensor | None]] | None = None
         self._order: Tensor | None = None
 
     @classmethod
@@ -81,11 +81,9 @@ class Hits:
         found: list[tuple[Tensor, Tensor, Tensor | None, list[int]]] = []
         for row, first, copies in self._index():
             bounds = torch.searchsorted(row, asked).tolist()
-            if len(copies) == 0 or int(copies.max()) == 1:  # as it is where copies were merged: nothing left to do
-                place = first if self._order is None else self._order[first]
-                found.append((row, place, None, bounds))
-            else:
-                found.append((row, first, copies, bounds))
+            if copies is None and self._order is not None:
+                first = self._order[first]  # noqa: PLW2901
+            found.append((row, first, copies, bounds))
         for tile, start in enumerate(starts[:-1]):
             rows, places = [], []
             for row, first, several, bounds in found:
@@ -135,7 +133,8 @@ class Hits:
         first = key % self.size
         _, copies, order = self._ordered()
         sums = torch.cat([weight.new_zeros(1), (weight if order is None else weight[order]).cumsum(0)])
-        return total.index_add_(0, key // self.size, sums[first + copies[first]] - sums[first])
+        last = first + (1 if copies is None else copies[first])
+        return total.index_add_(0, key // self.size, sums[last] - sums[first])
 
     def without(self, own: Tensor, candidates: Tensor) -> Hits:
         """The same but for each row's own item, [B], among the candidates' codes, [M]; empty places stay."""
@@ -167,30 +166,39 @@ class Hits:
             empty=None if self.empty is None else self.empty.to(device),
         )
 
-    def _index(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """For each set of pairs, those that are candidates: row, ascending; first place in `_order`; copies."""
+    def _index(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """For each set of pairs, those that are candidates: row, ascending; first place in `_order`; copies.
+
+        Copies are None where no item stands twice among the candidates.
+        """
         if self._found is None:
-            keys, copies, order = self._ordered()
-            self._order = order
+            keys, copies, self._order = self._ordered()
             self._found = []
             for row, item in self.pairs:
                 first = item if keys is None else first_places(keys, item)
-                live = first >= 0
-                row, first = row[live], first[live]  # noqa: PLW2901  # the rest is of no use
+                live = (first >= 0).nonzero()[:, 0]
+                if len(live) < len(first):  # the rest is of no use
+                    row, first = row.index_select(0, live), first.index_select(0, live)  # noqa: PLW2901
                 if bool((row[1:] < row[:-1]).any()):
                     row, turn = torch.sort(row, stable=True)  # noqa: PLW2901
                     first = first[turn]
-                self._found.append((row, first, copies[first] if len(copies) else first))
+                self._found.append((row, first, None if copies is None else copies[first]))
         return self._found
 
-    def _ordered(self) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """Items in ascending order, how many of an item stand from each place on, and where they stand."""
+    def _ordered(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Items in ascending order; how many of an item stand from each place on; where they stand.
+
+        None where pairs name places; where no item stands twice; where they ascend already.
+        """
         if self.items is None:
-            device = self.pairs[0][0].device if self.pairs else None
-            return None, torch.ones(self.size, dtype=torch.int64, device=device), None
-        keys, order = torch.sort(self.items, stable=True)
-        place = torch.arange(len(keys), device=keys.device)
-        return keys, torch.searchsorted(keys, keys, right=True) - place, order
+            return None, None, None
+        keys, order = self.items, None
+        if not bool((keys[1:] > keys[:-1]).all()):
+            keys, order = torch.sort(keys, stable=True)
+            if bool((keys[1:] == keys[:-1]).any()):
+                place = torch.arange(len(keys), device=keys.device)
+                return keys, torch.searchsorted(keys, keys, right=True) - place, order
+        return keys, None, order
 
     def _expand(self, row: Tensor, first: Tensor, copies: Tensor) -> Pairs:
         """Each hit once for every copy of its item."""
@@ -209,8 +217,10 @@ def first_places(keys: Tensor, item: Tensor) -> Tensor:
     if size <= 8 * (len(keys) + len(item)):
         head = torch.ones_like(keys, dtype=torch.bool)
         head[1:] = keys[1:] != keys[:-1]
-        table = torch.full((size + 1,), -1, dtype=torch.int32, device=keys.device)
-        table[keys[head]] = head.nonzero()[:, 0].to(torch.int32)
-        return table[torch.where((item >= 0) & (item < size), item, size)].long()
+        heads = head.nonzero()[:, 0]
+        # A place at either end for codes below and above those of the catalog.
+        table = torch.full((size + 2,), -1, dtype=torch.int32, device=keys.device)
+        table.index_copy_(0, keys[heads] + 1, heads.to(torch.int32))
+        return table.index_select(0, item.clamp(min=-1, max=size) + 1).long()
     place = torch.searchsorted(keys, item).clamp_(max=len(keys) - 1)
     return torch.where(keys[place] == item, place, -1)
