@@ -74,7 +74,9 @@ class SequenceConfig(Section):
     heads: int = Field(2, ge=1, le=64, description="Attention heads of each block; they divide D.")
     expansion: float = Field(4.0, gt=0, le=16, description="Units of a block's feed-forward layer, over D.")
     gated: bool = Field(False, description="RMSNorm and SwiGLU in the blocks instead of LayerNorm and GELU.")
-    recency: bool = Field(False, description="A learned bias of attention for each distance, one for each head.")
+    recency: int = Field(
+        0, ge=0, le=64, description="Averages of the items so far, with learned weights by distance, around the encoder."
+    )
     dropout: float = Field(0.2, ge=0, lt=1, description="Of the input, of what blocks add, and of their hidden units.")
 
 

@@ -8,28 +8,32 @@ import pytest
 import torch
 
 from twotower.data.packing import Packed, length_groups, pack, pack_histories
-from twotower.towers import EmbeddingTable, Recurrent, SequenceTower, Transformer
+from twotower.towers import EmbeddingTable, RecencyAverages, Recurrent, SequenceTower, Transformer
 
 ITEMS, WIDTH, LENGTH = 40, 16, 12
 
+#: Encoder, and the number of averages by recency.
 KINDS = {
-    "classic": {"gated": False, "recency": False},
-    "classic, recency": {"gated": False, "recency": True},
-    "gated": {"gated": True, "recency": False},
-    "gated, recency": {"gated": True, "recency": True},
-    "gru": None,
+    "classic": ("classic", 0),
+    "classic, recency": ("classic", 3),
+    "gated": ("gated", 0),
+    "gated, recency": ("gated", 1),
+    "gru": ("gru", 0),
+    "gru, recency": ("gru", 2),
 }
 
 
 def tower_of(kind: str, *, dropout: float = 0.0, item_dropout: float = 0.0, seed: int = 0) -> SequenceTower:
     torch.manual_seed(seed)
-    settings = KINDS[kind]
+    name, heads = KINDS[kind]
     encoder = (
         Recurrent(WIDTH, layers=2, dropout=dropout)
-        if settings is None
-        else Transformer(WIDTH, LENGTH + 1, blocks=2, heads=2, hidden=24, dropout=dropout, **settings)
+        if name == "gru"
+        else Transformer(WIDTH, LENGTH + 1, blocks=2, heads=2, hidden=24, dropout=dropout, gated=name == "gated")
     )
-    tower = SequenceTower(encoder, EmbeddingTable(ITEMS, WIDTH), WIDTH, length=LENGTH, item_dropout=item_dropout)
+    recency = RecencyAverages(LENGTH + 1, heads) if heads else None
+    table = EmbeddingTable(ITEMS, WIDTH)
+    tower = SequenceTower(encoder, table, WIDTH, length=LENGTH, recency=recency, item_dropout=item_dropout)
     with torch.no_grad():  # weights at which every part matters
         for parameter in tower.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -97,10 +101,26 @@ def slow_attention(x, attention):
             weights = []
             for j in range(i + 1):
                 score = float(joined[i, 0, h] @ joined[j, 1, h]) / math.sqrt(size)
-                weights.append(math.exp(score + (0.0 if attention.bias is None else float(attention.bias[h, i - j]))))
+                weights.append(math.exp(score))
             for j, weight in enumerate(weights):
                 out[i, h] += weight / sum(weights) * joined[j, 2, h]
     return out.reshape(len(x), width) @ attention.output.weight.T + attention.output.bias
+
+
+def slow_input(tower, codes):
+    """What the encoder reads, and what is added to what it gives (None: nothing), token by token."""
+    x = torch.cat([tower.start[None], tower.history_items.weight[codes]])
+    if tower.recency is None:
+        return x * math.sqrt(WIDTH), None
+    read, added = [], []
+    for i in range(len(x)):
+        averages = []
+        for by_distance in tower.recency.log_weight:
+            weights = [math.exp(float(by_distance[i - j])) for j in range(i + 1)]
+            averages.append(sum(w * x[j] for j, w in enumerate(weights)) / sum(weights))
+        read.append(x[i] * math.sqrt(WIDTH) + tower.mixed.weight @ torch.cat(averages))
+        added.append(sum(averages) / len(averages))
+    return torch.stack(read), torch.stack(added)
 
 
 def slow_norm(x, norm):
@@ -121,25 +141,27 @@ def slow_feedforward(x, layer):
     return inner @ layer.outer.weight.T + layer.outer.bias
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gru"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "gru" not in kind])
 @torch.no_grad()
 def test_a_transformer_is_what_its_formula_says(kind):
     tower = tower_of(kind).eval()
     codes = torch.tensor([3, 17, 3, 39, 0, 8])
-    x = torch.cat([tower.start[None], tower.history_items.weight[codes] * math.sqrt(WIDTH)])
+    x, added = slow_input(tower, codes)
     x = x + tower.encoder.positions[: len(x)]
     for block in tower.encoder.blocks:
         x = x + slow_attention(slow_norm(x, block.attention_norm), block.attention)
         x = x + slow_feedforward(slow_norm(x, block.feedforward_norm), block.feedforward)
-    expected = slow_norm(x, tower.encoder.norm)[-1]
+    encoded = slow_norm(x, tower.encoder.norm)[-1]
+    expected = encoded if added is None else encoded / math.sqrt(WIDTH) + added[-1]
     assert float((tower(torch.tensor([-1]), codes[None])[0] - expected).abs().max()) < 1e-9
 
 
+@pytest.mark.parametrize("kind", ["gru", "gru, recency"])
 @torch.no_grad()
-def test_a_gru_is_what_its_formula_says():
-    tower = tower_of("gru").eval()
+def test_a_gru_is_what_its_formula_says(kind):
+    tower = tower_of(kind).eval()
     codes = torch.tensor([3, 17, 3, 39, 0, 8])
-    x = torch.cat([tower.start[None], tower.history_items.weight[codes] * math.sqrt(WIDTH)])
+    x, added = slow_input(tower, codes)
     for layer in tower.encoder.layers:
         state, states = torch.zeros(WIDTH, dtype=torch.float64), []
         w, u, b, c = layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0, layer.bias_hh_l0
@@ -151,7 +173,8 @@ def test_a_gru_is_what_its_formula_says():
             state = (1 - z) * n + z * state
             states.append(state)
         x = torch.stack(states)
-    expected = slow_norm(x, tower.encoder.norm)[-1]
+    encoded = slow_norm(x, tower.encoder.norm)[-1]
+    expected = encoded if added is None else encoded / math.sqrt(WIDTH) + added[-1]
     assert float((tower(torch.tensor([-1]), codes[None])[0] - expected).abs().max()) < 1e-9
 
 
@@ -182,8 +205,10 @@ def test_histories_of_any_length_in_any_order(kind):
     nobody = torch.full((50,), -1)
     found = tower(nobody, history)
     assert float((tower._rectangle(history) - found).abs().max()) < 1e-9
-    alone = tower.encoder(tower.start[None], torch.zeros(1, dtype=torch.int64), ((1, 1),))
-    assert float((found[7] - alone[0]).abs().max()) < 1e-9
+    read, added = slow_input(tower, history[7, :0])
+    alone = tower.encoder(read, torch.zeros(1, dtype=torch.int64), ((1, 1),))[0]
+    alone = alone if added is None else alone / math.sqrt(WIDTH) + added[0]
+    assert float((found[7] - alone).abs().max()) < 1e-9
     with torch.enable_grad():
         assert float((tower(nobody, history) - found).detach().abs().max()) < 1e-9
     assert tower(nobody[:0], history[:0]).shape == (0, WIDTH)

@@ -6,6 +6,7 @@ from twotower.towers.dnn import DNN, MLP
 from twotower.towers.encoders import PooledHistory, QueryTower, TwoTower
 from twotower.towers.features import FeatureInputs
 from twotower.towers.items import ItemTower
+from twotower.towers.recency import RecencyAverages
 from twotower.towers.recurrent import Recurrent
 from twotower.towers.sequence import SequenceTower
 from twotower.towers.tables import EmbeddingTable
@@ -18,6 +19,7 @@ __all__ = [
     "ItemTower",
     "PooledHistory",
     "QueryTower",
+    "RecencyAverages",
     "Recurrent",
     "SequenceTower",
     "Transformer",

@@ -17,28 +17,18 @@ Shapes = tuple[tuple[int, int], ...]
 class CausalAttention(nn.Module):
     """Multi-head attention of every token to itself and the tokens before it in its sequence (Vaswani et al. 2017).
 
-        y_i = W_o concat_h sum_{j <= i} softmax_j( <q_i, k_j> / sqrt(d) + a_h(i - j) ) v_j
-
-    The optional a_h(distance) is learned, and starts as -distance ln 2 / half-life_h, one half-life for each head: how
-    much recency matters is the data's to say (relative biases: Raffel et al. 2020; linear start: Press et al. 2022).
+        y_i = W_o concat_h sum_{j <= i} softmax_j( <q_i, k_j> / sqrt(d) ) v_j
 
     Args:
         width: D.
         heads: divides D.
-        length: longest sequence, in tokens.
-        recency: whether there is an a_h.
     """
 
-    def __init__(self, width: int, heads: int, *, length: int, recency: bool) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.projection = nn.Linear(width, 3 * width)
         self.output = nn.Linear(width, width)
-        self.bias: nn.Parameter | None = None
-        if recency:
-            # Half-lives 1, 4, 16, ... tokens; the last of several heads starts even.
-            rates = [0.0 if head == heads - 1 and heads > 1 else math.log(2) * 0.25**head for head in range(heads)]
-            self.bias = nn.Parameter(-torch.tensor(rates)[:, None] * torch.arange(length, dtype=torch.float32))
 
     def forward(self, x: Tensor, shapes: Shapes) -> Tensor:
         """[P, D] of groups with the given (sequences, longest) -> [P, D]."""
@@ -49,29 +39,21 @@ class CausalAttention(nn.Module):
             # [3, sequences, heads, longest, width of a head]
             shaped = part.view(sequences, longest, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
             query, key, value = shaped.unbind(0)
-            if self.bias is None:
-                found = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-            else:
-                found = attend(query, key, value, causal_bias(self.bias, longest))
+            found = attend(query, key, value)
             attended.append(found.transpose(1, 2).reshape(sequences * longest, width))
         output: Tensor = self.output(torch.cat(attended))
         return output
 
 
-def causal_bias(bias: Tensor, longest: int) -> Tensor:
-    """[heads, L] by distance -> [heads, longest, longest] by (i, j): bias[:, i - j] where j <= i, else -inf."""
-    place = torch.arange(longest, device=bias.device)
-    distance = place[:, None] - place
-    return bias[:, distance.clamp(min=0)].masked_fill(distance < 0, -torch.inf)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """Attention with a bias [heads, i, j] that is trained; [S, heads, longest, d] each."""
-    if query.device.type == "cpu":
-        # The fused kernel gives no gradient to a bias, and what torch then does takes twice as long as this.
-        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-        return torch.softmax(scores + bias.to(scores.dtype), -1) @ value
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal attention, [sequences, heads, longest, width of a head] each."""
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        # In bfloat16 torch's fused kernel takes two to four times as long on a CPU as two products and a softmax.
+        longest = query.shape[2]
+        later = torch.ones(longest, longest, dtype=torch.bool, device=query.device).triu_(1)
+        scores = (query * query.shape[3] ** -0.5) @ key.transpose(2, 3)
+        return torch.softmax(scores.masked_fill_(later, -torch.inf), -1) @ value
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
 
 class Classic(nn.Module):
@@ -127,20 +109,16 @@ class Block(nn.Module):
     Args:
         width: D.
         heads: of the attention.
-        length: longest sequence, in tokens.
         hidden: units of the feed-forward layer.
         dropout: of what the two add, and of the hidden units.
         gated: which of the two blocks.
-        recency: whether the attention has a bias by distance.
     """
 
-    def __init__(
-        self, width: int, heads: int, *, length: int, hidden: int, dropout: float, gated: bool, recency: bool
-    ) -> None:
+    def __init__(self, width: int, heads: int, *, hidden: int, dropout: float, gated: bool) -> None:
         super().__init__()
         norm = nn.RMSNorm if gated else nn.LayerNorm
         self.attention_norm, self.feedforward_norm = norm(width), norm(width)
-        self.attention = CausalAttention(width, heads, length=length, recency=recency)
+        self.attention = CausalAttention(width, heads)
         self.feedforward: Gated | Classic = (Gated if gated else Classic)(width, hidden, dropout)
         self.dropout = Dropout(dropout)
 
@@ -167,7 +145,6 @@ class Transformer(nn.Module):
         hidden: units of each feed-forward layer.
         dropout: of the input, and in the blocks.
         gated: which kind of block.
-        recency: whether attention has a bias by distance.
     """
 
     def __init__(
@@ -180,14 +157,12 @@ class Transformer(nn.Module):
         hidden: int,
         dropout: float,
         gated: bool = False,
-        recency: bool = False,
     ) -> None:
         super().__init__()
         self.positions = nn.Parameter(torch.randn(length, width) * 0.02)
         self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(
-            Block(width, heads, length=length, hidden=hidden, dropout=dropout, gated=gated, recency=recency)
-            for _ in range(blocks)
+            Block(width, heads, hidden=hidden, dropout=dropout, gated=gated) for _ in range(blocks)
         )
         self.norm = (nn.RMSNorm if gated else nn.LayerNorm)(width)
         for module in self.modules():

@@ -11,6 +11,7 @@ from twotower.towers.attention import Transformer
 from twotower.towers.encoders import PooledHistory, QueryTower, TwoTower
 from twotower.towers.features import FeatureInputs
 from twotower.towers.items import ItemTower
+from twotower.towers.recency import RecencyAverages
 from twotower.towers.recurrent import Recurrent
 from twotower.towers.sequence import SequenceTower
 from twotower.towers.tables import EmbeddingTable, store_tables
@@ -135,9 +136,15 @@ def build_sequence_tower(
             hidden=max(round(sequence.expansion * dimension), 1),
             dropout=sequence.dropout,
             gated=sequence.gated,
-            recency=sequence.recency,
         )
-    return SequenceTower(encoder, history_items, dimension, length=settings.length, item_dropout=settings.dropout)
+    return SequenceTower(
+        encoder,
+        history_items,
+        dimension,
+        length=settings.length,
+        recency=RecencyAverages(settings.length + 1, sequence.recency) if sequence.recency else None,
+        item_dropout=settings.dropout,
+    )
 
 
 def refuse_beside_sequence(config: Config, query_features: EncodedTable | None) -> None:

@@ -13,6 +13,7 @@ from twotower.towers.dnn import Rows
 from twotower.towers.dropout import LEVELS, keep
 from twotower.towers.features import FeatureInputs
 from twotower.towers.items import ItemTower
+from twotower.towers.recency import RecencyAverages
 from twotower.towers.recurrent import Recurrent
 
 #: Tokens encoded at once where nothing is trained: bounds the memory of a ranking.
@@ -22,7 +23,14 @@ TOKENS = 16_384
 class SequenceTower(nn.Module):
     """A causal encoder over the start token and the newest L items; its output at a token embeds the query there.
 
-        u_t = encoder(e_start, e(item_1), ..., e(item_t))_t,   e(item) sqrt(D) going in (Vaswani et al. 2017)
+        u_t = encoder(x_0, ..., x_t)_t,   x_0 = start, x_i = sqrt(D) e(item_i)                     (Vaswani et al. 2017)
+
+    With `recency` averages r_h of what stands before, weighted by distance, join both ends of the encoder,
+
+        x_i = sqrt(D) e(item_i) + W [r_1,i, ..., r_H,i],   u_t = encoder(x)_t / sqrt(D) + mean_h r_h,t
+
+    so that a history speaks in the space of the items from the first step on, where both sides share one table, as in
+    `QueryTower`; the encoder learns what to change about that.
 
     An empty history is the start token alone. Items before the newest L are not looked at.
 
@@ -32,6 +40,7 @@ class SequenceTower(nn.Module):
             which embeds each distinct item with its features.
         dimension: D.
         length: L.
+        recency: the averages; None for an encoder alone.
         item_dropout: share of the items hidden in training, so that no single one is relied on.
     """
 
@@ -45,6 +54,7 @@ class SequenceTower(nn.Module):
         dimension: int,
         *,
         length: int,
+        recency: RecencyAverages | None = None,
         item_dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -54,6 +64,9 @@ class SequenceTower(nn.Module):
         self.length = length
         self.scale = math.sqrt(dimension)
         self.item_dropout = item_dropout
+        self.recency = recency
+        if recency is not None:
+            self.mixed = nn.Linear(recency.heads * dimension, dimension, bias=False)
 
     def forward(self, queries: Tensor, history: Tensor | None, features: list[Tensor] | None = None) -> Tensor:
         """Histories int64 [B, at most L], newest last, -1 on the left where there are fewer -> [B, D].
@@ -88,13 +101,17 @@ class SequenceTower(nn.Module):
 
     def _encode(self, tokens: Tensor, positions: Tensor, shapes: tuple[tuple[int, int], ...]) -> Tensor:
         is_item = tokens != START
-        x = self._look_up(tokens.clamp(min=0)) * self.scale
+        x = self._look_up(tokens.clamp(min=0))
         if self.training and self.item_dropout > 0:
             shown = is_item & _shown(tokens, self.item_dropout)
             x = x * shown[:, None]
         x = torch.where(is_item[:, None], x, self.start)
-        encoded: Tensor = self.encoder(x, positions, shapes)
-        return encoded
+        if self.recency is None:
+            encoded: Tensor = self.encoder(x * self.scale, positions, shapes)
+            return encoded
+        averages = self.recency(x, shapes)
+        encoded = self.encoder(x * self.scale + self.mixed(averages.flatten(1)), positions, shapes)
+        return encoded / self.scale + averages.mean(1)
 
     def _look_up(self, codes: Tensor) -> Tensor:
         table: nn.Module | Rows = self.history_items
