@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,6 +33,9 @@ def recommend(
     directory: Run,
     query: Query = None,
     history: History = None,
+    features: Annotated[
+        str | None, typer.Option("--features", metavar="JSON", help="Features of the query: '{\"age\": 30}'.")
+    ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="How many items.")] = 10,
     keep_seen: Annotated[bool, typer.Option("--keep-seen", help="Also recommend items of the history.")] = False,
     popularity: Popularity = 1.0,
@@ -47,7 +51,7 @@ def recommend(
     exact: Annotated[bool, typer.Option("--exact", help="Search exactly, whatever index there is.")] = False,
     as_json: Json = False,
 ) -> None:
-    """The best items for a query, for a history of items, or for every row of a file."""
+    """The best items for a query, for a history of items, for features, or for every row of a file."""
     from twotower.serving import Retriever  # noqa: PLC0415
 
     asked: dict[str, Any] = {
@@ -59,21 +63,26 @@ def recommend(
         "deny": listed(deny, "--deny"),
     }
     if source is not None or target is not None:
-        if source is None or target is None or query is not None or history is not None:
-            raise InputError("recommend: expected --input FILE with --output FILE, and neither --query nor --history")
+        if source is None or target is None or not (query is history is features is None):
+            raise InputError(
+                "recommend: expected --input FILE with --output FILE, and neither --query nor --history nor --features"
+            )
         _file(Retriever.load(directory, exact=exact), source, target, asked, resume, force, as_json)
         return
-    if (query is None) == (history is None):
+    if (query is None) == (history is None) and features is None:
         raise InputError("recommend: expected --query ID or --history ITEM,ITEM,...; give one of the two")
+    if query is not None and history is not None:
+        raise InputError("recommend: expected --query ID or --history ITEM,ITEM,...; give one of the two")
+    told = None if features is None else [_features(features)] * (1 if query is None else len(query))
     retriever = Retriever.load(directory, exact=exact)
-    found = retriever.recommend(query, histories=None if history is None else [_ids(history)], **asked)
+    found = retriever.recommend(query, histories=None if history is None else [_ids(history)], features=told, **asked)
     if as_json:
         print_json(found.to_dicts())
         return
     for of, rows in found.group_by("query", maintain_order=True):
         if query is not None:
             print_frame(f"The latest items of {of[0]}", retriever.history(of[0]).tail(5).reverse())
-        print_frame(f"Recommended for {of[0] if query is not None else 'this history'}", rows.drop("query"))
+        print_frame(f"Recommended for {of[0] if query is not None else 'this query'}", rows.drop("query"))
     if not len(found):
         console.print("No item is left to recommend.")
     _tell_index(retriever)
@@ -240,6 +249,16 @@ def _file(
 def _tell_index(retriever: Retriever) -> None:
     if not retriever.index.is_exact:
         console.print(f"Found by the {retriever.index.kind} index; --exact searches every item.", highlight=False)
+
+
+def _features(text: str) -> dict[str, Any]:
+    try:
+        row = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"--features {text}: not valid JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise InputError(f"--features {text}: expected an object of columns and values, such as " + "'{\"age\": 30}'")
+    return row
 
 
 def _ids(text: str) -> list[str]:

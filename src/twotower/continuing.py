@@ -126,7 +126,9 @@ def rows_to_learn(split: Split, parent: Parent | None, settings: Config) -> NDAr
         raise InputError(
             "fit: to go on with a model, give start=MODEL and the split that continue_with(MODEL, data) makes"
         )
-    return split.rows_to_learn(settings.training.replay, settings.training.seed)
+    history = settings.query_tower.history
+    whole = history is not None and history.sequence is not None
+    return split.rows_to_learn(settings.training.replay, settings.training.seed, whole=whole)
 
 
 def new_days(

@@ -288,16 +288,16 @@ def make_batches(
         rows: the rows of them to learn from; None for all.
 
     Raises:
-        InputError: whole sequences are to be read, and some rows to be left out, or batches built within groups.
+        InputError: whole sequences are to be read, and batches built within groups.
     """
     size, seed, length = int(config.training.batch_size), config.training.seed, history_length(config)
     grouped = config.objective.frequency.startswith("grouped")
     if config.query_tower.history is not None and config.query_tower.history.sequence is not None:
         if grouped:
             raise InputError("objective.frequency: grouped: a sequence may run over several groups; expected counted")
-        if rows is not None:
-            raise InputError("--from: a sequence tower learns from whole sequences; train it on all days anew")
-        return SequenceBatches(train, size, history_length=length, seed=seed)
+        return SequenceBatches(
+            train if rows is None else train.select(rows), size, history_length=length, seed=seed
+        )  # rows are those of whole queries: ContinuedSplit.rows_to_learn
     batches = TrainingBatches(train, size, history_length=length, seed=seed, rows=rows)
     return GroupedBatches(batches) if grouped else batches
 

@@ -118,6 +118,22 @@ def test_what_is_learnt_again_is_new_or_drawn_from_the_past():
     assert not np.array_equal(made.rows_to_learn(0.5, seed=1), made.rows_to_learn(0.5, seed=2))
 
 
+@pytest.mark.parametrize("replay", [0.0, 1.0, 3.0])
+def test_whole_queries_are_learnt_where_a_tower_reads_sequences(replay):
+    made = continued(past_of(OLD), Interactions.from_frame(NEW), PROTOCOLS["time"])
+    rows = made.rows_to_learn(replay, seed=0, whole=True)
+    chosen = made.train.select(rows)
+    sizes, all_sizes = np.diff(chosen.offsets), np.diff(made.train.offsets)
+    assert (sizes[sizes > 0] == all_sizes[sizes > 0]).all()
+    assert set(np.flatnonzero(~made.learnt)) <= set(rows)
+    replayed = len(rows) - int((~made.learnt).sum())
+    active = np.zeros(made.train.num_queries, dtype=bool)
+    active[made.train.query_codes()[~made.learnt]] = True
+    least = int(made.learnt[active[made.train.query_codes()]].sum())
+    wanted = min(replay * int((~made.learnt).sum()), int(made.learnt.sum()))
+    assert max(least, wanted) <= replayed <= max(least, wanted) + all_sizes.max()
+
+
 def test_an_item_table_that_is_the_catalog_withdraws_what_it_does_not_list():
     table = pl.DataFrame({"item_id": [*range(10, 60), 200], "title": [f"t{j}" for j in [*range(10, 60), 200]]})
     data = Interactions.from_frame(NEW, items=table, catalog="table")

@@ -68,15 +68,29 @@ class ContinuedSplit(Split):
     dates: tuple[int, int] | None = None
     new_item_table: pl.DataFrame | None = None
 
-    def rows_to_learn(self, replay: float, seed: int) -> Codes:
+    def rows_to_learn(self, replay: float, seed: int, *, whole: bool = False) -> Codes:
         """Row numbers of `train` that a training goes through: all that are new, and a sample of the parent's.
 
+        Drawn once, without replacement, so that the frequency of items in the batches can be counted.
+
         Args:
-            replay: rows of the parent for each new one; fewer where it has not so many. Drawn once, without
-                replacement, so that the frequency of items in the batches can be counted.
+            replay: rows of the parent for each new one; fewer where it has not so many.
             seed: of the draw.
+            whole: take whole queries: all rows of those with a new one, which count as replayed, and then of others
+                until there are enough. For towers that learn from whole sequences.
         """
         known, new = np.flatnonzero(self.learnt), np.flatnonzero(~self.learnt)
         size = min(round(replay * len(new)), len(known))
-        drawn = np.random.default_rng(seed).choice(known, size=size, replace=False) if size else known[:0]
-        return np.sort(np.concatenate([new, drawn])).astype(np.int64)
+        draw = np.random.default_rng(seed)
+        if not whole:
+            drawn = draw.choice(known, size=size, replace=False) if size else known[:0]
+            return np.sort(np.concatenate([new, drawn])).astype(np.int64)
+        owner = self.train.query_codes()
+        taken = np.zeros(self.train.num_queries, dtype=np.bool_)
+        taken[owner[new]] = True
+        sizes = np.diff(self.train.offsets)
+        missing = size - int(taken[owner[known]].sum())
+        if missing > 0:
+            others = draw.permutation(np.flatnonzero(~taken & (sizes > 0)))
+            taken[others[: int(np.searchsorted(np.cumsum(sizes[others]), missing)) + 1]] = True
+        return np.flatnonzero(taken[owner]).astype(np.int64)

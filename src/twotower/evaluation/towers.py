@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from twotower.data import Holdout, ragged_histories
+from twotower.errors import InputError
 from twotower.evaluation.progress import SlowProgress
 from twotower.index import ExactIndex, Exclusion
 from twotower.towers import TwoTower
@@ -70,9 +73,28 @@ class TowerRanker:
         return self.index.search(self.embed(queries, histories), k, exclude)
 
     @torch.no_grad()
-    def embed(self, queries: np.ndarray, histories: tuple[np.ndarray, np.ndarray]) -> Tensor:
-        """u(x) of every query, float32 [E, D]."""
+    def embed(
+        self,
+        queries: np.ndarray,
+        histories: tuple[np.ndarray, np.ndarray],
+        features: Sequence[Mapping[str, Any] | None] | None = None,
+    ) -> Tensor:
+        """u(x) of every query, float32 [E, D].
+
+        Args:
+            queries: codes, int64 [E]; -1 for a query never seen in training.
+            histories: compressed rows (offsets int64 [E+1], item codes), oldest first.
+            features: for each query what its declared columns hold, or None for what training knew of it.
+
+        Raises:
+            InputError: features are given, and the query tower takes none, or a column is missing or of another kind.
+        """
         offsets, items = histories
+        inputs = getattr(self.towers.query_tower, "features", None)
+        if features is not None and inputs is None:
+            raise InputError(
+                "features: the query tower of this model takes none; set query_tower.features and train again"
+            )
         device = self.towers.log_temperature.device
         was_training = self.towers.training
         self.towers.eval()
@@ -84,7 +106,10 @@ class TowerRanker:
             if self.history_length:
                 recent = ragged_histories(offsets, items, rows, self.history_length)
                 history = torch.from_numpy(recent).to(device)
-            parts.append(self.towers.embed_queries(codes, history).float())
+            given = None
+            if features is not None and inputs is not None:
+                given = inputs.encode_some(codes, [features[row] for row in rows])
+            parts.append(self.towers.embed_queries(codes, history, given).float())
         self.towers.train(was_training)
         return torch.cat(parts) if parts else torch.empty(0, self.item_embeddings.shape[1], device=device)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +26,14 @@ class Questions:
         ids: what an answer calls them: ids, or positions where only histories were given.
         codes: int64 [B], -1 for a query that training never saw.
         offsets, items: their histories in compressed rows, int64 [B+1] and item codes, oldest first.
+        features: for each query what its declared columns hold, or None for what training knew of it; None for all.
     """
 
     ids: pl.Series
     codes: Codes
     offsets: Codes
     items: NDArray[np.int32]
+    features: Sequence[Mapping[str, Any] | None] | None = None
 
     @property
     def histories(self) -> tuple[Codes, NDArray[np.int32]]:
@@ -44,6 +46,7 @@ class Questions:
         artifact: Artifact,
         queries: Sequence[Any] | None,
         histories: Sequence[Sequence[Any]] | None,
+        features: Sequence[Mapping[str, Any] | None] | None = None,
     ) -> Questions:
         """From ids.
 
@@ -51,33 +54,41 @@ class Questions:
             artifact: the model.
             queries: ids of known queries; their history in the data is taken unless `histories` is given.
             histories: item ids, oldest first; unknown items are left out.
+            features: what the columns declared in query_tower.features hold, for each query.
 
         Raises:
             InputError: neither is given, a query is unknown, there is not one history for each query, or nothing is
                 known of a query.
         """
-        if queries is None and histories is None:
-            raise InputError("recommend: expected query ids or histories, found neither")
+        if queries is None and histories is None and features is None:
+            raise InputError("recommend: expected query ids, histories or features, found none of them")
         if queries is not None:
             codes = known_codes(artifact.queries, queries, "query", artifact)
             ids = artifact.queries.decode(codes)
         else:
-            codes = np.full(len(histories or []), -1, dtype=np.int64)
+            codes = np.full(len(features or [] if histories is None else histories), -1, dtype=np.int64)
             ids = pl.Series("query", range(len(codes)), dtype=pl.Int64)
-        if histories is None:
-            asked = cls(ids, codes, *stored_histories(artifact, codes))
+        if features is not None and len(features) != len(codes):
+            raise InputError(f"features: expected one row for each query, {len(codes)}; found {len(features)}")
+        if histories is not None:
+            found = _given(artifact.items, histories, len(codes))
+        elif queries is not None:
+            found = stored_histories(artifact, codes)
         else:
-            asked = cls(ids, codes, *_given(artifact.items, histories, len(codes)))
+            found = np.zeros(len(codes) + 1, dtype=np.int64), np.zeros(0, dtype=np.int32)
+        asked = cls(ids, codes, *found, features)
         asked.refuse_unknown()
         return asked
 
     def refuse_unknown(self) -> None:
-        """Refuse a new query whose history holds no item of the catalog.
+        """Refuse a new query without features whose history holds no item of the catalog.
 
         Raises:
             InputError: there is one.
         """
         nothing = (self.codes < 0) & (np.diff(self.offsets) == 0)
+        if self.features is not None:
+            nothing &= np.array([row is None for row in self.features], dtype=np.bool_)
         if bool(nothing.any()):
             row = int(np.flatnonzero(nothing)[0])
             raise InputError(

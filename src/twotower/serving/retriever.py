@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,7 @@ class Retriever:
         queries: Sequence[Any] | None = None,
         *,
         histories: Sequence[Sequence[Any]] | None = None,
+        features: Sequence[Mapping[str, Any] | None] | None = None,
         k: int = 10,
         exclude_seen: bool = True,
         filter: str | None = None,  # noqa: A002  # what a request calls it
@@ -123,6 +124,9 @@ class Retriever:
             queries: ids of known queries; their whole history in the data is taken, unless `histories` is given.
             histories: item ids of each query, oldest first; without `queries` the queries are new ones. Unknown items
                 are left out.
+            features: for each query a dict of the columns declared in query_tower.features; without `queries` the
+                queries are new ones, known by their features and, where given, their histories. None in the place of
+                a dict: what training knew.
             k: how many items for each query.
             exclude_seen: leave out the items of the history.
             filter: a condition on the columns of the item table, such as `country = 'FR' and price < 20`.
@@ -140,7 +144,7 @@ class Retriever:
                 is not known by id; a filter or list that cannot be understood; a dial out of range.
         """
         return self.answer(
-            Questions.of(self.artifact, queries, histories),
+            Questions.of(self.artifact, queries, histories, features),
             _positive(k),
             exclude_seen=exclude_seen,
             allowed=allowed_items(
@@ -210,9 +214,28 @@ class Retriever:
             popularity=checked_popularity(popularity),
         )
 
-    def embed(self, queries: np.ndarray, histories: tuple[np.ndarray, np.ndarray]) -> torch.Tensor:
-        """u(x) of queries by codes and histories, [E, D]. Items that joined after training say nothing to the tower."""
-        return self.ranker.embed(queries, trained_only(histories, len(self.catalog.trained.items)))
+    def embed(
+        self,
+        queries: np.ndarray,
+        histories: tuple[np.ndarray, np.ndarray],
+        features: Sequence[Mapping[str, Any] | None] | None = None,
+    ) -> torch.Tensor:
+        """u(x) of queries by codes, histories and features, [E, D]; see `TowerRanker.embed`.
+
+        Items that joined after training say nothing to the tower.
+        """
+        return self.ranker.embed(queries, trained_only(histories, len(self.catalog.trained.items)), features)
+
+    def check_features(self, features: Mapping[str, Any]) -> None:
+        """Refuse features of a query that `embed` could not use, so that one request does not spoil its batch.
+
+        Raises:
+            InputError: the query tower takes none, or a column is missing or of another kind.
+        """
+        inputs = getattr(self.artifact.towers.query_tower, "features", None)
+        if inputs is None:
+            raise InputError("features: the query tower of this model takes none; give a query id or a history")
+        inputs.encode([features])
 
     def history(self, query: Any) -> pl.DataFrame:
         """The items of a known query in the data, oldest first: columns `item`, and `title` where there is one."""
@@ -267,7 +290,7 @@ class Retriever:
             As `recommend`.
         """
         scores, items = self.search.search(
-            self.embed(asked.codes, asked.histories),
+            self.embed(asked.codes, asked.histories, asked.features),
             k,
             exclude=asked.histories if exclude_seen else None,
             allowed=allowed,

@@ -173,9 +173,14 @@ class TwoTower(nn.Module):
         """The scalar that divides every score."""
         return self.log_temperature.exp()
 
-    def embed_queries(self, queries: Tensor, history: Tensor | None) -> Tensor:
-        """u(x): codes int64 [B], histories int64 [B, L] -> [B, D]."""
-        embedded: Tensor = self.query_tower(queries, history)
+    def embed_queries(self, queries: Tensor, history: Tensor | None, features: list[Tensor] | None = None) -> Tensor:
+        """u(x): codes int64 [B], histories int64 [B, L] -> [B, D].
+
+        `features` stand in the place of those that training knew (`FeatureInputs.encode_some`).
+        """
+        embedded: Tensor = (
+            self.query_tower(queries, history) if features is None else self.query_tower(queries, history, features)
+        )
         return F.normalize(embedded, dim=-1) if self.cosine else embedded
 
     def embed_sequences(self, sequences: Packed) -> Tensor:

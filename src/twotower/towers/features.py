@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,6 +77,31 @@ class FeatureInputs(nn.Module):
         """New rows, a frame or dicts, as `embed` takes them; errors as those of `FeatureSet.encode`."""
         device = self.get_buffer("rows0").device
         return [torch.from_numpy(array).to(device) for array in self.table.features.encode(rows)]
+
+    def encode_some(self, codes: Tensor, rows: Sequence[Mapping[str, Any] | None]) -> list[Tensor]:
+        """The features of codes, those that are given in their place; as `embed` takes them.
+
+        Args:
+            codes: int64 [B], -1 for one of which nothing is known.
+            rows: for each of them the declared columns, or None for what training knew of it.
+
+        Raises:
+            InputError: as those of `FeatureSet.encode`.
+        """
+        known = [self.get_buffer(f"rows{place}")[codes] for place in range(len(self.encoders))]
+        places = [place for place, row in enumerate(rows) if row is not None]
+        if not places:
+            return known
+        given = self.encode([row for row in rows if row is not None])
+        mixed = []
+        for own, new in zip(known, given, strict=True):
+            if own.ndim == 2:  # bags are as wide as the fullest of them
+                width = max(own.shape[1], new.shape[1])
+                own, new = F.pad(own, (0, width - own.shape[1])), F.pad(new, (0, width - new.shape[1]))  # noqa: PLW2901
+            joined = own.clone()
+            joined[places] = new.to(own.dtype)
+            mixed.append(joined)
+        return mixed
 
 
 def _mean(bags: Tensor, table: nn.Module) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -41,12 +41,13 @@ class SimilarKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Question:
-    """One request: for a query by id, by its history, or both; or, for neighbours, an item id."""
+    """One request: for a query by id, history, features, or several of them; or, for neighbours, an item id."""
 
     k: int
     query: Any = None
     history: Sequence[Any] | None = None
     item: Any = None
+    features: Mapping[str, Any] | None = None
 
 
 def answer(key: RecommendKey | SimilarKey, questions: Sequence[Question]) -> list[bytes | Exception]:
@@ -56,20 +57,26 @@ def answer(key: RecommendKey | SimilarKey, questions: Sequence[Question]) -> lis
     return _recommend(key, questions)
 
 
-def asked(model: ServedModel, query: Any, history: Sequence[Any] | None) -> tuple[int, Codes]:
+def asked(
+    model: ServedModel, query: Any, history: Sequence[Any] | None, features: Mapping[str, Any] | None = None
+) -> tuple[int, Codes]:
     """Query code and history of one question.
 
     Raises:
-        InputError: an unknown query, or nothing known.
+        InputError: an unknown query, features that the model does not take, or nothing known.
     """
+    if features is not None:
+        model.retriever.check_features(features)
     code = -1 if query is None else known_code(codes_of(model.artifact.queries, [query]), "query_id")
     if history is None:
+        if code < 0 and features is not None:
+            return code, np.zeros(0, dtype=np.int64)
         if code < 0:
-            raise InputError("expected query_id or history, found neither")
+            raise InputError("expected query_id or history, or features, found none of them")
         return code, stored_histories(model.artifact, np.array([code]))[1].astype(np.int64)
     codes = codes_of(model.artifact.items, history)
     codes = codes[codes >= 0]
-    if code < 0 and not len(codes):
+    if code < 0 and not len(codes) and features is None:
         raise InputError("history: none of its items is in the catalog; expected at least one known item id")
     return code, codes
 
@@ -121,7 +128,7 @@ def _recommend(key: RecommendKey, questions: Sequence[Question]) -> list[bytes |
     places: list[int] = []
     for place, question in enumerate(questions):
         try:
-            good.append(asked(model, question.query, question.history))
+            good.append(asked(model, question.query, question.history, question.features))
             places.append(place)
             answers.append(b"")
         except InputError as error:
@@ -130,7 +137,12 @@ def _recommend(key: RecommendKey, questions: Sequence[Question]) -> list[bytes |
         return answers
     offsets = np.concatenate([[0], np.cumsum([len(seen) for _, seen in good])]).astype(np.int64)
     items = np.concatenate([seen for _, seen in good]).astype(np.int32)
-    embedded = model.retriever.embed(np.array([code for code, _ in good], dtype=np.int64), (offsets, items))
+    features = [questions[place].features for place in places]
+    embedded = model.retriever.embed(
+        np.array([code for code, _ in good], dtype=np.int64),
+        (offsets, items),
+        None if all(row is None for row in features) else features,
+    )
     scores, found = model.search.search(
         embedded,
         min(max(questions[place].k for place in places), max(len(model.counts), 1)),

@@ -32,11 +32,9 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/recommend", response_model=Answer, responses=asking, tags=["answers"])
     async def recommend(request: RecommendRequest) -> Response:
-        """The best items for a query: known by `query_id`, or new and known by its `history`, or both."""
-        if request.features:
-            raise Problem(422, "features: the query tower of this model takes none; give query_id or history")
-        if request.query_id is None and request.history is None:
-            raise Problem(422, "expected query_id or history, found neither")
+        """The best items for a query: known by `query_id`, or a new one by `history`, `features`, or both."""
+        if request.query_id is None and request.history is None and request.features is None:
+            raise Problem(422, "expected query_id or history, or features, found none of them")
         model = service.models.model(request.model)
         exact = model.search.index.is_exact
         key = RecommendKey(
@@ -47,7 +45,9 @@ def routes(service: Service) -> APIRouter:
             request.popularity,
             None if exact else request.k,
         )
-        return _json(await service.ask(key, Question(request.k, request.query_id, request.history)))
+        return _json(
+            await service.ask(key, Question(request.k, request.query_id, request.history, None, request.features))
+        )
 
     @router.post("/similar", response_model=Answer, responses=asking, tags=["answers"])
     async def similar(request: SimilarRequest) -> Response:

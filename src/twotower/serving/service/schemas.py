@@ -34,13 +34,16 @@ class _Request(BaseModel):
 
 
 class RecommendRequest(_Request):
-    """Items for a query: one known by id, or a new one by its history."""
+    """Items for a query: one known by id, or a new one by its history or its features."""
 
     query_id: Id | None = Field(default=None, description="A query of the training data; its history is known.")
     history: History | None = Field(
         default=None, description="Item ids, oldest first; with query_id, in place of its own. Unknown ids are ignored."
     )
-    features: dict[str, Any] | None = Field(default=None, description="Features of a new query, where it takes any.")
+    features: dict[str, Any] | None = Field(
+        default=None,
+        description="The columns declared in query_tower.features: of a new query, or in place of known ones.",
+    )
     k: K = Field(default=10, description="How many items.")
     exclude_seen: bool = Field(default=True, strict=True, description="Leave out the items of the history.")
     filter: Condition | None = Field(

@@ -1,0 +1,128 @@
+"""New queries known by features alone, by features and history, or by id with other features: every door alike."""
+
+import json
+import sys
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+import twotower as tt
+from serving.service_models import client
+from twotower import cli
+from twotower.config import Config
+from twotower.data import Interactions, leave_last_out
+from twotower.errors import InputError
+
+SETTINGS = [
+    "training.max_epochs=8",
+    "training.batch_size=64",
+    "training.learning_rate=0.02",
+    "training.warmup_steps=5",
+    "training.accelerator=cpu",
+    "item_tower.dimension=16",
+    "query_tower.history.length=10",
+    "query_tower.features=[{column: taste, kind: categorical}, {column: tags, kind: multi}]",
+    "objective.sources=[{in_batch: {}}, {uniform: {size: 30}}]",
+]
+
+
+@pytest.fixture(scope="module")
+def retriever(tmp_path_factory):
+    """Even queries take even items; the query table knows the taste."""
+    rng = np.random.default_rng(0)
+    rows = [
+        (f"u{q:02d}", int(item), int(rng.integers(1e9, 1.1e9)))
+        for q in range(60)
+        for item in rng.choice(np.arange(q % 2, 80, 2), size=14, replace=False)
+    ]
+    frame = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
+    people = pl.DataFrame({
+        "user_id": [f"u{q:02d}" for q in range(60)], "taste": [["even", "odd"][q % 2] for q in range(60)],
+        "tags": [[str(q % 3), "x"][: 1 + q % 2] for q in range(60)],
+    })  # fmt: skip
+    data = Interactions.from_frame(frame, queries=people)
+    model = tt.fit(leave_last_out(data), Config.load(None, SETTINGS), progress=False)
+    folder = tmp_path_factory.mktemp("features") / "run"
+    model.save(folder / "model")
+    found = tt.Retriever.load(folder)
+    found.folder = folder
+    return found
+
+
+def parity(found):
+    return float((found["item"] % 2 == 0).mean())
+
+
+def test_features_alone_say_what_a_new_query_likes(retriever):
+    rows = [{"taste": "even", "tags": ["0"]}, {"taste": "odd", "tags": ["1", "x"]}]
+    found = retriever.recommend(features=rows, k=10)
+    even, odd = (found.filter(pl.col("query") == place) for place in (0, 1))
+    assert parity(even) > 0.8 and parity(odd) < 0.2
+
+
+def test_the_known_features_given_again_change_nothing(retriever):
+    ids = ["u03", "u10"]
+    known = retriever.recommend(ids, k=5)
+    same = retriever.recommend(
+        ids, features=[{"taste": "odd", "tags": ["0", "x"]}, {"taste": "even", "tags": ["1"]}], k=5
+    )
+    assert known["item"].to_list() == same["item"].to_list()
+    assert np.allclose(known["score"], same["score"], atol=1e-6)
+    half = retriever.recommend(ids, features=[None, {"taste": "odd", "tags": ["0"]}], k=5)
+    of = [[frame.filter(pl.col("query") == name)["score"].to_list() for frame in (known, half)] for name in ids]
+    assert of[0][0] == pytest.approx(of[0][1], abs=1e-6)
+    assert of[1][0] != pytest.approx(of[1][1], abs=1e-4)
+
+
+def test_features_and_history_together_are_what_the_towers_give(retriever):
+    row, history = {"taste": "even", "tags": None}, [4, 8, 20]
+    found = retriever.recommend(features=[row], histories=[history], k=7)
+    towers, artifact = retriever.artifact.towers, retriever.artifact
+    codes = torch.from_numpy(artifact.items.encode(history))[None]
+    padded = torch.nn.functional.pad(codes, (7, 0), value=-1)
+    scores = towers.embed_new_queries([row], padded) @ artifact.item_embeddings.T
+    scores[0, codes[0]] = -torch.inf
+    best = scores[0].topk(7)
+    assert found["item"].to_list() == artifact.items.decode(best.indices.numpy()).to_list()
+    assert np.allclose(found["score"], best.values.numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"features": [{"taste": "even"}]}, "column 'tags', declared in query_tower.features, is not there"),
+        ({"features": [{"taste": "even", "tags": []}], "histories": [[1], [2]]}, "features: expected one row for each"),
+        ({"features": [None]}, "nothing is known of this query"),
+        ({}, "query ids, histories or features"),
+    ],
+)
+def test_what_cannot_be_asked_is_told(retriever, asked, message):
+    with pytest.raises(InputError, match=message):
+        retriever.recommend(**asked)
+
+
+def test_a_model_without_query_features_says_so(model):
+    with pytest.raises(InputError, match="set query_tower.features"):
+        tt.Retriever(model.artifact).recommend(features=[{"taste": "even"}])
+
+
+def test_the_command_line_and_the_service_answer_alike(retriever, monkeypatch, capsys):
+    row = {"taste": "odd", "tags": ["1"]}
+    wanted = retriever.recommend(features=[row], k=4)
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["twotower", "recommend", str(retriever.folder), "--features", json.dumps(row), "-k", "4", "--json"],
+    )
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    assert [one["item"] for one in json.loads(capsys.readouterr().out)] == wanted["item"].to_list()
+    with client(retriever.folder) as service:
+        answer = service.post("/recommend", json={"features": row, "k": 4})
+        assert answer.status_code == 200, answer.text
+        assert [one["item"] for one in answer.json()["items"]] == wanted["item"].to_list()
+        wrong = service.post("/recommend", json={"features": {"taste": "odd"}})
+        assert wrong.status_code == 422 and "tags" in wrong.text
