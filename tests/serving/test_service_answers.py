@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from serving.service_models import client, drawn
+from twotower.evaluation import evaluate
 from twotower.serving import Retriever
 from twotower.serving.service.atlas import Atlas, principal
 from twotower.serving.service.batching import Batcher
@@ -38,10 +39,24 @@ def ids(answer):
     return [row["item"] for row in answer.json()["items"]]
 
 
+class Measured:
+    """A ranker that remembers what evaluation was given."""
+
+    def __init__(self, ranker):
+        self.ranker, self.ranked = ranker, []
+
+    def rank(self, holdout, k, exclude_seen):
+        self.ranked.append(self.ranker.rank(holdout, k, exclude_seen))
+        return self.ranked[-1]
+
+
 def test_the_service_answers_what_evaluate_ranks_and_the_retriever_returns(service, retriever, planted_split):
-    """Known queries with the histories of the test, every one, many at a time: the ids are those of `rank`."""
+    """Known queries with the histories of the test, every one, many at a time: the ids that `evaluate` measured."""
     test, artifact = planted_split.test, retriever.artifact
-    ranked = retriever.rank(test, 10, True)
+    measured = Measured(retriever)
+    evaluate(measured, test, train=planted_split.train, ks=(10,), baselines=False)
+    assert len(measured.ranked) == 1
+    ranked = measured.ranked[0][:, :10]
     bodies = [
         {
             "query_id": artifact.queries.decode([code])[0],

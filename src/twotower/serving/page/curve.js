@@ -25,12 +25,15 @@ export function drawCurve(place, lines, dial, now) {
     const count = medianOf(items);
     place.append(svg("circle", { cx: x(dial), cy: y(count), r: 5, class: letter }));
   }
-  const first = Object.values(now)[0];
-  if (first) {
-    const text = svg("text", { x: dial > 1.4 ? x(dial) - 10 : x(dial) + 10, y: Math.max(y(medianOf(first)) - 7, 10), "text-anchor": dial > 1.4 ? "end" : "start" });
-    text.textContent = `${whole.format(Math.round(medianOf(first)))} interactions`;
-    place.append(text);
-  }
+  // Above everything that is drawn: the highest curve is 21 from the top.
+  const text = svg("text", { x: dial > 1.4 ? x(dial) - 8 : x(dial) + 8, y: 11, "text-anchor": dial > 1.4 ? "end" : "start" });
+  Object.entries(now).forEach(([letter, items], at) => {
+    const count = svg("tspan", { class: letter });
+    count.textContent = whole.format(Math.round(medianOf(items)));
+    text.append(at ? " and " : "", count);
+  });
+  if (Object.keys(now).length) place.append(text);
+  text.append(" interactions");
 }
 
 export const medianOf = (items) => median(items.map((item) => item.interactions));

@@ -108,5 +108,5 @@ function pull(one, largest) {
   bar.style.width = `${width}%`;
   bar.style.left = one.contribution < 0 ? `${50 - width}%` : "50%";
   const value = `${one.contribution < 0 ? "−" : "+"}${Math.abs(one.contribution).toFixed(2)}`;
-  return element("li", {}, element("span", { class: "name" }, readable(one)), element("span", { class: "bar", "aria-hidden": "true" }, bar), element("span", { class: "value" }, value));
+  return element("li", {}, element("span", { class: "name", title: readable(one) }, readable(one)), element("span", { class: "bar", "aria-hidden": "true" }, bar), element("span", { class: "value" }, value));
 }
