@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from twotower.cli_answers import commands
 from twotower.cli_items import commands as catalog
+from twotower.cli_plan import commands as planning
 from twotower.cli_serve import commands as serving
 from twotower.errors import InputError
 from twotower.terminal import Json, Run, console, messages, print_json
@@ -26,6 +28,7 @@ app = typer.Typer(
 app.add_typer(commands)
 app.add_typer(catalog)
 app.add_typer(serving)
+app.add_typer(planning)
 
 
 @app.callback()
@@ -60,7 +63,11 @@ def train(
     """Train a model, evaluate it beside baselines, and write it to DIR."""
     from twotower import run  # noqa: PLC0415  # the heavy imports only when they are needed
     from twotower.config import Config  # noqa: PLC0415
+    from twotower.launch import Launch  # noqa: PLC0415
 
+    launch = Launch.of_environment()
+    if launch.restarts and not resume:  # torchrun gives the same words again
+        resume, force = (out / "checkpoints" / "last.ckpt").exists(), True
     if withdraw is not None and start is None:
         raise InputError("--withdraw: needs --from DIR, the model whose catalog the items leave")
     if start is not None and config is not None:
@@ -74,6 +81,7 @@ def train(
     settings = Config.load(config, changes, base=base)
     if start is not None and out.resolve() == start.resolve():
         raise InputError(f"{out}: --out is the folder of --from; give the continued model a folder of its own")
+    force = force or not launch.is_first  # the first rank may be writing already
     if not (resume or force) and (out / "model").exists():
         raise InputError(f"{out}: a model is there already; choose another --out, or give --force to replace it")
     if not (resume or force) and (out / "checkpoints").exists():
@@ -88,6 +96,8 @@ def train(
         resume=resume,
         say=lambda text: told.print(str(text), highlight=False, markup=False, soft_wrap=True),
     )
+    if not launch.is_first:
+        return
     if as_json:
         print_json(measured.to_dict())
         return
@@ -284,7 +294,7 @@ def doctor(as_json: Json = False) -> None:
 
 def main() -> None:
     """Run the command line: exit code 0 done, 1 a failure of the program, 2 bad usage or bad input."""
-    from twotower.errors import Interrupted  # noqa: PLC0415
+    from twotower.errors import Interrupted, RankLost  # noqa: PLC0415
     from twotower.process import tune  # noqa: PLC0415
 
     tune()  # before torch is imported and before the first large block is asked for
@@ -295,6 +305,12 @@ def main() -> None:
             raise
         messages.print(f"twotower: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)
+    except RankLost as lost:
+        if _STATE["debug"]:
+            raise
+        messages.print(f"twotower: {lost}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.stderr.flush()
+        os._exit(1)  # threads of the exchange may still wait for the rank that is gone
     except Interrupted as stop:
         messages.print(f"twotower: {stop}; go on with --resume", highlight=False, markup=False, soft_wrap=True)
         sys.exit(130)

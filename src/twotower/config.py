@@ -187,6 +187,12 @@ class TrainingConfig(Section):
     )
     accelerator: str = Field("auto", description="auto, cpu, gpu, ... as in Lightning.")
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    checkpoint_every: PositiveInt | None = Field(
+        None, description="Steps between checkpoints to go on from after a fault. None: at the end of each epoch."
+    )
+    exchange_timeout: PositiveInt = Field(
+        600, description="Several processes: seconds that one waits for the others before it gives up."
+    )
     weight_average: float = Field(
         0.0, ge=0, lt=1, description="Decay of a moving average of the weights, which is what is measured and kept. 0: none."
     )

@@ -9,5 +9,9 @@ class InputError(ValueError):
     """
 
 
+class RankLost(Exception):  # noqa: N818  # what happened, not what is wrong here
+    """Another process of the run is gone, or has not answered in time; the message says what goes on from where."""
+
+
 class Interrupted(Exception):  # noqa: N818  # it is no error
     """The user stopped a long task; the message says where its state was left."""

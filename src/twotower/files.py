@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,10 +31,12 @@ def whole_folder(target: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        # A folder cannot be renamed over one that has content: the older one steps aside for the moment in between.
-        if target.exists():
+        # A folder cannot be renamed over one that has content. The two change places at once where the system can do
+        # so; elsewhere the older one steps aside for the moment in between.
+        if target.exists() and not _changed_places(temporary, target):
             target.rename(older)
-        temporary.rename(target)
+        if older.exists() or not target.exists():
+            temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if older.exists() and not target.exists():
@@ -43,6 +48,17 @@ def write_text(target: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with whole_file(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _changed_places(one: Path, other: Path) -> bool:
+    """Let two paths change names in one step (renameat2 of Linux); False where the system cannot."""
+    if sys.platform != "linux":
+        return False
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
 
 
 def _beside(target: Path) -> Path:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from twotower.errors import RankLost
 
 # Newer torch has other names for the same collectives, and warns of the older ones.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -61,7 +64,8 @@ class Ranks:
         if self.size == 1:
             return [count]
         found = torch.empty(self.size, dtype=torch.int64, device=device)
-        _all_gather(found, torch.tensor([count], device=device), group=self.group)
+        with self.exchange():
+            _all_gather(found, torch.tensor([count], device=device), group=self.group)
         numbers: list[int] = found.tolist()
         return numbers
 
@@ -84,7 +88,8 @@ class Ranks:
             values = torch.cat([values, padding])
         every = values.new_empty(self.size * most, *values.shape[1:])
         if most:
-            _all_gather(every, values.detach().contiguous(), group=self.group)
+            with self.exchange():
+                _all_gather(every, values.detach().contiguous(), group=self.group)
         if min(sizes) == most:
             return every
         return torch.cat([every[rank * most : rank * most + size] for rank, size in enumerate(sizes)])
@@ -107,7 +112,8 @@ class Ranks:
     def sum_in_place(self, values: Tensor) -> Tensor:
         """The same, over the values themselves."""
         if self.size > 1:
-            dist.all_reduce(values, group=self.group)
+            with self.exchange():
+                dist.all_reduce(values, group=self.group)
         return values
 
     def agree(self, said: bool) -> bool:  # a question with one answer
@@ -118,12 +124,29 @@ class Ranks:
         """Overwrite tensors of the same shapes on every rank with those of rank 0."""
         if self.size > 1:
             source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
-            for tensor in tensors:
-                dist.broadcast(tensor, source, group=self.group)
+            with self.exchange():
+                for tensor in tensors:
+                    dist.broadcast(tensor, source, group=self.group)
 
     def wait(self) -> None:
         """Return when every rank has come here."""
         self.agree(False)
+
+    @contextmanager
+    def exchange(self) -> Iterator[None]:
+        """Around every exchange: a rank that is gone or does not answer is told as such.
+
+        Raises:
+            RankLost: in place of the error of torch.distributed.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            said = " ".join(str(error).split())
+            raise RankLost(
+                f"rank {self.rank} of {self.size}: another rank is gone, or has not answered in time; "
+                f"`torchrun --max-restarts` goes on from the last checkpoint ({said[:200]})"
+            ) from error
 
     @property
     def device(self) -> torch.device:
@@ -138,7 +161,8 @@ class _Gathered(torch.autograd.Function):
         ctx.ranks, ctx.rows = ranks, len(values)
         every = values.new_empty(ranks.size * len(values), *values.shape[1:])
         if len(values):
-            _all_gather(every, values.contiguous(), group=ranks.group)
+            with ranks.exchange():
+                _all_gather(every, values.contiguous(), group=ranks.group)
         return every
 
     @staticmethod
@@ -146,5 +170,6 @@ class _Gathered(torch.autograd.Function):
         (grad,) = grads
         own = grad.new_empty(ctx.rows, *grad.shape[1:])
         if ctx.rows:
-            _reduce_scatter(own, grad.contiguous(), group=ctx.ranks.group)
+            with ctx.ranks.exchange():
+                _reduce_scatter(own, grad.contiguous(), group=ctx.ranks.group)
         return own, None

@@ -37,10 +37,13 @@ from twotower.data.past import ContinuedSplit
 from twotower.data.proposing import Proposed, propose
 from twotower.errors import InputError
 from twotower.evaluation import Evaluation, Ranker
+from twotower.evaluation.over_ranks import item_embeddings, over_ranks
 from twotower.evaluation.towers import TowerRanker
 from twotower.files import write_text
+from twotower.launch import Team, joined
 from twotower.losses import Objective
 from twotower.negatives import Mined
+from twotower.ranks import Ranks
 from twotower.schema import IdValues
 from twotower.serving import Artifact, Retriever
 from twotower.serving.artifact import FOLDER, find_model, load_rows, read_metadata
@@ -148,6 +151,7 @@ def fit(
     settings = with_features(settings.resolved(len(split.train) if rows is None else len(rows)), split.train)
     train, training = split.train, settings.training
     learnt = None if rows is None else train.select(rows)
+    ranks = Ranks.current()
     check_tables(settings, train)
     # The seed decides the start, the order of the rows and the draws; the caller's generators are left as they were.
     with torch.random.fork_rng():
@@ -163,7 +167,7 @@ def fit(
             trained_items=torch.from_numpy(in_training(train, "item")),
         )
         length = history_length(settings)
-        batches = make_batches(settings, train, rows)
+        batches = make_batches(settings, train, rows, ranks)
         known = KnownPositives(train) if masks_known_positives(settings.objective) else None
         objective = build_objective(settings, train, learnt=learnt)
         optimizer = mine = None
@@ -261,7 +265,7 @@ def evaluate(
         train = model.split.train
     ranker = model.retriever if isinstance(model, Model) else model
     return evaluation.evaluate(
-        ranker,
+        over_ranks(ranker, Ranks.current()),
         holdout,
         train=train,
         ks=ks,
@@ -278,7 +282,7 @@ def history_length(config: Config) -> int:
 
 
 def make_batches(
-    config: Config, train: Interactions, rows: np.ndarray | None = None
+    config: Config, train: Interactions, rows: np.ndarray | None = None, ranks: Ranks | None = None
 ) -> TrainingBatches | GroupedBatches | SequenceBatches:
     """The batches that the towers and the objective of a configuration learn from.
 
@@ -286,6 +290,7 @@ def make_batches(
         config: the settings, without "auto" (`Config.resolved`).
         train: the training interactions.
         rows: the rows of them to learn from; None for all.
+        ranks: gives this rank's part of every batch; None for a process alone.
 
     Raises:
         InputError: whole sequences are to be read, and batches built within groups.
@@ -296,9 +301,9 @@ def make_batches(
         if grouped:
             raise InputError("objective.frequency: grouped: a sequence may run over several groups; expected counted")
         return SequenceBatches(
-            train if rows is None else train.select(rows), size, history_length=length, seed=seed
+            train if rows is None else train.select(rows), size, history_length=length, seed=seed, ranks=ranks
         )  # rows are those of whole queries: ContinuedSplit.rows_to_learn
-    batches = TrainingBatches(train, size, history_length=length, seed=seed, rows=rows)
+    batches = TrainingBatches(train, size, history_length=length, seed=seed, rows=rows, ranks=ranks)
     return GroupedBatches(batches) if grouped else batches
 
 
@@ -325,9 +330,15 @@ def _validation(holdout: Holdout, config: Config, train: Interactions) -> Callab
     k = int(config.training.metric.split("@")[1])
 
     def validate(towers: TwoTower) -> dict[str, float]:
-        ranker = TowerRanker(towers, history_length(config))
+        ranks = Ranks.current()
+        ranker = TowerRanker(towers, history_length(config), item_embeddings(towers, ranks))
         measured = evaluation.evaluate(
-            ranker, holdout, train=train, ks=(k,), exclude_seen=config.evaluation.exclude_seen, baselines=False
+            over_ranks(ranker, ranks),
+            holdout,
+            train=train,
+            ks=(k,),
+            exclude_seen=config.evaluation.exclude_seen,
+            baselines=False,
         )
         return {name: value for name, value in measured["model"].values.items() if math.isfinite(value)}
 
@@ -379,6 +390,8 @@ def train_run(
 ) -> tuple[Model, Evaluation]:
     """The whole of `twotower train`: read, split, fit, evaluate on the test queries, write the run folder.
 
+    Under torchrun its processes train one model together; the first of them writes and tells.
+
     Args:
         source: a file, a folder or the name of a data set.
         out: the run folder: `config.yaml`, `model/`, `results.json`, `checkpoints/`, `logs/`.
@@ -388,13 +401,44 @@ def train_run(
         resume: go on with an interrupted run in `out`.
         progress: show a progress bar.
         say: where the accounts are told.
+
+    Raises:
+        RankLost: another process of the run is gone.
     """
-    directory = Path(out)
+    training = config.training
+    with joined(timeout=training.exchange_timeout, accelerator=training.accelerator) as team:
+        return _train(
+            source,
+            Path(out),
+            config,
+            team,
+            start=start,
+            withdraw=withdraw,
+            resume=resume,
+            progress=progress,
+            say=say if team.ranks.is_first else _nobody,
+        )
+
+
+def _train(
+    source: str | Path,
+    directory: Path,
+    config: Config,
+    team: Team,
+    *,
+    start: str | Path | None,
+    withdraw: str | Path | None,
+    resume: bool,
+    progress: bool,
+    say: Callable[[object], None],
+) -> tuple[Model, Evaluation]:
+    is_first = team.ranks.is_first
     parents = directory / "parent.json"
     if start is None and resume and parents.is_file():
         start = json.loads(parents.read_text(encoding="utf-8"))["model"]
     parent = None if start is None else Parent.load(start)
-    data = read_data(source, config.data if parent is None else _with_catalog(config.data))
+    reading = config.data if parent is None else _with_catalog(config.data)
+    data = team.first_then_others(lambda: read_data(source, reading), "data")
     say(data.account)
     split: Split
     if parent is None:
@@ -416,13 +460,13 @@ def train_run(
             say(fitted)
     evaluation.check_slices(split.train, config.evaluation.slices)
     directory.mkdir(parents=True, exist_ok=True)
-    if not resume:
+    if not resume and is_first:
         write_text(directory / "config.yaml", config.to_yaml())
         parents.unlink(missing_ok=True)
         if parent is not None:
             write_text(parents, json.dumps({"model": parent.where, "fingerprint": parent.fingerprint}))
     model = fit(split, config, directory=directory, start=parent, resume=resume, progress=progress, say=say)
-    if resume:  # only now: settings that do not fit the checkpoint must not replace those that do
+    if resume and is_first:  # only now: settings that do not fit the checkpoint must not replace those that do
         write_text(directory / "config.yaml", config.to_yaml())
     say(_story(model, config))
     measured = evaluate(
@@ -435,9 +479,14 @@ def train_run(
     )
     model.artifact.metadata["data"]["source"] = _absolute(source)
     model.artifact.metadata["metrics"] = measured.to_dict()
-    model.save(directory / FOLDER)
-    write_text(directory / "results.json", json.dumps(measured.to_dict(), indent=1))
+    if is_first:
+        model.save(directory / FOLDER)
+        write_text(directory / "results.json", json.dumps(measured.to_dict(), indent=1))
     return model, measured
+
+
+def _nobody(told: object) -> None:
+    """What the ranks after the first have to say: the same again."""
 
 
 def _story(model: Model, config: Config) -> str:

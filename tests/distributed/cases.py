@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import numpy as np
+import polars as pl
 import torch
 from torch import Tensor, nn
 
@@ -66,7 +68,9 @@ CASES = {
     "refined": Case(objective("refined-logq", IN_BATCH)),
     "full softmax": Case(objective("full-softmax", "{catalog: {}}"), sparse=True),
     "micro-batch": Case(objective("expected-count", IN_BATCH, UNIFORM, unique=True), sparse=True, micro_batch=3),
-    "three ranks": Case(objective("expected-count", IN_BATCH, UNIFORM, unique=True), sparse=True, weighted=True, size=3),
+    "three ranks": Case(
+        objective("expected-count", IN_BATCH, UNIFORM, unique=True), sparse=True, weighted=True, size=3
+    ),
     "three ranks, memory": Case(objective("expected-count", IN_BATCH, "{memory: {size: 30}}", more=KNOWN), size=3),
 }
 
@@ -88,6 +92,7 @@ class Trained:
     state: dict[str, Tensor] = field(default_factory=dict)
 
 
+@cache
 def interactions() -> Interactions:
     random = np.random.default_rng(0)
     popular = 1.0 / np.arange(1, NUM_ITEMS + 1)
@@ -98,8 +103,6 @@ def interactions() -> Interactions:
         "timestamp": np.arange(rows),
         "weight": random.uniform(0.5, 2.0, rows),
     }
-    import polars as pl
-
     return Interactions.from_frame(pl.DataFrame(columns))
 
 
@@ -109,10 +112,9 @@ def batches(data: Interactions, ranks: Ranks, *, weighted: bool) -> Iterator[Bat
     order = np.random.default_rng(1).permutation(len(data))
     rows = [*np.split(order[: 12 * (STEPS - 3)], STEPS - 3), order[300:302], order[310:317], order[320:325]]
     for step, part in enumerate(rows):
-        if step == STEPS - 1:  # as where ranks read data of their own, and one comes to its end
-            batch = source.batch(part if ranks.is_first else part[:0])
-        else:
-            batch = source.part(part)
+        # The last as where ranks read data of their own, and one comes to its end.
+        own = part if ranks.is_first else part[:0]
+        batch = source.part(part) if step < STEPS - 1 else source.batch(own)
         yield batch if weighted else replace(batch, weights=None)
 
 

@@ -21,11 +21,13 @@ from twotower.config import TrainingConfig
 from twotower.data import Batch, KnownPositives
 from twotower.errors import InputError, Interrupted
 from twotower.losses import Objective
+from twotower.ranks import Ranks
 from twotower.towers import TwoTower
 from twotower.training.checkpoints import SafeCheckpointIO
 from twotower.training.interruption import StopBetweenSteps
 from twotower.training.loggers import make_logger
 from twotower.training.model import LOG_EVERY, TrainingModule
+from twotower.training.strategy import trainer_options
 
 #: Warnings of Lightning that tell a user of this library nothing to act on.
 LIGHTNING_NOISE = (
@@ -36,6 +38,7 @@ LIGHTNING_NOISE = (
     ".*number of training batches .* is smaller than the logging interval.*",
     ".*Trying to infer the `batch_size`.*",
     ".*GPU available but not used.*",
+    ".*recommended to use `self.log.*sync_dist=True.*",  # every rank has the numbers of all
     ".*MLFlow only allows.*special characters in metric name.*",  # NDCG@10 becomes NDCG10
 )
 
@@ -118,7 +121,7 @@ def fit_towers(
         InputError: there is nothing to resume from, or the logger's package is missing.
         Interrupted: Ctrl-C; `directory/checkpoints/last` holds the state to resume from.
     """
-    io = SafeCheckpointIO()
+    io, ranks = SafeCheckpointIO(), Ranks.current()
     last = directory / "checkpoints" / "last.ckpt"
     if resume and not last.exists():
         raise InputError(f"{last}: no checkpoint to resume from; train without --resume first")
@@ -130,6 +133,7 @@ def fit_towers(
         known_positives=known_positives,
         counts=counts,
         validate=validate,
+        ranks=ranks,
     )
     history = _History()
     keep_best = ModelCheckpoint(
@@ -140,7 +144,7 @@ def fit_towers(
         save_last=True,
         enable_version_counter=False,
     )
-    stop = StopBetweenSteps(last)
+    stop = StopBetweenSteps(last, ranks)
     callbacks: list[Callback] = [keep_best, history, _EpochOrder(batches), stop]
     if start is not None:
         callbacks.append(start)
@@ -148,14 +152,15 @@ def fit_towers(
         callbacks.append(_Mine(mine))
     if validate:
         callbacks.append(EarlyStopping(settings.metric, patience=settings.patience, mode="max"))
-    if progress:
+    if settings.checkpoint_every is not None:
+        callbacks.append(_SaveEvery(last, settings.checkpoint_every))
+    if progress and ranks.is_first:
         # Standard output belongs to results.
         callbacks.append(RichProgressBar(leave=False, console_kwargs={"stderr": True}))
     _quiet_lightning()
     trainer = pl.Trainer(
         max_epochs=settings.max_epochs,
         accelerator=settings.accelerator,
-        devices=1,
         precision=settings.precision,
         max_time=settings.time_limit,
         check_val_every_n_epoch=settings.validate_every,
@@ -164,9 +169,10 @@ def fit_towers(
         callbacks=callbacks,
         logger=make_logger(settings.logger, directory, hyperparameters),
         plugins=[io],
-        enable_progress_bar=progress,
+        enable_progress_bar=progress and ranks.is_first,
         enable_model_summary=False,
         gradient_clip_val=None,
+        **trainer_options(settings.exchange_timeout),
     )
     started, cpu_started = time.perf_counter(), time.process_time()
     # One placeholder: a validation ranks the whole catalog itself.
@@ -225,6 +231,21 @@ class _EpochOrder(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         del pl_module
         self.batches.set_epoch(trainer.current_epoch)
+
+
+class _SaveEvery(Callback):
+    """Leaves a checkpoint every so many steps, from which a run goes on after a fault."""
+
+    def __init__(self, path: Path, steps: int) -> None:
+        self.path, self.steps = path, steps
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        del pl_module, outputs, batch
+        # The end of an epoch has its own, after the validation that belongs to it.
+        if trainer.global_step % self.steps == 0 and batch_idx + 1 < trainer.num_training_batches:
+            trainer.save_checkpoint(self.path)
 
 
 class _Mine(Callback):

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from twotower.data import Batch, KnownPositives
+from twotower.errors import InputError
 from twotower.losses import Embedded, Objective
 from twotower.negatives import Candidates, InBatch
 from twotower.ranks import Ranks
 from twotower.towers import TwoTower
-from twotower.training.embedding import embed_by_ranks, embed_once, embed_queries
+from twotower.training.embedding import embed_by_ranks, embed_once, embed_rows
 
 
 def gathered_loss(
@@ -44,7 +45,14 @@ def gathered_loss(
 
     Returns:
         The share, a scalar with a gradient on every rank; embeddings and candidates of the rank's rows.
+
+    Raises:
+        InputError: the objective draws more than once for a batch.
     """
+    if objective.rows_per_draw is not None:
+        raise InputError(
+            "objective.rows_per_draw: several processes share one draw for a whole batch; expected null under torchrun"
+        )
     sizes = ranks.sizes(len(batch), batch.items.device) if batch.total is None else ranks.shares(batch.total)
     own = ranks.within(sizes)
     everyone = ranks.gather(batch.items, sizes)
@@ -60,7 +68,7 @@ def gathered_loss(
     total = None if batch.weights is None else ranks.sum(batch.weights.sum())
     if len(batch) == 0:
         return _nothing(towers, candidates), _no_rows(candidates), drawn
-    query = embed_queries(towers, batch.queries, batch.history, chunk=micro_batch)
+    query = embed_rows(towers, batch, chunk=micro_batch)
     asked = [] if drawn.row_items is None else [drawn.row_items.clamp(min=0).reshape(-1)]
     # Where the batch's own items are candidates they have been embedded already, by whichever rank.
     place = _places(drawn.items, batch.items) if _holds_positives(objective) else None

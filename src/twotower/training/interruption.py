@@ -1,4 +1,8 @@
-"""Ctrl-C while training: finish the step, leave a checkpoint, stop. A second Ctrl-C stops at once."""
+"""Ctrl-C while training: finish the step, leave a checkpoint, stop. A second Ctrl-C stops at once.
+
+Several processes stop together, at a step that they agree on, and on SIGTERM too: it is what torchrun passes on, and
+what a machine that is taken away sends.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,11 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
+from twotower.ranks import Ranks
+
+#: Steps between questions whether any rank was asked to stop.
+AGREE_EVERY = 10
+
 
 class StopBetweenSteps(Callback):
     """Turns an interrupt into a checkpoint of the moment between two steps, where a resumed run goes on exactly.
@@ -19,44 +28,55 @@ class StopBetweenSteps(Callback):
 
     Args:
         path: where the checkpoint goes.
+        ranks: the processes that stop together; one that is alone where None.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, ranks: Ranks | None = None) -> None:
         self.path = path
+        self.ranks = ranks or Ranks()
         self.asked = False
-        self._previous: Any = None
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopBetweenSteps:
         # Only the main thread receives signals; elsewhere an interrupt is the caller's to handle.
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._ask)
+            self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._ask)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         del kind, error, trace
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take SIGTERM over from Lightning, whose handler exchanges with the other ranks in the middle of a step."""
+        del trainer, pl_module
+        if self.ranks.size > 1 and signal.SIGINT in self._previous:
+            self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._ask)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop after this step, unless it ends the epoch: its validation belongs to it."""
         del pl_module, outputs, batch
-        if self.asked and batch_idx + 1 < trainer.num_training_batches:
+        stops = self.asked
+        if self.ranks.size > 1:  # to ask in every step would cost more than to wait a few
+            stops = (batch_idx + 1) % AGREE_EVERY == 0 and self.ranks.agree(self.asked)
+        if stops and batch_idx + 1 < trainer.num_training_batches:
             trainer.save_checkpoint(self.path)
             raise KeyboardInterrupt
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop before the next epoch: the checkpoint of the last one has just been written."""
         del trainer, pl_module
-        if self.asked and self.path.exists():
+        if self.ranks.agree(self.asked) and self.path.exists():
             raise KeyboardInterrupt
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         del number, frame
-        if self.asked:
+        if self.asked and self.ranks.size == 1:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             raise KeyboardInterrupt
         self.asked = True

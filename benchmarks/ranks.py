@@ -1,0 +1,235 @@
+"""Two ranks of one thread beside one rank of two threads, the same global batch; and a plan beside what ranks held.
+
+    python benchmarks/ranks.py [--rounds 9] [--json benchmarks/results/ranks.json]
+
+Both contenders train the same model on the same batches: pooled histories of 20, D = 64, a catalog of 200,000 items
+(Zipf-like), in-batch and 1,024 uniform candidates, duplicates removed, Adam. They live side by side and take turns,
+five steps each; the one whose turn it is not waits in a barrier. Beside them the pair's exchanges alone. Then
+W ranks train on a large catalog for a few steps, and their peak memory stands beside `twotower plan`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+import torch.distributed as dist
+from rounds import how
+from torch import nn
+
+from twotower import machine, process
+from twotower.build import build_objective
+from twotower.config import Config
+from twotower.data import Interactions, TrainingBatches
+from twotower.planning import Rates, Workload, plan_scale
+from twotower.ranks import Ranks
+from twotower.towers import build_towers
+from twotower.training import TableOptimizer, batch_loss
+from twotower.training.exchange import GradientExchange
+from twotower.training.gathering import gathered_loss
+from twotower.training.optimizers import parameter_groups
+from twotower.training.randomness import draws_of
+
+STEPS, LENGTH, UNIFORM, SEED = 5, 20, 1024, 0
+Fork = get_context("fork")  # importing takes longer than the work
+
+
+def interactions(items: int, rows: int) -> Interactions:
+    """Rows of a Zipf-like popularity; every item has one at least."""
+    random = np.random.default_rng(SEED)
+    drawn = (items * random.random(rows - items) ** 2.5).astype(np.int64)
+    columns = {
+        "user_id": random.integers(0, rows // 25, rows),
+        "item_id": np.concatenate([np.arange(items), drawn]),
+        "timestamp": random.permutation(rows),
+    }
+    return Interactions.from_frame(pl.DataFrame(columns))
+
+
+class Training:
+    """The step as the trainer runs it, for one rank."""
+
+    def __init__(self, data: Interactions, ranks: Ranks, args: argparse.Namespace, rule: str = "adam") -> None:
+        config = Config.load(
+            None,
+            [
+                f"item_tower.dimension={args.dimension}",
+                f"query_tower.history.length={LENGTH}",
+                f"training.batch_size={args.batch}",
+                f"objective.sources=[{{in_batch: {{}}}}, {{uniform: {{size: {UNIFORM}}}}}]",
+            ],
+        ).resolved(len(data))
+        torch.manual_seed(SEED)
+        self.ranks = ranks
+        self.towers = build_towers(config, num_queries=data.num_queries, num_items=data.num_items).train()
+        self.objective = build_objective(config, data).train()
+        model = nn.ModuleList([self.towers, self.objective])
+        self.optimizer = TableOptimizer(parameter_groups(model, 0.01, lr=1e-3, table_rule=rule), lr=1e-3)
+        self.exchange = GradientExchange(model, ranks)
+        self.batches = iter(TrainingBatches(data, args.batch, history_length=LENGTH, seed=SEED, ranks=ranks))
+        self.step_number = 0
+
+    def step(self) -> float:
+        """One step; the loss of all ranks is not asked for, the rank's share is."""
+        batch = next(self.batches)
+        generator = draws_of(SEED, self.step_number, "cpu")
+        if self.ranks.size == 1:
+            loss, _, _ = batch_loss(self.towers, self.objective, batch, generator=generator)
+        else:
+            loss, _, _ = gathered_loss(self.towers, self.objective, batch, self.ranks, generator=generator)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.exchange.sum_gradients()
+        self.optimizer.step()
+        self.step_number += 1
+        return float(loss)
+
+
+def join(folder: str, rank: int, size: int) -> Ranks:
+    """The ranks of a group, which find each other in a file."""
+    if size == 1:
+        return Ranks()
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store-{size}", size), rank=rank, world_size=size)
+    return Ranks.current()
+
+
+def contend(place: int, folder: str, data: Interactions, args: argparse.Namespace, turn: Any, found: Any) -> None:
+    """Place 0 is the one rank of two threads; 1 and 2 are the pair. Everybody waits while it is not his turn."""
+    torch.set_num_threads(2 if place == 0 else 1)
+    ranks = join(folder, 0, 1) if place == 0 else join(folder, place - 1, 2)
+    training = Training(data, ranks, args)
+    times: list[float] = []
+    for number in range(args.rounds + 1):
+        for whose in ("one", "pair"):
+            turn.wait()
+            if (whose == "one") == (place == 0):
+                start = time.perf_counter()
+                for _ in range(STEPS):
+                    training.step()
+                if number:  # the first round warms up
+                    times.append((time.perf_counter() - start) / STEPS)
+            turn.wait()
+    alone = 0.0
+    if place:  # what the exchanges of a step cost by themselves
+        codes, vectors = torch.zeros(args.batch // 2, dtype=torch.int64), torch.zeros(5000, args.dimension)
+        rows = torch.zeros(20_000, args.dimension)
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            ranks.gather(codes, [len(codes)] * 2)
+            ranks.gather(vectors, [len(vectors)] * 2)
+            ranks.gather(rows, [len(rows)] * 2)
+        alone = (time.perf_counter() - start) / STEPS
+    found.put((place, times, alone))
+
+
+def hold(rank: int, size: int, folder: str, data: Interactions, args: argparse.Namespace, found: Any) -> None:
+    """A few steps on a large catalog: what the process held before it began, and at its peak."""
+    torch.set_num_threads(1)
+    before = machine.resident_memory() or 0
+    training = Training(data, join(folder, rank, size), args, rule=args.rule)
+    for _ in range(4):
+        training.step()
+    found.put((rank, before, machine.peak_memory() or 0))
+
+
+def run(target: Callable[..., None], arguments: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Fork one process for each tuple of arguments, and collect what each has found."""
+    found = Fork.Queue()
+    started = [Fork.Process(target=target, args=(*given, found)) for given in arguments]
+    for child in started:
+        child.start()
+    collected = [found.get(timeout=600) for _ in started]
+    for child in started:
+        child.join()
+    return sorted(collected)
+
+
+def speed(args: argparse.Namespace) -> dict[str, Any]:
+    """Medians, and the median of the ratios within a round."""
+    data = interactions(args.items, args.items + 400_000)
+    turn = Fork.Barrier(3)
+    with tempfile.TemporaryDirectory() as folder:
+        one, first, second = run(contend, [(place, folder, data, args, turn) for place in range(3)])
+    pair = [max(a, b) for a, b in zip(first[1], second[1], strict=True)]
+    return {
+        "batch": args.batch,
+        "items": args.items,
+        "one rank of two threads, ms": round(1000 * statistics.median(one[1]), 2),
+        "two ranks of one thread, ms": round(1000 * statistics.median(pair), 2),
+        "ratio": round(statistics.median(a / b for a, b in zip(pair, one[1], strict=True)), 3),
+        "exchanges alone, ms": round(1000 * max(first[2], second[2]), 2),
+    }
+
+
+def memory(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The plan beside the peak of every rank."""
+    results = []
+    data = interactions(args.large, args.large + 200_000)
+    for size, rule in ((1, "adam"), (2, "adam"), (2, "rowwise-adagrad")):
+        given = argparse.Namespace(**{**vars(args), "rule": rule})
+        with tempfile.TemporaryDirectory() as folder:
+            held = run(hold, [(rank, size, folder, data, given) for rank in range(size)])
+        work = Workload(
+            items=data.num_items,
+            dimension=args.dimension,
+            batch=args.batch,
+            ranks=size,
+            history=LENGTH,
+            sampled=UNIFORM,
+            optimizer="adam" if rule == "adam" else "rowwise-adagrad",
+        )
+        before = max(found[1] for found in held)
+        plan = plan_scale(work, Rates(1, 1, 1, 1, 1, 0, before))
+        peak = max(found[2] for found in held)
+        results.append(
+            {
+                "ranks": size,
+                "optimizer": rule,
+                "items": data.num_items,
+                "before, MiB": before >> 20,
+                "planned, MiB": round(plan.peak / 2**20),
+                "held, MiB": peak >> 20,
+                "planned over held": round(plan.peak / peak, 3),
+            }
+        )
+    return results
+
+
+def main() -> None:
+    """Run both parts and print what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--batch", type=int, default=4096)
+    parser.add_argument("--items", type=int, default=200_000)
+    parser.add_argument("--large", type=int, default=2_000_000)
+    parser.add_argument("--dimension", type=int, default=64)
+    parser.add_argument("--only", choices=("speed", "memory"), default=None)
+    parser.add_argument("--json", type=Path, default=None)
+    args = parser.parse_args()
+    args.clock = "wall"
+    process.tune()
+    result: dict[str, Any] = {"how": {**how(args), "seed": SEED, "cores": os.cpu_count()}}
+    if args.only != "memory":
+        result["speed"] = speed(args)
+    if args.only != "speed":
+        result["memory"] = memory(args)
+    if args.json is not None:
+        before = json.loads(args.json.read_text()) if args.json.exists() else {}
+        args.json.write_text(json.dumps(before | result, indent=1) + "\n")
+    sys.stdout.write(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

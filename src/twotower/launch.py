@@ -1,0 +1,131 @@
+"""Several processes become the ranks of one run: what torchrun tells each of them, and how they join."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from twotower.errors import InputError
+
+if TYPE_CHECKING:
+    from twotower.ranks import Ranks
+
+T = TypeVar("T")
+
+#: The first rank may prepare data for so long before the others give up.
+PREPARATION = timedelta(days=2)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the environment says of this process.
+
+    Attributes:
+        rank: number of this process among all, from 0.
+        size: processes in all; 1 where nobody started several.
+        local_size: processes on this machine.
+        local_rank: number among them.
+        restarts: how often torchrun has started all processes anew.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_size: int = 1
+    local_rank: int = 0
+    restarts: int = 0
+
+    @classmethod
+    def of_environment(cls) -> Launch:
+        """From the variables that torchrun sets; a process alone where it did not start this one."""
+        told = os.environ
+        if "RANK" not in told or "WORLD_SIZE" not in told:
+            return cls()
+        return cls(
+            rank=int(told["RANK"]),
+            size=int(told["WORLD_SIZE"]),
+            local_size=int(told.get("LOCAL_WORLD_SIZE", told["WORLD_SIZE"])),
+            local_rank=int(told.get("LOCAL_RANK", told["RANK"])),
+            restarts=int(told.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        )
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes and tells."""
+        return self.rank == 0
+
+    @property
+    def nodes(self) -> int:
+        """Machines in all."""
+        return max(self.size // self.local_size, 1)
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes of a run, joined.
+
+    Attributes:
+        ranks: what they exchange numbers by.
+        store: what they tell each other outside of exchanges; None for a process alone.
+    """
+
+    ranks: Ranks
+    store: Any = None
+
+    def first_then_others(self, make: Callable[[], T], what: str) -> T:
+        """`make()` on the first rank, then on the others: what it leaves in a cache is made once.
+
+        The others wait without an exchange, which would time out while the first is still at work.
+        """
+        if self.ranks.is_first or self.store is None:
+            made = make()
+            if self.store is not None:
+                self.store.set(what, "done")
+            return made
+        self.store.wait([what], PREPARATION)
+        return make()
+
+
+@contextmanager
+def joined(*, timeout: int, accelerator: str = "auto") -> Iterator[Team]:
+    """Join the other processes that torchrun has started, for as long as the block lasts.
+
+    CPU tensors are exchanged by gloo, those of CUDA devices by NCCL. An exchange that is not answered for `timeout`
+    seconds fails on every rank that waits in it.
+
+    Args:
+        timeout: seconds.
+        accelerator: as in section `training`; anything but "cpu" takes the machine's CUDA devices where it has some.
+
+    Raises:
+        InputError: more processes on this machine than it has CUDA devices.
+    """
+    from twotower.ranks import Ranks  # noqa: PLC0415  # torch, which the command line loads only where it trains
+
+    told = Launch.of_environment()
+    if told.size == 1:
+        yield Team(Ranks())
+        return
+    import torch  # noqa: PLC0415
+    import torch.distributed as dist  # noqa: PLC0415
+    from torch.distributed.rendezvous import rendezvous  # noqa: PLC0415
+
+    on_cuda = accelerator != "cpu" and torch.cuda.is_available()
+    if on_cuda:
+        if told.local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"torchrun: {told.local_size} processes on this machine, which has {torch.cuda.device_count()} CUDA "
+                "devices; expected --nproc_per_node to be that number, or --set training.accelerator=cpu"
+            )
+        torch.cuda.set_device(told.local_rank)
+    patience = timedelta(seconds=timeout)
+    store, rank, size = next(iter(rendezvous("env://", timeout=patience)))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size, timeout=patience
+    )
+    yield Team(Ranks.current(), dist.PrefixStore("twotower", store))  # type: ignore[attr-defined]  # public, and missing in __all__
+    # Only where nothing failed: with a rank missing, leaving in good order would wait for it.
+    dist.destroy_process_group()

@@ -1,0 +1,242 @@
+"""What a training over ranks will need before any machine is rented: memory of each rank, bytes exchanged, time a step.
+
+Numbers of a step are those of the code in training/: what is gathered, reduced and touched. Rates are measured on the
+machine that asks (`measure_rates`), so a plan for other machines is as good as the rates that are given for them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+from twotower.errors import InputError
+
+F4, I8 = 4, 8
+#: A tile of logits on a CPU and on an accelerator, bytes (losses/tiles.py).
+TILES = {"cpu": 8 << 20, "cuda": 256 << 20}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A training, by its sizes.
+
+    Attributes:
+        items: N.
+        dimension: D.
+        batch: rows of a step over all ranks.
+        ranks: W.
+        queries: rows of the query table; 0 without one.
+        history: L.
+        sampled: candidates drawn beside those of the batch.
+        hidden: widths of the query tower's hidden layers.
+        optimizer: how tables move.
+        precision: what tables are stored in.
+        layout: `replicated`, every rank has whole tables; `rows`, each has a W-th of their rows.
+        device: "cpu" or "cuda".
+    """
+
+    items: int
+    dimension: int = 64
+    batch: int = 8192
+    ranks: int = 1
+    queries: int = 0
+    history: int = 50
+    sampled: int = 1024
+    hidden: tuple[int, ...] = (128,)
+    optimizer: Literal["adam", "rowwise-adagrad"] = "adam"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    layout: Literal["replicated", "rows"] = "replicated"
+    device: Literal["cpu", "cuda"] = "cpu"
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that no training has.
+
+        Raises:
+            InputError: a size is out of range.
+        """
+        for name in ("items", "dimension", "batch", "ranks"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name}: expected at least 1, found {getattr(self, name)}")
+        if self.batch < self.ranks:
+            raise InputError(f"--batch: {self.batch} rows for {self.ranks} ranks; expected at least one row for each")
+
+    @property
+    def rows(self) -> int:
+        """Rows of a step on the rank with most."""
+        return -(-self.batch // self.ranks)
+
+    @property
+    def candidates(self) -> int:
+        """M, at most: the batch's items and those drawn, each once."""
+        return min(self.batch + self.sampled, self.items)
+
+    @property
+    def table_rows(self) -> int:
+        """Rows of all tables together."""
+        return self.items + self.queries
+
+    @property
+    def layers(self) -> int:
+        """Parameters of the query tower's layers."""
+        widths = [self.dimension * (bool(self.history) + bool(self.queries)), *self.hidden, self.dimension]
+        return sum(a * b + b for a, b in pairwise(widths))
+
+    def distinct(self, draws: float) -> float:
+        """Distinct items among so many, if all were equally likely: the most there can be."""
+        return self.items * -math.expm1(-draws / self.items)
+
+    @property
+    def touched(self) -> float:
+        """Rows of the tables that a rank's own step touches: its part of the candidates, its histories, its queries."""
+        own = self.candidates / self.ranks
+        return own + self.distinct(self.rows * self.history) + (self.rows if self.queries else 0)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine does, and what holds before anything is trained.
+
+    Attributes:
+        products: multiply-adds times two in the loss, a second (float32, forward and backward).
+        layers: the same in the towers' layers.
+        updates: rows of a table that the optimizer moves a second, per number of a row: rows times D.
+        lookups: numbers looked up in a table and added to again, a second.
+        link: bytes that one rank sends and receives a second.
+        latency: of one exchange, seconds.
+        process: bytes that the process holds with its libraries.
+    """
+
+    products: float
+    layers: float
+    updates: float
+    lookups: float
+    link: float
+    latency: float
+    process: int
+
+
+@dataclass(frozen=True)
+class ScalePlan:
+    """The needs of one rank.
+
+    Attributes:
+        workload: what was asked.
+        rates: what the times were computed with.
+        memory: bytes by name; what a training step holds at its peak.
+        ranking: bytes on top when the catalog is ranked for a validation, in place of the step's own.
+        exchanged: bytes that a rank sends in a step, by name; as many come in.
+        seconds: of a step, by name; one after the other.
+        device_memory: bytes there are; None where nobody said.
+    """
+
+    workload: Workload
+    rates: Rates
+    memory: dict[str, float]
+    ranking: dict[str, float]
+    exchanged: dict[str, float]
+    seconds: dict[str, float]
+    device_memory: float | None
+
+    @property
+    def peak(self) -> float:
+        """Most bytes in training."""
+        return sum(self.memory.values())
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step."""
+        return sum(self.seconds.values())
+
+    @property
+    def bottleneck(self) -> str:
+        """What takes most of a step, or what does not fit."""
+        if self.fits is False:
+            largest = max(self.memory, key=lambda name: self.memory[name])
+            return f"memory ({largest})"
+        return max(self.seconds, key=lambda name: self.seconds[name])
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether a rank has the memory; None where nobody said how much there is."""
+        return None if self.device_memory is None else self.peak <= self.device_memory
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values: bytes and seconds."""
+        return {
+            "workload": asdict(self.workload),
+            "rates": asdict(self.rates),
+            "memory": self.memory,
+            "peak": self.peak,
+            "ranking": self.ranking,
+            "exchanged": self.exchanged,
+            "seconds": self.seconds,
+            "step": self.step,
+            "device_memory": self.device_memory,
+            "fits": self.fits,
+            "bottleneck": self.bottleneck,
+        }
+
+
+def plan_scale(workload: Workload, rates: Rates, device_memory: float | None = None) -> ScalePlan:
+    """Compute a plan; nothing is allocated.
+
+    An exchange of n bytes by all ranks costs each of them n (W - 1) / W bytes sent, as rings do it; a sum of gradients
+    twice that. Exchanges and computing are taken one after the other, as the code runs them.
+    """
+    memory = _memory(workload, rates)
+    exchanged = _exchanged(workload)
+    seconds = _computing(workload, rates) | {
+        f"exchange of {name}": count / rates.link + rates.latency for name, count in exchanged.items() if count
+    }
+    # A catalog's embeddings gathered from all ranks, and the index over them (training/memory_plan.py).
+    catalog = float(workload.items * workload.dimension * F4)
+    ranking = {"item embeddings": 2 * catalog, "index": 1.75 * catalog}
+    return ScalePlan(workload, rates, memory, ranking, exchanged, seconds, device_memory)
+
+
+def _memory(work: Workload, rates: Rates) -> dict[str, float]:
+    width, of = work.dimension, 1 if work.layout == "replicated" else work.ranks
+    number = 2 if work.precision == "bfloat16" else F4
+    state = F4 if work.optimizer == "rowwise-adagrad" else 2 * F4 * width
+    # What is gathered of all ranks' table gradients (rows and vectors), and once more when they are put together.
+    arriving = work.touched * (work.ranks if work.layout == "replicated" and work.ranks > 1 else 1)
+    row = width * F4
+    return {
+        "process": float(rates.process),
+        "tables": work.table_rows * width * number / of,
+        "optimizer state": work.table_rows * state / of,
+        "layers and their state": 4.0 * F4 * work.layers,
+        "gradients of tables": (work.touched + 2 * arriving) * row,
+        "candidates": 4.0 * work.candidates * row,
+        "rows and histories": work.rows * (3 * work.history + 6) * row,
+        "tile": float(TILES[work.device]),
+    }
+
+
+def _exchanged(work: Workload) -> dict[str, float]:
+    if work.ranks == 1:
+        return {}
+    part, row = (work.ranks - 1) / work.ranks, work.dimension * F4
+    sent = {
+        "codes": work.batch * I8 * part,
+        "candidates": work.candidates * row * part,
+        "gradients of candidates": work.candidates * row * part,
+        "gradients of layers": 2 * work.layers * F4 * part,
+    }
+    if work.layout == "replicated":
+        return {**sent, "gradients of tables": work.touched * (row + I8) * (work.ranks - 1)}
+    # Rows are fetched from the ranks that have them, and their gradients go back there.
+    return {**sent, "rows of tables": work.touched * (row + I8) * part, "gradients of rows": work.touched * row * part}
+
+
+def _computing(work: Workload, rates: Rates) -> dict[str, float]:
+    width = work.dimension
+    everyone = work.distinct(work.touched * work.ranks) if work.layout == "replicated" else work.touched
+    return {
+        "loss": 6.0 * work.rows * work.candidates * width / rates.products,
+        "towers' layers": 6.0 * work.rows * work.layers / rates.layers,
+        "lookups": work.rows * max(work.history, 1) * width / rates.lookups,
+        "optimizer": everyone * width / rates.updates,
+    }

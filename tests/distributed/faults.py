@@ -1,0 +1,127 @@
+"""Runs `twotower train` in forked ranks, kills some, and goes on; writes what happened. Started by test_faults.py.
+
+It stands in for torchrun, for importing takes longer than all of the training here: it sets the same variables, starts
+all ranks again when one has died, and counts the restarts. test_faults.py also has a run under torchrun itself.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+from twotower import cli
+
+SETTINGS = [
+    "item_tower.dimension=8",
+    "query_tower={dropout: 0, history: {length: 5, heads: 2, dropout: 0}}",
+    "objective.sources=[{in_batch: {}}, {uniform: {size: 20}}, {memory: {size: 60}}]",
+    "training={batch_size: 64, learning_rate: 0.01, warmup_steps: 5, accelerator: cpu, max_epochs: 4, "
+    "checkpoint_every: 3, exchange_timeout: 60}",
+    "evaluation.baselines=false",
+]
+
+
+def words(data, out, more=()):
+    return ["train", str(data), "--out", str(out), *(w for s in SETTINGS for w in ("--set", s)), *more]
+
+
+def steps_done(out):
+    """Steps of the last checkpoint; 0 while there is none."""
+    try:
+        state = json.loads((out / "checkpoints" / "last.ckpt" / "state.json").read_text())
+    except (OSError, ValueError):
+        return 0
+    return next(value for key, value in state["dict"] if key == "global_step")
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(arguments, size, log, restarts=0):
+    """Fork `size` ranks; rank -> process id."""
+    port, ranks = free_port(), {}
+    for rank in range(size):
+        child = os.fork()
+        if child == 0:
+            if size > 1:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_RUN_ID": "test"}
+                os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                os.environ |= {"TORCHELASTIC_RESTART_COUNT": str(restarts)}
+            told = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(told, 1)
+            os.dup2(told, 2)
+            sys.argv = ["twotower", *arguments]
+            code = 0
+            try:
+                cli.main()
+            except SystemExit as ended:
+                code = int(ended.code or 0)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        ranks[rank] = child
+    return ranks
+
+
+def codes(ranks):
+    """How every rank has ended; minus the signal where one killed it."""
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in ranks.values()]
+
+
+def alive(child):
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+
+def with_kills(data, out, kills, seed):
+    """Kill a rank at random steps, `kills` times, and start all of them again each time."""
+    draw = random.Random(seed)
+    targets = sorted(draw.sample(range(3, 80), kills))
+    ends = []
+    while True:
+        ranks = start(words(data, out), 2, out.with_suffix(".log"), restarts=len(ends))
+        if len(ends) < kills:
+            while steps_done(out) < targets[len(ends)] and alive(ranks[0]) and alive(ranks[1]):
+                time.sleep(0.005)
+            time.sleep(draw.uniform(0, 0.05))
+            os.kill(ranks[draw.randrange(2)], signal.SIGKILL)
+        ends.append(codes(ranks))
+        if ends[-1] == [0, 0] or len(ends) > kills:
+            return ends
+
+
+def stopped(data, out, at):
+    """SIGTERM to both ranks in the middle."""
+    ranks = start(words(data, out), 2, out.with_suffix(".log"))
+    while steps_done(out) < at and alive(ranks[0]):
+        time.sleep(0.005)
+    for child in ranks.values():
+        os.kill(child, signal.SIGTERM)
+    return codes(ranks)
+
+
+def main(data, folder, kills):
+    found = {
+        "one": codes(start(words(data, folder / "one"), 1, folder / "one.log")),
+        "two": codes(start(words(data, folder / "two"), 2, folder / "two.log")),
+        "killed": with_kills(data, folder / "killed", kills, seed=kills),
+        "stopped": stopped(data, folder / "stopped", 30),
+        "stopped at": steps_done(folder / "stopped"),
+    }
+    for size in (1, 3):
+        shutil.copytree(folder / "stopped", folder / f"resumed-{size}")
+        out = folder / f"resumed-{size}"
+        found[out.name] = codes(start(words(data, out, ["--resume"]), size, folder / f"{out.name}.log"))
+    (folder / "found.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

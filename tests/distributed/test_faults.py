@@ -1,0 +1,137 @@
+"""Ranks are killed, stopped and counted anew: the model is that of a run to which nothing happened."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import planted
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import faults
+
+HERE = Path(__file__).parent
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks processes, and finds them in /proc")
+
+
+def scenario(folder: Path, kills: int) -> dict:
+    """What faults.py does in a folder, and what came of it."""
+    data = folder / "planted.parquet"
+    planted(queries=80).write_parquet(data)
+    ended = subprocess.run(
+        [sys.executable, str(HERE / "faults.py"), str(data), str(folder), str(kills)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=590,
+    )
+    assert ended.returncode == 0, ended.stdout
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    return scenario(folder, kills=2)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "towers.safetensors")
+
+
+def assert_near(run: Path, other: Path) -> None:
+    expected = weights(other)
+    for name, value in weights(run).items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-3, msg=lambda said, n=name: f"{n}: {said}")
+
+
+def test_two_processes_of_the_command_are_one(found, folder):
+    assert found["one"] == [0] and found["two"] == [0, 0]
+    assert_near(folder / "two", folder / "one")
+    one, two = (json.loads((folder / run / "results.json").read_text()) for run in ("one", "two"))
+    assert one["rows"] and one["num_targets"] == two["num_targets"]
+    for row, other in zip(one["rows"], two["rows"], strict=True):
+        for name, value in row["values"].items():
+            assert other["values"][name] == pytest.approx(value, abs=0.01), name
+
+
+def assert_same_after_kills(found, folder, kills):
+    *failed, last = found["killed"]
+    assert last == [0, 0] and len(failed) == kills
+    for ended in failed:
+        assert -signal.SIGKILL in ended, "nobody was killed: the test kills too late"
+        assert ended.count(-signal.SIGKILL) == 1 and 1 in ended, "the other rank stops by itself, as after a failure"
+    expected = weights(folder / "two")
+    for name, value in weights(folder / "killed").items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_a_killed_rank_is_told_and_the_model_is_the_very_same(found, folder):
+    assert_same_after_kills(found, folder, 2)
+    told = (folder / "killed.log.0").read_text() + (folder / "killed.log.1").read_text()
+    lines = [line for line in told.splitlines() if "another rank is gone" in line]
+    assert len(lines) == 2 and "Traceback" not in told, told
+    assert all(line.startswith("twotower: rank ") and "--max-restarts" in line for line in lines)
+
+
+def test_sigterm_leaves_a_checkpoint_and_other_numbers_of_ranks_go_on_from_it(found, folder):
+    assert found["stopped"] == [130, 130] and found["stopped at"] >= 30
+    for size in (1, 3):
+        assert found[f"resumed-{size}"] == [0] * size
+        assert_near(folder / f"resumed-{size}", folder / "two")
+    assert not torch.equal(weights(folder / "two")["log_temperature"], torch.zeros(()))  # something was learnt
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_steps(tmp_path):
+    assert_same_after_kills(scenario(tmp_path, kills=10), tmp_path, 10)
+
+
+def workers(agent: subprocess.Popen) -> dict[int, int]:
+    """The processes of each rank that torchrun has started: rank -> process id."""
+    ranks = {}
+    for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split():
+        told = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        ranks |= {int(word[5:]): int(pid) for word in told if word.startswith(b"RANK=")}
+    return ranks
+
+
+@pytest.mark.slow
+def test_torchrun_starts_all_again(tmp_path):
+    data, out = tmp_path / "planted.parquet", tmp_path / "run"
+    planted(queries=80).write_parquet(data)
+    words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--max-restarts=1"]
+    agent = subprocess.Popen(
+        [sys.executable, *words, "-m", "twotower.cli", *faults.words(data, out)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        while not faults.steps_done(out) and agent.poll() is None:
+            time.sleep(0.05)
+        os.kill(workers(agent)[1], signal.SIGKILL)
+        told = agent.communicate(timeout=500)[0]
+        assert agent.returncode == 0, told
+        assert "another rank is gone" in told or "Signal 9" in told, told
+    finally:
+        if agent.poll() is None:
+            os.killpg(agent.pid, signal.SIGKILL)
+            agent.communicate()
+    assert (out / "results.json").exists()

@@ -1,0 +1,125 @@
+"""The plan beside what a step really exchanges and touches, counted call by call, and beside closed forms."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from typer.testing import CliRunner
+
+from twotower.cli import app
+from twotower.errors import InputError
+from twotower.measuring_rates import _loopback
+from twotower.planning import Rates, Workload, plan_scale
+from twotower.ranks import Ranks
+from twotower.towers import build_towers
+from twotower.training import TableOptimizer
+from twotower.training.optimizers import parameter_groups
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import cases
+
+RATES = Rates(products=1e11, layers=5e10, updates=1e9, lookups=2e9, link=1e9, latency=1e-4, process=500 << 20)
+
+
+def test_tables_and_state_are_what_a_training_makes():
+    work = Workload(items=5000, dimension=16, batch=64, queries=300, history=5, hidden=(12,))
+    for rule, precision in (("adam", "float32"), ("rowwise-adagrad", "bfloat16")):
+        config = cases.Config.load(
+            None,
+            [
+                "item_tower.dimension=16",
+                f"item_tower.table_precision={precision}",
+                "query_tower={id_embedding: true, hidden: [12], history: {length: 5, heads: 1}}",
+            ],
+        )
+        towers = build_towers(config, num_queries=300, num_items=5000)
+        optimizer = TableOptimizer(parameter_groups(towers, 0.0, lr=0.1, table_rule=rule), lr=0.1)
+        for parameter in towers.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        tables = [m.weight for m in towers.modules() if isinstance(m, torch.nn.Embedding)]
+        state = [v for table in tables for key, v in optimizer.state[table].items() if key != "step"]
+        plan = plan_scale(replace(work, optimizer=rule, precision=precision), RATES)
+        assert plan.memory["tables"] == sum(table.nbytes for table in tables)
+        assert plan.memory["optimizer state"] == sum(value.nbytes for value in state)
+
+
+def test_layers_are_those_of_the_tower():
+    config = cases.Config.load(
+        None, ["item_tower.dimension=16", "query_tower={hidden: [12, 7], history: {length: 5, heads: 1}}"]
+    )
+    towers = build_towers(config, num_queries=3, num_items=50)
+    linear = [m for m in towers.query_tower.modules() if isinstance(m, torch.nn.Linear)]
+    work = Workload(items=50, dimension=16, batch=8, history=5, hidden=(12, 7))
+    assert work.layers == sum(p.numel() for m in linear for p in m.parameters())
+
+
+def test_exchanges_are_those_of_the_code(monkeypatch):
+    """What gathers and sums send in a step of rank 0 of 2, counted in place of a network."""
+    sent = {"gathered": 0, "scattered": 0, "summed": 0}
+
+    def gather(out, own, group=None):
+        sent["gathered"] += own.nbytes
+        out.copy_(torch.cat([own, own])) if out.ndim == own.ndim else out.fill_(int(own))
+
+    def scatter(own, every, group=None):
+        sent["scattered"] += own.nbytes
+        own.copy_(every[: len(own)])
+
+    def reduce(values, group=None):
+        sent["summed"] += values.nbytes
+
+    monkeypatch.setattr("twotower.ranks._all_gather", gather)
+    monkeypatch.setattr("twotower.ranks._reduce_scatter", scatter)
+    monkeypatch.setattr(dist, "all_reduce", reduce)
+    case = cases.CASES["mixed"]
+    cases.train(case, Ranks(0, 2))
+    # 20 steps; the plan's most is reached in none of them, for batches here have many copies of few items.
+    per_step = {name: count / cases.STEPS for name, count in sent.items()}
+    work = Workload(items=60, dimension=8, batch=12, ranks=2, queries=40, history=5, sampled=15, hidden=(12,))
+    planned = plan_scale(work, RATES).exchanged
+    gathered = planned["codes"] * 2 + planned["candidates"] * 2 + planned["gradients of tables"]
+    assert 0.3 < per_step["gathered"] / gathered < 1.1
+    assert 0.3 < per_step["scattered"] / planned["gradients of candidates"] / 1 < 1.3
+    assert 0.5 < per_step["summed"] / planned["gradients of layers"] < 2.5
+
+
+def test_what_grows_and_what_is_shared():
+    work = Workload(items=10**9, batch=65_536, ranks=64, optimizer="rowwise-adagrad", device="cuda")
+    whole = plan_scale(work, RATES, 80 * 2**30)
+    parted = plan_scale(replace(work, layout="rows"), RATES, 80 * 2**30)
+    assert whole.fits is False and whole.bottleneck == "memory (tables)"
+    assert parted.fits is True
+    assert parted.memory["tables"] * 64 == whole.memory["tables"] == 10**9 * 64 * 4
+    assert parted.seconds["optimizer"] < whole.seconds["optimizer"]
+    assert not plan_scale(replace(work, ranks=1), RATES).exchanged
+    slow = plan_scale(replace(work, layout="rows"), replace(RATES, link=1e6))
+    assert slow.bottleneck.startswith("exchange of")
+
+
+def test_settings_out_of_range():
+    for changed in ({"items": 0}, {"batch": 1, "ranks": 2}):
+        with pytest.raises(InputError, match="expected at least"):
+            Workload(**{"items": 10, **changed})
+
+
+def test_the_command(tmp_path):
+    words = ["plan", "--items", "1e5", "--dimension", "8", "--batch", "64", "--ranks", "4", "--history", "5"]
+    told = CliRunner().invoke(app, [*words, "--device-memory", "1", "--json"])
+    assert told.exit_code == 0, told.output
+    found = json.loads(told.output)
+    assert found["peak"] == sum(found["memory"].values()) and found["step"] == sum(found["seconds"].values())
+    assert all(found["rates"][name] > 0 for name in ("products", "layers", "updates", "lookups", "link", "process"))
+    assert "bottleneck" in found and found["fits"] in (True, False)
+    table = CliRunner().invoke(app, [*words, "--layout", "rows", "--link", "10"])
+    assert table.exit_code == 0 and "projection" in table.output
+
+
+def test_the_loopback_carries_bytes():
+    rate, latency = _loopback()
+    assert rate > 1e6 and 0 < latency < 1
