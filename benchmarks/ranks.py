@@ -90,7 +90,7 @@ class Training:
         else:
             loss, _, _ = gathered_loss(self.towers, self.objective, batch, self.ranks, generator=generator)
         self.optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self.exchange.sum_gradients()
         self.optimizer.step()
         self.step_number += 1
@@ -101,7 +101,8 @@ def join(folder: str, rank: int, size: int) -> Ranks:
     """The ranks of a group, which find each other in a file."""
     if size == 1:
         return Ranks()
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store-{size}", size), rank=rank, world_size=size)
+    store = dist.FileStore(f"{folder}/store-{size}", size)  # type: ignore[attr-defined]  # missing in __all__
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     return Ranks.current()
 
 

@@ -91,12 +91,13 @@ def _table(workload: Workload, device: torch.device) -> EmbeddingTable:
 
 def _updates(workload: Workload, device: torch.device) -> float:
     table = _table(workload, device)
-    optimizer = TableOptimizer([table.weight], lr=1e-3, rule=workload.optimizer)
+    weight: nn.Parameter = table.weight
+    optimizer = TableOptimizer([weight], lr=1e-3, rule=workload.optimizer)
     rows = torch.randperm(table.num_embeddings, device=device)[:16_384].sort().values
     values = torch.randn(len(rows), workload.dimension, device=device)
 
     def step() -> None:
-        table.weight.grad = torch.sparse_coo_tensor(rows[None], values, table.weight.shape, check_invariants=False)
+        weight.grad = torch.sparse_coo_tensor(rows[None], values, weight.shape, check_invariants=False)
         optimizer.step()
 
     return len(rows) * workload.dimension / _seconds(step, device)

@@ -301,7 +301,7 @@ def make_batches(
         if grouped:
             raise InputError("objective.frequency: grouped: a sequence may run over several groups; expected counted")
         return SequenceBatches(
-            train if rows is None else train.select(rows), size, history_length=length, seed=seed, ranks=ranks
+            train if rows is None else train.select(rows), size, history_length=length, seed=seed
         )  # rows are those of whole queries: ContinuedSplit.rows_to_learn
     batches = TrainingBatches(train, size, history_length=length, seed=seed, rows=rows, ranks=ranks)
     return GroupedBatches(batches) if grouped else batches

@@ -15,7 +15,6 @@ from twotower.data.packing import pack
 from twotower.data.prefetching import ahead
 from twotower.data.shuffling import Shuffle
 from twotower.errors import InputError
-from twotower.ranks import Ranks
 
 
 class SequenceBatches:
@@ -34,21 +33,12 @@ class SequenceBatches:
         batch_size: B, rows of a batch on average.
         history_length: L.
         seed: 0 or more.
-        ranks: gives out the sequences of this rank in every batch; `batch_size` is that of all ranks together.
 
     Raises:
         InputError: no rows, or a size or seed out of range.
     """
 
-    def __init__(
-        self,
-        interactions: Interactions,
-        batch_size: int,
-        *,
-        history_length: int,
-        seed: int = 0,
-        ranks: Ranks | None = None,
-    ) -> None:
+    def __init__(self, interactions: Interactions, batch_size: int, *, history_length: int, seed: int = 0) -> None:
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("history_length", history_length, 1),
@@ -60,17 +50,11 @@ class SequenceBatches:
             raise InputError("training batches: no interactions to train on.")
         self.interactions, self.history_length, self.seed = interactions, history_length, seed
         self.batch_size = batch_size
-        self.ranks = ranks or Ranks()
         sizes = np.diff(interactions.offsets)
         self._windows = -(-sizes // (history_length + 1))
         self.num_windows = int(self._windows.sum())
         mean = len(interactions) / self.num_windows
         self.windows_per_batch = min(max(round(batch_size / mean), 1), self.num_windows)
-        if self.windows_per_batch < self.ranks.size:
-            raise InputError(
-                f"batch_size: {batch_size} rows are {self.windows_per_batch} sequences; expected one at least for each "
-                f"of {self.ranks.size} processes."
-            )
         # Which query a window belongs to: the number of the query's first window.
         self._first = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self._windows)])
         self.epoch, self.position = 0, 0
@@ -114,8 +98,7 @@ class SequenceBatches:
         size = self.windows_per_batch
 
         def make(position: int) -> Batch:
-            own = self.ranks.part(size)
-            return self.batch(shuffle(np.arange(position * size + own.start, position * size + own.stop)), epoch)
+            return self.batch(shuffle(np.arange(position * size, (position + 1) * size)), epoch)
 
         for batch in ahead(make, self.position, len(self)):
             self.position += 1

@@ -47,12 +47,14 @@ def gathered_loss(
         The share, a scalar with a gradient on every rank; embeddings and candidates of the rank's rows.
 
     Raises:
-        InputError: the objective draws more than once for a batch.
+        InputError: the objective draws more than once for a batch, or rows are positions of whole sequences.
     """
     if objective.rows_per_draw is not None:
         raise InputError(
             "objective.rows_per_draw: several processes share one draw for a whole batch; expected null under torchrun"
         )
+    if batch.sequences is not None:
+        raise InputError("query_tower.history.sequence: batches of whole sequences are for one process; not torchrun")
     sizes = ranks.sizes(len(batch), batch.items.device) if batch.total is None else ranks.shares(batch.total)
     own = ranks.within(sizes)
     everyone = ranks.gather(batch.items, sizes)
