@@ -56,7 +56,7 @@ def service(folder: Path, *options: str) -> Iterator[str]:
             yield found.group()
         finally:
             process.terminate()
-            if process.wait(30) not in (0, -15):  # ended in order, then by the signal once more
+            if process.wait(600) not in (0, -15):  # ended in order, then by the signal once more
                 raise RuntimeError(f"the service ended with {process.returncode}")
 
 
@@ -256,8 +256,8 @@ def main() -> None:
                 else:
                     found[part] = run_soak(address, script, chosen.soak)
                 print(part, json.dumps(found[part], indent=1), flush=True)
-    if chosen.json:
-        chosen.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                if chosen.json:
+                    chosen.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     failed = [
         one for part in found.values() for one in (part, *part.values()) if isinstance(one, dict) and one.get("failed")
     ]
