@@ -98,6 +98,23 @@ def calibrated(place):
     return {"bins": bins, "expected_calibration_error": 0.02 * place, "perplexity": 400.0 + place}
 
 
+def dialled():
+    """As `DialCurve.to_dict()`: recall falls as coverage grows, and three settings lie close together."""
+    points = [
+        {
+            "popularity": b,
+            "recall": 0.30 - 0.12 * (1 - b) ** 2,
+            "tail_recall": 0.05 + 0.03 * (1 - b**3),
+            "ndcg": 0.2 - 0.08 * (1 - b) ** 2,
+            "coverage": 0.25 + 0.4 * (1 - b) ** 1.5,
+            "interactions": 40 + 200 * b,
+            "percentile": 0.5 + 0.3 * b,
+        }
+        for b in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    ]
+    return {"holdout": "test", "k": 20, "points": points}
+
+
 def sample_document(split, *, names=OBJECTIVES, seeds=3, kind="comparison"):
     """A document of the given shape; `split` is the planted leave-last-out split."""
     rankers = {
@@ -132,4 +149,5 @@ def sample_document(split, *, names=OBJECTIVES, seeds=3, kind="comparison"):
         audit=audited(names) if len(names) > 1 else None,
         diagnostics={name: {"gradient_tail": 0.3} for name in names},
         calibration={name: calibrated(place) for place, name in enumerate(names)},
+        dial=dialled() if kind == "evaluation" else None,
     )

@@ -91,6 +91,22 @@ def test_the_order_of_sections_and_what_is_left_out(ten, planted_split):
     assert "How good is this model" in alone
 
 
+def test_the_dial_is_drawn_as_it_was_measured(planted_split):
+    document = sample_document(planted_split, names=["expected-count"], seeds=1, kind="evaluation")
+    page = render(document)
+    section = page[page.index('<section id="dial"') :].split("</section>")[0]
+    for point in document["dial"]["points"]:
+        row = f"<td>{point['popularity']:g}</td>"
+        assert row in section or f">{point['popularity']:g}<" in section
+        assert f"{point['recall']:.4f}" in section and f"{100 * point['coverage']:.1f} %" in section
+    assert section.count("<figure") == 2 and "Recall@20 against coverage" in section
+    document["dial"]["points"][0]["tail_recall"] = None  # a tail without targets
+    section = render(document).split('<section id="dial"')[1].split("</section>")[0]
+    assert section.count("<figure") == 1 and "–" in section
+    del document["dial"]
+    assert '<section id="dial"' not in render(document)
+
+
 def test_every_figure_has_a_text_alternative_in_both_layouts(ten):
     reader = Reader(render(ten))
     figures = [attributes for tag, attributes in reader.elements if tag == "svg" and "role" in attributes]

@@ -8,13 +8,18 @@ from pathlib import Path
 from twotower import evaluation
 from twotower.analysis import report
 from twotower.analysis.compare import compare
+from twotower.analysis.dial import popularity_curve
 from twotower.comparison.calibrating import calibrations
 from twotower.comparison.document import build_document, diagnostics
 from twotower.comparison.measuring import FolderRanker
 from twotower.evaluation import Evaluation
 from twotower.files import write_text
 from twotower.run import reread
+from twotower.serving import Retriever
 from twotower.serving.artifact import find_model
+
+#: Settings of the popularity dial in the report: each costs one ranking of the test queries. `twotower dial` has more.
+DIAL_SETTINGS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 def evaluate_folder(
@@ -67,6 +72,14 @@ def evaluate_folder(
         objectives={name: artifact.config.objective.model_dump(mode="json")},
         calibration=calibrations({name: run}, split),
         diagnostics={name: diagnostics(run)},
+        dial=popularity_curve(
+            Retriever(artifact),
+            split.test,
+            train=split.train,
+            k=ks[-1],
+            settings=DIAL_SETTINGS,
+            exclude_seen=settings.exclude_seen,
+        ).to_dict(),
     )
     write_text(Path(page), report.render(document))
     return found

@@ -213,9 +213,13 @@ def labelled_points(
     *,
     x_axis: str,
     y_axis: str,
+    connected: bool = False,
     caption: Html | str | None = None,
 ) -> Html:
-    """Points with their names beside them, placed so that no name lies on another name or point."""
+    """Points with their names beside them, placed so that no name lies on another name or point.
+
+    `connected` joins them by a line, in their order.
+    """
 
     def limits(values: list[float]) -> tuple[float, float]:
         low, high = min(values), max(values)
@@ -238,6 +242,8 @@ def labelled_points(
             elements.append(line(x(tick), 26, x(tick), 26 + tall, "grid"))
             elements.append(label(x(tick), 26 + tall + 17, plain(tick), "middle", "muted"))
         places = [(x(point.x), y(point.y)) for point in points]
+        if connected:
+            elements.append(path(places, "curve"))
         for point, (a, b) in zip(points, places, strict=True):
             if point.y_range:
                 elements.append(line(a, y(point.y_range[0]), a, y(point.y_range[1]), f"interval {point.kind}"))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from twotower.analysis.report import background, measured, story, trainings
+from twotower.analysis.report import background, dial, measured, story, trainings
 from twotower.analysis.report.markup import Html, h, raw
 
 Document = dict[str, Any]
@@ -37,6 +37,7 @@ SECTIONS = (
     Section("differences", "Who is told apart", measured.differences),
     Section("popularity", "By popularity", measured.deciles),
     Section("coverage", "Reach", measured.coverage),
+    Section("dial", "The popularity dial", dial.dial),
     Section("slices", "Slices", measured.slices),
     Section("learning", "Learning curves", trainings.learning),
     Section("audit", "Bias and spread of the gradients", background.audit),

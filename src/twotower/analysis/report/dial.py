@@ -1,0 +1,77 @@
+"""The section of the popularity dial: what accuracy costs in discovery, for one model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from twotower.analysis.report.figures import Point, labelled_points
+from twotower.analysis.report.markup import Html, h
+from twotower.analysis.report.tables import table
+
+Document = dict[str, Any]
+
+
+def dial(document: Document) -> Html | None:
+    """Recall against coverage, and against the recall of the tail, along the dial."""
+    curve = document.get("dial")
+    if not curve or len(curve["points"]) < 2:
+        return None
+    k, points = curve["k"], curve["points"]
+    return h(
+        "div",
+        h(
+            "p",
+            "One model, no other training: the dial b adds (b - 1) log p(item) to the score at serving time. At 1 the "
+            "model answers as it was trained, at 0 popularity is taken out of the score.",
+        ),
+        _against(curve, "coverage", f"coverage@{k} (% of the catalog in somebody's first {k})"),
+        _against(curve, "tail_recall", f"Recall@{k} of the targets in the tail third of the interactions"),
+        _table(points, k),
+        h("p", "twotower recommend --popularity 0.5, or recommend(..., popularity=0.5), sets it.", class_="note"),
+    )
+
+
+def _against(curve: dict[str, Any], name: str, axis: str) -> Html | None:
+    """The curve of one measure; None where it has no value, such as a tail without targets."""
+    k, points = curve["k"], curve["points"]
+    if any(_missing(point[name]) or _missing(point["recall"]) for point in points):
+        return None
+    unit, what = (100.0, "coverage") if name == "coverage" else (1.0, "recall in the tail")
+    last = points[-1]["popularity"]
+    shown = [
+        Point(
+            f"b = {point['popularity']:g}",
+            unit * point[name],
+            point["recall"],
+            "best" if point["popularity"] == last else "same",
+        )
+        for point in points
+    ]
+    return labelled_points(
+        f"Recall@{k} against {what}",
+        "; ".join(f"{point.name}: {point.x:.3g}, recall {point.y:.3f}" for point in shown),
+        shown,
+        x_axis=axis,
+        y_axis=f"Recall@{k} (share of targets found)",
+        connected=True,
+        caption="Each point is one setting b of the same model; the filled one is the model as trained.",
+    )
+
+
+def _table(points: list[dict[str, float]], k: int) -> Html:
+    heads = ["b", f"Recall@{k}", "in the tail", f"NDCG@{k}", f"coverage@{k}", "interactions of a listed item"]
+    rows = [
+        [
+            f"{point['popularity']:g}",
+            *("–" if _missing(point[name]) else f"{point[name]:.4f}" for name in ("recall", "tail_recall", "ndcg")),
+            f"{100 * point['coverage']:.1f} %",
+            f"{point['interactions']:,.0f}",
+        ]
+        for point in points
+    ]
+    return table(heads, rows, "The popularity dial")
+
+
+def _missing(value: float | None) -> bool:
+    return value is None or math.isnan(value)
