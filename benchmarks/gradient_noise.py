@@ -1,16 +1,18 @@
-"""How much of a step is signal: the item table's gradient over batches *and* draws, for several objectives on one model.
+r"""How much of a step is signal: the item table's gradient over batches and draws, for several objectives.
 
-    python benchmarks/gradient_noise.py runs/compare-ml-1m-loo/runs/full-softmax-0 --json benchmarks/results/gradient_noise.json
+    python benchmarks/gradient_noise.py runs/compare-ml-1m-loo/runs/full-softmax-0 --batches 48 \
+        --json benchmarks/results/gradient_noise.json
 
-`twotower audit` holds the rows of a batch fixed and redraws the candidates: it tells how well a pool estimates the full softmax *of
-those rows*. A step of training has a second source of noise, the rows themselves, and the two are not independent where the
-candidates are the rows. Here both vary. For the same batches (and the same dropout) of each objective, over the
-coordinates of the item table, all of them and those of thirds of popularity,
+`twotower audit` holds the rows of a batch fixed and redraws the candidates: it tells how well a pool estimates
+the full softmax *of those rows*. A step of training has a second source of noise, the rows themselves, and the
+two are not independent where the candidates are the rows. Here both vary. For the same batches (and the same
+dropout) of each objective, over the coordinates of the item table, all of them and those of thirds of
+popularity,
 
     signal   |E g|^2, from the product of two halves of the batches, which noise does not bias
     power    E |g|^2
     share    signal / power: 1 for a gradient without noise
-    step     mean over coordinates of |E g_i| / sqrt(E g_i^2): how far Adam moves on average, in units of the learning rate
+    step     root mean square over coordinates of |E g_i| / sqrt(E g_i^2): how far Adam moves, in learning rates
     cosine   between the mean gradient and that of the full softmax on the same batches
 """
 

@@ -1,16 +1,17 @@
-"""How good a full softmax each model of a comparison has become: its loss over the whole catalog, in and out of training.
+"""How good a full softmax each model of a comparison has become: its loss over the catalog, in training and test.
 
     python benchmarks/likelihood.py runs/compare-ml-1m-loo --json benchmarks/results/likelihood-ml-1m-loo.json
 
-`twotower compare` tells which objective ranks best after its budget. This tells why: for every trained model, on the test
-targets and on a sample of training rows (no dropout, the history as it was at that row),
+`twotower compare` tells which objective ranks best after its budget. This tells why: for every trained model,
+on the test targets and on a sample of training rows (no dropout, the history as it was at that row),
 
     loss          mean of -log P(y|x), the full softmax of the model's own scores and temperature, over all items
     scaled        the same with the scores multiplied by the one number that makes it least: what the temperature costs
     entropy       mean entropy of P(.|x): above the loss the model is less sure than it could be
 
-A model that was trained with an estimate of this loss and has a lower one than the model that was trained with the loss itself has gone
-further in the same number of steps, in training as well as in the test. One that is lower in the test alone generalises better.
+A model that was trained with an estimate of this loss and has a lower one than the model that was trained with
+the loss itself has gone further in the same number of steps, in training as well as in the test. One that is
+lower in the test alone generalises better.
 """
 
 from __future__ import annotations

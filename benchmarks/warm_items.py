@@ -1,0 +1,86 @@
+"""Online Retail split at a moment: id towers trained on whole users, beside popularity, item-kNN and EASE.
+
+    python benchmarks/warm_items.py --data ../shared/data/online-retail --test 0.3 --temperature 0.2 --epochs 40
+    python benchmarks/warm_items.py --data ../shared/data/online-retail --test 0.3 --temperature 0.2 --epochs 40 --final
+
+Without --final the model trains on what comes before the validation and is measured on the validation. With
+--final it trains on everything before the test, as the baselines then do, and is measured on the test. Targets
+that have no training row are left out, here and for the baselines. The training is that of
+benchmarks/gowalla.py: one vector for each customer and item, the full softmax over all items, once for each
+customer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from gowalla import ByUsers, Settings, kept_runs, measured
+
+import twotower as tt
+from twotower.evaluation import EASE, ItemKNN, Popularity
+from twotower.files import write_text
+from twotower.serving.artifact import library_versions
+
+RESULTS = Path(__file__).parent / "results" / "warm_items.json"
+
+
+def main() -> None:
+    """Train and measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--test", type=float, default=0.3, help="share of the rows after the cut")
+    parser.add_argument("--final", action="store_true")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    for name, default in asdict(Settings()).items():
+        if name != "seed":
+            parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    parser.add_argument("--every", type=int, default=5)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    asked = parser.parse_args()
+    data = tt.Interactions.read(asked.data)
+    split = tt.splits.by_time(data, validation=0.0 if asked.final else 0.05, test=asked.test)
+    train, holdout = split.train, split.test if asked.final else split.validation
+    for seed in asked.seeds:
+        settings = Settings(**{name: getattr(asked, name, seed) for name in asdict(Settings())})
+        key = json.dumps([asdict(settings), asked.test, asked.final], sort_keys=True)
+        if key in [run["key"] for run in kept_runs(asked.results)]:
+            continue
+        started = time.process_time()
+        training, curve = ByUsers(train, settings), []
+        for number in range(settings.epochs):
+            loss = training.epoch(number)
+            last = number + 1 == settings.epochs
+            if last or (not asked.final and (number + 1) % asked.every == 0):
+                found = measured({"model": training.ranked()}, holdout, train)["model"]
+                curve.append({"epoch": number + 1, "loss": round(loss, 4), **found})
+                shown = {k: round(v, 4) for k, v in found.items() if k in ("Recall@20", "NDCG@20", "coverage@20")}
+                print(settings, number + 1, round(loss, 3), shown, flush=True)
+        known = {"popularity": Popularity(train), "item-kNN": ItemKNN(train), "EASE": EASE(train, l2=100.0)}
+        entry = {
+            "key": key,
+            "test": asked.test,
+            "measured_on": holdout.name,
+            "settings": asdict(settings),
+            "curve": curve,
+            "metrics": curve[-1],
+            "cpu_seconds": round(time.process_time() - started, 1),
+            "baselines": measured(known, holdout, train),
+            "threads": torch.get_num_threads(),
+            "versions": library_versions(),
+            "date": datetime.now(UTC).isoformat(timespec="minutes"),
+        }
+        for name, row in entry["baselines"].items():
+            print(name, {k: round(v, 4) for k, v in row.items() if k in ("Recall@20", "NDCG@20")}, flush=True)
+        others = [run for run in kept_runs(asked.results) if run["key"] != key]
+        asked.results.parent.mkdir(parents=True, exist_ok=True)
+        write_text(asked.results, json.dumps([*others, entry], indent=1))
+
+
+if __name__ == "__main__":
+    main()
