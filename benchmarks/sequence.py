@@ -33,7 +33,7 @@ from torch import Tensor, nn  # noqa: E402
 
 import twotower as tt  # noqa: E402
 from twotower import evaluation  # noqa: E402
-from twotower.build import build_objective, masks_known_positives  # noqa: E402
+from twotower.build import build_objective, needs_known_positives  # noqa: E402
 from twotower.config import Config  # noqa: E402
 from twotower.data import Holdout, KnownPositives, SequenceBatches  # noqa: E402
 from twotower.evaluation.towers import TowerRanker  # noqa: E402
@@ -70,7 +70,7 @@ class Run:
         self.towers = build_towers(config, num_queries=train.num_queries, num_items=train.num_items)
         self.averaged = copy.deepcopy(self.towers).requires_grad_(False)
         self.objective = build_objective(config, train)
-        self.known = KnownPositives(train) if masks_known_positives(config.objective) else None
+        self.known = KnownPositives(train) if needs_known_positives(config) else None
         self.batches = SequenceBatches(
             train, int(training.batch_size), history_length=history_length(config), seed=training.seed
         )

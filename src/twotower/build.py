@@ -217,21 +217,26 @@ def build_objective(config: Config, train: Interactions, *, learnt: Interactions
     pool = build_pool(settings, train, learnt=learnt)
     objective = named.make(pool, settings, train.num_items)
     objective.rows_per_draw = settings.rows_per_draw
-    if config.query_tower.history is not None and config.query_tower.history.sequence is not None:
+    if settings.rows_per_draw is not None and reads_sequences(config):
         refuse_in_batch(pool)
     return objective
 
 
+def reads_sequences(config: Config) -> bool:
+    """Whether rows are positions of whole sequences."""
+    return config.query_tower.history is not None and config.query_tower.history.sequence is not None
+
+
 def refuse_in_batch(pool: Pool) -> None:
-    """Refuse the rows of a batch as candidates where rows are positions of whole sequences.
+    """Refuse the rows of a batch as candidates where blocks of it, which cut sequences, have draws of their own.
 
     Raises:
         InputError: the pool has an in-batch source.
     """
     if any(isinstance(member, InBatch) for member in pool.members()):
         raise InputError(
-            "objective.sources: in_batch: rows of one sequence are no independent draws of each other's candidates; "
-            "expected frequency, uniform, head or catalog beside query_tower.history.sequence"
+            "objective.rows_per_draw: with in_batch and whole sequences the rows of a batch share one draw; take "
+            "rows_per_draw out, or take candidates from frequency, uniform or head"
         )
 
 
@@ -251,10 +256,17 @@ def build_pool(settings: ObjectiveConfig, train: Interactions, *, learnt: Intera
 
 
 def masks_known_positives(settings: ObjectiveConfig) -> bool:
-    """Whether a query's other training items are masked."""
+    """Whether a query's other training items are masked, as far as the objective decides."""
     if settings.mask_known_positives is not None:
         return settings.mask_known_positives
     return named_objective(settings.name).mask_known_positives
+
+
+def needs_known_positives(config: Config) -> bool:
+    """Whether every row's known positives are masked: by the objective, or because sequences share their batch."""
+    sources = config.objective.sources or named_objective(config.objective.name).sources
+    in_batch = any("in_batch" in source for source in sources)
+    return masks_known_positives(config.objective) or (in_batch and reads_sequences(config))
 
 
 def build_frequency(settings: ObjectiveConfig, train: Interactions) -> Frequency:

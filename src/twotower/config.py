@@ -67,7 +67,7 @@ class DataConfig(Section):
 
 
 class SequenceConfig(Section):
-    """A history read in its order: every position of a query's sequence is a training row. docs/sequences.md"""
+    """A history read in its order: every position of a query's sequence is a training row; see docs/sequences.md."""
 
     kind: Literal["transformer", "gru"] = "transformer"
     blocks: int = Field(2, ge=1, le=64, description="Transformer blocks, or layers of the GRU.")
@@ -75,7 +75,7 @@ class SequenceConfig(Section):
     expansion: float = Field(4.0, gt=0, le=16, description="Units of a block's feed-forward layer, over D.")
     gated: bool = Field(False, description="RMSNorm and SwiGLU in the blocks instead of LayerNorm and GELU.")
     recency: int = Field(
-        0, ge=0, le=64, description="Averages of the items so far, with learned weights by distance, around the encoder."
+        0, ge=0, le=64, description="Averages of the items so far, by learned weights of distance, around the encoder."
     )
     dropout: float = Field(0.2, ge=0, lt=1, description="Of the input, of what blocks add, and of their hidden units.")
 
@@ -194,7 +194,7 @@ class TrainingConfig(Section):
         600, description="Several processes: seconds that one waits for the others before it gives up."
     )
     weight_average: float = Field(
-        0.0, ge=0, lt=1, description="Decay of a moving average of the weights, which is what is measured and kept. 0: none."
+        0.0, ge=0, lt=1, description="Decay of a moving average of the weights, which is measured and kept. 0: none."
     )
     micro_batch: PositiveInt | None = Field(
         None, description="Rows the towers embed at a time, twice, for less memory; same gradients. None: all at once."

@@ -16,7 +16,7 @@ import torch
 
 from twotower import continuing, evaluation
 from twotower.analysis.subject import Subject, subject_of
-from twotower.build import build_objective, masks_known_positives
+from twotower.build import build_objective, needs_known_positives, reads_sequences
 from twotower.config import Config, DataConfig
 from twotower.continuing import Parent
 from twotower.data import (
@@ -168,7 +168,7 @@ def fit(
         )
         length = history_length(settings)
         batches = make_batches(settings, train, rows, ranks)
-        known = KnownPositives(train) if masks_known_positives(settings.objective) else None
+        known = KnownPositives(train) if needs_known_positives(settings) else None
         objective = build_objective(settings, train, learnt=learnt)
         optimizer = mine = None
         if growth is not None and parent is not None:
@@ -297,7 +297,7 @@ def make_batches(
     """
     size, seed, length = int(config.training.batch_size), config.training.seed, history_length(config)
     grouped = config.objective.frequency.startswith("grouped")
-    if config.query_tower.history is not None and config.query_tower.history.sequence is not None:
+    if reads_sequences(config):
         if grouped:
             raise InputError("objective.frequency: grouped: a sequence may run over several groups; expected counted")
         return SequenceBatches(

@@ -17,6 +17,21 @@ START = -1
 GROUP_COST = 256
 
 
+@dataclass(frozen=True)
+class Windows:
+    """How the sequences of a training batch were drawn: without replacement, every choice as likely.
+
+    Attributes:
+        drawn: S, windows in the batch.
+        total: W, windows in all.
+        rows: of all windows together.
+    """
+
+    drawn: int
+    total: int
+    rows: int
+
+
 @dataclass(frozen=True, eq=False)
 class Packed:
     """Sequences in groups of similar length, each group a rectangle that is padded on the right.
@@ -29,12 +44,14 @@ class Packed:
         positions: int64 [P], place of each token within its sequence, 0 for the start.
         shapes: (sequences, longest) of each group; their products sum to P.
         rows: int64 [B], which tokens' outputs are wanted; for training those of every token that is no padding.
+        windows: how the sequences were drawn; None where they are not a training batch.
     """
 
     tokens: Tensor
     positions: Tensor
     shapes: tuple[tuple[int, int], ...]
     rows: Tensor
+    windows: Windows | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Packed:
         """The same on a device."""

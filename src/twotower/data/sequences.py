@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from twotower.data.batches import Batch
 from twotower.data.interactions import Interactions
-from twotower.data.packing import pack
+from twotower.data.packing import Windows, pack
 from twotower.data.prefetching import ahead
 from twotower.data.shuffling import Shuffle
 from twotower.errors import InputError
@@ -131,7 +132,7 @@ class SequenceBatches:
             history=torch.empty(len(rows), 0, dtype=torch.int64),
             weights=None if data.weights is None else torch.from_numpy(np.array(data.weights[rows])),
             groups=None if data.groups is None else torch.from_numpy(data.groups[rows].astype(np.int64)),
-            sequences=packed,
+            sequences=replace(packed, windows=Windows(len(numbers), self.num_windows, len(data))),
         )
 
     def _cut(self, queries: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from twotower.data.packing import Windows
 from twotower.errors import InputError
 from twotower.losses.softmax import candidate_logits, refined_logq, softmax_loss
 from twotower.losses.tiled import tiled_softmax
@@ -68,6 +69,7 @@ class Objective(nn.Module, ABC):
         group: Group | None = None,
         generator: torch.Generator | None = None,
         rows: slice | None = None,
+        windows: Windows | None = None,
     ) -> Candidates:
         """The candidates of one batch, each distinct shared item once where the form allows; see `Pool.draw`."""
         return self.prepare(
@@ -78,6 +80,7 @@ class Objective(nn.Module, ABC):
                 group=group,
                 generator=generator,
                 rows=rows,
+                windows=windows,
             )
         )
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from twotower.data.packing import Windows
 from twotower.errors import InputError
 from twotower.negatives.corrections import Correction, ExpectedCounts
 from twotower.negatives.duplicates import (
@@ -155,6 +156,7 @@ class Pool(nn.Module):
         group: Group | None = None,
         generator: torch.Generator | None = None,
         rows: slice | None = None,
+        windows: Windows | None = None,
     ) -> Candidates:
         """Draw the candidates of one batch.
 
@@ -174,6 +176,7 @@ class Pool(nn.Module):
             generator: random generator of the draws.
             rows: the rows to make masks and row candidates for, start and stop given; `known_positives` and `queries`
                 are then theirs alone, counted from the first of them. None for all.
+            windows: how the batch was drawn, where its rows are positions of whole sequences.
 
         Returns:
             Candidates, [M] of them; at least the positives of the batch where a source is in-batch.
@@ -186,7 +189,12 @@ class Pool(nn.Module):
             raise InputError(
                 f"positives: expected int64 item codes of shape [B], found {positives.dtype} {list(positives.shape)}"
             )
-        request = Request(positives, queries, group, generator)
+        request = Request(positives, queries, group, generator, windows)
+        if windows is not None and known_positives is None and any(isinstance(m, InBatch) for m in self.members()):
+            raise InputError(
+                "known_positives: rows of one sequence are no draws of each other's candidates; with in-batch "
+                "candidates and whole sequences give every row's known positives, to be masked"
+            )
         asked = positives if rows is None else positives[rows]
         if self.training:
             for frequency in self.frequencies():

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from twotower.data.packing import Windows
 from twotower.errors import InputError
 from twotower.negatives.frequency import Frequency, Group
 from twotower.negatives.proposals import Proposal
@@ -34,12 +35,14 @@ class Request:
         queries: query of each row, int64 [B], for sources that look something up by query.
         group: the group that the batch was built in, or None for batches that are random draws.
         generator: the random generator of the draw, or None for torch's default.
+        windows: how the batch was drawn, where its rows are positions of whole sequences; None for a draw of rows.
     """
 
     positives: Tensor
     queries: Tensor | None = None
     group: Group | None = None
     generator: torch.Generator | None = None
+    windows: Windows | None = None
 
 
 class Source(nn.Module, ABC):
@@ -107,6 +110,14 @@ class InBatch(RandomSource):
 
     kappa_j = (B-1) p_j; without duplicates 1 - (1-p_j)^(B-1). B-1, not B: the row's own positive is not a draw.
 
+    In a batch of S of W whole sequences, with c_j = R p_j of all R rows, the rows of a row's own sequence are in the
+    batch for certain and say nothing; the others are S-1 of the W-1 other sequences, drawn without replacement:
+
+        kappa_j = c_j (S-1) / (W-1);   without duplicates 1 - prod_{k < S-1} (1 - c_j / (W-1-k))
+
+    for every item that the row's query never meets, the second where no sequence holds an item twice. What the query
+    does meet is masked (`Pool.draw` asks for it): its count among the others would be smaller. See docs/sequences.md.
+
     Args:
         frequency: how often each item is a positive; with grouped batches, the frequency within the group.
         unique: remove duplicates within the batch.
@@ -119,6 +130,8 @@ class InBatch(RandomSource):
 
     def draw(self, request: Request) -> Tensor:
         """The positives of the batch, [B]; each row's own is masked as a hit, so B-1 remain for it."""
+        if request.windows is not None and request.windows.drawn < 2:
+            return request.positives[:0]  # there is no other sequence
         return request.positives
 
     def draws(self, request: Request) -> int:
@@ -128,6 +141,24 @@ class InBatch(RandomSource):
     def log_prob(self, items: Tensor, request: Request) -> Tensor:
         """Log p_j, within the group of the batch."""
         return self.frequency.log_prob(items, request.group)
+
+    def log_absence(self, items: Tensor, request: Request) -> Tensor:
+        """Log of the probability that no other row, or no other sequence, has the item."""
+        if request.windows is None:
+            return super().log_absence(items, request)
+        others, drawn = request.windows.total - 1, request.windows.drawn - 1
+        holding = torch.exp(self.log_prob(items, request)) * request.windows.rows
+        left = others - torch.arange(drawn, dtype=torch.float64, device=items.device)
+        # As many as are left, or more: the item cannot be missed.
+        return torch.log1p(-(holding[..., None] / left).clamp(max=1.0)).sum(-1)
+
+    def log_expected_count(self, items: Tensor, request: Request) -> Tensor:
+        """Log kappa_j over the other rows, or the rows of the other sequences."""
+        if request.windows is None or self.unique:
+            return super().log_expected_count(items, request)
+        others, drawn = request.windows.total - 1, request.windows.drawn - 1
+        share = math.log(drawn / others) if drawn else -math.inf
+        return share + math.log(request.windows.rows) + self.log_prob(items, request)
 
 
 class Sampled(RandomSource):

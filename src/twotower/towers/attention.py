@@ -48,7 +48,7 @@ class CausalAttention(nn.Module):
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Causal attention, [sequences, heads, longest, width of a head] each."""
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
-        # In bfloat16 torch's fused kernel takes two to four times as long on a CPU as two products and a softmax.
+        # In bfloat16 torch's fused kernel takes about twice as long on a CPU as two products and a softmax.
         longest = query.shape[2]
         later = torch.ones(longest, longest, dtype=torch.bool, device=query.device).triu_(1)
         scores = (query * query.shape[3] ** -0.5) @ key.transpose(2, 3)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from twotower import machine, process
-from twotower.config import Config
+from twotower.config import Config, HistoryConfig
 from twotower.data import Interactions
 from twotower.data.prefetching import DEPTH
 from twotower.errors import InputError
@@ -115,6 +115,8 @@ def plan_memory(config: Config, towers: TwoTower, objective: Objective, data: In
     # Looked up, pooled and masked; then the gradient of what was looked up. A dense one is as large as its table.
     at_once = min(rows, int(config.training.micro_batch or rows))
     of_history = at_once * length * (3 * width * F4 + 4 * I8)
+    if config.query_tower.history is not None and config.query_tower.history.sequence is not None:
+        of_history = of_sequences(config.query_tower.history, rows, width)
     touched = min(embedded + rows * length, data.num_items) if length else embedded
     step = {
         "gradients": sum(p.nbytes for p in layers)
@@ -176,6 +178,19 @@ def candidates_of(objective: Objective, rows: int, num_items: int) -> tuple[int,
         else:
             shared += size or num_items  # a source that says no size is the catalog
     return (min(shared, num_items) if objective.merges_copies or objective.pool.unique else shared), own
+
+
+def of_sequences(history: HistoryConfig, rows: int, width: int) -> int:
+    """What an encoder keeps of a batch's sequences for the backward pass, bytes; a sixth more tokens than rows."""
+    sequence = history.sequence
+    if sequence is None:
+        return 0
+    if sequence.kind == "gru":
+        each = sequence.blocks * 6 * width
+    else:
+        # Norms, projections and masks; the feed-forward layer, its activation and its mask; scores and their softmax.
+        each = sequence.blocks * ((12 + 3 * sequence.expansion) * width + 2 * sequence.heads * (history.length + 1))
+    return round(rows * 7 / 6 * (each + (3 + sequence.recency) * width) * F4)
 
 
 def _state(parameter: torch.Tensor, rule: str) -> int:

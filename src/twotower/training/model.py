@@ -61,6 +61,7 @@ def batch_loss(
         queries=batch.queries,
         group=batch.group,
         generator=generator,
+        windows=None if batch.sequences is None else batch.sequences.windows,
     )
     query = embed_rows(towers, batch, chunk=micro_batch)
     asked = [batch.items, drawn.items]
