@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -44,6 +46,10 @@ def plan(
     latency: Annotated[
         float | None, typer.Option("--latency", metavar="US", help="Of one exchange, microseconds.")
     ] = None,
+    rates_file: Annotated[
+        Path | None,
+        typer.Option("--rates", metavar="FILE", help="What --json printed elsewhere; nothing is measured."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Memory of each rank, bytes exchanged and time of a step, before anything is trained."""
@@ -57,7 +63,7 @@ def plan(
             raise InputError(f"--{name}: expected {' or '.join(known)}, found {value!r}")
     if not all(width.strip().isdigit() for width in hidden.split(",") if width.strip()):
         raise InputError(f"--hidden: expected widths such as 256,128, found {hidden!r}")
-    from twotower.planning import Workload, plan_scale  # noqa: PLC0415
+    from twotower.planning import Workload, plan_scale, read_rates  # noqa: PLC0415
 
     workload = Workload(
         items=int(items),
@@ -73,11 +79,16 @@ def plan(
         layout=layout,  # type: ignore[arg-type]
         device=device,  # type: ignore[arg-type]
     )
-    from twotower.measuring_rates import measure_rates  # noqa: PLC0415  # torch
+    sent, waited = None if link is None else link * 1e9, None if latency is None else latency * 1e-6
+    if rates_file is None:
+        from twotower.measuring_rates import measure_rates  # noqa: PLC0415  # torch
 
-    rates = measure_rates(
-        workload, link=None if link is None else link * 1e9, latency=None if latency is None else latency * 1e-6
-    )
+        rates = measure_rates(workload, link=sent, latency=waited)
+    else:
+        rates = read_rates(rates_file)
+        rates = replace(
+            rates, link=rates.link if sent is None else sent, latency=rates.latency if waited is None else waited
+        )
     found = plan_scale(workload, rates, None if device_memory is None else device_memory * 2**30)
     if as_json:
         print_json(found.to_dict())

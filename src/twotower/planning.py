@@ -6,9 +6,11 @@ machine that asks (`measure_rates`), so a plan for other machines is as good as 
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal
 
 from twotower.errors import InputError
@@ -115,6 +117,22 @@ class Rates:
     link: float
     latency: float
     process: int
+
+
+def read_rates(path: Path) -> Rates:
+    """Rates that `twotower plan --json` has written, on another machine perhaps.
+
+    Raises:
+        InputError: no such file, not JSON, or a rate is missing.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        found = found.get("rates", found)
+        return Rates(**{field.name: found[field.name] for field in fields(Rates)})
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"{path}: no rates ({type(error).__name__}: {error}); expected what `twotower plan --json` prints"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ SETTINGS = [
     "item_tower.dimension=8",
     "query_tower={dropout: 0, history: {length: 5, heads: 2, dropout: 0}}",
     "objective.sources=[{in_batch: {}}, {uniform: {size: 20}}, {memory: {size: 60}}]",
-    "training={batch_size: 64, learning_rate: 0.01, warmup_steps: 5, accelerator: cpu, max_epochs: 4, "
+    "training={batch_size: 64, learning_rate: 0.01, warmup_steps: 5, accelerator: cpu, max_epochs: 2, "
     "checkpoint_every: 3, exchange_timeout: 60}",
     "evaluation.baselines=false",
 ]
@@ -84,7 +84,7 @@ def alive(child):
 def with_kills(data, out, kills, seed):
     """Kill a rank at random steps, `kills` times, and start all of them again each time."""
     draw = random.Random(seed)
-    targets = sorted(draw.sample(range(3, 80), kills))
+    targets = sorted(draw.sample(range(3, 40), kills))
     ends = []
     while True:
         ranks = start(words(data, out), 2, out.with_suffix(".log"), restarts=len(ends))
@@ -113,7 +113,7 @@ def main(data, folder, kills):
         "one": codes(start(words(data, folder / "one"), 1, folder / "one.log")),
         "two": codes(start(words(data, folder / "two"), 2, folder / "two.log")),
         "killed": with_kills(data, folder / "killed", kills, seed=kills),
-        "stopped": stopped(data, folder / "stopped", 30),
+        "stopped": stopped(data, folder / "stopped", 12),
         "stopped at": steps_done(folder / "stopped"),
     }
     for size in (1, 3):

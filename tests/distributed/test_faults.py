@@ -20,7 +20,11 @@ import faults
 
 HERE = Path(__file__).parent
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks processes, and finds them in /proc")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="forks processes, and finds them in /proc"),
+    pytest.mark.slow,
+    pytest.mark.timeout(1000),
+]
 
 
 def scenario(folder: Path, kills: int) -> dict:
@@ -33,7 +37,7 @@ def scenario(folder: Path, kills: int) -> dict:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=590,
+        timeout=900,
     )
     assert ended.returncode == 0, ended.stdout
     return json.loads((folder / "found.json").read_text())
@@ -89,14 +93,13 @@ def test_a_killed_rank_is_told_and_the_model_is_the_very_same(found, folder):
 
 
 def test_sigterm_leaves_a_checkpoint_and_other_numbers_of_ranks_go_on_from_it(found, folder):
-    assert found["stopped"] == [130, 130] and found["stopped at"] >= 30
+    assert found["stopped"] == [130, 130] and found["stopped at"] >= 12
     for size in (1, 3):
         assert found[f"resumed-{size}"] == [0] * size
         assert_near(folder / f"resumed-{size}", folder / "two")
     assert not torch.equal(weights(folder / "two")["log_temperature"], torch.zeros(()))  # something was learnt
 
 
-@pytest.mark.slow
 def test_ten_kills_at_random_steps(tmp_path):
     assert_same_after_kills(scenario(tmp_path, kills=10), tmp_path, 10)
 
@@ -110,7 +113,6 @@ def workers(agent: subprocess.Popen) -> dict[int, int]:
     return ranks
 
 
-@pytest.mark.slow
 def test_torchrun_starts_all_again(tmp_path):
     data, out = tmp_path / "planted.parquet", tmp_path / "run"
     planted(queries=80).write_parquet(data)
@@ -127,7 +129,7 @@ def test_torchrun_starts_all_again(tmp_path):
         while not faults.steps_done(out) and agent.poll() is None:
             time.sleep(0.05)
         os.kill(workers(agent)[1], signal.SIGKILL)
-        told = agent.communicate(timeout=500)[0]
+        told = agent.communicate(timeout=800)[0]
         assert agent.returncode == 0, told
         assert "another rank is gone" in told or "Signal 9" in told, told
     finally:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from twotower.cli import app
 from twotower.errors import InputError
 from twotower.measuring_rates import _loopback
-from twotower.planning import Rates, Workload, plan_scale
+from twotower.planning import Rates, Workload, plan_scale, read_rates
 from twotower.ranks import Ranks
 from twotower.towers import build_towers
 from twotower.training import TableOptimizer
@@ -118,6 +118,17 @@ def test_the_command(tmp_path):
     assert "bottleneck" in found and found["fits"] in (True, False)
     table = CliRunner().invoke(app, [*words, "--layout", "rows", "--link", "10"])
     assert table.exit_code == 0 and "projection" in table.output
+
+
+def test_rates_of_another_machine(tmp_path):
+    written = tmp_path / "rates.json"
+    written.write_text(json.dumps({"rates": vars(RATES)}))
+    words = ["plan", "--items", "1e9", "--ranks", "64", "--device", "cuda", "--link", "50", "--json"]
+    told = CliRunner().invoke(app, [*words, "--rates", str(written)])
+    assert json.loads(told.output)["rates"] == {**vars(RATES), "link": 50e9}
+    written.write_text("{}")
+    with pytest.raises(InputError, match="products"):
+        read_rates(written)
 
 
 def test_the_loopback_carries_bytes():

@@ -14,6 +14,7 @@ import cases
 
 from twotower.ranks import Ranks
 
+pytestmark = pytest.mark.timeout(1000)  # a busy machine
 WORKER = Path(__file__).parent / "worker.py"
 
 
@@ -27,7 +28,7 @@ def of_ranks(tmp_path_factory):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=500,
+        timeout=900,
     )
     assert ended.returncode == 0, ended.stdout
     return {
