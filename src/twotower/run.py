@@ -136,6 +136,7 @@ def fit(
         Interrupted: Ctrl-C; a checkpoint was left in `directory`.
     """
     # Lightning is slow to import, and only this needs it.
+    from twotower.continuing.growth import carry_on, grown_features  # noqa: PLC0415
     from twotower.training import check_tables, fit_towers, plan_memory  # noqa: PLC0415
 
     parent = continuing.parent_of(start)
@@ -156,7 +157,7 @@ def fit(
     # The seed decides the start, the order of the rows and the draws; the caller's generators are left as they were.
     with torch.random.fork_rng():
         torch.manual_seed(training.seed)
-        growth = None if parent is None else continuing.grown_features(parent, continuing.checked(split))
+        growth = None if parent is None else grown_features(parent, continuing.checked(split))
         features = encode_features(settings, train) if growth is None else growth.features
         towers = build_towers(
             settings,
@@ -172,7 +173,7 @@ def fit(
         objective = build_objective(settings, train, learnt=learnt)
         optimizer = mine = None
         if growth is not None and parent is not None:
-            optimizer = continuing.carry_on(parent, settings, growth, towers=towers, objective=objective)
+            optimizer = carry_on(parent, settings, growth, towers=towers, objective=objective)
             if (mine := _miner(objective, train, length)) is not None and not resume:
                 mine(towers)
         validate = _validation(split.validation, settings, train) if len(split.validation) else None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -15,8 +15,9 @@ from twotower.data.catalogs import item_map, joined_table, union
 from twotower.data.histories import take_ranges
 from twotower.data.holdouts import Holdout
 from twotower.data.interactions import Interactions
-from twotower.data.past import CARRIED, ContinuedSplit, Past
+from twotower.data.past import ContinuedSplit, Past
 from twotower.data.splits import Split
+from twotower.data.stacking import Joined, Maps, PastRows
 from twotower.errors import InputError
 from twotower.schema import IdValues, Vocabulary
 
@@ -65,7 +66,7 @@ def continued(
     items = union(past.items.ids.filter(pl.Series(kept)), data.items.ids.filter(pl.Series(new_items)), "item")
     new_queries = np.diff(fresh.offsets) > 0
     queries = union(past.queries.ids, data.queries.ids.filter(pl.Series(new_queries)), "query")
-    maps = _Maps(
+    maps = Maps(
         past_queries=item_map(past.queries, queries),
         past_items=np.where(kept, item_map(past.items, items), -1),
         queries=item_map(data.queries, queries),
@@ -74,7 +75,7 @@ def continued(
     account.add("items withdrawn", int((~kept).sum()), "they leave the catalog, and the histories")
     account.add("items new", len(items) - int(kept.sum()), f"of {len(items):,}")
     account.add("queries new", len(queries) - len(past.queries), f"of {len(queries):,}")
-    joined = _Joined.of(past, fresh, np.diff(made.train.offsets), queries=queries, items=items, maps=maps)
+    joined = Joined.of(past, fresh, np.diff(made.train.offsets), queries=queries, items=items, maps=maps)
     whole = joined.rows
     whole.item_table = joined_table(past.item_table, past.items, data.item_table, data.items, items)
     whole.query_table = joined_table(None, past.queries, data.query_table, data.queries, queries)
@@ -85,7 +86,7 @@ def continued(
     account.add("rows to learn", int((~learnt).sum()), f"beside {int(learnt.sum()):,} that the parent was trained on")
     warm_items = train.item_counts() > 0 if cold == "drop" else None
     warm_queries = np.diff(train.offsets) > 0 if cold == "drop" and made.name == "by_time" else None
-    before = _PastRows.of(past, maps, len(queries))
+    before = PastRows.of(past, maps, len(queries))
     holdouts = {
         name: _carried(getattr(made, name), before, maps, whole, account=account, warm=(warm_items, warm_queries))
         for name in ("validation", "test")
@@ -106,16 +107,6 @@ def continued(
         new_item_table=joined_table(None, past.items, data.item_table, data.items, items),
         dates=None if times is None else (int(np.min(times)), int(np.max(times))),
     )
-
-
-@dataclass(frozen=True)
-class _Maps:
-    """New codes of old codes, -1 where there is none."""
-
-    past_queries: Codes
-    past_items: Codes
-    queries: Codes
-    items: Codes
 
 
 def _withdrawn(past: Past, data: Interactions, ids: IdValues | None) -> Vocabulary | None:
@@ -178,93 +169,7 @@ def _new_rows(past: Past, data: Interactions, gone: Vocabulary | None, account: 
     return replace(fresh, labels=None)
 
 
-@dataclass(frozen=True)
-class _PastRows:
-    """The past's rows in new codes, without withdrawn items, by new query code."""
-
-    offsets: Codes
-    items: NDArray[np.int32]
-    learnt: NDArray[np.bool_]
-    columns: dict[str, NDArray[Any]]
-
-    @classmethod
-    def of(cls, past: Past, maps: _Maps, num_queries: int) -> _PastRows:
-        sizes = np.diff(past.offsets)
-        queries = np.repeat(maps.past_queries, sizes)
-        place = np.arange(len(past.item_codes)) - np.repeat(past.offsets[:-1], sizes)
-        learnt = place < np.repeat(past.learnt, sizes)
-        items = maps.past_items[past.item_codes]
-        # Sorted vocabularies keep the order of the queries, others may not.
-        order = np.argsort(queries, kind="stable")
-        order = order[items[order] >= 0]
-        counts = np.bincount(queries[order], minlength=num_queries)
-        return cls(
-            np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)]),
-            items[order].astype(np.int32),
-            learnt[order],
-            {name: np.asarray(values)[order] for name, values in past.columns.items()},
-        )
-
-
-@dataclass(frozen=True)
-class _Joined:
-    """Old rows, then new ones, of every query.
-
-    Attributes:
-        rows: all of them.
-        trains: bool [n], those that training may know.
-        learnt: bool [n], those that the parent was trained on.
-    """
-
-    rows: Interactions
-    trains: NDArray[np.bool_]
-    learnt: NDArray[np.bool_]
-
-    @classmethod
-    def of(
-        cls, past: Past, fresh: Interactions, training: Codes, *, queries: Vocabulary, items: Vocabulary, maps: _Maps
-    ) -> _Joined:
-        """`training` [Q of fresh]: how many new rows of each query, from the first, are training rows."""
-        old = _PastRows.of(past, maps, len(queries))
-        sizes = np.diff(fresh.offsets)
-        new_codes = maps.queries[fresh.query_codes()]
-        place = np.arange(len(fresh)) - np.repeat(fresh.offsets[:-1], sizes)
-        codes = np.concatenate([np.repeat(np.arange(len(queries)), np.diff(old.offsets)), new_codes])
-        order = np.argsort(codes, kind="stable")  # stable: the past stands first, and each part in its own order
-        columns: dict[str, Any] = {}
-        for name in CARRIED:
-            theirs, ours = old.columns.get(name), getattr(fresh, name)
-            if name == "weights" and (theirs is None) != (ours is None):
-                # Rows without a weight weigh 1, as everywhere.
-                theirs = np.ones(len(old.items), dtype=np.float32) if theirs is None else theirs
-                ours = np.ones(len(fresh), dtype=np.float32) if ours is None else ours
-            if theirs is not None and ours is not None:
-                columns[name] = (theirs, np.asarray(ours))
-        names = None
-        if "groups" in columns and past.group_names is not None and fresh.group_names is not None:
-            names = union(past.group_names.ids, fresh.group_names.ids, "group")
-            maps_ = item_map(past.group_names, names), item_map(fresh.group_names, names)
-            columns["groups"] = tuple(
-                m[np.asarray(c)].astype(np.int32) for m, c in zip(maps_, columns["groups"], strict=True)
-            )
-        else:
-            columns.pop("groups", None)
-        arrays: dict[str, Any] = {name: np.concatenate(both)[order] for name, both in columns.items()}
-        rows = Interactions(
-            queries,
-            items,
-            np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(np.bincount(codes, minlength=len(queries)))]),
-            np.concatenate([old.items, maps.items[fresh.item_codes].astype(np.int32)])[order],
-            group_names=names,
-            account=Account(list(fresh.account.lines)),
-            **arrays,
-        )
-        trains = np.concatenate([np.ones(len(old.items), dtype=np.bool_), place < np.repeat(training, sizes)])[order]
-        learnt = np.concatenate([old.learnt, np.zeros(len(fresh), dtype=np.bool_)])[order]
-        return cls(rows, trains, learnt)
-
-
-def _recoded(below: Interactions, queries: Vocabulary, items: Vocabulary, maps: _Maps) -> Interactions | None:
+def _recoded(below: Interactions, queries: Vocabulary, items: Vocabulary, maps: Maps) -> Interactions | None:
     """Observed negatives in new codes; those of items that left are dropped."""
     codes, found = maps.queries[below.query_codes()], maps.items[below.item_codes]
     known = np.flatnonzero((codes >= 0) & (found >= 0))
@@ -283,8 +188,8 @@ def _recoded(below: Interactions, queries: Vocabulary, items: Vocabulary, maps: 
 
 def _carried(
     holdout: Holdout,
-    before: _PastRows,
-    maps: _Maps,
+    before: PastRows,
+    maps: Maps,
     whole: Interactions,
     *,
     account: Account,

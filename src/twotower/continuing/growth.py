@@ -1,0 +1,95 @@
+"""What a parent has learnt, in towers of more queries, items and values of features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+
+from twotower.config import Config
+from twotower.continuing.parent import Parent
+from twotower.data.encoding import EncodedTable
+from twotower.data.growing import grown
+from twotower.data.past import ContinuedSplit
+from twotower.losses import Objective
+from twotower.schema import Vocabulary
+from twotower.towers import TwoTower, build_towers
+from twotower.training.checkpoints import SafeCheckpointIO
+from twotower.training.continuing import ContinueOptimizer, Maps, continue_objective, grow, named_tables, row_maps
+
+
+@dataclass(frozen=True)
+class Grown:
+    """The features of both sides with the new rows, and where old codes have gone.
+
+    Attributes:
+        features: by side; a side without features is absent.
+        maps: of queries, items and feature values.
+        num_queries, num_items: Q and N of the new model.
+    """
+
+    features: dict[str, EncodedTable]
+    maps: Maps
+    num_queries: int
+    num_items: int
+
+
+def grown_features(parent: Parent, split: ContinuedSplit) -> Grown:
+    """The parent's fitted features on the new rows as well; see `data.growing.grown`."""
+    train = split.train
+    sides: dict[str, tuple[Any, Vocabulary, pl.DataFrame | None, NDArray[np.bool_]]] = {
+        "item": (split.item_map, train.items, split.new_item_table, train.item_counts() > 0),
+        "query": (split.query_map, train.queries, train.query_table, np.diff(train.offsets) > 0),
+    }
+    features, values = {}, {}
+    for old in parent.artifact.towers.feature_tables():
+        side = old.features.side
+        codes, ids, table, known = sides[side]
+        one = grown(old, codes, table, ids, known)
+        features[side] = one.table
+        values[side] = {place: torch.tensor(rows) for place, rows in one.value_maps.items()}
+    maps = Maps(torch.tensor(split.query_map), torch.tensor(split.item_map), values)
+    return Grown(features, maps, train.num_queries, train.num_items)
+
+
+def carry_on(
+    parent: Parent, config: Config, growth: Grown, *, towers: TwoTower, objective: Objective
+) -> ContinueOptimizer | None:
+    """Put what the parent has learnt into fresh towers and a fresh objective, both changed in place.
+
+    Returns:
+        What brings the optimizer to where the parent's was; None where its state is not at hand.
+    """
+
+    def build(num_queries: int, num_items: int) -> TwoTower:
+        few = {
+            side: EncodedTable(one.features, [rows[:1] for rows in one.arrays]) for side, one in growth.features.items()
+        }
+        return build_towers(
+            config,
+            num_queries=num_queries,
+            num_items=num_items,
+            item_features=few.get("item"),
+            query_features=few.get("query"),
+        )
+
+    tables = named_tables(build, growth.num_queries, growth.num_items)
+    rows = row_maps(towers, tables, growth.maps)
+    old = parent.artifact.towers.state_dict()
+    grow(towers, old, rows)
+    if parent.checkpoint is None or not parent.checkpoint.is_dir():
+        return None
+    saved = SafeCheckpointIO().load_checkpoint(parent.checkpoint)
+    state: Mapping[str, torch.Tensor] = saved["state_dict"]
+    # The checkpoint goes with the model only where it holds the same weights.
+    if any(f"towers.{name}" not in state or not torch.equal(state[f"towers.{name}"], own) for name, own in old.items()):
+        return None
+    prefix = "objective."
+    kept = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    continue_objective(objective, kept, growth.maps.items)
+    return ContinueOptimizer(rows, saved["optimizer_states"][0])

@@ -1,0 +1,156 @@
+"""The model that a training goes on with, and the new days joined to what it was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import polars as pl
+
+from twotower.config import Config
+from twotower.data import Interactions, Split
+from twotower.data.joining import continued
+from twotower.data.past import CARRIED, ContinuedSplit, Past
+from twotower.data.reading import open_source
+from twotower.errors import InputError
+from twotower.schema import USUAL_NAMES, IdValues, Vocabulary, ids_of, listed, usual_column
+from twotower.serving.artifact import Artifact, find_model, load_rows
+from twotower.serving.changes import Changes
+
+if TYPE_CHECKING:
+    from twotower.training import FitResult
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The model that a training goes on with.
+
+    Attributes:
+        artifact: the model.
+        checkpoint: where the state of its optimizer is, if it is still there.
+        where: what messages and the lineage call it.
+        removed: ids that were removed from its catalog after training (`twotower items remove`).
+    """
+
+    artifact: Artifact
+    checkpoint: Path | None
+    where: str
+    removed: pl.Series | None = None
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Parent:
+        """From a run folder, or a model folder alone, whose optimizer state is not at hand.
+
+        Raises:
+            InputError: see `Artifact.load`.
+        """
+        folder = find_model(directory)
+        artifact = Artifact.load(folder)
+        best = folder.parent / "checkpoints" / "best.ckpt"
+        changes = Changes.read(folder)
+        left = np.zeros(0, dtype=np.int64) if changes is None else changes.left
+        removed = artifact.items.decode(left[left < len(artifact.items)])
+        return cls(
+            replace(artifact, rows=load_rows(folder)),
+            best if best.is_dir() else None,
+            str(Path(directory).resolve()),
+            removed if len(removed) else None,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Of its data."""
+        return str(self.artifact.metadata["data"]["fingerprint"])
+
+    def past(self) -> Past:
+        """What it was trained on. A model of an older version does not tell which rows: all of them count as learnt."""
+        model, rows = self.artifact, self.artifact.rows or {}
+        times = rows.get("timestamps")
+        names = model.metadata["data"].get("groups")
+        return Past(
+            model.queries,
+            model.items,
+            np.asarray(model.history_offsets, dtype=np.int64),
+            np.asarray(model.history_items),
+            np.asarray(rows.get("learnt", np.diff(model.history_offsets))),
+            {name: np.asarray(rows[name]) for name in CARRIED if name in rows},
+            None if names is None else Vocabulary(names),
+            model.item_table,
+            self.fingerprint,
+            None if times is None or not len(times) else int(np.max(times)),
+        )
+
+
+class Fitted(Protocol):
+    """A model in memory, such as `twotower.Model`."""
+
+    @property
+    def artifact(self) -> Artifact: ...  # noqa: D102
+    @property
+    def fit(self) -> FitResult: ...  # noqa: D102
+
+
+def parent_of(start: Fitted | Parent | str | Path | None) -> Parent | None:
+    """The parent that a model, or its folder, is; None for none.
+
+    Raises:
+        InputError: see `Parent.load`.
+    """
+    if start is None or isinstance(start, Parent):
+        return start
+    if isinstance(start, str | Path):
+        return Parent.load(start)
+    return Parent(start.artifact, start.fit.checkpoint, "a model in memory")
+
+
+def new_days(
+    parent: Parent,
+    data: Interactions,
+    config: Config,
+    split: Callable[[Interactions], Split],
+    *,
+    withdrawn: IdValues | None = None,
+) -> ContinuedSplit:
+    """What `fit(start=...)` trains on: the parent's past and new interactions; see `data.joining.continued`."""
+    if parent.removed is not None:
+        given = parent.removed.head(0) if withdrawn is None else ids_of(pl.Series("id", withdrawn), "withdrawn")
+        withdrawn = pl.concat([parent.removed.alias("id"), given.alias("id")]).unique()
+    cold: Any = "keep" if config.data.split == "leave-last-out" else "drop"
+    return continued(parent.past(), data, split, withdrawn=withdrawn, catalog=config.data.catalog, cold=cold)
+
+
+def read_withdrawn(path: str | Path, kind: pl.DataType) -> pl.Series:
+    """Item ids from a file: one a line, or a table with an item column.
+
+    Args:
+        path: `.txt` with one id a line, or Parquet, CSV or TSV.
+        kind: of the model's item ids, Int64 or String.
+
+    Raises:
+        InputError: not readable, no item column, or an id that cannot be one of the model's.
+    """
+    file = Path(path)
+    if file.suffix.lower() == ".txt":
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{file}: not readable as text ({error}); expected one item id a line") from None
+        ids = pl.Series("id", [line.strip() for line in lines if line.strip()], dtype=pl.String)
+    else:
+        source = open_source(file)
+        name = usual_column(source.columns, USUAL_NAMES["item"], "item", source.name)
+        if name is None and len(source.columns) == 1:
+            name = source.columns[0]
+        if name is None:
+            raise InputError(f"{file}: no item id column; found {listed(source.columns)}")
+        ids = ids_of(pl.concat(source.chunks([name]))[name].drop_nulls(), f"{file}: column {name!r}")
+    if ids.dtype != kind:
+        cast = ids.cast(kind, strict=False)
+        if cast.null_count():
+            row = int(cast.is_null().arg_true()[0])
+            raise InputError(f"{file}: row {row + 1}: {ids[row]!r} is no item id of the model, whose ids are integers")
+        ids = cast
+    return ids.alias("id")

@@ -1,0 +1,85 @@
+"""Which settings a continued training may have, and which rows it goes through."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twotower.config import Config
+from twotower.continuing.parent import Parent
+from twotower.data import Split
+from twotower.data.past import ContinuedSplit
+from twotower.errors import InputError
+
+#: Settings of the towers that may be changed when a training goes on: no tensor depends on them.
+FREE = ("dropout", "id_dropout")
+
+
+def checked(split: Split) -> ContinuedSplit:
+    """A split that is known to be one of new days."""
+    assert isinstance(split, ContinuedSplit)
+    return split
+
+
+def rows_to_learn(split: Split, parent: Parent | None, settings: Config) -> NDArray[np.int64] | None:
+    """Rows of `split.train` that a continued training goes through; None for a training from the beginning.
+
+    Raises:
+        InputError: split and parent do not belong together.
+    """
+    if parent is None and not isinstance(split, ContinuedSplit):
+        return None
+    if parent is None or not isinstance(split, ContinuedSplit) or split.parent != parent.fingerprint:
+        raise InputError(
+            "fit: to go on with a model, give start=MODEL and the split that continue_with(MODEL, data) makes"
+        )
+    history = settings.query_tower.history
+    whole = history is not None and history.sequence is not None
+    return split.rows_to_learn(settings.training.replay, settings.training.seed, whole=whole)
+
+
+def settled(parent: Config, config: Config) -> Config:
+    """Settings of a continued training: features left to "auto" are the parent's.
+
+    Raises:
+        InputError: what would need other weights than the parent's differs; it is named.
+    """
+    changed = {}
+    for section in ("query_tower", "item_tower"):
+        own, theirs = getattr(config, section), getattr(parent, section)
+        if own.features == "auto":
+            taken: dict[str, Any] = {"features": theirs.features}
+            if section == "item_tower" and theirs.features == "none":
+                taken["id_dropout"] = 0.0
+            changed[section] = own.model_copy(update=taken)
+    config = config.model_copy(update=changed)
+    old, new = parent.model_dump(mode="json"), config.model_dump(mode="json")
+    for section in ("query_tower", "item_tower"):
+        found = _difference(old[section], new[section], section)
+        if found is not None:
+            raise InputError(f"{found}; what the towers are made of cannot be changed when a training is continued")
+    first, second = old["objective"], new["objective"]
+    if first["similarity"] != second["similarity"]:
+        raise InputError(
+            f"objective.similarity: {first['similarity']} in the model, {second['similarity']} here; it cannot be "
+            "changed when a training is continued"
+        )
+    if (first["temperature"] == "learned") != (second["temperature"] == "learned"):
+        raise InputError(
+            f"objective.temperature: {first['temperature']} in the model, {second['temperature']} here; a learned one "
+            "goes on as learned, a fixed one as fixed"
+        )
+    return config
+
+
+def _difference(old: Any, new: Any, name: str) -> str | None:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in old | new:
+            if key not in FREE:
+                found = _difference(old.get(key), new.get(key), f"{name}.{key}")
+                if found is not None:
+                    return found
+        return None
+    return None if old == new else f"{name}: {old!r} in the model, {new!r} here"
