@@ -102,7 +102,7 @@ def load(
 
 def milliseconds(value: str, unit: str) -> float:
     """A time as wrk writes it."""
-    return float(value) * {"us": 0.001, "ms": 1.0, "s": 1000.0}[unit]
+    return float(value) * {"us": 0.001, "ms": 1.0, "s": 1000.0, "m": 60_000.0}[unit]
 
 
 def metrics(address: str) -> dict[str, float]:
