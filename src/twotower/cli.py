@@ -297,6 +297,8 @@ def main() -> None:
     from twotower.errors import Interrupted, RankLost  # noqa: PLC0415
     from twotower.process import tune  # noqa: PLC0415
 
+    if "RANK" in os.environ:  # a rank that is gone is told in one line, without the addresses of C++
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     tune()  # before torch is imported and before the first large block is asked for
     try:
         app()

@@ -102,8 +102,9 @@ def joined(*, timeout: int, accelerator: str = "auto") -> Iterator[Team]:
 
     Raises:
         InputError: more processes on this machine than it has CUDA devices.
+        RankLost: an exchange in the block has failed.
     """
-    from twotower.ranks import Ranks  # noqa: PLC0415  # torch, which the command line loads only where it trains
+    from twotower.ranks import Ranks, comes_from_exchange  # noqa: PLC0415  # torch, which the command line loads only where it trains
 
     told = Launch.of_environment()
     if told.size == 1:
@@ -126,6 +127,11 @@ def joined(*, timeout: int, accelerator: str = "auto") -> Iterator[Team]:
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size, timeout=patience
     )
-    yield Team(Ranks.current(), dist.PrefixStore("twotower", store))  # type: ignore[attr-defined]  # public, and missing in __all__
+    try:
+        yield Team(Ranks.current(), dist.PrefixStore("twotower", store))  # type: ignore[attr-defined]  # public, and missing in __all__
+    except RuntimeError as error:
+        if comes_from_exchange(error):
+            raise Ranks.current().lost(error) from error
+        raise
     # Only where nothing failed: with a rank missing, leaving in good order would wait for it.
     dist.destroy_process_group()

@@ -142,17 +142,27 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            said = " ".join(str(error).split())
-            raise RankLost(
-                f"rank {self.rank} of {self.size}: another rank is gone, or has not answered in time; "
-                f"`torchrun --max-restarts` goes on from the last checkpoint ({said[:200]})"
-            ) from error
+            raise self.lost(error) from error
+
+    def lost(self, error: RuntimeError) -> RankLost:
+        """What to tell when torch.distributed has failed."""
+        said = " ".join(str(error).split())
+        return RankLost(
+            f"rank {self.rank} of {self.size}: another rank is gone, or has not answered in time; "
+            f"`torchrun --max-restarts` goes on from the last checkpoint ({said[:200]})"
+        )
 
     @property
     def device(self) -> torch.device:
         """Where numbers have to be for this group to exchange them: NCCL knows no other memory than its device's."""
         on_cuda = self.size > 1 and "nccl" in str(dist.get_backend(self.group))
         return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+
+
+def comes_from_exchange(error: RuntimeError) -> bool:
+    """Whether an error is one of torch.distributed: Lightning has exchanges of its own, which are not wrapped."""
+    # gloo raises plain RuntimeErrors, and its sources stand in their text.
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error) or "ProcessGroup" in str(error)
 
 
 class _Gathered(torch.autograd.Function):
