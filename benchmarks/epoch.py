@@ -6,9 +6,9 @@ Ours: pooled history, B = 8192, D = 64, in-batch and 1,024 uniform candidates, d
 runs it without Lightning (`TrainingBatches`, `batch_loss`, `TableOptimizer`), then `TowerRanker`. Plain: the same
 towers from the same start, at the same learning rate, as a competent user would write the rest: padded rows gathered
 by torch, a matrix of logits, log of the expected count subtracted, the row's own item masked among the other rows and
-the uniform draws, cross_entropy, dense Adam; the whole score matrix and `topk` to evaluate. The two take turns, an
-epoch each. Item-kNN is our baseline's: fit, then rank. The loader alone is timed over one more epoch. Ctrl-C ends it
-with what has been measured.
+the uniform draws, cross_entropy, dense Adam; the whole score matrix and `topk` to evaluate. bfloat16: ours under
+autocast, from the same start and with the same rows. They take turns, an epoch each. Item-kNN is our baseline's: fit,
+then rank. The loader alone is timed over one more epoch. Ctrl-C ends it with what has been measured.
 """
 
 import argparse
@@ -66,23 +66,28 @@ def ndcg(ranked: np.ndarray, holdout: Holdout) -> float:
 class Ours:
     """The library's own pieces."""
 
-    def __init__(self, config: Config, train: Interactions, towers: TwoTower) -> None:
+    def __init__(self, config: Config, train: Interactions, towers: TwoTower, *, seed: int, low: bool = False) -> None:
         self.towers, self.length = towers, config.query_tower.history.length if config.query_tower.history else 0
+        self.name, self.low = "bfloat16" if low else "ours", low
         self.objective = build_objective(config, train)
-        self.batches = TrainingBatches(train, int(config.training.batch_size), history_length=self.length, seed=SEED)
+        self.batches = TrainingBatches(train, int(config.training.batch_size), history_length=self.length, seed=seed)
         self.known = KnownPositives(train) if masks_known_positives(config.objective) else None
         model = torch.nn.ModuleList([towers, self.objective])
+        self.epochs = 0
         self.optimizer = TableOptimizer(parameter_groups(model, 0.0, lr=LEARNING_RATE), lr=LEARNING_RATE)
 
     def epoch(self, steps: int) -> None:
         """Train on so many batches."""
         self.towers.train()
+        self.batches.set_epoch(self.epochs)
+        self.epochs += 1
         for number, batch in enumerate(self.batches, 1):
-            loss, _, _ = batch_loss(self.towers, self.objective, batch, self.known)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.low):
+                loss, _, _ = batch_loss(self.towers, self.objective, batch, self.known)
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
-            progress("ours", number, steps)
+            progress(self.name, number, steps)
             if number == steps:
                 break
 
@@ -177,23 +182,32 @@ def main() -> None:
     parser.add_argument("--data", default="../shared/data/ml-1m-loo/sequences.parquet")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=None, help="of an epoch; all where left out")
-    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument(
+        "--ways", nargs="+", choices=["ours", "bfloat16", "plain"], default=["ours", "bfloat16", "plain"]
+    )
+    parser.add_argument("--json", type=Path, default=None, help="runs of other seeds in it are kept")
     arguments = parser.parse_args()
     config = Config.load(None, SETTINGS)
     split = split_data(read_data(arguments.data, config.data), config.data)
     train, test = split.train, split.test
     config = config.resolved(len(train))
-    torch.manual_seed(SEED)
-    ours_towers, plain_towers = (
-        build_towers(config, num_queries=train.num_queries, num_items=train.num_items) for _ in range(2)
-    )
-    plain_towers.load_state_dict(ours_towers.state_dict())
-    ours, plain = Ours(config, train, ours_towers), Plain(config, train, plain_towers)
+    torch.manual_seed(arguments.seed)
+    towers = [build_towers(config, num_queries=train.num_queries, num_items=train.num_items) for _ in range(3)]
+    for one in towers[1:]:
+        one.load_state_dict(towers[0].state_dict())
+    ours = Ours(config, train, towers[0], seed=arguments.seed)
+    ways: dict[str, Ours | Plain] = {
+        "ours": ours,
+        "bfloat16": Ours(config, train, towers[1], seed=arguments.seed, low=True),
+        "plain": Plain(config, train, towers[2]),
+    }
+    ways = {name: way for name, way in ways.items() if name in arguments.ways}
     steps = min(arguments.steps or len(ours.batches), len(ours.batches))
     rows = steps * ours.batches.batch_size
     print(f"{len(train):,} rows, {steps} steps of {ours.batches.batch_size:,}; {len(test):,} test queries", flush=True)
 
-    taken = {"ours": Contender(), "plain": Contender()}
+    taken = {name: Contender() for name in ways}
     results: dict[str, object] = {"epochs": taken, "rows_of_an_epoch": rows}
     try:
         began = time.perf_counter()
@@ -207,8 +221,8 @@ def main() -> None:
         }
         print(f"item-kNN: {results['item_knn']}", flush=True)
         for _ in range(arguments.epochs):
-            run("ours", ours, taken["ours"], test, steps)
-            run("plain", plain, taken["plain"], test, steps)
+            for name, way in ways.items():
+                run(name, way, taken[name], test, steps)
         began, cpu = time.perf_counter(), time.process_time()
         loader = TrainingBatches(train, ours.batches.batch_size, history_length=ours.length, seed=SEED + 1)
         for number, _ in enumerate(loader, 1):
@@ -222,18 +236,20 @@ def main() -> None:
             "processor_share_of_an_epoch": round(cpu_seconds / step_cpu, 3),
         }
         print(f"loader alone: {results['loader']}")
-        ratio = [
-            (p + q) / (o + e)
-            for o, e, p, q in zip(
-                taken["ours"].train_seconds,
-                taken["ours"].evaluation_seconds,
-                taken["plain"].train_seconds,
-                taken["plain"].evaluation_seconds,
-                strict=True,
-            )
-        ]
-        results["plain_over_ours"] = round(statistics.median(ratio), 2)
-        print(f"plain / ours, epoch with evaluation: {results['plain_over_ours']}")
+        base = taken["ours"]
+        for name, other in taken.items():
+            ratio = [
+                (p + q) / (o + e)
+                for o, e, p, q in zip(
+                    base.train_seconds,
+                    base.evaluation_seconds,
+                    other.train_seconds,
+                    other.evaluation_seconds,
+                    strict=True,
+                )
+            ]
+            results[f"{name}_over_ours"] = round(statistics.median(ratio), 2)
+            print(f"{name} / ours, epoch with evaluation: {results[f'{name}_over_ours']}")
     except KeyboardInterrupt:
         results["interrupted"] = True
         print("interrupted; what was measured so far is kept")
@@ -242,7 +258,7 @@ def main() -> None:
         report = {
             "benchmark": "epoch",
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seed": SEED,
+            "seed": arguments.seed,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
             "machine": {
                 "processor": platform.machine(),
@@ -254,7 +270,9 @@ def main() -> None:
             **results,
         }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+        known = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+        known[f"seed {arguments.seed}, {', '.join(ways)}"] = report
+        arguments.json.write_text(json.dumps(known, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,12 +165,12 @@ def catalogs(rounds: int, *, rows: int = 8192, with_memory: bool = True) -> list
 
 
 def batches(
-    rounds: int, *, num_items: int = 10**6, largest: int = BATCHES[-1], with_memory: bool = True
+    rounds: int, sizes: Sequence[int], *, num_items: int = 10**6, with_memory: bool = True
 ) -> list[dict[str, Any]]:
     """Step time and memory at each B. Every size is timed beside its own products."""
     step = Step(num_items, BATCHES[0], num_items)
     found: list[dict[str, Any]] = []
-    for rows in (size for size in BATCHES if size <= largest):
+    for rows in sizes:
         step.rows = rows
         step.batch()
         multiply = products(rows, step.distinct)
@@ -186,6 +186,7 @@ def batches(
             "rows": rows,
             "items": num_items,
             "distinct": step.distinct,
+            "rounds": rounds,
             "step_ms": milliseconds(times["whole"]),
             "products_ms": milliseconds(times["products"]),
             "step_over_products": ratio(times["whole"], times["products"]),
@@ -202,7 +203,7 @@ def main() -> None:
     """Measure the parts asked for; results of others in the JSON file are kept."""
     parser = options(__doc__.splitlines()[0])
     parser.add_argument("--parts", default="catalogs,batches", help="may be empty, to plot what is there")
-    parser.add_argument("--largest-batch", type=int, default=BATCHES[-1])
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="others in the JSON file are kept")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="also measure peaks")
     parser.add_argument("--plot", type=Path, default=None, help="where to draw the results in --json")
     parser.add_argument("--one", default=None, help=argparse.SUPPRESS)
@@ -213,13 +214,17 @@ def main() -> None:
         return
     measure: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "catalogs": lambda: catalogs(arguments.rounds, with_memory=arguments.memory),
-        "batches": lambda: batches(arguments.rounds, largest=arguments.largest_batch, with_memory=arguments.memory),
+        "batches": lambda: batches(arguments.rounds, arguments.batches, with_memory=arguments.memory),
     }
     report: dict[str, Any] = {"benchmark": "scale", "seed": SEED, "dimension": D}
     if arguments.json and arguments.json.exists():
         report = json.loads(arguments.json.read_text())
     for part in filter(None, arguments.parts.split(",")):
-        report[part] = measure[part]()
+        found = measure[part]()
+        if part == "batches":
+            kept = [row for row in report.get(part, []) if row["rows"] not in arguments.batches]
+            found = sorted(kept + found, key=lambda row: int(row["rows"]))
+        report[part] = found
         report.setdefault("how", {})[part] = how(arguments)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -263,4 +263,6 @@ def _weights(weights: Tensor | None, query: Tensor) -> Tensor:
 
 def _low_precision(query: Tensor) -> bool:
     device = query.device.type
+    if not torch.amp.is_autocast_available(device):
+        return False
     return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,6 +81,11 @@ def products(*, low: bool) -> Iterator[None]:
         yield
     finally:
         settings.fp32_precision = before
+
+
+def exact_products(device: str) -> AbstractContextManager[Any]:
+    """Autocast off, where the kind of device knows it: what is rounded is said product by product."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _by_block(row: Tensor, place: Tensor, blocks: list[tuple[slice, Tensor]]) -> list[Tensor]:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from twotower.losses.copies import find_copies
 from twotower.losses.forms import Form, log2_unit, row_sums
-from twotower.losses.tiles import Mask, fill_masked, masks_of_blocks, products, tile_blocks, tile_starts
+from twotower.losses.tiles import Mask, exact_products, fill_masked, masks_of_blocks, products, tile_blocks, tile_starts
 from twotower.negatives import Hits
 
 #: Where every logit is this near to zero, and weights of candidates within the range of float32, exponentials need no
@@ -92,7 +92,7 @@ class Tiled(torch.autograd.Function):
 def evaluate(inputs: Inputs, task: Task, *, wanted: bool) -> tuple[Tensor, list[Tensor | None]]:
     """The weighted sum, and its gradients by the inputs where they are wanted."""
     query, positive, candidates, row_candidates, temperature, bias = inputs
-    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+    with torch.no_grad(), exact_products(query.device.type):
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         copies = None if task.own_places is not None else find_copies(candidates, task.log_count, task.hits)
         shared = candidates

@@ -34,6 +34,21 @@ def embed_once(towers: TwoTower, items: Tensor, *, chunk: int | None = None) -> 
     return _in_chunks(towers, towers.embed_items, distinct, chunk=chunk).index_select(0, place)
 
 
+def embed_parts(towers: TwoTower, parts: list[Tensor], *, chunk: int | None = None) -> list[Tensor]:
+    """Embeddings of several lists of items, [M, D] each, where each distinct item goes through the tower once.
+
+    Where the second list is in order, without copies, and holds all of the first, as merged candidates hold the batch's
+    positives, it is embedded as it is: its embeddings, perhaps those of a whole catalog, are not copied.
+    """
+    if len(parts) == 2 and parts[1].device.type == "cpu" and len(parts[1]):
+        few, many = parts
+        place = torch.searchsorted(many, few).clamp_(max=len(many) - 1)
+        if bool((many[1:] > many[:-1]).all()) and torch.equal(many.index_select(0, place), few):
+            table = _in_chunks(towers, towers.embed_items, many, chunk=chunk)
+            return [table.index_select(0, place), table]
+    return list(torch.split(embed_once(towers, torch.cat(parts), chunk=chunk), [len(part) for part in parts]))
+
+
 def embed_by_ranks(towers: TwoTower, items: Tensor, ranks: Ranks, *, chunk: int | None = None) -> Tensor:
     """Embeddings of items that every rank asks for alike, [M, D]; each rank embeds M/W of them.
 

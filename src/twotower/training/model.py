@@ -21,7 +21,7 @@ from twotower.ranks import Ranks
 from twotower.towers import TwoTower
 from twotower.training.checkpoints import random_state, restore_random_state
 from twotower.training.diagnostics import Watch, diagnose, frequency_drift, memory_age, objective_device
-from twotower.training.embedding import embed_once, embed_rows
+from twotower.training.embedding import embed_parts, embed_rows
 from twotower.training.exchange import GradientExchange
 from twotower.training.gathering import gathered_loss
 from twotower.training.optimizers import TableOptimizer, parameter_groups
@@ -67,7 +67,7 @@ def batch_loss(
     asked = [batch.items, drawn.items]
     if drawn.row_items is not None:
         asked.append(drawn.row_items.clamp(min=0).reshape(-1))
-    vectors = torch.split(embed_once(towers, torch.cat(asked), chunk=micro_batch), [len(part) for part in asked])
+    vectors = embed_parts(towers, asked, chunk=micro_batch)
     embedded = Embedded(
         query,
         vectors[0],
