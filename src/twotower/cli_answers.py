@@ -63,7 +63,7 @@ def recommend(
         "deny": listed(deny, "--deny"),
     }
     if source is not None or target is not None:
-        if source is None or target is None or not (query is history is features is None):
+        if source is None or target is None or any(given is not None for given in (query, history, features)):
             raise InputError(
                 "recommend: expected --input FILE with --output FILE, and neither --query nor --history nor --features"
             )

@@ -108,7 +108,7 @@ class TowerRanker:
                 history = torch.from_numpy(recent).to(device)
             given = None
             if features is not None and inputs is not None:
-                given = inputs.encode_some(codes, [features[row] for row in rows])
+                given = inputs.encode_some(codes, [features[row] for row in rows.tolist()])
             parts.append(self.towers.embed_queries(codes, history, given).float())
         self.towers.train(was_training)
         return torch.cat(parts) if parts else torch.empty(0, self.item_embeddings.shape[1], device=device)
