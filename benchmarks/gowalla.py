@@ -162,14 +162,14 @@ class ByUsers:
         order = torch.randperm(
             len(self.users), generator=torch.Generator().manual_seed(self.settings.seed * 1000 + number)
         )
-        batches = self.users[order].split(self.settings.users)
+        batches = torch.split(self.users[order], self.settings.users)
         total = 0.0
         for place, users in enumerate(batches):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.settings.learning_rate * self._factor(number * len(batches) + place)
             loss = self.loss(users)
             self.optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
             total += loss.item() / len(batches)
         return total

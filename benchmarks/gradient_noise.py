@@ -79,7 +79,8 @@ class Moments:
         first, second = self.means()
         power = torch.as_tensor(self.square) / sum(self.counts)
         found: dict[str, float] = {}
-        for name, rows in {"": slice(None), " head": thirds == 0, " mid": thirds == 1, " tail": thirds == 2}.items():
+        masks = {"": thirds >= 0, " head": thirds == 0, " mid": thirds == 1, " tail": thirds == 2}
+        for name, rows in masks.items():
             signal = float((first[rows] * second[rows]).sum())
             found[f"signal{name}"], found[f"power{name}"] = signal, float(power[rows].sum())
             found[f"share{name}"] = signal / float(power[rows].sum())
