@@ -91,7 +91,7 @@ def _table(workload: Workload, device: torch.device) -> EmbeddingTable:
 
 def _updates(workload: Workload, device: torch.device) -> float:
     table = _table(workload, device)
-    weight: nn.Parameter = table.weight
+    weight = next(iter(table.parameters()))
     optimizer = TableOptimizer([weight], lr=1e-3, rule=workload.optimizer)
     rows = torch.randperm(table.num_embeddings, device=device)[:16_384].sort().values
     values = torch.randn(len(rows), workload.dimension, device=device)

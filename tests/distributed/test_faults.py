@@ -60,7 +60,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def assert_near(run: Path, other: Path) -> None:
     expected = weights(other)
     for name, value in weights(run).items():
-        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-3, msg=lambda said, n=name: f"{n}: {said}")
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5, msg=lambda said, n=name: f"{n}: {said}")
 
 
 def test_two_processes_of_the_command_are_one(found, folder):

@@ -12,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import cases
 
-from twotower.ranks import Ranks
+from twotower.errors import RankLost
+from twotower.ranks import Ranks, comes_from_exchange
 
 pytestmark = pytest.mark.timeout(1000)  # a busy machine
 WORKER = Path(__file__).parent / "worker.py"
@@ -80,3 +81,12 @@ def test_a_process_alone_exchanges_nothing():
     assert torch.equal(alone.sum(rows), rows)
     assert not alone.agree(False)
     assert Ranks.current() == alone
+
+
+def test_a_failed_exchange_is_a_lost_rank():
+    closed = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553]\n Connection closed by peer")
+    told = r"rank 1 of 3: another rank is gone.*--max-restarts.*Connection closed"
+    with pytest.raises(RankLost, match=told), Ranks(1, 3).exchange():
+        raise closed
+    assert comes_from_exchange(closed)
+    assert not comes_from_exchange(RuntimeError("shapes do not fit"))
