@@ -95,7 +95,7 @@ class Run:
                 group["lr"] = rate
             with torch.autocast("cpu", torch.bfloat16, enabled=self.config.training.precision == "bf16-mixed"):
                 loss, _, _ = batch_loss(self.towers, self.objective, batch, self.known)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.step += 1

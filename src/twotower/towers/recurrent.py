@@ -56,12 +56,16 @@ def step_by_step(layer: nn.GRU, tokens: Tensor) -> Tensor:
     Returns:
         [rows, L, D].
     """
-    given = nn.functional.linear(tokens, layer.weight_ih_l0, layer.bias_ih_l0)
+    # torch names the weights of a GRU at run time, which a type checker cannot see.
+    weights: dict[str, Tensor] = dict(layer.named_parameters())
+    given = nn.functional.linear(tokens, weights["weight_ih_l0"], weights["bias_ih_l0"])
     state = torch.zeros_like(tokens[:, 0])
     found = []
     for place in range(tokens.shape[1]):
         reset, update, new = given[:, place].chunk(3, 1)
-        by_reset, by_update, by_new = nn.functional.linear(state, layer.weight_hh_l0, layer.bias_hh_l0).chunk(3, 1)
+        by_reset, by_update, by_new = nn.functional.linear(state, weights["weight_hh_l0"], weights["bias_hh_l0"]).chunk(
+            3, 1
+        )
         z = torch.sigmoid(update + by_update)
         n = torch.tanh(new + torch.sigmoid(reset + by_reset) * by_new)
         state = (1 - z) * n + z * state

@@ -111,7 +111,8 @@ class SequenceTower(nn.Module):
             return encoded
         averages = self.recency(x, shapes)
         encoded = self.encoder(x * self.scale + self.mixed(averages.flatten(1)), positions, shapes)
-        return encoded / self.scale + averages.mean(1)
+        returned: Tensor = encoded / self.scale + averages.mean(1)
+        return returned
 
     def _look_up(self, codes: Tensor) -> Tensor:
         table: nn.Module | Rows = self.history_items

@@ -186,7 +186,7 @@ def of_sequences(history: HistoryConfig, rows: int, width: int) -> int:
     if sequence is None:
         return 0
     if sequence.kind == "gru":
-        each = sequence.blocks * 6 * width
+        each: float = sequence.blocks * 6 * width
     else:
         # Norms, projections and masks; the feed-forward layer, its activation and its mask; scores and their softmax.
         each = sequence.blocks * ((12 + 3 * sequence.expansion) * width + 2 * sequence.heads * (history.length + 1))
