@@ -11,6 +11,7 @@ import twotower as tt
 from twotower.config import Config
 from twotower.losses import Embedded, SampledSoftmax
 from twotower.negatives import CountedFrequency, CrossBatchMemory, InBatch, Pool, Sampled, StreamingFrequency, Uniform
+from twotower.training import diagnostics
 from twotower.training.diagnostics import Watch, diagnose, frequency_drift
 
 COUNTS = torch.tensor([9, 7, 5, 4, 3, 2, 1, 1])
@@ -54,6 +55,15 @@ def test_every_number_equals_a_loop():
             gradient[int(THIRDS[item])] += weight / (total + own)
     for name, share in zip(("head", "mid", "tail"), gradient, strict=True):
         assert found[f"gradient_{name}"] == pytest.approx(share / sum(gradient))
+
+
+def test_of_a_large_batch_the_first_rows_are_looked_at(monkeypatch):
+    embedded, drawn = batch()
+    first = Embedded(embedded.query[:2], embedded.positive[:2], embedded.candidates)
+    expected = diagnose(first, drawn.head(2), 0.5, THIRDS)
+    assert diagnose(embedded, drawn, 0.5, THIRDS) != pytest.approx(expected)
+    monkeypatch.setattr(diagnostics, "ROWS", 2)
+    assert diagnose(embedded, drawn, 0.5, THIRDS) == pytest.approx(expected)
 
 
 def test_nothing_left_to_look_at_is_no_number():

@@ -12,13 +12,15 @@ from twotower.negatives import Candidates, CrossBatchMemory, compare_frequencies
 
 logger = logging.getLogger("twotower")
 
+#: So many rows are looked at: enough for a mean, and a matrix of all rows is what training avoids.
+ROWS = 1024
 #: Popularity thirds as they are called in the log.
 THIRDS = ("head", "mid", "tail")
 
 
 @torch.no_grad()
 def diagnose(embedded: Embedded, drawn: Candidates, temperature: Tensor | float, thirds: Tensor) -> dict[str, float]:
-    """Diagnostics of one batch of a softmax objective, from the weights w_i = exp(s_i - log kappa_i).
+    """Diagnostics of one batch of a softmax objective, from the weights w_i = exp(s_i - log kappa_i) of its first rows.
 
     Args:
         embedded: the embeddings of the batch.
@@ -33,6 +35,10 @@ def diagnose(embedded: Embedded, drawn: Candidates, temperature: Tensor | float,
         largest_weight: mean over rows of max w / sum w.
         gradient_head, gradient_mid, gradient_tail: share of the negatives' gradient that falls on each third.
     """
+    if len(embedded.query) > ROWS:  # of shuffled rows the first are as good as any
+        own = None if embedded.row_candidates is None else embedded.row_candidates[:ROWS]
+        embedded = Embedded(embedded.query[:ROWS], embedded.positive[:ROWS], embedded.candidates, own)
+        drawn = drawn.head(ROWS)
     positive, logits = corrected_logits(embedded, drawn, temperature)
     total = torch.logsumexp(logits, 1)
     alive = ~torch.isneginf(total)
