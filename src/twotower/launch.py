@@ -102,7 +102,7 @@ def joined(*, timeout: int, accelerator: str = "auto") -> Iterator[Team]:
 
     Raises:
         InputError: more processes on this machine than it has CUDA devices.
-        RankLost: an exchange in the block has failed.
+        RankLost: the others did not come, or an exchange in the block has failed.
     """
     from twotower.ranks import Ranks, comes_from_exchange  # noqa: PLC0415  # torch, which the command line loads only where it trains
 
@@ -123,15 +123,15 @@ def joined(*, timeout: int, accelerator: str = "auto") -> Iterator[Team]:
             )
         torch.cuda.set_device(told.local_rank)
     patience = timedelta(seconds=timeout)
-    store, rank, size = next(iter(rendezvous("env://", timeout=patience)))
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size, timeout=patience
-    )
     try:
+        store, rank, size = next(iter(rendezvous("env://", timeout=patience)))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size, timeout=patience
+        )
         yield Team(Ranks.current(), dist.PrefixStore("twotower", store))  # type: ignore[attr-defined]  # public, and missing in __all__
     except RuntimeError as error:
         if comes_from_exchange(error):
-            raise Ranks.current().lost(error) from error
+            raise Ranks(told.rank, told.size).lost(error) from error
         raise
     # Only where nothing failed: with a rank missing, leaving in good order would wait for it.
     dist.destroy_process_group()
