@@ -66,7 +66,7 @@ def test_refusals(model):
     for ask, message in [
         (lambda r: r.explain("nobody", item=1), "query 'nobody'"),
         (lambda r: r.explain("u001", item=777), "item 777"),
-        (lambda r: r.explain(item=1), "query ids or histories"),
+        (lambda r: r.explain(item=1), "query ids, histories or features"),
         (lambda r: r.explain(history=[777], item=1), "none of its items"),
     ]:
         with pytest.raises(InputError, match=message):

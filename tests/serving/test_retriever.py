@@ -77,7 +77,7 @@ def test_titles_and_similar(model):
     ("ask", "message"),
     [
         (lambda r: r.recommend(["nobody"]), "query 'nobody': not in"),
-        (lambda r: r.recommend(), "expected query ids or histories"),
+        (lambda r: r.recommend(), "expected query ids, histories or features"),
         (lambda r: r.recommend(["u001"], k=0), "at least 1"),
         (lambda r: r.recommend(["u001"], histories=[[1], [2]]), "one for each query"),
         (lambda r: r.recommend(histories=[[99999]]), "none of its items is in the catalog"),
