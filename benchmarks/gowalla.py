@@ -152,7 +152,8 @@ class ByUsers:
         if settings.start == "svd":
             found = singular_vectors(train, settings.dimension)
             tables = [F.normalize(table, dim=1) * scale * settings.dimension**0.5 for table in found]
-        self.tables = [table.requires_grad_() for table in tables]
+        # The SVD hands out columns of a larger matrix: not a layout that a file can hold.
+        self.tables = [table.contiguous().requires_grad_() for table in tables]
         self.optimizer = torch.optim.AdamW(self.tables, lr=settings.learning_rate, weight_decay=0.0, fused=True)
         self.users = self.sizes.nonzero().flatten()
         self.steps = -(-len(self.users) // settings.users) * settings.epochs
