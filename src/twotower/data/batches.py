@@ -14,7 +14,7 @@ from twotower.data.histories import gather_histories
 from twotower.data.interactions import Interactions
 from twotower.data.packing import Packed
 from twotower.data.prefetching import ahead
-from twotower.data.shuffling import Shuffle
+from twotower.data.shuffling import Place, Shuffle
 from twotower.errors import InputError
 from twotower.ranks import Ranks
 
@@ -59,7 +59,7 @@ class Batch:
         return replace(self, **moved)
 
 
-class TrainingBatches:
+class TrainingBatches(Place):
     """All rows of the interactions once an epoch, in an order that seed and epoch decide.
 
     Iterating gives what is left of the current epoch, and then goes on to the next one. The order is computed, not
@@ -111,31 +111,8 @@ class TrainingBatches:
         n = self.num_rows
         return n // self.batch_size if self.drop_last else -(-n // self.batch_size)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Go to the beginning of an epoch; where it is the current one, stay at the position reached."""
-        if epoch != self.epoch:
-            self.epoch, self.position = epoch, 0
-
-    def state_dict(self) -> dict[str, int]:
-        """Seed, epoch and the batches of it already given out; and what the order depends on."""
-        return {
-            "seed": self.seed,
-            "epoch": self.epoch,
-            "position": self.position,
-            "batch_size": self.batch_size,
-            "rows": self.num_rows,
-        }
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state_dict` was taken, with the same order.
-
-        Raises:
-            InputError: other data or another batch size, for which there is no such place.
-        """
-        for name, here in (("batch_size", self.batch_size), ("rows", self.num_rows)):
-            if state[name] != here:
-                raise InputError(f"batches: the saved state has {name} {state[name]}, here it is {here}; start anew.")
-        self.seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
+    def _fixed(self) -> dict[str, int]:
+        return {"batch_size": self.batch_size, "rows": self.num_rows}
 
     def __iter__(self) -> Iterator[Batch]:
         order = Shuffle(self.num_rows, self.seed, self.epoch)

@@ -14,11 +14,11 @@ from twotower.data.batches import Batch
 from twotower.data.interactions import Interactions
 from twotower.data.packing import Windows, pack
 from twotower.data.prefetching import ahead
-from twotower.data.shuffling import Shuffle
+from twotower.data.shuffling import Place, Shuffle
 from twotower.errors import InputError
 
 
-class SequenceBatches:
+class SequenceBatches(Place):
     """Windows of the queries' sequences; each row of the interactions is in one window an epoch.
 
     A query with n rows is cut into ceil(n / (L + 1)) windows of at most L + 1 consecutive rows, so that the last row of
@@ -64,35 +64,12 @@ class SequenceBatches:
         """Batches in a whole epoch; windows that fill no batch are left out."""
         return self.num_windows // self.windows_per_batch
 
-    def set_epoch(self, epoch: int) -> None:
-        """Go to the beginning of an epoch; where it is the current one, stay at the position reached."""
-        if epoch != self.epoch:
-            self.epoch, self.position = epoch, 0
-
-    def state_dict(self) -> dict[str, int]:
-        """Seed, epoch and the batches of it already given out; and what the order depends on."""
+    def _fixed(self) -> dict[str, int]:
         return {
-            "seed": self.seed,
-            "epoch": self.epoch,
-            "position": self.position,
             "windows_per_batch": self.windows_per_batch,
             "history_length": self.history_length,
             "rows": len(self.interactions),
         }
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state_dict` was taken, with the same order.
-
-        Raises:
-            InputError: other data, another batch size or another L, for which there is no such place.
-        """
-        here = self.state_dict()
-        for name in ("windows_per_batch", "history_length", "rows"):
-            if state.get(name) != here[name]:
-                raise InputError(
-                    f"batches: the saved state has {name} {state.get(name)}, here it is {here[name]}; start anew."
-                )
-        self.seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
 
     def __iter__(self) -> Iterator[Batch]:
         shuffle, epoch = Shuffle(self.num_windows, self.seed, self.epoch), self.epoch

@@ -1,9 +1,11 @@
-"""A shuffle that is computed instead of stored: where row p of an epoch goes, for any p, in no memory."""
+"""A shuffle that is computed instead of stored, in no memory; and the place that an iteration has reached."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+
+from twotower.errors import InputError
 
 ROUNDS = 8
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -48,3 +50,39 @@ class Shuffle:
             mixed = (mixed ^ (mixed >> np.uint64(27))) * _MIX_2
             left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) & self._low)
         return (left << self._half) | right
+
+
+class Place:
+    """Where an iteration is in its epochs: what a checkpoint keeps, and whether it fits.
+
+    A class that gives out batches sets `seed`, `epoch` and `position`, and says in `_fixed` what its order depends on.
+    """
+
+    seed: int
+    epoch: int
+    position: int
+
+    def _fixed(self) -> dict[str, int]:
+        raise NotImplementedError
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of an epoch; where it is the current one, stay at the position reached."""
+        if epoch != self.epoch:
+            self.epoch, self.position = epoch, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Seed, epoch and the batches of it already given out; and what the order depends on."""
+        return {"seed": self.seed, "epoch": self.epoch, "position": self.position, **self._fixed()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where `state_dict` was taken, with the same order.
+
+        Raises:
+            InputError: what the order depends on differs (other data, another batch size): there is no such place.
+        """
+        for name, here in self._fixed().items():
+            if state.get(name) != here:
+                raise InputError(
+                    f"batches: the saved state has {name} {state.get(name)}, here it is {here}; start anew."
+                )
+        self.seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
