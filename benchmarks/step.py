@@ -197,15 +197,20 @@ def measure(settings: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def loss_memory(rows: int, *, unique: bool) -> float:
-    """MiB by which the resident size grows, at most, while the loss and its gradients are computed."""
+def loss_memory(rows: int, *, unique: bool, repeated: bool) -> float:
+    """MiB by which the resident size grows, at most, while the loss and its gradients are computed.
+
+    Each row has a query of its own, or queries are repeated by Zipf's law as well.
+    """
     rng = torch.Generator().manual_seed(SEED)
     items = torch.multinomial(zipf(), rows, replacement=True, generator=rng)
     objective = SampledSoftmax(Pool(InBatch(CountedFrequency(zipf())), unique=unique))
     known = Known(zipf(), rng)
-    query = F.normalize(torch.randn(rows, D, generator=rng), dim=1).requires_grad_()
+    users = torch.multinomial(zipf(), rows, replacement=True, generator=rng) if repeated else torch.arange(rows)
+    _, user = torch.unique(users, return_inverse=True)
+    query = F.normalize(torch.randn(int(user.max()) + 1, D, generator=rng), dim=1)[user].requires_grad_()
     torch.mm(query.detach()[:64], query.detach()[:64].T)
-    drawn = objective.draw(items, known_positives=known.pairs(items))
+    drawn = objective.draw(items, known_positives=known.pairs(users))
     table = F.normalize(torch.randn(rows, D, generator=rng), dim=1)
     positive, candidates = table.clone().requires_grad_(), table[: len(drawn.items)].clone().requires_grad_()
     embedded = Embedded(query, positive, candidates)
@@ -230,6 +235,7 @@ def main() -> None:
     parser.add_argument("--tuned", action="store_true")
     parser.add_argument("--dense", action="store_true")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--repeated", action="store_true", help="with --memory: queries by Zipf's law")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
         "--clock", choices=["wall", "cpu"], default="wall", help="cpu: on a busy machine, with --threads 1"
@@ -240,7 +246,7 @@ def main() -> None:
     if settings.tuned and os.environ.get("MALLOC_MMAP_THRESHOLD_") != TUNED["MALLOC_MMAP_THRESHOLD_"]:
         sys.exit(subprocess.run([sys.executable, *sys.argv], env={**os.environ, **TUNED}, check=False).returncode)
     if settings.memory:
-        result: dict[str, Any] = {"kept": loss_memory(settings.rows, unique=False)}
+        result: dict[str, Any] = {"kept": loss_memory(settings.rows, unique=False, repeated=settings.repeated)}
         print(f"{result['kept']:.1f} MiB beyond its inputs, B = {settings.rows}")
     else:
         result = measure(settings)
@@ -250,7 +256,13 @@ def main() -> None:
                 f"{row['times_kept']:6.2f} x kept  {row['times_unique']:6.2f} x unique"
             )
     if settings.json is not None:
-        mode = "memory" if settings.memory else "compiled" if settings.compile else "default"
+        mode = (
+            "memory" + ", repeated queries" * settings.repeated
+            if settings.memory
+            else "compiled"
+            if settings.compile
+            else "default"
+        )
         mode += ", tuned allocator" if settings.tuned else ""
         about = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),

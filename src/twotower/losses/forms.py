@@ -74,12 +74,14 @@ class Softmax(Form):
     log_left: Tensor | None = None
     sums_exponentials = True
 
-    def begin(self, own: Tensor, *, offset: Tensor | None, base: float | None) -> Sums:
+    def begin(self, own: Tensor, *, offset: Tensor | None, base: float | None) -> SoftmaxSums:
         """See `Form.begin`."""
-        return _SoftmaxSums(own, offset, base, self.log_left)
+        return SoftmaxSums(own, offset, base, self.log_left)
 
 
-class _SoftmaxSums(Sums):
+class SoftmaxSums(Sums):
+    """The sum of exponentials of each row."""
+
     def __init__(self, own: Tensor, offset: Tensor | None, base: float | None, log_left: Tensor | None) -> None:
         self.dtype, self.log_left = own.dtype, log_left
         self.is_final = base is not None
@@ -92,13 +94,19 @@ class _SoftmaxSums(Sums):
         self.blocks: list[Tensor] = []
 
     def visit(self, part: slice, block: Tensor, weight: Tensor | None) -> None:
+        """See `Sums.visit`."""
         if self.largest is None:
-            self.total[part] += row_sums(block.exp2_(), weight)
+            self.add(part, row_sums(block.exp2_(), weight))
         else:
             self.largest[part] = torch.maximum(self.largest[part], block.amax(1))
             self.blocks.append(block)
 
+    def add(self, part: slice, total: Tensor) -> None:
+        """Take up sums of weighted exponentials of some rows, [R], where these need no maximum taken out."""
+        self.total[part] += total
+
     def scale(self, part: slice) -> Tensor:
+        """See `Sums.scale`."""
         if self.largest is not None:
             largest = self.largest[part]
             largest.masked_fill_(torch.isneginf(largest), 0.0)
@@ -112,6 +120,7 @@ class _SoftmaxSums(Sums):
         return inverse.to(self.dtype)
 
     def finish(self) -> tuple[Tensor, Tensor]:
+        """See `Sums.finish`."""
         margin = (self.total.log() - self.own).to(self.dtype)
         wrong = torch.sigmoid(margin)  # 1 - P_hat(y)
         if self.log_left is None:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from twotower.errors import InputError
 from twotower.losses.forms import Form, Logistic, Pairwise, Softmax
+from twotower.losses.gradients import Tiled
 from twotower.losses.softmax import _check_row_shapes, _check_shapes
-from twotower.losses.tiling import Task, Tiled
+from twotower.losses.tiling import Task
 from twotower.negatives import Hits
 
 

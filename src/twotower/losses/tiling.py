@@ -7,17 +7,15 @@ is computed twice, and no matrix [B, M] is kept. docs/performance.md tells what 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from twotower.losses.copies import find_copies
 from twotower.losses.forms import Form, log2_unit, row_sums
-from twotower.losses.tiles import Mask, exact_products, fill_masked, masks_of_blocks, products, tile_blocks, tile_starts
+from twotower.losses.tiles import Mask, fill_masked, masks_of_blocks, products, tile_blocks, tile_starts
 from twotower.negatives import Hits
 
 #: Where every logit is this near to zero, and weights of candidates within the range of float32, exponentials need no
@@ -60,73 +58,7 @@ class Task:
     low_precision: bool = False
 
 
-#: What gradients are given to: query, positive, candidates, row candidates, temperature, bias.
-Inputs = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor, Tensor | None]
-
-
-class Tiled(torch.autograd.Function):
-    """`apply(task, *inputs)` gives the weighted sum of the rows' losses; gradients are taken in the forward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, task: Task, *inputs: Any) -> Tensor:
-        """Value and gradients at once."""
-        total, ctx.gradients = evaluate(inputs, task, wanted=any(ctx.needs_input_grad))
-        ctx.save_for_backward(*inputs)
-        ctx.task = task
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients, times that of the sum."""
-        (grad,) = grads
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:  # a second pass through a graph that was kept: the first gave the gradients away
-            _, gradients = evaluate(ctx.saved_tensors, ctx.task, wanted=True)
-        # On an accelerator the number would have to be awaited.
-        if grad.device.type != "cpu" or float(grad) != 1.0:
-            gradients = [None if one is None else one * grad.to(one.dtype) for one in gradients]
-        needed = ctx.needs_input_grad[1:]
-        return (None, *(one if wants else None for one, wants in zip(gradients, needed, strict=True)))
-
-
-def evaluate(inputs: Inputs, task: Task, *, wanted: bool) -> tuple[Tensor, list[Tensor | None]]:
-    """The weighted sum, and its gradients by the inputs where they are wanted."""
-    query, positive, candidates, row_candidates, temperature, bias = inputs
-    with torch.no_grad(), exact_products(query.device.type):
-        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        copies = None if task.own_places is not None else find_copies(candidates, task.log_count, task.hits)
-        shared = candidates
-        if copies is not None and task.hits is not None:
-            shared = candidates.index_select(0, copies.place)
-            log_count = None if task.log_count is None else task.log_count[copies.place]
-            task = replace(task, log_count=log_count, hits=task.hits.select(copies.place), multiplicity=copies.count)
-        run = _Run(
-            scaled=query.to(dtype) / temperature.to(dtype),
-            positive=None if positive is None else positive.to(dtype),
-            candidates=shared.to(dtype),
-            rows=None if row_candidates is None else row_candidates.to(dtype),
-            bias=None if bias is None else bias.to(dtype),
-            task=task,
-            wanted=wanted,
-        )
-        total = run.total()
-        if not wanted:
-            return total, []
-        # The logit is a product of scaled query and item: its gradient by T is - <dL/dscaled, scaled> / T.
-        by_temperature = -(run.by_scaled * run.scaled).sum() / temperature.to(dtype)
-        by_shared = run.by_candidates[: len(shared)]
-        given: list[Tensor | None] = [
-            run.by_scaled.div_(temperature.to(dtype)),
-            run.by_positive if positive is not None else None,
-            by_shared if copies is None else copies.spread(by_shared),
-            run.by_rows,
-            by_temperature.reshape(temperature.shape),
-            None if bias is None else run.by_bias.reshape(bias.shape),
-        ]
-        return total, [None if g is None or i is None else g.to(i.dtype) for g, i in zip(given, inputs, strict=True)]
-
-
-class _Run:
+class Run:
     """One evaluation: its inputs in the precision of the sums, and the gradients as they gather."""
 
     def __init__(
@@ -163,7 +95,7 @@ class _Run:
         self.left = scaled * self.unit if self.unit != 1.0 and is_first else scaled
         self.right = self.candidates * self.unit if self.unit != 1.0 and not is_first else self.candidates
         self.positive = candidates.index_select(0, task.own_places) if positive is None else positive  # type: ignore[arg-type]
-        own = (scaled * self.positive).sum(1)
+        own = (self._of_rows(scaled) * self.positive).sum(1)
         if bias is not None:
             own += bias
         if task.own_offset is not None:
@@ -172,6 +104,7 @@ class _Run:
         self.sums = task.form.begin(own, offset=offset, base=self.base)
         self.row_weights = task.weights.to(scaled.dtype)
         self.by_scaled = torch.empty_like(scaled) if wanted else scaled.new_empty(0)
+        self.line_weights = scaled.new_empty(len(scaled))
         self.by_candidates = torch.empty_like(self.candidates) if wanted else scaled.new_empty(0)
         self.by_rows = None if rows is None or not wanted else torch.empty_like(rows)
         self.by_bias = scaled.new_zeros(())
@@ -222,9 +155,9 @@ class _Run:
             self.by_candidates.zero_()
         if self.weight is not None:
             self.by_candidates.mul_(self.weight[:, None])
-        self.by_scaled.addcmul_(self.positive, by_own[:, None])
+        self.by_query = self._by_query().addcmul_(self.positive, by_own[:, None])
         self.by_bias += by_own.sum()
-        self.by_positive = self.scaled * by_own[:, None]
+        self.by_positive = self._of_rows(self.scaled) * by_own[:, None]
         if self.task.own_places is not None:
             self.by_candidates.index_add_(0, self.task.own_places, self.by_positive)
 
@@ -237,15 +170,32 @@ class _Run:
             if self.shift is not None and self.base is None:
                 block.sub_(self.shift[cols])
             fill_masked(block, masked)
-            sums.visit(part, block, None if self.weight is None else self.weight[cols])
+            self._visit(part, cols, block)
             if self.wanted and sums.is_final:  # while the block is in the cache
                 self._add_to_scaled(part, cols, block)
         row_block = None if self.rows is None else self._row_logits(self.rows[part], part)
         if row_block is not None:
             sums.visit(part, row_block, None)
-        scale = sums.scale(part)
+        weights = self.line_weights[part].copy_(self._weights_of_lines(part))
         if self.wanted:
-            self._gather(part, blocks, row_block, scale)
+            self._gather(part, blocks, row_block, weights)
+
+    def _of_rows(self, by_line: Tensor) -> Tensor:
+        """Each row's part of what every line of the blocks has, [G, ...] -> [B, ...]: here each row has its own."""
+        return by_line
+
+    def _visit(self, part: slice, cols: slice, block: Tensor) -> None:
+        """Take up a block of logits, masked."""
+        self.sums.visit(part, block, None if self.weight is None else self.weight[cols])
+
+    def _weights_of_lines(self, part: slice) -> Tensor:
+        """What turns the numbers in these lines' blocks into gradients of the sum, all blocks visited."""
+        scale = self.sums.scale(part)
+        return self.row_weights[part] if scale is None else scale * self.row_weights[part]
+
+    def _by_query(self) -> Tensor:
+        """What the candidates give to each scaled query, [B, D]."""
+        return self.by_scaled.mul_(self.line_weights[:, None])
 
     def _row_logits(self, rows: Tensor, part: slice) -> Tensor:
         task = self.task
@@ -263,10 +213,9 @@ class _Run:
             self.by_scaled[part].addmm_(block, self.weighted[cols], beta=0 if cols.start == 0 else 1)
 
     def _gather(
-        self, part: slice, blocks: list[tuple[slice, Tensor]], row_block: Tensor | None, scale: Tensor | None
+        self, part: slice, blocks: list[tuple[slice, Tensor]], row_block: Tensor | None, weights: Tensor
     ) -> None:
-        """Add what a finished tile gives to the gradients."""
-        weights = self.row_weights[part] if scale is None else scale * self.row_weights[part]
+        """Add what a finished tile gives to the gradients, its lines' weights given."""
         scaled, by_scaled = self.scaled[part], self.by_scaled[part]
         toward = scaled * weights[:, None]
         if not blocks:
@@ -283,7 +232,6 @@ class _Run:
             by_scaled += torch.bmm(row_block[:, None, :], self.rows[part])[:, 0]
             torch.mul(row_block[:, :, None], toward[:, None, :], out=self.by_rows[part])
             self.by_bias += row_block.sum(1) @ weights
-        by_scaled.mul_(weights[:, None])
 
 
 def largest_norm(vectors: Tensor) -> Tensor:

@@ -136,6 +136,14 @@ class Hits:
         last = first + (1 if copies is None else copies[first])
         return total.index_add_(0, key // self.size, sums[last] - sums[first])
 
+    def places(self, item: Tensor) -> Tensor | None:
+        """Where items stand among the candidates, int64 [P]; -1 where they do not. None where one stands twice."""
+        keys, copies, order = self._ordered()
+        if copies is not None:
+            return None
+        place = item if keys is None else first_places(keys, item)
+        return place if order is None else torch.where(place < 0, -1, order[place])
+
     def without(self, own: Tensor, candidates: Tensor) -> Hits:
         """The same but for each row's own item, [B], among the candidates' codes, [M]; empty places stay."""
         kept = []
@@ -214,7 +222,7 @@ def first_places(keys: Tensor, item: Tensor) -> Tensor:
         return torch.full_like(item, -1)
     size = int(keys[-1]) + 1
     # A table of the catalog answers several times faster than bisection, where filling it is not the larger part.
-    if size <= 8 * (len(keys) + len(item)):
+    if size <= 16 * (len(keys) + len(item)):
         head = torch.ones_like(keys, dtype=torch.bool)
         head[1:] = keys[1:] != keys[:-1]
         heads = head.nonzero()[:, 0]

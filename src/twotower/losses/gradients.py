@@ -1,0 +1,92 @@
+"""The tiled losses as a function with a gradient: what repeats is found, the tiles are run, the gradients given."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twotower.losses.copies import find_copies
+from twotower.losses.forms import Softmax
+from twotower.losses.lines import Lines, find_lines
+from twotower.losses.repeated import RepeatedRun
+from twotower.losses.tiles import exact_products
+from twotower.losses.tiling import Run, Task
+
+#: What gradients are given to: query, positive, candidates, row candidates, temperature, bias.
+Inputs = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor, Tensor | None]
+
+
+class Tiled(torch.autograd.Function):
+    """`apply(task, *inputs)` gives the weighted sum of the rows' losses; gradients are taken in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, task: Task, *inputs: Any) -> Tensor:
+        """Value and gradients at once."""
+        total, ctx.gradients = evaluate(inputs, task, wanted=any(ctx.needs_input_grad))
+        ctx.save_for_backward(*inputs)
+        ctx.task = task
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients, times that of the sum."""
+        (grad,) = grads
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:  # a second pass through a graph that was kept: the first gave the gradients away
+            _, gradients = evaluate(ctx.saved_tensors, ctx.task, wanted=True)
+        # On an accelerator the number would have to be awaited.
+        if grad.device.type != "cpu" or float(grad) != 1.0:
+            gradients = [None if one is None else one * grad.to(one.dtype) for one in gradients]
+        needed = ctx.needs_input_grad[1:]
+        return (None, *(one if wants else None for one, wants in zip(gradients, needed, strict=True)))
+
+
+def evaluate(inputs: Inputs, task: Task, *, wanted: bool) -> tuple[Tensor, list[Tensor | None]]:
+    """The weighted sum, and its gradients by the inputs where they are wanted."""
+    query, positive, candidates, row_candidates, temperature, bias = inputs
+    with torch.no_grad(), exact_products(query.device.type):
+        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        copies = None if task.own_places is not None else find_copies(candidates, task.log_count, task.hits)
+        shared = candidates
+        if copies is not None and task.hits is not None:
+            shared = candidates.index_select(0, copies.place)
+            log_count = None if task.log_count is None else task.log_count[copies.place]
+            task = replace(task, log_count=log_count, hits=task.hits.select(copies.place), multiplicity=copies.count)
+        scaled = query.to(dtype) / temperature.to(dtype)
+        run = _run(
+            find_lines(query, task.hits) if isinstance(task.form, Softmax) and row_candidates is bias is None else None,
+            scaled=scaled,
+            positive=None if positive is None else positive.to(dtype),
+            candidates=shared.to(dtype),
+            rows=None if row_candidates is None else row_candidates.to(dtype),
+            bias=None if bias is None else bias.to(dtype),
+            task=task,
+            wanted=wanted,
+        )
+        total = run.total()
+        if not wanted:
+            return total, []
+        # The logit is a product of scaled query and item: its gradient by T is - <dL/dscaled, scaled> / T.
+        by_temperature = -(run.by_query * scaled).sum() / temperature.to(dtype)
+        by_shared = run.by_candidates[: len(shared)]
+        given: list[Tensor | None] = [
+            run.by_query.div_(temperature.to(dtype)),
+            run.by_positive if positive is not None else None,
+            by_shared if copies is None else copies.spread(by_shared),
+            run.by_rows,
+            by_temperature.reshape(temperature.shape),
+            None if bias is None else run.by_bias.reshape(bias.shape),
+        ]
+        return total, [None if g is None or i is None else g.to(i.dtype) for g, i in zip(given, inputs, strict=True)]
+
+
+def _run(lines: Lines | None, *, scaled: Tensor, task: Task, **inputs: Any) -> Run:
+    """The run that computes least."""
+    if lines is not None:
+        repeated = RepeatedRun(lines, scaled=scaled, task=task, **inputs)
+        if repeated.base is not None:
+            return repeated
+    return Run(scaled=scaled, task=task, **inputs)
