@@ -138,9 +138,13 @@ def test_memory_of_containers(tmp_path, monkeypatch):
     (tmp_path / "memory.stat").write_text("anon 100\ninactive_file 150000\n")
     assert machine.memory_group(tmp_path) == (1_000_000, 250_000)
     monkeypatch.setattr(machine, "memory_group", lambda: (1_000_000, 250_000))
-    monkeypatch.setattr(machine, "address_limit", lambda: None)
+    monkeypatch.setattr(machine, "process_limits", list)
     found = machine.memory()
     assert found.limit == 1_000_000 and found.available == 750_000
+    assert machine.memory(processes=3).available == 250_000
+    monkeypatch.setattr(machine, "process_limits", lambda: [(500_000, 100_000)])
+    found = machine.memory(processes=1)
+    assert found.limit == 500_000 and found.available == 400_000
 
 
 def test_memory_and_cores_are_those_of_this_process():
@@ -164,3 +168,11 @@ def test_the_doctor_says_what_to_do(monkeypatch):
     assert doctor._instructions(frozenset({"avx2"})) == "avx2; bfloat16 products emulated, slow"
     found = doctor.examine()
     assert {"available", "this process", "allocator", "huge pages"} <= set(found["memory"])
+
+
+def test_the_peak_is_of_this_process_and_not_of_the_one_that_started_it():
+    """`getrusage` begins at the parent's, on Linux: a benchmark's or a comparison's child would tell too much."""
+    held = torch.ones(300 << 20, dtype=torch.uint8)
+    code = "from twotower import machine; print(machine.peak_memory())"
+    child = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert 0 < int(child.stdout) < held.nbytes <= machine.peak_memory()

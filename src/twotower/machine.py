@@ -46,7 +46,7 @@ class Memory:
     Attributes:
         total: of the machine.
         available: what can be had now without pushing others out, of the machine or of the container's limit.
-        limit: what the container or `ulimit -v` allows this process; None without a limit.
+        limit: what the container, `ulimit -v` or `ulimit -d` allows this process; None without a limit.
         resident: what this process holds now.
         peak: the most this process has held.
     """
@@ -58,8 +58,13 @@ class Memory:
     peak: int | None
 
 
-def memory() -> Memory:
-    """Ask the system."""
+def memory(processes: int = 1) -> Memory:
+    """Ask the system.
+
+    Args:
+        processes: how many run here and need the same; each has its share of what the machine has available, and its
+            own `ulimit` to itself.
+    """
     table = dict(re.findall(r"^(\w+):\s+(\d+) kB", _text(Path("/proc/meminfo")) or "", re.MULTILINE))
     total = int(table["MemTotal"]) * 1024 if "MemTotal" in table else _physical()
     available = int(table["MemAvailable"]) * 1024 if "MemAvailable" in table else total
@@ -70,10 +75,10 @@ def memory() -> Memory:
     if group is not None:
         limits.append(group)
         rooms.append(group - used)
-    addresses = address_limit()
-    if addresses is not None:
-        limits.append(addresses)
-        rooms.append(addresses - (resident or 0))
+    rooms = [room // processes for room in rooms]
+    for allowed, used in process_limits():
+        limits.append(allowed)
+        rooms.append(allowed - used)
     room = max(min(rooms), 0) if rooms else None
     return Memory(total, room, min(limits, default=None), resident, peak_memory())
 
@@ -86,6 +91,10 @@ def resident_memory() -> int | None:
 
 def peak_memory() -> int | None:
     """The most memory this process has held so far, bytes; None where the system does not tell."""
+    # What `getrusage` tells on Linux begins at what the parent held when it started this process.
+    peak_line = re.search(r"^VmHWM:\s+(\d+) kB", _text(Path("/proc/self/status")) or "", re.MULTILINE)
+    if peak_line is not None:
+        return int(peak_line[1]) * 1024
     try:
         import resource  # noqa: PLC0415  # not on Windows
     except ImportError:
@@ -106,14 +115,19 @@ def memory_group(root: Path = CGROUP) -> tuple[int | None, int]:
     return limit, _number(root / "memory" / "memory.usage_in_bytes") or 0
 
 
-def address_limit() -> int | None:
-    """`ulimit -v` in bytes; None without one."""
+def process_limits() -> list[tuple[int, int]]:
+    """(limit, used) in bytes of each limit set on this process: `ulimit -v`, of addresses, and `ulimit -d`, of data."""
     try:
         import resource  # noqa: PLC0415  # not on Windows
     except ImportError:
-        return None
-    soft = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return None if soft == resource.RLIM_INFINITY else soft
+        return []
+    told = dict(re.findall(r"^(Vm\w+):\s+(\d+) kB", _text(Path("/proc/self/status")) or "", re.MULTILINE))
+    found = []
+    for which, name in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        soft = resource.getrlimit(which)[0]
+        if soft != resource.RLIM_INFINITY:
+            found.append((soft, int(told[name]) * 1024 if name in told else resident_memory() or 0))
+    return found
 
 
 def cpu_flags() -> frozenset[str]:
