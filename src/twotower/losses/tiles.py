@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twotower.process import advise_huge_pages
-
 #: Most memory of a tile, bytes; with what the products themselves need it stays below 256 MiB.
 TILE_MEMORY = 245 << 20
 #: On CPU a tile has about this many numbers, 8 MiB of float32, but at least `LEAST_ROWS` rows: what is computed is
@@ -22,9 +20,6 @@ LEAST_ROWS = 512
 #: takes memory for a copy of them. Narrow blocks cost: a third more at 512 rows in blocks of 1,024 than at once.
 BLOCK_NUMBERS = 1 << 20
 LEAST_WIDTH = 8192
-
-#: Bytes from which memory is asked for in large pages.
-LARGE = 32 << 20
 
 _workspace = threading.local()
 
@@ -110,12 +105,5 @@ def _buffer(numbers: int, dtype: torch.dtype) -> Tensor:
     buffers: dict[torch.dtype, Tensor] = _workspace.__dict__.setdefault("buffers", {})
     kept = buffers.get(dtype)
     if kept is None or len(kept) < numbers:
-        buffers[dtype] = kept = in_large_pages(torch.empty(numbers, dtype=dtype))
+        buffers[dtype] = kept = torch.empty(numbers, dtype=dtype)
     return kept
-
-
-def in_large_pages(fresh: Tensor) -> Tensor:
-    """The same memory, never written to yet, in pages of 2 MiB where the system has them; small memory as it is."""
-    if fresh.device.type == "cpu" and fresh.nbytes >= LARGE:
-        advise_huge_pages(fresh.data_ptr(), fresh.nbytes)
-    return fresh

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from twotower.losses.forms import Form, log2_unit, row_sums
-from twotower.losses.tiles import Mask, fill_masked, in_large_pages, masks_of_blocks, products, tile_blocks, tile_starts
+from twotower.losses.tiles import Mask, fill_masked, masks_of_blocks, products, tile_blocks, tile_starts
 from twotower.negatives import Hits
 
 #: Where every logit is this near to zero, and weights of candidates within the range of float32, exponentials need no
@@ -105,7 +105,7 @@ class Run:
         self.row_weights = task.weights.to(scaled.dtype)
         self.by_scaled = torch.empty_like(scaled) if wanted else scaled.new_empty(0)
         self.line_weights = scaled.new_empty(len(scaled))
-        self.by_candidates = in_large_pages(torch.empty_like(self.candidates)) if wanted else scaled.new_empty(0)
+        self.by_candidates = torch.empty_like(self.candidates) if wanted else scaled.new_empty(0)
         self.by_rows = None if rows is None or not wanted else torch.empty_like(rows)
         self.by_bias = scaled.new_zeros(())
 
