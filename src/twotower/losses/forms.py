@@ -24,7 +24,7 @@ class Form(ABC):
 
     Attributes:
         sums_exponentials: the loss knows the candidates only through sum_j exp l_j, so that their weights may be
-            applied to the sum instead of the logits. Its blocks come as logits times `log2_unit`.
+            applied to the sum instead of the logits. Its blocks come as exponentials, or as logits times `log2_unit`.
     """
 
     sums_exponentials: bool = False
@@ -36,8 +36,8 @@ class Form(ABC):
         Args:
             own: the positives' logits, [B].
             offset: subtracted from every candidate's logit of a row, [B].
-            base: where it is a number, blocks need no row maximum taken out and come with weights exp(base - log
-                count); then -base is added to the log of the sum.
+            base: where it is a number, no row maximum needs taking out: blocks come as exponentials, 0 where masked,
+                with weights exp(base - log count); then -base is added to the log of the sum.
         """
 
 
@@ -96,7 +96,7 @@ class SoftmaxSums(Sums):
     def visit(self, part: slice, block: Tensor, weight: Tensor | None) -> None:
         """See `Sums.visit`."""
         if self.largest is None:
-            self.add(part, row_sums(block.exp2_(), weight))
+            self.add(part, row_sums(block, weight))
         else:
             self.largest[part] = torch.maximum(self.largest[part], block.amax(1))
             self.blocks.append(block)
@@ -193,7 +193,7 @@ class _PairwiseSums(Sums):
 def log2_unit(dtype: torch.dtype) -> float:
     """What a logit is multiplied with before 2^x is taken of it: 1 / ln 2, as the precision has it.
 
-    2^x costs the same for every x. e^x, of a library for vectors, is faster by a quarter on moderate numbers, but
+    2^x costs the same for every x. e^x, of a library for vectors, takes half as long or less on moderate numbers, but
     each masked or underflowing one takes as long as some hundred others.
     """
     return float(torch.tensor(1.0 / math.log(2.0), dtype=dtype))

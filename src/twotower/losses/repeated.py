@@ -60,10 +60,10 @@ class RepeatedRun(Run):
 
     def _visit(self, part: slice, cols: slice, block: Tensor) -> None:
         own, place = self._own_in(part, cols, block)
-        exponentials = block.view(-1).index_select(0, place).exp2_()  # 0 where the item is masked for the whole line
-        self.exponentials.index_copy_(0, own, exponentials)
-        block.view(-1).index_fill_(0, place, -torch.inf)
-        self.line_sums[part] += row_sums(block.exp2_(), None if self.weight is None else self.weight[cols])
+        # An own item that is masked for the whole line has 0 here already.
+        self.exponentials.index_copy_(0, own, block.view(-1).index_select(0, place))
+        block.view(-1).index_fill_(0, place, 0.0)
+        self.line_sums[part] += row_sums(block, None if self.weight is None else self.weight[cols])
 
     def _weights_of_lines(self, part: slice) -> Tensor:
         lines = self.lines

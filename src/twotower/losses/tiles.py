@@ -58,14 +58,14 @@ def masks_of_blocks(mask: Mask | None, blocks: list[tuple[slice, Tensor]]) -> li
     return [*_by_block(*mask, blocks)]
 
 
-def fill_masked(block: Tensor, mask: Tensor | None) -> None:
-    """Set a block's masked logits to -inf."""
+def fill_masked(block: Tensor, mask: Tensor | None, value: float) -> None:
+    """Set the masked places of a block."""
     if mask is None:
         return
     if mask.dtype == torch.bool:
-        block[:, : mask.shape[1]].masked_fill_(mask, -torch.inf)
+        block[:, : mask.shape[1]].masked_fill_(mask, value)
     else:
-        block.view(-1).index_fill_(0, mask, -torch.inf)
+        block.view(-1).index_fill_(0, mask, value)
 
 
 @contextmanager

@@ -87,7 +87,7 @@ class Run:
             self.weight = F.pad(copies, (0, len(self.candidates) - len(copies)))
         # What a block is multiplied with.
         self.weighted = self.candidates if self.weight is None else self.candidates * self.weight[:, None]
-        self.unit = log2_unit(scaled.dtype) if task.form.sums_exponentials else 1.0
+        self.unit = log2_unit(scaled.dtype) if task.form.sums_exponentials and self.base is None else 1.0
         if self.shift is not None and self.unit != 1.0:
             self.shift = self.shift * self.unit
         # What is multiplied for the logits: the unit joins the smaller of the two.
@@ -167,9 +167,12 @@ class Run:
         for (cols, block), masked in zip(blocks, masks_of_blocks(mask, blocks), strict=True):
             with products(low=self.is_low):
                 torch.mm(left, self.right[cols].T, out=block)
-            if self.shift is not None and self.base is None:
-                block.sub_(self.shift[cols])
-            fill_masked(block, masked)
+            if self.base is None:
+                if self.shift is not None:
+                    block.sub_(self.shift[cols])
+                fill_masked(block, masked, -torch.inf)
+            else:
+                fill_masked(block.exp_(), masked, 0.0)
             self._visit(part, cols, block)
             if self.wanted and sums.is_final:  # while the block is in the cache
                 self._add_to_scaled(part, cols, block)
