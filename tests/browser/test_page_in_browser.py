@@ -245,11 +245,14 @@ def test_the_page_asks_for_the_token(browser, models):
         looked_at(browser, address, path="#user=u003") as (page, wrong),
     ):
         page.locator("#ask-token").wait_for()
+        refused = page.get_by_role("alert").get_by_text("That token was refused")
+        assert refused.is_hidden(), "nobody has tried yet"
         page.fill("#token", "not the right one at all")
         page.keyboard.press("Enter")
         page.wait_for_function(
             "() => document.getElementById('ask-token').open && !document.getElementById('token').value"
         )
+        refused.wait_for()
         page.fill("#token", TOKEN)
         page.keyboard.press("Enter")
         page.locator("#list-a .item").nth(9).wait_for()

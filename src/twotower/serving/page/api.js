@@ -36,7 +36,8 @@ async function send(path, options, channel) {
   const answer = await fetch(path, { ...options, headers, signal });
   if (answer.ok) return answer.json();
   if (answer.status === 401) {
-    await tokenFromReader();
+    // Several questions may have gone out with an older token: only the present one was refused.
+    if (token === sessionStorage.getItem("twotower-token")) await tokenFromReader(Boolean(token));
     return send(path, options, channel);
   }
   const problem = await answer.json().catch(() => ({}));
@@ -44,9 +45,10 @@ async function send(path, options, channel) {
   throw new Failure(answer.status, problem.detail ?? answer.statusText);
 }
 
-function tokenFromReader() {
+function tokenFromReader(refused) {
   asking ??= new Promise((resolve) => {
     const dialog = document.getElementById("ask-token");
+    document.getElementById("token-refused").hidden = !refused;
     dialog.addEventListener(
       "close",
       () => {

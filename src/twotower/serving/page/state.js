@@ -2,7 +2,7 @@
 
 import { byId } from "./dom.js";
 
-export const LONGEST = 500;
+export const LONGEST = 5000; // items of a history that the service takes
 
 export const state = {
   models: [],
