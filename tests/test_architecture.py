@@ -12,6 +12,7 @@ ROOMS = [
     "machine",
     "process",
     "ranks",
+    "shared_files",
     "launch",
     "feature_config",
     "config",

@@ -197,6 +197,11 @@ class TrainingConfig(Section):
         0.0, ge=0, lt=1, description="Decay of a moving average of the weights, which is measured and kept. 0: none."
     )
     micro_batch: PositiveInt | None = Field(
+    table_placement: Literal["auto", "replicated", "row-wise"] = Field(
+        "auto",
+        description="Several processes: whole id tables on each (replicated), or a part of their rows on each "
+        "(row-wise). auto: row-wise where whole ones need more than half of a process's memory.",
+    )
         None, description="Rows the towers embed at a time, twice, for less memory; same gradients. None: all at once."
     )
     time_limit: str | None = Field(None, pattern=r"^\d\d:\d\d:\d\d:\d\d$", description="DD:HH:MM:SS, or none.")

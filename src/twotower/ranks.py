@@ -105,6 +105,24 @@ class Ranks:
         every: Tensor = _Gathered.apply(values, self)  # type: ignore[no-untyped-call]
         return every
 
+    def swap(self, values: Tensor, sent: list[int] | None = None, received: list[int] | None = None) -> Tensor:
+        """Rows for every rank, in the order of ranks, against those of every rank for this one; without gradient.
+
+        Args:
+            values: [n, ...]; of dtype and further shape that are the same on every rank.
+            sent: how many of the n rows go to each rank, W numbers; None: one each.
+            received: how many come from each rank, W numbers.
+
+        Returns:
+            [sum of received, ...].
+        """
+        if self.size == 1:
+            return values
+        found = values.new_empty(len(values) if received is None else sum(received), *values.shape[1:])
+        with self.exchange():
+            dist.all_to_all_single(found, values.detach().contiguous(), received, sent, group=self.group)
+        return found
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum over ranks, in a new tensor without gradient, the shape of `values`."""
         return self.sum_in_place(values.detach().clone())

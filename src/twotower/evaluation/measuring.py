@@ -85,7 +85,11 @@ class Question:
 
 
 def measure(
-    name: str, ranked: NDArray[np.int64], question: Question, item_embeddings: NDArray[np.floating] | None
+    name: str,
+    ranked: NDArray[np.int64],
+    question: Question,
+    item_embeddings: NDArray[np.floating] | None,
+    places: NDArray[np.int64] | None = None,
 ) -> Row:
     """All results of one ranker.
 
@@ -94,6 +98,7 @@ def measure(
         ranked: [E, K] item codes, best first, -1 where nothing was ranked.
         question: what is measured.
         item_embeddings: [N, D] for the diversity of lists; None where the ranker has none.
+        places: [E, K] rows of `item_embeddings` that belong to `ranked`, where it has other rows than one an item.
     """
     counted = question.counted
     hit = hits(ranked, question.targets.offsets, question.targets.items)[counted]
@@ -101,7 +106,8 @@ def measure(
     surprise = self_information(question.item_counts)
     diversities: Sequence[Values] = [np.full(len(ranked), np.nan)] * len(question.ks)
     if item_embeddings is not None:
-        diversities = diversity_at(ranked, item_embeddings, question.ks)
+        lists = ranked if places is None else places[counted]
+        diversities = diversity_at(lists, item_embeddings, question.ks)
     values: dict[str, float] = {}
     per_query: dict[str, Values] = {}
     for k, diversity in zip(question.ks, diversities, strict=True):

@@ -14,7 +14,7 @@ class Ranker(Protocol):
 
     A ranker that searches an approximate index says so with an attribute `is_exact = False`; evaluation refuses it
     unless asked. One that places items in a space may have an attribute `item_embeddings`, [N, D]: the diversity of its
-    lists is measured there.
+    lists is measured there. So may one that holds them by parts, with a method `embeddings_of(items [n]) -> [n, D]`.
     """
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool, /) -> "Tensor | NDArray[np.int64]":

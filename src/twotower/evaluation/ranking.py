@@ -110,7 +110,7 @@ def evaluate_all(
     rows = []
     for name, ranker in rankers.items():
         ranked = _ranked(name, ranker, holdout, k=max(ks), exclude_seen=exclude_seen, num_items=train.num_items)
-        rows.append(measure(name, ranked, question, _item_embeddings(name, ranker, train.num_items)))
+        rows.append(measure(name, ranked, question, *_item_embeddings(name, ranker, ranked, train.num_items)))
     return Evaluation(
         holdout=holdout.name,
         ks=ks,
@@ -168,12 +168,19 @@ def _ranked(
     return ranked
 
 
-def _item_embeddings(name: str, ranker: Ranker, num_items: int) -> NDArray[np.floating] | None:
-    """[N, D] where the ranker has embeddings of items."""
+def _item_embeddings(
+    name: str, ranker: Ranker, ranked: NDArray[np.int64], num_items: int
+) -> tuple[NDArray[np.floating] | None, NDArray[np.int64] | None]:
+    """[N, D] where the ranker has embeddings of items; those of the ranked ones, and where each stands, by parts."""
+    by_parts = getattr(ranker, "embeddings_of", None)
+    if by_parts is not None:
+        distinct = np.unique(ranked[ranked >= 0])
+        places = np.where(ranked >= 0, np.searchsorted(distinct, ranked), -1)
+        return by_parts(distinct).cpu().numpy(), places
     found = getattr(ranker, "item_embeddings", None)
     if found is None:
-        return None
+        return None, None
     embeddings: NDArray[np.floating] = torch.as_tensor(found).detach().float().cpu().numpy()
     if embeddings.ndim != 2 or len(embeddings) != num_items:
         raise ValueError(f"{name}: item_embeddings must be [{num_items}, D], got {list(embeddings.shape)}")
-    return embeddings
+    return embeddings, None

@@ -31,6 +31,9 @@ class ExactIndex:
     Args:
         items: [N, D] item embeddings, float16, bfloat16, float32 or float64. Held as float32 on the same device.
         bias: [N] added to each item's score, or None.
+        first: of a run of a larger catalog, the code of its first item: ties are broken as in the whole. Results and
+            exclusions are counted from it.
+        in_tie_order: the items stand in the order of `tie_order` already, float32; they are then kept, not copied.
 
     Raises:
         ValueError: shapes disagree, or an embedding or bias is NaN.
@@ -44,13 +47,15 @@ class ExactIndex:
 
     is_exact = True
 
-    def __init__(self, items: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(
+        self, items: Tensor, bias: Tensor | None = None, *, first: int = 0, in_tie_order: bool = False
+    ) -> None:
         if items.ndim != 2:
             raise ValueError(f"items must have shape [N, D], got {list(items.shape)}")
         if bias is not None and bias.shape != items.shape[:1]:
             raise ValueError(f"bias must have shape [{len(items)}], got {list(bias.shape)}")
-        self._order = tie_order(len(items)).to(items.device)
-        self._items = items.detach()[self._order].to(torch.float32)
+        self._order = tie_order(len(items), first).to(items.device)
+        self._items = (items.detach() if in_tie_order else items.detach()[self._order]).to(torch.float32)
         self._bias = None if bias is None else bias.detach().to(items.device)[self._order].to(torch.float32)
         if bool(self._items.isnan().any()) or (self._bias is not None and bool(self._bias.isnan().any())):
             raise ValueError("an item embedding or bias is NaN: the model has diverged")

@@ -30,7 +30,7 @@ def splitmix64(codes: np.ndarray) -> np.ndarray:
     return np.asarray(z ^ (z >> np.uint64(31)))
 
 
-def tie_order(num_items: int) -> Tensor:
+def tie_order(num_items: int, first: int = 0) -> Tensor:
     """The item codes from the one that wins every tie to the one that loses every tie.
 
     The order depends on the codes alone: it is the same in every process, on every device, for every model, and
@@ -38,9 +38,10 @@ def tie_order(num_items: int) -> Tensor:
 
     Args:
         num_items: N, the size of the catalog.
+        first: code of its first item, where it is a run of a larger catalog.
 
     Returns:
-        [N] int64, a permutation of 0 .. N-1.
+        [N] int64, a permutation of 0 .. N-1: codes less `first`.
     """
-    hashes = splitmix64(np.arange(num_items, dtype=np.uint64))
+    hashes = splitmix64(np.arange(first, first + num_items, dtype=np.uint64))
     return torch.from_numpy(np.argsort(hashes, kind="stable").astype(np.int64))

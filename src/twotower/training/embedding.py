@@ -68,9 +68,7 @@ def embed_by_ranks(towers: TwoTower, items: Tensor, ranks: Ranks, *, chunk: int 
         items, place = torch.unique(items, return_inverse=True)
     each = -(-len(items) // ranks.size)
     own = torch.arange(ranks.rank * each, (ranks.rank + 1) * each, device=items.device).clamp_(max=len(items) - 1)
-    embedded = _in_chunks(towers, towers.embed_items, items[own], chunk=chunk)
-    every = ranks.gather_with_gradient(embedded)[: len(items)]
-    return every if place is None else every.index_select(0, place)
+    return items[own], place, len(items)
 
 
 def _in_chunks(towers: TwoTower, embed: Callable[..., Tensor], *inputs: Tensor | None, chunk: int | None) -> Tensor:
@@ -78,3 +76,15 @@ def _in_chunks(towers: TwoTower, embed: Callable[..., Tensor], *inputs: Tensor |
         return embed(*inputs)
     anchor = next(parameter for parameter in towers.parameters() if parameter.requires_grad)
     return cached_embedding(embed, *inputs, chunk=chunk, anchor=anchor)
+    own, place, count = share_of_items(items, ranks)
+    every = ranks.gather_with_gradient(_in_chunks(towers, towers.embed_items, own, chunk=chunk))[:count]
+    return every if place is None else every.index_select(0, place)
+
+
+def share_of_items(items: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor | None, int]:
+    """This rank's share of items that every rank asks for alike, filled up to ceil(M' / W).
+
+    Returns:
+        The codes; where each of `items` stands among those of all ranks, None for as they are; and M', how many these
+        are.
+    """

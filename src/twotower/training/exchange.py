@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from twotower.ranks import Ranks
+from twotower.towers import EmbeddingTable
+from twotower.towers.lookups import shared_tables_of
+from twotower.towers.shards import hand_back
 from twotower.training.rows import combine_rows
 
 
@@ -16,8 +19,9 @@ class GradientExchange:
 
     Layers and small tables are reduced together in one flat buffer. A sparse gradient is exchanged as its rows,
     P_r of each rank, and their D numbers each: what travels depends on the rows that a step touched, not on the N rows
-    of the table. torch's DistributedDataParallel is not used: NCCL cannot reduce sparse gradients with other rows on
-    each rank, and the gradient cache embeds again inside the backward pass, which its hooks take for a second gradient.
+    of the table. Of a table that ranks share, each row's gradient goes to the rank that holds it. torch's
+    DistributedDataParallel is not used: NCCL cannot reduce sparse gradients with other rows on each rank, and the
+    gradient cache embeds again inside the backward pass, which its hooks take for a second gradient.
 
     Which parameters have gradients is agreed upon in the first step: a rank without rows then knows what to send.
 
@@ -28,8 +32,10 @@ class GradientExchange:
 
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
         self.ranks = ranks
+        self.shared = shared_tables_of(model)
+        held = {id(table.weight) for table in self.shared}
         sparse = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.sparse}
-        trained = [p for p in model.parameters() if p.requires_grad]
+        trained = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
         self.tables = [p for p in trained if id(p) in sparse]
         self.layers = [p for p in trained if id(p) not in sparse]
         self._used: list[nn.Parameter] | None = None
@@ -48,6 +54,8 @@ class GradientExchange:
             self._sum_layers([p for p in layers if p.dtype == dtype])
         for table in self.tables:
             self._gather_rows(table)
+        for shared in self.shared:
+            self._hand_back(shared)
 
     def _layers_in_use(self) -> list[nn.Parameter]:
         if self._used is None:
@@ -73,9 +81,24 @@ class GradientExchange:
         if not sum(sizes):
             return
         every = self.ranks.gather(rows, sizes), self.ranks.gather(values, sizes)
-        table.grad = torch.sparse_coo_tensor(
-            every[0][None], every[1], table.shape, is_coalesced=False, check_invariants=False
-        )
+        table.grad = _sparse(every[0], every[1], table.shape)
+
+    def _hand_back(self, table: EmbeddingTable) -> None:
+        """The gradient of this rank's rows of a shared table, from all ranks that fetched them."""
+        at_hand, weight = table.at_hand, table.weight
+        table.release()
+        weight.grad = None
+        if at_hand is None:
+            return
+        # No rows are a gradient as well: the optimizer counts the steps of a table, on all of its parts alike.
+        rows, values = hand_back(at_hand, self.ranks)
+        if weight.dtype != values.dtype:  # sums of 16 bits would lose what several ranks say of one row
+            rows, values = combine_rows(_sparse(rows, values, weight.shape))
+        weight.grad = _sparse(rows, values.to(weight.dtype), weight.shape)
+
+
+def _sparse(rows: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
+    return torch.sparse_coo_tensor(rows[None], values, shape, is_coalesced=False, check_invariants=False)
 
 
 def _touched(table: nn.Parameter) -> tuple[Tensor, Tensor]:
@@ -87,6 +110,7 @@ def _touched(table: nn.Parameter) -> tuple[Tensor, Tensor]:
 
 
 def same_start(model: nn.Module, ranks: Ranks) -> None:
-    """Give every rank the parameters and buffers of rank 0; collective."""
-    tensors: Iterable[Tensor] = (*model.parameters(), *model.buffers())
+    """Give every rank the parameters and buffers of rank 0, but for its own rows of shared tables; collective."""
+    held = {id(table.weight) for table in shared_tables_of(model)}
+    tensors: Iterable[Tensor] = (p for p in (*model.parameters(), *model.buffers()) if id(p) not in held)
     ranks.copy_first([tensor.detach() for tensor in tensors])

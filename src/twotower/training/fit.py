@@ -23,6 +23,7 @@ from twotower.errors import InputError, Interrupted
 from twotower.losses import Objective
 from twotower.ranks import Ranks
 from twotower.towers import TwoTower
+from twotower.towers.lookups import shared_tables_of
 from twotower.training.checkpoints import SafeCheckpointIO
 from twotower.training.interruption import StopBetweenSteps
 from twotower.training.loggers import make_logger
@@ -121,7 +122,8 @@ def fit_towers(
         InputError: there is nothing to resume from, or the logger's package is missing.
         Interrupted: Ctrl-C; `directory/checkpoints/last` holds the state to resume from.
     """
-    io, ranks = SafeCheckpointIO(), Ranks.current()
+    ranks = Ranks.current()
+    io = SafeCheckpointIO(ranks, {table.num_embeddings for table in shared_tables_of(towers)})
     last = directory / "checkpoints" / "last.ckpt"
     if resume and not last.exists():
         raise InputError(f"{last}: no checkpoint to resume from; train without --resume first")
@@ -215,7 +217,7 @@ def peak_memory() -> int | None:
 def _load_best(towers: TwoTower, keep_best: ModelCheckpoint, io: SafeCheckpointIO, *, has_metric: bool) -> float | None:
     if not keep_best.best_model_path:
         return None
-    weights = io.load_checkpoint(keep_best.best_model_path)["state_dict"]
+    weights = io.load_weights(keep_best.best_model_path)
     prefix = "averaged." if any(key.startswith("averaged.") for key in weights) else "towers."
     towers.load_state_dict({key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)})
     towers.eval()

@@ -11,7 +11,8 @@ from twotower.losses import Embedded, Objective
 from twotower.negatives import Candidates, InBatch
 from twotower.ranks import Ranks
 from twotower.towers import TwoTower
-from twotower.training.embedding import embed_by_ranks, embed_once, embed_rows
+from twotower.towers.lookups import fetch_for, shared_tables_of
+from twotower.training.embedding import embed_by_ranks, embed_once, embed_rows, share_of_items
 
 
 def gathered_loss(
@@ -32,7 +33,8 @@ def gathered_loss(
 
     so that gradients are to be *summed* over ranks (`sum_gradients`), whatever number of rows each rank has. Every
     rank draws the candidates of the whole batch, with the same generator: kappa is that of B - 1 other rows, not of
-    the rank's own. It makes the masks of its own rows, and embeds its share of the candidates.
+    the rank's own. It makes the masks of its own rows, and embeds its share of the candidates. Rows of shared tables
+    are fetched first, once for all that looks them up; `GradientExchange` hands their gradients back.
 
     Args:
         towers: the model, the same on every rank.
@@ -66,16 +68,18 @@ def gathered_loss(
         generator=generator,
         rows=own,
     )
+    # Where the batch's own items are candidates they are embedded already, by whichever rank.
+    place = _places(drawn.items, batch.items) if _holds_positives(objective) else None
+    asked = [] if drawn.row_items is None else [drawn.row_items.clamp(min=0).reshape(-1)]
+    if place is None:
+        asked.append(batch.items)
+    mine = share_of_items(drawn.items, ranks)[0] if len(drawn.items) else drawn.items
+    fetch_for(towers, items=torch.cat([mine, *asked]), queries=batch.queries, history=batch.history)
     candidates = embed_by_ranks(towers, drawn.items, ranks, chunk=micro_batch)
     total = None if batch.weights is None else ranks.sum(batch.weights.sum())
     if len(batch) == 0:
         return _nothing(towers, candidates), _no_rows(candidates), drawn
     query = embed_rows(towers, batch, chunk=micro_batch)
-    asked = [] if drawn.row_items is None else [drawn.row_items.clamp(min=0).reshape(-1)]
-    # Where the batch's own items are candidates they have been embedded already, by whichever rank.
-    place = _places(drawn.items, batch.items) if _holds_positives(objective) else None
-    if place is None:
-        asked.append(batch.items)
     vectors: list[Tensor] = []
     if asked:
         embedded = embed_once(towers, torch.cat(asked), chunk=micro_batch)
@@ -105,7 +109,8 @@ def _places(items: Tensor, asked: Tensor) -> Tensor:
 
 def _nothing(towers: TwoTower, candidates: Tensor) -> Tensor:
     """The share of a rank without rows: 0, with a graph, for others may have losses by the items embedded here."""
-    anchor = min((p for p in towers.parameters() if p.requires_grad), key=lambda p: p.numel())
+    held = {id(table.weight) for table in shared_tables_of(towers)}
+    anchor = min((p for p in towers.parameters() if p.requires_grad and id(p) not in held), key=lambda p: p.numel())
     return candidates.sum() * 0.0 + anchor.sum() * 0.0
 
 

@@ -1,0 +1,115 @@
+"""Folders and files that several ranks write together, each its own rows: whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from twotower.files import whole_folder
+from twotower.ranks import Ranks
+
+#: What safetensors calls the types that a table or its embeddings may have.
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL"}
+#: Bytes written at once.
+BLOCK = 64 << 20
+
+
+def write_folder(target: Path, ranks: Ranks, *writes: Callable[[Path], None]) -> None:
+    """Every `write(folder)` on every rank into one temporary folder, which then becomes `target`; collective.
+
+    Before a `write` begins all ranks have ended the one before: what only one rank does, such as filling the disk with
+    its own files, fails before the others wait for it in an exchange.
+
+    Raises:
+        OSError: another rank could not write its part; a rank's own error is raised as it is.
+    """
+    if ranks.is_first:
+        with whole_folder(target) as folder:
+            _shared_name(folder, target, ranks)
+            for write in writes:
+                _write_all(folder, target, ranks, write)
+    else:
+        folder = _shared_name(None, target, ranks)
+        for write in writes:
+            _write_all(folder, target, ranks, write)
+    ranks.wait()  # nobody reads before the first has renamed
+
+
+def save_rows(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    rows: Mapping[str, int],
+    ranks: Ranks,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write one safetensors file of tensors that ranks hold by parts: each writes its own rows in place; collective.
+
+    Args:
+        path: the file, on a file system that all ranks share.
+        tensors: by name, in the same order on every rank. One in `rows` is this rank's run of rows, [n, ...], and the
+            runs stand in the order of ranks; any other is whole, and written by the first.
+        rows: N of the tensors that are held by parts.
+        ranks: who writes.
+        metadata: of the file.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    begins, end = {}, 0
+    for name, tensor in tensors.items():
+        shape = [rows.get(name, tensor.shape[0] if tensor.ndim else 0), *tensor.shape[1:]] if tensor.ndim else []
+        begins[name] = end
+        end += int(np.prod(shape, dtype=np.int64)) * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": shape, "data_offsets": [begins[name], end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    data = 8 + len(text)
+    if ranks.is_first:
+        with path.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(data + end)
+    ranks.wait()
+    with path.open("r+b") as file:
+        for name, tensor in tensors.items():
+            first = 0
+            if name in rows:
+                sizes = ranks.sizes(len(tensor), ranks.device)
+                first = sum(sizes[: ranks.rank])
+            elif not ranks.is_first:
+                continue
+            each = tensor[0].numel() * tensor.element_size() if tensor.ndim and len(tensor) else tensor.element_size()
+            file.seek(data + begins[name] + first * each)
+            _write(file, tensor.detach(), each)
+    ranks.wait()
+
+
+def _write(file: object, tensor: Tensor, each: int) -> None:
+    flat = tensor.reshape(-1) if tensor.ndim < 2 else tensor
+    for block in torch.split(flat, max(BLOCK // max(each, 1), 1)):
+        raw = block.cpu().contiguous().view(-1).view(torch.uint8)
+        file.write(memoryview(raw.numpy()))  # type: ignore[attr-defined]
+
+
+def _write_all(folder: Path, target: Path, ranks: Ranks, write: Callable[[Path], None]) -> None:
+    failed: Exception | None = None
+    try:
+        write(folder)
+    except Exception as error:  # told to the others first, who would wait for this rank
+        failed = error
+    if ranks.agree(failed is not None):
+        raise failed or OSError(f"{target}: another rank could not write its part; nothing was replaced")
+
+
+def _shared_name(folder: Path | None, target: Path, ranks: Ranks) -> Path:
+    """The temporary folder of the first rank, on every rank."""
+    length = len(target.name) + len(f"..{'0' * 12}.partial")
+    name = torch.zeros(4 * length, dtype=torch.uint8, device=ranks.device)
+    if folder is not None:
+        raw = folder.name.encode()
+        name[: len(raw)] = torch.tensor(list(raw), dtype=torch.uint8)
+    ranks.copy_first([name])
+    return target.with_name(bytes(name.tolist()).rstrip(b"\0").decode())

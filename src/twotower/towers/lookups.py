@@ -1,0 +1,70 @@
+"""Which rows of shared tables a model is about to look up, fetched before it does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from twotower.towers.encoders import TwoTower
+from twotower.towers.items import ItemTower
+from twotower.towers.tables import EmbeddingTable
+
+
+def shared_tables_of(model: torch.nn.Module) -> list[EmbeddingTable]:
+    """The tables that this rank has a part of, each once, in the same order on every rank."""
+    return [m for m in model.modules() if isinstance(m, EmbeddingTable) and m.part is not None]
+
+
+def fetch_for(
+    towers: TwoTower,
+    *,
+    items: Tensor | None = None,
+    queries: Tensor | None = None,
+    history: Tensor | None = None,
+) -> None:
+    """Fetch what the towers look up for these codes; collective, and nothing where all tables are whole.
+
+    Args:
+        towers: the model.
+        items: codes that the item tower will embed; -1 counts as 0, as the towers take it.
+        queries: codes that the query tower will embed.
+        history: codes of the items in their histories.
+    """
+    shared = shared_tables_of(towers)
+    if not shared:
+        return
+    history_items = getattr(towers.query_tower, "history_items", None)
+    asked = [
+        (towers.item_tower.ids, items),
+        (getattr(towers.query_tower, "ids", None), queries),
+        (history_items.ids if isinstance(history_items, ItemTower) else history_items, history),
+    ]
+    nothing = torch.empty(0, dtype=torch.int64, device=towers.log_temperature.device)
+    for table in shared:
+        codes = [part.reshape(-1).clamp(min=0) for name, part in asked if name is table and part is not None]
+        table.fetch(torch.cat([nothing, *codes]))
+
+
+def release(towers: TwoTower) -> None:
+    """Let go of what was fetched."""
+    for table in shared_tables_of(towers):
+        table.release()
+
+
+@contextmanager
+def rows_at_hand(
+    towers: TwoTower,
+    *,
+    items: Tensor | None = None,
+    queries: Tensor | None = None,
+    history: Tensor | None = None,
+) -> Iterator[None]:
+    """`fetch_for`, and `release` when the block ends."""
+    fetch_for(towers, items=items, queries=queries, history=history)
+    try:
+        yield
+    finally:
+        release(towers)
