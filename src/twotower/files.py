@@ -1,15 +1,34 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, errors of a full disk that name them, and locks."""
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
 import sys
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from twotower.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover  # not on Windows, where processes do not see each other's locks here
+    fcntl = None  # type: ignore[assignment]
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+#: What libraries say that raise errors of their own: polars and safetensors (Rust's words), numpy for a short write.
+_FULL_WORDS = (
+    "no space left",
+    "file too large",
+    "disk quota exceeded",
+    "(os error 28)",
+    "(os error 27)",
+    "requested and",
+)
 
 
 @contextmanager
@@ -17,8 +36,9 @@ def whole_file(target: Path) -> Iterator[Path]:
     """A temporary path beside `target` that is renamed to it when the block ends, and removed when it fails."""
     temporary = _beside(target)
     try:
-        yield temporary
-        temporary.replace(target)
+        with full_disk_named(target):
+            yield temporary
+            temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -26,14 +46,16 @@ def whole_file(target: Path) -> Iterator[Path]:
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """A temporary folder that becomes `target` when the block ends, over an older one, and goes when it fails."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary, older = _beside(target), _beside(target)
-    temporary.mkdir()
+    with full_disk_named(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
     try:
-        yield temporary
+        with full_disk_named(target):
+            yield temporary
         # A folder cannot be renamed over one that has content. The two change places at once where the system can do
         # so; elsewhere the older one steps aside for the moment in between.
-        if target.exists() and not _changed_places(temporary, target):
+        if target.exists() and not changed_places(temporary, target):
             target.rename(older)
         if older.exists() or not target.exists():
             temporary.rename(target)
@@ -50,7 +72,81 @@ def write_text(target: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _changed_places(one: Path, other: Path) -> bool:
+@contextmanager
+def full_disk_named(target: Path, advice: str = "free space, or write elsewhere") -> Iterator[None]:
+    """Around a block that writes `target`: a full disk is told as such, whichever library has met it.
+
+    Raises:
+        InputError: the disk or a quota is full, or a limit on the size of files (`ulimit -f`) is reached.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if not is_full_disk(error):
+            raise
+        raise InputError(f"{target}: cannot be written, the disk is full ({_first_line(error)}); {advice}") from error
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an error says that there is no room for what was to be written."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _FULL
+    return any(words in str(error).lower() for words in _FULL_WORDS)
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock that other processes and threads see, for as long as the block lasts.
+
+    The lock goes with the process that holds it, however that ends. Where the system or its file system knows no
+    locks, everybody holds it.
+
+    Args:
+        path: a file that is made for it and removed afterwards.
+        wait: until whoever holds it lets go.
+
+    Yields:
+        Whether it is held: False only without `wait`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            if fcntl is not None:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(handle)
+            yield False
+            return
+        except BaseException as error:
+            if not (isinstance(error, OSError) and error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)):
+                os.close(handle)
+                raise
+        if _is_open_file(handle, path):
+            break
+        os.close(handle)  # whoever held it has removed the file: this lock is one of nothing
+    try:
+        yield True
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        os.close(handle)
+
+
+def _is_open_file(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def changed_places(one: Path, other: Path) -> bool:
     """Let two paths change names in one step (renameat2 of Linux); False where the system cannot."""
     if sys.platform != "linux":
         return False

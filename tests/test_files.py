@@ -1,0 +1,101 @@
+"""Files that appear whole or not at all, a full disk that is named, and locks."""
+
+import errno
+import resource
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from twotower.errors import InputError
+from twotower.files import full_disk_named, is_full_disk, locked, whole_file, whole_folder
+
+WRITERS = {
+    "text": lambda path: path.write_text("x" * 200_000),
+    "numpy": lambda path: np.save(path, np.zeros(50_000)),
+    "polars": lambda path: pl.DataFrame({"x": np.random.default_rng(0).random(50_000)}).write_parquet(path),
+    "safetensors": lambda path: save_file({"x": torch.zeros(50_000)}, path),
+}
+
+
+@pytest.fixture
+def small_files():
+    """No file may grow above 50,000 bytes, as `ulimit -f` has it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_no_room_is_told_by_name_and_leaves_what_was_there(tmp_path, small_files, write):
+    (tmp_path / "file.npy").write_text("before")
+    with (
+        pytest.raises(InputError, match=r"file.npy: cannot be written, the disk is full"),
+        whole_file(tmp_path / "file.npy") as partial,
+    ):
+        write(partial.with_suffix(".npy"))
+    assert (tmp_path / "file.npy").read_text() == "before"
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old").touch()
+    with (
+        pytest.raises(InputError, match=r"folder: cannot be written, the disk is full"),
+        whole_folder(tmp_path / "folder") as folder,
+    ):
+        write(folder / "a.npy")
+    assert [p.name for p in (tmp_path / "folder").iterdir()] == ["old"]
+    assert not list(tmp_path.glob(".folder*"))
+
+
+def test_other_errors_pass(tmp_path):
+    with pytest.raises(PermissionError), full_disk_named(tmp_path):
+        raise PermissionError(errno.EACCES, "no")
+    assert is_full_disk(OSError(errno.ENOSPC, "x")) and is_full_disk(OSError(errno.EDQUOT, "x"))
+    assert not is_full_disk(OSError(errno.EIO, "x")) and not is_full_disk(ValueError("full of joy"))
+    with pytest.raises(InputError, match="^mine$"), full_disk_named(tmp_path):
+        raise InputError("mine")
+
+
+def test_a_lock_is_held_by_one_at_a_time(tmp_path):
+    path, inside, most = tmp_path / "a.lock", [], []
+
+    def work():
+        for _ in range(30):
+            with locked(path) as held:
+                assert held
+                inside.append(1)
+                most.append(len(inside))
+                inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) == 180 and max(most) == 1
+    assert not path.exists()
+
+
+def test_a_lock_that_another_process_holds_goes_with_it(tmp_path):
+    code = f"from twotower.files import locked\nfrom pathlib import Path\nwith locked(Path({str(tmp_path / 'a')!r})):\n"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code + " print(1, flush=True)\n input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout.readline() == "1\n"
+    with locked(tmp_path / "a", wait=False) as held:
+        assert not held
+    holder.kill()
+    holder.communicate()
+    assert (tmp_path / "a").exists()
+    with locked(tmp_path / "a") as held:
+        assert held
+    assert not (tmp_path / "a").exists()
+    assert not list(tmp_path.iterdir())
