@@ -59,7 +59,7 @@ def served(address: str, queries: list[Any], histories: list[list[Any]], k: int)
     host = urlsplit(address).netloc
 
     def ask(client: int) -> list[list[Any] | str]:
-        connection, answers = http.client.HTTPConnection(host, timeout=60), list[list[Any] | str]()
+        connection, answers = http.client.HTTPConnection(host, timeout=900), list[list[Any] | str]()
         for query, history in list(zip(queries, histories, strict=True))[client::CLIENTS]:
             body = json.dumps({"query_id": query, "history": history, "k": k})
             connection.request("POST", "/recommend", body, {"Content-Type": "application/json"})

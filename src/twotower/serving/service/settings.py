@@ -14,8 +14,8 @@ LARGEST_BODY = 128 * 1024
 #: K of a request.
 LARGEST_K = 1000
 
-#: Items of a history. Query towers look at far fewer, the rest is only left out of the answer; but people with more
-#: than a thousand are among those of every data set (MovieLens-1M: 40 of 6,040).
+#: Items of a history. Query towers look at far fewer, the rest is only left out of the answer; but of the 6,040 people
+#: of MovieLens-1M, 40 have more than a thousand.
 LONGEST_HISTORY = 5000
 
 #: Characters of a condition on the item table.
