@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from twotower.data import Interactions, TrainingBatches
 from twotower.planning import Rates, Workload, plan_scale
 from twotower.ranks import Ranks
 from twotower.towers import build_towers
+from twotower.towers.shards import shared_tables
 from twotower.training import TableOptimizer, batch_loss
 from twotower.training.exchange import GradientExchange
 from twotower.training.gathering import gathered_loss
@@ -61,7 +63,14 @@ def interactions(items: int, rows: int) -> Interactions:
 class Training:
     """The step as the trainer runs it, for one rank."""
 
-    def __init__(self, data: Interactions, ranks: Ranks, args: argparse.Namespace, rule: str = "adam") -> None:
+    def __init__(
+        self,
+        data: Interactions,
+        ranks: Ranks,
+        args: argparse.Namespace,
+        rule: str = "adam",
+        layout: str = "replicated",
+    ) -> None:
         config = Config.load(
             None,
             [
@@ -73,7 +82,8 @@ class Training:
         ).resolved(len(data))
         torch.manual_seed(SEED)
         self.ranks = ranks
-        self.towers = build_towers(config, num_queries=data.num_queries, num_items=data.num_items).train()
+        with nullcontext() if layout == "replicated" else shared_tables(ranks):
+            self.towers = build_towers(config, num_queries=data.num_queries, num_items=data.num_items).train()
         self.objective = build_objective(config, data).train()
         model = nn.ModuleList([self.towers, self.objective])
         self.optimizer = TableOptimizer(parameter_groups(model, 0.01, lr=1e-3, table_rule=rule), lr=1e-3)
@@ -139,7 +149,7 @@ def hold(rank: int, size: int, folder: str, data: Interactions, args: argparse.N
     """A few steps on a large catalog: what the process held before it began, and at its peak."""
     torch.set_num_threads(1)
     before = machine.resident_memory() or 0
-    training = Training(data, join(folder, rank, size), args, rule=args.rule)
+    training = Training(data, join(folder, rank, size), args, rule=args.rule, layout=args.layout)
     for _ in range(4):
         training.step()
     found.put((rank, before, machine.peak_memory() or 0))
@@ -178,8 +188,14 @@ def memory(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The plan beside the peak of every rank."""
     results = []
     data = interactions(args.large, args.large + 200_000)
-    for size, rule in ((1, "adam"), (2, "adam"), (2, "rowwise-adagrad")):
-        given = argparse.Namespace(**{**vars(args), "rule": rule})
+    for size, rule, layout in (
+        (1, "adam", "replicated"),
+        (2, "adam", "replicated"),
+        (2, "rowwise-adagrad", "replicated"),
+        (2, "adam", "row-wise"),
+        (2, "rowwise-adagrad", "row-wise"),
+    ):
+        given = argparse.Namespace(**{**vars(args), "rule": rule, "layout": layout})
         with tempfile.TemporaryDirectory() as folder:
             held = run(hold, [(rank, size, folder, data, given) for rank in range(size)])
         work = Workload(
@@ -190,6 +206,7 @@ def memory(args: argparse.Namespace) -> list[dict[str, Any]]:
             history=LENGTH,
             sampled=UNIFORM,
             optimizer="adam" if rule == "adam" else "rowwise-adagrad",
+            layout="replicated" if layout == "replicated" else "row-wise",
         )
         before = max(found[1] for found in held)
         plan = plan_scale(work, Rates(1, 1, 1, 1, 1, 0, before))
@@ -198,6 +215,7 @@ def memory(args: argparse.Namespace) -> list[dict[str, Any]]:
             {
                 "ranks": size,
                 "optimizer": rule,
+                "layout": layout,
                 "items": data.num_items,
                 "before, MiB": before >> 20,
                 "planned, MiB": round(plan.peak / 2**20),

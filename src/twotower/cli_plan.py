@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 commands = typer.Typer()
 
 OPTIMIZERS, PRECISIONS = ("adam", "rowwise-adagrad"), ("float32", "bfloat16")
-LAYOUTS, DEVICES = ("replicated", "rows"), ("cpu", "cuda")
+LAYOUTS, DEVICES = ("replicated", "row-wise"), ("cpu", "cuda")
 
 
 @commands.command()
@@ -34,7 +34,7 @@ def plan(
     optimizer: Annotated[str, typer.Option("--optimizer", help="Of tables: adam or rowwise-adagrad.")] = "adam",
     precision: Annotated[str, typer.Option("--precision", help="Of tables: float32 or bfloat16.")] = "float32",
     layout: Annotated[
-        str, typer.Option("--layout", help="replicated: whole tables on every rank; rows: a W-th on each.")
+        str, typer.Option("--layout", help="replicated: whole tables on every rank; row-wise: a W-th on each.")
     ] = "replicated",
     device: Annotated[str, typer.Option("--device", help="cpu or cuda; its rates are measured here.")] = "cpu",
     device_memory: Annotated[
@@ -117,5 +117,3 @@ def _show(found: ScalePlan) -> None:
         there = found.device_memory / 2**30
         verdict = "fits" if found.fits else "does NOT fit"
         console.print(f"{found.peak / 2**30:,.1f} GiB of {there:,.1f} GiB: {verdict}")
-    if found.workload.layout == "rows":
-        console.print("Layout rows is a projection: `twotower train` keeps whole tables on every rank.")

@@ -35,7 +35,7 @@ class Workload:
         hidden: widths of the query tower's hidden layers.
         optimizer: how tables move.
         precision: what tables are stored in.
-        layout: `replicated`, every rank has whole tables; `rows`, each has a W-th of their rows.
+        layout: `replicated`, every rank has whole tables; `row-wise`, each has a W-th of their rows.
         device: "cpu" or "cuda".
     """
 
@@ -49,7 +49,7 @@ class Workload:
     hidden: tuple[int, ...] = (128,)
     optimizer: Literal["adam", "rowwise-adagrad"] = "adam"
     precision: Literal["float32", "bfloat16"] = "float32"
-    layout: Literal["replicated", "rows"] = "replicated"
+    layout: Literal["replicated", "row-wise"] = "replicated"
     device: Literal["cpu", "cuda"] = "cpu"
 
     def __post_init__(self) -> None:
@@ -208,9 +208,12 @@ def plan_scale(workload: Workload, rates: Rates, device_memory: float | None = N
     seconds = _computing(workload, rates) | {
         f"exchange of {name}": count / rates.link + rates.latency for name, count in exchanged.items() if count
     }
-    # A catalog's embeddings gathered from all ranks, and the index over them (training/memory_plan.py).
+    # A catalog's embeddings gathered from all ranks, and the index over them (training/memory_plan.py). By rows each
+    # rank ranks its own, and the index has no copy of them.
     catalog = float(workload.items * workload.dimension * F4)
     ranking = {"item embeddings": 2 * catalog, "index": 1.75 * catalog}
+    if workload.layout == "row-wise":
+        ranking = {"item embeddings": catalog / workload.ranks, "index": 0.75 * catalog / workload.ranks}
     return ScalePlan(workload, rates, memory, ranking, exchanged, seconds, device_memory)
 
 
@@ -221,12 +224,16 @@ def _memory(work: Workload, rates: Rates) -> dict[str, float]:
     # What is gathered of all ranks' table gradients (rows and vectors), and once more when they are put together.
     arriving = work.touched * (work.ranks if work.layout == "replicated" and work.ranks > 1 else 1)
     row = width * F4
+    of_tables = {"gradients of tables": (work.touched + 2 * arriving) * row}
+    if work.layout == "row-wise":
+        # Fetched rows, their gradient and that of a second lookup; rows given to others, and what comes back for them.
+        of_tables = {"rows of tables": 3 * work.touched * row, "gradients of rows": (work.touched + 2 * arriving) * row}
     return {
         "process": float(rates.process),
         "tables": work.table_rows * width * number / of,
         "optimizer state": work.table_rows * state / of,
         "layers and their state": 4.0 * F4 * work.layers,
-        "gradients of tables": (work.touched + 2 * arriving) * row,
+        **of_tables,
         "candidates": 4.0 * work.candidates * row,
         "rows and histories": work.rows * (3 * work.history + 6) * row,
         "tile": float(TILES[work.device]),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from twotower import continuing, evaluation
 from twotower.analysis.subject import Subject, subject_of
@@ -37,6 +38,7 @@ from twotower.data.past import ContinuedSplit
 from twotower.data.proposing import Proposed, propose
 from twotower.errors import InputError
 from twotower.evaluation import Evaluation, Ranker
+from twotower.evaluation.by_parts import ShardedRanker, own_item_embeddings
 from twotower.evaluation.over_ranks import item_embeddings, over_ranks
 from twotower.evaluation.towers import TowerRanker
 from twotower.files import write_text
@@ -48,6 +50,8 @@ from twotower.schema import IdValues
 from twotower.serving import Artifact, Retriever
 from twotower.serving.artifact import FOLDER, find_model, load_rows, read_metadata
 from twotower.towers import TwoTower, build_towers
+from twotower.towers.lookups import shared_tables_of
+from twotower.towers.shards import Part
 
 if TYPE_CHECKING:
     from twotower.training import FitResult
@@ -72,16 +76,29 @@ class Model:
 
     @cached_property
     def retriever(self) -> Retriever:
-        """The model as something that answers by ids."""
+        """The model as something that answers by ids.
+
+        Raises:
+            InputError: its tables lie in parts on several ranks.
+        """
+        if self.artifact.is_shared:
+            raise InputError("model: its tables lie in parts on several ranks; save it, and load it in one process")
         return Retriever(self.artifact)
+
+    @cached_property
+    def ranker(self) -> Ranker:
+        """What ranks for an evaluation; over ranks all of them ask for it, and use it together."""
+        if self.artifact.is_shared:
+            return ShardedRanker(self.artifact.towers, history_length(self.artifact.config), Ranks.current())
+        return over_ranks(self.retriever, Ranks.current())
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> np.ndarray:
         """Best items of every query of a holdout, int64 [E, k]."""
         return self.retriever.rank(holdout, k, exclude_seen)
 
     def save(self, directory: str | Path) -> Path:
-        """Write the model folder, whole or not at all."""
-        return self.artifact.save(directory)
+        """Write the model folder, whole or not at all; by all ranks together where they share its tables."""
+        return self.artifact.save(directory, Ranks.current() if self.artifact.is_shared else None)
 
 
 def read_data(source: str | Path, settings: DataConfig, *, items: str | None = None) -> Interactions:
@@ -137,7 +154,7 @@ def fit(
     """
     # Lightning is slow to import, and only this needs it.
     from twotower.continuing.growth import carry_on, grown_features  # noqa: PLC0415
-    from twotower.training import check_tables, fit_towers, plan_memory  # noqa: PLC0415
+    from twotower.training import fit_towers, place_tables, plan_memory  # noqa: PLC0415
 
     parent = continuing.parent_of(start)
     if config is None and parent is not None:
@@ -153,20 +170,21 @@ def fit(
     train, training = split.train, settings.training
     learnt = None if rows is None else train.select(rows)
     ranks = Ranks.current()
-    check_tables(settings, train)
+    placement = place_tables(settings, train, ranks, kept_whole=_kept_whole(settings, parent))
     # The seed decides the start, the order of the rows and the draws; the caller's generators are left as they were.
     with torch.random.fork_rng():
         torch.manual_seed(training.seed)
         growth = None if parent is None else grown_features(parent, continuing.checked(split))
         features = encode_features(settings, train) if growth is None else growth.features
-        towers = build_towers(
-            settings,
-            num_queries=train.num_queries,
-            num_items=train.num_items,
-            item_features=features.get("item"),
-            query_features=features.get("query"),
-            trained_items=torch.from_numpy(in_training(train, "item")),
-        )
+        with placement.applied():
+            towers = build_towers(
+                settings,
+                num_queries=train.num_queries,
+                num_items=train.num_items,
+                item_features=features.get("item"),
+                query_features=features.get("query"),
+                trained_items=torch.from_numpy(in_training(train, "item")),
+            )
         length = history_length(settings)
         batches = make_batches(settings, train, rows, ranks)
         known = KnownPositives(train) if needs_known_positives(settings) else None
@@ -264,9 +282,8 @@ def evaluate(
         if not isinstance(model, Model):
             raise InputError("evaluate: give train=..., the training interactions, for baselines and popularity slices")
         train = model.split.train
-    ranker = model.retriever if isinstance(model, Model) else model
     return evaluation.evaluate(
-        over_ranks(ranker, Ranks.current()),
+        model.ranker if isinstance(model, Model) else over_ranks(model, Ranks.current()),
         holdout,
         train=train,
         ks=ks,
@@ -308,6 +325,17 @@ def make_batches(
     return GroupedBatches(batches) if grouped else batches
 
 
+def _kept_whole(config: Config, parent: Parent | None) -> str | None:
+    """Why a training needs whole tables on every rank; None where it does not."""
+    if parent is not None:
+        return "a training that continues a model reads its whole tables"
+    if reads_sequences(config):
+        return "batches of whole sequences are for one process"
+    if any("mined" in source for source in config.objective.sources or []):
+        return "mined negatives search the whole catalog on every rank"
+    return None
+
+
 def _miner(objective: Objective, train: Interactions, length: int) -> Callable[[TwoTower], None] | None:
     """Refreshes the mined sources of an objective: the best items of each query, without its training items."""
     sources = [source for source in objective.pool.members() if isinstance(source, Mined)]
@@ -332,9 +360,13 @@ def _validation(holdout: Holdout, config: Config, train: Interactions) -> Callab
 
     def validate(towers: TwoTower) -> dict[str, float]:
         ranks = Ranks.current()
-        ranker = TowerRanker(towers, history_length(config), item_embeddings(towers, ranks))
+        ranker: Ranker
+        if shared_tables_of(towers):
+            ranker = ShardedRanker(towers, history_length(config), ranks)
+        else:
+            ranker = over_ranks(TowerRanker(towers, history_length(config), item_embeddings(towers, ranks)), ranks)
         measured = evaluation.evaluate(
-            over_ranks(ranker, ranks),
+            ranker,
             holdout,
             train=train,
             ks=(k,),
@@ -351,7 +383,7 @@ def _artifact(config: Config, split: Split, towers: TwoTower, result: FitResult)
     return Artifact(
         config=config,
         towers=towers.eval(),
-        item_embeddings=towers.item_embeddings(),
+        item_embeddings=_item_embeddings(towers),
         item_counts=torch.from_numpy(split.train.item_counts()),
         queries=data.queries,
         items=data.items,
@@ -480,10 +512,23 @@ def _train(
     )
     model.artifact.metadata["data"]["source"] = _absolute(source)
     model.artifact.metadata["metrics"] = measured.to_dict()
-    if is_first:
-        model.save(directory / FOLDER)
-        write_text(directory / "results.json", json.dumps(measured.to_dict(), indent=1))
+    _write_results(model, measured, directory, is_first=is_first)
     return model, measured
+
+
+def _write_results(model: Model, measured: Evaluation, directory: Path, *, is_first: bool) -> None:
+    """What a run leaves: by its first rank, but for a model whose tables the ranks share."""
+    if is_first or model.artifact.is_shared:
+        model.save(directory / FOLDER)
+    if is_first:
+        write_text(directory / "results.json", json.dumps(measured.to_dict(), indent=1))
+
+
+def _item_embeddings(towers: TwoTower) -> Tensor:
+    """Those of all items, or of this rank's part of them where the ranks share the tables."""
+    if shared_tables_of(towers):
+        return own_item_embeddings(towers, Part(Ranks.current(), towers.item_tower.num_items))
+    return towers.item_embeddings()
 
 
 def _nobody(told: object) -> None:

@@ -6,6 +6,7 @@ import json
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -87,11 +88,11 @@ def save_rows(
     ranks.wait()
 
 
-def _write(file: object, tensor: Tensor, each: int) -> None:
+def _write(file: BinaryIO, tensor: Tensor, each: int) -> None:
     flat = tensor.reshape(-1) if tensor.ndim < 2 else tensor
     for block in torch.split(flat, max(BLOCK // max(each, 1), 1)):
         raw = block.cpu().contiguous().view(-1).view(torch.uint8)
-        file.write(memoryview(raw.numpy()))  # type: ignore[attr-defined]
+        file.write(raw.numpy().data)
 
 
 def _write_all(folder: Path, target: Path, ranks: Ranks, write: Callable[[Path], None]) -> None:

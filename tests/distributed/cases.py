@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -16,6 +17,7 @@ from twotower.config import Config
 from twotower.data import Batch, Interactions, KnownPositives, TrainingBatches
 from twotower.ranks import Ranks
 from twotower.towers import build_towers
+from twotower.towers.shards import shared_tables
 from twotower.training import TableOptimizer, batch_loss
 from twotower.training.exchange import GradientExchange
 from twotower.training.gathering import gathered_loss
@@ -35,6 +37,7 @@ class Case:
         weighted: rows carry weights.
         size: W of the run that is compared with one process.
         micro_batch: rows that go through a tower at a time.
+        shared: each rank has a part of the rows of the id tables.
     """
 
     changes: tuple[str, ...]
@@ -42,6 +45,7 @@ class Case:
     weighted: bool = False
     size: int = 2
     micro_batch: int | None = None
+    shared: bool = False
 
 
 def objective(name: str, *sources: str, unique: bool = False, more: tuple[str, ...] = ()) -> tuple[str, ...]:
@@ -71,6 +75,32 @@ CASES = {
     "three ranks": Case(
         objective("expected-count", IN_BATCH, UNIFORM, unique=True), sparse=True, weighted=True, size=3
     ),
+    "row-wise": Case(
+        objective("expected-count", IN_BATCH, UNIFORM, unique=True, more=ROWWISE),
+        sparse=True,
+        weighted=True,
+        shared=True,
+    ),
+    "row-wise, adam, micro-batch": Case(
+        objective("expected-count", IN_BATCH, "{memory: {size: 30}}", unique=True),
+        sparse=True,
+        micro_batch=3,
+        shared=True,
+    ),
+    "row-wise, small": Case(objective("expected-count", IN_BATCH), shared=True),
+    "row-wise, three ranks": Case(
+        objective("gbce", "{uniform: {size: 4, per_row: true}}", more=ROWWISE), sparse=True, size=3, shared=True
+    ),
+    "row-wise, own history table": Case(
+        objective(
+            "full-softmax",
+            "{catalog: {}}",
+            more=(f"query_tower.history={{length: {LENGTH}, heads: 2, dropout: 0, share_table: false}}",),
+        ),
+        sparse=True,
+        size=3,
+        shared=True,
+    ),
     "three ranks, memory": Case(objective("expected-count", IN_BATCH, "{memory: {size: 30}}", more=KNOWN), size=3),
 }
 
@@ -84,12 +114,14 @@ class Trained:
         first: gradients of the first step, by name.
         last: gradients of the last step.
         state: parameters, and the state of the objective.
+        held: bytes of the tables and of the optimizer's state for them in this process.
     """
 
     losses: list[float] = field(default_factory=list)
     first: dict[str, Tensor] = field(default_factory=dict)
     last: dict[str, Tensor] = field(default_factory=dict)
     state: dict[str, Tensor] = field(default_factory=dict)
+    held: int = 0
 
 
 @cache
@@ -135,7 +167,8 @@ def train(case: Case, ranks: Ranks) -> Trained:
         ],
     ).resolved(len(data))
     torch.manual_seed(3)
-    towers = build_towers(config, num_queries=data.num_queries, num_items=data.num_items).train()
+    with shared_tables(ranks) if case.shared else nullcontext():
+        towers = build_towers(config, num_queries=data.num_queries, num_items=data.num_items).train()
     for module in towers.modules():
         if isinstance(module, nn.Embedding):
             module.sparse = case.sparse
@@ -159,7 +192,20 @@ def train(case: Case, ranks: Ranks) -> Trained:
         found.losses.append(float(ranks.sum(loss)))
         if step in (0, STEPS - 1):
             grads = {name: p.grad.to_dense().clone() for name, p in model.named_parameters() if p.grad is not None}
+            grads = whole(grads, towers, ranks)
             found.first, found.last = (grads, found.last) if step == 0 else (found.first, grads)
         optimizer.step()
-    found.state = {name: value.clone() for name, value in model.state_dict().items()}
+    found.state = whole({name: value.clone() for name, value in model.state_dict().items()}, towers, ranks)
+    tables = [module.weight for module in towers.modules() if isinstance(module, nn.Embedding)]
+    states = [value for table in tables for name, value in optimizer.state[table].items() if name != "step"]
+    found.held = sum(tensor.nbytes for tensor in (*tables, *states))
     return found
+
+
+def whole(tensors: dict[str, Tensor], towers: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
+    """Tensors by name, with those of shared tables put together."""
+    tables = {f"towers.{name}.weight": table for name, table in towers.named_modules(remove_duplicate=False)}
+    return {
+        name: ranks.gather(value) if getattr(tables.get(name), "part", None) is not None else value
+        for name, value in tensors.items()
+    }

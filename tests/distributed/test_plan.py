@@ -92,13 +92,13 @@ def test_exchanges_are_those_of_the_code(monkeypatch):
 def test_what_grows_and_what_is_shared():
     work = Workload(items=10**9, batch=65_536, ranks=64, optimizer="rowwise-adagrad", device="cuda")
     whole = plan_scale(work, RATES, 80 * 2**30)
-    parted = plan_scale(replace(work, layout="rows"), RATES, 80 * 2**30)
+    parted = plan_scale(replace(work, layout="row-wise"), RATES, 80 * 2**30)
     assert whole.fits is False and whole.bottleneck == "memory (tables)"
     assert parted.fits is True
     assert parted.memory["tables"] * 64 == whole.memory["tables"] == 10**9 * 64 * 4
     assert parted.seconds["optimizer"] < whole.seconds["optimizer"]
     assert not plan_scale(replace(work, ranks=1), RATES).exchanged
-    slow = plan_scale(replace(work, layout="rows"), replace(RATES, link=1e6))
+    slow = plan_scale(replace(work, layout="row-wise"), replace(RATES, link=1e6))
     assert slow.bottleneck.startswith("exchange of")
 
 
@@ -116,8 +116,8 @@ def test_the_command(tmp_path):
     assert found["peak"] == sum(found["memory"].values()) and found["step"] == sum(found["seconds"].values())
     assert all(found["rates"][name] > 0 for name in ("products", "layers", "updates", "lookups", "link", "process"))
     assert "bottleneck" in found and found["fits"] in (True, False)
-    table = CliRunner().invoke(app, [*words, "--layout", "rows", "--link", "10"])
-    assert table.exit_code == 0 and "projection" in table.output
+    table = CliRunner().invoke(app, [*words, "--layout", "row-wise", "--link", "10"])
+    assert table.exit_code == 0 and "rows of tables" in table.output
 
 
 def test_rates_of_another_machine(tmp_path):

@@ -1,7 +1,5 @@
 """Two ranks with B rows each are one with 2 B rows: losses, gradients, parameters and state after 20 steps."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,24 +14,13 @@ from twotower.errors import RankLost
 from twotower.ranks import Ranks, comes_from_exchange
 
 pytestmark = pytest.mark.timeout(1000)  # a busy machine
-WORKER = Path(__file__).parent / "worker.py"
 
 
 @pytest.fixture(scope="module")
-def of_ranks(tmp_path_factory):
+def of_ranks(done_by_ranks):
     """What each rank's process has found, by case: three processes do all cases, most of them as a group of two."""
-    out = tmp_path_factory.mktemp("ranks")
-    ended = subprocess.run(
-        [sys.executable, str(WORKER), str(out)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=900,
-    )
-    assert ended.returncode == 0, ended.stdout
     return {
-        name: [torch.load(out / f"{name}.{rank}.pt", weights_only=True) for rank in range(case.size)]
+        name: [torch.load(done_by_ranks / f"{name}.{rank}.pt", weights_only=True) for rank in range(case.size)]
         for name, case in cases.CASES.items()
     }
 
@@ -63,6 +50,14 @@ def test_every_rank_has_the_very_same_model(of_ranks):
         for other in found[1:]:
             for key, value in found[0]["state"].items():
                 assert torch.equal(other["state"][key], value), f"{name}: {key}"
+
+
+def test_each_rank_holds_its_part_of_a_shared_table(of_ranks):
+    for name, case in cases.CASES.items():
+        alone = cases.train(case, Ranks()).held
+        for found in of_ranks[name]:
+            share = found["held"] / alone
+            assert share < 1.1 / case.size if case.shared else share == 1, (name, share)
 
 
 def test_shares_cover_everything_once():

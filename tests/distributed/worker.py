@@ -10,6 +10,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parent))
 
 import cases
+import tables
 
 from twotower.ranks import Ranks
 
@@ -24,6 +25,9 @@ def work(rank: int, out: Path) -> None:
         if rank < case.size:
             found = cases.train(case, Ranks.current(groups[case.size]))
             torch.save(vars(found), out / f"{name}.{rank}.pt")
+    for size, group in groups.items():
+        if rank < size:
+            tables.work(Ranks.current(group), out)
     dist.barrier()
     dist.destroy_process_group()
 

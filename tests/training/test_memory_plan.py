@@ -15,8 +15,9 @@ from twotower.config import Config
 from twotower.errors import InputError
 from twotower.towers import build_towers
 from twotower.training import TableOptimizer, memory_plan, plan_memory
-from twotower.training.memory_plan import candidates_of, check_tables
+from twotower.training.memory_plan import candidates_of
 from twotower.training.optimizers import parameter_groups
+from twotower.training.placement import place_tables
 
 CODE = """
     import json, sys
@@ -122,6 +123,6 @@ def test_what_does_not_fit_is_told_before_training(parts, planted_split, monkeyp
     run.fit(planted_split, Config.load(None, ["training.max_epochs=1"]), progress=False, say=told.append)
     assert len(told) == 1 and str(told[0]).startswith("memory: ")
     nothing = machine.Memory(total=1 << 30, available=1 << 10, limit=None, resident=1 << 20, peak=1 << 20)
-    monkeypatch.setattr(memory_plan.machine, "memory", lambda: nothing)
+    monkeypatch.setattr(memory_plan.machine, "memory", lambda processes=1: nothing)
     with pytest.raises(InputError, match="item_tower.dimension: tables of 160 rows .*rowwise-adagrad"):
-        check_tables(config, train)
+        place_tables(config, train)

@@ -51,10 +51,14 @@ class TowerRanker:
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> np.ndarray:
         """Best items of every query of a holdout, int64 [E, k], -1 where fewer are left."""
         histories = (holdout.history_offsets, holdout.history_items)
-        queries, exclude = self.embed(holdout.queries, histories), histories if exclude_seen else None
+        queries, exclude = self.embed_holdout(holdout), histories if exclude_seen else None
         with SlowProgress("ranking") as told:
             _, items = self.index.search(queries, k, exclude, progress=told if self.progress else None)
         return items.cpu().numpy()
+
+    def embed_holdout(self, holdout: Holdout) -> Tensor:
+        """u(x) of every query of a holdout, float32 [E, D]."""
+        return self.embed(holdout.queries, (holdout.history_offsets, holdout.history_items))
 
     def search(
         self, queries: np.ndarray, histories: tuple[np.ndarray, np.ndarray], k: int, *, exclude: Exclusion | None

@@ -36,12 +36,16 @@ from twotower.config import Config
 from twotower.data.encoding import EncodedTable
 from twotower.errors import InputError
 from twotower.files import whole_folder
+from twotower.ranks import Ranks
 from twotower.schema import Vocabulary
+from twotower.shared_files import save_rows, write_folder
 from twotower.towers import TwoTower, build_towers
+from twotower.towers.lookups import shared_tables_of
 
 SCHEMA_VERSION = 1
 FOLDER = "model"
 ROWS = "rows.safetensors"
+ITEMS = "items.safetensors"
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Artifact:
     Attributes:
         config: the settings it was trained with.
         towers: both towers, in evaluation mode.
-        item_embeddings: float32 [N, D].
+        item_embeddings: float32 [N, D]; while ranks share the tables, those of this rank's part of the items.
         item_counts: training interactions of each item, int64 [N].
         queries, items: the vocabularies.
         history_offsets: int64 [Q+1].
@@ -74,23 +78,52 @@ class Artifact:
     metadata: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, np.ndarray] | None = None
 
-    def save(self, directory: str | Path) -> Path:
+    @property
+    def is_shared(self) -> bool:
+        """Whether the tables lie in parts on several ranks."""
+        return bool(shared_tables_of(self.towers))
+
+    def save(self, directory: str | Path, ranks: Ranks | None = None) -> Path:
         """Write to a temporary folder beside `directory`, then rename; an older model there is replaced at once.
+
+        Args:
+            directory: the model folder.
+            ranks: those that share the tables: all of them write, each its own rows, into a folder that all see.
 
         Returns:
             The folder written.
         """
         target = Path(directory)
-        with whole_folder(target) as folder:
-            self._write(folder)
+        if ranks is None:
+            with whole_folder(target) as folder:
+                save_model(self.towers, str(folder / "towers.safetensors"))
+                embeddings = self.item_embeddings.float().cpu().contiguous()
+                save_file({"embeddings": embeddings, "counts": self.item_counts.cpu()}, folder / ITEMS)
+                self._write(folder)
+            return target
+        rest = self._write if ranks.is_first else _nothing
+        write_folder(target, ranks, lambda folder: self._write_rows(folder, ranks), rest)
         return target
 
+    def _write_rows(self, folder: Path, ranks: Ranks) -> None:
+        """The two large files, to which every rank adds its own rows: nobody has the whole of them."""
+        tables = {id(table.weight): table for table in shared_tables_of(self.towers)}
+        names: dict[int, str] = {}
+        others: dict[str, str] = {}  # a tensor with two names is written under the first, as `save_model` does
+        rows: dict[str, int] = {}
+        for name, tensor in sorted(self.towers.state_dict(keep_vars=True).items()):
+            first = names.setdefault(id(tensor), name)
+            if first != name:
+                others[name] = first
+            elif id(tensor) in tables:
+                rows[name] = tables[id(tensor)].num_embeddings
+        state = self.towers.state_dict()
+        kept = {name: state[name] for name in sorted(names.values())}
+        save_rows(folder / "towers.safetensors", kept, rows, ranks, others)
+        items = {"embeddings": self.item_embeddings.float(), "counts": self.item_counts}
+        save_rows(folder / ITEMS, items, {"embeddings": len(self.item_counts)}, ranks)
+
     def _write(self, folder: Path) -> None:
-        save_model(self.towers, str(folder / "towers.safetensors"))
-        save_file(
-            {"embeddings": self.item_embeddings.float().cpu().contiguous(), "counts": self.item_counts.cpu()},
-            folder / "items.safetensors",
-        )
         save_file(
             {
                 "offsets": torch.from_numpy(np.array(self.history_offsets, dtype=np.int64)),
@@ -161,6 +194,10 @@ class Artifact:
             item_table=pl.read_parquet(table) if table.name in metadata["checksums"] else None,
             metadata=metadata,
         )
+
+
+def _nothing(folder: Path) -> None:
+    """What the ranks after the first add to the small files."""
 
 
 def _map(towers: TwoTower, path: Path) -> None:

@@ -48,7 +48,8 @@ class Part:
 
     def __len__(self) -> int:
         """How many rows this rank holds."""
-        return self.own.stop - self.own.start
+        bounds = self.bounds
+        return bounds[self.ranks.rank + 1] - bounds[self.ranks.rank]
 
 
 @dataclass(frozen=True)

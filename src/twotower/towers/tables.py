@@ -38,8 +38,7 @@ class EmbeddingTable(nn.Embedding):
         weight = torch.empty(held, dimension)
         if weight.device.type == "cpu":
             advise_huge_pages(weight.data_ptr(), weight.nbytes)  # before it is written to
-        is_sparse = part is not None or rows > SPARSE_ABOVE
-        super().__init__(held, dimension, sparse=is_sparse, _weight=weight)
+        super().__init__(held, dimension, sparse=rows > SPARSE_ABOVE, _weight=weight)
         self.num_embeddings = rows
         self.part = part
         self.at_hand: RowsAtHand | None = None

@@ -1,9 +1,10 @@
 """Training: the step, the optimizer, the loop around them."""
 
 from twotower.training.fit import FitResult, fit_towers
-from twotower.training.memory_plan import MemoryPlan, check_tables, plan_memory
+from twotower.training.memory_plan import MemoryPlan, plan_memory
 from twotower.training.model import TrainingModule, batch_loss
 from twotower.training.optimizers import TableOptimizer
+from twotower.training.placement import place_tables
 
 __all__ = [
     "FitResult",
@@ -11,7 +12,7 @@ __all__ = [
     "TableOptimizer",
     "TrainingModule",
     "batch_loss",
-    "check_tables",
     "fit_towers",
+    "place_tables",
     "plan_memory",
 ]

@@ -92,6 +92,9 @@ class GradientExchange:
             return
         # No rows are a gradient as well: the optimizer counts the steps of a table, on all of its parts alike.
         rows, values = hand_back(at_hand, self.ranks)
+        if not table.sparse:  # as one process has it: dense Adam moves all rows of a small table in every step
+            weight.grad = torch.zeros_like(weight).index_add_(0, rows, values)
+            return
         if weight.dtype != values.dtype:  # sums of 16 bits would lose what several ranks say of one row
             rows, values = combine_rows(_sparse(rows, values, weight.shape))
         weight.grad = _sparse(rows, values.to(weight.dtype), weight.shape)

@@ -191,6 +191,8 @@ def fit_towers(
         ) from error
     except SystemExit as exit_:  # Lightning's answer to KeyboardInterrupt
         raise Interrupted(f"interrupted; the state is in {last}") from exit_
+    for optimizer in trainer.optimizers:
+        optimizer.state.clear()  # the checkpoints have it, and the best weights need the room
     best = _load_best(towers, keep_best, io, has_metric=validate is not None)
     return FitResult(
         towers,

@@ -12,11 +12,11 @@ from twotower import machine, process
 from twotower.config import Config, HistoryConfig
 from twotower.data import Interactions
 from twotower.data.prefetching import DEPTH
-from twotower.errors import InputError
 from twotower.losses import Objective
 from twotower.losses.tiles import tile_starts
 from twotower.negatives import CrossBatchMemory, InBatch
 from twotower.towers import TwoTower
+from twotower.towers.lookups import shared_tables_of
 from twotower.training.optimizers import state_dtype
 
 #: Sizes of float32 and int64.
@@ -36,6 +36,7 @@ class MemoryPlan:
         saving: on top of it when the best weights are read back.
         available: what the machine or the container has left; None where it does not tell.
         mapped: of the prepared data, read from files as it is needed; the system takes it back when memory is short.
+        shared: among how many ranks the rows of the id tables are divided; 1 for whole tables.
     """
 
     held: dict[str, int]
@@ -44,6 +45,7 @@ class MemoryPlan:
     saving: dict[str, int]
     available: int | None
     mapped: int
+    shared: int = 1
 
     @property
     def peak(self) -> int:
@@ -63,6 +65,10 @@ class MemoryPlan:
     def __str__(self) -> str:
         """A few lines: what is held, the moments, the peak beside what is there, and what to do if it does not fit."""
         lines = [f"memory: {size(self.peak)} at most, of which held throughout: {listed(self.held)}"]
+        if self.shared > 1:
+            lines.append(
+                f"  id tables: rows divided among {self.shared} ranks (row-wise); each rank holds and ranks its own"
+            )
         for name, part in (("a step", self.step), ("ranking", self.ranking), ("reading back", self.saving)):
             lines.append(f"  {name} adds {size(sum(part.values()))}: {listed(part)}")
         if self.mapped:
@@ -127,11 +133,18 @@ def plan_memory(config: Config, towers: TwoTower, objective: Objective, data: In
         "embeddings": (6 * rows + 6 * embedded + 3 * rows * own) * width * F4,
         "tile": _tile(rows, candidates + own),
     }
-    catalog = data.num_items * width * F4
+    shared = shared_tables_of(towers)
+    count = shared[0].part.ranks.size if shared and shared[0].part is not None else 1
+    if shared:
+        # Fetched rows, their gradient, one for each of two lookups; rows given to others and what comes back for them.
+        fetched = min(-(-embedded // count) + -(-rows // count) * (length + 1), data.num_items)
+        step["rows of shared tables"] = 7 * fetched * width * F4
+    catalog = -(-data.num_items // count) * width * F4
     ranking = {
         "gradients": step["gradients"],  # those of the last step are still there
-        "item embeddings": 2 * catalog + 2 * min(data.num_items, BLOCK) * width * F4,
-        "index": catalog + catalog // 2 + catalog // 4,  # the items in its order, in bfloat16, and which are NaN
+        "item embeddings": catalog if shared else 2 * catalog + 2 * min(data.num_items, BLOCK) * width * F4,
+        # The items in its order, in bfloat16, and which are NaN; of a part of the items it has no copy.
+        "index": catalog * (not shared) + catalog // 2 + catalog // 4,
     }
     tuned = process.tuning()
     if tuned is not None and tuned.kept_below is not None:
@@ -140,28 +153,7 @@ def plan_memory(config: Config, towers: TwoTower, objective: Objective, data: In
         ranking["kept for reuse"] = min(freed, process.KEPT_IN_ALL)
     saving = {"best weights": in_tables}
     # What `select` took from the prepared data is in memory already, and so counted with the process.
-    return MemoryPlan(held, step, ranking, saving, found.available, _mapped(data))
-
-
-def check_tables(config: Config, data: Interactions) -> None:
-    """Refuse tables that do not fit before they are made: the system would end the process in the middle.
-
-    Raises:
-        InputError: the id tables and their optimizer state alone need more than there is.
-    """
-    available = machine.memory().available
-    query, item = config.query_tower, config.item_tower
-    separate = query.history is not None and not query.history.share_table
-    rows = data.num_items * (item.id_embedding + separate) + data.num_queries * query.id_embedding
-    each = 2 if item.table_precision == "bfloat16" else F4
-    state = F4 if config.training.table_optimizer == "rowwise-adagrad" else 2 * F4 * item.dimension
-    needed = rows * (item.dimension * each + state)
-    if available is not None and needed > available:
-        raise InputError(
-            f"item_tower.dimension: tables of {rows:,} rows and their optimizer state need {size(needed)}, "
-            f"{size(available)} are there; expected a smaller dimension, training.table_optimizer=rowwise-adagrad, or "
-            "item_tower.table_precision=bfloat16"
-        )
+    return MemoryPlan(held, step, ranking, saving, found.available, _mapped(data), count)
 
 
 def candidates_of(objective: Objective, rows: int, num_items: int) -> tuple[int, int]:

@@ -15,8 +15,10 @@ from twotower.errors import InputError
 from twotower.launch import Launch
 from twotower.ranks import Ranks
 from twotower.towers.shards import shared_tables
-from twotower.towers.tables import SPARSE_ABOVE
-from twotower.training.memory_plan import F4, size
+from twotower.training.memory_plan import F4
+
+#: Where tables are shared for their size, those that need less than this with their state, bytes, stay whole.
+SHARED_ABOVE = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def place_tables(
     """Decide where the rows of the id tables go, before any is made; collective.
 
     `training.table_placement` says `replicated` or `row-wise`. `auto` keeps whole tables as long as they and their
-    optimizer state need no more than half of what a process has; beyond it tables of more than 100,000 rows are shared.
+    optimizer state need no more than half of what a process has; beyond it tables of more than 16 MiB are shared.
 
     Args:
         config: the settings.
@@ -70,7 +72,7 @@ def place_tables(
         if asked == "row-wise":
             above = 0
         elif asked == "auto" and available is not None and whole > available // 2:
-            above = SPARSE_ABOVE
+            above = SHARED_ABOVE // each
     needed = sum(-(-rows // ranks.size) if above is not None and rows > above else rows for rows in tables) * each
     if available is not None and needed > available:
         raise InputError(_refusal(sum(tables), needed, available, ranks, is_shared=above is not None))
@@ -100,8 +102,8 @@ def _refusal(rows: int, needed: int, available: int, ranks: Ranks, *, is_shared:
         more = "more processes, " if is_shared else "training.table_placement=row-wise, "
     whose = f"a W-th of tables of {rows:,} rows" if is_shared else f"tables of {rows:,} rows"
     return (
-        f"item_tower.dimension: {whose} and their optimizer state need {size(needed)}, {size(available)} are there; "
-        f"expected {more}a smaller dimension, training.table_optimizer=rowwise-adagrad, or "
+        f"item_tower.dimension: {whose} and their optimizer state need {needed >> 20:,} MiB, {available >> 20:,} MiB "
+        f"are there; expected {more}a smaller dimension, training.table_optimizer=rowwise-adagrad, or "
         "item_tower.table_precision=bfloat16"
     )
 

@@ -76,16 +76,18 @@ def save_parts(folder: Path, parts: Mapping[str, PartOf], ranks: Ranks) -> None:
     Raises:
         OSError: a rank could not write.
     """
-    import torch.distributed.checkpoint as dcp  # noqa: PLC0415  # seconds, which only shared tables are worth
+    # Seconds, which only shared tables are worth.
     from torch.distributed.checkpoint.api import CheckpointException  # noqa: PLC0415
+    from torch.distributed.checkpoint.state_dict_saver import save  # noqa: PLC0415
+
+    from twotower.training.streamed_writer import StreamedWriter  # noqa: PLC0415
 
     mesh = _mesh(ranks)
     folder.mkdir(exist_ok=True)
     state = {name: _distributed(found.tensor.detach().cpu(), found.part, mesh) for name, found in parts.items()}
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
         with ranks.exchange():
-            dcp.save(state, storage_writer=writer, process_group=ranks.group)
+            save(state, storage_writer=StreamedWriter(str(folder)), process_group=ranks.group)
     except CheckpointException as error:
         raise OSError(f"{folder}: {'; '.join(str(one) for one in error.failures.values())}") from error
 
@@ -100,9 +102,21 @@ def load_parts(
         shapes: of the whole tensors, and their types, by name: those that are wanted.
         ranks: who reads.
         shared: N of the tables that these ranks hold by parts.
-    """
-    import torch.distributed.checkpoint as dcp  # noqa: PLC0415
 
+    Raises:
+        ValueError: rows are missing: the file of a rank is not there.
+    """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader  # noqa: PLC0415
+    from torch.distributed.checkpoint.state_dict_loader import load  # noqa: PLC0415
+
+    reader = HuggingFaceStorageReader(str(folder))
+    kept = reader.read_metadata().state_dict_metadata
+    for name, (shape, _) in shapes.items():
+        # What no file holds would be left as it is, without a word.
+        chunks: list[Any] = getattr(kept.get(name), "chunks", [])
+        there = sum(int(chunk.sizes[0]) for chunk in chunks)
+        if there != shape[0]:
+            raise ValueError(f"{folder.name}/: {there:,} of the {shape[0]:,} rows of {name}; a file is missing")
     state: dict[str, Tensor] = {}
     found: dict[str, Tensor] = {}
     mesh = _mesh(ranks) if ranks.size > 1 else None
@@ -115,15 +129,14 @@ def load_parts(
             found[name] = state[name] = torch.empty(shape, dtype=dtype)
     with warnings.catch_warnings(), ranks.exchange():
         warnings.filterwarnings("ignore", ".*assuming the intent is to load in a single process.*")
-        reader = dcp.HuggingFaceStorageReader(str(folder))
-        dcp.load(state, storage_reader=reader, process_group=ranks.group, no_dist=ranks.size == 1)
+        load(state, storage_reader=reader, process_group=ranks.group, no_dist=ranks.size == 1)
     return found
 
 
 def _mesh(ranks: Ranks) -> DeviceMesh:
     from torch.distributed.device_mesh import DeviceMesh  # noqa: PLC0415
 
-    group = torch.distributed.group.WORLD if ranks.group is None else ranks.group
+    group: Any = torch.distributed.group.WORLD if ranks.group is None else ranks.group
     return DeviceMesh.from_group(group, "cpu")
 
 

@@ -1,0 +1,133 @@
+"""A ranker of a catalog that no rank holds whole: each searches its part of the items, and the best are merged."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from twotower.data import Holdout, ragged_histories
+from twotower.evaluation.over_ranks import part_of
+from twotower.evaluation.towers import TowerRanker
+from twotower.index import ExactIndex
+from twotower.index.merging import merge_best
+from twotower.index.ties import tie_order
+from twotower.ranks import Ranks
+from twotower.towers import TwoTower
+from twotower.towers.lookups import rows_at_hand
+from twotower.towers.shards import Part, fetch_rows
+
+#: Queries searched at once over all ranks, and items embedded at once.
+BLOCK = 4096
+
+
+class ShardedRanker:
+    """Ranks a holdout together with the other ranks, over a catalog of which each holds ceil(N / W) embeddings.
+
+    Every rank embeds its part of the queries; all of them are searched in every rank's items; each rank merges what was
+    found for its own. Scores are compared as one index would, ties included.
+
+    Args:
+        towers: the model, whose tables the ranks share.
+        history_length: L; 0 for a tower without a history.
+        ranks: the processes; all of them make this and call `rank`, with the same holdout.
+
+    Attributes:
+        part: which items are this rank's.
+        embeddings: of its own items in the order of ties, float32 [n, D]; the index has no copy of them.
+    """
+
+    is_exact = True
+
+    def __init__(self, towers: TwoTower, history_length: int, ranks: Ranks) -> None:
+        self.towers, self.ranks = towers, ranks
+        self.part = Part(ranks, towers.item_tower.num_items)
+        self._order = tie_order(len(self.part), self.part.own.start)
+        self.embeddings = own_item_embeddings(towers, self.part, self._order)
+        self.queries = TowerRanker(towers, history_length, self.embeddings)
+        self.index = ExactIndex(self.embeddings, first=self.part.own.start, in_tie_order=True)
+
+    def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> NDArray[np.int64]:
+        """Best items of every query, int64 [E, k], on every rank."""
+        shares = self.ranks.shares(len(holdout))
+        block = max(BLOCK // self.ranks.size, 1)
+        own = []
+        for begin in range(0, max(shares), block):
+            parts = [
+                slice(sum(shares[:rank]) + min(begin, share), sum(shares[:rank]) + min(begin + block, share))
+                for rank, share in enumerate(shares)
+            ]
+            sizes = [part.stop - part.start for part in parts]
+            asked = self.ranks.gather(self._embedded(part_of(holdout, parts[self.ranks.rank])), sizes)
+            scores, items = self._search(asked, k, _histories(holdout, parts) if exclude_seen else None)
+            mine = sizes[self.ranks.rank]
+            received = [mine] * self.ranks.size
+            shape = (self.ranks.size, mine, k)
+            found = (self.ranks.swap(one, sizes, received).view(shape) for one in (scores, items))
+            own.append(merge_best(*found)[1])
+        merged = torch.cat(own) if own else torch.empty(0, k, dtype=torch.int64, device=self.ranks.device)
+        return self.ranks.gather(merged, shares).cpu().numpy()
+
+    def embeddings_of(self, items: NDArray[np.int64]) -> Tensor:
+        """Embeddings of items, float32 [n, D], from the ranks that hold them; collective, the same items on all."""
+        codes = torch.from_numpy(items).to(self.embeddings.device)
+        place = torch.argsort(self._order).to(codes.device)
+        at_hand = fetch_rows(self.embeddings, self.part, codes, place)
+        return at_hand.rows.detach()[at_hand.place(codes)]
+
+    @torch.no_grad()
+    def _embedded(self, holdout: Holdout) -> Tensor:
+        histories = (holdout.history_offsets, holdout.history_items)
+        history, length = None, self.queries.history_length
+        device = self.embeddings.device
+        if length:
+            recent = ragged_histories(*histories, np.arange(len(holdout)), length)
+            history = torch.from_numpy(recent).to(device)
+        queries = torch.from_numpy(np.asarray(holdout.queries, dtype=np.int64)).to(device)
+        with rows_at_hand(self.towers, queries=queries, history=history):
+            return self.queries.embed_holdout(holdout)
+
+    def _search(
+        self, queries: Tensor, k: int, exclude: tuple[NDArray[np.int64], NDArray[np.int64]] | None
+    ) -> tuple[Tensor, Tensor]:
+        own = self.part.own
+        if not len(self.part):
+            empty = (len(queries), k)
+            return (
+                torch.full(empty, -torch.inf, device=queries.device),
+                torch.full(empty, -1, dtype=torch.int64, device=queries.device),
+            )
+        if exclude is not None:
+            offsets, items = exclude
+            inside = (items >= own.start) & (items < own.stop)
+            exclude = np.concatenate([[0], inside.cumsum()])[offsets], items[inside] - own.start
+        scores, items_found = self.index.search(queries, k, exclude)
+        return scores, torch.where(items_found >= 0, items_found + own.start, -1)
+
+
+@torch.no_grad()
+def own_item_embeddings(towers: TwoTower, part: Part, order: Tensor | None = None) -> Tensor:
+    """Embeddings of this rank's part of the items, float32 [n, D]; nothing is exchanged: their rows are here too.
+
+    Args:
+        towers: the model.
+        part: which items are this rank's.
+        order: of the items within the part, int64 [n]; by code where None.
+    """
+    was_training, device = towers.training, towers.log_temperature.device
+    towers.eval()
+    codes = part.own.start + (torch.arange(len(part)) if order is None else order).to(device)
+    embedded = torch.empty(len(part), towers.item_tower.dimension, device=device)
+    for rows, block in zip(torch.split(embedded, BLOCK), torch.split(codes, BLOCK), strict=True):
+        rows.copy_(towers.embed_items(block))
+    towers.train(was_training)
+    return embedded
+
+
+def _histories(holdout: Holdout, parts: list[slice]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Histories of the queries of several parts, as compressed rows."""
+    chosen = [part_of(holdout, part) for part in parts]
+    sizes = np.concatenate([np.diff(one.history_offsets) for one in chosen])
+    items = np.concatenate([np.asarray(one.history_items, dtype=np.int64) for one in chosen])
+    return np.concatenate([[0], sizes.cumsum()]), items

@@ -1,0 +1,63 @@
+"""Runs `twotower train` with tables that ranks share; writes how it ended. Started by test_row_wise.py."""
+
+import importlib
+import json
+import re
+import resource
+import shutil
+import sys
+from pathlib import Path
+
+import faults
+
+ROW_WISE = ["--set", "training.table_placement=row-wise"]
+
+
+def run(data, out, size, more=()):
+    return faults.codes(faults.start(faults.words(data, out, more), size, out.with_suffix(".log")))
+
+
+def shared(data, folder):
+    """One process, two and three that share the tables; two that are stopped, and go on as one, two and three."""
+    found = {"one": run(data, folder / "one", 1)}
+    for size, name in ((2, "two"), (3, "three")):
+        found[name] = run(data, folder / name, size, ROW_WISE)
+    out = folder / "stopped"
+    ranks = faults.start(faults.words(data, out, ROW_WISE), 2, out.with_suffix(".log"))
+    while faults.steps_done(out) < 12 and faults.alive(ranks[0]):
+        faults.time.sleep(0.005)
+    for child in ranks.values():
+        faults.os.kill(child, faults.signal.SIGTERM)
+    found["stopped"], found["stopped at"] = faults.codes(ranks), faults.steps_done(out)
+    for size in (1, 2, 3):
+        again = folder / f"resumed-{size}"
+        shutil.copytree(out, again)
+        found[again.name] = run(data, again, size, [*ROW_WISE, "--resume"])
+    return found
+
+
+def limited(data, folder, room):
+    """The same words with so much memory left to each process: alone, and by two."""
+    # What the processes will import is here already: the room is for data, tables and what a step needs.
+    importlib.import_module("twotower.run")
+    importlib.import_module("twotower.training")
+    importlib.import_module("torch.distributed.checkpoint")
+    used = int(re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) * 1024
+    allowed = resource.getrlimit(resource.RLIMIT_DATA)
+    more = ["--set", "item_tower.dimension=1024", "--set", "training.max_epochs=1", "--set", "training.batch_size=256"]
+    more += ["--set", "training.checkpoint_every=null", "--set", "data.validation=0.002", "--set", "data.test=0.002"]
+    resource.setrlimit(resource.RLIMIT_DATA, (used + room, allowed[1]))
+    found = {}
+    for size in (1, 2):
+        found[f"limited-{size}"] = run(data, folder / f"limited-{size}", size, more)
+    resource.setrlimit(resource.RLIMIT_DATA, allowed)
+    return found
+
+
+def main(what, data, folder, *more):
+    made = shared(data, folder) if what == "shared" else limited(data, folder, int(more[0]))
+    (folder / "found.json").write_text(json.dumps(made))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:])

@@ -1,0 +1,167 @@
+"""What is done with tables that ranks share: kept, read by another number of ranks, searched, written as a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import cases
+import numpy as np
+import torch
+import torch.distributed.checkpoint  # once, before the ranks are forked
+from torch import Tensor
+
+from twotower import evaluation
+from twotower.config import Config
+from twotower.data import Split, leave_last_out
+from twotower.evaluation.by_parts import ShardedRanker, own_item_embeddings
+from twotower.evaluation.towers import TowerRanker
+from twotower.ranks import Ranks
+from twotower.serving import Artifact
+from twotower.shared_files import write_folder
+from twotower.towers import TwoTower, build_towers
+from twotower.towers.shards import Part, shared_tables
+from twotower.training import TableOptimizer
+from twotower.training.checkpoints import SafeCheckpointIO
+from twotower.training.optimizers import parameter_groups
+from twotower.training.table_parts import cut_optimizer_state, mark_parts
+
+ELSEWHERE = "another rank could not write its part; nothing was replaced"
+CONFIG = Config.load(
+    None,
+    [
+        "item_tower.dimension=8",
+        "query_tower.id_embedding=true",
+        "query_tower.hidden=[12]",
+        f"query_tower.history={{length: {cases.LENGTH}, heads: 2}}",
+        "evaluation.baselines=false",
+    ],
+)
+
+
+def split() -> Split:
+    return leave_last_out(cases.interactions())
+
+
+def model(ranks: Ranks, seed: int = 5) -> TwoTower:
+    """The same weights however the tables are placed."""
+    torch.manual_seed(seed)
+    with shared_tables(ranks):
+        return build_towers(CONFIG, num_queries=cases.NUM_QUERIES, num_items=cases.NUM_ITEMS).eval()
+
+
+def optimizer(towers: TwoTower, rule: str) -> TableOptimizer:
+    """An optimizer whose state is a function of the parameters, after a step with gradients of all rows."""
+    made = TableOptimizer(parameter_groups(towers, 0.0, lr=0.01, table_rule=rule), lr=0.01)
+    for parameter in towers.parameters():
+        parameter.grad = parameter.detach().clone()
+    made.step()
+    return made
+
+
+def checkpoint(towers: TwoTower, made: TableOptimizer) -> dict[str, Any]:
+    return {"state_dict": towers.state_dict(), "optimizer_states": [made.state_dict()], "epoch": 3}
+
+
+def tensors(kept: dict[str, Any]) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, by name."""
+    states = kept["optimizer_states"][0]["state"]
+    named = {f"{number}.{name}": value for number, state in states.items() for name, value in state.items()}
+    return {**kept["state_dict"], **named}
+
+
+def cut(found: dict[str, Tensor], towers: TwoTower, ranks: Ranks) -> dict[str, Tensor]:
+    """Of whole tensors what this rank should have."""
+    rows = {cases.NUM_ITEMS, cases.NUM_QUERIES}
+    return {n: v[Part(ranks, len(v)).own] if v.ndim and len(v) in rows else v for n, v in found.items()}
+
+
+def searched(ranker: Any) -> dict[str, Any]:
+    """What a ranker ranks and how it is measured, with ties: three items have the very same embedding."""
+    held = split()
+    measured = evaluation.evaluate(ranker, held.test, train=held.train, ks=(3, 70), baselines=False)
+    more = {"few": ranker.rank(held.test, 2, False), "all": ranker.rank(held.test, 70, True)}
+    return {"measured": measured["model"].values, **{name: torch.as_tensor(value) for name, value in more.items()}}
+
+
+def with_ties(towers: TwoTower) -> TwoTower:
+    """Items far apart get the embedding of one another; each on the rank that holds it."""
+    table = towers.item_tower.ids
+    start, stop = (0, cases.NUM_ITEMS) if table.part is None else (table.part.own.start, table.part.own.stop)
+    with torch.no_grad():
+        for code in (4, 31, 59):
+            if start <= code < stop:
+                table.weight[code - start] = torch.linspace(-1, 1, 8)
+    return towers
+
+
+def artifact(towers: TwoTower, item_embeddings: Tensor) -> Artifact:
+    data = cases.interactions()
+    return Artifact(
+        config=CONFIG,
+        towers=towers,
+        item_embeddings=item_embeddings,
+        item_counts=torch.from_numpy(data.item_counts()),
+        queries=data.queries,
+        items=data.items,
+        history_offsets=data.offsets,
+        history_items=np.asarray(data.item_codes),
+        metadata={"data": {"fingerprint": "x"}},
+    )
+
+
+def work(ranks: Ranks, out: Path) -> None:
+    """One rank of two or three; those of three read what those of two have written, and the other way round."""
+    for rule in ("adam", "rowwise-adagrad"):
+        towers = model(ranks)
+        made = optimizer(towers, rule)
+        shared = {cases.NUM_ITEMS, cases.NUM_QUERIES}
+        io = SafeCheckpointIO(ranks, shared)
+        kept = checkpoint(towers, made)
+        mark_parts(kept, towers, [made])
+        io.save_checkpoint(kept, out / f"{rule}.{ranks.size}.ckpt")
+        assert all(isinstance(value, Tensor) for state in made.state.values() for value in state.values())
+        # What two ranks have written is read by two, by three, and by the test; what three have, by the test.
+        found = tensors(io.load_checkpoint(out / f"{rule}.2.ckpt"))
+        expected = tensors(checkpoint(towers, made))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items()), rule
+        assert io.load_weights(out / f"{rule}.2.ckpt").keys() == towers.state_dict().keys()
+        # A state that was saved whole.
+        alone = model(Ranks())
+        whole = optimizer(alone, rule).state_dict()
+        cut_optimizer_state(whole, made, towers)
+        made.load_state_dict(whole)
+        towers.load_state_dict(alone.state_dict())
+        again = tensors(checkpoint(towers, made))
+        assert all(torch.equal(again[name], value) for name, value in expected.items()), rule
+    towers = with_ties(model(ranks))
+    torch.save(searched(ShardedRanker(towers, cases.LENGTH, ranks)), out / f"searched.{ranks.size}.{ranks.rank}.pt")
+    own = own_item_embeddings(towers, Part(ranks, cases.NUM_ITEMS))
+    artifact(towers, own).save(out / f"model-{ranks.size}", ranks)
+    fail_together(ranks, out / f"folder-{ranks.size}")
+
+
+def fail_together(ranks: Ranks, target: Path) -> None:
+    """The last rank cannot write: every rank is told, and nothing appears."""
+    target.mkdir(exist_ok=True)
+    (target / "older").write_text("stays")
+
+    def write(folder: Path) -> None:
+        (folder / str(ranks.rank)).write_text("x")
+        if ranks.rank == ranks.size - 1:
+            raise OSError("no space left")
+
+    told = None
+    try:
+        write_folder(target, ranks, write)
+    except OSError as error:
+        told = str(error)
+    ranks.wait()
+    assert told == ("no space left" if ranks.rank == ranks.size - 1 else f"{target}: {ELSEWHERE}"), told
+    assert [path.name for path in target.iterdir()] == ["older"]
+    assert not list(target.parent.glob(f".{target.name}*"))
+
+
+def ranked_alone() -> dict[str, Any]:
+    return searched(TowerRanker(with_ties(model(Ranks())), cases.LENGTH))

@@ -1,0 +1,102 @@
+"""The command with tables that ranks share: the same model, resumed by other numbers, larger than one process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import planted
+from twotower.serving import Retriever
+
+HERE = Path(__file__).parent
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="forks processes, and limits their memory as Linux does"),
+    pytest.mark.slow,
+    pytest.mark.timeout(1500),
+]
+
+
+def scenario(what: str, data: Path, folder: Path, *more: str) -> dict:
+    ended = subprocess.run(
+        [sys.executable, str(HERE / "row_wise.py"), what, str(data), str(folder), *more],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=1400,
+    )
+    assert ended.returncode == 0, ended.stdout
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    data = folder / "planted.parquet"
+    planted(queries=80).write_parquet(data)
+    return scenario("shared", data, folder)
+
+
+def log(folder, name):
+    return "".join(path.read_text() for path in sorted(folder.glob(f"{name}.log.*")))
+
+
+@pytest.mark.parametrize("name", ["two", "three", "resumed-1", "resumed-2", "resumed-3"])
+def test_a_model_whose_tables_are_shared_is_that_of_one_process(found, folder, name):
+    assert set(found[name]) == {0}, log(folder, name)
+    if name.startswith("resumed"):
+        assert found["stopped"] == [130, 130] and found["stopped at"] >= 12, log(folder, "stopped")
+    for file in ("towers.safetensors", "items.safetensors"):
+        expected = load_file(folder / "one" / "model" / file)
+        for key, value in load_file(folder / name / "model" / file).items():
+            torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-5, msg=lambda said, k=key: f"{k}: {said}")
+    one, other = (json.loads((folder / run / "results.json").read_text()) for run in ("one", name))
+    assert one["rows"] and one["num_targets"] == other["num_targets"]
+    for row, again in zip(one["rows"], other["rows"], strict=True):
+        for metric, value in row["values"].items():
+            assert again["values"][metric] == pytest.approx(value, abs=0.01), metric
+
+
+def test_the_plan_says_who_holds_what(found, folder):
+    assert "rows divided among 2 ranks (row-wise)" in log(folder, "two")
+    assert "row-wise" not in log(folder, "one")
+
+
+def test_a_model_written_by_parts_answers(found, folder):
+    answers = [Retriever.load(folder / run).recommend([3], k=5) for run in ("one", "two")]
+    assert answers[0].items.tolist() == answers[1].items.tolist()
+
+
+def test_a_table_larger_than_a_process_trains_on_two(folder):
+    items, rows, width = 100_000, 110_000, 1024
+    random = np.random.default_rng(0)
+    frame = pl.DataFrame(
+        {
+            "user_id": random.integers(0, 20_000, rows),
+            "item_id": np.r_[random.permutation(items), random.integers(0, items, rows - items)],
+            "timestamp": np.arange(rows),
+        }
+    )
+    data, here = folder / "large.parquet", folder / "limited"
+    here.mkdir()
+    frame.write_parquet(data)
+    table = items * width * 4
+    found = scenario("limited", data, here, str(int(2.9 * table)))  # with Adam's state a table is three
+    assert found["limited-1"] == [2], log(here, "limited-1")
+    told = log(here, "limited-1")
+    assert "tables of" in told and "several processes that share the rows" in told and "Traceback" not in told
+    assert found["limited-2"] == [0, 0], log(here, "limited-2")
+    weights = load_file(here / "limited-2" / "model" / "towers.safetensors")["item_tower.ids.weight"]
+    assert weights.nbytes > 0.95 * table and bool(weights.isfinite().all())
