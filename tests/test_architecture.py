@@ -17,6 +17,7 @@ ROOMS = [
     "feature_config",
     "config",
     "schema",
+    "ids",
     "data",
     "negatives",
     "losses",

@@ -88,6 +88,26 @@ class Team:
         self.store.wait([what], PREPARATION)
         return make()
 
+    def all_at_once(self, make: Callable[[], T], what: str) -> T:
+        """`make()` on every rank at the same moment, for work that they share; returns when all have done it.
+
+        The others are waited for without an exchange, as in `first_then_others`.
+        """
+        made = make()
+        if self.store is not None:
+            self.store.set(f"{what} {self.ranks.rank}", "done")
+            self.store.wait([f"{what} {rank}" for rank in range(self.ranks.size)], PREPARATION)
+        return made
+
+    def said_by_first(self, what: str, here: str) -> str:
+        """What the first rank says; `here` is what this one would."""
+        if self.store is None:
+            return here
+        if self.ranks.is_first:
+            self.store.set(what, here)
+        said: str = self.store.get(what).decode()
+        return said
+
 
 @contextmanager
 def joined(*, timeout: int, accelerator: str = "auto") -> Iterator[Team]:

@@ -11,11 +11,13 @@ from twotower.data.packing import Packed
 from twotower.data.parts import from_parts
 from twotower.data.sequences import SequenceBatches
 from twotower.data.splits import Split, by_time, held_out_queries, leave_last_out
+from twotower.ids import Hashed
 
 __all__ = [
     "Account",
     "Batch",
     "GroupedBatches",
+    "Hashed",
     "Holdout",
     "Interactions",
     "KnownPositives",

@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from twotower.data.reading import SUFFIXES, suffix_of
+from twotower.data.storing import META
 from twotower.errors import InputError
 from twotower.schema import listed
 
 INTERACTION_NAMES = ("interactions", "ratings", "transactions", "sequences")
 ITEM_NAMES = ("items", "products", "movies", "articles")
 QUERY_NAMES = ("users", "queries", "customers", "households", "demographics")
+_OF = re.compile(r"(.*?)(\d+)(-of-)(\d+)(\D.*)?")
 SPLIT_NAMES = {"train", "valid", "validation", "test"}
 
 
@@ -72,7 +75,62 @@ def find_files(path: Path) -> Files:
             f"{path}: cannot tell the interactions among {listed([p.name for p in rest])}; "
             "name the file, or keep shards of one format in a folder of their own."
         )
+    _refuse_gaps(rest)
     return Files(rest, items, queries)
+
+
+def listing(source: str | Path) -> dict[str, int]:
+    """The files of interactions and their sizes in bytes; nothing for what is read in another way or not at all."""
+    path = Path(source)
+    if (path / META).is_file():  # prepared data
+        return {}
+    try:
+        return {str(p): p.stat().st_size for p in find_files(path).interactions}
+    except (InputError, OSError):  # reading says what is wrong
+        return {}
+
+
+def refuse_other_files(before: Mapping[str, int], now: Mapping[str, int], whose: str) -> None:
+    """Refuse files that are not those of somebody else, or of an earlier moment.
+
+    Args:
+        before: what is expected, as `listing` gives it.
+        now: what is there.
+        whose: "the first rank has", and so on.
+
+    Raises:
+        InputError: a shard is gone, is of another size, or is new; the message names it.
+    """
+    for file, size in before.items():
+        if file not in now:
+            raise InputError(
+                f"{file}: is not there, {whose} it ({size:,} bytes); put it back, or start anew without it"
+            )
+        if now[file] != size:
+            raise InputError(
+                f"{file}: has {now[file]:,} bytes, {whose} it with {size:,}; bring that one back, or start anew"
+            )
+    for file in now:
+        if file not in before:
+            raise InputError(f"{file}: is there, and not among the files that {whose}; take it away, or start anew")
+
+
+def _refuse_gaps(files: Sequence[Path]) -> None:
+    """Refuse shards that say how many they are, as ``part-00003-of-00010.parquet`` does, where one is missing."""
+    numbered: dict[tuple[str, ...], dict[int, Path]] = {}
+    for file in files:
+        if found := _OF.fullmatch(file.name):
+            before, number, of, total, after = (part or "" for part in found.groups())
+            numbered.setdefault((before, of, total, after), {})[int(number)] = file
+    for (before, of, total, after), there in numbered.items():
+        first = 1 if int(total) in there else 0
+        for number in range(first, first + int(total)):
+            if number not in there:
+                name = f"{before}{number:0{len(total)}}{of}{total}{after}"
+                example = next(iter(there.values()))
+                raise InputError(
+                    f"{example.with_name(name)}: the shard is missing; {example.name} says how many there are."
+                )
 
 
 def _stem(path: Path) -> str:

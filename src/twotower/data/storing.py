@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -18,6 +17,8 @@ import polars as pl
 from numpy.typing import NDArray
 
 from twotower.errors import InputError
+from twotower.files import changed_places, full_disk_named
+from twotower.ids import CodedIds
 from twotower.schema import Vocabulary
 
 LAYOUT_VERSION = 1
@@ -81,6 +82,8 @@ def vocabulary_digest(vocabulary: Vocabulary | None) -> str:
     """sha256 of the ids in their order; empty for None."""
     if vocabulary is None:
         return ""
+    if isinstance(vocabulary, CodedIds):  # and hashed ones
+        return hashlib.sha256(repr(vocabulary).encode()).hexdigest()
     ids = vocabulary.ids
     if ids.dtype == pl.Int64:
         return hashlib.sha256(b"int" + ids.to_numpy().tobytes()).hexdigest()
@@ -116,20 +119,16 @@ def appearing(target: Path, marker: str = META) -> Iterator[Path]:
     try:
         if target.exists() and not (target / marker).is_file() and any(target.iterdir()):
             raise InputError(f"{target}: is there and is no saved data set; give a new or empty folder.")
-        yield building
-        if target.exists():
+        with full_disk_named(target, "free space, or give another folder (cache=..., or TWOTOWER_CACHE)."):
+            yield building
+        if target.exists() and not changed_places(building, target):
             shutil.rmtree(target)
-        try:
-            os.replace(building, target)  # noqa: PTH105
-        except OSError:
-            if not (target / marker).is_file():  # else another process was faster with the same data
-                raise
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise InputError(
-                f"{target}: the disk is full; give another folder (cache=..., or TWOTOWER_CACHE)."
-            ) from None
-        raise
+        if not target.exists():
+            try:
+                os.replace(building, target)  # noqa: PTH105
+            except OSError:
+                if not (target / marker).is_file():  # else another process was faster with the same data
+                    raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
 

@@ -1,0 +1,206 @@
+"""Ids that need no list of them: integers that are codes already, and hashes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from twotower.errors import InputError
+from twotower.files import whole_file
+from twotower.schema import IdValues, Vocabulary, ids_of
+
+Codes = NDArray[np.int64]
+
+#: Codes are int32 in prepared data.
+MOST_ROWS = 2**31 - 1
+_CODES, _HASHED = "codes", "hashed_rows"
+
+
+@dataclass(frozen=True)
+class Hashed:
+    """Ids are hashed to rows; ids that share one are the same to the model.
+
+    Attributes:
+        rows: R, 2 to 2^31 - 1.
+
+    Raises:
+        InputError: out of range.
+    """
+
+    rows: int
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.rows <= MOST_ROWS:
+            raise InputError(f"hashed: {self.rows} rows; expected 2 to {MOST_ROWS:,}")
+
+
+#: How ids become codes: by a list of all of them, as they are, or by a hash.
+IdKind = Literal["vocabulary", "codes"] | Hashed
+
+
+def hash_ids(ids: IdValues) -> NDArray[np.uint64]:
+    """A 64-bit hash of each id, uint64 [n]: the same in every process, on every machine, in every version.
+
+    Integers go through the finaliser of splitmix64 (Steele, Lea and Flood 2014), text through BLAKE2b. Text that is an
+    integer as one writes it ("7", not "007") is hashed as that integer: a command line knows text only.
+
+    Raises:
+        InputError: null ids, or ids that are neither integers nor text.
+    """
+    series = ids_of(ids, "ids")
+    if series.null_count():
+        raise InputError("ids: null ids cannot be hashed; every id must be there")
+    if series.dtype == pl.Int64:
+        return _mixed(series.to_numpy())
+    distinct = Vocabulary(series.unique().sort())
+    numbers = distinct.ids.cast(pl.Int64, strict=False)
+    plain = (numbers.cast(pl.String) == distinct.ids).fill_null(value=False).to_numpy()
+    hashes = _mixed(numbers.fill_null(0).to_numpy())
+    for place in np.flatnonzero(~plain):
+        text = hashlib.blake2b(distinct.ids[int(place)].encode(), digest_size=8)
+        hashes[place] = int.from_bytes(text.digest(), "little")
+    return hashes[distinct.encode(series)]
+
+
+def expected_shared(ids: int, rows: int) -> float:
+    """The share of ids that share their row with another, in expectation: 1 - (1 - 1/R)^(n - 1).
+
+    Args:
+        ids: n, distinct ids, each hashed to any row with the same probability.
+        rows: R.
+    """
+    return float(-np.expm1(max(ids - 1, 0) * np.log1p(-1.0 / rows)))
+
+
+class CodedIds(Vocabulary):
+    """Ids 0 .. size - 1 that are codes as they stand; nothing is looked up, and no list is kept.
+
+    Args:
+        size: how many.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    @property
+    def ids(self) -> pl.Series:
+        """0, 1, 2, ...: made when asked for."""
+        return pl.int_range(self._size, eager=True, dtype=pl.Int64).alias("id")
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is CodedIds and self._size == other._size
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        return f"CodedIds({self._size:,})"
+
+    def encode(self, ids: IdValues) -> Codes:
+        """See `Vocabulary.encode`."""
+        wanted = ids_of(ids, "ids")
+        if wanted.dtype != pl.Int64:
+            numbers = wanted.cast(pl.Int64, strict=False)
+            if numbers.null_count() > wanted.null_count():
+                wrong = wanted.filter(numbers.is_null() & wanted.is_not_null())[0]
+                raise InputError(f"ids: {wrong!r} is not an integer, and the ids of this model are codes.")
+            wanted = numbers
+        codes = wanted.fill_null(-1).to_numpy()
+        return np.where((codes >= 0) & (codes < self._size), codes, -1)
+
+    def decode(self, codes: Sequence[int] | NDArray[np.integer[Any]]) -> pl.Series:
+        """See `Vocabulary.decode`."""
+        at = np.asarray(codes, dtype=np.int64).reshape(-1)
+        if at.size and (at.min() < -1 or at.max() >= self._size):
+            raise IndexError(f"codes must be in -1..{self._size - 1}, found {at.min()}..{at.max()}")
+        found = pl.Series("id", at)
+        return found if (at >= 0).all() else found.set(pl.Series(at < 0), None)
+
+    def write(self, path: str | Path) -> None:
+        """One number in a Parquet file, whole or not at all."""
+        with whole_file(Path(path)) as partial:
+            pl.DataFrame({_CODES: [self._size]}, schema={_CODES: pl.Int64}).write_parquet(partial)
+
+
+class HashedIds(CodedIds):
+    """Rows that any ids are hashed to. Every id has a row, also one that training never saw.
+
+    What comes back for a row is its number: which ids are behind it, nobody knows.
+
+    Args:
+        kind: how many rows.
+    """
+
+    def __init__(self, kind: Hashed) -> None:
+        super().__init__(kind.rows)
+
+    @property
+    def ids(self) -> pl.Series:
+        """Refused: there is no list.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            "hashed ids: there is no list of them, which this needs; train with data.query_ids=vocabulary, or with "
+            "codes of your own"
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HashedIds) and self._size == other._size
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        return f"HashedIds({self._size:,} rows)"
+
+    def encode(self, ids: IdValues) -> Codes:
+        """The row of each id; -1 where null."""
+        wanted = ids_of(ids, "ids")
+        there = wanted.is_not_null()
+        codes = np.full(len(wanted), -1, dtype=np.int64)
+        codes[there.to_numpy()] = rows_of(hash_ids(wanted.filter(there)), self._size)
+        return codes
+
+    def write(self, path: str | Path) -> None:
+        """One number in a Parquet file, whole or not at all."""
+        with whole_file(Path(path)) as partial:
+            pl.DataFrame({_HASHED: [self._size]}, schema={_HASHED: pl.Int64}).write_parquet(partial)
+
+
+def rows_of(hashes: NDArray[np.uint64], rows: int) -> Codes:
+    """The row of each hash: its remainder."""
+    return (hashes % np.uint64(rows)).astype(np.int64)
+
+
+def read_vocabulary(path: str | Path) -> Vocabulary:
+    """What `write` of any kind of ids wrote.
+
+    Raises:
+        InputError: the file is missing, damaged or something else.
+    """
+    try:
+        columns = pl.read_parquet_schema(path)
+        told = next((name for name in (_CODES, _HASHED) if list(columns) == [name]), None)
+        if told is None:
+            return Vocabulary.read(path)
+        size = int(pl.read_parquet(path)[told][0])
+    except (OSError, pl.exceptions.PolarsError, IndexError, TypeError) as error:
+        raise InputError(f"{path}: not readable ids ({(str(error) or 'empty').splitlines()[0]}).") from None
+    return CodedIds(size) if told == _CODES else HashedIds(Hashed(size))
+
+
+def _mixed(values: NDArray[np.int64]) -> NDArray[np.uint64]:
+    mixed = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)  # wraps modulo 2^64, as it is meant to
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))

@@ -1,0 +1,88 @@
+"""What ranks tell each other outside of exchanges, and which rows each of them touches."""
+
+import threading
+from datetime import timedelta
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from twotower.data import TrainingBatches
+from twotower.launch import Team
+from twotower.ranks import Ranks
+
+
+@pytest.fixture
+def store(tmp_path):
+    made = dist.FileStore(str(tmp_path / "store"), 3)
+    made.set_timeout(timedelta(seconds=60))
+    return made
+
+
+def together(store, work):
+    """`work(team)` on three ranks, threads of this process; what each gave."""
+    gave = [None] * 3
+    threads = [
+        threading.Thread(target=lambda r=rank: gave.__setitem__(r, work(Team(Ranks(r, 3), store)))) for rank in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return gave
+
+
+def test_all_make_it_at_the_same_moment_and_wait_for_each_other(store):
+    inside, done = threading.Barrier(3), []
+
+    def make():
+        inside.wait(30)  # would break if one came after another
+        done.append(1)
+        return len(done)
+
+    def work(team):
+        made = team.all_at_once(make, "data")
+        assert len(done) == 3, "nobody goes on before all have done it"
+        return made
+
+    assert sorted(together(store, work)) == [1, 2, 3]
+
+
+def test_everybody_hears_the_first(store):
+    assert together(store, lambda team: team.said_by_first("files", f"rank {team.ranks.rank}")) == ["rank 0"] * 3
+    assert Team(Ranks()).said_by_first("files", "mine") == "mine"
+    assert Team(Ranks()).all_at_once(lambda: 5, "data") == 5
+
+
+class Watched(np.ndarray):
+    """Remembers which of its values were read."""
+
+    def __getitem__(self, at):
+        self.read.update(np.asarray(at).reshape(-1).tolist())
+        return np.asarray(super().__getitem__(at))
+
+    def take(self, at, mode="raise"):
+        self.read.update(np.clip(at, 0, len(self) - 1).reshape(-1).tolist())
+        return np.asarray(self).take(at, mode=mode)
+
+
+def test_a_rank_reads_its_own_rows_of_the_prepared_data_and_no_others(planted_data):
+    whole = list(TrainingBatches(planted_data, 64, seed=3))
+    codes = planted_data.item_codes
+    touched = []
+    for rank in range(2):
+        watched = np.asarray(codes).view(Watched)
+        watched.read = set()
+        planted_data.item_codes = watched
+        try:
+            batches = list(TrainingBatches(planted_data, 64, history_length=2, seed=3, ranks=Ranks(rank, 2)))
+        finally:
+            planted_data.item_codes = codes
+        own = set()
+        for batch, all_rows in zip(batches, whole, strict=True):
+            assert batch.rows.tolist() == all_rows.rows.tolist()[Ranks(rank, 2).part(64)], "the order is that of one"
+            own |= set(batch.rows.tolist())
+        histories = {max(row - back, 0) for row in own for back in (1, 2)}
+        assert own <= watched.read <= own | histories
+        touched.append(own)
+    assert not touched[0] & touched[1]
