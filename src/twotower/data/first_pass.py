@@ -1,0 +1,123 @@
+"""What is read of each file, and how: the same for all files of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import polars as pl
+
+from twotower.data.cleaning import clean, is_list
+from twotower.data.collecting import Collected
+from twotower.data.context import Wanted, context_columns
+from twotower.data.direct_ids import direct_column
+from twotower.data.reading import ROW, Source
+from twotower.errors import InputError
+from twotower.ids import Hashed, IdKind
+from twotower.schema import Columns, listed
+
+
+@dataclass(frozen=True)
+class FirstPass:
+    """How the rows of a file are read.
+
+    Attributes:
+        columns: the roles, all that are there filled in.
+        context: columns of the request.
+        query_ids: how query ids become codes.
+        item_ids: how item ids do.
+    """
+
+    columns: Columns
+    context: tuple[str, ...] = ()
+    query_ids: IdKind = "vocabulary"
+    item_ids: IdKind = "vocabulary"
+
+    @classmethod
+    def of(
+        cls,
+        sources: Sequence[Source],
+        columns: Columns,
+        *,
+        labelled: float | None = None,
+        context: Wanted = None,
+        ids: Mapping[str, IdKind],
+    ) -> FirstPass:
+        """From the columns of all files.
+
+        Args:
+            sources: the files; the first decides which column is what.
+            columns: the roles that were told.
+            labelled: the least label of a positive, where labels are needed.
+            context: columns of the request.
+            ids: `query_ids` and `item_ids`.
+
+        Raises:
+            InputError: a column is missing in one of the files.
+        """
+        found = columns.resolve(sources[0].columns, sources[0].name)
+        named: list[str] = []
+        for source in sources:
+            missing = [name for name in found.roles().values() if name not in source.columns]
+            if missing:
+                raise InputError(
+                    f"{source.name}: column {missing[0]!r} is missing, {sources[0].name} has it. "
+                    f"Columns found: {listed(source.columns)}."
+                )
+            if labelled is not None and found.label is None:
+                raise InputError(
+                    f"{source.name}: positive_label={labelled} needs a label column (rating, label, score). "
+                    f"Columns found: {listed(source.columns)}."
+                )
+            lists = _has_lists(source, found)
+            if source is sources[0]:
+                named = context_columns(context, found, source.columns, source.name, lists=lists)
+            beside = [name for name in named if name != found.timestamp]
+            context_columns(beside, found, source.columns, source.name, lists=lists)
+        return cls(found, tuple(named), **ids)
+
+    def empty(self, directory: Any) -> Collected:
+        """Takes the rows of a file, or of several, into a folder."""
+        kinds = {"queries": self.query_ids, "items": self.item_ids}
+        direct = {side: column for side, kind in kinds.items() if (column := direct_column(kind)) is not None}
+        return Collected(directory, direct)
+
+    def read(self, source: Source, collected: Collected) -> pl.DataFrame | None:
+        """Add the rows of a file; gives the plain columns beside lists of items, which describe the query."""
+        columns, extras = self.columns, list[pl.DataFrame]()
+        beside = [name for name in self.context if name != columns.timestamp]
+        lists = _has_lists(source, columns)
+        for frame in source.chunks(
+            list(dict.fromkeys([*columns.roles().values(), *beside, *(source.columns if lists else [])]))
+        ):
+            if is_list(frame, columns.item or ""):
+                described = [
+                    name
+                    for name in frame.columns
+                    if name not in (ROW, *columns.roles().values(), *beside) and not frame.schema[name].is_nested()
+                ]
+                if described:
+                    extras.append(frame.select(columns.query or "", *described))
+            collected.add(clean(frame, columns, source, beside), source.name, source.text, columns)
+        return pl.concat(extras, how="diagonal_relaxed") if extras else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values that `of_dict` takes."""
+        return asdict(self)
+
+    @classmethod
+    def of_dict(cls, told: Mapping[str, Any]) -> FirstPass:
+        """What `to_dict` was taken of."""
+        kinds = {
+            name: Hashed(**told[name]) if isinstance(told[name], dict) else told[name]
+            for name in ("query_ids", "item_ids")
+        }
+        return cls(Columns(**told["columns"]), tuple(told["context"]), **kinds)
+
+
+def _has_lists(source: Source, columns: Columns) -> bool:
+    """Whether a row of a file has a list of items."""
+    if source.text:
+        return False
+    return is_list(next(iter(source.chunks([columns.item or ""]))), columns.item or "")

@@ -1,0 +1,255 @@
+"""The first pass over a folder of shards, shared by all processes that need the same data.
+
+A shard's rows are checked and coded into a folder of its own, which appears whole and whose name says which file, as it
+is now, was read how. Whoever needs the shards takes those that nobody else has taken: processes started for it, the
+ranks of a training, another run on the same data. What was read stays when a preparation is stopped, so the next one
+goes on from there; it goes when the data is prepared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from twotower.data.collecting import SIDES, Collected
+from twotower.data.storing import LAYOUT_VERSION
+from twotower.errors import InputError
+from twotower.files import full_disk_named, is_full_disk, locked, whole_folder
+from twotower.machine import cores
+
+#: A process is started for each so many bytes of shards: below, starting takes longer than reading. So much is also
+#: worth keeping when a later shard is refused.
+BYTES_PER_WORKER = 64 << 20
+
+#: Shards of a preparation that was given up are removed by the next one in the same cache.
+KEPT_SECONDS = 14 * 24 * 3600
+
+FOLDER = ".shards"
+_STATE, _EXTRAS = "shard.json", "extras.parquet"
+
+
+#: Reads a file into a folder: what `save` takes.
+Read = Callable[[Path, Path], tuple[Collected, pl.DataFrame | None]]
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Files that are read into folders.
+
+    Attributes:
+        root: where the folders are.
+        files: in the order of their rows.
+        reading: JSON values that decide how a file is read.
+        purpose: of these folders; another purpose has folders of its own, for whoever is done removes them.
+    """
+
+    root: Path
+    files: Sequence[Path]
+    reading: dict[str, Any]
+    purpose: str = ""
+
+    def folder(self, file: Path) -> Path:
+        """Where a file's rows go; another place once the file, or how it is read, has changed.
+
+        Raises:
+            InputError: the file is gone.
+        """
+        try:
+            stat = file.stat()
+        except FileNotFoundError:
+            raise gone(file) from None
+        told = [str(file.resolve()), stat.st_size, stat.st_mtime_ns, self.reading, self.purpose, LAYOUT_VERSION]
+        return self.root / hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+
+    def take(self, file: Path, read: Read, *, wait: bool) -> bool:
+        """Read one file into its folder, unless that is there already.
+
+        Args:
+            file: which.
+            read: reads a file into a folder.
+            wait: for another process that reads it just now.
+
+        Returns:
+            Whether its folder is there: False only without `wait`.
+        """
+        target = self.folder(file)
+        if target.is_dir():
+            return True
+        with locked(self.root / f"{target.name}.lock", wait=wait) as held:
+            if not held:
+                return False
+            if target.is_dir():
+                return True
+            self._sweep(target)
+            with (
+                full_disk_named(file, f"its rows are kept in {self.root} for a while: free space there"),
+                whole_folder(target) as folder,
+            ):
+                save(*read(file, folder))
+        return True
+
+    def sweep(self) -> None:
+        """Remove what killed processes have left half written."""
+        for file in self.files:
+            with suppress(InputError):
+                target = self.folder(file)
+                with locked(self.root / f"{target.name}.lock", wait=False) as held:
+                    if held:
+                        self._sweep(target)
+
+    def _sweep(self, target: Path) -> None:
+        for left in self.root.glob(f".{target.name}.*.partial"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def remove(self) -> None:
+        """Remove the folders of all files, and those that nobody has asked for in a long time."""
+        for file in self.files:
+            with suppress(InputError):
+                shutil.rmtree(self.folder(file), ignore_errors=True)
+        remove_old(self.root)
+
+
+def gone(file: Path) -> InputError:
+    """What to tell of a shard that is not there any more."""
+    return InputError(f"{file}: the shard is gone; put it back, or start anew with the files that are there.")
+
+
+def remove_old(root: Path) -> None:
+    """Remove what nobody has asked for in a long time, and the folder itself where it is empty."""
+    with suppress(OSError):
+        for left in root.iterdir():
+            if time.time() - left.stat().st_mtime > KEPT_SECONDS:
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
+        root.rmdir()
+
+
+def take_all(shards: Shards, read: Read, *, workers: int, done: Callable[[], bool]) -> None:
+    """Read all shards that are not read yet, together with whoever else does so.
+
+    Args:
+        shards: which.
+        read: see `Shards.take`.
+        workers: processes that read, this one included.
+        done: says that the data has been prepared by another process meanwhile, and the rest is not needed.
+
+    Raises:
+        InputError: a shard is gone, damaged or wrong, or the disk is full.
+    """
+    try:
+        with helpers(shards, workers - 1):
+            for wait in (False, True):  # first what nobody reads, then what others have not finished
+                for file in shards.files:
+                    if done():
+                        return
+                    shards.take(file, read, wait=wait)
+    except InputError as error:
+        shards.sweep()
+        if error.__cause__ is not None and is_full_disk(error.__cause__):
+            shards.remove()  # they are what fills it
+        raise
+
+
+def bytes_of(files: Sequence[Path]) -> int:
+    """The size of all files that are there."""
+    return sum(file.stat().st_size for file in files if file.exists())
+
+
+@contextmanager
+def helpers(shards: Shards, count: int) -> Iterator[None]:
+    """Processes that take shards, for as long as the block lasts."""
+    processes: list[subprocess.Popen[str]] = []
+    told = {
+        "root": str(shards.root),
+        "files": [str(file) for file in shards.files],
+        "reading": shards.reading,
+        "purpose": shards.purpose,
+    }
+    shares = count + 1
+    threads = max(cores() // shares, 1)
+    try:
+        for number in range(1, shares):
+            process = subprocess.Popen(
+                [sys.executable, "-m", "twotower.data.shard_worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,  # what a helper cannot read this process reads itself, and says so
+                env=os.environ | {"POLARS_MAX_THREADS": str(threads)},
+                text=True,
+            )
+            processes.append(process)
+            assert process.stdin is not None
+            with suppress(BrokenPipeError):  # it goes on without this helper
+                process.stdin.write(json.dumps({**told, "number": number, "shares": shares}) + "\n")
+                process.stdin.flush()
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def worth_starting(files: Sequence[Path], most: int) -> int:
+    """How many processes to read some files with."""
+    return max(1, min(most, len(files), bytes_of(files) // BYTES_PER_WORKER))
+
+
+def save(collected: Collected, extras: pl.DataFrame | None) -> None:
+    """Write what is in memory of a first pass beside its files, so that `adopt` finds it."""
+    for side in SIDES:
+        for chunk, distinct in enumerate(collected.distinct[side]):
+            pl.DataFrame({"id": distinct}).write_parquet(collected.directory / f"{chunk}.{side}.parquet")
+    for side, column in collected.direct.items():
+        arrays: dict[str, Any] = column.state()
+        np.savez(collected.directory / f"{side}.npz", **arrays)
+    if extras is not None:
+        extras.write_parquet(collected.directory / _EXTRAS)
+    state = {
+        "chunk_rows": collected.chunk_rows,
+        "text": {side: [text for _, text in collected.origin[side]] for side in SIDES},
+        "columns": sorted(collected.columns),
+        "calendar": collected.calendar,
+        "largest_time": collected.largest_time,
+        "empty_lists": collected.empty_lists,
+    }
+    (collected.directory / _STATE).write_text(json.dumps(state), encoding="utf-8")
+
+
+def adopt(collected: Collected, folder: Path, where: str) -> pl.DataFrame | None:
+    """Add the rows that `save` left in a folder, which stays as it is; gives what else was found.
+
+    Raises:
+        InputError: dates in one file and numbers in another.
+    """
+    state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    first = len(collected.chunk_rows)
+    for number, rows in enumerate(state["chunk_rows"]):
+        collected.adopted[first + number] = folder, number
+        collected.chunk_rows.append(rows)
+    for side in SIDES:
+        for number, text in enumerate(state["text"][side]):
+            collected.distinct[side].append(pl.read_parquet(folder / f"{number}.{side}.parquet")["id"])
+            collected.origin[side].append((where, text))
+    for side, column in collected.direct.items():
+        if (folder / f"{side}.npz").is_file():
+            with np.load(folder / f"{side}.npz", allow_pickle=False) as arrays:
+                column.join(dict(arrays))
+    if state["calendar"] is not None:
+        collected.same_calendar(where, state["calendar"])
+    collected.where = collected.where or where
+    collected.columns |= set(state["columns"])
+    collected.largest_time = max(collected.largest_time, state["largest_time"])
+    collected.empty_lists += state["empty_lists"]
+    return pl.read_parquet(folder / _EXTRAS) if (folder / _EXTRAS).is_file() else None
