@@ -21,7 +21,8 @@ once for the row:
 exactly the full softmax's loss over all rows at 1/27 of its products, in bfloat16 with float32 sums. A row's
 gradient and its weight are those of `full-softmax`; what differs from `twotower train` is that a batch holds
 whole users. --start svd begins at the truncated singular value decomposition of the training matrix, each entry
-divided by the roots of its row and column sums.
+divided by the roots of its row and column sums. --start FILE begins at the tables of another run (last.*.safetensors
+in its folder): with --final a run that was chosen on the validation goes on with the validation's rows as well.
 
 --rows trains the same model with `tt.fit` on sampled candidates instead (expected-count, rows in random order).
 Every finished run is written to the results file at once and not repeated; an interrupted one goes on from its
@@ -84,7 +85,7 @@ class Settings:
         learning_rate: of Adam; warm-up over 20 steps, then a cosine to a twentieth.
         users: of a batch.
         epochs: all of them are done.
-        start: "svd", or "random", N(0, 0.1^2).
+        start: "svd", or "random", N(0, 0.1^2), or a file of tables that another run has left (--runs).
         user_weight: a user with n rows weighs n to this power: 1 for rows that weigh alike.
         seed: of the start and the order.
     """
@@ -152,6 +153,11 @@ class ByUsers:
         if settings.start == "svd":
             found = singular_vectors(train, settings.dimension)
             tables = [F.normalize(table, dim=1) * scale * settings.dimension**0.5 for table in found]
+        elif settings.start != "random":
+            state = load_file(settings.start)
+            tables = [state["table.0"], state["table.1"]]
+            if tuple(table.shape for table in tables) != shapes:
+                raise SystemExit(f"--start {settings.start}: tables of other users, items or another D")
         # The SVD hands out columns of a larger matrix: not a layout that a file can hold.
         self.tables = [table.contiguous().requires_grad_() for table in tables]
         self.optimizer = torch.optim.AdamW(self.tables, lr=settings.learning_rate, weight_decay=0.0, fused=True)
@@ -251,7 +257,9 @@ def frame(rows: Interactions) -> pl.DataFrame:
 
 def measured(rankers: dict[str, Any], holdout: Holdout, train: Interactions) -> dict[str, dict[str, float]]:
     """The metrics of rankers, by name."""
-    return {row.name: dict(row.values) for row in evaluate_all(rankers, holdout, train=train, ks=(10, 20)).rows}
+    rows = evaluate_all(rankers, holdout, train=train, ks=(10, 20)).rows
+    # What cannot be measured here, such as diversity without features, is no number, and JSON has none for that.
+    return {row.name: {name: value for name, value in row.values.items() if not math.isnan(value)} for row in rows}
 
 
 def by_users(split: Split, settings: Settings, asked: Holdout, directory: Path | None, every: int) -> dict[str, Any]:
