@@ -29,7 +29,7 @@ def features() -> list[str]:
 
     parts = [
         "## Features",
-        "Entries of `item_tower.features` and `query_tower.features`: mappings with `kind` and `column`.",
+        "Entries of `item_tower.features`, `query_tower.features` and `query_tower.context`: mappings with `kind` and `column`.",
     ]
     for kind in KINDS:
         rows = [

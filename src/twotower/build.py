@@ -227,6 +227,12 @@ def reads_sequences(config: Config) -> bool:
     return config.query_tower.history is not None and config.query_tower.history.sequence is not None
 
 
+def reads_gaps(config: Config) -> bool:
+    """Whether the time between the items of a history is read."""
+    history = config.query_tower.history
+    return history is not None and history.sequence is not None and history.sequence.gaps
+
+
 def refuse_in_batch(pool: Pool) -> None:
     """Refuse the rows of a batch as candidates where blocks of it, which cut sequences, have draws of their own.
 

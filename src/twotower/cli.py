@@ -255,7 +255,7 @@ def features(
     config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="Settings in YAML.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Propose features: what each column of the item and query tables could be, and why, as YAML to paste."""
+    """Propose features: what each column of tables and interactions could be, and why, as YAML to paste."""
     from twotower import run  # noqa: PLC0415
     from twotower.config import Config  # noqa: PLC0415
     from twotower.data.proposing import as_yaml  # noqa: PLC0415
@@ -265,15 +265,15 @@ def features(
         print_json({side: [one.to_dict() for one in columns] for side, columns in found.items()})
         return
     for side, columns in found.items():
-        table = Table("column", "kind", "why", "distinct", "missing", title=f"{side} table", title_justify="left")
+        title = "interactions: the context of a request" if side == "context" else f"{side} table"
+        table = Table("column", "kind", "why", "distinct", "missing", title=title, title_justify="left")
         for one in columns:
             kind = "-" if one.declared is None else one.declared.kind
             distinct = "" if one.distinct is None else f"{one.distinct:,}"
             table.add_row(one.column, kind, one.why, distinct, f"{one.missing:.1%}")
         console.print(table)
     console.print("\nAs settings; change what you know better:\n", highlight=False)
-    for side, columns in found.items():
-        console.print(as_yaml(side, columns), highlight=False, markup=False, soft_wrap=True)
+    console.print(as_yaml(found), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -18,6 +18,9 @@ commands = typer.Typer()
 
 Query = Annotated[list[str] | None, typer.Option("--query", help="Id of a query in the data; may be repeated.")]
 History = Annotated[str | None, typer.Option("--history", help='Item ids, oldest first: "i1,i2,...".')]
+Context = Annotated[
+    str | None, typer.Option("--context", metavar="JSON", help='Context of the request: \'{"device": "phone"}\'.')
+]
 Popularity = Annotated[
     float, typer.Option("--popularity", help="The popularity dial: 1 as trained, 0 discovery, up to 2.")
 ]
@@ -36,6 +39,7 @@ def recommend(
     features: Annotated[
         str | None, typer.Option("--features", metavar="JSON", help="Features of the query: '{\"age\": 30}'.")
     ] = None,
+    context: Context = None,
     k: Annotated[int, typer.Option("-k", min=1, help="How many items.")] = 10,
     keep_seen: Annotated[bool, typer.Option("--keep-seen", help="Also recommend items of the history.")] = False,
     popularity: Popularity = 1.0,
@@ -63,19 +67,26 @@ def recommend(
         "deny": listed(deny, "--deny"),
     }
     if source is not None or target is not None:
-        if source is None or target is None or any(given is not None for given in (query, history, features)):
+        if source is None or target is None or any(given is not None for given in (query, history, features, context)):
             raise InputError(
-                "recommend: expected --input FILE with --output FILE, and neither --query nor --history nor --features"
+                "recommend: expected --input FILE with --output FILE, and neither --query nor --history nor "
+                "--features nor --context, which is a column of FILE"
             )
         _file(Retriever.load(directory, exact=exact), source, target, asked, resume, force, as_json)
         return
-    if (query is None) == (history is None) and features is None:
+    if (query is None) == (history is None) and features is None and context is None:
         raise InputError("recommend: expected --query ID or --history ITEM,ITEM,...; give one of the two")
     if query is not None and history is not None:
         raise InputError("recommend: expected --query ID or --history ITEM,ITEM,...; give one of the two")
-    told = None if features is None else [_features(features)] * (1 if query is None else len(query))
+    told = None if features is None else [_object(features, "--features")] * (1 if query is None else len(query))
     retriever = Retriever.load(directory, exact=exact)
-    found = retriever.recommend(query, histories=None if history is None else [_ids(history)], features=told, **asked)
+    found = retriever.recommend(
+        query,
+        histories=None if history is None else [_ids(history)],
+        features=told,
+        context=None if context is None else _object(context, "--context"),
+        **asked,
+    )
     if as_json:
         print_json(found.to_dicts())
         return
@@ -113,6 +124,7 @@ def explain(
     item: Annotated[str, typer.Option("--item", help="Id of the recommended item.")],
     query: Annotated[str | None, typer.Option("--query", help="Id of a query in the data.")] = None,
     history: History = None,
+    context: Context = None,
     popularity: Popularity = 1.0,
     as_json: Json = False,
 ) -> None:
@@ -123,7 +135,8 @@ def explain(
         raise InputError("explain: expected --query ID or --history ITEM,ITEM,...; found neither")
     retriever = Retriever.load(directory, exact=True)
     given = None if history is None else _ids(history)
-    found = retriever.explain(query, item=item, history=given, popularity=popularity)
+    asked = None if context is None else _object(context, "--context")
+    found = retriever.explain(query, item=item, history=given, context=asked, popularity=popularity)
     if as_json:
         print_json(found.to_dict())
         return
@@ -251,13 +264,13 @@ def _tell_index(retriever: Retriever) -> None:
         console.print(f"Found by the {retriever.index.kind} index; --exact searches every item.", highlight=False)
 
 
-def _features(text: str) -> dict[str, Any]:
+def _object(text: str, option: str) -> dict[str, Any]:
     try:
         row = json.loads(text)
     except ValueError as error:
-        raise InputError(f"--features {text}: not valid JSON ({error})") from None
+        raise InputError(f"{option} {text}: not valid JSON ({error})") from None
     if not isinstance(row, dict):
-        raise InputError(f"--features {text}: expected an object of columns and values, such as " + "'{\"age\": 30}'")
+        raise InputError(f"{option} {text}: expected an object of columns and values, such as " + "'{\"age\": 30}'")
     return row
 
 
@@ -265,17 +278,20 @@ def _ids(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def listed(text: str | None, option: str) -> list[str] | None:
-    """Ids of an option, or of the file it names."""
+def listed(text: str | None, option: str) -> list[Any] | None:
+    """Ids of an option, or of the file it names.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
     if text is None or not text.startswith("@"):
         return None if text is None else _ids(text)
+    from twotower.data.written import read_ids  # noqa: PLC0415
+
     try:
-        lines = Path(text[1:]).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{option} {text}: cannot be read ({error}); expected a text file with one id a line"
-        ) from None
-    return [line.strip() for line in lines if line.strip()]
+        return read_ids(text[1:]).to_list()
+    except InputError as error:
+        raise InputError(f"{option} @{error}") from None
 
 
 def _setting(text: str) -> tuple[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -24,7 +24,7 @@ def items(
         Path | None, typer.Option("--update", metavar="FILE", help="Items that change; written likewise.")
     ] = None,
     remove: Annotated[
-        str | None, typer.Option("--remove", metavar="IDS", help='Items that leave: "i1,i2,...", or @FILE, one a line.')
+        str | None, typer.Option("--remove", metavar="IDS", help='Items that leave: "i1,i2,...", or @FILE of ids.')
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -33,6 +33,7 @@ def items(
     FILE is Parquet or CSV with a column of item ids. What a column of the item table says is kept. An item's embedding
     is the item tower's, by the declared features, or a column `embedding` with lists of numbers (Parquet).
     """
+    from twotower.data.written import read_items  # noqa: PLC0415
     from twotower.serving import Retriever, save_changes  # noqa: PLC0415
 
     leaving = listed(remove, "--remove")
@@ -42,9 +43,9 @@ def items(
     if leaving is not None:
         retriever.catalog.remove(leaving)
     if update is not None:
-        retriever.catalog.update(_read(update))
+        retriever.catalog.update(read_items(update))
     if add is not None:
-        retriever.catalog.add(_read(add))
+        retriever.catalog.add(read_items(add))
     told = save_changes(retriever.catalog, directory)
     if as_json:
         print_json(told)
@@ -55,14 +56,3 @@ def items(
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _read(path: Path) -> Any:
-    import polars as pl  # noqa: PLC0415
-
-    try:
-        if path.suffix.lower() == ".csv":
-            return pl.read_csv(path, infer_schema_length=None)
-        return pl.read_parquet(path)
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise InputError(f"{path}: not readable as Parquet or CSV ({str(error).splitlines()[0]})") from None

@@ -78,6 +78,7 @@ class SequenceConfig(Section):
         0, ge=0, le=64, description="Averages of the items so far, by learned weights of distance, around the encoder."
     )
     dropout: float = Field(0.2, ge=0, lt=1, description="Of the input, of what blocks add, and of their hidden units.")
+    gaps: bool = Field(False, description="Read the time between one item and the next as well; needs timestamps.")
 
 
 class HistoryConfig(Section):
@@ -106,6 +107,13 @@ class QueryTowerConfig(Section):
     layer_norm: bool = Field(False, description="Layer norm before the activations of the MLP.")
     features: Features = Field(
         "none", description="Columns of the query table: none, auto (what `twotower features` proposes), or a list."
+    )
+    context: Features = Field(
+        "none",
+        description="Columns of the interactions that a request has too, such as device or hour: none, auto, a list.",
+    )
+    context_dropout: float = Field(
+        0.1, ge=0, lt=1, description="Share of training rows whose context is hidden, for requests that bring none."
     )
 
 
@@ -174,6 +182,11 @@ class TrainingConfig(Section):
     table_optimizer: Literal["adam", "rowwise-adagrad"] = Field(
         "adam", description="How embedding tables move. rowwise-adagrad: one number of state for each row, not 2 D."
     )
+    table_placement: Literal["auto", "replicated", "row-wise"] = Field(
+        "auto",
+        description="Several processes: whole id tables on each (replicated), or a part of their rows on each "
+        "(row-wise). auto: row-wise where whole ones need more than half of a process's memory.",
+    )
     table_learning_rate_factor: PositiveFloat | Literal["auto"] = Field(
         "auto", description="Learning rate of the tables over that of the layers. auto: 1 for adam, 10 otherwise."
     )
@@ -197,11 +210,6 @@ class TrainingConfig(Section):
         0.0, ge=0, lt=1, description="Decay of a moving average of the weights, which is measured and kept. 0: none."
     )
     micro_batch: PositiveInt | None = Field(
-    table_placement: Literal["auto", "replicated", "row-wise"] = Field(
-        "auto",
-        description="Several processes: whole id tables on each (replicated), or a part of their rows on each "
-        "(row-wise). auto: row-wise where whole ones need more than half of a process's memory.",
-    )
         None, description="Rows the towers embed at a time, twice, for less memory; same gradients. None: all at once."
     )
     time_limit: str | None = Field(None, pattern=r"^\d\d:\d\d:\d\d:\d\d$", description="DD:HH:MM:SS, or none.")

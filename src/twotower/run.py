@@ -17,7 +17,7 @@ from torch import Tensor
 
 from twotower import continuing, evaluation
 from twotower.analysis.subject import Subject, subject_of
-from twotower.build import build_objective, needs_known_positives, reads_sequences
+from twotower.build import build_objective, needs_known_positives, reads_gaps, reads_sequences
 from twotower.config import Config, DataConfig
 from twotower.continuing import Parent
 from twotower.data import (
@@ -33,9 +33,22 @@ from twotower.data import (
     held_out_queries,
     leave_last_out,
 )
-from twotower.data.declaring import encode_features, fit_features, in_training, unused_tables, with_features
+from twotower.data.context import Wanted
+from twotower.data.declaring import (
+    encode_context,
+    encode_features,
+    fit_features,
+    in_training,
+    unused_tables,
+    wanted_context,
+    with_features,
+)
+from twotower.data.encoding import EncodedTable
+from twotower.data.gaps import gap_codes
 from twotower.data.past import ContinuedSplit
 from twotower.data.proposing import Proposed, propose
+from twotower.data.proposing_context import propose_context
+from twotower.data.written import ids_like, read_ids
 from twotower.errors import InputError
 from twotower.evaluation import Evaluation, Ranker
 from twotower.evaluation.by_parts import ShardedRanker, own_item_embeddings
@@ -48,7 +61,7 @@ from twotower.negatives import Mined
 from twotower.ranks import Ranks
 from twotower.schema import IdValues
 from twotower.serving import Artifact, Retriever
-from twotower.serving.artifact import FOLDER, find_model, load_rows, read_metadata
+from twotower.serving.artifact import FOLDER, find_model, load_context, load_rows, read_metadata
 from twotower.towers import TwoTower, build_towers
 from twotower.towers.lookups import shared_tables_of
 from twotower.towers.shards import Part
@@ -101,8 +114,13 @@ class Model:
         return self.artifact.save(directory, Ranks.current() if self.artifact.is_shared else None)
 
 
-def read_data(source: str | Path, settings: DataConfig, *, items: str | None = None) -> Interactions:
-    """Read a file, a folder or a named data set with the settings of section `data`."""
+def read_data(
+    source: str | Path, settings: DataConfig, *, items: str | None = None, context: Wanted = None
+) -> Interactions:
+    """Read a file, a folder or a named data set with the settings of section `data`.
+
+    `context`: further columns of the interactions to read; those that a configuration needs are `wanted_context`.
+    """
     return datasets.load(
         source,
         items=items or settings.items,
@@ -110,6 +128,7 @@ def read_data(source: str | Path, settings: DataConfig, *, items: str | None = N
         columns=settings.columns.model_dump(),
         positive_label=settings.positive_label,
         catalog=settings.catalog,
+        context=context,
     )
 
 
@@ -183,16 +202,17 @@ def fit(
                 num_items=train.num_items,
                 item_features=features.get("item"),
                 query_features=features.get("query"),
+                context=features.get("context"),
                 trained_items=torch.from_numpy(in_training(train, "item")),
             )
         length = history_length(settings)
-        batches = make_batches(settings, train, rows, ranks)
+        batches = make_batches(settings, train, rows, ranks, features.get("context"))
         known = KnownPositives(train) if needs_known_positives(settings) else None
         objective = build_objective(settings, train, learnt=learnt)
         optimizer = mine = None
         if growth is not None and parent is not None:
             optimizer = carry_on(parent, settings, growth, towers=towers, objective=objective)
-            if (mine := _miner(objective, train, length)) is not None and not resume:
+            if (mine := _miner(objective, train, length, gaps_of(settings, train))) is not None and not resume:
                 mine(towers)
         validate = _validation(split.validation, settings, train) if len(split.validation) else None
         before = validate(towers) if validate is not None and parent is not None and not resume else None
@@ -206,7 +226,7 @@ def fit(
             Path(directory),
             known_positives=known,
             counts=torch.from_numpy(train.item_counts()),
-            mine=_miner(objective, train, length),
+            mine=_miner(objective, train, length, gaps_of(settings, train)),
             validate=validate,
             resume=resume,
             progress=progress,
@@ -300,7 +320,11 @@ def history_length(config: Config) -> int:
 
 
 def make_batches(
-    config: Config, train: Interactions, rows: np.ndarray | None = None, ranks: Ranks | None = None
+    config: Config,
+    train: Interactions,
+    rows: np.ndarray | None = None,
+    ranks: Ranks | None = None,
+    context: EncodedTable | None = None,
 ) -> TrainingBatches | GroupedBatches | SequenceBatches:
     """The batches that the towers and the objective of a configuration learn from.
 
@@ -309,6 +333,7 @@ def make_batches(
         train: the training interactions.
         rows: the rows of them to learn from; None for all.
         ranks: gives this rank's part of every batch; None for a process alone.
+        context: the fitted features of requests; None where the towers look at none.
 
     Raises:
         InputError: whole sequences are to be read, and batches built within groups.
@@ -318,10 +343,12 @@ def make_batches(
     if reads_sequences(config):
         if grouped:
             raise InputError("objective.frequency: grouped: a sequence may run over several groups; expected counted")
-        return SequenceBatches(
-            train if rows is None else train.select(rows), size, history_length=length, seed=seed
-        )  # rows are those of whole queries: ContinuedSplit.rows_to_learn
-    batches = TrainingBatches(train, size, history_length=length, seed=seed, rows=rows, ranks=ranks)
+        # rows are those of whole queries: ContinuedSplit.rows_to_learn
+        learnt = train if rows is None else train.select(rows)
+        encoded = None if context is None else encode_context(context.features, learnt)
+        return SequenceBatches(learnt, size, history_length=length, seed=seed, context=encoded, gaps=reads_gaps(config))
+    encoded = None if context is None else encode_context(context.features, train)
+    batches = TrainingBatches(train, size, history_length=length, seed=seed, rows=rows, ranks=ranks, context=encoded)
     return GroupedBatches(batches) if grouped else batches
 
 
@@ -336,7 +363,14 @@ def _kept_whole(config: Config, parent: Parent | None) -> str | None:
     return None
 
 
-def _miner(objective: Objective, train: Interactions, length: int) -> Callable[[TwoTower], None] | None:
+def gaps_of(config: Config, data: Interactions) -> np.ndarray | None:
+    """Codes of the gap before each row, int8 [n], where the tower reads them and rows have times; else None."""
+    return gap_codes(data.offsets, data.timestamps) if reads_gaps(config) and data.timestamps is not None else None
+
+
+def _miner(
+    objective: Objective, train: Interactions, length: int, gaps: np.ndarray | None
+) -> Callable[[TwoTower], None] | None:
     """Refreshes the mined sources of an objective: the best items of each query, without its training items."""
     sources = [source for source in objective.pool.members() if isinstance(source, Mined)]
     if not sources:
@@ -348,7 +382,8 @@ def _miner(objective: Objective, train: Interactions, length: int) -> Callable[[
         for block in np.array_split(np.arange(train.num_queries), -(-train.num_queries // MINING_BLOCK)):
             offsets = train.offsets[block[0] : block[-1] + 2]
             rows = (offsets - offsets[0], train.item_codes[offsets[0] : offsets[-1]])
-            _, items = ranker.search(block, rows, max(source.size for source in sources), exclude=rows)
+            since = None if gaps is None else gaps[offsets[0] : offsets[-1]]
+            _, items = ranker.search(block, rows, max(source.size for source in sources), exclude=rows, gaps=since)
             for source in sources:
                 source.refresh(torch.from_numpy(block).to(source.items.device), items.to(source.items.device))
 
@@ -389,8 +424,10 @@ def _artifact(config: Config, split: Split, towers: TwoTower, result: FitResult)
         items=data.items,
         history_offsets=data.offsets,
         history_items=data.item_codes,
+        history_gaps=gaps_of(config, data),
         item_table=data.item_table,
         rows=continuing.rows_of(split),
+        contexts=continuing.contexts_of(split, config),
         metadata={
             "data": {
                 "fingerprint": data.fingerprint,
@@ -471,13 +508,15 @@ def _train(
         start = json.loads(parents.read_text(encoding="utf-8"))["model"]
     parent = None if start is None else Parent.load(start)
     reading = config.data if parent is None else _with_catalog(config.data)
-    data = team.first_then_others(lambda: read_data(source, reading), "data")
+    data = team.first_then_others(lambda: read_data(source, reading, context=wanted_context(config)), "data")
     say(data.account)
     split: Split
     if parent is None:
         split = split_data(data, config.data)
     else:
-        ids = None if withdraw is None else continuing.read_withdrawn(withdraw, parent.artifact.items.ids.dtype)
+        ids = None
+        if withdraw is not None:
+            ids = ids_like(read_ids(withdraw), parent.artifact.items, str(withdraw))
         split = continue_with(parent, data, config, withdrawn=ids)
     say(split.account)
     for line in unused_tables(config, split.train):
@@ -578,11 +617,13 @@ def reread(directory: str | Path, source: str | Path | None = None) -> tuple[Art
     artifact = Artifact.load(directory)
     known = artifact.metadata["data"]
     if len(known.get("lineage", [])) > 1:  # its test rows stand after a past that only the model folder holds
-        return artifact, continuing.split_again(artifact, load_rows(find_model(directory)) or {})
+        folder = find_model(directory)
+        contexts = load_context(folder), load_context(folder, "test_context")
+        return artifact, continuing.split_again(artifact, load_rows(folder) or {}, *contexts)
     given = source or known.get("source")
     if given is None:
         raise InputError(f"{directory}: the model does not say where its data is; give it with --data")
-    data = read_data(given, artifact.config.data)
+    data = read_data(given, artifact.config.data, context=wanted_context(artifact.config))
     if data.fingerprint != known["fingerprint"]:
         raise InputError(
             f"{given}: not the data this model was trained on (fingerprint {data.fingerprint[:12]}, expected "
@@ -609,12 +650,17 @@ def propose_features(
 ) -> dict[str, list[Proposed]]:
     """The whole of `twotower features`: what the columns of each table could be, by side where there is a table.
 
+    Side "context" are the further columns of the interactions, their time among them.
+
     Raises:
-        InputError: the data cannot be read, or has no feature table at all.
+        InputError: the data cannot be read, or has neither a feature table nor further columns.
     """
-    data = read_data(source, settings.model_copy(update={"queries": queries or settings.queries}), items=items)
+    told = settings.model_copy(update={"queries": queries or settings.queries})
+    data = read_data(source, told, items=items, context="all")
     tables = {"item": data.item_table, "query": data.query_table}
     found = {side: propose(table) for side, table in tables.items() if table is not None and table.width > 1}
+    if data.context is not None:
+        found["context"] = propose_context(data)
     if not found:
         raise InputError(f"{source}: no table of item or query features; give one with --items or --queries")
     return found

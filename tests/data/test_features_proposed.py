@@ -57,9 +57,11 @@ def test_missing_values_are_counted():
 def test_a_proposal_is_a_configuration():
     table = pl.DataFrame({"id": range(4), "price": [1.5, 1e9, 3, 2], "tags": [["a"], ["b"], [], None], "one": [1] * 4})
     proposed = propose(table)
-    read = yaml.safe_load(as_yaml("item", proposed))
+    read = yaml.safe_load(as_yaml({"item": proposed}))
     assert Config.model_validate(read).item_tower.features == features_of(proposed)
-    assert yaml.safe_load(as_yaml("query", propose(table.select("id", "one")))) == {"query_tower": {"features": "none"}}
+    assert yaml.safe_load(as_yaml({"query": propose(table.select("id", "one"))})) == {
+        "query_tower": {"features": "none"}
+    }
 
 
 def test_many_values_are_hashed():

@@ -269,7 +269,7 @@ def test_the_command_and_a_service_that_swaps(folder, tmp_path):
         assert service.get("/page/map").status_code == 200
     with pytest.raises(InputError, match="found none of them"):
         ask.invoke(cli.app, ["items", str(run)], catch_exceptions=False)
-    with pytest.raises(InputError, match="not readable"):
+    with pytest.raises(InputError, match="none.csv: no such file"):
         ask.invoke(cli.app, ["items", str(run), "--add", str(tmp_path / "none.csv")], catch_exceptions=False)
 
 

@@ -133,7 +133,7 @@ def slow_norm(x, norm):
 
 def slow_feedforward(x, layer):
     inner = x @ layer.inner.weight.T + layer.inner.bias
-    if type(layer).__name__ == "Gated":
+    if layer.gated:
         gate, value = inner[:, : inner.shape[1] // 2], inner[:, inner.shape[1] // 2 :]
         inner = gate / (1 + torch.exp(-gate)) * value
     else:

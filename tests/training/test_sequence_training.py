@@ -206,7 +206,6 @@ def test_onnx(planted_split, tmp_path, kind):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("query_tower.id_embedding=true", "id_embedding: a sequence tower knows a query by its items alone"),
         ("query_tower.history.sequence.heads=3", "heads: 3; expected a divisor of item_tower.dimension, 16"),
         ("objective.frequency=grouped", "a sequence may run over several groups"),
     ],

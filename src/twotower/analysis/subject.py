@@ -11,10 +11,13 @@ from torch import Tensor
 
 from twotower.analysis.gradients import follow
 from twotower.analysis.measurement import AuditedRows
-from twotower.build import masks_known_positives
+from twotower.build import masks_known_positives, reads_gaps
 from twotower.config import Config
 from twotower.data import Batch, GroupedBatches, Interactions, KnownPositives, TrainingBatches
+from twotower.data.gaps import gap_codes
+from twotower.data.histories import gather_histories
 from twotower.errors import InputError
+from twotower.evaluation.towers import TowerRanker
 from twotower.negatives import Pool, popularity_deciles
 from twotower.serving import Artifact
 
@@ -101,8 +104,17 @@ def subject_of(artifact: Artifact, train: Interactions, *, rows: int = 64, seed:
     chosen = _choose(train, config, decile, rows, np.random.default_rng(seed))
     length = config.query_tower.history.length if config.query_tower.history else 0
     batch = TrainingBatches(train, len(chosen), history_length=length).batch(chosen)
+    ranker = TowerRanker(artifact.towers, length, artifact.item_embeddings)
+    # Every row's own context; a model that looks at none reads nothing of it.
+    requests = ranker.encoded_context(None if train.context is None else train.context[chosen], len(chosen))
+    context = None if requests is None else [torch.from_numpy(one) for one in requests]
+    gaps = None
+    if reads_gaps(config) and train.timestamps is not None and length:
+        codes = gap_codes(train.offsets, train.timestamps)
+        before = gather_histories(train.offsets, codes, batch.queries.numpy(), chosen, length)
+        gaps = torch.from_numpy(np.maximum(before, 0))
     with torch.no_grad():
-        query = artifact.towers.eval().embed_queries(batch.queries, batch.history)
+        query = artifact.towers.eval().embed_queries(batch.queries, batch.history, context=context, gaps=gaps)
         logits = (query @ artifact.item_embeddings.T / artifact.towers.temperature).double()
     known = KnownPositives(train).pairs(batch.queries) if masks_known_positives(config.objective) else None
     audited = AuditedRows(logits, batch.items, batch.queries, batch.groups, known)

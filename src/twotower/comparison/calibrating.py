@@ -34,7 +34,8 @@ def calibrations(directories: Mapping[str, Path], split: Split, *, seed: int = 0
         artifact = retriever.artifact
         if not estimates_softmax(build_objective(artifact.config, split.train)):
             continue
-        queries = retriever.ranker.embed(split.test.queries[rows], histories)
+        context = None if split.test.context is None else split.test.context[rows]
+        queries = retriever.ranker.embed(split.test.queries[rows], histories, context=context)
         calibration = softmax_calibration(
             queries,
             artifact.item_embeddings,

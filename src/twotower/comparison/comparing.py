@@ -22,6 +22,7 @@ from twotower.comparison.printed import printed
 from twotower.comparison.trainings import train_cells
 from twotower.config import Config
 from twotower.data import Interactions
+from twotower.data.declaring import wanted_context
 from twotower.files import whole_file, write_text
 from twotower.run import audit_run, read_data, split_data
 
@@ -81,7 +82,7 @@ def compare_run(
         RuntimeError: a training failed.
     """
     directory = Path(out)
-    data = read_data(source, base.data)
+    data = read_data(source, base.data, context=wanted_context(base))
     split = split_data(data, base.data)
     cells = make_cells(base, objectives, seeds, directory, split.train)
     train_cells(str(source), cells, data.fingerprint, directory, jobs=jobs, say=say)

@@ -3,17 +3,17 @@
 `growth` imports the trainer, which is slow to load: import it where it is needed.
 """
 
-from twotower.continuing.keeping import lineage, rows_of, split_again
-from twotower.continuing.parent import Parent, new_days, parent_of, read_withdrawn
+from twotower.continuing.keeping import contexts_of, lineage, rows_of, split_again
+from twotower.continuing.parent import Parent, new_days, parent_of
 from twotower.continuing.settings import checked, rows_to_learn, settled
 
 __all__ = [
     "Parent",
     "checked",
+    "contexts_of",
     "lineage",
     "new_days",
     "parent_of",
-    "read_withdrawn",
     "rows_of",
     "rows_to_learn",
     "settled",

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from twotower.config import Config
 from twotower.continuing.parent import Parent
 from twotower.data.encoding import EncodedTable
-from twotower.data.growing import grown
+from twotower.data.growing import grown, grown_context
 from twotower.data.past import ContinuedSplit
 from twotower.losses import Objective
 from twotower.schema import Vocabulary
@@ -49,6 +49,11 @@ def grown_features(parent: Parent, split: ContinuedSplit) -> Grown:
     features, values = {}, {}
     for old in parent.artifact.towers.feature_tables():
         side = old.features.side
+        if side == "context":
+            one = grown_context(old.features, train, ~split.learnt)
+            features[side] = one.table
+            values[side] = {place: torch.tensor(rows) for place, rows in one.value_maps.items()}
+            continue
         codes, ids, table, known = sides[side]
         one = grown(old, codes, table, ids, known)
         features[side] = one.table
@@ -76,6 +81,7 @@ def carry_on(
             num_items=num_items,
             item_features=few.get("item"),
             query_features=few.get("query"),
+            context=few.get("context"),
         )
 
     tables = named_tables(build, growth.num_queries, growth.num_items)

@@ -7,11 +7,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
+from twotower.config import Config
 from twotower.continuing.parent import Parent
 from twotower.data import Holdout, Interactions, Split
 from twotower.data.account import Account
+from twotower.data.declaring import wanted_context
 from twotower.data.histories import take_ranges
 from twotower.data.past import CARRIED, ContinuedSplit
 from twotower.errors import InputError
@@ -44,7 +47,24 @@ def rows_of(split: Split) -> dict[str, NDArray[Any]]:
     return found
 
 
-def split_again(artifact: Artifact, rows: Mapping[str, NDArray[Any]]) -> Split:
+def contexts_of(split: Split, config: Config) -> dict[str, pl.DataFrame]:
+    """What a model folder keeps of the context of its rows, and of a continued model's test; nothing without one."""
+    columns = wanted_context(config)
+    found: dict[str, pl.DataFrame] = {}
+    if columns is None or isinstance(columns, str) or split.data.context is None:
+        return found
+    found["context"] = split.data.context.select(columns)
+    if isinstance(split, ContinuedSplit) and split.test.context is not None:
+        found["test_context"] = split.test.context.select(columns)
+    return found
+
+
+def split_again(
+    artifact: Artifact,
+    rows: Mapping[str, NDArray[Any]],
+    context: pl.DataFrame | None = None,
+    test_context: pl.DataFrame | None = None,
+) -> Split:
     """The split of a continued training, from its model folder alone; its validation is not kept.
 
     Raises:
@@ -66,6 +86,7 @@ def split_again(artifact: Artifact, rows: Mapping[str, NDArray[Any]]) -> Split:
         groups=rows.get("groups"),
         group_names=None if names is None else Vocabulary(names),
         item_table=artifact.item_table,
+        context=context,
         known_fingerprint=artifact.metadata["data"]["fingerprint"],
     )
     place = np.arange(len(data)) - np.repeat(data.offsets[:-1], np.diff(data.offsets))
@@ -81,6 +102,7 @@ def split_again(artifact: Artifact, rows: Mapping[str, NDArray[Any]]) -> Split:
         np.asarray(rows["test.items"]),
         None if data.timestamps is None else np.asarray(data.timestamps[history]),
         rows.get("test.times"),
+        test_context,
     )
     told = artifact.metadata["split"]
     return Split(

@@ -14,10 +14,8 @@ from twotower.config import Config
 from twotower.data import Interactions, Split
 from twotower.data.joining import continued
 from twotower.data.past import CARRIED, ContinuedSplit, Past
-from twotower.data.reading import open_source
-from twotower.errors import InputError
-from twotower.schema import USUAL_NAMES, IdValues, Vocabulary, ids_of, listed, usual_column
-from twotower.serving.artifact import Artifact, find_model, load_rows
+from twotower.schema import IdValues, Vocabulary, ids_of
+from twotower.serving.artifact import Artifact, find_model, load_context, load_rows
 from twotower.serving.changes import Changes
 
 if TYPE_CHECKING:
@@ -54,7 +52,7 @@ class Parent:
         left = np.zeros(0, dtype=np.int64) if changes is None else changes.left
         removed = artifact.items.decode(left[left < len(artifact.items)])
         return cls(
-            replace(artifact, rows=load_rows(folder)),
+            replace(artifact, rows=load_rows(folder), contexts=_contexts(folder)),
             best if best.is_dir() else None,
             str(Path(directory).resolve()),
             removed if len(removed) else None,
@@ -81,7 +79,13 @@ class Parent:
             model.item_table,
             self.fingerprint,
             None if times is None or not len(times) else int(np.max(times)),
+            model.contexts.get("context"),
         )
+
+
+def _contexts(folder: Path) -> dict[str, pl.DataFrame]:
+    context = load_context(folder)
+    return {} if context is None else {"context": context}
 
 
 class Fitted(Protocol):
@@ -120,37 +124,3 @@ def new_days(
         withdrawn = pl.concat([parent.removed.alias("id"), given.alias("id")]).unique()
     cold: Any = "keep" if config.data.split == "leave-last-out" else "drop"
     return continued(parent.past(), data, split, withdrawn=withdrawn, catalog=config.data.catalog, cold=cold)
-
-
-def read_withdrawn(path: str | Path, kind: pl.DataType) -> pl.Series:
-    """Item ids from a file: one a line, or a table with an item column.
-
-    Args:
-        path: `.txt` with one id a line, or Parquet, CSV or TSV.
-        kind: of the model's item ids, Int64 or String.
-
-    Raises:
-        InputError: not readable, no item column, or an id that cannot be one of the model's.
-    """
-    file = Path(path)
-    if file.suffix.lower() == ".txt":
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{file}: not readable as text ({error}); expected one item id a line") from None
-        ids = pl.Series("id", [line.strip() for line in lines if line.strip()], dtype=pl.String)
-    else:
-        source = open_source(file)
-        name = usual_column(source.columns, USUAL_NAMES["item"], "item", source.name)
-        if name is None and len(source.columns) == 1:
-            name = source.columns[0]
-        if name is None:
-            raise InputError(f"{file}: no item id column; found {listed(source.columns)}")
-        ids = ids_of(pl.concat(source.chunks([name]))[name].drop_nulls(), f"{file}: column {name!r}")
-    if ids.dtype != kind:
-        cast = ids.cast(kind, strict=False)
-        if cast.null_count():
-            row = int(cast.is_null().arg_true()[0])
-            raise InputError(f"{file}: row {row + 1}: {ids[row]!r} is no item id of the model, whose ids are integers")
-        ids = cast
-    return ids.alias("id")

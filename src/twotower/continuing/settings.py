@@ -14,7 +14,7 @@ from twotower.data.past import ContinuedSplit
 from twotower.errors import InputError
 
 #: Settings of the towers that may be changed when a training goes on: no tensor depends on them.
-FREE = ("dropout", "id_dropout")
+FREE = ("dropout", "id_dropout", "context_dropout")
 
 
 def checked(split: Split) -> ContinuedSplit:
@@ -54,6 +54,9 @@ def settled(parent: Config, config: Config) -> Config:
             if section == "item_tower" and theirs.features == "none":
                 taken["id_dropout"] = 0.0
             changed[section] = own.model_copy(update=taken)
+    if config.query_tower.context == "auto":
+        section = changed.get("query_tower", config.query_tower)
+        changed["query_tower"] = section.model_copy(update={"context": parent.query_tower.context})
     config = config.model_copy(update=changed)
     old, new = parent.model_dump(mode="json"), config.model_dump(mode="json")
     for section in ("query_tower", "item_tower"):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from twotower.data.encoding import Encoded
 from twotower.data.histories import gather_histories
 from twotower.data.interactions import Interactions
 from twotower.data.packing import Packed
@@ -34,6 +35,8 @@ class Batch:
         total: rows of the batch over all ranks, of which these are `Ranks.part(total)`; None where nobody knows.
         sequences: what the rows are positions of, where the batch is made of whole sequences (sequences.py); `history`
             is then [B, 0]. None otherwise.
+        context: the encoded context of each row's request, a tensor with B rows for each feature; None where there is
+            none.
     """
 
     rows: Tensor
@@ -45,6 +48,7 @@ class Batch:
     group: int | None = None
     total: int | None = None
     sequences: Packed | None = None
+    context: tuple[Tensor, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -56,6 +60,8 @@ class Batch:
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor | Packed)
         }
+        if self.context is not None:
+            moved["context"] = tuple(one.to(device, non_blocking=non_blocking) for one in self.context)
         return replace(self, **moved)
 
 
@@ -74,6 +80,7 @@ class TrainingBatches(Place):
         drop_last: leave out the last, smaller batch; fewer rows than `batch_size` are one batch all the same.
         rows: int64 [n], the row numbers to train on, ascending; all where None.
         ranks: gives out this rank's part of every batch; `batch_size` is that of all ranks together.
+        context: encoded context of all rows of the interactions (`encode_context`), or None.
 
     Raises:
         InputError: no rows, or a size or seed out of range.
@@ -89,6 +96,7 @@ class TrainingBatches(Place):
         drop_last: bool = True,
         rows: np.ndarray[Any, np.dtype[np.int64]] | None = None,
         ranks: Ranks | None = None,
+        context: Encoded | None = None,
     ) -> None:
         for name, value, least in (
             ("batch_size", batch_size, 1),
@@ -97,7 +105,7 @@ class TrainingBatches(Place):
         ):
             if value < least:
                 raise InputError(f"{name}: {value}; expected at least {least}.")
-        self.rows = rows
+        self.rows, self.context = rows, context
         self.num_rows = len(interactions) if rows is None else len(rows)
         if not self.num_rows:
             raise InputError("training batches: no interactions to train on.")
@@ -148,7 +156,13 @@ class TrainingBatches(Place):
             history=torch.from_numpy(history),
             weights=None if data.weights is None else torch.from_numpy(np.array(data.weights[rows])),
             groups=None if data.groups is None else torch.from_numpy(data.groups[rows].astype(np.int64)),
+            context=context_rows(self.context, rows),
         )
+
+
+def context_rows(context: Encoded | None, rows: np.ndarray[Any, np.dtype[np.int64]]) -> tuple[Tensor, ...] | None:
+    """Some rows of an encoded context."""
+    return None if context is None else tuple(torch.from_numpy(one[rows]) for one in context)
 
 
 class GroupedBatches:

@@ -12,6 +12,7 @@ import polars as pl
 
 from twotower.data.account import Account
 from twotower.data.cleaning import clean, is_list
+from twotower.data.context import CONTEXT_FILE, Wanted, context_columns, gathered
 from twotower.data.features import FeatureTable, TableLike
 from twotower.data.preparing import Collected, Finished, finish
 from twotower.data.reading import ROW, SequenceSource, Source
@@ -31,6 +32,7 @@ class Reading:
     positive_label: float | None = None
     catalog: str = "interactions"
     part: bool = False
+    context: Wanted = None
 
     def __post_init__(self) -> None:
         if self.catalog not in ("interactions", "table"):
@@ -55,7 +57,7 @@ def build(
     """
     with tempfile.TemporaryDirectory(prefix="passes-", dir=directory) as passes:
         collected = Collected(Path(passes))
-        columns, extras = _collect(sources, reading, collected)
+        columns, extras, named = _collect(sources, reading, collected)
         if not collected.rows:
             raise InputError(f"{sources[0].name}: no interactions; every list of items is empty.")
         tables = {
@@ -73,6 +75,14 @@ def build(
             negative_directory=negatives,
             where=f"{sources[0].name}: column {columns.timestamp!r}",
         )
+        context = gathered(
+            collected,
+            named,
+            finished.arrival,
+            timestamp=columns.timestamp,
+            times=np.load(directory / "timestamps.npy", mmap_mode="r") if columns.timestamp in named else None,
+            text=any(source.text for source in sources),
+        )
     rows, below = int(finished.offsets[-1]), int(finished.negative_offsets[-1])
     if not rows:
         raise InputError(
@@ -87,6 +97,9 @@ def build(
         reading=reading,
         sources=sources,
     )
+    if context is not None:
+        account.add("context", None, f"columns {', '.join(context.columns)}: one value for each row")
+        context.write_parquet(directory / CONTEXT_FILE)
     joined = {
         role: table.joined(vocabularies[_side(role)], account) for role, table in tables.items() if table is not None
     }
@@ -97,7 +110,12 @@ def build(
     for side, vocabulary in vocabularies.items():
         vocabulary.write(directory / VOCABULARY_FILES[side])
     vocabulary_digests = {side: vocabulary_digest(v) for side, v in vocabularies.items()}
-    written = {"columns": asdict(columns), "groups": "groups" in vocabularies, "tables": sorted(joined)}
+    written = {
+        "columns": asdict(columns),
+        "groups": "groups" in vocabularies,
+        "tables": sorted(joined),
+        "context": context is not None,
+    }
     if below:
         np.save(negatives / "offsets.npy", finished.negative_offsets, allow_pickle=False)
         digests = {**finished.negative_digests, **vocabulary_digests, "offsets": digest(finished.negative_offsets)}
@@ -127,10 +145,17 @@ def _side(role: str) -> str:
     return "items" if role == "item" else "queries"
 
 
-def _collect(sources: Sequence[Source], reading: Reading, collected: Collected) -> tuple[Columns, pl.DataFrame | None]:
-    """The first pass over all sources; also the plain columns beside lists of items, which describe the query."""
+def _collect(
+    sources: Sequence[Source], reading: Reading, collected: Collected
+) -> tuple[Columns, pl.DataFrame | None, list[str]]:
+    """The first pass over all sources.
+
+    Returns:
+        The roles; the plain columns beside lists of items, which describe the query; the names of the context columns.
+    """
     columns = reading.columns.resolve(sources[0].columns, sources[0].name)
     extras: list[pl.DataFrame] = []
+    named: list[str] = []
     for source in sources:
         missing = [name for name in columns.roles().values() if name not in source.columns]
         if missing:
@@ -143,22 +168,26 @@ def _collect(sources: Sequence[Source], reading: Reading, collected: Collected) 
                 f"{source.name}: positive_label={reading.positive_label} needs a label column (rating, label, score). "
                 f"Columns found: {listed(source.columns)}."
             )
-        wanted = list(columns.roles().values())
+        wanted, lists = list(columns.roles().values()), False
         if not source.text:
             probe = next(iter(source.chunks([columns.item or ""])))
-            if is_list(probe, columns.item or ""):
-                wanted = list(dict.fromkeys([*wanted, *source.columns]))
+            lists = is_list(probe, columns.item or "")
+        if source is sources[0]:
+            named = context_columns(reading.context, columns, source.columns, source.name, lists=lists)
+        beside = [name for name in named if name != columns.timestamp]
+        context_columns(beside, columns, source.columns, source.name, lists=lists)
+        wanted = list(dict.fromkeys([*wanted, *beside, *(source.columns if lists else [])]))
         for frame in source.chunks(wanted):
             if is_list(frame, columns.item or ""):
                 described = [
                     name
                     for name in frame.columns
-                    if name not in (ROW, *columns.roles().values()) and not frame.schema[name].is_nested()
+                    if name not in (ROW, *columns.roles().values(), *beside) and not frame.schema[name].is_nested()
                 ]
                 if described:
                     extras.append(frame.select(columns.query or "", *described))
-            collected.add(clean(frame, columns, source), source.name, source.text)
-    return columns, pl.concat(extras, how="diagonal_relaxed") if extras else None
+            collected.add(clean(frame, columns, source, beside), source.name, source.text)
+    return columns, pl.concat(extras, how="diagonal_relaxed") if extras else None, named
 
 
 def _vocabularies(

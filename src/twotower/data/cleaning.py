@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ class Rows:
         weights: float32 [n] or None.
         labels: float32 [n] or None.
         groups: ids [n] or None.
+        context: further columns as they stand, n rows, or None.
         empty_lists: rows of the file whose list of items was empty.
     """
 
@@ -39,11 +41,12 @@ class Rows:
     weights: NDArray[np.float32] | None
     labels: NDArray[np.float32] | None
     groups: pl.Series | None
+    context: pl.DataFrame | None = None
     empty_lists: int = 0
 
 
-def clean(frame: pl.DataFrame, columns: Columns, source: Source) -> Rows:
-    """The rows of one chunk of `source`, checked.
+def clean(frame: pl.DataFrame, columns: Columns, source: Source, context: Sequence[str] = ()) -> Rows:
+    """The rows of one chunk of `source`, checked; `context` are further columns that go along.
 
     Raises:
         InputError: null ids, unusable ids, timestamps, weights, labels or lists; with file, column and row.
@@ -52,7 +55,7 @@ def clean(frame: pl.DataFrame, columns: Columns, source: Source) -> Rows:
     assert columns.item is not None
     empty = 0
     if is_list(frame, columns.item):
-        frame, empty = _explode(frame, columns, source)
+        frame, empty = _explode(frame, columns, source, context)
     at = _Where(source, frame[ROW])
     calendar, times = False, None
     if columns.timestamp is not None:
@@ -65,6 +68,7 @@ def clean(frame: pl.DataFrame, columns: Columns, source: Source) -> Rows:
         weights=None if columns.weight is None else _weights(frame[columns.weight], at),
         labels=None if columns.label is None else _numbers(frame[columns.label], at, "label").astype(np.float32),
         groups=None if columns.group is None else _ids(frame[columns.group], at, "group"),
+        context=frame.select(context) if context else None,
         empty_lists=empty,
     )
 
@@ -194,7 +198,7 @@ def unit_of(largest: float, where: str) -> str:
     )
 
 
-def _explode(frame: pl.DataFrame, columns: Columns, source: Source) -> tuple[pl.DataFrame, int]:
+def _explode(frame: pl.DataFrame, columns: Columns, source: Source, context: Sequence[str]) -> tuple[pl.DataFrame, int]:
     """One row for each item of the lists; other lists among the columns go along, item by item."""
     assert columns.item is not None
     frame = frame.with_columns(
@@ -204,7 +208,8 @@ def _explode(frame: pl.DataFrame, columns: Columns, source: Source) -> tuple[pl.
     if items.null_count():
         row = frame[ROW][_first(items.is_null())]
         raise InputError(f"{source.name}: column {columns.item!r}, row {row}: no list of items; give an empty list.")
-    lists = [name for name in columns.roles().values() if is_list(frame, name)]
+    names = list(dict.fromkeys([*columns.roles().values(), *context]))
+    lists = [name for name in names if is_list(frame, name)]
     if columns.query in lists:
         raise InputError(f"{source.name}: column {columns.query!r}: lists of query ids; expected one id a row.")
     for name in lists:
@@ -215,5 +220,4 @@ def _explode(frame: pl.DataFrame, columns: Columns, source: Source) -> tuple[pl.
                 f"{source.name}: column {name!r}, row {row}: the list is not as long as that of {columns.item!r}."
             )
     full = frame.filter(items.list.len() > 0)
-    wanted = [ROW, *columns.roles().values()]
-    return full.select(wanted).explode(lists), len(frame) - len(full)
+    return full.select(ROW, *names).explode(lists), len(frame) - len(full)

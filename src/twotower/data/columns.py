@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import polars as pl
@@ -11,6 +11,12 @@ from numpy.typing import NDArray
 
 from twotower.data.cleaning import DATE_FORMATS, MICROSECONDS, unit_of
 from twotower.errors import InputError
+
+
+class Ids(Protocol):
+    """The id of a row."""
+
+    def __getitem__(self, row: int, /) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class Place:
     """
 
     table: str
-    ids: pl.Series | None = None
+    ids: Ids | None = None
     side: str = "item"
 
     def error(self, column: str, row: int, expected: str, found: object) -> InputError:

@@ -13,6 +13,7 @@ from typing import Any
 import polars as pl
 
 from twotower.data import movielens
+from twotower.data.context import Wanted
 from twotower.data.downloads import Site, Wheel, fetch
 from twotower.data.features import TableLike
 from twotower.data.folders import cache_key, cache_root
@@ -187,6 +188,7 @@ def load(
     *,
     cache: str | Path | None = None,
     catalog: str = "interactions",
+    context: Wanted = None,
 ) -> Interactions:
     """The interactions of a known data set, a file or a folder, with its feature tables.
 
@@ -198,6 +200,7 @@ def load(
         positive_label: likewise.
         cache: likewise.
         catalog: likewise.
+        context: likewise.
 
     Raises:
         InputError: see `Interactions.read` and `folder`.
@@ -222,6 +225,7 @@ def load(
         positive_label=positive_label,
         cache=cache,
         catalog=catalog,
+        context=context,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,14 @@ import polars as pl
 from numpy.typing import NDArray
 
 from twotower.config import Config
-from twotower.data.encoding import EncodedTable, FeatureSet
+from twotower.data.columns import Place
+from twotower.data.context import Owners, Wanted
+from twotower.data.encoding import Encoded, EncodedTable, FeatureSet
 from twotower.data.interactions import Interactions
 from twotower.data.proposing import features_of, propose
-from twotower.feature_config import Features
+from twotower.data.proposing_context import propose_context
+from twotower.errors import InputError
+from twotower.feature_config import AnyFeature, DenseFeature, Features
 from twotower.schema import Vocabulary
 
 
@@ -27,6 +32,10 @@ def with_features(config: Config, train: Interactions) -> Config:
             if side == "item" and not found:
                 update["id_dropout"] = 0.0  # nothing could take the id's place
             changed[section] = getattr(config, section).model_copy(update=update)
+    if config.query_tower.context == "auto":
+        proposed = [] if train.context is None else features_of(propose_context(train))
+        section = changed.get("query_tower", config.query_tower)
+        changed["query_tower"] = section.model_copy(update={"context": proposed or "none"})
     return config.model_copy(update=changed)
 
 
@@ -36,20 +45,68 @@ def fit_features(config: Config, train: Interactions) -> dict[str, FeatureSet]:
     Raises:
         InputError: there is no such table or column, or a value is of another kind.
     """
-    return {
+    fitted = {
         side: FeatureSet.fit(side, features, table, ids=_ids(train, side).ids, known=in_training(train, side))
         for side, features, table in _declared(config, train)
         if not isinstance(features, str) and features
     }
+    context = config.query_tower.context
+    if not isinstance(context, str) and context:
+        fitted["context"] = FeatureSet.fit_rows("context", context, context_frame(context, train), context_place(train))
+    return fitted
 
 
 def encode_features(config: Config, train: Interactions) -> dict[str, EncodedTable]:
-    """As `fit_features`, with the whole tables encoded."""
+    """As `fit_features`, with the whole tables encoded; a context, which belongs to rows, has none."""
     tables = {"item": train.item_table, "query": train.query_table}
     return {
-        side: EncodedTable(fitted, fitted.encode_table(tables[side], _ids(train, side).ids))
+        side: EncodedTable.of_requests(fitted)
+        if side == "context"
+        else EncodedTable(fitted, fitted.encode_table(tables[side], _ids(train, side).ids))
         for side, fitted in fit_features(config, train).items()
     }
+
+
+def wanted_context(config: Config) -> Wanted:
+    """Which columns of the interactions are to be read for the context that a configuration declares."""
+    declared = config.query_tower.context
+    if isinstance(declared, str):
+        return "all" if declared == "auto" else None
+    return tuple(dict.fromkeys(one.column for one in declared)) or None
+
+
+def encode_context(features: FeatureSet, data: Interactions) -> Encoded:
+    """The context of every row, encoded as that of a request; arrays with n rows.
+
+    Raises:
+        InputError: the data was read without a declared column, or a value is of another kind.
+    """
+    encoded = features.encode_rows(context_frame(features.declared, data), context_place(data))
+    # Codes in half the memory: there are as many of them as rows.
+    return [array.astype(np.int32) if array.dtype == np.int64 else array for array in encoded]
+
+
+def context_frame(declared: Sequence[AnyFeature], data: Interactions) -> pl.DataFrame:
+    """The declared columns of the rows' context.
+
+    Raises:
+        InputError: the data was read without one of them, or one comes from a file, which knows ids and no rows.
+    """
+    for one in declared:
+        if isinstance(one, DenseFeature) and one.file is not None:
+            raise InputError(f"query_tower.context: {one.column!r}: a file has vectors of ids; expected a column")
+        if data.context is None or one.column not in data.context.columns:
+            raise InputError(
+                f"query_tower.context: column {one.column!r} was not read with the interactions; in Python give "
+                f"context=[{one.column!r}] to Interactions.read or from_frame"
+            )
+    assert data.context is not None
+    return data.context
+
+
+def context_place(data: Interactions) -> Place:
+    """Words for a row of the context in an error."""
+    return Place("context of the interactions", Owners(data.offsets, data.queries), "query")
 
 
 def unused_tables(config: Config, train: Interactions) -> list[str]:

@@ -53,7 +53,7 @@ class FeatureSet:
     """Fitted encoders of the declared features of one side.
 
     Attributes:
-        side: "item" or "query".
+        side: "item", "query", or "context" of a request.
         declared: what was asked for.
         encoders: one for each.
 
@@ -93,8 +93,28 @@ class FeatureSet:
         _check_columns(frame, declared, place.table, needs_table=table is None)
         rows = np.flatnonzero(known) if known is not None else np.arange(len(frame))
         place = Place(place.table, ids.gather(rows), side)
-        fitted = [_kind(one).fit(one, frame[one.column].gather(rows), place) for one in declared]
-        return cls(side, list(declared), fitted)
+        return cls.fit_rows(side, declared, frame.select({one.column for one in declared})[rows], place)
+
+    @classmethod
+    def fit_rows(cls, side: str, declared: Sequence[AnyFeature], frame: pl.DataFrame, place: Place) -> FeatureSet:
+        """Fit on the rows of a frame, all of them, whatever they are rows of.
+
+        Raises:
+            InputError: a column is missing or of another kind; `place` says where.
+        """
+        _check_columns(frame, declared, place.table, needs_table=False)
+        return cls(side, list(declared), [_kind(one).fit(one, frame[one.column], place) for one in declared])
+
+    def encode_rows(self, frame: pl.DataFrame, place: Place) -> Encoded:
+        """Arrays of the rows of a frame; a column that is not there is missing in every row.
+
+        Raises:
+            InputError: a value of another kind.
+        """
+        absent = [name for name in self.columns if name not in frame.columns]
+        if absent:
+            frame = frame.with_columns(pl.Series(name, [None] * len(frame), dtype=pl.Null) for name in absent)
+        return self._encode(frame, place)
 
     def encode_table(self, table: pl.DataFrame | None, ids: pl.Series) -> Encoded:
         """Arrays of a whole table, one row for each id.
@@ -119,7 +139,7 @@ class FeatureSet:
             InputError: a declared column is missing, or a value of another kind; with column and row.
         """
         name = f"{self.side} features"
-        frame = _frame(rows, self.columns, name)
+        frame = frame_of(rows, self.columns, name)
         _check_columns(frame, self.declared, name, needs_table=False)
         return self._encode(frame, Place(name))
 
@@ -191,6 +211,11 @@ class EncodedTable:
         features = FeatureSet.fit(side, declared, table, ids=ids, known=known)
         return cls(features, features.encode_table(table, ids))
 
+    @classmethod
+    def of_requests(cls, features: FeatureSet) -> EncodedTable:
+        """Features that belong to requests instead of ids: no rows."""
+        return cls(features, [array[:0] for array in features.missing()])
+
     def write(self, folder: Path) -> None:
         """Two files: `item_features.json` and `item_features.safetensors`, or those of the queries."""
         name = f"{self.features.side}_features"
@@ -217,7 +242,12 @@ def _place(side: str, ids: pl.Series) -> Place:
     return Place(f"{side} table", ids, side)
 
 
-def _frame(rows: RowsLike, columns: Sequence[str], name: str) -> pl.DataFrame:
+def frame_of(rows: RowsLike, columns: Sequence[str], name: str) -> pl.DataFrame:
+    """Rows as a frame: a frame as it is, of dicts those of the columns that any of them has.
+
+    Raises:
+        InputError: no rows, or values of mixed types.
+    """
     if isinstance(rows, Sequence) and not isinstance(rows, str) and all(isinstance(row, Mapping) for row in rows):
         values = {column: [row.get(column) for row in rows] for column in columns if any(column in r for r in rows)}
         if not rows:
@@ -249,8 +279,9 @@ def _check_columns(frame: pl.DataFrame, declared: Sequence[AnyFeature], name: st
                 raise InputError(
                     f"{side}_tower.features: column {one.column!r} needs the {side} table; give data.{_PLURAL[side]}."
                 )
+            setting = "query_tower.context" if side == "context" else f"{side}_tower.features"
             raise InputError(
-                f"{name}: column {one.column!r}, declared in {side}_tower.features, is not there. "
+                f"{name}: column {one.column!r}, declared in {setting}, is not there. "
                 f"Columns found: {listed(frame.columns)}."
             )
 

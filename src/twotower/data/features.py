@@ -47,7 +47,7 @@ class FeatureTable:
             )
         frame = frame.drop(ROW)
         if source.text:
-            frame = frame.with_columns(_typed(frame[name]) for name in frame.columns if name != self.id_column)
+            frame = frame.with_columns(typed(frame[name]) for name in frame.columns if name != self.id_column)
         self.ids, self.frame = ids, frame
 
     def _find_id(self, source: Source, id_column: str) -> str:
@@ -90,7 +90,7 @@ class FeatureTable:
         return wanted.join(self.frame.with_columns(ids), on=self.id_column, how="left", maintain_order="left")
 
 
-def _typed(column: pl.Series) -> pl.Series:
+def typed(column: pl.Series) -> pl.Series:
     """A text column as integers or floats when all of it parses."""
     for dtype in (pl.Int64(), pl.Float64()):
         numbers = column.cast(dtype, strict=False)

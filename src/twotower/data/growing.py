@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from twotower.data.catalogs import described
 from twotower.data.columns import Place
+from twotower.data.declaring import context_frame, context_place
 from twotower.data.encoders import Bag, Category, Encoder
 from twotower.data.encoding import EncodedTable, FeatureSet
+from twotower.data.interactions import Interactions
 from twotower.data.values import Values
 from twotower.errors import InputError
 from twotower.feature_config import AnyFeature, DenseFeature
@@ -97,6 +99,32 @@ def grown(
             rows = maps[place][rows]
         arrays[place] = _put(arrays[place], keeps, rows)
     return Grown(EncodedTable(features, arrays), maps)
+
+
+def grown_context(old: FeatureSet, data: Interactions, new: NDArray[np.bool_]) -> Grown:
+    """Fitted features of requests on more rows: new values of the new rows join, the rest stays as it was fitted.
+
+    Args:
+        old: of the model that goes on.
+        data: training rows, old and new.
+        new: bool [n], the new ones.
+
+    Raises:
+        InputError: a declared column is missing or of another kind.
+    """
+    fresh = data.select(new)
+    frame, place = context_frame(old.declared, fresh), context_place(fresh)
+    maps: dict[int, Codes] = {}
+    encoders: list[Encoder] = []
+    for number, (one, encoder) in enumerate(zip(old.declared, old.encoders, strict=True)):
+        if isinstance(encoder, Category | Bag) and encoder.values.known is not None:
+            found = type(encoder).fit(one, frame[one.column], place).values  # type: ignore[arg-type]
+            both, maps[number] = _union(encoder.values, found)
+            encoder = replace(encoder, values=both)  # noqa: PLW2901
+        elif encoder.form != "numbers":
+            maps[number] = np.arange(encoder.size)
+        encoders.append(encoder)
+    return Grown(EncodedTable.of_requests(FeatureSet("context", old.declared, encoders)), maps)
 
 
 def _check(side: str, declared: Sequence[AnyFeature], table: pl.DataFrame | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from twotower.data.account import Account
@@ -26,6 +27,7 @@ class Holdout:
         target_items: int32, without duplicates within a query, oldest first.
         history_timestamps: int64 microseconds beside `history_items`, or None.
         query_times: int64 [E] microseconds, the time of the first target, or None.
+        context: the context of each question, that of its first target's row, or None.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Holdout:
     target_items: NDArray[np.int32]
     history_timestamps: NDArray[np.int64] | None = None
     query_times: NDArray[np.int64] | None = None
+    context: pl.DataFrame | None = None
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -129,4 +132,5 @@ def make_holdout(
         target_items=items,
         history_timestamps=None if times is None else np.asarray(times[history_rows]),
         query_times=None if times is None else np.asarray(times[rows[target_offsets[:-1]]]),
+        context=None if data.context is None else data.context[rows[target_offsets[:-1]]],
     )

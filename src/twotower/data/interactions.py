@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from twotower.data.account import Account
 from twotower.data.building import TABLE_FILES, VOCABULARY_FILES, Reading, build
+from twotower.data.context import CONTEXT_FILE, Wanted, read_context
 from twotower.data.features import TableLike
 from twotower.data.folders import Files, cache_key, cache_root, find_files
 from twotower.data.reading import FrameSource, Source, open_source
@@ -57,6 +58,7 @@ class Interactions:
         item_table: row i describes item code i; nulls where the table had no such id.
         query_table: row i describes query code i.
         negatives: rows below ``positive_label``, same vocabularies.
+        context: row i describes the request of row i, such as its device; None where no such column was read.
         account: what was read, what was dropped and why.
     """
 
@@ -72,6 +74,7 @@ class Interactions:
     item_table: pl.DataFrame | None = None
     query_table: pl.DataFrame | None = None
     negatives: Interactions | None = None
+    context: pl.DataFrame | None = None
     account: Account = field(default_factory=Account)
     known_fingerprint: str | None = field(default=None, repr=False)
 
@@ -137,6 +140,8 @@ class Interactions:
         chosen: dict[str, Any] = {
             name: np.asarray(getattr(self, name)[rows]) for name in ROW_FIELDS if getattr(self, name) is not None
         }
+        if self.context is not None:
+            chosen["context"] = self.context[rows]
         offsets = np.searchsorted(rows, self.offsets).astype(np.int64)
         return replace(
             self, offsets=offsets, account=Account(list(self.account.lines)), known_fingerprint=None, **chosen
@@ -154,6 +159,7 @@ class Interactions:
         cache: PathLike | None = None,
         catalog: str = "interactions",
         part: bool = False,
+        context: Wanted = None,
     ) -> Interactions:
         """Read a file, a folder or several files once; later readings open the prepared form.
 
@@ -169,6 +175,8 @@ class Interactions:
                 ``~/.cache/twotower``.
             catalog: "interactions", or "table" to add the items that stand only in the item table.
             part: the file is a part of the data, such as a ready-made test; then a single item is enough.
+            context: further columns that describe the request of each row, such as its device, or "all" that have no
+                role. While the data is prepared they are in memory.
 
         Returns:
             Memory-mapped interactions.
@@ -176,7 +184,7 @@ class Interactions:
         Raises:
             InputError: with file, column and row.
         """
-        reading = Reading(Columns.of(columns), positive_label, catalog, part)
+        reading = Reading(Columns.of(columns), positive_label, catalog, part, _several_names(context))
         if isinstance(path, str | Path) and (Path(path) / META).is_file():
             return cls.open(path)
         files = find_files(Path(path)) if isinstance(path, str | Path) else _several(path)
@@ -186,7 +194,8 @@ class Interactions:
         account = Account()
         if files.ignored:
             account.add("files ignored", len(files.ignored), ", ".join(files.ignored))
-        options = {"reading": asdict(reading), "tables": [str(items), str(queries)], "layout": LAYOUT_VERSION}
+        told = {name: value for name, value in asdict(reading).items() if name != "context" or value is not None}
+        options = {"reading": told, "tables": [str(items), str(queries)], "layout": LAYOUT_VERSION}
 
         def stamp() -> str | None:
             if framed:  # a frame in memory has no time of change, so it is always prepared anew
@@ -227,9 +236,10 @@ class Interactions:
         positive_label: float | None = None,
         *,
         catalog: str = "interactions",
+        context: Wanted = None,
     ) -> Interactions:
         """Interactions from a polars, pandas or Arrow frame, in memory; arguments and errors as in `read`."""
-        reading = Reading(Columns.of(columns), positive_label, catalog)
+        reading = Reading(Columns.of(columns), positive_label, catalog, context=_several_names(context))
         source = FrameSource(frame)
         with tempfile.TemporaryDirectory(prefix="twotower-") as directory:
             return cls._built([source], reading, items, queries, Path(directory), account=Account())
@@ -278,6 +288,8 @@ class Interactions:
         fields = [name for name in ROW_FIELDS if getattr(self, name) is not None]
         for name in ("offsets", *fields):
             np.save(directory / f"{name}.npy", getattr(self, name).astype(DTYPES[name], copy=False), allow_pickle=False)
+        if self.context is not None:
+            self.context.write_parquet(directory / CONTEXT_FILE)
         tables = {"item": self.item_table, "query": self.query_table}
         write_meta(
             directory,
@@ -287,6 +299,7 @@ class Interactions:
                 "fingerprint": self.fingerprint,
                 "negatives": self.negatives is not None,
                 "groups": self.group_names is not None,
+                "context": self.context is not None,
                 "tables": sorted(role for role, table in tables.items() if table is not None),
                 "account": self.account.to_dict(),
             },
@@ -311,13 +324,14 @@ class Interactions:
             data = cls(
                 queries, items, **arrays, group_names=names, account=account, known_fingerprint=meta["fingerprint"],
                 item_table=tables.get("item"), query_table=tables.get("query"),
+                context=read_context(folder, meta["rows"]) if meta.get("context") else None,
             )  # fmt: skip
             if meta["negatives"]:
                 below = read_meta(folder / "negatives")
                 arrays = _columns(folder / "negatives", below, len(queries))
                 data.negatives = replace(
                     data,
-                    **{**dict.fromkeys(ROW_FIELDS), **arrays},
+                    **{**dict.fromkeys((*ROW_FIELDS, "context")), **arrays},
                     known_fingerprint=below["fingerprint"],
                     account=Account(),
                 )
@@ -334,6 +348,11 @@ def _columns(folder: Path, meta: dict[str, Any], num_queries: int) -> dict[str, 
     if int(arrays["offsets"][-1]) != meta["rows"]:
         raise InputError(f"{folder / 'offsets.npy'}: does not fit the rows; prepare the data again.")
     return arrays
+
+
+def _several_names(context: Wanted) -> Wanted:
+    """Names as a tuple, so that options compare and hash."""
+    return context if context is None or isinstance(context, str) else tuple(context)
 
 
 def _several(paths: Sequence[PathLike]) -> Files:

@@ -238,4 +238,5 @@ def _carried(
         target_items=targets[order].astype(np.int32),
         history_timestamps=None if whole.timestamps is None else np.asarray(whole.timestamps[rows]),
         query_times=None if holdout.query_times is None else holdout.query_times[asked],
+        context=None if holdout.context is None else holdout.context[asked],
     )

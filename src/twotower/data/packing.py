@@ -43,8 +43,11 @@ class Packed:
             and for padding.
         positions: int64 [P], place of each token within its sequence, 0 for the start.
         shapes: (sequences, longest) of each group; their products sum to P.
-        rows: int64 [B], which tokens' outputs are wanted; for training those of every token that is no padding.
+        rows: int64 [B], which tokens' outputs are wanted, ascending; for training those of every token that is no
+            padding.
         windows: how the sequences were drawn; None where they are not a training batch.
+        gaps: int64 [P], code of the time since the item before (gaps.py), 0 where there is none within the sequence;
+            None where times are not read.
     """
 
     tokens: Tensor
@@ -52,6 +55,7 @@ class Packed:
     shapes: tuple[tuple[int, int], ...]
     rows: Tensor
     windows: Windows | None = None
+    gaps: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Packed:
         """The same on a device."""
@@ -60,7 +64,29 @@ class Packed:
             tokens=self.tokens.to(device, non_blocking=non_blocking),
             positions=self.positions.to(device, non_blocking=non_blocking),
             rows=self.rows.to(device, non_blocking=non_blocking),
+            gaps=None if self.gaps is None else self.gaps.to(device, non_blocking=non_blocking),
         )
+
+    def parts(self, tokens: int) -> list[Packed]:
+        """The same sequences in several packs of at most so many tokens, or one sequence; outputs in the same order."""
+        found, start = [], 0
+        for sequences, longest in self.shapes:
+            each = max(tokens // longest, 1)
+            for first in range(0, sequences, each):
+                count = min(each, sequences - first)
+                begin, end = start + first * longest, start + (first + count) * longest
+                wanted = torch.searchsorted(self.rows, torch.tensor([begin, end], device=self.rows.device)).tolist()
+                found.append(
+                    Packed(
+                        tokens=self.tokens[begin:end],
+                        positions=self.positions[begin:end],
+                        shapes=((count, longest),),
+                        rows=self.rows[wanted[0] : wanted[1]] - begin,
+                        gaps=None if self.gaps is None else self.gaps[begin:end],
+                    )
+                )
+            start += sequences * longest
+        return found
 
 
 def length_groups(lengths: NDArray[np.integer[Any]], *, cost: int = GROUP_COST) -> list[NDArray[np.int64]]:
@@ -96,7 +122,12 @@ def length_groups(lengths: NDArray[np.integer[Any]], *, cost: int = GROUP_COST) 
 
 
 def pack(
-    starts: NDArray[np.int64], lengths: NDArray[np.int64], item_codes: NDArray[np.integer[Any]], *, last_only: bool
+    starts: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    item_codes: NDArray[np.integer[Any]],
+    *,
+    last_only: bool,
+    gaps: NDArray[np.integer[Any]] | None = None,
 ) -> tuple[Packed, NDArray[np.int64], NDArray[np.int64]]:
     """Pack the sequences item_codes[starts : starts + lengths], each with the start token before it.
 
@@ -107,6 +138,8 @@ def pack(
         lengths: [S], tokens of each, at least 1; the tokens are the start and the first `length - 1` items.
         item_codes: what they are cut from.
         last_only: whether the output of each sequence's last token alone is wanted, instead of every token's.
+        gaps: the code of the gap before each item, beside `item_codes`. That of a sequence's first item is not looked
+            at: what lies before it is not.
 
     Returns:
         The packed sequences; the numbers of the sequences in the order they were packed in, int64 [S]; and of each
@@ -114,7 +147,7 @@ def pack(
     """
     groups = length_groups(lengths)
     order = np.concatenate(groups)
-    tokens, positions, wanted, follow, shapes, done = [], [], [], [], [], 0
+    tokens, positions, wanted, follow, shapes, since, done = [], [], [], [], [], [], 0
     for group in groups:
         longest = int(lengths[group].max())
         place = np.broadcast_to(np.arange(longest), (len(group), longest))
@@ -128,6 +161,11 @@ def pack(
         positions.append(place.reshape(-1))
         wanted.append(done + chosen)
         follow.append(at.reshape(-1)[chosen])
+        if gaps is not None:
+            codes = np.zeros(at.shape, dtype=np.int64)
+            told = present & (place > 1)
+            codes[told] = np.asarray(gaps)[at[told] - 1]
+            since.append(codes.reshape(-1))
         shapes.append((len(group), longest))
         done += at.size
     packed = Packed(
@@ -135,12 +173,15 @@ def pack(
         positions=torch.from_numpy(np.concatenate(positions)),
         shapes=tuple(shapes),
         rows=torch.from_numpy(np.concatenate(wanted)),
+        gaps=torch.from_numpy(np.concatenate(since)) if since else None,
     )
     return packed, order, np.concatenate(follow)
 
 
-def pack_histories(history: Tensor) -> tuple[Packed, Tensor]:
+def pack_histories(history: Tensor, gaps: Tensor | None = None) -> tuple[Packed, Tensor]:
     """Pack rectangles of histories, int64 [B, L], -1 on the left; the output after the newest item of each is wanted.
+
+    `gaps` int64 [B, L]: codes of the gap before each item.
 
     Returns:
         The packed histories, and for each row of `history` its place among the outputs, int64 [B].
@@ -149,7 +190,8 @@ def pack_histories(history: Tensor) -> tuple[Packed, Tensor]:
     counts = (codes >= 0).sum(1)
     width = codes.shape[1]
     starts = np.arange(len(codes), dtype=np.int64) * width + width - counts
-    packed, order, _ = pack(starts, counts.astype(np.int64) + 1, codes.reshape(-1), last_only=True)
+    since = None if gaps is None else gaps.cpu().numpy().reshape(-1)
+    packed, order, _ = pack(starts, counts.astype(np.int64) + 1, codes.reshape(-1), last_only=True, gaps=since)
     place = np.empty(len(order), dtype=np.int64)
     place[order] = np.arange(len(order))
     return packed.to(history.device), torch.from_numpy(place).to(history.device)

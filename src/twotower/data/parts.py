@@ -12,6 +12,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from twotower.data.account import Account
+from twotower.data.context import Wanted, joined_context
 from twotower.data.features import FeatureTable, TableLike
 from twotower.data.holdouts import Holdout, Window, make_holdout
 from twotower.data.interactions import ROW_FIELDS, ColumnsLike, Interactions
@@ -30,6 +31,7 @@ def from_parts(
     items: TableLike | None = None,
     queries: TableLike | None = None,
     columns: ColumnsLike = None,
+    context: Wanted = None,
     cold: Cold = "keep",
 ) -> Split:
     """A `Split` from parts that are given, with vocabularies over all of them.
@@ -43,6 +45,7 @@ def from_parts(
         items: item features, joined by id.
         queries: query features, joined by id.
         columns: which column is what, for the files.
+        context: columns that describe the request, for the files; see `Interactions.read`.
         cold: "keep" targets whose item has no training row, as ready-made splits are ranked, or "drop" them.
 
     Returns:
@@ -58,7 +61,9 @@ def from_parts(
     for name, part in (("train", train), ("validation", validation), ("test", test)):
         if part is None:
             continue
-        parts[name] = part if isinstance(part, Interactions) else Interactions.read(part, columns=columns, part=True)
+        if not isinstance(part, Interactions):
+            part = Interactions.read(part, columns=columns, part=True, context=context)  # noqa: PLW2901
+        parts[name] = part
         account.add(f"{name} given", len(parts[name]), f"{parts[name].num_queries:,} queries")
         if parts[name].negatives is not None:
             account.add(f"{name}: negatives", len(parts[name].negatives or ()), "not used in a given split")
@@ -117,7 +122,8 @@ def _stack(parts: Sequence[Interactions]) -> _Stacked:
     item_codes = np.concatenate([items.encode(p.items.ids).astype(np.int32)[p.item_codes] for p in parts])[order]
     counts = [np.bincount(codes[part == k], minlength=len(queries)) for k in range(len(parts))]
     offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sum(counts))])
-    data = Interactions(queries, items, offsets, item_codes, **columns)
+    context = joined_context([p.context for p in parts], order)
+    data = Interactions(queries, items, offsets, item_codes, context=context, **columns)
     return _Stacked(data, part[order], list(np.cumsum(counts, axis=0)))
 
 
@@ -134,6 +140,7 @@ def _by_time(rows: Interactions) -> Interactions:
         return rows
     order = np.lexsort((rows.timestamps, rows.query_codes()))
     columns: dict[str, Any] = {n: getattr(rows, n)[order] for n in ROW_FIELDS if getattr(rows, n) is not None}
+    columns["context"] = joined_context([rows.context], order)
     return Interactions(
         rows.queries, rows.items, rows.offsets, item_table=rows.item_table, query_table=rows.query_table, **columns
     )

@@ -31,6 +31,7 @@ class Past:
         item_table: one row for each item code, or None.
         fingerprint: of its data.
         last: the moment of its newest row, microseconds since 1970; None where rows have no time.
+        context: of each row, or None.
     """
 
     queries: Vocabulary
@@ -43,6 +44,7 @@ class Past:
     item_table: pl.DataFrame | None = None
     fingerprint: str = ""
     last: int | None = None
+    context: pl.DataFrame | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,6 +32,7 @@ BUCKET_DTYPES: dict[str, Any] = {
     "weights": np.float32,
     "labels": np.float32,
     "groups": np.int32,
+    "arrival": np.int64,
 }
 FINAL_NAMES = {
     "items": "item_codes",
@@ -88,7 +89,7 @@ class Collected:
         self.empty_lists += rows.empty_lists
         if not len(rows.queries):
             return
-        chunk = len(self.chunk_rows)
+        chunk, before = len(self.chunk_rows), self.rows
         self.chunk_rows.append(len(rows.queries))
         for side in SIDES:
             ids: pl.Series | None = getattr(rows, side)
@@ -110,6 +111,22 @@ class Collected:
             values = getattr(rows, name)
             if values is not None:
                 self._save(chunk, name, values)
+        if rows.context is not None:  # rows are sorted as numbers; where each came from tells its context in the end
+            self._save(chunk, "arrival", np.arange(before, before + len(rows.queries)))
+            rows.context.write_parquet(self.directory / f"{chunk}.context.parquet")
+
+    def context(self) -> pl.DataFrame:
+        """The further columns of all chunks, in the order of arrival.
+
+        Raises:
+            InputError: a column is of another kind in a later file.
+        """
+        parts = [pl.read_parquet(self.directory / f"{chunk}.context.parquet") for chunk in range(len(self.chunk_rows))]
+        try:
+            return pl.concat(parts, how="vertical_relaxed", rechunk=True)
+        except pl.exceptions.PolarsError as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"context: a column is of another kind in a later file ({reason}).") from None
 
     def _save(self, chunk: int, name: str, values: NDArray[Any]) -> None:
         self.columns.add(name)
@@ -153,6 +170,7 @@ class Finished:
     duplicates: int
     digests: dict[str, str]
     negative_digests: dict[str, str]
+    arrival: NDArray[np.int64] | None = None
 
 
 def finish(
@@ -185,7 +203,8 @@ def finish(
     starts = np.cumsum(fills)
     _deal(collected, names=names, maps=maps, bucket_of=bucket_of, starts=starts, scale=scale)
 
-    finals = [name for name in names if name != "queries"]
+    finals = [name for name in names if name not in ("queries", "arrival")]
+    arrival: list[NDArray[np.int64]] = []
     kept: dict[str, ColumnFile] = {}
     below: dict[str, ColumnFile] = {}
     try:
@@ -203,6 +222,8 @@ def finish(
                 chosen = bucket["labels"] >= positive_label
                 _count(negative_counts, bucket["queries"][~chosen])
             _count(positive_counts, bucket["queries"][chosen])
+            if "arrival" in names:
+                arrival.append(bucket["arrival"][chosen])
             for name in finals:
                 kept[name].append(bucket[name][chosen])
                 if below:
@@ -214,7 +235,14 @@ def finish(
             column.abandon()
     offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(positive_counts)])
     negative_offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(negative_counts)])
-    return Finished(offsets, negative_offsets, duplicates, digests, negative_digests)
+    return Finished(
+        offsets,
+        negative_offsets,
+        duplicates,
+        digests,
+        negative_digests,
+        np.concatenate(arrival) if arrival else None,
+    )
 
 
 def _count(totals: NDArray[np.int64], codes: NDArray[np.int32]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +76,7 @@ def propose(table: pl.DataFrame, id_column: str | None = None) -> list[Proposed]
         id_column: its id; the first column where None.
     """
     own = id_column or table.columns[0]
-    return [_one(table[name]) for name in table.columns if name != own]
+    return [propose_column(table[name]) for name in table.columns if name != own]
 
 
 def features_of(proposed: list[Proposed]) -> list[AnyFeature]:
@@ -83,15 +84,28 @@ def features_of(proposed: list[Proposed]) -> list[AnyFeature]:
     return [one.declared for one in proposed if one.declared is not None]
 
 
-def as_yaml(side: str, proposed: list[Proposed]) -> str:
-    """The proposal as it stands in a configuration."""
-    entries = [one.to_dict()["feature"] for one in proposed if one.declared is not None]
-    lines = [yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, width=1000).strip() for entry in entries]
-    body = "".join(f"\n    - {line}" for line in lines) if lines else " none"
-    return f"{side}_tower:\n  features:{body}"
+#: Where the features of a side are declared.
+SETTINGS = {
+    "item": ("item_tower", "features"),
+    "query": ("query_tower", "features"),
+    "context": ("query_tower", "context"),
+}
 
 
-def _one(column: pl.Series) -> Proposed:
+def as_yaml(found: Mapping[str, list[Proposed]]) -> str:
+    """Proposals as they stand in a configuration, by side: "item", "query", "context"."""
+    sections: dict[str, list[str]] = {}
+    for side, proposed in found.items():
+        section, setting = SETTINGS[side]
+        entries = [one.to_dict()["feature"] for one in proposed if one.declared is not None]
+        lines = [yaml.safe_dump(one, default_flow_style=True, sort_keys=False, width=1000).strip() for one in entries]
+        body = "".join(f"\n    - {line}" for line in lines) if lines else " none"
+        sections.setdefault(section, []).append(f"  {setting}:{body}")
+    return "\n".join("\n".join([f"{section}:", *parts]) for section, parts in sections.items())
+
+
+def propose_column(column: pl.Series) -> Proposed:
+    """A proposal for one column."""
     nested = column.dtype.is_nested()
     known = column.drop_nulls()
     if column.dtype.is_float():

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from twotower.data.batches import Batch
+from twotower.data.batches import Batch, context_rows
+from twotower.data.encoding import Encoded
+from twotower.data.gaps import gap_codes
 from twotower.data.interactions import Interactions
 from twotower.data.packing import Windows, pack
 from twotower.data.prefetching import ahead
@@ -34,12 +36,23 @@ class SequenceBatches(Place):
         batch_size: B, rows of a batch on average.
         history_length: L.
         seed: 0 or more.
+        context: encoded context of all rows of the interactions (`encode_context`), or None.
+        gaps: whether the time between items is read.
 
     Raises:
-        InputError: no rows, or a size or seed out of range.
+        InputError: no rows, or a size or seed out of range; gaps of interactions without timestamps.
     """
 
-    def __init__(self, interactions: Interactions, batch_size: int, *, history_length: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        interactions: Interactions,
+        batch_size: int,
+        *,
+        history_length: int,
+        seed: int = 0,
+        context: Encoded | None = None,
+        gaps: bool = False,
+    ) -> None:
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("history_length", history_length, 1),
@@ -50,7 +63,14 @@ class SequenceBatches(Place):
         if not len(interactions):
             raise InputError("training batches: no interactions to train on.")
         self.interactions, self.history_length, self.seed = interactions, history_length, seed
-        self.batch_size = batch_size
+        self.batch_size, self.context = batch_size, context
+        if gaps and interactions.timestamps is None:
+            raise InputError(
+                "query_tower.history.sequence.gaps: the data has no timestamps; name the column with "
+                "data.columns.timestamp, or leave gaps out"
+            )
+        times = interactions.timestamps if gaps else None
+        self._gaps = None if times is None else gap_codes(interactions.offsets, times)
         sizes = np.diff(interactions.offsets)
         self._windows = -(-sizes // (history_length + 1))
         self.num_windows = int(self._windows.sum())
@@ -101,7 +121,7 @@ class SequenceBatches(Place):
         """The batch of some windows' numbers, int64 [S]; its rows are in the order of `sequences.rows`."""
         data = self.interactions
         queries, starts, lengths = self.windows(numbers, epoch)
-        packed, order, rows = pack(starts, lengths, data.item_codes, last_only=False)
+        packed, order, rows = pack(starts, lengths, data.item_codes, last_only=False, gaps=self._gaps)
         return Batch(
             rows=torch.from_numpy(rows),
             queries=torch.from_numpy(np.repeat(queries[order], lengths[order])),
@@ -109,6 +129,7 @@ class SequenceBatches(Place):
             history=torch.empty(len(rows), 0, dtype=torch.int64),
             weights=None if data.weights is None else torch.from_numpy(np.array(data.weights[rows])),
             groups=None if data.groups is None else torch.from_numpy(data.groups[rows].astype(np.int64)),
+            context=context_rows(self.context, rows),
             sequences=replace(packed, windows=Windows(len(numbers), self.num_windows, len(data))),
         )
 

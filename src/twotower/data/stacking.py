@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from twotower.data.account import Account
 from twotower.data.catalogs import item_map, union
+from twotower.data.context import joined_context
 from twotower.data.interactions import Interactions
 from twotower.data.past import CARRIED, Past
 from twotower.schema import Vocabulary
@@ -35,6 +37,7 @@ class PastRows:
     items: NDArray[np.int32]
     learnt: NDArray[np.bool_]
     columns: dict[str, NDArray[Any]]
+    context: pl.DataFrame | None = None
 
     @classmethod
     def of(cls, past: Past, maps: Maps, num_queries: int) -> PastRows:
@@ -53,6 +56,7 @@ class PastRows:
             items[order].astype(np.int32),
             learnt[order],
             {name: np.asarray(values)[order] for name, values in past.columns.items()},
+            joined_context([past.context], order),
         )
 
 
@@ -107,6 +111,7 @@ class Joined:
             np.concatenate([old.items, maps.items[fresh.item_codes].astype(np.int32)])[order],
             group_names=names,
             account=Account(list(fresh.account.lines)),
+            context=joined_context([old.context, fresh.context], order),
             **arrays,
         )
         trains = np.concatenate([np.ones(len(old.items), dtype=np.bool_), place < np.repeat(training, sizes)])[order]

@@ -63,6 +63,7 @@ def part_of(holdout: Holdout, rows: slice) -> Holdout:
         target_items=holdout.target_items[targets[0] : targets[-1]],
         history_timestamps=None if holdout.history_timestamps is None else holdout.history_timestamps[inside],
         query_times=None if holdout.query_times is None else holdout.query_times[rows],
+        context=None if holdout.context is None else holdout.context[rows],
     )
 
 

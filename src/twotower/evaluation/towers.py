@@ -7,10 +7,14 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import polars as pl
 import torch
 from torch import Tensor
 
 from twotower.data import Holdout, ragged_histories
+from twotower.data.encoding import Encoded
+from twotower.data.gaps import gap_codes
+from twotower.data.given import Given, encode_given
 from twotower.errors import InputError
 from twotower.evaluation.progress import SlowProgress
 from twotower.index import ExactIndex, Exclusion
@@ -58,10 +62,17 @@ class TowerRanker:
 
     def embed_holdout(self, holdout: Holdout) -> Tensor:
         """u(x) of every query of a holdout, float32 [E, D]."""
-        return self.embed(holdout.queries, (holdout.history_offsets, holdout.history_items))
+        histories = (holdout.history_offsets, holdout.history_items)
+        return self.embed(holdout.queries, histories, context=holdout.context, gaps=gaps_of(holdout))
 
     def search(
-        self, queries: np.ndarray, histories: tuple[np.ndarray, np.ndarray], k: int, *, exclude: Exclusion | None
+        self,
+        queries: np.ndarray,
+        histories: tuple[np.ndarray, np.ndarray],
+        k: int,
+        *,
+        exclude: Exclusion | None,
+        gaps: np.ndarray | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Best items of some queries.
 
@@ -70,11 +81,12 @@ class TowerRanker:
             histories: compressed rows (offsets int64 [E+1], item codes), oldest first.
             k: how many items.
             exclude: compressed rows of items to leave out, or None.
+            gaps: as in `embed`.
 
         Returns:
             Scores and item codes, [E, k] each.
         """
-        return self.index.search(self.embed(queries, histories), k, exclude)
+        return self.index.search(self.embed(queries, histories, gaps=gaps), k, exclude)
 
     @torch.no_grad()
     def embed(
@@ -82,6 +94,9 @@ class TowerRanker:
         queries: np.ndarray,
         histories: tuple[np.ndarray, np.ndarray],
         features: Sequence[Mapping[str, Any] | None] | None = None,
+        *,
+        context: Given | None = None,
+        gaps: np.ndarray | None = None,
     ) -> Tensor:
         """u(x) of every query, float32 [E, D].
 
@@ -89,9 +104,14 @@ class TowerRanker:
             queries: codes, int64 [E]; -1 for a query never seen in training.
             histories: compressed rows (offsets int64 [E+1], item codes), oldest first.
             features: for each query what its declared columns hold, or None for what training knew of it.
+            context: of each query's request: a frame, or for each a mapping or None. A tower that looks at no context
+                takes a frame, as every holdout of data with further columns has one, and reads nothing of it.
+            gaps: code of the gap before each item of the histories (data/gaps.py), beside them; None where nobody
+                knows them. Only a tower that reads gaps looks at it.
 
         Raises:
-            InputError: features are given, and the query tower takes none, or a column is missing or of another kind.
+            InputError: features or contexts are given, and the query tower takes none, or a value is of another kind;
+                a declared feature is missing.
         """
         offsets, items = histories
         inputs = getattr(self.towers.query_tower, "features", None)
@@ -99,6 +119,8 @@ class TowerRanker:
             raise InputError(
                 "features: the query tower of this model takes none; set query_tower.features and train again"
             )
+        requests = self.encoded_context(context, len(queries))
+        since = gaps if getattr(self.towers.query_tower, "gaps", None) is not None else None
         device = self.towers.log_temperature.device
         was_training = self.towers.training
         self.towers.eval()
@@ -113,9 +135,25 @@ class TowerRanker:
             given = None
             if features is not None and inputs is not None:
                 given = inputs.encode_some(codes, [features[row] for row in rows.tolist()])
-            parts.append(self.towers.embed_queries(codes, history, given).float())
+            between = None
+            if since is not None and self.history_length:
+                newest = ragged_histories(offsets, since, rows, self.history_length)
+                between = torch.from_numpy(np.maximum(newest, 0)).to(device)
+            told = None if requests is None else [torch.from_numpy(one[rows]).to(device) for one in requests]
+            parts.append(self.towers.embed_queries(codes, history, given, told, between).float())
         self.towers.train(was_training)
         return torch.cat(parts) if parts else torch.empty(0, self.item_embeddings.shape[1], device=device)
+
+    def encoded_context(self, given: Given | None, rows: int) -> Encoded | None:
+        """The context of some requests as the tower takes it; see `embed`."""
+        reads = getattr(self.towers.query_tower, "context", None)
+        if given is None or (reads is None and isinstance(given, pl.DataFrame)):
+            return None
+        if reads is None:
+            raise InputError("context: this model looks at none; set query_tower.context and train again")
+        if len(given) != rows:
+            raise InputError(f"context: expected one row for each query, {rows}; found {len(given)}")
+        return encode_given(reads.inputs.table.features, given)
 
     def _items(self) -> Tensor:
         was_training = self.towers.training
@@ -123,3 +161,9 @@ class TowerRanker:
         embeddings = self.towers.item_embeddings()
         self.towers.train(was_training)
         return embeddings
+
+
+def gaps_of(holdout: Holdout) -> np.ndarray | None:
+    """Codes of the gaps in the histories of a holdout; None where it has no times."""
+    times = holdout.history_timestamps
+    return None if times is None else gap_codes(holdout.history_offsets, times)

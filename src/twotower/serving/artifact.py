@@ -3,13 +3,17 @@
 metadata.json          schema version, config, data account and fingerprint, split, metrics, versions, checksums
 towers.safetensors     weights of both towers
 items.safetensors      item embeddings [N, D] float32, ready for an index, and training counts [N]
-histories.safetensors  what each query has interacted with: offsets [Q+1], item codes, oldest first
+histories.safetensors  what each query has interacted with: offsets [Q+1], item codes, oldest first; codes of the gaps
+                       before them where the query tower reads gaps
 queries.parquet        query vocabulary, row = code
 items.parquet          item vocabulary
 item_table.parquet     features and titles of the items, row = code (where there were any)
 rows.safetensors       which rows were trained on, and their times, so that a training can go on; not read to answer
 item_features.json     fitted encoders of the declared features, and beside it the features of every item, encoded:
-                       item_features.safetensors; likewise query_features (where features were declared)
+                       item_features.safetensors; likewise query_features (where features were declared), and
+                       context_features, which has no rows
+context.parquet        context of each row of the histories, so that a training can go on, and test_context.parquet,
+                       that of a continued model's test (where context was declared); not read to answer
 """
 
 from __future__ import annotations
@@ -60,10 +64,12 @@ class Artifact:
         queries, items: the vocabularies.
         history_offsets: int64 [Q+1].
         history_items: int32 [n], oldest first within a query.
+        history_gaps: int8 [n], codes of the gap before each (data/gaps.py); None where the tower reads none.
         item_table: one row for each item code, or None.
         metadata: data account, fingerprint, split, metrics: JSON values.
         rows: what continuing the training needs to know of the rows of the histories; `load` leaves it on disk
             (`load_rows`).
+        contexts: likewise, of rows and of the test's questions, by name of the file (`load_context`).
     """
 
     config: Config
@@ -77,6 +83,8 @@ class Artifact:
     item_table: pl.DataFrame | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, np.ndarray] | None = None
+    contexts: dict[str, pl.DataFrame] = field(default_factory=dict)
+    history_gaps: np.ndarray | None = None
 
     @property
     def is_shared(self) -> bool:
@@ -124,13 +132,13 @@ class Artifact:
         save_rows(folder / ITEMS, items, {"embeddings": len(self.item_counts)}, ranks)
 
     def _write(self, folder: Path) -> None:
-        save_file(
-            {
-                "offsets": torch.from_numpy(np.array(self.history_offsets, dtype=np.int64)),
-                "items": torch.from_numpy(np.array(self.history_items, dtype=np.int32)),
-            },
-            folder / "histories.safetensors",
-        )
+        histories = {
+            "offsets": torch.from_numpy(np.array(self.history_offsets, dtype=np.int64)),
+            "items": torch.from_numpy(np.array(self.history_items, dtype=np.int32)),
+        }
+        if self.history_gaps is not None:
+            histories["gaps"] = torch.from_numpy(np.array(self.history_gaps, dtype=np.int8))
+        save_file(histories, folder / "histories.safetensors")
         for table in self.towers.feature_tables():
             table.write(folder)
         self.queries.write(folder / "queries.parquet")
@@ -139,6 +147,8 @@ class Artifact:
             self.item_table.write_parquet(folder / "item_table.parquet")
         if self.rows is not None:
             save_arrays({name: np.ascontiguousarray(rows) for name, rows in self.rows.items()}, folder / ROWS)
+        for name, frame in self.contexts.items():
+            frame.write_parquet(folder / f"{name}.parquet")
         metadata = {
             "schema_version": SCHEMA_VERSION,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -174,6 +184,7 @@ class Artifact:
                 num_items=metadata["num_items"],
                 item_features=EncodedTable.read(folder, "item"),
                 query_features=EncodedTable.read(folder, "query"),
+                context=EncodedTable.read(folder, "context"),
             )
             load_model(towers, folder / "towers.safetensors")
             _map(towers, folder / "towers.safetensors")
@@ -191,6 +202,7 @@ class Artifact:
             items=Vocabulary.read(folder / "items.parquet"),
             history_offsets=histories["offsets"].numpy(),
             history_items=histories["items"].numpy(),
+            history_gaps=histories["gaps"].numpy() if "gaps" in histories else None,
             item_table=pl.read_parquet(table) if table.name in metadata["checksums"] else None,
             metadata=metadata,
         )
@@ -236,6 +248,21 @@ def load_rows(folder: Path) -> dict[str, np.ndarray] | None:
     try:
         return dict(load_arrays(path))
     except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: not readable ({error}); copy it again or train again") from error
+
+
+def load_context(folder: Path, name: str = "context") -> pl.DataFrame | None:
+    """One of the `contexts` of a model folder; None where it has none.
+
+    Raises:
+        InputError: damaged.
+    """
+    path = folder / f"{name}.parquet"
+    if not path.is_file():
+        return None
+    try:
+        return pl.read_parquet(path)
+    except (OSError, pl.exceptions.PolarsError) as error:
         raise InputError(f"{path}: not readable ({error}); copy it again or train again") from error
 
 

@@ -19,7 +19,7 @@ from twotower.files import whole_file, write_text
 from twotower.index.popularity import checked_popularity
 from twotower.schema import USUAL_NAMES, Vocabulary, listed, plain_name, usual_column
 from twotower.serving.filters import allowed_items
-from twotower.serving.questions import Codes, Questions, stored_histories
+from twotower.serving.questions import Codes, Questions, stored_gaps, stored_histories
 from twotower.serving.retriever import Retriever
 
 #: Queries in one part.
@@ -70,7 +70,8 @@ def recommend_file(
     Args:
         retriever: the model.
         source: Parquet with a column of query ids (`query`, `user_id`, ... ), or a column `history` with lists of item
-            ids, oldest first, or both: a query that is not known is then answered by its history.
+            ids, oldest first, or both: a query that is not known is then answered by its history. Columns that are
+            declared in query_tower.context tell the context of each row's request.
         target: Parquet to write, columns `query` (id; the row's number from 0 where there are only histories), `rank`,
             `item`, `score`.
         k: how many items for each query.
@@ -96,7 +97,7 @@ def recommend_file(
     allowed = allowed_items(
         retriever.artifact.items, retriever.artifact.item_table, condition=filter, allow=allow, deny=deny
     )
-    reader = _Reader.of(source)
+    reader = _Reader.of(source, retriever.context_columns)
     asked = {
         "model": _fingerprint(retriever),
         "source": [str(source.resolve()), source.stat().st_size, source.stat().st_mtime_ns],
@@ -147,9 +148,10 @@ class _Reader:
     rows: int
     query: str | None
     history: str | None
+    context: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, path: Path) -> _Reader:
+    def of(cls, path: Path, context: Sequence[str] = ()) -> _Reader:
         if not path.is_file():
             raise InputError(f"{path}: no such file; expected Parquet with a column of query ids or of histories")
         try:
@@ -166,11 +168,12 @@ class _Reader:
                 f"{path}: expected a column of query ids (query, user_id, ...) or a column history with lists of item "
                 f"ids; found {listed(columns)}"
             )
-        return cls(path, rows, query, lists[0] if lists else None)
+        beside = tuple(name for name in context if name in columns and name != query)
+        return cls(path, rows, query, lists[0] if lists else None, beside)
 
     def questions(self, retriever: Retriever, start: int, stop: int) -> Questions:
         """Rows start .. stop - 1; nothing is refused here."""
-        columns = [name for name in (self.query, self.history) if name is not None]
+        columns = [name for name in (self.query, self.history, *self.context) if name is not None]
         rows = pl.scan_parquet(self.path).select(columns).slice(start, stop - start).collect()
         artifact = retriever.artifact
         if self.query is None:
@@ -184,14 +187,18 @@ class _Reader:
             offsets, items = stored_histories(artifact, codes[known])
             sizes = np.zeros(len(codes), dtype=np.int64)
             sizes[known] = np.diff(offsets)
+            gaps = stored_gaps(artifact, codes[known])
         else:
             column = rows[self.history]
             lengths = column.list.len().fill_null(0).cast(pl.Int64).to_numpy()
             flat = column.filter(pl.Series(lengths > 0)).explode()
             found = self._encoded(artifact.items, flat, self.history)
             owner = np.repeat(np.arange(len(codes)), lengths)[found >= 0]
+            gaps = None  # a list of items has no times
             sizes, items = np.bincount(owner, minlength=len(codes)), found[found >= 0].astype(np.int32)
-        return Questions(ids, codes, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64), items)
+        context = rows.select(self.context) if self.context else None
+        offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        return Questions(ids, codes, offsets, items, context=context, gaps=gaps)
 
     def _encoded(self, vocabulary: Vocabulary, ids: pl.Series, column: str) -> Codes:
         try:
@@ -205,7 +212,15 @@ def _with_something_known(asked: Questions) -> tuple[Questions, int]:
     known = (asked.codes >= 0) | (np.diff(asked.offsets) > 0)
     # A query that nothing is known of has no history, so no items go with it.
     offsets = np.concatenate([[0], np.cumsum(np.diff(asked.offsets)[known])]).astype(np.int64)
-    kept = Questions(asked.ids.filter(pl.Series(known, dtype=pl.Boolean)), asked.codes[known], offsets, asked.items)
+    mask, context = pl.Series(known, dtype=pl.Boolean), asked.context
+    kept = Questions(
+        asked.ids.filter(mask),
+        asked.codes[known],
+        offsets,
+        asked.items,
+        context=context.filter(mask) if isinstance(context, pl.DataFrame) else None,
+        gaps=asked.gaps,
+    )
     return kept, int((~known).sum())
 
 

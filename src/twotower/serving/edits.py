@@ -11,6 +11,7 @@ import polars as pl
 from torch import Tensor
 
 from twotower.data.reading import as_polars
+from twotower.data.written import ids_like
 from twotower.errors import InputError
 from twotower.schema import USUAL_NAMES, ids_of, usual_column
 from twotower.serving.artifact import Artifact
@@ -54,7 +55,7 @@ class Edit:
         what = "items that join" if join else "items that change"
         frame = _framed(items, what)
         column = _id_column(frame, what)
-        ids = ids_of(frame[column], what)
+        ids = ids_like(ids_of(frame[column], what), artifact.items, f"{what}: column {column!r}")
         if ids.null_count() or ids.n_unique() < len(ids):
             raise InputError(f"{what}: column {column!r}: expected every id once, found a null or a repeated one")
         codes = artifact.items.encode(ids)

@@ -15,7 +15,8 @@ from twotower.index.popularity import PopularityDial
 from twotower.serving.answers import Answers
 from twotower.serving.questions import Questions
 
-Embed = Callable[[NDArray[np.int64], tuple[NDArray[np.int64], NDArray[np.int32]]], Tensor]
+#: u(x) of queries by codes, histories, and the gaps in them where they are known.
+Embed = Callable[[NDArray[np.int64], tuple[NDArray[np.int64], NDArray[np.int32]], NDArray[np.int8] | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def explain(
 
     Args:
         answers: the model's tables.
-        embed: u(x) of queries by codes and histories.
+        embed: u(x) of queries by codes and histories. Where an item is left out, the gaps before the others stay.
         asked: one query.
         code: the item.
         length: L, how many recent items the query tower looks at.
@@ -65,9 +66,10 @@ def explain(
     recent = asked.items[max(len(asked.items) - length, 0) :]
     count = len(recent)
     # Row 0 has the whole history, row i + 1 all but item i. Items older than L stay: one of them moves up.
-    kept = [asked.items, *(np.delete(asked.items, len(asked.items) - count + i) for i in range(count))]
+    kept = _without_each(asked.items, count)
+    gaps = None if asked.gaps is None else np.concatenate(_without_each(asked.gaps, count))
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in kept])]).astype(np.int64)
-    embedded = embed(np.repeat(asked.codes, count + 1), (offsets, np.concatenate(kept).astype(np.int32))).cpu()
+    embedded = embed(np.repeat(asked.codes, count + 1), (offsets, np.concatenate(kept).astype(np.int32)), gaps).cpu()
     item = artifact.item_embeddings[code].double()
     own = (embedded.double() @ item) / temperature
     log_p = dial.log_probability
@@ -88,3 +90,8 @@ def explain(
         popularity_share=due / lift if lift > 0 else None,
         history=history.sort("contribution", descending=True, maintain_order=True),
     )
+
+
+def _without_each(values: NDArray[Any], count: int) -> list[NDArray[Any]]:
+    """The values, then the values without each of their last `count`."""
+    return [values, *(np.delete(values, len(values) - count + place) for place in range(count))]

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from twotower.data.gaps import GAP_CODES
 from twotower.errors import InputError
 from twotower.files import whole_folder
 from twotower.serving.artifact import Artifact, find_model
@@ -35,20 +36,23 @@ class QueryEncoder(nn.Module):
         uses_queries: whether it has an id embedding; its input `query` is then int64 [B], -1 for a new query.
         uses_history: whether it looks at a history; `history` is then int64 [B, L], item codes, the newest last, -1 on
             the left where there are fewer.
+        uses_gaps: whether it reads the time between items; `gaps` is then int64 [B, L], codes as data/gaps.py makes
+            them, 0 where nobody knows.
     """
 
-    def __init__(self, towers: TwoTower, *, uses_queries: bool, uses_history: bool) -> None:
+    def __init__(self, towers: TwoTower, *, uses_queries: bool, uses_history: bool, uses_gaps: bool = False) -> None:
         super().__init__()
         self.towers = towers
         self.uses_queries = uses_queries
         self.uses_history = uses_history
+        self.uses_gaps = uses_gaps
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """The inputs in the order query, history, as far as there are any -> embedding float32 [B, D]."""
+        """The inputs in the order query, history, gaps, as far as there are any -> embedding float32 [B, D]."""
         rows = inputs[0]
         queries = rows if self.uses_queries else torch.full_like(rows[:, 0], -1)
-        history = inputs[-1] if self.uses_history else None
-        return self.towers.embed_queries(queries, history).float()
+        history = inputs[int(self.uses_queries)] if self.uses_history else None
+        return self.towers.embed_queries(queries, history, gaps=inputs[-1] if self.uses_gaps else None).float()
 
 
 def export_query_tower(directory: str | Path, out: str | Path, format: str = "onnx") -> dict[str, Any]:  # noqa: A002
@@ -75,11 +79,21 @@ def export_query_tower(directory: str | Path, out: str | Path, format: str = "on
         raise InputError(f"export: unknown format {format!r}; expected onnx or torch")
     artifact = Artifact.load(find_model(directory))
     config = artifact.config.query_tower
+    if not isinstance(config.context, str):
+        columns = ", ".join(dict.fromkeys(one.column for one in config.context))
+        raise InputError(
+            f"export: the query tower reads the context of a request ({columns}), which an exported file could not "
+            "encode; serve this model with `twotower serve` or the Retriever, or train one without query_tower.context"
+        )
     length = config.history.length if config.history else 0
     encoder = QueryEncoder(
-        artifact.towers, uses_queries=config.id_embedding, uses_history=config.history is not None
+        artifact.towers,
+        uses_queries=config.id_embedding,
+        uses_history=config.history is not None,
+        uses_gaps=getattr(artifact.towers.query_tower, "gaps", None) is not None,
     ).eval()
-    names = [name for name, used in (("query", encoder.uses_queries), ("history", encoder.uses_history)) if used]
+    used = {"query": encoder.uses_queries, "history": encoder.uses_history, "gaps": encoder.uses_gaps}
+    names = [name for name, is_used in used.items() if is_used]
     target = Path(out)
     with whole_folder(target) as folder:
         path = folder / FORMATS[format]
@@ -117,6 +131,7 @@ def _inputs(artifact: Artifact, rows: int, length: int, names: list[str]) -> tup
         history = torch.randint(0, len(artifact.items), (rows, length), generator=generator)
         present = torch.randint(1, length + 1, (rows, 1), generator=generator)
         made["history"] = torch.where(torch.arange(length, 0, -1) <= present, history, -1)
+        made["gaps"] = torch.randint(0, GAP_CODES, (rows, length), generator=generator)
     return tuple(made[name] for name in names)
 
 

@@ -10,12 +10,15 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from twotower.data.gaps import given_gaps
+from twotower.data.given import Given
 from twotower.data.histories import take_ranges
 from twotower.errors import InputError
 from twotower.schema import Vocabulary
 from twotower.serving.artifact import Artifact
 
 Codes = NDArray[np.int64]
+Gaps = NDArray[np.int8]
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class Questions:
         codes: int64 [B], -1 for a query that training never saw.
         offsets, items: their histories in compressed rows, int64 [B+1] and item codes, oldest first.
         features: for each query what its declared columns hold, or None for what training knew of it; None for all.
+        context: of each query's request, by column, or None for nothing known of it; None for all.
+        gaps: int8, code of the gap before each of `items` (data/gaps.py); None where the tower reads none.
     """
 
     ids: pl.Series
@@ -34,6 +39,8 @@ class Questions:
     offsets: Codes
     items: NDArray[np.int32]
     features: Sequence[Mapping[str, Any] | None] | None = None
+    context: Given | None = None
+    gaps: Gaps | None = None
 
     @property
     def histories(self) -> tuple[Codes, NDArray[np.int32]]:
@@ -47,6 +54,9 @@ class Questions:
         queries: Sequence[Any] | None,
         histories: Sequence[Sequence[Any]] | None,
         features: Sequence[Mapping[str, Any] | None] | None = None,
+        *,
+        context: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
+        times: Sequence[Sequence[Any] | None] | None = None,
     ) -> Questions:
         """From ids.
 
@@ -55,46 +65,61 @@ class Questions:
             queries: ids of known queries; their history in the data is taken unless `histories` is given.
             histories: item ids, oldest first; unknown items are left out.
             features: what the columns declared in query_tower.features hold, for each query.
+            context: what the columns declared in query_tower.context hold, for each query's request, or for all alike.
+            times: when the items of `histories` were met, one for each; for a model that reads gaps.
 
         Raises:
             InputError: neither is given, a query is unknown, there is not one history for each query, or nothing is
                 known of a query.
         """
-        if queries is None and histories is None and features is None:
+        if queries is None and histories is None and features is None and context is None:
             raise InputError("recommend: expected query ids, histories or features, found none of them")
         if queries is not None:
             codes = known_codes(artifact.queries, queries, "query", artifact)
             ids = artifact.queries.decode(codes)
         else:
-            codes = np.full(len(features or [] if histories is None else histories), -1, dtype=np.int64)
+            codes = np.full(_count(histories, features, context), -1, dtype=np.int64)
             ids = pl.Series("query", range(len(codes)), dtype=pl.Int64)
         if features is not None and len(features) != len(codes):
             raise InputError(f"features: expected one row for each query, {len(codes)}; found {len(features)}")
+        if isinstance(context, Mapping):
+            context = [context] * len(codes)
+        if context is not None and len(context) != len(codes):
+            raise InputError(f"context: expected one row for each query, {len(codes)}; found {len(context)}")
+        gaps = None
+        if times is not None and (histories is None or len(times) != len(histories)):
+            raise InputError("times: expected one row of times for each of histories")
         if histories is not None:
-            found = _given(artifact.items, histories, len(codes))
+            found, gaps = _given(artifact.items, histories, len(codes), times)
         elif queries is not None:
-            found = stored_histories(artifact, codes)
+            found, gaps = stored_histories(artifact, codes), stored_gaps(artifact, codes)
         else:
             found = np.zeros(len(codes) + 1, dtype=np.int64), np.zeros(0, dtype=np.int32)
-        asked = cls(ids, codes, *found, features)
+        asked = cls(ids, codes, *found, features, context, gaps)
         asked.refuse_unknown()
         return asked
 
     def refuse_unknown(self) -> None:
-        """Refuse a new query without features whose history holds no item of the catalog.
+        """Refuse a new query without features or context whose history holds no item of the catalog.
 
         Raises:
             InputError: there is one.
         """
         nothing = (self.codes < 0) & (np.diff(self.offsets) == 0)
-        if self.features is not None:
-            nothing &= np.array([row is None for row in self.features], dtype=np.bool_)
+        for rows in (self.features, self.context):
+            if rows is not None and not isinstance(rows, pl.DataFrame):
+                nothing &= np.array([row is None for row in rows], dtype=np.bool_)
         if bool(nothing.any()):
             row = int(np.flatnonzero(nothing)[0])
             raise InputError(
                 f"history {row + 1}: none of its items is in the catalog, so nothing is known of this query; "
                 "give at least one known item id"
             )
+
+
+def _count(*given: Sequence[Any] | Mapping[str, Any] | None) -> int:
+    """How many new queries are asked for: as many as the first that is given for each of them; one for one context."""
+    return next((1 if isinstance(rows, Mapping) else len(rows) for rows in given if rows is not None), 0)
 
 
 def stored_histories(artifact: Artifact, codes: Codes) -> tuple[Codes, NDArray[np.int32]]:
@@ -104,13 +129,25 @@ def stored_histories(artifact: Artifact, codes: Codes) -> tuple[Codes, NDArray[n
     return ends, np.asarray(artifact.history_items[place], dtype=np.int32)
 
 
-def trained_only(histories: tuple[Codes, NDArray[np.int32]], count: int) -> tuple[Codes, NDArray[np.int32]]:
+def stored_gaps(artifact: Artifact, codes: Codes) -> Gaps | None:
+    """The gaps in the histories that the model folder holds for known queries; None where the tower reads none."""
+    if artifact.history_gaps is None:
+        return None
+    offsets = artifact.history_offsets
+    place, _ = take_ranges(offsets[codes], offsets[codes + 1])
+    return np.asarray(artifact.history_gaps[place], dtype=np.int8)
+
+
+def trained_only(
+    histories: tuple[Codes, NDArray[np.int32]], gaps: Gaps | None, count: int
+) -> tuple[tuple[Codes, NDArray[np.int32]], Gaps | None]:
     """Histories without items of codes from `count` on: they joined after training, and a tower has no row for them."""
     offsets, items = histories
     known = np.asarray(items) < count
     if bool(known.all()):
-        return histories
-    return np.concatenate([[0], np.cumsum(known)])[offsets].astype(np.int64), items[known]
+        return histories, gaps
+    kept = np.concatenate([[0], np.cumsum(known)])[offsets].astype(np.int64), items[known]
+    return kept, None if gaps is None else gaps[known]
 
 
 def known_codes(vocabulary: Vocabulary, ids: Sequence[Any], side: str, artifact: Artifact) -> Codes:
@@ -131,14 +168,17 @@ def known_codes(vocabulary: Vocabulary, ids: Sequence[Any], side: str, artifact:
     return codes
 
 
-def _given(items: Vocabulary, histories: Sequence[Sequence[Any]], count: int) -> tuple[Codes, NDArray[np.int32]]:
+def _given(
+    items: Vocabulary, histories: Sequence[Sequence[Any]], count: int, times: Sequence[Sequence[Any] | None] | None
+) -> tuple[tuple[Codes, NDArray[np.int32]], Gaps | None]:
+    """Histories that somebody gives, as codes in compressed rows, and the gaps in them where their times are given."""
     if len(histories) != count:
         raise InputError(f"histories: expected one for each query, {count}; found {len(histories)}")
-    known = [_known(items, history) for history in histories]
+    found = [items.encode(list(history)) if len(history) else np.empty(0, dtype=np.int64) for history in histories]
+    known = [codes[codes >= 0] for codes in found]
     offsets = np.concatenate([[0], np.cumsum([len(codes) for codes in known])]).astype(np.int64)
-    return offsets, np.concatenate([*known, np.empty(0, dtype=np.int64)]).astype(np.int32)
-
-
-def _known(items: Vocabulary, history: Sequence[Any]) -> Codes:
-    codes = items.encode(list(history)) if len(history) else np.empty(0, dtype=np.int64)
-    return codes[codes >= 0]
+    flat = np.concatenate([*known, np.empty(0, dtype=np.int64)]).astype(np.int32)
+    if times is None:
+        return (offsets, flat), None
+    gaps = [given_gaps(row, len(codes))[codes >= 0] for row, codes in zip(times, found, strict=True)]
+    return (offsets, flat), np.concatenate([*gaps, np.empty(0, dtype=np.int8)])

@@ -12,13 +12,15 @@ import torch
 from torch.nn import functional as F
 
 from twotower.data import Holdout
+from twotower.data.given import Given
 from twotower.errors import InputError
+from twotower.evaluation.towers import gaps_of
 from twotower.index import ApproximateIndex, Index
 from twotower.index.popularity import checked_popularity
 from twotower.serving.answers import Answers
 from twotower.serving.artifact import Artifact, find_model
 from twotower.serving.changes import Changes
-from twotower.serving.explain import Explanation, explain
+from twotower.serving.explain import Embed, Explanation, explain
 from twotower.serving.filters import allowed_items
 from twotower.serving.live import LiveCatalog
 from twotower.serving.questions import Questions, known_codes, stored_histories, trained_only
@@ -96,7 +98,7 @@ class Retriever:
         histories = (holdout.history_offsets, holdout.history_items)
         trained, count = len(self.catalog.trained.items), len(self.artifact.items)
         _, items = self.search.search(
-            self.embed(holdout.queries, histories),
+            self.embed(holdout.queries, histories, context=holdout.context, gaps=gaps_of(holdout)),
             k,
             exclude=histories if exclude_seen else None,
             allowed=None if self.catalog.is_as_trained else np.arange(count) < trained,  # others are in no holdout
@@ -111,6 +113,8 @@ class Retriever:
         *,
         histories: Sequence[Sequence[Any]] | None = None,
         features: Sequence[Mapping[str, Any] | None] | None = None,
+        context: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
+        times: Sequence[Sequence[Any] | None] | None = None,
         k: int = 10,
         exclude_seen: bool = True,
         filter: str | None = None,  # noqa: A002  # what a request calls it
@@ -127,6 +131,11 @@ class Retriever:
             features: for each query a dict of the columns declared in query_tower.features; without `queries` the
                 queries are new ones, known by their features and, where given, their histories. None in the place of
                 a dict: what training knew.
+            context: for each query a dict of the columns declared in query_tower.context, as its request has them, or
+                one dict for all. What is not there, None, and a value that training never saw are unknown. Context
+                alone asks for somebody of whom nothing else is known.
+            times: when the items of `histories` were met, one for each: dates, ISO text or unix time. For a model that
+                reads the gaps between them; a history without times is read without gaps.
             k: how many items for each query.
             exclude_seen: leave out the items of the history.
             filter: a condition on the columns of the item table, such as `country = 'FR' and price < 20`.
@@ -144,7 +153,7 @@ class Retriever:
                 is not known by id; a filter or list that cannot be understood; a dial out of range.
         """
         return self.answer(
-            Questions.of(self.artifact, queries, histories, features),
+            Questions.of(self.artifact, queries, histories, features, context=context, times=times),
             _positive(k),
             exclude_seen=exclude_seen,
             allowed=allowed_items(
@@ -190,6 +199,8 @@ class Retriever:
         *,
         item: Any,
         history: Sequence[Any] | None = None,
+        context: Mapping[str, Any] | None = None,
+        times: Sequence[Any] | None = None,
         popularity: float = 1.0,
     ) -> Explanation:
         """What pulled an item up for a query: items of its history, and popularity.
@@ -198,15 +209,22 @@ class Retriever:
             query: id of a known query, or None for a new one.
             item: the item's id.
             history: item ids, oldest first; the query's own in the data where None.
+            context: of the request that the item was recommended for.
+            times: of the items of `history`.
             popularity: the setting of the dial that the item was recommended with.
 
         Raises:
             InputError: an unknown query or item, neither query nor history, a dial out of range.
         """
-        asked = Questions.of(self.artifact, None if query is None else [query], None if history is None else [history])
+        asked = Questions.of(
+            self.artifact,
+            None if query is None else [query],
+            None if history is None else [history],
+            times=None if times is None else [times],
+        )
         return explain(
             self._answers,
-            self.embed,
+            self.in_context(context),
             asked,
             int(known_codes(self.artifact.items, [item], "item", self.artifact)[0]),
             length=self.ranker.history_length,
@@ -219,12 +237,41 @@ class Retriever:
         queries: np.ndarray,
         histories: tuple[np.ndarray, np.ndarray],
         features: Sequence[Mapping[str, Any] | None] | None = None,
+        *,
+        context: Given | None = None,
+        gaps: np.ndarray | None = None,
     ) -> torch.Tensor:
-        """u(x) of queries by codes, histories and features, [E, D]; see `TowerRanker.embed`.
+        """u(x) of queries by codes, histories, features and contexts, [E, D]; see `TowerRanker.embed`.
 
         Items that joined after training say nothing to the tower.
         """
-        return self.ranker.embed(queries, trained_only(histories, len(self.catalog.trained.items)), features)
+        known, between = trained_only(histories, gaps, len(self.catalog.trained.items))
+        return self.ranker.embed(queries, known, features, context=context, gaps=between)
+
+    def in_context(self, context: Mapping[str, Any] | None) -> Embed:
+        """`embed` of queries that all have the same context."""
+
+        def embed(
+            queries: np.ndarray, histories: tuple[np.ndarray, np.ndarray], gaps: np.ndarray | None
+        ) -> torch.Tensor:
+            told = None if context is None else [context] * len(queries)
+            return self.embed(queries, histories, context=told, gaps=gaps)
+
+        return embed
+
+    @property
+    def context_columns(self) -> list[str]:
+        """The columns declared in query_tower.context; none where the query tower reads no context."""
+        reads = getattr(self.artifact.towers.query_tower, "context", None)
+        return [] if reads is None else list(reads.inputs.table.features.columns)
+
+    def check_context(self, context: Mapping[str, Any]) -> None:
+        """Refuse a context that `embed` could not use, so that one request does not spoil its batch.
+
+        Raises:
+            InputError: the query tower takes none, or a column is unknown or of another kind.
+        """
+        self.ranker.encoded_context([context], 1)
 
     def check_features(self, features: Mapping[str, Any]) -> None:
         """Refuse features of a query that `embed` could not use, so that one request does not spoil its batch.
@@ -290,7 +337,7 @@ class Retriever:
             As `recommend`.
         """
         scores, items = self.search.search(
-            self.embed(asked.codes, asked.histories, asked.features),
+            self.embed(asked.codes, asked.histories, asked.features, context=asked.context, gaps=asked.gaps),
             k,
             exclude=asked.histories if exclude_seen else None,
             allowed=allowed,

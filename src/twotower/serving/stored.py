@@ -24,7 +24,7 @@ from twotower.serving.artifact import Artifact, find_model, library_versions, re
 from twotower.serving.changes import FOLDER as CHANGES
 from twotower.serving.changes import Changes, checksum
 from twotower.serving.live import LiveCatalog
-from twotower.serving.questions import stored_histories
+from twotower.serving.questions import stored_gaps, stored_histories
 from twotower.serving.search import dial_of, ranker_of
 
 FOLDER = "index"
@@ -75,7 +75,7 @@ def build_stored_index(
     if changes is not None:
         artifact, alive = changes.applied(artifact)
     drawn = _drawn_queries(artifact, queries, seed)
-    embedded = ranker_of(artifact).embed(drawn, stored_histories(artifact, drawn))
+    embedded = ranker_of(artifact).embed(drawn, stored_histories(artifact, drawn), gaps=stored_gaps(artifact, drawn))
     dial = dial_of(artifact)
     items = artifact.metadata["checksums"]["items.safetensors"]
     given = dict(settings or {})

@@ -2,6 +2,7 @@
 
 from twotower.towers.attention import Transformer
 from twotower.towers.build import build_towers
+from twotower.towers.context import Beside, ContextInputs
 from twotower.towers.dnn import DNN, MLP
 from twotower.towers.encoders import PooledHistory, QueryTower, TwoTower
 from twotower.towers.features import FeatureInputs
@@ -14,6 +15,8 @@ from twotower.towers.tables import EmbeddingTable
 __all__ = [
     "DNN",
     "MLP",
+    "Beside",
+    "ContextInputs",
     "EmbeddingTable",
     "FeatureInputs",
     "ItemTower",

@@ -56,46 +56,34 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
 
-class Classic(nn.Module):
-    """Two layers with a GELU between them: W_2 dropout(GELU(W_1 x)).
+class FeedForward(nn.Module):
+    """Two layers with an activation between them: W_2 dropout(h).
+
+        h = GELU(W_1 x), or where `gated` h = SiLU(W_1 x) * W_3 x (SwiGLU, Shazeer 2020)
 
     Args:
         width: D.
         hidden: units between the layers.
         dropout: of the hidden units.
+        gated: which of the two; W_1 and W_3 are then the halves of `inner`.
     """
 
-    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+    def __init__(self, width: int, hidden: int, dropout: float, *, gated: bool) -> None:
         super().__init__()
-        self.inner = nn.Linear(width, hidden)
+        self.gated = gated
+        self.inner = nn.Linear(width, 2 * hidden if gated else hidden)
         self.outer = nn.Linear(hidden, width)
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """[P, D] -> [P, D]."""
-        output: Tensor = self.outer(self.dropout(F.gelu(self.inner(x))))
-        return output
-
-
-class Gated(nn.Module):
-    """SwiGLU (Shazeer 2020): W_2 dropout(SiLU(W_1 x) * W_3 x).
-
-    Args:
-        width: D.
-        hidden: units between the layers.
-        dropout: of the hidden units.
-    """
-
-    def __init__(self, width: int, hidden: int, dropout: float) -> None:
-        super().__init__()
-        self.inner = nn.Linear(width, 2 * hidden)
-        self.outer = nn.Linear(hidden, width)
-        self.dropout = Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[P, D] -> [P, D]."""
-        gate, value = self.inner(x).chunk(2, -1)
-        output: Tensor = self.outer(self.dropout(F.silu(gate) * value))
+        h = self.inner(x)
+        if self.gated:
+            gate, value = h.chunk(2, -1)
+            h = F.silu(gate) * value
+        else:
+            h = F.gelu(h)
+        output: Tensor = self.outer(self.dropout(h))
         return output
 
 
@@ -119,7 +107,7 @@ class Block(nn.Module):
         norm = nn.RMSNorm if gated else nn.LayerNorm
         self.attention_norm, self.feedforward_norm = norm(width), norm(width)
         self.attention = CausalAttention(width, heads)
-        self.feedforward: Gated | Classic = (Gated if gated else Classic)(width, hidden, dropout)
+        self.feedforward = FeedForward(width, hidden, dropout, gated=gated)
         self.dropout = Dropout(dropout)
 
     def start_small(self, blocks: int) -> None:

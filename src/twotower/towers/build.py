@@ -8,6 +8,7 @@ from twotower.config import Config, HistoryConfig
 from twotower.data.encoding import EncodedTable
 from twotower.errors import InputError
 from twotower.towers.attention import Transformer
+from twotower.towers.context import Beside, ContextInputs
 from twotower.towers.encoders import PooledHistory, QueryTower, TwoTower
 from twotower.towers.features import FeatureInputs
 from twotower.towers.items import ItemTower
@@ -24,6 +25,7 @@ def build_towers(
     num_items: int,
     item_features: EncodedTable | None = None,
     query_features: EncodedTable | None = None,
+    context: EncodedTable | None = None,
     trained_items: Tensor | None = None,
 ) -> TwoTower:
     """Build both towers of a configuration, with fresh weights.
@@ -34,14 +36,15 @@ def build_towers(
         num_items: N.
         item_features: the items' features, fitted and encoded; None where item_tower.features is none.
         query_features: likewise the queries'.
+        context: the features of requests, fitted, without rows; None where query_tower.context is none.
         trained_items: items that occur in training, bool [N]; None: all. A saved model brings its own.
 
     Raises:
         InputError: a tower has nothing to go by, or settings that need features have none.
     """
     query, item, objective = config.query_tower, config.item_tower, config.objective
-    if not query.id_embedding and query.history is None and query_features is None:
-        raise InputError("query_tower: expected id_embedding: true, a history, or features; found none of them")
+    if not query.id_embedding and query.history is None and query_features is None and context is None:
+        raise InputError("query_tower: expected id_embedding: true, a history, or features or context; found none")
     dimension = config.item_tower.dimension
     if item_features is None:
         for name, given in (("id_dropout", item.id_dropout > 0), ("id_embedding: false", not item.id_embedding)):
@@ -67,8 +70,6 @@ def build_towers(
 
     item_tower = new_item_tower()
     sequence = None if query.history is None else query.history.sequence
-    if sequence is not None:
-        refuse_beside_sequence(config, query_features)
     history = None
     history_items: nn.Embedding | ItemTower | None = None
     if query.history is not None:
@@ -83,20 +84,36 @@ def build_towers(
                 "query_tower.history.share_table: item_tower.id_embedding: false leaves no table to share; "
                 "give query_tower.history.item_features: true, or share_table: false"
             )
+    query_inputs = None if query_features is None else FeatureInputs(query_features, dimension)
+    requests = None if context is None else ContextInputs(context, dimension, dropout=query.context_dropout)
+    ids = num_queries if query.id_embedding else 0
     query_tower: QueryTower | SequenceTower
     if query.history is not None and history_items is not None and sequence is not None:
-        query_tower = build_sequence_tower(query.history, dimension, history_items)
+        beside = None
+        if ids or query_inputs is not None or requests is not None:
+            beside = Beside(
+                ids,
+                dimension,
+                features=query_inputs,
+                context=requests,
+                hidden=query.hidden,
+                dropout=query.dropout,
+                residual=query.residual,
+                layer_norm=query.layer_norm,
+            )
+        query_tower = build_sequence_tower(query.history, dimension, history_items, beside)
     else:
         query_tower = QueryTower(
-            num_queries if query.id_embedding else 0,
+            ids,
             dimension,
             history=history,
             history_items=history_items,
             hidden=query.hidden,
             dropout=query.dropout,
-            features=None if query_features is None else FeatureInputs(query_features, dimension),
+            features=query_inputs,
             residual=query.residual,
             layer_norm=query.layer_norm,
+            context=requests,
         )
     towers = TwoTower(
         query_tower,
@@ -110,7 +127,7 @@ def build_towers(
 
 
 def build_sequence_tower(
-    settings: HistoryConfig, dimension: int, history_items: nn.Embedding | ItemTower
+    settings: HistoryConfig, dimension: int, history_items: nn.Embedding | ItemTower, beside: Beside | None = None
 ) -> SequenceTower:
     """The query tower that `query_tower.history.sequence` asks for, with fresh weights.
 
@@ -144,21 +161,6 @@ def build_sequence_tower(
         length=settings.length,
         recency=RecencyAverages(settings.length + 1, sequence.recency) if sequence.recency else None,
         item_dropout=settings.dropout,
+        beside=beside,
+        gaps=sequence.gaps,
     )
-
-
-def refuse_beside_sequence(config: Config, query_features: EncodedTable | None) -> None:
-    """Refuse settings of a query tower that a sequence tower has no place for.
-
-    Raises:
-        InputError: an id embedding or features of the query.
-    """
-    for name, given in (
-        ("id_embedding", config.query_tower.id_embedding),
-        ("features", query_features is not None),
-    ):
-        if given:
-            raise InputError(
-                f"query_tower.{name}: a sequence tower knows a query by its items alone; take it out, or take out "
-                "query_tower.history.sequence"
-            )

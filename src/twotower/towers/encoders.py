@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from twotower.data.encoding import EncodedTable, RowsLike
 from twotower.data.packing import Packed
+from twotower.towers.context import ContextInputs
 from twotower.towers.dnn import Rows, dense_layers
 from twotower.towers.features import FeatureInputs
 from twotower.towers.items import ItemTower
@@ -61,7 +62,7 @@ class PooledHistory(nn.Module):
 class QueryTower(nn.Module):
     """Id embedding, pooled history and features; an MLP over all of them, added to the sum of the first two.
 
-        u = e_id + mean_h pooled_h + MLP([e_id, pooled_1, ..., pooled_H, features])
+        u = e_id + mean_h pooled_h + MLP([e_id, pooled_1, ..., pooled_H, features, context])
 
     The sum lets a history speak in the space of the items from the first step on, where both sides share one table:
     what lies near the recent items is recommended, and the MLP learns what to change about that.
@@ -77,6 +78,7 @@ class QueryTower(nn.Module):
         features: of the queries; None for a tower without any.
         residual: skip connections around the hidden layers.
         layer_norm: before their activations.
+        context: of the requests; None for a tower that looks at none.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class QueryTower(nn.Module):
         features: FeatureInputs | None = None,
         residual: bool = False,
         layer_norm: bool = False,
+        context: ContextInputs | None = None,
     ) -> None:
         super().__init__()
         if (history is None) != (history_items is None):
@@ -100,13 +103,21 @@ class QueryTower(nn.Module):
         self.history_items = history_items
         heads = 0 if history is None else history.heads
         self.features = features
-        width = dimension * (heads + bool(num_queries)) + (features.width if features else 0)
+        self.context = context
+        width = dimension * (heads + bool(num_queries)) + sum(part.width for part in (features, context) if part)
         self.mlp = dense_layers([width, *hidden, dimension], dropout=dropout, residual=residual, layer_norm=layer_norm)
 
-    def forward(self, queries: Tensor, history: Tensor | None, features: list[Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        queries: Tensor,
+        history: Tensor | None,
+        features: list[Tensor] | None = None,
+        context: Sequence[Tensor] | None = None,
+    ) -> Tensor:
         """Codes of queries int64 [B] (-1 for one never seen) and histories int64 [B, L] -> [B, D].
 
         `features` are encoded rows (`FeatureInputs.encode`) of queries that are new; otherwise their codes tell.
+        `context` are the encoded contexts of the requests (`encode_given`); None where nothing is known of any.
         """
         parts: list[Tensor] = []
         total: Tensor | float = 0.0
@@ -122,6 +133,8 @@ class QueryTower(nn.Module):
             total = total + pooled.mean(1)
         if self.features is not None:
             parts.append(self.features(queries) if features is None else self.features.embed(features))
+        if self.context is not None:
+            parts.append(self.context(context, len(queries)))
         embedded: Tensor = self.mlp(torch.cat(parts, 1)) + total
         return embedded
 
@@ -173,25 +186,41 @@ class TwoTower(nn.Module):
         """The scalar that divides every score."""
         return self.log_temperature.exp()
 
-    def embed_queries(self, queries: Tensor, history: Tensor | None, features: list[Tensor] | None = None) -> Tensor:
+    def embed_queries(
+        self,
+        queries: Tensor,
+        history: Tensor | None,
+        features: list[Tensor] | None = None,
+        context: Sequence[Tensor] | None = None,
+        gaps: Tensor | None = None,
+    ) -> Tensor:
         """u(x): codes int64 [B], histories int64 [B, L] -> [B, D].
 
-        `features` stand in the place of those that training knew (`FeatureInputs.encode_some`).
+        `features` stand in the place of those that training knew (`FeatureInputs.encode_some`); `context` is that of
+        the requests, encoded (`encode_given`); `gaps` int64 [B, L] are codes of the time before each item of the
+        history, for a tower that reads them.
         """
-        embedded: Tensor = (
-            self.query_tower(queries, history) if features is None else self.query_tower(queries, history, features)
-        )
+        given = {"features": features, "context": context, "gaps": gaps}
+        told = {name: value for name, value in given.items() if value is not None}
+        embedded: Tensor = self.query_tower(queries, history, **told)
         return F.normalize(embedded, dim=-1) if self.cosine else embedded
 
-    def embed_sequences(self, sequences: Packed) -> Tensor:
+    def embed_sequences(
+        self, sequences: Packed, queries: Tensor | None = None, context: Sequence[Tensor] | None = None
+    ) -> Tensor:
         """The wanted positions of packed sequences, u, in one pass -> [B, D].
+
+        Args:
+            sequences: with B wanted positions.
+            queries: codes of their queries, int64 [B]; None: nobody known.
+            context: of each position's request, encoded; None where nothing is known.
 
         Raises:
             TypeError: the query tower reads no sequences.
         """
         if not isinstance(self.query_tower, SequenceTower):
             raise TypeError("this query tower pools its history; set query_tower.history.sequence and train again")
-        embedded = self.query_tower.embed(sequences)
+        embedded = self.query_tower.embed(sequences, queries, context=context)
         return F.normalize(embedded, dim=-1) if self.cosine else embedded
 
     def embed_items(self, items: Tensor) -> Tensor:
@@ -201,7 +230,8 @@ class TwoTower(nn.Module):
 
     def feature_tables(self) -> list[EncodedTable]:
         """The encoded features of the sides that have any; a saved model needs them to be built again."""
-        sides = (getattr(self.item_tower, "features", None), getattr(self.query_tower, "features", None))
+        sides = [getattr(self.item_tower, "features", None), getattr(self.query_tower, "features", None)]
+        sides.append(getattr(getattr(self.query_tower, "context", None), "inputs", None))
         return [side.table for side in sides if isinstance(side, FeatureInputs)]
 
     @torch.no_grad()

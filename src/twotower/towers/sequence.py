@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from twotower.data.gaps import GAP_CODES
 from twotower.data.packing import START, Packed, pack_histories
 from twotower.towers.attention import Transformer
+from twotower.towers.context import Beside, ContextInputs
 from twotower.towers.dnn import Rows
 from twotower.towers.dropout import LEVELS, keep
 from twotower.towers.features import FeatureInputs
@@ -32,6 +35,11 @@ class SequenceTower(nn.Module):
     so that a history speaks in the space of the items from the first step on, where both sides share one table, as in
     `QueryTower`; the encoder learns what to change about that.
 
+    With `gaps` a vector for the time since the item before joins what the encoder reads, beside the place:
+    x_i = sqrt(D) e(item_i) + g(gap_i), gaps in doublings (data/gaps.py).
+
+    Where more is known of a query than its items, `beside` joins it to the output at every token (see `Beside`).
+
     An empty history is the start token alone. Items before the newest L are not looked at.
 
     Args:
@@ -42,10 +50,9 @@ class SequenceTower(nn.Module):
         length: L.
         recency: the averages; None for an encoder alone.
         item_dropout: share of the items hidden in training, so that no single one is relied on.
+        beside: query ids, features of queries, context of requests; None for items alone.
+        gaps: whether the time between items is read.
     """
-
-    #: What a tower of another kind may have.
-    features: FeatureInputs | None = None
 
     def __init__(
         self,
@@ -56,6 +63,8 @@ class SequenceTower(nn.Module):
         length: int,
         recency: RecencyAverages | None = None,
         item_dropout: float = 0.0,
+        beside: Beside | None = None,
+        gaps: bool = False,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -67,50 +76,102 @@ class SequenceTower(nn.Module):
         self.recency = recency
         if recency is not None:
             self.mixed = nn.Linear(recency.heads * dimension, dimension, bias=False)
+        self.beside = beside
+        self.gaps = nn.Embedding(GAP_CODES, dimension) if gaps else None
+        if self.gaps is not None:
+            nn.init.normal_(self.gaps.weight, std=0.02)  # as the places
 
-    def forward(self, queries: Tensor, history: Tensor | None, features: list[Tensor] | None = None) -> Tensor:
+    @property
+    def features(self) -> FeatureInputs | None:
+        """Of the queries."""
+        return None if self.beside is None else self.beside.features
+
+    @property
+    def context(self) -> ContextInputs | None:
+        """Of the requests."""
+        return None if self.beside is None else self.beside.context
+
+    def forward(
+        self,
+        queries: Tensor,
+        history: Tensor | None,
+        features: list[Tensor] | None = None,
+        context: Sequence[Tensor] | None = None,
+        gaps: Tensor | None = None,
+    ) -> Tensor:
         """Histories int64 [B, at most L], newest last, -1 on the left where there are fewer -> [B, D].
+
+        Args:
+            queries: codes int64 [B], -1 for one never seen.
+            history: as above.
+            features: encoded rows of queries that are new; otherwise their codes tell.
+            context: encoded contexts of the requests; None where nothing is known of any.
+            gaps: codes of the gap before each item of the history, int64 [B, L]; None where nobody knows them.
 
         Raises:
             ValueError: no history.
         """
-        del queries, features
+        state = self._states(history, gaps if self.gaps is not None else None)
+        return state if self.beside is None else self.beside(state, queries, features, context)
+
+    def _states(self, history: Tensor | None, gaps: Tensor | None) -> Tensor:
         if history is None:
             raise ValueError("history: this query tower needs the recent items, int64 [B, L]; found none")
         history = history[:, -self.length :]
+        since = None if gaps is None else gaps[:, -self.length :]
         if torch.compiler.is_exporting():
-            return self._rectangle(history)
+            return self._rectangle(history, since)
         if len(history) == 0:
             return self.start.new_empty(0, len(self.start))
         if torch.is_grad_enabled():
-            packed, place = pack_histories(history)
-            return self.embed(packed)[place]
+            packed, place = pack_histories(history, since)
+            return self._outputs(packed)[place]
         # By length, so that a block has little padding; then back in the order asked.
         order = torch.argsort((history >= 0).sum(1))
         block = max(TOKENS // (history.shape[1] + 1), 1)
         embedded = []
-        for part in torch.split(history[order], block):
-            packed, place = pack_histories(part)
-            embedded.append(self.embed(packed)[place])
+        for rows in torch.split(order, block):
+            packed, place = pack_histories(history[rows], None if since is None else since[rows])
+            embedded.append(self._outputs(packed)[place])
         return torch.cat(embedded)[torch.argsort(order)]
 
-    def embed(self, packed: Packed) -> Tensor:
-        """The outputs that are wanted of packed sequences, [B, D]."""
-        encoded = self._encode(packed.tokens, packed.positions, packed.shapes)
+    def embed(
+        self,
+        packed: Packed,
+        queries: Tensor | None = None,
+        features: list[Tensor] | None = None,
+        context: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """The outputs that are wanted of packed sequences, [B, D]; what is beside them in the order of these."""
+        state = self._outputs(packed)
+        if self.beside is None:
+            return state
+        if queries is None:
+            queries = torch.full((len(state),), -1, device=state.device)
+        joined: Tensor = self.beside(state, queries, features, context)
+        return joined
+
+    def _outputs(self, packed: Packed) -> Tensor:
+        encoded = self._encode(packed.tokens, packed.positions, packed.shapes, packed.gaps)
         return encoded.index_select(0, packed.rows)
 
-    def _encode(self, tokens: Tensor, positions: Tensor, shapes: tuple[tuple[int, int], ...]) -> Tensor:
+    def _encode(
+        self, tokens: Tensor, positions: Tensor, shapes: tuple[tuple[int, int], ...], gaps: Tensor | None = None
+    ) -> Tensor:
         is_item = tokens != START
         x = self._look_up(tokens.clamp(min=0))
         if self.training and self.item_dropout > 0:
             shown = is_item & _shown(tokens, self.item_dropout)
             x = x * shown[:, None]
         x = torch.where(is_item[:, None], x, self.start)
+        read = x * self.scale
+        if self.gaps is not None:
+            read = read + self.gaps(torch.zeros_like(tokens) if gaps is None else gaps)
         if self.recency is None:
-            encoded: Tensor = self.encoder(x * self.scale, positions, shapes)
+            encoded: Tensor = self.encoder(read, positions, shapes)
             return encoded
         averages = self.recency(x, shapes)
-        encoded = self.encoder(x * self.scale + self.mixed(averages.flatten(1)), positions, shapes)
+        encoded = self.encoder(read + self.mixed(averages.flatten(1)), positions, shapes)
         returned: Tensor = encoded / self.scale + averages.mean(1)
         return returned
 
@@ -122,7 +183,7 @@ class SequenceTower(nn.Module):
         embedded: Tensor = table(codes)
         return embedded
 
-    def _rectangle(self, history: Tensor) -> Tensor:
+    def _rectangle(self, history: Tensor, gaps: Tensor | None = None) -> Tensor:
         """What `forward` does, in operations whose shapes do not depend on the data: for an export."""
         rows, width = history.shape
         count = (history >= 0).sum(1, keepdim=True)
@@ -130,7 +191,8 @@ class SequenceTower(nn.Module):
         at = (width - count + place - 1).clamp(0, width - 1)
         is_item = (place > 0) & (place <= count)
         tokens = torch.where(is_item, history.gather(1, at), START)
-        encoded = self._encode(tokens.reshape(-1), place.reshape(-1), ((rows, width + 1),))
+        since = None if gaps is None else torch.where(is_item & (place > 1), gaps.gather(1, at), 0).reshape(-1)
+        encoded = self._encode(tokens.reshape(-1), place.reshape(-1), ((rows, width + 1),), since)
         encoded = encoded.reshape(rows, width + 1, -1)
         return encoded.gather(1, count[:, :, None].expand(-1, -1, encoded.shape[2]))[:, 0]
 

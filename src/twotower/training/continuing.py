@@ -26,7 +26,7 @@ class Maps:
 
     Attributes:
         queries, items: of the vocabularies.
-        values: by side ("item", "query") and place of the feature, of the codes of a feature's values.
+        values: by side ("item", "query", "context") and place of the feature, of the codes of a feature's values.
     """
 
     queries: Tensor

@@ -3,26 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from twotower.data import Batch
+from twotower.data import Batch, Packed
 from twotower.ranks import Ranks
 from twotower.towers import TwoTower
-from twotower.training.gradient_cache import cached_embedding
+from twotower.training.gradient_cache import cached_embedding, cached_parts
 
 
-def embed_queries(towers: TwoTower, queries: Tensor, history: Tensor, *, chunk: int | None = None) -> Tensor:
+def embed_queries(
+    towers: TwoTower,
+    queries: Tensor,
+    history: Tensor,
+    context: tuple[Tensor, ...] | None = None,
+    *,
+    chunk: int | None = None,
+) -> Tensor:
     """Embeddings of queries, [B, D]; `chunk` of them at a time."""
-    return _in_chunks(towers, towers.embed_queries, queries, history, chunk=chunk)
+    if context is None:
+        return _in_chunks(towers, towers.embed_queries, queries, history, chunk=chunk)
+
+    def embed(queries: Tensor, history: Tensor, *context: Tensor) -> Tensor:
+        return towers.embed_queries(queries, history, context=context)
+
+    return _in_chunks(towers, embed, queries, history, *context, chunk=chunk)
 
 
 def embed_rows(towers: TwoTower, batch: Batch, *, chunk: int | None = None) -> Tensor:
     """Embeddings of a batch's queries, [B, D]; all positions of its sequences in one pass, where it is made of some."""
     if batch.sequences is not None:
-        return towers.embed_sequences(batch.sequences)
-    return embed_queries(towers, batch.queries, batch.history, chunk=chunk)
+        return embed_sequences(towers, batch, chunk=chunk)
+    return embed_queries(towers, batch.queries, batch.history, batch.context, chunk=chunk)
+
+
+def embed_sequences(towers: TwoTower, batch: Batch, *, chunk: int | None = None) -> Tensor:
+    """Embeddings of all positions of a batch's sequences, [B, D]; `chunk` tokens at a time, whole sequences."""
+    assert batch.sequences is not None
+    if chunk is None:
+        return towers.embed_sequences(batch.sequences, batch.queries, batch.context)
+
+    def embed(sequences: Packed, queries: Tensor, *context: Tensor) -> Tensor:
+        return towers.embed_sequences(sequences, queries, context or None)
+
+    parts: list[tuple[Any, ...]] = []
+    done = 0
+    for part in batch.sequences.parts(chunk):
+        rows = slice(done, done + len(part.rows))
+        parts.append((part, batch.queries[rows], *(one[rows] for one in batch.context or ())))
+        done = rows.stop
+    return cached_parts(embed, parts, anchor=_anchor(towers))
 
 
 def embed_once(towers: TwoTower, items: Tensor, *, chunk: int | None = None) -> Tensor:
@@ -63,19 +95,6 @@ def embed_by_ranks(towers: TwoTower, items: Tensor, ranks: Ranks, *, chunk: int 
     """
     if ranks.size == 1 or len(items) == 0:
         return embed_once(towers, items, chunk=chunk)
-    place = None
-    if items.device.type == "cpu":
-        items, place = torch.unique(items, return_inverse=True)
-    each = -(-len(items) // ranks.size)
-    own = torch.arange(ranks.rank * each, (ranks.rank + 1) * each, device=items.device).clamp_(max=len(items) - 1)
-    return items[own], place, len(items)
-
-
-def _in_chunks(towers: TwoTower, embed: Callable[..., Tensor], *inputs: Tensor | None, chunk: int | None) -> Tensor:
-    if chunk is None:
-        return embed(*inputs)
-    anchor = next(parameter for parameter in towers.parameters() if parameter.requires_grad)
-    return cached_embedding(embed, *inputs, chunk=chunk, anchor=anchor)
     own, place, count = share_of_items(items, ranks)
     every = ranks.gather_with_gradient(_in_chunks(towers, towers.embed_items, own, chunk=chunk))[:count]
     return every if place is None else every.index_select(0, place)
@@ -88,3 +107,19 @@ def share_of_items(items: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor | None, 
         The codes; where each of `items` stands among those of all ranks, None for as they are; and M', how many these
         are.
     """
+    place = None
+    if items.device.type == "cpu":
+        items, place = torch.unique(items, return_inverse=True)
+    each = -(-len(items) // ranks.size)
+    own = torch.arange(ranks.rank * each, (ranks.rank + 1) * each, device=items.device).clamp_(max=len(items) - 1)
+    return items[own], place, len(items)
+
+
+def _in_chunks(towers: TwoTower, embed: Callable[..., Tensor], *inputs: Tensor | None, chunk: int | None) -> Tensor:
+    if chunk is None:
+        return embed(*inputs)
+    return cached_embedding(embed, *inputs, chunk=chunk, anchor=_anchor(towers))
+
+
+def _anchor(towers: TwoTower) -> Tensor:
+    return next(parameter for parameter in towers.parameters() if parameter.requires_grad)

@@ -40,16 +40,28 @@ def cached_embedding(embed: Callable[..., Tensor], *inputs: Tensor | None, chunk
         return embed(*inputs)
     starts = range(0, rows, chunk)
     parts = [tuple(None if one is None else one[s : s + chunk] for one in inputs) for s in starts]
+    return cached_parts(embed, parts, anchor=anchor)
+
+
+def cached_parts(embed: Callable[..., Tensor], parts: list[tuple[Any, ...]], *, anchor: Tensor) -> Tensor:
+    """The embeddings of all parts one after the other, without keeping what is inside; see `cached_embedding`.
+
+        torch.cat([embed(*part) for part in parts])
+
+    Args:
+        embed: from what a part holds to [rows, D], such as `towers.embed_sequences` of packed sequences.
+        parts: at least one.
+        anchor: as in `cached_embedding`; its device is that of the rows.
+    """
+    if len(parts) == 1 or not torch.is_grad_enabled():
+        return torch.cat([embed(*part) for part in parts])
     embedded: Tensor = _Cached.apply(anchor, embed, parts)  # type: ignore[no-untyped-call]
     return embedded
 
 
 class _Cached(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, anchor: Tensor, embed: Callable[..., Tensor], parts: list[tuple[Tensor | None, ...]]
-    ) -> Tensor:
-        del anchor
+    def forward(ctx: Any, anchor: Tensor, embed: Callable[..., Tensor], parts: list[tuple[Any, ...]]) -> Tensor:
         ctx.embed, ctx.parts, ctx.states = embed, parts, []
         ctx.autocast = {
             device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")
@@ -57,14 +69,15 @@ class _Cached(torch.autograd.Function):
         embedded = []
         with torch.no_grad():
             for part in parts:
-                ctx.states.append(_random_state(part))
+                ctx.states.append(_random_state(anchor.device))
                 embedded.append(embed(*part))
+        ctx.sizes = [len(one) for one in embedded]
         return torch.cat(embedded)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
         (grad,) = grads
-        pieces = torch.split(grad, [len(next(p for p in part if p is not None)) for part in ctx.parts])
+        pieces = torch.split(grad, ctx.sizes)
         device = grad.device.type
         enabled, dtype = ctx.autocast.get(device, (False, torch.bfloat16))
         for part, state, piece in zip(ctx.parts, ctx.states, pieces, strict=True):
@@ -74,11 +87,10 @@ class _Cached(torch.autograd.Function):
         return None, None, None
 
 
-def _random_state(part: tuple[Tensor | None, ...]) -> list[tuple[torch.device | None, Tensor]]:
-    """The state of the CPU's generator, and of those of the CUDA devices that the rows live on."""
+def _random_state(device: torch.device) -> list[tuple[torch.device | None, Tensor]]:
+    """The state of the CPU's generator, and of that of the CUDA device that the rows live on."""
     states: list[tuple[torch.device | None, Tensor]] = [(None, torch.get_rng_state())]
-    devices = {one.device for one in part if one is not None and one.device.type == "cuda"}
-    return states + [(device, torch.cuda.get_rng_state(device)) for device in devices]
+    return [*states, (device, torch.cuda.get_rng_state(device))] if device.type == "cuda" else states
 
 
 @contextmanager

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from twotower.data.gaps import given_gaps
 from twotower.errors import InputError
 from twotower.serving.answers import Answers
 from twotower.serving.explain import explain
-from twotower.serving.questions import Questions, stored_histories
+from twotower.serving.questions import Gaps, Questions, stored_gaps, stored_histories
 from twotower.serving.service.model import Codes, ServedModel, codes_of, known_code
 
 
@@ -41,13 +42,15 @@ class SimilarKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Question:
-    """One request: for a query by id, history, features, or several of them; or, for neighbours, an item id."""
+    """One request: for a query by id, history, features, context, or several of them; for neighbours, an item id."""
 
     k: int
     query: Any = None
     history: Sequence[Any] | None = None
     item: Any = None
     features: Mapping[str, Any] | None = None
+    context: Mapping[str, Any] | None = None
+    times: Sequence[Any] | None = None
 
 
 def answer(key: RecommendKey | SimilarKey, questions: Sequence[Question]) -> list[bytes | Exception]:
@@ -57,39 +60,45 @@ def answer(key: RecommendKey | SimilarKey, questions: Sequence[Question]) -> lis
     return _recommend(key, questions)
 
 
-def asked(
-    model: ServedModel, query: Any, history: Sequence[Any] | None, features: Mapping[str, Any] | None = None
-) -> tuple[int, Codes]:
-    """Query code and history of one question.
+def asked(model: ServedModel, question: Question) -> tuple[int, Codes, Gaps]:
+    """Query code, history, and the gaps in it (all unknown where no times are), of one question.
 
     Raises:
-        InputError: an unknown query, features that the model does not take, or nothing known.
+        InputError: an unknown query, features or a context that the model does not take, or nothing known.
     """
+    query, history, times = question.query, question.history, question.times
+    features, context = question.features, question.context
     if features is not None:
         model.retriever.check_features(features)
-    code = -1 if query is None else known_code(codes_of(model.artifact.queries, [query]), "query_id")
+    if context is not None:
+        model.retriever.check_context(context)
+    told = features is not None or context is not None
+    code = -1 if query is None else known_code(model.query_codes([query]), "query_id")
     if history is None:
-        if code < 0 and features is not None:
-            return code, np.zeros(0, dtype=np.int64)
+        if times is not None:
+            raise InputError("times: expected with history, whose items they belong to")
+        if code < 0 and told:
+            return code, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int8)
         if code < 0:
             raise InputError("expected query_id or history, or features, found none of them")
-        return code, stored_histories(model.artifact, np.array([code]))[1].astype(np.int64)
+        stored = stored_histories(model.artifact, np.array([code]))[1].astype(np.int64)
+        gaps = stored_gaps(model.artifact, np.array([code]))
+        return code, stored, np.zeros(len(stored), dtype=np.int8) if gaps is None else gaps
     codes = codes_of(model.artifact.items, history)
+    gaps = given_gaps(times, len(codes))[codes >= 0]
     codes = codes[codes >= 0]
-    if code < 0 and not len(codes) and features is None:
+    if code < 0 and not len(codes) and not told:
         raise InputError("history: none of its items is in the catalog; expected at least one known item id")
-    return code, codes
+    return code, codes, gaps
 
 
-def explained(
-    model: ServedModel, query: Any, history: Sequence[Any] | None, items: Sequence[Any], popularity: float
-) -> list[dict[str, Any]]:
+def explained(model: ServedModel, question: Question, items: Sequence[Any], popularity: float) -> list[dict[str, Any]]:
     """What pulled each of some items up, as JSON values, the tower asked only once.
 
     Raises:
         InputError: an unknown query or item, or nothing known.
     """
-    code, seen = asked(model, query, history)
+    code, seen, gaps = asked(model, question)
     codes = codes_of(model.artifact.items, items)
     if (codes < 0).any():
         raise InputError("items: not all are ids that this model knows")
@@ -98,13 +107,14 @@ def explained(
         codes=np.array([code]),
         offsets=np.array([0, len(seen)]),
         items=seen.astype(np.int32),
+        gaps=gaps,
     )
     kept: list[Tensor] = []
 
-    def embed(queries: Codes, histories: tuple[Codes, NDArray[np.int32]]) -> Tensor:
+    def embed(queries: Codes, histories: tuple[Codes, NDArray[np.int32]], gaps: Gaps | None) -> Tensor:
         # The same rows for every item: the history as it is, then without each of its items.
         if not kept:
-            kept.append(model.retriever.embed(queries, histories))
+            kept.append(model.retriever.in_context(question.context)(queries, histories, gaps))
         return kept[0]
 
     answers = Answers(model.artifact)
@@ -124,24 +134,27 @@ def explained(
 
 def _recommend(key: RecommendKey, questions: Sequence[Question]) -> list[bytes | Exception]:
     model, answers = key.model, list[bytes | Exception]()
-    good: list[tuple[int, Codes]] = []
+    good: list[tuple[int, Codes, Gaps]] = []
     places: list[int] = []
     for place, question in enumerate(questions):
         try:
-            good.append(asked(model, question.query, question.history, question.features))
+            good.append(asked(model, question))
             places.append(place)
             answers.append(b"")
         except InputError as error:
             answers.append(error)
     if not good:
         return answers
-    offsets = np.concatenate([[0], np.cumsum([len(seen) for _, seen in good])]).astype(np.int64)
-    items = np.concatenate([seen for _, seen in good]).astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum([len(seen) for _, seen, _ in good])]).astype(np.int64)
+    items = np.concatenate([seen for _, seen, _ in good]).astype(np.int32)
     features = [questions[place].features for place in places]
+    contexts = [questions[place].context for place in places]
     embedded = model.retriever.embed(
-        np.array([code for code, _ in good], dtype=np.int64),
+        np.array([code for code, _, _ in good], dtype=np.int64),
         (offsets, items),
         None if all(row is None for row in features) else features,
+        context=None if all(row is None for row in contexts) else contexts,
+        gaps=np.concatenate([gaps for _, _, gaps in good]),
     )
     scores, found = model.search.search(
         embedded,

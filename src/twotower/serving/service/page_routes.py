@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse
 
 from twotower.serving.questions import stored_histories
-from twotower.serving.service.answering import explained
+from twotower.serving.service.answering import Question, explained
 from twotower.serving.service.card import card
 from twotower.serving.service.model import ServedModel
 from twotower.serving.service.problems import Problem, documented
@@ -62,9 +62,10 @@ def _data(service: Service) -> APIRouter:
     async def explain(request: ExplainRequest) -> Response:
         """What pulled items up: the items of the history, and popularity."""
         model = service.models.model(request.model)
-        told = await service.aside(
-            explained, model, request.query_id, request.history, request.items, request.popularity
+        question = Question(
+            len(request.items), request.query_id, request.history, context=request.context, times=request.times
         )
+        told = await service.aside(explained, model, question, request.items, request.popularity)
         return JSONResponse({"model": model.name, "version": model.version, "items": told})
 
     @router.get("/page/history", response_model=Items)

@@ -32,8 +32,9 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/recommend", response_model=Answer, responses=asking, tags=["answers"])
     async def recommend(request: RecommendRequest) -> Response:
-        """The best items for a query: known by `query_id`, or a new one by `history`, `features`, or both."""
-        if request.query_id is None and request.history is None and request.features is None:
+        """The best items for a query: known by `query_id`, or a new one by `history`, `features`, `context`."""
+        told = (request.query_id, request.history, request.features, request.context)
+        if all(one is None for one in told):
             raise Problem(422, "expected query_id or history, or features, found none of them")
         model = service.models.model(request.model)
         exact = model.search.index.is_exact
@@ -45,9 +46,15 @@ def routes(service: Service) -> APIRouter:
             request.popularity,
             None if exact else request.k,
         )
-        return _json(
-            await service.ask(key, Question(request.k, request.query_id, request.history, None, request.features))
+        question = Question(
+            request.k,
+            request.query_id,
+            request.history,
+            features=request.features,
+            context=request.context,
+            times=request.times,
         )
+        return _json(await service.ask(key, question))
 
     @router.post("/similar", response_model=Answer, responses=asking, tags=["answers"])
     async def similar(request: SimilarRequest) -> Response:

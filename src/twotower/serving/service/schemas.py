@@ -20,6 +20,10 @@ Id = (
     | Annotated[str, Field(strict=True, min_length=1, max_length=LONGEST_ID)]
 )
 History = Annotated[list[Id], Field(max_length=LONGEST_HISTORY)]
+Times = Annotated[
+    list[Annotated[float, Field(strict=True, allow_inf_nan=False)] | Annotated[str, Field(max_length=LONGEST_ID)]],
+    Field(max_length=LONGEST_HISTORY),
+]
 Condition = Annotated[str, Field(min_length=1, max_length=LONGEST_FILTER)]
 K = Annotated[int, Field(strict=True, ge=1, le=LARGEST_K)]
 Dial = Annotated[float, Field(strict=True, ge=0.0, le=2.0, allow_inf_nan=False)]
@@ -44,6 +48,13 @@ class RecommendRequest(_Request):
         default=None,
         description="The columns declared in query_tower.features: of a new query, or in place of known ones.",
     )
+    context: dict[str, Any] | None = Field(
+        default=None,
+        description="The columns declared in query_tower.context, as this request has them; others are unknown.",
+    )
+    times: Times | None = Field(
+        default=None, description="When the items of history were met, one for each: unix time, dates or ISO text."
+    )
     k: K = Field(default=10, description="How many items.")
     exclude_seen: bool = Field(default=True, strict=True, description="Leave out the items of the history.")
     filter: Condition | None = Field(
@@ -65,6 +76,8 @@ class ExplainRequest(_Request):
 
     query_id: Id | None = None
     history: History | None = None
+    context: dict[str, Any] | None = Field(default=None, description="Of the request, as in /recommend.")
+    times: Times | None = Field(default=None, description="Of the history, as in /recommend.")
     items: Annotated[list[Id], Field(min_length=1, max_length=MOST_EXPLAINED)]
     popularity: Dial = 1.0
 

@@ -1,0 +1,79 @@
+"""Context that requests bring: rows of any kind of value, each understood on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from twotower.data.cleaning import unit_of
+from twotower.data.columns import Place
+from twotower.data.encoding import Encoded, FeatureSet, frame_of
+from twotower.errors import InputError
+from twotower.feature_config import TimestampFeature
+from twotower.schema import listed
+
+#: A row's context, None for nothing known of it; or a frame with a row for each.
+Given = pl.DataFrame | Sequence[Mapping[str, Any] | None]
+
+
+def encode_given(features: FeatureSet, rows: Given) -> Encoded:
+    """Arrays of the context of some requests, as training encodes its rows.
+
+    Rows are encoded together with those whose values are of the same kinds, so that what one request calls 3 and
+    another "three", or unix time here and a date there, is read as if each had come alone.
+
+    Args:
+        features: fitted on the context of the training rows.
+        rows: a frame, or for each request a mapping from column to value, or None. What is not there is missing.
+
+    Raises:
+        InputError: a column that the model does not know, or a value of another kind.
+    """
+    if isinstance(rows, pl.DataFrame):
+        return features.encode_rows(rows, Place("context"))
+    known = features.columns
+    groups: dict[tuple[str, ...], list[int]] = {}
+    moments = {one.column for one in features.declared if isinstance(one, TimestampFeature)}
+    for place, row in enumerate(rows):
+        for name in row or {}:
+            if name not in known:
+                raise InputError(f"context: column {name!r} is not one that the model knows; it knows {listed(known)}.")
+        kinds = tuple(_kind((row or {}).get(name), moment=name in moments) for name in known)
+        groups.setdefault(kinds, []).append(place)
+    if not rows:
+        return [empty[:0] for empty in features.missing()]
+    found: list[Encoded] = []
+    for places in groups.values():
+        chosen = [{name: (rows[place] or {}).get(name) for name in known} for place in places]
+        where = Place("context", [place + 1 for place in places], "row")
+        found.append(features.encode_rows(frame_of(chosen, known, "context"), where))
+    order = np.concatenate([np.asarray(places, dtype=np.int64) for places in groups.values()])
+    return [_in_order([encoded[one] for encoded in found], order) for one in range(len(features.declared))]
+
+
+def _kind(value: Any, *, moment: bool) -> str:
+    if isinstance(value, str) and moment:
+        return "number as text" if value.strip().replace(".", "", 1).lstrip("-").isdigit() else "text"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return unit_of(abs(float(value)), "context") if moment and np.isfinite(value) else "number"
+    return type(value).__name__
+
+
+def _in_order(parts: list[NDArray[Any]], order: NDArray[np.int64]) -> NDArray[Any]:
+    """Rows of several arrays where they belong; bags are filled up to the widest."""
+    width = max((part.shape[1] for part in parts if part.ndim == 2), default=0)
+    shape = (len(order), width) if parts[0].ndim == 2 else (len(order),)
+    joined = np.zeros(shape, dtype=parts[0].dtype)
+    start = 0
+    for part in parts:
+        at = order[start : start + len(part)]
+        if part.ndim == 2:
+            joined[at, : part.shape[1]] = part
+        else:
+            joined[at] = part
+        start += len(part)
+    return joined

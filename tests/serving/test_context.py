@@ -1,0 +1,224 @@
+"""Where only the context tells which item is met: it is learnt, and every door answers by it."""
+
+import json
+import sys
+
+import numpy as np
+import polars as pl
+import pytest
+
+import twotower as tt
+from serving.service_models import client
+from twotower import cli
+from twotower.config import Config
+from twotower.errors import InputError
+from twotower.run import read_data, reread, train_run
+from twotower.serving.batch import recommend_file
+from twotower.serving.export import export_query_tower
+
+SMALL = [
+    "data.split=leave-last-out",
+    "training.max_epochs=8",
+    "training.batch_size=128",
+    "training.learning_rate=0.02",
+    "training.warmup_steps=5",
+    "training.accelerator=cpu",
+    "training.logger=none",
+    "item_tower.dimension=16",
+    "query_tower.history.length=5",
+    "objective.sources=[{in_batch: {}}, {uniform: {size: 20}}]",
+    "evaluation.baselines=false",
+]
+CONTEXT = (
+    "query_tower.context=[{column: device, kind: categorical}, {column: timestamp, kind: timestamp, parts: [hour]}]"
+)
+SEQUENCE = "query_tower.history.sequence={kind: gru, blocks: 1, dropout: 0}"
+
+
+def log(days=(0, 14), queries=80, seed=0, devices=("phone", "desk", "tv")):
+    """Anybody takes any item of the device at hand; in the morning its lower half, in the evening its upper half."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for q in range(queries):
+        for day in range(*days):
+            device, evening = int(rng.integers(len(devices))), int(rng.integers(2))
+            hour = 6 + 12 * evening + int(rng.integers(3))
+            item = 12 * device + 6 * evening + int(rng.integers(6))
+            when = 1_699_920_000 + day * 86_400 + hour * 3_600 + int(rng.integers(3_600))
+            rows.append((f"u{q:02d}", item, when, devices[device], float(rng.random())))
+    return pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp", "device", "noise"], orient="row")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Run folders of the same data, with and without its context: {name: (folder, model, evaluation)}."""
+    folder = tmp_path_factory.mktemp("context")
+    log().write_csv(folder / "log.csv")
+    found = {}
+    for name, changes in {"with": [CONTEXT], "without": [], "sequence": [CONTEXT, SEQUENCE]}.items():
+        config = Config.load(None, [*SMALL, *changes])
+        model, measured = train_run(folder / "log.csv", folder / name, config, progress=False, say=lambda text: None)
+        found[name] = folder / name, model, measured["model"].values
+    return found
+
+
+def places(frame):
+    """Device and half of the day that recommended items belong to."""
+    return (frame["item"] // 12).to_numpy(), (frame["item"] % 12 // 6).to_numpy()
+
+
+@pytest.mark.parametrize("name", ["with", "sequence"])
+def test_the_context_tells_what_nothing_else_does(runs, name):
+    """36 items, 6 of them right for a context: the right six in ten places, against ten of 36 by chance."""
+    with_, without = runs[name][2]["Recall@10"], runs["without"][2]["Recall@10"]
+    assert without < 0.45
+    assert with_ > 0.8
+    assert with_ > without + 0.4
+
+
+@pytest.mark.parametrize("name", ["with", "sequence"])
+def test_the_service_answers_differently_for_different_contexts(runs, name):
+    folder = runs[name][0]
+    retriever = tt.Retriever.load(folder)
+    with client(folder) as service:
+        for device, number in (("phone", 0), ("desk", 1), ("tv", 2)):
+            for evening, hour in ((0, "07:30"), (1, "19:15")):
+                context = {"device": device, "timestamp": f"2024-06-03 {hour}:00"}
+                question = {"query_id": "u07", "context": context, "k": 5, "exclude_seen": False}
+                answer = service.post("/recommend", json=question)
+                assert answer.status_code == 200, answer.text
+                items = [one["item"] for one in answer.json()["items"]]
+                found = retriever.recommend(["u07"], context=context, k=5, exclude_seen=False)
+                assert items == found["item"].to_list()
+                devices, halves = places(found)
+                assert (devices == number).mean() >= 0.8 and (halves == evening).mean() >= 0.8
+        alone = service.post("/recommend", json={"context": {"device": "tv"}, "k": 6})
+        assert alone.status_code == 200
+        assert np.mean([one["item"] // 12 == 2 for one in alone.json()["items"]]) > 0.6
+        told = service.post("/explain", json={"query_id": "u07", "items": [3], "context": {"device": "phone"}})
+        other = service.post("/explain", json={"query_id": "u07", "items": [3], "context": {"device": "tv"}})
+        assert told.json()["items"][0]["logit"] > other.json()["items"][0]["logit"] + 0.5
+        for wrong, message in (({"devise": "tv"}, "devise"), ({"timestamp": "soon"}, "timestamp"), (7, "context")):
+            refused = service.post("/recommend", json={"query_id": "u07", "context": wrong})
+            assert refused.status_code == 422 and message in refused.text
+
+
+def test_what_is_not_told_is_unknown(runs):
+    retriever = tt.Retriever.load(runs["with"][0])
+    plain = retriever.recommend(["u03", "u04"], k=4)
+    for context in ({}, {"device": None}, [{}, None], {"timestamp": None, "device": None}):
+        same = retriever.recommend(["u03", "u04"], context=context, k=4)
+        assert same["item"].to_list() == plain["item"].to_list()
+        assert np.allclose(same["score"], plain["score"], atol=1e-6)
+    unseen = retriever.recommend(["u03"], context={"device": "watch"}, k=4)
+    assert len(unseen) == 4
+    each = retriever.recommend(["u03", "u03"], context=[{"device": "desk"}, {"device": "tv"}], k=3)
+    devices, _ = places(each)
+    assert (devices[:3] == 1).all() and (devices[3:] == 2).all()
+
+
+def test_wrong_questions_are_told(runs):
+    retriever = tt.Retriever.load(runs["with"][0])
+    with pytest.raises(InputError, match="context: expected one row for each query, 2; found 1"):
+        retriever.recommend(["u03", "u04"], context=[{}])
+    with pytest.raises(InputError, match="nothing is known of this query"):
+        retriever.recommend(histories=[[999]], context=[None])
+    plain = tt.Retriever.load(runs["without"][0])
+    with pytest.raises(InputError, match="this model looks at none; set query_tower.context"):
+        plain.recommend(["u03"], context={"device": "tv"})
+    with client(runs["without"][0]) as service:
+        refused = service.post("/recommend", json={"query_id": "u03", "context": {"device": "tv"}})
+        assert refused.status_code == 422 and "looks at none" in refused.text
+
+
+def test_a_training_row_and_the_same_request_have_one_embedding(runs):
+    folder, model, _ = runs["with"]
+    split = model.split
+    retriever = tt.Retriever.load(folder)
+    holdout = split.test
+    histories = (holdout.history_offsets, holdout.history_items)
+    by_rows = retriever.embed(holdout.queries, histories, context=holdout.context)
+    seconds = (holdout.query_times // 1_000_000).tolist()
+    asked = [
+        {"device": d, "timestamp": [t, t * 1000, str(moment)][place % 3]}
+        for place, (d, t, moment) in enumerate(
+            zip(holdout.context["device"], seconds, holdout.context["timestamp"], strict=True)
+        )
+    ]
+    by_requests = retriever.embed(holdout.queries, histories, context=asked)
+    assert float((by_rows - by_requests).abs().max()) < 1e-6
+    blind = retriever.embed(holdout.queries, histories)
+    assert float((by_rows - blind).abs().max()) > 0.1
+
+
+def run(monkeypatch, capsys, *words):
+    monkeypatch.setattr(sys, "argv", ["twotower", *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capsys.readouterr()
+    return stop.value.code or 0, out, err
+
+
+def test_the_command_line_and_files(runs, tmp_path, monkeypatch, capsys):
+    folder = runs["with"][0]
+    context = {"device": "desk", "timestamp": "2024-06-03 07:00:00"}
+    expected = tt.Retriever.load(folder).recommend(["u05"], context=context, k=4)
+    words = ["recommend", folder, "--query", "u05", "--context", json.dumps(context), "-k", "4", "--json"]
+    code, out, err = run(monkeypatch, capsys, *words)
+    assert code == 0, err
+    assert [one["item"] for one in json.loads(out)] == expected["item"].to_list()
+    code, _, err = run(monkeypatch, capsys, "recommend", folder, "--query", "u05", "--context", "[1]")
+    assert code == 2 and "--context [1]: expected an object" in err
+    rows = pl.DataFrame({"user_id": ["u05", "u05", "nobody"], "device": ["desk", "tv", "tv"]})
+    rows.write_parquet(tmp_path / "asked.parquet")
+    recommend_file(tt.Retriever.load(folder), tmp_path / "asked.parquet", tmp_path / "told.parquet", k=3)
+    devices, _ = places(pl.read_parquet(tmp_path / "told.parquet"))
+    assert devices.tolist() == [1, 1, 1, 2, 2, 2]
+    code, out, err = run(monkeypatch, capsys, "features", folder.parent / "log.csv")
+    assert code == 0, err
+    assert "query_tower:\n  context:" in out and "{column: timestamp, kind: timestamp, parts: [hour, weekday]}" in out
+    assert "goes with the item" in out  # here no item is ever met on two devices
+
+
+def test_an_export_refuses(runs, tmp_path):
+    with pytest.raises(InputError, match=r"reads the context of a request \(device, timestamp\)"):
+        export_query_tower(runs["with"][0], tmp_path / "out", "torch")
+
+
+def test_a_saved_model_is_measured_again_on_the_questions_in_their_context(runs):
+    folder, model, values = runs["with"]
+    artifact, split = reread(folder)
+    again = tt.evaluate(tt.Retriever(artifact), split.test, train=split.train, ks=(10,), baselines=False)
+    assert again["model"].values["Recall@10"] == pytest.approx(values["Recall@10"])
+    assert split.test.context.equals(model.split.test.context.select(split.test.context.columns))
+
+
+@pytest.mark.parametrize("name", ["with", "sequence"])
+def test_new_days_bring_new_devices(runs, name, tmp_path):
+    """A training that goes on learns a device of the new days, and keeps what it knew of the old ones."""
+    folder, model, _ = runs[name]
+    log((14, 24), seed=3, devices=("phone", "desk", "watch")).write_csv(tmp_path / "new.csv")
+    config = Config.load(None, ["training.max_epochs=6"], base=tt.run.settings_of(folder))
+    child, _ = train_run(
+        tmp_path / "new.csv", tmp_path / "child", config, start=folder, progress=False, say=lambda text: None
+    )
+    features = child.artifact.towers.query_tower.context.inputs.table.features
+    assert features.encoders[0].values.known.ids.to_list() == ["desk", "phone", "tv", "watch"]
+    old = model.artifact.towers.query_tower.context.inputs.embeddings["0"].weight
+    new = child.artifact.towers.query_tower.context.inputs.embeddings["0"].weight
+    assert len(new) == len(old) + 1
+    found = tt.Retriever.load(tmp_path / "child").recommend(
+        ["u01"] * 3, context=[{"device": d} for d in ("phone", "watch", "desk")], k=6
+    )
+    devices, _ = places(found)
+    right = [(devices[6 * n : 6 * n + 6] == number).mean() for n, number in enumerate((0, 2, 1))]
+    assert min(right) > 0.6
+    artifact, split = reread(tmp_path / "child")
+    assert split.test.context is not None and len(split.test.context) == len(split.test)
+    data = read_data(tmp_path / "new.csv", config.data, context=["device", "timestamp"])
+    assert set(split.test.context["device"]) <= set(data.context["device"])
+    again = tt.evaluate(tt.Retriever(artifact), split.test, train=split.train, ks=(10,), baselines=False)
+    told = child.artifact.metadata["metrics"]
+    assert again["model"].values["Recall@10"] == pytest.approx(
+        json.loads(json.dumps(told))["rows"][0]["values"]["Recall@10"]
+    )
