@@ -52,7 +52,13 @@ def sections(model: type[BaseModel], path: str = "") -> list[str]:
             rows.append(f"| `{path}{name}` | {_default(field)} | {_kind(field)} | {_cell(field.description or '')} |")
         else:
             inner += sections(section, f"{path}{name}.")
-            if type(None) in typing.get_args(field.annotation):
+            plain = [kind for kind in typing.get_args(field.annotation) if kind not in (section, type(None))]
+            if plain:
+                taken = " or ".join(_cell(_named(kind)) for kind in plain)
+                rows.append(
+                    f"| `{path}{name}` | {_default(field)} | {taken} or a section | {_cell(field.description or '')} |"
+                )
+            elif type(None) in typing.get_args(field.annotation):
                 rows.append(f"| `{path}{name}` | see below | a section, or null | {_cell(field.description or '')} |")
     parts = []
     if path:
@@ -70,6 +76,8 @@ def _section(annotation: Any) -> type[BaseModel] | None:
 
 
 def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "needed"
     value = field.get_default(call_default_factory=True)
     text = json.dumps(value, ensure_ascii=False)
     return f"`{text}`"

@@ -44,6 +44,12 @@ class ColumnsConfig(Section):
     group: str | None = None
 
 
+class HashedConfig(Section):
+    """Ids are hashed to rows, without a list of them."""
+
+    hashed: int = Field(ge=2, le=2**31 - 1, description="R: ids that share a row are the same to the model.")
+
+
 class DataConfig(Section):
     """What is read and how it is split."""
 
@@ -52,6 +58,15 @@ class DataConfig(Section):
     columns: ColumnsConfig = ColumnsConfig()
     catalog: Literal["interactions", "table"] = Field(
         "interactions", description="table: items that stand only in the item table are in the catalog as well."
+    )
+    query_ids: Literal["vocabulary", "codes"] | HashedConfig = Field(
+        "vocabulary", description="codes: ids are 0, 1, 2, ... already. {hashed: R}: to R rows, without a vocabulary."
+    )
+    item_ids: Literal["vocabulary", "codes"] = Field(
+        "vocabulary", description="codes: ids are 0, 1, 2, ... already, N is the largest and one."
+    )
+    workers: PositiveInt | None = Field(
+        None, description="Processes that read the shards of a folder. None: one for each core."
     )
     positive_label: float | None = Field(
         None, description="Rows with a label below this are observed negatives, not positives. None: all are positives."

@@ -18,7 +18,7 @@ from torch import Tensor
 from twotower import continuing, evaluation
 from twotower.analysis.subject import Subject, subject_of
 from twotower.build import build_objective, needs_known_positives, reads_gaps, reads_sequences
-from twotower.config import Config, DataConfig
+from twotower.config import Config, DataConfig, HashedConfig
 from twotower.continuing import Parent
 from twotower.data import (
     GroupedBatches,
@@ -44,6 +44,7 @@ from twotower.data.declaring import (
     with_features,
 )
 from twotower.data.encoding import EncodedTable
+from twotower.data.folders import listing, refuse_other_files
 from twotower.data.gaps import gap_codes
 from twotower.data.past import ContinuedSplit
 from twotower.data.proposing import Proposed, propose
@@ -55,8 +56,10 @@ from twotower.evaluation.by_parts import ShardedRanker, own_item_embeddings
 from twotower.evaluation.over_ranks import item_embeddings, over_ranks
 from twotower.evaluation.towers import TowerRanker
 from twotower.files import write_text
-from twotower.launch import Team, joined
+from twotower.ids import Hashed
+from twotower.launch import Launch, Team, joined
 from twotower.losses import Objective
+from twotower.machine import cores
 from twotower.negatives import Mined
 from twotower.ranks import Ranks
 from twotower.schema import IdValues
@@ -71,6 +74,9 @@ if TYPE_CHECKING:
 
 #: Queries mined at once.
 MINING_BLOCK = 8192
+
+#: In a run folder: the files that the run began with, and their sizes.
+INPUTS = "inputs.json"
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,7 @@ def read_data(
 
     `context`: further columns of the interactions to read; those that a configuration needs are `wanted_context`.
     """
+    told = settings.query_ids
     return datasets.load(
         source,
         items=items or settings.items,
@@ -129,6 +136,9 @@ def read_data(
         positive_label=settings.positive_label,
         catalog=settings.catalog,
         context=context,
+        query_ids=Hashed(told.hashed) if isinstance(told, HashedConfig) else told,
+        item_ids=settings.item_ids,
+        workers=settings.workers or max(cores() // Launch.of_environment().local_size, 1),
     )
 
 
@@ -352,6 +362,11 @@ def make_batches(
     return GroupedBatches(batches) if grouped else batches
 
 
+def gaps_of(config: Config, data: Interactions) -> np.ndarray | None:
+    """Codes of the gap before each row, int8 [n], where the tower reads them and rows have times; else None."""
+    return gap_codes(data.offsets, data.timestamps) if reads_gaps(config) and data.timestamps is not None else None
+
+
 def _kept_whole(config: Config, parent: Parent | None) -> str | None:
     """Why a training needs whole tables on every rank; None where it does not."""
     if parent is not None:
@@ -361,11 +376,6 @@ def _kept_whole(config: Config, parent: Parent | None) -> str | None:
     if any("mined" in source for source in config.objective.sources or []):
         return "mined negatives search the whole catalog on every rank"
     return None
-
-
-def gaps_of(config: Config, data: Interactions) -> np.ndarray | None:
-    """Codes of the gap before each row, int8 [n], where the tower reads them and rows have times; else None."""
-    return gap_codes(data.offsets, data.timestamps) if reads_gaps(config) and data.timestamps is not None else None
 
 
 def _miner(
@@ -508,7 +518,9 @@ def _train(
         start = json.loads(parents.read_text(encoding="utf-8"))["model"]
     parent = None if start is None else Parent.load(start)
     reading = config.data if parent is None else _with_catalog(config.data)
-    data = team.first_then_others(lambda: read_data(source, reading, context=wanted_context(config)), "data")
+    files, data = _read(
+        source, reading, team, context=wanted_context(config), before=directory / INPUTS if resume else None
+    )
     say(data.account)
     split: Split
     if parent is None:
@@ -534,6 +546,7 @@ def _train(
     directory.mkdir(parents=True, exist_ok=True)
     if not resume and is_first:
         write_text(directory / "config.yaml", config.to_yaml())
+        write_text(directory / INPUTS, json.dumps(files, indent=1))
         parents.unlink(missing_ok=True)
         if parent is not None:
             write_text(parents, json.dumps({"model": parent.where, "fingerprint": parent.fingerprint}))
@@ -568,6 +581,22 @@ def _item_embeddings(towers: TwoTower) -> Tensor:
     if shared_tables_of(towers):
         return own_item_embeddings(towers, Part(Ranks.current(), towers.item_tower.num_items))
     return towers.item_embeddings()
+
+
+def _read(
+    source: str | Path, settings: DataConfig, team: Team, *, context: Wanted, before: Path | None
+) -> tuple[dict[str, int], Interactions]:
+    """The data, the same on every rank and, where `before` lists them, from the same files as when the run began."""
+    files = listing(source)
+    refuse_other_files(json.loads(team.said_by_first("files", json.dumps(files))), files, "the first rank has")
+    if before is not None and before.is_file():
+        refuse_other_files(json.loads(before.read_text(encoding="utf-8")), files, "the run began with")
+    # Shards are read by all ranks together; anything else by the first, and the others find it in the cache.
+    share = team.all_at_once if len(files) > 1 else team.first_then_others
+    data = share(lambda: read_data(source, settings, context=context), "data")
+    if team.said_by_first("fingerprint", data.fingerprint) != data.fingerprint:
+        raise InputError(f"{source}: rank {team.ranks.rank} reads other rows than the first; give all the same files")
+    return files, data
 
 
 def _nobody(told: object) -> None:

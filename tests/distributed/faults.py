@@ -7,6 +7,7 @@ all ranks again when one has died, and counts the restarts. test_faults.py also 
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -45,8 +46,8 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start(arguments, size, log, restarts=0):
-    """Fork `size` ranks; rank -> process id."""
+def start(arguments, size, log, restarts=0, largest_file=None):
+    """Fork `size` ranks; rank -> process id. `largest_file`: bytes above which no file may grow, as `ulimit -f`."""
     port, ranks = free_port(), {}
     for rank in range(size):
         child = os.fork()
@@ -56,6 +57,8 @@ def start(arguments, size, log, restarts=0):
                 os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
                 os.environ |= {"TORCHELASTIC_RESTART_COUNT": str(restarts)}
+            if largest_file is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
             told = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(told, 1)
             os.dup2(told, 2)
@@ -108,6 +111,35 @@ def stopped(data, out, at):
     return codes(ranks)
 
 
+def hung(data, out):
+    """One of two ranks stands still in the middle; how the other ends, and after how many seconds."""
+    ranks = start(words(data, out, ["--set", "training.exchange_timeout=8"]), 2, out.with_suffix(".log"))
+    while steps_done(out) < 6 and alive(ranks[0]):
+        time.sleep(0.005)
+    os.kill(ranks[1], signal.SIGSTOP)
+    began = time.monotonic()
+    ended = os.waitstatus_to_exitcode(os.waitpid(ranks[0], 0)[1])
+    seconds = time.monotonic() - began
+    os.kill(ranks[1], signal.SIGKILL)
+    os.waitpid(ranks[1], 0)
+    return [ended, seconds]
+
+
+def full(data, out):
+    """No file may grow above 20,000 bytes: checkpoints do. Then there is room again, and the run is started anew."""
+    first = codes(start(words(data, out), 1, out.with_suffix(".log"), largest_file=20_000))
+    left = sorted(str(p.relative_to(out)) for p in out.rglob("*partial*"))
+    return [first, left, codes(start(words(data, out, ["--force"]), 1, out.with_suffix(".log")))]
+
+
+def sharded(data, out):
+    """Two ranks read a folder of shards; then one of them is gone, and the run cannot be gone on with."""
+    shards = data.with_name("shards")
+    first = codes(start(words(shards, out), 2, out.with_suffix(".log")))
+    (shards / "part-2.parquet").unlink()
+    return [first, codes(start(words(shards, out, ["--resume"]), 2, out.with_suffix(".lost")))]
+
+
 def main(data, folder, kills):
     found = {
         "one": codes(start(words(data, folder / "one"), 1, folder / "one.log")),
@@ -116,6 +148,10 @@ def main(data, folder, kills):
         "stopped": stopped(data, folder / "stopped", 12),
         "stopped at": steps_done(folder / "stopped"),
     }
+    if kills <= 2:  # once is enough
+        found |= {
+            name: act(data, folder / name) for name, act in (("hung", hung), ("full", full), ("sharded", sharded))
+        }
     for size in (1, 3):
         shutil.copytree(folder / "stopped", folder / f"resumed-{size}")
         out = folder / f"resumed-{size}"

@@ -29,8 +29,11 @@ pytestmark = [
 
 def scenario(folder: Path, kills: int) -> dict:
     """What faults.py does in a folder, and what came of it."""
-    data = folder / "planted.parquet"
+    data, shards = folder / "planted.parquet", folder / "shards"
     planted(queries=80).write_parquet(data)
+    shards.mkdir()  # here, for faults.py forks, and polars has threads
+    for number, part in enumerate(planted(queries=80).iter_slices(300)):
+        part.write_parquet(shards / f"part-{number}.parquet")
     ended = subprocess.run(
         [sys.executable, str(HERE / "faults.py"), str(data), str(folder), str(kills)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -98,6 +101,39 @@ def test_sigterm_leaves_a_checkpoint_and_other_numbers_of_ranks_go_on_from_it(fo
         assert found[f"resumed-{size}"] == [0] * size
         assert_near(folder / f"resumed-{size}", folder / "two")
     assert not torch.equal(weights(folder / "two")["log_temperature"], torch.zeros(()))  # something was learnt
+
+
+def errors(log: Path) -> list[str]:
+    told = log.read_text()
+    assert "Traceback" not in told, told
+    return [line for line in told.splitlines() if line.startswith("twotower: ")]
+
+
+def test_a_rank_that_stands_still_is_told_in_one_line_when_the_time_is_up(found, folder):
+    ended, seconds = found["hung"]
+    assert ended == 1 and 4 < seconds < 60, "8 seconds were set"
+    (line,) = errors(folder / "hung.log.0")
+    assert "another rank is gone, or has not answered in time" in line and "--max-restarts" in line
+
+
+def test_a_full_disk_is_told_by_name_leaves_nothing_half_written_and_the_run_goes_on(found, folder):
+    first, left, then = found["full"]
+    assert first == [2] and then == [0]
+    (line,) = errors(folder / "full.log.0")
+    assert "full/checkpoints/last.ckpt: cannot be written, the disk is full" in line
+    assert left == []
+    assert_near(folder / "full", folder / "one")
+
+
+def test_two_ranks_read_a_folder_of_shards_and_a_lost_one_is_told_by_name(found, folder):
+    first, then = found["sharded"]
+    assert first == [0, 0] and then == [2, 2]
+    expected = weights(folder / "two")
+    for name, value in weights(folder / "sharded").items():
+        assert torch.equal(value, expected[name]), name
+    for rank in range(2):
+        (line,) = errors(folder / f"sharded.lost.{rank}")
+        assert "shards/part-2.parquet: is not there, the run began with it" in line
 
 
 def test_ten_kills_at_random_steps(tmp_path):

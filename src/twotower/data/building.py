@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -11,16 +11,20 @@ import numpy as np
 import polars as pl
 
 from twotower.data.account import Account
-from twotower.data.cleaning import clean, is_list
-from twotower.data.context import CONTEXT_FILE, Wanted, context_columns, gathered
+from twotower.data.collecting import ROLES, Collected
+from twotower.data.context import CONTEXT_FILE, Wanted, gathered
 from twotower.data.features import FeatureTable, TableLike
-from twotower.data.preparing import Collected, Finished, finish
-from twotower.data.reading import ROW, SequenceSource, Source
+from twotower.data.first_pass import FirstPass
+from twotower.data.preparing import Finished, finish
+from twotower.data.reading import SequenceSource, Source
 from twotower.data.storing import combined, digest, vocabulary_digest, write_meta
 from twotower.errors import InputError
-from twotower.schema import Columns, Vocabulary, listed
+from twotower.ids import Hashed, IdKind
+from twotower.schema import Columns, Vocabulary
 
 VOCABULARY_FILES = {"queries": "queries.parquet", "items": "items.parquet", "groups": "groups.parquet"}
+#: Adds the rows of all files to a `Collected`; gives what else each has.
+Gather = Callable[[Collected], Sequence[pl.DataFrame | None]]
 TABLE_FILES = {"item": "item_table.parquet", "query": "query_table.parquet"}
 
 
@@ -33,12 +37,31 @@ class Reading:
     catalog: str = "interactions"
     part: bool = False
     context: Wanted = None
+    query_ids: IdKind = "vocabulary"
+    item_ids: IdKind = "vocabulary"
 
     def __post_init__(self) -> None:
         if self.catalog not in ("interactions", "table"):
             raise InputError(f"catalog: {self.catalog!r}; expected 'interactions' or 'table'.")
         if self.positive_label is not None and not np.isfinite(self.positive_label):
             raise InputError(f"positive_label: {self.positive_label!r}; expected a finite number.")
+        for name, kind in (("query_ids", self.query_ids), ("item_ids", self.item_ids)):
+            if not isinstance(kind, Hashed) and kind not in ("vocabulary", "codes"):
+                raise InputError(f"{name}: {kind!r}; expected 'vocabulary', 'codes' or Hashed(rows).")
+        if isinstance(self.item_ids, Hashed):
+            raise InputError(
+                "item_ids: hashed items could not be told apart in an answer; expected 'vocabulary' or 'codes'."
+            )
+
+    def first_pass(self, sources: Sequence[Source]) -> FirstPass:
+        """What is read of each file."""
+        return FirstPass.of(
+            sources,
+            self.columns,
+            labelled=self.positive_label,
+            context=self.context,
+            ids={"query_ids": self.query_ids, "item_ids": self.item_ids},
+        )
 
 
 def build(
@@ -49,17 +72,38 @@ def build(
     queries: TableLike | None,
     directory: Path,
     account: Account,
+    first: FirstPass | None = None,
+    gather: Gather | None = None,
 ) -> None:
     """Write the layout of `storing` into `directory`, which exists and is empty.
+
+    Args:
+        sources: the files.
+        reading: options.
+        items: table of item features.
+        queries: table of query features.
+        directory: where it goes.
+        account: told what was read.
+        first: what is read of each file; found out where None.
+        gather: gives the rows of all files, which are read here where None.
 
     Raises:
         InputError: whatever is wrong with the input, with file, column and row.
     """
     with tempfile.TemporaryDirectory(prefix="passes-", dir=directory) as passes:
-        collected = Collected(Path(passes))
-        columns, extras, named = _collect(sources, reading, collected)
+        first = first or reading.first_pass(sources)
+        columns, named = first.columns, list(first.context)
+        collected = first.empty(Path(passes))
+        read = [first.read(source, collected) for source in sources] if gather is None else gather(collected)
+        described = [frame for frame in read if frame is not None]
+        extras = pl.concat(described, how="diagonal_relaxed") if described else None
         if not collected.rows:
             raise InputError(f"{sources[0].name}: no interactions; every list of items is empty.")
+        if isinstance(reading.query_ids, Hashed) and (queries is not None or described):
+            raise InputError(
+                "query_ids: query features are joined by id, and hashed ids have no list; leave the table (or the "
+                "columns beside the lists of items) out, or use 'vocabulary' or 'codes'."
+            )
         tables = {
             "item": None if items is None else FeatureTable(items, "item", columns.item or "item"),
             "query": None if queries is None else FeatureTable(queries, "query", columns.query or "query"),
@@ -145,51 +189,6 @@ def _side(role: str) -> str:
     return "items" if role == "item" else "queries"
 
 
-def _collect(
-    sources: Sequence[Source], reading: Reading, collected: Collected
-) -> tuple[Columns, pl.DataFrame | None, list[str]]:
-    """The first pass over all sources.
-
-    Returns:
-        The roles; the plain columns beside lists of items, which describe the query; the names of the context columns.
-    """
-    columns = reading.columns.resolve(sources[0].columns, sources[0].name)
-    extras: list[pl.DataFrame] = []
-    named: list[str] = []
-    for source in sources:
-        missing = [name for name in columns.roles().values() if name not in source.columns]
-        if missing:
-            raise InputError(
-                f"{source.name}: column {missing[0]!r} is missing, {sources[0].name} has it. "
-                f"Columns found: {listed(source.columns)}."
-            )
-        if reading.positive_label is not None and columns.label is None:
-            raise InputError(
-                f"{source.name}: positive_label={reading.positive_label} needs a label column (rating, label, score). "
-                f"Columns found: {listed(source.columns)}."
-            )
-        wanted, lists = list(columns.roles().values()), False
-        if not source.text:
-            probe = next(iter(source.chunks([columns.item or ""])))
-            lists = is_list(probe, columns.item or "")
-        if source is sources[0]:
-            named = context_columns(reading.context, columns, source.columns, source.name, lists=lists)
-        beside = [name for name in named if name != columns.timestamp]
-        context_columns(beside, columns, source.columns, source.name, lists=lists)
-        wanted = list(dict.fromkeys([*wanted, *beside, *(source.columns if lists else [])]))
-        for frame in source.chunks(wanted):
-            if is_list(frame, columns.item or ""):
-                described = [
-                    name
-                    for name in frame.columns
-                    if name not in (ROW, *columns.roles().values(), *beside) and not frame.schema[name].is_nested()
-                ]
-                if described:
-                    extras.append(frame.select(columns.query or "", *described))
-            collected.add(clean(frame, columns, source, beside), source.name, source.text)
-    return columns, pl.concat(extras, how="diagonal_relaxed") if extras else None, named
-
-
 def _vocabularies(
     collected: Collected, columns: Columns, item_table: FeatureTable | None, reading: Reading, where: str
 ) -> dict[str, Vocabulary]:
@@ -197,6 +196,10 @@ def _vocabularies(
     if reading.catalog == "table":
         if item_table is None:
             raise InputError("catalog='table' needs an item table; give items=...")
+        if "items" in collected.direct:
+            raise InputError(
+                "catalog='table' adds ids to a vocabulary; codes have none: N is the largest code and one."
+            )
         extra = item_table.ids_as(collected.distinct["items"][0].dtype)
         if extra.null_count():
             wrong = item_table.ids.filter(extra.is_null())[0]
@@ -268,6 +271,8 @@ def _tell(
     account.add("interactions", rows, "positives")
     account.add("queries", len(vocabularies["queries"]))
     account.add("items", len(vocabularies["items"]))
+    for side, column in collected.direct.items():
+        column.tell(account, ROLES[side], finished.seen[side])
     if reading.positive_label is not None:
         silent = int(np.count_nonzero(np.diff(finished.offsets) == 0))
         account.add("queries without a positive", silent, "they stay in the vocabulary")

@@ -11,8 +11,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from twotower.data.collecting import Collected
 from twotower.data.features import typed
-from twotower.data.preparing import Collected
 from twotower.data.storing import read_table
 from twotower.errors import InputError
 from twotower.schema import Columns, Vocabulary, listed

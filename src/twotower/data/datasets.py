@@ -20,6 +20,7 @@ from twotower.data.folders import cache_key, cache_root
 from twotower.data.interactions import ColumnsLike, Interactions
 from twotower.data.storing import META, appearing
 from twotower.errors import InputError
+from twotower.ids import IdKind
 
 Tables = dict[str, pl.DataFrame]
 
@@ -189,6 +190,9 @@ def load(
     cache: str | Path | None = None,
     catalog: str = "interactions",
     context: Wanted = None,
+    query_ids: IdKind = "vocabulary",
+    item_ids: IdKind = "vocabulary",
+    workers: int | None = None,
 ) -> Interactions:
     """The interactions of a known data set, a file or a folder, with its feature tables.
 
@@ -201,6 +205,9 @@ def load(
         cache: likewise.
         catalog: likewise.
         context: likewise.
+        query_ids: likewise.
+        item_ids: likewise.
+        workers: likewise.
 
     Raises:
         InputError: see `Interactions.read` and `folder`.
@@ -226,6 +233,9 @@ def load(
         cache=cache,
         catalog=catalog,
         context=context,
+        query_ids=query_ids,
+        item_ids=item_ids,
+        workers=workers,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -18,6 +17,7 @@ from twotower.data.building import TABLE_FILES, VOCABULARY_FILES, Reading, build
 from twotower.data.context import CONTEXT_FILE, Wanted, read_context
 from twotower.data.features import TableLike
 from twotower.data.folders import Files, cache_key, cache_root, find_files
+from twotower.data.preparation import KEY, is_ready, prepare
 from twotower.data.reading import FrameSource, Source, open_source
 from twotower.data.storing import (
     DTYPES,
@@ -33,6 +33,8 @@ from twotower.data.storing import (
     write_meta,
 )
 from twotower.errors import InputError
+from twotower.ids import IdKind, read_vocabulary
+from twotower.machine import cores
 from twotower.schema import Columns, Vocabulary
 
 ColumnsLike = Columns | Mapping[str, str | None] | None
@@ -160,6 +162,9 @@ class Interactions:
         catalog: str = "interactions",
         part: bool = False,
         context: Wanted = None,
+        query_ids: IdKind = "vocabulary",
+        item_ids: IdKind = "vocabulary",
+        workers: int | None = None,
     ) -> Interactions:
         """Read a file, a folder or several files once; later readings open the prepared form.
 
@@ -177,6 +182,9 @@ class Interactions:
             part: the file is a part of the data, such as a ready-made test; then a single item is enough.
             context: further columns that describe the request of each row, such as its device, or "all" that have no
                 role. While the data is prepared they are in memory.
+            query_ids: "vocabulary", "codes" where ids are 0, 1, 2, ... already, or `Hashed(rows)`; see docs/data.md.
+            item_ids: "vocabulary" or "codes".
+            workers: processes that read the shards of a folder; one for each core where None.
 
         Returns:
             Memory-mapped interactions.
@@ -184,7 +192,9 @@ class Interactions:
         Raises:
             InputError: with file, column and row.
         """
-        reading = Reading(Columns.of(columns), positive_label, catalog, part, _several_names(context))
+        reading = Reading(
+            Columns.of(columns), positive_label, catalog, part, _several_names(context), query_ids, item_ids
+        )
         if isinstance(path, str | Path) and (Path(path) / META).is_file():
             return cls.open(path)
         files = find_files(Path(path)) if isinstance(path, str | Path) else _several(path)
@@ -212,18 +222,26 @@ class Interactions:
             with tempfile.TemporaryDirectory(prefix="twotower-") as directory:
                 sources = [open_source(p) for p in files.interactions]
                 return cls._built(sources, reading, items, queries, Path(directory), account=account)
-        if (target / META).is_file() and not (target / "key").is_file() and key is not None:
+        if (target / META).is_file() and not (target / KEY).is_file() and key is not None:
             raise InputError(f"{target}: holds saved interactions, not a cache; give another folder.")
-        if (target / META).is_file() and key is not None and (target / "key").read_text() == key:
+        damaged = False
+        if is_ready(target, key):
             try:
                 return cls.open(target)
             except InputError:
-                shutil.rmtree(target)  # a damaged cache is only a cache
-        sources = [open_source(p) for p in files.interactions]
-        with appearing(target) as directory_:
-            build(sources, reading=reading, items=items, queries=queries, directory=directory_, account=account)
-            if key is not None:
-                (directory_ / "key").write_text(key)
+                damaged = True  # a damaged cache is only a cache
+        prepare(
+            target,
+            key,
+            files.interactions,
+            reading=reading,
+            items=items,
+            queries=queries,
+            account=account,
+            workers=workers or cores(),
+            purpose=repr((cache and str(cache), str(items), str(queries))) if key is not None else str(target),
+            anew=damaged,
+        )
         return cls.open(target)
 
     @classmethod
@@ -237,9 +255,13 @@ class Interactions:
         *,
         catalog: str = "interactions",
         context: Wanted = None,
+        query_ids: IdKind = "vocabulary",
+        item_ids: IdKind = "vocabulary",
     ) -> Interactions:
         """Interactions from a polars, pandas or Arrow frame, in memory; arguments and errors as in `read`."""
-        reading = Reading(Columns.of(columns), positive_label, catalog, context=_several_names(context))
+        reading = Reading(
+            Columns.of(columns), positive_label, catalog, False, _several_names(context), query_ids, item_ids
+        )
         source = FrameSource(frame)
         with tempfile.TemporaryDirectory(prefix="twotower-") as directory:
             return cls._built([source], reading, items, queries, Path(directory), account=Account())
@@ -315,9 +337,9 @@ class Interactions:
         folder = Path(directory)
         meta = read_meta(folder)
         try:
-            queries = Vocabulary.read(folder / VOCABULARY_FILES["queries"])
-            items = Vocabulary.read(folder / VOCABULARY_FILES["items"])
-            names = Vocabulary.read(folder / VOCABULARY_FILES["groups"]) if meta["groups"] else None
+            queries = read_vocabulary(folder / VOCABULARY_FILES["queries"])
+            items = read_vocabulary(folder / VOCABULARY_FILES["items"])
+            names = read_vocabulary(folder / VOCABULARY_FILES["groups"]) if meta["groups"] else None
             tables = {role: read_table(folder / TABLE_FILES[role]) for role in meta["tables"]}
             account = Account.from_dict(meta["account"])
             arrays = _columns(folder, meta, len(queries))

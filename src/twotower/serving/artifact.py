@@ -40,6 +40,7 @@ from twotower.config import Config
 from twotower.data.encoding import EncodedTable
 from twotower.errors import InputError
 from twotower.files import whole_folder
+from twotower.ids import read_vocabulary
 from twotower.ranks import Ranks
 from twotower.schema import Vocabulary
 from twotower.shared_files import save_rows, write_folder
@@ -198,8 +199,8 @@ class Artifact:
             towers=towers.eval(),
             item_embeddings=items["embeddings"],
             item_counts=items["counts"],
-            queries=Vocabulary.read(folder / "queries.parquet"),
-            items=Vocabulary.read(folder / "items.parquet"),
+            queries=read_vocabulary(folder / "queries.parquet"),
+            items=read_vocabulary(folder / "items.parquet"),
             history_offsets=histories["offsets"].numpy(),
             history_items=histories["items"].numpy(),
             history_gaps=histories["gaps"].numpy() if "gaps" in histories else None,

@@ -19,7 +19,7 @@ from twotower.files import whole_file, write_text
 from twotower.index.popularity import checked_popularity
 from twotower.schema import USUAL_NAMES, Vocabulary, listed, plain_name, usual_column
 from twotower.serving.filters import allowed_items
-from twotower.serving.questions import Codes, Questions, stored_gaps, stored_histories
+from twotower.serving.questions import Codes, Questions, seen_codes, stored_gaps, stored_histories
 from twotower.serving.retriever import Retriever
 
 #: Queries in one part.
@@ -181,7 +181,7 @@ class _Reader:
             codes = np.full(stop - start, -1, dtype=np.int64)
         else:
             ids = rows[self.query]
-            codes = self._encoded(artifact.queries, ids, self.query)
+            codes = seen_codes(artifact, self._encoded(artifact.queries, ids, self.query))
         if self.history is None:
             known = codes >= 0
             offsets, items = stored_histories(artifact, codes[known])

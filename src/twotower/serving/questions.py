@@ -14,7 +14,8 @@ from twotower.data.gaps import given_gaps
 from twotower.data.given import Given
 from twotower.data.histories import take_ranges
 from twotower.errors import InputError
-from twotower.schema import Vocabulary
+from twotower.ids import HashedIds
+from twotower.schema import Vocabulary, ids_of
 from twotower.serving.artifact import Artifact
 
 Codes = NDArray[np.int64]
@@ -76,7 +77,8 @@ class Questions:
             raise InputError("recommend: expected query ids, histories or features, found none of them")
         if queries is not None:
             codes = known_codes(artifact.queries, queries, "query", artifact)
-            ids = artifact.queries.decode(codes)
+            hashed = isinstance(artifact.queries, HashedIds)
+            ids = ids_of(list(queries), "queries") if hashed else artifact.queries.decode(codes)
         else:
             codes = np.full(_count(histories, features, context), -1, dtype=np.int64)
             ids = pl.Series("query", range(len(codes)), dtype=pl.Int64)
@@ -150,6 +152,14 @@ def trained_only(
     return kept, None if gaps is None else gaps[known]
 
 
+def seen_codes(artifact: Artifact, codes: Codes) -> Codes:
+    """Codes of queries, -1 for hashed ones whose row no id of the data has: every id has a row."""
+    if not isinstance(artifact.queries, HashedIds):
+        return codes
+    at = np.maximum(codes, 0)
+    return np.where(artifact.history_offsets[at + 1] > artifact.history_offsets[at], codes, -1)
+
+
 def known_codes(vocabulary: Vocabulary, ids: Sequence[Any], side: str, artifact: Artifact) -> Codes:
     """Codes of ids that have to be known.
 
@@ -160,11 +170,14 @@ def known_codes(vocabulary: Vocabulary, ids: Sequence[Any], side: str, artifact:
         codes: Codes = vocabulary.encode(list(ids))
     except InputError:  # not even of the kind that the ids are
         codes = np.full(len(ids), -1, dtype=np.int64)
+    if vocabulary is artifact.queries:
+        codes = seen_codes(artifact, codes)
     if bool((codes < 0).any()):
         unknown = list(ids)[int(np.flatnonzero(codes < 0)[0])]
-        example = vocabulary.decode([0])[0]
+        hashed = isinstance(vocabulary, HashedIds)
+        example = "the data has" if hashed else f"{vocabulary.decode([0])[0]!r}"
         where = artifact.metadata.get("data", {}).get("source", "the training data")
-        raise InputError(f"{side} {unknown!r}: not in {where}; expected an id such as {example!r}")
+        raise InputError(f"{side} {unknown!r}: not in {where}; expected an id such as {example}")
     return codes
 
 

@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 
 from twotower.errors import InputError
 from twotower.evaluation.slices import SLICES, popularity_thirds
+from twotower.ids import CodedIds, HashedIds
 from twotower.schema import Vocabulary
 from twotower.serving.artifact import find_model
 from twotower.serving.filters import condition_mask
+from twotower.serving.questions import seen_codes
 from twotower.serving.retriever import Retriever
 from twotower.serving.service.atlas import Atlas
 
@@ -89,7 +91,7 @@ class ServedModel:
 
     def query_codes(self, ids: Sequence[Any]) -> Codes:
         """Codes of query ids; -1 where unknown."""
-        return codes_of(self.artifact.queries, ids)
+        return seen_codes(self.artifact, codes_of(self.artifact.queries, ids))
 
     def item_codes(self, ids: Sequence[Any]) -> Codes:
         """Codes of item ids; -1 where unknown."""
@@ -155,7 +157,9 @@ class ServedModel:
 
 def codes_of(vocabulary: Vocabulary, ids: Sequence[Any]) -> Codes:
     """Codes of ids, each an integer or text; -1 for any that cannot be one of this vocabulary's."""
-    if vocabulary.ids.dtype == pl.Int64:
+    if isinstance(vocabulary, HashedIds):
+        return vocabulary.encode(pl.Series("id", [str(one) for one in ids], dtype=pl.String))
+    if isinstance(vocabulary, CodedIds) or vocabulary.ids.dtype == pl.Int64:
         known = [_integer(one) for one in ids]
         codes = vocabulary.encode(np.array([0 if one is None else one for one in known], dtype=np.int64))
         return np.where([one is None for one in known], -1, codes) if known else codes

@@ -10,6 +10,7 @@ import polars as pl
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse
 
+from twotower.ids import HashedIds
 from twotower.serving.questions import stored_histories
 from twotower.serving.service.answering import Question, explained
 from twotower.serving.service.card import card
@@ -117,8 +118,10 @@ def _data(service: Service) -> APIRouter:
 
 
 def _queries(model: ServedModel, text: str, k: int) -> list[int | str]:
-    ids = model.artifact.queries.ids
     wanted = text.strip().encode("utf-8", "replace").decode()
+    if isinstance(model.artifact.queries, HashedIds):  # there is no list to look in
+        return [wanted] if wanted and model.query_codes([wanted])[0] >= 0 else []
+    ids = model.artifact.queries.ids
     if wanted:
         exact = model.query_codes([wanted])
         first = ids.gather(exact[exact >= 0]).to_list()

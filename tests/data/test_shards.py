@@ -1,0 +1,254 @@
+"""A folder of shards: read by several processes, gone on with after a kill, prepared by two at once; lost ones."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from data.slow_reference import as_sequences, sequences
+from data.test_interactions import SECOND, frame_of, some_rows
+from twotower.data import Interactions, folders, shards
+from twotower.data.first_pass import FirstPass
+from twotower.data.preparation import into_folder
+from twotower.data.reading import ParquetSource, open_source
+from twotower.data.shards import FOLDER, Shards, take_all
+from twotower.errors import InputError
+from twotower.schema import Columns
+
+#: Prepares a folder after a start that several wait for, and writes down every file it reads. It does not go on before
+#: so many processes have begun to read, and stands still at a shard of the given number.
+SLOWLY = """
+import os, sys, time
+from pathlib import Path
+from twotower.data import Interactions
+from twotower.data.reading import ParquetSource
+source, cache, told, together, stop = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
+read, count = ParquetSource.chunks, 0
+def chunks(self, wanted):
+    global count
+    frames = list(read(self, wanted))
+    if len(wanted) > 1:
+        with told.open("a") as out:
+            out.write(f"{os.getpid()} {self.path.name}\\n")
+        while len({line.split()[0] for line in told.read_text().splitlines()}) < together:
+            time.sleep(0.01)
+        count += 1
+        while count == stop:
+            time.sleep(1)
+    yield from frames
+ParquetSource.chunks = chunks
+print("ready", flush=True)
+sys.stdin.readline()
+data = Interactions.read(source, cache=cache)
+print(data.fingerprint, flush=True)
+"""
+PATIENCE = 600
+
+
+def folder_of_shards(folder: Path, rows: int = 300, each: int = 30, **options) -> Path:
+    folder.mkdir()
+    for number, part in enumerate(frame_of(some_rows(rows, **options)).iter_slices(each)):
+        part.write_parquet(folder / f"part-{number:03d}.parquet")
+    return folder
+
+
+@pytest.fixture
+def started(tmp_path):
+    """Starts such processes on a folder; none is left behind."""
+    processes = []
+
+    def start(source: Path, *, together: int = 1, stop: int = -1) -> subprocess.Popen:
+        words = [str(source), str(tmp_path / "cache"), str(tmp_path / "told"), str(together), str(stop)]
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        processes.append(subprocess.Popen([sys.executable, "-c", SLOWLY, *words], text=True, **pipes))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def go(*processes: subprocess.Popen) -> None:
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+
+
+def first_pass(folder: Path) -> tuple[FirstPass, list[Path]]:
+    files = folders.find_files(folder).interactions
+    return FirstPass.of([open_source(file) for file in files], Columns(), ids={}), files
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_processes_that_help_read_the_same(tmp_path, monkeypatch, text):
+    folder = folder_of_shards(tmp_path / "shards", text=text)
+    expected = Interactions.read(folder, cache=tmp_path / "alone")
+    monkeypatch.setattr(shards, "BYTES_PER_WORKER", 1)
+    data = Interactions.read(folder, cache=tmp_path / "helped", workers=3)
+    assert data.fingerprint == expected.fingerprint
+    assert as_sequences(data) == sequences(some_rows(text=text))
+    assert str(data.account) == str(expected.account)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["alone", "helped", "shards"], "nothing else stays"
+
+
+def test_helpers_do_read(tmp_path):
+    first, files = first_pass(folder_of_shards(tmp_path / "shards"))
+    told = Shards(tmp_path / FOLDER, files, first.to_dict())
+    with shards.helpers(told, 2):
+        until = time.monotonic() + PATIENCE
+        while not all(told.folder(file).is_dir() for file in files) and time.monotonic() < until:
+            time.sleep(0.05)
+    assert all((told.folder(file) / "shard.json").is_file() for file in files)
+
+    def read(*_):
+        raise AssertionError("read again")
+
+    take_all(told, read, workers=1, done=lambda: False)
+
+
+def test_two_that_prepare_the_same_at_once_share_the_shards(tmp_path, started):
+    folder = folder_of_shards(tmp_path / "shards")
+    one, other = (started(folder, together=2) for _ in range(2))
+    go(one, other)
+    answers = [process.communicate(timeout=PATIENCE) for process in (one, other)]
+    assert [process.returncode for process in (one, other)] == [0, 0], answers
+    assert answers[0][0] == answers[1][0] == Interactions.read(folder, cache=tmp_path / "alone").fingerprint + "\n"
+    lines = [line.split() for line in (tmp_path / "told").read_text().splitlines()]
+    assert sorted(name for _, name in lines) == [f"part-{n:03d}.parquet" for n in range(10)], "each shard once"
+    assert {pid for pid, _ in lines} == {str(one.pid), str(other.pid)}, "each read some"
+    assert not (tmp_path / FOLDER).exists()
+
+
+def test_several_that_prepare_one_file_at_once_all_succeed(tmp_path, started):
+    frame_of(some_rows()).write_parquet(tmp_path / "a.parquet")
+    processes = [started(tmp_path / "a.parquet") for _ in range(3)]
+    go(*processes)
+    answers = [process.communicate(timeout=PATIENCE) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], answers
+    assert len({out for out, _ in answers}) == 1
+    assert len((tmp_path / "told").read_text().splitlines()) == 1, "the others wait for the first"
+
+
+def test_a_killed_preparation_goes_on_with_what_was_read(tmp_path, started):
+    folder, told = folder_of_shards(tmp_path / "shards"), tmp_path / "told"
+    killed = started(folder, stop=6)
+    go(killed)
+    while not told.exists() or len(told.read_text().splitlines()) < 6:
+        assert killed.poll() is None, killed.stderr.read()
+        time.sleep(0.01)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert not (tmp_path / "cache").exists(), "half a cache is none"
+    told.unlink()
+    (folder / "part-002.parquet").touch()  # a new time: what was read of it does not count
+    again = started(folder)
+    go(again)
+    out, error = again.communicate(timeout=PATIENCE)
+    assert again.returncode == 0, error
+    assert out.strip() == Interactions.read(folder, cache=tmp_path / "alone").fingerprint
+    read = {line.split()[1] for line in told.read_text().splitlines()}
+    assert read == {f"part-{n:03d}.parquet" for n in (2, 5, 6, 7, 8, 9)}, "the others were read before the kill"
+    kept = {p.name for p in tmp_path.iterdir()} - {"alone", "cache", "shards", "told"}
+    assert kept <= {FOLDER}
+    left = [p.name for p in (tmp_path / FOLDER).iterdir()] if kept else []
+    assert len(left) <= 1 and not any(name.startswith(".") for name in left), "only what was read of the older file"
+
+
+def test_shards_that_were_read_stay_when_one_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "BYTES_PER_WORKER", 1)
+    monkeypatch.setattr("twotower.data.preparation.BYTES_PER_WORKER", 1)
+    folder = folder_of_shards(tmp_path / "shards")
+    good = (folder / "part-005.parquet").read_bytes()
+    frame_of(some_rows(30)).with_columns(user_id=None).write_parquet(folder / "part-005.parquet")
+    with pytest.raises(InputError, match=r"part-005.parquet: column 'user_id', row 1: empty query id"):
+        Interactions.read(folder, cache=tmp_path / "cache", workers=1)
+    kept = list((tmp_path / FOLDER).iterdir())
+    assert len(kept) == 5 and all((p / "shard.json").is_file() for p in kept), "five whole ones and nothing else"
+    (folder / "part-005.parquet").write_bytes(good)
+    read = []
+    real = ParquetSource.chunks
+    monkeypatch.setattr(ParquetSource, "chunks", lambda self, w: (read.append(self.path.name), real(self, w))[1])
+    data = Interactions.read(folder, cache=tmp_path / "cache", workers=1)
+    assert as_sequences(data) == sequences(some_rows())
+    assert read.count("part-000.parquet") == 1, "only its columns were looked at"
+    assert read.count("part-005.parquet") == 3
+
+
+def test_what_was_given_up_long_ago_goes(tmp_path):
+    old = tmp_path / FOLDER / "0123"
+    old.mkdir(parents=True)
+    (old / "shard.json").write_text("{}")
+    os.utime(old, (time.time() - shards.KEPT_SECONDS - 60,) * 2)
+    Interactions.read(folder_of_shards(tmp_path / "shards"), cache=tmp_path / "cache")
+    assert not (tmp_path / FOLDER).exists()
+
+
+def test_a_shard_that_goes_while_it_is_prepared_is_named(tmp_path, monkeypatch):
+    folder = folder_of_shards(tmp_path / "shards")
+    first, files = first_pass(folder)
+
+    def read(file, into):
+        (folder / "part-004.parquet").unlink(missing_ok=True)
+        return into_folder(first)(file, into)
+
+    with pytest.raises(InputError, match=r"part-004.parquet: the shard is gone"):
+        take_all(Shards(tmp_path / FOLDER, files, {}), read, workers=1, done=lambda: False)
+
+
+def test_a_shard_missing_among_numbered_ones_is_named(tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for number, part in enumerate(frame_of(some_rows()).iter_slices(100)):
+        part.write_parquet(folder / f"part-{number:05d}-of-00003.parquet")
+    assert len(Interactions.read(folder).account.lines)
+    (folder / "part-00001-of-00003.parquet").unlink()
+    with pytest.raises(InputError, match=r"part-00001-of-00003.parquet: the shard is missing"):
+        Interactions.read(folder)
+
+
+def test_files_that_differ_are_named(tmp_path):
+    folder = folder_of_shards(tmp_path / "shards")
+    before = folders.listing(folder)
+    assert len(before) == 10 and folders.listing("movielens-1m") == {} == folders.listing(tmp_path / "no")
+    Interactions.read(folder).save(tmp_path / "saved")
+    assert folders.listing(tmp_path / "saved") == {}
+    folders.refuse_other_files(before, folders.listing(folder), "x")
+    shutil.copy(folder / "part-000.parquet", folder / "part-010.parquet")
+    with pytest.raises(InputError, match=r"part-010.parquet: is there, and not among the files that"):
+        folders.refuse_other_files(before, folders.listing(folder), "the run began with")
+    (folder / "part-010.parquet").unlink()
+    (folder / "part-003.parquet").unlink()
+    with pytest.raises(InputError, match=r"part-003.parquet: is not there, the first rank has it"):
+        folders.refuse_other_files(before, folders.listing(folder), "the first rank has")
+    pl.concat([pl.read_parquet(folder / "part-004.parquet")] * 40).write_parquet(folder / "part-003.parquet")
+    with pytest.raises(InputError, match=r"part-003.parquet: has [\d,]+ bytes, the first rank has it with"):
+        folders.refuse_other_files(before, folders.listing(folder), "the first rank has")
+
+
+def test_lists_and_the_columns_beside_them_come_from_every_shard(tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    lists = pl.DataFrame({"user_id": [1, 2], "items": [[3, 4], [4]], "age": [30, 40]})
+    lists.write_parquet(folder / "a.parquet")
+    lists.with_columns(pl.col("user_id") + 2).write_parquet(folder / "b.parquet")
+    data = Interactions.read(folder)
+    assert data.query_table["age"].to_list() == [30, 40, 30, 40]
+    assert as_sequences(data) == {1: [(3, 0), (4, 0)], 2: [(4, 0)], 3: [(3, 0), (4, 0)], 4: [(4, 0)]}
+
+
+def test_order_of_arrival_is_that_of_the_files(tmp_path):
+    rows = [(1, item, 5 * SECOND) for item in range(40)]  # all at one moment: only the order of arrival is left
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for number, part in enumerate(frame_of(rows).iter_slices(7)):
+        part.write_parquet(folder / f"p{number}.parquet")
+    assert Interactions.read(folder).item_codes.tolist() == list(range(40))
