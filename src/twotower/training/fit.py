@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +20,7 @@ from twotower.config import TrainingConfig
 from twotower.data import Batch, KnownPositives
 from twotower.errors import InputError, Interrupted
 from twotower.losses import Objective
+from twotower.machine import peak_memory
 from twotower.ranks import Ranks
 from twotower.towers import TwoTower
 from twotower.towers.lookups import shared_tables_of
@@ -204,16 +204,6 @@ def fit_towers(
         history=history.rows,
         checkpoint=Path(keep_best.best_model_path) if keep_best.best_model_path else None,
     )
-
-
-def peak_memory() -> int | None:
-    """The most memory this process has held so far, bytes; None where the system does not tell."""
-    try:
-        import resource  # noqa: PLC0415  # not on Windows
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _load_best(towers: TwoTower, keep_best: ModelCheckpoint, io: SafeCheckpointIO, *, has_metric: bool) -> float | None:
