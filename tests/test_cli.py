@@ -69,7 +69,14 @@ def run_folder(tmp_path_factory, interactions_csv):
 
 def test_train_leaves_a_whole_run(run_folder):
     run = run_folder / "run"
-    assert {path.name for path in run.iterdir()} == {"config.yaml", "model", "results.json", "checkpoints", "logs"}
+    assert {path.name for path in run.iterdir()} == {
+        "config.yaml",
+        "inputs.json",
+        "model",
+        "results.json",
+        "checkpoints",
+        "logs",
+    }
     assert Config.load(run / "config.yaml").training.max_epochs == 3
     assert (run / "logs" / "metrics.csv").read_text().count("\n") > 3
 
