@@ -33,6 +33,8 @@ def shared(data, folder):
         again = folder / f"resumed-{size}"
         shutil.copytree(out, again)
         found[again.name] = run(data, again, size, [*ROW_WISE, "--resume"])
+    faults.SETTINGS.append(ROW_WISE[1])
+    found["killed"] = faults.with_kills(data, folder / "killed", 2, seed=2)
     return found
 
 

@@ -69,6 +69,14 @@ def test_a_model_whose_tables_are_shared_is_that_of_one_process(found, folder, n
             assert again["values"][metric] == pytest.approx(value, abs=0.01), metric
 
 
+def test_killed_ranks_go_on_from_their_parts(found, folder):
+    *failed, last = found["killed"]
+    assert last == [0, 0] and len(failed) == 2 and all(-9 in ended for ended in failed)
+    expected = load_file(folder / "two" / "model" / "towers.safetensors")
+    for name, value in load_file(folder / "killed" / "model" / "towers.safetensors").items():
+        assert torch.equal(value, expected[name]), name
+
+
 def test_the_plan_says_who_holds_what(found, folder):
     assert "rows divided among 2 ranks (row-wise)" in log(folder, "two")
     assert "row-wise" not in log(folder, "one")
