@@ -83,8 +83,8 @@ def test_the_plan_says_who_holds_what(found, folder):
 
 
 def test_a_model_written_by_parts_answers(found, folder):
-    answers = [Retriever.load(folder / run).recommend([3], k=5) for run in ("one", "two")]
-    assert answers[0].items.tolist() == answers[1].items.tolist()
+    answers = [Retriever.load(folder / run).recommend(["u003"], k=5) for run in ("one", "two")]
+    assert len(answers[0]) == 5 and answers[0]["item"].to_list() == answers[1]["item"].to_list()
 
 
 def test_a_table_larger_than_a_process_trains_on_two(folder):
