@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import polars as pl
@@ -69,6 +70,7 @@ def test_a_lock_is_held_by_one_at_a_time(tmp_path):
             with locked(path) as held:
                 assert held
                 inside.append(1)
+                time.sleep(0.001)  # long enough for the others to come in, if nothing held them back
                 most.append(len(inside))
                 inside.pop()
 
