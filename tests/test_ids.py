@@ -8,10 +8,10 @@ import numpy as np
 import polars as pl
 import pytest
 
-from conftest import planted
 from data.slow_reference import as_sequences, sequences
 from data.test_interactions import frame_of, some_rows
 from data.test_shards import folder_of_shards
+from planted import planted
 from twotower.config import Config
 from twotower.data import Interactions, direct_ids
 from twotower.data.direct_ids import HashColumn

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import planted
+from planted import planted
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import planted
+from planted import planted
 from twotower.serving import Retriever
 
 HERE = Path(__file__).parent

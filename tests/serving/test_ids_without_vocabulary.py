@@ -3,7 +3,7 @@
 import polars as pl
 import pytest
 
-from conftest import planted
+from planted import planted
 from serving.service_models import client, drawn
 from twotower.data import Hashed, Interactions
 from twotower.errors import InputError
