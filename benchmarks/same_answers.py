@@ -39,6 +39,9 @@ from twotower.serving.artifact import library_versions
 #: Connections that ask at once, so that the service answers in batches of changing size.
 CLIENTS = 8
 
+#: Queries and their histories.
+Asked = tuple[list[Any], list[list[Any]]]
+
 
 def ids_of(retriever: Retriever, codes: np.ndarray) -> list[list[Any]]:
     """Item ids of ranked codes, row by row, without the -1 of rows that ran out."""
@@ -85,7 +88,7 @@ def share(found: list[list[Any]], best: list[list[Any]]) -> tuple[float, float]:
     return float(shares.mean()), float(shares.std(ddof=1) / np.sqrt(len(shares)))
 
 
-def approximate(run: Path, kind: str, settings: dict[str, Any], asked: tuple[Any, ...], best: Any) -> dict[str, Any]:
+def approximate(run: Path, kind: str, settings: dict[str, Any], asked: Asked, best: Any) -> dict[str, Any]:
     """An index of a kind, built into a copy of the model and asked what exact search was asked."""
     with tempfile.TemporaryDirectory(prefix="same-answers-") as folder:
         model = Path(shutil.copytree(find_model(run), Path(folder) / "model"))

@@ -7,7 +7,6 @@ import polars as pl
 import pytest
 import torch
 
-from twotower import run
 from twotower.build import build_objective, build_pool
 from twotower.config import Config
 from twotower.data import Interactions, KnownPositives
@@ -26,6 +25,7 @@ from twotower.negatives import (
     Uniform,
     corrections,
 )
+from twotower.run.mining import miner
 from twotower.towers.build import build_towers
 from twotower.training.checkpoints import SafeCheckpointIO
 
@@ -228,7 +228,7 @@ def test_hard_negatives_are_mined_on_raw_scores(train):
     )
     objective = build_objective(config, train)
     towers = build_towers(config, num_queries=train.num_queries, num_items=train.num_items).eval()
-    run._miner(objective, train, 0)(towers)
+    miner(objective, train, 0)(towers)
     mined = next(source for source in objective.pool.members() if isinstance(source, Mined)).items
     with torch.no_grad():
         items = towers.embed_items(torch.arange(train.num_items))

@@ -1,4 +1,4 @@
-"""Towers from their settings. It stands here, not in run.py, because a served model is built without the trainer."""
+"""Towers from their settings. It stands here, not in run/, because a served model is built without the trainer."""
 
 from __future__ import annotations
 

@@ -1,0 +1,286 @@
+"""From settings and a split to a fitted model."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from twotower import continuing, evaluation
+from twotower.build import build_objective, needs_known_positives, reads_sequences
+from twotower.config import Config
+from twotower.continuing import Parent
+from twotower.data import Holdout, Interactions, KnownPositives, Split
+from twotower.data.declaring import encode_features, in_training, with_features
+from twotower.data.past import ContinuedSplit
+from twotower.errors import InputError
+from twotower.evaluation import Ranker
+from twotower.evaluation.by_parts import ShardedRanker, own_item_embeddings
+from twotower.evaluation.over_ranks import item_embeddings, over_ranks
+from twotower.evaluation.towers import TowerRanker
+from twotower.ranks import Ranks
+from twotower.run.batches import gaps_of, history_length, make_batches
+from twotower.run.mining import miner
+from twotower.run.reading import split_data
+from twotower.schema import IdValues
+from twotower.serving import Artifact, Retriever
+from twotower.towers import TwoTower, build_towers
+from twotower.towers.lookups import shared_tables_of
+from twotower.towers.shards import Part
+
+if TYPE_CHECKING:
+    from twotower.training import FitResult
+
+
+@dataclass(frozen=True)
+class Model:
+    """A fitted model: ranks, recommends, saves itself.
+
+    Attributes:
+        artifact: what `save` writes.
+        split: what it was fitted on.
+        fit: how the fitting went.
+    """
+
+    artifact: Artifact
+    split: Split
+    fit: FitResult
+
+    @cached_property
+    def retriever(self) -> Retriever:
+        """The model as something that answers by ids.
+
+        Raises:
+            InputError: its tables lie in parts on several ranks.
+        """
+        if self.artifact.is_shared:
+            raise InputError("model: its tables lie in parts on several ranks; save it, and load it in one process")
+        return Retriever(self.artifact)
+
+    @cached_property
+    def ranker(self) -> Ranker:
+        """What ranks for an evaluation; over ranks all of them ask for it, and use it together."""
+        if self.artifact.is_shared:
+            return ShardedRanker(self.artifact.towers, history_length(self.artifact.config), Ranks.current())
+        return over_ranks(self.retriever, Ranks.current())
+
+    def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> np.ndarray:
+        """Best items of every query of a holdout, int64 [E, k]."""
+        return self.retriever.rank(holdout, k, exclude_seen)
+
+    def save(self, directory: str | Path) -> Path:
+        """Write the model folder, whole or not at all; by all ranks together where they share its tables."""
+        return self.artifact.save(directory, Ranks.current() if self.artifact.is_shared else None)
+
+
+def fit(
+    split: Split,
+    config: Config | str | Path | None = None,
+    *,
+    directory: str | Path | None = None,
+    start: Model | Parent | str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    say: Callable[[object], None] | None = None,
+) -> Model:
+    """Train a two-tower model, or go on with one on new days.
+
+    Args:
+        split: training interactions and the validation queries that early stopping looks at; with `start` what
+            `continued` makes of new days.
+        config: settings, or a YAML file of them; the defaults where None, with `start` those of that model.
+        start: the model to go on with, or its folder.
+        directory: where checkpoints and logs go; a temporary folder where None.
+        resume: go on from the last checkpoint in `directory`.
+        progress: show a progress bar.
+        say: where the memory plan is told; nowhere where None.
+
+    Returns:
+        The model with its best weights.
+
+    Raises:
+        InputError: a setting is wrong, or there is nothing to resume; `split` does not continue `start`.
+        Interrupted: Ctrl-C; a checkpoint was left in `directory`.
+    """
+    # Lightning is slow to import, and only this needs it.
+    from twotower.continuing.growth import carry_on, grown_features  # noqa: PLC0415
+    from twotower.training import fit_towers, place_tables, plan_memory  # noqa: PLC0415
+
+    parent = continuing.parent_of(start)
+    if config is None and parent is not None:
+        config = parent.artifact.config
+    settings = config if isinstance(config, Config) else Config.load(config)
+    if directory is None:
+        with tempfile.TemporaryDirectory(prefix="twotower-") as temporary:
+            return fit(split, settings, directory=temporary, start=parent, resume=resume, progress=progress, say=say)
+    rows = continuing.rows_to_learn(split, parent, settings)
+    if parent is not None:
+        settings = continuing.settled(parent.artifact.config, settings)
+    settings = with_features(settings.resolved(len(split.train) if rows is None else len(rows)), split.train)
+    train, training = split.train, settings.training
+    learnt = None if rows is None else train.select(rows)
+    ranks = Ranks.current()
+    placement = place_tables(settings, train, ranks, kept_whole=_kept_whole(settings, parent))
+    # The seed decides the start, the order of the rows and the draws; the caller's generators are left as they were.
+    with torch.random.fork_rng():
+        torch.manual_seed(training.seed)
+        growth = None if parent is None else grown_features(parent, continuing.checked(split))
+        features = encode_features(settings, train) if growth is None else growth.features
+        with placement.applied():
+            towers = build_towers(
+                settings,
+                num_queries=train.num_queries,
+                num_items=train.num_items,
+                item_features=features.get("item"),
+                query_features=features.get("query"),
+                context=features.get("context"),
+                trained_items=torch.from_numpy(in_training(train, "item")),
+            )
+        length = history_length(settings)
+        batches = make_batches(settings, train, rows, ranks, features.get("context"))
+        known = KnownPositives(train) if needs_known_positives(settings) else None
+        objective = build_objective(settings, train, learnt=learnt)
+        optimizer = mine = None
+        if growth is not None and parent is not None:
+            optimizer = carry_on(parent, settings, growth, towers=towers, objective=objective)
+            if (mine := miner(objective, train, length, gaps_of(settings, train))) is not None and not resume:
+                mine(towers)
+        validate = _validation(split.validation, settings, train) if len(split.validation) else None
+        before = validate(towers) if validate is not None and parent is not None and not resume else None
+        if say is not None:
+            say(plan_memory(settings, towers, objective, train))
+        result = fit_towers(
+            towers,
+            objective,
+            batches,
+            training,
+            Path(directory),
+            known_positives=known,
+            counts=torch.from_numpy(train.item_counts()),
+            mine=miner(objective, train, length, gaps_of(settings, train)),
+            validate=validate,
+            resume=resume,
+            progress=progress,
+            hyperparameters=settings.model_dump(mode="json"),
+            start=optimizer,
+        )
+    artifact = _artifact(settings, split, towers, result)
+    new = len(train) if learnt is None else int((~continuing.checked(split).learnt).sum())
+    artifact.metadata["data"]["lineage"] = continuing.lineage(
+        parent, split, new, 0 if rows is None else len(rows) - new
+    )
+    if before is not None:
+        artifact.metadata["training"]["before"] = before
+    return Model(artifact, split, result)
+
+
+def continue_with(
+    start: Model | Parent | str | Path,
+    data: Interactions,
+    config: Config | None = None,
+    *,
+    withdrawn: IdValues | None = None,
+) -> ContinuedSplit:
+    """New interactions joined to what a model was trained on, and split; what `fit(split, start=model)` takes.
+
+    Args:
+        start: the model, or its folder.
+        data: what has come since, or a log that has grown: rows up to the model's last moment are left out.
+        config: settings whose section `data` says how to split; the model's own where None.
+        withdrawn: item ids that leave the catalog.
+
+    Returns:
+        Training rows of old and new days; validation and test of the new ones.
+
+    Raises:
+        InputError: nothing is new, ids of another type, or a split that cannot be made.
+    """
+    parent = continuing.parent_of(start)
+    assert parent is not None
+    settings = parent.artifact.config if config is None else config
+    return continuing.new_days(
+        parent, data, settings, lambda fresh: split_data(fresh, settings.data, cold="keep"), withdrawn=withdrawn
+    )
+
+
+def _kept_whole(config: Config, parent: Parent | None) -> str | None:
+    """Why a training needs whole tables on every rank; None where it does not."""
+    if parent is not None:
+        return "a training that continues a model reads its whole tables"
+    if reads_sequences(config):
+        return "batches of whole sequences are for one process"
+    if any("mined" in source for source in config.objective.sources or []):
+        return "mined negatives search the whole catalog on every rank"
+    return None
+
+
+def _validation(holdout: Holdout, config: Config, train: Interactions) -> Callable[[TwoTower], dict[str, float]]:
+    k = int(config.training.metric.split("@")[1])
+
+    def validate(towers: TwoTower) -> dict[str, float]:
+        ranks = Ranks.current()
+        ranker: Ranker
+        if shared_tables_of(towers):
+            ranker = ShardedRanker(towers, history_length(config), ranks)
+        else:
+            ranker = over_ranks(TowerRanker(towers, history_length(config), item_embeddings(towers, ranks)), ranks)
+        measured = evaluation.evaluate(
+            ranker,
+            holdout,
+            train=train,
+            ks=(k,),
+            exclude_seen=config.evaluation.exclude_seen,
+            baselines=False,
+        )
+        return {name: value for name, value in measured["model"].values.items() if math.isfinite(value)}
+
+    return validate
+
+
+def _artifact(config: Config, split: Split, towers: TwoTower, result: FitResult) -> Artifact:
+    data = split.data
+    return Artifact(
+        config=config,
+        towers=towers.eval(),
+        item_embeddings=_item_embeddings(towers),
+        item_counts=torch.from_numpy(split.train.item_counts()),
+        queries=data.queries,
+        items=data.items,
+        history_offsets=data.offsets,
+        history_items=data.item_codes,
+        history_gaps=gaps_of(config, data),
+        item_table=data.item_table,
+        rows=continuing.rows_of(split),
+        contexts=continuing.contexts_of(split, config),
+        metadata={
+            "data": {
+                "fingerprint": data.fingerprint,
+                "account": data.account.to_dict(),
+                "groups": None if data.group_names is None else data.group_names.ids.to_list(),
+            },
+            "split": {"name": split.name, "settings": split.settings, "account": split.account.to_dict()},
+            "training": {
+                "epochs": result.epochs,
+                "seconds": round(result.seconds, 1),
+                "cpu_seconds": round(result.cpu_seconds, 1),
+                "peak_memory": result.peak_memory,
+                "best": {config.training.metric: result.best},
+                "history": result.history,
+            },
+        },
+    )
+
+
+def _item_embeddings(towers: TwoTower) -> Tensor:
+    """Those of all items, or of this rank's part of them where the ranks share the tables."""
+    if shared_tables_of(towers):
+        return own_item_embeddings(towers, Part(Ranks.current(), towers.item_tower.num_items))
+    return towers.item_embeddings()
