@@ -142,7 +142,7 @@ def test_a_failed_save_keeps_the_old_model(model, tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(type(model.artifact.queries), "write", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(InputError, match="the disk is full"):
         model.save(tmp_path / "m")
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     assert sorted(path.name for path in target.iterdir()) == before
