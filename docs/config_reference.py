@@ -29,7 +29,8 @@ def features() -> list[str]:
 
     parts = [
         "## Features",
-        "Entries of `item_tower.features`, `query_tower.features` and `query_tower.context`: mappings with `kind` and `column`.",
+        "Entries of `item_tower.features`, `query_tower.features` and `query_tower.context`: "
+        "mappings with `kind` and `column`.",
     ]
     for kind in KINDS:
         rows = [

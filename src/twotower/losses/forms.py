@@ -92,11 +92,12 @@ class SoftmaxSums(Sums):
         self.total = torch.zeros_like(self.own)
         self.largest = None if self.is_final else torch.full_like(own, -torch.inf)
         self.blocks: list[Tensor] = []
+        self.sums: list[Tensor] = []
 
     def visit(self, part: slice, block: Tensor, weight: Tensor | None) -> None:
         """See `Sums.visit`."""
         if self.largest is None:
-            self.add(part, row_sums(block, weight))
+            self.sums.append(row_sums(block, weight))
         else:
             self.largest[part] = torch.maximum(self.largest[part], block.amax(1))
             self.blocks.append(block)
@@ -107,6 +108,9 @@ class SoftmaxSums(Sums):
 
     def scale(self, part: slice) -> Tensor:
         """See `Sums.scale`."""
+        if self.sums:
+            self.add(part, torch.stack(self.sums).double().sum(0))
+            self.sums.clear()
         if self.largest is not None:
             largest = self.largest[part]
             largest.masked_fill_(torch.isneginf(largest), 0.0)
