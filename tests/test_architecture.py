@@ -11,6 +11,7 @@ ROOMS = [
     "files",
     "machine",
     "process",
+    "hashing",
     "ranks",
     "shared_files",
     "launch",

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from twotower.errors import InputError
 from twotower.files import whole_file
+from twotower.hashing import GOLDEN, mix64
 from twotower.schema import IdValues, Vocabulary, ids_of
 
 Codes = NDArray[np.int64]
@@ -58,11 +59,11 @@ def hash_ids(ids: IdValues) -> NDArray[np.uint64]:
     if series.null_count():
         raise InputError("ids: null ids cannot be hashed; every id must be there")
     if series.dtype == pl.Int64:
-        return _mixed(series.to_numpy())
+        return _hashed(series.to_numpy())
     distinct = Vocabulary(series.unique().sort())
     numbers = distinct.ids.cast(pl.Int64, strict=False)
     plain = (numbers.cast(pl.String) == distinct.ids).fill_null(value=False).to_numpy()
-    hashes = _mixed(numbers.fill_null(0).to_numpy())
+    hashes = _hashed(numbers.fill_null(0).to_numpy())
     for place in np.flatnonzero(~plain):
         text = hashlib.blake2b(distinct.ids[int(place)].encode(), digest_size=8)
         hashes[place] = int.from_bytes(text.digest(), "little")
@@ -199,8 +200,5 @@ def read_vocabulary(path: str | Path) -> Vocabulary:
     return CodedIds(size) if told == _CODES else HashedIds(Hashed(size))
 
 
-def _mixed(values: NDArray[np.int64]) -> NDArray[np.uint64]:
-    mixed = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)  # wraps modulo 2^64, as it is meant to
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
+def _hashed(values: NDArray[np.int64]) -> NDArray[np.uint64]:
+    return mix64(values.astype(np.uint64) + GOLDEN)

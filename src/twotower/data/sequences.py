@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from twotower.data.packing import Windows, pack
 from twotower.data.prefetching import ahead
 from twotower.data.shuffling import Place, Shuffle
 from twotower.errors import InputError
+from twotower.hashing import mix64
 
 
 class SequenceBatches(Place):
@@ -136,8 +136,4 @@ class SequenceBatches(Place):
     def _cut(self, queries: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
         """A pseudo-random number for each query in an epoch, 0 or more: splitmix64 of both and the seed."""
         key = np.random.SeedSequence([self.seed, epoch, 1]).generate_state(1, np.uint64)[0]
-        mixed: NDArray[Any] = queries.astype(np.uint64) + key
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-        cut: NDArray[np.int64] = ((mixed ^ (mixed >> np.uint64(31))) >> np.uint64(1)).astype(np.int64)
-        return cut
+        return (mix64(queries.astype(np.uint64) + key) >> np.uint64(1)).astype(np.int64)

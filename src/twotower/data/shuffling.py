@@ -6,10 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twotower.errors import InputError
+from twotower.hashing import mix64
 
 ROUNDS = 8
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
 class Shuffle:
@@ -44,11 +43,7 @@ class Shuffle:
     def _permute(self, numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
         left, right = numbers >> self._half, numbers & self._low
         for key in self._keys:
-            # The finaliser of splitmix64: every bit of the key and the half decides every bit of the outcome.
-            mixed = right + key
-            mixed = (mixed ^ (mixed >> np.uint64(30))) * _MIX_1
-            mixed = (mixed ^ (mixed >> np.uint64(27))) * _MIX_2
-            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) & self._low)
+            left, right = right, left ^ (mix64(right + key) & self._low)
         return (left << self._half) | right
 
 

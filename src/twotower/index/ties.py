@@ -9,9 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
+from twotower.hashing import GOLDEN, mix64
 
 
 def splitmix64(codes: np.ndarray) -> np.ndarray:
@@ -23,11 +21,7 @@ def splitmix64(codes: np.ndarray) -> np.ndarray:
     Returns:
         [N] uint64, a bijection of the input: distinct codes never share a hash.
     """
-    # Arithmetic on unsigned arrays wraps modulo 2^64, which is what the hash is defined by.
-    z = (codes.astype(np.uint64) + np.uint64(1)) * _GOLDEN
-    z = (z ^ (z >> np.uint64(30))) * _MIX_1
-    z = (z ^ (z >> np.uint64(27))) * _MIX_2
-    return np.asarray(z ^ (z >> np.uint64(31)))
+    return mix64((codes.astype(np.uint64) + np.uint64(1)) * GOLDEN)
 
 
 def tie_order(num_items: int, first: int = 0) -> Tensor:
