@@ -56,7 +56,40 @@ def _hide(known: Tensor, nothing: Tensor, hidden: Tensor) -> Tensor:
     return torch.where(hidden[:, None], nothing, known)
 
 
-class Beside(nn.Module):
+class KnowsQueries(nn.Module):
+    """A part of a tower that knows queries by what is no history of theirs: id, features, and the requests' context.
+
+    Attributes:
+        ids: table of id embeddings, or None.
+        features: of the queries, or None.
+        context: of the requests, or None.
+    """
+
+    ids: EmbeddingTable | None
+    features: FeatureInputs | None
+    context: ContextInputs | None
+
+    def by_id(self, queries: Tensor) -> list[Tensor]:
+        """Id embeddings of codes int64 [B], zeros for a new query (-1): one tensor [B, D], or none."""
+        return [] if self.ids is None else [self.ids(queries.clamp(min=0)) * (queries >= 0)[:, None]]
+
+    def by_columns(
+        self, queries: Tensor, features: list[Tensor] | None, context: Sequence[Tensor] | None
+    ) -> list[Tensor]:
+        """Features and context, as many as there are, [B, width] each.
+
+        `features` are encoded rows of queries that are new; otherwise their codes tell. `context` are the encoded
+        contexts of the requests; None where nothing is known of any.
+        """
+        parts: list[Tensor] = []
+        if self.features is not None:
+            parts.append(self.features(queries) if features is None else self.features.embed(features))
+        if self.context is not None:
+            parts.append(self.context(context, len(queries)))
+        return parts
+
+
+class Beside(KnowsQueries):
     """What is known of a query beside the state s of its sequence: id, features, and the context of the request.
 
         u = s + e_id + MLP([s, e_id, features, context])
@@ -99,14 +132,7 @@ class Beside(nn.Module):
         self, state: Tensor, queries: Tensor, features: list[Tensor] | None, context: Sequence[Tensor] | None
     ) -> Tensor:
         """States [B, D], codes int64 [B] (-1 for a new query), encoded rows as `QueryTower` takes them -> [B, D]."""
-        parts, total = [state], state
-        if self.ids is not None:
-            known = self.ids(queries.clamp(min=0)) * (queries >= 0)[:, None]
-            parts.append(known)
-            total = total + known
-        if self.features is not None:
-            parts.append(self.features(queries) if features is None else self.features.embed(features))
-        if self.context is not None:
-            parts.append(self.context(context, len(state)))
-        embedded: Tensor = self.mlp(torch.cat(parts, 1)) + total
+        ids = self.by_id(queries)
+        parts = [state, *ids, *self.by_columns(queries, features, context)]
+        embedded: Tensor = self.mlp(torch.cat(parts, 1)) + sum(ids, state)
         return embedded

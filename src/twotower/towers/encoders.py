@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from twotower.data.encoding import EncodedTable, RowsLike
 from twotower.data.packing import Packed
-from twotower.towers.context import ContextInputs
+from twotower.towers.context import ContextInputs, KnowsQueries
 from twotower.towers.dnn import Rows, dense_layers
 from twotower.towers.features import FeatureInputs
 from twotower.towers.items import ItemTower
@@ -59,7 +59,7 @@ class PooledHistory(nn.Module):
         return pooled
 
 
-class QueryTower(nn.Module):
+class QueryTower(KnowsQueries):
     """Id embedding, pooled history and features; an MLP over all of them, added to the sum of the first two.
 
         u = e_id + mean_h pooled_h + MLP([e_id, pooled_1, ..., pooled_H, features, context])
@@ -119,22 +119,15 @@ class QueryTower(nn.Module):
         `features` are encoded rows (`FeatureInputs.encode`) of queries that are new; otherwise their codes tell.
         `context` are the encoded contexts of the requests (`encode_given`); None where nothing is known of any.
         """
-        parts: list[Tensor] = []
-        total: Tensor | float = 0.0
-        if self.ids is not None:
-            known = self.ids(queries.clamp(min=0)) * (queries >= 0)[:, None]
-            parts.append(known)
-            total = total + known
+        parts = self.by_id(queries)
+        total: Tensor | float = sum(parts)
         if self.history is not None and self.history_items is not None:
             if history is None:
                 raise ValueError("history: this query tower needs the recent items, int64 [B, L]; found none")
             pooled = self._pooled(history)
             parts.append(pooled.flatten(1))
             total = total + pooled.mean(1)
-        if self.features is not None:
-            parts.append(self.features(queries) if features is None else self.features.embed(features))
-        if self.context is not None:
-            parts.append(self.context(context, len(queries)))
+        parts += self.by_columns(queries, features, context)
         embedded: Tensor = self.mlp(torch.cat(parts, 1)) + total
         return embedded
 
