@@ -16,7 +16,6 @@ import json
 import math
 import os
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from memory import peak_mib
 from torch.nn import functional as F
 
 from twotower.build import build_objective, masks_known_positives
@@ -266,7 +266,7 @@ def main() -> None:
                 "load": os.getloadavg()[0],
             },
             "settings": SETTINGS,
-            "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+            "peak_mib": round(peak_mib(), 1),
             **results,
         }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

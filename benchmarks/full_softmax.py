@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from memory import forget_peak, peak_mib, resident_mib
 from torch.nn import functional as F
 from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
 
@@ -79,19 +80,13 @@ class Problem:
         self.run(loss)
 
 
-def resident(field: str) -> float:
-    """A line of /proc/self/status, MiB."""
-    line = next(part for part in Path("/proc/self/status").read_text().splitlines() if part.startswith(field))
-    return int(line.split()[1]) / 1024
-
-
 def extra_memory(problem: Problem) -> float:
     """MiB beyond tables and gradients: the gradient of the items is counted as part of the problem."""
     Problem(64, 2000).tiled()  # the libraries' own pages
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
+    forget_peak()
+    before = resident_mib()
     problem.tiled()
-    return resident("VmHWM") - before - problem.items.numel() * 4 / 2**20
+    return peak_mib() - before - problem.items.numel() * 4 / 2**20
 
 
 def main() -> None:

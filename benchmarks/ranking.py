@@ -13,7 +13,6 @@ import importlib.util
 import json
 import os
 import platform
-import resource
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from memory import peak_mib
 
 from twotower.index import ExactIndex
 
@@ -47,11 +47,6 @@ def timed(call: Callable[[], object]) -> np.ndarray:
     start, cpu = time.perf_counter(), time.process_time()
     call()
     return np.array([time.perf_counter() - start, time.process_time() - cpu])
-
-
-def peak_mib() -> float:
-    """The largest resident size of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def measure(num_queries: int, num_items: int, dim: int, k: int, seen: int, repeats: int) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from memory import peak_mib
 
 from twotower.negatives import CountedFrequency, InBatch, Pool, Sampled, Weighted
 
@@ -127,7 +127,7 @@ def main() -> None:
             "draws": arguments.draws,
             "rounds": arguments.rounds,
             "setup_seconds": round(setup, 2),
-            "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+            "peak_mib": round(peak_mib(), 1),
             "results": results,
         }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

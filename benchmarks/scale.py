@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from memory import peak_mib, resident_mib
 from rounds import apply, bound, how, milliseconds, options, ratio, rounds_of
 from scale_plot import plot
 
-from twotower import machine
 from twotower.data import Batch
 from twotower.losses.objectives import SampledSoftmax
 from twotower.negatives import CountedFrequency, InBatch, Pool
@@ -118,11 +118,11 @@ def peak(num_items: int, rows: int, num_ranks: int) -> float:
 
 def one(num_items: int, rows: int, num_ranks: int) -> None:
     """Print the memory of two steps."""
-    before = machine.resident_memory() or 0
+    before = resident_mib()
     step = Step(num_items, rows, num_ranks)
     for _ in range(2):
         step.whole(step.batch())
-    print(((machine.peak_memory() or 0) - before) / 2**20)
+    print(peak_mib() - before)
 
 
 def catalogs(rounds: int, *, rows: int = 8192, with_memory: bool = True) -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
+from memory import peak_mib
 
 from twotower import __version__
 from twotower.data import Interactions, TrainingBatches, by_time
@@ -104,7 +104,7 @@ def main() -> None:
     if args.step:
         started = time.perf_counter()
         said = STEPS[args.step](args.folder, args)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        peak = peak_mib() / 1024
         print(json.dumps({"seconds": time.perf_counter() - started, "peak_gib": peak, **said}))
         return
     folder = Path(tempfile.mkdtemp(prefix="scale-data-", dir=args.folder))
@@ -145,7 +145,7 @@ def main() -> None:
 
 def _import_peak() -> float:
     """Peak memory of a process that only imports the library, for comparison."""
-    code = "import twotower.data, resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)"
+    code = "import twotower.data; from twotower import machine; print(machine.peak_memory() / 2**30)"
     return float(subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 

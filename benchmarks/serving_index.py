@@ -33,6 +33,7 @@ import faiss
 import numpy as np
 import polars
 import torch
+from memory import forget_peak, peak_mib, resident_mib
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -85,23 +86,6 @@ def vectors(kind: str, count: int, dim: int, seed: int) -> Tensor:
         centres = torch.randn(1000, dim, generator=torch.Generator().manual_seed(SEED))
         drawn = centres[torch.randint(0, 1000, (count,), generator=generator)] + 0.7 * drawn
     return F.normalize(drawn, dim=1)
-
-
-def peak_mib() -> float:
-    """The most memory that this process has had since `forget_peak`."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
-
-
-def forget_peak() -> None:
-    """Measure the peak from here on."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def resident_mib() -> float:
-    """Resident memory of this process now."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 @contextmanager

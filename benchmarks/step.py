@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from memory import forget_peak, peak_mib, resident_mib
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -214,16 +215,10 @@ def loss_memory(rows: int, *, unique: bool, repeated: bool) -> float:
     table = F.normalize(torch.randn(rows, D, generator=rng), dim=1)
     positive, candidates = table.clone().requires_grad_(), table[: len(drawn.items)].clone().requires_grad_()
     embedded = Embedded(query, positive, candidates)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
+    forget_peak()
+    before = resident_mib()
     objective.mean(embedded, drawn, temperature=TEMPERATURE).backward()  # type: ignore[no-untyped-call]
-    return resident("VmHWM") - before
-
-
-def resident(field: str) -> float:
-    """A line of /proc/self/status, MiB."""
-    line = next(part for part in Path("/proc/self/status").read_text().splitlines() if part.startswith(field))
-    return int(line.split()[1]) / 1024
+    return peak_mib() - before
 
 
 def main() -> None:

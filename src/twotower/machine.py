@@ -92,9 +92,9 @@ def resident_memory() -> int | None:
 def peak_memory() -> int | None:
     """The most memory this process has held so far, bytes; None where the system does not tell."""
     # What `getrusage` tells on Linux begins at what the parent held when it started this process.
-    peak_line = re.search(r"^VmHWM:\s+(\d+) kB", _text(Path("/proc/self/status")) or "", re.MULTILINE)
-    if peak_line is not None:
-        return int(peak_line[1]) * 1024
+    told = _status()
+    if "VmHWM" in told:
+        return told["VmHWM"]
     try:
         import resource  # noqa: PLC0415  # not on Windows
     except ImportError:
@@ -121,13 +121,18 @@ def process_limits() -> list[tuple[int, int]]:
         import resource  # noqa: PLC0415  # not on Windows
     except ImportError:
         return []
-    told = dict(re.findall(r"^(Vm\w+):\s+(\d+) kB", _text(Path("/proc/self/status")) or "", re.MULTILINE))
-    found = []
+    told, found = _status(), []
     for which, name in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
         soft = resource.getrlimit(which)[0]
         if soft != resource.RLIM_INFINITY:
-            found.append((soft, int(told[name]) * 1024 if name in told else resident_memory() or 0))
+            found.append((soft, told[name] if name in told else resident_memory() or 0))
     return found
+
+
+def _status() -> dict[str, int]:
+    """What Linux tells of this process's memory, bytes by name (VmHWM, VmData, ...); empty elsewhere."""
+    lines = re.findall(r"^(Vm\w+):\s+(\d+) kB", _text(Path("/proc/self/status")) or "", re.MULTILINE)
+    return {name: int(size) * 1024 for name, size in lines}
 
 
 def cpu_flags() -> frozenset[str]:

@@ -1,0 +1,20 @@
+"""Memory of this process, MiB."""
+
+from pathlib import Path
+
+from twotower import machine
+
+
+def resident_mib() -> float:
+    """What it holds now."""
+    return (machine.resident_memory() or 0) / 2**20
+
+
+def peak_mib() -> float:
+    """The most it has held, since `forget_peak` where that was called."""
+    return (machine.peak_memory() or 0) / 2**20
+
+
+def forget_peak() -> None:
+    """Measure the peak from here on (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
