@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from starting import start
 
 from planted import planted
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import faults
-
-HERE = Path(__file__).parent
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="forks processes, and finds them in /proc"),
@@ -34,15 +33,7 @@ def scenario(folder: Path, kills: int) -> dict:
     shards.mkdir()  # here, for faults.py forks, and polars has threads
     for number, part in enumerate(planted(queries=80).iter_slices(300)):
         part.write_parquet(shards / f"part-{number}.parquet")
-    ended = subprocess.run(
-        [sys.executable, str(HERE / "faults.py"), str(data), str(folder), str(kills)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=900,
-    )
-    assert ended.returncode == 0, ended.stdout
+    start("faults.py", str(data), str(folder), str(kills))
     return json.loads((folder / "found.json").read_text())
 
 

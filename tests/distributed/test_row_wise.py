@@ -1,8 +1,6 @@
 """The command with tables that ranks share: the same model, resumed by other numbers, larger than one process."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,11 +9,10 @@ import polars as pl
 import pytest
 import torch
 from safetensors.torch import load_file
+from starting import start
 
 from planted import planted
 from twotower.serving import Retriever
-
-HERE = Path(__file__).parent
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="forks processes, and limits their memory as Linux does"),
@@ -25,15 +22,7 @@ pytestmark = [
 
 
 def scenario(what: str, data: Path, folder: Path, *more: str) -> dict:
-    ended = subprocess.run(
-        [sys.executable, str(HERE / "row_wise.py"), what, str(data), str(folder), *more],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=1400,
-    )
-    assert ended.returncode == 0, ended.stdout
+    start("row_wise.py", what, str(data), str(folder), *more, timeout=1400)
     return json.loads((folder / "found.json").read_text())
 
 
