@@ -31,17 +31,16 @@ class RepeatedRun(Run):
 
     def __init__(self, lines: Lines, *, scaled: Tensor, positive: Tensor | None, task: Task, **inputs: Any) -> None:
         self.lines = lines
-        order = lines.order
 
         def sort(one: Tensor | None) -> Tensor | None:
-            return None if one is None else one.index_select(0, order)
+            return None if one is None else one.index_select(0, lines.order)
 
-        form = Softmax(sort(task.form.log_left)) if isinstance(task.form, Softmax) else task.form
+        assert isinstance(task.form, Softmax)
         task = replace(
             task,
-            form=form,
+            form=Softmax(sort(task.form.log_left)),
             hits=lines.hits,
-            weights=task.weights.index_select(0, order),
+            weights=task.weights.index_select(0, lines.order),
             row_offset=sort(task.row_offset),
             own_offset=sort(task.own_offset),
             own_places=sort(task.own_places),
