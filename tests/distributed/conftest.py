@@ -1,7 +1,8 @@
 """Three processes that do all that the tests of this folder compare with one, started once."""
 
 import pytest
-from starting import start
+
+from distributed.starting import start
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from starting import start
 
+from distributed.starting import start
 from planted import planted
 
 sys.path.insert(0, str(Path(__file__).parent))

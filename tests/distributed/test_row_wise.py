@@ -9,8 +9,8 @@ import polars as pl
 import pytest
 import torch
 from safetensors.torch import load_file
-from starting import start
 
+from distributed.starting import start
 from planted import planted
 from twotower.serving import Retriever
 
