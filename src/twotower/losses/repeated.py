@@ -83,14 +83,10 @@ class RepeatedRun(Run):
         self.of_others[owns] = of_others.nan_to_num_(0.0)  # a line without weight
         return weights
 
-    def _gather(
-        self, part: slice, blocks: list[tuple[slice, Tensor]], row_block: Tensor | None, weights: Tensor
-    ) -> None:
-        for cols, block in blocks:
-            own, place = self._own_in(part, cols, block)
-            back = self.exponentials.index_select(0, own) * self.of_others.index_select(0, own)
-            block.view(-1).index_copy_(0, place, back)
-        super()._gather(part, blocks, row_block, weights)
+    def _make_whole(self, part: slice, cols: slice, block: Tensor) -> None:
+        own, place = self._own_in(part, cols, block)
+        back = self.exponentials.index_select(0, own) * self.of_others.index_select(0, own)
+        block.view(-1).index_copy_(0, place, back)
 
     def _by_query(self) -> Tensor:
         lines = self.lines

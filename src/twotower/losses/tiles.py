@@ -18,7 +18,7 @@ TILE_NUMBERS = 1 << 21
 LEAST_ROWS = 512
 #: A larger tile is worked on in blocks of about so many numbers, at least `LEAST_WIDTH` candidates: the library
 #: takes memory for a copy of them. Narrow blocks cost: a third more at 512 rows in blocks of 1,024 than at once.
-BLOCK_NUMBERS = 1 << 20
+BLOCK_NUMBERS = 3 << 18
 LEAST_WIDTH = 8192
 
 _workspace = threading.local()
@@ -37,15 +37,36 @@ def tile_starts(rows: int, candidates: int, like: Tensor) -> list[int]:
     return [*range(0, rows, size), rows]
 
 
-def tile_blocks(rows: int, candidates: int, like: Tensor) -> list[tuple[slice, Tensor]]:
-    """A tile's candidates in blocks, with the memory that each block's logits are written to, [rows, m]."""
-    width = candidates if like.device.type != "cpu" else max(BLOCK_NUMBERS // rows, LEAST_WIDTH)
-    # On an accelerator the allocator keeps its memory; on the CPU fresh memory costs a page fault every 4 KiB.
-    buffer = like.new_empty(rows * candidates) if like.device.type != "cpu" else _buffer(rows * candidates, like.dtype)
+def block_width(rows: int, candidates: int, like: Tensor) -> int:
+    """How many candidates of a tile are worked on at a time."""
+    return max(candidates if like.device.type != "cpu" else max(BLOCK_NUMBERS // max(rows, 1), LEAST_WIDTH), 1)
+
+
+def tile_memory(numbers: int, like: Tensor) -> Tensor:
+    """Memory for the largest tile of a run, [numbers].
+
+    On an accelerator the allocator keeps its memory; on the CPU fresh memory costs a page fault every 4 KiB, so that it
+    is kept here from step to step, for each thread, and made larger when needed.
+    """
+    if like.device.type != "cpu":
+        return like.new_empty(numbers)
+    buffers: dict[torch.dtype, Tensor] = _workspace.__dict__.setdefault("buffers", {})
+    kept = buffers.get(like.dtype)
+    if kept is None or len(kept) < numbers:
+        buffers[like.dtype] = kept = torch.empty(numbers, dtype=like.dtype)
+    return kept
+
+
+def tile_blocks(memory: Tensor, rows: int, candidates: int, width: int) -> list[tuple[slice, Tensor]]:
+    """A tile's candidates in blocks, with the memory that each block's logits are written to, [rows, m].
+
+    Block n ends no later in the memory than block n of a tile of more rows, whose numbers are not needed any more once
+    those of its blocks 0 to n are used.
+    """
     blocks = []
-    for start in range(0, candidates, max(width, 1)):
+    for start in range(0, candidates, width):
         stop = min(start + width, candidates)
-        blocks.append((slice(start, stop), buffer[rows * start : rows * stop].view(rows, stop - start)))
+        blocks.append((slice(start, stop), memory[rows * start : rows * stop].view(rows, stop - start)))
     return blocks
 
 
@@ -98,12 +119,3 @@ def _by_block(row: Tensor, place: Tensor, blocks: list[tuple[slice, Tensor]]) ->
     counts = torch.bincount(of, minlength=len(blocks)).tolist()
     rows, places = torch.split(row[order], counts), torch.split(place[order], counts)
     return [r * width + p - n * widths[0] for n, (r, p, width) in enumerate(zip(rows, places, widths, strict=True))]
-
-
-def _buffer(numbers: int, dtype: torch.dtype) -> Tensor:
-    """The tile's memory of this thread, kept from step to step and made larger when needed."""
-    buffers: dict[torch.dtype, Tensor] = _workspace.__dict__.setdefault("buffers", {})
-    kept = buffers.get(dtype)
-    if kept is None or len(kept) < numbers:
-        buffers[dtype] = kept = torch.empty(numbers, dtype=dtype)
-    return kept

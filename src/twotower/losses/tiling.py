@@ -7,6 +7,7 @@ is computed twice, and no matrix [B, M] is kept. docs/performance.md tells what 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,7 +16,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from twotower.losses.forms import Form, log2_unit, row_sums
-from twotower.losses.tiles import Mask, fill_masked, masks_of_blocks, products, tile_blocks, tile_starts
+from twotower.losses.tiles import (
+    Mask,
+    block_width,
+    fill_masked,
+    masks_of_blocks,
+    products,
+    tile_blocks,
+    tile_memory,
+    tile_starts,
+)
 from twotower.negatives import Hits
 
 #: Where every logit is this near to zero, and weights of candidates within the range of float32, exponentials need no
@@ -142,8 +152,14 @@ class Run:
         task, rows = self.task, len(self.scaled)
         starts = tile_starts(rows, len(self.candidates), self.scaled)
         masks = None if task.hits is None else iter(task.hits.tiles(starts))
+        largest = max((stop - start for start, stop in pairwise(starts)), default=0)
+        memory = tile_memory(largest * len(self.candidates), self.scaled)
+        width = block_width(largest, len(self.candidates), self.scaled)
+        gathering: Iterator[None] = iter(())
         for start, stop in pairwise(starts):
-            self._tile(slice(start, stop), None if masks is None else next(masks))
+            blocks = tile_blocks(memory, stop - start, len(self.candidates), width)
+            gathering = self._tile(slice(start, stop), blocks, None if masks is None else next(masks), gathering)
+        finish(gathering)
         losses, by_own = self.sums.finish()
         if self.wanted:
             self._complete(by_own * self.row_weights)
@@ -161,10 +177,17 @@ class Run:
         if self.task.own_places is not None:
             self.by_candidates.index_add_(0, self.task.own_places, self.by_positive)
 
-    def _tile(self, part: slice, mask: Mask | None) -> None:
+    def _tile(
+        self, part: slice, blocks: list[tuple[slice, Tensor]], mask: Mask | None, gathering: Iterator[None]
+    ) -> Iterator[None]:
+        """Visit a tile; its gathering, block by block, is returned and runs beside the next tile's visit.
+
+        A block is fetched from memory, gathered into the gradients and written over by the next tile's logits while it
+        is in the cache: over large catalogs the traffic between memory and cache takes as long as the products.
+        """
         left, sums = self.left[part], self.sums
-        blocks = tile_blocks(len(left), len(self.candidates), self.scaled)
         for (cols, block), masked in zip(blocks, masks_of_blocks(mask, blocks), strict=True):
+            next(gathering, None)
             with products(low=self.is_low):
                 torch.mm(left, self.right[cols].T, out=block)
             if self.base is None:
@@ -176,12 +199,12 @@ class Run:
             self._visit(part, cols, block)
             if self.wanted and sums.is_final:  # while the block is in the cache
                 self._add_to_scaled(part, cols, block)
+        finish(gathering)
         row_block = None if self.rows is None else self._row_logits(self.rows[part], part)
         if row_block is not None:
             sums.visit(part, row_block, None)
         weights = self.line_weights[part].copy_(self._weights_of_lines(part))
-        if self.wanted:
-            self._gather(part, blocks, row_block, weights)
+        return self._gather(part, blocks, row_block, weights) if self.wanted else iter(())
 
     def _of_rows(self, by_line: Tensor) -> Tensor:
         """Each row's part of what every line of the blocks has, [G, ...] -> [B, ...]: here each row has its own."""
@@ -217,13 +240,14 @@ class Run:
 
     def _gather(
         self, part: slice, blocks: list[tuple[slice, Tensor]], row_block: Tensor | None, weights: Tensor
-    ) -> None:
-        """Add what a finished tile gives to the gradients, its lines' weights given."""
+    ) -> Iterator[None]:
+        """Add what a finished tile gives to the gradients, its lines' weights given; a block at every turn."""
         scaled, by_scaled = self.scaled[part], self.by_scaled[part]
         toward = scaled * weights[:, None]
         if not blocks:
             by_scaled.zero_()
         for cols, block in blocks:
+            self._make_whole(part, cols, block)
             if not self.sums.is_final:
                 self._add_to_scaled(part, cols, block)
             by_candidates = self.by_candidates[cols]
@@ -231,10 +255,20 @@ class Run:
                 torch.addmm(by_candidates, block.T, toward, beta=0 if part.start == 0 else 1, out=by_candidates)
             if self.bias is not None:
                 self.by_bias += row_sums(block, None if self.weight is None else self.weight[cols]) @ weights
+            yield
         if row_block is not None and self.by_rows is not None and self.rows is not None:
             by_scaled += torch.bmm(row_block[:, None, :], self.rows[part])[:, 0]
             torch.mul(row_block[:, :, None], toward[:, None, :], out=self.by_rows[part])
             self.by_bias += row_block.sum(1) @ weights
+
+    def _make_whole(self, part: slice, cols: slice, block: Tensor) -> None:
+        """Put back into a visited block what belongs to the candidates' gradient only: here nothing."""
+
+
+def finish(gathering: Iterator[None]) -> None:
+    """Run what is left of it."""
+    for _ in gathering:
+        pass
 
 
 def largest_norm(vectors: Tensor) -> Tensor:
