@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -11,10 +12,13 @@ import twotower as tt
 from serving.service_models import client
 from twotower import cli
 from twotower.config import Config
+from twotower.data.encoding import FeatureSet
 from twotower.errors import InputError
 from twotower.run import read_data, reread, train_run
 from twotower.serving.batch import recommend_file
 from twotower.serving.export import export_query_tower
+from twotower.serving.service.answering import Question, RecommendKey, answer
+from twotower.serving.service.model import ServedModel
 
 SMALL = [
     "data.split=leave-last-out",
@@ -149,6 +153,68 @@ def test_a_training_row_and_the_same_request_have_one_embedding(runs):
     assert float((by_rows - by_requests).abs().max()) < 1e-6
     blind = retriever.embed(holdout.queries, histories)
     assert float((by_rows - blind).abs().max()) > 0.1
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """Rows of each call that encodes features, in order."""
+    calls, original = [], FeatureSet.encode_rows
+
+    def counted(features, frame, place):
+        calls.append(len(frame))
+        return original(features, frame, place)
+
+    monkeypatch.setattr(FeatureSet, "encode_rows", counted)
+    return calls
+
+
+@pytest.mark.parametrize("name", ["with", "sequence"])
+def test_the_context_of_a_request_is_encoded_once(runs, name, encoded):
+    folder = runs[name][0]
+    retriever, context = tt.Retriever.load(folder), {"device": "tv", "timestamp": "2024-06-03 19:15"}
+    with client(folder) as service:
+        for path, more in (("/recommend", {"k": 3}), ("/explain", {"items": [3, 17, 30]})):
+            encoded.clear()
+            answer = service.post(path, json={"query_id": "u07", "context": context, **more})
+            assert answer.status_code == 200 and encoded == [1], path
+    for ask in (retriever.recommend, lambda q, context: retriever.explain(q[0], item=3, context=context)):
+        encoded.clear()
+        ask(["u07"], context=context)
+        assert encoded == [1]
+
+
+def listed(told):
+    rows = json.loads(told)["items"]
+    return [row["item"] for row in rows], [row["score"] for row in rows]
+
+
+def assert_same(told, others):
+    """Lists of items, and scores as good as products of batches of different sizes give them."""
+    for (items, scores), (expected, logits) in zip(told, others, strict=True):
+        assert items == expected and np.allclose(scores, logits, atol=1e-5)
+
+
+def test_a_batch_is_encoded_together_and_one_that_is_wrong_is_found_with_few_tries(runs, encoded):
+    model = ServedModel.load("with", runs["with"][0])
+    key = RecommendKey("recommend", model, True, None, 1.0, None)
+    asked = [Question(4, f"u{n:02d}", context={"device": ("phone", "tv")[n % 2]}) for n in range(32)]
+    alone = [listed(answer(key, [one])[0]) for one in asked]
+    assert len({tuple(items) for items, _ in alone}) > 16
+    encoded.clear()
+    assert_same([listed(one) for one in answer(key, asked)], alone)
+    assert encoded == [32]
+    # One wrong, one of nobody, one without a context: the others are answered as before.
+    asked[13] = replace(asked[13], context={"timestamp": "soon"})
+    asked[21], asked[30] = replace(asked[21], query="nobody"), replace(asked[30], context=None)
+    alone[30] = listed(answer(key, [asked[30]])[0])
+    encoded.clear()
+    found = answer(key, asked)
+    others = [place for place in range(32) if place not in (13, 21)]
+    assert_same([listed(found[place]) for place in others], [alone[place] for place in others])
+    assert str(found[13]).startswith("context: column 'timestamp', row 1: expected unix time or ISO text")
+    assert "query_id" in str(found[21])
+    # The whole batch, then two halves of what is wrong each time; a call more for each sort of context in it.
+    assert len(encoded) <= 3 * (1 + 2 * 5)
 
 
 def run(monkeypatch, capsys, *words):

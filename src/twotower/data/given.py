@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,38 @@ from twotower.schema import listed
 
 #: A row's context, None for nothing known of it; or a frame with a row for each.
 Given = pl.DataFrame | Sequence[Mapping[str, Any] | None]
+
+
+@dataclass(frozen=True)
+class EncodedContext:
+    """The context of some requests as a tower takes it, kept so that it is encoded once.
+
+    Attributes:
+        arrays: one for each feature, row i of request i.
+        rows: how many requests.
+    """
+
+    arrays: Encoded
+    rows: int
+
+    @classmethod
+    def of(cls, features: FeatureSet, rows: Given) -> EncodedContext:
+        """See `encode_given`."""
+        return cls(encode_given(features, rows), len(rows))
+
+    @classmethod
+    def joined(cls, parts: Sequence[EncodedContext]) -> EncodedContext:
+        """Requests of several one after the other; at least one part."""
+        order = np.arange(sum(part.rows for part in parts))
+        columns = zip(*(part.arrays for part in parts), strict=True)
+        return cls([_in_order(list(column), order) for column in columns], len(order))
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def repeated(self, times: int) -> EncodedContext:
+        """Every request so many times in a row."""
+        return EncodedContext([np.repeat(array, times, axis=0) for array in self.arrays], self.rows * times)
 
 
 def encode_given(features: FeatureSet, rows: Given) -> Encoded:
@@ -57,10 +90,20 @@ def encode_given(features: FeatureSet, rows: Given) -> Encoded:
 
 def _kind(value: Any, *, moment: bool) -> str:
     if isinstance(value, str) and moment:
-        return "number as text" if value.strip().replace(".", "", 1).lstrip("-").isdigit() else "text"
+        # Unix time as text has a unit too, which is found from the largest of those that are read together.
+        number = _number(value)
+        return "text" if number is None else f"text of {unit_of(abs(number), 'context')}"
     if isinstance(value, int | float) and not isinstance(value, bool):
         return unit_of(abs(float(value)), "context") if moment and np.isfinite(value) else "number"
     return type(value).__name__
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if np.isfinite(number) else None
 
 
 def _in_order(parts: list[NDArray[Any]], order: NDArray[np.int64]) -> NDArray[Any]:

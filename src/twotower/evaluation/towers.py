@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from twotower.data import Holdout, ragged_histories
-from twotower.data.encoding import Encoded
+from twotower.data.encoding import Encoded, FeatureSet
 from twotower.data.gaps import gap_codes
-from twotower.data.given import Given, encode_given
+from twotower.data.given import EncodedContext, Given, encode_given
 from twotower.errors import InputError
 from twotower.evaluation.progress import SlowProgress
 from twotower.index import ExactIndex, Exclusion
@@ -95,7 +95,7 @@ class TowerRanker:
         histories: tuple[np.ndarray, np.ndarray],
         features: Sequence[Mapping[str, Any] | None] | None = None,
         *,
-        context: Given | None = None,
+        context: Given | EncodedContext | None = None,
         gaps: np.ndarray | None = None,
     ) -> Tensor:
         """u(x) of every query, float32 [E, D].
@@ -104,8 +104,9 @@ class TowerRanker:
             queries: codes, int64 [E]; -1 for a query never seen in training.
             histories: compressed rows (offsets int64 [E+1], item codes), oldest first.
             features: for each query what its declared columns hold, or None for what training knew of it.
-            context: of each query's request: a frame, or for each a mapping or None. A tower that looks at no context
-                takes a frame, as every holdout of data with further columns has one, and reads nothing of it.
+            context: of each query's request: a frame, or for each a mapping or None; or all of them encoded. A tower
+                that looks at no context takes a frame, as every holdout of data with further columns has one, and
+                reads nothing of it.
             gaps: code of the gap before each item of the histories (data/gaps.py), beside them; None where nobody
                 knows them. Only a tower that reads gaps looks at it.
 
@@ -144,16 +145,27 @@ class TowerRanker:
         self.towers.train(was_training)
         return torch.cat(parts) if parts else torch.empty(0, self.item_embeddings.shape[1], device=device)
 
-    def encoded_context(self, given: Given | None, rows: int) -> Encoded | None:
+    def context_features(self) -> FeatureSet:
+        """What encodes the context of a request.
+
+        Raises:
+            InputError: the query tower looks at none.
+        """
+        reads = getattr(self.towers.query_tower, "context", None)
+        if reads is None:
+            raise InputError("context: this model looks at none; set query_tower.context and train again")
+        features: FeatureSet = reads.inputs.table.features
+        return features
+
+    def encoded_context(self, given: Given | EncodedContext | None, rows: int) -> Encoded | None:
         """The context of some requests as the tower takes it; see `embed`."""
         reads = getattr(self.towers.query_tower, "context", None)
         if given is None or (reads is None and isinstance(given, pl.DataFrame)):
             return None
-        if reads is None:
-            raise InputError("context: this model looks at none; set query_tower.context and train again")
+        features = self.context_features()
         if len(given) != rows:
             raise InputError(f"context: expected one row for each query, {rows}; found {len(given)}")
-        return encode_given(reads.inputs.table.features, given)
+        return given.arrays if isinstance(given, EncodedContext) else encode_given(features, given)
 
     def _items(self) -> Tensor:
         was_training = self.towers.training

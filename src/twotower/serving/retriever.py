@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from twotower.data import Holdout
-from twotower.data.given import Given
+from twotower.data.given import EncodedContext, Given
 from twotower.errors import InputError
 from twotower.evaluation.towers import gaps_of
 from twotower.index import ApproximateIndex, Index
@@ -238,7 +238,7 @@ class Retriever:
         histories: tuple[np.ndarray, np.ndarray],
         features: Sequence[Mapping[str, Any] | None] | None = None,
         *,
-        context: Given | None = None,
+        context: Given | EncodedContext | None = None,
         gaps: np.ndarray | None = None,
     ) -> torch.Tensor:
         """u(x) of queries by codes, histories, features and contexts, [E, D]; see `TowerRanker.embed`.
@@ -249,12 +249,17 @@ class Retriever:
         return self.ranker.embed(queries, known, features, context=context, gaps=between)
 
     def in_context(self, context: Mapping[str, Any] | None) -> Embed:
-        """`embed` of queries that all have the same context."""
+        """`embed` of queries that all have the same context, which is encoded here, once.
+
+        Raises:
+            InputError: as those of `encode_context`.
+        """
+        one = None if context is None else self.encode_context([context])
 
         def embed(
             queries: np.ndarray, histories: tuple[np.ndarray, np.ndarray], gaps: np.ndarray | None
         ) -> torch.Tensor:
-            told = None if context is None else [context] * len(queries)
+            told = None if one is None else one.repeated(len(queries))
             return self.embed(queries, histories, context=told, gaps=gaps)
 
         return embed
@@ -265,13 +270,13 @@ class Retriever:
         reads = getattr(self.artifact.towers.query_tower, "context", None)
         return [] if reads is None else list(reads.inputs.table.features.columns)
 
-    def check_context(self, context: Mapping[str, Any]) -> None:
-        """Refuse a context that `embed` could not use, so that one request does not spoil its batch.
+    def encode_context(self, rows: Sequence[Mapping[str, Any] | None]) -> EncodedContext:
+        """The context of some requests as `embed` takes it; None for a request of which nothing is known.
 
         Raises:
             InputError: the query tower takes none, or a column is unknown or of another kind.
         """
-        self.ranker.encoded_context([context], 1)
+        return EncodedContext.of(self.ranker.context_features(), rows)
 
     def check_features(self, features: Mapping[str, Any]) -> None:
         """Refuse features of a query that `embed` could not use, so that one request does not spoil its batch.

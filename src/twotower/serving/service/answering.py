@@ -18,6 +18,7 @@ from twotower.errors import InputError
 from twotower.serving.answers import Answers
 from twotower.serving.explain import explain
 from twotower.serving.questions import Gaps, Questions, stored_gaps, stored_histories
+from twotower.serving.service.contexts import encode_batch
 from twotower.serving.service.model import Codes, ServedModel, codes_of, known_code
 
 
@@ -63,6 +64,8 @@ def answer(key: RecommendKey | SimilarKey, questions: Sequence[Question]) -> lis
 def asked(model: ServedModel, question: Question) -> tuple[int, Codes, Gaps]:
     """Query code, history, and the gaps in it (all unknown where no times are), of one question.
 
+    What its context says is looked at where it is encoded.
+
     Raises:
         InputError: an unknown query, features or a context that the model does not take, or nothing known.
     """
@@ -71,7 +74,7 @@ def asked(model: ServedModel, question: Question) -> tuple[int, Codes, Gaps]:
     if features is not None:
         model.retriever.check_features(features)
     if context is not None:
-        model.retriever.check_context(context)
+        model.retriever.ranker.context_features()
     told = features is not None or context is not None
     code = -1 if query is None else known_code(model.query_codes([query]), "query_id")
     if history is None:
@@ -110,11 +113,12 @@ def explained(model: ServedModel, question: Question, items: Sequence[Any], popu
         gaps=gaps,
     )
     kept: list[Tensor] = []
+    in_context = model.retriever.in_context(question.context)
 
     def embed(queries: Codes, histories: tuple[Codes, NDArray[np.int32]], gaps: Gaps | None) -> Tensor:
         # The same rows for every item: the history as it is, then without each of its items.
         if not kept:
-            kept.append(model.retriever.in_context(question.context)(queries, histories, gaps))
+            kept.append(in_context(queries, histories, gaps))
         return kept[0]
 
     answers = Answers(model.artifact)
@@ -133,28 +137,29 @@ def explained(model: ServedModel, question: Question, items: Sequence[Any], popu
 
 
 def _recommend(key: RecommendKey, questions: Sequence[Question]) -> list[bytes | Exception]:
-    model, answers = key.model, list[bytes | Exception]()
-    good: list[tuple[int, Codes, Gaps]] = []
-    places: list[int] = []
+    model, answers = key.model, list[bytes | Exception](b"" for _ in questions)
+    good: dict[int, tuple[int, Codes, Gaps]] = {}
     for place, question in enumerate(questions):
         try:
-            good.append(asked(model, question))
-            places.append(place)
-            answers.append(b"")
+            good[place] = asked(model, question)
         except InputError as error:
-            answers.append(error)
+            answers[place] = error
+    context, wrong = encode_batch(model.retriever, {place: questions[place].context for place in good})
+    for place, refused in wrong.items():
+        answers[place] = refused
+        del good[place]
     if not good:
         return answers
-    offsets = np.concatenate([[0], np.cumsum([len(seen) for _, seen, _ in good])]).astype(np.int64)
-    items = np.concatenate([seen for _, seen, _ in good]).astype(np.int32)
+    places, rows = list(good), list(good.values())
+    offsets = np.concatenate([[0], np.cumsum([len(seen) for _, seen, _ in rows])]).astype(np.int64)
+    items = np.concatenate([seen for _, seen, _ in rows]).astype(np.int32)
     features = [questions[place].features for place in places]
-    contexts = [questions[place].context for place in places]
     embedded = model.retriever.embed(
-        np.array([code for code, _, _ in good], dtype=np.int64),
+        np.array([code for code, _, _ in rows], dtype=np.int64),
         (offsets, items),
         None if all(row is None for row in features) else features,
-        context=None if all(row is None for row in contexts) else contexts,
-        gaps=np.concatenate([gaps for _, _, gaps in good]),
+        context=context,
+        gaps=np.concatenate([gaps for _, _, gaps in rows]),
     )
     scores, found = model.search.search(
         embedded,
