@@ -9,6 +9,7 @@ import torch
 from starlette.testclient import TestClient
 
 from twotower.config import Config
+from twotower.data.declaring import encode_features
 from twotower.serving.app import ServiceSettings, create_app
 from twotower.serving.artifact import Artifact
 from twotower.serving.service.server import server
@@ -18,11 +19,12 @@ SETTINGS = ["item_tower.dimension=16", "query_tower.history.length=10"]
 TOKEN = "a-token-of-some-length"
 
 
-def drawn(data, folder: Path, seed: int = 0, table=None, **metadata) -> Path:
+def drawn(data, folder: Path, seed: int = 0, table=None, *, changes=(), **metadata) -> Path:
     """A model with weights as they were drawn, written to a folder: what it answers is as good as any to compare."""
-    config = Config.load(None, SETTINGS)
+    config = Config.load(None, [*SETTINGS, *changes])
+    context = encode_features(config, data).get("context")
     torch.manual_seed(seed)
-    towers = build_towers(config, num_queries=data.num_queries, num_items=data.num_items).eval()
+    towers = build_towers(config, num_queries=data.num_queries, num_items=data.num_items, context=context).eval()
     with torch.no_grad():
         embeddings = towers.item_embeddings()
     model = Artifact(

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import twotower as tt
+from serving.service_models import drawn
 from twotower.config import Config
+from twotower.data.gaps import given_gaps
 from twotower.errors import InputError
 from twotower.serving.artifact import Artifact
 from twotower.serving.export import export_query_tower
@@ -59,6 +61,32 @@ def test_an_export_equals_the_original(which, format_, request, tmp_path):
             found = torch.export.load(path).module()(*map(torch.from_numpy, given)).detach().numpy()
         assert found.shape == expected.shape and np.abs(found - expected).max() <= 1e-5
         assert np.abs(found).max() > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["transformer", "gru"])
+def test_a_sequence_tower_with_time_gaps_as_onnx(planted_data, kind, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX is not installed: pip install 'twotower[onnx]'")
+    history = f"query_tower.history={{length: 6, sequence: {{kind: {kind}, blocks: 1, gaps: true}}}}"
+    folder = drawn(planted_data, tmp_path / "model", changes=[history])
+    report = export_query_tower(folder, tmp_path / "out", "onnx")
+    assert report["inputs"] == {"history": "int64 [B, 6]", "gaps": "int64 [B, 6]"}
+    session = onnxruntime.InferenceSession(tmp_path / "out" / report["file"], providers=["CPUExecutionProvider"])
+    artifact = Artifact.load(folder)
+    for rows in (1, 2, 117):  # none of them the batch that it was exported with
+        queries, items = asked(artifact, rows, 6, rows)
+        days = np.random.default_rng(rows).exponential(20.0, (rows, 6)).cumsum(1)
+        codes = [given_gaps((86_400 * row).tolist(), 6) for row in days]  # as the service reads times
+        read = np.where(items < 0, 0, np.stack(codes)).astype(np.int64)
+        with torch.no_grad():
+            towers, inputs = artifact.towers, (torch.from_numpy(queries), torch.from_numpy(items))
+            expected = towers.embed_queries(*inputs, gaps=torch.from_numpy(read)).numpy()
+            unknown = towers.embed_queries(*inputs).numpy()
+        (found,) = session.run(None, {"history": items, "gaps": read})
+        (without,) = session.run(None, {"history": items, "gaps": np.zeros_like(read)})
+        assert np.abs(found - expected).max() <= 1e-5
+        assert np.abs(without - unknown).max() <= 1e-5
+        assert np.abs(found - without).max() > 1e-3
 
 
 def test_it_serves_without_torch_and_without_this_package(folder, model, tmp_path):

@@ -1,0 +1,177 @@
+"""The context of requests over two ranks: the training and the ranking of one process. Starts itself as the ranks."""
+
+import os
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint  # once, before the ranks are forked
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from cases import IN_BATCH, UNIFORM, objective, whole
+from starting import start
+
+from twotower.build import build_objective
+from twotower.config import Config
+from twotower.data import Interactions, TrainingBatches, leave_last_out
+from twotower.data.declaring import encode_context, encode_features
+from twotower.evaluation.by_parts import ShardedRanker
+from twotower.evaluation.over_ranks import over_ranks
+from twotower.evaluation.towers import TowerRanker
+from twotower.ranks import Ranks
+from twotower.towers import build_towers
+from twotower.towers.shards import shared_tables
+from twotower.training import TableOptimizer, batch_loss
+from twotower.training.exchange import GradientExchange
+from twotower.training.gathering import gathered_loss
+from twotower.training.optimizers import parameter_groups
+from twotower.training.randomness import draws_of
+
+pytestmark = pytest.mark.timeout(1000)  # a busy machine
+
+RANKS, LENGTH = 2, 4
+COLUMNS = ("device", "tags", "price", "at")
+SETTINGS = [
+    "query_tower.context=[{column: device, kind: categorical}, {column: tags, kind: multi}, "
+    "{column: price, kind: numeric}, {column: at, kind: timestamp, parts: [hour]}]",
+    f"query_tower.history={{length: {LENGTH}, heads: 2, dropout: 0}}",
+    "query_tower.hidden=[12]",
+    "query_tower.dropout=0",
+    "query_tower.context_dropout=0",
+    "item_tower.dimension=8",
+    "training.batch_size=12",
+    "training.warmup_steps=2",
+    *objective("expected-count", IN_BATCH, UNIFORM, unique=True),
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a training differs: sparse gradients of tables, rows through a tower at a time, id tables by rows."""
+
+    sparse: bool = False
+    micro_batch: int | None = None
+    shared: bool = False
+
+
+CASES = {"plain": Case(), "sparse, micro-batch": Case(sparse=True, micro_batch=4), "by rows": Case(True, shared=True)}
+
+
+@cache
+def split():
+    random, rows = np.random.default_rng(0), 400
+    frame = pl.DataFrame({
+        "user_id": random.integers(0, 30, rows),
+        "item_id": np.r_[np.arange(50), random.integers(0, 50, rows - 50)],
+        "timestamp": np.arange(rows),
+        "device": [("phone", "desk", None)[n] for n in random.integers(0, 3, rows)],
+        "tags": [["a", "b", "c"][: int(n)] for n in random.integers(0, 4, rows)],
+        "price": random.random(rows),
+        "at": random.integers(1_600_000_000, 1_700_000_000, rows),
+    })  # fmt: skip
+    return leave_last_out(Interactions.from_frame(frame, context=list(COLUMNS)))
+
+
+def work(case, ranks):
+    """What a rank ranks for the test questions with the first weights; losses, gradients and state of a training."""
+    data = split().train
+    config = Config.load(None, SETTINGS).resolved(len(data))
+    context = encode_features(config, data)["context"]
+    torch.manual_seed(3)
+    with shared_tables(ranks) if case.shared else nullcontext():
+        towers = build_towers(config, num_queries=data.num_queries, num_items=data.num_items, context=context)
+    for module in towers.modules():
+        if isinstance(module, nn.Embedding):
+            module.sparse = case.sparse
+    by_rows = case.shared and ranks.size > 1
+    ranker = ShardedRanker(towers, LENGTH, ranks) if by_rows else over_ranks(TowerRanker(towers, LENGTH), ranks)
+    test = split().test
+    found = {
+        "ranked": torch.from_numpy(ranker.rank(test, 10, True)),
+        "without": torch.from_numpy(ranker.rank(replace(test, context=None), 10, True)),
+    }
+    goal = build_objective(config, data).train()
+    model = nn.ModuleDict({"towers": towers.train(), "objective": goal})
+    optimizer = TableOptimizer(parameter_groups(model, 0.01, lr=2e-3), lr=2e-3)
+    exchange, losses = GradientExchange(model, ranks), []
+    source = TrainingBatches(
+        data, 12, history_length=LENGTH, ranks=ranks, context=encode_context(context.features, data)
+    )
+    order = np.random.default_rng(1).permutation(len(data))
+    # Then a batch that does not divide by two, and one row: the second rank has none.
+    parts = [*np.split(order[:120], 10), order[120:127], order[127:128]]
+    for step, rows in enumerate(parts):
+        options = {"micro_batch": case.micro_batch, "generator": draws_of(0, step, "cpu")}
+        batch = source.part(rows)
+        if ranks.size == 1:
+            loss, _, _ = batch_loss(towers, goal, batch, **options)
+        else:
+            loss, _, _ = gathered_loss(towers, goal, batch, ranks, **options)
+        optimizer.zero_grad()
+        loss.backward()
+        exchange.sum_gradients()
+        losses.append(float(ranks.sum(loss)))
+        gradients = {n: p.grad.to_dense().clone() for n, p in model.named_parameters() if p.grad is not None}
+        found[f"gradients of step {step}"] = whole(gradients, towers, ranks)
+        optimizer.step()
+    found["state"] = whole({name: value.clone() for name, value in model.state_dict().items()}, towers, ranks)
+    return found | {"losses": torch.tensor(losses)}
+
+
+@pytest.fixture(scope="module")
+def of_ranks(tmp_path_factory):
+    out = tmp_path_factory.mktemp("context")
+    start("test_context.py", str(out))
+    return {name: [torch.load(out / f"{name}.{rank}.pt", weights_only=True) for rank in range(RANKS)] for name in CASES}
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_two_ranks_are_one_process(of_ranks, name):
+    alone = work(CASES[name], Ranks())
+    gradients = alone["gradients of step 9"]
+    of_context = [key for key in gradients if ".context." in key]
+    assert len(of_context) == 2, "device and tags have a table each"
+    assert all(float(gradients[key].abs().max()) > 1e-4 for key in of_context)
+    for rank, found in enumerate(of_ranks[name]):
+        assert found.keys() == alone.keys()
+        for what, expected in alone.items():
+            torch.testing.assert_close(
+                found[what], expected, rtol=0, atol=1e-5, msg=lambda said, w=what, r=rank: f"rank {r}, {w}: {said}"
+            )
+
+
+def test_every_question_is_ranked_in_its_own_context(of_ranks):
+    for found in (one for case in of_ranks.values() for one in case):
+        assert found["ranked"].shape == (len(split().test), 10)
+        assert float((found["ranked"] != found["without"]).float().mean()) > 0.5
+
+
+def main(out):
+    """Imports once and becomes several, for importing takes longer than the work."""
+    children = []
+    for rank in range(RANKS):
+        child = os.fork()
+        if child == 0:
+            store = dist.FileStore(str(out / "store"), RANKS)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+            for name, case in CASES.items():
+                torch.save(work(case, Ranks.current()), out / f"{name}.{rank}.pt")
+            dist.destroy_process_group()
+            sys.stdout.flush()
+            os._exit(0)
+        children.append(child)
+    return max(os.waitpid(child, 0)[1] for child in children)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])) != 0)
