@@ -1,5 +1,11 @@
 """What is wrong with a page as a browser shows it: overflow, labels that overlap or are cut off, errors, requests."""
 
+from contextlib import contextmanager
+
+import httpx
+
+WAIT = 200_000  # milliseconds: a busy machine is slow
+
 #: Runs in the page; gives sentences about what is wrong with its layout.
 LAYOUT = """
 () => {
@@ -61,3 +67,41 @@ def look(browser, address, *, width, scheme="light", media="screen"):
         return [*wrong, *found["wrong"]], found["labels"]
     finally:
         context.close()
+
+
+@contextmanager
+def looked_at(browser, address, *, width=1280, scheme="light", path=""):
+    """A page that must ask for nothing elsewhere and report nothing wrong."""
+    context = browser.new_context(
+        viewport={"width": width, "height": 900}, color_scheme=scheme, reduced_motion="reduce"
+    )
+    wrong = []
+    try:
+        page = context.new_page()
+        page.set_default_timeout(WAIT)
+        page.on("request", lambda r: None if r.url.startswith(address) else wrong.append(f"asks for {r.url}"))
+        page.on("console", lambda said: wrong.append(said.text) if said.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.goto(address + path)
+        yield page, wrong
+        assert wrong == []
+    finally:
+        context.close()
+
+
+def names(page, letter="a"):
+    return page.locator(f"#list-{letter} .item .name").all_inner_texts()
+
+
+def titles(address, model, **body):
+    answer = httpx.post(f"{address}recommend", json={"model": model, "k": 10, **body}, timeout=WAIT / 1000).json()
+    return [row["title"] for row in answer["items"]]
+
+
+def shows(page, expected, letter="a"):
+    """Wait until a list shows these titles, in order."""
+    page.wait_for_function(
+        "([letter, wanted]) => JSON.stringify([...document.querySelectorAll(`#list-${letter} .item .name`)]"
+        ".map(one => one.textContent)) === JSON.stringify(wanted)",
+        arg=[letter, expected],
+    )

@@ -1,17 +1,14 @@
 """The page of the service in a real browser, every part of it used: wide and narrow, light and dark, by keyboard."""
 
 import json
-from contextlib import contextmanager
 
 import httpx
 import polars as pl
 import pytest
 
-from browser.looking import LAYOUT
+from browser.looking import LAYOUT, WAIT, looked_at, names, shows, titles
 from serving.service_models import TOKEN, drawn, listening
 from twotower.serving.app import ServiceSettings, create_app
-
-WAIT = 200_000  # milliseconds: a busy machine is slow
 
 
 @pytest.fixture(scope="module")
@@ -49,44 +46,6 @@ METRICS = {
 def address(models):
     with listening(create_app(models, ServiceSettings(watch_seconds=0))) as opened:
         yield opened
-
-
-@contextmanager
-def looked_at(browser, address, *, width=1280, scheme="light", path=""):
-    """A page that must ask for nothing elsewhere and report nothing wrong."""
-    context = browser.new_context(
-        viewport={"width": width, "height": 900}, color_scheme=scheme, reduced_motion="reduce"
-    )
-    wrong = []
-    try:
-        page = context.new_page()
-        page.set_default_timeout(WAIT)
-        page.on("request", lambda r: None if r.url.startswith(address) else wrong.append(f"asks for {r.url}"))
-        page.on("console", lambda said: wrong.append(said.text) if said.type in ("error", "warning") else None)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.goto(address + path)
-        yield page, wrong
-        assert wrong == []
-    finally:
-        context.close()
-
-
-def names(page, letter="a"):
-    return page.locator(f"#list-{letter} .item .name").all_inner_texts()
-
-
-def titles(address, model, **body):
-    answer = httpx.post(f"{address}recommend", json={"model": model, "k": 10, **body}, timeout=WAIT / 1000).json()
-    return [row["title"] for row in answer["items"]]
-
-
-def shows(page, expected, letter="a"):
-    """Wait until a list shows these titles, in order."""
-    page.wait_for_function(
-        "([letter, wanted]) => JSON.stringify([...document.querySelectorAll(`#list-${letter} .item .name`)]"
-        ".map(one => one.textContent)) === JSON.stringify(wanted)",
-        arg=[letter, expected],
-    )
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])

@@ -17,6 +17,7 @@ from twotower.errors import InputError
 from twotower.run import read_data, reread, train_run
 from twotower.serving.batch import recommend_file
 from twotower.serving.export import export_query_tower
+from twotower.serving.service import fields
 from twotower.serving.service.answering import Question, RecommendKey, answer
 from twotower.serving.service.model import ServedModel
 
@@ -153,6 +154,26 @@ def test_a_training_row_and_the_same_request_have_one_embedding(runs):
     assert float((by_rows - by_requests).abs().max()) < 1e-6
     blind = retriever.embed(holdout.queries, histories)
     assert float((by_rows - blind).abs().max()) > 0.1
+
+
+def test_the_service_tells_which_context_it_takes_and_which_column_is_wrong(runs, monkeypatch):
+    with client(runs["with"][0]) as service:
+        (told,) = service.get("/models").json()["models"]
+        device = {"column": "device", "kind": "categorical", "values": ["desk", "phone", "tv"], "separator": None}
+        moment = {"column": "timestamp", "kind": "timestamp", "values": None, "separator": None}
+        assert told["context"] == [device, moment]
+        for path, more in (("/recommend", {}), ("/explain", {"items": [3]})):
+            for column, value in (("timestamp", "soon"), ("devi/ce é", 1)):
+                asked = {"query_id": "u07", "context": {"device": "tv", column: value}, **more}
+                refused = service.post(path, json=asked).json()
+                pointer = {"timestamp": "#/context/timestamp"}.get(column, "#/context/devi~1ce%20%C3%A9")
+                assert refused["errors"] == [{"detail": refused["detail"], "pointer": pointer}]
+        assert "errors" not in service.post("/recommend", json={"query_id": "nobody"}).json()
+    with client(runs["without"][0]) as service:
+        assert service.get("/models").json()["models"][0]["context"] == []
+    features = tt.Retriever.load(runs["with"][0]).ranker.context_features()
+    monkeypatch.setattr(fields, "MOST_VALUES", 2)
+    assert fields.context_fields(features)[0] == {**device, "values": None}
 
 
 @pytest.fixture

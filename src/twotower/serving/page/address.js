@@ -12,6 +12,7 @@ export function remember() {
   const kept = new URLSearchParams();
   if (state.query !== null) kept.set("user", state.query);
   if (state.edited || state.query === null) kept.set("history", state.history.slice(-60).map((item) => item.item).join(","));
+  if (Object.keys(state.context).length) kept.set("context", JSON.stringify(state.context));
   if (state.dial !== 1) kept.set("dial", String(state.dial));
   if (state.letters.a !== state.models[0]?.name) kept.set("model", state.letters.a);
   if (state.letters.b) kept.set("beside", state.letters.b);
@@ -26,6 +27,7 @@ export async function recall() {
   const dial = Number(kept.get("dial") ?? 1);
   if (dial >= 0 && dial <= 2) state.dial = dial;
   byId("dial").value = String(state.dial);
+  state.context = contextIn(kept.get("context"));
   chooseModels();
   if (kept.get("user")) await chooseQuery(kept.get("user"));
   const items = (kept.get("history") ?? "").split(",").filter(Boolean);
@@ -36,4 +38,13 @@ export async function recall() {
     changed();
   }
   if (state.query === null && !state.history.length && kept.get("history") === null) await surprise();
+}
+
+// Texts by column; an address may have been written by anybody.
+function contextIn(text) {
+  try {
+    return Object.fromEntries(Object.entries(JSON.parse(text) ?? {}).filter(([, value]) => typeof value === "string"));
+  } catch {
+    return {};
+  }
 }

@@ -3,6 +3,7 @@
 import { remember } from "./address.js";
 import { get, obsolete, post } from "./api.js";
 import { marks, map } from "./atlas.js";
+import { allowContext, refusedContext } from "./context.js";
 import { SETTINGS, drawCurve, medianOf, saidOf } from "./curve.js";
 import { byId, element, later, readable } from "./dom.js";
 import { draw } from "./lists.js";
@@ -22,6 +23,7 @@ export function changed() {
 
 export async function refresh() {
   complain(null);
+  allowContext();
   await Promise.all(active().map(answer));
   spoken();
   explainLater();
@@ -38,7 +40,7 @@ async function answer(letter) {
   } catch (error) {
     if (obsolete(error)) return;
     state.found[letter] = [];
-    complain(active().length > 1 ? `${state.letters[letter]}: ${error.message}` : error.message);
+    if (!refusedContext(error.errors)) complain(active().length > 1 ? `${state.letters[letter]}: ${error.message}` : error.message);
   }
   drawList(letter);
   if (active().length > 1) drawList(letter === "a" ? "b" : "a");
@@ -48,7 +50,7 @@ async function answer(letter) {
 function drawList(letter) {
   const place = byId(`list-${letter}`);
   if (!place) return;
-  if (!question()) {
+  if (!question(letter)) {
     place.replaceChildren(element("p", { class: "nothing" }, "Pick a user, or add a title or two that somebody might like."));
     return;
   }
@@ -98,7 +100,7 @@ function point(letter, item) {
 const explainLater = later(60, () => active().forEach(explain));
 
 async function explain(letter) {
-  const who = question();
+  const who = question(letter);
   const items = (state.found[letter] ?? []).slice(0, 20);
   if (!who || !items.length) return;
   const body = { ...who, model: state.letters[letter], items: items.map((item) => item.item), popularity: state.dial };
@@ -113,7 +115,7 @@ async function explain(letter) {
 
 export async function curves() {
   await Promise.all(active().map(async (letter) => {
-    if (!question()) return;
+    if (!question(letter)) return;
     try {
       const lists = await Promise.all(SETTINGS.map((dial) => post("recommend", asked(letter, dial), channel(`curve${dial}`, letter))));
       state.curves[letter] = lists.map((found) => medianOf(found.items));

@@ -4,9 +4,10 @@ const running = new Map();
 let asking = null;
 
 export class Failure extends Error {
-  constructor(status, detail) {
+  constructor(status, detail, errors = []) {
     super(detail);
     this.status = status;
+    this.errors = errors; // which part of the question each is about
   }
 }
 
@@ -42,7 +43,7 @@ async function send(path, options, channel) {
   }
   const problem = await answer.json().catch(() => ({}));
   if (answer.status === 503) throw new Failure(503, "The service is busy. Try again in a moment.");
-  throw new Failure(answer.status, problem.detail ?? answer.statusText);
+  throw new Failure(answer.status, problem.detail ?? answer.statusText, problem.errors);
 }
 
 function tokenFromReader(refused) {

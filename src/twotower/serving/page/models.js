@@ -4,6 +4,7 @@ import { changed, curves } from "./answers.js";
 import { get, obsolete } from "./api.js";
 import { drawLegend, drawMap } from "./atlas.js";
 import { card, largestBar } from "./card.js";
+import { drawContext } from "./context.js";
 import { byId, element, later } from "./dom.js";
 import { active, channel, complain, state, summaryOf } from "./state.js";
 
@@ -27,6 +28,7 @@ export function chooseModels() {
   byId("filter").disabled = !Object.keys(summaryOf(state.letters.a).columns).length;
   byId("filter").placeholder = example(summaryOf(state.letters.a).columns);
   state.found = {};
+  drawContext();
   drawMap();
   drawLegend();
   drawCards();
@@ -42,6 +44,7 @@ function example(columns) {
 // A new model took over between two answers: what hangs on it is read again.
 export const swapped = later(50, async () => {
   await loadModels();
+  drawContext();
   drawMap();
   drawCards();
   curves();

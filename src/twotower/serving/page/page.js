@@ -5,6 +5,7 @@ import { changed, drawDial, refresh } from "./answers.js";
 import { get } from "./api.js";
 import { drawLegend, map } from "./atlas.js";
 import { combo } from "./combo.js";
+import { emptyContext } from "./context.js";
 import { byId, element, later, readable, whole } from "./dom.js";
 import { chooseModels, loadModels } from "./models.js";
 import { complain, state } from "./state.js";
@@ -66,6 +67,7 @@ async function start() {
   byId("dial").addEventListener("change", remember);
   byId("k").addEventListener("change", () => { state.k = Number(byId("k").value); changed(); });
   byId("seen").addEventListener("change", () => { state.seen = byId("seen").checked; changed(); });
+  byId("forget").addEventListener("click", emptyContext);
   byId("filter").addEventListener("input", later(350, () => { state.filter = byId("filter").value.trim(); changed(); }));
   byId("colour").addEventListener("change", () => { map.colour = byId("colour").value; map.draw(); drawLegend(); });
   for (const id of ["model-a", "model-b"]) byId(id).addEventListener("change", chooseModels);

@@ -15,6 +15,7 @@ export const state = {
   k: 10,
   seen: true,
   filter: "",
+  context: {}, // column -> what stands in its field
   found: {}, // letter -> items
   curves: {}, // letter -> medians
   open: {}, // letter -> item whose details are shown
@@ -25,14 +26,34 @@ export const summaryOf = (name) => state.models.find((model) => model.name === n
 export const active = () => ["a", "b"].filter((letter) => state.letters[letter]);
 export const channel = (kind, letter) => `${kind}-${letter}`;
 
-export function question() {
+// The context as one model is asked with it: the columns that it declares, as values of their kind; null for none.
+export function contextFor(letter) {
+  const told = {};
+  for (const { column, kind, separator } of summaryOf(state.letters[letter])?.context ?? []) {
+    const text = state.context[column];
+    if (text === undefined) continue;
+    const several = separator ? text.split(separator).map((one) => one.trim()).filter(Boolean) : null;
+    if (kind === "dense") told[column] = several.map(Number);
+    else if (several) told[column] = several;
+    else told[column] = kind === "numeric" ? Number(text) : text;
+  }
+  return Object.keys(told).length ? told : null;
+}
+
+// Who asks, in which context; null where nothing is known of them that this model looks at.
+export function question(letter) {
   const history = state.edited || state.query === null ? state.history.map((item) => item.item) : null;
-  if (state.query === null && !history.length) return null;
-  return { ...(state.query === null ? {} : { query_id: state.query }), ...(history ? { history } : {}) };
+  const context = contextFor(letter);
+  if (state.query === null && !history.length && !context) return null;
+  return {
+    ...(state.query === null ? {} : { query_id: state.query }),
+    ...(history && (history.length || state.query !== null) ? { history } : {}),
+    ...(context ? { context } : {}),
+  };
 }
 
 export function asked(letter, dial = state.dial) {
-  const who = question();
+  const who = question(letter);
   if (!who) return null;
   return { ...who, model: state.letters[letter], k: state.k, exclude_seen: state.seen, popularity: dial, ...(state.filter ? { filter: state.filter } : {}) };
 }

@@ -18,7 +18,7 @@ from twotower.errors import InputError
 from twotower.serving.answers import Answers
 from twotower.serving.explain import explain
 from twotower.serving.questions import Gaps, Questions, stored_gaps, stored_histories
-from twotower.serving.service.contexts import encode_batch
+from twotower.serving.service.contexts import encode_batch, in_context
 from twotower.serving.service.model import Codes, ServedModel, codes_of, known_code
 
 
@@ -100,6 +100,7 @@ def explained(model: ServedModel, question: Question, items: Sequence[Any], popu
 
     Raises:
         InputError: an unknown query or item, or nothing known.
+        Problem: a context that cannot be used.
     """
     code, seen, gaps = asked(model, question)
     codes = codes_of(model.artifact.items, items)
@@ -113,12 +114,12 @@ def explained(model: ServedModel, question: Question, items: Sequence[Any], popu
         gaps=gaps,
     )
     kept: list[Tensor] = []
-    in_context = model.retriever.in_context(question.context)
+    embed_one = in_context(model.retriever, question.context)
 
     def embed(queries: Codes, histories: tuple[Codes, NDArray[np.int32]], gaps: Gaps | None) -> Tensor:
         # The same rows for every item: the history as it is, then without each of its items.
         if not kept:
-            kept.append(in_context(queries, histories, gaps))
+            kept.append(embed_one(queries, histories, gaps))
         return kept[0]
 
     answers = Answers(model.artifact)

@@ -24,6 +24,7 @@ from twotower.serving.filters import condition_mask
 from twotower.serving.questions import seen_codes
 from twotower.serving.retriever import Retriever
 from twotower.serving.service.atlas import Atlas
+from twotower.serving.service.fields import context_fields
 
 Codes = NDArray[np.int64]
 Mask = NDArray[np.bool_]
@@ -142,7 +143,7 @@ class ServedModel:
     def summary(self) -> dict[str, Any]:
         """What the page shows in its list of models."""
         history = self.artifact.config.query_tower.history
-        table = self.artifact.item_table
+        table, reader = self.artifact.item_table, self.retriever
         return {
             "name": self.name,
             "version": self.version,
@@ -152,6 +153,7 @@ class ServedModel:
             "has_titles": self.titles is not None,
             "history_length": history.length if history else 0,
             "columns": {} if table is None else {name: str(dtype) for name, dtype in table.schema.items()},
+            "context": context_fields(reader.ranker.context_features()) if reader.context_columns else [],
         }
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -22,24 +23,43 @@ class Problem(Exception):  # noqa: N818  # RFC 9457 calls it a problem
         status: HTTP status.
         detail: what was found and what was expected, fit to be shown.
         headers: further headers of the answer.
+        field: the names that lead to the part of the body that is at fault, outermost first, where it is one.
     """
 
-    def __init__(self, status: int, detail: str, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, status: int, detail: str, headers: Mapping[str, str] | None = None, field: Sequence[str] = ()
+    ) -> None:
         super().__init__(detail)
         self.status = status
         self.detail = detail
         self.headers = dict(headers or {})
+        self.field = tuple(field)
 
 
-def problem_body(status: int, detail: str) -> bytes:
-    """The JSON of an RFC 9457 problem."""
-    values = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
+def problem_body(status: int, detail: str, field: Sequence[str] = ()) -> bytes:
+    """The JSON of an RFC 9457 problem; with `errors`, as in section 3 there, where a field is at fault."""
+    values: dict[str, Any] = {
+        "type": "about:blank",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+    }
+    if field:
+        values["errors"] = [{"detail": detail, "pointer": pointer(field)}]
     return json.dumps(values, ensure_ascii=False).encode("utf-8", "replace")
 
 
-def problem_answer(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
+def pointer(names: Sequence[str]) -> str:
+    """A JSON pointer (RFC 6901) as a fragment of a URI: `#/context/device`."""
+    escaped = (name.replace("~", "~0").replace("/", "~1") for name in names)
+    return "#" + "".join(f"/{quote(name.encode('utf-8', 'replace'), safe='~')}" for name in escaped)
+
+
+def problem_answer(
+    status: int, detail: str, headers: Mapping[str, str] | None = None, field: Sequence[str] = ()
+) -> Response:
     """A problem as an answer."""
-    return Response(problem_body(status, detail), status, dict(headers or {}), "application/problem+json")
+    return Response(problem_body(status, detail, field), status, dict(headers or {}), "application/problem+json")
 
 
 def install(app: FastAPI) -> None:
@@ -47,7 +67,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Problem)
     async def _problem(_: Request, error: Problem) -> Response:
-        return problem_answer(error.status, error.detail, error.headers)
+        return problem_answer(error.status, error.detail, error.headers, error.field)
 
     @app.exception_handler(InputError)
     async def _input(_: Request, error: InputError) -> Response:
@@ -86,6 +106,15 @@ PROBLEM_SCHEMA: dict[str, Any] = {
         "title": {"type": "string"},
         "status": {"type": "integer"},
         "detail": {"type": "string"},
+        "errors": {
+            "type": "array",
+            "description": "Which fields of the body are at fault, by JSON pointer, where that is known.",
+            "items": {
+                "type": "object",
+                "required": ["detail", "pointer"],
+                "properties": {"detail": {"type": "string"}, "pointer": {"type": "string"}},
+            },
+        },
     },
 }
 

@@ -129,6 +129,15 @@ class Health(BaseModel):
     models: dict[str, str] = Field(default_factory=dict, description="Name and version of each model.")
 
 
+class ContextField(BaseModel):
+    """A column that requests may bring as context."""
+
+    column: str
+    kind: str = Field(description="As declared: categorical, multi, numeric, dense, timestamp or text.")
+    values: list[str] | None = Field(description="Those of training, where they are few.")
+    separator: str | None = Field(description="Between several values in one field of a form; null for a single value.")
+
+
 class ModelSummary(BaseModel):
     """One of the models served."""
 
@@ -140,6 +149,9 @@ class ModelSummary(BaseModel):
     has_titles: bool
     history_length: int
     columns: dict[str, str] = Field(description="Columns of the item table and their types.")
+    context: list[ContextField] = Field(
+        description="Columns declared in query_tower.context; empty where there are none."
+    )
 
 
 class Models(BaseModel):
