@@ -113,6 +113,10 @@ def _show(found: ScalePlan) -> None:
     console.print(f"{rows:,.0f} rows a second over all ranks; most of it goes to: {found.bottleneck}")
     added = sum(found.ranking.values()) / 2**30
     console.print(f"A ranking of the whole catalog (validation, test) needs {added:,.1f} GiB beside the tables.")
+    console.print(
+        f"A checkpoint written in the background copies {found.checkpoint / 2**30:,.1f} GiB into main memory "
+        "(training.checkpoint_in_background=false: none; training waits)."
+    )
     if found.device_memory is not None:
         there = found.device_memory / 2**30
         verdict = "fits" if found.fits else "does NOT fit"

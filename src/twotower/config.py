@@ -218,6 +218,11 @@ class TrainingConfig(Section):
     checkpoint_every: PositiveInt | None = Field(
         None, description="Steps between checkpoints to go on from after a fault. None: at the end of each epoch."
     )
+    checkpoint_in_background: bool | Literal["auto"] = Field(
+        "auto",
+        description="Write checkpoints from a copy of the state while training goes on. auto: where the copy takes no "
+        "more than half of the memory that the training leaves.",
+    )
     exchange_timeout: PositiveInt = Field(
         600, description="Several processes: seconds that one waits for the others before it gives up."
     )

@@ -163,6 +163,12 @@ class ScalePlan:
         return sum(self.memory.values())
 
     @property
+    def checkpoint(self) -> float:
+        """Bytes in main memory for a copy of the state, while a checkpoint is written in the background."""
+        layers = 3.0 * F4 * self.workload.layers  # the weights and two numbers of state for each
+        return self.memory["tables"] + self.memory["optimizer state"] + layers
+
+    @property
     def step(self) -> float:
         """Seconds of a step."""
         return sum(self.seconds.values())
@@ -188,6 +194,7 @@ class ScalePlan:
             "memory": self.memory,
             "peak": self.peak,
             "ranking": self.ranking,
+            "checkpoint": self.checkpoint,
             "exchanged": self.exchanged,
             "seconds": self.seconds,
             "step": self.step,

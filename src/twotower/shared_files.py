@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twotower.files import whole_folder
+from twotower.files import full_disk_named, whole_folder
 from twotower.ranks import Ranks
 
 #: What safetensors calls the types that a table or its embeddings may have.
@@ -28,6 +28,7 @@ def write_folder(target: Path, ranks: Ranks, *writes: Callable[[Path], None]) ->
     its own files, fails before the others wait for it in an exchange.
 
     Raises:
+        InputError: the disk is full.
         OSError: another rank could not write its part; a rank's own error is raised as it is.
     """
     if ranks.is_first:
@@ -37,8 +38,9 @@ def write_folder(target: Path, ranks: Ranks, *writes: Callable[[Path], None]) ->
                 _write_all(folder, target, ranks, write)
     else:
         folder = _shared_name(None, target, ranks)
-        for write in writes:
-            _write_all(folder, target, ranks, write)
+        with full_disk_named(target):
+            for write in writes:
+                _write_all(folder, target, ranks, write)
     ranks.wait()  # nobody reads before the first has renamed
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor
 from twotower import evaluation
 from twotower.config import Config
 from twotower.data import Split, leave_last_out
+from twotower.errors import InputError
 from twotower.evaluation.by_parts import ShardedRanker, own_item_embeddings
 from twotower.evaluation.towers import TowerRanker
 from twotower.ranks import Ranks
@@ -21,7 +24,7 @@ from twotower.serving import Artifact
 from twotower.shared_files import write_folder
 from twotower.towers import TwoTower, build_towers
 from twotower.towers.shards import Part, shared_tables
-from twotower.training import TableOptimizer
+from twotower.training import TableOptimizer, checkpoints
 from twotower.training.checkpoints import SafeCheckpointIO
 from twotower.training.optimizers import parameter_groups
 from twotower.training.table_parts import cut_optimizer_state, mark_parts
@@ -127,6 +130,7 @@ def work(ranks: Ranks, out: Path) -> None:
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], value) for name, value in expected.items()), rule
         assert io.load_weights(out / f"{rule}.2.ckpt").keys() == towers.state_dict().keys()
+        saved_beside(ranks, towers, made, out / f"beside.{rule}.{ranks.size}.ckpt")
         # A state that was saved whole.
         alone = model(Ranks())
         whole = optimizer(alone, rule).state_dict()
@@ -142,6 +146,51 @@ def work(ranks: Ranks, out: Path) -> None:
     fail_together(ranks, out / f"folder-{ranks.size}")
 
 
+def saved_beside(ranks: Ranks, towers: TwoTower, made: TableOptimizer, path: Path) -> None:
+    """Written in the background, while weights and state change and the ranks exchange; then one cannot write."""
+    io = SafeCheckpointIO(ranks, {cases.NUM_ITEMS, cases.NUM_QUERIES}, in_background=True, timeout=60)
+    before = {name: value.clone() for name, value in tensors(checkpoint(towers, made)).items()}
+    release, write = threading.Event(), checkpoints.save_parts
+
+    def held(*given: Any) -> None:
+        assert release.wait(60)
+        write(*given)
+
+    def fails(*given: Any) -> None:
+        if ranks.rank == ranks.size - 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    checkpoints.save_parts = held
+    kept = checkpoint(towers, made)
+    mark_parts(kept, towers, [made])
+    io.save_checkpoint(kept, path)
+    with torch.no_grad():  # a step
+        for value in tensors(checkpoint(towers, made)).values():
+            value.add_(ranks.sum(torch.ones(3))[0] == ranks.size)
+    assert not path.exists()
+    release.set()
+    io.settle()
+    assert path.exists(), "all ranks find it"
+    found = tensors(io.load_checkpoint(path))
+    assert all(torch.equal(found[name], value) for name, value in before.items()), "of the step it was asked for"
+    checkpoints.save_parts = fails
+    io.save_checkpoint(kept, path)
+    told = None
+    try:
+        io.save_checkpoint(kept, path)
+    except (OSError, InputError) as error:
+        told = str(error)
+    full = f"{path}: cannot be written, the disk is full ([Errno {errno.ENOSPC}] No space left on device)"
+    assert told is not None and told.startswith(full if ranks.rank == ranks.size - 1 else f"{path}: {ELSEWHERE}"), told
+    checkpoints.save_parts = write
+    io.settle()
+    io.close()
+    assert found.keys() == tensors(SafeCheckpointIO(ranks, io.shared).load_checkpoint(path)).keys()
+    with torch.no_grad():
+        for name, value in tensors(checkpoint(towers, made)).items():
+            value.copy_(before[name])
+
+
 def fail_together(ranks: Ranks, target: Path) -> None:
     """The last rank cannot write: every rank is told, and nothing appears."""
     target.mkdir(exist_ok=True)
@@ -155,10 +204,11 @@ def fail_together(ranks: Ranks, target: Path) -> None:
     told = None
     try:
         write_folder(target, ranks, write)
-    except OSError as error:
+    except (OSError, InputError) as error:
         told = str(error)
     ranks.wait()
-    assert told == ("no space left" if ranks.rank == ranks.size - 1 else f"{target}: {ELSEWHERE}"), told
+    full = f"{target}: cannot be written, the disk is full (no space left); free space, or write elsewhere"
+    assert told == (full if ranks.rank == ranks.size - 1 else f"{target}: {ELSEWHERE}"), told
     assert [path.name for path in target.iterdir()] == ["older"]
     assert not list(target.parent.glob(f".{target.name}*"))
 

@@ -47,6 +47,10 @@ def test_tables_and_state_are_what_a_training_makes():
         plan = plan_scale(replace(work, optimizer=rule, precision=precision), RATES)
         assert plan.memory["tables"] == sum(table.nbytes for table in tables)
         assert plan.memory["optimizer state"] == sum(value.nbytes for value in state)
+        layers = [p for p in towers.parameters() if all(p is not table for table in tables)]
+        held = [value for p in towers.parameters() for key, value in optimizer.state[p].items() if key != "step"]
+        everything = sum(value.nbytes for value in (*tables, *layers, *held))
+        assert plan.checkpoint == pytest.approx(everything, rel=0.001)  # weights of the history's steps are left out
 
 
 def test_layers_are_those_of_the_tower():

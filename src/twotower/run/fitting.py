@@ -155,8 +155,9 @@ def fit(
                 mine(towers)
         validate = _validation(split.validation, settings, train) if len(split.validation) else None
         before = validate(towers) if validate is not None and parent is not None and not resume else None
+        plan = plan_memory(settings, towers, objective, train, ranks)
         if say is not None:
-            say(plan_memory(settings, towers, objective, train))
+            say(plan)
         result = fit_towers(
             towers,
             objective,
@@ -171,6 +172,7 @@ def fit(
             progress=progress,
             hyperparameters=settings.model_dump(mode="json"),
             start=optimizer,
+            in_background=plan.in_background,
         )
     artifact = _artifact(settings, split, towers, result)
     new = len(train) if learnt is None else int((~continuing.checked(split).learnt).sum())

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning_fabric.plugins import CheckpointIO
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -18,6 +20,8 @@ from twotower.errors import InputError
 from twotower.files import whole_folder
 from twotower.ranks import Ranks
 from twotower.shared_files import write_folder
+from twotower.training.background import Background
+from twotower.training.encoding import Encoder, decode, parts_in
 from twotower.training.table_parts import FOLDER, PartOf, load_parts, save_parts
 
 
@@ -27,32 +31,85 @@ class SafeCheckpointIO(CheckpointIO):
     Rows of tables that ranks share stand beside them in `tables/`, a file for each rank (table_parts.py); what is
     marked as such (`PartOf`) is written and read by all ranks together, and everything else by the first alone.
 
+    Written in the background, a checkpoint is that of the step at which it was asked for: `save_checkpoint` copies the
+    state, on a CPU, and returns. One is written at a time, so there is one copy; the next `save_checkpoint`, a load and
+    `wait` come after it, and raise what it has failed with. torch's `async_save` is the same thread around the rows of
+    tables alone; here the whole folder has to appear at once, with what the first rank writes beside them.
+
     Args:
         ranks: the processes of the run; a process alone where None.
         shared: N of the tables that they hold by parts. Of any other table in `tables/` every rank reads all rows.
+        in_background: write while training goes on. Collective where there are `shared`: the ranks then have a process
+            group of their own for it, whose exchanges do not meet those of the steps.
+        timeout: seconds that an exchange of this group waits for the others.
     """
 
-    def __init__(self, ranks: Ranks | None = None, shared: Collection[int] = ()) -> None:
+    def __init__(
+        self,
+        ranks: Ranks | None = None,
+        shared: Collection[int] = (),
+        *,
+        in_background: bool = False,
+        timeout: int = 600,
+    ) -> None:
         self.ranks, self.shared = ranks or Ranks(), frozenset(shared)
+        self._background = Background() if in_background else None
+        self._writers = self.ranks
+        if in_background and self.shared and self.ranks.size > 1:
+            self._writers = Ranks.current(_own_group(self.ranks, timedelta(seconds=timeout)))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write to a temporary folder beside `path`, then rename; collective where there are parts of tables."""
-        del storage_options
-        tensors: dict[str, Tensor | PartOf] = {}
-        structure = _encode(checkpoint, tensors, "checkpoint")
-        parts = {name: one for name, one in tensors.items() if isinstance(one, PartOf)}
-        whole = {name: one for name, one in tensors.items() if isinstance(one, Tensor)}
+        """Write to a temporary folder beside `path`, then rename; collective where there are parts of tables.
 
+        Raises:
+            InputError: the disk is full; in the background, it was when the one before was written.
+        """
+        del storage_options
+        self.wait()  # before anything is copied
+        state = Encoder(copies=self._background is not None, of_parts=bool(self.shared) and not self.ranks.is_first)
+        structure = state.encode(checkpoint, "checkpoint")
+        if self._background is None:
+            self._write(Path(path), structure, state.whole, state.parts)
+        else:
+            self._background.start(lambda: self._write(Path(path), structure, state.whole, state.parts))
+
+    def _write(self, path: Path, structure: Any, whole: dict[str, Tensor], parts: dict[str, PartOf]) -> None:
         def write(folder: Path) -> None:
             if not parts or self.ranks.is_first:
                 save_file(whole, folder / "tensors.safetensors")
                 (folder / "state.json").write_text(json.dumps(structure), encoding="utf-8")
 
         if parts:
-            write_folder(Path(path), self.ranks, write, lambda folder: save_parts(folder / FOLDER, parts, self.ranks))
+            ranks = self._writers
+            write_folder(path, ranks, write, lambda folder: save_parts(folder / FOLDER, parts, ranks))
             return
-        with whole_folder(Path(path)) as folder:
+        with whole_folder(path) as folder:
             write(folder)
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is in its place.
+
+        Raises:
+            InputError: the disk was full.
+            RankLost: another rank is gone.
+        """
+        if self._background is not None:
+            self._background.wait()
+
+    def settle(self) -> None:
+        """`wait` on every rank, so that all of them find the checkpoint; collective.
+
+        Raises:
+            InputError, RankLost: as `wait`.
+        """
+        self.wait()
+        if self._background is not None:
+            self.ranks.wait()
+
+    def close(self) -> None:
+        """Wait, whatever comes of it, and end the thread."""
+        if self._background is not None:
+            self._background.close()
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
@@ -63,10 +120,12 @@ class SafeCheckpointIO(CheckpointIO):
             InputError: a file is missing or damaged.
         """
         del map_location, weights_only
+        self.wait()
         return self._load(Path(path))
 
     def load_weights(self, path: str | Path) -> dict[str, Tensor]:
         """The model's state dict alone: optimizer state of shared tables stays on disk."""
+        self.wait()
         weights: dict[str, Tensor] = self._load(Path(path), "state_dict")["state_dict"]
         return weights
 
@@ -76,69 +135,27 @@ class SafeCheckpointIO(CheckpointIO):
             structure = json.loads((source / "state.json").read_text(encoding="utf-8"))
             if only is not None:
                 structure = {"dict": [pair for pair in structure["dict"] if pair[0] == only]}
-            shapes = dict(_parts_in(structure))
+            shapes = dict(parts_in(structure))
             if shapes:
                 tensors |= load_parts(source / FOLDER, shapes, self.ranks, self.shared)
         except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"{source}: not a readable checkpoint ({error}); remove it and train again") from error
-        checkpoint: dict[str, Any] = _decode(structure, tensors)
+        checkpoint: dict[str, Any] = decode(structure, tensors)
         return checkpoint
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete the folder."""
+        self.wait()
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _encode(value: Any, tensors: dict[str, Tensor | PartOf], name: str) -> Any:
-    if isinstance(value, PartOf):
-        first = next((other for other, part in tensors.items() if part is value), name)
-        tensors[first] = value
-        shape, dtype = [value.part.rows, *value.tensor.shape[1:]], str(value.tensor.dtype).removeprefix("torch.")
-        return {"part": {"name": first, "shape": shape, "dtype": dtype}}
-    if isinstance(value, Tensor):
-        own = value.detach().cpu().contiguous()
-        # safetensors refuses tensors that share memory, such as tied weights; a copy of all would double the tables.
-        place = own.untyped_storage().data_ptr()
-        is_shared = place != 0 and any(
-            isinstance(other, Tensor) and place == other.untyped_storage().data_ptr() for other in tensors.values()
-        )
-        tensors[name] = own.clone() if is_shared else own
-        return {"tensor": name}
-    if isinstance(value, dict):
-        pairs = [[_encode(key, tensors, name), _encode(item, tensors, f"{name}.{key}")] for key, item in value.items()]
-        return {"dict": pairs}
-    if isinstance(value, list | tuple):
-        kind = "list" if isinstance(value, list) else "tuple"
-        return {kind: [_encode(item, tensors, f"{name}.{place}") for place, item in enumerate(value)]}
-    if isinstance(value, Path):
-        return str(value)
-    if value is None or isinstance(value, str | bool | int | float):
-        return value
-    raise TypeError(f"{name}: a {type(value).__name__} cannot be kept in a checkpoint without pickle")
+def _own_group(ranks: Ranks, timeout: timedelta) -> Any:
+    """A process group of the same ranks, by gloo: tensors in files are CPU tensors, whatever the steps exchange.
 
-
-def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
-    if not isinstance(value, dict):
-        return value
-    ((kind, content),) = value.items()
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "part":
-        return tensors[content["name"]]
-    if kind == "dict":
-        return {_decode(key, tensors): _decode(item, tensors) for key, item in content}
-    items = [_decode(item, tensors) for item in content]
-    return items if kind == "list" else tuple(items)
-
-
-def _parts_in(value: Any) -> Iterator[tuple[str, tuple[list[int], torch.dtype]]]:
-    """Names, whole shapes and types of the parts of tables in an encoded checkpoint."""
-    if isinstance(value, dict) and "part" in value:
-        told = value["part"]
-        yield told["name"], (told["shape"], getattr(torch, told["dtype"]))
-    elif isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _parts_in(inner)
+    It lasts as long as the processes are joined: torch gives the next one of some ranks the name of one that has ended.
+    """
+    members = None if ranks.group is None else dist.get_process_group_ranks(ranks.group)
+    return dist.new_group(members, timeout, "gloo", use_local_synchronization=members is not None)
 
 
 def random_state() -> dict[str, Tensor]:

@@ -100,6 +100,7 @@ def fit_towers(
     progress: bool = True,
     hyperparameters: Mapping[str, Any] | None = None,
     start: Callback | None = None,
+    in_background: bool = False,
 ) -> FitResult:
     """Train until the validation metric stops improving, and return the best weights.
 
@@ -117,13 +118,14 @@ def fit_towers(
         progress: show a progress bar.
         hyperparameters: what the logger shows beside the curves, where it can.
         start: brings the optimizer to where a parent's was (training/continuing.py); a fresh one where None.
+        in_background: write checkpoints while training goes on, from a copy of the state.
 
     Raises:
-        InputError: there is nothing to resume from, or the logger's package is missing.
+        InputError: there is nothing to resume from, a checkpoint cannot be written, or the logger's package is missing.
         Interrupted: Ctrl-C; `directory/checkpoints/last` holds the state to resume from.
     """
     ranks = Ranks.current()
-    io = SafeCheckpointIO(ranks, {table.num_embeddings for table in shared_tables_of(towers)})
+    shared = {table.num_embeddings for table in shared_tables_of(towers)}
     last = directory / "checkpoints" / "last.ckpt"
     if resume and not last.exists():
         raise InputError(f"{last}: no checkpoint to resume from; train without --resume first")
@@ -138,7 +140,7 @@ def fit_towers(
         ranks=ranks,
     )
     history = _History()
-    keep_best = ModelCheckpoint(
+    keep_best = _BestAndLast(
         directory / "checkpoints",
         filename="best",
         monitor=settings.metric if validate else None,
@@ -146,7 +148,8 @@ def fit_towers(
         save_last=True,
         enable_version_counter=False,
     )
-    stop = StopBetweenSteps(last, ranks)
+    io = SafeCheckpointIO(ranks, shared, in_background=in_background, timeout=settings.exchange_timeout)
+    stop = StopBetweenSteps(last, ranks, io.settle)
     callbacks: list[Callback] = [keep_best, history, _EpochOrder(batches), stop]
     if start is not None:
         callbacks.append(start)
@@ -184,13 +187,17 @@ def fit_towers(
             for message in LIGHTNING_NOISE:
                 warnings.filterwarnings("ignore", message)
             trainer.fit(module, batches, placeholder, ckpt_path=str(last) if resume else None)
+        io.settle()
     except MisconfigurationException as error:
         raise InputError(
             f"{last}: cannot go on from this checkpoint with these settings ({' '.join(str(error).split())}); give the "
             "run's own config.yaml, or train anew"
         ) from error
     except SystemExit as exit_:  # Lightning's answer to KeyboardInterrupt
+        io.wait()
         raise Interrupted(f"interrupted; the state is in {last}") from exit_
+    finally:
+        io.close()
     for optimizer in trainer.optimizers:
         optimizer.state.clear()  # the checkpoints have it, and the best weights need the room
     best = _load_best(towers, keep_best, io, has_metric=validate is not None)
@@ -214,6 +221,15 @@ def _load_best(towers: TwoTower, keep_best: ModelCheckpoint, io: SafeCheckpointI
     towers.load_state_dict({key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)})
     towers.eval()
     return float(keep_best.best_model_score) if has_metric and keep_best.best_model_score is not None else None
+
+
+class _BestAndLast(ModelCheckpoint):
+    """Leaves the last state of every epoch too: Lightning writes it only where it has written a new best one."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._last_global_step_saved != trainer.global_step:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
 class _EpochOrder(Callback):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -29,11 +30,13 @@ class StopBetweenSteps(Callback):
     Args:
         path: where the checkpoint goes.
         ranks: the processes that stop together; one that is alone where None.
+        settled: returns on every rank when what is being written is in its place; called by all of them.
     """
 
-    def __init__(self, path: Path, ranks: Ranks | None = None) -> None:
+    def __init__(self, path: Path, ranks: Ranks | None = None, settled: Callable[[], None] | None = None) -> None:
         self.path = path
         self.ranks = ranks or Ranks()
+        self.settled = settled or _nothing
         self.asked = False
         self._previous: dict[int, Any] = {}
 
@@ -66,12 +69,16 @@ class StopBetweenSteps(Callback):
             stops = (batch_idx + 1) % AGREE_EVERY == 0 and self.ranks.agree(self.asked)
         if stops and batch_idx + 1 < trainer.num_training_batches:
             trainer.save_checkpoint(self.path)
+            self.settled()  # here, where another signal changes nothing
             raise KeyboardInterrupt
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop before the next epoch: the checkpoint of the last one has just been written."""
         del trainer, pl_module
-        if self.ranks.agree(self.asked) and self.path.exists():
+        if not self.ranks.agree(self.asked):
+            return
+        self.settled()
+        if self.ranks.agree(self.path.exists()):  # the first rank may have been the only one to write it
             raise KeyboardInterrupt
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
@@ -80,3 +87,7 @@ class StopBetweenSteps(Callback):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             raise KeyboardInterrupt
         self.asked = True
+
+
+def _nothing() -> None:
+    """Checkpoints are written before training goes on."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,9 +12,11 @@ from twotower import machine, process
 from twotower.config import Config, HistoryConfig
 from twotower.data import Interactions
 from twotower.data.prefetching import DEPTH
+from twotower.launch import Launch
 from twotower.losses import Objective
 from twotower.losses.tiles import tile_starts
 from twotower.negatives import CrossBatchMemory, InBatch
+from twotower.ranks import Ranks
 from twotower.towers import TwoTower
 from twotower.towers.lookups import shared_tables_of
 from twotower.training.optimizers import state_dtype
@@ -37,6 +39,8 @@ class MemoryPlan:
         available: what the machine or the container has left; None where it does not tell.
         mapped: of the prepared data, read from files as it is needed; the system takes it back when memory is short.
         shared: among how many ranks the rows of the id tables are divided; 1 for whole tables.
+        state: what a checkpoint holds: of weights, their optimizer state and their average.
+        in_background: whether checkpoints are written from a copy of the state while training goes on.
     """
 
     held: dict[str, int]
@@ -46,11 +50,14 @@ class MemoryPlan:
     available: int | None
     mapped: int
     shared: int = 1
+    state: int = 0
+    in_background: bool = False
 
     @property
     def peak(self) -> int:
         """The most that this process will hold."""
-        return sum(self.held.values()) + max(sum(part.values()) for part in (self.step, self.ranking, self.saving))
+        moments = max(sum(part.values()) for part in (self.step, self.ranking, self.saving))
+        return sum(self.held.values()) + moments + self.state * self.in_background
 
     @property
     def needed(self) -> int:
@@ -71,6 +78,10 @@ class MemoryPlan:
             )
         for name, part in (("a step", self.step), ("ranking", self.ranking), ("reading back", self.saving)):
             lines.append(f"  {name} adds {size(sum(part.values()))}: {listed(part)}")
+        if self.in_background:
+            lines.append(f"  a checkpoint adds {size(self.state)}: a copy of the state, written in the background")
+        elif self.state:
+            lines.append(f"  checkpoints: training waits while one is written (a copy would need {size(self.state)})")
         if self.mapped:
             lines.append(f"  the prepared data, {size(self.mapped)}, stays on disk and is read as needed")
         if self.is_too_large and self.available is not None:
@@ -86,14 +97,17 @@ class MemoryPlan:
             "tables": "item_tower.table_precision=bfloat16 (half the tables), or a smaller item_tower.dimension",
             "histories": "a smaller training.batch_size or query_tower.history.length",
             "tile": "a smaller training.batch_size",
+            "checkpoint": "training.checkpoint_in_background=false",
         }
-        parts = {**self.held, **self.step}
+        parts = {**self.held, **self.step, "checkpoint": self.state * self.in_background}
         largest = sorted((name for name in advice if parts.get(name)), key=lambda name: -parts[name])
         return [advice[name] for name in largest[:3]] or ["a smaller item_tower.dimension"]
 
 
-def plan_memory(config: Config, towers: TwoTower, objective: Objective, data: Interactions) -> MemoryPlan:
-    """Compute a plan from the shapes of what was built; nothing is allocated.
+def plan_memory(
+    config: Config, towers: TwoTower, objective: Objective, data: Interactions, ranks: Ranks | None = None
+) -> MemoryPlan:
+    """Compute a plan from the shapes of what was built; nothing is allocated. Collective.
 
     What is in memory already, such as libraries, counts and what the split took from the data, is asked of the system.
 
@@ -102,8 +116,10 @@ def plan_memory(config: Config, towers: TwoTower, objective: Objective, data: In
         towers: the model, in memory.
         objective: its pool says how many candidates a batch has.
         data: the training interactions.
+        ranks: the processes of the run, which decide together; a process alone where None.
     """
-    found = machine.memory()
+    ranks = ranks or Ranks()
+    found = machine.memory(Launch.of_environment().local_size if ranks.size > 1 else 1)
     width, rows = config.item_tower.dimension, int(config.training.batch_size)
     length = config.query_tower.history.length if config.query_tower.history else 0
     tables = {id(m.weight): m.weight for m in towers.modules() if isinstance(m, nn.Embedding)}
@@ -118,6 +134,8 @@ def plan_memory(config: Config, towers: TwoTower, objective: Objective, data: In
         "optimizer state": sum(_state(t, config.training.table_optimizer) for t in tables.values())
         + sum(_state(p, "adam") for p in layers),
     }
+    if config.training.weight_average:
+        held["average of the weights"] = _saved(towers)
     # Looked up, pooled and masked; then the gradient of what was looked up. A dense one is as large as its table.
     at_once = min(rows, int(config.training.micro_batch or rows))
     of_history = at_once * length * (3 * width * F4 + 4 * I8)
@@ -153,7 +171,18 @@ def plan_memory(config: Config, towers: TwoTower, objective: Objective, data: In
         ranking["kept for reuse"] = min(freed, process.KEPT_IN_ALL)
     saving = {"best weights": in_tables}
     # What `select` took from the prepared data is in memory already, and so counted with the process.
-    return MemoryPlan(held, step, ranking, saving, found.available, _mapped(data), count)
+    state = _saved(towers, objective) + held["optimizer state"] + held.get("average of the weights", 0)
+    plan = MemoryPlan(held, step, ranking, saving, found.available, _mapped(data), count, state)
+    return replace(plan, in_background=_is_in_background(plan, config, ranks))
+
+
+def _is_in_background(plan: MemoryPlan, config: Config, ranks: Ranks) -> bool:
+    """As the settings say; with auto where on every rank a copy of the state needs half of what is left, or less."""
+    asked = config.training.checkpoint_in_background
+    if asked != "auto":
+        return asked
+    is_short = plan.available is not None and 2 * plan.state > plan.available - plan.needed
+    return not ranks.agree(is_short)
 
 
 def candidates_of(objective: Objective, rows: int, num_items: int) -> tuple[int, int]:
@@ -183,6 +212,11 @@ def of_sequences(history: HistoryConfig, rows: int, width: int) -> int:
         # Norms, projections and masks; the feed-forward layer, its activation and its mask; scores and their softmax.
         each = sequence.blocks * ((12 + 3 * sequence.expansion) * width + 2 * sequence.heads * (history.length + 1))
     return round(rows * 7 / 6 * (each + (3 + sequence.recency) * width) * F4)
+
+
+def _saved(*modules: nn.Module) -> int:
+    """Bytes of parameters and buffers that are kept; tied ones once."""
+    return sum({v.data_ptr(): v.nbytes for module in modules for v in module.state_dict().values()}.values())
 
 
 def _state(parameter: torch.Tensor, rule: str) -> int:

@@ -73,6 +73,11 @@ def _numbered(optimizer: torch.optim.Optimizer, parts: Mapping[int, Part | None]
 def save_parts(folder: Path, parts: Mapping[str, PartOf], ranks: Ranks) -> None:
     """Write parts, by name, into a folder; collective.
 
+    Args:
+        folder: made where it is not there.
+        parts: on the CPU.
+        ranks: who writes; their group exchanges CPU tensors.
+
     Raises:
         OSError: a rank could not write.
     """
@@ -84,7 +89,7 @@ def save_parts(folder: Path, parts: Mapping[str, PartOf], ranks: Ranks) -> None:
 
     mesh = _mesh(ranks)
     folder.mkdir(exist_ok=True)
-    state = {name: _distributed(found.tensor.detach().cpu(), found.part, mesh) for name, found in parts.items()}
+    state = {name: _distributed(found.tensor, found.part, mesh) for name, found in parts.items()}
     try:
         with ranks.exchange():
             save(state, storage_writer=StreamedWriter(str(folder)), process_group=ranks.group)

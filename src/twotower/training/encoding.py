@@ -1,0 +1,106 @@
+"""The state of a training as JSON and tensors by name, and back: what a checkpoint holds, without pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twotower.training.table_parts import PartOf
+
+
+class Encoder:
+    """Takes the tensors out of a state, and leaves their names.
+
+    A tensor with two names, as tied weights have, is taken once.
+
+    Args:
+        copies: take a copy of every tensor, on the CPU, which stays as it is while the state goes on.
+        of_parts: copies of what ranks hold by parts alone: the rest is for the first rank to write.
+
+    Attributes:
+        whole: tensors by name, on the CPU; no two of them share memory.
+        parts: rows of shared tables by name, on the CPU.
+    """
+
+    def __init__(self, *, copies: bool, of_parts: bool = False) -> None:
+        self.copies, self.of_parts = copies, of_parts
+        self.whole: dict[str, Tensor] = {}
+        self.parts: dict[str, PartOf] = {}
+        self._named: dict[tuple[Any, ...], str] = {}
+        self._used: set[int] = set()
+
+    def encode(self, value: Any, name: str) -> Any:
+        """A state of dicts, lists, tuples, numbers, strings, paths and tensors as JSON values.
+
+        Raises:
+            TypeError: something that JSON and safetensors do not hold.
+        """
+        if isinstance(value, PartOf):
+            name = self._named.setdefault(_identity(value.tensor), name)
+            if name not in self.parts:
+                self.parts[name] = replace(value, tensor=_on_cpu(value.tensor, copy=self.copies))
+            shape, dtype = [value.part.rows, *value.tensor.shape[1:]], str(value.tensor.dtype).removeprefix("torch.")
+            return {"part": {"name": name, "shape": shape, "dtype": dtype}}
+        if isinstance(value, Tensor):
+            name = self._named.setdefault(_identity(value), name) if value.numel() else name
+            if name not in self.whole:
+                self._take(value, name)
+            return {"tensor": name}
+        if isinstance(value, dict):
+            return {"dict": [[self.encode(key, name), self.encode(one, f"{name}.{key}")] for key, one in value.items()]}
+        if isinstance(value, list | tuple):
+            kind = "list" if isinstance(value, list) else "tuple"
+            return {kind: [self.encode(one, f"{name}.{place}") for place, one in enumerate(value)]}
+        if isinstance(value, Path):
+            return str(value)
+        if value is None or isinstance(value, str | bool | int | float):
+            return value
+        raise TypeError(f"{name}: a {type(value).__name__} cannot be kept in a checkpoint without pickle")
+
+    def _take(self, value: Tensor, name: str) -> None:
+        own = _on_cpu(value, copy=self.copies and not self.of_parts)
+        place = own.untyped_storage().data_ptr()
+        # safetensors refuses what overlaps in memory.
+        self.whole[name] = own.clone() if place and place in self._used else own
+        self._used.add(place)
+
+
+def decode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The state that `Encoder.encode` has taken apart."""
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "part":
+        return tensors[content["name"]]
+    if kind == "dict":
+        return {decode(key, tensors): decode(item, tensors) for key, item in content}
+    items = [decode(item, tensors) for item in content]
+    return items if kind == "list" else tuple(items)
+
+
+def parts_in(value: Any) -> Iterator[tuple[str, tuple[list[int], torch.dtype]]]:
+    """Names, whole shapes and types of the parts of tables in an encoded state."""
+    if isinstance(value, dict) and "part" in value:
+        told = value["part"]
+        yield told["name"], (told["shape"], getattr(torch, told["dtype"]))
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from parts_in(inner)
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _on_cpu(tensor: Tensor, *, copy: bool) -> Tensor:
+    """On the CPU; with `copy` in memory of its own: an accelerator's is copied on the way, and not once more."""
+    own = tensor.detach().cpu().contiguous()
+    is_same = own.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+    return own.clone() if copy and is_same else own

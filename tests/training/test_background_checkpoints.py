@@ -1,0 +1,262 @@
+"""Checkpoints written while training goes on: the state is that of the step, errors are told, kills leave the last."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import twotower as tt
+from twotower import machine
+from twotower.build import build_objective
+from twotower.config import Config
+from twotower.errors import InputError
+from twotower.towers import build_towers
+from twotower.training import checkpoints, memory_plan, plan_memory
+from twotower.training.background import Background
+from twotower.training.checkpoints import SafeCheckpointIO
+from twotower.training.model import TrainingModule
+
+SMALL = [
+    "training={batch_size: 64, learning_rate: 0.01, warmup_steps: 5, accelerator: cpu, max_epochs: 2}",
+    "item_tower.dimension=16",
+    "query_tower={dropout: 0.1, history: {length: 10, heads: 2}}",
+    "objective.sources=[{in_batch: {}}, {memory: {size: 50}}]",
+]
+
+
+def config(*changes):
+    return Config.load(None, [*SMALL, *changes])
+
+
+STEPS = 20  # of an epoch
+IN_BACKGROUND = "training.checkpoint_in_background=true"
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+class Held:
+    """Stands in for the writing of tensors: it begins, and ends when it is let go."""
+
+    def __init__(self, monkeypatch, name="save_file"):
+        self.begun, self.released = threading.Event(), threading.Event()
+        write = getattr(checkpoints, name)
+
+        def held(*given):
+            self.begun.set()
+            assert self.released.wait(60)
+            write(*given)
+
+        monkeypatch.setattr(checkpoints, name, held)
+
+
+def test_what_is_written_is_the_state_when_it_was_asked_for(tmp_path, monkeypatch):
+    held = Held(monkeypatch)
+    weight = torch.arange(6.0).reshape(2, 3)
+    state = {"a": weight, "tied": weight, "turned": weight.t(), "half": weight.bfloat16(), "steps": [1, 2], "n": 3}
+    expected = {name: value.clone() for name, value in state.items() if isinstance(value, torch.Tensor)}
+    io = SafeCheckpointIO(in_background=True)
+    io.save_checkpoint(state, tmp_path / "c.ckpt")
+    assert held.begun.wait(60) and not (tmp_path / "c.ckpt").exists()
+    weight.mul_(-7)
+    state["half"].zero_()
+    state["steps"].append(3)
+    state["n"] = 4
+    held.released.set()
+    found = io.load_checkpoint(tmp_path / "c.ckpt")  # waits
+    assert found["steps"] == [1, 2] and found["n"] == 3
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    io.close()
+
+
+def test_the_next_one_waits_for_the_one_before_and_is_copied_after_it(tmp_path, monkeypatch):
+    held = Held(monkeypatch)
+    weight, io = torch.zeros(3), SafeCheckpointIO(in_background=True)
+    io.save_checkpoint({"w": weight}, tmp_path / "first.ckpt")
+    weight += 1
+    second = threading.Thread(target=io.save_checkpoint, args=({"w": weight}, tmp_path / "second.ckpt"))
+    second.start()
+    second.join(0.2)
+    assert second.is_alive() and not (tmp_path / "first.ckpt").exists()
+    weight += 1  # no copy of it has been made: one is held at a time
+    held.released.set()
+    second.join(60)
+    io.settle()
+    found = [io.load_checkpoint(tmp_path / f"{name}.ckpt")["w"].tolist() for name in ("first", "second")]
+    assert found == [[0.0] * 3, [2.0] * 3]
+    io.close()
+
+
+def test_an_error_is_told_once_to_whoever_asks_next():
+    work, done = Background(), []
+
+    def fail():
+        raise FULL
+
+    work.start(fail)
+    with pytest.raises(OSError, match="No space left"):
+        work.start(lambda: done.append(1))
+    work.wait()
+    assert not done, "nothing is begun over an error"
+    work.start(lambda: done.append(2))
+    work.wait()
+    work.start(fail)
+    work.close()
+    assert done == [2] and not [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
+
+
+def kept_states(split, directory, monkeypatch, *changes, hold=False):
+    """Every checkpoint of a training, by the number of steps; each written in the middle of the next where `hold`."""
+    write, step, reached = SafeCheckpointIO._write, [0], threading.Condition()
+    training_step = TrainingModule.training_step
+    kept = directory.with_name(f"{directory.name}-kept")
+
+    def training(self, batch, batch_idx):
+        with reached:
+            step[0] = self.global_step
+            reached.notify_all()
+        return training_step(self, batch, batch_idx)
+
+    def late(self, path, structure, *given):
+        steps = dict(structure["dict"])["global_step"]
+        if hold and steps % STEPS:  # at the end of an epoch the next one comes at once
+            with reached:
+                assert reached.wait_for(lambda: step[0] > steps, 60)
+        write(self, path, structure, *given)
+        shutil.copytree(path, kept / f"{path.stem}-{steps}", dirs_exist_ok=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SafeCheckpointIO, "_write", late)
+        patch.setattr(TrainingModule, "training_step", training)
+        tt.fit(split, config("training.checkpoint_every=6", *changes), directory=directory, progress=False)
+    return kept
+
+
+def test_checkpoints_of_a_training_are_those_of_one_that_waits(planted_split, tmp_path, monkeypatch):
+    waited = kept_states(
+        planted_split, tmp_path / "run", monkeypatch, "training.checkpoint_in_background=false"
+    ).rename(tmp_path / "waited")
+    shutil.rmtree(tmp_path / "run")
+    beside = kept_states(planted_split, tmp_path / "run", monkeypatch, IN_BACKGROUND, hold=True)
+    names = sorted(path.name for path in waited.iterdir())
+    assert sorted(path.name for path in beside.iterdir()) == names
+    assert {"last-6", "last-12", "last-18", "last-24", "last-30", "last-36", "last-20", "best-20", "last-40"} <= set(
+        names
+    )
+    for name in names:
+        expected, found = (load_file(where / name / "tensors.safetensors") for where in (waited, beside))
+        assert found.keys() == expected.keys() and len(expected) > 10
+        for key, value in expected.items():
+            assert torch.equal(found[key], value), f"{name}: {key}"
+        states = [json.loads((where / name / "state.json").read_text()) for where in (waited, beside)]
+        assert states[0] == states[1], name
+
+
+# In the second epoch; in the third, after a second one that was worse than the first.
+@pytest.mark.parametrize(("every", "step", "left"), [(3, 29, 27), ("null", 45, 40)])
+def test_a_run_that_breaks_off_goes_on_to_the_same_model(planted_split, tmp_path, monkeypatch, every, step, left):
+    settings = config(f"training.checkpoint_every={every}", "training.max_epochs=3", IN_BACKGROUND)
+    whole = tt.fit(planted_split, settings, directory=tmp_path / "whole", progress=False)
+    first, second, _ = (row["NDCG@10"] for row in whole.fit.history)
+    assert second < first
+    training_step = TrainingModule.training_step
+
+    def breaks(self, batch, batch_idx):
+        if self.global_step == step:
+            raise RuntimeError("broken off")
+        return training_step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingModule, "training_step", breaks)
+        with pytest.raises(RuntimeError, match="broken off"):
+            tt.fit(planted_split, settings, directory=tmp_path / "cut", progress=False)
+    told = json.loads((tmp_path / "cut" / "checkpoints" / "last.ckpt" / "state.json").read_text())
+    assert dict(told["dict"])["global_step"] == left, "what was under way has come to its end"
+    again = tt.fit(planted_split, settings, directory=tmp_path / "cut", resume=True, progress=False)
+    for name, value in whole.artifact.towers.state_dict().items():
+        assert torch.equal(again.artifact.towers.state_dict()[name], value), name
+    assert whole.fit.history == again.fit.history
+
+
+@pytest.mark.parametrize("at", [3, 8])  # after 15 steps; after all 40, when nothing is saved any more
+def test_a_full_disk_is_told_by_the_next_save_or_the_end(planted_split, tmp_path, monkeypatch, at):
+    write, written = checkpoints.save_file, []
+
+    def full(tensors, path):
+        written.append(path.parent.name.split(".")[1])
+        path.write_bytes(b"half")
+        if written.count("last") == at:
+            raise FULL
+        write(tensors, path)
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    run = tmp_path / "run"
+    with pytest.raises(InputError, match=r"/last.ckpt: cannot be written, the disk is full \(.*No space left"):
+        tt.fit(planted_split, config("training.checkpoint_every=5", IN_BACKGROUND), directory=run, progress=False)
+    assert written.count("last") == at and written[-1] == "last", "nothing is written over an error"
+    folders = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert folders == (["last.ckpt"] if at == 3 else ["best.ckpt", "last.ckpt"]), "nothing half-written stays"
+    SafeCheckpointIO().load_checkpoint(run / "checkpoints" / "last.ckpt")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_a_process_killed_while_it_writes_leaves_the_one_before(tmp_path, monkeypatch):
+    last, (told, telling) = tmp_path / "last.ckpt", os.pipe()
+
+    def half(tensors, path):
+        path.write_bytes(b"half of it")
+        os.write(telling, b".")
+        time.sleep(600)
+
+    io = SafeCheckpointIO()
+    io.save_checkpoint({"w": torch.ones(1000)}, last)
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(checkpoints, "save_file", half)
+        beside = SafeCheckpointIO(in_background=True)
+        beside.save_checkpoint({"w": torch.zeros(1000)}, last)
+        beside.wait()
+        os._exit(0)
+    assert os.read(told, 1) == b"."
+    os.kill(child, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert io.load_checkpoint(last)["w"].tolist() == [1.0] * 1000
+    io.save_checkpoint({"w": torch.full((2,), 3.0)}, last)
+    assert io.load_checkpoint(last)["w"].tolist() == [3.0, 3.0]
+
+
+def test_the_copy_is_planned_and_made_where_there_is_room(planted_split, tmp_path, monkeypatch):
+    train, there = planted_split.train, machine.memory()
+
+    def planned(available, *changes):
+        monkeypatch.setattr(memory_plan.machine, "memory", lambda processes=1: replace(there, available=available))
+        settings = config(*changes).resolved(len(train))
+        towers = build_towers(settings, num_queries=train.num_queries, num_items=train.num_items)
+        plan = plan_memory(settings, towers, build_objective(settings, train), train)
+        monkeypatch.undo()
+        return plan
+
+    plan = planned(None)
+    without = planned(None, "training.checkpoint_in_background=false")
+    assert plan.in_background and not without.in_background and plan.peak == without.peak + plan.state
+    assert "written in the background" in str(plan) and "training waits" in str(without)
+    assert planned(without.needed + 2 * plan.state).in_background
+    assert not planned(without.needed + 2 * plan.state - 1).in_background
+    assert planned(0, IN_BACKGROUND).in_background
+    assert "checkpoint_in_background=false" in str(replace(planned(0, IN_BACKGROUND), state=1 << 30))
+    # What a checkpoint really holds; beside weights and their state there are counts and random states.
+    for changes in ([], ["training.weight_average=0.9"], ["training.table_optimizer=rowwise-adagrad"]):
+        run = tmp_path / str(len(list(tmp_path.iterdir())))
+        settings = config("training.max_epochs=1", "query_tower.id_embedding=true", *changes)
+        tt.fit(planted_split, settings, directory=run, progress=False)
+        found = load_file(run / "checkpoints" / "last.ckpt" / "tensors.safetensors")
+        held = sum(value.nbytes for name, value in found.items() if "random_state" not in name)
+        assert planned(None, "query_tower.id_embedding=true", *changes).state == pytest.approx(held, rel=0.02)
