@@ -24,8 +24,7 @@ from twotower.negatives import (
     Weighted,
     corrections,
 )
-from twotower.negatives.candidates import known_in_rows, membership_of_rows
-from twotower.negatives.duplicates import membership
+from twotower.negatives.duplicates import known_in_rows, membership, membership_of_rows
 from twotower.negatives.sources import Request, log_absence_after, log_complement
 
 COUNTS = torch.tensor([50, 20, 10, 8, 5, 3, 2, 1, 1, 0])
@@ -43,7 +42,7 @@ def keep_empty_places(monkeypatch):
     def compact(items, source):
         return items.clamp(min=0), items < 0, source
 
-    monkeypatch.setattr("twotower.negatives.candidates.compact", compact)
+    monkeypatch.setattr("twotower.negatives.pool.compact", compact)
 
 
 @pytest.mark.parametrize("unique", [False, True])

@@ -2,10 +2,11 @@
 
 from twotower.negatives import corrections
 from twotower.negatives.always import Catalog, Head, Mined, Observed
-from twotower.negatives.candidates import Candidates, Pool
+from twotower.negatives.candidates import Candidates
 from twotower.negatives.frequency import CountedFrequency, Frequency, GroupedFrequency
 from twotower.negatives.hits import Hits
 from twotower.negatives.memory import CrossBatchMemory
+from twotower.negatives.pool import Pool
 from twotower.negatives.proposals import FrequencyPower, IndexStream, LogUniform, Proposal, Uniform, Weighted
 from twotower.negatives.sources import InBatch, RandomSource, Request, Sampled, Source
 from twotower.negatives.streaming import FrequencyReport, StreamingFrequency, compare_frequencies, popularity_deciles

@@ -1,0 +1,291 @@
+"""Pooling of sources: what each of them draws as the candidates of one batch, with one expected count for each item."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from twotower.data.packing import Windows
+from twotower.errors import InputError
+from twotower.negatives.candidates import Candidates
+from twotower.negatives.corrections import Correction, ExpectedCounts
+from twotower.negatives.duplicates import (
+    as_pairs,
+    compact,
+    empty_duplicates,
+    known_in_rows,
+    membership_of_rows,
+    row_duplicates,
+)
+from twotower.negatives.frequency import Frequency, Group
+from twotower.negatives.hits import Hits
+from twotower.negatives.memory import CrossBatchMemory
+from twotower.negatives.sources import InBatch, RandomSource, Request, Source, log_complement
+
+#: In place of the number of a source: the item is always in, or copies from several sources became one.
+FIXED = -2
+MERGED = -1
+
+
+class Pool(nn.Module):
+    """Several sources as one: expected counts are added, or absences multiplied where duplicates are removed.
+
+    For a candidate j from any of the random sources s (docs/theory.md, section 2)
+
+        duplicates kept:     kappa_j = sum_s kappa_j^s
+        duplicates removed:  kappa_j = 1 - prod_s (1 - inclusion_j^s)
+
+    so that one item has one kappa, whichever source brought it. An item that a source includes always has kappa = 1,
+    and its copies from random sources are masked.
+
+    Args:
+        sources: one or more sources.
+        unique: remove duplicates over all sources together.
+        correction: what is subtracted from the logits; the expected count, unless a published form is to be compared.
+
+    Raises:
+        InputError: there is no source.
+
+    Example:
+        >>> frequency = CountedFrequency(torch.tensor([5, 3, 2, 0]))
+        >>> pool = Pool(InBatch(frequency), Sampled(Uniform(4), size=8), unique=True)
+        >>> drawn = pool.draw(torch.tensor([0, 1, 0]))
+        >>> drawn.hits.shape == (3, len(drawn.items))
+        True
+    """
+
+    def __init__(self, *sources: Source, unique: bool = False, correction: Correction | None = None) -> None:
+        super().__init__()
+        if not sources:
+            raise InputError("sources: a pool needs at least one source of candidates, such as InBatch(frequency)")
+        self.sources = nn.ModuleList(sources)
+        self.unique = unique
+        self.correction = correction or ExpectedCounts()
+
+    def draw(
+        self,
+        positives: Tensor,
+        *,
+        known_positives: Tensor | tuple[Tensor, Tensor] | None = None,
+        queries: Tensor | None = None,
+        group: Group | None = None,
+        generator: torch.Generator | None = None,
+        rows: slice | None = None,
+        windows: Windows | None = None,
+    ) -> Candidates:
+        """Draw the candidates of one batch.
+
+        In training mode (`pool.train()`, the default) streaming frequencies take note of the positives before the
+        draw, and a cross-batch memory after it; in evaluation mode nothing is remembered.
+
+        A batch may be spread over processes: each then draws with the positives of all of them and the same state of
+        the generator, and asks for its own `rows`. Items and kappa are those of the whole batch, masks those of the
+        rows.
+
+        Args:
+            positives: item of each row, int64 [B].
+            known_positives: other items that a row must not be pushed away from: int64 [B, H] padded with -1, or a
+                pair (row [P], item [P]). They are masked for their row; kappa is unchanged (docs/theory.md, rule 7).
+            queries: query of each row, int64 [B], for sources that look items up by query.
+            group: group that the batch was built in, for grouped frequencies.
+            generator: random generator of the draws.
+            rows: the rows to make masks and row candidates for, start and stop given; `known_positives` and `queries`
+                are then theirs alone, counted from the first of them. None for all.
+            windows: how the batch was drawn, where its rows are positions of whole sequences.
+
+        Returns:
+            Candidates, [M] of them; at least the positives of the batch where a source is in-batch.
+
+        Raises:
+            InputError: `positives` is not int64 [B]; a candidate has an expected count of zero (CPU only: the check
+                would stall an accelerator).
+        """
+        if positives.ndim != 1 or positives.dtype != torch.int64:
+            raise InputError(
+                f"positives: expected int64 item codes of shape [B], found {positives.dtype} {list(positives.shape)}"
+            )
+        request = Request(positives, queries, group, generator, windows)
+        if windows is not None and known_positives is None and any(isinstance(m, InBatch) for m in self.members()):
+            raise InputError(
+                "known_positives: rows of one sequence are no draws of each other's candidates; with in-batch "
+                "candidates and whole sequences give every row's known positives, to be masked"
+            )
+        asked = positives if rows is None else positives[rows]
+        if self.training:
+            for frequency in self.frequencies():
+                frequency.observe(positives, group)
+        known = None if known_positives is None else as_pairs(known_positives)
+        fixed, drawn, drawn_source, row_fixed, row_drawn, row_source = self._gather(request, rows)
+        items, empty, source = self._shared(fixed, drawn, drawn_source)
+        log_count = self._log_count(items, source, request, is_fixed=source == FIXED)
+        # An empty place weighs nothing: kappa = inf. It is masked as well, for losses that do not look at kappa.
+        log_count = log_count.masked_fill(empty, torch.inf)
+        own = (torch.arange(len(asked), device=asked.device), asked)
+        pairs = [own, known, None if row_fixed is None else as_pairs(row_fixed)]
+        result = Candidates(
+            items=items,
+            log_expected_count=log_count.to(torch.float32),
+            masks=Hits(
+                [pair for pair in pairs if pair is not None],
+                rows=len(asked),
+                items=items,
+                size=len(items),
+                empty=None if items.device.type == "cpu" and not bool(empty.any()) else empty,
+            ),
+            multiplicity=(~empty).long(),
+            source=source,
+            positives=asked,
+            positive_log_count=self._positive_log_count(asked, request, fixed, row_fixed),
+        )
+        if row_fixed is not None or row_drawn is not None:
+            result = self._with_rows(
+                result,
+                fixed=row_fixed,
+                drawn=row_drawn,
+                source=row_source,
+                known=known,
+                shared_fixed=fixed,
+                request=request,
+            )
+        if self.training:
+            for member in self.members():
+                if isinstance(member, CrossBatchMemory):
+                    member.remember(positives, group)
+        return result
+
+    def log_expected_count(self, items: Tensor, request: Request) -> Tensor:
+        """Log kappa_j over all random sources, float64, the shape of `items`; -inf where none can bring the item."""
+        sources = self.random_sources()
+        if not sources:
+            return torch.full(items.shape, -torch.inf, dtype=torch.float64, device=items.device)
+        if self.unique:
+            absence = torch.stack([source.log_absence(items, request) for source in sources]).sum(0)
+            return log_complement(absence)
+        return torch.logsumexp(torch.stack([source.log_expected_count(items, request) for source in sources]), 0)
+
+    def members(self) -> list[Source]:
+        """The sources, in the order given."""
+        return list(self.sources)  # type: ignore[arg-type]  # ModuleList forgets what it holds
+
+    def frequencies(self) -> list[Frequency]:
+        """The frequencies that the sources share, each once."""
+        found = {id(m.frequency): m.frequency for m in self.members() if isinstance(m, InBatch | CrossBatchMemory)}
+        return list(found.values())
+
+    def random_sources(self) -> list[RandomSource]:
+        """The sources that draw."""
+        return [member for member in self.members() if isinstance(member, RandomSource)]
+
+    def _gather(
+        self, request: Request, asked: slice | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Draw from every source: (always, random, source of random) shared, and the same per row, of those asked."""
+        own = request if asked is None else replace(request, positives=request.positives[asked])
+        shared: dict[bool, list[Tensor]] = {True: [], False: []}
+        rows: dict[bool, list[Tensor]] = {True: [], False: []}
+        places, row_places = [], []
+        for place, member in enumerate(self.members()):
+            # Random candidates of a row are drawn for all rows, so that they do not depend on how a batch is spread.
+            items = member.draw(own if member.always else request)
+            if member.per_row:
+                items = items if member.always or asked is None else items[asked]
+                items = row_duplicates(items) if member.unique else items
+                rows[member.always].append(items)
+                row_places += [] if member.always else [torch.full_like(items, place)]
+            else:
+                items = empty_duplicates(items) if member.unique else items
+                shared[member.always].append(items)
+                places += [] if member.always else [torch.full_like(items, place)]
+        nothing = request.positives.new_empty(0)
+        return (
+            torch.cat([nothing, *shared[True]]),
+            torch.cat([nothing, *shared[False]]),
+            torch.cat([nothing, *places]),
+            torch.cat(rows[True], 1) if rows[True] else None,
+            torch.cat(rows[False], 1) if rows[False] else None,
+            torch.cat(row_places, 1) if row_places else None,
+        )
+
+    def _shared(self, fixed: Tensor, drawn: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Shared candidates, which places are empty, and their sources (FIXED for those that are always in)."""
+        if self.unique:
+            drawn = empty_duplicates(drawn)
+            source = torch.full_like(source, MERGED)
+        if len(fixed):
+            fixed = empty_duplicates(fixed)
+            drawn = drawn.masked_fill(torch.isin(drawn, fixed), -1)
+        items = torch.cat([fixed, drawn])
+        source = torch.cat([torch.full_like(fixed, FIXED), source])
+        return compact(items, source)
+
+    def _log_count(self, items: Tensor, source: Tensor, request: Request, *, is_fixed: Tensor) -> Tensor:
+        if not self.random_sources():
+            return torch.zeros(items.shape, dtype=torch.float64, device=items.device)
+        log_count = self.correction.log_count(self, items, source, request).masked_fill(is_fixed, 0.0)
+        if items.device.type == "cpu":
+            _refuse_impossible(items, log_count)
+        return log_count
+
+    def _positive_log_count(
+        self, positives: Tensor, request: Request, fixed: Tensor, row_fixed: Tensor | None
+    ) -> Tensor:
+        if not self.random_sources():
+            return torch.zeros(len(positives), device=positives.device)
+        nowhere = torch.full_like(positives, MERGED)
+        log_count = self.correction.log_count(self, positives, nowhere, request)
+        # What is always in has kappa = 1, whatever the random sources, from which it is masked, say of it.
+        always = torch.isin(positives, fixed)
+        if row_fixed is not None:
+            always |= (row_fixed == positives[:, None]).any(1)
+        return log_count.masked_fill(always, 0.0).to(torch.float32)
+
+    def _with_rows(
+        self,
+        shared: Candidates,
+        *,
+        fixed: Tensor | None,
+        drawn: Tensor | None,
+        source: Tensor | None,
+        known: tuple[Tensor, Tensor] | None,
+        shared_fixed: Tensor,
+        request: Request,
+    ) -> Candidates:
+        """Add the candidates of single rows to the shared ones."""
+        positives = shared.positives
+        blank = positives.new_empty(len(positives), 0)
+        fixed = blank if fixed is None else row_duplicates(fixed)
+        drawn = blank if drawn is None or source is None else drawn
+        if drawn.shape[1]:
+            if self.unique:
+                drawn = row_duplicates(drawn)
+                # Off the CPU an empty place keeps a valid code: it must not hide the rows' draws of that item.
+                in_shared = torch.isin(drawn, shared.items.masked_fill(shared.multiplicity == 0, -1))
+            else:
+                in_shared = torch.isin(drawn, shared_fixed)
+            in_fixed = membership_of_rows(drawn, fixed)
+            drawn = drawn.masked_fill(in_shared | in_fixed, -1)
+        items = torch.cat([fixed, drawn], 1)
+        place = torch.cat([torch.full_like(fixed, FIXED), drawn if source is None else source], 1)
+        empty = items < 0
+        log_count = self._log_count(items.clamp(min=0), place, request, is_fixed=(place == FIXED) | empty)
+        hits = empty | (items == positives[:, None])
+        if known is not None:
+            hits |= known_in_rows(items, *known)
+        return replace(
+            shared,
+            row_items=items,
+            row_log_expected_count=log_count.masked_fill(empty, torch.inf).to(torch.float32),
+            row_hits=hits,
+        )
+
+
+def _refuse_impossible(items: Tensor, log_expected_count: Tensor) -> None:
+    impossible = ~torch.isfinite(log_expected_count) & (items >= 0)
+    if bool(impossible.any()):
+        item = int(items[impossible][0])
+        raise InputError(
+            f"item code {item} was drawn, but its expected count is zero or not a number: the frequency was not "
+            "counted from the data these batches come from; count it from the same training interactions"
+        )
