@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,9 @@ from safetensors.numpy import load_file, save_file
 
 from twotower.data.columns import Place
 from twotower.data.encoders import Bag, Category, Encoder
+from twotower.data.feature_frames import RowsLike, check_columns, frame_of, with_files
 from twotower.data.number_encoders import Moment, Number, Quantile, Vector
-from twotower.data.reading import as_polars
 from twotower.data.text import Sentence
-from twotower.errors import InputError
 from twotower.feature_config import (
     AnyFeature,
     CategoricalFeature,
@@ -29,11 +28,9 @@ from twotower.feature_config import (
     TextFeature,
     TimestampFeature,
 )
-from twotower.schema import Vocabulary, ids_of, listed
 
 #: One array for each feature, in the order of the declaration.
 Encoded = list[NDArray[Any]]
-RowsLike = pl.DataFrame | Sequence[Mapping[str, Any]] | Any
 
 _DECLARED: TypeAdapter[AnyFeature] = TypeAdapter(AnyFeature)
 
@@ -88,9 +85,9 @@ class FeatureSet:
         Raises:
             InputError: no table, a column is missing or of another kind.
         """
-        frame = _with_files(pl.DataFrame({"": ids}) if table is None else table, declared, ids)
+        frame = with_files(pl.DataFrame({"": ids}) if table is None else table, declared, ids)
         place = _place(side, ids)
-        _check_columns(frame, declared, place.table, needs_table=table is None)
+        check_columns(frame, declared, place.table, needs_table=table is None)
         rows = np.flatnonzero(known) if known is not None else np.arange(len(frame))
         place = Place(place.table, ids.gather(rows), side)
         return cls.fit_rows(side, declared, frame.select({one.column for one in declared})[rows], place)
@@ -102,7 +99,7 @@ class FeatureSet:
         Raises:
             InputError: a column is missing or of another kind; `place` says where.
         """
-        _check_columns(frame, declared, place.table, needs_table=False)
+        check_columns(frame, declared, place.table, needs_table=False)
         return cls(side, list(declared), [_kind(one).fit(one, frame[one.column], place) for one in declared])
 
     def encode_rows(self, frame: pl.DataFrame, place: Place) -> Encoded:
@@ -122,7 +119,7 @@ class FeatureSet:
         Raises:
             InputError: see `fit`.
         """
-        frame = _with_files(pl.DataFrame({"": ids}) if table is None else table, self.declared, ids)
+        frame = with_files(pl.DataFrame({"": ids}) if table is None else table, self.declared, ids)
         return self._encode(frame, _place(self.side, ids))
 
     def encode(self, rows: RowsLike) -> Encoded:
@@ -140,7 +137,7 @@ class FeatureSet:
         """
         name = f"{self.side} features"
         frame = frame_of(rows, self.columns, name)
-        _check_columns(frame, self.declared, name, needs_table=False)
+        check_columns(frame, self.declared, name, needs_table=False)
         return self._encode(frame, Place(name))
 
     def _encode(self, frame: pl.DataFrame, place: Place) -> Encoded:
@@ -240,87 +237,3 @@ class EncodedTable:
 
 def _place(side: str, ids: pl.Series) -> Place:
     return Place(f"{side} table", ids, side)
-
-
-def frame_of(rows: RowsLike, columns: Sequence[str], name: str) -> pl.DataFrame:
-    """Rows as a frame: a frame as it is, of dicts those of the columns that any of them has.
-
-    Raises:
-        InputError: no rows, or values of mixed types.
-    """
-    if isinstance(rows, Sequence) and not isinstance(rows, str) and all(isinstance(row, Mapping) for row in rows):
-        values = {column: [row.get(column) for row in rows] for column in columns if any(column in r for r in rows)}
-        if not rows:
-            raise InputError(f"{name}: no rows.")
-        try:
-            return pl.DataFrame([_series(column, given) for column, given in values.items()])
-        except (TypeError, ValueError, pl.exceptions.PolarsError, OverflowError) as error:
-            raise InputError(f"{name}: values of mixed types ({str(error).splitlines()[0]}).") from None
-    return as_polars(rows, name)
-
-
-def _series(column: str, values: list[Any]) -> pl.Series:
-    try:
-        return pl.Series(column, values, strict=True)
-    except (TypeError, pl.exceptions.PolarsError):
-        if any(isinstance(value, list | tuple | np.ndarray) for value in values):
-            raise
-        if all(value is None or isinstance(value, int | float) for value in values):
-            return pl.Series(column, [None if value is None else float(value) for value in values], dtype=pl.Float64)
-        # 3 beside "three": text, so that the encoder can say which row it cannot use.
-        return pl.Series(column, [None if value is None else str(value) for value in values], dtype=pl.String)
-
-
-def _check_columns(frame: pl.DataFrame, declared: Sequence[AnyFeature], name: str, *, needs_table: bool) -> None:
-    for one in declared:
-        if one.column not in frame.columns:
-            side = name.split(maxsplit=1)[0]
-            if needs_table:
-                raise InputError(
-                    f"{side}_tower.features: column {one.column!r} needs the {side} table; give data.{_PLURAL[side]}."
-                )
-            setting = "query_tower.context" if side == "context" else f"{side}_tower.features"
-            raise InputError(
-                f"{name}: column {one.column!r}, declared in {setting}, is not there. "
-                f"Columns found: {listed(frame.columns)}."
-            )
-
-
-_PLURAL = {"item": "items", "query": "queries"}
-
-
-def _with_files(frame: pl.DataFrame, declared: Sequence[AnyFeature], ids: pl.Series) -> pl.DataFrame:
-    """The table with a column for each dense feature that comes from a file, null where the file has no such id."""
-    for one in declared:
-        if isinstance(one, DenseFeature) and one.file is not None:
-            matrix, owners = _matrix(one)
-            place = Vocabulary(owners).encode(ids)
-            values = np.asarray(matrix[np.maximum(place, 0)], dtype=np.float32)
-            column = pl.Series(one.column, values, dtype=pl.Array(pl.Float32, matrix.shape[1]))
-            frame = frame.with_columns(pl.when(pl.lit(pl.Series(place >= 0))).then(pl.lit(column)).alias(one.column))
-    return frame
-
-
-def _matrix(one: DenseFeature) -> tuple[NDArray[Any], pl.Series]:
-    """The matrix of a .npy file, mapped, and the ids of its rows."""
-    file, ids_file = Path(one.file or ""), Path(one.ids or "")
-    try:
-        matrix = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: not a readable .npy matrix ({str(error).splitlines()[0]}).") from None
-    if matrix.ndim != 2 or not np.issubdtype(matrix.dtype, np.number):
-        raise InputError(f"{file}: expected a matrix of numbers, found shape {matrix.shape} of {matrix.dtype}.")
-    try:
-        if ids_file.suffix == ".npy":
-            ids = ids_of(pl.Series("id", np.load(ids_file, allow_pickle=False)), str(ids_file))
-        else:
-            ids = pl.Series("id", ids_file.read_text(encoding="utf-8").splitlines())
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{ids_file}: not a readable list of ids ({str(error).splitlines()[0]}).") from None
-    if len(ids) != len(matrix):
-        raise InputError(
-            f"{ids_file}: {len(ids):,} ids, {file} has {len(matrix):,} rows; expected one id for each row."
-        )
-    return matrix, ids

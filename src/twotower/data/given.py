@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from twotower.data.cleaning import unit_of
 from twotower.data.columns import Place
-from twotower.data.encoding import Encoded, FeatureSet, frame_of
+from twotower.data.encoding import Encoded, FeatureSet
+from twotower.data.feature_frames import frame_of
 from twotower.errors import InputError
 from twotower.feature_config import TimestampFeature
 from twotower.schema import listed

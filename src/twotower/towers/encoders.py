@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from twotower.data.encoding import EncodedTable, RowsLike
+from twotower.data.encoding import EncodedTable
+from twotower.data.feature_frames import RowsLike
 from twotower.data.packing import Packed
 from twotower.towers.context import ContextInputs, KnowsQueries
 from twotower.towers.dnn import Rows, dense_layers

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twotower.data.encoders import Encoder
-from twotower.data.encoding import EncodedTable, RowsLike
+from twotower.data.encoding import EncodedTable
+from twotower.data.feature_frames import RowsLike
 from twotower.data.values import MISSING, UNKNOWN
 from twotower.towers.tables import EmbeddingTable
 
