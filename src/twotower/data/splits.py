@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 import numpy as np
-import polars as pl
-from numpy.typing import NDArray
 
 from twotower.data.account import Account
 from twotower.data.holdouts import Holdout, Window, make_holdout
 from twotower.data.interactions import Interactions
+from twotower.data.training_rows import (
+    ValidationQueries,
+    rows_before,
+    training_negatives,
+    training_rows,
+    validation_queries_of,
+)
 from twotower.errors import InputError
-from twotower.schema import listed
 
 Cold = Literal["drop", "keep"]
-ValidationQueries = int | float | str | Sequence[Any] | pl.Series | NDArray[Any] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,11 +76,11 @@ def by_time(data: Interactions, validation: float = 0.05, test: float = 0.1, *, 
     ordered = np.partition(times, at)
     first_cut, second_cut = int(ordered[at[0]]), int(ordered[at[1]])
     del ordered
-    before_first, before_second = _rows_before(data, first_cut), _rows_before(data, second_cut)
+    before_first, before_second = rows_before(data, first_cut), rows_before(data, second_cut)
     account = Account()
     account.add("split by time", len(data), f"validation from {_moment(first_cut)}, test from {_moment(second_cut)}")
-    train = _train(data, data.offsets[:-1] + before_first, account)
-    train = replace(train, negatives=_negatives(data, account, before=first_cut))
+    train = training_rows(data, data.offsets[:-1] + before_first, account)
+    train = replace(train, negatives=training_negatives(data, account, before=first_cut))
     known_items = train.item_counts() > 0 if cold == "drop" else None
     known_queries = np.diff(train.offsets) > 0 if cold == "drop" else None
     starts = data.offsets[:-1]
@@ -128,12 +130,12 @@ def leave_last_out(
     account.add("leak through time", None, "training holds rows later than other queries' tests; by_time does not")
     short = (sizes < 3) & (sizes > 0)
     account.add("short queries", int(short.sum()), "fewer than 3 interactions, wholly in training")
-    chosen = _chosen(data, validation_queries, eligible, seed)
+    chosen = validation_queries_of(data, validation_queries, eligible, seed)
     ends = data.offsets[1:]
     last = np.where(eligible, ends - 1, ends)
     train_end = np.where(chosen, ends - 2, last)
-    train = _train(data, train_end, account)
-    train = replace(train, negatives=_negatives(data, account, train_end=train_end))
+    train = training_rows(data, train_end, account)
+    train = replace(train, negatives=training_negatives(data, account, train_end=train_end))
     known_items = train.item_counts() > 0 if cold == "drop" else None
     made = {}
     if chosen.any():
@@ -191,8 +193,8 @@ def held_out_queries(
     train_end = ends.copy()
     for part in parts.values():
         train_end[part] = starts[part]
-    train = _train(data, train_end, account)
-    train = replace(train, negatives=_negatives(data, account, train_end=train_end))
+    train = training_rows(data, train_end, account)
+    train = replace(train, negatives=training_negatives(data, account, train_end=train_end))
     known_items = train.item_counts() > 0 if cold == "drop" else None
     folded = starts + np.clip(np.floor(fold_in * sizes).astype(np.int64), 1, np.maximum(sizes - 1, 1))
     made = {}
@@ -234,80 +236,3 @@ def _check_shares(validation: float, test: float, cold: str) -> None:
 
 def _moment(microseconds: int) -> str:
     return datetime.fromtimestamp(microseconds / 1e6, tz=UTC).strftime("%Y-%m-%d %H:%M:%S")
-
-
-def _rows_before(data: Interactions, cut: int) -> NDArray[np.int64]:
-    """How many rows of each query lie before a moment, int64 [Q]."""
-    assert data.timestamps is not None
-    earlier = np.flatnonzero(np.asarray(data.timestamps) < cut)
-    return np.diff(np.searchsorted(earlier, data.offsets)).astype(np.int64)
-
-
-def _train(data: Interactions, ends: NDArray[np.int64], account: Account) -> Interactions:
-    """The rows of each query before `ends` [Q].
-
-    Raises:
-        InputError: there are none.
-    """
-    steps = np.zeros(len(data) + 1, dtype=np.int8)  # +1 where a query's training rows begin, -1 after their end
-    np.add.at(steps, data.offsets[:-1], 1)
-    np.add.at(steps, ends, -1)
-    mask = np.cumsum(steps[:-1], dtype=np.int8).astype(bool)
-    del steps
-    if not mask.any():
-        raise InputError("split: training is empty; hold out less.")
-    train = data.select(mask)
-    account.add("training rows", len(train), f"of {int((np.diff(train.offsets) > 0).sum()):,} queries")
-    return train
-
-
-def _negatives(
-    data: Interactions, account: Account, *, before: int | None = None, train_end: NDArray[np.int64] | None = None
-) -> Interactions | None:
-    """The observed dislikes that training may know: none later than what is held out."""
-    below = data.negatives
-    if below is None:
-        return None
-    if before is not None and below.timestamps is not None:
-        mask = np.asarray(below.timestamps) < before
-    else:
-        assert train_end is not None
-        whole = train_end == data.offsets[1:]
-        mask = whole[below.query_codes()]
-        if data.timestamps is not None and below.timestamps is not None:
-            # A query that gives rows away keeps its dislikes of before the first of them, if it trains at all.
-            partly = ~whole & (train_end > data.offsets[:-1])
-            cut = np.full(data.num_queries, np.iinfo(np.int64).min)
-            cut[partly] = np.asarray(data.timestamps[train_end[partly]])
-            mask |= np.asarray(below.timestamps) < cut[below.query_codes()]
-    kept = below.select(mask)
-    account.add("training negatives", len(kept), f"{len(below) - len(kept):,} dropped, held out or later than that")
-    return kept if len(kept) else None
-
-
-def _chosen(data: Interactions, told: ValidationQueries, eligible: NDArray[np.bool_], seed: int) -> NDArray[np.bool_]:
-    """Which queries give their second last item, bool [Q]."""
-    if told is None:
-        return eligible.copy()
-    chosen = np.zeros(data.num_queries, dtype=bool)
-    if isinstance(told, str):
-        table = data.query_table
-        if table is None or told not in table.columns or table.schema[told] != pl.Boolean:
-            found = listed([c for c in table.columns if table.schema[c] == pl.Boolean]) if table is not None else "none"
-            raise InputError(
-                f"split: validation_queries={told!r} names no boolean column of the query table (it has: {found})."
-            )
-        chosen[table[told].fill_null(False).to_numpy()] = True
-    elif isinstance(told, int | float):
-        able = np.flatnonzero(eligible)
-        count = round(told * len(able)) if isinstance(told, float) and told < 1 else int(told)
-        if not 0 <= count <= len(able):
-            raise InputError(f"split: validation_queries={told}; {len(able):,} queries have 3 interactions or more.")
-        chosen[np.random.default_rng(seed).choice(able, size=count, replace=False)] = True
-    else:
-        codes = data.queries.encode(told)
-        if (codes < 0).any():
-            unknown = pl.Series("id", told)[int(np.flatnonzero(codes < 0)[0])]
-            raise InputError(f"split: validation_queries: query {unknown!r} is not in the data.")
-        chosen[codes] = True
-    return chosen & eligible
