@@ -37,6 +37,8 @@ ROOMS = [
     "comparison",
     "terminal",
     "cli_answers",
+    "cli_data",
+    "cli_export",
     "cli_items",
     "cli_plan",
     "cli_serve",

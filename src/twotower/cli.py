@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from twotower.cli_answers import commands
+from twotower.cli_data import commands as preparing
+from twotower.cli_export import commands as exporting
 from twotower.cli_items import commands as catalog
 from twotower.cli_plan import commands as planning
 from twotower.cli_serve import commands as serving
@@ -25,7 +26,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(preparing)
 app.add_typer(commands)
+app.add_typer(exporting)
 app.add_typer(catalog)
 app.add_typer(serving)
 app.add_typer(planning)
@@ -220,76 +223,6 @@ def audit(
         print_json(found.to_dict())
     else:
         console.print(found)
-
-
-@app.command()
-def datasets(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="The data set to fetch.")] = None,
-    as_json: Json = False,
-) -> None:
-    """List the known data sets, or fetch one and print its account."""
-    from twotower.data import datasets as known  # noqa: PLC0415
-
-    if name is not None:
-        data = known.load(name)
-        if as_json:
-            print_json(data.account.to_dict())
-        else:
-            console.print(str(data.account), highlight=False)
-        return
-    rows = known.available()
-    if as_json:
-        print_json(rows)
-        return
-    table = Table("name", "what", "size", "terms", "here", title="Data sets")
-    for row in rows:
-        table.add_row(row["name"], row["description"], row["size"], row["terms"], "yes" if row["cached"] else "no")
-    console.print(table)
-
-
-@app.command()
-def features(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="A file, a folder, or the name of a data set.")],
-    items: Annotated[str | None, typer.Option("--items", metavar="FILE", help="Item features.")] = None,
-    queries: Annotated[str | None, typer.Option("--queries", metavar="FILE", help="Query features.")] = None,
-    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="Settings in YAML.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Propose features: what each column of tables and interactions could be, and why, as YAML to paste."""
-    from twotower import run  # noqa: PLC0415
-    from twotower.config import Config  # noqa: PLC0415
-    from twotower.data.proposing import as_yaml  # noqa: PLC0415
-
-    found = run.propose_features(data, Config.load(config).data, items=items, queries=queries)
-    if as_json:
-        print_json({side: [one.to_dict() for one in columns] for side, columns in found.items()})
-        return
-    for side, columns in found.items():
-        title = "interactions: the context of a request" if side == "context" else f"{side} table"
-        table = Table("column", "kind", "why", "distinct", "missing", title=title, title_justify="left")
-        for one in columns:
-            kind = "-" if one.declared is None else one.declared.kind
-            distinct = "" if one.distinct is None else f"{one.distinct:,}"
-            table.add_row(one.column, kind, one.why, distinct, f"{one.missing:.1%}")
-        console.print(table)
-    console.print("\nAs settings; change what you know better:\n", highlight=False)
-    console.print(as_yaml(found), highlight=False, markup=False, soft_wrap=True)
-
-
-@app.command()
-def doctor(as_json: Json = False) -> None:
-    """Versions, devices, threads, and what is missing."""
-    from twotower.doctor import examine  # noqa: PLC0415
-
-    found = examine()
-    if as_json:
-        print_json(found)
-        return
-    for section, rows in found.items():
-        table = Table("what", "found", title=section, title_justify="left")
-        for name, value in rows.items():
-            table.add_row(name, str(value))
-        console.print(table)
 
 
 def main() -> None:

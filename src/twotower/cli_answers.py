@@ -1,4 +1,4 @@
-"""Commands of a trained model: recommend, similar, explain, dial, index, export."""
+"""Commands that a trained model answers: recommend, similar, explain, dial."""
 
 from __future__ import annotations
 
@@ -169,67 +169,6 @@ def dial(
         console.print(found)
 
 
-@commands.command()
-def index(
-    directory: Run,
-    kind: Annotated[str, typer.Option("--kind", help="exact, hnsw, ivfpq or pgvector.")],
-    min_recall: Annotated[
-        float | None, typer.Option("--min-recall", help="Refuse an index that finds less of the exact top K.")
-    ] = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="K of the recall.")] = 100,
-    queries: Annotated[int, typer.Option("--queries", min=1, help="Known queries that recall is measured on.")] = 500,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=NUMBER", help="A setting of the kind, such as links=48.")
-    ] = None,
-    url: Annotated[
-        str | None, typer.Option("--url", help="Of the database, for pgvector; otherwise PGHOST and the like.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Build an index for a model, measure its recall, and keep it in the model's folder."""
-    from twotower.serving import build_stored_index  # noqa: PLC0415
-
-    settings: dict[str, Any] = dict(_setting(text) for text in overrides or [])
-    if url is not None:
-        settings["url"] = url
-    report = build_stored_index(directory, kind, k=k, min_recall=min_recall, queries=queries, settings=settings)
-    if as_json:
-        print_json({"kind": "exact"} if report is None else report.to_dict())
-    elif report is None:
-        console.print("Exact search needs no index; an approximate one is no longer there.", highlight=False)
-    else:
-        recall = ", ".join(f"{value:.4f} at {name}" for name, value in report.recall.items())
-        console.print(
-            f"{report.kind}: {report.num_items:,} items in {report.build_seconds:.1f} s, "
-            f"{report.bytes / 2**20:.1f} MiB; recall of the exact top {report.k} on {report.num_queries:,} queries: "
-            f"{recall}; effort {report.settings['effort']}",
-            highlight=False,
-            soft_wrap=True,
-        )
-
-
-@commands.command()
-def export(
-    directory: Run,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")],
-    format_: Annotated[str, typer.Option("--format", help="onnx or torch.")] = "onnx",
-    as_json: Json = False,
-) -> None:
-    """The query tower on its own, for ONNX Runtime or torch.export, checked against the original."""
-    from twotower.serving.export import export_query_tower  # noqa: PLC0415
-
-    report = export_query_tower(directory, out, format_)
-    if as_json:
-        print_json(report)
-    else:
-        console.print(
-            f"{report['file']}: inputs {', '.join(report['inputs'])}; largest difference from the original "
-            f"{report['largest_difference']:.1e}",
-            highlight=False,
-            soft_wrap=True,
-        )
-
-
 def _file(
     retriever: Retriever, source: Path, target: Path, asked: dict[str, Any], resume: bool, force: bool, as_json: bool
 ) -> None:
@@ -292,10 +231,3 @@ def listed(text: str | None, option: str) -> list[Any] | None:
         return read_ids(text[1:]).to_list()
     except InputError as error:
         raise InputError(f"{option} @{error}") from None
-
-
-def _setting(text: str) -> tuple[str, int]:
-    key, equals, value = text.partition("=")
-    if not equals or not value.strip().isdigit():
-        raise InputError(f"--set {text}: expected name=number, such as links=48")
-    return key.strip(), int(value)
