@@ -79,6 +79,17 @@ def find_files(path: Path) -> Files:
     return Files(rest, items, queries)
 
 
+def several(paths: Sequence[str | Path]) -> Files:
+    """A list of files, each of which must be there.
+
+    Raises:
+        InputError: one is not, or the list is empty.
+    """
+    if not paths:
+        raise InputError("an empty list of files; give at least one.")
+    return Files([file for path in paths for file in find_files(Path(path)).interactions])
+
+
 def listing(source: str | Path) -> dict[str, int]:
     """The files of interactions and their sizes in bytes; nothing for what is read in another way or not at all."""
     path = Path(source)

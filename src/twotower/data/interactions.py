@@ -13,33 +13,21 @@ import polars as pl
 from numpy.typing import NDArray
 
 from twotower.data.account import Account
-from twotower.data.building import TABLE_FILES, VOCABULARY_FILES, Reading, build
-from twotower.data.context import CONTEXT_FILE, Wanted, read_context
+from twotower.data.building import Reading, build
+from twotower.data.context import Wanted
 from twotower.data.features import TableLike
-from twotower.data.folders import Files, cache_key, cache_root, find_files
+from twotower.data.folders import cache_key, cache_root, find_files, several
 from twotower.data.preparation import KEY, is_ready, prepare
 from twotower.data.reading import FrameSource, Source, open_source
-from twotower.data.storing import (
-    DTYPES,
-    LAYOUT_VERSION,
-    META,
-    appearing,
-    combined,
-    digest,
-    open_column,
-    read_meta,
-    read_table,
-    vocabulary_digest,
-    write_meta,
-)
+from twotower.data.saved import ROW_FIELDS, fingerprint_of, open_saved, write_saved
+from twotower.data.storing import LAYOUT_VERSION, META, appearing
 from twotower.errors import InputError
-from twotower.ids import IdKind, read_vocabulary
+from twotower.ids import IdKind
 from twotower.machine import cores
 from twotower.schema import Columns, Vocabulary
 
 ColumnsLike = Columns | Mapping[str, str | None] | None
 PathLike = str | Path
-ROW_FIELDS = ("item_codes", "timestamps", "weights", "labels", "groups")
 COUNT_ROWS = 4_000_000
 
 
@@ -100,16 +88,8 @@ class Interactions:
     def fingerprint(self) -> str:
         """sha256 over rows and vocabularies; known beforehand where the data came from a file."""
         if self.known_fingerprint is None:
-            self.known_fingerprint = combined(self._digests())
+            self.known_fingerprint = fingerprint_of(self.__dict__)
         return self.known_fingerprint
-
-    def _digests(self) -> dict[str, str]:
-        rows = {
-            name: digest(getattr(self, name)) for name in ("offsets", *ROW_FIELDS) if getattr(self, name) is not None
-        }
-        sides = {"queries": self.queries, "items": self.items, "groups_": self.group_names}
-        named = {side.rstrip("_"): vocabulary_digest(v) for side, v in sides.items() if v is not None}
-        return {**rows, **named}
 
     def item_counts(self) -> NDArray[np.int64]:
         """How often each item occurs, int64 [N]."""
@@ -197,7 +177,7 @@ class Interactions:
         )
         if isinstance(path, str | Path) and (Path(path) / META).is_file():
             return cls.open(path)
-        files = find_files(Path(path)) if isinstance(path, str | Path) else _several(path)
+        files = find_files(Path(path)) if isinstance(path, str | Path) else several(path)
         items = files.items if items is None else items
         queries = files.queries if queries is None else queries
         framed = any(not isinstance(table, str | Path | None) for table in (items, queries))
@@ -295,37 +275,7 @@ class Interactions:
             InputError: the folder holds something else, or cannot be written.
         """
         with appearing(Path(directory)) as building:
-            self._write(building)
-            for side, vocabulary in (("queries", self.queries), ("items", self.items), ("groups", self.group_names)):
-                if vocabulary is not None:
-                    vocabulary.write(building / VOCABULARY_FILES[side])
-            for role, table in (("item", self.item_table), ("query", self.query_table)):
-                if table is not None:
-                    table.write_parquet(building / TABLE_FILES[role])
-            if self.negatives is not None:
-                (building / "negatives").mkdir()
-                self.negatives._write(building / "negatives")
-
-    def _write(self, directory: Path) -> None:
-        fields = [name for name in ROW_FIELDS if getattr(self, name) is not None]
-        for name in ("offsets", *fields):
-            np.save(directory / f"{name}.npy", getattr(self, name).astype(DTYPES[name], copy=False), allow_pickle=False)
-        if self.context is not None:
-            self.context.write_parquet(directory / CONTEXT_FILE)
-        tables = {"item": self.item_table, "query": self.query_table}
-        write_meta(
-            directory,
-            {
-                "rows": len(self),
-                "fields": sorted(fields),
-                "fingerprint": self.fingerprint,
-                "negatives": self.negatives is not None,
-                "groups": self.group_names is not None,
-                "context": self.context is not None,
-                "tables": sorted(role for role, table in tables.items() if table is not None),
-                "account": self.account.to_dict(),
-            },
-        )
+            write_saved(building, {**self.__dict__, "known_fingerprint": self.fingerprint})
 
     @classmethod
     def open(cls, directory: PathLike) -> Interactions:
@@ -334,51 +284,13 @@ class Interactions:
         Raises:
             InputError: missing, truncated, or of another layout.
         """
-        folder = Path(directory)
-        meta = read_meta(folder)
-        try:
-            queries = read_vocabulary(folder / VOCABULARY_FILES["queries"])
-            items = read_vocabulary(folder / VOCABULARY_FILES["items"])
-            names = read_vocabulary(folder / VOCABULARY_FILES["groups"]) if meta["groups"] else None
-            tables = {role: read_table(folder / TABLE_FILES[role]) for role in meta["tables"]}
-            account = Account.from_dict(meta["account"])
-            arrays = _columns(folder, meta, len(queries))
-            data = cls(
-                queries, items, **arrays, group_names=names, account=account, known_fingerprint=meta["fingerprint"],
-                item_table=tables.get("item"), query_table=tables.get("query"),
-                context=read_context(folder, meta["rows"]) if meta.get("context") else None,
-            )  # fmt: skip
-            if meta["negatives"]:
-                below = read_meta(folder / "negatives")
-                arrays = _columns(folder / "negatives", below, len(queries))
-                data.negatives = replace(
-                    data,
-                    **{**dict.fromkeys((*ROW_FIELDS, "context")), **arrays},
-                    known_fingerprint=below["fingerprint"],
-                    account=Account(),
-                )
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{folder / META}: damaged ({error}); prepare the data again.") from None
+        saved, below = open_saved(Path(directory))
+        data = cls(**saved)
+        if below is not None:
+            data.negatives = replace(data, **below)
         return data
-
-
-def _columns(folder: Path, meta: dict[str, Any], num_queries: int) -> dict[str, Any]:
-    """The arrays of one folder, checked against its meta.json."""
-    arrays = {name: open_column(folder, name, meta["rows"]) for name in meta["fields"]}
-    # Offsets are small and used at every step, so they are read.
-    arrays["offsets"] = np.array(open_column(folder, "offsets", num_queries + 1))
-    if int(arrays["offsets"][-1]) != meta["rows"]:
-        raise InputError(f"{folder / 'offsets.npy'}: does not fit the rows; prepare the data again.")
-    return arrays
 
 
 def _several_names(context: Wanted) -> Wanted:
     """Names as a tuple, so that options compare and hash."""
     return context if context is None or isinstance(context, str) else tuple(context)
-
-
-def _several(paths: Sequence[PathLike]) -> Files:
-    """A list of files, each of which must be there."""
-    if not paths:
-        raise InputError("an empty list of files; give at least one.")
-    return Files([file for path in paths for file in find_files(Path(path)).interactions])

@@ -15,7 +15,8 @@ from twotower.data.account import Account
 from twotower.data.context import Wanted, joined_context
 from twotower.data.features import FeatureTable, TableLike
 from twotower.data.holdouts import Holdout, Window, make_holdout
-from twotower.data.interactions import ROW_FIELDS, ColumnsLike, Interactions
+from twotower.data.interactions import ColumnsLike, Interactions
+from twotower.data.saved import ROW_FIELDS
 from twotower.data.splits import Cold, Split
 from twotower.errors import InputError
 from twotower.schema import Vocabulary
