@@ -29,6 +29,7 @@ ROOMS = [
     "planning",
     "measuring_rates",
     "serving",
+    "named_objectives",
     "build",
     "continuing",
     "analysis",
@@ -47,8 +48,8 @@ ROOMS = [
 
 #: A served model needs no trainer installed.
 FORBIDDEN = {
-    "serving": {"training", "analysis", "build", "run"},
-    "evaluation": {"training", "serving", "analysis", "build", "run"},
+    "serving": {"training", "analysis", "named_objectives", "build", "run"},
+    "evaluation": {"training", "serving", "analysis", "named_objectives", "build", "run"},
 }
 
 
