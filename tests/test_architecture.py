@@ -16,6 +16,7 @@ ROOMS = [
     "shared_files",
     "launch",
     "feature_config",
+    "tower_config",
     "config",
     "schema",
     "ids",

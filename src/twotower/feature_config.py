@@ -9,10 +9,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
 Width = Annotated[int, Field(ge=1, le=4096)] | Literal["auto"]
 
 
-class Feature(BaseModel):
-    """A column of the item or query table. Unknown fields are errors."""
+class Section(BaseModel):
+    """A part of the configuration: unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Feature(Section):
+    """A column of the item or query table. Unknown fields are errors."""
 
     column: str = Field(description="Column of the table.", min_length=1)
 
