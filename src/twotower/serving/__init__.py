@@ -1,6 +1,7 @@
 """A trained model as a folder, and as something that answers. Imports nothing of training."""
 
 from twotower.serving.artifact import Artifact, find_model, read_metadata
+from twotower.serving.embedding import QueryEmbedder
 from twotower.serving.explain import Explanation
 from twotower.serving.live import LiveCatalog
 from twotower.serving.retriever import Retriever
@@ -10,6 +11,7 @@ __all__ = [
     "Artifact",
     "Explanation",
     "LiveCatalog",
+    "QueryEmbedder",
     "Retriever",
     "build_stored_index",
     "find_model",

@@ -12,7 +12,6 @@ import torch
 from torch.nn import functional as F
 
 from twotower.data import Holdout
-from twotower.data.given import EncodedContext, Given
 from twotower.errors import InputError
 from twotower.evaluation.towers import gaps_of
 from twotower.index import ApproximateIndex, Index
@@ -20,15 +19,16 @@ from twotower.index.popularity import checked_popularity
 from twotower.serving.answers import Answers
 from twotower.serving.artifact import Artifact, find_model
 from twotower.serving.changes import Changes
-from twotower.serving.explain import Embed, Explanation, explain
+from twotower.serving.embedding import QueryEmbedder
+from twotower.serving.explain import Explanation, explain
 from twotower.serving.filters import allowed_items
 from twotower.serving.live import LiveCatalog
-from twotower.serving.questions import Questions, known_codes, stored_histories, trained_only
-from twotower.serving.search import Search, ranker_of
+from twotower.serving.questions import Questions, known_codes, stored_histories
+from twotower.serving.search import Search
 from twotower.serving.stored import load_stored_index
 
 
-class Retriever:
+class Retriever(QueryEmbedder):
     """Answers queries from a model folder; needs no trainer.
 
     Items join, change and leave by `retriever.catalog`; see `LiveCatalog`.
@@ -46,7 +46,7 @@ class Retriever:
     def __init__(
         self, artifact: Artifact, index: ApproximateIndex | None = None, changes: Changes | None = None
     ) -> None:
-        self.ranker = ranker_of(artifact)
+        super().__init__(artifact)
         self.catalog = LiveCatalog(artifact, index, changes)
 
     @classmethod
@@ -231,63 +231,6 @@ class Retriever:
             dial=self.search.dial,
             popularity=checked_popularity(popularity),
         )
-
-    def embed(
-        self,
-        queries: np.ndarray,
-        histories: tuple[np.ndarray, np.ndarray],
-        features: Sequence[Mapping[str, Any] | None] | None = None,
-        *,
-        context: Given | EncodedContext | None = None,
-        gaps: np.ndarray | None = None,
-    ) -> torch.Tensor:
-        """u(x) of queries by codes, histories, features and contexts, [E, D]; see `TowerRanker.embed`.
-
-        Items that joined after training say nothing to the tower.
-        """
-        known, between = trained_only(histories, gaps, len(self.catalog.trained.items))
-        return self.ranker.embed(queries, known, features, context=context, gaps=between)
-
-    def in_context(self, context: Mapping[str, Any] | None) -> Embed:
-        """`embed` of queries that all have the same context, which is encoded here, once.
-
-        Raises:
-            InputError: as those of `encode_context`.
-        """
-        one = None if context is None else self.encode_context([context])
-
-        def embed(
-            queries: np.ndarray, histories: tuple[np.ndarray, np.ndarray], gaps: np.ndarray | None
-        ) -> torch.Tensor:
-            told = None if one is None else one.repeated(len(queries))
-            return self.embed(queries, histories, context=told, gaps=gaps)
-
-        return embed
-
-    @property
-    def context_columns(self) -> list[str]:
-        """The columns declared in query_tower.context; none where the query tower reads no context."""
-        reads = getattr(self.artifact.towers.query_tower, "context", None)
-        return [] if reads is None else list(reads.inputs.table.features.columns)
-
-    def encode_context(self, rows: Sequence[Mapping[str, Any] | None]) -> EncodedContext:
-        """The context of some requests as `embed` takes it; None for a request of which nothing is known.
-
-        Raises:
-            InputError: the query tower takes none, or a column is unknown or of another kind.
-        """
-        return EncodedContext.of(self.ranker.context_features(), rows)
-
-    def check_features(self, features: Mapping[str, Any]) -> None:
-        """Refuse features of a query that `embed` could not use, so that one request does not spoil its batch.
-
-        Raises:
-            InputError: the query tower takes none, or a column is missing or of another kind.
-        """
-        inputs = getattr(self.artifact.towers.query_tower, "features", None)
-        if inputs is None:
-            raise InputError("features: the query tower of this model takes none; give a query id or a history")
-        inputs.encode([features])
 
     def history(self, query: Any) -> pl.DataFrame:
         """The items of a known query in the data, oldest first: columns `item`, and `title` where there is one."""
