@@ -22,9 +22,15 @@ TOKEN = "a-token-of-some-length"
 def drawn(data, folder: Path, seed: int = 0, table=None, *, changes=(), **metadata) -> Path:
     """A model with weights as they were drawn, written to a folder: what it answers is as good as any to compare."""
     config = Config.load(None, [*SETTINGS, *changes])
-    context = encode_features(config, data).get("context")
+    features = encode_features(config, data)
     torch.manual_seed(seed)
-    towers = build_towers(config, num_queries=data.num_queries, num_items=data.num_items, context=context).eval()
+    towers = build_towers(
+        config,
+        num_queries=data.num_queries,
+        num_items=data.num_items,
+        query_features=features.get("query"),
+        context=features.get("context"),
+    ).eval()
     with torch.no_grad():
         embeddings = towers.item_embeddings()
     model = Artifact(

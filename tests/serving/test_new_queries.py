@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import twotower as tt
-from serving.service_models import client
+from serving.service_models import client, drawn
 from twotower import cli
 from twotower.config import Config
 from twotower.data import Interactions, leave_last_out
@@ -74,6 +75,25 @@ def test_the_known_features_given_again_change_nothing(retriever):
     of = [[frame.filter(pl.col("query") == name)["score"].to_list() for frame in (known, half)] for name in ids]
     assert of[0][0] == pytest.approx(of[0][1], abs=1e-6)
     assert of[1][0] != pytest.approx(of[1][1], abs=1e-4)
+
+
+def test_features_of_requests_that_share_a_batch_do_not_disturb_each_other(tmp_path, planted_data):
+    """Unix seconds beside milliseconds, text and a date; a number beside text: each is read as if it had come alone."""
+    people = pl.DataFrame({
+        "user_id": planted_data.queries.ids, "code": [str(q % 4) for q in range(60)],
+        "since": [f"20{10 + q % 9}-05-31" for q in range(60)],
+    })  # fmt: skip
+    declared = "query_tower.features=[{column: code, kind: categorical}, {column: since, kind: timestamp}]"
+    data = replace(planted_data, query_table=people)
+    found = tt.Retriever.load(drawn(data, tmp_path / "model", changes=[declared]))
+    moments = [1_400_000_000, 1_400_000_000_000, "1400000000", "2014-05-13 16:53:20", None]
+    rows = [{"code": code, "since": one} for one, code in zip(moments, (3, "3", 3, "3", "none such"), strict=True)]
+    nobody = np.full(1, -1), (np.zeros(2, dtype=np.int64), np.zeros(0, dtype=np.int32))
+    alone = torch.cat([found.embed(*nobody, [row]) for row in rows])
+    together = found.embed(np.full(5, -1), (np.zeros(6, dtype=np.int64), nobody[1][1]), rows)
+    assert torch.allclose(together, alone, atol=1e-6)
+    assert torch.allclose(alone[:4], alone[:1].expand(4, -1), atol=1e-6)
+    assert float((alone[4] - alone[0]).abs().max()) > 1e-3
 
 
 def test_features_and_history_together_are_what_the_towers_give(retriever):

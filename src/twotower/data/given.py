@@ -1,4 +1,4 @@
-"""Context that requests bring: rows of any kind of value, each understood on its own."""
+"""What requests bring, contexts and features: rows of any kind of value, each understood on its own."""
 
 from __future__ import annotations
 
@@ -55,10 +55,7 @@ class EncodedContext:
 
 
 def encode_given(features: FeatureSet, rows: Given) -> Encoded:
-    """Arrays of the context of some requests, as training encodes its rows.
-
-    Rows are encoded together with those whose values are of the same kinds, so that what one request calls 3 and
-    another "three", or unix time here and a date there, is read as if each had come alone.
+    """Arrays of the context of some requests, as training encodes its rows; see `encode_apart`.
 
     Args:
         features: fitted on the context of the training rows.
@@ -70,32 +67,51 @@ def encode_given(features: FeatureSet, rows: Given) -> Encoded:
     if isinstance(rows, pl.DataFrame):
         return features.encode_rows(rows, Place("context"))
     known = features.columns
-    groups: dict[tuple[str, ...], list[int]] = {}
-    moments = {one.column for one in features.declared if isinstance(one, TimestampFeature)}
-    for place, row in enumerate(rows):
+    for row in rows:
         for name in row or {}:
             if name not in known:
                 raise InputError(f"context: column {name!r} is not one that the model knows; it knows {listed(known)}.")
-        kinds = tuple(_kind((row or {}).get(name), moment=name in moments) for name in known)
-        groups.setdefault(kinds, []).append(place)
+    return encode_apart(features, [row or {} for row in rows], "context")
+
+
+def encode_apart(features: FeatureSet, rows: Sequence[Mapping[str, Any]], name: str) -> Encoded:
+    """Arrays of rows of which each is read as if it had come alone.
+
+    Rows are encoded together with those whose values are of the same kinds, so that what one calls 3 and another
+    "three", or unix time here and a date there, do not disturb each other.
+
+    Args:
+        features: the fitted encoders.
+        rows: mappings from column to value. What is not there is missing; other columns are ignored.
+        name: what the rows are called in an error.
+
+    Raises:
+        InputError: a value of another kind.
+    """
     if not rows:
         return [empty[:0] for empty in features.missing()]
+    known = features.columns
+    groups: dict[tuple[str, ...], list[int]] = {}
+    moments = {one.column for one in features.declared if isinstance(one, TimestampFeature)}
+    for place, row in enumerate(rows):
+        kinds = tuple(_kind(row.get(column), name, moment=column in moments) for column in known)
+        groups.setdefault(kinds, []).append(place)
     found: list[Encoded] = []
     for places in groups.values():
-        chosen = [{name: (rows[place] or {}).get(name) for name in known} for place in places]
-        where = Place("context", [place + 1 for place in places], "row")
-        found.append(features.encode_rows(frame_of(chosen, known, "context"), where))
+        chosen = [{column: rows[place].get(column) for column in known} for place in places]
+        where = Place(name, [place + 1 for place in places], "row")
+        found.append(features.encode_rows(frame_of(chosen, known, name), where))
     order = np.concatenate([np.asarray(places, dtype=np.int64) for places in groups.values()])
     return [_in_order([encoded[one] for encoded in found], order) for one in range(len(features.declared))]
 
 
-def _kind(value: Any, *, moment: bool) -> str:
+def _kind(value: Any, name: str, *, moment: bool) -> str:
     if isinstance(value, str) and moment:
         # Unix time as text has a unit too, which is found from the largest of those that are read together.
         number = _number(value)
-        return "text" if number is None else f"text of {unit_of(abs(number), 'context')}"
+        return "text" if number is None else f"text of {unit_of(abs(number), name)}"
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return unit_of(abs(float(value)), "context") if moment and np.isfinite(value) else "number"
+        return unit_of(abs(float(value)), name) if moment and np.isfinite(value) else "number"
     return type(value).__name__
 
 

@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import polars as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twotower.data.encoders import Encoder
 from twotower.data.encoding import EncodedTable
-from twotower.data.feature_frames import RowsLike
+from twotower.data.feature_frames import RowsLike, check_columns
+from twotower.data.given import encode_apart
 from twotower.data.values import MISSING, UNKNOWN
 from twotower.towers.tables import EmbeddingTable
 
@@ -93,7 +95,7 @@ class FeatureInputs(nn.Module):
         places = [place for place, row in enumerate(rows) if row is not None]
         if not places:
             return known
-        given = self.encode([row for row in rows if row is not None])
+        given = self._encode_apart([row for row in rows if row is not None])
         mixed = []
         for own, new in zip(known, given, strict=True):
             if own.ndim == 2:  # bags are as wide as the fullest of them
@@ -103,6 +105,17 @@ class FeatureInputs(nn.Module):
             joined[places] = new.to(own.dtype)
             mixed.append(joined)
         return mixed
+
+    def _encode_apart(self, rows: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+        """Rows that came in different requests: what one means by a value is nothing to the others."""
+        features = self.table.features
+        name = f"{features.side} features"
+        present: dict[str, list[Any]] = {
+            column: [] for column in features.columns if any(column in row for row in rows)
+        }
+        check_columns(pl.DataFrame(present), features.declared, name, needs_table=False)
+        device = self.get_buffer("rows0").device
+        return [torch.from_numpy(array).to(device) for array in encode_apart(features, rows, name)]
 
 
 def _mean(bags: Tensor, table: nn.Module) -> Tensor:
