@@ -7,6 +7,7 @@ import torch
 
 from twotower.data import Interactions, SequenceBatches
 from twotower.errors import InputError
+from twotower.ranks import Ranks
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +115,24 @@ def test_batches_have_as_many_rows_as_asked_on_average(data):
 def test_sizes_out_of_range(data, settings):
     with pytest.raises(InputError, match=f"{next(iter(settings))}: .* expected at least"):
         SequenceBatches(data, **{"batch_size": 8, "history_length": 4, **settings})
+
+
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_the_rows_of_all_ranks_are_those_of_one_process_in_its_order(data, size):
+    alone = SequenceBatches(data, 64, history_length=6, seed=2)
+    ranks = [SequenceBatches(data, 64, history_length=6, seed=2, ranks=Ranks(rank, size)) for rank in range(size)]
+    assert {len(one) for one in ranks} == {len(alone)}
+    for whole, *own in zip(alone, *ranks, strict=True):
+        for name in ("rows", "queries", "items"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in own]), getattr(whole, name)), name
+        sizes = [len(part) for part in own]
+        assert {part.sizes for part in own} == {tuple(sizes)} and {part.total for part in own} == {len(whole)}
+        assert max(sizes) - min(sizes) <= 2 * 7, "by rows, as nearly as whole windows of 7 allow"
+        assert {part.sequences.windows for part in own} == {whole.sequences.windows}
+        for part in own:
+            packed = part.sequences
+            assert len(packed.tokens) == sum(a * b for a, b in packed.shapes) and len(packed.rows) == len(part)
+            place = packed.positions[packed.rows]
+            assert torch.equal(packed.tokens[packed.rows][place > 0], part.items[:-1][place[1:] > 0])
+    few = [one.batch(np.array([3]), 0) for one in ranks]
+    assert sorted(len(part) > 0 for part in few) == [False] * (size - 1) + [True]

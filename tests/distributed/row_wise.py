@@ -38,6 +38,20 @@ def shared(data, folder):
     return found
 
 
+def sequences(data, folder):
+    """A tower that reads sequences: one process; two with whole tables, two that share them and are killed once."""
+    tower = "query_tower={id_embedding: true, history: {length: 5, dropout: 0, sequence: {blocks: 1, dropout: 0}}}"
+    more = ["--set", tower, "--set", "training.weight_average=0.9"]
+    found = {"one": run(data, folder / "one", 1, more), "two": run(data, folder / "two", 2, more)}
+    found["shared"] = run(data, folder / "shared", 2, [*more, *ROW_WISE])
+    mined = ["--set", "objective.sources=[{mined: {size: 4}}, {uniform: {size: 20}}]"]
+    found["mined-1"] = run(data, folder / "mined-1", 1, mined)
+    found["mined-2"] = run(data, folder / "mined-2", 2, [*mined, *ROW_WISE])
+    faults.SETTINGS.extend([tower, more[-1], ROW_WISE[1]])
+    found["killed"] = faults.with_kills(data, folder / "killed", 1, seed=1)
+    return found
+
+
 def limited(data, folder, room):
     """The same words with so much memory left to each process: alone, and by two."""
     # What the processes will import is here already: the room is for data, tables and what a step needs.
@@ -57,7 +71,7 @@ def limited(data, folder, room):
 
 
 def main(what, data, folder, *more):
-    made = shared(data, folder) if what == "shared" else limited(data, folder, int(more[0]))
+    made = {"shared": shared, "sequences": sequences, "limited": limited}[what](data, folder, *map(int, more))
     (folder / "found.json").write_text(json.dumps(made))
 
 

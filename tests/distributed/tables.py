@@ -14,12 +14,15 @@ import torch.distributed.checkpoint  # once, before the ranks are forked
 from torch import Tensor
 
 from twotower import evaluation
+from twotower.build import build_objective
 from twotower.config import Config
 from twotower.data import Split, leave_last_out
 from twotower.errors import InputError
 from twotower.evaluation.by_parts import ShardedRanker, own_item_embeddings
 from twotower.evaluation.towers import TowerRanker
+from twotower.negatives import Mined
 from twotower.ranks import Ranks
+from twotower.run.mining import miner
 from twotower.serving import Artifact
 from twotower.shared_files import write_folder
 from twotower.towers import TwoTower, build_towers
@@ -40,6 +43,8 @@ CONFIG = Config.load(
         "evaluation.baselines=false",
     ],
 )
+
+MINED = Config.load(None, ["objective.sources=[{mined: {size: 5}}, {uniform: {size: 4}}]"])
 
 
 def split() -> Split:
@@ -141,6 +146,7 @@ def work(ranks: Ranks, out: Path) -> None:
         assert all(torch.equal(again[name], value) for name, value in expected.items()), rule
     towers = with_ties(model(ranks))
     torch.save(searched(ShardedRanker(towers, cases.LENGTH, ranks)), out / f"searched.{ranks.size}.{ranks.rank}.pt")
+    torch.save(mined(towers), out / f"mined.{ranks.size}.{ranks.rank}.pt")
     own = own_item_embeddings(towers, Part(ranks, cases.NUM_ITEMS))
     artifact(towers, own).save(out / f"model-{ranks.size}", ranks)
     fail_together(ranks, out / f"folder-{ranks.size}")
@@ -211,6 +217,16 @@ def fail_together(ranks: Ranks, target: Path) -> None:
     assert told == (full if ranks.rank == ranks.size - 1 else f"{target}: {ELSEWHERE}"), told
     assert [path.name for path in target.iterdir()] == ["older"]
     assert not list(target.parent.glob(f".{target.name}*"))
+
+
+def mined(towers: TwoTower) -> Tensor:
+    """The hard negatives of all queries, int32 [Q, 5]; queries with many items have few left."""
+    objective = build_objective(MINED, cases.interactions())
+    refresh = miner(objective, cases.interactions(), cases.LENGTH)
+    assert refresh is not None
+    refresh(towers)
+    (source,) = (one for one in objective.pool.members() if isinstance(one, Mined))
+    return source.items
 
 
 def ranked_alone() -> dict[str, Any]:

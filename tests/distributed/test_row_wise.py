@@ -76,6 +76,31 @@ def test_a_model_written_by_parts_answers(found, folder):
     assert len(answers[0]) == 5 and answers[0]["item"].to_list() == answers[1]["item"].to_list()
 
 
+def test_towers_that_read_sequences_and_mined_negatives_are_those_of_one_process(tmp_path):
+    planted(queries=80).write_parquet(tmp_path / "planted.parquet")
+    ended = scenario("sequences", tmp_path / "planted.parquet", tmp_path)
+    assert ended["one"] == [0] and ended["two"] == ended["shared"] == ended["mined-2"] == ended["killed"][-1] == [
+        0,
+        0,
+    ], ended
+    assert len(ended["killed"]) == 2 and -9 in ended["killed"][0]
+    weights = {run: load_file(tmp_path / run / "model" / "towers.safetensors") for run in ended}
+    for name, expected in weights["one"].items():
+        seen = torch.ones_like(expected, dtype=torch.bool)
+        if name.endswith("attention.projection.bias"):
+            seen.view(3, -1)[1] = False  # the keys': see cases.py
+        for run in ("two", "shared"):
+            found = weights[run][name]
+            torch.testing.assert_close(
+                found[seen], expected[seen], rtol=0, atol=1e-5, msg=lambda said, n=name: f"{n}: {said}"
+            )
+        assert torch.equal(weights["killed"][name], weights["shared"][name]), name
+    for name, value in weights["mined-1"].items():
+        torch.testing.assert_close(
+            weights["mined-2"][name], value, rtol=0, atol=1e-5, msg=lambda said, n=name: f"mined, {n}: {said}"
+        )
+
+
 def test_a_table_larger_than_a_process_trains_on_two(folder):
     items, rows, width = 102_000, 112_000, 1024  # above 100,000 rows gradients are sparse
     random = np.random.default_rng(0)

@@ -99,6 +99,14 @@ def test_a_search_by_parts_is_that_of_one_process(done_by_ranks, size):
         assert found["measured"] == pytest.approx(alone["measured"], abs=1e-6, nan_ok=True)
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_negatives_mined_by_parts_are_those_of_one_process(done_by_ranks, size):
+    expected = tables.mined(tables.with_ties(tables.model(Ranks())))
+    assert bool((expected >= 0).all())
+    for rank in range(size):
+        assert torch.equal(torch.load(done_by_ranks / f"mined.{size}.{rank}.pt"), expected)
+
+
 def test_merging_is_one_index(rng=0):
     torch.manual_seed(rng)
     items, queries = torch.randint(-1, 2, (50, 3)).float(), torch.randint(-1, 2, (9, 3)).float()  # many ties

@@ -33,6 +33,7 @@ class Batch:
         groups: int64 [B] or None.
         group: the one group that all rows come from, where batches are built within groups; None otherwise.
         total: rows of the batch over all ranks, of which these are `Ranks.part(total)`; None where nobody knows.
+        sizes: rows of each rank, W numbers, where ranks have other parts than those; None where they do not.
         sequences: what the rows are positions of, where the batch is made of whole sequences (sequences.py); `history`
             is then [B, 0]. None otherwise.
         context: the encoded context of each row's request, a tensor with B rows for each feature; None where there is
@@ -47,6 +48,7 @@ class Batch:
     groups: Tensor | None = None
     group: int | None = None
     total: int | None = None
+    sizes: tuple[int, ...] | None = None
     sequences: Packed | None = None
     context: tuple[Tensor, ...] | None = None
 

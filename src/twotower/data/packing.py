@@ -128,6 +128,7 @@ def pack(
     *,
     last_only: bool,
     gaps: NDArray[np.integer[Any]] | None = None,
+    groups: list[NDArray[np.int64]] | None = None,
 ) -> tuple[Packed, NDArray[np.int64], NDArray[np.int64]]:
     """Pack the sequences item_codes[starts : starts + lengths], each with the start token before it.
 
@@ -140,13 +141,15 @@ def pack(
         last_only: whether the output of each sequence's last token alone is wanted, instead of every token's.
         gaps: the code of the gap before each item, beside `item_codes`. That of a sequence's first item is not looked
             at: what lies before it is not.
+        groups: numbers of the sequences that are padded together; `length_groups` where None.
 
     Returns:
         The packed sequences; the numbers of the sequences in the order they were packed in, int64 [S]; and of each
         output, int64 [B], the place in `item_codes` that follows its token.
     """
-    groups = length_groups(lengths)
-    order = np.concatenate(groups)
+    groups = length_groups(lengths) if groups is None else groups
+    nothing = np.empty(0, dtype=np.int64)
+    order = np.concatenate([nothing, *groups])
     tokens, positions, wanted, follow, shapes, since, done = [], [], [], [], [], [], 0
     for group in groups:
         longest = int(lengths[group].max())
@@ -169,13 +172,13 @@ def pack(
         shapes.append((len(group), longest))
         done += at.size
     packed = Packed(
-        tokens=torch.from_numpy(np.concatenate(tokens)),
-        positions=torch.from_numpy(np.concatenate(positions)),
+        tokens=torch.from_numpy(np.concatenate([nothing, *tokens])),
+        positions=torch.from_numpy(np.concatenate([nothing, *positions])),
         shapes=tuple(shapes),
-        rows=torch.from_numpy(np.concatenate(wanted)),
+        rows=torch.from_numpy(np.concatenate([nothing, *wanted])),
         gaps=torch.from_numpy(np.concatenate(since)) if since else None,
     )
-    return packed, order, np.concatenate(follow)
+    return packed, order, np.concatenate([nothing, *follow])
 
 
 def pack_histories(history: Tensor, gaps: Tensor | None = None) -> tuple[Packed, Tensor]:

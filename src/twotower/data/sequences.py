@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -13,11 +14,12 @@ from twotower.data.batches import Batch, context_rows
 from twotower.data.encoding import Encoded
 from twotower.data.gaps import gap_codes
 from twotower.data.interactions import Interactions
-from twotower.data.packing import Windows, pack
+from twotower.data.packing import Windows, length_groups, pack
 from twotower.data.prefetching import ahead
 from twotower.data.shuffling import Place, Shuffle
 from twotower.errors import InputError
 from twotower.hashing import mix64
+from twotower.ranks import Ranks
 
 
 class SequenceBatches(Place):
@@ -38,6 +40,8 @@ class SequenceBatches(Place):
         seed: 0 or more.
         context: encoded context of all rows of the interactions (`encode_context`), or None.
         gaps: whether the time between items is read.
+        ranks: gives out this rank's part of every batch, whole windows with about as many rows as the others';
+            `batch_size` is that of all ranks together.
 
     Raises:
         InputError: no rows, or a size or seed out of range; gaps of interactions without timestamps.
@@ -52,6 +56,7 @@ class SequenceBatches(Place):
         seed: int = 0,
         context: Encoded | None = None,
         gaps: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         for name, value, least in (
             ("batch_size", batch_size, 1),
@@ -63,7 +68,7 @@ class SequenceBatches(Place):
         if not len(interactions):
             raise InputError("training batches: no interactions to train on.")
         self.interactions, self.history_length, self.seed = interactions, history_length, seed
-        self.batch_size, self.context = batch_size, context
+        self.batch_size, self.context, self.ranks = batch_size, context, ranks or Ranks()
         if gaps and interactions.timestamps is None:
             raise InputError(
                 "query_tower.history.sequence.gaps: the data has no timestamps; name the column with "
@@ -118,20 +123,48 @@ class SequenceBatches(Place):
         return queries, start + begin, end - begin
 
     def batch(self, numbers: NDArray[np.int64], epoch: int = 0) -> Batch:
-        """The batch of some windows' numbers, int64 [S]; its rows are in the order of `sequences.rows`."""
+        """This rank's part of the batch of some windows, int64 [S]; its rows are in the order of `sequences.rows`.
+
+        The windows of all ranks are packed as one process would pack them, and each rank takes a run of them: the rows
+        of all ranks, one after the other, are those of one process.
+        """
         data = self.interactions
         queries, starts, lengths = self.windows(numbers, epoch)
-        packed, order, rows = pack(starts, lengths, data.item_codes, last_only=False, gaps=self._gaps)
+        groups = length_groups(lengths)
+        order = np.concatenate(groups)
+        own, sizes = self._shares(lengths[order])
+        chosen, edges = order[own], np.cumsum([0, *(len(group) for group in groups)])
+        mine = [np.arange(max(own.start, low), min(own.stop, high)) - own.start for low, high in pairwise(edges)]
+        packed, _, rows = pack(
+            starts[chosen],
+            lengths[chosen],
+            data.item_codes,
+            last_only=False,
+            gaps=self._gaps,
+            groups=[group for group in mine if len(group)],
+        )
         return Batch(
             rows=torch.from_numpy(rows),
-            queries=torch.from_numpy(np.repeat(queries[order], lengths[order])),
+            queries=torch.from_numpy(np.repeat(queries[chosen], lengths[chosen])),
             items=torch.from_numpy(np.asarray(data.item_codes)[rows].astype(np.int64)),
             history=torch.empty(len(rows), 0, dtype=torch.int64),
             weights=None if data.weights is None else torch.from_numpy(np.array(data.weights[rows])),
             groups=None if data.groups is None else torch.from_numpy(data.groups[rows].astype(np.int64)),
+            total=sum(sizes),
+            sizes=sizes,
             context=context_rows(self.context, rows),
             sequences=replace(packed, windows=Windows(len(numbers), self.num_windows, len(data))),
         )
+
+    def _shares(self, lengths: NDArray[np.int64]) -> tuple[slice, tuple[int, ...]]:
+        """Which windows are this rank's, and the rows of every rank: a window goes where its middle row falls."""
+        size, ends = self.ranks.size, np.cumsum(lengths)
+        middle = ends - lengths / 2
+        rank = np.minimum((middle * size / ends[-1]).astype(np.int64), size - 1)
+        first = np.searchsorted(rank, np.arange(size + 1))
+        before = np.concatenate([[0], ends])[first]
+        own = slice(int(first[self.ranks.rank]), int(first[self.ranks.rank + 1]))
+        return own, tuple(int(rows) for rows in np.diff(before))
 
     def _cut(self, queries: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
         """A pseudo-random number for each query in an epoch, 0 or more: splitmix64 of both and the seed."""

@@ -46,7 +46,8 @@ def make_batches(
         # rows are those of whole queries: ContinuedSplit.rows_to_learn
         learnt = train if rows is None else train.select(rows)
         encoded = None if context is None else encode_context(context.features, learnt)
-        return SequenceBatches(learnt, size, history_length=length, seed=seed, context=encoded, gaps=reads_gaps(config))
+        gaps = reads_gaps(config)
+        return SequenceBatches(learnt, size, history_length=length, seed=seed, context=encoded, gaps=gaps, ranks=ranks)
     encoded = None if context is None else encode_context(context.features, train)
     batches = TrainingBatches(train, size, history_length=length, seed=seed, rows=rows, ranks=ranks, context=encoded)
     return GroupedBatches(batches) if grouped else batches

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from twotower import continuing, evaluation
-from twotower.build import build_objective, needs_known_positives, reads_sequences
+from twotower.build import build_objective, needs_known_positives
 from twotower.config import Config
 from twotower.continuing import Parent
 from twotower.data import Holdout, Interactions, KnownPositives, Split
@@ -128,7 +128,8 @@ def fit(
     train, training = split.train, settings.training
     learnt = None if rows is None else train.select(rows)
     ranks = Ranks.current()
-    placement = place_tables(settings, train, ranks, kept_whole=_kept_whole(settings, parent))
+    whole = None if parent is None else "a training that continues a model reads its whole tables"
+    placement = place_tables(settings, train, ranks, kept_whole=whole)
     # The seed decides the start, the order of the rows and the draws; the caller's generators are left as they were.
     with torch.random.fork_rng():
         torch.manual_seed(training.seed)
@@ -211,17 +212,6 @@ def continue_with(
     return continuing.new_days(
         parent, data, settings, lambda fresh: split_data(fresh, settings.data, cold="keep"), withdrawn=withdrawn
     )
-
-
-def _kept_whole(config: Config, parent: Parent | None) -> str | None:
-    """Why a training needs whole tables on every rank; None where it does not."""
-    if parent is not None:
-        return "a training that continues a model reads its whole tables"
-    if reads_sequences(config):
-        return "batches of whole sequences are for one process"
-    if any("mined" in source for source in config.objective.sources or []):
-        return "mined negatives search the whole catalog on every rank"
-    return None
 
 
 def _validation(holdout: Holdout, config: Config, train: Interactions) -> Callable[[TwoTower], dict[str, float]]:

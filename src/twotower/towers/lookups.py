@@ -7,9 +7,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from twotower.towers.encoders import TwoTower
 from twotower.towers.items import ItemTower
+from twotower.towers.sequence import SequenceTower
 from twotower.towers.tables import EmbeddingTable
 
 
@@ -36,10 +38,14 @@ def fetch_for(
     shared = shared_tables_of(towers)
     if not shared:
         return
-    history_items = getattr(towers.query_tower, "history_items", None)
+    tower = towers.query_tower
+    history_items = getattr(tower, "history_items", None)
+    knows = tower.beside if isinstance(tower, SequenceTower) else tower
+    if isinstance(tower, SequenceTower) and history is not None:
+        history = F.pad(history.reshape(-1), (1, 0), value=0)  # the start of a sequence is looked up as 0
     asked = [
         (towers.item_tower.ids, items),
-        (getattr(towers.query_tower, "ids", None), queries),
+        (getattr(knows, "ids", None), queries),
         (history_items.ids if isinstance(history_items, ItemTower) else history_items, history),
     ]
     nothing = torch.empty(0, dtype=torch.int64, device=towers.log_temperature.device)

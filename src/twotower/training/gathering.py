@@ -49,15 +49,14 @@ def gathered_loss(
         The share, a scalar with a gradient on every rank; embeddings and candidates of the rank's rows.
 
     Raises:
-        InputError: the objective draws more than once for a batch, or rows are positions of whole sequences.
+        InputError: the objective draws more than once for a batch.
     """
     if objective.rows_per_draw is not None:
         raise InputError(
             "objective.rows_per_draw: several processes share one draw for a whole batch; expected null under torchrun"
         )
-    if batch.sequences is not None:
-        raise InputError("query_tower.history.sequence: batches of whole sequences are for one process; not torchrun")
-    sizes = ranks.sizes(len(batch), batch.items.device) if batch.total is None else ranks.shares(batch.total)
+    sizes = _sizes(batch, ranks)
+    windows = None if batch.sequences is None else batch.sequences.windows
     own = ranks.within(sizes)
     everyone = ranks.gather(batch.items, sizes)
     drawn = objective.draw(
@@ -67,14 +66,17 @@ def gathered_loss(
         group=batch.group,
         generator=generator,
         rows=own,
+        windows=windows,
     )
     # Where the batch's own items are candidates they are embedded already, by whichever rank.
-    place = _places(drawn.items, batch.items) if _holds_positives(objective) else None
+    holds_positives = _holds_positives(objective) and (windows is None or windows.drawn > 1)
+    place = _places(drawn.items, batch.items) if holds_positives else None
     asked = [] if drawn.row_items is None else [drawn.row_items.clamp(min=0).reshape(-1)]
     if place is None:
         asked.append(batch.items)
     mine = share_of_items(drawn.items, ranks)[0] if len(drawn.items) else drawn.items
-    fetch_for(towers, items=torch.cat([mine, *asked]), queries=batch.queries, history=batch.history)
+    history = batch.history if batch.sequences is None else batch.sequences.tokens
+    fetch_for(towers, items=torch.cat([mine, *asked]), queries=batch.queries, history=history)
     candidates = embed_by_ranks(towers, drawn.items, ranks, chunk=micro_batch)
     total = None if batch.weights is None else ranks.sum(batch.weights.sum())
     if len(batch) == 0:
@@ -95,6 +97,13 @@ def gathered_loss(
     else:
         weights = batch.weights / total
     return objective.mean(result, drawn, temperature=towers.temperature, weights=weights), result, drawn
+
+
+def _sizes(batch: Batch, ranks: Ranks) -> list[int]:
+    """Rows of every rank."""
+    if batch.sizes is not None:
+        return list(batch.sizes)
+    return ranks.sizes(len(batch), batch.items.device) if batch.total is None else ranks.shares(batch.total)
 
 
 def _holds_positives(objective: Objective) -> bool:
