@@ -163,7 +163,8 @@ def test_checkpoints_of_a_training_are_those_of_one_that_waits(planted_split, tm
 # In the second epoch; in the third, after a second one that was worse than the first.
 @pytest.mark.parametrize(("every", "step", "left"), [(3, 29, 27), ("null", 45, 40)])
 def test_a_run_that_breaks_off_goes_on_to_the_same_model(planted_split, tmp_path, monkeypatch, every, step, left):
-    settings = config(f"training.checkpoint_every={every}", "training.max_epochs=3", IN_BACKGROUND)
+    more = ["training.max_epochs=3", "training.weight_average=0.5"]
+    settings = config(f"training.checkpoint_every={every}", *more, IN_BACKGROUND)
     whole = tt.fit(planted_split, settings, directory=tmp_path / "whole", progress=False)
     first, second, _ = (row["NDCG@10"] for row in whole.fit.history)
     assert second < first

@@ -167,14 +167,17 @@ class TrainingModule(pl.LightningModule):
         if self.ranks.size > 1:
             torch.manual_seed(step_seed(self.settings.seed, self.global_step, ROUNDING))
 
-    @torch.no_grad()
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Move the average towards the weights: slowly, but in the first steps, so that the start is soon forgotten."""
-        del outputs, batch, batch_idx
+    def optimizer_step(self, *told: Any, **named: Any) -> None:
+        """Move the average towards the weights: slowly, but in the first steps, so that the start is soon forgotten.
+
+        With the step and not after the batch, when Lightning asks callbacks first: a checkpoint would be without it.
+        """
+        super().optimizer_step(*told, **named)
         if self.averaged is not None:
-            step = self.global_step
+            step = self.global_step + 1  # Lightning counts the step when this returns
             keep = min(self.settings.weight_average, step / (step + 9))
-            torch._foreach_lerp_(list(self.averaged.parameters()), list(self.towers.parameters()), 1.0 - keep)
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.averaged.parameters()), list(self.towers.parameters()), 1.0 - keep)
 
     def on_train_epoch_start(self) -> None:
         """Start the clock of rows/s afresh: validation is not training."""
