@@ -40,7 +40,8 @@ def shared(data, folder):
 
 def sequences(data, folder):
     """A tower that reads sequences: one process; two with whole tables, two that share them and are killed once."""
-    tower = "query_tower={id_embedding: true, history: {length: 5, dropout: 0, sequence: {blocks: 1, dropout: 0}}}"
+    inner = "{length: 5, dropout: 0, sequence: {blocks: 1, dropout: 0}}"
+    tower = f"query_tower={{id_embedding: true, dropout: 0, history: {inner}}}"
     more = ["--set", tower, "--set", "training.weight_average=0.9"]
     found = {"one": run(data, folder / "one", 1, more), "two": run(data, folder / "two", 2, more)}
     found["shared"] = run(data, folder / "shared", 2, [*more, *ROW_WISE])
