@@ -16,6 +16,9 @@ TILE_MEMORY = 245 << 20
 #: still in the caches when it is read again, and the products are large enough for their library to be at its best.
 TILE_NUMBERS = 1 << 21
 LEAST_ROWS = 512
+#: A tile of so many rows that has more numbers than these, 32 MiB of float32, gets half of the rows: it is memory then
+#: that there is least of.
+WIDE_NUMBERS = 1 << 23
 #: A larger tile is worked on in blocks of about so many numbers, at least `LEAST_WIDTH` candidates: the library
 #: takes memory for a copy of them. Narrow blocks cost: a third more at 512 rows in blocks of 1,024 than at once.
 BLOCK_NUMBERS = 3 << 18
@@ -31,7 +34,8 @@ def tile_starts(rows: int, candidates: int, like: Tensor) -> list[int]:
     """First row of each tile, and the number of rows at the end."""
     width = max(candidates, 1)
     most = max(TILE_MEMORY // (width * like.element_size()), 1)
-    size = most if like.device.type != "cpu" else min(max(TILE_NUMBERS // width, LEAST_ROWS), 4096, most)
+    least = LEAST_ROWS if LEAST_ROWS * width <= WIDE_NUMBERS else LEAST_ROWS // 2
+    size = most if like.device.type != "cpu" else min(max(TILE_NUMBERS // width, least), 4096, most)
     if size > 64:
         size -= size % 64
     return [*range(0, rows, size), rows]
