@@ -1,9 +1,12 @@
-"""Starts what starts ranks: a script of this folder in a process of its own, which has to end well."""
+"""Starts what starts ranks, a script of this folder in a process of its own, and the ranks that it becomes."""
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import torch.distributed as dist
 
 
 def start(script: str, *arguments: str, timeout: float = 900) -> None:
@@ -16,3 +19,22 @@ def start(script: str, *arguments: str, timeout: float = 900) -> None:
         timeout=timeout,
     )
     assert ended.returncode == 0, ended.stdout
+
+
+def run_ranks(size: int, out: Path, work: Callable[[], None]) -> int:
+    """Become so many ranks of a gloo group that each do the work; 0 where all have ended well.
+
+    Imports are made once, before the ranks are forked, for importing takes longer than the work.
+    """
+    children = []
+    for rank in range(size):
+        child = os.fork()
+        if child == 0:
+            dist.init_process_group("gloo", store=dist.FileStore(str(out / "store"), size), rank=rank, world_size=size)
+            work()
+            dist.barrier()
+            dist.destroy_process_group()
+            sys.stdout.flush()
+            os._exit(0)
+        children.append(child)
+    return max(os.waitpid(child, 0)[1] for child in children)

@@ -1,6 +1,5 @@
 """The context of requests over two ranks: the training and the ranking of one process. Starts itself as the ranks."""
 
-import os
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from cases import IN_BATCH, UNIFORM, objective, whole
-from starting import start
+from starting import run_ranks, start
 
 from twotower.build import build_objective
 from twotower.config import Config
@@ -156,22 +155,11 @@ def test_every_question_is_ranked_in_its_own_context(of_ranks):
         assert float((found["ranked"] != found["without"]).float().mean()) > 0.5
 
 
-def main(out):
-    """Imports once and becomes several, for importing takes longer than the work."""
-    children = []
-    for rank in range(RANKS):
-        child = os.fork()
-        if child == 0:
-            store = dist.FileStore(str(out / "store"), RANKS)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
-            for name, case in CASES.items():
-                torch.save(work(case, Ranks.current()), out / f"{name}.{rank}.pt")
-            dist.destroy_process_group()
-            sys.stdout.flush()
-            os._exit(0)
-        children.append(child)
-    return max(os.waitpid(child, 0)[1] for child in children)
+def work_on_all(out):
+    for name, case in CASES.items():
+        torch.save(work(case, Ranks.current()), out / f"{name}.{dist.get_rank()}.pt")
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])) != 0)
+    told = Path(sys.argv[1])
+    sys.exit(run_ranks(RANKS, told, lambda: work_on_all(told)) != 0)
