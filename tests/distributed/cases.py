@@ -61,6 +61,11 @@ def sequences(inner: str = "kind: transformer", outer: str = "share_table: true"
 IN_BATCH, UNIFORM = "{in_batch: {}}", "{uniform: {size: 15}}"
 KNOWN = ("objective.mask_known_positives=true",)
 ROWWISE = ("training.table_optimizer=rowwise-adagrad",)
+BLOCKS = ("objective.rows_per_draw=5",)
+SASREC, DOT = (
+    ("{head: {size: 6}}", "{frequency: {size: 9, power: 0.5}}"),
+    ("objective.similarity=dot", "objective.temperature=1", "item_tower.hidden=[]"),
+)
 CASES = {
     "in-batch kept": Case(objective("expected-count", IN_BATCH)),
     "in-batch unique": Case(objective("expected-count", IN_BATCH, unique=True)),
@@ -128,6 +133,27 @@ CASES = {
         ),
         sparse=True,
         size=3,
+        shared=True,
+    ),
+    # Blocks of five rows have draws of their own: they lie across the ranks, and the batch ends in a smaller one.
+    "draws for blocks": Case(
+        objective("expected-count", IN_BATCH, "{memory: {size: 30}}", more=(*KNOWN, *BLOCKS)), weighted=True
+    ),
+    "draws for blocks, row-wise, three ranks": Case(
+        objective("gbce", "{uniform: {size: 4, per_row: true}}", UNIFORM, more=(*BLOCKS, *ROWWISE)),
+        sparse=True,
+        size=3,
+        shared=True,
+    ),
+    # As the preset sasrec, but for its size and its dropout.
+    "draws for blocks, sequences": Case(
+        objective("expected-count", *SASREC, more=(*sequences("expansion: 1.0"), *BLOCKS, *DOT)), size=3
+    ),
+    "draws for blocks, sequences, row-wise": Case(
+        objective("expected-count", *SASREC, more=(*sequences(), *BLOCKS)),
+        sparse=True,
+        weighted=True,
+        micro_batch=12,
         shared=True,
     ),
     "three ranks, memory": Case(objective("expected-count", IN_BATCH, "{memory: {size: 30}}", more=KNOWN), size=3),

@@ -1,6 +1,7 @@
 """Two ranks with B rows each are one with 2 B rows: losses, gradients, parameters and state after 20 steps."""
 
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,11 @@ def of_ranks(done_by_ranks):
     }
 
 
+@cache
+def trained_alone(name):
+    return cases.train(cases.CASES[name], Ranks())
+
+
 def assert_same(found, expected, what):
     assert found.keys() == expected.keys(), what
     for name, value in expected.items():
@@ -35,7 +41,7 @@ def assert_same(found, expected, what):
 
 @pytest.mark.parametrize("name", list(cases.CASES))
 def test_ranks_are_one_process_with_all_their_rows(of_ranks, name):
-    alone = cases.train(cases.CASES[name], Ranks())
+    alone = trained_alone(name)
     assert len(set(alone.losses)) == cases.STEPS
     assert min(float(g.abs().max()) for g in alone.last.values()) > 0  # nothing agrees by being nothing
     for rank, found in enumerate(of_ranks[name]):
@@ -54,7 +60,7 @@ def test_every_rank_has_the_very_same_model(of_ranks):
 
 def test_each_rank_holds_its_part_of_a_shared_table(of_ranks):
     for name, case in cases.CASES.items():
-        alone = cases.train(case, Ranks()).held
+        alone = trained_alone(name).held
         for found in of_ranks[name]:
             share = found["held"] / alone
             assert share < 1.1 / case.size if case.shared else share == 1, (name, share)

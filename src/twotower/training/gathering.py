@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from twotower.data import Batch, KnownPositives
-from twotower.errors import InputError
 from twotower.losses import Embedded, Objective
 from twotower.negatives import Candidates, InBatch
 from twotower.ranks import Ranks
 from twotower.towers import TwoTower
 from twotower.towers.lookups import fetch_for, shared_tables_of
 from twotower.training.embedding import embed_by_ranks, embed_once, embed_rows, share_of_items
+from twotower.training.shared_draws import draw_by_blocks, loss_by_draws
 
 
 def gathered_loss(
@@ -36,6 +36,10 @@ def gathered_loss(
     the rank's own. It makes the masks of its own rows, and embeds its share of the candidates. Rows of shared tables
     are fetched first, once for all that looks them up; `GradientExchange` hands their gradients back.
 
+    Where blocks of rows have draws of their own (`objective.rows_per_draw`), a rank embeds what its own rows meet and
+    nothing is gathered: with M candidates for r rows that is M b / r items for its b rows and those of two more blocks
+    at most, which the ends of its rows cut, where sharing would move the embeddings of all B / r draws to every rank.
+
     Args:
         towers: the model, the same on every rank.
         objective: what is minimised, in the same state on every rank.
@@ -47,18 +51,21 @@ def gathered_loss(
 
     Returns:
         The share, a scalar with a gradient on every rank; embeddings and candidates of the rank's rows.
-
-    Raises:
-        InputError: the objective draws more than once for a batch.
     """
-    if objective.rows_per_draw is not None:
-        raise InputError(
-            "objective.rows_per_draw: several processes share one draw for a whole batch; expected null under torchrun"
-        )
     sizes = _sizes(batch, ranks)
     windows = None if batch.sequences is None else batch.sequences.windows
     own = ranks.within(sizes)
     everyone = ranks.gather(batch.items, sizes)
+    history = batch.history if batch.sequences is None else batch.sequences.tokens
+    if objective.rows_per_draw is not None:
+        draws = draw_by_blocks(objective, batch, known_positives, everyone=everyone, own=own, generator=generator)
+        met = [codes for draw in draws if draw.rows.start < draw.rows.stop for codes in draw.looked_up]
+        fetch_for(towers, items=torch.cat([batch.items, *met]), queries=batch.queries, history=history)
+        weights = _weights(batch, sizes, ranks)
+        if len(batch) == 0:
+            none = towers.log_temperature.new_empty(0, 0)
+            return _nothing(towers, none), _no_rows(none), draws[-1].candidates
+        return loss_by_draws(towers, objective, batch, draws, weights, micro_batch=micro_batch)
     drawn = objective.draw(
         everyone,
         known_positives=None if known_positives is None else known_positives.pairs(batch.queries),
@@ -75,10 +82,9 @@ def gathered_loss(
     if place is None:
         asked.append(batch.items)
     mine = share_of_items(drawn.items, ranks)[0] if len(drawn.items) else drawn.items
-    history = batch.history if batch.sequences is None else batch.sequences.tokens
     fetch_for(towers, items=torch.cat([mine, *asked]), queries=batch.queries, history=history)
     candidates = embed_by_ranks(towers, drawn.items, ranks, chunk=micro_batch)
-    total = None if batch.weights is None else ranks.sum(batch.weights.sum())
+    weights = _weights(batch, sizes, ranks)
     if len(batch) == 0:
         return _nothing(towers, candidates), _no_rows(candidates), drawn
     query = embed_rows(towers, batch, chunk=micro_batch)
@@ -92,10 +98,6 @@ def gathered_loss(
         candidates,
         None if drawn.row_items is None else vectors[0].reshape(*drawn.row_items.shape, -1),
     )
-    if batch.weights is None or total is None:
-        weights = torch.full((len(batch),), 1.0 / sum(sizes), device=query.device)
-    else:
-        weights = batch.weights / total
     return objective.mean(result, drawn, temperature=towers.temperature, weights=weights), result, drawn
 
 
@@ -104,6 +106,13 @@ def _sizes(batch: Batch, ranks: Ranks) -> list[int]:
     if batch.sizes is not None:
         return list(batch.sizes)
     return ranks.sizes(len(batch), batch.items.device) if batch.total is None else ranks.shares(batch.total)
+
+
+def _weights(batch: Batch, sizes: list[int], ranks: Ranks) -> Tensor:
+    """Weights of this rank's rows, [B]: those of all ranks sum to one; collective where rows carry some."""
+    if batch.weights is None:
+        return torch.full((len(batch),), 1.0 / sum(sizes), device=batch.items.device)
+    return batch.weights / ranks.sum(batch.weights.sum())
 
 
 def _holds_positives(objective: Objective) -> bool:

@@ -26,7 +26,7 @@ from twotower.training.exchange import GradientExchange
 from twotower.training.gathering import gathered_loss
 from twotower.training.optimizers import TableOptimizer, parameter_groups
 from twotower.training.randomness import DROPOUT, ROUNDING, draws_of, step_seed
-from twotower.training.shared_draws import loss_by_draws
+from twotower.training.shared_draws import draw_by_blocks, loss_by_draws
 
 #: Steps between entries of the log, and between diagnostics of the objective in it.
 LOG_EVERY = 10
@@ -50,11 +50,12 @@ def batch_loss(
     The candidates are drawn first, so that the item tower embeds each distinct item once. With `micro_batch` the towers
     embed so many rows at a time and keep nothing of it: see gradient_cache.py.
     """
+    weights = None if batch.weights is None else batch.weights / batch.weights.sum()
     if objective.rows_per_draw is not None:
-        query = embed_rows(towers, batch, chunk=micro_batch)
-        return loss_by_draws(
-            towers, objective, batch, query, known_positives, micro_batch=micro_batch, generator=generator
-        )
+        draws = draw_by_blocks(objective, batch, known_positives, generator=generator)
+        if weights is None:
+            weights = torch.full((len(batch),), 1.0 / len(batch), device=batch.items.device)
+        return loss_by_draws(towers, objective, batch, draws, weights, micro_batch=micro_batch)
     drawn = objective.draw(
         batch.items,
         known_positives=None if known_positives is None else known_positives.pairs(batch.queries),
@@ -74,7 +75,6 @@ def batch_loss(
         vectors[1],
         None if drawn.row_items is None else vectors[2].reshape(*drawn.row_items.shape, -1),
     )
-    weights = None if batch.weights is None else batch.weights / batch.weights.sum()
     return objective.mean(embedded, drawn, temperature=towers.temperature, weights=weights), embedded, drawn
 
 

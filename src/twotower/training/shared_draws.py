@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,20 +12,81 @@ from twotower.data import Batch, KnownPositives
 from twotower.losses import Embedded, Objective
 from twotower.negatives import Candidates
 from twotower.towers import TwoTower
-from twotower.training.embedding import embed_once
+from twotower.training.embedding import embed_once, embed_rows
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The candidates that a block of rows shares.
+
+    Attributes:
+        rows: which of this process's rows are in the block; there may be none.
+        candidates: their items and counts are those of the whole block, their masks those of `rows`.
+    """
+
+    rows: slice
+    candidates: Candidates
+
+    @property
+    def looked_up(self) -> list[Tensor]:
+        """Codes of the items to embed: those of the block and, where there are some, those of single rows; [M] each."""
+        own = self.candidates.row_items
+        return [self.candidates.items, *([] if own is None else [own.clamp(min=0).reshape(-1)])]
+
+
+def draw_by_blocks(
+    objective: Objective,
+    batch: Batch,
+    known_positives: KnownPositives | None = None,
+    *,
+    everyone: Tensor | None = None,
+    own: slice | None = None,
+    generator: torch.Generator | None = None,
+) -> list[Draw]:
+    """A draw for every `objective.rows_per_draw` rows of the batch over all ranks, in its order.
+
+    Every rank makes all draws, with the same generator, so that a memory and streaming frequencies see the same on
+    every rank, whoever has the rows. A block may lie on several ranks, and a rank in several blocks.
+
+    Args:
+        objective: what is minimised; says how many rows share a draw.
+        batch: the rank's own rows; there may be none.
+        known_positives: what a row must not be pushed away from.
+        everyone: items of the rows of all ranks, int64; the batch's where None.
+        own: which of those are the rank's own; all where None.
+        generator: of the draws, in the same state on every rank.
+    """
+    items = batch.items if everyone is None else everyone
+    first, end = (0, len(items)) if own is None else (own.start, own.stop)
+    each = objective.rows_per_draw or len(items)
+    draws = []
+    for start in range(0, len(items), each):
+        stop = min(start + each, len(items))
+        low, high = (min(max(edge, first), end) for edge in (start, stop))
+        rows = slice(low - first, high - first)
+        queries = batch.queries[rows]
+        candidates = objective.draw(
+            items[start:stop],
+            known_positives=None if known_positives is None else known_positives.pairs(queries),
+            queries=queries,
+            group=batch.group,
+            generator=generator,
+            rows=slice(low - start, high - start) if low < high else slice(0, 0),
+        )
+        draws.append(Draw(rows, candidates))
+    return draws
 
 
 def loss_by_draws(
     towers: TwoTower,
     objective: Objective,
     batch: Batch,
-    query: Tensor,
-    known_positives: KnownPositives | None = None,
+    draws: Sequence[Draw],
+    weights: Tensor,
     *,
     micro_batch: int | None = None,
-    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Embedded, Candidates]:
-    """The mean loss of a batch, each block of rows with candidates of its own.
+    """The loss of a batch's rows, each block of them with candidates of its own.
 
     Every block is a draw of the pool like any other, so a row's estimate is as unbiased as with one draw for the batch,
     and as noisy. What changes is the mean over rows: M candidates shared by B rows err alike in all of them, and the
@@ -33,41 +95,24 @@ def loss_by_draws(
     Args:
         towers: the model.
         objective: what is minimised.
-        batch: the rows.
-        query: their embeddings, [B, D].
-        known_positives: what a row must not be pushed away from.
-        micro_batch: items that go through the tower at a time; None for all.
-        generator: of the draws.
+        batch: the rows, at least one.
+        draws: what `draw_by_blocks` gave for them.
+        weights: of the rows, [B]; they sum to one over all ranks.
+        micro_batch: rows that go through a tower at a time; None for all.
 
     Returns:
-        The mean loss; embeddings and candidates of the last block.
+        sum of w_b loss_b; embeddings and candidates of the last block that has rows here.
     """
-    each = objective.rows_per_draw or len(batch)
-    bounds = [*range(0, len(batch), each), len(batch)]
-    parts = [slice(start, stop) for start, stop in pairwise(bounds)]
-    draws = [
-        objective.draw(
-            batch.items[part],
-            known_positives=None if known_positives is None else known_positives.pairs(batch.queries[part]),
-            queries=batch.queries[part],
-            group=batch.group,
-            generator=generator,
-        )
-        for part in parts
-    ]
-    asked = [batch.items]
-    for drawn in draws:
-        asked.append(drawn.items)
-        if drawn.row_items is not None:
-            asked.append(drawn.row_items.clamp(min=0).reshape(-1))
+    drawn = [draw for draw in draws if draw.rows.start < draw.rows.stop]
+    query = embed_rows(towers, batch, chunk=micro_batch)
+    asked = [batch.items, *(codes for draw in drawn for codes in draw.looked_up)]
     vectors = list(torch.split(embed_once(towers, torch.cat(asked), chunk=micro_batch), [len(part) for part in asked]))
     positive = vectors.pop(0)
-    weights = torch.ones(len(batch), device=query.device) if batch.weights is None else batch.weights
-    weights = weights / weights.sum()
     losses = []
-    for part, drawn in zip(parts, draws, strict=True):
+    for draw in drawn:
+        found, part = draw.candidates, draw.rows
         candidates = vectors.pop(0)
-        own = None if drawn.row_items is None else vectors.pop(0).reshape(*drawn.row_items.shape, -1)
+        own = None if found.row_items is None else vectors.pop(0).reshape(*found.row_items.shape, -1)
         embedded = Embedded(query[part], positive[part], candidates, own)
-        losses.append(objective.mean(embedded, drawn, temperature=towers.temperature, weights=weights[part]))
-    return torch.stack(losses).sum(), embedded, drawn
+        losses.append(objective.mean(embedded, found, temperature=towers.temperature, weights=weights[part]))
+    return torch.stack(losses).sum(), embedded, found
