@@ -14,6 +14,7 @@ ROOMS = [
     "hashing",
     "ranks",
     "shared_files",
+    "stored_rows",
     "launch",
     "feature_config",
     "tower_config",

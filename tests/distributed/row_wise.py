@@ -53,6 +53,20 @@ def sequences(data, folder):
     return found
 
 
+def continued(data, folder):
+    """New days, from a model of one process and from one of two that share the tables: by one, by two and by three."""
+    june, gone = data.with_name("june.parquet"), data.with_name("gone.txt")
+    parents = {"one": run(data, folder / "one", 1), "two": run(data, folder / "two", 2, ROW_WISE)}
+    assert set(parents["one"] + parents["two"]) == {0}
+
+    def go_on(parent, size, more=()):
+        out = folder / f"{parent}-{size}"
+        return run(june, out, size, ["--from", str(folder / parent), "--withdraw", str(gone), *more])
+
+    found = {f"{parent}-1": go_on(parent, 1) for parent in parents}
+    return found | {"one-2": go_on("one", 2, ROW_WISE), "one-3": go_on("one", 3, ROW_WISE), "two-2": go_on("two", 2)}
+
+
 def limited(data, folder, room):
     """The same words with so much memory left to each process: alone, and by two."""
     # What the processes will import is here already: the room is for data, tables and what a step needs.
@@ -67,12 +81,16 @@ def limited(data, folder, room):
     found = {}
     for size in (1, 2):
         found[f"limited-{size}"] = run(data, folder / f"limited-{size}", size, more)
+    again = ["--from", str(folder / "limited-2"), *more]
+    found["again-2"] = run(data.with_name("later.parquet"), folder / "again-2", 2, again)
     resource.setrlimit(resource.RLIMIT_DATA, allowed)
     return found
 
 
 def main(what, data, folder, *more):
-    made = {"shared": shared, "sequences": sequences, "limited": limited}[what](data, folder, *map(int, more))
+    made = {"shared": shared, "sequences": sequences, "continued": continued, "limited": limited}[what](
+        data, folder, *map(int, more)
+    )
     (folder / "found.json").write_text(json.dumps(made))
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from distributed.starting import start
 from planted import planted
 from twotower.serving import Retriever
+from twotower.training.checkpoints import SafeCheckpointIO
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="forks processes, and limits their memory as Linux does"),
@@ -101,6 +102,41 @@ def test_towers_that_read_sequences_and_mined_negatives_are_those_of_one_process
         )
 
 
+def everything(folder):
+    """Weights, item embeddings and the state of the optimizer of a run, by name."""
+    found = {}
+    for file in ("towers.safetensors", "items.safetensors"):
+        found |= load_file(folder / "model" / file)
+    states = SafeCheckpointIO().load_checkpoint(folder / "checkpoints" / "last.ckpt")["optimizer_states"][0]["state"]
+    return found | {f"{number}.{name}": one for number, state in states.items() for name, one in state.items()}
+
+
+def test_a_training_goes_on_by_rows_as_in_one_process(tmp_path):
+    may = planted(queries=80)
+    # New and old users and items; the ids of new ones stand between those of the old.
+    june = planted(queries=100, items=130, seed=1).with_columns(
+        pl.col("user_id") + pl.when(pl.int_range(pl.len()) % 3 == 0).then(pl.lit("b")).otherwise(pl.lit("")),
+        pl.col("item_id") * 2 - 60,
+        pl.col("timestamp") + 100_000_000,
+    )
+    may.with_columns(pl.col("item_id") * 2).write_parquet(tmp_path / "may.parquet")
+    june.write_parquet(tmp_path / "june.parquet")
+    (tmp_path / "gone.txt").write_text("4\n10\n100\n")
+    ended = scenario("continued", tmp_path / "may.parquet", tmp_path)
+    for name, found in ended.items():
+        assert set(found) == {0}, log(tmp_path, name)
+    lineage = json.loads((tmp_path / "one-2" / "model" / "metadata.json").read_text())["data"]["lineage"]
+    assert lineage[1]["items_withdrawn"] == 3 and lineage[1]["items"] > lineage[0]["items"]
+    assert "rows divided among 2 ranks (row-wise)" in log(tmp_path, "one-2")
+    for name in ("one-2", "one-3", "two-2"):
+        expected, found = everything(tmp_path / f"{name[:3]}-1"), everything(tmp_path / name)
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(
+                found[key], value, rtol=0, atol=1e-5, msg=lambda t, k=key, n=name: f"{n} {k}: {t}"
+            )
+
+
 def test_a_table_larger_than_a_process_trains_on_two(folder):
     items, rows, width = 102_000, 112_000, 1024  # above 100,000 rows gradients are sparse
     random = np.random.default_rng(0)
@@ -114,6 +150,9 @@ def test_a_table_larger_than_a_process_trains_on_two(folder):
     data, here = folder / "large.parquet", folder / "limited"
     here.mkdir()
     frame.write_parquet(data)
+    later = frame.sample(3_000, seed=1)  # of other items than these users have had
+    later = later.with_columns((pl.col("item_id") + 7) % items, pl.col("timestamp") + rows)
+    later.write_parquet(folder / "later.parquet")
     table = items * width * 4
     found = scenario("limited", data, here, str(int(2.9 * table)))  # with Adam's state a table is three
     assert found["limited-1"] == [2], log(here, "limited-1")
@@ -122,3 +161,7 @@ def test_a_table_larger_than_a_process_trains_on_two(folder):
     assert found["limited-2"] == [0, 0], log(here, "limited-2")
     weights = load_file(here / "limited-2" / "model" / "towers.safetensors")["item_tower.ids.weight"]
     assert weights.nbytes > 0.95 * table and bool(weights.isfinite().all())
+    assert found["again-2"] == [0, 0], log(here, "again-2")
+    again = load_file(here / "again-2" / "model" / "towers.safetensors")["item_tower.ids.weight"]
+    moved = (again != weights).any(1)
+    assert again.shape == weights.shape and 0 < int(moved.sum()) < len(again) / 2

@@ -17,10 +17,20 @@ from twotower.data.encoding import EncodedTable
 from twotower.data.growing import grown, grown_context
 from twotower.data.past import ContinuedSplit
 from twotower.losses import Objective
+from twotower.ranks import Ranks
 from twotower.schema import Vocabulary
+from twotower.stored_rows import RowSource
 from twotower.towers import TwoTower, build_towers
-from twotower.training.checkpoints import SafeCheckpointIO
-from twotower.training.continuing import ContinueOptimizer, Maps, continue_objective, grow, named_tables, row_maps
+from twotower.training.continuing import (
+    BLOCK_ROWS,
+    ContinueOptimizer,
+    Maps,
+    continue_objective,
+    grow,
+    named_tables,
+    row_maps,
+)
+from twotower.training.opened import open_checkpoint
 
 
 @dataclass(frozen=True)
@@ -63,9 +73,26 @@ def grown_features(parent: Parent, split: ContinuedSplit) -> Grown:
 
 
 def carry_on(
-    parent: Parent, config: Config, growth: Grown, *, towers: TwoTower, objective: Objective
+    parent: Parent,
+    config: Config,
+    growth: Grown,
+    *,
+    towers: TwoTower,
+    objective: Objective,
+    ranks: Ranks | None = None,
 ) -> ContinueOptimizer | None:
-    """Put what the parent has learnt into fresh towers and a fresh objective, both changed in place.
+    """Put what the parent has learnt into fresh towers and a fresh objective, both changed in place; collective.
+
+    Of tables that ranks share, each reads the rows that it will have, and no others, of the optimizer's state when
+    training begins. Whether the checkpoint is the model's is found out together, each rank on its part of the rows.
+
+    Args:
+        parent: the model to go on with.
+        config: the settings.
+        growth: what `grown_features` gave.
+        towers: fresh.
+        objective: fresh.
+        ranks: the processes of the run; a process alone where None.
 
     Returns:
         What brings the optimizer to where the parent's was; None where its state is not at hand.
@@ -86,16 +113,27 @@ def carry_on(
 
     tables = named_tables(build, growth.num_queries, growth.num_items)
     rows = row_maps(towers, tables, growth.maps)
-    old = parent.artifact.towers.state_dict()
+    ranks, old = ranks or Ranks(), parent.weights()
     grow(towers, old, rows)
     if parent.checkpoint is None or not parent.checkpoint.is_dir():
         return None
-    saved = SafeCheckpointIO().load_checkpoint(parent.checkpoint)
-    state: Mapping[str, torch.Tensor] = saved["state_dict"]
+    saved = open_checkpoint(parent.checkpoint)
+    state: Mapping[str, RowSource] = saved["state_dict"]
     # The checkpoint goes with the model only where it holds the same weights.
-    if any(f"towers.{name}" not in state or not torch.equal(state[f"towers.{name}"], own) for name, own in old.items()):
+    if ranks.agree(any(not _same(state.get(f"towers.{name}"), own, ranks) for name, own in old.items())):
         return None
     prefix = "objective."
     kept = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     continue_objective(objective, kept, growth.maps.items)
     return ContinueOptimizer(rows, saved["optimizer_states"][0])
+
+
+def _same(saved: RowSource | None, own: RowSource, ranks: Ranks) -> bool:
+    """Whether two tensors are the same, as far as this rank looks at them: the rows of a large one are shared out."""
+    if saved is None or saved.shape != own.shape or saved.dtype != own.dtype:
+        return False
+    if len(own.shape) < 2 or len(own) <= BLOCK_ROWS:
+        return torch.equal(saved[...], own[...])
+    part = ranks.part(len(own))
+    blocks = (slice(start, min(start + BLOCK_ROWS, part.stop)) for start in range(part.start, part.stop, BLOCK_ROWS))
+    return all(torch.equal(saved[block], own[block]) for block in blocks)

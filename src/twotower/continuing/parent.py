@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,9 +14,12 @@ from twotower.config import Config
 from twotower.data import Interactions, Split
 from twotower.data.joining import continued
 from twotower.data.past import CARRIED, ContinuedSplit, Past
+from twotower.errors import InputError
+from twotower.launch import Launch
 from twotower.schema import IdValues, Vocabulary, ids_of
 from twotower.serving.artifact import Artifact, find_model, load_context, load_rows
 from twotower.serving.changes import Changes
+from twotower.stored_rows import RowSource, stored_tensors
 
 if TYPE_CHECKING:
     from twotower.training import FitResult
@@ -31,22 +34,26 @@ class Parent:
         checkpoint: where the state of its optimizer is, if it is still there.
         where: what messages and the lineage call it.
         removed: ids that were removed from its catalog after training (`twotower items remove`).
+        folder: of the model, whose weights stay there until rows of them are asked for; None: `artifact` has them.
     """
 
     artifact: Artifact
     checkpoint: Path | None
     where: str
     removed: pl.Series | None = None
+    folder: Path | None = None
 
     @classmethod
     def load(cls, directory: str | Path) -> Parent:
         """From a run folder, or a model folder alone, whose optimizer state is not at hand.
 
+        Weights are not read. Of the processes of a machine the first verifies the files.
+
         Raises:
             InputError: see `Artifact.load`.
         """
         folder = find_model(directory)
-        artifact = Artifact.load(folder)
+        artifact = Artifact.load(folder, weights=False, verify=Launch.of_environment().local_rank == 0)
         best = folder.parent / "checkpoints" / "best.ckpt"
         changes = Changes.read(folder)
         left = np.zeros(0, dtype=np.int64) if changes is None else changes.left
@@ -56,7 +63,28 @@ class Parent:
             best if best.is_dir() else None,
             str(Path(directory).resolve()),
             removed if len(removed) else None,
+            folder,
         )
+
+    def weights(self) -> Mapping[str, RowSource]:
+        """The state dict of its towers, by name; from a folder what is read of it when it is asked for.
+
+        Raises:
+            InputError: the file is damaged, or the model in memory lies in parts on several ranks.
+        """
+        if self.folder is None:
+            if self.artifact.is_shared:
+                raise InputError(
+                    "start: the model's tables lie in parts on several ranks; save it, and give its folder"
+                )
+            return self.artifact.towers.state_dict()
+        path = self.folder / "towers.safetensors"
+        try:
+            found, named = stored_tensors(path)
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{path}: not readable ({error}); copy it again or train again") from error
+        # A tensor with two names stands under one of them; the file tells of the other.
+        return found | {other: found[name] for other, name in named.items() if name in found}
 
     @property
     def fingerprint(self) -> str:

@@ -128,8 +128,7 @@ def fit(
     train, training = split.train, settings.training
     learnt = None if rows is None else train.select(rows)
     ranks = Ranks.current()
-    whole = None if parent is None else "a training that continues a model reads its whole tables"
-    placement = place_tables(settings, train, ranks, kept_whole=whole)
+    placement = place_tables(settings, train, ranks)
     # The seed decides the start, the order of the rows and the draws; the caller's generators are left as they were.
     with torch.random.fork_rng():
         torch.manual_seed(training.seed)
@@ -151,7 +150,7 @@ def fit(
         objective = build_objective(settings, train, learnt=learnt)
         optimizer = mine = None
         if growth is not None and parent is not None:
-            optimizer = carry_on(parent, settings, growth, towers=towers, objective=objective)
+            optimizer = carry_on(parent, settings, growth, towers=towers, objective=objective, ranks=ranks)
             if (mine := miner(objective, train, length, gaps_of(settings, train))) is not None and not resume:
                 mine(towers)
         validate = _validation(split.validation, settings, train) if len(split.validation) else None

@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -44,8 +45,10 @@ from twotower.ids import read_vocabulary
 from twotower.ranks import Ranks
 from twotower.schema import Vocabulary
 from twotower.shared_files import save_rows, write_folder
+from twotower.stored_rows import stored_tensors
 from twotower.towers import TwoTower, build_towers
 from twotower.towers.lookups import shared_tables_of
+from twotower.towers.tables import tables_without_memory
 
 SCHEMA_VERSION = 1
 FOLDER = "model"
@@ -163,8 +166,15 @@ class Artifact:
         (folder / "metadata.json").write_text(json.dumps(metadata, indent=1, ensure_ascii=False), encoding="utf-8")
 
     @classmethod
-    def load(cls, directory: str | Path) -> Artifact:
+    def load(cls, directory: str | Path, *, weights: bool = True, verify: bool = True) -> Artifact:
         """Read a model folder, or the run folder around it, and verify every file.
+
+        Args:
+            directory: the folder.
+            weights: whether weights and item embeddings are wanted. Without them the towers have tables of the right
+                shape and layers that are not the model's, and there are no item embeddings: for who reads rows of the
+                tables from `towers.safetensors` (stored_rows.py).
+            verify: compare the checksums; without it, that the files are there.
 
         Raises:
             InputError: no model there, written by a newer version, a file is missing or its checksum differs.
@@ -175,21 +185,26 @@ class Artifact:
             path = folder / name
             if not path.is_file():
                 raise InputError(f"{path}: missing; the model folder is incomplete, copy it again or train again")
-            if _sha256(path) != checksum:
+            if verify and _sha256(path) != checksum:
                 raise InputError(f"{path}: its checksum differs from metadata.json; copy it again or train again")
         try:
             config = Config.model_validate(metadata["config"])
-            towers = build_towers(
-                config,
-                num_queries=metadata["num_queries"],
-                num_items=metadata["num_items"],
-                item_features=EncodedTable.read(folder, "item"),
-                query_features=EncodedTable.read(folder, "query"),
-                context=EncodedTable.read(folder, "context"),
-            )
-            load_model(towers, folder / "towers.safetensors")
-            _map(towers, folder / "towers.safetensors")
-            items = load_file(folder / "items.safetensors")
+            with nullcontext() if weights else tables_without_memory():
+                towers = build_towers(
+                    config,
+                    num_queries=metadata["num_queries"],
+                    num_items=metadata["num_items"],
+                    item_features=EncodedTable.read(folder, "item"),
+                    query_features=EncodedTable.read(folder, "query"),
+                    context=EncodedTable.read(folder, "context"),
+                )
+            if weights:
+                load_model(towers, folder / "towers.safetensors")
+                _map(towers, folder / "towers.safetensors")
+                items = load_file(folder / ITEMS)
+            else:
+                counts = stored_tensors(folder / ITEMS)[0]["counts"][...]
+                items = {"embeddings": torch.empty(0, config.item_tower.dimension), "counts": counts}
             histories = load_file(folder / "histories.safetensors")
         except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(f"{folder}: the files do not fit together ({error}); train again") from error

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,6 +17,18 @@ from twotower.towers.shards import RowsAtHand, fetch_rows, fill_normal, part_of
 #: Tables with more rows than this get sparse gradients, so that a step's cost does not grow with the catalog. Below,
 #: a dense gradient is cheaper than sorting the ids that a step touched.
 SPARSE_ABOVE = 100_000
+
+_in_memory: ContextVar[bool] = ContextVar("in_memory", default=True)
+
+
+@contextmanager
+def tables_without_memory() -> Iterator[None]:
+    """Tables made in the block have a shape alone: for a model of which nothing is looked up."""
+    token = _in_memory.set(False)
+    try:
+        yield
+    finally:
+        _in_memory.reset(token)
 
 
 class EmbeddingTable(nn.Embedding):
@@ -35,7 +50,7 @@ class EmbeddingTable(nn.Embedding):
     def __init__(self, rows: int, dimension: int, *, scale: float | None = None, whole: bool = False) -> None:
         part = None if whole else part_of(rows)
         held = rows if part is None else len(part)
-        weight = torch.empty(held, dimension)
+        weight = torch.empty(held, dimension, device=None if _in_memory.get() else "meta")
         if weight.device.type == "cpu":
             advise_huge_pages(weight.data_ptr(), weight.nbytes)  # before it is written to
         super().__init__(held, dimension, sparse=rows > SPARSE_ABOVE, _weight=weight)

@@ -14,10 +14,16 @@ from torch import Tensor, nn
 from twotower.errors import InputError
 from twotower.losses import Objective
 from twotower.negatives import StreamingFrequency
+from twotower.stored_rows import RowSource
 from twotower.towers import FeatureInputs
+from twotower.towers.lookups import shared_tables_of
+from twotower.towers.shards import Part
 from twotower.training.optimizers import TableOptimizer, fresh_state
 
 Side = Literal["queries", "items"]
+
+#: Rows of a table that are taken over at once.
+BLOCK_ROWS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -75,50 +81,65 @@ def row_maps(model: nn.Module, tables: Mapping[str, Side], maps: Maps) -> dict[s
 
 
 @torch.no_grad()
-def grow(model: nn.Module, state: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> None:
+def grow(model: nn.Module, state: Mapping[str, RowSource], rows: Mapping[str, Tensor]) -> None:
     """Put an old model's tensors into a freshly built larger one: kept rows of tables, everything else whole.
 
     Rows that the old model does not have stay as the fresh model has them. Rows beyond a vocabulary's, such as one for
-    padding, stand at the end of a table and are kept there.
+    padding, stand at the end of a table and are kept there. Of a table that ranks share, each takes its own new rows.
 
     Args:
         model: fresh; changed in place.
-        state: the old model's state dict.
+        state: the old model's state dict, in memory or in its files.
         rows: `row_maps`.
 
     Raises:
         InputError: the old model has other parts or shapes.
     """
+    parts = parts_of(model)
     for name, own in model.state_dict(keep_vars=True).items():
         old = state.get(name)
         if old is None:
             raise InputError(f"model: {name} is not among the saved weights; continue with the version that wrote them")
         if name in rows:
-            grown_rows(own, old, rows[name])
+            grown_rows(own, old, rows[name], parts.get(id(own)))
         elif old.shape != own.shape:
             raise InputError(
                 f"model: {name} is {list(old.shape)} in the saved weights and {list(own.shape)} here; the towers' "
                 "settings cannot be changed when a training is continued"
             )
         else:
-            own.copy_(old)
+            own.copy_(old[...])
+
+
+def parts_of(model: nn.Module) -> dict[int, Part]:
+    """Which rows this rank has of the tables that it shares, by `id` of their weight."""
+    return {id(table.weight): table.part for table in shared_tables_of(model) if table.part is not None}
 
 
 @torch.no_grad()
-def grown_rows(own: Tensor, old: Tensor, rows: Tensor) -> None:
-    """Kept rows of an old table into a new one; a mask of rows is joined instead of replaced."""
-    kept = (rows >= 0).nonzero().squeeze(1)
-    if own.dtype == torch.bool:
-        own[rows[kept]] |= old[kept]
-        return
-    own[rows[kept]] = old[kept].to(own.dtype)
-    extra = len(old) - len(rows)
-    if extra:
-        own[len(own) - extra :] = old[len(rows) :].to(own.dtype)
+def grown_rows(own: Tensor, old: RowSource, rows: Tensor, part: Part | None = None) -> None:
+    """Kept rows of an old table into a new one; a mask of rows is joined instead of replaced.
+
+    Args:
+        own: the new table, or this rank's rows of it; changed in place.
+        old: the whole old one, of which no other rows are read than those that are wanted.
+        rows: new code of every old row, int64 [old N], -1 for one that has left.
+        part: which rows of the new table `own` has; all where None.
+    """
+    total, first = (len(own), 0) if part is None else (part.rows, part.own.start)
+    extra = len(old) - len(rows)  # those at the end stay there
+    to = torch.cat([rows, torch.arange(total - extra, total)])
+    kept = ((to >= first) & (to < first + len(own))).nonzero().squeeze(1)
+    for some in torch.split(kept, BLOCK_ROWS):
+        places, values = (to[some] - first).to(own.device), old[some].to(own.device, own.dtype)
+        own[places] = own[places] | values if own.dtype == torch.bool else values
 
 
 def continue_optimizer(
-    optimizer: TableOptimizer, saved: Mapping[str, Any], maps_of: Mapping[int, Tensor]
+    optimizer: TableOptimizer,
+    saved: Mapping[str, Any],
+    maps_of: Mapping[int, Tensor],
+    parts: Mapping[int, Part] | None = None,
 ) -> tuple[int, int]:
     """Let an optimizer go on with an old one's state, row by row in tables that have grown.
 
@@ -128,6 +149,7 @@ def continue_optimizer(
         optimizer: of the new model, its groups as `parameter_groups` makes them.
         saved: the old optimizer's state dict.
         maps_of: map of rows by `id` of a parameter.
+        parts: which rows this rank has of those that are shared (`parts_of`).
 
     Returns:
         How many parameters go on, and how many there are. One goes on afresh where the rule of its group has changed.
@@ -147,16 +169,16 @@ def continue_optimizer(
                 continue
             for key, value in fresh.items():
                 if rows is None or value.ndim == 0:
-                    value.copy_(old[key])
+                    value.copy_(old[key][...])
                 else:
-                    grown_rows(value, old[key], rows)
+                    grown_rows(value, old[key], rows, (parts or {}).get(id(parameter)))
             optimizer.state[parameter] = fresh
             done += 1
     return done, count
 
 
 @torch.no_grad()
-def continue_objective(objective: Objective, saved: Mapping[str, Tensor], items: Tensor) -> None:
+def continue_objective(objective: Objective, saved: Mapping[str, RowSource], items: Tensor) -> None:
     """Let an objective go on: learned scalars, and streaming frequencies, whose items keep their gaps.
 
     What is drawn anew in every step, such as a memory of the last batches or mined items, begins empty.
@@ -168,10 +190,10 @@ def continue_objective(objective: Objective, saved: Mapping[str, Tensor], items:
     """
     for name, parameter in objective.named_parameters():
         if name in saved and saved[name].shape == parameter.shape:
-            parameter.copy_(saved[name])
+            parameter.copy_(saved[name][...])
     for name, module in objective.named_modules(remove_duplicate=False):
         if isinstance(module, StreamingFrequency) and f"{name}.gap" in saved:
-            continue_streaming(module, {key: saved[f"{name}.{key}"] for key in ("gap", "last", "clock")}, items)
+            continue_streaming(module, {key: saved[f"{name}.{key}"][...] for key in ("gap", "last", "clock")}, items)
 
 
 @torch.no_grad()
@@ -207,7 +229,7 @@ class ContinueOptimizer(Callback):
         maps = {id(named[name]): rows for name, rows in self.rows.items() if name in named}
         for optimizer in trainer.optimizers:
             assert isinstance(optimizer, TableOptimizer)
-            continue_optimizer(optimizer, self.state, maps)
+            continue_optimizer(optimizer, self.state, maps, parts_of(towers))
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:

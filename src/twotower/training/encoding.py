@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ class Encoder:
         self._used.add(place)
 
 
-def decode(value: Any, tensors: dict[str, Tensor]) -> Any:
+def decode(value: Any, tensors: Mapping[str, Any]) -> Any:
     """The state that `Encoder.encode` has taken apart."""
     if not isinstance(value, dict):
         return value

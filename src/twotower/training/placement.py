@@ -43,9 +43,7 @@ class Placement:
                 yield
 
 
-def place_tables(
-    config: Config, data: Interactions, ranks: Ranks | None = None, *, kept_whole: str | None = None
-) -> Placement:
+def place_tables(config: Config, data: Interactions, ranks: Ranks | None = None) -> Placement:
     """Decide where the rows of the id tables go, before any is made; collective.
 
     `training.table_placement` says `replicated` or `row-wise`. `auto` keeps whole tables as long as they and their
@@ -55,20 +53,17 @@ def place_tables(
         config: the settings.
         data: the training interactions.
         ranks: the processes of the run; a process alone where None.
-        kept_whole: why this training needs whole tables on every rank; None where it does not.
 
     Raises:
-        InputError: a rank's tables and their optimizer state alone need more than there is (the system would end the
-            process in the middle), or they are to be shared in a training that needs them whole.
+        InputError: a rank's tables and their optimizer state alone need more than there is: the system would end the
+            process in the middle.
     """
     ranks, asked = ranks or Ranks(), config.training.table_placement
-    if asked == "row-wise" and kept_whole is not None and ranks.size > 1:
-        raise InputError(f"training.table_placement: row-wise, but {kept_whole}; expected replicated")
     tables, each = table_rows(config, data), row_bytes(config)
     whole = sum(tables) * each
     available = _least(machine.memory(Launch.of_environment().local_size if ranks.size > 1 else 1).available, ranks)
     above = None
-    if ranks.size > 1 and kept_whole is None:
+    if ranks.size > 1:
         if asked == "row-wise":
             above = 0
         elif asked == "auto" and available is not None and whole > available // 2:
