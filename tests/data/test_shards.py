@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import polars as pl
@@ -17,7 +18,7 @@ from twotower.data import Interactions, folders, shards
 from twotower.data.first_pass import FirstPass
 from twotower.data.preparation import into_folder
 from twotower.data.reading import ParquetSource, open_source
-from twotower.data.shards import FOLDER, Shards, take_all
+from twotower.data.shards import FOLDER, Shards, in_turn, take_all
 from twotower.errors import InputError
 from twotower.schema import Columns
 
@@ -126,6 +127,29 @@ def test_two_that_prepare_the_same_at_once_share_the_shards(tmp_path, started):
     assert sorted(name for _, name in lines) == [f"part-{n:03d}.parquet" for n in range(10)], "each shard once"
     assert {pid for pid, _ in lines} == {str(one.pid), str(other.pid)}, "each read some"
     assert not (tmp_path / FOLDER).exists()
+
+
+def test_ranks_share_the_shards_also_without_locks(tmp_path, monkeypatch):
+    source = folder_of_shards(tmp_path / "shards", rows=210)
+    first, files = first_pass(source)
+    monkeypatch.setattr(shards, "locked", lambda path, wait=True: nullcontext(True))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    read = into_folder(first)
+    for rank in (1, 2, 0):
+        taken = []
+
+        def take(file, folder, taken=taken):
+            taken.append(files.index(file))
+            return read(file, folder)
+
+        monkeypatch.setenv("RANK", str(rank))
+        own = files[rank::3]
+        told = Shards(tmp_path / FOLDER, files, first.to_dict())
+        take_all(told, take, workers=1, done=lambda own=own, told=told: all(told.folder(file).is_dir() for file in own))
+        assert taken == list(range(rank, 7, 3))
+    assert in_turn(files, 5, 6) == [files[5], *files[:5], files[6]]
+    data = Interactions.read(source, cache=tmp_path / "cache")
+    assert data.fingerprint == Interactions.read(source, cache=tmp_path / "alone", workers=1).fingerprint
 
 
 def test_several_that_prepare_one_file_at_once_all_succeed(tmp_path, started):

@@ -11,7 +11,7 @@ from pathlib import Path
 from twotower.data import reading
 from twotower.data.first_pass import FirstPass
 from twotower.data.preparation import into_folder
-from twotower.data.shards import Shards
+from twotower.data.shards import Shards, in_turn
 
 
 def main() -> None:
@@ -24,8 +24,7 @@ def main() -> None:
     reading.TEXT_CHUNK_ROWS = max(reading.TEXT_CHUNK_ROWS // told["shares"], 1)
     files = [Path(file) for file in told["files"]]
     shards = Shards(Path(told["root"]), files, told["reading"], told.get("purpose", ""))
-    first = told["number"] * len(files) // told["shares"]
-    for file in (*files[first:], *files[:first]):  # each begins elsewhere, so that they seldom meet
+    for file in in_turn(files, told["number"], told["processes"]):
         shards.take(file, into_folder(FirstPass.of_dict(told["reading"])), wait=False)
 
 

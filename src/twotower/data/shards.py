@@ -28,6 +28,7 @@ from twotower.data.collecting import SIDES, Collected
 from twotower.data.storing import LAYOUT_VERSION
 from twotower.errors import InputError
 from twotower.files import full_disk_named, is_full_disk, locked, whole_folder
+from twotower.launch import Launch
 from twotower.machine import cores
 
 #: A process is started for each so many bytes of shards: below, starting takes longer than reading. So much is also
@@ -139,6 +140,8 @@ def remove_old(root: Path) -> None:
 def take_all(shards: Shards, read: Read, *, workers: int, done: Callable[[], bool]) -> None:
     """Read all shards that are not read yet, together with whoever else does so.
 
+    Rank r of W begins with shards r, r + W, ..., and goes on with what the others have not come to.
+
     Args:
         shards: which.
         read: see `Shards.take`.
@@ -148,10 +151,12 @@ def take_all(shards: Shards, read: Read, *, workers: int, done: Callable[[], boo
     Raises:
         InputError: a shard is gone, damaged or wrong, or the disk is full.
     """
+    launch = Launch.of_environment()
+    files = in_turn(shards.files, launch.rank, launch.size * workers)
     try:
         with helpers(shards, workers - 1):
             for wait in (False, True):  # first what nobody reads, then what others have not finished
-                for file in shards.files:
+                for file in files:
                     if done():
                         return
                     shards.take(file, read, wait=wait)
@@ -160,6 +165,14 @@ def take_all(shards: Shards, read: Read, *, workers: int, done: Callable[[], boo
         if error.__cause__ is not None and is_full_disk(error.__cause__):
             shards.remove()  # they are what fills it
         raise
+
+
+def in_turn(files: Sequence[Path], number: int, processes: int) -> list[Path]:
+    """The order in which one of several processes takes files: every so many, those of its number, then the others.
+
+    So they seldom meet, and share the work also where the file system knows no locks.
+    """
+    return [*files[number::processes], *(file for place, file in enumerate(files) if (place - number) % processes)]
 
 
 def bytes_of(files: Sequence[Path]) -> int:
@@ -171,13 +184,15 @@ def bytes_of(files: Sequence[Path]) -> int:
 def helpers(shards: Shards, count: int) -> Iterator[None]:
     """Processes that take shards, for as long as the block lasts."""
     processes: list[subprocess.Popen[str]] = []
+    launch, shares = Launch.of_environment(), count + 1
     told = {
         "root": str(shards.root),
         "files": [str(file) for file in shards.files],
         "reading": shards.reading,
         "purpose": shards.purpose,
+        "shares": shares,
+        "processes": launch.size * shares,
     }
-    shares = count + 1
     threads = max(cores() // shares, 1)
     try:
         for number in range(1, shares):
@@ -192,7 +207,7 @@ def helpers(shards: Shards, count: int) -> Iterator[None]:
             processes.append(process)
             assert process.stdin is not None
             with suppress(BrokenPipeError):  # it goes on without this helper
-                process.stdin.write(json.dumps({**told, "number": number, "shares": shares}) + "\n")
+                process.stdin.write(json.dumps({**told, "number": launch.rank + number * launch.size}) + "\n")
                 process.stdin.flush()
         yield
     finally:
