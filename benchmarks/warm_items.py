@@ -6,8 +6,8 @@
 Without --final the model trains on what comes before the validation and is measured on the validation. With
 --final it trains on everything before the test, as the baselines then do, and is measured on the test. Targets
 that have no training row are left out, here and for the baselines. The training is that of
-benchmarks/gowalla.py: one vector for each customer and item, the full softmax over all items, once for each
-customer.
+benchmarks/whole_users.py: one vector for each customer and item, the full softmax over all items, once for each
+customer. --layers and --popularity are those of benchmarks/gowalla.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from gowalla import ByUsers, Settings, kept_runs, measured
+from gowalla import at_dials, kept_runs, measured
+from whole_users import ByUsers, Settings
 
 import twotower as tt
 from twotower.evaluation import EASE, ItemKNN, Popularity
@@ -40,15 +41,20 @@ def main() -> None:
     for name, default in asdict(Settings()).items():
         if name != "seed":
             parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    parser.add_argument(
+        "--popularity", nargs="+", type=float, default=[1.0], metavar="B", help="of the popularity dial"
+    )
     parser.add_argument("--every", type=int, default=5)
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
+    if asked.final and len(asked.popularity) > 1:
+        parser.error("--popularity: the test is measured at one setting, chosen on the validation before")
     data = tt.Interactions.read(asked.data)
     split = tt.splits.by_time(data, validation=0.0 if asked.final else 0.05, test=asked.test)
     train, holdout = split.train, split.test if asked.final else split.validation
     for seed in asked.seeds:
         settings = Settings(**{name: getattr(asked, name, seed) for name in asdict(Settings())})
-        key = json.dumps([asdict(settings), asked.test, asked.final], sort_keys=True)
+        key = json.dumps([asdict(settings), asked.popularity, asked.test, asked.final], sort_keys=True)
         if key in [run["key"] for run in kept_runs(asked.results)]:
             continue
         started = time.process_time()
@@ -57,10 +63,9 @@ def main() -> None:
             loss = training.epoch(number)
             last = number + 1 == settings.epochs
             if last or (not asked.final and (number + 1) % asked.every == 0):
-                found = measured({"model": training.ranked()}, holdout, train)["model"]
+                found = at_dials(training, asked.popularity, holdout, train)
                 curve.append({"epoch": number + 1, "loss": round(loss, 4), **found})
-                shown = {k: round(v, 4) for k, v in found.items() if k in ("Recall@20", "NDCG@20", "coverage@20")}
-                print(settings, number + 1, round(loss, 3), shown, flush=True)
+                print(settings, number + 1, round(loss, 3), found["by_popularity"], flush=True)
         known = {"popularity": Popularity(train), "item-kNN": ItemKNN(train), "EASE": EASE(train, l2=100.0)}
         entry = {
             "key": key,

@@ -1,0 +1,259 @@
+"""Two tables of vectors, one for users and one for items, trained on whole users: for gowalla.py and warm_items.py.
+
+All rows of a user have the same query embedding, hence the same softmax over the catalog, so it is computed once for
+the user and not once for the row:
+
+    loss_u = sum over the user's items y of ( -s_uy + log sum_j exp s_uj ),        s_uj = cos(q_u, v_j) / T,
+
+exactly the full softmax's loss over all rows, at the price of one row for each user, in bfloat16 with float32 sums. A
+row's gradient and its weight are those of `full-softmax`; what differs from `twotower train` is that a batch holds
+whole users.
+
+With layers > 0 the vectors are those of the tables after propagation over the graph of users and items, in training as
+in the finished model (He et al. 2020, LightGCN, eq. 3, 4 and 8, equal weights):
+
+    [Q V] = 1/(K+1) sum_{k=0..K} A^k [Q0 V0],        A_uv = 1 / sqrt(n_u n_v) where user u has item v, else 0.
+
+What comes out is one vector for each user and item, whatever K is.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from twotower.data import Holdout, Interactions
+from twotower.index import ExactIndex
+from twotower.index.popularity import PopularityDial
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one training by whole users.
+
+    Attributes:
+        dimension: D.
+        temperature: divides the cosine.
+        learning_rate: of Adam; warm-up over 20 steps, then a cosine to a twentieth.
+        users: of a batch.
+        epochs: all of them are done.
+        layers: K of the propagation over the graph.
+        start: "svd", or "random", N(0, 0.1^2), or a file of tables that another run has left (--runs).
+        user_weight: a user with n rows weighs n to this power: 1 for rows that weigh alike.
+        seed: of the start and the order.
+    """
+
+    dimension: int = 64
+    temperature: float = 0.1
+    learning_rate: float = 1e-3
+    users: int = 512
+    epochs: int = 12
+    layers: int = 0
+    start: str = "svd"
+    user_weight: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Two tables of unit vectors as a ranker.
+
+    Attributes:
+        users: [Q, D].
+        items: [N, D].
+        dial: of the items' training counts.
+        popularity: b of the dial; 1 is the model as trained.
+    """
+
+    users: Tensor
+    items: Tensor
+    dial: PopularityDial
+    popularity: float = 1.0
+
+    def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> NDArray[np.int64]:
+        """Best items of every query, int64 [E, k]."""
+        seen = (holdout.history_offsets, holdout.history_items) if exclude_seen else None
+        users = self.dial.queries(self.users[torch.from_numpy(holdout.queries)], self.popularity)
+        return ExactIndex(self.dial.items(self.items)).search(users, k, seen)[1].numpy()
+
+
+class Softmax(torch.autograd.Function):
+    """sum_u w_u log sum_j exp(<q_u, v_j> / T) for unit vectors; products in bfloat16, gradients on the way.
+
+    A cosine is at most 1, so exp(s - 1/T) cannot overflow and no maximum is taken out. The sums of the rows come out of
+    the product for the gradient: the items carry one more coordinate, which is 1.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, items: Tensor, weights: Tensor, temperature: float) -> Tensor:
+        """[B, D], [N, D], [B] -> a scalar."""
+        wide = torch.cat([items.bfloat16(), torch.ones(len(items), 16, dtype=torch.bfloat16)], 1)
+        weight = ((query / temperature).bfloat16() @ wide[:, : items.shape[1]].T).sub_(1.0 / temperature).exp_()
+        summed = weight @ wide
+        total = summed[:, items.shape[1]].float()
+        scale = (weights / total)[:, None]
+        by_query = summed[:, : items.shape[1]].float() * scale / temperature
+        ctx.save_for_backward(by_query, (weight.T @ (query * scale).bfloat16()).float() / temperature)
+        return ((total.log() + 1.0 / temperature) * weights).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Any) -> tuple[Tensor | None, ...]:
+        """Times the incoming gradient."""
+        by_query, by_item = ctx.saved_tensors
+        return outputs[0] * by_query, outputs[0] * by_item, None, None
+
+
+class Propagation(torch.autograd.Function):
+    """The mean of K + 1 powers of the graph's matrix times both tables. A is symmetric: so is its gradient's map."""
+
+    @staticmethod
+    def forward(ctx: Any, users: Tensor, items: Tensor, graph: Graph) -> tuple[Tensor, Tensor]:
+        """[Q, D], [N, D] -> the same shapes."""
+        ctx.graph = graph
+        return graph.propagate(users, items)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Any) -> tuple[Tensor | None, ...]:
+        """The same of the gradients."""
+        return (*ctx.graph.propagate(*(output.contiguous() for output in outputs)), None)
+
+
+class Graph:
+    """Users and items of the training rows, each row weighing 1 / sqrt(n_u n_v)."""
+
+    def __init__(self, train: Interactions, layers: int) -> None:
+        self.layers = layers
+        matrix = normalised(train)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+            self.by_user, self.by_item = matrix.to_sparse_csr(), matrix.t().coalesce().to_sparse_csr()
+
+    def propagate(self, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+        """[Q, D], [N, D] -> the same shapes."""
+        of_users, of_items = users.clone(), items.clone()
+        for _ in range(self.layers):
+            users, items = self.by_user @ items, self.by_item @ users
+            of_users += users
+            of_items += items
+        return of_users / (self.layers + 1), of_items / (self.layers + 1)
+
+
+class ByUsers:
+    """Trains two tables on whole users."""
+
+    def __init__(self, train: Interactions, settings: Settings) -> None:
+        self.settings = settings
+        self.offsets = torch.from_numpy(np.asarray(train.offsets, dtype=np.int64))
+        self.items = torch.from_numpy(train.item_codes.astype(np.int64))
+        self.sizes = self.offsets.diff()
+        self.graph = Graph(train, settings.layers) if settings.layers else None
+        counts = torch.bincount(self.items, minlength=train.num_items)
+        self.dial = PopularityDial(counts, settings.temperature)
+        torch.manual_seed(settings.seed)
+        scale, shapes = 0.1, ((train.num_queries, settings.dimension), (train.num_items, settings.dimension))
+        tables = [torch.randn(shape) * scale for shape in shapes]
+        if settings.start == "svd":
+            found = singular_vectors(train, settings.dimension)
+            tables = [F.normalize(table, dim=1) * scale * settings.dimension**0.5 for table in found]
+        elif settings.start != "random":
+            state = load_file(settings.start)
+            tables = [state["table.0"], state["table.1"]]
+            if tuple(table.shape for table in tables) != shapes:
+                raise SystemExit(f"--start {settings.start}: tables of other users, items or another D")
+        # The SVD hands out columns of a larger matrix: not a layout that a file can hold.
+        self.tables = [table.contiguous().requires_grad_() for table in tables]
+        self.optimizer = torch.optim.AdamW(self.tables, lr=settings.learning_rate, weight_decay=0.0, fused=True)
+        self.users = self.sizes.nonzero().flatten()
+        self.steps = -(-len(self.users) // settings.users) * settings.epochs
+
+    def epoch(self, number: int) -> float:
+        """One pass over all users, in an order that seed and epoch decide; the mean loss of a row."""
+        order = torch.randperm(
+            len(self.users), generator=torch.Generator().manual_seed(self.settings.seed * 1000 + number)
+        )
+        batches = torch.split(self.users[order], self.settings.users)
+        total = 0.0
+        for place, users in enumerate(batches):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.settings.learning_rate * self._factor(number * len(batches) + place)
+            loss = self.loss(users)
+            self.optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            total += loss.item() / len(batches)
+        return total
+
+    def loss(self, users: Tensor) -> Tensor:
+        """Mean loss of the rows of some users."""
+        of_users, of_items = self.vectors()
+        query, items = F.normalize(of_users[users], dim=1), F.normalize(of_items, dim=1)
+        sizes = self.sizes[users]
+        row = torch.repeat_interleave(torch.arange(len(users)), sizes)
+        first = self.offsets[users] - (sizes.cumsum(0) - sizes)
+        positives = self.items[torch.arange(len(row)) + first[row]]
+        weights = sizes.float() ** self.settings.user_weight
+        temperature = self.settings.temperature
+        score = (query[row] * items.index_select(0, positives)).sum(1) / temperature * (weights / sizes)[row]
+        partition: Tensor = Softmax.apply(query, items, weights, temperature)  # type: ignore[no-untyped-call]
+        return (partition - score.sum()) / weights.sum()
+
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        """Of users [Q, D] and items [N, D], before they are made unit vectors."""
+        if self.graph is None:
+            return self.tables[0], self.tables[1]
+        found: tuple[Tensor, Tensor] = Propagation.apply(*self.tables, self.graph)  # type: ignore[no-untyped-call]
+        return found
+
+    @torch.no_grad()
+    def ranked(self, popularity: float = 1.0) -> Ranked:
+        """The model as it is, b of the popularity dial at `popularity`."""
+        users, items = (F.normalize(vectors, dim=1) for vectors in self.vectors())
+        return Ranked(users, items, self.dial, popularity)
+
+    def state(self) -> dict[str, Tensor]:
+        """Tables and the optimizer's state."""
+        kept = {f"table.{n}": table.detach() for n, table in enumerate(self.tables)}
+        for n, table in enumerate(self.tables):
+            kept |= {f"{name}.{n}": value for name, value in self.optimizer.state[table].items()}
+        return kept
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Back to a state."""
+        for n, table in enumerate(self.tables):
+            table.data.copy_(state[f"table.{n}"])
+            self.optimizer.state[table] = {key: state[f"{key}.{n}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+
+    def _factor(self, step: int) -> float:
+        if step < 20:
+            return (step + 1) / 20
+        return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+
+def normalised(train: Interactions) -> Tensor:
+    """A_ui / sqrt(n_u n_i), a sparse matrix [Q, N]."""
+    codes = [torch.from_numpy(codes.astype(np.int64)) for codes in (train.query_codes(), train.item_codes)]
+    shape = (train.num_queries, train.num_items)
+    counts = [torch.bincount(c, minlength=n).clamp(min=1).float() for c, n in zip(codes, shape, strict=True)]
+    values = (counts[0][codes[0]] * counts[1][codes[1]]) ** -0.5
+    return torch.sparse_coo_tensor(torch.stack(codes), values, shape, check_invariants=True).coalesce()
+
+
+def singular_vectors(train: Interactions, dimension: int) -> tuple[Tensor, Tensor]:
+    """Truncated SVD of `normalised` by random projection and four power steps: u sqrt(s), v sqrt(s)."""
+    matrix = normalised(train)
+    flipped = matrix.t().coalesce()
+    basis = matrix @ torch.randn(matrix.shape[1], dimension + 16)
+    for _ in range(4):
+        basis = torch.linalg.qr(matrix @ (flipped @ basis))[0]
+    left, singular, right = torch.linalg.svd(flipped @ basis, full_matrices=False)
+    root = singular[:dimension].sqrt()
+    return (basis @ right.T)[:, :dimension] * root, left[:, :dimension] * root
