@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from twotower.errors import InputError
@@ -107,6 +110,35 @@ class Team:
             self.store.set(what, here)
         said: str = self.store.get(what).decode()
         return said
+
+    def require_shared(self, folder: Path, patience: float = 30.0) -> None:
+        """Find out whether every rank sees what the first writes into a folder, before hours are spent on it.
+
+        Args:
+            folder: is there.
+            patience: seconds that a file of the first rank may take to be seen: networks are not always prompt.
+
+        Raises:
+            InputError: a rank sees another folder of that name; on every rank.
+        """
+        if self.store is None:
+            return
+        mark = folder / f".{uuid.uuid4().hex}.mark"
+        if self.ranks.is_first:
+            mark.touch()
+        mark = folder / self.said_by_first(f"mark in {folder.name}", mark.name)
+        until = time.monotonic() + patience
+        while not (seen := mark.exists()) and time.monotonic() < until:
+            time.sleep(0.1)
+        self.store.set(f"{mark.name} {self.ranks.rank}", str(seen))
+        blind = [rank for rank in range(self.ranks.size) if self.store.get(f"{mark.name} {rank}") != b"True"]
+        if self.ranks.is_first:
+            mark.unlink(missing_ok=True)
+        if blind:
+            raise InputError(
+                f"{folder}: rank {blind[0]} does not find what the first rank writes there; give a folder on a file "
+                "system that all machines share"
+            )
 
 
 @contextmanager

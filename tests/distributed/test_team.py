@@ -8,6 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from twotower.data import TrainingBatches
+from twotower.errors import InputError
 from twotower.launch import Team
 from twotower.ranks import Ranks
 
@@ -52,6 +53,29 @@ def test_everybody_hears_the_first(store):
     assert together(store, lambda team: team.said_by_first("files", f"rank {team.ranks.rank}")) == ["rank 0"] * 3
     assert Team(Ranks()).said_by_first("files", "mine") == "mine"
     assert Team(Ranks()).all_at_once(lambda: 5, "data") == 5
+
+
+def test_a_folder_that_not_all_ranks_share_is_refused_on_every_rank(store, tmp_path):
+    places = [tmp_path / name / "run" for name in ("shared", "other")]
+    for place in places:
+        place.mkdir(parents=True)
+
+    def work(apart):
+        def ask(team):
+            try:
+                team.require_shared(places[team.ranks.rank == apart], patience=0.5)
+            except InputError as error:
+                return str(error)
+
+        return ask
+
+    assert together(store, work(None)) == [None] * 3
+    said = (
+        "rank 2 does not find what the first rank writes there; give a folder on a file system that all machines share"
+    )
+    assert together(dist.PrefixStore("again", store), work(2)) == [f"{places[rank == 2]}: {said}" for rank in range(3)]
+    assert not any(list(place.iterdir()) for place in places), "no mark is left"
+    Team(Ranks()).require_shared(tmp_path / "nowhere")
 
 
 class Watched(np.ndarray):

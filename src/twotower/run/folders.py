@@ -116,6 +116,7 @@ def _train(
             say(fitted)
     evaluation.check_slices(split.train, config.evaluation.slices)
     directory.mkdir(parents=True, exist_ok=True)
+    team.require_shared(directory)
     if not resume and is_first:
         write_text(directory / "config.yaml", config.to_yaml())
         write_text(directory / INPUTS, json.dumps(files, indent=1))
