@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -33,15 +32,15 @@ from torch import nn
 from twotower import machine, process
 from twotower.build import build_objective
 from twotower.config import Config
-from twotower.data import Interactions, TrainingBatches
+from twotower.data import Batch, Interactions, TrainingBatches
 from twotower.planning import Rates, Workload, plan_scale
 from twotower.ranks import Ranks
 from twotower.towers import build_towers
-from twotower.towers.shards import shared_tables
 from twotower.training import TableOptimizer, batch_loss
 from twotower.training.exchange import GradientExchange
 from twotower.training.gathering import gathered_loss
 from twotower.training.optimizers import parameter_groups
+from twotower.training.placement import place_tables
 from twotower.training.randomness import draws_of
 
 STEPS, LENGTH, UNIFORM, SEED = 5, 20, 1024, 0
@@ -77,12 +76,14 @@ class Training:
                 f"item_tower.dimension={args.dimension}",
                 f"query_tower.history.length={LENGTH}",
                 f"training.batch_size={args.batch}",
+                f"training.table_placement={layout}",
+                f"training.table_optimizer={rule}",
                 f"objective.sources=[{{in_batch: {{}}}}, {{uniform: {{size: {UNIFORM}}}}}]",
             ],
         ).resolved(len(data))
         torch.manual_seed(SEED)
         self.ranks = ranks
-        with nullcontext() if layout == "replicated" else shared_tables(ranks):
+        with place_tables(config, data, ranks).applied():
             self.towers = build_towers(config, num_queries=data.num_queries, num_items=data.num_items).train()
         self.objective = build_objective(config, data).train()
         model = nn.ModuleList([self.towers, self.objective])
@@ -91,20 +92,22 @@ class Training:
         self.batches = iter(TrainingBatches(data, args.batch, history_length=LENGTH, seed=SEED, ranks=ranks))
         self.step_number = 0
 
-    def step(self) -> float:
-        """One step; the loss of all ranks is not asked for, the rank's share is."""
-        batch = next(self.batches)
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """The rank's share of a batch's loss."""
         generator = draws_of(SEED, self.step_number, "cpu")
         if self.ranks.size == 1:
-            loss, _, _ = batch_loss(self.towers, self.objective, batch, generator=generator)
-        else:
-            loss, _, _ = gathered_loss(self.towers, self.objective, batch, self.ranks, generator=generator)
+            return batch_loss(self.towers, self.objective, batch, generator=generator)[0]
+        return gathered_loss(self.towers, self.objective, batch, self.ranks, generator=generator)[0]
+
+    def step(self, batch: Batch | None = None) -> float:
+        """One step; the loss of all ranks is not asked for, the rank's share is."""
+        loss = self.loss(next(self.batches) if batch is None else batch)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self.exchange.sum_gradients()
         self.optimizer.step()
         self.step_number += 1
-        return float(loss)
+        return float(loss.detach())
 
 
 def join(folder: str, rank: int, size: int) -> Ranks:
@@ -240,9 +243,9 @@ def main() -> None:
     args.clock = "wall"
     process.tune()
     result: dict[str, Any] = {"how": {**how(args), "seed": SEED, "cores": os.cpu_count()}}
-    if args.only != "memory":
+    if args.only in (None, "speed"):
         result["speed"] = speed(args)
-    if args.only != "speed":
+    if args.only in (None, "memory"):
         result["memory"] = memory(args)
     if args.json is not None:
         before = json.loads(args.json.read_text()) if args.json.exists() else {}

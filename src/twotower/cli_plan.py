@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 commands = typer.Typer()
 
 OPTIMIZERS, PRECISIONS = ("adam", "rowwise-adagrad"), ("float32", "bfloat16")
-LAYOUTS, DEVICES = ("replicated", "row-wise"), ("cpu", "cuda")
+LAYOUTS, DEVICES = ("replicated", "row-wise", "column-wise", "table-wise"), ("cpu", "cuda")
 
 
 @commands.command()
@@ -34,7 +34,11 @@ def plan(
     optimizer: Annotated[str, typer.Option("--optimizer", help="Of tables: adam or rowwise-adagrad.")] = "adam",
     precision: Annotated[str, typer.Option("--precision", help="Of tables: float32 or bfloat16.")] = "float32",
     layout: Annotated[
-        str, typer.Option("--layout", help="replicated: whole tables on every rank; row-wise: a W-th on each.")
+        str,
+        typer.Option(
+            "--layout",
+            help="replicated: whole tables on every rank; row-wise, column-wise: a W-th on each; table-wise: on one.",
+        ),
     ] = "replicated",
     device: Annotated[str, typer.Option("--device", help="cpu or cuda; its rates are measured here.")] = "cpu",
     device_memory: Annotated[

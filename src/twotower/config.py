@@ -107,6 +107,10 @@ class ObjectiveConfig(Section):
     similarity: Literal["cosine", "dot"] = "cosine"
 
 
+#: Where an id table goes over several processes.
+TablePlacement = Literal["auto", "replicated", "row-wise", "column-wise", "table-wise"]
+
+
 class TrainingConfig(Section):
     """How the model is fitted."""
 
@@ -119,10 +123,11 @@ class TrainingConfig(Section):
     table_optimizer: Literal["adam", "rowwise-adagrad"] = Field(
         "adam", description="How embedding tables move. rowwise-adagrad: one number of state for each row, not 2 D."
     )
-    table_placement: Literal["auto", "replicated", "row-wise"] = Field(
+    table_placement: TablePlacement | dict[str, TablePlacement] = Field(
         "auto",
-        description="Several processes: whole id tables on each (replicated), or a part of their rows on each "
-        "(row-wise). auto: row-wise where whole ones need more than half of a process's memory.",
+        description="Several processes: id tables whole on each (replicated), some of their rows (row-wise) or columns "
+        "(column-wise) on each, or each table on one (table-wise); or one for each table: {item: row-wise, query: "
+        "table-wise}. auto: row-wise where whole ones need more than half of a process's memory.",
     )
     table_learning_rate_factor: PositiveFloat | Literal["auto"] = Field(
         "auto", description="Learning rate of the tables over that of the layers. auto: 1 for adam, 10 otherwise."

@@ -35,7 +35,8 @@ class Workload:
         hidden: widths of the query tower's hidden layers.
         optimizer: how tables move.
         precision: what tables are stored in.
-        layout: `replicated`, every rank has whole tables; `row-wise`, each has a W-th of their rows.
+        layout: `replicated`, every rank has whole tables; `row-wise`, each has a W-th of their rows; `column-wise`, of
+            their columns; `table-wise`, each table lies on one rank.
         device: "cpu" or "cuda".
     """
 
@@ -49,7 +50,7 @@ class Workload:
     hidden: tuple[int, ...] = (128,)
     optimizer: Literal["adam", "rowwise-adagrad"] = "adam"
     precision: Literal["float32", "bfloat16"] = "float32"
-    layout: Literal["replicated", "row-wise"] = "replicated"
+    layout: Literal["replicated", "row-wise", "column-wise", "table-wise"] = "replicated"
     device: Literal["cpu", "cuda"] = "cpu"
 
     def __post_init__(self) -> None:
@@ -75,9 +76,21 @@ class Workload:
         return min(self.batch + self.sampled, self.items)
 
     @property
-    def table_rows(self) -> int:
-        """Rows of all tables together."""
-        return self.items + self.queries
+    def held(self) -> tuple[float, float]:
+        """Rows of all tables together on the rank that has most, and how many of their columns."""
+        rows = float(self.items + self.queries)
+        if self.layout == "row-wise":
+            return rows / self.ranks, self.dimension
+        if self.layout == "column-wise":
+            return rows, -(-self.dimension // self.ranks)
+        if self.layout == "table-wise" and self.ranks > 1:
+            return max(self.items, self.queries), self.dimension
+        return rows, self.dimension
+
+    @property
+    def serves_all(self) -> bool:
+        """Whether a rank deals with whole rows for all: every one with whole tables, or the one with the items."""
+        return self.ranks > 1 and self.layout in ("replicated", "table-wise")
 
     @property
     def layers(self) -> int:
@@ -215,30 +228,30 @@ def plan_scale(workload: Workload, rates: Rates, device_memory: float | None = N
     seconds = _computing(workload, rates) | {
         f"exchange of {name}": count / rates.link + rates.latency for name, count in exchanged.items() if count
     }
-    # A catalog's embeddings gathered from all ranks, and the index over them (training/memory_plan.py). By rows each
-    # rank ranks its own, and the index has no copy of them.
+    # A catalog's embeddings gathered from all ranks, and the index over them (training/memory_plan.py). Of shared
+    # tables each rank ranks its part of the items, and the index has no copy of them.
     catalog = float(workload.items * workload.dimension * F4)
     ranking = {"item embeddings": 2 * catalog, "index": 1.75 * catalog}
-    if workload.layout == "row-wise":
+    if workload.layout != "replicated":
         ranking = {"item embeddings": catalog / workload.ranks, "index": 0.75 * catalog / workload.ranks}
     return ScalePlan(workload, rates, memory, ranking, exchanged, seconds, device_memory)
 
 
 def _memory(work: Workload, rates: Rates) -> dict[str, float]:
-    width, of = work.dimension, 1 if work.layout == "replicated" else work.ranks
+    rows, columns = work.held
     number = 2 if work.precision == "bfloat16" else F4
-    state = F4 if work.optimizer == "rowwise-adagrad" else 2 * F4 * width
+    state = F4 if work.optimizer == "rowwise-adagrad" else 2 * F4 * columns
     # What is gathered of all ranks' table gradients (rows and vectors), and once more when they are put together.
-    arriving = work.touched * (work.ranks if work.layout == "replicated" and work.ranks > 1 else 1)
-    row = width * F4
+    arriving = work.touched * (work.ranks if work.serves_all else 1)
+    row = work.dimension * F4
     of_tables = {"gradients of tables": (work.touched + 2 * arriving) * row}
-    if work.layout == "row-wise":
+    if work.layout != "replicated":
         # Fetched rows, their gradient and that of a second lookup; rows given to others, and what comes back for them.
         of_tables = {"rows of tables": 3 * work.touched * row, "gradients of rows": (work.touched + 2 * arriving) * row}
     return {
         "process": float(rates.process),
-        "tables": work.table_rows * width * number / of,
-        "optimizer state": work.table_rows * state / of,
+        "tables": rows * columns * number,
+        "optimizer state": rows * state,
         "layers and their state": 4.0 * F4 * work.layers,
         **of_tables,
         "candidates": 4.0 * work.candidates * row,
@@ -259,16 +272,26 @@ def _exchanged(work: Workload) -> dict[str, float]:
     }
     if work.layout == "replicated":
         return {**sent, "gradients of tables": work.touched * (row + I8) * (work.ranks - 1)}
-    # Rows are fetched from the ranks that have them, and their gradients go back there.
-    return {**sent, "rows of tables": work.touched * (row + I8) * part, "gradients of rows": work.touched * row * part}
+    # Rows are fetched from the ranks that have them, and their gradients go back there. A rank with a whole table sends
+    # rows to all others and receives their gradients: what it receives is counted, for the others send less.
+    if work.layout == "table-wise":
+        others = work.touched * (work.ranks - 1)
+        return {**sent, "rows of tables": others * (row + I8), "gradients of rows": others * row}
+    sent |= {"rows of tables": work.touched * (row + I8) * part, "gradients of rows": work.touched * row * part}
+    if work.layout == "column-wise":  # codes go to everyone
+        sent["rows of tables"] = work.touched * (row * part + I8 * (work.ranks - 1))
+        if work.optimizer == "rowwise-adagrad":
+            sent["sums of squares"] = 2 * work.distinct(work.touched * work.ranks) * F4 * part
+    return sent
 
 
 def _computing(work: Workload, rates: Rates) -> dict[str, float]:
-    width = work.dimension
-    everyone = work.distinct(work.touched * work.ranks) if work.layout == "replicated" else work.touched
+    width, moved = work.dimension, work.touched * work.dimension
+    if work.serves_all or work.layout == "column-wise":
+        moved = work.distinct(work.touched * work.ranks) * work.held[1]
     return {
         "loss": 6.0 * work.rows * work.candidates * width / rates.products,
         "towers' layers": 6.0 * work.rows * work.layers / rates.layers,
         "lookups": work.rows * max(work.history, 1) * width / rates.lookups,
-        "optimizer": everyone * width / rates.updates,
+        "optimizer": moved / rates.updates,
     }

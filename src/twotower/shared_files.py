@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -44,9 +45,26 @@ def write_folder(target: Path, ranks: Ranks, *writes: Callable[[Path], None]) ->
     ranks.wait()  # nobody reads before the first has renamed
 
 
+@dataclass(frozen=True)
+class RowBlocks:
+    """A rank's run of the rows of a tensor, put together a block at a time.
+
+    Attributes:
+        rows: how many these are.
+        width: D.
+        dtype: of the numbers.
+        blocks: makes them; collective.
+    """
+
+    rows: int
+    width: int
+    dtype: torch.dtype
+    blocks: Callable[[], Iterator[Tensor]]
+
+
 def save_rows(
     path: Path,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | RowBlocks],
     rows: Mapping[str, int],
     ranks: Ranks,
     metadata: Mapping[str, str] | None = None,
@@ -55,8 +73,8 @@ def save_rows(
 
     Args:
         path: the file, on a file system that all ranks share.
-        tensors: by name, in the same order on every rank. One in `rows` is this rank's run of rows, [n, ...], and the
-            runs stand in the order of ranks; any other is whole, and written by the first.
+        tensors: by name, in the same order on every rank. One in `rows` is this rank's run of rows, [n, ...] or their
+            blocks, and the runs stand in the order of ranks; any other is whole, and written by the first.
         rows: N of the tensors that are held by parts.
         ranks: who writes.
         metadata: of the file.
@@ -64,9 +82,10 @@ def save_rows(
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     begins, end = {}, 0
     for name, tensor in tensors.items():
-        shape = [rows.get(name, tensor.shape[0] if tensor.ndim else 0), *tensor.shape[1:]] if tensor.ndim else []
+        own = [tensor.rows, tensor.width] if isinstance(tensor, RowBlocks) else list(tensor.shape)
+        shape = [rows.get(name, own[0]), *own[1:]] if own else []
         begins[name] = end
-        end += int(np.prod(shape, dtype=np.int64)) * tensor.element_size()
+        end += int(np.prod(shape, dtype=np.int64)) * tensor.dtype.itemsize
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": shape, "data_offsets": [begins[name], end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -80,14 +99,31 @@ def save_rows(
         for name, tensor in tensors.items():
             first = 0
             if name in rows:
-                sizes = ranks.sizes(len(tensor), ranks.device)
-                first = sum(sizes[: ranks.rank])
+                count = tensor.rows if isinstance(tensor, RowBlocks) else len(tensor)
+                first = sum(ranks.sizes(count, ranks.device)[: ranks.rank])
             elif not ranks.is_first:
+                continue
+            if isinstance(tensor, RowBlocks):
+                _write_blocks(file, tensor, data + begins[name] + first * tensor.width * tensor.dtype.itemsize)
                 continue
             each = tensor[0].numel() * tensor.element_size() if tensor.ndim and len(tensor) else tensor.element_size()
             file.seek(data + begins[name] + first * each)
             _write(file, tensor.detach(), each)
     ranks.wait()
+
+
+def _write_blocks(file: BinaryIO, tensor: RowBlocks, begin: int) -> None:
+    """Every block is made, whether it can be written or not: the other ranks wait for it."""
+    file.seek(begin)
+    failed: OSError | None = None
+    for block in tensor.blocks():
+        try:
+            if failed is None:
+                _write(file, block, tensor.width * tensor.dtype.itemsize)
+        except OSError as error:
+            failed = error
+    if failed is not None:
+        raise failed
 
 
 def _write(file: BinaryIO, tensor: Tensor, each: int) -> None:

@@ -85,6 +85,31 @@ class StoredRows:
         )
 
 
+@dataclass(frozen=True)
+class StoredColumns:
+    """A tensor of which runs of columns stand in files, each with all rows.
+
+    Attributes:
+        shape: of the whole tensor, [N, D].
+        parts: the runs, in their order.
+    """
+
+    shape: torch.Size
+    parts: Sequence[StoredRows]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the numbers."""
+        return self.parts[0].dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Tensor | slice | EllipsisType) -> Tensor:
+        """Rows, as `StoredRows` gives them."""
+        return torch.cat([part[index] for part in self.parts], 1)
+
+
 def stored_tensors(path: Path) -> tuple[dict[str, StoredRows], dict[str, str]]:
     """The tensors of a safetensors file, left where they are, and the metadata of the file.
 
@@ -109,6 +134,19 @@ def stored_tensors(path: Path) -> tuple[dict[str, StoredRows], dict[str, str]]:
             raw = np.memmap(path, np.uint8, "r", offset=8 + length + begin, shape=bytes_shape)
         found[name] = StoredRows(shape, dtype, [(0, raw)])
     return found, metadata
+
+
+def side_by_side(name: str, shape: torch.Size, parts: Sequence[tuple[int, StoredRows]]) -> StoredColumns:
+    """One tensor from runs of its columns, each with the number of its first column.
+
+    Raises:
+        ValueError: columns are missing.
+    """
+    runs = [part for _, part in sorted(parts, key=lambda run: run[0]) if part.shape[1]]
+    there = sum(part.shape[1] for part in runs if len(part) == shape[0])
+    if there != shape[1]:
+        raise ValueError(f"{there:,} of the {shape[1]:,} columns of {name}; a file is missing")
+    return StoredColumns(shape, runs)
 
 
 def joined(name: str, shape: torch.Size, parts: Sequence[tuple[int, StoredRows]]) -> StoredRows:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -16,12 +15,13 @@ from twotower.build import build_objective, needs_known_positives, reads_sequenc
 from twotower.config import Config
 from twotower.data import Batch, Interactions, KnownPositives, SequenceBatches, TrainingBatches
 from twotower.ranks import Ranks
-from twotower.towers import build_towers
-from twotower.towers.shards import shared_tables
+from twotower.towers import EmbeddingTable, build_towers
+from twotower.towers.parts import Columns, Rows
 from twotower.training import TableOptimizer, batch_loss
 from twotower.training.exchange import GradientExchange
 from twotower.training.gathering import gathered_loss
 from twotower.training.optimizers import parameter_groups
+from twotower.training.placement import place_tables
 from twotower.training.randomness import draws_of
 
 NUM_QUERIES, NUM_ITEMS, STEPS, LENGTH = 40, 60, 20, 5
@@ -37,7 +37,7 @@ class Case:
         weighted: rows carry weights.
         size: W of the run that is compared with one process.
         micro_batch: rows that go through a tower at a time.
-        shared: each rank has a part of the rows of the id tables.
+        placement: of the id tables, as the settings say it.
     """
 
     changes: tuple[str, ...]
@@ -45,7 +45,7 @@ class Case:
     weighted: bool = False
     size: int = 2
     micro_batch: int | None = None
-    shared: bool = False
+    placement: str = "replicated"
 
 
 def objective(name: str, *sources: str, unique: bool = False, more: tuple[str, ...] = ()) -> tuple[str, ...]:
@@ -61,6 +61,7 @@ def sequences(inner: str = "kind: transformer", outer: str = "share_table: true"
 IN_BATCH, UNIFORM = "{in_batch: {}}", "{uniform: {size: 15}}"
 KNOWN = ("objective.mask_known_positives=true",)
 ROWWISE = ("training.table_optimizer=rowwise-adagrad",)
+OWN_HISTORY = f"query_tower.history={{length: {LENGTH}, heads: 2, dropout: 0, share_table: false}}"
 BLOCKS = ("objective.rows_per_draw=5",)
 SASREC, DOT = (
     ("{head: {size: 6}}", "{frequency: {size: 9, power: 0.5}}"),
@@ -89,27 +90,56 @@ CASES = {
         objective("expected-count", IN_BATCH, UNIFORM, unique=True, more=ROWWISE),
         sparse=True,
         weighted=True,
-        shared=True,
+        placement="row-wise",
     ),
     "row-wise, adam, micro-batch": Case(
         objective("expected-count", IN_BATCH, "{memory: {size: 30}}", unique=True),
         sparse=True,
         micro_batch=3,
-        shared=True,
+        placement="row-wise",
     ),
-    "row-wise, small": Case(objective("expected-count", IN_BATCH), shared=True),
+    "row-wise, small": Case(objective("expected-count", IN_BATCH), placement="row-wise"),
     "row-wise, three ranks": Case(
-        objective("gbce", "{uniform: {size: 4, per_row: true}}", more=ROWWISE), sparse=True, size=3, shared=True
+        objective("gbce", "{uniform: {size: 4, per_row: true}}", more=ROWWISE),
+        sparse=True,
+        size=3,
+        placement="row-wise",
     ),
     "row-wise, own history table": Case(
         objective(
             "full-softmax",
             "{catalog: {}}",
-            more=(f"query_tower.history={{length: {LENGTH}, heads: 2, dropout: 0, share_table: false}}",),
+            more=(OWN_HISTORY,),
         ),
         sparse=True,
         size=3,
-        shared=True,
+        placement="row-wise",
+    ),
+    "column-wise": Case(
+        objective("expected-count", IN_BATCH, UNIFORM, unique=True, more=ROWWISE),
+        sparse=True,
+        weighted=True,
+        placement="column-wise",
+    ),
+    # 8 columns: 3, 3 and 2.
+    "column-wise, adam, micro-batch, three ranks": Case(
+        objective("expected-count", IN_BATCH, "{memory: {size: 30}}", unique=True),
+        sparse=True,
+        size=3,
+        micro_batch=3,
+        placement="column-wise",
+    ),
+    "column-wise, small, three ranks": Case(
+        objective("full-softmax", "{catalog: {}}", more=(OWN_HISTORY, *ROWWISE)), size=3, placement="column-wise"
+    ),
+    "table-wise": Case(
+        objective("expected-count", IN_BATCH, UNIFORM, more=ROWWISE), sparse=True, placement="table-wise"
+    ),
+    "table by table, three ranks": Case(
+        objective("gbce", "{uniform: {size: 4, per_row: true}}", more=(OWN_HISTORY, *ROWWISE)),
+        sparse=True,
+        size=3,
+        placement="{item: row-wise, history: column-wise, query: table-wise}",
     ),
     "sequences": Case(
         objective("expected-count", IN_BATCH, UNIFORM, more=sequences("recency: 2")), sparse=True, weighted=True
@@ -123,7 +153,7 @@ CASES = {
         sparse=True,
         weighted=True,
         micro_batch=12,
-        shared=True,
+        placement="row-wise",
     ),
     "sequences, row-wise, three ranks": Case(
         objective(
@@ -133,7 +163,7 @@ CASES = {
         ),
         sparse=True,
         size=3,
-        shared=True,
+        placement="row-wise",
     ),
     # Blocks of five rows have draws of their own: they lie across the ranks, and the batch ends in a smaller one.
     "draws for blocks": Case(
@@ -143,7 +173,7 @@ CASES = {
         objective("gbce", "{uniform: {size: 4, per_row: true}}", UNIFORM, more=(*BLOCKS, *ROWWISE)),
         sparse=True,
         size=3,
-        shared=True,
+        placement="row-wise",
     ),
     # As the preset sasrec, but for its size and its dropout.
     "draws for blocks, sequences": Case(
@@ -154,7 +184,7 @@ CASES = {
         sparse=True,
         weighted=True,
         micro_batch=12,
-        shared=True,
+        placement="row-wise",
     ),
     "three ranks, memory": Case(objective("expected-count", IN_BATCH, "{memory: {size: 30}}", more=KNOWN), size=3),
 }
@@ -228,11 +258,12 @@ def train(case: Case, ranks: Ranks) -> Trained:
             f"query_tower.history={{length: {LENGTH}, heads: 2, dropout: 0}}",
             "training.batch_size=12",
             "training.warmup_steps=2",
+            f"training.table_placement={case.placement}",
             *case.changes,
         ],
     ).resolved(len(data))
     torch.manual_seed(3)
-    with shared_tables(ranks) if case.shared else nullcontext():
+    with place_tables(config, data, ranks).applied():
         towers = build_towers(config, num_queries=data.num_queries, num_items=data.num_items).train()
     for module in towers.modules():
         if isinstance(module, nn.Embedding):
@@ -274,8 +305,15 @@ def train(case: Case, ranks: Ranks) -> Trained:
 
 def whole(tensors: dict[str, Tensor], towers: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
     """Tensors by name, with those of shared tables put together."""
-    tables = {f"towers.{name}.weight": table for name, table in towers.named_modules(remove_duplicate=False)}
-    return {
-        name: ranks.gather(value) if getattr(tables.get(name), "part", None) is not None else value
-        for name, value in tensors.items()
+    parts = {
+        f"towers.{name}.weight": module.part
+        for name, module in towers.named_modules(remove_duplicate=False)
+        if isinstance(module, EmbeddingTable)
     }
+    found = dict(tensors)
+    for name, value in tensors.items():
+        if isinstance(parts.get(name), Rows):
+            found[name] = ranks.gather(value)
+        if isinstance(parts.get(name), Columns):
+            found[name] = ranks.gather(value.T).T
+    return found

@@ -10,9 +10,11 @@ from typing import Any
 import cases
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint  # once, before the ranks are forked
 from torch import Tensor
 
+import twotower.ranks
 from twotower import evaluation
 from twotower.build import build_objective
 from twotower.config import Config
@@ -26,12 +28,14 @@ from twotower.run.mining import miner
 from twotower.serving import Artifact
 from twotower.shared_files import write_folder
 from twotower.towers import TwoTower, build_towers
-from twotower.towers.shards import Part, shared_tables
+from twotower.towers.parts import Columns, Part, Rows, placed_tables
+from twotower.towers.shards import hand_back
 from twotower.training import TableOptimizer, checkpoints
 from twotower.training.checkpoints import SafeCheckpointIO
 from twotower.training.optimizers import parameter_groups
 from twotower.training.table_parts import cut_optimizer_state, mark_parts
 
+PLACEMENTS = ("row-wise", "column-wise", "by table")
 ELSEWHERE = "another rank could not write its part; nothing was replaced"
 CONFIG = Config.load(
     None,
@@ -51,15 +55,26 @@ def split() -> Split:
     return leave_last_out(cases.interactions())
 
 
-def model(ranks: Ranks, seed: int = 5) -> TwoTower:
+def parts(ranks: Ranks, placement: str) -> dict[str, Part]:
+    """A rank's parts of the tables; those of one process are whole."""
+    items, queries = cases.NUM_ITEMS, cases.NUM_QUERIES
+    made: dict[str, dict[str, Part]] = {
+        "row-wise": {"item": Rows(ranks, items), "query": Rows(ranks, queries)},
+        "column-wise": {"item": Columns(ranks, items, 8), "query": Columns(ranks, queries, 8)},
+        "by table": {"item": Rows(ranks, items, ranks.size - 1), "query": Columns(ranks, queries, 8)},
+    }
+    return made[placement] if ranks.size > 1 else {}
+
+
+def model(ranks: Ranks, placement: str = "row-wise", seed: int = 5) -> TwoTower:
     """The same weights however the tables are placed."""
     torch.manual_seed(seed)
-    with shared_tables(ranks):
+    with placed_tables(parts(ranks, placement)):
         return build_towers(CONFIG, num_queries=cases.NUM_QUERIES, num_items=cases.NUM_ITEMS).eval()
 
 
 def optimizer(towers: TwoTower, rule: str) -> TableOptimizer:
-    """An optimizer whose state is a function of the parameters, after a step with gradients of all rows."""
+    """An optimizer whose state is a function of the parameters, after a step with gradients of all rows; collective."""
     made = TableOptimizer(parameter_groups(towers, 0.0, lr=0.01, table_rule=rule), lr=0.01)
     for parameter in towers.parameters():
         parameter.grad = parameter.detach().clone()
@@ -78,12 +93,6 @@ def tensors(kept: dict[str, Any]) -> dict[str, Tensor]:
     return {**kept["state_dict"], **named}
 
 
-def cut(found: dict[str, Tensor], towers: TwoTower, ranks: Ranks) -> dict[str, Tensor]:
-    """Of whole tensors what this rank should have."""
-    rows = {cases.NUM_ITEMS, cases.NUM_QUERIES}
-    return {n: v[Part(ranks, len(v)).own] if v.ndim and len(v) in rows else v for n, v in found.items()}
-
-
 def searched(ranker: Any) -> dict[str, Any]:
     """What a ranker ranks and how it is measured, with ties: three items have the very same embedding."""
     held = split()
@@ -93,13 +102,13 @@ def searched(ranker: Any) -> dict[str, Any]:
 
 
 def with_ties(towers: TwoTower) -> TwoTower:
-    """Items far apart get the embedding of one another; each on the rank that holds it."""
+    """Items far apart get the embedding of one another; each on the rank that holds it, or its columns."""
     table = towers.item_tower.ids
-    start, stop = (0, cases.NUM_ITEMS) if table.part is None else (table.part.own.start, table.part.own.stop)
+    rows, columns = (slice(0, cases.NUM_ITEMS), slice(0, 8)) if table.part is None else table.part.place(8)
     with torch.no_grad():
         for code in (4, 31, 59):
-            if start <= code < stop:
-                table.weight[code - start] = torch.linspace(-1, 1, 8)
+            if rows.start <= code < rows.stop:
+                table.weight[code - rows.start] = torch.linspace(-1, 1, 8)[columns]
     return towers
 
 
@@ -121,40 +130,87 @@ def artifact(towers: TwoTower, item_embeddings: Tensor) -> Artifact:
 def work(ranks: Ranks, out: Path) -> None:
     """One rank of two or three; those of three read what those of two have written, and the other way round."""
     for rule in ("adam", "rowwise-adagrad"):
-        towers = model(ranks)
-        made = optimizer(towers, rule)
-        shared = {cases.NUM_ITEMS, cases.NUM_QUERIES}
-        io = SafeCheckpointIO(ranks, shared)
-        kept = checkpoint(towers, made)
-        mark_parts(kept, towers, [made])
-        io.save_checkpoint(kept, out / f"{rule}.{ranks.size}.ckpt")
-        assert all(isinstance(value, Tensor) for state in made.state.values() for value in state.values())
-        # What two ranks have written is read by two, by three, and by the test; what three have, by the test.
-        found = tensors(io.load_checkpoint(out / f"{rule}.2.ckpt"))
-        expected = tensors(checkpoint(towers, made))
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], value) for name, value in expected.items()), rule
-        assert io.load_weights(out / f"{rule}.2.ckpt").keys() == towers.state_dict().keys()
-        saved_beside(ranks, towers, made, out / f"beside.{rule}.{ranks.size}.ckpt")
-        # A state that was saved whole.
-        alone = model(Ranks())
-        whole = optimizer(alone, rule).state_dict()
-        cut_optimizer_state(whole, made, towers)
-        made.load_state_dict(whole)
-        towers.load_state_dict(alone.state_dict())
-        again = tensors(checkpoint(towers, made))
-        assert all(torch.equal(again[name], value) for name, value in expected.items()), rule
-    towers = with_ties(model(ranks))
-    torch.save(searched(ShardedRanker(towers, cases.LENGTH, ranks)), out / f"searched.{ranks.size}.{ranks.rank}.pt")
-    torch.save(mined(towers), out / f"mined.{ranks.size}.{ranks.rank}.pt")
-    own = own_item_embeddings(towers, Part(ranks, cases.NUM_ITEMS))
-    artifact(towers, own).save(out / f"model-{ranks.size}", ranks)
+        for placement in PLACEMENTS:
+            save(ranks, rule, placement, out)
+        for number, placement in enumerate(PLACEMENTS):
+            # What two ranks have written is read by two, by three, and by the test; what three have, by the test.
+            for written in (placement, PLACEMENTS[number - 1]):
+                read(ranks, rule, placement, out / f"{rule}.{written}.2.ckpt")
+    for placement in PLACEMENTS:
+        torch.save(moved(model(ranks, placement), ranks), out / f"moved.{placement}.{ranks.size}.{ranks.rank}.pt")
+        towers, end = with_ties(model(ranks, placement)), f"{placement}.{ranks.size}"
+        torch.save(searched(ShardedRanker(towers, cases.LENGTH, ranks)), out / f"searched.{end}.{ranks.rank}.pt")
+        torch.save(mined(towers), out / f"mined.{end}.{ranks.rank}.pt")
+        own = own_item_embeddings(towers, Rows(ranks, cases.NUM_ITEMS))
+        artifact(towers, own).save(out / f"model.{end}", ranks)
     fail_together(ranks, out / f"folder-{ranks.size}")
+
+
+def save(ranks: Ranks, rule: str, placement: str, out: Path) -> None:
+    towers = model(ranks, placement)
+    made = optimizer(towers, rule)
+    kept = checkpoint(towers, made)
+    mark_parts(kept, towers, [made])
+    io = SafeCheckpointIO(ranks, parts(ranks, placement))
+    io.save_checkpoint(kept, out / f"{rule}.{placement}.{ranks.size}.ckpt")
+    assert all(isinstance(value, Tensor) for state in made.state.values() for value in state.values())
+    if placement == PLACEMENTS[0]:
+        saved_beside(ranks, towers, made, out / f"beside.{rule}.{ranks.size}.ckpt")
+
+
+def read(ranks: Ranks, rule: str, placement: str, path: Path) -> None:
+    """A checkpoint of two ranks, and a state that was saved whole, give a rank its parts."""
+    towers = model(ranks, placement)
+    made = optimizer(towers, rule)
+    expected = {name: value.clone() for name, value in tensors(checkpoint(towers, made)).items()}
+    io = SafeCheckpointIO(ranks, parts(ranks, placement))
+    found = tensors(io.load_checkpoint(path))
+    assert found.keys() == expected.keys()
+    assert all(is_same(found[name], value) for name, value in expected.items()), (path, placement)
+    assert io.load_weights(path).keys() == towers.state_dict().keys()
+    alone = model(Ranks())
+    whole = optimizer(alone, rule).state_dict()
+    cut_optimizer_state(whole, made, towers)
+    made.load_state_dict(whole)
+    towers.load_state_dict(alone.state_dict())
+    again = tensors(checkpoint(towers, made))
+    assert all(is_same(again[name], value) for name, value in expected.items()), (rule, placement)
+
+
+def moved(towers: TwoTower, ranks: Ranks) -> dict[str, int]:
+    """Bytes that go to other ranks, or come from them where these are more, when each looks up every item."""
+    table, numbers = towers.item_tower.ids, {"rows": 0, "gradients": 0}
+    swap, gather = dist.all_to_all_single, twotower.ranks._all_gather
+
+    def counted_swap(found: Tensor, given: Tensor, received: Any = None, sent: Any = None, **told: Any) -> None:
+        if sent is not None:
+            each = given.element_size() * (given[0].numel() if len(given) else found[0].numel() if len(found) else 0)
+            numbers[what] += each * max(sum(sent) - sent[ranks.rank], sum(received) - received[ranks.rank])
+        swap(found, given, received, sent, **told)
+
+    def counted_gather(found: Tensor, given: Tensor, **told: Any) -> None:
+        numbers[what] += given.nbytes * (ranks.size - 1) * (len(given) > 1)
+        gather(found, given, **told)
+
+    dist.all_to_all_single, twotower.ranks._all_gather = counted_swap, counted_gather
+    what = "rows"
+    table.fetch(torch.arange(cases.NUM_ITEMS))
+    assert table.at_hand is not None and table.part is not None
+    what = "gradients"
+    hand_back(table.at_hand, table.part)
+    table.release()
+    dist.all_to_all_single, twotower.ranks._all_gather = swap, gather
+    return numbers
+
+
+def is_same(found: Tensor, expected: Tensor) -> bool:
+    """Bit by bit, but for sums over ranks, whose order is another one."""
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=0, atol=1e-7)
 
 
 def saved_beside(ranks: Ranks, towers: TwoTower, made: TableOptimizer, path: Path) -> None:
     """Written in the background, while weights and state change and the ranks exchange; then one cannot write."""
-    io = SafeCheckpointIO(ranks, {cases.NUM_ITEMS, cases.NUM_QUERIES}, in_background=True, timeout=60)
+    io = SafeCheckpointIO(ranks, parts(ranks, PLACEMENTS[0]), in_background=True, timeout=60)
     before = {name: value.clone() for name, value in tensors(checkpoint(towers, made)).items()}
     release, write = threading.Event(), checkpoints.save_parts
 
@@ -191,7 +247,7 @@ def saved_beside(ranks: Ranks, towers: TwoTower, made: TableOptimizer, path: Pat
     checkpoints.save_parts = write
     io.settle()
     io.close()
-    assert found.keys() == tensors(SafeCheckpointIO(ranks, io.shared).load_checkpoint(path)).keys()
+    assert found.keys() == tensors(SafeCheckpointIO(ranks, io.parts).load_checkpoint(path)).keys()
     with torch.no_grad():
         for name, value in tensors(checkpoint(towers, made)).items():
             value.copy_(before[name])

@@ -1,7 +1,6 @@
 """The context of requests over two ranks: the training and the ranking of one process. Starts itself as the ranks."""
 
 import sys
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -29,11 +28,11 @@ from twotower.evaluation.over_ranks import over_ranks
 from twotower.evaluation.towers import TowerRanker
 from twotower.ranks import Ranks
 from twotower.towers import build_towers
-from twotower.towers.shards import shared_tables
 from twotower.training import TableOptimizer, batch_loss
 from twotower.training.exchange import GradientExchange
 from twotower.training.gathering import gathered_loss
 from twotower.training.optimizers import parameter_groups
+from twotower.training.placement import place_tables
 from twotower.training.randomness import draws_of
 
 pytestmark = pytest.mark.timeout(1000)  # a busy machine
@@ -98,10 +97,11 @@ def split():
 def work(case, ranks):
     """What a rank ranks for the test questions with the first weights; losses, gradients and state of a training."""
     data = split().train
-    config = Config.load(None, [*SETTINGS, *case.changes]).resolved(len(data))
+    placement = f"training.table_placement={'row-wise' if case.shared else 'replicated'}"
+    config = Config.load(None, [*SETTINGS, *case.changes, placement]).resolved(len(data))
     context = encode_features(config, data)["context"]
     torch.manual_seed(3)
-    with shared_tables(ranks) if case.shared else nullcontext():
+    with place_tables(config, data, ranks).applied():
         towers = build_towers(config, num_queries=data.num_queries, num_items=data.num_items, context=context)
     for module in towers.modules():
         if isinstance(module, nn.Embedding):

@@ -17,7 +17,8 @@ from twotower.planning import Rates, Workload, plan_scale, read_rates
 from twotower.ranks import Ranks
 from twotower.towers import build_towers
 from twotower.training import TableOptimizer
-from twotower.training.optimizers import parameter_groups
+from twotower.training.optimizers import fresh_state, parameter_groups
+from twotower.training.placement import place_tables
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -81,6 +82,7 @@ def test_exchanges_are_those_of_the_code(monkeypatch):
     monkeypatch.setattr("twotower.ranks._all_gather", gather)
     monkeypatch.setattr("twotower.ranks._reduce_scatter", scatter)
     monkeypatch.setattr(dist, "all_reduce", reduce)
+    monkeypatch.setattr("twotower.training.placement._least", lambda found, ranks: found)
     case = cases.CASES["mixed"]
     cases.train(case, Ranks(0, 2))
     # 20 steps; the plan's most is reached in none of them, for batches here have many copies of few items.
@@ -91,6 +93,36 @@ def test_exchanges_are_those_of_the_code(monkeypatch):
     assert 0.3 < per_step["gathered"] / gathered < 1.1
     assert 0.3 < per_step["scattered"] / planned["gradients of candidates"] / 1 < 1.3
     assert 0.5 < per_step["summed"] / planned["gradients of layers"] < 2.5
+
+
+@pytest.mark.parametrize(("layout", "placement"), [("row-wise",) * 2, ("column-wise",) * 2, ("table-wise", "by table")])
+def test_rows_of_tables_are_moved_as_planned(done_by_ranks, layout, placement):
+    """Each of two ranks looks up all items, and hands their gradients back; per row that it touches."""
+    found = [torch.load(done_by_ranks / f"moved.{placement}.2.{rank}.pt") for rank in range(2)]
+    work = Workload(items=60, dimension=8, batch=12, ranks=2, history=5, sampled=15, hidden=(12,), layout=layout)
+    planned = plan_scale(work, RATES).exchanged
+    for name, what in (("rows of tables", "rows"), ("gradients of rows", "gradients")):
+        most = max(one[what] for one in found)
+        assert most / cases.NUM_ITEMS == pytest.approx(planned[name] / work.touched), name
+
+
+@pytest.mark.parametrize("rule", ["adam", "rowwise-adagrad"])
+@pytest.mark.parametrize("layout", ["replicated", "row-wise", "column-wise", "table-wise"])
+def test_tables_of_a_rank_are_those_planned(monkeypatch, layout, rule):
+    monkeypatch.setattr("twotower.training.placement._least", lambda found, ranks: found)
+    data, held = cases.interactions(), []
+    told = [f"training.table_placement={layout}", f"training.table_optimizer={rule}", "item_tower.dimension=8"]
+    config = cases.Config.load(None, [*told, "query_tower.id_embedding=true"])
+    for rank in range(4):
+        with place_tables(config, data, Ranks(rank, 4)).applied():
+            towers = build_towers(config, num_queries=data.num_queries, num_items=data.num_items)
+        tables = [m.weight for m in towers.modules() if isinstance(m, torch.nn.Embedding)]
+        state = [fresh_state(table, rule) for table in tables]
+        numbers = sum(value.nbytes for one in state for key, value in one.items() if key != "step")
+        held.append((sum(table.nbytes for table in tables), numbers))
+    work = Workload(items=60, queries=40, dimension=8, batch=12, ranks=4, layout=layout, optimizer=rule)
+    memory = plan_scale(work, RATES).memory
+    assert (memory["tables"], memory["optimizer state"]) == max(held)
 
 
 def test_what_grows_and_what_is_shared():

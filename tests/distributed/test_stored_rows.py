@@ -10,7 +10,7 @@ from torch import nn
 from twotower.errors import InputError
 from twotower.ranks import Ranks
 from twotower.stored_rows import joined, stored_tensors
-from twotower.towers.shards import Part
+from twotower.towers.parts import Columns, Rows
 from twotower.training.checkpoints import SafeCheckpointIO
 from twotower.training.continuing import grown_rows
 from twotower.training.opened import open_checkpoint
@@ -93,14 +93,16 @@ def test_parts_of_a_grown_table_are_the_whole_and_read_no_other_rows(tmp_path, s
     assert torch.equal(whole, expected) and not torch.equal(whole, fresh)
     to = torch.cat([new_codes, torch.tensor([total - 1])])
     for rank in range(size):
-        part = Part(Ranks(rank, size), total)
-        own, asked = fresh[part.own].clone(), Asked(stored)
-        grown_rows(own, asked, new_codes, part)
-        assert torch.equal(own, expected[part.own])
-        assert torch.equal(asked.asked, (to >= part.own.start) & (to < part.own.stop))
+        ranks = Ranks(rank, size)
+        for part in (Rows(ranks, total), Rows(ranks, total, 1), Columns(ranks, total, 3)):
+            rows, columns = part.place(3)
+            own, asked = fresh[rows, columns].clone(), Asked(stored)
+            grown_rows(own, asked, new_codes, part)
+            assert torch.equal(own, expected[rows, columns])
+            assert torch.equal(asked.asked, (to >= rows.start) & (to < rows.stop))
 
 
-@pytest.mark.parametrize("kept", ["adam.2.ckpt", "rowwise-adagrad.3.ckpt"])
+@pytest.mark.parametrize("kept", ["adam.row-wise.2.ckpt", "rowwise-adagrad.column-wise.3.ckpt", "adam.by table.2.ckpt"])
 def test_an_opened_checkpoint_of_ranks_is_the_one_that_is_read(done_by_ranks, tmp_path, kept):
     read, opened = SafeCheckpointIO().load_checkpoint(done_by_ranks / kept), open_checkpoint(done_by_ranks / kept)
     assert opened["state_dict"].keys() == read["state_dict"].keys()
@@ -113,7 +115,9 @@ def test_an_opened_checkpoint_of_ranks_is_the_one_that_is_read(done_by_ranks, tm
     assert all(torch.equal(found[n][name][...], value) for n in expected for name, value in expected[n].items())
     shutil.copytree(done_by_ranks / kept, tmp_path / kept)
     sorted((tmp_path / kept / "tables").iterdir())[-1].unlink()
-    with pytest.raises(InputError, match=rf"{kept}: not a readable checkpoint .* of the \d+ rows of .* is missing"):
+    with pytest.raises(
+        InputError, match=rf"{kept}: not a readable checkpoint .* of the \d+ (rows|columns) of .* is missing"
+    ):
         open_checkpoint(tmp_path / kept)
 
 

@@ -19,7 +19,7 @@ from twotower.index.merging import merge_best
 from twotower.ranks import Ranks
 from twotower.serving import Artifact
 from twotower.towers import EmbeddingTable
-from twotower.towers.shards import BLOCK, Part, fill_normal, shared_tables
+from twotower.towers.parts import BLOCK, Columns, Rows, fill_normal, placed_tables
 from twotower.training.checkpoints import SafeCheckpointIO
 from twotower.training.placement import place_tables
 
@@ -34,77 +34,95 @@ def test_parts_of_a_table_start_as_the_whole(rows, width):
     after = torch.rand(2)
     for size in (2, 3, 7):
         for rank in range(size):
-            part = Part(Ranks(rank, size), rows)
-            torch.manual_seed(2)
-            own = torch.empty(len(part), width)
-            fill_normal(own, 0.3, part)
-            assert torch.equal(own, whole[part.own])
-            assert torch.equal(torch.rand(2), after)
+            ranks = Ranks(rank, size)
+            for part in (Rows(ranks, rows), Columns(ranks, rows, width), Rows(ranks, rows, size - 1)):
+                expected = whole[part.place(width)]
+                torch.manual_seed(2)
+                own = torch.full(expected.shape, torch.nan)
+                fill_normal(own, 0.3, part)
+                assert torch.equal(own, expected)
+                assert torch.equal(torch.rand(2), after)
 
 
-def test_parts_are_all_rows_once():
+def test_parts_are_the_whole_once():
     for rows in (0, 1, 2, 4, 7, 100):
         for size in (2, 3, 5):
-            owned = [Part(Ranks(rank, size), rows).own for rank in range(size)]
-            assert [code for own in owned for code in range(own.start, own.stop)] == list(range(rows))
+            for made in (
+                lambda ranks, n=rows: Rows(ranks, n),
+                lambda ranks, n=rows: Columns(ranks, n, 7),
+                lambda ranks, n=rows: Rows(ranks, n, 1),
+            ):
+                held = torch.zeros(rows, 7)
+                for rank in range(size):
+                    held[made(Ranks(rank, size)).place(7)] += 1
+                assert bool((held == 1).all())
 
 
 def test_a_row_that_was_not_fetched_is_not_looked_up():
-    with shared_tables(Ranks(1, 2)):
-        table, whole = EmbeddingTable(10, 4), EmbeddingTable(10, 4, whole=True)
-    assert table.weight.shape == (5, 4) and whole.weight.shape == (10, 4)
+    ranks = Ranks(1, 2)
+    with placed_tables({"item": Rows(ranks, 10), "query": Columns(ranks, 10, 4)}):
+        table, whole = EmbeddingTable(10, 4, name="item"), EmbeddingTable(10, 4)
+        columns = EmbeddingTable(10, 4, name="query")
+        with pytest.raises(ValueError, match="placed with 10 rows, made with 11"):
+            EmbeddingTable(11, 4, name="item")
+    assert table.weight.shape == (5, 4) and whole.weight.shape == (10, 4) and columns.weight.shape == (10, 2)
     with torch.no_grad():
         assert torch.equal(table(torch.tensor([5, 9])), table.weight[[0, 4]])
         with pytest.raises(RuntimeError, match="before they were fetched"):
             table(torch.tensor([4]))
     with pytest.raises(RuntimeError, match="before they were fetched"):
         table(torch.tensor([5]))  # a gradient would be lost
-    with shared_tables(Ranks(1, 2), above=10):
-        assert EmbeddingTable(10, 4).part is None
-    assert EmbeddingTable(10, 4).part is None
+    with torch.no_grad(), pytest.raises(RuntimeError, match="before they were fetched"):
+        columns(torch.tensor([5]))
+    assert EmbeddingTable(10, 4, name="item").part is None
 
 
+@pytest.mark.parametrize("placement", tables.PLACEMENTS)
 @pytest.mark.parametrize("rule", ["adam", "rowwise-adagrad"])
 @pytest.mark.parametrize("size", [2, 3])
-def test_one_process_reads_a_checkpoint_of_several(done_by_ranks, rule, size):
+def test_one_process_reads_a_checkpoint_of_several(done_by_ranks, rule, placement, size):
     towers = tables.model(Ranks())
     expected = tables.tensors(tables.checkpoint(towers, tables.optimizer(towers, rule)))
-    kept = done_by_ranks / f"{rule}.{size}.ckpt"
+    kept = done_by_ranks / f"{rule}.{placement}.{size}.ckpt"
     found = tables.tensors(SafeCheckpointIO().load_checkpoint(kept))
     assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert all(tables.is_same(found[name], value) for name, value in expected.items())
     files = sorted((kept / "tables").iterdir())
-    tables_and_state = 2 * (3 if rule == "adam" else 2)
-    assert len(files) == size * tables_and_state and all(file.suffix == ".safetensors" for file in files)
+    tables_and_state = 3 if rule == "adam" else 2
+    writers = size + (1 if placement == "by table" else size)
+    assert len(files) == writers * tables_and_state and all(file.suffix == ".safetensors" for file in files)
     whole = load_file(kept / "tensors.safetensors")
     assert all(len(value) != cases.NUM_ITEMS for value in whole.values() if value.ndim)
 
 
-def test_a_checkpoint_without_a_part_is_an_error_that_names_it(done_by_ranks, tmp_path):
+@pytest.mark.parametrize("placement", tables.PLACEMENTS)
+def test_a_checkpoint_without_a_part_is_an_error_that_names_it(done_by_ranks, tmp_path, placement):
     import shutil
 
     kept = tmp_path / "last.ckpt"
-    shutil.copytree(done_by_ranks / "adam.3.ckpt", kept)
+    shutil.copytree(done_by_ranks / f"adam.{placement}.3.ckpt", kept)
     next((kept / "tables").iterdir()).unlink()
-    with pytest.raises(InputError, match=r"last.ckpt: not a readable checkpoint.*of the \d+ rows.*train again"):
+    with pytest.raises(InputError, match=r"last.ckpt: not a readable checkpoint.*of the [\d,]+ numbers.*train again"):
         SafeCheckpointIO().load_checkpoint(kept)
 
 
+@pytest.mark.parametrize("placement", tables.PLACEMENTS)
 @pytest.mark.parametrize("size", [2, 3])
-def test_a_search_by_parts_is_that_of_one_process(done_by_ranks, size):
+def test_a_search_by_parts_is_that_of_one_process(done_by_ranks, size, placement):
     alone = tables.ranked_alone()
     for rank in range(size):
-        found = torch.load(done_by_ranks / f"searched.{size}.{rank}.pt", weights_only=False)
+        found = torch.load(done_by_ranks / f"searched.{placement}.{size}.{rank}.pt", weights_only=False)
         assert torch.equal(found["few"], alone["few"]) and torch.equal(found["all"], alone["all"])
         assert found["measured"] == pytest.approx(alone["measured"], abs=1e-6, nan_ok=True)
 
 
+@pytest.mark.parametrize("placement", tables.PLACEMENTS)
 @pytest.mark.parametrize("size", [2, 3])
-def test_negatives_mined_by_parts_are_those_of_one_process(done_by_ranks, size):
+def test_negatives_mined_by_parts_are_those_of_one_process(done_by_ranks, size, placement):
     expected = tables.mined(tables.with_ties(tables.model(Ranks())))
     assert bool((expected >= 0).all())
     for rank in range(size):
-        assert torch.equal(torch.load(done_by_ranks / f"mined.{size}.{rank}.pt"), expected)
+        assert torch.equal(torch.load(done_by_ranks / f"mined.{placement}.{size}.{rank}.pt"), expected)
 
 
 def test_merging_is_one_index(rng=0):
@@ -119,12 +137,13 @@ def test_merging_is_one_index(rng=0):
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
+@pytest.mark.parametrize("placement", tables.PLACEMENTS)
 @pytest.mark.parametrize("size", [2, 3])
-def test_a_model_written_by_parts_is_that_of_one_process(done_by_ranks, tmp_path, size):
+def test_a_model_written_by_parts_is_that_of_one_process(done_by_ranks, tmp_path, size, placement):
     towers = tables.with_ties(tables.model(Ranks()))
     alone = tables.artifact(towers, towers.item_embeddings())
     alone.save(tmp_path / "alone")
-    written = done_by_ranks / f"model-{size}"
+    written = done_by_ranks / f"model.{placement}.{size}"
     for name in ("towers.safetensors", "items.safetensors"):
         found, expected = load_file(written / name), load_file(tmp_path / "alone" / name)
         assert found.keys() == expected.keys()
@@ -135,11 +154,16 @@ def test_a_model_written_by_parts_is_that_of_one_process(done_by_ranks, tmp_path
         assert torch.equal(read.towers.state_dict()[name], value), name
 
 
-def test_who_shares_is_decided_by_size(monkeypatch):
-    data = cases.interactions()
-    each = (cases.NUM_ITEMS + cases.NUM_QUERIES) * 8 * 4 * 3  # Adam
+def told(placement):
+    return f"training.table_placement={placement}"
 
-    def placed(available, *changes, size=1):
+
+@pytest.fixture
+def placed(monkeypatch):
+    """Where the tables go with so much memory left."""
+    data = cases.interactions()
+
+    def place(available, *changes, size=1):
         ranks = Ranks(0, size)
         monkeypatch.setattr(machine, "memory", lambda processes=1: machine.Memory(None, available, None, None, None))
         monkeypatch.setattr("twotower.training.placement._least", lambda found, ranks: found)
@@ -147,15 +171,41 @@ def test_who_shares_is_decided_by_size(monkeypatch):
         config = cases.Config.load(None, ["item_tower.dimension=8", "query_tower.id_embedding=true", *changes])
         return place_tables(config, data, ranks)
 
-    row_wise = "training.table_placement=row-wise"
-    assert placed(each, size=2).above == 50  # whole tables would take all
-    assert placed(3 * each, size=2).above is None
-    assert placed(3 * each, row_wise, size=2).above == 0
-    assert placed(3 * each, row_wise).above is None  # alone
-    assert placed(None, size=2).above is None
+    return place
+
+
+def test_who_shares_is_decided_by_size(placed):
+    each = (cases.NUM_ITEMS + cases.NUM_QUERIES) * 8 * 4 * 3  # Adam
+    assert placed(each, size=2).parts == {"item": Rows(Ranks(0, 2), cases.NUM_ITEMS)}  # whole tables would take all
+    for available, words in ((3 * each, ()), (None, ()), (3 * each, (told("row-wise"),))):
+        size = 1 if words else 2  # a process alone has whole tables
+        assert placed(available, *words, size=size).parts == {}
+    assert placed(each, told("{query: replicated}"), size=2).parts.keys() == {"item"}
     with pytest.raises(InputError, match=r"tables of 100 rows.*several processes that share the rows.*row-wise"):
         placed(each - 1)
     with pytest.raises(InputError, match="expected training.table_placement=row-wise"):
-        placed(each - 1, "training.table_placement=replicated", size=2)
-    with pytest.raises(InputError, match=r"a W-th of tables.*more processes"):
-        placed(each // 2 - 1, row_wise, size=2)
+        placed(each - 1, told("replicated"), size=2)
+    with pytest.raises(InputError, match=r"a rank's part of tables.*more processes"):
+        placed(each // 2 - 1, told("row-wise"), size=2)
+    # On one rank each the larger one needs more than half.
+    largest = cases.NUM_ITEMS * 8 * 4 * 3
+    assert placed(largest, told("table-wise"), size=2).parts.keys() == {"item", "query"}
+    with pytest.raises(InputError, match=r"a rank's part of tables"):
+        placed(largest - 1, told("table-wise"), size=2)
+
+
+def test_the_settings_say_where_each_table_goes(placed):
+    ranks, items, queries = Ranks(0, 2), cases.NUM_ITEMS, cases.NUM_QUERIES
+    everything = {"item": items, "history": items, "query": queries}
+    own = cases.OWN_HISTORY
+    found = placed(None, own, told("column-wise"), size=2).parts
+    assert found == {name: Columns(ranks, rows, 8) for name, rows in everything.items()}
+    found = placed(None, own, told("table-wise"), size=2).parts
+    # The largest first, to the emptiest rank: history, item, then query beside either.
+    assert found == {name: Rows(ranks, rows, int(name == "item")) for name, rows in everything.items()}
+    found = placed(None, own, told("{item: row-wise, query: table-wise}"), size=2).parts
+    assert found == {"item": Rows(ranks, items), "query": Rows(ranks, queries, 0)}
+    with pytest.raises(InputError, match=r"no table 'items'; this model's id tables: item, query$"):
+        placed(None, told("{items: row-wise}"), size=2)
+    with pytest.raises(InputError, match=r"table_placement.*'by-row'"):
+        placed(None, told("by-row"))

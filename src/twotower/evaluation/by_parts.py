@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -16,7 +19,8 @@ from twotower.index.ties import tie_order
 from twotower.ranks import Ranks
 from twotower.towers import TwoTower
 from twotower.towers.lookups import rows_at_hand
-from twotower.towers.shards import Part, fetch_rows
+from twotower.towers.parts import Rows
+from twotower.towers.shards import ask, fetch_rows
 
 #: Queries searched at once over all ranks, and items embedded at once.
 BLOCK = 4096
@@ -42,7 +46,7 @@ class ShardedRanker:
 
     def __init__(self, towers: TwoTower, history_length: int, ranks: Ranks) -> None:
         self.towers, self.ranks = towers, ranks
-        self.part = Part(ranks, towers.item_tower.num_items)
+        self.part = Rows(ranks, towers.item_tower.num_items)
         self._order = tie_order(len(self.part), self.part.own.start)
         self.embeddings = own_item_embeddings(towers, self.part, self._order)
         self.queries = TowerRanker(towers, history_length, self.embeddings)
@@ -72,8 +76,8 @@ class ShardedRanker:
     def embeddings_of(self, items: NDArray[np.int64]) -> Tensor:
         """Embeddings of items, float32 [n, D], from the ranks that hold them; collective, the same items on all."""
         codes = torch.from_numpy(items).to(self.embeddings.device)
-        place = torch.argsort(self._order).to(codes.device)
-        at_hand = fetch_rows(self.embeddings, self.part, codes, place)
+        asked, place = ask(self.part, codes), torch.argsort(self._order).to(codes.device)
+        at_hand = fetch_rows(self.embeddings, self.part, replace(asked, given=place[asked.given]))
         return at_hand.rows.detach()[at_hand.place(codes)]
 
     @torch.no_grad()
@@ -107,8 +111,10 @@ class ShardedRanker:
 
 
 @torch.no_grad()
-def own_item_embeddings(towers: TwoTower, part: Part, order: Tensor | None = None) -> Tensor:
-    """Embeddings of this rank's part of the items, float32 [n, D]; nothing is exchanged: their rows are here too.
+def own_item_embeddings(towers: TwoTower, part: Rows, order: Tensor | None = None) -> Tensor:
+    """Embeddings of this rank's part of the items, float32 [n, D]; collective.
+
+    Where the table of items lies by rows, those of the part are here; otherwise they are fetched, a block at a time.
 
     Args:
         towers: the model.
@@ -119,8 +125,12 @@ def own_item_embeddings(towers: TwoTower, part: Part, order: Tensor | None = Non
     towers.eval()
     codes = part.own.start + (torch.arange(len(part)) if order is None else order).to(device)
     embedded = torch.empty(len(part), towers.item_tower.dimension, device=device)
-    for rows, block in zip(torch.split(embedded, BLOCK), torch.split(codes, BLOCK), strict=True):
-        rows.copy_(towers.embed_items(block))
+    table = towers.item_tower.ids
+    is_here = table is None or table.part is None or table.part == part
+    for begin in range(0, len(part) if is_here else part.bounds[1], BLOCK):  # else as many as the rank with most
+        rows = slice(begin, begin + BLOCK)
+        with nullcontext() if is_here else rows_at_hand(towers, items=codes[rows]):
+            embedded[rows] = towers.embed_items(codes[rows])
     towers.train(was_training)
     return embedded
 

@@ -34,7 +34,7 @@ from twotower.schema import IdValues
 from twotower.serving import Artifact, Retriever
 from twotower.towers import TwoTower, build_towers
 from twotower.towers.lookups import shared_tables_of
-from twotower.towers.shards import Part
+from twotower.towers.parts import Rows
 
 if TYPE_CHECKING:
     from twotower.training import FitResult
@@ -273,5 +273,5 @@ def _artifact(config: Config, split: Split, towers: TwoTower, result: FitResult)
 def _item_embeddings(towers: TwoTower) -> Tensor:
     """Those of all items, or of this rank's part of them where the ranks share the tables."""
     if shared_tables_of(towers):
-        return own_item_embeddings(towers, Part(Ranks.current(), towers.item_tower.num_items))
+        return own_item_embeddings(towers, Rows(Ranks.current(), towers.item_tower.num_items))
     return towers.item_embeddings()

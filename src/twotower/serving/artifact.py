@@ -48,6 +48,7 @@ from twotower.shared_files import save_rows, write_folder
 from twotower.stored_rows import stored_tensors
 from twotower.towers import TwoTower, build_towers
 from twotower.towers.lookups import shared_tables_of
+from twotower.towers.shards import run_of_rows
 from twotower.towers.tables import tables_without_memory
 
 SCHEMA_VERSION = 1
@@ -119,18 +120,18 @@ class Artifact:
 
     def _write_rows(self, folder: Path, ranks: Ranks) -> None:
         """The two large files, to which every rank adds its own rows: nobody has the whole of them."""
-        tables = {id(table.weight): table for table in shared_tables_of(self.towers)}
+        parts = {id(table.weight): table.part for table in shared_tables_of(self.towers)}
         names: dict[int, str] = {}
         others: dict[str, str] = {}  # a tensor with two names is written under the first, as `save_model` does
         rows: dict[str, int] = {}
-        for name, tensor in sorted(self.towers.state_dict(keep_vars=True).items()):
+        state = self.towers.state_dict(keep_vars=True)
+        for name, tensor in sorted(state.items()):
             first = names.setdefault(id(tensor), name)
             if first != name:
                 others[name] = first
-            elif id(tensor) in tables:
-                rows[name] = tables[id(tensor)].num_embeddings
-        state = self.towers.state_dict()
-        kept = {name: state[name] for name in sorted(names.values())}
+            elif (part := parts.get(id(tensor))) is not None:
+                rows[name] = part.rows
+        kept = {name: run_of_rows(state[name].detach(), parts.get(id(state[name]))) for name in sorted(names.values())}
         save_rows(folder / "towers.safetensors", kept, rows, ranks, others)
         items = {"embeddings": self.item_embeddings.float(), "counts": self.item_counts}
         save_rows(folder / ITEMS, items, {"embeddings": len(self.item_counts)}, ranks)

@@ -54,7 +54,7 @@ def build_towers(
                 )
     item_inputs = None if item_features is None else FeatureInputs(item_features, dimension)
 
-    def new_item_tower() -> ItemTower:
+    def new_item_tower(table: str) -> ItemTower:
         return ItemTower(
             num_items,
             dimension,
@@ -66,9 +66,10 @@ def build_towers(
             trained=trained_items,
             residual=item.residual,
             layer_norm=item.layer_norm,
+            table=table,
         )
 
-    item_tower = new_item_tower()
+    item_tower = new_item_tower("item")
     sequence = None if query.history is None else query.history.sequence
     history = None
     history_items: nn.Embedding | ItemTower | None = None
@@ -76,9 +77,10 @@ def build_towers(
         if sequence is None:
             history = PooledHistory(query.history.length, query.history.heads, dropout=query.history.dropout)
         if query.history.item_features:
-            history_items = item_tower if query.history.share_table else new_item_tower()
+            history_items = item_tower if query.history.share_table else new_item_tower("history")
         else:
-            history_items = item_tower.ids if query.history.share_table else EmbeddingTable(num_items, dimension)
+            shares = query.history.share_table
+            history_items = item_tower.ids if shares else EmbeddingTable(num_items, dimension, name="history")
         if history_items is None:
             raise InputError(
                 "query_tower.history.share_table: item_tower.id_embedding: false leaves no table to share; "

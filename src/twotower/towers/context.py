@@ -122,7 +122,7 @@ class Beside(KnowsQueries):
         layer_norm: bool = False,
     ) -> None:
         super().__init__()
-        self.ids = EmbeddingTable(num_queries, dimension) if num_queries else None
+        self.ids = EmbeddingTable(num_queries, dimension, name="query") if num_queries else None
         self.features = features
         self.context = context
         width = dimension * (1 + bool(num_queries)) + sum(part.width for part in (features, context) if part)

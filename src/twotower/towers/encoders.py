@@ -99,7 +99,7 @@ class QueryTower(KnowsQueries):
         super().__init__()
         if (history is None) != (history_items is None):
             raise ValueError("a history needs a table of items, and a table a history")
-        self.ids = EmbeddingTable(num_queries, dimension) if num_queries else None
+        self.ids = EmbeddingTable(num_queries, dimension, name="query") if num_queries else None
         self.history = history
         self.history_items = history_items
         heads = 0 if history is None else history.heads

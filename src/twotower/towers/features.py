@@ -131,7 +131,7 @@ def auto_width(size: int, dimension: int) -> int:
 
 def _vectors(encoder: Encoder, width: int) -> EmbeddingTable:
     """A table whose missing and unknown rows start at zero: what training never shows must say nothing."""
-    table = EmbeddingTable(encoder.size, width, whole=True)
+    table = EmbeddingTable(encoder.size, width)
     with torch.no_grad():
         table.weight[MISSING] = 0.0
         if getattr(getattr(encoder, "values", None), "known", None) is not None:

@@ -32,6 +32,7 @@ class ItemTower(nn.Module):
         trained: items that occur in training, bool [N]; None: all.
         residual: add e to the output, and skip connections around the hidden layers.
         layer_norm: before the activations.
+        table: what placements call the table of ids.
 
     Raises:
         ValueError: neither ids nor features; id dropout without features.
@@ -52,13 +53,14 @@ class ItemTower(nn.Module):
         trained: Tensor | None = None,
         residual: bool = False,
         layer_norm: bool = False,
+        table: str = "item",
     ) -> None:
         super().__init__()
         if features is None and (id_dropout > 0 or not id_embedding):
             raise ValueError("an item tower without features needs its ids")
         self.num_items = num_items
         self.dimension = dimension
-        self.ids = EmbeddingTable(num_items, dimension) if id_embedding else None
+        self.ids = EmbeddingTable(num_items, dimension, name=table) if id_embedding else None
         self.features = features
         self.id_dropout = id_dropout
         self.residual = residual

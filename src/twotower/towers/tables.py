@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twotower.process import advise_huge_pages
-from twotower.towers.shards import RowsAtHand, fetch_rows, fill_normal, part_of
+from twotower.towers.parts import Columns, fill_normal, part_of
+from twotower.towers.shards import RowsAtHand, ask, fetch_rows
 
 #: Tables with more rows than this get sparse gradients, so that a step's cost does not grow with the catalog. Below,
 #: a dense gradient is cheaper than sorting the ids that a step touched.
@@ -37,32 +38,35 @@ class EmbeddingTable(nn.Embedding):
     Its gradient is sparse above 100,000 rows. The memory of a large table is asked for in pages of 2 MiB, where the
     system has them: rows far apart are then found faster.
 
-    Made inside `shared_tables` it holds this rank's part of the rows alone (`part`), and `fetch` has to come before a
-    lookup; without it a rank finds its own rows, and no others.
+    Made inside `placed_tables` under a name that is placed there, it holds this rank's part alone (`part`), and `fetch`
+    has to come before a lookup; without it a rank finds its own rows, and no others.
 
     Args:
         rows: number of codes.
         dimension: D.
         scale: standard deviation of the start; with it unset 1/sqrt(D), so that vectors start with length 1.
-        whole: never by parts.
+        name: what placements call it; a table without a name is whole on every rank.
     """
 
-    def __init__(self, rows: int, dimension: int, *, scale: float | None = None, whole: bool = False) -> None:
-        part = None if whole else part_of(rows)
-        held = rows if part is None else len(part)
-        weight = torch.empty(held, dimension, device=None if _in_memory.get() else "meta")
+    def __init__(self, rows: int, dimension: int, *, scale: float | None = None, name: str | None = None) -> None:
+        part = part_of(name, rows)
+        held = (rows, dimension)
+        if part is not None:
+            place = part.place(dimension)
+            held = (place[0].stop - place[0].start, place[1].stop - place[1].start)
+        weight = torch.empty(held, device=None if _in_memory.get() else "meta")
         if weight.device.type == "cpu":
             advise_huge_pages(weight.data_ptr(), weight.nbytes)  # before it is written to
-        super().__init__(held, dimension, sparse=rows > SPARSE_ABOVE, _weight=weight)
-        self.num_embeddings = rows
-        self.part = part
+        super().__init__(*held, sparse=rows > SPARSE_ABOVE, _weight=weight)
+        self.num_embeddings, self.embedding_dim = rows, dimension
+        self.name, self.part = name, part
         self.at_hand: RowsAtHand | None = None
         fill_normal(self.weight, dimension**-0.5 if scale is None else scale, self.part)
 
     def fetch(self, codes: Tensor) -> None:
         """Have these rows at hand until `release`; collective, and nothing where the table is whole."""
         if self.part is not None:
-            self.at_hand = fetch_rows(self.weight, self.part, codes)
+            self.at_hand = fetch_rows(self.weight, self.part, ask(self.part, codes))
 
     def release(self) -> None:
         """Let go of what was fetched."""
@@ -72,23 +76,24 @@ class EmbeddingTable(nn.Embedding):
         """Codes int64 [...] -> float32 [..., D], whatever the rows are stored in.
 
         Raises:
-            RuntimeError: a part of a table, and a row that this rank neither holds nor has fetched.
+            RuntimeError: a part of a table, and a row that this rank neither holds whole nor has fetched.
         """
         if self.at_hand is not None:
             return F.embedding(self.at_hand.place(input), self.at_hand.rows)
         if self.part is not None:
             own = self.part.own
-            if torch.is_grad_enabled() or (input.numel() and not own.start <= input.min() <= input.max() < own.stop):
+            is_here = not input.numel() or own.start <= input.min() <= input.max() < own.stop
+            if torch.is_grad_enabled() or isinstance(self.part, Columns) or not is_here:
                 raise RuntimeError("rows of a shared table are looked up before they were fetched")
             input = input - own.start  # noqa: A001
         embedded = super().forward(input)
         return embedded.float() if embedded.dtype == torch.bfloat16 else embedded
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *told: Any) -> None:
-        """Of a table that was saved whole a part takes its own rows."""
+        """Of a table that was saved whole a rank takes its part."""
         saved = state_dict.get(f"{prefix}weight")
-        if self.part is not None and saved is not None and len(saved) == self.part.rows != len(self.part):
-            state_dict = {**state_dict, f"{prefix}weight": saved[self.part.own]}
+        if self.part is not None and saved is not None:
+            state_dict = {**state_dict, f"{prefix}weight": self.part.cut(saved)}
         super()._load_from_state_dict(state_dict, prefix, *told)
 
     def to_bfloat16(self) -> None:

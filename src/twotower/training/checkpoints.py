@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from twotower.errors import InputError
 from twotower.files import whole_folder
 from twotower.ranks import Ranks
 from twotower.shared_files import write_folder
+from twotower.towers.parts import Part
 from twotower.training.background import Background
 from twotower.training.encoding import Encoder, decode, parts_in
 from twotower.training.table_parts import FOLDER, PartOf, load_parts, save_parts
@@ -28,18 +29,18 @@ from twotower.training.table_parts import FOLDER, PartOf, load_parts, save_parts
 class SafeCheckpointIO(CheckpointIO):
     """Lightning's checkpoints as `state.json` (structure, numbers, strings) beside `tensors.safetensors`.
 
-    Rows of tables that ranks share stand beside them in `tables/`, a file for each rank (table_parts.py); what is
+    Parts of tables that ranks share stand beside them in `tables/`, in files of each rank (table_parts.py); what is
     marked as such (`PartOf`) is written and read by all ranks together, and everything else by the first alone.
 
     Written in the background, a checkpoint is that of the step at which it was asked for: `save_checkpoint` copies the
     state, on a CPU, and returns. One is written at a time, so there is one copy; the next `save_checkpoint`, a load and
-    `wait` come after it, and raise what it has failed with. torch's `async_save` is the same thread around the rows of
+    `wait` come after it, and raise what it has failed with. torch's `async_save` is the same thread around the
     tables alone; here the whole folder has to appear at once, with what the first rank writes beside them.
 
     Args:
         ranks: the processes of the run; a process alone where None.
-        shared: N of the tables that they hold by parts. Of any other table in `tables/` every rank reads all rows.
-        in_background: write while training goes on. Collective where there are `shared`: the ranks then have a process
+        parts: the tables that they hold by parts, by name. Any other table in `tables/` every rank reads whole.
+        in_background: write while training goes on. Collective where there are `parts`: the ranks then have a process
             group of their own for it, whose exchanges do not meet those of the steps.
         timeout: seconds that an exchange of this group waits for the others.
     """
@@ -47,15 +48,15 @@ class SafeCheckpointIO(CheckpointIO):
     def __init__(
         self,
         ranks: Ranks | None = None,
-        shared: Collection[int] = (),
+        parts: Mapping[str, Part] | None = None,
         *,
         in_background: bool = False,
         timeout: int = 600,
     ) -> None:
-        self.ranks, self.shared = ranks or Ranks(), frozenset(shared)
+        self.ranks, self.parts = ranks or Ranks(), dict(parts or {})
         self._background = Background() if in_background else None
         self._writers = self.ranks
-        if in_background and self.shared and self.ranks.size > 1:
+        if in_background and self.parts and self.ranks.size > 1:
             self._writers = Ranks.current(_own_group(self.ranks, timedelta(seconds=timeout)))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
@@ -66,7 +67,7 @@ class SafeCheckpointIO(CheckpointIO):
         """
         del storage_options
         self.wait()  # before anything is copied
-        state = Encoder(copies=self._background is not None, of_parts=bool(self.shared) and not self.ranks.is_first)
+        state = Encoder(copies=self._background is not None, of_parts=bool(self.parts) and not self.ranks.is_first)
         structure = state.encode(checkpoint, "checkpoint")
         if self._background is None:
             self._write(Path(path), structure, state.whole, state.parts)
@@ -135,9 +136,9 @@ class SafeCheckpointIO(CheckpointIO):
             structure = json.loads((source / "state.json").read_text(encoding="utf-8"))
             if only is not None:
                 structure = {"dict": [pair for pair in structure["dict"] if pair[0] == only]}
-            shapes = dict(parts_in(structure))
-            if shapes:
-                tensors |= load_parts(source / FOLDER, shapes, self.ranks, self.shared)
+            wanted = dict(parts_in(structure))
+            if wanted:
+                tensors |= load_parts(source / FOLDER, wanted, self.ranks, self.parts)
         except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"{source}: not a readable checkpoint ({error}); remove it and train again") from error
         checkpoint: dict[str, Any] = decode(structure, tensors)

@@ -17,7 +17,7 @@ from twotower.negatives import StreamingFrequency
 from twotower.stored_rows import RowSource
 from twotower.towers import FeatureInputs
 from twotower.towers.lookups import shared_tables_of
-from twotower.towers.shards import Part
+from twotower.towers.parts import Columns, Part
 from twotower.training.optimizers import TableOptimizer, fresh_state
 
 Side = Literal["queries", "items"]
@@ -85,7 +85,7 @@ def grow(model: nn.Module, state: Mapping[str, RowSource], rows: Mapping[str, Te
     """Put an old model's tensors into a freshly built larger one: kept rows of tables, everything else whole.
 
     Rows that the old model does not have stay as the fresh model has them. Rows beyond a vocabulary's, such as one for
-    padding, stand at the end of a table and are kept there. Of a table that ranks share, each takes its own new rows.
+    padding, stand at the end of a table and are kept there. Of a table that ranks share, each takes its part.
 
     Args:
         model: fresh; changed in place.
@@ -112,7 +112,7 @@ def grow(model: nn.Module, state: Mapping[str, RowSource], rows: Mapping[str, Te
 
 
 def parts_of(model: nn.Module) -> dict[int, Part]:
-    """Which rows this rank has of the tables that it shares, by `id` of their weight."""
+    """What this rank has of the tables that it shares, by `id` of their weight."""
     return {id(table.weight): table.part for table in shared_tables_of(model) if table.part is not None}
 
 
@@ -121,17 +121,18 @@ def grown_rows(own: Tensor, old: RowSource, rows: Tensor, part: Part | None = No
     """Kept rows of an old table into a new one; a mask of rows is joined instead of replaced.
 
     Args:
-        own: the new table, or this rank's rows of it; changed in place.
+        own: the new table, or this rank's part of it; changed in place.
         old: the whole old one, of which no other rows are read than those that are wanted.
         rows: new code of every old row, int64 [old N], -1 for one that has left.
-        part: which rows of the new table `own` has; all where None.
+        part: which part of the new table `own` is; all where None.
     """
-    total, first = (len(own), 0) if part is None else (part.rows, part.own.start)
+    total, first = (len(own), 0) if part is None else (part.rows, part.place(0)[0].start)
     extra = len(old) - len(rows)  # those at the end stay there
     to = torch.cat([rows, torch.arange(total - extra, total)])
     kept = ((to >= first) & (to < first + len(own))).nonzero().squeeze(1)
     for some in torch.split(kept, BLOCK_ROWS):
-        places, values = (to[some] - first).to(own.device), old[some].to(own.device, own.dtype)
+        places, values = (to[some] - first).to(own.device), old[some]
+        values = (part.cut(values) if isinstance(part, Columns) else values).to(own.device, own.dtype)
         own[places] = own[places] | values if own.dtype == torch.bool else values
 
 
@@ -149,7 +150,7 @@ def continue_optimizer(
         optimizer: of the new model, its groups as `parameter_groups` makes them.
         saved: the old optimizer's state dict.
         maps_of: map of rows by `id` of a parameter.
-        parts: which rows this rank has of those that are shared (`parts_of`).
+        parts: what this rank has of those that are shared (`parts_of`).
 
     Returns:
         How many parameters go on, and how many there are. One goes on afresh where the rule of its group has changed.

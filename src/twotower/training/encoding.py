@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twotower.training.table_parts import PartOf
+from twotower.training.table_parts import Kept, PartOf
 
 
 class Encoder:
@@ -24,7 +24,7 @@ class Encoder:
 
     Attributes:
         whole: tensors by name, on the CPU; no two of them share memory.
-        parts: rows of shared tables by name, on the CPU.
+        parts: parts of shared tables by name, on the CPU.
     """
 
     def __init__(self, *, copies: bool, of_parts: bool = False) -> None:
@@ -41,11 +41,11 @@ class Encoder:
             TypeError: something that JSON and safetensors do not hold.
         """
         if isinstance(value, PartOf):
-            name = self._named.setdefault(_identity(value.tensor), name)
+            name = self._named.setdefault((id(value),), name)  # not by its memory: several may have none here
             if name not in self.parts:
                 self.parts[name] = replace(value, tensor=_on_cpu(value.tensor, copy=self.copies))
-            shape, dtype = [value.part.rows, *value.tensor.shape[1:]], str(value.tensor.dtype).removeprefix("torch.")
-            return {"part": {"name": name, "shape": shape, "dtype": dtype}}
+            dtype = str(value.tensor.dtype).removeprefix("torch.")
+            return {"part": {"name": name, "shape": value.shape, "dtype": dtype, "table": value.table}}
         if isinstance(value, Tensor):
             name = self._named.setdefault(_identity(value), name) if value.numel() else name
             if name not in self.whole:
@@ -85,11 +85,11 @@ def decode(value: Any, tensors: Mapping[str, Any]) -> Any:
     return items if kind == "list" else tuple(items)
 
 
-def parts_in(value: Any) -> Iterator[tuple[str, tuple[list[int], torch.dtype]]]:
-    """Names, whole shapes and types of the parts of tables in an encoded state."""
+def parts_in(value: Any) -> Iterator[tuple[str, Kept]]:
+    """The parts of tables in an encoded state, by name."""
     if isinstance(value, dict) and "part" in value:
         told = value["part"]
-        yield told["name"], (told["shape"], getattr(torch, told["dtype"]))
+        yield told["name"], Kept(told["shape"], getattr(torch, told["dtype"]), told.get("table"))
     elif isinstance(value, dict | list):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from parts_in(inner)

@@ -19,9 +19,10 @@ class GradientExchange:
 
     Layers and small tables are reduced together in one flat buffer. A sparse gradient is exchanged as its rows,
     P_r of each rank, and their D numbers each: what travels depends on the rows that a step touched, not on the N rows
-    of the table. Of a table that ranks share, each row's gradient goes to the rank that holds it. torch's
-    DistributedDataParallel is not used: NCCL cannot reduce sparse gradients with other rows on each rank, and the
-    gradient cache embeds again inside the backward pass, which its hooks take for a second gradient.
+    of the table. Of a table that ranks share, each row's gradient goes to the rank that holds it, or a rank's columns
+    of it to that rank. torch's DistributedDataParallel is not used: NCCL cannot reduce sparse gradients with other rows
+    on each rank, and the gradient cache embeds again inside the backward pass, which its hooks take for a second
+    gradient.
 
     Which parameters have gradients is agreed upon in the first step: a rank without rows then knows what to send.
 
@@ -84,14 +85,14 @@ class GradientExchange:
         table.grad = _sparse(every[0], every[1], table.shape)
 
     def _hand_back(self, table: EmbeddingTable) -> None:
-        """The gradient of this rank's rows of a shared table, from all ranks that fetched them."""
-        at_hand, weight = table.at_hand, table.weight
+        """The gradient of this rank's part of a shared table, from all ranks that fetched its rows."""
+        at_hand, weight, part = table.at_hand, table.weight, table.part
         table.release()
         weight.grad = None
-        if at_hand is None:
+        if at_hand is None or part is None:
             return
         # No rows are a gradient as well: the optimizer counts the steps of a table, on all of its parts alike.
-        rows, values = hand_back(at_hand, self.ranks)
+        rows, values = hand_back(at_hand, part)
         if not table.sparse:  # as one process has it: dense Adam moves all rows of a small table in every step
             weight.grad = torch.zeros_like(weight).index_add_(0, rows, values)
             return

@@ -125,7 +125,7 @@ def fit_towers(
         Interrupted: Ctrl-C; `directory/checkpoints/last` holds the state to resume from.
     """
     ranks = Ranks.current()
-    shared = {table.num_embeddings for table in shared_tables_of(towers)}
+    parts = {table.name: table.part for table in shared_tables_of(towers) if table.name and table.part}
     last = directory / "checkpoints" / "last.ckpt"
     if resume and not last.exists():
         raise InputError(f"{last}: no checkpoint to resume from; train without --resume first")
@@ -148,7 +148,7 @@ def fit_towers(
         save_last=True,
         enable_version_counter=False,
     )
-    io = SafeCheckpointIO(ranks, shared, in_background=in_background, timeout=settings.exchange_timeout)
+    io = SafeCheckpointIO(ranks, parts, in_background=in_background, timeout=settings.exchange_timeout)
     stop = StopBetweenSteps(last, ranks, io.settle)
     callbacks: list[Callback] = [keep_best, history, _EpochOrder(batches), stop]
     if start is not None:

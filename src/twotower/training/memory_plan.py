@@ -19,6 +19,7 @@ from twotower.negatives import CrossBatchMemory, InBatch
 from twotower.ranks import Ranks
 from twotower.towers import TwoTower
 from twotower.towers.lookups import shared_tables_of
+from twotower.towers.parts import Rows
 from twotower.training.optimizers import state_dtype
 
 #: Sizes of float32 and int64.
@@ -38,7 +39,7 @@ class MemoryPlan:
         saving: on top of it when the best weights are read back.
         available: what the machine or the container has left; None where it does not tell.
         mapped: of the prepared data, read from files as it is needed; the system takes it back when memory is short.
-        shared: among how many ranks the rows of the id tables are divided; 1 for whole tables.
+        placed: where the id tables that ranks share are, in words; none for whole tables.
         state: what a checkpoint holds: of weights, their optimizer state and their average.
         in_background: whether checkpoints are written from a copy of the state while training goes on.
     """
@@ -49,7 +50,7 @@ class MemoryPlan:
     saving: dict[str, int]
     available: int | None
     mapped: int
-    shared: int = 1
+    placed: str = ""
     state: int = 0
     in_background: bool = False
 
@@ -72,10 +73,8 @@ class MemoryPlan:
     def __str__(self) -> str:
         """A few lines: what is held, the moments, the peak beside what is there, and what to do if it does not fit."""
         lines = [f"memory: {size(self.peak)} at most, of which held throughout: {listed(self.held)}"]
-        if self.shared > 1:
-            lines.append(
-                f"  id tables: rows divided among {self.shared} ranks (row-wise); each rank holds and ranks its own"
-            )
+        if self.placed:
+            lines.append(f"  id tables: {self.placed}; each rank ranks its own part of the items")
         for name, part in (("a step", self.step), ("ranking", self.ranking), ("reading back", self.saving)):
             lines.append(f"  {name} adds {size(sum(part.values()))}: {listed(part)}")
         if self.in_background:
@@ -152,11 +151,13 @@ def plan_memory(
         "tile": _tile(rows, candidates + own),
     }
     shared = shared_tables_of(towers)
-    count = shared[0].part.ranks.size if shared and shared[0].part is not None else 1
+    count = ranks.size if shared else 1
     if shared:
-        # Fetched rows, their gradient, one for each of two lookups; rows given to others and what comes back for them.
+        # Fetched rows, their gradient, one for each of two lookups; rows given to others and what comes back for them:
+        # as many, but on a rank that has all rows of a table.
         fetched = min(-(-embedded // count) + -(-rows // count) * (length + 1), data.num_items)
-        step["rows of shared tables"] = 7 * fetched * width * F4
+        gives_all = any(isinstance(table.part, Rows) and table.part.holder == ranks.rank for table in shared)
+        step["rows of shared tables"] = (4 + 3 * (count if gives_all else 1)) * fetched * width * F4
     catalog = -(-data.num_items // count) * width * F4
     ranking = {
         "gradients": step["gradients"],  # those of the last step are still there
@@ -172,7 +173,8 @@ def plan_memory(
     saving = {"best weights": in_tables}
     # What `select` took from the prepared data is in memory already, and so counted with the process.
     state = _saved(towers, objective) + held["optimizer state"] + held.get("average of the weights", 0)
-    plan = MemoryPlan(held, step, ranking, saving, found.available, _mapped(data), count, state)
+    placed = ", ".join(f"{table.name} {table.part}" for table in shared) + f", over {count} ranks" if shared else ""
+    plan = MemoryPlan(held, step, ranking, saving, found.available, _mapped(data), placed, state)
     return replace(plan, in_background=_is_in_background(plan, config, ranks))
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from twotower.errors import InputError
-from twotower.stored_rows import StoredRows, joined, stored_tensors
+from twotower.stored_rows import StoredColumns, StoredRows, joined, side_by_side, stored_tensors
 from twotower.training.encoding import decode, parts_in
 from twotower.training.table_parts import FOLDER
 
 
 def open_checkpoint(source: Path) -> dict[str, Any]:
-    """What `SafeCheckpointIO.load_checkpoint` gives, with `StoredRows` in place of tensors, whoever has written it.
+    """What `SafeCheckpointIO.load_checkpoint` gives, with tensors left in their files, whoever has written it.
 
     Raises:
         InputError: a file is missing or damaged.
@@ -23,23 +23,30 @@ def open_checkpoint(source: Path) -> dict[str, Any]:
     try:
         tensors, _ = stored_tensors(source / "tensors.safetensors")
         structure = json.loads((source / "state.json").read_text(encoding="utf-8"))
-        shapes = dict(parts_in(structure))
-        runs = _runs(source / FOLDER) if shapes else {}
-        tensors |= {name: joined(name, torch.Size(shape), runs.get(name, [])) for name, (shape, _) in shapes.items()}
+        kept = dict(parts_in(structure))
+        parts = _parts(source / FOLDER) if kept else {}
+        shared = {name: _whole(name, torch.Size(one.shape), parts.get(name, [])) for name, one in kept.items()}
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{source}: not a readable checkpoint ({error}); remove it, or train anew") from error
-    opened: dict[str, Any] = decode(structure, tensors)
+    opened: dict[str, Any] = decode(structure, {**tensors, **shared})
     return opened
 
 
-def _runs(folder: Path) -> dict[str, list[tuple[int, StoredRows]]]:
-    """Runs of rows of the shared tables, by name, from the files of all ranks."""
+def _whole(name: str, shape: torch.Size, parts: list[tuple[list[int], StoredRows]]) -> StoredRows | StoredColumns:
+    """One tensor from the parts of all ranks: runs of its rows, or of its columns."""
+    if any(rows.shape[1:] != shape[1:] for _, rows in parts):
+        return side_by_side(name, shape, [(offsets[1], rows) for offsets, rows in parts])
+    return joined(name, shape, [(offsets[0], rows) for offsets, rows in parts])
+
+
+def _parts(folder: Path) -> dict[str, list[tuple[list[int], StoredRows]]]:
+    """Parts of the shared tables, by name, from the files of all ranks, and where in the whole each begins."""
     from twotower.training.streamed_writer import OFFSETS, PLACE  # noqa: PLC0415  # torch.distributed.checkpoint: seconds
 
-    found: dict[str, list[tuple[int, StoredRows]]] = {}
+    found: dict[str, list[tuple[list[int], StoredRows]]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors, metadata = stored_tensors(file)
         place = json.loads(metadata[PLACE])
         for name, rows in tensors.items():
-            found.setdefault(name, []).append((place[name][OFFSETS][0], rows))
+            found.setdefault(name, []).append((place[name][OFFSETS], rows))
     return found

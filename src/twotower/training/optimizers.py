@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from twotower.errors import InputError
+from twotower.towers.lookups import shared_tables_of
+from twotower.towers.parts import Columns
 from twotower.training.rows import adagrad_rows, adam_rows, combine_rows
 
 #: What a parameter group may ask for.
@@ -26,10 +28,11 @@ class TableOptimizer(torch.optim.Optimizer):
 
     Duplicated rows of a sparse gradient are summed once (`combine_rows`), and no temporary is as large as a table: the
     cost of a step depends on the rows it touched, not on N. bfloat16 tables are moved in float32 and rounded
-    stochastically; their state is float32.
+    stochastically; their state is float32. A step with row-wise Adagrad is collective where a table lies by columns.
 
     Args:
-        params: parameters or parameter groups; see `parameter_groups`.
+        params: parameters or parameter groups; see `parameter_groups`. A group's `columns`, by the `id` of a parameter,
+            says which columns of a shared table it is; this is no part of the group, nor of the saved state.
         lr: learning rate.
         betas: decay of Adam's running mean and of its running variance.
         eps: added to the root of the variance, or of the accumulator.
@@ -50,7 +53,14 @@ class TableOptimizer(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         rule: str = "adam",
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rule": rule})
+        self._columns: dict[int, Columns] = {}
+        given: list[Any] = []
+        for one in params:
+            if isinstance(one, dict):
+                self._columns |= one.get("columns", {})
+                one = {name: value for name, value in one.items() if name != "columns"}  # noqa: PLW2901
+            given.append(one)
+        super().__init__(given, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rule": rule})
         for group in self.param_groups:
             if group["rule"] not in RULES:
                 raise ValueError(f"rule: expected one of {', '.join(RULES)}, found {group['rule']!r}")
@@ -104,7 +114,8 @@ class TableOptimizer(torch.optim.Optimizer):
         state["step"] += 1
         rows, values = combine_rows(gradient) if gradient.is_sparse else (None, gradient)
         if group["rule"] == "rowwise-adagrad":
-            adagrad_rows(parameter, rows, values.to(state["sum"].dtype), state, group)
+            columns = self._columns.get(id(parameter))
+            adagrad_rows(parameter, rows, values.to(state["sum"].dtype), state, group, columns=columns)
         elif rows is not None:
             adam_rows(parameter, rows, values, state, group)
 
@@ -170,8 +181,15 @@ def parameter_groups(
     tables = [p for p in model.parameters() if id(p) in ids]
     decayed = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in ids]
     rest = [p for p in model.parameters() if p.ndim < 2 and id(p) not in ids]
+    columns = {id(table.weight): table.part for table in shared_tables_of(model) if isinstance(table.part, Columns)}
     return [
         {"params": decayed, "lr": lr, "weight_decay": weight_decay, "rule": "adam"},
         {"params": rest, "lr": lr, "weight_decay": 0.0, "rule": "adam"},
-        {"params": tables, "lr": lr if table_lr is None else table_lr, "weight_decay": 0.0, "rule": table_rule},
+        {
+            "params": tables,
+            "lr": lr if table_lr is None else table_lr,
+            "weight_decay": 0.0,
+            "rule": table_rule,
+            "columns": columns,
+        },
     ]

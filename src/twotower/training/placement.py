@@ -1,10 +1,10 @@
-"""Whether every rank has whole id tables, or each a part of their rows: said by the user, or decided by their size."""
+"""Which ranks have what of the id tables: said by the user, for all or for each, or decided by their size."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -14,7 +14,7 @@ from twotower.data import Interactions
 from twotower.errors import InputError
 from twotower.launch import Launch
 from twotower.ranks import Ranks
-from twotower.towers.shards import shared_tables
+from twotower.towers.parts import Columns, Part, Rows, placed_tables
 from twotower.training.memory_plan import F4
 
 #: Where tables are shared for their size, those that need less than this with their state, bytes, stay whole.
@@ -23,31 +23,28 @@ SHARED_ABOVE = 16 << 20
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the rows of the id tables are.
+    """What this rank has of the id tables.
 
     Attributes:
-        ranks: the processes of the run.
-        above: tables with more rows than this are held by parts; None: all tables are whole on every rank.
+        parts: its parts of shared tables, by name; all other tables are whole on every rank.
     """
 
-    ranks: Ranks
-    above: int | None = None
+    parts: Mapping[str, Part] = field(default_factory=dict)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Towers built in the block have their tables placed so."""
-        if self.above is None:
+        with placed_tables(self.parts):
             yield
-        else:
-            with shared_tables(self.ranks, above=self.above):
-                yield
 
 
 def place_tables(config: Config, data: Interactions, ranks: Ranks | None = None) -> Placement:
-    """Decide where the rows of the id tables go, before any is made; collective.
+    """Decide where the id tables go, before any is made; collective.
 
-    `training.table_placement` says `replicated` or `row-wise`. `auto` keeps whole tables as long as they and their
-    optimizer state need no more than half of what a process has; beyond it tables of more than 16 MiB are shared.
+    `training.table_placement` says it for all tables, or for some by name; those that it does not name are `auto`:
+    whole as long as they and their optimizer state need no more than half of what a process has; beyond it, those of
+    more than 16 MiB are shared by rows. Of tables that are to lie on one rank each, the largest comes first, and goes
+    to the rank that has least of them.
 
     Args:
         config: the settings.
@@ -55,39 +52,93 @@ def place_tables(config: Config, data: Interactions, ranks: Ranks | None = None)
         ranks: the processes of the run; a process alone where None.
 
     Raises:
-        InputError: a rank's tables and their optimizer state alone need more than there is: the system would end the
-            process in the middle.
+        InputError: a table is named that the model does not have; or a rank's tables and their optimizer state alone
+            need more than there is: the system would end the process in the middle.
     """
-    ranks, asked = ranks or Ranks(), config.training.table_placement
-    tables, each = table_rows(config, data), row_bytes(config)
-    whole = sum(tables) * each
+    ranks, tables = ranks or Ranks(), table_rows(config, data)
+    asked = _asked(config, tables)
     available = _least(machine.memory(Launch.of_environment().local_size if ranks.size > 1 else 1).available, ranks)
-    above = None
+    parts: dict[str, Part] = {}
     if ranks.size > 1:
-        if asked == "row-wise":
-            above = 0
-        elif asked == "auto" and available is not None and whole > available // 2:
-            above = SHARED_ABOVE // each
-    needed = sum(-(-rows // ranks.size) if above is not None and rows > above else rows for rows in tables) * each
+        parts = _told(config, tables, asked, ranks)
+        if available is not None and _needed(config, tables, parts, ranks) > available // 2:
+            each = row_bytes(config)
+            large = [name for name, word in asked.items() if word == "auto" and tables[name] * each > SHARED_ABOVE]
+            parts |= {name: Rows(ranks, tables[name]) for name in large}
+    needed = _needed(config, tables, parts, ranks)
     if available is not None and needed > available:
-        raise InputError(_refusal(sum(tables), needed, available, ranks, is_shared=above is not None))
-    return Placement(ranks, above)
+        raise InputError(_refusal(sum(tables.values()), needed, available, ranks, is_shared=bool(parts)))
+    return Placement(parts)
 
 
-def table_rows(config: Config, data: Interactions) -> list[int]:
-    """Rows of each id table that the settings ask for."""
+def table_rows(config: Config, data: Interactions) -> dict[str, int]:
+    """Rows of each id table that the settings ask for, by its name in `training.table_placement`."""
     query, item = config.query_tower, config.item_tower
-    separate = query.history is not None and not query.history.share_table
-    asked = [(data.num_items, item.id_embedding), (data.num_items, separate), (data.num_queries, query.id_embedding)]
-    return [rows for rows, wanted in asked if wanted]
+    history = query.history
+    separate = history is not None and not history.share_table and (item.id_embedding or not history.item_features)
+    asked = {
+        "item": (data.num_items, item.id_embedding),
+        "history": (data.num_items, separate),
+        "query": (data.num_queries, query.id_embedding),
+    }
+    return {name: rows for name, (rows, wanted) in asked.items() if wanted}
 
 
 def row_bytes(config: Config) -> int:
     """Bytes of a row of an id table and of its optimizer state."""
-    width = config.item_tower.dimension
+    return _bytes(config, 1, config.item_tower.dimension)
+
+
+def _bytes(config: Config, rows: int, columns: int) -> int:
+    """Bytes of so many rows and columns of a table, and of what the optimizer keeps for them."""
     each = 2 if config.item_tower.table_precision == "bfloat16" else F4
-    state = F4 if config.training.table_optimizer == "rowwise-adagrad" else 2 * F4 * width
-    return width * each + state
+    if config.training.table_optimizer == "rowwise-adagrad":
+        return rows * (columns * each + F4)
+    return rows * columns * (each + 2 * F4)
+
+
+def _asked(config: Config, tables: Mapping[str, int]) -> dict[str, str]:
+    """What the settings say of each table."""
+    told = config.training.table_placement
+    if isinstance(told, str):
+        return dict.fromkeys(tables, told)
+    for name in told:
+        if name not in tables:
+            raise InputError(
+                f"training.table_placement: no table {name!r}; this model's id tables: {', '.join(tables) or 'none'}"
+            )
+    return {name: told.get(name, "auto") for name in tables}
+
+
+def _told(config: Config, tables: Mapping[str, int], asked: Mapping[str, str], ranks: Ranks) -> dict[str, Part]:
+    """The parts of tables of which the settings say where they go."""
+    parts: dict[str, Part] = {}
+    filled = [0] * ranks.size
+    for name in sorted(tables, key=lambda name: (-tables[name], name)):
+        rows = tables[name]
+        if asked[name] == "row-wise":
+            parts[name] = Rows(ranks, rows)
+        elif asked[name] == "column-wise":
+            parts[name] = Columns(ranks, rows, config.item_tower.dimension)
+        elif asked[name] == "table-wise":
+            holder = min(range(ranks.size), key=lambda rank: filled[rank])
+            filled[holder] += rows
+            parts[name] = Rows(ranks, rows, holder)
+    return parts
+
+
+def _needed(config: Config, tables: Mapping[str, int], parts: Mapping[str, Part], ranks: Ranks) -> int:
+    """Bytes of the tables and their optimizer state on the rank that has most."""
+    width, filled = config.item_tower.dimension, [0] * ranks.size
+    for name, rows in tables.items():
+        part = parts.get(name)
+        for rank in range(ranks.size):
+            held = (rows, width)
+            if part is not None:
+                share = part.bounds[rank + 1] - part.bounds[rank]
+                held = (share, width) if isinstance(part, Rows) else (rows, share)
+            filled[rank] += _bytes(config, *held)
+    return max(filled)
 
 
 def _refusal(rows: int, needed: int, available: int, ranks: Ranks, *, is_shared: bool) -> str:
@@ -95,7 +146,7 @@ def _refusal(rows: int, needed: int, available: int, ranks: Ranks, *, is_shared:
         more = "several processes that share the rows (torchrun; training.table_placement=row-wise), "
     else:
         more = "more processes, " if is_shared else "training.table_placement=row-wise, "
-    whose = f"a W-th of tables of {rows:,} rows" if is_shared else f"tables of {rows:,} rows"
+    whose = f"a rank's part of tables of {rows:,} rows" if is_shared else f"tables of {rows:,} rows"
     return (
         f"item_tower.dimension: {whose} and their optimizer state need {needed >> 20:,} MiB, {available >> 20:,} MiB "
         f"are there; expected {more}a smaller dimension, training.table_optimizer=rowwise-adagrad, or "

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from twotower.towers.parts import Columns
+
 
 def combine_rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
     """The distinct rows of a sparse gradient, ascending, and the sum of each row's entries.
@@ -58,7 +60,13 @@ def adam_rows(table: Tensor, rows: Tensor, gradient: Tensor, state: dict[str, Te
 
 
 def adagrad_rows(
-    table: Tensor, rows: Tensor | None, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]
+    table: Tensor,
+    rows: Tensor | None,
+    gradient: Tensor,
+    state: dict[str, Tensor],
+    group: dict[str, Any],
+    *,
+    columns: Columns | None = None,
 ) -> None:
     """Row-wise Adagrad: one accumulator a for each row, so a table of width D has 1/D of Adagrad's state.
 
@@ -74,8 +82,14 @@ def adagrad_rows(
         gradient: [M, D].
         state: `sum` [N], changed in place.
         group: `lr`, `eps`, `weight_decay` (decoupled, of touched rows).
+        columns: which columns of a wider table these are: the other ranks have the others of the same rows, and the
+            sum over d is that of all of them (collective).
     """
-    square = torch.linalg.vector_norm(gradient, dim=1).square_().div_(gradient.shape[1])
+    square = torch.linalg.vector_norm(gradient, dim=1).square_()
+    if columns is None:
+        square.div_(gradient.shape[1])
+    else:
+        columns.ranks.sum_in_place(square).div_(columns.width)
     total = square.add_(state["sum"] if rows is None else state["sum"].index_select(0, rows))
     if rows is None:
         state["sum"].copy_(total)

@@ -41,7 +41,7 @@ class RankStrategy(DDPStrategy):
         self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Of a state that was saved whole this rank takes its own rows of the tables that are shared now."""
+        """Of a state that was saved whole this rank takes its parts of the tables that are shared now."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             assert self.lightning_module is not None
             cut_optimizer_state(state, optimizer, self.lightning_module)

@@ -1,11 +1,12 @@
-"""Shared tables in a checkpoint: the rows and their optimizer state, written by torch.distributed.checkpoint.
+"""Shared tables in a checkpoint: their parts and the optimizer's state of them, by torch.distributed.checkpoint.
 
-Each rank writes its rows into a file of its own, safetensors with the place of the rows in its header, so that any
-number of ranks finds its rows in them again, and nothing is unpickled.
+Each rank writes its part into files of its own, safetensors with the place of the part in the header, so that any
+number of ranks finds what it needs in them again, however a table was and is placed, and nothing is unpickled.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -17,57 +18,89 @@ from torch import Tensor, nn
 
 from twotower.ranks import Ranks
 from twotower.towers.lookups import shared_tables_of
-from twotower.towers.shards import Part
+from twotower.towers.parts import Columns, Part, Rows
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-#: Folder of a checkpoint that holds the rows of shared tables.
+    from twotower.towers import EmbeddingTable
+
+#: Folder of a checkpoint that holds the parts of shared tables.
 FOLDER = "tables"
 
 
 @dataclass(frozen=True)
 class PartOf:
-    """A tensor of which this rank has some rows.
+    """A tensor of which this rank has a part.
 
     Attributes:
-        tensor: this rank's rows, [n, ...].
-        part: which rows of how many these are.
+        tensor: this rank's part.
+        part: which part of the whole it is.
+        table: the name of the table that it belongs to.
     """
 
     tensor: Tensor
     part: Part
+    table: str
+
+    @property
+    def shape(self) -> list[int]:
+        """Of the whole tensor."""
+        return self.part.whole_shape(self.tensor)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a checkpoint holds of a table, or of its optimizer state, in `tables/`.
+
+    Attributes:
+        shape, dtype: of the whole tensor.
+        table: the name of the table; None where an older version wrote it.
+    """
+
+    shape: list[int]
+    dtype: torch.dtype
+    table: str | None
 
 
 def mark_parts(checkpoint: dict[str, Any], module: nn.Module, optimizers: Collection[torch.optim.Optimizer]) -> None:
-    """Replace in a checkpoint of Lightning what belongs to rows of shared tables by `PartOf`."""
-    parts = {id(table.weight): table.part for table in shared_tables_of(module)}
+    """Replace in a checkpoint of Lightning what belongs to parts of shared tables by `PartOf`."""
+    tables = {id(table.weight): table for table in shared_tables_of(module)}
     marked: dict[int, PartOf] = {}  # a table with two names is one object under both, and so written once
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        part = parts.get(id(parameter))
-        if part is not None:
-            marked.setdefault(id(parameter), PartOf(checkpoint["state_dict"][name], part))
+        table = tables.get(id(parameter))
+        if table is not None:
+            marked.setdefault(id(parameter), _part_of(checkpoint["state_dict"][name], table))
             checkpoint["state_dict"][name] = marked[id(parameter)]
     for optimizer, saved in zip(optimizers, checkpoint.get("optimizer_states", []), strict=False):
-        for number, part in _numbered(optimizer, parts).items():
+        for number, table in _numbered(optimizer, tables).items():
             if number in saved["state"]:  # a new mapping: the optimizer goes on with the old one
                 state = saved["state"][number]
-                saved["state"][number] = {n: PartOf(v, part) if v.ndim else v for n, v in state.items()}
+                saved["state"][number] = {n: _part_of(v, table) if v.ndim else v for n, v in state.items()}
+
+
+def _part_of(tensor: Tensor, table: EmbeddingTable) -> PartOf:
+    part = table.part
+    assert part is not None and table.name is not None
+    if isinstance(part, Columns) and tensor.ndim == 1:  # one number for each row, the same on all ranks
+        run = Rows(part.ranks, part.rows)
+        return PartOf(tensor[run.own], run, table.name)
+    return PartOf(tensor, part, table.name)
 
 
 def cut_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
-    """Leave this rank's rows of a state that was saved whole."""
-    parts = {id(table.weight): table.part for table in shared_tables_of(module)}
-    for number, part in _numbered(optimizer, parts).items():
+    """Leave this rank's parts of a state that was saved whole."""
+    tables = {id(table.weight): table for table in shared_tables_of(module)}
+    for number, table in _numbered(optimizer, tables).items():
         for name, value in state["state"].get(number, {}).items():
-            if value.ndim and len(value) == part.rows != len(part):
-                state["state"][number][name] = value[part.own].clone()
+            own = value if table.part is None or not value.ndim else table.part.cut(value)
+            if own.shape != value.shape:
+                state["state"][number][name] = own.clone(memory_format=torch.contiguous_format)
 
 
-def _numbered(optimizer: torch.optim.Optimizer, parts: Mapping[int, Part | None]) -> dict[int, Part]:
+def _numbered(optimizer: torch.optim.Optimizer, tables: Mapping[int, EmbeddingTable]) -> dict[int, EmbeddingTable]:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    found = {number: parts.get(id(parameter)) for number, parameter in enumerate(parameters)}
-    return {number: part for number, part in found.items() if part is not None}
+    return {number: tables[id(one)] for number, one in enumerate(parameters) if id(one) in tables}
 
 
 def save_parts(folder: Path, parts: Mapping[str, PartOf], ranks: Ranks) -> None:
@@ -89,7 +122,7 @@ def save_parts(folder: Path, parts: Mapping[str, PartOf], ranks: Ranks) -> None:
 
     mesh = _mesh(ranks)
     folder.mkdir(exist_ok=True)
-    state = {name: _distributed(found.tensor, found.part, mesh) for name, found in parts.items()}
+    state = {name: _distributed(found.tensor, found.part, mesh) for name, found in parts.items() if _has(found.part)}
     try:
         with ranks.exchange():
             save(state, storage_writer=StreamedWriter(str(folder)), process_group=ranks.group)
@@ -97,41 +130,40 @@ def save_parts(folder: Path, parts: Mapping[str, PartOf], ranks: Ranks) -> None:
         raise OSError(f"{folder}: {'; '.join(str(one) for one in error.failures.values())}") from error
 
 
-def load_parts(
-    folder: Path, shapes: Mapping[str, tuple[list[int], torch.dtype]], ranks: Ranks, shared: Collection[int]
-) -> dict[str, Tensor]:
-    """Read this rank's rows of tables with so many rows as `shared` names, and any other table whole; collective.
+def load_parts(folder: Path, wanted: Mapping[str, Kept], ranks: Ranks, parts: Mapping[str, Part]) -> dict[str, Tensor]:
+    """Read this rank's parts of the tables that `parts` names, and any other table whole; collective.
 
     Args:
-        folder: what `save_parts` wrote, by any number of ranks.
-        shapes: of the whole tensors, and their types, by name: those that are wanted.
+        folder: what `save_parts` wrote, by any number of ranks and from any placement.
+        wanted: what is read, by name.
         ranks: who reads.
-        shared: N of the tables that these ranks hold by parts.
+        parts: the tables that these ranks hold by parts, by name.
 
     Raises:
-        ValueError: rows are missing: the file of a rank is not there.
+        ValueError: something of a table is missing: the file of a rank is not there.
     """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader  # noqa: PLC0415
     from torch.distributed.checkpoint.state_dict_loader import load  # noqa: PLC0415
 
     reader = HuggingFaceStorageReader(str(folder))
     kept = reader.read_metadata().state_dict_metadata
-    for name, (shape, _) in shapes.items():
+    for name, one in wanted.items():
         # What no file holds would be left as it is, without a word.
         chunks: list[Any] = getattr(kept.get(name), "chunks", [])
-        there = sum(int(chunk.sizes[0]) for chunk in chunks)
-        if there != shape[0]:
-            raise ValueError(f"{folder.name}/: {there:,} of the {shape[0]:,} rows of {name}; a file is missing")
+        there, needed = sum(math.prod(chunk.sizes) for chunk in chunks), math.prod(one.shape)
+        if there != needed:
+            raise ValueError(f"{folder.name}/: {there:,} of the {needed:,} numbers of {name}; a file is missing")
     state: dict[str, Tensor] = {}
     found: dict[str, Tensor] = {}
     mesh = _mesh(ranks) if ranks.size > 1 else None
-    for name, (shape, dtype) in shapes.items():
-        if mesh is not None and shape[0] in shared:
-            part = Part(ranks, shape[0])
-            found[name] = torch.empty(len(part), *shape[1:], dtype=dtype)
+    for name, one in wanted.items():
+        part = parts.get(one.table or "")
+        if mesh is None or part is None or part.cut(torch.empty(one.shape, device="meta")).shape == tuple(one.shape):
+            found[name] = state[name] = torch.empty(one.shape, dtype=one.dtype)
+            continue
+        found[name] = torch.empty(part.cut(torch.empty(one.shape, device="meta")).shape, dtype=one.dtype)
+        if _has(part):
             state[name] = _distributed(found[name], part, mesh)
-        else:
-            found[name] = state[name] = torch.empty(shape, dtype=dtype)
     with warnings.catch_warnings(), ranks.exchange():
         warnings.filterwarnings("ignore", ".*assuming the intent is to load in a single process.*")
         load(state, storage_reader=reader, process_group=ranks.group, no_dist=ranks.size == 1)
@@ -145,10 +177,18 @@ def _mesh(ranks: Ranks) -> DeviceMesh:
     return DeviceMesh.from_group(group, "cpu")
 
 
+def _has(part: Part) -> bool:
+    """Whether this rank writes and reads something of it: of a table on one rank the others do not."""
+    return isinstance(part, Columns) or part.holder in (None, part.ranks.rank)
+
+
 def _distributed(own: Tensor, part: Part, mesh: DeviceMesh) -> Tensor:
-    """The rows as a tensor that knows where among all rows it stands."""
+    """The part as a tensor that knows where in the whole it stands."""
     from torch.distributed.tensor import DTensor, Shard  # noqa: PLC0415
 
-    shape = (part.rows, *own.shape[1:])
+    if isinstance(part, Rows) and part.holder is not None:
+        return own
+    shape = torch.Size(part.whole_shape(own))
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride)
+    placed = [Shard(1 if isinstance(part, Columns) else 0)]
+    return DTensor.from_local(own, mesh, placed, run_check=False, shape=shape, stride=stride)
