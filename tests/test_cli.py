@@ -95,6 +95,14 @@ def test_evaluate_repeats_the_result(run_folder, command):
     assert "item-kNN" in command("evaluate", "run")[1]
 
 
+def test_the_dial_is_chosen_on_the_validation(command):
+    validation, test = (json.loads(command("dial", "run", "--on", on, "--json")[1]) for on in ("validation", "test"))
+    assert (validation["holdout"], test["holdout"]) == ("validation", "test")
+    best = max(point["ndcg"] for point in validation["points"])
+    assert best in [point["ndcg"] for point in validation["points"] if point["popularity"] == validation["best"]]
+    assert "NDCG@20 is highest at" in command("dial", "run")[1]
+
+
 def test_recommend_and_similar(command):
     found = json.loads(command("recommend", "run", "--query", "u001", "-k", 3, "--json")[1])
     assert [row["rank"] for row in found] == [1, 2, 3] and all("title" in row for row in found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -153,16 +153,22 @@ def dial(
     directory: Run,
     data: Annotated[str | None, typer.Option("--data", help="Where the data is now, if it has moved.")] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Length of the lists.")] = 20,
+    on: Annotated[
+        Literal["test", "validation"], typer.Option("--on", help="Which queries: choose a setting on the validation.")
+    ] = "test",
     as_json: Json = False,
 ) -> None:
-    """Recall against discovery: what the popularity dial gives and takes on the test queries."""
+    """Recall against discovery: what the popularity dial gives and takes on the test or validation queries."""
     from twotower import run  # noqa: PLC0415
     from twotower.analysis.dial import popularity_curve  # noqa: PLC0415
     from twotower.serving import Retriever  # noqa: PLC0415
 
     artifact, split = run.reread(directory, data)
+    holdout = split.test if on == "test" else split.validation
+    if not len(holdout):
+        raise InputError(f"--on {on}: the split of this model has no {on} queries; take --on test")
     seen = artifact.config.evaluation.exclude_seen
-    found = popularity_curve(Retriever(artifact), split.test, train=split.train, k=k, exclude_seen=seen)
+    found = popularity_curve(Retriever(artifact), holdout, train=split.train, k=k, exclude_seen=seen)
     if as_json:
         print_json(found.to_dict())
     else:

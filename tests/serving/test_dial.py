@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from twotower.analysis.dial import popularity_curve
+from twotower.analysis.dial import DialCurve, DialPoint, popularity_curve
 from twotower.errors import InputError
 from twotower.index import ExactCatalog, PopularityDial
 from twotower.serving import Retriever
@@ -119,6 +119,14 @@ def test_the_curve_is_what_evaluation_measures(model, planted_split):
     assert trained.percentile == pytest.approx(np.mean(below))
     assert discovery.percentile < trained.percentile and discovery.interactions < trained.interactions
     assert curve.to_dict()["points"][1]["recall"] == trained.recall
+
+
+def test_the_best_setting_has_the_highest_ndcg_and_of_equal_ones_is_nearest_to_one():
+    def point(b, ndcg):
+        return DialPoint(b, 0.5, 0.5, ndcg, 0.5, 1.0, 0.5)
+
+    assert DialCurve("validation", 20, (point(0.0, 0.1), point(1.0, 0.2), point(1.3, 0.3))).best.popularity == 1.3
+    assert DialCurve("validation", 20, (point(0.0, 0.3), point(0.9, 0.3), point(2.0, 0.3))).best.popularity == 0.9
 
 
 def test_a_dialled_catalog_is_exact():

@@ -14,7 +14,7 @@ from twotower.data import Holdout, Interactions
 from twotower.evaluation import evaluate_all
 from twotower.serving import Retriever
 
-SETTINGS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+SETTINGS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2.0)
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,9 @@ class DialPoint:
 class DialCurve:
     """What `popularity_curve` measured: prints as a table.
 
+    A model that has learnt `log P(item | query)` exactly would be most accurate at 1. One that was fitted to few
+    interactions knows its catalog better than each query, and may be more accurate above.
+
     Attributes:
         holdout: its name.
         k: length of the lists.
@@ -54,9 +57,15 @@ class DialCurve:
     k: int
     points: tuple[DialPoint, ...]
 
+    @property
+    def best(self) -> DialPoint:
+        """The point with the highest NDCG; of several, the one nearest to the model as trained."""
+        return max(self.points, key=lambda point: (point.ndcg, -abs(point.popularity - 1.0)))
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        return {"holdout": self.holdout, "k": self.k, "points": [dict(point.__dict__) for point in self.points]}
+        points = [dict(point.__dict__) for point in self.points]
+        return {"holdout": self.holdout, "k": self.k, "points": points, "best": self.best.popularity}
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(title=f"The popularity dial on {self.holdout}, lists of {self.k}", title_justify="left")
@@ -69,7 +78,8 @@ class DialCurve:
                 f"{values[0]:g}", *(f"{value:.4f}" for value in values[1:5]), *(f"{v:.2f}" for v in values[5:])
             )
         yield table
-        yield "1 is the model as trained, 0 takes all of log p(item) away."
+        yield "1 is the model as trained, 0 takes all of log p(item) away, above 1 popular items gain."
+        yield f"NDCG@{self.k} is highest at {self.best.popularity:g}."
 
 
 class _At:
