@@ -12,8 +12,9 @@ from twotower.ranks import Ranks
 from twotower.stored_rows import joined, stored_tensors
 from twotower.towers.parts import Columns, Rows
 from twotower.training.checkpoints import SafeCheckpointIO
-from twotower.training.continuing import grown_rows
+from twotower.training.continuing import continue_optimizer, grown_rows
 from twotower.training.opened import open_checkpoint
+from twotower.training.optimizers import TableOptimizer
 
 
 class Asked:
@@ -100,6 +101,31 @@ def test_parts_of_a_grown_table_are_the_whole_and_read_no_other_rows(tmp_path, s
             grown_rows(own, asked, new_codes, part)
             assert torch.equal(own, expected[rows, columns])
             assert torch.equal(asked.asked, (to >= rows.start) & (to < rows.stop))
+
+
+@pytest.mark.parametrize("rule", ["adam", "rowwise-adagrad"])
+def test_the_state_of_a_part_goes_on(rule):
+    old, total, width = 6, 9, 4
+    new_codes = torch.tensor([0, 3, -1, 8, 2, 5])
+    states = {"sum": torch.rand(old)} if rule != "adam" else {n: torch.rand(old, width) for n in ("mean", "variance")}
+    group = {"params": [0], "rule": rule}
+    saved = {"param_groups": [group], "state": {0: {"step": torch.tensor(7.0), **states}}}
+    for rank in range(3):
+        ranks = Ranks(rank, 3)
+        for part in (None, Rows(ranks, total), Rows(ranks, total, 1), Columns(ranks, total, width)):
+            rows, columns = (slice(None), slice(None)) if part is None else part.place(width)
+            parameter = nn.Parameter(torch.zeros(total, width)[rows, columns].clone())
+            optimizer = TableOptimizer([{"params": [parameter], "rule": rule}], lr=0.1)
+            maps, parts = {id(parameter): new_codes}, {} if part is None else {id(parameter): part}
+            assert continue_optimizer(optimizer, saved, maps, parts) == (1, 1)
+            found = optimizer.state[parameter]
+            assert found.keys() == {"step", *states} and float(found["step"]) == 7
+            for name, state in states.items():
+                whole = torch.zeros(total, *state.shape[1:])
+                for code, new in enumerate(new_codes.tolist()):
+                    if new >= 0:
+                        whole[new] = state[code]
+                assert torch.equal(found[name], whole[rows] if whole.ndim == 1 else whole[rows, columns]), (part, name)
 
 
 @pytest.mark.parametrize("kept", ["adam.row-wise.2.ckpt", "rowwise-adagrad.column-wise.3.ckpt", "adam.by table.2.ckpt"])

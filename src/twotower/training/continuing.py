@@ -161,21 +161,26 @@ def continue_optimizer(
             count += 1
             old = saved["state"].get(number)
             fresh = fresh_state(parameter, group["rule"])
-            rows = maps_of.get(id(parameter))
+            rows, part = maps_of.get(id(parameter)), (parts or {}).get(id(parameter))
             if not old or set(old) != set(fresh) or group["rule"] != old_group["rule"]:
                 continue
-            if any(old[key].shape[1:] != fresh[key].shape[1:] for key in fresh):
+            shapes = {key: _whole_shape(value, part) for key, value in fresh.items()}
+            if any(old[key].shape[1:] != shape[1:] for key, shape in shapes.items()):
                 continue
-            if rows is None and any(old[key].shape != fresh[key].shape for key in fresh):
+            if rows is None and any(old[key].shape != shape for key, shape in shapes.items()):
                 continue
             for key, value in fresh.items():
                 if rows is None or value.ndim == 0:
                     value.copy_(old[key][...])
                 else:
-                    grown_rows(value, old[key], rows, (parts or {}).get(id(parameter)))
+                    grown_rows(value, old[key], rows, part)
             optimizer.state[parameter] = fresh
             done += 1
     return done, count
+
+
+def _whole_shape(value: Tensor, part: Part | None) -> torch.Size:
+    return value.shape if part is None or value.ndim == 0 else torch.Size(part.whole_shape(value))
 
 
 @torch.no_grad()
