@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from twotower.data.reading import ROW, Source
+from twotower.data.reading import LISTS, ROW, Source
 from twotower.errors import InputError
 from twotower.schema import Columns, ids_of
 
@@ -75,7 +75,7 @@ def clean(frame: pl.DataFrame, columns: Columns, source: Source, context: Sequen
 
 def is_list(frame: pl.DataFrame, column: str) -> bool:
     """Whether a column holds lists."""
-    return isinstance(frame.schema[column], pl.List | pl.Array)
+    return isinstance(frame.schema[column], LISTS)
 
 
 class _Where:

@@ -70,7 +70,7 @@ class FirstPass:
                     f"{source.name}: positive_label={labelled} needs a label column (rating, label, score). "
                     f"Columns found: {listed(source.columns)}."
                 )
-            lists = _has_lists(source, found)
+            lists = found.item in source.lists
             if source is sources[0]:
                 named = context_columns(context, found, source.columns, source.name, lists=lists)
             beside = [name for name in named if name != found.timestamp]
@@ -87,7 +87,7 @@ class FirstPass:
         """Add the rows of a file; gives the plain columns beside lists of items, which describe the query."""
         columns, extras = self.columns, list[pl.DataFrame]()
         beside = [name for name in self.context if name != columns.timestamp]
-        lists = _has_lists(source, columns)
+        lists = columns.item in source.lists
         for frame in source.chunks(
             list(dict.fromkeys([*columns.roles().values(), *beside, *(source.columns if lists else [])]))
         ):
@@ -114,10 +114,3 @@ class FirstPass:
             for name in ("query_ids", "item_ids")
         }
         return cls(Columns(**told["columns"]), tuple(told["context"]), **kinds)
-
-
-def _has_lists(source: Source, columns: Columns) -> bool:
-    """Whether a row of a file has a list of items."""
-    if source.text:
-        return False
-    return is_list(next(iter(source.chunks([columns.item or ""]))), columns.item or "")

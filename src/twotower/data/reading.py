@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ import polars as pl
 from twotower.errors import InputError
 from twotower.schema import listed
 
+LISTS = pl.List | pl.Array
 ROW = "__row"  # 1-based data row of the file, carried for messages
 CHUNK_ROWS = 8_000_000
 TEXT_CHUNK_ROWS = 2_000_000
@@ -28,11 +29,13 @@ class Source(Protocol):
         name: what messages call it.
         columns: its column names.
         text: whether every value is text whose type is found from its content.
+        lists: columns that hold lists, as far as that is known before they are read.
     """
 
     name: str
     columns: list[str]
     text: bool
+    lists: frozenset[str]
 
     def chunks(self, wanted: Sequence[str]) -> Iterator[pl.DataFrame]:
         """Frames with the wanted columns and ROW, in the order of the file."""
@@ -101,7 +104,8 @@ class ParquetSource:
         self.path, self.name = path, str(path)
         try:
             self._scan = pl.scan_parquet(path)
-            self.columns = self._scan.collect_schema().names()
+            schema = self._scan.collect_schema()
+            self.columns, self.lists = schema.names(), _lists(schema)
             self._rows: int = self._scan.select(pl.len()).collect().item()
         except pl.exceptions.DuplicateError as error:
             raise InputError(f"{path}: duplicate column ({str(error).splitlines()[0]}); rename one.") from None
@@ -124,6 +128,7 @@ class TextSource:
     """CSV or TSV, gzip or not, with a header; the ``:type`` of typed headers is cut off."""
 
     text = True
+    lists: frozenset[str] = frozenset()
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, str(path)
@@ -190,6 +195,7 @@ class SequenceSource:
     """
 
     text = True
+    lists: frozenset[str] = frozenset()
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, str(path)
@@ -230,7 +236,7 @@ class FrameSource:
     def __init__(self, frame: Any, name: str = "data frame") -> None:
         self.name = name
         self._frame = as_polars(frame, name)
-        self.columns = self._frame.columns
+        self.columns, self.lists = self._frame.columns, _lists(self._frame.schema)
         if not len(self._frame):
             raise InputError(f"{name}: no rows.")
 
@@ -238,6 +244,10 @@ class FrameSource:
         """See `Source`."""
         for start in range(0, len(self._frame), CHUNK_ROWS):
             yield self._frame.select(wanted).slice(start, CHUNK_ROWS).with_row_index(ROW, offset=start + 1)
+
+
+def _lists(schema: Mapping[str, pl.DataType]) -> frozenset[str]:
+    return frozenset(name for name, kind in schema.items() if isinstance(kind, LISTS))
 
 
 def as_polars(frame: Any, name: str) -> pl.DataFrame:
