@@ -114,6 +114,7 @@ def test_what_the_service_refuses_is_said_beside_the_field(browser, address):
         said.get_by_text("Expected a number above -1 for scale: log, found -5").wait_for()
         assert basket.get_attribute("aria-invalid") == "true" and page.locator("#problem").is_hidden()
         assert page.get_by_role("alert").get_by_text("above -1").is_visible()
+        assert page.locator("#list-a .nothing").inner_text().startswith("The service has refused this question")
         page.get_by_label("place").fill("1, 2, 3")
         basket.fill("5")
         page.locator("#context-6-refused").get_by_text("2 numbers, found '3 of them'").wait_for()

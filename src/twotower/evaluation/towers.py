@@ -151,16 +151,14 @@ class TowerRanker:
         Raises:
             InputError: the query tower looks at none.
         """
-        reads = getattr(self.towers.query_tower, "context", None)
-        if reads is None:
+        features = self.towers.context_features
+        if features is None:
             raise InputError("context: this model looks at none; set query_tower.context and train again")
-        features: FeatureSet = reads.inputs.table.features
         return features
 
     def encoded_context(self, given: Given | EncodedContext | None, rows: int) -> Encoded | None:
         """The context of some requests as the tower takes it; see `embed`."""
-        reads = getattr(self.towers.query_tower, "context", None)
-        if given is None or (reads is None and isinstance(given, pl.DataFrame)):
+        if given is None or (self.towers.context_features is None and isinstance(given, pl.DataFrame)):
             return None
         features = self.context_features()
         if len(given) != rows:

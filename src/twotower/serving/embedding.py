@@ -66,8 +66,8 @@ class QueryEmbedder:
     @property
     def context_columns(self) -> list[str]:
         """The columns declared in query_tower.context; none where the query tower reads no context."""
-        reads = getattr(self.ranker.towers.query_tower, "context", None)
-        return [] if reads is None else list(reads.inputs.table.features.columns)
+        features = self.ranker.towers.context_features
+        return [] if features is None else list(features.columns)
 
     def encode_context(self, rows: Sequence[Mapping[str, Any] | None]) -> EncodedContext:
         """The context of some requests as `embed` takes it; None for a request of which nothing is known.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from twotower.data.encoding import EncodedTable
+from twotower.data.encoding import EncodedTable, FeatureSet
 from twotower.data.feature_frames import RowsLike
 from twotower.data.packing import Packed
 from twotower.towers.context import ContextInputs, KnowsQueries
@@ -221,6 +221,12 @@ class TwoTower(nn.Module):
         """v(j): codes int64 [M] -> [M, D]."""
         embedded: Tensor = self.item_tower(items)
         return F.normalize(embedded, dim=-1) if self.cosine else embedded
+
+    @property
+    def context_features(self) -> FeatureSet | None:
+        """What encodes the context of a request; None where the query tower looks at none."""
+        context = getattr(self.query_tower, "context", None)
+        return None if context is None else context.inputs.table.features
 
     def feature_tables(self) -> list[EncodedTable]:
         """The encoded features of the sides that have any; a saved model needs them to be built again."""

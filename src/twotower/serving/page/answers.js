@@ -35,11 +35,13 @@ async function answer(letter) {
   try {
     const found = body ? await post("recommend", body, channel("recommend", letter)) : { items: [] };
     const known = new Map((state.found[letter] ?? []).map((item) => [item.item, item.columns]));
+    state.refused[letter] = false;
     state.found[letter] = found.items.map((item) => ({ ...item, columns: known.get(item.item) }));
     if (found.version && found.version !== summaryOf(state.letters[letter])?.version) swapped();
   } catch (error) {
     if (obsolete(error)) return;
     state.found[letter] = [];
+    state.refused[letter] = true;
     if (!refusedContext(error.errors)) complain(active().length > 1 ? `${state.letters[letter]}: ${error.message}` : error.message);
   }
   drawList(letter);
@@ -60,6 +62,7 @@ function drawList(letter) {
     model: state.letters[letter],
     letter,
     items: own,
+    nothing: state.refused[letter] ? "The service has refused this question; what is wrong with it is said above." : "Nothing is left to recommend with these settings.",
     most: summaryOf(state.letters[letter])?.most_interactions,
     shared,
     open: state.open[letter],

@@ -28,7 +28,7 @@ export function summary(items) {
 }
 
 // Draws a list into `place`, moving the rows that stay from where they were.
-export function draw(place, { model, letter, items, most, shared, open, toggle, point }) {
+export function draw(place, { model, letter, items, nothing, most, shared, open, toggle, point }) {
   const before = new Map([...place.querySelectorAll(".results > li")].map((row) => [row.dataset.item, row.getBoundingClientRect().top]));
   const rows = items.map((item) => row(item, { most, letter, shared, open, toggle, point }));
   place.replaceChildren(
@@ -36,7 +36,7 @@ export function draw(place, { model, letter, items, most, shared, open, toggle, 
     items.length ? summary(items) : "",
     items.length
       ? element("ol", { class: "results", "aria-label": `Recommendations of ${model}` }, rows)
-      : element("p", { class: "nothing" }, "Nothing is left to recommend with these settings."),
+      : element("p", { class: "nothing" }, nothing),
   );
   if (still()) return;
   for (const one of rows) {

@@ -17,6 +17,7 @@ export const state = {
   filter: "",
   context: {}, // column -> what stands in its field
   found: {}, // letter -> items
+  refused: {}, // letter -> whether its last question was
   curves: {}, // letter -> medians
   open: {}, // letter -> item whose details are shown
   mapped: null, // the model whose map is drawn, and its version
