@@ -22,19 +22,45 @@ def shared(data, folder):
     found = {"one": run(data, folder / "one", 1)}
     for size, name in ((2, "two"), (3, "three")):
         found[name] = run(data, folder / name, size, ROW_WISE)
-    out = folder / "stopped"
-    ranks = faults.start(faults.words(data, out, ROW_WISE), 2, out.with_suffix(".log"))
+    found |= stopped(data, folder, ROW_WISE, {1: ROW_WISE, 2: ROW_WISE, 3: ROW_WISE})
+    faults.SETTINGS.append(ROW_WISE[1])
+    found["killed"] = faults.with_kills(data, folder / "killed", 2, seed=2)
+    return found
+
+
+def stopped(data, folder, more, again):
+    """Two ranks that are stopped; then so many, with other words, that go on."""
+    found, out = {}, folder / "stopped"
+    ranks = faults.start(faults.words(data, out, more), 2, out.with_suffix(".log"))
     while faults.steps_done(out) < 12 and faults.alive(ranks[0]):
         faults.time.sleep(0.005)
     for child in ranks.values():
         faults.os.kill(child, faults.signal.SIGTERM)
     found["stopped"], found["stopped at"] = faults.codes(ranks), faults.steps_done(out)
-    for size in (1, 2, 3):
-        again = folder / f"resumed-{size}"
-        shutil.copytree(out, again)
-        found[again.name] = run(data, again, size, [*ROW_WISE, "--resume"])
-    faults.SETTINGS.append(ROW_WISE[1])
-    found["killed"] = faults.with_kills(data, folder / "killed", 2, seed=2)
+    for size, words in again.items():
+        resumed = folder / f"resumed-{size}"
+        shutil.copytree(out, resumed)
+        found[resumed.name] = run(data, resumed, size, [*words, "--resume"])
+    return found
+
+
+def placed(data, folder):
+    """Tables by columns and one by one, with row-wise Adagrad: one process, two, three; stopped; on new days."""
+    faults.SETTINGS.append("training.table_optimizer=rowwise-adagrad")
+    faults.SETTINGS.append("query_tower={id_embedding: true, dropout: 0, history: {length: 5, heads: 2, dropout: 0}}")
+    columns, each = (
+        ["--set", f"training.table_placement={how}"]
+        for how in ("column-wise", "{item: table-wise, query: column-wise}")
+    )
+    found = {"one": run(data, folder / "one", 1)}
+    found |= {"two": run(data, folder / "two", 2, columns), "three": run(data, folder / "three", 3, each)}
+    found |= stopped(data, folder, columns, {1: columns, 2: ROW_WISE, 3: each})
+    for parent, size, more in (("one", 1, columns), ("one", 3, columns), ("two", 2, each)):
+        again = folder / f"{parent}-{size}"
+        june = data.with_name("june.parquet")
+        found[again.name] = run(june, again, size, ["--from", str(folder / parent), *more])
+    wrong = ["--set", "training.table_placement={items: row-wise}"]
+    found["wrong"] = run(data, folder / "wrong", 2, wrong)
     return found
 
 
@@ -87,10 +113,11 @@ def limited(data, folder, room):
     return found
 
 
+WHAT = {"shared": shared, "placed": placed, "sequences": sequences, "continued": continued, "limited": limited}
+
+
 def main(what, data, folder, *more):
-    made = {"shared": shared, "sequences": sequences, "continued": continued, "limited": limited}[what](
-        data, folder, *map(int, more)
-    )
+    made = WHAT[what](data, folder, *map(int, more))
     (folder / "found.json").write_text(json.dumps(made))
 
 

@@ -48,15 +48,39 @@ def test_a_model_whose_tables_are_shared_is_that_of_one_process(found, folder, n
     assert set(found[name]) == {0}, log(folder, name)
     if name.startswith("resumed"):
         assert found["stopped"] == [130, 130] and found["stopped at"] >= 12, log(folder, "stopped")
-    for file in ("towers.safetensors", "items.safetensors"):
-        expected = load_file(folder / "one" / "model" / file)
-        for key, value in load_file(folder / name / "model" / file).items():
-            torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-5, msg=lambda said, k=key: f"{k}: {said}")
+    assert_same_model(folder / name, folder / "one")
     one, other = (json.loads((folder / run / "results.json").read_text()) for run in ("one", name))
     assert one["rows"] and one["num_targets"] == other["num_targets"]
     for row, again in zip(one["rows"], other["rows"], strict=True):
         for metric, value in row["values"].items():
             assert again["values"][metric] == pytest.approx(value, abs=0.01), metric
+
+
+def assert_same_model(found, expected):
+    for file in ("towers.safetensors", "items.safetensors"):
+        tensors = load_file(expected / "model" / file)
+        for key, value in load_file(found / "model" / file).items():
+            torch.testing.assert_close(
+                value, tensors[key], rtol=0, atol=1e-5, msg=lambda said, k=key: f"{found.name}, {k}: {said}"
+            )
+
+
+def test_tables_by_columns_and_one_by_one_are_those_of_one_process(tmp_path):
+    planted(queries=80).write_parquet(tmp_path / "planted.parquet")
+    june = planted(queries=90, items=130, seed=1).with_columns(pl.col("timestamp") + 100_000_000)
+    june.write_parquet(tmp_path / "june.parquet")
+    ended = scenario("placed", tmp_path / "planted.parquet", tmp_path)
+    assert ended.pop("stopped") == [130, 130] and ended.pop("stopped at") >= 12, log(tmp_path, "stopped")
+    assert ended.pop("wrong") == [2, 2]
+    assert "no table 'items'; this model's id tables: item, query" in log(tmp_path, "wrong")
+    for name, codes in ended.items():
+        assert set(codes) == {0}, log(tmp_path, name)
+    for name in ("two", "three", "resumed-1", "resumed-2", "resumed-3"):
+        assert_same_model(tmp_path / name, tmp_path / "one")
+    for name in ("one-3", "two-2"):
+        assert_same_model(tmp_path / name, tmp_path / "one-1")
+    assert "id tables: query column-wise, item column-wise, over 2 ranks" in log(tmp_path, "two")
+    assert "id tables: query column-wise, item table-wise (rank 0), over 3 ranks" in log(tmp_path, "three")
 
 
 def test_killed_ranks_go_on_from_their_parts(found, folder):
@@ -68,7 +92,7 @@ def test_killed_ranks_go_on_from_their_parts(found, folder):
 
 
 def test_the_plan_says_who_holds_what(found, folder):
-    assert "rows divided among 2 ranks (row-wise)" in log(folder, "two")
+    assert "id tables: item row-wise, over 2 ranks" in log(folder, "two")
     assert "row-wise" not in log(folder, "one")
 
 
@@ -127,7 +151,7 @@ def test_a_training_goes_on_by_rows_as_in_one_process(tmp_path):
         assert set(found) == {0}, log(tmp_path, name)
     lineage = json.loads((tmp_path / "one-2" / "model" / "metadata.json").read_text())["data"]["lineage"]
     assert lineage[1]["items_withdrawn"] == 3 and lineage[1]["items"] > lineage[0]["items"]
-    assert "rows divided among 2 ranks (row-wise)" in log(tmp_path, "one-2")
+    assert "id tables: item row-wise, over 2 ranks" in log(tmp_path, "one-2")
     for name in ("one-2", "one-3", "two-2"):
         expected, found = everything(tmp_path / f"{name[:3]}-1"), everything(tmp_path / name)
         assert found.keys() == expected.keys()

@@ -114,7 +114,7 @@ def _touched(table: nn.Parameter) -> tuple[Tensor, Tensor]:
 
 
 def same_start(model: nn.Module, ranks: Ranks) -> None:
-    """Give every rank the parameters and buffers of rank 0, but for its own rows of shared tables; collective."""
+    """Give every rank the parameters and buffers of rank 0, but for its own parts of shared tables; collective."""
     held = {id(table.weight) for table in shared_tables_of(model)}
     tensors: Iterable[Tensor] = (p for p in (*model.parameters(), *model.buffers()) if id(p) not in held)
     ranks.copy_first([tensor.detach() for tensor in tensors])
