@@ -11,13 +11,14 @@ import numpy as np
 import polars as pl
 
 from twotower.config import Config
+from twotower.continuing.kept import load_context, load_rows
 from twotower.data import Interactions, Split
 from twotower.data.joining import continued
 from twotower.data.past import CARRIED, ContinuedSplit, Past
 from twotower.errors import InputError
 from twotower.launch import Launch
 from twotower.schema import IdValues, Vocabulary, ids_of
-from twotower.serving.artifact import Artifact, find_model, load_context, load_rows
+from twotower.serving.artifact import Artifact, find_model
 from twotower.serving.changes import Changes
 from twotower.stored_rows import RowSource, stored_tensors
 

@@ -12,6 +12,7 @@ from twotower.analysis.subject import Subject, subject_of
 from twotower.build import build_objective
 from twotower.config import Config
 from twotower.continuing import Parent
+from twotower.continuing.kept import load_context, load_rows
 from twotower.data import Split
 from twotower.data.declaring import fit_features, unused_tables, wanted_context, with_features
 from twotower.data.written import ids_like, read_ids
@@ -23,7 +24,7 @@ from twotower.run.fitting import Model, continue_with, fit
 from twotower.run.measuring import evaluate
 from twotower.run.reading import absolute, read_by_all, read_data, split_data, with_catalog
 from twotower.serving import Artifact, Retriever
-from twotower.serving.artifact import FOLDER, find_model, load_context, load_rows, read_metadata
+from twotower.serving.artifact import FOLDER, find_model, read_metadata
 
 #: In a run folder: the files that the run began with, and their sizes.
 INPUTS = "inputs.json"

@@ -32,7 +32,6 @@ import numpy as np
 import polars as pl
 import torch
 from safetensors import SafetensorError
-from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
@@ -73,8 +72,8 @@ class Artifact:
         item_table: one row for each item code, or None.
         metadata: data account, fingerprint, split, metrics: JSON values.
         rows: what continuing the training needs to know of the rows of the histories; `load` leaves it on disk
-            (`load_rows`).
-        contexts: likewise, of rows and of the test's questions, by name of the file (`load_context`).
+            (continuing/kept.py).
+        contexts: likewise, of rows and of the test's questions, by name of the file.
     """
 
     config: Config
@@ -251,36 +250,6 @@ def find_model(directory: str | Path) -> Path:
     if not given.exists():
         raise InputError(f"{given}: no such folder; expected one that `twotower train ... --out {given}` made")
     raise InputError(f"{given}: no model in this folder; expected metadata.json, as `twotower train` writes it")
-
-
-def load_rows(folder: Path) -> dict[str, np.ndarray] | None:
-    """`rows` of a model folder; None where an older version wrote it.
-
-    Raises:
-        InputError: damaged.
-    """
-    path = folder / ROWS
-    if not path.is_file():
-        return None
-    try:
-        return dict(load_arrays(path))
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: not readable ({error}); copy it again or train again") from error
-
-
-def load_context(folder: Path, name: str = "context") -> pl.DataFrame | None:
-    """One of the `contexts` of a model folder; None where it has none.
-
-    Raises:
-        InputError: damaged.
-    """
-    path = folder / f"{name}.parquet"
-    if not path.is_file():
-        return None
-    try:
-        return pl.read_parquet(path)
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise InputError(f"{path}: not readable ({error}); copy it again or train again") from error
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
