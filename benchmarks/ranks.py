@@ -197,6 +197,9 @@ def memory(args: argparse.Namespace) -> list[dict[str, Any]]:
         (2, "rowwise-adagrad", "replicated"),
         (2, "adam", "row-wise"),
         (2, "rowwise-adagrad", "row-wise"),
+        (2, "adam", "column-wise"),
+        (2, "rowwise-adagrad", "column-wise"),
+        (2, "rowwise-adagrad", "table-wise"),
     ):
         given = argparse.Namespace(**{**vars(args), "rule": rule, "layout": layout})
         with tempfile.TemporaryDirectory() as folder:
@@ -209,7 +212,7 @@ def memory(args: argparse.Namespace) -> list[dict[str, Any]]:
             history=LENGTH,
             sampled=UNIFORM,
             optimizer="adam" if rule == "adam" else "rowwise-adagrad",
-            layout="replicated" if layout == "replicated" else "row-wise",
+            layout=layout,  # type: ignore[arg-type]  # one of those above
         )
         before = max(found[1] for found in held)
         plan = plan_scale(work, Rates(1, 1, 1, 1, 1, 0, before))
