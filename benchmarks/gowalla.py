@@ -13,7 +13,8 @@ number of the user's test items, NDCG@20 has binary gain, and both are averaged 
 published evaluation.
 
 The model is one vector for each user and item, cosine similarity, a fixed temperature, trained on whole users with
-the full softmax (whole_users.py), with or without propagation over the graph while training (--layers). --start svd
+the full softmax (whole_users.py), with or without propagation over the graph while training (--layers) and a share of
+the log of an item's popularity in its score (--prior). --start svd
 begins at the truncated singular value decomposition of the training matrix, each entry divided by the roots of its
 row and column sums. --start FILE begins at the tables of another run (last.*.safetensors in its folder): with --final
 a run that was chosen on the validation goes on with the validation's rows as well.
