@@ -177,6 +177,11 @@ def joined(*, timeout: int, accelerator: str = "auto") -> Iterator[Team]:
     patience = timedelta(seconds=timeout)
     try:
         store, rank, size = next(iter(rendezvous("env://", timeout=patience)))
+        if told.nodes == 1:
+            # torchrun keeps one store for all of its attempts, with the addresses of processes that are gone. Agents of
+            # several machines need not agree on the number of the attempt.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]  # as below
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size, timeout=patience
         )
