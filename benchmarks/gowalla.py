@@ -14,10 +14,10 @@ published evaluation.
 
 The model is one vector for each user and item, cosine similarity, a fixed temperature, trained on whole users with
 the full softmax (whole_users.py), with or without propagation over the graph while training (--layers) and a share of
-the log of an item's popularity in its score (--prior). --start svd
-begins at the truncated singular value decomposition of the training matrix, each entry divided by the roots of its
-row and column sums. --start FILE begins at the tables of another run (last.*.safetensors in its folder): with --final
-a run that was chosen on the validation goes on with the validation's rows as well.
+the log of an item's popularity in its score (--prior). --start svd begins at the truncated singular value
+decomposition of the training matrix, each entry divided by the roots of its row and column sums. --start FILE begins
+at the tables of another run (last.*.safetensors in its folder): with --final a run that was chosen on the validation
+goes on with the validation's rows as well.
 
 --popularity measures at these settings b of the popularity dial, 1 being the model as trained. On the validation there
 may be several, and the one with the highest NDCG@20 is told; on the test only one.
@@ -41,7 +41,7 @@ from typing import Any
 import polars as pl
 import torch
 from safetensors.torch import load_file, save_file
-from whole_users import ByUsers, Settings
+from whole_users import ByUsers, Settings, add_settings, parsed, settings_of
 
 import twotower as tt
 from twotower.data import Holdout, Interactions, Split
@@ -172,20 +172,13 @@ def main() -> None:
     parser.add_argument("--final", action="store_true", help="train on both parts, measure on the test")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--baselines", action="store_true", help="popularity, item-kNN and EASE on the test")
-    for name, default in asdict(Settings()).items():
-        if name != "seed":
-            parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
-    parser.add_argument(
-        "--popularity", nargs="+", type=float, default=[1.0], metavar="B", help="of the popularity dial"
-    )
+    add_settings(parser)
     parser.add_argument("--rows", action="store_true", help="train with tt.fit on sampled candidates")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="for --rows")
     parser.add_argument("--every", type=int, default=2, help="epochs between validations")
     parser.add_argument("--runs", type=Path, help="a folder for checkpoints, so that an interrupted run goes on")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    asked = parser.parse_args()
-    if asked.final and len(asked.popularity) > 1:
-        parser.error("--popularity: the test is measured at one setting, chosen on the validation before")
+    asked = parsed(parser)
     if asked.rows and asked.popularity != [1.0]:
         parser.error("--popularity: for training by whole users, not with --rows")
     first, both = read(asked.data)
@@ -200,7 +193,7 @@ def main() -> None:
         record(asked.results, {"key": "baselines", "published": PUBLISHED, "metrics": found})
         return
     for seed in asked.seeds:
-        settings = Settings(**{name: getattr(asked, name, seed) for name in asdict(Settings())})
+        settings = settings_of(asked, seed)
         told = [*ROWS, f"objective.temperature={settings.temperature}", f"training.seed={seed}", *asked.overrides]
         what = told if asked.rows else asdict(settings)
         key = json.dumps([what, asked.popularity, bool(asked.final)], sort_keys=True)

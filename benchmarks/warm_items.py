@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from gowalla import at_dials, kept_runs, measured
-from whole_users import ByUsers, Settings
+from whole_users import ByUsers, add_settings, parsed, settings_of
 
 import twotower as tt
 from twotower.evaluation import EASE, ItemKNN, Popularity
@@ -38,22 +38,15 @@ def main() -> None:
     parser.add_argument("--test", type=float, default=0.3, help="share of the rows after the cut")
     parser.add_argument("--final", action="store_true")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    for name, default in asdict(Settings()).items():
-        if name != "seed":
-            parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
-    parser.add_argument(
-        "--popularity", nargs="+", type=float, default=[1.0], metavar="B", help="of the popularity dial"
-    )
+    add_settings(parser)
     parser.add_argument("--every", type=int, default=5)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    asked = parser.parse_args()
-    if asked.final and len(asked.popularity) > 1:
-        parser.error("--popularity: the test is measured at one setting, chosen on the validation before")
+    asked = parsed(parser)
     data = tt.Interactions.read(asked.data)
     split = tt.splits.by_time(data, validation=0.0 if asked.final else 0.05, test=asked.test)
     train, holdout = split.train, split.test if asked.final else split.validation
     for seed in asked.seeds:
-        settings = Settings(**{name: getattr(asked, name, seed) for name in asdict(Settings())})
+        settings = settings_of(asked, seed)
         key = json.dumps([asdict(settings), asked.popularity, asked.test, asked.final], sort_keys=True)
         if key in [run["key"] for run in kept_runs(asked.results)]:
             continue

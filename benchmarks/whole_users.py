@@ -20,8 +20,9 @@ What comes out is one vector for each user and item, whatever K is.
 
 from __future__ import annotations
 
+import argparse
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -105,11 +106,11 @@ class Softmax(torch.autograd.Function):
         wide = torch.cat([items, beside, items.new_zeros(len(items), 14)], 1).bfloat16()
         asked = torch.cat([query, query.new_tensor([prior] + 15 * [0.0]).expand(len(query), 16)], 1)
         weight = ((asked / temperature).bfloat16() @ wide.T).sub_(1.0 / temperature).exp_()
-        summed = weight @ wide
+        sums = weight @ wide
         dimension = items.shape[1]
-        total = summed[:, dimension + 1].float()
+        total = sums[:, dimension + 1].float()
         scale = (weights / total)[:, None]
-        by_query = summed[:, :dimension].float() * scale / temperature
+        by_query = sums[:, :dimension].float() * scale / temperature
         ctx.save_for_backward(by_query, (weight.T @ (query * scale).bfloat16()).float() / temperature)
         return ((total.log() + 1.0 / temperature) * weights).sum()
 
@@ -147,7 +148,7 @@ class Graph:
         users, items = (torch.from_numpy(codes.astype(np.int64)) for codes in (train.query_codes(), train.item_codes))
         by_item = torch.argsort(items, stable=True)
         self.items_of_users = items, torch.from_numpy(np.asarray(train.offsets, dtype=np.int64))
-        counts = torch.bincount(items, minlength=train.num_items)
+        counts = torch.from_numpy(train.item_counts())
         self.users_of_items = users[by_item], F.pad(counts.cumsum(0), (1, 0))
         self.root_users = self.items_of_users[1].diff().clamp(min=1).float().rsqrt()[:, None]
         self.root_items = counts.clamp(min=1).float().rsqrt()[:, None]
@@ -179,8 +180,7 @@ class ByUsers:
         self.items = torch.from_numpy(train.item_codes.astype(np.int64))
         self.sizes = self.offsets.diff()
         self.graph = Graph(train, settings.layers) if settings.layers else None
-        counts = torch.bincount(self.items, minlength=train.num_items)
-        self.dial = PopularityDial(counts, settings.temperature)
+        self.dial = PopularityDial(torch.from_numpy(train.item_counts()), settings.temperature)
         self.coordinate = self.dial.coordinate()
         torch.manual_seed(settings.seed)
         scale, shapes = 0.1, ((train.num_queries, settings.dimension), (train.num_items, settings.dimension))
@@ -263,6 +263,30 @@ class ByUsers:
         if step < 20:
             return (step + 1) / 20
         return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """The settings but for the seed, and the dials that the model is measured at."""
+    for name, default in asdict(Settings()).items():
+        if name != "seed":
+            parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    parser.add_argument(
+        "--popularity", nargs="+", type=float, default=[1.0], metavar="B", help="of the popularity dial"
+    )
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """What was asked for; several dials on the test are refused: it is looked at once."""
+    asked = parser.parse_args()
+    if asked.final and len(asked.popularity) > 1:
+        parser.error("--popularity: the test is measured at one setting, chosen on the validation before")
+    return asked
+
+
+def settings_of(asked: argparse.Namespace, seed: int) -> Settings:
+    """What was asked for, with a seed."""
+    values: dict[str, Any] = {name: getattr(asked, name, seed) for name in asdict(Settings())}
+    return Settings(**values)
 
 
 def singular_vectors(train: Interactions, dimension: int) -> tuple[Tensor, Tensor]:

@@ -166,7 +166,7 @@ def dial(
     artifact, split = run.reread(directory, data)
     holdout = split.test if on == "test" else split.validation
     if not len(holdout):
-        raise InputError(f"--on {on}: the split of this model has no {on} queries; take --on test")
+        raise InputError(f"--on {on}: the split of this model has no {on} queries")
     seen = artifact.config.evaluation.exclude_seen
     found = popularity_curve(Retriever(artifact), holdout, train=split.train, k=k, exclude_seen=seen)
     if as_json:
