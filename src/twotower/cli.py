@@ -68,9 +68,6 @@ def train(
     from twotower.config import Config  # noqa: PLC0415
     from twotower.launch import Launch  # noqa: PLC0415
 
-    launch = Launch.of_environment()
-    if launch.restarts and not resume:  # torchrun gives the same words again
-        resume, force = (out / "checkpoints" / "last.ckpt").exists(), True
     if withdraw is not None and start is None:
         raise InputError("--withdraw: needs --from DIR, the model whose catalog the items leave")
     if start is not None and config is not None:
@@ -84,11 +81,6 @@ def train(
     settings = Config.load(config, changes, base=base)
     if start is not None and out.resolve() == start.resolve():
         raise InputError(f"{out}: --out is the folder of --from; give the continued model a folder of its own")
-    force = force or not launch.is_first  # the first rank may be writing already
-    if not (resume or force) and (out / "model").exists():
-        raise InputError(f"{out}: a model is there already; choose another --out, or give --force to replace it")
-    if not (resume or force) and (out / "checkpoints").exists():
-        raise InputError(f"{out}: an interrupted run is there; go on with --resume, or give --force to start anew")
     told = messages if as_json else console
     _, measured = run.train_run(
         data,
@@ -97,9 +89,10 @@ def train(
         start=start,
         withdraw=withdraw,
         resume=resume,
+        replace=force,
         say=lambda text: told.print(str(text), highlight=False, markup=False, soft_wrap=True),
     )
-    if not launch.is_first:
+    if not Launch.of_environment().is_first:
         return
     if as_json:
         print_json(measured.to_dict())

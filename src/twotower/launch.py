@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 import uuid
@@ -32,7 +33,8 @@ class Launch:
         size: processes in all; 1 where nobody started several.
         local_size: processes on this machine.
         local_rank: number among them.
-        restarts: how often torchrun has started all processes anew.
+        restarts: how often torchrun on this machine has started its processes anew. That on another machine may have
+            another number.
     """
 
     rank: int = 0
@@ -73,10 +75,12 @@ class Team:
     Attributes:
         ranks: what they exchange numbers by.
         store: what they tell each other outside of exchanges; None for a process alone.
+        restarts: how often all processes have been started anew; the same number on every rank.
     """
 
     ranks: Ranks
     store: Any = None
+    restarts: int = 0
 
     def first_then_others(self, make: Callable[[], T], what: str) -> T:
         """`make()` on the first rank, then on the others: what it leaves in a cache is made once.
@@ -141,6 +145,63 @@ class Team:
             )
 
 
+def called_together(store: Any, told: Launch, patience: float) -> tuple[str, int]:
+    """A name for this attempt of all processes that none of the earlier attempts had, and how many those were.
+
+    torchrun keeps one store for all of its attempts, with the addresses and words of processes that are gone, and what
+    it counts on several machines need not agree. So each process brings a word that nobody had before. The first reads
+    out the words it finds, again whenever one of them is another, and a process that hears its own answers to the name
+    of the first. When all words that were read out are answered, nobody of an earlier attempt was among them.
+
+    Args:
+        store: a store of torch.distributed that all processes reach.
+        told: which of them this one is.
+        patience: seconds to wait for the others.
+
+    Raises:
+        DistStoreError: not all came.
+    """
+    import torch.distributed as dist  # noqa: PLC0415  # as in `joined`
+
+    until = time.monotonic() + patience
+
+    def pause(what: str) -> None:
+        if time.monotonic() > until:
+            raise dist.DistStoreError(f"{what} in {patience:g} s")
+        time.sleep(0.02)
+
+    name = uuid.uuid4().hex
+    own = f"{name} {told.restarts}"
+    places = [f"word of {rank}" for rank in range(told.size)]
+    store.set(places[told.rank], own)
+    if not told.is_first:
+        while True:
+            roll = json.loads(store.get("roll")) if store.check(["roll"]) else None
+            if roll is not None and own in roll["words"]:
+                break
+            pause("the first rank did not come")
+        name = roll["name"]
+        store.set(f"{name} {own}", "here")
+        while not store.check([f"{name} restarts"]):
+            pause("not all ranks came")
+        return name, int(store.get(f"{name} restarts"))
+    attempts = store.add("attempts of the first rank", 1)
+    store.set(f"{name} {own}", "here")
+    read: list[str] = []
+    while True:
+        if store.check(places):
+            words = [word.decode() for word in store.multi_get(places)]
+            if words != read:
+                store.set("roll", json.dumps({"name": name, "words": words}))
+                read = words
+            elif store.check([f"{name} {word}" for word in words]):
+                break
+        pause("not all ranks came")
+    restarts = max(attempts - 1, *(int(word.split()[1]) for word in words))
+    store.set(f"{name} restarts", str(restarts))
+    return name, restarts
+
+
 @contextmanager
 def joined(*, timeout: int, accelerator: str = "auto") -> Iterator[Team]:
     """Join the other processes that torchrun has started, for as long as the block lasts.
@@ -160,7 +221,7 @@ def joined(*, timeout: int, accelerator: str = "auto") -> Iterator[Team]:
 
     told = Launch.of_environment()
     if told.size == 1:
-        yield Team(Ranks())
+        yield Team(Ranks(), restarts=told.restarts)
         return
     import torch  # noqa: PLC0415
     import torch.distributed as dist  # noqa: PLC0415
@@ -177,15 +238,12 @@ def joined(*, timeout: int, accelerator: str = "auto") -> Iterator[Team]:
     patience = timedelta(seconds=timeout)
     try:
         store, rank, size = next(iter(rendezvous("env://", timeout=patience)))
-        if told.nodes == 1:
-            # torchrun keeps one store for all of its attempts, with the addresses of processes that are gone. Agents of
-            # several machines need not agree on the number of the attempt.
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            store = dist.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]  # as below
+        name, restarts = called_together(store, told, timeout)
+        store = dist.PrefixStore(name, store)  # type: ignore[attr-defined]  # public, and missing in __all__
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size, timeout=patience
         )
-        yield Team(Ranks.current(), dist.PrefixStore("twotower", store))  # type: ignore[attr-defined]  # public, and missing in __all__
+        yield Team(Ranks.current(), dist.PrefixStore("twotower", store), restarts)  # type: ignore[attr-defined]  # as above
     except RuntimeError as error:
         if comes_from_exchange(error):
             raise Ranks(told.rank, told.size).lost(error) from error

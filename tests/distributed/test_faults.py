@@ -131,36 +131,45 @@ def test_ten_kills_at_random_steps(tmp_path):
     assert_same_after_kills(scenario(tmp_path, kills=10), tmp_path, 10)
 
 
-def workers(agent: subprocess.Popen) -> dict[int, int]:
+def workers(agents: list[subprocess.Popen]) -> dict[int, int]:
     """The processes of each rank that torchrun has started: rank -> process id."""
     ranks = {}
-    for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split():
-        told = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        ranks |= {int(word[5:]): int(pid) for word in told if word.startswith(b"RANK=")}
+    for agent in agents:
+        for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split():
+            told = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            ranks |= {int(word[5:]): int(pid) for word in told if word.startswith(b"RANK=")}
     return ranks
 
 
-def test_torchrun_starts_all_again(tmp_path):
-    data, out = tmp_path / "planted.parquet", tmp_path / "run"
-    planted(queries=80).write_parquet(data)
-    words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--max-restarts=1"]
-    agent = subprocess.Popen(
-        [sys.executable, *words, "-m", "twotower.cli", *faults.words(data, out)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+@pytest.mark.parametrize(("machines", "killed"), [(1, [1]), (2, [0, 1])], ids=["one machine", "two machines"])
+def test_torchrun_starts_all_again(found, folder, tmp_path, machines, killed):
+    """Two agents of torchrun stand for two machines: the one whose rank was not killed counts no restart."""
+    data, out = folder / "planted.parquet", tmp_path / "run"
+    meeting = [f"--rdzv-endpoint=127.0.0.1:{faults.free_port()}", "--rdzv-backend=c10d", "--rdzv-id=test"]
+    several = [*meeting, f"--nnodes={machines}", f"--nproc-per-node={2 // machines}", "--max-restarts=3"]
+    words = [sys.executable, "-m", "torch.distributed.run", *several, "-m", "twotower.cli", *faults.words(data, out)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    logs = [tmp_path / f"{number}.log" for number in range(machines)]
+    agents = []
+    for log in logs:
+        with log.open("w") as told:
+            process = subprocess.Popen(words, env=env, stdout=told, stderr=subprocess.STDOUT, start_new_session=True)
+        agents.append(process)
     try:
-        while not faults.steps_done(out) and agent.poll() is None:
-            time.sleep(0.05)
-        os.kill(workers(agent)[1], signal.SIGKILL)
-        told = agent.communicate(timeout=800)[0]
-        assert agent.returncode == 0, told
-        assert "another rank is gone" in told or "Signal 9" in told, told
+        for rank in killed:
+            before = faults.steps_done(out)
+            while faults.steps_done(out) <= before and all(agent.poll() is None for agent in agents):
+                time.sleep(0.05)
+            os.kill(workers(agents)[rank], signal.SIGKILL)
+        ended = [agent.wait(timeout=800) for agent in agents]
     finally:
-        if agent.poll() is None:
-            os.killpg(agent.pid, signal.SIGKILL)
-            agent.communicate()
-    assert (out / "results.json").exists()
+        for agent in agents:
+            if agent.poll() is None:
+                os.killpg(agent.pid, signal.SIGKILL)
+                agent.wait()
+    told = "".join(log.read_text() for log in logs)
+    assert ended == [0] * machines, told
+    assert "another rank is gone" in told or "Signal 9" in told, told
+    expected = weights(folder / "two")
+    for name, value in weights(out).items():
+        assert torch.equal(value, expected[name]), name

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from twotower.data import TrainingBatches
 from twotower.errors import InputError
-from twotower.launch import Team
+from twotower.launch import Launch, Team, called_together
 from twotower.ranks import Ranks
 
 
@@ -31,6 +31,44 @@ def together(store, work):
     for thread in threads:
         thread.join(60)
     return gave
+
+
+def called(store, ranks, restarts=(0, 0, 0), patience=20.0):
+    """What `called_together` gives on some of three ranks, which come one after another; an error as its text."""
+    gave = {}
+
+    def come(rank):
+        told = Launch(rank, 3, local_size=1, restarts=restarts[rank])
+        try:
+            gave[rank] = called_together(store, told, patience)
+        except dist.DistStoreError as error:
+            gave[rank] = str(error)
+
+    threads = [threading.Thread(target=come, args=(rank,)) for rank in ranks]
+    for thread in threads:
+        thread.start()
+        thread.join(0.1)  # a head start, for those that come late to find what was said
+    for thread in threads:
+        thread.join(60)
+    return [gave[rank] for rank in sorted(gave)]
+
+
+def test_an_attempt_has_a_name_of_its_own_also_after_one_that_not_all_lived_to_see(store):
+    alone = {False: "the first rank did not come in 0.5 s", True: "not all ranks came in 0.5 s"}
+    names = []
+    for coming, restarts in (([0, 1, 2], 0), ([1, 2], None), ([2, 1, 0], 1), ([0, 1], None), ([1, 0, 2], 3)):
+        gave = called(store, coming, patience=20.0 if len(coming) == 3 else 0.5)
+        if len(coming) < 3:  # what they have said stays in the store
+            assert gave == [alone[0 in coming]] * 2
+            continue
+        assert gave == [(gave[0][0], restarts)] * 3
+        names.append(gave[0][0])
+    assert len(set(names)) == 3
+
+
+def test_a_machine_that_was_started_anew_tells_all_of_its_restarts(store):
+    first, *others = called(store, [0, 1, 2], restarts=(0, 3, 1))
+    assert first[1] == 3 and others == [first] * 2
 
 
 def test_all_make_it_at_the_same_moment_and_wait_for_each_other(store):

@@ -15,6 +15,7 @@ from twotower.config import Config
 from twotower.data import Interactions
 from twotower.errors import InputError
 from twotower.serving.artifact import find_model, read_metadata
+from twotower.training import LAST
 
 #: Settings that change neither the start, nor the data, nor a step of the training.
 FREE = ("evaluation", "training.logger")
@@ -58,7 +59,7 @@ class Cell:
         """
         written = self.directory / "config.yaml"
         finished = (self.directory / "results.json").exists()
-        if not finished and not (self.directory / "checkpoints" / "last.ckpt").exists():
+        if not finished and not (self.directory / LAST).exists():
             return "new"
         # A setting that came later has its default there, which may be "auto".
         found = Config.load(written).resolved(self.rows)

@@ -25,6 +25,7 @@ from twotower.run.measuring import evaluate
 from twotower.run.reading import absolute, read_by_all, read_data, split_data, with_catalog
 from twotower.serving import Artifact, Retriever
 from twotower.serving.artifact import FOLDER, find_model, read_metadata
+from twotower.training import LAST
 
 #: In a run folder: the files that the run began with, and their sizes.
 INPUTS = "inputs.json"
@@ -38,12 +39,14 @@ def train_run(
     start: str | Path | None = None,
     withdraw: str | Path | None = None,
     resume: bool = False,
+    replace: bool = True,
     progress: bool = True,
     say: Callable[[object], None] = print,
 ) -> tuple[Model, Evaluation]:
     """The whole of `twotower train`: read, split, fit, evaluate on the test queries, write the run folder.
 
-    Under torchrun its processes train one model together; the first of them writes and tells.
+    Under torchrun its processes train one model together; the first of them writes and tells. Where torchrun has
+    started them anew, they go on from the last checkpoint, if there is one.
 
     Args:
         source: a file, a folder or the name of a data set.
@@ -52,14 +55,20 @@ def train_run(
         start: folder of the model to go on with; `source` then holds the new days.
         withdraw: file of item ids that leave its catalog.
         resume: go on with an interrupted run in `out`.
+        replace: otherwise, replace what is there.
         progress: show a progress bar.
         say: where the accounts are told.
 
     Raises:
+        InputError: a run is in `out`, and is neither to be replaced nor gone on with.
         RankLost: another process of the run is gone.
     """
     training = config.training
     with joined(timeout=training.exchange_timeout, accelerator=training.accelerator) as team:
+        if team.restarts and not resume:  # torchrun gives the same words again
+            resume = bool(team.said_by_first("resume", "yes" if (Path(out) / LAST).exists() else ""))
+        elif not (resume or replace) and team.ranks.is_first:
+            _require_free(Path(out))
         return _train(
             source,
             Path(out),
@@ -71,6 +80,13 @@ def train_run(
             progress=progress,
             say=say if team.ranks.is_first else _nobody,
         )
+
+
+def _require_free(directory: Path) -> None:
+    if (directory / FOLDER).exists():
+        raise InputError(f"{directory}: a model is there already; choose another --out, or give --force to replace it")
+    if (directory / LAST.parent).exists():
+        raise InputError(f"{directory}: an interrupted run is there; go on with --resume, or start anew with --force")
 
 
 def _train(

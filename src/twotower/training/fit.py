@@ -30,6 +30,9 @@ from twotower.training.loggers import make_logger
 from twotower.training.model import LOG_EVERY, TrainingModule
 from twotower.training.strategy import trainer_options
 
+#: In the folder of a run: the checkpoint that `resume` goes on from.
+LAST = Path("checkpoints") / "last.ckpt"
+
 #: Warnings of Lightning that tell a user of this library nothing to act on.
 LIGHTNING_NOISE = (
     ".*isinstance\\(treespec, LeafSpec\\).* is deprecated.*",
@@ -126,7 +129,7 @@ def fit_towers(
     """
     ranks = Ranks.current()
     parts = {table.name: table.part for table in shared_tables_of(towers) if table.name and table.part}
-    last = directory / "checkpoints" / "last.ckpt"
+    last = directory / LAST
     if resume and not last.exists():
         raise InputError(f"{last}: no checkpoint to resume from; train without --resume first")
     module = TrainingModule(
@@ -141,7 +144,7 @@ def fit_towers(
     )
     history = _History()
     keep_best = _BestAndLast(
-        directory / "checkpoints",
+        last.parent,
         filename="best",
         monitor=settings.metric if validate else None,
         mode="max",
