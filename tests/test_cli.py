@@ -157,7 +157,7 @@ def test_exit_codes_of_the_real_process(run_folder):
 def test_an_interrupted_run_is_not_overwritten(run_folder, command):
     (run_folder / "cut" / "checkpoints").mkdir(parents=True)
     code, _, err = command("train", "purchases.csv", "--out", "cut")
-    assert code == 2 and "go on with --resume, or give --force" in " ".join(err.split())
+    assert code == 2 and "go on with --resume, or start anew with --force" in " ".join(err.split())
 
 
 def test_a_fault_of_the_program_is_exit_code_one(command, monkeypatch):

@@ -14,6 +14,7 @@ from twotower.build import build_pool
 from twotower.config import Config
 from twotower.errors import InputError
 from twotower.run import audit_run
+from twotower.terminal import console, messages
 
 QUICK = (
     "training.max_epochs=2",
@@ -38,7 +39,8 @@ def run_folder(tmp_path_factory, interactions_csv):
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "200")
+    for shown in (console, messages):
+        monkeypatch.setattr(shown, "width", 200)
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["twotower", "audit", *map(str, words)])
