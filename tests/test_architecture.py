@@ -18,6 +18,7 @@ ROOMS = [
     "launch",
     "feature_config",
     "tower_config",
+    "config_errors",
     "config",
     "schema",
     "ids",

@@ -127,6 +127,14 @@ def test_doctor_and_datasets(command):
         (["train", "purchases.csv", "--out", "x", "--config", "no.yaml"], "no.yaml: no such configuration file"),
         (["train", "purchases.csv", "--out", "x", "--set", "training.max_epochs=0"], "field training.max_epochs"),
         (["train", "purchases.csv", "--out", "x", "--set", "training.speed=9"], "field training.speed"),
+        (
+            ["train", "purchases.csv", "--out", "x", "--set", "training.batch_size=0"],
+            "than 0 or Input should be 'auto', found 0",
+        ),
+        (
+            ["train", "purchases.csv", "--out", "x", "--set", "training.table_placement={item: rowwise}"],
+            "field training.table_placement.item: Input should be 'auto', 'replicated', 'row-wise', 'column-wise' or",
+        ),
         (["train", "purchases.csv", "--out", "x", "--set", "nonsense"], "expected section.key=value"),
         (["train", "purchases.csv", "--out", "x", "--set", "objective=magic"], "unknown objective 'magic'"),
         (["train", "purchases.csv", "--out", "x", "--set", "objective.sources=[{magic: {}}]"], "unknown source"),
@@ -158,6 +166,17 @@ def test_an_interrupted_run_is_not_overwritten(run_folder, command):
     (run_folder / "cut" / "checkpoints").mkdir(parents=True)
     code, _, err = command("train", "purchases.csv", "--out", "cut")
     assert code == 2 and "go on with --resume, or start anew with --force" in " ".join(err.split())
+
+
+def test_a_validation_that_can_measure_nothing_is_refused_before_training(run_folder, command):
+    rows = [f"q{query},i{(query + step) % 9}" for query in range(12) for step in (0, 1, 2, 0, 1)]
+    (run_folder / "repeats.csv").write_text("\n".join(["query,item", *rows]) + "\n")
+    words = ["train", "repeats.csv", "--out", "repeats", "--set", "data.split=leave-last-out"]
+    code, _, err = command(*words)
+    told = " ".join(err.split())
+    assert code == 2 and "validation: no query has a target that can be ranked" in told
+    assert "12 targets were left out" in told and "evaluation.exclude_seen=false" in told
+    assert not (run_folder / "repeats").exists()
 
 
 def test_a_fault_of_the_program_is_exit_code_one(command, monkeypatch):

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
+from twotower.config_errors import first_fault
 from twotower.errors import InputError
 from twotower.feature_config import Section
 from twotower.tower_config import HistoryConfig, ItemTowerConfig, QueryTowerConfig, SequenceConfig
@@ -215,10 +216,7 @@ class Config(Section):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"]) or "(top level)"
-            more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-            raise InputError(f"{where}: field {field}: {first['msg']}, found {first['input']!r}{more}") from error
+            raise InputError(f"{where}: {first_fault(error, values)}") from error
 
     def resolved(self, rows: int) -> Config:
         """The same settings with every "auto" replaced by the number it means for so many training rows."""
