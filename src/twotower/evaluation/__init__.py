@@ -7,7 +7,7 @@ from twotower.evaluation.columns import check_slices
 from twotower.evaluation.metrics import coverage, hit_rate_at, hits, mrr_at, ndcg_at, recall_at
 from twotower.evaluation.partition import PartitionError, partition_error
 from twotower.evaluation.rankers import Ranker
-from twotower.evaluation.ranking import evaluate, evaluate_all
+from twotower.evaluation.ranking import check_targets, evaluate, evaluate_all
 from twotower.evaluation.report import Evaluation, Row
 from twotower.evaluation.significance import Interval, PairedComparison, bootstrap_interval, holm, paired_comparison
 from twotower.evaluation.slices import COLD, DECILES, SLICES, popularity_parts, popularity_thirds
@@ -28,6 +28,7 @@ __all__ = [
     "Row",
     "bootstrap_interval",
     "check_slices",
+    "check_targets",
     "coverage",
     "diversity_at",
     "evaluate",

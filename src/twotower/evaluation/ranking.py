@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from twotower.data import Holdout, Interactions
+from twotower.errors import InputError
 from twotower.evaluation.baselines import ItemKNN, Popularity
 from twotower.evaluation.columns import column_slices
 from twotower.evaluation.measuring import Question, Targets, measure
@@ -54,9 +55,9 @@ def evaluate(
         An `Evaluation`: prints as a table.
 
     Raises:
-        ValueError: a setting is out of range, nothing is left to evaluate, the ranker is inexact, or what it
-            returned is not a ranking (wrong shape, unknown codes, repeats, items it was told to leave out).
-        InputError: `slices` names what the tables do not have.
+        ValueError: a setting is out of range, the ranker is inexact, or what it returned is not a ranking (wrong
+            shape, unknown codes, repeats, items it was told to leave out).
+        InputError: nothing is left to evaluate, or `slices` names what the tables do not have.
     """
     chosen, notes = _baselines(train, name) if baselines is True else (dict(baselines or {}), [])
     if name in chosen:
@@ -104,7 +105,7 @@ def evaluate_all(
     if empty == "zero":
         counted = np.ones_like(counted)
     if not counted.any():
-        raise ValueError(f"{holdout.name}: no query has a target that can be ranked, nothing to evaluate")
+        raise _nothing_to_rank(holdout, targets)
     question = Question(targets, counted, ks, flat(groups), item_counts)
     inexact = [name for name, ranker in rankers.items() if not getattr(ranker, "is_exact", True)]
     rows = []
@@ -147,6 +148,27 @@ def _notes(removed: int, num_empty: int, empty: Empty, inexact: Sequence[str]) -
         what = "left out of the means" if empty == "skip" else "counted as 0"
         notes.append(f"{num_empty:,} queries have no target that can be ranked and were {what}")
     return notes
+
+
+def check_targets(holdout: Holdout, num_items: int, exclude_seen: bool) -> None:
+    """Refuse queries of which `evaluate` could measure nothing, before anything is trained for it.
+
+    Raises:
+        InputError: there are queries, and none has a target that can be ranked.
+    """
+    targets = Targets.of(holdout, num_items, exclude_seen)
+    if len(holdout) and not len(targets.items):
+        raise _nothing_to_rank(holdout, targets)
+
+
+def _nothing_to_rank(holdout: Holdout, targets: Targets) -> InputError:
+    told = f"{holdout.name}: no query has a target that can be ranked, nothing to evaluate"
+    if targets.removed:
+        told += (
+            f"; {targets.removed} targets were left out, items that their query has had before: "
+            "evaluation.exclude_seen=false ranks those, too"
+        )
+    return InputError(told)
 
 
 def _ranked(

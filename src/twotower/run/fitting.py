@@ -215,6 +215,7 @@ def continue_with(
 
 def _validation(holdout: Holdout, config: Config, train: Interactions) -> Callable[[TwoTower], dict[str, float]]:
     k = int(config.training.metric.split("@")[1])
+    evaluation.check_targets(holdout, train.num_items, config.evaluation.exclude_seen)
 
     def validate(towers: TwoTower) -> dict[str, float]:
         ranks = Ranks.current()

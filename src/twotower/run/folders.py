@@ -132,6 +132,8 @@ def _train(
         for fitted in fit_features(config, split.train).values():
             say(fitted)
     evaluation.check_slices(split.train, config.evaluation.slices)
+    for asked in (split.validation, split.test):
+        evaluation.check_targets(asked, split.train.num_items, config.evaluation.exclude_seen)
     directory.mkdir(parents=True, exist_ok=True)
     team.require_shared(directory)
     if not resume and is_first:
