@@ -215,7 +215,7 @@ def memory(args: argparse.Namespace) -> list[dict[str, Any]]:
             layout=layout,  # type: ignore[arg-type]  # one of those above
         )
         before = max(found[1] for found in held)
-        plan = plan_scale(work, Rates(1, 1, 1, 1, 1, 0, before))
+        planned = plan_scale(work, Rates(1, 1, 1, 1, 1, 0, before)).moments["step"]
         peak = max(found[2] for found in held)
         results.append(
             {
@@ -224,9 +224,9 @@ def memory(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "layout": layout,
                 "items": data.num_items,
                 "before, MiB": before >> 20,
-                "planned, MiB": round(plan.peak / 2**20),
+                "planned, MiB": round(planned / 2**20),
                 "held, MiB": peak >> 20,
-                "planned over held": round(plan.peak / peak, 3),
+                "planned over held": round(planned / peak, 3),
             }
         )
     return results

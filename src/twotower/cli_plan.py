@@ -101,6 +101,8 @@ def plan(
 
 
 def _show(found: ScalePlan) -> None:
+    from twotower.planning import HELD  # noqa: PLC0415  # as above
+
     for title, parts, scale, unit in (
         ("Memory of a rank in a training step", found.memory, 2**30, "GiB"),
         ("Sent by a rank in a step", found.exchanged, 1e6, "MB"),
@@ -114,14 +116,22 @@ def _show(found: ScalePlan) -> None:
         table.add_row("together", f"{sum(parts.values()) / scale:,.2f}")
         console.print(table)
     rows = found.workload.batch / found.step
-    console.print(f"{rows:,.0f} rows a second over all ranks; most of it goes to: {found.bottleneck}")
+    console.print(f"{rows:,.0f} rows a second over all ranks; bottleneck: {found.bottleneck}")
     added = sum(found.ranking.values()) / 2**30
-    console.print(f"A ranking of the whole catalog (validation, test) needs {added:,.1f} GiB beside the tables.")
+    console.print(
+        f"A ranking of the whole catalog (validation, test) needs {added:,.1f} GiB beside what is held throughout "
+        f"({', '.join(HELD)}), in place of a step's."
+    )
     console.print(
         f"A checkpoint written in the background copies {found.checkpoint / 2**30:,.1f} GiB into main memory "
         "(training.checkpoint_in_background=false: none; training waits)."
     )
     if found.device_memory is not None:
-        there = found.device_memory / 2**30
+        there, needed = (
+            found.device_memory / 2**30,
+            {name: f"{value / 2**30:,.1f}" for name, value in found.moments.items()},
+        )
         verdict = "fits" if found.fits else "does NOT fit"
-        console.print(f"{found.peak / 2**30:,.1f} GiB of {there:,.1f} GiB: {verdict}")
+        console.print(
+            f"In all {needed['step']} GiB in a step, {needed['ranking']} in a ranking, of {there:,.1f}: {verdict}"
+        )

@@ -18,6 +18,8 @@ from twotower.errors import InputError
 F4, I8 = 4, 8
 #: A tile of logits on a CPU and on an accelerator, bytes (losses/tiles.py).
 TILES = {"cpu": 8 << 20, "cuda": 256 << 20}
+#: Of `ScalePlan.memory` what is there from beginning to end; the others come and go with a step.
+HELD = ("process", "tables", "optimizer state", "layers and their state")
 
 
 @dataclass(frozen=True)
@@ -140,8 +142,7 @@ def read_rates(path: Path) -> Rates:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        found = found.get("rates", found)
-        return Rates(**{field.name: found[field.name] for field in fields(Rates)})
+        return Rates(**{field.name: found.get("rates", found)[field.name] for field in fields(Rates)})
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise InputError(
             f"{path}: no rates ({type(error).__name__}: {error}); expected what `twotower plan --json` prints"
@@ -156,7 +157,7 @@ class ScalePlan:
         workload: what was asked.
         rates: what the times were computed with.
         memory: bytes by name; what a training step holds at its peak.
-        ranking: bytes on top when the catalog is ranked for a validation, in place of the step's own.
+        ranking: bytes by name beside what is held when the catalog is ranked for a validation, in place of a step's.
         exchanged: bytes that a rank sends in a step, by name; as many come in.
         seconds: of a step, by name; one after the other.
         device_memory: bytes there are; None where nobody said.
@@ -171,9 +172,15 @@ class ScalePlan:
     device_memory: float | None
 
     @property
+    def moments(self) -> dict[str, float]:
+        """Bytes in a step and in a ranking, what is held throughout among them."""
+        held = sum(self.memory[name] for name in HELD)
+        return {"step": sum(self.memory.values()), "ranking": held + sum(self.ranking.values())}
+
+    @property
     def peak(self) -> float:
-        """Most bytes in training."""
-        return sum(self.memory.values())
+        """Most bytes, in whichever moment that is."""
+        return max(self.moments.values())
 
     @property
     def checkpoint(self) -> float:
@@ -190,31 +197,22 @@ class ScalePlan:
     def bottleneck(self) -> str:
         """What takes most of a step, or what does not fit."""
         if self.fits is False:
-            largest = max(self.memory, key=lambda name: self.memory[name])
-            return f"memory ({largest})"
+            parts = self.memory
+            if self.moments["ranking"] == self.peak:
+                parts = {name: parts[name] for name in HELD} | {"ranking": sum(self.ranking.values())}
+            return f"memory ({max(parts, key=lambda name: parts[name])})"
         return max(self.seconds, key=lambda name: self.seconds[name])
 
     @property
     def fits(self) -> bool | None:
-        """Whether a rank has the memory; None where nobody said how much there is."""
+        """Whether a rank has the memory for steps and rankings; None where nobody said how much there is."""
         return None if self.device_memory is None else self.peak <= self.device_memory
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: bytes and seconds."""
-        return {
-            "workload": asdict(self.workload),
-            "rates": asdict(self.rates),
-            "memory": self.memory,
-            "peak": self.peak,
-            "ranking": self.ranking,
-            "checkpoint": self.checkpoint,
-            "exchanged": self.exchanged,
-            "seconds": self.seconds,
-            "step": self.step,
-            "device_memory": self.device_memory,
-            "fits": self.fits,
-            "bottleneck": self.bottleneck,
-        }
+        told = ("memory", "ranking", "moments", "peak", "checkpoint", "exchanged", "seconds", "step")
+        named = {name: getattr(self, name) for name in (*told, "device_memory", "fits", "bottleneck")}
+        return {"workload": asdict(self.workload), "rates": asdict(self.rates), **named}
 
 
 def plan_scale(workload: Workload, rates: Rates, device_memory: float | None = None) -> ScalePlan:
@@ -223,17 +221,10 @@ def plan_scale(workload: Workload, rates: Rates, device_memory: float | None = N
     An exchange of n bytes by all ranks costs each of them n (W - 1) / W bytes sent, as rings do it; a sum of gradients
     twice that. Exchanges and computing are taken one after the other, as the code runs them.
     """
-    memory = _memory(workload, rates)
-    exchanged = _exchanged(workload)
+    memory, ranking, exchanged = _memory(workload, rates), _ranking(workload), _exchanged(workload)
     seconds = _computing(workload, rates) | {
         f"exchange of {name}": count / rates.link + rates.latency for name, count in exchanged.items() if count
     }
-    # A catalog's embeddings gathered from all ranks, and the index over them (training/memory_plan.py). Of shared
-    # tables each rank ranks its part of the items, and the index has no copy of them.
-    catalog = float(workload.items * workload.dimension * F4)
-    ranking = {"item embeddings": 2 * catalog, "index": 1.75 * catalog}
-    if workload.layout != "replicated":
-        ranking = {"item embeddings": catalog / workload.ranks, "index": 0.75 * catalog / workload.ranks}
     return ScalePlan(workload, rates, memory, ranking, exchanged, seconds, device_memory)
 
 
@@ -257,6 +248,18 @@ def _memory(work: Workload, rates: Rates) -> dict[str, float]:
         "candidates": 4.0 * work.candidates * row,
         "rows and histories": work.rows * (3 * work.history + 6) * row,
         "tile": float(TILES[work.device]),
+    }
+
+
+def _ranking(work: Workload) -> dict[str, float]:
+    """As in training/memory_plan.py: gathered embeddings of all items and an index over them, or a rank's part."""
+    row, shared = work.dimension * F4, work.layout != "replicated" and work.ranks > 1
+    catalog = work.items * row / (work.ranks if shared else 1)
+    return {
+        "gradients of the last step": work.touched * (work.ranks if work.serves_all else 1) * row,
+        "item embeddings": catalog if shared else 2 * catalog,
+        # The items in its order, unless they come so; in bfloat16 on a CPU (index/screen.py); which are NaN.
+        "index": ((not shared) + 0.5 * (work.device == "cpu") + 0.25) * catalog,
     }
 
 

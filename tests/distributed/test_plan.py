@@ -129,13 +129,41 @@ def test_what_grows_and_what_is_shared():
     work = Workload(items=10**9, batch=65_536, ranks=64, optimizer="rowwise-adagrad", device="cuda")
     whole = plan_scale(work, RATES, 80 * 2**30)
     parted = plan_scale(replace(work, layout="row-wise"), RATES, 80 * 2**30)
-    assert whole.fits is False and whole.bottleneck == "memory (tables)"
+    assert whole.fits is False and whole.bottleneck == "memory (ranking)"  # the tables, thrice and in their index
     assert parted.fits is True
     assert parted.memory["tables"] * 64 == whole.memory["tables"] == 10**9 * 64 * 4
     assert parted.seconds["optimizer"] < whole.seconds["optimizer"]
     assert not plan_scale(replace(work, ranks=1), RATES).exchanged
     slow = plan_scale(replace(work, layout="row-wise"), replace(RATES, link=1e6))
     assert slow.bottleneck.startswith("exchange of")
+    # Of rows of few columns a ranking takes less than a step.
+    narrow = plan_scale(Workload(items=10**5, dimension=2, batch=65_536, history=200), RATES, 2**20)
+    assert narrow.peak == sum(narrow.memory.values()) and narrow.bottleneck == "memory (process)"
+
+
+def test_what_fits_in_a_step_and_not_in_a_ranking_does_not_fit(tmp_path):
+    """A hundred million items with 80 GiB each: the gathered embeddings twice, and their index."""
+    work = Workload(items=10**8, ranks=8, optimizer="rowwise-adagrad")
+    plan = plan_scale(work, RATES, 80 * 2**30)
+    throughout = sum(plan.memory[name] for name in ("process", "tables", "optimizer state", "layers and their state"))
+    gathered = 3.75 * 10**8 * 64 * 4  # two copies; the index's own, half of one in bfloat16, and a byte for each number
+    gradients = plan.ranking["gradients of the last step"]
+    assert plan.peak == pytest.approx(throughout + gathered + gradients)
+    assert 0 < gradients < plan.memory["gradients of tables"]
+    assert plan.moments["step"] < 80 * 2**30 < plan.peak
+    assert plan.fits is False and plan.bottleneck == "memory (ranking)"
+    by_rows = plan_scale(replace(work, layout="row-wise"), RATES, 80 * 2**30)
+    assert by_rows.fits and by_rows.moments["ranking"] == by_rows.peak
+    on_cuda = plan_scale(replace(work, device="cuda"), RATES)
+    assert plan.ranking["index"] - on_cuda.ranking["index"] == 0.5 * 10**8 * 64 * 4  # no estimates in bfloat16 there
+    written = tmp_path / "rates.json"
+    written.write_text(json.dumps(vars(RATES)))
+    words = ["plan", "--items", "1e8", "--ranks", "8", "--optimizer", "rowwise-adagrad", "--device-memory", "80"]
+    told = CliRunner().invoke(app, [*words, "--rates", str(written)])
+    assert told.exit_code == 0, told.output
+    assert "bottleneck: memory (ranking)" in told.output and "of 80.0: does NOT fit" in told.output
+    found = json.loads(CliRunner().invoke(app, [*words, "--rates", str(written), "--json"]).output)
+    assert found["fits"] is False and found["peak"] == found["moments"]["ranking"] == plan.peak
 
 
 def test_settings_out_of_range():
@@ -149,7 +177,8 @@ def test_the_command(tmp_path):
     told = CliRunner().invoke(app, [*words, "--device-memory", "1", "--json"])
     assert told.exit_code == 0, told.output
     found = json.loads(told.output)
-    assert found["peak"] == sum(found["memory"].values()) and found["step"] == sum(found["seconds"].values())
+    assert found["moments"]["step"] == sum(found["memory"].values()) and found["step"] == sum(found["seconds"].values())
+    assert found["peak"] == max(found["moments"].values())
     assert all(found["rates"][name] > 0 for name in ("products", "layers", "updates", "lookups", "link", "process"))
     assert "bottleneck" in found and found["fits"] in (True, False)
     table = CliRunner().invoke(app, [*words, "--layout", "row-wise", "--link", "10"])
