@@ -53,6 +53,8 @@ class FeatureSet:
         side: "item", "query", or "context" of a request.
         declared: what was asked for.
         encoders: one for each.
+        widths: of the part of each in a tower's input, once a tower has been built on them; None before. A vocabulary
+            that grows keeps its width, which `auto` would choose anew from the number of values.
 
     Example:
         features = FeatureSet.fit("item", [NumericFeature(column="price")], data.item_table, known=counts > 0)
@@ -62,6 +64,7 @@ class FeatureSet:
     side: str
     declared: list[AnyFeature]
     encoders: list[Encoder]
+    widths: list[int] | None = None
 
     @classmethod
     def fit(
@@ -163,7 +166,8 @@ class FeatureSet:
         """What `from_json` reads: declarations and what fitting found."""
         pairs = zip(self.declared, self.encoders, strict=True)
         features = [{"declared": one.model_dump(mode="json"), "state": encoder.state()} for one, encoder in pairs]
-        return json.dumps({"side": self.side, "features": features}, ensure_ascii=False)
+        widths = {} if self.widths is None else {"widths": self.widths}
+        return json.dumps({"side": self.side, "features": features, **widths}, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> FeatureSet:
@@ -177,7 +181,8 @@ class FeatureSet:
             declared = [_DECLARED.validate_python(entry["declared"]) for entry in read["features"]]
             states = [entry["state"] for entry in read["features"]]
             encoders = [_kind(one).restore(one, state) for one, state in zip(declared, states, strict=True)]
-            return cls(str(read["side"]), declared, encoders)
+            widths = read.get("widths")  # an older version left them out, and chose by the values beside them
+            return cls(str(read["side"]), declared, encoders, widths)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not fitted features: {error}") from error
 

@@ -85,7 +85,7 @@ def grown(
         elif encoder.form != "numbers":
             maps[place] = np.arange(encoder.size)
         encoders.append(encoder)
-    features = FeatureSet(side, declared, encoders)
+    features = FeatureSet(side, declared, encoders, old.features.widths)
     arrays = features.encode_table(table, ids.ids)
     for place, one in enumerate(declared):
         own = told
@@ -124,7 +124,7 @@ def grown_context(old: FeatureSet, data: Interactions, new: NDArray[np.bool_]) -
         elif encoder.form != "numbers":
             maps[number] = np.arange(encoder.size)
         encoders.append(encoder)
-    return Grown(EncodedTable.of_requests(FeatureSet("context", old.declared, encoders)), maps)
+    return Grown(EncodedTable.of_requests(FeatureSet("context", old.declared, encoders, old.widths)), maps)
 
 
 def _check(side: str, declared: Sequence[AnyFeature], table: pl.DataFrame | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twotower.data.encoders import Encoder
-from twotower.data.encoding import EncodedTable
+from twotower.data.encoding import EncodedTable, FeatureSet
 from twotower.data.feature_frames import RowsLike, check_columns
 from twotower.data.given import encode_apart
 from twotower.data.values import MISSING, UNKNOWN
@@ -31,29 +32,24 @@ class FeatureInputs(nn.Module):
         dimension: D, the largest width that `auto` chooses.
 
     Attributes:
+        table: as given, with the widths that were chosen where it had none: a vocabulary that grows keeps them.
         width: of the output.
     """
 
     def __init__(self, table: EncodedTable, dimension: int) -> None:
         super().__init__()
-        self.table = table
+        widths = _widths(table.features, dimension)
+        self.table = replace(table, features=replace(table.features, widths=widths))
         self.embeddings = nn.ModuleDict()
-        width = 0
         nothing = table.features.missing()
-        pairs = zip(table.features.declared, table.features.encoders, strict=True)
-        for place, (declared, encoder) in enumerate(pairs):
+        for place, (own, encoder) in enumerate(zip(widths, table.features.encoders, strict=True)):
             # The last row stands for a code nobody has seen: -1 finds it without a special case.
             rows = _under(table.arrays[place], nothing[place])
-            if encoder.form == "numbers":
-                width += encoder.size
-            else:
-                asked = getattr(declared, "width", "auto")
-                own = auto_width(encoder.size, dimension) if asked == "auto" else int(asked)
+            if encoder.form != "numbers":
                 self.embeddings[str(place)] = _vectors(encoder, own)
-                width += own
                 rows = rows.astype(np.int32)
             self.register_buffer(f"rows{place}", torch.from_numpy(rows), persistent=False)
-        self.width = width
+        self.width = sum(widths)
 
     @property
     def encoders(self) -> list[Encoder]:
@@ -127,6 +123,20 @@ def _mean(bags: Tensor, table: nn.Module) -> Tensor:
 def auto_width(size: int, dimension: int) -> int:
     """Width of the vectors of a table with `size` rows: 2 sqrt(size), 4 at least, D at most."""
     return min(dimension, max(4, math.ceil(2 * math.sqrt(size))))
+
+
+def _widths(features: FeatureSet, dimension: int) -> list[int]:
+    """What each feature is wide: as it was once chosen, as declared, or by its number of values today."""
+    if features.widths is not None:
+        return features.widths
+    widths = []
+    for declared, encoder in zip(features.declared, features.encoders, strict=True):
+        asked = getattr(declared, "width", "auto")
+        if encoder.form == "numbers":
+            widths.append(encoder.size)
+        else:
+            widths.append(auto_width(encoder.size, dimension) if asked == "auto" else int(asked))
+    return widths
 
 
 def _vectors(encoder: Encoder, width: int) -> EmbeddingTable:
