@@ -103,6 +103,9 @@ def test_the_service_answers_differently_for_different_contexts(runs, name):
         told = service.post("/explain", json={"query_id": "u07", "items": [3], "context": {"device": "phone"}})
         other = service.post("/explain", json={"query_id": "u07", "items": [3], "context": {"device": "tv"}})
         assert told.json()["items"][0]["logit"] > other.json()["items"][0]["logit"] + 0.5
+        alone = service.post("/explain", json={"items": [30], "context": {"device": "tv"}}).json()["items"][0]
+        ours = retriever.explain(item=30, context={"device": "tv"})
+        assert alone["logit"] == pytest.approx(ours.logit, abs=1e-5) and not alone["history"]
         for wrong, message in (({"devise": "tv"}, "devise"), ({"timestamp": "soon"}, "timestamp"), (7, "context")):
             refused = service.post("/recommend", json={"query_id": "u07", "context": wrong})
             assert refused.status_code == 422 and message in refused.text

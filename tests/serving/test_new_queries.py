@@ -15,6 +15,7 @@ from twotower import cli
 from twotower.config import Config
 from twotower.data import Interactions, leave_last_out
 from twotower.errors import InputError
+from twotower.serving.batch import recommend_file
 
 SETTINGS = [
     "training.max_epochs=8",
@@ -126,6 +127,48 @@ def test_what_cannot_be_asked_is_told(retriever, asked, message):
 def test_a_model_without_query_features_says_so(model):
     with pytest.raises(InputError, match="set query_tower.features"):
         tt.Retriever(model.artifact).recommend(features=[{"taste": "even"}])
+
+
+def test_a_history_alone_is_no_question_to_a_model_that_reads_none(tmp_path, planted_data, monkeypatch, capsys):
+    """Refused at every door; beside an id or features it says what was seen, and no more."""
+    people = pl.DataFrame({"user_id": planted_data.queries.ids, "code": [str(q % 4) for q in range(60)]})
+    changes = [
+        "query_tower.history=null",
+        "query_tower.id_embedding=true",
+        "query_tower.features=[{column: code, kind: categorical}]",
+    ]
+    folder = drawn(replace(planted_data, query_table=people), tmp_path / "run" / "model", changes=changes)
+    found, row = tt.Retriever.load(folder), {"code": "1"}
+    message = r"this model reads no history \(query_tower.history: null\).* give the id of a known query, or features"
+    for asked in ({}, {"features": [row, None]}):
+        with pytest.raises(InputError, match="history 2: " + message if asked else "history 1: " + message):
+            found.recommend(histories=[[1, 2], [3]], **asked)
+    with pytest.raises(InputError, match=message):
+        found.explain(history=[1, 2], item=4)
+    for known in ({"queries": ["u003"]}, {"features": [row]}):
+        best, second = found.recommend(**known, histories=[[]], k=2)["item"]
+        assert found.recommend(**known, histories=[[best]], k=1)["item"].to_list() == [second]
+
+    source, target = tmp_path / "q.parquet", tmp_path / "r.parquet"
+    pl.DataFrame({"history": [[1, 2]]}).write_parquet(source)
+    with pytest.raises(InputError, match="q.parquet: column 'history': " + message):
+        recommend_file(found, source, target)
+    pl.DataFrame({"query": ["nobody", "u003", "u004"], "history": [[1, 2, 3], [best], [4]]}).write_parquet(source)
+    report = recommend_file(found, source, target, k=3)
+    assert (report.unknown, report.answered) == (1, 2)
+    wanted = found.recommend(["u003", "u004"], histories=[[best], [4]], k=3)
+    assert pl.read_parquet(target)["item"].to_list() == wanted["item"].to_list()
+
+    monkeypatch.setattr(sys, "argv", ["twotower", "recommend", str(folder), "--history", "1,2"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2 and "this model reads no history" in capsys.readouterr().err
+    with client(folder) as service:
+        answer = service.post("/recommend", json={"history": [1, 2]})
+        assert answer.status_code == 422 and "history: this model reads no history" in answer.json()["detail"]
+        assert service.post("/explain", json={"history": [1, 2], "items": [4]}).status_code == 422
+        for known in ({"query_id": "u003"}, {"features": row}):
+            assert service.post("/recommend", json={**known, "history": [1, 2]}).status_code == 200
 
 
 def test_the_command_line_and_the_service_answer_alike(retriever, monkeypatch, capsys):

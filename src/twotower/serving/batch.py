@@ -19,7 +19,15 @@ from twotower.files import whole_file, write_text
 from twotower.index.popularity import checked_popularity
 from twotower.schema import USUAL_NAMES, Vocabulary, listed, plain_name, usual_column
 from twotower.serving.filters import allowed_items
-from twotower.serving.questions import Codes, Questions, seen_codes, stored_gaps, stored_histories
+from twotower.serving.questions import (
+    NO_HISTORY,
+    Codes,
+    Questions,
+    reads_history,
+    seen_codes,
+    stored_gaps,
+    stored_histories,
+)
 from twotower.serving.retriever import Retriever
 
 #: Queries in one part.
@@ -34,7 +42,7 @@ class BatchReport:
     Attributes:
         queries: rows of the input.
         answered: queries with at least one recommendation.
-        unknown: queries that are not in the model and have no history with a known item.
+        unknown: queries that are not in the model and have no history with a known item that the model reads.
         rows: recommendations written.
         resumed: queries whose part was there from an earlier, interrupted run.
     """
@@ -70,8 +78,9 @@ def recommend_file(
     Args:
         retriever: the model.
         source: Parquet with a column of query ids (`query`, `user_id`, ... ), or a column `history` with lists of item
-            ids, oldest first, or both: a query that is not known is then answered by its history. Columns that are
-            declared in query_tower.context tell the context of each row's request.
+            ids, oldest first, or both: a query that is not known is then answered by its history, if the model reads
+            histories; if not, they only say what was seen, and ids are needed. Columns that are declared in
+            query_tower.context tell the context of each row's request.
         target: Parquet to write, columns `query` (id; the row's number from 0 where there are only histories), `rank`,
             `item`, `score`.
         k: how many items for each query.
@@ -98,6 +107,8 @@ def recommend_file(
         retriever.artifact.items, retriever.artifact.item_table, condition=filter, allow=allow, deny=deny
     )
     reader = _Reader.of(source, retriever.context_columns)
+    if reader.query is None and not reads_history(retriever.artifact):
+        raise InputError(f"{source}: column {reader.history!r}: {NO_HISTORY}")
     asked = {
         "model": _fingerprint(retriever),
         "source": [str(source.resolve()), source.stat().st_size, source.stat().st_mtime_ns],
@@ -119,7 +130,7 @@ def recommend_file(
             if path.exists():
                 resumed += stop - start
             else:
-                questions, unknown = _with_something_known(reader.questions(retriever, start, stop))
+                questions, unknown = _with_something_known(retriever, reader.questions(retriever, start, stop))
                 found = answer(questions)
                 counts = {"unknown": unknown, "answered": found["query"].n_unique(), "rows": len(found)}
                 write_text(path.with_suffix(".json"), json.dumps(counts))
@@ -207,19 +218,21 @@ class _Reader:
             raise InputError(f"{self.path}: column {column!r}: {error}") from None
 
 
-def _with_something_known(asked: Questions) -> tuple[Questions, int]:
+def _with_something_known(retriever: Retriever, asked: Questions) -> tuple[Questions, int]:
     """The queries that can be answered, and how many cannot."""
-    known = (asked.codes >= 0) | (np.diff(asked.offsets) > 0)
-    # A query that nothing is known of has no history, so no items go with it.
-    offsets = np.concatenate([[0], np.cumsum(np.diff(asked.offsets)[known])]).astype(np.int64)
+    sizes = np.diff(asked.offsets)
+    known = asked.codes >= 0
+    if reads_history(retriever.artifact):
+        known |= sizes > 0
+    offsets = np.concatenate([[0], np.cumsum(sizes[known])]).astype(np.int64)
     mask, context = pl.Series(known, dtype=pl.Boolean), asked.context
     kept = Questions(
         asked.ids.filter(mask),
         asked.codes[known],
         offsets,
-        asked.items,
+        asked.items[np.repeat(known, sizes)],
         context=context.filter(mask) if isinstance(context, pl.DataFrame) else None,
-        gaps=asked.gaps,
+        gaps=None if asked.gaps is None else asked.gaps[np.repeat(known, sizes)],
     )
     return kept, int((~known).sum())
 

@@ -21,6 +21,12 @@ from twotower.serving.artifact import Artifact
 Codes = NDArray[np.int64]
 Gaps = NDArray[np.int8]
 
+#: Why a history alone is no question to a model whose query tower reads none.
+NO_HISTORY = (
+    "this model reads no history (query_tower.history: null), so nothing is known of this query; give the id of a "
+    "known query, or features or context where the model takes them"
+)
+
 
 @dataclass(frozen=True)
 class Questions:
@@ -64,14 +70,16 @@ class Questions:
         Args:
             artifact: the model.
             queries: ids of known queries; their history in the data is taken unless `histories` is given.
-            histories: item ids, oldest first; unknown items are left out.
+            histories: item ids, oldest first; unknown items are left out. Where the query tower reads no history they
+                only say which items were seen, and an answer may leave those out: good beside a query id, features or
+                context, and refused alone, as such an answer would be the same for every history.
             features: what the columns declared in query_tower.features hold, for each query.
             context: what the columns declared in query_tower.context hold, for each query's request, or for all alike.
             times: when the items of `histories` were met, one for each; for a model that reads gaps.
 
         Raises:
-            InputError: neither is given, a query is unknown, there is not one history for each query, or nothing is
-                known of a query.
+            InputError: neither is given, a query is unknown, there is not one history for each query, or nothing that
+                the query tower reads is known of a query.
         """
         if queries is None and histories is None and features is None and context is None:
             raise InputError("recommend: expected query ids, histories or features, found none of them")
@@ -98,25 +106,34 @@ class Questions:
         else:
             found = np.zeros(len(codes) + 1, dtype=np.int64), np.zeros(0, dtype=np.int32)
         asked = cls(ids, codes, *found, features, context, gaps)
-        asked.refuse_unknown()
+        asked.refuse_unknown(artifact)
         return asked
 
-    def refuse_unknown(self) -> None:
-        """Refuse a new query without features or context whose history holds no item of the catalog.
+    def refuse_unknown(self, artifact: Artifact) -> None:
+        """Refuse a new query without features or context whose history holds no item of the catalog, or is not read.
 
         Raises:
             InputError: there is one.
         """
-        nothing = (self.codes < 0) & (np.diff(self.offsets) == 0)
+        nothing, read = self.codes < 0, reads_history(artifact)
+        if read:
+            nothing &= np.diff(self.offsets) == 0
         for rows in (self.features, self.context):
             if rows is not None and not isinstance(rows, pl.DataFrame):
                 nothing &= np.array([row is None for row in rows], dtype=np.bool_)
         if bool(nothing.any()):
             row = int(np.flatnonzero(nothing)[0])
+            if not read:
+                raise InputError(f"history {row + 1}: {NO_HISTORY}")
             raise InputError(
                 f"history {row + 1}: none of its items is in the catalog, so nothing is known of this query; "
                 "give at least one known item id"
             )
+
+
+def reads_history(artifact: Artifact) -> bool:
+    """Whether the query tower looks at histories; where not, they only say which items were seen."""
+    return artifact.config.query_tower.history is not None
 
 
 def _count(*given: Sequence[Any] | Mapping[str, Any] | None) -> int:

@@ -127,7 +127,8 @@ class Retriever(QueryEmbedder):
         Args:
             queries: ids of known queries; their whole history in the data is taken, unless `histories` is given.
             histories: item ids of each query, oldest first; without `queries` the queries are new ones. Unknown items
-                are left out.
+                are left out. A model that reads no history only leaves these items out of the answer: it needs
+                `queries`, `features` or `context` beside them.
             features: for each query a dict of the columns declared in query_tower.features; without `queries` the
                 queries are new ones, known by their features and, where given, their histories. None in the place of
                 a dict: what training knew.
@@ -149,8 +150,9 @@ class Retriever(QueryEmbedder):
             left has fewer rows.
 
         Raises:
-            InputError: a query id is unknown; k < 1; nothing asked; a history without any known item for a query that
-                is not known by id; a filter or list that cannot be understood; a dial out of range.
+            InputError: a query id is unknown; k < 1; nothing asked; for a query of which nothing else is known, a
+                history without any known item, or any history where the model reads none; a filter or list that
+                cannot be understood; a dial out of range.
         """
         return self.answer(
             Questions.of(self.artifact, queries, histories, features, context=context, times=times),
@@ -214,12 +216,14 @@ class Retriever(QueryEmbedder):
             popularity: the setting of the dial that the item was recommended with.
 
         Raises:
-            InputError: an unknown query or item, neither query nor history, a dial out of range.
+            InputError: an unknown query or item, neither query, history nor context, a history alone where the model
+                reads none, a dial out of range.
         """
         asked = Questions.of(
             self.artifact,
             None if query is None else [query],
             None if history is None else [history],
+            context=context,
             times=None if times is None else [times],
         )
         return explain(

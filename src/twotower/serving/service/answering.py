@@ -17,7 +17,14 @@ from twotower.data.gaps import given_gaps
 from twotower.errors import InputError
 from twotower.serving.answers import Answers
 from twotower.serving.explain import explain
-from twotower.serving.questions import Gaps, Questions, stored_gaps, stored_histories
+from twotower.serving.questions import (
+    NO_HISTORY,
+    Gaps,
+    Questions,
+    reads_history,
+    stored_gaps,
+    stored_histories,
+)
 from twotower.serving.service.contexts import encode_batch, in_context
 from twotower.serving.service.model import Codes, ServedModel, codes_of, known_code
 
@@ -67,7 +74,8 @@ def asked(model: ServedModel, question: Question) -> tuple[int, Codes, Gaps]:
     What its context says is looked at where it is encoded.
 
     Raises:
-        InputError: an unknown query, features or a context that the model does not take, or nothing known.
+        InputError: an unknown query, features or a context that the model does not take, or nothing known that the
+            query tower reads.
     """
     query, history, times = question.query, question.history, question.times
     features, context = question.features, question.context
@@ -90,6 +98,8 @@ def asked(model: ServedModel, question: Question) -> tuple[int, Codes, Gaps]:
     codes = codes_of(model.artifact.items, history)
     gaps = given_gaps(times, len(codes))[codes >= 0]
     codes = codes[codes >= 0]
+    if code < 0 and not told and not reads_history(model.artifact):
+        raise InputError(f"history: {NO_HISTORY}")
     if code < 0 and not len(codes) and not told:
         raise InputError("history: none of its items is in the catalog; expected at least one known item id")
     return code, codes, gaps
