@@ -83,6 +83,24 @@ def memory(processes: int = 1) -> Memory:
     return Memory(total, room, min(limits, default=None), resident, peak_memory())
 
 
+def device_memory(accelerator: str) -> int | None:
+    """Free memory of the CUDA device that this process trains on, bytes; None where it trains in main memory.
+
+    What torch has of the device and does not use counts as free, for it gives it out again.
+
+    Args:
+        accelerator: as in section `training`; anything but "cpu" takes the machine's CUDA devices where it has some.
+    """
+    if accelerator == "cpu":
+        return None
+    import torch  # noqa: PLC0415  # most that ask this module train nothing
+
+    if not torch.cuda.is_available():
+        return None
+    free: int = torch.cuda.mem_get_info()[0]
+    return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+
 def resident_memory() -> int | None:
     """What this process holds now, bytes; None where the system does not tell."""
     pages = (_text(Path("/proc/self/statm")) or "").split()

@@ -13,9 +13,11 @@ from twotower import machine, run
 from twotower.build import build_objective
 from twotower.config import Config
 from twotower.errors import InputError
+from twotower.losses.tiles import TILE_MEMORY
+from twotower.ranks import Ranks
 from twotower.towers import build_towers
 from twotower.training import TableOptimizer, memory_plan, plan_memory
-from twotower.training.memory_plan import candidates_of
+from twotower.training.memory_plan import candidates_of, least_of_all
 from twotower.training.optimizers import parameter_groups
 from twotower.training.placement import place_tables
 
@@ -126,3 +128,97 @@ def test_what_does_not_fit_is_told_before_training(parts, planted_split, monkeyp
     monkeypatch.setattr(memory_plan.machine, "memory", lambda processes=1: nothing)
     with pytest.raises(InputError, match="item_tower.dimension: tables of 160 rows .*rowwise-adagrad"):
         place_tables(config, train)
+
+
+def test_free_memory_of_a_device(monkeypatch):
+    assert machine.device_memory("auto") is None or torch.cuda.is_available()
+    for name, value in (("mem_get_info", (5000, 9000)), ("memory_reserved", 700), ("memory_allocated", 300)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert machine.device_memory("auto") == machine.device_memory("gpu") == 5400
+    assert machine.device_memory("cpu") is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert machine.device_memory("gpu") is None
+
+
+def test_all_ranks_go_by_the_least(monkeypatch):
+    others = [30, -1]
+    monkeypatch.setattr(Ranks, "gather", lambda self, values, sizes: torch.cat([values, torch.tensor(others[:1])]))
+    monkeypatch.setattr(Ranks, "device", "cpu")
+    assert [least_of_all(here, Ranks(0, 2)) for here in (20, 40, None)] == [20, 30, None]
+    others.pop(0)
+    assert least_of_all(20, Ranks(0, 2)) is None
+
+
+@pytest.fixture
+def there(monkeypatch):
+    """So much main memory, and so much of a CUDA device where training is not told to run on the CPU."""
+
+    def there(main, device):
+        found = machine.Memory(total=None, available=main, limit=None, resident=1 << 28, peak=None)
+        monkeypatch.setattr(machine, "memory", lambda processes=1: found)
+        monkeypatch.setattr(machine, "device_memory", lambda accelerator: None if accelerator == "cpu" else device)
+        monkeypatch.setattr("twotower.training.placement._least", lambda found, ranks: found)
+        monkeypatch.setattr("twotower.training.placement.SHARED_ABOVE", 0)
+
+    return there
+
+
+def test_tables_go_by_the_memory_that_training_runs_in(parts, there):
+    config, towers, _, train = parts
+    on_cpu = config.model_copy(update={"training": config.training.model_copy(update={"accelerator": "cpu"})})
+    weights = sum(m.weight.nbytes for m in towers.modules() if isinstance(m, torch.nn.Embedding))
+    everything, two = 3 * weights, Ranks(0, 2)  # Adam
+    there(main=weights, device=2 * everything)
+    assert place_tables(config, train, two).parts == {}, "the state is not in main memory"
+    with pytest.raises(InputError, match="optimizer state need 0 MiB of main memory, 0 MiB are there"):
+        place_tables(on_cpu, train)
+    there(main=1 << 50, device=2 * everything - 1)
+    assert place_tables(config, train, two).parts.keys() == {"item", "query"}, "more than half of the device"
+    assert place_tables(on_cpu, train, two).parts == {}
+    place_tables(config, train)
+    there(main=1 << 50, device=everything - 1)
+    with pytest.raises(InputError, match="optimizer state need 0 MiB of the CUDA device's memory, 0 MiB are there"):
+        place_tables(config, train)
+    place_tables(on_cpu, train)
+    there(main=weights - 1, device=1 << 50)
+    assert place_tables(config, train, two).parts.keys() == {"item", "query"}
+    with pytest.raises(InputError, match="rows need 0 MiB of main memory, where they are made, 0 MiB are there"):
+        place_tables(config, train)
+
+
+def test_a_plan_goes_by_the_memory_that_training_runs_in(parts, planted_split, there):
+    config, towers, objective, train = parts
+
+    def planned(main, device):
+        there(main, device)
+        return plan_memory(config, towers, objective, train)
+
+    here = planned(1 << 50, None)
+    plan = planned(1 << 50, 1 << 50)
+    assert not plan.is_too_large and str(plan).startswith("memory of the CUDA device: ")
+    assert plan.held == here.held and plan.state == here.state
+    throughout = sum(plan.held[name] for name in ("tables", "optimizer state"))
+    assert plan.peak == plan.needed == throughout + max(sum(plan.step.values()), sum(plan.ranking.values()))
+    # Nothing of what the processor alone does: estimates in bfloat16, tiles for its caches, memory kept for reuse.
+    assert here.ranking["index"] - plan.ranking["index"] == train.num_items * config.item_tower.dimension * 2
+    assert "kept for reuse" not in plan.ranking
+    short = planned(1 << 50, plan.needed - 1)
+    assert short.is_too_large and "more of the CUDA device's memory are needed" in str(short)
+    assert not planned(1 << 50, plan.needed).is_too_large
+    # Of main memory: a copy of the state, larger than tables and best weights together, less the tables that are there.
+    assert plan.beside == plan.state > 2 * plan.held["tables"]
+    copied = plan.state - plan.held["tables"]
+    assert not planned(copied, 1 << 50).is_too_large
+    short = planned(copied - 1, 1 << 50)
+    assert "more of main memory are needed" in str(short) and "CUDA device's memory are" not in str(short)
+    assert "more of main memory are needed" in str(planned(0, None))
+    assert planned(2 * plan.state, 1 << 50).in_background and not planned(2 * plan.state - 1, 1 << 50).in_background
+    there(1 << 50, 1)
+    with pytest.raises(InputError, match="CUDA device's memory"):
+        run.fit(planted_split, Config.load(None, ["training.max_epochs=1"]), progress=False)
+
+
+def test_a_tile_of_a_device_is_as_large_as_it_may_be():
+    assert memory_plan._tile(1 << 20, 1 << 10, on_cpu=True) < 16 << 20
+    assert 0.9 * TILE_MEMORY < memory_plan._tile(1 << 20, 1 << 10, on_cpu=False) <= TILE_MEMORY

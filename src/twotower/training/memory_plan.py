@@ -33,15 +33,17 @@ class MemoryPlan:
     """What a training holds, and what comes on top in its three moments, bytes by name.
 
     Attributes:
-        held: from beginning to end.
+        held: from beginning to end. Where a CUDA device trains, the process is in main memory, and all else of this and
+            of the next two on the device.
         step: on top of it in a training step.
         ranking: on top of it when the catalog is ranked for a validation or a test.
-        saving: on top of it when the best weights are read back.
-        available: what the machine or the container has left; None where it does not tell.
+        saving: on top of it when the best weights are read back, which are then in main memory.
+        available: main memory that the machine or the container has left; None where it does not tell.
         mapped: of the prepared data, read from files as it is needed; the system takes it back when memory is short.
         placed: where the id tables that ranks share are, in words; none for whole tables.
         state: what a checkpoint holds: of weights, their optimizer state and their average.
         in_background: whether checkpoints are written from a copy of the state while training goes on.
+        on_device: free memory of the CUDA device that trains, the least of all ranks'; None where none does.
     """
 
     held: dict[str, int]
@@ -53,39 +55,75 @@ class MemoryPlan:
     placed: str = ""
     state: int = 0
     in_background: bool = False
+    on_device: int | None = None
 
     @property
     def peak(self) -> int:
-        """The most that this process will hold."""
+        """The most that this process will hold of the memory that the training runs in."""
+        if self.on_device is not None:
+            throughout = sum(self.held.values()) - self.held.get("process", 0)
+            return throughout + max(sum(part.values()) for part in (self.step, self.ranking))
         moments = max(sum(part.values()) for part in (self.step, self.ranking, self.saving))
         return sum(self.held.values()) + moments + self.state * self.in_background
 
     @property
     def needed(self) -> int:
-        """What is still to be asked of the system: the process and the tables are there already."""
+        """What is still to be asked of that memory: the process and the tables are in main memory already."""
+        if self.on_device is not None:
+            return self.peak
         return self.peak - self.held.get("process", 0) - self.held.get("tables", 0)
 
     @property
+    def beside(self) -> int:
+        """Main memory beside the process where a CUDA device trains: a checkpoint's copy, or tables with the best ones.
+
+        Tables are made in main memory, moved, and come back in the end; a checkpoint's state is copied there, whether
+        training waits for it or not.
+        """
+        return 0 if self.on_device is None else max(self.state, self.held["tables"] + sum(self.saving.values()))
+
+    @property
+    def shortages(self) -> list[tuple[str, int, int]]:
+        """(which memory, bytes still needed, bytes there) of each that has less than is needed."""
+        if self.on_device is None:
+            found = [("main memory", self.needed, self.available)]
+        else:
+            beside = self.beside - self.held["tables"]
+            found = [("the CUDA device's memory", self.needed, self.on_device), ("main memory", beside, self.available)]
+        return [(name, needed, there) for name, needed, there in found if there is not None and needed > there]
+
+    @property
     def is_too_large(self) -> bool:
-        """Whether the machine has less than is needed."""
-        return self.available is not None and self.needed > self.available
+        """Whether there is less than is needed."""
+        return bool(self.shortages)
 
     def __str__(self) -> str:
         """A few lines: what is held, the moments, the peak beside what is there, and what to do if it does not fit."""
-        lines = [f"memory: {size(self.peak)} at most, of which held throughout: {listed(self.held)}"]
+        where = "memory" if self.on_device is None else "memory of the CUDA device"
+        held = {name: count for name, count in self.held.items() if self.on_device is None or name != "process"}
+        lines = [f"{where}: {size(self.peak)} at most, of which held throughout: {listed(held)}"]
         if self.placed:
             lines.append(f"  id tables: {self.placed}; each rank ranks its own part of the items")
-        for name, part in (("a step", self.step), ("ranking", self.ranking), ("reading back", self.saving)):
+        moments = [("a step", self.step), ("ranking", self.ranking)]
+        if self.on_device is None:
+            moments.append(("reading back", self.saving))
+        for name, part in moments:
             lines.append(f"  {name} adds {size(sum(part.values()))}: {listed(part)}")
-        if self.in_background:
+        if self.on_device is not None:
+            process, waits = self.held["process"], "" if self.in_background else ", for which training waits"
+            lines.append(
+                f"  main memory: {size(process + self.beside)} at most: process {size(process)}, and a checkpoint's "
+                f"copy of the state ({size(self.state)}{waits}) or the best weights beside the tables"
+            )
+        elif self.in_background:
             lines.append(f"  a checkpoint adds {size(self.state)}: a copy of the state, written in the background")
         elif self.state:
             lines.append(f"  checkpoints: training waits while one is written (a copy would need {size(self.state)})")
         if self.mapped:
             lines.append(f"  the prepared data, {size(self.mapped)}, stays on disk and is read as needed")
-        if self.is_too_large and self.available is not None:
+        for name, needed, there in self.shortages:
             lines.append(
-                f"  WARNING: {size(self.needed)} more are needed and {size(self.available)} are there. Smaller: "
+                f"  WARNING: {size(needed)} more of {name} are needed and {size(there)} are there. Smaller: "
                 f"{'; '.join(self._advice())}"
             )
         return "\n".join(lines)
@@ -98,7 +136,7 @@ class MemoryPlan:
             "tile": "a smaller training.batch_size",
             "checkpoint": "training.checkpoint_in_background=false",
         }
-        parts = {**self.held, **self.step, "checkpoint": self.state * self.in_background}
+        parts = {**self.held, **self.step, "checkpoint": self.state * self.in_background * (self.on_device is None)}
         largest = sorted((name for name in advice if parts.get(name)), key=lambda name: -parts[name])
         return [advice[name] for name in largest[:3]] or ["a smaller item_tower.dimension"]
 
@@ -108,7 +146,8 @@ def plan_memory(
 ) -> MemoryPlan:
     """Compute a plan from the shapes of what was built; nothing is allocated. Collective.
 
-    What is in memory already, such as libraries, counts and what the split took from the data, is asked of the system.
+    What is in memory already, such as libraries, counts and what the split took from the data, is asked of the system,
+    and where the training runs on CUDA devices, what is free of them.
 
     Args:
         config: the settings, without "auto" (`Config.resolved`).
@@ -119,6 +158,8 @@ def plan_memory(
     """
     ranks = ranks or Ranks()
     found = machine.memory(Launch.of_environment().local_size if ranks.size > 1 else 1)
+    on_device = least_of_all(machine.device_memory(config.training.accelerator), ranks)
+    on_cpu = on_device is None
     width, rows = config.item_tower.dimension, int(config.training.batch_size)
     length = config.query_tower.history.length if config.query_tower.history else 0
     tables = {id(m.weight): m.weight for m in towers.modules() if isinstance(m, nn.Embedding)}
@@ -148,7 +189,7 @@ def plan_memory(
         "batch": (1 + DEPTH) * rows * (3 + length) * I8,
         "histories": of_history,
         "embeddings": (6 * rows + 6 * embedded + 3 * rows * own) * width * F4,
-        "tile": _tile(rows, candidates + own),
+        "tile": _tile(rows, candidates + own, on_cpu=on_cpu),
     }
     shared = shared_tables_of(towers)
     count = ranks.size if shared else 1
@@ -162,11 +203,11 @@ def plan_memory(
     ranking = {
         "gradients": step["gradients"],  # those of the last step are still there
         "item embeddings": catalog if shared else 2 * catalog + 2 * min(data.num_items, BLOCK) * width * F4,
-        # The items in its order, in bfloat16, and which are NaN; of a part of the items it has no copy.
-        "index": catalog * (not shared) + catalog // 2 + catalog // 4,
+        # The items in its order, in bfloat16 (on a CPU), and which are NaN; of a part of the items it has no copy.
+        "index": catalog * (not shared) + catalog // 2 * on_cpu + catalog // 4,
     }
     tuned = process.tuning()
-    if tuned is not None and tuned.kept_below is not None:
+    if on_cpu and tuned is not None and tuned.kept_below is not None:
         # What a step has freed stays with the process, and need not fit what a ranking asks for.
         freed = step["histories"] + step["embeddings"]
         ranking["kept for reuse"] = min(freed, process.KEPT_IN_ALL)
@@ -174,7 +215,7 @@ def plan_memory(
     # What `select` took from the prepared data is in memory already, and so counted with the process.
     state = _saved(towers, objective) + held["optimizer state"] + held.get("average of the weights", 0)
     placed = ", ".join(f"{table.name} {table.part}" for table in shared) + f", over {count} ranks" if shared else ""
-    plan = MemoryPlan(held, step, ranking, saving, found.available, _mapped(data), placed, state)
+    plan = MemoryPlan(held, step, ranking, saving, found.available, _mapped(data), placed, state, on_device=on_device)
     return replace(plan, in_background=_is_in_background(plan, config, ranks))
 
 
@@ -183,8 +224,16 @@ def _is_in_background(plan: MemoryPlan, config: Config, ranks: Ranks) -> bool:
     asked = config.training.checkpoint_in_background
     if asked != "auto":
         return asked
-    is_short = plan.available is not None and 2 * plan.state > plan.available - plan.needed
+    taken = plan.needed if plan.on_device is None else 0  # of main memory, by the training
+    is_short = plan.available is not None and 2 * plan.state > plan.available - taken
     return not ranks.agree(is_short)
+
+
+def least_of_all(available: int | None, ranks: Ranks) -> int | None:
+    """The least that any rank has, so that all decide alike; None where one does not know. Collective."""
+    told = torch.tensor([-1 if available is None else available], device=ranks.device)
+    least = int(ranks.gather(told, [1] * ranks.size).min())
+    return None if least < 0 else least
 
 
 def candidates_of(objective: Objective, rows: int, num_items: int) -> tuple[int, int]:
@@ -226,8 +275,8 @@ def _state(parameter: torch.Tensor, rule: str) -> int:
     return len(parameter) * number if rule == "rowwise-adagrad" else 2 * parameter.numel() * number
 
 
-def _tile(rows: int, width: int) -> int:
-    starts = tile_starts(rows, width, torch.empty(0))
+def _tile(rows: int, width: int, *, on_cpu: bool) -> int:
+    starts = tile_starts(rows, width, torch.empty(0, device="cpu" if on_cpu else "meta"))
     return (starts[1] - starts[0]) * width * F4 if len(starts) > 1 else 0
 
 

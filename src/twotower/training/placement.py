@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import torch
-
 from twotower import machine
 from twotower.config import Config
 from twotower.data import Interactions
@@ -16,6 +14,7 @@ from twotower.launch import Launch
 from twotower.ranks import Ranks
 from twotower.towers.parts import Columns, Part, Rows, placed_tables
 from twotower.training.memory_plan import F4
+from twotower.training.memory_plan import least_of_all as _least
 
 #: Where tables are shared for their size, those that need less than this with their state, bytes, stay whole.
 SHARED_ABOVE = 16 << 20
@@ -43,7 +42,9 @@ def place_tables(config: Config, data: Interactions, ranks: Ranks | None = None)
 
     `training.table_placement` says it for all tables, or for some by name; those that it does not name are `auto`:
     whole as long as they and their optimizer state need no more than half of what a process has; beyond it, those of
-    more than 16 MiB are shared by rows. Of tables that are to lie on one rank each, the largest comes first, and goes
+    more than 16 MiB are shared by rows. What it has is the free memory of its CUDA device where one trains, and main
+    memory otherwise; on CUDA main memory has to take the tables without their state, for they are made there and come
+    back there in the end. Of tables that are to lie on one rank each, the largest comes first, and goes
     to the rank that has least of them.
 
     Args:
@@ -57,18 +58,56 @@ def place_tables(config: Config, data: Interactions, ranks: Ranks | None = None)
     """
     ranks, tables = ranks or Ranks(), table_rows(config, data)
     asked = _asked(config, tables)
-    available = _least(machine.memory(Launch.of_environment().local_size if ranks.size > 1 else 1).available, ranks)
+    room = _Room.of(config, ranks)
     parts: dict[str, Part] = {}
     if ranks.size > 1:
         parts = _told(config, tables, asked, ranks)
-        if available is not None and _needed(config, tables, parts, ranks) > available // 2:
+        if room.is_scarce(*_needed(config, tables, parts, ranks)):
             each = row_bytes(config)
             large = [name for name, word in asked.items() if word == "auto" and tables[name] * each > SHARED_ABOVE]
             parts |= {name: Rows(ranks, tables[name]) for name in large}
-    needed = _needed(config, tables, parts, ranks)
-    if available is not None and needed > available:
-        raise InputError(_refusal(sum(tables.values()), needed, available, ranks, is_shared=bool(parts)))
+    lacking = room.lacking(*_needed(config, tables, parts, ranks))
+    if lacking is not None:
+        raise InputError(_refusal(sum(tables.values()), lacking, ranks, is_shared=bool(parts)))
     return Placement(parts)
+
+
+@dataclass(frozen=True)
+class _Room:
+    """What the rank that has least has for its tables, bytes; None where the system does not tell.
+
+    Attributes:
+        main: of main memory.
+        device: of its CUDA device; None where the training runs in main memory.
+    """
+
+    main: int | None
+    device: int | None
+
+    @classmethod
+    def of(cls, config: Config, ranks: Ranks) -> _Room:
+        """Ask the system; collective."""
+        here = machine.memory(Launch.of_environment().local_size if ranks.size > 1 else 1).available
+        return cls(_least(here, ranks), _least(machine.device_memory(config.training.accelerator), ranks))
+
+    def is_scarce(self, weights: int, state: int) -> bool:
+        """Whether tables and their state need more than half of the memory that the training runs in."""
+        runs_in = self.main if self.device is None else self.device
+        is_half = runs_in is not None and weights + state > runs_in // 2
+        return is_half or self.lacking(weights, state) is not None
+
+    def lacking(self, weights: int, state: int) -> str | None:
+        """What is needed and what there is, in words, where that is too little."""
+        needs = [("and their optimizer state need", weights + state, "main memory", self.main)]
+        if self.device is not None:
+            needs = [
+                ("and their optimizer state need", weights + state, "the CUDA device's memory", self.device),
+                ("need", weights, "main memory, where they are made", self.main),
+            ]
+        for verb, needed, which, there in needs:
+            if there is not None and needed > there:
+                return f"{verb} {needed >> 20:,} MiB of {which}, {there >> 20:,} MiB are there"
+        return None
 
 
 def table_rows(config: Config, data: Interactions) -> dict[str, int]:
@@ -86,15 +125,14 @@ def table_rows(config: Config, data: Interactions) -> dict[str, int]:
 
 def row_bytes(config: Config) -> int:
     """Bytes of a row of an id table and of its optimizer state."""
-    return _bytes(config, 1, config.item_tower.dimension)
+    return sum(_bytes(config, 1, config.item_tower.dimension))
 
 
-def _bytes(config: Config, rows: int, columns: int) -> int:
+def _bytes(config: Config, rows: int, columns: int) -> tuple[int, int]:
     """Bytes of so many rows and columns of a table, and of what the optimizer keeps for them."""
     each = 2 if config.item_tower.table_precision == "bfloat16" else F4
-    if config.training.table_optimizer == "rowwise-adagrad":
-        return rows * (columns * each + F4)
-    return rows * columns * (each + 2 * F4)
+    is_rowwise = config.training.table_optimizer == "rowwise-adagrad"
+    return rows * columns * each, rows * F4 if is_rowwise else rows * columns * 2 * F4
 
 
 def _asked(config: Config, tables: Mapping[str, int]) -> dict[str, str]:
@@ -127,35 +165,29 @@ def _told(config: Config, tables: Mapping[str, int], asked: Mapping[str, str], r
     return parts
 
 
-def _needed(config: Config, tables: Mapping[str, int], parts: Mapping[str, Part], ranks: Ranks) -> int:
-    """Bytes of the tables and their optimizer state on the rank that has most."""
-    width, filled = config.item_tower.dimension, [0] * ranks.size
+def _needed(config: Config, tables: Mapping[str, int], parts: Mapping[str, Part], ranks: Ranks) -> tuple[int, int]:
+    """Bytes of the tables, and of their optimizer state, on the rank that has most."""
+    width, filled = config.item_tower.dimension, [(0, 0)] * ranks.size
     for name, rows in tables.items():
         part = parts.get(name)
-        for rank in range(ranks.size):
+        for rank, (weights, state) in enumerate(filled):
             held = (rows, width)
             if part is not None:
                 share = part.bounds[rank + 1] - part.bounds[rank]
                 held = (share, width) if isinstance(part, Rows) else (rows, share)
-            filled[rank] += _bytes(config, *held)
-    return max(filled)
+            more = _bytes(config, *held)
+            filled[rank] = weights + more[0], state + more[1]
+    return max(filled, key=sum)
 
 
-def _refusal(rows: int, needed: int, available: int, ranks: Ranks, *, is_shared: bool) -> str:
+def _refusal(rows: int, lacking: str, ranks: Ranks, *, is_shared: bool) -> str:
     if ranks.size == 1:
         more = "several processes that share the rows (torchrun; training.table_placement=row-wise), "
     else:
         more = "more processes, " if is_shared else "training.table_placement=row-wise, "
     whose = f"a rank's part of tables of {rows:,} rows" if is_shared else f"tables of {rows:,} rows"
     return (
-        f"item_tower.dimension: {whose} and their optimizer state need {needed >> 20:,} MiB, {available >> 20:,} MiB "
-        f"are there; expected {more}a smaller dimension, training.table_optimizer=rowwise-adagrad, or "
+        f"item_tower.dimension: {whose} {lacking}; "
+        f"expected {more}a smaller dimension, training.table_optimizer=rowwise-adagrad, or "
         "item_tower.table_precision=bfloat16"
     )
-
-
-def _least(available: int | None, ranks: Ranks) -> int | None:
-    """The least that any rank has, so that all decide alike; None where one does not know."""
-    told = torch.tensor([-1 if available is None else available], device=ranks.device)
-    least = int(ranks.gather(told, [1] * ranks.size).min())
-    return None if least < 0 else least
