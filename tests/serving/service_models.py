@@ -28,6 +28,7 @@ def drawn(data, folder: Path, seed: int = 0, table=None, *, changes=(), **metada
         config,
         num_queries=data.num_queries,
         num_items=data.num_items,
+        item_features=features.get("item"),
         query_features=features.get("query"),
         context=features.get("context"),
     ).eval()

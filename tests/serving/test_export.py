@@ -6,6 +6,7 @@ import sys
 import textwrap
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
@@ -27,6 +28,23 @@ def with_ids(planted_split, tmp_path_factory):
     return model.save(tmp_path_factory.mktemp("ids") / "model")
 
 
+@pytest.fixture(scope="module")
+def with_item_features(tmp_path_factory):
+    """A model whose histories go through an item tower with bags of values, as those of the preset dnn."""
+    rng = np.random.default_rng(0)
+    log = pl.DataFrame({"user_id": rng.integers(0, 20, 300), "item_id": rng.integers(0, 25, 300)})
+    items = pl.DataFrame({
+        "item_id": range(25), "genres": [["a", "b", "c"][: j % 4] for j in range(25)],
+        "title": [f"word{j % 5} and word{j % 3}" for j in range(25)], "brand": [f"b{j % 6}" for j in range(25)],
+    })  # fmt: skip
+    features = "[{column: genres, kind: multi}, {column: title, kind: text}, {column: brand, kind: categorical}]"
+    history = "query_tower={hidden: [8], features: auto, history: {length: 6, item_features: true}}"
+    changes = [f"item_tower={{dimension: 16, hidden: [8], features: {features}}}", history]
+    return drawn(
+        tt.Interactions.from_frame(log, items=items), tmp_path_factory.mktemp("features") / "model", changes=changes
+    )
+
+
 def asked(artifact, rows, length, seed):
     rng = np.random.default_rng(seed)
     history = rng.integers(0, len(artifact.items), (rows, length))
@@ -35,8 +53,9 @@ def asked(artifact, rows, length, seed):
     return rng.integers(-1, len(artifact.queries), rows), history
 
 
-@pytest.mark.parametrize("format_", ["onnx", "torch"])
-@pytest.mark.parametrize("which", ["folder", "with_ids"])
+@pytest.mark.parametrize(("which", "format_"), [
+    ("folder", "onnx"), ("folder", "torch"), ("with_ids", "onnx"), ("with_ids", "torch"), ("with_item_features", "onnx"),
+])  # fmt: skip
 def test_an_export_equals_the_original(which, format_, request, tmp_path):
     if format_ == "onnx":
         pytest.importorskip("onnxruntime", reason="ONNX is not installed: pip install 'twotower[onnx]'")
@@ -44,7 +63,7 @@ def test_an_export_equals_the_original(which, format_, request, tmp_path):
     report = export_query_tower(folder, tmp_path / "out", format_)
     assert report["largest_difference"] <= 1e-5
     artifact = Artifact.load(folder)
-    assert list(report["inputs"]) == (["history"] if which == "folder" else ["query", "history"])
+    assert list(report["inputs"]) == (["query", "history"] if which == "with_ids" else ["history"])
     for rows in (1, 2, 117):
         queries, history = asked(artifact, rows, report["history_length"], rows)
         inputs = {"query": queries, "history": history}

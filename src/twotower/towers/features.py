@@ -117,7 +117,8 @@ class FeatureInputs(nn.Module):
 def _mean(bags: Tensor, table: nn.Module) -> Tensor:
     """Mean of the vectors of each bag, zeros for an empty one; no array of bag by width by D is made."""
     assert isinstance(table, nn.Embedding)
-    return F.embedding_bag(bags, table.weight, mode="mean", padding_idx=MISSING, sparse=table.sparse).float()
+    # int64, since an exported tower is called with codes of queries or items in int64, and ONNX does not mix the two.
+    return F.embedding_bag(bags.long(), table.weight, mode="mean", padding_idx=MISSING, sparse=table.sparse).float()
 
 
 def auto_width(size: int, dimension: int) -> int:
