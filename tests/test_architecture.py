@@ -15,6 +15,7 @@ ROOMS = [
     "ranks",
     "shared_files",
     "stored_rows",
+    "team",
     "launch",
     "feature_config",
     "tower_config",

@@ -179,6 +179,13 @@ def test_a_validation_that_can_measure_nothing_is_refused_before_training(run_fo
     assert not (run_folder / "repeats").exists()
 
 
+def test_a_command_of_one_process_is_refused_under_torchrun(command, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = command("evaluate", "run")
+    assert code == 2 and "torchrun: `twotower evaluate` runs in one process" in " ".join(err.split())
+
+
 def test_a_fault_of_the_program_is_exit_code_one(command, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("a wheel came off")

@@ -36,9 +36,21 @@ app.add_typer(planning)
 
 @app.callback()
 def _root(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
+    from twotower.launch import Launch  # noqa: PLC0415  # as in `train`
+
     _STATE["debug"] = debug
+    if Launch.of_environment().size > 1 and context.invoked_subcommand not in OVER_RANKS:
+        raise InputError(
+            f"torchrun: `twotower {context.invoked_subcommand}` runs in one process; start it without torchrun "
+            f"(over several: {', '.join(OVER_RANKS)})"
+        )
+
+
+#: Commands that several processes run together.
+OVER_RANKS = ("train",)
 
 
 _STATE: dict[str, bool] = {"debug": False}

@@ -6,22 +6,14 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from twotower.errors import InputError
-
-if TYPE_CHECKING:
-    from twotower.ranks import Ranks
-
-T = TypeVar("T")
-
-#: The first rank may prepare data for so long before the others give up.
-PREPARATION = timedelta(days=2)
+from twotower.team import BEGUN, Team
 
 
 @dataclass(frozen=True)
@@ -35,6 +27,7 @@ class Launch:
         local_rank: number among them.
         restarts: how often torchrun on this machine has started its processes anew. That on another machine may have
             another number.
+        is_told: whether somebody has started this process as a rank, be it the only one, and tells where they meet.
     """
 
     rank: int = 0
@@ -42,6 +35,7 @@ class Launch:
     local_size: int = 1
     local_rank: int = 0
     restarts: int = 0
+    is_told: bool = False
 
     @classmethod
     def of_environment(cls) -> Launch:
@@ -55,6 +49,7 @@ class Launch:
             local_size=int(told.get("LOCAL_WORLD_SIZE", told["WORLD_SIZE"])),
             local_rank=int(told.get("LOCAL_RANK", told["RANK"])),
             restarts=int(told.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            is_told="MASTER_ADDR" in told,
         )
 
     @property
@@ -68,85 +63,8 @@ class Launch:
         return max(self.size // self.local_size, 1)
 
 
-@dataclass(frozen=True)
-class Team:
-    """The processes of a run, joined.
-
-    Attributes:
-        ranks: what they exchange numbers by.
-        store: what they tell each other outside of exchanges; None for a process alone.
-        restarts: how often all processes have been started anew; the same number on every rank.
-    """
-
-    ranks: Ranks
-    store: Any = None
-    restarts: int = 0
-
-    def first_then_others(self, make: Callable[[], T], what: str) -> T:
-        """`make()` on the first rank, then on the others: what it leaves in a cache is made once.
-
-        The others wait without an exchange, which would time out while the first is still at work.
-        """
-        if self.ranks.is_first or self.store is None:
-            made = make()
-            if self.store is not None:
-                self.store.set(what, "done")
-            return made
-        self.store.wait([what], PREPARATION)
-        return make()
-
-    def all_at_once(self, make: Callable[[], T], what: str) -> T:
-        """`make()` on every rank at the same moment, for work that they share; returns when all have done it.
-
-        The others are waited for without an exchange, as in `first_then_others`.
-        """
-        made = make()
-        if self.store is not None:
-            self.store.set(f"{what} {self.ranks.rank}", "done")
-            self.store.wait([f"{what} {rank}" for rank in range(self.ranks.size)], PREPARATION)
-        return made
-
-    def said_by_first(self, what: str, here: str) -> str:
-        """What the first rank says; `here` is what this one would."""
-        if self.store is None:
-            return here
-        if self.ranks.is_first:
-            self.store.set(what, here)
-        said: str = self.store.get(what).decode()
-        return said
-
-    def require_shared(self, folder: Path, patience: float = 30.0) -> None:
-        """Find out whether every rank sees what the first writes into a folder, before hours are spent on it.
-
-        Args:
-            folder: is there.
-            patience: seconds that a file of the first rank may take to be seen: networks are not always prompt.
-
-        Raises:
-            InputError: a rank sees another folder of that name; on every rank.
-        """
-        if self.store is None:
-            return
-        mark = folder / f".{uuid.uuid4().hex}.mark"
-        if self.ranks.is_first:
-            mark.touch()
-        mark = folder / self.said_by_first(f"mark in {folder.name}", mark.name)
-        until = time.monotonic() + patience
-        while not (seen := mark.exists()) and time.monotonic() < until:
-            time.sleep(0.1)
-        self.store.set(f"{mark.name} {self.ranks.rank}", str(seen))
-        blind = [rank for rank in range(self.ranks.size) if self.store.get(f"{mark.name} {rank}") != b"True"]
-        if self.ranks.is_first:
-            mark.unlink(missing_ok=True)
-        if blind:
-            raise InputError(
-                f"{folder}: rank {blind[0]} does not find what the first rank writes there; give a folder on a file "
-                "system that all machines share"
-            )
-
-
-def called_together(store: Any, told: Launch, patience: float) -> tuple[str, int]:
-    """A name for this attempt of all processes that none of the earlier attempts had, and how many those were.
+def called_together(store: Any, told: Launch, patience: float) -> tuple[str, bool]:
+    """A name for this attempt of all processes that none of the earlier attempts had, and whether one had begun.
 
     torchrun keeps one store for all of its attempts, with the addresses and words of processes that are gone, and what
     it counts on several machines need not agree. So each process brings a word that nobody had before. The first reads
@@ -158,8 +76,13 @@ def called_together(store: Any, told: Launch, patience: float) -> tuple[str, int
         told: which of them this one is.
         patience: seconds to wait for the others.
 
+    Returns:
+        The name, and whether an earlier attempt got as far as `Team.begins`. Where the store does not outlive an
+        attempt it cannot know; then the launcher's count of restarts says it.
+
     Raises:
         DistStoreError: not all came.
+        InputError: the machines have different numbers of processes; on every rank.
     """
     import torch.distributed as dist  # noqa: PLC0415  # as in `joined`
 
@@ -171,10 +94,26 @@ def called_together(store: Any, told: Launch, patience: float) -> tuple[str, int
         time.sleep(0.02)
 
     name = uuid.uuid4().hex
-    own = f"{name} {told.restarts}"
+    own = f"{name} {told.restarts} {told.local_size}"
     places = [f"word of {rank}" for rank in range(told.size)]
     store.set(places[told.rank], own)
-    if not told.is_first:
+    if told.is_first:
+        attempts = store.add("attempts of the first rank", 1)
+        store.set(f"{name} {own}", "here")
+        read: list[str] = []
+        while True:
+            if store.check(places):
+                words = [word.decode() for word in store.multi_get(places)]
+                if words != read:
+                    store.set("roll", json.dumps({"name": name, "words": words}))
+                    read = words
+                elif store.check([f"{name} {word}" for word in words]):
+                    break
+            pause("not all ranks came")
+        restarts, sizes = ({int(word.split()[place]) for word in words} for place in (1, 2))
+        goes_on = store.check([BEGUN]) if attempts > 1 else max(restarts) > 0
+        store.set(f"{name} agreed", json.dumps({"goes on": goes_on, "sizes": sorted(sizes)}))
+    else:
         while True:
             roll = json.loads(store.get("roll")) if store.check(["roll"]) else None
             if roll is not None and own in roll["words"]:
@@ -182,24 +121,13 @@ def called_together(store: Any, told: Launch, patience: float) -> tuple[str, int
             pause("the first rank did not come")
         name = roll["name"]
         store.set(f"{name} {own}", "here")
-        while not store.check([f"{name} restarts"]):
+        while not store.check([f"{name} agreed"]):
             pause("not all ranks came")
-        return name, int(store.get(f"{name} restarts"))
-    attempts = store.add("attempts of the first rank", 1)
-    store.set(f"{name} {own}", "here")
-    read: list[str] = []
-    while True:
-        if store.check(places):
-            words = [word.decode() for word in store.multi_get(places)]
-            if words != read:
-                store.set("roll", json.dumps({"name": name, "words": words}))
-                read = words
-            elif store.check([f"{name} {word}" for word in words]):
-                break
-        pause("not all ranks came")
-    restarts = max(attempts - 1, *(int(word.split()[1]) for word in words))
-    store.set(f"{name} restarts", str(restarts))
-    return name, restarts
+    agreed = json.loads(store.get(f"{name} agreed"))
+    if len(agreed["sizes"]) > 1:
+        counts = " and ".join(map(str, agreed["sizes"]))
+        raise InputError(f"torchrun: machines with {counts} processes; expected the same --nproc-per-node on each")
+    return name, agreed["goes on"]
 
 
 @contextmanager
@@ -220,15 +148,15 @@ def joined(*, timeout: int, accelerator: str = "auto") -> Iterator[Team]:
     from twotower.ranks import Ranks, comes_from_exchange  # noqa: PLC0415  # torch, which the command line loads only where it trains
 
     told = Launch.of_environment()
-    if told.size == 1:
-        yield Team(Ranks(), restarts=told.restarts)
+    if told.size == 1 and not told.is_told:
+        yield Team(Ranks())
         return
     import torch  # noqa: PLC0415
     import torch.distributed as dist  # noqa: PLC0415
     from torch.distributed.rendezvous import rendezvous  # noqa: PLC0415
 
     on_cuda = accelerator != "cpu" and torch.cuda.is_available()
-    if on_cuda:
+    if on_cuda and told.size > 1:
         if told.local_rank >= torch.cuda.device_count():
             raise InputError(
                 f"torchrun: {told.local_size} processes on this machine, which has {torch.cuda.device_count()} CUDA "
@@ -237,13 +165,19 @@ def joined(*, timeout: int, accelerator: str = "auto") -> Iterator[Team]:
         torch.cuda.set_device(told.local_rank)
     patience = timedelta(seconds=timeout)
     try:
-        store, rank, size = next(iter(rendezvous("env://", timeout=patience)))
-        name, restarts = called_together(store, told, timeout)
-        store = dist.PrefixStore(name, store)  # type: ignore[attr-defined]  # public, and missing in __all__
+        attempts, rank, size = next(iter(rendezvous("env://", timeout=patience)))
+        name, goes_on = called_together(attempts, told, timeout)
+        if size == 1:
+            yield Team(Ranks(), goes_on=goes_on, attempts=attempts)
+            return
+        store = dist.PrefixStore(name, attempts)  # type: ignore[attr-defined]  # public, and missing in __all__
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size, timeout=patience
         )
-        yield Team(Ranks.current(), dist.PrefixStore("twotower", store), restarts)  # type: ignore[attr-defined]  # as above
+        store = dist.PrefixStore("twotower", store)  # type: ignore[attr-defined]  # as above
+        team = Team(Ranks.current(), store, float(timeout), goes_on, attempts)
+        with team.living():
+            yield team
     except RuntimeError as error:
         if comes_from_exchange(error):
             raise Ranks(told.rank, told.size).lost(error) from error

@@ -179,8 +179,8 @@ class Ranks:
 
 def comes_from_exchange(error: RuntimeError) -> bool:
     """Whether an error is one of torch.distributed: Lightning has exchanges of its own, which are not wrapped."""
-    # gloo raises plain RuntimeErrors, and its sources stand in their text.
-    return isinstance(error, dist.DistError) or "/gloo/" in str(error) or "ProcessGroup" in str(error)
+    # gloo raises plain RuntimeErrors, and its sources stand in their text; so do aborted communicators of NCCL.
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("/gloo/", "ProcessGroup", "NCCL"))
 
 
 class _Gathered(torch.autograd.Function):

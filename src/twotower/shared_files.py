@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from twotower.errors import InputError
 from twotower.files import full_disk_named, whole_folder
 from twotower.ranks import Ranks
 
@@ -29,8 +30,7 @@ def write_folder(target: Path, ranks: Ranks, *writes: Callable[[Path], None]) ->
     its own files, fails before the others wait for it in an exchange.
 
     Raises:
-        InputError: the disk is full.
-        OSError: another rank could not write its part; a rank's own error is raised as it is.
+        InputError: the disk is full, or another rank could not write its part; a rank's own error is raised as it is.
     """
     if ranks.is_first:
         with whole_folder(target) as folder:
@@ -140,7 +140,7 @@ def _write_all(folder: Path, target: Path, ranks: Ranks, write: Callable[[Path],
     except Exception as error:  # told to the others first, who would wait for this rank
         failed = error
     if ranks.agree(failed is not None):
-        raise failed or OSError(f"{target}: another rank could not write its part; nothing was replaced")
+        raise failed or InputError(f"{target}: another rank could not write its part; nothing was replaced")
 
 
 def _shared_name(folder: Path | None, target: Path, ranks: Ranks) -> Path:

@@ -240,7 +240,7 @@ def saved_beside(ranks: Ranks, towers: TwoTower, made: TableOptimizer, path: Pat
     told = None
     try:
         io.save_checkpoint(kept, path)
-    except (OSError, InputError) as error:
+    except InputError as error:
         told = str(error)
     full = f"{path}: cannot be written, the disk is full ([Errno {errno.ENOSPC}] No space left on device)"
     assert told is not None and told.startswith(full if ranks.rank == ranks.size - 1 else f"{path}: {ELSEWHERE}"), told
@@ -266,7 +266,7 @@ def fail_together(ranks: Ranks, target: Path) -> None:
     told = None
     try:
         write_folder(target, ranks, write)
-    except (OSError, InputError) as error:
+    except InputError as error:
         told = str(error)
     ranks.wait()
     full = f"{target}: cannot be written, the disk is full (no space left); free space, or write elsewhere"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,3 +174,17 @@ def test_torchrun_starts_all_again(found, folder, tmp_path, machines, killed):
     expected = weights(folder / "two")
     for name, value in weights(out).items():
         assert torch.equal(value, expected[name]), name
+
+
+def test_a_run_that_was_refused_is_not_gone_on_with_by_a_restart(found, folder, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(folder / "one", out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    words = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "twotower.cli"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    data = folder / "planted.parquet"
+    ended = subprocess.run(
+        [sys.executable, "-m", *words, *faults.words(data, out)], env=env, capture_output=True, text=True, timeout=800
+    )
+    assert ended.returncode != 0 and ended.stderr.count("a model is there already") >= 2, ended.stderr
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

@@ -117,4 +117,5 @@ def test_a_failed_exchange_is_a_lost_rank():
     with pytest.raises(RankLost, match=told), Ranks(1, 3).exchange():
         raise closed
     assert comes_from_exchange(closed)
+    assert comes_from_exchange(RuntimeError("NCCL communicator was aborted on rank 1"))
     assert not comes_from_exchange(RuntimeError("shapes do not fit"))

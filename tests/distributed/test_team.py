@@ -1,6 +1,8 @@
 """What ranks tell each other outside of exchanges, and which rows each of them touches."""
 
+import contextlib
 import threading
+import time
 from datetime import timedelta
 
 import numpy as np
@@ -8,9 +10,10 @@ import pytest
 import torch.distributed as dist
 
 from twotower.data import TrainingBatches
-from twotower.errors import InputError
-from twotower.launch import Launch, Team, called_together
+from twotower.errors import InputError, RankLost
+from twotower.launch import Launch, called_together
 from twotower.ranks import Ranks
+from twotower.team import BEGUN, Team
 
 
 @pytest.fixture
@@ -33,15 +36,15 @@ def together(store, work):
     return gave
 
 
-def called(store, ranks, restarts=(0, 0, 0), patience=20.0):
+def called(store, ranks, restarts=(0, 0, 0), local_sizes=(1, 1, 1), patience=20.0):
     """What `called_together` gives on some of three ranks, which come one after another; an error as its text."""
     gave = {}
 
     def come(rank):
-        told = Launch(rank, 3, local_size=1, restarts=restarts[rank])
+        told = Launch(rank, 3, local_size=local_sizes[rank], restarts=restarts[rank])
         try:
             gave[rank] = called_together(store, told, patience)
-        except dist.DistStoreError as error:
+        except (dist.DistStoreError, InputError) as error:
             gave[rank] = str(error)
 
     threads = [threading.Thread(target=come, args=(rank,)) for rank in ranks]
@@ -56,19 +59,90 @@ def called(store, ranks, restarts=(0, 0, 0), patience=20.0):
 def test_an_attempt_has_a_name_of_its_own_also_after_one_that_not_all_lived_to_see(store):
     alone = {False: "the first rank did not come in 0.5 s", True: "not all ranks came in 0.5 s"}
     names = []
-    for coming, restarts in (([0, 1, 2], 0), ([1, 2], None), ([2, 1, 0], 1), ([0, 1], None), ([1, 0, 2], 3)):
+    for coming in ([0, 1, 2], [1, 2], [2, 1, 0], [0, 1], [1, 0, 2]):
         gave = called(store, coming, patience=20.0 if len(coming) == 3 else 0.5)
         if len(coming) < 3:  # what they have said stays in the store
             assert gave == [alone[0 in coming]] * 2
             continue
-        assert gave == [(gave[0][0], restarts)] * 3
+        assert gave == [(gave[0][0], False)] * 3, "nobody has begun"
         names.append(gave[0][0])
     assert len(set(names)) == 3
 
 
-def test_a_machine_that_was_started_anew_tells_all_of_its_restarts(store):
+def test_an_attempt_goes_on_where_an_earlier_one_has_begun(store):
+    def goes_on(restarts):
+        (name, told), *others = called(store, [0, 1, 2], restarts=restarts)
+        assert others == [(name, told)] * 2
+        return told
+
+    assert not goes_on((0, 0, 0))
+    assert not goes_on((1, 0, 1)), "the one before was refused, or died too early: what is there is not its own"
+    Team(Ranks(1, 3), store, attempts=store).begins()
+    assert not store.check([BEGUN]), "the first rank says it"
+    Team(Ranks(0, 3), store, attempts=store).begins()
+    assert goes_on((0, 0, 0)), "a machine whose own processes never died counts no restart"
+
+
+def test_a_store_that_does_not_outlive_an_attempt_leaves_the_launchers_count(store):
     first, *others = called(store, [0, 1, 2], restarts=(0, 3, 1))
-    assert first[1] == 3 and others == [first] * 2
+    assert first[1] is True and others == [first] * 2
+
+
+def test_machines_with_different_numbers_of_processes_are_refused_on_every_rank(store):
+    told = "torchrun: machines with 1 and 2 processes; expected the same --nproc-per-node on each"
+    assert called(store, [0, 1, 2], local_sizes=(2, 2, 1)) == [told] * 3
+
+
+def lost(team, wait):
+    try:
+        wait(team)
+    except RankLost as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda team: team.first_then_others(lambda: None, "data"),
+        lambda team: team.all_at_once(lambda: None, "data"),
+        lambda team: team.said_by_first("files", "mine"),
+    ],
+    ids=["first", "all", "said"],
+)
+def test_who_waits_for_a_rank_that_has_failed_is_told_what_happened(store, wait):
+    def work(team):
+        if team.ranks.is_first:
+            with pytest.raises(InputError), team.living():
+                raise InputError("part-7.parquet: row 3 is wrong")
+            return None
+        return lost(team, wait)
+
+    first, *others = together(store, work)
+    assert first is None
+    assert all("rank 0 has failed: part-7.parquet: row 3 is wrong" in said for said in others)
+
+
+def test_a_rank_that_is_long_at_work_is_waited_for_and_a_silent_one_is_not(store):
+    began = threading.Barrier(3)
+
+    def work(silent):
+        def wait(team):
+            team = Team(team.ranks, team.store, patience=1.0)
+            with contextlib.ExitStack() as stack:
+                if team.ranks.rank != silent:
+                    stack.enter_context(team.living())
+                began.wait()
+                if team.ranks.is_first:
+                    time.sleep(2.2)
+                    if silent == 0:
+                        return None
+                return lost(team, lambda team: team.first_then_others(lambda: None, "data"))
+
+        return wait
+
+    assert together(store, work(None)) == [None] * 3
+    first, *others = together(dist.PrefixStore("again", store), work(0))
+    assert first is None and all("rank 0 has not been heard of for 1 s" in said for said in others)
 
 
 def test_all_make_it_at_the_same_moment_and_wait_for_each_other(store):

@@ -10,6 +10,7 @@ import torch
 import twotower as tt
 from twotower.config import Config
 from twotower.errors import InputError, Interrupted
+from twotower.ranks import Ranks
 from twotower.training.checkpoints import SafeCheckpointIO
 from twotower.training.model import TrainingModule
 
@@ -100,6 +101,12 @@ def test_an_interrupted_run_resumes_to_the_same_model(planted_split, tmp_path, m
     resumed = tt.fit(planted_split, settings, directory=tmp_path / "cut", resume=True, progress=False)
     assert whole.fit.history == resumed.fit.history
     assert torch.equal(weights(whole), weights(resumed))
+
+
+def test_several_ranks_have_to_be_given_a_folder(planted_split, monkeypatch):
+    monkeypatch.setattr(Ranks, "current", lambda group=None: Ranks(1, 2))
+    with pytest.raises(InputError, match="several ranks keep their checkpoints in one folder; give it"):
+        tt.fit(planted_split, progress=False)
 
 
 def test_resuming_without_a_checkpoint_is_refused(planted_split, tmp_path):

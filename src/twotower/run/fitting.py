@@ -98,7 +98,8 @@ def fit(
             `continued` makes of new days.
         config: settings, or a YAML file of them; the defaults where None, with `start` those of that model.
         start: the model to go on with, or its folder.
-        directory: where checkpoints and logs go; a temporary folder where None.
+        directory: where checkpoints and logs go; a temporary folder where None. Several ranks have to be given one
+            that they share.
         resume: go on from the last checkpoint in `directory`.
         progress: show a progress bar.
         say: where the memory plan is told; nowhere where None.
@@ -119,6 +120,8 @@ def fit(
         config = parent.artifact.config
     settings = config if isinstance(config, Config) else Config.load(config)
     if directory is None:
+        if Ranks.current().size > 1:
+            raise InputError("fit(directory=...): several ranks keep their checkpoints in one folder; give it")
         with tempfile.TemporaryDirectory(prefix="twotower-") as temporary:
             return fit(split, settings, directory=temporary, start=parent, resume=resume, progress=progress, say=say)
     rows = continuing.rows_to_learn(split, parent, settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from twotower.data.written import ids_like, read_ids
 from twotower.errors import InputError
 from twotower.evaluation import Evaluation
 from twotower.files import write_text
-from twotower.launch import Team, joined
+from twotower.launch import joined
 from twotower.run.fitting import Model, continue_with, fit
 from twotower.run.measuring import evaluate
 from twotower.run.reading import absolute, read_by_all, read_data, split_data, with_catalog
 from twotower.serving import Artifact, Retriever
 from twotower.serving.artifact import FOLDER, find_model, read_metadata
+from twotower.team import Team
 from twotower.training import LAST
 
 #: In a run folder: the files that the run began with, and their sizes.
@@ -65,7 +67,7 @@ def train_run(
     """
     training = config.training
     with joined(timeout=training.exchange_timeout, accelerator=training.accelerator) as team:
-        if team.restarts and not resume:  # torchrun gives the same words again
+        if team.goes_on and not resume:  # torchrun gives the same words again
             resume = bool(team.said_by_first("resume", "yes" if (Path(out) / LAST).exists() else ""))
         elif not (resume or replace) and team.ranks.is_first:
             _require_free(Path(out))
@@ -137,11 +139,13 @@ def _train(
     directory.mkdir(parents=True, exist_ok=True)
     team.require_shared(directory)
     if not resume and is_first:
+        shutil.rmtree((directory / LAST).parent, ignore_errors=True)  # of another run: nobody may go on from it
         write_text(directory / "config.yaml", config.to_yaml())
         write_text(directory / INPUTS, json.dumps(files, indent=1))
         parents.unlink(missing_ok=True)
         if parent is not None:
             write_text(parents, json.dumps({"model": parent.where, "fingerprint": parent.fingerprint}))
+    team.begins()
     model = fit(split, config, directory=directory, start=parent, resume=resume, progress=progress, say=say)
     if resume and is_first:  # only now: settings that do not fit the checkpoint must not replace those that do
         write_text(directory / "config.yaml", config.to_yaml())

@@ -14,8 +14,9 @@ from twotower.data.proposing import Proposed, propose
 from twotower.data.proposing_context import propose_context
 from twotower.errors import InputError
 from twotower.ids import Hashed
-from twotower.launch import Launch, Team
+from twotower.launch import Launch
 from twotower.machine import cores
+from twotower.team import Team
 
 
 def read_data(
