@@ -31,11 +31,15 @@ demo: install
 	@echo "And look at it: start the service, open http://127.0.0.1:8000/ in a browser, stop it with Ctrl-C."
 	@echo "  $(BIN)/twotower serve demo/movielens-100k"
 
+# Files of tests in so many processes of one thread each: two threads gain nothing on tensors as small as theirs.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
+
 test: install
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-all: install
-	$(BIN)/pytest -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 lint: install
 	$(BIN)/ruff check
