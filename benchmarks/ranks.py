@@ -5,7 +5,8 @@
 Both contenders train the same model on the same batches: pooled histories of 20, D = 64, a catalog of 200,000 items
 (Zipf-like), in-batch and 1,024 uniform candidates, duplicates removed, Adam. They live side by side and take turns,
 five steps each; the one whose turn it is not waits in a barrier. Beside them the pair's exchanges alone. Then
-W ranks train on a large catalog for a few steps, and their peak memory stands beside `twotower plan`.
+W ranks train on a large catalog for a few steps, and their peak memory stands beside `twotower plan`. Last, the time
+of a step beside that of a plan, with the rates that the same processes have measured in the same minute.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from twotower import machine, process
 from twotower.build import build_objective
 from twotower.config import Config
 from twotower.data import Batch, Interactions, TrainingBatches
+from twotower.measuring_rates import measure_rates
 from twotower.planning import Rates, Workload, plan_scale
 from twotower.ranks import Ranks
 from twotower.towers import build_towers
@@ -187,6 +189,67 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def workload(data: Interactions, size: int, rule: str, layout: str, args: argparse.Namespace) -> Workload:
+    """What `Training` does, by its sizes."""
+    return Workload(
+        items=data.num_items,
+        dimension=args.dimension,
+        batch=args.batch,
+        ranks=size,
+        history=LENGTH,
+        sampled=UNIFORM,
+        optimizer="adam" if rule == "adam" else "rowwise-adagrad",
+        layout=layout,  # type: ignore[arg-type]  # one of those below
+    )
+
+
+def clock(rank: int, size: int, folder: str, data: Interactions, args: argparse.Namespace, found: Any) -> None:
+    """Rates and steps in turn, on every rank at the same time: the planned step, and the one it took, seconds."""
+    torch.set_num_threads(1)
+    ranks = join(folder, rank, size)
+    training = Training(data, ranks, args, rule=args.rule, layout=args.layout)
+    work, planned, took = workload(data, size, args.rule, args.layout, args), [], []
+    for number in range(args.rounds + 1):
+        ranks.wait()
+        plan = plan_scale(work, measure_rates(work))
+        ranks.wait()
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            training.step()
+        if number:
+            took.append((time.perf_counter() - start) / STEPS)
+            planned.append(plan.step)
+    found.put((rank, planned, took))
+
+
+def times(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The planned step of the slower rank beside the measured one, medians over the rounds."""
+    results = []
+    data = interactions(args.items, args.items + 400_000)
+    for size, rule, layout in (
+        (1, "adam", "replicated"),
+        (1, "rowwise-adagrad", "replicated"),
+        (2, "adam", "replicated"),
+        (2, "rowwise-adagrad", "replicated"),
+        (2, "rowwise-adagrad", "row-wise"),
+    ):
+        given = argparse.Namespace(**{**vars(args), "rule": rule, "layout": layout})
+        with tempfile.TemporaryDirectory() as folder:
+            ranks = run(clock, [(rank, size, folder, data, given) for rank in range(size)])
+        planned, took = ([max(round_) for round_ in zip(*(rank[at] for rank in ranks), strict=True)] for at in (1, 2))
+        results.append(
+            {
+                "ranks": size,
+                "optimizer": rule,
+                "layout": layout,
+                "planned, ms": round(1000 * statistics.median(planned), 1),
+                "took, ms": round(1000 * statistics.median(took), 1),
+                "planned over taken": round(statistics.median(a / b for a, b in zip(planned, took, strict=True)), 3),
+            }
+        )
+    return results
+
+
 def memory(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The plan beside the peak of every rank."""
     results = []
@@ -204,16 +267,7 @@ def memory(args: argparse.Namespace) -> list[dict[str, Any]]:
         given = argparse.Namespace(**{**vars(args), "rule": rule, "layout": layout})
         with tempfile.TemporaryDirectory() as folder:
             held = run(hold, [(rank, size, folder, data, given) for rank in range(size)])
-        work = Workload(
-            items=data.num_items,
-            dimension=args.dimension,
-            batch=args.batch,
-            ranks=size,
-            history=LENGTH,
-            sampled=UNIFORM,
-            optimizer="adam" if rule == "adam" else "rowwise-adagrad",
-            layout=layout,  # type: ignore[arg-type]  # one of those above
-        )
+        work = workload(data, size, rule, layout, args)
         before = max(found[1] for found in held)
         planned = plan_scale(work, Rates(1, 1, 1, 1, 1, 0, before)).moments["step"]
         peak = max(found[2] for found in held)
@@ -233,14 +287,14 @@ def memory(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Run both parts and print what was found."""
+    """Run the parts and print what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--items", type=int, default=200_000)
     parser.add_argument("--large", type=int, default=2_000_000)
     parser.add_argument("--dimension", type=int, default=64)
-    parser.add_argument("--only", choices=("speed", "memory"), default=None)
+    parser.add_argument("--only", choices=("speed", "memory", "times"), default=None)
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
     args.clock = "wall"
@@ -250,6 +304,8 @@ def main() -> None:
         result["speed"] = speed(args)
     if args.only in (None, "memory"):
         result["memory"] = memory(args)
+    if args.only in (None, "times"):
+        result["times"] = times(args)
     if args.json is not None:
         before = json.loads(args.json.read_text()) if args.json.exists() else {}
         args.json.write_text(json.dumps(before | result, indent=1) + "\n")
