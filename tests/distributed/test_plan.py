@@ -2,23 +2,31 @@
 
 import json
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import polars as pl
 import pytest
 import torch
 import torch.distributed as dist
 from typer.testing import CliRunner
 
+from twotower.build import build_objective
 from twotower.cli import app
+from twotower.data import Batch, Interactions
 from twotower.errors import InputError
 from twotower.measuring_rates import _loopback
 from twotower.planning import Rates, Workload, plan_scale, read_rates
 from twotower.ranks import Ranks
 from twotower.towers import build_towers
 from twotower.training import TableOptimizer
+from twotower.training.exchange import GradientExchange
+from twotower.training.gathering import gathered_loss
 from twotower.training.optimizers import fresh_state, parameter_groups
 from twotower.training.placement import place_tables
+from twotower.training.randomness import draws_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -64,35 +72,56 @@ def test_layers_are_those_of_the_tower():
     assert work.layers == sum(p.numel() for m in linear for p in m.parameters())
 
 
-def test_exchanges_are_those_of_the_code(monkeypatch):
-    """What gathers and sums send in a step of rank 0 of 2, counted in place of a network."""
-    sent = {"gathered": 0, "scattered": 0, "summed": 0}
+@pytest.mark.parametrize("size", [2, 3])
+def test_exchanges_are_those_of_the_code(monkeypatch, size):
+    """What gathers and sums send in a step of rank 0, counted in place of a network; no row has a copy of an item."""
+    work = Workload(items=20_000, dimension=16, batch=24, ranks=size, queries=24, history=5, sampled=36, hidden=(64,))
+    given = pl.DataFrame({"user_id": np.arange(20_000) % 24, "item_id": np.arange(20_000)})
+    data = Interactions.from_frame(given)
+    changes = [
+        "item_tower.dimension=16",
+        "query_tower={id_embedding: true, hidden: [64], dropout: 0, history: {length: 5, heads: 1, dropout: 0}}",
+        *cases.objective("expected-count", cases.IN_BATCH, "{uniform: {size: 36}}", unique=True),
+    ]
+    config = cases.Config.load(None, changes).resolved(len(data))
+    towers = build_towers(config, num_queries=data.num_queries, num_items=data.num_items).train()
+    for module in towers.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.sparse = True
+    goal, ranks = build_objective(config, data).train(), Ranks(0, size)
+    positives, histories = torch.arange(24), torch.arange(24, 24 + 24 * 5).view(24, 5)
+    own = slice(0, 24 // size)
+    numbers = torch.arange(24)[own]
+    batch = Batch(numbers, numbers, positives[own], histories[own], total=24)
+    sent, now = Counter(), ""
 
-    def gather(out, own, group=None):
-        sent["gathered"] += own.nbytes
-        out.copy_(torch.cat([own, own])) if out.ndim == own.ndim else out.fill_(int(own))
+    def gather(out, values, group=None):
+        # Of n bytes that each rank brings, each sends n (W - 1) on their way to all.
+        sent[now or ("candidates" if values.is_floating_point() else "codes")] += values.nbytes * (size - 1)
+        alike = torch.cat([values] * size) if out.ndim == values.ndim else values.expand(size)
+        out.copy_(alike if now or values.is_floating_point() else positives)
 
-    def scatter(own, every, group=None):
-        sent["scattered"] += own.nbytes
-        own.copy_(every[: len(own)])
+    def scatter(out, every, group=None):
+        sent["gradients of candidates"] += out.nbytes * (size - 1)
+        out.copy_(every[: len(out)])
 
     def reduce(values, group=None):
-        sent["summed"] += values.nbytes
+        sent["gradients of layers"] += 2 * values.nbytes * (size - 1) / size
 
     monkeypatch.setattr("twotower.ranks._all_gather", gather)
     monkeypatch.setattr("twotower.ranks._reduce_scatter", scatter)
     monkeypatch.setattr(dist, "all_reduce", reduce)
-    monkeypatch.setattr("twotower.training.placement._least", lambda found, ranks: found)
-    case = cases.CASES["mixed"]
-    cases.train(case, Ranks(0, 2))
-    # 20 steps; the plan's most is reached in none of them, for batches here have many copies of few items.
-    per_step = {name: count / cases.STEPS for name, count in sent.items()}
-    work = Workload(items=60, dimension=8, batch=12, ranks=2, queries=40, history=5, sampled=15, hidden=(12,))
-    planned = plan_scale(work, RATES).exchanged
-    gathered = planned["codes"] * 2 + planned["candidates"] * 2 + planned["gradients of tables"]
-    assert 0.3 < per_step["gathered"] / gathered < 1.1
-    assert 0.3 < per_step["scattered"] / planned["gradients of candidates"] / 1 < 1.3
-    assert 0.5 < per_step["summed"] / planned["gradients of layers"] < 2.5
+    exchange = GradientExchange(torch.nn.ModuleList([towers, goal]), ranks)
+    for step in range(2):  # in the first the ranks agree on which parameters have gradients
+        sent.clear()
+        towers.zero_grad()
+        now = ""
+        loss, _, drawn = gathered_loss(towers, goal, batch, ranks, generator=draws_of(0, step, "cpu"))
+        loss.backward()
+        now = "gradients of tables"
+        exchange.sum_gradients()
+    assert len(drawn.items) == work.candidates == 60, "another seed: items were drawn twice"
+    assert dict(sent) == pytest.approx(plan_scale(work, RATES).exchanged, rel=0.02)
 
 
 @pytest.mark.parametrize(("layout", "placement"), [("row-wise",) * 2, ("column-wise",) * 2, ("table-wise", "by table")])
