@@ -161,10 +161,16 @@ def dial(
     """Recall against discovery: what the popularity dial gives and takes on the test or validation queries."""
     from twotower import run  # noqa: PLC0415
     from twotower.analysis.dial import popularity_curve  # noqa: PLC0415
+    from twotower.continuing.kept import lost_validation  # noqa: PLC0415
     from twotower.serving import Retriever  # noqa: PLC0415
 
     artifact, split = run.reread(directory, data)
     holdout = split.test if on == "test" else split.validation
+    if on == "validation" and lost_validation(directory):
+        raise InputError(
+            f"--on validation: {directory} went on with another model and has not kept its validation, as a later "
+            "version does; continue the training again with twotower train NEW_DATA --from MODEL"
+        )
     if not len(holdout):
         raise InputError(f"--on {on}: the split of this model has no {on} queries")
     seen = artifact.config.evaluation.exclude_seen

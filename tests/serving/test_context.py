@@ -304,7 +304,13 @@ def test_new_days_bring_new_devices(runs, name, tmp_path):
     right = [(devices[6 * n : 6 * n + 6] == number).mean() for n, number in enumerate((0, 2, 1))]
     assert min(right) > 0.6
     artifact, split = reread(tmp_path / "child")
-    assert split.test.context is not None and len(split.test.context) == len(split.test)
+    assert len(split.test.context) == len(split.test) and len(split.validation) > 0
+    for name in ("test", "validation"):
+        kept, made = getattr(split, name), getattr(child.split, name)
+        assert kept.context.equals(made.context.select(kept.context.columns))
+        for field in ("queries", "history_offsets", "history_items", "target_offsets", "target_items",
+                      "history_timestamps", "query_times"):  # fmt: skip
+            assert np.array_equal(getattr(kept, field), getattr(made, field)), (name, field)
     data = read_data(tmp_path / "new.csv", config.data, context=["device", "timestamp"])
     assert set(split.test.context["device"]) <= set(data.context["device"])
     again = tt.evaluate(tt.Retriever(artifact), split.test, train=split.train, ks=(10,), baselines=False)

@@ -1,11 +1,14 @@
 """`twotower train --from` as a person uses it: files in, a model folder that stands alone out, clear refusals."""
 
+import hashlib
 import json
+import shutil
 import sys
 
 import numpy as np
 import polars as pl
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from twotower import cli
 
@@ -48,6 +51,15 @@ def settings(*changes):
     return [word for change in (*QUICK, *changes) for word in ("--set", change)]
 
 
+def without_validation(folder):
+    """A continued model's folder as versions wrote it that did not keep the validation."""
+    rows = load_file(folder / "rows.safetensors")
+    save_file({n: values for n, values in rows.items() if not n.startswith("validation.")}, folder / "rows.safetensors")
+    metadata = json.loads((folder / "metadata.json").read_text())
+    metadata["checksums"]["rows.safetensors"] = hashlib.sha256((folder / "rows.safetensors").read_bytes()).hexdigest()
+    (folder / "metadata.json").write_text(json.dumps(metadata))
+
+
 def test_days_follow_days(tmp_path, capsys, command):
     days(0, 30, (0, 30), 0).write_parquet(tmp_path / "may.parquet")
     days(31, 40, (10, 40), 1).write_parquet(tmp_path / "june.parquet")
@@ -67,8 +79,19 @@ def test_days_follow_days(tmp_path, capsys, command):
     assert code == 0, err
     told = json.loads((tmp_path / "june" / "results.json").read_text())
     assert json.loads(out)["rows"][0]["values"] == told["rows"][0]["values"]
-    lineage = json.loads((tmp_path / "june" / "model" / "metadata.json").read_text())["data"]["lineage"]
+    metadata = json.loads((tmp_path / "june" / "model" / "metadata.json").read_text())
+    code, out, err = command(capsys, "dial", tmp_path / "june", "--on", "validation", "-k", "10", "--json")
+    assert code == 0, err
+    as_trained = [row for row in json.loads(out)["points"] if row["popularity"] == 1.0]
+    assert as_trained[0]["ndcg"] == pytest.approx(metadata["training"]["best"]["NDCG@10"])
+    lineage = metadata["data"]["lineage"]
     assert [entry["items_withdrawn"] for entry in lineage] == [0, 2]
+    shutil.copytree(tmp_path / "june", tmp_path / "older")
+    without_validation(tmp_path / "older" / "model")
+    code, _, err = command(capsys, "dial", tmp_path / "older", "--on", "validation")
+    assert code == 2 and "has not kept its validation" in err and "twotower train" in err
+    code, _, err = command(capsys, "dial", tmp_path / "older", "--json")
+    assert code == 0, err
     (tmp_path / "elsewhere").rename(tmp_path / "may")
     refused = {
         ("--config", "mf"): "--config: the settings of a continued training are those of --from",

@@ -11,6 +11,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from twotower.config import Config
+from twotower.continuing.kept import has_validation, holdout_of
 from twotower.continuing.parent import Parent
 from twotower.data import Holdout, Interactions, Split
 from twotower.data.account import Account
@@ -27,8 +28,8 @@ def rows_of(split: Split) -> dict[str, NDArray[Any]]:
 
     Returns:
         `learnt`: how many rows of each query, from the first, it was trained on; `timestamps`, `weights` and `groups`
-        of all rows, where there are any. After a continued training also its test (`test.*`), which no reading of the
-        new days alone could make again.
+        of all rows, where there are any. After a continued training also its test (`test.*`) and its validation
+        (`validation.*`), which no reading of the new days alone could make again.
     """
     data, train = split.data, split.train
     counts = np.diff(train.offsets)
@@ -38,24 +39,31 @@ def rows_of(split: Split) -> dict[str, NDArray[Any]]:
     found: dict[str, NDArray[Any]] = {"learnt": counts if first else np.diff(data.offsets)}
     found |= {name: np.asarray(getattr(data, name)) for name in CARRIED if getattr(data, name) is not None}
     if isinstance(split, ContinuedSplit):
-        test = split.test
-        found["test.queries"] = test.queries
-        found["test.history"] = np.diff(test.history_offsets)
-        found["test.offsets"], found["test.items"] = test.target_offsets, test.target_items
-        if test.query_times is not None:
-            found["test.times"] = test.query_times
+        for held in (split.test, split.validation):
+            found[f"{held.name}.queries"] = held.queries
+            found[f"{held.name}.history"] = np.diff(held.history_offsets)
+            found[f"{held.name}.offsets"], found[f"{held.name}.items"] = held.target_offsets, held.target_items
+            if held.query_times is not None:
+                found[f"{held.name}.times"] = held.query_times
     return found
 
 
 def contexts_of(split: Split, config: Config) -> dict[str, pl.DataFrame]:
-    """What a model folder keeps of the context of its rows, and of a continued model's test; nothing without one."""
+    """What a model folder keeps of the context of its rows; nothing without one.
+
+    Returns:
+        `context` of all rows; of a continued model `test_context` too: of the questions of its test, then of those of
+        its validation.
+    """
     columns = wanted_context(config)
     found: dict[str, pl.DataFrame] = {}
     if columns is None or isinstance(columns, str) or split.data.context is None:
         return found
     found["context"] = split.data.context.select(columns)
-    if isinstance(split, ContinuedSplit) and split.test.context is not None:
-        found["test_context"] = split.test.context.select(columns)
+    if isinstance(split, ContinuedSplit):
+        asked = [held.context.select(columns) for held in (split.test, split.validation) if held.context is not None]
+        if asked:
+            found["test_context"] = pl.concat(asked)
     return found
 
 
@@ -65,7 +73,13 @@ def split_again(
     context: pl.DataFrame | None = None,
     test_context: pl.DataFrame | None = None,
 ) -> Split:
-    """The split of a continued training, from its model folder alone; its validation is not kept.
+    """The split of a continued training, from its model folder alone.
+
+    Args:
+        artifact: the model.
+        rows: `rows_of` its split. Where an older version wrote them, the validation is not there: it is empty here.
+        context: of all rows, as in `contexts_of` its split.
+        test_context: of its questions, likewise.
 
     Raises:
         InputError: the folder does not hold the rows.
@@ -91,24 +105,13 @@ def split_again(
     )
     place = np.arange(len(data)) - np.repeat(data.offsets[:-1], np.diff(data.offsets))
     train = data.select(place < np.repeat(rows["learnt"], np.diff(data.offsets)))
-    starts = data.offsets[rows["test.queries"]]
-    history, offsets = take_ranges(starts, starts + rows["test.history"])
-    test = Holdout(
-        "test",
-        np.asarray(rows["test.queries"]),
-        offsets,
-        np.asarray(data.item_codes[history]),
-        np.asarray(rows["test.offsets"]),
-        np.asarray(rows["test.items"]),
-        None if data.timestamps is None else np.asarray(data.timestamps[history]),
-        rows.get("test.times"),
-        test_context,
-    )
+    count = len(rows["test.queries"])
+    asked = (None, None) if test_context is None else (test_context[:count], test_context[count:])
     told = artifact.metadata["split"]
     return Split(
         train,
-        Holdout.empty("validation"),
-        test,
+        holdout_of("validation", rows, data, asked[1]) if has_validation(rows) else Holdout.empty("validation"),
+        holdout_of("test", rows, data, asked[0]),
         Account.from_dict(told["account"]),
         told["name"],
         told["settings"],
