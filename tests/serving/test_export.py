@@ -21,10 +21,11 @@ from twotower.serving.export import export_query_tower
 
 @pytest.fixture(scope="module")
 def with_ids(planted_split, tmp_path_factory):
-    """A model that knows queries by an id embedding as well as by their history."""
+    """A model that knows queries by an id embedding as well as by their history; a third of them has no row."""
     settings = ["training.max_epochs=1", "training.batch_size=64", "item_tower.dimension=8",
                 "query_tower.id_embedding=true", "query_tower.history.length=6"]  # fmt: skip
     model = tt.fit(planted_split, Config.load(None, settings), progress=False)
+    model.artifact.towers.trained_queries[::3] = False
     return model.save(tmp_path_factory.mktemp("ids") / "model")
 
 
@@ -54,7 +55,8 @@ def asked(artifact, rows, length, seed):
 
 
 @pytest.mark.parametrize(("which", "format_"), [
-    ("folder", "onnx"), ("folder", "torch"), ("with_ids", "onnx"), ("with_ids", "torch"), ("with_item_features", "onnx"),
+    ("folder", "onnx"), ("folder", "torch"), ("with_ids", "onnx"), ("with_ids", "torch"),
+    ("with_item_features", "onnx"),
 ])  # fmt: skip
 def test_an_export_equals_the_original(which, format_, request, tmp_path):
     if format_ == "onnx":
@@ -78,6 +80,11 @@ def test_an_export_equals_the_original(which, format_, request, tmp_path):
             found = session.run(None, dict(zip(report["inputs"], given, strict=True)))[0]
         else:
             found = torch.export.load(path).module()(*map(torch.from_numpy, given)).detach().numpy()
+        if which == "with_ids":
+            new = np.where(queries % 3 == 0, -1, queries)  # one without a training row is one nobody has met
+            with torch.no_grad():
+                known = artifact.towers.embed_queries(torch.from_numpy(new), torch.from_numpy(history)).numpy()
+            assert np.array_equal(known, expected)
         assert found.shape == expected.shape and np.abs(found - expected).max() <= 1e-5
         assert np.abs(found).max() > 0.01
 

@@ -7,6 +7,8 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import twotower as tt
 from twotower.build import build_objective
@@ -49,21 +51,31 @@ def days(start, values, seed):
 
 @pytest.fixture(scope="module")
 def model():
-    return tt.fit(tt.splits.by_time(days(1_600_000_000, VALUES, 0)), SETTINGS, progress=False)
+    made = tt.fit(tt.splits.by_time(days(1_600_000_000, VALUES, 0)), SETTINGS, progress=False)
+    assert made.artifact.towers.trained_queries.all()
+    made.artifact.towers.trained_queries[::3] = False
+    return made
 
 
 @pytest.fixture(params=["today", "an older version"])
 def folder(model, request, tmp_path):
-    """The model as it is written; an older version did not say how wide its vectors were."""
+    """The model as it is written; an older version did not say how wide its vectors were, nor who was trained."""
     written = model.save(tmp_path / "model")
     if request.param == "today":
         return written
     metadata = json.loads((written / "metadata.json").read_text())
+    weights = load_file(written / "towers.safetensors")
+    assert not weights.pop("query_tower.trained").all()
+    with safe_open(written / "towers.safetensors", "pt") as opened:
+        save_file(weights, written / "towers.safetensors", opened.metadata())  # with the names of tied tensors
+    changed = [written / "towers.safetensors"]
     for side in ("item", "context"):
         path = written / f"{side}_features.json"
         told = json.loads(path.read_text())
         assert told.pop("widths")[:3] == [6, 6, 6][: len(told["features"])]
         path.write_text(json.dumps(told))
+        changed.append(path)
+    for path in changed:
         metadata["checksums"][path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
     (written / "metadata.json").write_text(json.dumps(metadata))
     return written
@@ -77,8 +89,14 @@ def test_one_more_value_moves_no_vector(model, folder):
     towers = build_towers(
         SETTINGS, num_queries=split.train.num_queries, num_items=split.train.num_items,
         item_features=growth.features["item"], context=growth.features["context"],
+        trained_queries=torch.arange(split.train.num_queries) == 3,
     ).eval()  # fmt: skip
     carry_on(parent, SETTINGS, growth, towers=towers, objective=build_objective(SETTINGS, split.train))
+    known = torch.arange(len(model.artifact.queries)) % 3 != 0
+    if "query_tower.trained" not in load_file(folder / "towers.safetensors"):
+        known[:] = True
+    known[split.query_map == 3] = True
+    assert torch.equal(towers.trained_queries[split.query_map], known) and (int(known.sum()) in (21, 30))
     rows = [{"brand": f"b{j % 7}", "tags": f"t{j % 7}|t3", "title": f"w{j % 7} w1", "price": j} for j in range(14)]
     before, now = (one.embed_new_items(pl.DataFrame(rows)) for one in (model.artifact.towers, towers))
     assert torch.equal(before, now) and now.std() > 0.01

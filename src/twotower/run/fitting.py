@@ -146,6 +146,7 @@ def fit(
                 query_features=features.get("query"),
                 context=features.get("context"),
                 trained_items=torch.from_numpy(in_training(train, "item")),
+                trained_queries=torch.from_numpy(in_training(train, "query")),
             )
         length = history_length(settings)
         batches = make_batches(settings, train, rows, ranks, features.get("context"))

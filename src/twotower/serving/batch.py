@@ -27,6 +27,7 @@ from twotower.serving.questions import (
     seen_codes,
     stored_gaps,
     stored_histories,
+    told_by_id,
 )
 from twotower.serving.retriever import Retriever
 
@@ -221,7 +222,7 @@ class _Reader:
 def _with_something_known(retriever: Retriever, asked: Questions) -> tuple[Questions, int]:
     """The queries that can be answered, and how many cannot."""
     sizes = np.diff(asked.offsets)
-    known = asked.codes >= 0
+    known = asked.codes >= 0 if asked.context is not None else told_by_id(retriever.artifact, asked.codes)
     if reads_history(retriever.artifact):
         known |= sizes > 0
     offsets = np.concatenate([[0], np.cumsum(sizes[known])]).astype(np.int64)

@@ -110,12 +110,12 @@ class Questions:
         return asked
 
     def refuse_unknown(self, artifact: Artifact) -> None:
-        """Refuse a new query without features or context whose history holds no item of the catalog, or is not read.
+        """Refuse a query of which neither id nor features and context tell, with no history that is read.
 
         Raises:
             InputError: there is one.
         """
-        nothing, read = self.codes < 0, reads_history(artifact)
+        nothing, read = ~told_by_id(artifact, self.codes), reads_history(artifact)
         if read:
             nothing &= np.diff(self.offsets) == 0
         for rows in (self.features, self.context):
@@ -123,6 +123,8 @@ class Questions:
                 nothing &= np.array([row is None for row in rows], dtype=np.bool_)
         if bool(nothing.any()):
             row = int(np.flatnonzero(nothing)[0])
+            if self.codes[row] >= 0:
+                raise InputError(f"query {self.ids[row]!r}: {no_training_row(artifact)}")
             if not read:
                 raise InputError(f"history {row + 1}: {NO_HISTORY}")
             raise InputError(
@@ -134,6 +136,22 @@ class Questions:
 def reads_history(artifact: Artifact) -> bool:
     """Whether the query tower looks at histories; where not, they only say which items were seen."""
     return artifact.config.query_tower.history is not None
+
+
+def no_training_row(artifact: Artifact) -> str:
+    """Why a query of the data is no question by its id alone, and what to give."""
+    give = "give items that it has met" if reads_history(artifact) else "expected a query with a training row"
+    more = "" if artifact.towers.context_features is None else ", or the context of the request"
+    return f"it has no training row, so its id says nothing, and nothing else is known of it; {give}{more}"
+
+
+def told_by_id(artifact: Artifact, codes: Codes) -> NDArray[np.bool_]:
+    """Which queries their codes tell something of: by features that training knew, or by an id that was trained."""
+    known = codes >= 0
+    trained, tower = artifact.towers.trained_queries, artifact.towers.query_tower
+    if trained is not None and tower.features is None:
+        known &= trained.cpu().numpy()[np.maximum(codes, 0)]
+    return known
 
 
 def _count(*given: Sequence[Any] | Mapping[str, Any] | None) -> int:

@@ -27,6 +27,7 @@ def build_towers(
     query_features: EncodedTable | None = None,
     context: EncodedTable | None = None,
     trained_items: Tensor | None = None,
+    trained_queries: Tensor | None = None,
 ) -> TwoTower:
     """Build both towers of a configuration, with fresh weights.
 
@@ -38,6 +39,7 @@ def build_towers(
         query_features: likewise the queries'.
         context: the features of requests, fitted, without rows; None where query_tower.context is none.
         trained_items: items that occur in training, bool [N]; None: all. A saved model brings its own.
+        trained_queries: likewise the queries, bool [Q].
 
     Raises:
         InputError: a tower has nothing to go by, or settings that need features have none.
@@ -102,6 +104,7 @@ def build_towers(
                 dropout=query.dropout,
                 residual=query.residual,
                 layer_norm=query.layer_norm,
+                trained=trained_queries,
             )
         query_tower = build_sequence_tower(query.history, dimension, history_items, beside)
     else:
@@ -116,6 +119,7 @@ def build_towers(
             residual=query.residual,
             layer_norm=query.layer_norm,
             context=requests,
+            trained=trained_queries,
         )
     towers = TwoTower(
         query_tower,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,11 @@ def _hide(known: Tensor, nothing: Tensor, hidden: Tensor) -> Tensor:
 class KnowsQueries(nn.Module):
     """A part of a tower that knows queries by what is no history of theirs: id, features, and the requests' context.
 
+    Args:
+        num_queries: rows of the id table; 0 for none.
+        dimension: D.
+        trained: queries that have a training row, bool [Q]; None: all. Whole on every rank, also of a shared table.
+
     Attributes:
         ids: table of id embeddings, or None.
         features: of the queries, or None.
@@ -68,10 +74,24 @@ class KnowsQueries(nn.Module):
     ids: EmbeddingTable | None
     features: FeatureInputs | None
     context: ContextInputs | None
+    trained: Tensor
+
+    def __init__(self, num_queries: int, dimension: int, trained: Tensor | None = None) -> None:
+        super().__init__()
+        self.ids = EmbeddingTable(num_queries, dimension, name="query") if num_queries else None
+        if num_queries:
+            all_of_them = torch.ones(num_queries, dtype=torch.bool)
+            self.register_buffer("trained", all_of_them if trained is None else trained)
 
     def by_id(self, queries: Tensor) -> list[Tensor]:
-        """Id embeddings of codes int64 [B], zeros for a new query (-1): one tensor [B, D], or none."""
-        return [] if self.ids is None else [self.ids(queries.clamp(min=0)) * (queries >= 0)[:, None]]
+        """Id embeddings of codes int64 [B]: one tensor [B, D], or none.
+
+        Zeros for a new query (-1), and for one without a training row: its vector is where the table started.
+        """
+        if self.ids is None:
+            return []
+        rows = queries.clamp(min=0)
+        return [self.ids(rows) * ((queries >= 0) & self.trained[rows])[:, None]]
 
     def by_columns(
         self, queries: Tensor, features: list[Tensor] | None, context: Sequence[Tensor] | None
@@ -87,6 +107,13 @@ class KnowsQueries(nn.Module):
         if self.context is not None:
             parts.append(self.context(context, len(queries)))
         return parts
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *told: Any) -> None:
+        """An older version did not say which queries have a training row: all of them count as trained."""
+        name = f"{prefix}trained"
+        if f"{prefix}ids.weight" in state_dict and name not in state_dict and self.ids is not None:
+            state_dict = {**state_dict, name: torch.ones_like(self.trained)}
+        super()._load_from_state_dict(state_dict, prefix, *told)
 
 
 class Beside(KnowsQueries):
@@ -107,6 +134,7 @@ class Beside(KnowsQueries):
         dropout: in the MLP.
         residual: skip connections around the hidden layers.
         layer_norm: before their activations.
+        trained: queries that have a training row, bool [Q]; None: all.
     """
 
     def __init__(
@@ -120,9 +148,9 @@ class Beside(KnowsQueries):
         dropout: float,
         residual: bool = False,
         layer_norm: bool = False,
+        trained: Tensor | None = None,
     ) -> None:
-        super().__init__()
-        self.ids = EmbeddingTable(num_queries, dimension, name="query") if num_queries else None
+        super().__init__(num_queries, dimension, trained)
         self.features = features
         self.context = context
         width = dimension * (1 + bool(num_queries)) + sum(part.width for part in (features, context) if part)

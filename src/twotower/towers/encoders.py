@@ -17,7 +17,6 @@ from twotower.towers.dnn import Rows, dense_layers
 from twotower.towers.features import FeatureInputs
 from twotower.towers.items import ItemTower
 from twotower.towers.sequence import SequenceTower
-from twotower.towers.tables import EmbeddingTable
 
 
 class PooledHistory(nn.Module):
@@ -80,6 +79,7 @@ class QueryTower(KnowsQueries):
         residual: skip connections around the hidden layers.
         layer_norm: before their activations.
         context: of the requests; None for a tower that looks at none.
+        trained: queries that have a training row, bool [Q]; None: all.
     """
 
     def __init__(
@@ -95,11 +95,11 @@ class QueryTower(KnowsQueries):
         residual: bool = False,
         layer_norm: bool = False,
         context: ContextInputs | None = None,
+        trained: Tensor | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(num_queries, dimension, trained)
         if (history is None) != (history_items is None):
             raise ValueError("a history needs a table of items, and a table a history")
-        self.ids = EmbeddingTable(num_queries, dimension, name="query") if num_queries else None
         self.history = history
         self.history_items = history_items
         heads = 0 if history is None else history.heads
@@ -227,6 +227,12 @@ class TwoTower(nn.Module):
         """What encodes the context of a request; None where the query tower looks at none."""
         context = getattr(self.query_tower, "context", None)
         return None if context is None else context.inputs.table.features
+
+    @property
+    def trained_queries(self) -> Tensor | None:
+        """Queries that have a learned vector of their own, bool [Q]; None where the query tower has no ids."""
+        knows = getattr(self.query_tower, "beside", self.query_tower)
+        return getattr(knows, "trained", None)
 
     def feature_tables(self) -> list[EncodedTable]:
         """The encoded features of the sides that have any; a saved model needs them to be built again."""

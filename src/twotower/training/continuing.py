@@ -97,7 +97,9 @@ def grow(model: nn.Module, state: Mapping[str, RowSource], rows: Mapping[str, Te
     """
     parts = parts_of(model)
     for name, own in model.state_dict(keep_vars=True).items():
-        old = state.get(name)
+        old: RowSource | None = state.get(name)
+        if old is None and own.dtype == torch.bool and name in rows:
+            old = torch.ones(len(rows[name]), dtype=torch.bool)  # an older version kept no such mask: all are trained
         if old is None:
             raise InputError(f"model: {name} is not among the saved weights; continue with the version that wrote them")
         if name in rows:

@@ -21,9 +21,11 @@ from twotower.serving.questions import (
     NO_HISTORY,
     Gaps,
     Questions,
+    no_training_row,
     reads_history,
     stored_gaps,
     stored_histories,
+    told_by_id,
 )
 from twotower.serving.service.contexts import encode_batch, in_context
 from twotower.serving.service.model import Codes, ServedModel, codes_of, known_code
@@ -93,6 +95,7 @@ def asked(model: ServedModel, question: Question) -> tuple[int, Codes, Gaps]:
         if code < 0:
             raise InputError("expected query_id or history, or features, found none of them")
         stored = stored_histories(model.artifact, np.array([code]))[1].astype(np.int64)
+        _refuse_untrained(model, code, stored, told=told)
         gaps = stored_gaps(model.artifact, np.array([code]))
         return code, stored, np.zeros(len(stored), dtype=np.int8) if gaps is None else gaps
     codes = codes_of(model.artifact.items, history)
@@ -102,7 +105,14 @@ def asked(model: ServedModel, question: Question) -> tuple[int, Codes, Gaps]:
         raise InputError(f"history: {NO_HISTORY}")
     if code < 0 and not len(codes) and not told:
         raise InputError("history: none of its items is in the catalog; expected at least one known item id")
+    _refuse_untrained(model, code, codes, told=told)
     return code, codes, gaps
+
+
+def _refuse_untrained(model: ServedModel, code: int, history: Codes, *, told: bool) -> None:
+    read = len(history) > 0 and reads_history(model.artifact)
+    if code >= 0 and not told and not read and not told_by_id(model.artifact, np.array([code]))[0]:
+        raise InputError(f"query_id: {no_training_row(model.artifact)}")
 
 
 def explained(model: ServedModel, question: Question, items: Sequence[Any], popularity: float) -> list[dict[str, Any]]:
