@@ -193,6 +193,9 @@ def test_a_fault_of_the_program_is_exit_code_one(command, monkeypatch):
     monkeypatch.setattr("twotower.serving.Retriever.load", broken)
     code, _, err = command("similar", "run", "--item", "4")
     assert code == 1 and "a wheel came off" in err and "Traceback" not in err
+    assert "twotower --debug COMMAND ... shows where" in err
+    with pytest.raises(RuntimeError, match="a wheel came off"):  # as the hint has it: the option before the command
+        command("--debug", "similar", "run", "--item", "4")
 
 
 @pytest.mark.parametrize("text", ["training: [1", "- a\n- b", "training:\n  seed: -1", "training:\n  precision: 8"])

@@ -259,7 +259,8 @@ def main() -> None:
             raise
         text = " ".join(str(error).split()) or type(error).__name__
         messages.print(
-            f"twotower: {type(error).__name__}: {text} (a fault of the program; --debug shows where)",
+            f"twotower: {type(error).__name__}: {text} "
+            "(a fault of the program; twotower --debug COMMAND ... shows where)",
             style="red",
             highlight=False,
             markup=False,
