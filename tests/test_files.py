@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from twotower import files
 from twotower.errors import InputError
 from twotower.files import full_disk_named, is_full_disk, locked, whole_file, whole_folder
 
@@ -101,3 +102,35 @@ def test_a_lock_that_another_process_holds_goes_with_it(tmp_path):
         assert held
     assert not (tmp_path / "a").exists()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_tells_whether_it_keeps_others_out(tmp_path, monkeypatch):
+    with locked(tmp_path / "a") as lock:
+        assert lock and lock.keeps_out
+        with locked(tmp_path / "a", wait=False) as other:
+            assert not other
+
+    def refused(handle, operation):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", refused)
+    with locked(tmp_path / "a") as lock, locked(tmp_path / "a") as other:
+        assert lock and other and not lock.keeps_out and not other.keeps_out
+    monkeypatch.setattr(files, "fcntl", None)
+    with locked(tmp_path / "a") as lock, locked(tmp_path / "a", wait=False) as other:
+        assert lock and other and not lock.keeps_out and not other.keeps_out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_there_stays_where_it_is_not_to_be_replaced(tmp_path):
+    for before in (True, False):
+        target = tmp_path / str(before)
+        with whole_folder(target, replace=False) as folder:
+            (folder / "second").touch()
+            if before:
+                with whole_folder(target, replace=False) as other:
+                    (other / "first").touch()
+        assert [path.name for path in target.iterdir()] == ["first" if before else "second"]
+    with pytest.raises(OSError, match="elsewhere"), whole_folder(tmp_path / "c", replace=False):
+        raise OSError("elsewhere")
+    assert len(list(tmp_path.iterdir())) == 2

@@ -10,6 +10,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from twotower.errors import InputError
@@ -44,8 +45,13 @@ def whole_file(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `target` when the block ends, over an older one, and goes when it fails."""
+def whole_folder(target: Path, *, replace: bool = True) -> Iterator[Path]:
+    """A temporary folder that becomes `target` when the block ends, and goes when it fails.
+
+    Args:
+        target: where it appears.
+        replace: it takes the place of an older one; otherwise that stays, and this one goes.
+    """
     temporary, older = _beside(target), _beside(target)
     with full_disk_named(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -55,10 +61,14 @@ def whole_folder(target: Path) -> Iterator[Path]:
             yield temporary
         # A folder cannot be renamed over one that has content. The two change places at once where the system can do
         # so; elsewhere the older one steps aside for the moment in between.
-        if target.exists() and not changed_places(temporary, target):
+        if replace and target.exists() and not changed_places(temporary, target):
             target.rename(older)
         if older.exists() or not target.exists():
-            temporary.rename(target)
+            try:
+                temporary.rename(target)
+            except OSError:  # another process may have put its own there in between
+                if replace or not target.is_dir():
+                    raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if older.exists() and not target.exists():
@@ -96,39 +106,61 @@ def is_full_disk(error: BaseException) -> bool:
     return any(words in str(error).lower() for words in _FULL_WORDS)
 
 
+@dataclass(frozen=True)
+class Lock:
+    """What `locked` gives; true where it is held.
+
+    Attributes:
+        is_held: whether it is held.
+        keeps_out: whether others are kept out: not where the system or its file system says that it knows no locks.
+    """
+
+    is_held: bool
+    keeps_out: bool
+
+    def __bool__(self) -> bool:
+        return self.is_held
+
+
 @contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+def locked(path: Path, *, wait: bool = True) -> Iterator[Lock]:
     """Hold a lock that other processes and threads see, for as long as the block lasts.
 
     The lock goes with the process that holds it, however that ends. Where the system or its file system knows no
-    locks, everybody holds it.
+    locks, everybody holds it, and is told so. Some file systems give locks that only the processes of one machine see,
+    and say nothing of it: what several machines do under a lock must do no harm without it.
 
     Args:
         path: a file that is made for it and removed afterwards.
         wait: until whoever holds it lets go.
 
     Yields:
-        Whether it is held: False only without `wait`.
+        Whether it is held, which is not so only without `wait`; and whether it keeps others out.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    keeps_out = fcntl is not None
     while True:
-        handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+        except FileNotFoundError:  # somebody has removed the empty folder in between
+            continue
         try:
             if fcntl is not None:
                 fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             os.close(handle)
-            yield False
+            yield Lock(is_held=False, keeps_out=True)
             return
         except BaseException as error:
             if not (isinstance(error, OSError) and error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)):
                 os.close(handle)
                 raise
+            keeps_out = False
         if _is_open_file(handle, path):
             break
         os.close(handle)  # whoever held it has removed the file: this lock is one of nothing
     try:
-        yield True
+        yield Lock(is_held=True, keeps_out=keeps_out)
     finally:
         with suppress(OSError):
             path.unlink()

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import polars as pl
@@ -14,7 +13,8 @@ import pytest
 
 from data.slow_reference import as_sequences, sequences
 from data.test_interactions import SECOND, frame_of, some_rows
-from twotower.data import Interactions, folders, reading, shards
+from twotower import files as locks
+from twotower.data import Interactions, folders, preparation, reading, shards
 from twotower.data.first_pass import FirstPass
 from twotower.data.preparation import into_folder
 from twotower.data.reading import ParquetSource, open_source
@@ -50,6 +50,43 @@ data = Interactions.read(source, cache=cache)
 print(data.fingerprint, flush=True)
 """
 PATIENCE = 600
+
+#: Prepares a folder beside another process, both in the lock: `slow` stands still while it reads a shard until `fast`
+#: has read all, and with the first shard adopted until `fast` is done. `none`: the file system knows no locks; `here`:
+#: it gives them to everybody, as where those of other machines are not seen.
+AT_ONCE = """
+import sys, time, types
+from pathlib import Path
+source, cache, told, name, locks = sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4], sys.argv[5]
+from twotower import files
+from twotower.data import Interactions, preparation
+from twotower.data.reading import ParquetSource
+files.fcntl = None if locks == "none" else types.SimpleNamespace(LOCK_EX=2, LOCK_NB=4, flock=lambda *_: None)
+def meet(said, heard):
+    if not (told / said).exists():
+        (told / said).touch()
+        while not (told / heard).exists():
+            time.sleep(0.01)
+read, adopt = ParquetSource.chunks, preparation.adopt
+def chunks(self, wanted):
+    frames = list(read(self, wanted))
+    if name == "slow" and len(wanted) > 1:
+        meet("slow reads", "fast has read")
+    yield from frames
+def adopted(*given):
+    if name == "fast":
+        meet("fast has read", "slow adopts")
+    found = adopt(*given)
+    if name == "slow":
+        meet("slow adopts", "fast is done")
+    return found
+ParquetSource.chunks, preparation.adopt = chunks, adopted
+if name == "fast":
+    meet("fast is here", "slow reads")
+print(Interactions.read(source, cache=cache).fingerprint)
+if name == "fast":
+    (told / "fast is done").touch()
+"""
 
 
 def folder_of_shards(folder: Path, rows: int = 300, each: int = 30, **options) -> Path:
@@ -132,7 +169,7 @@ def test_two_that_prepare_the_same_at_once_share_the_shards(tmp_path, started):
 def test_ranks_share_the_shards_also_without_locks(tmp_path, monkeypatch):
     source = folder_of_shards(tmp_path / "shards", rows=210)
     first, files = first_pass(source)
-    monkeypatch.setattr(shards, "locked", lambda path, wait=True: nullcontext(True))
+    monkeypatch.setattr(locks, "fcntl", None)
     monkeypatch.setenv("WORLD_SIZE", "3")
     read = into_folder(first)
     for rank in (1, 2, 0):
@@ -150,6 +187,82 @@ def test_ranks_share_the_shards_also_without_locks(tmp_path, monkeypatch):
     assert in_turn(files, 5, 6) == [files[5], *files[:5], files[6]]
     data = Interactions.read(source, cache=tmp_path / "cache")
     assert data.fingerprint == Interactions.read(source, cache=tmp_path / "alone", workers=1).fingerprint
+
+
+@pytest.mark.parametrize("kind", ["none", "here"])
+def test_two_at_once_that_no_lock_keeps_apart_both_succeed(tmp_path, kind):
+    folder, told, cache = folder_of_shards(tmp_path / "shards"), tmp_path / "told", tmp_path / "cache"
+    told.mkdir()
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    words = [sys.executable, "-c", AT_ONCE, str(folder), str(cache), str(told)]
+    processes = [subprocess.Popen([*words, name, kind], **pipes) for name in ("slow", "fast")]
+    try:
+        while any(process.poll() is None for process in processes):
+            assert not any(process.poll() for process in processes), "one failed, and the other waits for it"
+            time.sleep(0.02)
+        answers = [process.communicate() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            print(*process.communicate(), sep="\n")
+    expected = Interactions.read(folder, cache=tmp_path / "alone").fingerprint
+    assert [(process.returncode, *answer) for process, answer in zip(processes, answers, strict=True)] == [
+        (0, expected + "\n", "")
+    ] * 2
+    assert Interactions.open(cache).fingerprint == expected
+    left = [path.name for path in (tmp_path / FOLDER).iterdir()] if (tmp_path / FOLDER).exists() else []
+    assert len(left) == (10 if kind == "none" else 0), "without locks others may still read them"
+    assert not any(name.endswith(".partial") for name in (*left, *(path.name for path in tmp_path.iterdir())))
+
+
+def test_without_locks_only_what_nobody_has_written_to_for_an_hour_is_swept(tmp_path, monkeypatch):
+    first, files = first_pass(folder_of_shards(tmp_path / "shards"))
+    told = Shards(tmp_path / FOLDER, files, first.to_dict())
+    target = told.folder(files[0])
+    young, old, growing = (told.root / f".{target.name}.{name}.partial" for name in ("a", "b", "c"))
+    for left in (young, old, growing):
+        left.mkdir(parents=True)
+    (growing / "0.item").touch()
+    for left in (old, growing):
+        os.utime(left, (time.time() - shards.STALE_SECONDS - 60,) * 2)
+    monkeypatch.setattr(locks, "fcntl", None)
+    assert told.take(files[0], into_folder(first), wait=True)
+    told.sweep()
+    told.remove()
+    assert sorted(told.root.iterdir()) == sorted([young, growing, target])
+    monkeypatch.undo()
+    told.sweep()
+    assert list(told.root.iterdir()) == [target]
+    os.utime(target, (0, 0))
+    assert told.take(files[0], into_folder(first), wait=True)
+    shards.remove_old(told.root)
+    assert target.is_dir(), "asked for just now"
+    (target / "query.npz").unlink(missing_ok=True)
+    collected, read = first.empty(tmp_path), shards.pl.read_parquet
+    monkeypatch.setattr(shards.pl, "read_parquet", lambda path: (read(path), told.remove())[0])
+    with pytest.raises(FileNotFoundError):
+        shards.adopt(collected, target, "x")
+    assert not told.root.exists()
+
+
+def test_a_damaged_cache_is_prepared_once_by_whoever_is_first(tmp_path, monkeypatch):
+    folder, cache = folder_of_shards(tmp_path / "shards"), tmp_path / "cache"
+    expected = Interactions.read(folder, cache=cache).fingerprint
+    cache.rename(tmp_path / "sound")
+    shutil.copytree(tmp_path / "sound", cache)
+    (cache / "offsets.npy").write_bytes(b"x")
+
+    def other_is_first(*_, **__):
+        if (tmp_path / "sound").exists():
+            shutil.rmtree(cache)
+            (tmp_path / "sound").rename(cache)
+        raise FileNotFoundError("a shard")
+
+    monkeypatch.setattr(preparation, "build", other_is_first)
+    assert Interactions.read(folder, cache=cache).fingerprint == expected
+    (cache / "offsets.npy").write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match="a shard"):
+        Interactions.read(folder, cache=cache)
 
 
 def test_several_that_prepare_one_file_at_once_all_succeed(tmp_path, started):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -44,8 +44,9 @@ def prepare(
     """Prepare files in a cache.
 
     Several files are shards: each is read by one of the processes that prepare the same data at this moment, those that
-    are started for it among them; then one of them brings the rows together, and the others wait for it. What was read
-    when a preparation is stopped is there for the next one.
+    are started for it among them; then one of them brings the rows together, and the others wait for it. Where locks do
+    not keep them apart several do the same work, and the first to be done serves all (shards.py). What was read when a
+    preparation is stopped is there for the next one.
 
     Args:
         target: the cache's folder.
@@ -62,9 +63,10 @@ def prepare(
     Raises:
         InputError: whatever is wrong with the files, by name; the disk is full.
     """
+    before = _stamp(target) if anew else None
 
     def ready() -> bool:
-        return not anew and is_ready(target, key)
+        return is_ready(target, key) and (before is None or _stamp(target) != before)
 
     sources = [open_source(file) for file in files]
     first = reading.first_pass(sources)
@@ -77,25 +79,45 @@ def prepare(
             take_all(shards, into_folder(first), workers=worth_starting(files, workers), done=ready)
         with locked(target.parent / f".{target.name}.lock"):
             if not ready():
-                with appearing(target) as directory:
-                    build(
-                        sources,
-                        reading=reading,
-                        items=items,
-                        queries=queries,
-                        directory=directory,
-                        account=account,
-                        first=first,
-                        gather=None if shards is None else partial(_adopted, shards, into_folder(first)),
-                    )
-                    if key is not None:
-                        (directory / KEY).write_text(key, encoding="utf-8")
+                try:
+                    with appearing(target) as directory:
+                        build(
+                            sources,
+                            reading=reading,
+                            items=items,
+                            queries=queries,
+                            directory=directory,
+                            account=account,
+                            first=first,
+                            gather=None if shards is None else partial(_adopted, shards, into_folder(first)),
+                        )
+                        if key is not None:
+                            (directory / KEY).write_text(key, encoding="utf-8")
+                        _refuse_second(target, ready)
+                except OSError:
+                    if not ready():  # else whoever was first has cleared up the shards
+                        raise
             if shards is not None:
                 shards.remove()
     except InputError:
         if shards is not None and bytes_of(files) < BYTES_PER_WORKER:
             shards.remove()  # reading them again is cheap
         raise
+
+
+def _refuse_second(target: Path, ready: Callable[[], bool]) -> None:
+    """Keep what others may have opened already."""
+    if ready():
+        raise FileExistsError(f"{target}: prepared by another process meanwhile")
+
+
+def _stamp(target: Path) -> tuple[int, int] | None:
+    """By which the data of a folder are known from those that took their place; None where there are none."""
+    try:
+        found = (target / META).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _adopted(shards: Shards, read: Read, collected: Collected) -> list[pl.DataFrame | None]:

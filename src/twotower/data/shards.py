@@ -4,6 +4,10 @@ A shard's rows are checked and coded into a folder of its own, which appears who
 is now, was read how. Whoever needs the shards takes those that nobody else has taken: processes started for it, the
 ranks of a training, another run on the same data. What was read stays when a preparation is stopped, so the next one
 goes on from there; it goes when the data is prepared.
+
+Locks keep two processes from reading one shard. Where they do not (some file systems of several machines know none, or
+none that another machine sees) work may be done twice: what another process may be writing is left alone, the first
+whole folder stays, and a process whose shards were removed finds that the data is prepared.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -35,12 +40,12 @@ from twotower.machine import cores
 #: worth keeping when a later shard is refused.
 BYTES_PER_WORKER = 64 << 20
 
-#: Shards of a preparation that was given up are removed by the next one in the same cache.
+#: Shards that nobody has asked for in so long are removed by the next preparation in the same cache.
 KEPT_SECONDS = 14 * 24 * 3600
-
+#: Nobody is at work any more on a folder that has not been written to for so long.
+STALE_SECONDS = 3600
 FOLDER = ".shards"
 _STATE, _EXTRAS = "shard.json", "extras.parquet"
-
 
 #: Reads a file into a folder: what `save` takes.
 Read = Callable[[Path, Path], tuple[Collected, pl.DataFrame | None]]
@@ -85,42 +90,60 @@ class Shards:
 
         Returns:
             Whether its folder is there: False only without `wait`.
+
+        Raises:
+            InputError: whatever is wrong with the file; the disk is full.
+            OSError: what was written is gone: another process has prepared the data.
         """
         target = self.folder(file)
-        if target.is_dir():
+        if _is_kept(target):
             return True
-        with locked(self.root / f"{target.name}.lock", wait=wait) as held:
-            if not held:
+        with locked(self.root / f"{target.name}.lock", wait=wait) as lock:
+            if not lock:
                 return False
-            if target.is_dir():
+            if _is_kept(target):
                 return True
-            self._sweep(target)
+            self._sweep(target, STALE_SECONDS)
             with (
                 full_disk_named(file, f"its rows are kept in {self.root} for a while: free space there"),
-                whole_folder(target) as folder,
+                whole_folder(target, replace=False) as folder,
             ):
                 save(*read(file, folder))
         return True
 
     def sweep(self) -> None:
-        """Remove what killed processes have left half written."""
+        """Remove what killed processes have left half written; without locks only what is an hour old."""
         for file in self.files:
             with suppress(InputError):
                 target = self.folder(file)
-                with locked(self.root / f"{target.name}.lock", wait=False) as held:
-                    if held:
-                        self._sweep(target)
+                with locked(self.root / f"{target.name}.lock", wait=False) as lock:
+                    if lock:
+                        self._sweep(target, 0 if lock.keeps_out else STALE_SECONDS)
 
-    def _sweep(self, target: Path) -> None:
+    def _sweep(self, target: Path, seconds: float) -> None:
+        """Remove what is half written of a folder, and has not been written to for so long."""
         for left in self.root.glob(f".{target.name}.*.partial"):
-            shutil.rmtree(left, ignore_errors=True)
+            with suppress(FileNotFoundError):
+                if not seconds or time.time() - max(p.stat().st_mtime for p in (left, *left.iterdir())) > seconds:
+                    shutil.rmtree(left, ignore_errors=True)
 
     def remove(self) -> None:
-        """Remove the folders of all files, and those that nobody has asked for in a long time."""
-        for file in self.files:
-            with suppress(InputError):
-                shutil.rmtree(self.folder(file), ignore_errors=True)
+        """Remove the folders of all files, unless for want of locks others may read them, and very old ones."""
+        with suppress(OSError), locked(self.root / "remove.lock") as lock:
+            for file in self.files if lock.keeps_out else ():
+                with suppress(InputError):
+                    target = self.folder(file)
+                    with suppress(OSError):  # in one step, so that nobody finds a part of it
+                        target.rename(self.root / f".{target.name}.{uuid.uuid4().hex}.partial")
+                    self._sweep(target, 0)
         remove_old(self.root)
+
+
+def _is_kept(target: Path) -> bool:
+    """Whether a folder is there; it counts as asked for now."""
+    with suppress(OSError):
+        os.utime(target)
+    return target.is_dir()
 
 
 def gone(file: Path) -> InputError:
@@ -159,7 +182,11 @@ def take_all(shards: Shards, read: Read, *, workers: int, done: Callable[[], boo
                 for file in files:
                     if done():
                         return
-                    shards.take(file, read, wait=wait)
+                    try:
+                        shards.take(file, read, wait=wait)
+                    except OSError:
+                        if not done():  # else whoever was first has cleared up
+                            raise
     except InputError as error:
         shards.sweep()
         if error.__cause__ is not None and is_full_disk(error.__cause__):
@@ -247,6 +274,7 @@ def adopt(collected: Collected, folder: Path, where: str) -> pl.DataFrame | None
 
     Raises:
         InputError: dates in one file and numbers in another.
+        FileNotFoundError: the folder is gone, or went meanwhile.
     """
     state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
     first = len(collected.chunk_rows)
@@ -267,4 +295,6 @@ def adopt(collected: Collected, folder: Path, where: str) -> pl.DataFrame | None
     collected.columns |= set(state["columns"])
     collected.largest_time = max(collected.largest_time, state["largest_time"])
     collected.empty_lists += state["empty_lists"]
-    return pl.read_parquet(folder / _EXTRAS) if (folder / _EXTRAS).is_file() else None
+    extras = pl.read_parquet(folder / _EXTRAS) if (folder / _EXTRAS).is_file() else None
+    (folder / _STATE).stat()  # a file that was not found above is none of a folder that has gone
+    return extras
