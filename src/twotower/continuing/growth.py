@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,9 @@ from twotower.training.continuing import (
     row_maps,
 )
 from twotower.training.opened import open_checkpoint
+
+#: How the account begins where only weights go on.
+AFRESH = "optimizer and objective begin afresh, only weights go on"
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ def carry_on(
     towers: TwoTower,
     objective: Objective,
     ranks: Ranks | None = None,
+    say: Callable[[object], None] | None = None,
 ) -> ContinueOptimizer | None:
     """Put what the parent has learnt into fresh towers and a fresh objective, both changed in place; collective.
 
@@ -93,6 +97,7 @@ def carry_on(
         towers: fresh.
         objective: fresh.
         ranks: the processes of the run; a process alone where None.
+        say: where it is told if the states of optimizer and objective cannot go on; nowhere where None.
 
     Returns:
         What brings the optimizer to where the parent's was; None where its state is not at hand.
@@ -115,17 +120,25 @@ def carry_on(
     rows = row_maps(towers, tables, growth.maps)
     ranks, old = ranks or Ranks(), parent.weights()
     grow(towers, old, rows)
+    tell = say or _nobody
     if parent.checkpoint is None or not parent.checkpoint.is_dir():
+        tell(f"{AFRESH}: {parent.where} has no checkpoint of its training (checkpoints/best.ckpt)")
         return None
     saved = open_checkpoint(parent.checkpoint)
     state: Mapping[str, RowSource] = saved["state_dict"]
-    # The checkpoint goes with the model only where it holds the same weights.
-    if ranks.agree(any(not _same(state.get(f"towers.{name}"), own, ranks) for name, own in old.items())):
+    # The checkpoint goes with the model only where it holds the same weights: the averaged ones, if there are any.
+    kind = "averaged" if any(name.startswith("averaged.") for name in state) else "towers"
+    if ranks.agree(any(not _same(state.get(f"{kind}.{name}"), own, ranks) for name, own in old.items())):
+        tell(f"{AFRESH}: {parent.checkpoint} holds other weights than the model")
         return None
     prefix = "objective."
     kept = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     continue_objective(objective, kept, growth.maps.items)
-    return ContinueOptimizer(rows, saved["optimizer_states"][0])
+    return ContinueOptimizer(rows, saved["optimizer_states"][0], tell)
+
+
+def _nobody(told: object) -> None:
+    """Where nobody listens."""
 
 
 def _same(saved: RowSource | None, own: RowSource, ranks: Ranks) -> bool:

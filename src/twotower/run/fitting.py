@@ -102,7 +102,7 @@ def fit(
             that they share.
         resume: go on from the last checkpoint in `directory`.
         progress: show a progress bar.
-        say: where the memory plan is told; nowhere where None.
+        say: where the memory plan is told, and what of `start` cannot go on; nowhere where None.
 
     Returns:
         The model with its best weights.
@@ -154,7 +154,7 @@ def fit(
         objective = build_objective(settings, train, learnt=learnt)
         optimizer = mine = None
         if growth is not None and parent is not None:
-            optimizer = carry_on(parent, settings, growth, towers=towers, objective=objective, ranks=ranks)
+            optimizer = carry_on(parent, settings, growth, towers=towers, objective=objective, ranks=ranks, say=say)
             if (mine := miner(objective, train, length, gaps_of(settings, train))) is not None and not resume:
                 mine(towers)
         validate = _validation(split.validation, settings, train) if len(split.validation) else None

@@ -155,13 +155,14 @@ def continue_optimizer(
         parts: what this rank has of those that are shared (`parts_of`).
 
     Returns:
-        How many parameters go on, and how many there are. One goes on afresh where the rule of its group has changed.
+        How many parameters go on, of how many that have a state. One begins afresh where the rule of its group has
+        changed.
     """
     done = count = 0
     for group, old_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         for parameter, number in zip(group["params"], old_group["params"], strict=False):
-            count += 1
             old = saved["state"].get(number)
+            count += bool(old)
             fresh = fresh_state(parameter, group["rule"])
             rows, part = maps_of.get(id(parameter)), (parts or {}).get(id(parameter))
             if not old or set(old) != set(fresh) or group["rule"] != old_group["rule"]:
@@ -225,10 +226,13 @@ class ContinueOptimizer(Callback):
     Args:
         rows: maps of rows by name of a tensor of the towers, as `row_maps` gives them.
         state: state dict of the old optimizer.
+        say: where it is told that some of it cannot go on.
     """
 
-    def __init__(self, rows: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        self.rows, self.state = rows, state
+    def __init__(
+        self, rows: Mapping[str, Tensor], state: Mapping[str, Any], say: Callable[[object], None] | None = None
+    ) -> None:
+        self.rows, self.state, self.say = rows, state, say
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A resumed run is restored from its own checkpoint after this."""
@@ -237,7 +241,9 @@ class ContinueOptimizer(Callback):
         maps = {id(named[name]): rows for name, rows in self.rows.items() if name in named}
         for optimizer in trainer.optimizers:
             assert isinstance(optimizer, TableOptimizer)
-            continue_optimizer(optimizer, self.state, maps, parts_of(towers))
+            done, count = continue_optimizer(optimizer, self.state, maps, parts_of(towers))
+            if done < count and self.say is not None:
+                self.say(f"optimizer: {count - done} of {count} tensors begin afresh, their update rule has changed")
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
