@@ -6,9 +6,13 @@ import subprocess
 import sys
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
+from planted import planted
+from serving.service_models import drawn
+from twotower.data import Interactions
 from twotower.errors import InputError
 from twotower.serving import Artifact, Retriever
 
@@ -71,6 +75,17 @@ def test_titles_and_similar(model):
     assert found["score"].is_sorted(descending=True)
     many = model.retriever.similar(list(range(40)), k=6)
     assert ((many["of"] - many["item"]) % 2 == 0).mean() > 0.7, "items of one taste are near to each other"
+
+
+def test_neighbours_of_text_ids_come_without_a_warning(tmp_path):
+    data = Interactions.from_frame(planted().with_columns(item_id=pl.format("i{}", "item_id")))
+    found = Retriever.load(drawn(data, tmp_path / "model"))
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # torch warns once in a process, which may have been in another test
+    try:
+        assert "i4" not in found.similar(["i4"], k=6)["item"].to_list()
+    finally:
+        torch.set_warn_always(always)
 
 
 @pytest.mark.parametrize(

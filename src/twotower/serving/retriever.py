@@ -188,7 +188,8 @@ class Retriever(QueryEmbedder):
         Raises:
             InputError: an item id is unknown; k < 1; a filter or list that cannot be understood.
         """
-        codes = known_codes(self.artifact.items, items, "item", self.artifact)
+        # A copy: the codes of text ids are memory of polars, and torch warns of what it may not write to.
+        codes = known_codes(self.artifact.items, items, "item", self.artifact).copy()
         allowed = allowed_items(self.artifact.items, self.artifact.item_table, condition=filter, allow=allow, deny=deny)
         vectors = F.normalize(self.artifact.item_embeddings[torch.from_numpy(codes)], dim=1)
         own = (np.arange(len(codes) + 1, dtype=np.int64), codes)
