@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from twotower.config import Config, ObjectiveConfig
@@ -146,7 +147,7 @@ class _SourceBuilder:
     """Builds the sources of one pool, which know of each other's head: a tail need not be drawn from the head."""
 
     def __init__(self, train: Interactions, frequency: Frequency, written: list[tuple[str, dict[str, Any]]]) -> None:
-        self.train, self.frequency = train, frequency
+        self.train, self.frequency, self.written = train, frequency, written
         self.counts = torch.from_numpy(train.item_counts())
         heads = [int(options.get("size", 0)) for name, options in written if name == "head"]
         self.head = Head(self.counts, max(heads)).items if heads and max(heads) > 0 else None
@@ -217,7 +218,24 @@ class _SourceBuilder:
         return Catalog(self.train.num_items)
 
     def _tail(self, weights: Tensor) -> Weighted:
+        drawn = int((weights > 0).sum())
         weights[self.head] = 0.0
         if not bool((weights > 0).any()):
-            raise InputError("objective.sources: the head holds every item that could be drawn; make it smaller")
+            size = max(int(options.get("size", 0)) for name, options in self.written if name == "head")
+            fitting = [
+                (name, {**options, "size": min(int(options["size"]), drawn // 4)} if name == "head" else options)
+                for name, options in self.written
+                if name != "head" or drawn >= 4  # nearly nothing to draw from: better no head at all
+            ]
+            occur = int((self.counts > 0).sum())
+            raise InputError(
+                f"objective.sources: head: size {size:,} holds every item that could be drawn beside it: {drawn:,} of "
+                f"the {self.train.num_items:,} items, of which {occur:,} occur in training; make "
+                f"the head smaller, such as --set 'objective.sources={_as_set(fitting)}'"
+            )
         return Weighted(weights)
+
+
+def _as_set(sources: list[tuple[str, dict[str, Any]]]) -> str:
+    """Sources as they are written behind --set."""
+    return yaml.safe_dump([{name: options} for name, options in sources], default_flow_style=True, width=10_000).strip()

@@ -1,10 +1,13 @@
 """Pools: masks, merging of copies, places left empty, bad calls. Counts are in test_counts.py."""
 
 import math
+import re
 
 import pytest
 import torch
 
+from twotower.build import build_objective
+from twotower.config import Config
 from twotower.errors import InputError
 from twotower.negatives import (
     CountedFrequency,
@@ -294,3 +297,17 @@ def test_candidates_move():
     drawn = Pool(InBatch(FREQUENCY)).draw(torch.tensor([0, 1])).to("meta")
     assert drawn.hits.device.type == "meta"
     assert drawn.row_items is None
+
+
+@pytest.mark.parametrize("preset", ["sasrec", "sasrec-large"])
+def test_a_head_that_leaves_nothing_to_draw_says_what_to_set(planted_data, preset):
+    occur = int((planted_data.item_counts() > 0).sum())
+    told = f"head: size 128 holds every item .* {occur} of the 100 items, of which {occur} occur in training"
+    with pytest.raises(InputError, match=told) as refused:
+        build_objective(Config.load(preset, []), planted_data)
+    (change,) = re.findall(r"--set '(.*)'", str(refused.value))
+    config = Config.load(preset, [change])
+    assert config.objective.sources == [{"head": {"size": occur // 4}}, {"frequency": {"size": 384, "power": 0.5}}]
+    head, tail = build_objective(config, planted_data).pool.sources
+    chances = tail.proposal.log_prob(torch.arange(100)).exp()
+    assert float(chances[head.items].sum()) == 0.0 and float(chances.sum()) == pytest.approx(1.0)
