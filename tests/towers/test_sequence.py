@@ -9,6 +9,8 @@ import torch
 
 from twotower.data.packing import Packed, length_groups, pack, pack_histories
 from twotower.towers import EmbeddingTable, RecencyAverages, Recurrent, SequenceTower, Transformer
+from twotower.towers.dropout import Dropout
+from twotower.towers.sequence import _shown
 
 ITEMS, WIDTH, LENGTH = 40, 16, 12
 
@@ -257,3 +259,14 @@ def test_histories_are_packed_by_length():
     outputs = packed.rows[place]
     assert packed.tokens[outputs].tolist() == [5, 3, -1]
     assert packed.positions[outputs].tolist() == [1, 3, 0]
+
+
+@pytest.mark.parametrize("p", [0.999, 1 - 1e-9, math.nextafter(1.0, 0.0)])
+def test_just_below_one_something_is_left(p):
+    """On a CPU a chance is counted in 256ths: of 65,536 numbers 1/256 are kept, within 5 standard deviations."""
+    torch.manual_seed(0)
+    dropped = Dropout(p).train()(torch.ones(65_536))
+    assert dropped.isfinite().all() and abs(float(dropped.mean()) - 1) < 5 * math.sqrt(255 / 65_536)
+    assert set(dropped.tolist()) == {0.0, 256.0}
+    shown = _shown(torch.zeros(65_536, dtype=torch.int64), p)
+    assert abs(int(shown.sum()) - 256) < 5 * math.sqrt(256)

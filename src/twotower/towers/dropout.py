@@ -15,7 +15,7 @@ class Dropout(nn.Module):
 
     On a CPU torch draws a float for each number, one after the other, which takes longer than the matrix products of a
     small transformer. Here eight numbers are decided by one draw of 64 bits. So p is rounded to a multiple of 1/256
-    there, and the scale is that of the rounded p.
+    there, at most 255/256, and the scale is that of the rounded p.
 
     Args:
         p: probability that a number is zeroed in training.
@@ -24,7 +24,7 @@ class Dropout(nn.Module):
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
-        self.threshold = round(p * LEVELS)
+        self.threshold = threshold_of(p)
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape -> the same shape."""
@@ -33,6 +33,11 @@ class Dropout(nn.Module):
         if x.device.type != "cpu":
             return F.dropout(x, self.p)
         return x * keep(x.shape, self.threshold).to(x.dtype).mul_(LEVELS / (LEVELS - self.threshold))
+
+
+def threshold_of(p: float) -> int:
+    """The probability p < 1 in 256ths, for `keep`; never all of them, which would leave nothing to learn from."""
+    return min(round(p * LEVELS), LEVELS - 1)
 
 
 def keep(shape: torch.Size, threshold: int) -> Tensor:

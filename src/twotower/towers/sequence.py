@@ -13,7 +13,7 @@ from twotower.data.packing import START, Packed, pack_histories
 from twotower.towers.attention import Transformer
 from twotower.towers.context import Beside, ContextInputs
 from twotower.towers.dnn import Rows
-from twotower.towers.dropout import LEVELS, keep
+from twotower.towers.dropout import keep, threshold_of
 from twotower.towers.features import FeatureInputs
 from twotower.towers.items import ItemTower
 from twotower.towers.recency import RecencyAverages
@@ -199,5 +199,5 @@ class SequenceTower(nn.Module):
 
 def _shown(tokens: Tensor, dropout: float) -> Tensor:
     if tokens.device.type == "cpu":
-        return keep(tokens.shape, round(dropout * LEVELS))
+        return keep(tokens.shape, threshold_of(dropout))
     return torch.rand(tokens.shape, device=tokens.device) >= dropout
