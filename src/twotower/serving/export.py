@@ -151,7 +151,7 @@ def _export_onnx(encoder: QueryEncoder, example: tuple[Tensor, ...], names: list
     except ImportError:
         raise InputError("export: this format needs ONNX; pip install 'twotower[onnx]'") from None
     batch = torch.export.Dim("batch", min=1)
-    with warnings.catch_warnings(), _quiet("torch.onnx"):
+    with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
         warnings.simplefilter("ignore")  # the exporter's own deprecations
         torch.onnx.export(
             encoder,
@@ -169,15 +169,16 @@ def _export_onnx(encoder: QueryEncoder, example: tuple[Tensor, ...], names: list
 
 
 @contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """The exporter logs which packages it did without, such as torchvision."""
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+def _quiet(*names: str) -> Iterator[None]:
+    """The exporter logs which packages it did without, such as torchvision, and what it left as it is."""
+    before = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _write_items(artifact: Artifact, coordinate: Tensor, folder: Path) -> None:
