@@ -13,7 +13,8 @@ item_features.json     fitted encoders of the declared features, and beside it t
                        item_features.safetensors; likewise query_features (where features were declared), and
                        context_features, which has no rows
 context.parquet        context of each row of the histories, so that a training can go on, and test_context.parquet,
-                       that of a continued model's test (where context was declared); not read to answer
+                       that of a continued model's test and, behind it, of its validation (where context was declared);
+                       not read to answer
 """
 
 from __future__ import annotations
