@@ -37,9 +37,9 @@ def _field(error: ErrorDetails, values: Mapping[str, Any]) -> tuple[str, ...]:
     path = []
     *before, last = error["loc"] or ("",)
     for part in (*before, last):
-        if isinstance(at, Mapping) and part in at:
+        if isinstance(at, Mapping) and part in at:  # noqa: SIM114  # each kind has its own type of key
             at = at[part]
-        elif isinstance(at, list) and isinstance(part, int):  # noqa: SIM114  # each kind has its own type of key
+        elif isinstance(at, list) and isinstance(part, int):
             at = at[part]
         elif not (error["type"] == "missing" and part == last):
             continue
