@@ -31,9 +31,10 @@ demo: install
 	@echo "And look at it: start the service, open http://127.0.0.1:8000/ in a browser, stop it with Ctrl-C."
 	@echo "  $(BIN)/twotower serve demo/movielens-100k"
 
-# Files of tests in so many processes of one thread each: two threads gain nothing on tensors as small as theirs.
+# Files of tests in so many processes of one thread each: two threads gain nothing on tensors as small as theirs. In
+# their own order: by the number of its tests the README, which takes minutes, would come last and alone.
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: install
 	$(PYTEST)
