@@ -308,6 +308,8 @@ def main() -> None:
         result["times"] = times(args)
     if args.json is not None:
         before = json.loads(args.json.read_text()) if args.json.exists() else {}
+        if args.only and before:  # the other parts keep what they were measured with
+            result[f"how of {args.only}"] = result.pop("how")
         args.json.write_text(json.dumps(before | result, indent=1) + "\n")
     sys.stdout.write(json.dumps(result, indent=1) + "\n")
 
