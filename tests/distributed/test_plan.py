@@ -138,7 +138,7 @@ def test_rows_of_tables_are_moved_as_planned(done_by_ranks, layout, placement):
 @pytest.mark.parametrize("rule", ["adam", "rowwise-adagrad"])
 @pytest.mark.parametrize("layout", ["replicated", "row-wise", "column-wise", "table-wise"])
 def test_tables_of_a_rank_are_those_planned(monkeypatch, layout, rule):
-    monkeypatch.setattr("twotower.training.placement._least", lambda found, ranks: found)
+    monkeypatch.setattr("twotower.training.placement.least_of_all", lambda found, ranks: found)
     data, held = cases.interactions(), []
     told = [f"training.table_placement={layout}", f"training.table_optimizer={rule}", "item_tower.dimension=8"]
     config = cases.Config.load(None, [*told, "query_tower.id_embedding=true"])

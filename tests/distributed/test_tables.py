@@ -166,7 +166,7 @@ def placed(monkeypatch):
     def place(available, *changes, size=1):
         ranks = Ranks(0, size)
         monkeypatch.setattr(machine, "memory", lambda processes=1: machine.Memory(None, available, None, None, None))
-        monkeypatch.setattr("twotower.training.placement._least", lambda found, ranks: found)
+        monkeypatch.setattr("twotower.training.placement.least_of_all", lambda found, ranks: found)
         monkeypatch.setattr("twotower.training.placement.SHARED_ABOVE", 50 * 8 * 4 * 3)
         config = cases.Config.load(None, ["item_tower.dimension=8", "query_tower.id_embedding=true", *changes])
         return place_tables(config, data, ranks)

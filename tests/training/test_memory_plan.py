@@ -158,7 +158,7 @@ def there(monkeypatch):
         found = machine.Memory(total=None, available=main, limit=None, resident=1 << 28, peak=None)
         monkeypatch.setattr(machine, "memory", lambda processes=1: found)
         monkeypatch.setattr(machine, "device_memory", lambda accelerator: None if accelerator == "cpu" else device)
-        monkeypatch.setattr("twotower.training.placement._least", lambda found, ranks: found)
+        monkeypatch.setattr("twotower.training.placement.least_of_all", lambda found, ranks: found)
         monkeypatch.setattr("twotower.training.placement.SHARED_ABOVE", 0)
 
     return there

@@ -120,25 +120,22 @@ def carry_on(
     rows = row_maps(towers, tables, growth.maps)
     ranks, old = ranks or Ranks(), parent.weights()
     grow(towers, old, rows)
-    tell = say or _nobody
     if parent.checkpoint is None or not parent.checkpoint.is_dir():
-        tell(f"{AFRESH}: {parent.where} has no checkpoint of its training (checkpoints/best.ckpt)")
+        if say is not None:
+            say(f"{AFRESH}: {parent.where} has no checkpoint of its training (checkpoints/best.ckpt)")
         return None
     saved = open_checkpoint(parent.checkpoint)
     state: Mapping[str, RowSource] = saved["state_dict"]
     # The checkpoint goes with the model only where it holds the same weights: the averaged ones, if there are any.
     kind = "averaged" if any(name.startswith("averaged.") for name in state) else "towers"
     if ranks.agree(any(not _same(state.get(f"{kind}.{name}"), own, ranks) for name, own in old.items())):
-        tell(f"{AFRESH}: {parent.checkpoint} holds other weights than the model")
+        if say is not None:
+            say(f"{AFRESH}: {parent.checkpoint} holds other weights than the model")
         return None
     prefix = "objective."
     kept = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     continue_objective(objective, kept, growth.maps.items)
-    return ContinueOptimizer(rows, saved["optimizer_states"][0], tell)
-
-
-def _nobody(told: object) -> None:
-    """Where nobody listens."""
+    return ContinueOptimizer(rows, saved["optimizer_states"][0], say)
 
 
 def _same(saved: RowSource | None, own: RowSource, ranks: Ranks) -> bool:

@@ -13,8 +13,7 @@ from twotower.errors import InputError
 from twotower.launch import Launch
 from twotower.ranks import Ranks
 from twotower.towers.parts import Columns, Part, Rows, placed_tables
-from twotower.training.memory_plan import F4
-from twotower.training.memory_plan import least_of_all as _least
+from twotower.training.memory_plan import F4, least_of_all
 
 #: Where tables are shared for their size, those that need less than this with their state, bytes, stay whole.
 SHARED_ABOVE = 16 << 20
@@ -88,7 +87,7 @@ class _Room:
     def of(cls, config: Config, ranks: Ranks) -> _Room:
         """Ask the system; collective."""
         here = machine.memory(Launch.of_environment().local_size if ranks.size > 1 else 1).available
-        return cls(_least(here, ranks), _least(machine.device_memory(config.training.accelerator), ranks))
+        return cls(least_of_all(here, ranks), least_of_all(machine.device_memory(config.training.accelerator), ranks))
 
     def is_scarce(self, weights: int, state: int) -> bool:
         """Whether tables and their state need more than half of the memory that the training runs in."""
