@@ -144,6 +144,42 @@ def test_a_history_built_with_the_keyboard(browser, address):
         shows(page, titles(address, "first", query_id="u011"))
 
 
+def test_keys_faster_than_the_suggestions(browser, address):
+    """Enter means the title as it is written, not what the first letters of it had brought up."""
+    with looked_at(browser, address) as (page, _):
+        held = []
+        late = ("text=number+17&", "text=u01&")
+        page.route(
+            lambda url: any(one in url for one in late), lambda route: held.append(route)
+        )  # answered when the test says so
+
+        page.locator("#list-a .item").first.wait_for()
+        page.click("#clear")
+        page.keyboard.type("number 1")
+        page.wait_for_function("() => document.querySelectorAll('#title-list li').length > 1")
+        page.keyboard.type("7")
+        for key in ("ArrowDown", "Enter"):
+            page.keyboard.press(key)
+        page.wait_for_timeout(100)
+        assert page.locator("#history li").count() == 0, "nothing is known of this title yet"
+        held.pop().continue_()
+        shows(page, titles(address, "first", history=[17]))
+
+        # Escape takes back what was asked; an arrow asks again, and each press is one step.
+        page.focus("#query")
+        page.keyboard.type("u01")
+        page.keyboard.press("Escape")
+        page.wait_for_timeout(100)
+        held.pop().continue_()
+        page.wait_for_timeout(100)
+        assert page.locator("#query-list").is_hidden()
+        for key in ("ArrowDown", "ArrowDown", "Enter"):
+            page.keyboard.press(key)
+        held.pop().continue_()
+        found = httpx.get(f"{address}page/queries?text=u01", timeout=WAIT / 1000).json()["queries"]
+        shows(page, titles(address, "first", query_id=found[1]))
+
+
 def test_settings_a_click_on_the_map_and_the_theme(browser, address):
     with looked_at(browser, address, path="#user=u003") as (page, _):
         shows(page, titles(address, "first", query_id="u003"))

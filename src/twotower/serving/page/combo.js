@@ -2,13 +2,19 @@
 
 import { element } from "./dom.js";
 
+// Keys mean the text as it stands: they wait for its suggestions where those to fewer letters are still shown.
 export function combo(input, list, { suggest, label, choose, enter }) {
   let options = [];
   let active = -1;
+  let asked = 0; // counts the questions: only the last one's answer is shown
+  let answered = null; // settles when it is; null while the list is closed
 
   const close = () => {
-    list.hidden = true;
+    asked += 1;
+    answered = null;
+    options = [];
     active = -1;
+    list.hidden = true;
     input.setAttribute("aria-expanded", "false");
     input.removeAttribute("aria-activedescendant");
   };
@@ -26,16 +32,10 @@ export function combo(input, list, { suggest, label, choose, enter }) {
     choose(option);
   };
 
-  const show = async () => {
-    let found;
-    try {
-      found = await suggest(input.value.trim());
-    } catch {
-      return;
-    }
-    if (document.activeElement !== input) return;
+  const show = (found) => {
     options = found;
     active = -1;
+    input.removeAttribute("aria-activedescendant");
     list.replaceChildren(
       ...options.map((option, place) =>
         element(
@@ -49,21 +49,35 @@ export function combo(input, list, { suggest, label, choose, enter }) {
     input.setAttribute("aria-expanded", String(options.length > 0));
   };
 
-  input.addEventListener("input", show);
-  input.addEventListener("focus", show);
-  input.addEventListener("blur", close);
-  input.addEventListener("keydown", (event) => {
-    if (event.key === "ArrowDown" || event.key === "ArrowUp") {
-      event.preventDefault();
-      if (list.hidden) show();
-      else point(active + (event.key === "ArrowDown" ? 1 : active < 0 ? 0 : -1));
-    } else if (event.key === "Enter") {
-      event.preventDefault();
+  const ask = () => {
+    const question = ++asked;
+    const answer = suggest(input.value.trim()).catch(() => []);
+    answered = answer.then((found) => {
+      if (question === asked) show(found);
+    });
+  };
+
+  const act = (key) => {
+    if (key === "Enter") {
       if (active >= 0) take(options[active]);
       else if (enter) {
         close();
         enter(input.value.trim());
-      } else if (options.length && !list.hidden) take(options[0]);
-    } else if (event.key === "Escape") close();
+      } else if (options.length) take(options[0]);
+    } else if (options.length) point(active + (key === "ArrowDown" ? 1 : active < 0 ? 0 : -1));
+  };
+
+  input.addEventListener("input", ask);
+  input.addEventListener("focus", ask);
+  input.addEventListener("blur", close);
+  input.addEventListener("keydown", async (event) => {
+    const { key } = event;
+    if (key === "Escape") close();
+    if (!["ArrowDown", "ArrowUp", "Enter"].includes(key)) return;
+    event.preventDefault();
+    if (key !== "Enter" && !answered) ask();
+    const question = asked;
+    await answered;
+    if (question === asked) act(key);
   });
 }
