@@ -180,6 +180,21 @@ def test_keys_faster_than_the_suggestions(browser, address):
         shows(page, titles(address, "first", query_id=found[1]))
 
 
+def test_what_was_awaited_does_not_come_after_clear(browser, address):
+    with looked_at(browser, address, path="#user=u003") as (page, _):
+        page.locator("#list-a .item").first.wait_for()
+        held = []
+        page.route("**/page/history?*", lambda route: held.append(route))
+        page.click("#surprise")
+        while not held:
+            page.wait_for_timeout(20)
+        page.click("#clear")
+        page.locator("#list-a .nothing").wait_for()
+        held.pop().continue_()
+        page.wait_for_timeout(200)
+        assert page.input_value("#query") == "" and page.locator("#history li").count() == 0
+
+
 def test_settings_a_click_on_the_map_and_the_theme(browser, address):
     with looked_at(browser, address, path="#user=u003") as (page, _):
         shows(page, titles(address, "first", query_id="u003"))

@@ -1,7 +1,7 @@
 // What is answered at the dial's setting, by each model, and why.
 
 import { remember } from "./address.js";
-import { get, obsolete, post } from "./api.js";
+import { abandon, get, obsolete, post } from "./api.js";
 import { marks, map } from "./atlas.js";
 import { allowContext, refusedContext } from "./context.js";
 import { SETTINGS, drawCurve, medianOf, saidOf } from "./curve.js";
@@ -32,6 +32,7 @@ export async function refresh() {
 
 async function answer(letter) {
   const body = asked(letter);
+  if (!body) abandon(channel("recommend", letter));
   try {
     const found = body ? await post("recommend", body, channel("recommend", letter)) : { items: [] };
     const known = new Map((state.found[letter] ?? []).map((item) => [item.item, item.columns]));
@@ -118,7 +119,10 @@ async function explain(letter) {
 
 export async function curves() {
   await Promise.all(active().map(async (letter) => {
-    if (!question(letter)) return;
+    if (!question(letter)) {
+      SETTINGS.forEach((dial) => abandon(channel(`curve${dial}`, letter)));
+      return;
+    }
     try {
       const lists = await Promise.all(SETTINGS.map((dial) => post("recommend", asked(letter, dial), channel(`curve${dial}`, letter))));
       state.curves[letter] = lists.map((found) => medianOf(found.items));

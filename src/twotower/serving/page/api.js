@@ -13,6 +13,11 @@ export class Failure extends Error {
 
 export const obsolete = (error) => error.name === "AbortError";
 
+// What is still awaited on a channel is no longer wanted.
+export function abandon(channel) {
+  running.get(channel)?.abort();
+}
+
 export async function get(path, params = {}, channel = null) {
   const given = Object.entries(params).filter(([, value]) => value !== null && value !== undefined);
   const query = new URLSearchParams(given).toString();
@@ -27,7 +32,7 @@ export async function post(path, body, channel = null) {
 async function send(path, options, channel) {
   let signal;
   if (channel) {
-    running.get(channel)?.abort();
+    abandon(channel);
     const control = new AbortController();
     running.set(channel, control);
     signal = control.signal;

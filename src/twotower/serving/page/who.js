@@ -1,7 +1,7 @@
 // Who asks: a user of the data, or somebody new by the titles of a history.
 
 import { changed } from "./answers.js";
-import { get, obsolete } from "./api.js";
+import { abandon, get, obsolete } from "./api.js";
 import { byId, element, readable, whole } from "./dom.js";
 import { meter } from "./lists.js";
 import { LONGEST, complain, state, summaryOf } from "./state.js";
@@ -22,7 +22,7 @@ export async function chooseQuery(id) {
 
 export async function surprise() {
   try {
-    const { queries } = await get("page/queries", { model: state.letters.a, k: 1 });
+    const { queries } = await get("page/queries", { model: state.letters.a, k: 1 }, "history");
     if (queries.length) await chooseQuery(String(queries[0]));
     else complain("This model knows no users; add titles to build a history.");
   } catch (error) {
@@ -31,9 +31,9 @@ export async function surprise() {
 }
 
 export async function add(id) {
-  if (state.history.some((item) => String(item.item) === String(id))) return;
   try {
     const item = await get(`items/${encodeURIComponent(id)}`, { model: state.letters.a });
+    if (state.history.some((one) => one.item === item.item)) return;
     state.history = [...state.history, item].slice(-LONGEST);
     state.edited = true;
     changed();
@@ -49,6 +49,7 @@ function remove(id) {
 }
 
 export function startEmpty() {
+  abandon("history");
   Object.assign(state, { query: null, history: [], edited: false, all: false });
   byId("query").value = "";
   changed();
