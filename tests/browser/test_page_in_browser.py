@@ -149,9 +149,7 @@ def test_keys_faster_than_the_suggestions(browser, address):
     with looked_at(browser, address) as (page, _):
         held = []
         late = ("text=number+17&", "text=u01&")
-        page.route(
-            lambda url: any(one in url for one in late), lambda route: held.append(route)
-        )  # answered when the test says so
+        page.route(lambda url: any(one in url for one in late), held.append)  # answered when the test says so
 
         page.locator("#list-a .item").first.wait_for()
         page.click("#clear")
@@ -184,7 +182,7 @@ def test_what_was_awaited_does_not_come_after_clear(browser, address):
     with looked_at(browser, address, path="#user=u003") as (page, _):
         page.locator("#list-a .item").first.wait_for()
         held = []
-        page.route("**/page/history?*", lambda route: held.append(route))
+        page.route("**/page/history?*", held.append)
         page.click("#surprise")
         while not held:
             page.wait_for_timeout(20)
