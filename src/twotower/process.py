@@ -21,8 +21,6 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_BELOW = (1 << 27, 1 << 25)
 #: So much free memory at the end of the heap is kept, and no more.
 KEPT_IN_ALL = 1 << 30
-#: Rounds that a thread of GNU's OpenMP waits in before it sleeps; by default it makes some hundred thousand.
-SPINS = "1000"
 #: madvise(2).
 MADV_HUGEPAGE = 14
 HUGE_PAGE = 1 << 21
@@ -49,10 +47,9 @@ def tune() -> Tuning:
 
     By default glibc takes every block of more than 128 KiB (later up to 32 MiB) from the system and gives it back when
     it is freed. The temporaries of a training step are such blocks: the system zeroes and maps them page by page, every
-    step anew. What the user has set in the environment (MALLOC_*, GLIBC_TUNABLES, OMP_*, GOMP_*) is left alone.
+    step anew. What the user has set in the environment (MALLOC_*, GLIBC_TUNABLES, OMP_NUM_THREADS) is left alone.
     """
     if "tuning" not in _applied:
-        wait_asleep()
         _applied["tuning"] = Tuning(keep_freed_memory(), use_every_core())
     return _applied["tuning"]
 
@@ -102,16 +99,6 @@ def use_every_core() -> int | None:
     else:  # read when torch is imported; importing it here would slow `--help` down
         os.environ["OMP_NUM_THREADS"] = str(count)
     return count
-
-
-def wait_asleep() -> None:
-    """Let threads that wait for the others of a parallel loop sleep at once, where torch is not loaded yet.
-
-    GNU's OpenMP has them spin for milliseconds. Where another process wants their core, whoever spins uses his share of
-    it up by waiting, and is then late for the next loop: a training took more than four times as long.
-    """
-    if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-        os.environ["GOMP_SPINCOUNT"] = SPINS
 
 
 def advise_huge_pages(address: int, size: int) -> bool:
