@@ -1,0 +1,124 @@
+"""A training alone and beside a busy process: threads that spin while they wait, threads asleep, one thread.
+
+    python benchmarks/spinning.py [--data movielens-100k] [--epochs 1] [--rounds 3] [--limit 60] [--json FILE]
+
+Whole processes of `twotower train`, in turn within a round: a thread for each core as the command line has it (GNU's
+OpenMP spins for milliseconds), the same with GOMP_SPINCOUNT=1000 (asleep after microseconds), and one thread. The busy
+process multiplies matrices in one thread and never waits. A run that is not done after --limit seconds is stopped and
+counts as that much. Beside each time stands what the host of a virtual machine took of it, in seconds of one core
+(steal, proc(5)): a core that is given up is not always given back at once.
+
+The limit, where two threads of a training share two cores with a busy one: three quarters of the machine, so 4/3 of
+the time alone; what is above is waiting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rounds import ratio
+
+from twotower import machine
+from twotower.files import write_text
+from twotower.serving.artifact import library_versions
+
+WAYS = {"spinning": {}, "asleep": {"GOMP_SPINCOUNT": "1000"}, "one thread": {"OMP_NUM_THREADS": "1"}}
+BUSY = "import torch; torch.set_num_threads(1); a = torch.rand(512, 512)\nwhile True: a @ a"
+
+
+def train(data: str, epochs: int, way: dict[str, str], limit: float) -> float:
+    """Seconds of one training and its test, `limit` at most."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [str(Path(sys.executable).with_name("twotower")), "train", data, "--out", f"{folder}/run"]
+        command += ["--set", f"training.max_epochs={epochs}"]
+        start = time.perf_counter()
+        try:
+            subprocess.run(command, check=True, capture_output=True, timeout=limit, env={**environment, **way})
+        except subprocess.TimeoutExpired:
+            return limit
+        return time.perf_counter() - start
+
+
+def stolen() -> float:
+    """Seconds of a core that the host has kept to itself since it started; 0 where the system does not tell."""
+    told = Path("/proc/stat")
+    return int(told.read_text().split()[8]) / os.sysconf("SC_CLK_TCK") if told.exists() else 0.0
+
+
+@contextmanager
+def beside(busy: bool) -> Iterator[None]:
+    """A process that keeps one core busy, or none."""
+    if not busy:
+        yield
+        return
+    other = subprocess.Popen([sys.executable, "-c", BUSY])
+    try:
+        time.sleep(3)  # until it has imported torch
+        yield
+    finally:
+        other.kill()
+        other.wait()
+
+
+def measured(asked: argparse.Namespace, busy: bool) -> dict[str, Any]:
+    """All ways in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+    steal: dict[str, list[float]] = {name: [] for name in WAYS}
+    with beside(busy):
+        for turn in range(asked.rounds):
+            for name, way in WAYS.items():
+                before = stolen()
+                seconds[name].append(round(train(asked.data, asked.epochs, way, asked.limit), 1))
+                steal[name].append(round(stolen() - before, 1))
+                told = f"{seconds[name][-1]} s, {steal[name][-1]} stolen"
+                print(f"{'busy' if busy else 'alone'}, round {turn + 1}, {name}: {told}", flush=True)
+    return {
+        "busy_process": busy,
+        "seconds": seconds,
+        "stolen": steal,
+        "medians": {name: statistics.median(times) for name, times in seconds.items()},
+        "over_spinning": {name: ratio(times, seconds["spinning"]) for name, times in seconds.items()},
+    }
+
+
+def main() -> None:
+    """Measure, and keep what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="movielens-100k", help="what `twotower train` takes")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds after which a run is stopped")
+    parser.add_argument("--json", type=Path, default=None, help="where to write the results")
+    asked = parser.parse_args()
+    train(asked.data, 1, {}, 600.0)  # the data is prepared once
+    found = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "data": asked.data,
+        "epochs": asked.epochs,
+        "seed": 0,
+        "cores": machine.cores(),
+        "limit": asked.limit,
+        "load_before": round(os.getloadavg()[0], 1),
+        "runs": [measured(asked, busy) for busy in (False, True)],
+        "versions": library_versions(),
+    }
+    if asked.json:
+        write_text(asked.json, json.dumps(found, indent=1))
+    print(json.dumps(found["runs"], indent=1))
+
+
+if __name__ == "__main__":
+    main()
