@@ -144,12 +144,29 @@ def test_a_history_built_with_the_keyboard(browser, address):
         shows(page, titles(address, "first", query_id="u011"))
 
 
+def holding(page, where):
+    """Answers to these addresses wait until the test lets them go on: a list of their routes."""
+    held = []
+
+    def hold(route):  # not held.append: the driver has to put a mark on a handler
+        held.append(route)
+
+    page.route(where, hold)
+    return held
+
+
+def let_go(page, held):
+    while not held:
+        page.wait_for_timeout(20)
+    while held:
+        held.pop().continue_()
+
+
 def test_keys_faster_than_the_suggestions(browser, address):
     """Enter means the title as it is written, not what the first letters of it had brought up."""
     with looked_at(browser, address) as (page, _):
-        held = []
         late = ("text=number+17&", "text=u01&")
-        page.route(lambda url: any(one in url for one in late), held.append)  # answered when the test says so
+        held = holding(page, lambda url: any(one in url for one in late))
 
         page.locator("#list-a .item").first.wait_for()
         page.click("#clear")
@@ -181,8 +198,7 @@ def test_keys_faster_than_the_suggestions(browser, address):
 def test_what_was_awaited_does_not_come_after_clear(browser, address):
     with looked_at(browser, address, path="#user=u003") as (page, _):
         page.locator("#list-a .item").first.wait_for()
-        held = []
-        page.route("**/page/history?*", held.append)
+        held = holding(page, "**/page/history?*")
         page.click("#surprise")
         while not held:
             page.wait_for_timeout(20)
@@ -191,6 +207,97 @@ def test_what_was_awaited_does_not_come_after_clear(browser, address):
         held.pop().continue_()
         page.wait_for_timeout(200)
         assert page.input_value("#query") == "" and page.locator("#history li").count() == 0
+
+
+def test_late_answers_undo_nothing_that_was_done_meanwhile(browser, address):
+    with looked_at(browser, address, path="#user=u003") as (page, wrong):
+        shows(page, titles(address, "first", query_id="u003"))
+        page.locator("#list-a .why em").first.wait_for()
+
+        # What an item's columns are comes late: the row is open before, and the focus stays where it went since.
+        held = holding(page, "**/items/*")
+        page.locator("#list-a .item").first.click()
+        page.locator("#list-a .pulls li").first.wait_for()
+        page.focus("#title")
+        let_go(page, held)
+        page.locator("#list-a .more dl").get_by_text("kind").wait_for()
+        assert page.evaluate("document.activeElement.id") == "title"
+
+        # A title that was added before everything was cleared stays away.
+        page.keyboard.type("number 17")
+        page.keyboard.press("Enter")
+        page.wait_for_timeout(100)
+        page.click("#clear")
+        let_go(page, held)
+        page.wait_for_timeout(200)
+        assert page.locator("#history li").count() == 0
+
+        # One that was added while a user was awaited goes to that user.
+        page.unroute_all()
+        rows = httpx.get(f"{address}page/history", params={"query_id": "u011"}, timeout=WAIT / 1000).json()["items"]
+        done = [row["item"] for row in rows]
+        new = next(item for item in range(20, 100) if item not in done)
+        held = holding(page, "**/page/history*")
+        page.fill("#query", "u011")
+        page.keyboard.press("Enter")
+        page.focus("#title")
+        page.keyboard.type(f"number {new}")
+        with page.expect_response("**/items/*"):
+            page.keyboard.press("Enter")
+        let_go(page, held)
+        asked = {"query_id": "u011", "history": [*done, new]}
+        shows(page, titles(address, "first", **asked))
+        page.unroute_all()
+
+        # The keyboard keeps its place: in a list that is drawn again, and in the history.
+        held = holding(page, "**/explain*")
+        page.focus("#dial")
+        page.keyboard.press("Home")
+        shows(page, titles(address, "first", **asked, popularity=0.0))
+        page.focus("#list-a li:nth-child(2) .item")
+        let_go(page, held)
+        page.locator("#list-a .why em").first.wait_for()
+        assert page.evaluate("document.activeElement === document.querySelectorAll('#list-a .item')[1]")
+        page.focus("#history button")
+        page.keyboard.press("Enter")
+        assert page.evaluate("document.activeElement === document.querySelector('#history button')")
+
+        # Nobody answers any more.
+        page.unroute_all()
+        page.route("**/recommend", lambda route: route.abort())
+        page.focus("#dial")
+        page.keyboard.press("End")
+        page.locator("#problem").get_by_text("The service does not answer").wait_for()
+        wrong[:] = [one for one in wrong if "Failed to load resource" not in one]
+
+
+def test_the_address_keeps_what_is_looked_at(browser, address):
+    with looked_at(browser, address, path="#user=u003") as (page, _):
+        shows(page, titles(address, "first", query_id="u003"))
+        page.select_option("#model-b", "")
+        page.locator(".settings summary").click()
+        page.select_option("#k", "5")
+        page.uncheck("#seen")
+        page.fill("#filter", "kind = 'crime'")
+        asked = {"query_id": "u003", "filter": "kind = 'crime'", "exclude_seen": False, "k": 5}
+        shows(page, titles(address, "first", **asked))
+        page.get_by_role("link", name="Map").click()  # a part of the page is no other address
+        page.wait_for_function("() => location.hash.includes('user=u003')")
+        page.reload()
+        shows(page, titles(address, "first", **asked))
+        page.locator("#list-a .why em").first.wait_for()
+        assert page.locator("#list-b").count() == 0 and page.input_value("#model-b") == ""
+        assert page.input_value("#k") == "5" and not page.is_checked("#seen") and page.is_visible("#filter")
+
+        # Another address in the same tab.
+        page.evaluate("location.hash = 'user=u011&beside=second'")
+        shows(page, titles(address, "first", query_id="u011"))
+        shows(page, titles(address, "second", query_id="u011"), "b")
+        assert page.input_value("#query") == "u011" and page.input_value("#filter") == ""
+        page.click("#clear")
+        page.locator("#list-a .nothing").wait_for()
+        page.reload()
+        page.locator("#list-a .nothing").wait_for()
 
 
 def test_settings_a_click_on_the_map_and_the_theme(browser, address):

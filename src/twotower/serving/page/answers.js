@@ -59,6 +59,7 @@ function drawList(letter) {
   }
   const [own, other] = [state.found[letter] ?? [], state.found[letter === "a" ? "b" : "a"] ?? []];
   const shared = active().length > 1 ? new Set(other.map((item) => String(item.item))) : null;
+  const held = document.activeElement?.closest(`#list-${letter} li`)?.dataset.item; // drawn anew, it would lose the focus
   draw(place, {
     model: state.letters[letter],
     letter,
@@ -70,6 +71,7 @@ function drawList(letter) {
     toggle: (item) => toggle(letter, item),
     point: (item) => point(letter, item),
   });
+  if (held !== undefined) place.querySelector(`li[data-item="${CSS.escape(held)}"] button`)?.focus({ preventScroll: true });
   const common = byId("common");
   common.hidden = !shared || !own.length || !other.length;
   if (!common.hidden) common.textContent = `${own.filter((item) => shared.has(String(item.item))).length} of ${own.length} in both lists, marked at the left edge.`;
@@ -78,15 +80,14 @@ function drawList(letter) {
 async function toggle(letter, item) {
   const opening = state.open[letter] !== String(item.item);
   state.open[letter] = opening ? String(item.item) : null;
-  if (opening && !item.columns) {
-    try {
-      item.columns = (await get(`items/${encodeURIComponent(item.item)}`, { model: state.letters[letter] })).columns;
-    } catch {
-      item.columns = {};
-    }
-  }
   drawList(letter);
-  byId(`list-${letter}`).querySelector(`li[data-item="${CSS.escape(String(item.item))}"] button`)?.focus({ preventScroll: true });
+  if (!opening || item.columns) return;
+  const model = state.letters[letter];
+  const { columns } = await get(`items/${encodeURIComponent(item.item)}`, { model }).catch(() => ({ columns: {} }));
+  const now = state.letters[letter] === model && state.found[letter]?.find((one) => one.item === item.item);
+  if (!now) return;
+  now.columns = columns;
+  drawList(letter);
 }
 
 // The history items that pulled an item up, beside the list, and its place on the map.

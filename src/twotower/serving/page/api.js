@@ -39,7 +39,9 @@ async function send(path, options, channel) {
   }
   const token = sessionStorage.getItem("twotower-token");
   const headers = { ...options.headers, ...(token ? { Authorization: `Bearer ${token}` } : {}) };
-  const answer = await fetch(path, { ...options, headers, signal });
+  const answer = await fetch(path, { ...options, headers, signal }).catch((error) => {
+    throw obsolete(error) ? error : new Failure(0, "The service does not answer. Is it still running?");
+  });
   if (answer.ok) return answer.json();
   if (answer.status === 401) {
     // Several questions may have gone out with an older token: only the present one was refused.

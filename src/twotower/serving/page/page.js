@@ -1,6 +1,6 @@
 // The page begins here: what its controls do.
 
-import { recall, remember } from "./address.js";
+import { addressChanged, recall, remember } from "./address.js";
 import { changed, drawDial, refresh } from "./answers.js";
 import { get } from "./api.js";
 import { drawLegend, map } from "./atlas.js";
@@ -39,7 +39,6 @@ async function start() {
   byId("model-a").replaceChildren(...state.models.map((model) => element("option", {}, model.name)));
   byId("model-b").replaceChildren(element("option", { value: "" }, "nothing"), ...state.models.map((model) => element("option", {}, model.name)));
   byId("compare").hidden = state.models.length < 2;
-  if (state.models.length > 1) byId("model-b").value = state.models[1].name;
 
   combo(byId("query"), byId("query-list"), {
     suggest: async (text) => (await get("page/queries", { text, k: 12, model: state.letters.a }, "queries")).queries,
@@ -72,6 +71,7 @@ async function start() {
   byId("colour").addEventListener("change", () => { map.colour = byId("colour").value; map.draw(); drawLegend(); });
   for (const id of ["model-a", "model-b"]) byId(id).addEventListener("change", chooseModels);
   addEventListener("resize", later(100, drawDial));
+  addEventListener("hashchange", addressChanged);
   await recall();
 }
 

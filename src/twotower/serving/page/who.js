@@ -7,33 +7,64 @@ import { meter } from "./lists.js";
 import { LONGEST, complain, state, summaryOf } from "./state.js";
 
 const SHOWN = 60; // items of the history before "show all"
+let acts = 0; // counts what the reader has done here: answers come in another order
+let since = 0; // the act that this history began with
+let choosing = Promise.resolve(); // settles when the user asked for is there, or is not to be had
 
-export async function chooseQuery(id) {
-  if (!id) return;
+function show(act, query, items, edited) {
+  since = act;
+  Object.assign(state, { query, history: items, edited, all: false });
+  byId("query").value = query ?? "";
+  changed();
+}
+
+// Somebody is asked for: `find` gives them. Titles added meanwhile are added to them.
+function choose(find) {
+  choosing = find(++acts).catch((error) => { if (!obsolete(error)) complain(error.message); });
+  return choosing;
+}
+
+async function known(act, id, instead = null) {
   try {
     const { items } = await get("page/history", { query_id: id, model: state.letters.a }, "history");
-    Object.assign(state, { query: id, history: items, edited: false, all: false });
-    byId("query").value = id;
-    changed();
+    show(act, id, instead ?? items, instead !== null);
   } catch (error) {
-    if (!obsolete(error)) complain(`${error.message}: ${id}`);
+    if (error.status !== 404) throw error;
+    if (instead) show(act, null, instead, true);
+    complain(`${error.message}: ${id}`);
   }
+}
+
+export async function chooseQuery(id) {
+  if (id) await choose((act) => known(act, id));
 }
 
 export async function surprise() {
-  try {
+  await choose(async (act) => {
     const { queries } = await get("page/queries", { model: state.letters.a, k: 1 }, "history");
-    if (queries.length) await chooseQuery(String(queries[0]));
+    if (queries.length) await known(act, String(queries[0]));
     else complain("This model knows no users; add titles to build a history.");
-  } catch (error) {
-    if (!obsolete(error)) complain(error.message);
-  }
+  });
 }
 
+// Whoever stood in the address; `ids` is their history where it is another than the known one, else null.
+export async function recallWho(id, ids) {
+  await choose(async (act) => {
+    const asked = (ids ?? []).map((one) => get(`items/${encodeURIComponent(one)}`, { model: state.letters.a }).catch(() => null));
+    const items = (await Promise.all(asked)).filter(Boolean);
+    if (act !== acts) return; // the reader has done something since
+    if (id) await known(act, id, ids && items);
+    else show(act, null, items, true);
+  });
+}
+
+// An item goes to whoever was chosen when it was added, also where they come later than it.
 export async function add(id) {
+  const act = ++acts;
   try {
     const item = await get(`items/${encodeURIComponent(id)}`, { model: state.letters.a });
-    if (state.history.some((one) => one.item === item.item)) return;
+    await choosing;
+    if (act < since || state.history.some((one) => one.item === item.item)) return;
     state.history = [...state.history, item].slice(-LONGEST);
     state.edited = true;
     changed();
@@ -43,16 +74,19 @@ export async function add(id) {
 }
 
 function remove(id) {
+  const rows = [...byId("history").children];
+  const at = rows.findIndex((row) => row.dataset.item === String(id));
+  acts += 1;
   state.history = state.history.filter((item) => item.item !== id);
   state.edited = true;
   changed();
+  const left = byId("history").children;
+  (left[Math.min(at, left.length - 1)]?.querySelector("button") ?? byId("history")).focus({ preventScroll: true });
 }
 
 export function startEmpty() {
   abandon("history");
-  Object.assign(state, { query: null, history: [], edited: false, all: false });
-  byId("query").value = "";
-  changed();
+  show(++acts, null, [], false);
   byId("title").focus();
 }
 
