@@ -10,7 +10,7 @@ from sample_report import sample_document
 from twotower.analysis.report import render, story
 from twotower.analysis.report.figures import Point, labelled_points
 from twotower.analysis.report.markup import Html, h
-from twotower.analysis.report.svg import NARROW, WIDE, ticks, wrapped
+from twotower.analysis.report.svg import NARROW, WIDE, text_width, ticks, wrapped
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +131,17 @@ def test_names_are_placed_beside_every_point():
         words = "".join(re.findall(r"<text[^>]*>([^<]*)</text>", layout))
         for point in points:
             assert point.name in words
+
+
+def test_an_axis_of_shares_ends_at_the_whole():
+    """A small catalog, of which every setting shows all: no number above 100 %, and none cut off at the edge."""
+    points = [Point(f"b = {n}", 100.0, 0.8 + 0.02 * n, "same") for n in range(3)]
+    page = labelled_points("t", "d", points, x_axis="x", y_axis="y", most=(100.0, 1.0))
+    for layout in page.split("<svg")[1:]:
+        width = float(re.search(r'viewBox="0 0 (\S+)', layout)[1])
+        shown = re.findall(r'<text x="([^"]*)"[^>]*text-anchor="middle"[^>]*>(\d+)</text>', layout)
+        assert shown[-1][1] == "100" and all(float(number) <= 100 for _, number in shown)
+        assert all(float(x) + text_width(number) / 2 <= width for x, number in shown)
 
 
 def family(**verdicts):

@@ -54,6 +54,7 @@ def _against(curve: dict[str, Any], name: str, axis: str) -> Html | None:
         shown,
         x_axis=axis,
         y_axis=f"Recall@{k} (share of targets found)",
+        most=(unit, 1.0),
         connected=True,
         caption="Each point is one setting b of the same model; the filled one is the model as trained.",
     )

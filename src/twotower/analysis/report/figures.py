@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -213,32 +214,35 @@ def labelled_points(
     *,
     x_axis: str,
     y_axis: str,
+    most: tuple[float, float] = (math.inf, math.inf),
     connected: bool = False,
     caption: Html | str | None = None,
 ) -> Html:
     """Points with their names beside them, placed so that no name lies on another name or point.
 
-    `connected` joins them by a line, in their order.
+    `most` is what x and y can be at most: no axis goes beyond. `connected` joins the points by a line, in their order.
     """
 
-    def limits(values: list[float]) -> tuple[float, float]:
+    def limits(values: list[float], largest: float) -> tuple[float, float]:
         low, high = min(values), max(values)
         margin = 0.08 * (high - low) or abs(high) * 0.1 or 1.0
-        return low - margin, high + margin
+        return low - margin, min(high + margin, max(high, largest))
 
-    x_low, x_high = limits([value for point in points for value in (point.x, *(point.x_range or ()))])
-    y_low, y_high = limits([value for point in points for value in (point.y, *(point.y_range or ()))])
+    x_low, x_high = limits([value for point in points for value in (point.x, *(point.x_range or ()))], most[0])
+    y_low, y_high = limits([value for point in points for value in (point.y, *(point.y_range or ()))], most[1])
 
     def draw(width: int) -> tuple[float, list[Html]]:
         tall = 400 if width > 500 else 430
         y_ticks = ticks(y_low, y_high, 6)
         left = max(text_width(plain(tick)) for tick in y_ticks) + 10
-        x, y = Scale(x_low, x_high, left, width - 6), Scale(y_low, y_high, 26 + tall, 26)
+        x_ticks = ticks(x_low, x_high, 6 if width > 500 else 4)
+        right = max(6.0, *(text_width(plain(tick)) / 2 for tick in x_ticks))  # half of a number is beyond its line
+        x, y = Scale(x_low, x_high, left, width - right), Scale(y_low, y_high, 26 + tall, 26)
         elements: list[Html] = [label(0, 14, y_axis, "start", "muted")]
         for tick in y_ticks:
             elements.append(line(left, y(tick), width, y(tick), "grid"))
             elements.append(label(left - 6, y(tick) + 4.5, plain(tick), "end", "muted"))
-        for tick in ticks(x_low, x_high, 6 if width > 500 else 4):
+        for tick in x_ticks:
             elements.append(line(x(tick), 26, x(tick), 26 + tall, "grid"))
             elements.append(label(x(tick), 26 + tall + 17, plain(tick), "middle", "muted"))
         places = [(x(point.x), y(point.y)) for point in points]

@@ -156,6 +156,7 @@ def coverage(document: Document) -> Html | None:
         points,
         x_axis=f"coverage@{k} (% of the catalog in somebody's first {k})",
         y_axis=document["metric"],
+        most=(100.0, 1.0),
         caption="Up is more accurate, right reaches more of the catalog. Vertical lines: 95 % interval over queries; "
         "horizontal: range over seeds." + (f" Left out, far below the others: {left_out}." if far else ""),
     )
