@@ -159,20 +159,21 @@ class Team:
 
         others = [rank for rank in range(self.ranks.size) if rank != self.ranks.rank]
         beats: dict[int, bytes | None] = dict.fromkeys(others)
-        heard = dict.fromkeys(others, began := time.monotonic())
-        looked = began
+        silent = dict.fromkeys(others, 0.0)
+        looked = began = time.monotonic()
         while not self.store.check(keys):
             time.sleep(0.02 if time.monotonic() < began + 1 else 0.2)
             if self.store.check([FAILED]):
                 raise self.ranks.lost(dist.DistStoreError(self.store.get(FAILED).decode()))
             if (now := time.monotonic()) < looked + self.patience / BEATS:
                 continue
-            looked = now
+            # Where this process stood still in between, so did the others, perhaps: that is no silence of theirs.
+            passed, looked = min(now - looked, 2 * self.patience / BEATS), now
             for rank in others:
                 key = f"beat of {rank}"
                 beat = self.store.get(key) if self.store.check([key]) else None
-                if beat != beats[rank]:
-                    beats[rank], heard[rank] = beat, now
-                elif now > heard[rank] + self.patience:
+                silent[rank] = silent[rank] + passed if beat == beats[rank] else 0.0
+                beats[rank] = beat
+                if silent[rank] > self.patience:
                     silence = f"rank {rank} has not been heard of for {self.patience:g} s"
                     raise self.ranks.lost(dist.DistStoreError(silence))

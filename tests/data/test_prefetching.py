@@ -12,12 +12,22 @@ from twotower.data import Interactions, TrainingBatches
 from twotower.data.prefetching import ahead
 
 
+@pytest.fixture(autouse=True)
+def _of_others() -> None:
+    """Threads of trainings that other tests broke off may still wait to be collected."""
+    BEFORE[:] = threading.enumerate()
+
+
+BEFORE: list[threading.Thread] = []
+
+
 def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("batches")]
+    there = (thread for thread in threading.enumerate() if thread not in BEFORE)
+    return [thread.name for thread in there if thread.name.startswith("batches")]
 
 
 def waited(condition) -> bool:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 200  # seconds; nothing is measured here, and a busy machine is slow
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.005)
     return bool(condition())

@@ -3,12 +3,16 @@
 import contextlib
 import threading
 import time
+from collections import Counter
 from datetime import timedelta
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch.distributed as dist
 
+from twotower import launch
+from twotower import team as team_module
 from twotower.data import TrainingBatches
 from twotower.errors import InputError, RankLost
 from twotower.launch import Launch, called_together
@@ -36,31 +40,61 @@ def together(store, work):
     return gave
 
 
-def called(store, ranks, restarts=(0, 0, 0), local_sizes=(1, 1, 1), patience=20.0):
+class Clock:
+    """Time for those who wait in `called_together`: it passes when the test says so."""
+
+    def __init__(self):
+        self.now, self.pauses = 0.0, Counter()
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, _):
+        self.pauses[threading.get_ident()] += 1
+        time.sleep(0.001)
+
+    def all_have_looked(self, threads):
+        """Return when each of them has ended, or has seen what the others said until now and has paused again."""
+        for _ in range(4):  # the words, the roll, the answers to it, and what is agreed
+            for thread in threads:
+                goal = self.pauses[thread.ident] + 2
+                while thread.is_alive() and self.pauses[thread.ident] < goal:
+                    time.sleep(0.001)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    made = Clock()
+    monkeypatch.setattr(launch, "time", made)
+    return made
+
+
+def called(store, ranks, clock, restarts=(0, 0, 0), local_sizes=(1, 1, 1)):
     """What `called_together` gives on some of three ranks, which come one after another; an error as its text."""
     gave = {}
 
     def come(rank):
         told = Launch(rank, 3, local_size=local_sizes[rank], restarts=restarts[rank])
         try:
-            gave[rank] = called_together(store, told, patience)
+            gave[rank] = called_together(store, told, 20.0)
         except (dist.DistStoreError, InputError) as error:
             gave[rank] = str(error)
 
     threads = [threading.Thread(target=come, args=(rank,)) for rank in ranks]
-    for thread in threads:
+    for number, thread in enumerate(threads):
         thread.start()
-        thread.join(0.1)  # a head start, for those that come late to find what was said
+        clock.all_have_looked(threads[: number + 1])  # a head start, for those that come late to find what was said
+    clock.now += 21 if len(ranks) < 3 else 0
     for thread in threads:
         thread.join(60)
     return [gave[rank] for rank in sorted(gave)]
 
 
-def test_an_attempt_has_a_name_of_its_own_also_after_one_that_not_all_lived_to_see(store):
-    alone = {False: "the first rank did not come in 0.5 s", True: "not all ranks came in 0.5 s"}
+def test_an_attempt_has_a_name_of_its_own_also_after_one_that_not_all_lived_to_see(store, clock):
+    alone = {False: "the first rank did not come in 20 s", True: "not all ranks came in 20 s"}
     names = []
     for coming in ([0, 1, 2], [1, 2], [2, 1, 0], [0, 1], [1, 0, 2]):
-        gave = called(store, coming, patience=20.0 if len(coming) == 3 else 0.5)
+        gave = called(store, coming, clock)
         if len(coming) < 3:  # what they have said stays in the store
             assert gave == [alone[0 in coming]] * 2
             continue
@@ -69,9 +103,9 @@ def test_an_attempt_has_a_name_of_its_own_also_after_one_that_not_all_lived_to_s
     assert len(set(names)) == 3
 
 
-def test_an_attempt_goes_on_where_an_earlier_one_has_begun(store):
+def test_an_attempt_goes_on_where_an_earlier_one_has_begun(store, clock):
     def goes_on(restarts):
-        (name, told), *others = called(store, [0, 1, 2], restarts=restarts)
+        (name, told), *others = called(store, [0, 1, 2], clock, restarts=restarts)
         assert others == [(name, told)] * 2
         return told
 
@@ -83,14 +117,14 @@ def test_an_attempt_goes_on_where_an_earlier_one_has_begun(store):
     assert goes_on((0, 0, 0)), "a machine whose own processes never died counts no restart"
 
 
-def test_a_store_that_does_not_outlive_an_attempt_leaves_the_launchers_count(store):
-    first, *others = called(store, [0, 1, 2], restarts=(0, 3, 1))
+def test_a_store_that_does_not_outlive_an_attempt_leaves_the_launchers_count(store, clock):
+    first, *others = called(store, [0, 1, 2], clock, restarts=(0, 3, 1))
     assert first[1] is True and others == [first] * 2
 
 
-def test_machines_with_different_numbers_of_processes_are_refused_on_every_rank(store):
+def test_machines_with_different_numbers_of_processes_are_refused_on_every_rank(store, clock):
     told = "torchrun: machines with 1 and 2 processes; expected the same --nproc-per-node on each"
-    assert called(store, [0, 1, 2], local_sizes=(2, 2, 1)) == [told] * 3
+    assert called(store, [0, 1, 2], clock, local_sizes=(2, 2, 1)) == [told] * 3
 
 
 def lost(team, wait):
@@ -143,6 +177,24 @@ def test_a_rank_that_is_long_at_work_is_waited_for_and_a_silent_one_is_not(store
     assert together(store, work(None)) == [None] * 3
     first, *others = together(dist.PrefixStore("again", store), work(0))
     assert first is None and all("rank 0 has not been heard of for 1 s" in said for said in others)
+
+
+def test_whoever_stood_still_gives_the_others_time_to_be_heard(store, monkeypatch):
+    """Processes that are stopped together, and later go on: the clock has gone on meanwhile, and nobody was silent."""
+    hours = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + hours[0], sleep=time.sleep)
+    monkeypatch.setattr(team_module, "time", clock)
+    first, other = (Team(Ranks(rank, 2), store, patience=60.0) for rank in range(2))
+    said = []
+    waiting = threading.Thread(target=lambda: said.append(lost(other, lambda t: t._wait_for(["data"]))))
+    waiting.start()
+    for _ in range(3):
+        waiting.join(0.3)
+        hours[0] += 3600.0
+    waiting.join(0.3)
+    first.store.set("data", "done")
+    waiting.join(60)
+    assert said == [None]
 
 
 def test_all_make_it_at_the_same_moment_and_wait_for_each_other(store):
