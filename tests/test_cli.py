@@ -108,7 +108,8 @@ def test_recommend_and_similar(command):
     assert [row["rank"] for row in found] == [1, 2, 3] and all("title" in row for row in found)
     told = command("recommend", "run", "--query", "u001", "--query", "u002")[1]
     assert "u001" in told and "u002" in told and "Item number" in told
-    assert len(json.loads(command("recommend", "run", "--history", "1, 3,5", "-k", 4, "--json")[1])) == 4
+    _, out, err = command("recommend", "run", "--history", "1, 3,999", "-k", 4, "--json")
+    assert len(json.loads(out)) == 4 and "no item has the id '999'; left out. Ids look like" in " ".join(err.split())
     assert len(json.loads(command("similar", "run", "--item", "4", "-k", 2, "--json")[1])) == 2
 
 
@@ -126,7 +127,9 @@ def test_doctor_and_datasets(command):
         (["train", "purchases.csv", "--out", "run"], "a model is there already"),
         (["train", "purchases.csv", "--out", "x", "--config", "no.yaml"], "no.yaml: no such configuration file"),
         (["train", "purchases.csv", "--out", "x", "--set", "training.max_epochs=0"], "field training.max_epochs"),
-        (["train", "purchases.csv", "--out", "x", "--set", "training.speed=9"], "field training.speed"),
+        (["train", "purchases.csv", "--out", "x", "--set", "training.speed=9"], "field training.speed: no such setting"),
+        (["train", "x", "--out", "x", "--set", "data.colums.query=u"], "mean data.columns? Expected one of items,"),
+        (["train", "x", "--out", "x", "--set", "query_tower.history.lenght=9"], "mean query_tower.history.length?"),
         (
             ["train", "purchases.csv", "--out", "x", "--set", "training.batch_size=0"],
             "than 0 or Input should be 'auto', found 0",
@@ -166,6 +169,8 @@ def test_an_interrupted_run_is_not_overwritten(run_folder, command):
     (run_folder / "cut" / "checkpoints").mkdir(parents=True)
     code, _, err = command("train", "purchases.csv", "--out", "cut")
     assert code == 2 and "go on with --resume, or start anew with --force" in " ".join(err.split())
+    code, _, err = command("recommend", "cut", "--query", "u001")
+    assert code == 2 and "go on with `twotower train DATA --out cut --resume`" in " ".join(err.split())
 
 
 def test_a_validation_that_can_measure_nothing_is_refused_before_training(run_folder, command):

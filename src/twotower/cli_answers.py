@@ -80,9 +80,10 @@ def recommend(
         raise InputError("recommend: expected --query ID or --history ITEM,ITEM,...; give one of the two")
     told = None if features is None else [_object(features, "--features")] * (1 if query is None else len(query))
     retriever = Retriever.load(directory, exact=exact)
+    met = None if history is None else _history(history, retriever)
     found = retriever.recommend(
         query,
-        histories=None if history is None else [_ids(history)],
+        histories=None if met is None else [met],
         features=told,
         context=None if context is None else _object(context, "--context"),
         **asked,
@@ -93,7 +94,8 @@ def recommend(
     for of, rows in found.group_by("query", maintain_order=True):
         if query is not None:
             print_frame(f"The latest items of {of[0]}", retriever.history(of[0]).tail(5).reverse())
-        print_frame(f"Recommended for {of[0] if query is not None else 'this query'}", rows.drop("query"))
+        whom = of[0] if query is not None else "this query" if history is None else "this history"
+        print_frame(f"Recommended for {whom}", rows.drop("query"))
     if not len(found):
         console.print("No item is left to recommend.")
     _tell_index(retriever)
@@ -134,7 +136,7 @@ def explain(
     if query is None and history is None:
         raise InputError("explain: expected --query ID or --history ITEM,ITEM,...; found neither")
     retriever = Retriever.load(directory, exact=True)
-    given = None if history is None else _ids(history)
+    given = None if history is None else _history(history, retriever)
     asked = None if context is None else _object(context, "--context")
     found = retriever.explain(query, item=item, history=given, context=asked, popularity=popularity)
     if as_json:
@@ -143,8 +145,9 @@ def explain(
     name = retriever.describe([item])
     shown = name["title"][0] if "title" in name.columns else item
     console.print(f"{shown}: {found.lift:+.2f} logits above the mean of the catalog,", highlight=False, markup=False)
-    share = "" if found.popularity_share is None else f" ({found.popularity_share:.0%})"
-    console.print(f"{found.popularity:+.2f}{share} of it as goes with its popularity.", highlight=False)
+    # Rounded first, and + 0.0: what is nearly nothing is no -0.00 (-0%).
+    share = "" if found.popularity_share is None else f" ({round(found.popularity_share, 2) + 0.0:.0%})"
+    console.print(f"of which {round(found.popularity, 2) + 0.0:+.2f}{share} goes with its popularity.", highlight=False)
     print_frame("Without this item of the history it would lose", found.history.head(10))
 
 
@@ -227,6 +230,21 @@ def _object(text: str, option: str) -> dict[str, Any]:
 
 def _ids(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _history(text: str, retriever: Retriever) -> list[str]:
+    """The ids of --history; those that no item has are told, since an answer from the others looks no different."""
+    ids = _ids(text)
+    items = retriever.artifact.items
+    unknown = [one for one, code in zip(ids, items.encode(ids), strict=True) if code < 0]
+    if 0 < len(unknown) < len(ids):
+        messages.print(
+            f"--history: no item has the id {', '.join(map(repr, unknown))}; left out. Ids look like {items.ids[0]!r}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    return ids
 
 
 def listed(text: str | None, option: str) -> list[Any] | None:

@@ -216,7 +216,7 @@ class Config(Section):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise InputError(f"{where}: {first_fault(error, values)}") from error
+            raise InputError(f"{where}: {first_fault(error, values, cls)}") from error
 
     def resolved(self, rows: int) -> Config:
         """The same settings with every "auto" replaced by the number it means for so many training rows."""

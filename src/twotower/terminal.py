@@ -29,7 +29,8 @@ def print_json(value: Any) -> None:
 
 def print_frame(title: str, frame: pl.DataFrame) -> None:
     """A data frame as a table, numbers with four places."""
-    table = Table(*frame.columns, title=title, title_justify="left")
+    console.print(title, style="italic", highlight=False, markup=False, soft_wrap=True)
+    table = Table(*frame.columns)  # a title of its own is folded to the width of its columns
     for row in frame.iter_rows():
         table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row))
     console.print(table)

@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 from twotower.cli import app
 from twotower.config import Config
+from twotower.data.declaring import unused_tables
+from twotower.data.interactions import Interactions
 from twotower.data.proposing import as_yaml, features_of, propose
 
 ROWS = 200
@@ -84,3 +86,14 @@ def test_the_command_prints_settings_that_load(tmp_path):
         "column": "colour", "kind": "categorical", "why": "text, 2 values", "distinct": 2, "missing": 0.0,
         "feature": {"column": "colour", "kind": "categorical"},
     }  # fmt: skip
+
+
+def test_titles_that_will_not_be_shown_are_told():
+    rows = pl.DataFrame({"user_id": [1, 1, 2], "item_id": ["a", "b", "a"]})
+    told = {}
+    for name in ("Titel", "product_title", "year"):
+        column = [1990, 1991] if name == "year" else ["Chess", "Go"]
+        items = pl.DataFrame({"item_id": ["a", "b"], name: column})
+        told[name] = unused_tables(Config.load(), Interactions.from_frame(rows, items=items))
+    assert any("shown by their ids; rename the one that people read, of 'Titel'" in line for line in told["Titel"])
+    assert not any("ids" in line for name in ("product_title", "year") for line in told[name])

@@ -121,9 +121,10 @@ def test_the_table_holds_model_and_baselines():
     text = str(result)
     for part in ("test: 100 queries, 100 targets", "200 items", "already seen excluded", "@10", "@20", "tail"):
         assert part in text
-    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
     console.print(result)
-    assert "item-kNN" in console.export_text()
+    told = console.export_text()
+    assert "item-kNN" in told and "coverage" in told and "…" not in told, "a terminal of 80 characters cuts nothing off"
     model, best = result.rows[0], max(result.rows[1:], key=lambda row: row.values["NDCG@20"])
     verdict = "is above" if model.values["NDCG@20"] > best.values["NDCG@20"] else "does not beat"
     assert f"two-tower {verdict}" in text and best.name in text.split(verdict)[1].splitlines()[0]

@@ -118,7 +118,7 @@ class Audit:
             f"mean P(y|x) {self.probability:.3f}"
         )
         table = Table(title="Gradient against full softmax", title_justify="left")
-        table.add_column("objective")
+        table.add_column("objective", overflow="fold")  # a name is told whole
         for title in ("bias", "spread", "distinct", "effective", "found"):
             table.add_column(title, justify="right")
         for one in self.objectives:

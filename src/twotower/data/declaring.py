@@ -18,7 +18,7 @@ from twotower.data.proposing import features_of, propose
 from twotower.data.proposing_context import propose_context
 from twotower.errors import InputError
 from twotower.feature_config import AnyFeature, DenseFeature, Features
-from twotower.schema import Vocabulary
+from twotower.schema import Vocabulary, listed, title_column
 
 
 def with_features(config: Config, train: Interactions) -> Config:
@@ -110,7 +110,7 @@ def context_place(data: Interactions) -> Place:
 
 
 def unused_tables(config: Config, train: Interactions) -> list[str]:
-    """One line for each table that could give features and is not asked to."""
+    """One line for each table that could give features and is not asked to, and one for items without titles."""
     lines = []
     for side, features, table in _declared(config, train):
         columns = ", ".join(one.column for one in features_of(propose(table))) if table is not None else ""
@@ -118,6 +118,14 @@ def unused_tables(config: Config, train: Interactions) -> list[str]:
             lines.append(
                 f"{side} table: not used as features: {columns}; {side}_tower.features=auto uses them, "
                 "`twotower features` tells how"
+            )
+    table = train.item_table
+    if table is not None and title_column(table) is None:
+        texts = [c for c in table.columns if table.schema[c] == pl.String and not table[c].equals(train.items.ids)]
+        if texts:
+            lines.append(
+                "item table: no text column is called title, name or description, so items are shown by their ids; "
+                f"rename the one that people read, of {listed(texts)}"
             )
     return lines
 

@@ -36,9 +36,11 @@ class TextTable:
 
     def rich(self) -> Table:
         """For a rich console."""
-        table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)  # nine columns in 80 characters
+        # Two characters between columns, as many as in `lines`: nine fit into 80. Where that is not enough a cell goes
+        # on in a second line; cut off, a number would be another one.
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for place, title in enumerate(self.header):
-            table.add_column(title, justify="right" if place else "left")
+            table.add_column(title, justify="right" if place else "left", overflow="fold")
         for row in self.rows:
             table.add_row(*row)
         return table

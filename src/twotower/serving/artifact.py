@@ -250,6 +250,11 @@ def find_model(directory: str | Path) -> Path:
             return folder
     if not given.exists():
         raise InputError(f"{given}: no such folder; expected one that `twotower train ... --out {given}` made")
+    if (given / "checkpoints").is_dir():
+        raise InputError(
+            f"{given}: no model in this folder, but an interrupted training; it is written when that is over: "
+            f"go on with `twotower train DATA --out {given} --resume`"
+        )
     raise InputError(f"{given}: no model in this folder; expected metadata.json, as `twotower train` writes it")
 
 
