@@ -3,11 +3,38 @@
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import HealthCheck, settings
 
 from planted import planted, planted_titles
 from twotower.data import Interactions, by_time, leave_last_out
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+# The same examples in every run, and none refused for the time it takes: the machine may be busy with something else.
+# `pytest --hypothesis-profile=default` looks for others.
+settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("repeatable")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Random numbers of torch are those of the test, whichever tests ran before it in its process."""
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef):
+    """So are those of what several tests share, whichever of them is the first to ask for it."""
+    if fixturedef.scope == "function":
+        return (yield)
+    torch.manual_seed(0)
+    try:
+        return (yield)
+    finally:
+        torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)
