@@ -38,6 +38,28 @@ LAYOUT = """
 }
 """
 
+#: Runs before a page's own scripts; counts the answers and the timers that it waits for.
+RESTING = """
+(() => {
+  const { setTimeout, clearTimeout, fetch } = window, { json } = Response.prototype, timers = new Set();
+  let open = 0;
+  window.setTimeout = (work, wait, ...given) => {
+    const timer = setTimeout(() => { timers.delete(timer); work(...given); }, wait);
+    timers.add(timer);
+    return timer;
+  };
+  window.clearTimeout = (timer) => { timers.delete(timer); clearTimeout(timer); };
+  const counted = (answer) => {
+    open += 1;
+    answer.catch(() => null).finally(() => setTimeout(() => { open -= 1; })); // once the page has dealt with it
+    return answer;
+  };
+  window.fetch = (...given) => counted(fetch(...given));
+  Response.prototype.json = function () { return counted(json.call(this)); };
+  window.atRest = () => !open && !timers.size;
+})();
+"""
+
 
 def look(browser, address, *, width, scheme="light", media="screen"):
     """Open a page and list what is wrong with it.
@@ -78,6 +100,7 @@ def looked_at(browser, address, *, width=1280, scheme="light", path=""):
     wrong = []
     try:
         page = context.new_page()
+        page.add_init_script(RESTING)
         page.set_default_timeout(WAIT)
         page.on("request", lambda r: None if r.url.startswith(address) else wrong.append(f"asks for {r.url}"))
         page.on("console", lambda said: wrong.append(said.text) if said.type in ("error", "warning") else None)
@@ -87,6 +110,41 @@ def looked_at(browser, address, *, width=1280, scheme="light", path=""):
         assert wrong == []
     finally:
         context.close()
+
+
+def at_rest(page):
+    """Wait until the page waits for nothing: what is drawn now stays until somebody does something."""
+    page.wait_for_function("() => atRest()")
+
+
+class Held(list):
+    """Routes of questions that are not answered until the test says so, the oldest first."""
+
+    def __init__(self, page, where):
+        super().__init__()
+        self.page, self.holds = page, True
+        page.route(where, self.hold)
+
+    def hold(self, route):
+        if self.holds:
+            self.append(route)
+        else:
+            route.continue_()
+
+    def wait(self):
+        while not self:
+            self.page.wait_for_timeout(20)
+
+    def answer_one(self):
+        self.wait()
+        self.pop(0).continue_()
+
+    def answer_all(self):
+        """These, and those that come after."""
+        self.wait()
+        self.holds = False
+        while self:
+            self.pop(0).continue_()
 
 
 def names(page, letter="a"):

@@ -118,7 +118,8 @@ def test_what_the_service_refuses_is_said_beside_the_field(browser, address):
         page.get_by_label("place").fill("1, 2, 3")
         basket.fill("5")
         page.locator("#context-6-refused").get_by_text("2 numbers, found '3 of them'").wait_for()
-        assert said.is_hidden() and basket.get_attribute("aria-invalid") is None
+        said.wait_for(state="hidden")
+        assert basket.get_attribute("aria-invalid") is None
         page.get_by_label("place").fill("")
         shows(page, titles(address, "all", query_id="u003", context={"basket": 5}))
         # What is not finished is not sent, and said once the field is left.

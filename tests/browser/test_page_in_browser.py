@@ -6,7 +6,7 @@ import httpx
 import polars as pl
 import pytest
 
-from browser.looking import LAYOUT, WAIT, looked_at, names, shows, titles
+from browser.looking import LAYOUT, WAIT, Held, at_rest, looked_at, names, shows, titles
 from serving.service_models import TOKEN, drawn, listening
 from twotower.serving.app import ServiceSettings, create_app
 
@@ -62,6 +62,7 @@ def test_a_user_the_dial_the_comparison_the_map_and_the_card(browser, address, w
 
         # What pulled an item up: in its row, beside it in the history, and in the open row with its columns.
         page.locator("#list-a .why").first.get_by_text("popularity").wait_for()
+        at_rest(page)  # a row that is drawn anew between the two halves of a click misses it
         page.locator("#list-a .item").first.click()
         page.locator("#list-a .more dl").get_by_text("kind").wait_for()
         assert page.locator("#list-a .pulls li").count() >= 5
@@ -76,16 +77,14 @@ def test_a_user_the_dial_the_comparison_the_map_and_the_card(browser, address, w
         rare = int(page.locator("#list-a .median").inner_text())
         page.keyboard.press("End")
         shows(page, titles(address, "first", query_id="u003", popularity=2.0))
+        at_rest(page)  # the curve, the marks on the map and the card are there, too
         assert int(page.locator("#list-a .median").inner_text()) > rare
         assert page.locator("#curve path").count() == 2
 
         # The map: what is marked, the colours, closer and back.
-        page.locator("#map-wait").wait_for(state="hidden")
-        page.wait_for_function(
-            "() => document.getElementById('chart').getAttribute('aria-label').includes('10 recomm')"
-        )
+        assert page.locator("#map-wait").is_hidden()
         label = page.locator("#chart").get_attribute("aria-label")
-        assert "Map of 100 items" in label and "10 of the second model" in label
+        assert "Map of 100 items" in label and "10 recommendations" in label and "10 of the second model" in label
         assert page.locator("#colour option").all_inner_texts() == ["popularity", "kind"]
         assert "comedy" in page.locator("#legend").inner_text()
         page.select_option("#colour", "popularity")
@@ -144,29 +143,11 @@ def test_a_history_built_with_the_keyboard(browser, address):
         shows(page, titles(address, "first", query_id="u011"))
 
 
-def holding(page, where):
-    """Answers to these addresses wait until the test lets them go on: a list of their routes."""
-    held = []
-
-    def hold(route):  # not held.append: the driver has to put a mark on a handler
-        held.append(route)
-
-    page.route(where, hold)
-    return held
-
-
-def let_go(page, held):
-    while not held:
-        page.wait_for_timeout(20)
-    while held:
-        held.pop().continue_()
-
-
 def test_keys_faster_than_the_suggestions(browser, address):
     """Enter means the title as it is written, not what the first letters of it had brought up."""
     with looked_at(browser, address) as (page, _):
         late = ("text=number+17&", "text=u01&")
-        held = holding(page, lambda url: any(one in url for one in late))
+        held = Held(page, lambda url: any(one in url for one in late))
 
         page.locator("#list-a .item").first.wait_for()
         page.click("#clear")
@@ -175,22 +156,22 @@ def test_keys_faster_than_the_suggestions(browser, address):
         page.keyboard.type("7")
         for key in ("ArrowDown", "Enter"):
             page.keyboard.press(key)
+        held.wait()
         page.wait_for_timeout(100)
         assert page.locator("#history li").count() == 0, "nothing is known of this title yet"
-        held.pop().continue_()
+        held.answer_one()
         shows(page, titles(address, "first", history=[17]))
 
         # Escape takes back what was asked; an arrow asks again, and each press is one step.
         page.focus("#query")
         page.keyboard.type("u01")
         page.keyboard.press("Escape")
-        page.wait_for_timeout(100)
-        held.pop().continue_()
-        page.wait_for_timeout(100)
+        held.answer_one()
+        at_rest(page)
         assert page.locator("#query-list").is_hidden()
         for key in ("ArrowDown", "ArrowDown", "Enter"):
             page.keyboard.press(key)
-        held.pop().continue_()
+        held.answer_one()
         found = httpx.get(f"{address}page/queries?text=u01", timeout=WAIT / 1000).json()["queries"]
         shows(page, titles(address, "first", query_id=found[1]))
 
@@ -198,38 +179,37 @@ def test_keys_faster_than_the_suggestions(browser, address):
 def test_what_was_awaited_does_not_come_after_clear(browser, address):
     with looked_at(browser, address, path="#user=u003") as (page, _):
         page.locator("#list-a .item").first.wait_for()
-        held = holding(page, "**/page/history?*")
+        held = Held(page, "**/page/history?*")
         page.click("#surprise")
-        while not held:
-            page.wait_for_timeout(20)
+        held.wait()
         page.click("#clear")
         page.locator("#list-a .nothing").wait_for()
-        held.pop().continue_()
-        page.wait_for_timeout(200)
+        held.answer_one()
+        at_rest(page)
         assert page.input_value("#query") == "" and page.locator("#history li").count() == 0
 
 
 def test_late_answers_undo_nothing_that_was_done_meanwhile(browser, address):
     with looked_at(browser, address, path="#user=u003") as (page, wrong):
         shows(page, titles(address, "first", query_id="u003"))
-        page.locator("#list-a .why em").first.wait_for()
+        at_rest(page)
 
         # What an item's columns are comes late: the row is open before, and the focus stays where it went since.
-        held = holding(page, "**/items/*")
+        held = Held(page, "**/items/*")
         page.locator("#list-a .item").first.click()
         page.locator("#list-a .pulls li").first.wait_for()
         page.focus("#title")
-        let_go(page, held)
+        held.answer_one()
         page.locator("#list-a .more dl").get_by_text("kind").wait_for()
         assert page.evaluate("document.activeElement.id") == "title"
 
         # A title that was added before everything was cleared stays away.
         page.keyboard.type("number 17")
         page.keyboard.press("Enter")
-        page.wait_for_timeout(100)
+        held.wait()
         page.click("#clear")
-        let_go(page, held)
-        page.wait_for_timeout(200)
+        held.answer_one()
+        at_rest(page)
         assert page.locator("#history li").count() == 0
 
         # One that was added while a user was awaited goes to that user.
@@ -237,36 +217,45 @@ def test_late_answers_undo_nothing_that_was_done_meanwhile(browser, address):
         rows = httpx.get(f"{address}page/history", params={"query_id": "u011"}, timeout=WAIT / 1000).json()["items"]
         done = [row["item"] for row in rows]
         new = next(item for item in range(20, 100) if item not in done)
-        held = holding(page, "**/page/history*")
+        held = Held(page, "**/page/history*")
         page.fill("#query", "u011")
         page.keyboard.press("Enter")
         page.focus("#title")
         page.keyboard.type(f"number {new}")
         with page.expect_response("**/items/*"):
             page.keyboard.press("Enter")
-        let_go(page, held)
+        held.answer_all()
         asked = {"query_id": "u011", "history": [*done, new]}
         shows(page, titles(address, "first", **asked))
+        at_rest(page)
         page.unroute_all()
 
         # The keyboard keeps its place: in a list that is drawn again, and in the history.
-        held = holding(page, "**/explain*")
+        held = Held(page, "**/explain*")
         page.focus("#dial")
         page.keyboard.press("Home")
         shows(page, titles(address, "first", **asked, popularity=0.0))
         page.focus("#list-a li:nth-child(2) .item")
-        let_go(page, held)
+        held.answer_all()
         page.locator("#list-a .why em").first.wait_for()
         assert page.evaluate("document.activeElement === document.querySelectorAll('#list-a .item')[1]")
         page.focus("#history button")
         page.keyboard.press("Enter")
         assert page.evaluate("document.activeElement === document.querySelector('#history button')")
 
+        # A list of an earlier question says so.
+        page.unroute_all()
+        held = Held(page, "**/recommend")
+        page.focus("#dial")
+        page.keyboard.press("End")
+        page.locator("#lists[aria-busy]").wait_for()
+        held.answer_all()
+        page.locator("#lists:not([aria-busy])").wait_for()
+
         # Nobody answers any more.
         page.unroute_all()
         page.route("**/recommend", lambda route: route.abort())
-        page.focus("#dial")
-        page.keyboard.press("End")
+        page.keyboard.press("Home")
         page.locator("#problem").get_by_text("The service does not answer").wait_for()
         wrong[:] = [one for one in wrong if "Failed to load resource" not in one]
 
@@ -311,7 +300,7 @@ def test_settings_a_click_on_the_map_and_the_theme(browser, address):
         page.uncheck("#seen")
         shows(page, titles(address, "first", query_id="u003", filter="kind = 'crime'", exclude_seen=False)[:5])
 
-        page.locator("#map-wait").wait_for(state="hidden")
+        at_rest(page)  # nothing moves the map any more
         before = page.locator("#history li").count()
         chart = httpx.get(f"{address}page/map", timeout=WAIT / 1000).json()
         seen = {

@@ -1,5 +1,6 @@
 """What the service refuses, and how: the right status, a reason in words, nothing of the inside."""
 
+import contextlib
 import json
 import logging
 import socket
@@ -186,15 +187,13 @@ def test_a_full_queue_answers_503_and_when_to_come_back(folder):
         assert small.post("/recommend", json=U).status_code == 200
 
 
-def raw(address, data, wait=5.0):
+def raw(address, data):
     """Bytes on the wire, and the first bytes that come back."""
     host, port = address.removeprefix("http://").rstrip("/").split(":")
-    with socket.create_connection((host, int(port)), timeout=wait) as line:
-        try:
+    with socket.create_connection((host, int(port)), timeout=200) as line:
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError):  # refused before all of it was sent
             line.sendall(data)
-            return line.recv(4096)
-        except (ConnectionResetError, BrokenPipeError):
-            return b""
+        return line.recv(4096)
 
 
 def test_what_never_becomes_a_request(folder):
@@ -209,7 +208,7 @@ def test_what_never_becomes_a_request(folder):
         assert b" 413 " in raw(address, post + b"Transfer-Encoding: chunked\r\n\r\n" + 33 * chunk)
         began = time.monotonic()
         assert b" 408 " in raw(address, post + b"Content-Length: 100\r\n\r\n{")
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < ServiceSettings().body_seconds, "what was set, and not what is the rule"
         assert b" 200 " in raw(address, post + b"Content-Length: 21\r\n\r\n" + b'{"query_id": "u001" }')
 
 
