@@ -8,7 +8,7 @@ import pytest
 
 from sample_report import sample_document
 from twotower.analysis.report import render, story
-from twotower.analysis.report.figures import Point, labelled_points
+from twotower.analysis.report.figures import Curve, Point, labelled_points, small_multiples
 from twotower.analysis.report.markup import Html, h
 from twotower.analysis.report.svg import NARROW, WIDE, text_width, ticks, wrapped
 
@@ -142,6 +142,15 @@ def test_an_axis_of_shares_ends_at_the_whole():
         shown = re.findall(r'<text x="([^"]*)"[^>]*text-anchor="middle"[^>]*>(\d+)</text>', layout)
         assert shown[-1][1] == "100" and all(float(number) <= 100 for _, number in shown)
         assert all(float(x) + text_width(number) / 2 <= width for x, number in shown)
+
+
+def test_the_last_number_under_a_panel_is_not_cut_off():
+    curves = [Curve(name, [(x, 0.1 * x, None, None) for x in (1.0, 2.0, 3.0)]) for name in ("one", "two")]
+    page = small_multiples("t", "d", curves, x_axis="x", y_axis="y", x_ticks=[(1.0, "10⁻³"), (3.0, "10⁻¹")])
+    for layout in page.split("<svg")[1:]:
+        width = float(re.search(r'viewBox="0 0 (\S+)', layout)[1])
+        last = [float(x) for x in re.findall(r'<text x="([^"]*)"[^>]*>10⁻¹<', layout)]
+        assert len(last) == 2 and max(last) + text_width("10⁻¹") / 2 <= width
 
 
 def family(**verdicts):

@@ -169,13 +169,14 @@ def small_multiples(
         wide = (width - axis - gap * (columns - 1) - 4) / columns
         heads = [wrapped(curve.name, wide) for curve in curves]
         head, tall = 17 * max(len(lines) for lines in heads) + 8, 112
+        right = max([6.0, *(text_width(text) / 2 for _, text in x_ticks)])  # half of a number is beyond its place
         elements: list[Html] = [label(0, 14, y_axis, "start", "muted")]
         top = 26.0
         for number, curve in enumerate(curves):
             row, column = divmod(number, columns)
             left = axis + column * (wide + gap)
             upper = top + row * (head + tall + 34) + head
-            x = Scale(min(xs), max(xs), left + 6, left + wide - 6)
+            x = Scale(min(xs), max(xs), left + 6, left + wide - right)
             y = Scale(low, high, upper + tall, upper)
             for place, text in enumerate(reversed(heads[number])):
                 kind = "strong" if curve.kind == "best" else ""
