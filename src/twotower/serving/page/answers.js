@@ -21,10 +21,16 @@ export function changed() {
   curves();
 }
 
+let rounds = 0;
+
 export async function refresh() {
   complain(null);
   allowContext();
+  const round = ++rounds;
+  const slow = setTimeout(() => byId("lists").setAttribute("aria-busy", "true"), 400); // what is shown is of an earlier question
   await Promise.all(active().map(answer));
+  clearTimeout(slow);
+  if (round === rounds) byId("lists").removeAttribute("aria-busy");
   spoken();
   explainLater();
   marks();

@@ -32,6 +32,7 @@ export function drawCurve(place, lines, dial, now) {
     count.textContent = whole.format(Math.round(medianOf(items)));
     text.append(at ? " and " : "", count);
   });
+  text.prepend("median ");
   if (Object.keys(now).length) place.append(text);
   text.append(" interactions");
 }

@@ -71,8 +71,8 @@ function row(item, { most, letter, shared, open, toggle, point }) {
 // The items of the history that did most for an item, and popularity's part in it.
 export function reason(found) {
   if (!found) return " ";
-  const pulls = found.history.filter((one) => one.contribution > 0).slice(0, 2);
-  const said = pulls.length ? ["because of ", element("em", {}, pulls.map(readable).join(" and "))] : ["nothing in the history alone stands out"];
+  const pulls = [...new Set(found.history.filter((one) => one.contribution > 0).map(readable))].slice(0, 2); // met twice, said once
+  const said = pulls.length ? ["because of ", element("em", {}, pulls.join(" and "))] : ["nothing in the history alone stands out"];
   const share = popularityShare(found);
   return element("span", {}, said, share === null ? "" : ` · ${share}`);
 }

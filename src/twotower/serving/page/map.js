@@ -65,7 +65,9 @@ export class CatalogMap {
     const largest = [...counts.keys()].filter((value) => value !== null).sort((a, b) => counts.get(b) - counts.get(a)).slice(0, GROUPS.length);
     const other = resolved(named("--quiet"));
     this.legend = largest.map((value, at) => [value, GROUPS[at]]);
-    if (counts.size > largest.length) this.legend.push(["other", other]);
+    const others = [...counts.keys()].some((value) => value !== null && !largest.includes(value));
+    const rest = [others ? "other" : "", counts.has(null) ? "unknown" : ""].filter(Boolean).join(" or ");
+    if (rest) this.legend.push([rest, other]);
     const of = new Map(this.legend);
     return values.map((value) => of.get(value) ?? other);
   }

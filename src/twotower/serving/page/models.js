@@ -24,7 +24,7 @@ export function chooseModels() {
   state.letters.b = second && second !== state.letters.a ? second : null;
   byId("lists").replaceChildren(...active().map((letter) => element("div", { class: `list ${letter}`, id: `list-${letter}` })));
   byId("lists").classList.toggle("two", active().length > 1);
-  byId("columns").textContent = Object.keys(summaryOf(state.letters.a).columns).join(", ") || "(this model has no item table)";
+  byId("columns").textContent = Object.keys(summaryOf(state.letters.a).columns).join(", ") || "their columns (this model has no item table)";
   byId("filter").disabled = !Object.keys(summaryOf(state.letters.a).columns).length;
   byId("filter").placeholder = example(summaryOf(state.letters.a).columns);
   state.found = {};

@@ -48,7 +48,7 @@ async function start() {
   });
   combo(byId("title"), byId("title-list"), {
     suggest: async (text) => (text ? (await get("items", { text, k: 12, model: state.letters.a }, "titles")).items : []),
-    label: (item) => element("span", {}, readable(item), " ", element("span", { class: "quiet" }, whole.format(item.interactions))),
+    label: (item) => [element("bdi", {}, readable(item)), element("span", { class: "quiet", title: "interactions in training" }, whole.format(item.interactions))],
     choose: (item) => {
       byId("title").value = "";
       add(item.item);
