@@ -146,7 +146,7 @@ def test_a_history_built_with_the_keyboard(browser, address):
 def test_keys_faster_than_the_suggestions(browser, address):
     """Enter means the title as it is written, not what the first letters of it had brought up."""
     with looked_at(browser, address) as (page, _):
-        late = ("text=number+17&", "text=u01&")
+        late = ("text=number+17&", "text=u01&", "text=u012&")
         held = Held(page, lambda url: any(one in url for one in late))
 
         page.locator("#list-a .item").first.wait_for()
@@ -174,6 +174,13 @@ def test_keys_faster_than_the_suggestions(browser, address):
         held.answer_one()
         found = httpx.get(f"{address}page/queries?text=u01", timeout=WAIT / 1000).json()["queries"]
         shows(page, titles(address, "first", query_id=found[1]))
+
+        # What was pressed counts also where the field is left before they come.
+        page.fill("#query", "u012")
+        page.keyboard.press("Enter")
+        page.focus("#title")
+        held.answer_one()
+        shows(page, titles(address, "first", query_id="u012"))
 
 
 def test_what_was_awaited_does_not_come_after_clear(browser, address):

@@ -8,6 +8,7 @@ export function combo(input, list, { suggest, label, choose, enter }) {
   let active = -1;
   let asked = 0; // counts the questions: only the last one's answer is shown
   let answered = null; // settles when it is; null while the list is closed
+  let waiting = 0; // keys that wait for it
 
   const close = () => {
     asked += 1;
@@ -69,7 +70,11 @@ export function combo(input, list, { suggest, label, choose, enter }) {
 
   input.addEventListener("input", ask);
   input.addEventListener("focus", ask);
-  input.addEventListener("blur", close);
+  input.addEventListener("blur", async () => {
+    const question = asked;
+    if (waiting) await answered; // what was pressed before the field was left counts
+    if (question === asked) close();
+  });
   input.addEventListener("keydown", async (event) => {
     const { key } = event;
     if (key === "Escape") close();
@@ -77,7 +82,9 @@ export function combo(input, list, { suggest, label, choose, enter }) {
     event.preventDefault();
     if (key !== "Enter" && !answered) ask();
     const question = asked;
+    waiting += 1;
     await answered;
+    waiting -= 1;
     if (question === asked) act(key);
   });
 }
