@@ -127,7 +127,7 @@ def test_doctor_and_datasets(command):
         (["train", "purchases.csv", "--out", "run"], "a model is there already"),
         (["train", "purchases.csv", "--out", "x", "--config", "no.yaml"], "no.yaml: no such configuration file"),
         (["train", "purchases.csv", "--out", "x", "--set", "training.max_epochs=0"], "field training.max_epochs"),
-        (["train", "purchases.csv", "--out", "x", "--set", "training.speed=9"], "field training.speed: no such setting"),
+        (["train", "purchases.csv", "--out", "x", "--set", "training.speed=9"], "training.speed: no such setting"),
         (["train", "x", "--out", "x", "--set", "data.colums.query=u"], "mean data.columns? Expected one of items,"),
         (["train", "x", "--out", "x", "--set", "query_tower.history.lenght=9"], "mean query_tower.history.length?"),
         (
