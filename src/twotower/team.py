@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from twotower.errors import InputError
+from twotower.errors import InputError, RankLost
 
 if TYPE_CHECKING:
     from twotower.ranks import Ranks
@@ -22,6 +22,8 @@ T = TypeVar("T")
 FAILED = "failed"
 #: In the store of all attempts: that one of them has begun the run.
 BEGUN = "begun"
+#: Seconds that the first rank stays for the others to hear what it has failed with: the store may go with it.
+FAREWELL = 5.0
 #: A process says so many times that it lives before its silence counts.
 BEATS = 8
 
@@ -147,11 +149,22 @@ class Team:
             yield
         except BaseException as error:
             with suppress(RuntimeError):
-                self.store.set(FAILED, f"rank {self.ranks.rank} has failed: {error or type(error).__name__}")
+                told = f"rank {self.ranks.rank} has failed: {error or type(error).__name__}"
+                self.store.compare_set(FAILED, "", told)  # what came first is the reason
+                if self.ranks.is_first and isinstance(error, Exception) and not isinstance(error, RankLost):
+                    self._stay_until_heard()
             raise
         finally:
+            with suppress(RuntimeError):
+                self.store.set(f"left {self.ranks.rank}", "yes")
             ended.set()
             thread.join(self.patience / BEATS)
+
+    def _stay_until_heard(self) -> None:
+        others = [f"left {rank}" for rank in range(self.ranks.size) if rank != self.ranks.rank]
+        until = time.monotonic() + min(FAREWELL, self.patience)
+        while not self.store.check(others) and time.monotonic() < until:
+            time.sleep(0.02)
 
     def _wait_for(self, keys: list[str]) -> None:
         """Return when all keys are in the store."""

@@ -119,7 +119,8 @@ def test_a_full_disk_is_told_by_name_leaves_nothing_half_written_and_the_run_goe
 
 def test_two_ranks_read_a_folder_of_shards_and_a_lost_one_is_told_by_name(found, folder):
     first, then = found["sharded"]
-    assert first == [0, 0] and then == [2, 2]
+    assert first == [0, 0] and then[0] == 2
+    assert then[1] in (1, 2), "whoever comes second finds it out himself, or hears it from the first"
     expected = weights(folder / "two")
     for name, value in weights(folder / "sharded").items():
         assert torch.equal(value, expected[name]), name
