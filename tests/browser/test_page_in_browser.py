@@ -237,6 +237,21 @@ def test_late_answers_undo_nothing_that_was_done_meanwhile(browser, address):
         at_rest(page)
         page.unroute_all()
 
+        # A click that is half done is no less one where the row would be drawn anew.
+        held = Held(page, "**/explain*")
+        page.focus("#dial")
+        page.keyboard.press("ArrowLeft")
+        held.wait()
+        page.locator("#list-a li:nth-child(2) .item").hover()
+        page.mouse.down()
+        held.answer_all()
+        at_rest(page)
+        assert page.locator("#list-a .why em").count() == 0
+        page.mouse.up()
+        page.locator("#list-a li:nth-child(2) .item[aria-expanded=true]").wait_for()
+        page.locator("#list-a .why em").first.wait_for()
+        page.unroute_all()
+
         # The keyboard keeps its place: in a list that is drawn again, and in the history.
         held = Held(page, "**/explain*")
         page.focus("#dial")

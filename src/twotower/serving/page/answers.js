@@ -5,7 +5,7 @@ import { abandon, get, obsolete, post } from "./api.js";
 import { marks, map } from "./atlas.js";
 import { allowContext, refusedContext } from "./context.js";
 import { SETTINGS, drawCurve, medianOf, saidOf } from "./curve.js";
-import { byId, element, later, readable } from "./dom.js";
+import { byId, element, later, readable, releases } from "./dom.js";
 import { draw } from "./lists.js";
 import { swapped } from "./models.js";
 import { active, asked, channel, complain, question, state, summaryOf } from "./state.js";
@@ -56,7 +56,10 @@ async function answer(letter) {
   drawDial();
 }
 
-function drawList(letter) {
+const released = releases(byId("lists"));
+
+async function drawList(letter) {
+  await released();
   const place = byId(`list-${letter}`);
   if (!place) return;
   if (!question(letter)) {

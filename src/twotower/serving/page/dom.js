@@ -48,4 +48,16 @@ export function later(wait, work) {
   };
 }
 
+// Gives a promise that settles when no button is down on an element: what is drawn anew under one misses its click.
+export function releases(place) {
+  let released = Promise.resolve();
+  place.addEventListener("pointerdown", () => {
+    released = new Promise((resolve) => {
+      const done = () => setTimeout(resolve); // the click comes first
+      for (const end of ["pointerup", "pointercancel"]) addEventListener(end, done, { once: true });
+    });
+  });
+  return () => released;
+}
+
 export const still = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
