@@ -44,6 +44,22 @@ def whole_file(target: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def require_replaceable(target: Path, marker: str, what: str) -> None:
+    """Refuse to put a folder in the place of something else, which would go with all that is in it.
+
+    Args:
+        target: where the folder is to be.
+        marker: a file by which an older one of its kind is known.
+        what: the kind, for the message.
+
+    Raises:
+        InputError: `target` is a file, or a folder with content and without `marker`.
+    """
+    is_other = any(target.iterdir()) and not (target / marker).is_file() if target.is_dir() else target.exists()
+    if is_other:
+        raise InputError(f"{target}: is there and is no {what}; give a new or empty folder.")
+
+
 @contextmanager
 def whole_folder(target: Path, *, replace: bool = True) -> Iterator[Path]:
     """A temporary folder that becomes `target` when the block ends, and goes when it fails.

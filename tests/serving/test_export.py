@@ -156,6 +156,15 @@ def test_an_export_that_differs_is_refused(folder, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_refusals(folder, tmp_path):
+def test_refusals(folder, model, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("years of work")
+    with pytest.raises(InputError, match="mine: is there and is no export; give a new or empty folder"):
+        export_query_tower(folder, mine, "torch")
+    for place in (mine, mine / "notes.txt"):
+        with pytest.raises(InputError, match=f"{place.name}: is there and is no model; give a new or empty folder"):
+            model.save(place)
+    assert [path.read_text() for path in mine.iterdir()] == ["years of work"]
     with pytest.raises(InputError, match="unknown format 'tflite'; expected onnx or torch"):
         export_query_tower(folder, tmp_path / "out", "tflite")

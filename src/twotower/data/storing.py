@@ -17,7 +17,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from twotower.errors import InputError
-from twotower.files import changed_places, full_disk_named
+from twotower.files import changed_places, full_disk_named, require_replaceable
 from twotower.ids import CodedIds
 from twotower.schema import Vocabulary
 
@@ -117,8 +117,7 @@ def appearing(target: Path, marker: str = META) -> Iterator[Path]:
             f"{target}: cannot be written ({error.strerror}); give another folder (cache=..., or TWOTOWER_CACHE)."
         ) from None
     try:
-        if target.exists() and not (target / marker).is_file() and any(target.iterdir()):
-            raise InputError(f"{target}: is there and is no saved data set; give a new or empty folder.")
+        require_replaceable(target, marker, "saved data set")
         with full_disk_named(target, "free space, or give another folder (cache=..., or TWOTOWER_CACHE)."):
             yield building
         if target.exists() and not changed_places(building, target):

@@ -19,13 +19,13 @@ from twotower.data.declaring import fit_features, unused_tables, wanted_context,
 from twotower.data.written import ids_like, read_ids
 from twotower.errors import InputError
 from twotower.evaluation import Evaluation
-from twotower.files import write_text
+from twotower.files import require_replaceable, write_text
 from twotower.launch import joined
 from twotower.run.fitting import Model, continue_with, fit
 from twotower.run.measuring import evaluate
 from twotower.run.reading import absolute, read_by_all, read_data, split_data, with_catalog
 from twotower.serving import Artifact, Retriever
-from twotower.serving.artifact import FOLDER, find_model, read_metadata
+from twotower.serving.artifact import FOLDER, TOWERS, find_model, read_metadata
 from twotower.team import Team
 from twotower.training import LAST
 
@@ -69,8 +69,8 @@ def train_run(
     with joined(timeout=training.exchange_timeout, accelerator=training.accelerator) as team:
         if team.goes_on and not resume:  # torchrun gives the same words again
             resume = bool(team.said_by_first("resume", "yes" if (Path(out) / LAST).exists() else ""))
-        elif not (resume or replace) and team.ranks.is_first:
-            _require_free(Path(out))
+        elif not resume and team.ranks.is_first:
+            _require_free(Path(out), replace=replace)
         return _train(
             source,
             Path(out),
@@ -84,7 +84,10 @@ def train_run(
         )
 
 
-def _require_free(directory: Path) -> None:
+def _require_free(directory: Path, *, replace: bool) -> None:
+    require_replaceable(directory / FOLDER, TOWERS, "model")  # not hours later
+    if replace:
+        return
     if (directory / FOLDER).exists():
         raise InputError(f"{directory}: a model is there already; choose another --out, or give --force to replace it")
     if (directory / LAST.parent).exists():

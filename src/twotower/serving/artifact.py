@@ -40,7 +40,7 @@ from torch import Tensor
 from twotower.config import Config
 from twotower.data.encoding import EncodedTable
 from twotower.errors import InputError
-from twotower.files import whole_folder
+from twotower.files import require_replaceable, whole_folder
 from twotower.ids import read_vocabulary
 from twotower.ranks import Ranks
 from twotower.schema import Vocabulary
@@ -55,6 +55,7 @@ SCHEMA_VERSION = 1
 FOLDER = "model"
 ROWS = "rows.safetensors"
 ITEMS = "items.safetensors"
+TOWERS = "towers.safetensors"
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,15 @@ class Artifact:
 
         Returns:
             The folder written.
+
+        Raises:
+            InputError: something other than a model is there, or the disk is full.
         """
         target = Path(directory)
+        require_replaceable(target, TOWERS, "model")
         if ranks is None:
             with whole_folder(target) as folder:
-                save_model(self.towers, str(folder / "towers.safetensors"))
+                save_model(self.towers, str(folder / TOWERS))
                 embeddings = self.item_embeddings.float().cpu().contiguous()
                 save_file({"embeddings": embeddings, "counts": self.item_counts.cpu()}, folder / ITEMS)
                 self._write(folder)
@@ -132,7 +137,7 @@ class Artifact:
             elif (part := parts.get(id(tensor))) is not None:
                 rows[name] = part.rows
         kept = {name: run_of_rows(state[name].detach(), parts.get(id(state[name]))) for name in sorted(names.values())}
-        save_rows(folder / "towers.safetensors", kept, rows, ranks, others)
+        save_rows(folder / TOWERS, kept, rows, ranks, others)
         items = {"embeddings": self.item_embeddings.float(), "counts": self.item_counts}
         save_rows(folder / ITEMS, items, {"embeddings": len(self.item_counts)}, ranks)
 
@@ -200,8 +205,8 @@ class Artifact:
                     context=EncodedTable.read(folder, "context"),
                 )
             if weights:
-                load_model(towers, folder / "towers.safetensors")
-                _map(towers, folder / "towers.safetensors")
+                load_model(towers, folder / TOWERS)
+                _map(towers, folder / TOWERS)
                 items = load_file(folder / ITEMS)
             else:
                 counts = stored_tensors(folder / ITEMS)[0]["counts"][...]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from twotower.data.gaps import GAP_CODES
 from twotower.errors import InputError
-from twotower.files import whole_folder
+from twotower.files import require_replaceable, whole_folder
 from twotower.serving.artifact import Artifact, find_model
 from twotower.serving.search import dial_of
 from twotower.towers import TwoTower
@@ -26,6 +26,7 @@ FORMATS = {"onnx": "query_tower.onnx", "torch": "query_tower.pt2"}
 
 #: An export that differs more than this from the original is refused.
 TOLERANCE = 1e-5
+TOLD = "export.json"
 
 
 class QueryEncoder(nn.Module):
@@ -73,10 +74,13 @@ def export_query_tower(directory: str | Path, out: str | Path, format: str = "on
         What `export.json` holds.
 
     Raises:
-        InputError: an unknown format, a package that is missing, or a result that differs by more than 1e-5.
+        InputError: an unknown format, a package that is missing, something other than an export in `out`, or a result
+            that differs by more than 1e-5.
     """
     if format not in FORMATS:
         raise InputError(f"export: unknown format {format!r}; expected onnx or torch")
+    target = Path(out)
+    require_replaceable(target, TOLD, "export")
     artifact = Artifact.load(find_model(directory))
     config = artifact.config.query_tower
     if not isinstance(config.context, str):
@@ -94,7 +98,6 @@ def export_query_tower(directory: str | Path, out: str | Path, format: str = "on
     ).eval()
     used = {"query": encoder.uses_queries, "history": encoder.uses_history, "gaps": encoder.uses_gaps}
     names = [name for name, is_used in used.items() if is_used]
-    target = Path(out)
     with whole_folder(target) as folder:
         path = folder / FORMATS[format]
         example = _inputs(artifact, 3, length, names)
@@ -119,7 +122,7 @@ def export_query_tower(directory: str | Path, out: str | Path, format: str = "on
             "largest_difference": largest,
         }
         _write_items(artifact, dial.coordinate(), folder)
-        (folder / "export.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
+        (folder / TOLD).write_text(json.dumps(told, indent=1), encoding="utf-8")
     return told
 
 
