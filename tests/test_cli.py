@@ -173,6 +173,10 @@ def test_an_interrupted_run_is_not_overwritten(run_folder, command):
     (run_folder / "mine" / "model" / "notes.txt").touch()
     code, _, err = command("train", "purchases.csv", "--out", "mine", "--force")
     assert code == 2 and "mine/model: is there and is no model" in " ".join(err.split())
+    (run_folder / "config.yaml").write_text("theme: mine\n")
+    code, _, err = command("train", "purchases.csv", "--out", ".")
+    (run_folder / "config.yaml").unlink()
+    assert code == 2 and "config.yaml: is there and is not of a run" in " ".join(err.split())
     code, _, err = command("recommend", "cut", "--query", "u001")
     assert code == 2 and "go on with `twotower train DATA --out cut --resume`" in " ".join(err.split())
 

@@ -92,6 +92,14 @@ def _require_free(directory: Path, *, replace: bool) -> None:
         raise InputError(f"{directory}: a model is there already; choose another --out, or give --force to replace it")
     if (directory / LAST.parent).exists():
         raise InputError(f"{directory}: an interrupted run is there; go on with --resume, or start anew with --force")
+    settings = directory / "config.yaml"
+    if settings.exists():  # of a run that did not come far, it is replaced
+        try:
+            Config.load(settings)
+        except InputError:
+            raise InputError(
+                f"{settings}: is there and is not of a run; choose another --out, or give --force to replace it"
+            ) from None
 
 
 def _train(
