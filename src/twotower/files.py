@@ -55,8 +55,8 @@ def require_replaceable(target: Path, marker: str, what: str) -> None:
     Raises:
         InputError: `target` is a file, or a folder with content and without `marker`.
     """
-    is_other = any(target.iterdir()) and not (target / marker).is_file() if target.is_dir() else target.exists()
-    if is_other:
+    is_free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+    if not (is_free or (target / marker).is_file()):
         raise InputError(f"{target}: is there and is no {what}; give a new or empty folder.")
 
 

@@ -25,6 +25,7 @@ from twotower.data import Interactions
 from twotower.data.declaring import wanted_context
 from twotower.files import whole_file, write_text
 from twotower.run import audit_run, read_data, split_data
+from twotower.serving.artifact import TOWERS
 
 #: Rows and redraws of the report's audit: enough to tell a bias of some percent, in minutes on a small catalog.
 AUDIT_ROWS, AUDIT_DRAWS = 40, 24
@@ -140,7 +141,7 @@ def _audit(cells: Sequence[Cell], source: str | Path, out: Path, say: Callable[[
 
 def _weights(cell: Cell) -> str:
     metadata = json.loads((cell.directory / "model" / "metadata.json").read_text(encoding="utf-8"))
-    return str(metadata["checksums"]["towers.safetensors"])
+    return str(metadata["checksums"][TOWERS])
 
 
 def _write(document: dict[str, Any], out: Path, found: Measurements, cells: Sequence[Cell], data: Interactions) -> None:

@@ -18,7 +18,7 @@ from twotower.data.past import CARRIED, ContinuedSplit, Past
 from twotower.errors import InputError
 from twotower.launch import Launch
 from twotower.schema import IdValues, Vocabulary, ids_of
-from twotower.serving.artifact import Artifact, find_model
+from twotower.serving.artifact import TOWERS, Artifact, find_model
 from twotower.serving.changes import Changes
 from twotower.stored_rows import RowSource, stored_tensors
 
@@ -79,7 +79,7 @@ class Parent:
                     "start: the model's tables lie in parts on several ranks; save it, and give its folder"
                 )
             return self.artifact.towers.state_dict()
-        path = self.folder / "towers.safetensors"
+        path = self.folder / TOWERS
         try:
             found, named = stored_tensors(path)
         except (OSError, ValueError, KeyError) as error:

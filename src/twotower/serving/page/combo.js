@@ -21,7 +21,6 @@ export function combo(input, list, { suggest, label, choose, enter }) {
   };
 
   const point = (next) => {
-    if (!options.length) return;
     active = (next + options.length) % options.length;
     [...list.children].forEach((row, place) => row.setAttribute("aria-selected", String(place === active)));
     input.setAttribute("aria-activedescendant", list.children[active].id);
