@@ -117,7 +117,8 @@ class Run:
         self.line_weights = scaled.new_empty(len(scaled))
         self.by_candidates = torch.empty_like(self.candidates) if wanted else scaled.new_empty(0)
         self.by_rows = None if rows is None or not wanted else torch.empty_like(rows)
-        self.by_bias = scaled.new_zeros(())
+        # One number for the run, summed over all blocks: double precision costs nothing.
+        self.by_bias = torch.zeros((), dtype=torch.float64, device=scaled.device)
 
     def _padded(self, candidates: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Empty candidates added, up to a width that suits the products; they weigh nothing."""
