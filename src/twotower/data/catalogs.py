@@ -31,7 +31,7 @@ def item_map(old: Vocabulary, new: Vocabulary) -> Codes:
 
 
 def described(table: pl.DataFrame | None, count: int) -> NDArray[np.bool_]:
-    """Return which rows of a joined table have any value besides the id, bool [count]; none without a table."""
+    """Return which rows of a joined table have any value other than the id, bool [count]; none without a table."""
     if table is None or table.width < 2:
         return np.zeros(count, dtype=np.bool_)
     own = table.columns[0]

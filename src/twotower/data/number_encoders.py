@@ -21,7 +21,7 @@ YEAR_DAYS = 365.25
 class Scale:
     """Standardisation, z = (x - mean) / deviation, of values clipped to the range seen in fitting.
 
-    A price a thousand times the largest training price then means "expensive", and not an input the model never saw.
+    A price a thousand times the largest training price is then just "expensive", not an input that the model never saw.
     """
 
     mean: float

@@ -43,7 +43,7 @@ FINAL_NAMES = {
 
 @dataclass
 class Finished:
-    """Results of the last pass besides the files: counts, digests, and the number of codes in use per direct side."""
+    """Results of the last pass: counts, digests, and the number of codes in use per direct side."""
 
     offsets: NDArray[np.int64]
     negative_offsets: NDArray[np.int64]

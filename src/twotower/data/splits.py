@@ -128,7 +128,7 @@ def leave_last_out(
         raise InputError("split leave_last_out: no query has 3 interactions or more; use by_time or held_out_queries.")
     account.add("split leave-last-out", int(eligible.sum()), "queries whose last item is the test")
     account.add(
-        "leak through time", None, "some training rows are later than other queries' test rows; by_time has no leak"
+        "leak through time", None, "some training rows are later than other queries' test rows; by_time avoids this"
     )
     short = (sizes < 3) & (sizes > 0)
     account.add("short queries", int(short.sum()), "fewer than 3 interactions, all in training")

@@ -78,7 +78,10 @@ class Joined:
     def of(
         cls, past: Past, fresh: Interactions, training: Codes, *, queries: Vocabulary, items: Vocabulary, maps: Maps
     ) -> Joined:
-        """Join the rows; `training` [Q of fresh]: how many new rows of each query, from the first, are training rows."""
+        """Join the rows of the past and of the new data.
+
+        `training` [Q of fresh] is the number of training rows at the start of each query's new rows.
+        """
         old = PastRows.of(past, maps, len(queries))
         sizes = np.diff(fresh.offsets)
         new_codes = maps.queries[fresh.query_codes()]
