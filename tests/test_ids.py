@@ -71,7 +71,8 @@ def test_ids_collide_as_often_as_the_closed_form_predicts(text):
     counts = np.bincount(codes, minlength=rows)
     shared = float((counts[codes] > 1).mean())
     assert column.collisions() == (ids, shared)
-    p = expected_shared(ids, rows)  # 0.33; ids of one row are correlated: allow twice the variance of independent ids
+    # 0.33. The ids of one row are correlated: allow twice the variance of independent ids.
+    p = expected_shared(ids, rows)
     assert abs(shared - p) < 5 * np.sqrt(2 * p * (1 - p) / ids)
     # The rows are uniform: chi-square over 1,000 bins of 50 rows, mean 999, deviation 45.
     bins = counts.reshape(1000, -1).sum(1)
