@@ -1,4 +1,4 @@
-"""What several rooms' tests share: a small data set with a planted answer, and the real data where it is at hand."""
+"""Shared fixtures: a small data set with a planted structure, and the real data if it is available."""
 
 from pathlib import Path
 
@@ -11,8 +11,8 @@ from twotower.data import Interactions, by_time, leave_last_out
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
-# The same examples in every run, and none refused for the time it takes: the machine may be busy with something else.
-# `pytest --hypothesis-profile=default` looks for others.
+# The same examples in every run, without a deadline, because the machine may be busy.
+# `pytest --hypothesis-profile=default` searches for new examples.
 settings.register_profile(
     "repeatable", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -21,13 +21,13 @@ settings.load_profile("repeatable")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup():
-    """Random numbers of torch are those of the test, whichever tests ran before it in its process."""
+    """Seed torch before every test, so that the tests that ran before it do not matter."""
     torch.manual_seed(0)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_fixture_setup(fixturedef):
-    """So are those of what several tests share, whichever of them is the first to ask for it."""
+    """Seed torch before every shared fixture, so that it does not matter which test uses it first."""
     if fixturedef.scope == "function":
         return (yield)
     torch.manual_seed(0)
@@ -39,7 +39,7 @@ def pytest_fixture_setup(fixturedef):
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
-    """Prepared data goes to a folder of the test run, not to the user's cache."""
+    """Use a cache folder of the test run, not the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TWOTOWER_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -47,12 +47,12 @@ def _own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def real_data():
-    """Path of a real data set, or a skip with the reason."""
+    """Return a function from name to the path of a real data set, which skips the test if it is missing."""
 
     def path(name: str) -> Path:
         found = SHARED / name
         if not found.exists():
-            pytest.skip(f"real data {name} is not at {SHARED}")
+            pytest.skip(f"real data {name} not found in {SHARED}")
         return found
 
     return path
@@ -75,7 +75,7 @@ def planted_time_split(planted_data):
 
 @pytest.fixture(scope="session")
 def interactions_csv():
-    """A writer of the file of purchases that README and command line tests use."""
+    """Return a function that writes the purchases file of the README and command-line tests."""
 
     def write(path: Path) -> Path:
         planted().write_csv(path)

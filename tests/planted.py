@@ -1,13 +1,13 @@
-"""A small data set with a planted answer."""
+"""A small data set with a planted structure."""
 
 import numpy as np
 import polars as pl
 
 
 def planted(queries: int = 60, items: int = 100, rows: int = 24, seed: int = 0) -> pl.DataFrame:
-    """Two tastes that never mix: even queries take even items, odd ones odd items; popular items come first.
+    """Make two groups that never mix: even queries have even items, odd ones odd items; low item numbers are popular.
 
-    A model that has learnt anything ranks items of the right parity on top; popularity cannot.
+    A model that has learnt anything ranks items of the right parity first; popularity cannot.
     """
     rng = np.random.default_rng(seed)
     user, item, time = [], [], []
@@ -22,5 +22,5 @@ def planted(queries: int = 60, items: int = 100, rows: int = 24, seed: int = 0) 
 
 
 def planted_titles(items: int = 100) -> pl.DataFrame:
-    """A title for each item."""
+    """Make a title per item."""
     return pl.DataFrame({"item_id": range(items), "title": [f"Item number {j}" for j in range(items)]})

@@ -1,4 +1,4 @@
-"""A PostgreSQL with pgvector for tests: the one that TWOTOWER_TEST_POSTGRES names, or one from a package, or a skip."""
+"""A PostgreSQL with pgvector for tests: from TWOTOWER_TEST_POSTGRES or from a package; else the test is skipped."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ import pytest
 
 @contextmanager
 def postgres():
-    """The address of a database where tables may be made and dropped."""
+    """Yield the address of a database where tables may be created and dropped."""
     pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'twotower[pgvector]'")
     given = os.environ.get("TWOTOWER_TEST_POSTGRES")
     if given:
@@ -23,7 +23,7 @@ def postgres():
         "to the address of a database whose server has the extension"
     )
     folder = Path(tempfile.mkdtemp(prefix="twotower-pg-"))
-    folder.chmod(0o755)  # started by root, the server runs as another user, who has to get to its data
+    folder.chmod(0o755)  # if started by root, the server runs as another user, who needs access to its data
     runtime = folder / "runtime"
     runtime.mkdir(mode=0o700)
     before = os.environ.get("XDG_RUNTIME_DIR")

@@ -172,7 +172,7 @@ def test_an_interrupted_run_is_not_overwritten(run_folder, command):
     (run_folder / "mine" / "model").mkdir(parents=True)
     (run_folder / "mine" / "model" / "notes.txt").touch()
     code, _, err = command("train", "purchases.csv", "--out", "mine", "--force")
-    assert code == 2 and "mine/model: is there and is no model" in " ".join(err.split())
+    assert code == 2 and "mine/model: exists and contains no model" in " ".join(err.split())
     (run_folder / "config.yaml").write_text("theme: mine\n")
     code, _, err = command("train", "purchases.csv", "--out", ".")
     (run_folder / "config.yaml").unlink()

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, a full disk that is named, and locks."""
+"""Atomic files and folders, errors of a full disk, and locks."""
 
 import errno
 import resource
@@ -27,7 +27,7 @@ WRITERS = {
 
 @pytest.fixture
 def small_files():
-    """No file may grow above 50,000 bytes, as `ulimit -f` has it."""
+    """Limit files to 50,000 bytes, like `ulimit -f`."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
     yield
@@ -35,7 +35,7 @@ def small_files():
 
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
-def test_no_room_is_told_by_name_and_leaves_what_was_there(tmp_path, small_files, write):
+def test_a_full_disk_is_reported_by_name_and_keeps_the_old_file(tmp_path, small_files, write):
     (tmp_path / "file.npy").write_text("before")
     with (
         pytest.raises(InputError, match=r"file.npy: cannot be written, the disk is full"),
@@ -54,7 +54,7 @@ def test_no_room_is_told_by_name_and_leaves_what_was_there(tmp_path, small_files
     assert not list(tmp_path.glob(".folder*"))
 
 
-def test_other_errors_pass(tmp_path):
+def test_other_errors_pass_unchanged(tmp_path):
     with pytest.raises(PermissionError), full_disk_named(tmp_path):
         raise PermissionError(errno.EACCES, "no")
     assert is_full_disk(OSError(errno.ENOSPC, "x")) and is_full_disk(OSError(errno.EDQUOT, "x"))
@@ -71,7 +71,7 @@ def test_a_lock_is_held_by_one_at_a_time(tmp_path):
             with locked(path) as held:
                 assert held
                 inside.append(1)
-                time.sleep(0.001)  # long enough for the others to come in, if nothing held them back
+                time.sleep(0.001)  # long enough for the others to enter, if the lock did not work
                 most.append(len(inside))
                 inside.pop()
 
@@ -84,7 +84,7 @@ def test_a_lock_is_held_by_one_at_a_time(tmp_path):
     assert not path.exists()
 
 
-def test_a_lock_that_another_process_holds_goes_with_it(tmp_path):
+def test_a_lock_is_released_when_its_process_is_killed(tmp_path):
     code = f"from twotower.files import locked\nfrom pathlib import Path\nwith locked(Path({str(tmp_path / 'a')!r})):\n"
     holder = subprocess.Popen(
         [sys.executable, "-c", code + " print(1, flush=True)\n input()"],
@@ -104,7 +104,7 @@ def test_a_lock_that_another_process_holds_goes_with_it(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_lock_tells_whether_it_keeps_others_out(tmp_path, monkeypatch):
+def test_a_lock_reports_whether_it_excludes_others(tmp_path, monkeypatch):
     with locked(tmp_path / "a") as lock:
         assert lock and lock.keeps_out
         with locked(tmp_path / "a", wait=False) as other:
@@ -122,7 +122,7 @@ def test_a_lock_tells_whether_it_keeps_others_out(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_is_there_stays_where_it_is_not_to_be_replaced(tmp_path):
+def test_without_replace_an_existing_folder_stays(tmp_path):
     for before in (True, False):
         target = tmp_path / str(before)
         with whole_folder(target, replace=False) as folder:

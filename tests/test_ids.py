@@ -1,4 +1,4 @@
-"""Ids without a vocabulary: the hash, how often ids collide, codes that are codes already, and what is refused."""
+"""Ids without a vocabulary: the hash, collision rates, ids that are codes, and refused inputs."""
 
 import hashlib
 import subprocess
@@ -24,7 +24,7 @@ MASK = 2**64 - 1
 
 
 def slow_hash(value: int | str) -> int:
-    """splitmix64's finaliser of an integer, in Python's own integers; BLAKE2b of a text that is none."""
+    """Hash an integer with splitmix64's finaliser, in Python integers; other text with BLAKE2b."""
     if isinstance(value, str):
         if not (value.lstrip("-").isdigit() and str(int(value)) == value and -(2**63) <= int(value) < 2**63):
             return int.from_bytes(hashlib.blake2b(value.encode(), digest_size=8).digest(), "little")
@@ -35,35 +35,35 @@ def slow_hash(value: int | str) -> int:
     return z ^ (z >> 31)
 
 
-def test_the_hash_is_that_of_plain_python():
+def test_the_hash_matches_plain_python():
     numbers = [0, 1, -1, 7, 2**40, 2**63 - 1, -(2**63)]
     texts = ["7", "007", "-1", "-0", "+7", "é", "u1", "", "9223372036854775807", "9223372036854775808", "7"]
     assert hash_ids(numbers).tolist() == [slow_hash(n) for n in numbers]
     assert hash_ids(texts).tolist() == [slow_hash(t) for t in texts]
     assert hash_ids(["7", "-1"]).tolist() == hash_ids([7, -1]).tolist()
-    # The first output of splitmix64 with seed 0, as its authors' program prints it.
+    # The first output of splitmix64 with seed 0, as printed by its authors' program.
     assert int(hash_ids([0])[0]) == 0xE220A8397B1DCDAF
 
 
 def test_the_hash_is_the_same_in_another_process():
-    said = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", "from twotower.ids import hash_ids; print(hash_ids(['u1', 'é', '12']).tolist())"],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert said.stdout.strip() == str(hash_ids(["u1", "é", "12"]).tolist())
+    assert done.stdout.strip() == str(hash_ids(["u1", "é", "12"]).tolist())
 
 
-def test_the_expected_share_of_ids_that_share_a_row():
-    # All outcomes of 4 ids in 3 rows, by hand: an id is alone when the 3 others are elsewhere, (2/3)^3.
+def test_the_expected_fraction_of_ids_that_share_a_row():
+    # 4 ids in 3 rows: an id is alone if the 3 others are in other rows, with probability (2/3)^3.
     assert expected_shared(4, 3) == pytest.approx(1 - (2 / 3) ** 3, abs=1e-12)
     assert expected_shared(1, 3) == 0.0 == expected_shared(0, 3)
     assert expected_shared(10**9, 2**31 - 1) == pytest.approx(1 - np.exp(-(10**9) / (2**31 - 1)), abs=1e-6)
 
 
 @pytest.mark.parametrize("text", [False, True])
-def test_ids_collide_as_often_as_the_closed_form_says(text):
+def test_ids_collide_as_often_as_the_closed_form_predicts(text):
     ids, rows = 20_000, 50_000
     values = pl.Series([f"user-{n}" for n in range(ids)]) if text else pl.Series(np.arange(ids) * 3)
     column = HashColumn(Hashed(rows))
@@ -71,9 +71,10 @@ def test_ids_collide_as_often_as_the_closed_form_says(text):
     counts = np.bincount(codes, minlength=rows)
     shared = float((counts[codes] > 1).mean())
     assert column.collisions() == (ids, shared)
-    p = expected_shared(ids, rows)  # 0.33; ids of one row go together, so the deviation is below that of twice the ids
+    # 0.33. The ids of one row are correlated: allow twice the variance of independent ids.
+    p = expected_shared(ids, rows)
     assert abs(shared - p) < 5 * np.sqrt(2 * p * (1 - p) / ids)
-    # And the rows are as a fair die's: chi-square over 1,000 bins of 50 rows, mean 999, deviation 45.
+    # The rows are uniform: chi-square over 1,000 bins of 50 rows, mean 999, deviation 45.
     bins = counts.reshape(1000, -1).sum(1)
     assert 999 - 5 * 45 < ((bins - ids / 1000) ** 2 / (ids / 1000)).sum() < 999 + 5 * 45
 
@@ -85,7 +86,7 @@ def test_a_sample_of_the_rows_measures_the_same(monkeypatch):
     for half, start in ((column, 0), (other, ids // 2)):
         for left in range(start, start + ids // 2, 5000):
             half.take(pl.Series(np.arange(left, left + 5000)), "", "")
-            half.take(pl.Series(np.arange(left, left + 100)), "", "")  # ids that come again
+            half.take(pl.Series(np.arange(left, left + 100)), "", "")  # repeated ids
     column.join(other.state())
     count, shared = column.collisions()
     assert column._halvings >= 3
@@ -93,7 +94,7 @@ def test_a_sample_of_the_rows_measures_the_same(monkeypatch):
     assert shared == pytest.approx(expected_shared(ids, rows), abs=0.06)
 
 
-def test_hashed_rows_are_the_rows_of_all_ids_that_share_them(tmp_path):
+def test_a_hashed_row_has_the_rows_of_all_its_ids(tmp_path):
     rows = some_rows(600, text=True)
     path = tmp_path / "a.parquet"
     frame_of(rows).write_parquet(path)
@@ -110,7 +111,7 @@ def test_hashed_rows_are_the_rows_of_all_ids_that_share_them(tmp_path):
     ids = {query for query, _, _ in rows}
     counts = np.bincount([slow_hash(query) % 16 for query in ids], minlength=16)
     shared = counts[counts > 1].sum() / len(ids)
-    for part in ("26", "16 rows", f"{(counts > 0).sum()} are taken", f"{shared:.2%}", f"{expected_shared(26, 16):.2%}"):
+    for part in ("26", "16 rows", f"{(counts > 0).sum()} are used", f"{shared:.2%}", f"{expected_shared(26, 16):.2%}"):
         assert part in line, (part, line)
     assert data.queries == HashedIds(Hashed(16)) and data.queries != CodedIds(16)
     assert data.queries.encode(["k5", None]).tolist() == [slow_hash("k5") % 16, -1]
@@ -142,11 +143,11 @@ def test_shards_and_one_file_give_the_same(tmp_path, kind):
     one = Interactions.read(tmp_path / "a.parquet", query_ids=kind)
     several = Interactions.read(folder_of_shards(tmp_path / "shards"), query_ids=kind)
     assert several.fingerprint == one.fingerprint
-    told = [str(data.account).splitlines()[-1] for data in (one, several)]
-    assert told[0] == told[1] and "query ids" in told[0]
+    lines = [str(data.account).splitlines()[-1] for data in (one, several)]
+    assert lines[0] == lines[1] and "query ids" in lines[0]
 
 
-def test_ids_are_kept_and_read_back(tmp_path):
+def test_ids_are_written_and_read_back(tmp_path):
     for ids in (CodedIds(7), HashedIds(Hashed(9)), Vocabulary(["a", "b"])):
         ids.write(tmp_path / "ids.parquet")
         assert read_vocabulary(tmp_path / "ids.parquet") == ids
@@ -164,7 +165,7 @@ REFUSED = {
         pl.DataFrame({"user_id": [1_500_000_000, 3], "item_id": [1, 2]}),
         "look like ids",
     ),
-    "hashed items": ({"item_ids": Hashed(9)}, pl.DataFrame({"user_id": [1], "item_id": [1]}), "told apart"),
+    "hashed items": ({"item_ids": Hashed(9)}, pl.DataFrame({"user_id": [1], "item_id": [1]}), "distinguished"),
     "another word": ({"query_ids": "hash"}, pl.DataFrame({"user_id": [1], "item_id": [1]}), "expected 'vocabulary'"),
     "a table of hashed queries": (
         {"query_ids": Hashed(9), "queries": pl.DataFrame({"user_id": [1], "age": [3]})},
@@ -191,7 +192,7 @@ def test_rows_out_of_range_are_refused(rows):
         Hashed(rows)
 
 
-def test_the_settings_of_a_run_say_so(tmp_path):
+def test_id_kinds_in_the_settings_of_a_run(tmp_path):
     frame_of(some_rows()).write_parquet(tmp_path / "a.parquet")
     settings = Config.load(None, ["data.query_ids={hashed: 64}", "data.item_ids=codes", "data.workers=2"])
     assert Config.model_validate(settings.model_dump(mode="json")) == settings
@@ -202,6 +203,6 @@ def test_the_settings_of_a_run_say_so(tmp_path):
             Config.load(None, [wrong])
 
 
-def test_there_is_no_list_of_hashed_ids():
-    with pytest.raises(InputError, match="there is no list"):
+def test_hashed_ids_have_no_list():
+    with pytest.raises(InputError, match="hashed ids are not stored"):
         _ = HashedIds(Hashed(9)).ids

@@ -1,4 +1,4 @@
-"""The settings of a process, in processes of their own; and what the machine tells, on made-up systems."""
+"""Process settings, each in a separate process; and the figures read from the system, on fake files."""
 
 import json
 import os
@@ -33,7 +33,7 @@ FAULTS = """
     import torch
     def faults():
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(40):  # until glibc has found its holes
+    for _ in range(40):  # until glibc reuses its holes
         torch.ones(40 << 18)
     before = faults()
     for _ in range(10):
@@ -47,14 +47,14 @@ FAULTS = """
 def test_a_tuned_process_reuses_the_memory_of_its_temporaries():
     pages = 10 * (40 << 20) // os.sysconf("SC_PAGE_SIZE")
     plain = run(FAULTS.format(tune="None"))
-    assert plain["kept_below"] is None and plain["faults"] > 0.9 * pages, "the system maps every temporary anew"
+    assert plain["kept_below"] is None and plain["faults"] > 0.9 * pages, "the system maps every temporary again"
     tuned = run(FAULTS.format(tune="process.tune()"))
     assert tuned["kept_below"] > 40 << 20 and tuned["faults"] < 0.01 * pages
 
 
 @LINUX
 @GLIBC
-def test_what_the_user_set_is_left_alone():
+def test_settings_of_the_user_take_precedence():
     code = """
         import json, os, sys
         from twotower import process
@@ -68,15 +68,15 @@ def test_what_the_user_set_is_left_alone():
     assert run(code, GLIBC_TUNABLES="glibc.malloc.top_pad=4096") == [True, cores, str(cores)]
 
 
-def test_threads_of_a_torch_that_is_loaded(monkeypatch):
+def test_threads_if_torch_is_already_imported(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    asked = []
-    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    calls = []
+    monkeypatch.setattr(torch, "set_num_threads", calls.append)
     assert process.use_every_core() == machine.cores()
-    assert asked == [machine.cores()] and "OMP_NUM_THREADS" not in os.environ
+    assert calls == [machine.cores()] and "OMP_NUM_THREADS" not in os.environ
 
 
-def test_tuning_twice_is_tuning_once(monkeypatch):
+def test_a_second_tune_does_nothing(monkeypatch):
     monkeypatch.setattr(process, "_applied", {})
     calls = []
     monkeypatch.setattr(process, "keep_freed_memory", lambda: calls.append(1))
@@ -86,7 +86,7 @@ def test_tuning_twice_is_tuning_once(monkeypatch):
     assert len(calls) == 1
 
 
-def test_elsewhere_nothing_is_touched(monkeypatch):
+def test_other_systems_are_left_alone(monkeypatch):
     monkeypatch.setattr(process.sys, "platform", "darwin")
     monkeypatch.setattr(process.ctypes, "CDLL", lambda *_: pytest.fail("the C library was called"))
     assert process.keep_freed_memory() is None
@@ -94,7 +94,7 @@ def test_elsewhere_nothing_is_touched(monkeypatch):
 
 
 @LINUX
-def test_huge_pages_are_asked_for_inside_the_block_alone():
+def test_huge_pages_are_requested_only_inside_the_block():
     if machine.huge_pages() not in ("always", "madvise"):
         pytest.skip("the system has no transparent huge pages")
     assert not process.advise_huge_pages(4096, (1 << 21) - 1), "no whole huge page lies in it"
@@ -110,7 +110,7 @@ def test_huge_pages_are_asked_for_inside_the_block_alone():
             inside = low < start + block.nbytes and start < high
         elif inside and first == "VmFlags:":
             flags.update(line.split()[1:])
-    # Whether the kernel has whole huge pages to give depends on how its memory lies; that they were asked for does not.
+    # Whether the kernel has free huge pages depends on fragmentation; the request itself always shows in the flags.
     assert "hg" in flags
 
 
@@ -147,7 +147,7 @@ def test_memory_of_containers(tmp_path, monkeypatch):
     assert found.limit == 500_000 and found.available == 400_000
 
 
-def test_memory_and_cores_are_those_of_this_process():
+def test_memory_and_cores_of_this_process():
     found = machine.memory()
     assert found.total > found.available > 0
     assert found.peak >= found.resident > 50 << 20
@@ -159,7 +159,7 @@ def test_the_doctor_knows_every_extra():
     assert set(project["project"]["optional-dependencies"]) - {"dev", "docs"} == set(doctor.EXTRAS)
 
 
-def test_the_doctor_says_what_to_do(monkeypatch):
+def test_the_doctor_gives_advice(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert doctor._threads(7, 2) == "7, expected 2, the physical cores: unset OMP_NUM_THREADS"
     monkeypatch.delenv("OMP_NUM_THREADS")
@@ -170,8 +170,8 @@ def test_the_doctor_says_what_to_do(monkeypatch):
     assert {"available", "this process", "allocator", "huge pages"} <= set(found["memory"])
 
 
-def test_the_peak_is_of_this_process_and_not_of_the_one_that_started_it():
-    """`getrusage` begins at the parent's, on Linux: a benchmark's or a comparison's child would tell too much."""
+def test_the_peak_does_not_include_the_parent_process():
+    """The peak from `getrusage` includes the parent's memory on Linux; a benchmark's child would report too much."""
     held = torch.ones(300 << 20, dtype=torch.uint8)
     code = "from twotower import machine; print(machine.peak_memory())"
     child = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

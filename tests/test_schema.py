@@ -1,4 +1,4 @@
-"""Column detection and vocabularies, against plain Python dictionaries."""
+"""Column detection and vocabularies, compared with plain Python dictionaries."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def test_usual_names_are_found(names: list[str], expected: tuple[str | None, ...
     assert (found.query, found.item, found.timestamp) == expected
 
 
-def test_label_weight_and_group_are_found_and_told_columns_win() -> None:
+def test_label_weight_and_group_are_found_and_named_columns_win() -> None:
     found = Columns(item="b").resolve(["user", "b", "rating", "weight", "market", "item_id"], "f.csv")
     assert found == Columns("user", "b", None, "weight", "rating", "market")
 
@@ -40,9 +40,9 @@ def test_label_weight_and_group_are_found_and_told_columns_win() -> None:
     [
         (None, ["user_id", "price"], ["f.csv", "no item column", "'price'"]),
         (None, ["user_id", "item_id", "movie_id"], ["f.csv", "'item_id', 'movie_id'", "could each be the item"]),
-        ({"item": "sku2"}, ["user_id", "sku"], ["f.csv", "'sku2'", "not there", "'sku'"]),
+        ({"item": "sku2"}, ["user_id", "sku"], ["f.csv", "'sku2'", "does not exist", "'sku'"]),
         ({"itm": "a"}, ["a"], ["'itm' is not a role", "'item'"]),
-        ({"item": "a", "query": "a"}, ["a"], ["'a' is given two roles"]),
+        ({"item": "a", "query": "a"}, ["a"], ["'a' has two roles"]),
     ],
 )
 def test_bad_columns_are_refused(given_columns: dict[str, str] | None, names: list[str], parts: list[str]) -> None:
@@ -59,15 +59,15 @@ ids_strategy = st.one_of(
 
 
 @given(ids_strategy, st.lists(st.integers(0, 60), max_size=50))
-def test_encode_and_decode_are_what_a_dictionary_says(ids: list[int] | list[str], picks: list[int]) -> None:
+def test_encode_and_decode_match_a_dictionary(ids: list[int] | list[str], picks: list[int]) -> None:
     vocabulary = Vocabulary(ids)
     table = {value: code for code, value in enumerate(ids)}
     unknown = 7 if isinstance(ids[0], int) else "not an id"
-    asked = [ids[p] if p < len(ids) else unknown for p in picks]
-    codes = vocabulary.encode(pl.Series("x", asked, dtype=vocabulary.ids.dtype))
+    wanted = [ids[p] if p < len(ids) else unknown for p in picks]
+    codes = vocabulary.encode(pl.Series("x", wanted, dtype=vocabulary.ids.dtype))
     assert codes.dtype == np.int64
-    assert codes.tolist() == [table.get(a, -1) for a in asked]
-    assert vocabulary.decode(codes).to_list() == [a if a in table else None for a in asked]
+    assert codes.tolist() == [table.get(a, -1) for a in wanted]
+    assert vocabulary.decode(codes).to_list() == [a if a in table else None for a in wanted]
 
 
 def test_large_integers_keep_every_digit() -> None:
@@ -75,7 +75,7 @@ def test_large_integers_keep_every_digit() -> None:
     assert Vocabulary(ids).encode(ids).tolist() == [0, 1, 2]
 
 
-def test_text_is_accepted_for_integers_only_where_it_parses() -> None:
+def test_text_is_accepted_for_integers_only_if_it_parses() -> None:
     vocabulary = Vocabulary([10, 20])
     assert vocabulary.encode(["20", "10", "30"]).tolist() == [1, 0, -1]
     with pytest.raises(InputError, match="'x' is not an integer"):
@@ -84,7 +84,7 @@ def test_text_is_accepted_for_integers_only_where_it_parses() -> None:
 
 
 @pytest.mark.parametrize("ids", [[1, "a"], [1.5], [True], [1, 1], [None, 1], ["a", None]])
-def test_unusable_ids_are_refused(ids: list[object]) -> None:
+def test_invalid_ids_are_refused(ids: list[object]) -> None:
     with pytest.raises(InputError):
         Vocabulary(ids)
 

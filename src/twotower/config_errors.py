@@ -1,4 +1,4 @@
-"""What is wrong with settings, in the words of one who wrote them: the field, what was expected, what was found."""
+"""Readable messages for invalid settings: the field, what was expected, what was found."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pydantic_core import ErrorDetails
 
 
 def first_fault(error: ValidationError, values: Mapping[str, Any], model: type[BaseModel]) -> str:
-    """The first field that is wrong, and how many others are.
+    """Describe the first invalid field, and count the others.
 
-    A field that may be one of several kinds is told by pydantic once for each kind, under a name that has the kind in
-    it. Here it is one field, with what each kind expected of it; where one of the kinds got as far as a part of the
-    value, as with one word of a mapping, it is that part.
+    For a field of union type, pydantic reports one error per member of the union, each under a path that contains the
+    member's name. This merges them into one error that lists what each member expected. If a member's error lies
+    deeper in the value, such as at one key of a mapping, the message names that part.
 
     Args:
-        error: of pydantic.
-        values: what it has looked at.
-        model: what it has compared them with.
+        error: the pydantic error.
+        values: the validated input.
+        model: the model that it was validated against.
     """
     fields = [(_field(one, values), one) for one in error.errors()]
     top = fields[0][0]
@@ -36,13 +36,13 @@ def first_fault(error: ValidationError, values: Mapping[str, Any], model: type[B
 
 
 def _instead(field: Sequence[str], model: type[BaseModel]) -> str:
-    """What may stand in place of the last name of a field: the one that looks like it, and all there are."""
+    """Suggest a replacement for an unknown field name: the closest name, and all valid names."""
     section: Any = model
     *before, last = field
     for name in before:
         kind = getattr(getattr(section, "model_fields", {}).get(name), "annotation", None)
         sections = [one for one in (kind, *get_args(kind)) if hasattr(one, "model_fields")]
-        section = sections[0] if len(sections) == 1 else None  # several kinds have names of their own each
+        section = sections[0] if len(sections) == 1 else None  # the members of a union have different fields
     names = getattr(section, "model_fields", None)
     if not names:
         return ""
@@ -52,12 +52,12 @@ def _instead(field: Sequence[str], model: type[BaseModel]) -> str:
 
 
 def _field(error: ErrorDetails, values: Mapping[str, Any]) -> tuple[str, ...]:
-    """The path of a field without the kinds that pydantic has tried on the way."""
+    """Return the path of a field without the union members that pydantic inserts into it."""
     at: Any = values
     path = []
     *before, last = error["loc"] or ("",)
     for part in (*before, last):
-        if isinstance(at, Mapping) and part in at:  # noqa: SIM114  # each kind has its own type of key
+        if isinstance(at, Mapping) and part in at:  # noqa: SIM114  # mappings and lists have different keys
             at = at[part]
         elif isinstance(at, list) and isinstance(part, int):
             at = at[part]

@@ -1,4 +1,4 @@
-"""Declared features of items and queries: which column, what kind, how it is encoded. Pure data, builds nothing."""
+"""Feature declarations of items and queries: column, kind, encoding. Pure data, builds nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Width = Annotated[int, Field(ge=1, le=4096)] | Literal["auto"]
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown fields are errors."""
+    """A section of the configuration. Unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -22,42 +22,53 @@ class Feature(Section):
 
 
 class CategoricalFeature(Feature):
-    """One value out of a set: a learned vector for each value, one for values not in training, one for none."""
+    """A categorical value: one learned vector per value, one for unknown values, one for missing values."""
 
     kind: Literal["categorical"] = "categorical"
-    buckets: int | None = Field(None, ge=2, description="Hash into so many vectors instead of keeping a vocabulary.")
+    buckets: int | None = Field(
+        None, ge=2, description="Hash values to this many vectors instead of storing a vocabulary."
+    )
     min_count: int = Field(1, ge=1, description="Values in fewer training rows than this count as unknown.")
-    width: Width = Field("auto", description="Of a value's vector; auto: 2 sqrt(values), 4 at least, D at most.")
+    width: Width = Field(
+        "auto", description="Width of a value's vector. auto: 2 sqrt(values), at least 4 and at most D."
+    )
 
 
 class MultiFeature(Feature):
-    """Several values of a set, such as genres or tags: the mean of their vectors."""
+    """Several categorical values, such as genres or tags: the mean of their vectors."""
 
     kind: Literal["multi"] = "multi"
-    separator: str | None = Field(None, min_length=1, description="Between values of a text column; None: lists.")
-    buckets: int | None = Field(None, ge=2, description="Hash into so many vectors instead of keeping a vocabulary.")
+    separator: str | None = Field(
+        None, min_length=1, description="Separator between the values of a text column. None: the column has lists."
+    )
+    buckets: int | None = Field(
+        None, ge=2, description="Hash values to this many vectors instead of storing a vocabulary."
+    )
     min_count: int = Field(1, ge=1, description="Values in fewer training rows than this count as unknown.")
-    max_values: int = Field(32, ge=1, le=1024, description="A row's values after this many are left out.")
-    width: Width = Field("auto", description="Of a value's vector; auto: 2 sqrt(values), 4 at least, D at most.")
+    max_values: int = Field(32, ge=1, le=1024, description="Use at most this many values of a row.")
+    width: Width = Field(
+        "auto", description="Width of a value's vector. auto: 2 sqrt(values), at least 4 and at most D."
+    )
 
 
 class NumericFeature(Feature):
-    """A number, standardised or by its quantile, and whether it is missing."""
+    """A number, standardised or binned by quantile, with an indicator for missing values."""
 
     kind: Literal["numeric"] = "numeric"
     scale: Literal["standard", "log", "quantiles"] = Field(
-        "standard", description="standard: mean 0, deviation 1. log: of log(1 + x). quantiles: a vector for each bin."
+        "standard",
+        description="standard: mean 0, deviation 1. log: log(1 + x), standardised. quantiles: one vector per bin.",
     )
-    bins: int = Field(10, ge=2, le=1000, description="Of scale quantiles: bins with about as many rows each.")
-    width: Width = Field("auto", description="Of a bin's vector.")
+    bins: int = Field(10, ge=2, le=1000, description="With scale quantiles: the number of equally filled bins.")
+    width: Width = Field("auto", description="Width of a bin's vector.")
 
 
 class DenseFeature(Feature):
-    """A vector known beforehand, such as an image or text embedding: a list column, or rows of a .npy file."""
+    """A precomputed vector, such as an image or text embedding: a list column, or the rows of a .npy file."""
 
     kind: Literal["dense"] = "dense"
-    file: str | None = Field(None, description="A .npy matrix instead of a column; `column` is then its name.")
-    ids: str | None = Field(None, description="Ids of the matrix's rows: .npy, or a text file with one id a line.")
+    file: str | None = Field(None, description="A .npy matrix used instead of a column; `column` then names it.")
+    ids: str | None = Field(None, description="Ids of the matrix rows: .npy, or a text file with one id per line.")
     normalise: bool = Field(True, description="Scale every vector to length 1.")
 
     @model_validator(mode="after")
@@ -68,7 +79,7 @@ class DenseFeature(Feature):
 
 
 class TimestampFeature(Feature):
-    """A moment: cyclic hour, weekday and day of the year; age before the latest moment in training."""
+    """A timestamp: cyclic hour, weekday and day of the year; age before the latest timestamp in training."""
 
     kind: Literal["timestamp"] = "timestamp"
     parts: list[Literal["hour", "weekday", "season", "age"]] = Field(
@@ -79,18 +90,22 @@ class TimestampFeature(Feature):
 
 
 class TextFeature(Feature):
-    """Text: a bag of its words, or the embedding of a sentence-transformers model."""
+    """Text: a bag of words, or the embedding of a sentence-transformers model."""
 
     kind: Literal["text"] = "text"
     model: str = Field(
-        "words", description="words: the mean of learned word vectors. Else a sentence-transformers name or folder."
+        "words",
+        description="words: the mean of learned word vectors. Otherwise the name or folder of a sentence-transformers "
+        "model.",
     )
-    min_count: int = Field(2, ge=1, description="Of words: those in fewer training rows count as unknown.")
-    max_values: int = Field(64, ge=1, le=1024, description="Of words: a row's words after this many are left out.")
-    width: Width = Field("auto", description="Of a word's vector.")
+    min_count: int = Field(
+        2, ge=1, description="With model words: words in fewer training rows than this count as unknown."
+    )
+    max_values: int = Field(64, ge=1, le=1024, description="With model words: use at most this many words of a row.")
+    width: Width = Field("auto", description="Width of a word's vector.")
 
 
-#: Every kind, in the order in which they are documented.
+#: All kinds, in the order of the documentation.
 KINDS = (CategoricalFeature, MultiFeature, NumericFeature, DenseFeature, TimestampFeature, TextFeature)
 
 AnyFeature = Annotated[
@@ -100,7 +115,7 @@ AnyFeature = Annotated[
 
 
 def _distinct(features: list[AnyFeature]) -> list[AnyFeature]:
-    """Two encodings of one column are allowed, the same one twice is a slip."""
+    """Refuse a column declared twice with the same kind; two kinds for one column are allowed."""
     seen: set[tuple[str, str]] = set()
     for feature in features:
         if (feature.column, feature.kind) in seen:
@@ -111,8 +126,8 @@ def _distinct(features: list[AnyFeature]) -> list[AnyFeature]:
 
 FeatureList = Annotated[list[AnyFeature], AfterValidator(_distinct)]
 
-#: `none`, `auto` (what `twotower features` proposes), or a list. Told apart first, so that an error in a list is told
-#: as one.
+#: `none`, `auto` (what `twotower features` proposes), or a list. The discriminator makes pydantic report an error in a
+#: list as an error of the list.
 Features = Annotated[
     Annotated[Literal["none", "auto"], Tag("name")] | Annotated[FeatureList, Tag("list")],
     Discriminator(lambda value: "name" if isinstance(value, str) else "list"),

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, errors of a full disk that name them, and locks."""
+"""Atomic writes of files and folders, clear errors for a full disk, and locks."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from twotower.errors import InputError
 
 try:
     import fcntl
-except ImportError:  # pragma: no cover  # not on Windows, where processes do not see each other's locks here
+except ImportError:  # pragma: no cover  # Windows has no fcntl: no locks between processes there
     fcntl = None  # type: ignore[assignment]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-#: What libraries say that raise errors of their own: polars and safetensors (Rust's words), numpy for a short write.
+#: Messages of libraries that raise their own errors: polars and safetensors (from Rust), numpy (for a short write).
 _FULL_WORDS = (
     "no space left",
     "file too large",
@@ -34,8 +34,8 @@ _FULL_WORDS = (
 
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target` that is renamed to it when the block ends, and removed when it fails."""
-    temporary = _beside(target)
+    """Write a file atomically: yield a temporary path, renamed to `target` on success and removed on failure."""
+    temporary = _temporary(target)
     try:
         with full_disk_named(target):
             yield temporary
@@ -45,44 +45,44 @@ def whole_file(target: Path) -> Iterator[Path]:
 
 
 def require_replaceable(target: Path, marker: str, what: str) -> None:
-    """Refuse to put a folder in the place of something else, which would go with all that is in it.
+    """Check that a folder may be replaced: replacing deletes everything in it.
 
     Args:
-        target: where the folder is to be.
-        marker: a file by which an older one of its kind is known.
-        what: the kind, for the message.
+        target: the folder to be written.
+        marker: a file that identifies a folder of the same kind.
+        what: the kind of folder, for the message.
 
     Raises:
-        InputError: `target` is a file, or a folder with content and without `marker`.
+        InputError: `target` is a file, or a folder that is not empty and has no `marker`.
     """
     is_free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
     if not (is_free or (target / marker).is_file()):
-        raise InputError(f"{target}: is there and is no {what}; give a new or empty folder.")
+        raise InputError(f"{target}: exists and contains no {what}; choose a new or empty folder.")
 
 
 @contextmanager
 def whole_folder(target: Path, *, replace: bool = True) -> Iterator[Path]:
-    """A temporary folder that becomes `target` when the block ends, and goes when it fails.
+    """Write a folder atomically: yield a temporary folder, renamed to `target` on success and removed on failure.
 
     Args:
-        target: where it appears.
-        replace: it takes the place of an older one; otherwise that stays, and this one goes.
+        target: the folder to be written.
+        replace: replace an existing folder. If false, an existing folder stays and the new one is discarded.
     """
-    temporary, older = _beside(target), _beside(target)
+    temporary, older = _temporary(target), _temporary(target)
     with full_disk_named(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
     try:
         with full_disk_named(target):
             yield temporary
-        # A folder cannot be renamed over one that has content. The two change places at once where the system can do
-        # so; elsewhere the older one steps aside for the moment in between.
+        # A folder cannot be renamed over one that is not empty. The two are exchanged in one step where the system
+        # supports it; otherwise the older one is renamed first, and for a short time there is no `target`.
         if replace and target.exists() and not changed_places(temporary, target):
             target.rename(older)
         if older.exists() or not target.exists():
             try:
                 temporary.rename(target)
-            except OSError:  # another process may have put its own there in between
+            except OSError:  # another process may have created its own in the meantime
                 if replace or not target.is_dir():
                     raise
     finally:
@@ -93,17 +93,17 @@ def whole_folder(target: Path, *, replace: bool = True) -> Iterator[Path]:
 
 
 def write_text(target: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file atomically."""
     with whole_file(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def full_disk_named(target: Path, advice: str = "free space, or write elsewhere") -> Iterator[None]:
-    """Around a block that writes `target`: a full disk is told as such, whichever library has met it.
+    """Turn the error of a full disk inside the block into an `InputError` that names `target`, for any library.
 
     Raises:
-        InputError: the disk or a quota is full, or a limit on the size of files (`ulimit -f`) is reached.
+        InputError: the disk or a quota is full, or the file size limit (`ulimit -f`) is reached.
     """
     try:
         yield
@@ -116,7 +116,7 @@ def full_disk_named(target: Path, advice: str = "free space, or write elsewhere"
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether an error says that there is no room for what was to be written."""
+    """Return whether an error means that the disk is full."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FULL
     return any(words in str(error).lower() for words in _FULL_WORDS)
@@ -124,11 +124,11 @@ def is_full_disk(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Lock:
-    """What `locked` gives; true where it is held.
+    """The state of a lock taken with `locked`; true if it is held.
 
     Attributes:
-        is_held: whether it is held.
-        keeps_out: whether others are kept out: not where the system or its file system says that it knows no locks.
+        is_held: whether the lock is held.
+        keeps_out: whether it excludes other processes. False if the system or the file system has no locks.
     """
 
     is_held: bool
@@ -140,25 +140,25 @@ class Lock:
 
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[Lock]:
-    """Hold a lock that other processes and threads see, for as long as the block lasts.
+    """Hold a lock between processes and threads for the duration of the block.
 
-    The lock goes with the process that holds it, however that ends. Where the system or its file system knows no
-    locks, everybody holds it, and is told so. Some file systems give locks that only the processes of one machine see,
-    and say nothing of it: what several machines do under a lock must do no harm without it.
+    The system releases the lock when the process ends, even if it is killed. If the system or the file system has no
+    locks, every process holds the lock, and `keeps_out` is false. On some file systems a lock is visible only to the
+    processes of one machine, without any error, so work that several machines do under a lock must be safe without it.
 
     Args:
-        path: a file that is made for it and removed afterwards.
-        wait: until whoever holds it lets go.
+        path: the lock file, created here and removed afterwards.
+        wait: wait until the lock is free.
 
     Yields:
-        Whether it is held, which is not so only without `wait`; and whether it keeps others out.
+        The lock: whether it is held (always true with `wait`), and whether it excludes others.
     """
     keeps_out = fcntl is not None
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
-        except FileNotFoundError:  # somebody has removed the empty folder in between
+        except FileNotFoundError:  # another process removed the empty folder after the mkdir
             continue
         try:
             if fcntl is not None:
@@ -174,7 +174,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[Lock]:
             keeps_out = False
         if _is_open_file(handle, path):
             break
-        os.close(handle)  # whoever held it has removed the file: this lock is one of nothing
+        os.close(handle)  # the previous holder removed the file, so this locks a deleted file: try again
     try:
         yield Lock(is_held=True, keeps_out=keeps_out)
     finally:
@@ -195,7 +195,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def changed_places(one: Path, other: Path) -> bool:
-    """Let two paths change names in one step (renameat2 of Linux); False where the system cannot."""
+    """Exchange two paths in one step (Linux renameat2); return False if the system does not support it."""
     if sys.platform != "linux":
         return False
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
@@ -205,5 +205,5 @@ def changed_places(one: Path, other: Path) -> bool:
     return bool(rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
 
 
-def _beside(target: Path) -> Path:
+def _temporary(target: Path) -> Path:
     return target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.partial")

@@ -1,18 +1,19 @@
-"""Mixing of integers: pseudo-random numbers that are computed from a number instead of drawn."""
+"""Integer mixing: pseudo-random numbers computed from a number instead of drawn."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-#: The step of splitmix64's counter: 2^64 over the golden ratio.
+#: Increment of splitmix64's counter: 2^64 divided by the golden ratio.
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def mix64(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of splitmix64 (Steele, Lea and Flood 2014): each bit of a number decides every bit of the outcome.
+    """Mix each number with the finaliser of splitmix64 (Steele, Lea and Flood 2014).
 
-    A bijection; arithmetic on unsigned arrays wraps modulo 2^64, which is what it is defined by.
+    A bijection in which every input bit affects every output bit. Its arithmetic is modulo 2^64, which is how unsigned
+    arrays wrap.
 
     Args:
         numbers: uint64, any shape.

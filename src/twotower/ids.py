@@ -1,4 +1,4 @@
-"""Ids that need no list of them: integers that are codes already, and hashes."""
+"""Ids without a stored vocabulary: integers that are already codes, and hashed ids."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CODES, _HASHED = "codes", "hashed_rows"
 
 @dataclass(frozen=True)
 class Hashed:
-    """Ids are hashed to rows; ids that share one are the same to the model.
+    """The id kind "hashed to R rows"; ids that share a row are the same to the model.
 
     Attributes:
         rows: R, 2 to 2^31 - 1.
@@ -42,22 +42,22 @@ class Hashed:
             raise InputError(f"hashed: {self.rows} rows; expected 2 to {MOST_ROWS:,}")
 
 
-#: How ids become codes: by a list of all of them, as they are, or by a hash.
+#: How ids become codes: by a vocabulary, unchanged, or by hashing.
 IdKind = Literal["vocabulary", "codes"] | Hashed
 
 
 def hash_ids(ids: IdValues) -> NDArray[np.uint64]:
-    """A 64-bit hash of each id, uint64 [n]: the same in every process, on every machine, in every version.
+    """Hash each id to 64 bits, uint64 [n]: the same in every process, on every machine, in every version.
 
-    Integers go through the finaliser of splitmix64 (Steele, Lea and Flood 2014), text through BLAKE2b. Text that is an
-    integer as one writes it ("7", not "007") is hashed as that integer: a command line knows text only.
+    Integers go through the finaliser of splitmix64 (Steele, Lea and Flood 2014), text through BLAKE2b. Text that is the
+    canonical form of an integer ("7", not "007") is hashed as that integer, because a command line passes only text.
 
     Raises:
         InputError: null ids, or ids that are neither integers nor text.
     """
     series = ids_of(ids, "ids")
     if series.null_count():
-        raise InputError("ids: null ids cannot be hashed; every id must be there")
+        raise InputError("ids: null ids cannot be hashed; every id needs a value")
     if series.dtype == pl.Int64:
         return _hashed(series.to_numpy())
     distinct = Vocabulary(series.unique().sort())
@@ -71,20 +71,20 @@ def hash_ids(ids: IdValues) -> NDArray[np.uint64]:
 
 
 def expected_shared(ids: int, rows: int) -> float:
-    """The share of ids that share their row with another, in expectation: 1 - (1 - 1/R)^(n - 1).
+    """Compute the expected fraction of ids that share their row with another: 1 - (1 - 1/R)^(n - 1).
 
     Args:
-        ids: n, distinct ids, each hashed to any row with the same probability.
+        ids: n, the number of distinct ids, each hashed to any row with the same probability.
         rows: R.
     """
     return float(-np.expm1(max(ids - 1, 0) * np.log1p(-1.0 / rows)))
 
 
 class CodedIds(Vocabulary):
-    """Ids 0 .. size - 1 that are codes as they stand; nothing is looked up, and no list is kept.
+    """Ids 0 .. size - 1 that are their own codes; stores no list and looks nothing up.
 
     Args:
-        size: how many.
+        size: the number of ids.
     """
 
     def __init__(self, size: int) -> None:
@@ -92,7 +92,7 @@ class CodedIds(Vocabulary):
 
     @property
     def ids(self) -> pl.Series:
-        """0, 1, 2, ...: made when asked for."""
+        """0, 1, 2, ...: created on each access."""
         return pl.int_range(self._size, eager=True, dtype=pl.Int64).alias("id")
 
     def __len__(self) -> int:
@@ -113,7 +113,7 @@ class CodedIds(Vocabulary):
             numbers = wanted.cast(pl.Int64, strict=False)
             if numbers.null_count() > wanted.null_count():
                 wrong = wanted.filter(numbers.is_null() & wanted.is_not_null())[0]
-                raise InputError(f"ids: {wrong!r} is not an integer, and the ids of this model are codes.")
+                raise InputError(f"ids: {wrong!r} is not an integer; the ids of this model are integer codes.")
             wanted = numbers
         codes = wanted.fill_null(-1).to_numpy()
         return np.where((codes >= 0) & (codes < self._size), codes, -1)
@@ -127,18 +127,18 @@ class CodedIds(Vocabulary):
         return found if (at >= 0).all() else found.set(pl.Series(at < 0), None)
 
     def write(self, path: str | Path) -> None:
-        """One number in a Parquet file, whole or not at all."""
+        """Write the size to a Parquet file; atomic."""
         with whole_file(Path(path)) as partial:
             pl.DataFrame({_CODES: [self._size]}, schema={_CODES: pl.Int64}).write_parquet(partial)
 
 
 class HashedIds(CodedIds):
-    """Rows that any ids are hashed to. Every id has a row, also one that training never saw.
+    """Ids that are hashed to rows. Every id has a row, even one that training never saw.
 
-    What comes back for a row is its number: which ids are behind it, nobody knows.
+    Decoding returns the row number: the ids behind a row are not stored.
 
     Args:
-        kind: how many rows.
+        kind: the number of rows.
     """
 
     def __init__(self, kind: Hashed) -> None:
@@ -146,14 +146,14 @@ class HashedIds(CodedIds):
 
     @property
     def ids(self) -> pl.Series:
-        """Refused: there is no list.
+        """Not available: hashed ids are not stored.
 
         Raises:
             InputError: always.
         """
         raise InputError(
-            "hashed ids: there is no list of them, which this needs; train with data.query_ids=vocabulary, or with "
-            "codes of your own"
+            "hashed ids: this needs the list of ids, and hashed ids are not stored; train with "
+            "data.query_ids=vocabulary, or encode the ids yourself and use data.query_ids=codes"
         )
 
     def __eq__(self, other: object) -> bool:
@@ -165,39 +165,39 @@ class HashedIds(CodedIds):
         return f"HashedIds({self._size:,} rows)"
 
     def encode(self, ids: IdValues) -> Codes:
-        """The row of each id; -1 where null."""
+        """Hash each id to its row; -1 where null."""
         wanted = ids_of(ids, "ids")
-        there = wanted.is_not_null()
+        present = wanted.is_not_null()
         codes = np.full(len(wanted), -1, dtype=np.int64)
-        codes[there.to_numpy()] = rows_of(hash_ids(wanted.filter(there)), self._size)
+        codes[present.to_numpy()] = rows_of(hash_ids(wanted.filter(present)), self._size)
         return codes
 
     def write(self, path: str | Path) -> None:
-        """One number in a Parquet file, whole or not at all."""
+        """Write the size to a Parquet file; atomic."""
         with whole_file(Path(path)) as partial:
             pl.DataFrame({_HASHED: [self._size]}, schema={_HASHED: pl.Int64}).write_parquet(partial)
 
 
 def rows_of(hashes: NDArray[np.uint64], rows: int) -> Codes:
-    """The row of each hash: its remainder."""
+    """Reduce each hash to a row: the hash modulo `rows`."""
     return (hashes % np.uint64(rows)).astype(np.int64)
 
 
 def read_vocabulary(path: str | Path) -> Vocabulary:
-    """What `write` of any kind of ids wrote.
+    """Read a vocabulary of any kind, written by its `write`.
 
     Raises:
-        InputError: the file is missing, damaged or something else.
+        InputError: the file is missing, damaged, or not a vocabulary.
     """
     try:
         columns = pl.read_parquet_schema(path)
-        told = next((name for name in (_CODES, _HASHED) if list(columns) == [name]), None)
-        if told is None:
+        kind = next((name for name in (_CODES, _HASHED) if list(columns) == [name]), None)
+        if kind is None:
             return Vocabulary.read(path)
-        size = int(pl.read_parquet(path)[told][0])
+        size = int(pl.read_parquet(path)[kind][0])
     except (OSError, pl.exceptions.PolarsError, IndexError, TypeError) as error:
         raise InputError(f"{path}: not readable ids ({(str(error) or 'empty').splitlines()[0]}).") from None
-    return CodedIds(size) if told == _CODES else HashedIds(Hashed(size))
+    return CodedIds(size) if kind == _CODES else HashedIds(Hashed(size))
 
 
 def _hashed(values: NDArray[np.int64]) -> NDArray[np.uint64]:

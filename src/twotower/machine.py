@@ -1,4 +1,4 @@
-"""What this process may use of the machine: cores, memory, pages; asked of the system, never guessed."""
+"""The resources this process may use, read from the system: cores, memory, huge pages."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def cores() -> int:
-    """Physical cores that this process may use, at least 1.
+    """Count the physical cores that this process may use, at least 1.
 
-    Two hardware threads of one core share its arithmetic units, so matrix products gain nothing from the second. A
-    container may own fewer cores than it sees: its quota counts.
+    The hardware threads of a core share its arithmetic units, so matrix products gain nothing from a second thread. A
+    container may be allowed fewer cores than it sees, so its quota is respected.
     """
     if hasattr(os, "sched_getaffinity"):
         allowed = os.sched_getaffinity(0)
-        # Hardware threads of one core tell the same list of siblings.
+        # All hardware threads of a core list the same siblings.
         siblings = {_text(CPUS / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in allowed}
         count = len(siblings)
     else:
@@ -31,24 +31,24 @@ def cores() -> int:
 
 
 def cpu_quota(root: Path = CGROUP) -> float | None:
-    """Cores that a container may use in all, by its control group; None without a limit."""
-    second = (_text(root / "cpu.max") or "").split()
-    if len(second) == 2 and second[0].isdigit():
-        return int(second[0]) / int(second[1])
+    """Read the container's limit on cores from its control group; None without a limit."""
+    limit = (_text(root / "cpu.max") or "").split()
+    if len(limit) == 2 and limit[0].isdigit():
+        return int(limit[0]) / int(limit[1])
     quota, period = (_number(root / "cpu" / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
     return quota / period if quota and period and quota > 0 else None
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory in bytes; None where the system does not tell.
+    """Memory in bytes; None where the system does not report it.
 
     Attributes:
-        total: of the machine.
-        available: what can be had now without pushing others out, of the machine or of the container's limit.
-        limit: what the container, `ulimit -v` or `ulimit -d` allows this process; None without a limit.
-        resident: what this process holds now.
-        peak: the most this process has held.
+        total: memory of the machine.
+        available: memory that can be allocated now without swapping, within the container's and process's limits.
+        limit: limit of the container, `ulimit -v` or `ulimit -d` on this process; None without a limit.
+        resident: resident memory of this process.
+        peak: peak resident memory of this process.
     """
 
     total: int | None
@@ -59,41 +59,41 @@ class Memory:
 
 
 def memory(processes: int = 1) -> Memory:
-    """Ask the system.
+    """Read the memory figures from the system.
 
     Args:
-        processes: how many run here and need the same; each has its share of what the machine has available, and its
-            own `ulimit` to itself.
+        processes: number of similar processes on this machine. The machine's and the container's memory is divided
+            among them; a `ulimit` applies to each process alone.
     """
     table = dict(re.findall(r"^(\w+):\s+(\d+) kB", _text(Path("/proc/meminfo")) or "", re.MULTILINE))
     total = int(table["MemTotal"]) * 1024 if "MemTotal" in table else _physical()
     available = int(table["MemAvailable"]) * 1024 if "MemAvailable" in table else total
     resident = resident_memory()
     group, used = memory_group()
-    rooms = [available] if available is not None else []
+    free = [available] if available is not None else []
     limits = []
     if group is not None:
         limits.append(group)
-        rooms.append(group - used)
-    rooms = [room // processes for room in rooms]
+        free.append(group - used)
+    free = [amount // processes for amount in free]
     for allowed, used in process_limits():
         limits.append(allowed)
-        rooms.append(allowed - used)
-    room = max(min(rooms), 0) if rooms else None
-    return Memory(total, room, min(limits, default=None), resident, peak_memory())
+        free.append(allowed - used)
+    least = max(min(free), 0) if free else None
+    return Memory(total, least, min(limits, default=None), resident, peak_memory())
 
 
 def device_memory(accelerator: str) -> int | None:
-    """Free memory of the CUDA device that this process trains on, bytes; None where it trains in main memory.
+    """Read the free memory of the CUDA device that this process trains on, in bytes; None if it trains on the CPU.
 
-    What torch has of the device and does not use counts as free, for it gives it out again.
+    Memory that torch has reserved and does not use counts as free, because torch reuses it.
 
     Args:
-        accelerator: as in section `training`; anything but "cpu" takes the machine's CUDA devices where it has some.
+        accelerator: the setting training.accelerator; anything but "cpu" uses the machine's CUDA devices, if any.
     """
     if accelerator == "cpu":
         return None
-    import torch  # noqa: PLC0415  # most that ask this module train nothing
+    import torch  # noqa: PLC0415  # slow to import, and most users of this module do not train
 
     if not torch.cuda.is_available():
         return None
@@ -102,17 +102,17 @@ def device_memory(accelerator: str) -> int | None:
 
 
 def resident_memory() -> int | None:
-    """What this process holds now, bytes; None where the system does not tell."""
+    """Read the resident memory of this process, in bytes; None where the system does not report it."""
     pages = (_text(Path("/proc/self/statm")) or "").split()
     return int(pages[1]) * os.sysconf("SC_PAGE_SIZE") if len(pages) > 1 else None
 
 
 def peak_memory() -> int | None:
-    """The most memory this process has held so far, bytes; None where the system does not tell."""
-    # What `getrusage` tells on Linux begins at what the parent held when it started this process.
-    told = _status()
-    if "VmHWM" in told:
-        return told["VmHWM"]
+    """Read the peak resident memory of this process, in bytes; None where the system does not report it."""
+    # On Linux the peak from `getrusage` includes the parent's memory at the time of the fork.
+    status = _status()
+    if "VmHWM" in status:
+        return status["VmHWM"]
     try:
         import resource  # noqa: PLC0415  # not on Windows
     except ImportError:
@@ -122,45 +122,45 @@ def peak_memory() -> int | None:
 
 
 def memory_group(root: Path = CGROUP) -> tuple[int | None, int]:
-    """(limit, used) of the container in bytes, without what the system can drop; (None, 0) without a limit."""
+    """Read (limit, used) of the container in bytes, without reclaimable file cache; (None, 0) without a limit."""
     limit = _number(root / "memory.max")
     if limit is not None:
         stat = dict(line.split() for line in (_text(root / "memory.stat") or "").splitlines())
         return limit, (_number(root / "memory.current") or 0) - int(stat.get("inactive_file", 0))
     limit = _number(root / "memory" / "memory.limit_in_bytes")
-    if limit is None or limit > 1 << 60:  # version 1 says "none" with a very large number
+    if limit is None or limit > 1 << 60:  # cgroup v1 encodes "no limit" as a very large number
         return None, 0
     return limit, _number(root / "memory" / "memory.usage_in_bytes") or 0
 
 
 def process_limits() -> list[tuple[int, int]]:
-    """(limit, used) in bytes of each limit set on this process: `ulimit -v`, of addresses, and `ulimit -d`, of data."""
+    """Read (limit, used) in bytes of each limit on this process: `ulimit -v` (address space), `ulimit -d` (data)."""
     try:
         import resource  # noqa: PLC0415  # not on Windows
     except ImportError:
         return []
-    told, found = _status(), []
+    status, found = _status(), []
     for which, name in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
         soft = resource.getrlimit(which)[0]
         if soft != resource.RLIM_INFINITY:
-            found.append((soft, told[name] if name in told else resident_memory() or 0))
+            found.append((soft, status[name] if name in status else resident_memory() or 0))
     return found
 
 
 def _status() -> dict[str, int]:
-    """What Linux tells of this process's memory, bytes by name (VmHWM, VmData, ...); empty elsewhere."""
+    """Read the memory figures of /proc/self/status (VmHWM, VmData, ...), in bytes; empty where there is no /proc."""
     lines = re.findall(r"^(Vm\w+):\s+(\d+) kB", _text(Path("/proc/self/status")) or "", re.MULTILINE)
     return {name: int(size) * 1024 for name, size in lines}
 
 
 def cpu_flags() -> frozenset[str]:
-    """What the processor can do, as Linux names it (avx512f, amx_bf16, ...); empty elsewhere."""
+    """Read the CPU's features as Linux names them (avx512f, amx_bf16, ...); empty on other systems."""
     found = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", _text(Path("/proc/cpuinfo")) or "", re.MULTILINE)
     return frozenset(found.group(1).split()) if found else frozenset()
 
 
 def huge_pages() -> str | None:
-    """Transparent huge pages: always, madvise or never; None where the system has none."""
+    """Read the transparent huge page setting: always, madvise or never; None where the system has none."""
     found = re.search(r"\[(\w+)\]", _text(HUGE_PAGES) or "")
     return found.group(1) if found else None
 

@@ -1,6 +1,6 @@
-"""Settings of this process that make training faster: an allocator that keeps its memory, one thread for each core.
+"""Process settings that make training faster: an allocator that keeps freed memory, and one thread per core.
 
-The command line applies them when it starts. A library user may, with `tune`, before the first large tensors are made.
+The command line applies them at startup. Library users can call `tune` before they create the first large tensors.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 from twotower import machine
 
-# mallopt(3): the numbers of its parameters in glibc's malloc.h.
+# mallopt(3): parameter numbers from glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-#: Blocks below this many bytes are kept for reuse, larger ones returned to the system; some glibc allow 32 MiB at most.
-#: Before 2.38 glibc finds a hole for an aligned block, as torch's are, only after making several: the larger the
-#: blocks that are kept, the more memory lies idle.
+#: Blocks below this many bytes are kept for reuse, larger ones are returned to the system. The second value is for
+#: versions of glibc that allow at most 32 MiB. Before 2.38, glibc reuses a hole for an aligned block, as torch's are,
+#: only after several have accumulated: the larger the blocks that are kept, the more memory lies idle.
 KEPT_BELOW = (1 << 27, 1 << 25)
-#: So much free memory at the end of the heap is kept, and no more.
+#: Keep at most this much free memory at the end of the heap.
 KEPT_IN_ALL = 1 << 30
 #: madvise(2).
 MADV_HUGEPAGE = 14
@@ -28,11 +28,11 @@ HUGE_PAGE = 1 << 21
 
 @dataclass(frozen=True)
 class Tuning:
-    """What `tune` has set.
+    """The settings made by `tune`.
 
     Attributes:
-        kept_below: blocks smaller than this are kept for reuse, bytes; None where the allocator was left alone.
-        threads: threads for torch; None where they were left alone, as when OMP_NUM_THREADS says how many.
+        kept_below: blocks smaller than this many bytes are kept for reuse; None if the allocator was not changed.
+        threads: threads for torch; None if not changed, for example because OMP_NUM_THREADS is set.
     """
 
     kept_below: int | None
@@ -43,11 +43,11 @@ _applied: dict[str, Tuning] = {}
 
 
 def tune() -> Tuning:
-    """Keep freed memory for reuse, and use one thread for each physical core; the second call changes nothing.
+    """Keep freed memory for reuse, and use one thread per physical core; a second call does nothing.
 
-    By default glibc takes every block of more than 128 KiB (later up to 32 MiB) from the system and gives it back when
-    it is freed. The temporaries of a training step are such blocks: the system zeroes and maps them page by page, every
-    step anew. What the user has set in the environment (MALLOC_*, GLIBC_TUNABLES, OMP_NUM_THREADS) is left alone.
+    By default glibc takes every block of more than 128 KiB (later up to 32 MiB) from the system and returns it when it
+    is freed. The temporaries of a training step are such blocks, so in every step the system zeroes them and maps them
+    page by page. Settings in the environment (MALLOC_*, GLIBC_TUNABLES, OMP_NUM_THREADS) take precedence.
     """
     if "tuning" not in _applied:
         _applied["tuning"] = Tuning(keep_freed_memory(), use_every_core())
@@ -55,12 +55,12 @@ def tune() -> Tuning:
 
 
 def tuning() -> Tuning | None:
-    """What `tune` has set; None before it was called."""
+    """Return the settings made by `tune`; None before it was called."""
     return _applied.get("tuning")
 
 
 def allocator() -> str:
-    """The C library's allocator, by name and version where it is known; or the one preloaded in its place."""
+    """Return the name of the memory allocator: a preloaded one, or the C library with its version."""
     preloaded = os.environ.get("LD_PRELOAD", "")
     for name in ("jemalloc", "tcmalloc", "mimalloc"):
         if name in preloaded:
@@ -69,7 +69,7 @@ def allocator() -> str:
 
 
 def keep_freed_memory() -> int | None:
-    """Let glibc keep what is freed; returns the size of block from which on it does not, None where nothing was set."""
+    """Let glibc keep freed blocks; return the size below which it keeps them, or None if nothing was changed."""
     if not allocator().startswith("glibc") or sys.platform != "linux":
         return None
     if "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(k.startswith("MALLOC_") for k in os.environ):
@@ -86,9 +86,9 @@ def keep_freed_memory() -> int | None:
 
 
 def use_every_core() -> int | None:
-    """One thread for each physical core, unless OMP_NUM_THREADS is set; returns how many, None where left alone.
+    """Use one thread per physical core unless OMP_NUM_THREADS is set; return the number, or None if not changed.
 
-    torch counts hardware threads, and in a container all those of the machine.
+    torch by default counts hardware threads, and in a container all those of the machine.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return None
@@ -96,20 +96,20 @@ def use_every_core() -> int | None:
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(count)
-    else:  # read when torch is imported; importing it here would slow `--help` down
+    else:  # torch reads it when it is imported; importing torch here would slow down `--help`
         os.environ["OMP_NUM_THREADS"] = str(count)
     return count
 
 
 def advise_huge_pages(address: int, size: int) -> bool:
-    """Ask for pages of 2 MiB instead of 4 KiB in a block that has not been written to yet; whether it was granted.
+    """Request 2 MiB pages instead of 4 KiB pages for a block that has not been written yet; return whether it worked.
 
-    Rows of a large table lie on as many pages as they are many, and each 4 KiB page needs an entry of its own in the
-    processor's small table of addresses. A request, and harmless where it cannot be granted.
+    Lookups in a large table touch about one page per row, and each 4 KiB page needs its own entry in the TLB, which is
+    small. This is only a hint: if it cannot be granted, nothing changes.
 
     Args:
-        address: where the block starts.
-        size: its length in bytes; nothing is asked for blocks below two huge pages.
+        address: start of the block.
+        size: its length in bytes; blocks that contain no whole huge page are left alone.
     """
     start, end = -(-address // HUGE_PAGE) * HUGE_PAGE, (address + size) // HUGE_PAGE * HUGE_PAGE
     if sys.platform != "linux" or end <= start:

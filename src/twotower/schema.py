@@ -1,4 +1,4 @@
-"""Which column is what, and the vocabularies that turn ids of any type into dense codes and back."""
+"""Column roles, and the vocabularies that map ids of any type to dense codes and back."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from twotower.errors import InputError
 from twotower.files import whole_file
 
-# Usual names, in tiers: the first tier that occurs decides, two names of one tier are ambiguous. Compared without
-# case, spaces, dashes, underscores and the ":token" of typed headers.
+# Usual column names, in tiers: the first tier with a match decides; two matches in one tier are ambiguous. Names are
+# compared without case, spaces, dashes, underscores and the ":token" of typed headers.
 USUAL_NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
     "query": (
         ("userid", "user", "customerid", "customer", "householdid", "visitorid", "visitor", "memberid", "clientid"),
@@ -44,27 +44,27 @@ IdValues = pl.Series | NDArray[Any] | Sequence[Any]
 
 
 def plain_name(column: str) -> str:
-    """The column's name as it is compared: lower case, no spaces, dashes, underscores or ``:type``."""
+    """Normalise a column name for comparison: lower case, no spaces, dashes, underscores or ``:type``."""
     return re.sub(r"[\s_\-]+", "", column.split(":", maxsplit=1)[0]).lower()
 
 
 def listed(columns: Sequence[str]) -> str:
-    """The columns of a file as one readable list for a message, at most 20 of them."""
+    """Format column names for a message, at most 20 of them."""
     shown = ", ".join(repr(c) for c in columns[:20])
     return shown + (f" and {len(columns) - 20} more" if len(columns) > 20 else "") if columns else "none"
 
 
 def usual_column(columns: Sequence[str], tiers: Sequence[Sequence[str]], role: str, where: str) -> str | None:
-    """The one column that goes by a usual name, or None.
+    """Find the one column with a usual name, or None.
 
     Raises:
-        InputError: two columns are equally good.
+        InputError: two columns match equally well.
     """
     for tier in tiers:
         found = [c for c in columns if plain_name(c) in tier]
         if len(found) > 1:
             raise InputError(
-                f"{where}: columns {listed(found)} could each be the {role}; say which: data.columns.{role}="
+                f"{where}: columns {listed(found)} could each be the {role}; choose one: data.columns.{role}="
                 f"{found[0]} (in Python columns={{{role!r}: {found[0]!r}}}). Columns found: {listed(columns)}."
             )
         if found:
@@ -74,15 +74,15 @@ def usual_column(columns: Sequence[str], tiers: Sequence[Sequence[str]], role: s
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns that matter; a field left None is looked for by its usual names.
+    """The column of each role; a role left None is found by the usual column names.
 
     Attributes:
         query: id of the user, customer, session or query. Required in the file.
         item: id of the item, or a list of items in order. Required in the file.
-        timestamp: when it happened: dates, ISO text, or unix seconds, milliseconds or microseconds.
-        weight: importance of a row in the loss, finite and not negative.
+        timestamp: time of the interaction: dates, ISO text, or unix seconds, milliseconds or microseconds.
+        weight: weight of a row in the loss, finite and not negative.
         label: a rating or score; see ``positive_label`` of `Interactions.read`.
-        group: market or other partition of the rows.
+        group: market, or another partition of the rows.
     """
 
     query: str | None = None
@@ -94,7 +94,7 @@ class Columns:
 
     @classmethod
     def of(cls, given: Columns | Mapping[str, str | None] | None) -> Columns:
-        """A `Columns` from what a caller gave: one, a mapping, or nothing.
+        """Convert the caller's argument: a `Columns`, a mapping from role to column, or None.
 
         Raises:
             InputError: the mapping names a role that does not exist, or one column has two roles.
@@ -105,33 +105,33 @@ class Columns:
             known = [f.name for f in fields(cls)]
             for role in given:
                 if role not in known:
-                    raise InputError(f"columns: {role!r} is not a role; expected some of {listed(known)}.")
+                    raise InputError(f"columns: {role!r} is not a role; the roles are {listed(known)}.")
             given = cls(**given)
         named = [name for name in asdict(given).values() if name is not None]
         for name in named:
             if named.count(name) > 1:
-                raise InputError(f"columns: {name!r} is given two roles; a column has one.")
+                raise InputError(f"columns: {name!r} has two roles; a column can have only one.")
         return given
 
     def resolve(self, columns: Sequence[str], where: str) -> Columns:
-        """The roles filled in for a file that has `columns`.
+        """Fill in the roles for a file with these columns.
 
         Args:
             columns: names of the file's columns.
             where: name of the file, for messages.
 
         Raises:
-            InputError: a given column is not there, a required one is missing, or two are equally good.
+            InputError: a named column does not exist, a required one is missing, or two match equally well.
         """
         found: dict[str, str | None] = {}
         taken = {name for name in asdict(self).values() if name is not None}
         for role, tiers in USUAL_NAMES.items():
-            told: str | None = getattr(self, role)
-            if told is not None:
-                match = told if told in columns else told.split(":")[0]
+            named: str | None = getattr(self, role)
+            if named is not None:
+                match = named if named in columns else named.split(":")[0]
                 if match not in columns:
                     raise InputError(
-                        f"{where}: column {told!r}, given as the {role}, is not there. "
+                        f"{where}: column {named!r}, given as the {role}, does not exist. "
                         f"Columns found: {listed(columns)}."
                     )
                 found[role] = match
@@ -140,18 +140,18 @@ class Columns:
             if found[role] is None and role in ("query", "item"):
                 usual = "user_id, customer_id, query_id" if role == "query" else "item_id, product_id, movie_id"
                 raise InputError(
-                    f"{where}: no {role} column (usual names: {usual}); say which it is: data.columns.{role}=NAME "
+                    f"{where}: no {role} column found (usual names: {usual}); name it: data.columns.{role}=NAME "
                     f"(in Python columns={{{role!r}: NAME}}). Columns found: {listed(columns)}."
                 )
         return Columns(**found)
 
     def roles(self) -> dict[str, str]:
-        """Role -> column, of the roles that are filled."""
+        """Map each role that has a column to that column."""
         return {role: name for role, name in asdict(self).items() if name is not None}
 
 
 def title_column(table: pl.DataFrame) -> str | None:
-    """The column of an item table that a person would read: title, name or description; None without one."""
+    """Find the human-readable column of an item table (title, name or description), or None."""
     for tier in TITLE_NAMES:
         for column in table.columns:
             if plain_name(column) in tier and table.schema[column] == pl.String:
@@ -160,7 +160,7 @@ def title_column(table: pl.DataFrame) -> str | None:
 
 
 def ids_of(values: IdValues, where: str) -> pl.Series:
-    """`values` as a Series of Int64 or String, the two types that ids have.
+    """Convert ids to a Series of Int64 or String, the two id types.
 
     Raises:
         InputError: floats, booleans, dates or mixed types, or an integer above 2^63 - 1.
@@ -169,7 +169,7 @@ def ids_of(values: IdValues, where: str) -> pl.Series:
         series = values if isinstance(values, pl.Series) else pl.Series("id", values)
     except (TypeError, pl.exceptions.PolarsError, OverflowError):
         raise InputError(
-            f"{where}: ids of mixed types; ids are all integers or all text, convert them first."
+            f"{where}: ids of mixed types; ids must be all integers or all text. Convert them first."
         ) from None
     dtype = series.dtype
     if dtype in (pl.Int64, pl.String):
@@ -184,16 +184,16 @@ def ids_of(values: IdValues, where: str) -> pl.Series:
     if dtype in (pl.Categorical, pl.Enum):
         return series.cast(pl.String)
     if dtype == pl.Object:
-        raise InputError(f"{where}: ids of mixed types; ids are all integers or all text, convert them first.")
+        raise InputError(f"{where}: ids of mixed types; ids must be all integers or all text. Convert them first.")
     raise InputError(
-        f"{where}: ids of type {dtype}; ids are integers or text"
+        f"{where}: ids of type {dtype}; ids must be integers or text"
         + (" (floats lose ids above 2^53)." if dtype.is_float() else ".")
         + " Convert the column first."
     )
 
 
 class Vocabulary:
-    """The ids of one side; the code of an id is its position.
+    """The ids of the queries, items or groups; the code of an id is its position.
 
     Args:
         ids: distinct ids, integers or text, no nulls.
@@ -205,21 +205,21 @@ class Vocabulary:
     def __init__(self, ids: IdValues) -> None:
         series = ids_of(ids, "vocabulary").alias("id")
         if series.null_count():
-            raise InputError("vocabulary: null ids; every id must be there.")
+            raise InputError("vocabulary: null ids; every id needs a value.")
         self._ids = series.rechunk()
-        # Ascending integers, the usual case, are looked up by bisection; anything else by a hash join.
+        # Ascending integers, the usual case, are looked up by binary search; anything else by a hash join.
         self._ascending: NDArray[np.int64] | None = None
         if series.dtype == pl.Int64:
             values = self._ids.to_numpy()
             if len(values) < 2 or bool(np.all(values[1:] > values[:-1])):
                 self._ascending = values
-        # Ascending ids cannot repeat; for a million of others the check costs a tenth of a second.
+        # Ascending ids cannot repeat. For other ids the check costs a tenth of a second per million.
         if self._ascending is None and series.n_unique() != len(series):
-            raise InputError("vocabulary: repeated ids; each id stands once.")
+            raise InputError("vocabulary: repeated ids; each id must occur once.")
 
     @property
     def ids(self) -> pl.Series:
-        """The ids, position = code: Int64 or String."""
+        """The ids in code order, Int64 or String."""
         return self._ids
 
     def __len__(self) -> int:
@@ -234,13 +234,13 @@ class Vocabulary:
         return f"Vocabulary({len(self):,} ids, {self._ids.dtype})"
 
     def encode(self, ids: IdValues) -> NDArray[np.int64]:
-        """Codes of `ids`, int64 [len(ids)]; -1 where unknown or null.
+        """Look up the codes of ids, int64 [len(ids)]; -1 where unknown or null.
 
-        Text is accepted for an integer vocabulary when all of it parses (a command line passes ``"1"``), and
-        integers for a text vocabulary.
+        An integer vocabulary accepts text if all of it parses (a command line passes ``"1"``); a text vocabulary
+        accepts integers.
 
         Raises:
-            InputError: ids of another or of mixed types.
+            InputError: ids of a wrong type or of mixed types.
         """
         wanted = ids_of(ids, "ids")
         if not len(wanted) or not len(self):
@@ -263,7 +263,7 @@ class Vocabulary:
         return joined["code"].cast(pl.Int64).fill_null(-1).to_numpy()
 
     def decode(self, codes: Sequence[int] | NDArray[np.integer[Any]]) -> pl.Series:
-        """Ids of `codes`, a Series of the vocabulary's type; null where the code is -1.
+        """Look up the ids of codes, a Series of the vocabulary's type; null where the code is -1.
 
         Raises:
             IndexError: a code outside ``-1 .. len - 1``.
@@ -278,16 +278,16 @@ class Vocabulary:
         return self._ids.gather(positions) if len(self) else pl.Series("id", [None] * len(at), dtype=self._ids.dtype)
 
     def write(self, path: str | Path) -> None:
-        """Write to a Parquet file (one column, ``id``), complete or not at all."""
+        """Write to a Parquet file with one column, ``id``; atomic."""
         with whole_file(Path(path)) as partial:
             pl.DataFrame({"id": self._ids}).write_parquet(partial, compression="lz4")
 
     @classmethod
     def read(cls, path: str | Path) -> Vocabulary:
-        """Read what `write` wrote.
+        """Read a file written by `write`.
 
         Raises:
-            InputError: the file is missing, damaged or something else.
+            InputError: the file is missing, damaged, or not a vocabulary.
         """
         try:
             table = pl.read_parquet(path)

@@ -1,4 +1,4 @@
-"""A cache of their own for these tests, and the real data where it is."""
+"""A separate cache for each test, and the real data if it is available."""
 
 from pathlib import Path
 
@@ -16,5 +16,5 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     if not REAL.is_dir():
-        pytest.skip(f"real data is not at {REAL}")
+        pytest.skip(f"real data not found in {REAL}")
     return REAL

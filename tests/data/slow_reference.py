@@ -1,4 +1,4 @@
-"""The same as the data room, in plain Python loops over tuples; shares nothing with it."""
+"""Independent reference for the data package, in plain Python loops over tuples."""
 
 from collections import defaultdict
 from typing import Any
@@ -9,7 +9,7 @@ Row = tuple[Any, Any, int]  # query id, item id, time in microseconds
 
 
 def sequences(rows: list[Row]) -> dict[Any, list[tuple[Any, int]]]:
-    """Query id -> (item id, time), by time and then arrival, without repeated (query, item, time)."""
+    """Map query id -> (item id, time), by time and then input order, without repeated (query, item, time)."""
     by_query: dict[Any, list[tuple[int, int, Any]]] = defaultdict(list)
     seen = set()
     for arrival, (query, item, time) in enumerate(rows):
@@ -20,7 +20,7 @@ def sequences(rows: list[Row]) -> dict[Any, list[tuple[Any, int]]]:
 
 
 def as_sequences(data: Interactions) -> dict[Any, list[tuple[Any, int]]]:
-    """What interactions hold, in the form of `sequences`."""
+    """Convert interactions to the form of `sequences`."""
     found: dict[Any, list[tuple[Any, int]]] = {}
     for code, query in enumerate(data.queries.ids.to_list()):
         low, high = int(data.offsets[code]), int(data.offsets[code + 1])
@@ -32,7 +32,7 @@ def as_sequences(data: Interactions) -> dict[Any, list[tuple[Any, int]]]:
 
 
 def as_questions(data: Interactions, holdout: Holdout) -> dict[Any, tuple[list[Any], list[Any]]]:
-    """Query id -> (history, targets) of a holdout."""
+    """Map query id -> (history, targets) of a holdout."""
     found = {}
     for e, query in enumerate(data.queries.decode(holdout.queries).to_list()):
         history = holdout.history_items[holdout.history_offsets[e] : holdout.history_offsets[e + 1]]
@@ -42,5 +42,5 @@ def as_questions(data: Interactions, holdout: Holdout) -> dict[Any, tuple[list[A
 
 
 def distinct(values: list[Any]) -> list[Any]:
-    """Without repeats, first ones kept."""
+    """Remove repeats, keeping the first of each."""
     return list(dict.fromkeys(values))

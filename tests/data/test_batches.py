@@ -1,4 +1,4 @@
-"""Histories, the shuffle and the batches, against plain loops."""
+"""Histories, the shuffle and the batches, compared with plain loops."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def interactions(n: int, queries: int = 9, seed: int = 0) -> Interactions:
 
 @settings(deadline=None)
 @given(st.integers(0, 6), st.integers(0, 10**6))
-def test_histories_are_what_the_loops_say(length: int, seed: int) -> None:
+def test_histories_match_the_loops(length: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     offsets = np.concatenate([[0], np.cumsum(rng.integers(0, 5, 6))])
     items = rng.integers(0, 99, offsets[-1]).astype(np.int32)
@@ -51,7 +51,7 @@ def test_histories_are_what_the_loops_say(length: int, seed: int) -> None:
     assert ragged_histories(offsets, items, queries, length).tolist() == whole.tolist()
 
 
-def test_ranges_one_after_the_other() -> None:
+def test_ranges_are_concatenated() -> None:
     numbers, offsets = take_ranges(np.array([3, 9, 1]), np.array([5, 9, 4]))
     assert (numbers.tolist(), offsets.tolist()) == ([3, 4, 1, 2, 3], [0, 2, 2, 5])
 
@@ -70,7 +70,7 @@ def test_the_shuffle_at_a_hundred_million_stays_inside_without_repeats() -> None
 
 
 def pairs_by_chance(n: int, shuffle: Callable[[int], NDArray[np.int64]], epochs: int = 4000) -> float:
-    """Chi-square p-value of where positions 2 and 3 go, in quarters of the range, over many epochs."""
+    """Compute the chi-square p-value of where positions 2 and 3 go, in quarters of the range, over many epochs."""
     cells = min(n, 4)
     quarter = np.arange(n) * cells // n
     sizes = np.bincount(quarter, minlength=cells)
@@ -83,7 +83,7 @@ def pairs_by_chance(n: int, shuffle: Callable[[int], NDArray[np.int64]], epochs:
 
 
 @pytest.mark.parametrize("n", [7, 64, 1000])
-def test_pairs_of_the_shuffle_are_as_likely_as_by_chance(n: int) -> None:
+def test_pairs_of_the_shuffle_are_uniform(n: int) -> None:
     at = np.array([2, 3])
     assert pairs_by_chance(n, lambda epoch: Shuffle(n, 11, epoch)(at)) > 1e-4
     rng = np.random.default_rng(0)
@@ -95,7 +95,7 @@ def test_an_order_differs_between_epochs_and_seeds() -> None:
     assert len(orders) == 25
 
 
-def test_batches_hold_every_row_once_with_its_own_past() -> None:
+def test_batches_have_every_row_once_with_its_history() -> None:
     data = interactions(203)
     batches = TrainingBatches(data, 20, history_length=4, seed=5, drop_last=False)
     assert len(batches) == 11
@@ -125,7 +125,7 @@ def test_the_last_batch_is_dropped_or_not_and_few_rows_are_one_batch() -> None:
     assert next(iter(TrainingBatches(data, 7))).history.shape == (7, 0)
 
 
-def test_resuming_in_mid_epoch_gives_the_same_rows() -> None:
+def test_resuming_mid_epoch_gives_the_same_rows() -> None:
     data = interactions(100)
     whole = TrainingBatches(data, 8, seed=3)
     expected = [b.rows.tolist() for _ in range(3) for b in whole]
@@ -157,7 +157,7 @@ def test_set_epoch_chooses_the_order() -> None:
     assert orders[0] == orders[2] != orders[1]
 
 
-def test_nothing_global_is_drawn_from() -> None:
+def test_the_global_random_state_is_not_used() -> None:
     before = torch.random.get_rng_state(), np.random.get_state()[1].tolist()
     list(TrainingBatches(interactions(100), 8))
     assert torch.equal(before[0], torch.random.get_rng_state())
@@ -176,7 +176,7 @@ def test_states_and_sizes_that_do_not_fit_are_refused() -> None:
             TrainingBatches(data, **options)
     with pytest.raises(InputError, match="no interactions"):
         TrainingBatches(data.select(np.zeros(len(data), dtype=bool)), 4)
-    with pytest.raises(InputError, match="batch_size 4, here it is 5"):
+    with pytest.raises(InputError, match="batch_size 4, but here it is 5"):
         TrainingBatches(data, 5).load_state_dict(TrainingBatches(data, 4).state_dict())
 
 

@@ -1,4 +1,4 @@
-"""Context of requests: read beside the rows, kept with them through sorting, splits and joining, encoded as served."""
+"""Request context: read with the rows, kept with them through sorting, splits and joining, encoded as in serving."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ DECLARED = """query_tower.context=[{column: device, kind: categorical}, {column:
 
 
 def log(rows=400, seed=0):
-    """Rows in a random order; each value tells the row it belongs to."""
+    """Make rows in random order; each value identifies its row."""
     rng = np.random.default_rng(seed)
     return pl.DataFrame({
         "user_id": [f"u{q:02d}" for q in rng.integers(0, 30, rows)],
@@ -43,22 +43,22 @@ def key_of(data, row):
 
 
 def expected(frame):
-    """By hand: what stands beside each (user, item, time)."""
+    """Map each (user, item, time) to its row."""
     return {(r["user_id"], r["item_id"], r["timestamp"] * 1_000_000): r for r in frame.to_dicts()}
 
 
 def check(data, frame, names, holdouts=()):
-    told = expected(frame)
+    rows = expected(frame)
     assert data.context.columns == list(names) and len(data.context) == len(data)
     for row, found in enumerate(data.context.to_dicts()):
-        wanted = told[key_of(data, row)]
+        wanted = rows[key_of(data, row)]
         for name in names:
             assert found[name] == wanted[name], (row, name)
     for holdout in holdouts:
         for place in range(len(holdout)):
             user = data.queries.ids[int(holdout.queries[place])]
             item = data.items.ids[int(holdout.target_items[holdout.target_offsets[place]])]
-            wanted = told[user, item, int(holdout.query_times[place])]
+            wanted = rows[user, item, int(holdout.query_times[place])]
             assert holdout.context["price"][place] == wanted["price"]
 
 
@@ -81,8 +81,8 @@ def test_every_row_keeps_its_context_in_any_form(tmp_path):
     assert Interactions.read(tmp_path / "log.parquet").fingerprint == read.fingerprint
 
 
-def test_several_files_buckets_duplicates_and_dislikes(tmp_path, monkeypatch):
-    """Small buckets, repeated rows, and rows below the label: what is left keeps its own context."""
+def test_several_files_buckets_duplicates_and_negatives(tmp_path, monkeypatch):
+    """Small buckets, repeated rows, and rows below the label: the remaining rows keep their context."""
     monkeypatch.setattr("twotower.data.preparing.BUCKET_ROWS", 50)
     frame = log().with_columns(rating=pl.Series(np.arange(400) % 5))
     frame.head(150).write_parquet(tmp_path / "a.parquet")
@@ -97,7 +97,7 @@ def test_several_files_buckets_duplicates_and_dislikes(tmp_path, monkeypatch):
     assert data.negatives.context is None
 
 
-def test_lists_of_items_bring_their_context_item_by_item():
+def test_lists_of_items_have_lists_of_context():
     frame = pl.DataFrame({
         "user_id": ["a", "b"], "item_id": [[3, 1, 2], [1, 5]], "device": [["x", "y", "z"], ["v", "w"]],
         "country": ["FR", "DE"],
@@ -111,7 +111,7 @@ def test_lists_of_items_bring_their_context_item_by_item():
         Interactions.from_frame(uneven, context=["device"])
 
 
-def test_splits_parts_and_ranks_keep_it():
+def test_splits_parts_and_ranks_keep_the_context():
     frame = log()
     data = Interactions.from_frame(frame, context="all")
     assert "timestamp" in data.context.columns and "user_id" not in data.context.columns
@@ -128,23 +128,23 @@ def test_splits_parts_and_ranks_keep_it():
     check(chosen, frame, names)
 
 
-def test_training_rows_are_encoded_as_requests_are():
-    """All kinds: the arrays of a training row, and of the same values asked for one at a time."""
+def test_training_rows_are_encoded_like_requests():
+    """For all kinds, a training row has the same arrays as a request with the same values."""
     frame = log()
     config = Config.load(None, [DECLARED])
     data = Interactions.from_frame(frame, context=wanted_context(config))
     train = leave_last_out(data).train
     features = fit_features(config, train)["context"]
     encoded = encode_context(features, train)
-    told = expected(frame)
+    by_key = expected(frame)
     batch = next(iter(TrainingBatches(train, 12, context=encoded)))
     for row, place in zip(batch.rows.tolist(), range(12), strict=True):
-        values = {name: told[key_of(train, row)][name] for name in features.columns}
+        values = {name: by_key[key_of(train, row)][name] for name in features.columns}
         values["timestamp"] = values["timestamp"] if place % 2 else str(train.context["timestamp"][row])
         alone = encode_given(features, [values])
-        for many, asked in zip(batch.context, alone, strict=True):
+        for many, single in zip(batch.context, alone, strict=True):
             own = np.atleast_1d(many[place].numpy())
-            one = np.atleast_1d(asked[0])
+            one = np.atleast_1d(single[0])
             np.testing.assert_allclose(own, np.pad(one, (0, len(own) - len(one))), rtol=0, atol=1e-6)
     assert len({tuple(row) for row in batch.context[0].numpy()[:, None].tolist()}) == 3  # phone, desk, missing
 
@@ -157,7 +157,7 @@ def test_sequences_have_the_context_of_each_of_their_rows():
         assert len(batch.to("cpu").context[0]) == len(batch)
 
 
-def test_requests_of_all_sorts_do_not_disturb_each_other():
+def test_requests_with_different_types_do_not_affect_each_other():
     config = Config.load(None, [DECLARED])
     data = Interactions.from_frame(log(), context=wanted_context(config))
     features = fit_features(config, data)["context"]
@@ -176,7 +176,7 @@ def test_requests_of_all_sorts_do_not_disturb_each_other():
             own = whole[place]
             assert np.array_equal(own[: alone.shape[1]], alone[0]) if alone.ndim == 2 else own == alone[0]
     device = together[0]
-    assert device[1] == 1 and device[5] == 1 and device[2] == device[4] == 0  # unknown, and nothing
+    assert device[1] == 1 and device[5] == 1 and device[2] == device[4] == 0  # unknown values, and missing ones
     seconds, *others = (together[4][place] for place in (0, 3, 5, 6))
     for other in others:  # milliseconds, and both as text
         np.testing.assert_array_equal(seconds, other)
@@ -186,25 +186,25 @@ def test_requests_of_all_sorts_do_not_disturb_each_other():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"devise": "phone"}, "context: column 'devise' is not one that the model knows; it knows 'device'"),
+        ({"devise": "phone"}, "context: the model has no column 'devise'; its context columns are 'device'"),
         ({"price": "cheap"}, "context: column 'price', row 2: expected a number"),
         ({"device": {"a": 1}}, "context: column 'device': expected one value in each row"),
         ({"at": "yesterday"}, "column 'at', row 2: expected unix time or ISO text"),
         ({"vector": [1.0]}, "column 'vector', row 2: expected 3 numbers"),
     ],
 )
-def test_a_request_that_cannot_be_read_is_told(row, message):
+def test_an_invalid_request_is_refused(row, message):
     config = Config.load(None, [DECLARED])
     data = Interactions.from_frame(log(), context=wanted_context(config))
     with pytest.raises(InputError, match=message):
         encode_given(fit_features(config, data)["context"], [{}, row])
 
 
-def test_what_cannot_be_read_is_told():
+def test_invalid_context_columns_are_refused():
     frame = log()
-    with pytest.raises(InputError, match="context column 'browser' is not there"):
+    with pytest.raises(InputError, match="context column 'browser' does not exist"):
         Interactions.from_frame(frame, context=["browser"])
-    with pytest.raises(InputError, match="context column 'item_id' is the query's or the item's id"):
+    with pytest.raises(InputError, match="context column 'item_id' is the query id or the item id"):
         Interactions.from_frame(frame, context=["item_id"])
     with pytest.raises(InputError, match="expected a list of columns"):
         Interactions.from_frame(frame, context="device")
@@ -215,12 +215,12 @@ def test_what_cannot_be_read_is_told():
     data = Interactions.from_frame(text, context=["price"])
     with pytest.raises(InputError, match="context of the interactions: column 'price', query 'u03': expected a number"):
         fit_features(config, data)
-    filed = Config.load(None, ["query_tower.context=[{column: v, kind: dense, file: v.npy, ids: ids.txt}]"])
-    with pytest.raises(InputError, match="a file has vectors of ids; expected a column"):
-        fit_features(filed, data)
+    dense = Config.load(None, ["query_tower.context=[{column: v, kind: dense, file: v.npy, ids: ids.txt}]"])
+    with pytest.raises(InputError, match="a file has vectors of ids, not of requests; expected a column"):
+        fit_features(dense, data)
 
 
-def test_proposals_leave_out_what_tells_the_answer():
+def test_proposals_leave_out_columns_that_leak_the_target():
     rng = np.random.default_rng(1)
     frame = log(2_000).with_columns(
         title=pl.concat_str(pl.lit("item "), pl.col("item_id")),
@@ -234,11 +234,11 @@ def test_proposals_leave_out_what_tells_the_answer():
     assert found["timestamp"].declared.parts == ["hour", "weekday"]
     assert found["device"].declared.kind == found["hour"].declared.kind == "categorical"
     assert found["tags"].declared.kind == "multi"
-    assert found["title"].declared is None and "goes with the item" in found["title"].why
-    assert found["unit_price"].declared is None and "goes with the item" in found["unit_price"].why
-    assert found["session"].declared is None and "names them" in found["session"].why
+    assert found["title"].declared is None and "determined by the item" in found["title"].why
+    assert found["unit_price"].declared is None and "determined by the item" in found["unit_price"].why
+    assert found["session"].declared is None and "identifies queries" in found["session"].why
     assert found["one"].declared is None
-    assert found["price"].declared.kind == "numeric"  # no two alike, and no name
+    assert found["price"].declared.kind == "numeric"  # every value is different, but it is no identifier
     settings = with_features(Config.load(None, ["query_tower.context=auto"]), data)
     columns = [one.column for one in settings.query_tower.context]
     assert "device" in columns and "title" not in columns

@@ -1,4 +1,4 @@
-"""Known data sets: archives made here in the original layouts, checksums, and what is said when nothing can be had."""
+"""Known data sets: archives made here in the original layouts, checksums, and messages for failed downloads."""
 
 import hashlib
 import zipfile
@@ -53,7 +53,7 @@ ORIGINAL_1M = {
         ("movielens-1m", ORIGINAL_1M, "Amélie", "Comedy Romance"),
     ],
 )
-def test_every_layout_becomes_the_same_tables(
+def test_every_layout_gives_the_same_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, members: dict[str, str], title: str, genres: str
 ) -> None:
     made = archive(tmp_path, members)
@@ -96,7 +96,7 @@ def test_a_folder_named_in_the_environment_comes_first(real_data: Path, monkeypa
     assert len(datasets.load("movielens-100k")) == 100_000
 
 
-def test_a_wrong_checksum_is_refused_and_nothing_is_kept(
+def test_a_wrong_checksum_is_refused_and_the_download_discarded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = archive(tmp_path, ORIGINAL_1M)
@@ -117,7 +117,7 @@ def test_a_wrong_checksum_is_refused_and_nothing_is_kept(
     assert "downloading some==1 from the Python package index" in capsys.readouterr().err
 
 
-def test_places_are_tried_in_order_and_the_last_failure_says_what_to_do(
+def test_places_are_tried_in_order_and_the_error_gives_advice(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
@@ -128,8 +128,8 @@ def test_places_are_tried_in_order_and_the_last_failure_says_what_to_do(
         fetch([nowhere, Wheel("some==1", "0" * 64)], lambda _: None, "some")
     for part in ("127.0.0.1:9", "no index", "TWOTOWER_DATA"):
         assert part in str(caught.value)
-    said = capsys.readouterr().err
-    assert 0 <= said.find("127.0.0.1") < said.find("some==1")
+    printed = capsys.readouterr().err
+    assert 0 <= printed.find("127.0.0.1") < printed.find("some==1")
 
 
 def test_an_archive_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,8 +146,8 @@ def test_an_archive_of_another_version_is_refused(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("asked", "part"), [("movielens-20m", "known data sets: movielens-100k"), ("gone/a.csv", "no such file or folder")]
+    ("name", "part"), [("movielens-20m", "known data sets: movielens-100k"), ("gone/a.csv", "no such file or folder")]
 )
-def test_unknown_names_are_refused(asked: str, part: str) -> None:
+def test_unknown_names_are_refused(name: str, part: str) -> None:
     with pytest.raises(InputError, match=part):
-        datasets.load(asked)
+        datasets.load(name)

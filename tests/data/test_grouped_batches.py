@@ -1,4 +1,4 @@
-"""Batches built within groups: one group each, every full batch once an epoch, resumable."""
+"""Batches built within groups: one group each, every full batch once per epoch, resumable."""
 
 from collections import Counter
 
@@ -26,7 +26,7 @@ def batches(data: Interactions, **options: int) -> GroupedBatches:
     return GroupedBatches(TrainingBatches(data, 8, **options))
 
 
-def test_each_batch_is_of_one_group_and_all_full_batches_come_once() -> None:
+def test_each_batch_has_one_group_and_every_full_batch_comes_once() -> None:
     data = interactions()
     assert data.groups is not None
     groups = np.asarray(data.groups)
@@ -51,8 +51,8 @@ def test_each_batch_is_of_one_group_and_all_full_batches_come_once() -> None:
     assert len(found) == 11
 
 
-def test_over_many_epochs_every_row_of_a_group_is_drawn_alike() -> None:
-    """Which rows the last, incomplete batch leaves out changes with the epoch, so that none is left out for ever."""
+def test_over_many_epochs_every_row_of_a_group_is_drawn_equally_often() -> None:
+    """The rows of the last, incomplete batch, which is left out, change with the epoch, so that all rows are used."""
     data = interactions()
     found = batches(data)
     seen = np.zeros(len(data))
@@ -66,7 +66,7 @@ def test_over_many_epochs_every_row_of_a_group_is_drawn_alike() -> None:
         assert abs(of_group - share).max() < 5 * np.sqrt(share * (1 - share) / 60) + 1e-12
 
 
-def test_groups_are_mixed_over_the_epoch_and_the_order_changes() -> None:
+def test_groups_are_mixed_within_an_epoch_and_the_order_changes() -> None:
     found = batches(interactions())
     orders = [[batch.group for batch in found] for _ in range(5)]
     assert len({tuple(order) for order in orders}) == 5
@@ -75,7 +75,7 @@ def test_groups_are_mixed_over_the_epoch_and_the_order_changes() -> None:
     assert [b.rows.tolist() for b in first] != [b.rows.tolist() for b in batches(interactions(), seed=2)]
 
 
-def test_resuming_in_mid_epoch_gives_the_same_batches() -> None:
+def test_resuming_mid_epoch_gives_the_same_batches() -> None:
     data = interactions()
     whole = batches(data, seed=5)
     expected = [(b.group, b.rows.tolist()) for _ in range(3) for b in whole]
@@ -94,7 +94,7 @@ def test_resuming_in_mid_epoch_gives_the_same_batches() -> None:
     assert got == expected
 
 
-def test_what_cannot_be_grouped_is_refused() -> None:
+def test_data_that_cannot_be_grouped_is_refused() -> None:
     data = interactions()
     with pytest.raises(InputError, match="no group has 60 rows"):
         GroupedBatches(TrainingBatches(data, 60))

@@ -1,4 +1,4 @@
-"""Reading in every format, against plain Python loops; the saved form and its cache."""
+"""Reading in every format, compared with plain Python loops; saved data and the cache."""
 
 import errno
 import gzip
@@ -59,7 +59,7 @@ def write_as(frame: pl.DataFrame, kind: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "csv.gz", "inter", "shards"])
 @pytest.mark.parametrize("text", [False, True])
-def test_every_format_reads_as_the_loops_say(tmp_path: Path, kind: str, text: bool) -> None:
+def test_every_format_matches_the_loops(tmp_path: Path, kind: str, text: bool) -> None:
     rows = some_rows(text=text)
     data = Interactions.read(write_as(frame_of(rows), kind, tmp_path))
     assert as_sequences(data) == sequences(rows)
@@ -85,7 +85,7 @@ def test_many_small_buckets_and_chunks_give_the_same(
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(-3, 3), st.integers(0, 4), st.integers(-4, 4)), min_size=2, max_size=40))
-def test_any_rows_sort_as_the_loops_say(rows: list[Row]) -> None:
+def test_any_rows_are_sorted_like_the_loops(rows: list[Row]) -> None:
     if len({r[1] for r in rows}) < 2:
         return
     frame = pl.DataFrame(rows, schema=["user", "item", "time"], orient="row")
@@ -128,10 +128,10 @@ def test_without_timestamps_row_order_is_time_and_repeats_stay() -> None:
     data = Interactions.from_frame(pl.DataFrame({"user": [2, 1, 2, 2], "item": [9, 8, 7, 9]}))
     assert data.timestamps is None
     assert as_sequences(data) == {1: [(8, 0)], 2: [(9, 0), (7, 0), (9, 0)]}
-    assert "row order stands for time" in str(data.account)
+    assert "row order is taken as time order" in str(data.account)
 
 
-def test_ids_in_text_files_keep_how_they_are_written(tmp_path: Path) -> None:
+def test_ids_in_text_files_stay_as_written(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("user,item\n007,1\n7,2\n")
     data = Interactions.read(tmp_path / "a.csv")
     assert data.queries.ids.to_list() == ["007", "7"]
@@ -153,7 +153,7 @@ def test_lists_of_items_and_columns_of_the_query() -> None:
     assert data.account.count("empty lists") == 1
 
 
-def test_lists_of_times_go_along() -> None:
+def test_lists_of_times_are_expanded_with_the_items() -> None:
     frame = pl.DataFrame({"user": [1, 2], "items": [["a", "b"], ["a"]], "timestamps": [[9, 3], [5]]})
     assert as_sequences(Interactions.from_frame(frame)) == {
         1: [("b", 3 * SECOND), ("a", 9 * SECOND)],
@@ -185,7 +185,7 @@ def test_weights_labels_groups_follow_their_rows() -> None:
     assert "labels ignored" in str(data.account)
 
 
-def test_positive_label_keeps_the_others_apart() -> None:
+def test_positive_label_separates_negatives() -> None:
     frame = pl.DataFrame({"user": [1, 1, 2], "item": [1, 2, 3], "time": [1, 2, 3], "rating": [5, 2, 3]})
     data = Interactions.from_frame(frame, positive_label=4)
     assert as_sequences(data) == {1: [(1, SECOND)]}
@@ -250,7 +250,7 @@ def test_save_and_open_are_the_same_and_memory_mapped(tmp_path: Path) -> None:
     assert again.known_fingerprint is not None
     assert str(again.account) == str(data.account)
     again.known_fingerprint = None
-    assert again.fingerprint == data.fingerprint, "the fingerprint of the files is that of the content"
+    assert again.fingerprint == data.fingerprint, "the stored fingerprint equals the one computed from the content"
     assert [p.name for p in tmp_path.iterdir()] == ["saved"]
     assert as_sequences(Interactions.read(tmp_path / "saved")) == as_sequences(data)
 
@@ -273,7 +273,7 @@ def test_the_cache_is_used_until_the_source_changes(tmp_path: Path, monkeypatch:
     assert Interactions.read(path, columns={"timestamp": None, "label": "timestamp"}).labels is not None
 
 
-def test_a_damaged_cache_is_made_anew(tmp_path: Path) -> None:
+def test_a_damaged_cache_is_prepared_again(tmp_path: Path) -> None:
     path = write_as(frame_of(some_rows()), "csv", tmp_path)
     first = Interactions.read(path, cache=tmp_path / "cache")
     (tmp_path / "cache" / "item_codes.npy").write_bytes(b"short")
@@ -297,11 +297,11 @@ def test_another_layout_is_refused(tmp_path: Path) -> None:
     Interactions.from_frame(frame_of(some_rows())).save(tmp_path / "saved")
     meta = json.loads((tmp_path / "saved" / META).read_text())
     (tmp_path / "saved" / META).write_text(json.dumps({**meta, "layout": 99}))
-    with pytest.raises(InputError, match="layout 99"):
+    with pytest.raises(InputError, match="layout version 99"):
         Interactions.open(tmp_path / "saved")
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_as(frame_of(some_rows()), "csv", tmp_path)
 
     def full(*_: object, **__: object) -> None:
@@ -313,7 +313,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_several_files_are_read_in_their_order(tmp_path: Path) -> None:
+def test_several_files_are_read_in_order(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("1 5 6\r\n")
     (tmp_path / "a.txt").write_text("1 7\r\n2 5\r\n")
     data = Interactions.read([tmp_path / "b.txt", tmp_path / "a.txt"])

@@ -1,4 +1,4 @@
-"""New days joined to a past: against a join by ids in plain dictionaries; what leaves, and what is refused."""
+"""New data joined to the past, compared with a join by ids in plain dictionaries; withdrawn items; refused data."""
 
 import numpy as np
 import polars as pl
@@ -18,7 +18,7 @@ DAY = 86_400
 
 
 def days(first, last, *, queries, items, seed, rows=400):
-    """Rows spread over days `first` to `last` of some queries and items, both half-open ranges."""
+    """Make rows spread over days `first` to `last`, with queries and items from half-open ranges."""
     rng = np.random.default_rng(seed)
     return pl.DataFrame({
         "user_id": [f"u{q:03d}" for q in rng.integers(*queries, rows)],
@@ -37,7 +37,7 @@ PROTOCOLS = {
 
 
 def past_of(frame, *, learnt=0.8, items=None):
-    """The past of a model that was trained on the first rows of every query."""
+    """Make the past of a model that was trained on the first rows of every query."""
     data = Interactions.from_frame(frame, items=items)
     sizes = np.diff(data.offsets)
     return Past(
@@ -47,7 +47,7 @@ def past_of(frame, *, learnt=0.8, items=None):
 
 
 def histories(frame, without=()):
-    """Items of each query in the order of time, by id."""
+    """Map each query id to its item ids in time order."""
     found = {}
     for query, item, _ in sorted(frame.iter_rows(), key=lambda row: row[2]):
         if item not in without:
@@ -61,7 +61,7 @@ def rows_by_id(data):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_the_rows_are_those_of_a_join_by_ids(protocol):
+def test_the_rows_match_a_join_by_ids(protocol):
     gone = [3, 31, 44]
     made = continued(past_of(OLD), Interactions.from_frame(NEW), PROTOCOLS[protocol], withdrawn=gone)
     whole = {q: rows for q, rows in rows_by_id(made.data).items() if rows}
@@ -74,22 +74,22 @@ def test_the_rows_are_those_of_a_join_by_ids(protocol):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_question_follows_its_whole_history_and_is_not_trained_on(protocol):
+def test_targets_follow_their_whole_history_and_are_not_trained_on(protocol):
     made = continued(past_of(OLD), Interactions.from_frame(NEW), PROTOCOLS[protocol])
     whole, trained = rows_by_id(made.data), rows_by_id(made.train)
     for holdout in (made.validation, made.test):
         assert len(holdout)
         for row, query in enumerate(made.data.queries.decode(holdout.queries)):
             part = slice(holdout.history_offsets[row], holdout.history_offsets[row + 1])
-            asked = slice(holdout.target_offsets[row], holdout.target_offsets[row + 1])
+            own = slice(holdout.target_offsets[row], holdout.target_offsets[row + 1])
             history = made.data.items.decode(holdout.history_items[part]).to_list()
-            targets = made.data.items.decode(holdout.target_items[asked]).to_list()
+            targets = made.data.items.decode(holdout.target_items[own]).to_list()
             assert whole[query][: len(history)] == history
             assert set(targets) <= set(whole[query][len(history) :])
             assert len(trained[query]) <= len(history)
 
 
-def test_cold_targets_are_left_out_where_the_protocol_drops_them():
+def test_cold_targets_are_left_out_if_the_protocol_drops_them():
     made = continued(past_of(OLD), Interactions.from_frame(NEW), PROTOCOLS["time"])
     assert (made.train.item_counts()[made.test.target_items] > 0).all()
     assert (np.diff(made.train.offsets)[made.test.queries] > 0).all()
@@ -97,7 +97,7 @@ def test_cold_targets_are_left_out_where_the_protocol_drops_them():
     assert len(kept.test.target_items) >= len(made.test.target_items)
 
 
-def test_a_grown_log_gives_the_same_as_the_new_days_alone():
+def test_the_whole_log_gives_the_same_as_the_new_rows_alone():
     alone = continued(past_of(OLD), Interactions.from_frame(NEW), PROTOCOLS["time"])
     log = continued(past_of(OLD), Interactions.from_frame(pl.concat([OLD, NEW])), PROTOCOLS["time"])
     assert rows_by_id(alone.train) == rows_by_id(log.train)
@@ -105,7 +105,7 @@ def test_a_grown_log_gives_the_same_as_the_new_days_alone():
     assert log.account.count("rows known") == len(OLD.unique())
 
 
-def test_what_is_learnt_again_is_new_or_drawn_from_the_past():
+def test_rows_to_learn_are_new_or_drawn_from_the_past():
     past = past_of(OLD)
     made = continued(past, Interactions.from_frame(NEW), PROTOCOLS["time"])
     assert int(made.learnt.sum()) == int(past.learnt.sum())  # nothing was withdrawn
@@ -119,7 +119,7 @@ def test_what_is_learnt_again_is_new_or_drawn_from_the_past():
 
 
 @pytest.mark.parametrize("replay", [0.0, 1.0, 3.0])
-def test_whole_queries_are_learnt_where_a_tower_reads_sequences(replay):
+def test_whole_queries_are_chosen_for_a_tower_that_reads_sequences(replay):
     made = continued(past_of(OLD), Interactions.from_frame(NEW), PROTOCOLS["time"])
     rows = made.rows_to_learn(replay, seed=0, whole=True)
     chosen = made.train.select(rows)
@@ -134,7 +134,7 @@ def test_whole_queries_are_learnt_where_a_tower_reads_sequences(replay):
     assert max(least, wanted) <= replayed <= max(least, wanted) + all_sizes.max()
 
 
-def test_an_item_table_that_is_the_catalog_withdraws_what_it_does_not_list():
+def test_an_item_table_as_catalog_withdraws_items_that_it_does_not_list():
     table = pl.DataFrame({"item_id": [*range(10, 60), 200], "title": [f"t{j}" for j in [*range(10, 60), 200]]})
     data = Interactions.from_frame(NEW, items=table, catalog="table")
     made = continued(past_of(OLD), data, PROTOCOLS["time"], catalog="table")
@@ -144,7 +144,7 @@ def test_an_item_table_that_is_the_catalog_withdraws_what_it_does_not_list():
     assert set(same.data.items.ids) == set(OLD["item_id"]) | new_ids
 
 
-def test_the_new_table_describes_and_the_old_one_fills_up():
+def test_the_new_table_takes_precedence_over_the_old_one():
     old = pl.DataFrame({"item_id": [1, 2, 3], "title": ["one", "two", "three"], "price": [1.0, 2.0, 3.0]})
     new = pl.DataFrame({"item_id": [2, 4, 5], "title": ["TWO", "four", None], "colour": ["red", "blue", None]})
     ids = [Vocabulary(table["item_id"]) for table in (old, new)]
@@ -155,7 +155,7 @@ def test_the_new_table_describes_and_the_old_one_fills_up():
         joined_table(old, ids[0], new.with_columns(price=pl.lit("cheap")), ids[1], Vocabulary([1, 2, 4, 5]))
 
 
-def test_features_meet_new_values_without_moving_the_old_ones():
+def test_features_gain_new_values_without_changing_the_old_ones():
     declared = [
         CategoricalFeature(column="colour"), MultiFeature(column="tags"), TextFeature(column="words", min_count=1),
         NumericFeature(column="price"), CategoricalFeature(column="shop", buckets=7), DenseFeature(column="v"),
@@ -182,7 +182,7 @@ def test_features_meet_new_values_without_moving_the_old_ones():
         width = now.shape[1] if now.ndim == 2 else 0
         assert np.array_equal(np.pad(kept, ((0, 0), (0, width - kept.shape[1]))) if width else kept, now), encoder
     colours, tags = after.table.features.encoders[0].values, after.table.features.encoders[1].values
-    assert colours.known.ids.to_list() == ["amber", "blue", "red"]  # violet stands in no training row
+    assert colours.known.ids.to_list() == ["amber", "blue", "red"]  # violet occurs in no training row
     assert tags.known.ids.to_list() == ["a", "b", "c", "d"]
     assert after.table.arrays[0].tolist() == [4, 0, 2, 1]
     assert sorted(after.table.arrays[1][2].tolist()) == [3, 4, 5]
@@ -198,14 +198,14 @@ def test_features_meet_new_values_without_moving_the_old_ones():
 @pytest.mark.parametrize(
     ("data", "withdrawn", "message"),
     [
-        (OLD, None, "nothing to continue on"),
+        (OLD, None, "nothing to train on"),
         (NEW.drop("timestamp"), None, "has timestamps and the new data has none"),
         (NEW.with_columns(pl.col("item_id").cast(pl.String)), None, "item ids are integers in the model and text"),
         (NEW.with_columns(user_id=pl.int_range(pl.len())), None, "query ids are text in the model and integers"),
-        (NEW, [777], "none of its 1 items is in the catalog"),
-        (NEW.filter(pl.col("item_id") < 40), list(range(30, 40)), "nothing to continue on"),
+        (NEW, [777], "none of the 1 ids is in the catalog"),
+        (NEW.filter(pl.col("item_id") < 40), list(range(30, 40)), "nothing to train on"),
     ],
 )
-def test_what_cannot_be_continued_on_is_refused_with_the_reason(data, withdrawn, message):
+def test_unsuitable_new_data_is_refused_with_the_reason(data, withdrawn, message):
     with pytest.raises(InputError, match=message):
         continued(past_of(OLD), Interactions.from_frame(data), PROTOCOLS["time"], withdrawn=withdrawn)

@@ -1,4 +1,4 @@
-"""The known positives of a batch of queries, against a loop."""
+"""The known positives of a batch of queries, compared with a loop."""
 
 import numpy as np
 import polars as pl
@@ -18,16 +18,16 @@ def interactions(n: int, queries: int, seed: int) -> Interactions:
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 60), st.integers(1, 9), st.lists(st.integers(-1, 8), max_size=12), st.integers(0, 10**6))
-def test_pairs_are_what_the_loop_says(n: int, queries: int, asked: list[int], seed: int) -> None:
+def test_pairs_match_the_loop(n: int, queries: int, wanted: list[int], seed: int) -> None:
     data = interactions(n, queries, seed)
-    asked = [min(code, data.num_queries - 1) for code in asked]
+    wanted = [min(code, data.num_queries - 1) for code in wanted]
     expected = [
         (row, int(data.item_codes[place]))
-        for row, code in enumerate(asked)
+        for row, code in enumerate(wanted)
         if code >= 0
         for place in range(data.offsets[code], data.offsets[code + 1])
     ]
-    row, item = KnownPositives(data).pairs(torch.tensor(asked, dtype=torch.int64))
+    row, item = KnownPositives(data).pairs(torch.tensor(wanted, dtype=torch.int64))
     assert (row.dtype, item.dtype) == (torch.int64, torch.int64)
     assert list(zip(row.tolist(), item.tolist(), strict=True)) == expected
 

@@ -1,6 +1,6 @@
-"""Malformed inputs, each with the one or two lines that it is refused with; and nothing half-written is left."""
+"""Malformed inputs, each with parts of its error message of one or two lines; and no partial output is left."""
 
-# ruff: noqa: E501 - a table reads best with one case a line
+# ruff: noqa: E501 - a table reads best with one case per line
 
 import gzip
 from collections.abc import Callable
@@ -56,7 +56,7 @@ def twice_named(folder: Path) -> Path:
 PAIRS = pl.DataFrame({"user": [1, 1, 2], "item": [1, 2, 3]})
 ONE_ITEM_TABLE = {"items": pl.DataFrame({"item_id": [10, 10], "title": ["a", "b"]})}
 
-# what it is, how it is made, options of the reading, and parts that the message must have
+# name, how to make the input, options of `read`, and parts of the expected message
 MALFORMED: list[tuple[str, Callable[[Path], Any], dict[str, Any], list[str]]] = [
     ("no such file", lambda d: d / "gone.csv", {}, ["gone.csv", "no such file"]),
     ("empty file", text("a.csv", ""), {}, ["a.csv", "empty"]),
@@ -67,18 +67,18 @@ MALFORMED: list[tuple[str, Callable[[Path], Any], dict[str, Any], list[str]]] = 
     ("unknown format", text("a.xlsx", "PK"), {}, ["a.xlsx", "unknown format '.xlsx'", ".parquet"]),
     ("empty folder", lambda d: d, {}, ["no data files in this folder"]),
     ("truncated Parquet", parquet("a.parquet", PAIRS, cut=30), {}, ["a.parquet", "truncated or damaged"]),
-    ("no Parquet at all", text("a.parquet", "user,item\n1,2\n"), {}, ["a.parquet", "truncated or damaged"]),
+    ("not Parquet at all", text("a.parquet", "user,item\n1,2\n"), {}, ["a.parquet", "truncated or damaged"]),
     ("truncated gzip", text("a.csv.gz", gzip.compress((GOOD * 500).encode())[:-40]), {}, ["a.csv.gz", "truncated or damaged gzip"]),
-    ("no gzip at all", text("a.csv.gz", GOOD), {}, ["a.csv.gz", "truncated or damaged gzip"]),
+    ("not gzip at all", text("a.csv.gz", GOOD), {}, ["a.csv.gz", "truncated or damaged gzip"]),
     ("latin-1 text", text("a.csv", "user,item\nJosé,1\nb,2\n".encode("latin-1")), {}, ["a.csv", "not UTF-8"]),
     ("no query column", text("a.csv", "who,item\n1,2\n"), {}, ["a.csv", "no query column", "'who', 'item'"]),
     ("no item column", text("a.csv", "user,what\n1,2\n"), {}, ["a.csv", "no item column", "'user', 'what'"]),
-    ("told column absent", text("a.csv", GOOD), {"columns": {"item": "sku"}}, ["a.csv", "'sku'", "not there", "'item_id'"]),
-    ("told timestamp absent", text("a.csv", GOOD), {"columns": {"timestamp": "when"}}, ["a.csv", "'when'", "timestamp"]),
+    ("named column absent", text("a.csv", GOOD), {"columns": {"item": "sku"}}, ["a.csv", "'sku'", "does not exist", "'item_id'"]),
+    ("named timestamp absent", text("a.csv", GOOD), {"columns": {"timestamp": "when"}}, ["a.csv", "'when'", "timestamp"]),
     ("unknown role", text("a.csv", GOOD), {"columns": {"when": "timestamp"}}, ["'when' is not a role"]),
     ("one column, two roles", text("a.csv", GOOD), {"columns": {"item": "user_id", "query": "user_id"}}, ["two roles"]),
     ("ambiguous item", text("a.csv", "user,item_id,movie_id\n1,2,3\n"), {}, ["a.csv", "'item_id', 'movie_id'", "each be the item"]),
-    ("duplicate header", text("a.csv", "user,item,item\n1,2,3\n"), {}, ["a.csv", "'item' stands twice"]),
+    ("duplicate header", text("a.csv", "user,item,item\n1,2,3\n"), {}, ["a.csv", "'item' occurs twice"]),
     ("duplicate Parquet column", twice_named, {}, ["a.parquet", "duplicate column", "'item'"]),
     ("nameless column", text("a.csv", "user,,item\n1,2,3\n"), {}, ["a.csv", "without a name"]),
     ("too many fields", text("a.csv", "user,item\n1,2\n3,4,5\n"), {}, ["a.csv", "row 2", "3 fields"]),
@@ -133,12 +133,12 @@ MALFORMED: list[tuple[str, Callable[[Path], Any], dict[str, Any], list[str]]] = 
     ("positive_label NaN", text("a.csv", GOOD), {"positive_label": float("nan")}, ["positive_label", "finite"]),
     ("unknown catalog", text("a.csv", GOOD), {"catalog": "all"}, ["catalog", "'interactions' or 'table'"]),
     ("catalog of no table", text("a.csv", GOOD), {"catalog": "table"}, ["catalog='table' needs an item table"]),
-    ("item table repeats an id", text("a.csv", GOOD), ONE_ITEM_TABLE, ["item table", "'item_id'", "row 2", "stands there before"]),
+    ("item table repeats an id", text("a.csv", GOOD), ONE_ITEM_TABLE, ["item table", "'item_id'", "row 2", "occurs in an earlier row"]),
     ("item table without id", text("a.csv", GOOD), {"items": pl.DataFrame({"title": ["x"]})}, ["item table", "no item id column", "'title'"]),
     ("item table has null id", text("a.csv", GOOD), {"items": pl.DataFrame({"item_id": [1, None]})}, ["item table", "row 2", "empty item id"]),
-    ("item table of other ids", text("a.csv", GOOD), {"items": pl.DataFrame({"item_id": [5, 6]})}, ["item table", "not one of its 2 item ids"]),
+    ("item table of other ids", text("a.csv", GOOD), {"items": pl.DataFrame({"item_id": [5, 6]})}, ["item table", "none of its 2 item ids"]),
     ("gaps do not fit", text("a.txt", "1 2 3\t0 5\n2 3 4\t0\n"), {}, ["a.txt", "row 2", "2 items but 1 gaps"]),
-    ("a list is null", parquet("a.parquet", pl.DataFrame({"user": [1, 2], "items": [[1, 2], None]})), {}, ["'items'", "row 2", "no list"]),
+    ("a list is null", parquet("a.parquet", pl.DataFrame({"user": [1, 2], "items": [[1, 2], None]})), {}, ["'items'", "row 2", "null instead of a list"]),
     ("lists of two lengths", parquet("a.parquet", pl.DataFrame({"user": [1], "items": [[1, 2]], "timestamps": [[1]]})), {}, ["'timestamps'", "row 1", "not as long"]),
     ("only empty lists", parquet("a.parquet", pl.DataFrame({"user": [1], "items": [[]]}, schema_overrides={"items": pl.List(pl.Int64)})), {}, ["a.parquet", "no interactions"]),
     ("item null in a list", parquet("a.parquet", pl.DataFrame({"user": [1, 2], "items": [[1, 2], [None]]})), {}, ["'items'", "row 2", "empty item id"]),
@@ -171,16 +171,16 @@ def test_the_list_is_long_enough() -> None:
 
 
 FRAMES: list[tuple[str, Any, list[str]]] = [
-    ("no frame", 17, ["expected a polars, pandas or Arrow data frame", "int"]),
+    ("not a frame", 17, ["expected a polars, pandas or Arrow data frame", "int"]),
     ("no rows", PAIRS.clear(), ["data frame", "no rows"]),
     ("mixed column", {"user": [1, "x"], "item": [1, 2]}, ["data frame", "mixed types"]),
     ("mixed objects", pl.DataFrame({"user": pl.Series([1, "x"], dtype=pl.Object), "item": [1, 2]}), ["'user'", "mixed types"]),
-    ("Arrow twice named", pa.table([[1], [2]], names=["user", "user"]), ["data frame", "duplicate column"]),
+    ("Arrow duplicate name", pa.table([[1], [2]], names=["user", "user"]), ["data frame", "duplicate column"]),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("frame", "parts"), [f[1:] for f in FRAMES], ids=[f[0] for f in FRAMES])
-def test_unusable_frames_are_refused(frame: Any, parts: list[str]) -> None:
+def test_invalid_frames_are_refused(frame: Any, parts: list[str]) -> None:
     with pytest.raises(InputError) as caught:
         Interactions.from_frame(frame)
     for part in parts:
@@ -207,7 +207,7 @@ SPLITS: list[tuple[str, Callable[[], Any], list[str]]] = [
     ("no test", lambda: by_time(timed(9), test=0), ["test=0"]),
     ("only cold items", lambda: by_time(timed(30)), ["validation is empty", "cold='keep'"]),
     ("unknown cold", lambda: by_time(timed(30), cold="maybe"), ["'drop' or 'keep'"]),  # type: ignore[arg-type]
-    ("nobody long enough", lambda: leave_last_out(Interactions.from_frame(PAIRS_ONLY)), ["no query has 3"]),
+    ("no query long enough", lambda: leave_last_out(Interactions.from_frame(PAIRS_ONLY)), ["no query has 3"]),
     ("no such column", lambda: leave_last_out(timed(9), "chosen"), ["'chosen'", "no boolean column"]),
     ("no such query", lambda: leave_last_out(timed(9), [0, 77]), ["query 77", "not in the data"]),
     ("too many", lambda: leave_last_out(timed(9), 4), ["validation_queries=4", "3 queries"]),

@@ -1,4 +1,4 @@
-"""Work ahead: the order, what is raised, and that no thread is left behind."""
+"""Prefetching: the order of the results, errors, and that no thread is left behind."""
 
 import gc
 import threading
@@ -14,7 +14,7 @@ from twotower.data.prefetching import ahead
 
 @pytest.fixture(autouse=True)
 def _of_others() -> None:
-    """Threads of trainings that other tests broke off may still wait to be collected."""
+    """Note the threads of earlier tests: those of interrupted training runs may not be collected yet."""
     BEFORE[:] = threading.enumerate()
 
 
@@ -22,19 +22,19 @@ BEFORE: list[threading.Thread] = []
 
 
 def threads() -> list[str]:
-    there = (thread for thread in threading.enumerate() if thread not in BEFORE)
-    return [thread.name for thread in there if thread.name.startswith("batches")]
+    new = (thread for thread in threading.enumerate() if thread not in BEFORE)
+    return [thread.name for thread in new if thread.name.startswith("batches")]
 
 
 def waited(condition) -> bool:
-    deadline = time.monotonic() + 200  # seconds; nothing is measured here, and a busy machine is slow
+    deadline = time.monotonic() + 200  # seconds; generous, because the machine may be busy
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.005)
     return bool(condition())
 
 
 @pytest.mark.parametrize("depth", [1, 3, 50])
-def test_everything_in_order_made_elsewhere(depth: int) -> None:
+def test_results_come_in_order_from_another_thread(depth: int) -> None:
     makers = set()
 
     def make(number: int) -> int:
@@ -47,7 +47,7 @@ def test_everything_in_order_made_elsewhere(depth: int) -> None:
     assert not threads()
 
 
-def test_no_more_is_made_ahead_than_asked_for() -> None:
+def test_no_more_than_depth_results_are_made_ahead() -> None:
     made: list[int] = []
     numbers = ahead(lambda n: made.append(n) or n, 0, 100, depth=3)
     assert next(numbers) == 0
@@ -59,7 +59,7 @@ def test_no_more_is_made_ahead_than_asked_for() -> None:
     numbers.close()
 
 
-def test_an_error_comes_in_its_turn_and_ends_the_thread() -> None:
+def test_an_error_is_raised_when_due_and_ends_the_thread() -> None:
     def make(number: int) -> int:
         if number == 2:
             raise OSError("the disk is gone")
@@ -86,7 +86,7 @@ def test_ctrl_c_in_the_consumer_or_a_dropped_iterator_leaves_no_thread() -> None
     assert waited(lambda: not threads())
 
 
-def test_the_state_is_of_the_batches_given_out_not_of_those_made() -> None:
+def test_the_state_counts_batches_yielded_not_batches_made() -> None:
     rng = np.random.default_rng(0)
     data = Interactions.from_frame(pl.DataFrame({"user": rng.integers(0, 9, 200), "item": rng.integers(0, 30, 200)}))
     batches = TrainingBatches(data, 10, history_length=3, seed=1)

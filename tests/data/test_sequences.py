@@ -1,4 +1,4 @@
-"""Batches of whole sequences: every row once, in windows that see only themselves; resumed where they were left."""
+"""Batches of whole sequences: every row once, in windows that see only their own rows; resumable."""
 
 import numpy as np
 import polars as pl
@@ -12,7 +12,7 @@ from twotower.ranks import Ranks
 
 @pytest.fixture(scope="module")
 def data():
-    """Queries with 1 to 40 rows, items of which tell their query and their place."""
+    """Queries with 1 to 40 rows, whose items encode their query and position."""
     rng = np.random.default_rng(0)
     sizes = rng.integers(1, 41, 30)
     return Interactions.from_frame(
@@ -31,13 +31,13 @@ def epoch_of(batches):
     return list(iter(batches))
 
 
-def test_every_row_is_trained_once_an_epoch(data):
-    batches = SequenceBatches(data, 1, history_length=6, seed=3)  # one window a batch: none is left out
+def test_every_row_is_trained_once_per_epoch(data):
+    batches = SequenceBatches(data, 1, history_length=6, seed=3)  # one window per batch: none is left out
     rows = torch.cat([batch.rows for batch in epoch_of(batches)])
     assert sorted(rows.tolist()) == list(range(len(data)))
 
 
-def test_a_row_sees_the_rows_of_its_window_before_it(data):
+def test_a_row_sees_only_earlier_rows_of_its_window(data):
     batches = SequenceBatches(data, 60, history_length=6, seed=3)
     codes = np.asarray(data.item_codes)
     for batch in epoch_of(batches):
@@ -65,10 +65,10 @@ def test_cuts_move_from_epoch_to_epoch(data):
     queries, starts, lengths = batches.windows(numbers, 0)
     assert (lengths >= 1).all() and (lengths <= 7).all()
     assert np.array_equal(np.bincount(queries, lengths), np.diff(data.offsets))
-    assert np.array_equal(starts[1:], (starts + lengths)[:-1])  # windows lie side by side
+    assert np.array_equal(starts[1:], (starts + lengths)[:-1])  # windows are adjacent
     other = batches.windows(numbers, 1)
     assert np.array_equal(other[0], queries) and not np.array_equal(other[1], starts)
-    # Over many epochs every cut comes up that the number of windows leaves room for.
+    # Over many epochs every cut occurs that the number of windows allows.
     longest = int(np.argmax(np.diff(data.offsets)))
     size = int(np.diff(data.offsets)[longest])
     first = numbers[queries == longest][:1]
@@ -76,7 +76,7 @@ def test_cuts_move_from_epoch_to_epoch(data):
     assert set(cuts) == set(range(size - 7 * (-(-size // 7) - 1), 8)) and len(set(cuts)) > 1
 
 
-def test_goes_on_in_the_middle_of_an_epoch(data):
+def test_resumes_in_the_middle_of_an_epoch(data):
     def fresh():
         return SequenceBatches(data, 40, history_length=6, seed=1)
 
@@ -90,7 +90,7 @@ def test_goes_on_in_the_middle_of_an_epoch(data):
     rest = [batch.rows.tolist() for batch in again] + [batch.rows.tolist() for batch in again]
     assert part + rest == whole
     assert whole[: len(again)] != whole[len(again) :]
-    with pytest.raises(InputError, match="history_length 6, here it is 5"):
+    with pytest.raises(InputError, match="history_length 6, but here it is 5"):
         SequenceBatches(data, 40, history_length=5).load_state_dict({**first.state_dict(), "windows_per_batch": 8})
 
 
@@ -103,7 +103,7 @@ def test_prepared_data_gives_the_same_batches(data, tmp_path):
         assert torch.equal(one.items, other.items) and torch.equal(one.sequences.tokens, other.sequences.tokens)
 
 
-def test_batches_have_as_many_rows_as_asked_on_average(data):
+def test_batches_have_the_requested_size_on_average(data):
     batches = SequenceBatches(data, 60, history_length=6)
     sizes = [len(batch) for batch in batches]
     assert 45 < np.mean(sizes) < 75
@@ -118,7 +118,7 @@ def test_sizes_out_of_range(data, settings):
 
 
 @pytest.mark.parametrize("size", [2, 3, 7])
-def test_the_rows_of_all_ranks_are_those_of_one_process_in_its_order(data, size):
+def test_the_rows_of_all_ranks_match_those_of_one_process_in_order(data, size):
     alone = SequenceBatches(data, 64, history_length=6, seed=2)
     ranks = [SequenceBatches(data, 64, history_length=6, seed=2, ranks=Ranks(rank, size)) for rank in range(size)]
     assert {len(one) for one in ranks} == {len(alone)}

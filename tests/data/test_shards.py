@@ -1,4 +1,4 @@
-"""A folder of shards: read by several processes, gone on with after a kill, prepared by two at once; lost ones."""
+"""Folders of shards: read by several processes, resumed after a kill, prepared twice at once; missing shards."""
 
 import os
 import shutil
@@ -22,22 +22,22 @@ from twotower.data.shards import FOLDER, Shards, in_turn, take_all
 from twotower.errors import InputError
 from twotower.schema import Columns
 
-#: Prepares a folder after a start that several wait for, and writes down every file it reads. It does not go on before
-#: so many processes have begun to read, and stands still at a shard of the given number.
+#: Prepares a folder after a common start signal, and logs every file it reads. It waits until `together` processes have
+#: begun to read, and stops at shard number `stop`.
 SLOWLY = """
 import os, sys, time
 from pathlib import Path
 from twotower.data import Interactions
 from twotower.data.reading import ParquetSource
-source, cache, told, together, stop = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
+source, cache, log, together, stop = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
 read, count = ParquetSource.chunks, 0
 def chunks(self, wanted):
     global count
     frames = list(read(self, wanted))
     if len(wanted) > 1:
-        with told.open("a") as out:
+        with log.open("a") as out:
             out.write(f"{os.getpid()} {self.path.name}\\n")
-        while len({line.split()[0] for line in told.read_text().splitlines()}) < together:
+        while len({line.split()[0] for line in log.read_text().splitlines()}) < together:
             time.sleep(0.01)
         count += 1
         while count == stop:
@@ -51,21 +51,21 @@ print(data.fingerprint, flush=True)
 """
 PATIENCE = 600
 
-#: Prepares a folder beside another process, both in the lock: `slow` stands still while it reads a shard until `fast`
-#: has read all, and with the first shard adopted until `fast` is done. `none`: the file system knows no locks; `here`:
-#: it gives them to everybody, as where those of other machines are not seen.
+#: Prepares a folder at the same time as another process, both holding the lock: `slow` pauses while it reads a shard
+#: until `fast` has read all, and after it has adopted the first shard until `fast` is done. `none`: the file system has
+#: no locks; `here`: every process gets the lock, as on a file system that does not show locks of other machines.
 AT_ONCE = """
 import sys, time, types
 from pathlib import Path
-source, cache, told, name, locks = sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4], sys.argv[5]
+source, cache, log, name, locks = sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4], sys.argv[5]
 from twotower import files
 from twotower.data import Interactions, preparation
 from twotower.data.reading import ParquetSource
 files.fcntl = None if locks == "none" else types.SimpleNamespace(LOCK_EX=2, LOCK_NB=4, flock=lambda *_: None)
 def meet(said, heard):
-    if not (told / said).exists():
-        (told / said).touch()
-        while not (told / heard).exists():
+    if not (log / said).exists():
+        (log / said).touch()
+        while not (log / heard).exists():
             time.sleep(0.01)
 read, adopt = ParquetSource.chunks, preparation.adopt
 def chunks(self, wanted):
@@ -85,7 +85,7 @@ if name == "fast":
     meet("fast is here", "slow reads")
 print(Interactions.read(source, cache=cache).fingerprint)
 if name == "fast":
-    (told / "fast is done").touch()
+    (log / "fast is done").touch()
 """
 
 
@@ -98,11 +98,11 @@ def folder_of_shards(folder: Path, rows: int = 300, each: int = 30, **options) -
 
 @pytest.fixture
 def started(tmp_path):
-    """Starts such processes on a folder; none is left behind."""
+    """Return a function that starts such processes on a folder; all are ended afterwards."""
     processes = []
 
     def start(source: Path, *, together: int = 1, stop: int = -1) -> subprocess.Popen:
-        words = [str(source), str(tmp_path / "cache"), str(tmp_path / "told"), str(together), str(stop)]
+        words = [str(source), str(tmp_path / "cache"), str(tmp_path / "log"), str(together), str(stop)]
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         processes.append(subprocess.Popen([sys.executable, "-c", SLOWLY, *words], text=True, **pipes))
         return processes[-1]
@@ -127,7 +127,7 @@ def first_pass(folder: Path) -> tuple[FirstPass, list[Path]]:
 
 
 @pytest.mark.parametrize("text", [False, True])
-def test_processes_that_help_read_the_same(tmp_path, monkeypatch, text):
+def test_helper_processes_read_the_same(tmp_path, monkeypatch, text):
     folder = folder_of_shards(tmp_path / "shards", text=text)
     expected = Interactions.read(folder, cache=tmp_path / "alone")
     monkeypatch.setattr(shards, "BYTES_PER_WORKER", 1)
@@ -135,38 +135,38 @@ def test_processes_that_help_read_the_same(tmp_path, monkeypatch, text):
     assert data.fingerprint == expected.fingerprint
     assert as_sequences(data) == sequences(some_rows(text=text))
     assert str(data.account) == str(expected.account)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["alone", "helped", "shards"], "nothing else stays"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["alone", "helped", "shards"], "nothing else is left"
 
 
-def test_helpers_do_read(tmp_path):
+def test_helpers_read_all_shards(tmp_path):
     first, files = first_pass(folder_of_shards(tmp_path / "shards"))
-    told = Shards(tmp_path / FOLDER, files, first.to_dict())
-    with shards.helpers(told, 2):
+    pending = Shards(tmp_path / FOLDER, files, first.to_dict())
+    with shards.helpers(pending, 2):
         until = time.monotonic() + PATIENCE
-        while not all(told.folder(file).is_dir() for file in files) and time.monotonic() < until:
+        while not all(pending.folder(file).is_dir() for file in files) and time.monotonic() < until:
             time.sleep(0.05)
-    assert all((told.folder(file) / "shard.json").is_file() for file in files)
+    assert all((pending.folder(file) / "shard.json").is_file() for file in files)
 
     def read(*_):
         raise AssertionError("read again")
 
-    take_all(told, read, workers=1, done=lambda: False)
+    take_all(pending, read, workers=1, done=lambda: False)
 
 
-def test_two_that_prepare_the_same_at_once_share_the_shards(tmp_path, started):
+def test_two_processes_that_prepare_the_same_share_the_shards(tmp_path, started):
     folder = folder_of_shards(tmp_path / "shards")
     one, other = (started(folder, together=2) for _ in range(2))
     go(one, other)
     answers = [process.communicate(timeout=PATIENCE) for process in (one, other)]
     assert [process.returncode for process in (one, other)] == [0, 0], answers
     assert answers[0][0] == answers[1][0] == Interactions.read(folder, cache=tmp_path / "alone").fingerprint + "\n"
-    lines = [line.split() for line in (tmp_path / "told").read_text().splitlines()]
+    lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
     assert sorted(name for _, name in lines) == [f"part-{n:03d}.parquet" for n in range(10)], "each shard once"
     assert {pid for pid, _ in lines} == {str(one.pid), str(other.pid)}, "each read some"
     assert not (tmp_path / FOLDER).exists()
 
 
-def test_ranks_share_the_shards_also_without_locks(tmp_path, monkeypatch):
+def test_ranks_share_the_shards_even_without_locks(tmp_path, monkeypatch):
     source = folder_of_shards(tmp_path / "shards", rows=210)
     first, files = first_pass(source)
     monkeypatch.setattr(locks, "fcntl", None)
@@ -181,8 +181,13 @@ def test_ranks_share_the_shards_also_without_locks(tmp_path, monkeypatch):
 
         monkeypatch.setenv("RANK", str(rank))
         own = files[rank::3]
-        told = Shards(tmp_path / FOLDER, files, first.to_dict())
-        take_all(told, take, workers=1, done=lambda own=own, told=told: all(told.folder(file).is_dir() for file in own))
+        pending = Shards(tmp_path / FOLDER, files, first.to_dict())
+        take_all(
+            pending,
+            take,
+            workers=1,
+            done=lambda own=own, pending=pending: all(pending.folder(file).is_dir() for file in own),
+        )
         assert taken == list(range(rank, 7, 3))
     assert in_turn(files, 5, 6) == [files[5], *files[:5], files[6]]
     data = Interactions.read(source, cache=tmp_path / "cache")
@@ -190,15 +195,15 @@ def test_ranks_share_the_shards_also_without_locks(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["none", "here"])
-def test_two_at_once_that_no_lock_keeps_apart_both_succeed(tmp_path, kind):
-    folder, told, cache = folder_of_shards(tmp_path / "shards"), tmp_path / "told", tmp_path / "cache"
-    told.mkdir()
+def test_two_processes_without_working_locks_both_succeed(tmp_path, kind):
+    folder, log, cache = folder_of_shards(tmp_path / "shards"), tmp_path / "log", tmp_path / "cache"
+    log.mkdir()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    words = [sys.executable, "-c", AT_ONCE, str(folder), str(cache), str(told)]
+    words = [sys.executable, "-c", AT_ONCE, str(folder), str(cache), str(log)]
     processes = [subprocess.Popen([*words, name, kind], **pipes) for name in ("slow", "fast")]
     try:
         while any(process.poll() is None for process in processes):
-            assert not any(process.poll() for process in processes), "one failed, and the other waits for it"
+            assert not any(process.poll() for process in processes), "one failed while the other waits for it"
             time.sleep(0.02)
         answers = [process.communicate() for process in processes]
     finally:
@@ -215,39 +220,39 @@ def test_two_at_once_that_no_lock_keeps_apart_both_succeed(tmp_path, kind):
     assert not any(name.endswith(".partial") for name in (*left, *(path.name for path in tmp_path.iterdir())))
 
 
-def test_without_locks_only_what_nobody_has_written_to_for_an_hour_is_swept(tmp_path, monkeypatch):
+def test_without_locks_only_partial_folders_older_than_an_hour_are_removed(tmp_path, monkeypatch):
     first, files = first_pass(folder_of_shards(tmp_path / "shards"))
-    told = Shards(tmp_path / FOLDER, files, first.to_dict())
-    target = told.folder(files[0])
-    young, old, growing = (told.root / f".{target.name}.{name}.partial" for name in ("a", "b", "c"))
+    pending = Shards(tmp_path / FOLDER, files, first.to_dict())
+    target = pending.folder(files[0])
+    young, old, growing = (pending.root / f".{target.name}.{name}.partial" for name in ("a", "b", "c"))
     for left in (young, old, growing):
         left.mkdir(parents=True)
     (growing / "0.item").touch()
     for left in (old, growing):
         os.utime(left, (time.time() - shards.STALE_SECONDS - 60,) * 2)
     monkeypatch.setattr(locks, "fcntl", None)
-    assert told.take(files[0], into_folder(first), wait=True)
-    told.sweep()
-    told.remove()
-    assert sorted(told.root.iterdir()) == sorted([young, growing, target])
+    assert pending.take(files[0], into_folder(first), wait=True)
+    pending.sweep()
+    pending.remove()
+    assert sorted(pending.root.iterdir()) == sorted([young, growing, target])
     monkeypatch.undo()
-    told.sweep()
-    assert list(told.root.iterdir()) == [target]
+    pending.sweep()
+    assert list(pending.root.iterdir()) == [target]
     os.utime(target, (0, 0))
-    assert told.take(files[0], into_folder(first), wait=True)
-    shards.remove_old(told.root)
-    assert target.is_dir(), "asked for just now"
-    # Gone after the last file that has to be there: those that may be there are not taken for missing.
+    assert pending.take(files[0], into_folder(first), wait=True)
+    shards.remove_old(pending.root)
+    assert target.is_dir(), "used just now"
+    # The folder is removed after the last required file was read: optional files must not count as absent.
     collected, adopting, parquet = first.empty(tmp_path), shards.pl.read_parquet, [*target.glob("*.parquet")]
     monkeypatch.setattr(
-        shards.pl, "read_parquet", lambda path: (adopting(path), parquet.pop(), parquet or told.remove())[0]
+        shards.pl, "read_parquet", lambda path: (adopting(path), parquet.pop(), parquet or pending.remove())[0]
     )
     with pytest.raises(FileNotFoundError):
         shards.adopt(collected, target, "x")
-    assert not told.root.exists()
+    assert not pending.root.exists()
 
 
-def test_a_damaged_cache_is_prepared_once_by_whoever_is_first(tmp_path, monkeypatch):
+def test_a_damaged_cache_is_prepared_once(tmp_path, monkeypatch):
     folder, cache = folder_of_shards(tmp_path / "shards"), tmp_path / "cache"
     expected = Interactions.read(folder, cache=cache).fingerprint
     cache.rename(tmp_path / "sound")
@@ -267,42 +272,42 @@ def test_a_damaged_cache_is_prepared_once_by_whoever_is_first(tmp_path, monkeypa
         Interactions.read(folder, cache=cache)
 
 
-def test_several_that_prepare_one_file_at_once_all_succeed(tmp_path, started):
+def test_several_processes_that_prepare_one_file_all_succeed(tmp_path, started):
     frame_of(some_rows()).write_parquet(tmp_path / "a.parquet")
     processes = [started(tmp_path / "a.parquet") for _ in range(3)]
     go(*processes)
     answers = [process.communicate(timeout=PATIENCE) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], answers
     assert len({out for out, _ in answers}) == 1
-    assert len((tmp_path / "told").read_text().splitlines()) == 1, "the others wait for the first"
+    assert len((tmp_path / "log").read_text().splitlines()) == 1, "the others wait for the first"
 
 
-def test_a_killed_preparation_goes_on_with_what_was_read(tmp_path, started):
-    folder, told = folder_of_shards(tmp_path / "shards"), tmp_path / "told"
+def test_a_killed_preparation_continues_with_the_shards_read(tmp_path, started):
+    folder, log = folder_of_shards(tmp_path / "shards"), tmp_path / "log"
     killed = started(folder, stop=6)
     go(killed)
-    while not told.exists() or len(told.read_text().splitlines()) < 6:
+    while not log.exists() or len(log.read_text().splitlines()) < 6:
         assert killed.poll() is None, killed.stderr.read()
         time.sleep(0.01)
     os.kill(killed.pid, signal.SIGKILL)
     killed.communicate()
-    assert not (tmp_path / "cache").exists(), "half a cache is none"
-    told.unlink()
-    (folder / "part-002.parquet").touch()  # a new time: what was read of it does not count
+    assert not (tmp_path / "cache").exists(), "no partial cache is left"
+    log.unlink()
+    (folder / "part-002.parquet").touch()  # a new modification time: its rows must be read again
     again = started(folder)
     go(again)
     out, error = again.communicate(timeout=PATIENCE)
     assert again.returncode == 0, error
     assert out.strip() == Interactions.read(folder, cache=tmp_path / "alone").fingerprint
-    read = {line.split()[1] for line in told.read_text().splitlines()}
+    read = {line.split()[1] for line in log.read_text().splitlines()}
     assert read == {f"part-{n:03d}.parquet" for n in (2, 5, 6, 7, 8, 9)}, "the others were read before the kill"
-    kept = {p.name for p in tmp_path.iterdir()} - {"alone", "cache", "shards", "told"}
+    kept = {p.name for p in tmp_path.iterdir()} - {"alone", "cache", "shards", "log"}
     assert kept <= {FOLDER}
     left = [p.name for p in (tmp_path / FOLDER).iterdir()] if kept else []
-    assert len(left) <= 1 and not any(name.startswith(".") for name in left), "only what was read of the older file"
+    assert len(left) <= 1 and not any(name.startswith(".") for name in left), "only the rows of the older file"
 
 
-def test_shards_that_were_read_stay_when_one_is_refused(tmp_path, monkeypatch):
+def test_shards_already_read_are_kept_when_one_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "BYTES_PER_WORKER", 1)
     monkeypatch.setattr("twotower.data.preparation.BYTES_PER_WORKER", 1)
     folder = folder_of_shards(tmp_path / "shards")
@@ -311,7 +316,7 @@ def test_shards_that_were_read_stay_when_one_is_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"part-005.parquet: column 'user_id', row 1: empty query id"):
         Interactions.read(folder, cache=tmp_path / "cache", workers=1)
     kept = list((tmp_path / FOLDER).iterdir())
-    assert len(kept) == 5 and all((p / "shard.json").is_file() for p in kept), "five whole ones and nothing else"
+    assert len(kept) == 5 and all((p / "shard.json").is_file() for p in kept), "five complete folders and nothing else"
     (folder / "part-005.parquet").write_bytes(good)
     read = []
     real = ParquetSource.chunks
@@ -321,7 +326,7 @@ def test_shards_that_were_read_stay_when_one_is_refused(tmp_path, monkeypatch):
     assert read == [f"part-{number:03d}.parquet" for number in range(5, 10)], "the others were read before, once"
 
 
-def test_what_was_given_up_long_ago_goes(tmp_path):
+def test_old_shards_are_removed(tmp_path):
     old = tmp_path / FOLDER / "0123"
     old.mkdir(parents=True)
     (old / "shard.json").write_text("{}")
@@ -330,7 +335,7 @@ def test_what_was_given_up_long_ago_goes(tmp_path):
     assert not (tmp_path / FOLDER).exists()
 
 
-def test_a_shard_that_goes_while_it_is_prepared_is_named(tmp_path, monkeypatch):
+def test_a_shard_deleted_during_preparation_is_named(tmp_path, monkeypatch):
     folder = folder_of_shards(tmp_path / "shards")
     first, files = first_pass(folder)
 
@@ -338,7 +343,7 @@ def test_a_shard_that_goes_while_it_is_prepared_is_named(tmp_path, monkeypatch):
         (folder / "part-004.parquet").unlink(missing_ok=True)
         return into_folder(first)(file, into)
 
-    with pytest.raises(InputError, match=r"part-004.parquet: the shard is gone"):
+    with pytest.raises(InputError, match=r"part-004.parquet: the shard no longer exists"):
         take_all(Shards(tmp_path / FOLDER, files, {}), read, workers=1, done=lambda: False)
 
 
@@ -361,18 +366,22 @@ def test_files_that_differ_are_named(tmp_path):
     assert folders.listing(tmp_path / "saved") == {}
     folders.refuse_other_files(before, folders.listing(folder), "x")
     shutil.copy(folder / "part-000.parquet", folder / "part-010.parquet")
-    with pytest.raises(InputError, match=r"part-010.parquet: is there, and not among the files that"):
+    with pytest.raises(
+        InputError, match=r"part-010.parquet: exists, but is not among the files that the run began with"
+    ):
         folders.refuse_other_files(before, folders.listing(folder), "the run began with")
     (folder / "part-010.parquet").unlink()
     (folder / "part-003.parquet").unlink()
-    with pytest.raises(InputError, match=r"part-003.parquet: is not there, the first rank has it"):
+    with pytest.raises(InputError, match=r"part-003.parquet: missing, but the first rank has it"):
         folders.refuse_other_files(before, folders.listing(folder), "the first rank has")
     pl.concat([pl.read_parquet(folder / "part-004.parquet")] * 40).write_parquet(folder / "part-003.parquet")
-    with pytest.raises(InputError, match=r"part-003.parquet: has [\d,]+ bytes, the first rank has it with"):
+    with pytest.raises(
+        InputError, match=r"part-003.parquet: has [\d,]+ bytes, expected [\d,]+ \(the first rank has that version\)"
+    ):
         folders.refuse_other_files(before, folders.listing(folder), "the first rank has")
 
 
-def test_lists_and_the_columns_beside_them_come_from_every_shard(tmp_path):
+def test_lists_and_query_columns_come_from_every_shard(tmp_path):
     folder = tmp_path / "shards"
     folder.mkdir()
     lists = pl.DataFrame({"user_id": [1, 2], "items": [[3, 4], [4]], "age": [30, 40]})
@@ -383,8 +392,8 @@ def test_lists_and_the_columns_beside_them_come_from_every_shard(tmp_path):
     assert as_sequences(data) == {1: [(3, 0), (4, 0)], 2: [(4, 0)], 3: [(3, 0), (4, 0)], 4: [(4, 0)]}
 
 
-def test_order_of_arrival_is_that_of_the_files(tmp_path):
-    rows = [(1, item, 5 * SECOND) for item in range(40)]  # all at one moment: only the order of arrival is left
+def test_input_order_follows_the_order_of_the_files(tmp_path):
+    rows = [(1, item, 5 * SECOND) for item in range(40)]  # all with one timestamp: only the input order decides
     folder = tmp_path / "shards"
     folder.mkdir()
     for number, part in enumerate(frame_of(rows).iter_slices(7)):
@@ -395,7 +404,7 @@ def test_order_of_arrival_is_that_of_the_files(tmp_path):
 def test_every_chunk_is_read_once(tmp_path, monkeypatch):
     frame_of(some_rows(90)).write_parquet(tmp_path / "a.parquet")
     monkeypatch.setattr(reading, "CHUNK_ROWS", 40)
-    read, asked = pl.LazyFrame.slice, []
-    monkeypatch.setattr(pl.LazyFrame, "slice", lambda self, at, rows: asked.append(at) or read(self, at, rows))
+    read, starts = pl.LazyFrame.slice, []
+    monkeypatch.setattr(pl.LazyFrame, "slice", lambda self, at, rows: starts.append(at) or read(self, at, rows))
     Interactions.read(tmp_path / "a.parquet", cache=tmp_path / "cache")
-    assert asked == list(range(0, 90, 40))
+    assert starts == list(range(0, 90, 40))

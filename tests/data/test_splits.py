@@ -1,4 +1,4 @@
-"""Splits against plain loops over ids, and on real data."""
+"""Splits, compared with plain loops over ids, and on real data."""
 
 import random
 from pathlib import Path
@@ -32,30 +32,30 @@ def slow_by_time(rows: list[Row], cuts: list[int], cold: str) -> tuple[dict[Any,
     train = {q: [x for x in line if x[1] < cuts[0]] for q, line in lines.items()}
     train = {q: line for q, line in train.items() if line}
     known = {item for line in train.values() for item, _ in line}
-    asked: list[Questions] = [{}, {}]
+    questions: list[Questions] = [{}, {}]
     for k, (low, high) in enumerate(((cuts[0], cuts[1]), (cuts[1], None))):
         for q, line in lines.items():
             targets = [i for i, t in line if t >= low and (high is None or t < high)]
             if cold == "drop":
                 targets = [i for i in targets if i in known] if q in train else []
             if targets:
-                asked[k][q] = ([i for i, t in line if t < low], distinct(targets))
-    return train, asked[0], asked[1]
+                questions[k][q] = ([i for i, t in line if t < low], distinct(targets))
+    return train, questions[0], questions[1]
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from(["drop", "keep"]), st.floats(0.05, 0.3), st.floats(0.05, 0.3))
-def test_by_time_is_what_the_loops_say(seed: int, cold: Any, validation: float, test: float) -> None:
+def test_by_time_matches_the_loops(seed: int, cold: Any, validation: float, test: float) -> None:
     rows = some_rows(seed=seed)
     data = interactions(rows)
     split = by_time(data, validation, test, cold=cold)
     cuts = split.settings["cuts"]
     ordered = sorted(t for line in sequences(rows).values() for _, t in line)
     assert cuts == [ordered[round(len(data) * (1 - test - validation))], ordered[round(len(data) * (1 - test))]]
-    train, asked_validation, asked_test = slow_by_time(rows, cuts, cold)
+    train, questions_validation, questions_test = slow_by_time(rows, cuts, cold)
     assert as_sequences(split.train) == train
-    assert as_questions(data, split.validation) == asked_validation
-    assert as_questions(data, split.test) == asked_test
+    assert as_questions(data, split.validation) == questions_validation
+    assert as_questions(data, split.test) == questions_test
 
 
 def test_by_time_never_looks_ahead() -> None:
@@ -94,26 +94,28 @@ def test_training_negatives_are_never_later_than_the_cut() -> None:
     assert last.train.negatives.timestamps.max() < data.timestamps[-2]  # type: ignore[index]
 
 
-@pytest.mark.parametrize("told", [None, "chosen", [3, 5, 9], 4, 0.25])
-def test_leave_last_out_is_what_the_loops_say(told: Any) -> None:
+@pytest.mark.parametrize("chosen_queries", [None, "chosen", [3, 5, 9], 4, 0.25])
+def test_leave_last_out_matches_the_loops(chosen_queries: Any) -> None:
     rows = some_rows(120, queries=40)
     data = interactions(rows)
     data.query_table = pl.DataFrame({"user": data.queries.ids, "chosen": [q % 3 == 0 for q in data.queries.ids]})
-    split = leave_last_out(data, told)
-    asked = as_questions(data, split.validation)
+    split = leave_last_out(data, chosen_queries)
+    questions = as_questions(data, split.validation)
     lines = {q: [i for i, _ in line] for q, line in sequences(rows).items()}
     long = {q for q, line in lines.items() if len(line) >= 3}
-    if told is None:
-        assert set(asked) == long
-    elif told == "chosen":
-        assert set(asked) == {q for q in long if q % 3 == 0}
-    elif isinstance(told, list):
-        assert set(asked) == long & set(told)
+    if chosen_queries is None:
+        assert set(questions) == long
+    elif chosen_queries == "chosen":
+        assert set(questions) == {q for q in long if q % 3 == 0}
+    elif isinstance(chosen_queries, list):
+        assert set(questions) == long & set(chosen_queries)
     else:
-        assert len(asked) == (told if isinstance(told, int) else round(told * len(long)))
-    assert asked == {q: (lines[q][:-2], lines[q][-2:-1]) for q in asked}
+        assert len(questions) == (
+            chosen_queries if isinstance(chosen_queries, int) else round(chosen_queries * len(long))
+        )
+    assert questions == {q: (lines[q][:-2], lines[q][-2:-1]) for q in questions}
     assert as_questions(data, split.test) == {q: (lines[q][:-1], lines[q][-1:]) for q in long}
-    expected = {q: line[: -2 if q in asked else -1] if q in long else line for q, line in lines.items()}
+    expected = {q: line[: -2 if q in questions else -1] if q in long else line for q, line in lines.items()}
     assert {q: [i for i, _ in line] for q, line in as_sequences(split.train).items()} == expected
     assert split.account.count("short queries") == len(lines) - len(long)
     assert "by_time" in str(split.account)
@@ -130,11 +132,11 @@ def test_held_out_queries_are_never_trained_on() -> None:
     data = interactions(rows)
     split = held_out_queries(data, 0.1, 0.2, fold_in=0.7, cold="keep", seed=3)
     lines = {q: [i for i, _ in line] for q, line in sequences(rows).items()}
-    asked = as_questions(data, split.validation) | as_questions(data, split.test)
+    questions = as_questions(data, split.validation) | as_questions(data, split.test)
     assert (len(split.validation), len(split.test)) == (6, 12)
-    assert not set(asked) & set(as_sequences(split.train))
-    assert set(asked) | set(as_sequences(split.train)) == set(lines)
-    for query, (history, targets) in asked.items():
+    assert not set(questions) & set(as_sequences(split.train))
+    assert set(questions) | set(as_sequences(split.train)) == set(lines)
+    for query, (history, targets) in questions.items():
         at = min(max(int(0.7 * len(lines[query])), 1), len(lines[query]) - 1)
         assert (history, targets) == (lines[query][:at], distinct(lines[query][at:]))
     again = held_out_queries(data, 0.1, 0.2, fold_in=0.7, cold="keep", seed=3)
@@ -147,7 +149,7 @@ def test_no_validation_is_an_empty_holdout() -> None:
     assert len(held_out_queries(interactions(some_rows()), validation=0).validation) == 0
 
 
-def test_given_parts_share_vocabularies(tmp_path: Path) -> None:
+def test_ready_made_parts_share_vocabularies(tmp_path: Path) -> None:
     for name, lines in (("train", "1 5 6\n2 7\n"), ("valid", "1 8\n"), ("test", "1 6 9 9\n3 5\n")):
         (tmp_path / f"{name}.txt").write_text(lines)
     files = [tmp_path / f"{name}.txt" for name in ("train", "valid", "test")]
@@ -164,7 +166,7 @@ def test_given_parts_share_vocabularies(tmp_path: Path) -> None:
     assert (len(both.train), len(both.validation)) == (4, 0)
 
 
-def test_given_parts_with_times_are_in_order_of_time() -> None:
+def test_ready_made_parts_with_times_are_sorted_by_time() -> None:
     parts = [interactions([(1, 1, 5 * SECOND), (1, 2, 9 * SECOND)]), interactions([(1, 3, 7 * SECOND), (2, 4, SECOND)])]
     split = from_parts(parts[0], None, parts[1])
     assert as_sequences(split.data) == {1: [(1, 5 * SECOND), (3, 7 * SECOND), (2, 9 * SECOND)], 2: [(4, SECOND)]}
@@ -181,7 +183,7 @@ def test_given_parts_with_times_are_in_order_of_time() -> None:
         ("amazon/sports.txt", (35_598, 18_357, 296_337)),
     ],
 )
-def test_real_data_has_the_counts_that_are_known(real_data: Path, path: str, counts: tuple[int, int, int]) -> None:
+def test_real_data_has_the_published_counts(real_data: Path, path: str, counts: tuple[int, int, int]) -> None:
     data = datasets.load(real_data / path)
     assert (data.num_queries, data.num_items, len(data)) == counts
     assert data.account.count("duplicates") == 0

@@ -1,4 +1,4 @@
-"""Lists of ids and tables of items that a person writes: read in one way, ids as they stand."""
+"""Lists of ids and tables of items in files of the user: ids are read unchanged, in every format."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ from twotower.errors import InputError
 from twotower.schema import Vocabulary
 
 
-def test_ids_are_what_was_written_whatever_the_form(tmp_path):
+def test_ids_stay_as_written_in_every_format(tmp_path):
     ids = ["007", "1", "+7", "x y"]
     (tmp_path / "gone.txt").write_text("007\n\n 1\n+7\nx y\n")
     (tmp_path / "gone").write_text("007\n1\n+7\nx y\n")
@@ -42,7 +42,7 @@ def test_ids_get_the_type_of_the_model(tmp_path):
         read_ids(tmp_path / "nothing")
 
 
-def test_items_keep_their_ids_and_type_the_rest(tmp_path):
+def test_items_keep_their_ids_and_other_columns_get_types(tmp_path):
     (tmp_path / "items.csv").write_text("item_id,price,zip,title\n007,3,01234,a\n7,4.5,99999,b\n")
     frame = read_items(tmp_path / "items.csv")
     assert frame["item_id"].to_list() == ["007", "7"]
@@ -51,7 +51,7 @@ def test_items_keep_their_ids_and_type_the_rest(tmp_path):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model whose item ids have leading zeros, beside ones that are the same number."""
+    """A model with item ids that have leading zeros, and others that are the same number without them."""
     rng = np.random.default_rng(0)
     ids = ["007", "7", *(f"{j:03d}" for j in range(20, 50))]
     rows = [(f"u{q}", ids[int(j)], t) for q in range(30) for t, j in enumerate(rng.choice(len(ids), 6, replace=False))]
@@ -73,10 +73,10 @@ def run(monkeypatch, capsys, *words):
     return json.loads(out)
 
 
-def test_the_catalog_changes_by_the_ids_that_a_csv_has(folder, tmp_path, monkeypatch, capsys):
+def test_the_catalog_changes_by_the_ids_of_a_csv_file(folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "gone.csv").write_text("item_id\n007\n")
-    told = run(monkeypatch, capsys, "items", folder, "--remove", f"@{tmp_path / 'gone.csv'}")
-    assert told["left"] == 1
+    report = run(monkeypatch, capsys, "items", folder, "--remove", f"@{tmp_path / 'gone.csv'}")
+    assert report["left"] == 1
     alive = tt.Retriever.load(folder).recommend(["u0"], k=99, exclude_seen=False)["item"].to_list()
     assert "007" not in alive and "7" in alive
     (tmp_path / "new.csv").write_text("item_id,title\n008,new\n")

@@ -126,7 +126,7 @@ def test_two_ranks_read_a_folder_of_shards_and_a_lost_one_is_told_by_name(found,
         assert torch.equal(value, expected[name]), name
     for rank in range(2):
         (line,) = errors(folder / f"sharded.lost.{rank}")
-        assert "shards/part-2.parquet: is not there, the run began with it" in line
+        assert "shards/part-2.parquet: missing, but the run began with it" in line
 
 
 def test_ten_kills_at_random_steps(tmp_path):

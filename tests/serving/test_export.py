@@ -160,10 +160,12 @@ def test_refusals(folder, model, tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "notes.txt").write_text("years of work")
-    with pytest.raises(InputError, match="mine: is there and is no export; give a new or empty folder"):
+    with pytest.raises(InputError, match="mine: exists and contains no export; choose a new or empty folder"):
         export_query_tower(folder, mine, "torch")
     for place in (mine, mine / "notes.txt"):
-        with pytest.raises(InputError, match=f"{place.name}: is there and is no model; give a new or empty folder"):
+        with pytest.raises(
+            InputError, match=f"{place.name}: exists and contains no model; choose a new or empty folder"
+        ):
             model.save(place)
     assert [path.read_text() for path in mine.iterdir()] == ["years of work"]
     with pytest.raises(InputError, match="unknown format 'tflite'; expected onnx or torch"):

@@ -113,7 +113,7 @@ def test_features_and_history_together_are_what_the_towers_give(retriever):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"features": [{"taste": "even"}]}, "column 'tags', declared in query_tower.features, is not there"),
+        ({"features": [{"taste": "even"}]}, "column 'tags', declared in query_tower.features, does not exist"),
         ({"features": [{"taste": "even", "tags": []}], "histories": [[1], [2]]}, "features: expected one row for each"),
         ({"features": [None]}, "nothing is known of this query"),
         ({}, "query ids, histories or features"),

@@ -123,5 +123,5 @@ def test_auto_without_a_table_is_none():
 def test_presets_are_found_by_name_and_train(name, split):
     config = Config.load(name, ["training.max_epochs=1", "training.batch_size=64", "training.accelerator=cpu"])
     assert tt.fit(split, config, progress=False).fit.epochs == 1
-    with pytest.raises(InputError, match="no preset of that name; presets: .*dnn.*mf"):
+    with pytest.raises(InputError, match="no configuration file or preset with this name; presets: .*dnn.*mf"):
         Config.load("mff")

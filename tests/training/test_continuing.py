@@ -403,7 +403,7 @@ def test_new_days_without_a_feature_of_the_model_are_refused(parent, tmp_path):
         pytest.skip("needs features")
     data = Interactions.from_frame(NEW, items=table(0, ITEMS).rename({"colour": "tint"}), queries=people(0, QUERIES))
     days = tt.continue_with(folder, data)
-    with pytest.raises(InputError, match="column 'colour', a feature of the model, is not there"):
+    with pytest.raises(InputError, match="column 'colour', a feature of the model, does not exist"):
         tt.fit(days, start=folder, progress=False)
     days = tt.continue_with(folder, Interactions.from_frame(NEW))
     with pytest.raises(InputError, match="needs the item table of the new data"):

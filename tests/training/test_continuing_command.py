@@ -106,7 +106,7 @@ def test_days_follow_days(tmp_path, capsys, command):
     code, _, err = command(
         capsys, "train", tmp_path / "may.parquet", "--from", tmp_path / "may", "--out", tmp_path / "x"
     )
-    assert code == 2 and "nothing to continue on" in err
+    assert code == 2 and "nothing to train on" in err
     code, _, err = command(capsys, "train", tmp_path / "may.parquet", "--withdraw", "x.txt", "--out", tmp_path / "x")
     assert code == 2 and "--withdraw: needs --from" in err
     (tmp_path / "gone.txt").write_text("nobody\n")

@@ -1,4 +1,4 @@
-"""The data room: reading, features, histories, splits, batches and known data sets."""
+"""Reading data, features, histories, splits, batches and known data sets."""
 
 from twotower.data import datasets, splits
 from twotower.data.account import Account

@@ -1,4 +1,4 @@
-"""What was read, what was dropped and why: every step of the data room adds its lines here."""
+"""The account of a data set: what was read, what was dropped and why. Every preparation step adds lines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Line:
-    """One line of an account; `count` is None where the line only says something."""
+    """One line of an account; `count` is None if the line has only a note."""
 
     label: str
     count: int | None
@@ -31,7 +31,7 @@ class Account:
         self.lines.extend(other.lines if isinstance(other, Account) else other)
 
     def count(self, label: str) -> int:
-        """The count of the last line with that label; 0 without one."""
+        """Return the count of the last line with this label; 0 if there is none."""
         return next((line.count or 0 for line in reversed(self.lines) if line.label == label), 0)
 
     def __str__(self) -> str:
@@ -44,10 +44,10 @@ class Account:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The account as JSON-ready data."""
+        """Convert to JSON values."""
         return {"lines": [{"label": x.label, "count": x.count, "note": x.note} for x in self.lines]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Account:
-        """Back from `to_dict`."""
+        """Restore from `to_dict`."""
         return cls([Line(x["label"], x["count"], x["note"]) for x in data["lines"]])

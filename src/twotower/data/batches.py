@@ -1,4 +1,4 @@
-"""Batches of training rows: an exact shuffle of all rows each epoch, which resumes in the middle of one."""
+"""Batches of training rows: an exact shuffle of all rows in each epoch, resumable in the middle of an epoch."""
 
 from __future__ import annotations
 
@@ -22,22 +22,21 @@ from twotower.ranks import Ranks
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Rows of a batch.
+    """A batch of training rows.
 
     Attributes:
         rows: int64 [B], row numbers in the training interactions.
         queries: int64 [B], query codes.
         items: int64 [B], codes of the positives.
-        history: int64 [B, L], the query's items before this row, newest last, -1 on the left where there are fewer.
+        history: int64 [B, L], the query's items before this row, newest last, padded with -1 on the left.
         weights: float32 [B] or None.
         groups: int64 [B] or None.
-        group: the one group that all rows come from, where batches are built within groups; None otherwise.
-        total: rows of the batch over all ranks, of which these are `Ranks.part(total)`; None where nobody knows.
-        sizes: rows of each rank, W numbers, where ranks have other parts than those; None where they do not.
-        sequences: what the rows are positions of, where the batch is made of whole sequences (sequences.py); `history`
-            is then [B, 0]. None otherwise.
-        context: the encoded context of each row's request, a tensor with B rows for each feature; None where there is
-            none.
+        group: the group of all rows if batches are built within groups, else None.
+        total: rows of the batch over all ranks; this rank has the rows `Ranks.part(total)`. None if unknown.
+        sizes: rows of each rank, W numbers, if the parts differ from `Ranks.part`; else None.
+        sequences: the packed sequences whose positions are the rows, if the batch consists of whole sequences
+            (sequences.py); `history` is then [B, 0]. Else None.
+        context: the encoded context of each row's request, one tensor with B rows per feature, or None.
     """
 
     rows: Tensor
@@ -56,7 +55,7 @@ class Batch:
         return len(self.rows)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The same batch on a device."""
+        """Move the batch to a device."""
         moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=non_blocking)
             for f in fields(self)
@@ -68,20 +67,20 @@ class Batch:
 
 
 class TrainingBatches(Place):
-    """All rows of the interactions once an epoch, in an order that seed and epoch decide.
+    """All rows of the interactions once per epoch, in an order determined by seed and epoch.
 
-    Iterating gives what is left of the current epoch, and then goes on to the next one. The order is computed, not
-    stored, so that 100 million rows need no permutation in memory; nothing global is drawn from. Batches are made on a
-    thread of their own, a few ahead; the state is that of the batches given out.
+    Iterating yields the rest of the current epoch and then advances to the next one. The order is computed, not stored,
+    so 100 million rows need no permutation in memory, and it does not use the global random state. A background thread
+    prepares a few batches ahead; the state counts only the batches already yielded.
 
     Args:
         interactions: the rows to train on.
         batch_size: B.
         history_length: L, 0 for none.
         seed: 0 or more.
-        drop_last: leave out the last, smaller batch; fewer rows than `batch_size` are one batch all the same.
-        rows: int64 [n], the row numbers to train on, ascending; all where None.
-        ranks: gives out this rank's part of every batch; `batch_size` is that of all ranks together.
+        drop_last: leave out the last, smaller batch. With fewer rows than `batch_size` there is still one batch.
+        rows: int64 [n], the row numbers to train on, ascending; None: all.
+        ranks: this rank gets its part of every batch; `batch_size` is the total over all ranks.
         context: encoded context of all rows of the interactions (`encode_context`), or None.
 
     Raises:
@@ -117,7 +116,7 @@ class TrainingBatches(Place):
         self.epoch, self.position = 0, 0
 
     def __len__(self) -> int:
-        """Batches in a whole epoch."""
+        """Return the number of batches in an epoch."""
         n = self.num_rows
         return n // self.batch_size if self.drop_last else -(-n // self.batch_size)
 
@@ -136,18 +135,18 @@ class TrainingBatches(Place):
             return self.part(shuffle(np.arange(start, stop)))
 
         for batch in ahead(make, self.position, len(self)):
-            # What counts is what was given out, not what was made ahead. Before the batch is given out, so that a state
-            # taken while it is used is after it.
+            # Counts batches that were yielded, not those made ahead. Advanced before the yield, so that a state saved
+            # while a batch is in use already includes it.
             self.position += 1
             yield batch
         self.epoch, self.position = self.epoch + 1, 0
 
     def part(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Batch:
-        """This rank's part of the batch of some row numbers."""
+        """Make this rank's part of the batch with these row numbers."""
         return replace(self.batch(rows[self.ranks.part(len(rows))]), total=len(rows))
 
     def batch(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Batch:
-        """The batch of some row numbers, int64 [B]."""
+        """Make the batch with these row numbers, int64 [B]."""
         data = self.interactions
         queries = np.searchsorted(data.offsets, rows, side="right") - 1
         history = gather_histories(data.offsets, data.item_codes, queries, rows, self.history_length)
@@ -163,18 +162,18 @@ class TrainingBatches(Place):
 
 
 def context_rows(context: Encoded | None, rows: np.ndarray[Any, np.dtype[np.int64]]) -> tuple[Tensor, ...] | None:
-    """Some rows of an encoded context."""
+    """Select rows of an encoded context, as tensors."""
     return None if context is None else tuple(torch.from_numpy(one[rows]) for one in context)
 
 
 class GroupedBatches:
-    """Batches whose rows all come from one group (market, kind of session), in an order that seed and epoch decide.
+    """Batches whose rows all come from one group (market, kind of session), in an order determined by seed and epoch.
 
-    Every group gives as many full batches as it has rows for; the batches of all groups are shuffled together. Such a
-    batch is no random draw from all rows: its objective needs the frequency within the group.
+    Each group yields as many full batches as it has rows for, and the batches of all groups are shuffled together. Such
+    a batch is not a random draw from all rows, so the objective needs the item frequency within the group.
 
     Args:
-        batches: gives seed, batch size and history length; its interactions have groups.
+        batches: provides seed, batch size and history length; its interactions must have groups.
 
     Raises:
         InputError: no group column, or no group has enough rows for one batch.
@@ -183,7 +182,9 @@ class GroupedBatches:
     def __init__(self, batches: TrainingBatches) -> None:
         groups = batches.interactions.groups
         if groups is None:
-            raise InputError("training batches: batches within groups need a group column; name it in data.columns.")
+            raise InputError(
+                "training batches: batches within groups need a group column; name it in data.columns.group."
+            )
         self.batches = batches
         codes = np.asarray(groups if batches.rows is None else groups[batches.rows], dtype=np.int64)
         self._rows = np.argsort(codes, kind="stable")
@@ -198,26 +199,26 @@ class GroupedBatches:
             )
 
     def __len__(self) -> int:
-        """Batches in a whole epoch."""
+        """Return the number of batches in an epoch."""
         return len(self._group_of_batch)
 
     def set_epoch(self, epoch: int) -> None:
-        """As `TrainingBatches.set_epoch`."""
+        """See `TrainingBatches.set_epoch`."""
         self.batches.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, int]:
-        """As `TrainingBatches.state_dict`."""
+        """See `TrainingBatches.state_dict`."""
         return self.batches.state_dict()
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """As `TrainingBatches.load_state_dict`."""
+        """See `TrainingBatches.load_state_dict`."""
         self.batches.load_state_dict(state)
 
     def __iter__(self) -> Iterator[Batch]:
         inner = self.batches
         size = inner.batch_size
         order = Shuffle(len(self), inner.seed, inner.epoch)
-        # One order for each group: groups differ in size, so they cannot share one.
+        # Groups differ in size, so each needs its own shuffle.
         within = [Shuffle(max(int(n), 1), inner.seed + 1 + g, inner.epoch) for g, n in enumerate(self._sizes)]
         first = np.searchsorted(self._group_of_batch, np.arange(len(self._sizes)))
 

@@ -1,4 +1,4 @@
-"""Builds the saved form of interactions from sources and feature tables; `Interactions` opens it."""
+"""Construction of the prepared folder from sources and feature tables; `Interactions.open` reads it."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from twotower.ids import Hashed, IdKind
 from twotower.schema import Columns, Vocabulary
 
 VOCABULARY_FILES = {"queries": "queries.parquet", "items": "items.parquet", "groups": "groups.parquet"}
-#: Adds the rows of all files to a `Collected`; gives what else each has.
+#: Adds the rows of all files to a `Collected`, and returns the query columns of each file, if any.
 Gather = Callable[[Collected], Sequence[pl.DataFrame | None]]
 TABLE_FILES = {"item": "item_table.parquet", "query": "query_table.parquet"}
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Options of a reading; see `Interactions.read`."""
+    """Options of `Interactions.read`."""
 
     columns: Columns = field(default_factory=Columns)
     positive_label: float | None = None
@@ -50,11 +50,11 @@ class Reading:
                 raise InputError(f"{name}: {kind!r}; expected 'vocabulary', 'codes' or Hashed(rows).")
         if isinstance(self.item_ids, Hashed):
             raise InputError(
-                "item_ids: hashed items could not be told apart in an answer; expected 'vocabulary' or 'codes'."
+                "item_ids: hashed items could not be distinguished in results; expected 'vocabulary' or 'codes'."
             )
 
     def first_pass(self, sources: Sequence[Source]) -> FirstPass:
-        """What is read of each file."""
+        """Resolve the columns to read from each file."""
         return FirstPass.of(
             sources,
             self.columns,
@@ -82,13 +82,13 @@ def build(
         reading: options.
         items: table of item features.
         queries: table of query features.
-        directory: where it goes.
-        account: told what was read.
-        first: what is read of each file; found out where None.
-        gather: gives the rows of all files, which are read here where None.
+        directory: output folder.
+        account: receives the lines on what was read.
+        first: which columns to read from each file; None: resolve them here.
+        gather: collects the rows of all files; None: read them here.
 
     Raises:
-        InputError: whatever is wrong with the input, with file, column and row.
+        InputError: an error in the input, with file, column and row.
     """
     with tempfile.TemporaryDirectory(prefix="passes-", dir=directory) as passes:
         first = first or reading.first_pass(sources)
@@ -101,8 +101,8 @@ def build(
             raise InputError(f"{sources[0].name}: no interactions; every list of items is empty.")
         if isinstance(reading.query_ids, Hashed) and (queries is not None or described):
             raise InputError(
-                "query_ids: query features are joined by id, and hashed ids have no list; leave the table (or the "
-                "columns beside the lists of items) out, or use 'vocabulary' or 'codes'."
+                "query_ids: query features are joined by id, and hashed ids are not stored; leave out the query table "
+                "(or the columns next to the lists of items), or use 'vocabulary' or 'codes'."
             )
         tables = {
             "item": None if items is None else FeatureTable(items, "item", columns.item or "item"),
@@ -132,7 +132,7 @@ def build(
         raise InputError(
             f"{sources[0].name}: column {columns.label!r}: no row has a label of at least {reading.positive_label}."
         )
-    _tell(
+    _add_lines(
         account,
         collected=collected,
         finished=finished,
@@ -198,14 +198,14 @@ def _vocabularies(
             raise InputError("catalog='table' needs an item table; give items=...")
         if "items" in collected.direct:
             raise InputError(
-                "catalog='table' adds ids to a vocabulary; codes have none: N is the largest code and one."
+                "catalog='table' adds ids to a vocabulary; codes have none: N is the largest code plus one."
             )
         extra = item_table.ids_as(collected.distinct["items"][0].dtype)
         if extra.null_count():
             wrong = item_table.ids.filter(extra.is_null())[0]
             raise InputError(
                 f"{item_table.where}: column {item_table.id_column!r}: id {wrong!r} is text, "
-                "the interactions have integers."
+                "but the interactions have integer ids."
             )
     vocabularies = {
         "queries": collected.vocabulary("queries", columns.query or ""),
@@ -231,7 +231,7 @@ def _with_extras(extras: pl.DataFrame, table: pl.DataFrame | None, vocabulary: V
     return base.join(typed.select(fresh), left_on=left, right_on=query, how="left", maintain_order="left")
 
 
-def _tell(
+def _add_lines(
     account: Account,
     *,
     collected: Collected,
@@ -241,9 +241,9 @@ def _tell(
     reading: Reading,
     sources: Sequence[Source],
 ) -> None:
-    """The account of the reading."""
+    """Add the lines on what was read and dropped."""
     rows, below = int(finished.offsets[-1]), int(finished.negative_offsets[-1])
-    files = sources[0].name if len(sources) == 1 else f"{len(sources)} files, {sources[0].name} and so on"
+    files = sources[0].name if len(sources) == 1 else f"{len(sources)} files, the first is {sources[0].name}"
     account.add("rows read", collected.rows, files)
     roles = ", ".join(f"{role} = {name}" for role, name in columns.roles().items())
     account.add("columns", None, roles)
@@ -254,7 +254,7 @@ def _tell(
         account.add(
             "no timestamps",
             None,
-            "row order stands for time; repeats of a (query, item) pair are kept"
+            "row order is taken as time order; repeats of a (query, item) pair are kept"
             + ("; the gaps after the TAB have no origin and are not used" if gaps else ""),
         )
     else:
@@ -263,11 +263,11 @@ def _tell(
         account.add(
             "labels ignored",
             None,
-            f"every row counts as a positive, whatever its {columns.label}; give positive_label=4 "
-            "to count only labels of at least 4",
+            f"every row counts as a positive, whatever its {columns.label}; with positive_label=4 "
+            "only labels of at least 4 count",
         )
     if reading.positive_label is not None:
-        account.add("negatives", below, f"{columns.label} below {reading.positive_label:g}, kept apart as .negatives")
+        account.add("negatives", below, f"{columns.label} below {reading.positive_label:g}, stored as .negatives")
     account.add("interactions", rows, "positives")
     account.add("queries", len(vocabularies["queries"]))
     account.add("items", len(vocabularies["items"]))

@@ -1,4 +1,4 @@
-"""Two vocabularies, and two tables, made one: what continuing on new days does to a catalog."""
+"""Merging of the vocabularies and feature tables of the past and of the new data."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ Codes = NDArray[np.int64]
 
 
 def union(first: pl.Series, second: pl.Series, side: str) -> Vocabulary:
-    """The ids of both, each once, ascending: as ids are ordered everywhere, so a code does not tell what is new.
+    """Merge the ids of both in ascending order, like every vocabulary, so a code does not reveal which ids are new.
 
     Raises:
         InputError: integers in one and text in the other.
     """
     if first.dtype != second.dtype:
         raise InputError(
-            f"{side} ids are {first.dtype} in the model and {second.dtype} in the new data; write one type"
+            f"{side} ids are {first.dtype} in the model and {second.dtype} in the new data; write them as one type"
         )
     return Vocabulary(pl.concat([first.alias("id"), second.alias("id")]).unique().sort())
 
 
 def item_map(old: Vocabulary, new: Vocabulary) -> Codes:
-    """The new code of each old one, int64 [old ids], -1 for an id that the new vocabulary does not have."""
+    """Map each old code to its new code, int64 [old ids]; -1 for an id that is not in the new vocabulary."""
     return new.encode(old.ids)
 
 
 def described(table: pl.DataFrame | None, count: int) -> NDArray[np.bool_]:
-    """Rows of a joined table that say anything beside the id, bool [count]; none without a table."""
+    """Return which rows of a joined table have any value other than the id, bool [count]; none without a table."""
     if table is None or table.width < 2:
         return np.zeros(count, dtype=np.bool_)
     own = table.columns[0]
@@ -45,27 +45,27 @@ def joined_table(
     new_ids: Vocabulary,
     ids: Vocabulary,
 ) -> pl.DataFrame | None:
-    """One table in the order of `ids`: the new table's row of an id where it has one, else the old one's.
+    """Merge two tables in the order of `ids`: for each id the new table's row if it has one, else the old table's.
 
     Args:
-        old: table in the order of `old_ids`, the id first; None where there is none.
+        old: table in the order of `old_ids`, id column first; or None.
         old_ids: its vocabulary.
-        new: likewise.
-        new_ids: likewise.
-        ids: of the result.
+        new: table in the order of `new_ids`, id column first; or None.
+        new_ids: its vocabulary.
+        ids: vocabulary of the result.
 
     Returns:
-        All columns of both, nulls where nothing is known; None where there is no table at all.
+        All columns of both, null where nothing is known; None if both tables are None.
 
     Raises:
-        InputError: a column is of another kind in the new table.
+        InputError: a column has another type in the new table.
     """
     parts = []
     for table, vocabulary in ((new, new_ids), (old, old_ids)):
         if table is not None:
             own = table.columns[0]
-            told = pl.Series(described(table, len(table)))
-            parts.append(table.with_columns(vocabulary.ids.alias(own)).filter(told))
+            has_values = pl.Series(described(table, len(table)))
+            parts.append(table.with_columns(vocabulary.ids.alias(own)).filter(has_values))
     if not parts:
         return None
     name = parts[0].columns[0]
@@ -79,8 +79,8 @@ def joined_table(
                     f"{kept.schema[column]} in the model's; write it as one type"
                 )
         parts = [fresh, kept]
-    whole = pl.concat(parts, how="diagonal_relaxed")
-    return pl.DataFrame({name: ids.ids}).join(whole, on=name, how="left", maintain_order="left")
+    merged = pl.concat(parts, how="diagonal_relaxed")
+    return pl.DataFrame({name: ids.ids}).join(merged, on=name, how="left", maintain_order="left")
 
 
 def _alike(first: pl.DataType, second: pl.DataType) -> bool:

@@ -1,4 +1,4 @@
-"""Validates the rows of a source at the door and brings them into one form."""
+"""Validation of the rows of a source, and their conversion to one form."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ MICROSECONDS = {"seconds": 1_000_000, "milliseconds": 1_000, "microseconds": 1}
 
 @dataclass
 class Rows:
-    """Rows of one chunk, valid.
+    """The validated rows of one chunk.
 
     Attributes:
         queries: ids, Int64 or String [n].
         items: ids, Int64 or String [n].
-        times: [n] microseconds where `calendar`, else the file's numbers, int64 or float64; None without the column.
-        calendar: whether the times were dates.
+        times: [n] microseconds if `calendar`, else the file's numbers, int64 or float64; None without the column.
+        calendar: whether the times are dates.
         weights: float32 [n] or None.
         labels: float32 [n] or None.
         groups: ids [n] or None.
-        context: further columns as they stand, n rows, or None.
-        empty_lists: rows of the file whose list of items was empty.
+        context: context columns, unchanged, n rows, or None.
+        empty_lists: number of rows of the file with an empty list of items.
     """
 
     queries: pl.Series
@@ -46,10 +46,10 @@ class Rows:
 
 
 def clean(frame: pl.DataFrame, columns: Columns, source: Source, context: Sequence[str] = ()) -> Rows:
-    """The rows of one chunk of `source`, checked; `context` are further columns that go along.
+    """Validate one chunk of a source; `context` names further columns to pass through.
 
     Raises:
-        InputError: null ids, unusable ids, timestamps, weights, labels or lists; with file, column and row.
+        InputError: null ids, or unusable ids, timestamps, weights, labels or lists; with file, column and row.
     """
     assert columns.query is not None
     assert columns.item is not None
@@ -74,12 +74,12 @@ def clean(frame: pl.DataFrame, columns: Columns, source: Source, context: Sequen
 
 
 def is_list(frame: pl.DataFrame, column: str) -> bool:
-    """Whether a column holds lists."""
+    """Return whether a column has lists."""
     return isinstance(frame.schema[column], LISTS)
 
 
 class _Where:
-    """Finds the file's row of a position and words the error."""
+    """The file rows of a chunk, for error messages."""
 
     def __init__(self, source: Source, rows: pl.Series) -> None:
         self.source, self.rows = source, rows
@@ -102,7 +102,7 @@ def _ids(series: pl.Series, at: _Where, role: str) -> pl.Series:
             raise at.error(series.name, _first(blank), f"blank {role} id; every row needs one.")
         if at.source.text:
             numbers = typed.cast(pl.Int64, strict=False)
-            # "007" and "+7" stay text: an id comes back from the vocabulary as it was written.
+            # "007" and "+7" stay text, so that the vocabulary returns every id as it was written.
             if not numbers.null_count() and bool((numbers.cast(pl.String) == typed).all()):
                 return numbers
     return typed
@@ -124,15 +124,15 @@ def _weights(series: pl.Series, at: _Where) -> NDArray[np.float32]:
     negative = np.flatnonzero(weights < 0)
     if negative.size:
         bad = int(negative[0])
-        raise at.error(series.name, bad, f"weight {series[bad]!r} is negative; weights are 0 or more.")
+        raise at.error(series.name, bad, f"weight {series[bad]!r} is negative; weights must be 0 or more.")
     return weights.astype(np.float32)
 
 
 def _times(series: pl.Series, at: _Where) -> tuple[bool, NDArray[Any]]:
-    """Whether the times are dates, and int64 microseconds or the file's own numbers."""
+    """Return whether the times are dates, and int64 microseconds (dates) or the file's numbers."""
     if series.null_count():
         raise at.error(
-            series.name, _first(series.is_null()), "no timestamp; every row needs one, or none has the column."
+            series.name, _first(series.is_null()), "no timestamp; every row needs one, or leave the column out."
         )
     dtype = series.dtype
     if dtype == pl.Date:
@@ -159,7 +159,7 @@ def _float_times(series: pl.Series, at: _Where) -> NDArray[Any]:
     good = numbers.is_finite().fill_null(False)
     if not good.all():
         bad = _first(~good)
-        raise at.error(series.name, bad, f"timestamp {series[bad]!r}; expected unix time like the rows before it.")
+        raise at.error(series.name, bad, f"timestamp {series[bad]!r}; expected unix time, as in the rows before it.")
     values: NDArray[np.float64] = numbers.to_numpy()
     return values
 
@@ -184,7 +184,7 @@ def _dates(series: pl.Series, at: _Where) -> NDArray[np.int64]:
 
 
 def unit_of(largest: float, where: str) -> str:
-    """The unit of numeric timestamps, by the largest absolute value of the whole column.
+    """Infer the unit of numeric timestamps from the largest absolute value of the column.
 
     Raises:
         InputError: too large for microseconds.
@@ -199,7 +199,7 @@ def unit_of(largest: float, where: str) -> str:
 
 
 def _explode(frame: pl.DataFrame, columns: Columns, source: Source, context: Sequence[str]) -> tuple[pl.DataFrame, int]:
-    """One row for each item of the lists; other lists among the columns go along, item by item."""
+    """Expand lists to one row per item; the other list columns are expanded with them."""
     assert columns.item is not None
     frame = frame.with_columns(
         pl.col(name).arr.to_list() for name in frame.columns if isinstance(frame.schema[name], pl.Array)
@@ -207,17 +207,19 @@ def _explode(frame: pl.DataFrame, columns: Columns, source: Source, context: Seq
     items = frame[columns.item]
     if items.null_count():
         row = frame[ROW][_first(items.is_null())]
-        raise InputError(f"{source.name}: column {columns.item!r}, row {row}: no list of items; give an empty list.")
+        raise InputError(
+            f"{source.name}: column {columns.item!r}, row {row}: null instead of a list of items; use an empty list."
+        )
     names = list(dict.fromkeys([*columns.roles().values(), *context]))
     lists = [name for name in names if is_list(frame, name)]
     if columns.query in lists:
-        raise InputError(f"{source.name}: column {columns.query!r}: lists of query ids; expected one id a row.")
+        raise InputError(f"{source.name}: column {columns.query!r}: lists of query ids; expected one id per row.")
     for name in lists:
         uneven = frame[name].list.len().ne_missing(items.list.len())
         if uneven.any():
             row = frame[ROW][_first(uneven)]
             raise InputError(
-                f"{source.name}: column {name!r}, row {row}: the list is not as long as that of {columns.item!r}."
+                f"{source.name}: column {name!r}, row {row}: the list is not as long as the list in {columns.item!r}."
             )
     full = frame.filter(items.list.len() > 0)
     return full.select(ROW, *names).explode(lists), len(frame) - len(full)

@@ -1,4 +1,4 @@
-"""The first pass of a preparation: rows of each chunk, coded against the chunk's own distinct ids, on disk."""
+"""Output of the first pass: the rows of each chunk on disk, coded against the chunk's own distinct ids."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ ROLES = {"queries": "query", "items": "item", "groups": "group"}
 
 
 def local_codes(ids: pl.Series) -> tuple[pl.Series, NDArray[np.int32]]:
-    """The distinct ids in ascending order, and each row's position among them."""
+    """Return the distinct ids in ascending order, and each row's position among them."""
     if ids.dtype == pl.Int64:
         values = ids.to_numpy()
         low, high = int(values.min()), int(values.max())
-        if high - low < 4 * len(values) + 1024:  # ids are nearly dense: a table is faster than sorting
+        if high - low < 4 * len(values) + 1024:  # nearly dense ids: a lookup table is faster than sorting
             seen = np.zeros(high - low + 1, dtype=bool)
             seen[values - low] = True
             table = np.cumsum(seen, dtype=np.int32) - np.int32(1)
@@ -35,10 +35,10 @@ def local_codes(ids: pl.Series) -> tuple[pl.Series, NDArray[np.int32]]:
 
 @dataclass
 class Collected:
-    """What the first pass leaves: codes of each chunk on disk, its distinct ids in memory.
+    """The result of the first pass: codes of each chunk on disk, its distinct ids in memory.
 
     Args:
-        directory: where temporary files go.
+        directory: folder of the temporary files.
         direct: the sides whose ids become codes without a vocabulary.
     """
 
@@ -56,11 +56,11 @@ class Collected:
 
     @property
     def rows(self) -> int:
-        """Rows so far."""
+        """Number of rows so far."""
         return sum(self.chunk_rows)
 
     def add(self, rows: Rows, where: str, text: bool, columns: Columns) -> None:
-        """Take one chunk's rows.
+        """Add the rows of one chunk.
 
         Raises:
             InputError: dates in one file and numbers in another.
@@ -90,60 +90,60 @@ class Collected:
             values = getattr(rows, name)
             if values is not None:
                 self._save(chunk, name, values)
-        if rows.context is not None:  # rows are sorted as numbers; where each came from tells its context in the end
+        if rows.context is not None:  # only codes are sorted; the input position leads back to a row's context
             self._save(chunk, "arrival", np.arange(before, before + len(rows.queries)))
             rows.context.write_parquet(self.directory / f"{chunk}.context.parquet")
 
     def same_calendar(self, where: str, calendar: bool) -> None:
-        """Take note whether times are dates.
+        """Check that all timestamps are dates, or all are numbers.
 
         Raises:
-            InputError: they were numbers before, or the other way round.
+            InputError: dates after numbers, or numbers after dates.
         """
         if self.calendar not in (None, calendar):
             raise InputError(
-                f"{where}: timestamps are {'dates' if calendar else 'numbers'}, those before it "
-                f"{'numbers' if calendar else 'dates'}; write them in one way."
+                f"{where}: timestamps are {'dates' if calendar else 'numbers'}, but in earlier files "
+                f"{'numbers' if calendar else 'dates'}; write all in one format."
             )
         self.calendar = calendar
 
     def place(self, chunk: int, name: str) -> Path:
-        """The file of a chunk's column: here, or in the folder that it was adopted from (`shards.adopt`)."""
+        """Return the file of a chunk's column: here, or in the folder it was adopted from (`shards.adopt`)."""
         folder, number = self.adopted.get(chunk, (self.directory, chunk))
         return folder / f"{number}.{name}"
 
     def context(self) -> pl.DataFrame:
-        """The further columns of all chunks, in the order of arrival.
+        """Read the context columns of all chunks, in input order.
 
         Raises:
-            InputError: a column is of another kind in a later file.
+            InputError: a column has another type in a later file.
         """
         parts = [pl.read_parquet(self.place(chunk, "context.parquet")) for chunk in range(len(self.chunk_rows))]
         try:
             return pl.concat(parts, how="vertical_relaxed", rechunk=True)
         except pl.exceptions.PolarsError as error:
             reason = str(error).splitlines()[0]
-            raise InputError(f"context: a column is of another kind in a later file ({reason}).") from None
+            raise InputError(f"context: a column has another type in a later file ({reason}).") from None
 
     def _save(self, chunk: int, name: str, values: NDArray[Any]) -> None:
         self.columns.add(name)
         np.save(self.directory / f"{chunk}.{name}.npy", values, allow_pickle=False)
 
     def load(self, chunk: int, name: str) -> NDArray[Any]:
-        """A chunk's column, whose temporary file is gone afterwards unless it was adopted."""
+        """Load a chunk's column, and delete its temporary file unless it was adopted."""
         path = self.place(chunk, f"{name}.npy")
         values: NDArray[Any] = np.load(path, allow_pickle=False)
         if chunk not in self.adopted:
             path.unlink()
-        elif name == "arrival":  # counted from the shard's first row
+        elif name == "arrival":  # the shard counted from its own first row
             values = values + (sum(self.chunk_rows[:chunk]) - int(values[0]))
         return values
 
     def vocabulary(self, side: str, column: str, extra: pl.Series | None = None) -> Vocabulary:
-        """The ids of one side, ascending, with `extra` ones of a feature table.
+        """Build the vocabulary of one side, ascending, with `extra` ids from a feature table.
 
         Raises:
-            InputError: integers in one file and text in another, where the files carry types.
+            InputError: integers in one file and text in another, in formats with types.
         """
         if side in self.direct:
             return self.direct[side].vocabulary(self.where, column)
@@ -153,10 +153,10 @@ class Collected:
             other = next(o for o, part in zip(self.origin[side], parts, strict=True) if part.dtype != parts[0].dtype)
             if not (first[1] and other[1]):
                 raise InputError(
-                    f"{other[0]}: column {column!r} is of mixed types: integers here and text in {first[0]} or the "
-                    "other way round; write the ids as one type."
+                    f"{other[0]}: column {column!r} has mixed types: integers here and text in {first[0]}, or the "
+                    "reverse; write the ids as one type."
                 )
-            # Text files: integers stand as they were written, so that turning them back into text loses nothing.
+            # Text files: integers are in canonical form, so converting them back to text loses nothing.
             parts = self.distinct[side] = [part.cast(pl.String) for part in parts]
         if extra is not None:
             parts = [*parts, extra.cast(parts[0].dtype).alias("id")]

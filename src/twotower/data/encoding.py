@@ -1,4 +1,4 @@
-"""The declared features of one side, fitted on training rows: from tables, frames or dicts to arrays."""
+"""The fitted features of one side: conversion of tables, data frames or dicts to arrays."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from twotower.feature_config import (
     TimestampFeature,
 )
 
-#: One array for each feature, in the order of the declaration.
+#: One array per feature, in the order of the declarations.
 Encoded = list[NDArray[Any]]
 
 _DECLARED: TypeAdapter[AnyFeature] = TypeAdapter(AnyFeature)
 
 
 def _kind(declared: AnyFeature) -> Any:
-    """The class that encodes a declared feature."""
+    """Return the encoder class of a declared feature."""
     if isinstance(declared, NumericFeature):
         return Quantile if declared.scale == "quantiles" else Number
     if isinstance(declared, TextFeature):
@@ -51,10 +51,10 @@ class FeatureSet:
 
     Attributes:
         side: "item", "query", or "context" of a request.
-        declared: what was asked for.
-        encoders: one for each.
-        widths: of the part of each in a tower's input, once a tower has been built on them; None before. A vocabulary
-            that grows keeps its width, which `auto` would choose anew from the number of values.
+        declared: the declared features.
+        encoders: one per declared feature.
+        widths: the width of each feature in the tower's input, set once a tower has been built on them; None before. A
+            vocabulary that grows keeps its width; `auto` would choose another one for the new number of values.
 
     Example:
         features = FeatureSet.fit("item", [NumericFeature(column="price")], data.item_table, known=counts > 0)
@@ -81,12 +81,12 @@ class FeatureSet:
         Args:
             side: "item" or "query".
             declared: the features; at least one.
-            table: row i describes id i; None where every feature comes from a file.
-            ids: of the rows.
-            known: rows that occur in training, bool [rows]; nothing is learnt of the others. None: all.
+            table: row i describes id i; None if every feature comes from a file.
+            ids: ids of the rows.
+            known: rows that occur in training, bool [rows]; only these are used. None: all.
 
         Raises:
-            InputError: no table, a column is missing or of another kind.
+            InputError: no table, or a column is missing or of the wrong type.
         """
         frame = with_files(pl.DataFrame({"": ids}) if table is None else table, declared, ids)
         place = _place(side, ids)
@@ -97,19 +97,19 @@ class FeatureSet:
 
     @classmethod
     def fit_rows(cls, side: str, declared: Sequence[AnyFeature], frame: pl.DataFrame, place: Place) -> FeatureSet:
-        """Fit on the rows of a frame, all of them, whatever they are rows of.
+        """Fit on all rows of a frame, whatever the rows are.
 
         Raises:
-            InputError: a column is missing or of another kind; `place` says where.
+            InputError: a column is missing or of the wrong type, at `place`.
         """
         check_columns(frame, declared, place.table, needs_table=False)
         return cls(side, list(declared), [_kind(one).fit(one, frame[one.column], place) for one in declared])
 
     def encode_rows(self, frame: pl.DataFrame, place: Place) -> Encoded:
-        """Arrays of the rows of a frame; a column that is not there is missing in every row.
+        """Encode the rows of a frame; an absent column counts as missing in every row.
 
         Raises:
-            InputError: a value of another kind.
+            InputError: a value of the wrong type.
         """
         absent = [name for name in self.columns if name not in frame.columns]
         if absent:
@@ -117,7 +117,7 @@ class FeatureSet:
         return self._encode(frame, place)
 
     def encode_table(self, table: pl.DataFrame | None, ids: pl.Series) -> Encoded:
-        """Arrays of a whole table, one row for each id.
+        """Encode a whole table, one row per id.
 
         Raises:
             InputError: see `fit`.
@@ -126,17 +126,17 @@ class FeatureSet:
         return self._encode(frame, _place(self.side, ids))
 
     def encode(self, rows: RowsLike) -> Encoded:
-        """Arrays of new rows, of ids never seen or of none.
+        """Encode new rows, with unseen ids or without ids.
 
         Args:
-            rows: a data frame (polars, pandas, Arrow) or a list of dicts with the declared columns; others are
+            rows: a data frame (polars, pandas, Arrow) or a list of dicts with the declared columns; other columns are
                 ignored. None, NaN and blank text mean missing.
 
         Returns:
-            One array for each feature; see `encoders` for their forms.
+            One array per feature; see `encoders` for their forms.
 
         Raises:
-            InputError: a declared column is missing, or a value of another kind; with column and row.
+            InputError: a declared column is missing, or a value has the wrong type; with column and row.
         """
         name = f"{self.side} features"
         frame = frame_of(rows, self.columns, name)
@@ -148,22 +148,22 @@ class FeatureSet:
         return [encoder.encode(frame[one.column], place) for one, encoder in pairs]
 
     def missing(self) -> Encoded:
-        """Arrays of one row of which nothing is known."""
+        """Encode one row in which every feature is missing."""
         return self._encode(pl.DataFrame({name: pl.Series([None], dtype=pl.Null) for name in self.columns}), Place(""))
 
     @property
     def columns(self) -> list[str]:
-        """The columns that are needed, each once."""
+        """The required columns, each once."""
         return list(dict.fromkeys(one.column for one in self.declared))
 
     def __str__(self) -> str:
-        """One line on each feature, as an account of what fitting found."""
+        """Format one line per feature with the summary of its fit."""
         pairs = list(zip(self.declared, self.encoders, strict=True))
         width = max(len(one.column) for one in self.declared)
         return "\n".join(f"{self.side} feature  {one.column:{width}s}  {one.kind}  {it.note}" for one, it in pairs)
 
     def to_json(self) -> str:
-        """What `from_json` reads: declarations and what fitting found."""
+        """Serialise the declarations and the fitted state, for `from_json`."""
         pairs = zip(self.declared, self.encoders, strict=True)
         features = [{"declared": one.model_dump(mode="json"), "state": encoder.state()} for one, encoder in pairs]
         widths = {} if self.widths is None else {"widths": self.widths}
@@ -171,17 +171,17 @@ class FeatureSet:
 
     @classmethod
     def from_json(cls, text: str) -> FeatureSet:
-        """A fitted set again.
+        """Restore a fitted set from `to_json`.
 
         Raises:
-            ValueError: not what `to_json` writes.
+            ValueError: the text is not from `to_json`.
         """
         try:
             read = json.loads(text)
             declared = [_DECLARED.validate_python(entry["declared"]) for entry in read["features"]]
             states = [entry["state"] for entry in read["features"]]
             encoders = [_kind(one).restore(one, state) for one, state in zip(declared, states, strict=True)]
-            widths = read.get("widths")  # an older version left them out, and chose by the values beside them
+            widths = read.get("widths")  # absent in files of older versions, which derived them from the values
             return cls(str(read["side"]), declared, encoders, widths)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not fitted features: {error}") from error
@@ -189,11 +189,11 @@ class FeatureSet:
 
 @dataclass(frozen=True)
 class EncodedTable:
-    """The features of every id of one side, encoded; written beside a model, read without the table they came from.
+    """The encoded features of all ids of one side; saved with a model, so that the feature table is no longer needed.
 
     Attributes:
         features: the fitted encoders.
-        arrays: one for each feature, row i for code i.
+        arrays: one per feature, row i for code i.
     """
 
     features: FeatureSet
@@ -209,17 +209,17 @@ class EncodedTable:
         ids: pl.Series,
         known: NDArray[np.bool_] | None = None,
     ) -> EncodedTable:
-        """Fit on the rows that are in training and encode all; see `FeatureSet.fit`."""
+        """Fit on the training rows and encode all rows; see `FeatureSet.fit`."""
         features = FeatureSet.fit(side, declared, table, ids=ids, known=known)
         return cls(features, features.encode_table(table, ids))
 
     @classmethod
     def of_requests(cls, features: FeatureSet) -> EncodedTable:
-        """Features that belong to requests instead of ids: no rows."""
+        """Make a table without rows, for features of requests instead of ids."""
         return cls(features, [array[:0] for array in features.missing()])
 
     def write(self, folder: Path) -> None:
-        """Two files: `item_features.json` and `item_features.safetensors`, or those of the queries."""
+        """Write two files, `{side}_features.json` and `{side}_features.safetensors`."""
         name = f"{self.features.side}_features"
         (folder / f"{name}.json").write_text(self.features.to_json(), encoding="utf-8")
         arrays = {str(place): np.ascontiguousarray(array) for place, array in enumerate(self.arrays)}
@@ -227,7 +227,7 @@ class EncodedTable:
 
     @classmethod
     def read(cls, folder: Path, side: str) -> EncodedTable | None:
-        """What `write` wrote, or None where there is nothing of this side.
+        """Read the files from `write`; return None if this side has no features.
 
         Raises:
             ValueError: damaged.

@@ -1,4 +1,4 @@
-"""Rows that are to be encoded as features, as frames with the declared columns: of tables, of files, of dicts."""
+"""Conversion of tables, files and dicts to data frames with the declared feature columns."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RowsLike = pl.DataFrame | Sequence[Mapping[str, Any]] | Any
 
 
 def frame_of(rows: RowsLike, columns: Sequence[str], name: str) -> pl.DataFrame:
-    """Rows as a frame: a frame as it is, of dicts those of the columns that any of them has.
+    """Convert rows to a frame: a data frame keeps its columns, dicts give those of `columns` that any of them has.
 
     Raises:
         InputError: no rows, or values of mixed types.
@@ -43,21 +43,21 @@ def _series(column: str, values: list[Any]) -> pl.Series:
             raise
         if all(value is None or isinstance(value, int | float) for value in values):
             return pl.Series(column, [None if value is None else float(value) for value in values], dtype=pl.Float64)
-        # 3 beside "three": text, so that the encoder can say which row it cannot use.
+        # 3 in one row and "three" in another: use text, so that the encoder can report the invalid row.
         return pl.Series(column, [None if value is None else str(value) for value in values], dtype=pl.String)
 
 
 def check_columns(frame: pl.DataFrame, declared: Sequence[AnyFeature], name: str, *, needs_table: bool) -> None:
-    """Refuse a frame without a declared column.
+    """Check that a frame has all declared columns.
 
     Args:
         frame: the rows.
         declared: the features.
-        name: of the rows in an error; it begins with their side.
-        needs_table: whether there is no table of this side at all.
+        name: name of the rows in errors; begins with their side.
+        needs_table: whether this side has no table at all.
 
     Raises:
-        InputError: a column is not there.
+        InputError: a column is missing.
     """
     for one in declared:
         if one.column not in frame.columns:
@@ -68,7 +68,7 @@ def check_columns(frame: pl.DataFrame, declared: Sequence[AnyFeature], name: str
                 )
             setting = "query_tower.context" if side == "context" else f"{side}_tower.features"
             raise InputError(
-                f"{name}: column {one.column!r}, declared in {setting}, is not there. "
+                f"{name}: column {one.column!r}, declared in {setting}, does not exist. "
                 f"Columns found: {listed(frame.columns)}."
             )
 
@@ -77,10 +77,10 @@ _PLURAL = {"item": "items", "query": "queries"}
 
 
 def with_files(frame: pl.DataFrame, declared: Sequence[AnyFeature], ids: pl.Series) -> pl.DataFrame:
-    """The table with a column for each dense feature that comes from a file, null where the file has no such id.
+    """Add a column for each dense feature from a file, null where the file does not have the id.
 
     Raises:
-        InputError: a file cannot be read, or has not one row for each of its ids.
+        InputError: a file cannot be read, or the numbers of its rows and ids differ.
     """
     for one in declared:
         if isinstance(one, DenseFeature) and one.file is not None:
@@ -93,7 +93,7 @@ def with_files(frame: pl.DataFrame, declared: Sequence[AnyFeature], ids: pl.Seri
 
 
 def _matrix(one: DenseFeature) -> tuple[NDArray[Any], pl.Series]:
-    """The matrix of a .npy file, mapped, and the ids of its rows."""
+    """Open the matrix of a .npy file memory-mapped, and read the ids of its rows."""
     file, ids_file = Path(one.file or ""), Path(one.ids or "")
     try:
         matrix = np.load(file, mmap_mode="r", allow_pickle=False)
@@ -111,7 +111,5 @@ def _matrix(one: DenseFeature) -> tuple[NDArray[Any], pl.Series]:
             raise
         raise InputError(f"{ids_file}: not a readable list of ids ({str(error).splitlines()[0]}).") from None
     if len(ids) != len(matrix):
-        raise InputError(
-            f"{ids_file}: {len(ids):,} ids, {file} has {len(matrix):,} rows; expected one id for each row."
-        )
+        raise InputError(f"{ids_file}: {len(ids):,} ids, but {file} has {len(matrix):,} rows; expected one id per row.")
     return matrix, ids

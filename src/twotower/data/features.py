@@ -16,15 +16,15 @@ TableLike = str | Path | Any
 
 
 class FeatureTable:
-    """A table with one row for each id, checked but not yet joined.
+    """A feature table with one row per id, validated but not yet joined.
 
     Args:
         table: path of a Parquet, CSV or TSV file, or a data frame.
         role: "item" or "query".
-        id_column: what the interactions call their id; looked for first, then the usual names.
+        id_column: name of the id column in the interactions; tried first, then the usual names.
 
     Raises:
-        InputError: unreadable, no id column, null or repeated ids.
+        InputError: unreadable, no id column, or null or repeated ids.
     """
 
     def __init__(self, table: TableLike, role: str, id_column: str) -> None:
@@ -42,8 +42,8 @@ class FeatureTable:
         if repeated.any():
             at = int(repeated.arg_true()[0])
             raise InputError(
-                f"{self.where}: column {self.id_column!r}, row {frame[ROW][at]}: {role} {ids[at]!r} stands there "
-                "before; expected one row for each id."
+                f"{self.where}: column {self.id_column!r}, row {frame[ROW][at]}: {role} {ids[at]!r} occurs in an "
+                "earlier row; expected one row per id."
             )
         frame = frame.drop(ROW)
         if source.text:
@@ -63,39 +63,39 @@ class FeatureTable:
         return found
 
     def ids_as(self, dtype: Any) -> pl.Series:
-        """The ids in a vocabulary's type; null where they cannot be."""
+        """Convert the ids to the type of a vocabulary; null where that is impossible."""
         return self.ids if self.ids.dtype == dtype else self.ids.cast(dtype, strict=False)
 
     def joined(self, vocabulary: Vocabulary, account: Account) -> pl.DataFrame:
-        """The table in the order of the vocabulary, row i = code i; nulls where it has no row for an id.
+        """Join the table to a vocabulary: row i = code i, nulls where the table has no row for an id.
 
         Raises:
-            InputError: not one id in common.
+            InputError: no id in common.
         """
         ids = self.ids_as(vocabulary.ids.dtype).alias(self.id_column)
         wanted = pl.DataFrame({self.id_column: vocabulary.ids})
         known = int(wanted[self.id_column].is_in(ids.drop_nulls().implode()).sum())
         if not known:
             raise InputError(
-                f"{self.where}: not one of its {len(ids):,} {self.role} ids occurs in the interactions; "
-                f"it begins with {ids_of(self.ids, '')[0]!r}, they with {vocabulary.ids[0]!r}."
+                f"{self.where}: none of its {len(ids):,} {self.role} ids occurs in the interactions; the first id of "
+                f"the table is {ids_of(self.ids, '')[0]!r}, the first of the interactions {vocabulary.ids[0]!r}."
             )
         if known < len(vocabulary):
             account.add(f"{self.role} ids without features", len(vocabulary) - known, "their features are null")
         if known < len(ids):
             account.add(
-                f"{self.role} table rows unused", len(ids) - known, "they occur in no interaction"
+                f"{self.role} table rows unused", len(ids) - known, "no interaction has them"
                 + ("; catalog='table' keeps them" if self.role == "item" else ""),
             )  # fmt: skip
         return wanted.join(self.frame.with_columns(ids), on=self.id_column, how="left", maintain_order="left")
 
 
 def typed(column: pl.Series) -> pl.Series:
-    """A text column as integers or floats when all of it parses."""
+    """Convert a text column to integers or floats if every value parses."""
     for dtype in (pl.Int64(), pl.Float64()):
         numbers = column.cast(dtype, strict=False)
         if numbers.null_count() == column.null_count() and len(column) > column.null_count():
-            # Leading zeros (zip codes) are names, not numbers.
+            # Values with leading zeros, such as zip codes, are not numbers.
             padded = column.drop_nulls().str.contains(r"^[+-]?0\d")
             return column if padded.any() else numbers
     return column

@@ -1,4 +1,4 @@
-"""What is read of each file, and how: the same for all files of a data set."""
+"""Settings of the first pass: which columns to read from each file, and how; the same for all files of a data set."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from twotower.schema import Columns, listed
 
 @dataclass(frozen=True)
 class FirstPass:
-    """How the rows of a file are read.
+    """How to read the rows of a file.
 
     Attributes:
-        columns: the roles, all that are there filled in.
-        context: columns of the request.
+        columns: the column of each role that the files have.
+        context: context columns.
         query_ids: how query ids become codes.
-        item_ids: how item ids do.
+        item_ids: how item ids become codes.
     """
 
     columns: Columns
@@ -44,13 +44,13 @@ class FirstPass:
         context: Wanted = None,
         ids: Mapping[str, IdKind],
     ) -> FirstPass:
-        """From the columns of all files.
+        """Resolve the columns of all files.
 
         Args:
-            sources: the files; the first decides which column is what.
-            columns: the roles that were told.
-            labelled: the least label of a positive, where labels are needed.
-            context: columns of the request.
+            sources: the files; the columns of the first one determine the roles.
+            columns: the roles set by the caller.
+            labelled: the smallest label of a positive, if labels are needed.
+            context: context columns.
             ids: `query_ids` and `item_ids`.
 
         Raises:
@@ -62,7 +62,7 @@ class FirstPass:
             missing = [name for name in found.roles().values() if name not in source.columns]
             if missing:
                 raise InputError(
-                    f"{source.name}: column {missing[0]!r} is missing, {sources[0].name} has it. "
+                    f"{source.name}: column {missing[0]!r} is missing, but {sources[0].name} has it. "
                     f"Columns found: {listed(source.columns)}."
                 )
             if labelled is not None and found.label is None:
@@ -73,42 +73,42 @@ class FirstPass:
             lists = found.item in source.lists
             if source is sources[0]:
                 named = context_columns(context, found, source.columns, source.name, lists=lists)
-            beside = [name for name in named if name != found.timestamp]
-            context_columns(beside, found, source.columns, source.name, lists=lists)
+            others = [name for name in named if name != found.timestamp]
+            context_columns(others, found, source.columns, source.name, lists=lists)
         return cls(found, tuple(named), **ids)
 
     def empty(self, directory: Any) -> Collected:
-        """Takes the rows of a file, or of several, into a folder."""
+        """Create an empty `Collected` that writes to a folder."""
         kinds = {"queries": self.query_ids, "items": self.item_ids}
         direct = {side: column for side, kind in kinds.items() if (column := direct_column(kind)) is not None}
         return Collected(directory, direct)
 
     def read(self, source: Source, collected: Collected) -> pl.DataFrame | None:
-        """Add the rows of a file; gives the plain columns beside lists of items, which describe the query."""
+        """Add the rows of a file. If it has lists of items, return its scalar columns: they describe the queries."""
         columns, extras = self.columns, list[pl.DataFrame]()
-        beside = [name for name in self.context if name != columns.timestamp]
+        context = [name for name in self.context if name != columns.timestamp]
         lists = columns.item in source.lists
         for frame in source.chunks(
-            list(dict.fromkeys([*columns.roles().values(), *beside, *(source.columns if lists else [])]))
+            list(dict.fromkeys([*columns.roles().values(), *context, *(source.columns if lists else [])]))
         ):
             if is_list(frame, columns.item or ""):
                 described = [
                     name
                     for name in frame.columns
-                    if name not in (ROW, *columns.roles().values(), *beside) and not frame.schema[name].is_nested()
+                    if name not in (ROW, *columns.roles().values(), *context) and not frame.schema[name].is_nested()
                 ]
                 if described:
                     extras.append(frame.select(columns.query or "", *described))
-            collected.add(clean(frame, columns, source, beside), source.name, source.text, columns)
+            collected.add(clean(frame, columns, source, context), source.name, source.text, columns)
         return pl.concat(extras, how="diagonal_relaxed") if extras else None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values that `of_dict` takes."""
+        """Convert to JSON values for `of_dict`."""
         return asdict(self)
 
     @classmethod
     def of_dict(cls, told: Mapping[str, Any]) -> FirstPass:
-        """What `to_dict` was taken of."""
+        """Restore from `to_dict`."""
         kinds = {
             name: Hashed(**told[name]) if isinstance(told[name], dict) else told[name]
             for name in ("query_ids", "item_ids")

@@ -1,4 +1,4 @@
-"""What requests bring, contexts and features: rows of any kind of value, each understood on its own."""
+"""Encoding of the contexts and features in requests: each row is interpreted on its own."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from twotower.errors import InputError
 from twotower.feature_config import TimestampFeature
 from twotower.schema import listed
 
-#: A row's context, None for nothing known of it; or a frame with a row for each.
+#: One context per request, None if it is unknown; or a frame with one row per request.
 Given = pl.DataFrame | Sequence[Mapping[str, Any] | None]
 
 
 @dataclass(frozen=True)
 class EncodedContext:
-    """The context of some requests as a tower takes it, kept so that it is encoded once.
+    """The encoded context of several requests, stored so that it is encoded only once.
 
     Attributes:
-        arrays: one for each feature, row i of request i.
-        rows: how many requests.
+        arrays: one per feature, row i of request i.
+        rows: number of requests.
     """
 
     arrays: Encoded
@@ -36,12 +36,12 @@ class EncodedContext:
 
     @classmethod
     def of(cls, features: FeatureSet, rows: Given) -> EncodedContext:
-        """See `encode_given`."""
+        """Encode the context of requests; see `encode_given`."""
         return cls(encode_given(features, rows), len(rows))
 
     @classmethod
     def joined(cls, parts: Sequence[EncodedContext]) -> EncodedContext:
-        """Requests of several one after the other; at least one part."""
+        """Concatenate the requests of several parts; at least one part."""
         order = np.arange(sum(part.rows for part in parts))
         columns = zip(*(part.arrays for part in parts), strict=True)
         return cls([_in_order(list(column), order) for column in columns], len(order))
@@ -50,19 +50,19 @@ class EncodedContext:
         return self.rows
 
     def repeated(self, times: int) -> EncodedContext:
-        """Every request so many times in a row."""
+        """Repeat every request `times` times in a row."""
         return EncodedContext([np.repeat(array, times, axis=0) for array in self.arrays], self.rows * times)
 
 
 def encode_given(features: FeatureSet, rows: Given) -> Encoded:
-    """Arrays of the context of some requests, as training encodes its rows; see `encode_apart`.
+    """Encode the context of requests as in training; see `encode_apart`.
 
     Args:
         features: fitted on the context of the training rows.
-        rows: a frame, or for each request a mapping from column to value, or None. What is not there is missing.
+        rows: a frame, or for each request a mapping from column to value, or None. Absent columns count as missing.
 
     Raises:
-        InputError: a column that the model does not know, or a value of another kind.
+        InputError: a column that the model does not have, or a value of the wrong type.
     """
     if isinstance(rows, pl.DataFrame):
         return features.encode_rows(rows, Place("context"))
@@ -70,23 +70,23 @@ def encode_given(features: FeatureSet, rows: Given) -> Encoded:
     for row in rows:
         for name in row or {}:
             if name not in known:
-                raise InputError(f"context: column {name!r} is not one that the model knows; it knows {listed(known)}.")
+                raise InputError(f"context: the model has no column {name!r}; its context columns are {listed(known)}.")
     return encode_apart(features, [row or {} for row in rows], "context")
 
 
 def encode_apart(features: FeatureSet, rows: Sequence[Mapping[str, Any]], name: str) -> Encoded:
-    """Arrays of rows of which each is read as if it had come alone.
+    """Encode rows so that each gives the same result as if it were encoded alone.
 
-    Rows are encoded together with those whose values are of the same kinds, so that what one calls 3 and another
-    "three", or unix time here and a date there, do not disturb each other.
+    Rows whose values have the same types are encoded together. So 3 in one row and "three" in another, or unix time in
+    one and a date in another, do not affect each other.
 
     Args:
         features: the fitted encoders.
-        rows: mappings from column to value. What is not there is missing; other columns are ignored.
-        name: what the rows are called in an error.
+        rows: mappings from column to value. Absent columns count as missing; other columns are ignored.
+        name: name of the rows in errors.
 
     Raises:
-        InputError: a value of another kind.
+        InputError: a value of the wrong type.
     """
     if not rows:
         return [empty[:0] for empty in features.missing()]
@@ -107,7 +107,7 @@ def encode_apart(features: FeatureSet, rows: Sequence[Mapping[str, Any]], name: 
 
 def _kind(value: Any, name: str, *, moment: bool) -> str:
     if isinstance(value, str) and moment:
-        # Unix time as text has a unit too, which is found from the largest of those that are read together.
+        # Unix time as text has a unit too, which is inferred from the largest value encoded together.
         number = _number(value)
         return "text" if number is None else f"text of {unit_of(abs(number), name)}"
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -124,7 +124,7 @@ def _number(text: str) -> float | None:
 
 
 def _in_order(parts: list[NDArray[Any]], order: NDArray[np.int64]) -> NDArray[Any]:
-    """Rows of several arrays where they belong; bags are filled up to the widest."""
+    """Merge the rows of several arrays in their order; bags are padded to the widest."""
     width = max((part.shape[1] for part in parts if part.ndim == 2), default=0)
     shape = (len(order), width) if parts[0].ndim == 2 else (len(order),)
     joined = np.zeros(shape, dtype=parts[0].dtype)

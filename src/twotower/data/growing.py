@@ -1,4 +1,4 @@
-"""Fitted features that meet new rows: new values join the vocabularies, everything else stays as it was fitted."""
+"""Extension of fitted features to new rows: vocabularies gain new values, everything else stays as fitted."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Codes = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Grown:
-    """Features of a side after new rows have joined.
+    """The features of a side extended to new rows.
 
     Attributes:
         table: encoders and encoded rows, in the order of the new ids.
-        value_maps: by place of the feature, the new code of each old value code; only of features with a table of
-            vectors.
+        value_maps: by index of the feature, the new code of each old value code; only features with an embedding
+            table.
     """
 
     table: EncodedTable
@@ -45,32 +45,32 @@ def grown(
     ids: Vocabulary,
     known: NDArray[np.bool_],
 ) -> Grown:
-    """Fitted features on more rows.
+    """Extend fitted features to new rows.
 
-    Values that a vocabulary does not have join it where they occur often enough (`min_count`) among the new table's
-    rows that are in training. Means, deviations, bins and the reference moment stay as they were fitted: the layers
-    behind them were trained on those. A row that the new table describes is encoded anew; another one keeps its codes.
+    A vocabulary gains new values that occur often enough (`min_count`) in those rows of the new table that are in
+    training. Means, deviations, bins and the reference time stay as fitted, because the layers after them were trained
+    on these. Rows described by the new table are encoded again; the others keep their codes.
 
     Args:
-        old: features of the model that goes on.
-        code_map: int64 [old ids], new code of each old id; -1 where it left.
-        table: the new table in the order of `ids`, nulls where it has no row; None where there is none.
-        ids: of this side.
-        known: bool [ids], those with a training row.
+        old: features of the parent model.
+        code_map: int64 [old ids], new code of each old id; -1 for a withdrawn id.
+        table: the new table in the order of `ids`, nulls where it has no row; or None.
+        ids: the new vocabulary of this side.
+        known: bool [ids], the ids with a training row.
 
     Raises:
-        InputError: there are new ids and no table; a declared column is missing or of another kind.
+        InputError: there are new ids and no table, or a declared column is missing or of the wrong type.
     """
     side, declared = old.features.side, old.features.declared
     stays = np.zeros(len(ids), dtype=np.bool_)
     stays[code_map[code_map >= 0]] = True
     if table is None and bool(stays.all()):
-        # Nobody is new: null rows, which keep what the old table says.
+        # No new ids: use null rows, so that every id keeps its old codes.
         columns = {name: pl.Series([None] * len(ids), dtype=pl.Null) for name in old.features.columns}
         table = pl.DataFrame({"": ids.ids, **columns})
     _check(side, declared, table)
-    told = described(table, len(ids))
-    fitting = np.flatnonzero(told & known)
+    has_row = described(table, len(ids))
+    fitting = np.flatnonzero(has_row & known)
     maps: dict[int, Codes] = {}
     encoders: list[Encoder] = []
     for place, (one, encoder) in enumerate(zip(declared, old.features.encoders, strict=True)):
@@ -88,10 +88,10 @@ def grown(
     features = FeatureSet(side, declared, encoders, old.features.widths)
     arrays = features.encode_table(table, ids.ids)
     for place, one in enumerate(declared):
-        own = told
+        updated = has_row
         if isinstance(one, DenseFeature) and one.file is not None:
-            own = arrays[place][:, -1] == 0  # the last number of a vector says that it is missing
-        keeps = np.flatnonzero(~own & stays)
+            updated = arrays[place][:, -1] == 0  # the last column is 1 where the vector is missing
+        keeps = np.flatnonzero(~updated & stays)
         source = np.full(len(ids), -1, dtype=np.int64)
         source[code_map[code_map >= 0]] = np.flatnonzero(code_map >= 0)
         rows = old.arrays[place][source[keeps]]
@@ -102,15 +102,15 @@ def grown(
 
 
 def grown_context(old: FeatureSet, data: Interactions, new: NDArray[np.bool_]) -> Grown:
-    """Fitted features of requests on more rows: new values of the new rows join, the rest stays as it was fitted.
+    """Extend fitted context features: vocabularies gain the values of the new rows, the rest stays as fitted.
 
     Args:
-        old: of the model that goes on.
+        old: features of the parent model.
         data: training rows, old and new.
-        new: bool [n], the new ones.
+        new: bool [n], the new rows.
 
     Raises:
-        InputError: a declared column is missing or of another kind.
+        InputError: a declared column is missing or of the wrong type.
     """
     fresh = data.select(new)
     frame, place = context_frame(old.declared, fresh), context_place(fresh)
@@ -139,13 +139,13 @@ def _check(side: str, declared: Sequence[AnyFeature], table: pl.DataFrame | None
             )
         if one.column not in table.columns:
             raise InputError(
-                f"{side} table of the new data: column {one.column!r}, a feature of the model, is not there; columns "
+                f"{side} table of the new data: column {one.column!r}, a feature of the model, does not exist; columns "
                 f"found: {listed(table.columns)}"
             )
 
 
 def _union(old: Values, new: Values) -> tuple[Values, Codes]:
-    """The values of both vocabularies, ascending, and the new code of each old one."""
+    """Merge two vocabularies, ascending; also return the new code of each old one."""
     assert old.known is not None and new.known is not None
     values = Values(Vocabulary(pl.concat([old.known.ids, new.known.ids.alias("id")]).unique().sort()))
     assert values.known is not None
@@ -153,7 +153,7 @@ def _union(old: Values, new: Values) -> tuple[Values, Codes]:
 
 
 def _put(array: NDArray[Any], places: Codes, rows: NDArray[Any]) -> NDArray[Any]:
-    """`rows` at `places`; bags are filled up with 0 to the wider of both."""
+    """Put `rows` at `places`; bags are padded with 0 to the wider of the two."""
     if array.ndim == 2 and array.shape[1] < rows.shape[1]:
         array = np.concatenate([array, np.zeros((len(array), rows.shape[1] - array.shape[1]), array.dtype)], axis=1)
     elif array.ndim == 2 and rows.shape[1] < array.shape[1]:

@@ -1,4 +1,4 @@
-"""The newest items of many queries at once, as rectangles and as compressed rows."""
+"""The newest items of many queries at once, as rectangles or compressed rows."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ PAD = -1  # no item has this code, so padding cannot be mistaken for one
 def gather_histories(
     offsets: Integers, item_codes: Integers, rows_query: Integers, rows_end: Integers, length: int
 ) -> NDArray[np.int64]:
-    """The `length` items before a row of each query, newest last, padded on the left with -1.
+    """Gather the `length` items before a row of each query, newest last, padded on the left with -1.
 
     Args:
         offsets: [Q+1], rows of query q are ``offsets[q]:offsets[q+1]``.
         item_codes: [n], oldest first within a query.
-        rows_query: [B], the queries asked.
-        rows_end: [B], the row before which a history ends: that row's own item is not in it.
+        rows_query: [B], query codes.
+        rows_end: [B], the row before which a history ends; the item of that row is not included.
         length: L, 0 or more.
 
     Returns:
@@ -35,19 +35,19 @@ def gather_histories(
     at = ends - length + np.arange(length)
     if not len(item_codes):
         return np.full(at.shape, PAD, dtype=np.int64)
-    # Places before the first row are clipped to it, and padded over with the others that are before their query's.
+    # Positions before row 0 are clipped to it; like all positions before the query's first row they are then padded.
     history = np.asarray(item_codes).take(at, mode="clip").astype(np.int64)
     np.copyto(history, PAD, where=at < starts)
     return history
 
 
 def ragged_histories(offsets: Integers, items: Integers, rows: Integers, length: int) -> NDArray[np.int64]:
-    """The newest `length` items of some compressed rows, newest last, padded on the left with -1; int64 [B, L].
+    """Gather the newest `length` items of compressed rows, newest last, padded on the left with -1; int64 [B, L].
 
     Args:
-        offsets: [E+1], as `Holdout.history_offsets`.
-        items: the items of all rows, oldest first, as `Holdout.history_items`.
-        rows: [B], which rows.
+        offsets: [E+1], such as `Holdout.history_offsets`.
+        items: the items of all rows, oldest first, such as `Holdout.history_items`.
+        rows: [B], the rows to gather.
         length: L.
     """
     rows = np.asarray(rows)
@@ -55,7 +55,7 @@ def ragged_histories(offsets: Integers, items: Integers, rows: Integers, length:
 
 
 def take_ranges(starts: Integers, ends: Integers) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """All numbers of the ranges ``starts[i]:ends[i]`` one after the other, and the offsets of the ranges [E+1]."""
+    """Concatenate the ranges ``starts[i]:ends[i]``; return their numbers and the offsets of the ranges [E+1]."""
     sizes = np.asarray(ends, dtype=np.int64) - np.asarray(starts, dtype=np.int64)
     offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])
     numbers = np.arange(offsets[-1], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""`Holdout`: what an evaluation asks, one row for each query."""
+"""`Holdout`: the queries of an evaluation with their histories and targets."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class Holdout:
     """Queries with their history and their targets, in compressed rows.
 
     Attributes:
-        name: what reports call it.
+        name: name in reports.
         queries: int64 [E], codes in the query vocabulary, ascending.
         history_offsets: int64 [E+1].
-        history_items: int32, oldest first, only what came before the first target.
+        history_items: int32, oldest first, only rows before the first target.
         target_offsets: int64 [E+1].
         target_items: int32, without duplicates within a query, oldest first.
-        history_timestamps: int64 microseconds beside `history_items`, or None.
+        history_timestamps: int64 microseconds, parallel to `history_items`, or None.
         query_times: int64 [E] microseconds, the time of the first target, or None.
-        context: the context of each question, that of its first target's row, or None.
+        context: the context of each query, from the row of its first target, or None.
     """
 
     name: str
@@ -48,19 +48,19 @@ class Holdout:
 
     @classmethod
     def empty(cls, name: str) -> Holdout:
-        """A holdout that asks nothing, where a split was told to make none."""
+        """Make a holdout without queries, for a split without this part."""
         zero, none = np.zeros(1, dtype=np.int64), np.zeros(0, dtype=np.int32)
         return cls(name, none.astype(np.int64), zero, none, zero, none)
 
 
 @dataclass(frozen=True)
 class Window:
-    """The rows that a holdout is made of: arrays of row numbers [Q], one entry a query.
+    """The rows of a holdout: arrays of row numbers [Q], one entry per query.
 
     Attributes:
-        history_end: histories are the query's rows before this one.
+        history_end: the history of a query is its rows before this one.
         start: first row that may be a target.
-        end: row after the last that may be a target.
+        end: one past the last row that may be a target.
     """
 
     history_end: NDArray[np.int64]
@@ -77,14 +77,14 @@ def make_holdout(
     known_items: NDArray[np.bool_] | None = None,
     known_queries: NDArray[np.bool_] | None = None,
 ) -> Holdout:
-    """The holdout of a window of rows, and its lines in the account.
+    """Make the holdout of a window of rows, and add its lines to the account.
 
     Args:
         data: rows, oldest first within a query.
-        name: of the holdout.
-        window: which rows.
-        account: gets a line for all that is dropped.
-        known_items: bool [N]; other targets are cold and dropped. None keeps them.
+        name: name of the holdout.
+        window: its rows.
+        account: receives a line for everything that is dropped.
+        known_items: bool [N]; targets with other items are cold and dropped. None keeps them.
         known_queries: bool [Q]; other queries are cold and dropped. None keeps them.
 
     Raises:
@@ -112,12 +112,12 @@ def make_holdout(
     rows, owner, items = rows[first], owner[first], items[first]
     sizes = np.bincount(owner, minlength=len(queries))
     if bool((sizes == 0).any()):
-        account.add(f"{name}: queries without targets", int((sizes == 0).sum()), "nothing left to ask, dropped")
+        account.add(f"{name}: queries without targets", int((sizes == 0).sum()), "no target left, dropped")
     queries, sizes = queries[sizes > 0], sizes[sizes > 0]
     if not len(queries):
         raise InputError(
-            f"split: {name} is empty (of {rows_before:,} rows held out none is left after cold queries and items); "
-            "hold out a larger fraction, keep cold ones with cold='keep', or give more data."
+            f"split: {name} is empty (of {rows_before:,} rows held out, none is left after dropping cold queries and "
+            "items); hold out a larger fraction, keep cold ones with cold='keep', or use more data."
         )
     history_rows, history_offsets = take_ranges(data.offsets[queries], window.history_end[queries])
     target_offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])

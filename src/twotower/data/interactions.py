@@ -1,4 +1,4 @@
-"""`Interactions`: one sorted, compressed-row table of who met what when, memory-mapped where it comes from a file."""
+"""`Interactions`: the query-item-time table, sorted and in compressed rows, memory-mapped when read from files."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ COUNT_ROWS = 4_000_000
 
 @dataclass(eq=False)
 class Interactions:
-    """Positives sorted by query code, then time, then order of arrival.
+    """Positives sorted by query code, then time, then input order.
 
     Attributes:
-        queries: the query ids; position = code.
-        items: the item ids; position = code.
+        queries: the query vocabulary.
+        items: the item vocabulary.
         offsets: int64 [Q+1], rows of query q are ``offsets[q]:offsets[q+1]``.
         item_codes: int32 [n].
-        timestamps: int64 [n], microseconds since 1970; None where row order stands for time.
+        timestamps: int64 [n], microseconds since 1970; None if row order is the time order.
         weights: float32 [n], 0 or more, or None.
         labels: float32 [n] or None.
         groups: int32 [n], codes in `group_names`, or None.
-        group_names: the groups' ids.
-        item_table: row i describes item code i; nulls where the table had no such id.
+        group_names: the group vocabulary, or None.
+        item_table: row i describes item code i; nulls if the table has no row for its id.
         query_table: row i describes query code i.
-        negatives: rows below ``positive_label``, same vocabularies.
-        context: row i describes the request of row i, such as its device; None where no such column was read.
+        negatives: rows below ``positive_label``, with the same vocabularies.
+        context: row i describes the request of row i, for example its device; None if no context column was read.
         account: what was read, what was dropped and why.
     """
 
@@ -86,30 +86,30 @@ class Interactions:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over rows and vocabularies; known beforehand where the data came from a file."""
+        """sha256 over rows and vocabularies; stored with data opened from a folder, computed on first use otherwise."""
         if self.known_fingerprint is None:
             self.known_fingerprint = fingerprint_of(self.__dict__)
         return self.known_fingerprint
 
     def item_counts(self) -> NDArray[np.int64]:
-        """How often each item occurs, int64 [N]."""
+        """Count the rows of each item, int64 [N]."""
         counts = np.zeros(self.num_items, dtype=np.int64)
-        for start in range(0, len(self), COUNT_ROWS):  # in pieces: bincount widens its input to int64
+        for start in range(0, len(self), COUNT_ROWS):  # in pieces, because bincount copies its input to int64
             counts += np.bincount(self.item_codes[start : start + COUNT_ROWS], minlength=self.num_items)
         return counts
 
     def query_codes(self) -> NDArray[np.int32]:
-        """The query code of each row, int32 [n]."""
+        """Return the query code of each row, int32 [n]."""
         return np.repeat(np.arange(self.num_queries, dtype=np.int32), np.diff(self.offsets))
 
     def select(self, rows: NDArray[Any]) -> Interactions:
-        """Only these rows, with the same vocabularies, tables and negatives, in memory.
+        """Select rows into memory, with the same vocabularies, tables and negatives.
 
         Args:
             rows: boolean mask [n], or ascending distinct row numbers.
 
         Raises:
-            ValueError: a mask of another length, or row numbers not ascending or out of range.
+            ValueError: a mask of the wrong length, or row numbers that do not ascend or are out of range.
         """
         rows = np.asarray(rows)
         if rows.dtype == bool:
@@ -146,25 +146,24 @@ class Interactions:
         item_ids: IdKind = "vocabulary",
         workers: int | None = None,
     ) -> Interactions:
-        """Read a file, a folder or several files once; later readings open the prepared form.
+        """Read a file, a folder or several files. The first call prepares the data in a cache, later calls open it.
 
         Args:
-            path: Parquet, CSV or TSV (``.gz`` too), a text file of ``query item item ...`` lines, a folder (see
-                `folders.find_files`), what `save` wrote, or a list of files. One row a query with a list of items
-                is read too.
-            items: item features, a file or a data frame with one row for each item.
-            queries: query features, likewise.
-            columns: which column is what; by their usual names where not told.
-            positive_label: rows with a smaller label become `negatives`; None counts every row as a positive.
-            cache: folder of the prepared form, kept there for the next reading; default below TWOTOWER_CACHE or
-                ``~/.cache/twotower``.
-            catalog: "interactions", or "table" to add the items that stand only in the item table.
-            part: the file is a part of the data, such as a ready-made test; then a single item is enough.
-            context: further columns that describe the request of each row, such as its device, or "all" that have no
-                role. While the data is prepared they are in memory.
-            query_ids: "vocabulary", "codes" where ids are 0, 1, 2, ... already, or `Hashed(rows)`; see docs/data.md.
+            path: Parquet, CSV or TSV (also ``.gz``), a text file of ``query item item ...`` lines, a folder (see
+                `folders.find_files`), a folder written by `save`, or a list of files. Files with one row per query and
+                a list of items are read too.
+            items: item features, a file or a data frame with one row per item.
+            queries: query features, a file or a data frame with one row per query.
+            columns: the column of each role; the others are found by their usual names.
+            positive_label: rows with a smaller label become `negatives`; None makes every row a positive.
+            cache: folder of the prepared data; by default a folder in TWOTOWER_CACHE or ``~/.cache/twotower``.
+            catalog: "interactions", or "table" to add the items that occur only in the item table.
+            part: the file is one part of the data, such as a ready-made test set; a single item is then enough.
+            context: further columns that describe the request of each row, such as its device, or "all" columns
+                without a role. They are held in memory while the data is prepared.
+            query_ids: "vocabulary", "codes" if the ids are already 0, 1, 2, ..., or `Hashed(rows)`; see docs/data.md.
             item_ids: "vocabulary" or "codes".
-            workers: processes that read the shards of a folder; one for each core where None.
+            workers: number of processes that read the shards of a folder; None: one per core.
 
         Returns:
             Memory-mapped interactions.
@@ -184,11 +183,11 @@ class Interactions:
         account = Account()
         if files.ignored:
             account.add("files ignored", len(files.ignored), ", ".join(files.ignored))
-        told = {name: value for name, value in asdict(reading).items() if name != "context" or value is not None}
-        options = {"reading": told, "tables": [str(items), str(queries)], "layout": LAYOUT_VERSION}
+        chosen = {name: value for name, value in asdict(reading).items() if name != "context" or value is not None}
+        options = {"reading": chosen, "tables": [str(items), str(queries)], "layout": LAYOUT_VERSION}
 
         def stamp() -> str | None:
-            if framed:  # a frame in memory has no time of change, so it is always prepared anew
+            if framed:  # a frame in memory has no modification time, so it is always prepared again
                 return None
             tables = [Path(t) for t in (items, queries) if isinstance(t, str | Path) and Path(t).is_file()]
             return cache_key([*files.interactions, *tables], options)
@@ -203,13 +202,13 @@ class Interactions:
                 sources = [open_source(p) for p in files.interactions]
                 return cls._built(sources, reading, items, queries, Path(directory), account=account)
         if (target / META).is_file() and not (target / KEY).is_file() and key is not None:
-            raise InputError(f"{target}: holds saved interactions, not a cache; give another folder.")
+            raise InputError(f"{target}: contains saved interactions, not a cache; choose another folder.")
         damaged = False
         if is_ready(target, key):
             try:
                 return cls.open(target)
             except InputError:
-                damaged = True  # a damaged cache is only a cache
+                damaged = True  # prepare it again
         prepare(
             target,
             key,
@@ -238,7 +237,7 @@ class Interactions:
         query_ids: IdKind = "vocabulary",
         item_ids: IdKind = "vocabulary",
     ) -> Interactions:
-        """Interactions from a polars, pandas or Arrow frame, in memory; arguments and errors as in `read`."""
+        """Build interactions in memory from a polars, pandas or Arrow frame; arguments and errors as in `read`."""
         reading = Reading(
             Columns.of(columns), positive_label, catalog, False, _several_names(context), query_ids, item_ids
         )
@@ -261,7 +260,7 @@ class Interactions:
         return cls.open(directory)._resident()
 
     def _resident(self) -> Interactions:
-        """The same with its arrays in memory instead of mapped from files about to vanish."""
+        """Copy the arrays into memory: the files they are mapped from are about to be deleted."""
         arrays: dict[str, Any] = {
             name: np.array(getattr(self, name)) for name in ROW_FIELDS if getattr(self, name) is not None
         }
@@ -269,20 +268,20 @@ class Interactions:
         return replace(self, offsets=np.array(self.offsets), negatives=below, **arrays)
 
     def save(self, directory: PathLike) -> None:
-        """Write to a folder that `open` reads, complete or not at all.
+        """Write to a folder that `open` reads; atomic.
 
         Raises:
-            InputError: the folder holds something else, or cannot be written.
+            InputError: the folder contains something else, or cannot be written.
         """
         with appearing(Path(directory)) as building:
             write_saved(building, {**self.__dict__, "known_fingerprint": self.fingerprint})
 
     @classmethod
     def open(cls, directory: PathLike) -> Interactions:
-        """Open what `save` or an earlier reading wrote; arrays stay on disk, memory-mapped.
+        """Open a folder written by `save` or prepared by `read`; the arrays are memory-mapped.
 
         Raises:
-            InputError: missing, truncated, or of another layout.
+            InputError: missing, truncated, or another layout version.
         """
         saved, below = open_saved(Path(directory))
         data = cls(**saved)
@@ -292,5 +291,5 @@ class Interactions:
 
 
 def _several_names(context: Wanted) -> Wanted:
-    """Names as a tuple, so that options compare and hash."""
+    """Convert the names to a tuple, so that the options compare and hash."""
     return context if context is None or isinstance(context, str) else tuple(context)

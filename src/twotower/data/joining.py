@@ -1,4 +1,4 @@
-"""New days after the ones that a model was trained on: both under one pair of vocabularies, split by the new days."""
+"""Joining of new data to the data that a model was trained on: common vocabularies, and a split of the new data."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ def continued(
     catalog: Literal["interactions", "table"] = "interactions",
     cold: Literal["drop", "keep"] = "drop",
 ) -> ContinuedSplit:
-    """New days joined to the past.
+    """Join new data to the past.
 
-    Rows up to the past's last moment are left out, so `data` may be the new days alone or a log that has grown. Old
-    rows come before new ones in every history. The parent's held-out rows become training rows. Only the new rows are
-    split, so validation and test are of the new days.
+    Rows up to the past's last timestamp are left out, so `data` may contain only new rows, or the whole log. In every
+    history, old rows come before new ones. The parent's held-out rows become training rows. Only the new rows are
+    split, so validation and test consist of new data.
 
     Args:
-        past: what the model was trained on.
-        data: what has come since; `catalog="table"` readings may hold items without rows.
-        split: holds out rows of the new days, keeping cold targets.
-        withdrawn: item ids that leave the catalog.
-        catalog: "table": the parent's items that are neither in the new rows nor in the item table leave as well.
-        cold: what becomes of targets that neither the past nor the new training rows have: "drop" or "keep".
+        past: the data that the model was trained on.
+        data: the new data; if read with `catalog="table"` it may have items without rows.
+        split: holds out rows of the new data, keeping cold targets.
+        withdrawn: item ids to remove from the catalog.
+        catalog: "table" also removes the parent's items that are neither in the new rows nor in the item table.
+        cold: "drop" or "keep" targets whose query or item has no training row, old or new.
 
     Raises:
-        InputError: nothing is new, ids of another type, nothing left to test, or no withdrawn id is known.
+        InputError: no new rows, ids of another type, an empty holdout, or unknown withdrawn ids.
     """
     account = Account()
     gone = _withdrawn(past, data, withdrawn)
@@ -59,7 +59,7 @@ def continued(
     if fresh.negatives is not None:
         new_items |= fresh.negatives.item_counts() > 0
     kept = ~_among(past.items, gone)
-    if catalog == "table":  # read so, the data holds the items of its rows and those of the table
+    if catalog == "table":  # the data then has the items of its rows and of its item table
         kept &= item_map(past.items, data.items) >= 0
     if catalog == "table":
         new_items |= ~_among(data.items, gone)
@@ -72,23 +72,25 @@ def continued(
         queries=item_map(data.queries, queries),
         items=item_map(data.items, items),
     )
-    account.add("items withdrawn", int((~kept).sum()), "they leave the catalog, and the histories")
+    account.add("items withdrawn", int((~kept).sum()), "removed from the catalog and the histories")
     account.add("items new", len(items) - int(kept.sum()), f"of {len(items):,}")
     account.add("queries new", len(queries) - len(past.queries), f"of {len(queries):,}")
     joined = Joined.of(past, fresh, np.diff(made.train.offsets), queries=queries, items=items, maps=maps)
-    whole = joined.rows
-    whole.item_table = joined_table(past.item_table, past.items, data.item_table, data.items, items)
-    whole.query_table = joined_table(None, past.queries, data.query_table, data.queries, queries)
-    train = whole.select(joined.trains)
+    rows = joined.rows
+    rows.item_table = joined_table(past.item_table, past.items, data.item_table, data.items, items)
+    rows.query_table = joined_table(None, past.queries, data.query_table, data.queries, queries)
+    train = rows.select(joined.trains)
     if made.train.negatives is not None:
         train = replace(train, negatives=_recoded(made.train.negatives, queries, items, maps))
     learnt = joined.learnt[joined.trains]
-    account.add("rows to learn", int((~learnt).sum()), f"beside {int(learnt.sum()):,} that the parent was trained on")
+    account.add(
+        "rows to learn", int((~learnt).sum()), f"in addition to {int(learnt.sum()):,} that the parent was trained on"
+    )
     warm_items = train.item_counts() > 0 if cold == "drop" else None
     warm_queries = np.diff(train.offsets) > 0 if cold == "drop" and made.name == "by_time" else None
     before = PastRows.of(past, maps, len(queries))
     holdouts = {
-        name: _carried(getattr(made, name), before, maps, whole, account=account, warm=(warm_items, warm_queries))
+        name: _carried(getattr(made, name), before, maps, rows, account=account, warm=(warm_items, warm_queries))
         for name in ("validation", "test")
     }
     times = fresh.timestamps
@@ -99,7 +101,7 @@ def continued(
         account=account,
         name=made.name,
         settings={**made.settings, "cold": cold, "continues": past.fingerprint},
-        data=whole,
+        data=rows,
         learnt=learnt,
         query_map=maps.past_queries,
         item_map=maps.past_items,
@@ -116,7 +118,7 @@ def _withdrawn(past: Past, data: Interactions, ids: IdValues | None) -> Vocabula
     found = Vocabulary(values.unique().drop_nulls())
     if (past.items.encode(found.ids) < 0).all() and (data.items.encode(found.ids) < 0).all():
         raise InputError(
-            f"withdrawn: none of its {len(found):,} items is in the catalog; expected ids such as {past.items.ids[0]!r}"
+            f"withdrawn: none of the {len(found):,} ids is in the catalog; expected ids such as {past.items.ids[0]!r}"
         )
     return found
 
@@ -130,32 +132,32 @@ def _among(items: Vocabulary, ids: Vocabulary | None) -> NDArray[np.bool_]:
 
 
 def _new_rows(past: Past, data: Interactions, gone: Vocabulary | None, account: Account) -> Interactions:
-    """The rows that the past does not know."""
+    """Select the rows that are newer than the past, without withdrawn items."""
     for side, old, new in (("query", past.queries, data.queries), ("item", past.items, data.items)):
         if old.ids.dtype != new.ids.dtype:
             kinds = {pl.Int64: "integers", pl.String: "text"}
             raise InputError(
                 f"{side} ids are {kinds[type(old.ids.dtype)]} in the model and {kinds[type(new.ids.dtype)]} in the new "
-                "data; write one type"
+                "data; write them as one type"
             )
     rows = np.ones(len(data), dtype=np.bool_)
     if past.last is not None and data.timestamps is None:
         raise InputError(
-            "the model's data has timestamps and the new data has none, so what is new in it cannot be told; give the "
+            "the model's data has timestamps and the new data has none, so new rows cannot be identified; name the "
             "column with data.columns.timestamp"
         )
     if past.last is not None and data.timestamps is not None:
         rows = np.asarray(data.timestamps) > past.last
-        account.add("rows known", int((~rows).sum()), "up to the last moment of the model's data, left out")
-    listed = _among(data.items, gone)[data.item_codes] & rows
+        account.add("rows known", int((~rows).sum()), "up to the last timestamp of the model's data, left out")
+    leaving = _among(data.items, gone)[data.item_codes] & rows
     if gone is not None:
-        account.add("rows of withdrawn items", int(listed.sum()), "left out")
-    rows &= ~listed
+        account.add("rows of withdrawn items", int(leaving.sum()), "left out")
+    rows &= ~leaving
     if not rows.any():
         raise InputError(
-            "nothing to continue on: the new data has no row after the last moment of the model's data"
+            "nothing to train on: the new data has no row after the last timestamp of the model's data"
             if past.last is not None
-            else "nothing to continue on: every row is of a withdrawn item"
+            else "nothing to train on: every row has a withdrawn item"
         )
     fresh = data.select(rows)
     below = data.negatives
@@ -170,7 +172,7 @@ def _new_rows(past: Past, data: Interactions, gone: Vocabulary | None, account: 
 
 
 def _recoded(below: Interactions, queries: Vocabulary, items: Vocabulary, maps: Maps) -> Interactions | None:
-    """Observed negatives in new codes; those of items that left are dropped."""
+    """Recode observed negatives; drop those of withdrawn items."""
     codes, found = maps.queries[below.query_codes()], maps.items[below.item_codes]
     known = np.flatnonzero((codes >= 0) & (found >= 0))
     if not len(known):
@@ -195,7 +197,7 @@ def _carried(
     account: Account,
     warm: tuple[NDArray[np.bool_] | None, NDArray[np.bool_] | None],
 ) -> Holdout:
-    """A holdout of the new days in new codes, its histories after the past's, without cold targets."""
+    """Recode a holdout of the new data, put the past in front of its histories, and drop cold targets."""
     if not len(holdout):
         return holdout
     queries = maps.queries[holdout.queries]
@@ -203,40 +205,40 @@ def _carried(
     owner = np.repeat(np.arange(len(queries)), sizes)
     targets = maps.items[holdout.target_items]
     warm_items, warm_queries = warm
-    asks = np.ones(len(targets), dtype=np.bool_)
+    keep = np.ones(len(targets), dtype=np.bool_)
     if warm_items is not None:
-        asks &= warm_items[targets]
+        keep &= warm_items[targets]
     if warm_queries is not None:
-        asks &= warm_queries[queries[owner]]
-    if not asks.all():
-        account.add(f"{holdout.name}: cold targets", int((~asks).sum()), "query or item without a training row")
-    owner, targets = owner[asks], targets[asks]
-    asked = np.unique(owner)
-    if not len(asked):
+        keep &= warm_queries[queries[owner]]
+    if not keep.all():
+        account.add(f"{holdout.name}: cold targets", int((~keep).sum()), "query or item without a training row")
+    owner, targets = owner[keep], targets[keep]
+    chosen = np.unique(owner)
+    if not len(chosen):
         raise InputError(
-            f"split: {holdout.name} is empty: every row held out of the new days is of a query or an item without a "
-            "training row; hold out more, or give more days"
+            f"split: {holdout.name} is empty: every held-out row of the new data has a query or an item without a "
+            "training row; hold out more, or use more data"
         )
-    # By query code, as every holdout.
-    asked = asked[np.argsort(queries[asked], kind="stable")]
+    # Sorted by query code, like every holdout.
+    chosen = chosen[np.argsort(queries[chosen], kind="stable")]
     rank = np.full(len(queries), -1)
-    rank[asked] = np.arange(len(asked))
+    rank[chosen] = np.arange(len(chosen))
     order = np.argsort(rank[owner], kind="stable")
-    # A history is the first rows of its query: all of the past, and those new ones that the protocol puts into it.
-    starts = whole.offsets[queries[asked]]
-    lengths = np.diff(before.offsets)[queries[asked]] + np.diff(holdout.history_offsets)[asked]
+    # A history is the first rows of its query: all of the past, and the new rows that the protocol includes.
+    starts = whole.offsets[queries[chosen]]
+    lengths = np.diff(before.offsets)[queries[chosen]] + np.diff(holdout.history_offsets)[chosen]
     rows, history_offsets = take_ranges(starts, starts + lengths)
-    account.add(f"{holdout.name}: targets, cold ones left out", len(targets), f"of {len(asked):,} queries")
+    account.add(f"{holdout.name}: targets, cold ones left out", len(targets), f"of {len(chosen):,} queries")
     return Holdout(
         name=holdout.name,
-        queries=queries[asked],
+        queries=queries[chosen],
         history_offsets=history_offsets,
         history_items=np.asarray(whole.item_codes[rows]),
-        target_offsets=np.concatenate([[0], np.cumsum(np.bincount(rank[owner], minlength=len(asked)))]).astype(
+        target_offsets=np.concatenate([[0], np.cumsum(np.bincount(rank[owner], minlength=len(chosen)))]).astype(
             np.int64
         ),
         target_items=targets[order].astype(np.int32),
         history_timestamps=None if whole.timestamps is None else np.asarray(whole.timestamps[rows]),
-        query_times=None if holdout.query_times is None else holdout.query_times[asked],
-        context=None if holdout.context is None else holdout.context[asked],
+        query_times=None if holdout.query_times is None else holdout.query_times[chosen],
+        context=None if holdout.context is None else holdout.context[chosen],
     )

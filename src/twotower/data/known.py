@@ -11,7 +11,7 @@ from twotower.data.interactions import Interactions
 
 
 class KnownPositives:
-    """Every training item of each query, as pairs for a batch; no loop over rows.
+    """All training items of each query, as (row, item) pairs for a batch, without a loop over rows.
 
     Args:
         interactions: the training interactions.
@@ -21,10 +21,10 @@ class KnownPositives:
         self.offsets, self.item_codes = interactions.offsets, interactions.item_codes
 
     def pairs(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Known positives of the rows' queries.
+        """Look up the known positives of each row's query.
 
         Args:
-            queries: codes, int64 [B]; -1 for a query without any.
+            queries: codes, int64 [B]; -1 for a query without known positives.
 
         Returns:
             (row [P], item [P]), int64, on the device of `queries`.

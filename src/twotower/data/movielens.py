@@ -1,4 +1,4 @@
-"""The original files of MovieLens: ``::`` or ``|`` between fields, latin-1, genres as flags."""
+"""Parsers of the original MovieLens files: fields separated by ``::`` or ``|``, latin-1, genres as flags."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ USERS_100K = ("user_id", "age", "gender", "occupation", "zip_code")
 
 
 def fields(raw: bytes, separator: str, names: tuple[str, ...], where: str) -> pl.DataFrame:
-    """A headless latin-1 file as a frame of text.
+    """Parse a latin-1 file without a header to a frame of text.
 
     Raises:
         InputError: a row with too few or too many fields.
@@ -42,35 +42,35 @@ def fields(raw: bytes, separator: str, names: tuple[str, ...], where: str) -> pl
 
 
 def ratings(raw: bytes, separator: str, where: str) -> pl.DataFrame:
-    """ratings.dat or u.data: user_id, movie_id, rating, timestamp, all integers."""
+    """Parse ratings.dat or u.data: user_id, movie_id, rating, timestamp, all integers."""
     return fields(raw, separator, RATINGS, where).cast(pl.Int64)
 
 
 def movies_1m(raw: bytes, where: str) -> pl.DataFrame:
-    """movies.dat: movie_id, title, year, genres separated by spaces."""
+    """Parse movies.dat: movie_id, title, year, genres separated by spaces."""
     frame = fields(raw, "::", ("movie_id", "title", "genres"), where)
     return _titled(frame.with_columns(pl.col("genres").str.replace_all("|", " ", literal=True)))
 
 
 def users_1m(raw: bytes, where: str) -> pl.DataFrame:
-    """users.dat: user_id, gender, age (lower end of its class), occupation (code), zip_code."""
+    """Parse users.dat: user_id, gender, age (lower end of its class), occupation (code), zip_code."""
     return fields(raw, "::", USERS_1M, where).with_columns(pl.col("user_id", "age", "occupation").cast(pl.Int64))
 
 
 def movies_100k(raw: bytes, where: str) -> pl.DataFrame:
-    """u.item: movie_id, title, year, genres separated by spaces."""
+    """Parse u.item: movie_id, title, year, genres separated by spaces."""
     frame = fields(raw, "|", ("movie_id", "title", "released", "video", "url", *GENRES), where)
     flags = [pl.when(pl.col(g) == "1").then(pl.lit(g)) for g in GENRES]
     return _titled(frame.select("movie_id", "title", genres=pl.concat_str(flags, separator=" ", ignore_nulls=True)))
 
 
 def users_100k(raw: bytes, where: str) -> pl.DataFrame:
-    """u.user: user_id, age, gender, occupation, zip_code."""
+    """Parse u.user: user_id, age, gender, occupation, zip_code."""
     return fields(raw, "|", USERS_100K, where).with_columns(pl.col("user_id", "age").cast(pl.Int64))
 
 
 def _titled(frame: pl.DataFrame) -> pl.DataFrame:
-    """The year, which stands in brackets behind the title, in a column of its own."""
+    """Move the year, in parentheses after the title, to its own column."""
     year = pl.col("title").str.extract(r"\((\d{4})\)\s*$").cast(pl.Int64)
     title = pl.col("title").str.replace(r"\s*\(\d{4}\)\s*$", "")
     return frame.select(pl.col("movie_id").cast(pl.Int64), title=title, year=year, genres="genres")

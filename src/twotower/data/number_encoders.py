@@ -1,4 +1,4 @@
-"""Encoders of numbers, moments and vectors; see `encoders` for the forms of what they give."""
+"""Encoders of numbers, timestamps and vectors; see `encoders` for the forms of their arrays."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ YEAR_DAYS = 365.25
 
 @dataclass(frozen=True)
 class Scale:
-    """Standardisation, z = (x - mean) / deviation, of values moved into the range that fitting saw.
+    """Standardisation, z = (x - mean) / deviation, of values clipped to the range seen in fitting.
 
-    A price a thousand times the largest of training says "expensive", not a direction nobody has trained.
+    A price a thousand times the largest training price is then just "expensive", not an input that the model never saw.
     """
 
     mean: float
@@ -31,7 +31,7 @@ class Scale:
 
     @classmethod
     def fit(cls, values: NDArray[np.float64]) -> Scale:
-        """Mean and standard deviation (of the population) of the values that are no NaN."""
+        """Fit mean, population standard deviation and range of the values, ignoring NaN."""
         known = values[~np.isnan(values)]
         if not len(known):
             return cls(0.0, 1.0, 0.0, 0.0)
@@ -39,18 +39,18 @@ class Scale:
         return cls(float(known.mean()), deviation if deviation > 0 else 1.0, float(known.min()), float(known.max()))
 
     def __call__(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Standardised values, 0 where NaN."""
+        """Standardise values; 0 where NaN."""
         z = (np.clip(values, self.low, self.high) - self.mean) / self.deviation
         return np.nan_to_num(z, nan=0.0)
 
     def state(self) -> dict[str, float]:
-        """JSON values, the arguments of the class."""
+        """Return the constructor arguments as JSON values."""
         return {"mean": self.mean, "deviation": self.deviation, "low": self.low, "high": self.high}
 
 
 @dataclass(frozen=True)
 class Number:
-    """A number, standardised, perhaps of its logarithm."""
+    """Encoder of a number by its standardised value or standardised logarithm."""
 
     scale: Scale
     log: bool
@@ -60,7 +60,7 @@ class Number:
 
     @classmethod
     def fit(cls, declared: NumericFeature, column: pl.Series, place: Place) -> Number:
-        """Mean and deviation of a column."""
+        """Fit mean and deviation of a column."""
         log = declared.scale == "log"
         scale = Scale.fit(_numbers(column, place, log=log))
         return cls(scale, log, f"mean {scale.mean:.4g}, deviation {scale.deviation:.4g}" + (" of log(1+x)" * log))
@@ -76,7 +76,7 @@ class Number:
 
     @classmethod
     def restore(cls, declared: NumericFeature, state: dict[str, Any]) -> Number:
-        """What `state` was taken of."""
+        """Restore from `state`."""
         return cls(Scale(**state), declared.scale == "log")
 
 
@@ -94,7 +94,7 @@ def _numbers(column: pl.Series, place: Place, *, log: bool) -> NDArray[np.float6
 
 @dataclass(frozen=True)
 class Quantile:
-    """A number by the bin it falls into: code 1 + number of inner edges at or below it, 0 where missing."""
+    """Encoder of a number by its bin: code 1 + number of inner edges at or below it, 0 where missing."""
 
     edges: NDArray[np.float64]
     note: str = ""
@@ -102,18 +102,18 @@ class Quantile:
 
     @classmethod
     def fit(cls, declared: NumericFeature, column: pl.Series, place: Place) -> Quantile:
-        """Inner edges at the quantiles 1/bins, 2/bins, ...; equal ones once."""
+        """Fit the distinct inner edges at the quantiles 1/bins, 2/bins, ..."""
         values = as_numbers(column, place)
         known = values[~np.isnan(values)]
-        shares = np.arange(1, declared.bins) / declared.bins
-        # At or below the smallest value an edge would leave the first bin empty.
-        edges = np.unique(np.quantile(known, shares)) if len(known) else np.empty(0)
+        levels = np.arange(1, declared.bins) / declared.bins
+        # An edge at or below the smallest value would leave the first bin empty.
+        edges = np.unique(np.quantile(known, levels)) if len(known) else np.empty(0)
         edges = edges[edges > known.min()] if len(known) else edges
         return cls(edges, f"{len(edges) + 1} bins")
 
     @property
     def size(self) -> int:
-        """Rows of the table: the bins, and one for missing."""
+        """Number of rows of the embedding table: the bins, and one for missing values."""
         return len(self.edges) + 2
 
     def encode(self, column: pl.Series, place: Place) -> NDArray[np.int64]:
@@ -127,14 +127,14 @@ class Quantile:
 
     @classmethod
     def restore(cls, declared: NumericFeature, state: dict[str, Any]) -> Quantile:
-        """What `state` was taken of."""
+        """Restore from `state`."""
         del declared
         return cls(np.array(state["edges"], dtype=np.float64))
 
 
 @dataclass(frozen=True)
 class Moment:
-    """Cyclic parts of a moment in UTC, and its age before the latest one that fitting saw."""
+    """Encoder of a timestamp by its cyclic parts in UTC, and its age before the latest timestamp seen in fitting."""
 
     declared: TimestampFeature
     unit: str | None
@@ -145,24 +145,24 @@ class Moment:
 
     @classmethod
     def fit(cls, declared: TimestampFeature, column: pl.Series, place: Place) -> Moment:
-        """Unit, latest moment, and the spread of ages."""
-        moments, unit = as_moments(column, place)
-        last: Any = moments.max()
+        """Fit the unit, the latest timestamp, and the scale of the ages."""
+        times, unit = as_moments(column, place)
+        last: Any = times.max()
         latest = int(last) if last is not None else 0
-        ages = cls._ages(moments, latest)
-        told = "none known" if last is None else f"latest {pl.Series([latest]).cast(pl.Datetime('us'))[0]}"
-        return cls(declared, unit, latest, Scale.fit(ages), told)
+        ages = cls._ages(times, latest)
+        note = "none known" if last is None else f"latest {pl.Series([latest]).cast(pl.Datetime('us'))[0]}"
+        return cls(declared, unit, latest, Scale.fit(ages), note)
 
     @property
     def size(self) -> int:
-        """Two columns for each cyclic part, one for the age, one for missing."""
+        """Width: two columns per cyclic part, one for the age, one for missing values."""
         return sum(1 if part == "age" else 2 for part in self.declared.parts) + 1
 
     def encode(self, column: pl.Series, place: Place) -> NDArray[np.float32]:
         """See `Encoder`."""
-        moments, _ = as_moments(column, place, self.unit)
-        missing = moments.is_null().to_numpy()
-        at = moments.fill_null(0)
+        times, _ = as_moments(column, place, self.unit)
+        missing = times.is_null().to_numpy()
+        at = times.fill_null(0)
         calendar = at.cast(pl.Datetime("us"))
         turns = {
             "hour": (at % DAY).to_numpy() / DAY,
@@ -173,16 +173,16 @@ class Moment:
         parts: list[NDArray[Any]] = []
         for part in self.declared.parts:
             if part == "age":
-                parts.append(self.age(self._ages(moments, self.latest)))
+                parts.append(self.age(self._ages(times, self.latest)))
             else:
                 angle = 2 * np.pi * turns[part]
                 parts += [np.where(missing, 0.0, np.sin(angle)), np.where(missing, 0.0, np.cos(angle))]
         return np.stack([*parts, missing], axis=1).astype(np.float32)
 
     @staticmethod
-    def _ages(moments: pl.Series, latest: int) -> NDArray[np.float64]:
-        """log(1 + days before the latest), 0 for later ones; NaN where missing."""
-        days = (latest - moments).cast(pl.Float64).fill_null(float("nan")).to_numpy() / DAY
+    def _ages(times: pl.Series, latest: int) -> NDArray[np.float64]:
+        """Compute log(1 + days before the latest), 0 for later times; NaN where missing."""
+        days = (latest - times).cast(pl.Float64).fill_null(float("nan")).to_numpy() / DAY
         ages: NDArray[np.float64] = np.log1p(np.maximum(days, 0.0))
         return ages
 
@@ -192,13 +192,13 @@ class Moment:
 
     @classmethod
     def restore(cls, declared: TimestampFeature, state: dict[str, Any]) -> Moment:
-        """What `state` was taken of."""
+        """Restore from `state`."""
         return cls(declared, state["unit"], int(state["latest"]), Scale(**state["age"]))
 
 
 @dataclass(frozen=True)
 class Vector:
-    """A vector as it is, or at length 1."""
+    """Encoder of a given vector, unchanged or scaled to length 1."""
 
     declared: DenseFeature
     width: int
@@ -207,13 +207,13 @@ class Vector:
 
     @classmethod
     def fit(cls, declared: DenseFeature, column: pl.Series, place: Place) -> Vector:
-        """The width of the vectors of a column."""
+        """Determine the width of the vectors of a column."""
         vectors, _ = as_vectors(column, None, place)
         return cls(declared, vectors.shape[1], f"{vectors.shape[1]} wide")
 
     @property
     def size(self) -> int:
-        """The vector, and one column for missing."""
+        """Width: the vector, and one column for missing values."""
         return self.width + 1
 
     def encode(self, column: pl.Series, place: Place) -> NDArray[np.float32]:
@@ -227,12 +227,12 @@ class Vector:
 
     @classmethod
     def restore(cls, declared: DenseFeature, state: dict[str, Any]) -> Vector:
-        """What `state` was taken of."""
+        """Restore from `state`."""
         return cls(declared, int(state["width"]))
 
 
 def with_missing(vectors: NDArray[np.float32], missing: NDArray[np.bool_], *, normalise: bool) -> NDArray[np.float32]:
-    """Vectors and a column that tells which are missing; length 1 where asked for, zeros stay zeros."""
+    """Append a column that marks missing vectors; `normalise` scales vectors to length 1 (zeros stay zeros)."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True) if normalise else np.ones((len(vectors), 1))
     scaled = vectors / np.where(lengths > 0, lengths, 1.0)
     return np.concatenate([scaled, missing[:, None]], axis=1).astype(np.float32)

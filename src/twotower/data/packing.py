@@ -1,4 +1,4 @@
-"""Sequences of different lengths side by side: groups of similar length, so that little is padded."""
+"""Packing of sequences of different lengths: groups of similar length, to keep the padding small."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-#: The token before the first item of a sequence, and in the places that are padding; no item has this code.
+#: The start token of a sequence, also used for padding; no item has this code.
 START = -1
-#: What a further group costs in an encoder, in tokens: a few dozen operations are started once more.
+#: Cost of one more group in an encoder, in tokens: the launch of a few dozen more operations.
 GROUP_COST = 256
 
 
 @dataclass(frozen=True)
 class Windows:
-    """How the sequences of a training batch were drawn: without replacement, every choice as likely.
+    """How the windows of a training batch were drawn: uniformly, without replacement.
 
     Attributes:
-        drawn: S, windows in the batch.
-        total: W, windows in all.
-        rows: of all windows together.
+        drawn: S, number of windows in the batch.
+        total: W, number of windows in total.
+        rows: number of rows of all windows together.
     """
 
     drawn: int
@@ -34,20 +34,19 @@ class Windows:
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """Sequences in groups of similar length, each group a rectangle that is padded on the right.
+    """Sequences in groups of similar length, each group a rectangle padded on the right.
 
-    A causal encoder looks to the left alone, so padding on the right changes nothing of what stands before it.
+    A causal encoder attends only to the left, so padding on the right does not change the outputs before it.
 
     Attributes:
-        tokens: int64 [P], the input items of all groups one after the other, row by row; -1 for the start of a sequence
-            and for padding.
-        positions: int64 [P], place of each token within its sequence, 0 for the start.
+        tokens: int64 [P], the input items of all groups concatenated, row by row; -1 for the start of a sequence and
+            for padding.
+        positions: int64 [P], position of each token within its sequence, 0 for the start.
         shapes: (sequences, longest) of each group; their products sum to P.
-        rows: int64 [B], which tokens' outputs are wanted, ascending; for training those of every token that is no
-            padding.
-        windows: how the sequences were drawn; None where they are not a training batch.
-        gaps: int64 [P], code of the time since the item before (gaps.py), 0 where there is none within the sequence;
-            None where times are not read.
+        rows: int64 [B], the tokens whose outputs are needed, ascending; in training all tokens except padding.
+        windows: how the sequences were drawn; None if this is not a training batch.
+        gaps: int64 [P], code of the time since the previous item (gaps.py), 0 if the sequence has no previous item;
+            None if times are not read.
     """
 
     tokens: Tensor
@@ -58,7 +57,7 @@ class Packed:
     gaps: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Packed:
-        """The same on a device."""
+        """Move to a device."""
         return replace(
             self,
             tokens=self.tokens.to(device, non_blocking=non_blocking),
@@ -68,7 +67,7 @@ class Packed:
         )
 
     def parts(self, tokens: int) -> list[Packed]:
-        """The same sequences in several packs of at most so many tokens, or one sequence; outputs in the same order."""
+        """Split into packs of at most this many tokens, or of one sequence; the outputs stay in the same order."""
         found, start = [], 0
         for sequences, longest in self.shapes:
             each = max(tokens // longest, 1)
@@ -90,17 +89,17 @@ class Packed:
 
 
 def length_groups(lengths: NDArray[np.integer[Any]], *, cost: int = GROUP_COST) -> list[NDArray[np.int64]]:
-    """Sequences in groups of similar length, with the fewest tokens: padding and `cost` for each group.
+    """Group sequences of similar length so that the tokens, including padding, plus `cost` per group are minimal.
 
-    By dynamic programming over the distinct lengths: the best groups of the i shortest end in one group of all lengths
-    j..i, padded to the longest.
+    Dynamic programming over the distinct lengths: the best grouping of the i shortest lengths ends with one group of
+    lengths j..i, padded to the longest.
 
     Args:
         lengths: [S], above 0.
-        cost: of one more group, in tokens.
+        cost: cost of one more group, in tokens.
 
     Returns:
-        Numbers of the sequences of each group, shortest group first; within a group as they came.
+        Sequence numbers of each group, shortest group first; within a group in input order.
 
     Example:
         >>> [group.tolist() for group in length_groups(np.array([100, 3, 100, 2]), cost=1)]
@@ -130,22 +129,23 @@ def pack(
     gaps: NDArray[np.integer[Any]] | None = None,
     groups: list[NDArray[np.int64]] | None = None,
 ) -> tuple[Packed, NDArray[np.int64], NDArray[np.int64]]:
-    """Pack the sequences item_codes[starts : starts + lengths], each with the start token before it.
+    """Pack the sequences item_codes[starts : starts + lengths], each with the start token in front.
 
-    Token t of a sequence is the item before its place t, so its output may tell item t and has seen items 0..t-1 alone.
+    Token t of a sequence is the item before position t, so its output may predict item t: it has seen only items
+    0..t-1.
 
     Args:
-        starts: [S], where each begins.
+        starts: [S], first position of each sequence in `item_codes`.
         lengths: [S], tokens of each, at least 1; the tokens are the start and the first `length - 1` items.
-        item_codes: what they are cut from.
-        last_only: whether the output of each sequence's last token alone is wanted, instead of every token's.
-        gaps: the code of the gap before each item, beside `item_codes`. That of a sequence's first item is not looked
-            at: what lies before it is not.
-        groups: numbers of the sequences that are padded together; `length_groups` where None.
+        item_codes: the item codes that the sequences are slices of.
+        last_only: request only the output of each sequence's last token, instead of every token's.
+        gaps: code of the gap before each item, parallel to `item_codes`. The gap of a sequence's first item is ignored,
+            because the item before it is not in the sequence.
+        groups: numbers of the sequences that are padded together; None: use `length_groups`.
 
     Returns:
-        The packed sequences; the numbers of the sequences in the order they were packed in, int64 [S]; and of each
-        output, int64 [B], the place in `item_codes` that follows its token.
+        The packed sequences; the sequence numbers in packing order, int64 [S]; and for each output the position in
+        `item_codes` that follows its token, int64 [B].
     """
     groups = length_groups(lengths) if groups is None else groups
     nothing = np.empty(0, dtype=np.int64)
@@ -166,8 +166,8 @@ def pack(
         follow.append(at.reshape(-1)[chosen])
         if gaps is not None:
             codes = np.zeros(at.shape, dtype=np.int64)
-            told = present & (place > 1)
-            codes[told] = np.asarray(gaps)[at[told] - 1]
+            has_gap = present & (place > 1)
+            codes[has_gap] = np.asarray(gaps)[at[has_gap] - 1]
             since.append(codes.reshape(-1))
         shapes.append((len(group), longest))
         done += at.size
@@ -182,12 +182,12 @@ def pack(
 
 
 def pack_histories(history: Tensor, gaps: Tensor | None = None) -> tuple[Packed, Tensor]:
-    """Pack rectangles of histories, int64 [B, L], -1 on the left; the output after the newest item of each is wanted.
+    """Pack a rectangle of histories, int64 [B, L], padded with -1 on the left; request the output after the last item.
 
-    `gaps` int64 [B, L]: codes of the gap before each item.
+    `gaps` int64 [B, L]: code of the gap before each item.
 
     Returns:
-        The packed histories, and for each row of `history` its place among the outputs, int64 [B].
+        The packed histories, and for each row of `history` its position among the outputs, int64 [B].
     """
     codes = history.cpu().numpy()
     counts = (codes >= 0).sum(1)
@@ -201,5 +201,5 @@ def pack_histories(history: Tensor, gaps: Tensor | None = None) -> tuple[Packed,
 
 
 def token_counts(shapes: Sequence[tuple[int, int]]) -> list[int]:
-    """Tokens of each group, padding included."""
+    """Count the tokens of each group, padding included."""
     return [sequences * longest for sequences, longest in shapes]

@@ -1,4 +1,4 @@
-"""A split that somebody else made: training, validation and test in files of their own."""
+"""Ready-made splits: training, validation and test in separate files."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ def from_parts(
     context: Wanted = None,
     cold: Cold = "keep",
 ) -> Split:
-    """A `Split` from parts that are given, with vocabularies over all of them.
+    """Make a `Split` from ready-made parts, with vocabularies over all of them.
 
-    The history of a test query is its training rows and then its validation rows.
+    The history of a test query is its training rows followed by its validation rows.
 
     Args:
-        train: interactions, a file or several files; ``[train, validation]`` to fit on both.
-        validation: likewise, or None for an empty one.
-        test: likewise.
+        train: interactions, a file or several files; ``[train, validation]`` to train on both.
+        validation: interactions, a file or several files; None for no validation.
+        test: interactions, a file or several files.
         items: item features, joined by id.
         queries: query features, joined by id.
-        columns: which column is what, for the files.
-        context: columns that describe the request, for the files; see `Interactions.read`.
-        cold: "keep" targets whose item has no training row, as ready-made splits are ranked, or "drop" them.
+        columns: the column of each role in the files.
+        context: context columns to read from the files; see `Interactions.read`.
+        cold: "keep" targets whose item has no training row, as is usual with ready-made splits, or "drop" them.
 
     Returns:
-        A split whose `data` is all parts together.
+        A split whose `data` contains all parts.
 
     Raises:
-        InputError: a part cannot be read, or the ids of the parts differ in type.
+        InputError: a part cannot be read, or the ids of the parts have different types.
     """
     if cold not in ("drop", "keep"):
         raise InputError(f"split: cold={cold!r}; expected 'drop' or 'keep'.")
@@ -67,7 +67,7 @@ def from_parts(
         parts[name] = part
         account.add(f"{name} given", len(parts[name]), f"{parts[name].num_queries:,} queries")
         if parts[name].negatives is not None:
-            account.add(f"{name}: negatives", len(parts[name].negatives or ()), "not used in a given split")
+            account.add(f"{name}: negatives", len(parts[name].negatives or ()), "not used in a ready-made split")
     stacked = _stack(list(parts.values()))
     rows = stacked.data
     tables = {"item": (items, rows.items), "query": (queries, rows.queries)}
@@ -96,12 +96,12 @@ def from_parts(
 
 @dataclass
 class _Stacked:
-    """All parts under one pair of vocabularies, a query's rows in the order of the parts.
+    """All parts with common vocabularies; the rows of a query are in the order of the parts.
 
     Attributes:
         data: the rows.
         part: int8 [n], the part of each row.
-        rows_up_to: for each part, int64 [Q]: how many rows of a query lie in it and those before it.
+        rows_up_to: for each part, int64 [Q]: the number of a query's rows in this part and the parts before it.
     """
 
     data: Interactions
@@ -131,12 +131,14 @@ def _stack(parts: Sequence[Interactions]) -> _Stacked:
 def _union(vocabularies: Sequence[Vocabulary], side: str) -> Vocabulary:
     kinds = {v.ids.dtype for v in vocabularies}
     if len(kinds) > 1:
-        raise InputError(f"split from_parts: {side} ids are integers in one part and text in another; write one type.")
+        raise InputError(
+            f"split from_parts: {side} ids are integers in one part and text in another; write them as one type."
+        )
     return Vocabulary(pl.concat([v.ids for v in vocabularies]).unique().sort())
 
 
 def _by_time(rows: Interactions) -> Interactions:
-    """The same rows, oldest first within a query, which parts that overlap in time are not."""
+    """Sort the rows of each query by time: parts that overlap in time are not sorted yet."""
     if rows.timestamps is None:
         return rows
     order = np.lexsort((rows.timestamps, rows.query_codes()))

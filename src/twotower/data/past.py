@@ -1,4 +1,4 @@
-"""A model's past, and the split of new days that stand after it."""
+"""The data that a model was trained on, and the split of newer data that continues it."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from twotower.schema import Vocabulary
 
 Codes = NDArray[np.int64]
 
-#: Columns of rows that are carried on where both the past and the new days have them.
+#: Row columns that are kept if both the past and the new data have them.
 CARRIED = ("timestamps", "weights", "groups")
 
 
 @dataclass(frozen=True, eq=False)
 class Past:
-    """What a model was trained on, as its folder keeps it.
+    """The data that a model was trained on, as stored in its folder.
 
     Attributes:
         queries, items: its vocabularies.
-        offsets, item_codes: its rows, those held out among them: int64 [Q+1], int32 [n], oldest first within a query.
-        learnt: int64 [Q], how many rows of each query, from the first, it was trained on.
-        columns: `timestamps`, `weights`, `groups` of the rows, where they are known.
-        group_names: the groups' ids.
-        item_table: one row for each item code, or None.
-        fingerprint: of its data.
-        last: the moment of its newest row, microseconds since 1970; None where rows have no time.
-        context: of each row, or None.
+        offsets, item_codes: its rows, including held-out ones: int64 [Q+1], int32 [n], oldest first within a query.
+        learnt: int64 [Q], the number of rows of each query, from the first, that it was trained on.
+        columns: `timestamps`, `weights`, `groups` of the rows, if known.
+        group_names: the group vocabulary, or None.
+        item_table: one row per item code, or None.
+        fingerprint: fingerprint of its data.
+        last: timestamp of its newest row, microseconds since 1970; None without timestamps.
+        context: context of each row, or None.
     """
 
     queries: Vocabulary
@@ -49,18 +49,18 @@ class Past:
 
 @dataclass(frozen=True, eq=False)
 class ContinuedSplit(Split):
-    """A split of new days, with the past under the same vocabularies.
+    """A split of the new data, with the past under the same vocabularies.
 
-    `train` holds all that training may know: the past, what the parent held out of it, and the new days' training rows.
-    `data` holds the new days' held-out rows as well.
+    `train` contains everything that training may use: the past, including the parent's held-out rows, and the training
+    rows of the new data. `data` also contains the held-out rows of the new data.
 
     Attributes:
-        learnt: bool [rows of train], those that the parent was trained on.
-        query_map, item_map: new code of each of the parent's codes, int64; -1 for an item that was withdrawn.
+        learnt: bool [rows of train], the rows that the parent was trained on.
+        query_map, item_map: new code of each code of the parent, int64; -1 for a withdrawn item.
         parent: fingerprint of the parent's data.
-        new_item_table: what the new data says of items, in the order of their codes; `data.item_table` says besides
-            what the parent knew.
-        dates: first and last moment of the new rows, microseconds, or None.
+        new_item_table: item features from the new data only, in code order; `data.item_table` also has those of the
+            parent.
+        dates: first and last timestamp of the new rows, microseconds, or None.
     """
 
     learnt: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
@@ -71,15 +71,15 @@ class ContinuedSplit(Split):
     new_item_table: pl.DataFrame | None = None
 
     def rows_to_learn(self, replay: float, seed: int, *, whole: bool = False) -> Codes:
-        """Row numbers of `train` that a training goes through: all that are new, and a sample of the parent's.
+        """Choose the rows of `train` for a training run: all new rows, and a sample of the parent's rows.
 
-        Drawn once, without replacement, so that the frequency of items in the batches can be counted.
+        The sample is drawn once, without replacement, so that the frequency of items in the batches can be counted.
 
         Args:
-            replay: rows of the parent for each new one; fewer where it has not so many.
-            seed: of the draw.
-            whole: take whole queries: all rows of those with a new one, which count as replayed, and then of others
-                until there are enough. For towers that learn from whole sequences.
+            replay: parent rows per new row; fewer if the parent has fewer.
+            seed: seed of the draw.
+            whole: choose whole queries, for towers that learn from whole sequences: first all queries with a new row,
+                whose old rows count as replayed, then others until there are enough.
         """
         known, new = np.flatnonzero(self.learnt), np.flatnonzero(~self.learnt)
         size = min(round(replay * len(new)), len(known))

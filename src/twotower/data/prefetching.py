@@ -1,4 +1,4 @@
-"""Work done ahead of need, on a thread beside the one that needs it."""
+"""Prefetching: computing results ahead on a background thread."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-#: Batches made ahead: enough to even out a slow one, few enough not to matter in memory.
+#: Batches computed ahead: enough to hide a slow one, few enough to need little memory.
 DEPTH = 3
 
 
 def ahead(make: Callable[[int], T], start: int, stop: int, *, depth: int = DEPTH) -> Iterator[T]:
-    """``make(start), ..., make(stop - 1)`` in order, made on another thread up to `depth` ahead.
+    """Yield ``make(start), ..., make(stop - 1)`` in order, computed on a background thread up to `depth` ahead.
 
-    One thread makes them one after the other, so `make` need not be safe for several. What is raised in it is raised
-    here when its turn comes. The thread ends with the iterator: at its end, on an error, on Ctrl-C, or when it is
-    closed or dropped.
+    A single thread computes one after the other, so `make` need not be thread-safe. An exception in `make` is raised
+    here when its result is due. The thread ends with the iterator: at its end, on an error, on Ctrl-C, or when the
+    iterator is closed or garbage collected.
 
     Args:
-        make: called with each number once, on the other thread.
+        make: called once with each number, on the background thread.
         start: the first number.
-        stop: the number after the last.
-        depth: how many are made ahead, at least 1.
+        stop: one past the last number.
+        depth: how many results to compute ahead, at least 1.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
         waiting: deque[Future[T]] = deque()

@@ -1,4 +1,4 @@
-"""The prepared form of files in a cache: made once, by all processes that want it at the same moment."""
+"""The cache of prepared data: filled once, by all processes that need the same data at the same time."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ KEY = "key"
 
 
 def is_ready(target: Path, key: str | None) -> bool:
-    """Whether a cache holds what is wanted."""
-    told = target / KEY
-    return key is not None and (target / META).is_file() and told.is_file() and told.read_text(encoding="utf-8") == key
+    """Return whether a cache folder contains complete data with this key."""
+    file = target / KEY
+    return key is not None and (target / META).is_file() and file.is_file() and file.read_text(encoding="utf-8") == key
 
 
 def prepare(
@@ -41,27 +41,27 @@ def prepare(
     purpose: str = "",
     anew: bool = False,
 ) -> None:
-    """Prepare files in a cache.
+    """Prepare files in a cache folder.
 
-    Several files are shards: each is read by one of the processes that prepare the same data at this moment, those that
-    are started for it among them; then one of them brings the rows together, and the others wait for it. Where locks do
-    not keep them apart several do the same work, and the first to be done serves all (shards.py). What was read when a
-    preparation is stopped is there for the next one.
+    Several files are shards. All processes that prepare the same data at the same time, including helpers started here,
+    share the reading: each shard is read by one of them. Then one process merges the rows while the others wait. If
+    locks do not work, several processes may do the same work, and the first result is used (shards.py). If a
+    preparation is interrupted, the next one reuses the shards already read.
 
     Args:
-        target: the cache's folder.
-        key: by which what is in it is known; None where it is always prepared anew.
+        target: the cache folder.
+        key: cache key of the data; None to prepare it every time.
         files: in the order of their rows.
         reading: options.
         items: table of item features.
         queries: table of query features.
-        account: told what was read.
-        workers: processes that read shards, at most.
-        purpose: what the shards are read for besides; only preparations of the same purpose share them.
-        anew: although it seems to be there.
+        account: receives the lines on what was read.
+        workers: maximum number of processes that read shards.
+        purpose: further text that identifies the preparation; only preparations with the same text share shards.
+        anew: prepare the data again even if the cache seems complete, because it is damaged.
 
     Raises:
-        InputError: whatever is wrong with the files, by name; the disk is full.
+        InputError: an error in the files, with the file's name; or the disk is full.
     """
     before = _stamp(target) if anew else None
 
@@ -95,7 +95,7 @@ def prepare(
                             (directory / KEY).write_text(key, encoding="utf-8")
                         _refuse_second(target, ready)
                 except OSError:
-                    if not ready():  # else whoever was first has cleared up the shards
+                    if not ready():  # otherwise another process has finished and removed the shards
                         raise
             if shards is not None:
                 shards.remove()
@@ -106,13 +106,13 @@ def prepare(
 
 
 def _refuse_second(target: Path, ready: Callable[[], bool]) -> None:
-    """Keep what others may have opened already."""
+    """Do not replace data that another process has just prepared: it may be open already."""
     if ready():
-        raise FileExistsError(f"{target}: prepared by another process meanwhile")
+        raise FileExistsError(f"{target}: already prepared by another process")
 
 
 def _stamp(target: Path) -> tuple[int, int] | None:
-    """By which the data of a folder are known from those that took their place; None where there are none."""
+    """Return a value that changes when the data of a folder is replaced; None if there is no data."""
     try:
         found = (target / META).stat()
     except OSError:
@@ -121,16 +121,16 @@ def _stamp(target: Path) -> tuple[int, int] | None:
 
 
 def _adopted(shards: Shards, read: Read, collected: Collected) -> list[pl.DataFrame | None]:
-    """The rows of all shards, in the order of the files."""
+    """Collect the rows of all shards, in file order."""
     found: list[pl.DataFrame | None] = []
     for file in shards.files:
-        shards.take(file, read, wait=True)  # it is there, unless another process was faster and has cleared up
+        shards.take(file, read, wait=True)  # already read, unless another process has finished and removed the shards
         found.append(adopt(collected, shards.folder(file), str(file)))
     return found
 
 
 def into_folder(first: FirstPass) -> Read:
-    """Reads a file into a folder of its own."""
+    """Return a function that reads one file into its own folder."""
 
     def read(file: Path, folder: Path) -> tuple[Collected, pl.DataFrame | None]:
         if not file.is_file():

@@ -1,9 +1,9 @@
-"""From raw rows to sorted codes in bounded memory: three passes over temporary files, one bucket of rows at a time.
+"""External sort of the rows by query and time, in bounded memory: three passes over temporary files.
 
-1. Each chunk is read, checked, and coded against its own distinct ids; the codes go to disk (collecting.py).
-2. The distinct ids of all chunks make the vocabulary; every chunk is recoded and dealt out into buckets of
+1. Read and validate each chunk, code it against its own distinct ids, and write the codes to disk (collecting.py).
+2. Merge the distinct ids of all chunks into the vocabulary, recode every chunk, and distribute its rows to buckets of
    neighbouring queries.
-3. Each bucket is sorted by query and time, duplicates are dropped, and the columns are appended to the final files.
+3. Sort each bucket by query and time, drop duplicates, and append the columns to the final files.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ FINAL_NAMES = {
 
 @dataclass
 class Finished:
-    """What the last pass leaves beside the files: counts, digests, and how many codes of each direct side occur."""
+    """Results of the last pass: counts, digests, and the number of codes in use per direct side."""
 
     offsets: NDArray[np.int64]
     negative_offsets: NDArray[np.int64]
@@ -63,7 +63,7 @@ def finish(
     negative_directory: Path,
     where: str,
 ) -> Finished:
-    """Passes two and three; writes the columns into `directory`, rows below `positive_label` into the other one."""
+    """Run passes 2 and 3: write the columns to `directory`, and rows below `positive_label` to `negative_directory`."""
     scale = MICROSECONDS[unit_of(collected.largest_time, where)] if collected.calendar is False else 1
     names = [name for name in BUCKET_DTYPES if name in collected.columns]
     num_queries = len(vocabularies["queries"])
@@ -80,7 +80,7 @@ def finish(
         else:
             counts[: len(found)] += found
     ends = np.cumsum(counts)
-    bucket_of = (np.maximum(ends - 1, 0) // BUCKET_ROWS).astype(np.uint16)  # codes may begin above 0
+    bucket_of = (np.maximum(ends - 1, 0) // BUCKET_ROWS).astype(np.uint16)  # the first codes may have no row: end 0
     num_buckets = int(bucket_of[-1]) + 1
     fills = np.zeros(num_buckets + 1, dtype=np.int64)
     np.add.at(fills, bucket_of.astype(np.int64) + 1, counts)
@@ -134,7 +134,7 @@ def finish(
 
 def _count(totals: NDArray[np.int64], codes: NDArray[np.int32]) -> None:
     if len(codes):
-        low = int(codes[0])  # codes of a bucket are sorted and neighbouring
+        low = int(codes[0])  # the codes of a bucket are sorted and contiguous
         found = np.bincount(codes - low)
         totals[low : low + len(found)] += found
 
@@ -149,7 +149,7 @@ def _deal(
     scale: int,
     seen: dict[str, NDArray[np.bool_]],
 ) -> None:
-    """Write every chunk's rows to their buckets, in the order of arrival."""
+    """Write the rows of every chunk to their buckets, in input order."""
     cursor = starts[:-1].copy()
     streams = {name: (collected.directory / f"{name}.bin").open("wb") for name in names}
     try:
@@ -180,7 +180,7 @@ def _deal(
 
 
 def _coded(maps: dict[str, list[NDArray[np.int32]]], side: str, chunk: int, values: NDArray[Any]) -> NDArray[Any]:
-    """Codes of the whole from those of a chunk; the same where there is no vocabulary."""
+    """Map a chunk's codes to the vocabulary's codes; unchanged on a side without a vocabulary."""
     return maps[side][chunk][values] if side in maps else values
 
 
@@ -191,7 +191,7 @@ def _microseconds(values: NDArray[Any], scale: int) -> NDArray[np.int64]:
 
 
 def _sorted_buckets(directory: Path, names: list[str], starts: NDArray[np.int64]) -> Iterator[dict[str, Any]]:
-    """The buckets one after the other, sorted and without duplicates; ``dropped`` counts those."""
+    """Yield the buckets in order, sorted and without duplicates; ``dropped`` is the number of duplicates."""
     for low, high in pairwise(starts.tolist()):
         if low == high:
             continue
@@ -213,12 +213,12 @@ def _sorted_buckets(directory: Path, names: list[str], starts: NDArray[np.int64]
 
 
 def _order(queries: NDArray[np.int32], times: NDArray[np.int64] | None) -> NDArray[np.int64]:
-    """The stable order by query, then time."""
+    """Return the stable order by query, then time."""
     if times is None:
         return np.argsort(queries, kind="stable")
     low, span = int(times.min()), int(times.max()) - int(times.min()) + 1
     first = int(queries.min())
-    if (int(queries.max()) - first + 1) * span < 2**62:  # one key sorts faster than two
+    if (int(queries.max()) - first + 1) * span < 2**62:  # one combined key sorts faster than two
         return np.argsort((queries - first).astype(np.int64) * span + (times - low), kind="stable")
     return np.lexsort((times, queries))
 
@@ -226,15 +226,15 @@ def _order(queries: NDArray[np.int32], times: NDArray[np.int64] | None) -> NDArr
 def _duplicates(
     queries: NDArray[np.int32], items: NDArray[np.int32], times: NDArray[np.int64] | None
 ) -> NDArray[np.int64]:
-    """Positions of rows that repeat an earlier (query, item, time); none without times, where order is the time."""
+    """Find the rows that repeat an earlier (query, item, time); none without times, where the row order is the time."""
     if times is None or len(queries) < 2:
         return np.zeros(0, dtype=np.int64)
     same = (queries[1:] == queries[:-1]) & (times[1:] == times[:-1])
     if not same.any():
         return np.zeros(0, dtype=np.int64)
-    moment = np.concatenate([[0], np.cumsum(~same)])  # rows of one query and time share a number
+    tie = np.concatenate([[0], np.cumsum(~same)])  # rows with the same query and time share a number
     tied = np.flatnonzero(np.concatenate([same, [False]]) | np.concatenate([[False], same]))
-    order = np.lexsort((items[tied], moment[tied]))
+    order = np.lexsort((items[tied], tie[tied]))
     tied = tied[order]
-    repeats = (moment[tied][1:] == moment[tied][:-1]) & (items[tied][1:] == items[tied][:-1])
+    repeats = (tie[tied][1:] == tie[tied][:-1]) & (items[tied][1:] == items[tied][:-1])
     return np.sort(tied[1:][repeats])

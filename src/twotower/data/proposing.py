@@ -1,4 +1,4 @@
-"""Which columns of a table could be features, of which kind, and why: a proposal to read before it is used."""
+"""Proposed feature declarations for the columns of a table, with reasons; meant to be reviewed before use."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from twotower.feature_config import (
     TimestampFeature,
 )
 
-#: A whole number with no more values than this is rather a code (gender, store, rating) than a quantity.
+#: An integer column with at most this many distinct values is treated as a code (gender, store, rating).
 FEW_VALUES = 32
-#: Above so many values a vocabulary gives way to buckets, and a value is seen too seldom to be learnt apart.
+#: Above this many distinct values, hash to buckets: most values are too rare to learn a vector for each.
 MANY_VALUES = 10_000
-#: Above this share of missing values a column says too little.
+#: Above this fraction of missing values a column has too little information.
 MOSTLY_MISSING = 0.95
-#: Above this share of values that stand in one row only a column of single words names rows instead of describing them.
+#: Above this fraction of distinct values, a column of single words identifies rows instead of describing them.
 MOSTLY_UNIQUE = 0.5
 SEPARATORS = ("|", ";", ",", " ")
-#: Lists of numbers of at least this length are vectors, shorter ones sets of codes.
+#: Lists of numbers of at least this length are vectors, shorter ones are sets of codes.
 VECTOR_LENGTH = 8
-#: A skewness above this asks for the logarithm.
+#: Above this skewness, propose the logarithm.
 SKEWED = 2.0
 
 
 @dataclass(frozen=True)
 class Proposed:
-    """What was found of one column.
+    """The proposal for one column.
 
     Attributes:
         column: its name.
-        declared: the proposed feature, or None where the column is left out.
-        why: in a few words.
-        distinct: how many values it has; None for lists of numbers.
-        missing: share of rows without a value.
+        declared: the proposed feature, or None to leave the column out.
+        why: the reason, in a few words.
+        distinct: number of distinct values; None for lists.
+        missing: fraction of rows without a value.
     """
 
     column: str
@@ -55,7 +55,7 @@ class Proposed:
     missing: float
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Convert to JSON values."""
         declared = None if self.declared is None else self.declared.model_dump(mode="json", exclude_defaults=True)
         kind = None if self.declared is None else self.declared.kind
         return {
@@ -69,22 +69,22 @@ class Proposed:
 
 
 def propose(table: pl.DataFrame, id_column: str | None = None) -> list[Proposed]:
-    """A proposal for every column but the id.
+    """Propose a feature for every column except the id.
 
     Args:
-        table: a feature table, one row for each id.
-        id_column: its id; the first column where None.
+        table: a feature table, one row per id.
+        id_column: its id column; None: the first column.
     """
     own = id_column or table.columns[0]
     return [propose_column(table[name]) for name in table.columns if name != own]
 
 
 def features_of(proposed: list[Proposed]) -> list[AnyFeature]:
-    """The features among the proposals."""
+    """Return the proposed features, without the columns left out."""
     return [one.declared for one in proposed if one.declared is not None]
 
 
-#: Where the features of a side are declared.
+#: Configuration section and setting of each side's features.
 SETTINGS = {
     "item": ("item_tower", "features"),
     "query": ("query_tower", "features"),
@@ -93,7 +93,7 @@ SETTINGS = {
 
 
 def as_yaml(found: Mapping[str, list[Proposed]]) -> str:
-    """Proposals as they stand in a configuration, by side: "item", "query", "context"."""
+    """Format the proposals of each side ("item", "query", "context") as configuration YAML."""
     sections: dict[str, list[str]] = {}
     for side, proposed in found.items():
         section, setting = SETTINGS[side]
@@ -105,7 +105,7 @@ def as_yaml(found: Mapping[str, list[Proposed]]) -> str:
 
 
 def propose_column(column: pl.Series) -> Proposed:
-    """A proposal for one column."""
+    """Propose a feature for one column."""
     nested = column.dtype.is_nested()
     known = column.drop_nulls()
     if column.dtype.is_float():
@@ -158,11 +158,11 @@ def _numbers(known: pl.Series, distinct: int) -> tuple[AnyFeature | None, str]:
     if whole and distinct <= FEW_VALUES:
         return CategoricalFeature(column=known.name), f"whole numbers, only {distinct} values"
     if whole and distinct == len(known):
-        return None, "whole numbers, another one in every row: looks like an id"
+        return None, "whole numbers, different in every row: looks like an id"
     skewness: Any = known.cast(pl.Float64).skew()
     smallest: Any = known.min()
     if skewness is not None and skewness > SKEWED and smallest >= 0:
-        return NumericFeature(column=known.name, scale="log"), f"numbers, skewed ({skewness:.1f}): their logarithm"
+        return NumericFeature(column=known.name, scale="log"), f"numbers, skewed ({skewness:.1f}): use the logarithm"
     return NumericFeature(column=known.name), "numbers"
 
 
@@ -178,16 +178,16 @@ def _texts(known: pl.Series, distinct: int) -> tuple[AnyFeature | None, str]:
     for separator in SEPARATORS:
         holds = known.str.contains(separator, literal=True)
         parts = known.str.split(separator).list.eval(pl.element().str.strip_chars()).list.explode().drop_nulls()
-        # Several values: many rows have some, and the same parts come again in other rows.
+        # Several values per row: many rows contain the separator, and the same parts occur in other rows.
         values = parts.n_unique()
         if float(holds.mean() or 0) > 0.2 and values < min(distinct / 2, 0.2 * len(parts)):  # type: ignore[arg-type]
             declared = MultiFeature(column=name, separator=separator, **_buckets(values))
-            return declared, f"several values joined by {separator!r}, {values:,} of them"
+            return declared, f"several values separated by {separator!r}, {values:,} values"
     per_row = float(words.list.len().mean() or 0)  # type: ignore[arg-type]
     if distinct > MOSTLY_UNIQUE * len(known):
         if per_row >= 2:
-            return TextFeature(column=name), f"text, {per_row:.1f} words a row"
-        return None, f"{distinct:,} values in {len(known):,} rows: names rows instead of describing them"
+            return TextFeature(column=name), f"text, {per_row:.1f} words per row"
+        return None, f"{distinct:,} values in {len(known):,} rows: identifies rows instead of describing them"
     return CategoricalFeature(column=name, **_buckets(distinct)), f"text, {distinct:,} values"
 
 

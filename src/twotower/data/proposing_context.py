@@ -1,4 +1,4 @@
-"""Which further columns of the interactions could be the context of a request, and which would tell the answer."""
+"""Proposed context features from the further columns of the interactions; columns that leak the target are left out."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from twotower.data.interactions import Interactions
 from twotower.data.proposing import FEW_VALUES, Proposed, propose_column
 from twotower.feature_config import CategoricalFeature, TimestampFeature
 
-#: Rows that are looked at for what a column goes with.
+#: Rows sampled to find out what a column depends on.
 SAMPLE = 200_000
-#: A column whose value is its item's usual one in more rows than this describes the item, not the request.
+#: If more than this fraction of rows has the most frequent value of its item, the column describes the item.
 SETTLED = 0.95
-#: A column whose values have fewer queries each than this, on average, names sessions.
+#: If a value has fewer queries than this on average, the column identifies queries or sessions.
 QUERIES_PER_VALUE = 1.5
 
 
 def propose_context(data: Interactions) -> list[Proposed]:
-    """A proposal for every column of the context.
+    """Propose a feature for every context column.
 
-    A column that goes with the item, as a price or a title does that stands in a log, is left out: a request does not
-    have it before it is answered, and a model that reads it in training learns nothing else. So is one that names
-    sessions. What is known only afterwards, such as a quantity, cannot be told from a context: leave it out by hand.
+    A column that is determined by the item, such as a price or a title in a log, is left out: a request does not have
+    it, and a model that reads it in training learns nothing else. A column that identifies sessions is left out too.
+    Values known only afterwards, such as a quantity, cannot be detected here: leave them out by hand.
     """
     if data.context is None:
         return []
@@ -42,7 +42,7 @@ def _one(data: Interactions, column: pl.Series) -> Proposed:
             isinstance(column.dtype, pl.Datetime) and bool((column.dt.time() == time(0)).all())
         )
         parts = ["weekday"] if midnight else ["hour", "weekday"]
-        # Not the age: every request comes after the training.
+        # Without the age: every request is later than the training data.
         return replace(found, declared=TimestampFeature.model_validate({"column": column.name, "parts": parts}))
     rows = np.arange(len(data))
     if len(rows) > SAMPLE:
@@ -58,16 +58,18 @@ def _one(data: Interactions, column: pl.Series) -> Proposed:
         "query": np.searchsorted(data.offsets, rows, side="right") - 1,
     }).drop_nulls()  # fmt: skip
     pairs = frame.group_by("item", "value").len()
-    # An item in one row has a usual value whatever the column is.
+    # Items with a single row always have their most frequent value, so they are not evidence.
     several = pairs.group_by("item").agg(pl.col("len").max().alias("most"), pl.col("len").sum().alias("rows"))
     several = several.filter(pl.col("rows") > 1)
     share = float(several["most"].sum()) / max(float(several["rows"].sum()), 1.0)
     usual = float(frame["value"].value_counts()["count"].max() or 0) / max(len(frame), 1)  # type: ignore[arg-type]
     if share > SETTLED and usual < SETTLED:
-        return replace(found, declared=None, why=f"goes with the item in {share:.0%} of its rows: it tells the answer")
+        why = f"determined by the item in {share:.0%} of the rows: it would leak the target"
+        return replace(found, declared=None, why=why)
     distinct = found.distinct or 0
     if isinstance(declared, CategoricalFeature) and distinct > FEW_VALUES:
         per_value = float(frame.group_by("value").agg(pl.col("query").n_unique())["query"].mean() or 0)  # type: ignore[arg-type]
         if per_value < QUERIES_PER_VALUE:
-            return replace(found, declared=None, why=f"{distinct:,} values, {per_value:.1f} queries each: names them")
+            why = f"{distinct:,} values, {per_value:.1f} queries per value: identifies queries"
+            return replace(found, declared=None, why=why)
     return found

@@ -1,4 +1,4 @@
-"""The formats that interactions come in: each is a source that yields its rows in pieces, as they stand."""
+"""Readers of the file formats: each source yields its rows in chunks, unchanged."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ SUFFIXES = (".parquet", ".pq", ".csv", ".txt", *TAB_SUFFIXES)
 
 
 class Source(Protocol):
-    """One file or frame.
+    """A file or data frame.
 
     Attributes:
-        name: what messages call it.
+        name: its name in messages.
         columns: its column names.
-        text: whether every value is text whose type is found from its content.
-        lists: columns that hold lists, as far as that is known before they are read.
+        text: whether every value is text, whose type is inferred from the content.
+        lists: columns of lists, as far as they are known before reading.
     """
 
     name: str
@@ -38,20 +38,20 @@ class Source(Protocol):
     lists: frozenset[str]
 
     def chunks(self, wanted: Sequence[str]) -> Iterator[pl.DataFrame]:
-        """Frames with the wanted columns and ROW, in the order of the file."""
+        """Yield frames with these columns and ROW, in file order."""
         ...
 
 
 def suffix_of(path: Path) -> str:
-    """The format's suffix, without ``.gz``."""
+    """Return the suffix of the file format, without ``.gz``."""
     return Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
 
 
 def open_source(path: Path) -> Source:
-    """The source that reads `path`.
+    """Open the source for a file.
 
     Raises:
-        InputError: the file is missing, empty, of an unknown format, damaged, or has no usable header.
+        InputError: the file is missing, empty, damaged, of an unknown format, or has no usable header.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a Parquet, CSV or TSV file, a folder, or a data set's name.")
@@ -70,7 +70,7 @@ def open_source(path: Path) -> Source:
 
 
 def first_lines(path: Path, count: int) -> list[str]:
-    """The first lines of a text file, gzip or not, without line ends."""
+    """Read the first lines of a text file, gzipped or not, without line ends."""
     try:
         with _open_text(path) as stream:
             lines = [line.rstrip("\r\n") for line in islice(stream, count)]
@@ -92,11 +92,11 @@ def _damaged(path: Path, error: Exception) -> InputError:
     if isinstance(error, UnicodeDecodeError) or "utf-8" in reason:
         return InputError(f"{path}: not UTF-8 text; convert it, e.g. iconv -f latin1 -t utf-8.")
     what = "truncated or damaged gzip" if path.suffix.lower() == ".gz" else "truncated or damaged file"
-    return InputError(f"{path}: {what} ({reason}); fetch or write it again.")
+    return InputError(f"{path}: {what} ({reason}); download or write it again.")
 
 
 class ParquetSource:
-    """A Parquet file, read in slices of needed columns."""
+    """A Parquet file, read in slices of the requested columns."""
 
     text = False
 
@@ -125,7 +125,7 @@ class ParquetSource:
 
 
 class TextSource:
-    """CSV or TSV, gzip or not, with a header; the ``:type`` of typed headers is cut off."""
+    """A CSV or TSV file, gzipped or not, with a header; the ``:type`` of typed headers is removed."""
 
     text = True
     lists: frozenset[str] = frozenset()
@@ -135,18 +135,18 @@ class TextSource:
         header = first_lines(path, 1)[0]
         tabs = suffix_of(path) in TAB_SUFFIXES
         self.separator = "\t" if tabs else next((s for s in (",", "\t", ";", "|") if s in header), ",")
-        # Typed headers come from files that never quote: a title may begin with a quotation mark.
+        # Files with typed headers never quote, and in them a title may begin with a quotation mark.
         self.quote = None if tabs and ":" in header else '"'
         raw = header.split("\t") if self.quote is None else next(csv.reader([header], delimiter=self.separator))
         self.columns = [name.split(":", maxsplit=1)[0].strip() for name in raw]
         for name in self.columns:
             if self.columns.count(name) > 1:
-                raise InputError(f"{path}: column {name!r} stands twice in the header; rename one.")
+                raise InputError(f"{path}: column {name!r} occurs twice in the header; rename one.")
             if not name:
-                raise InputError(f"{path}: a column without a name in the header {listed(raw)}.")
+                raise InputError(f"{path}: the header has a column without a name: {listed(raw)}.")
 
     def chunks(self, wanted: Sequence[str]) -> Iterator[pl.DataFrame]:
-        """See `Source`. Every column is parsed, since only then does the reader notice a row with too many fields."""
+        """See `Source`. Parses every column, because only then does polars report rows with too many fields."""
         seen = 0
         try:
             scan = pl.scan_csv(
@@ -166,7 +166,7 @@ class TextSource:
             if "more fields" in str(error):
                 raise self._ragged() from None
             if "could not parse" in str(error) and "as dtype `str`" in str(error):
-                raise InputError(f'{self.path}: a quotation mark (") is opened and never closed.') from None
+                raise InputError(f'{self.path}: a quotation mark (") is never closed.') from None
             raise _damaged(self.path, error) from None
         if not seen:
             raise InputError(f"{self.path}: the file has a header but no rows.")
@@ -182,16 +182,16 @@ class TextSource:
             for row, record in enumerate(records, start=1):
                 if len(record) > expected:
                     return InputError(
-                        f"{self.path}: row {row} has {len(record)} fields, the header "
-                        f"{expected} ({listed(self.columns)})."
+                        f"{self.path}: row {row} has {len(record)} fields, expected "
+                        f"{expected} as in the header ({listed(self.columns)})."
                     )
         return InputError(f"{self.path}: a row has more fields than the header's {expected}.")
 
 
 class SequenceSource:
-    """Lines of ``query item item ...``, optionally a TAB and as many gaps in seconds.
+    """A file of ``query item item ...`` lines, each optionally followed by a TAB and one gap in seconds per item.
 
-    The gaps have no origin, so they give an order, which the line has already, and no time.
+    The gaps have no origin, so they give only an order, which the line already has, and no timestamps.
     """
 
     text = True
@@ -223,13 +223,13 @@ class SequenceSource:
             row = uneven.row(0, named=True)
             raise InputError(
                 f"{self.path}: row {row[ROW]} has {len(row['items'])} items but {len(row['gaps'])} gaps after the TAB; "
-                "expected one gap for each item."
+                "expected one gap per item."
             )
         yield frame.select(ROW, *wanted)
 
 
 class FrameSource:
-    """A data frame in memory: polars (also lazy), pandas, Arrow, or anything polars can take from Arrow."""
+    """A data frame in memory: polars (also lazy), pandas, Arrow, or anything with an Arrow interface."""
 
     text = False
 
@@ -251,10 +251,10 @@ def _lists(schema: Mapping[str, pl.DataType]) -> frozenset[str]:
 
 
 def as_polars(frame: Any, name: str) -> pl.DataFrame:
-    """`frame` as a polars DataFrame.
+    """Convert to a polars DataFrame.
 
     Raises:
-        InputError: it is no data frame, or has duplicate columns or columns of mixed types.
+        InputError: not a data frame, duplicate columns, or a column of mixed types.
     """
     try:
         if isinstance(frame, pl.DataFrame):
@@ -271,11 +271,11 @@ def as_polars(frame: Any, name: str) -> pl.DataFrame:
             return pl.DataFrame(frame)
     except ModuleNotFoundError as error:
         raise InputError(
-            f"{name}: a pandas frame needs the package {error.name!r}; install it or give polars."
+            f"{name}: a pandas frame needs the package {error.name!r}; install it or pass a polars frame."
         ) from None
-    except Exception as error:  # the converters of three libraries raise what they like
+    except Exception as error:  # the converters of three libraries raise many types
         reason = str(error).strip().splitlines()[0]
         if "unique" in reason or "more than one" in reason:
             raise InputError(f"{name}: duplicate column names ({reason}); rename them.") from None
-        raise InputError(f"{name}: mixed types in a column ({reason}); make each column one type.") from None
+        raise InputError(f"{name}: mixed types in a column ({reason}); convert each column to one type.") from None
     raise InputError(f"{name}: expected a polars, pandas or Arrow data frame, found {type(frame).__name__}.")

@@ -1,4 +1,4 @@
-"""A folder of saved interactions, written and opened: their rows, vocabularies, tables and account, by name."""
+"""Reading and writing of a folder of saved interactions: rows, vocabularies, tables and account."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from twotower.data.storing import (
 from twotower.errors import InputError
 from twotower.ids import read_vocabulary
 
-#: Fields of `Interactions` that have a value for each row, besides its context.
+#: Fields of `Interactions` with one value per row, except the context.
 ROW_FIELDS = ("item_codes", "timestamps", "weights", "labels", "groups")
 
 
 def fingerprint_of(parts: Mapping[str, Any]) -> str:
-    """sha256 over rows and vocabularies of the fields of `Interactions`."""
+    """Compute the sha256 over the rows and vocabularies among the fields of `Interactions`."""
     rows = {name: digest(parts[name]) for name in ("offsets", *ROW_FIELDS) if parts[name] is not None}
     sides = {"queries": parts["queries"], "items": parts["items"], "groups_": parts["group_names"]}
     named = {side.rstrip("_"): vocabulary_digest(v) for side, v in sides.items() if v is not None}
@@ -38,7 +38,7 @@ def fingerprint_of(parts: Mapping[str, Any]) -> str:
 
 
 def write_saved(directory: Path, parts: Mapping[str, Any]) -> None:
-    """Write the fields of `Interactions`, `known_fingerprint` among them, to a folder that is there and empty."""
+    """Write the fields of `Interactions`, including `known_fingerprint`, to an existing empty folder."""
     _write_rows(directory, parts)
     for side, name in (("queries", "queries"), ("items", "items"), ("groups", "group_names")):
         if parts[name] is not None:
@@ -74,10 +74,10 @@ def _write_rows(directory: Path, parts: Mapping[str, Any]) -> None:
 
 
 def open_saved(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The fields of `Interactions` in a folder, arrays memory-mapped; and those of its negatives that differ, if any.
+    """Open a folder: the fields of `Interactions`, memory-mapped, and the fields that differ in its negatives, if any.
 
     Raises:
-        InputError: missing, truncated, or of another layout.
+        InputError: missing, truncated, or of another layout version.
     """
     meta = read_meta(folder)
     try:
@@ -108,10 +108,10 @@ def open_saved(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
 
 
 def _columns(folder: Path, meta: dict[str, Any], num_queries: int) -> dict[str, Any]:
-    """The arrays of one folder, checked against its meta.json."""
+    """Open the arrays of one folder and check them against its meta.json."""
     arrays = {name: open_column(folder, name, meta["rows"]) for name in meta["fields"]}
-    # Offsets are small and used at every step, so they are read.
+    # Offsets are small and used at every step, so they are read into memory.
     arrays["offsets"] = np.array(open_column(folder, "offsets", num_queries + 1))
     if int(arrays["offsets"][-1]) != meta["rows"]:
-        raise InputError(f"{folder / 'offsets.npy'}: does not fit the rows; prepare the data again.")
+        raise InputError(f"{folder / 'offsets.npy'}: does not match the number of rows; prepare the data again.")
     return arrays

@@ -1,4 +1,4 @@
-"""Batches of whole sequences: every position is a training row, and one pass over a sequence serves all of them."""
+"""Batches of whole sequences: every position is a training row, and one pass over a sequence covers all of them."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from twotower.ranks import Ranks
 
 
 class SequenceBatches(Place):
-    """Windows of the queries' sequences; each row of the interactions is in one window an epoch.
+    """Windows of the queries' sequences; each row of the interactions is in one window per epoch.
 
     A query with n rows is cut into ceil(n / (L + 1)) windows of at most L + 1 consecutive rows, so that the last row of
-    a full window sees L items. Where there are several, the first and the last share what is left over by a cut that
-    seed, epoch and query decide, so that the windows move from epoch to epoch. A row sees the rows of its window before
-    it, and no others.
+    a full window sees L items. If there are several windows, only the first and the last can be shorter than L + 1: a
+    cut determined by seed, epoch and query divides the remainder between them, so the windows move from epoch to epoch.
+    A row sees only the earlier rows of its window.
 
-    Every batch has the same number of windows, drawn without replacement, so that a candidate that comes from
-    another window has a known expected count. The number of rows varies.
+    Every batch has the same number of windows, drawn without replacement, so a candidate from another window has a
+    known expected count. The number of rows varies.
 
     Args:
         interactions: the rows to train on.
-        batch_size: B, rows of a batch on average.
+        batch_size: B, average number of rows in a batch.
         history_length: L.
         seed: 0 or more.
         context: encoded context of all rows of the interactions (`encode_context`), or None.
-        gaps: whether the time between items is read.
-        ranks: gives out this rank's part of every batch, whole windows with about as many rows as the others';
-            `batch_size` is that of all ranks together.
+        gaps: whether to read the time between items.
+        ranks: this rank gets its part of every batch, whole windows with about as many rows as the other ranks;
+            `batch_size` is the total over all ranks.
 
     Raises:
-        InputError: no rows, or a size or seed out of range; gaps of interactions without timestamps.
+        InputError: no rows, a size or seed out of range, or gaps without timestamps.
     """
 
     def __init__(
@@ -81,12 +81,12 @@ class SequenceBatches(Place):
         self.num_windows = int(self._windows.sum())
         mean = len(interactions) / self.num_windows
         self.windows_per_batch = min(max(round(batch_size / mean), 1), self.num_windows)
-        # Which query a window belongs to: the number of the query's first window.
+        # The number of each query's first window.
         self._first = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self._windows)])
         self.epoch, self.position = 0, 0
 
     def __len__(self) -> int:
-        """Batches in a whole epoch; windows that fill no batch are left out."""
+        """Return the number of batches in an epoch; the last windows, if they fill no batch, are left out."""
         return self.num_windows // self.windows_per_batch
 
     def _fixed(self) -> dict[str, int]:
@@ -109,24 +109,24 @@ class SequenceBatches(Place):
         self.epoch, self.position = self.epoch + 1, 0
 
     def windows(self, numbers: NDArray[np.int64], epoch: int) -> tuple[NDArray[np.int64], ...]:
-        """(query, first row, number of rows) of some windows, int64 [S] each, as they are cut in an epoch."""
+        """Compute (query, first row, number of rows) of windows as cut in an epoch, int64 [S] each."""
         queries = np.searchsorted(self._first, numbers, side="right") - 1
         place = numbers - self._first[queries]
         count = self._windows[queries]
         start = np.asarray(self.interactions.offsets)[queries]
         total = np.asarray(self.interactions.offsets)[queries + 1] - start
         full = self.history_length + 1
-        least = total - (count - 1) * full  # rows of the first window if all others were full
+        least = total - (count - 1) * full  # rows of the first window if all others are full
         first = least + self._cut(queries, epoch) % (full - least + 1) * (count > 1)
         begin = np.where(place == 0, 0, first + (place - 1) * full)
         end = np.minimum(np.where(place == 0, first, begin + full), total)
         return queries, start + begin, end - begin
 
     def batch(self, numbers: NDArray[np.int64], epoch: int = 0) -> Batch:
-        """This rank's part of the batch of some windows, int64 [S]; its rows are in the order of `sequences.rows`.
+        """Make this rank's part of the batch with these windows, int64 [S]; rows are in the order of `sequences.rows`.
 
-        The windows of all ranks are packed as one process would pack them, and each rank takes a run of them: the rows
-        of all ranks, one after the other, are those of one process.
+        The windows are ordered as a single process would pack them, and each rank takes a contiguous run: the rows of
+        all ranks, concatenated, are the rows of a single process.
         """
         data = self.interactions
         queries, starts, lengths = self.windows(numbers, epoch)
@@ -157,7 +157,7 @@ class SequenceBatches(Place):
         )
 
     def _shares(self, lengths: NDArray[np.int64]) -> tuple[slice, tuple[int, ...]]:
-        """Which windows are this rank's, and the rows of every rank: a window goes where its middle row falls."""
+        """Return this rank's windows and the rows of each rank; the middle row of a window decides its rank."""
         size, ends = self.ranks.size, np.cumsum(lengths)
         middle = ends - lengths / 2
         rank = np.minimum((middle * size / ends[-1]).astype(np.int64), size - 1)
@@ -167,6 +167,6 @@ class SequenceBatches(Place):
         return own, tuple(int(rows) for rows in np.diff(before))
 
     def _cut(self, queries: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
-        """A pseudo-random number for each query in an epoch, 0 or more: splitmix64 of both and the seed."""
+        """Compute a pseudo-random number per query and epoch, 0 or more: splitmix64, keyed by seed and epoch."""
         key = np.random.SeedSequence([self.seed, epoch, 1]).generate_state(1, np.uint64)[0]
         return (mix64(queries.astype(np.uint64) + key) >> np.uint64(1)).astype(np.int64)

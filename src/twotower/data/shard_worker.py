@@ -1,4 +1,4 @@
-"""A process that helps to read shards: `python -m twotower.data.shard_worker`, told on standard input what to read."""
+"""Helper process that reads shards: `python -m twotower.data.shard_worker`; reads its task from standard input."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ from twotower.data.shards import Shards, in_turn
 
 
 def main() -> None:
-    """Take shards that nobody else has taken, until all are."""
-    told = json.loads(sys.stdin.readline())
+    """Read the shards that no other process has taken, until all are read."""
+    task = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    reading.CHUNK_ROWS = max(
-        reading.CHUNK_ROWS // told["shares"], 1
-    )  # all processes together hold as much as one would
-    reading.TEXT_CHUNK_ROWS = max(reading.TEXT_CHUNK_ROWS // told["shares"], 1)
-    files = [Path(file) for file in told["files"]]
-    shards = Shards(Path(told["root"]), files, told["reading"], told.get("purpose", ""))
-    for file in in_turn(files, told["number"], told["processes"]):
-        shards.take(file, into_folder(FirstPass.of_dict(told["reading"])), wait=False)
+    # Smaller chunks, so that all processes together need as much memory as one.
+    reading.CHUNK_ROWS = max(reading.CHUNK_ROWS // task["shares"], 1)
+    reading.TEXT_CHUNK_ROWS = max(reading.TEXT_CHUNK_ROWS // task["shares"], 1)
+    files = [Path(file) for file in task["files"]]
+    shards = Shards(Path(task["root"]), files, task["reading"], task.get("purpose", ""))
+    for file in in_turn(files, task["number"], task["processes"]):
+        shards.take(file, into_folder(FirstPass.of_dict(task["reading"])), wait=False)
 
 
 def _end_with_parent() -> None:
-    """Standard input ends when the process that started this one does, however that happens."""
+    """End this process when its parent ends, for whatever reason: standard input is then closed."""
     while sys.stdin.read(1):
         pass
     os._exit(1)

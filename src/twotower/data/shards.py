@@ -1,13 +1,13 @@
 """The first pass over a folder of shards, shared by all processes that need the same data.
 
-A shard's rows are checked and coded into a folder of its own, which appears whole and whose name says which file, as it
-is now, was read how. Whoever needs the shards takes those that nobody else has taken: processes started for it, the
-ranks of a training, another run on the same data. What was read stays when a preparation is stopped, so the next one
-goes on from there; it goes when the data is prepared.
+The rows of a shard are validated and coded into a folder of its own, written atomically and named after a hash of the
+file's state and the reading options. Every process that needs the shards reads those that no other process has taken:
+helper processes started here, the ranks of a training run, another run on the same data. If a preparation is
+interrupted, the next one continues with the shards already read. They are removed when the data is prepared.
 
-Locks keep two processes from reading one shard. Where they do not (some file systems of several machines know none, or
-none that another machine sees) work may be done twice: what another process may be writing is left alone, the first
-whole folder stays, and a process whose shards were removed finds that the data is prepared.
+Locks keep two processes from reading the same shard. If locks do not work (some network file systems have none, or none
+that other machines see), work may be done twice, but it stays correct: no process touches a folder that another may be
+writing, the first complete folder is kept, and a process whose shards were removed finds the prepared data.
 """
 
 from __future__ import annotations
@@ -36,30 +36,31 @@ from twotower.files import full_disk_named, is_full_disk, locked, whole_folder
 from twotower.launch import Launch
 from twotower.machine import cores
 
-#: A process is started for each so many bytes of shards: below, starting takes longer than reading. So much is also
-#: worth keeping when a later shard is refused.
+#: Start one process per this many bytes of shards: for less, starting takes longer than reading. Shards of at least
+#: this size in total are also kept if reading fails on one of them.
 BYTES_PER_WORKER = 64 << 20
 
-#: Shards that nobody has asked for in so long are removed by the next preparation in the same cache.
+#: The next preparation in the same cache removes shards that were not used for this long.
 KEPT_SECONDS = 14 * 24 * 3600
-#: Nobody is at work any more on a folder that has not been written to for so long.
+#: A partial folder that was not written to for this long belongs to a process that has ended.
 STALE_SECONDS = 3600
 FOLDER = ".shards"
 _STATE, _EXTRAS = "shard.json", "extras.parquet"
 
-#: Reads a file into a folder: what `save` takes.
+#: Reads a file into a folder; returns the arguments of `save`.
 Read = Callable[[Path, Path], tuple[Collected, pl.DataFrame | None]]
 
 
 @dataclass(frozen=True)
 class Shards:
-    """Files that are read into folders.
+    """The shard files of a data set, and the folders that their rows are read into.
 
     Attributes:
-        root: where the folders are.
+        root: parent of the folders.
         files: in the order of their rows.
-        reading: JSON values that decide how a file is read.
-        purpose: of these folders; another purpose has folders of its own, for whoever is done removes them.
+        reading: reading options as JSON values.
+        purpose: identifies the preparation. Each purpose has its own folders, because the first process to finish
+            removes them.
     """
 
     root: Path
@@ -68,32 +69,32 @@ class Shards:
     purpose: str = ""
 
     def folder(self, file: Path) -> Path:
-        """Where a file's rows go; another place once the file, or how it is read, has changed.
+        """Return the folder for a file's rows; it changes when the file or the reading options change.
 
         Raises:
-            InputError: the file is gone.
+            InputError: the file no longer exists.
         """
         try:
             stat = file.stat()
         except FileNotFoundError:
             raise gone(file) from None
-        told = [str(file.resolve()), stat.st_size, stat.st_mtime_ns, self.reading, self.purpose, LAYOUT_VERSION]
-        return self.root / hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+        key = [str(file.resolve()), stat.st_size, stat.st_mtime_ns, self.reading, self.purpose, LAYOUT_VERSION]
+        return self.root / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
 
     def take(self, file: Path, read: Read, *, wait: bool) -> bool:
-        """Read one file into its folder, unless that is there already.
+        """Read one file into its folder, unless the folder exists.
 
         Args:
-            file: which.
+            file: the file.
             read: reads a file into a folder.
-            wait: for another process that reads it just now.
+            wait: wait if another process is reading it.
 
         Returns:
-            Whether its folder is there: False only without `wait`.
+            Whether the folder exists now; always true with `wait`.
 
         Raises:
-            InputError: whatever is wrong with the file; the disk is full.
-            OSError: what was written is gone: another process has prepared the data.
+            InputError: an error in the file; or the disk is full.
+            OSError: the folder was removed: another process has prepared the data.
         """
         target = self.folder(file)
         if _is_kept(target):
@@ -105,14 +106,14 @@ class Shards:
                 return True
             self._sweep(target, STALE_SECONDS)
             with (
-                full_disk_named(file, f"its rows are kept in {self.root} for a while: free space there"),
+                full_disk_named(file, f"its rows are temporarily stored in {self.root}: free space there"),
                 whole_folder(target, replace=False) as folder,
             ):
                 save(*read(file, folder))
         return True
 
     def sweep(self) -> None:
-        """Remove what killed processes have left half written; without locks only what is an hour old."""
+        """Remove partial folders of killed processes; if locks do not work, only those older than an hour."""
         for file in self.files:
             with suppress(InputError):
                 target = self.folder(file)
@@ -121,38 +122,38 @@ class Shards:
                         self._sweep(target, 0 if lock.keeps_out else STALE_SECONDS)
 
     def _sweep(self, target: Path, seconds: float) -> None:
-        """Remove what is half written of a folder, and has not been written to for so long."""
+        """Remove partial copies of a folder that were not written to for this long."""
         for left in self.root.glob(f".{target.name}.*.partial"):
             with suppress(FileNotFoundError):
                 if not seconds or time.time() - max(p.stat().st_mtime for p in (left, *left.iterdir())) > seconds:
                     shutil.rmtree(left, ignore_errors=True)
 
     def remove(self) -> None:
-        """Remove the folders of all files, unless for want of locks others may read them, and very old ones."""
+        """Remove the folders of all files, unless others may be reading them (no locks), and all old folders."""
         with suppress(OSError), locked(self.root / "remove.lock") as lock:
             for file in self.files if lock.keeps_out else ():
                 with suppress(InputError):
                     target = self.folder(file)
-                    with suppress(OSError):  # in one step, so that nobody finds a part of it
+                    with suppress(OSError):  # rename first, so that no process finds it partly deleted
                         target.rename(self.root / f".{target.name}.{uuid.uuid4().hex}.partial")
                     self._sweep(target, 0)
         remove_old(self.root)
 
 
 def _is_kept(target: Path) -> bool:
-    """Whether a folder is there; it counts as asked for now."""
+    """Return whether a folder exists, and mark it as used now."""
     with suppress(OSError):
         os.utime(target)
     return target.is_dir()
 
 
 def gone(file: Path) -> InputError:
-    """What to tell of a shard that is not there any more."""
-    return InputError(f"{file}: the shard is gone; put it back, or start anew with the files that are there.")
+    """Return the error for a shard that no longer exists."""
+    return InputError(f"{file}: the shard no longer exists; restore it, or start again with the remaining files.")
 
 
 def remove_old(root: Path) -> None:
-    """Remove what nobody has asked for in a long time, and the folder itself where it is empty."""
+    """Remove everything that was not used for a long time, and the folder itself if it is empty."""
     with suppress(OSError):
         for left in root.iterdir():
             if time.time() - left.stat().st_mtime > KEPT_SECONDS:
@@ -161,58 +162,58 @@ def remove_old(root: Path) -> None:
 
 
 def take_all(shards: Shards, read: Read, *, workers: int, done: Callable[[], bool]) -> None:
-    """Read all shards that are not read yet, together with whoever else does so.
+    """Read all shards that are not read yet, together with any other process that does the same.
 
-    Rank r of W begins with shards r, r + W, ..., and goes on with what the others have not come to.
+    Rank r of W begins with shards r, r + W, ..., and continues with those that the others have not reached.
 
     Args:
-        shards: which.
+        shards: the shards.
         read: see `Shards.take`.
-        workers: processes that read, this one included.
-        done: says that the data has been prepared by another process meanwhile, and the rest is not needed.
+        workers: number of reading processes, including this one.
+        done: returns true when another process has prepared the data, so that the rest is not needed.
 
     Raises:
-        InputError: a shard is gone, damaged or wrong, or the disk is full.
+        InputError: a shard is missing, damaged or invalid, or the disk is full.
     """
     launch = Launch.of_environment()
     files = in_turn(shards.files, launch.rank, launch.size * workers)
     try:
         with helpers(shards, workers - 1):
-            for wait in (False, True):  # first what nobody reads, then what others have not finished
+            for wait in (False, True):  # first the free shards, then wait for those that others are reading
                 for file in files:
                     if done():
                         return
                     try:
                         shards.take(file, read, wait=wait)
                     except OSError:
-                        if not done():  # else whoever was first has cleared up
+                        if not done():  # otherwise another process has finished and removed the shards
                             raise
     except InputError as error:
         shards.sweep()
         if error.__cause__ is not None and is_full_disk(error.__cause__):
-            shards.remove()  # they are what fills it
+            shards.remove()  # the shards are what fills the disk
         raise
 
 
 def in_turn(files: Sequence[Path], number: int, processes: int) -> list[Path]:
-    """The order in which one of several processes takes files: every so many, those of its number, then the others.
+    """Order the files for one of several processes: first every `processes`-th file from `number` on, then the others.
 
-    So they seldom meet, and share the work also where the file system knows no locks.
+    The processes then rarely compete for a file, and share the work even on file systems without locks.
     """
     return [*files[number::processes], *(file for place, file in enumerate(files) if (place - number) % processes)]
 
 
 def bytes_of(files: Sequence[Path]) -> int:
-    """The size of all files that are there."""
+    """Sum the sizes of the files that exist."""
     return sum(file.stat().st_size for file in files if file.exists())
 
 
 @contextmanager
 def helpers(shards: Shards, count: int) -> Iterator[None]:
-    """Processes that take shards, for as long as the block lasts."""
+    """Run helper processes that read shards, for the duration of the block."""
     processes: list[subprocess.Popen[str]] = []
     launch, shares = Launch.of_environment(), count + 1
-    told = {
+    task = {
         "root": str(shards.root),
         "files": [str(file) for file in shards.files],
         "reading": shards.reading,
@@ -227,14 +228,14 @@ def helpers(shards: Shards, count: int) -> Iterator[None]:
                 [sys.executable, "-m", "twotower.data.shard_worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,  # what a helper cannot read this process reads itself, and says so
+                stderr=subprocess.DEVNULL,  # this process reads what a helper could not, and reports the error
                 env=os.environ | {"POLARS_MAX_THREADS": str(threads)},
                 text=True,
             )
             processes.append(process)
             assert process.stdin is not None
-            with suppress(BrokenPipeError):  # it goes on without this helper
-                process.stdin.write(json.dumps({**told, "number": launch.rank + number * launch.size}) + "\n")
+            with suppress(BrokenPipeError):  # continue without this helper
+                process.stdin.write(json.dumps({**task, "number": launch.rank + number * launch.size}) + "\n")
                 process.stdin.flush()
         yield
     finally:
@@ -244,12 +245,12 @@ def helpers(shards: Shards, count: int) -> Iterator[None]:
 
 
 def worth_starting(files: Sequence[Path], most: int) -> int:
-    """How many processes to read some files with."""
+    """Choose the number of processes to read these files with."""
     return max(1, min(most, len(files), bytes_of(files) // BYTES_PER_WORKER))
 
 
 def save(collected: Collected, extras: pl.DataFrame | None) -> None:
-    """Write what is in memory of a first pass beside its files, so that `adopt` finds it."""
+    """Write the in-memory part of a first pass next to its files, for `adopt`."""
     for side in SIDES:
         for chunk, distinct in enumerate(collected.distinct[side]):
             pl.DataFrame({"id": distinct}).write_parquet(collected.directory / f"{chunk}.{side}.parquet")
@@ -270,11 +271,11 @@ def save(collected: Collected, extras: pl.DataFrame | None) -> None:
 
 
 def adopt(collected: Collected, folder: Path, where: str) -> pl.DataFrame | None:
-    """Add the rows that `save` left in a folder, which stays as it is; gives what else was found.
+    """Add the rows in a folder written by `save`, which stays unchanged; return its query columns, if any.
 
     Raises:
         InputError: dates in one file and numbers in another.
-        FileNotFoundError: the folder is gone, or went meanwhile.
+        FileNotFoundError: the folder does not exist, or was removed while it was read.
     """
     state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
     first = len(collected.chunk_rows)
@@ -296,5 +297,5 @@ def adopt(collected: Collected, folder: Path, where: str) -> pl.DataFrame | None
     collected.largest_time = max(collected.largest_time, state["largest_time"])
     collected.empty_lists += state["empty_lists"]
     extras = pl.read_parquet(folder / _EXTRAS) if (folder / _EXTRAS).is_file() else None
-    (folder / _STATE).stat()  # a file that was not found above is none of a folder that has gone
+    (folder / _STATE).stat()  # raises if the folder was removed: a file missing above may have existed
     return extras

@@ -1,4 +1,4 @@
-"""A shuffle that is computed instead of stored, in no memory; and the place that an iteration has reached."""
+"""A shuffle that is computed instead of stored, and the resumable position of an iteration over epochs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ ROUNDS = 8
 class Shuffle:
     """A pseudo-random bijection of 0..n-1, keyed by seed and epoch.
 
-    A Feistel network permutes a power of four that is at least n; a number that leaves 0..n-1 is sent through again
-    until it is back (cycle walking; Black and Rogaway 2002), which takes fewer than four tries on average.
+    A Feistel network permutes 0..m-1, where m is a power of four and at least n. A result outside 0..n-1 goes through
+    the network again until it is inside (cycle walking; Black and Rogaway 2002), fewer than four passes on average.
 
     Args:
         n: how many numbers, above 0.
         seed: 0 or more.
-        epoch: 0 or more; each has its own order.
+        epoch: 0 or more; each epoch has its own order.
     """
 
     def __init__(self, n: int, seed: int, epoch: int) -> None:
@@ -32,7 +32,7 @@ class Shuffle:
         self._keys = np.random.SeedSequence([seed, epoch]).generate_state(ROUNDS, np.uint64)
 
     def __call__(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The numbers at some positions, int64 of the same shape; positions are in 0..n-1."""
+        """Return the numbers at these positions in 0..n-1, int64 of the same shape."""
         out = self._permute(positions.astype(np.uint64))
         outside = np.flatnonzero(out >= self.n)
         while outside.size:
@@ -48,9 +48,10 @@ class Shuffle:
 
 
 class Place:
-    """Where an iteration is in its epochs: what a checkpoint keeps, and whether it fits.
+    """The position of an iteration over epochs: saved in a checkpoint, and validated when it is restored.
 
-    A class that gives out batches sets `seed`, `epoch` and `position`, and says in `_fixed` what its order depends on.
+    A subclass that yields batches sets `seed`, `epoch` and `position`, and returns from `_fixed` the values that its
+    order depends on.
     """
 
     seed: int
@@ -61,23 +62,23 @@ class Place:
         raise NotImplementedError
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the beginning of an epoch; where it is the current one, stay at the position reached."""
+        """Move to the beginning of an epoch; for the current epoch, keep the position."""
         if epoch != self.epoch:
             self.epoch, self.position = epoch, 0
 
     def state_dict(self) -> dict[str, int]:
-        """Seed, epoch and the batches of it already given out; and what the order depends on."""
+        """Return seed, epoch, the number of batches already yielded, and the values that the order depends on."""
         return {"seed": self.seed, "epoch": self.epoch, "position": self.position, **self._fixed()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state_dict` was taken, with the same order.
+        """Continue from a saved `state_dict`, in the same order.
 
         Raises:
-            InputError: what the order depends on differs (other data, another batch size): there is no such place.
+            InputError: the values that the order depends on differ (other data, another batch size).
         """
         for name, here in self._fixed().items():
             if state.get(name) != here:
                 raise InputError(
-                    f"batches: the saved state has {name} {state.get(name)}, here it is {here}; start anew."
+                    f"batches: the saved state has {name} {state.get(name)}, but here it is {here}; start a new run."
                 )
         self.seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]

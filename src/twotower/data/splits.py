@@ -1,4 +1,4 @@
-"""Splits into training, validation and test, each with an account of what was dropped and why."""
+"""Split protocols: training, validation and test, with an account of what was dropped and why."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ Cold = Literal["drop", "keep"]
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Training rows, and what is asked for validation and test.
+    """Training rows, validation holdout and test holdout.
 
     Attributes:
-        train: the rows to fit on, with the vocabularies of all the data.
-        validation: for choosing; empty where the split was told to make none.
-        test: for the report.
+        train: the rows to train on, with the vocabularies of all the data.
+        validation: for model selection; empty if the split was made without one.
+        test: for the final evaluation.
         account: what was dropped and why.
-        name: of the protocol.
-        settings: its arguments, JSON-ready.
-        data: all interactions, which a served model takes its histories from.
+        name: name of the protocol.
+        settings: its arguments as JSON values.
+        data: all interactions; a served model takes its histories from them.
     """
 
     train: Interactions
@@ -50,26 +50,26 @@ class Split:
 
 
 def by_time(data: Interactions, validation: float = 0.05, test: float = 0.1, *, cold: Cold = "drop") -> Split:
-    """Split at two moments for all queries: train on the past, ask about the future.
+    """Split at two timestamps, the same for all queries: train on the past, predict the future.
 
-    The last `test` share of all interactions is the test, the `validation` share before it the validation; rows of
-    the very moment of a cut go to the later part. The history of a test query is everything of it before the cut.
+    The last `test` fraction of all interactions is the test, and the `validation` fraction before it the validation.
+    Rows exactly at a cut go to the later part. The history of a test query is all its rows before the cut.
 
     Args:
         data: interactions with timestamps.
-        validation: share of rows, 0 for none.
-        test: share of rows, above 0.
-        cold: "drop" targets whose item, and queries that themselves, have no training row; or "keep" them.
+        validation: fraction of rows, 0 for none.
+        test: fraction of rows, above 0.
+        cold: "drop" targets whose item has no training row and queries without a training row, or "keep" them.
 
     Raises:
-        InputError: no timestamps, impossible shares, or an empty part.
+        InputError: no timestamps, invalid fractions, or an empty part.
     """
     _check_shares(validation, test, cold)
     times = data.timestamps
     if times is None:
         raise InputError(
             "split by_time: the data has no timestamps; name the column (columns={'timestamp': ...}), or use "
-            "leave_last_out, for which the order of rows is enough."
+            "leave_last_out, which needs only the order of the rows."
         )
     n = len(data)
     at = [min(n - 1, round(n * (1 - test - validation))), min(n - 1, round(n * (1 - test)))]
@@ -78,7 +78,7 @@ def by_time(data: Interactions, validation: float = 0.05, test: float = 0.1, *, 
     del ordered
     before_first, before_second = rows_before(data, first_cut), rows_before(data, second_cut)
     account = Account()
-    account.add("split by time", len(data), f"validation from {_moment(first_cut)}, test from {_moment(second_cut)}")
+    account.add("split by time", len(data), f"validation from {_utc(first_cut)}, test from {_utc(second_cut)}")
     train = training_rows(data, data.offsets[:-1] + before_first, account)
     train = replace(train, negatives=training_negatives(data, account, before=first_cut))
     known_items = train.item_counts() > 0 if cold == "drop" else None
@@ -90,8 +90,8 @@ def by_time(data: Interactions, validation: float = 0.05, test: float = 0.1, *, 
     }
     if validation and first_cut == second_cut:
         raise InputError(
-            f"split by_time: validation is empty, since too many rows share the moment {_moment(first_cut)}; "
-            "give a larger validation share, or validation=0."
+            f"split by_time: validation is empty, because too many rows have the timestamp {_utc(first_cut)}; "
+            "use a larger validation fraction, or validation=0."
         )
     made = {
         name: make_holdout(data, name, window, account, known_items=known_items, known_queries=known_queries)
@@ -107,18 +107,18 @@ def leave_last_out(
 ) -> Split:
     """Hold out the last item of every query for the test, and the second last for validation.
 
-    The protocol of much published work, kept to compare with it: it trains on rows later than other queries' test
-    rows. `by_time` does not. Queries with fewer than 3 interactions stay in training.
+    The protocol of much published work, provided for comparison with it. Its training rows can be later than the test
+    rows of other queries; `by_time` has no such leak. Queries with fewer than 3 interactions stay in training.
 
     Args:
-        data: interactions; without timestamps the order of rows decides.
-        validation_queries: whose second last item is validation: all (None), a number or a share of queries
+        data: interactions; without timestamps, row order is the time order.
+        validation_queries: queries whose second last item is validation: all (None), a number or a fraction of queries
             drawn with `seed`, ids, or the name of a boolean column of the query table.
         cold: "keep" targets without a training row, as the published protocols do, or "drop" them.
-        seed: of the draw.
+        seed: seed of the draw.
 
     Raises:
-        InputError: no query is long enough, or `validation_queries` does not fit.
+        InputError: no query is long enough, or `validation_queries` does not fit the data.
     """
     _check_cold(cold)
     sizes = np.diff(data.offsets)
@@ -127,9 +127,11 @@ def leave_last_out(
     if not eligible.any():
         raise InputError("split leave_last_out: no query has 3 interactions or more; use by_time or held_out_queries.")
     account.add("split leave-last-out", int(eligible.sum()), "queries whose last item is the test")
-    account.add("leak through time", None, "training holds rows later than other queries' tests; by_time does not")
+    account.add(
+        "leak through time", None, "some training rows are later than other queries' test rows; by_time avoids this"
+    )
     short = (sizes < 3) & (sizes > 0)
-    account.add("short queries", int(short.sum()), "fewer than 3 interactions, wholly in training")
+    account.add("short queries", int(short.sum()), "fewer than 3 interactions, all in training")
     chosen = validation_queries_of(data, validation_queries, eligible, seed)
     ends = data.offsets[1:]
     last = np.where(eligible, ends - 1, ends)
@@ -144,8 +146,8 @@ def leave_last_out(
             known_items=known_items,
         )  # fmt: skip
     made["test"] = make_holdout(data, "test", Window(last, last, ends), account, known_items=known_items)
-    told = validation_queries if isinstance(validation_queries, int | float | str | None) else int(chosen.sum())
-    settings = {"validation_queries": told, "cold": cold, "seed": seed}
+    setting = validation_queries if isinstance(validation_queries, int | float | str | None) else int(chosen.sum())
+    settings = {"validation_queries": setting, "cold": cold, "seed": seed}
     return _split("leave_last_out", train, made=made, account=account, settings=settings, data=data)
 
 
@@ -158,35 +160,36 @@ def held_out_queries(
     seed: int = 0,
     cold: Cold = "drop",
 ) -> Split:
-    """Hold out whole queries: fit on the others, fold in the first rows of these and ask for the rest.
+    """Hold out whole queries: train on the others; the first rows of a held-out query are its history.
 
     Args:
         data: interactions.
-        validation: share of queries, 0 for none.
-        test: share of queries, above 0.
-        fold_in: share of a held-out query's rows that are its history; at least one row on each side.
-        seed: of the draw.
+        validation: fraction of queries, 0 for none.
+        test: fraction of queries, above 0.
+        fold_in: fraction of a held-out query's rows that are its history; at least one row on each side.
+        seed: seed of the draw.
         cold: "drop" targets whose item has no training row, or "keep" them.
 
     Raises:
-        InputError: impossible shares, or an empty part.
+        InputError: invalid fractions, or an empty part.
     """
     _check_shares(validation, test, cold)
     if not 0 < fold_in < 1:
-        raise InputError(f"split: fold_in={fold_in}; expected a share between 0 and 1.")
+        raise InputError(f"split: fold_in={fold_in}; expected a fraction between 0 and 1.")
     sizes = np.diff(data.offsets)
     able = np.flatnonzero(sizes >= 2)
     wanted = {"validation": round(validation * len(able)), "test": round(test * len(able))}
     for name, count in wanted.items():
         if count == 0 and (name == "test" or validation):
             raise InputError(
-                f"split held_out_queries: {name} is empty, {len(able)} queries have 2 rows; hold out more."
+                f"split held_out_queries: {name} is empty, {len(able)} queries have 2 rows or more; hold out a larger "
+                "fraction."
             )
     if sum(wanted.values()) >= int((sizes > 0).sum()):
-        raise InputError("split held_out_queries: training is empty; hold out a smaller share of the queries.")
+        raise InputError("split held_out_queries: training is empty; hold out a smaller fraction of the queries.")
     account = Account()
-    account.add("split by queries", sum(wanted.values()), "queries held out whole; training never sees them")
-    account.add("short queries", int((sizes == 1).sum()), "one interaction, wholly in training")
+    account.add("split by queries", sum(wanted.values()), "whole queries held out; training never sees them")
+    account.add("short queries", int((sizes == 1).sum()), "one interaction, in training")
     drawn = np.random.default_rng(seed).permutation(able)
     starts, ends = data.offsets[:-1], data.offsets[1:]
     parts = {"validation": drawn[: wanted["validation"]], "test": drawn[wanted["validation"] :][: wanted["test"]]}
@@ -230,9 +233,10 @@ def _check_shares(validation: float, test: float, cold: str) -> None:
     _check_cold(cold)
     if not (0 <= validation < 1 and 0 < test < 1 and validation + test < 1):
         raise InputError(
-            f"split: validation={validation}, test={test}; expected shares of at least 0 and above 0, together below 1."
+            f"split: validation={validation}, test={test}; expected validation of at least 0 and test above 0, "
+            "together below 1."
         )
 
 
-def _moment(microseconds: int) -> str:
+def _utc(microseconds: int) -> str:
     return datetime.fromtimestamp(microseconds / 1e6, tz=UTC).strftime("%Y-%m-%d %H:%M:%S")

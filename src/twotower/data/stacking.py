@@ -1,4 +1,4 @@
-"""Rows of a past and of new days as one table under common codes."""
+"""The rows of the past and of the new data as one table with common codes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Codes = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Maps:
-    """New codes of old codes, -1 where there is none."""
+    """New code of each code of the past and of the new data, -1 where there is none."""
 
     past_queries: Codes
     past_items: Codes
@@ -31,7 +31,7 @@ class Maps:
 
 @dataclass(frozen=True)
 class PastRows:
-    """The past's rows in new codes, without withdrawn items, by new query code."""
+    """The rows of the past in new codes, without withdrawn items, sorted by new query code."""
 
     offsets: Codes
     items: NDArray[np.int32]
@@ -41,13 +41,13 @@ class PastRows:
 
     @classmethod
     def of(cls, past: Past, maps: Maps, num_queries: int) -> PastRows:
-        """From a past and the maps of its codes."""
+        """Recode the rows of a past."""
         sizes = np.diff(past.offsets)
         queries = np.repeat(maps.past_queries, sizes)
         place = np.arange(len(past.item_codes)) - np.repeat(past.offsets[:-1], sizes)
         learnt = place < np.repeat(past.learnt, sizes)
         items = maps.past_items[past.item_codes]
-        # Sorted vocabularies keep the order of the queries, others may not.
+        # The order of the queries stays the same if the vocabularies are sorted, but they need not be.
         order = np.argsort(queries, kind="stable")
         order = order[items[order] >= 0]
         counts = np.bincount(queries[order], minlength=num_queries)
@@ -62,12 +62,12 @@ class PastRows:
 
 @dataclass(frozen=True)
 class Joined:
-    """Old rows, then new ones, of every query.
+    """The old and then the new rows of every query.
 
     Attributes:
-        rows: all of them.
-        trains: bool [n], those that training may know.
-        learnt: bool [n], those that the parent was trained on.
+        rows: all rows.
+        trains: bool [n], the rows that training may use.
+        learnt: bool [n], the rows that the parent was trained on.
     """
 
     rows: Interactions
@@ -78,22 +78,25 @@ class Joined:
     def of(
         cls, past: Past, fresh: Interactions, training: Codes, *, queries: Vocabulary, items: Vocabulary, maps: Maps
     ) -> Joined:
-        """`training` [Q of fresh]: how many new rows of each query, from the first, are training rows."""
+        """Join the rows of the past and of the new data.
+
+        `training` [Q of fresh] is the number of training rows at the start of each query's new rows.
+        """
         old = PastRows.of(past, maps, len(queries))
         sizes = np.diff(fresh.offsets)
         new_codes = maps.queries[fresh.query_codes()]
         place = np.arange(len(fresh)) - np.repeat(fresh.offsets[:-1], sizes)
         codes = np.concatenate([np.repeat(np.arange(len(queries)), np.diff(old.offsets)), new_codes])
-        order = np.argsort(codes, kind="stable")  # stable: the past stands first, and each part in its own order
+        order = np.argsort(codes, kind="stable")  # stable: the past comes first, and each part keeps its order
         columns: dict[str, Any] = {}
         for name in CARRIED:
-            theirs, ours = old.columns.get(name), getattr(fresh, name)
-            if name == "weights" and (theirs is None) != (ours is None):
-                # Rows without a weight weigh 1, as everywhere.
-                theirs = np.ones(len(old.items), dtype=np.float32) if theirs is None else theirs
-                ours = np.ones(len(fresh), dtype=np.float32) if ours is None else ours
-            if theirs is not None and ours is not None:
-                columns[name] = (theirs, np.asarray(ours))
+            before, after = old.columns.get(name), getattr(fresh, name)
+            if name == "weights" and (before is None) != (after is None):
+                # Rows without a weight have weight 1, as everywhere.
+                before = np.ones(len(old.items), dtype=np.float32) if before is None else before
+                after = np.ones(len(fresh), dtype=np.float32) if after is None else after
+            if before is not None and after is not None:
+                columns[name] = (before, np.asarray(after))
         names = None
         if "groups" in columns and past.group_names is not None and fresh.group_names is not None:
             names = union(past.group_names.ids, fresh.group_names.ids, "group")

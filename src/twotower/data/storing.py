@@ -1,4 +1,4 @@
-"""How prepared interactions lie on disk: one .npy file a column, vocabularies as Parquet, and meta.json."""
+"""File layout of prepared interactions: one .npy file per column, vocabularies as Parquet, and meta.json."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HASH_ROWS = 4_000_000
 
 
 class ColumnFile:
-    """Appends to a .npy file whose length is known only at the end, and hashes what passes."""
+    """A .npy file written by appending, whose length is known only at the end; also computes the sha256."""
 
     def __init__(self, directory: Path, name: str) -> None:
         self.name, self.rows = name, 0
@@ -44,7 +44,7 @@ class ColumnFile:
         self._header(0)
 
     def _header(self, rows: int) -> None:
-        # numpy pads the header for the growth of the first axis, so the final one fits over the first one.
+        # numpy pads the header so that the first axis can grow: the final header fits over the first one.
         dtype = np.dtype(DTYPES[self.name])
         description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (rows,)}
         self._stream.seek(0)
@@ -58,18 +58,18 @@ class ColumnFile:
         self.rows += len(data)
 
     def close(self) -> str:
-        """Write the header; returns the sha256 of the values."""
+        """Write the final header; return the sha256 of the values."""
         self._header(self.rows)
         self._stream.close()
         return self._hash.hexdigest()
 
     def abandon(self) -> None:
-        """Close without finishing, after an error."""
+        """Close without the final header, after an error."""
         self._stream.close()
 
 
 def digest(values: NDArray[Any] | None) -> str:
-    """sha256 of an array's values, read in pieces; empty for None."""
+    """Compute the sha256 of an array's values in pieces; empty for None."""
     if values is None:
         return ""
     total = hashlib.sha256()
@@ -79,10 +79,10 @@ def digest(values: NDArray[Any] | None) -> str:
 
 
 def vocabulary_digest(vocabulary: Vocabulary | None) -> str:
-    """sha256 of the ids in their order; empty for None."""
+    """Compute the sha256 of the ids in order; empty for None."""
     if vocabulary is None:
         return ""
-    if isinstance(vocabulary, CodedIds):  # and hashed ones
+    if isinstance(vocabulary, CodedIds):  # includes HashedIds
         return hashlib.sha256(repr(vocabulary).encode()).hexdigest()
     ids = vocabulary.ids
     if ids.dtype == pl.Int64:
@@ -93,20 +93,20 @@ def vocabulary_digest(vocabulary: Vocabulary | None) -> str:
 
 
 def combined(digests: dict[str, str]) -> str:
-    """One fingerprint from the digests of the parts."""
+    """Combine the digests of the parts into one fingerprint."""
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
 def appearing(target: Path, marker: str = META) -> Iterator[Path]:
-    """A temporary folder that becomes `target` when the block ends, and vanishes when it fails.
+    """Write a data folder atomically: yield a temporary folder, renamed to `target` on success, removed on failure.
 
     Args:
-        target: the folder; replaced where it is there and holds `marker`.
-        marker: a file by which a complete folder is known.
+        target: the folder; replaced if it exists and contains `marker`.
+        marker: a file that identifies a complete folder.
 
     Raises:
-        InputError: the place cannot be written, or `target` is there and is not a saved data set.
+        InputError: the folder cannot be written, or `target` exists and is not a saved data set.
     """
     building = target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
     try:
@@ -114,11 +114,11 @@ def appearing(target: Path, marker: str = META) -> Iterator[Path]:
         building.mkdir()
     except OSError as error:
         raise InputError(
-            f"{target}: cannot be written ({error.strerror}); give another folder (cache=..., or TWOTOWER_CACHE)."
+            f"{target}: cannot be written ({error.strerror}); choose another folder (cache=..., or TWOTOWER_CACHE)."
         ) from None
     try:
         require_replaceable(target, marker, "saved data set")
-        with full_disk_named(target, "free space, or give another folder (cache=..., or TWOTOWER_CACHE)."):
+        with full_disk_named(target, "free space, or choose another folder (cache=..., or TWOTOWER_CACHE)."):
             yield building
         if target.exists() and not changed_places(building, target):
             shutil.rmtree(target)
@@ -126,14 +126,14 @@ def appearing(target: Path, marker: str = META) -> Iterator[Path]:
             try:
                 os.replace(building, target)  # noqa: PTH105
             except OSError:
-                if not (target / marker).is_file():  # else another process was faster with the same data
+                if not (target / marker).is_file():  # otherwise another process wrote the same data first
                     raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
 def write_meta(directory: Path, meta: dict[str, Any]) -> None:
-    """Write meta.json, last of all files."""
+    """Write meta.json; must be the last file written."""
     (directory / META).write_text(json.dumps({"layout": LAYOUT_VERSION, **meta}, indent=1), encoding="utf-8")
 
 
@@ -141,43 +141,45 @@ def read_meta(directory: Path) -> dict[str, Any]:
     """Read meta.json.
 
     Raises:
-        InputError: missing, damaged, or of another layout.
+        InputError: missing, damaged, or of another layout version.
     """
     path = directory / META
     if not path.is_file():
-        raise InputError(f"{directory}: no saved interactions here ({META} is missing); give what `save` wrote.")
+        raise InputError(f"{directory}: contains no saved interactions ({META} is missing); give a folder from `save`.")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         layout = meta["layout"]
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{path}: damaged; prepare the data again.") from None
     if layout != LAYOUT_VERSION:
-        raise InputError(f"{path}: layout {layout}, this version reads {LAYOUT_VERSION}; prepare the data again.")
+        raise InputError(
+            f"{path}: layout version {layout}, expected {LAYOUT_VERSION}; prepare the data again with this version."
+        )
     return dict(meta)
 
 
 def open_column(directory: Path, name: str, rows: int) -> NDArray[Any]:
-    """A column, memory-mapped, after its size and type are checked.
+    """Open a column memory-mapped, and check its size and type.
 
     Raises:
-        InputError: missing, truncated, or not what meta.json says.
+        InputError: missing, truncated, or not as described in meta.json.
     """
     path = directory / f"{name}.npy"
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{path}: missing, truncated or damaged ({str(error).splitlines()[0]}); prepare again."
+            f"{path}: missing, truncated or damaged ({str(error).splitlines()[0]}); prepare the data again."
         ) from None
     if array.shape != (rows,) or array.dtype != DTYPES[name]:
         raise InputError(
-            f"{path}: {array.dtype} {array.shape}, expected {np.dtype(DTYPES[name])} ({rows},); prepare again."
+            f"{path}: {array.dtype} {array.shape}, expected {np.dtype(DTYPES[name])} ({rows},); prepare the data again."
         )
     return array  # type: ignore[no-any-return]
 
 
 def read_table(path: Path) -> pl.DataFrame:
-    """A saved feature table.
+    """Read a saved feature table.
 
     Raises:
         InputError: missing or damaged.
@@ -185,4 +187,6 @@ def read_table(path: Path) -> pl.DataFrame:
     try:
         return pl.read_parquet(path)
     except (OSError, pl.exceptions.PolarsError) as error:
-        raise InputError(f"{path}: missing or damaged ({str(error).splitlines()[0]}); prepare again.") from None
+        raise InputError(
+            f"{path}: missing or damaged ({str(error).splitlines()[0]}); prepare the data again."
+        ) from None

@@ -1,4 +1,4 @@
-"""Texts as dense vectors by a sentence-transformers model, computed once and kept in the data cache."""
+"""Text embeddings from a sentence-transformers model, computed once and stored in the data cache."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from twotower.errors import InputError
 from twotower.feature_config import TextFeature
 from twotower.files import whole_file
 
-#: Fewer texts than this are embedded anew: a service asks for one item at a time, and would fill the cache with crumbs.
+#: Fewer texts than this are not cached: a service embeds one item at a time and would fill the cache with tiny files.
 CACHE_FROM = 64
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """Texts by a model that somebody else trained; vectors of length 1, zeros where the text is missing."""
+    """Encoder of text by a pretrained model; vectors have length 1, zeros where the text is missing."""
 
     declared: TextFeature
     width: int
@@ -35,18 +35,18 @@ class Sentence:
 
     @classmethod
     def fit(cls, declared: TextFeature, column: pl.Series, place: Place) -> Sentence:
-        """The width of the model's vectors; the model itself is not changed."""
+        """Determine the width of the model's vectors; the model itself is not trained."""
         as_text(column, place)
         width = int(_model(declared.model).get_embedding_dimension())
         return cls(declared, width, f"{width} wide, by {Path(declared.model).name}")
 
     @property
     def size(self) -> int:
-        """The vector, and one column for missing."""
+        """Width: the vector, and one column for missing values."""
         return self.width + 1
 
     def encode(self, column: pl.Series, place: Place) -> NDArray[np.float32]:
-        """See `Encoder`; vectors are taken as they are, where the caller has embedded the texts himself."""
+        """See `Encoder`. A column of vectors is used directly: the caller has already embedded the texts."""
         if column.dtype.is_nested():
             return with_missing(*as_vectors(column, self.width, place), normalise=True)
         texts = as_text(column, place)
@@ -64,12 +64,12 @@ class Sentence:
 
     @classmethod
     def restore(cls, declared: TextFeature, state: dict[str, Any]) -> Sentence:
-        """What `state` was taken of."""
+        """Restore from `state`."""
         return cls(declared, int(state["width"]))
 
 
 def embed_texts(texts: pl.Series, model: str) -> NDArray[np.float32]:
-    """Embeddings of texts, float32 [rows, width], from the cache where they have been computed before.
+    """Embed texts, float32 [rows, width], or read their embeddings from the cache.
 
     Args:
         texts: without nulls.
@@ -83,8 +83,8 @@ def embed_texts(texts: pl.Series, model: str) -> NDArray[np.float32]:
     digest = hashlib.sha256(repr((_stamp(model), texts.to_list())).encode()).hexdigest()[:32]
     target = cache_root() / "text" / f"{digest}.npy"
     if target.is_file():
-        kept: NDArray[np.float32] = np.load(target, allow_pickle=False)
-        return kept
+        cached: NDArray[np.float32] = np.load(target, allow_pickle=False)
+        return cached
     vectors = _embedded(texts, model)
     target.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(target) as partial, partial.open("wb") as file:
@@ -93,7 +93,7 @@ def embed_texts(texts: pl.Series, model: str) -> NDArray[np.float32]:
 
 
 def _stamp(model: str) -> list[tuple[str, int, int]]:
-    """What the cache knows a model by: its name, and its files where it is a folder."""
+    """Identify a model for the cache key: its name, and the state of its files if it is a folder."""
     folder = Path(model)
     files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
     return [(model, 0, 0), *((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)]
@@ -107,15 +107,16 @@ def _embedded(texts: pl.Series, model: str) -> NDArray[np.float32]:
 @lru_cache(maxsize=2)
 def _model(name: str) -> Any:
     try:
-        from sentence_transformers import SentenceTransformer  # noqa: PLC0415  # heavy, and an extra
+        from sentence_transformers import SentenceTransformer  # noqa: PLC0415  # slow to import, and an optional extra
     except ModuleNotFoundError as error:
         raise InputError(
-            f"text model {name!r}: needs the package {error.name!r}; pip install 'twotower[text]', or use model: words"
+            f"text model {name!r}: needs the package {error.name!r}; run pip install 'twotower[text]', or use model: "
+            "words"
         ) from None
     try:
         return SentenceTransformer(name)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"text model {name!r}: cannot be loaded ({reason}); give a folder that holds it, or use model: words"
+            f"text model {name!r}: cannot be loaded ({reason}); give the folder of a model, or use model: words"
         ) from None

@@ -1,4 +1,4 @@
-"""What a split leaves to training: rows before those held out, dislikes no later than that, and who is asked."""
+"""The training side of a split: rows before the held-out ones, observed negatives, and the validation queries."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ ValidationQueries = int | float | str | Sequence[Any] | pl.Series | NDArray[Any]
 
 
 def rows_before(data: Interactions, cut: int) -> NDArray[np.int64]:
-    """How many rows of each query lie before a moment, int64 [Q]."""
+    """Count the rows of each query before a timestamp, int64 [Q]."""
     assert data.timestamps is not None
     earlier = np.flatnonzero(np.asarray(data.timestamps) < cut)
     return np.diff(np.searchsorted(earlier, data.offsets)).astype(np.int64)
 
 
 def training_rows(data: Interactions, ends: NDArray[np.int64], account: Account) -> Interactions:
-    """The rows of each query before `ends` [Q].
+    """Select the rows of each query before `ends` [Q].
 
     Raises:
-        InputError: there are none.
+        InputError: no rows are left.
     """
     steps = np.zeros(len(data) + 1, dtype=np.int8)  # +1 where a query's training rows begin, -1 after their end
     np.add.at(steps, data.offsets[:-1], 1)
@@ -45,7 +45,7 @@ def training_rows(data: Interactions, ends: NDArray[np.int64], account: Account)
 def training_negatives(
     data: Interactions, account: Account, *, before: int | None = None, train_end: NDArray[np.int64] | None = None
 ) -> Interactions | None:
-    """The observed dislikes that training may know: none later than what is held out."""
+    """Select the observed negatives for training: none later than the held-out rows."""
     below = data.negatives
     if below is None:
         return None
@@ -53,26 +53,26 @@ def training_negatives(
         mask = np.asarray(below.timestamps) < before
     else:
         assert train_end is not None
-        whole = train_end == data.offsets[1:]
-        mask = whole[below.query_codes()]
+        complete = train_end == data.offsets[1:]
+        mask = complete[below.query_codes()]
         if data.timestamps is not None and below.timestamps is not None:
-            # A query that gives rows away keeps its dislikes of before the first of them, if it trains at all.
-            partly = ~whole & (train_end > data.offsets[:-1])
+            # A query with held-out rows keeps the negatives before the first of them, if it has training rows.
+            partly = ~complete & (train_end > data.offsets[:-1])
             cut = np.full(data.num_queries, np.iinfo(np.int64).min)
             cut[partly] = np.asarray(data.timestamps[train_end[partly]])
             mask |= np.asarray(below.timestamps) < cut[below.query_codes()]
     kept = below.select(mask)
-    account.add("training negatives", len(kept), f"{len(below) - len(kept):,} dropped, held out or later than that")
+    account.add("training negatives", len(kept), f"{len(below) - len(kept):,} dropped, held out or later")
     return kept if len(kept) else None
 
 
 def validation_queries_of(
     data: Interactions, told: ValidationQueries, eligible: NDArray[np.bool_], seed: int
 ) -> NDArray[np.bool_]:
-    """Which queries give their second last item, bool [Q].
+    """Choose the queries whose second last item is validation, bool [Q].
 
     Raises:
-        InputError: what is told does not fit the data.
+        InputError: the setting does not fit the data.
     """
     if told is None:
         return eligible.copy()
@@ -82,7 +82,8 @@ def validation_queries_of(
         if table is None or told not in table.columns or table.schema[told] != pl.Boolean:
             found = listed([c for c in table.columns if table.schema[c] == pl.Boolean]) if table is not None else "none"
             raise InputError(
-                f"split: validation_queries={told!r} names no boolean column of the query table (it has: {found})."
+                f"split: validation_queries={told!r} is no boolean column of the query table; its boolean columns: "
+                f"{found}."
             )
         chosen[table[told].fill_null(False).to_numpy()] = True
     elif isinstance(told, int | float):

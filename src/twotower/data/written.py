@@ -1,4 +1,4 @@
-"""What a person writes to a file beside the data: lists of ids, tables of items. Ids are read as they stand."""
+"""Readers of lists of ids and tables of items in files provided by the user. Ids are read unchanged."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from twotower.schema import USUAL_NAMES, Vocabulary, ids_of, listed, usual_colum
 
 
 def read_ids(path: str | Path, side: str = "item") -> pl.Series:
-    """Ids from a file: Parquet, CSV or TSV with a column of ids, or text with one id a line (any other suffix).
+    """Read ids from a file: Parquet, CSV or TSV with an id column, or text with one id per line (any other suffix).
 
     Args:
         path: the file.
         side: "item" or "query".
 
     Returns:
-        Int64 where a Parquet file has integers, otherwise String: text keeps what was written, "007" among it.
+        Int64 if a Parquet file has integers, otherwise String; text stays exactly as written, for example "007".
 
     Raises:
-        InputError: not readable, or no column of ids.
+        InputError: not readable, or no id column.
     """
     file = Path(path)
     suffix = suffix_of(file)
@@ -32,7 +32,7 @@ def read_ids(path: str | Path, side: str = "item") -> pl.Series:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{file}: cannot be read ({error}); expected text with one {side} id a line") from None
+            raise InputError(f"{file}: cannot be read ({error}); expected text with one {side} id per line") from None
         return pl.Series("id", [line.strip() for line in lines if line.strip()], dtype=pl.String)
     source = open_source(file)
     name = usual_column(source.columns, (("id",), *USUAL_NAMES[side]), side, source.name)
@@ -45,10 +45,10 @@ def read_ids(path: str | Path, side: str = "item") -> pl.Series:
 
 
 def ids_like(ids: pl.Series, vocabulary: Vocabulary, where: str) -> pl.Series:
-    """Ids in the type of a vocabulary's.
+    """Convert ids to the id type of a vocabulary.
 
     Raises:
-        InputError: one is text where they are integers.
+        InputError: an id is text and the vocabulary has integers.
     """
     kind: Any = vocabulary.ids.dtype
     if ids.dtype == kind:
@@ -62,7 +62,7 @@ def ids_like(ids: pl.Series, vocabulary: Vocabulary, where: str) -> pl.Series:
 
 
 def read_items(path: str | Path) -> pl.DataFrame:
-    """A table of items; ids stay as they are written, other columns of a text file get the type that fits them all.
+    """Read a table of items. Ids stay as written; the types of other columns of a text file are inferred.
 
     Raises:
         InputError: not readable.
