@@ -99,7 +99,7 @@ def calibrated(place):
 
 
 def dialled():
-    """Return values as `DialCurve.to_dict()` does: recall falls as coverage grows; three settings are close together."""
+    """Return values as `DialCurve.to_dict()` does: recall falls as coverage grows, three settings nearly coincide."""
     points = [
         {
             "popularity": b,

@@ -123,14 +123,14 @@ def calibration(document: Document) -> Html | None:
             x_ticks=shown,
             y_words=_power_of_two,
             reference=0.0,
-            caption="1: as often as predicted. Above 1: the model underestimates such items. Band: two standard errors, "
-            "from the number of targets. Grey: the other models.",
+            caption="1: as often as predicted. Above 1: the model underestimates such items. Band: two standard "
+            "errors, from the number of targets. Grey: the other models.",
         ),
         table(["", "calibration error", "perplexity"], cells, "Calibration"),
         h(
             "p",
-            "Calibration error: the probability mass in the wrong place, from 0 to 2. Perplexity: guessing a target is as "
-            "hard as guessing among this many equally likely items.",
+            "Calibration error: the probability mass in the wrong place, from 0 to 2. Perplexity: guessing a target is "
+            "as hard as guessing among this many equally likely items.",
             class_="note",
         ),
     )

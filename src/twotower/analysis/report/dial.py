@@ -22,8 +22,8 @@ def dial(document: Document) -> Html | None:
         "div",
         h(
             "p",
-            "One model, no retraining: the dial b adds (b - 1) log p(item) to the score at serving time. At 1 the model "
-            "answers as trained; at 0 popularity is removed from the score.",
+            "One model, no retraining: the dial b adds (b - 1) log p(item) to the score at serving time. At 1 the "
+            "model answers as trained; at 0 popularity is removed from the score.",
         ),
         _against(curve, "coverage", f"coverage@{k} (% of the catalog in at least one top-{k} list)"),
         _against(curve, "tail_recall", f"Recall@{k} of the targets in the tail third of the interactions"),

@@ -46,8 +46,8 @@ def overall(document: Document) -> Html:
                 f" and {len(document['seeds'])} seeds; line: 95 % interval over queries; small ticks: single seeds. "
                 if many
                 else "; line: 95 % interval over queries. ",
-                "Intervals may overlap even if two objectives differ significantly: all models answer the same queries, "
-                "and the next figure compares them query by query."
+                "Intervals may overlap even if two objectives differ significantly: all models answer the same "
+                "queries, and the next figure compares them query by query."
                 if len(document["models"]) > 1
                 else None,
             ]
@@ -85,9 +85,9 @@ def differences(document: Document) -> Html | None:
         caption="Mean paired difference over queries, averaged over seeds; line: 95 % interval over queries.",
     )
     note = (
-        "p: paired bootstrap over queries, Holm-adjusted for all comparisons in the table. Effect size: mean difference "
-        "divided by its standard deviation over queries. A difference is significant if p is below 0.05 and the "
-        "difference is larger than two standard errors over seeds (pooled over objectives)."
+        "p: paired bootstrap over queries, Holm-adjusted for all comparisons in the table. Effect size: mean "
+        "difference divided by its standard deviation over queries. Seed error: standard error over seeds, pooled over "
+        "objectives. A difference is significant if p is below 0.05 and it is larger than two seed errors."
     )
     heads = ["objective", "difference", "95 % interval", "seed error", "p (Holm)", "effect size", "verdict"]
     return h(

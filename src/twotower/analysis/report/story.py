@@ -244,8 +244,8 @@ def _alone(document: Document) -> list[str]:
     if head is not None and tail is not None:
         items = document["evaluation"]["slice_sizes"]["tail"]["items"]
         said.append(
-            f"It finds {share(head['mean'])} of the targets in the head and {share(tail['mean'])} of the targets in the "
-            f"tail (the {items:,} items with the last third of the training interactions)."
+            f"It finds {share(head['mean'])} of the targets in the head and {share(tail['mean'])} of the targets in "
+            f"the tail (the {items:,} items with the last third of the training interactions)."
         )
     return said
 
