@@ -20,7 +20,7 @@ _DRAWS, _CELLS = 16, 1 << 15
 
 
 def estimates_softmax(objective: Objective) -> bool:
-    """Return whether an objective estimates the full softmax, so that its gradient can be compared; binary ones don't."""
+    """Return whether an objective estimates the full softmax, so that gradients are comparable. Binary forms do not."""
     return isinstance(objective, SampledSoftmax | PositiveCorrectedSoftmax | RefinedLogQ)
 
 
