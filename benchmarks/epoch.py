@@ -253,7 +253,7 @@ def main() -> None:
             print(f"{name} / ours, epoch with evaluation: {results[f'{name}_over_ours']}")
     except KeyboardInterrupt:
         results["interrupted"] = True
-        print("interrupted; what was measured so far is kept")
+        print("interrupted; results so far are saved")
     if arguments.json:
         results["epochs"] = {name: asdict(value) for name, value in taken.items()}
         report = {

@@ -209,7 +209,7 @@ def keep(entry: dict[str, Any], path: Path) -> None:
 def main() -> None:
     """Train or resume until the budget is spent."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the folder that holds the data sets")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--preset", default="sasrec-large")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

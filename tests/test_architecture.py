@@ -132,7 +132,7 @@ def resolve(name: str, known: dict[str, Path]) -> str | None:
 
 def test_every_import_goes_up():
     edges = {module: imports(path) for module, path in modules().items()}
-    assert len(edges) > 20, "the test looks at the wrong folder"
+    assert len(edges) > 20, "the test reads the wrong folder"
     assert violations(edges) == []
 
 

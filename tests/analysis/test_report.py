@@ -186,7 +186,7 @@ def test_the_answer_names_objectives_that_do_not_differ_significantly():
     clear = story.answer(document_of({}, base="behind"))
     assert clear[0].startswith("Use best. ") and "significantly better than that of every other" in clear[0]
     many = story.answer(document_of({}, **{f"o{n}": "not told apart" for n in range(5)}))
-    assert many[0].startswith("No single objective stands out.")
+    assert many[0].startswith("No single objective is clearly best.")
     assert "does not decide" in many[1]
 
 

@@ -26,7 +26,11 @@ _SLICES = 8
 #: With more points than _MANY, points below the share _FAR of the best are omitted: they would squeeze the others.
 _MANY, _FAR = 5, 0.75
 #: How the page shows a verdict of `results.json`.
-_VERDICTS = {"not told apart": "no significant difference"}
+_VERDICTS = {
+    "not told apart": "no significant difference",
+    "ahead": "significantly better",
+    "behind": "significantly worse",
+}
 
 
 def overall(document: Document) -> Html:

@@ -137,7 +137,7 @@ def _use(document: Document) -> str:
         return f"Use {best['name']}. Its {top} is significantly better than that of every other objective."
     if len(same) > _MANY:
         return (
-            f"No single objective stands out. {best['name']} has the highest {top}, but {len(same)} of the "
+            f"No single objective is clearly best. {best['name']} has the highest {top}, but {len(same)} of the "
             f"{len(document['models']) - 1} others do not differ significantly from it."
         )
     named = [model for model in document["models"] if model["name"] in {best["name"], *same}]
@@ -179,7 +179,7 @@ def _behind(document: Document) -> list[str]:
     some = f"All {count} others are" if len(behind) == count else f"{len(behind)} of the {count} others are"
     most = p_value(max(one["adjusted"] for one in behind))
     extremes = f"from {near['name']} ({lower(near)}) to {far['name']} ({lower(far)})"
-    return [f"{some} significantly worse (each {most} or less, Holm-adjusted), {extremes}."]
+    return [f"{some} significantly worse (largest Holm-adjusted {most}), {extremes}."]
 
 
 def _tail(document: Document) -> list[str]:
