@@ -1,14 +1,14 @@
-"""Amazon beauty and sports, the last item of every user: HR@10 and NDCG@10 beside the published figures.
+"""HR@10 and NDCG@10 on Amazon beauty and sports (leave-last-out), compared with published results.
 
     python benchmarks/amazon.py --data ../shared/data/amazon --only beauty --validation 0.1 --runs runs/amazon
 
-The test is the last item of every user; the whole catalog is ranked without what the user has had. At test time the
-validation item is part of the history, for it happened before. The validation is the second last item, either of every
-user or, with --validation, of that share of the users: the others' second last items are training rows then, as in
-the protocol of MovieLens-1M that names 512 validation users. How published figures were made in this respect is seldom
-told, so results say which it was. Nothing is chosen on the test.
+The test target is the last item of every user. The whole catalog is ranked, excluding items of the user's history. At
+test time the validation item is part of the history, because it is earlier. The validation target is the second last
+item of every user or, with --validation, of that share of the users. The second last items of the other users are then
+training rows, as in the MovieLens-1M protocol with its 512 validation users. Publications seldom state which variant
+they used, so the results record it. Nothing is selected on the test data.
 
-A finished run is not repeated; an interrupted one goes on from its last epoch (--runs).
+Finished runs are not repeated; an interrupted run is resumed from its last epoch (--runs).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from twotower.files import write_text  # noqa: E402
 from twotower.serving.artifact import library_versions  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "amazon.json"
-#: HR@10 and NDCG@10: SASRec trained by sampled softmax, as published, and what is aimed at here.
+#: HR@10 and NDCG@10: published results of SASRec with sampled softmax, and the goal here.
 PUBLISHED = {
     "beauty": {"published": (0.0921, 0.0531), "aim": (0.0935, 0.0544)},
     "sports": {"published": (0.0569, 0.0314), "aim": (0.0569, 0.0317)},
@@ -39,7 +39,7 @@ PUBLISHED = {
 
 
 def trained(told: dict[str, Any], root: Path, folder: Path | None, *, baselines: bool) -> dict[str, Any]:
-    """Train, or go on, and measure on the test."""
+    """Train or resume one run, and evaluate it on the test queries."""
     data = tt.Interactions.read(root / f"{told['data']}.txt")
     split = tt.splits.leave_last_out(data, validation_queries=told["validation"])
     overrides = ["data.split=leave-last-out", f"training.seed={told['seed']}", *told["overrides"]]
@@ -69,22 +69,22 @@ def trained(told: dict[str, Any], root: Path, folder: Path | None, *, baselines:
 
 
 def kept_runs(path: Path) -> list[dict[str, Any]]:
-    """The runs that are finished."""
+    """Read the finished runs."""
     runs: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     return runs
 
 
 def main() -> None:
-    """Measure what is asked for and not yet there."""
+    """Measure the requested runs that are not finished yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder with beauty.txt and sports.txt")
     parser.add_argument("--only", nargs="+", choices=list(PUBLISHED), default=list(PUBLISHED))
-    parser.add_argument("--preset", help="a preset or a YAML file; the defaults without it")
-    parser.add_argument("--validation", type=float, help="share of the users in the validation; all without it")
+    parser.add_argument("--preset", help="a preset or a YAML file; default settings if omitted")
+    parser.add_argument("--validation", type=float, help="share of the users in the validation; default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--baselines", action="store_true", help="item-kNN and EASE as well")
-    parser.add_argument("--runs", type=Path, help="a folder for checkpoints, so that an interrupted run goes on")
+    parser.add_argument("--baselines", action="store_true", help="also measure item-kNN and EASE")
+    parser.add_argument("--runs", type=Path, help="folder for checkpoints, to resume interrupted runs")
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
     for name in asked.only:
@@ -107,7 +107,7 @@ def main() -> None:
             }
             entry = {"told": told, "figures": PUBLISHED[name], **found, **stamp}
             asked.results.parent.mkdir(parents=True, exist_ok=True)
-            # Read again: another process may have written meanwhile.
+            # Read again: another process may have written in between.
             write_text(asked.results, json.dumps([*kept_runs(asked.results), entry], indent=1))
 
 

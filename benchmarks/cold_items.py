@@ -1,15 +1,15 @@
-"""Cold items ranked by their features alone, and what features do to warm ones: global temporal split.
+"""Ranking of cold items by their features, and the effect of features on warm items (global temporal split).
 
     python benchmarks/cold_items.py --data ../shared/data/online-retail --tests 0.1 0.3 --seeds 0
 
-Every model is trained on the past. The test asks for what comes after the cut, in two parts:
+Every model is trained on the rows before the cut. The test rows after the cut have two parts:
 
-warm   targets that occur in training, ranked in the full catalog beside popularity, item-kNN and EASE;
-cold   targets that never occur in training, ranked among the cold items, and in the full catalog. Chance is the
-       expectation of a random order; popularity knows nothing of an item without a past.
+warm   targets that occur in training, ranked in the full catalog and compared with popularity, item-kNN and EASE;
+cold   targets that never occur in training, ranked among the cold items and in the full catalog. Chance is the
+       expected recall of a random order; popularity is undefined for an item without training rows.
 
-Variants: the default id towers; the same with features (text as words, price, country) and id dropout; text by a
-sentence model where --text-model names one. Finished runs are kept in the results file and not repeated.
+Variants: the default id towers; the same with features (text as words, price, country) and id dropout; with
+--text-model, text encoded by a sentence model. Finished runs are saved in the results file and not repeated.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from twotower.serving.artifact import library_versions
 RESULTS = Path(__file__).parent / "results" / "cold_items.json"
 K = 20
 
-#: Candidates from what is seen in training: a cold item drawn as a negative would be pushed away for no reason.
+#: Candidates only from items seen in training: a cold item drawn as a negative would be pushed away for no reason.
 SEEN_ONLY = "objective.sources=[{in_batch: {}}, {frequency: {size: 1024, power: 0}}]"
 FEATURES = [
     SEEN_ONLY,
@@ -58,13 +58,13 @@ VARIANTS: dict[str, list[str]] = {
 
 @dataclass(frozen=True)
 class Among:
-    """Ranks the cold items alone: the same scores, a smaller catalog."""
+    """A ranker of the cold items alone: the same scores on a smaller catalog."""
 
     model: Model
     items: NDArray[np.int64]
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> NDArray[np.int64]:
-        """Best of `items`, int64 [E, k]; -1 where fewer are left."""
+        """Return the top k of `items`, int64 [E, k], padded with -1."""
         towers = self.model.artifact.towers
         histories = (holdout.history_offsets, holdout.history_items)
         embedded = TowerRanker(towers, history_length(self.model.artifact.config)).embed(holdout.queries, histories)
@@ -78,7 +78,7 @@ class Among:
 
 
 def _seen(holdout: Holdout, items: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which of `items` stand in each query's history, [E, items]."""
+    """Mark which of `items` are in each query's history, [E, items]."""
     owner = np.repeat(np.arange(len(holdout)), np.diff(holdout.history_offsets))
     place = np.searchsorted(items, holdout.history_items)
     known = (place < len(items)) & (items[np.minimum(place, len(items) - 1)] == holdout.history_items)
@@ -88,7 +88,7 @@ def _seen(holdout: Holdout, items: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 
 def cold_part(test: Holdout, train: Interactions) -> Holdout:
-    """The cold targets of the queries that are known."""
+    """Select the cold targets of queries that have training rows."""
     cold = train.item_counts()[test.target_items] == 0
     owner = np.repeat(np.arange(len(test)), np.diff(test.target_offsets))
     cold &= (np.diff(train.offsets) > 0)[test.queries][owner]
@@ -107,19 +107,19 @@ def cold_part(test: Holdout, train: Interactions) -> Holdout:
 
 
 def chance(holdout: Holdout, items: NDArray[np.int64]) -> float:
-    """Expected Recall@K of a random order of `items` without those seen: K over how many are left, 1 at most."""
+    """Compute the expected Recall@K of a random order of the unseen `items`: min(K / number of items left, 1)."""
     left = len(items) - _seen(holdout, items).sum(1)
     return float(np.minimum(K / left, 1.0).mean())
 
 
 def values(rankers: dict[str, Ranker], holdout: Holdout, train: Interactions) -> dict[str, dict[str, float]]:
-    """Recall and NDCG of each ranker."""
+    """Measure recall and NDCG of each ranker."""
     measured = evaluate_all(rankers, holdout, train=train, ks=(10, K))
     return {row.name: dict(row.values) for row in measured.rows}
 
 
 def baselines(warm: Split, cold: Holdout) -> dict[str, Any]:
-    """What needs no training by gradient."""
+    """Measure the baselines, which need no gradient training."""
     train = warm.train
     known: dict[str, Ranker] = {
         "popularity": Popularity(train),
@@ -156,12 +156,12 @@ def measure(name: str, overrides: list[str], warm: Split, cold: Holdout, common:
 
 
 def main() -> None:
-    """Measure what is asked for and not yet there."""
+    """Measure the requested runs that are not finished yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--tests", nargs="+", type=float, default=[0.1, 0.3], help="shares of the rows after the cut")
     parser.add_argument("--only", nargs="+", default=list(VARIANTS), help="variants to train")
-    parser.add_argument("--text-model", help="a sentence-transformers model, for one more variant")
+    parser.add_argument("--text-model", help="a sentence-transformers model, for an additional variant")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -196,18 +196,18 @@ def main() -> None:
 
 
 def kept(path: Path) -> list[dict[str, Any]]:
-    """The runs that are finished."""
+    """Read the finished runs."""
     runs: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     return runs
 
 
 def key_of(run: dict[str, Any]) -> tuple[Any, ...]:
-    """What makes a run the same run."""
+    """Return the identity of a run."""
     return run["test"], run["name"], run["seed"], run.get("overrides")
 
 
 def record(path: Path, run: dict[str, Any]) -> None:
-    """Print a run's recalls and add it to the file."""
+    """Print the metrics of a run and add it to the file."""
     for part in ("warm", "cold, full catalog", "cold, among cold items"):
         rows = run[part] if run["name"] == "baselines" else {run["name"]: run[part]}
         for name, row in rows.items():

@@ -1,16 +1,16 @@
-"""What a training that goes on with new days keeps, and what it learns: replay and learning rate, beside doing it anew.
+"""Continued training on new data: effect of replay and learning rate, compared with training from scratch.
 
     python benchmarks/continuing.py --data ../shared/data/online-retail --seeds 0 1 2
 
-The days up to a moment are the past; of every query with enough of them the last row is taken out of it, and nobody
-ever trains on it: that is the test of what is kept. The days after the moment are the new ones, split by time.
+Rows before a cut-off time are the past. The last past row of every query with enough rows is held out of all training,
+to measure what the model retains. Rows after the cut-off are the new data, split by time.
 
 parent    trained on the past
-continued with each --replay and each --rates factor of the learning rate
-afresh    trained on the new days alone, with the same budget: what is left when nothing is taken over
-retrained trained on everything from the beginning, the parent's budget again
+continued continued from the parent, with each --replay and each --rates factor of the learning rate
+afresh    trained from scratch on the new data alone, with the same budget
+retrained trained from scratch on all data, with the budget of the parent
 
-Finished runs are kept in the results file and not repeated.
+Finished runs are saved in the results file and not repeated.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ K = 20
 
 
 def frame_of(data: Interactions) -> pl.DataFrame:
-    """Interactions as a table again."""
+    """Convert interactions to a data frame."""
     return pl.DataFrame({
         "user_id": data.queries.decode(data.query_codes()),
         "item_id": data.items.decode(data.item_codes),
@@ -49,21 +49,21 @@ def frame_of(data: Interactions) -> pl.DataFrame:
 
 
 def parts(data: Interactions, cut: float, least: int) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
-    """Past without its last rows, those last rows, and the new days."""
+    """Split into the past without the held-out rows, the held-out rows, and the new data."""
     assert data.timestamps is not None
-    moment = int(np.quantile(np.asarray(data.timestamps), cut))
+    cutoff = int(np.quantile(np.asarray(data.timestamps), cut))
     frame = frame_of(data)
-    past, new = frame.filter(pl.col("timestamp") < moment), frame.filter(pl.col("timestamp") >= moment)
+    past, new = frame.filter(pl.col("timestamp") < cutoff), frame.filter(pl.col("timestamp") >= cutoff)
     place = pl.int_range(pl.len()).over("user_id")
     last = (place == pl.len().over("user_id") - 1) & (pl.len().over("user_id") >= least)
     kept = past.filter(~last)
-    # A target that the query has met before cannot be found where seen items are left out.
+    # A target that is also in the query's history cannot be found, because seen items are excluded.
     held = past.filter(last).join(kept.select("user_id", "item_id").unique(), on=["user_id", "item_id"], how="anti")
     return kept, held, new
 
 
 def old_test(model: Model, past: pl.DataFrame, held: pl.DataFrame) -> Holdout:
-    """What was taken out of the past, in the codes of a model; items that it does not have stay unfindable."""
+    """Build the holdout of the held-out rows in the codes of a model, without items and queries it does not know."""
     items, queries = model.artifact.items, model.artifact.queries
     rows = past.with_columns(
         code=pl.Series(queries.encode(past["user_id"])), item=pl.Series(items.encode(past["item_id"]))
@@ -84,7 +84,7 @@ def old_test(model: Model, past: pl.DataFrame, held: pl.DataFrame) -> Holdout:
 
 
 def recall(model: Model, holdout: Holdout, of: int | None = None) -> dict[str, float]:
-    """Recall@K and NDCG@K over `of` queries, those that the model does not know counting 0."""
+    """Measure Recall@K and NDCG@K averaged over `of` queries: queries that the model does not know count 0."""
     values = tt.evaluate(
         TowerRanker(model.artifact.towers, history_length(model.artifact.config), model.artifact.item_embeddings),
         holdout, train=model.split.train, ks=(K,), baselines=False,
@@ -94,7 +94,7 @@ def recall(model: Model, holdout: Holdout, of: int | None = None) -> dict[str, f
 
 
 def run_seed(args: argparse.Namespace, data: Interactions, seed: int, done: dict[str, Any]) -> None:
-    """All variants of a seed that are not there yet."""
+    """Measure all variants of a seed that are not finished yet."""
     past, held, new = parts(data, args.cut, args.least)
     old, fresh = Interactions.from_frame(past), Interactions.from_frame(new)
     settings = [f"training.seed={seed}", "training.accelerator=cpu", "training.logger=none", *args.set]
@@ -149,37 +149,37 @@ def run_seed(args: argparse.Namespace, data: Interactions, seed: int, done: dict
 
 
 def plain(days: Split) -> Split:
-    """The same rows and questions for a training from the beginning."""
+    """Return the same rows and test queries as a split for training from scratch."""
     return Split(days.train, days.validation, days.test, days.account, days.name, days.settings, days.data)
 
 
 def alone(days: Any) -> Split:
-    """The new rows only, with the vocabularies of all."""
+    """Return only the new rows, with the vocabularies of all data."""
     return Split(
         days.train.select(~days.learnt), days.validation, days.test, days.account, days.name, days.settings, days.data
     )
 
 
 def about(args: argparse.Namespace, data: Interactions) -> dict[str, Any]:
-    """What the numbers were measured with."""
-    told = {name: value for name, value in vars(args).items() if name not in ("work", "results")}
+    """Describe the arguments and versions of the measurement."""
+    arguments = {name: value for name, value in vars(args).items() if name not in ("work", "results")}
     return {
         "benchmark": "continuing", "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in told.items()},
+        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()},
         "rows": len(data), "threads": torch.get_num_threads(), "versions": library_versions(), "k": K,
     }  # fmt: skip
 
 
 def main() -> None:
-    """Run what is missing."""
+    """Measure the runs that are not finished yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--queries", type=int, default=None, help="so many queries, drawn once; all unless told")
+    parser.add_argument("--queries", type=int, default=None, help="number of queries to sample; default: all")
     parser.add_argument("--cut", type=float, default=0.8, help="share of the rows that are the past")
-    parser.add_argument("--least", type=int, default=5, help="rows a query needs to give its last one away")
-    parser.add_argument("--epochs", type=int, default=10, help="of the parent")
-    parser.add_argument("--more", type=int, default=5, help="epochs of a continuation, at most")
+    parser.add_argument("--least", type=int, default=5, help="minimum rows of a query for holding out its last one")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs of the parent")
+    parser.add_argument("--more", type=int, default=5, help="maximum epochs of continued training")
     parser.add_argument("--replay", type=float, nargs="+", default=[0.0, 1.0, 3.0])
     parser.add_argument("--rates", type=float, nargs="+", default=[1.0, 0.3, 0.1])
     parser.add_argument("--config", default=None, help="a preset or a YAML file")

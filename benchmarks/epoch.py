@@ -1,14 +1,15 @@
-"""An epoch of MovieLens-1M and its evaluation, in seconds, beside item-kNN and a plain PyTorch loop doing the same.
+"""Seconds of an epoch of MovieLens-1M and its evaluation, compared with item-kNN and an equivalent plain PyTorch loop.
 
     python benchmarks/epoch.py [--data ../shared/data/ml-1m-loo/sequences.parquet] [--epochs 3] [--json FILE]
 
-Ours: pooled history, B = 8192, D = 64, in-batch and 1,024 uniform candidates, duplicates removed, as `twotower train`
-runs it without Lightning (`TrainingBatches`, `batch_loss`, `TableOptimizer`), then `TowerRanker`. Plain: the same
-towers from the same start, at the same learning rate, as a competent user would write the rest: padded rows gathered
-by torch, a matrix of logits, log of the expected count subtracted, the row's own item masked among the other rows and
-the uniform draws, cross_entropy, dense Adam; the whole score matrix and `topk` to evaluate. bfloat16: ours under
-autocast, from the same start and with the same rows. They take turns, an epoch each. Item-kNN is our baseline's: fit,
-then rank. The loader alone is timed over one more epoch. Ctrl-C ends it with what has been measured.
+Ours: pooled history, B = 8192, D = 64, in-batch and 1,024 uniform candidates, duplicates removed, as in `twotower
+train` without Lightning (`TrainingBatches`, `batch_loss`, `TableOptimizer`), then `TowerRanker`. Plain: the same towers
+with the same initial weights and learning rate; everything else as a competent user would write it: padded rows
+gathered by torch, a matrix of logits, log expected count subtracted, the row's own item masked among the other rows and
+the uniform draws, cross_entropy, dense Adam, and the full score matrix with `topk` for evaluation. bfloat16: ours under
+autocast, with the same initial weights and rows. The contenders alternate epoch by epoch. For item-kNN, fit and ranking
+of our baseline are timed. The loader alone is timed over an additional epoch. Ctrl-C stops and reports what was
+measured so far.
 """
 
 import argparse
@@ -49,7 +50,7 @@ SETTINGS = [
 
 @dataclass
 class Contender:
-    """What one way has taken so far, an entry an epoch."""
+    """The times and scores of one contender, one entry per epoch."""
 
     train_seconds: list[float] = field(default_factory=list)
     evaluation_seconds: list[float] = field(default_factory=list)
@@ -58,13 +59,13 @@ class Contender:
 
 
 def ndcg(ranked: np.ndarray, holdout: Holdout) -> float:
-    """Mean NDCG@10."""
+    """Compute the mean NDCG@10."""
     found = hits(ranked, holdout.target_offsets, holdout.target_items)
     return float(ndcg_at(found, np.diff(holdout.target_offsets), K).mean())
 
 
 class Ours:
-    """The library's own pieces."""
+    """The library's components."""
 
     def __init__(self, config: Config, train: Interactions, towers: TwoTower, *, seed: int, low: bool = False) -> None:
         self.towers, self.length = towers, config.query_tower.history.length if config.query_tower.history else 0
@@ -77,7 +78,7 @@ class Ours:
         self.optimizer = TableOptimizer(parameter_groups(model, 0.0, lr=LEARNING_RATE), lr=LEARNING_RATE)
 
     def epoch(self, steps: int) -> None:
-        """Train on so many batches."""
+        """Train on the given number of batches."""
         self.towers.train()
         self.batches.set_epoch(self.epochs)
         self.epochs += 1
@@ -92,12 +93,12 @@ class Ours:
                 break
 
     def rank(self, holdout: Holdout) -> np.ndarray:
-        """[E, K]."""
+        """Rank the holdout, [E, K]."""
         return TowerRanker(self.towers, self.length).rank(holdout, K, exclude_seen=True)
 
 
 class Plain:
-    """The same as a plain loop."""
+    """The same model in a plain PyTorch loop."""
 
     def __init__(self, config: Config, train: Interactions, towers: TwoTower) -> None:
         self.towers, self.length = towers, config.query_tower.history.length if config.query_tower.history else 0
@@ -110,18 +111,18 @@ class Plain:
         self.back = torch.arange(self.length, 0, -1)
 
     def history(self, user: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
-        """[B, L], padded with -1."""
+        """Return the histories [B, L], padded with -1."""
         at = end[:, None] - self.back
         return torch.where(at >= self.starts[user][:, None], self.items[at.clamp(min=0)], -1)
 
     def epoch(self, steps: int) -> None:
-        """Train on so many batches."""
+        """Train on the given number of batches."""
         self.towers.train()
         order = torch.randperm(len(self.items))
         for number, rows in enumerate(order.split(self.batch_size)[:steps], 1):  # type: ignore[no-untyped-call]
             positive, user = self.items[rows], self.user[rows]
             candidates = torch.unique(torch.cat([positive, torch.randint(self.num_items, (UNIFORM,))]))
-            # Of B + U tries, how likely one brings the item: the correction of candidates without duplicates.
+            # Probability that B + U draws include the item: the correction for candidates without duplicates.
             absent = self.batch_size * torch.log1p(-self.log_p.exp()) + UNIFORM * math.log1p(-1.0 / self.num_items)
             log_kappa = torch.log(-torch.expm1(absent)).float()
             query = self.towers.embed_queries(user, self.history(user, rows))
@@ -139,7 +140,7 @@ class Plain:
 
     @torch.no_grad()
     def rank(self, holdout: Holdout) -> np.ndarray:
-        """[E, K], from the whole matrix of scores."""
+        """Rank from the full score matrix, [E, K]."""
         self.towers.eval()
         offsets = torch.from_numpy(holdout.history_offsets)
         items = torch.from_numpy(holdout.history_items.astype(np.int64))
@@ -153,14 +154,14 @@ class Plain:
 
 
 def progress(name: str, step: int, steps: int) -> None:
-    """One line on a terminal."""
+    """Print progress on one line of the terminal."""
     if sys.stderr.isatty():
         end = "\n" if step == steps else ""
         sys.stderr.write(f"\r{name}: step {step} of {steps} {end}")
 
 
 def run(name: str, way: Ours | Plain, taken: Contender, holdout: Holdout, steps: int) -> None:
-    """An epoch and its evaluation."""
+    """Time an epoch and its evaluation."""
     began, cpu = time.perf_counter(), time.process_time()
     way.epoch(steps)
     trained = time.perf_counter()
@@ -181,7 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="../shared/data/ml-1m-loo/sequences.parquet")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=None, help="of an epoch; all where left out")
+    parser.add_argument("--steps", type=int, default=None, help="of an epoch; default: all")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument(
         "--ways", nargs="+", choices=["ours", "bfloat16", "plain"], default=["ours", "bfloat16", "plain"]
@@ -252,7 +253,7 @@ def main() -> None:
             print(f"{name} / ours, epoch with evaluation: {results[f'{name}_over_ours']}")
     except KeyboardInterrupt:
         results["interrupted"] = True
-        print("interrupted; what was measured so far is kept")
+        print("interrupted; results so far are saved")
     if arguments.json:
         results["epochs"] = {name: asdict(value) for name, value in taken.items()}
         report = {

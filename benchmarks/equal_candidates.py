@@ -1,20 +1,20 @@
-"""Objectives compared at an equal number of candidates a row.
+"""Comparison of objectives at an equal number of candidates per row.
 
     python benchmarks/equal_candidates.py --data ../shared/data --only online-retail --out runs/equal --seeds 3
 
-Every row sees 1,023 drawn candidates, whatever the objective, but for the full softmax, which sees all items:
+Every row has 1,023 candidates with every objective except full softmax, which uses all items:
 
     uniform                        1,023 uniform draws
-    in-batch forms, refined-logq   the 511 other rows and the 512 rows before them (a cross-batch memory: the same
-                                   proposal, embedded anew)
+    in-batch forms, refined-logq   the 511 other rows and the 512 previous rows (a cross-batch memory: the same
+                                   proposal, with current embeddings)
     mixed forms                    the 511 other rows and 512 uniform draws
-    head + mixed                   the 256 most frequent, the 511 other rows, 256 uniform draws from the tail
+    head + mixed                   the 256 most frequent items, the 511 other rows, 256 uniform draws from the tail
 
-Copies of an item are merged before the towers run, so the number of *distinct* candidates, which the step pays
-for, differs; it is measured over 50 batches and written to `candidates.json`. Start, order of rows, batch
-(512), epochs, learning rate and towers are the same for all. `twotower compare` does the rest: finished
-trainings are not repeated, interrupted ones go on, and the report has intervals, coverage and deciles of
-popularity. Ask for one seed first and for more later.
+Copies of an item are merged before the towers run, so the number of *distinct* candidates, which determines the cost
+of a step, differs; it is measured over 50 batches and written to `candidates.json`. Initial weights, row order, batch
+size (512), epochs, learning rate and towers are the same for all objectives. `twotower compare` does the rest: finished
+runs are not repeated, interrupted ones are resumed, and the report has intervals, coverage and popularity deciles.
+Start with one seed and add more later.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ DATA: dict[str, tuple[str, list[str]]] = {
 
 
 def written(out: Path, names: list[str], fields: dict[str, Any]) -> list[str]:
-    """The objectives as YAML files, the way `twotower compare` takes them."""
+    """Write the objectives as YAML files for `twotower compare`."""
     folder = out / "objectives"
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
@@ -82,7 +82,7 @@ def written(out: Path, names: list[str], fields: dict[str, Any]) -> list[str]:
 
 
 def distinct(config: tt.Config, source: str, names: list[str], batches: int = 50) -> dict[str, dict[str, float]]:
-    """Mean number of candidates of a batch: drawn, and distinct."""
+    """Measure the mean number of candidates of a batch: drawn and distinct."""
     split = split_data(read_data(source, config.data), config.data)
     found: dict[str, dict[str, float]] = {}
     for name in names:
@@ -99,7 +99,7 @@ def distinct(config: tt.Config, source: str, names: list[str], batches: int = 50
             live = drawn.items[torch.isfinite(drawn.log_expected_count)]
             drawn_sizes.append(len(drawn.items))
             distinct_sizes.append(len(torch.unique(live)))
-        # The first batch finds an empty memory; the median does not see it.
+        # The first batch has an empty memory, which does not affect the median.
         found[name] = {
             "drawn": float(torch.tensor(drawn_sizes, dtype=torch.float64).median()),
             "distinct": float(torch.tensor(distinct_sizes, dtype=torch.float64).median()),
@@ -108,9 +108,9 @@ def distinct(config: tt.Config, source: str, names: list[str], batches: int = 50
 
 
 def main() -> None:
-    """Compare on what is asked for."""
+    """Compare on the requested data sets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the folder that holds the data sets")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--only", nargs="+", choices=list(DATA), default=list(DATA))
     parser.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES))
     parser.add_argument("--seeds", type=int, default=3)

@@ -1,11 +1,11 @@
-"""The softmax over a whole catalog beside its matrix products alone, interleaved in one process.
+"""Time and memory of the full softmax, compared with its matrix products alone, interleaved in one process.
 
     python benchmarks/full_softmax.py [--items 1000000] [--rows 1024] [--rounds 7] [--naive] [--memory] [--json FILE]
 
-Value and gradients of queries and items, float32, D = 64. In every round: the three products of a matrix [B, N] kept
-from before; the same products tile by tile; `tiled_full_softmax`; torch's own `linear_cross_entropy`, where it has one;
-with --naive also logits and cross_entropy in full, which needs 12 GiB at 1,000,000 items. `--memory` measures the
-growth of the largest resident size beyond tables and gradients instead.
+Computes the value and the gradients of queries and items, float32, D = 64. Each round times the three products of a
+preallocated matrix [B, N]; the same products tile by tile; `tiled_full_softmax`; torch's `linear_cross_entropy`, if
+available; and with --naive full logits and cross_entropy, which need 12 GiB at 1,000,000 items. `--memory` instead
+measures the growth of the peak resident size beyond tables and gradients.
 """
 
 import argparse
@@ -30,7 +30,7 @@ SEED, D, TEMPERATURE = 0, 64, 0.1
 
 
 class Problem:
-    """Unit vectors, targets, and memory for gradients."""
+    """Make unit vectors, targets, and buffers for gradients."""
 
     def __init__(self, rows: int, number: int) -> None:
         rng = torch.Generator().manual_seed(SEED)
@@ -41,7 +41,7 @@ class Problem:
         self.logits = torch.empty(0)
 
     def products(self) -> None:
-        """The matrix products alone, each in one call."""
+        """Compute the matrix products alone, each in one call."""
         query, items = self.query.detach(), self.items.detach()
         if not len(self.logits):
             self.logits = torch.empty(len(query), len(items))
@@ -50,7 +50,7 @@ class Problem:
         torch.mm(self.logits.T, query, out=self.by_items)
 
     def tiled_products(self) -> None:
-        """The matrix products alone, some rows at a time."""
+        """Compute the matrix products alone, tile by tile."""
         query, items = self.query.detach(), self.items.detach()
         size = max(TILE_MEMORY // (4 * len(items)), 1)
         buffer = torch.empty(size, len(items))
@@ -61,28 +61,28 @@ class Problem:
             self.by_items.addmm_(buffer[: len(part)].T, part, beta=0 if start == 0 else 1)
 
     def run(self, loss: torch.Tensor) -> None:
-        """Backward, and the gradients thrown away."""
+        """Run backward and discard the gradients."""
         loss.backward()  # type: ignore[no-untyped-call]
         self.query.grad = self.items.grad = None
 
     def tiled(self) -> None:
-        """The library's."""
+        """Compute the library's loss."""
         self.run(tiled_full_softmax(self.query, self.target, self.items, temperature=TEMPERATURE))
 
     def naive(self) -> None:
-        """All logits at once."""
+        """Compute the loss from all logits at once."""
         self.run(F.cross_entropy(self.query / TEMPERATURE @ self.items.T, self.target))
 
     def torchs(self) -> None:
-        """The form that comes with torch, in chunks of rows."""
+        """Compute torch's own chunked loss."""
         options = LinearCrossEntropyOptions(batch_chunk_size=64)
         loss = F.linear_cross_entropy(self.query / TEMPERATURE, self.items, self.target, options=options)
         self.run(loss)
 
 
 def extra_memory(problem: Problem) -> float:
-    """MiB beyond tables and gradients: the gradient of the items is counted as part of the problem."""
-    Problem(64, 2000).tiled()  # the libraries' own pages
+    """Measure MiB beyond tables and gradients: the gradient of the items counts as part of the problem."""
+    Problem(64, 2000).tiled()  # load the pages of the libraries first
     forget_peak()
     before = resident_mib()
     problem.tiled()
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
-        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: on a busy machine, with --threads 1"
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: CPU time, for a busy machine, with --threads 1"
     )
     parser.add_argument("--json", type=Path)
     settings = parser.parse_args()
@@ -112,7 +112,7 @@ def main() -> None:
     else:
         calls: dict[str, Callable[[], None]] = {
             "products": problem.products,
-            "tiled": problem.tiled,  # next to what it is measured by: a shared machine changes within seconds
+            "tiled": problem.tiled,  # next to its reference: the speed of a shared machine changes within seconds
             "products, tiled": problem.tiled_products,
         }
         calls["linear_cross_entropy"] = problem.torchs

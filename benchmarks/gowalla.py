@@ -1,30 +1,29 @@
-"""Gowalla, the split of LightGCN: id towers, Recall@20 and NDCG@20 beside the published figures.
+"""Recall@20 and NDCG@20 of id towers on Gowalla with the split of LightGCN, compared with published results.
 
     python benchmarks/gowalla.py --data ../shared/data/gowalla --epochs 12 --popularity 1 1.2 1.4     # choose
     python benchmarks/gowalla.py --data ../shared/data/gowalla --epochs 12 --popularity 1.2 --final   # measure
 
-The published split is a training and a test part. Here the training part comes as train.txt and valid.txt:
-choices are made by training on the first and measuring on the second, and the test is not looked at. With
---final the chosen settings are trained on both, as the published models are, and the last weights are measured
-on the test.
+The published split has a training and a test part. Here the training part is divided into train.txt and valid.txt:
+settings are selected by training on the first and measuring on the second, without using the test part. With --final
+the selected settings are trained on both, like the published models, and the last weights are measured on the test.
 
-Every test user is ranked over all 40,981 items but those of its training part. Recall@20 is hits over the
-number of the user's test items, NDCG@20 has binary gain, and both are averaged over the users, as in the
-published evaluation.
+For every test user, all 40,981 items are ranked except those of its training part. Recall@20 is hits divided by the
+number of the user's test items, NDCG@20 has binary gain, and both are averaged over users, as in the published
+evaluation.
 
-The model is one vector for each user and item, cosine similarity, a fixed temperature, trained on whole users with
-the full softmax (whole_users.py), with or without propagation over the graph while training (--layers) and a share of
-the log of an item's popularity in its score (--prior). --start svd begins at the truncated singular value
-decomposition of the training matrix, each entry divided by the roots of its row and column sums. --start FILE begins
-at the tables of another run (last.*.safetensors in its folder): with --final a run that was chosen on the validation
-goes on with the validation's rows as well.
+The model is one vector for each user and item with cosine similarity and a fixed temperature, trained on whole users
+with the full softmax (whole_users.py). Options: propagation over the graph during training (--layers), and a share of
+log item popularity in the score (--prior). --start svd initializes with the truncated singular value decomposition of
+the training matrix, each entry divided by the square roots of its row and column sums. --start FILE initializes with
+the tables of another run (last.*.safetensors in its folder): with --final, a run selected on the validation continues
+with the validation rows added.
 
---popularity measures at these settings b of the popularity dial, 1 being the model as trained. On the validation there
-may be several, and the one with the highest NDCG@20 is told; on the test only one.
+--popularity measures at these settings b of the popularity dial; 1 is the model as trained. The validation allows
+several settings and reports the one with the highest NDCG@20; the test allows only one.
 
---rows trains the same model with `tt.fit` on sampled candidates instead (expected-count, rows in random order).
-Every finished run is written to the results file at once and not repeated; an interrupted one goes on from its
-last epoch (--runs).
+--rows instead trains the same model with `tt.fit` on sampled candidates (expected-count, rows in random order). Every
+finished run is written to the results file immediately and not repeated; an interrupted one is resumed from its last
+epoch (--runs).
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ ROWS = [
 
 
 def read(root: Path) -> tuple[Split, Split]:
-    """Train, with validation; and train and validation together, with the test. A user's items in a random order."""
+    """Split into train with validation, or train plus validation with test. The items of a user are in random order."""
     parts: dict[str, Interactions] = {}
     for name in ("train", "valid", "test"):
         rows = Interactions.read(root / f"{name}.txt", part=True)
@@ -83,21 +82,21 @@ def read(root: Path) -> tuple[Split, Split]:
 
 
 def frame(rows: Interactions) -> pl.DataFrame:
-    """Interactions as a table of ids."""
+    """Convert interactions to a table of ids."""
     return pl.DataFrame(
         {"user_id": rows.queries.decode(rows.query_codes()), "item_id": rows.items.decode(rows.item_codes)}
     )
 
 
 def measured(rankers: dict[str, Any], holdout: Holdout, train: Interactions) -> dict[str, dict[str, float]]:
-    """The metrics of rankers, by name."""
+    """Measure the metrics of rankers, by name."""
     rows = evaluate_all(rankers, holdout, train=train, ks=(10, 20)).rows
-    # What cannot be measured here, such as diversity without features, is no number, and JSON has none for that.
+    # Undefined metrics, such as diversity without features, are NaN, which JSON cannot represent.
     return {row.name: {name: value for name, value in row.values.items() if not math.isnan(value)} for row in rows}
 
 
 def at_dials(training: ByUsers, dials: list[float], asked: Holdout, train: Interactions) -> dict[str, Any]:
-    """The metrics at the dial with the highest NDCG@20, and both metrics at all of them."""
+    """Return all metrics at the dial with the highest NDCG@20, and Recall@20 and NDCG@20 at every dial."""
     found = measured({f"{dial:g}": training.ranked(dial) for dial in dials}, asked, train)
     best = max(found, key=lambda name: found[name]["NDCG@20"])
     each = {name: {k: round(row[k], 4) for k in ("Recall@20", "NDCG@20")} for name, row in found.items()}
@@ -107,7 +106,7 @@ def at_dials(training: ByUsers, dials: list[float], asked: Holdout, train: Inter
 def by_users(
     split: Split, settings: Settings, dials: list[float], asked: Holdout, directory: Path | None, every: int
 ) -> dict[str, Any]:
-    """Train on whole users; measure every few epochs where the holdout is the validation, at the end anyway."""
+    """Train on whole users; measure at the end, and every few epochs if the holdout is the validation."""
     training = ByUsers(split.train, settings)
     kept = None if directory is None else directory / "last.json"
     story: dict[str, Any] = {"epoch": 0, "seconds": 0.0, "curve": []}
@@ -148,13 +147,13 @@ def by_rows(split: Split, overrides: list[str], asked: Holdout, directory: Path 
 
 
 def kept_runs(path: Path) -> list[dict[str, Any]]:
-    """The runs that are finished."""
+    """Read the finished runs."""
     runs: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     return runs
 
 
 def record(path: Path, entry: dict[str, Any]) -> None:
-    """Add a run to the file, which is read again: another process may have written meanwhile."""
+    """Add a run to the file, which is read again because another process may have written in between."""
     stamp = {
         "threads": torch.get_num_threads(),
         "versions": library_versions(),
@@ -166,7 +165,7 @@ def record(path: Path, entry: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Measure what is asked for and not yet there."""
+    """Measure the requested runs that are not finished yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--final", action="store_true", help="train on both parts, measure on the test")
@@ -176,7 +175,7 @@ def main() -> None:
     parser.add_argument("--rows", action="store_true", help="train with tt.fit on sampled candidates")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="for --rows")
     parser.add_argument("--every", type=int, default=2, help="epochs between validations")
-    parser.add_argument("--runs", type=Path, help="a folder for checkpoints, so that an interrupted run goes on")
+    parser.add_argument("--runs", type=Path, help="folder for checkpoints, to resume interrupted runs")
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parsed(parser)
     if asked.rows and asked.popularity != [1.0]:

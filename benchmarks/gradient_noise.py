@@ -1,15 +1,14 @@
-r"""How much of a step is signal: the item table's gradient over batches and draws, for several objectives.
+r"""Signal and noise of a training step: the item table's gradient over batches and draws, for several objectives.
 
     python benchmarks/gradient_noise.py runs/compare-ml-1m-loo/runs/full-softmax-0 --batches 48 \
         --json benchmarks/results/gradient_noise.json
 
-`twotower audit` holds the rows of a batch fixed and redraws the candidates: it tells how well a pool estimates
-the full softmax *of those rows*. A step of training has a second source of noise, the rows themselves, and the
-two are not independent where the candidates are the rows. Here both vary. For the same batches (and the same
-dropout) of each objective, over the coordinates of the item table, all of them and those of thirds of
-popularity,
+`twotower audit` fixes the rows of a batch and redraws the candidates: it measures how well a pool estimates the full
+softmax *of those rows*. A training step has a second source of noise, the rows themselves, and the two are not
+independent if the candidates are the rows. Here both vary. Measured for each objective with the same batches (and the
+same dropout), over all coordinates of the item table and over those of each popularity third:
 
-    signal   |E g|^2, from the product of two halves of the batches, which noise does not bias
+    signal   |E g|^2, from the product of two halves of the batches, which is unbiased by noise
     power    E |g|^2
     share    signal / power: 1 for a gradient without noise
     step     root mean square over coordinates of |E g_i| / sqrt(E g_i^2): how far Adam moves, in learning rates
@@ -53,7 +52,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 
 
 class Moments:
-    """First and second moments of a gradient, in two halves of the batches."""
+    """The first and second moments of a gradient, in two halves of the batches."""
 
     def __init__(self) -> None:
         self.halves: list[Tensor | None] = [None, None]
@@ -61,7 +60,7 @@ class Moments:
         self.square: Tensor | float = 0.0
 
     def add(self, place: int, gradient: Tensor) -> None:
-        """One batch."""
+        """Add one batch."""
         half = place % 2
         held = self.halves[half]
         self.halves[half] = gradient.double() if held is None else held + gradient
@@ -69,13 +68,13 @@ class Moments:
         self.square = self.square + gradient.double() ** 2
 
     def means(self) -> tuple[Tensor, Tensor]:
-        """Mean gradient of each half."""
+        """Return the mean gradient of each half."""
         first, second = self.halves
         assert first is not None and second is not None
         return first / self.counts[0], second / self.counts[1]
 
     def numbers(self, thirds: Tensor) -> dict[str, float]:
-        """What the module's docstring lists."""
+        """Compute the quantities of the module docstring."""
         first, second = self.means()
         power = torch.as_tensor(self.square) / sum(self.counts)
         found: dict[str, float] = {}
@@ -90,23 +89,23 @@ class Moments:
 
 
 def gradients(towers: TwoTower, settings: Config, train: Interactions, batches: list[Batch]) -> Moments:
-    """The item table's gradient of one objective over the batches."""
+    """Collect the item table's gradient of one objective over the batches."""
     objective = build_objective(settings, train)
     table = towers.item_tower.ids
     assert table is not None
     moments = Moments()
     for place, batch in enumerate(batches):
-        torch.manual_seed(place)  # the same dropout for all objectives, as far as they draw from it alike
+        torch.manual_seed(place)  # the same dropout for all, if they use the generator in the same order
         loss, _, _ = batch_loss(towers, objective, batch)
         moments.add(place, torch.autograd.grad(loss, table.weight)[0])
     return moments
 
 
 def main() -> None:
-    """Measure on one model."""
+    """Measure all objectives on one model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run folder")
-    parser.add_argument("--data", help="where the data is, if it has moved")
+    parser.add_argument("--data", help="current location of the data, if it has moved")
     parser.add_argument("--batches", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--no-dropout", action="store_true", help="towers in evaluation mode")

@@ -1,12 +1,12 @@
-"""Which candidates lower the full softmax's loss fastest: the same start, rows and steps, one thing changed.
+"""Which candidates lower the full softmax loss fastest, with equal initial weights, rows and steps.
 
     python benchmarks/learning_speed.py --data ../shared/data/online-retail --seeds 0
 
-Id towers (one vector a query and an item, cosine, temperature fixed at 0.1), B = 1,024, Adam with a constant learning
-rate. Every objective estimates the same loss; after every half epoch that loss itself, over the whole catalog, is taken
-on 4,096 training rows and on the test targets (leave-last-out). `frequency` draws as many items from the same
-distribution as the batch's own rows are drawn from, but independently of them: what differs between it and
-`in-batch` is that the candidates are the rows.
+Id towers (one vector per query and item, cosine, temperature fixed at 0.1), B = 1,024, Adam with a constant learning
+rate. Every objective estimates the same loss. After every half epoch, that loss itself is computed over the whole
+catalog on 4,096 training rows and on the test targets (leave-last-out). `frequency` draws as many items as the batch
+has rows, from the same distribution but independently of the rows; `in-batch` differs only in that the candidates are
+the rows.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 
 @torch.no_grad()
 def losses(towers: TwoTower, split: Split, rows: Tensor) -> dict[str, float]:
-    """The full softmax's mean loss on training rows and on test targets."""
+    """Compute the mean full softmax loss on training rows and on test targets."""
     items = towers.item_embeddings()
     test = split.test
     asked = {
@@ -71,7 +71,7 @@ def losses(towers: TwoTower, split: Split, rows: Tensor) -> dict[str, float]:
 
 
 def train(split: Split, fields: dict[str, Any], seed: int, epochs: int, rate: float) -> list[dict[str, float]]:
-    """The losses after every half epoch."""
+    """Train, and record the losses after every half epoch."""
     config = tt.Config.load(None, TOWERS)
     changed = config.objective.model_dump(exclude={"name", "sources", "unique"}) | fields
     config = config.model_copy(update={"objective": type(config.objective).model_validate(changed)})

@@ -1,17 +1,17 @@
-"""How good a full softmax each model of a comparison has become: its loss over the catalog, in training and test.
+"""Full softmax loss of each model of a comparison, on training rows and test targets.
 
     python benchmarks/likelihood.py runs/compare-ml-1m-loo --json benchmarks/results/likelihood-ml-1m-loo.json
 
-`twotower compare` tells which objective ranks best after its budget. This tells why: for every trained model,
-on the test targets and on a sample of training rows (no dropout, the history as it was at that row),
+`twotower compare` shows which objective ranks best after its budget. This benchmark helps to explain why. For every
+trained model, on the test targets and on a sample of training rows (no dropout, the history as it was at that row):
 
     loss          mean of -log P(y|x), the full softmax of the model's own scores and temperature, over all items
-    scaled        the same with the scores multiplied by the one number that makes it least: what the temperature costs
-    entropy       mean entropy of P(.|x): above the loss the model is less sure than it could be
+    scaled        the same with the scores multiplied by the optimal constant: the cost of a suboptimal temperature
+    entropy       mean entropy of P(.|x): above the loss, the model is less confident than it could be
 
-A model that was trained with an estimate of this loss and has a lower one than the model that was trained with
-the loss itself has gone further in the same number of steps, in training as well as in the test. One that is
-lower in the test alone generalises better.
+If a model trained with an estimate of this loss has a lower loss than the model trained with the loss itself, on
+training rows as well as test targets, then it got further in the same number of steps. If its loss is lower only on
+the test targets, it generalizes better.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BLOCK = 2048
 
 
 def scaled_loss(logits: Tensor, targets: Tensor) -> tuple[float, float]:
-    """The least mean loss over a positive factor of the logits, and the factor."""
+    """Minimize the mean loss over a positive factor of the logits; return the loss and the factor."""
     best = (float("inf"), 1.0)
     for factor in np.arange(0.6, 1.61, 0.05):
         loss = float(torch.nn.functional.cross_entropy(logits * factor, targets))
@@ -45,7 +45,7 @@ def scaled_loss(logits: Tensor, targets: Tensor) -> tuple[float, float]:
 
 
 def numbers(logits: Tensor, targets: Tensor) -> dict[str, float]:
-    """What the module's docstring lists."""
+    """Compute the quantities of the module docstring."""
     log_p = logits.log_softmax(1)
     least, factor = scaled_loss(logits, targets)
     return {
@@ -58,7 +58,7 @@ def numbers(logits: Tensor, targets: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def measured(artifact: Artifact, split: Split, rows: int) -> dict[str, Any]:
-    """Loss on the test targets (one for each query) and on `rows` training rows, the same for every model."""
+    """Measure on the test targets (one per query) and on `rows` training rows, the same for every model."""
     towers = artifact.towers.eval()
     length = history_length(artifact.config)
     ranker = TowerRanker(towers, length)
@@ -79,12 +79,12 @@ def measured(artifact: Artifact, split: Split, rows: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure every finished training of a comparison."""
+    """Measure every finished run of a comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comparison", type=Path, help="the folder of `twotower compare`")
-    parser.add_argument("--data", help="where the data is, if it has moved")
-    parser.add_argument("--only", nargs="+", help="objectives; all where left out")
-    parser.add_argument("--rows", type=int, default=4096, help="training rows")
+    parser.add_argument("--data", help="current location of the data, if it has moved")
+    parser.add_argument("--only", nargs="+", help="objectives; default: all")
+    parser.add_argument("--rows", type=int, default=4096, help="number of training rows")
     parser.add_argument("--json", type=Path, required=True)
     asked = parser.parse_args()
     runs = sorted(path.parent for path in asked.comparison.glob("runs/*/results.json"))

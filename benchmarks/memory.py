@@ -1,4 +1,4 @@
-"""Memory of this process, MiB."""
+"""Resident memory of this process, in MiB."""
 
 import ctypes
 from pathlib import Path
@@ -7,20 +7,20 @@ from twotower import machine
 
 
 def resident_mib() -> float:
-    """What it holds now."""
+    """Return the current resident size."""
     return (machine.resident_memory() or 0) / 2**20
 
 
 def peak_mib() -> float:
-    """The most it has held, since `forget_peak` where that was called."""
+    """Return the peak resident size, since `forget_peak` if that was called."""
     return (machine.peak_memory() or 0) / 2**20
 
 
 def forget_peak() -> None:
-    """Measure the peak from here on (Linux with glibc).
+    """Reset the peak (Linux with glibc).
 
-    What was freed goes back to the system first: used again, it would be no growth, and a figure would depend on what
-    happened to be free.
+    Freed memory is first returned to the system: reusing it would not count as growth, and results would depend on how
+    much happened to be free.
     """
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

@@ -1,4 +1,4 @@
-"""Titles, years and genres of MovieLens-1M, and its users, as Parquet tables for `--items` and `data.queries`.
+"""Conversion of the films (title, year, genres) and users of MovieLens-1M to Parquet, for `--items` and `data.queries`.
 
 Run: `python benchmarks/ml_1m_tables.py ../shared/data/ml-1m runs/ml-1m-tables`.
 """
@@ -14,12 +14,12 @@ AGES = {1: "under 18", 18: "18-24", 25: "25-34", 35: "35-44", 45: "45-49", 50: "
 
 
 def lines(path: Path) -> list[list[str]]:
-    """The fields of a `::` separated file; the original is latin-1."""
+    """Read the fields of a `::` separated file in Latin-1."""
     return [line.split("::") for line in path.read_text(encoding="latin-1").splitlines() if line]
 
 
 def items(source: Path) -> pl.DataFrame:
-    """One row for each film."""
+    """Build a table with one row per film."""
     rows = lines(source / "movies.dat")
     return pl.DataFrame(
         {
@@ -32,7 +32,7 @@ def items(source: Path) -> pl.DataFrame:
 
 
 def users(source: Path) -> pl.DataFrame:
-    """One row for each user."""
+    """Build a table with one row per user."""
     rows = lines(source / "users.dat")
     return pl.DataFrame(
         {

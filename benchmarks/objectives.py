@@ -1,9 +1,9 @@
-"""Every objective by name, one data set, one table.
+"""All objectives on one data set, as a table.
 
     python benchmarks/objectives.py --data ../shared/data/ml-100k --epochs 4
 
-The same start, data order and number of epochs for each; leave-last-out, full ranking, seen items excluded. Finished
-runs are kept in benchmarks/results/objectives.json and not repeated.
+All objectives have the same initial weights, data order and number of epochs. Leave-last-out, full ranking, seen items
+excluded. Finished runs are saved in benchmarks/results/objectives.json and not repeated.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ RESULTS = Path(__file__).parent / "results" / "objectives.json"
 
 def measure(name: str, data: Path, epochs: int, seed: int) -> dict[str, Any]:
     """Train one objective and evaluate it on the test items."""
-    # Ratings of 1 and 2 are the observed dislikes of logistic-observed; nobody else sees them as negatives, and no
-    # objective has them as positives, so that all train on the same rows.
+    # Ratings of 1 and 2 are the observed negatives of logistic-observed. The other objectives do not use them as
+    # negatives, and none uses them as positives, so all train on the same positives.
     interactions = tt.Interactions.read(data, positive_label=3)
     split = tt.splits.leave_last_out(interactions)
     config = tt.Config.load(
@@ -40,7 +40,7 @@ def measure(name: str, data: Path, epochs: int, seed: int) -> dict[str, Any]:
             f"training.max_epochs={epochs}",
             f"training.patience={epochs}",
             f"training.seed={seed}",
-            "query_tower.history.length=20",  # a short budget, equal for all
+            "query_tower.history.length=20",  # a small budget, equal for all
         ],
     )
     started = time.perf_counter()
@@ -62,7 +62,7 @@ def measure(name: str, data: Path, epochs: int, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure the objectives that are not there yet, and print the table."""
+    """Measure the objectives that are not finished yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder of MovieLens 100K")
     parser.add_argument("--epochs", type=int, default=4)

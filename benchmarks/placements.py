@@ -1,11 +1,10 @@
-"""Two ranks of one thread with tables placed by rows, by columns and whole on one of them; and prefetched codes.
+"""Step time of two single-threaded ranks with row-wise, column-wise and table-wise placement, and prefetched codes.
 
     python benchmarks/placements.py [--rounds 9] [--json benchmarks/results/placements.json]
 
-The workload is that of benchmarks/ranks.py, with row-wise Adagrad. All placements live side by side in the same two
-processes and take turns, five steps each. The last contender is row-wise with the codes of its steps exchanged before
-the clock starts: who asks whom for which rows is known, as if a prefetch had told it for nothing, so no prefetch of the
-codes can save more.
+The workload is that of benchmarks/ranks.py, with row-wise Adagrad. All placements run in the same two processes and
+alternate every five steps. The last contender is row-wise with the codes of its steps exchanged before the clock
+starts, as if a prefetch had exchanged them at no cost: an upper bound of what prefetching the codes can save.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ PLACEMENTS, KNOWN = ("row-wise", "column-wise", "table-wise"), "row-wise, codes 
 
 
 class Fetching:
-    """`EmbeddingTable.fetch`, which counts what is given, and can keep who has asked whom and tell it again."""
+    """A replacement of `EmbeddingTable.fetch` that counts the numbers sent, and can record and replay row requests."""
 
     def __init__(self) -> None:
         self.given = 0  # numbers to other ranks and to this one
@@ -42,7 +41,7 @@ class Fetching:
         self.keeps = False
 
     def fetch(self, table: EmbeddingTable, codes: Tensor) -> None:
-        """Have rows at hand."""
+        """Fetch the rows of some codes."""
         if table.part is None:
             return
         if self.kept and not self.keeps:
@@ -56,7 +55,7 @@ class Fetching:
         table.at_hand = fetch_rows(table.weight, table.part, asked)
 
     def keep(self, training: Training, batches: list[Batch]) -> None:
-        """Keep what the steps over these batches will ask."""
+        """Record the row requests of the steps over these batches."""
         self.keeps, number = True, training.step_number
         for batch in batches:
             training.loss(batch)
@@ -65,7 +64,7 @@ class Fetching:
 
 
 def turns(rank: int, folder: str, data: Interactions, args: argparse.Namespace, found: Any) -> None:
-    """One of the two ranks: seconds of a step by contender, in each round; numbers given in a step by placement."""
+    """Run one of the two ranks: seconds per step of each contender and round, numbers sent per step and placement."""
     torch.set_num_threads(1)
     ranks, fetching = join(folder, rank, 2), Fetching()
     trainings = {one: Training(data, ranks, args, rule="rowwise-adagrad", layout=one) for one in PLACEMENTS}
@@ -97,7 +96,7 @@ def turns(rank: int, folder: str, data: Interactions, args: argparse.Namespace, 
 
 
 def main() -> None:
-    """Medians of the slower rank, and of the ratios to row-wise within a round."""
+    """Summarize: medians of the slower rank, and of the ratios to row-wise within a round."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch", type=int, default=4096)
@@ -128,12 +127,12 @@ def main() -> None:
 
 
 def slower(found: list[tuple[Any, ...]], place: int, name: str) -> list[float]:
-    """The slower rank of each round."""
+    """Return the times of the slower rank in each round."""
     return [max(pair) for pair in zip(*(one[place][name] for one in found), strict=True)]
 
 
 def ratio(these: list[float], those: list[float]) -> float:
-    """Median over rounds."""
+    """Return the median over rounds."""
     return round(statistics.median(a / b for a, b in zip(these, those, strict=True)), 3)
 
 

@@ -1,10 +1,10 @@
-"""Whether products in bfloat16 change what a model learns: equal settings and seeds, float32 against bf16-mixed.
+"""Effect of bfloat16 products on model quality: float32 against bf16-mixed with equal settings and seeds.
 
     python benchmarks/precision.py [--data ../shared/data/ml-1m-loo/sequences.parquet] [--epochs 4] [--seeds 3]
 
-MovieLens-1M, leave-last-out, pooled history, B = 8192, D = 64, in-batch and 1,024 uniform candidates; the best of the
-epochs by validation, then the test items ranked among all. The two precisions take turns, seed by seed. Finished runs
-are kept in benchmarks/results/precision.json and not repeated.
+MovieLens-1M, leave-last-out, pooled history, B = 8192, D = 64, in-batch and 1,024 uniform candidates. The best epoch by
+validation is evaluated on the test queries with full ranking. The two precisions alternate seed by seed. Finished runs
+are saved in benchmarks/results/precision.json and not repeated.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def measure(precision: str, data: Path, epochs: int, seed: int) -> dict[str, Any
 
 
 def main() -> None:
-    """Measure what is not there yet, and print means and their spread."""
+    """Measure the runs that are not finished yet, and print means and standard deviations."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data/ml-1m-loo/sequences.parquet"))
     parser.add_argument("--epochs", type=int, default=4)

@@ -1,10 +1,10 @@
-"""What the shipped defaults reach: leave-last-out, test split, full ranking, seen items excluded.
+"""Quality of the default settings: leave-last-out, test split, full ranking, seen items excluded.
 
     python benchmarks/quality.py --data ../shared/data --only ml-100k --seeds 0 1 2
 
-Trains the default configuration on each data set and seed, evaluates it beside popularity, item-kNN and EASE, and
-writes every finished run to benchmarks/results/quality.json at once: an interrupted benchmark goes on where it
-stopped, and a finished run is not repeated unless --again is given.
+Trains the default configuration on each data set and seed, and evaluates it together with popularity, item-kNN and
+EASE. Every finished run is written to benchmarks/results/quality.json immediately, so an interrupted benchmark resumes
+where it stopped. Finished runs are not repeated unless --again is given.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from twotower.serving.artifact import library_versions
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 
-#: Name -> path below the data folder, what its columns need to be told, and who gives validation items.
+#: Name -> path below the data folder, column settings, and which queries have validation items.
 DATA: dict[str, dict[str, Any]] = {
     "ml-100k": {"path": "ml-100k"},
     "online-retail": {"path": "online-retail/interactions.parquet"},
@@ -39,14 +39,14 @@ DATA: dict[str, dict[str, Any]] = {
 
 
 def split_of(name: str, root: Path) -> Split:
-    """Read a data set and leave the last item of every query out."""
+    """Read a data set and split off the last item of every query."""
     entry = DATA[name]
     data = tt.Interactions.read(root / entry["path"])
     return tt.splits.leave_last_out(data, validation_queries=entry.get("validation_queries"))
 
 
 def baselines(split: Split) -> Mapping[str, Ranker]:
-    """What a model must beat."""
+    """Make the baselines that a model must beat."""
     return {
         "popularity": Popularity(split.train),
         "item-kNN": ItemKNN(split.train),
@@ -84,25 +84,25 @@ def measure(name: str, root: Path, seed: int, overrides: list[str]) -> dict[str,
 
 
 def kept(path: Path) -> list[dict[str, Any]]:
-    """The runs that are finished."""
+    """Read the finished runs."""
     runs: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     return runs
 
 
 def key_of(run: dict[str, Any]) -> tuple[str, int, list[str]]:
-    """What makes a run the same run."""
+    """Return the identity of a run."""
     return run["data"], run["seed"], run["overrides"]
 
 
 def main() -> None:
-    """Measure what is asked for and not yet there."""
+    """Measure the requested runs that are not finished yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the folder that holds the data sets")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--only", nargs="+", choices=list(DATA), default=list(DATA))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--again", action="store_true", help="repeat runs that are there already")
+    parser.add_argument("--again", action="store_true", help="repeat finished runs")
     asked = parser.parse_args()
     for seed in asked.seeds:
         for name in asked.only:
@@ -110,7 +110,7 @@ def main() -> None:
             if key in [key_of(run) for run in kept(asked.results)] and not asked.again:
                 continue
             found = measure(name, asked.data, seed, asked.overrides)
-            # Read again: another process may have finished a run meanwhile.
+            # Read again: another process may have finished a run in between.
             others = [run for run in kept(asked.results) if key_of(run) != key]
             write_text(asked.results, json.dumps([*others, found], indent=1))
 

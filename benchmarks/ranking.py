@@ -1,11 +1,11 @@
-"""How long exact ranking takes beside the matrix product alone, measured side by side in one run.
+"""Time of exact ranking compared with the matrix product alone, interleaved in one process.
 
     python benchmarks/ranking.py [--quick] [--json benchmarks/results/ranking.json]
 
-Block by block of 2,048 queries, the float32 product in tiles (`mm(out=)`, 1,024 x 2,048: the fastest here; nothing
-kept) is timed, then the search as evaluation runs it, the search without its bfloat16 screen, and faiss's exact index
-where it is installed, so that a busy machine slows all alike. Reported: medians over repeats of the sums over blocks,
-and of their ratios; and the same of processor time, which a busy machine distorts less.
+For each block of 2,048 queries it times the float32 product in tiles (`mm(out=)`, 1,024 x 2,048: the fastest here;
+scores are discarded), the search as evaluation runs it, the search without its bfloat16 screen, and the exact index of
+faiss if installed. Interleaving makes a busy machine slow all alike. Reported are medians over repeats of the sums over
+blocks and of their ratios, in wall time and in CPU time, which a busy machine distorts less.
 """
 
 import argparse
@@ -31,7 +31,7 @@ BLOCK, ROWS, COLUMNS = 2048, 1024, 2048
 
 
 def product_alone(queries: torch.Tensor, items: torch.Tensor, rows: int, columns: int) -> None:
-    """Every score, computed in tiles and thrown away."""
+    """Compute every score in tiles and discard it."""
     tiles: dict[tuple[int, int], torch.Tensor] = {}
     for top in range(0, len(queries), rows):
         for left in range(0, len(items), columns):
@@ -43,7 +43,7 @@ def product_alone(queries: torch.Tensor, items: torch.Tensor, rows: int, columns
 
 
 def timed(call: Callable[[], object]) -> np.ndarray:
-    """Wall and processor seconds of one call."""
+    """Measure wall and CPU seconds of one call."""
     start, cpu = time.perf_counter(), time.process_time()
     call()
     return np.array([time.perf_counter() - start, time.process_time() - cpu])
@@ -70,7 +70,7 @@ def measure(num_queries: int, num_items: int, dim: int, k: int, seen: int, repea
         faiss.omp_set_num_threads(torch.get_num_threads())
         flat = faiss.IndexFlatIP(dim)
         flat.add(items.numpy())
-        # It knows no exclusions; so many more results would have to be asked for and dropped.
+        # faiss does not support exclusions: that many more results would have to be requested and dropped.
         ways["faiss IndexFlatIP, no exclusions"] = lambda block, _: flat.search(queries[block].numpy(), k)
     before = peak_mib()
     blocks = [slice(top, min(top + BLOCK, num_queries)) for top in range(0, num_queries, BLOCK)]
@@ -108,10 +108,10 @@ def measure(num_queries: int, num_items: int, dim: int, k: int, seen: int, repea
 
 
 def main() -> None:
-    """Measure the sizes and write the results."""
+    """Measure all sizes and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tenth of the queries")
-    parser.add_argument("--threads", type=int, default=None, help="threads of torch; one is steadier on a busy machine")
+    parser.add_argument("--threads", type=int, default=None, help="threads of torch; use 1 on a busy machine")
     parser.add_argument("--repeats", type=int, default=7, help="of the large search")
     parser.add_argument("--json", type=Path, default=None, help="where to write the results")
     arguments = parser.parse_args()

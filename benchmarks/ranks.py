@@ -1,12 +1,12 @@
-"""Two ranks of one thread beside one rank of two threads, the same global batch; and a plan beside what ranks held.
+"""Two single-threaded ranks against one rank with two threads at the same global batch; planned against actual memory.
 
     python benchmarks/ranks.py [--rounds 9] [--json benchmarks/results/ranks.json]
 
 Both contenders train the same model on the same batches: pooled histories of 20, D = 64, a catalog of 200,000 items
-(Zipf-like), in-batch and 1,024 uniform candidates, duplicates removed, Adam. They live side by side and take turns,
-five steps each; the one whose turn it is not waits in a barrier. Beside them the pair's exchanges alone. Then
-W ranks train on a large catalog for a few steps, and their peak memory stands beside `twotower plan`. Last, the time
-of a step beside that of a plan, with the rates that the same processes have measured in the same minute.
+(Zipf-like), in-batch and 1,024 uniform candidates, duplicates removed, Adam. They alternate every five steps; the
+inactive one waits in a barrier. The communication of the pair is also timed alone. Then W ranks train on a large
+catalog for a few steps, and their peak memory is compared with `twotower plan`. Finally, the measured step time is
+compared with the planned one, using the rates that the same processes measured in the same minute.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Fork = get_context("fork")  # importing takes longer than the work
 
 
 def interactions(items: int, rows: int) -> Interactions:
-    """Rows of a Zipf-like popularity; every item has one at least."""
+    """Generate rows with Zipf-like popularity, at least one for every item."""
     random = np.random.default_rng(SEED)
     drawn = (items * random.random(rows - items) ** 2.5).astype(np.int64)
     columns = {
@@ -62,7 +62,7 @@ def interactions(items: int, rows: int) -> Interactions:
 
 
 class Training:
-    """The step as the trainer runs it, for one rank."""
+    """The training step of one rank, as the trainer runs it."""
 
     def __init__(
         self,
@@ -95,14 +95,14 @@ class Training:
         self.step_number = 0
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        """The rank's share of a batch's loss."""
+        """Compute the rank's share of a batch's loss."""
         generator = draws_of(SEED, self.step_number, "cpu")
         if self.ranks.size == 1:
             return batch_loss(self.towers, self.objective, batch, generator=generator)[0]
         return gathered_loss(self.towers, self.objective, batch, self.ranks, generator=generator)[0]
 
     def step(self, batch: Batch | None = None) -> float:
-        """One step; the loss of all ranks is not asked for, the rank's share is."""
+        """Run one step on the rank's share of the loss, without computing the total loss of all ranks."""
         loss = self.loss(next(self.batches) if batch is None else batch)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -113,7 +113,7 @@ class Training:
 
 
 def join(folder: str, rank: int, size: int) -> Ranks:
-    """The ranks of a group, which find each other in a file."""
+    """Join a group of ranks through a file store."""
     if size == 1:
         return Ranks()
     store = dist.FileStore(f"{folder}/store-{size}", size)  # type: ignore[attr-defined]  # missing in __all__
@@ -122,7 +122,7 @@ def join(folder: str, rank: int, size: int) -> Ranks:
 
 
 def contend(place: int, folder: str, data: Interactions, args: argparse.Namespace, turn: Any, found: Any) -> None:
-    """Place 0 is the one rank of two threads; 1 and 2 are the pair. Everybody waits while it is not his turn."""
+    """Run one contender: place 0 is the rank with two threads, 1 and 2 are the pair. The inactive one waits."""
     torch.set_num_threads(2 if place == 0 else 1)
     ranks = join(folder, 0, 1) if place == 0 else join(folder, place - 1, 2)
     training = Training(data, ranks, args)
@@ -138,7 +138,7 @@ def contend(place: int, folder: str, data: Interactions, args: argparse.Namespac
                     times.append((time.perf_counter() - start) / STEPS)
             turn.wait()
     alone = 0.0
-    if place:  # what the exchanges of a step cost by themselves
+    if place:  # the cost of a step's communication alone
         codes, vectors = torch.zeros(args.batch // 2, dtype=torch.int64), torch.zeros(5000, args.dimension)
         rows = torch.zeros(20_000, args.dimension)
         start = time.perf_counter()
@@ -151,7 +151,7 @@ def contend(place: int, folder: str, data: Interactions, args: argparse.Namespac
 
 
 def hold(rank: int, size: int, folder: str, data: Interactions, args: argparse.Namespace, found: Any) -> None:
-    """A few steps on a large catalog: what the process held before it began, and at its peak."""
+    """Run a few steps on a large catalog, and measure memory before the model and at the peak."""
     torch.set_num_threads(1)
     before = machine.resident_memory() or 0
     training = Training(data, join(folder, rank, size), args, rule=args.rule, layout=args.layout)
@@ -161,7 +161,7 @@ def hold(rank: int, size: int, folder: str, data: Interactions, args: argparse.N
 
 
 def run(target: Callable[..., None], arguments: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Fork one process for each tuple of arguments, and collect what each has found."""
+    """Fork one process for each tuple of arguments, and collect the results."""
     found = Fork.Queue()
     started = [Fork.Process(target=target, args=(*given, found)) for given in arguments]
     for child in started:
@@ -173,7 +173,7 @@ def run(target: Callable[..., None], arguments: list[tuple[Any, ...]]) -> list[t
 
 
 def speed(args: argparse.Namespace) -> dict[str, Any]:
-    """Medians, and the median of the ratios within a round."""
+    """Compute medians, and the median of the ratios within a round."""
     data = interactions(args.items, args.items + 400_000)
     turn = Fork.Barrier(3)
     with tempfile.TemporaryDirectory() as folder:
@@ -190,7 +190,7 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def workload(data: Interactions, size: int, rule: str, layout: str, args: argparse.Namespace) -> Workload:
-    """What `Training` does, by its sizes."""
+    """Describe the sizes of `Training` as a workload."""
     return Workload(
         items=data.num_items,
         dimension=args.dimension,
@@ -204,7 +204,7 @@ def workload(data: Interactions, size: int, rule: str, layout: str, args: argpar
 
 
 def clock(rank: int, size: int, folder: str, data: Interactions, args: argparse.Namespace, found: Any) -> None:
-    """Rates and steps in turn, on every rank at the same time: the planned step, and the one it took, seconds."""
+    """Measure rates and steps in turn on all ranks at once: seconds of the planned and of the actual step."""
     torch.set_num_threads(1)
     ranks = join(folder, rank, size)
     training = Training(data, ranks, args, rule=args.rule, layout=args.layout)
@@ -223,7 +223,7 @@ def clock(rank: int, size: int, folder: str, data: Interactions, args: argparse.
 
 
 def times(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The planned step of the slower rank beside the measured one, medians over the rounds."""
+    """Compare the planned and the measured step of the slower rank, as medians over the rounds."""
     results = []
     data = interactions(args.items, args.items + 400_000)
     for size, rule, layout in (
@@ -251,7 +251,7 @@ def times(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def memory(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The plan beside the peak of every rank."""
+    """Compare the plan with the peak memory of every rank."""
     results = []
     data = interactions(args.large, args.large + 200_000)
     for size, rule, layout in (
@@ -287,7 +287,7 @@ def memory(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Run the parts and print what was found."""
+    """Run the parts and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch", type=int, default=4096)
@@ -308,7 +308,7 @@ def main() -> None:
         result["times"] = times(args)
     if args.json is not None:
         before = json.loads(args.json.read_text()) if args.json.exists() else {}
-        if args.only and before:  # the other parts keep what they were measured with
+        if args.only and before:  # the other parts keep their own settings
             result[f"how of {args.only}"] = result.pop("how")
         args.json.write_text(json.dumps(before | result, indent=1) + "\n")
     sys.stdout.write(json.dumps(result, indent=1) + "\n")

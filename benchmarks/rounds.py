@@ -1,4 +1,4 @@
-"""How the benchmarks of tables take their time: one call of each kind in turn, medians over rounds."""
+"""Timing for the table benchmarks: the contenders run in turn, and medians are taken over rounds."""
 
 import argparse
 import os
@@ -14,13 +14,13 @@ import torch
 
 from twotower import machine, process
 
-#: What is read before and after a call; `--clock cpu` for a busy machine.
+#: The clock read before and after a call; use `--clock cpu` on a busy machine.
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 _clock = {"read": CLOCKS["wall"]}
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Time of one call, by the clock chosen."""
+    """Time one call with the selected clock."""
     read = _clock["read"]
     start = read()
     call()
@@ -28,7 +28,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def rounds_of(calls: dict[str, Callable[[], Callable[[], object]]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call in each round; the first round warms up and does not count. Preparing is not timed."""
+    """Measure seconds of each call in each round. The first round is a warm-up; preparation is not timed."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name, prepare in calls.items():
@@ -39,22 +39,22 @@ def rounds_of(calls: dict[str, Callable[[], Callable[[], object]]], rounds: int)
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Median of the ratios within a round."""
+    """Return the median of the ratios within a round."""
     return round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 3)
 
 
 def milliseconds(times: Sequence[float]) -> float:
-    """Median, in thousandths of a second."""
+    """Return the median in milliseconds."""
     return round(statistics.median(times) * 1000, 2)
 
 
 def bound(call: Callable[..., object], *arguments: Any) -> Callable[[], object]:
-    """The call with its arguments, to be timed later."""
+    """Bind the arguments of a call, to time it later."""
     return lambda: call(*arguments)
 
 
 def how(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a result was got with."""
+    """Describe the environment of a result."""
     tuning = process.tuning()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -69,17 +69,17 @@ def how(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def options(description: str) -> argparse.ArgumentParser:
-    """The options that the table benchmarks share."""
+    """Make the parser with the options that the table benchmarks share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=machine.cores())
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time; wants --threads 1")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: CPU time, with --threads 1")
     parser.add_argument("--json", type=Path, default=None, help="where to write the results")
     return parser
 
 
 def apply(arguments: argparse.Namespace) -> None:
-    """Set the process up as the options say."""
+    """Apply the options to this process."""
     process.tune()
     torch.set_num_threads(arguments.threads)
     _clock["read"] = CLOCKS[arguments.clock]

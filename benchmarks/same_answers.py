@@ -1,13 +1,13 @@
-"""Whether evaluation, `Retriever` and the service answer with the same ids, for every test query of a trained model.
+"""Check that evaluation, `Retriever` and the service return the same ids for every test query of a trained model.
 
     twotower train ../shared/data/ml-1m-loo/sequences.parquet --out RUN --set data.split=leave-last-out
     python benchmarks/same_answers.py RUN --json benchmarks/results/same_answers.json
     ... --kinds hnsw,ivfpq,pgvector --postgres FOLDER
 
-Exact search: what `evaluate` ranks, `Retriever.recommend` and `POST /recommend` of `twotower serve`, a process of its
-own asked over loopback by several clients at once, are compared id by id in their order; where they differ, the query
-and the reason are told. Then each approximate kind is built as `twotower index` builds it, and all test queries are
-compared with exact search, beside the recall that was stated when it was built.
+With exact search, the ranked ids of `evaluate`, of `Retriever.recommend` and of `POST /recommend` are compared in
+order; the service is a separate `twotower serve` process with several concurrent clients over loopback. Queries whose
+results differ are reported with the service's response. Then each approximate kind is built as by `twotower index`,
+and its recall against exact search on all test queries is compared with the recall estimated when it was built.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from twotower.run import reread
 from twotower.serving import Retriever, build_stored_index, find_model, read_index_report
 from twotower.serving.artifact import library_versions
 
-#: Connections that ask at once, so that the service answers in batches of changing size.
+#: Concurrent connections, so that the service processes batches of varying size.
 CLIENTS = 8
 
 #: Queries and their histories.
@@ -44,12 +44,12 @@ Asked = tuple[list[Any], list[list[Any]]]
 
 
 def ids_of(retriever: Retriever, codes: np.ndarray) -> list[list[Any]]:
-    """Item ids of ranked codes, row by row, without the -1 of rows that ran out."""
+    """Decode ranked codes row by row, without the padding -1."""
     return [retriever.artifact.items.decode(row[row >= 0]).to_list() for row in codes]
 
 
 def asked_by_id(retriever: Retriever, queries: list[Any], histories: list[list[Any]], k: int) -> list[list[Any]]:
-    """What `Retriever.recommend` answers, in the order of the queries."""
+    """Return the items of `Retriever.recommend` in the order of the queries."""
     found = retriever.recommend(queries, histories=histories, k=k)
     rows: dict[Any, list[Any]] = {query: [] for query in queries}
     for query, item in zip(found["query"].to_list(), found["item"].to_list(), strict=True):
@@ -58,7 +58,7 @@ def asked_by_id(retriever: Retriever, queries: list[Any], histories: list[list[A
 
 
 def served(address: str, queries: list[Any], histories: list[list[Any]], k: int) -> list[list[Any] | str]:
-    """What the service answers; text where it refuses."""
+    """Return the items from the service, or the error message if it refuses a query."""
     host = urlsplit(address).netloc
 
     def ask(client: int) -> list[list[Any] | str]:
@@ -67,11 +67,11 @@ def served(address: str, queries: list[Any], histories: list[list[Any]], k: int)
             body = json.dumps({"query_id": query, "history": history, "k": k})
             connection.request("POST", "/recommend", body, {"Content-Type": "application/json"})
             answer = connection.getresponse()
-            told = json.loads(answer.read())
+            content = json.loads(answer.read())
             answers.append(
-                [item["item"] for item in told["items"]]
+                [item["item"] for item in content["items"]]
                 if answer.status == http.client.OK
-                else f"{answer.status}: {told['detail']}"
+                else f"{answer.status}: {content['detail']}"
             )
         return answers
 
@@ -83,13 +83,13 @@ def served(address: str, queries: list[Any], histories: list[list[Any]], k: int)
 
 
 def share(found: list[list[Any]], best: list[list[Any]]) -> tuple[float, float]:
-    """Mean share of the best ids among those found, and its standard error."""
+    """Compute the mean share of the best ids that were found, and its standard error."""
     shares = np.array([len(set(a) & set(b)) / max(len(b), 1) for a, b in zip(found, best, strict=True)])
     return float(shares.mean()), float(shares.std(ddof=1) / np.sqrt(len(shares)))
 
 
 def approximate(run: Path, kind: str, settings: dict[str, Any], asked: Asked, best: Any) -> dict[str, Any]:
-    """An index of a kind, built into a copy of the model and asked what exact search was asked."""
+    """Build an approximate index into a copy of the model, and compare its results with exact search."""
     with tempfile.TemporaryDirectory(prefix="same-answers-") as folder:
         model = Path(shutil.copytree(find_model(run), Path(folder) / "model"))
         build_stored_index(model, kind, settings=settings)
@@ -113,7 +113,7 @@ def approximate(run: Path, kind: str, settings: dict[str, Any], asked: Asked, be
 
 
 def main() -> None:
-    """Compare and tell."""
+    """Compare and print the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("run", type=Path)
     parser.add_argument("-k", type=int, default=20)

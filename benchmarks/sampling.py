@@ -1,9 +1,9 @@
-"""How long negatives take to draw and to look up: 10^6 draws from 10^7 items by frequency, beside other ways.
+"""Time to draw and look up negatives: 10^6 draws from 10^7 items by frequency, compared with other methods.
 
     python benchmarks/sampling.py [--items 10000000] [--draws 1000000] [--json benchmarks/results/sampling.json]
 
-All ways draw in turns, round by round, so that a busy machine slows all alike. Reported: medians over rounds of wall
-time and of processor time, and set-up. The limit beside them is one random read of 8 bytes from a table of N for each
+All methods draw in turn in every round, so that a busy machine slows all alike. Reported are the setup time and medians
+over rounds of wall time and CPU time. The lower bound for comparison is one random 8-byte read from a table of N per
 draw.
 """
 
@@ -28,20 +28,20 @@ SEED = 0
 
 
 class TextbookAlias:
-    """Walker's table as it is usually written: two tables, two random numbers."""
+    """Walker's alias method in its usual form: two tables, two random numbers."""
 
     def __init__(self, table: torch.Tensor) -> None:
         self.threshold = (table >> 32).float() / (1 << 31)
         self.alias = table & 0xFFFFFFFF
 
     def __call__(self, size: int) -> torch.Tensor:
-        """So many draws."""
+        """Draw the given number of items."""
         slot = torch.randint(len(self.alias), (size,))
         return torch.where(torch.rand(size) < self.threshold[slot], slot, self.alias[slot])
 
 
 def times(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
-    """Median wall and processor milliseconds of each call, in turns."""
+    """Measure median wall and CPU milliseconds of each call, in turn."""
     wall: dict[str, list[float]] = {name: [] for name in calls}
     cpu: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 1):
@@ -68,7 +68,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)
-    # Counts as a Zipf(1) catalog has them, in random order of the codes.
+    # Counts of a Zipf(1) catalog, in random order of the codes.
     counts = torch.from_numpy(rng.permutation(np.ceil(1e7 / np.arange(1, arguments.items + 1))))
     began = time.perf_counter()
     proposal = Weighted(counts)
@@ -94,11 +94,11 @@ def main() -> None:
         slow: dict[str, Callable[[], object]] = {
             "numpy.random.Generator.choice(p=)": lambda: rng.choice(arguments.items, arguments.draws, p=share)
         }
-        if arguments.items < 2**24:  # torch.multinomial takes no more
+        if arguments.items < 2**24:  # the limit of torch.multinomial
             slow["torch.multinomial"] = lambda: torch.multinomial(weights, arguments.draws, replacement=True)
         results |= times(slow, 1)
 
-    # What a batch does with its draws: expected counts, accidental hits, copies merged.
+    # All steps of a batch with its draws: expected counts, accidental hits, merging of copies.
     frequency = CountedFrequency(counts.long())
     pool = Pool(InBatch(frequency), Sampled(proposal, size=8192))
     positives = proposal.sample((8192,))

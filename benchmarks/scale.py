@@ -1,15 +1,16 @@
-"""Step time and memory against the size of the catalog and of the batch.
+"""Step time and memory as functions of catalog size and batch size.
 
     python benchmarks/scale.py [--parts catalogs,batches] [--threads 2] [--json FILE] [--plot docs/scale.svg]
 
-A step is the whole of it: towers (one table of queries, one of items), in-batch candidates with correction and masks,
-loss, backward, row-wise Adagrad on the tables. Catalogs differ in N alone: the same ranks, drawn by Zipf's law, stand
-for random codes of each catalog, so every batch has the same distinct items and duplicates at every size.
+A step is a complete training step: towers (one table of queries, one of items), in-batch candidates with correction and
+masks, loss, backward, row-wise Adagrad on the tables. Catalogs differ only in N: the same Zipf-distributed popularity
+ranks are mapped to random codes of each catalog, so every batch has the same number of distinct items and duplicates at
+every size.
 
-All sizes are timed in one process, one step of each in turn; reported are medians over rounds, and medians of the
-ratios within a round. On a busy machine `--clock cpu --threads 1` counts processor time instead. Memory is the peak of
-a process of its own for each size, less what it held before its model. `products` are the matrix products of the loss
-alone, forward and backward, on the distinct items, in tiles.
+All sizes are timed in one process, one step of each in turn. Reported are medians over rounds, and medians of the
+ratios within a round. On a busy machine, use `--clock cpu --threads 1` for CPU time. Memory is measured in a separate
+process for each size: its peak minus its size before the model. `products` are the matrix products of the loss alone,
+forward and backward, on the distinct items, in tiles.
 """
 
 import argparse
@@ -41,14 +42,14 @@ TILE = 256
 
 
 class Step:
-    """Training steps on one catalog, each with a batch of its own."""
+    """Training steps on one catalog, each with a new batch."""
 
     def __init__(self, num_items: int, rows: int, num_ranks: int, rule: str = "rowwise-adagrad") -> None:
         generator = torch.Generator().manual_seed(SEED)
         self.rows, self.generator = rows, torch.Generator().manual_seed(SEED + 1)
         weight = 1.0 / torch.arange(1, num_ranks + 1, dtype=torch.float64)
         self.cumulated = weight.cumsum(0) / weight.sum()
-        # Rank -> code, one to one: consecutive ranks lie far apart, as sorted ids of a real catalog do.
+        # A one-to-one map of rank to code: consecutive ranks have distant codes, as in a real catalog with sorted ids.
         self.codes = torch.randperm(num_items, generator=generator)[:num_ranks].clone()
         counts = torch.ones(num_items, dtype=torch.int64)
         counts[self.codes] += (weight * 1e7 / weight.sum()).long()
@@ -64,7 +65,7 @@ class Step:
         self.distinct = 0
 
     def batch(self) -> Batch:
-        """Rows of the next step."""
+        """Draw the rows of the next step."""
         ranks = torch.searchsorted(self.cumulated, torch.rand(self.rows, dtype=torch.float64, generator=self.generator))
         queries = torch.randint(0, NUM_QUERIES, (self.rows,), generator=self.generator)
         items = self.codes[ranks.clamp(max=len(self.codes) - 1)]
@@ -72,13 +73,13 @@ class Step:
         return Batch(torch.arange(self.rows), queries, items, torch.empty(self.rows, 0, dtype=torch.int64))
 
     def whole(self, batch: Batch) -> None:
-        """Towers, candidates, loss, backward, optimizer."""
+        """Run a complete step: towers, candidates, loss, backward, optimizer."""
         self.optimizer.zero_grad()
         batch_loss(self.towers, self.objective, batch)[0].mean().backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
 
     def tables(self, batch: Batch) -> None:
-        """The same without candidates and loss: look up the distinct rows, give each a gradient, move them."""
+        """Run a step without candidates and loss: look up the distinct rows, backpropagate a sum, update them."""
         self.optimizer.zero_grad()
         distinct = torch.unique(batch.items)
         total = self.towers.embed_items(distinct).sum() + self.towers.embed_queries(batch.queries, None).sum()
@@ -87,7 +88,7 @@ class Step:
 
 
 def products(rows: int, distinct: int) -> Callable[[], None]:
-    """What a loss cannot do without: scores, and the gradients of both sides, tile by tile."""
+    """Return the minimum work of a loss: scores and the gradients of both sides, tile by tile."""
     query, items = torch.randn(rows, D), torch.randn(distinct, D)
     of_query, of_items = torch.empty(rows, D), torch.zeros(distinct, D)
     tile = torch.empty(TILE, distinct)
@@ -104,7 +105,7 @@ def products(rows: int, distinct: int) -> Callable[[], None]:
 
 
 def peak(num_items: int, rows: int, num_ranks: int) -> float:
-    """MiB that a process of its own held at most for this model and its steps."""
+    """Measure the peak MiB of this model and its steps, in a separate process."""
     command = [
         sys.executable,
         __file__,
@@ -126,14 +127,14 @@ def one(num_items: int, rows: int, num_ranks: int) -> None:
 
 
 def catalogs(rounds: int, *, rows: int = 8192, with_memory: bool = True) -> list[dict[str, Any]]:
-    """Step time and memory at each N."""
+    """Measure step time and memory at each N."""
     steps = {n: Step(n, rows, CATALOGS[0]) for n in CATALOGS}
     calls: dict[str, Callable[[], Callable[[], object]]] = {}
     for n, step in steps.items():
         calls[f"whole {n}"] = lambda step=step: bound(step.whole, step.batch())  # type: ignore[misc]
     for n, step in steps.items():
         calls[f"tables {n}"] = lambda step=step: bound(step.tables, step.batch())  # type: ignore[misc]
-    for step in steps.values():  # of each, so that their batches stay alike
+    for step in steps.values():  # for every size, so that their batches stay the same
         step.batch()
     multiply = products(rows, steps[CATALOGS[0]].distinct)
     calls["products"] = lambda: multiply
@@ -167,7 +168,7 @@ def catalogs(rounds: int, *, rows: int = 8192, with_memory: bool = True) -> list
 def batches(
     rounds: int, sizes: Sequence[int], *, num_items: int = 10**6, with_memory: bool = True
 ) -> list[dict[str, Any]]:
-    """Step time and memory at each B. Every size is timed beside its own products."""
+    """Measure step time and memory at each B. Every size is timed together with its own products."""
     step = Step(num_items, BATCHES[0], num_items)
     found: list[dict[str, Any]] = []
     for rows in sizes:
@@ -200,7 +201,7 @@ def batches(
 
 
 def memory_of_batches(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of `batches`, timed before, with their peaks: memory does not mind a busy machine."""
+    """Add peak memory to rows of `batches` that were timed earlier: a busy machine does not affect memory."""
     for row in rows:
         row["peak_mib"] = round(peak(int(row["items"]), int(row["rows"]), int(row["items"])), 1)
         print(row, flush=True)
@@ -208,12 +209,12 @@ def memory_of_batches(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure the parts asked for; results of others in the JSON file are kept."""
+    """Measure the requested parts; results of other parts in the JSON file are kept."""
     parser = options(__doc__.splitlines()[0])
     parser.add_argument(
         "--parts",
         default="catalogs,batches",
-        help="may be empty, to plot what is there; memory: of batches timed before",
+        help="catalogs, batches, memory (peaks of batches timed earlier); empty: only plot existing results",
     )
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="others in the JSON file are kept")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="also measure peaks")

@@ -1,8 +1,8 @@
-"""Prepares, opens, splits and samples synthetic interactions: how long each takes and the peak of memory.
+"""Time and peak memory to prepare, open, split and sample synthetic interactions.
 
     python benchmarks/scale_data.py --rows 100000000 --json benchmarks/results/scale_data.json
 
-Every step runs in a process of its own, so that its peak of memory is its own. Item popularity is skewed (Zipf-like).
+Every step runs in a separate process, so that its peak memory is measured alone. Item popularity is Zipf-like.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SHARD_ROWS = 5_000_000
 
 
 def write(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Write Parquet shards, rows in no order; ids are integers with gaps."""
+    """Write Parquet shards with unordered rows; ids are integers with gaps."""
     rng = np.random.default_rng(args.seed)
     (folder / "shards").mkdir()
     for shard, start in enumerate(range(0, args.rows, SHARD_ROWS)):
@@ -64,7 +64,7 @@ def reopen(folder: Path, _args: argparse.Namespace) -> dict[str, Any]:
 
 
 def sample(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Batches of rows with histories, straight from the memory-mapped arrays."""
+    """Make batches of rows with histories directly from the memory-mapped arrays."""
     data = Interactions.open(folder / "prepared")
     batches = iter(TrainingBatches(data, args.batch, history_length=50, seed=args.seed))
     started = time.perf_counter()
@@ -89,7 +89,7 @@ STEPS = {f.__name__: f for f in (write, prepare, reopen, sample, split)}
 
 
 def main() -> None:
-    """Run all steps, print and write what they took."""
+    """Run all steps, print and write their time and memory."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--users", type=int, default=1_000_000)
@@ -144,7 +144,7 @@ def main() -> None:
 
 
 def _import_peak() -> float:
-    """Peak memory of a process that only imports the library, for comparison."""
+    """Measure the peak memory of a process that only imports the library, for comparison."""
     code = "import twotower.data; from twotower import machine; print(machine.peak_memory() / 2**30)"
     return float(subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Time and memory against N and against B, as SVG."""
+    """Plot time and memory against N and against B as SVG."""
     import matplotlib as mpl  # noqa: PLC0415
 
     mpl.use("Agg")

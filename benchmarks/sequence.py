@@ -1,15 +1,15 @@
-"""What a sequence preset reaches on the leave-one-out protocol of MovieLens-1M, by processor time.
+"""Quality of a sequence preset on MovieLens-1M (leave-one-out protocol) within a budget of CPU time.
 
     python benchmarks/sequence.py --data ../shared/data --preset sasrec-large --seed 0 --cpu-seconds 7200
 
-Test: the last item of every user; validation: the second last of the 512 users that the protocol names; ranking over
-all 3,416 items without those already in the history. After every epoch the validation users are ranked, and the test
-figures are those of the weights that were best on them. The best within the first 600 s of processor time are tested as
-well. Nothing is chosen by a test figure.
+Test target: the last item of every user. Validation target: the second last item of the 512 users that the protocol
+names. All 3,416 items are ranked, excluding the history. The validation users are ranked after every epoch, and the
+weights with the best validation are tested. The best weights within the first 600 s of CPU time are also tested.
+Nothing is selected by test results.
 
-The learning rate goes by the processor time spent: it rises over 100 steps, stays, and falls along a line to a
-twentieth over the last two fifths of the budget. The time is that of all threads in training steps; validation is
-counted apart. The state is written after every epoch: interrupted, the same command goes on.
+The learning rate depends on the CPU time spent: it warms up over 100 steps, stays constant, and decays linearly to a
+twentieth over the last two fifths of the budget. Only CPU time of training steps counts, over all threads; validation
+is counted separately. The state is saved after every epoch, so the same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ from twotower.training.optimizers import TableOptimizer, parameter_groups  # noq
 
 RESULTS = Path(__file__).parent / "results" / "sequence.json"
 WARMUP_STEPS = 100
-#: Share of the budget after which the learning rate falls, and what is left of it at the end.
+#: Share of the budget after which the learning rate decays, and its final factor.
 STEADY, LEAST = 0.6, 0.05
-#: Processor seconds of the figure that stands beside the final one: five minutes on two cores.
+#: CPU seconds of the early result: five minutes on two cores.
 EARLY = 600.0
 
 
 class Run:
-    """One training: the model, what moves it, and how far it has come.
+    """A training run: the model, its optimizer, and its progress.
 
     Args:
         split: the data, split.
         config: the preset with its overrides.
-        budget: processor seconds.
-        folder: where the state is kept.
+        budget: CPU seconds.
+        folder: folder of the saved state.
     """
 
     def __init__(self, split: tt.Split, config: Config, budget: float, folder: Path) -> None:
@@ -84,7 +84,7 @@ class Run:
         self.early: dict[str, float] = {}
 
     def train_epoch(self) -> None:
-        """One epoch, or what is left of the budget."""
+        """Train one epoch, or until the budget is spent."""
         self.towers.train()
         started, before = time.process_time(), self.spent
         total = 0.0
@@ -107,7 +107,7 @@ class Run:
         self.loss = total / (self.step - first)
 
     def validate(self) -> dict[str, float]:
-        """Rank the validation users; keep the weights where they are the best so far."""
+        """Rank the validation users; save the weights if they are the best so far."""
         started = time.process_time()
         values = self.measure(self.kept, self.split.validation)
         self.validating += time.process_time() - started
@@ -125,17 +125,17 @@ class Run:
 
     @property
     def kept(self) -> TwoTower:
-        """The weights that are measured."""
+        """Return the weights to evaluate."""
         return self.averaged if self.config.training.weight_average else self.towers
 
     def measure(self, towers: TwoTower, holdout: Holdout) -> dict[str, float]:
-        """HR@10, NDCG@10 and coverage@10 over the full catalog."""
+        """Measure HR@10, NDCG@10 and coverage@10 over the full catalog."""
         ranker = TowerRanker(towers, history_length(self.config))
         values = evaluation.evaluate(ranker, holdout, train=self.split.train, ks=(10,), baselines=False)["model"].values
         return {name: round(float(values[name]), 5) for name in ("NDCG@10", "HR@10", "coverage@10")}
 
     def save(self) -> None:
-        """Everything that the run needs to go on, written whole or not at all."""
+        """Save everything needed to resume, atomically."""
         state = {
             "towers": self.towers.state_dict(),
             "averaged": self.averaged.state_dict(),
@@ -148,7 +148,7 @@ class Run:
         SafeCheckpointIO().save_checkpoint(state, self.folder)
 
     def restore(self) -> None:
-        """Go on where `save` was called."""
+        """Resume from the saved state."""
         state = SafeCheckpointIO().load_checkpoint(self.folder)
         self.towers.load_state_dict(state["towers"])
         self.averaged.load_state_dict(state["averaged"])
@@ -169,7 +169,7 @@ class Run:
 
 
 def told(run: Run, asked: argparse.Namespace, *, test: dict[str, float] | None) -> dict[str, Any]:
-    """The run as it stands in the results."""
+    """Return the entry of the run in the results."""
     code = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     best = max(run.curve, key=lambda row: row["NDCG@10"])
     return {
@@ -198,27 +198,27 @@ def told(run: Run, asked: argparse.Namespace, *, test: dict[str, float] | None) 
 
 
 def keep(entry: dict[str, Any], path: Path) -> None:
-    """Put a run into the results, in place of an older state of the same run."""
+    """Put a run into the results, replacing an older entry of the same run."""
     same = ("preset", "overrides", "seed", "budget_cpu_seconds")
-    # Read again: another process may have written meanwhile.
+    # Read again: another process may have written in between.
     others = json.loads(path.read_text()) if path.exists() else []
     others = [other for other in others if any(other[name] != entry[name] for name in same)]
     write_text(path, json.dumps([*others, entry], indent=1))
 
 
 def main() -> None:
-    """Train, or go on, until the budget is spent."""
+    """Train or resume until the budget is spent."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the folder that holds the data sets")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--preset", default="sasrec-large")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--cpu-seconds", type=float, default=7200.0, help="budget of processor time; an hour on two cores"
+        "--cpu-seconds", type=float, default=7200.0, help="budget of CPU time; 7200 is an hour on two cores"
     )
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--state", type=Path, required=True, help="folder of this run's state")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--test-now", action="store_true", help="end here: test the best weights so far")
+    parser.add_argument("--test-now", action="store_true", help="stop now and test the best weights so far")
     asked = parser.parse_args()
     data = tt.Interactions.read(asked.data / "ml-1m-loo" / "sequences.parquet")
     split = tt.splits.leave_last_out(data, validation_queries="validation_user")
@@ -226,7 +226,7 @@ def main() -> None:
     run = Run(split, config, asked.cpu_seconds, asked.state / "state")
     if run.folder.exists():
         run.restore()
-        print(f"goes on after {run.spent:.0f} s", flush=True)
+        print(f"resumed after {run.spent:.0f} s", flush=True)
     while run.spent < run.budget and not asked.test_now:
         run.train_epoch()
         row = run.validate()

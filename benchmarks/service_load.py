@@ -1,10 +1,10 @@
-"""The service under load: requests per second, latencies, memory over minutes, and models swapped meanwhile.
+"""The service under load: throughput, latency, memory over minutes, and model swaps under load.
 
     python benchmarks/service_load.py MODEL_DIR --parts load,swaps,soak --json benchmarks/results/service_load.json
 
-`twotower serve` runs as a process of its own on this machine, and wrk (Debian: apt-get install wrk) asks it over
-loopback for the ten best items of queries drawn at random. Beside it, in the same run, /healthz: what the web server
-alone can do. wrk counts answers that are not 2xx and connections that break; the benchmark fails when there is one.
+`twotower serve` runs in a separate process on this machine, and wrk (Debian: apt-get install wrk) requests the ten best
+items of random queries over loopback. For comparison, /healthz is measured in the same run: the limit of the web server
+alone. wrk counts responses other than 2xx and broken connections; the benchmark fails if there are any.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ end
 
 @contextmanager
 def service(folder: Path, *options: str) -> Iterator[str]:
-    """`twotower serve` in a process of its own; gives its address."""
+    """Run `twotower serve` in a separate process and yield its address."""
     command = [sys.executable, "-m", "twotower.cli", "serve", str(folder), "--port", "0", "--log-level", "warning"]
     with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -56,15 +56,15 @@ def service(folder: Path, *options: str) -> Iterator[str]:
             yield found.group()
         finally:
             process.terminate()
-            if process.wait(600) not in (0, -15):  # ended in order, then by the signal once more
+            if process.wait(600) not in (0, -15):  # a clean shutdown, or death by the signal
                 raise RuntimeError(f"the service ended with {process.returncode}")
 
 
 def load(
     address: str, script: Path | None, connections: int, seconds: int, seed: int, stop: threading.Event | None = None
 ) -> dict[str, Any]:
-    """One run of wrk, ended before its time where `stop` is set."""
-    # A machine that does other work may stand still for a while; a request that is never answered is one that is lost.
+    """Run wrk once, and end it early if `stop` is set."""
+    # The timeout is long: a shared machine may stall for a while, and only requests never answered count as lost.
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "--timeout", "600s"]
     if script is not None:
         command += ["-s", str(script), address, "--", str(seed)]
@@ -74,7 +74,7 @@ def load(
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         while stop is not None and process.poll() is None:
             if stop.wait(0.2):
-                process.send_signal(signal.SIGINT)  # it ends and tells what it has
+                process.send_signal(signal.SIGINT)  # wrk stops and prints its results so far
                 break
         text, _ = process.communicate()
     if process.returncode:
@@ -94,26 +94,26 @@ def load(
         "requests": total,
         "failed": failed,
         "per_second": rate,
-        # What the service itself used: unlike the rate, it does not depend on what else the machine does.
+        # CPU time of the service: unlike the rate, it does not depend on the load of the machine.
         "cpu_milliseconds_per_request": round(1000 * spent / total, 3) if total else None,
         "milliseconds": latency,
     }
 
 
 def milliseconds(value: str, unit: str) -> float:
-    """A time as wrk writes it."""
+    """Convert a time from wrk's format."""
     return float(value) * {"us": 0.001, "ms": 1.0, "s": 1000.0, "m": 60_000.0}[unit]
 
 
 def metrics(address: str) -> dict[str, float]:
-    """Values of /metrics without labels, and counts of batches."""
+    """Read the values of /metrics without labels, and the counts of batches."""
     with urllib.request.urlopen(f"{address}metrics") as answer:
         lines = answer.read().decode().splitlines()
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
 
 
 def replaced(folder: Path, other: Path) -> None:
-    """Another model takes the folder's place, whole, by renaming."""
+    """Replace the model folder by another one, atomically by renaming."""
     beside, old = folder.with_name("beside"), folder.with_name("old")
     shutil.copytree(other, beside)
     folder.rename(old)
@@ -122,7 +122,7 @@ def replaced(folder: Path, other: Path) -> None:
 
 
 def run_load(address: str, script: Path, rounds: int, seconds: int) -> dict[str, Any]:
-    """Rounds of each number of connections, interleaved with the web server alone; medians."""
+    """Measure each number of connections in rounds interleaved with the web server alone; return medians."""
     found: dict[str, list[dict[str, Any]]] = {}
     for seed in range(rounds):
         for connections in (1, 16, 64):
@@ -136,7 +136,7 @@ def run_load(address: str, script: Path, rounds: int, seconds: int) -> dict[str,
 
 
 def middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over rounds, sums of failures."""
+    """Summarize rounds: medians, and sums of failures."""
     return {
         "rounds": len(runs),
         "requests": sum(run["requests"] for run in runs),
@@ -151,7 +151,7 @@ def middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def run_swaps(address: str, script: Path, folder: Path, others: list[Path], swaps: int) -> dict[str, Any]:
-    """Swap models while wrk asks without a pause."""
+    """Swap models while wrk sends requests without pause."""
     loads: list[dict[str, Any]] = []
     thread = threading.Thread(target=lambda: loads.append(load(address, script, 16, 3 * swaps + 5, 0)))
     before = metrics(address)["process_resident_memory_bytes"]
@@ -180,7 +180,7 @@ def run_swaps(address: str, script: Path, folder: Path, others: list[Path], swap
 
 
 def run_soak(address: str, script: Path, seconds: int) -> dict[str, Any]:
-    """Memory while wrk asks for minutes. Seconds in which the machine stood still for this process do not count."""
+    """Measure memory during minutes of load. Time in which this process was stalled does not count."""
     loads: list[dict[str, Any]] = []
     stop = threading.Event()
     thread = threading.Thread(target=lambda: loads.append(load(address, script, 16, 24 * 3600, 0, stop)))
@@ -192,8 +192,8 @@ def run_soak(address: str, script: Path, seconds: int) -> dict[str, Any]:
         now = time.monotonic()
         active, last = active + min(now - last, 1.0), now
         if active >= 10 * len(seen):
-            told = metrics(address)["process_resident_memory_bytes"]
-            seen.append([round(active), round(told / 2**20, 1)])
+            memory = metrics(address)["process_resident_memory_bytes"]
+            seen.append([round(active), round(memory / 2**20, 1)])
     stop.set()
     thread.join()
     return {
@@ -207,12 +207,10 @@ def run_soak(address: str, script: Path, seconds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the parts and write what they found."""
+    """Run the parts and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
-    parser.add_argument(
-        "other", type=Path, nargs="?", help="another model to swap with; a copy of the first unless told"
-    )
+    parser.add_argument("other", type=Path, nargs="?", help="another model to swap with; default: a copy of the first")
     parser.add_argument("--parts", default="load,swaps,soak")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=int, default=4)

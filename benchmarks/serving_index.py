@@ -1,18 +1,18 @@
-"""Queries a second and latency of every kind of index beside faiss's flat index, measured side by side in one run.
+"""Throughput and latency of every kind of index, compared with faiss's flat index in the same run.
 
     python benchmarks/serving_index.py --build --kinds hnsw,ivfpq --store DIR       # once; takes long
     python benchmarks/serving_index.py --kinds exact,hnsw,ivfpq --store DIR --json FILE
-    ... --kinds exact,hnsw,ivfpq,pgvector --postgres FOLDER                          # a server of its own, kept there
+    ... --kinds exact,hnsw,ivfpq,pgvector --postgres FOLDER    # a private server
 
-Two catalogs of unit vectors. `clustered`: items scattered around 1,000 centres, queries too, as the towers of a trained
-model lie. `random`: independent directions, the worst case of every approximate index, for no item is much nearer
-than the next. Indexes are built beforehand, each kind in a process of its own, and told is the processor time of the
-build (all threads together: a busy machine does not change it) and how far it raised the peak of resident memory. Where
-recall is below --min-recall, an index looks harder, as far as its kind goes.
+There are two catalogs of unit vectors. `clustered`: items and queries scattered around 1,000 centres, like the
+embeddings of a trained model. `random`: independent directions, the worst case of every approximate index, because no
+item is much nearer than the next. With --build, each kind is built in a separate process; reported are the CPU time of
+the build (over all threads, so a busy machine does not change it) and the growth of peak resident memory. While recall
+is below --min-recall, the search effort of an index is raised, up to the maximum of its kind.
 
-Searches are timed in one process and in interleaved rounds: in every round each kind answers the same queries, one by
-one and in batches, so that whatever slows one slows all. Reported: queries a second (median over rounds), p50 and p99,
-the ratios to IndexFlatIP and to the bare matrix product of the same rounds, and recall of the top K.
+Searches are timed in one process in interleaved rounds: in every round each kind answers the same queries, one by one
+and in batches, so that a busy machine slows all alike. Reported are queries per second (median over rounds), p50 and
+p99, ratios to IndexFlatIP and to the bare matrix product of the same rounds, and recall of the top K.
 """
 
 import argparse
@@ -42,34 +42,34 @@ from twotower.index import ExactCatalog, Index, build_index, load_index
 from twotower.index.build import exact_answers, recall_of
 
 SEED = 0
-#: Columns of a tile of the product.
+#: Columns of a tile of the matrix product.
 COLUMNS = 8192
-#: What is told of a build.
+#: Reported values of a build.
 KEPT = ("build_processor_seconds", "build_wall_seconds", "peak_growth_mib", "recall_by_effort")
 
 
 class Flat:
-    """faiss's exact index, called as plainly as it can be."""
+    """The exact index of faiss, called directly."""
 
     def __init__(self, items: Tensor) -> None:
         self._flat = faiss.IndexFlatIP(items.shape[1])
         self._flat.add(items.numpy())
 
     def search(self, queries: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and items."""
+        """Return scores and items."""
         scores, found = self._flat.search(queries.numpy(), k)
         return scores, found
 
 
 class Product:
-    """The matrix product of a batch alone, in tiles that are written over; nothing is ranked."""
+    """The matrix product of a batch alone, in overwritten tiles; nothing is ranked."""
 
     def __init__(self, items: Tensor) -> None:
         self._items = items
         self._tiles: dict[tuple[int, int], Tensor] = {}
 
     def search(self, queries: Tensor, _: int) -> None:
-        """Every score, and none kept."""
+        """Compute every score and discard it."""
         for left in range(0, len(self._items), COLUMNS):
             tile = self._items[left : left + COLUMNS]
             shape = (len(queries), len(tile))
@@ -79,7 +79,7 @@ class Product:
 
 
 def vectors(kind: str, count: int, dim: int, seed: int) -> Tensor:
-    """Unit vectors [count, D]: items and queries of one kind share their centres."""
+    """Generate unit vectors [count, D]; items and queries of the same catalog share their centres."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(count, dim, generator=generator)
     if kind == "clustered":
@@ -90,7 +90,7 @@ def vectors(kind: str, count: int, dim: int, seed: int) -> Tensor:
 
 @contextmanager
 def database(folder: Path | None) -> Iterator[Any]:
-    """A PostgreSQL of its own that keeps its data in a folder, with room to build a graph in memory; None without."""
+    """Run a private PostgreSQL server with its data in a folder and memory for graph builds; None without a folder."""
     if folder is None:
         yield None
         return
@@ -105,7 +105,7 @@ def database(folder: Path | None) -> Iterator[Any]:
 
 
 def server_seconds(server: Any) -> float:
-    """Processor time of a PostgreSQL server and of everything it has started."""
+    """Return the CPU time of a PostgreSQL server and of its child processes."""
     import psutil  # type: ignore[import-untyped]  # noqa: PLC0415
 
     main = psutil.Process(server.get_pid())
@@ -115,7 +115,7 @@ def server_seconds(server: Any) -> float:
 
 
 def build(catalog: str, kind: str, arguments: argparse.Namespace) -> None:
-    """Build one index, tune its effort to the floor, and keep it in the store."""
+    """Build one index, raise its effort to the minimum recall, and save it in the store."""
     folder = arguments.store / f"{catalog}-{arguments.items}-{kind}"
     folder.mkdir(parents=True)
     items = vectors(catalog, arguments.items, arguments.dim, SEED + 1)
@@ -147,7 +147,7 @@ def build(catalog: str, kind: str, arguments: argparse.Namespace) -> None:
 
 
 def room(server: Any) -> str:
-    """The server's address, with memory to build a graph of a million items in."""
+    """Return the address of the server, with enough memory for a graph of a million items."""
     uri = server.get_uri()
     return f"{uri}{'&' if '?' in uri else '?'}options=-c%20maintenance_work_mem%3D2GB"
 
@@ -157,7 +157,7 @@ def _last(values: dict[str, float]) -> float:
 
 
 def measure(catalog: str, arguments: argparse.Namespace, server: Any) -> dict[str, Any]:
-    """All kinds on one catalog."""
+    """Measure all kinds on one catalog."""
     items = vectors(catalog, arguments.items, arguments.dim, SEED + 1)
     queries = vectors(catalog, arguments.rounds * arguments.batch, arguments.dim, SEED + 2)
     sample = queries[:200]
@@ -172,14 +172,14 @@ def measure(catalog: str, arguments: argparse.Namespace, server: Any) -> dict[st
             index = Flat(items)
         elif kind == "exact":
             index = ExactCatalog(items)
-            index.search(sample[:1], arguments.k)  # lays the items out
-            index.search(queries[: arguments.batch], arguments.k)  # and once more in bfloat16, where that is faster
+            index.search(sample[:1], arguments.k)  # the first search prepares the item layout
+            index.search(queries[: arguments.batch], arguments.k)  # the second prepares bfloat16, if that is faster
         else:
             folder = arguments.store / f"{catalog}-{arguments.items}-{kind}"
             try:
                 built = json.loads((folder / "built.json").read_text(encoding="utf-8"))
             except OSError as error:
-                raise InputError(f"{folder}: build it first, with --build ({error})") from None
+                raise InputError(f"{folder}: build it first with --build ({error})") from None
             if kind == "pgvector":
                 built["settings"]["url"] = server.get_uri()
             index = load_index(built, items, folder)
@@ -246,8 +246,8 @@ def main() -> None:
     parser.add_argument("--catalogs", default="clustered,random")
     parser.add_argument("--min-recall", type=float, default=0.95)
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--build", action="store_true", help="build into --store and measure nothing")
-    parser.add_argument("--store", type=Path, default=Path("runs/serving-index"), help="where indexes are kept")
+    parser.add_argument("--build", action="store_true", help="build into --store without measuring")
+    parser.add_argument("--store", type=Path, default=Path("runs/serving-index"), help="folder of the built indexes")
     parser.add_argument("--postgres", type=Path, default=None, help="folder of pgvector's server")
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()

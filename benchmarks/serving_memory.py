@@ -1,12 +1,12 @@
-"""Memory of a served model, in multiples of its catalog: what a process holds after it has loaded and answered.
+"""Memory of a served model after loading and after requests, in multiples of its catalog.
 
     python benchmarks/serving_memory.py [--items 300000] [--kinds exact,hnsw,ivfpq] [--json FILE]
 
-A model with weights as they were drawn is written to a folder, an index is built beside it, and each kind is loaded by
-a fresh process that asks for the best 100 items of 200 queries, with the popularity dial at 1, then at 0.5, then for
-neighbours of an item. Told is the growth since the imports, divided by the size of the item embeddings (N x D float32):
-memory of the process's own (anonymous), and pages of files, which the system shares between processes and can take
-back. The item table of the tower is as large as the embeddings and counts as well.
+An untrained model is written to a folder, with an index next to it. For each kind, a new process loads the model and
+requests the best 100 items of 200 queries with the popularity dial at 1, the same at 0.5, and the neighbours of an
+item. Reported is the growth since the imports, divided by the size of the item embeddings (N x D float32): private
+(anonymous) memory, and file pages, which the system shares between processes and can reclaim. The item table of the
+tower is as large as the embeddings and is included.
 """
 
 import argparse
@@ -62,7 +62,7 @@ print(json.dumps(told))
 
 
 def model(folder: Path, items: int, dim: int) -> None:
-    """A model folder with so many items."""
+    """Write a model folder with the given number of items."""
     config = Config.load(None, [f"item_tower.dimension={dim}", "query_tower.history.length=10"])
     torch.manual_seed(SEED)
     towers = build_towers(config, num_queries=QUERIES, num_items=items).eval()
@@ -80,7 +80,7 @@ def model(folder: Path, items: int, dim: int) -> None:
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure all kinds and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--items", type=int, default=300_000)
     parser.add_argument("--dim", type=int, default=64)
@@ -93,7 +93,7 @@ def main() -> None:
         folder = Path(scratch) / "model"
         model(folder, arguments.items, arguments.dim)
         for kind in arguments.kinds.split(","):
-            # A poor graph is as large as a good one, and is built sooner.
+            # A poor graph is as large as a good one and is built faster.
             settings = {"hnsw": {"build_effort": 16}, "ivfpq": {"clusters": 256}}.get(kind)
             build_stored_index(folder, kind, queries=20, settings=settings)
             command = [sys.executable, "-c", ASK, str(folder), kind, str(ASKED)]

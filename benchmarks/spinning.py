@@ -1,15 +1,15 @@
-"""A training alone and beside a busy process: threads that spin while they wait, threads asleep, one thread.
+"""Training time alone and next to a busy process: threads that spin while waiting, sleeping threads, one thread.
 
     python benchmarks/spinning.py [--data movielens-100k] [--epochs 1] [--rounds 3] [--limit 60] [--json FILE]
 
-Whole processes of `twotower train`, in turn within a round: a thread for each core as the command line has it (GNU's
-OpenMP spins for milliseconds), the same with GOMP_SPINCOUNT=1000 (asleep after microseconds), and one thread. The busy
-process multiplies matrices in one thread and never waits. A run that is not done after --limit seconds is stopped and
-counts as that much. Beside each time stands what the host of a virtual machine took of it, in seconds of one core
-(steal, proc(5)): a core that is given up is not always given back at once.
+Runs complete `twotower train` processes, in turn within a round: one thread per core, the default of the command line
+(GNU OpenMP spins for milliseconds); the same with GOMP_SPINCOUNT=1000 (threads sleep after microseconds); and one
+thread. The busy process multiplies matrices in one thread and never waits. A run that exceeds --limit seconds is
+stopped and counted with that time. Each time is reported with the steal time of a virtual machine, in seconds of one
+core (proc(5)): a released core is not always returned at once.
 
-The limit, where two threads of a training share two cores with a busy one: three quarters of the machine, so 4/3 of
-the time alone; what is above is waiting.
+Ideally, a training run with two threads that shares two cores with a busy thread gets three quarters of the machine and
+takes 4/3 of its time alone; anything above is waiting.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ BUSY = "import torch; torch.set_num_threads(1); a = torch.rand(512, 512)\nwhile 
 
 
 def train(data: str, epochs: int, way: dict[str, str], limit: float) -> float:
-    """Seconds of one training and its test, `limit` at most."""
+    """Time one training run with its evaluation, at most `limit` seconds."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
     with tempfile.TemporaryDirectory() as folder:
         command = [str(Path(sys.executable).with_name("twotower")), "train", data, "--out", f"{folder}/run"]
@@ -53,20 +53,20 @@ def train(data: str, epochs: int, way: dict[str, str], limit: float) -> float:
 
 
 def stolen() -> float:
-    """Seconds of a core that the host has kept to itself since it started; 0 where the system does not tell."""
+    """Return the steal time since boot in seconds of one core, or 0 if the system does not report it."""
     told = Path("/proc/stat")
     return int(told.read_text().split()[8]) / os.sysconf("SC_CLK_TCK") if told.exists() else 0.0
 
 
 @contextmanager
 def beside(busy: bool) -> Iterator[None]:
-    """A process that keeps one core busy, or none."""
+    """Run a process that keeps one core busy, if `busy`."""
     if not busy:
         yield
         return
     other = subprocess.Popen([sys.executable, "-c", BUSY])
     try:
-        time.sleep(3)  # until it has imported torch
+        time.sleep(3)  # wait until it has imported torch
         yield
     finally:
         other.kill()
@@ -74,7 +74,7 @@ def beside(busy: bool) -> Iterator[None]:
 
 
 def measured(asked: argparse.Namespace, busy: bool) -> dict[str, Any]:
-    """All ways in turn."""
+    """Time all variants in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     steal: dict[str, list[float]] = {name: [] for name in WAYS}
     with beside(busy):
@@ -83,8 +83,8 @@ def measured(asked: argparse.Namespace, busy: bool) -> dict[str, Any]:
                 before = stolen()
                 seconds[name].append(round(train(asked.data, asked.epochs, way, asked.limit), 1))
                 steal[name].append(round(stolen() - before, 1))
-                told = f"{seconds[name][-1]} s, {steal[name][-1]} stolen"
-                print(f"{'busy' if busy else 'alone'}, round {turn + 1}, {name}: {told}", flush=True)
+                result = f"{seconds[name][-1]} s, {steal[name][-1]} stolen"
+                print(f"{'busy' if busy else 'alone'}, round {turn + 1}, {name}: {result}", flush=True)
     return {
         "busy_process": busy,
         "seconds": seconds,
@@ -95,9 +95,9 @@ def measured(asked: argparse.Namespace, busy: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, and keep what was measured."""
+    """Measure and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="movielens-100k", help="what `twotower train` takes")
+    parser.add_argument("--data", default="movielens-100k", help="the data, as `twotower train` takes it")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--limit", type=float, default=60.0, help="seconds after which a run is stopped")

@@ -1,18 +1,19 @@
-"""One in-batch training step beside the matrix products alone and plain PyTorch, interleaved in one process.
+"""Time of one in-batch training step, compared with its matrix products and plain PyTorch, interleaved in one process.
 
     python benchmarks/step.py [--rows 8192] [--rounds 7] [--compile] [--memory] [--json benchmarks/results/step.json]
 
-A step: 1,000,000 users and as many items, drawn by Zipf's law; both looked up in tables and scaled to length 1;
-candidates are the batch's items, corrected by their expected count, the row's own item and 20 known ones masked;
-backward; row-wise Adagrad. Measured: `batch_loss` and `TableOptimizer`, as training runs them. In each round beside it:
+A step has 1,000,000 users and 1,000,000 items, drawn by Zipf's law. Both are looked up in tables and normalized. The
+candidates are the batch's items, corrected by their expected count, with the row's own item and 20 known positives
+masked; then backward and row-wise Adagrad. Measured are `batch_loss` and `TableOptimizer`, as in training. Each round
+also times:
 
-- products: the three matrix products of the loss, [B, D] x [D, B], [B, B] x [B, D] twice, into memory kept from before;
+- products: the three matrix products of the loss, [B, D] x [D, B], [B, B] x [B, D] twice, into preallocated memory;
 - plain: the same as a competent user would write it, nn.Embedding(sparse=True), one matrix of logits, log q subtracted,
   copies of the row's own item masked (not the known ones: less work than ours), cross_entropy, torch.optim.Adagrad;
 - plain, dense Adam: the same with dense gradients and torch.optim.Adam (`--dense`; a round takes seconds);
 - compiled: plain with its loss under torch.compile (`--compile`; with `--tuned` the allocator keeps its memory).
 
-`--memory` measures what the loss needs beyond its inputs instead: growth of the largest resident size.
+`--memory` instead measures the memory of the loss beyond its inputs: growth of the peak resident size.
 """
 
 import argparse
@@ -39,7 +40,7 @@ from twotower.negatives import CountedFrequency, InBatch, Pool
 from twotower.training import TableOptimizer, batch_loss
 
 SEED, D, N, KNOWN, TEMPERATURE = 0, 64, 1_000_000, 20, 0.1
-#: An allocator that gives nothing back to the system: no page faults after the first step.
+#: Allocator settings that return nothing to the system: no page faults after the first step.
 TUNED = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 40),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
@@ -47,7 +48,7 @@ TUNED = {
 }
 
 
-#: Wall time, or the processor time of all threads of this process.
+#: Wall time, or the CPU time of all threads of this process.
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -60,36 +61,36 @@ class Towers(nn.Module):
         self.temperature = torch.tensor(TEMPERATURE)
 
     def embed_queries(self, queries: Tensor, history: Tensor | None = None) -> Tensor:
-        """[B] -> [B, D]."""
+        """Embed queries, [B] -> [B, D]."""
         del history
         return F.normalize(self.users(queries), dim=-1)
 
     def embed_items(self, items: Tensor) -> Tensor:
-        """[M] -> [M, D]."""
+        """Embed items, [M] -> [M, D]."""
         return F.normalize(self.items(items), dim=-1)
 
 
 class Known:
-    """Some items for each user, by popularity."""
+    """The known positives: some items for each user, drawn by popularity."""
 
     def __init__(self, probability: Tensor, generator: torch.Generator) -> None:
         self.items = torch.multinomial(probability, 50_000 * KNOWN, replacement=True, generator=generator)
         self.items = self.items.view(50_000, KNOWN)
 
     def pairs(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """(row, item)."""
+        """Return the known positives as (row, item) pairs."""
         row = torch.arange(len(queries))[:, None].expand(-1, KNOWN)
         return row.reshape(-1), self.items[queries % 50_000].reshape(-1)
 
 
 def zipf() -> Tensor:
-    """Probabilities of N codes."""
+    """Compute Zipf probabilities of N codes."""
     weight = 1.0 / torch.arange(1, N + 1, dtype=torch.float64)
     return weight / weight.sum()
 
 
 class Ours:
-    """The library's step."""
+    """The training step of the library."""
 
     def __init__(self, towers: Towers, known: Known, *, unique: bool, merged: bool = True, low: bool = False) -> None:
         self.towers, self.known, self.low = towers, known, low
@@ -98,7 +99,7 @@ class Ours:
         self.optimizer = TableOptimizer([{"params": list(towers.parameters())}], lr=1e-3, rule="rowwise-adagrad")
 
     def __call__(self, users: Tensor, items: Tensor) -> None:
-        """One step."""
+        """Run one step."""
         batch = Batch(rows=users, queries=users, items=items, history=users[:, None][:, :0])
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.low):
             loss, _, _ = batch_loss(self.towers, self.objective, batch, self.known)  # type: ignore[arg-type]
@@ -108,7 +109,7 @@ class Ours:
 
 
 def plain_loss(query: Tensor, item: Tensor, items: Tensor, log_count: Tensor) -> Tensor:
-    """Softmax over the batch with the correction, copies of the row's own item masked."""
+    """Compute the corrected softmax loss over the batch, with copies of the row's own item masked."""
     logits = query @ item.T / TEMPERATURE
     own = torch.arange(len(items))
     corrected = logits - log_count[None, :]
@@ -128,7 +129,7 @@ class Plain:
         self.log_p = zipf().log().float()
 
     def __call__(self, users: Tensor, items: Tensor) -> None:
-        """One step."""
+        """Run one step."""
         log_count = self.log_p[items] + torch.tensor(len(items) - 1.0).log()
         loss = self.loss(self.towers.embed_queries(users), self.towers.embed_items(items), items, log_count)
         self.optimizer.zero_grad()
@@ -137,14 +138,14 @@ class Plain:
 
 
 class Products:
-    """The loss's matrix products alone, into memory kept from before."""
+    """The matrix products of the loss alone, into preallocated memory."""
 
     def __init__(self, rows: int) -> None:
         self.query, self.item = (F.normalize(torch.randn(rows, D), dim=1) for _ in range(2))
         self.logits, self.by_query, self.by_item = torch.empty(rows, rows), torch.empty(rows, D), torch.empty(rows, D)
 
     def __call__(self, users: Tensor, items: Tensor) -> None:
-        """One step's worth."""
+        """Run the products of one step."""
         del users, items
         torch.mm(self.query, self.item.T, out=self.logits)
         torch.mm(self.logits, self.item, out=self.by_query)
@@ -154,7 +155,7 @@ class Products:
 def rounds(
     steps: dict[str, Callable[[Tensor, Tensor], None]], rows: int, count: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Seconds of every step in every round; each round has its own batch, the same for all; two rounds warm up."""
+    """Time every step in every round. All steps of a round use the same batch; two rounds are warm-up."""
     rng = torch.Generator().manual_seed(SEED)
     probability = zipf()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -169,7 +170,7 @@ def rounds(
 
 
 def measure(settings: argparse.Namespace) -> dict[str, Any]:
-    """Every step interleaved; medians of the times and of the ratios within a round."""
+    """Time all steps interleaved; return medians of the times and of the ratios within a round."""
     torch.manual_seed(SEED)
     towers, known = Towers(), Known(zipf(), torch.Generator().manual_seed(SEED))
     steps: dict[str, Callable[[Tensor, Tensor], None]] = {
@@ -199,9 +200,9 @@ def measure(settings: argparse.Namespace) -> dict[str, Any]:
 
 
 def loss_memory(rows: int, *, unique: bool, repeated: bool) -> float:
-    """MiB by which the resident size grows, at most, while the loss and its gradients are computed.
+    """Measure the growth of the peak resident size in MiB while the loss and its gradients are computed.
 
-    Each row has a query of its own, or queries are repeated by Zipf's law as well.
+    Queries are distinct, or repeated by Zipf's law.
     """
     rng = torch.Generator().manual_seed(SEED)
     items = torch.multinomial(zipf(), rows, replacement=True, generator=rng)
@@ -222,7 +223,7 @@ def loss_memory(rows: int, *, unique: bool, repeated: bool) -> float:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=7)
@@ -233,7 +234,7 @@ def main() -> None:
     parser.add_argument("--repeated", action="store_true", help="with --memory: queries by Zipf's law")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
-        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: on a busy machine, with --threads 1"
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: CPU time, for a busy machine, with --threads 1"
     )
     parser.add_argument("--json", type=Path)
     settings = parser.parse_args()

@@ -1,8 +1,8 @@
-"""Where the time of one in-batch step goes: its parts by the clock, and the loss's operations by the profiler.
+"""Time profile of one in-batch step: its parts by the clock, and the operations of the loss by the profiler.
 
     python benchmarks/step_parts.py [--rounds 9] [--json benchmarks/results/step_parts.json]
 
-The step of step.py, B = 8192, D = 64, with its products beside it.
+Measures the step of step.py with B = 8192, D = 64, and its matrix products for comparison.
 """
 
 import itertools
@@ -27,7 +27,7 @@ KINDS = {
 
 
 def parts(way: Ours, known: Known, users: torch.Tensor, items: torch.Tensor) -> dict[str, float]:
-    """Milliseconds of each part of one step."""
+    """Measure milliseconds of each part of one step."""
     marks = [("", time.perf_counter())]
 
     def mark(name: str) -> None:
@@ -52,7 +52,7 @@ def parts(way: Ours, known: Known, users: torch.Tensor, items: torch.Tensor) -> 
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print and write the results."""
     parser = options(__doc__.splitlines()[0])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)  # and the default allocator, as in step.py

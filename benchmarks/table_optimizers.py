@@ -1,9 +1,9 @@
-"""What the update of a table costs: ours beside torch's own optimizers, interleaved in one process.
+"""Time of a table update by our optimizers and by torch's, interleaved in one process.
 
     python benchmarks/table_optimizers.py [--threads 2] [--json benchmarks/results/table_optimizers.json]
 
-One table of a million rows, D = 64; each round draws 8,192 ids by Zipf's law, duplicates as they come, and times
-look-up, backward and update. `--clock cpu --threads 1` counts processor time instead, for a busy machine.
+One table of a million rows, D = 64. Each round draws 8,192 ids by Zipf's law, with duplicates, and times lookup,
+backward and update. `--clock cpu --threads 1` measures CPU time, for a busy machine.
 """
 
 import json
@@ -19,7 +19,7 @@ from twotower.training import TableOptimizer
 
 
 def optimizers(rounds: int, rows: int = 8192) -> list[dict[str, Any]]:
-    """Look-up, backward and update of one table of a million rows, ids with duplicates, by each optimizer."""
+    """Time lookup, backward and update of one table by each optimizer, with duplicate ids."""
     step = Step(10**4, rows, 10**4)
     step.codes, num_items = torch.randperm(10**6)[: 10**4], 10**6
     upstream = torch.randn(rows, D)
@@ -62,7 +62,7 @@ def optimizers(rounds: int, rows: int = 8192) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure, and write the results."""
+    """Measure and write the results."""
     arguments = options(__doc__.splitlines()[0]).parse_args()
     apply(arguments)
     found = optimizers(arguments.rounds)

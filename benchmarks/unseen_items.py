@@ -1,10 +1,10 @@
-"""The mixed-negatives claim: what happens to items that never occur in training, with and without uniform candidates.
+"""The mixed-negatives claim: ranking of items that never occur in training, with and without uniform candidates.
 
     python benchmarks/unseen_items.py --data ../shared/data/online-retail/interactions.parquet
 
-A random 30 % of the catalog is taken out of the training rows; the items stay in the catalog. In-batch candidates can
-never be one of them, so nothing pushes them down, and a full ranking fills up with items nobody has ever trained.
-Uniform candidates reach them (Yang et al. 2020, "Mixed Negative Sampling", section 3.3).
+A random 30 % of the catalog is removed from the training rows but stays in the catalog. In-batch candidates never
+include these items, so nothing lowers their scores, and a full ranking fills up with untrained items. Uniform
+candidates include them (Yang et al. 2020, "Mixed Negative Sampling", section 3.3).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ POOLS = {
 
 
 def main() -> None:
-    """Train with each pool and count never-seen items in the top 10."""
+    """Train with each pool, and count items never seen in training among the top 10."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=6)

@@ -1,13 +1,13 @@
-"""Online Retail split at a moment: id towers trained on whole users, beside popularity, item-kNN and EASE.
+"""Id towers trained on whole users of Online Retail (temporal split), compared with popularity, item-kNN and EASE.
 
     python benchmarks/warm_items.py --data ../shared/data/online-retail --test 0.3 --temperature 0.2 --epochs 40
     python benchmarks/warm_items.py --data ../shared/data/online-retail --test 0.3 --temperature 0.2 --epochs 40 --final
 
-Without --final the model trains on what comes before the validation and is measured on the validation. With
---final it trains on everything before the test, as the baselines then do, and is measured on the test. Targets
-that have no training row are left out, here and for the baselines. The training is that of
-benchmarks/whole_users.py: one vector for each customer and item, the full softmax over all items, once for each
-customer. --layers and --popularity are those of benchmarks/gowalla.py.
+Without --final, the model is trained on the rows before the validation and measured on the validation. With --final, it
+is trained on all rows before the test, like the baselines, and measured on the test. Targets without training rows are
+excluded, also for the baselines. Training is that of benchmarks/whole_users.py: one vector for each customer and item,
+and the full softmax over all items, computed once per customer. --layers and --popularity are as in
+benchmarks/gowalla.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RESULTS = Path(__file__).parent / "results" / "warm_items.json"
 
 
 def main() -> None:
-    """Train and measure."""
+    """Train and evaluate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--test", type=float, default=0.3, help="share of the rows after the cut")

@@ -1,21 +1,21 @@
-"""Two tables of vectors, one for users and one for items, trained on whole users: for gowalla.py and warm_items.py.
+"""Training of user and item vectors on whole users, for gowalla.py and warm_items.py.
 
-All rows of a user have the same query embedding, hence the same softmax over the catalog, so it is computed once for
-the user and not once for the row:
+All rows of a user have the same query embedding and therefore the same softmax over the catalog, so it is computed once
+per user instead of once per row:
 
     loss_u = sum over the user's items y of ( -s_uy + log sum_j exp s_uj ),
     s_uj   = cos(q_u, v_j) / T + a log p_j,        p_j = (training rows of j + 1) / (all of them + items),
 
-exactly the full softmax's loss over all rows, at the price of one row for each user, in bfloat16 with float32 sums. A
-row's gradient and its weight are those of `full-softmax`; what differs from `twotower train` is that a batch holds
-whole users.
+This is exactly the full softmax loss over all rows, at the cost of one row per user, in bfloat16 with float32 sums. The
+gradient and the weight of a row are those of `full-softmax`; the only difference from `twotower train` is that a batch
+consists of whole users.
 
-With layers > 0 the vectors are those of the tables after propagation over the graph of users and items, in training as
-in the finished model (He et al. 2020, LightGCN, eq. 3, 4 and 8, equal weights):
+With layers > 0, the vectors are the tables after propagation over the graph of users and items, both in training and in
+the finished model (He et al. 2020, LightGCN, eq. 3, 4 and 8, equal weights):
 
     [Q V] = 1/(K+1) sum_{k=0..K} A^k [Q0 V0],        A_uv = 1 / sqrt(n_u n_v) where user u has item v, else 0.
 
-What comes out is one vector for each user and item, whatever K is.
+The result is one vector for each user and item, for every K.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from twotower.index.popularity import PopularityDial
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one training by whole users.
+    """Settings of a training run on whole users.
 
     Attributes:
         dimension: D.
         temperature: divides the cosine.
-        learning_rate: of Adam; warm-up over 20 steps, then a cosine to a twentieth.
-        users: of a batch.
-        epochs: all of them are done.
-        layers: K of the propagation over the graph.
-        prior: a; the score has a (log p_j - mean log p) in it, in training as in the finished model.
-        start: "svd", or "random", N(0, 0.1^2), or a file of tables that another run has left (--runs).
-        user_weight: a user with n rows weighs n to this power: 1 for rows that weigh alike.
-        seed: of the start and the order.
+        learning_rate: learning rate of Adam, with warm-up over 20 steps and cosine decay to a twentieth.
+        users: users per batch.
+        epochs: number of epochs, without early stopping.
+        layers: K, layers of the propagation over the graph.
+        prior: a; the score includes a (log p_j - mean log p), both in training and in the finished model.
+        start: "svd", "random" (N(0, 0.1^2)), or a file with the tables of another run (--runs).
+        user_weight: exponent e of the weight n^e of a user with n rows; 1 weights all rows equally.
+        seed: seed of initialization and order.
     """
 
     dimension: int = 64
@@ -68,13 +68,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Ranked:
-    """Two tables of unit vectors as a ranker.
+    """A ranker with two tables of unit vectors.
 
     Attributes:
         users: [Q, D].
         items: [N, D].
-        dial: of the items' training counts.
-        popularity: b of the dial; 1 for cosines alone.
+        dial: popularity dial of the items' training counts.
+        popularity: setting b of the dial; 1 for cosines alone.
     """
 
     users: Tensor
@@ -83,25 +83,25 @@ class Ranked:
     popularity: float = 1.0
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> NDArray[np.int64]:
-        """Best items of every query, int64 [E, k]."""
+        """Return the top k items of every query, int64 [E, k]."""
         seen = (holdout.history_offsets, holdout.history_items) if exclude_seen else None
         users = self.dial.queries(self.users[torch.from_numpy(holdout.queries)], self.popularity)
         return ExactIndex(self.dial.items(self.items)).search(users, k, seen)[1].numpy()
 
 
 class Softmax(torch.autograd.Function):
-    """sum_u w_u log sum_j exp(<q_u, v_j> / T + a c_j) for unit vectors; products in bfloat16, gradients on the way.
+    """The loss sum_u w_u log sum_j exp(<q_u, v_j> / T + a c_j) for unit vectors, with products in bfloat16.
 
-    c_j = log p_j - mean log p, a the prior. A cosine is at most 1, so exp(s - 1/T) cannot overflow and no maximum is
-    taken out. The sums of the rows come out of the product for the gradient: the items carry one more coordinate,
-    which is 1, beside T c_j; sixteen in all, for the kernels.
+    c_j = log p_j - mean log p, and a is the prior. The gradients are computed in the forward pass. A cosine is at most
+    1, so exp(s - 1/T) cannot overflow and no maximum has to be subtracted. The product for the gradient also computes
+    the row sums: the items have an additional coordinate 1 next to T c_j, padded to sixteen for the kernels.
     """
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, items: Tensor, coordinate: Tensor, weights: Tensor, temperature: float, prior: float
     ) -> Tensor:
-        """[B, D], [N, D], T c [N], [B] -> a scalar."""
+        """Compute the loss, [B, D], [N, D], T c [N], [B] -> a scalar."""
         beside = torch.stack([coordinate, torch.ones_like(coordinate)], 1)
         wide = torch.cat([items, beside, items.new_zeros(len(items), 14)], 1).bfloat16()
         asked = torch.cat([query, query.new_tensor([prior] + 15 * [0.0]).expand(len(query), 16)], 1)
@@ -116,31 +116,31 @@ class Softmax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: Any) -> tuple[Tensor | None, ...]:
-        """Times the incoming gradient."""
+        """Scale the saved gradients by the incoming gradient."""
         by_query, by_item = ctx.saved_tensors
         return outputs[0] * by_query, outputs[0] * by_item, None, None, None, None
 
 
 class Propagation(torch.autograd.Function):
-    """The mean of K + 1 powers of the graph's matrix times both tables. A is symmetric: so is its gradient's map."""
+    """The mean of K + 1 powers of the graph's matrix times both tables. A is symmetric, so backward is the same map."""
 
     @staticmethod
     def forward(ctx: Any, users: Tensor, items: Tensor, graph: Graph) -> tuple[Tensor, Tensor]:
-        """[Q, D], [N, D] -> the same shapes."""
+        """Propagate both tables, [Q, D], [N, D] -> the same shapes."""
         ctx.graph = graph
         return graph.propagate(users, items)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Any) -> tuple[Tensor | None, ...]:
-        """The same of the gradients."""
+        """Propagate the gradients."""
         return (*ctx.graph.propagate(*(output.contiguous() for output in outputs)), None)
 
 
 class Graph:
-    """Users and items of the training rows, each row weighing 1 / sqrt(n_u n_v).
+    """The graph of users and items, with edge weight 1 / sqrt(n_u n_v) for each training row.
 
-    A layer is a sum of rows for each user and item, bound by the memory it reads: rows in bfloat16 with float32 sums
-    took a third of the time of a sparse float32 product (D = 256).
+    A layer sums rows for each user and item and is limited by memory bandwidth: bfloat16 rows with float32 sums took a
+    third of the time of a sparse float32 product (D = 256).
     """
 
     def __init__(self, train: Interactions, layers: int) -> None:
@@ -154,7 +154,7 @@ class Graph:
         self.root_items = counts.clamp(min=1).float().rsqrt()[:, None]
 
     def propagate(self, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
-        """[Q, D], [N, D] -> the same shapes."""
+        """Propagate both tables, [Q, D], [N, D] -> the same shapes."""
         of_users, of_items = users.clone(), items.clone()
         for _ in range(self.layers):
             users, items = (
@@ -167,12 +167,12 @@ class Graph:
 
 
 def summed(rows: Tensor, codes: Tensor, offsets: Tensor) -> Tensor:
-    """The sum of the rows that each owner names, float32 [owners, D]; read in bfloat16."""
+    """Sum the rows of each owner, float32 [owners, D]; rows are read in bfloat16."""
     return F.embedding_bag(codes, rows.bfloat16(), offsets, mode="sum", include_last_offset=True).float()
 
 
 class ByUsers:
-    """Trains two tables on whole users."""
+    """Training of two tables on whole users."""
 
     def __init__(self, train: Interactions, settings: Settings) -> None:
         self.settings = settings
@@ -192,15 +192,15 @@ class ByUsers:
             state = load_file(settings.start)
             tables = [state["table.0"], state["table.1"]]
             if tuple(table.shape for table in tables) != shapes:
-                raise SystemExit(f"--start {settings.start}: tables of other users, items or another D")
-        # The SVD hands out columns of a larger matrix: not a layout that a file can hold.
+                raise SystemExit(f"--start {settings.start}: the tables have other users, other items or another D")
+        # The SVD returns views into a larger matrix, which cannot be saved as they are.
         self.tables = [table.contiguous().requires_grad_() for table in tables]
         self.optimizer = torch.optim.AdamW(self.tables, lr=settings.learning_rate, weight_decay=0.0, fused=True)
         self.users = self.sizes.nonzero().flatten()
         self.steps = -(-len(self.users) // settings.users) * settings.epochs
 
     def epoch(self, number: int) -> float:
-        """One pass over all users, in an order that seed and epoch decide; the mean loss of a row."""
+        """Train one epoch over all users, in an order given by seed and epoch; return the mean loss per row."""
         order = torch.randperm(
             len(self.users), generator=torch.Generator().manual_seed(self.settings.seed * 1000 + number)
         )
@@ -217,7 +217,7 @@ class ByUsers:
         return total
 
     def loss(self, users: Tensor) -> Tensor:
-        """Mean loss of the rows of some users."""
+        """Compute the mean loss per row over some users."""
         of_users, of_items = self.vectors()
         query, items = F.normalize(of_users[users], dim=1), F.normalize(of_items, dim=1)
         sizes = self.sizes[users]
@@ -234,7 +234,7 @@ class ByUsers:
         return (partition - score.sum()) / weights.sum()
 
     def vectors(self) -> tuple[Tensor, Tensor]:
-        """Of users [Q, D] and items [N, D], before they are made unit vectors."""
+        """Return the vectors of users [Q, D] and items [N, D] before normalization."""
         if self.graph is None:
             return self.tables[0], self.tables[1]
         found: tuple[Tensor, Tensor] = Propagation.apply(*self.tables, self.graph)  # type: ignore[no-untyped-call]
@@ -242,19 +242,19 @@ class ByUsers:
 
     @torch.no_grad()
     def ranked(self, popularity: float = 1.0) -> Ranked:
-        """The model as it is, b of the popularity dial at `popularity`."""
+        """Return the current model as a ranker, with the popularity dial at `popularity`."""
         users, items = (F.normalize(vectors, dim=1) for vectors in self.vectors())
         return Ranked(users, items, self.dial, popularity + self.settings.prior)
 
     def state(self) -> dict[str, Tensor]:
-        """Tables and the optimizer's state."""
+        """Return the tables and the optimizer state."""
         kept = {f"table.{n}": table.detach() for n, table in enumerate(self.tables)}
         for n, table in enumerate(self.tables):
             kept |= {f"{name}.{n}": value for name, value in self.optimizer.state[table].items()}
         return kept
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Back to a state."""
+        """Restore a saved state."""
         for n, table in enumerate(self.tables):
             table.data.copy_(state[f"table.{n}"])
             self.optimizer.state[table] = {key: state[f"{key}.{n}"] for key in ("step", "exp_avg", "exp_avg_sq")}
@@ -266,31 +266,31 @@ class ByUsers:
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """The settings but for the seed, and the dials that the model is measured at."""
+    """Add options for all settings except the seed, and for the dial settings to measure at."""
     for name, default in asdict(Settings()).items():
         if name != "seed":
             parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     parser.add_argument(
-        "--popularity", nargs="+", type=float, default=[1.0], metavar="B", help="of the popularity dial"
+        "--popularity", nargs="+", type=float, default=[1.0], metavar="B", help="settings of the popularity dial"
     )
 
 
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """What was asked for; several dials on the test are refused: it is looked at once."""
+    """Parse the options; with --final, only one dial setting is allowed, because the test is measured once."""
     asked = parser.parse_args()
     if asked.final and len(asked.popularity) > 1:
-        parser.error("--popularity: the test is measured at one setting, chosen on the validation before")
+        parser.error("--popularity: the test is measured at a single setting, selected on the validation")
     return asked
 
 
 def settings_of(asked: argparse.Namespace, seed: int) -> Settings:
-    """What was asked for, with a seed."""
+    """Return the requested settings with a seed."""
     values: dict[str, Any] = {name: getattr(asked, name, seed) for name in asdict(Settings())}
     return Settings(**values)
 
 
 def singular_vectors(train: Interactions, dimension: int) -> tuple[Tensor, Tensor]:
-    """Truncated SVD of A_ui / sqrt(n_u n_i) by random projection and four power steps: u sqrt(s), v sqrt(s)."""
+    """Compute u sqrt(s), v sqrt(s) of the truncated SVD of A_ui / sqrt(n_u n_i), by random projection."""
     codes = [torch.from_numpy(codes.astype(np.int64)) for codes in (train.query_codes(), train.item_codes)]
     shape = (train.num_queries, train.num_items)
     counts = [torch.bincount(c, minlength=n).clamp(min=1).float() for c, n in zip(codes, shape, strict=True)]

@@ -1,4 +1,4 @@
-"""A comparison's document with ten objectives and awkward names, from real measurements of made-up rankers."""
+"""A comparison document with ten objectives and awkward names, from real measurements of artificial rankers."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ GENRES = [f"Genre {letter} of many" for letter in "ABCDEFGHIJKLMNOPQR"]
 
 
 class Leaning:
-    """Knows the taste of a query (the parity of its items) to some degree; random otherwise."""
+    """A ranker that knows the taste of a query (the parity of its items) to some degree and is random otherwise."""
 
     def __init__(self, taste, seed):
         self.taste, self.seed = taste, seed
@@ -83,7 +83,7 @@ def audited(names):
 
 
 def calibrated(place):
-    """As `Calibration.to_dict()`: ten bins from rare to probable, off by more in later objectives."""
+    """Return values as `Calibration.to_dict()` does: ten bins, rare to probable, with larger errors at later places."""
     bins = [
         {
             "low": 0,
@@ -99,7 +99,7 @@ def calibrated(place):
 
 
 def dialled():
-    """As `DialCurve.to_dict()`: recall falls as coverage grows, and three settings lie close together."""
+    """Return values as `DialCurve.to_dict()` does: recall falls as coverage grows, three settings nearly coincide."""
     points = [
         {
             "popularity": b,
@@ -116,7 +116,7 @@ def dialled():
 
 
 def sample_document(split, *, names=OBJECTIVES, seeds=3, kind="comparison"):
-    """A document of the given shape; `split` is the planted leave-last-out split."""
+    """Build a document of the given shape; `split` is the planted leave-last-out split."""
     rankers = {
         f"{name}-{seed}": Leaning(2.0 - 0.15 * place, 100 * place + seed)
         for place, name in enumerate(names)

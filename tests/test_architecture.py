@@ -1,11 +1,11 @@
-"""The direction of imports: a file imports only from rooms above it; nothing imports in a circle."""
+"""Tests of the import structure: a file imports only from rooms above its own, and there are no import cycles."""
 
 import ast
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "twotower"
 
-#: Top to bottom. A module may import from rooms above its own, and within its own folder without a circle.
+#: Top to bottom. A module may import from rooms above its own, and from its own folder without a cycle.
 ROOMS = [
     "errors",
     "files",
@@ -50,7 +50,7 @@ ROOMS = [
     "cli",
 ]
 
-#: A served model needs no trainer installed.
+#: A served model must not need the trainer.
 FORBIDDEN = {
     "serving": {"training", "analysis", "named_objectives", "build", "run"},
     "evaluation": {"training", "serving", "analysis", "named_objectives", "build", "run"},
@@ -58,7 +58,7 @@ FORBIDDEN = {
 
 
 def modules() -> dict[str, Path]:
-    """Dotted name below `twotower` -> file; a folder's `__init__` goes by the folder's name."""
+    """Map each dotted module name below `twotower` to its file; an `__init__` has the name of its folder."""
     named = {}
     for path in SOURCE.rglob("*.py"):
         parts = list(path.relative_to(SOURCE).with_suffix("").parts)
@@ -70,7 +70,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path) -> set[str]:
-    """Names below `twotower` that a file imports, wherever in the file."""
+    """Return the names below `twotower` that a file imports, at any level of nesting."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("twotower"):
@@ -99,7 +99,7 @@ def violations(edges: dict[str, set[str]]) -> list[str]:
 
 
 def circle(edges: dict[str, set[str]]) -> list[str] | None:
-    """A circle among modules, or None. Packages' own `__init__` re-exports are left out: nothing below uses them."""
+    """Find an import cycle among modules, or return None."""
     done: set[str] = set()
 
     def visit(module: str, path: list[str]) -> list[str] | None:
@@ -122,7 +122,7 @@ def circle(edges: dict[str, set[str]]) -> list[str] | None:
 
 
 def resolve(name: str, known: dict[str, Path]) -> str | None:
-    """The module that an imported name lives in."""
+    """Return the module that defines an imported name."""
     while name:
         if name in known:
             return name
@@ -132,7 +132,7 @@ def resolve(name: str, known: dict[str, Path]) -> str | None:
 
 def test_every_import_goes_up():
     edges = {module: imports(path) for module, path in modules().items()}
-    assert len(edges) > 20, "the test looks at the wrong folder"
+    assert len(edges) > 20, "the test reads the wrong folder"
     assert violations(edges) == []
 
 

@@ -124,7 +124,7 @@ def test_doctor_and_datasets(command):
     ("words", "message"),
     [
         (["train", "nowhere.csv", "--out", "x"], "nowhere.csv"),
-        (["train", "purchases.csv", "--out", "run"], "a model is there already"),
+        (["train", "purchases.csv", "--out", "run"], "run: already contains a model"),
         (["train", "purchases.csv", "--out", "x", "--config", "no.yaml"], "no.yaml: no such configuration file"),
         (["train", "purchases.csv", "--out", "x", "--set", "training.max_epochs=0"], "field training.max_epochs"),
         (["train", "purchases.csv", "--out", "x", "--set", "training.speed=9"], "training.speed: no such setting"),
@@ -168,7 +168,7 @@ def test_exit_codes_of_the_real_process(run_folder):
 def test_an_interrupted_run_is_not_overwritten(run_folder, command):
     (run_folder / "cut" / "checkpoints").mkdir(parents=True)
     code, _, err = command("train", "purchases.csv", "--out", "cut")
-    assert code == 2 and "go on with --resume, or start anew with --force" in " ".join(err.split())
+    assert code == 2 and "pass --resume to continue it, or --force to start over" in " ".join(err.split())
     (run_folder / "mine" / "model").mkdir(parents=True)
     (run_folder / "mine" / "model" / "notes.txt").touch()
     code, _, err = command("train", "purchases.csv", "--out", "mine", "--force")
@@ -176,7 +176,7 @@ def test_an_interrupted_run_is_not_overwritten(run_folder, command):
     (run_folder / "config.yaml").write_text("theme: mine\n")
     code, _, err = command("train", "purchases.csv", "--out", ".")
     (run_folder / "config.yaml").unlink()
-    assert code == 2 and "config.yaml: is there and is not of a run" in " ".join(err.split())
+    assert code == 2 and "config.yaml: exists and does not belong to a run" in " ".join(err.split())
     code, _, err = command("recommend", "cut", "--query", "u001")
     assert code == 2 and "go on with `twotower train DATA --out cut --resume`" in " ".join(err.split())
 

@@ -1,4 +1,4 @@
-"""The README's commands, run as a reader would: copied from its shell blocks, in order, in an empty folder."""
+"""Tests of the README: its shell and Python blocks, run in order in an empty folder, as a reader would."""
 
 import re
 import shlex
@@ -10,7 +10,7 @@ import pytest
 
 README = Path(__file__).parents[1] / "README.md"
 
-#: Commands of the README that other targets run (the gate itself, and what would start an installation again).
+#: README commands that are not run here: other targets run them, or they would install the package again.
 ELSEWHERE = ("make ", "git ", "pip ", "cd ", "python3 -m venv", ". .venv")
 
 
@@ -26,7 +26,7 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, interactions_csv):
-    """An empty folder with the file of purchases that the README talks about."""
+    """Make a folder with only the file of purchases that the README uses."""
     path = tmp_path_factory.mktemp("readme")
     interactions_csv(path / "purchases.csv")
     return path
@@ -36,7 +36,7 @@ def test_the_readme_has_commands():
     assert len(commands()) >= 5
 
 
-def test_its_shell_commands_work(folder):
+def test_the_shell_commands_work(folder):
     for line in commands():
         words = shlex.split(line)
         assert words[0] == "twotower", f"the README shows a command that no test runs: {line}"
@@ -46,7 +46,7 @@ def test_its_shell_commands_work(folder):
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 
-def test_its_python_works(folder):
+def test_the_python_blocks_work(folder):
     for block in blocks("python"):
         done = subprocess.run(
             [sys.executable, "-W", "error", "-c", block], cwd=folder, capture_output=True, text=True, timeout=300

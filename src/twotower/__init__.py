@@ -1,7 +1,7 @@
 """Retrieval training whose negatives are corrected by construction.
 
-Two doors: the pieces (`negatives`, `losses`, `towers`), usable in anybody's own PyTorch loop, and the whole
-(`Interactions`, `splits`, `fit`, `evaluate`, `Retriever`).
+Two levels of API: the components (`negatives`, `losses`, `towers`), for use in any PyTorch training loop, and the
+complete pipeline (`Interactions`, `splits`, `fit`, `evaluate`, `Retriever`).
 """
 
 from typing import TYPE_CHECKING, Any
@@ -53,7 +53,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when first used, so that the pieces do not load the trainer and `--help` does not load torch.
+    # Imported on first use, so that the components do not load the trainer and `--help` does not load torch.
     from importlib import import_module  # noqa: PLC0415
 
     if name in _ROOMS:

@@ -1,4 +1,4 @@
-"""Claims of sources against real batches: right ones pass, every kind of wrong one is caught."""
+"""Tests of the appearance audit: correct claims of sources pass, every kind of wrong claim is detected."""
 
 from itertools import chain, repeat
 
@@ -33,15 +33,15 @@ def endless(batches):
     return chain.from_iterable(repeat(batches))
 
 
-def looked_at(*sources, count=150, counts=COUNTS, batch_size=64):
+def audited(*sources, count=150, counts=COUNTS, batch_size=64):
     generator = torch.Generator().manual_seed(3)
     batches = random_batches(counts, batch_size, generator)
     return appearances(Pool(*sources), batches, count, item_counts=counts, generator=generator)
 
 
-def test_right_claims_pass():
+def test_correct_claims_pass():
     frequency = CountedFrequency(COUNTS)
-    found = looked_at(
+    found = audited(
         InBatch(frequency),
         InBatch(frequency, unique=True),
         Sampled(Uniform(300), 50),
@@ -56,7 +56,7 @@ def test_right_claims_pass():
 
 
 class Overstated(InBatch):
-    """Claims a tenth more than it brings."""
+    """A source that claims a tenth more than it draws."""
 
     def log_expected_count(self, items, request):
         return super().log_expected_count(items, request) + np.log(1.1)
@@ -73,7 +73,7 @@ class Overstated(InBatch):
     ids=["count", "inclusion", "flattened frequency", "items that must not occur"],
 )
 def test_a_wrong_kappa_is_caught(source):
-    (found,) = looked_at(source)
+    (found,) = audited(source)
     assert not found.as_claimed
 
 
@@ -86,17 +86,17 @@ def test_an_epoch_without_replacement_passes():
     assert found.as_claimed
 
 
-def test_a_streaming_frequency_is_held_to_being_close():
+def test_a_streaming_frequency_need_only_be_close():
     frequency = StreamingFrequency(300)
     for batch, _ in zip(random_batches(COUNTS, 64, torch.Generator()), range(300), strict=False):
         frequency.observe(batch.items)
-    (found,) = looked_at(InBatch(frequency))
+    (found,) = audited(InBatch(frequency))
     assert found.estimated and found.as_claimed and "close" in found.verdict
 
 
 @pytest.fixture(scope="module")
 def markets():
-    """Three markets that share no item, each with the same profile of popularity."""
+    """Make three markets that share no item and have the same popularity profile."""
     rng = np.random.default_rng(0)
     weights = 1.0 / np.arange(1, 101)
     rows = 9000
@@ -122,7 +122,7 @@ def test_batches_built_by_market_are_caught_with_the_global_frequency(markets):
     }
     assert found["grouped"].as_claimed
     assert not found["global"].as_claimed and found["global"].dispersion > 1.5
-    assert "no random draws" in found["global"].verdict
+    assert "not random draws" in found["global"].verdict
 
 
 def test_the_gradient_by_market_is_biased_with_the_global_frequency(markets):
@@ -132,15 +132,15 @@ def test_the_gradient_by_market_is_biased_with_the_global_frequency(markets):
     groups[torch.from_numpy(markets.item_codes.astype(np.int64))] = torch.from_numpy(markets.groups.astype(np.int64))
     positives = torch.stack([torch.nonzero(groups == group)[40, 0] for group in range(3)])
     rows = torch.arange(3)
-    # A model that has learnt that the other markets are out of reach.
+    # A model that has learnt to avoid the items of other markets.
     reach = torch.where(groups == groups[positives][:, None], 0.0, -12.0).double()
     logits = 0.5 * counts.double().log() + torch.randn(300, generator=generator, dtype=torch.float64) + reach
     logits[rows, positives] = -torch.inf
     logits[rows, positives] = torch.logsumexp(logits, 1)
-    audited = AuditedRows(logits, positives, groups=groups[positives])
+    audited_rows = AuditedRows(logits, positives, groups=groups[positives])
     bias = {
         name: measure(
-            SampledSoftmax(Pool(InBatch(frequency))), audited, in_markets(markets), draws=200
+            SampledSoftmax(Pool(InBatch(frequency))), audited_rows, in_markets(markets), draws=200
         ).corrected_bias()
         for name, frequency in frequencies(markets).items()
     }
@@ -148,13 +148,13 @@ def test_the_gradient_by_market_is_biased_with_the_global_frequency(markets):
     assert bias["global"][0] > 0.3
 
 
-def test_survival_is_that_of_scipy():
+def test_survival_equals_scipy():
     for x, freedom in [(3.0, 2), (150.0, 100), (1e4, 9000), (0.0, 5)]:
         assert survival(x, freedom) == pytest.approx(scipy.stats.chi2.sf(x, freedom), rel=1e-9)
     assert survival(float("inf"), 3) == 0.0
 
 
-def test_bins_hold_enough_each_and_keep_the_impossible_apart():
+def test_every_bin_expects_enough_and_impossible_items_have_their_own():
     expected = torch.cat([torch.tensor([50.0, 7.0]), torch.full((100,), 0.3), torch.zeros(4)]).double()
     bins = equal_bins(expected)
     totals = torch.zeros(int(bins.max()) + 1).double().index_add_(0, bins, expected)

@@ -1,4 +1,4 @@
-"""The audit of a trained model, from the command line."""
+"""Tests of the audit of a trained model, through the command line."""
 
 import json
 import sys
@@ -93,8 +93,8 @@ def test_the_suggestion(run_folder, command):
         assert settings.objective.sources == found["best"]["sources"]
 
 
-def test_nothing_is_suggested_where_nothing_is_better(run_folder):
-    """The whole catalog is in the present pool: no draw can spread less."""
+def test_nothing_is_suggested_if_nothing_is_better(run_folder):
+    """Use the whole catalog as the present pool: no pool can have less spread."""
     subject = audit_run(run_folder, rows=6)
     objective = subject.config.objective.model_copy(update={"name": "full-softmax", "sources": [{"catalog": {}}]})
     config = subject.config.model_copy(update={"objective": objective})
@@ -135,7 +135,7 @@ def test_binary_objectives_get_no_suggestion(run_folder):
         analysis.suggest(analysis.Subject(config, subject.train, subject.rows, subject.deciles))
 
 
-def test_expected_distinct_is_what_draws_bring(planted_split):
+def test_expected_distinct_equals_the_mean_of_draws(planted_split):
     train = planted_split.train
     plan = PoolPlan("mixed", [{"in_batch": {}}, {"head": {"size": 10}}, {"frequency": {"power": 0.5, "size": 30}}])
     counts = torch.from_numpy(train.item_counts())
@@ -143,7 +143,7 @@ def test_expected_distinct_is_what_draws_bring(planted_split):
         pool = build_pool(PoolPlan(plan.name, plan.sources, unique).settings(), train)
         torch.manual_seed(0)
         rows = [torch.multinomial(counts.double(), 33, replacement=True) for _ in range(400)]
-        # B-1 = 32 other rows: the first row's own item is not a draw.
+        # B - 1 = 32 other rows: the first row's own item is not a draw.
         seen = [len(torch.unique(pool.draw(row[1:]).items)) for row in rows]
         expected = expected_distinct(pool, 33)
         assert abs(sum(seen) / 400 - expected) < 0.5
@@ -154,7 +154,7 @@ def test_expected_distinct_is_what_draws_bring(planted_split):
     assert at_equal_distinct(plan, 1e6, train, batch_size=17) is None
 
 
-def test_suggested_frequencies_reach_items_never_seen():
+def test_suggested_frequencies_can_draw_items_never_seen():
     everywhere = candidate_plans(50, torch.tensor([3, 2, 1] * 50))
     somewhere = candidate_plans(50, torch.tensor([3, 2, 0] * 50))
     options = [

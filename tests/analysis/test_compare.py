@@ -1,4 +1,4 @@
-"""The statistics of a comparison, against plain loops and planted differences."""
+"""Tests of the statistics of a comparison, against plain loops and planted differences."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ METRICS = {"metric": "NDCG@10", "tail_metric": "Recall@10"}
 
 
 def row(name, values, tail=None):
-    """A row whose NDCG@10 and Recall@10 are the given values of each query."""
+    """Build a row whose per-query NDCG@10 and Recall@10 are the given values."""
     values = np.asarray(values, dtype=np.float64)
     tail = values if tail is None else np.asarray(tail, dtype=np.float64)
     per_query = {"NDCG@10": values, "Recall@10": values, "tail/Recall@10": tail, "tail/NDCG@10": tail}
@@ -21,7 +21,7 @@ def row(name, values, tail=None):
 
 
 def made_up(seed=0, queries=400, lead=0.05, spread=0.0):
-    """Three objectives, three seeds: `good` leads by `lead`, `twin` and `base` are the same but for noise."""
+    """Make three objectives with three seeds: `good` leads by `lead`, `twin` and `base` differ only by noise."""
     random = np.random.default_rng(seed)
     hard = random.random(queries)
     rows = {}
@@ -55,16 +55,16 @@ def test_a_lead_is_found_and_a_twin_is_not():
     assert {one.name: one.verdict for one in overall.contests} == {"twin": "behind", "base": "behind"}
 
 
-def test_twins_are_rarely_told_apart():
-    told = 0
+def test_twins_rarely_differ_significantly():
+    significant = 0
     for seed in range(40):
         rows = made_up(seed, queries=150)
         (twins,) = contest("all", {name: rows[name] for name in ("twin", "base")}, "NDCG@10", None, "base").contests
-        told += twins.verdict != "not told apart"
-    assert told <= 6, "at most 5 % are expected: more than 6 of 40 has a probability of 0.003"
+        significant += twins.verdict != "not told apart"
+    assert significant <= 6, "at most 5 % are expected: more than 6 of 40 has a probability of 0.003"
 
 
-def test_adjusted_p_values_are_those_of_the_whole_family():
+def test_p_values_are_adjusted_over_the_whole_family():
     rows = made_up(lead=0.004)
     found = contest("all", rows, "NDCG@10", None, "good")
     reference = np.mean([one.per_query["NDCG@10"] for one in rows["good"]], axis=0)
@@ -76,7 +76,7 @@ def test_adjusted_p_values_are_those_of_the_whole_family():
     assert [one.adjusted for one in found.contests] == holm(plain).tolist()
 
 
-def test_a_lead_within_the_spread_over_seeds_is_not_told_apart():
+def test_a_lead_within_the_spread_over_seeds_is_not_significant():
     rows = made_up(lead=0.02, spread=0.05, seed=3)
     found = contest("all", rows, "NDCG@10", None, "good")
     by_seed = [[one.per_query["NDCG@10"].mean() for one in runs] for runs in rows.values()]
@@ -88,10 +88,10 @@ def test_a_lead_within_the_spread_over_seeds_is_not_told_apart():
     (alone,) = contest(
         "all", {n: runs[:1] for n, runs in rows.items() if n != "base"}, "NDCG@10", None, "good"
     ).contests
-    assert alone.seed_error is None, "one seed says nothing about the spread"
+    assert alone.seed_error is None, "one seed gives no estimate of the spread"
 
 
-def test_the_verdict_needs_both():
+def test_the_verdict_needs_both_criteria():
     def verdict(**changes):
         values = {"difference": 0.1, "low": 0.05, "high": 0.15, "p_value": 0.01, "adjusted": 0.02, "effect_size": 1.0}
         return Contest("x", **{**values, "seed_error": 0.01, "num_queries": 9, **changes}).verdict
@@ -101,7 +101,7 @@ def test_the_verdict_needs_both():
     assert verdict(seed_error=None) == "ahead"
 
 
-def test_queries_without_a_tail_target_are_left_out():
+def test_queries_without_a_tail_target_are_skipped():
     tail = np.full(400, np.nan)
     tail[:50] = np.linspace(0, 1, 50)
     rows = {
@@ -112,7 +112,7 @@ def test_queries_without_a_tail_target_are_left_out():
     assert overall.contests[0].verdict == "behind"
 
 
-def test_baselines_are_a_family_of_their_own():
+def test_baselines_are_a_separate_family():
     rows = made_up()
     found = compare(rows, [row("popularity", np.zeros(400))], **METRICS)
     assert [family.about for family in found.families] == ["all", "tail", "baselines"]

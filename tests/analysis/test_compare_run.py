@@ -1,4 +1,4 @@
-"""`twotower compare` from end to end on a small file: trained once, interrupted, gone on with, refused, reported."""
+"""End-to-end tests of `twotower compare` on a small file: trained once, interrupted, resumed, refused, reported."""
 
 import json
 import os
@@ -30,7 +30,7 @@ OBJECTIVES = ["in-batch", "in-batch-logq"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, interactions_csv):
-    """A data file and a finished comparison of two objectives with one seed, made by the command itself."""
+    """Make a data file and a finished comparison of two objectives with one seed, by the command itself."""
     path = tmp_path_factory.mktemp("compare")
     interactions_csv(path / "purchases.csv")
     with pytest.MonkeyPatch.context() as patch:
@@ -47,7 +47,7 @@ def words(*more):
 
 
 def command(path, patch, *given):
-    """The command line in this process; its trainings are processes of their own."""
+    """Run the command line in this process; training runs are separate processes."""
     patch.chdir(path)
     patch.setattr(sys, "argv", ["twotower", *map(str, given)])
     with pytest.raises(SystemExit) as stop:
@@ -57,7 +57,7 @@ def command(path, patch, *given):
 
 @pytest.fixture
 def started(monkeypatch):
-    """The trainings that are started, as their words."""
+    """Record the command line of every training process that is started."""
     seen, real = [], subprocess.Popen
 
     def popen(given, **options):
@@ -75,7 +75,7 @@ def cells_of(path, patch, *changes, objectives=OBJECTIVES, seeds=1):
     return make_cells(base, objectives, seeds, path / "out", split_data(data, base.data).train), data
 
 
-def test_everything_is_there(folder):
+def test_every_output_is_written(folder):
     out = folder / "out"
     assert {path.name for path in (out / "runs").iterdir()} == {"in-batch-0", "in-batch-logq-0"}
     for run in (out / "runs").iterdir():
@@ -101,37 +101,37 @@ def test_the_values_of_each_query_average_to_the_results(folder):
     assert frame["query"].dtype == pl.String and frame.filter(pl.col("model") == "popularity")["seed"].is_null().all()
 
 
-def test_a_cell_is_what_train_makes(folder, monkeypatch, tmp_path):
+def test_a_cell_equals_a_run_of_train(folder, monkeypatch, tmp_path):
     (cell, *_), _ = cells_of(folder, monkeypatch)
     train_run("purchases.csv", tmp_path / "run", cell.config, progress=False, say=lambda text: None)
     weights = "model/towers.safetensors"
     assert (tmp_path / "run" / weights).read_bytes() == (cell.directory / weights).read_bytes()
 
 
-def test_cells_differ_in_objective_and_seed_alone(folder, monkeypatch):
+def test_cells_differ_only_in_objective_and_seed(folder, monkeypatch):
     cells, _ = cells_of(folder, monkeypatch, seeds=2)
     assert [cell.seed for cell in cells] == [0, 0, 1, 1], "all objectives of the first seed first"
     for cell in cells[1:]:
         assert set(differences(cells[0].config, cell.config)) <= {"objective.name", "training.seed"}
 
 
-def test_finished_trainings_are_not_repeated(folder, monkeypatch, started, capsys):
+def test_finished_runs_are_not_repeated(folder, monkeypatch, started, capsys):
     monkeypatch.setattr(comparing, "AUDIT_ROWS", 4)
     monkeypatch.setattr(comparing, "AUDIT_DRAWS", 4)
     before = {path: path.stat().st_mtime_ns for path in (folder / "out" / "runs").rglob("*")}
     audit = (folder / "out" / "audit.json").stat().st_mtime_ns
-    # How it is measured is no setting of the training.
+    # Evaluation settings do not affect training.
     assert command(folder, monkeypatch, *words("--set", "evaluation.ks=[5]", "--json")) == 0
     assert started == []
     assert before == {path: path.stat().st_mtime_ns for path in (folder / "out" / "runs").rglob("*")}
     assert audit == (folder / "out" / "audit.json").stat().st_mtime_ns
     assert json.loads(capsys.readouterr().out)["metric"] == "NDCG@5"
     assert command(folder, monkeypatch, *words("--no-audit")) == 0
-    told = capsys.readouterr().out
-    assert "2 of 2 trainings are finished already" in told and "The report is in" in told
+    printed = capsys.readouterr().out
+    assert "2 of 2 runs are already finished" in printed and "The report is in" in printed
 
 
-def test_an_interrupted_training_goes_on(folder, monkeypatch, started, tmp_path):
+def test_an_interrupted_run_is_resumed(folder, monkeypatch, started, tmp_path):
     shutil.copytree(folder / "out", tmp_path / "out")
     shutil.copy(folder / "purchases.csv", tmp_path)
     shutil.copy(folder / "products.csv", tmp_path)
@@ -144,16 +144,16 @@ def test_an_interrupted_training_goes_on(folder, monkeypatch, started, tmp_path)
     trainings.train_cells("purchases.csv", cells, data.fingerprint, tmp_path / "out", jobs=1, say=said.append)
     (given,) = started
     assert "--resume" in given and str(cells[0].directory) in given
-    assert "in-batch, seed 0 goes on" in said[1]
+    assert "in-batch, seed 0 resumed" in said[1]
     assert [cell.state(data.fingerprint) for cell in cells] == ["finished", "finished"]
 
 
-def test_ctrl_c_leaves_a_state_to_go_on_from(folder, monkeypatch, tmp_path):
+def test_ctrl_c_leaves_a_checkpoint(folder, monkeypatch, tmp_path):
     for name in ("purchases.csv", "products.csv"):
         shutil.copy(folder / name, tmp_path)
     cells, data = cells_of(tmp_path, monkeypatch, "training.max_epochs=100000", "training.patience=100000")
     last = cells[0].directory / "checkpoints" / "last.ckpt"
-    before = signal.getsignal(signal.SIGINT)  # ignored where a shell runs the tests in its background
+    before = signal.getsignal(signal.SIGINT)  # ignored if a shell runs the tests in the background
 
     def press():
         for _ in range(1200):
@@ -164,18 +164,16 @@ def test_ctrl_c_leaves_a_state_to_go_on_from(folder, monkeypatch, tmp_path):
 
     thread = threading.Thread(target=press)
     thread.start()
-    with pytest.raises(Interrupted, match="0 of 2 trainings are finished"):
+    with pytest.raises(Interrupted, match="0 of 2 runs are finished"):
         trainings.train_cells("purchases.csv", cells, data.fingerprint, tmp_path / "out", jobs=1, say=lambda text: None)
     thread.join()
     assert [cell.state(data.fingerprint) for cell in cells] == ["interrupted", "new"]
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_failed_training_is_told_and_the_others_are_finished(folder, monkeypatch, tmp_path):
+def test_a_failed_run_is_reported(folder, monkeypatch, tmp_path):
     cells, data = cells_of(folder, monkeypatch, "training.seed=7", objectives=["in-batch"])
-    with pytest.raises(
-        RuntimeError, match=r"1 of 1 trainings failed; in-batch, seed 7 ended with code 2: .*nowhere.csv"
-    ):
+    with pytest.raises(RuntimeError, match=r"1 of 1 runs failed; in-batch, seed 7 ended with code 2: .*nowhere.csv"):
         trainings.train_cells("nowhere.csv", cells, data.fingerprint, tmp_path, jobs=1, say=lambda text: None)
 
 
@@ -186,7 +184,7 @@ def test_a_failed_training_is_told_and_the_others_are_finished(folder, monkeypat
 def test_other_settings_are_refused_before_anything_is_trained(folder, monkeypatch, started, capsys, change, field):
     assert command(folder, monkeypatch, *words("--set", change)) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert field in said and "0.5 is asked for now" in said and started == []
+    assert field in said and "0.5 was requested" in said and started == []
 
 
 def test_other_data_is_refused(folder, monkeypatch):
@@ -195,7 +193,7 @@ def test_other_data_is_refused(folder, monkeypatch):
         cell.state("f" * 64)
 
 
-def test_the_same_file_by_another_name_is_no_other_setting(folder, monkeypatch):
+def test_two_paths_to_the_same_file_are_the_same_setting(folder, monkeypatch):
     monkeypatch.chdir(folder)
     one, other = (
         Config.load(None, [f"data.items={name}"])
@@ -221,7 +219,7 @@ def test_objectives_from_files(folder, monkeypatch, tmp_path):
         (["magic"], [], "unknown objective 'magic'"),
         (["in-batch", "in-batch"], [], "in-batch is named twice"),
         (["x=nowhere.yaml"], [], "nowhere.yaml: cannot be read"),
-        (["a/b=purchases.csv"], [], "'a/b' is no name for a folder"),
+        (["a/b=purchases.csv"], [], "'a/b' is not a valid folder name"),
         (["x=purchases.csv"], [], "purchases.csv: "),
         ([], [], "expected at least one name"),
         (["mixed"], ["objective.sources=[{in_batch: {}}]"], "each compared objective has its own"),

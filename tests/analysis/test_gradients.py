@@ -1,4 +1,4 @@
-"""The measurement of gradients, against the enumeration of every batch that can be drawn from a tiny catalog."""
+"""Tests of the gradient measurement, against the enumeration of every possible batch of a tiny catalog."""
 
 import itertools
 import math
@@ -28,7 +28,7 @@ def exact_gradient(logits, positive):
 
 
 def enumerated(draws, kappa):
-    """E[g_hat] and E||g_hat - E g_hat||^2 over every tuple of other rows, in plain Python."""
+    """Compute E[g_hat] and E||g_hat - E g_hat||^2 over every tuple of other rows, in plain Python."""
     p = [c / sum(COUNTS) for c in COUNTS]
     mean, square = [0.0] * len(p), 0.0
     for others in itertools.product(range(len(p)), repeat=draws):
@@ -53,7 +53,7 @@ def tiny(objective, draws, batch_size, positive=POSITIVE):
 
 @pytest.mark.parametrize("batch_size", [2, 4])
 @pytest.mark.parametrize("correct", [True, False])
-def test_bias_and_spread_are_those_of_the_enumeration(batch_size, correct):
+def test_bias_and_spread_equal_the_enumeration(batch_size, correct):
     p = [c / sum(COUNTS) for c in COUNTS]
     kappa = (lambda j: (batch_size - 1) * p[j]) if correct else (lambda j: 1.0)
     mean, variance = enumerated(batch_size - 1, kappa)
@@ -66,11 +66,11 @@ def test_bias_and_spread_are_those_of_the_enumeration(batch_size, correct):
     )
     value, error = found.corrected_bias()
     assert abs(value - bias) < 3 * max(error, float(found.noise.max())), (value, bias, error)
-    assert bias > 0.05, "the comparison sees nothing where there is nothing to see"
+    assert bias > 0.05, "without a bias the comparison would test nothing"
     torch.testing.assert_close(found.spread, torch.full((2,), math.sqrt(variance) / norm).double(), rtol=0.05, atol=0)
 
 
-def test_the_enumeration_tells_right_from_wrong():
+def test_the_enumeration_distinguishes_right_from_wrong():
     p = [c / sum(COUNTS) for c in COUNTS]
     right, _ = enumerated(7, lambda j: 7 * p[j])
     wrong, _ = enumerated(7, lambda j: 1.0)
@@ -87,7 +87,7 @@ def test_full_softmax_has_neither_bias_nor_spread():
     assert float(found.effective[0]) == pytest.approx(sum(weights) ** 2 / sum(w * w for w in weights))
 
 
-def test_known_positives_leave_the_target():
+def test_known_positives_are_excluded_from_the_target():
     known = (torch.tensor([0]), torch.tensor([2]))
     logits = torch.tensor([LOGITS], dtype=torch.float64)
     rows = AuditedRows(logits, torch.tensor([POSITIVE]), known=known)
@@ -136,7 +136,7 @@ def test_pools_with_head_and_row_candidates_are_unbiased(unique, per_row):
     ],
     ids=["in-batch", "in-batch-logq-all", "in-batch-logq"],
 )
-def test_biased_forms_are_shown_biased(make, least):
+def test_biased_forms_are_measured_as_biased(make, least):
     counts = torch.arange(200, 0, -1)
     generator = torch.Generator().manual_seed(1)
     found = measure(
@@ -160,7 +160,7 @@ def test_another_target_is_refused(form):
         tiny(form(Pool(Sampled(Uniform(4), 2))), 2, 2)
 
 
-def test_measuring_changes_no_state():
+def test_measuring_does_not_change_state():
     counts = torch.tensor(COUNTS)
     objective = SampledSoftmax(Pool(InBatch(CountedFrequency(counts))))
     tiny(objective, 2, 2)

@@ -1,4 +1,4 @@
-"""The report: what it says follows from the numbers, and nothing in the data can become markup."""
+"""Tests of the report: its findings follow from the numbers, and nothing in the data can become markup."""
 
 import json
 import re
@@ -19,7 +19,7 @@ def ten(planted_split):
 
 
 class Reader(HTMLParser):
-    """Elements, their attributes and texts; and that what is opened is closed."""
+    """Collects elements, attributes and texts, and checks that every element is closed."""
 
     def __init__(self, page):
         super().__init__()
@@ -69,7 +69,7 @@ def test_no_title_becomes_markup(ten):
     assert any(nasty in words for words in reader.words), "it is shown, as text"
 
 
-def test_it_asks_for_nothing(ten):
+def test_the_page_requests_nothing(ten):
     page = render(ten)
     reader = Reader(page)
     for _, attributes in reader.elements:
@@ -79,7 +79,7 @@ def test_it_asks_for_nothing(ten):
     assert any("default-src 'none'" in (a.get("content") or "") for _, a in reader.elements)
 
 
-def test_the_order_of_sections_and_what_is_left_out(ten, planted_split):
+def test_order_of_sections_and_omitted_sections(ten, planted_split):
     reader = Reader(render(ten))
     names = [attributes["id"] for tag, attributes in reader.elements if tag == "section"]
     assert " ".join(names) == (
@@ -91,7 +91,7 @@ def test_the_order_of_sections_and_what_is_left_out(ten, planted_split):
     assert "How good is this model" in alone
 
 
-def test_the_dial_is_drawn_as_it_was_measured(planted_split):
+def test_the_dial_section_shows_every_measured_point(planted_split):
     document = sample_document(planted_split, names=["expected-count"], seeds=1, kind="evaluation")
     page = render(document)
     section = page[page.index('<section id="dial"') :].split("</section>")[0]
@@ -123,8 +123,8 @@ def test_the_same_document_gives_the_same_page(ten):
     assert len(json.dumps(ten)) < 1_000_000
 
 
-def test_names_are_placed_beside_every_point():
-    """Ten points close together: none may lose its name."""
+def test_every_point_is_named():
+    """Place ten points close together: none may lose its name."""
     points = [Point(f"in-batch-logq-number-{n}", 50 + 0.4 * (n % 3), 0.15 + 0.0004 * n, "same") for n in range(10)]
     page = labelled_points("t", "d", points, x_axis="x", y_axis="y")
     for layout in page.split("<svg")[1:]:
@@ -133,8 +133,8 @@ def test_names_are_placed_beside_every_point():
             assert point.name in words
 
 
-def test_an_axis_of_shares_ends_at_the_whole():
-    """A small catalog, of which every setting shows all: no number above 100 %, and none cut off at the edge."""
+def test_an_axis_of_shares_ends_at_one_hundred_percent():
+    """Cover the whole of a small catalog at every setting: no tick above 100 %, and none cut off at the edge."""
     points = [Point(f"b = {n}", 100.0, 0.8 + 0.02 * n, "same") for n in range(3)]
     page = labelled_points("t", "d", points, x_axis="x", y_axis="y", most=(100.0, 1.0))
     for layout in page.split("<svg")[1:]:
@@ -154,7 +154,7 @@ def test_the_last_number_under_a_panel_is_not_cut_off():
 
 
 def family(**verdicts):
-    """Tests against `best` with the given verdicts."""
+    """Build a family of tests against `best` with the given verdicts."""
     contests = [
         {"name": name.replace("_", "-"), "difference": -0.02, "low": -0.03, "high": -0.01, "p_value": 0.001,
          "adjusted": 0.002, "effect_size": -0.1, "seed_error": 0.001, "num_queries": 100, "verdict": verdict}
@@ -164,7 +164,7 @@ def family(**verdicts):
 
 
 def document_of(seconds, **verdicts):
-    """A comparison of `best` with others, by verdict; `seconds` of processor time by name."""
+    """Build a comparison of `best` with others, by verdict; `seconds` of CPU time by name."""
     names = ["best", *(name.replace("_", "-") for name in verdicts)]
     value = {"mean": 0.2, "low": 0.19, "high": 0.21, "by_seed": [0.2, 0.2]}
     models = [
@@ -179,23 +179,23 @@ def document_of(seconds, **verdicts):
     }  # fmt: skip
 
 
-def test_the_answer_names_what_cannot_be_told_apart():
+def test_the_answer_names_objectives_that_do_not_differ_significantly():
     said = story.answer(document_of({}, twin="not told apart", base="behind"))
-    assert said[0].startswith("Use best or twin.") and "cannot be told apart from twin" in said[0]
-    assert "base, 10.0 % lower" in said[1]
+    assert said[0].startswith("Use best or twin.") and "does not differ significantly from twin" in said[0]
+    assert "base is 10.0 % lower" in said[1]
     clear = story.answer(document_of({}, base="behind"))
-    assert clear[0].startswith("Use best. ") and "ahead of every other" in clear[0]
+    assert clear[0].startswith("Use best. ") and "significantly better than that of every other" in clear[0]
     many = story.answer(document_of({}, **{f"o{n}": "not told apart" for n in range(5)}))
-    assert many[0].startswith("No single objective stands out.")
+    assert many[0].startswith("No single objective is clearly best.")
     assert "does not decide" in many[1]
 
 
 def test_the_answer_names_the_cheaper_of_equals():
-    assert "twin takes the least processor time" in story.answer(document_of({"twin": 50.0}, twin="not told apart"))[0]
-    assert "processor time" not in story.answer(document_of({"twin": 95.0}, twin="not told apart"))[0]
+    assert "twin takes the least CPU time" in story.answer(document_of({"twin": 50.0}, twin="not told apart"))[0]
+    assert "CPU time" not in story.answer(document_of({"twin": 95.0}, twin="not told apart"))[0]
 
 
-def test_the_price_of_the_tail():
+def test_the_answer_states_the_cost_of_a_better_tail():
     document = document_of({}, rare="behind")
     part = {"Recall@10": {"mean": 0.1, "low": 0.09, "high": 0.11, "by_seed": [0.1]}}
     for model in document["models"]:
@@ -204,20 +204,24 @@ def test_the_price_of_the_tail():
     ahead["contests"][0]["difference"] = 0.05
     document["tests"].append(ahead)
     (said,) = [text for text in story.answer(document) if text.startswith("In the tail")]
-    assert "rare finds 15.0 % there" in said and "at the price of 10.0 % of NDCG@10" in said
+    assert "rare finds 15.0 % there" in said and "at the cost of 10.0 % of overall NDCG@10" in said
 
 
-def test_cautions_about_seeds_epochs_and_side_by_side_runs():
+def test_cautions_about_seeds_epochs_and_concurrent_runs():
     document = document_of({}, base="behind")
     assert story.cautions(document) == []
     document["seeds"] = [0]
     document["models"][0]["runs"][0]["history"] = [{"epoch": 0, "NDCG@10": 0.1}, {"epoch": 1, "NDCG@10": 0.2}]
     document["models"][1]["runs"][0]["ended"] = 4
     said = " ".join(story.cautions(document))
-    assert "one seed" in said and "1 of 2 models was still best" in said and "Up to 2 trainings" in said
+    assert (
+        "one seed" in said
+        and "1 of 2 models was still best" in said
+        and "Up to 2 runs were trained concurrently" in said
+    )
 
 
-def test_ticks_are_round_and_within():
+def test_ticks_are_round_and_within_the_range():
     assert ticks(0.0, 1.0, 5) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert ticks(0.1231, 0.1629, 4) == pytest.approx([0.13, 0.14, 0.15, 0.16])
     assert ticks(3.0, 3.0) == [3.0]

@@ -1,4 +1,4 @@
-"""The reference study: a short run in the fast tests, the bounds of the claims in the slow ones."""
+"""Tests of the reference study: coverage of all objectives, and in a slow test the claimed bounds."""
 
 import json
 
@@ -29,13 +29,13 @@ def test_the_claims_hold():
         assert row.noise < 0.006 or not row.claims_unbiased, row
         assert row.claims_unbiased or row.corrected > 5 * row.bound, row
     cells = {(row.name, row.catalog, row.equal): row for row in found.pools}
-    # At equal draws, where the head holds half the mass: 1.3 times less spread than in-batch candidates.
+    # At equal draws, if the head has half of the mass: 1.3 times less spread than in-batch candidates.
     for catalog in [(1.0, 1.0), (1.0, 2.0)]:
         row = cells["head + frequency", catalog, None]
         assert row.head_mass > 0.45
         assert row.gain + row.gain_error >= 1.3, row
     assert cells["head + frequency", (1.0, 1.0), None].gain > 1.3
-    # No pool wins everywhere, at equal numbers of distinct candidates least of all.
+    # No pool is best on every catalog at equal numbers of distinct candidates.
     for name in {row.name for row in found.pools} - {"in-batch"}:
         verdicts = {row.verdict for row in found.pools if row.name == name and row.equal is not None}
         assert verdicts != {"better"}, name

@@ -1,4 +1,4 @@
-"""The report in a real browser: wide and narrow, light and dark, and on paper."""
+"""Tests of the report in a real browser: wide and narrow, light and dark, and in print."""
 
 import pytest
 
@@ -11,7 +11,7 @@ WIDTHS = (1280, 768, 390)
 
 @pytest.fixture(scope="module")
 def page_of(planted_split, tmp_path_factory):
-    """A report as a file: of ten objectives, of two with one seed, of one model."""
+    """Write three reports: of ten objectives, of two with one seed, and of one model."""
     folder = tmp_path_factory.mktemp("report")
     shapes = {
         "ten": {},
@@ -26,14 +26,14 @@ def page_of(planted_split, tmp_path_factory):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("report", ["ten", "two", "one"])
-def test_nothing_overlaps_is_cut_off_fails_or_asks_for_anything(browser, page_of, report, width, scheme):
+def test_nothing_overlaps_is_cut_off_fails_or_is_requested(browser, page_of, report, width, scheme):
     wrong, labels = look(browser, page_of(report), width=width, scheme=scheme)
     assert wrong == []
     assert labels > 30, "the figures of this layout were not seen"
 
 
 @pytest.mark.parametrize("report", ["ten", "one"])
-def test_on_paper(browser, page_of, report):
+def test_in_print(browser, page_of, report):
     wrong, labels = look(browser, page_of(report), width=688, media="print")  # A4 less its margins
     assert wrong == []
     assert labels > 30
@@ -64,14 +64,14 @@ FIGURE = '<figure><svg width="200" height="50" viewBox="0 0 200 50">{}</svg></fi
         ("<script>undefined.nothing</script>", "error:"),
     ],
 )
-def test_the_look_can_fail(browser, tmp_path, body, complaint):
+def test_the_check_can_fail(browser, tmp_path, body, complaint):
     path = tmp_path / "bad.html"
     path.write_text(f"<!doctype html><body>{body}</body>")
     wrong, _ = look(browser, path.as_uri(), width=390)
     assert any(complaint in text for text in wrong), wrong
 
 
-def test_the_page_forbids_requests_of_its_own(browser, page_of, tmp_path):
+def test_the_page_blocks_its_own_requests(browser, page_of, tmp_path):
     from pathlib import Path
     from urllib.parse import unquote, urlsplit
 

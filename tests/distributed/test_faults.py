@@ -187,5 +187,5 @@ def test_a_run_that_was_refused_is_not_gone_on_with_by_a_restart(found, folder, 
     ended = subprocess.run(
         [sys.executable, "-m", *words, *faults.words(data, out)], env=env, capture_output=True, text=True, timeout=800
     )
-    assert ended.returncode != 0 and ended.stderr.count("a model is there already") >= 2, ended.stderr
+    assert ended.returncode != 0 and ended.stderr.count("already contains a model") >= 2, ended.stderr
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

@@ -105,7 +105,7 @@ def test_an_interrupted_run_resumes_to_the_same_model(planted_split, tmp_path, m
 
 def test_several_ranks_have_to_be_given_a_folder(planted_split, monkeypatch):
     monkeypatch.setattr(Ranks, "current", lambda group=None: Ranks(1, 2))
-    with pytest.raises(InputError, match="several ranks keep their checkpoints in one folder; give it"):
+    with pytest.raises(InputError, match="required with several ranks; pass a folder that all ranks share"):
         tt.fit(planted_split, progress=False)
 
 

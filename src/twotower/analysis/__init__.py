@@ -1,4 +1,4 @@
-"""What a model's training really did: audits and comparisons."""
+"""Audits of trained models and statistics of comparisons."""
 
 from twotower.analysis.appearances import Appearance, appearances
 from twotower.analysis.audit import Audit, ObjectiveAudit, audit

@@ -1,4 +1,4 @@
-"""Whether candidates appear as often as their source claims: how one finds out that batches are no random draws."""
+"""Test of whether candidates appear as often as their source claims, which also detects batches that are not random."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from twotower.negatives.frequency import Group
 
 #: Expected appearances in a bin of one batch: enough for a chi-square.
 _PER_BIN = 5.0
-#: A source is called wrong where chance alone would do so once in ten thousand times.
+#: Significance level: a correct source is called wrong once in ten thousand tests.
 SIGNIFICANCE = 1e-4
-#: An estimated frequency is never exactly right: how far it may be off, and vary from batch to batch.
+#: Tolerance for estimated frequencies, which are never exact: deviation from the claim, and dispersion over batches.
 _CLOSE, _STEADY = 0.1, 1.25
 
 
@@ -28,16 +28,16 @@ class Appearance:
     """Claimed and observed appearances of one source.
 
     Attributes:
-        source: what it is.
-        batches: how many were looked at.
+        source: description of the source.
+        batches: number of batches examined.
         claimed: expected appearances by popularity decile of the item, most popular first, summed over the batches.
-        observed: what came.
-        deviation: half the summed absolute difference of the two over all bins, as a share of the claimed.
-        p_counts: probability that right claims differ as much by chance, summed over the batches.
-        dispersion: chi-square of single batches over its degrees of freedom: 1 for random draws, more where batches
+        observed: observed appearances, in the same deciles.
+        deviation: half the sum of absolute differences of the two over all bins, as a share of the claimed sum.
+        p_counts: p-value of the summed counts, if the claims are correct.
+        dispersion: chi-square of single batches over its degrees of freedom: 1 for random draws, larger if batches
             differ from each other; None for a source without duplicates.
-        p_batches: probability that random draws are as dispersed.
-        estimated: the frequency is estimated, so that it can only be close.
+        p_batches: p-value of the dispersion, for random draws.
+        estimated: whether the frequency is an estimate, which can only be approximately right.
     """
 
     source: str
@@ -52,30 +52,30 @@ class Appearance:
 
     @property
     def as_claimed(self) -> bool:
-        """Whether the source does what it claims."""
+        """Whether the observed appearances agree with the claim."""
         if self.estimated:
             return self.deviation <= _CLOSE and (self.dispersion or 1.0) <= _STEADY
         return min(self.p_counts, 1.0 if self.p_batches is None else self.p_batches) >= SIGNIFICANCE / 2
 
     @property
     def verdict(self) -> str:
-        """In words."""
+        """The finding as a sentence."""
         if self.as_claimed:
             return f"close to its claim ({self.deviation:.1%} off)" if self.estimated else "as claimed"
-        elsewhere = f"{self.deviation:.1%} of the appearances are elsewhere"
+        misplaced = f"{self.deviation:.1%} of the appearances are on other items than claimed"
         if self.dispersion is None or self.dispersion <= _STEADY:
-            return f"not as claimed: {elsewhere}"
-        # Where batches differ so much, the sum over them differs more than chance as well: one cause, told first.
-        return f"batches are no random draws: they differ from each other more than chance; {elsewhere}"
+            return f"not as claimed: {misplaced}"
+        # Such differences between batches also make the sum differ from the claim: report the cause first.
+        return f"batches are not random draws: they differ from each other more than by chance; {misplaced}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return {**asdict(self), "as_claimed": self.as_claimed, "verdict": self.verdict}
 
 
 @dataclass
 class _Tally:
-    """Appearances of one source within one group of batches."""
+    """Counts of one source within one group of batches."""
 
     bins: Tensor
     size: int
@@ -93,24 +93,24 @@ class _Tally:
 def appearances(
     pool: Pool, batches: Iterator[Batch], count: int, *, item_counts: Tensor, generator: torch.Generator | None = None
 ) -> list[Appearance]:
-    """Hold the claims of every random source against what it brings to the first row of real batches.
+    """Test the claims of every random source against the candidates it draws for the first row of real batches.
 
-    With c_b the appearances in bin b of the items (popular items alone, rare ones together, so that some five are
-    expected in each) and e_b what log kappa claims, both without the row's own positive,
+    Let c_tb be the appearances of batch t in item bin b (popular items have their own bin, rare ones share, so that
+    about five are expected in each), and e_tb the expectation by log kappa, both without the row's own positive:
 
-        counts        X^2 = sum_b (sum_t c_tb - sum_t e_tb)^2 / V_b,     V_b the variance of random draws
-        from batch to batch   X^2 = sum_t sum_b (c_tb - e_tb)^2 / e_tb
+        counts            X^2 = sum_b (sum_t c_tb - sum_t e_tb)^2 / V_b,     V_b the variance of random draws
+        between batches   X^2 = sum_t sum_b (c_tb - e_tb)^2 / e_tb
 
-    against chi-squares. The second catches what the first cannot: batches built within markets are right on average
-    and wrong each time. Batches that share out an epoch without replacement vary a little less than random draws,
-    which only makes the p-values larger.
+    Both are compared with chi-square distributions. The second detects what the first cannot: batches built within
+    markets are right on average and wrong each time. Batches that partition an epoch without replacement vary slightly
+    less than random draws, which only makes the p-values larger.
 
     Args:
-        pool: the pool; estimated frequencies and memories are taken along as in training.
-        batches: endless.
-        count: how many batches.
+        pool: the pool; estimated frequencies and cross-batch memories are updated as in training.
+        batches: an endless iterator.
+        count: number of batches.
         item_counts: training interactions of each item, [N].
-        generator: of the draws of proposals.
+        generator: random generator of the proposals.
     """
     tests = [_Test(member, item_counts) for member in pool.random_sources()]
     if not tests:
@@ -123,7 +123,7 @@ def appearances(
             follow(pool, batch, drawn=False)
             request = Request(batch.items, batch.queries, batch.group, generator)
             for test in tests:
-                test.look(step, request)
+                test.add(step, request)
             follow(pool, batch, drawn=True)
     finally:
         pool.train(training)
@@ -131,7 +131,7 @@ def appearances(
 
 
 class _Test:
-    """The chi-squares of one source."""
+    """The chi-square tests of one source."""
 
     def __init__(self, member: RandomSource, item_counts: Tensor) -> None:
         self.member = member
@@ -140,11 +140,11 @@ class _Test:
         self.tallies: dict[int | None, _Tally] = {}
         self.by_decile = torch.zeros(2, 10, dtype=torch.float64)
 
-    def look(self, step: int, request: Request) -> None:
-        """Take one batch into account."""
+    def add(self, step: int, request: Request) -> None:
+        """Add the counts of one batch."""
         member = self.member
         if isinstance(member, CrossBatchMemory):
-            # Contents that overlap are not independent: look again once all of them are new.
+            # Overlapping contents are not independent: count again once the whole memory is new.
             stride = -(-member.size // len(request.positives))
             if step % stride or member.draws(request) < member.size:
                 return
@@ -203,13 +203,13 @@ class _Test:
 
 
 def equal_bins(expected: Tensor, least: float = _PER_BIN) -> Tensor:
-    """A bin for every item, int64 [N]: sorted by expectation, each bin holds at least `least` together.
+    """Assign a bin to every item, int64 [N]: by descending expectation, so that each bin expects at least `least`.
 
-    Items that are expected never have a bin of their own (the last), where a single appearance is one too many.
+    Items with expectation 0 share the last bin, in which a single appearance is one too many.
     """
     order = torch.argsort(expected, descending=True, stable=True)
     ordered = expected[order]
-    # Items above the least stand alone; the rest are cut where their running sum passes a multiple of it.
+    # Items above `least` have their own bin; the rest is cut where the running sum passes a multiple of it.
     alone = int((ordered >= least).sum())
     rest = (ordered[alone:].cumsum(0) / least).long()
     total = int(rest[-1]) if len(rest) else 0
@@ -219,7 +219,7 @@ def equal_bins(expected: Tensor, least: float = _PER_BIN) -> Tensor:
 
 
 def survival(chi_square: float, freedom: int) -> float:
-    """P(chi-square with so many degrees of freedom > x), the regularised upper incomplete gamma function."""
+    """Return P(X > chi_square) for X chi-square distributed: the regularised upper incomplete gamma function."""
     if math.isinf(chi_square):
         return 0.0
     half = torch.tensor([max(freedom, 1) / 2.0, max(chi_square, 0.0) / 2.0], dtype=torch.float64)
@@ -227,7 +227,7 @@ def survival(chi_square: float, freedom: int) -> float:
 
 
 def describe(member: object) -> str:
-    """A source in words."""
+    """Describe a source in a few words."""
     if isinstance(member, InBatch):
         return "in-batch"
     if isinstance(member, CrossBatchMemory):

@@ -1,4 +1,4 @@
-"""The audit of a trained model: what its objective's gradient is worth on the user's own data."""
+"""The audit of a trained model: bias and spread of its objective's gradient on the user's own data."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from twotower.config import Config, ObjectiveConfig
 from twotower.losses import Objective
 from twotower.negatives import Mined
 
-#: A relative bias up to the first is called none, as is one within twice its error; up to the second, small.
+#: A relative bias up to _NONE, or within twice its error, is reported as none; up to _SMALL, as small.
 _NONE, _SMALL = 0.005, 0.03
 
 
 @dataclass(frozen=True)
 class ObjectiveAudit:
-    """What was measured of one objective.
+    """The measurement of one objective.
 
     Attributes:
-        name: of the objective.
+        name: name of the objective.
         own: whether the model was trained with it.
-        note: why nothing was measured, or what a reader should know.
-        overall: bias, error, spread, ...; None where the objective does not estimate the softmax.
-        deciles: the same by popularity decile of the positive, most popular first; None for one without rows.
+        note: why nothing was measured, or a caveat.
+        overall: bias, error, spread, ...; None if the objective does not estimate the softmax.
+        deciles: the same by popularity decile of the positive, most popular first; None for a decile without rows.
     """
 
     name: str
@@ -56,13 +56,13 @@ class ObjectiveAudit:
 
 @dataclass(frozen=True)
 class Audit:
-    """The result of an audit. Print it, or take `to_dict()`.
+    """The result of an audit. Print it, or use `to_dict()`.
 
     Attributes:
-        objectives: the model's own first.
+        objectives: the objectives, the model's own first.
         appearances: claims of its random sources against real batches.
         masked: share of its candidates that are masked, over all rows of real batches.
-        rows, draws, num_items, seed: of the measurement.
+        rows, draws, num_items, seed: size and seed of the measurement.
         probability: mean P(y|x) of the audited rows.
     """
 
@@ -76,7 +76,7 @@ class Audit:
     probability: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; what could not be measured is None."""
+        """Return plain JSON values; None for what could not be measured."""
         values = asdict(self)
         values["objectives"] = [{**asdict(one), "verdict": one.verdict} for one in self.objectives]
         values["appearances"] = [one.to_dict() for one in self.appearances]
@@ -85,13 +85,13 @@ class Audit:
         return plain
 
     def conclusion(self) -> list[str]:
-        """What it means, in plain words."""
+        """Return the conclusions as sentences."""
         own = self.objectives[0]
         said = [f"{own.name}: {_sentence(own)}"]
         if own.verdict in ("small bias", "biased"):
             best = [one.name for one in self.objectives[1:] if one.verdict == "no bias found"]
             said.append(
-                f"without a bias here: {', '.join(best)}"
+                f"unbiased on this model: {', '.join(best)}"
                 if best
                 else "expected-count estimates the full softmax; measure it with --objectives expected-count"
             )
@@ -99,27 +99,27 @@ class Audit:
         said += [f"{one.source}: {one.verdict}" for one in wrong]
         if wrong:
             said.append(
-                "a source that is not as claimed makes every correction wrong: take the frequency from the batches as "
-                "they come (objective.frequency: streaming), or within the group they are built from (grouped)"
+                "if a source is not as claimed, every correction is wrong: estimate frequencies from the batches "
+                "(objective.frequency: streaming), or within the groups they are built from (grouped)"
             )
         elif self.appearances:
-            said.append("every source brings its items as often as it claims")
+            said.append("every source draws its items as often as it claims")
         if own.overall is not None and own.overall["effective"] < 0.1 * own.overall["distinct"]:
             said.append(
-                f"a few candidates carry the gradient: {own.overall['effective']:.0f} effective of "
-                f"{own.overall['distinct']:.0f}; `twotower audit DIR --suggest` looks for a better pool"
+                f"a few candidates dominate the gradient: {own.overall['effective']:.0f} effective of "
+                f"{own.overall['distinct']:.0f}; `twotower audit DIR --suggest` searches for a better pool"
             )
         return said
 
     def __rich__(self) -> Group:
-        """Tables for a rich console."""
+        """Build tables for a rich console."""
         head = (
             f"{self.rows} rows of the training data, {self.draws} draws each, catalog of {self.num_items:,} items, "
             f"mean P(y|x) {self.probability:.3f}"
         )
         table = Table(title="Gradient against full softmax", title_justify="left")
-        table.add_column("objective", overflow="fold")  # a name is told whole
-        for title in ("bias", "spread", "distinct", "effective", "found"):
+        table.add_column("objective", overflow="fold")  # names are folded, never cut
+        for title in ("bias", "spread", "distinct", "effective", "verdict"):
             table.add_column(title, justify="right")
         for one in self.objectives:
             name = f"{one.name} (its own)" if one.own else one.name
@@ -145,7 +145,7 @@ class Audit:
         return table
 
     def _appearances(self) -> Table:
-        table = Table(title="Appearances in real batches against the claim", title_justify="left")
+        table = Table(title="Appearances in real batches against the claims", title_justify="left")
         table.add_column("source")
         for title in ("batches", "p (counts)", "batch to batch", "p (batches)"):
             table.add_column(title, justify="right")
@@ -165,26 +165,26 @@ class Audit:
 def audit(
     subject: Subject, *, objectives: Sequence[str] = (), draws: int = 50, batches: int = 200, seed: int = 0
 ) -> Audit:
-    """Measure the model's own objective and any others named.
+    """Measure the model's own objective, and others by name.
 
     Args:
         subject: from `subject_of`.
-        objectives: names of others, each with its own sources and the settings of the model otherwise.
+        objectives: names of other objectives, each with its own sources and otherwise the settings of the model.
         draws: redraws for each row.
-        batches: real batches that the claims of the sources are held against.
-        seed: of batches and draws.
+        batches: number of real batches against which the claims of the sources are tested.
+        seed: seed of batches and draws.
 
     Raises:
-        InputError: an objective is unknown, or needs what the data does not have.
+        InputError: an objective is unknown, or needs data that is missing.
     """
     own = subject.config.objective
-    asked = [own] + [_named(own, name) for name in dict.fromkeys(objectives) if name != own.name]
-    built = [build_objective(_with(subject.config, settings), subject.train) for settings in asked]
+    audited = [own] + [_named(own, name) for name in dict.fromkeys(objectives) if name != own.name]
+    built = [build_objective(_with(subject.config, settings), subject.train) for settings in audited]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         measured = [
             _measured(subject, settings, objective, draws, seed)
-            for settings, objective in zip(asked, built, strict=True)
+            for settings, objective in zip(audited, built, strict=True)
         ]
         stream = subject.batches(seed)
         pool = build_objective(subject.config, subject.train).pool
@@ -210,8 +210,8 @@ def _measured(
 ) -> ObjectiveAudit:
     own = settings is subject.config.objective
     if not estimates_softmax(objective):
-        other = "a binary or pairwise form: it does not estimate the softmax, so there is no bias to speak of"
-        return ObjectiveAudit(settings.name, own, other, None, [None] * 10)
+        reason = "binary or pairwise: it does not estimate the softmax, so a bias is not defined"
+        return ObjectiveAudit(settings.name, own, reason, None, [None] * 10)
     stream = subject.batches(seed)
     warm_up(objective.pool, stream, len(subject.train) // subject.batch_size)
     found = measure(objective, subject.rows, stream, draws=draws)
@@ -220,12 +220,12 @@ def _measured(
         chosen = subject.deciles == number
         deciles.append(summary(found, chosen) if bool(chosen.any()) else None)
     mined = any(isinstance(member, Mined) for member in objective.pool.members())
-    note = "mined negatives are not part of a model folder: measured without them" if mined else None
+    note = "measured without mined negatives, which are not saved with the model" if mined else None
     return ObjectiveAudit(settings.name, own, note, summary(found), deciles)
 
 
 def summary(found: Measurement, rows: Tensor | None = None) -> dict[str, float]:
-    """Bias without its noise floor, spread, and their errors, over some rows."""
+    """Summarize bias (without its noise floor), spread and their errors over some rows."""
     bias, bias_error = found.corrected_bias(rows)
     spread, spread_error = found.mean_spread(rows)
     return {
@@ -262,13 +262,13 @@ def _cells(values: dict[str, float]) -> list[str]:
 
 def _sentence(own: ObjectiveAudit) -> str:
     if own.overall is None:
-        return "another target than the softmax; its gradient is not compared"
+        return "its target is not the softmax; its gradient is not compared"
     bias, error, spread = (own.overall[name] for name in ("bias", "bias_error", "spread"))
     if own.verdict == "no bias found":
         return f"no bias against full softmax was found ({bias:.3f} ± {error:.3f}); one draw is off by {spread:.2f}"
     return (
-        f"its gradient is biased by {bias:.0%} ± {error:.0%} of the full softmax's, which no number of steps averages "
-        f"out; one draw adds {spread:.2f} of noise, which they do"
+        f"its gradient has a bias of {bias:.0%} ± {error:.0%} of the full softmax gradient, which does not average out "
+        f"over steps; the spread of one draw is {spread:.2f}, which does"
     )
 
 

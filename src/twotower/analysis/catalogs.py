@@ -1,4 +1,4 @@
-"""Catalogs made for the study: Zipf popularity, a model that has learnt its positives, and random batches."""
+"""Synthetic catalogs for the reference study: Zipf popularity, a model that learnt its positives, random batches."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from twotower.negatives import Proposal, Weighted
 
 
 def zipf_interactions(num_items: int, rarest: int) -> Interactions:
-    """Interactions in which the item of rank r occurs rarest N / r times, whole numbers.
+    """Generate interactions in which the item of rank r occurs round(rarest N / r) times.
 
     Args:
         num_items: N.
-        rarest: how often the last item occurs.
+        rarest: number of occurrences of the last item.
     """
     counts = np.round(rarest * num_items / np.arange(1, num_items + 1)).astype(np.int64)
     items = np.repeat(np.arange(num_items), counts)
@@ -39,16 +39,16 @@ def learnt_rows(
     generator: torch.Generator,
     shared: bool = False,
 ) -> AuditedRows:
-    """Rows with s = slope log p + noise z over the catalog, and s_y such that P(y|x) is as asked.
+    """Generate rows with logits s = slope log p + noise z, and s_y such that P(y|x) equals `probability`.
 
     Args:
         counts: training interactions of each item, [N].
-        ranks: popularity rank, from 0, of each row's positive.
-        slope: how far the model follows popularity.
-        noise: standard deviation of what it knows beyond.
+        ranks: popularity rank of each row's positive, from 0.
+        slope: how strongly the model follows popularity.
+        noise: standard deviation of the part of the logits that is independent of popularity.
         probability: P(y|x).
-        generator: of z.
-        shared: all rows have the same z, and differ in their positives alone.
+        generator: random generator of z.
+        shared: whether all rows have the same z and differ only in their positives.
     """
     log_p = counts.double().log() - counts.sum().double().log()
     z = torch.randn(1 if shared else len(ranks), len(counts), generator=generator, dtype=torch.float64)
@@ -61,14 +61,14 @@ def learnt_rows(
 
 
 def head_mass(rows: AuditedRows, counts: Tensor, size: int) -> float:
-    """Share of the softmax of the negatives that the `size` most frequent items hold, mean over rows."""
+    """Return the softmax mass of the `size` most frequent items among the negatives, mean over rows."""
     logits = rows.logits.scatter(1, rows.positives[:, None], -torch.inf)
     head = torch.argsort(counts, descending=True, stable=True)[:size]
     return float(torch.softmax(logits, 1)[:, head].sum(1).mean())
 
 
 def random_batches(counts: Tensor, size: int, generator: torch.Generator) -> Iterator[Batch]:
-    """Endless batches whose positives are independent draws in proportion to `counts`."""
+    """Yield endless batches whose positives are drawn independently in proportion to `counts`."""
     proposal: Proposal = Weighted(counts)
     nothing = torch.zeros(size, dtype=torch.int64)
     while True:

@@ -1,4 +1,4 @@
-"""Objectives compared on the same test queries: means with intervals, paired tests, and what may be said of them."""
+"""Statistics of objectives compared on the same test queries: means with intervals, paired tests, verdicts."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from twotower.evaluation import Row
 from twotower.evaluation.significance import Interval, bootstrap_intervals, holm, paired_comparison
 
-#: Two objectives are told apart below this adjusted p-value ...
+#: A difference is significant below this adjusted p-value ...
 SIGNIFICANT = 0.05
-#: ... where the difference is also larger than this many standard errors over seeds.
+#: ... if it is also larger than this many standard errors over seeds.
 SEED_ERRORS = 2.0
 
 Values = NDArray[np.float64]
@@ -23,11 +23,11 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Measured:
-    """One number of one objective.
+    """One metric of one objective.
 
     Attributes:
-        mean: over queries and seeds.
-        low, high: its 95 % bootstrap interval over queries; None where there is no value for each query.
+        mean: mean over queries and seeds.
+        low, high: 95 % bootstrap interval over queries; None if the metric has no per-query values.
         by_seed: the mean over queries of each seed.
     """
 
@@ -44,17 +44,17 @@ class Measured:
 
 @dataclass(frozen=True)
 class Contest:
-    """One objective against another on the same queries.
+    """A paired comparison of one objective with the reference of its family.
 
     Attributes:
         name: the objective.
-        difference: mean over queries of its value less that of the one it is held against, both averaged over seeds.
+        difference: mean over queries of its value minus that of the reference, both averaged over seeds.
         low, high: 95 % interval over queries.
-        p_value: two-sided, of the paired bootstrap.
-        adjusted: p_value after Holm, over all contests of the family.
-        effect_size: mean difference over its standard deviation over queries.
-        seed_error: standard error of the difference over seeds; None where no objective has two seeds.
-        num_queries: queries with both values.
+        p_value: two-sided p-value of the paired bootstrap.
+        adjusted: p_value after Holm's adjustment over the family.
+        effect_size: mean difference divided by its standard deviation over queries.
+        seed_error: standard error of the difference over seeds; None if no objective has two seeds.
+        num_queries: number of queries with both values.
     """
 
     name: str
@@ -78,13 +78,13 @@ class Contest:
 
 @dataclass(frozen=True)
 class Family:
-    """All contests about one question, adjusted together.
+    """A family of contests with the same metric and reference, adjusted together.
 
     Attributes:
         about: `all` queries, the `tail`, or the `baselines`.
         metric: such as "NDCG@10".
         part: the slice, such as "tail"; None for all queries.
-        against: the objective that all others are held against.
+        against: the reference: the objective that all others are compared with.
         contests: one for each other objective.
     """
 
@@ -95,7 +95,7 @@ class Family:
     contests: tuple[Contest, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         contests = [{**_plain(asdict(one)), "verdict": one.verdict} for one in self.contests]
         return {
             "about": self.about,
@@ -108,18 +108,18 @@ class Family:
 
 @dataclass(frozen=True)
 class Compared:
-    """What `compare` found: by objective, the metrics over all queries and by slice, and the families of tests."""
+    """The result of `compare`: metrics of each objective, overall and by slice, and the families of tests."""
 
     values: dict[str, dict[str, Measured]]
     slices: dict[str, dict[str, dict[str, Measured]]]
     families: tuple[Family, ...]
 
     def best(self, metric: str) -> str:
-        """The objective with the highest mean."""
+        """Return the objective with the highest mean."""
         return max(self.values, key=lambda name: self.values[name][metric].mean)
 
     def model(self, name: str) -> dict[str, Any]:
-        """The numbers of one objective as plain JSON values."""
+        """Return the metrics of one objective as plain JSON values."""
         return {
             "values": {metric: _measured(found) for metric, found in self.values[name].items()},
             "slices": {
@@ -137,22 +137,22 @@ def compare(
     tail_metric: str,
     tail: str = "tail",
 ) -> Compared:
-    """Compare objectives by their values for each query, averaged over seeds.
+    """Compare objectives by their per-query values, averaged over seeds.
 
-    Every other objective is held against the one with the highest mean of `metric`, once on all queries by `metric` and
-    once on the queries of the tail by `tail_metric`; so are the baselines, by `metric`. Choosing the best by the same
-    numbers favours it a little: a small lead means less than its p-value says, which the adjustment for many
-    comparisons covers in part.
+    The reference is the objective with the highest mean of `metric`. Every other objective is compared with it twice:
+    on all queries by `metric`, and on the tail by `tail_metric`. The baselines are compared with it by `metric`.
+    Selecting the reference by the same numbers favours it slightly: a small lead means less than its p-value suggests.
+    The adjustment for multiple comparisons compensates for part of this.
 
     Args:
-        rows: for each objective one evaluated row a seed; all of the same queries.
+        rows: for each objective one evaluated row per seed, all of the same queries.
         baselines: rows of the same queries.
-        metric: what decides, such as "NDCG@10".
-        tail_metric: what is asked of the tail, such as "Recall@10".
-        tail: the slice that is the tail.
+        metric: the deciding metric, such as "NDCG@10".
+        tail_metric: the metric on the tail, such as "Recall@10".
+        tail: name of the tail slice.
 
     Raises:
-        ValueError: no objective, one without a row, or rows of different queries.
+        ValueError: no objective, an objective without rows, or rows of different queries.
     """
     if not rows or not all(rows.values()):
         raise ValueError("compare: expected at least one objective, each with a row")
@@ -166,13 +166,13 @@ def compare(
         if tail in slices[best] and np.isfinite(over_seeds(rows[best], f"{tail}/{tail_metric}")).sum() > 1:
             families.append(contest("tail", rows, tail_metric, tail, best))
     if baselines:
-        beside = {best: rows[best], **{row.name: [row] for row in baselines}}
-        families.append(contest("baselines", beside, metric, None, best))
+        with_baselines = {best: rows[best], **{row.name: [row] for row in baselines}}
+        families.append(contest("baselines", with_baselines, metric, None, best))
     return Compared(values, slices, tuple(families))
 
 
 def measured(runs: Sequence[Row]) -> tuple[dict[str, Measured], dict[str, dict[str, Measured]]]:
-    """All numbers of one objective over its seeds: by metric, and by slice and metric."""
+    """Aggregate one objective over its seeds: by metric, and by slice and metric."""
     intervals = _intervals(runs)
 
     def one(by_seed: tuple[float, ...], key: str) -> Measured:
@@ -191,9 +191,9 @@ def measured(runs: Sequence[Row]) -> tuple[dict[str, Measured], dict[str, dict[s
 
 
 def _intervals(runs: Sequence[Row]) -> dict[str, Interval]:
-    """The interval over queries of everything that has a value for each query, averaged over seeds.
+    """Compute the interval over queries of every per-query metric, averaged over seeds.
 
-    Metrics of the same queries are drawn again together, which costs little more than one of them.
+    Metrics with values on the same queries share the bootstrap resamples, which costs little more than one metric.
     """
     together: dict[bytes, list[str]] = {}
     means = {key: over_seeds(runs, key) for key in runs[0].per_query}
@@ -208,14 +208,14 @@ def _intervals(runs: Sequence[Row]) -> dict[str, Interval]:
 
 
 def over_seeds(runs: Sequence[Row], key: str) -> Values:
-    """The value of each query, averaged over seeds, [E]."""
+    """Average the value of each query over seeds, [E]."""
     stacked = np.stack([run.per_query[key] for run in runs])
     mean: Values = stacked.mean(axis=0)
     return mean
 
 
 def contest(about: str, rows: Mapping[str, Sequence[Row]], metric: str, part: str | None, against: str) -> Family:
-    """Hold every other objective against one, by the paired bootstrap, adjusted together."""
+    """Compare every other objective with the reference by the paired bootstrap, with Holm-adjusted p-values."""
     key = metric if part is None else f"{part}/{metric}"
     reference = over_seeds(rows[against], key)
     others = [name for name in rows if name != against]
@@ -240,7 +240,7 @@ def contest(about: str, rows: Mapping[str, Sequence[Row]], metric: str, part: st
 
 
 def _pooled_deviation(by_seed: Sequence[Sequence[float]]) -> float | None:
-    """Standard deviation over seeds, pooled over objectives: three seeds alone say little about their spread."""
+    """Pool the standard deviation over seeds across objectives: three seeds alone give a poor estimate."""
     freedom = sum(len(values) - 1 for values in by_seed)
     if freedom == 0:
         return None

@@ -1,4 +1,4 @@
-"""The curve of the popularity dial: what accuracy costs in discovery, and discovery in accuracy."""
+"""The popularity dial curve: the trade-off between accuracy and discovery."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class DialPoint:
         recall: Recall@K.
         tail_recall: Recall@K of the targets in the tail third of the training interactions.
         ndcg: NDCG@K.
-        coverage: share of the catalog that stands in at least one list.
-        interactions: training interactions of a recommended item, on average over all lists.
-        percentile: the share of items with fewer training interactions, on average over all lists; ties count half.
+        coverage: share of the catalog that appears in at least one list.
+        interactions: mean training interactions of a recommended item, over all lists.
+        percentile: mean share of items with fewer training interactions, over all lists; ties count half.
     """
 
     popularity: float
@@ -42,13 +42,13 @@ class DialPoint:
 
 @dataclass(frozen=True)
 class DialCurve:
-    """What `popularity_curve` measured: prints as a table.
+    """The result of `popularity_curve`; prints as a table.
 
-    A model that has learnt `log P(item | query)` exactly would be most accurate at 1. One that was fitted to few
-    interactions knows its catalog better than each query, and may be more accurate above.
+    A model that has learnt `log P(item | query)` exactly is most accurate at 1. A model trained on few interactions
+    knows popularity better than individual queries, and may be more accurate above 1.
 
     Attributes:
-        holdout: its name.
+        holdout: name of the holdout.
         k: length of the lists.
         points: one for each setting, ascending.
     """
@@ -59,11 +59,11 @@ class DialCurve:
 
     @property
     def best(self) -> DialPoint:
-        """The point with the highest NDCG; of several, the one nearest to the model as trained."""
+        """The point with the highest NDCG; among ties, the one nearest to the model as trained."""
         return max(self.points, key=lambda point: (point.ndcg, -abs(point.popularity - 1.0)))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return plain JSON values."""
         points = [dict(point.__dict__) for point in self.points]
         return {"holdout": self.holdout, "k": self.k, "points": points, "best": self.best.popularity}
 
@@ -78,12 +78,12 @@ class DialCurve:
                 f"{values[0]:g}", *(f"{value:.4f}" for value in values[1:5]), *(f"{v:.2f}" for v in values[5:])
             )
         yield table
-        yield "1 is the model as trained, 0 takes all of log p(item) away, above 1 popular items gain."
+        yield "1 is the model as trained; 0 removes log p(item) from the score; above 1, popular items gain."
         yield f"NDCG@{self.k} is highest at {self.best.popularity:g}."
 
 
 class _At:
-    """A retriever with its dial set, as evaluation sees it; keeps what it ranked."""
+    """A ranker at one setting of the dial, which keeps its last ranking."""
 
     def __init__(self, retriever: Retriever, popularity: float) -> None:
         self.retriever = retriever
@@ -104,7 +104,7 @@ def popularity_curve(
     settings: Sequence[float] = SETTINGS,
     exclude_seen: bool = True,
 ) -> DialCurve:
-    """Recall, tail recall, coverage and popularity of the lists for several settings of the dial, by exact search.
+    """Measure recall, tail recall, coverage and popularity of the lists at several dial settings, by exact search.
 
     Args:
         retriever: the model.
@@ -112,7 +112,7 @@ def popularity_curve(
         train: the training interactions; they define the tail and an item's popularity.
         k: length of the lists.
         settings: values of b; see `PopularityDial`.
-        exclude_seen: leave items of a query's history out.
+        exclude_seen: exclude items of a query's history.
 
     Returns:
         One point for each setting, ascending.
@@ -141,7 +141,7 @@ def popularity_curve(
 
 
 def _percentiles(counts: np.ndarray) -> np.ndarray:
-    """Share of items with fewer interactions, ties counting half, float64 [N]."""
+    """Compute the share of items with fewer interactions, ties counting half, float64 [N]."""
     ascending = np.sort(counts)
     below = np.searchsorted(ascending, counts, side="left")
     up_to = np.searchsorted(ascending, counts, side="right")

@@ -1,4 +1,4 @@
-"""The forms of the study: every softmax objective by name with 255 candidates, and two faults of published code."""
+"""The forms of the study: every softmax objective with 255 candidates, and two corrections from published code."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ MIXED_BATCH, MIXED_UNIFORM = 129, 127
 
 
 class OwnSourceCount(Correction):
-    """log(n q_j^s), n the draws of all sources: each source by its own q, the count in place. Unbiased."""
+    """The correction log(n q_j^s), with n the draws of all sources and q^s the candidate's own source. Unbiased."""
 
     def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: Request) -> Tensor:
-        """Log n + log q_j of the source that brought the candidate."""
+        """Return log n + log q_j, with q of the source that drew the candidate."""
         total = sum(member.draws(request) for member in pool.random_sources())
         return BySourceProbability().log_count(pool, items, source, request) + math.log(total)
 
 
 class PlainFrequency(Correction):
-    """log(n p_j) for every candidate of a mixed pool without duplicates: one frequency for all sources."""
+    """The correction log(n p_j) for a mixed pool without duplicates: one frequency for all sources."""
 
     def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: Request) -> Tensor:
-        """Log n + log p_j of the in-batch source."""
+        """Return log n + log p_j, with p of the in-batch source."""
         total = sum(member.draws(request) for member in pool.random_sources())
         return Probability().log_count(pool, items, source, request) + math.log(total)
 
 
 @dataclass(frozen=True)
 class Form:
-    """A row of the study.
+    """One form of the study.
 
     Attributes:
-        name: in the table.
-        objective: the name in `build.OBJECTIVES` that it shows.
+        name: name in the table.
+        objective: name in `build.OBJECTIVES`.
         overrides: its settings, as after `--set objective.`.
         batch_size: B.
-        claims_unbiased: its bias is claimed to vanish.
-        correction: in place of the objective's own.
-        exact: nothing is drawn.
+        claims_unbiased: whether its bias is claimed to be zero.
+        correction: replaces the objective's own correction.
+        exact: whether it draws nothing.
     """
 
     name: str
@@ -106,7 +106,7 @@ FORMS = [
 
 
 def build_form(form: Form, train: Interactions) -> Objective:
-    """The objective of a form, built as a configuration would."""
+    """Build the objective of a form, as from a configuration."""
     overrides = [f"objective={form.objective}", *(f"objective.{text}" for text in form.overrides)]
     objective = build_objective(Config.load(None, overrides), train)
     if form.correction is None:

@@ -1,4 +1,4 @@
-"""How far the gradient of an objective is from that of the full softmax, measured by redrawing its candidates."""
+"""Deviation of an objective's gradient from that of the full softmax, measured by redrawing its candidates."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from twotower.errors import InputError
 from twotower.losses import Embedded, Objective, PositiveCorrectedSoftmax, RefinedLogQ, SampledSoftmax
 from twotower.negatives import Candidates, CrossBatchMemory, Hits, InBatch, Pool
 
-#: Draws and logits of one call of the loss: several small draws share a call, for its fixed cost outweighs theirs.
+#: Maximum draws and logits in one call of the loss: small draws share a call because its fixed cost dominates.
 _DRAWS, _CELLS = 16, 1 << 15
 
 
 def estimates_softmax(objective: Objective) -> bool:
-    """Whether an objective estimates the full softmax, so that its gradient can be compared; binary forms do not."""
+    """Return whether an objective estimates the full softmax, so that gradients are comparable. Binary forms do not."""
     return isinstance(objective, SampledSoftmax | PositiveCorrectedSoftmax | RefinedLogQ)
 
 
 def depends_on_batch(pool: Pool) -> bool:
-    """Whether the candidates depend on the other rows of the batch."""
+    """Return whether the candidates depend on the other rows of the batch."""
     return any(isinstance(member, InBatch | CrossBatchMemory) for member in pool.members())
 
 
@@ -37,31 +37,31 @@ def measure(
     draws: int,
     generator: torch.Generator | None = None,
 ) -> Measurement:
-    """Draw candidates for every row again and again, and compare the gradient of the loss with the exact one.
+    """Draw candidates for every row repeatedly, and compare the gradient of the loss with the exact one.
 
-    The objective runs as in training. Every item's embedding is its logit, [N, 1], and every query's is 1, so that the
-    gradient with respect to the embeddings is that with respect to the logits. In each draw the audited row takes the
-    place of the first row of a batch, so what it meets in-batch is what real batches bring.
+    The objective runs as in training. The embedding of an item is its logit, [N, 1], and the embedding of a query is 1,
+    so the gradient with respect to the embeddings is the gradient with respect to the logits. In each draw, the audited
+    row replaces the first row of a batch, so its in-batch candidates are those of real batches.
 
     Args:
-        objective: a softmax form.
+        objective: an objective that estimates the softmax.
         rows: the audited rows.
-        batches: endless; the batches as training would have them.
-        draws: n for each row, on average where batches are built within groups.
-        generator: of the draws of proposals.
+        batches: an endless iterator over training batches.
+        draws: number of draws n for each row; an average if batches are built within groups.
+        generator: random generator of the proposals.
 
     Raises:
         InputError: the objective does not estimate the softmax, or `draws` is less than 2.
     """
     if not estimates_softmax(objective):
-        raise InputError("audit: this objective does not estimate the full softmax: its gradient has another target")
+        raise InputError("audit: this objective does not estimate the full softmax; its gradient has another target")
     if draws < 2:
         raise InputError(f"draws: expected at least 2, found {draws}")
     training = objective.training
-    objective.eval()  # state is kept by hand below: an audited row is no training step
+    objective.eval()  # state is updated explicitly by `follow`: an audited row is not a training step
     totals = _Totals(objective, rows)
     if not depends_on_batch(objective.pool) and rows.groups is None:
-        batches = itertools.repeat(next(batches))  # nobody looks at it
+        batches = itertools.repeat(next(batches))  # the batch is not used
     try:
         for row, batch in _assigned(objective.pool, rows, batches, draws * len(rows)):
             totals.add(row, _draw(objective, rows, row, batch, generator))
@@ -72,7 +72,7 @@ def measure(
 
 
 def follow(pool: Pool, batch: Batch, *, drawn: bool) -> None:
-    """What a training step does to the state of a pool: before the draw frequencies take note, after it memories do."""
+    """Update the state of a pool as a training step does: frequencies before the draw, memories after it."""
     if not drawn:
         for frequency in pool.frequencies():
             frequency.observe(batch.items, batch.group)
@@ -83,7 +83,7 @@ def follow(pool: Pool, batch: Batch, *, drawn: bool) -> None:
 
 
 def _assigned(pool: Pool, rows: AuditedRows, batches: Iterator[Batch], total: int) -> Iterator[tuple[int, Batch]]:
-    """Which row is measured with which batch: in turn, within a batch's group where it has one."""
+    """Pair rows with batches in turn; if batches have groups, only rows of the batch's group."""
     queues: dict[int | None, list[int]] = {None: list(range(len(rows)))}
     if rows.groups is not None:
         for row, group in enumerate(rows.groups.tolist()):
@@ -105,20 +105,20 @@ def _assigned(pool: Pool, rows: AuditedRows, batches: Iterator[Batch], total: in
 def _draw(
     objective: Objective, rows: AuditedRows, row: int, batch: Batch, generator: torch.Generator | None
 ) -> Candidates:
-    """The candidates of an audited row in the place of the first row of a batch."""
-    # Without in-batch candidates the other rows decide nothing, and a batch of one is cheaper.
+    """Draw the candidates of an audited row that replaces the first row of a batch."""
+    # Without in-batch candidates the other rows have no effect, and a batch of one is cheaper.
     size = len(batch) if depends_on_batch(objective.pool) else 1
     positives = torch.cat([rows.positives[row : row + 1], batch.items[1:size]])
     queries = None if rows.queries is None else torch.cat([rows.queries[row : row + 1], batch.queries[1:size]])
     drawn = objective.pool.draw(
         positives, known_positives=rows.known_of(row), queries=queries, group=batch.group, generator=generator
     )
-    # The other rows go before copies are merged, which costs most for a whole batch and changes nothing for one row.
+    # Drop the other rows before copies are merged: merging a whole batch is expensive and changes nothing for one row.
     return objective.prepare(drawn.head(1))
 
 
 def stack(parts: list[Candidates]) -> tuple[Candidates, Tensor]:
-    """Draws of one row each as one batch in which every row sees its own candidates alone: hits elsewhere.
+    """Combine single-row draws into one batch in which each row's candidates are masked for all other rows.
 
     Returns:
         The batch, and the row that each shared candidate belongs to, int64 [M].
@@ -147,7 +147,7 @@ def stack(parts: list[Candidates]) -> tuple[Candidates, Tensor]:
 
 
 class _Totals:
-    """Sums over the draws: of gradients, [R, N], and of d = ||g_hat - g||^2 and d^2, [R]."""
+    """Sums over the draws of the gradients, [R, N], and of d = ||g_hat - g||^2 and d^2, [R]."""
 
     def __init__(self, objective: Objective, rows: AuditedRows) -> None:
         self.objective, self.rows = objective, rows
@@ -165,7 +165,7 @@ class _Totals:
             self.flush()
 
     def flush(self) -> None:
-        """Run the loss on the draws that wait, and take up their gradients."""
+        """Run the loss on the waiting draws and add their gradients to the sums."""
         if not self.waiting:
             return
         row = torch.tensor([place for place, _ in self.waiting])
@@ -175,7 +175,7 @@ class _Totals:
         count, number = len(row), self.rows.logits.shape[1]
         items, log_count = drawn.items, drawn.log_expected_count.double()
         if drawn.row_items is not None and drawn.row_hits is not None and drawn.row_log_expected_count is not None:
-            # Row candidates stand behind the shared ones.
+            # Per-row candidates follow the shared ones.
             of = torch.cat([of, torch.arange(count).repeat_interleave(drawn.row_items.shape[1])])
             items = torch.cat([items, drawn.row_items.clamp(min=0).reshape(-1)])
             live = torch.cat([live, ~drawn.row_hits.reshape(-1)])
@@ -205,7 +205,7 @@ class _Totals:
         self.effective.index_add_(0, row, torch.where(second > 0, first**2 / second, 0.0))
 
     def _gradients(self, drawn: Candidates, scores: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients with respect to the logits of the negatives and of the positives."""
+        """Compute the gradients with respect to the logits of the negatives and of the positives."""
         scores, own = scores[:, None].requires_grad_(), own[:, None].requires_grad_()
         shared = scores[: len(drawn.items)]
         per_row = None if drawn.row_items is None else scores[len(drawn.items) :].reshape(*drawn.row_items.shape, 1)
@@ -218,7 +218,7 @@ class _Totals:
     def result(self) -> Measurement:
         draws, norm = self.draws, self.norm
         bias = (self.gradient / draws[:, None] - self.exact).norm(dim=1)
-        # E||g_hat - E g_hat||^2 with Bessel's correction; n = 0 and 1 give NaN: nothing was measured.
+        # E||g_hat - E g_hat||^2 with Bessel's correction; NaN for n < 2, where nothing was measured.
         variance = (self.squares - draws * bias**2).clamp(min=0.0) / (draws - 1.0)
         scatter = (self.fourths - self.squares**2 / draws).clamp(min=0.0) / (draws - 1.0)
         unmeasured = draws < 2

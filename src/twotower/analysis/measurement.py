@@ -1,4 +1,4 @@
-"""What a measurement of gradients is made on, and what comes out of it."""
+"""Input and result of a gradient measurement."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AuditedRows:
-    """Rows whose gradient is measured, with every logit of the catalog.
+    """Rows whose gradient is measured, with their logits over the catalog.
 
     Attributes:
         logits: s(x, j), already divided by the temperature, float64 [R, N].
-        positives: y of each row, int64 [R].
-        queries: query of each row, int64 [R], for sources that look items up by query.
-        groups: group of each row, int64 [R], where batches are built within groups.
-        known: (row [P], item [P]): items masked for a row besides its positive. The target is then the softmax over
-            the rest of the catalog.
+        positives: positive y of each row, int64 [R].
+        queries: query of each row, int64 [R], for sources that look up items by query.
+        groups: group of each row, int64 [R], if batches are built within groups.
+        known: (row [P], item [P]): items masked for a row in addition to its positive. The target is then the softmax
+            over the rest of the catalog.
     """
 
     logits: Tensor
@@ -32,7 +32,7 @@ class AuditedRows:
         return len(self.positives)
 
     def exact_gradient(self) -> Tensor:
-        """dL/ds_j = P(j|x) - [j = y] of the full softmax, float64 [R, N]."""
+        """Return dL/ds_j = P(j|x) - [j = y] of the full softmax, float64 [R, N]."""
         logits, rows = self.logits, torch.arange(len(self))
         if self.known is not None:
             logits = logits.clone()
@@ -43,7 +43,7 @@ class AuditedRows:
         return gradient
 
     def known_of(self, row: int) -> tuple[Tensor, Tensor] | None:
-        """What is masked for one row, as pairs for a batch in which it is the first."""
+        """Return the masked items of one row as (row, item) pairs for a batch in which it is row 0."""
         if self.known is None:
             return None
         items = self.known[1][self.known[0] == row]
@@ -52,16 +52,16 @@ class AuditedRows:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured of each row, float64 [R]; the norm ||g|| of the exact gradient is the unit of the first three.
+    """Measured values of each row, float64 [R]. `bias`, `noise` and `spread` are relative to the exact gradient's norm.
 
     Attributes:
-        bias: ||mean g_hat - g|| / ||g||, which a finite number of draws keeps above zero by about `noise`.
+        bias: ||mean g_hat - g|| / ||g||; with a finite number of draws it exceeds the true bias by about `noise`.
         noise: Monte-Carlo error of `bias`, sqrt(E||g_hat - E g_hat||^2 / n) / ||g||.
         spread: standard deviation of one draw, sqrt(E||g_hat - E g_hat||^2) / ||g||.
         spread_error: Monte-Carlo error of `spread`^2, from the scatter of ||g_hat - g||^2 over the draws.
         distinct: mean number of distinct negatives of the row.
         effective: mean effective sample size, (sum w)^2 / sum w^2 over the negatives, w = exp(s - log kappa).
-        draws: n, how often candidates were drawn for the row.
+        draws: number of draws n for the row.
     """
 
     bias: Tensor
@@ -73,11 +73,11 @@ class Measurement:
     draws: Tensor
 
     def corrected_bias(self, rows: Tensor | None = None) -> tuple[float, float]:
-        """The bias without its noise floor over some rows, and its standard error.
+        """Return the bias over some rows without its noise floor, and its standard error.
 
             b^2 = mean over rows of (bias^2 - noise^2),   b = sqrt(max(b^2, 0))
 
-        The error comes from the scatter of b^2 over the rows; of one row alone it is `noise`.
+        The error is estimated from the scatter of b^2 over the rows; for a single row it is `noise`.
         """
         chosen = self._measured(rows)
         square = (self.bias**2 - self.noise**2)[chosen]
@@ -87,21 +87,21 @@ class Measurement:
         if len(square) == 1:
             return value, float(self.noise[chosen][0])
         error = float(square.std()) / math.sqrt(len(square))
-        # d sqrt(x) = dx / (2 sqrt x), and near zero sqrt(dx) is all that can be said.
+        # d sqrt(x) = dx / (2 sqrt x); near zero, sqrt(dx) is the bound.
         return value, min(error / (2 * value), math.sqrt(error)) if value > 0 else math.sqrt(error)
 
     def mean(self, name: str, rows: Tensor | None = None) -> float:
-        """Mean over some rows of `distinct`, `effective`, `bias`, `noise` or `draws`."""
+        """Average `distinct`, `effective`, `bias`, `noise` or `draws` over some rows."""
         values: Tensor = getattr(self, name)[self._measured(rows)]
         return float(values.mean()) if len(values) else math.nan
 
     def _measured(self, rows: Tensor | None) -> Tensor:
-        """Rows asked for that were drawn for at least twice, bool [R]: groups may be too rare for a batch."""
+        """Select the given rows that have at least two draws, bool [R]: a group may be too rare to get batches."""
         measured = self.draws >= 2
         return measured if rows is None else measured & rows
 
     def mean_spread(self, rows: Tensor | None = None) -> tuple[float, float]:
-        """Root mean square of the spread over some rows, and its Monte-Carlo error."""
+        """Return the root mean square of the spread over some rows, and its Monte-Carlo error."""
         chosen = self._measured(rows)
         square = (self.spread**2)[chosen]
         if len(square) == 0:
@@ -112,9 +112,9 @@ class Measurement:
 
 
 def spread_gain(present: Measurement, other: Measurement) -> tuple[float, float]:
-    """Spread of one pool over that of another, geometric mean over the same rows, and its standard error.
+    """Return the spread of `present` over that of `other`, geometric mean over the same rows, and its standard error.
 
-    The error is that of the rows' log-ratios, which holds both Monte-Carlo error and the difference between rows.
+    The error is that of the log-ratios of the rows, which includes Monte-Carlo error and differences between rows.
     """
     both = (present.draws >= 2) & (other.draws >= 2)
     ratio = (present.spread[both] / other.spread[both]).log()

@@ -1,4 +1,4 @@
-"""Candidate pools at equal numbers of distinct candidates, which are what a training step pays for."""
+"""Candidate pools sized to the same number of distinct candidates, which determines the cost of a training step."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Sources = list[dict[str, dict[str, Any] | None]]
 
 @dataclass(frozen=True)
 class PoolPlan:
-    """A pool whose last drawn source, or else whose batch, can be made larger or smaller.
+    """A candidate pool that can be resized, by its last sampled source or by the batch.
 
     Attributes:
-        name: what it is called in a table.
+        name: name in tables.
         sources: as in the section `objective` of a configuration.
-        unique: duplicates are removed over all sources.
+        unique: whether duplicates are removed over all sources.
     """
 
     name: str
@@ -32,7 +32,7 @@ class PoolPlan:
     unique: bool = True
 
     def settings(self, base: ObjectiveConfig | None = None) -> ObjectiveConfig:
-        """The objective `expected-count` with this pool; everything else as in `base`."""
+        """Return the settings of `expected-count` with this pool; everything else as in `base`."""
         found = base or ObjectiveConfig()
         return found.model_copy(
             update={"name": "expected-count", "sources": self.sources, "unique": self.unique, "strength": 1.0}
@@ -40,11 +40,11 @@ class PoolPlan:
 
     @property
     def grows_with_batch(self) -> bool:
-        """Whether nothing in it has a size but the batch."""
+        """Whether only the batch size can resize the pool."""
         return all(name in ("in_batch", "head") for source in self.sources for name in source)
 
     def sized(self, size: int) -> PoolPlan:
-        """The same pool with `size` draws from its last drawn source."""
+        """Return the same pool with `size` draws from its last source."""
         if self.grows_with_batch:
             return self
         ((name, options),) = self.sources[-1].items()
@@ -52,7 +52,7 @@ class PoolPlan:
 
 
 def plain_pools() -> list[PoolPlan]:
-    """The pools of the reference study: 512 draws, or a head of 256 and 256 draws from the rest."""
+    """Return the pools of the reference study: 512 draws, or a head of 256 and 256 draws."""
     head: dict[str, dict[str, Any] | None] = {"head": {"size": 256}}
     return [
         PoolPlan("in-batch", [{"in_batch": {}}], unique=False),
@@ -66,14 +66,14 @@ def plain_pools() -> list[PoolPlan]:
 
 
 def expected_distinct(pool: Pool, batch_size: int, groups: Sequence[Group | None] = (None,)) -> float:
-    """How many distinct items stand among the candidates of a row, in expectation.
+    """Compute the expected number of distinct items among the candidates of a row.
 
-        sum over j of  1 - prod_s (1 - inclusion_j^s),   1 for an item that is always in
+        sum over j of  1 - prod_s (1 - inclusion_j^s),   1 for an item that is always included
 
     Args:
-        pool: shared sources; what single rows have of their own is not counted.
+        pool: the pool; only shared sources count, not per-row ones.
         batch_size: B.
-        groups: the mean over batches of these groups.
+        groups: groups of batches to average over.
     """
     total = 0.0
     for group in groups:
@@ -100,13 +100,13 @@ def at_equal_distinct(
     base: ObjectiveConfig | None = None,
     groups: Sequence[Group | None] = (None,),
 ) -> tuple[PoolPlan, int] | None:
-    """The plan and the batch size at which a pool has `target` distinct candidates.
+    """Find the plan and the batch size at which a pool has `target` distinct candidates.
 
-    What grows is the last drawn source, or the batch where nothing else can; by bisection, for the number of distinct
-    items rises with every draw.
+    Resizes the last sampled source, or the batch if there is none, by bisection: the number of distinct items grows
+    with every draw.
 
     Returns:
-        None where the pool cannot have as few, or as many.
+        The plan and the batch size; None if the pool cannot have so few or so many.
     """
     pool = build_pool(plan.sized(1).settings(base), train)
     drawn = [member for member in pool.members() if isinstance(member, Sampled)]
@@ -130,7 +130,7 @@ def at_equal_distinct(
 
 
 def _catalog(pool: Pool) -> int:
-    """N, from whichever source knows it."""
+    """Return N, from the first source that knows it."""
     for member in pool.members():
         if isinstance(member, Sampled):
             return member.proposal.num_items
@@ -141,5 +141,5 @@ def _catalog(pool: Pool) -> int:
 
 
 def remembers(pool: Pool) -> bool:
-    """Whether candidates come from earlier batches."""
+    """Return whether candidates come from earlier batches."""
     return any(isinstance(member, CrossBatchMemory) for member in pool.members())

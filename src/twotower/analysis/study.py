@@ -22,10 +22,10 @@ from twotower.losses import SampledSoftmax
 
 #: The first table: N = 3,000, 255 candidates, five positives from head to tail.
 NUM_ITEMS, RANKS, SLOPE, NOISE = 3000, [1, 30, 300, 1500, 2900], 0.6, 1.4
-#: The second: N = 20,000, 512 draws; (slope, noise) of each catalog; the third has as many *distinct* candidates each.
+#: The second: N = 20,000, 512 draws, (slope, noise) of each catalog. The third: equal numbers of *distinct* candidates.
 LARGE, CATALOGS, LARGE_RANKS = 20_000, [(0.7, 1.2), (0.3, 1.5), (1.0, 1.0), (1.0, 2.0)], [10, 100, 1000, 10_000]
 EQUAL_DISTINCT = (313, 509)
-#: A form is called unbiased below these relative biases; uniform candidates are the least precise.
+#: A form counts as unbiased below these relative biases; uniform candidates have the largest Monte-Carlo error.
 BOUND, UNIFORM_BOUND = 0.02, 0.03
 
 
@@ -34,14 +34,14 @@ class FormResult:
     """One row of the first table.
 
     Attributes:
-        name: of the form.
-        claims_unbiased: whether its bias is claimed to vanish.
+        name: name of the form.
+        claims_unbiased: whether its bias is claimed to be zero.
         bias: ||mean g_hat - g|| / ||g|| for each positive, from head to tail; includes about `noise`.
         noise: Monte-Carlo error of `bias`, mean over the positives.
         corrected: the bias without its noise floor.
         spread: standard deviation of one draw.
         distinct: mean number of distinct negatives.
-        bound: what `bias` must stay below where the form claims to be unbiased.
+        bound: upper bound of `bias` for a form that claims to be unbiased.
     """
 
     name: str
@@ -64,11 +64,11 @@ class PoolResult:
     """One cell of the second and third tables.
 
     Attributes:
-        name: of the pool.
+        name: name of the pool.
         catalog: (slope, noise) of the catalog.
         head_mass: softmax mass of the 256 most frequent items.
-        equal: the number of distinct candidates all pools were brought to; None at equal draws.
-        draws: of its last drawn source, or the other rows of the batch.
+        equal: the number of distinct candidates to which all pools were sized; None at equal draws.
+        draws: draws of its last source, or the number of other rows in the batch.
         spread: mean over rows of the standard deviation of one draw.
         gain: spread of in-batch candidates over this pool's, geometric mean over rows.
         gain_error: its standard error, from the scatter over rows.
@@ -87,7 +87,7 @@ class PoolResult:
 
     @property
     def verdict(self) -> str:
-        """`better` or `worse` than in-batch, where the difference is twice its error; alike otherwise."""
+        """`better` or `worse` than in-batch if the difference exceeds twice its error, otherwise `alike`."""
         difference = self.gain - 1.0
         if abs(difference) <= 2.0 * self.gain_error or self.name == "in-batch":
             return "alike"
@@ -96,7 +96,7 @@ class PoolResult:
 
 @dataclass(frozen=True)
 class Study:
-    """The three tables. Print it, or take `to_dict()`."""
+    """The result of the study: three tables. Print it, or use `to_dict()`."""
 
     forms: list[FormResult]
     pools: list[PoolResult]
@@ -105,7 +105,7 @@ class Study:
     seed: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, with versions and date."""
+        """Return plain JSON values, with versions and date."""
         return {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -118,7 +118,7 @@ class Study:
         }
 
     def __rich__(self) -> Group:
-        """Tables for a rich console."""
+        """Build tables for a rich console."""
         first = Table(
             title=f"Gradient against full softmax: {NUM_ITEMS:,} items, 255 candidates, P(y|x) = 0.5, "
             f"{self.draws:,} draws",
@@ -139,8 +139,8 @@ class Study:
                 found,
             )
         tables = [self._pool_table(equal) for equal in (None, *EQUAL_DISTINCT)]
-        others = "Another target than the softmax, not compared: " + ", ".join(self.other_targets)
-        return Group(first, others, *tables, "gain = spread of in-batch over the pool's, geometric mean over rows")
+        others = "Not compared, because their target is not the softmax: " + ", ".join(self.other_targets)
+        return Group(first, others, *tables, "gain = spread of in-batch / spread of the pool, geometric mean over rows")
 
     def _pool_table(self, equal: int | None) -> Table:
         what = "512 draws" if equal is None else f"{equal} distinct candidates each"
@@ -167,8 +167,8 @@ def study(*, draws: int = 1500, seed: int = 0) -> Study:
     """Measure all forms and pools.
 
     Args:
-        draws: redraws of each form that claims to be unbiased; the biased ones need a fifth, the pools a fiftieth.
-        seed: of the catalogs and of all draws.
+        draws: redraws of each form that claims to be unbiased; biased forms get a fifth, pools a fiftieth.
+        seed: seed of the catalogs and of all draws.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)

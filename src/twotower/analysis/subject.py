@@ -1,4 +1,4 @@
-"""What is audited: a trained model, rows of its training data, and the batches that training would have."""
+"""The subject of an audit: a trained model, rows of its training data, and its training batches."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from twotower.evaluation.towers import TowerRanker
 from twotower.negatives import Pool, popularity_deciles
 from twotower.serving import Artifact
 
-#: Logits held at a time, R x N: a quarter of a gigabyte in float64, beside three arrays of that size.
+#: Maximum number of logits R x N. In float64 this is 64 MiB per array, and four such arrays are held.
 _LOGITS = 1 << 23
 #: Batches that estimated frequencies and memories see before anything is measured.
 _WARM_UP = 500
-#: Batches that are shuffled in one call.
+#: Number of batches shuffled in one call.
 _AT_ONCE = 16
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is audited: a model, the rows it was trained on, and how its batches come.
+    """The subject of an audit: settings, training data and the rows to measure.
 
     Attributes:
-        config: its settings, with every "auto" resolved.
+        config: settings of the model, with every "auto" resolved.
         train: the training interactions.
-        rows: rows whose gradient is measured, spread over the deciles of popularity.
+        rows: rows whose gradient is measured, spread over the popularity deciles.
         deciles: popularity decile of each row's positive, int64 [R].
     """
 
@@ -52,16 +52,16 @@ class Subject:
 
     @property
     def batch_size(self) -> int:
-        """B."""
+        """Batch size B."""
         return min(int(self.config.training.batch_size), len(self.train))
 
     def batches(self, seed: int = 0) -> Iterator[Batch]:
-        """Training batches without end, as `fit` would give them."""
+        """Yield endless training batches, as in `fit`."""
         if self.config.objective.frequency.startswith("grouped"):
             grouped = GroupedBatches(TrainingBatches(self.train, self.batch_size, seed=seed))
             while True:
                 yield from grouped
-        # Several batches at a time, cut apart: the same order, for the shuffle costs by call more than by row.
+        # Shuffle several batches in one call and split them: the cost is per call more than per row.
         several = max(min(_AT_ONCE, len(self.train) // self.batch_size), 1)
         batches = TrainingBatches(self.train, several * self.batch_size, seed=seed)
         while True:
@@ -71,7 +71,7 @@ class Subject:
 
 
 def _part(block: Batch, rows: slice) -> Batch:
-    """Some rows of a batch."""
+    """Select rows of a batch."""
     return Batch(
         rows=block.rows[rows],
         queries=block.queries[rows],
@@ -83,16 +83,16 @@ def _part(block: Batch, rows: slice) -> Batch:
 
 
 def subject_of(artifact: Artifact, train: Interactions, *, rows: int = 64, seed: int = 0) -> Subject:
-    """Choose rows of the training data, as many for each popularity decile, and score the catalog for them.
+    """Choose training rows evenly over the popularity deciles, and compute their logits over the catalog.
 
     Args:
         artifact: the trained model.
         train: its training interactions.
-        rows: R; fewer where the catalog is so large that their logits would not fit.
-        seed: of the choice.
+        rows: number of rows R; reduced if the catalog is so large that the logits would not fit into memory.
+        seed: seed of the choice.
 
     Raises:
-        InputError: fewer than 2 rows are asked for, or the catalog is another one.
+        InputError: `rows` is less than 2, or the data has another number of items than the model.
     """
     if rows < 2:
         raise InputError(f"rows: expected at least 2, found {rows}")
@@ -105,7 +105,7 @@ def subject_of(artifact: Artifact, train: Interactions, *, rows: int = 64, seed:
     length = config.query_tower.history.length if config.query_tower.history else 0
     batch = TrainingBatches(train, len(chosen), history_length=length).batch(chosen)
     ranker = TowerRanker(artifact.towers, length, artifact.item_embeddings)
-    # Every row's own context; a model that looks at none reads nothing of it.
+    # Each row has its own context; models without context features ignore it.
     requests = ranker.encoded_context(None if train.context is None else train.context[chosen], len(chosen))
     context = None if requests is None else [torch.from_numpy(one) for one in requests]
     gaps = None
@@ -124,7 +124,7 @@ def subject_of(artifact: Artifact, train: Interactions, *, rows: int = 64, seed:
 def _choose(
     train: Interactions, config: Config, decile: np.ndarray, rows: int, random: np.random.Generator
 ) -> np.ndarray:
-    """Row numbers, int64 [R], as many from every decile; only rows that training batches can hold."""
+    """Choose row numbers, int64 [R], evenly over the deciles, among rows that can appear in training batches."""
     sample = np.unique(random.integers(0, len(train), min(len(train), 200_000)))
     if config.objective.frequency.startswith("grouped") and train.groups is not None:
         groups = np.asarray(train.groups, dtype=np.int64)
@@ -132,7 +132,7 @@ def _choose(
         sample = sample[large[groups[sample]]]
     sample = random.permutation(sample)
     of = decile[train.item_codes[sample]]
-    # Turn by turn: the first of every decile, then the second, ...
+    # Round-robin: the first row of every decile, then the second, ...
     place = np.zeros(len(sample), dtype=np.int64)
     for number in range(10):
         place[of == number] = np.arange((of == number).sum())
@@ -140,7 +140,7 @@ def _choose(
 
 
 def warm_up(pool: Pool, stream: Iterator[Batch], epoch: int) -> None:
-    """Let estimated frequencies and memories see batches first: an artifact does not hold their state."""
+    """Feed batches to estimated frequencies and memories, whose state is not saved with the model."""
     if all(frequency.is_exact for frequency in pool.frequencies()) and not pool.state_dict():
         return
     for _ in range(min(max(epoch, 1), _WARM_UP)):
@@ -150,7 +150,7 @@ def warm_up(pool: Pool, stream: Iterator[Batch], epoch: int) -> None:
 
 
 def masked_share(pool: Pool, stream: Iterator[Batch], subject: Subject, batches: int = 5) -> float:
-    """Share of masked candidates over all rows of some real batches."""
+    """Measure the share of masked candidates over all rows of some real batches."""
     known = KnownPositives(subject.train) if masks_known_positives(subject.config.objective) else None
     hits, places = 0, 0
     training = pool.training

@@ -1,4 +1,4 @@
-"""Which candidate pool gives the least spread on a trained model, at as many distinct candidates as it has now."""
+"""Search for the candidate pool with the least gradient spread on a trained model, at equal distinct candidates."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from twotower.build import build_objective, build_pool, named_objective
 from twotower.errors import InputError
 from twotower.losses import SampledSoftmax
 
-#: Pools that are measured again, with fresh draws: the best of many noisy figures looks better than it is.
+#: Number of pools measured again with new draws: the best of many noisy measurements looks better than it is.
 _FINALISTS = 3
-#: A relative bias that a suggested pool may have where the present one has none.
+#: Largest relative bias of a suggested pool, unless the present one has more.
 _SMALL = 0.03
 
 
 @dataclass(frozen=True)
 class PoolMeasure:
-    """One pool.
+    """The measurement of one pool.
 
     Attributes:
-        name: of the pool.
-        sources: what to write into the configuration.
-        unique: as there.
+        name: name of the pool.
+        sources: its sources, as in a configuration.
+        unique: its setting `unique`, as in a configuration.
         spread: root mean square over the rows of the standard deviation of one draw.
         spread_error: its Monte-Carlo error.
         distinct: mean number of distinct negatives.
-        bias: of the gradient, without its noise floor.
-        gain: spread of the present pool over this one's, geometric mean over rows: that of a typical row.
+        bias: bias of the gradient, without its noise floor.
+        gain: spread of the present pool over that of this one, geometric mean over rows: the gain of a typical row.
         gain_error: its standard error.
-        worse_rows: share of the rows that this pool spreads more on.
-        final: measured in the second round, with fresh draws.
+        worse_rows: share of the rows with more spread than with the present pool.
+        final: whether it was measured in the second round, with new draws.
     """
 
     name: str
@@ -59,12 +59,12 @@ class PoolMeasure:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """What was measured, and what follows. Print it, or take `to_dict()`.
+    """The measured pools and the suggestion. Print it, or use `to_dict()`.
 
     Attributes:
-        pools: the present one first, then by gain.
-        best: the finalist with the largest gain; None where no gain exceeds twice its error, or where it is bought
-            with a bias, or with more spread in the mean square, by a few rows that fare much worse.
+        pools: the present pool first, then by gain.
+        best: the finalist with the largest gain. Finalists qualify if the gain exceeds twice its error, the bias stays
+            small, and the mean-square spread does not grow (because of a few much worse rows). None if none qualifies.
     """
 
     pools: list[PoolMeasure]
@@ -74,11 +74,11 @@ class Suggestion:
     seed: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return {**asdict(self), "yaml": self.yaml(), "conclusion": self.conclusion()}
 
     def yaml(self) -> str | None:
-        """The suggestion as a piece of a configuration; None where there is none."""
+        """Return the suggestion as part of a configuration, or None."""
         if self.best is None:
             return None
         objective = {"name": "expected-count", "unique": self.best.unique, "sources": self.best.sources}
@@ -86,22 +86,22 @@ class Suggestion:
         return text
 
     def conclusion(self) -> str:
-        """In plain words."""
+        """Return the conclusion as a sentence."""
         present = self.pools[0]
         if self.best is None:
             return (
                 f"no pool beats the present one (spread {present.spread:.3f}, {present.distinct:.0f} distinct "
-                "candidates) by more than twice the error of the measurement: keep it"
+                "candidates) by more than twice the measurement error: keep it"
             )
         best = self.best
         return (
             f"{best.name}: {best.gain:.2f} ± {best.gain_error:.2f} times less spread than the present pool on a "
-            f"typical row, {best.spread:.3f} instead of {present.spread:.3f} in the mean square, with "
+            f"typical row, {best.spread:.3f} instead of {present.spread:.3f} in root mean square, with "
             f"{best.distinct:.0f} distinct candidates instead of {present.distinct:.0f}"
         )
 
     def __rich__(self) -> Group:
-        """A table for a rich console."""
+        """Build a table for a rich console."""
         table = Table(title="Spread of one draw at equal numbers of distinct candidates", title_justify="left")
         table.add_column("pool")
         for title in ("spread", "distinct", "bias", "gain", "worse", "round"):
@@ -118,19 +118,20 @@ class Suggestion:
             )
         notes = (
             f"{self.rows} rows, {self.draws} draws each in the first round, 4 times as many in the second\n"
-            "gain = spread of the present pool over this one's on a typical row; worse = share of rows with more spread"
+            "gain = spread of the present pool / spread of this pool on a typical row; worse = share of rows with more "
+            "spread"
         )
         return Group(table, notes, "", f"* {self.conclusion()}", *([self.yaml() or ""] if self.best else []))
 
 
 def candidate_plans(target: float, counts: Tensor) -> list[PoolPlan]:
-    """The pools that are tried: each proposal alone, beside the batch, and behind a head.
+    """List the pools to try: each proposal alone, with in-batch candidates, and with a head.
 
-    Where the catalog has items that never occur in training, a frequency is counted from 1, so that they can be drawn:
-    without them the estimate would be of another sum, and look the steadier for it.
+    If some items never occur in training, 1 is added to every frequency so that they can be drawn: a pool without them
+    would estimate another sum, with less spread.
 
     Args:
-        target: distinct candidates.
+        target: number of distinct candidates.
         counts: training interactions of each item, [N].
     """
     num_items = len(counts)
@@ -150,26 +151,29 @@ def candidate_plans(target: float, counts: Tensor) -> list[PoolPlan]:
 
 
 def suggest(subject: Subject, *, draws: int = 16, seed: int = 0) -> Suggestion:
-    """Measure pools with as many distinct candidates as the present one, and name the one with the least spread.
+    """Measure pools with as many distinct candidates as the present one, and suggest the one with the least spread.
 
-    The present pool is measured with expected counts, whatever the model was trained with, so that pools are compared
-    and not corrections. In-batch candidates come in real batches of the present size; where that alone brings another
-    number of candidates, it is left out.
+    The present pool is measured with expected counts, whatever correction the model was trained with, so that pools are
+    compared and not corrections. In-batch candidates come from real batches of the present size. The pool of in-batch
+    candidates alone is skipped if that size gives another number of distinct candidates.
 
     Args:
         subject: from `subject_of`.
         draws: redraws for each row in the first round; the finalists get four times as many.
-        seed: of batches and draws.
+        seed: seed of batches and draws.
 
     Raises:
-        InputError: the objective does not estimate the softmax, or its pool has candidates of single rows.
+        InputError: the objective does not estimate the softmax, or its pool has per-row candidates.
     """
     own = subject.config.objective
     objective = build_objective(subject.config, subject.train)
     if not estimates_softmax(objective):
-        raise InputError(f"--suggest: objective {own.name} does not estimate the softmax; pools are compared by that")
+        raise InputError(
+            f"--suggest: objective {own.name} does not estimate the softmax; pools are compared only for objectives "
+            "that do"
+        )
     if any(member.per_row for member in objective.pool.members()):
-        raise InputError("--suggest: the pool has candidates of single rows, which are not counted like shared ones")
+        raise InputError("--suggest: the pool has per-row candidates; only pools with shared candidates are compared")
     named = named_objective(own.name)
     sources = named.sources if own.sources is None else own.sources
     present_plan = PoolPlan("present", sources, named.unique if own.unique is None else own.unique)
@@ -196,7 +200,7 @@ def _beats(one: PoolMeasure, present: PoolMeasure) -> bool:
 
 
 class _Bench:
-    """Measures pools on one subject."""
+    """A test bench that measures pools on one subject."""
 
     def __init__(self, subject: Subject, seed: int) -> None:
         self.subject, self.seed, self.round = subject, seed, 0
@@ -204,7 +208,7 @@ class _Bench:
         self.groups = list(dict.fromkeys(next(stream).group for _ in range(20)))
 
     def sized(self, target: float) -> list[PoolPlan]:
-        """Every plan that can have `target` distinct candidates, brought to that number."""
+        """Return every plan that can be resized to `target` distinct candidates, resized."""
         found = []
         for plan in candidate_plans(target, self.subject.counts):
             sized = at_equal_distinct(
@@ -215,7 +219,7 @@ class _Bench:
                 base=self.subject.config.objective,
                 groups=self.groups,
             )
-            # A pool of the batch alone grows only with the batch, which is not the pool's to choose.
+            # A pool of in-batch candidates alone grows only with the batch size, which is fixed here.
             if sized and math.isclose(sized[1], self.subject.batch_size, rel_tol=0.05):
                 found.append(sized[0])
         return found

@@ -1,4 +1,4 @@
-"""Objectives side by side: trained from the same start, measured on the same queries, tested, reported."""
+"""Comparison of objectives: same initial weights, same test queries, significance tests and a report."""
 
 from twotower.comparison.comparing import Comparison, compare_run
 from twotower.comparison.single import evaluate_folder

@@ -1,4 +1,4 @@
-"""Calibration of the models of a comparison: what their softmax says against what was observed."""
+"""Calibration of the models of a comparison: predicted softmax probabilities against observed frequencies."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ from twotower.data import Holdout, Split
 from twotower.evaluation.calibration import softmax_calibration
 from twotower.serving import Retriever
 
-#: (query, item) pairs looked at, at most; queries are drawn where there are more.
+#: Maximum number of (query, item) pairs; with more, queries are sampled.
 _PAIRS = 200_000_000
 
 
 def calibrations(directories: Mapping[str, Path], split: Split, *, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """By name, the calibration of each model whose objective estimates the softmax.
+    """Measure the calibration of each model whose objective estimates the softmax.
 
     Args:
-        directories: by name, a run folder.
-        split: the data; its test queries are asked.
-        seed: of the queries that are drawn where the catalog is so large that not all can be looked at.
+        directories: name -> run folder.
+        split: the data; its test queries are used.
+        seed: seed of the query sample that is drawn if the catalog is too large to use all queries.
+
+    Returns:
+        Calibration by name, as `to_dict` values.
     """
     found = {}
-    rows = _drawn(split, seed)
-    histories, targets = _parts(split.test, rows)
+    rows = _sampled_queries(split, seed)
+    histories, targets = _histories_and_targets(split.test, rows)
     for name, directory in directories.items():
         retriever = Retriever.load(directory)
         artifact = retriever.artifact
@@ -47,7 +50,7 @@ def calibrations(directories: Mapping[str, Path], split: Split, *, seed: int = 0
     return found
 
 
-def _drawn(split: Split, seed: int) -> np.ndarray:
+def _sampled_queries(split: Split, seed: int) -> np.ndarray:
     count = len(split.test)
     most = max(_PAIRS // split.train.num_items, 100)
     if count <= most:
@@ -55,13 +58,15 @@ def _drawn(split: Split, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(count, most, replace=False))
 
 
-def _parts(holdout: Holdout, rows: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Histories and targets of some queries, as compressed rows."""
-    histories = _taken(holdout.history_offsets, holdout.history_items, rows)
-    return histories, _taken(holdout.target_offsets, holdout.target_items, rows)
+def _histories_and_targets(
+    holdout: Holdout, rows: np.ndarray
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Select histories and targets of some queries, in compressed-row format."""
+    histories = _select_rows(holdout.history_offsets, holdout.history_items, rows)
+    return histories, _select_rows(holdout.target_offsets, holdout.target_items, rows)
 
 
-def _taken(offsets: np.ndarray, items: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _select_rows(offsets: np.ndarray, items: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     sizes = np.diff(offsets)[rows]
     ends = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     place = np.repeat(offsets[rows] - ends[:-1], sizes) + np.arange(ends[-1])

@@ -1,4 +1,4 @@
-"""What a comparison trains: one cell for each objective and seed, and which of them are finished already."""
+"""The cells of a comparison: one training run for each objective and seed, and its state on disk."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from twotower.errors import InputError
 from twotower.serving.artifact import find_model, read_metadata
 from twotower.training import LAST
 
-#: Settings that change neither the start, nor the data, nor a step of the training.
+#: Settings that change neither the initial weights, nor the data, nor any training step.
 FREE = ("evaluation", "training.logger")
-#: Settings that hold a path: the same file by another name is no other setting.
+#: Settings that are paths: two paths to the same file are the same setting.
 PATHS = ("data.items", "data.queries")
 
 State = Literal["finished", "interrupted", "new"]
@@ -27,14 +27,14 @@ State = Literal["finished", "interrupted", "new"]
 
 @dataclass(frozen=True)
 class Cell:
-    """One training: an objective and a seed.
+    """One training run of a comparison: an objective and a seed.
 
     Attributes:
-        name: of the objective, as the report calls it.
-        seed: of the start, the order of rows and the draws.
-        config: all its settings, without "auto".
-        directory: its run folder.
-        rows: training rows of the data.
+        name: name of the objective in the report.
+        seed: seed of initial weights, row order and draws.
+        config: the complete settings, without "auto".
+        directory: the run folder.
+        rows: number of training rows.
     """
 
     name: str
@@ -45,34 +45,34 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """How progress calls it."""
+        """Name of the cell in progress messages."""
         return f"{self.name}, seed {self.seed}"
 
     def state(self, fingerprint: str) -> State:
-        """Whether there is anything left to do.
+        """Return whether the run is finished, interrupted or new.
 
         Args:
-            fingerprint: of the data.
+            fingerprint: fingerprint of the data.
 
         Raises:
-            InputError: what is there was trained with other settings or on other data.
+            InputError: the run folder was trained with other settings or on other data.
         """
         written = self.directory / "config.yaml"
         finished = (self.directory / "results.json").exists()
         if not finished and not (self.directory / LAST).exists():
             return "new"
-        # A setting that came later has its default there, which may be "auto".
+        # A setting added by a newer version gets its default here, which may be "auto".
         found = Config.load(written).resolved(self.rows)
-        for field, (asked, there) in differences(self.config, found).items():
+        for field, (requested, existing) in differences(self.config, found).items():
             raise InputError(
-                f"{written}: {field} is {there!r} there, {asked!r} is asked for now; give the settings the folder "
-                "was begun with, or another --out"
+                f"{written}: {field} is {existing!r}, but {requested!r} was requested; use the settings the comparison "
+                "was started with, or another --out"
             )
         if finished:
             known = read_metadata(find_model(self.directory))["data"]["fingerprint"]
             if known != fingerprint:
                 raise InputError(
-                    f"{self.directory}: trained on other data (fingerprint {known[:12]}, the data now has "
+                    f"{self.directory}: trained on other data (fingerprint {known[:12]}, the current data has "
                     f"{fingerprint[:12]}); choose another --out"
                 )
             return "finished"
@@ -80,12 +80,12 @@ class Cell:
 
 
 def make_cells(base: Config, objectives: Sequence[str], seeds: int, out: Path, train: Interactions) -> list[Cell]:
-    """The cells of a comparison, all objectives of the first seed first.
+    """Make the cells of a comparison, ordered by seed and then by objective.
 
     Args:
-        base: the settings that all share; its `training.seed` is the first seed.
+        base: the settings that all cells share; `training.seed` is the first seed.
         objectives: names, YAML files, or `name=FILE`.
-        seeds: how many.
+        seeds: number of seeds.
         out: the folder of the comparison.
         train: the training interactions.
 
@@ -94,8 +94,8 @@ def make_cells(base: Config, objectives: Sequence[str], seeds: int, out: Path, t
     """
     if base.objective.sources is not None or base.objective.unique is not None:
         raise InputError(
-            "objective.sources, objective.unique: each compared objective has its own; to compare pools, write each "
-            "into a YAML file and give --objectives name=FILE.yaml,..."
+            "objective.sources, objective.unique: each compared objective has its own; to compare pools, write each to "
+            "a YAML file and pass --objectives name=FILE.yaml,..."
         )
     named: dict[str, Config] = {}
     for text in objectives:
@@ -103,7 +103,7 @@ def make_cells(base: Config, objectives: Sequence[str], seeds: int, out: Path, t
         if name in named:
             raise InputError(f"--objectives: {name} is named twice")
         named[name] = config.resolved(len(train))
-        build_objective(named[name], train)  # a wrong one is told before anything is trained
+        build_objective(named[name], train)  # raises on a wrong one before anything is trained
     if not named:
         raise InputError("--objectives: expected at least one name, such as expected-count,in-batch-logq")
     first = base.training.seed
@@ -115,7 +115,7 @@ def make_cells(base: Config, objectives: Sequence[str], seeds: int, out: Path, t
 
 
 def differences(asked: Config, found: Config) -> dict[str, tuple[Any, Any]]:
-    """Fields that decide about a training and are not equal: name -> (asked, found)."""
+    """Return the settings that affect training and differ: name -> (asked, found)."""
     mine, other = (dict(_flat(config.model_dump(mode="json"))) for config in (asked, found))
     unequal = {}
     for field in mine.keys() | other.keys():
@@ -133,7 +133,7 @@ def _objective(base: Config, text: str) -> tuple[str, Config]:
             return text, base.model_copy(update={"objective": base.objective.model_copy(update={"name": text})})
         name, path = Path(text).stem, text
     if not name or set(name) & set("/\\ ") or name.startswith("."):
-        raise InputError(f"--objectives: {name!r} is no name for a folder; give name=FILE.yaml")
+        raise InputError(f"--objectives: {name!r} is not a valid folder name; pass name=FILE.yaml")
     values = _read(Path(path))
     values = values.get("objective", values)
     changed = base.model_dump(mode="json")
@@ -161,7 +161,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _seeded(config: Config, seed: int) -> Config:
     training = config.training.model_copy(update={"seed": seed})
-    evaluation = config.evaluation.model_copy(update={"baselines": False})  # they are measured once for all
+    evaluation = config.evaluation.model_copy(update={"baselines": False})  # measured once for all cells
     return config.model_copy(update={"training": training, "evaluation": evaluation})
 
 

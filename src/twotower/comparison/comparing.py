@@ -1,4 +1,4 @@
-"""The whole of `twotower compare`: train each objective, measure all on the same queries, test, write, report."""
+"""The implementation of `twotower compare`: train each objective, evaluate all on the same queries, test, report."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ from twotower.files import whole_file, write_text
 from twotower.run import audit_run, read_data, split_data
 from twotower.serving.artifact import TOWERS
 
-#: Rows and redraws of the report's audit: enough to tell a bias of some percent, in minutes on a small catalog.
+#: Rows and redraws of the report's audit: enough to detect a bias of a few percent, in minutes on a small catalog.
 AUDIT_ROWS, AUDIT_DRAWS = 40, 24
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison found.
+    """The result of a comparison.
 
     Attributes:
-        document: all of it as JSON values, as in `results.json`.
-        directory: where `results.json`, `results.parquet`, `report.html` and the runs are.
+        document: all results as JSON values, as in `results.json`.
+        directory: folder with `results.json`, `results.parquet`, `report.html` and the runs.
     """
 
     document: dict[str, Any]
     directory: Path
 
     def to_dict(self) -> dict[str, Any]:
-        """The document."""
+        """Return the document."""
         return self.document
 
     def __rich__(self) -> Group:
-        """A table for a rich console, and the answer in words."""
+        """Build the table and the findings for a rich console."""
         return printed(self.document)
 
 
@@ -64,23 +64,23 @@ def compare_run(
     command: str | None = None,
     say: Callable[[str], None] = print,
 ) -> Comparison:
-    """Train, measure and compare objectives from the same start, data order and budget.
+    """Train, evaluate and compare objectives with the same initial weights, data order and budget.
 
     Args:
         source: a file, a folder or the name of a data set.
-        out: the folder of the comparison. Finished trainings in it are not repeated, interrupted ones go on.
+        out: the folder of the comparison. Finished runs in it are not repeated; interrupted ones are resumed.
         base: the settings that all objectives share; `training.seed` is the first seed.
         objectives: names, YAML files with the fields of an objective, or `name=FILE`.
-        seeds: trainings of each objective, with seeds that follow one another.
-        jobs: trainings at once.
+        seeds: number of runs of each objective, with consecutive seeds.
+        jobs: number of concurrent training runs.
         audited: measure bias and spread of each objective's gradient on one of the models.
-        command: the command line that asks for this, for the report.
-        say: told of progress.
+        command: the command line, shown in the report.
+        say: receives progress messages.
 
     Raises:
-        InputError: a setting is wrong, or `out` holds trainings with other settings or of other data.
-        Interrupted: Ctrl-C; the same call goes on.
-        RuntimeError: a training failed.
+        InputError: a setting is wrong, or `out` contains runs with other settings or other data.
+        Interrupted: Ctrl-C; the same call resumes the comparison.
+        RuntimeError: a training run failed.
     """
     directory = Path(out)
     data = read_data(source, base.data, context=wanted_context(base))
@@ -111,31 +111,31 @@ def compare_run(
 
 
 def _audit(cells: Sequence[Cell], source: str | Path, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Bias and spread of each objective's gradient on one model, measured once and kept in `audit.json`."""
-    # Others by name, with their own sources: pools from a file are measured by `twotower audit` on their own models.
+    """Measure bias and spread of each objective's gradient on one model, and cache the result in `audit.json`."""
+    # Only objectives with their default sources: `twotower audit` measures pools from a file, on their own models.
     plain = {cell.name: cell.config.objective for cell in cells}
     named = {name for name, own in plain.items() if own.name == name and own.sources is None and own.unique is None}
-    # Not the best: which one that is depends on how it is measured, and the audit would begin anew.
+    # Not the best model: that depends on the evaluation settings, and a change would invalidate the cached audit.
     subject = next((cell for cell in cells if cell.name == "expected-count"), cells[0])
     others = sorted(named - {subject.name})
-    asked = {
+    request = {
         "model": subject.directory.name,
         "checksum": _weights(subject),
         "objectives": others,
         "rows": AUDIT_ROWS,
         "draws": AUDIT_DRAWS,
     }
-    kept = out / "audit.json"
-    if kept.exists():
-        known = json.loads(kept.read_text(encoding="utf-8"))
-        if known.get("asked") == asked:
+    cache = out / "audit.json"
+    if cache.exists():
+        known = json.loads(cache.read_text(encoding="utf-8"))
+        if known.get("asked") == request:
             return dict(known)
-    say(f"auditing the gradients of {len(others) + 1} objectives on {subject.label} (kept in {kept.name})")
+    say(f"auditing the gradients of {len(others) + 1} objectives on {subject.label} (saved in {cache.name})")
     measured = audit(
         audit_run(subject.directory, source, rows=AUDIT_ROWS), objectives=others, draws=AUDIT_DRAWS, batches=50
     )
-    result = {"asked": asked, **measured.to_dict()}
-    write_text(kept, json.dumps(result, indent=1))
+    result = {"asked": request, **measured.to_dict()}
+    write_text(cache, json.dumps(result, indent=1))
     return result
 
 

@@ -1,4 +1,4 @@
-"""What a comparison or an evaluation found, as one JSON document: `results.json`, and all that a report shows."""
+"""The results of a comparison or evaluation as one JSON document: `results.json`, the content of the report."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from twotower.config import Config
 from twotower.data import Interactions
 from twotower.evaluation import Evaluation, Row
 
-#: Rises when a reader of older documents would misunderstand a newer one.
+#: Incremented when a reader of older documents would misread a newer one.
 DOCUMENT_VERSION = 1
 #: Significant digits of a number.
 DIGITS = 6
-#: Diagnostics of the objective that the report shows, as they were at the end of the training.
+#: Diagnostics of the objective that the report shows, from the end of training.
 DIAGNOSTICS = (
     "effective_candidates",
     "masked_share",
@@ -40,15 +40,15 @@ def build_document(
     data: Interactions,
     **more: Any,
 ) -> dict[str, Any]:
-    """The document of a comparison (`kind="comparison"`) or of one model (`"evaluation"`).
+    """Build the document of a comparison or of the evaluation of one model.
 
     Args:
-        kind: which of the two.
+        kind: "comparison" or "evaluation".
         compared: means, intervals and tests.
-        found: the evaluation they come from.
-        baselines: its baselines.
-        metadata: by model, `metadata.json` of each seed.
-        data: all that was read.
+        found: the evaluation they were computed from.
+        baselines: evaluation rows of the baselines.
+        metadata: for each model, the `metadata.json` of each seed.
+        data: the complete interactions.
         more: further sections: examples, audit, calibration, command, directories, ...
     """
     metric = headline(found)
@@ -83,12 +83,12 @@ def build_document(
 
 
 def headline(found: Evaluation) -> str:
-    """The metric that decides: NDCG at the smallest cut-off."""
+    """Return the name of the deciding metric: NDCG at the smallest cut-off."""
     return f"NDCG@{found.ks[0]}"
 
 
 def rounded(value: Any) -> Any:
-    """The same with every float cut to a few significant digits: the rest is noise, and would be most of the file."""
+    """Round every float to a few significant digits: the rest is noise and would be most of the file."""
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}")
     if isinstance(value, Mapping):
@@ -99,7 +99,7 @@ def rounded(value: Any) -> Any:
 
 
 def diagnostics(directory: Path) -> dict[str, float]:
-    """Means of an objective's diagnostics over the last quarter of a training; none without `logs/metrics.csv`."""
+    """Average an objective's diagnostics over the last quarter of training; empty without `logs/metrics.csv`."""
     log = directory / "logs" / "metrics.csv"
     if not log.is_file():
         return {}
@@ -152,7 +152,7 @@ def _protocol(found: Evaluation) -> dict[str, Any]:
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What all models share: everything but the objective and the seed."""
+    """Return the settings that all models share: everything except the objective and the seed."""
     shared = {section: dict(values) for section, values in config.items() if section != "objective"}
     shared["training"].pop("seed")
     return shared

@@ -1,4 +1,4 @@
-"""Queries on which the compared objectives disagree, with titles."""
+"""Example queries on which the compared objectives disagree, with item titles."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from twotower.data import Holdout, Interactions
 from twotower.evaluation import SLICES, popularity_thirds
 from twotower.schema import title_column
 
-#: Items of a history; items of a list.
+#: Number of history items and of recommended items shown.
 HISTORY, LISTED = 4, 3
-#: With more objectives than this, one example from each popularity third is enough to read; with fewer, two.
+#: With more objectives than this, show one example from each popularity third, otherwise two.
 MANY = 5
 
 
 def disagreements(
     ranked: Mapping[str, NDArray[np.int32]], holdout: Holdout, train: Interactions, exclude_seen: bool
 ) -> list[dict[str, Any]]:
-    """The queries on which the place of the target differs most between objectives.
+    """Select the queries on which the rank of the target differs most between objectives.
 
-    What is compared is the reciprocal rank of a query's first target in each objective's list; of each popularity third
-    of the target the queries with the largest standard deviation over objectives are taken. They are chosen to differ:
-    they show how, not how often.
+    For each popularity third of the target, take the queries with the largest standard deviation over objectives of the
+    reciprocal rank of the first target. They are selected for disagreement: they show how lists differ, not how often.
 
     Args:
-        ranked: by objective, the item codes it ranked, [E, K].
+        ranked: objective -> ranked item codes, [E, K].
         holdout: the queries.
-        train: the training interactions: counts, and titles where the item table has them.
-        exclude_seen: whether items of the history were left out of the lists.
+        train: the training interactions, for counts and, if the item table has them, titles.
+        exclude_seen: whether items of the history were excluded from the lists.
 
     Returns:
         For each query: `query` id, `third` of the target, `history` titles (newest last), `target` title and training
-        count, and by objective the `rank` of the target (None below K) and the titles of the first items.
+        count, and for each objective the `rank` of the target (None if not in the first K) and the titles of the first
+        items.
     """
     targets = holdout.target_items[holdout.target_offsets[:-1]].astype(np.int64)
     gains = np.stack([_reciprocal_rank(lists, targets) for lists in ranked.values()])
@@ -73,7 +73,7 @@ def disagreements(
 
 
 class _Titles:
-    """Titles of items, ids where there are none."""
+    """Titles of items, or ids where a title is missing."""
 
     def __init__(self, train: Interactions) -> None:
         self.train = train

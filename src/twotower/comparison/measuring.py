@@ -1,4 +1,4 @@
-"""Evaluate the finished trainings of a comparison on the same test queries, beside the baselines."""
+"""Evaluation of the finished runs of a comparison and of the baselines on the same test queries."""
 
 from __future__ import annotations
 
@@ -23,39 +23,39 @@ from twotower.serving.artifact import find_model, read_metadata
 
 @dataclass
 class FolderRanker:
-    """The model of a run folder, read when it ranks and let go afterwards: thirty models need no memory of thirty.
+    """A ranker that loads the model of a run folder only while ranking, so that many models need the memory of one.
 
     Attributes:
         directory: the run folder.
-        ranked: what it ranked last, int32 [E, k].
+        ranked: the most recent ranking, int32 [E, k].
     """
 
     directory: Path
     ranked: NDArray[np.int32] | None = field(default=None, repr=False)
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> NDArray[np.int64]:
-        """Best items of every query of a holdout, int64 [E, k]."""
+        """Return the top k items of every query of a holdout, int64 [E, k]."""
         ranked: NDArray[np.int64] = Retriever.load(self.directory).rank(holdout, k, exclude_seen)
         self.ranked = ranked.astype(np.int32)
         return ranked
 
     @property
     def item_embeddings(self) -> NDArray[np.float32]:
-        """[N, D], for the diversity of lists."""
+        """Item embeddings [N, D], for the diversity of lists."""
         embeddings: NDArray[np.float32] = load_file(find_model(self.directory) / "items.safetensors")["embeddings"]
         return embeddings
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """All models of a comparison on the same queries.
+    """The evaluation of all models of a comparison on the same queries.
 
     Attributes:
-        evaluation: every row: one for each cell, then the baselines.
-        rows: by objective, one row a seed.
-        baselines: rows.
-        ranked: by objective, what the first seed ranked, int32 [E of the holdout, max K].
-        metadata: by objective, what each seed's model folder says.
+        evaluation: the rows of all cells, then of the baselines.
+        rows: objective -> one row per seed.
+        baselines: rows of the baselines.
+        ranked: objective -> ranking of the first seed, int32 [E, max K].
+        metadata: objective -> `metadata.json` of each seed's model.
     """
 
     evaluation: Evaluation
@@ -66,7 +66,7 @@ class Measurements:
 
 
 def measure_cells(cells: Sequence[Cell], split: Split, settings: EvaluationConfig) -> Measurements:
-    """Rank the test queries with every finished model and with the baselines, once."""
+    """Rank the test queries once with every finished model and with the baselines."""
     rankers = {cell.directory.name: FolderRanker(cell.directory) for cell in cells}
     first, *others = rankers
     chosen: dict[str, Any] = {name: rankers[name] for name in others}
@@ -100,9 +100,9 @@ def measure_cells(cells: Sequence[Cell], split: Split, settings: EvaluationConfi
 
 
 def per_query_frame(found: Measurements, cells: Sequence[Cell], queries: pl.Series) -> pl.DataFrame:
-    """Columns model, seed, query (id) and every metric that has a value for each query; one row for each query.
+    """Build a frame with one row per model, seed and query: model, seed, query id and every per-query metric.
 
-    Slices are left out: which slice a target belongs to is known of the data.
+    Slices are omitted: the slice of a target follows from the data.
     """
     places = dict.fromkeys(found.rows, 0)
     parts = []

@@ -1,4 +1,4 @@
-"""A comparison as a table for the terminal, with the answer in words below."""
+"""A comparison as a table for the terminal, followed by the findings."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from twotower.analysis.report import story
 
 
 def printed(document: dict[str, Any]) -> Group:
-    """For a rich console."""
+    """Build the table and the findings for a rich console."""
     metric, tail, kinds = document["metric"], document["tail_metric"], story.verdicts(document)
     tests = story.family(document, "all")
     contests = {one["name"]: one for one in (tests["contests"] if tests else [])}
     best = document["models"][0]["values"][metric]["mean"] or 1.0
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    table.add_column("objective", no_wrap=True)  # the longest name and these columns fit 80 characters
+    table.add_column("objective", no_wrap=True)  # the longest name and these columns fit into 80 characters
     for title in (metric, "to best", "p (Holm)", "tail", "cpu s"):
         table.add_column(title, justify="right")
     for entry in [*document["models"], *document["baselines"]]:
@@ -37,7 +37,7 @@ def printed(document: dict[str, Any]) -> Group:
     evaluation = document["evaluation"]
     title = (
         f"{evaluation['num_queries']:,} queries, full catalog of {evaluation['num_items']:,} items, "
-        f"{len(document['seeds'])} seed(s); tail: {tail} of the targets in the tail"
+        f"{len(document['seeds'])} seed(s); tail: {tail} on the targets in the tail"
     )
     words = [*story.answer(document), *(f"note: {text}" for text in story.cautions(document))]
     return Group(title, table, *(f"* {text}" for text in words))

@@ -1,4 +1,4 @@
-"""The report of one model: the same sections as a comparison's, where they make sense for one."""
+"""The report of one model: the sections of a comparison that apply to a single model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from twotower.run import reread
 from twotower.serving import Retriever
 from twotower.serving.artifact import find_model
 
-#: Settings of the popularity dial in the report: each costs one ranking of the test queries. `twotower dial` has more.
+#: Settings of the popularity dial in the report. Each costs one ranking of the test queries; `twotower dial` uses more.
 DIAL_SETTINGS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
@@ -29,16 +29,16 @@ def evaluate_folder(
     page: str | Path | None = None,
     slices: Sequence[str] | None = None,
 ) -> Evaluation:
-    """The whole of `twotower evaluate`: measure a saved model again, and write `per_query.parquet` and the report.
+    """Implement `twotower evaluate`: evaluate a saved model and write `per_query.parquet` and the report.
 
     Args:
-        directory: a run folder, or the model folder alone; what is written goes beside the model.
-        source: where the data is now, if it has moved.
-        page: where the report goes; none is written where None.
-        slices: columns to slice by, instead of those of the model's settings.
+        directory: a run folder or a model folder; `per_query.parquet` is written to the run folder, next to the model.
+        source: the current location of the data, if it has moved.
+        page: path of the report; if None, neither the report nor `per_query.parquet` is written.
+        slices: columns to slice by, instead of those in the model's settings.
 
     Raises:
-        InputError: the data is not to be found, or not the data the model was trained on.
+        InputError: the data was not found, or is not the data the model was trained on.
     """
     artifact, split = reread(directory, source)
     settings = artifact.config.evaluation

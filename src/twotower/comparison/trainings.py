@@ -1,6 +1,6 @@
-"""Train the cells of a comparison, each in a process of its own by the very command `twotower train`.
+"""Training of the cells of a comparison, each in a separate process that runs `twotower train`.
 
-A process of its own makes peak memory and processor time those of the one training, and a crash ends one cell alone.
+With separate processes, peak memory and CPU time belong to a single run, and a crash ends only one cell.
 """
 
 from __future__ import annotations
@@ -21,49 +21,49 @@ from twotower.comparison.cells import Cell
 from twotower.errors import Interrupted
 from twotower.files import write_text
 
-#: Seconds between looks at the running processes.
+#: Seconds between checks of the running processes.
 _POLL = 0.1
 
 
 @dataclass
 class Training:
-    """One running process."""
+    """A running training process."""
 
     cell: Cell
     process: subprocess.Popen[bytes]
     log: Path
     output: IO[bytes]
     begun: float = field(default_factory=time.monotonic)
-    asked: int = 0  # how often it was sent an interrupt
+    asked: int = 0  # number of interrupts sent to it
 
 
 def train_cells(
     source: str, cells: Sequence[Cell], fingerprint: str, out: Path, *, jobs: int, say: Callable[[str], None]
 ) -> None:
-    """Train what is not finished, `jobs` at a time.
+    """Train the unfinished cells, `jobs` at a time.
 
     Args:
         source: the data, as `twotower train` takes it.
         cells: all cells.
-        fingerprint: of the data.
-        out: the folder of the comparison; `out/logs/` gets what each process printed.
-        jobs: processes at once.
-        say: told what begins and ends.
+        fingerprint: fingerprint of the data.
+        out: the folder of the comparison; the output of each process is written to `out/logs/`.
+        jobs: number of concurrent processes.
+        say: receives progress messages.
 
     Raises:
-        InputError: a folder holds something else; nothing is trained then.
+        InputError: a run folder has other settings or other data; nothing is trained.
         Interrupted: Ctrl-C; each running process has left a checkpoint.
-        RuntimeError: a training failed; the others were finished first.
+        RuntimeError: a training run failed; the others were finished first.
     """
     states = {cell.label: cell.state(fingerprint) for cell in cells}
     waiting = [cell for cell in cells if states[cell.label] != "finished"]
     done = len(cells) - len(waiting)
     if done:
-        say(f"{done} of {len(cells)} trainings are finished already")
+        say(f"{done} of {len(cells)} runs are already finished")
     running: list[Training] = []
     lasted: list[float] = []
     failed: list[str] = []
-    with _stop_asked() as stop, _none_left_behind(running):
+    with _count_interrupts() as stop, _terminate_on_exit(running):
         while (waiting and not stop()) or running:
             while waiting and len(running) < jobs and not stop():
                 cell = waiting.pop(0)
@@ -71,9 +71,9 @@ def train_cells(
                 running.append(_start(source, cell, out, resume=resume, jobs=jobs))
                 number = len(cells) - len(waiting)
                 left = _left(lasted, running, waiting, jobs)
-                say(f"[{number}/{len(cells)}] {cell.label}{' goes on' if resume else ''}{left}")
+                say(f"[{number}/{len(cells)}] {cell.label}{' resumed' if resume else ''}{left}")
             time.sleep(_POLL)
-            for one in running:  # the first lets it finish its step and leave a checkpoint, a second ends it at once
+            for one in running:  # the first interrupt lets it finish its step and save a checkpoint, a second ends it
                 while one.asked < stop():
                     one.process.send_signal(signal.SIGINT)
                     one.asked += 1
@@ -87,11 +87,11 @@ def train_cells(
                     say(f"failed: {failed[-1]}")
     if stop():
         finished = sum((cell.directory / "results.json").exists() for cell in cells)
-        raise Interrupted(f"interrupted; {finished} of {len(cells)} trainings are finished")
+        raise Interrupted(f"interrupted; {finished} of {len(cells)} runs are finished")
     if failed:
         raise RuntimeError(
-            f"{len(failed)} of {len(cells)} trainings failed; {failed[0]} (all of it in {out / 'logs'}); the same "
-            "command tries again; without the objectives that fail, it compares the rest"
+            f"{len(failed)} of {len(cells)} runs failed; {failed[0]} (full output in {out / 'logs'}); run the same "
+            "command to retry, or drop the failing objectives to compare the rest"
         )
 
 
@@ -101,8 +101,8 @@ def _start(source: str, cell: Cell, out: Path, *, resume: bool, jobs: int) -> Tr
         folder.mkdir(parents=True, exist_ok=True)
     config = configs / f"{cell.directory.name}.yaml"
     write_text(config, cell.config.to_yaml())
-    # `--force`: the folder may hold the beginnings of this very cell.
-    words = [
+    # `--force`: the folder may contain an aborted attempt at this cell.
+    arguments = [
         "train",
         source,
         "--config",
@@ -114,18 +114,18 @@ def _start(source: str, cell: Cell, out: Path, *, resume: bool, jobs: int) -> Tr
     log = logs / f"{cell.directory.name}.log"
     output = log.open("wb")
     process = subprocess.Popen(
-        [sys.executable, "-m", "twotower.cli", *words],
+        [sys.executable, "-m", "twotower.cli", *arguments],
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
         env=_environment(jobs),
-        start_new_session=True,  # Ctrl-C in the terminal reaches this process alone, which passes it on
+        start_new_session=True,  # Ctrl-C in the terminal reaches only this process, which forwards it
     )
     return Training(cell, process, log, output)
 
 
 def _environment(jobs: int) -> dict[str, str]:
-    """Side by side, each process gets its share of the cores."""
+    """Return the environment of a training process: concurrent ones share the cores equally."""
     environment = dict(os.environ)
     if jobs > 1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -134,31 +134,31 @@ def _environment(jobs: int) -> dict[str, str]:
 
 
 @contextmanager
-def _stop_asked() -> Iterator[Callable[[], int]]:
-    """How often Ctrl-C was pressed since the block began."""
-    asked = 0
+def _count_interrupts() -> Iterator[Callable[[], int]]:
+    """Yield a function that returns how often Ctrl-C was pressed since the block began."""
+    interrupts = 0
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupts
         del number, frame
-        asked += 1
+        interrupts += 1
 
     previous: Any = signal.getsignal(signal.SIGINT)
     try:
-        signal.signal(signal.SIGINT, ask)
-        mine = True
-    except ValueError:  # not the main thread: an interrupt is the caller's to handle
-        mine = False
+        signal.signal(signal.SIGINT, handle)
+        installed = True
+    except ValueError:  # not the main thread: the caller handles interrupts
+        installed = False
     try:
-        yield lambda: asked
+        yield lambda: interrupts
     finally:
-        if mine:
+        if installed:
             signal.signal(signal.SIGINT, previous)
 
 
 @contextmanager
-def _none_left_behind(running: Sequence[Training]) -> Iterator[None]:
-    """End what still runs, should this process fail."""
+def _terminate_on_exit(running: Sequence[Training]) -> Iterator[None]:
+    """Terminate the processes that still run when the block ends, such as after an error."""
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""From settings to a trained, evaluated model: the only place, with `build.py`, that maps names to classes."""
+"""Training and evaluation from a configuration. Only this package and `build.py` map names to classes."""
 
 from twotower.run.batches import gaps_of, history_length, make_batches
 from twotower.run.fitting import Model, continue_with, fit

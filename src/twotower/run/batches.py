@@ -1,4 +1,4 @@
-"""Training batches as the settings say."""
+"""Training batches built from a configuration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from twotower.ranks import Ranks
 
 
 def history_length(config: Config) -> int:
-    """L of the query tower; 0 where it looks at no history."""
+    """Return the history length L of the query tower, 0 if it reads no history."""
     return config.query_tower.history.length if config.query_tower.history else 0
 
 
@@ -26,24 +26,24 @@ def make_batches(
     ranks: Ranks | None = None,
     context: EncodedTable | None = None,
 ) -> TrainingBatches | GroupedBatches | SequenceBatches:
-    """The batches that the towers and the objective of a configuration learn from.
+    """Build the training batches for a configuration.
 
     Args:
         config: the settings, without "auto" (`Config.resolved`).
         train: the training interactions.
-        rows: the rows of them to learn from; None for all.
-        ranks: gives this rank's part of every batch; None for a process alone.
-        context: the fitted features of requests; None where the towers look at none.
+        rows: indices of the rows to train on; None for all.
+        ranks: selects this rank's part of every batch; None for a single process.
+        context: the encoded request features; None if the towers read none.
 
     Raises:
-        InputError: whole sequences are to be read, and batches built within groups.
+        InputError: the configuration combines a sequence tower with batches built within groups.
     """
     size, seed, length = int(config.training.batch_size), config.training.seed, history_length(config)
     grouped = config.objective.frequency.startswith("grouped")
     if reads_sequences(config):
         if grouped:
-            raise InputError("objective.frequency: grouped: a sequence may run over several groups; expected counted")
-        # rows are those of whole queries: ContinuedSplit.rows_to_learn
+            raise InputError("objective.frequency: grouped: a sequence may span several groups; expected counted")
+        # rows always cover whole queries: ContinuedSplit.rows_to_learn
         learnt = train if rows is None else train.select(rows)
         encoded = None if context is None else encode_context(context.features, learnt)
         gaps = reads_gaps(config)
@@ -54,5 +54,5 @@ def make_batches(
 
 
 def gaps_of(config: Config, data: Interactions) -> np.ndarray | None:
-    """Codes of the gap before each row, int8 [n], where the tower reads them and rows have times; else None."""
+    """Return the code of the time gap before each row, int8 [n]; None if unused or if the data has no timestamps."""
     return gap_codes(data.offsets, data.timestamps) if reads_gaps(config) and data.timestamps is not None else None

@@ -1,4 +1,4 @@
-"""From settings and a split to a fitted model."""
+"""Training a model on a split, and continuing from a model on new data."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Model:
-    """A fitted model: ranks, recommends, saves itself.
+    """A trained model that ranks, recommends and can be saved.
 
     Attributes:
-        artifact: what `save` writes.
-        split: what it was fitted on.
-        fit: how the fitting went.
+        artifact: the content of the model folder.
+        split: the data it was trained and validated on.
+        fit: the result of training.
     """
 
     artifact: Artifact
@@ -56,28 +56,28 @@ class Model:
 
     @cached_property
     def retriever(self) -> Retriever:
-        """The model as something that answers by ids.
+        """A retriever that answers queries by id.
 
         Raises:
-            InputError: its tables lie in parts on several ranks.
+            InputError: the tables are sharded over ranks.
         """
         if self.artifact.is_shared:
-            raise InputError("model: its tables lie in parts on several ranks; save it, and load it in one process")
+            raise InputError("model: its tables are sharded over several ranks; save it and load it in one process")
         return Retriever(self.artifact)
 
     @cached_property
     def ranker(self) -> Ranker:
-        """What ranks for an evaluation; over ranks all of them ask for it, and use it together."""
+        """The ranker for an evaluation. With several ranks, all of them must access and use it together."""
         if self.artifact.is_shared:
             return ShardedRanker(self.artifact.towers, history_length(self.artifact.config), Ranks.current())
         return over_ranks(self.retriever, Ranks.current())
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> np.ndarray:
-        """Best items of every query of a holdout, int64 [E, k]."""
+        """Return the top k items of every query of a holdout, int64 [E, k]."""
         return self.retriever.rank(holdout, k, exclude_seen)
 
     def save(self, directory: str | Path) -> Path:
-        """Write the model folder, whole or not at all; by all ranks together where they share its tables."""
+        """Write the model folder atomically. If the tables are sharded, all ranks must call this together."""
         return self.artifact.save(directory, Ranks.current() if self.artifact.is_shared else None)
 
 
@@ -91,27 +91,27 @@ def fit(
     progress: bool = True,
     say: Callable[[object], None] | None = None,
 ) -> Model:
-    """Train a two-tower model, or go on with one on new days.
+    """Train a two-tower model from scratch, or continue training an existing one on new data.
 
     Args:
-        split: training interactions and the validation queries that early stopping looks at; with `start` what
-            `continued` makes of new days.
-        config: settings, or a YAML file of them; the defaults where None, with `start` those of that model.
-        start: the model to go on with, or its folder.
-        directory: where checkpoints and logs go; a temporary folder where None. Several ranks have to be given one
-            that they share.
-        resume: go on from the last checkpoint in `directory`.
+        split: training interactions, and the validation queries for early stopping; with `start`, the split that
+            `continue_with` returns.
+        config: settings or a YAML file. If None: the settings of `start`, or the defaults.
+        start: the model to continue from, or its folder.
+        directory: folder for checkpoints and logs; a temporary folder if None. With several ranks it is required and
+            must be shared by all of them.
+        resume: resume from the last checkpoint in `directory`.
         progress: show a progress bar.
-        say: where the memory plan is told, and what of `start` cannot go on; nowhere where None.
+        say: receives the memory plan, and which state of `start` cannot be carried over; None discards them.
 
     Returns:
         The model with its best weights.
 
     Raises:
-        InputError: a setting is wrong, or there is nothing to resume; `split` does not continue `start`.
+        InputError: a setting is wrong, there is no checkpoint to resume from, or `split` does not continue `start`.
         Interrupted: Ctrl-C; a checkpoint was left in `directory`.
     """
-    # Lightning is slow to import, and only this needs it.
+    # Imported here because Lightning is slow to import and nothing else needs it.
     from twotower.continuing.growth import carry_on, grown_features  # noqa: PLC0415
     from twotower.training import fit_towers, place_tables, plan_memory  # noqa: PLC0415
 
@@ -121,7 +121,7 @@ def fit(
     settings = config if isinstance(config, Config) else Config.load(config)
     if directory is None:
         if Ranks.current().size > 1:
-            raise InputError("fit(directory=...): several ranks keep their checkpoints in one folder; give it")
+            raise InputError("fit(directory=...): required with several ranks; pass a folder that all ranks share")
         with tempfile.TemporaryDirectory(prefix="twotower-") as temporary:
             return fit(split, settings, directory=temporary, start=parent, resume=resume, progress=progress, say=say)
     rows = continuing.rows_to_learn(split, parent, settings)
@@ -132,7 +132,7 @@ def fit(
     learnt = None if rows is None else train.select(rows)
     ranks = Ranks.current()
     placement = place_tables(settings, train, ranks)
-    # The seed decides the start, the order of the rows and the draws; the caller's generators are left as they were.
+    # The seed determines initial weights, row order and draws. The caller's random generators are left unchanged.
     with torch.random.fork_rng():
         torch.manual_seed(training.seed)
         growth = None if parent is None else grown_features(parent, continuing.checked(split))
@@ -195,19 +195,19 @@ def continue_with(
     *,
     withdrawn: IdValues | None = None,
 ) -> ContinuedSplit:
-    """New interactions joined to what a model was trained on, and split; what `fit(split, start=model)` takes.
+    """Join new interactions to a model's training data and split them, for `fit(split, start=model)`.
 
     Args:
         start: the model, or its folder.
-        data: what has come since, or a log that has grown: rows up to the model's last moment are left out.
-        config: settings whose section `data` says how to split; the model's own where None.
-        withdrawn: item ids that leave the catalog.
+        data: the new interactions, or the complete log: rows up to the model's last timestamp are skipped.
+        config: settings whose section `data` defines the split; the model's settings if None.
+        withdrawn: ids of items to remove from the catalog.
 
     Returns:
-        Training rows of old and new days; validation and test of the new ones.
+        A split whose training rows are old and new, and whose validation and test rows are new.
 
     Raises:
-        InputError: nothing is new, ids of another type, or a split that cannot be made.
+        InputError: there are no new rows, the ids are of another type, or the split is impossible.
     """
     parent = continuing.parent_of(start)
     assert parent is not None
@@ -276,7 +276,7 @@ def _artifact(config: Config, split: Split, towers: TwoTower, result: FitResult)
 
 
 def _item_embeddings(towers: TwoTower) -> Tensor:
-    """Those of all items, or of this rank's part of them where the ranks share the tables."""
+    """Embed all items, or only this rank's items if the tables are sharded."""
     if shared_tables_of(towers):
         return own_item_embeddings(towers, Rows(Ranks.current(), towers.item_tower.num_items))
     return towers.item_embeddings()

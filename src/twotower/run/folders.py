@@ -1,4 +1,4 @@
-"""Run folders: a training as the command line runs it, and what is measured of it later."""
+"""Run folders: the training run behind `twotower train`, and later evaluations and audits of its model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from twotower.serving.artifact import FOLDER, TOWERS, find_model, read_metadata
 from twotower.team import Team
 from twotower.training import LAST
 
-#: In a run folder: the files that the run began with, and their sizes.
+#: File of a run folder that lists the input files of the run and their sizes.
 INPUTS = "inputs.json"
 
 
@@ -45,29 +45,29 @@ def train_run(
     progress: bool = True,
     say: Callable[[object], None] = print,
 ) -> tuple[Model, Evaluation]:
-    """The whole of `twotower train`: read, split, fit, evaluate on the test queries, write the run folder.
+    """Implement `twotower train`: read, split, fit, evaluate on the test queries, write the run folder.
 
-    Under torchrun its processes train one model together; the first of them writes and tells. Where torchrun has
-    started them anew, they go on from the last checkpoint, if there is one.
+    Under torchrun, its processes train one model together, and only the first rank writes files and prints. After a
+    restart by torchrun, they resume from the last checkpoint if there is one.
 
     Args:
         source: a file, a folder or the name of a data set.
         out: the run folder: `config.yaml`, `model/`, `results.json`, `checkpoints/`, `logs/`.
         config: the settings.
-        start: folder of the model to go on with; `source` then holds the new days.
-        withdraw: file of item ids that leave its catalog.
-        resume: go on with an interrupted run in `out`.
-        replace: otherwise, replace what is there.
+        start: folder of the model to continue from; `source` is then the new data.
+        withdraw: file with the ids of items to remove from the catalog.
+        resume: resume an interrupted run in `out`.
+        replace: if not resuming, replace an existing run in `out`.
         progress: show a progress bar.
-        say: where the accounts are told.
+        say: receives the accounts and progress messages.
 
     Raises:
-        InputError: a run is in `out`, and is neither to be replaced nor gone on with.
-        RankLost: another process of the run is gone.
+        InputError: `out` already contains a run, and neither `resume` nor `replace` is set.
+        RankLost: another process of the run has died.
     """
     training = config.training
     with joined(timeout=training.exchange_timeout, accelerator=training.accelerator) as team:
-        if team.goes_on and not resume:  # torchrun gives the same words again
+        if team.goes_on and not resume:  # torchrun restarts with the same arguments, without --resume
             resume = bool(team.said_by_first("resume", "yes" if (Path(out) / LAST).exists() else ""))
         elif not resume and team.ranks.is_first:
             _require_free(Path(out), replace=replace)
@@ -80,25 +80,27 @@ def train_run(
             withdraw=withdraw,
             resume=resume,
             progress=progress,
-            say=say if team.ranks.is_first else _nobody,
+            say=say if team.ranks.is_first else _discard,
         )
 
 
 def _require_free(directory: Path, *, replace: bool) -> None:
-    require_replaceable(directory / FOLDER, TOWERS, "model")  # not hours later
+    require_replaceable(directory / FOLDER, TOWERS, "model")  # fail now, not after hours of training
     if replace:
         return
     if (directory / FOLDER).exists():
-        raise InputError(f"{directory}: a model is there already; choose another --out, or give --force to replace it")
+        raise InputError(f"{directory}: already contains a model; choose another --out, or pass --force to replace it")
     if (directory / LAST.parent).exists():
-        raise InputError(f"{directory}: an interrupted run is there; go on with --resume, or start anew with --force")
+        raise InputError(
+            f"{directory}: contains an interrupted run; pass --resume to continue it, or --force to start over"
+        )
     settings = directory / "config.yaml"
-    if settings.exists():  # of a run that did not come far, it is replaced
+    if settings.exists():  # the configuration of a run that stopped before its first checkpoint may be replaced
         try:
             Config.load(settings)
         except InputError:
             raise InputError(
-                f"{settings}: is there and is not of a run; choose another --out, or give --force to replace it"
+                f"{settings}: exists and does not belong to a run; choose another --out, or pass --force to replace it"
             ) from None
 
 
@@ -139,18 +141,18 @@ def _train(
     if parent is not None:
         config = continuing.settled(parent.artifact.config, config)
     config = with_features(config.resolved(len(split.train) if rows is None else len(rows)), split.train)
-    # A wrong setting is told before anything is written.
+    # Raises on wrong settings before anything is written.
     build_objective(config, split.train)
     if parent is None:
         for fitted in fit_features(config, split.train).values():
             say(fitted)
     evaluation.check_slices(split.train, config.evaluation.slices)
-    for asked in (split.validation, split.test):
-        evaluation.check_targets(asked, split.train.num_items, config.evaluation.exclude_seen)
+    for holdout in (split.validation, split.test):
+        evaluation.check_targets(holdout, split.train.num_items, config.evaluation.exclude_seen)
     directory.mkdir(parents=True, exist_ok=True)
     team.require_shared(directory)
     if not resume and is_first:
-        shutil.rmtree((directory / LAST).parent, ignore_errors=True)  # of another run: nobody may go on from it
+        shutil.rmtree((directory / LAST).parent, ignore_errors=True)  # of an older run: must not be resumed
         write_text(directory / "config.yaml", config.to_yaml())
         write_text(directory / INPUTS, json.dumps(files, indent=1))
         parents.unlink(missing_ok=True)
@@ -158,9 +160,9 @@ def _train(
             write_text(parents, json.dumps({"model": parent.where, "fingerprint": parent.fingerprint}))
     team.begins()
     model = fit(split, config, directory=directory, start=parent, resume=resume, progress=progress, say=say)
-    if resume and is_first:  # only now: settings that do not fit the checkpoint must not replace those that do
+    if resume and is_first:  # only after fit: settings that do not match the checkpoint must not replace the old ones
         write_text(directory / "config.yaml", config.to_yaml())
-    say(_story(model, config))
+    say(_summary(model, config))
     measured = evaluate(
         model,
         split.test,
@@ -176,19 +178,19 @@ def _train(
 
 
 def _write_results(model: Model, measured: Evaluation, directory: Path, *, is_first: bool) -> None:
-    """What a run leaves: by its first rank, but for a model whose tables the ranks share."""
+    """Write the model and the results on the first rank; all ranks take part if the tables are sharded."""
     if is_first or model.artifact.is_shared:
         model.save(directory / FOLDER)
     if is_first:
         write_text(directory / "results.json", json.dumps(measured.to_dict(), indent=1))
 
 
-def _nobody(told: object) -> None:
-    """What the ranks after the first have to say: the same again."""
+def _discard(message: object) -> None:
+    """Discard a message: only the first rank prints."""
 
 
-def _story(model: Model, config: Config) -> str:
-    """One line on how the fitting went."""
+def _summary(model: Model, config: Config) -> str:
+    """Summarize training in one line."""
     result = model.fit
     text = f"trained {result.epochs} epochs in {result.seconds:.0f} s"
     if not result.history:
@@ -197,16 +199,18 @@ def _story(model: Model, config: Config) -> str:
     best = max(result.history, key=lambda row: row[metric])
     before = model.artifact.metadata["training"].get("before", {}).get(metric)
     if before is not None:
-        text = f"{text}; validation {metric} of the model it went on from {before:.4f}"
+        text = f"{text}; validation {metric} of the previous model {before:.4f}"
     ended = "stopped early" if result.epochs < config.training.max_epochs else "all epochs done"
     return f"{text} ({ended}); best validation {metric} {best[metric]:.4f} after epoch {int(best['epoch']) + 1}"
 
 
 def evaluate_run(directory: str | Path, source: str | Path | None = None) -> Evaluation:
-    """The whole of `twotower evaluate`: a saved model on the test queries of its data, or of other data.
+    """Evaluate a saved model on the test queries of the data it was trained on.
+
+    `source` is the location of the data, if it has moved.
 
     Raises:
-        InputError: the data is not to be found, or not the data the model was trained on.
+        InputError: the data was not found, or is not the data the model was trained on.
     """
     artifact, split = reread(directory, source)
     settings = artifact.config.evaluation
@@ -222,31 +226,31 @@ def evaluate_run(directory: str | Path, source: str | Path | None = None) -> Eva
 
 
 def reread(directory: str | Path, source: str | Path | None = None) -> tuple[Artifact, Split]:
-    """A saved model, and the data it was trained on, read and split as then.
+    """Load a saved model, and read and split the data it was trained on in the same way.
 
     Raises:
-        InputError: the data is not to be found, or not the data the model was trained on.
+        InputError: the data was not found, or is not the data the model was trained on.
     """
     artifact = Artifact.load(directory)
     known = artifact.metadata["data"]
-    if len(known.get("lineage", [])) > 1:  # its test rows stand after a past that only the model folder holds
+    if len(known.get("lineage", [])) > 1:  # the training history exists only in the model folder
         folder = find_model(directory)
         contexts = load_context(folder), load_context(folder, "test_context")
         return artifact, continuing.split_again(artifact, load_rows(folder) or {}, *contexts)
-    given = source or known.get("source")
-    if given is None:
-        raise InputError(f"{directory}: the model does not say where its data is; give it with --data")
-    data = read_data(given, artifact.config.data, context=wanted_context(artifact.config))
+    location = source or known.get("source")
+    if location is None:
+        raise InputError(f"{directory}: the model does not record where its data is; pass it with --data")
+    data = read_data(location, artifact.config.data, context=wanted_context(artifact.config))
     if data.fingerprint != known["fingerprint"]:
         raise InputError(
-            f"{given}: not the data this model was trained on (fingerprint {data.fingerprint[:12]}, expected "
-            f"{known['fingerprint'][:12]}): its training rows may be in this test; train on this data instead"
+            f"{location}: not the data this model was trained on (fingerprint {data.fingerprint[:12]}, expected "
+            f"{known['fingerprint'][:12]}): the test rows may include its training rows; train on this data instead"
         )
     return artifact, split_data(data, artifact.config.data)
 
 
 def settings_of(directory: str | Path) -> dict[str, Any]:
-    """The settings of a saved model, for a training that goes on with it: "auto" where rows decide."""
+    """Return the settings of a saved model for a run that continues it, with batch size and warm-up back at "auto"."""
     values: dict[str, Any] = read_metadata(find_model(directory))["config"]
     for name in ("batch_size", "warmup_steps"):
         values.get("training", {}).pop(name, None)
@@ -254,10 +258,10 @@ def settings_of(directory: str | Path) -> dict[str, Any]:
 
 
 def audit_run(directory: str | Path, source: str | Path | None = None, *, rows: int = 64, seed: int = 0) -> Subject:
-    """What `twotower audit` measures: a saved model, rows of its training data, and their batches.
+    """Load what `twotower audit` measures: a saved model, rows of its training data, and their batches.
 
     Raises:
-        InputError: as those of `evaluate_run`.
+        InputError: see `evaluate_run`.
     """
     artifact, split = reread(directory, source)
     return subject_of(artifact, split.train, rows=rows, seed=seed)

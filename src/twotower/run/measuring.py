@@ -1,4 +1,4 @@
-"""The evaluation of a model, or of anything that ranks."""
+"""Evaluation of a model or of any other ranker."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ def evaluate(
     empty: Literal["skip", "zero"] = "skip",
     slices: Sequence[str] = (),
 ) -> Evaluation:
-    """Rank the full catalog for every query of a holdout, beside popularity and item-kNN.
+    """Rank the full catalog for every query of a holdout, with the model and the baselines popularity and item-kNN.
 
     Args:
         model: a `Model`, or anything with `rank(holdout, k, exclude_seen)`.
         holdout: queries with histories and targets, such as `split.test`.
-        train: the training interactions, for baselines and popularity slices; taken from a `Model` where None.
+        train: the training interactions, for baselines and popularity slices; if None, those of the `Model`.
         ks: cut-offs K.
-        exclude_seen: never rank what stands in the query's history.
-        baselines: measure popularity and item-kNN as well.
-        empty: a query without targets is left out of every mean (`"skip"`) or counts as 0 (`"zero"`).
+        exclude_seen: never rank items of the query's history.
+        baselines: also measure popularity and item-kNN.
+        empty: a query without targets is excluded from every mean (`"skip"`) or counts as 0 (`"zero"`).
         slices: columns to slice by, such as `"items.genres"` or `"queries.age"`.
 
     Raises:
-        InputError: `train` is missing for a ranker that does not know it, or the tables have no such column.
+        InputError: `train` is missing and `model` is not a `Model`, or no table has a column named in `slices`.
     """
     if train is None:
         if not isinstance(model, Model):
-            raise InputError("evaluate: give train=..., the training interactions, for baselines and popularity slices")
+            raise InputError("evaluate: pass train=..., the training interactions, for baselines and popularity slices")
         train = model.split.train
     return evaluation.evaluate(
         model.ranker if isinstance(model, Model) else over_ranks(model, Ranks.current()),

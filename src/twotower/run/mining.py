@@ -1,4 +1,4 @@
-"""Mined negatives: the best items of each query by the current towers."""
+"""Mining of hard negatives: the items that the current towers rank highest for each query."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ MINING_BLOCK = 8192
 def miner(
     objective: Objective, train: Interactions, length: int, gaps: np.ndarray | None = None
 ) -> Callable[[TwoTower], None] | None:
-    """Refreshes the mined sources of an objective: the best items of each query, without its training items.
+    """Return a function that refreshes the mined sources of an objective, or None if it has none.
 
-    Ranks that share the tables search together, each its own part of the items; all of them keep all that is found.
+    The mined negatives of a query are its top items, without its training items. If the tables are sharded, each rank
+    searches its own items, and every rank stores the merged result.
 
     Args:
-        objective: what is minimised.
+        objective: the training objective.
         train: the training interactions.
-        length: L of the query tower.
-        gaps: codes of the gap before each row, int8 [n], where the tower reads them.
+        length: history length L of the query tower.
+        gaps: code of the time gap before each row, int8 [n], if the tower reads gaps.
     """
     sources = [source for source in objective.pool.members() if isinstance(source, Mined)]
     if not sources:
@@ -41,9 +42,11 @@ def miner(
 
     def mine(towers: TwoTower) -> None:
         ranker = _ranker(towers, length)
-        # By the raw score: on corrected logits rare items would look hard.
+        # Ranked by raw score: on corrected logits, rare items would look hard.
         for block in np.array_split(np.arange(train.num_queries), -(-train.num_queries // MINING_BLOCK)):
-            items = torch.from_numpy(ranker.rank(_asked(train, block, has_times=gaps is not None), size, True))
+            items = torch.from_numpy(
+                ranker.rank(_training_queries(train, block, has_times=gaps is not None), size, True)
+            )
             for source in sources:
                 source.refresh(torch.from_numpy(block).to(source.items.device), items.to(source.items.device))
 
@@ -57,8 +60,8 @@ def _ranker(towers: TwoTower, length: int) -> Ranker:
     return ShardedRanker(towers, length, shared[0].part.ranks)
 
 
-def _asked(train: Interactions, queries: np.ndarray, *, has_times: bool) -> Holdout:
-    """The training rows of some queries in a row as histories."""
+def _training_queries(train: Interactions, queries: np.ndarray, *, has_times: bool) -> Holdout:
+    """Return a holdout whose histories are the training rows of a contiguous range of queries."""
     offsets = train.offsets[queries[0] : queries[-1] + 2]
     inside, none = slice(offsets[0], offsets[-1]), np.zeros(len(offsets), dtype=np.int64)
     times = train.timestamps[inside] if has_times and train.timestamps is not None else None

@@ -1,4 +1,4 @@
-"""Sections about where the numbers come from: the audit, examples, calibration, the data, the settings."""
+"""Report sections on where the numbers come from: audit, examples, calibration, data, settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _VERDICT_KINDS = {"no bias found": "clear", "small bias": "same", "biased": "beh
 
 
 def audit(document: Document) -> Html | None:
-    """Bias and spread of the objectives' gradients against full softmax."""
+    """Show bias and spread of each objective's gradient relative to full softmax."""
     found = document.get("audit")
     if not found:
         return None
@@ -50,14 +50,14 @@ def audit(document: Document) -> Html | None:
             ]
         )
     heads = ["objective", "bias", "spread", "distinct", "effective", "gradient on the tail", "verdict"]
-    told = (
+    note = (
         f"Measured on {found['rows']} rows of the training data with {found['draws']} draws each, on the model "
-        f"{found['asked']['model'] if 'asked' in found else ''}: bias is the distance of the mean gradient from full "
-        "softmax's, spread that of one draw from the mean, both in percent of full softmax's gradient. No number of "
-        "steps averages a bias out; it does average the spread. Gradient on the tail: share of the negatives' gradient "
-        "that fell on tail items at the end of the training."
+        f"{found['asked']['model'] if 'asked' in found else ''}. Bias: distance between the mean gradient and the "
+        "gradient of full softmax. Spread: distance of a single draw from the mean. Both are in percent of the norm of "
+        "full softmax's gradient. Spread averages out over training steps; bias does not. Gradient on the tail: share "
+        "of the negatives' gradient that fell on tail items at the end of training."
     )
-    caption = "Line: two standard errors. Filled: no bias found; ring: small; diamond: biased."
+    caption = "Line: two standard errors. Filled: no bias found; ring: small bias; diamond: biased."
     return h(
         "div",
         interval_rows(
@@ -76,10 +76,10 @@ def audit(document: Document) -> Html | None:
             zero=True,
         ),
         table(heads, cells, "Audit"),
-        h("p", told, class_="note"),
+        h("p", note, class_="note"),
         h(
             "p",
-            f"Not measured: {', '.join(others)}; no estimate of the softmax, so there is no bias to speak of.",
+            f"Not measured: {', '.join(others)}. They do not estimate the softmax, so a bias is not defined.",
             class_="note",
         )
         if others
@@ -88,7 +88,7 @@ def audit(document: Document) -> Html | None:
 
 
 def calibration(document: Document) -> Html | None:
-    """Predicted probabilities against what was observed."""
+    """Show predicted probabilities against observed frequencies."""
     found = document.get("calibration")
     if not found:
         return None
@@ -104,16 +104,16 @@ def calibration(document: Document) -> Html | None:
     places = [point[0] for curve in curves for point in curve.points]
     if not places:
         return None
-    # Powers of ten within the range; where there is none, its ends.
+    # Powers of ten within the range, or its ends if it contains none.
     within = [float(power) for power in range(-9, 1) if min(places) <= power <= max(places)][-3:]
     shown = [(place, _power_of_ten(place)) for place in within] or [(min(places), f"{10.0 ** min(places):.2g}")]
-    told = (
-        "How likely the softmax says an item is, against how often it was the target, over all pairs of test query and "
-        "item. Left out: objectives that do not estimate the softmax. First seed."
+    note = (
+        "The probability that the softmax assigns to an item, against how often the item was the target, over all "
+        "pairs of test query and item. First seed only. Objectives that do not estimate the softmax are omitted."
     )
     return h(
         "div",
-        h("p", told),
+        h("p", note),
         small_multiples(
             "Observed over predicted probability",
             "; ".join(f"{row[0]}: calibration error {row[1]}" for row in cells),
@@ -123,21 +123,21 @@ def calibration(document: Document) -> Html | None:
             x_ticks=shown,
             y_words=_power_of_two,
             reference=0.0,
-            caption="1: as often as predicted. Above: the model thinks such items less likely than they are. Band: two "
-            "standard errors, from the number of targets. Grey: all the others.",
+            caption="1: as often as predicted. Above 1: the model underestimates such items. Band: two standard "
+            "errors, from the number of targets. Grey: the other models.",
         ),
         table(["", "calibration error", "perplexity"], cells, "Calibration"),
         h(
             "p",
-            "Calibration error: the mass of probability that lies in the wrong place, 0 to 2. Perplexity: of so many "
-            "equally likely items a target is as hard to guess.",
+            "Calibration error: the probability mass in the wrong place, from 0 to 2. Perplexity: guessing a target is "
+            "as hard as guessing among this many equally likely items.",
             class_="note",
         ),
     )
 
 
 def _ratio(part: dict[str, Any]) -> tuple[float, float | None, float | None, float | None]:
-    """Log10 of the predicted probability; log2 of observed over predicted, and two standard errors of it."""
+    """Return log10 of the predicted probability, log2 of observed over predicted, and that less and plus two errors."""
     x = math.log10(part["predicted"])
     if part["observed"] <= 0 or part["targets"] < 1:
         return (x, None, None, None)
@@ -155,17 +155,17 @@ def _power_of_two(power: float) -> str:
 
 
 def examples(document: Document) -> Html | None:
-    """Queries on which the objectives disagree."""
+    """Show queries on which the objectives disagree."""
     found = document.get("examples")
     if not found:
         return None
     compared = len(found[0]["lists"]) > 1
     order = [model["name"] for model in document["models"]]
-    told = (
-        "Chosen because the objectives place the target differently, some from each third of popularity: they show how "
-        "lists differ, not how often. Lists are those of the first seed."
+    note = (
+        "Queries for which the objectives rank the target most differently, from each popularity third. They show how "
+        "the lists differ, not how often. Lists of the first seed."
         if compared
-        else "Some queries from each third of popularity."
+        else "Queries from each popularity third."
     )
     cards = []
     for one in found:
@@ -200,11 +200,11 @@ def examples(document: Document) -> Html | None:
                 class_="example",
             )
         )
-    return h("div", h("p", told), h("div", cards, class_="examples"))
+    return h("div", h("p", note), h("div", cards, class_="examples"))
 
 
 def data(document: Document) -> Html:
-    """What was read, what was dropped and why."""
+    """Show how many rows were read and dropped, and why."""
     found = document["data"]
     lines = [*found["account"], *found["split"]["account"]["lines"]]
     return h(
@@ -230,11 +230,11 @@ def data(document: Document) -> Html:
 
 
 def settings(document: Document) -> Html:
-    """The command and every setting."""
+    """Show the command and every setting."""
     parts = []
     if document.get("command"):
         parts += [
-            h("p", "This command makes the report again; it repeats nothing that is finished:"),
+            h("p", "This command rebuilds the report; finished training runs are not repeated:"),
             _block(document["command"]),
         ]
     parts += [
@@ -242,9 +242,9 @@ def settings(document: Document) -> Html:
         _block(yaml.safe_dump(document["settings"], sort_keys=False, allow_unicode=True)),
     ]
     if document.get("objectives"):
-        changed = {name: _given(values) for name, values in document["objectives"].items()}
+        changed = {name: _non_defaults(values) for name, values in document["objectives"].items()}
         parts += [
-            h("p", "The objectives, where they differ from the defaults:"),
+            h("p", "Settings of each objective that differ from the defaults:"),
             _block(yaml.safe_dump(changed, sort_keys=False)),
         ]
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
@@ -252,7 +252,7 @@ def settings(document: Document) -> Html:
     return h("div", parts)
 
 
-def _given(values: dict[str, Any]) -> dict[str, Any]:
+def _non_defaults(values: dict[str, Any]) -> dict[str, Any]:
     defaults = ObjectiveConfig().model_dump(mode="json")
     return {key: found for key, found in values.items() if key == "name" or found != defaults.get(key)}
 
@@ -262,4 +262,4 @@ def _block(text: str) -> Html:
 
 
 def _rank(rank: int | None) -> str:
-    return "not found" if rank is None else f"place {rank}"
+    return "not found" if rank is None else f"rank {rank}"

@@ -1,4 +1,4 @@
-"""The section of the popularity dial: what accuracy costs in discovery, for one model."""
+"""Report section on the popularity dial: the trade-off between accuracy and discovery for one model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Document = dict[str, Any]
 
 
 def dial(document: Document) -> Html | None:
-    """Recall against coverage, and against the recall of the tail, along the dial."""
+    """Plot recall against coverage and against tail recall for each dial setting."""
     curve = document.get("dial")
     if not curve or len(curve["points"]) < 2:
         return None
@@ -22,18 +22,18 @@ def dial(document: Document) -> Html | None:
         "div",
         h(
             "p",
-            "One model, no other training: the dial b adds (b - 1) log p(item) to the score at serving time. At 1 the "
-            "model answers as it was trained, at 0 popularity is taken out of the score.",
+            "One model, no retraining: the dial b adds (b - 1) log p(item) to the score at serving time. At 1 the "
+            "model answers as trained; at 0 popularity is removed from the score.",
         ),
-        _against(curve, "coverage", f"coverage@{k} (% of the catalog in somebody's first {k})"),
+        _against(curve, "coverage", f"coverage@{k} (% of the catalog in at least one top-{k} list)"),
         _against(curve, "tail_recall", f"Recall@{k} of the targets in the tail third of the interactions"),
         _table(points, k),
-        h("p", "twotower recommend --popularity 0.5, or recommend(..., popularity=0.5), sets it.", class_="note"),
+        h("p", "Set it with twotower recommend --popularity 0.5 or recommend(..., popularity=0.5).", class_="note"),
     )
 
 
 def _against(curve: dict[str, Any], name: str, axis: str) -> Html | None:
-    """The curve of one measure; None where it has no value, such as a tail without targets."""
+    """Plot recall against one measure, or return None if a value is missing (such as a tail without targets)."""
     k, points = curve["k"], curve["points"]
     if any(_missing(point[name]) or _missing(point["recall"]) for point in points):
         return None
@@ -56,12 +56,12 @@ def _against(curve: dict[str, Any], name: str, axis: str) -> Html | None:
         y_axis=f"Recall@{k} (share of targets found)",
         most=(unit, 1.0),
         connected=True,
-        caption="Each point is one setting b of the same model; the filled one is the model as trained.",
+        caption="Each point is one setting b of the same model; the filled point is the model as trained.",
     )
 
 
 def _table(points: list[dict[str, float]], k: int) -> Html:
-    heads = ["b", f"Recall@{k}", "in the tail", f"NDCG@{k}", f"coverage@{k}", "interactions of a listed item"]
+    heads = ["b", f"Recall@{k}", "in the tail", f"NDCG@{k}", f"coverage@{k}", "interactions per listed item"]
     rows = [
         [
             f"{point['popularity']:g}",

@@ -1,4 +1,4 @@
-"""The three kinds of figure of the report: rows of intervals, small multiples, and points with labels."""
+"""The three kinds of figure in the report: interval rows, small multiples, and labelled points."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class IntervalRow:
     """One row of `interval_rows`.
 
     Attributes:
-        name: at its left.
-        value: its point.
-        low, high: ends of its interval, or None.
-        kind: of its mark: best, same, ahead, behind, baseline.
-        told: the number in words, at its right.
-        seeds: the value of each seed, as small ticks.
+        name: label on the left.
+        value: position of the point.
+        low, high: ends of the interval, or None.
+        kind: style of the mark: best, same, ahead, behind, baseline.
+        told: the value as text, on the right.
+        seeds: value of each seed, drawn as small ticks.
     """
 
     name: str
@@ -48,7 +48,7 @@ class IntervalRow:
 
 @dataclass(frozen=True)
 class Curve:
-    """One panel of `small_multiples`: points with ranges; None where there is no value."""
+    """One panel of `small_multiples`: points (x, value, low, high), with None for a missing value."""
 
     name: str
     points: Sequence[tuple[float, float | None, float | None, float | None]]
@@ -69,7 +69,7 @@ class Point:
 
 @dataclass
 class _Room:
-    """Where something already is."""
+    """The boxes of a figure that are already occupied."""
 
     taken: list[Box] = field(default_factory=list)
 
@@ -86,14 +86,14 @@ def interval_rows(
     zero: bool = False,
     caption: Html | str | None = None,
 ) -> Html:
-    """Rows of points with intervals on one axis.
+    """Draw rows of points with intervals on one axis.
 
     Args:
         title: see `figure`.
         description: see `figure`.
-        rows: top to bottom.
-        axis: name and unit.
-        zero: the axis reaches 0, which is marked.
+        rows: the rows, from top to bottom.
+        axis: axis name and unit.
+        zero: extend the axis to 0 and mark it.
         caption: see `figure`.
     """
     ends = [end for row in rows for end in (row.value, row.low, row.high, *row.seeds) if end is not None]
@@ -102,19 +102,19 @@ def interval_rows(
     low, high = (low if zero and low == 0 else low - margin), (high if zero and high == 0 else high + margin)
 
     def draw(width: int) -> tuple[float, list[Html]]:
-        beside = width > 500
-        names = max(text_width(row.name, strong=row.kind == "best") for row in rows) + 16 if beside else 12.0
+        is_wide = width > 500
+        names = max(text_width(row.name, strong=row.kind == "best") for row in rows) + 16 if is_wide else 12.0
         numbers = max(text_width(row.told, strong=row.kind == "best") for row in rows) + 16
-        step = 27 if beside else 46
-        scale = Scale(low, high, names, width - numbers if beside else width - 12)
+        step = 27 if is_wide else 46
+        scale = Scale(low, high, names, width - numbers if is_wide else width - 12)
         bottom = 8 + step * len(rows)
         elements: list[Html] = []
-        for tick in ticks(low, high, 6 if beside else 4):
+        for tick in ticks(low, high, 6 if is_wide else 4):
             elements.append(line(scale(tick), 4, scale(tick), bottom, "zero" if zero and tick == 0 else "grid"))
             elements.append(label(scale(tick), bottom + 16, plain(tick), "middle", "muted"))
         for number, row in enumerate(rows):
-            y = 8 + step * number + (step / 2 if beside else step - 12)
-            text = y + 4.5 if beside else y - 14
+            y = 8 + step * number + (step / 2 if is_wide else step - 12)
+            text = y + 4.5 if is_wide else y - 14
             strong = "strong" if row.kind == "best" else ""
             elements.append(label(0, text, row.name, "start", strong))
             elements.append(label(width, text, row.told, "end", f"number {strong}".strip()))
@@ -141,17 +141,17 @@ def small_multiples(
     reference: float | None = None,
     caption: Html | str | None = None,
 ) -> Html:
-    """A panel for each curve, with all the others behind it in grey: ten lines in one panel could not be told apart.
+    """Draw one panel for each curve, with the others in grey behind it: ten lines in one panel would be unreadable.
 
     Args:
         title: see `figure`.
         description: see `figure`.
-        curves: one panel each; all share both axes.
-        x_axis: name and unit.
-        y_axis: name and unit.
-        x_ticks: where and what.
-        floor: where the vertical axis begins; at the lowest value where None.
-        y_words: from a tick of the vertical axis to its text.
+        curves: one panel each; all panels share both axes.
+        x_axis: axis name and unit.
+        y_axis: axis name and unit.
+        x_ticks: position and text of each tick.
+        floor: start of the vertical axis; the lowest value if None.
+        y_words: formats a tick of the vertical axis.
         reference: a value that every panel marks with a dotted line.
         caption: see `figure`.
     """
@@ -169,7 +169,7 @@ def small_multiples(
         wide = (width - axis - gap * (columns - 1) - 4) / columns
         heads = [wrapped(curve.name, wide) for curve in curves]
         head, tall = 17 * max(len(lines) for lines in heads) + 8, 112
-        right = max([6.0, *(text_width(text) / 2 for _, text in x_ticks)])  # half of a number is beyond its place
+        right = max([6.0, *(text_width(text) / 2 for _, text in x_ticks)])  # half of the text extends past its tick
         elements: list[Html] = [label(0, 14, y_axis, "start", "muted")]
         top = 26.0
         for number, curve in enumerate(curves):
@@ -219,9 +219,10 @@ def labelled_points(
     connected: bool = False,
     caption: Html | str | None = None,
 ) -> Html:
-    """Points with their names beside them, placed so that no name lies on another name or point.
+    """Draw points with their names next to them, placed so that no name overlaps another name or point.
 
-    `most` is what x and y can be at most: no axis goes beyond. `connected` joins the points by a line, in their order.
+    `most` gives the largest possible x and y: no axis extends beyond it. `connected` joins the points by a line in the
+    given order.
     """
 
     def limits(values: list[float], largest: float) -> tuple[float, float]:
@@ -237,7 +238,7 @@ def labelled_points(
         y_ticks = ticks(y_low, y_high, 6)
         left = max(text_width(plain(tick)) for tick in y_ticks) + 10
         x_ticks = ticks(x_low, x_high, 6 if width > 500 else 4)
-        right = max(6.0, *(text_width(plain(tick)) / 2 for tick in x_ticks))  # half of a number is beyond its line
+        right = max(6.0, *(text_width(plain(tick)) / 2 for tick in x_ticks))  # half of the text extends past its tick
         x, y = Scale(x_low, x_high, left, width - right), Scale(y_low, y_high, 26 + tall, 26)
         elements: list[Html] = [label(0, 14, y_axis, "start", "muted")]
         for tick in y_ticks:
@@ -266,7 +267,7 @@ def labelled_points(
 
 
 def _named(point: Point, x: float, y: float, room: _Room, inside: Box) -> list[Html]:
-    """The name of a point at the nearest free place, with a thin line to it where that is not beside it."""
+    """Place the name of a point in the nearest free space, with a leader line if that is not next to the point."""
     whole = wrapped(point.name, 1e9)
     halves = wrapped(point.name, text_width(point.name) / 2 + 24)
     for away in (0, 16, 32, 48, 64, 84, 104, 128, 152, 180, 210, 240):
@@ -290,10 +291,10 @@ def _named(point: Point, x: float, y: float, room: _Room, inside: Box) -> list[H
                         baseline = top + TEXT - 1 + (TEXT + 3) * number
                         elements.append(label(left, baseline, text, "start", strong))
                     return elements
-    return []  # the table beside the figure has every name
+    return []  # the table next to the figure lists every name
 
 
 def ends(curve: Curve) -> str:
-    """Where a curve begins and ends, for the words of a figure."""
+    """Describe where a curve begins and ends, for the text alternative of a figure."""
     known: Sequence[float] = [point[1] for point in curve.points if point[1] is not None]
     return f"from {known[0]:.3f} to {known[-1]:.3f}" if known else "no value"

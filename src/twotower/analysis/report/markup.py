@@ -1,16 +1,16 @@
-"""Elements of HTML and SVG whose text is escaped by construction: a title in the data can never become markup."""
+"""HTML and SVG elements whose text is escaped by construction: a title in the data can never become markup."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Iterable
 
-#: Elements of HTML that have no end.
+#: HTML elements without an end tag.
 VOID = {"meta", "br", "hr", "col"}
 
 
 class Html(str):
-    """Text that is markup already. Only `h` and `raw` make it; every other string is escaped where it is put in."""
+    """Text that is already markup. Only `h` and `raw` create it; every other string is escaped on insertion."""
 
     __slots__ = ()
 
@@ -19,12 +19,12 @@ Child = str | int | Iterable["Child"] | None
 
 
 def h(element: str, *children: Child, **attributes: str | float | bool | None) -> Html:
-    """An element.
+    """Build an element.
 
     Args:
-        element: its name.
-        children: text, which is escaped, elements, or nested lists of these; None is left out.
-        attributes: `class_` becomes class, `text_anchor` text-anchor; None and False are left out, True has no value.
+        element: tag name.
+        children: text (escaped), elements, or nested lists of these; None is skipped.
+        attributes: `class_` becomes class, `text_anchor` text-anchor; None and False are skipped, True has no value.
     """
     given = []
     for key, value in attributes.items():
@@ -38,7 +38,7 @@ def h(element: str, *children: Child, **attributes: str | float | bool | None) -
 
 
 def join(children: Child) -> Html:
-    """Children one after the other, text escaped."""
+    """Concatenate children, escaping text."""
     if children is None:
         return Html("")
     if isinstance(children, Html):
@@ -49,5 +49,5 @@ def join(children: Child) -> Html:
 
 
 def raw(text: str) -> Html:
-    """Text that is known to be markup: a style sheet of this package, never anything from the data."""
+    """Mark text as trusted markup: a style sheet of this package, never anything from the data."""
     return Html(text)

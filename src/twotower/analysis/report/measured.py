@@ -1,4 +1,4 @@
-"""Sections about the numbers: overall, differences, popularity deciles, coverage, slices."""
+"""Report sections on the results: overall, differences, popularity deciles, coverage, slices."""
 
 from __future__ import annotations
 
@@ -21,14 +21,20 @@ from twotower.analysis.report.tables import table
 
 Document = dict[str, Any]
 
-#: Columns of slices beside each other.
+#: Slices in one table.
 _SLICES = 8
-#: Among more points than this, one below this share of the best would squeeze the others together.
+#: With more points than _MANY, points below the share _FAR of the best are omitted: they would squeeze the others.
 _MANY, _FAR = 5, 0.75
+#: How the page shows a verdict of `results.json`.
+_VERDICTS = {
+    "not told apart": "no significant difference",
+    "ahead": "significantly better",
+    "behind": "significantly worse",
+}
 
 
 def overall(document: Document) -> Html:
-    """Each model's headline metric with its interval, and the table of all metrics."""
+    """Show each model's headline metric with its interval, and the table of all metrics."""
     metric, kinds = document["metric"], story.verdicts(document)
     rows = [_row(entry, metric, kinds[entry["name"]]) for entry in document["models"]]
     rows += [_row(entry, metric, "baseline") for entry in _sorted(document["baselines"], metric)]
@@ -44,8 +50,8 @@ def overall(document: Document) -> Html:
                 f" and {len(document['seeds'])} seeds; line: 95 % interval over queries; small ticks: single seeds. "
                 if many
                 else "; line: 95 % interval over queries. ",
-                "Intervals may overlap although two objectives differ: they answer the same queries, and the next "
-                "figure compares them query by query."
+                "Intervals may overlap even if two objectives differ significantly: all models answer the same "
+                "queries, and the next figure compares them query by query."
                 if len(document["models"]) > 1
                 else None,
             ]
@@ -55,7 +61,7 @@ def overall(document: Document) -> Html:
 
 
 def differences(document: Document) -> Html | None:
-    """Each objective less the best, query by query."""
+    """Show the paired difference of each objective to the best."""
     tests = story.family(document, "all")
     if tests is None:
         return None
@@ -67,36 +73,37 @@ def differences(document: Document) -> Html | None:
     for model in document["models"][1:]:
         one = by_name[model["name"]]
         low, high = (None if end is None else end * scale for end in (one["low"], one["high"]))
-        told = minus(f"{one['difference'] * scale:+.1f} %")
-        rows.append(IntervalRow(model["name"], one["difference"] * scale, low, high, kinds[model["name"]], told))
+        text = minus(f"{one['difference'] * scale:+.1f} %")
+        rows.append(IntervalRow(model["name"], one["difference"] * scale, low, high, kinds[model["name"]], text))
         spread = "–" if one["seed_error"] is None else f"{one['seed_error'] * scale:.1f} %"
         interval = "–" if low is None or high is None else minus(f"{low:+.1f} to {high:+.1f} %")
         effect = "–" if one["effect_size"] is None else minus(f"{one['effect_size']:+.2f}")
-        cells.append([model["name"], told, interval, spread, story.p_value(one["adjusted"]), effect, one["verdict"]])
+        verdict = _VERDICTS.get(one["verdict"], one["verdict"])
+        cells.append([model["name"], text, interval, spread, story.p_value(one["adjusted"]), effect, verdict])
     chart = interval_rows(
-        f"Difference to {best['name']}",
+        f"Difference from {best['name']}",
         "; ".join(f"{row.name} {row.told}" for row in rows),
         rows,
         f"difference in {tests['metric']}, in % of {best['name']}",
         zero=True,
-        caption="Mean over queries of the paired difference, seeds averaged; line: 95 % interval over queries.",
+        caption="Mean paired difference over queries, averaged over seeds; line: 95 % interval over queries.",
     )
-    told = (
-        "p from the paired bootstrap over queries, adjusted for all comparisons of the table (Holm). The effect size: "
-        "mean difference over its standard deviation over queries. Two objectives are told apart where p is below "
-        "0.05 and the difference is larger than two standard errors over seeds (pooled over objectives)."
+    note = (
+        "p: paired bootstrap over queries, Holm-adjusted for all comparisons in the table. Effect size: mean "
+        "difference divided by its standard deviation over queries. Seed error: standard error over seeds, pooled over "
+        "objectives. A difference is significant if p is below 0.05 and it is larger than two seed errors."
     )
-    heads = ["objective", "difference", "95 % interval", "error over seeds", "p (Holm)", "effect size", "verdict"]
+    heads = ["objective", "difference", "95 % interval", "seed error", "p (Holm)", "effect size", "verdict"]
     return h(
         "div",
         chart,
-        table(heads, cells, f"Differences to {best['name']} in {tests['metric']}"),
-        h("p", told, class_="note"),
+        table(heads, cells, f"Differences from {best['name']} in {tests['metric']}"),
+        h("p", note, class_="note"),
     )
 
 
 def deciles(document: Document) -> Html | None:
-    """Recall by popularity of the target."""
+    """Plot recall by popularity of the target."""
     names = document["evaluation"]["slice_groups"].get("deciles", [])
     metric, kinds = document["tail_metric"], story.verdicts(document)
     curves = []
@@ -122,8 +129,8 @@ def deciles(document: Document) -> Html | None:
         f"{metric} (share of targets found)",
         x_ticks=[(1, "1"), (5, "5"), (10, "10")],
         floor=0.0,
-        caption=f"Each decile holds a tenth of the training interactions: the first {first:,} items, the last "
-        f"{last:,}. Band: 95 % interval over queries. Grey: all the others.",
+        caption=f"Each decile has a tenth of the training interactions: {first:,} items in the first, {last:,} in the "
+        "last. Band: 95 % interval over queries. Grey: the other models.",
     )
     rows = [
         [curve.name, *("–" if point[1] is None else f"{point[1]:.3f}" for point in curve.points)] for curve in curves
@@ -132,10 +139,10 @@ def deciles(document: Document) -> Html | None:
 
 
 def coverage(document: Document) -> Html | None:
-    """Accuracy against the share of the catalog that is ever recommended."""
+    """Plot accuracy against the share of the catalog that appears in any list."""
     k, kinds = document["metric"].split("@")[1], story.verdicts(document)
     points = []
-    # Beside several models the baselines are far below, and would squeeze them together.
+    # Baselines are far below trained models and would squeeze them together.
     for entry in [*document["models"], *(document["baselines"] if len(document["models"]) < 3 else [])]:
         x, y = story.value(entry, f"coverage@{k}"), story.value(entry, document["metric"])
         if x and y:
@@ -154,16 +161,16 @@ def coverage(document: Document) -> Html | None:
         "Accuracy against coverage",
         "; ".join(f"{point.name}: {point.x:.0f} % of the catalog, {story.number(point.y)}" for point in points),
         points,
-        x_axis=f"coverage@{k} (% of the catalog in somebody's first {k})",
+        x_axis=f"coverage@{k} (% of the catalog in at least one top-{k} list)",
         y_axis=document["metric"],
         most=(100.0, 1.0),
-        caption="Up is more accurate, right reaches more of the catalog. Vertical lines: 95 % interval over queries; "
-        "horizontal: range over seeds." + (f" Left out, far below the others: {left_out}." if far else ""),
+        caption="Higher is more accurate; further right covers more of the catalog. Vertical lines: 95 % interval over "
+        "queries; horizontal: range over seeds." + (f" Omitted, far below the others: {left_out}." if far else ""),
     )
 
 
 def slices(document: Document) -> Html | None:
-    """Groups of slices that the user named, and cold items and queries where there are any."""
+    """Tabulate the slices that the user named, and cold items and queries if any."""
     metric, sizes = document["tail_metric"], document["evaluation"]["slice_sizes"]
     parts = []
     for group, names in document["evaluation"]["slice_groups"].items():
@@ -172,13 +179,13 @@ def slices(document: Document) -> Html | None:
         ):
             continue
         shown = [name for name in names if sizes.get(name, {}).get("targets")]
-        # Several tables of a page's width rather than one that is cut off on paper.
+        # Several tables that fit the page: a wider one would be cut off in print.
         tables = [
             _slice_table(document, group, shown[start : start + _SLICES]) for start in range(0, len(shown), _SLICES)
         ]
         if tables:
             parts.append(h("div", h("h3", group), tables))
-    return h("div", h("p", f"{metric} of the targets in each slice."), parts) if parts else None
+    return h("div", h("p", f"{metric} on the targets of each slice."), parts) if parts else None
 
 
 def _slice_table(document: Document, group: str, shown: Sequence[str]) -> Html:
@@ -193,13 +200,13 @@ def _slice_table(document: Document, group: str, shown: Sequence[str]) -> Html:
 
 
 def legend(kinds: dict[str, str], baselines: bool) -> Html:
-    """What the marks mean, as far as they occur."""
+    """Explain the marks that occur."""
     words = {
         "best": "highest mean",
-        "same": "not told apart from it",
-        "ahead": "ahead of it",
-        "behind": "behind it",
-        "baseline": "baseline, not trained here",
+        "same": "not significantly different from it",
+        "ahead": "significantly better",
+        "behind": "significantly worse",
+        "baseline": "baseline",
     }
     used = [kind for kind in words if kind in kinds.values() or (kind == "baseline" and baselines)]
     if used in (["best"], []):
@@ -253,9 +260,10 @@ def _metrics(document: Document) -> Html:
         table(["", *(column[0] for column in columns)], rows, "All metrics", strong=strong),
         h(
             "p",
-            f"All at {k}. Columns head, mid, tail: {tail} of the targets in that third of the training interactions. "
-            "Coverage: share of the catalog in somebody's list. Gini: inequality of exposure, 0 to 1. "
-            "Novelty: mean surprise of a listed item in bits. Diversity: mean distance between the items of a list.",
+            f"All at K = {k}. Head, mid, tail: {tail} on the targets in that third of the training interactions. "
+            "Coverage: share of the catalog that appears in at least one list. Gini: inequality of exposure, 0 to 1. "
+            "Novelty: mean self-information of a listed item, in bits. Diversity: mean distance between the items of a "
+            "list.",
             class_="note",
         ),
     )

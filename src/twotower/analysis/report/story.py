@@ -1,4 +1,4 @@
-"""The findings in words, computed from the numbers, and careful about what the numbers can carry."""
+"""The findings of a report as sentences, computed from the numbers and limited to what they support."""
 
 from __future__ import annotations
 
@@ -8,46 +8,44 @@ from typing import Any
 
 Document = dict[str, Any]
 
-#: A training is called cheaper where it takes less than this share of the processor time of another.
+#: A training run is called cheaper if it takes less than this share of the CPU time of another.
 _CHEAPER = 0.9
-#: More than so many objectives that cannot be told apart from the best are counted, not named.
+#: If more objectives than this do not differ significantly from the best, they are counted, not named.
 _MANY = 3
 
 
 def question(document: Document) -> str:
-    """What the report answers."""
+    """Return the title of the report: the question it answers."""
     if document["kind"] == "comparison":
         return "Which objective should you use on this data, and what does it cost in the tail?"
-    return "How good is this model, and what does it do in the tail?"
+    return "How good is this model, overall and in the tail?"
 
 
 def answer(document: Document) -> list[str]:
-    """Paragraphs; the first is the answer in short."""
+    """Return the findings as paragraphs; the first is the short answer."""
     if document["kind"] != "comparison" or len(document["models"]) == 1:
         return [*_alone(document), *_baselines(document)]
     return [_use(document), *_behind(document), *_tail(document), *_reference(document), *_baselines(document)]
 
 
 def cautions(document: Document) -> list[str]:
-    """What a reader should know before relying on it."""
+    """Return what a reader should know before relying on the results."""
     said = []
     models = document["models"]
     if document["kind"] == "comparison" and len(document["seeds"]) == 1:
         said.append(
-            "Each objective was trained once, with one seed. How much another seed would change is not known, so a "
-            "small lead may be luck; --seeds 3 measures it."
+            "Each objective was trained once, with one seed. The variation between seeds is unknown, so a small lead "
+            "may be chance; --seeds 3 measures it."
         )
     rising = [model["name"] for model in models if _still_rising(model, document["settings"]["training"]["metric"])]
     if rising:
         many = f"{len(rising)} of {len(models)} models" if len(models) > 1 else "the model"
         said.append(
-            f"The validation metric of {many} was still best after the last epoch: longer training would raise it"
-            f"{', and may change the order' if len(models) > 1 else ''}."
+            f"The validation metric of {many} was still best after the last epoch: longer training would probably "
+            f"improve it{' and may change the ranking' if len(models) > 1 else ''}."
         )
     if most := overlapped(document):
-        said.append(
-            f"Up to {most} trainings ran side by side on one machine: compare their processor time, not their duration."
-        )
+        said.append(f"Up to {most} runs were trained concurrently on one machine: compare CPU times, not wall times.")
     notes = document["data"]["split"]["account"]["lines"]
     said += [_sentence(f"{line['label']}: {line['note']}") for line in notes if "leak" in line["label"]]
     said += [
@@ -61,21 +59,21 @@ def _sentence(text: str) -> str:
 
 
 def overlapped(document: Document) -> int:
-    """The most trainings that ran at the same time; 0 where they ran one after the other."""
+    """Return the largest number of concurrent training runs, or 0 if they ran one after the other."""
     runs = [run for model in document["models"] for run in model["runs"]]
-    # A second of tolerance: the end is known to the second, and later than the fit's.
+    # One second of tolerance: `ended` is in whole seconds, and is later than the end of training.
     spans = [(run["ended"] - run["seconds"], run["ended"] - 1) for run in runs]
     most = max((sum(a <= begin < b for a, b in spans) for begin, _ in spans), default=1)
     return most if most > 1 else 0
 
 
 def family(document: Document, about: str) -> dict[str, Any] | None:
-    """The tests about "all", "tail" or "baselines"."""
+    """Return the family of tests about "all", "tail" or "baselines", or None."""
     return next((tests for tests in document["tests"] if tests["about"] == about), None)
 
 
 def verdicts(document: Document, about: str = "all") -> dict[str, str]:
-    """By objective, what its mark says: best, same, ahead or behind of the best."""
+    """Return the kind of mark of each objective: best, same as the best, ahead of it or behind it."""
     tests = family(document, about)
     if tests is None:
         return {model["name"]: "best" for model in document["models"]}
@@ -84,42 +82,42 @@ def verdicts(document: Document, about: str = "all") -> dict[str, str]:
 
 
 def value(entry: dict[str, Any], metric: str, part: str | None = None) -> dict[str, Any] | None:
-    """A measured number of a model or baseline; None where there is none."""
+    """Return a metric of a model or baseline, overall or on a slice; None if it was not measured."""
     numbers = entry["values"] if part is None else entry["slices"].get(part, {})
     found: dict[str, Any] | None = numbers.get(metric)
     return None if found is None or found["mean"] is None else found
 
 
 def processor_time(model: dict[str, Any]) -> float | None:
-    """Median processor seconds of a training."""
+    """Return the median CPU seconds of a model's training runs, or None if unknown."""
     known = [run["cpu_seconds"] for run in model["runs"] if run["cpu_seconds"] is not None]
     return statistics.median(known) if known else None
 
 
 def listed(names: Sequence[str], last: str = "and") -> str:
-    """a, b and c."""
+    """Join names as "a, b and c"."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {last} {names[-1]}"
 
 
 def share(number: float) -> str:
-    """A part of a whole in percent."""
+    """Format a fraction in percent."""
     return f"{100 * number:.1f} %"
 
 
 def number(found: float | None) -> str:
-    """A metric's value."""
+    """Format the value of a metric."""
     return "–" if found is None else f"{found:.4f}"
 
 
 def p_value(p: float | None) -> str:
-    """P with its sign: = or <."""
+    """Format a p-value with its sign: = or <."""
     if p is None:
         return "p unknown"
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
 
 
 def duration(seconds: float) -> str:
-    """For people."""
+    """Format a duration for people."""
     if seconds < 600:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
@@ -136,16 +134,16 @@ def _use(document: Document) -> str:
     same = [name for name, kind in verdicts(document).items() if kind == "same"]
     top = f"{metric} of {_interval(value(best, metric) or {})}"
     if not same:
-        return f"Use {best['name']}. Its {top} is ahead of every other objective's."
+        return f"Use {best['name']}. Its {top} is significantly better than that of every other objective."
     if len(same) > _MANY:
         return (
-            f"No single objective stands out. {best['name']} has the highest {top}, but {len(same)} of the "
-            f"{len(document['models']) - 1} others cannot be told apart from it."
+            f"No single objective is clearly best. {best['name']} has the highest {top}, but {len(same)} of the "
+            f"{len(document['models']) - 1} others do not differ significantly from it."
         )
     named = [model for model in document["models"] if model["name"] in {best["name"], *same}]
     names = [model["name"] for model in named]
     said = (
-        f"Use {listed(names, 'or')}. {best['name']} has the highest {top}, but it cannot be told apart from "
+        f"Use {listed(names, 'or')}. {best['name']} has the highest {top}, but does not differ significantly from "
         f"{listed(same, 'or')}."
     )
     times = {model["name"]: processor_time(model) for model in named}
@@ -154,8 +152,8 @@ def _use(document: Document) -> str:
         cheapest, dearest = min(known, key=lambda name: known[name]), max(known, key=lambda name: known[name])
         if known[cheapest] < _CHEAPER * known[dearest]:
             said += (
-                f" Of these {cheapest} takes the least processor time, {duration(known[cheapest])} a training"
-                f" against {duration(known[dearest])} of {dearest}."
+                f" Of these, {cheapest} takes the least CPU time: {duration(known[cheapest])} per training run,"
+                f" against {duration(known[dearest])} for {dearest}."
             )
     return said
 
@@ -169,18 +167,19 @@ def _behind(document: Document) -> list[str]:
         (one for one in tests["contests"] if one["verdict"] == "behind"), key=lambda one: -one["difference"]
     )
     if not behind or best is None:
-        return ["No objective is told apart from the best: this comparison does not decide between them."]
+        return ["No objective differs significantly from the best: this comparison does not decide between them."]
     near, far = behind[0], behind[-1]
 
     def lower(one: dict[str, Any]) -> str:
-        return f"{one['name']}, {share(-one['difference'] / best['mean'])} lower"
+        return f"{share(-one['difference'] / best['mean'])} lower"
 
     if near is far:
-        return [f"{lower(near)} ({p_value(near['adjusted'])} after Holm)."]
+        return [f"{near['name']} is {lower(near)} ({p_value(near['adjusted'])}, Holm-adjusted)."]
     count = len(tests["contests"])
-    some = f"All {count} others are" if len(behind) == count else f"{len(behind)} of {count} others are"
+    some = f"All {count} others are" if len(behind) == count else f"{len(behind)} of the {count} others are"
     most = p_value(max(one["adjusted"] for one in behind))
-    return [f"{some} behind, each with {most} or less after Holm: from {lower(near)}, to {lower(far)}."]
+    extremes = f"from {near['name']} ({lower(near)}) to {far['name']} ({lower(far)})"
+    return [f"{some} significantly worse (largest Holm-adjusted {most}), {extremes}."]
 
 
 def _tail(document: Document) -> list[str]:
@@ -191,24 +190,24 @@ def _tail(document: Document) -> list[str]:
         return []
     size = document["evaluation"]["slice_sizes"].get("tail", {})
     said = (
-        f"In the tail, the {size.get('items', 0):,} items that share the last third of the training interactions, "
+        f"In the tail (the {size.get('items', 0):,} items with the last third of the training interactions), "
         f"{best['name']} finds {share(tail['mean'])} of the targets ({metric})"
         + (f", in the head {share(head['mean'])}." if head else ".")
     )
     ahead = sorted((one for one in tests["contests"] if one["verdict"] == "ahead"), key=lambda one: -one["difference"])
     overall = {one["name"]: one for one in (family(document, "all") or tests)["contests"]}
     if not ahead:
-        said += " No other objective is told apart above it there: its lead is not paid for in the tail."
+        said += " No other objective is significantly better there: its lead does not come at the tail's expense."
     else:
         top = ahead[0]
         found = share(tail["mean"] + top["difference"])
-        said += f" {top['name']} finds {found} there ({p_value(top['adjusted'])} after Holm)"
+        said += f" {top['name']} finds {found} there ({p_value(top['adjusted'])}, Holm-adjusted)"
         lost = -overall[top["name"]]["difference"] / (value(best, document["metric"]) or {"mean": 1.0})["mean"]
         kind = overall[top["name"]]["verdict"]
         said += (
-            f", at the price of {share(lost)} of {document['metric']} overall."
+            f", at the cost of {share(lost)} of overall {document['metric']}."
             if kind == "behind"
-            else ", and over all queries the two cannot be told apart."
+            else ", and over all queries the two do not differ significantly."
         )
         if len(ahead) > 1:
             said += f" {listed([one['name'] for one in ahead[1:]])} also find{'s' if len(ahead) == 2 else ''} more."
@@ -219,7 +218,7 @@ def _tail(document: Document) -> list[str]:
 
 
 def _reference(document: Document) -> list[str]:
-    """Against full softmax, which sampled objectives stand in for."""
+    """Compare expected-count with full softmax, which it approximates."""
     by_name = {model["name"]: model for model in document["models"]}
     if "full-softmax" not in by_name or "expected-count" not in by_name:
         return []
@@ -230,7 +229,7 @@ def _reference(document: Document) -> list[str]:
     times = processor_time(by_name["full-softmax"]), processor_time(by_name["expected-count"])
     said = f"expected-count reaches {share(sampled['mean'] / full['mean'])} of full softmax's {metric}"
     if times[0] and times[1]:
-        said += f", in {share(times[1] / times[0])} of its processor time"
+        said += f" in {share(times[1] / times[0])} of its CPU time"
     return [f"{said}."]
 
 
@@ -245,8 +244,8 @@ def _alone(document: Document) -> list[str]:
     if head is not None and tail is not None:
         items = document["evaluation"]["slice_sizes"]["tail"]["items"]
         said.append(
-            f"Of targets in the head it finds {share(head['mean'])}, of those in the tail, the {items:,} items that "
-            f"share the last third of the training interactions, {share(tail['mean'])}."
+            f"It finds {share(head['mean'])} of the targets in the head and {share(tail['mean'])} of the targets in "
+            f"the tail (the {items:,} items with the last third of the training interactions)."
         )
     return said
 
@@ -257,16 +256,20 @@ def _baselines(document: Document) -> list[str]:
         return []
     metric = tests["metric"]
     own = (value(document["models"][0], metric) or {"mean": 0.0})["mean"]
-    words = {"behind": "is above", "ahead": "is below", "not told apart": "cannot be told apart from"}
+    words = {
+        "behind": "is better than",
+        "ahead": "is worse than",
+        "not told apart": "does not differ significantly from",
+    }
     said = [
         f"{words[one['verdict']]} {one['name']} ({number(own + one['difference'])}, {p_value(one['adjusted'])})"
         for one in tests["contests"]
     ]
-    return [f"Against the baselines by {metric}: {tests['against']} {listed(said)}."]
+    return [f"Compared with the baselines by {metric}, {tests['against']} {listed(said)}."]
 
 
 def _still_rising(model: dict[str, Any], metric: str) -> bool:
-    """Whether the last epoch was the best one, in most seeds."""
+    """Return whether the last epoch was the best in most seeds."""
     last = []
     for run in model["runs"]:
         rows = [row for row in run["history"] if metric in row]

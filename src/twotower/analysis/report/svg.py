@@ -1,8 +1,8 @@
 """Scales, ticks, marks and labels for figures, drawn twice: for wide and for narrow pages.
 
-Figures are written as SVG by hand instead of by matplotlib: their colours are variables of the page's style sheet, so
-they follow light, dark and print; a figure for a phone is laid out for a phone, with text of the same size; and the
-report needs no extra package.
+Figures are written as SVG by hand instead of with matplotlib. Their colours are variables of the page's style sheet, so
+they follow light, dark and print modes. A figure on a phone has its own layout, with text of the same size. The report
+needs no extra package.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from dataclasses import dataclass
 
 from twotower.analysis.report.markup import Html, h
 
-#: Widths in CSS pixels for which figures are laid out.
+#: Layout widths of figures in CSS pixels.
 WIDE, NARROW = 860, 350
 #: Text size of figures in pixels, as in the style sheet.
 TEXT = 13
-#: Width of a character of a wide sans-serif font, in parts of its size.
+#: Width of a character of a wide sans-serif font, relative to the font size.
 _ADVANCE = 0.6
-#: Strong text is wider by so much.
+#: Width of bold text relative to regular text.
 _STRONG = 1.12
 _NARROW_CHARACTERS = frozenset("iljtfr.,:;'|!()[] -")
 
 
 @dataclass(frozen=True)
 class Scale:
-    """From values to pixels."""
+    """A linear map from values to pixels."""
 
     low: float
     high: float
@@ -34,14 +34,14 @@ class Scale:
     stop: float
 
     def __call__(self, value: float) -> float:
-        """Where a value lies."""
+        """Return the position of a value."""
         share = (value - self.low) / (self.high - self.low) if self.high > self.low else 0.5
         return self.start + share * (self.stop - self.start)
 
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle that a label or a mark takes up."""
+    """The rectangle that a label or mark occupies."""
 
     left: float
     top: float
@@ -49,7 +49,7 @@ class Box:
     bottom: float
 
     def meets(self, other: Box, gap: float = 2.0) -> bool:
-        """Whether two rectangles overlap, or nearly."""
+        """Return whether two rectangles overlap or come closer than `gap`."""
         return (
             self.left < other.right + gap
             and other.left < self.right + gap
@@ -58,7 +58,7 @@ class Box:
         )
 
     def within(self, other: Box) -> bool:
-        """Whether it lies inside another."""
+        """Return whether the rectangle lies inside another."""
         return (
             self.left >= other.left
             and self.right <= other.right
@@ -68,13 +68,13 @@ class Box:
 
 
 def text_width(text: str, size: float = TEXT, *, strong: bool = False) -> float:
-    """An upper estimate of a text's width; what a browser really takes is smaller with most fonts."""
+    """Estimate the width of a text from above; most browser fonts are narrower."""
     size *= _STRONG if strong else 1.0
     return sum(0.42 if character in _NARROW_CHARACTERS else _ADVANCE + 0.04 for character in text) * size
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers in [low, high]: steps of 1, 2 or 5 times a power of ten."""
+    """Choose round numbers in [low, high]: steps of 1, 2 or 5 times a power of ten."""
     span = high - low
     if not span > 0 or not math.isfinite(span):
         return [low]
@@ -86,7 +86,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def plain(value: float) -> str:
-    """A tick's number, without needless digits."""
+    """Format a tick without needless digits."""
     if value == 0:
         return "0"
     if abs(value) >= 10_000:
@@ -95,12 +95,12 @@ def plain(value: float) -> str:
 
 
 def minus(text: str) -> str:
-    """A number with a minus sign in place of a hyphen."""
+    """Replace the hyphen of a number by a minus sign."""
     return text.replace("-", "−")
 
 
 def wrapped(text: str, width: float, size: float = TEXT) -> list[str]:
-    """A name cut into lines at its hyphens and spaces."""
+    """Break a name into lines at hyphens and spaces."""
     lines = [""]
     for part in text.replace("-", "-\0").replace(" ", " \0").split("\0"):
         if lines[-1] and text_width(lines[-1] + part.rstrip(), size) > width:
@@ -110,29 +110,29 @@ def wrapped(text: str, width: float, size: float = TEXT) -> list[str]:
 
 
 def label(x: float, y: float, text: str, anchor: str = "start", kind: str = "") -> Html:
-    """A text; `kind` names a style: `muted`, `strong`, `small`."""
+    """Draw text; `kind` names a style: `muted`, `strong`, `small`."""
     return h("text", text, x=x, y=y, text_anchor=None if anchor == "start" else anchor, class_=kind or None)
 
 
 def axis_name(x: float, y: float, text: str, width: int) -> list[Html]:
-    """The name of a horizontal axis, centred at x, in as many lines as the width asks for."""
+    """Draw the name of a horizontal axis, centred at x and wrapped to the width."""
     reach = 2 * min(x, width - x)
     return [label(x, y + 16 * place, part, "middle", "muted") for place, part in enumerate(wrapped(text, reach))]
 
 
 def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Html:
-    """A straight line of a style."""
+    """Draw a straight line in a style."""
     return h("line", x1=float(x1), y1=float(y1), x2=float(x2), y2=float(y2), class_=kind)
 
 
 def path(points: Sequence[tuple[float, float]], kind: str) -> Html:
-    """A line through points."""
+    """Draw a line through points."""
     steps = " ".join(f"{'M' if not place else 'L'}{x:.1f} {y:.1f}" for place, (x, y) in enumerate(points))
     return h("path", d=steps, class_=kind)
 
 
 def mark(x: float, y: float, kind: str) -> Html:
-    """A point whose shape and colour both say what it is: best, same, behind, ..."""
+    """Draw a point whose shape and colour both show its kind: best, same, behind, ..."""
     if kind == "behind":
         return h("path", d=f"M{x:.1f} {y - 5.5:.1f}l5.5 5.5l-5.5 5.5l-5.5 -5.5z", class_="mark behind")
     if kind == "baseline":
@@ -145,13 +145,13 @@ def mark(x: float, y: float, kind: str) -> Html:
 def figure(
     title: str, description: str, draw: Callable[[int], tuple[float, list[Html]]], caption: Html | str | None = None
 ) -> Html:
-    """A figure in both layouts, each with its text alternative; the style sheet shows one of them.
+    """Build a figure in both layouts, each with a text alternative; the style sheet shows one of them.
 
     Args:
-        title: what it shows, read by screen readers and shown above.
-        description: what can be seen in it, in words.
-        draw: from the width in pixels to the height and the elements.
-        caption: below.
+        title: shown above the figure and read by screen readers.
+        description: what the figure shows, for screen readers.
+        draw: maps the width in pixels to the height and the elements.
+        caption: shown below the figure.
     """
     layouts = []
     for kind, width in (("wide", WIDE), ("narrow", NARROW)):

@@ -1,4 +1,4 @@
-"""Tables that scroll sideways in a frame of their own where the page is narrow."""
+"""HTML tables that scroll sideways on a narrow page."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from twotower.analysis.report.markup import Html, h
 def table(
     heads: Sequence[str], rows: Sequence[Sequence[str | Html]], about: str, *, strong: Sequence[str] = ()
 ) -> Html:
-    """A table whose first column names the rows.
+    """Build a table whose first column names the rows.
 
     Args:
-        heads: of the columns.
+        heads: column headings.
         rows: cells.
-        about: read by screen readers in place of a caption.
-        strong: rows that are set in bold, by their first cell.
+        about: label for screen readers.
+        strong: first cells of the rows to set in bold.
     """
     body = [
         h(

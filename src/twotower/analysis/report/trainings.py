@@ -1,4 +1,4 @@
-"""Sections about the trainings: learning curves, time and memory."""
+"""Report sections on the training runs: learning curves, time and memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Document = dict[str, Any]
 
 
 def learning(document: Document) -> Html | None:
-    """The validation metric after each epoch."""
+    """Plot the validation metric after each epoch."""
     metric, kinds = document["settings"]["training"]["metric"], story.verdicts(document)
     curves = []
     for model in document["models"]:
@@ -33,19 +33,19 @@ def learning(document: Document) -> Html | None:
     last = max(int(point[0]) for curve in curves for point in curve.points)
     step = max(-(-(last - 1) // 4), 1)
     return small_multiples(
-        f"Validation {metric} while training",
+        f"Validation {metric} during training",
         "; ".join(f"{curve.name}: {ends(curve)}" for curve in curves),
         curves,
         "epoch",
         f"validation {metric}",
         x_ticks=[(epoch, str(epoch)) for epoch in range(1, last + 1, step)],
         caption=f"{'Mean over seeds; band: range over seeds. ' if len(document['seeds']) > 1 else ''}"
-        f"{'Grey: all the others. ' if len(curves) > 1 else ''}The test is never looked at here.",
+        f"{'Grey: the other models. ' if len(curves) > 1 else ''}The test set is not used here.",
     )
 
 
 def cost(document: Document) -> Html | None:
-    """Time and memory of each training."""
+    """Show time and memory of each training run."""
     models = [model for model in document["models"] if story.processor_time(model) is not None]
     if not models:
         return None
@@ -69,22 +69,23 @@ def cost(document: Document) -> Html | None:
                 f"{statistics.median(run['epochs'] for run in model['runs']):.0f}",
             ]
         )
-    heads = ["objective", "processor s", "× least", "wall s", "peak memory, MiB", "epochs"]
-    told = (
-        "Medians over seeds, of the fit alone; peak memory is that of the whole process, data and libraries included."
+    heads = ["objective", "CPU s", "× least", "wall s", "peak memory, MiB", "epochs"]
+    note = (
+        "Medians over seeds. Times cover training only; peak memory is that of the whole process, data and libraries "
+        "included."
     )
     if most := story.overlapped(document):
-        told += f" Up to {most} trainings ran side by side: wall times are not comparable, processor times nearly so."
+        note += f" Up to {most} runs were trained concurrently: compare CPU times, not wall times."
     parts: list[Html] = []
     if len(rows) > 1:
         parts.append(
             interval_rows(
-                "Processor time of one training",
+                "CPU time of one training run",
                 "; ".join(f"{row.name} {row.told}" for row in rows),
                 rows,
-                "seconds of processor time, all threads",
+                "CPU seconds, all threads",
                 zero=True,
                 caption="Median over seeds; line: range over seeds." if len(document["seeds"]) > 1 else None,
             )
         )
-    return h("div", parts, table(heads, cells, "Time and memory"), h("p", told, class_="note"))
+    return h("div", parts, table(heads, cells, "Time and memory"), h("p", note, class_="note"))
