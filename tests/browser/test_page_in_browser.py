@@ -7,7 +7,9 @@ import polars as pl
 import pytest
 
 from browser.looking import LAYOUT, WAIT, Held, at_rest, looked_at, names, shows, titles
+from planted import planted, planted_titles
 from serving.service_models import TOKEN, drawn, listening
+from twotower.data import Interactions
 from twotower.serving.app import ServiceSettings, create_app
 
 
@@ -73,7 +75,7 @@ def test_a_user_the_dial_the_comparison_the_map_and_the_card(browser, address, w
         page.focus("#dial")
         page.keyboard.press("Home")
         shows(page, titles(address, "first", query_id="u003", popularity=0.0))
-        assert names(page) != before and "towards rare items" in page.locator("#dial-setting").inner_text()
+        assert names(page) != before and "rarer items" in page.locator("#dial-setting").inner_text()
         rare = int(page.locator("#list-a .median").inner_text())
         page.keyboard.press("End")
         shows(page, titles(address, "first", query_id="u003", popularity=2.0))
@@ -118,9 +120,12 @@ def test_a_history_built_with_the_keyboard(browser, address):
     with looked_at(browser, address) as (page, _):
         page.locator("#list-a .item").first.wait_for()  # a random user: the page is not empty at the start
         assert page.input_value("#query").startswith("u0")
+        whose = page.locator("#results-title")
+        assert whose.inner_text() == f"Recommendations for user {page.input_value('#query')}"
         page.click("#clear")
         page.locator("#list-a .nothing").wait_for()
         assert page.evaluate("document.activeElement.id") == "title"
+        assert whose.inner_text() == "Recommendations" and page.locator("#common").is_hidden()
         page.keyboard.type("number 17")
         page.locator("#title-list li").first.wait_for()
         page.keyboard.press("ArrowDown")
@@ -132,6 +137,7 @@ def test_a_history_built_with_the_keyboard(browser, address):
         shows(page, titles(address, "first", history=[17, 42]))
         page.get_by_role("button", name="Remove Item number 17").click()
         shows(page, titles(address, "first", history=[42]))
+        assert whose.inner_text() == "Recommendations for a new user with 1 item"
         assert "history=42" in page.evaluate("location.hash")
 
         page.fill("#query", "u011")
@@ -141,6 +147,7 @@ def test_a_history_built_with_the_keyboard(browser, address):
         page.locator("#restore").wait_for()
         rows = httpx.get(f"{address}page/history", params={"query_id": "u011"}, timeout=WAIT / 1000).json()["items"]
         shows(page, titles(address, "first", query_id="u011", history=[row["item"] for row in rows[:-1]]))
+        assert whose.inner_text() == "Recommendations for user u011 with an edited history"
         page.click("#restore")
         shows(page, titles(address, "first", query_id="u011"))
 
@@ -350,6 +357,36 @@ def _alone(chart, at):
     places = list(zip(chart["x"], chart["y"], strict=True))
     x, y = places[at]
     return all((x - a) ** 2 + (y - b) ** 2 > 0.12**2 for place, (a, b) in enumerate(places) if place != at)
+
+
+def test_ids_above_two_to_the_53_stay_exact(browser, tmp_path):
+    """As a JavaScript number, an odd id of this size would be rounded to another one."""
+    first = 2**53 + 1
+    item, user = pl.col("item_id") + first, pl.col("user_id").str.slice(1).cast(pl.Int64) + first
+    data = Interactions.from_frame(planted().with_columns(item, user), items=planted_titles().with_columns(item))
+    model = drawn(data, tmp_path / "large" / "model")
+    with (
+        listening(create_app([model], ServiceSettings(watch_seconds=0))) as address,
+        looked_at(browser, address, path=f"#history={first + 16}") as (page, _),
+    ):
+        shows(page, titles(address, "large", history=[first + 16]))
+        page.fill("#title", "number 42")
+        page.keyboard.press("Enter")
+        shows(page, titles(address, "large", history=[first + 16, first + 42]))
+        assert f"{first + 16}%2C{first + 42}" in page.evaluate("location.hash")
+        page.locator("#list-a .why em").first.wait_for()
+        at_rest(page)
+        page.locator("#list-a .item").first.click()
+        page.locator("#list-a .more dl").get_by_text("item_id").wait_for()
+        best = httpx.post(f"{address}recommend", json={"history": [first + 16, first + 42]}, timeout=WAIT / 1000)
+        assert page.locator("#list-a .more dd").first.inner_text() == str(best.json()["items"][0]["item"])
+        page.fill("#query", str(first)[:-1])
+        page.locator("#query-list li").first.wait_for()
+        chosen = page.locator("#query-list li").first.inner_text()
+        page.keyboard.press("ArrowDown")
+        page.keyboard.press("Enter")
+        shows(page, titles(address, "large", query_id=int(chosen)))
+        assert page.locator("#results-title").inner_text() == f"Recommendations for user {chosen}"
 
 
 def test_refusals_are_shown_at_their_field(browser, address):

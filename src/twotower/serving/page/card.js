@@ -132,7 +132,7 @@ function settings(model) {
   const rows = ["objective", "query_tower", "item_tower"].flatMap((part) =>
     Object.entries(model[part]).map(([name, value]) => element("tr", {}, element("th", { scope: "row" }, `${part}.${name}`), element("td", {}, typeof value === "object" ? JSON.stringify(value) : String(value)))),
   );
-  return element("details", {}, element("summary", {}, "Settings"), element("div", { class: "scroll" }, element("table", {}, element("tbody", {}, rows))));
+  return element("details", {}, element("summary", {}, "Configuration"), element("div", { class: "scroll" }, element("table", {}, element("tbody", {}, rows))));
 }
 
 function duration(seconds) {

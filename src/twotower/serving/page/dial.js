@@ -22,7 +22,7 @@ function draw() {
 
 function describe(dial) {
   if (dial === 1) return "1.00, as trained";
-  return `${dial.toFixed(2)}, ${dial < 1 ? "towards rare items" : "towards popular items"}`;
+  return `${dial.toFixed(2)}, ${dial < 1 ? "rarer items" : "more popular"}`;
 }
 
 // curves: [[letter, a median for each of SETTINGS]]; medians: [[letter, median of the list shown]].
@@ -45,9 +45,9 @@ function drawCurve(place, curves, medians, dial) {
   for (const [letter, count] of medians) place.append(svg("circle", { cx: x(dial), cy: y(count), r: 5, class: letter }));
   if (!medians.length) return;
   // The text lies above the curves, which stay 21 pixels below the top.
-  const right = dial > 1.4;
-  const text = svg("text", { x: right ? x(dial) - 8 : x(dial) + 8, y: 11, "text-anchor": right ? "end" : "start" }, "median ");
+  const text = svg("text", { y: 11 }, "median ");
   medians.forEach(([letter, count], at) => text.append(at ? " and " : "", svg("tspan", { class: letter }, integer.format(Math.round(count)))));
   text.append(" interactions");
   place.append(text);
+  text.setAttribute("x", Math.min(x(dial) + 8, width - text.getComputedTextLength()));
 }

@@ -14,6 +14,7 @@ export function attach() {
   released = releases(byId("lists"));
   subscribe(["letters"], drawPlaces);
   subscribe(["found"], drawTitle);
+  subscribe(["found"], drawShared);
   subscribe(["found"], later(400, announce));
   subscribe(["found", "explanations", "open"], () => active().forEach(drawList));
   subscribe(["busy"], () => byId("lists").toggleAttribute("aria-busy", state.busy));
@@ -47,7 +48,6 @@ async function drawList(letter) {
   const focused = document.activeElement?.closest(`#list-${letter} li`)?.dataset.item; // its row is replaced
   drawRows(place, letter, sharedItems());
   if (focused !== undefined) place.querySelector(`li[data-item="${CSS.escape(focused)}"] button`)?.focus({ preventScroll: true });
-  drawShared();
 }
 
 function sharedItems() {
@@ -93,7 +93,7 @@ function popularity(items) {
     return bar;
   });
   const median = element("strong", { class: "median" }, integer.format(Math.round(medianInteractions(items))));
-  const text = element("span", {}, "median ", median, ` interactions · ${counts.map(([part, count]) => `${count} ${part}`).join(" · ")}`);
+  const text = element("span", {}, "median ", median, ` interactions · ${counts.map(([part, count]) => `${count}\u00a0${part}`).join(" · ")}`);
   return element("div", { class: "summary" }, text, element("div", { class: "shares", "aria-hidden": "true" }, bars));
 }
 
