@@ -1,5 +1,6 @@
 """The context of a request on the page: a field for each column, its values in requests, and refusals at the field."""
 
+import json
 from dataclasses import replace
 
 import httpx
@@ -25,6 +26,8 @@ CONTEXT = {
     "search": "red shoes",
     "place": [0.5, -1],
 }
+
+CONTEXT_IN_ADDRESS = "new URLSearchParams(location.hash.slice(1)).get('context')"
 
 #: Runs in the page; returns what reaches beyond the frame of the context fields.
 OUTSIDE = """
@@ -139,8 +142,14 @@ def test_a_context_alone_is_enough_for_a_request(browser, address):
         page.keyboard.press("t")  # selects the first value that begins with t
         shows(page, titles(address, "all", context={"device": "tv"}))
         page.get_by_role("button", name="Now, for at").click()
-        page.wait_for_function("() => JSON.parse(new URLSearchParams(location.hash.slice(1)).get('context')).at")
+        page.wait_for_function(f"() => JSON.parse({CONTEXT_IN_ADDRESS}).at")
         now = page.get_by_label("at (UTC)").input_value()
         shows(page, titles(address, "all", context={"device": "tv", "at": now}))
+
+        # Another address with the same models: the fields follow, and a value that no field can hold is dropped.
+        page.evaluate("""location.hash = 'history=&beside=&context={"device": "none", "basket": "5"}'""")
+        shows(page, titles(address, "all", context={"basket": 5}))
+        assert page.get_by_label("basket").input_value() == "5" and page.get_by_label("at (UTC)").input_value() == ""
+        assert json.loads(page.evaluate(CONTEXT_IN_ADDRESS)) == {"basket": "5"}
         response = httpx.post(f"{address}explain", json={"items": [3], "context": {"at": "soon"}}, timeout=WAIT / 1000)
         assert response.status_code == 422 and response.json()["errors"][0]["pointer"] == "#/context/at"
