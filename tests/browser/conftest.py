@@ -1,4 +1,4 @@
-"""The browser of this machine, where it has one."""
+"""The browser for the tests of this folder."""
 
 import shutil
 
@@ -7,14 +7,16 @@ import pytest
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
-# Not for the session: while the driver is there its event loop runs, and tests with one of their own could not.
+# Not session-scoped: the driver keeps its event loop running, and tests with an event loop of their own would fail.
 @pytest.fixture(scope="module")
 def browser():
-    """Chromium, driven by playwright; a skip with the reason where there is none."""
+    """Start Chromium with playwright; skip with the reason if either is missing."""
     found = next(filter(None, map(shutil.which, NAMES)), None)
     if found is None:
-        pytest.skip("no Chromium here: on Debian or Ubuntu, apt-get install chromium")
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright; its own browser is unused")
+        pytest.skip("Chromium is not installed; on Debian or Ubuntu: apt-get install chromium")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed; pip install playwright, without its own browser"
+    )
     with playwright.sync_playwright() as driver:
         opened = driver.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield opened

@@ -1,12 +1,12 @@
-"""What is wrong with a page as a browser shows it: overflow, labels that overlap or are cut off, errors, requests."""
+"""Checks of a page in a browser: overflow, labels that overlap or are cut off, errors, requests to other hosts."""
 
 from contextlib import contextmanager
 
 import httpx
 
-WAIT = 200_000  # milliseconds: a busy machine is slow
+WAIT = 200_000  # milliseconds, enough for a busy machine
 
-#: Runs in the page; gives sentences about what is wrong with its layout.
+#: Runs in the page; returns a sentence for each fault of its layout.
 LAYOUT = """
 () => {
   const wrong = [], width = document.documentElement.clientWidth;
@@ -38,10 +38,10 @@ LAYOUT = """
 }
 """
 
-#: Runs before a page's own scripts; counts the answers and the timers that it waits for.
+#: Runs before the page's own scripts; counts the pending responses and timers.
 RESTING = """
 (() => {
-  const { setTimeout, clearTimeout, fetch } = window, { json } = Response.prototype, timers = new Set();
+  const { setTimeout, clearTimeout, fetch } = window, timers = new Set();
   let open = 0;
   window.setTimeout = (work, wait, ...given) => {
     const timer = setTimeout(() => { timers.delete(timer); work(...given); }, wait);
@@ -49,26 +49,29 @@ RESTING = """
     return timer;
   };
   window.clearTimeout = (timer) => { timers.delete(timer); clearTimeout(timer); };
-  const counted = (answer) => {
+  const counted = (response) => {
     open += 1;
-    answer.catch(() => null).finally(() => setTimeout(() => { open -= 1; })); // once the page has dealt with it
-    return answer;
+    response.catch(() => null).finally(() => setTimeout(() => { open -= 1; })); // after the page has handled it
+    return response;
   };
   window.fetch = (...given) => counted(fetch(...given));
-  Response.prototype.json = function () { return counted(json.call(this)); };
+  for (const name of ["json", "text"]) {
+    const read = Response.prototype[name];
+    Response.prototype[name] = function () { return counted(read.call(this)); };
+  }
   window.atRest = () => !open && !timers.size;
 })();
 """
 
 
 def look(browser, address, *, width, scheme="light", media="screen"):
-    """Open a page and list what is wrong with it.
+    """Open a page and list its faults.
 
     Returns:
-        Sentences, and how many labels of figures were seen.
+        A sentence for each fault, and the number of labels in figures.
     """
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    context.set_default_timeout(120_000)  # for a busy machine
+    context.set_default_timeout(120_000)  # enough for a busy machine
     wrong = []
 
     def watch(route, request):
@@ -81,7 +84,7 @@ def look(browser, address, *, width, scheme="light", media="screen"):
     try:
         context.route("**/*", watch)
         page = context.new_page()
-        page.on("console", lambda said: wrong.append(f"console: {said.text}") if said.type != "log" else None)
+        page.on("console", lambda message: wrong.append(f"console: {message.text}") if message.type != "log" else None)
         page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
         page.emulate_media(media=media, color_scheme=scheme)
         page.goto(address)
@@ -93,7 +96,7 @@ def look(browser, address, *, width, scheme="light", media="screen"):
 
 @contextmanager
 def looked_at(browser, address, *, width=1280, scheme="light", path=""):
-    """A page that must ask for nothing elsewhere and report nothing wrong."""
+    """Open a page, and check that it requests nothing from other hosts and logs no error."""
     context = browser.new_context(
         viewport={"width": width, "height": 900}, color_scheme=scheme, reduced_motion="reduce"
     )
@@ -103,7 +106,7 @@ def looked_at(browser, address, *, width=1280, scheme="light", path=""):
         page.add_init_script(RESTING)
         page.set_default_timeout(WAIT)
         page.on("request", lambda r: None if r.url.startswith(address) else wrong.append(f"asks for {r.url}"))
-        page.on("console", lambda said: wrong.append(said.text) if said.type in ("error", "warning") else None)
+        page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.goto(address + path)
         yield page, wrong
@@ -113,12 +116,12 @@ def looked_at(browser, address, *, width=1280, scheme="light", path=""):
 
 
 def at_rest(page):
-    """Wait until the page waits for nothing: what is drawn now stays until somebody does something."""
+    """Wait until no response and no timer is pending: the page then stays as it is until the next action."""
     page.wait_for_function("() => atRest()")
 
 
 class Held(list):
-    """Routes of questions that are not answered until the test says so, the oldest first."""
+    """Requests that are held back until the test answers them, oldest first."""
 
     def __init__(self, page, where):
         super().__init__()
@@ -140,7 +143,7 @@ class Held(list):
         self.pop(0).continue_()
 
     def answer_all(self):
-        """These, and those that come after."""
+        """Answer the requests held so far and stop holding later ones."""
         self.wait()
         self.holds = False
         while self:
@@ -152,8 +155,8 @@ def names(page, letter="a"):
 
 
 def titles(address, model, **body):
-    answer = httpx.post(f"{address}recommend", json={"model": model, "k": 10, **body}, timeout=WAIT / 1000).json()
-    return [row["title"] for row in answer["items"]]
+    response = httpx.post(f"{address}recommend", json={"model": model, "k": 10, **body}, timeout=WAIT / 1000)
+    return [row["title"] for row in response.json()["items"]]
 
 
 def shows(page, expected, letter="a"):

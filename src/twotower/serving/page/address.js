@@ -1,72 +1,90 @@
-// The address: what is looked at, so that it can be looked at again.
+// The part of the address behind the #: the user, the models and the settings. It can be sent to a colleague, and
+// browsers never send it to a server.
 
 import { byId } from "./dom.js";
-import { chooseModels } from "./models.js";
-import { state } from "./state.js";
-import { recallWho, surprise } from "./who.js";
+import { chooseRandomUser, restoreUser } from "./history.js";
+import { KS, REQUEST, state, subscribe, update } from "./store.js";
 
-let recalling = false; // until it is looked at, the address keeps what it says
+const LONGEST = 60; // items of a history in the address
+let restoring = false; // the address keeps its text until it has been read
 
-// What is looked at stands in the address, behind the #: it can be sent to a colleague and is never sent to a server.
-export function remember() {
-  if (recalling) return;
-  const kept = new URLSearchParams();
-  if (state.query !== null) kept.set("user", state.query);
-  if (state.edited || state.query === null) kept.set("history", state.history.slice(-60).map((item) => item.item).join(","));
-  if (Object.keys(state.context).length) kept.set("context", JSON.stringify(state.context));
-  if (state.dial !== 1) kept.set("dial", String(state.dial));
-  if (state.letters.a !== state.models[0]?.name) kept.set("model", state.letters.a);
-  if (state.models.length > 1) kept.set("beside", state.letters.b ?? "");
-  if (state.k !== 10) kept.set("k", String(state.k));
-  if (!state.seen) kept.set("seen", "shown");
-  if (state.filter) kept.set("filter", state.filter);
-  history.replaceState(null, "", `#${kept}`);
+export function attach() {
+  byId("dial").addEventListener("change", write);
+  addEventListener("hashchange", changed);
+  subscribe(REQUEST, write);
 }
 
-export async function recall() {
-  const kept = new URLSearchParams(location.hash.slice(1));
-  const has = (name) => state.models.some((model) => model.name === name);
-  byId("model-a").value = has(kept.get("model")) ? kept.get("model") : state.models[0].name;
-  const beside = kept.get("beside") ?? state.models[1]?.name;
-  byId("model-b").value = has(beside) ? beside : "";
-  const dial = Number(kept.get("dial") ?? 1);
-  state.dial = dial >= 0 && dial <= 2 ? dial : 1;
-  byId("dial").value = String(state.dial);
-  recallSettings(kept);
-  state.context = contextIn(kept.get("context"));
-  recalling = true;
+function write() {
+  if (restoring) return;
+  const { letters, models, query } = state;
+  const address = new URLSearchParams();
+  if (query !== null) address.set("user", query);
+  if (state.edited || query === null) address.set("history", state.history.slice(-LONGEST).map((item) => encodeURIComponent(item.item)).join(","));
+  if (Object.keys(state.context).length) address.set("context", JSON.stringify(state.context));
+  if (state.dial !== 1) address.set("dial", String(state.dial));
+  if (letters.a !== models[0]?.name) address.set("model", letters.a);
+  if (models.length > 1) address.set("beside", letters.b ?? "");
+  if (state.k !== 10) address.set("k", String(state.k));
+  if (!state.excludeSeen) address.set("seen", "shown");
+  if (state.filter) address.set("filter", state.filter);
+  history.replaceState(null, "", `#${address}`);
+}
+
+export async function restore() {
+  const address = new URLSearchParams(location.hash.slice(1));
+  restoring = true;
   try {
-    Object.assign(state, { query: null, history: [], edited: false, all: false });
-    chooseModels();
-    const ids = kept.get("history")?.split(",").filter(Boolean) ?? null;
-    if (kept.get("user") || ids) await recallWho(kept.get("user"), ids);
-    else await surprise();
+    update({
+      letters: lettersIn(address),
+      ...settingsIn(address),
+      context: contextIn(address.get("context")),
+      ...{ query: null, history: [], edited: false, all: false, found: {}, explanations: {} },
+    });
+    const ids = address.get("history")?.split(",").filter(Boolean).map(decoded) ?? null;
+    if (address.get("user") || ids) await restoreUser(address.get("user"), ids);
+    else await chooseRandomUser();
   } finally {
-    recalling = false;
-    remember();
+    restoring = false;
+    write();
   }
 }
 
-function recallSettings(kept) {
-  byId("k").value = kept.get("k") ?? "10";
-  if (!byId("k").value) byId("k").value = "10";
-  Object.assign(state, { k: Number(byId("k").value), seen: kept.get("seen") !== "shown", filter: (kept.get("filter") ?? "").trim() });
-  byId("seen").checked = state.seen;
-  byId("filter").value = state.filter;
-  if (state.k !== 10 || !state.seen || state.filter) document.querySelector(".settings").open = true;
+// The reader followed a link to a part of this page, or entered another address.
+function changed() {
+  if (document.getElementById(location.hash.slice(1))) write();
+  else restore();
 }
 
-// Another address was put in this one's place; or a part of the page was gone to, and what is looked at stays.
-export function addressChanged() {
-  if (document.getElementById(location.hash.slice(1))) remember();
-  else recall();
+function lettersIn(address) {
+  const known = (name) => (state.models.some((model) => model.name === name) ? name : null);
+  const a = known(address.get("model")) ?? state.models[0].name;
+  const b = known(address.get("beside") ?? state.models[1]?.name);
+  return { a, b: b === a ? null : b };
 }
 
-// Texts by column; an address may have been written by anybody.
+function settingsIn(address) {
+  const [dial, k] = [Number(address.get("dial") ?? 1), Number(address.get("k"))];
+  return {
+    dial: dial >= 0 && dial <= 2 ? dial : 1,
+    k: KS.includes(k) ? k : 10,
+    excludeSeen: address.get("seen") !== "shown",
+    filter: (address.get("filter") ?? "").trim(),
+  };
+}
+
+// Texts by column. Anybody may have written the address.
 function contextIn(text) {
   try {
     return Object.fromEntries(Object.entries(JSON.parse(text) ?? {}).filter(([, value]) => typeof value === "string"));
   } catch {
     return {};
+  }
+}
+
+function decoded(id) {
+  try {
+    return decodeURIComponent(id);
+  } catch {
+    return id;
   }
 }

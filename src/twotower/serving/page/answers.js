@@ -1,160 +1,111 @@
-// What is answered at the dial's setting, by each model, and why.
+// What the models answer: recommendations, their explanations, and the curve above the dial.
 
-import { remember } from "./address.js";
-import { abandon, get, obsolete, post } from "./api.js";
-import { marks, map } from "./atlas.js";
-import { allowContext, refusedContext } from "./context.js";
-import { SETTINGS, drawCurve, medianOf, saidOf } from "./curve.js";
-import { byId, element, later, readable, releases } from "./dom.js";
-import { draw } from "./lists.js";
-import { swapped } from "./models.js";
-import { active, asked, channel, complain, question, state, summaryOf } from "./state.js";
-import { drawHistory } from "./who.js";
+import { abort, aborted, get, post } from "./api.js";
+import { later } from "./dom.js";
+import { medianInteractions } from "./items.js";
+import { REQUEST, active, queryFor, refuse, state, subscribe, summary, update, updateList } from "./store.js";
 
-// Who asks or how has changed: everything is asked anew.
-export function changed() {
-  drawHistory();
-  remember();
-  state.open = {};
-  state.curves = {};
-  refresh();
-  curves();
-}
-
+export const SETTINGS = [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2]; // of the dial, where the curve is measured
+const MOST_EXPLAINED = 20;
 let rounds = 0;
 
-export async function refresh() {
-  complain(null);
-  allowContext();
+export function attach() {
+  subscribe(REQUEST, () => update({ open: {}, curves: {} }));
+  subscribe([...REQUEST, "dial"], recommendAll);
+  subscribe([...REQUEST, "models"], measureCurves);
+}
+
+export async function loadModels() {
+  update({ models: (await get("models")).models });
+}
+
+// A model was replaced between two answers.
+const reloadModels = later(50, () => loadModels().catch((error) => refuse(null, error.message)));
+
+const request = (letter, dial) => {
+  const query = queryFor(letter);
+  if (!query) return null;
+  const filter = state.filter ? { filter: state.filter } : {};
+  return { ...query, model: state.letters[letter], k: state.k, exclude_seen: state.excludeSeen, popularity: dial, ...filter };
+};
+
+async function recommendAll() {
+  update({ refusals: [] });
   const round = ++rounds;
-  const slow = setTimeout(() => byId("lists").setAttribute("aria-busy", "true"), 400); // what is shown is of an earlier question
-  await Promise.all(active().map(answer));
+  const slow = setTimeout(() => update({ busy: true }), 400);
+  await Promise.all(["a", "b"].map(recommend));
   clearTimeout(slow);
-  if (round === rounds) byId("lists").removeAttribute("aria-busy");
-  spoken();
-  explainLater();
-  marks();
+  if (round !== rounds) return; // a later request is running
+  update({ busy: false });
+  explainAll();
 }
 
-async function answer(letter) {
-  const body = asked(letter);
-  if (!body) abandon(channel("recommend", letter));
-  try {
-    const found = body ? await post("recommend", body, channel("recommend", letter)) : { items: [] };
-    const known = new Map((state.found[letter] ?? []).map((item) => [item.item, item.columns]));
-    state.refused[letter] = false;
-    state.found[letter] = found.items.map((item) => ({ ...item, columns: known.get(item.item) }));
-    if (found.version && found.version !== summaryOf(state.letters[letter])?.version) swapped();
-  } catch (error) {
-    if (obsolete(error)) return;
-    state.found[letter] = [];
-    state.refused[letter] = true;
-    if (!refusedContext(error.errors)) complain(active().length > 1 ? `${state.letters[letter]}: ${error.message}` : error.message);
-  }
-  drawList(letter);
-  if (active().length > 1) drawList(letter === "a" ? "b" : "a");
-  drawDial();
-}
-
-const released = releases(byId("lists"));
-
-async function drawList(letter) {
-  await released();
-  const place = byId(`list-${letter}`);
-  if (!place) return;
-  if (!question(letter)) {
-    place.replaceChildren(element("p", { class: "nothing" }, "Pick a user, or add a title or two that somebody might like."));
+async function recommend(letter) {
+  const channel = `recommend-${letter}`;
+  const body = request(letter, state.dial);
+  if (!body) {
+    abort(channel);
+    updateList(letter, { found: [], explanations: null });
     return;
   }
-  const [own, other] = [state.found[letter] ?? [], state.found[letter === "a" ? "b" : "a"] ?? []];
-  const shared = active().length > 1 ? new Set(other.map((item) => String(item.item))) : null;
-  const held = document.activeElement?.closest(`#list-${letter} li`)?.dataset.item; // drawn anew, it would lose the focus
-  draw(place, {
-    model: state.letters[letter],
-    letter,
-    items: own,
-    nothing: state.refused[letter] ? "The service has refused this question; what is wrong with it is said above." : "Nothing is left to recommend with these settings.",
-    most: summaryOf(state.letters[letter])?.most_interactions,
-    shared,
-    open: state.open[letter],
-    toggle: (item) => toggle(letter, item),
-    point: (item) => point(letter, item),
-  });
-  if (held !== undefined) place.querySelector(`li[data-item="${CSS.escape(held)}"] button`)?.focus({ preventScroll: true });
-  const common = byId("common");
-  common.hidden = !shared || !own.length || !other.length;
-  if (!common.hidden) common.textContent = `${own.filter((item) => shared.has(String(item.item))).length} of ${own.length} in both lists, marked at the left edge.`;
-}
-
-async function toggle(letter, item) {
-  const opening = state.open[letter] !== String(item.item);
-  state.open[letter] = opening ? String(item.item) : null;
-  drawList(letter);
-  if (!opening || item.columns) return;
-  const model = state.letters[letter];
-  const { columns } = await get(`items/${encodeURIComponent(item.item)}`, { model }).catch(() => ({ columns: {} }));
-  const now = state.letters[letter] === model && state.found[letter]?.find((one) => one.item === item.item);
-  if (!now) return;
-  now.columns = columns;
-  drawList(letter);
-}
-
-// The history items that pulled an item up, beside the list, and its place on the map.
-function point(letter, item) {
-  map.light(item?.item ?? null);
-  const pulls = new Map((item?.explanation?.history ?? []).filter((one) => one.contribution > 0).slice(0, 3).map((one) => [String(one.item), one.contribution]));
-  for (const row of byId("history").children) {
-    const pull = pulls.get(row.dataset.item);
-    row.className = pull === undefined ? "" : `pulled by-${letter}`;
-    row.querySelector(".pull")?.remove();
-    if (pull !== undefined) row.querySelector(".meter").append(element("span", { class: "pull" }, `+${pull.toFixed(2)}`));
+  try {
+    const { items, version } = await post("recommend", body, channel);
+    updateList(letter, { found: items, explanations: null });
+    if (version && version !== summary(letter)?.version) reloadModels();
+  } catch (error) {
+    if (aborted(error)) return;
+    updateList(letter, { found: null, explanations: null });
+    for (const { field, text } of refusalsIn(error)) refuse(field, text, state.letters[letter]);
   }
 }
 
-const explainLater = later(60, () => active().forEach(explain));
+// The fields that a refusal concerns: by JSON pointer, or else by the name that its text begins with.
+function refusalsIn({ errors, message }) {
+  if (errors.length) return errors.map(({ pointer, detail }) => ({ field: fieldAt(pointer), text: sentence(detail) }));
+  const [, field] = /^(query_id|history|filter)\b/.exec(message) ?? [null, null];
+  return [{ field, text: sentence(message) }];
+}
+
+function fieldAt(pointer) {
+  return pointer.slice(2).split("/").map((part) => decodeURIComponent(part).replaceAll("~1", "/").replaceAll("~0", "~")).join("/");
+}
+
+// The text without the name of the field, which it is shown at.
+function sentence(text) {
+  const rest = text.replace(/^(context: column .*?: (?=expected )|(query_id|history|filter): )/, "");
+  return rest.charAt(0).toUpperCase() + rest.slice(1);
+}
+
+const explainAll = later(60, () => active().forEach(explain));
 
 async function explain(letter) {
-  const who = question(letter);
-  const items = (state.found[letter] ?? []).slice(0, 20);
-  if (!who || !items.length) return;
-  const body = { ...who, model: state.letters[letter], items: items.map((item) => item.item), popularity: state.dial };
+  const query = queryFor(letter);
+  const list = state.found[letter];
+  if (!query || !list?.length) return;
+  const items = list.slice(0, MOST_EXPLAINED).map((item) => item.item);
   try {
-    const found = await post("explain", body, channel("explain", letter));
-    items.forEach((item, at) => { item.explanation = found.items[at]; });
-    drawList(letter);
+    const found = await post("explain", { ...query, model: state.letters[letter], items, popularity: state.dial }, `explain-${letter}`);
+    if (state.found[letter] !== list) return;
+    updateList(letter, { explanations: new Map(items.map((item, at) => [item, found.items[at]])) });
   } catch (error) {
-    if (!obsolete(error)) complain(error.message);
+    if (!aborted(error)) refuse(null, error.message, state.letters[letter]);
   }
 }
 
-export async function curves() {
-  await Promise.all(active().map(async (letter) => {
-    if (!question(letter)) {
-      SETTINGS.forEach((dial) => abandon(channel(`curve${dial}`, letter)));
-      return;
-    }
-    try {
-      const lists = await Promise.all(SETTINGS.map((dial) => post("recommend", asked(letter, dial), channel(`curve${dial}`, letter))));
-      state.curves[letter] = lists.map((found) => medianOf(found.items));
-      drawDial();
-    } catch {
-      // Without the curve the dial still works; what is wrong is said beside the list.
-    }
-  }));
+function measureCurves() {
+  active().forEach(measureCurve);
 }
 
-export function drawDial() {
-  const lines = active().filter((letter) => state.curves[letter]).map((letter) => ({ letter, medians: state.curves[letter] }));
-  const now = Object.fromEntries(active().filter((letter) => state.found[letter]?.length).map((letter) => [letter, state.found[letter]]));
-  drawCurve(byId("curve"), lines, state.dial, now);
-  byId("dial-said").textContent = saidOf(state.dial);
-  byId("dial").setAttribute("aria-valuetext", saidOf(state.dial));
+async function measureCurve(letter) {
+  const channels = SETTINGS.map((dial) => `curve-${dial}-${letter}`);
+  if (!queryFor(letter)) {
+    channels.forEach(abort);
+    return;
+  }
+  try {
+    const lists = await Promise.all(SETTINGS.map((dial, at) => post("recommend", request(letter, dial), channels[at])));
+    updateList(letter, { curves: lists.map((found) => medianInteractions(found.items)) });
+  } catch {
+    // The dial works without its curve. A refusal is shown with the list.
+  }
 }
-
-const spoken = later(400, () => {
-  const parts = active().filter((letter) => state.found[letter]?.length).map((letter) => {
-    const items = state.found[letter];
-    return `${state.letters[letter]}: ${items.length} items, first ${readable(items[0])}, half have more than ${Math.round(medianOf(items))} interactions`;
-  });
-  byId("spoken").textContent = parts.join(". ");
-});

@@ -1,20 +1,19 @@
-// Questions to the service. A later question on the same channel makes an earlier one obsolete.
+// Requests to the service. A new request on a channel aborts the one in flight on that channel.
 
 const running = new Map();
-let asking = null;
+let prompt = null; // the open token dialog, as a promise
 
 export class Failure extends Error {
   constructor(status, detail, errors = []) {
     super(detail);
     this.status = status;
-    this.errors = errors; // which part of the question each is about
+    this.errors = errors; // [{pointer, detail}]: the parts of the request that were refused
   }
 }
 
-export const obsolete = (error) => error.name === "AbortError";
+export const aborted = (error) => error.name === "AbortError";
 
-// What is still awaited on a channel is no longer wanted.
-export function abandon(channel) {
+export function abort(channel) {
   running.get(channel)?.abort();
 }
 
@@ -32,30 +31,37 @@ export async function post(path, body, channel = null) {
 async function send(path, options, channel) {
   let signal;
   if (channel) {
-    abandon(channel);
+    abort(channel);
     const control = new AbortController();
     running.set(channel, control);
     signal = control.signal;
   }
   const token = sessionStorage.getItem("twotower-token");
   const headers = { ...options.headers, ...(token ? { Authorization: `Bearer ${token}` } : {}) };
-  const answer = await fetch(path, { ...options, headers, signal }).catch((error) => {
-    throw obsolete(error) ? error : new Failure(0, "The service does not answer. Is it still running?");
+  const response = await fetch(path, { ...options, headers, signal }).catch((error) => {
+    throw aborted(error) ? error : new Failure(0, "The service does not respond. Is it still running?");
   });
-  if (answer.ok) return answer.json();
-  if (answer.status === 401) {
-    // Several questions may have gone out with an older token: only the present one was refused.
-    if (token === sessionStorage.getItem("twotower-token")) await tokenFromReader(Boolean(token));
+  if (response.ok) return JSON.parse(await response.text(), withExactIds);
+  if (response.status === 401) {
+    // Several requests may have been sent with an older token; only a refusal of the current one is reported.
+    if (token === sessionStorage.getItem("twotower-token")) await requestToken(Boolean(token));
     return send(path, options, channel);
   }
-  const problem = await answer.json().catch(() => ({}));
-  if (answer.status === 503) throw new Failure(503, "The service is busy. Try again in a moment.");
-  throw new Failure(answer.status, problem.detail ?? answer.statusText, problem.errors);
+  const problem = await response.json().catch(() => ({}));
+  if (response.status === 503) throw new Failure(503, "The service is busy. Try again in a moment.");
+  throw new Failure(response.status, problem.detail ?? response.statusText, problem.errors);
 }
 
-function tokenFromReader(refused) {
-  asking ??= new Promise((resolve) => {
-    const dialog = document.getElementById("ask-token");
+// Ids are text on this page. An integer above 2^53 also stays text: as a number it would be rounded.
+function withExactIds(key, value, context) {
+  if (typeof value !== "number") return value;
+  const id = key === "item" || (Number.isInteger(value) && !Number.isSafeInteger(value));
+  return id ? (context?.source ?? String(value)) : value;
+}
+
+function requestToken(refused) {
+  prompt ??= new Promise((resolve) => {
+    const dialog = document.getElementById("token-dialog");
     document.getElementById("token-refused").hidden = !refused;
     dialog.addEventListener(
       "close",
@@ -63,12 +69,12 @@ function tokenFromReader(refused) {
         const field = document.getElementById("token");
         sessionStorage.setItem("twotower-token", field.value.trim());
         field.value = "";
-        asking = null;
+        prompt = null;
         resolve();
       },
       { once: true },
     );
     dialog.showModal();
   });
-  return asking;
+  return prompt;
 }

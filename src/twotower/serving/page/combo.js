@@ -1,17 +1,17 @@
-// A text field with a list of suggestions, by the keyboard or by pointing (the combobox pattern of WAI-ARIA).
+// A text field with a list of suggestions, used by keyboard or pointer (the combobox pattern of WAI-ARIA).
 
 import { element } from "./dom.js";
 
-// Keys mean the text as it stands: they wait for its suggestions where those to fewer letters are still shown.
+// Keys apply to the text in the field: they wait for its suggestions if the list still shows those for an earlier text.
 export function combo(input, list, { suggest, label, choose, enter }) {
   let options = [];
   let active = -1;
-  let asked = 0; // counts the questions: only the last one's answer is shown
-  let answered = null; // settles when it is; null while the list is closed
-  let waiting = 0; // keys that wait for it
+  let requests = 0; // counted, because only the suggestions of the last request are shown
+  let answered = null; // settles when they are shown; null while the list is closed
+  let waiting = 0; // keys that wait for them
 
   const close = () => {
-    asked += 1;
+    requests += 1;
     answered = null;
     options = [];
     active = -1;
@@ -50,10 +50,10 @@ export function combo(input, list, { suggest, label, choose, enter }) {
   };
 
   const ask = () => {
-    const question = ++asked;
-    const answer = suggest(input.value.trim()).catch(() => []);
-    answered = answer.then((found) => {
-      if (question === asked) show(found);
+    const request = ++requests;
+    const suggestions = suggest(input.value.trim()).catch(() => []);
+    answered = suggestions.then((found) => {
+      if (request === requests) show(found);
     });
   };
 
@@ -70,9 +70,9 @@ export function combo(input, list, { suggest, label, choose, enter }) {
   input.addEventListener("input", ask);
   input.addEventListener("focus", ask);
   input.addEventListener("blur", async () => {
-    const question = asked;
-    if (waiting) await answered; // what was pressed before the field was left counts
-    if (question === asked) close();
+    const request = requests;
+    if (waiting) await answered; // keys pressed before the field was left still count
+    if (request === requests) close();
   });
   input.addEventListener("keydown", async (event) => {
     const { key } = event;
@@ -80,10 +80,10 @@ export function combo(input, list, { suggest, label, choose, enter }) {
     if (!["ArrowDown", "ArrowUp", "Enter"].includes(key)) return;
     event.preventDefault();
     if (key !== "Enter" && !answered) ask();
-    const question = asked;
+    const request = requests;
     waiting += 1;
     await answered;
     waiting -= 1;
-    if (question === asked) act(key);
+    if (request === requests) act(key);
   });
 }

@@ -1,4 +1,4 @@
-// Elements and numbers as the rest of the page writes them.
+// Small helpers over the DOM and timers.
 
 export const byId = (id) => document.getElementById(id);
 
@@ -21,25 +21,7 @@ export function svg(tag, properties = {}, ...children) {
   return made;
 }
 
-export const whole = new Intl.NumberFormat("en");
-export const nameOf = (item) => item.title ?? `item ${item.item}`;
-
-// "Lion King, The" -> "The Lion King": how catalogs sort is not how people read.
-export function readable(item) {
-  const name = nameOf(item);
-  const found = /^(.*), (The|A|An|Le|La|Les|Il|Der|Das|Die|El|L')( \(.*\))?$/.exec(name);
-  if (!found) return name;
-  const article = found[2].endsWith("'") ? found[2] : `${found[2]} `;
-  return `${article}${found[1]}${found[3] ?? ""}`;
-}
-
-export function median(values) {
-  if (!values.length) return 0;
-  const sorted = [...values].sort((a, b) => a - b);
-  const middle = sorted.length >> 1;
-  return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2;
-}
-
+// Debounces: `work` runs `wait` milliseconds after the last call.
 export function later(wait, work) {
   let timer = 0;
   return (...given) => {
@@ -48,16 +30,25 @@ export function later(wait, work) {
   };
 }
 
-// Gives a promise that settles when no button is down on an element: what is drawn anew under one misses its click.
+// Returns a function that resolves once no pointer is pressed on `place`: a row replaced in the middle of a click would
+// miss the click.
 export function releases(place) {
   let released = Promise.resolve();
   place.addEventListener("pointerdown", () => {
     released = new Promise((resolve) => {
-      const done = () => setTimeout(resolve); // the click comes first
+      const done = () => setTimeout(resolve); // after the click event
       for (const end of ["pointerup", "pointercancel"]) addEventListener(end, done, { once: true });
     });
   });
   return () => released;
 }
 
-export const still = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
+// Shows a message below a field and marks the field as invalid; null removes both.
+export function showRefusal(input, message, text) {
+  message.hidden = !text;
+  message.textContent = text ?? "";
+  if (text) input.setAttribute("aria-invalid", "true");
+  else input.removeAttribute("aria-invalid");
+}
+
+export const reducedMotion = () => matchMedia("(prefers-reduced-motion: reduce)").matches;

@@ -1,44 +1,80 @@
-// One model's recommendations: how popular they are together, and each with what pulled it up.
+// The lists of recommendations: how popular they are, and each item with what raised it.
 
-import { element, median, nameOf, readable, still, whole } from "./dom.js";
+import { get } from "./api.js";
+import { byId, element, later, reducedMotion, releases } from "./dom.js";
+import { integer, medianInteractions, meter, readable } from "./items.js";
+import { active, queryFor, state, subscribe, summary, update, updateList } from "./store.js";
 
 const PARTS = ["head", "mid", "tail"];
+const PULLS = 2; // items of the history that a row names
+const [FIRST, LAST] = [6, 3]; // of the contributions that an expanded row shows
+let released = null;
 
-export function meter(item, most) {
-  const bar = element("b");
-  bar.style.width = `${(100 * Math.log1p(item.interactions)) / Math.log1p(most || 1)}%`;
-  const said = `${whole.format(item.interactions)} interactions in training, ${item.part} of the catalog`;
-  return element("span", { class: `meter ${item.part}`, title: said }, element("i", { "aria-hidden": "true" }, bar), whole.format(item.interactions));
+export function attach() {
+  released = releases(byId("lists"));
+  subscribe(["letters"], drawPlaces);
+  subscribe(["found"], drawTitle);
+  subscribe(["found"], drawShared);
+  subscribe(["found"], later(400, announce));
+  subscribe(["found", "explanations", "open"], () => active().forEach(drawList));
+  subscribe(["busy"], () => byId("lists").toggleAttribute("aria-busy", state.busy));
 }
 
-export function summary(items) {
-  const counts = items.map((item) => item.interactions);
-  const shares = element("div", { class: "shares", "aria-hidden": "true" });
-  const said = [];
-  for (const part of PARTS) {
-    const number = items.filter((item) => item.part === part).length;
-    const bar = element("span", { class: part });
-    bar.style.width = `${(100 * number) / (items.length || 1)}%`;
-    shares.append(bar);
-    said.push(`${number} ${part}`);
+function drawPlaces() {
+  byId("lists").replaceChildren(...active().map((letter) => element("div", { class: `list ${letter}`, id: `list-${letter}` })));
+  byId("lists").classList.toggle("two", active().length > 1);
+}
+
+// Whose list it is.
+function drawTitle() {
+  const { query, history, edited } = state;
+  const items = `${integer.format(history.length)} ${history.length === 1 ? "item" : "items"}`;
+  const whose = [];
+  if (query !== null) whose.push(" for user ", element("bdi", {}, query), edited ? " with an edited history" : "");
+  else if (history.length) whose.push(` for a new user with ${items}`);
+  else if (active().some(queryFor)) whose.push(" for a new user in this context");
+  byId("results-title").replaceChildren("Recommendations", ...whose);
+}
+
+async function drawList(letter) {
+  await released();
+  const place = byId(`list-${letter}`);
+  if (!place) return;
+  if (!queryFor(letter)) {
+    place.replaceChildren(element("p", { class: "nothing" }, "Choose a user, or add an item or two that a new user might like."));
+    return;
   }
-  const text = element("span", {}, "half have more than ", element("strong", { class: "median" }, whole.format(Math.round(median(counts)))), ` interactions · ${said.join(" · ")}`);
-  const title = "head, mid and tail: a third of all training interactions each, from few popular items to many rare ones";
-  return element("div", { class: "summary", title }, text, shares);
+  if (state.found[letter] === undefined) return; // not answered yet
+  const focused = document.activeElement?.closest(`#list-${letter} li`)?.dataset.item; // its row is replaced
+  drawRows(place, letter, sharedItems());
+  if (focused !== undefined) place.querySelector(`li[data-item="${CSS.escape(focused)}"] button`)?.focus({ preventScroll: true });
 }
 
-// Draws a list into `place`, moving the rows that stay from where they were.
-export function draw(place, { model, letter, items, nothing, most, shared, open, toggle, point }) {
-  const before = new Map([...place.querySelectorAll(".results > li")].map((row) => [row.dataset.item, row.getBoundingClientRect().top]));
-  const rows = items.map((item) => row(item, { most, letter, shared, open, toggle, point }));
+function sharedItems() {
+  if (active().length < 2) return new Set();
+  const second = new Set((state.found.b ?? []).map((item) => item.item));
+  return new Set((state.found.a ?? []).map((item) => item.item).filter((id) => second.has(id)));
+}
+
+function drawShared() {
+  const [a, b] = [state.found.a ?? [], state.found.b ?? []];
+  byId("common").hidden = active().length < 2 || !a.length || !b.length;
+  byId("common").textContent = `${sharedItems().size} of ${a.length} items are in both lists, marked at the left edge.`;
+}
+
+// Draws the rows; those that stay slide from their old place.
+function drawRows(place, letter, shared) {
+  const before = new Map([...place.querySelectorAll(".results > li")].map((one) => [one.dataset.item, one.getBoundingClientRect().top]));
+  const model = state.letters[letter];
+  const items = state.found[letter] ?? [];
+  const rows = items.map((item) => row(letter, item, shared));
   place.replaceChildren(
     element("h3", {}, element("span", { class: "dot", "aria-hidden": "true" }), model),
-    items.length ? summary(items) : "",
-    items.length
-      ? element("ol", { class: "results", "aria-label": `Recommendations of ${model}` }, rows)
-      : element("p", { class: "nothing" }, nothing),
+    ...(items.length
+      ? [popularity(items), element("ol", { class: "results", "aria-label": `Recommendations of ${model}` }, rows)]
+      : [element("p", { class: "nothing" }, state.found[letter] === null ? "The request failed. The message in red says why." : "No item is left to recommend with these settings.")]),
   );
-  if (still()) return;
+  if (reducedMotion()) return;
   for (const one of rows) {
     const old = before.get(one.dataset.item);
     const now = one.getBoundingClientRect().top;
@@ -48,58 +84,80 @@ export function draw(place, { model, letter, items, nothing, most, shared, open,
   }
 }
 
-function row(item, { most, letter, shared, open, toggle, point }) {
-  const expanded = open === String(item.item);
+// How popular a list is: its median, and its shares of head, mid and tail.
+function popularity(items) {
+  const counts = PARTS.map((part) => [part, items.filter((item) => item.part === part).length]);
+  const bars = counts.map(([part, count]) => {
+    const bar = element("span", { class: part });
+    bar.style.width = `${(100 * count) / items.length}%`;
+    return bar;
+  });
+  const median = element("strong", { class: "median" }, integer.format(Math.round(medianInteractions(items))));
+  const text = element("span", {}, "median ", median, ` interactions · ${counts.map(([part, count]) => `${count}\u00a0${part}`).join(" · ")}`);
+  return element("div", { class: "summary" }, text, element("div", { class: "shares", "aria-hidden": "true" }, bars));
+}
+
+function row(letter, item, shared) {
+  const explanation = state.explanations[letter]?.get(item.item);
+  const open = state.open[letter]?.item === item.item ? state.open[letter] : null;
   const id = `more-${letter}-${item.rank}`;
   const head = element(
     "button",
-    { type: "button", class: "item", "aria-expanded": String(expanded), "aria-controls": id, onclick: () => toggle(item) },
+    { type: "button", class: "item", "aria-expanded": String(open !== null), "aria-controls": id, onclick: () => toggle(letter, item.item) },
     element("span", { class: "rank" }, `${item.rank}`),
-    element("span", { class: "line" }, element("span", { class: "name" }, readable(item)), meter(item, most)),
-    element("span", { class: "why" }, reason(item.explanation)),
+    element("span", { class: "line" }, element("span", { class: "name" }, readable(item)), meter(item, summary(letter)?.most_interactions)),
+    element("span", { class: "why" }, reason(explanation)),
   );
-  const made = element("li", { class: shared?.has(String(item.item)) ? "shared" : "" }, head);
-  made.dataset.item = String(item.item);
-  for (const event of ["pointerenter", "focusin"]) made.addEventListener(event, () => point(item));
-  for (const event of ["pointerleave", "focusout"]) made.addEventListener(event, () => point(null));
-  const more = element("div", { class: "more", id, hidden: !expanded });
-  if (expanded) more.append(details(item));
-  made.append(more);
+  const more = element("div", { class: "more", id, hidden: !open }, open ? details(item, open.columns, explanation) : "");
+  const made = element("li", { class: shared.has(item.item) ? "shared" : "" }, head, more);
+  made.dataset.item = item.item;
+  for (const event of ["pointerenter", "focusin"]) made.addEventListener(event, () => update({ pointed: { letter, item: item.item } }));
+  for (const event of ["pointerleave", "focusout"]) made.addEventListener(event, () => update({ pointed: null }));
   return made;
 }
 
-// The items of the history that did most for an item, and popularity's part in it.
-export function reason(found) {
-  if (!found) return " ";
-  const pulls = [...new Set(found.history.filter((one) => one.contribution > 0).map(readable))].slice(0, 2); // met twice, said once
-  const said = pulls.length ? ["because of ", element("em", {}, pulls.join(" and "))] : ["nothing in the history alone stands out"];
-  const share = popularityShare(found);
-  return element("span", {}, said, share === null ? "" : ` · ${share}`);
+// Expands or collapses a row; the item's columns are requested when it is expanded.
+async function toggle(letter, item) {
+  const opening = state.open[letter]?.item !== item;
+  updateList(letter, { open: opening ? { item, columns: null } : null });
+  if (!opening) return;
+  const model = state.letters[letter];
+  const { columns } = await get(`items/${encodeURIComponent(item)}`, { model }).catch(() => ({ columns: {} }));
+  if (state.letters[letter] === model && state.open[letter]?.item === item) updateList(letter, { open: { item, columns } });
 }
 
-function popularityShare(found) {
-  if (found.popularity_share === null || found.popularity_share === undefined) return null;
-  const percent = Math.round(100 * found.popularity_share);
-  if (percent < 0) return "in spite of being rare";
-  return percent > 100 ? "all popularity" : `${percent}% popularity`;
+// The items of the history that raised an item most, and the share of popularity.
+function reason(explanation) {
+  if (!explanation) return " ";
+  const names = [...new Set(explanation.history.filter((one) => one.contribution > 0).map(readable))].slice(0, PULLS);
+  const why = names.length ? ["because of ", element("em", {}, names.join(" and "))] : ["no single item of the history stands out"];
+  const share = popularityShare(explanation.popularity_share);
+  return element("span", {}, why, share === null ? "" : ` · ${share}`);
 }
 
-function details(item) {
+function popularityShare(share) {
+  if (share === null || share === undefined) return null;
+  const percent = Math.round(100 * share);
+  if (percent < 0) return "despite being rare";
+  return percent > 100 ? "popularity alone" : `${percent}% popularity`;
+}
+
+function details(item, columns, explanation) {
   const parts = [];
-  if (item.columns) {
-    const shown = Object.entries(item.columns).filter(([, value]) => value !== null && value !== nameOf(item));
+  if (columns) {
+    const shown = Object.entries(columns).filter(([, value]) => value !== null && value !== item.title);
     parts.push(element("dl", {}, shown.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, Array.isArray(value) ? value.join(", ") : String(value))))));
   }
-  if (item.explanation) {
-    const pulls = item.explanation.history.filter((one) => one.contribution !== 0);
-    const chosen = pulls.length > 9 ? [...pulls.slice(0, 6), ...pulls.slice(-3)] : pulls;
-    const largest = Math.max(...chosen.map((one) => Math.abs(one.contribution)), 1e-9);
+  const pulls = (explanation?.history ?? []).filter((one) => one.contribution !== 0);
+  if (pulls.length) {
+    const chosen = pulls.length > FIRST + LAST ? [...pulls.slice(0, FIRST), ...pulls.slice(-LAST)] : pulls;
+    const largest = Math.max(...chosen.map((one) => Math.abs(one.contribution)));
     parts.push(
-      element("p", { class: "quiet" }, "What each item of the history adds to the logit, and takes away:"),
+      element("p", { class: "quiet" }, "How much each item of the history raises (+) or lowers (−) the logit:"),
       element("ol", { class: "pulls" }, chosen.map((one) => pull(one, largest))),
     );
   }
-  return element("div", {}, parts);
+  return parts;
 }
 
 function pull(one, largest) {
@@ -109,4 +167,13 @@ function pull(one, largest) {
   bar.style.left = one.contribution < 0 ? `${50 - width}%` : "50%";
   const value = `${one.contribution < 0 ? "−" : "+"}${Math.abs(one.contribution).toFixed(2)}`;
   return element("li", {}, element("span", { class: "name", title: readable(one) }, readable(one)), element("span", { class: "bar", "aria-hidden": "true" }, bar), element("span", { class: "value" }, value));
+}
+
+// For screen readers.
+function announce() {
+  const lists = active().filter((letter) => state.found[letter]?.length).map((letter) => {
+    const items = state.found[letter];
+    return `${state.letters[letter]}: ${items.length} items, the first is ${readable(items[0])}, median ${Math.round(medianInteractions(items))} interactions`;
+  });
+  byId("announcement").textContent = lists.join(". ");
 }

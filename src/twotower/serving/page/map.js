@@ -1,9 +1,10 @@
-// The catalog as points in a plane, with the history and the results marked.
+// The catalog as points in a plane, with the history and the recommendations marked.
 
-import { byId, element, readable, svg } from "./dom.js";
+import { byId, element, svg } from "./dom.js";
+import { readable } from "./items.js";
 
 const GROUPS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#e08f45", "#8a8fe0"];
-const LARGEST = 14;
+const LARGEST_ZOOM = 14;
 
 export class CatalogMap {
   constructor(canvas, { add }) {
@@ -21,7 +22,6 @@ export class CatalogMap {
 
   show(data) {
     this.data = data;
-    this.place = new Map(data.items.map((item, at) => [String(item), at]));
     this.view = { x: 0, y: 0, zoom: 1 };
     byId("map-wait").hidden = true;
     this.draw();
@@ -34,18 +34,18 @@ export class CatalogMap {
     this.draw();
   }
 
-  // {history: [{item, title, place}], a: [...], b: [...]}
+  // marks: {history: [{item, title, place}], a: [...], b: [...]}; place is null for an item that is not on the map.
   mark(marks) {
     this.marks = marks;
     const count = (list) => list.filter((one) => one.place).length;
-    const parts = [`${count(marks.history)} of the history`, `${count(marks.a)} recommendations`];
-    if (marks.b.length) parts.push(`${count(marks.b)} of the second model`);
+    const parts = [`${count(marks.history)} items of the history`, `${count(marks.a)} recommendations`];
+    if (marks.b.length) parts.push(`${count(marks.b)} recommendations of the second model`);
     this.canvas.setAttribute("aria-label", `Map of ${this.data?.num_items ?? 0} items. Marked: ${parts.join(", ")}.`);
     this.draw();
   }
 
   light(item) {
-    this.lit = item === null ? null : String(item);
+    this.lit = item;
     this.draw();
   }
 
@@ -96,17 +96,17 @@ export class CatalogMap {
       pen.fill();
     });
     pen.globalAlpha = 1;
-    for (const one of this.marks.history) this.mark1(pen, one, ink, panel, "ring");
-    for (const one of this.marks.a) this.mark1(pen, one, a, panel, "disc");
-    for (const one of this.marks.b) this.mark1(pen, one, b, panel, "diamond"); // the smaller ones on top: both stay seen
-    const lit = [...this.marks.a, ...this.marks.b, ...this.marks.history].find((one) => String(one.item) === this.lit);
-    if (lit?.place) this.name(pen, lit, ink, panel, width);
+    for (const one of this.marks.history) this.drawMark(pen, one, ink, panel, "ring");
+    for (const one of this.marks.a) this.drawMark(pen, one, a, panel, "disc");
+    for (const one of this.marks.b) this.drawMark(pen, one, b, panel, "diamond"); // smaller and on top: both are visible
+    const lit = [...this.marks.a, ...this.marks.b, ...this.marks.history].find((one) => one.item === this.lit);
+    if (lit?.place) this.drawName(pen, lit, ink, panel, width);
   }
 
-  mark1(pen, one, colour, edge, form) {
+  drawMark(pen, one, colour, edge, form) {
     if (!one.place) return;
     const [x, y] = this.onScreen(...one.place);
-    const size = String(one.item) === this.lit ? 9 : { ring: 4.2, disc: 6.5, diamond: 4.2 }[form];
+    const size = one.item === this.lit ? 9 : { ring: 4.2, disc: 6.5, diamond: 4.2 }[form];
     pen.beginPath();
     if (form === "diamond") {
       pen.moveTo(x, y - size - 1);
@@ -131,7 +131,7 @@ export class CatalogMap {
     pen.stroke();
   }
 
-  name(pen, one, ink, panel, width) {
+  drawName(pen, one, ink, panel, width) {
     const [x, y] = this.onScreen(...one.place);
     pen.font = "600 13px system-ui, sans-serif";
     const text = readable(one);
@@ -156,7 +156,7 @@ export class CatalogMap {
 
   zoom(factor, at = null) {
     const before = this.scale();
-    this.view.zoom = Math.min(Math.max(this.view.zoom * factor, 1), LARGEST);
+    this.view.zoom = Math.min(Math.max(this.view.zoom * factor, 1), LARGEST_ZOOM);
     if (at) {
       const change = 1 / before - 1 / this.scale();
       this.view.x += (at[0] - this.canvas.clientWidth / 2) * change;
@@ -178,15 +178,16 @@ export class CatalogMap {
     this.draw();
   }
 
+  // The item within 13 pixels of a point; marked items win over others that are a little closer.
   nearest(x, y) {
     let [best, found] = [13 ** 2, null];
-    const offer = (item, title, place, favour) => {
+    const offer = (item, title, place, bonus) => {
       if (!place) return;
       const [left, top] = this.onScreen(...place);
-      const far = (left - x) ** 2 + (top - y) ** 2 - favour;
-      if (far < best) [best, found] = [far, { item, title, left, top }];
+      const distance = (left - x) ** 2 + (top - y) ** 2 - bonus;
+      if (distance < best) [best, found] = [distance, { item, title, left, top }];
     };
-    this.data?.items.forEach((item, at) => offer(item, this.data.titles[at], [this.data.x[at], this.data.y[at]], 0));
+    this.data?.items.forEach((item, at) => offer(String(item), this.data.titles[at], [this.data.x[at], this.data.y[at]], 0));
     for (const one of [...this.marks.history, ...this.marks.a, ...this.marks.b]) offer(one.item, one.title, one.place, 40);
     return found;
   }
@@ -231,7 +232,7 @@ export class CatalogMap {
     canvas.addEventListener(
       "wheel",
       (event) => {
-        if (!event.ctrlKey && this.view.zoom === 1 && event.deltaY > 0) return; // the page scrolls on
+        if (!event.ctrlKey && this.view.zoom === 1 && event.deltaY > 0) return; // scrolls the page
         event.preventDefault();
         this.zoom(event.deltaY < 0 ? 1.2 : 1 / 1.2, at(event));
       },
@@ -264,7 +265,7 @@ export class CatalogMap {
   }
 }
 
-// A colour as the canvas understands it: it does not know light-dark().
+// A colour in a form that the canvas accepts; it does not support light-dark().
 function resolved(value) {
   const probe = document.createElement("i");
   probe.style.color = value;

@@ -1,123 +1,93 @@
-// Who asks: a user of the data, or somebody new by the titles of a history.
+// Who is asking: the field for a known user, the field for items, and the history.
 
-import { changed } from "./answers.js";
-import { abandon, get, obsolete } from "./api.js";
-import { byId, element, readable, whole } from "./dom.js";
-import { meter } from "./lists.js";
-import { LONGEST, complain, state, summaryOf } from "./state.js";
+import { get } from "./api.js";
+import { combo } from "./combo.js";
+import { byId, element } from "./dom.js";
+import { addItem, chooseRandomUser, chooseUser, removeItem, startEmpty } from "./history.js";
+import { integer, meter, readable } from "./items.js";
+import { state, subscribe, summary, update } from "./store.js";
 
-const SHOWN = 60; // items of the history before "show all"
-let acts = 0; // counts what the reader has done here: answers come in another order
-let since = 0; // the act that this history began with
-let choosing = Promise.resolve(); // settles when the user asked for is there, or is not to be had
+const SHOWN = 60; // items of the history before "Show all"
+const PULLS = 3; // items of the history that are marked for the row under the pointer
 
-function show(act, query, items, edited) {
-  since = act;
-  Object.assign(state, { query, history: items, edited, all: false });
-  byId("query").value = query ?? "";
-  changed();
-}
-
-// Somebody is asked for: `find` gives them. Titles added meanwhile are added to them.
-function choose(find) {
-  choosing = find(++acts).catch((error) => { if (!obsolete(error)) complain(error.message); });
-  return choosing;
-}
-
-async function known(act, id, instead = null) {
-  try {
-    const { items } = await get("page/history", { query_id: id, model: state.letters.a }, "history");
-    show(act, id, instead ?? items, instead !== null);
-  } catch (error) {
-    if (error.status !== 404) throw error;
-    if (instead) show(act, null, instead, true);
-    complain(`${error.message}: ${id}`);
-  }
-}
-
-export async function chooseQuery(id) {
-  if (id) await choose((act) => known(act, id));
-}
-
-export async function surprise() {
-  await choose(async (act) => {
-    const { queries } = await get("page/queries", { model: state.letters.a, k: 1 }, "history");
-    if (queries.length) await known(act, String(queries[0]));
-    else complain("This model knows no users; add titles to build a history.");
+export function attach() {
+  combo(byId("query"), byId("query-list"), {
+    suggest: async (text) => (await get("page/queries", { text, k: 12, model: state.letters.a }, "queries")).queries.map(String),
+    label: (id) => id,
+    choose: chooseUser,
+    enter: chooseUser,
   });
-}
-
-// Whoever stood in the address; `ids` is their history where it is another than the known one, else null.
-export async function recallWho(id, ids) {
-  await choose(async (act) => {
-    const asked = (ids ?? []).map((one) => get(`items/${encodeURIComponent(one)}`, { model: state.letters.a }).catch(() => null));
-    const items = (await Promise.all(asked)).filter(Boolean);
-    if (act !== acts) return; // the reader has done something since
-    if (id) await known(act, id, ids && items);
-    else show(act, null, items, true);
+  combo(byId("title"), byId("title-list"), {
+    suggest: async (text) => (text ? (await get("items", { text, k: 12, model: state.letters.a }, "titles")).items : []),
+    label: (item) => [element("bdi", {}, readable(item)), element("span", { class: "quiet", title: "interactions in training" }, integer.format(item.interactions))],
+    choose: (item) => {
+      byId("title").value = "";
+      addItem(item.item);
+    },
   });
+  byId("random").addEventListener("click", chooseRandomUser);
+  byId("restore").addEventListener("click", () => chooseUser(state.query));
+  byId("more").addEventListener("click", () => update({ all: true }));
+  byId("clear").addEventListener("click", () => {
+    startEmpty();
+    byId("title").focus();
+  });
+  subscribe(["query"], () => { byId("query").value = state.query ?? ""; });
+  subscribe(["models", "letters", "query", "history", "all"], draw);
+  subscribe(["pointed", "explanations"], drawPulls);
 }
 
-// An item goes to whoever was chosen when it was added, also where they come later than it.
-export async function add(id) {
-  const act = ++acts;
-  try {
-    const item = await get(`items/${encodeURIComponent(id)}`, { model: state.letters.a });
-    await choosing;
-    if (act < since || state.history.some((one) => one.item === item.item)) return;
-    state.history = [...state.history, item].slice(-LONGEST);
-    state.edited = true;
-    changed();
-  } catch (error) {
-    complain(error.message);
-  }
+function draw() {
+  const { history } = state;
+  const latest = [...history].reverse();
+  const shown = state.all ? latest : latest.slice(0, SHOWN);
+  byId("history").replaceChildren(...shown.map(row));
+  byId("history-title").textContent = history.length ? `History (${integer.format(history.length)})` : "History";
+  byId("history-hint").textContent = hint();
+  byId("restore").hidden = !(state.edited && state.query !== null);
+  byId("more").hidden = shown.length === latest.length;
+  byId("more").textContent = `Show all ${integer.format(latest.length)}`;
+  drawPulls();
 }
 
+function row(item) {
+  const made = element(
+    "li",
+    {},
+    element("span", { class: "name", title: readable(item) }, readable(item)),
+    element("button", { type: "button", "aria-label": `Remove ${readable(item)}`, onclick: () => remove(item.item) }, "×"),
+    meter(item, summary("a")?.most_interactions),
+  );
+  made.dataset.item = item.item;
+  return made;
+}
+
+function hint() {
+  if (!state.history.length) return "Choose a user or add items. The recommendations update at once.";
+  const hints = ["Latest first."];
+  const length = summary("a")?.history_length ?? 0;
+  if (length && state.history.length > length) hints.push(`The model reads the latest ${length}.`);
+  if (state.edited && state.query !== null) hints.push(`Edited: differs from the history of user ${state.query}.`);
+  return hints.join(" ");
+}
+
+// The focus moves to the next row, for the keyboard.
 function remove(id) {
-  const rows = [...byId("history").children];
-  const at = rows.findIndex((row) => row.dataset.item === String(id));
-  acts += 1;
-  state.history = state.history.filter((item) => item.item !== id);
-  state.edited = true;
-  changed();
+  const at = [...byId("history").children].findIndex((one) => one.dataset.item === id);
+  removeItem(id);
   const left = byId("history").children;
   (left[Math.min(at, left.length - 1)]?.querySelector("button") ?? byId("history")).focus({ preventScroll: true });
 }
 
-export function startEmpty() {
-  abandon("history");
-  show(++acts, null, [], false);
-  byId("title").focus();
-}
-
-export function drawHistory() {
-  const latest = [...state.history].reverse();
-  const shown = state.all ? latest : latest.slice(0, SHOWN);
-  const most = summaryOf(state.letters.a)?.most_interactions;
-  byId("history").replaceChildren(
-    ...shown.map((item) => {
-      const row = element(
-        "li",
-        {},
-        element("span", { class: "name", title: readable(item) }, readable(item)),
-        element("button", { type: "button", "aria-label": `Remove ${readable(item)}`, onclick: () => remove(item.item) }, "×"),
-        meter(item, most),
-      );
-      row.dataset.item = String(item.item);
-      return row;
-    }),
-  );
-  byId("history-title").textContent = state.history.length ? `History (${whole.format(state.history.length)})` : "History";
-  const length = summaryOf(state.letters.a)?.history_length ?? 0;
-  const hints = [];
-  if (!state.history.length) hints.push("Pick a user, or add titles: the recommendations follow at once.");
-  else {
-    hints.push("Latest first.");
-    if (length && state.history.length > length) hints.push(`The model looks at the latest ${length}.`);
-    if (state.edited && state.query !== null) hints.push(`Changed: no longer what user ${state.query} did.`);
+// Marks the items of the history that raised the item under the pointer most.
+function drawPulls() {
+  const { letter, item } = state.pointed ?? {};
+  const explained = state.explanations[letter]?.get(item)?.history ?? [];
+  const pulls = new Map(explained.filter((one) => one.contribution > 0).slice(0, PULLS).map((one) => [one.item, one.contribution]));
+  for (const one of byId("history").children) {
+    const pull = pulls.get(one.dataset.item);
+    one.className = pull === undefined ? "" : `pulled by-${letter}`;
+    one.querySelector(".pull")?.remove();
+    if (pull !== undefined) one.querySelector(".meter").append(element("span", { class: "pull" }, `+${pull.toFixed(2)}`));
   }
-  byId("history-hint").textContent = hints.join(" ");
-  byId("restore").hidden = !(state.edited && state.query !== null);
-  byId("more").hidden = shown.length === latest.length;
-  byId("more").textContent = `Show all ${whole.format(latest.length)}`;
 }
