@@ -1,4 +1,4 @@
-"""Builds objectives, pools and frequencies from a configuration: maps its names to classes (see named_objectives.py)."""
+"""Construction of objectives, pools and frequencies from the names in a configuration; see named_objectives.py."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def _options(options: dict[str, Any] | None, settings: ObjectiveConfig) -> dict[
 
 
 class _SourceBuilder:
-    """A builder for the sources of one pool; random sources exclude the head's items, which are always included."""
+    """A builder for the sources of one pool; with a head, `uniform` and `frequency` draw from the other items only."""
 
     def __init__(self, train: Interactions, frequency: Frequency, written: list[tuple[str, dict[str, Any]]]) -> None:
         self.train, self.frequency, self.written = train, frequency, written
@@ -229,9 +229,9 @@ class _SourceBuilder:
             ]
             occur = int((self.counts > 0).sum())
             raise InputError(
-                f"objective.sources: head: size {size:,} includes every item that could be drawn in addition: {drawn:,} "
-                f"of the {self.train.num_items:,} items, of which {occur:,} occur in training; make "
-                f"the head smaller, for example --set 'objective.sources={_as_set(fitting)}'"
+                f"objective.sources: head: size {size:,} includes every item that could be drawn: {drawn:,} of the "
+                f"{self.train.num_items:,} items, of which {occur:,} occur in training; make the head smaller, "
+                f"for example --set 'objective.sources={_as_set(fitting)}'"
             )
         return Weighted(weights)
 

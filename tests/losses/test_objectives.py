@@ -238,7 +238,7 @@ def test_accidental_hits_are_kept_by_nce_and_masked_by_sampled_logistic():
                 expected = float(np.logaddexp(0, -logits[y]))
                 expected += sum(float(np.logaddexp(0, logits[j])) for j in items if keep or j != y)
                 assert found[row].item() == pytest.approx(expected, rel=1e-6)
-    with pytest.raises(InputError, match="nce needs noise that is drawn"):
+    with pytest.raises(InputError, match="nce needs sampled noise"):
         Logistic(Pool(InBatch(CountedFrequency(counts))), keep_accidental=True)
 
 

@@ -302,8 +302,8 @@ def test_candidates_move():
 @pytest.mark.parametrize("preset", ["sasrec", "sasrec-large"])
 def test_a_head_that_leaves_nothing_to_draw_says_what_to_set(planted_data, preset):
     occur = int((planted_data.item_counts() > 0).sum())
-    told = f"head: size 128 holds every item .* {occur} of the 100 items, of which {occur} occur in training"
-    with pytest.raises(InputError, match=told) as refused:
+    message = f"head: size 128 includes every item .* {occur} of the 100 items, of which {occur} occur in training"
+    with pytest.raises(InputError, match=message) as refused:
         build_objective(Config.load(preset, []), planted_data)
     (change,) = re.findall(r"--set '(.*)'", str(refused.value))
     config = Config.load(preset, [change])

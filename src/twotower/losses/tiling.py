@@ -181,8 +181,8 @@ class Run:
     ) -> Iterator[None]:
         """Visit a tile; return an iterator that gathers its gradients block by block while the next tile is visited.
 
-        That way a block is read from memory, gathered into the gradients and overwritten by the next tile's logits while
-        it is in cache. Over large catalogs memory traffic takes as long as the products.
+        That way a block is read from memory, gathered into the gradients and overwritten by the next tile's logits
+        while it is in cache. Over large catalogs memory traffic takes as long as the products.
         """
         left, sums = self.left[part], self.sums
         for (cols, block), masked in zip(blocks, masks_of_blocks(mask, blocks), strict=True):
