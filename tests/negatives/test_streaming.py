@@ -40,7 +40,7 @@ def test_every_step_equals_the_loop(options):
 
 
 def test_it_converges_to_the_counted_truth():
-    """Rate 0.01 averages a hundred occurrences: one estimate has a spread of sqrt(a/2), 7 %; the mean has almost none."""
+    """Rate 0.01 averages a hundred occurrences: the spread is sqrt(a/2), 7 %, for one estimate, and less for a mean."""
     weights = zipf(40)
     truth = weights / weights.sum()
     batches = stream(weights, 2000, 64)
