@@ -83,7 +83,7 @@ class Logistic(Binary):
     def mean(
         self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float, weights: Tensor | None = None
     ) -> Tensor:
-        """Return the weighted mean, a scalar; see `Objective.mean`."""
+        """Return the weighted sum of the rows' losses, a scalar; see `Objective.mean`."""
         if self.keep_accidental:
             drawn = _keep_accidental(drawn)
         return tiled_logistic(
@@ -119,7 +119,7 @@ class GeneralisedBCE(Binary):
     def mean(
         self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float, weights: Tensor | None = None
     ) -> Tensor:
-        """Return the weighted mean, a scalar; see `Objective.mean`."""
+        """Return the weighted sum of the rows' losses, a scalar; see `Objective.mean`."""
         return tiled_logistic(
             **tiled_arguments(embedded, drawn),
             temperature=temperature,
@@ -141,7 +141,7 @@ class BPR(Objective):
     def mean(
         self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float, weights: Tensor | None = None
     ) -> Tensor:
-        """Return the weighted mean, a scalar; see `Objective.mean`."""
+        """Return the weighted sum of the rows' losses, a scalar; see `Objective.mean`."""
         return tiled_bpr(**tiled_arguments(embedded, drawn), temperature=temperature, weights=weights)
 
 

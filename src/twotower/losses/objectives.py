@@ -144,7 +144,7 @@ class SampledSoftmax(Objective):
     def mean(
         self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float, weights: Tensor | None = None
     ) -> Tensor:
-        """Return the weighted mean, a scalar; see `Objective.mean`."""
+        """Return the weighted sum of the rows' losses, a scalar; see `Objective.mean`."""
         return tiled_softmax(**tiled_arguments(embedded, drawn), temperature=temperature, weights=weights)
 
 
@@ -158,7 +158,7 @@ class PositiveCorrectedSoftmax(Objective):
     def mean(
         self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float, weights: Tensor | None = None
     ) -> Tensor:
-        """Return the weighted mean, a scalar; see `Objective.mean`."""
+        """Return the weighted sum of the rows' losses, a scalar; see `Objective.mean`."""
         return tiled_softmax(
             **tiled_arguments(embedded, drawn),
             temperature=temperature,
@@ -203,7 +203,7 @@ class RefinedLogQ(Objective):
     def mean(
         self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float, weights: Tensor | None = None
     ) -> Tensor:
-        """Return the weighted mean, a scalar; see `Objective.mean`."""
+        """Return the weighted sum of the rows' losses, a scalar; see `Objective.mean`."""
         log_left, log_rest = self._parts(drawn)
         return tiled_softmax(
             **tiled_arguments(embedded, drawn),

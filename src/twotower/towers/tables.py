@@ -24,7 +24,7 @@ _in_memory: ContextVar[bool] = ContextVar("in_memory", default=True)
 
 @contextmanager
 def tables_without_memory() -> Iterator[None]:
-    """Make tables in the block without memory, on the meta device, for a model that is never evaluated."""
+    """Make tables in the block without memory, on the meta device, for a model whose tables are never read."""
     token = _in_memory.set(False)
     try:
         yield
