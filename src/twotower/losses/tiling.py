@@ -265,7 +265,7 @@ class Run:
 
 
 def finish(gathering: Iterator[None]) -> None:
-    """Run the rest of a gathering."""
+    """Run the remaining steps of a gathering."""
     for _ in gathering:
         pass
 

@@ -23,15 +23,15 @@ class Sources(Protocol):
     unique: bool
 
     def members(self) -> list[Source]:
-        """All sources, in order."""
+        """Return all sources, in order."""
         ...
 
     def random_sources(self) -> list[RandomSource]:
-        """Random sources only, in order."""
+        """Return the random sources, in order."""
         ...
 
     def log_expected_count(self, items: Tensor, request: Request) -> Tensor:
-        """Log kappa_j pooled over all random sources."""
+        """Return log kappa_j pooled over all random sources."""
         ...
 
 

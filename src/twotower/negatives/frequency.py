@@ -20,7 +20,7 @@ class HasItemCounts(Protocol):
     """An object that can count its items, such as `twotower.Interactions`."""
 
     def item_counts(self) -> np.ndarray:
-        """Occurrences of each item, int64 [N]."""
+        """Count the occurrences of each item, int64 [N]."""
         ...
 
 
