@@ -1,4 +1,4 @@
-"""Slow float64 loops that share nothing with `src`: what the fast code is compared with."""
+"""Slow float64 reference implementations that share no code with `src`."""
 
 import math
 
@@ -8,7 +8,7 @@ def dot(a, b):
 
 
 def sampled_softmax(query, positive, candidates, log_kappa, hits, temperature=1.0):
-    """docs/theory.md, section 2, one row and one candidate at a time."""
+    """Compute the loss of docs/theory.md, section 2, one row and one candidate at a time."""
     losses = []
     for row, user in enumerate(query):
         score = dot(user, positive[row]) / temperature
@@ -22,7 +22,7 @@ def sampled_softmax(query, positive, candidates, log_kappa, hits, temperature=1.
 
 
 def finite_difference(function, values, step=1e-6):
-    """Central differences of a scalar function of a flat list of floats."""
+    """Compute central differences of a scalar function of a flat list of floats."""
     gradient = []
     for place in range(len(values)):
         up, down = list(values), list(values)
@@ -33,7 +33,7 @@ def finite_difference(function, values, step=1e-6):
 
 
 def expected_counts(parts, *, unique, num_items, always=()):
-    """Expected count of every item by the table of docs/theory.md, section 2.
+    """Compute the expected count of every item by the table of docs/theory.md, section 2.
 
     parts: (draws, probability of each item, own duplicates removed) of every random source.
     """
@@ -48,7 +48,7 @@ def expected_counts(parts, *, unique, num_items, always=()):
 
 
 class StreamingGaps:
-    """The gap estimator in rows, one item at a time; `slots` maps an item to its place in each table."""
+    """The gap estimator in rows, one item at a time; `slots` maps an item to its slot in each table."""
 
     def __init__(self, rate, patience=5.0, slots=lambda item: [item]):
         self.rate, self.patience, self.slots = rate, patience, slots
@@ -77,7 +77,7 @@ class StreamingGaps:
 
 
 def step_gaps(batches, rate):
-    """The published form, gaps in steps: 1/B[h] is the chance to stand in a batch."""
+    """Compute the published form with gaps in steps: 1/B[h] is the probability of being in a batch."""
     gap, last = {}, {}
     for step, batch in enumerate(batches, start=1):
         for item in set(batch):
@@ -88,7 +88,7 @@ def step_gaps(batches, rate):
 
 
 def popularity_decile(counts):
-    """Each item's tenth of the interactions, by walking down the popularity ranking."""
+    """Compute each item's decile of the interactions by walking down the popularity ranking."""
     order = sorted(range(len(counts)), key=lambda item: (-counts[item], item))
     total, before, decile = sum(counts), 0, [0] * len(counts)
     for item in order:
@@ -107,9 +107,9 @@ def _log_sum(terms):
 
 
 def log_corrections(name, *, rows, extra, p, num_items):
-    """What each method of docs/theory.md subtracts: (from a candidate of a source, from the positive).
+    """Return what each method of docs/theory.md subtracts: (from a candidate of a source, from the positive).
 
-    rows: B. extra: draws of the source beside the batch, or alone. p: frequency of every item.
+    rows: B. extra: draws of the second source, or of the only one. p: frequency of every item.
     """
     uniform = 1.0 / num_items
     candidate = {
@@ -131,7 +131,7 @@ def log_corrections(name, *, rows, extra, p, num_items):
 
 
 def refined_row(score, scores, q, q_y, strength=1.0):
-    """(1 - P_hat(y), -log( exp s_y / sum_i exp(s_i - log Q'_i) )); kappa^strength instead of kappa = n' Q'."""
+    """Compute (1 - P_hat(y), -log( exp s_y / sum_i exp(s_i - log Q'_i) )), with kappa^strength for kappa = n' Q'."""
     if not scores:
         return 0.0, 0.0
     log_left = strength * math.log(len(scores))
@@ -140,10 +140,10 @@ def refined_row(score, scores, q, q_y, strength=1.0):
 
 
 def objective(name, query, table, positives, candidates, *, known, temperature, bias, strength, settings, weights=None):
-    """One loss for each row by the formulas of docs/theory.md, section 3.
+    """Compute one loss per row by the formulas of docs/theory.md, section 3.
 
-    candidates: for each row its (item, source) as drawn, copies kept. settings: of `log_corrections`.
-    weights: those of the refined rows where they are held fixed (they carry no gradient).
+    candidates: for each row its (item, source) pairs as drawn, copies kept. settings: arguments of `log_corrections`.
+    weights: fixed weights of the rows of refined logQ (they have no gradient).
     """
     candidate, of_positive = log_corrections(name, **settings)
     losses = []
@@ -173,7 +173,7 @@ def objective(name, query, table, positives, candidates, *, known, temperature, 
 
 
 def _row_gradients(weight, rows, targets):
-    """Sum over a step's rows of the gradient of |w_row - target|^2, each distinct row once."""
+    """Sum the gradients of |w_row - target|^2 over a step's rows, per distinct row."""
     gradients = {}
     for row, target in zip(rows, targets, strict=True):
         sums = gradients.setdefault(row, [0.0] * len(target))
@@ -183,7 +183,7 @@ def _row_gradients(weight, rows, targets):
 
 
 def adam_table(weight, steps, targets, *, lr, eps, betas=(0.9, 0.999)):
-    """Adam on the touched rows of a table, one number at a time; untouched rows keep mean, variance and weight."""
+    """Apply Adam to the touched rows of a table, one number at a time; other rows keep mean, variance and weight."""
     weight = [list(row) for row in weight]
     mean, variance = [[0.0] * len(row) for row in weight], [[0.0] * len(row) for row in weight]
     for t, (rows, goals) in enumerate(zip(steps, targets, strict=True), start=1):
@@ -197,7 +197,7 @@ def adam_table(weight, steps, targets, *, lr, eps, betas=(0.9, 0.999)):
 
 
 def adagrad_table(weight, steps, targets, *, lr, eps):
-    """Row-wise Adagrad, one number at a time."""
+    """Apply row-wise Adagrad, one number at a time."""
     weight = [list(row) for row in weight]
     total = [0.0] * len(weight)
     for rows, goals in zip(steps, targets, strict=True):

@@ -1,4 +1,4 @@
-"""Faults of published systems, one test each: what they got wrong is right here, and the wrong form is told apart."""
+"""Faults of published systems, one test each: the library is correct, and the test can detect the fault."""
 
 import math
 
@@ -43,7 +43,7 @@ def train():
 
 
 def test_accidental_hits_are_removed():
-    """A candidate that is the row's own positive gets no weight at all, shared or of the row's own."""
+    """A shared or per-row candidate that is the row's own positive gets no weight at all."""
     pool = Pool(InBatch(FREQUENCY), Sampled(Uniform(N), 30), Sampled(Uniform(N), 20, per_row=True))
     positives = torch.tensor([0, 1, 0, 2])
     drawn = pool.draw(positives, generator=torch.Generator().manual_seed(0))
@@ -51,7 +51,7 @@ def test_accidental_hits_are_removed():
     assert torch.equal(drawn.row_hits, drawn.row_items == positives[:, None])
     assert int(drawn.hits.sum()) > 4
     assert int(drawn.row_hits.sum()) > 0
-    # With logits so large that any constant added to a masked one is lost, the loss still knows of none.
+    # Even with logits so large that a constant added to a masked one would be lost, masked candidates have no effect.
     table = 1e4 * torch.eye(N)
     query = torch.eye(N)[positives]
     loss = SampledSoftmax(pool)(
@@ -70,7 +70,7 @@ def test_temperature_divides_the_score_before_the_correction():
 
 
 def test_unique_sampling_is_corrected_with_the_tries():
-    """Of n draws without duplicates an item stands with 1 - (1-q)^n, whatever number of distinct items was left."""
+    """After n draws and removal of duplicates the inclusion is 1 - (1-q)^n, however many distinct items are left."""
     proposal = FrequencyPower(COUNTS, 1.0)
     pool = Pool(Sampled(proposal, 40, unique=True))
     drawn = pool.draw(torch.tensor([9]), generator=torch.Generator().manual_seed(0))
@@ -82,8 +82,8 @@ def test_unique_sampling_is_corrected_with_the_tries():
     assert not torch.allclose(found, 1 - (1 - q) ** distinct, rtol=1e-2)
 
 
-def test_removing_duplicates_cuts_off_no_tail():
-    """The items of the highest codes are drawn as often as those of the lowest."""
+def test_removing_duplicates_does_not_truncate_the_tail():
+    """Items with high codes are drawn as often as items with low codes."""
     pool = Pool(Sampled(Uniform(1000), 200, unique=True), unique=True)
     rng = torch.Generator().manual_seed(0)
     seen = torch.zeros(1000)
@@ -95,7 +95,7 @@ def test_removing_duplicates_cuts_off_no_tail():
 
 
 def test_a_mixture_has_the_counts_of_all_its_sources_and_not_one_frequency():
-    """Neither the frequency nor the mixture's probability serves once duplicates are removed over both sources."""
+    """Neither the frequency nor the mixture's probability is correct once duplicates are removed over both sources."""
     pool = Pool(InBatch(FREQUENCY), Sampled(Uniform(N), 30), unique=True)
     positives = torch.tensor([0, 1, 2, 0, 3, 1])
     drawn = pool.draw(positives, generator=torch.Generator().manual_seed(0))
@@ -110,7 +110,7 @@ def test_a_mixture_has_the_counts_of_all_its_sources_and_not_one_frequency():
 
 @pytest.mark.parametrize("margin", [30.0, 300.0, 1e4])
 def test_hard_rows_still_get_their_gradient(margin):
-    """No exp before the log-sum-exp, no ratio clamped: a row that is wrong by any margin is pulled with full force."""
+    """No exp before the log-sum-exp and no clamped ratio: a row that is wrong by any margin gets the full gradient."""
     positive = torch.tensor([[0.0]], requires_grad=True)
     candidates = torch.tensor([[margin]], requires_grad=True)
     query = torch.ones(1, 1)
@@ -129,7 +129,7 @@ def test_hard_rows_still_get_their_gradient(margin):
 
 
 def test_the_streaming_table_is_wide_enough_decays_and_is_in_the_checkpoint(tmp_path):
-    """Rare items are not a hundred times too frequent; what stopped coming fades; a resumed run goes on."""
+    """Rare items are not estimated a hundred times too frequent, absent items decay, and a resumed run continues."""
     weights = 1.0 / torch.arange(1, 501).double()
     rng = torch.Generator().manual_seed(0)
     objective = SampledSoftmax(Pool(InBatch(StreamingFrequency(500)), CrossBatchMemory(StreamingFrequency(500), 64)))
@@ -159,7 +159,7 @@ def test_the_streaming_table_is_wide_enough_decays_and_is_in_the_checkpoint(tmp_
 
 
 def test_ids_are_compared_with_ids_and_not_with_positions():
-    """An item whose code is the place of another candidate is no accidental hit."""
+    """An item whose code equals another candidate's position is not an accidental hit."""
     positives = torch.tensor([3, 0, 1, 2])
     drawn = Pool(InBatch(FREQUENCY)).draw(positives)
     assert drawn.hits.tolist() == torch.eye(4, dtype=torch.bool).tolist()
@@ -167,7 +167,7 @@ def test_ids_are_compared_with_ids_and_not_with_positions():
 
 
 def test_ids_do_not_pass_through_float32():
-    """2^24 and 2^24 + 1, which are one number in float32, are two items: in masks, merging and known positives."""
+    """2^24 and 2^24 + 1, equal in float32, are different items in masks, merging and known positives."""
     big = 2**24
     neighbours = torch.tensor([big, big + 1])
     assert neighbours.float().unique().numel() == 1
@@ -181,7 +181,7 @@ def test_ids_do_not_pass_through_float32():
 
 
 def test_a_memory_gives_both_towers_their_gradient_and_survives_a_resume():
-    """Remembered items are embedded anew, so that both towers learn from them; all of it is in the state."""
+    """Remembered items are embedded again, so both towers learn from them; the complete memory is in the state."""
     memory = CrossBatchMemory(FREQUENCY, 5)
     pool = Pool(memory)
     pool.draw(torch.tensor([0, 1, 2]))
@@ -199,13 +199,13 @@ def test_a_memory_gives_both_towers_their_gradient_and_survives_a_resume():
     for one in (memory, resumed):
         one.remember(torch.tensor([7, 7]))
     assert torch.equal(memory.items, resumed.items)
-    assert sorted(memory.items.tolist()) == [2, 3, 4, 7, 7], "the oldest went"
+    assert sorted(memory.items.tolist()) == [2, 3, 4, 7, 7], "the oldest items are overwritten"
     assert memory.age == resumed.age
     assert memory.age == pytest.approx((1 * 2 + 2 * 2 + 3) / 5)
 
 
 def test_known_positives_are_masked_beyond_the_rows_own(train):
-    """No row is pushed away from another training item of its query, where that is asked for."""
+    """With `mask_known_positives`, no row is pushed away from another training item of its query."""
     settings = Config.model_validate({"objective": {"name": "expected-count", "mask_known_positives": True}}).objective
     pool = build_pool(settings, train)
     queries = torch.from_numpy(train.query_codes()[:12].astype(np.int64))
@@ -222,7 +222,7 @@ def test_known_positives_are_masked_beyond_the_rows_own(train):
 
 
 def test_hard_negatives_are_mined_on_raw_scores(train):
-    """The hardest items are those of the highest score; by corrected logits rare ones would look hard."""
+    """The hardest items have the highest raw scores; by corrected logits rare items would look hard."""
     config = Config.model_validate(
         {"query_tower": {"id_embedding": True, "history": None}, "objective": {"sources": [{"mined": {"size": 4}}]}}
     )
@@ -244,7 +244,7 @@ def test_hard_negatives_are_mined_on_raw_scores(train):
 
 
 def test_the_index_ranks_by_the_product_that_was_trained():
-    """A long vector wins by its product, where a distance would put it last."""
+    """A long vector ranks first by inner product, although by distance it would be last."""
     items = torch.tensor([[9.0, 9.0], [1.0, 0.0], [0.0, 1.0]])
     query = torch.tensor([[1.0, 0.2]])
     _, found = ExactIndex(items).search(query, 3)
@@ -252,8 +252,8 @@ def test_the_index_ranks_by_the_product_that_was_trained():
     assert found.tolist() != torch.cdist(query, items).argsort().tolist()
 
 
-def test_ties_are_no_hits():
-    """A collapsed model, which gives every item one score, finds its targets no more often than chance does."""
+def test_ties_are_not_hits():
+    """A collapsed model, which gives every item the same score, finds its targets no more often than chance."""
     size, k = 500, 10
     _, ranked = ExactIndex(torch.ones(size, 3)).search(torch.ones(size, 3), k)
     offsets = np.arange(size + 1)
@@ -261,8 +261,8 @@ def test_ties_are_no_hits():
     assert recall.mean() == pytest.approx(k / size)
 
 
-def test_corrections_that_are_known_to_be_biased_are_only_had_by_name():
-    """A pool corrects with the expected count unless another form is asked for."""
+def test_biased_corrections_are_only_used_by_name():
+    """A pool corrects with the expected count unless another correction is requested."""
     assert isinstance(Pool(InBatch(FREQUENCY)).correction, corrections.ExpectedCounts)
     assert isinstance(build_pool_of("expected-count").correction, corrections.ExpectedCounts)
     assert isinstance(build_pool_of("in-batch").correction, corrections.NoCorrection)

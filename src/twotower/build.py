@@ -1,4 +1,4 @@
-"""From names to objects: with named_objectives.py the only place that maps the names of a configuration to classes."""
+"""Construction of objectives, pools and frequencies from the names in a configuration; see named_objectives.py."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ __all__ = [
 
 
 def build_objective(config: Config, train: Interactions, *, learnt: Interactions | None = None) -> Objective:
-    """The objective of a configuration, its frequency counted from the training interactions.
+    """Build the objective of a configuration, with frequencies counted from the training interactions.
 
-    `learnt` are the rows that batches are made of, where they are not all of `train`: the frequency of in-batch
-    candidates is theirs, while heads and proposals go by all rows.
+    `learnt` are the rows that batches are made of, if not all of `train`: the frequency of in-batch candidates is
+    counted from them, while heads and proposals use all rows.
 
     Raises:
-        InputError: the objective, one of its sources or a setting is unknown, or needs what the data does not have.
+        InputError: the objective, a source or a setting is unknown, or needs something that the data does not have.
     """
     settings = config.objective
     named = named_objective(settings.name)
@@ -70,31 +70,31 @@ def build_objective(config: Config, train: Interactions, *, learnt: Interactions
 
 
 def reads_sequences(config: Config) -> bool:
-    """Whether rows are positions of whole sequences."""
+    """Return whether rows are positions of whole sequences."""
     return config.query_tower.history is not None and config.query_tower.history.sequence is not None
 
 
 def reads_gaps(config: Config) -> bool:
-    """Whether the time between the items of a history is read."""
+    """Return whether the tower reads the time between the items of a history."""
     history = config.query_tower.history
     return history is not None and history.sequence is not None and history.sequence.gaps
 
 
 def refuse_in_batch(pool: Pool) -> None:
-    """Refuse the rows of a batch as candidates where blocks of it, which cut sequences, have draws of their own.
+    """Refuse in-batch candidates if every block of a batch has its own draw: blocks cut sequences apart.
 
     Raises:
         InputError: the pool has an in-batch source.
     """
     if any(isinstance(member, InBatch) for member in pool.members()):
         raise InputError(
-            "objective.rows_per_draw: with in_batch and whole sequences the rows of a batch share one draw; take "
-            "rows_per_draw out, or take candidates from frequency, uniform or head"
+            "objective.rows_per_draw: with in_batch and whole sequences all rows of a batch must share one draw; "
+            "remove rows_per_draw, or use frequency, uniform or head instead of in_batch"
         )
 
 
 def build_pool(settings: ObjectiveConfig, train: Interactions, *, learnt: Interactions | None = None) -> Pool:
-    """The pool of an objective's settings; errors as those of `build_objective`."""
+    """Build the pool of an objective's settings; raises the errors of `build_objective`."""
     named = named_objective(settings.name)
     unique = named.unique if settings.unique is None else settings.unique
     written = [
@@ -109,24 +109,24 @@ def build_pool(settings: ObjectiveConfig, train: Interactions, *, learnt: Intera
 
 
 def masks_known_positives(settings: ObjectiveConfig) -> bool:
-    """Whether a query's other training items are masked, as far as the objective decides."""
+    """Return whether the objective masks a query's other training items."""
     if settings.mask_known_positives is not None:
         return settings.mask_known_positives
     return named_objective(settings.name).mask_known_positives
 
 
 def needs_known_positives(config: Config) -> bool:
-    """Whether every row's known positives are masked: by the objective, or because sequences share their batch."""
+    """Return whether known positives must be masked: by the objective, or for in-batch candidates with sequences."""
     sources = config.objective.sources or named_objective(config.objective.name).sources
     in_batch = any("in_batch" in source for source in sources)
     return masks_known_positives(config.objective) or (in_batch and reads_sequences(config))
 
 
 def build_frequency(settings: ObjectiveConfig, train: Interactions) -> Frequency:
-    """The item frequency that `objective.frequency` names.
+    """Build the item frequency named by `objective.frequency`.
 
     Raises:
-        InputError: grouped, and the data has no group column.
+        InputError: the frequency is grouped and the data has no group column.
     """
     if settings.frequency == "counted":
         return CountedFrequency(train)
@@ -144,7 +144,7 @@ def _options(options: dict[str, Any] | None, settings: ObjectiveConfig) -> dict[
 
 
 class _SourceBuilder:
-    """Builds the sources of one pool, which know of each other's head: a tail need not be drawn from the head."""
+    """A builder for the sources of one pool; with a head, `uniform` and `frequency` draw from the other items only."""
 
     def __init__(self, train: Interactions, frequency: Frequency, written: list[tuple[str, dict[str, Any]]]) -> None:
         self.train, self.frequency, self.written = train, frequency, written
@@ -205,8 +205,8 @@ class _SourceBuilder:
         negatives = self.train.negatives
         if negatives is None or not len(negatives):
             raise InputError(
-                "objective.sources: observed needs observed negatives; say which labels are positive with "
-                "data.positive_label, and the rows below it are taken"
+                "objective.sources: observed needs observed negatives; set data.positive_label, "
+                "and the rows below it become observed negatives"
             )
         codes = torch.from_numpy(negatives.item_codes.astype("int64"))
         return Observed(torch.from_numpy(negatives.offsets.copy()), codes, size)
@@ -225,17 +225,17 @@ class _SourceBuilder:
             fitting = [
                 (name, {**options, "size": min(int(options["size"]), drawn // 4)} if name == "head" else options)
                 for name, options in self.written
-                if name != "head" or drawn >= 4  # nearly nothing to draw from: better no head at all
+                if name != "head" or drawn >= 4  # too few items to draw from: suggest no head at all
             ]
             occur = int((self.counts > 0).sum())
             raise InputError(
-                f"objective.sources: head: size {size:,} holds every item that could be drawn beside it: {drawn:,} of "
-                f"the {self.train.num_items:,} items, of which {occur:,} occur in training; make "
-                f"the head smaller, such as --set 'objective.sources={_as_set(fitting)}'"
+                f"objective.sources: head: size {size:,} includes every item that could be drawn: {drawn:,} of the "
+                f"{self.train.num_items:,} items, of which {occur:,} occur in training; make the head smaller, "
+                f"for example --set 'objective.sources={_as_set(fitting)}'"
             )
         return Weighted(weights)
 
 
 def _as_set(sources: list[tuple[str, dict[str, Any]]]) -> str:
-    """Sources as they are written behind --set."""
+    """Format sources for the command line, as the value of --set objective.sources=."""
     return yaml.safe_dump([{name: options} for name, options in sources], default_flow_style=True, width=10_000).strip()

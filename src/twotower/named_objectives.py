@@ -1,4 +1,4 @@
-"""The objectives by name: what each of them minimises, its own sources, and the correction that it subtracts."""
+"""The registry of objectives by name: for each its loss, its default sources and its correction."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ UNIFORM: Sources = [{"uniform": {"size": 1024}}]
 
 @dataclass(frozen=True)
 class Named:
-    """What a name of an objective stands for.
+    """The definition of a named objective.
 
     Attributes:
-        summary: one line for a list.
-        sources: its sources where the configuration gives none; `K` stands for `objective.negatives`.
-        correction: what it subtracts from the logits.
-        make: builds it from its pool.
-        unique: whether duplicates are removed where the configuration does not say.
-        mask_known_positives: whether a query's other positives are masked where the configuration does not say.
+        summary: one line for lists.
+        sources: default sources if the configuration has none; `K` means `objective.negatives`.
+        correction: the correction subtracted from the logits.
+        make: builds the objective from its pool.
+        unique: whether duplicates are removed, unless the configuration says otherwise.
+        mask_known_positives: whether a query's other positives are masked, unless the configuration says otherwise.
     """
 
     summary: str
@@ -168,7 +168,7 @@ OBJECTIVES: dict[str, Named] = {
 
 
 def named_objective(name: str) -> Named:
-    """What a name stands for.
+    """Return the definition of a named objective.
 
     Raises:
         InputError: the name is unknown.

@@ -1,4 +1,4 @@
-"""Approximate indexes against brute force in float64: recall as stated, exact scores, filters that lose nothing."""
+"""Approximate indexes compared with float64 brute force: recall as reported, exact scores, reliable filters."""
 
 import numpy as np
 import pytest
@@ -43,10 +43,10 @@ def fresh(kind, items):
 
 
 def brute(items, queries, k, left_out=None, allowed=None):
-    """Codes by float64 inner product, a list for each query."""
+    """Rank codes by float64 inner product, one list per query."""
     scores = queries.double().numpy() @ items.double().numpy().T
     best = []
-    for row, score in enumerate(scores):  # rows of an own array: written to
+    for row, score in enumerate(scores):  # rows are views of a private array, so they may be overwritten
         if allowed is not None:
             score[~allowed] = -np.inf
         if left_out is not None:
@@ -64,7 +64,7 @@ def compressed(rows):
     return np.cumsum([0, *(len(row) for row in rows)]), np.array([i for row in rows for i in row], dtype=np.int64)
 
 
-def test_the_stated_recall_is_the_recall(built, catalog):
+def test_the_reported_recall_is_correct(built, catalog):
     index, report = built
     items, queries = catalog
     scores, found = index.search(queries, 20)
@@ -75,7 +75,7 @@ def test_the_stated_recall_is_the_recall(built, catalog):
     assert bool((scores.diff(dim=1) <= 0).all())
 
 
-def test_it_is_inner_product_and_not_distance(built, catalog):
+def test_the_index_ranks_by_inner_product_and_not_by_distance(built, catalog):
     index, _ = built
     items, queries = catalog
     nearest = torch.cdist(queries, items).topk(20, largest=False).indices.tolist()
@@ -83,8 +83,8 @@ def test_it_is_inner_product_and_not_distance(built, catalog):
     assert overlap(found, brute(items, queries, 20)) > overlap(found, nearest) + 0.2
 
 
-def test_excluded_items_never_come_and_k_always_do(built, catalog):
-    """The best 150 of each query are excluded: only over-fetching brings K others."""
+def test_excluded_items_are_never_returned_and_k_others_always_are(built, catalog):
+    """The best 150 of each query are excluded: only over-fetching finds K others."""
     index, _ = built
     items, queries = catalog
     left_out = brute(items, queries, 150)
@@ -103,10 +103,10 @@ def test_a_filter_loses_nothing(built, catalog, share):
     k = 30
     scores, found = index.search(queries, k, allowed=allowed)
     best = brute(items, queries, k, allowed=allowed)
-    there = [[item for item in row if item >= 0] for row in found.tolist()]
-    assert [len(row) for row in there] == [min(k, int(allowed.sum()))] * B
-    assert allowed[[item for row in there for item in row]].all()
-    assert overlap(there, best) >= (1.0 if share < 0.5 else 0.85)
+    items_found = [[item for item in row if item >= 0] for row in found.tolist()]
+    assert [len(row) for row in items_found] == [min(k, int(allowed.sum()))] * B
+    assert allowed[[item for row in items_found for item in row]].all()
+    assert overlap(items_found, best) >= (1.0 if share < 0.5 else 0.85)
     assert bool((scores[found < 0] == -torch.inf).all())
 
 
@@ -119,7 +119,7 @@ def test_everything_excluded_but_one(built, catalog):
 
 
 @pytest.mark.parametrize("kind", ["hnsw", "ivfpq", "exact"])
-def test_items_come_and_go_without_a_rebuild(catalog, kind):
+def test_items_are_added_and_removed_without_a_rebuild(catalog, kind):
     items, queries = catalog
     index = ExactCatalog(items) if kind == "exact" else fresh(kind, items)
     best = index.search(queries, 5)[1]
@@ -134,13 +134,13 @@ def test_items_come_and_go_without_a_rebuild(catalog, kind):
     assert index.search(queries[:3], 1)[1][:, 0].tolist() == new.tolist()
     index.update(new, queries[3:6] * 4)
     assert index.search(queries[3:6], 1)[1][:, 0].tolist() == new.tolist()
-    index.update(gone[:1], queries[6:7] * 9)  # an item that was removed comes back
+    index.update(gone[:1], queries[6:7] * 9)  # updating a removed item adds it again
     assert index.search(queries[6:7], 1)[1][0, 0] == gone[0]
-    assert torch.equal(items, catalog[0]), "the caller's tensor stays as it was"
+    assert torch.equal(items, catalog[0]), "the caller's tensor is not modified"
 
 
 @pytest.mark.parametrize("kind", ["hnsw", "ivfpq"])
-def test_a_saved_index_answers_the_same(catalog, kind, tmp_path):
+def test_a_saved_index_returns_the_same_results(catalog, kind, tmp_path):
     items, queries = catalog
     index, report = build_index(kind, items, {"all": queries}, k=10)
     index.remove(np.arange(0, N, 3))
@@ -150,7 +150,7 @@ def test_a_saved_index_answers_the_same(catalog, kind, tmp_path):
         assert torch.equal(one, other)
 
 
-def test_equal_scores_come_in_the_one_order():
+def test_equal_scores_are_in_tie_order():
     items = torch.ones(3000, 4)
     queries = torch.ones(2, 4)
     expected = ExactIndex(items).search(queries, 3000)[1]
@@ -168,7 +168,7 @@ def test_an_index_below_the_floor_is_refused(catalog):
             HNSW.max_effort = before
 
 
-def test_effort_rises_until_the_floor_is_reached(catalog):
+def test_effort_is_increased_until_the_floor_is_reached(catalog):
     items, queries = catalog
     low = {"links": 8, "build_effort": 16, "effort": 1}
     _, plain = build_index("hnsw", items, {"all": queries}, k=10, settings=low)
@@ -181,12 +181,12 @@ def test_effort_rises_until_the_floor_is_reached(catalog):
     ("kind", "changes", "message"),
     [
         ("annoy", {}, "unknown kind 'annoy'"),
-        ("hnsw", {"settings": {"speed": 3}}, "no such setting"),
+        ("hnsw", {"settings": {"speed": 3}}, "unknown setting for hnsw"),
         ("hnsw", {"min_recall": 1.5}, "min_recall: expected"),
         ("ivfpq", {"few": True}, "at least 1,000 items"),
     ],
 )
-def test_refusals(catalog, kind, changes, message):
+def test_invalid_arguments_are_refused(catalog, kind, changes, message):
     items, queries = catalog
     few = changes.pop("few", False)
     with pytest.raises(InputError, match=message):
@@ -194,8 +194,8 @@ def test_refusals(catalog, kind, changes, message):
 
 
 @pytest.mark.parametrize("share", [0.999, 0.5, 0.01])
-def test_narrowed_exact_search_equals_brute_force_with_ties(share):
-    """Small integers: many ties, which come in the whole catalog's order."""
+def test_restricted_exact_search_equals_brute_force_with_ties(share):
+    """Small integers: many ties, which are ordered as in the whole catalog."""
     generator = torch.Generator().manual_seed(0)
     items = torch.randint(-1, 2, (600, 3), generator=generator).float()
     queries = torch.randint(-1, 2, (9, 3), generator=generator).float()

@@ -1,4 +1,4 @@
-"""The exact index against plain loops: ties, exclusions, tile sizes, refusals."""
+"""The exact index compared with plain loops: ties, exclusions, tile sizes, errors."""
 
 import sys
 from pathlib import Path
@@ -23,7 +23,7 @@ def compressed(rows):
 
 @st.composite
 def cases(draw):
-    """Small integers: many exact ties, and sums that float32 holds exactly."""
+    """Small integers: many exact ties, and sums that are exact in float32."""
     n, b, d = draw(st.integers(1, 90)), draw(st.integers(1, 5)), draw(st.integers(1, 3))
     value = st.integers(-1, 1)
     items = draw(st.lists(st.lists(value, min_size=d, max_size=d), min_size=n, max_size=n))
@@ -83,7 +83,7 @@ def test_tile_sizes_do_not_matter(k):
 
 @pytest.mark.parametrize("arrangement", ["ascending", "descending", "random"])
 def test_real_scores_over_many_tiles(arrangement):
-    """The filter must not lose an item whatever the catalog's order; float64 brute force on distinct scores."""
+    """The filter must not lose an item in any order of the catalog; float64 brute force on distinct scores."""
     generator = torch.Generator().manual_seed(3)
     scores = torch.randn(9, 5000, generator=generator)
     if arrangement != "random":
@@ -93,7 +93,7 @@ def test_real_scores_over_many_tiles(arrangement):
     found = top_k(lambda r, c: laid[r, c].clone(), 9, order, 50, row_block=4, column_tile=512)
     assert torch.equal(found[0], scores.double().topk(50, dim=1).values.float())
     assert torch.equal(torch.gather(scores, 1, found[1]), found[0])
-    # Columns in any fixed order are legal: here the tiles themselves come ascending.
+    # Columns in any fixed order are allowed: here the tiles themselves are ascending.
     plain = torch.arange(5000)
     in_order = top_k(lambda r, c: scores[r, c].clone(), 9, plain, 50, row_block=4, column_tile=512)
     assert torch.equal(in_order[0], found[0])
@@ -116,7 +116,7 @@ def test_signed_zeros_tie():
 
 
 @given(st.floats(width=32, allow_nan=False), st.integers(0, 2**32 - 2))
-def test_keys_go_both_ways(score, column):
+def test_keys_are_reversible(score, column):
     key = pack_keys(torch.tensor([score], dtype=torch.float32), torch.tensor([column]))
     assert unpack_scores(key).item() == score
     assert unpack_columns(key).item() == column
@@ -131,7 +131,7 @@ def test_infinite_scores():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_types_score_in_float32(dtype):
+def test_other_dtypes_are_scored_in_float32(dtype):
     generator = torch.Generator().manual_seed(0)
     items, queries = (
         torch.randn(300, 16, generator=generator).to(dtype),
@@ -171,14 +171,14 @@ def test_empty_inputs():
 
 @pytest.mark.parametrize(
     ("offsets", "items", "message"),
-    [([0, 1], [0], "offsets"), ([0, 1, 1], [5], "0 .. 4"), ([0, 1, 1], [-1], "0 .. 4"), ([0, 2, 1], [0], "rise")],
+    [([0, 1], [0], "offsets"), ([0, 1, 1], [5], "0 .. 4"), ([0, 1, 1], [-1], "0 .. 4"), ([0, 2, 1], [0], "increase")],
 )
-def test_bad_exclusions_are_refused(offsets, items, message):
+def test_invalid_exclusions_are_refused(offsets, items, message):
     with pytest.raises(ValueError, match=message):
         ExactIndex(torch.ones(5, 2)).search(torch.ones(2, 2), 2, (np.array(offsets), np.array(items)))
 
 
-def test_bad_shapes_are_refused():
+def test_wrong_shapes_are_refused():
     index = ExactIndex(torch.ones(5, 2))
     for call in (
         lambda: index.search(torch.ones(2, 3), 2),
@@ -191,7 +191,7 @@ def test_bad_shapes_are_refused():
             call()
 
 
-def test_inputs_are_left_alone():
+def test_inputs_are_not_modified():
     items, queries = torch.randn(70, 3), torch.randn(2, 3)
     before = items.clone(), queries.clone()
     ExactIndex(items).search(queries, 3, (np.array([0, 1, 2]), np.array([4, 5])))

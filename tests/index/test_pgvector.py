@@ -1,4 +1,4 @@
-"""The index in a real PostgreSQL: recall, filters, changes, refusals, and a connection that breaks."""
+"""The index in a real PostgreSQL: recall, filters, changes, errors, and a broken connection."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def overlap(found, best):
     return np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(found.tolist(), best.tolist(), strict=True)])
 
 
-def test_the_stated_recall_is_the_recall_and_by_inner_product(built, catalog):
+def test_the_reported_recall_is_correct_and_by_inner_product(built, catalog):
     index, report = built
     items, queries = catalog
     scores, found = index.search(queries, 10)
@@ -51,18 +51,18 @@ def test_the_stated_recall_is_the_recall_and_by_inner_product(built, catalog):
     assert report.bytes > N * D * 4
 
 
-def test_vectors_arrive_as_they_are(url, catalog):
+def test_vectors_are_stored_exactly(url, catalog):
     items, _ = catalog
-    engine = PgVector(items[:50].numpy(), url=url, table="as_they_are")
+    engine = PgVector(items[:50].numpy(), url=url, table="stored_exactly")
     with engine._cursor() as cursor:
-        rows = cursor.execute("SELECT code, embedding::real[] FROM as_they_are ORDER BY code").fetchall()
+        rows = cursor.execute("SELECT code, embedding::real[] FROM stored_exactly ORDER BY code").fetchall()
     engine.close()
     assert [code for code, _ in rows] == list(range(50))
     assert np.array_equal(np.array([values for _, values in rows], dtype=np.float32), items[:50].numpy())
 
 
 @pytest.mark.parametrize("share", [0.9, 0.3])
-def test_filters_and_exclusions_lose_nothing(built, catalog, share):
+def test_filters_and_exclusions_lose_no_results(built, catalog, share):
     index, _ = built
     items, queries = catalog
     allowed = np.random.default_rng(0).random(N) < share
@@ -75,7 +75,7 @@ def test_filters_and_exclusions_lose_nothing(built, catalog, share):
     assert overlap(found, expected) > 0.85
 
 
-def test_items_come_and_go_and_the_table_is_found_again(url, catalog, tmp_path):
+def test_items_are_added_and_removed_and_the_table_is_loaded_again(url, catalog, tmp_path):
     items, queries = catalog
     settings = {"url": url, "table": "changing"}
     index, report = build_index("pgvector", items, {"all": queries}, k=10, settings=settings)
@@ -92,11 +92,11 @@ def test_items_come_and_go_and_the_table_is_found_again(url, catalog, tmp_path):
     with loaded.engine._cursor() as cursor:
         cursor.execute("DROP TABLE changing")
     loaded.engine.close()
-    with pytest.raises(InputError, match="no table changing; build it again"):
+    with pytest.raises(InputError, match="no table changing; rebuild it"):
         load_index(report.to_dict(), items, tmp_path)
 
 
-def test_a_broken_connection_is_made_anew(built, catalog):
+def test_a_broken_connection_is_reopened(built, catalog):
     index, _ = built
     before = index.search(catalog[1], 3)[1]
     with index.engine._cursor() as cursor:
@@ -105,12 +105,12 @@ def test_a_broken_connection_is_made_anew(built, catalog):
     with other._cursor() as cursor:
         cursor.execute("SELECT pg_terminate_backend(%s)", (own,))
     other.close()
-    with pytest.raises(InputError, match="PostgreSQL does not answer"):
+    with pytest.raises(InputError, match="PostgreSQL does not respond"):
         index.search(catalog[1], 3)
     assert torch.equal(index.search(catalog[1], 3)[1], before)
 
 
-def test_a_failed_build_leaves_the_older_table(built, catalog):
+def test_a_failed_build_keeps_the_older_table(built, catalog):
     index, _ = built
     with pytest.raises(InputError), index.engine._cursor() as cursor:
         cursor.execute("DROP TABLE built")
@@ -118,19 +118,19 @@ def test_a_failed_build_leaves_the_older_table(built, catalog):
     assert bool((index.search(catalog[1], 3)[1] >= 0).all())
 
 
-def test_refusals(url, catalog):
+def test_invalid_arguments_are_refused(url, catalog):
     items, _ = catalog
     with pytest.raises(InputError, match="expected a table name"):
         PgVector(items.numpy(), url=url, table="items; drop table built")
     with pytest.raises(InputError, match="at most 2,000 dimensions"):
         PgVector(np.zeros((3, 2001), dtype=np.float32), url=url)
-    with pytest.raises(InputError, match="PostgreSQL does not answer"):
+    with pytest.raises(InputError, match="PostgreSQL does not respond"):
         PgVector(items.numpy(), url="postgresql://nobody@127.0.0.1:1/none")
-    with pytest.raises(InputError, match="not the address of a database"):
+    with pytest.raises(InputError, match="not a database URL"):
         PgVector(items.numpy(), url="here and there")
 
 
-def test_a_password_is_not_kept(url, catalog):
+def test_a_password_is_not_stored(url, catalog):
     engine = PgVector.__new__(PgVector)
     engine._start("postgresql://me:secret@127.0.0.1/db", "t", {}, 1)
     assert "secret" not in str(engine.settings()) and "secret" not in engine._where()

@@ -1,4 +1,4 @@
-"""The bfloat16 screen loses no item of the exact answer, whatever the numbers look like."""
+"""The bfloat16 screen loses no item of the exact result, whatever the distribution of the numbers."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def laid_out(items):
 
 
 def brute_force(screen, queries, order, k, excluded):
-    """Every score by the screen's own float32 kernel, sorted in plain Python by (score, place)."""
+    """Compute every score with the screen's own float32 kernel, sorted in plain Python by (score, place)."""
     everywhere = torch.arange(len(order))
     answer = []
     for row, out in enumerate(excluded):
@@ -26,7 +26,7 @@ def brute_force(screen, queries, order, k, excluded):
 
 def embeddings(kind, count, generator):
     vectors = torch.randn(count, 24, generator=generator)
-    if kind == "crowded":  # all scores within what bfloat16 can tell apart
+    if kind == "crowded":  # all scores within the resolution of bfloat16
         return 1.0 + vectors * 1e-3
     if kind == "heavy-tailed":
         return vectors.abs().pow(3) * torch.rand(count, 1, generator=generator).pow(-0.7)
@@ -54,7 +54,7 @@ def test_equals_brute_force_bit_by_bit(kind, row_block, column_tile):
 
 def test_without_its_margin_the_screen_would_lose_items(monkeypatch):
     generator = torch.Generator().manual_seed(6)
-    # Large terms of both signs that nearly cancel: the error is as large as the scores' differences.
+    # Large terms of both signs that nearly cancel: the error is as large as the differences of the scores.
     items, queries = 1.0 + 0.01 * torch.randn(3000, 24, generator=generator), torch.ones(8, 24)
     queries[:, ::2] = -1.0
     queries += 0.03 + 0.01 * torch.randn(8, 24, generator=generator)
@@ -66,7 +66,7 @@ def test_without_its_margin_the_screen_would_lose_items(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["normal", "crowded", "heavy-tailed", "tiny"])
-def test_the_margin_bounds_the_error_and_is_no_idle_bound(kind):
+def test_the_margin_bounds_the_error_and_is_tight(kind):
     generator = torch.Generator().manual_seed(7)
     items, queries = embeddings(kind, 2000, generator), embeddings(kind, 50, generator)
     screen, order = laid_out(items)
@@ -79,8 +79,8 @@ def test_the_margin_bounds_the_error_and_is_no_idle_bound(kind):
         assert float(margin.median()) < 60 * float(error.median())
 
 
-def test_the_same_as_the_plain_search_where_sums_are_exact():
-    """Small integers: both kernels are exact, so the answers are the same, ties and all."""
+def test_equals_the_plain_search_if_sums_are_exact():
+    """Small integers: both kernels are exact, so the results are the same, ties included."""
     generator = torch.Generator().manual_seed(8)
     index = ExactIndex(torch.randint(-3, 4, (5000, 16), generator=generator).float())
     queries = torch.randint(-3, 4, (70, 16), generator=generator).float()
@@ -91,7 +91,7 @@ def test_the_same_as_the_plain_search_where_sums_are_exact():
 
 
 @pytest.mark.parametrize("case", ["negative", "zero", "huge", "few"])
-def test_what_the_screen_cannot_do_is_left_to_the_plain_search(case):
+def test_inputs_that_cannot_be_screened_use_the_plain_search(case):
     generator = torch.Generator().manual_seed(9)
     items = torch.randn(500, 8, generator=generator).abs()
     queries, k = torch.randn(5, 8, generator=generator).abs(), 10
@@ -110,7 +110,7 @@ def test_what_the_screen_cannot_do_is_left_to_the_plain_search(case):
     assert torch.equal(plain[1], screened[1])
 
 
-def test_an_infinite_or_missing_number_is_left_to_the_plain_search():
+def test_infinity_and_nan_use_the_plain_search():
     items = torch.rand(300, 4)
     screen, _ = laid_out(items)
     for bad in (torch.inf, torch.nan):
@@ -124,10 +124,10 @@ def test_an_infinite_or_missing_number_is_left_to_the_plain_search():
 
 
 @pytest.mark.parametrize("screened", [False, True])
-def test_progress_is_told_to_its_end(screened):
-    told = []
+def test_progress_is_reported_to_the_end(screened):
+    calls = []
     index = ExactIndex(torch.rand(300, 4))
     index.search(
-        torch.rand(10, 4), 3, row_block=4, column_tile=100, screened=screened, progress=lambda *now: told.append(now)
+        torch.rand(10, 4), 3, row_block=4, column_tile=100, screened=screened, progress=lambda *now: calls.append(now)
     )
-    assert told == [(done, 9) for done in range(1, 10)]
+    assert calls == [(done, 9) for done in range(1, 10)]

@@ -1,4 +1,4 @@
-"""Copies of an item computed once, whatever the form; and what an accelerator would have to wait for: nothing."""
+"""Copies of an item are computed once in every loss, and no operation synchronizes with an accelerator."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ B, M, D = 9, 40, 5
 
 
 def batch(*, seed=0):
-    """Float64 leaves, log counts and hits of candidates that are copies of a dozen items, in no order."""
+    """Make float64 leaves, log counts and hits for candidates that are copies of a dozen items, unordered."""
     rng = torch.Generator().manual_seed(seed)
     items = torch.randint(12, (M,), generator=rng)
     table, counts = torch.randn(12, D, generator=rng, dtype=torch.float64), torch.randn(12, generator=rng)
@@ -25,7 +25,7 @@ def batch(*, seed=0):
 
 
 def plain(form, leaves, log_count, dense):
-    """The plain sibling's mean."""
+    """Compute the mean of the plain loss."""
     if form is tiled_softmax:
         return sampled_softmax(*leaves.values(), log_count, hits=dense, temperature=0.4).mean()
     logits = candidate_logits(*leaves.values(), log_count, hits=dense, temperature=0.4)
@@ -34,8 +34,8 @@ def plain(form, leaves, log_count, dense):
 
 @pytest.mark.parametrize("form", [tiled_softmax, tiled_logistic, tiled_bpr])
 @pytest.mark.parametrize("case", ["merged", "embedded one by one", "counted by source"])
-def test_copies_are_those_of_the_plain_form(form, case):
-    """Value, and the gradient of every single copy; also where copies differ, and so are none."""
+def test_merged_copies_equal_the_plain_form(form, case):
+    """Value, and the gradient of every single copy; also if copies differ and cannot be merged."""
     for seed in range(3):
         leaves, log_count, hits, _ = batch(seed=seed)
         if case == "embedded one by one":
@@ -64,7 +64,7 @@ def test_each_product_is_computed_once(monkeypatch):
     assert sum(widths) == len(items.unique()) < M
 
 
-def test_masks_for_an_accelerator_are_the_matrix():
+def test_masks_for_an_accelerator_equal_the_matrix():
     for seed in range(4):
         _, _, hits, items = batch(seed=seed)
         starts = [0, 2, 3, 3, B]
@@ -76,15 +76,15 @@ def test_masks_for_an_accelerator_are_the_matrix():
 
 
 @pytest.mark.parametrize("form", [tiled_softmax, tiled_logistic, tiled_bpr])
-def test_an_accelerator_is_never_awaited(form):
-    """Tensors without values stand for those of a device: whatever asks for a number of theirs, or a size, fails."""
+def test_no_operation_synchronizes_with_an_accelerator(form):
+    """Meta tensors replace tensors on a device: reading one of their values, or a size that depends on it, fails."""
     leaves, log_count, hits, _ = batch()
     leaves = {name: leaf.float().to("meta").requires_grad_() for name, leaf in leaves.items()}
     temperature = torch.tensor(0.4, device="meta", requires_grad=True)
     value = form(**leaves, log_expected_count=log_count.to("meta"), hits=hits.to("meta"), temperature=temperature)
     found = torch.autograd.grad(2.0 * value, [*leaves.values(), temperature])
     assert [one.shape for one in found] == [leaf.shape for leaf in [*leaves.values(), temperature]]
-    with pytest.raises(Exception, match="meta"):  # what the guard rests on
+    with pytest.raises(Exception, match="meta"):  # the assumption behind this test
         value.item()
     with pytest.raises(Exception, match="meta|dynamic|nonzero"):
         (log_count.to("meta") > 0).nonzero()

@@ -1,4 +1,4 @@
-"""Every objective at the ends of its inputs: no value and no gradient that is not a number."""
+"""Every objective with extreme inputs: no value and no gradient is NaN or infinite."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ ROWS = [name for name in FORMS if name != "refined"]
 
 
 def drawn_by_hand(log_count, hits, *, row_hits=None, positive_log_count=None):
-    """Candidates with any counts and masks."""
+    """Make candidates with given counts and masks."""
     hits = torch.as_tensor(hits)
     rows, size = hits.shape
     own = torch.arange(rows)
@@ -50,7 +50,7 @@ def drawn_by_hand(log_count, hits, *, row_hits=None, positive_log_count=None):
 
 
 def finite(form, drawn, query, positive, candidates, rows=None, temperature=1.0):
-    """The loss, after every value and gradient was found finite; and its gradients."""
+    """Check that the loss and all gradients are finite; return them."""
     objective = FORMS[form](
         Pool(UNIFORM) if form != "refined" else Pool(IN_BATCH, correction=corrections.Probability())
     )
@@ -87,7 +87,7 @@ def test_temperatures_from_tiny_to_huge(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_candidate_masked(form):
-    """What is left is the positive alone: nothing for forms that compare, the positive's own part for the binary."""
+    """Only the positive is left: zero loss for forms that compare, the positive's own term for binary forms."""
     rng = torch.Generator().manual_seed(0)
     query, positive, candidates, rows = (torch.randn(*s, 4, generator=rng) for s in ((3,), (3,), (2,), (3, 2)))
     hits = torch.ones(3, 2, dtype=torch.bool)
@@ -113,8 +113,8 @@ def test_an_empty_pool(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_empty_places_whose_count_is_infinite(form):
-    """As they stand in a draw off the CPU: masked, and with log kappa = inf."""
+def test_empty_slots_with_infinite_count(form):
+    """As in a draw on an accelerator: masked, and with log kappa = inf."""
     drawn = drawn_by_hand(torch.inf, torch.ones(3, 2, dtype=torch.bool))
     rng = torch.Generator().manual_seed(0)
     query, positive, candidates = (torch.randn(n, 4, generator=rng) for n in (3, 3, 2))
@@ -123,8 +123,8 @@ def test_empty_places_whose_count_is_infinite(form):
 
 
 @pytest.mark.parametrize("form", ["sampled logistic", "nce"])
-def test_a_positive_that_the_noise_never_brings(form):
-    """kappa_y = 0: the binary forms that correct the positive take it for certain."""
+def test_a_positive_that_the_noise_never_draws(form):
+    """kappa_y = 0: the binary forms that correct the positive treat it as certain."""
     drawn = drawn_by_hand(0.0, torch.zeros(3, 2, dtype=torch.bool), positive_log_count=torch.full((3,), -torch.inf))
     rng = torch.Generator().manual_seed(0)
     finite(form, drawn, *(torch.randn(n, 4, generator=rng) for n in (3, 3, 2)))
@@ -149,7 +149,7 @@ def test_a_catalog_of_one_item(form, rows):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_bfloat16(form):
-    """Products are summed in float32: the loss errs by the rounding of the inputs, and by nothing else."""
+    """Products are summed in float32: the only error of the loss is the rounding of the inputs."""
     rng = torch.Generator().manual_seed(0)
     query, positive, candidates = (torch.randn(n, 64, generator=rng).to(torch.bfloat16) for n in (6, 6, 30))
     hits = torch.rand(6, 30, generator=rng) < 0.2
@@ -172,8 +172,8 @@ def test_bfloat16(form):
         assert float((grad.double() - other).abs().max()) <= 0.01 * float(other.abs().max())
 
 
-def test_the_catalog_as_its_own_candidates_beside_nothing():
-    """One item, always in: the exact loss is zero."""
+def test_a_catalog_of_one_item_that_is_always_included():
+    """With one item, always included, the exact loss is zero."""
     objective = SampledSoftmax(Pool(Catalog(1)))
     drawn = objective.draw(torch.tensor([0, 0]))
     table = torch.ones(1, 2)

@@ -1,4 +1,4 @@
-"""Rows of one query, computed once: the same value and gradients as the plain form, to the last digits."""
+"""Rows of the same query are computed once, with the value and gradients of the plain form to high precision."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ B, N, D = 60, 30, 5
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Every run of repeated rows, as it is made."""
+    """Record every RepeatedRun that is made."""
     made = []
 
     class Counted(RepeatedRun):
@@ -27,7 +27,7 @@ def runs(monkeypatch):
 
 
 def batch(*, seed=0, candidates="some", spread=1.0):
-    """Float64 leaves and hits: sixty rows of twelve queries, each of which knows some items; B rows of one of them."""
+    """Make float64 leaves and hits: sixty rows of twelve queries with known positives, at least 35 rows of query 3."""
     rng = torch.Generator().manual_seed(seed)
     queries = torch.randint(12, (B,), generator=rng)
     queries[: 2 * MOST_ROWS + 3] = 3
@@ -43,7 +43,7 @@ def batch(*, seed=0, candidates="some", spread=1.0):
 
 
 def compare(found, expected, leaves, *, atol=1e-12):
-    """Value and the gradient of every single row."""
+    """Compare value and the gradient of every single row."""
     assert torch.allclose(found, expected, atol=atol)
     pair = [torch.autograd.grad(value, list(leaves.values()), retain_graph=True) for value in (found, expected)]
     for one, other in zip(*pair, strict=True):
@@ -53,7 +53,7 @@ def compare(found, expected, leaves, *, atol=1e-12):
 
 @pytest.mark.parametrize("candidates", ["some", "few", "in any order"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_lines_are_those_of_the_plain_form(runs, candidates, weighted):
+def test_lines_equal_the_plain_form(runs, candidates, weighted):
     for seed in range(4):
         leaves, log_count, hits, _ = batch(seed=seed, candidates=candidates)
         leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
@@ -101,7 +101,7 @@ def test_the_whole_catalog(runs):
 
 
 def test_nothing_cancels(runs):
-    """A row whose own item has e^45 beside another whose is 1: each misses the one and counts the other's."""
+    """One row's own item has weight e^45, another row's 1: each row excludes its own and includes the other's."""
     query = torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
     items = torch.tensor([[45.0, 0.0], [0.0, 1.0], [0.1, 0.0]], dtype=torch.float64)
     hits = Hits([(torch.arange(2), torch.arange(2))], rows=2, items=torch.arange(3), size=3)
@@ -115,14 +115,14 @@ def test_nothing_cancels(runs):
     assert len(runs) == 2
 
 
-@pytest.mark.parametrize("case", ["logits", "known", "embedding", "own items named twice", "few repeat"])
+@pytest.mark.parametrize("case", ["logits", "known", "embedding", "own items repeated", "few repeat"])
 def test_rows_that_are_not_the_same_are_computed_one_by_one(runs, case):
     leaves, log_count, hits, _ = batch(spread=20.0 if case == "logits" else 1.0)
     if case == "known":
         hits.pairs[1][1][9] += 1
     if case == "embedding":
         leaves["query"][7] += 1e-9
-    if case == "own items named twice":
+    if case == "own items repeated":
         hits = Hits(hits.pairs, rows=B, items=hits.items.clone().fill_(5), size=hits.size)
     if case == "few repeat":
         leaves["query"] = torch.randn(B, D, dtype=torch.float64)
@@ -134,7 +134,7 @@ def test_rows_that_are_not_the_same_are_computed_one_by_one(runs, case):
     compare(found, sampled_softmax(**leaves, log_expected_count=log_count, hits=hits.dense()).mean(), leaves, atol=1e-9)
 
 
-def test_products_are_those_of_the_lines(monkeypatch):
+def test_one_product_is_computed_per_line(monkeypatch):
     leaves, log_count, hits, _ = batch()
     heights = []
     multiply = torch.mm
@@ -143,4 +143,4 @@ def test_products_are_those_of_the_lines(monkeypatch):
     )
     tiled_softmax(**leaves, log_expected_count=log_count, hits=hits)
     distinct = len(leaves["query"].unique(dim=0))
-    assert sum(heights) == distinct + 2  # a query of 35 rows and more has a line for each MOST_ROWS
+    assert sum(heights) == distinct + 2  # a query with 35 rows or more has one line per MOST_ROWS rows

@@ -1,4 +1,4 @@
-"""Every objective by name, built as a run builds it, against the formulas of docs/theory.md in plain loops."""
+"""Every objective by name, built as in a training run, compared with the formulas of docs/theory.md in plain loops."""
 
 import numpy as np
 import polars as pl
@@ -28,7 +28,7 @@ N, D, K, TEMPERATURE, BIAS = 14, 3, 5, 0.5, 0.25
 
 @pytest.fixture(scope="module")
 def train():
-    """Popular and rare items, two of the catalog only ever disliked; queries of several positives."""
+    """Popular and rare items, two items with dislikes only, and queries with several positives."""
     rng = np.random.default_rng(0)
     weight = 1.0 / np.arange(1, N - 1)
     item = np.concatenate([np.arange(N - 2), rng.choice(N - 2, 90, p=weight / weight.sum()), [12, 13, 12, 3, 5, 7]])
@@ -54,7 +54,7 @@ def build(name, train, *, small=True, **settings):
 
 
 class Case:
-    """A batch, embeddings in float64, and the same candidates once as loops and once as the objective see them."""
+    """A batch with float64 embeddings, and its candidates both for plain loops and for the objective."""
 
     def __init__(self, name, train, *, seed=0, small=True, rows=5, mask=None, **settings):
         self.name = name
@@ -120,7 +120,7 @@ class Case:
 
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_values_are_those_of_the_formulas(name, strength, train):
+def test_values_equal_the_formulas(name, strength, train):
     case = Case(name, train, strength=strength)
     found = case.fast(case.query, case.table)
     assert found.shape == (5,)
@@ -141,14 +141,14 @@ def test_known_positives_are_masked_on_request(name, mask, train):
     case = Case(name, train, mask=mask, rows=8, seed=3)
     slow = case.slow(case.query.tolist(), case.table.tolist())
     assert case.fast(case.query, case.table).tolist() == pytest.approx(slow, rel=2e-6, abs=2e-7)
-    if name not in {"logistic-observed"}:  # nobody dislikes what it likes
+    if name not in {"logistic-observed"}:  # no query dislikes its own positives
         case.known = [set() for _ in case.known] if mask else [set(range(N)) for _ in case.known]
         assert case.slow(case.query.tolist(), case.table.tolist()) != pytest.approx(slow, rel=1e-3)
 
 
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_gradients_are_finite_differences_of_the_formulas(name, strength, train):
+def test_gradients_equal_finite_differences_of_the_formulas(name, strength, train):
     case = Case(name, train, strength=strength, rows=4, seed=1)
     shapes, sizes = [(4, D), (N, D)], [4 * D, N * D]
     weights = None
@@ -177,7 +177,7 @@ def test_gradients_are_finite_differences_of_the_formulas(name, strength, train)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_objective_trains_on_what_its_plain_form_says(name, mask, weighted, train, monkeypatch):
+def test_the_training_loss_of_every_objective_equals_its_plain_form(name, mask, weighted, train, monkeypatch):
     monkeypatch.setattr(tiling, "tile_starts", lambda rows, *_: [*range(0, rows, 3), rows])
     monkeypatch.setattr(tiles, "BLOCK_NUMBERS", 12)
     monkeypatch.setattr(tiles, "LEAST_WIDTH", 1)
@@ -219,7 +219,7 @@ def test_merging_copies_changes_neither_value_nor_gradient(name, train):
 
 
 def test_accidental_hits_are_kept_by_nce_and_masked_by_sampled_logistic():
-    """Whether the copies of the positive among the noise are shared or the row's own."""
+    """For copies of the positive among shared and per-row noise."""
     counts = torch.tensor([9, 3, 1])
     for per_row in (False, True):
         pool = Pool(Sampled(Weighted(counts), 40, per_row=per_row)).eval()
@@ -238,7 +238,7 @@ def test_accidental_hits_are_kept_by_nce_and_masked_by_sampled_logistic():
                 expected = float(np.logaddexp(0, -logits[y]))
                 expected += sum(float(np.logaddexp(0, logits[j])) for j in items if keep or j != y)
                 assert found[row].item() == pytest.approx(expected, rel=1e-6)
-    with pytest.raises(InputError, match="nce needs noise that is drawn"):
+    with pytest.raises(InputError, match="nce needs sampled noise"):
         Logistic(Pool(InBatch(CountedFrequency(counts))), keep_accidental=True)
 
 
@@ -256,8 +256,8 @@ def test_beta_of_gbce_in_closed_form(train):
     assert objective.beta == pytest.approx(gbce_beta(K, N, 0.75))
 
 
-def test_a_head_beside_binary_forms_gives_the_positive_its_certain_count():
-    """With a sampled tail the head's own positives must still get a gradient."""
+def test_positives_in_the_head_have_count_one_in_binary_forms():
+    """With a sampled tail, positives in the head must still get a gradient."""
     counts = torch.tensor([9, 3, 1, 1])
     pool = Pool(Head(counts, 2), Sampled(Weighted(torch.tensor([0.0, 0, 1, 1])), 4)).eval()
     objective = Logistic(pool, corrected=True)
@@ -269,7 +269,7 @@ def test_a_head_beside_binary_forms_gives_the_positive_its_certain_count():
     assert table.grad[0].tolist() == pytest.approx([-own, -own])
 
 
-def test_refined_needs_drawn_candidates():
+def test_refined_logq_needs_drawn_candidates():
     counts = torch.tensor([9, 3, 1, 1])
     in_batch = InBatch(CountedFrequency(counts))
     with pytest.raises(InputError, match="always included"):

@@ -55,13 +55,13 @@ def test_the_gradients_are_the_same_to_float64(seed):
     print(f"largest gradient {float(first.abs().max()):.3f}, largest difference {difference:.1e}")
     assert float(first.abs().max()) > 0.1
     assert difference <= 1e-12
-    # Unconditional counts, n' q_j without 1 - q_y, are another gradient: the comparison can tell.
+    # Unconditional counts, n' q_j without 1 - q_y, give a different gradient: the comparison can detect it.
     other = gradients(lambda u, v: expected_count(u, v, 0.0 * offset), query, table)
     assert float((first - other).abs().max()) > 1e-6
     assert not torch.allclose(refined(query, table), expected_count(query, table)), "the values do differ"
 
 
-def test_the_value_and_the_weight_are_those_of_the_paper():
+def test_value_and_weight_equal_the_formulas_of_the_paper():
     q, table, query, positives, items, hits, log_left, offset, temperature = case(7)
     loss, weight = refined_logq(
         query,
@@ -84,7 +84,7 @@ def test_the_value_and_the_weight_are_those_of_the_paper():
         assert float(loss[row]) == pytest.approx(-(1 - p_hat) * math.log(math.exp(own) / total), rel=1e-12)
 
 
-def test_the_weight_is_available_and_carries_no_gradient():
+def test_the_weight_is_available_and_has_no_gradient():
     counts = torch.tensor([9, 7, 5, 2])
     pool = Pool(InBatch(CountedFrequency(counts)), correction=corrections.Probability())
     objective = RefinedLogQ(pool)
@@ -95,7 +95,7 @@ def test_the_weight_is_available_and_carries_no_gradient():
     weight = objective.row_weight(embedded, drawn, temperature=1.0)
     assert not weight.requires_grad
     assert bool(((weight > 0) & (weight < 1)).all())
-    # It is one minus the softmax of expected-count with the conditional count.
+    # The weight is one minus the softmax of expected-count with the conditional count.
     objective(embedded, drawn, temperature=1.0).sum().backward()
     softmax = 1 - torch.exp(
         -sampled_softmax(
@@ -114,7 +114,7 @@ def test_the_weight_is_available_and_carries_no_gradient():
 
 @pytest.mark.parametrize("strength", [0.0, 0.5])
 def test_strength_scales_the_whole_count(strength):
-    """At strength 0 it is the gradient of the uncorrected softmax, not none at all."""
+    """Strength 0 gives the gradient of the uncorrected softmax, not a zero gradient."""
     counts = torch.tensor([9, 7, 5, 2])
     objective = RefinedLogQ(
         Pool(InBatch(CountedFrequency(counts)), correction=corrections.Probability()), strength=strength

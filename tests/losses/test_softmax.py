@@ -1,4 +1,4 @@
-"""The sampled softmax against slow float64 loops: value, gradient, limits."""
+"""The sampled softmax compared with slow float64 loops: value, gradient, limits."""
 
 import math
 
@@ -79,7 +79,7 @@ def test_a_constant_on_every_logit_changes_nothing():
         hits=hits,
     )
     assert torch.allclose(base, shifted, atol=1e-12)
-    # Without the positive it does change: the positive is not part of what kappa corrects.
+    # Without shifting the positive the loss does change: kappa does not correct the positive.
     assert not torch.allclose(base, sampled_softmax(query, positive, items, log_kappa - 2.5, hits=hits))
 
 
@@ -139,7 +139,7 @@ def test_bfloat16_inputs_are_accumulated_in_float32():
 
 
 def test_a_batch_of_the_default_pool_equals_the_reference():
-    """The loss that training uses: pooled, deduplicated, corrected, masked."""
+    """The training loss: pooled, deduplicated, corrected, masked."""
     counts = torch.tensor([9, 7, 5, 4, 3, 2, 1, 0])
     pool = Pool(InBatch(CountedFrequency(counts)), Sampled(Uniform(8), 6), unique=True)
     rng = torch.Generator().manual_seed(4)

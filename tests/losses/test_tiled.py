@@ -1,4 +1,4 @@
-"""The tiled losses against their plain siblings: value and every gradient, in float64, float32 and bfloat16."""
+"""The tiled losses compared with the plain losses: value and every gradient, in float64, float32 and bfloat16."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from twotower.losses import (
 from twotower.losses import tiles as cutting
 from twotower.negatives import Hits
 
-#: (rows, candidates, row candidates, width): odd ones, one row, one candidate, none.
+#: (rows, candidates, per-row candidates, width): odd sizes, one row, one candidate, none.
 SHAPES = [(1, 1, 0, 3), (1, 9, 0, 5), (7, 1, 2, 1), (5, 0, 3, 4), (5, 0, 0, 4), (33, 127, 0, 17), (67, 257, 5, 9)]
 
 
@@ -37,7 +37,7 @@ def tiles(request, monkeypatch):
 
 
 def inputs(rows, size, per_row, width, *, seed=0, scale=1.0, masked=0.2):
-    """Leaves by name in float64, and what goes with them."""
+    """Make named float64 leaves and the other arguments."""
     rng = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -63,7 +63,7 @@ def inputs(rows, size, per_row, width, *, seed=0, scale=1.0, masked=0.2):
 
 
 def plain(form, leaves, given, extra):
-    """The weighted sum through the plain functions."""
+    """Compute the weighted sum with the plain functions."""
     weights = given["weights"]
     logits = {name: value for name, value in {**leaves, **given}.items() if name not in {"weights", "bias"}}
     if form == "softmax":
@@ -100,7 +100,7 @@ def tiled(form, leaves, given, extra):
 
 
 def results(function, form, case, dtype=torch.float64):
-    """(value, gradients by name) with everything in one precision."""
+    """Compute (value, gradients by name) with all tensors in one precision."""
     leaves, given, extra = case
     if form == "logistic":
         leaves = {**leaves, "bias": torch.tensor(-0.4, dtype=torch.float64)}
@@ -288,7 +288,7 @@ def test_the_whole_catalog(shape):
         assert torch.allclose(one, other, atol=1e-12)
 
 
-def test_no_matrix_of_all_rows_is_kept(monkeypatch):
+def test_no_matrix_of_all_rows_is_stored(monkeypatch):
     monkeypatch.setattr(cutting, "TILE_NUMBERS", 64 * 500)
     monkeypatch.setattr(cutting, "LEAST_ROWS", 64)
     leaves, given, _ = inputs(400, 500, 0, 8)
@@ -300,7 +300,7 @@ def test_no_matrix_of_all_rows_is_kept(monkeypatch):
     assert tiling.tile_starts(400, 500, leaves["query"]) == [0, 64, 128, 192, 256, 320, 384, 400]
 
 
-def test_a_graph_that_is_kept_gives_its_gradients_again():
+def test_a_retained_graph_returns_its_gradients_again():
     leaves, given, _ = inputs(4, 5, 0, 3)
     leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
     value = 3.0 * tiled_softmax(**leaves, **given)
@@ -324,8 +324,8 @@ def test_bfloat16_products_are_close_and_their_setting_is_restored():
 
 
 @pytest.mark.parametrize("copies", [False, True])
-def test_hits_as_pairs_are_the_matrix(copies):
-    """With copies of items, items that are no candidate, pairs twice, empty places; small catalogs and large ones."""
+def test_hits_as_pairs_equal_the_matrix(copies):
+    """With copies of items, items that are not candidates, repeated pairs, empty slots; small and large catalogs."""
     for seed in range(8):
         rng = torch.Generator().manual_seed(seed)
         spread = 1 if seed % 2 else 10**12
@@ -352,7 +352,7 @@ def test_hits_as_pairs_are_the_matrix(copies):
         assert torch.equal(Hits.of(dense).count(weight), (dense * weight).sum(1))
 
 
-def test_what_does_not_fit_is_refused():
+def test_invalid_arguments_are_refused():
     leaves, given, _ = inputs(4, 5, 0, 3)
     for change, message in (
         ({"weights": torch.ones(3)}, "weights: expected"),

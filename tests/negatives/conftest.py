@@ -1,4 +1,4 @@
-"""Lets the tests of this room import the helpers beside them."""
+"""Makes the helper modules in this folder importable."""
 
 import sys
 from pathlib import Path

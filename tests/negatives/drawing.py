@@ -1,4 +1,4 @@
-"""Drawing the same pool many times, and what can be tested about the result."""
+"""Repeated draws from a pool, and statistical tests of the result."""
 
 import math
 from collections.abc import Callable
@@ -13,10 +13,10 @@ from twotower.negatives import Candidates
 
 @dataclass
 class Observations:
-    """What stood in one row over many draws, by item.
+    """The candidates of one row over many draws, by item.
 
     Attributes:
-        counts: live candidates, float64 [n, N].
+        counts: number of unmasked candidates, float64 [n, N].
         weights: the sum of exp(-log kappa) over them, float64 [n, N].
     """
 
@@ -24,12 +24,12 @@ class Observations:
     weights: Tensor
 
     def partition(self, scores: Tensor, positive: int) -> Tensor:
-        """Z_hat of every draw, [n]."""
+        """Compute Z_hat of every draw, [n]."""
         return scores[positive].exp() + self.weights @ scores.exp()
 
 
 def observe(draw: Callable[[int], Candidates], times: int, num_items: int, row: int = 0) -> Observations:
-    """Draw many times and note what stands in a row, shared and of the row's own, without what is masked."""
+    """Draw many times and record the unmasked candidates of one row, shared and per-row."""
     cells, weights = [], []
     for number in range(times):
         drawn = draw(number)
@@ -49,10 +49,10 @@ def observe(draw: Callable[[int], Candidates], times: int, num_items: int, row: 
 
 
 def agreement(samples: Tensor, expected: Tensor) -> float:
-    """P-value that independent rows [n, k] have the expected mean [k]: Hotelling's test, whose limit is chi-square.
+    """Compute the p-value that independent rows [n, k] have the expected mean [k]: Hotelling's test, chi-square limit.
 
-    In a direction without any variation (an item that stood in every row, or in none) the expected value may be as far
-    off as something that happens once in n / 5 rows, which is missed in n of them by less than one chance in 100.
+    In a direction without variation (an item that was in every row, or in none) the expected value may differ by as
+    much as an event that happens once in n / 5 rows: such an event is missed in n rows with a probability below 1 %.
     """
     error = samples.mean(0) - expected
     spread, directions = torch.linalg.eigh(torch.cov(samples.T) if samples.shape[1] > 1 else samples.var(0)[:, None])
@@ -65,8 +65,8 @@ def agreement(samples: Tensor, expected: Tensor) -> float:
 
 
 def standard_errors_off(estimates: Tensor, truth: float) -> float:
-    """How many standard errors the mean of independent estimates is from the truth."""
+    """Return how many standard errors the mean of independent estimates is from the truth."""
     error = float(estimates.std()) / math.sqrt(len(estimates))
     difference = abs(float(estimates.mean()) - truth)
-    # Without spread (a pool that is always the same) only rounding is left.
+    # Without variance (a pool that is always the same) only rounding is left.
     return difference / max(error, 1e-6 * abs(truth))

@@ -1,9 +1,9 @@
-"""Every source and pool: appearances follow the claimed counts, the partition is unbiased; wrong counts are caught.
+"""Every source and pool: appearances follow the claimed counts, the partition is unbiased; wrong counts are detected.
 
-A row with positive 1 and known positive 4 is watched over many draws. Its counts must follow the table of
+A row with positive 1 and known positive 4 is observed over many draws. Its counts must follow the table of
 docs/theory.md, section 2, written here as plain arithmetic; its partition estimate must have the mean
 sum over (C without K) + y. Thresholds: seeds are fixed, so a p-value below 1e-4 or a mean 4 standard errors off in one
-of these tests is a fault and not bad luck; a wrong count must fall below the same 1e-4.
+of these tests is an error and not bad luck; a wrong count must have a p-value below the same 1e-4.
 """
 
 import copy
@@ -46,7 +46,7 @@ FREQUENCY = CountedFrequency(COUNTS)
 
 
 def observed(*items):
-    """Observed negatives of query 0, and others of all other queries."""
+    """Make a source with these observed negatives for query 0 and other ones for all other queries."""
     table = [*items, 7, 8, 8, 3]
     return Observed(torch.tensor([0, len(items), len(table)]), torch.tensor(table), 4)
 
@@ -163,7 +163,7 @@ POOLS = {
         (3, 7),
     ),
     "catalog": ([lambda: Catalog(N)], False, [], range(N)),
-    "catalog beside random ones": (
+    "catalog and random sources": (
         [lambda: Catalog(N), lambda: InBatch(FREQUENCY), lambda: sampled(Uniform(N), 5, per_row=True)],
         False,
         [IN_BATCH, (5, UNIFORM, False)],
@@ -173,14 +173,14 @@ POOLS = {
 
 
 def batches(times, rng, rows=B):
-    """Positives of many batches, [times, rows], all but the first of a batch drawn by popularity."""
+    """Draw the positives of many batches, [times, rows], by popularity, except the fixed first one of each batch."""
     found = torch.multinomial(COUNTS.double(), times * rows, replacement=True, generator=rng).reshape(times, rows)
     found[:, 0] = POSITIVE
     return found
 
 
 def run(pool, times=DRAWS, seed=0, known=KNOWN) -> Observations:
-    """Independent draws of a pool; a memory is filled anew for each."""
+    """Draw from a pool independently; a memory is refilled for each draw."""
     rng = torch.Generator().manual_seed(seed)
     positives, pool = batches(times, rng), pool.eval()
     fresh = torch.multinomial(COUNTS.double(), times * 12, replacement=True, generator=rng).reshape(times, 12)
@@ -200,7 +200,7 @@ def run(pool, times=DRAWS, seed=0, known=KNOWN) -> Observations:
 
 @functools.cache
 def case(name):
-    """A pool's draws (shared by the tests of this file) and its counts by arithmetic."""
+    """Return a pool's draws (shared by the tests of this file) and its counts by arithmetic."""
     sources, unique, parts, always = POOLS[name]
     pool = Pool(*(make() for make in sources), unique=unique)
     kappa = torch.tensor(expected_counts(parts, unique=unique, always=always, num_items=N), dtype=torch.float64)
@@ -208,7 +208,7 @@ def case(name):
 
 
 def masked(values):
-    """Without the row's own and its known positive."""
+    """Zero the row's own positive and its known positive."""
     values = values.clone()
     values[..., [POSITIVE, KNOWN]] = 0.0
     return values
@@ -219,7 +219,7 @@ def test_appearances_follow_the_counts_of_the_theory(name):
     found, kappa = case(name)
     assert agreement(found.counts, masked(kappa)) > 1e-4
     for item in set(POOLS[name][3]) - {POSITIVE, KNOWN}:
-        assert found.counts[:, item].tolist() == [1.0] * DRAWS, "always in, and masked from the random sources"
+        assert found.counts[:, item].tolist() == [1.0] * DRAWS, "always included, and masked from the random sources"
 
 
 @pytest.mark.parametrize("name", POOLS)
@@ -231,7 +231,7 @@ def test_each_candidate_weighs_one_over_its_count(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", POOLS)
-def test_the_same_with_other_and_four_times_the_draws(name):
+def test_counts_and_partition_with_another_seed_and_four_times_the_draws(name):
     sources, unique, *_ = POOLS[name]
     found = run(Pool(*(make() for make in sources), unique=unique), times=4 * DRAWS, seed=1)
     kappa = case(name)[1]
@@ -242,7 +242,7 @@ def test_the_same_with_other_and_four_times_the_draws(name):
 
 
 def scores(kind):
-    """Scores of an untrained model, of one that follows popularity, and of one that found a rare item."""
+    """Return scores of an untrained model, of one that follows popularity, or of one that learned a rare item."""
     noise = torch.randn(N, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     if kind == "noise":
         return noise
@@ -252,7 +252,7 @@ def scores(kind):
 
 
 def partition_target(values, kappa):
-    """Sum of exp s over the items that can come, without the known ones, and the positive."""
+    """Sum exp s over the reachable items that are not known positives, and the positive."""
     reachable = masked(kappa) > 0
     return float(values[POSITIVE].exp() + values[reachable].exp().sum())
 
@@ -265,7 +265,7 @@ def test_the_partition_estimate_is_unbiased(name):
         estimates = found.partition(values, POSITIVE)
         truth = partition_target(values, kappa)
         assert standard_errors_off(estimates, truth) < 4, kind
-        # Precise enough to mean something: one standard error is below 6 % of what is estimated.
+        # Precise enough to be meaningful: one standard error is below 6 % of the truth.
         assert float(estimates.std()) / math.sqrt(DRAWS) < 0.06 * truth, kind
 
 
@@ -282,7 +282,7 @@ BIASED = {
 
 @pytest.mark.parametrize("name", BIASED)
 def test_published_corrections_are_biased(name):
-    """Each of them under the very test that the expected count passes."""
+    """Each of them fails the test that the expected count passes."""
     sources, unique, parts, _ = POOLS[BIASED[name][0]]
     found = run(Pool(*(make() for make in sources), unique=unique, correction=BIASED[name][1]))
     kappa = torch.tensor(expected_counts(parts, unique=unique, always=(), num_items=N), dtype=torch.float64)
@@ -317,7 +317,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_count_is_caught_by_both_tests(name):
+def test_a_wrong_count_is_detected_by_both_tests(name):
     found, kappa = case("mixed unique")
     wrong = WRONG[name](kappa)
     assert agreement(found.counts, masked(wrong)) < 1e-4
@@ -328,13 +328,13 @@ def test_a_wrong_count_is_caught_by_both_tests(name):
 
 @pytest.mark.parametrize("unique", [False, True])
 def test_the_full_count_is_the_same_for_every_row(unique):
-    """Not only row 0: rows of one batch share candidates, yet each has the claimed counts."""
+    """Rows of one batch share candidates, yet every row, not only row 0, has the claimed counts."""
     pool = Pool(InBatch(FREQUENCY), Sampled(Uniform(N), 7), unique=unique).eval()
     rng = torch.Generator().manual_seed(4)
     positives = batches(600, rng)
     positives[:, 3] = POSITIVE
     found = observe(lambda number: pool.draw(positives[number], generator=rng), 600, N, row=3)
-    # Row 0 holds the same positive here, so that four other rows are random.
+    # Row 0 has the same positive here, so only four other rows are random.
     kappa = expected_counts([(B - 2, P, False), (7, UNIFORM, False)], unique=unique, num_items=N)
     expected = torch.tensor(kappa, dtype=torch.float64)
     expected[POSITIVE] = 0.0
@@ -342,7 +342,7 @@ def test_the_full_count_is_the_same_for_every_row(unique):
 
 
 def test_a_memory_in_training_follows_its_counts():
-    """The pool itself remembers; every third draw is measured, for by then the memory holds other rows."""
+    """The pool updates the memory; every third draw is measured, because the memory then has different rows."""
     memory = CrossBatchMemory(FREQUENCY, 2 * B)
     pool = Pool(InBatch(FREQUENCY), memory, unique=True)
     rng = torch.Generator().manual_seed(5)
@@ -364,7 +364,7 @@ def test_a_memory_in_training_follows_its_counts():
     assert agreement(found.counts, kappa) > 1e-4
 
 
-def test_row_sources_mask_the_shared_copies_of_their_row_alone():
+def test_per_row_sources_mask_shared_copies_only_in_their_row():
     pool = Pool(observed(0, 2), Sampled(Uniform(N), 60)).eval()
     positives = torch.tensor([1, 1, 3])
     drawn = pool.draw(positives, queries=torch.tensor([0, 1, -1]), generator=torch.Generator().manual_seed(0))
@@ -376,7 +376,7 @@ def test_row_sources_mask_the_shared_copies_of_their_row_alone():
         assert sorted(held) == sorted(items)
 
 
-def test_pools_of_row_sources_alone_have_no_shared_candidates():
+def test_pools_of_per_row_sources_only_have_no_shared_candidates():
     drawn = Pool(Sampled(Uniform(N), 4, per_row=True)).draw(torch.tensor([1, 2]))
     assert drawn.items.shape == (0,)
     assert drawn.row_items.shape == (2, 4)

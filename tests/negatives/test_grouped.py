@@ -1,4 +1,4 @@
-"""Batches built within markets that never mix: the global frequency is biased, grouped ones are not."""
+"""Batches built within separate markets: the global frequency is biased, grouped ones are not."""
 
 import functools
 
@@ -27,7 +27,7 @@ N = sum(SIZES)
 
 @functools.cache
 def markets():
-    """Two markets with items of their own: three quarters of the rows are of the first."""
+    """Two markets with disjoint items; three quarters of the rows belong to the first."""
     rng = np.random.default_rng(0)
     rows = []
     for market, (size, count) in enumerate(zip(SIZES, (3000, 1000), strict=True)):
@@ -39,13 +39,13 @@ def markets():
 
 @functools.cache
 def market_batches():
-    """Every batch of two epochs, as positives and market."""
+    """Return every batch of three epochs, as positives and market."""
     batches = GroupedBatches(TrainingBatches(markets(), B, seed=1))
     return [(batch.items, batch.group) for _ in range(3) for batch in batches]
 
 
 def of_market():
-    """The items of each market, and the probability of each item within its own."""
+    """Return the probability of each item within each market, [2, N]."""
     data = markets()
     table = torch.zeros(2, N, dtype=torch.float64)
     for item, group in zip(data.item_codes.tolist(), data.groups.tolist(), strict=True):
@@ -69,7 +69,7 @@ def frequency_of(kind):
 
 
 def estimates(kind, uniform=0):
-    """Z_hat of a row of the second market in many batches of it, and the truth: all items that can come, once."""
+    """Return Z_hat of a row of the second market over its batches, and the truth: each reachable item once."""
     own = of_market()
     frequency = frequency_of(kind)
     pool = Pool(InBatch(frequency), Sampled(Uniform(N), uniform)).eval()
@@ -94,17 +94,17 @@ def test_the_global_frequency_is_biased_and_the_grouped_ones_are_not(uniform):
     for kind in ("global", "grouped counted", "grouped streaming"):
         _, values, truth, _ = estimates(kind, uniform)
         bias[kind] = (float(values.mean()) / truth - 1, standard_errors_off(values, truth))
-    # A quarter of all rows: globally every item of the market seems four times rarer than its batches have it.
-    # Uniform candidates, of which most of such a kappa then consists, hide the most of it, but not all.
+    # A quarter of all rows: by the global frequency every item of the market seems four times rarer than it is in the
+    # market's batches. Uniform candidates, which then dominate kappa, hide most of the bias, but not all.
     assert bias["global"][0] > (0.05 if uniform else 1.5)
     assert bias["global"][1] > 5
     assert bias["grouped counted"][1] < 4
-    # The estimated frequency has an error of its own, some 5 % at this rate.
+    # The estimated frequency has its own error, about 5 % at this rate.
     assert abs(bias["grouped streaming"][0]) < 0.1
     assert abs(bias["grouped counted"][0]) < 0.06
 
 
-def test_the_chi_square_finds_batches_that_are_no_random_draws():
+def test_the_chi_square_detects_batches_that_are_not_random_draws():
     found, _, _, positive = estimates("global")
     own = of_market()
     total = torch.from_numpy(np.asarray(markets().item_counts())).double()
@@ -118,7 +118,7 @@ def test_the_chi_square_finds_batches_that_are_no_random_draws():
     assert p_value["grouped"] > 1e-4
 
 
-def test_grouped_members_are_counted_and_observed_apart():
+def test_grouped_members_are_counted_and_observed_separately():
     own = of_market()
     counted = GroupedFrequency.counted(markets())
     streaming = frequency_of("grouped streaming")
@@ -134,8 +134,8 @@ def test_grouped_members_are_counted_and_observed_apart():
 
 
 @pytest.mark.parametrize("unique", [False, True])
-def test_a_memory_over_several_markets_counts_each_row_by_its_own(unique):
-    """A batch of one market looks at remembered rows of both: kappa_j = sum over markets of M_g p_j within g."""
+def test_a_memory_over_several_markets_counts_each_row_within_its_own_market(unique):
+    """A batch of one market uses remembered rows of both: kappa_j = sum over markets of M_g p_j within g."""
     own = of_market()
     memory = CrossBatchMemory(GroupedFrequency.counted(markets()), 12)
     pool = Pool(memory, unique=unique).eval()

@@ -1,4 +1,4 @@
-"""Pools: masks, merging of copies, places left empty, bad calls. Counts are in test_counts.py."""
+"""Pools: masks, merging of copies, empty slots, invalid calls. Counts are tested in test_counts.py."""
 
 import math
 import re
@@ -39,8 +39,8 @@ def rows(rng, count=B):
     return torch.multinomial(COUNTS.double(), count, replacement=True, generator=rng)
 
 
-def keep_empty_places(monkeypatch):
-    """Pools as they are off the CPU, where empty places are masked and not cut out."""
+def keep_empty_slots(monkeypatch):
+    """Make pools behave as on an accelerator, where empty slots are masked and not dropped."""
 
     def compact(items, source):
         return items.clamp(min=0), items < 0, source
@@ -78,7 +78,7 @@ def test_collapse_adds_weights_of_copies_with_different_counts():
 
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("unique", [True, False])
-def test_known_positives_are_masked_in_their_row_alone(padded, unique):
+def test_known_positives_are_masked_only_in_their_row(padded, unique):
     pool = Pool(InBatch(FREQUENCY), Sampled(Uniform(N), 40), Sampled(Uniform(N), 9, per_row=True), unique=unique)
     rng = torch.Generator().manual_seed(2)
     positives = rows(rng)
@@ -110,16 +110,16 @@ def test_membership_equals_loops():
         assert membership_of_rows(table, members_of_row).tolist() == expected
 
 
-def test_empty_places_count_for_nothing(monkeypatch):
-    """Where empty places stay, the row sums, the merged copies and the rows' own draws are those of the CPU."""
-    # A pool whose memory is empty has nothing shared but empty places: the row's draws of item 0 must not be hidden.
+def test_empty_slots_have_no_effect(monkeypatch):
+    """If empty slots are kept, row sums, merged copies and per-row draws are the same as on the CPU."""
+    # All shared candidates may be empty slots with code 0: the row's draws of item 0 must not be hidden by them.
     per_row = Sampled(Uniform(3), 6, per_row=True)
     pool = Pool(Sampled(Uniform(3), 5), per_row, unique=True).eval()
     mixed = Pool(InBatch(FREQUENCY, unique=True), Head(COUNTS, 2), Sampled(Uniform(N), 30)).eval()
     found = {}
     for place in ("cut", "kept"):
         if place == "kept":
-            keep_empty_places(monkeypatch)
+            keep_empty_slots(monkeypatch)
         rng = torch.Generator().manual_seed(8)
         sums, numbers = [], []
         for _ in range(30):
@@ -140,8 +140,8 @@ def test_empty_places_count_for_nothing(monkeypatch):
     assert found["cut"] == found["kept"]
 
 
-def test_a_positive_that_is_always_in_has_log_count_zero():
-    """Forms that correct the positive, too, must know that the head is certain, whatever the tail says of it."""
+def test_a_positive_that_is_always_included_has_log_count_zero():
+    """Losses that also correct the positive must treat the head as certain, whatever its count in the tail."""
     tail = Weighted(torch.tensor([0.0, 0.0, 1, 1, 1, 1, 1, 1, 1, 1]))
     observed = Observed(torch.tensor([0, 0, 1]), torch.tensor([5]), 2)
     pool = Pool(Head(COUNTS, 2), observed, Sampled(tail, 4))
@@ -158,7 +158,7 @@ def test_counts_of_a_pool_in_another_shape():
     assert Pool(Head(COUNTS, 2)).log_expected_count(items, request).isneginf().all()
 
 
-def test_frequencies_take_note_once_a_step_and_only_in_training():
+def test_frequencies_are_updated_once_per_step_and_only_in_training():
     frequency = StreamingFrequency(N)
     pool = Pool(InBatch(frequency), CrossBatchMemory(frequency, 4))
     pool.draw(torch.tensor([1, 2, 3]))
@@ -181,21 +181,21 @@ def test_a_drawn_item_without_probability_is_refused():
         (lambda: Pool(InBatch(FREQUENCY)).draw(torch.tensor([0.5])), "int64 item codes"),
         (lambda: Pool(InBatch(FREQUENCY)).draw(torch.tensor([[0]])), "int64 item codes"),
         (lambda: CountedFrequency(torch.zeros(3)), "all are zero"),
-        (lambda: CountedFrequency(torch.zeros(0)), "one number for each item"),
+        (lambda: CountedFrequency(torch.zeros(0)), "one number per item"),
         (lambda: CountedFrequency(torch.tensor([1, -1])), "finite numbers"),
         (lambda: CountedFrequency(torch.tensor([1, math.nan])), "finite numbers"),
-        (lambda: GroupedFrequency([]), "one frequency for each group"),
+        (lambda: GroupedFrequency([]), "one frequency per group"),
         (lambda: GroupedFrequency([FREQUENCY, CountedFrequency(torch.ones(2))]), "over the same catalog"),
         (lambda: GroupedFrequency([FREQUENCY]).log_prob(torch.tensor([0])), "needs the group of the batch"),
         (lambda: Sampled(Uniform(3), -1), "draws >= 0"),
         (lambda: Uniform(0), "at least 1"),
         (lambda: Weighted(torch.zeros(2)), "not all of them zero"),
         (lambda: Weighted(torch.tensor([1, -1])), "finite numbers"),
-        (lambda: Weighted(torch.ones(2, 2)), "one number for each item"),
+        (lambda: Weighted(torch.ones(2, 2)), "one number per item"),
         (lambda: FrequencyPower(torch.tensor([3.0, -1.0]), 0.5), "finite numbers"),
         (lambda: FrequencyPower(torch.tensor([3.0, math.nan]), 0.5), "finite numbers"),
         (lambda: FrequencyPower(torch.zeros(2), 0.5), "not all of them zero"),
-        (lambda: LogUniform(torch.zeros(0)), "one number for each item"),
+        (lambda: LogUniform(torch.zeros(0)), "one number per item"),
         (lambda: IndexStream(3, torch.zeros(0, dtype=torch.int64)), "no item would be left"),
         (lambda: IndexStream(3, torch.tensor([3])), "from 0 to 2"),
         (lambda: IndexStream(3).withdraw(torch.arange(3)), "no item would be left"),
@@ -209,7 +209,7 @@ def test_a_drawn_item_without_probability_is_refused():
         (lambda: Pool(Mined(3, 2)).draw(torch.tensor([0])), "draw with queries"),
         (lambda: StreamingFrequency(3, rate=0.0), "rate"),
         (lambda: StreamingFrequency(3, buckets=0), "buckets"),
-        (lambda: StreamingFrequency(3, tables=2), "give buckets"),
+        (lambda: StreamingFrequency(3, tables=2), "set buckets"),
         (
             lambda: Pool(Sampled(Uniform(N), 2), correction=corrections.Probability()).draw(torch.tensor([0])),
             "add in_batch",
@@ -222,7 +222,7 @@ def test_a_drawn_item_without_probability_is_refused():
         ),
     ],
 )
-def test_bad_calls_are_refused(call, message):
+def test_invalid_calls_are_refused(call, message):
     with pytest.raises(InputError, match=message):
         call()
 
@@ -241,7 +241,7 @@ def test_ids_above_two_to_the_24th_stay_exact():
 
 
 class _Flat(CountedFrequency):
-    """A frequency over a huge catalog that needs no table."""
+    """A uniform frequency over a huge catalog, without a table."""
 
     def __init__(self, num_items):
         super().__init__(torch.ones(1))
@@ -252,7 +252,7 @@ class _Flat(CountedFrequency):
 
 
 class _Only(Uniform):
-    """A proposal that draws one item of a huge catalog."""
+    """A proposal that always draws the same item of a huge catalog."""
 
     def __init__(self, item):
         super().__init__(2**25)
@@ -284,7 +284,7 @@ def test_one_row_and_one_item(unique):
 @pytest.mark.parametrize("correction", [None, corrections.MixtureProbability()])
 @pytest.mark.parametrize("unique", [False, True])
 def test_sources_without_a_draw_give_an_empty_pool(unique, correction):
-    """Size 0, and a memory before its first batch."""
+    """Sources of size 0, and a memory before its first batch."""
     sources = [Sampled(Uniform(N), 0), CrossBatchMemory(FREQUENCY, 5), Sampled(Uniform(N), 0, per_row=True)]
     drawn = Pool(*sources, unique=unique, correction=correction).draw(torch.tensor([3, 4]))
     assert drawn.items.shape == (0,)
@@ -293,17 +293,17 @@ def test_sources_without_a_draw_give_an_empty_pool(unique, correction):
     assert drawn.positive_log_count.isneginf().all()
 
 
-def test_candidates_move():
+def test_candidates_move_to_another_device():
     drawn = Pool(InBatch(FREQUENCY)).draw(torch.tensor([0, 1])).to("meta")
     assert drawn.hits.device.type == "meta"
     assert drawn.row_items is None
 
 
 @pytest.mark.parametrize("preset", ["sasrec", "sasrec-large"])
-def test_a_head_that_leaves_nothing_to_draw_says_what_to_set(planted_data, preset):
+def test_a_head_that_leaves_nothing_to_draw_suggests_a_setting(planted_data, preset):
     occur = int((planted_data.item_counts() > 0).sum())
-    told = f"head: size 128 holds every item .* {occur} of the 100 items, of which {occur} occur in training"
-    with pytest.raises(InputError, match=told) as refused:
+    message = f"head: size 128 includes every item .* {occur} of the 100 items, of which {occur} occur in training"
+    with pytest.raises(InputError, match=message) as refused:
         build_objective(Config.load(preset, []), planted_data)
     (change,) = re.findall(r"--set '(.*)'", str(refused.value))
     config = Config.load(preset, [change])

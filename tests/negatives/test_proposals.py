@@ -46,7 +46,7 @@ PROPOSALS = {
 
 
 def arithmetic(name):
-    """The same probabilities by plain arithmetic."""
+    """Compute the same probabilities by plain arithmetic."""
     counts = COUNTS.tolist()
     weights = {
         "uniform": [1.0] * N,
@@ -67,7 +67,7 @@ def arithmetic(name):
 
 
 def p_value(draws, probabilities):
-    """Chi-square of drawn codes; 0 where an item of probability zero was drawn."""
+    """Compute the chi-square p-value of drawn codes; 0 if an item of probability zero was drawn."""
     observed = np.bincount(draws.reshape(-1).numpy(), minlength=len(probabilities))
     if observed[probabilities == 0].any():
         return 0.0
@@ -89,8 +89,8 @@ def test_draws_follow_log_prob(name):
     assert p_value(draws, probability.numpy()) > 1e-4
 
 
-def test_the_chi_square_notices_a_wrong_proposal():
-    """Neighbouring powers, an item too many in the stream, a rank shifted by one."""
+def test_the_chi_square_detects_a_wrong_proposal():
+    """A slightly different power, extra items in the stream, a rank shifted by one."""
     rng = torch.Generator().manual_seed(2)
     draws = FrequencyPower(COUNTS, 0.75).sample((DRAWS,), rng)
     assert p_value(draws, arithmetic("frequency")) < 1e-6
@@ -112,8 +112,8 @@ def test_the_chi_square_notices_a_wrong_proposal():
         st.just([5e-324, 5e-324, 0.0]),
     ).filter(lambda w: 0 < sum(w) < 1e307)
 )
-def test_an_alias_table_gives_back_its_weights(weights):
-    """Slot by slot: item j has its own threshold, and what all other slots leave to it."""
+def test_an_alias_table_reproduces_its_weights(weights):
+    """Item j has the threshold of its own slot plus the shares that other slots redirect to it."""
     values = torch.tensor(weights, dtype=torch.float64)
     threshold, alias = build_alias(values)
     n = len(weights)
@@ -126,12 +126,12 @@ def test_an_alias_table_gives_back_its_weights(weights):
     total = math.fsum(w / scale for w in weights)
     assert rebuilt == pytest.approx([w / scale / total for w in weights], abs=1e-13)
     for weight, share in zip(weights, rebuilt, strict=True):
-        assert weight > 0 or share == 0.0, "an item of weight zero must be impossible, not unlikely"
+        assert weight > 0 or share == 0.0, "an item of weight zero must be impossible, not just unlikely"
 
 
 @pytest.mark.parametrize("weights", [[0.0, 0.0, 1.0, 1.0], [1.0, 0.5, 1.5], [2.0, 1.0, 1.0, 0.0], [0, 1, 0, 1, 0, 1]])
-def test_ties_in_the_sweep_of_an_alias_table(weights):
-    """A heavy item that is used up exactly, or that never had anything to give, keeps its own slot."""
+def test_ties_in_the_construction_of_an_alias_table(weights):
+    """A heavy item whose excess is used up exactly, or is zero from the start, keeps its own slot."""
     threshold, alias = build_alias(torch.tensor(weights, dtype=torch.float64))
     rebuilt = threshold.clone().index_add_(0, alias, 1.0 - threshold) / len(weights)
     assert rebuilt.tolist() == pytest.approx([w / sum(weights) for w in weights], abs=1e-15)
@@ -145,7 +145,7 @@ def test_items_of_weight_zero_are_never_drawn(weights):
 
 
 @pytest.mark.parametrize("weights", [[1e308, 1e308, 0.0], [5e-324, 5e-324, 0.0]])
-def test_weights_at_the_ends_of_the_doubles(weights):
+def test_weights_at_the_limits_of_float64(weights):
     proposal = Weighted(torch.tensor(weights, dtype=torch.float64))
     assert proposal.log_prob(torch.arange(3)).exp().tolist() == pytest.approx([0.5, 0.5, 0.0])
     draws = proposal.sample((1000,), torch.Generator().manual_seed(0))
@@ -164,7 +164,7 @@ def test_a_large_table_keeps_its_rare_items():
     assert stats.chisquare(observed, expected / expected.sum() * DRAWS).pvalue > 1e-4
 
 
-def test_draws_are_repeatable_and_leave_the_global_generator_alone():
+def test_draws_are_reproducible_and_do_not_use_the_global_generator():
     before = torch.random.get_rng_state()
     for make in PROPOSALS.values():
         first, second = (make().sample((5, 3), torch.Generator().manual_seed(9)) for _ in range(2))
@@ -172,7 +172,7 @@ def test_draws_are_repeatable_and_leave_the_global_generator_alone():
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-def test_the_index_stream_holds_what_joined_and_not_what_left():
+def test_the_index_stream_has_added_items_and_not_withdrawn_ones():
     stream = changed_stream()
     assert stream.log_prob(torch.tensor([3, 5, 7, 8])).exp().tolist() == pytest.approx([0.25] * 4)
     assert stream.log_prob(torch.tensor([0, 1, 2, 11])).isneginf().all()
@@ -190,15 +190,15 @@ def test_a_million_draws_from_ten_million_items_take_less_than_a_second():
 
 
 @pytest.mark.parametrize("num_items", [1, 7, 10_000_000, 2**31 - 1])
-def test_one_random_number_tells_slot_and_coin_exactly(num_items):
-    """The product of 63 random bits and N in Python's whole numbers, against the two halves in int64."""
+def test_one_random_number_gives_slot_and_coin_exactly(num_items):
+    """Compare the product of 63 random bits and N in Python integers with the two halves in int64."""
     bits = torch.randint(2**62, (2000,), generator=torch.Generator().manual_seed(3)) * 2 + 1
     bits[:3] = torch.tensor([0, 2**63 - 1, 2**31 - 1])
     products = [(value * num_items) >> 31 for value in bits.tolist()]
     expected = [(product >> 32, (product & 0xFFFFFFFF) >> 1) for product in products]
     table = AliasTable(torch.ones(1))
     for keep in (True, False):
-        # A stand-in for the table's memory: a slot says its own number as alias, and keeps itself always or never.
+        # A fake table: the alias depends on the slot number, and a slot keeps its own item always or never.
         table.packed = _EverySlot(num_items, threshold=2**31 - 1 if keep else 0)
         found = bits.clone()
         table._fill(found)
@@ -209,7 +209,7 @@ def test_one_random_number_tells_slot_and_coin_exactly(num_items):
 
 
 class _EverySlot(torch.Tensor):
-    """Answers `index_select` as a table of N words would, without holding them."""
+    """A fake table of N words that computes `index_select` without storing them."""
 
     @staticmethod
     def __new__(cls, num_items, threshold):
@@ -225,7 +225,7 @@ class _EverySlot(torch.Tensor):
         return (self.threshold << 32) | (self.num_items - 1 - index)
 
 
-def test_ids_above_two_to_the_24_are_exact():
+def test_ids_above_two_to_the_24th_are_exact():
     num_items = 2**24 + 5
     weights = torch.zeros(num_items)
     weights[-3:] = torch.tensor([1.0, 2.0, 1.0])

@@ -1,4 +1,4 @@
-"""The streaming frequency against loops, counted truth and the published form; how its error is reported."""
+"""The streaming frequency compared with loops, counted truth and the published form; the report of its error."""
 
 import copy
 import math
@@ -29,7 +29,7 @@ def zipf(size):
 
 @pytest.mark.parametrize("options", [{}, {"buckets": 7}, {"buckets": 7, "tables": 3}, {"buckets": 40, "tables": 2}])
 def test_every_step_equals_the_loop(options):
-    """One occurrence and many, first sights, items that stay away; the loop takes its places from the hash alone."""
+    """Single and repeated occurrences, first occurrences, absent items; the loop shares only the hash function."""
     frequency = StreamingFrequency(30, rate=0.2, patience=2.0, **options)
     slots = {item: [int(s) for s in torch.stack(frequency._slots(torch.tensor([item])))] for item in range(30)}
     slow = StreamingGaps(0.2, 2.0, slots.__getitem__)
@@ -40,7 +40,7 @@ def test_every_step_equals_the_loop(options):
 
 
 def test_it_converges_to_the_counted_truth():
-    """Rate 0.01 remembers a hundred occurrences: one estimate has a spread of sqrt(a/2), 7 %; the mean of many none."""
+    """Rate 0.01 averages a hundred occurrences: the spread is sqrt(a/2), 7 %, for one estimate, and less for a mean."""
     weights = zipf(40)
     truth = weights / weights.sum()
     batches = stream(weights, 2000, 64)
@@ -55,18 +55,18 @@ def test_it_converges_to_the_counted_truth():
     assert np.nanmax(report.worst_log_ratio) < 0.3  # forty items at four times their spread
     assert report.mass == pytest.approx(1.0, abs=0.05)
     assert np.nanmax(report.unseen) == 0.0
-    # E[G] = 1/p at every p, from 0.23 to 0.006. Rare items were seen some 400 times: 5 % is one standard error.
+    # E[G] = 1/p at every p, from 0.23 to 0.006. Rare items were seen about 400 times: 5 % is one standard error.
     assert (gaps * truth).tolist() == pytest.approx([1.0] * 40, abs=0.15)
     assert (gaps * truth)[:4].tolist() == pytest.approx([1.0] * 4, abs=0.03)
-    # A faster rate forgets faster and so spreads more: the comparison can tell.
+    # A faster rate forgets faster and has more variance: the comparison can detect it.
     fast = StreamingFrequency(40, rate=0.5)
     for batch in batches[-200:]:
         fast.observe(batch)
     assert fast.compare_to(torch.bincount(batches.flatten())).total_variation > 2 * report.total_variation
 
 
-def test_frequent_items_are_told_apart_where_the_published_form_saturates():
-    """With gaps in steps an item of 30 % and one of 60 % both stand in every batch, and look alike."""
+def test_frequent_items_are_distinguished_where_the_published_form_saturates():
+    """With gaps in steps, items with 30 % and with 60 % are both in every batch and look the same."""
     weights = torch.tensor([0.6, 0.3, 0.08, 0.02])
     batches = stream(weights, 600, 16)
     published = step_gaps(batches.tolist(), 0.02)
@@ -81,13 +81,13 @@ def test_frequent_items_are_told_apart_where_the_published_form_saturates():
     assert (1.0 / total).tolist() == pytest.approx(weights.tolist(), rel=0.1)
 
 
-def test_the_corners():
+def test_edge_cases():
     frequency = StreamingFrequency(5, rate=0.1)
     assert estimate(frequency).tolist() == [0.0] * 5
     frequency.observe(torch.zeros(0, dtype=torch.int64))
     assert float(frequency.clock) == 0
     frequency.observe(torch.tensor([0, 0, 0, 1]))
-    # First sight: rows seen so far over occurrences.
+    # First occurrence: rows seen so far, divided by occurrences.
     assert estimate(frequency).tolist() == pytest.approx([0.75, 0.25, 0.0, 0.0, 0.0])
     frequency.observe(torch.tensor([2, 2, 1, 0]))
     assert estimate(frequency)[2] == pytest.approx(2 / 8)
@@ -98,7 +98,7 @@ def test_the_corners():
     assert estimate(always).tolist() == [0.0, 1.0]
 
 
-def test_an_item_that_stops_coming_decays():
+def test_an_item_that_no_longer_occurs_decays():
     frequency = StreamingFrequency(2, rate=0.1, patience=5.0)
     for _ in range(20):
         frequency.observe(torch.tensor([0, 1]))
@@ -106,14 +106,14 @@ def test_an_item_that_stops_coming_decays():
     for _ in range(100):
         frequency.observe(torch.tensor([1, 1]))
         seen.append(float(estimate(frequency)[0]))
-    # Nothing for 5 gaps of 2 rows, then 5 rows over the rows it has been away.
+    # No change for 5 gaps of 2 rows, then 5 divided by the rows since its last occurrence.
     assert seen[:5] == pytest.approx([0.5] * 5)
     assert seen[-1] == pytest.approx(5 / 200)
     assert seen == sorted(seen, reverse=True)
 
 
 def test_drift_is_followed():
-    """Popularity turned upside down: the estimate is with the new one after some 1/a occurrences, not with the old."""
+    """Popularity is reversed: after about 1/a occurrences the estimate follows the new popularity, not the old one."""
     weights = zipf(8)
     frequency = StreamingFrequency(8, rate=0.05)
     for batch in stream(weights, 300, 32, seed=1):
@@ -126,7 +126,7 @@ def test_drift_is_followed():
     assert max(before.total_variation, after.total_variation) < 0.1 < 0.3 < stale.total_variation
 
 
-def test_collisions_only_overestimate_and_more_tables_less():
+def test_collisions_only_overestimate_and_more_tables_reduce_the_error():
     weights = zipf(400)
     batches = stream(weights, 400, 64)
     own = StreamingFrequency(400, rate=0.05)
@@ -138,7 +138,7 @@ def test_collisions_only_overestimate_and_more_tables_less():
     counts = torch.bincount(batches.flatten(), minlength=400)
     common = counts > 200
     ratio = {d: estimate(f) / estimate(own).clamp(min=1e-12) for d, f in hashed.items()}
-    # Up to the noise of the estimates themselves: a slot shared with others has no less than its own item.
+    # Up to the noise of the estimates, a shared slot has at least the probability of its item.
     assert float(ratio[4][common].min()) > 0.5
     excess = {d: float(estimate(f).sum()) for d, f in hashed.items()}
     assert excess[1] > 2 * excess[4] > 2.0
@@ -155,7 +155,7 @@ def test_the_tables_of_a_hash_are_independent():
 
 
 @pytest.mark.parametrize("options", [{}, {"buckets": 16, "tables": 2}])
-def test_the_state_resumes_in_mid_stream(options):
+def test_the_state_resumes_in_the_middle_of_a_stream(options):
     batches = stream(zipf(30), 40, 8)
     whole = StreamingFrequency(30, seed=1, **options)
     for batch in batches[:20]:
@@ -170,7 +170,7 @@ def test_the_state_resumes_in_mid_stream(options):
     assert float(resumed.clock) == 320
 
 
-def test_two_ranks_merged_are_one_that_saw_all():
+def test_two_merged_ranks_equal_one_that_saw_all_rows():
     weights = zipf(20)
     truth = weights / weights.sum()
     left, right = (StreamingFrequency(21, rate=0.01) for _ in range(2))
@@ -187,7 +187,7 @@ def test_two_ranks_merged_are_one_that_saw_all():
     assert merged[:20].tolist() == pytest.approx(truth.tolist(), rel=0.25)
 
 
-def test_merging_ranks_with_unlike_rows_weighs_by_rows():
+def test_merging_ranks_with_different_numbers_of_rows_weights_by_rows():
     long, short = StreamingFrequency(3), StreamingFrequency(3)
     for _ in range(30):
         long.observe(torch.tensor([0, 1]))

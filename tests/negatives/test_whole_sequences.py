@@ -1,4 +1,4 @@
-"""In-batch candidates where a batch is made of whole sequences: expected counts, masks, and the partition they give."""
+"""In-batch candidates with batches of whole sequences: expected counts, masks, and the partition estimate."""
 
 import numpy as np
 import polars as pl
@@ -15,9 +15,9 @@ from twotower.negatives.sources import Request
 
 EPOCHS = 400
 
-#: Seven sequences; the first, whose row is looked at, is cut into two windows.
+#: Seven sequences; the first, whose row is observed, is cut into two windows.
 SEQUENCES = [[0, 1, 2, 3, 4, 5], [0, 6, 7], [6, 8], [0, 7, 9, 6], [1, 6, 0], [2, 9, 8, 0], [9, 6]]
-N = 11  # item 10 is never met
+N = 11  # item 10 never occurs
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def batches(train):
 
 @pytest.fixture(scope="module")
 def met(batches):
-    """Every batch of many epochs that has row 2, the row that is looked at, and its place there."""
+    """Every batch of many epochs that contains row 2, the observed row, and its position there."""
     size, found = batches.windows_per_batch, []
     for epoch in range(EPOCHS):
         order = Shuffle(batches.num_windows, batches.seed, epoch)
@@ -46,15 +46,15 @@ def met(batches):
     return found
 
 
-def watched(train, pool, met, *, told=True):
-    """What stands beside the row in every batch; without being told of the sequences, where `told` is false."""
+def observe_row(train, pool, met, *, as_sequences=True):
+    """Record the row's candidates in every batch; with `as_sequences=False` the pool assumes independent rows."""
     known = KnownPositives(train)
     counts, weights = [], []
     for batch, at in met:
         drawn = pool.draw(
             batch.items,
-            known_positives=known.pairs(batch.queries) if told else None,
-            windows=batch.sequences.windows if told else None,
+            known_positives=known.pairs(batch.queries) if as_sequences else None,
+            windows=batch.sequences.windows if as_sequences else None,
         )
         live = ~drawn.hits[at]
         items, weight = drawn.items[live], torch.exp(-drawn.log_expected_count[live].double())
@@ -76,7 +76,7 @@ def sources(name, train):
 
 
 def others(train):
-    """Items that query 0 never meets, and their counts."""
+    """Return the item counts with the items of query 0 set to zero."""
     counts = torch.from_numpy(train.item_counts()).double()
     counts[SEQUENCES[0]] = 0.0
     return counts
@@ -84,10 +84,10 @@ def others(train):
 
 @pytest.mark.parametrize("name", ["kept", "own duplicates removed", "removed", "mixed", "mixed, removed"])
 def test_counts_are_as_expected(train, batches, met, name):
-    """By hand: of the other windows each is in the batch with probability (S-1)/(W-1)."""
+    """By hand: each of the other windows is in the batch with probability (S-1)/(W-1)."""
     torch.manual_seed(0)
     pool = sources(name, train)
-    seen = watched(train, pool, met)
+    seen = observe_row(train, pool, met)
     drawn, total = batches.windows_per_batch - 1, batches.num_windows - 1
     assert 2 <= drawn < total
     held = others(train)
@@ -95,7 +95,7 @@ def test_counts_are_as_expected(train, batches, met, name):
     for item in range(N):
         if item in SEQUENCES[0]:
             continue
-        # A choice of windows has the item unless all of them are among the windows without it.
+        # The drawn windows contain the item unless all of them are among the windows without it.
         absent = np.prod([(total - held[item].item() - k) / (total - k) for k in range(drawn)])
         uniform = 4 / N if "mixed" in name else 0.0
         if "removed" in name:
@@ -106,7 +106,7 @@ def test_counts_are_as_expected(train, batches, met, name):
     claimed = torch.where(seen.counts > 0, 1.0, 0.0).sum(0) > 0
     found = (seen.counts.sum(0) / seen.weights.sum(0))[claimed]
     torch.testing.assert_close(found, expected[claimed], atol=1e-6, rtol=1e-5)
-    assert bool((seen.counts[:, SEQUENCES[0]] == 0).all())  # nothing that the query meets
+    assert bool((seen.counts[:, SEQUENCES[0]] == 0).all())  # no item of the query itself
 
 
 @pytest.mark.parametrize("name", ["mixed", "mixed, removed"])
@@ -116,19 +116,19 @@ def test_the_partition_is_unbiased(train, met, name):
     positive = SEQUENCES[0][2]
     kept = [j for j in range(N) if j == positive or j not in SEQUENCES[0]]
     truth = float(scores[kept].exp().sum())
-    seen = watched(train, sources(name, train), met)
+    seen = observe_row(train, sources(name, train), met)
     assert standard_errors_off(seen.partition(scores, positive), truth) < 3.5
 
 
-def test_as_a_draw_of_rows_it_would_be_biased(train, met):
-    """The same batch with the counts of B - 1 independent rows and its own sequence unmasked: far from the truth."""
+def test_counts_of_independent_rows_would_be_biased(train, met):
+    """With the counts of B - 1 independent rows and its own sequence unmasked, the same batch is far from the truth."""
     torch.manual_seed(2)
     scores = torch.zeros(N, dtype=torch.float64)
-    seen = watched(train, sources("mixed", train), met, told=False)
+    seen = observe_row(train, sources("mixed", train), met, as_sequences=False)
     assert standard_errors_off(seen.partition(scores, SEQUENCES[0][2]), float(N)) > 5
 
 
-def test_one_sequence_alone_has_no_others(train):
+def test_a_batch_of_one_sequence_has_no_in_batch_candidates(train):
     batch = SequenceBatches(train, 1, history_length=3).batch(np.array([0]))
     pool = sources("mixed", train)
     drawn = pool.draw(
@@ -138,15 +138,17 @@ def test_one_sequence_alone_has_no_others(train):
     torch.testing.assert_close(drawn.log_expected_count.exp(), torch.full((4,), 4 / N))
 
 
-def test_known_positives_have_to_be_given(train):
+def test_known_positives_are_required(train):
     batch = SequenceBatches(train, 9, history_length=3).batch(np.array([0, 1]))
     with pytest.raises(InputError, match="known_positives: rows of one sequence"):
         sources("mixed", train).draw(batch.items, windows=batch.sequences.windows)
-    Pool(Sampled(Uniform(N), 4)).draw(batch.items, windows=batch.sequences.windows)  # draws know nothing of the batch
+    Pool(Sampled(Uniform(N), 4)).draw(
+        batch.items, windows=batch.sequences.windows
+    )  # sampled candidates do not depend on the batch
 
 
-def test_rare_items_of_many_sequences_keep_their_digits():
-    """Of 10^8 sequences 3 hold the item: 1 - (1 - 3e-8)^n, where factorials would have lost every digit."""
+def test_rare_items_of_many_sequences_are_precise():
+    """3 of 10^8 sequences contain the item: 1 - (1 - 3e-8)^n, where factorials would lose all precision."""
     counts = torch.tensor([3.0, 4e8 - 3.0])
     source = InBatch(CountedFrequency(counts), unique=True)
     request = Request(torch.zeros(4, dtype=torch.int64), windows=Windows(1001, 10**8 + 1, int(4e8)))

@@ -1,4 +1,4 @@
-"""What joins a tower beside items: the context of a request, query ids and features beside a sequence, time gaps."""
+"""Tower inputs other than items: request context, query ids and features with a sequence, time gaps."""
 
 import math
 
@@ -49,7 +49,7 @@ def data():
 
 
 def made(data, *changes):
-    """Towers, first batch and split, everything that is declared read."""
+    """Build towers, the first batch and the split, with all declared features encoded."""
     config = Config.load(None, [*SMALL, *changes]).resolved(len(data))
     split = leave_last_out(data)
     torch.manual_seed(0)
@@ -67,7 +67,7 @@ def made(data, *changes):
     return towers, next(iter(make_batches(config, split.train, context=features.get("context")))), split
 
 
-def test_a_context_is_hidden_as_often_as_told_and_whole(data):
+def test_a_whole_context_is_hidden_at_the_configured_rate(data):
     towers, batch, _ = made(data, f"query_tower.context={CONTEXT}", "query_tower.context_dropout=0.25")
     inputs = towers.query_tower.context
     assert isinstance(inputs, ContextInputs)
@@ -80,14 +80,14 @@ def test_a_context_is_hidden_as_often_as_told_and_whole(data):
     found = inputs(many, len(rows))
     hidden = (found == nothing).all(1)
     assert torch.equal(found[~hidden], known[~hidden])
-    shown_as_nothing = (known == nothing).all(1)  # rows of which nothing is known
+    shown_as_nothing = (known == nothing).all(1)  # rows with an entirely unknown context
     share = float(hidden[~shown_as_nothing].float().mean())
     spread = math.sqrt(0.25 * 0.75 / int((~shown_as_nothing).sum()))
     assert abs(share - 0.25) < 4.5 * spread
 
 
-def test_a_pooled_tower_is_what_its_formula_says(data):
-    """The context goes into the MLP beside the history, and not into the sum."""
+def test_a_pooled_tower_equals_its_formula(data):
+    """The context is an input of the MLP, like the history, and is not part of the sum."""
     towers, batch, _ = made(data, f"query_tower.context={CONTEXT}")
     tower = towers.query_tower.eval()
     with torch.no_grad():
@@ -103,8 +103,8 @@ def test_a_pooled_tower_is_what_its_formula_says(data):
 
 
 @pytest.mark.parametrize("beside", [(), BESIDE], ids=["context", "context, ids, features"])
-def test_beside_a_sequence_every_position_is_what_it_is_alone(data, beside):
-    """Outputs of whole sequences against every prefix as a history with its own context, and against the formula."""
+def test_with_side_inputs_every_position_equals_its_prefix_alone(data, beside):
+    """Compare outputs of whole sequences with every prefix as a history with its own context, and with the formula."""
     towers, batch, split = made(data, SEQUENCE, f"query_tower.context={CONTEXT}", *beside)
     towers.eval()
     tower = towers.query_tower
@@ -133,8 +133,8 @@ def test_beside_a_sequence_every_position_is_what_it_is_alone(data, beside):
     assert len(together) == len(batch) == len(batch.sequences.rows)
 
 
-def test_nothing_beside_a_sequence_changes_nothing(data):
-    """Without any of it the tower draws, holds and gives what it did: no parameter more, the state itself."""
+def test_a_sequence_tower_without_side_inputs_returns_its_state(data):
+    """Without side inputs the tower has no extra parameters, and its output is the state itself."""
     towers, batch, _ = made(data, SEQUENCE)
     assert towers.query_tower.beside is None and towers.query_tower.gaps is None
     assert not any("beside" in name or "gaps" in name for name, _ in towers.named_parameters())
@@ -169,7 +169,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("chunk", [7, 23])
 def test_the_gradient_cache_is_exact_with_dropout(data, kind, chunk, monkeypatch):
-    """Against the same parts embedded with everything kept: loss, gradients, and the random numbers that follow."""
+    """Compare with the same parts without the cache: loss, gradients, and the subsequent random numbers."""
     from twotower.build import build_objective
 
     towers, batch, split = made(data, *KINDS[kind])
@@ -193,15 +193,15 @@ def test_the_gradient_cache_is_exact_with_dropout(data, kind, chunk, monkeypatch
         torch.testing.assert_close(
             gradients[name], gradient, atol=1e-6, rtol=1e-4, msg=lambda text, n=name: f"{n} {text}"
         )
-    # And the cache matters: another draw of dropout would give other gradients.
+    # Restoring the random state matters: another dropout mask would give other gradients.
     monkeypatch.undo()
     monkeypatch.setattr(gradient_cache, "_restore", lambda states: None)
     _, other, _ = step(towers, batch, objective, chunk)
     assert any(not torch.allclose(other[n], g, atol=1e-4, rtol=1e-2) for n, g in expected_gradients.items())
 
 
-def test_without_dropout_parts_are_the_whole_batch(data):
-    """In evaluation mode the gradient with parts is that of one pass over all sequences."""
+def test_without_dropout_parts_equal_the_whole_batch(data):
+    """In evaluation mode the gradient with parts equals that of one pass over all sequences."""
     from twotower.build import build_objective
 
     towers, batch, split = made(data, *KINDS["everything"])
@@ -213,7 +213,7 @@ def test_without_dropout_parts_are_the_whole_batch(data):
         torch.testing.assert_close(other[1][name], gradient, atol=2e-6, rtol=1e-3)
 
 
-def test_parts_of_a_pack_are_its_sequences_in_order():
+def test_parts_of_a_pack_contain_its_sequences_in_order():
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 9, 13)
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
@@ -229,7 +229,7 @@ def test_parts_of_a_pack_are_its_sequences_in_order():
     assert len(packed.parts(1)) == len(lengths)
 
 
-def test_gap_codes_are_doublings():
+def test_gap_codes_are_powers_of_two():
     offsets = np.array([0, 4, 4, 6])
     seconds = np.array([100, 100, 101, 109, 50, 49])
     found = gap_codes(offsets, seconds * 1_000_000)
@@ -246,8 +246,8 @@ def test_gap_codes_are_doublings():
 
 
 @pytest.mark.parametrize("encoder", ["transformer", "gru"])
-def test_gaps_are_read_in_training_as_in_ranking(data, encoder):
-    """By hand: the encoder reads the item's vector and that of the gap before it, none for a window's first item."""
+def test_gaps_are_the_same_in_training_and_in_ranking(data, encoder):
+    """By hand: the encoder reads the item's vector plus that of the gap before it, none for a window's first item."""
     settings = f"query_tower.history.sequence={{kind: {encoder}, blocks: 1, dropout: 0, gaps: true}}"
     towers, batch, split = made(data, settings)
     towers.eval()
@@ -286,7 +286,7 @@ def test_gaps_are_read_in_training_as_in_ranking(data, encoder):
         torch.testing.assert_close(alone, together, atol=1e-5, rtol=1e-4)
         without = ranker.embed(batch.queries.numpy(), history)
         assert not torch.allclose(without, together, atol=1e-3)
-        # What lies before the newest L items changes nothing, the gap before the first of them neither.
+        # Items before the newest L, and the gap before the first of these, have no effect.
         longer = (np.array([0, 7]), np.array([1, 2, 3, 4, 5, 6, 7], dtype=np.int32))
         some = [np.array([0, 9, far, 3, 4, 5, 6], dtype=np.int8) for far in (2, 20)]
         one, other = (ranker.embed(np.array([-1]), longer, gaps=g) for g in some)
@@ -309,8 +309,8 @@ def test_gaps_need_times(data):
         make_batches(config, bare)
 
 
-def test_contexts_go_with_their_rows_in_any_order(data):
-    """The first batch's encoded context is that of its rows, also of a later selection."""
+def test_contexts_belong_to_their_rows_in_any_order(data):
+    """The first batch's encoded context belongs to its rows, also for a selection of rows."""
     config = Config.load(None, [*SMALL, f"query_tower.context={CONTEXT}"]).resolved(len(data))
     train = leave_last_out(data).train
     features = encode_features(config, train)["context"]

@@ -1,4 +1,4 @@
-"""A planted answer: taste is a colour. New items are ranked by their colour, which an id-only model cannot know."""
+"""A planted answer: queries prefer one colour. New items are ranked by colour, which an id-only model cannot know."""
 
 import json
 
@@ -64,7 +64,7 @@ def model(split):
 
 
 def share_of_own_colour(embeddings, model, split):
-    """Of the ten new items ranked first for each query, how many have its colour; chance is a quarter."""
+    """Return the share of each query's ten best new items that have its colour; chance is a quarter."""
     queries = model.retriever.ranker.embed(split.test.queries, (split.test.history_offsets, split.test.history_items))
     best = (queries @ embeddings.T).topk(NEW // 4).indices.numpy()
     return float((best % 4 == (split.test.queries % 4)[:, None]).mean())
@@ -79,22 +79,22 @@ def test_new_items_are_ranked_by_their_features(model, split):
 def test_an_id_only_model_cannot_rank_them(split):
     ids = tt.fit(split, Config.load(None, SETTINGS), progress=False)
     old = ids.rank(split.test, 10, True)
-    assert float((old % 4 == (split.test.queries % 4)[:, None]).mean()) > 0.6, "it has learnt the taste"
+    assert float((old % 4 == (split.test.queries % 4)[:, None]).mean()) > 0.6, "it has learned the preference"
     assert share_of_own_colour(ids.artifact.item_embeddings[OLD:], ids, split) < 0.45
 
 
-def test_items_of_no_vocabulary_are_embedded_from_dicts(model, split):
+def test_items_outside_the_vocabulary_are_embedded_from_dicts(model, split):
     rows = [{"colour": COLOURS[j % 4], "words": "a new thing"} for j in range(NEW)]
     assert share_of_own_colour(model.artifact.towers.embed_new_items(rows), model, split) > 0.9
 
 
-def test_the_settings_in_force_are_written_out(model):
+def test_the_resolved_settings_are_saved(model):
     features = model.artifact.config.query_tower.features
     assert [(one.column, one.kind) for one in features] == [("age", "numeric")]
     assert Config.load(None, []).model_validate(model.artifact.config.model_dump(mode="json")) == model.artifact.config
 
 
-def test_a_loaded_model_embeds_the_same(model, split, tmp_path):
+def test_a_loaded_model_computes_the_same_embeddings(model, split, tmp_path):
     folder = model.save(tmp_path / "model")
     loaded = Artifact.load(folder)
     assert torch.equal(loaded.towers.item_embeddings(), model.artifact.towers.item_embeddings())
@@ -110,7 +110,7 @@ def test_a_loaded_model_embeds_the_same(model, split, tmp_path):
         Artifact.load(folder)
 
 
-def test_auto_without_a_table_is_none():
+def test_auto_features_without_a_table_are_none():
     rows = pl.DataFrame({"user_id": [1, 1, 1, 2, 2, 2], "item_id": [1, 2, 3, 1, 2, 3]})
     bare = leave_last_out(Interactions.from_frame(rows))
     overrides = ["item_tower.features=auto", "item_tower.id_dropout=0.3", "training.max_epochs=1"]

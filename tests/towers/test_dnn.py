@@ -1,4 +1,4 @@
-"""Dense layers against the formula, written out."""
+"""Dense layers compared with their formula."""
 
 import pytest
 import torch
@@ -26,13 +26,13 @@ def test_blocks_follow_the_formula(residual, layer_norm):
 
 
 def test_dropout_comes_before_the_skip():
-    """A block all of whose units are dropped passes its input on."""
+    """A block with all units dropped returns its input."""
     layers = DNN([4, 4, 2], dropout=1.0, residual=True).train()
     x = torch.randn(3, 4)
     assert torch.equal(layers.blocks(x), x)
 
 
-def test_plain_layers_stay_an_mlp():
+def test_layers_without_options_are_an_mlp():
     assert isinstance(dense_layers([4, 3, 2], dropout=0.1), MLP)
     assert isinstance(dense_layers([4, 3, 2], dropout=0.1, layer_norm=True), DNN)
 

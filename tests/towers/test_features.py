@@ -1,4 +1,4 @@
-"""Features inside towers: lookups, averages, gradients, id dropout, items and queries nobody has seen."""
+"""Features inside towers: lookups, averages, gradients, id dropout, unseen items and queries."""
 
 import numpy as np
 import polars as pl
@@ -59,8 +59,8 @@ def inputs(encoded):
     return made
 
 
-def test_the_parts_stand_side_by_side(inputs, encoded):
-    """Row by row in plain loops: the colour's vector, the mean of the tags' vectors, the numbers as they are."""
+def test_the_parts_are_concatenated(inputs, encoded):
+    """Row by row in plain loops: the colour's vector, the mean of the tags' vectors, the unchanged numbers."""
     found = inputs(torch.tensor([3, 0, 12]))
     colours, tags = inputs.embeddings["0"].weight, inputs.embeddings["1"].weight
     for row, code in enumerate([3, 0, 12]):
@@ -72,17 +72,17 @@ def test_the_parts_stand_side_by_side(inputs, encoded):
     assert found.shape == (3, inputs.width) == (3, 3 + 4 + 2 + 6)
 
 
-def test_a_code_nobody_knows_is_the_row_of_which_nothing_is_known(inputs):
+def test_an_unknown_code_is_a_row_of_missing_values(inputs):
     nothing = inputs.embed(inputs.encode([dict.fromkeys(["colour", "tags", "price", "image"])]))
     assert torch.equal(inputs(torch.tensor([-1])), nothing)
     assert not torch.equal(inputs(torch.tensor([N - 1])), nothing)
 
 
-def test_rows_of_the_table_given_as_new_are_embedded_alike(inputs):
+def test_known_rows_passed_as_new_rows_are_embedded_the_same(inputs):
     assert torch.allclose(inputs.embed(inputs.encode(table())), inputs(torch.arange(N)), atol=1e-6)
 
 
-def test_what_training_never_shows_says_nothing(encoded):
+def test_values_never_trained_start_at_zero(encoded):
     fresh = FeatureInputs(encoded, dimension=8)
     assert not fresh.embeddings["0"].weight[:2].any(), "missing and unknown start at zero"
     assert fresh.embeddings["0"].weight[2:].all()
@@ -90,13 +90,13 @@ def test_what_training_never_shows_says_nothing(encoded):
     assert FeatureInputs(hashed, dimension=8).embeddings["0"].weight[1:].all(), "the first bucket is a value"
 
 
-def test_the_features_of_the_whole_side_are_not_in_the_state(inputs):
+def test_the_encoded_features_are_not_in_the_state(inputs):
     assert not any(name.startswith("rows") for name in inputs.state_dict())
     assert inputs.to("meta").rows0.device.type == "meta", "but they move with the model"
 
 
 @pytest.mark.parametrize(("size", "width"), [(2, 4), (6, 5), (100, 20), (10_000, 64)])
-def test_widths_that_are_not_told(size, width):
+def test_automatic_widths(size, width):
     assert auto_width(size, 64) == width
 
 
@@ -113,20 +113,20 @@ def test_gradients_reach_every_part(encoded, settings):
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
-def test_a_hidden_id_leaves_exactly_the_features(encoded):
+def test_an_item_with_a_hidden_id_is_embedded_by_its_features_only(encoded):
     tower = item_tower(encoded, hidden=[8], id_dropout=0.999999, residual=True)
     by_features = tower.embed_features(tower.features.encode(table()))
     tower.train()
     assert torch.allclose(tower(torch.arange(N)), by_features, atol=1e-6)
     tower.eval()
-    assert (tower(torch.arange(N)) - by_features).abs().amax(1).min() > 1e-3, "at inference the id is there"
+    assert (tower(torch.arange(N)) - by_features).abs().amax(1).min() > 1e-3, "at inference the id is used"
 
 
-def test_ids_are_hidden_as_often_as_told(encoded):
-    """Binomial: 0.3 of 40,000 ids within four standard deviations, none of them in evaluation mode."""
+def test_ids_are_hidden_at_the_configured_rate(encoded):
+    """Binomial: 0.3 of 40,000 ids within four standard deviations, none in evaluation mode."""
     tower = item_tower(encoded, id_dropout=0.3)
     with torch.no_grad():
-        tower.ids.weight.fill_(1.0)  # the vector in the id's place is zero
+        tower.ids.weight.fill_(1.0)  # the vector used instead of the id is zero
     codes = torch.arange(N).repeat(1000)
     tower.train()
     hidden = int((tower._own(codes).sum(1) == 0).sum())
@@ -135,7 +135,7 @@ def test_ids_are_hidden_as_often_as_told(encoded):
     assert (tower._own(codes).sum(1) == 8).all()
 
 
-def test_an_item_never_in_training_is_known_by_its_features_alone(encoded):
+def test_an_item_never_in_training_is_embedded_by_its_features_only(encoded):
     trained = torch.arange(N) != 5
     tower = item_tower(encoded, hidden=[8], trained=trained).eval()
     by_features = tower.embed_features(tower.features.encode(table()))
@@ -143,7 +143,7 @@ def test_an_item_never_in_training_is_known_by_its_features_alone(encoded):
     assert same.tolist() == (~trained).tolist()
     tower.train()
     tower(torch.arange(N)).sum().backward()
-    assert not tower.ids.weight.grad[5].any(), "being drawn as a candidate teaches its id nothing"
+    assert not tower.ids.weight.grad[5].any(), "being drawn as a candidate does not train its id"
 
 
 def test_a_tower_without_ids_embeds_by_features(encoded):
@@ -164,21 +164,21 @@ def built(config, **more):
     return build_towers(config, num_queries=6, num_items=N, item_features=whole, **more).eval()
 
 
-def test_new_items_by_name_of_their_columns():
+def test_new_items_are_embedded_from_named_columns():
     towers = built(config_of("item_tower.hidden=[8]"), trained_items=torch.zeros(N, dtype=torch.bool))
     rows = table().select("colour", "price").to_dicts()
     towers.train()
     embedded = towers.embed_new_items(rows)
-    assert towers.training, "the mode is left as it was"
-    assert torch.allclose(embedded, towers.item_embeddings(), atol=1e-6), "no id is trained: features are all there is"
+    assert towers.training, "the mode is restored"
+    assert torch.allclose(embedded, towers.item_embeddings(), atol=1e-6), "no id is trained, so only features are used"
     assert torch.allclose(embedded.norm(dim=1), torch.ones(N))
     with pytest.raises(InputError, match="column 'price', row 2: expected a number"):
         towers.embed_new_items([{"colour": "red", "price": 1}, {"colour": "red", "price": "x"}])
-    with pytest.raises(ValueError, match="by their id alone"):
+    with pytest.raises(ValueError, match="no features, only ids"):
         built(Config.load(None, ["item_tower.dimension=8"])).embed_new_items(rows)
 
 
-def test_a_history_of_items_with_their_features():
+def test_a_history_of_items_with_features():
     """Pooled by hand: the item tower's embeddings of the history's items, averaged with the learned weights."""
     towers = built(config_of("query_tower.history.item_features=true", "query_tower.history.length=3"))
     history = torch.tensor([[-1, 4, 7], [-1, -1, -1], [4, 4, 9]])
@@ -202,7 +202,7 @@ def test_shared_and_separate_items_of_the_history():
         built(config_of("item_tower.id_embedding=false"))
 
 
-def test_queries_known_by_their_features():
+def test_queries_are_embedded_by_their_features():
     ages = pl.DataFrame({"user_id": range(6), "age": [20, 30, 40, 50, 60, None]})
     query = EncodedTable.fit("query", [NumericFeature(column="age")], ages, ids=ages["user_id"])
     config = Config.load(None, ["item_tower.dimension=8", "query_tower.history=null"])
@@ -216,22 +216,22 @@ def test_queries_known_by_their_features():
         build_towers(config, num_queries=6, num_items=N)
 
 
-def test_settings_that_need_features_say_so():
+def test_settings_that_need_features_are_refused_without_them():
     for wrong in ("item_tower.id_dropout=0.2", "item_tower.id_embedding=false"):
         with pytest.raises(InputError, match="need features"):
             Config.load(None, [wrong])
 
 
 def test_text_by_a_model_is_embedded_once(monkeypatch, tmp_path):
-    """A stand-in for the model counts what it is asked: the second time the cache answers."""
-    asked = []
+    """A fake model counts the texts it encodes: the second time they come from the cache."""
+    counts = []
 
     class Letters:
         def get_embedding_dimension(self):
             return 3
 
         def encode(self, texts, **_):
-            asked.append(len(texts))
+            counts.append(len(texts))
             return np.array([[text.count("a"), text.count("b"), 1.0] for text in texts], dtype=np.float32)
 
     from twotower.data import text
@@ -243,7 +243,7 @@ def test_text_by_a_model_is_embedded_once(monkeypatch, tmp_path):
     declared = [TextFeature(column="title", model="letters")]
     first = EncodedTable.fit("item", declared, frame, ids=frame["item_id"])
     again = EncodedTable.fit("item", declared, frame, ids=frame["item_id"])
-    assert asked == [80], "each distinct text once"
+    assert counts == [80], "each distinct text once"
     assert np.array_equal(first.arrays[0], again.arrays[0])
     length = np.linalg.norm([7, 1, 1])
     assert np.allclose(first.arrays[0][7], [7 / length, 1 / length, 1 / length, 0])

@@ -1,4 +1,4 @@
-"""The sequence tower: no look ahead, packed as one at a time, and what is read of a history."""
+"""The sequence tower: causality, packed sequences compared with single ones, and which items of a history it reads."""
 
 import math
 from itertools import pairwise
@@ -14,7 +14,7 @@ from twotower.towers.sequence import _shown
 
 ITEMS, WIDTH, LENGTH = 40, 16, 12
 
-#: Encoder, and the number of averages by recency.
+#: Encoder, and the number of recency averages.
 KINDS = {
     "classic": ("classic", 0),
     "classic, recency": ("classic", 3),
@@ -43,7 +43,7 @@ def tower_of(kind: str, *, dropout: float = 0.0, item_dropout: float = 0.0, seed
 
 
 def packed_of(lengths: list[int], seed: int = 0) -> tuple[Packed, np.ndarray, np.ndarray, np.ndarray]:
-    """Packed sequences of so many tokens, the items they are cut from, where each begins, and the rows' items."""
+    """Make packed sequences of given lengths; also return the items, each sequence's start, and the rows' items."""
     codes = np.random.default_rng(seed).integers(0, ITEMS, sum(lengths))
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
     packed, _, follow = pack(starts, np.array(lengths), codes, last_only=False)
@@ -51,8 +51,8 @@ def packed_of(lengths: list[int], seed: int = 0) -> tuple[Packed, np.ndarray, np
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_comes_later_changes_nothing(kind):
-    """Change one item of one sequence: outputs that have not seen it stay bit for bit, and others move."""
+def test_later_items_do_not_change_earlier_outputs(kind):
+    """Change one item of one sequence: outputs before it stay equal bit by bit, and outputs after it change."""
     tower = tower_of(kind).eval()
     lengths = [9, 3, 11, 10, 1]
     packed, codes, starts, follow = packed_of(lengths)
@@ -70,7 +70,7 @@ def test_what_comes_later_changes_nothing(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_equals_one_at_a_time(kind):
-    """Outputs and gradients of many sequences in groups are those of every prefix on its own."""
+    """Outputs and gradients of many sequences in groups equal those of every prefix alone."""
     tower = tower_of(kind).eval()
     lengths = [9, 3, 11, 10, 1, 12]
     packed, codes, starts, follow = packed_of(lengths)
@@ -93,7 +93,7 @@ def test_packed_equals_one_at_a_time(kind):
 
 
 def slow_attention(x, attention):
-    """[L, D] -> [L, D], every pair of places on its own."""
+    """Compute attention [L, D] -> [L, D], one pair of positions at a time."""
     width, heads = x.shape[1], attention.heads
     size = width // heads
     joined = (x @ attention.projection.weight.T + attention.projection.bias).reshape(len(x), 3, heads, size)
@@ -110,7 +110,7 @@ def slow_attention(x, attention):
 
 
 def slow_input(tower, codes):
-    """What the encoder reads, and what is added to what it gives (None: nothing), token by token."""
+    """Compute the encoder's input and what is added to its output (None for nothing), token by token."""
     x = torch.cat([tower.start[None], tower.history_items.weight[codes]])
     if tower.recency is None:
         return x * math.sqrt(WIDTH), None
@@ -145,7 +145,7 @@ def slow_feedforward(x, layer):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "gru" not in kind])
 @torch.no_grad()
-def test_a_transformer_is_what_its_formula_says(kind):
+def test_a_transformer_equals_its_formula(kind):
     tower = tower_of(kind).eval()
     codes = torch.tensor([3, 17, 3, 39, 0, 8])
     x, added = slow_input(tower, codes)
@@ -160,7 +160,7 @@ def test_a_transformer_is_what_its_formula_says(kind):
 
 @pytest.mark.parametrize("kind", ["gru", "gru, recency"])
 @torch.no_grad()
-def test_a_gru_is_what_its_formula_says(kind):
+def test_a_gru_equals_its_formula(kind):
     tower = tower_of(kind).eval()
     codes = torch.tensor([3, 17, 3, 39, 0, 8])
     x, added = slow_input(tower, codes)
@@ -187,44 +187,44 @@ def test_only_the_newest_items_count(kind):
     history = torch.randint(0, ITEMS, (3, LENGTH + 5))
     other = history.clone()
     other[:, :5] = (other[:, :5] + 1) % ITEMS
-    nobody = torch.full((3,), -1)
-    assert torch.equal(tower(nobody, history), tower(nobody, other))
-    assert torch.equal(tower(nobody, history), tower(nobody, history[:, 5:]))
-    other[:, 5] = (other[:, 5] + 1) % ITEMS  # the oldest that counts
-    assert bool(((tower(nobody, history) - tower(nobody, other)).abs().amax(1) > 0).all())
+    unknown = torch.full((3,), -1)
+    assert torch.equal(tower(unknown, history), tower(unknown, other))
+    assert torch.equal(tower(unknown, history), tower(unknown, history[:, 5:]))
+    other[:, 5] = (other[:, 5] + 1) % ITEMS  # the oldest item that is read
+    assert bool(((tower(unknown, history) - tower(unknown, other)).abs().amax(1) > 0).all())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_histories_of_any_length_in_any_order(kind):
-    """Empty ones are the start token alone; a rectangle, as exports run it, gives what packing gives."""
+    """An empty history is the start token alone; a rectangle, as in exports, gives the same result as packing."""
     tower = tower_of(kind).eval()
     generator = torch.Generator().manual_seed(0)
     present = torch.randint(0, LENGTH + 1, (50, 1), generator=generator)
     present[7] = 0
     history = torch.randint(0, ITEMS, (50, LENGTH), generator=generator)
     history = torch.where(torch.arange(LENGTH, 0, -1) <= present, history, -1)
-    nobody = torch.full((50,), -1)
-    found = tower(nobody, history)
+    unknown = torch.full((50,), -1)
+    found = tower(unknown, history)
     assert float((tower._rectangle(history) - found).abs().max()) < 1e-9
     read, added = slow_input(tower, history[7, :0])
     alone = tower.encoder(read, torch.zeros(1, dtype=torch.int64), ((1, 1),))[0]
     alone = alone if added is None else alone / math.sqrt(WIDTH) + added[0]
     assert float((found[7] - alone).abs().max()) < 1e-9
     with torch.enable_grad():
-        assert float((tower(nobody, history) - found).detach().abs().max()) < 1e-9
-    assert tower(nobody[:0], history[:0]).shape == (0, WIDTH)
+        assert float((tower(unknown, history) - found).detach().abs().max()) < 1e-9
+    assert tower(unknown[:0], history[:0]).shape == (0, WIDTH)
     for row in (0, 7, 30):
         kept = history[row][history[row] >= 0][None]
-        assert float((tower(nobody[:1], kept) - found[row]).abs().max()) < 1e-9
+        assert float((tower(unknown[:1], kept) - found[row]).abs().max()) < 1e-9
 
 
-def test_hidden_items_and_dropout_only_while_training():
+def test_items_are_hidden_and_dropout_is_applied_only_in_training():
     tower = tower_of("classic", dropout=0.5, item_dropout=0.5)
     packed = packed_of([9, 3, 11])[0]
     assert not torch.equal(tower.train().embed(packed), tower.embed(packed))
     assert torch.equal(tower.eval().embed(packed), tower.embed(packed))
-    hidden = tower_of("classic", item_dropout=254 / 256).train()  # nearly all items: only places are left to tell
+    hidden = tower_of("classic", item_dropout=254 / 256).train()  # nearly all items: only positions are left
     torch.manual_seed(0)
     first = hidden.embed(packed_of([9], seed=1)[0])
     torch.manual_seed(0)
@@ -232,14 +232,14 @@ def test_hidden_items_and_dropout_only_while_training():
     torch.testing.assert_close(first, second, atol=1e-9, rtol=0)
 
 
-def test_a_history_is_needed():
+def test_a_history_is_required():
     with pytest.raises(ValueError, match="needs the recent items"):
         tower_of("gru")(torch.tensor([0]), None)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_groups_have_the_fewest_tokens(seed):
-    """Against every way to cut the sorted lengths into groups."""
+    """Compare with every way to cut the sorted lengths into groups."""
     rng = np.random.default_rng(seed)
     lengths, cost = rng.integers(1, 30, 9), int(rng.integers(1, 40))
     groups = length_groups(lengths, cost=cost)
@@ -262,8 +262,8 @@ def test_histories_are_packed_by_length():
 
 
 @pytest.mark.parametrize("p", [0.999, 1 - 1e-9, math.nextafter(1.0, 0.0)])
-def test_just_below_one_something_is_left(p):
-    """On a CPU a chance is counted in 256ths: of 65,536 numbers 1/256 are kept, within 5 standard deviations."""
+def test_dropout_just_below_one_keeps_some_numbers(p):
+    """On a CPU probabilities are in 256ths: of 65,536 numbers 1/256 are kept, within 5 standard deviations."""
     torch.manual_seed(0)
     dropped = Dropout(p).train()(torch.ones(65_536))
     assert dropped.isfinite().all() and abs(float(dropped.mean()) - 1) < 5 * math.sqrt(255 / 65_536)

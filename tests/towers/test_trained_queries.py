@@ -1,4 +1,4 @@
-"""Queries without a training row: their ids say as little as those of queries nobody has met."""
+"""Queries without a training row: they are embedded like unknown queries."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def made(changes, trained=None):
 
 
 @pytest.mark.parametrize("changes", [[], SEQUENCE], ids=["pooled", "sequence"])
-def test_a_query_without_a_training_row_is_one_nobody_has_met(changes):
+def test_a_query_without_a_training_row_is_embedded_like_an_unknown_one(changes):
     towers, whole = made(changes, TRAINED), made(changes)
     queries, history = torch.arange(Q), torch.randint(-1, N, (Q, 5)).sort(1).values
     with torch.no_grad():
@@ -31,7 +31,7 @@ def test_a_query_without_a_training_row_is_one_nobody_has_met(changes):
 
 
 @pytest.mark.parametrize("changes", [[], SEQUENCE], ids=["pooled", "sequence"])
-def test_of_older_weights_all_count_as_trained(changes):
+def test_all_queries_of_older_weights_count_as_trained(changes):
     towers = made(changes, TRAINED)
     saved = towers.state_dict()
     (name,) = [name for name in saved if name.startswith("query_tower.") and name.endswith("trained")]

@@ -1,4 +1,4 @@
-"""From query embeddings to the best items: exact and approximate search, filters, the popularity dial, ties."""
+"""Search for the best items of query embeddings: exact and approximate indexes, filters, popularity dial, ties."""
 
 from twotower.index.ann import ApproximateIndex
 from twotower.index.build import KINDS, IndexReport, build_index, load_index

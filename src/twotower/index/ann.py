@@ -1,4 +1,4 @@
-"""Approximate search that loses nothing to filters: over-fetch, re-score exactly, fall back to every item."""
+"""Approximate search with reliable filters: over-fetch, re-score exactly, fall back to exact search."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from twotower.index.catalog import Codes, ExactCatalog, Mask, Vectors, plain
 from twotower.index.ties import tie_order
 from twotower.index.topk import Exclusion, pack_keys, unpack_columns, unpack_scores
 
-#: Queries answered at once: bounds the memory of gathered candidates.
+#: Queries per block; bounds the memory of gathered candidates.
 BLOCK = 256
 
-#: Below this share of the catalog, or so many items, allowed items are searched exactly: that is faster than a graph
-#: most of whose nodes are not allowed, and loses nothing.
+#: If at most 1/NARROW_SHARE of the catalog or NARROW_ITEMS items are allowed, they are searched exactly: that is faster
+#: than a graph most of whose nodes are not allowed, and loses nothing.
 NARROW_SHARE = 20
 NARROW_ITEMS = 2000
 
 
 class Engine(Protocol):
-    """What proposes candidates: HNSW, IVF-PQ, or a database. Distances are negative inner products, never L2.
+    """A backend that proposes candidates: HNSW, IVF-PQ, or a database. Ranks by inner product, never by L2.
 
     Attributes:
         kind: its name.
-        effort: how hard it looks: more finds more and takes longer.
-        max_effort: the most that `effort` may be.
+        effort: search effort: a higher value finds more and takes longer.
+        max_effort: maximum of `effort`.
     """
 
     kind: str
@@ -37,52 +37,52 @@ class Engine(Protocol):
     max_effort: int
 
     def candidates(self, queries: NDArray[np.float32], k: int, allowed: Mask | None, depth: float) -> Codes:
-        """Codes of about the k best items for each query, int64 [B, k], -1 where it found fewer.
+        """Return the codes of about the k best items of each query, int64 [B, k], -1 where fewer were found.
 
         Args:
             queries: float32 [B, D].
-            k: how many.
-            allowed: bool [N], the only items that may come back; removed ones never do.
-            depth: how many times further down than usual the items wanted may stand, because what stands above is
-                excluded or not allowed; at least 1. The effort follows it.
+            k: number of candidates.
+            allowed: bool [N], the only items that may be returned; removed items never are.
+            depth: factor by which the search must go deeper than usual, because items ranked higher are excluded or
+                not allowed; at least 1. The effort is increased accordingly.
         """
 
     def add(self, codes: Codes, vectors: NDArray[np.float32]) -> None:
-        """Items with new codes."""
+        """Add items under new codes."""
 
     def remove(self, codes: Codes) -> None:
-        """Items leave; their codes may be added again."""
+        """Remove items; their codes may be added again."""
 
     def count(self) -> int:
-        """How many items it has, without removed ones."""
+        """Return the number of items, removed ones excluded."""
 
     def settings(self) -> dict[str, Any]:
-        """What it was built with, as JSON values."""
+        """Return the settings it was built with, as JSON values."""
 
     def size(self) -> int:
-        """Bytes it takes, beside the embeddings."""
+        """Return its size in bytes, the embeddings excluded."""
 
     def save(self, folder: Path) -> None:
-        """Write what `load` of the same class reads."""
+        """Write the files that `load` of the same class reads."""
 
 
 class ApproximateIndex:
-    """An engine's candidates, re-scored with the true embeddings.
+    """An approximate index: an engine proposes candidates, which are re-scored with the exact embeddings.
 
-    A search asks the engine for more than K, leaves out what is excluded, and asks for twice as many for the rows that
-    have fewer than K left. Rows for which the engine has no more are searched exactly. So K items come back wherever K
-    are left, as from an exact index; which ones is approximate, and their scores are exact inner products in float32.
+    A search fetches more than K candidates, drops excluded ones, and fetches twice as many for the rows with fewer than
+    K left. Rows for which the engine has no more candidates are searched exactly. So K items are returned whenever K
+    are left, as from an exact index. Which items is approximate; their scores are exact inner products in float32.
     Ties are broken as everywhere, see `tie_order`.
 
     Args:
         items: float [N, D], the embeddings that the engine was built on. They are shared, not copied; see `Vectors`.
-        engine: what proposes candidates.
-        alive: bool [N], False for items that were removed; None where all are there.
-        oversample: candidates fetched for each result, for engines whose own order is coarse.
-        last: float [N], a last coordinate of the vectors that is kept apart from `items`, or None.
+        engine: proposes candidates.
+        alive: bool [N], False for removed items; None if no item was removed.
+        oversample: candidates fetched per result, for engines with a coarse order of their own.
+        last: float [N], a last coordinate of the vectors that is stored separately from `items`, or None.
 
     Raises:
-        ValueError: a wrong shape, or NaN.
+        ValueError: a shape is wrong, or an embedding is NaN.
     """
 
     is_exact = False
@@ -109,13 +109,13 @@ class ApproximateIndex:
 
     @property
     def num_items(self) -> int:
-        """N, removed items among them."""
+        """N, including removed items."""
         return self.vectors.num_items
 
     def search(
         self, queries: Tensor, k: int, exclude: Exclusion | None = None, *, allowed: Mask | None = None
     ) -> tuple[Tensor, Tensor]:
-        """About the K allowed items of highest inner product; see `Index.search`.
+        """Find approximately the K allowed items with the highest inner products; see `Index.search`.
 
         Raises:
             ValueError: a shape is wrong, or K < 1.
@@ -140,39 +140,39 @@ class ApproximateIndex:
         return scores, items
 
     def add(self, vectors: Tensor) -> Codes:
-        """Items [n, D] join, without a rebuild; their new codes."""
+        """Add items [n, D] without a rebuild; return their new codes."""
         codes = self.vectors.add(vectors)
         self._exact = self._ties = None
         self.engine.add(codes, vectors.detach().float().cpu().numpy())
         return codes
 
     def update(self, codes: Codes, vectors: Tensor) -> None:
-        """Items get new embeddings [n, D], without a rebuild."""
+        """Replace the embeddings of items, [n, D], without a rebuild."""
         self.engine.remove(codes[self.vectors.alive[codes]])
         self.vectors.update(codes, vectors)
         self._exact = None
         self.engine.add(codes, vectors.detach().float().cpu().numpy())
 
     def remove(self, codes: Codes) -> None:
-        """Items never come back."""
+        """Remove items from all future results."""
         self.engine.remove(codes[self.vectors.alive[codes]])
         self.vectors.remove(codes)
 
     def _block(self, queries: Tensor, k: int, excluded: Codes, mask: Mask | None) -> tuple[Tensor, Tensor]:
-        """One block of rows; `excluded` are row * N + item, ascending."""
+        """Search one block of rows; `excluded` are row * N + item, ascending."""
         count = self.num_items if mask is None else int(mask.sum())
         scores = torch.full((len(queries), k), -torch.inf)
         items = torch.full((len(queries), k), -1, dtype=torch.int64)
         rows = np.arange(len(queries))
-        # The average exclusion in a block usually suffices; the rows with more come round again.
+        # Allowing for the block's average number of exclusions is usually enough; other rows are searched again.
         fetch = min(count, int(np.ceil((k + len(excluded) / max(len(queries), 1)) * self.oversample)))
         while len(rows) and fetch:
             depth = max(1.0, fetch / (k * self.oversample) * (self.num_items / count))
             found = self.engine.candidates(queries[rows].numpy(), fetch, mask, depth)
-            # A database may know of items that were added after this index was read.
+            # A database may contain items that were added after this index was loaded.
             found = np.where(found < self.num_items, found, -1)
             kept = (found >= 0) & ~_is_in(rows[:, None] * self.num_items + found, excluded)
-            # Fewer than asked for: it has no more. Fewer than K left: it may have.
+            # Fewer candidates than requested: the engine has no more. Fewer than K left after exclusions: it may have.
             short = kept.sum(1) < min(k, count)
             ended = short & ((found < 0).any(1) | (fetch >= count))
             done = ~short
@@ -185,7 +185,7 @@ class ApproximateIndex:
         return scores, items
 
     def _best(self, queries: Tensor, found: Codes, kept: Mask, k: int) -> tuple[Tensor, Tensor]:
-        """The K best of some candidates, by exact scores."""
+        """Select the K best candidates by exact scores."""
         codes = torch.from_numpy(np.where(kept, found, 0))
         scores = torch.bmm(self.vectors.rows(codes), queries[:, :, None])[:, :, 0]
         return self._sorted(scores, codes, torch.from_numpy(kept), k)
@@ -200,14 +200,14 @@ class ApproximateIndex:
         return best[0], items[0]
 
     def _sorted(self, scores: Tensor, codes: Tensor, kept: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The best K of [B, m] scores, ties in the one order; -inf and -1 where fewer are kept."""
+        """Select the K best of [B, m] scores, ties by `tie_order`; -inf and -1 where fewer are kept."""
         order, place = self._tie_order()
         keys = torch.where(kept, pack_keys(scores, place[codes]), torch.iinfo(torch.int64).min)
         best = keys.topk(min(k, keys.shape[1]), dim=1).values
-        there = best != torch.iinfo(torch.int64).min
+        is_found = best != torch.iinfo(torch.int64).min
         out_scores, out_items = torch.full((len(scores), k), -torch.inf), torch.full((len(scores), k), -1)
-        out_scores[:, : best.shape[1]] = torch.where(there, unpack_scores(best), -torch.inf)
-        out_items[:, : best.shape[1]] = torch.where(there, order[unpack_columns(best)], -1)
+        out_scores[:, : best.shape[1]] = torch.where(is_found, unpack_scores(best), -torch.inf)
+        out_items[:, : best.shape[1]] = torch.where(is_found, order[unpack_columns(best)], -1)
         return out_scores, out_items
 
     def _tie_order(self) -> tuple[Tensor, Tensor]:
@@ -223,7 +223,7 @@ class ApproximateIndex:
 
 
 def _pairs(offsets: Codes, items: Codes, num_items: int) -> Codes:
-    """(row, item) of compressed rows as single integers, row * N + item."""
+    """Encode the (row, item) pairs of compressed rows as single integers, row * N + item."""
     return np.repeat(np.arange(len(offsets) - 1, dtype=np.int64), np.diff(offsets)) * num_items + items
 
 
@@ -236,6 +236,6 @@ def _is_in(values: Codes, ascending: Codes) -> Mask:
 
 def _check(offsets: Codes, items: Codes, rows: int, num_items: int) -> None:
     if offsets.shape != (rows + 1,) or offsets[0] != 0 or offsets[-1] != len(items) or (np.diff(offsets) < 0).any():
-        raise ValueError(f"exclude: offsets must have shape [{rows + 1}] and rise from 0 to {len(items)}")
+        raise ValueError(f"exclude: offsets must have shape [{rows + 1}] and increase from 0 to {len(items)}")
     if len(items) and not 0 <= items.min() <= items.max() < num_items:
         raise ValueError(f"exclude: items must be codes in 0 .. {num_items - 1}")

@@ -1,4 +1,4 @@
-"""The K best scores of each row met so far, and the filter that finds what may join them."""
+"""The K best scores of each row seen so far, and the filter that finds new candidates for them."""
 
 from collections.abc import Callable
 
@@ -7,25 +7,25 @@ from torch import Tensor
 
 from twotower.index.keys import EMPTY, pack_keys, unpack_scores
 
-#: Scores whose maximum is taken together. They stand apart in memory, so that taking it runs along whole vectors.
+#: Scores per chunk maximum. They are strided in memory, so that the maximum is computed with full vector operations.
 LANES = 32
 
 Rescore = Callable[[Tensor, Tensor], Tensor]
-"""`rescore(row [P], column [P]) -> [P]` float32: the score that counts, where offers came by an estimate."""
+"""`rescore(row [P], column [P]) -> [P]` float32: the exact scores of candidates that were offered by an estimate."""
 
 
 class Best:
-    """The K best keys of each row of one block, and what waits to be merged with them.
+    """The K best keys of each row of one block, and candidates waiting to be merged with them.
 
     Args:
         rows: R, rows of the block.
         k: K.
-        device: where the scores are.
-        rescore: gives the scores of what was offered without them.
+        device: the device of the scores.
+        rescore: computes the scores of candidates that are offered without one.
 
     Attributes:
-        threshold: [R, 1] float32; a score must lie above it. Columns come in tie order, so a score that equals the
-            K-th held result loses to it.
+        threshold: [R, 1] float32; only a score above it can be among the K best. Columns arrive in tie order, so a
+            score equal to the current K-th best loses to it.
     """
 
     def __init__(self, rows: int, k: int, device: torch.device, rescore: Rescore | None = None) -> None:
@@ -36,16 +36,16 @@ class Best:
         self._keys = torch.full((rows, k), EMPTY, dtype=torch.int64, device=device)
         self._waiting: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self._count = 0
-        # A late merge sorts more at once, an early one sharpens the thresholds.
+        # Late merges sort more at once; early merges raise the thresholds sooner.
         self._most = rows * max(k // 4, 16)
 
     def bound(self, least: Tensor) -> None:
-        """Tell what the K-th best of all is at least, [R, 1]: an equal score may still belong to the best."""
+        """Set a lower bound on the final K-th best score, [R, 1]; an equal score may still be among the best."""
         self.threshold = torch.maximum(self.threshold, torch.nextafter(least, least.new_tensor(-torch.inf)))
         self.bounded = True
 
     def offer(self, row: Tensor, column: Tensor, score: Tensor | None) -> bool:
-        """Take candidates [P], in any order; True where the thresholds may have risen."""
+        """Add candidates [P], in any order; return True if the thresholds may have risen."""
         if row.numel() == 0:
             return False
         self._waiting.append((row, column, score))
@@ -56,7 +56,7 @@ class Best:
         return True
 
     def sorted(self) -> Tensor:
-        """[R, K] keys, descending."""
+        """Return the keys [R, K], descending."""
         self._merge()
         return self._keys.sort(dim=1, descending=True).values
 
@@ -69,7 +69,7 @@ class Best:
         self._waiting, self._count = [], 0
         row, by_row = row.sort()
         count = torch.bincount(row, minlength=len(self._keys))
-        # Rows ascend, so an entry's place in its row is its position less the start of its row.
+        # Rows are sorted, so an entry's place in its row is its position minus the start of its row.
         place = torch.arange(len(row), device=row.device) - (torch.cumsum(count, 0) - count)[row]
         keys = self._keys.new_full((len(self._keys), self.k + int(count.max())), EMPTY)
         keys[:, : self.k] = self._keys
@@ -87,21 +87,21 @@ class Best:
 
 
 def chunk_maxima(tile: Tensor) -> Tensor:
-    """Maxima of chunks of LANES columns each, [R, width // LANES]; the last width % LANES columns are in none."""
+    """Compute maxima over chunks of LANES columns, [R, width // LANES]; the last width % LANES columns are skipped."""
     chunks = tile.shape[1] // LANES
-    # A view, though the rows of a tile with columns to spare do not follow each other.
+    # A strided view, because rows of a tile with leftover columns are not contiguous chunks.
     body = tile.as_strided((len(tile), LANES, chunks), (tile.stride(0), chunks, 1))
     maxima: Tensor = body.amax(1)
     return maxima
 
 
 def above(tile: Tensor, maxima: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, columns and values of the entries above their row's threshold; the tile itself is not read again.
+    """Return rows, columns and values of the entries above their row's threshold, without reading the whole tile again.
 
     Args:
-        tile: [R, width], contiguous, any ordered type.
+        tile: [R, width], contiguous, any ordered dtype.
         maxima: its `chunk_maxima`.
-        threshold: [R, 1] of the same type.
+        threshold: [R, 1] of the same dtype.
     """
     width, chunks = tile.shape[1], maxima.shape[1]
     passing = (maxima > threshold).view(-1).nonzero()[:, 0]
@@ -119,9 +119,9 @@ def above(tile: Tensor, maxima: Tensor, threshold: Tensor) -> tuple[Tensor, Tens
 
 
 def kth_largest(tile: Tensor, maxima: Tensor, k: int) -> Tensor | None:
-    """A lower bound on the K-th largest of each row of a tile, [R, 1]; None where it has fewer than K columns.
+    """Return a lower bound on the K-th largest value of each row of a tile, [R, 1]; None if it has < K columns.
 
-    Each maximum of a chunk is a score, so the K-th largest of them is such a bound, at a fraction of the cost.
+    Each chunk maximum is a score, so the K-th largest of them is such a bound, at a fraction of the cost.
     """
     if tile.shape[1] < k:
         return None

@@ -1,6 +1,6 @@
-"""An approximate index by its kind: built, its recall measured, refused below a floor, and loaded again.
+"""Construction of approximate indexes by kind: build, measure recall, refuse recall below a floor, load.
 
-Names are turned into classes here, as towers are in `towers/build.py`: a served model does it without the trainer.
+Kinds are mapped to classes here, as towers are in `towers/build.py`, because serving does it without the trainer.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from twotower.index.quantized import IVFPQ
 
 KINDS = ("exact", "hnsw", "ivfpq", "pgvector")
 
-#: Kind -> candidates fetched for each result. Product quantization orders coarsely; the others know every score.
+#: Kind -> candidates fetched per result. Product quantization has a coarse order; the others compute exact scores.
 OVERSAMPLE = {"hnsw": 1.0, "ivfpq": 4.0, "pgvector": 1.0}
 
-#: Exact answers are computed for so many queries at once.
+#: Queries searched at once when recall is measured.
 BLOCK = 256
 
 
 @dataclass(frozen=True)
 class IndexReport:
-    """How an index was built and what it is worth.
+    """The settings and the measured recall of an index.
 
     Attributes:
         kind: hnsw, ivfpq or pgvector.
         num_items: N.
-        settings: of the engine; `effort` as it was left.
-        recall: share of the exact K best that it finds, for each name of a set of queries.
+        settings: settings of the engine; `effort` is the final value.
+        recall: share of the exact top K that it finds, per named set of queries.
         k: K.
-        num_queries: queries in each set.
-        build_seconds: without the measuring.
-        bytes: memory, or disk in a database, beside the embeddings.
+        num_queries: queries in the largest set.
+        build_seconds: build time, without measuring recall.
+        bytes: memory, or disk space in a database, the embeddings excluded.
     """
 
     kind: str
@@ -56,7 +56,7 @@ class IndexReport:
     bytes: int
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Convert to JSON values."""
         return asdict(self)
 
 
@@ -69,20 +69,21 @@ def build_index(
     min_recall: float | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> tuple[ApproximateIndex, IndexReport]:
-    """Build an approximate index and measure its recall on queries as they will be asked.
+    """Build an approximate index and measure its recall on realistic queries.
 
-    Where recall is below the floor, the index is told to look harder, twice as hard each time, as far as its kind goes.
+    While recall is below the floor, the search effort is doubled, up to the maximum of the kind.
 
     Args:
         kind: hnsw, ivfpq or pgvector.
         items: float [N, D].
-        queries: sets of queries [E, D] by name; the floor holds for each.
-        k: K of the recall; at most N are looked at.
-        min_recall: the floor, in (0, 1]; None takes what comes.
-        settings: of the engine, such as `effort`.
+        queries: sets of queries [E, D] by name; the floor applies to each set.
+        k: K of the recall, at most N.
+        min_recall: the floor, in (0, 1]; None for no floor.
+        settings: settings of the engine, such as `effort`.
 
     Raises:
-        InputError: an unknown kind or setting, a floor out of range or not reached, or what the kind needs is missing.
+        InputError: the kind or a setting is unknown, the floor is out of range or not reached, or a package or database
+            that the kind needs is missing.
     """
     if min_recall is not None and not 0.0 < min_recall <= 1.0:
         raise InputError(f"min_recall: expected a number above 0 and at most 1, found {min_recall}")
@@ -93,18 +94,18 @@ def build_index(
     try:
         engine: Engine = kinds[kind](items.detach().float().cpu().numpy(), **(settings or {}))
     except TypeError as error:
-        raise InputError(f"index: {kind} has no such setting ({error})") from None
+        raise InputError(f"index: unknown setting for {kind} ({error})") from None
     seconds = time.perf_counter() - start
     index = ApproximateIndex(items, engine, oversample=OVERSAMPLE[kind])
-    best = {name: exact_answers(items, asked, k) for name, asked in queries.items()}
-    recall = {name: recall_of(index, asked, best[name]) for name, asked in queries.items()}
+    best = {name: exact_answers(items, chosen, k) for name, chosen in queries.items()}
+    recall = {name: recall_of(index, chosen, best[name]) for name, chosen in queries.items()}
     while min_recall is not None and min(recall.values()) < min_recall and engine.effort < engine.max_effort:
         engine.effort = min(2 * engine.effort, engine.max_effort)
-        recall = {name: recall_of(index, asked, best[name]) for name, asked in queries.items()}
+        recall = {name: recall_of(index, chosen, best[name]) for name, chosen in queries.items()}
     if min_recall is not None and min(recall.values()) < min_recall:
         worst = min(recall, key=lambda name: recall[name])
         raise InputError(
-            f"index: {kind} finds {recall[worst]:.4f} of the exact top {min(k, len(items))} ({worst}) with all its "
+            f"index: {kind} finds {recall[worst]:.4f} of the exact top {min(k, len(items))} ({worst}) at its maximum "
             f"effort ({engine.effort}), below the floor {min_recall}; nothing was written. Lower --min-recall, raise "
             "links or build_effort, or use exact"
         )
@@ -114,7 +115,7 @@ def build_index(
         settings=engine.settings(),
         recall={name: round(value, 5) for name, value in recall.items()},
         k=min(k, len(items)),
-        num_queries=max((len(asked) for asked in queries.values()), default=0),
+        num_queries=max((len(chosen) for chosen in queries.values()), default=0),
         build_seconds=round(seconds, 2),
         bytes=engine.size(),
     )
@@ -129,33 +130,33 @@ def load_index(
     *,
     last: Tensor | None = None,
 ) -> ApproximateIndex:
-    """An index that was built before.
+    """Load an index that was built before.
 
     Args:
         report: `IndexReport.to_dict()`.
         items: the embeddings it was built on.
-        folder: what its engine wrote.
+        folder: where its engine was saved.
         alive: bool [N], False for removed items.
-        last: float [N], their last coordinate where it is kept apart; see `Vectors`.
+        last: float [N], their last coordinate if it is stored separately; see `Vectors`.
 
     Raises:
-        InputError: an unknown kind, or what the kind needs is missing.
+        InputError: the kind is unknown, or a package or database that it needs is missing.
     """
     loaders: dict[str, Any] = {"hnsw": HNSW.load, "ivfpq": IVFPQ.load, "pgvector": PgVector.load}
     kind = report["kind"]
     if kind not in loaders:
-        raise InputError(f"{folder}: an index of the unknown kind {kind!r}; build it again with `twotower index`")
+        raise InputError(f"{folder}: index of unknown kind {kind!r}; rebuild it with `twotower index`")
     engine: Engine = loaders[kind](folder, dict(report["settings"]))
     return ApproximateIndex(items, engine, alive=alive, oversample=OVERSAMPLE[kind], last=last)
 
 
 def exact_answers(items: Tensor, queries: Tensor, k: int) -> Tensor:
-    """The exact K best of each query, int64 [E, min(K, N)]."""
+    """Compute the exact top K of each query, int64 [E, min(K, N)]."""
     return ExactCatalog(items).search(queries, min(k, len(items)))[1]
 
 
 def recall_of(index: Index, queries: Tensor, best: Tensor) -> float:
-    """Mean share of the exact answers [E, K] among the index's own K."""
+    """Compute the recall of an index: the mean share of the exact top K, [E, K], that it returns."""
     shares = []
     for start in range(0, len(queries), BLOCK):
         rows = slice(start, start + BLOCK)

@@ -1,4 +1,4 @@
-"""Exact search that can be narrowed to some items, and whose items come and go."""
+"""Exact search over a changing catalog, optionally restricted to some items."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Mask = NDArray[np.bool_]
 
 
 class Index(Protocol):
-    """What answers queries by inner product: `ExactCatalog` and `ApproximateIndex`; `vectors` are what is searched."""
+    """An index over item vectors, searched by inner product: `ExactCatalog` or `ApproximateIndex`."""
 
     vectors: Vectors
 
@@ -28,22 +28,22 @@ class Index(Protocol):
 
     @property
     def is_exact(self) -> bool:
-        """Whether the K items returned are always the K best; evaluation refuses an index that says no."""
+        """True if the K items returned are always the K best; evaluation refuses an index where it is False."""
 
     @property
     def num_items(self) -> int:
-        """N: codes run from 0 to N - 1, removed ones among them."""
+        """N: codes run from 0 to N - 1, including removed ones."""
 
     def search(
         self, queries: Tensor, k: int, exclude: Exclusion | None = None, *, allowed: Mask | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The K items of highest inner product.
+        """Find the K items with the highest inner products.
 
         Args:
             queries: [B, D].
             k: K.
             exclude: compressed rows `(offsets int64 [B+1], items)` of codes to leave out, or None.
-            allowed: bool [N], the only items that may come back, in every row; None for all.
+            allowed: bool [N], the only items that may be returned, in every row; None for all.
 
         Returns:
             scores: [B, K] float32, descending, -inf where no item was left.
@@ -51,29 +51,29 @@ class Index(Protocol):
         """
 
     def add(self, vectors: Tensor) -> Codes:
-        """Items [n, D] join the catalog; their new codes."""
+        """Add items [n, D] to the catalog; return their new codes."""
 
     def update(self, codes: Codes, vectors: Tensor) -> None:
-        """Items get new embeddings [n, D]."""
+        """Replace the embeddings of items, [n, D]."""
 
     def remove(self, codes: Codes) -> None:
-        """Items never come back from a search; their codes are not used again."""
+        """Remove items from all future results; their codes are not assigned to other items."""
 
 
 class Vectors:
-    """The embeddings of a catalog, row = code, and which of them are still in it.
+    """The embeddings of a catalog, row = code, and a mask of the items still in it.
 
-    float32 embeddings on the CPU are shared with the caller, who may have them mapped from a file, until items come or
-    change. A last coordinate can be kept apart from them: a vector is then `[items, last]`, and nothing is copied to
-    make the embeddings one wider.
+    float32 embeddings on the CPU are shared with the caller (they may be memory-mapped) until items are added or
+    updated. A last coordinate can be stored separately: a vector is then `[items, last]`, without copying the
+    embeddings to widen them by one.
 
     Args:
         items: float [N, D].
-        alive: bool [N]; None where all are.
+        alive: bool [N], False for removed items; None if no item was removed.
         last: float [N], one more coordinate of each item, or None.
 
     Raises:
-        ValueError: a wrong shape, or NaN.
+        ValueError: a shape is wrong, or an embedding is NaN.
     """
 
     def __init__(self, items: Tensor, alive: Mask | None = None, *, last: Tensor | None = None) -> None:
@@ -90,28 +90,28 @@ class Vectors:
 
     @property
     def num_items(self) -> int:
-        """N, removed items among them."""
+        """N, including removed items."""
         return len(self.items)
 
     @property
     def dim(self) -> int:
-        """Width of a vector."""
+        """Width of a vector, including `last`."""
         return int(self.items.shape[1]) + (self.last is not None)
 
     def rows(self, codes: Tensor) -> Tensor:
-        """Vectors of codes of any shape, [..., width]."""
+        """Return the vectors of codes of any shape, [..., width]."""
         if self.last is None:
             return self.items[codes]
         return torch.cat([self.items[codes], self.last[codes][..., None]], -1)
 
     def scores(self, query: Tensor) -> Tensor:
-        """Inner products of every item with one query [width], [N]."""
+        """Compute the inner products of all items with one query [width], [N]."""
         if self.last is None:
             return self.items @ query
         return torch.addmv(self.last * query[-1], self.items, query[:-1])
 
     def add(self, vectors: Tensor) -> Codes:
-        """New rows at the end; their codes."""
+        """Append rows; return their codes."""
         checked = self._checked(vectors)
         self.items = torch.cat([self.items, checked[:, : self.items.shape[1]]])
         if self.last is not None:
@@ -120,29 +120,29 @@ class Vectors:
         return np.arange(len(self.items) - len(vectors), len(self.items), dtype=np.int64)
 
     def update(self, codes: Codes, vectors: Tensor) -> None:
-        """Other values in some rows, which are alive again if they were removed."""
+        """Replace some rows; removed ones are in the catalog again."""
         if len(codes) != len(vectors):
             raise ValueError(f"vectors must have shape [{len(codes)}, {self.dim}], got {list(vectors.shape)}")
         checked, rows = self._checked(vectors), torch.from_numpy(self._rows(codes))
-        # Copies: the caller's tensors stay as they were.
+        # index_copy copies: the caller's tensors are not modified.
         self.items = self.items.index_copy(0, rows, checked[:, : self.items.shape[1]])
         if self.last is not None:
             self.last = self.last.index_copy(0, rows, checked[:, -1])
         self.alive[codes] = True
 
     def remove(self, codes: Codes) -> None:
-        """Rows that are no longer in the catalog."""
+        """Mark rows as removed from the catalog."""
         self.alive[self._rows(codes)] = False
 
     def allowed(self, wanted: Mask | None) -> Mask | None:
-        """Rows in the catalog and wanted; None where that is all of them."""
+        """Return the mask of rows that are in the catalog and wanted; None for all rows."""
         if wanted is not None and wanted.shape != (self.num_items,):
             raise ValueError(f"allowed must have shape [{self.num_items}], got {list(wanted.shape)}")
         mask = self.alive if wanted is None else self.alive & wanted
         return None if mask.all() else mask
 
     def checked_queries(self, queries: Tensor) -> Tensor:
-        """Queries [B, D] as float32 on the CPU."""
+        """Check the shape of queries [B, D] and convert them to float32 on the CPU."""
         if queries.ndim != 2 or queries.shape[1] != self.dim:
             raise ValueError(f"queries must have shape [B, {self.dim}], got {list(queries.shape)}")
         return queries.detach().to("cpu", torch.float32).contiguous()
@@ -164,16 +164,17 @@ class Vectors:
 class ExactCatalog:
     """`ExactIndex` over the items of a catalog that are allowed and not removed.
 
-    A narrowed search lays the allowed items out in an index of their own, kept for the next search with the same mask:
-    its cost is that of a smaller catalog. A few forbidden items among many are left out row by row instead.
+    A restricted search builds an index of the allowed items, cached for the next search with the same mask, so that it
+    costs as much as a search in a smaller catalog. If only a few items are not allowed, they are excluded in every row
+    instead.
 
     Args:
         items: float [N, D], or the `Vectors` of another catalog, which are then shared.
-        alive: bool [N], False for removed items; None where all are there.
-        bias: float [N], added to the items' scores, or None. A catalog with a bias takes no new items.
+        alive: bool [N], False for removed items; None if no item was removed.
+        bias: float [N], added to the items' scores, or None. A catalog with a bias cannot be changed.
 
     Raises:
-        ValueError: a wrong shape, or NaN.
+        ValueError: a shape is wrong, or an embedding is NaN.
     """
 
     kind = "exact"
@@ -186,9 +187,9 @@ class ExactCatalog:
         self._narrow: tuple[bytes, ExactIndex, Codes] | None = None
 
     def with_bias(self, bias: Tensor) -> ExactCatalog:
-        """The same items with `bias` [N] added to their scores; embeddings and their layout are shared, not copied.
+        """Return a catalog with `bias` [N] added to the scores; embeddings and layout are shared, not copied.
 
-        It is for searching only, and as the catalog is now: changes are made to this one, and another asked for.
+        The result is a read-only snapshot. After changes to this catalog, request a new one.
         """
         other = ExactCatalog(self.vectors, bias=bias)
         other._whole = self._all().with_bias(bias)
@@ -196,13 +197,13 @@ class ExactCatalog:
 
     @property
     def num_items(self) -> int:
-        """N, removed items among them."""
+        """N, including removed items."""
         return self.vectors.num_items
 
     def search(
         self, queries: Tensor, k: int, exclude: Exclusion | None = None, *, allowed: Mask | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The K allowed items of highest inner product; see `Index.search`.
+        """Find the K allowed items with the highest inner products; see `Index.search`.
 
         Raises:
             ValueError: a shape is wrong, a score is NaN, or an exclusion is out of range.
@@ -221,42 +222,42 @@ class ExactCatalog:
         return scores, torch.where(found >= 0, torch.from_numpy(codes)[found.clamp(min=0)], -1)
 
     def add(self, vectors: Tensor) -> Codes:
-        """Items [n, D] join; their new codes. The next search lays the catalog out anew."""
+        """Add items [n, D]; return their new codes. The next search rebuilds the layout."""
         self._refuse_bias()
         codes = self.vectors.add(vectors)
         self._whole = self._narrow = None
         return codes
 
     def update(self, codes: Codes, vectors: Tensor) -> None:
-        """Items get new embeddings [n, D]."""
+        """Replace the embeddings of items, [n, D]. The next search rebuilds the layout."""
         self._refuse_bias()
         self.vectors.update(codes, vectors)
         self._whole = self._narrow = None
 
     def remove(self, codes: Codes) -> None:
-        """Items never come back; nothing is laid out anew for a few."""
+        """Remove items from all future results, without a rebuild."""
         self.vectors.remove(codes)
 
     def _refuse_bias(self) -> None:
         if self._bias is not None:
-            raise ValueError("a catalog with a bias is for searching; change the one it was made from")
+            raise ValueError("a catalog with a bias is read-only; change the catalog it was made from")
 
     def _all(self) -> ExactIndex:
         if self._whole is None:
-            whole = self.vectors
-            items = whole.items if whole.last is None else whole.rows(torch.arange(self.num_items))
+            vectors = self.vectors
+            items = vectors.items if vectors.last is None else vectors.rows(torch.arange(self.num_items))
             self._whole = ExactIndex(items, self._bias)
         return self._whole
 
     def _subset(self, mask: Mask) -> tuple[ExactIndex, Codes]:
-        """An index over the items of a mask, and the code of each of its rows."""
+        """Return an index over the items of a mask, and the code of each of its rows."""
         key = np.packbits(mask).tobytes()
         if self._narrow is not None and self._narrow[0] == key:
             return self._narrow[1], self._narrow[2]
         order = tie_order(self.num_items).numpy()
         kept = order[mask[order]]
-        # The subset breaks ties by the hash of its own rows; the item that wins all ties is put into the row that
-        # does, so that equal scores come in the order that the whole catalog gives them.
+        # The subset's index breaks ties by a hash of its row numbers. Items are assigned to rows in tie order, so that
+        # equal scores are ordered as in the whole catalog.
         codes = np.empty_like(kept)
         codes[tie_order(len(kept)).numpy()] = kept
         chosen = torch.from_numpy(codes)
@@ -266,7 +267,7 @@ class ExactCatalog:
 
 
 def joined(exclude: Exclusion | None, everywhere: Codes, rows: int) -> Exclusion:
-    """Exclusions with some more items in each row."""
+    """Add items to the exclusions of every row."""
     more = np.tile(everywhere, rows)
     sizes = np.full(rows, len(everywhere))
     if exclude is None:
@@ -278,13 +279,13 @@ def joined(exclude: Exclusion | None, everywhere: Codes, rows: int) -> Exclusion
 
 
 def plain(exclude: Exclusion) -> tuple[Codes, Codes]:
-    """An exclusion as two int64 arrays."""
+    """Convert an exclusion to two int64 arrays."""
     offsets, items = exclude
     return np.asarray(offsets, dtype=np.int64), np.asarray(items, dtype=np.int64)
 
 
 def _within(exclude: Exclusion | None, mask: Mask, codes: Codes) -> Exclusion | None:
-    """Exclusions in the rows of a subset; what is not in it is left out already."""
+    """Map exclusions to the rows of a subset; items outside the subset are dropped."""
     if exclude is None:
         return None
     offsets, items = plain(exclude)

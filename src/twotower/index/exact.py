@@ -13,27 +13,27 @@ from twotower.index.topk import Progress, top_k
 
 
 class ExactIndex:
-    """All items, every score: the index that evaluation trusts.
+    """Exact search that scores every item; the index used by evaluation.
 
     The score of item j for a query q is
 
         s_j = <q, x_j> + b_j
 
-    in float32. Results are ordered by score, then by the fixed order of `tie_order`. The items are kept once, laid
-    out in that order: ties then need no work, and the catalog is met in random order, which keeps the top-k filter
-    sharp even when codes follow popularity.
+    in float32. Results are ordered by score, then by the fixed order of `tie_order`. The items are stored once, laid
+    out in that order: ties then need no work, and the catalog is scanned in random order, which keeps the top-k filter
+    effective even if codes follow popularity.
 
     On processors with bfloat16 matrix units a large search is screened (`twotower.index.screen`): faster, and exact.
 
-    Equal means bit-equal float32. A matrix product may round the last bit differently for other shapes of its
-    tiles, so exact ties between *different* computations are not promised; tie-breaking is.
+    Equal means bit-equal float32. A matrix product may round the last bit differently for other tile shapes, so ties
+    between *different* computations are not guaranteed; tie-breaking is.
 
     Args:
-        items: [N, D] item embeddings, float16, bfloat16, float32 or float64. Held as float32 on the same device.
+        items: [N, D] item embeddings, float16, bfloat16, float32 or float64. Stored as float32 on the same device.
         bias: [N] added to each item's score, or None.
-        first: of a run of a larger catalog, the code of its first item: ties are broken as in the whole. Results and
-            exclusions are counted from it.
-        in_tie_order: the items stand in the order of `tie_order` already, float32; they are then kept, not copied.
+        first: for a contiguous part of a larger catalog, the code of its first item: ties are broken as in the whole
+            catalog. Results and exclusions are relative to it.
+        in_tie_order: the items are already float32 in the order of `tie_order`; they are then shared, not copied.
 
     Raises:
         ValueError: shapes disagree, or an embedding or bias is NaN.
@@ -71,10 +71,10 @@ class ExactIndex:
         return int(self._items.shape[1])
 
     def with_bias(self, bias: Tensor) -> "ExactIndex":
-        """The same items with another bias [N]; they are shared, not copied.
+        """Return an index with another bias [N]; the items are shared, not copied.
 
         Raises:
-            ValueError: a wrong shape, or NaN.
+            ValueError: the shape is wrong, or a bias is NaN.
         """
         if bias.shape != self._items.shape[:1]:
             raise ValueError(f"bias must have shape [{self.num_items}], got {list(bias.shape)}")
@@ -96,17 +96,17 @@ class ExactIndex:
         progress: Progress | None = None,
         screened: bool | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The K items of highest score for each query.
+        """Find the K items with the highest scores for each query.
 
         Args:
-            queries: [B, D] query embeddings, any floating type, any device.
-            k: K, how many items. May exceed N.
+            queries: [B, D] query embeddings, any floating dtype, any device.
+            k: K, number of items. May exceed N.
             exclude: compressed rows `(offsets int64 [B+1], items)` of item codes to leave out, or None.
-            row_block: rows of a tile, chosen when None; the result does not depend on it.
-            column_tile: columns of a tile, likewise.
+            row_block: rows per tile, automatic if None; the result does not depend on it.
+            column_tile: columns per tile, automatic if None; the result does not depend on it.
             progress: `progress(done, total)` is called after every tile.
-            screened: estimate all scores in bfloat16 first, and score in float32 what may be among the best
-                (`twotower.index.screen`). None: where that is faster, which needs a processor with bfloat16 matrix
+            screened: estimate all scores in bfloat16 first, and score in float32 only what may be among the best
+                (`twotower.index.screen`). None: if that is faster, which requires a processor with bfloat16 matrix
                 units, a large catalog, no bias and more than a few queries.
 
         Returns:
@@ -118,14 +118,14 @@ class ExactIndex:
         """
         if queries.ndim != 2 or queries.shape[1] != self.dim:
             raise ValueError(f"queries must have shape [B, {self.dim}], got {list(queries.shape)}")
-        asked = queries.detach().to(self._items.device, torch.float32)
-        if self._screened(len(asked), screened):
+        vectors = queries.detach().to(self._items.device, torch.float32)
+        if self._screened(len(vectors), screened):
             found = self._screen.search(
-                asked, k, exclude, row_block=row_block, column_tile=column_tile, progress=progress
+                vectors, k, exclude, row_block=row_block, column_tile=column_tile, progress=progress
             )
             if found is not None:
                 return found
-        buffer: dict[tuple[int, int], Tensor] = {}  # one output for each shape of tile: at most four
+        buffer: dict[tuple[int, int], Tensor] = {}  # one output per tile shape: at most four
 
         def score_tile(rows: slice, columns: slice) -> Tensor:
             shape = (rows.stop - rows.start, columns.stop - columns.start)
@@ -133,12 +133,12 @@ class ExactIndex:
                 buffer[shape] = torch.empty(shape, dtype=torch.float32, device=self._items.device)
             tile, items = buffer[shape], self._items[columns].T
             if self._bias is None:
-                return torch.mm(asked[rows], items, out=tile)
-            return torch.addmm(self._bias[columns], asked[rows], items, out=tile)
+                return torch.mm(vectors[rows], items, out=tile)
+            return torch.addmm(self._bias[columns], vectors[rows], items, out=tile)
 
         return top_k(
             score_tile,
-            len(asked),
+            len(vectors),
             self._order,
             k,
             exclude,
@@ -151,10 +151,10 @@ class ExactIndex:
     def _screen(self) -> screen.Screen:
         return screen.Screen(self._items, self._order)
 
-    def _screened(self, queries: int, asked: bool | None) -> bool:
+    def _screened(self, queries: int, requested: bool | None) -> bool:
         possible = self._bias is None and self._items.device.type == "cpu" and self.num_items > 0 and queries > 0
-        if asked is not None:
-            return asked and possible
+        if requested is not None:
+            return requested and possible
         return (
             possible
             and queries >= screen.LEAST_QUERIES

@@ -1,4 +1,4 @@
-"""Items that a search must leave out, met tile by tile."""
+"""Items that a search must leave out, tile by tile."""
 
 from dataclasses import dataclass
 
@@ -19,14 +19,14 @@ class Entries:
     bounds: list[int]
 
     def tile(self, index: int, left: int) -> tuple[Tensor, Tensor]:
-        """Rows and columns within tile number `index`, whose first column is `left`."""
+        """Return the rows and columns within tile number `index`, whose first column is `left`."""
         chosen = slice(self.bounds[index], self.bounds[index + 1])
         return self.rows[chosen], self.columns[chosen] - left
 
 
 @dataclass(frozen=True)
 class Excluded:
-    """Checked exclusions, with items turned into columns."""
+    """Validated exclusions, with items converted to columns."""
 
     offsets: Tensor
     columns: Tensor
@@ -34,10 +34,10 @@ class Excluded:
 
     @classmethod
     def of(cls, exclude: Exclusion, num_rows: int, order: Tensor) -> "Excluded":
-        """Check compressed rows [num_rows + 1] of items; `order` is [N], the item of each column.
+        """Validate compressed rows [num_rows + 1] of items; `order` is [N], the item of each column.
 
         Raises:
-            ValueError: offsets that are none, or an item out of range.
+            ValueError: the offsets are invalid, or an item is out of range.
         """
         offsets = torch.as_tensor(np.asarray(exclude[0], dtype=np.int64))
         items = torch.as_tensor(np.asarray(exclude[1], dtype=np.int64)).to(order.device)
@@ -45,7 +45,7 @@ class Excluded:
         if offsets.shape != (num_rows + 1,):
             raise ValueError(f"exclude: offsets must have shape [{num_rows + 1}], got {list(offsets.shape)}")
         if offsets[0] != 0 or offsets[-1] != len(items) or bool((offsets.diff() < 0).any()):
-            raise ValueError(f"exclude: offsets must rise from 0 to the number of items, {len(items)}")
+            raise ValueError(f"exclude: offsets must increase from 0 to the number of items, {len(items)}")
         if len(items) and not 0 <= int(items.min()) <= int(items.max()) < num_items:
             raise ValueError(f"exclude: items must be codes in 0 .. {num_items - 1}")
         column_of = torch.empty_like(order)
@@ -53,7 +53,7 @@ class Excluded:
         return cls(offsets, column_of[items], num_items)
 
     def block(self, start: int, stop: int, columns: int) -> Entries:
-        """The entries of rows start:stop, for tiles of so many columns."""
+        """Return the entries of rows start:stop, for tiles of `columns` columns."""
         offsets = self.offsets[start : stop + 1]
         column = self.columns[int(offsets[0]) : int(offsets[-1])]
         row = torch.repeat_interleave(torch.arange(stop - start), offsets.diff()).to(column.device)

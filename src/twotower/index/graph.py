@@ -1,4 +1,4 @@
-"""HNSW (Malkov and Yashunin, 2018) by inner product, through faiss."""
+"""HNSW (Malkov and Yashunin, 2018) by inner product, using faiss."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from twotower.index.catalog import Codes, Mask
 
 
 def faiss_module() -> Any:
-    """The faiss package, imported when first needed.
+    """Import faiss on first use.
 
     Raises:
-        InputError: it is not installed.
+        InputError: faiss is not installed.
     """
     try:
         import faiss  # noqa: PLC0415  # an extra
@@ -27,18 +27,17 @@ def faiss_module() -> Any:
 
 
 class HNSW:
-    """A graph over the items, walked from hubs to the neighbourhood of the query.
+    """A navigable graph over the items, searched from entry points to the neighbourhood of the query.
 
-    Removed items stay in the graph as stepping stones and are left out of results; an updated item is removed and added
-    again. After many removals a new graph is smaller. A graph that was loaded is mapped from its file, not read: pages
-    come in as searches meet them, and processes share them. The first item that is added to it brings all of it into
-    memory.
+    Removed items remain in the graph as intermediate nodes and are filtered from the results; an updated item is
+    removed and added again. After many removals, rebuilding gives a smaller graph. A loaded graph is memory-mapped:
+    pages are read on demand and shared by processes. Adding the first item copies the whole graph into memory.
 
     Args:
         vectors: float32 [N, D]; row = code.
-        links: M, edges of each node; 2 M on the lowest level. 8 M bytes an item.
-        build_effort: efConstruction, how many nodes are looked at to place one.
-        effort: efSearch, how many are kept while searching; at least the number of results.
+        links: M, edges per node; 2 M on the lowest level. 8 M bytes per item.
+        build_effort: efConstruction, how many nodes are considered when one is inserted.
+        effort: efSearch, size of the candidate list during search; at least the number of results.
 
     Raises:
         InputError: faiss is not installed.
@@ -61,10 +60,10 @@ class HNSW:
         self.add(np.arange(len(vectors), dtype=np.int64), vectors)
 
     def candidates(self, queries: NDArray[np.float32], k: int, allowed: Mask | None, depth: float) -> Codes:
-        """See `Engine.candidates`."""
+        """Return candidates; see `Engine.candidates`."""
         faiss = faiss_module()
-        # The beam is at least as wide as what is fetched, so it follows the depth by itself; some slack keeps its far
-        # end as good as its near end.
+        # efSearch is at least k, so it grows with the depth anyway; the extra factor keeps the recall of the last
+        # candidates as good as that of the first.
         settings: dict[str, Any] = {"efSearch": round(max(self.effort, k) * min(depth, 2.0))}
         live = self._live if allowed is None else self._live & allowed[self._codes]
         bits = np.packbits(live, bitorder="little")  # faiss keeps a pointer to it while it searches
@@ -78,8 +77,8 @@ class HNSW:
         return codes
 
     def add(self, codes: Codes, vectors: NDArray[np.float32]) -> None:
-        """See `Engine.add`."""
-        if self._mapped:  # faiss ends the process when something is added to a mapped graph
+        """Add items; see `Engine.add`."""
+        if self._mapped:  # faiss aborts the process if an item is added to a mapped graph
             faiss = faiss_module()
             self._graph, self._mapped = faiss.deserialize_index(faiss.serialize_index(self._graph)), False
         self._graph.add(np.ascontiguousarray(vectors))
@@ -87,29 +86,29 @@ class HNSW:
         self._live = np.concatenate([self._live, np.ones(len(codes), dtype=np.bool_)])
 
     def remove(self, codes: Codes) -> None:
-        """See `Engine.remove`."""
+        """Remove items; see `Engine.remove`."""
         self._live &= ~np.isin(self._codes, codes)
 
     def count(self) -> int:
-        """See `Engine.count`."""
+        """Return the number of items; see `Engine.count`."""
         return int(self._live.sum())
 
     def settings(self) -> dict[str, Any]:
-        """See `Engine.settings`."""
+        """Return the settings; see `Engine.settings`."""
         return {**self._settings, "effort": self.effort}
 
     def size(self) -> int:
-        """Bytes of the graph and of its own copy of the vectors."""
+        """Return the size in bytes of the graph and of its copy of the vectors."""
         return int(self._graph.ntotal * (4 * self._graph.d + 8 * self._settings["links"] + 9))
 
     def save(self, folder: Path) -> None:
-        """See `Engine.save`."""
+        """Write the graph; see `Engine.save`."""
         faiss_module().write_index(self._graph, str(folder / "graph.faiss"))
         save_file({"codes": self._codes, "live": self._live}, folder / "rows.safetensors")
 
     @classmethod
     def load(cls, folder: Path, settings: dict[str, Any]) -> HNSW:
-        """What `save` wrote."""
+        """Load a graph written by `save`."""
         engine = cls.__new__(cls)
         engine.effort = int(settings["effort"])
         engine._settings = {name: int(settings[name]) for name in ("links", "build_effort")}

@@ -1,4 +1,4 @@
-"""Items in PostgreSQL, searched by pgvector's HNSW index with its negative inner product operator `<#>`."""
+"""Items in PostgreSQL, searched with pgvector's HNSW index and its negative inner product operator `<#>`."""
 
 from __future__ import annotations
 
@@ -24,23 +24,24 @@ OLDEST = (0, 8)
 
 
 class PgVector:
-    """One table in a database: the item's code, and its vector under an HNSW index.
+    """One table in a database: item codes, and vectors with an HNSW index.
 
-    The table is made in one transaction and replaces an older one of the same name. A narrowed search hands the allowed
-    codes to the database, which scans the index until it has K of them or gives up (`hnsw.iterative_scan`).
+    The table is created in one transaction and replaces an older one of the same name. A restricted search passes the
+    allowed codes to the database, which scans the index until it has K of them or reaches its limit
+    (`hnsw.iterative_scan`).
 
     Args:
         vectors: float32 [N, D], D at most 2,000; row = code.
-        url: where the database is, as libpq reads it: `postgresql://user@host/database`, or empty for the variables
-            PGHOST, PGUSER, ... A password is not kept: give it in PGPASSWORD or ~/.pgpass.
-        table: name of the table: letters, digits and underscores.
-        links: m, edges of each node.
+        url: database URL as libpq reads it: `postgresql://user@host/database`, or empty for the variables PGHOST,
+            PGUSER, ... A password is not stored: set PGPASSWORD or use ~/.pgpass.
+        table: name of the table: lower-case letters, digits and underscores.
+        links: m, edges per node.
         build_effort: ef_construction.
         effort: ef_search, at most 1,000.
 
     Raises:
-        InputError: psycopg is not installed, the database cannot be reached, its pgvector is missing or older than 0.8,
-            or the vectors are too wide.
+        InputError: psycopg is not installed, the database cannot be reached, its pgvector extension is missing or older
+            than 0.8, or the vectors are too wide.
     """
 
     kind = "pgvector"
@@ -58,7 +59,7 @@ class PgVector:
         effort: int = 100,
     ) -> None:
         if vectors.shape[1] > MAX_DIM:
-            raise InputError(f"pgvector: an index holds at most {MAX_DIM:,} dimensions, found {vectors.shape[1]:,}")
+            raise InputError(f"pgvector: an index has at most {MAX_DIM:,} dimensions, found {vectors.shape[1]:,}")
         self._start(url, table, {"links": links, "build_effort": build_effort}, effort)
         with self._cursor() as cursor:
             _require_extension(cursor)
@@ -74,7 +75,7 @@ class PgVector:
             cursor.execute(f"ANALYZE {self._table}")
 
     def candidates(self, queries: NDArray[np.float32], k: int, allowed: Mask | None, depth: float) -> Codes:
-        """See `Engine.candidates`."""
+        """Return candidates; see `Engine.candidates`."""
         found = np.full((len(queries), k), -1, dtype=np.int64)
         effort = min(round(max(self.effort, k) * min(depth, 2.0)), MAX_EFFORT)
         where = ""
@@ -91,50 +92,50 @@ class PgVector:
         return found
 
     def add(self, codes: Codes, vectors: NDArray[np.float32]) -> None:
-        """See `Engine.add`."""
+        """Add items; see `Engine.add`."""
         with self._cursor() as cursor:
             self._copy(cursor, codes, vectors)
 
     def remove(self, codes: Codes) -> None:
-        """See `Engine.remove`."""
+        """Remove items; see `Engine.remove`."""
         with self._cursor() as cursor:
             cursor.execute(f"DELETE FROM {self._table} WHERE code = ANY(%s)", (codes.tolist(),))
 
     def count(self) -> int:
-        """See `Engine.count`."""
+        """Return the number of items; see `Engine.count`."""
         with self._cursor() as cursor:
             row = cursor.execute(f"SELECT count(*) FROM {self._table}").fetchone()
             return int(row[0]) if row else 0
 
     def settings(self) -> dict[str, Any]:
-        """See `Engine.settings`."""
+        """Return the settings; see `Engine.settings`."""
         return {**self._settings, "effort": self.effort, "url": self._url, "table": self._table}
 
     def size(self) -> int:
-        """Bytes of the table and its index in the database."""
+        """Return the size in bytes of the table and its index in the database."""
         with self._cursor() as cursor:
             row = cursor.execute("SELECT pg_total_relation_size(%s::regclass)", (self._table,)).fetchone()
             return int(row[0]) if row else 0
 
     def save(self, folder: Path) -> None:
-        """See `Engine.save`: everything is in the database."""
+        """Do nothing; everything is in the database."""
 
     @classmethod
     def load(cls, folder: Path, settings: dict[str, Any]) -> PgVector:
-        """Connect to the table that the settings name.
+        """Connect to the table named in the settings.
 
         Raises:
-            InputError: the database cannot be reached, or the table is not there.
+            InputError: the database cannot be reached, or the table does not exist.
         """
         del folder
         engine = cls.__new__(cls)
         names = ("links", "build_effort")
         engine._start(settings["url"], settings["table"], {n: int(settings[n]) for n in names}, int(settings["effort"]))
         with engine._cursor() as cursor:
-            there = cursor.execute("SELECT to_regclass(%s)", (engine._table,)).fetchone()
-            if there is None or there[0] is None:
+            row = cursor.execute("SELECT to_regclass(%s)", (engine._table,)).fetchone()
+            if row is None or row[0] is None:
                 raise InputError(
-                    f"{engine._where()}: no table {engine._table}; build it again: twotower index DIR --kind pgvector"
+                    f"{engine._where()}: no table {engine._table}; rebuild it: twotower index DIR --kind pgvector"
                 )
         return engine
 
@@ -143,7 +144,7 @@ class PgVector:
             self.close()
 
     def close(self) -> None:
-        """End the connection; the next use makes another."""
+        """Close the connection; the next use opens a new one."""
         with self._lock:
             if self._connection is not None:
                 self._connection.close()
@@ -162,8 +163,8 @@ class PgVector:
 
     @contextmanager
     def _cursor(self) -> Iterator[psycopg.Cursor[tuple[Any, ...]]]:
-        """A transaction of its own; a connection that broke since the last one is made anew."""
-        import psycopg  # noqa: PLC0415  # an extra; its absence was told in _start
+        """Open a cursor in its own transaction; reconnect if the connection broke since the last one."""
+        import psycopg  # noqa: PLC0415  # an extra; _start raised an error if it is missing
 
         with self._lock:
             try:
@@ -173,7 +174,7 @@ class PgVector:
                     yield cursor
             except psycopg.OperationalError as error:
                 text = " ".join(str(error).split())
-                raise InputError(f"{self._where()}: PostgreSQL does not answer ({text})") from None
+                raise InputError(f"{self._where()}: PostgreSQL does not respond ({text})") from None
 
     def _copy(self, cursor: psycopg.Cursor[tuple[Any, ...]], codes: Codes, vectors: NDArray[np.float32]) -> None:
         with cursor.copy(f"COPY {self._table} (code, embedding) FROM STDIN (FORMAT BINARY)") as copy:
@@ -191,7 +192,7 @@ _HEADER = b"PGCOPY\n\xff\r\n\x00" + b"\x00" * 8
 
 
 def _binary_rows(codes: Codes, vectors: NDArray[np.float32]) -> bytes:
-    """Rows (bigint, vector) in PostgreSQL's binary COPY format, big-endian; a vector is its width, 0, and floats."""
+    """Encode rows (bigint, vector) in PostgreSQL's binary COPY format, big-endian; a vector is its width, 0, floats."""
     width = vectors.shape[1]
     row = np.dtype(
         [
@@ -211,7 +212,7 @@ def _binary_rows(codes: Codes, vectors: NDArray[np.float32]) -> bytes:
 
 
 def _literal(vector: NDArray[np.float32]) -> str:
-    # repr of a float32 as a float64 has more digits than needed and loses none.
+    # repr of a float32 converted to float64 has more digits than needed, and is exact.
     return "[" + ",".join(map(repr, vector.tolist())) + "]"
 
 
@@ -226,8 +227,8 @@ def _without_password(url: str) -> str:
         parts = conninfo_to_dict(url)
     except psycopg.ProgrammingError as error:
         raise InputError(
-            f"pgvector: not the address of a database ({' '.join(str(error).split())}); "
-            "expected such as postgresql://user@host/database"
+            f"pgvector: not a database URL ({' '.join(str(error).split())}); "
+            "expected something like postgresql://user@host/database"
         ) from None
     parts.pop("password", None)
     return make_conninfo("", **parts)
@@ -238,7 +239,7 @@ def _require_extension(cursor: psycopg.Cursor[tuple[Any, ...]]) -> None:
     row = cursor.execute(query).fetchone()
     if row is None:
         raise InputError(
-            "pgvector: this PostgreSQL has no extension 'vector'; install the package pgvector for its version"
+            "pgvector: this PostgreSQL has no extension 'vector'; install the pgvector package for its version"
         )
     version = row[1] or row[0]
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:

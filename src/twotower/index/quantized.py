@@ -1,4 +1,4 @@
-"""IVF-PQ (Jegou, Douze and Schmid, 2011) by inner product, through faiss."""
+"""IVF-PQ (Jegou, Douze and Schmid, 2011) by inner product, using faiss."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from twotower.errors import InputError
 from twotower.index.catalog import Codes, Mask
 from twotower.index.graph import faiss_module
 
-#: faiss asks for so many training points for each centroid.
+#: Minimum number of training points per centroid recommended by faiss.
 POINTS = 39
-#: Dimensions that one byte stands for.
+#: Dimensions per byte of code.
 WIDTH = 4
+#: Minimum number of items.
 SMALLEST = 1000
 
 
 class IVFPQ:
-    """Items in clusters, each stored as a few bytes; a query looks into the nearest clusters.
+    """Items in clusters, each stored as a few bytes; a query searches the nearest clusters.
 
-    The smallest index: D / 4 + 8 bytes an item. Its own order is coarse, so several candidates are fetched for each
-    result and scored with the true embeddings. Vectors are padded with zeros to a multiple of 4.
+    The smallest index: D / 4 + 8 bytes per item. Its own order is coarse, so several candidates are fetched per result
+    and scored with the exact embeddings. Vectors are padded with zeros to a multiple of 4.
 
     Args:
         vectors: float32 [N, D], N at least 1,000; row = code.
-        clusters: how many; about 4 sqrt(N) where None.
-        effort: nprobe, how many clusters a query looks into.
+        clusters: number of clusters; None for about 4 sqrt(N).
+        effort: nprobe, number of clusters searched per query.
 
     Raises:
         InputError: fewer than 1,000 items, or faiss is not installed.
@@ -49,16 +50,16 @@ class IVFPQ:
         self._ivf = faiss.IndexIVFPQ(
             quantizer, padded.shape[1], lists, padded.shape[1] // WIDTH, bits, faiss.METRIC_INNER_PRODUCT
         )
-        self._ivf.cp.spherical = True  # clusters by direction: a long centroid would draw every query
+        self._ivf.cp.spherical = True  # cluster by direction: a centroid with a large norm would attract every query
         self.effort = min(effort, lists)
         self.max_effort = lists
-        # faiss takes a sample of this size itself, but only after it has been handed everything.
+        # faiss would draw a sample of this size itself, but only after receiving all vectors.
         sample = np.random.default_rng(0).permutation(count)[: 256 * max(lists, 2**bits)]
         self._ivf.train(np.ascontiguousarray(padded[np.sort(sample)]))
         self._ivf.add_with_ids(padded, np.arange(count, dtype=np.int64))
 
     def candidates(self, queries: NDArray[np.float32], k: int, allowed: Mask | None, depth: float) -> Codes:
-        """See `Engine.candidates`."""
+        """Return candidates; see `Engine.candidates`."""
         faiss = faiss_module()
         settings: dict[str, Any] = {"nprobe": min(round(self.effort * depth), self._ivf.nlist)}
         if allowed is not None:
@@ -68,33 +69,33 @@ class IVFPQ:
         return np.asarray(codes, dtype=np.int64)
 
     def add(self, codes: Codes, vectors: NDArray[np.float32]) -> None:
-        """See `Engine.add`; clusters and codebooks stay as they were trained."""
+        """Add items without retraining clusters and codebooks; see `Engine.add`."""
         self._ivf.add_with_ids(_padded(vectors), np.ascontiguousarray(codes))
 
     def remove(self, codes: Codes) -> None:
-        """See `Engine.remove`."""
+        """Remove items; see `Engine.remove`."""
         if len(codes):
             self._ivf.remove_ids(np.ascontiguousarray(codes, dtype=np.int64))
 
     def count(self) -> int:
-        """See `Engine.count`."""
+        """Return the number of items; see `Engine.count`."""
         return int(self._ivf.ntotal)
 
     def settings(self) -> dict[str, Any]:
-        """See `Engine.settings`."""
+        """Return the settings; see `Engine.settings`."""
         return {"clusters": self._ivf.nlist, "bits": self._ivf.pq.nbits, "effort": self.effort}
 
     def size(self) -> int:
-        """Bytes of the codes, the ids and the centroids."""
+        """Return the size in bytes of the codes, the ids and the centroids."""
         return int(self._ivf.ntotal * (self._ivf.code_size + 8) + 4 * self._ivf.d * (self._ivf.nlist + 2**8))
 
     def save(self, folder: Path) -> None:
-        """See `Engine.save`."""
+        """Write the index; see `Engine.save`."""
         faiss_module().write_index(self._ivf, str(folder / "clusters.faiss"))
 
     @classmethod
     def load(cls, folder: Path, settings: dict[str, Any]) -> IVFPQ:
-        """What `save` wrote."""
+        """Load an index written by `save`."""
         engine = cls.__new__(cls)
         engine._ivf = faiss_module().read_index(str(folder / "clusters.faiss"))
         engine.effort = int(settings["effort"])

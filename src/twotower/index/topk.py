@@ -1,9 +1,9 @@
-"""The K best columns of a matrix of scores that is never whole in memory.
+"""Top-K over a score matrix that is never completely in memory.
 
-Scores arrive in tiles (a block of rows by a range of columns). Most tiles hold next to nothing: once a row has K
-results, a random column beats the worst of them with probability K / (columns seen). So a tile is read once, for the
-maxima of small chunks; only what lies above its row's threshold is gathered, packed into sortable integers
-(`twotower.index.keys`), and merged when enough has come together.
+Scores arrive in tiles (a block of rows by a range of columns). Most tiles contain hardly any new result: once a row has
+K results, a random column beats the worst of them with probability K / (columns seen). So a tile is read once, to
+compute the maxima of small chunks; only scores above their row's threshold are gathered, packed into sortable integers
+(`twotower.index.keys`), and merged in batches.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,12 +18,12 @@ from twotower.index.keys import EMPTY, MAX_COLUMNS, pack_keys, unpack_columns, u
 __all__ = ["Exclusion", "Progress", "ScoreTile", "pack_keys", "top_k", "unpack_columns", "unpack_scores"]
 
 ScoreTile = Callable[[slice, slice], Tensor]
-"""`tile(rows, columns) -> [rows, columns]` scores; the caller of `tile` may overwrite what comes back."""
+"""`tile(rows, columns) -> [rows, columns]` scores; the caller may overwrite the result."""
 
 Progress = Callable[[int, int], None]
-"""`progress(done, total)`, called after every tile with the numbers of tiles."""
+"""`progress(done, total)`, called after every tile with the number of tiles."""
 
-# A tile stays in the last-level cache, where the filter is nearly free.
+# A tile of this size stays in the last-level cache, where the filter is nearly free.
 _TILE_ELEMENTS = 1 << 22
 _MAX_TILE_COLUMNS = 8192
 _MAX_ROWS = 2048
@@ -40,25 +40,25 @@ def top_k(
     column_tile: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The K best items of each row, in a fixed order among equal scores.
+    """Find the K best items of each row; equal scores have a fixed order.
 
-    Columns are items laid out in *tie order*: column c is item `order[c]`, and of two equal scores the lower column
-    wins. See `twotower.index.tie_order`. Scores are compared as float32 (0.0 and -0.0 are equal).
+    Columns are items in *tie order*: column c is item `order[c]`, and of two equal scores the lower column wins. See
+    `twotower.index.tie_order`. Scores are compared as float32 (0.0 and -0.0 are equal).
 
     Args:
-        score_tile: `score_tile(rows, columns)` gives the scores of a slice of rows by a slice of columns, on the
+        score_tile: `score_tile(rows, columns)` returns the scores of a slice of rows by a slice of columns, on the
             device of `order`. Its result is overwritten.
         num_rows: B, the number of rows.
         order: [N] int64, the item code of each column: a permutation of 0 .. N-1.
-        k: K, how many results a row gets. May exceed N.
-        exclude: compressed rows of item codes that must not come back; repeats and any order are fine.
-        row_block: rows of a tile (for tests and unusual memory; the result does not depend on it).
-        column_tile: columns of a tile, likewise.
-        progress: is told how far the search is.
+        k: K, results per row. May exceed N.
+        exclude: compressed rows of item codes to leave out; duplicates and any order are allowed.
+        row_block: rows per tile (for tests and unusual memory sizes; the result does not depend on it).
+        column_tile: columns per tile; the result does not depend on it.
+        progress: called after every tile.
 
     Returns:
-        scores: [B, K] float32, descending, -inf where nothing was left.
-        items: [B, K] int64 item codes, -1 where nothing was left. An item of score -inf never comes back.
+        scores: [B, K] float32, descending, -inf where no item was left.
+        items: [B, K] int64 item codes, -1 where no item was left. An item with score -inf is never returned.
 
     Raises:
         ValueError: a score is NaN, or a shape, K or an exclusion is out of range.
@@ -68,15 +68,15 @@ def top_k(
         raise ValueError(f"k must be at least 1, got {k}")
     if num_items > MAX_COLUMNS:
         raise ValueError(f"a catalog of {num_items} items is too large: at most {MAX_COLUMNS} can be ranked")
-    # Few rows make small tiles, of which there would be many: each has a price that does not depend on its size.
+    # With few rows, widen the tiles: many small ones would each pay a fixed overhead.
     widest = max(_MAX_TILE_COLUMNS, _TILE_ELEMENTS // (4 * max(num_rows, 1)))
     columns = column_tile or min(max(num_items, 1), widest)
     kept = min(k, num_items)
-    # A row needs room for its results and for one whole tile that passes the filter.
+    # A row needs memory for its results and for one complete tile that passes the filter.
     rows_fit = max(1, 8 * _TILE_ELEMENTS // (kept + columns))
     rows = row_block or max(1, min(_MAX_ROWS, _TILE_ELEMENTS // columns, rows_fit))
     excluded = None if exclude is None else Excluded.of(exclude, num_rows, order)
-    told = Told(progress, num_rows, rows, num_items, columns)
+    counter = Told(progress, num_rows, rows, num_items, columns)
 
     results = Results(num_rows, k, order)
     for block in blocks(num_rows, rows):
@@ -87,27 +87,27 @@ def top_k(
             if entries is not None:
                 tile[entries.tile(index, part.start)] = -torch.inf
             _offer(best, tile, part.start)
-            told.tile()
+            counter.tile()
         results.put(block, best.sorted())
     return results.scores, results.items
 
 
 class Told:
-    """Tells how many tiles of a search are done."""
+    """A counter of finished tiles that calls the progress function."""
 
     def __init__(self, progress: Progress | None, num_rows: int, rows: int, num_items: int, columns: int) -> None:
         self._progress, self._done = progress, 0
         self._total = -(-num_rows // rows) * -(-num_items // columns)
 
     def tile(self, count: int = 1) -> None:
-        """So many more tiles are done."""
+        """Count finished tiles and report progress."""
         self._done += count
         if self._progress is not None:
             self._progress(self._done, self._total)
 
 
 class Results:
-    """Scores and items, filled block by block of rows.
+    """The scores and items of a search, filled by blocks of rows.
 
     Args:
         num_rows: B.
@@ -121,14 +121,14 @@ class Results:
         self._order = order
 
     def put(self, block: slice, keys: Tensor) -> None:
-        """The sorted keys [rows of the block, at most K] of a block."""
+        """Store the sorted keys of a block of rows, [rows, at most K]."""
         found, kept = keys != EMPTY, keys.shape[1]
         self.scores[block, :kept] = torch.where(found, unpack_scores(keys), -torch.inf)
         self.items[block, :kept] = torch.where(found, self._order[unpack_columns(keys)], -1)
 
 
 def blocks(total: int, size: int) -> Iterator[slice]:
-    """0 .. total in slices of `size`; the last may be smaller."""
+    """Split 0 .. total into slices of `size`; the last may be smaller."""
     for start in range(0, total, size):
         yield slice(start, min(start + size, total))
 
@@ -144,5 +144,5 @@ def _offer(best: Best, tile: Tensor, left: int) -> None:
 
 
 def _has_nan(scores: Tensor) -> bool:
-    # The largest of scores is NaN where any of them is: one pass, no mask.
+    # The maximum is NaN if any score is NaN: one pass, no mask.
     return scores.numel() > 0 and bool(scores.amax().isnan())

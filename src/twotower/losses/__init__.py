@@ -1,4 +1,4 @@
-"""Losses as pure functions, and the objectives that pair them with candidates."""
+"""Losses as pure functions, and objectives, which pair a loss with a pool of candidates."""
 
 from twotower.losses.binary import BPR, GeneralisedBCE, Logistic
 from twotower.losses.logistic import bpr, gbce, gbce_beta, logistic

@@ -1,4 +1,4 @@
-"""Binary objectives: the positive and each negative are questions of their own. Their losses are in logistic.py."""
+"""Binary objectives: the positive and each negative are classified independently. Their losses are in logistic.py."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from twotower.negatives import Candidates, InBatch, Pool
 
 
 class Binary(Objective):
-    """What the binary objectives share: logits with one learned bias, b, added to all of them.
+    """Base class of the binary objectives, with one learned bias b added to all logits.
 
-    A binary form asks for probabilities of single items, most of them tiny, and scores of unit vectors cannot all be
-    far below zero. The bias is the missing constant (log of the odds; for NCE the log partition). It is the same for
-    every item, so it changes no ranking and needs no place in an index.
+    A binary loss models probabilities of single items, most of them tiny, but scores of unit vectors cannot all be far
+    below zero. The bias is the missing constant (log odds; for NCE the log partition). It is the same for every item,
+    so it does not change the ranking and is not needed in an index.
 
     Args:
         pool: where the candidates come from.
-        initial_bias: where b starts. Left at 0 it would have a long way to go, and until it arrives the only way to
-            say "unlikely" is to push every score down, the popular items' most: -log K for K uncorrected negatives
-            (the odds of a positive), -log N for the corrected forms (probabilities that sum to one).
+        initial_bias: initial value of b: -log K for K uncorrected negatives (the odds of a positive), -log N for the
+            corrected losses (probabilities that sum to one). Starting at 0, b would need many steps to get there, and
+            until then the loss would push all scores down, those of popular items most.
         strength: scales log kappa.
     """
 
@@ -45,14 +45,15 @@ class Logistic(Binary):
 
     Args:
         pool: where the candidates come from.
-        corrected: subtract log kappa from every logit, the positive's too (NCE, sampled logistic).
-        keep_accidental: a drawn copy of the row's own positive is noise like any other (NCE), not masked.
-        initial_bias: where the bias starts; see `Binary`.
+        corrected: subtract log kappa from every logit, including the positive's (NCE, sampled logistic).
+        keep_accidental: treat a drawn copy of the row's own positive as noise like any other (NCE) instead of masking
+            it.
+        initial_bias: initial value of the bias; see `Binary`.
         strength: scales log kappa.
 
     Raises:
-        InputError: accidental hits are to be kept in a pool with in-batch candidates, where a row's own positive
-            stands without having been drawn.
+        InputError: `keep_accidental` with in-batch candidates, among which a row's own positive is present without
+            having been drawn.
     """
 
     def __init__(
@@ -68,10 +69,10 @@ class Logistic(Binary):
         self.corrected = corrected
         self.keep_accidental = keep_accidental
         if keep_accidental and any(isinstance(member, InBatch) for member in pool.members()):
-            raise InputError("objective.sources: nce needs noise that is drawn; use uniform or frequency, not in_batch")
+            raise InputError("objective.sources: nce needs sampled noise; use uniform or frequency, not in_batch")
 
     def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
-        """[B]; see `Objective.forward`."""
+        """Return one loss per row, [B]; see `Objective.forward`."""
         if self.keep_accidental:
             drawn = _keep_accidental(drawn)
         positive, negatives = self._biased(embedded, drawn, temperature)
@@ -82,7 +83,7 @@ class Logistic(Binary):
     def mean(
         self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float, weights: Tensor | None = None
     ) -> Tensor:
-        """A scalar; see `Objective.mean`."""
+        """Return the weighted sum of the rows' losses, a scalar; see `Objective.mean`."""
         if self.keep_accidental:
             drawn = _keep_accidental(drawn)
         return tiled_logistic(
@@ -98,11 +99,11 @@ class GeneralisedBCE(Binary):
     """gBCE of gSASRec. See `gbce`.
 
     Args:
-        pool: K uniform negatives for each row.
+        pool: K uniform negatives per row.
         size: K.
         num_items: N.
         calibration: t.
-        initial_bias: where the bias starts; see `Binary`.
+        initial_bias: initial value of the bias; see `Binary`.
     """
 
     def __init__(
@@ -112,13 +113,13 @@ class GeneralisedBCE(Binary):
         self.beta = gbce_beta(size, num_items, calibration)
 
     def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
-        """[B]; see `Objective.forward`."""
+        """Return one loss per row, [B]; see `Objective.forward`."""
         return gbce(*self._biased(embedded, drawn, temperature), beta=self.beta)
 
     def mean(
         self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float, weights: Tensor | None = None
     ) -> Tensor:
-        """A scalar; see `Objective.mean`."""
+        """Return the weighted sum of the rows' losses, a scalar; see `Objective.mean`."""
         return tiled_logistic(
             **tiled_arguments(embedded, drawn),
             temperature=temperature,
@@ -134,18 +135,18 @@ class BPR(Objective):
     merges_copies = False
 
     def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
-        """[B]; see `Objective.forward`."""
+        """Return one loss per row, [B]; see `Objective.forward`."""
         return bpr(*corrected_logits(embedded, drawn, temperature))
 
     def mean(
         self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float, weights: Tensor | None = None
     ) -> Tensor:
-        """A scalar; see `Objective.mean`."""
+        """Return the weighted sum of the rows' losses, a scalar; see `Objective.mean`."""
         return tiled_bpr(**tiled_arguments(embedded, drawn), temperature=temperature, weights=weights)
 
 
 def _keep_accidental(drawn: Candidates) -> Candidates:
-    """The same candidates, where drawn copies of a row's own positive are no hits."""
+    """Unmask the drawn copies of each row's own positive."""
     kept = replace(drawn, masks=drawn.masks.without(drawn.positives, drawn.items))
     if drawn.row_items is None or drawn.row_hits is None:
         return kept

@@ -1,4 +1,4 @@
-"""Copies of an item among the candidates, found so that their product is computed once."""
+"""Detection of repeated items among the candidates, so that their product is computed once."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from twotower.negatives import Hits
 
 @dataclass(frozen=True)
 class Copies:
-    """Candidates of which some are the same.
+    """A mapping between candidates, [M], and distinct candidates, [U].
 
     Attributes:
-        place: where one copy of each distinct candidate stands, int64 [U].
-        of: which distinct candidate each one is, int64 [M].
-        count: copies of each, [U].
+        place: position of one copy of each distinct candidate, int64 [U].
+        of: index of the distinct candidate of each candidate, int64 [M].
+        count: number of copies of each distinct candidate, [U].
     """
 
     place: Tensor
@@ -25,20 +25,21 @@ class Copies:
     count: Tensor
 
     def spread(self, by_distinct: Tensor) -> Tensor:
-        """The gradient by each copy, [M, D], of that by the distinct candidates, [U, D]: copies share it alike."""
+        """Split the gradient of each distinct candidate, [U, D], evenly over its copies, [M, D]."""
         return (by_distinct / self.count[:, None]).index_select(0, self.of)
 
 
 def find_copies(candidates: Tensor, log_count: Tensor | None, hits: Hits | None) -> Copies | None:
-    """Copies of an item that have the same embedding and the same log kappa; None where nothing is to be gained.
+    """Find copies of an item with the same embedding and the same log kappa; None if there is nothing to gain.
 
-    Every term of a loss is then the same for each of them, whatever the form: one product and a weight serve all.
-    In-batch candidates by Zipf's law are copies nearly to the half, and each known positive masks all of its item's.
+    Such copies contribute equal terms to every loss, so one product and a weight are enough for all of them. With
+    Zipf-distributed popularity nearly half of the in-batch candidates are copies, and each known positive masks all
+    copies of its item.
 
     Args:
         candidates: [M, D].
-        log_count: [M]; None for none.
-        hits: knows the candidates' items.
+        log_count: [M], or None.
+        hits: the mask, which has the candidates' items.
     """
     if hits is None or hits.items is None or hits.empty is not None or candidates.device.type != "cpu":
         return None
@@ -51,7 +52,7 @@ def find_copies(candidates: Tensor, log_count: Tensor | None, hits: Hits | None)
     place = torch.empty_like(distinct).scatter_(0, of, torch.arange(len(items)))
     like = place[of]
     if not torch.equal(candidates, candidates.index_select(0, like)):
-        return None  # a tower with dropout, say, that embeds each copy on its own
+        return None  # for example a tower with dropout, which embeds each copy differently
     if log_count is not None and not torch.equal(log_count, log_count[like]):
-        return None  # a correction that asks which source a copy came from
+        return None  # a correction that depends on the source of a copy
     return Copies(place, of, count.to(candidates.dtype))

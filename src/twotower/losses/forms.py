@@ -1,9 +1,9 @@
-"""What a block of logits becomes in each loss: the rows' losses, and, in its own place, the gradient.
+"""The losses as the tiled evaluation sees them: from blocks of logits to the rows' losses and, in place, gradients.
 
-A form meets the logits of some rows block by block, each [R, m], masked places at -inf. It turns every block into
-numbers g such that the gradient by a logit is w_b `scale`_b g, with w the rows' weights in the mean. What concerns one
-number for each row is kept for the whole batch: a small operation after a product of matrices takes as long as its
-fetching from memory, so there are to be few of them for each tile.
+A form receives the logits of some rows block by block, each [R, m], with masked entries at -inf. It overwrites every
+block with numbers g such that the gradient with respect to a logit is w_b `scale`_b g, where w are the rows' weights in
+the mean. Per-row quantities are stored for the whole batch and processed together: after a matrix product even a small
+operation costs a trip to memory, so there should be few of them per tile.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from twotower.losses.logistic import softplus
 
 
 class Form(ABC):
-    """A loss as tiles see it.
+    """A loss that can be evaluated tile by tile.
 
     Attributes:
-        sums_exponentials: the loss knows the candidates only through sum_j exp l_j, so that their weights may be
-            applied to the sum instead of the logits. Its blocks come as exponentials, or as logits times `log2_unit`.
+        sums_exponentials: the loss depends on the candidates only through sum_j exp l_j, so that their weights may be
+            applied to the sum instead of the logits. Its blocks are exponentials, or logits times `log2_unit`.
     """
 
     sums_exponentials: bool = False
@@ -35,37 +35,37 @@ class Form(ABC):
 
         Args:
             own: the positives' logits, [B].
-            offset: subtracted from every candidate's logit of a row, [B].
-            base: where it is a number, no row maximum needs taking out: blocks come as exponentials, 0 where masked,
-                with weights exp(base - log count); then -base is added to the log of the sum.
+            offset: subtracted from all candidate logits of a row, [B].
+            base: if a number, no row maximum needs to be subtracted: blocks are exponentials, 0 where masked, with
+                weights exp(base - log count), and -base is added to the log of the sum.
         """
 
 
 class Sums(ABC):
-    """The rows of a batch on their way through a form.
+    """The running sums of a batch's rows.
 
     Attributes:
-        is_final: a block is what it becomes as soon as it was visited, not only once all of its rows were.
+        is_final: a block has its final values as soon as it was visited, not only after all blocks of its rows were.
     """
 
     is_final: bool = True
 
     @abstractmethod
     def visit(self, part: slice, block: Tensor, weight: Tensor | None) -> None:
-        """Take up one block of the logits of some rows, [R, m], with its candidates' weights, [m]."""
+        """Add one block of logits of some rows, [R, m], with its candidates' weights, [m]."""
 
     @abstractmethod
     def scale(self, part: slice) -> Tensor | None:
-        """What turns the numbers in these rows' blocks into gradients, [R]; None for 1. All blocks were visited."""
+        """Return the factor from block values to gradients, [R], or None for 1. All blocks must have been visited."""
 
     @abstractmethod
     def finish(self) -> tuple[Tensor, Tensor]:
-        """(loss, its derivative by the positive's logit), [B] each."""
+        """Return (loss, its derivative with respect to the positive's logit), [B] each."""
 
 
 @dataclass
 class Softmax(Form):
-    """-s_y + log( exp s_y + sum_i exp l_i ), or the published value of refined logQ, which has the same gradient.
+    """-s_y + log( exp s_y + sum_i exp l_i ), or the published refined logQ value, which has the same gradient.
 
     Attributes:
         log_left: log n' of each row, [B], for refined logQ; None for the softmax.
@@ -75,7 +75,7 @@ class Softmax(Form):
     sums_exponentials = True
 
     def begin(self, own: Tensor, *, offset: Tensor | None, base: float | None) -> SoftmaxSums:
-        """See `Form.begin`."""
+        """Start a batch; see `Form.begin`."""
         return SoftmaxSums(own, offset, base, self.log_left)
 
 
@@ -85,7 +85,7 @@ class SoftmaxSums(Sums):
     def __init__(self, own: Tensor, offset: Tensor | None, base: float | None, log_left: Tensor | None) -> None:
         self.dtype, self.log_left = own.dtype, log_left
         self.is_final = base is not None
-        # One number for each row: double precision costs nothing.
+        # One number per row: double precision costs nothing.
         self.own = own.double() + (base or 0.0)
         if offset is not None:
             self.own += offset.double()
@@ -95,7 +95,7 @@ class SoftmaxSums(Sums):
         self.sums: list[Tensor] = []
 
     def visit(self, part: slice, block: Tensor, weight: Tensor | None) -> None:
-        """See `Sums.visit`."""
+        """Add one block; see `Sums.visit`."""
         if self.largest is None:
             self.sums.append(row_sums(block, weight))
         else:
@@ -103,11 +103,11 @@ class SoftmaxSums(Sums):
             self.blocks.append(block)
 
     def add(self, part: slice, total: Tensor) -> None:
-        """Take up sums of weighted exponentials of some rows, [R], where these need no maximum taken out."""
+        """Add sums of weighted exponentials of some rows, [R]; only if no row maximum is subtracted."""
         self.total[part] += total
 
     def scale(self, part: slice) -> Tensor:
-        """See `Sums.scale`."""
+        """Return the gradient factor; see `Sums.scale`."""
         if self.sums:
             self.add(part, torch.stack(self.sums).double().sum(0))
             self.sums.clear()
@@ -124,7 +124,7 @@ class SoftmaxSums(Sums):
         return inverse.to(self.dtype)
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        """See `Sums.finish`."""
+        """Return losses and derivatives; see `Sums.finish`."""
         margin = (self.total.log() - self.own).to(self.dtype)
         wrong = torch.sigmoid(margin)  # 1 - P_hat(y)
         if self.log_left is None:
@@ -143,7 +143,7 @@ class Logistic(Form):
     beta: float = 1.0
 
     def begin(self, own: Tensor, *, offset: Tensor | None, base: float | None) -> Sums:
-        """See `Form.begin`."""
+        """Start a batch; see `Form.begin`."""
         del base
         return _LogisticSums(own, offset, self.beta)
 
@@ -170,7 +170,7 @@ class Pairwise(Form):
     """Mean over negatives of -log sigmoid(s_y - l_i)."""
 
     def begin(self, own: Tensor, *, offset: Tensor | None, base: float | None) -> Sums:
-        """See `Form.begin`."""
+        """Start a batch; see `Form.begin`."""
         del base
         return _PairwiseSums(own, offset)
 
@@ -195,14 +195,14 @@ class _PairwiseSums(Sums):
 
 
 def log2_unit(dtype: torch.dtype) -> float:
-    """What a logit is multiplied with before 2^x is taken of it: 1 / ln 2, as the precision has it.
+    """Return 1 / ln 2 in the given precision: the factor that turns e^x into 2^x.
 
-    2^x costs the same for every x. e^x, of a library for vectors, takes half as long or less on moderate numbers, but
-    each masked or underflowing one takes as long as some hundred others.
+    2^x costs the same for every x. The vectorized e^x takes half as long or less on moderate numbers, but each masked
+    or underflowing number takes as long as about a hundred others.
     """
     return float(torch.tensor(1.0 / math.log(2.0), dtype=dtype))
 
 
 def row_sums(block: Tensor, weight: Tensor | None) -> Tensor:
-    """sum_i w_i b_i of each row, [R, m] -> [R]."""
+    """Compute sum_i w_i b_i of each row, [R, m] -> [R]."""
     return block.sum(1) if weight is None else torch.mv(block, weight)

@@ -1,4 +1,4 @@
-"""The tiled losses as a function with a gradient: what repeats is found, the tiles are run, the gradients given."""
+"""The autograd function of the tiled losses: finds repeated items and queries, runs the tiles, returns gradients."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from twotower.losses.repeated import RepeatedRun
 from twotower.losses.tiles import exact_products
 from twotower.losses.tiling import Run, Task
 
-#: What gradients are given to: query, positive, candidates, row candidates, temperature, bias.
+#: The inputs that get gradients: query, positive, candidates, row candidates, temperature, bias.
 Inputs = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor, Tensor | None]
 
 
 class Tiled(torch.autograd.Function):
-    """`apply(task, *inputs)` gives the weighted sum of the rows' losses; gradients are taken in the forward pass."""
+    """`apply(task, *inputs)` returns the weighted sum of the rows' losses; the forward pass computes the gradients."""
 
     @staticmethod
     def forward(ctx: Any, task: Task, *inputs: Any) -> Tensor:
-        """Value and gradients at once."""
+        """Compute value and gradients together."""
         total, ctx.gradients = evaluate(inputs, task, wanted=any(ctx.needs_input_grad))
         ctx.save_for_backward(*inputs)
         ctx.task = task
@@ -32,12 +32,12 @@ class Tiled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients, times that of the sum."""
+        """Multiply the stored gradients by the gradient of the sum."""
         (grad,) = grads
         gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:  # a second pass through a graph that was kept: the first gave the gradients away
+        if gradients is None:  # second backward pass through a retained graph: the first one released the gradients
             _, gradients = evaluate(ctx.saved_tensors, ctx.task, wanted=True)
-        # On an accelerator the number would have to be awaited.
+        # On an accelerator, reading the number would synchronize.
         if grad.device.type != "cpu" or float(grad) != 1.0:
             gradients = [None if one is None else one * grad.to(one.dtype) for one in gradients]
         needed = ctx.needs_input_grad[1:]
@@ -45,7 +45,7 @@ class Tiled(torch.autograd.Function):
 
 
 def evaluate(inputs: Inputs, task: Task, *, wanted: bool) -> tuple[Tensor, list[Tensor | None]]:
-    """The weighted sum, and its gradients by the inputs where they are wanted."""
+    """Compute the weighted sum, and its gradients with respect to the inputs if `wanted`."""
     query, positive, candidates, row_candidates, temperature, bias = inputs
     with torch.no_grad(), exact_products(query.device.type):
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -69,10 +69,10 @@ def evaluate(inputs: Inputs, task: Task, *, wanted: bool) -> tuple[Tensor, list[
         total = run.total()
         if not wanted:
             return total, []
-        # The logit is a product of scaled query and item: its gradient by T is - <dL/dscaled, scaled> / T.
+        # The logit is a product of scaled query and item: its gradient with respect to T is - <dL/dscaled, scaled> / T.
         by_temperature = -(run.by_query * scaled).sum() / temperature.to(dtype)
         by_shared = run.by_candidates[: len(shared)]
-        given: list[Tensor | None] = [
+        by_inputs: list[Tensor | None] = [
             run.by_query.div_(temperature.to(dtype)),
             run.by_positive if positive is not None else None,
             by_shared if copies is None else copies.spread(by_shared),
@@ -80,11 +80,12 @@ def evaluate(inputs: Inputs, task: Task, *, wanted: bool) -> tuple[Tensor, list[
             by_temperature.reshape(temperature.shape),
             None if bias is None else run.by_bias.reshape(bias.shape),
         ]
-        return total, [None if g is None or i is None else g.to(i.dtype) for g, i in zip(given, inputs, strict=True)]
+        pairs = zip(by_inputs, inputs, strict=True)
+        return total, [None if g is None or i is None else g.to(i.dtype) for g, i in pairs]
 
 
 def _run(lines: Lines | None, *, scaled: Tensor, task: Task, **inputs: Any) -> Run:
-    """The run that computes least."""
+    """Choose the cheapest run for these inputs."""
     if lines is not None:
         repeated = RepeatedRun(lines, scaled=scaled, task=task, **inputs)
         if repeated.base is not None:

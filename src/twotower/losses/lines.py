@@ -1,4 +1,4 @@
-"""Rows of one query, found so that their logits are computed once."""
+"""Detection of rows with the same query, so that their logits are computed once."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from torch import Tensor
 
 from twotower.negatives import Hits
 
-#: Most rows in a line: each is paired with what the others of its line mask.
+#: Maximum number of rows per line: each row is paired with the own items of the line's other rows.
 MOST_ROWS = 16
-#: Where more lines than this share of the rows would be left, finding them costs more than it saves.
+#: If more lines than this share of the rows remain, finding them costs more than it saves.
 WORTH_WHILE = 0.9
 
 
 @dataclass(frozen=True)
 class Lines:
-    """Rows whose queries are the same, G lines of them.
+    """Rows grouped by query into G lines.
 
-    The rows of a line differ in nothing but their own items: what else is masked is masked for all. So a line of
-    logits serves them all, without the own items of any of them; each row is then given those of the others.
-    Rows are sorted by line here, and within a line by the place of their own item.
+    The rows of a line have the same query and differ only in their own item (the positive): everything else is masked
+    alike. One line of logits, without the own items of its rows, therefore serves all of them; each row then adds the
+    own items of the others. Rows are sorted by line here, and within a line by the place of their own item.
 
     Attributes:
-        order: the row that stands at each sorted place, int64 [B].
+        order: the row at each sorted position, int64 [B].
         of: line of each sorted row, int64 [B], ascending.
         first: one row of each line, int64 [G], ascending.
         hits: what is masked for all rows of a line, [G, M]; None for nothing.
-        own_line: line of each item that is some row's own and a candidate, once for each line, int64 [E], ascending.
-        own_place: its place among the candidates, int64 [E].
-        row: sorted rows, int64 [P], ascending; with `other` the pairs of a row and an own item of another.
-        other: which of the E it is, int64 [P].
+        own_line: line of each own item that is a candidate, once per line, int64 [E], ascending.
+        own_place: its position among the candidates, int64 [E].
+        row: sorted rows, int64 [P], ascending; with `other`, the pairs of a row and another row's own item.
+        other: index of that own item among the E, int64 [P].
     """
 
     order: Tensor
@@ -45,23 +45,23 @@ class Lines:
     other: Tensor
 
     def bounds(self, starts: list[int]) -> list[tuple[slice, slice, slice]]:
-        """For lines starts[0]:starts[1], starts[1]:starts[2], ...: their sorted rows, own items and pairs."""
-        asked = torch.tensor(starts)
-        rows = torch.searchsorted(self.of, asked)
-        ends = [rows, torch.searchsorted(self.own_line, asked), torch.searchsorted(self.row, rows)]
+        """Return, for lines starts[0]:starts[1], starts[1]:starts[2], ..., their sorted rows, own items and pairs."""
+        edges = torch.tensor(starts)
+        rows = torch.searchsorted(self.of, edges)
+        ends = [rows, torch.searchsorted(self.own_line, edges), torch.searchsorted(self.row, rows)]
         found = [[slice(*ends) for ends in pairwise(one.tolist())] for one in ends]
         return list(zip(*found, strict=True))
 
 
 def find_lines(query: Tensor, hits: Hits | None) -> Lines | None:
-    """Lines of rows with the same query; None where little is to be gained, or more than their own items differs.
+    """Group rows by query; None if there is little to gain, or if rows differ in more than their own item.
 
-    Queries are the same where their embeddings are, bit by bit: towers of ids give a query's rows such, those that
-    read each row's own history do not.
+    Queries are the same if their embeddings are equal bit by bit. That happens with towers that read only ids or
+    features, not with towers that read each row's own history.
 
     Args:
         query: [B, D].
-        hits: the first pairs are each row's own item.
+        hits: the mask; its first pairs are each row's own item.
     """
     if hits is None or hits.empty is not None or query.device.type != "cpu" or len(query) < 2 or not hits.pairs:
         return None
@@ -79,13 +79,13 @@ def find_lines(query: Tensor, hits: Hits | None) -> Lines | None:
     for row, item in shared:
         kept = (like == rows).index_select(0, row).nonzero()[:, 0]
         of_lines.append((line.index_select(0, row.index_select(0, kept)), item.index_select(0, kept)))
-    width = hits.size + 1  # the first for an own item that is no candidate
+    width = hits.size + 1  # the first place is for an own item that is not a candidate
     key, order = torch.sort(line * width + place + 1)
     of, place = key // width, key % width - 1
     is_new = torch.ones_like(of, dtype=torch.bool)
     is_new[1:] = key[1:] != key[:-1]
     is_new &= place >= 0
-    # Which own item is each row's; -1 for one that is no candidate.
+    # Index of each row's own item; -1 if it is not a candidate.
     entry = torch.where(place >= 0, is_new.cumsum(0) - 1, -1)
     own_line, own_place = of[is_new], place[is_new]
     count = torch.bincount(own_line, minlength=len(first))
@@ -107,7 +107,7 @@ def find_lines(query: Tensor, hits: Hits | None) -> Lines | None:
 
 
 def _lines(query: Tensor) -> tuple[Tensor, Tensor]:
-    """(line of each row [B], first row of each line, ascending [G]); unlike rows of one hash may share a line."""
+    """Return (line of each row [B], first row of each line, ascending [G]); hash collisions may mix different rows."""
     bits = query.detach().contiguous()
     whole = {8: torch.int64, 4: torch.int32, 2: torch.int16}[query.element_size()]
     bits = bits.view(torch.int64 if query.shape[1] * query.element_size() % 8 == 0 else whole)
@@ -125,7 +125,7 @@ def _lines(query: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _is_shared(row: Tensor, item: Tensor, like: Tensor) -> bool:
-    """Whether each row's items, given as pairs, are those of another row, [B], in the same order."""
+    """Test whether each row has the same items, given as pairs, in the same order, as the row `like[row]`, [B]."""
     if len(row) == 0:
         return True
     if bool((row[1:] < row[:-1]).any()):

@@ -1,7 +1,7 @@
-"""Binary losses: the positive and each negative are questions of their own. One value for each row, no reduction.
+"""Binary losses: the positive and each negative are classified independently. One value per row, no reduction.
 
-All take logits, already divided by the temperature and corrected where a form wants that: see `candidate_logits`.
-A masked negative has logit -inf and adds nothing.
+All take logits, already divided by the temperature and, where required, corrected: see `candidate_logits`.
+A masked negative has logit -inf and contributes nothing.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from torch.nn import functional as F
 
 
 def logistic(positive_logit: Tensor, negative_logits: Tensor) -> Tensor:
-    """Binary cross-entropy of one positive and its negatives, summed.
+    """Compute the summed binary cross-entropy of one positive and its negatives.
 
         loss_x = -log sigmoid(s_y) - sum_i log sigmoid(-s_i)
 
-    With K uniform negatives for each positive this is negative sampling (Mikolov et al. 2013, equation 4); with
-    log kappa subtracted from every logit, the positive's too, it is NCE or sampled logistic (Gutmann and Hyvarinen
-    2010; "Candidate Sampling" in the TensorFlow documentation).
+    With K uniform negatives per positive this is negative sampling (Mikolov et al. 2013, equation 4); with log kappa
+    subtracted from every logit, including the positive's, it is NCE or sampled logistic (Gutmann and Hyvarinen 2010;
+    "Candidate Sampling" in the TensorFlow documentation).
 
     Args:
         positive_logit: [B].
@@ -31,13 +31,13 @@ def logistic(positive_logit: Tensor, negative_logits: Tensor) -> Tensor:
 
 
 def gbce(positive_logit: Tensor, negative_logits: Tensor, *, beta: float) -> Tensor:
-    """Generalised binary cross-entropy: the positive's probability is raised to beta <= 1 against overconfidence.
+    """Compute generalised BCE: the positive's probability is raised to beta <= 1 to reduce overconfidence.
 
         loss_x = -beta log sigmoid(s_y) - sum_i log sigmoid(-s_i)
 
     Args:
         positive_logit: [B].
-        negative_logits: [B, K], -inf where masked; K uniform negatives for each row.
+        negative_logits: [B, K], -inf where masked; K uniform negatives per row.
         beta: `gbce_beta(K, N, t)`.
 
     Returns:
@@ -49,10 +49,10 @@ def gbce(positive_logit: Tensor, negative_logits: Tensor, *, beta: float) -> Ten
 
 
 def gbce_beta(size: int, num_items: int, calibration: float = 0.75) -> float:
-    """Beta = a (t (1 - 1/a) + 1/a) with sampling rate a = K / (N - 1) and calibration t in [0, 1].
+    """Compute beta = a (t (1 - 1/a) + 1/a) with sampling rate a = K / (N - 1) and calibration t in [0, 1].
 
-    t = 0 gives plain binary cross-entropy (beta = 1), t = 1 a fully calibrated one (beta = a). Multiplied out, which
-    also serves a = 0: beta = 1 - t (1 - a).
+    t = 0 is plain binary cross-entropy (beta = 1), t = 1 a fully calibrated one (beta = a). Simplified, which also
+    covers a = 0: beta = 1 - t (1 - a).
 
     Source: Petrov and Macdonald 2023, "gSASRec", equation 10.
     """
@@ -61,7 +61,7 @@ def gbce_beta(size: int, num_items: int, calibration: float = 0.75) -> float:
 
 
 def bpr(positive_logit: Tensor, negative_logits: Tensor) -> Tensor:
-    """Bayesian personalised ranking: the mean over negatives of -log sigmoid(s_y - s_i).
+    """Compute Bayesian personalised ranking: the mean over negatives of -log sigmoid(s_y - s_i).
 
     Args:
         positive_logit: [B].
@@ -77,8 +77,8 @@ def bpr(positive_logit: Tensor, negative_logits: Tensor) -> Tensor:
 
 
 def softplus(logits: Tensor) -> Tensor:
-    """log(1 + e^x), with value and gradient 0 at -inf, where the plain form has a gradient that is not a number."""
+    """Compute log(1 + e^x), with value and gradient 0 at -inf, where the plain form has a NaN gradient."""
     masked = torch.isneginf(logits)
-    # Beyond the threshold x stands for log(1 + e^x): at 40 the difference is below the last digit of float64; at
-    # torch's own 20 the gradient would be off by 2e-9.
+    # Above the threshold torch returns x for log(1 + e^x): at 40 the difference is below float64 precision; at torch's
+    # default, 20, the gradient would be off by 2e-9.
     return F.softplus(logits.masked_fill(masked, 0.0), threshold=40.0).masked_fill(masked, 0.0)

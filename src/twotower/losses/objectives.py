@@ -1,6 +1,6 @@
-"""Objectives: a pool of candidates and the loss that goes with it, chosen together so that they agree.
+"""Objectives: a pool of candidates together with the loss that fits it.
 
-Here the softmax objectives; the binary ones are in binary.py.
+This file has the softmax objectives; the binary ones are in binary.py.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Embedded:
     Attributes:
         query: [B, D].
         positive: [B, D].
-        candidates: of `drawn.items`, [M, D].
-        row_candidates: of `drawn.row_items`, [B, R, D], or None.
+        candidates: embeddings of `drawn.items`, [M, D].
+        row_candidates: embeddings of `drawn.row_items`, [B, R, D], or None.
     """
 
     query: Tensor
@@ -38,19 +38,19 @@ class Embedded:
 
 
 class Objective(nn.Module, ABC):
-    """What is minimised. Holds a pool and hyperparameters; never a model.
+    """The function that training minimises: a pool and hyperparameters, never a model.
 
     Args:
         pool: where the candidates come from.
-        strength: scales log kappa, from 0 (no correction) to 1 (all of it): a dial between head and tail.
+        strength: scales log kappa, from 0 (no correction) to 1 (full correction): a dial between head and tail.
 
     Raises:
         InputError: strength is not in [0, 1].
     """
 
-    #: Copies of an item may be merged with their summed weight: true of sums of exponentials, not of binary forms.
+    #: Copies of an item may be merged with their summed weight: valid for sums of exponentials, not for binary losses.
     merges_copies: bool = True
-    #: Rows that share one draw of candidates; None: all rows of a batch.
+    #: Number of rows that share one draw of candidates; None for all rows of a batch.
     rows_per_draw: int | None = None
 
     def __init__(self, pool: Pool, *, strength: float = 1.0) -> None:
@@ -71,7 +71,7 @@ class Objective(nn.Module, ABC):
         rows: slice | None = None,
         windows: Windows | None = None,
     ) -> Candidates:
-        """The candidates of one batch, each distinct shared item once where the form allows; see `Pool.draw`."""
+        """Draw the candidates of one batch and merge copies where the loss allows it; see `Pool.draw`."""
         return self.prepare(
             self.pool.draw(
                 positives,
@@ -85,7 +85,7 @@ class Objective(nn.Module, ABC):
         )
 
     def prepare(self, drawn: Candidates) -> Candidates:
-        """What `draw` does to the candidates of the pool: scale log kappa, merge copies."""
+        """Scale log kappa and merge copies; `draw` applies this to the candidates of the pool."""
         if self.strength < 1.0:
             row_count = drawn.row_log_expected_count
             drawn = replace(
@@ -98,11 +98,11 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
-        """One loss for each row.
+        """Compute one loss per row.
 
         Args:
             embedded: the embeddings of the batch.
-            drawn: what `draw` returned for its positives.
+            drawn: the candidates that `draw` returned for its positives.
             temperature: divides every score.
 
         Returns:
@@ -118,11 +118,11 @@ class Objective(nn.Module, ABC):
         temperature: Tensor | float,
         weights: Tensor | None = None,
     ) -> Tensor:
-        """What training minimises: sum_b w_b loss_b of `forward`, tile by tile in bounded memory (see tiled.py).
+        """Compute the training loss sum_b w_b loss_b of `forward`, tile by tile in bounded memory (see tiled.py).
 
         Args:
             embedded: the embeddings of the batch.
-            drawn: what `draw` returned for its positives.
+            drawn: the candidates that `draw` returned for its positives.
             temperature: divides every score.
             weights: w of each row, [B], constants; None for the mean, 1/B each.
 
@@ -132,33 +132,33 @@ class Objective(nn.Module, ABC):
 
 
 class SampledSoftmax(Objective):
-    """s_j minus what the pool's correction says of j; the positive as it is. See `sampled_softmax`.
+    """Softmax over s_j minus the pool's correction; the positive is not corrected. See `sampled_softmax`.
 
-    With the default correction of a pool, the expected count, this is the library's own estimate of the full softmax.
+    With the default correction of a pool, the expected count, this is the library's estimate of the full softmax.
     """
 
     def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
-        """[B]; see `Objective.forward`."""
+        """Return one loss per row, [B]; see `Objective.forward`."""
         return softmax_loss(*corrected_logits(embedded, drawn, temperature))
 
     def mean(
         self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float, weights: Tensor | None = None
     ) -> Tensor:
-        """A scalar; see `Objective.mean`."""
+        """Return the weighted sum of the rows' losses, a scalar; see `Objective.mean`."""
         return tiled_softmax(**tiled_arguments(embedded, drawn), temperature=temperature, weights=weights)
 
 
 class PositiveCorrectedSoftmax(Objective):
-    """The positive is corrected like a candidate: s_y - log p_y. The common industry form, and a biased one."""
+    """Softmax with the positive corrected like a candidate, s_y - log p_y: common in industry, and biased."""
 
     def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
-        """[B]; see `Objective.forward`."""
+        """Return one loss per row, [B]; see `Objective.forward`."""
         return softmax_loss(*corrected_logits(embedded, drawn, temperature, self._offset(drawn)))
 
     def mean(
         self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float, weights: Tensor | None = None
     ) -> Tensor:
-        """A scalar; see `Objective.mean`."""
+        """Return the weighted sum of the rows' losses, a scalar; see `Objective.mean`."""
         return tiled_softmax(
             **tiled_arguments(embedded, drawn),
             temperature=temperature,
@@ -167,43 +167,43 @@ class PositiveCorrectedSoftmax(Objective):
         )
 
     def _offset(self, drawn: Candidates) -> Tensor:
-        # Dividing numerator and denominator by 1/p_y leaves the positive alone and adds log p_y to every candidate.
+        # Dividing numerator and denominator by 1/p_y leaves the positive as is and adds log p_y to every candidate.
         return -scale_log_count(drawn.positive_log_count, self.strength)
 
 
 class RefinedLogQ(Objective):
-    """The refined logQ loss in its published form; `row_weight` tells its weight 1 - P_hat(y). See `refined_logq`.
+    """The refined logQ loss in its published form; `row_weight` returns the weight 1 - P_hat(y). See `refined_logq`.
 
-    `strength` scales all of log kappa_j = log(n' q_j / (1 - q_y)), so that 0 is the uncorrected softmax's gradient.
+    `strength` scales all of log kappa_j = log(n' q_j / (1 - q_y)), so that 0 gives the uncorrected softmax's gradient.
 
     Args:
         pool: in-batch candidates.
         strength: scales log kappa.
 
     Raises:
-        InputError: a source of the pool is always included: the form knows drawn candidates alone.
+        InputError: a source of the pool is always included; the loss is defined on drawn candidates only.
     """
 
     def __init__(self, pool: Pool, *, strength: float = 1.0) -> None:
         super().__init__(pool, strength=strength)
         if any(member.always for member in pool.members()):
             raise InputError(
-                "objective.sources: refined-logq is defined on drawn candidates; head, observed, mined and catalog are "
-                "always included; use expected-count"
+                "objective.sources: refined-logq is defined on drawn candidates only; head, observed, mined and "
+                "catalog are always included; remove them, or use expected-count"
             )
 
     def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
-        """[B]; see `Objective.forward`."""
+        """Return one loss per row, [B]; see `Objective.forward`."""
         return self._refined(embedded, drawn, temperature)[0]
 
     def row_weight(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
-        """1 - P_hat(y) of each row, [B]: the model's own chance of being wrong."""
+        """Compute 1 - P_hat(y) of each row, [B]: the model's estimated probability of being wrong."""
         return self._refined(embedded, drawn, temperature)[1]
 
     def mean(
         self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float, weights: Tensor | None = None
     ) -> Tensor:
-        """A scalar; see `Objective.mean`."""
+        """Return the weighted sum of the rows' losses, a scalar; see `Objective.mean`."""
         log_left, log_rest = self._parts(drawn)
         return tiled_softmax(
             **tiled_arguments(embedded, drawn),
@@ -215,7 +215,10 @@ class RefinedLogQ(Objective):
 
     def _parts(self, drawn: Candidates) -> tuple[Tensor, Tensor]:
         if drawn.row_items is not None:
-            raise InputError("objective.sources: refined-logq is defined on candidates shared by the batch")
+            raise InputError(
+                "objective.sources: refined-logq is defined on candidates shared by the batch; "
+                "remove the sources with per_row candidates"
+            )
         return refined_parts(drawn)
 
     def _refined(self, embedded: Embedded, drawn: Candidates, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -233,10 +236,10 @@ class RefinedLogQ(Objective):
 
 
 def refined_parts(drawn: Candidates) -> tuple[Tensor, Tensor]:
-    """Log n' and log(1 - q_y) of each row, float32 [B]; n' the candidates left after masking, copies counted."""
+    """Compute log n' and log(1 - q_y) of each row, float32 [B]; n' counts the unmasked candidates, copies included."""
     left = (drawn.multiplicity.sum() - drawn.masks.count(drawn.multiplicity)).clamp(min=1)
     q = drawn.positive_log_count.double().exp().clamp(max=1.0)
-    # A catalog of one item has q_y = 1; there are no candidates then, and any finite offset serves.
+    # A catalog of one item has q_y = 1; it leaves no candidates, so any finite offset works.
     rest = torch.log1p(-q.clamp(max=1.0 - 1e-15))
     return left.double().log().float(), rest.float()
 
@@ -244,7 +247,7 @@ def refined_parts(drawn: Candidates) -> tuple[Tensor, Tensor]:
 def corrected_logits(
     embedded: Embedded, drawn: Candidates, temperature: Tensor | float, row_offset: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The corrected logits of a batch, (positive [B], candidates [B, M + R]); see `candidate_logits`."""
+    """Compute the corrected logits of a batch, (positive [B], candidates [B, M + R]); see `candidate_logits`."""
     return candidate_logits(
         embedded.query,
         embedded.positive,
@@ -260,7 +263,7 @@ def corrected_logits(
 
 
 def tiled_arguments(embedded: Embedded, drawn: Candidates) -> dict[str, Any]:
-    """What every tiled loss takes of a batch."""
+    """Collect the arguments that all tiled losses share."""
     return {
         "query": embedded.query,
         "positive": embedded.positive,
@@ -274,8 +277,8 @@ def tiled_arguments(embedded: Embedded, drawn: Candidates) -> dict[str, Any]:
 
 
 def scale_log_count(log_count: Tensor, strength: float) -> Tensor:
-    """Strength times log kappa; an empty place stays empty."""
-    # An empty place stays empty at any strength, and a count of zero is no correction at strength 0: 0 * inf is
-    # neither.
+    """Multiply log kappa by the strength; an empty slot stays empty."""
+    # A plain product would be NaN for 0 * inf: an empty slot must stay empty at any strength, and a count of zero must
+    # give no correction at strength 0.
     scaled = log_count * strength if strength else torch.zeros_like(log_count)
     return torch.where(torch.isposinf(log_count), log_count, scaled)

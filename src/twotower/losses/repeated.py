@@ -1,4 +1,4 @@
-"""A softmax over lines of logits that several rows share, because their queries are the same."""
+"""The tiled softmax for repeated queries: rows with the same query share one line of logits."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from twotower.losses.tiling import Run, Task
 
 
 class RepeatedRun(Run):
-    """One evaluation with a line of logits for all rows of one query; for logits that need no maximum taken out.
+    """One evaluation with one line of logits per query, for logits that need no row maximum subtracted.
 
-    A line's sum leaves out the own items of all of its rows, and each row then adds those of the others:
+    A line's sum leaves out the own items of all its rows; each row then adds the own items of the other rows:
 
         Z_b = sum_{j masked for no row of the line} w_j exp s_j + sum_{own items j of other rows} w_j exp s_j
 
-    Nothing is subtracted, so that nothing cancels. The gradient by the candidates is one product as well: at an own
-    item the line holds its exponential times the share of the line's weight that rows with other own items have.
-    Products, exponentials and sums are those of the lines. `base` is None where the logits are too large for this.
+    Nothing is subtracted, so nothing cancels. The gradient with respect to the candidates is one product as well: at an
+    own item the line contains its exponential times the share of the line's weight that belongs to rows with other own
+    items. Products, exponentials and sums are computed per line. `base` is None if the logits are too large for this.
     """
 
     sums: SoftmaxSums
@@ -48,7 +48,7 @@ class RepeatedRun(Run):
         super().__init__(scaled=scaled.index_select(0, lines.first), positive=sort(positive), task=task, **inputs)
         starts = tile_starts(len(self.scaled), len(self.candidates), self.scaled)
         self.bounds = dict(zip(starts, lines.bounds(starts), strict=False))
-        # By line, by own item of a line, by row: see `Lines`.
+        # Per line, per own item of a line, per row: see `Lines`.
         self.line_sums = scaled.new_zeros(len(lines.first))
         self.exponentials = scaled.new_zeros(len(lines.own_line))
         self.of_others = scaled.new_zeros(len(lines.own_line))
@@ -59,7 +59,7 @@ class RepeatedRun(Run):
 
     def _visit(self, part: slice, cols: slice, block: Tensor) -> None:
         own, place = self._own_in(part, cols, block)
-        # An own item that is masked for the whole line has 0 here already.
+        # An own item that is masked for the whole line is already 0 here.
         self.exponentials.index_copy_(0, own, block.view(-1).index_select(0, place))
         block.view(-1).index_fill_(0, place, 0.0)
         self.line_sums[part] += row_sums(block, None if self.weight is None else self.weight[cols])
@@ -108,7 +108,7 @@ class RepeatedRun(Run):
         self.by_positive = torch.empty_like(self.by_positive).index_copy_(0, order, self.by_positive)
 
     def _own_in(self, part: slice, cols: slice, block: Tensor) -> tuple[Tensor, Tensor]:
-        """The lines' own items that a block holds, int64 [E'], and their places in its memory."""
+        """Return the lines' own items that are in a block, int64 [E'], and their places in its memory."""
         _, owns, _ = self.bounds[part.start]
         line, place = self.lines.own_line[owns] - part.start, self.lines.own_place[owns] - cols.start
         own = torch.arange(owns.start, owns.stop)

@@ -1,4 +1,4 @@
-"""Softmax losses: pure functions of embeddings, one value for each row, no reduction and no state."""
+"""Softmax losses: pure functions of embeddings, one value per row, no reduction and no state."""
 
 from __future__ import annotations
 
@@ -22,33 +22,32 @@ def sampled_softmax(
     temperature: float | Tensor = 1.0,
     row_offset: Tensor | None = None,
 ) -> Tensor:
-    """Softmax cross-entropy estimated from candidates, each weighted by one over its expected count.
+    """Estimate softmax cross-entropy from candidates, each weighted by one over its expected count.
 
-    With s(x, j) = <u(x), v(j)> / temperature and kappa_j the expected number of times item j stands among the
-    candidates of a row,
+    With s(x, j) = <u(x), v(j)> / temperature and kappa_j the expected number of times item j is among the candidates of
+    a row,
 
         loss_x = -s(x, y) + log( exp s(x, y) + sum_{i not a hit} exp( s(x, j_i) - log kappa_{j_i} ) ).
 
-    The sum in the logarithm has expectation sum_j exp s(x, j) over the whole catalog where every kappa_j > 0: the
+    If every kappa_j > 0, the sum in the logarithm has expectation sum_j exp s(x, j) over the whole catalog: the
     positive is always present, so it is not corrected (docs/theory.md, section 2). Temperature divides the score
-    before the correction. Nothing leaves log space.
+    before the correction. All computation stays in log space.
 
     Args:
         query: query embeddings u, [B, D].
         positive: embeddings of the rows' positives, [B, D].
         candidates: embeddings shared by all rows, [M, D]; M may be 0.
         log_expected_count: log kappa of each candidate, [M].
-        hits: bool [B, M], True where a candidate is no negative for the row (its own positive, a known positive).
-        row_candidates: candidates of single rows, [B, R, D].
+        hits: bool [B, M], True where a candidate is not a negative for the row (its own positive, a known positive).
+        row_candidates: embeddings of per-row candidates, [B, R, D].
         row_log_expected_count: their log kappa, [B, R]; 0 for candidates that are always included.
-        row_hits: bool [B, R], True where a row's candidate is no negative for it.
+        row_hits: bool [B, R], True where a per-row candidate is not a negative for its row.
         temperature: divides every score; a number or a scalar tensor, > 0.
-        row_offset: a further number subtracted from every candidate's logit in a row, [B]: the part of a log count
-            that depends on the row, such as log n' - log(1 - q_y) of the refined form. Minus log p_y gives the form
-            that corrects the positive as well.
+        row_offset: also subtracted from all candidate logits of a row, [B]: the part of a log count that depends on the
+            row, such as log n' - log(1 - q_y) of refined logQ. With -log p_y the positive is corrected as well.
 
     Returns:
-        One loss for each row, [B], float32 (float64 where the inputs are); a row with no negative left has loss 0.
+        One loss per row, [B], float32 (float64 if the inputs are); a row with no negative left has loss 0.
 
     Raises:
         InputError: shapes do not fit.
@@ -84,9 +83,9 @@ def refined_logq(
     row_offset: Tensor,
     temperature: float | Tensor = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The refined logQ loss in its published form, and the weight it gives to each row.
+    """Compute the refined logQ loss in its published form, and the weight of each row.
 
-    With Q'_j = q_j / (1 - q_y), n' candidates left after masking y, and P_hat without gradient,
+    With Q'_j = q_j / (1 - q_y), n' candidates left after masking y, and no gradient through P_hat,
 
         P_hat(y) = exp s_y / ( exp s_y + (1/n') sum_i exp( s_i - log Q'_i ) )
         loss     = -(1 - P_hat(y)) log( exp s_y / sum_i exp( s_i - log Q'_i ) )
@@ -98,9 +97,9 @@ def refined_logq(
         query: [B, D].
         positive: [B, D].
         candidates: [M, D].
-        log_count: log q_j of each candidate, minus log of how many copies it stands for, [M].
+        log_count: log q_j of each candidate, minus the log of the number of copies it represents, [M].
         hits: bool [B, M], True where a candidate is masked.
-        log_left: log n', [B]: the sum in the loss, unlike that in P_hat, is not divided by n'.
+        log_left: log n', [B]: the sum in the loss, unlike the sum in P_hat, is not divided by n'.
         row_offset: log n' - log(1 - q_y), [B], so that `log_count + row_offset` is log(n' Q'_j).
         temperature: divides every score.
 
@@ -112,7 +111,7 @@ def refined_logq(
     positive_logit, logits = candidate_logits(
         query, positive, candidates, log_count, hits=hits, temperature=temperature, row_offset=row_offset
     )
-    # Every logit carries - log n' already: the sum here is (1/n') sum_i exp(s_i - log Q'_i).
+    # Every logit already contains - log n': the sum here is (1/n') sum_i exp(s_i - log Q'_i).
     log_negatives = torch.logsumexp(logits, 1)
     weight = torch.sigmoid(log_negatives - positive_logit).detach()
     empty = torch.isneginf(log_negatives)
@@ -122,15 +121,15 @@ def refined_logq(
 
 
 def softmax_loss(positive_logit: Tensor, logits: Tensor) -> Tensor:
-    """-s_y + log( exp s_y + sum_i exp l_i ) of corrected logits: [B] and [B, M] -> [B]."""
-    # log(e^s + Z) - s = log(1 + e^(log Z - s)): the positive needs no copy of the matrix to join the sum.
+    """Compute -s_y + log( exp s_y + sum_i exp l_i ) from corrected logits: [B] and [B, M] -> [B]."""
+    # log(e^s + Z) - s = log(1 + e^(log Z - s)): the positive is added without copying the matrix.
     return softplus(log_sum_exp(logits) - positive_logit)
 
 
 def log_sum_exp(logits: Tensor) -> Tensor:
-    """The log of sum_i exp(l_i) over the last dimension; -inf where nothing is left to sum.
+    """Compute log sum_i exp(l_i) over the last dimension; -inf if nothing is left to sum.
 
-    The gradient of such a row is 0 for logits masked by `masked_fill`, as those of `candidate_logits` are.
+    Such a row has gradient 0 if its logits were masked with `masked_fill`, as in `candidate_logits`.
     """
     if logits.shape[-1] == 0:
         return logits.new_full(logits.shape[:-1], -torch.inf)
@@ -150,12 +149,12 @@ def candidate_logits(
     temperature: float | Tensor = 1.0,
     row_offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Corrected logits: (positive [B], candidates [B, M + R]), -inf where masked. See `sampled_softmax`."""
+    """Compute corrected logits, (positive [B], candidates [B, M + R]), -inf where masked. See `sampled_softmax`."""
     _check_shapes(query, positive, candidates, log_expected_count, hits)
     query, positive, candidates = (_accumulating(tensor) for tensor in (query, positive, candidates))
     scaled = query / temperature
     positive_logit = (scaled * positive).sum(-1)
-    # One matrix of B x M is made and then changed in place: it is most of a step's memory traffic.
+    # Allocate one [B, M] matrix and modify it in place: it accounts for most of a step's memory traffic.
     logits = torch.addmm(-log_expected_count.to(scaled.dtype)[None, :], scaled, candidates.T)
     if hits is not None:
         logits = logits.masked_fill_(hits, -torch.inf)
@@ -181,7 +180,7 @@ def full_softmax(
     *,
     temperature: float | Tensor = 1.0,
 ) -> Tensor:
-    """Softmax cross-entropy over the whole catalog: L = -log( exp s(x, y) / sum_j exp s(x, j) ).
+    """Compute softmax cross-entropy over the whole catalog: L = -log( exp s(x, y) / sum_j exp s(x, j) ).
 
     Args:
         query: query embeddings, [B, D].
@@ -190,14 +189,14 @@ def full_softmax(
         temperature: divides every score, > 0.
 
     Returns:
-        One loss for each row, [B].
+        One loss per row, [B].
     """
     query, items = _accumulating(query), _accumulating(items)
     return torch.nn.functional.cross_entropy((query / temperature) @ items.T, positive_items, reduction="none")
 
 
 def _accumulating(tensor: Tensor) -> Tensor:
-    """Half precisions are accumulated in float32."""
+    """Convert half precision to float32 for accumulation."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
@@ -213,7 +212,7 @@ def _check_shapes(
         raise InputError(f"candidates: expected [M, {width}], found {list(candidates.shape)}")
     if log_expected_count.shape != candidates.shape[:1]:
         raise InputError(
-            f"log_expected_count: expected one number for each candidate, [{len(candidates)}]; "
+            f"log_expected_count: expected one number per candidate, [{len(candidates)}]; "
             f"found {list(log_expected_count.shape)}"
         )
     if hits is not None and (hits.shape != (rows, len(candidates)) or hits.dtype != torch.bool):

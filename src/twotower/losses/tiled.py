@@ -1,8 +1,9 @@
-"""The losses as training uses them: a weighted mean over the rows, evaluated tile by tile, gradients on the way.
+"""The losses as training uses them: weighted sums over the rows, evaluated tile by tile together with the gradients.
 
-Each equals the weighted sum of its plain sibling in softmax.py or logistic.py, value and gradient, in bounded memory:
-no matrix [B, M] is kept, and a mask is a list of pairs (`Hits`). Use the siblings where the value of single rows
-carries the gradient on. Under `torch.autocast` in bfloat16 the products are rounded to bfloat16 and summed in float32.
+Each equals the weighted sum of its plain version in softmax.py or logistic.py, value and gradient, in bounded memory:
+no [B, M] matrix is stored, and a mask is a list of pairs (`Hits`). Use the plain versions if a gradient has to flow
+through the values of single rows. Under bfloat16 `torch.autocast` the products are rounded to bfloat16 and summed in
+float32.
 """
 
 from __future__ import annotations
@@ -33,24 +34,24 @@ def tiled_softmax(
     log_left: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """sum_b w_b loss_b of `sampled_softmax`, or of `refined_logq` where `log_left` is given.
+    """Compute sum_b w_b loss_b of `sampled_softmax`, or of `refined_logq` if `log_left` is given.
 
     Args:
         query: [B, D].
         positive: [B, D].
         candidates: [M, D].
         log_expected_count: log kappa of each candidate, [M].
-        hits: masked places; `Candidates.masks`, or bool [B, M].
+        hits: the mask; `Candidates.masks`, or bool [B, M].
         row_candidates: [B, R, D].
         row_log_expected_count: [B, R].
         row_hits: bool [B, R].
-        temperature: divides every score; a tensor may carry a gradient.
-        row_offset: subtracted from every candidate's logit in a row, [B].
-        log_left: log n' of the refined form, [B].
+        temperature: divides every score; may be a tensor with a gradient.
+        row_offset: subtracted from all candidate logits of a row, [B].
+        log_left: log n' of refined logQ, [B].
         weights: w, [B], constants; None for the mean, 1/B each.
 
     Returns:
-        A scalar, float32 (float64 where the inputs are).
+        A scalar, float32 (float64 if the inputs are).
 
     Raises:
         InputError: shapes do not fit.
@@ -79,7 +80,7 @@ def tiled_full_softmax(
     temperature: float | Tensor = 1.0,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """sum_b w_b loss_b of `full_softmax`; beyond the gradients it needs the memory of a tile, 256 MiB at most.
+    """Compute sum_b w_b loss_b of `full_softmax`; in addition to the gradients it needs one tile, at most 256 MiB.
 
     Args:
         query: [B, D].
@@ -92,7 +93,7 @@ def tiled_full_softmax(
         A scalar.
 
     Raises:
-        InputError: shapes do not fit, or a positive is no item of the catalog.
+        InputError: shapes do not fit, or a positive is not an item of the catalog (checked on the CPU only).
     """
     if query.ndim != 2 or items.ndim != 2 or query.shape[1] != items.shape[1]:
         raise InputError(f"items: expected [N, {query.shape[-1]}], found {list(items.shape)}")
@@ -133,17 +134,17 @@ def tiled_logistic(
     temperature: float | Tensor = 1.0,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """sum_b w_b loss_b of `logistic`, or of `gbce` with its beta.
+    """Compute sum_b w_b loss_b of `logistic`, or of `gbce` with its beta.
 
     Args:
         query: [B, D].
         positive: [B, D].
         candidates: [M, D].
         log_expected_count: [M].
-        bias: a scalar added to every logit, the positive's too; may carry a gradient.
-        own_offset: subtracted from the positive's logit, [B]: its log kappa in the corrected forms.
+        bias: a scalar added to every logit, including the positive's; may have a gradient.
+        own_offset: subtracted from the positive's logit, [B]: its log kappa in the corrected losses.
         beta: weight of the positive.
-        hits: as in `tiled_softmax`, like the rest.
+        hits: as in `tiled_softmax`; so are the following.
         row_candidates: [B, R, D].
         row_log_expected_count: [B, R].
         row_hits: bool [B, R].
@@ -186,7 +187,7 @@ def tiled_bpr(
     temperature: float | Tensor = 1.0,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """sum_b w_b loss_b of `bpr`; arguments, result and errors as those of `tiled_logistic`."""
+    """Compute sum_b w_b loss_b of `bpr`; arguments, result and errors as in `tiled_logistic`."""
     return _tiled(
         Pairwise(),
         query,
@@ -224,10 +225,10 @@ def _tiled(
         _check_row_shapes(query, row_candidates, row_log_expected_count, row_hits)
     masks = Hits.of(hits) if isinstance(hits, Tensor) else hits
     if masks is not None and masks.shape != (len(query), len(candidates)):
-        raise InputError(f"hits: expected those of [{len(query)}, {len(candidates)}], found {list(masks.shape)}")
-    for name, given in (("row_offset", row_offset), ("own_offset", own_offset)):
-        if given is not None and given.shape != query.shape[:1]:
-            raise InputError(f"{name}: expected [{len(query)}], found {list(given.shape)}")
+        raise InputError(f"hits: expected shape [{len(query)}, {len(candidates)}], found {list(masks.shape)}")
+    for name, offset in (("row_offset", row_offset), ("own_offset", own_offset)):
+        if offset is not None and offset.shape != query.shape[:1]:
+            raise InputError(f"{name}: expected [{len(query)}], found {list(offset.shape)}")
     task = Task(
         form,
         _weights(weights, query),
@@ -258,7 +259,7 @@ def _weights(weights: Tensor | None, query: Tensor) -> Tensor:
     if weights.shape != (rows,):
         raise InputError(f"weights: expected [{rows}], found {list(weights.shape)}")
     if weights.requires_grad:
-        raise InputError("weights: expected constants; use the plain losses where a row's weight is trained")
+        raise InputError("weights: expected constants; use the plain losses if row weights need a gradient")
     return weights
 
 

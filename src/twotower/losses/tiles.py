@@ -1,4 +1,4 @@
-"""How a matrix of logits is cut into tiles and blocks, where these lie, and how precise their products are."""
+"""Tiles and blocks of the logit matrix: their sizes, their memory, and the precision of their products."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Most memory of a tile, bytes; with what the products themselves need it stays below 256 MiB.
+#: Maximum memory of a tile in bytes; including the workspace of the products the total stays below 256 MiB.
 TILE_MEMORY = 245 << 20
-#: On CPU a tile has about this many numbers, 8 MiB of float32, but at least `LEAST_ROWS` rows: what is computed is
-#: still in the caches when it is read again, and the products are large enough for their library to be at its best.
+#: On the CPU a tile has about this many numbers, 8 MiB of float32, but at least `LEAST_ROWS` rows: small enough to be
+#: still in cache when it is read again, and large enough for efficient matrix products.
 TILE_NUMBERS = 1 << 21
 LEAST_ROWS = 512
-#: A tile of so many rows that has more numbers than these, 32 MiB of float32, gets half of the rows: it is memory then
-#: that there is least of.
+#: If `LEAST_ROWS` rows have more numbers than this, 32 MiB of float32, a tile gets half as many rows: memory is then
+#: the bottleneck.
 WIDE_NUMBERS = 1 << 23
-#: A larger tile is worked on in blocks of about so many numbers, at least `LEAST_WIDTH` candidates: the library
-#: takes memory for a copy of them. Narrow blocks cost: a third more at 512 rows in blocks of 1,024 than at once.
+#: A larger tile is processed in blocks of about this many numbers, at least `LEAST_WIDTH` candidates, because the
+#: matrix library allocates a copy of each block. Narrow blocks are slow: 512 rows take a third longer in blocks of
+#: 1,024 candidates than in one piece.
 BLOCK_NUMBERS = 3 << 18
 LEAST_WIDTH = 8192
 
 _workspace = threading.local()
 
-#: Masked places of a tile: (row, place), int64 [H] each, or bool [R, M].
+#: Masked entries of a tile: (row, place), int64 [H] each, or bool [R, M].
 Mask = tuple[Tensor, Tensor] | Tensor
 
 
 def tile_starts(rows: int, candidates: int, like: Tensor) -> list[int]:
-    """First row of each tile, and the number of rows at the end."""
+    """Return the first row of each tile, followed by the total number of rows."""
     width = max(candidates, 1)
     most = max(TILE_MEMORY // (width * like.element_size()), 1)
     least = LEAST_ROWS if LEAST_ROWS * width <= WIDE_NUMBERS else LEAST_ROWS // 2
@@ -42,30 +43,30 @@ def tile_starts(rows: int, candidates: int, like: Tensor) -> list[int]:
 
 
 def block_width(rows: int, candidates: int, like: Tensor) -> int:
-    """How many candidates of a tile are worked on at a time."""
+    """Return the number of candidates per block of a tile."""
     return max(candidates if like.device.type != "cpu" else max(BLOCK_NUMBERS // max(rows, 1), LEAST_WIDTH), 1)
 
 
 def tile_memory(numbers: int, like: Tensor) -> Tensor:
-    """Memory for the largest tile of a run, [numbers].
+    """Return memory for the largest tile of a run, [numbers].
 
-    On an accelerator the allocator keeps its memory; on the CPU fresh memory costs a page fault every 4 KiB, so that it
-    is kept here from step to step, for each thread, and made larger when needed.
+    On an accelerator the allocator caches memory. On the CPU fresh memory costs a page fault every 4 KiB, so it is
+    reused from step to step, one buffer per thread, and enlarged when needed.
     """
     if like.device.type != "cpu":
         return like.new_empty(numbers)
     buffers: dict[torch.dtype, Tensor] = _workspace.__dict__.setdefault("buffers", {})
-    kept = buffers.get(like.dtype)
-    if kept is None or len(kept) < numbers:
-        buffers[like.dtype] = kept = torch.empty(numbers, dtype=like.dtype)
-    return kept
+    buffer = buffers.get(like.dtype)
+    if buffer is None or len(buffer) < numbers:
+        buffers[like.dtype] = buffer = torch.empty(numbers, dtype=like.dtype)
+    return buffer
 
 
 def tile_blocks(memory: Tensor, rows: int, candidates: int, width: int) -> list[tuple[slice, Tensor]]:
-    """A tile's candidates in blocks, with the memory that each block's logits are written to, [rows, m].
+    """Cut a tile's candidates into blocks, with the memory that each block's logits are written to, [rows, m].
 
-    Block n ends no later in the memory than block n of a tile of more rows, whose numbers are not needed any more once
-    those of its blocks 0 to n are used.
+    Block n ends no later in memory than block n of a tile with more rows. So it may overwrite the previous tile once
+    blocks 0 to n of that tile have been used.
     """
     blocks = []
     for start in range(0, candidates, width):
@@ -75,7 +76,7 @@ def tile_blocks(memory: Tensor, rows: int, candidates: int, width: int) -> list[
 
 
 def masks_of_blocks(mask: Mask | None, blocks: list[tuple[slice, Tensor]]) -> list[Tensor | None]:
-    """A tile's mask in each of its blocks: flat places, int64, or bool [R, m]; None where nothing is masked."""
+    """Split a tile's mask by block: flat places, int64, or bool [R, m]; None if nothing is masked."""
     if mask is None or not blocks:
         return [None] * len(blocks)
     if isinstance(mask, Tensor):
@@ -84,7 +85,7 @@ def masks_of_blocks(mask: Mask | None, blocks: list[tuple[slice, Tensor]]) -> li
 
 
 def fill_masked(block: Tensor, mask: Tensor | None, value: float) -> None:
-    """Set the masked places of a block."""
+    """Set the masked entries of a block to a value, in place."""
     if mask is None:
         return
     if mask.dtype == torch.bool:
@@ -95,7 +96,7 @@ def fill_masked(block: Tensor, mask: Tensor | None, value: float) -> None:
 
 @contextmanager
 def products(*, low: bool) -> Iterator[None]:
-    """Products of float32 matrices rounded to bfloat16 and summed in float32, where the machine has such."""
+    """Round float32 matrix products to bfloat16, summed in float32, inside the block, if the machine supports it."""
     if not low:
         yield
         return
@@ -109,12 +110,12 @@ def products(*, low: bool) -> Iterator[None]:
 
 
 def exact_products(device: str) -> AbstractContextManager[Any]:
-    """Autocast off, where the kind of device knows it: what is rounded is said product by product."""
+    """Turn autocast off, if the device type supports it: precision is chosen explicitly for each product."""
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _by_block(row: Tensor, place: Tensor, blocks: list[tuple[slice, Tensor]]) -> list[Tensor]:
-    """The flat places of a tile's hits in each of its blocks."""
+    """Return the flat places of a tile's hits in each of its blocks."""
     widths = [block.shape[1] for _, block in blocks]
     if len(blocks) == 1:
         return [row * widths[0] + place]

@@ -1,8 +1,8 @@
-"""How a loss is evaluated tile by tile: some rows against all candidates at a time, in one buffer used again and again.
+"""The tiled evaluation of a loss: some rows against all candidates at a time, in one reused buffer.
 
-The gradients are taken on the way: what a tile gives to the query, the positive, the candidates, the temperature and
-the bias is known once its rows' losses are, because the weight of each row in the mean is given beforehand. So nothing
-is computed twice, and no matrix [B, M] is kept. docs/performance.md tells what it costs.
+The gradients are computed in the same pass: because the weight of each row in the mean is known in advance, a tile's
+contributions to the gradients of query, positive, candidates, temperature and bias are known as soon as its rows'
+losses are. So nothing is computed twice, and no [B, M] matrix is stored. For the cost see docs/performance.md.
 """
 
 from __future__ import annotations
@@ -28,30 +28,29 @@ from twotower.losses.tiles import (
 )
 from twotower.negatives import Hits
 
-#: Where every logit is this near to zero, and weights of candidates within the range of float32, exponentials need no
-#: row maximum taken out first.
+#: If all logits are this close to zero, and the candidates' weights are within the range of float32, exponentials need
+#: no row maximum subtracted first.
 SAFE_LOGIT = 50.0
 SAFE_RANGE = 80.0
-#: Matrix products want rows of memory that begin on whole lines of it: at 4,480 candidates they are up to twice as fast
-#: as at 4,484.
+#: Matrix products are faster if rows start at cache lines: up to twice as fast with 4,480 candidates as with 4,484.
 WIDTH = 64
 
 
 @dataclass
 class Task:
-    """What a tiled loss needs beside the tensors that it gives gradients to.
+    """The inputs of a tiled loss that get no gradient.
 
     Attributes:
-        form: the loss of a tile.
-        weights: of each row in the sum that is returned, [B].
+        form: the loss.
+        weights: weight of each row in the returned sum, [B].
         log_count: subtracted from the shared candidates' logits, [M]; None for nothing.
-        hits: masked places of the shared candidates.
-        row_log_count: subtracted from the row candidates' logits, [B, R].
+        hits: mask of the shared candidates.
+        row_log_count: subtracted from the per-row candidates' logits, [B, R].
         row_hits: bool [B, R].
-        row_offset: a further number subtracted from every candidate's logit in a row, [B].
+        row_offset: also subtracted from all candidate logits of a row, [B].
         own_offset: subtracted from the positive's logit, [B].
-        own_places: int64 [B], where the positives stand among the candidates, which then take their gradient.
-        multiplicity: how many copies each candidate stands for, [M]; None where each stands for itself.
+        own_places: int64 [B], positions of the positives among the candidates, which then get the positives' gradient.
+        multiplicity: how many copies each candidate represents, [M]; None for one each.
         low_precision: products in bfloat16, sums in float32.
     """
 
@@ -69,7 +68,7 @@ class Task:
 
 
 class Run:
-    """One evaluation: its inputs in the precision of the sums, and the gradients as they gather."""
+    """One evaluation: its inputs in the precision of the sums, and the gradients accumulated so far."""
 
     def __init__(
         self,
@@ -95,12 +94,12 @@ class Run:
         self.weight, self.base = self._weights()
         if copies is not None:
             self.weight = F.pad(copies, (0, len(self.candidates) - len(copies)))
-        # What a block is multiplied with.
+        # The right-hand side when a block is multiplied for the queries' gradient.
         self.weighted = self.candidates if self.weight is None else self.candidates * self.weight[:, None]
         self.unit = log2_unit(scaled.dtype) if task.form.sums_exponentials and self.base is None else 1.0
         if self.shift is not None and self.unit != 1.0:
             self.shift = self.shift * self.unit
-        # What is multiplied for the logits: the unit joins the smaller of the two.
+        # The two factors of the logits; the unit is applied to the smaller one.
         is_first = len(scaled) <= len(self.candidates)
         self.left = scaled * self.unit if self.unit != 1.0 and is_first else scaled
         self.right = self.candidates * self.unit if self.unit != 1.0 and not is_first else self.candidates
@@ -121,24 +120,24 @@ class Run:
         self.by_bias = torch.zeros((), dtype=torch.float64, device=scaled.device)
 
     def _padded(self, candidates: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Empty candidates added, up to a width that suits the products; they weigh nothing."""
+        """Pad the candidates to a width that makes the products fast; the padding has weight zero."""
         spare = -len(candidates) % WIDTH
         if not spare or shift is None or candidates.device.type != "cpu" or len(candidates) < WIDTH:
             return candidates, shift
         return F.pad(candidates, (0, 0, 0, spare)), F.pad(shift, (0, spare), value=torch.inf)
 
     def _weights(self) -> tuple[Tensor | None, float | None]:
-        """Candidates' weights exp(base - log count) and the base, if exponentials need no maximum; else (None, None).
+        """Return the candidates' weights exp(base - log count) and the base; (None, None) if a row maximum is needed.
 
-        Then sum_j exp(s_j - log kappa_j) = exp(-base) sum_j w_j exp(s_j), and the correction costs no pass over the
-        tile: w joins the candidates that the tile is multiplied with.
+        With weights, sum_j exp(s_j - log kappa_j) = exp(-base) sum_j w_j exp(s_j), so the correction needs no extra
+        pass over the tile: w is applied to the candidates that the tile is multiplied with.
         """
-        # Off the CPU the numbers that decide would have to be awaited.
+        # On an accelerator, reading the deciding numbers would synchronize.
         is_cpu = self.scaled.device.type == "cpu"
         if not (self.task.form.sums_exponentials and is_cpu and self.rows is None and self.candidates.numel()):
             return None, None
         largest = float(largest_norm(self.scaled) * largest_norm(self.candidates))
-        if not largest <= SAFE_LOGIT:  # nor is NaN
+        if not largest <= SAFE_LOGIT:  # also true for NaN
             return None, None
         if self.shift is None:
             return None, 0.0
@@ -149,7 +148,7 @@ class Run:
         return torch.exp(base - self.shift), base
 
     def total(self) -> Tensor:
-        """The weighted sum of the rows' losses; fills the gradients."""
+        """Compute the weighted sum of the rows' losses and fill the gradients."""
         task, rows = self.task, len(self.scaled)
         starts = tile_starts(rows, len(self.candidates), self.scaled)
         masks = None if task.hits is None else iter(task.hits.tiles(starts))
@@ -167,7 +166,7 @@ class Run:
         return (task.weights.double() * losses).sum().to(losses.dtype)
 
     def _complete(self, by_own: Tensor) -> None:
-        """What the positives give to the gradients, and what is the same for all tiles."""
+        """Add the positives' contribution to the gradients, and the factors that are the same for all tiles."""
         if len(self.scaled) == 0:
             self.by_candidates.zero_()
         if self.weight is not None:
@@ -181,10 +180,10 @@ class Run:
     def _tile(
         self, part: slice, blocks: list[tuple[slice, Tensor]], mask: Mask | None, gathering: Iterator[None]
     ) -> Iterator[None]:
-        """Visit a tile; its gathering, block by block, is returned and runs beside the next tile's visit.
+        """Visit a tile; return an iterator that gathers its gradients block by block while the next tile is visited.
 
-        A block is fetched from memory, gathered into the gradients and written over by the next tile's logits while it
-        is in the cache: over large catalogs the traffic between memory and cache takes as long as the products.
+        That way a block is read from memory, gathered into the gradients and overwritten by the next tile's logits
+        while it is in cache. Over large catalogs memory traffic takes as long as the products.
         """
         left, sums = self.left[part], self.sums
         for (cols, block), masked in zip(blocks, masks_of_blocks(mask, blocks), strict=True):
@@ -208,20 +207,20 @@ class Run:
         return self._gather(part, blocks, row_block, weights) if self.wanted else iter(())
 
     def _of_rows(self, by_line: Tensor) -> Tensor:
-        """Each row's part of what every line of the blocks has, [G, ...] -> [B, ...]: here each row has its own."""
+        """Expand per-line values to rows, [G, ...] -> [B, ...]; here every row has its own line of logits."""
         return by_line
 
     def _visit(self, part: slice, cols: slice, block: Tensor) -> None:
-        """Take up a block of logits, masked."""
+        """Add a block of masked logits to the sums."""
         self.sums.visit(part, block, None if self.weight is None else self.weight[cols])
 
     def _weights_of_lines(self, part: slice) -> Tensor:
-        """What turns the numbers in these lines' blocks into gradients of the sum, all blocks visited."""
+        """Return the factor from block values to gradients of the sum, for lines with all blocks visited."""
         scale = self.sums.scale(part)
         return self.row_weights[part] if scale is None else scale * self.row_weights[part]
 
     def _by_query(self) -> Tensor:
-        """What the candidates give to each scaled query, [B, D]."""
+        """Return the candidates' contribution to the gradient of each scaled query, [B, D]."""
         return self.by_scaled.mul_(self.line_weights[:, None])
 
     def _row_logits(self, rows: Tensor, part: slice) -> Tensor:
@@ -242,7 +241,7 @@ class Run:
     def _gather(
         self, part: slice, blocks: list[tuple[slice, Tensor]], row_block: Tensor | None, weights: Tensor
     ) -> Iterator[None]:
-        """Add what a finished tile gives to the gradients, its lines' weights given; a block at every turn."""
+        """Add a finished tile's contribution to the gradients, given its lines' weights; yields after each block."""
         scaled, by_scaled = self.scaled[part], self.by_scaled[part]
         toward = scaled * weights[:, None]
         if not blocks:
@@ -263,16 +262,16 @@ class Run:
             self.by_bias += row_block.sum(1) @ weights
 
     def _make_whole(self, part: slice, cols: slice, block: Tensor) -> None:
-        """Put back into a visited block what belongs to the candidates' gradient only: here nothing."""
+        """Restore entries of a visited block that belong only to the candidates' gradient; none here."""
 
 
 def finish(gathering: Iterator[None]) -> None:
-    """Run what is left of it."""
+    """Run the remaining steps of a gathering."""
     for _ in gathering:
         pass
 
 
 def largest_norm(vectors: Tensor) -> Tensor:
-    """The length of the longest row."""
+    """Return the largest row norm."""
     length: Tensor = torch.linalg.vector_norm(vectors, dim=1).max()
     return length

@@ -1,4 +1,4 @@
-"""Candidates and their expected counts: frequencies, proposals, sources and the pool that joins them."""
+"""Candidates and their expected counts: frequencies, proposals, sources, and the pool that combines sources."""
 
 from twotower.negatives import corrections
 from twotower.negatives.always import Catalog, Head, Mined, Observed

@@ -1,4 +1,4 @@
-"""Sources that are always in: the head, the whole catalog, and what is known of a row's query. kappa = 1."""
+"""Deterministic sources, always included with kappa = 1: the head, the whole catalog, and items known per query."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from twotower.negatives.sources import Request, Source
 
 
 class Head(Source):
-    """The H most frequent items, in every draw: kappa = 1. With a sampled tail the estimate stays unbiased.
+    """The H most frequent items, included in every draw: kappa = 1. With a sampled tail the estimate stays unbiased.
 
     Args:
         counts: training interactions of each item, [N].
@@ -31,13 +31,13 @@ class Head(Source):
         self.register_buffer("items", order[:size].sort().values, persistent=False)
 
     def draw(self, request: Request) -> Tensor:
-        """The head, [H]."""
+        """Return the head, [H]."""
         del request
         return self.items
 
 
 class Catalog(Source):
-    """Every item of the catalog once, kappa = 1: the full softmax.
+    """Every item of the catalog exactly once, kappa = 1: the full softmax.
 
     Args:
         num_items: N.
@@ -51,15 +51,15 @@ class Catalog(Source):
         self.register_buffer("items", torch.arange(num_items), persistent=False)
 
     def draw(self, request: Request) -> Tensor:
-        """All items, [N]."""
+        """Return all items, [N]."""
         del request
         return self.items
 
 
 class PerQuery(Source):
-    """Items known for the query of each row, always included: observed dislikes, or mined hard negatives.
+    """Items stored per query, always included: observed dislikes, or mined hard negatives.
 
-    `Observed` and `Mined` fill it.
+    The subclasses `Observed` and `Mined` provide the items.
 
     Args:
         items: int64 [Q, R], -1 where a query has fewer.
@@ -74,10 +74,10 @@ class PerQuery(Source):
         self.register_buffer("items", items)
 
     def draw(self, request: Request) -> Tensor:
-        """The items of the rows' queries, [B, R], -1 where there is none.
+        """Look up the items of the rows' queries, [B, R], padded with -1.
 
         Raises:
-            InputError: the draw was not told the queries of its rows.
+            InputError: the request has no queries.
         """
         if request.queries is None:
             raise InputError("queries: this source looks its items up by query; draw with queries=...")
@@ -87,12 +87,12 @@ class PerQuery(Source):
 
 
 class Observed(PerQuery):
-    """Observed negatives of the row's query (dislikes, impressions without a click): its latest `size`, kappa = 1.
+    """The latest `size` observed negatives of the row's query (dislikes, impressions without a click), kappa = 1.
 
     Args:
-        offsets: int64 [Q+1], rows of each query among the observed negatives, oldest first.
-        item_codes: their items.
-        size: R, how many of a query's latest are taken.
+        offsets: int64 [Q+1], where each query's observed negatives begin and end in `item_codes`.
+        item_codes: items of the observed negatives, grouped by query, oldest first.
+        size: R, how many of a query's latest observed negatives are used.
     """
 
     def __init__(self, offsets: Tensor, item_codes: Tensor, size: int) -> None:
@@ -107,16 +107,16 @@ class Observed(PerQuery):
 
 
 class Mined(PerQuery):
-    """Hard negatives: for each query the items that the current model ranks highest, refreshed now and then, kappa = 1.
+    """Hard negatives: the items that the current model ranks highest for each query, refreshed periodically, kappa = 1.
 
-    Stratified: the hard set is exact and masked from the random sources, which estimate the rest, so the pool stays
-    unbiased. Mine by the raw scores: on corrected logits rare items would look hard.
+    This is stratified sampling: the hard set is summed exactly and masked from the random sources, which estimate the
+    rest, so the pool stays unbiased. Mine by the raw scores: on corrected logits rare items would look hard.
 
     State (the mined items) is in `state_dict`.
 
     Args:
         num_queries: Q.
-        size: R, items for each query; none until the first `refresh`.
+        size: R, items per query; empty until the first `refresh`.
     """
 
     def __init__(self, num_queries: int, size: int) -> None:
@@ -126,18 +126,17 @@ class Mined(PerQuery):
         self.size = size
 
     def refresh(self, queries: Tensor, ranked: Tensor) -> None:
-        """Take a new ranking.
+        """Replace the mined items of some queries by the first R items of a new ranking.
 
         Args:
             queries: codes, int64 [E].
-            ranked: their best items without their known positives, int64 [E, >= R], -1 where there is none.
+            ranked: their highest-ranked items, known positives excluded, int64 [E, >= R], padded with -1.
 
         Raises:
-            InputError: the ranking is of another number of queries, or shorter than R.
+            InputError: the ranking has a different number of queries, or fewer than R items per query.
         """
         if ranked.ndim != 2 or len(ranked) != len(queries) or ranked.shape[1] < self.size:
             raise InputError(
-                f"ranked: expected [{len(queries)}, at least {self.size}], -1 where there is no item; "
-                f"found {list(ranked.shape)}"
+                f"ranked: expected [{len(queries)}, at least {self.size}], padded with -1; found {list(ranked.shape)}"
             )
         self.items[queries] = ranked[:, : self.size].to(self.items.dtype)

@@ -1,4 +1,4 @@
-"""The candidates of a batch: items, their expected counts and their masks, in one so that they cannot disagree."""
+"""The candidates of a batch: items, expected counts and masks in one object, so that they cannot disagree."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from twotower.negatives.hits import Hits
 
 @dataclass(frozen=True)
 class Candidates:
-    """The candidates of one batch: those shared by its rows, [M], and those of single rows, [B, R], if any.
+    """The candidates of one batch: candidates shared by all rows, [M], and per-row candidates, [B, R], if any.
 
     Attributes:
-        items: shared candidates' codes, int64 [M].
-        log_expected_count: log kappa_j of each, pooled over all sources, float32 [M]; 0 for an item that is always in,
-            inf for a place left empty. After `collapse()` exp(-log_expected_count) is the weight of all copies of the
-            item together.
-        masks: the same as `hits`, as pairs of a row and an item; what the tiled losses read.
-        multiplicity: how many drawn copies each candidate stands for, int64 [M]: 1 before `collapse()`, 0 for a place
-            left empty.
-        source: which source of the pool brought the candidate, int64 [M]; -1 once copies are merged.
+        items: codes of the shared candidates, int64 [M].
+        log_expected_count: log kappa_j of each, pooled over all sources, float32 [M]; 0 for an item that is always
+            included, inf for an empty slot. After `collapse()`, exp(-log_expected_count) is the total weight of all
+            copies of the item.
+        masks: the same as `hits`, as (row, item) pairs; read by the tiled losses.
+        multiplicity: how many drawn copies each candidate represents, int64 [M]: 1 before `collapse()`, 0 for an empty
+            slot.
+        source: index of the source in the pool that drew the candidate, int64 [M]; -1 after copies are merged.
         positives: the rows' positives, int64 [B].
-        positive_log_count: what the pool's correction says of the positives, float32 [B]; 0 for a positive that is
-            always in. Only forms that correct the positive look at it.
-        row_items: candidates of single rows, int64 [B, R]; -1 where empty. None where no source is per row.
+        positive_log_count: the pool's correction evaluated at the positives, float32 [B]; 0 for a positive that is
+            always included. Only losses that correct the positive use it.
+        row_items: per-row candidates, int64 [B, R], -1 where empty; None if no source is per row.
         row_log_expected_count: their log kappa, float32 [B, R].
-        row_hits: bool [B, R], True where a row's candidate is no negative for it.
+        row_hits: bool [B, R], True where a per-row candidate is not a negative for its row.
     """
 
     items: Tensor
@@ -45,15 +45,15 @@ class Candidates:
 
     @property
     def hits(self) -> Tensor:
-        """Bool [B, M], True where a candidate is no negative for the row; made when first asked for.
+        """Bool [B, M], True where a candidate is not a negative for the row; computed on first access.
 
-        A hit is the row's own positive (accidental hit), a known positive, an item that stands in the row for certain,
-        or an empty place.
+        A hit is the row's own positive (accidental hit), a known positive, an item that is always included as a per-row
+        candidate, or an empty slot.
         """
         return self.masks.dense()
 
     def head(self, rows: int) -> Candidates:
-        """The same candidates for the first rows alone."""
+        """Return the same candidates for the first `rows` rows only."""
         return replace(
             self,
             masks=self.masks.head(rows),
@@ -65,19 +65,19 @@ class Candidates:
         )
 
     def collapse(self) -> Candidates:
-        """The same estimate with each distinct shared item once: copies merged into one with their summed weight.
+        """Merge the copies of each shared item into one candidate with their summed weight.
 
         sum over copies of exp(s_j - log kappa_j) = exp(s_j - log kappa'_j), log kappa'_j = -logsumexp(-log kappa_j),
-        so that loss and gradient are unchanged and no product is computed twice.
+        so loss and gradient are unchanged and no product is computed twice.
         """
         items, inverse = torch.unique(self.items, return_inverse=True)
         weight = torch.zeros(len(items), dtype=torch.float64, device=items.device)
-        # Weights of one item differ by little (the same kappa, or that of two sources): no overflow once its own
-        # largest is taken out.
+        # The weights of one item's copies are close (the same kappa, or one per source): subtracting the item's own
+        # maximum is enough to avoid overflow.
         log_weight = -self.log_expected_count.double()
         largest = torch.full_like(weight, -torch.inf).scatter_reduce(0, inverse, log_weight, "amax")
         weight.index_add_(0, inverse, torch.exp(log_weight - largest[inverse]).nan_to_num(0.0))
-        # Copies are alike for every row, but for empty places, which are masked for all rows: prefer a live copy.
+        # Copies are masked in the same rows, except empty slots, which are masked in all rows: prefer a live copy.
         place = torch.arange(len(inverse), device=items.device)
         live = torch.isfinite(log_weight).long() * len(inverse)
         chosen = torch.zeros_like(items).scatter_reduce(0, inverse, place + live, "amax") % max(len(inverse), 1)
@@ -92,7 +92,7 @@ class Candidates:
         )
 
     def to(self, device: torch.device | str) -> Candidates:
-        """The same candidates on another device."""
+        """Return a copy on another device."""
         present = {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
         moved: dict[str, Any] = {name: value.to(device) for name, value in present.items()}
         return replace(self, **moved)

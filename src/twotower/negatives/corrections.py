@@ -1,6 +1,6 @@
-"""What is subtracted from the logit of a candidate. One of these is right; the others are kept by name to compare with.
+"""The corrections subtracted from candidate logits. `ExpectedCounts` is unbiased; the others exist for comparison.
 
-A correction maps candidates to log kappa, or to what a published method puts in its place. Every one of them is
+A correction maps candidates to log kappa, or to what a published method uses instead. All have the signature
 `log_count(pool, items, source, request) -> float64`, the shape of `items`.
 """
 
@@ -18,20 +18,20 @@ from twotower.negatives.sources import InBatch, RandomSource, Request, Source, l
 
 
 class Sources(Protocol):
-    """What a correction asks of a pool."""
+    """The part of a pool that a correction uses."""
 
     unique: bool
 
     def members(self) -> list[Source]:
-        """All sources, in order."""
+        """Return all sources, in order."""
         ...
 
     def random_sources(self) -> list[RandomSource]:
-        """Those that draw."""
+        """Return the random sources, in order."""
         ...
 
     def log_expected_count(self, items: Tensor, request: Request) -> Tensor:
-        """Log kappa_j over all random sources."""
+        """Return log kappa_j pooled over all random sources."""
         ...
 
 
@@ -40,12 +40,12 @@ class Correction(ABC):
 
     @abstractmethod
     def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: Request) -> Tensor:
-        """What is subtracted from the logits of random candidates.
+        """Compute what is subtracted from the logits of random candidates.
 
         Args:
             pool: the pool they were drawn from.
             items: their codes, int64, any shape.
-            source: which of the pool's sources brought each, the same shape; -1 where duplicates were merged.
+            source: index of the source in the pool that drew each one, same shape; -1 where duplicates were merged.
             request: the batch.
 
         Returns:
@@ -57,34 +57,34 @@ class ExpectedCounts(Correction):
     """log kappa_j, pooled over all random sources: the estimate is unbiased (docs/theory.md, section 2)."""
 
     def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: Request) -> Tensor:
-        """Sums of counts, or one minus the product of absences where the pool is unique."""
+        """Return the log of the summed counts, or of one minus the product of absences if the pool is unique."""
         del source
         return pool.log_expected_count(items, request)
 
 
 class NoCorrection(Correction):
-    """0: every candidate counts once, so popular items, which are drawn more often, are penalised more."""
+    """No correction, 0: popular items are drawn more often and therefore penalised more."""
 
     def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: Request) -> Tensor:
-        """Zeros."""
+        """Return zeros."""
         del pool, source, request
         return torch.zeros(items.shape, dtype=torch.float64, device=items.device)
 
 
 class Probability(Correction):
-    """log p_j, the frequency alone, without the number of draws: the sum is B-1 times too small."""
+    """log p_j, the frequency without the number of draws: the negatives' sum is B-1 times too large."""
 
     def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: Request) -> Tensor:
-        """Log p_j of the in-batch source."""
+        """Return log p_j of the in-batch source."""
         del source
         return in_batch_source(pool).log_prob(items, request)
 
 
 class BatchProbability(Correction):
-    """log(1 - (1-p_j)^B): the chance to stand in the batch, put on every copy of a batch that keeps duplicates."""
+    """log(1 - (1-p_j)^B): the probability of being in the batch, applied to every copy although duplicates are kept."""
 
     def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: Request) -> Tensor:
-        """The inclusion probability in B draws."""
+        """Return the log inclusion probability in B draws."""
         del source
         log_prob = in_batch_source(pool).log_prob(items, request)
         return log_complement(log_absence_after(len(request.positives), log_prob))
@@ -94,17 +94,17 @@ class ImportanceToUniform(Correction):
     """log(Q_j / P_j) with P uniform over the catalog and Q the frequency: log p_j + log N."""
 
     def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: Request) -> Tensor:
-        """Log p_j + log N."""
+        """Return log p_j + log N."""
         del source
         in_batch = in_batch_source(pool)
         return in_batch.log_prob(items, request) + math.log(in_batch.frequency.num_items)
 
 
 class MixtureProbability(Correction):
-    """log Q*_j, the mixture of all sources in the ratio of their draws (B for in-batch): a probability, no count."""
+    """log Q*_j, the mixture of all sources weighted by their draws (B for in-batch): a probability, not a count."""
 
     def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: Request) -> Tensor:
-        """Log sum_s n_s q_j^s - log sum_s n_s."""
+        """Return log sum_s n_s q_j^s - log sum_s n_s."""
         del source
         parts, total = [torch.full(items.shape, -torch.inf, dtype=torch.float64, device=items.device)], 0
         for member in pool.random_sources():
@@ -116,17 +116,17 @@ class MixtureProbability(Correction):
 
 
 class BySourceProbability(Correction):
-    """log q_j of the very source that brought the candidate: p_j for in-batch, 1/N for uniform."""
+    """log q_j of the source that drew the candidate: p_j for in-batch, 1/N for uniform."""
 
     def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: Request) -> Tensor:
-        """Log q_j^s.
+        """Return log q_j^s.
 
         Raises:
-            InputError: the pool merges copies from different sources, so that a candidate has no source.
+            InputError: the pool is unique: copies from different sources are merged, so candidates have no source.
         """
         if pool.unique:
             raise InputError(
-                "objective.unique: a correction by source needs each candidate's own source, and removing duplicates "
+                "objective.unique: a correction by source needs the source of every candidate, but removing duplicates "
                 "over all sources merges them; set unique to false, or choose expected-count"
             )
         count = torch.zeros(items.shape, dtype=torch.float64, device=items.device)
@@ -137,10 +137,10 @@ class BySourceProbability(Correction):
 
 
 def in_batch_source(pool: Sources) -> InBatch:
-    """The pool's in-batch source.
+    """Return the pool's in-batch source.
 
     Raises:
-        InputError: it has none.
+        InputError: the pool has no in-batch source.
     """
     for member in pool.members():
         if isinstance(member, InBatch):

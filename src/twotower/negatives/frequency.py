@@ -1,4 +1,4 @@
-"""How often each item is the positive of a row: the p_j that in-batch candidates are drawn from."""
+"""Item frequencies: the probability p_j that an item is a row's positive, from which in-batch candidates are drawn."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from twotower.errors import InputError
 
-#: A group of a batch: its number, as a plain int or a scalar tensor.
+#: Index of a batch's group, as an int or a scalar tensor.
 Group = int | Tensor
 
 
 class HasItemCounts(Protocol):
-    """Anything that can count its items, such as `twotower.Interactions`."""
+    """An object that can count its items, such as `twotower.Interactions`."""
 
     def item_counts(self) -> np.ndarray:
-        """Occurrences of each item, int64 [N]."""
+        """Count the occurrences of each item, int64 [N]."""
         ...
 
 
@@ -56,25 +56,25 @@ class Frequency(nn.Module, ABC):
 
     @abstractmethod
     def log_prob(self, items: Tensor, group: Group | None = None) -> Tensor:
-        """Log p_j, in float64.
+        """Return log p_j in float64.
 
         Args:
             items: codes, int64, any shape.
-            group: the group that the batch was drawn from; None where batches are random draws.
+            group: the group that the batch was drawn from; None if batches are random draws.
 
         Returns:
             float64, the shape of `items`; -inf for an item that never occurs.
         """
 
     def observe(self, items: Tensor, group: Group | None = None) -> None:
-        """Take note of the positives of one training step, before they are drawn from; counted ones know already."""
+        """Update the estimate with the positives of one training step, before the draw; no-op for counted ones."""
         del items, group
 
 
 class CountedFrequency(Frequency):
     """Exact frequency, counted from the training interactions: p_j = count_j / sum of counts.
 
-    Items never seen get p_j = 0 (log p_j = -inf): they can only arrive through a source that draws them, such as
+    Items never seen get p_j = 0 (log p_j = -inf): they become candidates only through a source that draws them, such as
     `Sampled(Uniform(N))`, and their expected count then comes from that source alone.
 
     Args:
@@ -98,17 +98,17 @@ class CountedFrequency(Frequency):
             counts = counts.item_counts()
         values = torch.as_tensor(counts).to(torch.float64)
         if values.ndim != 1 or len(values) == 0:
-            raise InputError(f"counts: expected one number for each item, shape [N]; found shape {list(values.shape)}")
+            raise InputError(f"counts: expected one number per item, shape [N]; found shape {list(values.shape)}")
         if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
-            raise InputError("counts: expected finite numbers >= 0, one for each item")
+            raise InputError("counts: expected finite numbers >= 0, one per item")
         if not bool(values.sum() > 0):
             raise InputError("counts: all are zero; count them from the training interactions")
         self.num_items = len(values)
-        # Derived from the data, so it is rebuilt rather than stored in every checkpoint.
+        # Derived from the data, so it is recomputed instead of stored in every checkpoint.
         self.register_buffer("log_probability", values.log() - values.sum().log(), persistent=False)
 
     def log_prob(self, items: Tensor, group: Group | None = None) -> Tensor:
-        """Log p_j, float64, the shape of `items`; `group` is ignored."""
+        """Return log p_j, float64, the shape of `items`; `group` is ignored."""
         del group
         return self.log_probability[items]
 
@@ -116,21 +116,21 @@ class CountedFrequency(Frequency):
 class GroupedFrequency(Frequency):
     """One frequency for each group (market, kind of session), for batches that are built within a group.
 
-    Such batches are no random draw from all interactions, so the global frequency is the wrong q for them
-    (docs/theory.md, rule 8). Members may be counted or streaming; the memory is theirs together, N numbers for each
-    counted group.
+    Such batches are not random draws from all interactions, so the global frequency is the wrong q for them
+    (docs/theory.md, rule 8). Members may be counted or streaming. Memory is the sum over members: N numbers per counted
+    group.
 
     Args:
         members: the frequency within group 0, 1, ...
 
     Raises:
-        InputError: no members, or they differ in the size of the catalog.
+        InputError: there are no members, or their catalog sizes differ.
     """
 
     def __init__(self, members: Sequence[Frequency]) -> None:
         super().__init__()
         if not members or len({member.num_items for member in members}) != 1:
-            raise InputError("members: expected one frequency for each group, all over the same catalog")
+            raise InputError("members: expected one frequency per group, all over the same catalog")
         self.members = nn.ModuleList(members)
         self.num_items = members[0].num_items
         self.is_exact = all(member.is_exact for member in members)
@@ -150,15 +150,15 @@ class GroupedFrequency(Frequency):
         return cls([CountedFrequency(row) for row in table])
 
     def log_prob(self, items: Tensor, group: Group | None = None) -> Tensor:
-        """Log p_j within the group, float64, the shape of `items`."""
+        """Return log p_j within the group, float64, the shape of `items`."""
         return self._member(group).log_prob(items)
 
     def observe(self, items: Tensor, group: Group | None = None) -> None:
-        """Let the group's member take note."""
+        """Update the frequency of the group."""
         self._member(group).observe(items)
 
     def _member(self, group: Group | None) -> Frequency:
         if group is None:
             raise InputError("frequency: a grouped frequency needs the group of the batch; draw with group=...")
-        member: Frequency = self.members[int(group)]  # type: ignore[assignment]  # ModuleList forgets what it holds
+        member: Frequency = self.members[int(group)]  # type: ignore[assignment]  # ModuleList is untyped
         return member

@@ -1,4 +1,4 @@
-"""Which candidates are no negatives of which rows, kept as pairs: a matrix [B, M] is made only for those who ask."""
+"""The mask of candidates that are not negatives of a row, stored as pairs; the [B, M] matrix is made on request."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Pairs = tuple[Tensor, Tensor]
 
 
 class Hits:
-    """The masked places of a batch, as (row, item) pairs compared with the candidates' items.
+    """The masked entries of a batch, as (row, item) pairs that are matched against the candidates' items.
 
-    A batch of 65,536 rows and as many candidates has 4 GiB of booleans and perhaps a few hundred thousand hits. Losses
-    that work tile by tile ask for the hits of a few rows (`tiles`); `dense` is the matrix.
+    For 65,536 rows and as many candidates the matrix takes 4 GiB of booleans, with perhaps a few hundred thousand hits.
+    Tiled losses read the hits of a few rows at a time (`tiles`); `dense` is the matrix.
 
     Args:
-        pairs: sets of pairs; they may overlap, and name items that are no candidate.
+        pairs: sets of pairs; they may overlap, and may contain items that are not candidates.
         rows: B.
-        items: codes of the candidates, int64 [M]; None where pairs name places among the candidates instead.
+        items: codes of the candidates, int64 [M]; None if the pairs contain candidate positions instead of items.
         size: M.
-        empty: bool [M], places that are hits of every row; None where there are none.
+        empty: bool [M], candidates that are hits in every row; None if there are none.
     """
 
     def __init__(
@@ -41,10 +41,10 @@ class Hits:
 
     @classmethod
     def of(cls, dense: Tensor) -> Hits:
-        """From a matrix, bool [B, M].
+        """Convert a matrix, bool [B, M].
 
         Raises:
-            InputError: it is none.
+            InputError: it is not a boolean matrix.
         """
         if dense.ndim != 2 or dense.dtype != torch.bool:
             raise InputError(f"hits: expected bool [B, M], found {dense.dtype} {list(dense.shape)}")
@@ -59,7 +59,7 @@ class Hits:
         return self.rows, self.size
 
     def dense(self) -> Tensor:
-        """The matrix, bool [B, M]; made once. Nothing in it has a shape that depends on the data."""
+        """Return the matrix, bool [B, M], computed once. No shape in the computation depends on the data."""
         if self._dense is None:
             row, item = (torch.cat(part) for part in zip(*self.pairs, strict=True))
             items = torch.arange(self.size, device=item.device) if self.items is None else self.items
@@ -68,19 +68,19 @@ class Hits:
         return self._dense
 
     def tiles(self, starts: list[int]) -> Iterator[Pairs | Tensor]:
-        """The hits of rows starts[0]:starts[1], starts[1]:starts[2], ... without the empty places.
+        """Yield the hits of rows starts[0]:starts[1], starts[1]:starts[2], ..., without the empty slots.
 
         Yields:
-            (row, place), int64 [H] each, row counted from the tile's first, where a hit may come more than once; or,
-            on an accelerator, which would have to be awaited for the number of them, bool [R, M].
+            (row, place), int64 [H] each, row relative to the tile's first row; a hit may occur more than once. On an
+            accelerator, where reading the number of hits would synchronize, bool [R, M] instead.
         """
         if self.pairs and self.pairs[0][0].device.type != "cpu":
             yield from self.matrices(starts)
             return
-        asked = torch.tensor(starts)
+        boundaries = torch.tensor(starts)
         found: list[tuple[Tensor, Tensor, Tensor | None, list[int]]] = []
         for row, first, copies in self._index():
-            bounds = torch.searchsorted(row, asked).tolist()
+            bounds = torch.searchsorted(row, boundaries).tolist()
             if copies is None and self._order is not None:
                 first = self._order[first]  # noqa: PLW2901
             found.append((row, first, copies, bounds))
@@ -96,14 +96,14 @@ class Hits:
             yield torch.cat(rows) - start, torch.cat(places)
 
     def matrices(self, starts: list[int]) -> Iterator[Tensor]:
-        """The same as bool [R, M], one for each tile; nothing here has a shape that depends on the data."""
+        """Yield the hits as one bool [R, M] per tile. No shape in the computation depends on the data."""
         if not self.pairs:
             yield from (torch.zeros(stop - start, self.size, dtype=torch.bool) for start, stop in pairwise(starts))
             return
         marked, spread = self.pairs, None
         if self.items is not None:
             keys, order = torch.sort(self.items, stable=True)
-            # Where each candidate's item first stands among the keys: there it is marked for all its copies.
+            # Position of the first copy of each candidate's item among the keys; its mark holds for all copies.
             spread = torch.empty_like(order).scatter_(0, order, torch.searchsorted(keys, keys))
             marked = []
             for row, item in self.pairs:
@@ -112,7 +112,7 @@ class Hits:
                     place = torch.where(keys[place.clamp(max=self.size - 1)] == item, place, self.size)
                 marked.append((row, place))
         for start, stop in pairwise(starts):
-            # One column too many takes the marks of other tiles' rows and of items that are no candidate.
+            # An extra column takes the marks of other tiles' rows and of items that are not candidates.
             marks = torch.zeros(stop - start, self.size + 1, dtype=torch.bool, device=marked[0][0].device)
             for row, place in marked:
                 if stop > start:
@@ -121,7 +121,7 @@ class Hits:
             yield marks[:, : self.size] if spread is None else marks.index_select(1, spread)
 
     def count(self, weight: Tensor) -> Tensor:
-        """Sum over each row's hits of a weight of the candidates, [M] -> [B]; a hit named twice counts once."""
+        """Sum a weight of the candidates, [M], over each row's hits, [B]; a hit listed twice counts once."""
         total = weight.new_zeros(self.rows)
         if self.size == 0:
             return total
@@ -137,7 +137,7 @@ class Hits:
         return total.index_add_(0, key // self.size, sums[last] - sums[first])
 
     def places(self, item: Tensor) -> Tensor | None:
-        """Where items stand among the candidates, int64 [P]; -1 where they do not. None where one stands twice."""
+        """Return the positions of items among the candidates, int64 [P], or -1; None if some candidate is repeated."""
         keys, copies, order = self._ordered()
         if copies is not None:
             return None
@@ -145,7 +145,7 @@ class Hits:
         return place if order is None else torch.where(place < 0, -1, order[place])
 
     def without(self, own: Tensor, candidates: Tensor) -> Hits:
-        """The same but for each row's own item, [B], among the candidates' codes, [M]; empty places stay."""
+        """Return the hits without each row's own item, [B]; `candidates` are the codes, [M]. Empty slots remain."""
         kept = []
         for row, item in self.pairs:
             code = item if self.items is not None else candidates[item]
@@ -154,18 +154,18 @@ class Hits:
         return Hits(kept, rows=self.rows, items=self.items, size=self.size, empty=self.empty)
 
     def select(self, places: Tensor) -> Hits:
-        """The hits among some of the candidates, int64 [M']."""
+        """Return the hits among some of the candidates, given by position, int64 [M']."""
         items = places if self.items is None else self.items[places]
         empty = None if self.empty is None else self.empty[places]
         return Hits(self.pairs, rows=self.rows, items=items, size=len(places), empty=empty)
 
     def head(self, rows: int) -> Hits:
-        """The hits of the first rows alone."""
+        """Return the hits of the first `rows` rows only."""
         kept = [(row[live], item[live]) for row, item in self.pairs for live in [row < rows]]
         return Hits(kept, rows=min(rows, self.rows), items=self.items, size=self.size, empty=self.empty)
 
     def to(self, device: torch.device | str) -> Hits:
-        """The same hits on another device."""
+        """Return a copy on another device."""
         return Hits(
             [(row.to(device), item.to(device)) for row, item in self.pairs],
             rows=self.rows,
@@ -175,9 +175,9 @@ class Hits:
         )
 
     def _index(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-        """For each set of pairs, those that are candidates: row, ascending; first place in `_order`; copies.
+        """Return, for each set of pairs, those that are candidates: (row, ascending; first place in `_order`; copies).
 
-        Copies are None where no item stands twice among the candidates.
+        `copies` is None if no candidate item is repeated.
         """
         if self._found is None:
             keys, copies, self._order = self._ordered()
@@ -185,7 +185,7 @@ class Hits:
             for row, item in self.pairs:
                 first = item if keys is None else first_places(keys, item)
                 live = (first >= 0).nonzero()[:, 0]
-                if len(live) < len(first):  # the rest is of no use
+                if len(live) < len(first):  # drop pairs that are not candidates
                     row, first = row.index_select(0, live), first.index_select(0, live)  # noqa: PLW2901
                 if bool((row[1:] < row[:-1]).any()):
                     row, turn = torch.sort(row, stable=True)  # noqa: PLW2901
@@ -194,9 +194,9 @@ class Hits:
         return self._found
 
     def _ordered(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Items in ascending order; how many of an item stand from each place on; where they stand.
+        """Return (items ascending; how many copies of an item follow from each place on; their original positions).
 
-        None where pairs name places; where no item stands twice; where they ascend already.
+        Items are None if pairs contain positions, the copies if no item is repeated, the positions if already sorted.
         """
         if self.items is None:
             return None, None, None
@@ -209,7 +209,7 @@ class Hits:
         return keys, None, order
 
     def _expand(self, row: Tensor, first: Tensor, copies: Tensor) -> Pairs:
-        """Each hit once for every copy of its item."""
+        """Repeat each hit once per copy of its item."""
         row = torch.repeat_interleave(row, copies)
         before = torch.repeat_interleave(copies.cumsum(0) - copies, copies)
         first = torch.repeat_interleave(first, copies) + torch.arange(len(row)) - before
@@ -217,16 +217,16 @@ class Hits:
 
 
 def first_places(keys: Tensor, item: Tensor) -> Tensor:
-    """Where each item first stands among ascending keys, int64 [P]; -1 where it does not."""
+    """Return the position of each item's first copy among ascending keys, int64 [P], or -1."""
     if len(keys) == 0 or len(item) == 0:
         return torch.full_like(item, -1)
     size = int(keys[-1]) + 1
-    # A table of the catalog answers several times faster than bisection, where filling it is not the larger part.
+    # A lookup table is several times faster than binary search, unless filling it dominates.
     if size <= 16 * (len(keys) + len(item)):
         head = torch.ones_like(keys, dtype=torch.bool)
         head[1:] = keys[1:] != keys[:-1]
         heads = head.nonzero()[:, 0]
-        # A place at either end for codes below and above those of the catalog.
+        # One extra slot at each end, for codes below and above the range.
         table = torch.full((size + 2,), -1, dtype=torch.int32, device=keys.device)
         table.index_copy_(0, keys[heads] + 1, heads.to(torch.int32))
         return table.index_select(0, item.clamp(min=-1, max=size) + 1).long()

@@ -1,4 +1,4 @@
-"""Candidates remembered from the last batches."""
+"""The cross-batch memory: candidates remembered from the last batches."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ from twotower.negatives.sources import RandomSource, Request
 
 
 class CrossBatchMemory(RandomSource):
-    """The positives of the last batches, M of them: kappa_j = M p_j, or 1 - (1-p_j)^M if unique.
+    """The last M positives of earlier batches: kappa_j = M p_j, or 1 - (1-p_j)^M if unique.
 
-    The memory holds item codes, not embeddings: remembered items are embedded anew in every step, so nothing is stale
-    and both towers get their gradient. What ages is only which items they are; `age` tells by how much.
+    The memory contains item codes, not embeddings: remembered items are embedded again in every step, so no embedding
+    is stale and both towers get their gradient. Only the choice of items ages; `age` reports by how much.
 
-    With a grouped frequency each remembered row was drawn within its own batch's group g, not within that of the batch
-    which looks at it now: kappa_j = sum_g M_g p_j^g, with M_g remembered rows of group g.
+    With a grouped frequency each remembered row was drawn within the group g of its own batch, not within the group of
+    the current batch: kappa_j = sum_g M_g p_j^g, with M_g remembered rows of group g.
 
-    State (the items, their groups, their steps, how many) is in `state_dict`, so a resumed run goes on with the same
-    memory.
+    State (items, groups, steps, fill level) is in `state_dict`, so a resumed run continues with the same memory.
 
     Args:
         frequency: how often each item is a positive.
-        size: M, how many items are remembered.
+        size: M, how many positives are remembered.
         unique: remove duplicates within the memory.
 
     Raises:
@@ -48,18 +47,18 @@ class CrossBatchMemory(RandomSource):
         self.register_buffer("items", torch.zeros(size, dtype=torch.int64))
         self.register_buffer("groups", torch.zeros(size, dtype=torch.int64))
         self.register_buffer("steps", torch.zeros(size, dtype=torch.int64))
-        # Filled places, next place, step: plain numbers kept on the CPU, where reading them waits for nothing.
+        # Filled places, next place, step: Python integers, so that reading them never synchronizes with a device.
         self._filled, self._next, self._step = 0, 0, 0
         self.register_buffer("state", torch.zeros(3, dtype=torch.int64))
         self.register_load_state_dict_post_hook(_restore)  # type: ignore[no-untyped-call]
 
     def draw(self, request: Request) -> Tensor:
-        """What is remembered, [M] or fewer at the start; `remember` the batch afterwards."""
+        """Return the remembered items, [M] or fewer at the start; call `remember` after the draw."""
         del request
         return self.items[: self._filled].clone()
 
     def remember(self, positives: Tensor, group: Group | None = None) -> None:
-        """Put the positives of a finished draw, and the group they came from, into the memory, over the oldest."""
+        """Store the positives of a finished draw, and their group, in place of the oldest ones."""
         newest = positives[-self.size :]
         places = (torch.arange(len(newest), device=self.items.device) + self._next) % self.size
         self.items[places] = newest
@@ -76,19 +75,19 @@ class CrossBatchMemory(RandomSource):
         return float((self._step - self.steps[: self._filled]).double().mean()) if self._filled else 0.0
 
     def draws(self, request: Request) -> int:
-        """How many places are filled."""
+        """Return the number of remembered positives."""
         del request
         return self._filled
 
     def log_prob(self, items: Tensor, request: Request) -> Tensor:
-        """Log p_j, in a grouped memory the mean over the groups its rows were drawn in."""
+        """Return log p_j; with a grouped frequency, of the mean over the remembered rows' groups."""
         if not self._mixes_groups:
             return self.frequency.log_prob(items, request.group)
         rows, log_prob = self._by_group(items)
         return torch.logsumexp(log_prob + rows.log(), 0) - math.log(self._filled)
 
     def log_absence(self, items: Tensor, request: Request) -> Tensor:
-        """Log of prod_g (1 - p_j^g)^M_g: no remembered row is item j, float64, the shape of `items`."""
+        """Return the log of prod_g (1 - p_j^g)^M_g: no remembered row is item j, float64, the shape of `items`."""
         if not self._mixes_groups:
             return super().log_absence(items, request)
         rows, log_prob = self._by_group(items)
@@ -100,8 +99,8 @@ class CrossBatchMemory(RandomSource):
         return isinstance(self.frequency, GroupedFrequency) and self._filled > 0
 
     def _by_group(self, items: Tensor) -> tuple[Tensor, Tensor]:
-        """Remembered rows of each group, float64 [G, 1, ...], and log p_j within each, [G, ...]."""
-        frequency: GroupedFrequency = self.frequency  # type: ignore[assignment]  # asked only where `_mixes_groups`
+        """Count the remembered rows of each group, float64 [G, 1, ...]; also return log p_j within each, [G, ...]."""
+        frequency: GroupedFrequency = self.frequency  # type: ignore[assignment]  # called only if `_mixes_groups`
         log_prob = torch.stack([frequency.log_prob(items, group) for group in range(len(frequency.members))])
         rows = torch.zeros(len(log_prob), dtype=torch.float64, device=items.device)
         remembered = self.groups[: self._filled]

@@ -1,4 +1,4 @@
-"""Pooling of sources: what each of them draws as the candidates of one batch, with one expected count for each item."""
+"""The pool: combines the draws of several sources into the candidates of one batch, one expected count per item."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ from twotower.negatives.hits import Hits
 from twotower.negatives.memory import CrossBatchMemory
 from twotower.negatives.sources import InBatch, RandomSource, Request, Source, log_complement
 
-#: In place of the number of a source: the item is always in, or copies from several sources became one.
+#: Used in place of a source's index: the item is always included, or copies from several sources were merged.
 FIXED = -2
 MERGED = -1
 
 
 class Pool(nn.Module):
-    """Several sources as one: expected counts are added, or absences multiplied where duplicates are removed.
+    """A pool of candidate sources: adds expected counts, or multiplies absences if duplicates are removed.
 
     For a candidate j from any of the random sources s (docs/theory.md, section 2)
 
         duplicates kept:     kappa_j = sum_s kappa_j^s
         duplicates removed:  kappa_j = 1 - prod_s (1 - inclusion_j^s)
 
-    so that one item has one kappa, whichever source brought it. An item that a source includes always has kappa = 1,
+    so that an item has the same kappa whichever source drew it. An item that a source always includes has kappa = 1,
     and its copies from random sources are masked.
 
     Args:
         sources: one or more sources.
         unique: remove duplicates over all sources together.
-        correction: what is subtracted from the logits; the expected count, unless a published form is to be compared.
+        correction: what is subtracted from the logits; default: the expected count. Others are for comparison.
 
     Raises:
-        InputError: there is no source.
+        InputError: no source is given.
 
     Example:
         >>> frequency = CountedFrequency(torch.tensor([5, 3, 2, 0]))
@@ -77,12 +77,11 @@ class Pool(nn.Module):
     ) -> Candidates:
         """Draw the candidates of one batch.
 
-        In training mode (`pool.train()`, the default) streaming frequencies take note of the positives before the
-        draw, and a cross-batch memory after it; in evaluation mode nothing is remembered.
+        In training mode (`pool.train()`, the default) streaming frequencies are updated with the positives before the
+        draw, and a cross-batch memory after it. In evaluation mode no state changes.
 
-        A batch may be spread over processes: each then draws with the positives of all of them and the same state of
-        the generator, and asks for its own `rows`. Items and kappa are those of the whole batch, masks those of the
-        rows.
+        A batch may be split over processes: each process then passes the positives of all of them, the same generator
+        state, and its own `rows`. Items and kappa are computed for the whole batch, masks for the selected rows.
 
         Args:
             positives: item of each row, int64 [B].
@@ -91,16 +90,17 @@ class Pool(nn.Module):
             queries: query of each row, int64 [B], for sources that look items up by query.
             group: group that the batch was built in, for grouped frequencies.
             generator: random generator of the draws.
-            rows: the rows to make masks and row candidates for, start and stop given; `known_positives` and `queries`
-                are then theirs alone, counted from the first of them. None for all.
-            windows: how the batch was drawn, where its rows are positions of whole sequences.
+            rows: the rows for which masks and per-row candidates are made, with start and stop set. `known_positives`
+                and `queries` then cover only these rows, counted from the first of them. None for all rows.
+            windows: how the batch was drawn, if its rows are positions of whole sequences.
 
         Returns:
-            Candidates, [M] of them; at least the positives of the batch where a source is in-batch.
+            Candidates, [M] of them; includes the positives of the batch if a source is in-batch.
 
         Raises:
-            InputError: `positives` is not int64 [B]; a candidate has an expected count of zero (CPU only: the check
-                would stall an accelerator).
+            InputError: `positives` is not int64 [B]; rows are positions of whole sequences, a source is in-batch and
+                there are no known positives; or a candidate has an expected count of zero (CPU only: the check would
+                stall an accelerator).
         """
         if positives.ndim != 1 or positives.dtype != torch.int64:
             raise InputError(
@@ -109,10 +109,10 @@ class Pool(nn.Module):
         request = Request(positives, queries, group, generator, windows)
         if windows is not None and known_positives is None and any(isinstance(m, InBatch) for m in self.members()):
             raise InputError(
-                "known_positives: rows of one sequence are no draws of each other's candidates; with in-batch "
-                "candidates and whole sequences give every row's known positives, to be masked"
+                "known_positives: rows of one sequence are not random draws for each other; with whole sequences and "
+                "in-batch candidates, pass every row's known positives so that they are masked"
             )
-        asked = positives if rows is None else positives[rows]
+        own_positives = positives if rows is None else positives[rows]
         if self.training:
             for frequency in self.frequencies():
                 frequency.observe(positives, group)
@@ -120,24 +120,24 @@ class Pool(nn.Module):
         fixed, drawn, drawn_source, row_fixed, row_drawn, row_source = self._gather(request, rows)
         items, empty, source = self._shared(fixed, drawn, drawn_source)
         log_count = self._log_count(items, source, request, is_fixed=source == FIXED)
-        # An empty place weighs nothing: kappa = inf. It is masked as well, for losses that do not look at kappa.
+        # An empty slot has weight zero: kappa = inf. It is also masked, for losses that do not use kappa.
         log_count = log_count.masked_fill(empty, torch.inf)
-        own = (torch.arange(len(asked), device=asked.device), asked)
+        own = (torch.arange(len(own_positives), device=own_positives.device), own_positives)
         pairs = [own, known, None if row_fixed is None else as_pairs(row_fixed)]
         result = Candidates(
             items=items,
             log_expected_count=log_count.to(torch.float32),
             masks=Hits(
                 [pair for pair in pairs if pair is not None],
-                rows=len(asked),
+                rows=len(own_positives),
                 items=items,
                 size=len(items),
                 empty=None if items.device.type == "cpu" and not bool(empty.any()) else empty,
             ),
             multiplicity=(~empty).long(),
             source=source,
-            positives=asked,
-            positive_log_count=self._positive_log_count(asked, request, fixed, row_fixed),
+            positives=own_positives,
+            positive_log_count=self._positive_log_count(own_positives, request, fixed, row_fixed),
         )
         if row_fixed is not None or row_drawn is not None:
             result = self._with_rows(
@@ -156,7 +156,7 @@ class Pool(nn.Module):
         return result
 
     def log_expected_count(self, items: Tensor, request: Request) -> Tensor:
-        """Log kappa_j over all random sources, float64, the shape of `items`; -inf where none can bring the item."""
+        """Pool log kappa_j over all random sources, float64, the shape of `items`; -inf if none can draw the item."""
         sources = self.random_sources()
         if not sources:
             return torch.full(items.shape, -torch.inf, dtype=torch.float64, device=items.device)
@@ -166,31 +166,31 @@ class Pool(nn.Module):
         return torch.logsumexp(torch.stack([source.log_expected_count(items, request) for source in sources]), 0)
 
     def members(self) -> list[Source]:
-        """The sources, in the order given."""
-        return list(self.sources)  # type: ignore[arg-type]  # ModuleList forgets what it holds
+        """Return the sources, in the order given."""
+        return list(self.sources)  # type: ignore[arg-type]  # ModuleList is untyped
 
     def frequencies(self) -> list[Frequency]:
-        """The frequencies that the sources share, each once."""
+        """Return the distinct frequencies of the in-batch and memory sources."""
         found = {id(m.frequency): m.frequency for m in self.members() if isinstance(m, InBatch | CrossBatchMemory)}
         return list(found.values())
 
     def random_sources(self) -> list[RandomSource]:
-        """The sources that draw."""
+        """Return the random sources, in the order given."""
         return [member for member in self.members() if isinstance(member, RandomSource)]
 
     def _gather(
-        self, request: Request, asked: slice | None
+        self, request: Request, part: slice | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Draw from every source: (always, random, source of random) shared, and the same per row, of those asked."""
-        own = request if asked is None else replace(request, positives=request.positives[asked])
+        """Draw from every source; return (always, random, source of random), shared and then per row of `part`."""
+        own = request if part is None else replace(request, positives=request.positives[part])
         shared: dict[bool, list[Tensor]] = {True: [], False: []}
         rows: dict[bool, list[Tensor]] = {True: [], False: []}
         places, row_places = [], []
         for place, member in enumerate(self.members()):
-            # Random candidates of a row are drawn for all rows, so that they do not depend on how a batch is spread.
+            # Per-row random candidates are drawn for all rows, so that they do not depend on how a batch is split.
             items = member.draw(own if member.always else request)
             if member.per_row:
-                items = items if member.always or asked is None else items[asked]
+                items = items if member.always or part is None else items[part]
                 items = row_duplicates(items) if member.unique else items
                 rows[member.always].append(items)
                 row_places += [] if member.always else [torch.full_like(items, place)]
@@ -198,18 +198,18 @@ class Pool(nn.Module):
                 items = empty_duplicates(items) if member.unique else items
                 shared[member.always].append(items)
                 places += [] if member.always else [torch.full_like(items, place)]
-        nothing = request.positives.new_empty(0)
+        blank = request.positives.new_empty(0)
         return (
-            torch.cat([nothing, *shared[True]]),
-            torch.cat([nothing, *shared[False]]),
-            torch.cat([nothing, *places]),
+            torch.cat([blank, *shared[True]]),
+            torch.cat([blank, *shared[False]]),
+            torch.cat([blank, *places]),
             torch.cat(rows[True], 1) if rows[True] else None,
             torch.cat(rows[False], 1) if rows[False] else None,
             torch.cat(row_places, 1) if row_places else None,
         )
 
     def _shared(self, fixed: Tensor, drawn: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Shared candidates, which places are empty, and their sources (FIXED for those that are always in)."""
+        """Merge the shared candidates; return items, a mask of empty slots, and sources (FIXED if always included)."""
         if self.unique:
             drawn = empty_duplicates(drawn)
             source = torch.full_like(source, MERGED)
@@ -235,7 +235,7 @@ class Pool(nn.Module):
             return torch.zeros(len(positives), device=positives.device)
         nowhere = torch.full_like(positives, MERGED)
         log_count = self.correction.log_count(self, positives, nowhere, request)
-        # What is always in has kappa = 1, whatever the random sources, from which it is masked, say of it.
+        # An always-included item has kappa = 1 whatever its count in the random sources, from which it is masked.
         always = torch.isin(positives, fixed)
         if row_fixed is not None:
             always |= (row_fixed == positives[:, None]).any(1)
@@ -252,7 +252,7 @@ class Pool(nn.Module):
         shared_fixed: Tensor,
         request: Request,
     ) -> Candidates:
-        """Add the candidates of single rows to the shared ones."""
+        """Add the per-row candidates to the shared ones."""
         positives = shared.positives
         blank = positives.new_empty(len(positives), 0)
         fixed = blank if fixed is None else row_duplicates(fixed)
@@ -260,7 +260,7 @@ class Pool(nn.Module):
         if drawn.shape[1]:
             if self.unique:
                 drawn = row_duplicates(drawn)
-                # Off the CPU an empty place keeps a valid code: it must not hide the rows' draws of that item.
+                # On an accelerator an empty slot has a valid code: it must not hide the rows' draws of that item.
                 in_shared = torch.isin(drawn, shared.items.masked_fill(shared.multiplicity == 0, -1))
             else:
                 in_shared = torch.isin(drawn, shared_fixed)
@@ -286,6 +286,6 @@ def _refuse_impossible(items: Tensor, log_expected_count: Tensor) -> None:
     if bool(impossible.any()):
         item = int(items[impossible][0])
         raise InputError(
-            f"item code {item} was drawn, but its expected count is zero or not a number: the frequency was not "
-            "counted from the data these batches come from; count it from the same training interactions"
+            f"item code {item} was drawn, but its expected count is zero or not a number: the frequency was counted "
+            "from other data than these batches; count it from the same training interactions"
         )

@@ -1,4 +1,4 @@
-"""Item frequency estimated from the batches as they come, when counting beforehand is impossible or would be wrong."""
+"""Item frequency estimated from the stream of batches, for data that cannot be counted in advance."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from twotower.negatives.frequency import Frequency, Group
 
 
 class StreamingFrequency(Frequency):
-    """The gap estimator: an item that comes back every g rows has p = 1/g (Yi et al. 2019, algorithm 2).
+    """The gap estimator: an item that recurs every g rows has p = 1/g (Yi et al. 2019, algorithm 2).
 
     The published form measures gaps in steps, B[h] <- (1-a) B[h] + a (t - A[h]), and 1/B[h] is the probability of
-    standing in a batch, which saturates at 1 for every item that stands in all of them. Here gaps are measured in
-    *rows*: an item seen c times in a step of B rows, last seen s steps before, has had c gaps of s B / c rows each,
+    being in a batch, which saturates at 1 for every item that is in all of them. Here gaps are measured in *rows*: an
+    item seen c times in a step of B rows, last seen s steps before, has had c gaps of s B / c rows each,
 
         w = 1 - (1-a)^c,      G[h] <- (1-w) G[h] + w (s B / c),      A[h] <- t,      p = 1 / G[h],
 
     so that p is the probability for one row, several occurrences in a step all count, and for small a the estimate is
-    a ratio of expectations, E[s B] / E[c] = 1/p, at every p. Defined answers for the corners:
+    a ratio of expectations, E[s B] / E[c] = 1/p, at every p. Edge cases:
 
-    - first sight: G[h] is the rows seen so far, over c;
+    - first occurrence: G[h] is the number of rows seen so far, divided by c;
     - never seen: p = 0;
-    - p = 1: an item that is every row has gap 1 and p = 1;
-    - an item that stopped coming: where the gap still open exceeds `patience` times G[h], it counts as
-      open gap / patience, so that p decays instead of standing for ever.
+    - p = 1: an item that is in every row has gap 1 and p = 1;
+    - an item that no longer occurs: once the open gap exceeds `patience` times G[h], open gap / patience is used
+      instead, so that p decays instead of staying constant.
 
     With `buckets`, items share d = `tables` independently hashed tables of that size. Collisions only shorten gaps, so
-    the largest of the d is taken.
+    the largest of the d gaps is used.
 
     State (tables, steps, rows) is in `state_dict`.
 
     Args:
         num_items: N.
-        rate: a, the weight of one new gap; 1/a occurrences are remembered.
-        buckets: size of each hashed table; None for a slot of its own for each item.
-        tables: d, how many hashed tables.
+        rate: a, the weight of one new gap; about 1/a occurrences are averaged.
+        buckets: size of each hashed table; None for one slot per item.
+        tables: d, the number of hashed tables.
         patience: see above.
-        seed: of the hash functions.
+        seed: seed of the hash functions.
 
     Raises:
         InputError: a setting is out of range.
@@ -71,11 +71,11 @@ class StreamingFrequency(Frequency):
         if tables < 1 or (buckets is not None and buckets < 1):
             raise InputError(f"buckets and tables: expected at least 1, found {buckets} and {tables}")
         if buckets is None and tables != 1:
-            raise InputError("tables: several tables make sense only with hashing; give buckets")
+            raise InputError("tables: several tables are only useful with hashing; set buckets")
         self.num_items = num_items
         self.rate, self.buckets, self.patience = rate, buckets, patience
         generator = torch.Generator().manual_seed(seed)
-        # Keys of the hash functions: part of the state, for the tables mean nothing without them.
+        # Keys of the hash functions: part of the state, because the tables are meaningless without them.
         self.register_buffer("keys", torch.randint(2**62, (tables,), generator=generator))
         size = num_items if buckets is None else buckets
         self.register_buffer("gap", torch.full((tables, size), math.inf, dtype=torch.float64))
@@ -83,14 +83,13 @@ class StreamingFrequency(Frequency):
         self.register_buffer("clock", torch.zeros((), dtype=torch.float64))
 
     def observe(self, items: Tensor, group: Group | None = None) -> None:
-        """Take the positives of one step, int64 [B]; all occurrences count."""
+        """Update the estimate with the positives of one step, int64 [B]; all occurrences count."""
         del group
         if items.numel() == 0:
             return
         self.clock += items.numel()
         for table, slots in enumerate(self._slots(items.reshape(-1))):
-            # `unique` has a data-dependent size, which an accelerator would have to wait for: counts are spread over
-            # the whole table instead where the table is small, and the sorted occurrences are used where it is not.
+            # `unique` has a data-dependent size, which would stall an accelerator: count over the whole table instead.
             occurrences = torch.zeros_like(self.gap[table]).index_add_(
                 0, slots, torch.ones(len(slots), dtype=torch.float64, device=slots.device)
             )[slots]
@@ -103,19 +102,19 @@ class StreamingFrequency(Frequency):
             self.last[table][slots] = self.clock
 
     def log_prob(self, items: Tensor, group: Group | None = None) -> Tensor:
-        """Log p_j = -log of the largest gap among the tables, float64, the shape of `items`."""
+        """Return log p_j = -log of the largest gap among the tables, float64, the shape of `items`."""
         del group
         gaps = torch.stack([self._open_gap(table, slots) for table, slots in enumerate(self._slots(items))])
         return -gaps.amax(0).clamp(min=1.0).log()
 
     def merge(self, others: Sequence[StreamingFrequency]) -> None:
-        """Take in the estimates of other ranks, which saw other rows of the same stream, in proportion to their rows.
+        """Merge the estimates of other ranks, which saw other rows of the same stream, weighted by their rows.
 
         Args:
             others: estimators with the same settings and keys.
 
         Raises:
-            InputError: their tables do not fit.
+            InputError: their tables or hash keys differ.
         """
         everyone = [self, *others]
         if any(one.gap.shape != self.gap.shape or not torch.equal(one.keys, self.keys) for one in others):
@@ -124,13 +123,13 @@ class StreamingFrequency(Frequency):
         probability = torch.stack([torch.where(torch.isinf(one.gap), 0.0, 1.0 / one.gap) for one in everyone])
         share = (rows / rows.sum().clamp(min=1.0))[:, None, None]
         self.gap.copy_(1.0 / (probability * share).sum(0))
-        # Time goes on as if one rank had seen all rows: open gaps are put on the common clock.
+        # Set the clock as if one rank had seen all rows, and convert open gaps to this common clock.
         open_gap = torch.stack([one.clock - one.last for one in everyone]).amin(0)
         self.clock.copy_(rows.sum())
         self.last.copy_(torch.where(torch.isinf(self.gap), 0.0, rows.sum() - open_gap * len(everyone)).clamp_(min=0.0))
 
     def compare_to(self, counts: Tensor) -> FrequencyReport:
-        """How wrong the estimate is, against counted occurrences [N]; see `compare_frequencies`."""
+        """Measure the error of the estimate against counted occurrences, [N]; see `compare_frequencies`."""
         return compare_frequencies(self, counts)
 
     def _open_gap(self, table: int, slots: Tensor) -> Tensor:
@@ -143,8 +142,8 @@ class StreamingFrequency(Frequency):
 
 
 def splitmix64(values: Tensor) -> Tensor:
-    """A 64-bit mix (Steele, Lea and Flood 2014), without its sign bit; int64, the shape of `values`."""
-    # The constants as signed numbers; products wrap, as they should.
+    """Hash to 63 bits (splitmix64 without the sign bit; Steele, Lea and Flood 2014); int64, the shape of `values`."""
+    # The constants are written as signed numbers; products wrap around, as intended.
     mixed = values + -7046029254386353131
     mixed = (mixed ^ _shift(mixed, 30)) * -4658895280553007687
     mixed = (mixed ^ _shift(mixed, 27)) * -7723592293110705685
@@ -152,21 +151,21 @@ def splitmix64(values: Tensor) -> Tensor:
 
 
 def _shift(values: Tensor, bits: int) -> Tensor:
-    """Shift to the right without the sign."""
+    """Shift right logically, filling with zeros."""
     return (values >> bits) & ((1 << (64 - bits)) - 1)
 
 
 @dataclass(frozen=True)
 class FrequencyReport:
-    """How far an estimated frequency is from the counted one.
+    """The error of an estimated frequency relative to the counted one.
 
     Attributes:
         total_variation: half the summed absolute difference of the two distributions (the estimate scaled to sum to
-            one), 0 alike, 1 disjoint.
-        worst_log_ratio: by popularity decile, most popular first, the largest |log(estimated / counted)| of its items
-            that the estimate has seen; NaN for a decile without any.
-        unseen: by decile, the share of its items that the estimate has never seen.
-        mass: the sum of the estimated probabilities; 1 for one that is right on the whole.
+            one): 0 if equal, 1 if disjoint.
+        worst_log_ratio: per popularity decile, most popular first, the largest |log(estimated / counted)| over its
+            items that the estimate has seen; NaN for a decile without any.
+        unseen: per decile, the share of its items that the estimate has never seen.
+        mass: the sum of the estimated probabilities; 1 for an estimate without overall bias.
     """
 
     total_variation: float
@@ -175,7 +174,7 @@ class FrequencyReport:
     mass: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, NaN as None."""
+        """Convert to plain JSON values, NaN to None."""
         return {
             "total_variation": self.total_variation,
             "worst_log_ratio": [None if math.isnan(value) else value for value in self.worst_log_ratio],
@@ -185,15 +184,15 @@ class FrequencyReport:
 
 
 def compare_frequencies(estimate: Frequency, counts: Tensor, group: Group | None = None) -> FrequencyReport:
-    """Hold an estimate against counted occurrences.
+    """Compare an estimated frequency with counted occurrences.
 
-    Deciles are of training interactions, as everywhere in the library: each holds a tenth of them, so the first are a
-    few popular items and the last thousands of rare ones. Items never counted are left out of the ratios.
+    Deciles are of training interactions, as everywhere in the library: each contains a tenth of them, so the first are
+    a few popular items and the last thousands of rare ones. Items never counted are left out of the ratios.
 
     Args:
         estimate: any frequency.
         counts: occurrences of each item, [N].
-        group: the group to ask for, for a grouped estimate.
+        group: the group to compare, for a grouped estimate.
     """
     counted = counts.double().cpu() / counts.sum().cpu()
     estimated = estimate.log_prob(torch.arange(len(counts), device=counts.device), group).exp().cpu()
@@ -211,7 +210,7 @@ def compare_frequencies(estimate: Frequency, counts: Tensor, group: Group | None
 
 
 def popularity_deciles(counts: Tensor) -> Tensor:
-    """The decile of each item, 0 (most popular) to 9, each holding about a tenth of the interactions; int64 [N]."""
+    """Assign each item a decile, 0 (most popular) to 9, each with about a tenth of the interactions; int64 [N]."""
     order = torch.argsort(counts, descending=True, stable=True)
     before = counts[order].double().cumsum(0) - counts[order]
     decile = torch.empty_like(order)

@@ -1,4 +1,4 @@
-"""Towers: from features to embeddings of width D."""
+"""Query and item towers: from ids, features and histories to embeddings of width D."""
 
 from twotower.towers.attention import Transformer
 from twotower.towers.build import build_towers

@@ -1,4 +1,4 @@
-"""Causal transformer blocks over sequences that are packed in groups of similar length."""
+"""Causal transformer blocks over sequences packed in groups of similar length."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Shapes = tuple[tuple[int, int], ...]
 
 
 class CausalAttention(nn.Module):
-    """Multi-head attention of every token to itself and the tokens before it in its sequence (Vaswani et al. 2017).
+    """Multi-head attention from every token to itself and the earlier tokens of its sequence (Vaswani et al. 2017).
 
         y_i = W_o concat_h sum_{j <= i} softmax_j( <q_i, k_j> / sqrt(d) ) v_j
 
     Args:
         width: D.
-        heads: divides D.
+        heads: number of heads; must divide D.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -31,12 +31,12 @@ class CausalAttention(nn.Module):
         self.output = nn.Linear(width, width)
 
     def forward(self, x: Tensor, shapes: Shapes) -> Tensor:
-        """[P, D] of groups with the given (sequences, longest) -> [P, D]."""
+        """Attend within each group; tokens [P, D], groups given as (sequences, longest) -> [P, D]."""
         width = x.shape[1]
         attended = []
         parts = torch.split(self.projection(x), token_counts(shapes))
         for part, (sequences, longest) in zip(parts, shapes, strict=True):
-            # [3, sequences, heads, longest, width of a head]
+            # [3, sequences, heads, longest, width per head]
             shaped = part.view(sequences, longest, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
             query, key, value = shaped.unbind(0)
             found = attend(query, key, value)
@@ -46,9 +46,9 @@ class CausalAttention(nn.Module):
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal attention, [sequences, heads, longest, width of a head] each."""
+    """Compute causal attention; all tensors are [sequences, heads, longest, width per head]."""
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
-        # In bfloat16 torch's fused kernel takes about twice as long on a CPU as two products and a softmax.
+        # On a CPU torch's fused bfloat16 kernel takes about twice as long as two products and a softmax.
         longest = query.shape[2]
         later = torch.ones(longest, longest, dtype=torch.bool, device=query.device).triu_(1)
         scores = (query * query.shape[3] ** -0.5) @ key.transpose(2, 3)
@@ -59,13 +59,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 class FeedForward(nn.Module):
     """Two layers with an activation between them: W_2 dropout(h).
 
-        h = GELU(W_1 x), or where `gated` h = SiLU(W_1 x) * W_3 x (SwiGLU, Shazeer 2020)
+        h = GELU(W_1 x), or if `gated`, h = SiLU(W_1 x) * W_3 x (SwiGLU, Shazeer 2020)
 
     Args:
         width: D.
-        hidden: units between the layers.
-        dropout: of the hidden units.
-        gated: which of the two; W_1 and W_3 are then the halves of `inner`.
+        hidden: number of hidden units.
+        dropout: dropout of the hidden units.
+        gated: use SwiGLU; W_1 and W_3 are then the halves of `inner`.
     """
 
     def __init__(self, width: int, hidden: int, dropout: float, *, gated: bool) -> None:
@@ -76,7 +76,7 @@ class FeedForward(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[P, D] -> [P, D]."""
+        """Apply both layers, [P, D] -> [P, D]."""
         h = self.inner(x)
         if self.gated:
             gate, value = h.chunk(2, -1)
@@ -88,18 +88,18 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward layer, each behind a norm and around a skip connection ("pre-norm").
+    """Attention and a feed-forward layer, each with a preceding norm and a skip connection ("pre-norm").
 
         x <- x + dropout(attention(norm(x))),   x <- x + dropout(feedforward(norm(x)))
 
-    The classic block has LayerNorm and GELU, the gated one RMSNorm and SwiGLU.
+    The classic block uses LayerNorm and GELU, the gated block RMSNorm and SwiGLU.
 
     Args:
         width: D.
-        heads: of the attention.
+        heads: attention heads.
         hidden: units of the feed-forward layer.
-        dropout: of what the two add, and of the hidden units.
-        gated: which of the two blocks.
+        dropout: dropout of both outputs and of the hidden units.
+        gated: use the gated block.
     """
 
     def __init__(self, width: int, heads: int, *, hidden: int, dropout: float, gated: bool) -> None:
@@ -111,28 +111,28 @@ class Block(nn.Module):
         self.dropout = Dropout(dropout)
 
     def start_small(self, blocks: int) -> None:
-        """What all blocks add to a token starts equally large for any number of them (Radford et al. 2019)."""
+        """Scale the initial weights so that the blocks' total output does not grow with depth (Radford et al. 2019)."""
         for layer in (self.attention.output, self.feedforward.outer):
             nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * blocks))
 
     def forward(self, x: Tensor, shapes: Shapes) -> Tensor:
-        """[P, D] -> [P, D]."""
+        """Apply the block, [P, D] -> [P, D]."""
         x = x + self.dropout(self.attention(self.attention_norm(x), shapes))
         y: Tensor = x + self.dropout(self.feedforward(self.feedforward_norm(x)))
         return y
 
 
 class Transformer(nn.Module):
-    """Blocks one after the other over tokens with a learned vector for each place, and a norm at the end.
+    """A stack of blocks over tokens with learned position embeddings, and a final norm.
 
     Args:
         width: D.
-        length: longest sequence, in tokens.
-        blocks: how many.
-        heads: of each.
+        length: maximum sequence length, in tokens.
+        blocks: number of blocks.
+        heads: attention heads per block.
         hidden: units of each feed-forward layer.
-        dropout: of the input, and in the blocks.
-        gated: which kind of block.
+        dropout: dropout of the input and in the blocks.
+        gated: use gated blocks; see `Block`.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class Transformer(nn.Module):
                 block.start_small(blocks)
 
     def forward(self, x: Tensor, positions: Tensor, shapes: Shapes) -> Tensor:
-        """Tokens [P, D] and their places int64 [P] -> [P, D]."""
+        """Encode tokens [P, D] at positions int64 [P] -> [P, D]."""
         x = self.dropout(x + self.positions.index_select(0, positions))
         for block in self.blocks:
             x = block(x, shapes)

@@ -1,4 +1,4 @@
-"""Towers from their settings. It stands here, not in run/, because a served model is built without the trainer."""
+"""Construction of towers from a configuration. In towers/, not run/: a served model is built without the trainer."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ def build_towers(
     trained_items: Tensor | None = None,
     trained_queries: Tensor | None = None,
 ) -> TwoTower:
-    """Build both towers of a configuration, with fresh weights.
+    """Build both towers of a configuration, with newly initialised weights.
 
     Args:
         config: sections `query_tower`, `item_tower`, `objective` (similarity and temperature).
         num_queries: Q, rows of the query id table.
         num_items: N.
-        item_features: the items' features, fitted and encoded; None where item_tower.features is none.
-        query_features: likewise the queries'.
-        context: the features of requests, fitted, without rows; None where query_tower.context is none.
-        trained_items: items that occur in training, bool [N]; None: all. A saved model brings its own.
-        trained_queries: likewise the queries, bool [Q].
+        item_features: item features, fitted and encoded; None if item_tower.features is not set.
+        query_features: query features, fitted and encoded; None if query_tower.features is not set.
+        context: request features, fitted, without rows; None if query_tower.context is not set.
+        trained_items: items that occur in training, bool [N]; None for all. Loading a saved model replaces it.
+        trained_queries: queries that occur in training, bool [Q]; None for all.
 
     Raises:
-        InputError: a tower has nothing to go by, or settings that need features have none.
+        InputError: a tower has no inputs, or a setting needs features and there are none.
     """
     query, item, objective = config.query_tower, config.item_tower, config.objective
     if not query.id_embedding and query.history is None and query_features is None and context is None:
         raise InputError("query_tower: expected id_embedding: true, a history, or features or context; found none")
     dimension = config.item_tower.dimension
     if item_features is None:
-        for name, given in (("id_dropout", item.id_dropout > 0), ("id_embedding: false", not item.id_embedding)):
-            if given:
+        for name, is_set in (("id_dropout", item.id_dropout > 0), ("id_embedding: false", not item.id_embedding)):
+            if is_set:
                 raise InputError(
-                    f"item_tower.{name}: needs item_tower.features; an item without any is known by its id"
+                    f"item_tower.{name}: needs item_tower.features; without features an item is known only by its id"
                 )
     item_inputs = None if item_features is None else FeatureInputs(item_features, dimension)
 
@@ -86,7 +86,7 @@ def build_towers(
         if history_items is None:
             raise InputError(
                 "query_tower.history.share_table: item_tower.id_embedding: false leaves no table to share; "
-                "give query_tower.history.item_features: true, or share_table: false"
+                "set query_tower.history.item_features: true, or share_table: false"
             )
     query_inputs = None if query_features is None else FeatureInputs(query_features, dimension)
     requests = None if context is None else ContextInputs(context, dimension, dropout=query.context_dropout)
@@ -135,10 +135,10 @@ def build_towers(
 def build_sequence_tower(
     settings: HistoryConfig, dimension: int, history_items: nn.Embedding | ItemTower, beside: Beside | None = None
 ) -> SequenceTower:
-    """The query tower that `query_tower.history.sequence` asks for, with fresh weights.
+    """Build the query tower of `query_tower.history.sequence`, with newly initialised weights.
 
     Raises:
-        InputError: the heads do not divide the width.
+        InputError: the number of heads does not divide the width.
     """
     sequence = settings.sequence
     assert sequence is not None

@@ -1,4 +1,4 @@
-"""The context of a request inside a tower, and what is known of a query beside its sequence."""
+"""Inputs of a query tower other than its history: query ids, query features and the request context."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from twotower.towers.tables import EmbeddingTable
 
 
 class ContextInputs(nn.Module):
-    """The features of requests side by side, [rows, width]; a row of which nothing is known has its own vector.
+    """The concatenated features of requests, [rows, width]; requests without context have a vector of their own.
 
-    In training the context of a row is hidden with probability `dropout`, whole, so that the tower learns what to do
-    for a request that brings none.
+    In training the whole context of a row is hidden with probability `dropout`, so that the tower learns to handle
+    requests without one.
 
     Args:
-        table: fitted encoders, without rows (`EncodedTable.of_requests`): a context belongs to no id.
-        dimension: D, the largest width that `auto` chooses.
+        table: fitted encoders, without rows (`EncodedTable.of_requests`): a context does not belong to an id.
+        dimension: D, the maximum width that `auto` chooses.
         dropout: share of training rows whose context is hidden.
     """
 
@@ -34,11 +34,11 @@ class ContextInputs(nn.Module):
 
     @property
     def width(self) -> int:
-        """Of the output."""
+        """Width of the output."""
         return self.inputs.width
 
     def forward(self, encoded: Sequence[Tensor] | None, rows: int) -> Tensor:
-        """Encoded contexts (`encode_given`, `encode_context`), one tensor for each feature; None: of all unknown."""
+        """Embed encoded contexts (`encode_given`, `encode_context`), one tensor per feature; None if all unknown."""
         nothing = [self.inputs.get_buffer(f"rows{place}")[-1:] for place in range(len(self.inputs.encoders))]
         if encoded is None:
             return self.inputs.embed(nothing).expand(rows, -1)
@@ -52,23 +52,24 @@ class ContextInputs(nn.Module):
 def _hide(known: Tensor, nothing: Tensor, hidden: Tensor) -> Tensor:
     if known.ndim == 1:
         return torch.where(hidden, nothing.to(known.dtype), known)
-    # Bags are as wide as the fullest of them; what fills them up says nothing.
+    # Bags are padded to the width of the largest one; padding has no effect.
     nothing = F.pad(nothing, (0, known.shape[1] - nothing.shape[1])).to(known.dtype)
     return torch.where(hidden[:, None], nothing, known)
 
 
 class KnowsQueries(nn.Module):
-    """A part of a tower that knows queries by what is no history of theirs: id, features, and the requests' context.
+    """Base class for query inputs other than the history: id, features, and the request context.
 
     Args:
         num_queries: rows of the id table; 0 for none.
         dimension: D.
-        trained: queries that have a training row, bool [Q]; None: all. Whole on every rank, also of a shared table.
+        trained: queries that have a training row, bool [Q]; None for all. Complete on every rank, even if the table is
+            shared.
 
     Attributes:
         ids: table of id embeddings, or None.
-        features: of the queries, or None.
-        context: of the requests, or None.
+        features: inputs for query features, or None.
+        context: inputs for request context, or None.
     """
 
     ids: EmbeddingTable | None
@@ -80,13 +81,13 @@ class KnowsQueries(nn.Module):
         super().__init__()
         self.ids = EmbeddingTable(num_queries, dimension, name="query") if num_queries else None
         if num_queries:
-            all_of_them = torch.ones(num_queries, dtype=torch.bool)
-            self.register_buffer("trained", all_of_them if trained is None else trained)
+            everything = torch.ones(num_queries, dtype=torch.bool)
+            self.register_buffer("trained", everything if trained is None else trained)
 
     def by_id(self, queries: Tensor) -> list[Tensor]:
-        """Id embeddings of codes int64 [B]: one tensor [B, D], or none.
+        """Look up the id embeddings of codes int64 [B]: a list of one tensor [B, D], empty without an id table.
 
-        Zeros for a new query (-1), and for one without a training row: its vector is where the table started.
+        A new query (-1) gets zeros, as does a query without a training row, whose vector is still the initial one.
         """
         if self.ids is None:
             return []
@@ -96,10 +97,12 @@ class KnowsQueries(nn.Module):
     def by_columns(
         self, queries: Tensor, features: list[Tensor] | None, context: Sequence[Tensor] | None
     ) -> list[Tensor]:
-        """Features and context, as many as there are, [B, width] each.
+        """Embed features and context, whichever the tower has, [B, width] each.
 
-        `features` are encoded rows of queries that are new; otherwise their codes tell. `context` are the encoded
-        contexts of the requests; None where nothing is known of any.
+        Args:
+            queries: codes int64 [B].
+            features: encoded feature rows of new queries; None to look the features up by code.
+            context: encoded request contexts; None if there are none.
         """
         parts: list[Tensor] = []
         if self.features is not None:
@@ -108,33 +111,33 @@ class KnowsQueries(nn.Module):
             parts.append(self.context(context, len(queries)))
         return parts
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *told: Any) -> None:
-        """An older version did not say which queries have a training row: all of them count as trained."""
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load also models of older versions, which did not save `trained`: all queries count as trained."""
         name = f"{prefix}trained"
         if f"{prefix}ids.weight" in state_dict and name not in state_dict and self.ids is not None:
             state_dict = {**state_dict, name: torch.ones_like(self.trained)}
-        super()._load_from_state_dict(state_dict, prefix, *told)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class Beside(KnowsQueries):
-    """What is known of a query beside the state s of its sequence: id, features, and the context of the request.
+    """The side inputs of a sequence tower: id, features and request context, combined with the sequence state s.
 
         u = s + e_id + MLP([s, e_id, features, context])
 
-    The same form as `QueryTower`, with the state in the place of the pooled history: the sum keeps s in the space of
-    the items, and the MLP sees all of it at once, so that a context can change what a sequence means and not only add
-    a preference of its own.
+    The same form as `QueryTower`, with the state instead of the pooled history: the sum keeps s in the space of the
+    items, and the MLP sees all inputs together, so that a context can change the meaning of a sequence and not only add
+    a preference.
 
     Args:
         num_queries: rows of the id table; 0 for none.
         dimension: D.
-        features: of the queries, or None.
-        context: of the requests, or None.
+        features: inputs for query features, or None.
+        context: inputs for request context, or None.
         hidden: widths of the MLP's hidden layers.
-        dropout: in the MLP.
-        residual: skip connections around the hidden layers.
-        layer_norm: before their activations.
-        trained: queries that have a training row, bool [Q]; None: all.
+        dropout: dropout in the MLP.
+        residual: add skip connections around the hidden layers.
+        layer_norm: normalise before their activations.
+        trained: queries that have a training row, bool [Q]; None for all.
     """
 
     def __init__(
@@ -159,7 +162,7 @@ class Beside(KnowsQueries):
     def forward(
         self, state: Tensor, queries: Tensor, features: list[Tensor] | None, context: Sequence[Tensor] | None
     ) -> Tensor:
-        """States [B, D], codes int64 [B] (-1 for a new query), encoded rows as `QueryTower` takes them -> [B, D]."""
+        """Combine states [B, D] with query codes int64 [B] (-1 if new), features and context as in `QueryTower`."""
         ids = self.by_id(queries)
         parts = [state, *ids, *self.by_columns(queries, features, context)]
         embedded: Tensor = self.mlp(torch.cat(parts, 1)) + sum(ids, state)

@@ -1,4 +1,4 @@
-"""Dense layers that join the parts of a tower."""
+"""The dense layers of a tower: MLP and DNN."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class MLP(nn.Module):
-    """Linear layers with GELU and dropout between them; no activation at the end.
+    """Linear layers with GELU and dropout between them; no activation after the last one.
 
     Args:
         widths: input width, hidden widths, output width.
@@ -26,19 +26,19 @@ class MLP(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, features: Tensor) -> Tensor:
-        """[..., widths[0]] -> [..., widths[-1]]."""
+        """Apply the layers, [..., widths[0]] -> [..., widths[-1]]."""
         output: Tensor = self.layers(features)
         return output
 
 
 class Block(nn.Module):
-    """One hidden layer: y = dropout(GELU(norm(W x + b))), plus x where `residual` and the widths agree.
+    """One hidden layer: y = dropout(GELU(norm(W x + b))), plus x if `residual` is set and the widths are equal.
 
     Args:
-        width: of the input.
-        following: of the output.
-        dropout: probability that a unit of the output is zeroed in training, before x is added.
-        residual: add the input (He et al. 2016), where it is as wide as the output.
+        width: input width.
+        following: output width.
+        dropout: probability that an output unit is zeroed in training, before x is added.
+        residual: add the input (He et al. 2016) if it has the output's width.
         layer_norm: normalise before the activation (Ba et al. 2016).
     """
 
@@ -50,19 +50,19 @@ class Block(nn.Module):
         self.skips = residual and width == following
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., width] -> [..., following]."""
+        """Apply the layer, [..., width] -> [..., following]."""
         y: Tensor = self.dropout(nn.functional.gelu(self.norm(self.linear(x))))
         return x + y if self.skips else y
 
 
 class DNN(nn.Module):
-    """Blocks, then a linear projection: the tower of Yang et al. (2020), "Mixed Negative Sampling", section 3.1.
+    """Hidden layers and a linear projection: the tower of Yang et al. (2020), "Mixed Negative Sampling", section 3.1.
 
     Args:
         widths: input width, hidden widths, output width.
-        dropout: of each block.
-        residual: of each block.
-        layer_norm: of each block.
+        dropout: passed to each block.
+        residual: passed to each block.
+        layer_norm: passed to each block.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class DNN(nn.Module):
         self.projection = nn.Linear(widths[-2], widths[-1])
 
     def forward(self, features: Tensor) -> Tensor:
-        """[..., widths[0]] -> [..., widths[-1]]."""
+        """Apply the layers, [..., widths[0]] -> [..., widths[-1]]."""
         output: Tensor = self.projection(self.blocks(features))
         return output
 
@@ -86,14 +86,14 @@ class DNN(nn.Module):
 def dense_layers(
     widths: Sequence[int], *, dropout: float, residual: bool = False, layer_norm: bool = False
 ) -> nn.Module:
-    """An `MLP`, or a `DNN` where residuals or layer norm are asked for."""
+    """Build an `MLP`, or a `DNN` if residuals or layer norm are requested."""
     if residual or layer_norm:
         return DNN(widths, dropout=dropout, residual=residual, layer_norm=layer_norm)
     return MLP(widths, dropout=dropout)
 
 
 class Rows:
-    """Vectors that are looked up like a table: what a history of items embedded by a whole tower is pooled from.
+    """Embedded vectors with the lookup of a table, for pooling a history whose items an item tower has embedded.
 
     Args:
         weight: [rows, D].
@@ -103,5 +103,5 @@ class Rows:
         self.weight = weight
 
     def __call__(self, codes: Tensor) -> Tensor:
-        """int64 [...] -> [..., D]."""
+        """Look up vectors, int64 [...] -> [..., D]."""
         return torch.nn.functional.embedding(codes, self.weight)

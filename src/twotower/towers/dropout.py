@@ -1,4 +1,4 @@
-"""Dropout whose random numbers cost little on a CPU."""
+"""Dropout with cheap random numbers on a CPU."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-#: Chances are multiples of 1 / 256: one random byte decides one number.
+#: Probabilities are multiples of 1 / 256: one random byte per number.
 LEVELS = 256
 
 
 class Dropout(nn.Module):
     """Dropout (Srivastava et al. 2014): y = x m / (1 - p), m = 0 with probability p and 1 otherwise.
 
-    On a CPU torch draws a float for each number, one after the other, which takes longer than the matrix products of a
-    small transformer. Here eight numbers are decided by one draw of 64 bits. So p is rounded to a multiple of 1/256
-    there, at most 255/256, and the scale is that of the rounded p.
+    On a CPU torch draws one float per number sequentially, which takes longer than the matrix products of a small
+    transformer. Here one draw of 64 bits decides eight numbers. On a CPU p is therefore rounded to a multiple of 1/256,
+    at most 255/256, and the scale uses the rounded p.
 
     Args:
         p: probability that a number is zeroed in training.
@@ -27,7 +27,7 @@ class Dropout(nn.Module):
         self.threshold = threshold_of(p)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape -> the same shape."""
+        """Apply dropout in training mode; any shape -> the same shape."""
         if not self.training or self.p == 0:
             return x
         if x.device.type != "cpu":
@@ -36,12 +36,12 @@ class Dropout(nn.Module):
 
 
 def threshold_of(p: float) -> int:
-    """The probability p < 1 in 256ths, for `keep`; never all of them, which would leave nothing to learn from."""
+    """Convert p < 1 to 256ths, for `keep`; at most 255, so that something is kept."""
     return min(round(p * LEVELS), LEVELS - 1)
 
 
 def keep(shape: torch.Size, threshold: int) -> Tensor:
-    """Bool of a shape on the CPU, False with probability threshold / 256; from torch's global generator."""
+    """Draw a boolean mask on the CPU, False with probability threshold / 256, from torch's global generator."""
     numbers = shape.numel()
     words = torch.empty(-(-numbers // 8), dtype=torch.int64).random_(-(2**63), None)
     return (words.view(torch.uint8)[:numbers] >= threshold).view(shape)

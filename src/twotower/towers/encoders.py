@@ -1,4 +1,4 @@
-"""Towers: from features of a query or an item to an embedding of width D."""
+"""The query tower with a pooled history, and the two-tower model."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from twotower.towers.sequence import SequenceTower
 
 
 class PooledHistory(nn.Module):
-    """Averages of the recent items, each head with its own learned weight for every step back in time.
+    """Averages of the recent items; every head has a learned weight for each step back in time.
 
         pooled_h = sum_l w_hl e(item_l) / sum_l w_hl [item_l present],   w_hl = exp(a_h[steps back of l])
 
-    The heads start at different time scales, from the last item alone to an even mean, and learn from there: how much
-    recency matters is the data's to say.
+    The heads start at different time scales, from mostly the last item to an even mean; training determines how much
+    recency matters.
 
     Args:
-        length: L, the longest history.
-        heads: how many averages.
-        dropout: share of items hidden in training, so that no single item of the history is relied on.
+        length: L, the maximum history length.
+        heads: number of averages.
+        dropout: share of items hidden in training, so that the model does not rely on single items of the history.
     """
 
     def __init__(self, length: int, heads: int, *, dropout: float = 0.0) -> None:
@@ -43,7 +43,7 @@ class PooledHistory(nn.Module):
         self.log_weight = nn.Parameter(-rates[:, None] * steps_back * 0.6931)
 
     def forward(self, history: Tensor, table: nn.Embedding) -> Tensor:
-        """Codes int64 [B, L], newest last, -1 where empty -> [B, heads, D]; zeros for an empty history."""
+        """Pool histories int64 [B, L], newest last, -1 where empty -> [B, heads, D]; zeros for an empty history."""
         present = history >= 0
         if self.training and self.dropout > 0:
             kept = torch.rand(history.shape, device=history.device) >= self.dropout
@@ -60,26 +60,26 @@ class PooledHistory(nn.Module):
 
 
 class QueryTower(KnowsQueries):
-    """Id embedding, pooled history and features; an MLP over all of them, added to the sum of the first two.
+    """Id embedding, pooled history, features and context: an MLP over all of them plus the sum of the first two.
 
         u = e_id + mean_h pooled_h + MLP([e_id, pooled_1, ..., pooled_H, features, context])
 
-    The sum lets a history speak in the space of the items from the first step on, where both sides share one table:
-    what lies near the recent items is recommended, and the MLP learns what to change about that.
+    If both sides share one table, the sum puts the history in the space of the items from the first step on: items near
+    the recent ones are recommended, and the MLP learns a correction to that.
 
     Args:
-        num_queries: rows of the id table; 0 for a tower without an id embedding.
+        num_queries: rows of the id table; 0 for a tower without id embeddings.
         dimension: D.
-        history: how the history is pooled; None for a tower without one.
-        history_items: what the history's items are looked up in: the item tower's own table or a separate one, or an
-            item tower, which embeds each distinct item of the batch's histories with its features.
+        history: how the history is pooled; None for a tower without a history.
+        history_items: where the history's items are looked up: the item tower's table, a separate table, or an item
+            tower, which embeds each distinct item of the batch's histories with its features.
         hidden: widths of the MLP's hidden layers.
-        dropout: in the MLP.
-        features: of the queries; None for a tower without any.
-        residual: skip connections around the hidden layers.
-        layer_norm: before their activations.
-        context: of the requests; None for a tower that looks at none.
-        trained: queries that have a training row, bool [Q]; None: all.
+        dropout: dropout in the MLP.
+        features: inputs for query features; None for a tower without features.
+        residual: add skip connections around the hidden layers.
+        layer_norm: normalise before their activations.
+        context: inputs for request context; None for a tower that does not use it.
+        trained: queries that have a training row, bool [Q]; None for all.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class QueryTower(KnowsQueries):
     ) -> None:
         super().__init__(num_queries, dimension, trained)
         if (history is None) != (history_items is None):
-            raise ValueError("a history needs a table of items, and a table a history")
+            raise ValueError("history and history_items: expected both or neither")
         self.history = history
         self.history_items = history_items
         heads = 0 if history is None else history.heads
@@ -115,10 +115,16 @@ class QueryTower(KnowsQueries):
         features: list[Tensor] | None = None,
         context: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """Codes of queries int64 [B] (-1 for one never seen) and histories int64 [B, L] -> [B, D].
+        """Embed queries, given codes int64 [B] (-1 if never seen) and histories int64 [B, L] -> [B, D].
 
-        `features` are encoded rows (`FeatureInputs.encode`) of queries that are new; otherwise their codes tell.
-        `context` are the encoded contexts of the requests (`encode_given`); None where nothing is known of any.
+        Args:
+            queries: codes.
+            history: item codes, newest last, -1 where empty; None for a tower without a history.
+            features: encoded feature rows (`FeatureInputs.encode`) of new queries; None to look them up by code.
+            context: encoded request contexts (`encode_given`); None if there are none.
+
+        Raises:
+            ValueError: the tower needs a history and there is none.
         """
         parts = self.by_id(queries)
         total: Tensor | float = sum(parts)
@@ -136,7 +142,7 @@ class QueryTower(KnowsQueries):
         assert self.history is not None
         table: nn.Module | Rows | None = self.history_items
         if isinstance(table, ItemTower):
-            # Each distinct item goes through the item tower once; the history then counts within those.
+            # Embed each distinct item once; the history then indexes into these.
             distinct, place = torch.unique(history.clamp(min=0), return_inverse=True)
             history, table = torch.where(history >= 0, place, -1), Rows(table(distinct))
         pooled: Tensor = self.history(history, table)
@@ -144,14 +150,14 @@ class QueryTower(KnowsQueries):
 
 
 class TwoTower(nn.Module):
-    """A query tower and an item tower that meet in one space: s(x, j) = <u(x), v(j)> / temperature.
+    """A query tower and an item tower with a common embedding space: s(x, j) = <u(x), v(j)> / temperature.
 
     Args:
-        query_tower: features -> [B, D].
+        query_tower: queries -> [B, D].
         item_tower: codes -> [M, D].
         cosine: scale both embeddings to length 1.
-        temperature: where the temperature starts.
-        learned_temperature: whether it is trained.
+        temperature: initial temperature.
+        learned_temperature: train the temperature.
     """
 
     log_temperature: Tensor
@@ -188,89 +194,94 @@ class TwoTower(nn.Module):
         context: Sequence[Tensor] | None = None,
         gaps: Tensor | None = None,
     ) -> Tensor:
-        """u(x): codes int64 [B], histories int64 [B, L] -> [B, D].
+        """Embed queries, u(x): codes int64 [B], histories int64 [B, L] -> [B, D].
 
-        `features` stand in the place of those that training knew (`FeatureInputs.encode_some`); `context` is that of
-        the requests, encoded (`encode_given`); `gaps` int64 [B, L] are codes of the time before each item of the
-        history, for a tower that reads them.
+        Args:
+            queries: codes.
+            history: item codes, newest last, -1 where empty.
+            features: encoded features that replace the stored ones (`FeatureInputs.encode_some`).
+            context: encoded request contexts (`encode_given`).
+            gaps: codes of the time before each item of the history, int64 [B, L], for a tower that reads them.
         """
         given = {"features": features, "context": context, "gaps": gaps}
-        told = {name: value for name, value in given.items() if value is not None}
-        embedded: Tensor = self.query_tower(queries, history, **told)
+        options = {name: value for name, value in given.items() if value is not None}
+        embedded: Tensor = self.query_tower(queries, history, **options)
         return F.normalize(embedded, dim=-1) if self.cosine else embedded
 
     def embed_sequences(
         self, sequences: Packed, queries: Tensor | None = None, context: Sequence[Tensor] | None = None
     ) -> Tensor:
-        """The wanted positions of packed sequences, u, in one pass -> [B, D].
+        """Embed the requested positions of packed sequences in one pass -> [B, D].
 
         Args:
-            sequences: with B wanted positions.
-            queries: codes of their queries, int64 [B]; None: nobody known.
-            context: of each position's request, encoded; None where nothing is known.
+            sequences: packed sequences with B requested positions.
+            queries: query codes of these positions, int64 [B]; None if all are unknown.
+            context: encoded request contexts of these positions; None if there are none.
 
         Raises:
-            TypeError: the query tower reads no sequences.
+            TypeError: the query tower does not read sequences.
         """
         if not isinstance(self.query_tower, SequenceTower):
-            raise TypeError("this query tower pools its history; set query_tower.history.sequence and train again")
+            raise TypeError("this query tower does not read sequences; set query_tower.history.sequence and retrain")
         embedded = self.query_tower.embed(sequences, queries, context=context)
         return F.normalize(embedded, dim=-1) if self.cosine else embedded
 
     def embed_items(self, items: Tensor) -> Tensor:
-        """v(j): codes int64 [M] -> [M, D]."""
+        """Embed items, v(j): codes int64 [M] -> [M, D]."""
         embedded: Tensor = self.item_tower(items)
         return F.normalize(embedded, dim=-1) if self.cosine else embedded
 
     @property
     def context_features(self) -> FeatureSet | None:
-        """What encodes the context of a request; None where the query tower looks at none."""
+        """The encoders of the request context; None if the query tower does not use it."""
         context = getattr(self.query_tower, "context", None)
         return None if context is None else context.inputs.table.features
 
     @property
     def trained_queries(self) -> Tensor | None:
-        """Queries that have a learned vector of their own, bool [Q]; None where the query tower has no ids."""
-        knows = getattr(self.query_tower, "beside", self.query_tower)
-        return getattr(knows, "trained", None)
+        """Queries that have a trained id embedding, bool [Q]; None if the query tower has no ids."""
+        inputs = getattr(self.query_tower, "beside", self.query_tower)
+        return getattr(inputs, "trained", None)
 
     def feature_tables(self) -> list[EncodedTable]:
-        """The encoded features of the sides that have any; a saved model needs them to be built again."""
+        """Return the encoded features of items, queries and requests, if any; loading a saved model needs them."""
         sides = [getattr(self.item_tower, "features", None), getattr(self.query_tower, "features", None)]
         sides.append(getattr(getattr(self.query_tower, "context", None), "inputs", None))
         return [side.table for side in sides if isinstance(side, FeatureInputs)]
 
     @torch.no_grad()
     def embed_new_items(self, rows: RowsLike, items: Tensor | None = None) -> Tensor:
-        """Embeddings of items that are in no vocabulary, by their features alone, float32 [M, D].
+        """Embed items that are not in the vocabulary, from their features only, float32 [M, D].
 
         Args:
             rows: a data frame, or dicts, with the columns declared in item_tower.features.
-            items: codes int64 [M] of items that were trained and have new features, -1 for new ones; None: all are new.
+            items: codes int64 [M] of trained items that have new features, -1 for new items; None if all are new.
 
         Raises:
-            ValueError: the item tower has no features; InputError: a column is missing or a value of another kind.
+            ValueError: the item tower has no features.
+            InputError: a column is missing or has a value of the wrong type.
         """
         if self.item_tower.features is None:
-            raise ValueError("this item tower knows items by their id alone; set item_tower.features and train again")
+            raise ValueError("this item tower has no features, only ids; set item_tower.features and retrain")
         with _evaluating(self):
             embedded = self.item_tower.embed_features(self.item_tower.features.encode(rows), items)
         return (F.normalize(embedded, dim=-1) if self.cosine else embedded).float()
 
     @torch.no_grad()
     def embed_new_queries(self, rows: RowsLike, history: Tensor | None = None) -> Tensor:
-        """Embeddings of queries never seen in training, by their features and, where the tower has one, their history.
+        """Embed queries never seen in training, from their features and, if the tower reads one, their history.
 
         Args:
             rows: a data frame, or dicts, with the columns declared in query_tower.features.
-            history: item codes int64 [B, L], -1 where empty; no items where None.
+            history: item codes int64 [B, L], -1 where empty; None for empty histories.
 
         Raises:
-            ValueError: the query tower has no features; InputError: as those of `embed_new_items`.
+            ValueError: the query tower has no features.
+            InputError: a column is missing or has a value of the wrong type.
         """
         inputs = self.query_tower.features
         if inputs is None:
-            raise ValueError("this query tower knows no features; set query_tower.features and train again")
+            raise ValueError("this query tower has no features; set query_tower.features and retrain")
         encoded = inputs.encode(rows)
         unknown = torch.full((len(encoded[0]),), -1, device=encoded[0].device)
         with _evaluating(self):
@@ -279,14 +290,14 @@ class TwoTower(nn.Module):
 
     @torch.no_grad()
     def item_embeddings(self, block: int = 65_536) -> Tensor:
-        """All item embeddings as an index needs them, [N, D], float32, without gradient."""
+        """Embed all items for an index, [N, D], float32, without gradient."""
         codes = torch.arange(self.item_tower.num_items, device=self.log_temperature.device)
         return torch.cat([self.embed_items(part).float() for part in torch.split(codes, block)])
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout, whatever mode the model is in."""
+    """Switch the model to evaluation mode inside the block."""
     was_training = model.training
     model.eval()
     try:

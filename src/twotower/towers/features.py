@@ -1,4 +1,4 @@
-"""Declared features inside a tower: tables of vectors for codes, averages for bags, numbers as they are."""
+"""Declared features inside a tower: embeddings for codes, mean embeddings for bags, numbers unchanged."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ from twotower.towers.tables import EmbeddingTable
 
 
 class FeatureInputs(nn.Module):
-    """All features of one side side by side, [rows, width].
+    """The concatenated features of one side, [rows, width].
 
-    The encoded table of the whole side lies in buffers, so that a batch needs only codes, and the lookup runs where
-    the model is. The buffers are not part of the state dict: a checkpoint every epoch need not hold what never changes.
+    The encoded features of all codes are in buffers, so that a batch needs only codes, and the lookup runs on the
+    model's device. The buffers are not part of the state dict, because they never change and a checkpoint is written
+    every epoch.
 
     Args:
         table: fitted encoders, and the features of every code.
-        dimension: D, the largest width that `auto` chooses.
+        dimension: D, the maximum width that `auto` chooses.
 
     Attributes:
-        table: as given, with the widths that were chosen where it had none: a vocabulary that grows keeps them.
-        width: of the output.
+        table: the table, with the chosen widths filled in: they stay the same when a vocabulary grows.
+        width: width of the output.
     """
 
     def __init__(self, table: EncodedTable, dimension: int) -> None:
@@ -43,7 +44,7 @@ class FeatureInputs(nn.Module):
         self.embeddings = nn.ModuleDict()
         nothing = table.features.missing()
         for place, (own, encoder) in enumerate(zip(widths, table.features.encoders, strict=True)):
-            # The last row stands for a code nobody has seen: -1 finds it without a special case.
+            # The last row is for an unknown code: index -1 finds it without a special case.
             rows = _under(table.arrays[place], nothing[place])
             if encoder.form != "numbers":
                 self.embeddings[str(place)] = _vectors(encoder, own)
@@ -53,15 +54,15 @@ class FeatureInputs(nn.Module):
 
     @property
     def encoders(self) -> list[Encoder]:
-        """The fitted encoders, in the order of the declaration."""
+        """The fitted encoders, in the order of declaration."""
         return self.table.features.encoders
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Codes int64 [M], -1 for one of which nothing is known -> [M, width]."""
+        """Look up and embed the features of codes int64 [M], -1 if unknown -> [M, width]."""
         return self.embed([self.get_buffer(f"rows{place}")[codes] for place in range(len(self.encoders))])
 
     def embed(self, encoded: list[Tensor]) -> Tensor:
-        """Encoded rows, one tensor for each feature, as `encode` gives them -> [M, width]."""
+        """Embed encoded rows, one tensor per feature, as returned by `encode` -> [M, width]."""
         parts = []
         for place, (encoder, rows) in enumerate(zip(self.encoders, encoded, strict=True)):
             if encoder.form == "numbers":
@@ -73,19 +74,19 @@ class FeatureInputs(nn.Module):
         return torch.cat(parts, 1)
 
     def encode(self, rows: RowsLike) -> list[Tensor]:
-        """New rows, a frame or dicts, as `embed` takes them; errors as those of `FeatureSet.encode`."""
+        """Encode new rows, a frame or dicts, for `embed`; raises the errors of `FeatureSet.encode`."""
         device = self.get_buffer("rows0").device
         return [torch.from_numpy(array).to(device) for array in self.table.features.encode(rows)]
 
     def encode_some(self, codes: Tensor, rows: Sequence[Mapping[str, Any] | None]) -> list[Tensor]:
-        """The features of codes, those that are given in their place; as `embed` takes them.
+        """Return the encoded features of codes, for `embed`, replaced by new rows where given.
 
         Args:
-            codes: int64 [B], -1 for one of which nothing is known.
-            rows: for each of them the declared columns, or None for what training knew of it.
+            codes: int64 [B], -1 if unknown.
+            rows: for each code the declared columns, or None to use the stored features.
 
         Raises:
-            InputError: as those of `FeatureSet.encode`.
+            InputError: the errors of `FeatureSet.encode`.
         """
         known = [self.get_buffer(f"rows{place}")[codes] for place in range(len(self.encoders))]
         places = [place for place, row in enumerate(rows) if row is not None]
@@ -94,7 +95,7 @@ class FeatureInputs(nn.Module):
         given = self._encode_apart([row for row in rows if row is not None])
         mixed = []
         for own, new in zip(known, given, strict=True):
-            if own.ndim == 2:  # bags are as wide as the fullest of them
+            if own.ndim == 2:  # bags are padded to the width of the largest one
                 width = max(own.shape[1], new.shape[1])
                 own, new = F.pad(own, (0, width - own.shape[1])), F.pad(new, (0, width - new.shape[1]))  # noqa: PLW2901
             joined = own.clone()
@@ -103,7 +104,7 @@ class FeatureInputs(nn.Module):
         return mixed
 
     def _encode_apart(self, rows: Sequence[Mapping[str, Any]]) -> list[Tensor]:
-        """Rows that came in different requests: what one means by a value is nothing to the others."""
+        """Encode rows of different requests independently: the types in one row do not affect the others."""
         features = self.table.features
         name = f"{features.side} features"
         present: dict[str, list[Any]] = {
@@ -115,33 +116,33 @@ class FeatureInputs(nn.Module):
 
 
 def _mean(bags: Tensor, table: nn.Module) -> Tensor:
-    """Mean of the vectors of each bag, zeros for an empty one; no array of bag by width by D is made."""
+    """Average the vectors of each bag, zeros for an empty one, without an array of bags by bag width by D."""
     assert isinstance(table, nn.Embedding)
-    # int64, since an exported tower is called with codes of queries or items in int64, and ONNX does not mix the two.
+    # int64, because an exported tower is called with int64 codes, and ONNX does not mix integer types.
     return F.embedding_bag(bags.long(), table.weight, mode="mean", padding_idx=MISSING, sparse=table.sparse).float()
 
 
 def auto_width(size: int, dimension: int) -> int:
-    """Width of the vectors of a table with `size` rows: 2 sqrt(size), 4 at least, D at most."""
+    """Choose the width of a table with `size` rows: 2 sqrt(size), at least 4, at most D."""
     return min(dimension, max(4, math.ceil(2 * math.sqrt(size))))
 
 
 def _widths(features: FeatureSet, dimension: int) -> list[int]:
-    """What each feature is wide: as it was once chosen, as declared, or by its number of values today."""
+    """Return the width of each feature: as stored, as declared, or chosen from its current number of values."""
     if features.widths is not None:
         return features.widths
     widths = []
     for declared, encoder in zip(features.declared, features.encoders, strict=True):
-        asked = getattr(declared, "width", "auto")
+        width = getattr(declared, "width", "auto")
         if encoder.form == "numbers":
             widths.append(encoder.size)
         else:
-            widths.append(auto_width(encoder.size, dimension) if asked == "auto" else int(asked))
+            widths.append(auto_width(encoder.size, dimension) if width == "auto" else int(width))
     return widths
 
 
 def _vectors(encoder: Encoder, width: int) -> EmbeddingTable:
-    """A table whose missing and unknown rows start at zero: what training never shows must say nothing."""
+    """Make a table whose missing and unknown rows start at zero: values never trained must have no effect."""
     table = EmbeddingTable(encoder.size, width)
     with torch.no_grad():
         table.weight[MISSING] = 0.0
@@ -151,7 +152,7 @@ def _vectors(encoder: Encoder, width: int) -> EmbeddingTable:
 
 
 def _under(rows: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """Rows with one more row below them, filled up to their width."""
+    """Append one row, padded to the width of the others."""
     if rows.ndim == 1:
         return np.concatenate([rows, last])
     filled = np.zeros((1, rows.shape[1]), dtype=rows.dtype)

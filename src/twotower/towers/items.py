@@ -1,4 +1,4 @@
-"""The item tower: from an item's id and features to its embedding."""
+"""The item tower: embeds an item from its id and features."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from twotower.towers.tables import EmbeddingTable
 
 
 class ItemTower(nn.Module):
-    """Id embedding and features, joined by dense layers (Yang et al. 2020, "Mixed Negative Sampling", section 3.1).
+    """Id embedding and features, combined by dense layers (Yang et al. 2020, "Mixed Negative Sampling", section 3.1).
 
-        v = DNN([e, features]) + e where `residual`,   e = e_id, or a learned vector e_0 where the id says nothing
+        v = DNN([e, features]), plus e if `residual`;   e = e_id, or a learned vector e_0 if the id is not used
 
-    The id says nothing for an item that never occurs in training, and, with probability `id_dropout`, for any item of
-    a training step: so the features learn to carry an item alone, as they must for a new one (Volkovs et al. 2017,
-    "DropoutNet"). Without features it is the id embedding, followed by an MLP where hidden widths are given.
+    The id is not used for an item that never occurs in training and, with probability `id_dropout`, for any item of a
+    training step: so the features learn to represent an item alone, as they must for a new one (Volkovs et al. 2017,
+    "DropoutNet"). Without features the tower is the id embedding, followed by an MLP if there are hidden widths.
 
     Args:
         num_items: N.
         dimension: D.
-        hidden: widths of the hidden layers; empty for one linear map, or, without features, for the table alone.
-        dropout: in the hidden layers.
-        features: of the items; None for a tower without any.
-        id_embedding: whether items have a vector of their own.
+        hidden: widths of the hidden layers; empty for one linear map or, without features, for the table alone.
+        dropout: dropout in the hidden layers.
+        features: inputs for item features; None for a tower without features.
+        id_embedding: whether each item has an embedding of its own.
         id_dropout: share of the items of a training step whose id is hidden.
-        trained: items that occur in training, bool [N]; None: all.
+        trained: items that occur in training, bool [N]; None for all.
         residual: add e to the output, and skip connections around the hidden layers.
-        layer_norm: before the activations.
-        table: what placements call the table of ids.
+        layer_norm: normalise before the activations.
+        table: name of the id table in placements.
 
     Raises:
         ValueError: neither ids nor features; id dropout without features.
@@ -76,22 +76,22 @@ class ItemTower(nn.Module):
         )
 
     def forward(self, items: Tensor) -> Tensor:
-        """Codes int64 [M] -> [M, D]."""
+        """Embed items, codes int64 [M] -> [M, D]."""
         if self.features is None:
             own: Tensor = self.ids(items) if self.ids is not None else items
             return self._joined(own, None)
         return self._joined(self._own(items), self.features(items))
 
     def embed_features(self, encoded: list[Tensor], items: Tensor | None = None) -> Tensor:
-        """Items by their encoded features (`FeatureInputs.encode`) -> [M, D].
+        """Embed items given their encoded features (`FeatureInputs.encode`) -> [M, D].
 
-        `items` int64 [M] are the codes of those whose ids join in, with -1 for an item without one; None: nobody's.
+        `items` int64 [M] are the codes of items whose id is used as well, -1 for an item without one; None for no ids.
 
         Raises:
             ValueError: this tower has no features.
         """
         if self.features is None:
-            raise ValueError("this item tower knows items by their id alone; set item_tower.features and train again")
+            raise ValueError("this item tower has no features, only ids; set item_tower.features and retrain")
         features = self.features.embed(encoded)
         if self.ids is None:
             return self._joined(None, features)
@@ -104,10 +104,10 @@ class ItemTower(nn.Module):
     def _own(self, items: Tensor) -> Tensor | None:
         if self.ids is None:
             return None
-        said = self.trained[items]
+        is_used = self.trained[items]
         if self.training and self.id_dropout > 0:
-            said = said & (torch.rand(len(items), device=items.device) >= self.id_dropout)
-        return torch.where(said[:, None], self.ids(items), self.no_id)
+            is_used = is_used & (torch.rand(len(items), device=items.device) >= self.id_dropout)
+        return torch.where(is_used[:, None], self.ids(items), self.no_id)
 
     def _joined(self, own: Tensor | None, features: Tensor | None) -> Tensor:
         parts = [part for part in (own, features) if part is not None]

@@ -1,4 +1,4 @@
-"""Which rows of shared tables a model is about to look up, fetched before it does."""
+"""Fetching of the shared-table rows that a model is about to look up."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from twotower.towers.tables import EmbeddingTable
 
 
 def shared_tables_of(model: torch.nn.Module) -> list[EmbeddingTable]:
-    """The tables that this rank has a part of, each once, in the same order on every rank."""
+    """Return the tables that are split over ranks, each once, in the same order on every rank."""
     return [m for m in model.modules() if isinstance(m, EmbeddingTable) and m.part is not None]
 
 
@@ -27,35 +27,35 @@ def fetch_for(
     queries: Tensor | None = None,
     history: Tensor | None = None,
 ) -> None:
-    """Fetch what the towers look up for these codes; collective, and nothing where all tables are whole.
+    """Fetch the rows that the towers look up for these codes; collective; a no-op if no table is shared.
 
     Args:
         towers: the model.
-        items: codes that the item tower will embed; -1 counts as 0, as the towers take it.
+        items: codes that the item tower will embed; -1 is looked up as 0, as in the towers.
         queries: codes that the query tower will embed.
-        history: codes of the items in their histories.
+        history: item codes of their histories.
     """
     shared = shared_tables_of(towers)
     if not shared:
         return
     tower = towers.query_tower
     history_items = getattr(tower, "history_items", None)
-    knows = tower.beside if isinstance(tower, SequenceTower) else tower
+    query_inputs = tower.beside if isinstance(tower, SequenceTower) else tower
     if isinstance(tower, SequenceTower) and history is not None:
-        history = F.pad(history.reshape(-1), (1, 0), value=0)  # the start of a sequence is looked up as 0
-    asked = [
+        history = F.pad(history.reshape(-1), (1, 0), value=0)  # the start token is looked up as 0
+    lookups = [
         (towers.item_tower.ids, items),
-        (getattr(knows, "ids", None), queries),
+        (getattr(query_inputs, "ids", None), queries),
         (history_items.ids if isinstance(history_items, ItemTower) else history_items, history),
     ]
-    nothing = torch.empty(0, dtype=torch.int64, device=towers.log_temperature.device)
+    blank = torch.empty(0, dtype=torch.int64, device=towers.log_temperature.device)
     for table in shared:
-        codes = [part.reshape(-1).clamp(min=0) for name, part in asked if name is table and part is not None]
-        table.fetch(torch.cat([nothing, *codes]))
+        codes = [part.reshape(-1).clamp(min=0) for owner, part in lookups if owner is table and part is not None]
+        table.fetch(torch.cat([blank, *codes]))
 
 
 def release(towers: TwoTower) -> None:
-    """Let go of what was fetched."""
+    """Release the fetched rows of all shared tables."""
     for table in shared_tables_of(towers):
         table.release()
 
@@ -68,7 +68,7 @@ def rows_at_hand(
     queries: Tensor | None = None,
     history: Tensor | None = None,
 ) -> Iterator[None]:
-    """`fetch_for`, and `release` when the block ends."""
+    """Fetch rows with `fetch_for`, and `release` them when the block ends."""
     fetch_for(towers, items=items, queries=queries, history=history)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Which part of an id table a rank holds: a run of its rows, a run of its columns, or all of it on one rank."""
+"""The partition of id tables over ranks: by rows, by columns, or a whole table on one rank."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor, nn
 
 from twotower.ranks import Ranks
 
-#: Numbers drawn at once for a part: a multiple of 16.
+#: How many random numbers are drawn at once when a part is initialised; a multiple of 16.
 BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A run of rows, with all of their columns: ceil(N / W) of them, fewer or none on the last ranks.
+    """A contiguous range of rows, with all columns: ceil(N / W) rows, fewer or none on the last ranks.
 
     Attributes:
         ranks: the processes that share the table.
-        rows: N, of the whole table.
-        holder: the rank that has all rows, and the others none (table-wise); None: each has its run (row-wise).
+        rows: N, rows of the whole table.
+        holder: the rank that has all rows (table-wise); None if each rank has its own range (row-wise).
     """
 
     ranks: Ranks
@@ -32,7 +32,7 @@ class Rows:
 
     @property
     def bounds(self) -> list[int]:
-        """Where each rank's rows begin, and N: W + 1 numbers."""
+        """The first row of each rank, followed by N: W + 1 numbers."""
         if self.holder is None:
             return runs(self.rows, self.ranks.size)
         return [0 if rank <= self.holder else self.rows for rank in range(self.ranks.size + 1)]
@@ -44,38 +44,38 @@ class Rows:
         return slice(bounds[self.ranks.rank], bounds[self.ranks.rank + 1])
 
     def __len__(self) -> int:
-        """How many rows this rank holds."""
+        """Return the number of rows on this rank."""
         bounds = self.bounds
         return bounds[self.ranks.rank + 1] - bounds[self.ranks.rank]
 
     def place(self, width: int) -> tuple[slice, slice]:
-        """Rows and columns of this rank in a table of so many columns."""
+        """Return this rank's rows and columns in a table with `width` columns."""
         return self.own, slice(0, width)
 
     def whole_shape(self, tensor: Tensor) -> list[int]:
-        """Shape of the tensor, such as a table or what an optimizer keeps for it, of which this is the rank's part."""
+        """Return the shape of the whole tensor (table or optimizer state) of which `tensor` is this rank's part."""
         return [self.rows, *tensor.shape[1:]]
 
     def cut(self, tensor: Tensor) -> Tensor:
-        """This rank's part of a whole tensor, [N, ...]; a part is given back as it is."""
+        """Cut this rank's part out of a whole tensor, [N, ...]; a part is returned unchanged."""
         return tensor[self.own] if len(tensor) == self.rows else tensor
 
     def __str__(self) -> str:
-        """As the settings name it."""
+        """Return the name used in the settings."""
         return "row-wise" if self.holder is None else f"table-wise (rank {self.holder})"
 
 
 @dataclass(frozen=True)
 class Columns:
-    """A run of columns, with all N rows: ceil(D / W) of them, fewer or none on the last ranks.
+    """A contiguous range of columns, with all N rows: ceil(D / W) columns, fewer or none on the last ranks.
 
-    Whatever rows a step looks up, every rank serves as many numbers. What an optimizer keeps for each row as a whole,
-    [N], every rank keeps, and all alike.
+    Whatever rows a step looks up, every rank sends equally many numbers. Optimizer state per row, [N], is replicated on
+    every rank.
 
     Attributes:
         ranks: the processes that share the table.
         rows: N.
-        width: D, of the whole table.
+        width: D, columns of the whole table.
     """
 
     ranks: Ranks
@@ -84,7 +84,7 @@ class Columns:
 
     @property
     def bounds(self) -> list[int]:
-        """Where each rank's columns begin, and D: W + 1 numbers."""
+        """The first column of each rank, followed by D: W + 1 numbers."""
         return runs(self.width, self.ranks.size)
 
     @property
@@ -94,29 +94,29 @@ class Columns:
         return slice(bounds[self.ranks.rank], bounds[self.ranks.rank + 1])
 
     def place(self, width: int) -> tuple[slice, slice]:
-        """Rows and columns of this rank in a table of so many columns."""
+        """Return this rank's rows and columns in a table with `width` columns."""
         del width
         return slice(0, self.rows), self.own
 
     def whole_shape(self, tensor: Tensor) -> list[int]:
-        """Shape of the tensor, such as a table or what an optimizer keeps for it, of which this is the rank's part."""
+        """Return the shape of the whole tensor (table or optimizer state) of which `tensor` is this rank's part."""
         return [self.rows] if tensor.ndim == 1 else [self.rows, self.width]
 
     def cut(self, tensor: Tensor) -> Tensor:
-        """This rank's part of a whole tensor, [N, D] or [N]; a part is given back as it is."""
+        """Cut this rank's part out of a whole tensor, [N, D] or [N]; a part is returned unchanged."""
         return tensor[:, self.own] if tensor.ndim == 2 and tensor.shape[1] == self.width else tensor
 
     def __str__(self) -> str:
-        """As the settings name it."""
+        """Return the name used in the settings."""
         return "column-wise"
 
 
-#: What a rank holds of a table that it does not have alone.
+#: A rank's part of a shared table.
 Part = Rows | Columns
 
 
 def runs(total: int, size: int) -> list[int]:
-    """Where each rank's run of `total` things begins, and `total`: W + 1 numbers; ceil(total / W) things each."""
+    """Split `total` into ranges of ceil(total / W); return where each rank's range begins, then `total`."""
     each = -(-total // size)
     return [min(rank * each, total) for rank in range(size + 1)]
 
@@ -126,7 +126,7 @@ _placed: ContextVar[Mapping[str, Part] | None] = ContextVar("placed", default=No
 
 @contextmanager
 def placed_tables(parts: Mapping[str, Part]) -> Iterator[None]:
-    """Tables of these names that are made in the block are held by parts; all others are whole on every rank."""
+    """Split tables with these names that are made in the block; all other tables are whole on every rank."""
     token = _placed.set(parts)
     try:
         yield
@@ -135,10 +135,10 @@ def placed_tables(parts: Mapping[str, Part]) -> Iterator[None]:
 
 
 def part_of(name: str | None, rows: int) -> Part | None:
-    """The part of a table made here and now that this rank is to hold; None for the whole table.
+    """Return this rank's part of a table that is being made; None for the whole table.
 
     Raises:
-        ValueError: it was planned with another number of rows.
+        ValueError: the table was placed with a different number of rows.
     """
     part = (_placed.get() or {}).get(name or "")
     if part is not None and part.rows != rows:
@@ -147,19 +147,19 @@ def part_of(name: str | None, rows: int) -> Part | None:
 
 
 def fill_normal(weight: Tensor, scale: float, part: Part | None = None) -> None:
-    """N(0, scale^2) in place; a part gets the very numbers that it would have in the whole table.
+    """Fill with N(0, scale^2) in place; a part gets exactly the numbers that it would have in the whole table.
 
-    A rank without the whole table draws all of its numbers too, a block at a time, and keeps its own: the generator
-    cannot jump. It ends in the state it would have after the whole table.
+    A rank with a part draws all numbers of the table, a block at a time, and keeps its own, because the generator
+    cannot jump. The generator ends in the same state as after the whole table.
     """
     if part is None:
         nn.init.normal_(weight, std=scale)
         return
     width = part.width if isinstance(part, Columns) else weight.shape[1]
     (rows, columns), total = part.place(width), part.rows * width
-    begun, first, start = torch.empty(0), 0, 0  # numbers of a row that is not complete yet, and which row that is
+    begun, first, start = torch.empty(0), 0, 0  # numbers of a row that is not complete yet, and its index
     while start < total:
-        # torch draws 16 numbers together, and the last 16 of a tensor anew where 16 does not divide it.
+        # torch draws 16 numbers at a time, and redraws the last 16 of a tensor if its size is not a multiple of 16.
         stop = start + BLOCK if total - start >= BLOCK + 16 else total
         drawn = torch.cat([begun, torch.empty(stop - start, dtype=torch.float32).normal_(std=scale)])
         count = len(drawn) // width

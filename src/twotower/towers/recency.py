@@ -1,4 +1,4 @@
-"""Averages of what came before each token, weighted by distance: a pooled history at every position at once."""
+"""Recency-weighted averages over the preceding tokens: a pooled history at every position at once."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from twotower.data.packing import token_counts
 
 
 class RecencyAverages(nn.Module):
-    """For every token, averages of the tokens up to it, each head with a learned weight for every distance.
+    """Averages over the tokens up to each token; every head has a learned weight for each distance.
 
         average_h,i = sum_{j <= i} w_h(i - j) x_j / sum_{j <= i} w_h(i - j),   w_h(distance) = exp a_h(distance)
 
-    What `PooledHistory` is for one position, for all positions of a sequence. The weights do not depend on the items:
-    one matrix serves all sequences. Heads start with half-lives of 0.5, 2, 8, ... tokens, the last as an even mean.
+    Computes what `PooledHistory` computes for one position, for all positions of a sequence. The weights do not depend
+    on the items, so one matrix serves all sequences. Heads start with half-lives of 0.5, 2, 8, ... tokens, the last as
+    an even mean.
 
     Args:
-        length: longest sequence, in tokens.
-        heads: how many averages.
+        length: maximum sequence length, in tokens.
+        heads: number of averages.
     """
 
     def __init__(self, length: int, heads: int) -> None:
@@ -30,7 +31,7 @@ class RecencyAverages(nn.Module):
         self.log_weight = nn.Parameter(-rates[:, None] * torch.arange(length, dtype=torch.float32) * math.log(2))
 
     def forward(self, x: Tensor, shapes: tuple[tuple[int, int], ...]) -> Tensor:
-        """Tokens [P, D] of groups with the given (sequences, longest) -> [P, heads, D]."""
+        """Average tokens [P, D] within groups of the given (sequences, longest) -> [P, heads, D]."""
         width = x.shape[1]
         averages = []
         for part, (sequences, longest) in zip(torch.split(x, token_counts(shapes)), shapes, strict=True):
@@ -43,7 +44,7 @@ class RecencyAverages(nn.Module):
 
 
 def by_distance(values: Tensor, longest: int) -> Tensor:
-    """[heads, L] -> [heads, longest, longest]: values[:, i - j] at (i, j) where j <= i, else -inf."""
+    """Expand [heads, L] to [heads, longest, longest]: values[:, i - j] at (i, j) where j <= i, else -inf."""
     place = torch.arange(longest, device=values.device)
     distance = place[:, None] - place
     return values[:, distance.clamp(min=0)].masked_fill(distance < 0, -torch.inf)

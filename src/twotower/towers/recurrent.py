@@ -1,4 +1,4 @@
-"""A gated recurrent unit over sequences that are packed in groups of similar length."""
+"""A gated recurrent unit over sequences packed in groups of similar length."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from twotower.towers.dropout import Dropout
 
 
 class Recurrent(nn.Module):
-    """GRU layers (Cho et al. 2014; for sessions Hidasi et al. 2016, "GRU4Rec") and a norm at the end.
+    """GRU layers (Cho et al. 2014; for sessions Hidasi et al. 2016, "GRU4Rec") and a final norm.
 
     Args:
-        width: D, of the input, of the state and of the output.
-        layers: one on top of the other.
-        dropout: of the input and between layers.
+        width: D, width of input, state and output.
+        layers: number of stacked layers.
+        dropout: dropout of the input and between layers.
     """
 
     def __init__(self, width: int, *, layers: int, dropout: float) -> None:
@@ -25,18 +25,18 @@ class Recurrent(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, positions: Tensor, shapes: tuple[tuple[int, int], ...]) -> Tensor:
-        """Tokens [P, D] -> [P, D]; `positions` are not looked at: a recurrence knows the order."""
+        """Encode tokens [P, D] -> [P, D]; `positions` are ignored, because a recurrence sees the order."""
         del positions
         for layer in self.layers:
             parts = torch.split(self.dropout(x), token_counts(shapes))
-            # Padding stands on the right, behind everything that is looked at.
+            # Padding is on the right, after every token whose output is used.
             x = torch.cat([states(layer, part, shape) for part, shape in zip(parts, shapes, strict=True)])
         output: Tensor = self.norm(x)
         return output
 
 
 def states(layer: nn.Module, part: Tensor, shape: tuple[int, int]) -> Tensor:
-    """States of a GRU after every token of a group, [sequences * longest, D] -> the same shape."""
+    """Return the states of a GRU after every token of a group, [sequences * longest, D] -> the same shape."""
     if not isinstance(layer, nn.GRU):
         raise TypeError(f"expected a GRU, found {type(layer).__name__}")
     tokens = part.reshape(*shape, -1)
@@ -45,24 +45,24 @@ def states(layer: nn.Module, part: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def step_by_step(layer: nn.GRU, tokens: Tensor) -> Tensor:
-    """What `layer` does, one token after the other, for an export: torch's own would fix the number of rows.
+    """Run `layer` token by token, for an export: torch's own GRU would fix the number of rows.
 
         r = sigmoid(W_r x + U_r h),  z = sigmoid(W_z x + U_z h),  n = tanh(W_n x + r * U_n h),  h <- (1 - z) n + z h
 
     Args:
-        layer: one layer, batch first; biases belong to each product above.
+        layer: one layer, batch first; each product above has a bias.
         tokens: [rows, L, D].
 
     Returns:
         [rows, L, D].
     """
-    # torch names the weights of a GRU at run time, which a type checker cannot see.
+    # torch creates the GRU's weight attributes at run time, which a type checker cannot see.
     weights: dict[str, Tensor] = dict(layer.named_parameters())
-    given = nn.functional.linear(tokens, weights["weight_ih_l0"], weights["bias_ih_l0"])
+    inputs = nn.functional.linear(tokens, weights["weight_ih_l0"], weights["bias_ih_l0"])
     state = torch.zeros_like(tokens[:, 0])
     found = []
     for place in range(tokens.shape[1]):
-        reset, update, new = given[:, place].chunk(3, 1)
+        reset, update, new = inputs[:, place].chunk(3, 1)
         by_reset, by_update, by_new = nn.functional.linear(state, weights["weight_hh_l0"], weights["bias_hh_l0"]).chunk(
             3, 1
         )

@@ -1,4 +1,4 @@
-"""The query tower that reads a history in its order, and embeds every position of a sequence in one pass."""
+"""The sequence tower: a query tower that reads a history in order and embeds every position in one pass."""
 
 from __future__ import annotations
 
@@ -19,39 +19,41 @@ from twotower.towers.items import ItemTower
 from twotower.towers.recency import RecencyAverages
 from twotower.towers.recurrent import Recurrent
 
-#: Tokens encoded at once where nothing is trained: bounds the memory of a ranking.
+#: Tokens encoded at once without gradient; bounds the memory of a ranking.
 TOKENS = 16_384
 
 
 class SequenceTower(nn.Module):
-    """A causal encoder over the start token and the newest L items; its output at a token embeds the query there.
+    """A causal encoder over a start token and the newest L items; its output at a token is the query's embedding there.
 
         u_t = encoder(x_0, ..., x_t)_t,   x_0 = start, x_i = sqrt(D) e(item_i)                     (Vaswani et al. 2017)
 
-    With `recency` averages r_h of what stands before, weighted by distance, join both ends of the encoder,
+    With `recency`, averages r_h of the preceding tokens, weighted by distance, are added to the encoder's input and
+    output,
 
         x_i = sqrt(D) e(item_i) + W [r_1,i, ..., r_H,i],   u_t = encoder(x)_t / sqrt(D) + mean_h r_h,t
 
-    so that a history speaks in the space of the items from the first step on, where both sides share one table, as in
-    `QueryTower`; the encoder learns what to change about that.
+    As in `QueryTower`, if both sides share one table, the output is in the space of the items from the first step on,
+    and the encoder learns a correction to that.
 
-    With `gaps` a vector for the time since the item before joins what the encoder reads, beside the place:
-    x_i = sqrt(D) e(item_i) + g(gap_i), gaps in doublings (data/gaps.py).
+    With `gaps`, an embedding of the time since the previous item is added to the encoder's input, like a position:
+    x_i = sqrt(D) e(item_i) + g(gap_i), gaps in powers of two (data/gaps.py).
 
-    Where more is known of a query than its items, `beside` joins it to the output at every token (see `Beside`).
+    Query ids, query features and request context, if any, are combined with the output at every token by `beside` (see
+    `Beside`).
 
-    An empty history is the start token alone. Items before the newest L are not looked at.
+    An empty history is the start token alone. Items before the newest L are ignored.
 
     Args:
-        encoder: of tokens [P, D] with their places and the shapes of their groups.
-        history_items: what items are looked up in: the item tower's own table or a separate one, or an item tower,
-            which embeds each distinct item with its features.
+        encoder: encodes tokens [P, D], given their positions and the shapes of their groups.
+        history_items: where items are looked up: the item tower's table, a separate table, or an item tower, which
+            embeds each distinct item with its features.
         dimension: D.
         length: L.
-        recency: the averages; None for an encoder alone.
-        item_dropout: share of the items hidden in training, so that no single one is relied on.
-        beside: query ids, features of queries, context of requests; None for items alone.
-        gaps: whether the time between items is read.
+        recency: the averages; None for the encoder alone.
+        item_dropout: share of items hidden in training, so that the model does not rely on single items.
+        beside: query ids, query features and request context; None for items only.
+        gaps: whether the tower reads the time between items.
     """
 
     def __init__(
@@ -79,16 +81,16 @@ class SequenceTower(nn.Module):
         self.beside = beside
         self.gaps = nn.Embedding(GAP_CODES, dimension) if gaps else None
         if self.gaps is not None:
-            nn.init.normal_(self.gaps.weight, std=0.02)  # as the places
+            nn.init.normal_(self.gaps.weight, std=0.02)  # like the positions
 
     @property
     def features(self) -> FeatureInputs | None:
-        """Of the queries."""
+        """Inputs for query features, or None."""
         return None if self.beside is None else self.beside.features
 
     @property
     def context(self) -> ContextInputs | None:
-        """Of the requests."""
+        """Inputs for request context, or None."""
         return None if self.beside is None else self.beside.context
 
     def forward(
@@ -99,17 +101,17 @@ class SequenceTower(nn.Module):
         context: Sequence[Tensor] | None = None,
         gaps: Tensor | None = None,
     ) -> Tensor:
-        """Histories int64 [B, at most L], newest last, -1 on the left where there are fewer -> [B, D].
+        """Embed queries from their histories -> [B, D].
 
         Args:
-            queries: codes int64 [B], -1 for one never seen.
-            history: as above.
-            features: encoded rows of queries that are new; otherwise their codes tell.
-            context: encoded contexts of the requests; None where nothing is known of any.
-            gaps: codes of the gap before each item of the history, int64 [B, L]; None where nobody knows them.
+            queries: codes int64 [B], -1 if never seen.
+            history: item codes int64 [B, n], newest last, padded with -1 on the left; only the last L are read.
+            features: encoded feature rows of new queries; None to look them up by code.
+            context: encoded request contexts; None if there are none.
+            gaps: codes of the gap before each item of the history, int64 [B, n]; None if unknown.
 
         Raises:
-            ValueError: no history.
+            ValueError: there is no history.
         """
         state = self._states(history, gaps if self.gaps is not None else None)
         return state if self.beside is None else self.beside(state, queries, features, context)
@@ -126,7 +128,7 @@ class SequenceTower(nn.Module):
         if torch.is_grad_enabled():
             packed, place = pack_histories(history, since)
             return self._outputs(packed)[place]
-        # By length, so that a block has little padding; then back in the order asked.
+        # Sort by length, so that a block has little padding; restore the order at the end.
         order = torch.argsort((history >= 0).sum(1))
         block = max(TOKENS // (history.shape[1] + 1), 1)
         embedded = []
@@ -142,7 +144,7 @@ class SequenceTower(nn.Module):
         features: list[Tensor] | None = None,
         context: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """The outputs that are wanted of packed sequences, [B, D]; what is beside them in the order of these."""
+        """Embed the requested positions of packed sequences, [B, D]; side inputs are in the same order."""
         state = self._outputs(packed)
         if self.beside is None:
             return state
@@ -184,7 +186,7 @@ class SequenceTower(nn.Module):
         return embedded
 
     def _rectangle(self, history: Tensor, gaps: Tensor | None = None) -> Tensor:
-        """What `forward` does, in operations whose shapes do not depend on the data: for an export."""
+        """Compute `forward` with operations whose shapes do not depend on the data, for an export."""
         rows, width = history.shape
         count = (history >= 0).sum(1, keepdim=True)
         place = torch.arange(width + 1, device=history.device).expand(rows, -1)

@@ -1,11 +1,12 @@
-"""Tables that no process holds whole: every rank fetches the rows that a step looks up from those that have them.
+"""The exchange of rows of shared tables: every rank fetches the rows that a step looks up from the ranks that own them.
 
-A step looks up one table in several places: candidates, positives, histories. Its codes are known before any tower
-runs, so each rank asks for its distinct rows once, and hands back the sum of their gradients once. A row then moves
-once a step, by the gradient that one process would have, whatever was embedded again on the way (gradient cache).
+A step looks up one table in several places: candidates, positives, histories. The codes are known before any tower
+runs, so each rank requests its distinct rows once, and sends the sum of their gradients back once. A row is then
+updated once per step, with the gradient that a single process would have, even if parts of the batch were embedded
+twice (gradient cache).
 
-By rows (`Rows`) a code goes to the rank that has its row. By columns (`Columns`) the codes of all ranks go to all, each
-gives its columns of their rows, and whoever has asked puts them side by side.
+By rows (`Rows`) a code goes to the rank that owns its row. By columns (`Columns`) the codes of all ranks go to all
+ranks, each sends its columns of these rows, and the requesting rank concatenates them.
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ from torch import Tensor
 from twotower.shared_files import RowBlocks
 from twotower.towers.parts import Columns, Part, Rows
 
-#: Rows put together at once where a table is written.
+#: Rows assembled at once when a table is written.
 BLOCK = 65_536
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Who asks whom for which rows of a shared table.
+    """The requests of all ranks for rows of a shared table, as seen by this rank.
 
     Attributes:
-        codes: what this rank asks for, int64 [P], ascending and distinct.
-        given: rows of this rank's part that it gives, those for each rank in the order of ranks; int64 [G].
-        sent, received: how many codes this rank asked each rank for, and each rank this one.
+        codes: codes that this rank requests, int64 [P], ascending and distinct.
+        given: rows of this rank's part that it sends, in the order of the requesting ranks, int64 [G].
+        sent: how many codes this rank requests from each rank.
+        received: how many codes each rank requests from this one.
     """
 
     codes: Tensor
@@ -45,35 +47,35 @@ class RowsAtHand:
     """Rows of a shared table that this rank has fetched.
 
     Attributes:
-        asked: who has asked whom.
-        rows: float32 [P, D], a leaf that collects the gradient of every lookup.
+        asked: the requests.
+        rows: float32 [P, D], a leaf tensor that accumulates the gradient of every lookup.
     """
 
     asked: Asked
     rows: Tensor
 
     def place(self, codes: Tensor) -> Tensor:
-        """Where codes stand among the fetched rows, int64 of the same shape.
+        """Return the positions of codes among the fetched rows, int64 of the same shape.
 
         Raises:
-            RuntimeError: one of them was not fetched (looked at on a CPU alone: an accelerator would be waited for).
+            RuntimeError: a code was not fetched (checked on the CPU only: the check would stall an accelerator).
         """
         known = self.asked.codes
         place = torch.searchsorted(known, codes)
         if codes.device.type == "cpu" and codes.numel():
             place.clamp_(max=max(len(known) - 1, 0))
             if not len(known) or not torch.equal(known[place], codes):
-                raise RuntimeError("a row of a shared table is looked up that was not fetched")
+                raise RuntimeError("lookup of a row of a shared table that was not fetched (internal error)")
         return place
 
 
 @torch.no_grad()
 def ask(part: Part, codes: Tensor) -> Asked:
-    """Tell the ranks which rows this one needs, and learn which of its own they need; collective.
+    """Exchange row requests: send the codes that this rank needs, receive those that other ranks need; collective.
 
     Args:
-        part: what this rank holds of the table.
-        codes: int64, any shape, any order, with copies; may be empty.
+        part: this rank's part of the table.
+        codes: int64, any shape and order, duplicates allowed; may be empty.
     """
     ranks, distinct = part.ranks, torch.unique(codes)
     if isinstance(part, Columns):
@@ -88,12 +90,12 @@ def ask(part: Part, codes: Tensor) -> Asked:
 
 @torch.no_grad()
 def fetch_rows(weight: Tensor, part: Part, asked: Asked) -> RowsAtHand:
-    """Fetch what was asked for; collective.
+    """Fetch the requested rows; collective.
 
     Args:
-        weight: this rank's part, [n, D] by rows and [N, d] by columns.
-        part: which part of the table this is.
-        asked: for which rows.
+        weight: weights of this rank's part, [n, D] by rows or [N, d] by columns.
+        part: this rank's part of the table.
+        asked: the requests.
     """
     ranks, own = part.ranks, weight.index_select(0, asked.given)
     if isinstance(part, Rows):
@@ -109,11 +111,11 @@ def fetch_rows(weight: Tensor, part: Part, asked: Asked) -> RowsAtHand:
 
 @torch.no_grad()
 def hand_back(at_hand: RowsAtHand, part: Part) -> tuple[Tensor, Tensor]:
-    """Give every rank the gradients of the rows it has given; collective.
+    """Send the gradients of fetched rows back to the ranks that own them; collective.
 
     Returns:
-        Rows of this rank's part, int64 [G], with copies where several ranks looked up the same one; and their
-        gradients, float32 [G, D], or [G, d] by columns.
+        Rows of this rank's part, int64 [G], repeated if several ranks looked up the same one; and their gradients,
+        float32 [G, D], or [G, d] by columns.
     """
     ranks, asked, found = part.ranks, at_hand.asked, at_hand.rows.grad
     gradient = torch.zeros_like(at_hand.rows) if found is None else found
@@ -127,17 +129,17 @@ def hand_back(at_hand: RowsAtHand, part: Part) -> tuple[Tensor, Tensor]:
 
 
 def run_of_rows(weight: Tensor, part: Part | None) -> Tensor | RowBlocks:
-    """A table as a rank writes it into one file with the others (`save_rows`): a run of whole rows.
+    """Return this rank's range of whole rows of a table, to be written to one file by all ranks (`save_rows`).
 
-    By rows that is the part itself. By columns the rows are fetched, so that no rank ever has more than a block
-    of them. A tensor that is no part is given back as it is.
+    By rows this is the part itself. By columns the rows are fetched block by block, so that no rank has more than one
+    block in memory. A tensor that is not a part is returned unchanged.
     """
     if not isinstance(part, Columns):
         return weight
     run = Rows(part.ranks, part.rows)
 
     def blocks() -> Iterator[Tensor]:
-        for begin in range(0, run.bounds[1], BLOCK):  # of the rank with most
+        for begin in range(0, run.bounds[1], BLOCK):  # bounds[1]: rows of the rank with the most
             start = min(run.own.start + begin, run.own.stop)
             codes = torch.arange(start, min(start + BLOCK, run.own.stop), device=weight.device)
             yield fetch_rows(weight, part, ask(part, codes)).rows.detach().to(weight.dtype)
@@ -146,5 +148,5 @@ def run_of_rows(weight: Tensor, part: Part | None) -> Tensor | RowBlocks:
 
 
 def _widths(part: Columns) -> list[int]:
-    """How many columns each rank has."""
+    """Return the number of columns of each rank."""
     return [stop - start for start, stop in pairwise(part.bounds)]
