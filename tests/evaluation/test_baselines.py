@@ -1,4 +1,4 @@
-"""The baselines against plain loops and dense algebra."""
+"""Tests of the baselines against plain loops and dense algebra."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def test_item_knn_equals_slow_loops(world, neighbours, shrink):
         found = [item for item in row if item >= 0]
         assert len(found) == min(k, len(left))
         assert set(found) <= left
-        # float32 similarities may part what float64 ties, and the other way round: compare the scores found.
+        # Items tied in float64 may differ in float32, and the other way round, so compare the scores found.
         best = sorted((scores[item] for item in left), reverse=True)[: len(found)]
         np.testing.assert_allclose([scores[item] for item in found], best, atol=1e-5)
 
@@ -75,7 +75,7 @@ def test_item_knn_does_not_depend_on_blocks(monkeypatch):
 
 
 def test_ease_solves_its_objective():
-    """W minimises |X - XW|^2 + l2 |W|^2 with a zero diagonal: column by column, ridge regression on the others."""
+    """W minimises |X - XW|^2 + l2 |W|^2 with zero diagonal: for each column, ridge regression on the others."""
     train, asked = random_world(2, items=20)
     matrix, l2 = dense(train.rows, 20), 3.0
     weights = np.zeros((20, 20))
@@ -101,7 +101,7 @@ def test_settings_are_checked():
             call()
 
 
-def test_too_large_a_neighbourhood_is_left_out_and_told(monkeypatch):
+def test_item_knn_on_too_large_data_is_left_out_with_a_note(monkeypatch):
     train, asked = random_world()
     monkeypatch.setattr(baselines, "_MAX_PAIRS", 10)
     with pytest.raises(ValueError, match="item pairs"):

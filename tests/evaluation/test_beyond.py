@@ -1,4 +1,4 @@
-"""What lists are like, against the definitions in loops."""
+"""Tests of beyond-accuracy metrics against loops over their definitions."""
 
 import math
 
@@ -56,7 +56,7 @@ def test_extremes_by_hand():
     assert gini([0, 0, 0, 8]) == pytest.approx(1 - 1 / 4)
     assert math.isnan(gini([0, 0]))
     assert exposure(np.array([[0, 2], [2, -1]]), 4).tolist() == [1, 0, 2, 0]
-    # 3 of 4 interactions are item 0's; with one added to each of 4 items p = 4/8, 2/8, 1/8, 1/8.
+    # Item 0 has 3 of 4 interactions; with one added to each of 4 items p = 4/8, 2/8, 1/8, 1/8.
     np.testing.assert_allclose(self_information(np.array([3, 1, 0, 0])), [1, 2, 3, 3])
     assert (2.0 ** -self_information(np.arange(50))).sum() == pytest.approx(1.0)
     assert list_mean(np.array([[0, 3], [-1, -1]]), np.array([1, 2, 3, 4]), 2)[0] == 2.5

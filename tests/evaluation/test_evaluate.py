@@ -1,4 +1,4 @@
-"""`evaluate` against plain loops, and what it must refuse and tell."""
+"""Tests of `evaluate` against plain loops, of its errors and of its notes."""
 
 import json
 import math
@@ -67,7 +67,7 @@ def test_full_ranking_equals_a_brute_force_reference(problem):
 
 
 def popular_world(queries=2000, items=200, seed=0):
-    """Item codes follow popularity, as codes assigned by frequency or by time do."""
+    """Build data whose item codes follow popularity, as codes assigned by frequency or by time do."""
     rng = np.random.default_rng(seed)
     weight = 1 / np.arange(1, items + 1)
     rows = [rng.choice(items, size=6, replace=False, p=weight / weight.sum()).tolist() for _ in range(queries)]
@@ -82,12 +82,12 @@ def test_a_collapsed_model_scores_like_random():
         {"constant": Scores(torch.full((2000, 200), 0.7)), "random": Scores(torch.from_numpy(rng.random((2000, 200))))},
         asked, train=train, ks=(k,),
     )  # fmt: skip
-    # Skewed targets hit a fixed list or miss it together, so the chance here is over the choice of the list.
+    # Skewed targets all hit or all miss a fixed list, so the expectation here is over the choice of the list.
     share = np.bincount([t[0] for t in asked.targets], minlength=200) / 2000
     error = math.sqrt(k * (1 - k / n)) * share.std(ddof=1)
     assert abs(result["constant"].values[f"Recall@{k}"] - k / n) < 3 * error
     assert abs(result["random"].values[f"Recall@{k}"] - k / n) < 4 * math.sqrt(k / n / 2000)
-    # Ties broken by code would look like a good model: the test can fail.
+    # Breaking ties by code would look like a good model, so this test can fail.
     by_code = evaluate(Scores(-torch.arange(200.0).expand(2000, 200)), asked, train=train, ks=(k,), baselines=False)
     assert by_code["model"].values[f"Recall@{k}"] > k / n + 6 * error
     assert by_code["model"].values[f"Recall@{k}"] > 3 * result["constant"].values[f"Recall@{k}"]
@@ -103,8 +103,8 @@ def test_an_oracle_scores_one():
     assert all(row.slices[label]["Recall@1"] == 1.0 for label in ("head", "mid", "tail"))
 
 
-def test_only_the_order_counts():
-    """No metric looks at the sign or the size of a score."""
+def test_only_the_order_of_scores_matters():
+    """No metric depends on the sign or the size of a score."""
     train, asked = popular_world(100)
     scores = torch.randint(-50, 50, (100, 200), generator=torch.Generator().manual_seed(0)).float()
     results = [
@@ -114,7 +114,7 @@ def test_only_the_order_counts():
     assert results[0] == results[1] == results[2]
 
 
-def test_the_table_holds_model_and_baselines():
+def test_the_table_contains_model_and_baselines():
     train, asked = popular_world(100)
     result = evaluate(Scores(torch.rand(100, 200)), asked, train=train, name="two-tower")
     assert [row.name for row in result.rows] == ["two-tower", "popularity", "item-kNN"]
@@ -123,22 +123,22 @@ def test_the_table_holds_model_and_baselines():
         assert part in text
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
     console.print(result)
-    told = console.export_text()
-    assert "item-kNN" in told and "coverage" in told and "…" not in told, "a terminal of 80 characters cuts nothing off"
+    shown = console.export_text()
+    assert "item-kNN" in shown and "coverage" in shown and "…" not in shown, "nothing is truncated at 80 characters"
     model, best = result.rows[0], max(result.rows[1:], key=lambda row: row.values["NDCG@20"])
     verdict = "is above" if model.values["NDCG@20"] > best.values["NDCG@20"] else "does not beat"
     assert f"two-tower {verdict}" in text and best.name in text.split(verdict)[1].splitlines()[0]
     console.file.close()
-    assert "kept" in str(evaluate(Scores(torch.rand(100, 200)), asked, train=train, exclude_seen=False))
+    assert "seen included" in str(evaluate(Scores(torch.rand(100, 200)), asked, train=train, exclude_seen=False))
     with pytest.raises(KeyError, match="no row"):
         result["other"]
 
 
-def test_targets_in_the_history_are_told():
+def test_targets_in_the_history_are_noted():
     train, asked = Train([[0, 1], [2]], 5), Asked([[1], [2, 3]], [[1, 4], [3]])
     result = evaluate(Scores(torch.rand(2, 5)), asked, train=train, ks=(5,), baselines=False)
     assert (result.num_queries, result.num_targets, result.num_removed, result.num_empty) == (1, 1, 2, 1)
-    assert "2 targets already stand" in str(result)
+    assert "2 targets are already in their query's history" in str(result)
     assert "left out of the means" in str(result)
     kept = evaluate(Scores(torch.rand(2, 5)), asked, train=train, ks=(5,), baselines=False, exclude_seen=False)
     assert kept.num_targets == 3
@@ -156,7 +156,7 @@ def test_targets_in_the_history_are_told():
         ([[0]], "must return int64"),
     ],
 )
-def test_what_is_no_ranking_is_refused(ranked, message):
+def test_an_invalid_ranking_is_refused(ranked, message):
     train, asked = Train([[0, 1], [2]], 5), Asked([[3]], [[1]])
     with pytest.raises(ValueError, match=message):
         evaluate(Fixed(torch.tensor(ranked)), asked, train=train, ks=(2,), baselines=False)

@@ -1,4 +1,4 @@
-"""What an evaluation gives back: intervals, frames, files, JSON, and what is done without targets."""
+"""Tests of evaluation results: intervals, frames, files, JSON, and queries without targets."""
 
 import json
 import math
@@ -62,7 +62,7 @@ def test_per_query_values_as_a_frame_and_as_a_file(tmp_path):
     path = result.write_per_query(tmp_path / "new" / "per_query.parquet")
     frame = pl.read_parquet(path)
     assert frame.equals(result.per_query_frame())
-    assert [file.name for file in path.parent.iterdir()] == ["per_query.parquet"]  # nothing half written beside it
+    assert [file.name for file in path.parent.iterdir()] == ["per_query.parquet"]  # no partial file next to it
     assert frame.columns[:3] == ["ranker", "query", "query_code"]
     assert frame["ranker"].unique(maintain_order=True).to_list() == ["model", "popularity", "item-kNN"]
     for row in result.rows:
@@ -93,21 +93,21 @@ def test_a_failed_write_leaves_the_older_file(tmp_path, monkeypatch):
     assert path.read_text() == "older" and list(tmp_path.iterdir()) == [path]
 
 
-def test_json_holds_intervals_groups_and_the_protocol():
+def test_json_contains_intervals_groups_and_the_protocol():
     train, asked, ranker = small()
-    told = json.loads(
+    result = json.loads(
         json.dumps(evaluate(ranker, asked, train=train, ks=(5,)).to_dict(per_query=True), allow_nan=False)
     )
-    assert told["protocol"]["catalog"] == "full" and told["protocol"]["exact"] is True
-    assert told["slice_groups"]["deciles"][2] == "decile 3"
-    assert set(told["slice_groups"]) == {"thirds", "deciles", "cold"}
-    row = told["rows"][0]
+    assert result["protocol"]["catalog"] == "full" and result["protocol"]["exact"] is True
+    assert result["slice_groups"]["deciles"][2] == "decile 3"
+    assert set(result["slice_groups"]) == {"thirds", "deciles", "cold"}
+    row = result["rows"][0]
     assert row["intervals"]["NDCG@5"]["low"] < row["values"]["NDCG@5"] < row["intervals"]["NDCG@5"]["high"]
     assert row["values"]["diversity@5"] is None and row["values"]["Gini@5"] > 0
-    assert len(row["per_query"]["decile 3/NDCG@5"]) == told["num_queries"]
+    assert len(row["per_query"]["decile 3/NDCG@5"]) == result["num_queries"]
 
 
-def test_an_approximate_index_is_told():
+def test_an_approximate_index_is_noted():
     train, asked = Train([[0, 1], [2]], 5), Asked([[3]], [[1]])
     inexact = Fixed(np.array([[0, 1]]), is_exact=False)
     result = evaluate(inexact, asked, train=train, ks=(2,), baselines=False, allow_approximate=True, name="HNSW")
@@ -117,7 +117,7 @@ def test_an_approximate_index_is_told():
 
 @pytest.mark.parametrize("exclude_seen", [True, False])
 def test_queries_without_targets_are_skipped_or_count_as_zero(exclude_seen):
-    """The first query has no target at all, the second only one that stands in its history."""
+    """The first query has no target at all, the second only one that is in its history."""
     train, asked = Train([[0, 1], [2]], 6), Asked([[0], [1], [2]], [[], [1], [3, 3]])
     ranker = Scores(torch.tensor([[0.0, 1, 2, 5, 4, 3]] * 3))
     given = {"train": train, "ks": (1,), "exclude_seen": exclude_seen, "baselines": False}
@@ -130,12 +130,12 @@ def test_queries_without_targets_are_skipped_or_count_as_zero(exclude_seen):
     assert zero["model"].per_query["NDCG@1"].tolist() == [0, 0, 1]
     assert "left out of the means" in str(skipped) and "counted as 0" in str(zero)
     assert (skipped.to_dict()["protocol"]["empty"], zero.to_dict()["protocol"]["empty"]) == ("skip", "zero")
-    # A slice has no zeros: a query without a target in it has no value there.
+    # Slices have no zeros: a query without a target in the slice has no value there.
     assert zero["model"].slices["tail"] == skipped["model"].slices["tail"]
 
 
-def test_a_collapsed_model_scores_what_a_random_ranking_is_expected_to():
-    """Several random targets for each query, so that queries are independent whatever the fixed order among ties is."""
+def test_a_collapsed_model_scores_like_a_random_ranking():
+    """Each query has several random targets, so queries are independent for any fixed order of ties."""
     queries, items, targets, k = 4000, 60, 4, 10
     random = np.random.default_rng(11)
     asked = Asked([[]] * queries, [random.choice(items, targets, replace=False).tolist() for _ in range(queries)])
@@ -144,7 +144,7 @@ def test_a_collapsed_model_scores_what_a_random_ranking_is_expected_to():
     for name, expected in zip(METRICS, random_expectation(items, targets, k), strict=True):
         interval = bootstrap_interval(row.per_query[f"{name}@{k}"], level=0.9999)
         assert interval.low < expected < interval.high, name
-        assert interval.high - interval.low < 0.15 * expected + 0.02  # narrow enough to tell
+        assert interval.high - interval.low < 0.15 * expected + 0.02  # narrow enough to be meaningful
 
 
 def test_an_oracle_of_several_targets_scores_one():
@@ -154,7 +154,7 @@ def test_an_oracle_of_several_targets_scores_one():
         scores[e, wanted] = 1.0
     row = evaluate(Scores(scores), asked, train=train, ks=(2, 10), baselines=False)["model"]
     assert all(row.values[f"{name}@{k}"] == 1.0 for name in METRICS for k in (2, 10))
-    # Of a slice all is found; but its targets may stand below another target of the query.
+    # All targets of a slice are found, but may rank below another target of the query.
     assert all(value["Recall@10"] == 1.0 or math.isnan(value["Recall@10"]) for value in row.slices.values())
 
 
@@ -162,8 +162,8 @@ def test_an_oracle_of_several_targets_scores_one():
 def test_only_the_order_of_scores_counts(change):
     train, asked, _ = small()
     scores = torch.randint(-50, 50, (40, 30), generator=torch.Generator().manual_seed(0)).double()
-    told = [
+    results = [
         evaluate(Scores(s), asked, train=train, baselines=False).to_dict(per_query=True)
         for s in (scores, change(scores))
     ]
-    assert told[0] == told[1]
+    assert results[0] == results[1]

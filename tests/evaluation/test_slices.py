@@ -1,4 +1,4 @@
-"""Slices against loops: deciles, cold and warm, columns of the tables."""
+"""Tests of slices against loops: deciles, cold and warm, columns of the tables."""
 
 import math
 
@@ -113,13 +113,13 @@ def test_numbers_are_cut_in_quarters():
     assert of_items([0.5, 0.5, 0.5, 0.5, 0.5, 1.0, 2.0, 3.0, 4.0, None, math.nan]) == {
         "0.5": [0, 1, 2, 3, 4], "1 to 2": [5, 6], "3 to 4": [7, 8], "missing": [9, 10],
     }  # fmt: skip
-    assert of_items([3, 1, 1, None]) == {"1": [1, 2], "3": [0], "missing": [3]}  # few values stand for themselves
+    assert of_items([3, 1, 1, None]) == {"1": [1, 2], "3": [0], "missing": [3]}  # few values are slices of their own
     assert of_items([True, False, True]) == {"true": [0, 2], "false": [1]}
     days = pl.date_range(pl.date(2020, 1, 1), pl.date(2020, 1, 8), eager=True)
     assert list(of_items(days)) == [f"2020-01-0{d} to 2020-01-0{d + 1}" for d in (1, 3, 5, 7)]
 
 
-def test_only_the_most_frequent_values_have_their_own_slice():
+def test_only_the_most_frequent_values_get_their_own_slice():
     values = [f"v{v:02d}" for v in range(30) for _ in range(40 - v)]
     found = of_items(values)
     assert list(found) == [*(f"v{v:02d}" for v in range(20)), "other"]
@@ -139,7 +139,7 @@ def test_only_the_most_frequent_values_have_their_own_slice():
         ("users.age", "expected items.COLUMN"),
     ],
 )
-def test_what_the_tables_do_not_have_is_refused(name, message):
+def test_slices_by_missing_columns_are_refused(name, message):
     train = Train([[0]], 1)
     train.item_table = pl.DataFrame({"genres": ["a"], "year": [1]})
     with pytest.raises(InputError, match=message):
@@ -149,7 +149,7 @@ def test_what_the_tables_do_not_have_is_refused(name, message):
     check_slices(train, ["items.genres"])
 
 
-def test_the_terminal_shows_cold_and_own_slices_in_80_columns():
+def test_the_terminal_shows_cold_and_user_slices_in_80_columns():
     random = np.random.default_rng(0)
     train = Train([random.integers(0, 40, 10).tolist() for _ in range(30)], 50)  # 10 items are cold
     asked = Asked([[]] * 20, random.integers(0, 50, (20, 3)).tolist())
