@@ -26,7 +26,7 @@ class Train:
         return np.bincount(self.item_codes, minlength=self.num_items).astype(np.int64)
 
 
-class Asked:
+class FakeHoldout:
     """A holdout from lists of histories and targets."""
 
     name = "test"

@@ -50,25 +50,25 @@ def test_calibration_equals_slow_loops(problem):
         with pytest.raises(ValueError, match="nothing to calibrate"):
             measured()
         return
-    asked = [e for e, left in enumerate(wanted) if left]
+    evaluated = [e for e, left in enumerate(wanted) if left]
     # Rounded to float32, as in torch.
     rows, columns = torch.tensor(queries).double().tolist(), torch.tensor(items).double().tolist()
-    p = {e: slow_probabilities(rows[e], columns, temperature, set(excluded[e])) for e in asked}
+    p = {e: slow_probabilities(rows[e], columns, temperature, set(excluded[e])) for e in evaluated}
     found = measured()
-    likelihood = np.mean([np.mean([math.log(p[e][j]) for j in wanted[e]]) for e in asked])
-    assert found.num_queries == len(asked)
+    likelihood = np.mean([np.mean([math.log(p[e][j]) for j in wanted[e]]) for e in evaluated])
+    assert found.num_queries == len(evaluated)
     assert found.log_likelihood == pytest.approx(likelihood)
     assert found.perplexity == pytest.approx(math.exp(-likelihood))
     pairs = [
         (p[e][j], 1 / len(wanted[e]) if j in wanted[e] else 0.0)
-        for e in asked
+        for e in evaluated
         for j in range(len(items))
         if j not in excluded[e]
     ]
     assert sum(one.pairs for one in found.bins) == len(pairs)
     assert sum(one.targets for one in found.bins) == sum(map(len, wanted))
-    assert sum(one.pairs * one.predicted for one in found.bins) == pytest.approx(len(asked))
-    assert sum(one.pairs * one.observed for one in found.bins) == pytest.approx(len(asked))
+    assert sum(one.pairs * one.predicted for one in found.bins) == pytest.approx(len(evaluated))
+    assert sum(one.pairs * one.observed for one in found.bins) == pytest.approx(len(evaluated))
     error = 0.0
     for one in found.bins:
         inside = [pair for pair in pairs if one.low * (1 - 1e-12) <= pair[0] <= one.high * (1 + 1e-12)]
@@ -77,7 +77,7 @@ def test_calibration_equals_slow_loops(problem):
             assert one.predicted == pytest.approx(np.mean([x for x, _ in inside]))
             assert one.observed == pytest.approx(np.mean([y for _, y in inside]))
         error += abs(one.predicted - one.observed) * one.pairs
-    assert found.expected_calibration_error == pytest.approx(error / len(asked))
+    assert found.expected_calibration_error == pytest.approx(error / len(evaluated))
     assert len(found.bins) <= bins
     json.dumps(found.to_dict(), allow_nan=False)
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_ranking import top_items
-from stand_ins import Asked, Scores, Train
+from stand_ins import FakeHoldout, Scores, Train
 
 from twotower.evaluation import evaluate
 
@@ -67,7 +67,7 @@ def by_trec_eval(wanted, lists, k):
 def evaluated(problem):
     n, histories, targets, scores, k, exclude_seen = problem
     return evaluate(
-        Scores(torch.tensor(scores).float()), Asked(histories, targets), train=Train([[0]], n), ks=(k,),
+        Scores(torch.tensor(scores).float()), FakeHoldout(histories, targets), train=Train([[0]], n), ks=(k,),
         exclude_seen=exclude_seen, baselines=False,
     )  # fmt: skip
 

@@ -60,10 +60,10 @@ def test_by_time_leaks_nothing_of_the_future(rows):
         assert max(trained) < first  # of any query
         cut = split.settings["cuts"][0 if holdout is split.validation else 1]
         for query, history, targets, time in questions(data, holdout):
-            before = [item for moment, item in everything[query] if moment < cut]
+            before = [item for stamp, item in everything[query] if stamp < cut]
             assert history == before
             assert cut <= time and targets
-            after = [item for moment, item in everything[query] if moment >= cut]
+            after = [item for stamp, item in everything[query] if stamp >= cut]
             assert set(targets) <= set(after)
     # A test target is in no training row or validation target of the same query and timestamp.
     assert len(split.train) == sum(time < split.settings["cuts"][0] for _, _, time in
@@ -77,15 +77,15 @@ def test_leave_last_out_history_is_what_came_before(rows):
     split = leave_last_out(data)
     everything, train = lines(data), lines(split.train)
     long = {query for query, row in everything.items() if len(row) >= 3}
-    asked = {query: (history, targets, time) for query, history, targets, time in questions(data, split.test)}
+    queries = {query: (history, targets, time) for query, history, targets, time in questions(data, split.test)}
     checked = {query: (history, targets) for query, history, targets, _ in questions(data, split.validation)}
-    assert set(asked) == set(checked) == long
+    assert set(queries) == set(checked) == long
     for query in long:
         row = everything[query]
-        history, targets, time = asked[query]
+        history, targets, time = queries[query]
         assert targets == [row[-1][1]] and time == row[-1][0]
         assert history == [item for _, item in row[:-1]]
-        assert all(moment <= time for moment, _ in row[:-1])
+        assert all(stamp <= time for stamp, _ in row[:-1])
         assert checked[query] == ([item for _, item in row[:-2]], [row[-2][1]])
         assert train[query] == row[:-2]  # neither the validation row nor the test row
     for query in set(everything) - long:

@@ -239,8 +239,8 @@ def test_old_knowledge_stays_and_is_lost_when_training_from_scratch(parent, days
         return  # a fresh model learns the tastes of inactive queries from colours too
     new = days.train.select(~days.learnt)
     alone = tt.data.Split(new, days.validation, days.test, days.account, days.name, days.settings, days.data)
-    afresh = tt.fit(alone, config(kind, "training.max_epochs=6"), progress=False)
-    assert right_taste(afresh, old_questions(afresh)) < before - 2 * BOUND
+    scratch = tt.fit(alone, config(kind, "training.max_epochs=6"), progress=False)
+    assert right_taste(scratch, old_questions(scratch)) < before - 2 * BOUND
 
 
 def test_the_new_data_is_learnt(parent, days, child):
