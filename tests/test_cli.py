@@ -188,7 +188,7 @@ def test_a_validation_that_can_measure_nothing_is_refused_before_training(run_fo
     code, _, err = command(*words)
     told = " ".join(err.split())
     assert code == 2 and "validation: no query has a target that can be ranked" in told
-    assert "12 targets were left out" in told and "evaluation.exclude_seen=false" in told
+    assert "12 targets were removed" in told and "evaluation.exclude_seen=false" in told
     assert not (run_folder / "repeats").exists()
 
 

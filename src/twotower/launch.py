@@ -1,4 +1,4 @@
-"""Several processes become the ranks of one run: what torchrun tells each of them, and how they join."""
+"""Launch of several processes as the ranks of one run: torchrun's environment variables, and how processes join."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ from twotower.team import BEGUN, Team
 
 @dataclass(frozen=True)
 class Launch:
-    """What the environment says of this process.
+    """What torchrun's environment variables say about this process.
 
     Attributes:
         rank: number of this process among all, from 0.
-        size: processes in all; 1 where nobody started several.
+        size: number of processes; 1 without torchrun.
         local_size: processes on this machine.
-        local_rank: number among them.
-        restarts: how often torchrun on this machine has started its processes anew. That on another machine may have
-            another number.
-        is_told: whether somebody has started this process as a rank, be it the only one, and tells where they meet.
+        local_rank: number of this process on this machine.
+        restarts: how often torchrun has restarted the processes of this machine; other machines may differ.
+        is_told: whether a launcher started this process as a rank, even as the only one, with a rendezvous address.
     """
 
     rank: int = 0
@@ -39,50 +38,50 @@ class Launch:
 
     @classmethod
     def of_environment(cls) -> Launch:
-        """From the variables that torchrun sets; a process alone where it did not start this one."""
-        told = os.environ
-        if "RANK" not in told or "WORLD_SIZE" not in told:
+        """Read the variables that torchrun sets; return a single process if they are not set."""
+        env = os.environ
+        if "RANK" not in env or "WORLD_SIZE" not in env:
             return cls()
         return cls(
-            rank=int(told["RANK"]),
-            size=int(told["WORLD_SIZE"]),
-            local_size=int(told.get("LOCAL_WORLD_SIZE", told["WORLD_SIZE"])),
-            local_rank=int(told.get("LOCAL_RANK", told["RANK"])),
-            restarts=int(told.get("TORCHELASTIC_RESTART_COUNT", "0")),
-            is_told="MASTER_ADDR" in told,
+            rank=int(env["RANK"]),
+            size=int(env["WORLD_SIZE"]),
+            local_size=int(env.get("LOCAL_WORLD_SIZE", env["WORLD_SIZE"])),
+            local_rank=int(env.get("LOCAL_RANK", env["RANK"])),
+            restarts=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            is_told="MASTER_ADDR" in env,
         )
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes and tells."""
+        """True on rank 0, which writes files and prints."""
         return self.rank == 0
 
     @property
     def nodes(self) -> int:
-        """Machines in all."""
+        """Number of machines."""
         return max(self.size // self.local_size, 1)
 
 
 def called_together(store: Any, told: Launch, patience: float) -> tuple[str, bool]:
-    """A name for this attempt of all processes that none of the earlier attempts had, and whether one had begun.
+    """Agree on a unique name for this attempt of all processes, and on whether an earlier attempt had begun the run.
 
-    torchrun keeps one store for all of its attempts, with the addresses and words of processes that are gone, and what
-    it counts on several machines need not agree. So each process brings a word that nobody had before. The first reads
-    out the words it finds, again whenever one of them is another, and a process that hears its own answers to the name
-    of the first. When all words that were read out are answered, nobody of an earlier attempt was among them.
+    torchrun keeps one store for all of its attempts, with keys of processes that are gone, and its restart counts on
+    several machines need not agree. So each process publishes a unique word. Rank 0 publishes the list of words that it
+    finds (the roll), again whenever one changes, and a process that finds its own word there confirms it under the name
+    of rank 0. When all words of the list are confirmed, no process of an earlier attempt is among them.
 
     Args:
         store: a store of torch.distributed that all processes reach.
-        told: which of them this one is.
+        told: this process's launch.
         patience: seconds to wait for the others.
 
     Returns:
-        The name, and whether an earlier attempt got as far as `Team.begins`. Where the store does not outlive an
-        attempt it cannot know; then the launcher's count of restarts says it.
+        The name, and whether an earlier attempt reached `Team.begins`. If the store does not outlive an attempt, the
+        launcher's restart count decides instead.
 
     Raises:
-        DistStoreError: not all came.
-        InputError: the machines have different numbers of processes; on every rank.
+        DistStoreError: not all processes joined.
+        InputError: the machines have different numbers of processes; raised on every rank.
     """
     import torch.distributed as dist  # noqa: PLC0415  # as in `joined`
 
@@ -90,7 +89,7 @@ def called_together(store: Any, told: Launch, patience: float) -> tuple[str, boo
 
     def pause(what: str) -> None:
         if time.monotonic() > until:
-            raise dist.DistStoreError(f"{what} in {patience:g} s")
+            raise dist.DistStoreError(f"{what} within {patience:g} s")
         time.sleep(0.02)
 
     name = uuid.uuid4().hex
@@ -109,7 +108,7 @@ def called_together(store: Any, told: Launch, patience: float) -> tuple[str, boo
                     read = words
                 elif store.check([f"{name} {word}" for word in words]):
                     break
-            pause("not all ranks came")
+            pause("not all ranks joined")
         restarts, sizes = ({int(word.split()[place]) for word in words} for place in (1, 2))
         goes_on = store.check([BEGUN]) if attempts > 1 else max(restarts) > 0
         store.set(f"{name} agreed", json.dumps({"goes on": goes_on, "sizes": sorted(sizes)}))
@@ -118,37 +117,37 @@ def called_together(store: Any, told: Launch, patience: float) -> tuple[str, boo
             roll = json.loads(store.get("roll")) if store.check(["roll"]) else None
             if roll is not None and own in roll["words"]:
                 break
-            pause("the first rank did not come")
+            pause("rank 0 did not join")
         name = roll["name"]
         store.set(f"{name} {own}", "here")
         while not store.check([f"{name} agreed"]):
-            pause("not all ranks came")
+            pause("not all ranks joined")
     agreed = json.loads(store.get(f"{name} agreed"))
     if len(agreed["sizes"]) > 1:
         counts = " and ".join(map(str, agreed["sizes"]))
-        raise InputError(f"torchrun: machines with {counts} processes; expected the same --nproc-per-node on each")
+        raise InputError(f"torchrun: machines with {counts} processes; expected the same --nproc-per-node on all")
     return name, agreed["goes on"]
 
 
 @contextmanager
 def joined(*, timeout: int, accelerator: str = "auto") -> Iterator[Team]:
-    """Join the other processes that torchrun has started, for as long as the block lasts.
+    """Join the processes that torchrun has started, for the duration of the block.
 
-    CPU tensors are exchanged by gloo, those of CUDA devices by NCCL. An exchange that is not answered for `timeout`
-    seconds fails on every rank that waits in it.
+    CPU tensors are exchanged by gloo, CUDA tensors by NCCL. A collective that is not answered within `timeout` seconds
+    fails on every rank that waits in it.
 
     Args:
-        timeout: seconds.
-        accelerator: as in section `training`; anything but "cpu" takes the machine's CUDA devices where it has some.
+        timeout: in seconds.
+        accelerator: as in section `training`; anything but "cpu" uses the machine's CUDA devices if it has any.
 
     Raises:
         InputError: more processes on this machine than it has CUDA devices.
-        RankLost: the others did not come, or an exchange in the block has failed.
+        RankLost: other processes did not join, or a collective in the block has failed.
     """
-    from twotower.ranks import Ranks, comes_from_exchange  # noqa: PLC0415  # torch, which the command line loads only where it trains
+    from twotower.ranks import Ranks, comes_from_exchange  # noqa: PLC0415  # loads torch, which the CLI imports only to train
 
-    told = Launch.of_environment()
-    if told.size == 1 and not told.is_told:
+    launch = Launch.of_environment()
+    if launch.size == 1 and not launch.is_told:
         yield Team(Ranks())
         return
     import torch  # noqa: PLC0415
@@ -156,21 +155,21 @@ def joined(*, timeout: int, accelerator: str = "auto") -> Iterator[Team]:
     from torch.distributed.rendezvous import rendezvous  # noqa: PLC0415
 
     on_cuda = accelerator != "cpu" and torch.cuda.is_available()
-    if on_cuda and told.size > 1:
-        if told.local_rank >= torch.cuda.device_count():
+    if on_cuda and launch.size > 1:
+        if launch.local_rank >= torch.cuda.device_count():
             raise InputError(
-                f"torchrun: {told.local_size} processes on this machine, which has {torch.cuda.device_count()} CUDA "
-                "devices; expected --nproc_per_node to be that number, or --set training.accelerator=cpu"
+                f"torchrun: {launch.local_size} processes on this machine, which has {torch.cuda.device_count()} CUDA "
+                "devices; use that number as --nproc_per_node, or --set training.accelerator=cpu"
             )
-        torch.cuda.set_device(told.local_rank)
+        torch.cuda.set_device(launch.local_rank)
     patience = timedelta(seconds=timeout)
     try:
         attempts, rank, size = next(iter(rendezvous("env://", timeout=patience)))
-        name, goes_on = called_together(attempts, told, timeout)
+        name, goes_on = called_together(attempts, launch, timeout)
         if size == 1:
             yield Team(Ranks(), goes_on=goes_on, attempts=attempts)
             return
-        store = dist.PrefixStore(name, attempts)  # type: ignore[attr-defined]  # public, and missing in __all__
+        store = dist.PrefixStore(name, attempts)  # type: ignore[attr-defined]  # public, but missing in __all__
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size, timeout=patience
         )
@@ -180,7 +179,7 @@ def joined(*, timeout: int, accelerator: str = "auto") -> Iterator[Team]:
             yield team
     except RuntimeError as error:
         if comes_from_exchange(error):
-            raise Ranks(told.rank, told.size).lost(error) from error
+            raise Ranks(launch.rank, launch.size).lost(error) from error
         raise
-    # Only where nothing failed: with a rank missing, leaving in good order would wait for it.
+    # Only if nothing failed: with a rank missing, an orderly shutdown would wait for it.
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The rates of this machine that a plan needs, measured with the library's own loss, tables and optimizer."""
+"""Measurement of this machine's rates for a plan, with the library's own loss, tables and optimizer."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from twotower.planning import Rates, Workload
 from twotower.towers.tables import EmbeddingTable
 from twotower.training.optimizers import TableOptimizer
 
-#: A measurement runs so often; its median counts.
+#: Repetitions of a measurement; the median is used.
 ROUNDS = 5
 
 
 def measure_rates(workload: Workload, *, link: float | None = None, latency: float | None = None) -> Rates:
-    """Measure for a workload, with sizes bounded so that it takes seconds and a few hundred MiB at most.
+    """Measure rates for a workload, at bounded sizes: a few seconds and at most a few hundred MiB.
 
     Args:
-        workload: its D, layers and device are those that are measured.
-        link: bytes a second between ranks; that of this machine's own loopback where None.
-        latency: seconds of one exchange; 50 microseconds by default on a link that is given, measured otherwise.
+        workload: its D, layers and device are measured.
+        link: bytes per second between ranks; None measures this machine's loopback.
+        latency: seconds per exchange; None measures it, or assumes 50 microseconds if `link` is set.
     """
     process = machine.resident_memory() or 0
     device = torch.device(workload.device)
@@ -55,7 +55,7 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])  # the first one warms up
+    return statistics.median(times[1:])  # the first round is a warm-up
 
 
 def _products(workload: Workload, device: torch.device) -> float:
@@ -77,9 +77,9 @@ def _products(workload: Workload, device: torch.device) -> float:
 def _layers(workload: Workload, device: torch.device) -> float:
     rows, widths = min(workload.rows, 4096), [workload.dimension, *workload.hidden, workload.dimension]
     stack = nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(widths))).to(device)
-    given = torch.randn(rows, widths[0], device=device)
+    inputs = torch.randn(rows, widths[0], device=device)
     numbers = sum(parameter.numel() for parameter in stack.parameters())
-    return 6.0 * rows * numbers / _seconds(lambda: stack(given).sum().backward(), device)
+    return 6.0 * rows * numbers / _seconds(lambda: stack(inputs).sum().backward(), device)
 
 
 def _table(workload: Workload, device: torch.device) -> EmbeddingTable:
@@ -115,7 +115,7 @@ def _lookups(workload: Workload, device: torch.device) -> float:
 
 
 def _loopback() -> tuple[float, float]:
-    """Bytes a second and seconds of a round trip between two threads of this process over TCP, as gloo goes."""
+    """Return bytes per second and seconds per round trip over TCP between two threads, the transport that gloo uses."""
     size, trips = 32 << 20, 50
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

@@ -1,7 +1,7 @@
-"""What a training over ranks will need before any machine is rented: memory of each rank, bytes exchanged, time a step.
+"""Estimates for a training run over ranks before any machine is rented: memory per rank, bytes exchanged, step time.
 
-Numbers of a step are those of the code in training/: what is gathered, reduced and touched. Rates are measured on the
-machine that asks (`measure_rates`), so a plan for other machines is as good as the rates that are given for them.
+The amounts per step follow the code in training/: what is gathered, reduced and touched. Rates are measured on the
+local machine (`measure_rates`), so a plan for other machines is as good as the rates supplied for them.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from twotower.errors import InputError
 F4, I8 = 4, 8
 #: A tile of logits on a CPU and on an accelerator, bytes (losses/tiles.py).
 TILES = {"cpu": 8 << 20, "cuda": 256 << 20}
-#: Of `ScalePlan.memory` what is there from beginning to end; the others come and go with a step.
+#: Entries of `ScalePlan.memory` that are held throughout; the others exist only during a step.
 HELD = ("process", "tables", "optimizer state", "layers and their state")
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A training, by its sizes.
+    """The size of a training run.
 
     Attributes:
         items: N.
@@ -33,12 +33,12 @@ class Workload:
         ranks: W.
         queries: rows of the query table; 0 without one.
         history: L.
-        sampled: candidates drawn beside those of the batch.
+        sampled: candidates drawn in addition to those of the batch.
         hidden: widths of the query tower's hidden layers.
-        optimizer: how tables move.
-        precision: what tables are stored in.
-        layout: `replicated`, every rank has whole tables; `row-wise`, each has a W-th of their rows; `column-wise`, of
-            their columns; `table-wise`, each table lies on one rank.
+        optimizer: update rule of the tables.
+        precision: type in which tables are stored.
+        layout: `replicated`: whole tables on every rank; `row-wise`: 1/W of their rows on each; `column-wise`: 1/W of
+            their columns on each; `table-wise`: each table on one rank.
         device: "cpu" or "cuda".
     """
 
@@ -56,7 +56,7 @@ class Workload:
     device: Literal["cpu", "cuda"] = "cpu"
 
     def __post_init__(self) -> None:
-        """Refuse sizes that no training has.
+        """Refuse impossible sizes.
 
         Raises:
             InputError: a size is out of range.
@@ -65,21 +65,21 @@ class Workload:
             if getattr(self, name) < 1:
                 raise InputError(f"--{name}: expected at least 1, found {getattr(self, name)}")
         if self.batch < self.ranks:
-            raise InputError(f"--batch: {self.batch} rows for {self.ranks} ranks; expected at least one row for each")
+            raise InputError(f"--batch: {self.batch} rows for {self.ranks} ranks; expected at least one row per rank")
 
     @property
     def rows(self) -> int:
-        """Rows of a step on the rank with most."""
+        """Rows of a step on the rank with the most."""
         return -(-self.batch // self.ranks)
 
     @property
     def candidates(self) -> int:
-        """M, at most: the batch's items and those drawn, each once."""
+        """M, at most: the batch's items and the drawn ones, each counted once."""
         return min(self.batch + self.sampled, self.items)
 
     @property
     def held(self) -> tuple[float, float]:
-        """Rows of all tables together on the rank that has most, and how many of their columns."""
+        """Rows of all tables on the rank with the most, and the number of columns it holds of them."""
         rows = float(self.items + self.queries)
         if self.layout == "row-wise":
             return rows / self.ranks, self.dimension
@@ -91,7 +91,7 @@ class Workload:
 
     @property
     def serves_all(self) -> bool:
-        """Whether a rank deals with whole rows for all: every one with whole tables, or the one with the items."""
+        """Whether a rank handles whole rows for all ranks: with replicated tables, or as owner of the item table."""
         return self.ranks > 1 and self.layout in ("replicated", "table-wise")
 
     @property
@@ -101,28 +101,28 @@ class Workload:
         return sum(a * b + b for a, b in pairwise(widths))
 
     def distinct(self, draws: float) -> float:
-        """Distinct items among so many, if all were equally likely: the most there can be."""
+        """Return the expected number of distinct items among this many draws, if uniform: an upper bound."""
         return self.items * -math.expm1(-draws / self.items)
 
     @property
     def touched(self) -> float:
-        """Rows of the tables that a rank's own step touches: its part of the candidates, its histories, its queries."""
+        """Table rows that a rank's own step touches: its share of the candidates, its histories, its queries."""
         own = self.candidates / self.ranks
         return own + self.distinct(self.rows * self.history) + (self.rows if self.queries else 0)
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine does, and what holds before anything is trained.
+    """Speed of a machine, and memory used before training.
 
     Attributes:
-        products: multiply-adds times two in the loss, a second (float32, forward and backward).
+        products: floating-point operations (2 per multiply-add) per second in the loss, float32, forward and backward.
         layers: the same in the towers' layers.
-        updates: rows of a table that the optimizer moves a second, per number of a row: rows times D.
-        lookups: numbers looked up in a table and added to again, a second.
-        link: bytes that one rank sends and receives a second.
-        latency: of one exchange, seconds.
-        process: bytes that the process holds with its libraries.
+        updates: table values (rows times D) that the optimizer updates per second.
+        lookups: table values looked up per second, including the backward pass.
+        link: bytes that one rank sends and receives per second.
+        latency: of one exchange, in seconds.
+        process: bytes of memory of the process with its libraries.
     """
 
     products: float
@@ -135,7 +135,7 @@ class Rates:
 
 
 def read_rates(path: Path) -> Rates:
-    """Rates that `twotower plan --json` has written, on another machine perhaps.
+    """Read rates from the output of `twotower plan --json`, possibly of another machine.
 
     Raises:
         InputError: no such file, not JSON, or a rate is missing.
@@ -145,22 +145,22 @@ def read_rates(path: Path) -> Rates:
         return Rates(**{field.name: found.get("rates", found)[field.name] for field in fields(Rates)})
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise InputError(
-            f"{path}: no rates ({type(error).__name__}: {error}); expected what `twotower plan --json` prints"
+            f"{path}: no rates found ({type(error).__name__}: {error}); expected what `twotower plan --json` prints"
         ) from error
 
 
 @dataclass(frozen=True)
 class ScalePlan:
-    """The needs of one rank.
+    """Memory, traffic and step time of one rank.
 
     Attributes:
-        workload: what was asked.
-        rates: what the times were computed with.
-        memory: bytes by name; what a training step holds at its peak.
-        ranking: bytes by name beside what is held when the catalog is ranked for a validation, in place of a step's.
-        exchanged: bytes that a rank sends in a step, by name; as many come in.
-        seconds: of a step, by name; one after the other.
-        device_memory: bytes there are; None where nobody said.
+        workload: the planned workload.
+        rates: the rates from which times are computed.
+        memory: bytes by name, at the peak of a training step.
+        ranking: bytes by name that a validation adds while it ranks the catalog, instead of those of a step.
+        exchanged: bytes that a rank sends in a step, by name; it receives as many.
+        seconds: of a step, by name, one after the other.
+        device_memory: bytes available; None if unknown.
     """
 
     workload: Workload
@@ -173,19 +173,19 @@ class ScalePlan:
 
     @property
     def moments(self) -> dict[str, float]:
-        """Bytes in a step and in a ranking, what is held throughout among them."""
+        """Total bytes during a step and during a ranking."""
         held = sum(self.memory[name] for name in HELD)
         return {"step": sum(self.memory.values()), "ranking": held + sum(self.ranking.values())}
 
     @property
     def peak(self) -> float:
-        """Most bytes, in whichever moment that is."""
+        """The larger of the two."""
         return max(self.moments.values())
 
     @property
     def checkpoint(self) -> float:
-        """Bytes in main memory for a copy of the state, while a checkpoint is written in the background."""
-        layers = 3.0 * F4 * self.workload.layers  # the weights and two numbers of state for each
+        """Bytes of main memory for a copy of the state, while a checkpoint is written in the background."""
+        layers = 3.0 * F4 * self.workload.layers  # weights and two state values for each
         return self.memory["tables"] + self.memory["optimizer state"] + layers
 
     @property
@@ -195,7 +195,7 @@ class ScalePlan:
 
     @property
     def bottleneck(self) -> str:
-        """What takes most of a step, or what does not fit."""
+        """The slowest part of a step, or the largest part of the memory if it does not fit."""
         if self.fits is False:
             parts = self.memory
             if self.moments["ranking"] == self.peak:
@@ -205,21 +205,21 @@ class ScalePlan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether a rank has the memory for steps and rankings; None where nobody said how much there is."""
+        """Whether steps and rankings fit into a rank's memory; None if its size is unknown."""
         return None if self.device_memory is None else self.peak <= self.device_memory
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values: bytes and seconds."""
-        told = ("memory", "ranking", "moments", "peak", "checkpoint", "exchanged", "seconds", "step")
-        named = {name: getattr(self, name) for name in (*told, "device_memory", "fits", "bottleneck")}
+        """Convert to plain JSON values: bytes and seconds."""
+        names = ("memory", "ranking", "moments", "peak", "checkpoint", "exchanged", "seconds", "step")
+        named = {name: getattr(self, name) for name in (*names, "device_memory", "fits", "bottleneck")}
         return {"workload": asdict(self.workload), "rates": asdict(self.rates), **named}
 
 
 def plan_scale(workload: Workload, rates: Rates, device_memory: float | None = None) -> ScalePlan:
     """Compute a plan; nothing is allocated.
 
-    An exchange of n bytes by all ranks costs each of them n (W - 1) / W bytes sent, as rings do it; a sum of gradients
-    twice that. Exchanges and computing are taken one after the other, as the code runs them.
+    An exchange of n bytes by all ranks makes each of them send n (W - 1) / W bytes, as in a ring; a sum of gradients
+    twice that. Exchanges and computation are assumed to run one after the other, as in the code.
     """
     memory, ranking, exchanged = _memory(workload, rates), _ranking(workload), _exchanged(workload)
     seconds = _computing(workload, rates) | {
@@ -232,12 +232,12 @@ def _memory(work: Workload, rates: Rates) -> dict[str, float]:
     rows, columns = work.held
     number = 2 if work.precision == "bfloat16" else F4
     state = F4 if work.optimizer == "rowwise-adagrad" else 2 * F4 * columns
-    # What is gathered of all ranks' table gradients (rows and vectors), and once more when they are put together.
+    # All ranks' table gradients (rows and vectors) as gathered, and once more combined.
     arriving = work.touched * (work.ranks if work.serves_all else 1)
     row = work.dimension * F4
     of_tables = {"gradients of tables": (work.touched + 2 * arriving) * row}
     if work.layout != "replicated":
-        # Fetched rows, their gradient and that of a second lookup; rows given to others, and what comes back for them.
+        # Fetched rows, their gradients and those of a second lookup; rows sent to other ranks, and gradients for them.
         of_tables = {"rows of tables": 3 * work.touched * row, "gradients of rows": (work.touched + 2 * arriving) * row}
     return {
         "process": float(rates.process),
@@ -252,13 +252,13 @@ def _memory(work: Workload, rates: Rates) -> dict[str, float]:
 
 
 def _ranking(work: Workload) -> dict[str, float]:
-    """As in training/memory_plan.py: gathered embeddings of all items and an index over them, or a rank's part."""
+    """Estimate as in training/memory_plan.py: embeddings of all items and an index over them, or a rank's shard."""
     row, shared = work.dimension * F4, work.layout != "replicated" and work.ranks > 1
     catalog = work.items * row / (work.ranks if shared else 1)
     return {
         "gradients of the last step": work.touched * (work.ranks if work.serves_all else 1) * row,
         "item embeddings": catalog if shared else 2 * catalog,
-        # The items in its order, unless they come so; in bfloat16 on a CPU (index/screen.py); which are NaN.
+        # Items in index order, unless already ordered; a bfloat16 copy on a CPU (index/screen.py); a NaN mask.
         "index": ((not shared) + 0.5 * (work.device == "cpu") + 0.25) * catalog,
     }
 
@@ -275,8 +275,8 @@ def _exchanged(work: Workload) -> dict[str, float]:
     }
     if work.layout == "replicated":
         return {**sent, "gradients of tables": work.touched * (row + I8) * (work.ranks - 1)}
-    # Rows are fetched from the ranks that have them, and their gradients go back there. A rank with a whole table sends
-    # rows to all others and receives their gradients: what it receives is counted, for the others send less.
+    # Rows are fetched from the ranks that own them, and gradients return there. A rank with a whole table sends rows to
+    # all others and receives their gradients: its traffic is counted, because the others send less.
     if work.layout == "table-wise":
         others = work.touched * (work.ranks - 1)
         return {**sent, "rows of tables": others * (row + I8), "gradients of rows": others * row}

@@ -1,4 +1,4 @@
-"""The processes of one run, and what they exchange: codes, embeddings with their gradient, sums."""
+"""Communication between the processes of a run: codes, embeddings with their gradient, sums."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from torch import Tensor
 
 from twotower.errors import RankLost
 
-# Newer torch has other names for the same collectives, and warns of the older ones.
+# Newer torch renamed these collectives, and warns about the old names.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """W processes that train one model, and which of them this one is.
+    """The W processes that train one model, and this process among them.
 
-    A process that is alone (`Ranks()`) exchanges nothing, so that nobody has to ask whether there are others. All
-    methods but `shares` and `part` are collective: every rank calls them, in the same order.
+    A single process (`Ranks()`) exchanges nothing, so callers need not check whether there are others. All methods
+    except `shares`, `part` and `within` are collective: every rank calls them, in the same order.
 
     Attributes:
         rank: number of this process, from 0.
         size: W.
-        group: the process group of torch.distributed; None for that of all processes.
+        group: the process group of torch.distributed; None for the default group.
     """
 
     rank: int = 0
@@ -37,30 +37,30 @@ class Ranks:
 
     @classmethod
     def current(cls, group: Any = None) -> Ranks:
-        """All processes of torch.distributed where it is set up, or those of a group; otherwise a process alone."""
+        """Return all processes of torch.distributed, or those of a group; a single process if it is not set up."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
         return cls(dist.get_rank(group), dist.get_world_size(group), group)
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, which writes and tells."""
+        """True on rank 0, which writes files and prints."""
         return self.rank == 0
 
     def shares(self, total: int) -> list[int]:
-        """How many of `total` things each rank takes, W numbers that differ by one at most."""
+        """Split `total` things over ranks: W numbers that differ by at most one."""
         return [total // self.size + (rank < total % self.size) for rank in range(self.size)]
 
     def part(self, total: int) -> slice:
-        """The things of this rank, in the order of ranks."""
+        """Return the range of this rank's share of `total` things, in rank order."""
         return self.within(self.shares(total))
 
     def within(self, sizes: list[int]) -> slice:
-        """Where this rank's rows stand among those of all ranks, in the order of ranks."""
+        """Return the range of this rank's rows in the concatenation over ranks."""
         return slice(sum(sizes[: self.rank]), sum(sizes[: self.rank + 1]))
 
     def sizes(self, count: int, device: torch.device | str = "cpu") -> list[int]:
-        """`count` of every rank, W numbers. An accelerator waits for the answer."""
+        """Gather `count` from every rank, W numbers. Synchronizes with an accelerator."""
         if self.size == 1:
             return [count]
         found = torch.empty(self.size, dtype=torch.int64, device=device)
@@ -70,11 +70,11 @@ class Ranks:
         return numbers
 
     def gather(self, values: Tensor, sizes: list[int] | None = None) -> Tensor:
-        """The rows of all ranks, in the order of ranks, without gradient.
+        """Concatenate the rows of all ranks, in rank order, without gradient.
 
         Args:
             values: [n, ...]; n may differ between ranks, and be 0.
-            sizes: n of every rank, where it is known (`sizes`); asked for otherwise.
+            sizes: n of every rank, if known (`sizes`); None exchanges them first.
 
         Returns:
             [sum of sizes, ...].
@@ -95,9 +95,9 @@ class Ranks:
         return torch.cat([every[rank * most : rank * most + size] for rank, size in enumerate(sizes)])
 
     def gather_with_gradient(self, values: Tensor) -> Tensor:
-        """The rows of all ranks, [n, D] of each -> [W n, D]; n is the same for all.
+        """Concatenate the rows of all ranks, [n, D] of each -> [W n, D]; n is the same on all.
 
-        Backward sums what all ranks' losses give to a row, and hands it to the rank that brought the row
+        Backward sums the gradients of all ranks' losses for a row, and returns them to the rank that contributed it
         (reduce-scatter): the gradient is that of the *sum* of the ranks' losses.
         """
         if self.size == 1:
@@ -106,12 +106,12 @@ class Ranks:
         return every
 
     def swap(self, values: Tensor, sent: list[int] | None = None, received: list[int] | None = None) -> Tensor:
-        """Rows for every rank, in the order of ranks, against those of every rank for this one; without gradient.
+        """Send rows to every rank and receive rows from every rank (all-to-all), in rank order, without gradient.
 
         Args:
-            values: [n, ...]; of dtype and further shape that are the same on every rank.
-            sent: how many of the n rows go to each rank, W numbers; None: one each.
-            received: how many come from each rank, W numbers.
+            values: [n, ...]; dtype and trailing shape are the same on every rank.
+            sent: how many of the n rows go to each rank, W numbers; None for an equal number.
+            received: how many rows come from each rank, W numbers; None for an equal number.
 
         Returns:
             [sum of received, ...].
@@ -124,22 +124,22 @@ class Ranks:
         return found
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over ranks, in a new tensor without gradient, the shape of `values`."""
+        """Sum over ranks into a new tensor without gradient, of the shape of `values`."""
         return self.sum_in_place(values.detach().clone())
 
     def sum_in_place(self, values: Tensor) -> Tensor:
-        """The same, over the values themselves."""
+        """Sum over ranks in place."""
         if self.size > 1:
             with self.exchange():
                 dist.all_reduce(values, group=self.group)
         return values
 
-    def agree(self, said: bool) -> bool:  # a question with one answer
-        """Whether any rank says so."""
+    def agree(self, said: bool) -> bool:  # one boolean argument reads well positionally
+        """Return whether any rank passed True."""
         return said if self.size == 1 else bool(self.sum(torch.tensor([float(said)], device=self.device)) > 0)
 
     def copy_first(self, tensors: list[Tensor]) -> None:
-        """Overwrite tensors of the same shapes on every rank with those of rank 0."""
+        """Overwrite tensors on every rank with those of rank 0, which have the same shapes."""
         if self.size > 1:
             source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
             with self.exchange():
@@ -147,12 +147,12 @@ class Ranks:
                     dist.broadcast(tensor, source, group=self.group)
 
     def wait(self) -> None:
-        """Return when every rank has come here."""
+        """Wait until every rank has called this."""
         self.agree(False)
 
     @contextmanager
     def exchange(self) -> Iterator[None]:
-        """Around every exchange: a rank that is gone or does not answer is told as such.
+        """Wrap an exchange, to report a rank that is gone or does not answer.
 
         Raises:
             RankLost: in place of the error of torch.distributed.
@@ -163,23 +163,23 @@ class Ranks:
             raise self.lost(error) from error
 
     def lost(self, error: RuntimeError) -> RankLost:
-        """What to tell when torch.distributed has failed."""
-        said = " ".join(str(error).split())
+        """Build the error to raise when torch.distributed has failed."""
+        reason = " ".join(str(error).split())
         return RankLost(
-            f"rank {self.rank} of {self.size}: another rank is gone, or has not answered in time; "
-            f"`torchrun --max-restarts` goes on from the last checkpoint ({said[:200]})"
+            f"rank {self.rank} of {self.size}: another rank is gone or did not answer in time; "
+            f"`torchrun --max-restarts` resumes from the last checkpoint ({reason[:200]})"
         )
 
     @property
     def device(self) -> torch.device:
-        """Where numbers have to be for this group to exchange them: NCCL knows no other memory than its device's."""
+        """Device on which tensors must be for this group to exchange them; NCCL handles only device memory."""
         on_cuda = self.size > 1 and "nccl" in str(dist.get_backend(self.group))
         return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
 
 
 def comes_from_exchange(error: RuntimeError) -> bool:
-    """Whether an error is one of torch.distributed: Lightning has exchanges of its own, which are not wrapped."""
-    # gloo raises plain RuntimeErrors, and its sources stand in their text; so do aborted communicators of NCCL.
+    """Return whether an error comes from torch.distributed: Lightning has exchanges of its own that are not wrapped."""
+    # gloo raises plain RuntimeErrors with its source paths in the text, and so do aborted NCCL communicators.
     return isinstance(error, dist.DistError) or any(word in str(error) for word in ("/gloo/", "ProcessGroup", "NCCL"))
 
 

@@ -1,4 +1,4 @@
-"""Folders and files that several ranks write together, each its own rows: whole or not at all."""
+"""Folders and files that several ranks write together, each rank its own rows: complete or not at all."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from twotower.errors import InputError
 from twotower.files import full_disk_named, whole_folder
 from twotower.ranks import Ranks
 
-#: What safetensors calls the types that a table or its embeddings may have.
+#: safetensors names of the types that a table or its embeddings may have.
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL"}
-#: Bytes written at once.
+#: Bytes written at a time.
 BLOCK = 64 << 20
 
 
 def write_folder(target: Path, ranks: Ranks, *writes: Callable[[Path], None]) -> None:
-    """Every `write(folder)` on every rank into one temporary folder, which then becomes `target`; collective.
+    """Call every `write(folder)` on every rank with one temporary folder, then rename it to `target`; collective.
 
-    Before a `write` begins all ranks have ended the one before: what only one rank does, such as filling the disk with
-    its own files, fails before the others wait for it in an exchange.
+    All ranks finish one `write` before the next one starts. So a failure on one rank, such as a full disk while it
+    writes its own files, is raised before other ranks wait for it in an exchange.
 
     Raises:
-        InputError: the disk is full, or another rank could not write its part; a rank's own error is raised as it is.
+        InputError: the disk is full, or another rank could not write its part. A rank's own error is raised unchanged.
     """
     if ranks.is_first:
         with whole_folder(target) as folder:
@@ -42,18 +42,18 @@ def write_folder(target: Path, ranks: Ranks, *writes: Callable[[Path], None]) ->
         with full_disk_named(target):
             for write in writes:
                 _write_all(folder, target, ranks, write)
-    ranks.wait()  # nobody reads before the first has renamed
+    ranks.wait()  # no rank reads before rank 0 has renamed the folder
 
 
 @dataclass(frozen=True)
 class RowBlocks:
-    """A rank's run of the rows of a tensor, put together a block at a time.
+    """A rank's range of the rows of a tensor, produced block by block.
 
     Attributes:
-        rows: how many these are.
+        rows: number of rows in this range.
         width: D.
-        dtype: of the numbers.
-        blocks: makes them; collective.
+        dtype: type of the values.
+        blocks: yields the blocks; collective.
     """
 
     rows: int
@@ -69,14 +69,14 @@ def save_rows(
     ranks: Ranks,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write one safetensors file of tensors that ranks hold by parts: each writes its own rows in place; collective.
+    """Write one safetensors file of tensors whose rows are spread over ranks, each its own rows; collective.
 
     Args:
         path: the file, on a file system that all ranks share.
-        tensors: by name, in the same order on every rank. One in `rows` is this rank's run of rows, [n, ...] or their
-            blocks, and the runs stand in the order of ranks; any other is whole, and written by the first.
-        rows: N of the tensors that are held by parts.
-        ranks: who writes.
+        tensors: by name, in the same order on every rank. A tensor named in `rows` is this rank's range of rows,
+            [n, ...] or in blocks, and the ranges follow in rank order; any other is whole, and written by rank 0.
+        rows: N of the tensors that are spread over ranks.
+        ranks: the processes that write.
         metadata: of the file.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -113,7 +113,7 @@ def save_rows(
 
 
 def _write_blocks(file: BinaryIO, tensor: RowBlocks, begin: int) -> None:
-    """Every block is made, whether it can be written or not: the other ranks wait for it."""
+    """Write blocks; after an error the remaining blocks are still produced, because the other ranks wait for them."""
     file.seek(begin)
     failed: OSError | None = None
     for block in tensor.blocks():
@@ -137,14 +137,14 @@ def _write_all(folder: Path, target: Path, ranks: Ranks, write: Callable[[Path],
     failed: Exception | None = None
     try:
         write(folder)
-    except Exception as error:  # told to the others first, who would wait for this rank
+    except Exception as error:  # raised after the ranks agree, so that none waits for this one
         failed = error
     if ranks.agree(failed is not None):
         raise failed or InputError(f"{target}: another rank could not write its part; nothing was replaced")
 
 
 def _shared_name(folder: Path | None, target: Path, ranks: Ranks) -> Path:
-    """The temporary folder of the first rank, on every rank."""
+    """Return the temporary folder of rank 0, on every rank."""
     length = len(target.name) + len(f"..{'0' * 12}.partial")
     name = torch.zeros(4 * length, dtype=torch.uint8, device=ranks.device)
     if folder is not None:

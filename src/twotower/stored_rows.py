@@ -1,4 +1,4 @@
-"""Tensors that stay in safetensors files: of which only the rows that are asked for are read."""
+"""Tensors left in safetensors files, of which only requested rows are read."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from twotower.shared_files import DTYPES
 
-#: The types of shared_files.py by the names that stand in a file, and those that only small tensors have.
+#: Types by their safetensors name: those of shared_files.py, and some that only small tensors have.
 TYPES = {name: dtype for dtype, name in DTYPES.items()} | {"F64": torch.float64, "I32": torch.int32, "U8": torch.uint8}
 
 
 class RowSource(Protocol):
-    """A tensor, or one that is still in its files: what a table is grown from."""
+    """A tensor, in memory or in files, from which a larger table is filled."""
 
     @property
     def shape(self) -> torch.Size: ...  # noqa: D102
@@ -35,15 +35,15 @@ class RowSource(Protocol):
 
 @dataclass(frozen=True)
 class StoredRows:
-    """A tensor of which runs of rows stand in files.
+    """A tensor whose ranges of rows are in files.
 
-    The files are mapped for reading: what was not asked for is not read, and nothing of them counts as this process's
-    memory. What is asked for is copied.
+    The files are memory-mapped: rows that are not requested are not read, and mapped pages do not count as this
+    process's memory. Requested rows are copied.
 
     Attributes:
         shape: of the whole tensor.
-        dtype: likewise.
-        runs: the first row of each run, and its bytes, uint8 [n, bytes of a row]; all rows, in their order.
+        dtype: of the whole tensor.
+        runs: the first row of each range and its bytes, uint8 [n, bytes per row]; together all rows, in order.
     """
 
     shape: torch.Size
@@ -54,10 +54,10 @@ class StoredRows:
         return self.shape[0]
 
     def __getitem__(self, index: Tensor | slice | EllipsisType) -> Tensor:
-        """Rows by numbers, int64 [M]; or a run of them; or `...` for all.
+        """Return rows by number, int64 [M], a slice of rows, or all rows for `...`.
 
         Raises:
-            IndexError: there is no such row.
+            IndexError: a row does not exist.
         """
         if isinstance(index, Tensor):
             return self._some(index.numpy())
@@ -67,7 +67,7 @@ class StoredRows:
 
     def _some(self, rows: NDArray[np.int64]) -> Tensor:
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
-            raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(self)}")
+            raise IndexError(f"rows {rows.min()} to {rows.max()} requested of {len(self)}")
         first = np.array([start for start, _ in self.runs])
         run_of = np.searchsorted(first, rows, side="right") - 1
         found = np.empty((len(rows), self.runs[0][1].shape[1]), dtype=np.uint8)
@@ -87,11 +87,11 @@ class StoredRows:
 
 @dataclass(frozen=True)
 class StoredColumns:
-    """A tensor of which runs of columns stand in files, each with all rows.
+    """A tensor whose ranges of columns are in files, each range with all rows.
 
     Attributes:
         shape: of the whole tensor, [N, D].
-        parts: the runs, in their order.
+        parts: the ranges, in order.
     """
 
     shape: torch.Size
@@ -99,19 +99,19 @@ class StoredColumns:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the numbers."""
+        """Type of the values."""
         return self.parts[0].dtype
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, index: Tensor | slice | EllipsisType) -> Tensor:
-        """Rows, as `StoredRows` gives them."""
+        """Return rows, as `StoredRows` does."""
         return torch.cat([part[index] for part in self.parts], 1)
 
 
 def stored_tensors(path: Path) -> tuple[dict[str, StoredRows], dict[str, str]]:
-    """The tensors of a safetensors file, left where they are, and the metadata of the file.
+    """Open a safetensors file: its tensors, left in the file, and its metadata.
 
     Raises:
         OSError, ValueError: the file is missing or damaged.
@@ -120,24 +120,24 @@ def stored_tensors(path: Path) -> tuple[dict[str, StoredRows], dict[str, str]]:
         length = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))[0]
         size = path.stat().st_size
         if 8 + length > size:
-            raise ValueError(f"{path.name}: not a whole safetensors file")
+            raise ValueError(f"{path.name}: incomplete safetensors file")
         header = json.loads(file.read(length))
     metadata = header.pop("__metadata__", {})
     found = {}
-    for name, told in header.items():
-        shape, dtype, (begin, end) = torch.Size(told["shape"]), TYPES[told["dtype"]], told["data_offsets"]
+    for name, entry in header.items():
+        shape, dtype, (begin, end) = torch.Size(entry["shape"]), TYPES[entry["dtype"]], entry["data_offsets"]
         if 8 + length + end > size:
             raise ValueError(f"{path.name}: {size:,} bytes, expected {8 + length + end:,}")
         bytes_shape = (shape[0] if shape else 1, dtype.itemsize * math.prod(shape[1:]))
         raw: NDArray[np.uint8] = np.empty(bytes_shape, dtype=np.uint8)
-        if end > begin:  # nothing cannot be mapped
+        if end > begin:  # an empty range cannot be mapped
             raw = np.memmap(path, np.uint8, "r", offset=8 + length + begin, shape=bytes_shape)
         found[name] = StoredRows(shape, dtype, [(0, raw)])
     return found, metadata
 
 
 def side_by_side(name: str, shape: torch.Size, parts: Sequence[tuple[int, StoredRows]]) -> StoredColumns:
-    """One tensor from runs of its columns, each with the number of its first column.
+    """Combine ranges of columns into one tensor, each given with the number of its first column.
 
     Raises:
         ValueError: columns are missing.
@@ -145,12 +145,12 @@ def side_by_side(name: str, shape: torch.Size, parts: Sequence[tuple[int, Stored
     runs = [part for _, part in sorted(parts, key=lambda run: run[0]) if part.shape[1]]
     there = sum(part.shape[1] for part in runs if len(part) == shape[0])
     if there != shape[1]:
-        raise ValueError(f"{there:,} of the {shape[1]:,} columns of {name}; a file is missing")
+        raise ValueError(f"found {there:,} of the {shape[1]:,} columns of {name}; a file is missing")
     return StoredColumns(shape, runs)
 
 
 def joined(name: str, shape: torch.Size, parts: Sequence[tuple[int, StoredRows]]) -> StoredRows:
-    """One tensor from runs of its rows, each with the number of its first row.
+    """Combine ranges of rows into one tensor, each given with the number of its first row.
 
     Raises:
         ValueError: rows are missing.
@@ -163,5 +163,5 @@ def joined(name: str, shape: torch.Size, parts: Sequence[tuple[int, StoredRows]]
             break
     if there != shape[0]:
         held = sum(len(part) for _, part in runs)
-        raise ValueError(f"{held:,} of the {shape[0]:,} rows of {name}; a file is missing")
+        raise ValueError(f"found {held:,} of the {shape[0]:,} rows of {name}; a file is missing")
     return StoredRows(shape, parts[0][1].dtype, [(first, part.runs[0][1]) for first, part in runs])

@@ -1,4 +1,4 @@
-"""The processes of a run beside their exchanges: who is first, who is ready, who still lives."""
+"""Coordination of the processes of a run outside of collectives: order, readiness, liveness."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: In the store: what a process of the run has failed with.
+#: Store key: the error that a process of the run has failed with.
 FAILED = "failed"
-#: In the store of all attempts: that one of them has begun the run.
+#: Key in the store of all attempts: set when one of them has begun the run.
 BEGUN = "begun"
-#: Seconds that the first rank stays for the others to hear what it has failed with: the store may go with it.
+#: Seconds that rank 0 waits for the others to read its error: the store may disappear with it.
 FAREWELL = 5.0
-#: A process says so many times that it lives before its silence counts.
+#: Heartbeats that a process sends within the time after which its silence counts as failure.
 BEATS = 8
 
 
 @dataclass(frozen=True)
 class Team:
-    """The processes of a run, joined.
+    """The joined processes of a run.
 
-    An exchange has to be answered in a short time. What takes long, such as preparing data, is waited for here: as long
-    as it takes, while those who are at work live.
+    A collective must be answered within a short timeout. Long work such as preparing data is awaited here instead, for
+    as long as it takes, provided that the processes doing it are alive.
 
     Attributes:
-        ranks: what they exchange numbers by.
-        store: what they tell each other outside of exchanges; None for a process alone.
-        patience: seconds after which a process that says nothing is given up.
-        goes_on: whether these processes have been started anew after an earlier attempt had begun the run; the same on
-            every rank.
-        attempts: the store of all attempts; None where nobody starts processes anew.
+        ranks: for exchanging tensors.
+        store: for messages outside of collectives; None for a single process.
+        patience: seconds of silence after which a process counts as failed.
+        goes_on: whether these processes were restarted after an earlier attempt had begun the run; the same on every
+            rank.
+        attempts: the store of all attempts; None if nothing restarts processes.
     """
 
     ranks: Ranks
@@ -51,15 +51,15 @@ class Team:
     attempts: Any = None
 
     def begins(self) -> None:
-        """From here on the run folder is that of this run: processes that are started anew go on with what is in it."""
+        """Record that the run folder now belongs to this run: restarted processes resume from it."""
         if self.attempts is not None and self.ranks.is_first:
             self.attempts.set(BEGUN, "yes")
 
     def first_then_others(self, make: Callable[[], T], what: str) -> T:
-        """`make()` on the first rank, then on the others: what it leaves in a cache is made once.
+        """Call `make()` on rank 0, then on the others, so that what it caches is made only once.
 
         Raises:
-            RankLost: the first has failed, or is not heard of.
+            RankLost: rank 0 has failed, or is silent.
         """
         if self.ranks.is_first or self.store is None:
             made = make()
@@ -70,10 +70,10 @@ class Team:
         return make()
 
     def all_at_once(self, make: Callable[[], T], what: str) -> T:
-        """`make()` on every rank at the same moment, for work that they share; returns when all have done it.
+        """Call `make()` on every rank at the same time, for shared work; return when all have finished.
 
         Raises:
-            RankLost: a rank has failed, or is not heard of.
+            RankLost: a rank has failed, or is silent.
         """
         made = make()
         if self.store is not None:
@@ -82,29 +82,29 @@ class Team:
         return made
 
     def said_by_first(self, what: str, here: str) -> str:
-        """What the first rank says; `here` is what this one would.
+        """Return the value of `here` on rank 0.
 
         Raises:
-            RankLost: the first has failed, or is not heard of.
+            RankLost: rank 0 has failed, or is silent.
         """
         if self.store is None:
             return here
         if self.ranks.is_first:
             self.store.set(what, here)
         self._wait_for([what])
-        said: str = self.store.get(what).decode()
-        return said
+        text: str = self.store.get(what).decode()
+        return text
 
     def require_shared(self, folder: Path, patience: float = 30.0) -> None:
-        """Find out whether every rank sees what the first writes into a folder, before hours are spent on it.
+        """Check that every rank sees what rank 0 writes into a folder, before hours of work depend on it.
 
         Args:
-            folder: is there.
-            patience: seconds that a file of the first rank may take to be seen: networks are not always prompt.
+            folder: an existing folder.
+            patience: seconds until a file of rank 0 must be visible: network file systems can be slow.
 
         Raises:
-            InputError: a rank sees another folder of that name; on every rank.
-            RankLost: a rank has failed, or is not heard of.
+            InputError: a rank sees another folder of that name; raised on every rank.
+            RankLost: a rank has failed, or is silent.
         """
         if self.store is None:
             return
@@ -123,22 +123,22 @@ class Team:
             mark.unlink(missing_ok=True)
         if blind:
             raise InputError(
-                f"{folder}: rank {blind[0]} does not find what the first rank writes there; give a folder on a file "
+                f"{folder}: rank {blind[0]} does not see the files that rank 0 writes there; use a folder on a file "
                 "system that all machines share"
             )
 
     @contextmanager
     def living(self) -> Iterator[None]:
-        """Say to the others that this process lives, as long as the block lasts; or what it has failed with."""
+        """Send heartbeats to the other processes during the block, and report an error that ends it."""
         if self.store is None:
             yield
             return
         ended = threading.Event()
-        store = self.store.clone()  # a connection of its own: one that waits for an answer holds up all who share it
+        store = self.store.clone()  # a separate connection: a waiting call blocks all that share one
 
         def beat() -> None:
             count = 0
-            with suppress(RuntimeError):  # whoever keeps the store is gone; the exchanges will tell
+            with suppress(RuntimeError):  # the process with the store is gone; the collectives will fail
                 while not ended.wait(self.patience / BEATS if count else 0):
                     count += 1
                     store.set(f"beat of {self.ranks.rank}", str(count))
@@ -149,8 +149,8 @@ class Team:
             yield
         except BaseException as error:
             with suppress(RuntimeError):
-                told = f"rank {self.ranks.rank} has failed: {error or type(error).__name__}"
-                self.store.compare_set(FAILED, "", told)  # what came first is the reason
+                message = f"rank {self.ranks.rank} has failed: {error or type(error).__name__}"
+                self.store.compare_set(FAILED, "", message)  # the first error is the cause
                 if self.ranks.is_first and isinstance(error, Exception) and not isinstance(error, RankLost):
                     self._stay_until_heard()
             raise
@@ -167,8 +167,8 @@ class Team:
             time.sleep(0.02)
 
     def _wait_for(self, keys: list[str]) -> None:
-        """Return when all keys are in the store."""
-        import torch.distributed as dist  # noqa: PLC0415  # torch, which the command line loads only where it trains
+        """Wait until all keys are in the store."""
+        import torch.distributed as dist  # noqa: PLC0415  # loads torch, which the CLI imports only to train
 
         others = [rank for rank in range(self.ranks.size) if rank != self.ranks.rank]
         beats: dict[int, bytes | None] = dict.fromkeys(others)
@@ -180,7 +180,7 @@ class Team:
                 raise self.ranks.lost(dist.DistStoreError(self.store.get(FAILED).decode()))
             if (now := time.monotonic()) < looked + self.patience / BEATS:
                 continue
-            # Where this process stood still in between, so did the others, perhaps: that is no silence of theirs.
+            # If this process was suspended, the others may have been too: that does not count as silence.
             passed, looked = min(now - looked, 2 * self.patience / BEATS), now
             for rank in others:
                 key = f"beat of {rank}"

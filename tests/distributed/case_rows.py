@@ -1,4 +1,4 @@
-"""The rows that all cases are trained on, in batches that ranks share."""
+"""The training rows of all cases, in batches that are divided over ranks."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def interactions() -> Interactions:
 
 
 def batches(data: Interactions, ranks: Ranks, *, weighted: bool) -> Iterator[Batch]:
-    """Batches of 12 rows; then a smaller one, one that does not divide by W, and one that rank 0 has for itself."""
+    """Yield batches of 12 rows; then a smaller one, one not divisible by W, and one with rows only on rank 0."""
     source = TrainingBatches(data, 12, history_length=LENGTH, ranks=ranks)
     order = np.random.default_rng(1).permutation(len(data))
     rows = [*np.split(order[: 12 * (STEPS - 3)], STEPS - 3), order[300:302], order[310:317], order[320:325]]
     for step, part in enumerate(rows):
-        # The last as where ranks read data of their own, and one comes to its end.
+        # The last one is as if ranks read separate data, and one of them runs out first.
         own = part if ranks.is_first else part[:0]
         batch = source.part(part) if step < STEPS - 1 else source.batch(own)
         yield batch if weighted else replace(batch, weights=None)
 
 
 def sequence_batches(data: Interactions, ranks: Ranks, *, weighted: bool) -> Iterator[Batch]:
-    """Batches of some seven windows; the last but one has a single one, and so no row for the other ranks."""
+    """Yield batches of about seven windows; the last but one has a single window, so other ranks have no rows."""
     source = SequenceBatches(data, 40, history_length=LENGTH, ranks=ranks)
     for step in range(STEPS):
         first = step * source.windows_per_batch % (source.num_windows - source.windows_per_batch)

@@ -1,4 +1,4 @@
-"""What is trained twice: by several ranks and by one. Shared by the test and by the processes that it starts."""
+"""Cases that are trained twice, by several ranks and by one; used by the test and by the processes it starts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from twotower.training.randomness import draws_of
 
 @dataclass(frozen=True)
 class Case:
-    """Settings of one training.
+    """Settings of one training run.
 
     Attributes:
         changes: of the configuration.
@@ -40,7 +40,7 @@ class Case:
         weighted: rows carry weights.
         size: W of the run that is compared with one process.
         micro_batch: rows that go through a tower at a time.
-        placement: of the id tables, as the settings say it.
+        placement: of the id tables, as in the settings.
     """
 
     changes: tuple[str, ...]
@@ -57,8 +57,8 @@ def objective(name: str, *sources: str, unique: bool = False, more: tuple[str, .
 
 
 def sequences(inner: str = "kind: transformer", outer: str = "share_table: true") -> tuple[str, ...]:
-    told = f"blocks: 1, heads: 2, dropout: 0, {inner}"
-    return (f"query_tower.history={{length: {LENGTH}, dropout: 0, {outer}, sequence: {{{told}}}}}",)
+    sequence = f"blocks: 1, heads: 2, dropout: 0, {inner}"
+    return (f"query_tower.history={{length: {LENGTH}, dropout: 0, {outer}, sequence: {{{sequence}}}}}",)
 
 
 IN_BATCH, UNIFORM = "{in_batch: {}}", "{uniform: {size: 15}}"
@@ -168,7 +168,7 @@ CASES = {
         size=3,
         placement="row-wise",
     ),
-    # Blocks of five rows have draws of their own: they lie across the ranks, and the batch ends in a smaller one.
+    # Separate draws for blocks of five rows: blocks span ranks, and the last block is smaller.
     "draws for blocks": Case(
         objective("expected-count", IN_BATCH, "{memory: {size: 30}}", more=(*KNOWN, *BLOCKS)), weighted=True
     ),
@@ -178,7 +178,7 @@ CASES = {
         size=3,
         placement="row-wise",
     ),
-    # As the preset sasrec, but for its size and its dropout.
+    # As the preset sasrec, except for size and dropout.
     "draws for blocks, sequences": Case(
         objective("expected-count", *SASREC, more=(*sequences("expansion: 1.0"), *BLOCKS, *DOT)), size=3
     ),
@@ -195,7 +195,7 @@ CASES = {
 
 @dataclass
 class Trained:
-    """What came of a training.
+    """Result of a training run.
 
     Attributes:
         losses: the mean loss of every step.
@@ -262,7 +262,7 @@ def train(case: Case, ranks: Ranks) -> Trained:
     found.state = whole({name: value.clone() for name, value in model.state_dict().items()}, towers, ranks)
     for name, value in found.state.items():
         if name.endswith("attention.projection.bias"):
-            # A softmax does not see what is added to all keys alike: the gradient is rounding, and Adam steps by it.
+            # Softmax ignores a constant added to all keys: this gradient is rounding noise, which Adam amplifies.
             value.view(3, -1)[1] = 0
     tables = [module.weight for module in towers.modules() if isinstance(module, nn.Embedding)]
     states = [value for table in tables for name, value in optimizer.state[table].items() if name != "step"]
@@ -271,7 +271,7 @@ def train(case: Case, ranks: Ranks) -> Trained:
 
 
 def whole(tensors: dict[str, Tensor], towers: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
-    """Tensors by name, with those of shared tables put together."""
+    """Return tensors by name, with the parts of sharded tables combined."""
     parts = {
         f"towers.{name}.weight": module.part
         for name, module in towers.named_modules(remove_duplicate=False)

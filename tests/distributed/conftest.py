@@ -1,4 +1,4 @@
-"""Three processes that do all that the tests of this folder compare with one, started once."""
+"""Fixture that starts, once, the three processes whose results the tests of this folder compare with one process."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from distributed.starting import start
 
 @pytest.fixture(scope="session")
 def done_by_ranks(tmp_path_factory):
-    """Folder of what each rank has found: cases of training, and what tables.py does with tables that ranks share."""
+    """Return the folder with the results of each rank: training cases, and sharded tables (tables.py)."""
     out = tmp_path_factory.mktemp("ranks")
     start("worker.py", str(out))
     return out

@@ -1,7 +1,7 @@
-"""Runs `twotower train` in forked ranks, kills some, and goes on; writes what happened. Started by test_faults.py.
+"""Run `twotower train` in forked ranks, kill some, resume, and write the outcome. Started by test_faults.py.
 
-It stands in for torchrun, for importing takes longer than all of the training here: it sets the same variables, starts
-all ranks again when one has died, and counts the restarts. test_faults.py also has a run under torchrun itself.
+It replaces torchrun, because importing takes longer than all of the training here: it sets the same variables, restarts
+all ranks when one has died, and counts the restarts. test_faults.py also has a run under torchrun itself.
 """
 
 import json
@@ -32,7 +32,7 @@ def words(data, out, more=()):
 
 
 def steps_done(out):
-    """Steps of the last checkpoint; 0 while there is none."""
+    """Return the steps of the last checkpoint, 0 if there is none yet."""
     try:
         state = json.loads((out / "checkpoints" / "last.ckpt" / "state.json").read_text())
     except (OSError, ValueError):
@@ -47,7 +47,7 @@ def free_port():
 
 
 def start(arguments, size, log, restarts=0, largest_file=None):
-    """Fork `size` ranks; rank -> process id. `largest_file`: bytes above which no file may grow, as `ulimit -f`."""
+    """Fork `size` ranks; return rank -> process id. `largest_file` limits file sizes in bytes, as `ulimit -f`."""
     port, ranks = free_port(), {}
     for rank in range(size):
         child = os.fork()
@@ -59,9 +59,9 @@ def start(arguments, size, log, restarts=0, largest_file=None):
                 os.environ |= {"TORCHELASTIC_RESTART_COUNT": str(restarts)}
             if largest_file is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-            told = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(told, 1)
-            os.dup2(told, 2)
+            output = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
             sys.argv = ["twotower", *arguments]
             code = 0
             try:
@@ -76,7 +76,7 @@ def start(arguments, size, log, restarts=0, largest_file=None):
 
 
 def codes(ranks):
-    """How every rank has ended; minus the signal where one killed it."""
+    """Return the exit code of every rank; minus the signal if one killed it."""
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in ranks.values()]
 
 
@@ -85,11 +85,11 @@ def alive(child):
 
 
 def with_kills(data, out, kills, seed):
-    """Kill a rank at random steps, `kills` times, and start all of them again each time."""
+    """Kill a rank at random steps, `kills` times, and restart all ranks each time."""
     draw = random.Random(seed)
     ends = []
     while True:
-        goal = steps_done(out) + draw.randrange(1, 7)  # a little further each time: 76 steps hold ten kills
+        goal = steps_done(out) + draw.randrange(1, 7)  # a little further each time: 76 steps are enough for ten kills
         ranks = start(words(data, out), 2, out.with_suffix(".log"), restarts=len(ends))
         if len(ends) < kills:
             while steps_done(out) < goal and alive(ranks[0]) and alive(ranks[1]):
@@ -102,7 +102,7 @@ def with_kills(data, out, kills, seed):
 
 
 def stopped(data, out, at):
-    """SIGTERM to both ranks in the middle."""
+    """Send SIGTERM to both ranks in the middle of training."""
     ranks = start(words(data, out), 2, out.with_suffix(".log"))
     while steps_done(out) < at and alive(ranks[0]):
         time.sleep(0.005)
@@ -112,7 +112,7 @@ def stopped(data, out, at):
 
 
 def hung(data, out):
-    """One of two ranks stands still in the middle; how the other ends, and after how many seconds."""
+    """Suspend one of two ranks in the middle; record how the other ends, and after how many seconds."""
     ranks = start(words(data, out, ["--set", "training.exchange_timeout=8"]), 2, out.with_suffix(".log"))
     while steps_done(out) < 6 and alive(ranks[0]):
         time.sleep(0.005)
@@ -126,14 +126,14 @@ def hung(data, out):
 
 
 def full(data, out):
-    """No file may grow above 20,000 bytes: checkpoints do. Then there is room again, and the run is started anew."""
+    """Limit files to 20,000 bytes, less than a checkpoint; then lift the limit and restart the run."""
     first = codes(start(words(data, out), 1, out.with_suffix(".log"), largest_file=20_000))
     left = sorted(str(p.relative_to(out)) for p in out.rglob("*partial*"))
     return [first, left, codes(start(words(data, out, ["--force"]), 1, out.with_suffix(".log")))]
 
 
 def sharded(data, out):
-    """Two ranks read a folder of shards; then one of them is gone, and the run cannot be gone on with."""
+    """Train two ranks on a folder of shards; then remove a shard, so that the run cannot be resumed."""
     shards = data.with_name("shards")
     first = codes(start(words(shards, out), 2, out.with_suffix(".log")))
     (shards / "part-2.parquet").unlink()

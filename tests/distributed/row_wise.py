@@ -1,4 +1,4 @@
-"""Runs `twotower train` with tables that ranks share; writes how it ended. Started by test_row_wise.py."""
+"""Run `twotower train` with sharded tables and write the outcome. Started by test_row_wise.py."""
 
 import importlib
 import json
@@ -18,7 +18,7 @@ def run(data, out, size, more=()):
 
 
 def shared(data, folder):
-    """One process, two and three that share the tables; two that are stopped, and go on as one, two and three."""
+    """Train with one process, with two and three that share tables; stop two, and resume with one, two and three."""
     found = {"one": run(data, folder / "one", 1)}
     for size, name in ((2, "two"), (3, "three")):
         found[name] = run(data, folder / name, size, ROW_WISE)
@@ -29,7 +29,7 @@ def shared(data, folder):
 
 
 def stopped(data, folder, more, again):
-    """Two ranks that are stopped; then so many, with other words, that go on."""
+    """Stop two ranks, then resume with another number of ranks and other arguments."""
     found, out = {}, folder / "stopped"
     ranks = faults.start(faults.words(data, out, more), 2, out.with_suffix(".log"))
     while faults.steps_done(out) < 12 and faults.alive(ranks[0]):
@@ -45,7 +45,7 @@ def stopped(data, folder, more, again):
 
 
 def placed(data, folder):
-    """Tables by columns and one by one, with row-wise Adagrad: one process, two, three; stopped; on new days."""
+    """Train column-wise and table-wise with row-wise Adagrad: one, two, three processes; resumed; on new data."""
     faults.SETTINGS.append("training.table_optimizer=rowwise-adagrad")
     faults.SETTINGS.append("query_tower={id_embedding: true, dropout: 0, history: {length: 5, heads: 2, dropout: 0}}")
     columns, each = (
@@ -65,7 +65,7 @@ def placed(data, folder):
 
 
 def sequences(data, folder):
-    """A tower that reads sequences: one process; two with whole tables, two that share them and are killed once."""
+    """Train a sequence tower: one process; two with whole tables; two with sharded tables that are killed once."""
     inner = "{length: 5, dropout: 0, sequence: {blocks: 1, dropout: 0}}"
     tower = f"query_tower={{id_embedding: true, dropout: 0, history: {inner}}}"
     more = ["--set", tower, "--set", "training.weight_average=0.9"]
@@ -80,7 +80,7 @@ def sequences(data, folder):
 
 
 def continued(data, folder):
-    """New days, from a model of one process and from one of two that share the tables: by one, by two and by three."""
+    """Train on new data, from a model of one process and of two with sharded tables: by one, two and three."""
     june, gone = data.with_name("june.parquet"), data.with_name("gone.txt")
     parents = {"one": run(data, folder / "one", 1), "two": run(data, folder / "two", 2, ROW_WISE)}
     assert set(parents["one"] + parents["two"]) == {0}
@@ -94,8 +94,8 @@ def continued(data, folder):
 
 
 def limited(data, folder, room):
-    """The same words with so much memory left to each process: alone, and by two."""
-    # What the processes will import is here already: the room is for data, tables and what a step needs.
+    """Run the same command with limited memory per process: with one process and with two."""
+    # Imports are already in memory here: the limit is for data, tables and the memory of a step.
     importlib.import_module("twotower.run")
     importlib.import_module("twotower.training")
     importlib.import_module("torch.distributed.checkpoint")

@@ -1,4 +1,4 @@
-"""Starts what starts ranks, a script of this folder in a process of its own, and the ranks that it becomes."""
+"""Helpers that start a script of this folder in a separate process, and the ranks that it forks."""
 
 import os
 import subprocess
@@ -22,9 +22,9 @@ def start(script: str, *arguments: str, timeout: float = 900) -> None:
 
 
 def run_ranks(size: int, out: Path, work: Callable[[], None]) -> int:
-    """Become so many ranks of a gloo group that each do the work; 0 where all have ended well.
+    """Fork the ranks of a gloo group, each of which does the work; return 0 if all succeed.
 
-    Imports are made once, before the ranks are forked, for importing takes longer than the work.
+    Modules are imported once, before the ranks are forked, because importing takes longer than the work.
     """
     children = []
     for rank in range(size):

@@ -1,4 +1,4 @@
-"""What is done with tables that ranks share: kept, read by another number of ranks, searched, written as a model."""
+"""Work on sharded tables: saved, read by another number of ranks, searched, written as a model."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def split() -> Split:
 
 
 def parts(ranks: Ranks, placement: str) -> dict[str, Part]:
-    """A rank's parts of the tables; those of one process are whole."""
+    """Return a rank's parts of the tables; a single process has whole tables."""
     items, queries = cases.NUM_ITEMS, cases.NUM_QUERIES
     made: dict[str, dict[str, Part]] = {
         "row-wise": {"item": Rows(ranks, items), "query": Rows(ranks, queries)},
@@ -67,7 +67,7 @@ def parts(ranks: Ranks, placement: str) -> dict[str, Part]:
 
 
 def model(ranks: Ranks, placement: str = "row-wise", seed: int = 5) -> TwoTower:
-    """The same weights however the tables are placed."""
+    """Build towers with the same weights for every placement of tables."""
     torch.manual_seed(seed)
     with placed_tables(parts(ranks, placement)):
         return build_towers(
@@ -79,7 +79,7 @@ def model(ranks: Ranks, placement: str = "row-wise", seed: int = 5) -> TwoTower:
 
 
 def optimizer(towers: TwoTower, rule: str) -> TableOptimizer:
-    """An optimizer whose state is a function of the parameters, after a step with gradients of all rows; collective."""
+    """Build an optimizer whose state depends on the parameters, after a step on all rows; collective."""
     made = TableOptimizer(parameter_groups(towers, 0.0, lr=0.01, table_rule=rule), lr=0.01)
     for parameter in towers.parameters():
         parameter.grad = parameter.detach().clone()
@@ -92,14 +92,14 @@ def checkpoint(towers: TwoTower, made: TableOptimizer) -> dict[str, Any]:
 
 
 def tensors(kept: dict[str, Any]) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, by name."""
+    """Return every tensor of a checkpoint, by name."""
     states = kept["optimizer_states"][0]["state"]
     named = {f"{number}.{name}": value for number, state in states.items() for name, value in state.items()}
     return {**kept["state_dict"], **named}
 
 
 def searched(ranker: Any) -> dict[str, Any]:
-    """What a ranker ranks and how it is measured, with ties: three items have the very same embedding."""
+    """Rank and evaluate with ties: three items have exactly the same embedding."""
     held = split()
     measured = evaluation.evaluate(ranker, held.test, train=held.train, ks=(3, 70), baselines=False)
     more = {"few": ranker.rank(held.test, 2, False), "all": ranker.rank(held.test, 70, True)}
@@ -107,7 +107,7 @@ def searched(ranker: Any) -> dict[str, Any]:
 
 
 def with_ties(towers: TwoTower) -> TwoTower:
-    """Items far apart get the embedding of one another; each on the rank that holds it, or its columns."""
+    """Give distant items the same embedding, each on the rank that holds it or its columns."""
     table = towers.item_tower.ids
     rows, columns = (slice(0, cases.NUM_ITEMS), slice(0, 8)) if table.part is None else table.part.place(8)
     with torch.no_grad():
@@ -133,12 +133,12 @@ def artifact(towers: TwoTower, item_embeddings: Tensor) -> Artifact:
 
 
 def work(ranks: Ranks, out: Path) -> None:
-    """One rank of two or three; those of three read what those of two have written, and the other way round."""
+    """Run one rank of two or three; three ranks read what two have written, and the other way round."""
     for rule in ("adam", "rowwise-adagrad"):
         for placement in PLACEMENTS:
             save(ranks, rule, placement, out)
         for number, placement in enumerate(PLACEMENTS):
-            # What two ranks have written is read by two, by three, and by the test; what three have, by the test.
+            # Files of two ranks are read by two, by three and by the test; files of three by the test.
             for written in (placement, PLACEMENTS[number - 1]):
                 read(ranks, rule, placement, out / f"{rule}.{written}.2.ckpt")
     for placement in PLACEMENTS:
@@ -164,7 +164,7 @@ def save(ranks: Ranks, rule: str, placement: str, out: Path) -> None:
 
 
 def read(ranks: Ranks, rule: str, placement: str, path: Path) -> None:
-    """A checkpoint of two ranks, and a state that was saved whole, give a rank its parts."""
+    """Load a rank's parts from a checkpoint of two ranks, and from a state that was saved whole."""
     towers = model(ranks, placement)
     made = optimizer(towers, rule)
     expected = {name: value.clone() for name, value in tensors(checkpoint(towers, made)).items()}
@@ -183,19 +183,19 @@ def read(ranks: Ranks, rule: str, placement: str, path: Path) -> None:
 
 
 def moved(towers: TwoTower, ranks: Ranks) -> dict[str, int]:
-    """Bytes that go to other ranks, or come from them where these are more, when each looks up every item."""
+    """Return the larger of bytes sent and received by this rank, when each rank looks up every item."""
     table, numbers = towers.item_tower.ids, {"rows": 0, "gradients": 0}
     swap, gather = dist.all_to_all_single, twotower.ranks._all_gather
 
-    def counted_swap(found: Tensor, given: Tensor, received: Any = None, sent: Any = None, **told: Any) -> None:
+    def counted_swap(found: Tensor, given: Tensor, received: Any = None, sent: Any = None, **options: Any) -> None:
         if sent is not None:
             each = given.element_size() * (given[0].numel() if len(given) else found[0].numel() if len(found) else 0)
             numbers[what] += each * max(sum(sent) - sent[ranks.rank], sum(received) - received[ranks.rank])
-        swap(found, given, received, sent, **told)
+        swap(found, given, received, sent, **options)
 
-    def counted_gather(found: Tensor, given: Tensor, **told: Any) -> None:
+    def counted_gather(found: Tensor, given: Tensor, **options: Any) -> None:
         numbers[what] += given.nbytes * (ranks.size - 1) * (len(given) > 1)
-        gather(found, given, **told)
+        gather(found, given, **options)
 
     dist.all_to_all_single, twotower.ranks._all_gather = counted_swap, counted_gather
     what = "rows"
@@ -209,12 +209,12 @@ def moved(towers: TwoTower, ranks: Ranks) -> dict[str, int]:
 
 
 def is_same(found: Tensor, expected: Tensor) -> bool:
-    """Bit by bit, but for sums over ranks, whose order is another one."""
+    """Compare bit by bit, except for sums over ranks, whose order differs."""
     return found.shape == expected.shape and torch.allclose(found, expected, rtol=0, atol=1e-7)
 
 
 def saved_beside(ranks: Ranks, towers: TwoTower, made: TableOptimizer, path: Path) -> None:
-    """Written in the background, while weights and state change and the ranks exchange; then one cannot write."""
+    """Write in the background while weights and state change and ranks exchange; then one rank fails to write."""
     io = SafeCheckpointIO(ranks, parts(ranks, PLACEMENTS[0]), in_background=True, timeout=60)
     before = {name: value.clone() for name, value in tensors(checkpoint(towers, made)).items()}
     release, write = threading.Event(), checkpoints.save_parts
@@ -237,18 +237,20 @@ def saved_beside(ranks: Ranks, towers: TwoTower, made: TableOptimizer, path: Pat
     assert not path.exists()
     release.set()
     io.settle()
-    assert path.exists(), "all ranks find it"
+    assert path.exists(), "every rank sees the checkpoint"
     found = tensors(io.load_checkpoint(path))
-    assert all(torch.equal(found[name], value) for name, value in before.items()), "of the step it was asked for"
+    assert all(torch.equal(found[name], value) for name, value in before.items()), "the state of the requested step"
     checkpoints.save_parts = fails
     io.save_checkpoint(kept, path)
-    told = None
+    message = None
     try:
         io.save_checkpoint(kept, path)
     except InputError as error:
-        told = str(error)
+        message = str(error)
     full = f"{path}: cannot be written, the disk is full ([Errno {errno.ENOSPC}] No space left on device)"
-    assert told is not None and told.startswith(full if ranks.rank == ranks.size - 1 else f"{path}: {ELSEWHERE}"), told
+    assert message is not None and message.startswith(
+        full if ranks.rank == ranks.size - 1 else f"{path}: {ELSEWHERE}"
+    ), message
     checkpoints.save_parts = write
     io.settle()
     io.close()
@@ -259,7 +261,7 @@ def saved_beside(ranks: Ranks, towers: TwoTower, made: TableOptimizer, path: Pat
 
 
 def fail_together(ranks: Ranks, target: Path) -> None:
-    """The last rank cannot write: every rank is told, and nothing appears."""
+    """Let the last rank fail to write: every rank raises, and no file appears."""
     target.mkdir(exist_ok=True)
     (target / "older").write_text("stays")
 
@@ -268,20 +270,20 @@ def fail_together(ranks: Ranks, target: Path) -> None:
         if ranks.rank == ranks.size - 1:
             raise OSError("no space left")
 
-    told = None
+    message = None
     try:
         write_folder(target, ranks, write)
     except InputError as error:
-        told = str(error)
+        message = str(error)
     ranks.wait()
     full = f"{target}: cannot be written, the disk is full (no space left); free space, or write elsewhere"
-    assert told == (full if ranks.rank == ranks.size - 1 else f"{target}: {ELSEWHERE}"), told
+    assert message == (full if ranks.rank == ranks.size - 1 else f"{target}: {ELSEWHERE}"), message
     assert [path.name for path in target.iterdir()] == ["older"]
     assert not list(target.parent.glob(f".{target.name}*"))
 
 
 def mined(towers: TwoTower) -> Tensor:
-    """The hard negatives of all queries, int32 [Q, 5]; queries with many items have few left."""
+    """Mine the hard negatives of all queries, int32 [Q, 5]; queries with many items have few left."""
     objective = build_objective(MINED, cases.interactions())
     refresh = miner(objective, cases.interactions(), cases.LENGTH)
     assert refresh is not None

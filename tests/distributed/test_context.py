@@ -1,4 +1,4 @@
-"""The context of requests over two ranks: the training and the ranking of one process. Starts itself as the ranks."""
+"""Tests that two ranks with request context train and rank like one process. The file starts itself as the ranks."""
 
 import sys
 from dataclasses import dataclass, replace
@@ -55,7 +55,7 @@ SETTINGS = [
 
 @dataclass(frozen=True)
 class Case:
-    """How a training differs: sparse gradients of tables, rows through a tower at a time, tables by rows, settings."""
+    """Variant of a training run: sparse gradients, rows per tower pass, sharded tables, settings."""
 
     sparse: bool = False
     micro_batch: int | None = None
@@ -95,7 +95,7 @@ def split():
 
 
 def work(case, ranks):
-    """What a rank ranks for the test questions with the first weights; losses, gradients and state of a training."""
+    """Return a rank's ranking of the test queries with initial weights, and a run's losses, gradients and state."""
     data = split().train
     placement = f"training.table_placement={'row-wise' if case.shared else 'replicated'}"
     config = Config.load(None, [*SETTINGS, *case.changes, placement]).resolved(len(data))
@@ -136,7 +136,7 @@ def work(case, ranks):
 
 
 def batches(config, data, ranks, context):
-    """Ten batches; then one that does not divide by two, and one row, or one sequence: one of the ranks has none."""
+    """Yield ten batches, an odd one, and one of a single row or sequence, which leaves one rank without rows."""
     if reads_sequences(config):
         windows = SequenceBatches(data, 24, history_length=LENGTH, ranks=ranks, context=context)
         order = np.random.default_rng(1).permutation(windows.num_windows)
@@ -154,21 +154,21 @@ def of_ranks(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_two_ranks_are_one_process(of_ranks, name):
+def test_two_ranks_equal_one_process(of_ranks, name):
     alone = work(CASES[name], Ranks())
     gradients = alone["gradients of step 9"]
     of_context = [key for key in gradients if ".context." in key]
-    assert len(of_context) == 2, "device and tags have a table each"
+    assert len(of_context) == 2, "device and tags each have a table"
     assert all(float(gradients[key].abs().max()) > 1e-4 for key in of_context)
     for rank, found in enumerate(of_ranks[name]):
         assert found.keys() == alone.keys()
         for what, expected in alone.items():
             torch.testing.assert_close(
-                found[what], expected, rtol=0, atol=1e-5, msg=lambda said, w=what, r=rank: f"rank {r}, {w}: {said}"
+                found[what], expected, rtol=0, atol=1e-5, msg=lambda text, w=what, r=rank: f"rank {r}, {w}: {text}"
             )
 
 
-def test_every_question_is_ranked_in_its_own_context(of_ranks):
+def test_every_query_is_ranked_in_its_own_context(of_ranks):
     for found in (one for case in of_ranks.values() for one in case):
         assert found["ranked"].shape == (len(split().test), 10)
         assert float((found["ranked"] != found["without"]).float().mean()) > 0.4
@@ -180,5 +180,5 @@ def work_on_all(out):
 
 
 if __name__ == "__main__":
-    told = Path(sys.argv[1])
-    sys.exit(run_ranks(RANKS, told, lambda: work_on_all(told)) != 0)
+    out = Path(sys.argv[1])
+    sys.exit(run_ranks(RANKS, out, lambda: work_on_all(out)) != 0)

@@ -1,4 +1,4 @@
-"""Ranks are killed, stopped and counted anew: the model is that of a run to which nothing happened."""
+"""Tests that killed, stopped and re-numbered ranks end with the model of an undisturbed run."""
 
 import json
 import os
@@ -28,10 +28,10 @@ pytestmark = [
 
 
 def scenario(folder: Path, kills: int) -> dict:
-    """What faults.py does in a folder, and what came of it."""
+    """Run faults.py in a folder and return the outcome."""
     data, shards = folder / "planted.parquet", folder / "shards"
     planted(queries=80).write_parquet(data)
-    shards.mkdir()  # here, for faults.py forks, and polars has threads
+    shards.mkdir()  # here, because faults.py forks and polars has threads
     for number, part in enumerate(planted(queries=80).iter_slices(300)):
         part.write_parquet(shards / f"part-{number}.parquet")
     start("faults.py", str(data), str(folder), str(kills))
@@ -55,10 +55,10 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def assert_near(run: Path, other: Path) -> None:
     expected = weights(other)
     for name, value in weights(run).items():
-        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5, msg=lambda said, n=name: f"{n}: {said}")
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 
-def test_two_processes_of_the_command_are_one(found, folder):
+def test_two_processes_of_the_command_equal_one(found, folder):
     assert found["one"] == [0] and found["two"] == [0, 0]
     assert_near(folder / "two", folder / "one")
     one, two = (json.loads((folder / run / "results.json").read_text()) for run in ("one", "two"))
@@ -72,43 +72,43 @@ def assert_same_after_kills(found, folder, kills):
     *failed, last = found["killed"]
     assert last == [0, 0] and len(failed) == kills
     for ended in failed:
-        assert -signal.SIGKILL in ended, "nobody was killed: the test kills too late"
-        assert ended.count(-signal.SIGKILL) == 1 and 1 in ended, "the other rank stops by itself, as after a failure"
+        assert -signal.SIGKILL in ended, "no rank was killed: the test kills too late"
+        assert ended.count(-signal.SIGKILL) == 1 and 1 in ended, "the other rank exits by itself, as after a failure"
     expected = weights(folder / "two")
     for name, value in weights(folder / "killed").items():
         assert torch.equal(value, expected[name]), name
 
 
-def test_a_killed_rank_is_told_and_the_model_is_the_very_same(found, folder):
+def test_a_killed_rank_is_reported_and_the_model_is_the_same(found, folder):
     assert_same_after_kills(found, folder, 2)
-    told = (folder / "killed.log.0").read_text() + (folder / "killed.log.1").read_text()
-    lines = [line for line in told.splitlines() if "another rank is gone" in line]
-    assert len(lines) == 2 and "Traceback" not in told, told
+    output = (folder / "killed.log.0").read_text() + (folder / "killed.log.1").read_text()
+    lines = [line for line in output.splitlines() if "another rank is gone" in line]
+    assert len(lines) == 2 and "Traceback" not in output, output
     assert all(line.startswith("twotower: rank ") and "--max-restarts" in line for line in lines)
 
 
-def test_sigterm_leaves_a_checkpoint_and_other_numbers_of_ranks_go_on_from_it(found, folder):
+def test_sigterm_leaves_a_checkpoint_that_other_numbers_of_ranks_resume(found, folder):
     assert found["stopped"] == [130, 130] and found["stopped at"] >= 12
     for size in (1, 3):
         assert found[f"resumed-{size}"] == [0] * size
         assert_near(folder / f"resumed-{size}", folder / "two")
-    assert not torch.equal(weights(folder / "two")["log_temperature"], torch.zeros(()))  # something was learnt
+    assert not torch.equal(weights(folder / "two")["log_temperature"], torch.zeros(()))  # the run has learnt something
 
 
 def errors(log: Path) -> list[str]:
-    told = log.read_text()
-    assert "Traceback" not in told, told
-    return [line for line in told.splitlines() if line.startswith("twotower: ")]
+    output = log.read_text()
+    assert "Traceback" not in output, output
+    return [line for line in output.splitlines() if line.startswith("twotower: ")]
 
 
-def test_a_rank_that_stands_still_is_told_in_one_line_when_the_time_is_up(found, folder):
+def test_a_suspended_rank_is_reported_in_one_line_after_the_timeout(found, folder):
     ended, seconds = found["hung"]
-    assert ended == 1 and 4 < seconds < 60, "8 seconds were set"
+    assert ended == 1 and 4 < seconds < 60, "the timeout is 8 seconds"
     (line,) = errors(folder / "hung.log.0")
-    assert "another rank is gone, or has not answered in time" in line and "--max-restarts" in line
+    assert "another rank is gone or did not answer in time" in line and "--max-restarts" in line
 
 
-def test_a_full_disk_is_told_by_name_leaves_nothing_half_written_and_the_run_goes_on(found, folder):
+def test_a_full_disk_is_reported_leaves_nothing_half_written_and_the_run_resumes(found, folder):
     first, left, then = found["full"]
     assert first == [2] and then == [0]
     (line,) = errors(folder / "full.log.0")
@@ -117,10 +117,10 @@ def test_a_full_disk_is_told_by_name_leaves_nothing_half_written_and_the_run_goe
     assert_near(folder / "full", folder / "one")
 
 
-def test_two_ranks_read_a_folder_of_shards_and_a_lost_one_is_told_by_name(found, folder):
+def test_two_ranks_read_a_folder_of_shards_and_a_missing_one_is_reported_by_name(found, folder):
     first, then = found["sharded"]
     assert first == [0, 0] and then[0] == 2
-    assert then[1] in (1, 2), "whoever comes second finds it out himself, or hears it from the first"
+    assert then[1] in (1, 2), "the second rank finds the missing shard itself, or gets the error of the first"
     expected = weights(folder / "two")
     for name, value in weights(folder / "sharded").items():
         assert torch.equal(value, expected[name]), name
@@ -134,18 +134,18 @@ def test_ten_kills_at_random_steps(tmp_path):
 
 
 def workers(agents: list[subprocess.Popen]) -> dict[int, int]:
-    """The processes of each rank that torchrun has started: rank -> process id."""
+    """Find the processes that torchrun has started: rank -> process id."""
     ranks = {}
     for agent in agents:
         for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split():
-            told = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            ranks |= {int(word[5:]): int(pid) for word in told if word.startswith(b"RANK=")}
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            ranks |= {int(word[5:]): int(pid) for word in environment if word.startswith(b"RANK=")}
     return ranks
 
 
 @pytest.mark.parametrize(("machines", "killed"), [(1, [1]), (2, [0, 1])], ids=["one machine", "two machines"])
-def test_torchrun_starts_all_again(found, folder, tmp_path, machines, killed):
-    """Two agents of torchrun stand for two machines: the one whose rank was not killed counts no restart."""
+def test_torchrun_restarts_all_ranks(found, folder, tmp_path, machines, killed):
+    """Two torchrun agents simulate two machines: the one whose rank was not killed counts no restart."""
     data, out = folder / "planted.parquet", tmp_path / "run"
     meeting = [f"--rdzv-endpoint=127.0.0.1:{faults.free_port()}", "--rdzv-backend=c10d", "--rdzv-id=test"]
     several = [*meeting, f"--nnodes={machines}", f"--nproc-per-node={2 // machines}", "--max-restarts=3"]
@@ -154,8 +154,8 @@ def test_torchrun_starts_all_again(found, folder, tmp_path, machines, killed):
     logs = [tmp_path / f"{number}.log" for number in range(machines)]
     agents = []
     for log in logs:
-        with log.open("w") as told:
-            process = subprocess.Popen(words, env=env, stdout=told, stderr=subprocess.STDOUT, start_new_session=True)
+        with log.open("w") as output:
+            process = subprocess.Popen(words, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         agents.append(process)
     try:
         for rank in killed:
@@ -169,15 +169,15 @@ def test_torchrun_starts_all_again(found, folder, tmp_path, machines, killed):
             if agent.poll() is None:
                 os.killpg(agent.pid, signal.SIGKILL)
                 agent.wait()
-    told = "".join(log.read_text() for log in logs)
-    assert ended == [0] * machines, told
-    assert "another rank is gone" in told or "Signal 9" in told, told
+    output = "".join(log.read_text() for log in logs)
+    assert ended == [0] * machines, output
+    assert "another rank is gone" in output or "Signal 9" in output, output
     expected = weights(folder / "two")
     for name, value in weights(out).items():
         assert torch.equal(value, expected[name]), name
 
 
-def test_a_run_that_was_refused_is_not_gone_on_with_by_a_restart(found, folder, tmp_path):
+def test_a_restart_does_not_resume_a_refused_run(found, folder, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(folder / "one", out)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}

@@ -1,4 +1,4 @@
-"""The plan beside what a step really exchanges and touches, counted call by call, and beside closed forms."""
+"""Tests of the plan against the bytes and rows of a real step, counted call by call, and against closed forms."""
 
 import json
 import sys
@@ -35,7 +35,7 @@ import cases
 RATES = Rates(products=1e11, layers=5e10, updates=1e9, lookups=2e9, link=1e9, latency=1e-4, process=500 << 20)
 
 
-def test_tables_and_state_are_what_a_training_makes():
+def test_tables_and_state_match_a_training_run():
     work = Workload(items=5000, dimension=16, batch=64, queries=300, history=5, hidden=(12,))
     for rule, precision in (("adam", "float32"), ("rowwise-adagrad", "bfloat16")):
         config = cases.Config.load(
@@ -59,10 +59,10 @@ def test_tables_and_state_are_what_a_training_makes():
         layers = [p for p in towers.parameters() if all(p is not table for table in tables)]
         held = [value for p in towers.parameters() for key, value in optimizer.state[p].items() if key != "step"]
         everything = sum(value.nbytes for value in (*tables, *layers, *held))
-        assert plan.checkpoint == pytest.approx(everything, rel=0.001)  # weights of the history's steps are left out
+        assert plan.checkpoint == pytest.approx(everything, rel=0.001)  # without the weights over history positions
 
 
-def test_layers_are_those_of_the_tower():
+def test_layers_match_the_tower():
     config = cases.Config.load(
         None, ["item_tower.dimension=16", "query_tower={hidden: [12, 7], history: {length: 5, heads: 1}}"]
     )
@@ -73,8 +73,8 @@ def test_layers_are_those_of_the_tower():
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_exchanges_are_those_of_the_code(monkeypatch, size):
-    """What gathers and sums send in a step of rank 0, counted in place of a network; no row has a copy of an item."""
+def test_exchanges_match_the_code(monkeypatch, size):
+    """Count what rank 0 sends in a step with gathers and sums replaced; no item occurs twice."""
     work = Workload(items=20_000, dimension=16, batch=24, ranks=size, queries=24, history=5, sampled=36, hidden=(64,))
     given = pl.DataFrame({"user_id": np.arange(20_000) % 24, "item_id": np.arange(20_000)})
     data = Interactions.from_frame(given)
@@ -96,7 +96,7 @@ def test_exchanges_are_those_of_the_code(monkeypatch, size):
     sent, now = Counter(), ""
 
     def gather(out, values, group=None):
-        # Of n bytes that each rank brings, each sends n (W - 1) on their way to all.
+        # If each rank contributes n bytes, each sends n (W - 1) bytes in total.
         sent[now or ("candidates" if values.is_floating_point() else "codes")] += values.nbytes * (size - 1)
         alike = torch.cat([values] * size) if out.ndim == values.ndim else values.expand(size)
         out.copy_(alike if now or values.is_floating_point() else positives)
@@ -112,7 +112,7 @@ def test_exchanges_are_those_of_the_code(monkeypatch, size):
     monkeypatch.setattr("twotower.ranks._reduce_scatter", scatter)
     monkeypatch.setattr(dist, "all_reduce", reduce)
     exchange = GradientExchange(torch.nn.ModuleList([towers, goal]), ranks)
-    for step in range(2):  # in the first the ranks agree on which parameters have gradients
+    for step in range(2):  # in the first step the ranks agree on which parameters have gradients
         sent.clear()
         towers.zero_grad()
         now = ""
@@ -126,7 +126,7 @@ def test_exchanges_are_those_of_the_code(monkeypatch, size):
 
 @pytest.mark.parametrize(("layout", "placement"), [("row-wise",) * 2, ("column-wise",) * 2, ("table-wise", "by table")])
 def test_rows_of_tables_are_moved_as_planned(done_by_ranks, layout, placement):
-    """Each of two ranks looks up all items, and hands their gradients back; per row that it touches."""
+    """Each of two ranks looks up all items and returns their gradients; bytes per touched row."""
     found = [torch.load(done_by_ranks / f"moved.{placement}.2.{rank}.pt") for rank in range(2)]
     work = Workload(items=60, dimension=8, batch=12, ranks=2, history=5, sampled=15, hidden=(12,), layout=layout)
     planned = plan_scale(work, RATES).exchanged
@@ -137,11 +137,11 @@ def test_rows_of_tables_are_moved_as_planned(done_by_ranks, layout, placement):
 
 @pytest.mark.parametrize("rule", ["adam", "rowwise-adagrad"])
 @pytest.mark.parametrize("layout", ["replicated", "row-wise", "column-wise", "table-wise"])
-def test_tables_of_a_rank_are_those_planned(monkeypatch, layout, rule):
+def test_tables_of_a_rank_match_the_plan(monkeypatch, layout, rule):
     monkeypatch.setattr("twotower.training.placement.least_of_all", lambda found, ranks: found)
     data, held = cases.interactions(), []
-    told = [f"training.table_placement={layout}", f"training.table_optimizer={rule}", "item_tower.dimension=8"]
-    config = cases.Config.load(None, [*told, "query_tower.id_embedding=true"])
+    changes = [f"training.table_placement={layout}", f"training.table_optimizer={rule}", "item_tower.dimension=8"]
+    config = cases.Config.load(None, [*changes, "query_tower.id_embedding=true"])
     for rank in range(4):
         with place_tables(config, data, Ranks(rank, 4)).applied():
             towers = build_towers(config, num_queries=data.num_queries, num_items=data.num_items)
@@ -154,28 +154,28 @@ def test_tables_of_a_rank_are_those_planned(monkeypatch, layout, rule):
     assert (memory["tables"], memory["optimizer state"]) == max(held)
 
 
-def test_what_grows_and_what_is_shared():
+def test_growing_and_sharding():
     work = Workload(items=10**9, batch=65_536, ranks=64, optimizer="rowwise-adagrad", device="cuda")
     whole = plan_scale(work, RATES, 80 * 2**30)
     parted = plan_scale(replace(work, layout="row-wise"), RATES, 80 * 2**30)
-    assert whole.fits is False and whole.bottleneck == "memory (ranking)"  # the tables, thrice and in their index
+    assert whole.fits is False and whole.bottleneck == "memory (ranking)"  # the tables three times, and their index
     assert parted.fits is True
     assert parted.memory["tables"] * 64 == whole.memory["tables"] == 10**9 * 64 * 4
     assert parted.seconds["optimizer"] < whole.seconds["optimizer"]
     assert not plan_scale(replace(work, ranks=1), RATES).exchanged
     slow = plan_scale(replace(work, layout="row-wise"), replace(RATES, link=1e6))
     assert slow.bottleneck.startswith("exchange of")
-    # Of rows of few columns a ranking takes less than a step.
+    # With narrow rows a ranking needs less than a step.
     narrow = plan_scale(Workload(items=10**5, dimension=2, batch=65_536, history=200), RATES, 2**20)
     assert narrow.peak == sum(narrow.memory.values()) and narrow.bottleneck == "memory (process)"
 
 
-def test_what_fits_in_a_step_and_not_in_a_ranking_does_not_fit(tmp_path):
-    """A hundred million items with 80 GiB each: the gathered embeddings twice, and their index."""
+def test_a_plan_that_fits_only_without_the_ranking_does_not_fit(tmp_path):
+    """A hundred million items on ranks of 80 GiB: the gathered embeddings twice, and their index."""
     work = Workload(items=10**8, ranks=8, optimizer="rowwise-adagrad")
     plan = plan_scale(work, RATES, 80 * 2**30)
     throughout = sum(plan.memory[name] for name in ("process", "tables", "optimizer state", "layers and their state"))
-    gathered = 3.75 * 10**8 * 64 * 4  # two copies; the index's own, half of one in bfloat16, and a byte for each number
+    gathered = 3.75 * 10**8 * 64 * 4  # two copies; the index's copy, half of one in bfloat16, and a byte per value
     gradients = plan.ranking["gradients of the last step"]
     assert plan.peak == pytest.approx(throughout + gathered + gradients)
     assert 0 < gradients < plan.memory["gradients of tables"]
@@ -184,13 +184,13 @@ def test_what_fits_in_a_step_and_not_in_a_ranking_does_not_fit(tmp_path):
     by_rows = plan_scale(replace(work, layout="row-wise"), RATES, 80 * 2**30)
     assert by_rows.fits and by_rows.moments["ranking"] == by_rows.peak
     on_cuda = plan_scale(replace(work, device="cuda"), RATES)
-    assert plan.ranking["index"] - on_cuda.ranking["index"] == 0.5 * 10**8 * 64 * 4  # no estimates in bfloat16 there
+    assert plan.ranking["index"] - on_cuda.ranking["index"] == 0.5 * 10**8 * 64 * 4  # no bfloat16 estimates there
     written = tmp_path / "rates.json"
     written.write_text(json.dumps(vars(RATES)))
     words = ["plan", "--items", "1e8", "--ranks", "8", "--optimizer", "rowwise-adagrad", "--device-memory", "80"]
-    told = CliRunner().invoke(app, [*words, "--rates", str(written)])
-    assert told.exit_code == 0, told.output
-    assert "bottleneck: memory (ranking)" in told.output and "of 80.0: does NOT fit" in told.output
+    result = CliRunner().invoke(app, [*words, "--rates", str(written)])
+    assert result.exit_code == 0, result.output
+    assert "bottleneck: memory (ranking)" in result.output and "of 80.0: does NOT fit" in result.output
     found = json.loads(CliRunner().invoke(app, [*words, "--rates", str(written), "--json"]).output)
     assert found["fits"] is False and found["peak"] == found["moments"]["ranking"] == plan.peak
 
@@ -203,9 +203,9 @@ def test_settings_out_of_range():
 
 def test_the_command(tmp_path):
     words = ["plan", "--items", "1e5", "--dimension", "8", "--batch", "64", "--ranks", "4", "--history", "5"]
-    told = CliRunner().invoke(app, [*words, "--device-memory", "1", "--json"])
-    assert told.exit_code == 0, told.output
-    found = json.loads(told.output)
+    result = CliRunner().invoke(app, [*words, "--device-memory", "1", "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.output)
     assert found["moments"]["step"] == sum(found["memory"].values()) and found["step"] == sum(found["seconds"].values())
     assert found["peak"] == max(found["moments"].values())
     assert all(found["rates"][name] > 0 for name in ("products", "layers", "updates", "lookups", "link", "process"))
@@ -218,8 +218,8 @@ def test_rates_of_another_machine(tmp_path):
     written = tmp_path / "rates.json"
     written.write_text(json.dumps({"rates": vars(RATES)}))
     words = ["plan", "--items", "1e9", "--ranks", "64", "--device", "cuda", "--link", "50", "--json"]
-    told = CliRunner().invoke(app, [*words, "--rates", str(written)])
-    assert json.loads(told.output)["rates"] == {**vars(RATES), "link": 50e9}
+    result = CliRunner().invoke(app, [*words, "--rates", str(written)])
+    assert json.loads(result.output)["rates"] == {**vars(RATES), "link": 50e9}
     written.write_text("{}")
     with pytest.raises(InputError, match="products"):
         read_rates(written)

@@ -1,4 +1,4 @@
-"""Two ranks with B rows each are one with 2 B rows: losses, gradients, parameters and state after 20 steps."""
+"""Tests that two ranks with B rows equal one with 2 B rows: losses, gradients, parameters, state after 20 steps."""
 
 import math
 import sys
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.timeout(1000)  # a busy machine
 
 @pytest.fixture(scope="module")
 def of_ranks(done_by_ranks):
-    """What each rank's process has found, by case: three processes do all cases, most of them as a group of two."""
+    """Return the results of each rank by case: three processes run all cases, most of them as a group of two."""
     return {
         name: [torch.load(done_by_ranks / f"{name}.{rank}.pt", weights_only=True) for rank in range(case.size)]
         for name, case in cases.CASES.items()
@@ -42,10 +42,10 @@ def assert_same(found, expected, what):
 
 
 @pytest.mark.parametrize("name", list(cases.CASES))
-def test_ranks_are_one_process_with_all_their_rows(of_ranks, name):
+def test_ranks_equal_one_process_with_all_their_rows(of_ranks, name):
     alone = trained_alone(name)
     assert len(set(alone.losses)) == cases.STEPS
-    assert min(float(g.abs().max()) for g in alone.last.values()) > 0  # nothing agrees by being nothing
+    assert min(float(g.abs().max()) for g in alone.last.values()) > 0  # no comparison of zeros
     for rank, found in enumerate(of_ranks[name]):
         torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(alone.losses), rtol=0, atol=1e-5)
         assert_same(found["first"], alone.first, f"rank {rank}: first gradient of")
@@ -53,21 +53,21 @@ def test_ranks_are_one_process_with_all_their_rows(of_ranks, name):
         assert_same(found["state"], alone.state, f"rank {rank}:")
 
 
-def test_every_rank_has_the_very_same_model(of_ranks):
+def test_every_rank_has_the_same_model(of_ranks):
     for name, found in of_ranks.items():
         for other in found[1:]:
             for key, value in found[0]["state"].items():
                 assert torch.equal(other["state"][key], value), f"{name}: {key}"
 
 
-def test_each_rank_holds_its_part_of_a_shared_table(of_ranks):
+def test_each_rank_holds_its_part_of_a_sharded_table(of_ranks):
     for name, case in cases.CASES.items():
         for rank, found in enumerate(of_ranks[name]):
             assert found["held"] == bytes_held(case, rank), (name, rank)
 
 
 def bytes_held(case, rank):
-    """Float32 of tables and optimizer state on a rank, counted number by number."""
+    """Count the float32 values of tables and optimizer state on a rank."""
     words = dict.fromkeys(("item", "history", "query"), case.placement)
     if case.placement.startswith("{"):
         words = yaml.safe_load(case.placement)
@@ -89,7 +89,7 @@ def bytes_held(case, rank):
 
 
 def share(count, size, rank):
-    """Things of a rank where each takes as many as the first, as long as there are any."""
+    """Return a rank's share if every rank takes as many as the first, as long as any are left."""
     return len(range(count)[rank * math.ceil(count / size) :][: math.ceil(count / size)])
 
 
@@ -101,7 +101,7 @@ def test_shares_cover_everything_once():
             assert max(Ranks(0, size).shares(total)) - min(Ranks(0, size).shares(total)) <= 1
 
 
-def test_a_process_alone_exchanges_nothing():
+def test_a_single_process_exchanges_nothing():
     alone, rows = Ranks(), torch.arange(6.0).reshape(3, 2).requires_grad_()
     assert alone.gather_with_gradient(rows) is rows
     assert alone.gather(rows) is rows
@@ -113,8 +113,8 @@ def test_a_process_alone_exchanges_nothing():
 
 def test_a_failed_exchange_is_a_lost_rank():
     closed = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553]\n Connection closed by peer")
-    told = r"rank 1 of 3: another rank is gone.*--max-restarts.*Connection closed"
-    with pytest.raises(RankLost, match=told), Ranks(1, 3).exchange():
+    message = r"rank 1 of 3: another rank is gone.*--max-restarts.*Connection closed"
+    with pytest.raises(RankLost, match=message), Ranks(1, 3).exchange():
         raise closed
     assert comes_from_exchange(closed)
     assert comes_from_exchange(RuntimeError("NCCL communicator was aborted on rank 1"))

@@ -1,4 +1,4 @@
-"""The command with tables that ranks share: the same model, resumed by other numbers, larger than one process."""
+"""Tests of the command with sharded tables: same model, resumed by other numbers of ranks, larger than one process."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ from twotower.serving import Retriever
 from twotower.training.checkpoints import SafeCheckpointIO
 
 pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="forks processes, and limits their memory as Linux does"),
+    pytest.mark.skipif(sys.platform != "linux", reason="forks processes, and limits their memory by means of Linux"),
     pytest.mark.slow,
     pytest.mark.timeout(1500),
 ]
@@ -44,7 +44,7 @@ def log(folder, name):
 
 
 @pytest.mark.parametrize("name", ["two", "three", "resumed-1", "resumed-2", "resumed-3"])
-def test_a_model_whose_tables_are_shared_is_that_of_one_process(found, folder, name):
+def test_a_model_with_sharded_tables_equals_that_of_one_process(found, folder, name):
     assert set(found[name]) == {0}, log(folder, name)
     if name.startswith("resumed"):
         assert found["stopped"] == [130, 130] and found["stopped at"] >= 12, log(folder, "stopped")
@@ -61,11 +61,11 @@ def assert_same_model(found, expected):
         tensors = load_file(expected / "model" / file)
         for key, value in load_file(found / "model" / file).items():
             torch.testing.assert_close(
-                value, tensors[key], rtol=0, atol=1e-5, msg=lambda said, k=key: f"{found.name}, {k}: {said}"
+                value, tensors[key], rtol=0, atol=1e-5, msg=lambda text, k=key: f"{found.name}, {k}: {text}"
             )
 
 
-def test_tables_by_columns_and_one_by_one_are_those_of_one_process(tmp_path):
+def test_column_wise_and_table_wise_tables_equal_those_of_one_process(tmp_path):
     planted(queries=80).write_parquet(tmp_path / "planted.parquet")
     june = planted(queries=90, items=130, seed=1).with_columns(pl.col("timestamp") + 100_000_000)
     june.write_parquet(tmp_path / "june.parquet")
@@ -83,7 +83,7 @@ def test_tables_by_columns_and_one_by_one_are_those_of_one_process(tmp_path):
     assert "id tables: query column-wise, item table-wise (rank 0), over 3 ranks" in log(tmp_path, "three")
 
 
-def test_killed_ranks_go_on_from_their_parts(found, folder):
+def test_killed_ranks_resume_from_their_parts(found, folder):
     *failed, last = found["killed"]
     assert last == [0, 0] and len(failed) == 2 and all(-9 in ended for ended in failed)
     expected = load_file(folder / "two" / "model" / "towers.safetensors")
@@ -91,17 +91,17 @@ def test_killed_ranks_go_on_from_their_parts(found, folder):
         assert torch.equal(value, expected[name]), name
 
 
-def test_the_plan_says_who_holds_what(found, folder):
+def test_the_plan_names_the_placement(found, folder):
     assert "id tables: item row-wise, over 2 ranks" in log(folder, "two")
     assert "row-wise" not in log(folder, "one")
 
 
-def test_a_model_written_by_parts_answers(found, folder):
+def test_a_model_written_in_parts_answers_queries(found, folder):
     answers = [Retriever.load(folder / run).recommend(["u003"], k=5) for run in ("one", "two")]
     assert len(answers[0]) == 5 and answers[0]["item"].to_list() == answers[1]["item"].to_list()
 
 
-def test_towers_that_read_sequences_and_mined_negatives_are_those_of_one_process(tmp_path):
+def test_sequence_towers_and_mined_negatives_equal_those_of_one_process(tmp_path):
     planted(queries=80).write_parquet(tmp_path / "planted.parquet")
     ended = scenario("sequences", tmp_path / "planted.parquet", tmp_path)
     assert ended["one"] == [0] and ended["two"] == ended["shared"] == ended["mined-2"] == ended["killed"][-1] == [
@@ -113,21 +113,21 @@ def test_towers_that_read_sequences_and_mined_negatives_are_those_of_one_process
     for name, expected in weights["one"].items():
         seen = torch.ones_like(expected, dtype=torch.bool)
         if name.endswith("attention.projection.bias"):
-            seen.view(3, -1)[1] = False  # the keys': see cases.py
+            seen.view(3, -1)[1] = False  # of the keys: see cases.py
         for run in ("two", "shared"):
             found = weights[run][name]
             torch.testing.assert_close(
-                found[seen], expected[seen], rtol=0, atol=1e-5, msg=lambda said, n=name: f"{n}: {said}"
+                found[seen], expected[seen], rtol=0, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
             )
         assert torch.equal(weights["killed"][name], weights["shared"][name]), name
     for name, value in weights["mined-1"].items():
         torch.testing.assert_close(
-            weights["mined-2"][name], value, rtol=0, atol=1e-5, msg=lambda said, n=name: f"mined, {n}: {said}"
+            weights["mined-2"][name], value, rtol=0, atol=1e-5, msg=lambda text, n=name: f"mined, {n}: {text}"
         )
 
 
 def everything(folder):
-    """Weights, item embeddings and the state of the optimizer of a run, by name."""
+    """Return weights, item embeddings and optimizer state of a run, by name."""
     found = {}
     for file in ("towers.safetensors", "items.safetensors"):
         found |= load_file(folder / "model" / file)
@@ -135,9 +135,9 @@ def everything(folder):
     return found | {f"{number}.{name}": one for number, state in states.items() for name, one in state.items()}
 
 
-def test_a_training_goes_on_by_rows_as_in_one_process(tmp_path):
+def test_incremental_training_with_sharded_tables_equals_one_process(tmp_path):
     may = planted(queries=80)
-    # New and old users and items; the ids of new ones stand between those of the old.
+    # New and old users and items; new ids sort between old ones.
     june = planted(queries=100, items=130, seed=1).with_columns(
         pl.col("user_id") + pl.when(pl.int_range(pl.len()) % 3 == 0).then(pl.lit("b")).otherwise(pl.lit("")),
         pl.col("item_id") * 2 - 60,
@@ -174,14 +174,14 @@ def test_a_table_larger_than_a_process_trains_on_two(folder):
     data, here = folder / "large.parquet", folder / "limited"
     here.mkdir()
     frame.write_parquet(data)
-    later = frame.sample(3_000, seed=1)  # of other items than these users have had
+    later = frame.sample(3_000, seed=1)  # with items that are new to these users
     later = later.with_columns((pl.col("item_id") + 7) % items, pl.col("timestamp") + rows)
     later.write_parquet(folder / "later.parquet")
     table = items * width * 4
     found = scenario("limited", data, here, str(int(2.9 * table)))  # with Adam's state a table is three
     assert found["limited-1"] == [2], log(here, "limited-1")
-    told = log(here, "limited-1")
-    assert "tables of" in told and "several processes that share the rows" in told and "Traceback" not in told
+    output = log(here, "limited-1")
+    assert "tables of" in output and "several processes with sharded rows" in output and "Traceback" not in output
     assert found["limited-2"] == [0, 0], log(here, "limited-2")
     weights = load_file(here / "limited-2" / "model" / "towers.safetensors")["item_tower.ids.weight"]
     assert weights.nbytes > 0.95 * table and bool(weights.isfinite().all())

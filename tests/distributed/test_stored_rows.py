@@ -1,4 +1,4 @@
-"""Tensors that stay in their files, and tables that ranks grow from them, each reading its own rows."""
+"""Tests of tensors left in their files, and of tables that ranks grow from them, each reading only its own rows."""
 
 import shutil
 
@@ -18,7 +18,7 @@ from twotower.training.optimizers import TableOptimizer
 
 
 class Asked:
-    """A stored tensor that notes which of its rows were read."""
+    """A stored tensor that records which rows were read."""
 
     def __init__(self, rows):
         self.rows, self.asked = rows, torch.zeros(len(rows), dtype=torch.bool)
@@ -34,7 +34,7 @@ class Asked:
         return self.rows[index]
 
 
-def test_rows_of_a_file_are_those_of_its_tensors(tmp_path):
+def test_rows_of_a_file_equal_those_of_its_tensors(tmp_path):
     torch.manual_seed(0)
     tensors = {
         "table": torch.randn(11, 3),
@@ -61,7 +61,7 @@ def test_rows_of_a_file_are_those_of_its_tensors(tmp_path):
         stored_tensors(tmp_path / "some.safetensors")
 
 
-def test_a_tensor_with_two_names_is_told_of(tmp_path):
+def test_the_metadata_lists_a_tensor_with_two_names(tmp_path):
     model = nn.ModuleDict({"one": nn.Embedding(3, 2)})
     model["other"] = model["one"]
     save_model(model, str(tmp_path / "tied.safetensors"))
@@ -72,7 +72,7 @@ def test_a_tensor_with_two_names_is_told_of(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool])
 @pytest.mark.parametrize("size", [2, 3, 7])
-def test_parts_of_a_grown_table_are_the_whole_and_read_no_other_rows(tmp_path, size, dtype):
+def test_parts_of_a_grown_table_form_the_whole_and_read_no_other_rows(tmp_path, size, dtype):
 
     def drawn(*shape):
         values = torch.randn(shape)
@@ -80,7 +80,7 @@ def test_parts_of_a_grown_table_are_the_whole_and_read_no_other_rows(tmp_path, s
 
     torch.manual_seed(size)
     old, total, padding = 20, 33, 1
-    new_codes = torch.randperm(total - padding)[:old]  # in any order, and two rows leave
+    new_codes = torch.randperm(total - padding)[:old]  # in any order, and two rows are removed
     new_codes[[4, 17]] = -1
     save_file({"old": drawn(old + padding, 3)}, tmp_path / "old.safetensors")
     stored = stored_tensors(tmp_path / "old.safetensors")[0]["old"]
@@ -104,7 +104,7 @@ def test_parts_of_a_grown_table_are_the_whole_and_read_no_other_rows(tmp_path, s
 
 
 @pytest.mark.parametrize("rule", ["adam", "rowwise-adagrad"])
-def test_the_state_of_a_part_goes_on(rule):
+def test_the_optimizer_state_of_a_part_is_transferred(rule):
     old, total, width = 6, 9, 4
     new_codes = torch.tensor([0, 3, -1, 8, 2, 5])
     states = {"sum": torch.rand(old)} if rule != "adam" else {n: torch.rand(old, width) for n in ("mean", "variance")}
@@ -129,7 +129,7 @@ def test_the_state_of_a_part_goes_on(rule):
 
 
 @pytest.mark.parametrize("kept", ["adam.row-wise.2.ckpt", "rowwise-adagrad.column-wise.3.ckpt", "adam.by table.2.ckpt"])
-def test_an_opened_checkpoint_of_ranks_is_the_one_that_is_read(done_by_ranks, tmp_path, kept):
+def test_an_opened_checkpoint_equals_the_loaded_one(done_by_ranks, tmp_path, kept):
     read, opened = SafeCheckpointIO().load_checkpoint(done_by_ranks / kept), open_checkpoint(done_by_ranks / kept)
     assert opened["state_dict"].keys() == read["state_dict"].keys()
     for name, tensor in read["state_dict"].items():
@@ -147,7 +147,7 @@ def test_an_opened_checkpoint_of_ranks_is_the_one_that_is_read(done_by_ranks, tm
         open_checkpoint(tmp_path / kept)
 
 
-def test_runs_that_do_not_meet_are_refused(tmp_path):
+def test_parts_with_gaps_are_refused(tmp_path):
     save_file({"rows": torch.ones(4, 2)}, tmp_path / "part.safetensors")
     rows = stored_tensors(tmp_path / "part.safetensors")[0]["rows"]
     assert len(joined("rows", torch.Size([8, 2]), [(4, rows), (0, rows)])) == 8

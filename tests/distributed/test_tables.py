@@ -1,4 +1,4 @@
-"""Tables that ranks share, beside whole ones: the start, checkpoints, the search, the model folder, who decides."""
+"""Tests of sharded tables against whole ones: initialization, checkpoints, search, model folder, placement."""
 
 import sys
 from pathlib import Path
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.timeout(1000)  # a busy machine
 
 
 @pytest.mark.parametrize(("rows", "width"), [(5, 3), (4, 4), (1001, 7), (BLOCK // 4 + 5, 5)])
-def test_parts_of_a_table_start_as_the_whole(rows, width):
+def test_parts_of_a_table_are_initialized_as_the_whole(rows, width):
     torch.manual_seed(2)
     whole = torch.empty(rows, width)
     fill_normal(whole, 0.3)
@@ -44,7 +44,7 @@ def test_parts_of_a_table_start_as_the_whole(rows, width):
                 assert torch.equal(torch.rand(2), after)
 
 
-def test_parts_are_the_whole_once():
+def test_parts_cover_the_whole_once():
     for rows in (0, 1, 2, 4, 7, 100):
         for size in (2, 3, 5):
             for made in (
@@ -58,7 +58,7 @@ def test_parts_are_the_whole_once():
                 assert bool((held == 1).all())
 
 
-def test_a_row_that_was_not_fetched_is_not_looked_up():
+def test_looking_up_a_row_that_was_not_fetched_is_an_error():
     ranks = Ranks(1, 2)
     with placed_tables({"item": Rows(ranks, 10), "query": Columns(ranks, 10, 4)}):
         table, whole = EmbeddingTable(10, 4, name="item"), EmbeddingTable(10, 4)
@@ -108,7 +108,7 @@ def test_a_checkpoint_without_a_part_is_an_error_that_names_it(done_by_ranks, tm
 
 @pytest.mark.parametrize("placement", tables.PLACEMENTS)
 @pytest.mark.parametrize("size", [2, 3])
-def test_a_search_by_parts_is_that_of_one_process(done_by_ranks, size, placement):
+def test_a_sharded_search_equals_that_of_one_process(done_by_ranks, size, placement):
     alone = tables.ranked_alone()
     for rank in range(size):
         found = torch.load(done_by_ranks / f"searched.{placement}.{size}.{rank}.pt", weights_only=False)
@@ -118,14 +118,14 @@ def test_a_search_by_parts_is_that_of_one_process(done_by_ranks, size, placement
 
 @pytest.mark.parametrize("placement", tables.PLACEMENTS)
 @pytest.mark.parametrize("size", [2, 3])
-def test_negatives_mined_by_parts_are_those_of_one_process(done_by_ranks, size, placement):
+def test_negatives_mined_by_ranks_equal_those_of_one_process(done_by_ranks, size, placement):
     expected = tables.mined(tables.with_ties(tables.model(Ranks())))
     assert bool((expected >= 0).all())
     for rank in range(size):
         assert torch.equal(torch.load(done_by_ranks / f"mined.{placement}.{size}.{rank}.pt"), expected)
 
 
-def test_merging_is_one_index(rng=0):
+def test_merging_equals_one_index(rng=0):
     torch.manual_seed(rng)
     items, queries = torch.randint(-1, 2, (50, 3)).float(), torch.randint(-1, 2, (9, 3)).float()  # many ties
     expected = ExactIndex(items).search(queries, 12)
@@ -139,7 +139,7 @@ def test_merging_is_one_index(rng=0):
 
 @pytest.mark.parametrize("placement", tables.PLACEMENTS)
 @pytest.mark.parametrize("size", [2, 3])
-def test_a_model_written_by_parts_is_that_of_one_process(done_by_ranks, tmp_path, size, placement):
+def test_a_model_written_in_parts_equals_that_of_one_process(done_by_ranks, tmp_path, size, placement):
     towers = tables.with_ties(tables.model(Ranks()))
     alone = tables.artifact(towers, towers.item_embeddings())
     alone.save(tmp_path / "alone")
@@ -149,18 +149,18 @@ def test_a_model_written_by_parts_is_that_of_one_process(done_by_ranks, tmp_path
         assert found.keys() == expected.keys()
         for key, value in expected.items():
             torch.testing.assert_close(found[key], value, rtol=0, atol=1e-6 if key == "embeddings" else 0)
-    read = Artifact.load(written)  # checksums included
+    read = Artifact.load(written)  # including checksums
     for name, value in towers.state_dict().items():
         assert torch.equal(read.towers.state_dict()[name], value), name
 
 
-def told(placement):
+def placed_as(placement):
     return f"training.table_placement={placement}"
 
 
 @pytest.fixture
 def placed(monkeypatch):
-    """Where the tables go with so much memory left."""
+    """Return a function that places the tables for a given amount of memory."""
     data = cases.interactions()
 
     def place(available, *changes, size=1):
@@ -174,38 +174,38 @@ def placed(monkeypatch):
     return place
 
 
-def test_who_shares_is_decided_by_size(placed):
+def test_sharding_is_decided_by_size(placed):
     each = (cases.NUM_ITEMS + cases.NUM_QUERIES) * 8 * 4 * 3  # Adam
-    assert placed(each, size=2).parts == {"item": Rows(Ranks(0, 2), cases.NUM_ITEMS)}  # whole tables would take all
-    for available, words in ((3 * each, ()), (None, ()), (3 * each, (told("row-wise"),))):
-        size = 1 if words else 2  # a process alone has whole tables
+    assert placed(each, size=2).parts == {"item": Rows(Ranks(0, 2), cases.NUM_ITEMS)}  # whole tables would fill it
+    for available, words in ((3 * each, ()), (None, ()), (3 * each, (placed_as("row-wise"),))):
+        size = 1 if words else 2  # a single process has whole tables
         assert placed(available, *words, size=size).parts == {}
-    assert placed(each, told("{query: replicated}"), size=2).parts.keys() == {"item"}
-    with pytest.raises(InputError, match=r"tables of 100 rows.*several processes that share the rows.*row-wise"):
+    assert placed(each, placed_as("{query: replicated}"), size=2).parts.keys() == {"item"}
+    with pytest.raises(InputError, match=r"tables of 100 rows.*several processes with sharded rows.*row-wise"):
         placed(each - 1)
     with pytest.raises(InputError, match="expected training.table_placement=row-wise"):
-        placed(each - 1, told("replicated"), size=2)
+        placed(each - 1, placed_as("replicated"), size=2)
     with pytest.raises(InputError, match=r"a rank's part of tables.*more processes"):
-        placed(each // 2 - 1, told("row-wise"), size=2)
-    # On one rank each the larger one needs more than half.
+        placed(each // 2 - 1, placed_as("row-wise"), size=2)
+    # Table-wise, the larger table needs more than half.
     largest = cases.NUM_ITEMS * 8 * 4 * 3
-    assert placed(largest, told("table-wise"), size=2).parts.keys() == {"item", "query"}
+    assert placed(largest, placed_as("table-wise"), size=2).parts.keys() == {"item", "query"}
     with pytest.raises(InputError, match=r"a rank's part of tables"):
-        placed(largest - 1, told("table-wise"), size=2)
+        placed(largest - 1, placed_as("table-wise"), size=2)
 
 
-def test_the_settings_say_where_each_table_goes(placed):
+def test_the_settings_place_each_table(placed):
     ranks, items, queries = Ranks(0, 2), cases.NUM_ITEMS, cases.NUM_QUERIES
     everything = {"item": items, "history": items, "query": queries}
     own = cases.OWN_HISTORY
-    found = placed(None, own, told("column-wise"), size=2).parts
+    found = placed(None, own, placed_as("column-wise"), size=2).parts
     assert found == {name: Columns(ranks, rows, 8) for name, rows in everything.items()}
-    found = placed(None, own, told("table-wise"), size=2).parts
-    # The largest first, to the emptiest rank: history, item, then query beside either.
+    found = placed(None, own, placed_as("table-wise"), size=2).parts
+    # Largest first, to the emptiest rank: history, item, then query with one of them.
     assert found == {name: Rows(ranks, rows, int(name == "item")) for name, rows in everything.items()}
-    found = placed(None, own, told("{item: row-wise, query: table-wise}"), size=2).parts
+    found = placed(None, own, placed_as("{item: row-wise, query: table-wise}"), size=2).parts
     assert found == {"item": Rows(ranks, items), "query": Rows(ranks, queries, 0)}
     with pytest.raises(InputError, match=r"no table 'items'; this model's id tables: item, query$"):
-        placed(None, told("{items: row-wise}"), size=2)
+        placed(None, placed_as("{items: row-wise}"), size=2)
     with pytest.raises(InputError, match=r"table_placement.*'by-row'"):
-        placed(None, told("by-row"))
+        placed(None, placed_as("by-row"))

@@ -1,4 +1,4 @@
-"""What ranks tell each other outside of exchanges, and which rows each of them touches."""
+"""Tests of coordination outside of collectives, and of the rows that each rank reads."""
 
 import contextlib
 import threading
@@ -28,7 +28,7 @@ def store(tmp_path):
 
 
 def together(store, work):
-    """`work(team)` on three ranks, threads of this process; what each gave."""
+    """Run `work(team)` on three ranks, threads of this process; return the results."""
     gave = [None] * 3
     threads = [
         threading.Thread(target=lambda r=rank: gave.__setitem__(r, work(Team(Ranks(r, 3), store)))) for rank in range(3)
@@ -41,7 +41,7 @@ def together(store, work):
 
 
 class Clock:
-    """Time for those who wait in `called_together`: it passes when the test says so."""
+    """A clock for waits in `called_together`, advanced by the test."""
 
     def __init__(self):
         self.now, self.pauses = 0.0, Counter()
@@ -54,7 +54,7 @@ class Clock:
         time.sleep(0.001)
 
     def all_have_looked(self, threads):
-        """Return when each of them has ended, or has seen what the others said until now and has paused again."""
+        """Wait until each thread has ended, or has seen the current messages and paused again."""
         for _ in range(4):  # the words, the roll, the answers to it, and what is agreed
             for thread in threads:
                 goal = self.pauses[thread.ident] + 2
@@ -70,61 +70,61 @@ def clock(monkeypatch):
 
 
 def called(store, ranks, clock, restarts=(0, 0, 0), local_sizes=(1, 1, 1)):
-    """What `called_together` gives on some of three ranks, which come one after another; an error as its text."""
+    """Return the results of `called_together` on some of three ranks that join one by one; errors as text."""
     gave = {}
 
     def come(rank):
-        told = Launch(rank, 3, local_size=local_sizes[rank], restarts=restarts[rank])
+        launch = Launch(rank, 3, local_size=local_sizes[rank], restarts=restarts[rank])
         try:
-            gave[rank] = called_together(store, told, 20.0)
+            gave[rank] = called_together(store, launch, 20.0)
         except (dist.DistStoreError, InputError) as error:
             gave[rank] = str(error)
 
     threads = [threading.Thread(target=come, args=(rank,)) for rank in ranks]
     for number, thread in enumerate(threads):
         thread.start()
-        clock.all_have_looked(threads[: number + 1])  # a head start, for those that come late to find what was said
+        clock.all_have_looked(threads[: number + 1])  # a head start, so that late ranks find earlier messages
     clock.now += 21 if len(ranks) < 3 else 0
     for thread in threads:
         thread.join(60)
     return [gave[rank] for rank in sorted(gave)]
 
 
-def test_an_attempt_has_a_name_of_its_own_also_after_one_that_not_all_lived_to_see(store, clock):
-    alone = {False: "the first rank did not come in 20 s", True: "not all ranks came in 20 s"}
+def test_an_attempt_has_a_unique_name_even_after_an_incomplete_one(store, clock):
+    alone = {False: "rank 0 did not join within 20 s", True: "not all ranks joined within 20 s"}
     names = []
     for coming in ([0, 1, 2], [1, 2], [2, 1, 0], [0, 1], [1, 0, 2]):
         gave = called(store, coming, clock)
-        if len(coming) < 3:  # what they have said stays in the store
+        if len(coming) < 3:  # their messages stay in the store
             assert gave == [alone[0 in coming]] * 2
             continue
-        assert gave == [(gave[0][0], False)] * 3, "nobody has begun"
+        assert gave == [(gave[0][0], False)] * 3, "no attempt has begun"
         names.append(gave[0][0])
     assert len(set(names)) == 3
 
 
-def test_an_attempt_goes_on_where_an_earlier_one_has_begun(store, clock):
+def test_an_attempt_resumes_if_an_earlier_one_has_begun(store, clock):
     def goes_on(restarts):
-        (name, told), *others = called(store, [0, 1, 2], clock, restarts=restarts)
-        assert others == [(name, told)] * 2
-        return told
+        (name, goes_on), *others = called(store, [0, 1, 2], clock, restarts=restarts)
+        assert others == [(name, goes_on)] * 2
+        return goes_on
 
     assert not goes_on((0, 0, 0))
-    assert not goes_on((1, 0, 1)), "the one before was refused, or died too early: what is there is not its own"
+    assert not goes_on((1, 0, 1)), "the earlier attempt was refused or died too early: the run folder is not its own"
     Team(Ranks(1, 3), store, attempts=store).begins()
-    assert not store.check([BEGUN]), "the first rank says it"
+    assert not store.check([BEGUN]), "only rank 0 records it"
     Team(Ranks(0, 3), store, attempts=store).begins()
     assert goes_on((0, 0, 0)), "a machine whose own processes never died counts no restart"
 
 
-def test_a_store_that_does_not_outlive_an_attempt_leaves_the_launchers_count(store, clock):
+def test_without_a_lasting_store_the_launchers_count_decides(store, clock):
     first, *others = called(store, [0, 1, 2], clock, restarts=(0, 3, 1))
     assert first[1] is True and others == [first] * 2
 
 
 def test_machines_with_different_numbers_of_processes_are_refused_on_every_rank(store, clock):
-    told = "torchrun: machines with 1 and 2 processes; expected the same --nproc-per-node on each"
-    assert called(store, [0, 1, 2], clock, local_sizes=(2, 2, 1)) == [told] * 3
+    message = "torchrun: machines with 1 and 2 processes; expected the same --nproc-per-node on all"
+    assert called(store, [0, 1, 2], clock, local_sizes=(2, 2, 1)) == [message] * 3
 
 
 def lost(team, wait):
@@ -143,7 +143,7 @@ def lost(team, wait):
     ],
     ids=["first", "all", "said"],
 )
-def test_who_waits_for_a_rank_that_has_failed_is_told_what_happened(store, wait):
+def test_waiting_for_a_failed_rank_raises_its_error(store, wait):
     last = []
 
     def work(team):
@@ -161,12 +161,12 @@ def test_who_waits_for_a_rank_that_has_failed_is_told_what_happened(store, wait)
         return str(caught.value)
 
     first, *others = together(store, work)
-    assert first is None and last == ["other", "other", "first"], "the store may go with the first rank"
+    assert first is None and last == ["other", "other", "first"], "rank 0 leaves last, because it may own the store"
     assert all("(rank 0 has failed: part-7.parquet: row 3 is wrong)" in said for said in others), others
-    assert "rank 1 has failed" not in others[1], "that rank 1 has heard of it is no news"
+    assert "rank 1 has failed" not in others[1], "a rank that only received the error is not a cause"
 
 
-def test_a_rank_that_is_long_at_work_is_waited_for_and_a_silent_one_is_not(store):
+def test_a_busy_rank_is_awaited_and_a_silent_one_is_not(store):
     began = threading.Barrier(3)
 
     def work(silent):
@@ -189,8 +189,8 @@ def test_a_rank_that_is_long_at_work_is_waited_for_and_a_silent_one_is_not(store
     assert first is None and all("rank 0 has not been heard of for 1 s" in said for said in others)
 
 
-def test_whoever_stood_still_gives_the_others_time_to_be_heard(store, monkeypatch):
-    """Processes that are stopped together, and later go on: the clock has gone on meanwhile, and nobody was silent."""
+def test_a_suspended_process_gives_the_others_time_to_send_heartbeats(store, monkeypatch):
+    """Processes are suspended together and resumed later: the clock has advanced, but none counts as silent."""
     hours = [0.0]
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + hours[0], sleep=time.sleep)
     monkeypatch.setattr(team_module, "time", clock)
@@ -207,7 +207,7 @@ def test_whoever_stood_still_gives_the_others_time_to_be_heard(store, monkeypatc
     assert said == [None]
 
 
-def test_all_make_it_at_the_same_moment_and_wait_for_each_other(store):
+def test_all_ranks_work_at_the_same_time_and_wait_for_each_other(store):
     inside, done = threading.Barrier(3), []
 
     def make():
@@ -217,13 +217,13 @@ def test_all_make_it_at_the_same_moment_and_wait_for_each_other(store):
 
     def work(team):
         made = team.all_at_once(make, "data")
-        assert len(done) == 3, "nobody goes on before all have done it"
+        assert len(done) == 3, "no rank continues before all have finished"
         return made
 
     assert sorted(together(store, work)) == [1, 2, 3]
 
 
-def test_everybody_hears_the_first(store):
+def test_every_rank_gets_the_value_of_rank_0(store):
     assert together(store, lambda team: team.said_by_first("files", f"rank {team.ranks.rank}")) == ["rank 0"] * 3
     assert Team(Ranks()).said_by_first("files", "mine") == "mine"
     assert Team(Ranks()).all_at_once(lambda: 5, "data") == 5
@@ -245,15 +245,15 @@ def test_a_folder_that_not_all_ranks_share_is_refused_on_every_rank(store, tmp_p
 
     assert together(store, work(None)) == [None] * 3
     said = (
-        "rank 2 does not find what the first rank writes there; give a folder on a file system that all machines share"
+        "rank 2 does not see the files that rank 0 writes there; use a folder on a file system that all machines share"
     )
     assert together(dist.PrefixStore("again", store), work(2)) == [f"{places[rank == 2]}: {said}" for rank in range(3)]
-    assert not any(list(place.iterdir()) for place in places), "no mark is left"
+    assert not any(list(place.iterdir()) for place in places), "no mark file remains"
     Team(Ranks()).require_shared(tmp_path / "nowhere")
 
 
 class Watched(np.ndarray):
-    """Remembers which of its values were read."""
+    """An array that records which values were read."""
 
     def __getitem__(self, at):
         self.read.update(np.asarray(at).reshape(-1).tolist())
@@ -264,7 +264,7 @@ class Watched(np.ndarray):
         return np.asarray(self).take(at, mode=mode)
 
 
-def test_a_rank_reads_its_own_rows_of_the_prepared_data_and_no_others(planted_data):
+def test_a_rank_reads_only_its_own_rows_of_the_prepared_data(planted_data):
     whole = list(TrainingBatches(planted_data, 64, seed=3))
     codes = planted_data.item_codes
     touched = []
@@ -278,7 +278,7 @@ def test_a_rank_reads_its_own_rows_of_the_prepared_data_and_no_others(planted_da
             planted_data.item_codes = codes
         own = set()
         for batch, all_rows in zip(batches, whole, strict=True):
-            assert batch.rows.tolist() == all_rows.rows.tolist()[Ranks(rank, 2).part(64)], "the order is that of one"
+            assert batch.rows.tolist() == all_rows.rows.tolist()[Ranks(rank, 2).part(64)], "same order as one process"
             own |= set(batch.rows.tolist())
         histories = {max(row - back, 0) for row in own for back in (1, 2)}
         assert own <= watched.read <= own | histories

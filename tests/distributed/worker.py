@@ -1,4 +1,4 @@
-"""The ranks of the test: each trains every case it is part of and writes what came of it. Started by test_ranks.py."""
+"""The ranks of the test: each trains every case it is part of and writes the results. Started by test_ranks.py."""
 
 import sys
 from pathlib import Path
@@ -29,5 +29,5 @@ def work(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    told = Path(sys.argv[1])
-    sys.exit(run_ranks(RANKS, told, lambda: work(told)) != 0)
+    out = Path(sys.argv[1])
+    sys.exit(run_ranks(RANKS, out, lambda: work(out)) != 0)

@@ -1,4 +1,4 @@
-"""Lets the tests of this room import the helpers beside them."""
+"""Make the helper modules of this folder importable."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Slow reference of ranking and its metrics: plain Python loops over float64, sharing nothing with `src`."""
+"""Slow reference implementation of ranking and metrics: plain float64 loops that share no code with `src`."""
 
 import math
 
@@ -11,7 +11,7 @@ def splitmix(code):
 
 
 def top_items(scores, k, excluded=()):
-    """The k best items of one row of scores: by score, then hash, then code; -1 where none is left."""
+    """Return the k best items of one row of scores: by score, then hash, then code; -1 if none is left."""
     excluded = set(excluded)
     left = [item for item in range(len(scores)) if item not in excluded and scores[item] != -math.inf]
     left.sort(key=lambda item: (-scores[item], splitmix(item), item))
@@ -29,7 +29,7 @@ def inner_products(queries, items, bias=None):
 
 
 def metrics(ranked, targets, k):
-    """(recall, ndcg, reciprocal rank, hit) of one query; targets is a non-empty set."""
+    """Return (recall, ndcg, reciprocal rank, hit) of one query; targets is a non-empty set."""
     found = [rank for rank, item in enumerate(ranked[:k], start=1) if item in targets]
     gained = math.fsum(1 / math.log2(rank + 1) for rank in found)
     ideal = math.fsum(1 / math.log2(rank + 1) for rank in range(1, min(k, len(targets)) + 1))
@@ -37,7 +37,7 @@ def metrics(ranked, targets, k):
 
 
 def thirds(counts):
-    """0 head, 1 mid, 2 tail by cumulated interactions before the item."""
+    """Assign 0 head, 1 mid, 2 tail by the cumulative interactions before the item."""
     total, before, result = sum(counts), 0, [2] * len(counts)
     for item in sorted(range(len(counts)), key=lambda j: (-counts[j], j)):
         result[item] = 0 if before < total / 3 else 1 if before < 2 * total / 3 else 2
@@ -46,7 +46,7 @@ def thirds(counts):
 
 
 def knn_scores(train_rows, num_items, history, neighbours, shrink):
-    """Item-kNN scores of one history, float64."""
+    """Compute the item-kNN scores of one history in float64."""
     rows = [set(row) for row in train_rows]
     holds = [{q for q, row in enumerate(rows) if item in row} for item in range(num_items)]
     scores = [0.0] * num_items
@@ -63,7 +63,7 @@ def knn_scores(train_rows, num_items, history, neighbours, shrink):
 
 
 def random_expectation(num_left, num_targets, k):
-    """Expected (recall, ndcg, reciprocal rank, hit) at k of a ranking drawn at random among `num_left` items."""
+    """Return expected (recall, ndcg, reciprocal rank, hit) at k of a random ranking of `num_left` items."""
     share = num_targets / num_left
     ideal = math.fsum(1 / math.log2(rank + 1) for rank in range(1, min(k, num_targets) + 1))
     gained = share * math.fsum(1 / math.log2(rank + 1) for rank in range(1, k + 1))
@@ -76,7 +76,7 @@ def random_expectation(num_left, num_targets, k):
 
 
 def parts(counts, number):
-    """Each item's part of the interactions, by walking down the popularity ranking."""
+    """Assign each item to its part of the interactions by walking down the popularity ranking."""
     total, before, result = sum(counts), 0, [number - 1] * len(counts)
     for item in sorted(range(len(counts)), key=lambda j: (-counts[j], j)):
         if total:
@@ -86,7 +86,7 @@ def parts(counts, number):
 
 
 def beyond_accuracy(lists, counts, embeddings, k):
-    """(coverage, Gini, novelty, popularity, diversity) by the definitions; each mean over queries with a value."""
+    """Return (coverage, Gini, novelty, popularity, diversity) by definition, means over queries with a value."""
     shown = [[item for item in row[:k] if item >= 0] for row in lists]
     times = sorted(sum(item in row for row in shown) for item in range(len(counts)))
     pairs = sum(abs(x - y) for x in times for y in times)

@@ -1,4 +1,4 @@
-"""Small data with the attributes that evaluation reads, and rankers whose answers are known."""
+"""Small fakes with the attributes that evaluation reads, and rankers with known rankings."""
 
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ class Train:
         return np.bincount(self.item_codes, minlength=self.num_items).astype(np.int64)
 
 
-class Asked:
+class FakeHoldout:
     """A holdout from lists of histories and targets."""
 
     name = "test"
@@ -43,7 +43,7 @@ class Asked:
 
 @dataclass
 class Scores:
-    """Ranks by a given matrix of scores."""
+    """A ranker by a given matrix of scores."""
 
     scores: torch.Tensor
 
@@ -56,7 +56,7 @@ class Scores:
 
 @dataclass
 class Fixed:
-    """Returns what it was given."""
+    """A ranker that returns a given ranking."""
 
     ranked: object
     is_exact: bool = True

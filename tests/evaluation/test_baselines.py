@@ -1,4 +1,4 @@
-"""The baselines against plain loops and dense algebra."""
+"""Tests of the baselines against plain loops and dense algebra."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_ranking import knn_scores, top_items
-from stand_ins import Asked, Train
+from stand_ins import FakeHoldout, Train
 
 from twotower.evaluation import EASE, ItemKNN, Popularity, baselines, cooccurrence, evaluate
 
@@ -17,30 +17,35 @@ def worlds(draw):
     item = st.integers(0, n - 1)
     rows = draw(st.lists(st.lists(item, max_size=10), min_size=1, max_size=8))
     histories = draw(st.lists(st.lists(item, max_size=10), min_size=1, max_size=4))
-    return Train(rows, n), Asked(histories, [[0]] * len(histories)), draw(st.integers(1, n + 2)), draw(st.booleans())
+    return (
+        Train(rows, n),
+        FakeHoldout(histories, [[0]] * len(histories)),
+        draw(st.integers(1, n + 2)),
+        draw(st.booleans()),
+    )
 
 
 @settings(max_examples=60, deadline=None)
 @given(worlds())
 def test_popularity_equals_slow_loops(world):
-    train, asked, k, exclude_seen = world
+    train, holdout, k, exclude_seen = world
     counts = train.item_counts().tolist()
-    expected = [top_items(counts, k, history if exclude_seen else ()) for history in asked.histories]
-    assert Popularity(train).rank(asked, k, exclude_seen).tolist() == expected
+    expected = [top_items(counts, k, history if exclude_seen else ()) for history in holdout.histories]
+    assert Popularity(train).rank(holdout, k, exclude_seen).tolist() == expected
 
 
 @settings(max_examples=60, deadline=None)
 @given(worlds(), st.sampled_from([1, 2, 5, None]), st.sampled_from([0.0, 3.0]))
 def test_item_knn_equals_slow_loops(world, neighbours, shrink):
-    train, asked, k, exclude_seen = world
-    ranked = ItemKNN(train, neighbours, shrink).rank(asked, k, exclude_seen).tolist()
-    for history, row in zip(asked.histories, ranked, strict=True):
+    train, holdout, k, exclude_seen = world
+    ranked = ItemKNN(train, neighbours, shrink).rank(holdout, k, exclude_seen).tolist()
+    for history, row in zip(holdout.histories, ranked, strict=True):
         scores = knn_scores(train.rows, train.num_items, history, neighbours or train.num_items, shrink)
         left = set(range(train.num_items)) - (set(history) if exclude_seen else set())
         found = [item for item in row if item >= 0]
         assert len(found) == min(k, len(left))
         assert set(found) <= left
-        # float32 similarities may part what float64 ties, and the other way round: compare the scores found.
+        # Items tied in float64 may differ in float32, and the other way round, so compare the scores found.
         best = sorted((scores[item] for item in left), reverse=True)[: len(found)]
         np.testing.assert_allclose([scores[item] for item in found], best, atol=1e-5)
 
@@ -48,7 +53,7 @@ def test_item_knn_equals_slow_loops(world, neighbours, shrink):
 def random_world(seed=0, queries=200, items=60):
     rng = np.random.default_rng(seed)
     rows = [rng.integers(0, items, size=rng.integers(0, 25)).tolist() for _ in range(queries)]
-    return Train(rows, items), Asked(rows[:50], [[0]] * 50)
+    return Train(rows, items), FakeHoldout(rows[:50], [[0]] * 50)
 
 
 def dense(rows, num_items):
@@ -67,24 +72,24 @@ def test_cooccurrences_in_blocks(monkeypatch, block):
 
 
 def test_item_knn_does_not_depend_on_blocks(monkeypatch):
-    train, asked = random_world(1)
-    whole = ItemKNN(train, 7, 0.0).rank(asked, 10, True)
+    train, holdout = random_world(1)
+    whole = ItemKNN(train, 7, 0.0).rank(holdout, 10, True)
     monkeypatch.setattr(cooccurrence, "_BLOCK_PAIRS", 100)
     monkeypatch.setattr(baselines, "_TILE_ELEMENTS", 1000)
-    assert torch.equal(ItemKNN(train, 7, 0.0).rank(asked, 10, True), whole)
+    assert torch.equal(ItemKNN(train, 7, 0.0).rank(holdout, 10, True), whole)
 
 
 def test_ease_solves_its_objective():
-    """W minimises |X - XW|^2 + l2 |W|^2 with a zero diagonal: column by column, ridge regression on the others."""
-    train, asked = random_world(2, items=20)
+    """W minimises |X - XW|^2 + l2 |W|^2 with zero diagonal: for each column, ridge regression on the others."""
+    train, holdout = random_world(2, items=20)
     matrix, l2 = dense(train.rows, 20), 3.0
     weights = np.zeros((20, 20))
     for j in range(20):
         others = [i for i in range(20) if i != j]
         x = matrix[:, others]
         weights[others, j] = np.linalg.solve(x.T @ x + l2 * np.eye(19), x.T @ matrix[:, j])
-    scores = dense(asked.histories, 20) @ weights
-    ranked = EASE(train, l2).rank(asked, 5, False).numpy()
+    scores = dense(holdout.histories, 20) @ weights
+    ranked = EASE(train, l2).rank(holdout, 5, False).numpy()
     np.testing.assert_allclose(np.take_along_axis(scores, ranked, 1), -np.sort(-scores, axis=1)[:, :5], atol=1e-4)
 
 
@@ -101,12 +106,12 @@ def test_settings_are_checked():
             call()
 
 
-def test_too_large_a_neighbourhood_is_left_out_and_told(monkeypatch):
-    train, asked = random_world()
+def test_item_knn_on_too_large_data_is_left_out_with_a_note(monkeypatch):
+    train, holdout = random_world()
     monkeypatch.setattr(baselines, "_MAX_PAIRS", 10)
     with pytest.raises(ValueError, match="item pairs"):
         ItemKNN(train)
-    asked = Asked([[1], [2]], [[3], [4]])
-    result = evaluate(Popularity(train), asked, train=train, ks=(5,))
+    holdout = FakeHoldout([[1], [2]], [[3], [4]])
+    result = evaluate(Popularity(train), holdout, train=train, ks=(5,))
     assert [row.name for row in result.rows] == ["model", "popularity"]
     assert "item-kNN baseline was left out" in str(result)

@@ -1,4 +1,4 @@
-"""Calibration and partition error against loops over float64, and against a model that is right by construction."""
+"""Tests of calibration and partition error against float64 loops and a model that is calibrated by construction."""
 
 import json
 import math
@@ -50,50 +50,50 @@ def test_calibration_equals_slow_loops(problem):
         with pytest.raises(ValueError, match="nothing to calibrate"):
             measured()
         return
-    asked = [e for e, left in enumerate(wanted) if left]
-    # As torch has them: float32.
+    evaluated = [e for e, left in enumerate(wanted) if left]
+    # Rounded to float32, as in torch.
     rows, columns = torch.tensor(queries).double().tolist(), torch.tensor(items).double().tolist()
-    p = {e: slow_probabilities(rows[e], columns, temperature, set(excluded[e])) for e in asked}
+    p = {e: slow_probabilities(rows[e], columns, temperature, set(excluded[e])) for e in evaluated}
     found = measured()
-    likelihood = np.mean([np.mean([math.log(p[e][j]) for j in wanted[e]]) for e in asked])
-    assert found.num_queries == len(asked)
+    likelihood = np.mean([np.mean([math.log(p[e][j]) for j in wanted[e]]) for e in evaluated])
+    assert found.num_queries == len(evaluated)
     assert found.log_likelihood == pytest.approx(likelihood)
     assert found.perplexity == pytest.approx(math.exp(-likelihood))
     pairs = [
         (p[e][j], 1 / len(wanted[e]) if j in wanted[e] else 0.0)
-        for e in asked
+        for e in evaluated
         for j in range(len(items))
         if j not in excluded[e]
     ]
     assert sum(one.pairs for one in found.bins) == len(pairs)
     assert sum(one.targets for one in found.bins) == sum(map(len, wanted))
-    assert sum(one.pairs * one.predicted for one in found.bins) == pytest.approx(len(asked))
-    assert sum(one.pairs * one.observed for one in found.bins) == pytest.approx(len(asked))
+    assert sum(one.pairs * one.predicted for one in found.bins) == pytest.approx(len(evaluated))
+    assert sum(one.pairs * one.observed for one in found.bins) == pytest.approx(len(evaluated))
     error = 0.0
     for one in found.bins:
         inside = [pair for pair in pairs if one.low * (1 - 1e-12) <= pair[0] <= one.high * (1 + 1e-12)]
-        # A pair on the very edge of two bins is in one of them.
+        # A pair exactly between two bins is in only one of them.
         if len(inside) == one.pairs:
             assert one.predicted == pytest.approx(np.mean([x for x, _ in inside]))
             assert one.observed == pytest.approx(np.mean([y for _, y in inside]))
         error += abs(one.predicted - one.observed) * one.pairs
-    assert found.expected_calibration_error == pytest.approx(error / len(asked))
+    assert found.expected_calibration_error == pytest.approx(error / len(evaluated))
     assert len(found.bins) <= bins
     json.dumps(found.to_dict(), allow_nan=False)
 
 
 def world(seed=0, queries=4000, items=50):
-    """Targets drawn from the model's own softmax."""
+    """Draw targets from the model's own softmax."""
     random = torch.Generator().manual_seed(seed)
     u, v = torch.randn(queries, 8, generator=random), torch.randn(items, 8, generator=random) * 0.8
     drawn = torch.multinomial(torch.softmax(u @ v.T, 1), 1, replacement=True, generator=random)
     return u, v, compressed(drawn.tolist())
 
 
-def test_a_model_that_is_right_is_calibrated_and_others_are_not():
+def test_only_the_true_model_is_calibrated():
     u, v, targets = world()
     right = softmax_calibration(u, v, targets)
-    # Chance alone: each of ten bins holds 400 of 4,000 targets, and is off by about sqrt(400) of them.
+    # Sampling error: each of ten bins has 400 of 4,000 targets, with a standard deviation of about sqrt(400).
     assert right.expected_calibration_error < 10 * math.sqrt(400) / 4000
     for one in right.bins:
         error = math.sqrt(one.targets) / one.pairs
@@ -102,10 +102,10 @@ def test_a_model_that_is_right_is_calibrated_and_others_are_not():
     for found in wrong:
         assert found.expected_calibration_error > 3 * right.expected_calibration_error
         assert found.perplexity > right.perplexity
-    # Overconfident: what it holds for most likely happens less often than it says.
+    # Overconfident: its most likely items occur less often than predicted.
     assert wrong[0].bins[-1].observed < wrong[0].bins[-1].predicted
     assert wrong[1].bins[-1].observed > wrong[1].bins[-1].predicted
-    # A constant of the query changes nothing: scores are compared within a query.
+    # A constant per query changes nothing: scores are compared within a query.
     shifted = softmax_calibration(
         torch.cat([u, 5 * torch.ones(4000, 1)], 1), torch.cat([v, torch.ones(50, 1)], 1), targets
     )
@@ -148,7 +148,7 @@ def batch(seed=0, rows=6):
     return u, v, torch.multinomial(COUNTS.double(), rows, replacement=True, generator=random)
 
 
-def test_the_whole_catalog_has_no_error():
+def test_the_full_catalog_has_no_error():
     u, v, positives = batch()
     found = partition_error(u, v, positives, Pool(Catalog(len(COUNTS))), temperature=0.3)
     np.testing.assert_allclose(found.per_row_mean, 0.0, atol=1e-6)
@@ -176,7 +176,7 @@ def test_the_error_equals_a_loop_and_its_estimate_is_unbiased():
     np.testing.assert_allclose(found.per_row_mean, rows.mean(axis=0), atol=1e-6)
     np.testing.assert_allclose(found.per_row_std, rows.std(axis=0, ddof=1), atol=1e-6)
     assert found.mean == pytest.approx(rows.mean(), abs=1e-6) and found.std == pytest.approx(rows.std(), abs=1e-6)
-    # Z_hat / Z has mean 1; its log lies below 0.
+    # Z_hat / Z has mean 1; the mean of its log is below 0.
     ratio = np.exp(rows)
     assert (np.abs(ratio.mean(axis=0) - 1) < 4 * ratio.std(axis=0) / math.sqrt(draws)).all()
     assert found.mean < 0
@@ -198,7 +198,7 @@ def test_more_candidates_err_less_and_no_correction_errs_more():
     assert abs(without.mean) > 1 > 10 * abs(mixed.mean)
 
 
-def test_candidates_of_single_rows_and_the_pools_mode():
+def test_per_row_candidates_and_the_mode_of_the_pool():
     u, v, positives = batch()
     pool = Pool(Sampled(Uniform(len(COUNTS)), 400, per_row=True))
     found = partition_error(u, v, positives, pool, draws=20, generator=torch.Generator().manual_seed(3))

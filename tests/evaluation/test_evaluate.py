@@ -1,4 +1,4 @@
-"""`evaluate` against plain loops, and what it must refuse and tell."""
+"""Tests of `evaluate` against plain loops, of its errors and of its notes."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from reference_ranking import metrics as slow_metrics
 from reference_ranking import thirds, top_items
 from rich.console import Console
-from stand_ins import Asked, Fixed, Scores, Train
+from stand_ins import FakeHoldout, Fixed, Scores, Train
 
 from twotower.evaluation import evaluate, evaluate_all
 
@@ -25,29 +25,38 @@ def problems(draw):
     targets = draw(st.lists(st.lists(item, max_size=5, unique=True), min_size=e, max_size=e))
     scores = draw(st.lists(st.lists(st.integers(-2, 2), min_size=n, max_size=n), min_size=e, max_size=e))
     ks = draw(st.lists(st.integers(1, n + 3), min_size=1, max_size=3))
-    return train, Asked(histories, targets), scores, ks, draw(st.booleans()), draw(st.sampled_from(["skip", "zero"]))
+    return (
+        train,
+        FakeHoldout(histories, targets),
+        scores,
+        ks,
+        draw(st.booleans()),
+        draw(st.sampled_from(["skip", "zero"])),
+    )
 
 
 @settings(max_examples=80, deadline=None)
 @given(problems())
 def test_full_ranking_equals_a_brute_force_reference(problem):
-    train, asked, scores, ks, exclude_seen, empty = problem
+    train, holdout, scores, ks, exclude_seen, empty = problem
     ranker = Scores(torch.tensor(scores).float())
-    wanted = [set(t) - (set(h) if exclude_seen else set()) for t, h in zip(asked.targets, asked.histories, strict=True)]
+    wanted = [
+        set(t) - (set(h) if exclude_seen else set()) for t, h in zip(holdout.targets, holdout.histories, strict=True)
+    ]
     counted = [e for e in range(len(wanted)) if wanted[e] or empty == "zero"]
     if not counted:
         with pytest.raises(ValueError, match="nothing to evaluate"):
-            evaluate(ranker, asked, train=train, ks=ks, exclude_seen=exclude_seen, empty=empty, baselines=False)
+            evaluate(ranker, holdout, train=train, ks=ks, exclude_seen=exclude_seen, empty=empty, baselines=False)
         return
-    result = evaluate(ranker, asked, train=train, ks=ks, exclude_seen=exclude_seen, empty=empty, baselines=False)
-    assert result.num_removed == sum(map(len, asked.targets)) - sum(map(len, wanted))
+    result = evaluate(ranker, holdout, train=train, ks=ks, exclude_seen=exclude_seen, empty=empty, baselines=False)
+    assert result.num_removed == sum(map(len, holdout.targets)) - sum(map(len, wanted))
     assert result.num_empty == sum(not targets for targets in wanted)
     assert result.num_targets == sum(map(len, wanted))
-    assert result.queries.tolist() == asked.queries[counted].tolist()
+    assert result.queries.tolist() == holdout.queries[counted].tolist()
     part = thirds(train.item_counts().tolist())
     row = result["model"]
     for k in ks:
-        lists = [top_items(scores[e], k, asked.histories[e] if exclude_seen else ()) for e in counted]
+        lists = [top_items(scores[e], k, holdout.histories[e] if exclude_seen else ()) for e in counted]
         slow = [
             slow_metrics(r, wanted[e], k) if wanted[e] else (0, 0, 0, 0) for r, e in zip(lists, counted, strict=True)
         ]
@@ -67,80 +76,80 @@ def test_full_ranking_equals_a_brute_force_reference(problem):
 
 
 def popular_world(queries=2000, items=200, seed=0):
-    """Item codes follow popularity, as codes assigned by frequency or by time do."""
+    """Build data whose item codes follow popularity, as codes assigned by frequency or by time do."""
     rng = np.random.default_rng(seed)
     weight = 1 / np.arange(1, items + 1)
     rows = [rng.choice(items, size=6, replace=False, p=weight / weight.sum()).tolist() for _ in range(queries)]
-    return Train([row[:5] for row in rows], items), Asked([row[:5] for row in rows], [row[5:] for row in rows])
+    return Train([row[:5] for row in rows], items), FakeHoldout([row[:5] for row in rows], [row[5:] for row in rows])
 
 
 def test_a_collapsed_model_scores_like_random():
-    train, asked = popular_world()
+    train, holdout = popular_world()
     k, n = 20, train.num_items - 5
     rng = np.random.default_rng(1)
     result = evaluate_all(
         {"constant": Scores(torch.full((2000, 200), 0.7)), "random": Scores(torch.from_numpy(rng.random((2000, 200))))},
-        asked, train=train, ks=(k,),
+        holdout, train=train, ks=(k,),
     )  # fmt: skip
-    # Skewed targets hit a fixed list or miss it together, so the chance here is over the choice of the list.
-    share = np.bincount([t[0] for t in asked.targets], minlength=200) / 2000
+    # Skewed targets all hit or all miss a fixed list, so the expectation here is over the choice of the list.
+    share = np.bincount([t[0] for t in holdout.targets], minlength=200) / 2000
     error = math.sqrt(k * (1 - k / n)) * share.std(ddof=1)
     assert abs(result["constant"].values[f"Recall@{k}"] - k / n) < 3 * error
     assert abs(result["random"].values[f"Recall@{k}"] - k / n) < 4 * math.sqrt(k / n / 2000)
-    # Ties broken by code would look like a good model: the test can fail.
-    by_code = evaluate(Scores(-torch.arange(200.0).expand(2000, 200)), asked, train=train, ks=(k,), baselines=False)
+    # Breaking ties by code would look like a good model, so this test can fail.
+    by_code = evaluate(Scores(-torch.arange(200.0).expand(2000, 200)), holdout, train=train, ks=(k,), baselines=False)
     assert by_code["model"].values[f"Recall@{k}"] > k / n + 6 * error
     assert by_code["model"].values[f"Recall@{k}"] > 3 * result["constant"].values[f"Recall@{k}"]
 
 
 def test_an_oracle_scores_one():
-    train, asked = popular_world(300)
+    train, holdout = popular_world(300)
     scores = torch.zeros(300, 200)
-    scores[torch.arange(300), torch.tensor([t[0] for t in asked.targets])] = 1.0
-    row = evaluate(Scores(scores), asked, train=train, ks=(1, 10))["model"]
+    scores[torch.arange(300), torch.tensor([t[0] for t in holdout.targets])] = 1.0
+    row = evaluate(Scores(scores), holdout, train=train, ks=(1, 10))["model"]
     for name in ("Recall@1", "NDCG@10", "MRR@10", "HR@1"):
         assert row.values[name] == 1.0
     assert all(row.slices[label]["Recall@1"] == 1.0 for label in ("head", "mid", "tail"))
 
 
-def test_only_the_order_counts():
-    """No metric looks at the sign or the size of a score."""
-    train, asked = popular_world(100)
+def test_only_the_order_of_scores_matters():
+    """No metric depends on the sign or the size of a score."""
+    train, holdout = popular_world(100)
     scores = torch.randint(-50, 50, (100, 200), generator=torch.Generator().manual_seed(0)).float()
     results = [
-        evaluate(Scores(s), asked, train=train, baselines=False).to_dict()
+        evaluate(Scores(s), holdout, train=train, baselines=False).to_dict()
         for s in (scores, scores - 1e4, scores * 1e-3)
     ]
     assert results[0] == results[1] == results[2]
 
 
-def test_the_table_holds_model_and_baselines():
-    train, asked = popular_world(100)
-    result = evaluate(Scores(torch.rand(100, 200)), asked, train=train, name="two-tower")
+def test_the_table_contains_model_and_baselines():
+    train, holdout = popular_world(100)
+    result = evaluate(Scores(torch.rand(100, 200)), holdout, train=train, name="two-tower")
     assert [row.name for row in result.rows] == ["two-tower", "popularity", "item-kNN"]
     text = str(result)
     for part in ("test: 100 queries, 100 targets", "200 items", "already seen excluded", "@10", "@20", "tail"):
         assert part in text
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
     console.print(result)
-    told = console.export_text()
-    assert "item-kNN" in told and "coverage" in told and "…" not in told, "a terminal of 80 characters cuts nothing off"
+    shown = console.export_text()
+    assert "item-kNN" in shown and "coverage" in shown and "…" not in shown, "nothing is truncated at 80 characters"
     model, best = result.rows[0], max(result.rows[1:], key=lambda row: row.values["NDCG@20"])
     verdict = "is above" if model.values["NDCG@20"] > best.values["NDCG@20"] else "does not beat"
     assert f"two-tower {verdict}" in text and best.name in text.split(verdict)[1].splitlines()[0]
     console.file.close()
-    assert "kept" in str(evaluate(Scores(torch.rand(100, 200)), asked, train=train, exclude_seen=False))
+    assert "seen included" in str(evaluate(Scores(torch.rand(100, 200)), holdout, train=train, exclude_seen=False))
     with pytest.raises(KeyError, match="no row"):
         result["other"]
 
 
-def test_targets_in_the_history_are_told():
-    train, asked = Train([[0, 1], [2]], 5), Asked([[1], [2, 3]], [[1, 4], [3]])
-    result = evaluate(Scores(torch.rand(2, 5)), asked, train=train, ks=(5,), baselines=False)
+def test_targets_in_the_history_are_noted():
+    train, holdout = Train([[0, 1], [2]], 5), FakeHoldout([[1], [2, 3]], [[1, 4], [3]])
+    result = evaluate(Scores(torch.rand(2, 5)), holdout, train=train, ks=(5,), baselines=False)
     assert (result.num_queries, result.num_targets, result.num_removed, result.num_empty) == (1, 1, 2, 1)
-    assert "2 targets already stand" in str(result)
+    assert "2 targets are already in their query's history" in str(result)
     assert "left out of the means" in str(result)
-    kept = evaluate(Scores(torch.rand(2, 5)), asked, train=train, ks=(5,), baselines=False, exclude_seen=False)
+    kept = evaluate(Scores(torch.rand(2, 5)), holdout, train=train, ks=(5,), baselines=False, exclude_seen=False)
     assert kept.num_targets == 3
     assert kept["model"].values["Recall@5"] == 1.0
     assert not kept.notes
@@ -156,14 +165,14 @@ def test_targets_in_the_history_are_told():
         ([[0]], "must return int64"),
     ],
 )
-def test_what_is_no_ranking_is_refused(ranked, message):
-    train, asked = Train([[0, 1], [2]], 5), Asked([[3]], [[1]])
+def test_an_invalid_ranking_is_refused(ranked, message):
+    train, holdout = Train([[0, 1], [2]], 5), FakeHoldout([[3]], [[1]])
     with pytest.raises(ValueError, match=message):
-        evaluate(Fixed(torch.tensor(ranked)), asked, train=train, ks=(2,), baselines=False)
+        evaluate(Fixed(torch.tensor(ranked)), holdout, train=train, ks=(2,), baselines=False)
 
 
 def test_settings_are_checked():
-    train, asked = Train([[0, 1], [2]], 5), Asked([[3]], [[1]])
+    train, holdout = Train([[0, 1], [2]], 5), FakeHoldout([[3]], [[1]])
     right = Fixed(np.array([[0, 1]]))
     inexact = Fixed(np.array([[0, 1]]), is_exact=False)
     for ranker, settings_, message in [
@@ -172,10 +181,10 @@ def test_settings_are_checked():
         (right, {"empty": "drop"}, "empty"),
         (right, {"name": "popularity", "baselines": True}, "two rankers"),
         (inexact, {}, "approximate"),
-        (right, {"holdout": Asked([[3]], [[7]])}, "item codes"),
+        (right, {"holdout": FakeHoldout([[3]], [[7]])}, "item codes"),
     ]:
-        given_ = {"holdout": asked, "ks": (2,), "baselines": False} | settings_
+        given_ = {"holdout": holdout, "ks": (2,), "baselines": False} | settings_
         with pytest.raises(ValueError, match=message):
             evaluate(ranker, given_.pop("holdout"), train=train, **given_)
-    allowed = evaluate(inexact, asked, train=train, ks=(2,), baselines=False, allow_approximate=True)
+    allowed = evaluate(inexact, holdout, train=train, ks=(2,), baselines=False, allow_approximate=True)
     assert allowed["model"].values["MRR@2"] == 0.5

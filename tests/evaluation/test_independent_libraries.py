@@ -1,4 +1,4 @@
-"""A whole evaluation against ranx and ir_measures: random scores with ties, repeats, missing and several positives."""
+"""Tests of evaluation against ranx and ir_measures: random scores with ties, repeats, no or several positives."""
 
 import os
 
@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_ranking import top_items
-from stand_ins import Asked, Scores, Train
+from stand_ins import FakeHoldout, Scores, Train
 
 from twotower.evaluation import evaluate
 
-os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # before ranx: compiling it takes longer than all tests of this room
+os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # before ranx: compiling it takes longer than all tests of this folder
 ranx = pytest.importorskip("ranx")
 
 
@@ -28,7 +28,7 @@ def problems(draw):
 
 
 def asked_of(problem):
-    """(queries with targets left, their targets, their ranked lists), by the documented order among ties."""
+    """Return (queries with targets left, their targets, their ranked lists), with the documented order of ties."""
     _, histories, targets, scores, k, exclude_seen = problem
     wanted = [set(t) - (set(h) if exclude_seen else set()) for t, h in zip(targets, histories, strict=True)]
     counted = [e for e, left in enumerate(wanted) if left]
@@ -38,7 +38,7 @@ def asked_of(problem):
 
 def by_ranx(wanted, lists, k):
     qrels = {str(q): {str(item): 1 for item in left} for q, left in enumerate(wanted)}
-    # A list that excludes everything is empty, which ranx does not know: an item that is no target says the same.
+    # If everything is excluded the list is empty, which ranx does not support; a non-target item is equivalent.
     run = {
         str(q): {str(item): 1.0 / rank for rank, item in enumerate(ranked, start=1)} or {"none": 1.0}
         for q, ranked in enumerate(lists)
@@ -67,7 +67,7 @@ def by_trec_eval(wanted, lists, k):
 def evaluated(problem):
     n, histories, targets, scores, k, exclude_seen = problem
     return evaluate(
-        Scores(torch.tensor(scores).float()), Asked(histories, targets), train=Train([[0]], n), ks=(k,),
+        Scores(torch.tensor(scores).float()), FakeHoldout(histories, targets), train=Train([[0]], n), ks=(k,),
         exclude_seen=exclude_seen, baselines=False,
     )  # fmt: skip
 
@@ -103,6 +103,6 @@ def test_larger_lists_and_the_comparison_can_fail(library):
     row = evaluated(problem)["model"]
     for metric, values in expected.items():
         np.testing.assert_allclose(row.per_query[f"{metric}@20"], values, atol=1e-6)
-    # Another order among ties gives other numbers, so the agreement is not for want of ties.
+    # Another order of ties gives other numbers, so the agreement above is not for lack of ties.
     other = [sorted(ranked, reverse=True) for ranked in lists]
     assert not np.allclose(row.per_query["NDCG@20"], library(wanted, other, 20)["NDCG"], atol=1e-6)

@@ -1,4 +1,4 @@
-"""Metrics against plain loops and against trec_eval (through ir_measures)."""
+"""Tests of the metrics against plain loops and against trec_eval (through ir_measures)."""
 
 import math
 
@@ -49,7 +49,7 @@ def random_rankings(seed=0, queries=40, items=60, width=25):
 
 
 def trec(ranked, targets, k):
-    """[E, 4] recall, NDCG, reciprocal rank, success at k, by trec_eval."""
+    """Return recall, NDCG, reciprocal rank and success at k by trec_eval, [E, 4]."""
     qrels = [ir_measures.Qrel(str(q), str(item), 1) for q, row in enumerate(targets) for item in row]
     run = [
         ir_measures.ScoredDoc(str(q), str(item), 1000.0 - rank)
@@ -70,7 +70,7 @@ def test_metrics_equal_an_independent_library(k):
 
 
 def test_the_comparison_can_fail():
-    """Common wrong variants are told apart from the right ones by the same data and tolerance."""
+    """Common wrong variants differ from the right ones on the same data by more than the tolerance."""
     k = 10
     ranked, targets = random_rankings(1)
     right = trec(ranked, targets, k)
@@ -93,7 +93,7 @@ def test_the_comparison_can_fail():
 
 
 def test_hits_of_large_codes():
-    """Codes above 2^24 and 2^32 stay apart: nothing passes through float32 or int32."""
+    """Codes above 2^24 and 2^32 stay distinct: nothing passes through float32 or int32."""
     big = 2**33
     ranked = np.array([[big, big + 1], [2**24 + 1, -1]], dtype=np.int64)
     found = hits(ranked, np.array([0, 1, 2]), np.array([big + 1, 2**24]))

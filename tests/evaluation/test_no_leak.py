@@ -1,4 +1,4 @@
-"""The history of a test query holds only what came before it, and all of it: every split against plain loops."""
+"""Tests that a test query's history contains exactly what came before it: every split against plain loops."""
 
 import numpy as np
 import polars as pl
@@ -12,10 +12,10 @@ from twotower.errors import InputError
 
 @st.composite
 def rows_in_time(draw):
-    """(query, item, time) with few queries, repeats, and several rows of the same moment."""
+    """Draw (query, item, time) rows with few queries, repeats, and several rows with the same timestamp."""
     count = draw(st.integers(20, 60))
     column = lambda high: st.lists(st.integers(0, high), min_size=count, max_size=count)  # noqa: E731
-    least = [(0, 0, 3), (0, 1, 9), (0, 2, 15)]  # two items and one query of three rows, without which nothing is asked
+    least = [(0, 0, 3), (0, 1, 9), (0, 2, 15)]  # without two items and a query of three rows nothing is held out
     return least + list(zip(draw(column(5)), draw(column(12)), draw(column(40)), strict=True))
 
 
@@ -25,7 +25,7 @@ def read(rows):
 
 
 def lines(data):
-    """Of each query, (time, item) in the order kept."""
+    """Return the (time, item) pairs of each query, in stored order."""
     times, items = np.asarray(data.timestamps), data.items.decode(data.item_codes).to_list()
     ids = data.queries.ids.to_list()
     cut = zip(data.offsets[:-1], data.offsets[1:], strict=True)
@@ -33,7 +33,7 @@ def lines(data):
 
 
 def questions(data, holdout):
-    """Of each query asked, its history, its targets and the time of the question."""
+    """Return for each holdout query its history, its targets and its timestamp."""
     ids, names = data.queries.ids.to_list(), data.items.ids.to_list()
     for e, query in enumerate(holdout.queries):
         history = holdout.history_items[holdout.history_offsets[e] : holdout.history_offsets[e + 1]]
@@ -47,11 +47,11 @@ def holdouts(split):
 
 @settings(max_examples=30, deadline=None)
 @given(rows_in_time())
-def test_by_time_nothing_of_the_future(rows):
+def test_by_time_leaks_nothing_of_the_future(rows):
     data = read(rows)
     try:
         split = by_time(data, validation=0.2, test=0.3)
-    except InputError:  # nothing left to ask: too few moments
+    except InputError:  # nothing held out: too few distinct timestamps
         return
     everything, train = lines(data), lines(split.train)
     trained = [time for row in train.values() for time, _ in row]
@@ -60,12 +60,12 @@ def test_by_time_nothing_of_the_future(rows):
         assert max(trained) < first  # of any query
         cut = split.settings["cuts"][0 if holdout is split.validation else 1]
         for query, history, targets, time in questions(data, holdout):
-            before = [item for moment, item in everything[query] if moment < cut]
+            before = [item for stamp, item in everything[query] if stamp < cut]
             assert history == before
             assert cut <= time and targets
-            after = [item for moment, item in everything[query] if moment >= cut]
+            after = [item for stamp, item in everything[query] if stamp >= cut]
             assert set(targets) <= set(after)
-    # A test target is in no training row, nor in a validation target, of the same query and moment.
+    # A test target is in no training row or validation target of the same query and timestamp.
     assert len(split.train) == sum(time < split.settings["cuts"][0] for _, _, time in
                                    ((q, i, t) for q, row in everything.items() for t, i in row))  # fmt: skip
 
@@ -77,15 +77,15 @@ def test_leave_last_out_history_is_what_came_before(rows):
     split = leave_last_out(data)
     everything, train = lines(data), lines(split.train)
     long = {query for query, row in everything.items() if len(row) >= 3}
-    asked = {query: (history, targets, time) for query, history, targets, time in questions(data, split.test)}
+    queries = {query: (history, targets, time) for query, history, targets, time in questions(data, split.test)}
     checked = {query: (history, targets) for query, history, targets, _ in questions(data, split.validation)}
-    assert set(asked) == set(checked) == long
+    assert set(queries) == set(checked) == long
     for query in long:
         row = everything[query]
-        history, targets, time = asked[query]
+        history, targets, time = queries[query]
         assert targets == [row[-1][1]] and time == row[-1][0]
         assert history == [item for _, item in row[:-1]]
-        assert all(moment <= time for moment, _ in row[:-1])
+        assert all(stamp <= time for stamp, _ in row[:-1])
         assert checked[query] == ([item for _, item in row[:-2]], [row[-2][1]])
         assert train[query] == row[:-2]  # neither the validation row nor the test row
     for query in set(everything) - long:
@@ -110,14 +110,14 @@ def test_held_out_queries_are_not_in_training(rows):
 
 
 def test_leave_last_out_warns_and_names_the_alternative(planted_data):
-    told = str(leave_last_out(planted_data).account)
-    assert "leak through time" in told and "by_time avoids this" in told
+    account = str(leave_last_out(planted_data).account)
+    assert "leak through time" in account and "by_time does not" in account
     assert "leak" not in str(by_time(planted_data).account)
 
 
 @pytest.mark.parametrize("leak", [0, 1])
 def test_the_leak_test_can_fail(planted_data, leak):
-    """With the target put at the end of the history, the comparison of the tests above sees it."""
+    """With the target appended to the history, the comparison in the tests above fails."""
     split = leave_last_out(planted_data)
     everything = lines(planted_data)
     query, history, targets, _ = next(questions(planted_data, split.test))

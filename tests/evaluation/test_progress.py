@@ -1,4 +1,4 @@
-"""The bar of a long ranking: on a terminal, after a while, on standard error."""
+"""Tests of the progress bar of a long ranking: on a terminal, after a delay, on standard error."""
 
 import io
 import sys

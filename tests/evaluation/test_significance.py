@@ -1,4 +1,4 @@
-"""Intervals and comparisons against scipy, closed forms, simulation, and the definitions in loops."""
+"""Tests of intervals and comparisons against scipy, closed forms, simulation and loops over the definitions."""
 
 import json
 import math
@@ -12,11 +12,11 @@ from scipy import stats
 from twotower.evaluation import bootstrap_interval, holm, paired_comparison, significance
 from twotower.evaluation.significance import bootstrap_intervals
 
-TOLERANCE = 4  # standard errors of a simulated share: one false alarm in 16,000
+TOLERANCE = 4  # standard errors of a simulated share: one false failure in 16,000
 
 
 def like_ndcg(random, shape):
-    """Skewed, as metrics of single queries are: 75 % zeros, the rest spread over (0, 1], many of them small."""
+    """Draw skewed values like metrics of single queries: 75 % zeros, the rest in (0, 1], mostly small."""
     return np.where(random.random(shape) < 0.75, 0.0, random.beta(1.0, 3.0, shape))
 
 
@@ -32,14 +32,14 @@ def assert_share(found, expected, count):
 
 
 @pytest.mark.parametrize("level", [0.95, 0.8])
-def test_an_interval_covers_the_true_mean_as_often_as_it_says(level):
-    # All columns share the draws and are otherwise independent data sets.
+def test_an_interval_covers_the_true_mean_at_its_level(level):
+    # The columns share the resampling draws and are otherwise independent data sets.
     intervals = bootstrap_intervals(like_ndcg(np.random.default_rng(1), (400, 1500)), level=level)
     assert_share(covered(intervals, MEAN_LIKE_NDCG), level, 1500)
 
 
 def test_the_coverage_test_can_fail():
-    """An interval a fifth too narrow, and one that ignores that queries differ, are seen by the same tolerance."""
+    """The same tolerance rejects an interval that is a fifth too narrow and one that ignores query differences."""
     intervals = bootstrap_intervals(like_ndcg(np.random.default_rng(1), (400, 1500)))
     narrow = [
         significance.Interval(i.mean, i.mean + 0.8 * (i.low - i.mean), i.mean + 0.8 * (i.high - i.mean), 0.95)
@@ -56,7 +56,7 @@ def test_coverage_of_many_data_sets(queries):
     shares = [
         covered(bootstrap_intervals(like_ndcg(random, (queries, 1000)), seed=s), MEAN_LIKE_NDCG) for s in range(10)
     ]
-    # What is left of the skew with few queries is known to cost up to a point of coverage; above that it may not be.
+    # With few queries the remaining skew is known to cost up to one point of coverage, and may not cost more.
     assert abs(np.mean(shares) - 0.95) < (0.01 if queries < 1000 else 0.006), shares
 
 
@@ -69,7 +69,7 @@ def test_the_ends_are_those_of_an_independent_library():
     width = theirs.high - theirs.low
     assert mine.mean == pytest.approx(values.mean())
     assert abs(mine.low - theirs.low) < 0.02 * width and abs(mine.high - theirs.high) < 0.02 * width
-    # Skew to the right: the long side is the upper one, as it is not for an interval of the normal kind.
+    # Right-skewed: the upper side is longer, unlike in a normal-theory interval.
     assert mine.high - mine.mean > 1.1 * (mine.mean - mine.low)
 
 
@@ -101,7 +101,7 @@ def test_blocks_change_nothing(monkeypatch):
 
 
 def differences(random, queries, shift=0.0):
-    """Two models' values of the same queries: queries differ much, models little."""
+    """Draw two models' values on the same queries: queries differ much, models little."""
     query = random.exponential(size=queries)
     return query + random.exponential(size=queries) + shift, query + random.exponential(size=queries)
 
@@ -115,13 +115,13 @@ def rejected(method, count, queries, seed, shift=0.0, make=differences):
 
 
 @pytest.mark.parametrize("method", ["bootstrap", "t-test"])
-def test_false_alarms_of_equal_models(method):
+def test_false_positives_of_equal_models(method):
     assert_share(rejected(method, 1000, 100, seed=5), 0.05, 1000)
 
 
 @pytest.mark.parametrize("method", ["bootstrap", "t-test"])
 def test_power_against_the_closed_form(method):
-    """d_z = 0.3 over 100 queries: Student's noncentral distribution says how often it is seen."""
+    """d_z = 0.3 over 100 queries: Student's noncentral distribution gives the power."""
     shift = 0.3 * math.sqrt(2)  # the difference of two exponentials has variance 2
     limit = stats.t.ppf(0.975, 99)
     power = stats.nct.sf(limit, 99, 3.0) + stats.nct.cdf(-limit, 99, 3.0)
@@ -130,8 +130,8 @@ def test_power_against_the_closed_form(method):
     assert found > 0.75
 
 
-def test_the_false_alarm_test_can_fail():
-    """Copies of queries are no further queries: a test that takes them for such alarms falsely, and is seen."""
+def test_the_false_positive_test_can_fail():
+    """Copied queries are not new queries: a test that counts them has too many false positives, which is detected."""
 
     def copied(random, queries, shift):
         a, b = differences(random, queries // 3, shift)
@@ -142,7 +142,7 @@ def test_the_false_alarm_test_can_fail():
 
 
 def skewed(random, queries, shift):
-    """Differences whose mean is 0 and whose skewness is not: a few queries gain much, most lose a little."""
+    """Draw skewed differences of mean 0: a few queries gain much, most lose a little."""
     query = random.random(queries)
     return query + random.exponential(size=queries) - 1.0 + shift, query
 
@@ -150,7 +150,7 @@ def skewed(random, queries, shift):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["bootstrap", "t-test"])
 @pytest.mark.parametrize("make", [differences, skewed])
-def test_false_alarms_of_many_comparisons(method, make):
+def test_false_positives_of_many_comparisons(method, make):
     found = rejected(method, 8000, 300, seed=7, make=make)
     assert abs(found - 0.05) < 0.01, found
 
@@ -177,7 +177,7 @@ def test_both_methods_agree_where_differences_are_normal():
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 30), st.sampled_from([0.0, 0.3, 1.0]), st.sampled_from([0.8, 0.95]))
-def test_interval_and_p_value_are_of_one_piece(seed, queries, shift, level):
+def test_interval_and_p_value_are_consistent(seed, queries, shift, level):
     random = np.random.default_rng(seed)
     a, b = random.integers(0, 3, (2, queries)) + np.array([[shift], [0.0]])
     for method in ("bootstrap", "t-test"):
@@ -203,13 +203,13 @@ def test_no_difference_one_difference_and_too_few_queries():
     one = paired_comparison([1.0, math.nan, 2.0], [0.5, 1.0, math.nan])
     assert one.num_queries == 1 and one.difference == 0.5 and math.isnan(one.p_value)
     rare = np.zeros(100)
-    rare[7] = 1.0  # one query in a hundred differs: a third of the resamples know of no difference
+    rare[7] = 1.0  # one query in a hundred differs: a third of the resamples have no difference
     found = paired_comparison(rare, np.zeros(100))
     assert found.p_value > 0.3 and math.isnan(found.low) and math.isnan(found.high)
 
 
 def step_down(p_values, alpha):
-    """Holm's procedure as he tells it: reject the smallest while it is at most alpha over the number left."""
+    """Apply Holm's procedure as published: reject the smallest while it is at most alpha over the number left."""
     rejected, left = set(), sorted(range(len(p_values)), key=lambda i: p_values[i])
     while left and p_values[left[0]] <= alpha / len(left):
         rejected.add(left.pop(0))
@@ -218,7 +218,7 @@ def step_down(p_values, alpha):
 
 @given(st.lists(st.integers(0, 40).map(lambda x: x / 80), min_size=1, max_size=8), st.integers(1, 99))
 def test_holm_rejects_what_the_procedure_rejects(p_values, hundredths):
-    alpha = hundredths / 100 + 1e-4  # no p-value times a small number is that
+    alpha = hundredths / 100 + 1e-4  # differs from every p-value times a small integer
     adjusted = holm(p_values)
     assert {i for i, p in enumerate(adjusted) if p <= alpha} == step_down(p_values, alpha)
     assert (adjusted >= p_values).all() and (adjusted <= 1).all()

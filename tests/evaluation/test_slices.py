@@ -1,4 +1,4 @@
-"""Slices against loops: deciles, cold and warm, columns of the tables."""
+"""Tests of slices against loops: deciles, cold and warm, columns of the tables."""
 
 import math
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_ranking import metrics as slow_metrics
 from reference_ranking import parts, top_items
-from stand_ins import Asked, Scores, Train
+from stand_ins import FakeHoldout, Scores, Train
 
 from twotower.errors import InputError
 from twotower.evaluation import COLD, DECILES, SLICES, check_slices, evaluate, popularity_parts, popularity_thirds
@@ -40,29 +40,29 @@ def problems(draw):
     item = st.integers(0, n - 1)
     train = Train(draw(st.lists(st.lists(item, max_size=8), min_size=q, max_size=q)), n)
     e = draw(st.integers(1, 5))
-    asked = Asked([[]] * e, draw(st.lists(st.lists(item, min_size=1, max_size=5), min_size=e, max_size=e)))
-    asked.queries = np.array(draw(st.lists(st.integers(-1, q - 1), min_size=e, max_size=e)), dtype=np.int64)
+    holdout = FakeHoldout([[]] * e, draw(st.lists(st.lists(item, min_size=1, max_size=5), min_size=e, max_size=e)))
+    holdout.queries = np.array(draw(st.lists(st.integers(-1, q - 1), min_size=e, max_size=e)), dtype=np.int64)
     genres = draw(st.lists(st.lists(st.sampled_from(GENRES[:4]), max_size=3), min_size=n, max_size=n))
     train.item_table = pl.DataFrame({"genres": genres}, schema={"genres": pl.List(pl.String)})
     regions = draw(st.lists(st.sampled_from(GENRES), min_size=q, max_size=q))
     train.query_table = pl.DataFrame({"region": regions}, schema={"region": pl.String})
     scores = draw(st.lists(st.lists(st.integers(-2, 2), min_size=n, max_size=n), min_size=e, max_size=e))
-    return train, asked, scores, draw(st.integers(1, n))
+    return train, holdout, scores, draw(st.integers(1, n))
 
 
 @settings(max_examples=40, deadline=None)
 @given(problems())
 def test_every_slice_equals_slow_loops(problem):
-    train, asked, scores, k = problem
+    train, holdout, scores, k = problem
     result = evaluate(
-        Scores(torch.tensor(scores).float()), asked, train=train, ks=(k,), exclude_seen=False, baselines=False,
+        Scores(torch.tensor(scores).float()), holdout, train=train, ks=(k,), exclude_seen=False, baselines=False,
         slices=("items.genres", "queries.region"),
     )  # fmt: skip
     counts, genres = train.item_counts().tolist(), train.item_table["genres"].to_list()
-    regions = [None if q < 0 else train.query_table["region"][int(q)] for q in asked.queries]
-    seen = [q >= 0 and len(train.rows[q]) > 0 for q in asked.queries]
+    regions = [None if q < 0 else train.query_table["region"][int(q)] for q in holdout.queries]
+    seen = [q >= 0 and len(train.rows[q]) > 0 for q in holdout.queries]
     decile = parts(counts, 10)
-    everything, everybody = set(range(train.num_items)), [True] * len(asked)
+    everything, everybody = set(range(train.num_items)), [True] * len(holdout)
     expected = {f"decile {d + 1}": ({j for j in everything if decile[j] == d}, everybody) for d in range(10)}
     expected["cold items"] = ({j for j in everything if not counts[j]}, everybody)
     expected["warm items"] = ({j for j in everything if counts[j]}, everybody)
@@ -81,8 +81,8 @@ def test_every_slice_equals_slow_loops(problem):
     assert result.slice_groups["deciles"] == DECILES and result.slice_groups["cold"] == COLD
     assert {name for group in result.slice_groups.values() for name in group} == set(row.slices)
     for label, (items, queries) in expected.items():
-        lists = [top_items(scores[e], k) for e in range(len(asked))]
-        wanted = [set(t) & items if queries[e] else set() for e, t in enumerate(asked.targets)]
+        lists = [top_items(scores[e], k) for e in range(len(holdout))]
+        wanted = [set(t) & items if queries[e] else set() for e, t in enumerate(holdout.targets)]
         slow = [slow_metrics(r, t, k)[:2] if t else (math.nan, math.nan) for r, t in zip(lists, wanted, strict=True)]
         for place, metric in enumerate(("Recall", "NDCG")):
             values = [value[place] for value in slow]
@@ -113,13 +113,13 @@ def test_numbers_are_cut_in_quarters():
     assert of_items([0.5, 0.5, 0.5, 0.5, 0.5, 1.0, 2.0, 3.0, 4.0, None, math.nan]) == {
         "0.5": [0, 1, 2, 3, 4], "1 to 2": [5, 6], "3 to 4": [7, 8], "missing": [9, 10],
     }  # fmt: skip
-    assert of_items([3, 1, 1, None]) == {"1": [1, 2], "3": [0], "missing": [3]}  # few values stand for themselves
+    assert of_items([3, 1, 1, None]) == {"1": [1, 2], "3": [0], "missing": [3]}  # few values are slices of their own
     assert of_items([True, False, True]) == {"true": [0, 2], "false": [1]}
     days = pl.date_range(pl.date(2020, 1, 1), pl.date(2020, 1, 8), eager=True)
     assert list(of_items(days)) == [f"2020-01-0{d} to 2020-01-0{d + 1}" for d in (1, 3, 5, 7)]
 
 
-def test_only_the_most_frequent_values_have_their_own_slice():
+def test_only_the_most_frequent_values_get_their_own_slice():
     values = [f"v{v:02d}" for v in range(30) for _ in range(40 - v)]
     found = of_items(values)
     assert list(found) == [*(f"v{v:02d}" for v in range(20)), "other"]
@@ -139,31 +139,33 @@ def test_only_the_most_frequent_values_have_their_own_slice():
         ("users.age", "expected items.COLUMN"),
     ],
 )
-def test_what_the_tables_do_not_have_is_refused(name, message):
+def test_slices_by_missing_columns_are_refused(name, message):
     train = Train([[0]], 1)
     train.item_table = pl.DataFrame({"genres": ["a"], "year": [1]})
     with pytest.raises(InputError, match=message):
         check_slices(train, [name])
     with pytest.raises(InputError, match=message):
-        evaluate(Scores(torch.rand(1, 1)), Asked([[]], [[0]]), train=train, ks=(1,), baselines=False, slices=[name])
+        evaluate(
+            Scores(torch.rand(1, 1)), FakeHoldout([[]], [[0]]), train=train, ks=(1,), baselines=False, slices=[name]
+        )
     check_slices(train, ["items.genres"])
 
 
-def test_the_terminal_shows_cold_and_own_slices_in_80_columns():
+def test_the_terminal_shows_cold_and_user_slices_in_80_columns():
     random = np.random.default_rng(0)
     train = Train([random.integers(0, 40, 10).tolist() for _ in range(30)], 50)  # 10 items are cold
-    asked = Asked([[]] * 20, random.integers(0, 50, (20, 3)).tolist())
-    plain = str(evaluate(Scores(torch.rand(20, 50)), asked, train=train, baselines=False, ks=(10,)))
+    holdout = FakeHoldout([[]] * 20, random.integers(0, 50, (20, 3)).tolist())
+    plain = str(evaluate(Scores(torch.rand(20, 50)), holdout, train=train, baselines=False, ks=(10,)))
     assert "cold items" in plain and "decile" not in plain
     train.item_table = pl.DataFrame({"kind": [f"a kind with a very long name, number {j % 3}" for j in range(50)]})
     rankers = {f"objective-number-{j}": Scores(torch.rand(20, 50)) for j in range(9)}
     result = evaluate(
-        Scores(torch.rand(20, 50)), asked, train=train, baselines=rankers, ks=(10,), slices=["items.kind"]
+        Scores(torch.rand(20, 50)), holdout, train=train, baselines=rankers, ks=(10,), slices=["items.kind"]
     )
     text = str(result)
     own = text[text.index("Recall@10") :]
     assert "items.kind=a kind with a very…" in own and "queries" in own
     assert max(map(len, own.split("\n\n")[0].splitlines())) <= 80
     warm = Train([list(range(50))] * 70, 50)
-    asked.queries = np.arange(20)
-    assert "cold" not in str(evaluate(Scores(torch.rand(20, 50)), asked, train=warm, baselines=False, ks=(10,)))
+    holdout.queries = np.arange(20)
+    assert "cold" not in str(evaluate(Scores(torch.rand(20, 50)), holdout, train=warm, baselines=False, ks=(10,)))

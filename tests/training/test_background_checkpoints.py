@@ -1,4 +1,4 @@
-"""Checkpoints written while training goes on: the state is that of the step, errors are told, kills leave the last."""
+"""Tests of background checkpoints: they have the state of their step, report errors, and survive a kill."""
 
 import errno
 import json
@@ -37,13 +37,13 @@ def config(*changes):
     return Config.load(None, [*SMALL, *changes])
 
 
-STEPS = 20  # of an epoch
+STEPS = 20  # per epoch
 IN_BACKGROUND = "training.checkpoint_in_background=true"
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 class Held:
-    """Stands in for the writing of tensors: it begins, and ends when it is let go."""
+    """A replacement for the writing of tensors that blocks until it is released."""
 
     def __init__(self, monkeypatch, name="save_file"):
         self.begun, self.released = threading.Event(), threading.Event()
@@ -57,7 +57,7 @@ class Held:
         monkeypatch.setattr(checkpoints, name, held)
 
 
-def test_what_is_written_is_the_state_when_it_was_asked_for(tmp_path, monkeypatch):
+def test_a_checkpoint_has_the_state_at_the_time_of_the_request(tmp_path, monkeypatch):
     held = Held(monkeypatch)
     weight = torch.arange(6.0).reshape(2, 3)
     state = {"a": weight, "tied": weight, "turned": weight.t(), "half": weight.bfloat16(), "steps": [1, 2], "n": 3}
@@ -77,7 +77,7 @@ def test_what_is_written_is_the_state_when_it_was_asked_for(tmp_path, monkeypatc
     io.close()
 
 
-def test_the_next_one_waits_for_the_one_before_and_is_copied_after_it(tmp_path, monkeypatch):
+def test_the_next_checkpoint_is_copied_after_the_previous_one_is_written(tmp_path, monkeypatch):
     held = Held(monkeypatch)
     weight, io = torch.zeros(3), SafeCheckpointIO(in_background=True)
     io.save_checkpoint({"w": weight}, tmp_path / "first.ckpt")
@@ -86,7 +86,7 @@ def test_the_next_one_waits_for_the_one_before_and_is_copied_after_it(tmp_path, 
     second.start()
     second.join(0.2)
     assert second.is_alive() and not (tmp_path / "first.ckpt").exists()
-    weight += 1  # no copy of it has been made: one is held at a time
+    weight += 1  # not copied yet: only one copy exists at a time
     held.released.set()
     second.join(60)
     io.settle()
@@ -95,8 +95,8 @@ def test_the_next_one_waits_for_the_one_before_and_is_copied_after_it(tmp_path, 
     io.close()
 
 
-def test_an_error_is_told_once_to_whoever_asks_next():
-    work, done, before = Background(), [], threading.enumerate()  # others may still wait to be collected
+def test_an_error_is_raised_once_by_the_next_call():
+    work, done, before = Background(), [], threading.enumerate()  # other threads may not have been collected yet
 
     def fail():
         raise FULL
@@ -105,7 +105,7 @@ def test_an_error_is_told_once_to_whoever_asks_next():
     with pytest.raises(OSError, match="No space left"):
         work.start(lambda: done.append(1))
     work.wait()
-    assert not done, "nothing is begun over an error"
+    assert not done, "no task starts while an error is pending"
     work.start(lambda: done.append(2))
     work.wait()
     work.start(fail)
@@ -115,7 +115,7 @@ def test_an_error_is_told_once_to_whoever_asks_next():
 
 
 def kept_states(split, directory, monkeypatch, *changes, hold=False):
-    """Every checkpoint of a training, by the number of steps; each written in the middle of the next where `hold`."""
+    """Return every checkpoint of a run by step; with `hold` each is written while the next steps run."""
     write, step, reached = SafeCheckpointIO._write, [0], threading.Condition()
     training_step = TrainingModule.training_step
     kept = directory.with_name(f"{directory.name}-kept")
@@ -128,7 +128,7 @@ def kept_states(split, directory, monkeypatch, *changes, hold=False):
 
     def late(self, path, structure, *given):
         steps = dict(structure["dict"])["global_step"]
-        if hold and steps % STEPS:  # at the end of an epoch the next one comes at once
+        if hold and steps % STEPS:  # at the end of an epoch the next checkpoint follows at once
             with reached:
                 assert reached.wait_for(lambda: step[0] > steps, 60)
         write(self, path, structure, *given)
@@ -141,7 +141,7 @@ def kept_states(split, directory, monkeypatch, *changes, hold=False):
     return kept
 
 
-def test_checkpoints_of_a_training_are_those_of_one_that_waits(planted_split, tmp_path, monkeypatch):
+def test_background_checkpoints_equal_blocking_ones(planted_split, tmp_path, monkeypatch):
     waited = kept_states(
         planted_split, tmp_path / "run", monkeypatch, "training.checkpoint_in_background=false"
     ).rename(tmp_path / "waited")
@@ -161,9 +161,9 @@ def test_checkpoints_of_a_training_are_those_of_one_that_waits(planted_split, tm
         assert states[0] == states[1], name
 
 
-# In the second epoch; in the third, after a second one that was worse than the first.
+# In the second epoch; and in the third, after a second one that was worse than the first.
 @pytest.mark.parametrize(("every", "step", "left"), [(3, 29, 27), ("null", 45, 40)])
-def test_a_run_that_breaks_off_goes_on_to_the_same_model(planted_split, tmp_path, monkeypatch, every, step, left):
+def test_a_run_that_breaks_off_resumes_to_the_same_model(planted_split, tmp_path, monkeypatch, every, step, left):
     more = ["training.max_epochs=3", "training.weight_average=0.5"]
     settings = config(f"training.checkpoint_every={every}", *more, IN_BACKGROUND)
     whole = tt.fit(planted_split, settings, directory=tmp_path / "whole", progress=False)
@@ -180,16 +180,16 @@ def test_a_run_that_breaks_off_goes_on_to_the_same_model(planted_split, tmp_path
         patch.setattr(TrainingModule, "training_step", breaks)
         with pytest.raises(RuntimeError, match="broken off"):
             tt.fit(planted_split, settings, directory=tmp_path / "cut", progress=False)
-    told = json.loads((tmp_path / "cut" / "checkpoints" / "last.ckpt" / "state.json").read_text())
-    assert dict(told["dict"])["global_step"] == left, "what was under way has come to its end"
+    state = json.loads((tmp_path / "cut" / "checkpoints" / "last.ckpt" / "state.json").read_text())
+    assert dict(state["dict"])["global_step"] == left, "the checkpoint being written was completed"
     again = tt.fit(planted_split, settings, directory=tmp_path / "cut", resume=True, progress=False)
     for name, value in whole.artifact.towers.state_dict().items():
         assert torch.equal(again.artifact.towers.state_dict()[name], value), name
     assert whole.fit.history == again.fit.history
 
 
-@pytest.mark.parametrize("at", [3, 8])  # after 15 steps; after all 40, when nothing is saved any more
-def test_a_full_disk_is_told_by_the_next_save_or_the_end(planted_split, tmp_path, monkeypatch, at):
+@pytest.mark.parametrize("at", [3, 8])  # after 15 steps; after all 40, when nothing more is saved
+def test_a_full_disk_is_reported_by_the_next_save_or_at_the_end(planted_split, tmp_path, monkeypatch, at):
     write, written = checkpoints.save_file, []
 
     def full(tensors, path):
@@ -203,15 +203,15 @@ def test_a_full_disk_is_told_by_the_next_save_or_the_end(planted_split, tmp_path
     run = tmp_path / "run"
     with pytest.raises(InputError, match=r"/last.ckpt: cannot be written, the disk is full \(.*No space left"):
         tt.fit(planted_split, config("training.checkpoint_every=5", IN_BACKGROUND), directory=run, progress=False)
-    assert written.count("last") == at and written[-1] == "last", "nothing is written over an error"
+    assert written.count("last") == at and written[-1] == "last", "nothing is written while an error is pending"
     folders = sorted(path.name for path in (run / "checkpoints").iterdir())
-    assert folders == (["last.ckpt"] if at == 3 else ["best.ckpt", "last.ckpt"]), "nothing half-written stays"
+    assert folders == (["last.ckpt"] if at == 3 else ["best.ckpt", "last.ckpt"]), "no partial checkpoint remains"
     SafeCheckpointIO().load_checkpoint(run / "checkpoints" / "last.ckpt")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
-def test_a_process_killed_while_it_writes_leaves_the_one_before(tmp_path, monkeypatch):
-    last, (told, telling) = tmp_path / "last.ckpt", os.pipe()
+def test_a_process_killed_while_writing_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+    last, (reading, telling) = tmp_path / "last.ckpt", os.pipe()
 
     def half(tensors, path):
         path.write_bytes(b"half of it")
@@ -228,9 +228,9 @@ def test_a_process_killed_while_it_writes_leaves_the_one_before(tmp_path, monkey
             beside.save_checkpoint({"w": torch.zeros(1000)}, last)
             beside.wait()
         finally:
-            os._exit(0)  # whatever happens: the other tests are the parent's
-    os.close(telling)  # a child that has ended is no writer that is waited for
-    assert os.read(told, 1) == b"."
+            os._exit(0)  # in any case: the other tests belong to the parent
+    os.close(telling)  # so that reading ends when the child exits
+    assert os.read(reading, 1) == b"."
     os.kill(child, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert io.load_checkpoint(last)["w"].tolist() == [1.0] * 1000
@@ -238,7 +238,7 @@ def test_a_process_killed_while_it_writes_leaves_the_one_before(tmp_path, monkey
     assert io.load_checkpoint(last)["w"].tolist() == [3.0, 3.0]
 
 
-def test_the_copy_is_planned_and_made_where_there_is_room(planted_split, tmp_path, monkeypatch):
+def test_the_copy_is_planned_and_made_if_memory_allows(planted_split, tmp_path, monkeypatch):
     train, there = planted_split.train, machine.memory()
 
     def planned(available, *changes):
@@ -252,12 +252,12 @@ def test_the_copy_is_planned_and_made_where_there_is_room(planted_split, tmp_pat
     plan = planned(None)
     without = planned(None, "training.checkpoint_in_background=false")
     assert plan.in_background and not without.in_background and plan.peak == without.peak + plan.state
-    assert "written in the background" in str(plan) and "training waits" in str(without)
+    assert "written in the background" in str(plan) and "training pauses" in str(without)
     assert planned(without.needed + 2 * plan.state).in_background
     assert not planned(without.needed + 2 * plan.state - 1).in_background
     assert planned(0, IN_BACKGROUND).in_background
     assert "checkpoint_in_background=false" in str(replace(planned(0, IN_BACKGROUND), state=1 << 30))
-    # What a checkpoint really holds; beside weights and their state there are counts and random states.
+    # The actual size of a checkpoint; besides weights and optimizer state it has counts and random states.
     for changes in ([], ["training.weight_average=0.9"], ["training.table_optimizer=rowwise-adagrad"]):
         run = tmp_path / str(len(list(tmp_path.iterdir())))
         settings = config("training.max_epochs=1", "query_tower.id_embedding=true", *changes)

@@ -1,4 +1,4 @@
-"""Training that goes on with new days: growing moves nothing, what was learnt stays, new items are found."""
+"""Tests of incremental training: growing changes no retained row, knowledge stays, new items are learnt."""
 
 import json
 import os
@@ -55,7 +55,7 @@ KINDS = {
         "objective.sources=[{frequency: {size: 40, power: 0.5}}]",
     ],
 }
-#: The last item of the old days and of the new ones; queries likewise.
+#: Numbers of items and queries in the old data and in the new data.
 OLD_ITEMS, ITEMS, OLD_QUERIES, QUERIES = 60, 80, 60, 80
 WITHDRAWN = [0, 1, 2, 3]
 
@@ -65,7 +65,7 @@ def config(kind, *changes):
 
 
 def table(first, last):
-    """Items have the colour of their taste; a colour of the new days is new."""
+    """Build the item table: items have the colour of their taste; the new data has one new colour."""
     colours = ["red", "blue"] if last <= OLD_ITEMS else ["red", "blue", "red", "azure"]
     return pl.DataFrame(
         {"item_id": range(first, last), "colour": [colours[j % len(colours)] for j in range(first, last)]}
@@ -79,7 +79,7 @@ def people(first, last):
 
 
 def tastes(queries, items, start, seed, rows=14):
-    """Even queries take even items, odd ones odd items."""
+    """Draw interactions: even queries take even items, odd queries odd items."""
     rng = np.random.default_rng(seed)
     found = []
     for q in queries:
@@ -90,10 +90,10 @@ def tastes(queries, items, start, seed, rows=14):
 
 
 OLD = tastes(range(OLD_QUERIES), (0, OLD_ITEMS), 1_600_000_000, 0)
-#: Taken out of the old days: nobody ever trains on it.
+#: Held out from the old data and never trained on.
 HELD = OLD.group_by("user_id", maintain_order=True).last()
 PAST = OLD.join(HELD, on=["user_id", "item_id"], how="anti")
-#: In the new days only even queries are active: whatever is kept of the odd ones was learnt before.
+#: In the new data only even queries are active: what the model knows of odd ones was learnt before.
 NEW = tastes(range(0, QUERIES, 2), (20, ITEMS), 1_700_000_000, 1)
 
 
@@ -104,7 +104,7 @@ def interactions(frame, first, last, queries):
 
 @pytest.fixture(scope="module", params=[*list(KINDS)[:3], pytest.param("sequence", marks=pytest.mark.slow)])
 def parent(request, tmp_path_factory):
-    """Kind, run folder and model of one that was trained on the old days."""
+    """Train a model on the old data; return kind, run folder and model."""
     folder = tmp_path_factory.mktemp(request.param)
     data = interactions(PAST, 0, OLD_ITEMS, (0, OLD_QUERIES))
     split = tt.splits.leave_last_out(data)
@@ -127,7 +127,7 @@ def child(parent, days):
 
 
 def grown_towers(parent, days):
-    """The parent's towers with more rows, before any training."""
+    """Return the parent's towers with more rows, before any training."""
     _, folder, _ = parent
     known = Parent.load(folder)
     growth = grown_features(known, days)
@@ -145,7 +145,7 @@ def grown_towers(parent, days):
     return towers.eval(), optimizer
 
 
-def test_growing_moves_nothing_that_is_kept(parent, days):
+def test_growing_changes_no_retained_row(parent, days):
     _, _, model = parent
     towers, _ = grown_towers(parent, days)
     old = model.artifact.towers
@@ -162,11 +162,11 @@ def test_growing_moves_nothing_that_is_kept(parent, days):
     if towers.item_tower.features is None:
         fresh = np.setdiff1d(np.arange(days.train.num_items), days.item_map)
         rows = towers.item_tower.ids.weight[fresh].detach()
-        assert len(rows) == (ITEMS - OLD_ITEMS) // 2  # odd ones occur in no row
-        assert float(rows.std()) == pytest.approx(16**-0.5, rel=0.15)  # as a fresh table begins
+        assert len(rows) == (ITEMS - OLD_ITEMS) // 2  # odd items occur in no row
+        assert float(rows.std()) == pytest.approx(16**-0.5, rel=0.15)  # as in a fresh table
 
 
-def test_the_optimizer_goes_on_row_by_row(parent, days):
+def test_the_optimizer_state_is_transferred_row_by_row(parent, days):
     _, folder, model = parent
     towers, start = grown_towers(parent, days)
     objective = build_objective(model.artifact.config, days.train)
@@ -202,7 +202,7 @@ def test_the_optimizer_goes_on_row_by_row(parent, days):
 
 
 def old_questions(model):
-    """What was taken out of the old days, for queries that are silent in the new ones, in a model's codes."""
+    """Return the held-out old interactions of queries that are inactive in the new data, in a model's codes."""
     items, queries = model.artifact.items, model.artifact.queries
     asked = HELD.filter(
         ~pl.col("item_id").is_in(WITHDRAWN) & ~pl.col("user_id").is_in(NEW["user_id"].unique().implode())
@@ -219,31 +219,31 @@ def old_questions(model):
 
 
 def right_taste(model, holdout, k=10):
-    """Share of the k items ranked first that are of their query's taste; chance is a half."""
+    """Return the share of the top k items that match their query's taste; chance is a half."""
     best = model.rank(holdout, k, True)
     item = model.artifact.items.ids.to_numpy()[best] % 2
     query = np.array([int(q[1:]) % 2 for q in model.artifact.queries.decode(holdout.queries)])
     return float((item == query[:, None]).mean())
 
 
-#: How much of it may be lost, of 1: the stated bound.
+#: How much of this share may be lost: the documented bound.
 BOUND = 0.05
 
 
-def test_what_was_learnt_stays_and_is_gone_where_one_begins_afresh(parent, days, child):
+def test_old_knowledge_stays_and_is_lost_when_training_from_scratch(parent, days, child):
     kind, _, model = parent
     before, after = (right_taste(one, old_questions(one)) for one in (model, child))
     assert before > 0.85
     assert after > before - BOUND
     if kind == "dnn":
-        return  # colours tell the tastes of the silent queries to a fresh model too
+        return  # a fresh model learns the tastes of inactive queries from colours too
     new = days.train.select(~days.learnt)
     alone = tt.data.Split(new, days.validation, days.test, days.account, days.name, days.settings, days.data)
-    afresh = tt.fit(alone, config(kind, "training.max_epochs=6"), progress=False)
-    assert right_taste(afresh, old_questions(afresh)) < before - 2 * BOUND
+    scratch = tt.fit(alone, config(kind, "training.max_epochs=6"), progress=False)
+    assert right_taste(scratch, old_questions(scratch)) < before - 2 * BOUND
 
 
-def test_the_new_days_are_learnt(parent, days, child):
+def test_the_new_data_is_learnt(parent, days, child):
     assert right_taste(child, days.test) > 0.8
     best = child.rank(days.test, 10, True)
     ids = child.artifact.items.ids.to_numpy()[best]
@@ -275,7 +275,7 @@ def test_items_removed_from_the_catalog_are_withdrawn(parent, days):
     assert set(np.flatnonzero(split.item_map < 0)) == {*WITHDRAWN, 5}
 
 
-def test_the_model_says_where_it_comes_from(parent, days, child):
+def test_the_model_records_its_lineage(parent, days, child):
     kind, folder, model = parent
     first, second = child.artifact.metadata["data"]["lineage"]
     assert first["parent"] is None and first["rows_learnt"] == len(model.split.train)
@@ -305,10 +305,10 @@ def test_counted_frequency_is_that_of_the_rows_in_the_batches(parent, days):
     (frequency,) = {id(one): one for one in objective.pool.frequencies()}.values()
     counted = frequency.log_prob(torch.arange(days.train.num_items)).exp().numpy()
     assert np.allclose(counted, seen / seen.sum())
-    assert not np.allclose(counted, days.train.item_counts() / len(days.train))  # what all rows would say
+    assert not np.allclose(counted, days.train.item_counts() / len(days.train))  # the frequency over all rows
 
 
-def test_streaming_frequency_goes_on_with_its_items():
+def test_streaming_frequency_is_transferred_with_its_items():
     old, new = StreamingFrequency(6, rate=0.1), StreamingFrequency(7, rate=0.1)
     generator = torch.Generator().manual_seed(0)
     weights = torch.tensor([5.0, 3.0, 2.0, 1.0, 1.0, 1.0])
@@ -318,13 +318,13 @@ def test_streaming_frequency_goes_on_with_its_items():
     continue_streaming(new, {key: getattr(old, key) for key in ("gap", "last", "clock")}, items)
     kept = items >= 0
     assert torch.equal(new.log_prob(items[kept]), old.log_prob(torch.arange(6)[kept]))
-    assert new.log_prob(torch.tensor([1, 4])).exp().max() < 1e-3  # never seen: only the patience of an open gap
+    assert new.log_prob(torch.tensor([1, 4])).exp().max() < 1e-3  # never seen: only its open gap counts
     new.observe(torch.tensor([1] * 16 + [0] * 16))
     assert new.log_prob(torch.tensor([1])) > -8
 
 
 class Odd(nn.Module):
-    """A tower that nobody knew of: two tables of items by other names, one with a row for padding, and a layer."""
+    """A tower unknown to the code: two item tables with other names, one with a padding row, and a layer."""
 
     def __init__(self, num_queries, num_items):
         super().__init__()
@@ -350,7 +350,7 @@ def test_tables_of_any_tower_are_found_and_grow():
         grow(new, old.state_dict(), row_maps(new, named_tables(Odd, 6, 6), maps))
 
 
-def test_an_interrupted_continuation_ends_where_an_uninterrupted_one_does(parent, days, tmp_path, monkeypatch):
+def test_an_interrupted_incremental_run_resumes_to_the_same_model(parent, days, tmp_path, monkeypatch):
     kind, folder, _ = parent
     if kind == "mf":
         pytest.skip("the towers make no difference here: two kinds are enough")
@@ -389,7 +389,7 @@ def test_other_towers_are_refused(parent, days, change, message):
         tt.fit(days, config(kind, change), start=folder, progress=False)
 
 
-def test_a_split_goes_with_its_model_only(parent, days):
+def test_a_split_is_accepted_only_with_its_model(parent, days):
     _, folder, model = parent
     with pytest.raises(InputError, match="continue_with"):
         tt.fit(days, progress=False)
@@ -397,7 +397,7 @@ def test_a_split_goes_with_its_model_only(parent, days):
         tt.fit(model.split, start=folder, progress=False)
 
 
-def test_new_days_without_a_feature_of_the_model_are_refused(parent, tmp_path):
+def test_new_data_without_a_feature_of_the_model_is_refused(parent, tmp_path):
     kind, folder, _ = parent
     if kind != "dnn":
         pytest.skip("needs features")
@@ -410,7 +410,7 @@ def test_new_days_without_a_feature_of_the_model_are_refused(parent, tmp_path):
         tt.fit(days, start=folder, progress=False)
 
 
-def test_the_folder_measures_itself_again(parent, days, child, tmp_path):
+def test_the_model_folder_reproduces_its_evaluation(parent, days, child, tmp_path):
     child.save(tmp_path / "run" / "model")
     _, split = reread(tmp_path / "run")
     assert np.array_equal(split.test.queries, days.test.queries)

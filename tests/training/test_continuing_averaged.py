@@ -1,4 +1,4 @@
-"""A parent that keeps the average of its weights: its optimizer and objective go on, and what cannot is told."""
+"""Tests of a parent with averaged weights: optimizer and objective state is inherited, or its loss is reported."""
 
 import shutil
 
@@ -47,12 +47,13 @@ def days(folder):
 
 
 def continued(folder, days, *changes):
-    """What was told, the optimizer's callback, and objective and towers as they go on."""
-    parent, config, told = Parent.load(folder), Config.load(None, [*SETTINGS, *changes]).resolved(len(days.train)), []
+    """Return the messages, the optimizer's callback, and the inherited objective and towers."""
+    parent, config = Parent.load(folder), Config.load(None, [*SETTINGS, *changes]).resolved(len(days.train))
+    messages = []
     growth = grown_features(parent, days)
     towers = build_towers(config, num_queries=days.train.num_queries, num_items=days.train.num_items)
     objective = build_objective(config, days.train)
-    start = carry_on(parent, config, growth, towers=towers, objective=objective, say=told.append)
+    start = carry_on(parent, config, growth, towers=towers, objective=objective, say=messages.append)
     module = TrainingModule(towers, objective, config.training, total_steps=10)
     optimizer = module.configure_optimizers()["optimizer"]
 
@@ -61,12 +62,12 @@ def continued(folder, days, *changes):
 
     if start is not None:
         start.on_fit_start(Trainer(), module)
-    return told, optimizer, objective, towers
+    return messages, optimizer, objective, towers
 
 
-def test_the_states_go_on_with_the_averaged_weights(folder, days):
-    told, optimizer, objective, towers = continued(folder, days)
-    assert told == []
+def test_the_states_are_inherited_with_the_averaged_weights(folder, days):
+    messages, optimizer, objective, towers = continued(folder, days)
+    assert messages == []
     saved = SafeCheckpointIO().load_checkpoint(folder / "checkpoints" / "best.ckpt")
     state = saved["state_dict"]
     names = dict(towers.named_parameters())
@@ -85,16 +86,16 @@ def test_the_states_go_on_with_the_averaged_weights(folder, days):
     assert torch.equal(frequency.gap[:, to], gap) and float(frequency.clock) > 0
 
 
-def test_what_cannot_go_on_is_told_in_one_line(folder, days, tmp_path):
+def test_state_that_cannot_be_inherited_is_reported_in_one_line(folder, days, tmp_path):
     (line,), optimizer, *_ = continued(folder, days, "training.table_optimizer=rowwise-adagrad")
-    assert "1 of" in line and "update rule has changed" in line and optimizer.state
+    assert "1 of" in line and "update rule changed" in line and optimizer.state
     other = shutil.copytree(folder, tmp_path / "other")
     best = other / "checkpoints" / "best.ckpt"
     kept = SafeCheckpointIO().load_checkpoint(best)
     kept["state_dict"]["averaged.query_tower.history.log_weight"].add_(1)
     SafeCheckpointIO().save_checkpoint(kept, best)
     (line,), optimizer, *_ = continued(other, days)
-    assert "begin afresh" in line and "holds other weights than the model" in line and not optimizer.state
+    assert "start from scratch" in line and "has other weights than the model" in line and not optimizer.state
     shutil.rmtree(other / "checkpoints")
     (line,), *_ = continued(other, days)
-    assert "begin afresh" in line and "has no checkpoint" in line
+    assert "start from scratch" in line and "has no checkpoint" in line

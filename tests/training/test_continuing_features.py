@@ -1,4 +1,4 @@
-"""A model whose features meet new values: their vectors stay as wide as they were, however many there are now."""
+"""Tests of features with new values in incremental training: the width of their embeddings does not change."""
 
 import hashlib
 import json
@@ -28,12 +28,12 @@ SETTINGS = Config.load(None, [
     f"item_tower={{dimension: 16, features: {FEATURES}}}",
     f"query_tower={{id_embedding: true, context: {CONTEXT}, history: {{length: 5}}}}",
 ])  # fmt: skip
-#: Values of each vocabulary: with missing and unknown 9 rows, ceil(2 sqrt(9)) = 6 wide; one more would ask for 7.
+#: Values of each vocabulary: with missing and unknown 9 rows, ceil(2 sqrt(9)) = 6 wide; one more would give 7.
 VALUES = 7
 
 
 def days(start, values, seed):
-    """Rows of 30 queries and 40 items, whose features and contexts take so many values."""
+    """Build rows of 30 queries and 40 items whose features and contexts take `values` values."""
     rng = np.random.default_rng(seed)
     rows = 400
     log = pl.DataFrame({
@@ -59,7 +59,7 @@ def model():
 
 @pytest.fixture(params=["today", "an older version"])
 def folder(model, request, tmp_path):
-    """The model as it is written; an older version did not say how wide its vectors were, nor who was trained."""
+    """Return the model as saved now, or as older versions did: without vector widths and masks of trained rows."""
     written = model.save(tmp_path / "model")
     if request.param == "today":
         return written
@@ -71,9 +71,9 @@ def folder(model, request, tmp_path):
     changed = [written / "towers.safetensors"]
     for side in ("item", "context"):
         path = written / f"{side}_features.json"
-        told = json.loads(path.read_text())
-        assert told.pop("widths")[:3] == [6, 6, 6][: len(told["features"])]
-        path.write_text(json.dumps(told))
+        features = json.loads(path.read_text())
+        assert features.pop("widths")[:3] == [6, 6, 6][: len(features["features"])]
+        path.write_text(json.dumps(features))
         changed.append(path)
     for path in changed:
         metadata["checksums"][path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -81,7 +81,7 @@ def folder(model, request, tmp_path):
     return written
 
 
-def test_one_more_value_moves_no_vector(model, folder):
+def test_one_more_value_changes_no_vector(model, folder):
     parent, split = Parent.load(folder), tt.continue_with(folder, days(1_700_000_000, VALUES + 1, 1), SETTINGS)
     growth = grown_features(parent, split)
     sizes = {side: [one.size for one in table.features.encoders] for side, table in growth.features.items()}
@@ -109,7 +109,7 @@ def test_one_more_value_moves_no_vector(model, folder):
     assert torch.equal(*embedded) and embedded[0].std() > 0.01
 
 
-def test_it_goes_on_again_and_again(folder, tmp_path):
+def test_a_model_can_be_continued_repeatedly(folder, tmp_path):
     for step in (1, 2):
         split = tt.continue_with(folder, days(1_650_000_000 + step * 50_000_000, VALUES + 4 * step, step), SETTINGS)
         child = tt.fit(split, SETTINGS, start=folder, progress=False)

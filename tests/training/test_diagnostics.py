@@ -1,4 +1,4 @@
-"""The diagnostics against plain loops, and the words they lead to."""
+"""Tests of the diagnostics against plain loops, and of the warnings."""
 
 import logging
 import math
@@ -57,7 +57,7 @@ def test_every_number_equals_a_loop():
         assert found[f"gradient_{name}"] == pytest.approx(share / sum(gradient))
 
 
-def test_of_a_large_batch_the_first_rows_are_looked_at(monkeypatch):
+def test_only_the_first_rows_of_a_large_batch_are_examined(monkeypatch):
     embedded, drawn = batch()
     first = Embedded(embedded.query[:2], embedded.positive[:2], embedded.candidates)
     expected = diagnose(first, drawn.head(2), 0.5, THIRDS)
@@ -66,19 +66,19 @@ def test_of_a_large_batch_the_first_rows_are_looked_at(monkeypatch):
     assert diagnose(embedded, drawn, 0.5, THIRDS) == pytest.approx(expected)
 
 
-def test_nothing_left_to_look_at_is_no_number():
+def test_fully_masked_rows_give_no_numbers():
     embedded, drawn = batch()
     drawn.hits.fill_(True)
     assert diagnose(embedded, drawn, 1.0, THIRDS) == {}
 
 
-def test_drift_is_the_distance_of_an_estimate_and_none_of_a_count():
+def test_drift_is_the_distance_of_an_estimate_and_none_for_counts():
     counted = SampledSoftmax(Pool(InBatch(CountedFrequency(COUNTS))))
     assert frequency_drift(counted, COUNTS) is None
     stream = StreamingFrequency(8)
     stream.observe(torch.zeros(10, dtype=torch.int64))
     estimated = SampledSoftmax(Pool(InBatch(stream)))
-    # Everything on item 0, which holds 9 of 32.
+    # All mass on item 0, which has 9 of 32.
     assert frequency_drift(estimated, COUNTS) == pytest.approx(1 - 9 / 32)
 
 
@@ -90,7 +90,7 @@ def test_drift_is_the_distance_of_an_estimate_and_none_of_a_count():
         ({"frequency_drift": 0.6}, "0.60 (total variation)"),
     ],
 )
-def test_what_is_out_of_range_is_said_once(caplog, numbers, words):
+def test_a_diagnostic_out_of_range_warns_once(caplog, numbers, words):
     watch = Watch()
     with caplog.at_level(logging.WARNING, logger="twotower"):
         watch.look({"effective_candidates": 50.0, "masked_share": 0.01, "frequency_drift": 0.01})

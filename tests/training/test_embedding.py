@@ -1,4 +1,4 @@
-"""Lists of items embedded together: each distinct item once, nothing copied that need not be."""
+"""Tests of embedding lists of items together: each distinct item once, and no needless copies."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from twotower.training.embedding import embed_parts
 
 
 class Tower(torch.nn.Module):
-    """A table that notes what it is asked for."""
+    """A table that records the requested codes."""
 
     def __init__(self):
         super().__init__()
@@ -15,7 +15,7 @@ class Tower(torch.nn.Module):
         self.asked = []
 
     def embed_items(self, items):
-        """[M] -> [M, D]."""
+        """Embed codes, [M] -> [M, D]."""
         self.asked.append(items)
         return self.table(items) ** 2
 
@@ -25,7 +25,7 @@ class Tower(torch.nn.Module):
     [([4, 2, 4], [1, 2, 4, 9]), ([4, 2, 4], [9, 4, 2, 1]), ([4, 3], [1, 2, 4, 9]), ([4, 2], [2, 4, 4]), ([4], [])],
     ids=["held in order", "no order", "not held", "copies", "nothing"],
 )
-def test_parts_are_those_embedded_one_by_one(few, many):
+def test_parts_equal_lists_embedded_one_by_one(few, many):
     parts = [torch.tensor(few), torch.tensor(many, dtype=torch.int64)]
     tower = Tower()
     found = embed_parts(tower, parts)
@@ -39,7 +39,7 @@ def test_parts_are_those_embedded_one_by_one(few, many):
     assert torch.allclose(*gradients, atol=1e-6)
 
 
-def test_a_catalog_in_order_is_not_copied():
+def test_a_sorted_catalog_is_not_copied():
     tower = Tower()
     catalog = torch.arange(30)
     embed_parts(tower, [torch.tensor([7, 7, 3]), catalog])

@@ -1,4 +1,4 @@
-"""Training as a whole: it learns, repeats itself, and an interrupted run ends where an uninterrupted one does."""
+"""Tests of whole training runs: they learn, are reproducible, and resume to the same model."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def weights(model):
     return torch.cat([value.flatten() for value in model.artifact.towers.state_dict().values()])
 
 
-def test_a_planted_answer_is_found(planted_split):
+def test_a_planted_answer_is_learnt(planted_split):
     model = tt.fit(planted_split, config("training.max_epochs=15"), progress=False)
     measured = tt.evaluate(model, planted_split.test, ks=(5, 10))
     found = measured["model"].values["Recall@10"]
@@ -64,7 +64,7 @@ def test_every_kind_of_tower_learns(planted_split, change):
     assert parity[best >= 0].mean() > 0.8
 
 
-def test_a_seed_gives_the_same_model_and_leaves_the_callers_generator_alone(planted_split):
+def test_a_seed_reproduces_the_model_and_leaves_the_callers_generator_alone(planted_split):
     state = torch.get_rng_state()
     models = [
         tt.fit(planted_split, config("training.max_epochs=2", f"training.seed={seed}"), progress=False)
@@ -76,7 +76,7 @@ def test_a_seed_gives_the_same_model_and_leaves_the_callers_generator_alone(plan
 
 
 def interrupt_at(step, monkeypatch):
-    """Ctrl-C in the middle of a step."""
+    """Send Ctrl-C in the middle of a step."""
     original = TrainingModule.training_step
 
     def training_step(self, batch, batch_idx):
@@ -87,7 +87,7 @@ def interrupt_at(step, monkeypatch):
     monkeypatch.setattr(TrainingModule, "training_step", training_step)
 
 
-# Epochs have 13 steps: in the first epoch, at its last step, in the second.
+# Epochs have 13 steps: interrupt in the first epoch, at its last step, and in the second.
 @pytest.mark.parametrize("step", [4, 12, 20])
 def test_an_interrupted_run_resumes_to_the_same_model(planted_split, tmp_path, monkeypatch, step):
     settings = config("training.max_epochs=3", "query_tower.dropout=0.2")
@@ -103,7 +103,7 @@ def test_an_interrupted_run_resumes_to_the_same_model(planted_split, tmp_path, m
     assert torch.equal(weights(whole), weights(resumed))
 
 
-def test_several_ranks_have_to_be_given_a_folder(planted_split, monkeypatch):
+def test_several_ranks_need_a_folder(planted_split, monkeypatch):
     monkeypatch.setattr(Ranks, "current", lambda group=None: Ranks(1, 2))
     with pytest.raises(InputError, match="required with several ranks; pass a folder that all ranks share"):
         tt.fit(planted_split, progress=False)
@@ -125,7 +125,7 @@ def test_early_stopping_keeps_the_best_weights(planted_split, tmp_path):
     assert again["model"].values["NDCG@10"] == pytest.approx(max(curve), abs=1e-6)
 
 
-def test_checkpoints_hold_no_pickle_and_refuse_damage(tmp_path):
+def test_checkpoints_contain_no_pickle_and_refuse_damage(tmp_path):
     io = SafeCheckpointIO()
     state = {"epoch": 3, 5: (1, [2.5, None]), "t": {"x": torch.arange(4), 0: torch.tensor(True)}, "name": "a"}
     io.save_checkpoint(state, tmp_path / "c.ckpt")
@@ -136,7 +136,7 @@ def test_checkpoints_hold_no_pickle_and_refuse_damage(tmp_path):
     assert torch.equal(back["t"]["x"], torch.arange(4)) and back["t"][0].item() is True
     io.save_checkpoint({"epoch": 4}, tmp_path / "c.ckpt")
     assert io.load_checkpoint(tmp_path / "c.ckpt") == {"epoch": 4}
-    assert [path.name for path in tmp_path.iterdir()] == ["c.ckpt"], "nothing half-written may stay"
+    assert [path.name for path in tmp_path.iterdir()] == ["c.ckpt"], "no partial checkpoint may remain"
     (tmp_path / "c.ckpt" / "tensors.safetensors").write_bytes(b"damaged")
     with pytest.raises(InputError, match="not a readable checkpoint"):
         io.load_checkpoint(tmp_path / "c.ckpt")

@@ -1,4 +1,4 @@
-"""The gradient cache against the plain step: the same loss and the same gradients, dropout included."""
+"""Tests of the gradient cache against the plain step: same loss and gradients, including dropout."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def batch():
 
 
 def step(towers, micro_batch):
-    """(loss, gradients, the next random number)."""
+    """Return (loss, gradients, the next random number)."""
     torch.manual_seed(5)
     pool = Pool(InBatch(CountedFrequency(torch.ones(N))), Sampled(Uniform(N), 9), unique=True)
     towers.zero_grad()
@@ -39,7 +39,7 @@ def step(towers, micro_batch):
 
 
 def in_chunks(towers, monkeypatch):
-    """The plain step, its towers embedding chunk by chunk with everything kept: what the cache must equal."""
+    """Run the plain step with chunked embedding and all activations kept, which the cache must reproduce."""
     for name in ("embed_queries", "embed_items"):
         plain = getattr(towers, name)
 
@@ -50,14 +50,14 @@ def in_chunks(towers, monkeypatch):
     return step(towers, None)
 
 
-def test_loss_and_gradients_are_those_of_the_plain_step(towers, monkeypatch):
+def test_loss_and_gradients_equal_the_plain_step(towers, monkeypatch):
     value, grads, following = step(towers, CHUNK)
     assert min(float(grad.abs().max()) for grad in grads.values()) > 1e-6
     expected, expected_grads, expected_following = in_chunks(towers, monkeypatch)
     assert value == pytest.approx(expected, rel=1e-6)
     for name, grad in expected_grads.items():
         assert torch.allclose(grads[name], grad, rtol=1e-5, atol=1e-7), name
-    assert following == expected_following, "the generator goes on as after a plain step"
+    assert following == expected_following, "the generator continues as after a plain step"
 
 
 def test_without_the_same_dropout_the_gradients_differ(towers, monkeypatch):
@@ -69,14 +69,14 @@ def test_without_the_same_dropout_the_gradients_differ(towers, monkeypatch):
     assert not all(torch.allclose(grads[name], grad, rtol=1e-3, atol=1e-4) for name, grad in expected.items())
 
 
-def test_a_batch_of_one_chunk_is_the_plain_step(towers):
+def test_a_batch_of_one_chunk_equals_the_plain_step(towers):
     one, other = step(towers, ROWS + 100), step(towers, None)
     assert one[0] == other[0]
     assert all(torch.equal(one[1][name], grad) for name, grad in other[1].items())
 
 
-def test_only_a_chunk_is_kept(towers):
-    """Between the forward and the backward pass no activation of all rows is alive."""
+def test_only_one_chunk_of_activations_is_kept(towers):
+    """Between the forward and the backward pass no activation of all rows is in memory."""
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         query = gradient_cache.cached_embedding(

@@ -1,4 +1,4 @@
-"""Loggers by name: what a training logs is read back with each system's own reader."""
+"""Tests of the loggers: the log of a training run is read back with each system's own reader."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ import twotower as tt
 from twotower.errors import InputError
 from twotower.training import loggers
 
-#: What the objective says of its candidates while training.
+#: Diagnostics of the candidates during training.
 DIAGNOSTICS = {"effective_candidates", "masked_share", "uncertainty", "gradient_tail"}
 
 
@@ -20,7 +20,7 @@ def config(name):
         None,
         [
             "training.max_epochs=1",
-            "training.batch_size=16",  # 75 steps an epoch: diagnostics are due
+            "training.batch_size=16",  # 75 steps per epoch, enough for diagnostics
             "item_tower.dimension=8",
             "objective.sources=[{in_batch: {}}, {uniform: {size: 20}}]",
             f"training.logger={name}",
@@ -31,7 +31,7 @@ def config(name):
 @pytest.fixture
 def trained(planted_split, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # restored afterwards, as the logger sets it
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # so that monkeypatch restores it: the logger sets it
 
     def train(name, **settings):
         return tt.fit(planted_split, config(name), directory=tmp_path / name, progress=False, **settings)
@@ -71,7 +71,7 @@ def test_mlflow_reads_it_back_from_a_file_store(trained, tmp_path):
     assert run.data.params["objective/name"] == "expected-count"
 
 
-def test_mlflow_goes_where_the_environment_says_and_takes_up_its_run_again(tmp_path, monkeypatch):
+def test_mlflow_uses_the_uri_of_the_environment_and_continues_its_run(tmp_path, monkeypatch):
     pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "elsewhere").as_uri())
@@ -82,7 +82,7 @@ def test_mlflow_goes_where_the_environment_says_and_takes_up_its_run_again(tmp_p
     assert not (tmp_path / "run" / "logs" / "mlflow").exists()
 
 
-def test_none_keeps_nothing(trained, tmp_path):
+def test_none_logs_nothing(trained, tmp_path):
     trained("none")
     assert not (tmp_path / "none" / "logs").exists()
 

@@ -1,4 +1,4 @@
-"""The memory plan beside what a process really held."""
+"""Tests of the memory plan against the measured memory of a process."""
 
 import json
 import subprocess
@@ -66,11 +66,11 @@ def measured(*changes):
     ],
     ids=["adam", "adagrad", "bfloat16"],
 )
-def test_the_plan_is_near_what_a_process_holds(changes):
+def test_the_plan_is_close_to_the_measured_memory(changes):
     found = measured(*changes)
     grown, planned = found["peak"] - found["process"], found["planned"] - found["process"]
     print(found["text"], f"measured {found['peak'] >> 20} MiB, planned {found['planned'] >> 20} MiB")
-    # The same run grew by 906 MiB once and by 1,165 another time: the measured number itself is no nearer.
+    # The same run grew by 906 MiB once and by 1,165 another time: the measurement itself varies as much.
     assert 0.8 < planned / grown < 1.5, found
 
 
@@ -101,7 +101,7 @@ def test_tables_and_state_are_exact(parts):
         assert plan.held["optimizer state"] == sum(value.nbytes for value in state)
 
 
-def test_candidates_are_as_many_as_a_draw_brings(parts, planted_split):
+def test_planned_candidates_match_a_draw(parts, planted_split):
     config, _, objective, train = parts
     shared, own = candidates_of(objective, 64, train.num_items)
     drawn = objective.draw(torch.from_numpy(train.item_codes[:64].astype("int64")))
@@ -115,15 +115,15 @@ def test_candidates_are_as_many_as_a_draw_brings(parts, planted_split):
     )
 
 
-def test_what_does_not_fit_is_told_before_training(parts, planted_split, monkeypatch):
+def test_too_little_memory_is_reported_before_training(parts, planted_split, monkeypatch):
     config, towers, objective, train = parts
     plan = plan_memory(config, towers, objective, train)
     assert not plan.is_too_large and "WARNING" not in str(plan)
     small = replace(plan, available=plan.needed - 1)
     assert small.is_too_large and "WARNING" in str(small) and "rowwise-adagrad" in str(small)
-    told = []
-    run.fit(planted_split, Config.load(None, ["training.max_epochs=1"]), progress=False, say=told.append)
-    assert len(told) == 1 and str(told[0]).startswith("memory: ")
+    messages = []
+    run.fit(planted_split, Config.load(None, ["training.max_epochs=1"]), progress=False, say=messages.append)
+    assert len(messages) == 1 and str(messages[0]).startswith("memory: ")
     nothing = machine.Memory(total=1 << 30, available=1 << 10, limit=None, resident=1 << 20, peak=1 << 20)
     monkeypatch.setattr(memory_plan.machine, "memory", lambda processes=1: nothing)
     with pytest.raises(InputError, match="item_tower.dimension: tables of 160 rows .*rowwise-adagrad"):
@@ -141,7 +141,7 @@ def test_free_memory_of_a_device(monkeypatch):
     assert machine.device_memory("gpu") is None
 
 
-def test_all_ranks_go_by_the_least(monkeypatch):
+def test_all_ranks_use_the_minimum(monkeypatch):
     others = [30, -1]
     monkeypatch.setattr(Ranks, "gather", lambda self, values, sizes: torch.cat([values, torch.tensor(others[:1])]))
     monkeypatch.setattr(Ranks, "device", "cpu")
@@ -152,7 +152,7 @@ def test_all_ranks_go_by_the_least(monkeypatch):
 
 @pytest.fixture
 def there(monkeypatch):
-    """So much main memory, and so much of a CUDA device where training is not told to run on the CPU."""
+    """Set the free main memory, and the free memory of a CUDA device unless training runs on the CPU."""
 
     def there(main, device):
         found = machine.Memory(total=None, available=main, limit=None, resident=1 << 28, peak=None)
@@ -164,30 +164,30 @@ def there(monkeypatch):
     return there
 
 
-def test_tables_go_by_the_memory_that_training_runs_in(parts, there):
+def test_tables_are_placed_by_the_memory_in_which_training_runs(parts, there):
     config, towers, _, train = parts
     on_cpu = config.model_copy(update={"training": config.training.model_copy(update={"accelerator": "cpu"})})
     weights = sum(m.weight.nbytes for m in towers.modules() if isinstance(m, torch.nn.Embedding))
     everything, two = 3 * weights, Ranks(0, 2)  # Adam
     there(main=weights, device=2 * everything)
     assert place_tables(config, train, two).parts == {}, "the state is not in main memory"
-    with pytest.raises(InputError, match="optimizer state need 0 MiB of main memory, 0 MiB are there"):
+    with pytest.raises(InputError, match="optimizer state need 0 MiB of main memory, but only 0 MiB are free"):
         place_tables(on_cpu, train)
     there(main=1 << 50, device=2 * everything - 1)
     assert place_tables(config, train, two).parts.keys() == {"item", "query"}, "more than half of the device"
     assert place_tables(on_cpu, train, two).parts == {}
     place_tables(config, train)
     there(main=1 << 50, device=everything - 1)
-    with pytest.raises(InputError, match="optimizer state need 0 MiB of the CUDA device's memory, 0 MiB are there"):
+    with pytest.raises(InputError, match="state need 0 MiB of the CUDA device's memory, but only 0 MiB are free"):
         place_tables(config, train)
     place_tables(on_cpu, train)
     there(main=weights - 1, device=1 << 50)
     assert place_tables(config, train, two).parts.keys() == {"item", "query"}
-    with pytest.raises(InputError, match="rows need 0 MiB of main memory, where they are made, 0 MiB are there"):
+    with pytest.raises(InputError, match="rows need 0 MiB of main memory, where they are created, but only 0 MiB"):
         place_tables(config, train)
 
 
-def test_a_plan_goes_by_the_memory_that_training_runs_in(parts, planted_split, there):
+def test_a_plan_uses_the_memory_in_which_training_runs(parts, planted_split, there):
     config, towers, objective, train = parts
 
     def planned(main, device):
@@ -200,25 +200,25 @@ def test_a_plan_goes_by_the_memory_that_training_runs_in(parts, planted_split, t
     assert plan.held == here.held and plan.state == here.state
     throughout = sum(plan.held[name] for name in ("tables", "optimizer state"))
     assert plan.peak == plan.needed == throughout + max(sum(plan.step.values()), sum(plan.ranking.values()))
-    # Nothing of what the processor alone does: estimates in bfloat16, tiles for its caches, memory kept for reuse.
+    # Without the parts that only a CPU has: bfloat16 estimates, tiles for its caches, memory kept for reuse.
     assert here.ranking["index"] - plan.ranking["index"] == train.num_items * config.item_tower.dimension * 2
     assert "kept for reuse" not in plan.ranking
     short = planned(1 << 50, plan.needed - 1)
-    assert short.is_too_large and "more of the CUDA device's memory are needed" in str(short)
+    assert short.is_too_large and "more of the CUDA device's memory needed" in str(short)
     assert not planned(1 << 50, plan.needed).is_too_large
-    # Of main memory: a copy of the state, larger than tables and best weights together, less the tables that are there.
+    # Main memory: a copy of the state, larger than tables and best weights together, minus the existing tables.
     assert plan.beside == plan.state > 2 * plan.held["tables"]
     copied = plan.state - plan.held["tables"]
     assert not planned(copied, 1 << 50).is_too_large
     short = planned(copied - 1, 1 << 50)
-    assert "more of main memory are needed" in str(short) and "CUDA device's memory are" not in str(short)
-    assert "more of main memory are needed" in str(planned(0, None))
+    assert "more of main memory needed" in str(short) and "CUDA device's memory needed" not in str(short)
+    assert "more of main memory needed" in str(planned(0, None))
     assert planned(2 * plan.state, 1 << 50).in_background and not planned(2 * plan.state - 1, 1 << 50).in_background
     there(1 << 50, 1)
     with pytest.raises(InputError, match="CUDA device's memory"):
         run.fit(planted_split, Config.load(None, ["training.max_epochs=1"]), progress=False)
 
 
-def test_a_tile_of_a_device_is_as_large_as_it_may_be():
+def test_a_tile_on_a_device_has_the_maximum_size():
     assert memory_plan._tile(1 << 20, 1 << 10, on_cpu=True) < 16 << 20
     assert 0.9 * TILE_MEMORY < memory_plan._tile(1 << 20, 1 << 10, on_cpu=False) <= TILE_MEMORY

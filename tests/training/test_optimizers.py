@@ -1,4 +1,4 @@
-"""The optimizer against float64 loops and against torch's own optimizers."""
+"""Tests of the optimizer against float64 loops and torch's own optimizers."""
 
 import copy
 import math
@@ -14,7 +14,7 @@ from twotower.training.optimizers import parameter_groups
 from twotower.training.rows import combine_rows
 
 N, D = 9, 4
-#: Codes of each step: duplicates, a row left out for long (7), rows never used (0, 8), one row alone, all rows once.
+#: Codes of each step: duplicates, a row unused for long (7), rows never used (0, 8), a single row, all rows once.
 STEPS = [[1, 3, 3, 5], [7, 1], [5, 5, 5], [3], [2, 4, 6], [1, 2, 3], [4], [6, 6, 1], [3, 3], [7, 7, 5]]
 
 
@@ -45,12 +45,12 @@ def test_sparse_rows_equal_the_float64_loop(rule):
     expected = loop(before.tolist(), STEPS, [target.tolist() for target in targets(torch.float64)], lr=0.1, eps=1e-8)
     steps(TableOptimizer(table.parameters(), lr=0.1, rule=rule), table, targets(torch.float64))
     assert torch.allclose(table.weight, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-12)
-    assert torch.equal(table.weight[[0, 8]], before[[0, 8]]), "untouched rows must not move"
-    assert (table.weight - before).abs()[1:8].min() > 1e-3, "touched rows must"
+    assert torch.equal(table.weight[[0, 8]], before[[0, 8]]), "untouched rows must not change"
+    assert (table.weight - before).abs()[1:8].min() > 1e-3, "touched rows must change"
 
 
 def test_a_table_with_two_uses_gets_both_gradients_once():
-    """As when the history looks its items up in the item tower's table."""
+    """As when the history uses the item tower's table."""
     torch.manual_seed(0)
     weight = torch.randn(N, D, dtype=torch.float64)
     items, history = [[1, 2, 5], [5, 6], [2, 2]], [[5, 5, 2, 1], [3], [2, 7]]
@@ -132,7 +132,7 @@ def test_combining_no_rows_gives_none():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rule", ["adam", "rowwise-adagrad"])
-def test_a_resumed_state_continues_alike(rule, dtype, tmp_path):
+def test_a_resumed_state_continues_identically(rule, dtype, tmp_path):
     ours, other = tables(sparse=True, dtype=dtype)
     first = TableOptimizer(ours.parameters(), lr=0.1, rule=rule)
     steps(first, ours, targets(dtype)[:5], STEPS[:5])
@@ -145,7 +145,7 @@ def test_a_resumed_state_continues_alike(rule, dtype, tmp_path):
     for mine, theirs in zip(first.state[ours.weight].values(), second.state[other.weight].values(), strict=True):
         assert mine.dtype == theirs.dtype == torch.float32 and torch.equal(mine, theirs)
     for optimizer, table in ((first, ours), (second, other)):
-        torch.manual_seed(3)  # what a bfloat16 table is rounded by; a checkpoint of a fit holds the generator
+        torch.manual_seed(3)  # for rounding bfloat16 tables; checkpoints of a fit save the generator
         steps(optimizer, table, targets(dtype)[5:], STEPS[5:])
     assert torch.equal(ours.weight, other.weight)
 
@@ -157,7 +157,7 @@ def test_a_state_of_another_model_is_refused():
         TableOptimizer(ours.parameters(), lr=0.1).load_state_dict(copy.deepcopy(state))
 
 
-def test_one_object_moves_layers_and_tables_each_by_its_rule():
+def test_one_optimizer_updates_layers_and_tables_by_their_rules():
     torch.manual_seed(0)
     model = torch.nn.ModuleDict({"table": torch.nn.Embedding(N, D, sparse=True), "layer": torch.nn.Linear(D, 3)})
     twin = copy.deepcopy(model)
@@ -189,7 +189,7 @@ def test_one_object_moves_layers_and_tables_each_by_its_rule():
 
 @pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize("rule", ["adam", "rowwise-adagrad"])
-def test_a_parameter_without_gradient_stays(rule, sparse):
+def test_a_parameter_without_gradient_does_not_change(rule, sparse):
     ours, _ = tables(sparse)
     before = ours.weight.detach().clone()
     TableOptimizer(ours.parameters(), lr=0.1, rule=rule).step()
@@ -216,14 +216,14 @@ def test_a_step_allocates_nothing_as_large_as_the_table(rule):
         table(torch.tensor([5, 7, 7, 199_999])).square().sum().backward()
         optimizer.step()
 
-    step()  # the state is made at the first step
+    step()  # the state is created at the first step
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         step()
     largest = max(event.cpu_memory_usage for event in found.events())
     assert 0 < largest < rows * width * 4 / 100, f"{largest} bytes at once, the table has {rows * width * 4}"
 
 
-def test_stochastic_rounding_is_right_on_average():
+def test_stochastic_rounding_is_unbiased():
     from twotower.training.rows import round_stochastically
 
     torch.manual_seed(0)
@@ -231,7 +231,7 @@ def test_stochastic_rounding_is_right_on_average():
     many = round_stochastically(exact.expand(100_000, -1))
     assert many.dtype == torch.bfloat16
     lower, upper = many.double().min(0).values, many.double().max(0).values
-    assert torch.equal(lower[3:5], upper[3:5]), "what bfloat16 can hold is kept"
+    assert torch.equal(lower[3:5], upper[3:5]), "values that bfloat16 represents are unchanged"
     assert (lower < upper)[[0, 1, 2, 5]].all() and ((upper - lower) <= exact.abs().double() / 127).all()
     spread = (upper - lower) / 2 / math.sqrt(100_000)
     assert ((many.double().mean(0) - exact.double()).abs() <= 5 * spread).all()
@@ -239,7 +239,7 @@ def test_stochastic_rounding_is_right_on_average():
 
 @pytest.mark.parametrize("rule", ["adam", "rowwise-adagrad"])
 def test_small_steps_of_a_bfloat16_table_are_not_lost(rule):
-    """Steps of a tenth of bfloat16's resolution: rounded to the nearest, all of them would vanish."""
+    """Steps are a tenth of bfloat16's resolution: with rounding to nearest, all of them would vanish."""
     torch.manual_seed(0)
     table = torch.nn.Embedding.from_pretrained(torch.ones(4, 256, dtype=torch.bfloat16), freeze=False, sparse=True)
     lr = 4e-4
@@ -257,4 +257,4 @@ def test_small_steps_of_a_bfloat16_table_are_not_lost(rule):
     nearest = torch.ones(1, dtype=torch.bfloat16)
     for _ in range(100):
         nearest = (nearest.float() - lr).to(torch.bfloat16)
-    assert float(nearest) == 1.0, "the test would not see a stall"
+    assert float(nearest) == 1.0, "the test would not detect a stall"

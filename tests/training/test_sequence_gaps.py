@@ -1,4 +1,4 @@
-"""Time gaps: where only they tell the next item, a tower that reads them finds it, in training, ranking and serving."""
+"""Tests of time gaps: if only they predict the next item, a tower that reads them learns it and serves it."""
 
 import numpy as np
 import polars as pl
@@ -22,12 +22,12 @@ SMALL = [
     "objective.sources=[{uniform: {size: 20}}]",
     "evaluation.baselines=false",
 ]
-#: Seconds between two items, and which third of 30 items follows on each.
+#: Seconds between two items, and which third of the 30 items follows each gap.
 GAPS = (10, 3_600, 864_000)
 
 
 def log(queries=150, rows=14, seed=0):
-    """The gap before an item says which third the next one comes from; within it anything may come."""
+    """Draw sequences in which the gap before an item determines the third of the next item, random within it."""
     rng = np.random.default_rng(seed)
     found = []
     for q in range(queries):
@@ -49,8 +49,8 @@ def models():
     }
 
 
-def test_only_the_gaps_tell(models):
-    """Ten right items of thirty for ten places: a third by chance, all of them where the gap is read and learnt."""
+def test_only_a_tower_with_gaps_learns(models):
+    """Ten of thirty items are right, for ten ranks: a third by chance, all of them if the gap is learnt."""
     split, fitted = models
     recall = {
         name: tt.evaluate(one, split.test, ks=(10,), baselines=False, exclude_seen=False)["model"].values["Recall@10"]
@@ -60,7 +60,7 @@ def test_only_the_gaps_tell(models):
     assert recall["on"] > 0.75
 
 
-def test_a_saved_model_answers_by_the_times(models, tmp_path):
+def test_a_saved_model_uses_timestamps(models, tmp_path):
     split, fitted = models
     folder = fitted["on"].save(tmp_path / "model")
     retriever = tt.Retriever.load(folder)
@@ -88,6 +88,6 @@ def test_a_saved_model_answers_by_the_times(models, tmp_path):
         assert [one["item"] for one in same.json()["items"]] == known["item"].to_list()
         for wrong in ({"history": [3, 17], "times": [1.0]}, {"query_id": "u004", "times": [1.0]}):
             assert service.post("/recommend", json=wrong).status_code == 422
-    told = export_query_tower(folder, tmp_path / "out", "torch")
-    assert told["inputs"] == {"history": "int64 [B, 6]", "gaps": "int64 [B, 6]"}
-    assert told["largest_difference"] <= 1e-5
+    report = export_query_tower(folder, tmp_path / "out", "torch")
+    assert report["inputs"] == {"history": "int64 [B, 6]", "gaps": "int64 [B, 6]"}
+    assert report["largest_difference"] <= 1e-5

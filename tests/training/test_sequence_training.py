@@ -1,4 +1,4 @@
-"""Training on whole sequences: it learns, resumes, averages its weights, and blocks of rows have draws of their own."""
+"""Tests of training on whole sequences: learning, resuming, averaged weights, and draws per block of rows."""
 
 import copy
 import itertools
@@ -90,12 +90,12 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(planted_split, tmp_p
 
 
 class BrokenOffError(Exception):
-    """A training ends in the middle."""
+    """Raised to end a training run in the middle."""
 
 
 @contextmanager
 def broken_off(steps):
-    """Break training off in the middle of an epoch; what the last epoch left is all there is."""
+    """Break training off in the middle of an epoch, so that only the last epoch's checkpoint exists."""
     count = itertools.count(1)
 
     def counted(*args, **kwargs):
@@ -108,8 +108,8 @@ def broken_off(steps):
         yield
 
 
-def test_what_is_kept_is_the_average(planted_split, tmp_path):
-    """By hand, from the weights after every step."""
+def test_the_average_of_the_weights_is_saved(planted_split, tmp_path):
+    """The average is recomputed from the weights after every step."""
     seen = []
     original = model_module.TrainingModule.on_train_batch_end
 
@@ -125,7 +125,7 @@ def test_what_is_kept_is_the_average(planted_split, tmp_path):
         tmp_path / "checkpoints" / "last.ckpt")["state_dict"].items() if name.startswith("towers.")}  # fmt: skip
     name = "query_tower.encoder.norm.weight"
     assert torch.equal(start[f"towers.{name}"], seen[-1][name])
-    expected = torch.ones_like(seen[0][name])  # where a norm's weight starts
+    expected = torch.ones_like(seen[0][name])  # the initial weight of a norm
     for step, state in enumerate(seen, 1):
         keep = min(0.8, step / (step + 9))
         expected = keep * expected + (1 - keep) * state[name]
@@ -134,8 +134,8 @@ def test_what_is_kept_is_the_average(planted_split, tmp_path):
     assert not torch.allclose(expected, seen[-1][name], atol=1e-5)
 
 
-def test_draws_for_blocks_of_rows_are_as_one_where_nothing_is_drawn(planted_split):
-    """With the whole catalog as candidates the blocks change nothing: value and gradients."""
+def test_draws_per_block_equal_one_draw_with_the_whole_catalog(planted_split):
+    """With the whole catalog as candidates the blocks change neither value nor gradients."""
     found = []
     for changes in ((), ("objective.rows_per_draw=7",)):
         settings = config("objective.sources=[{catalog: {}}]", *changes)
@@ -151,7 +151,7 @@ def test_draws_for_blocks_of_rows_are_as_one_where_nothing_is_drawn(planted_spli
 
 
 def test_more_draws_have_the_same_mean_and_less_noise(planted_split):
-    """The gradient of the item table over redraws of the same rows, one draw for all of them or one for every 16."""
+    """Compare the item table's gradient over redraws, with one draw for all rows or one for every 16."""
 
     def gradients(*changes):
         towers, objective, batch = parts(planted_split, config("objective.sources=[{uniform: {size: 60}}]", *changes))
@@ -166,12 +166,12 @@ def test_more_draws_have_the_same_mean_and_less_noise(planted_split):
 
     one, many = gradients(), gradients("objective.rows_per_draw=16")
     noise_one, noise_many = (float((g - g.mean(0)).pow(2).sum(1).mean()) for g in (one, many))
-    assert noise_many < 0.5 * noise_one  # rows err differently even with one draw, so less is gained than 1/8
+    assert noise_many < 0.5 * noise_one  # errors differ by row even with one draw, so the gain is less than 1/8
     standard_error = ((noise_one + noise_many) / REDRAWS) ** 0.5
     assert float((one.mean(0) - many.mean(0)).norm()) < 1.5 * standard_error
 
 
-def test_the_model_is_kept_and_exported(planted_split, tmp_path):
+def test_the_model_is_saved_and_exported(planted_split, tmp_path):
     model = tt.fit(planted_split, config("training.max_epochs=1"), progress=False)
     folder = model.save(tmp_path / "model")
     loaded = tt.Retriever.load(folder)
@@ -179,10 +179,10 @@ def test_the_model_is_kept_and_exported(planted_split, tmp_path):
     known = loaded.recommend(["u000"], k=3)
     seen = loaded.history("u000")["item"].to_list()
     new = loaded.recommend(histories=[seen], k=3)
-    assert known["item"].to_list() == new["item"].to_list()  # a query is what it has met
+    assert known["item"].to_list() == new["item"].to_list()  # a query is represented by its history
     assert len(loaded.explain("u000", item=known["item"][0]).history) == 10
-    told = export_query_tower(folder, tmp_path / "torch", "torch")
-    assert told["inputs"] == {"history": "int64 [B, 10]"} and told["largest_difference"] <= 1e-5
+    report = export_query_tower(folder, tmp_path / "torch", "torch")
+    assert report["inputs"] == {"history": "int64 [B, 10]"} and report["largest_difference"] <= 1e-5
 
 
 @pytest.mark.slow
@@ -215,7 +215,7 @@ def test_settings_that_do_not_fit(planted_split, change, said):
         parts(planted_split, config(change))
 
 
-def test_blocks_of_rows_do_not_go_with_in_batch_candidates(planted_split):
+def test_draws_per_block_are_refused_with_in_batch_candidates(planted_split):
     with pytest.raises(InputError, match="rows_per_draw: with in_batch and whole sequences"):
         parts(planted_split, config("objective.sources=[{in_batch: {}}]", "objective.rows_per_draw=32"))
 

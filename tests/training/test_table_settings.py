@@ -1,4 +1,4 @@
-"""Tables from the settings on: sparse gradients, row-wise Adagrad and bfloat16 in whole fits."""
+"""Tests of table settings in whole fits: sparse gradients, row-wise Adagrad and bfloat16."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ def config(*changes):
 
 @pytest.fixture
 def sparse(monkeypatch):
-    """Sparse gradients at the size of the test data."""
+    """Enable sparse gradients at the size of the test data."""
     monkeypatch.setattr(tables, "SPARSE_ABOVE", 10)
 
 
@@ -75,7 +75,7 @@ def test_the_learning_rate_of_tables_follows_the_optimizer():
     assert config("training.table_learning_rate_factor=3").resolved(10_000).training.table_learning_rate_factor == 3.0
 
 
-def test_every_table_of_both_towers_is_stored_alike():
+def test_all_tables_of_both_towers_have_the_same_type():
     towers = build_towers(
         config(BFLOAT16, "query_tower.id_embedding=true", "query_tower.history.share_table=false"),
         num_queries=30,
@@ -88,7 +88,7 @@ def test_every_table_of_both_towers_is_stored_alike():
     assert towers.item_embeddings().dtype == torch.float32
 
 
-def test_a_table_starts_as_it_says():
+def test_the_initialization_of_a_table():
     torch.manual_seed(0)
     table = EmbeddingTable(SPARSE_ABOVE + 1, 16)
     assert table.sparse and not EmbeddingTable(SPARSE_ABOVE, 1).sparse

@@ -1,6 +1,6 @@
-"""Training that goes on with a model on new days: what is taken over from the model, and what it is joined with.
+"""Incremental training: a model trained further on new data, with the state it inherits and the joined data.
 
-`growth` imports the trainer, which is slow to load: import it where it is needed.
+`growth` imports the trainer, which is slow to load, so import it only where needed.
 """
 
 from twotower.continuing.keeping import contexts_of, lineage, rows_of, split_again

@@ -1,4 +1,4 @@
-"""What a parent has learnt, in towers of more queries, items and values of features."""
+"""Transfer of a parent model's weights and state to towers with more queries, items and feature values."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from twotower.training.continuing import (
 )
 from twotower.training.opened import open_checkpoint
 
-#: How the account begins where only weights go on.
-AFRESH = "optimizer and objective begin afresh, only weights go on"
+#: Start of the message when only weights are inherited.
+AFRESH = "optimizer and objective start from scratch, only weights are inherited"
 
 
 @dataclass(frozen=True)
 class Grown:
-    """The features of both sides with the new rows, and where old codes have gone.
+    """The features of both sides with the new rows, and the maps from old to new codes.
 
     Attributes:
-        features: by side; a side without features is absent.
+        features: by side, for sides with features.
         maps: of queries, items and feature values.
         num_queries, num_items: Q and N of the new model.
     """
@@ -53,7 +53,7 @@ class Grown:
 
 
 def grown_features(parent: Parent, split: ContinuedSplit) -> Grown:
-    """The parent's fitted features on the new rows as well; see `data.growing.grown`."""
+    """Apply the parent's fitted features to the new rows too; see `data.growing.grown`."""
     train = split.train
     sides: dict[str, tuple[Any, Vocabulary, pl.DataFrame | None, NDArray[np.bool_]]] = {
         "item": (split.item_map, train.items, split.new_item_table, train.item_counts() > 0),
@@ -85,22 +85,22 @@ def carry_on(
     ranks: Ranks | None = None,
     say: Callable[[object], None] | None = None,
 ) -> ContinueOptimizer | None:
-    """Put what the parent has learnt into fresh towers and a fresh objective, both changed in place; collective.
+    """Load the parent's weights and state into fresh towers and a fresh objective, both changed in place; collective.
 
-    Of tables that ranks share, each reads the rows that it will have, and no others, of the optimizer's state when
-    training begins. Whether the checkpoint is the model's is found out together, each rank on its part of the rows.
+    Of sharded tables, each rank reads only the rows that it will hold; optimizer state is read when training starts.
+    The ranks check together that the checkpoint matches the model, each on its share of the rows.
 
     Args:
-        parent: the model to go on with.
+        parent: the model to continue.
         config: the settings.
-        growth: what `grown_features` gave.
-        towers: fresh.
-        objective: fresh.
-        ranks: the processes of the run; a process alone where None.
-        say: where it is told if the states of optimizer and objective cannot go on; nowhere where None.
+        growth: the result of `grown_features`.
+        towers: freshly built.
+        objective: freshly built.
+        ranks: the processes of the run; None for a single process.
+        say: receives a message if the states of optimizer and objective cannot be inherited.
 
     Returns:
-        What brings the optimizer to where the parent's was; None where its state is not at hand.
+        The callback that loads the parent's optimizer state; None if that state is not available.
     """
 
     def build(num_queries: int, num_items: int) -> TwoTower:
@@ -122,15 +122,15 @@ def carry_on(
     grow(towers, old, rows)
     if parent.checkpoint is None or not parent.checkpoint.is_dir():
         if say is not None:
-            say(f"{AFRESH}: {parent.where} has no checkpoint of its training (checkpoints/best.ckpt)")
+            say(f"{AFRESH}: {parent.where} has no checkpoint (checkpoints/best.ckpt)")
         return None
     saved = open_checkpoint(parent.checkpoint)
     state: Mapping[str, RowSource] = saved["state_dict"]
-    # The checkpoint goes with the model only where it holds the same weights: the averaged ones, if there are any.
+    # The checkpoint matches the model only if it has the same weights: the averaged ones, if there are any.
     kind = "averaged" if any(name.startswith("averaged.") for name in state) else "towers"
     if ranks.agree(any(not _same(state.get(f"{kind}.{name}"), own, ranks) for name, own in old.items())):
         if say is not None:
-            say(f"{AFRESH}: {parent.checkpoint} holds other weights than the model")
+            say(f"{AFRESH}: {parent.checkpoint} has other weights than the model")
         return None
     prefix = "objective."
     kept = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
@@ -139,7 +139,7 @@ def carry_on(
 
 
 def _same(saved: RowSource | None, own: RowSource, ranks: Ranks) -> bool:
-    """Whether two tensors are the same, as far as this rank looks at them: the rows of a large one are shared out."""
+    """Return whether two tensors are equal on the rows that this rank checks: rows of a large one are divided."""
     if saved is None or saved.shape != own.shape or saved.dtype != own.dtype:
         return False
     if len(own.shape) < 2 or len(own) <= BLOCK_ROWS:

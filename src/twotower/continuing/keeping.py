@@ -1,4 +1,4 @@
-"""What a model folder keeps so that a training can go on with it: rows, the test, where it all comes from."""
+"""What a model folder stores so that the model can be trained further: rows, holdouts, lineage."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from twotower.serving.artifact import Artifact
 
 
 def rows_of(split: Split) -> dict[str, NDArray[Any]]:
-    """What a model folder keeps of its rows, so that a training can go on with it.
+    """Collect what a model folder stores of its rows, so that the model can be trained further.
 
     Returns:
-        `learnt`: how many rows of each query, from the first, it was trained on; `timestamps`, `weights` and `groups`
-        of all rows, where there are any. After a continued training also its test (`test.*`) and its validation
-        (`validation.*`), which no reading of the new days alone could make again.
+        `learnt`: how many rows of each query, from the first, the model was trained on; `timestamps`, `weights` and
+        `groups` of all rows, if the data has them. After incremental training also its test (`test.*`) and validation
+        (`validation.*`), which cannot be recreated from the new data alone.
     """
     data, train = split.data, split.train
     counts = np.diff(train.offsets)
     rows, _ = take_ranges(data.offsets[:-1], np.minimum(data.offsets[:-1] + counts, data.offsets[1:]))
     first = len(rows) == len(train) and bool(np.array_equal(data.item_codes[rows], train.item_codes))
-    # Where training rows are not the first ones of their query, all count as learnt: none is learnt twice.
+    # If the training rows are not the first ones of their query, all rows count as learnt: none is learnt twice.
     found: dict[str, NDArray[Any]] = {"learnt": counts if first else np.diff(data.offsets)}
     found |= {name: np.asarray(getattr(data, name)) for name in CARRIED if getattr(data, name) is not None}
     if isinstance(split, ContinuedSplit):
@@ -49,11 +49,11 @@ def rows_of(split: Split) -> dict[str, NDArray[Any]]:
 
 
 def contexts_of(split: Split, config: Config) -> dict[str, pl.DataFrame]:
-    """What a model folder keeps of the context of its rows; nothing without one.
+    """Collect what a model folder stores of the context of its rows; empty without context.
 
     Returns:
-        `context` of all rows; of a continued model `test_context` too: of the questions of its test, then of those of
-        its validation.
+        `context` of all rows; after incremental training also `test_context`: of the queries of its test, then of those
+        of its validation.
     """
     columns = wanted_context(config)
     found: dict[str, pl.DataFrame] = {}
@@ -61,9 +61,9 @@ def contexts_of(split: Split, config: Config) -> dict[str, pl.DataFrame]:
         return found
     found["context"] = split.data.context.select(columns)
     if isinstance(split, ContinuedSplit):
-        asked = [held.context.select(columns) for held in (split.test, split.validation) if held.context is not None]
-        if asked:
-            found["test_context"] = pl.concat(asked)
+        frames = [held.context.select(columns) for held in (split.test, split.validation) if held.context is not None]
+        if frames:
+            found["test_context"] = pl.concat(frames)
     return found
 
 
@@ -73,21 +73,21 @@ def split_again(
     context: pl.DataFrame | None = None,
     test_context: pl.DataFrame | None = None,
 ) -> Split:
-    """The split of a continued training, from its model folder alone.
+    """Rebuild the split of an incremental run from its model folder alone.
 
     Args:
         artifact: the model.
-        rows: `rows_of` its split. Where an older version wrote them, the validation is not there: it is empty here.
+        rows: `rows_of` its split. In rows of older versions the validation is missing; it is empty then.
         context: of all rows, as in `contexts_of` its split.
-        test_context: of its questions, likewise.
+        test_context: of the queries of its holdouts, as in `contexts_of` its split.
 
     Raises:
-        InputError: the folder does not hold the rows.
+        InputError: the folder does not contain the rows.
     """
     needed = ("learnt", "test.queries", "test.history", "test.offsets", "test.items")
     if any(name not in rows for name in needed):
         raise InputError(
-            "rows.safetensors: the model folder does not say what was held out; continue the training again"
+            "rows.safetensors: the model folder does not record what was held out; run the incremental training again"
         )
     names = artifact.metadata["data"].get("groups")
     data = Interactions(
@@ -106,21 +106,21 @@ def split_again(
     place = np.arange(len(data)) - np.repeat(data.offsets[:-1], np.diff(data.offsets))
     train = data.select(place < np.repeat(rows["learnt"], np.diff(data.offsets)))
     count = len(rows["test.queries"])
-    asked = (None, None) if test_context is None else (test_context[:count], test_context[count:])
-    told = artifact.metadata["split"]
+    contexts = (None, None) if test_context is None else (test_context[:count], test_context[count:])
+    saved = artifact.metadata["split"]
     return Split(
         train,
-        holdout_of("validation", rows, data, asked[1]) if has_validation(rows) else Holdout.empty("validation"),
-        holdout_of("test", rows, data, asked[0]),
-        Account.from_dict(told["account"]),
-        told["name"],
-        told["settings"],
+        holdout_of("validation", rows, data, contexts[1]) if has_validation(rows) else Holdout.empty("validation"),
+        holdout_of("test", rows, data, contexts[0]),
+        Account.from_dict(saved["account"]),
+        saved["name"],
+        saved["settings"],
         data,
     )
 
 
 def lineage(parent: Parent | None, split: Split, learnt: int, replayed: int) -> list[dict[str, Any]]:
-    """Every training that went into a model, oldest first: parent, rows, dates, JSON values."""
+    """List the training runs that produced a model, oldest first, as JSON values: parent, rows, dates."""
     before: list[dict[str, Any]] = [] if parent is None else list(parent.artifact.metadata["data"].get("lineage", []))
     times = split.data.timestamps
     dates = None if times is None or not len(times) else (int(np.min(times)), int(np.max(times)))

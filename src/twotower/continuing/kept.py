@@ -1,4 +1,4 @@
-"""What a model folder keeps of its rows, read back: nobody who only answers needs it."""
+"""Reading of the rows stored in a model folder, which only further training needs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from twotower.serving.artifact import ROWS, find_model, read_metadata
 
 
 def load_rows(folder: Path) -> dict[str, np.ndarray] | None:
-    """`rows` of a model folder; None where an older version wrote it.
+    """Read `rows` of a model folder; None if an older version wrote it.
 
     Raises:
-        InputError: damaged.
+        InputError: the file is damaged.
     """
     path = folder / ROWS
     if not path.is_file():
@@ -34,10 +34,10 @@ def load_rows(folder: Path) -> dict[str, np.ndarray] | None:
 
 
 def load_context(folder: Path, name: str = "context") -> pl.DataFrame | None:
-    """One of the `contexts` of a model folder; None where it has none.
+    """Read one of the `contexts` of a model folder; None if it has none.
 
     Raises:
-        InputError: damaged.
+        InputError: the file is damaged.
     """
     path = folder / f"{name}.parquet"
     if not path.is_file():
@@ -49,15 +49,15 @@ def load_context(folder: Path, name: str = "context") -> pl.DataFrame | None:
 
 
 def has_validation(rows: Mapping[str, NDArray[Any]]) -> bool:
-    """Whether the rows of a continued model tell its validation; those that an older version wrote do not."""
+    """Return whether the rows of a continued model include its validation; older versions did not save it."""
     return "validation.queries" in rows
 
 
 def lost_validation(directory: str | Path) -> bool:
-    """Whether a model, or the run folder around it, went on with another without keeping its validation.
+    """Return whether a model, or the model of a run folder, was continued from another without saving its validation.
 
     Raises:
-        InputError: no model is there, or it is damaged.
+        InputError: the folder has no model, or it is damaged.
     """
     folder = find_model(directory)
     continued = len(read_metadata(folder)["data"].get("lineage", [])) > 1
@@ -67,14 +67,14 @@ def lost_validation(directory: str | Path) -> bool:
 def holdout_of(
     name: str, rows: Mapping[str, NDArray[Any]], data: Interactions, context: pl.DataFrame | None
 ) -> Holdout:
-    """A holdout of a continued model, from what its folder keeps of it.
+    """Rebuild a holdout of a continued model from its folder.
 
     Args:
         name: "test" or "validation".
-        rows: with `NAME.queries`, `.history` (how many rows of each of them, from the first, came before), `.offsets`,
-            `.items` and, where rows have a time, `.times`.
+        rows: with `NAME.queries`, `.history` (how many rows of each query, from the first, came before), `.offsets`,
+            `.items` and, if rows have timestamps, `.times`.
         data: all rows of the model.
-        context: of each question.
+        context: of each query.
     """
     starts = data.offsets[rows[f"{name}.queries"]]
     history, offsets = take_ranges(starts, starts + rows[f"{name}.history"])

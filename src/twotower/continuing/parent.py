@@ -1,4 +1,4 @@
-"""The model that a training goes on with, and the new days joined to what it was trained on."""
+"""The parent model of an incremental run, and the new data joined to the parent's training data."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Parent:
-    """The model that a training goes on with.
+    """The model that an incremental run continues.
 
     Attributes:
         artifact: the model.
-        checkpoint: where the state of its optimizer is, if it is still there.
-        where: what messages and the lineage call it.
+        checkpoint: the checkpoint with its optimizer state, if it still exists.
+        where: its name in messages and in the lineage.
         removed: ids that were removed from its catalog after training (`twotower items remove`).
-        folder: of the model, whose weights stay there until rows of them are asked for; None: `artifact` has them.
+        folder: the model folder, from which rows of weights are read when needed; None if `artifact` has the weights.
     """
 
     artifact: Artifact
@@ -46,9 +46,9 @@ class Parent:
 
     @classmethod
     def load(cls, directory: str | Path) -> Parent:
-        """From a run folder, or a model folder alone, whose optimizer state is not at hand.
+        """Load a run folder, or a model folder alone, which comes without optimizer state.
 
-        Weights are not read. Of the processes of a machine the first verifies the files.
+        Weights are not read. On each machine, only the first process verifies the files.
 
         Raises:
             InputError: see `Artifact.load`.
@@ -68,15 +68,15 @@ class Parent:
         )
 
     def weights(self) -> Mapping[str, RowSource]:
-        """The state dict of its towers, by name; from a folder what is read of it when it is asked for.
+        """Return the state dict of its towers, by name; tensors of a folder are read lazily.
 
         Raises:
-            InputError: the file is damaged, or the model in memory lies in parts on several ranks.
+            InputError: the file is damaged, or the tables of the model in memory are sharded over several ranks.
         """
         if self.folder is None:
             if self.artifact.is_shared:
                 raise InputError(
-                    "start: the model's tables lie in parts on several ranks; save it, and give its folder"
+                    "start: the model's tables are sharded over several ranks; save it, and pass its folder"
                 )
             return self.artifact.towers.state_dict()
         path = self.folder / TOWERS
@@ -84,16 +84,16 @@ class Parent:
             found, named = stored_tensors(path)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{path}: not readable ({error}); copy it again or train again") from error
-        # A tensor with two names stands under one of them; the file tells of the other.
+        # A tensor with two names is stored under one of them; the metadata maps the other name to it.
         return found | {other: found[name] for other, name in named.items() if name in found}
 
     @property
     def fingerprint(self) -> str:
-        """Of its data."""
+        """Fingerprint of its data."""
         return str(self.artifact.metadata["data"]["fingerprint"])
 
     def past(self) -> Past:
-        """What it was trained on. A model of an older version does not tell which rows: all of them count as learnt."""
+        """Return its training data. Older versions did not save which rows were trained on: all count as learnt."""
         model, rows = self.artifact, self.artifact.rows or {}
         times = rows.get("timestamps")
         names = model.metadata["data"].get("groups")
@@ -127,7 +127,7 @@ class Fitted(Protocol):
 
 
 def parent_of(start: Fitted | Parent | str | Path | None) -> Parent | None:
-    """The parent that a model, or its folder, is; None for none.
+    """Return the parent for a model or its folder; None for None.
 
     Raises:
         InputError: see `Parent.load`.
@@ -147,7 +147,7 @@ def new_days(
     *,
     withdrawn: IdValues | None = None,
 ) -> ContinuedSplit:
-    """What `fit(start=...)` trains on: the parent's past and new interactions; see `data.joining.continued`."""
+    """Build the split of `fit(start=...)`: the parent's past and new interactions; see `data.joining.continued`."""
     if parent.removed is not None:
         given = parent.removed.head(0) if withdrawn is None else ids_of(pl.Series("id", withdrawn), "withdrawn")
         withdrawn = pl.concat([parent.removed.alias("id"), given.alias("id")]).unique()

@@ -1,4 +1,4 @@
-"""Which settings a continued training may have, and which rows it goes through."""
+"""Allowed settings of an incremental run, and the rows it trains on."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from twotower.data import Split
 from twotower.data.past import ContinuedSplit
 from twotower.errors import InputError
 
-#: Settings of the towers that may be changed when a training goes on: no tensor depends on them.
+#: Settings of the towers that may change between runs: no tensor depends on them.
 FREE = ("dropout", "id_dropout", "context_dropout")
 
 
 def checked(split: Split) -> ContinuedSplit:
-    """A split that is known to be one of new days."""
+    """Narrow the type of a split that is known to be a continued one."""
     assert isinstance(split, ContinuedSplit)
     return split
 
 
 def rows_to_learn(split: Split, parent: Parent | None, settings: Config) -> NDArray[np.int64] | None:
-    """Rows of `split.train` that a continued training goes through; None for a training from the beginning.
+    """Return the rows of `split.train` that an incremental run trains on; None for training from scratch.
 
     Raises:
-        InputError: split and parent do not belong together.
+        InputError: split and parent do not match.
     """
     if parent is None and not isinstance(split, ContinuedSplit):
         return None
     if parent is None or not isinstance(split, ContinuedSplit) or split.parent != parent.fingerprint:
         raise InputError(
-            "fit: to go on with a model, give start=MODEL and the split that continue_with(MODEL, data) makes"
+            "fit: to continue a model, pass start=MODEL and the split returned by continue_with(MODEL, data)"
         )
     history = settings.query_tower.history
     whole = history is not None and history.sequence is not None
@@ -41,10 +41,10 @@ def rows_to_learn(split: Split, parent: Parent | None, settings: Config) -> NDAr
 
 
 def settled(parent: Config, config: Config) -> Config:
-    """Settings of a continued training: features left to "auto" are the parent's.
+    """Complete the settings of an incremental run: features and context set to "auto" become the parent's.
 
     Raises:
-        InputError: what would need other weights than the parent's differs; it is named.
+        InputError: a setting would need other weights than the parent's; the message names it.
     """
     changed = {}
     for section in ("query_tower", "item_tower"):
@@ -62,17 +62,17 @@ def settled(parent: Config, config: Config) -> Config:
     for section in ("query_tower", "item_tower"):
         found = _difference(old[section], new[section], section)
         if found is not None:
-            raise InputError(f"{found}; what the towers are made of cannot be changed when a training is continued")
+            raise InputError(f"{found}; the structure of the towers cannot be changed when continuing a model")
     first, second = old["objective"], new["objective"]
     if first["similarity"] != second["similarity"]:
         raise InputError(
             f"objective.similarity: {first['similarity']} in the model, {second['similarity']} here; it cannot be "
-            "changed when a training is continued"
+            "changed when continuing a model"
         )
     if (first["temperature"] == "learned") != (second["temperature"] == "learned"):
         raise InputError(
             f"objective.temperature: {first['temperature']} in the model, {second['temperature']} here; a learned one "
-            "goes on as learned, a fixed one as fixed"
+            "must stay learned, a fixed one fixed"
         )
     return config
 

@@ -1,4 +1,4 @@
-"""Honest evaluation: the whole catalog, exactly, beside what a model must beat."""
+"""Evaluation on the full catalog, exactly ranked, next to the baselines that a model must beat."""
 
 from twotower.evaluation.baselines import EASE, ItemKNN, Popularity
 from twotower.evaluation.beyond import diversity_at, exposure, gini, list_mean, self_information

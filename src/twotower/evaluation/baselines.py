@@ -1,4 +1,4 @@
-"""What a model must beat: popularity, item-kNN, and EASE. All of them are rankers."""
+"""Baselines that a model must beat: popularity, item-kNN and EASE. All of them are rankers."""
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ _MAX_PAIRS = 4_000_000_000
 
 
 class Popularity:
-    """Every query gets the items with most training interactions: the baseline that knows no query.
+    """The non-personalized baseline: every query gets the items with most training interactions.
 
     Args:
         train: the training interactions.
@@ -25,12 +25,12 @@ class Popularity:
 
     def __init__(self, train: Interactions) -> None:
         self._order = tie_order(train.num_items)
-        # Places among the distinct counts instead of counts: float32 is not exact above 2^24.
+        # Ranks among the distinct counts instead of counts: float32 is not exact above 2^24.
         places = np.unique(train.item_counts(), return_inverse=True)[1]
         self._places = torch.from_numpy(places.astype(np.float32))[self._order]
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> Tensor:
-        """The k most popular items, [E, k] int64; see `Ranker`."""
+        """Return the k most popular items, [E, k] int64; see `Ranker`."""
 
         def score_tile(rows: slice, columns: slice) -> Tensor:
             return self._places[columns].expand(rows.stop - rows.start, -1).clone()
@@ -44,20 +44,20 @@ class ItemKNN:
         sim(i, j)  = c_ij / (sqrt(c_i c_j) + shrink),     i != j
         score(q,j) = sum_{i in history(q), j among the `neighbours` most similar to i} sim(i, j)
 
-    with c_ij the number of training queries that hold both items, c_i those that hold i (cosine similarity of binary
-    columns; Sarwar et al. 2001; Deshpande & Karypis 2004). Repeats in a history count once.
+    with c_ij the number of training queries that contain both items, c_i those that contain i (cosine similarity of
+    binary columns; Sarwar et al. 2001; Deshpande & Karypis 2004). Repeats in a history count once.
 
     Args:
         train: the training interactions.
-        neighbours: how many most similar items each history item speaks for; None for all (small catalogs only).
-        shrink: added to the divisor: draws similarities that few queries support towards zero.
+        neighbours: number of most similar items per history item; None for all (small catalogs only).
+        shrink: added to the divisor: shrinks similarities with little support towards zero.
 
     The defaults have the best mean Recall@20 over the test targets of five data sets (MovieLens 100K and 1M, Online
-    Retail, Amazon Beauty and Sports), of nine settings. They were chosen on test targets on purpose: it can only
-    favour the baseline. The textbook's setting, all neighbours and no shrinkage, was weaker wherever it was measured.
+    Retail, Amazon Beauty and Sports), of nine settings. They were chosen on test targets on purpose: this can only
+    favour the baseline. The textbook setting, all neighbours and no shrinkage, was weaker in every measurement.
 
     Raises:
-        ValueError: the data are too large (see `refusal`), or a setting is out of range.
+        ValueError: the data is too large (see `refusal`), or a setting is out of range.
     """
 
     is_exact = True
@@ -77,14 +77,14 @@ class ItemKNN:
 
     @staticmethod
     def refusal(train: Interactions) -> str | None:
-        """Why item-kNN would take too long on these data, or None where it would not."""
+        """Explain why item-kNN would take too long on this data; None if it would not."""
         pairs = pair_count(train)
         if pairs <= _MAX_PAIRS:
             return None
         return f"item-kNN would count {pairs:.1e} item pairs, above its bound of {_MAX_PAIRS:.0e}"
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> Tensor:
-        """The k items of highest score, [E, k] int64; see `Ranker`. An item of score 0 ranks below all others."""
+        """Return the k highest-scoring items, [E, k] int64; see `Ranker`. Items of score 0 rank below all others."""
         num_items = len(self._order)
         offsets, items = distinct_rows(holdout.history_offsets, holdout.history_items, num_items)
 
@@ -93,7 +93,7 @@ class ItemKNN:
             history = items[starts[0] : starts[-1]]
             row = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
             cells = (row[:, None] * num_items + self._columns[history]).ravel()
-            # bincount adds in float64 and in order: the same scores in every block size and on every machine.
+            # bincount adds in float64 and in order: the same scores for every block size and on every machine.
             sums = np.bincount(cells, self._similarities[history].ravel(), minlength=(len(starts) - 1) * num_items)
             return torch.from_numpy(sums.astype(np.float32)).view(len(starts) - 1, num_items)[:, columns]
 
@@ -140,7 +140,7 @@ class EASE:
         self._weights = weights[:, self._order]
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> Tensor:
-        """The k items of highest score, [E, k] int64; see `Ranker`."""
+        """Return the k highest-scoring items, [E, k] int64; see `Ranker`."""
         num_items = len(self._order)
         offsets, items = distinct_rows(holdout.history_offsets, holdout.history_items, num_items)
 
@@ -175,7 +175,7 @@ def _check_dense(train: Interactions, what: str) -> None:
 def _neighbours(
     train: Interactions, order: Tensor, neighbours: int, shrink: float
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """[N, neighbours] columns (places in tie order) and similarities, 0 where an item has fewer neighbours."""
+    """Return [N, neighbours] columns (positions in tie order) and similarities, 0 if an item has fewer neighbours."""
     num_items = len(order)
     column_of = torch.empty_like(order)
     column_of[order] = torch.arange(num_items)

@@ -1,4 +1,4 @@
-"""Beyond accuracy: what the lists are like, whatever the targets are. Like all metrics, they see ranks and no score."""
+"""Beyond-accuracy metrics: properties of the lists that do not depend on targets, nor, like all metrics, on scores."""
 
 import math
 from collections.abc import Sequence
@@ -9,12 +9,12 @@ from numpy.typing import ArrayLike, NDArray
 Ranked = NDArray[np.int64]
 Values = NDArray[np.float64]
 
-#: Elements of gathered embeddings held at a time, queries x K x D.
+#: Elements of gathered embeddings in memory at a time, queries x K x D.
 _BLOCK = 1 << 22
 
 
 def exposure(ranked: Ranked, num_items: int) -> NDArray[np.int64]:
-    """How often each item is shown.
+    """Count how often each item is recommended.
 
     Args:
         ranked: [E, K] item codes, -1 where nothing was ranked.
@@ -27,17 +27,17 @@ def exposure(ranked: Ranked, num_items: int) -> NDArray[np.int64]:
 
 
 def gini(counts: ArrayLike) -> float:
-    """Gini index of how unequally items are shown: 0 where all are shown as often, 1 - 1/N where one has it all.
+    """Compute the Gini index of item exposure: 0 if all items are shown equally often, 1 - 1/N if only one is shown.
 
         G = sum_{i=1..N} (2 i - N - 1) x_i / (N sum_i x_i),   x_1 <= ... <= x_N
 
-    over all N items, those never shown among them (Gini 1912; for recommendation Shani & Gunawardana 2011).
+    over all N items, including those never shown (Gini 1912; for recommendation Shani & Gunawardana 2011).
 
     Args:
         counts: [N], how often each item is shown (`exposure`).
 
     Returns:
-        A number in [0, 1 - 1/N]; NaN where nothing is shown.
+        A number in [0, 1 - 1/N]; NaN if nothing is shown.
     """
     x = np.sort(np.asarray(counts, dtype=np.float64))
     total = float(x.sum())
@@ -48,12 +48,12 @@ def gini(counts: ArrayLike) -> float:
 
 
 def self_information(item_counts: NDArray[np.integer]) -> Values:
-    """How surprising each item is, in bits: -log2 p_j.
+    """Compute how surprising each item is, in bits: -log2 p_j.
 
         p_j = (c_j + 1) / (n + N)
 
-    the share of training interactions that have item j, n of them together, with one added to each of the N items so
-    that those never seen have a probability too, and all sum to one.
+    the share of item j among the n training interactions, with add-one smoothing over the N items so that unseen items
+    have a probability too and all sum to one.
 
     Args:
         item_counts: [N] c_j, training interactions of each item.
@@ -66,18 +66,18 @@ def self_information(item_counts: NDArray[np.integer]) -> Values:
 
 
 def list_mean(ranked: Ranked, of_items: NDArray[np.number], k: int) -> Values:
-    """Mean over the first K items of a list of a number that each item has.
+    """Average a per-item number over the first K items of each list.
 
-    With `self_information` it is novelty@K (Zhou et al. 2010; Vargas & Castells 2011 without rank discount), with the
-    training counts popularity@K.
+    With `self_information` this is novelty@K (Zhou et al. 2010; Vargas & Castells 2011 without rank discount), with
+    training counts it is popularity@K.
 
     Args:
         ranked: [E, K'] item codes, -1 where nothing was ranked, K' >= k.
-        of_items: [N] the number of each item.
+        of_items: [N] the value of each item.
         k: K.
 
     Returns:
-        [E]; NaN where nothing is ranked.
+        [E]; NaN for an empty list.
     """
     first = ranked[:, :k]
     shown = first >= 0
@@ -86,13 +86,13 @@ def list_mean(ranked: Ranked, of_items: NDArray[np.number], k: int) -> Values:
 
 
 def diversity_at(ranked: Ranked, item_embeddings: NDArray[np.floating], ks: Sequence[int]) -> list[Values]:
-    """Intra-list diversity: the mean of 1 - cosine over all pairs of different items of a list.
+    """Compute intra-list diversity: the mean of 1 - cosine over all pairs of different items of a list.
 
         diversity = 1 - sum_{i != j} <e_i, e_j> / (n (n - 1)) = 1 - (|sum_i e_i|^2 - sum_i |e_i|^2) / (n (n - 1))
 
-    with e_i the item embeddings scaled to length 1 and n the items of the list (Ziegler et al. 2005 in the form of
-    Smyth & McClave 2001). The second form needs a sum for each list instead of a product for each pair. The cosine with
-    an embedding of length 0 counts as 0.
+    with e_i the item embeddings normalized to length 1 and n the number of items of the list (Ziegler et al. 2005 in
+    the form of Smyth & McClave 2001). The second form needs one sum per list instead of one product per pair. The
+    cosine with an embedding of length 0 counts as 0.
 
     Args:
         ranked: [E, K'] item codes, -1 where nothing was ranked.
@@ -100,10 +100,10 @@ def diversity_at(ranked: Ranked, item_embeddings: NDArray[np.floating], ks: Sequ
         ks: the cut-offs, each at most K'.
 
     Returns:
-        For each K [E], in [0, 2]; NaN where fewer than 2 items are ranked.
+        For each K an array [E] in [0, 2]; NaN if fewer than 2 items are ranked.
     """
     length = np.linalg.norm(item_embeddings, axis=1, keepdims=True)
-    # One more row, of zeros, for -1.
+    # An extra row of zeros for -1.
     unit = np.zeros((len(item_embeddings) + 1, item_embeddings.shape[1]), dtype=np.float32)
     np.divide(item_embeddings, length, out=unit[:-1], where=length > 0)
     squares = (unit.astype(np.float64) ** 2).sum(axis=1)
@@ -122,5 +122,5 @@ def diversity_at(ranked: Ranked, item_embeddings: NDArray[np.floating], ks: Sequ
 
 
 def _divided(sums: Values, counts: NDArray[np.int64]) -> Values:
-    """[E] quotients, NaN where the count is 0."""
+    """Divide sums by counts, [E]; NaN where the count is 0."""
     return np.asarray(np.divide(sums, counts, out=np.full(len(sums), np.nan), where=counts > 0))

@@ -1,4 +1,4 @@
-"""A ranker of a catalog that no rank holds whole: each searches its part of the items, and the best are merged."""
+"""A ranker of a sharded catalog: each rank searches its part of the items, and the results are merged."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from twotower.towers.lookups import rows_at_hand
 from twotower.towers.parts import Rows
 from twotower.towers.shards import ask, fetch_rows
 
-#: Queries searched at once over all ranks, and items embedded at once.
+#: Queries searched at a time over all ranks, and items embedded at a time.
 BLOCK = 4096
 
 
 class ShardedRanker:
-    """Ranks a holdout together with the other ranks, over a catalog of which each holds ceil(N / W) embeddings.
+    """A ranker that works with the other ranks on a catalog of which each holds ceil(N / W) embeddings.
 
-    Every rank embeds its part of the queries; all of them are searched in every rank's items; each rank merges what was
-    found for its own. Scores are compared as one index would, ties included.
+    Every rank embeds its part of the queries, all queries are searched in every rank's items, and each rank merges the
+    results of its own queries. The ranking equals that of a single index, including ties.
 
     Args:
-        towers: the model, whose tables the ranks share.
+        towers: the model, with sharded tables.
         history_length: L; 0 for a tower without a history.
-        ranks: the processes; all of them make this and call `rank`, with the same holdout.
+        ranks: the processes; all of them create this and call `rank`, with the same holdout.
 
     Attributes:
-        part: which items are this rank's.
-        embeddings: of its own items in the order of ties, float32 [n, D]; the index has no copy of them.
+        part: this rank's items.
+        embeddings: of its own items in tie order, float32 [n, D]; the index uses them without a copy.
     """
 
     is_exact = True
@@ -53,7 +53,7 @@ class ShardedRanker:
         self.index = ExactIndex(self.embeddings, first=self.part.own.start, in_tie_order=True)
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> NDArray[np.int64]:
-        """Best items of every query, int64 [E, k], on every rank."""
+        """Return the best items of every query, int64 [E, k], on every rank."""
         shares = self.ranks.shares(len(holdout))
         block = max(BLOCK // self.ranks.size, 1)
         own = []
@@ -63,8 +63,8 @@ class ShardedRanker:
                 for rank, share in enumerate(shares)
             ]
             sizes = [part.stop - part.start for part in parts]
-            asked = self.ranks.gather(self._embedded(part_of(holdout, parts[self.ranks.rank])), sizes)
-            scores, items = self._search(asked, k, _histories(holdout, parts) if exclude_seen else None)
+            queries = self.ranks.gather(self._embedded(part_of(holdout, parts[self.ranks.rank])), sizes)
+            scores, items = self._search(queries, k, _histories(holdout, parts) if exclude_seen else None)
             mine = sizes[self.ranks.rank]
             received = [mine] * self.ranks.size
             shape = (self.ranks.size, mine, k)
@@ -74,11 +74,11 @@ class ShardedRanker:
         return self.ranks.gather(merged, shares).cpu().numpy()
 
     def embeddings_of(self, items: NDArray[np.int64]) -> Tensor:
-        """Embeddings of items, float32 [n, D], from the ranks that hold them; collective, the same items on all."""
+        """Return embeddings of items, float32 [n, D], from the ranks that hold them; collective, same items on all."""
         codes = torch.from_numpy(items).to(self.embeddings.device)
-        asked, place = ask(self.part, codes), torch.argsort(self._order).to(codes.device)
-        at_hand = fetch_rows(self.embeddings, self.part, replace(asked, given=place[asked.given]))
-        return at_hand.rows.detach()[at_hand.place(codes)]
+        requested, place = ask(self.part, codes), torch.argsort(self._order).to(codes.device)
+        fetched = fetch_rows(self.embeddings, self.part, replace(requested, given=place[requested.given]))
+        return fetched.rows.detach()[fetched.place(codes)]
 
     @torch.no_grad()
     def _embedded(self, holdout: Holdout) -> Tensor:
@@ -112,14 +112,14 @@ class ShardedRanker:
 
 @torch.no_grad()
 def own_item_embeddings(towers: TwoTower, part: Rows, order: Tensor | None = None) -> Tensor:
-    """Embeddings of this rank's part of the items, float32 [n, D]; collective.
+    """Embed this rank's part of the items, float32 [n, D]; collective.
 
-    Where the table of items lies by rows, those of the part are here; otherwise they are fetched, a block at a time.
+    If the item table is sharded by the same rows, they are local; otherwise they are fetched, a block at a time.
 
     Args:
         towers: the model.
-        part: which items are this rank's.
-        order: of the items within the part, int64 [n]; by code where None.
+        part: this rank's items.
+        order: of the items within the part, int64 [n]; None for order by code.
     """
     was_training, device = towers.training, towers.log_temperature.device
     towers.eval()
@@ -127,7 +127,7 @@ def own_item_embeddings(towers: TwoTower, part: Rows, order: Tensor | None = Non
     embedded = torch.empty(len(part), towers.item_tower.dimension, device=device)
     table = towers.item_tower.ids
     is_here = table is None or table.part is None or table.part == part
-    for begin in range(0, len(part) if is_here else part.bounds[1], BLOCK):  # else as many as the rank with most
+    for begin in range(0, len(part) if is_here else part.bounds[1], BLOCK):  # else as many as the largest rank
         rows = slice(begin, begin + BLOCK)
         with nullcontext() if is_here else rows_at_hand(towers, items=codes[rows]):
             embedded[rows] = towers.embed_items(codes[rows])
@@ -136,7 +136,7 @@ def own_item_embeddings(towers: TwoTower, part: Rows, order: Tensor | None = Non
 
 
 def _histories(holdout: Holdout, parts: list[slice]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Histories of the queries of several parts, as compressed rows."""
+    """Collect the histories of the queries of several parts, as compressed rows."""
     chosen = [part_of(holdout, part) for part in parts]
     sizes = np.concatenate([np.diff(one.history_offsets) for one in chosen])
     items = np.concatenate([np.asarray(one.history_items, dtype=np.int64) for one in chosen])

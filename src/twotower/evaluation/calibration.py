@@ -1,8 +1,8 @@
-"""Whether a model's softmax means what it says.
+"""Calibration of a model's softmax probabilities.
 
-This looks at scores, which no ranking metric does, and only makes sense for a two-tower model whose scores estimate
-log P(y | x) up to a constant of the query: one trained by a (sampled) softmax whose corrections are right. It is
-kept apart from the metrics of rankings: a model may rank well and be badly calibrated, or the other way round.
+It uses scores, which no ranking metric does, and only makes sense for a two-tower model whose scores estimate
+log P(y | x) up to a constant per query: one trained with a (sampled) softmax and correct corrections. It is separate
+from ranking metrics, because a model may rank well and be badly calibrated, or the other way round.
 """
 
 import math
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from twotower.index import Exclusion
 
-#: Logits held at a time, queries x N: 16 MB in float64, and a few arrays beside it.
+#: Logits in memory at a time, queries x N: 16 MB in float64, plus a few arrays of that size.
 _BLOCK = 1 << 21
-#: Cells of the histogram of log2 P: 16 in each octave, from 2^-128 to 1; what is below falls into the first.
+#: Cells of the histogram of log2 P: 16 per octave, from 2^-128 to 1; smaller values fall into the first.
 _CELLS_PER_OCTAVE = 16
 _OCTAVES = 128
 
@@ -30,10 +30,10 @@ class CalibrationBin:
     Attributes:
         low: smallest probability of the range.
         high: largest probability of the range.
-        pairs: how many pairs.
+        pairs: number of pairs.
         predicted: their mean P(item | query).
         observed: their mean observed share of the query's targets.
-        targets: how many targets are among the pairs: with few, `observed` is uncertain.
+        targets: number of targets among the pairs; if small, `observed` is uncertain.
     """
 
     low: float
@@ -46,14 +46,14 @@ class CalibrationBin:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Predicted probabilities against what was observed.
+    """Predicted probabilities compared with observed frequencies.
 
     Attributes:
-        bins: from the least probable pairs to the most, each with about the same predicted mass.
+        bins: from the least to the most probable pairs, each with about the same predicted mass.
         expected_calibration_error: sum over bins of pairs |predicted - observed| / E, in [0, 2].
         log_likelihood: mean over queries of the mean log P of their targets, nats.
-        perplexity: exp(-log_likelihood): of so many equally likely items a target is as hard to guess.
-        num_queries: E, queries with a target.
+        perplexity: exp(-log_likelihood): a target is as hard to guess as one of this many equally likely items.
+        num_queries: E, queries with targets.
     """
 
     bins: tuple[CalibrationBin, ...]
@@ -63,7 +63,7 @@ class Calibration:
     num_queries: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types for JSON."""
+        """Convert to plain types for JSON."""
         return {
             "bins": [vars(one).copy() for one in self.bins],
             "expected_calibration_error": self.expected_calibration_error,
@@ -83,25 +83,25 @@ def softmax_calibration(
     exclude: Exclusion | None = None,
     bins: int = 10,
 ) -> Calibration:
-    """Predicted probability of an item against how often it was the target.
+    """Compare the predicted probability of an item with how often it was the target.
 
         P(j | x) = exp(<u(x), v(j)> / T) / sum_{j' not excluded} exp(<u(x), v(j')> / T)
         observed share of (x, j) = 1 / |targets of x| for a target of x, else 0
 
-    Both sum to 1 over the items of a query. All E N pairs (not the targets alone) are put into bins by P, so that each
-    bin holds about the same predicted mass; in a calibrated model the mean share observed in a bin is the mean
-    predicted (reliability diagram: DeGroot & Fienberg 1983). The expected calibration error adds up by how much
-    they differ, weighted by mass instead of by pairs, since nearly all pairs have a P near 0 (Naeini et al. 2015 weight
-    by pairs). It has a positive part from chance even in a calibrated model, less with more targets for each bin.
+    Both sum to 1 over the items of a query. All E N pairs (not only the targets) are binned by P, so that each bin has
+    about the same predicted mass. In a calibrated model the mean observed share of a bin equals the mean predicted one
+    (reliability diagram: DeGroot & Fienberg 1983). The expected calibration error sums the differences weighted by
+    mass, not by pairs as in Naeini et al. 2015, because nearly all pairs have a P near 0. Even in a calibrated model
+    it has a positive part from chance, which shrinks with more targets per bin.
 
     Args:
         queries: u(x) of each query, [E, D].
         items: v(j), [N, D].
         targets: compressed rows (offsets int64 [E+1], item codes); repeats count once.
         temperature: T > 0.
-        exclude: compressed rows of items that cannot be asked for, such as those of the history: P is that of the
-            rest. A target among them is left out.
-        bins: how many bins, at most; fewer where many pairs have the same P.
+        exclude: compressed rows of items that cannot be recommended, such as the history: P is over the remaining
+            items. A target among them is ignored.
+        bins: maximum number of bins; fewer if many pairs have the same P.
 
     Returns:
         The calibration over queries with at least one target.
@@ -124,7 +124,7 @@ def softmax_calibration(
     catalog = items.double().T / temperature
     block = max(1, _BLOCK // len(items))
     for start in range(0, len(queries), block):
-        asked = np.flatnonzero(sizes[start : start + block])
+        rows = np.flatnonzero(sizes[start : start + block])
         logits = queries[start : start + block].double() @ catalog
         row, column = _within(left_out, start, start + block)
         logits[row, column] = -torch.inf
@@ -132,7 +132,7 @@ def softmax_calibration(
         row, column = _within(wanted, start, start + block)
         inside = (wanted[0] >= start) & (wanted[0] < start + block)
         log_probability[inside] = log_p[row, column].cpu().numpy()
-        histogram.add(log_p[asked])
+        histogram.add(log_p[rows])
     share = 1.0 / sizes[wanted[0]]
     histogram.observe(log_probability, share)
     num_queries = int((sizes > 0).sum())
@@ -143,12 +143,12 @@ def softmax_calibration(
 
 
 def _exp(value: float) -> float:
-    """Infinite in place of an overflow."""
+    """Return exp(value), or infinity on overflow."""
     return math.exp(value) if value < math.log(np.finfo(np.float64).max) else math.inf
 
 
 class _Histogram:
-    """Pairs, predicted and observed mass by cells of log2 P, so that one pass over all pairs is enough."""
+    """Pairs, predicted and observed mass by cells of log2 P, so that one pass over all pairs suffices."""
 
     def __init__(self) -> None:
         cells = _OCTAVES * _CELLS_PER_OCTAVE
@@ -157,22 +157,22 @@ class _Histogram:
         self.predicted, self.observed = np.zeros(cells), np.zeros(cells)
 
     def add(self, log_p: Tensor) -> None:
-        """All pairs of some queries, log P, [rows, N]; -inf for an excluded item, which is no pair."""
+        """Add all pairs of some queries, log P, [rows, N]; -inf marks an excluded item, which is not a pair."""
         flat = log_p[torch.isfinite(log_p)].cpu().numpy()
         cell = self._cell(flat)
         self.pairs += np.bincount(cell, minlength=len(self.pairs))
         self.predicted += np.bincount(cell, np.exp(flat), len(self.pairs))
 
     def observe(self, log_p: NDArray[np.float64], share: NDArray[np.float64]) -> None:
-        """The targets among them."""
+        """Add the targets among the pairs."""
         cell = self._cell(log_p)
         self.targets += np.bincount(cell, minlength=len(self.pairs))
         self.observed += np.bincount(cell, share, len(self.pairs))
 
     def bins(self, count: int) -> list[CalibrationBin]:
-        """Neighbouring cells put together to bins of about the same predicted mass."""
+        """Merge neighbouring cells into bins of about the same predicted mass."""
         mass = np.cumsum(self.predicted)
-        # A cell goes where the middle of its mass lies.
+        # A cell belongs to the bin that contains the middle of its mass.
         of_cell = np.minimum(((mass - self.predicted / 2) / mass[-1] * count).astype(np.int64), count - 1)
         found = []
         for number in range(count):
@@ -182,7 +182,7 @@ class _Histogram:
                 low, high = cells[0] / _CELLS_PER_OCTAVE - _OCTAVES, (cells[-1] + 1) / _CELLS_PER_OCTAVE - _OCTAVES
                 predicted, observed = float(self.predicted[cells].sum()), float(self.observed[cells].sum())
                 targets = int(self.targets[cells].sum())
-                # Below the first cell there is everything down to 0.
+                # The first cell extends down to 0.
                 smallest = 0.0 if cells[0] == 0 else 2.0**low
                 found.append(CalibrationBin(smallest, 2.0**high, pairs, predicted / pairs, observed / pairs, targets))
         return found
@@ -193,7 +193,7 @@ class _Histogram:
 
 
 def _pairs(rows: Exclusion, count: int, num_items: int, what: str) -> NDArray[np.int64]:
-    """(query, item) of compressed rows, without repeats, int64 [2, P], by query."""
+    """Return the (query, item) pairs of compressed rows, without repeats, int64 [2, P], sorted by query."""
     offsets, items = (np.asarray(part, dtype=np.int64) for part in rows)
     if offsets.shape != (count + 1,):
         raise ValueError(f"{what}: offsets must be [{count + 1}], one row for each query, got {list(offsets.shape)}")
@@ -204,6 +204,6 @@ def _pairs(rows: Exclusion, count: int, num_items: int, what: str) -> NDArray[np
 
 
 def _within(pairs: NDArray[np.int64], start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """The pairs of some queries, counted from `start`."""
+    """Return the pairs of some queries, with query numbers relative to `start`."""
     first, last = np.searchsorted(pairs[0], [start, stop])
     return torch.from_numpy(pairs[0, first:last] - start), torch.from_numpy(pairs[1, first:last])

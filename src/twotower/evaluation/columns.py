@@ -1,4 +1,4 @@
-"""Slices that a user defines: by the columns of the item table, and of the query table."""
+"""User-defined slices by columns of the item table or of the query table."""
 
 from collections.abc import Sequence
 
@@ -11,23 +11,23 @@ from twotower.errors import InputError
 from twotower.evaluation.slices import Slice
 from twotower.schema import listed
 
-#: Values of a column that have a slice of their own.
+#: Values of a column that get their own slice.
 MOST_VALUES = 20
 MISSING = "missing"
 OTHER = "other"
-#: Parts of a numeric column.
+#: Slices of a numeric column.
 _PARTS = 4
 
 
 def check_slices(train: Interactions, slices: Sequence[str]) -> None:
-    """Refuse slices that the data cannot give, before time is spent.
+    """Refuse slices that the data does not support, before time is spent.
 
     Args:
         train: interactions with their tables.
         slices: such as `"items.genres"` or `"queries.age"`.
 
     Raises:
-        InputError: a name is not of that form, there is no such table, or it has no such column.
+        InputError: a name has another form, the table does not exist, or it has no such column.
     """
     for name in slices:
         _column(train, name)
@@ -36,23 +36,23 @@ def check_slices(train: Interactions, slices: Sequence[str]) -> None:
 def column_slices(
     train: Interactions, queries: NDArray[np.int64], slices: Sequence[str]
 ) -> dict[str, dict[str, Slice]]:
-    """Slices by columns: those of `items` slice the targets, those of `queries` the queries.
+    """Build slices by columns: a column of `items` slices the targets, a column of `queries` the queries.
 
-    - Text and other values: a slice for each of the 20 values that most rows of the table have (ties by value), and
+    - Text and other values: a slice for each of the 20 values that occur in most rows of the table (ties by value), and
       "other" for the rest.
     - Lists: a row belongs to the slice of each of its values.
     - Numbers, dates and times with more than 4 distinct values: quarters of the table's rows, cut at the 1/4, 1/2 and
-      3/4 quantiles; equal values stay together, so a quarter may be larger, or missing. The name tells the smallest
-      and largest value.
+      3/4 quantiles. Equal values stay together, so a quarter may be larger or missing. The name shows the smallest and
+      largest value.
     - Nulls, NaN, empty lists, and queries without a row: "missing".
 
     Args:
         train: interactions with their tables.
-        queries: [E] query codes, -1 for one that is not in the vocabulary.
+        queries: [E] query codes, -1 for a query outside the vocabulary.
         slices: such as `"items.genres"` or `"queries.age"`.
 
     Returns:
-        By column, slices by name, such as `"items.genres=Comedy"`, those with most rows first, numbers ascending.
+        By column, slices by name, such as `"items.genres=Comedy"`; most frequent first, numbers ascending.
 
     Raises:
         InputError: see `check_slices`.
@@ -79,7 +79,7 @@ def _column(train: Interactions, name: str) -> pl.Series:
     table = tables[side]
     if table is None:
         raise InputError(
-            f"evaluation.slices: {name!r}: the data has no table of {side}; give one (data.{side}), or leave it out"
+            f"evaluation.slices: {name!r}: the data has no table of {side}; set data.{side}, or remove the slice"
         )
     if column not in table.columns:
         raise InputError(
@@ -89,7 +89,7 @@ def _column(train: Interactions, name: str) -> pl.Series:
 
 
 def _parts(values: pl.Series) -> dict[str, NDArray[np.bool_]]:
-    """Rows of each value, bool [rows of the table], by what the value is called."""
+    """Group rows by value: bool [rows of the table] by the value's name."""
     if isinstance(values.dtype, pl.List | pl.Array):
         if isinstance(values.dtype, pl.Array):
             values = values.arr.to_list()
@@ -103,7 +103,7 @@ def _parts(values: pl.Series) -> dict[str, NDArray[np.bool_]]:
 
 
 def _by_value(values: pl.Series, rows: NDArray[np.int64], count: int) -> dict[str, NDArray[np.bool_]]:
-    """`rows[i]` of the table has the value `values[i]`."""
+    """Group rows by value; row `rows[i]` of the table has the value `values[i]`."""
     frame = pl.DataFrame({"value": values.cast(pl.String), "row": rows}).drop_nulls().unique()
     order = frame.group_by("value").len().sort(["len", "value"], descending=[True, False])["value"].to_list()
     parts: dict[str, NDArray[np.bool_]] = {}

@@ -1,4 +1,4 @@
-"""How often two items share a query: the sparse product behind the neighbourhood baselines."""
+"""Co-occurrence counts of items: the sparse product behind the neighbourhood baselines."""
 
 import warnings
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ _BLOCK_PAIRS = 1 << 24
 def distinct_rows(
     offsets: NDArray[np.int64], items: NDArray[np.integer], num_items: int
 ) -> tuple[NDArray[np.int64], ...]:
-    """Compressed rows without repeats, items ascending within a row.
+    """Remove repeats from compressed rows; items are ascending within a row.
 
     Args:
         offsets: [B+1] compressed rows.
@@ -35,15 +35,15 @@ def distinct_rows(
 
 
 def pair_count(train: Interactions) -> int:
-    """The number of item pairs that share a query, sum over queries of (row length)^2: the cost of `cooccurrences`."""
+    """Count the item pairs that share a query, sum over queries of (row length)^2: the cost of `cooccurrences`."""
     lengths = np.diff(train.offsets).astype(np.float64)
     return int((lengths**2).sum())
 
 
 def cooccurrences(train: Interactions) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """C = X^T X for the binary [Q, N] matrix X of training pairs, a block of rows at a time.
+    """Compute C = X^T X for the binary [Q, N] matrix X of training pairs, a block of rows at a time.
 
-    Blocks are cut so that each costs about 16 million pairs, whatever the size of the catalog.
+    Blocks are cut so that each costs about 16 million pairs, for any catalog size.
 
     Args:
         train: the training interactions; repeats count once.
@@ -62,7 +62,7 @@ def cooccurrences(train: Interactions) -> Iterator[tuple[int, Tensor, Tensor, Te
     item_starts = np.zeros(num_items + 1, dtype=np.int64)
     np.cumsum(np.bincount(items, minlength=num_items), out=item_starts[1:])
     item_queries = queries[by_item]
-    # The pairs of item i: the summed lengths of the rows it stands in. Blocks are cut at equal sums of them.
+    # The pairs of item i: the summed lengths of the rows that contain it. Blocks are cut at equal sums of them.
     work = np.concatenate([[0], np.cumsum(lengths[item_queries])])[item_starts]
     cuts = np.searchsorted(work, np.arange(_BLOCK_PAIRS, work[-1], _BLOCK_PAIRS))
     edges = np.unique(np.concatenate([[0], cuts, [num_items]]))
@@ -75,7 +75,7 @@ def cooccurrences(train: Interactions) -> Iterator[tuple[int, Tensor, Tensor, Te
 
 
 def gram(train: Interactions) -> Tensor:
-    """The dense [N, N] float32 matrix C = X^T X."""
+    """Compute the dense [N, N] float32 matrix C = X^T X."""
     dense = torch.zeros(train.num_items, train.num_items)
     for first, starts, columns, counts in cooccurrences(train):
         rows = torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff()) + first
@@ -85,7 +85,7 @@ def gram(train: Interactions) -> Tensor:
 
 def _csr(offsets: NDArray[np.int64], columns: NDArray[np.int64], width: int) -> Tensor:
     with warnings.catch_warnings():
-        # torch announces once that compressed rows are in beta; the product is checked by this room's tests.
+        # torch warns once that sparse CSR tensors are in beta; the tests of this package check the product.
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
         return torch.sparse_csr_tensor(
             torch.from_numpy(offsets),

@@ -1,4 +1,4 @@
-"""From ranked lists to a row of results: every metric of every query, and the means over queries and slices."""
+"""Results of one ranker from its ranked lists: every metric of every query, and means over queries and slices."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,12 +18,12 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """The targets that can be found, in compressed rows without repeats.
+    """The targets that can be ranked, in compressed rows without repeats.
 
     Attributes:
         offsets: int64 [E+1].
         items: int64, item codes.
-        removed: targets taken out because they stand in their query's history.
+        removed: targets removed because they are in their query's history.
     """
 
     offsets: NDArray[np.int64]
@@ -32,23 +32,23 @@ class Targets:
 
     @classmethod
     def of(cls, holdout: Holdout, num_items: int, exclude_seen: bool) -> "Targets":
-        """The targets of a holdout; repeats count once.
+        """Collect the targets of a holdout; repeats count once.
 
         Raises:
             ValueError: an item code is not in 0 .. N - 1.
         """
         wanted = np.unique(_pairs(holdout.target_offsets, holdout.target_items, num_items, f"{holdout.name}: targets"))
-        kept = wanted
+        found = wanted
         if exclude_seen:
             seen = _pairs(holdout.history_offsets, holdout.history_items, num_items, f"{holdout.name}: history")
-            kept = wanted[~_among(wanted, seen)]
-        queries, items = np.divmod(kept, num_items)
+            found = wanted[~_among(wanted, seen)]
+        queries, items = np.divmod(found, num_items)
         offsets = np.zeros(len(holdout.target_offsets), dtype=np.int64)
         np.cumsum(np.bincount(queries, minlength=len(offsets) - 1), out=offsets[1:])
-        return cls(offsets, items, len(wanted) - len(kept))
+        return cls(offsets, items, len(wanted) - len(found))
 
     def sizes(self, part: Slice | None = None) -> NDArray[np.int64]:
-        """[E] how many targets each query has, in the slice where one is given."""
+        """Count the targets of each query, [E], within a slice if one is given."""
         rows = np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
         if part is not None and part.items is not None:
             rows = rows[part.items[self.items]]
@@ -58,11 +58,11 @@ class Targets:
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """What every ranker is measured by.
+    """What every ranker is measured on.
 
     Attributes:
         targets: of each query.
-        counted: bool [E], queries that enter the means.
+        counted: bool [E], queries that are included in the means.
         ks: the cut-offs, ascending.
         slices: by name.
         item_counts: [N] training interactions of each item.
@@ -75,7 +75,7 @@ class Question:
     item_counts: NDArray[np.int64]
 
     def size(self, part: Slice) -> dict[str, int]:
-        """How large a slice is: its `items`, its `targets`, and the `queries` with such a target."""
+        """Return the size of a slice: its `items`, its `targets`, and the `queries` with such a target."""
         sizes = self.targets.sizes(part)
         return {
             "items": len(self.item_counts) if part.items is None else int(part.items.sum()),
@@ -91,14 +91,14 @@ def measure(
     item_embeddings: NDArray[np.floating] | None,
     places: NDArray[np.int64] | None = None,
 ) -> Row:
-    """All results of one ranker.
+    """Compute all results of one ranker.
 
     Args:
         name: of the ranker.
         ranked: [E, K] item codes, best first, -1 where nothing was ranked.
-        question: what is measured.
-        item_embeddings: [N, D] for the diversity of lists; None where the ranker has none.
-        places: [E, K] rows of `item_embeddings` that belong to `ranked`, where it has other rows than one an item.
+        question: the targets, cut-offs and slices.
+        item_embeddings: [N, D] for the diversity of lists; None if the ranker has none.
+        places: [E, K] row of `item_embeddings` for each entry of `ranked`; None if rows are item codes.
     """
     counted = question.counted
     hit = hits(ranked, question.targets.offsets, question.targets.items)[counted]
@@ -135,10 +135,10 @@ def measure(
 def _measure_slice(
     ranked: NDArray[np.int64], hit: NDArray[np.bool_], part: Slice, question: Question
 ) -> dict[str, Values]:
-    """Recall and NDCG with the targets of the slice alone, [E], NaN where a query has none."""
+    """Compute Recall and NDCG on the targets of the slice alone, [E], NaN for a query without one."""
     inside = question.targets.sizes(part)[question.counted]
     if part.items is not None:
-        row, place = np.nonzero(hit)  # few, and only they matter
+        row, place = np.nonzero(hit)  # few, and only hits matter
         hit = np.zeros_like(hit)
         hit[row, place] = part.items[ranked[row, place]]
     values = {}
@@ -149,13 +149,13 @@ def _measure_slice(
 
 
 def _mean(values: Values) -> float:
-    """The mean of the values that are not NaN; NaN where none is."""
+    """Return the mean of the values that are not NaN; NaN if all are."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else math.nan
 
 
 def _among(few: NDArray[np.int64], many: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which of `few`, ascending and distinct, occur in `many`: looks each of many up in few, and sorts neither."""
+    """Mark which of `few`, ascending and distinct, occur in `many`, by binary search in `few`; `many` is not sorted."""
     found = np.zeros(len(few), dtype=bool)
     if len(few):
         place = np.minimum(np.searchsorted(few, many), len(few) - 1)
@@ -164,7 +164,7 @@ def _among(few: NDArray[np.int64], many: NDArray[np.int64]) -> NDArray[np.bool_]
 
 
 def _pairs(offsets: NDArray[np.int64], items: NDArray[np.integer], num_items: int, what: str) -> NDArray[np.int64]:
-    """(query, item) as single integers: query * N + item."""
+    """Encode (query, item) pairs as single integers: query * N + item."""
     codes = np.asarray(items, dtype=np.int64)
     if len(codes) and not 0 <= codes.min() <= codes.max() < num_items:
         raise ValueError(f"{what} must be item codes in 0 .. {num_items - 1}")

@@ -1,6 +1,6 @@
-"""Metrics of ranked lists: pure functions, one value for each query, no reduction.
+"""Metrics of ranked lists: pure functions, one value per query, no reduction.
 
-All of them look at which ranked items are targets and at nothing else: never at a score. Relevance is binary.
+They depend only on which ranked items are targets, never on scores. Relevance is binary.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ Values = NDArray[np.float64]
 
 
 def hits(ranked: NDArray[np.int64], target_offsets: NDArray[np.int64], target_items: NDArray[np.integer]) -> Hits:
-    """Which ranked items are targets of their query.
+    """Mark which ranked items are targets of their query.
 
     Args:
         ranked: [E, K] item codes, -1 where nothing was ranked.
@@ -19,7 +19,7 @@ def hits(ranked: NDArray[np.int64], target_offsets: NDArray[np.int64], target_it
         target_items: item codes, in any order, repeats allowed.
 
     Returns:
-        [E, K] bool, False wherever `ranked` is -1.
+        [E, K] bool, False where `ranked` is -1.
 
     Raises:
         ValueError: the shapes disagree.
@@ -34,54 +34,54 @@ def hits(ranked: NDArray[np.int64], target_offsets: NDArray[np.int64], target_it
     width = int(max(ranked.max(), target_items.max())) + 1
     if len(ranked) * width >= 2**63:
         raise ValueError(f"{len(ranked)} queries by {width} items do not fit 64 bits: evaluate in parts")
-    # (query, item) pairs as single integers, so that membership of all rows is one search.
+    # (query, item) pairs as single integers, so that membership in all rows is a single search.
     wanted = np.sort(np.repeat(rows, np.diff(target_offsets)) * width + target_items)
-    asked = rows[:, None] * width + ranked
-    place = np.minimum(np.searchsorted(wanted, asked), len(wanted) - 1)
-    return np.asarray((wanted[place] == asked) & (ranked >= 0))
+    pairs = rows[:, None] * width + ranked
+    place = np.minimum(np.searchsorted(wanted, pairs), len(wanted) - 1)
+    return np.asarray((wanted[place] == pairs) & (ranked >= 0))
 
 
 def recall_at(hit: Hits, num_targets: NDArray[np.int64], k: int) -> Values:
-    """Recall@K = (targets among the first K) / (number of targets).
+    """Compute Recall@K = (targets among the first K) / (number of targets).
 
-    The divisor is the number of targets, also where it exceeds K.
+    The divisor is the number of targets even if it exceeds K.
 
     Args:
         hit: [E, K'] from `hits`, K' >= k.
-        num_targets: [E] how many targets each query has.
+        num_targets: [E] number of targets of each query.
         k: K.
 
     Returns:
-        [E] in [0, 1]; 0 where a query has no target.
+        [E] in [0, 1]; 0 for a query without targets.
     """
     found = _first(hit, k).sum(axis=1)
     return np.asarray(found / np.maximum(num_targets, 1), dtype=np.float64)
 
 
 def ndcg_at(hit: Hits, num_targets: NDArray[np.int64], k: int) -> Values:
-    """NDCG@K with binary gain: DCG / IDCG.
+    """Compute NDCG@K with binary gain: DCG / IDCG.
 
         DCG  = sum_{r=1..K} hit_r / log2(r + 1)
         IDCG = sum_{r=1..min(K, targets)} 1 / log2(r + 1)
 
-    (Järvelin & Kekäläinen 2002; with binary gain its variants agree.)
+    (Järvelin & Kekäläinen 2002; with binary gain its variants are equal.)
 
     Args:
         hit: [E, K'] from `hits`, K' >= k.
-        num_targets: [E] how many targets each query has.
+        num_targets: [E] number of targets of each query.
         k: K.
 
     Returns:
-        [E] in [0, 1]; 0 where a query has no target.
+        [E] in [0, 1]; 0 for a query without targets.
     """
     discount = 1.0 / np.log2(np.arange(2, k + 2))
-    ideal = np.concatenate([[1.0], np.cumsum(discount)])  # a query without targets divides 0 by 1
+    ideal = np.concatenate([[1.0], np.cumsum(discount)])  # avoids 0 / 0 for queries without targets
     gained = np.asarray(_first(hit, k) @ discount, dtype=np.float64)
     return np.asarray(gained / ideal[np.minimum(num_targets, k)], dtype=np.float64)
 
 
 def mrr_at(hit: Hits, k: int) -> Values:
-    """Reciprocal rank: MRR@K = 1 / (rank of the first target), 0 where none is among the first K.
+    """Compute the reciprocal rank MRR@K = 1 / (rank of the first target), 0 if none is among the first K.
 
     Args:
         hit: [E, K'] from `hits`, K' >= k.
@@ -95,7 +95,7 @@ def mrr_at(hit: Hits, k: int) -> Values:
 
 
 def hit_rate_at(hit: Hits, k: int) -> Values:
-    """HR@K = 1 where any target is among the first K, else 0 (also called success).
+    """Compute the hit rate HR@K, also called success: 1 if any target is among the first K, else 0.
 
     Args:
         hit: [E, K'] from `hits`, K' >= k.
@@ -108,7 +108,7 @@ def hit_rate_at(hit: Hits, k: int) -> Values:
 
 
 def coverage(ranked: NDArray[np.int64], num_items: int) -> float:
-    """Catalog coverage: the share of the N items that appears in any of the lists.
+    """Compute catalog coverage: the share of the N items that appear in any list.
 
     Args:
         ranked: [E, K] item codes, -1 where nothing was ranked.

@@ -1,4 +1,4 @@
-"""A ranker whose work is shared by ranks: each ranks a part of the queries, and all have the whole ranking."""
+"""A ranker that divides the queries over ranks and returns the whole ranking on all of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from twotower.towers import TwoTower
 
 
 class OverRanks:
-    """Ranks a holdout together with the other ranks: the very ranking of one process, on each of them.
+    """A ranker that divides a holdout over ranks; every rank gets the same ranking as a single process.
 
     Args:
         ranker: the same on every rank.
@@ -28,7 +28,7 @@ class OverRanks:
         self.ranker, self.ranks = ranker, ranks
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> NDArray[np.int64]:
-        """Best items of every query, int64 [E, k]."""
+        """Return the best items of every query, int64 [E, k]."""
         own = part_of(holdout, self.ranks.part(len(holdout)))
         ranked = (
             torch.as_tensor(self.ranker.rank(own, k, exclude_seen)).cpu()
@@ -40,17 +40,17 @@ class OverRanks:
         return every.cpu().numpy()
 
     def __getattr__(self, name: str) -> Any:
-        # What else evaluation asks of a ranker: whether it is exact, its embeddings.
+        # Other attributes that evaluation reads from a ranker: whether it is exact, its embeddings.
         return getattr(self.ranker, name)
 
 
 def over_ranks(ranker: Ranker, ranks: Ranks) -> Ranker:
-    """The ranker as one that shares its work with the other ranks, where there are any."""
+    """Wrap a ranker to divide its work over ranks, if there are several."""
     return ranker if ranks.size == 1 else OverRanks(ranker, ranks)
 
 
 def part_of(holdout: Holdout, rows: slice) -> Holdout:
-    """Some of the queries of a holdout, `rows.start` to `rows.stop`."""
+    """Return the queries `rows.start` to `rows.stop` of a holdout."""
     begin, end = rows.start, rows.stop
     history, targets = holdout.history_offsets[begin : end + 1], holdout.target_offsets[begin : end + 1]
     inside = slice(history[0], history[-1])
@@ -69,7 +69,7 @@ def part_of(holdout: Holdout, rows: slice) -> Holdout:
 
 @torch.no_grad()
 def item_embeddings(towers: TwoTower, ranks: Ranks) -> Tensor:
-    """All item embeddings, [N, D], as `TwoTower.item_embeddings` gives them; each rank embeds its part of the items."""
+    """Compute all item embeddings, [N, D], as `TwoTower.item_embeddings` does; each rank embeds its part."""
     if ranks.size == 1:
         return towers.item_embeddings()
     was_training = towers.training

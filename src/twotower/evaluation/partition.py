@@ -1,4 +1,4 @@
-"""How well the candidates of a pool estimate the sum of the softmax: scores again, apart from the ranking metrics."""
+"""Error of the softmax partition sum estimated from a pool's candidates; uses scores, unlike the ranking metrics."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,21 +11,21 @@ from torch import Tensor
 from twotower.losses.softmax import candidate_logits, log_sum_exp
 from twotower.negatives import Pool
 
-#: Logits held at a time, rows x N: 16 MB in float64.
+#: Logits in memory at a time, rows x N: 16 MB in float64.
 _BLOCK = 1 << 21
 
 
 @dataclass(frozen=True)
 class PartitionError:
-    """How far the estimated log partition sum is from the exact one, in nats.
+    """Deviation of the estimated log partition sum from the exact one, in nats.
 
     Attributes:
-        mean: of log Z_hat - log Z over rows and draws. Z_hat is unbiased, its log is not: the mean is below 0 by
-            about half the variance where candidates are few.
+        mean: of log Z_hat - log Z over rows and draws. Z_hat is unbiased, but its log is not: with few candidates the
+            mean is below 0 by about half the variance.
         std: standard deviation over rows and draws.
         per_row_mean: [B] mean over draws.
         per_row_std: [B] standard deviation over draws; NaN for one draw.
-        num_draws: how often candidates were drawn.
+        num_draws: number of draws.
     """
 
     mean: float
@@ -35,7 +35,7 @@ class PartitionError:
     num_draws: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types for JSON."""
+        """Convert to plain types for JSON."""
         return {"mean": self.mean, "std": self.std, "num_rows": len(self.per_row_mean), "num_draws": self.num_draws}
 
 
@@ -50,14 +50,14 @@ def partition_error(
     draws: int = 1,
     generator: torch.Generator | None = None,
 ) -> PartitionError:
-    """The partition sum that a pool's candidates estimate, against the exact one.
+    """Compare the partition sum estimated from a pool's candidates with the exact one.
 
         Z(x)     = sum_{j=1..N} exp s(x, j),   s = <u, v> / T
-        Z_hat(x) = exp s(x, y) + sum_{candidates j that are no hit} exp(s(x, j) - log kappa_j)
+        Z_hat(x) = exp s(x, y) + sum_{candidates j that are not masked} exp(s(x, j) - log kappa_j)
         error    = log Z_hat - log Z
 
-    (docs/theory.md, section 2.) The pool is put into evaluation mode while it draws: nothing is remembered. Only the
-    row's own positive is masked, since Z sums the whole catalog.
+    (docs/theory.md, section 2.) The pool draws in evaluation mode, so that its state does not change. Only the row's
+    own positive is masked, since Z sums over the whole catalog.
 
     Args:
         queries: u(x) of the rows of a batch, [B, D].
@@ -65,7 +65,7 @@ def partition_error(
         positives: item codes of the rows, int64 [B]: the batch that in-batch sources draw from.
         pool: the sources.
         temperature: T > 0.
-        draws: how often candidates are drawn for the batch; a pool that only knows the batch draws the same each time.
+        draws: number of draws for the batch; a pool that depends only on the batch draws the same each time.
         generator: random generator of the draws.
 
     Returns:

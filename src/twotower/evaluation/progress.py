@@ -1,4 +1,4 @@
-"""A progress bar for what takes longer than one likes to wait without."""
+"""A progress bar that appears only for slow work."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ PATIENCE = 3.0
 
 
 class SlowProgress:
-    """A progress bar on standard error that appears only when the work takes long, and only on a terminal.
+    """A progress bar on standard error that appears only if the work takes long, and only on a terminal.
 
     Args:
-        title: what is going on.
-        patience: seconds before it appears.
+        title: description of the work.
+        patience: seconds before the bar appears.
 
     Example:
         >>> with SlowProgress("ranking") as progress:
@@ -42,12 +42,12 @@ class SlowProgress:
             self._bar.stop()
 
     def __call__(self, done: int, total: int) -> None:
-        """So much of so much is done."""
+        """Report that `done` of `total` steps are done."""
         if self._bar is None:
             if time.monotonic() < self._from or not sys.stderr.isatty():
                 return
-            # Standard output belongs to results.
-            from rich.console import Console  # noqa: PLC0415  # only what takes long needs it
+            # Standard output is for results.
+            from rich.console import Console  # noqa: PLC0415  # needed only for slow work
             from rich.progress import Progress  # noqa: PLC0415
 
             self._bar = Progress(console=Console(stderr=True), transient=True)

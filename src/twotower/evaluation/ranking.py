@@ -1,4 +1,4 @@
-"""Evaluate rankers: the full catalog, exactly, beside what they must beat."""
+"""Evaluation of rankers on the full catalog, exactly ranked, next to the baselines that they must beat."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -35,29 +35,29 @@ def evaluate(
 ) -> Evaluation:
     """Rank the whole catalog for every query of a holdout, and compare with the baselines.
 
-    With `exclude_seen`, a target that already stands in its query's history cannot be ranked: it is taken out of
-    the targets, counted, and told in the notes.
+    With `exclude_seen`, a target that is already in its query's history cannot be ranked: it is removed from the
+    targets, counted, and reported in the notes.
 
     Args:
-        ranker: what is evaluated; anything with `rank`.
+        ranker: the ranker to evaluate; any object with `rank`.
         holdout: the queries, their histories and their targets.
-        train: the training interactions: they define head, mid and tail, and train the baselines.
+        train: the training interactions: they define head, mid and tail, and fit the baselines.
         ks: the cut-offs K.
-        exclude_seen: leave items of a query's history out of its ranking.
-        baselines: True for popularity and item-kNN; a mapping from names to rankers for others; False for none.
+        exclude_seen: exclude items of a query's history from its ranking.
+        baselines: True for popularity and item-kNN; a mapping from names to other rankers; False for none.
         name: the ranker's name in the table.
-        empty: a query without targets is left out of every mean (`"skip"`) or counts as 0 (`"zero"`).
-        allow_approximate: accept a ranker that declares `is_exact = False`; the result says so.
-        slices: columns to slice by, `"items.genres"` or `"queries.age"`: of the table of items, which slices the
-            targets, or of the table of queries (`column_slices` says how values become slices).
+        empty: queries without targets are left out of every mean (`"skip"`) or count as 0 (`"zero"`).
+        allow_approximate: accept a ranker with `is_exact = False`; the result notes it.
+        slices: columns to slice by, `"items.genres"` or `"queries.age"`: a column of the item table slices the targets,
+            one of the query table the queries (see `column_slices` for how values become slices).
 
     Returns:
-        An `Evaluation`: prints as a table.
+        An `Evaluation`, which prints as a table.
 
     Raises:
-        ValueError: a setting is out of range, the ranker is inexact, or what it returned is not a ranking (wrong
-            shape, unknown codes, repeats, items it was told to leave out).
-        InputError: nothing is left to evaluate, or `slices` names what the tables do not have.
+        ValueError: a setting is out of range, the ranker is inexact, or it returned an invalid ranking (wrong shape,
+            unknown codes, repeats, excluded items).
+        InputError: nothing is left to evaluate, or `slices` names columns that the tables do not have.
     """
     chosen, notes = _baselines(train, name) if baselines is True else (dict(baselines or {}), [])
     if name in chosen:
@@ -141,9 +141,9 @@ def _baselines(train: Interactions, name: str) -> tuple[dict[str, Ranker], list[
 
 
 def _notes(removed: int, num_empty: int, empty: Empty, inexact: Sequence[str]) -> list[str]:
-    notes = [f"{name} searches an approximate index: its metrics are those of that index" for name in inexact]
+    notes = [f"{name} searches an approximate index: its metrics include the errors of the index" for name in inexact]
     if removed:
-        notes.append(f"{removed:,} targets already stand in their query's history and were taken out")
+        notes.append(f"{removed:,} targets are already in their query's history and were removed")
     if num_empty:
         what = "left out of the means" if empty == "skip" else "counted as 0"
         notes.append(f"{num_empty:,} queries have no target that can be ranked and were {what}")
@@ -151,10 +151,10 @@ def _notes(removed: int, num_empty: int, empty: Empty, inexact: Sequence[str]) -
 
 
 def check_targets(holdout: Holdout, num_items: int, exclude_seen: bool) -> None:
-    """Refuse queries of which `evaluate` could measure nothing, before anything is trained for it.
+    """Refuse a holdout that `evaluate` could not measure, before a model is trained for it.
 
     Raises:
-        InputError: there are queries, and none has a target that can be ranked.
+        InputError: there are queries, but none has a target that can be ranked.
     """
     targets = Targets.of(holdout, num_items, exclude_seen)
     if len(holdout) and not len(targets.items):
@@ -162,19 +162,19 @@ def check_targets(holdout: Holdout, num_items: int, exclude_seen: bool) -> None:
 
 
 def _nothing_to_rank(holdout: Holdout, targets: Targets) -> InputError:
-    told = f"{holdout.name}: no query has a target that can be ranked, nothing to evaluate"
+    message = f"{holdout.name}: no query has a target that can be ranked, so there is nothing to evaluate"
     if targets.removed:
-        told += (
-            f"; {targets.removed} targets were left out, items that their query has had before: "
-            "evaluation.exclude_seen=false ranks those, too"
+        message += (
+            f"; {targets.removed} targets were removed because they are already in their query's history: "
+            "evaluation.exclude_seen=false ranks them too"
         )
-    return InputError(told)
+    return InputError(message)
 
 
 def _ranked(
     name: str, ranker: Ranker, holdout: Holdout, *, k: int, exclude_seen: bool, num_items: int
 ) -> NDArray[np.int64]:
-    """The ranking as an array, after proof that it is one: a repeated item would count its hit twice."""
+    """Rank and validate the result: a repeated item, for example, would count its hit twice."""
     ranked = torch.as_tensor(ranker.rank(holdout, k, exclude_seen)).cpu().numpy()
     if ranked.shape != (len(holdout.queries), k) or ranked.dtype != np.int64:
         raise ValueError(
@@ -193,7 +193,7 @@ def _ranked(
 def _item_embeddings(
     name: str, ranker: Ranker, ranked: NDArray[np.int64], num_items: int
 ) -> tuple[NDArray[np.floating] | None, NDArray[np.int64] | None]:
-    """[N, D] where the ranker has embeddings of items; those of the ranked ones, and where each stands, by parts."""
+    """Return item embeddings [N, D] and None; if sharded, those of ranked items and the row of each list entry."""
     by_parts = getattr(ranker, "embeddings_of", None)
     if by_parts is not None:
         distinct = np.unique(ranked[ranked >= 0])

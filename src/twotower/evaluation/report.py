@@ -1,4 +1,4 @@
-"""The result of an evaluation: numbers for machines, a table for people."""
+"""The result of an evaluation: JSON for machines, a table for people."""
 
 import math
 from collections.abc import Iterator
@@ -19,8 +19,8 @@ from twotower.files import whole_file
 from twotower.schema import Vocabulary
 
 METRICS = ("Recall", "NDCG", "MRR", "HR")
-#: Groups that the main table shows, or that are for figures.
-_TOLD_ELSEWHERE = ("thirds", "deciles")
+#: Groups that are shown in the main table, or only in figures.
+_SHOWN_ELSEWHERE = ("thirds", "deciles")
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,15 @@ class Row:
     """One ranker's results.
 
     Attributes:
-        name: what the ranker is called in the table.
-        values: by metric and K, the mean over queries of Recall, NDCG, MRR, HR, novelty (bits), popularity (training
-            interactions) and diversity (`"Recall@20"`), and coverage and Gini of all lists together; NaN where nothing
-            can be measured, as diversity of a ranker without item embeddings.
+        name: the ranker's name in the table.
+        values: by metric and K (`"Recall@20"`), the mean over queries of Recall, NDCG, MRR, HR, novelty (bits),
+            popularity (training interactions) and diversity, and the coverage and Gini index of all lists together; NaN
+            if not measurable, such as the diversity of a ranker without item embeddings.
         slices: by slice (`"head"`, `"decile 3"`, `"cold items"`, `"items.genres=Comedy"`), the mean of Recall and NDCG
-            over the queries that have a target in the slice, with only those targets, at their rank in the whole list;
-            NaN where no query has one.
-        per_query: the values behind the means, [E] by metric name, `"tail/Recall@20"` for a slice (NaN where the
-            query has no target there). Rows of one `Evaluation` are aligned: compare them in pairs
+            over the queries with a target in the slice, counting only those targets, at their rank in the whole list;
+            NaN if no query has one.
+        per_query: the values behind the means, [E] by metric name, `"tail/Recall@20"` for a slice (NaN if the query has
+            no target there). Rows of one `Evaluation` are aligned, so they can be compared in pairs
             (`paired_comparison`).
     """
 
@@ -47,34 +47,34 @@ class Row:
 
     @cached_property
     def intervals(self) -> dict[str, Interval]:
-        """95 % intervals over queries of every value that is a mean over queries (`bootstrap_interval`)."""
+        """95 % confidence intervals of every value that is a mean over queries (`bootstrap_interval`)."""
         overall = {name: values for name, values in self.per_query.items() if "/" not in name}
-        whole = [name for name, values in overall.items() if not np.isnan(values).any()]
-        together = np.stack([overall[name] for name in whole], axis=1) if whole else np.empty((0, 0))
-        found = dict(zip(whole, bootstrap_intervals(together), strict=True))
+        complete = [name for name, values in overall.items() if not np.isnan(values).any()]
+        together = np.stack([overall[name] for name in complete], axis=1) if complete else np.empty((0, 0))
+        found = dict(zip(complete, bootstrap_intervals(together), strict=True))
         return {name: found[name] if name in found else bootstrap_interval(overall[name]) for name in overall}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Rankers compared on one holdout. Print it, or take `to_dict()`.
+    """Rankers compared on one holdout; print it, or use `to_dict()`.
 
     Attributes:
         holdout: name of the holdout.
         ks: the cut-offs, ascending.
-        exclude_seen: whether items of a query's history were left out of its ranking.
-        empty: what was done with queries without targets, `"skip"` or `"zero"`.
+        exclude_seen: whether items of a query's history were excluded from its ranking.
+        empty: treatment of queries without targets, `"skip"` or `"zero"`.
         num_items: N, the size of the catalog, all of which was ranked.
-        num_targets: targets that could be found.
-        num_removed: targets taken out because they already stand in their query's history.
-        num_empty: queries left without any target.
+        num_targets: targets that could be ranked.
+        num_removed: targets removed because they are already in their query's history.
+        num_empty: queries left without targets.
         queries: [E] the query codes that were counted, in the order of `per_query`.
         slice_sizes: by slice, the number of `items`, of `targets`, and of `queries` with such a target.
-        rows: the ranker that was asked about first, then the baselines.
-        notes: what a reader should know.
+        rows: the evaluated ranker first, then the baselines.
+        notes: remarks for the reader.
         slice_groups: by group ("thirds", "deciles", "cold", "items.genres"), the names of its slices in order.
         is_exact: whether every ranker searched exactly.
-        query_ids: what the query codes stand for; None where it is not known.
+        query_ids: vocabulary of the query codes; None if unknown.
     """
 
     holdout: str
@@ -95,18 +95,18 @@ class Evaluation:
 
     @property
     def num_queries(self) -> int:
-        """E, how many queries were counted."""
+        """E, the number of queries counted."""
         return len(self.queries)
 
     def __getitem__(self, name: str) -> Row:
-        """The row of that name; KeyError with the known names otherwise."""
+        """Return the row of that name; raise KeyError with the known names otherwise."""
         for row in self.rows:
             if row.name == name:
                 return row
-        raise KeyError(f"no row {name!r}: there are {[row.name for row in self.rows]}")
+        raise KeyError(f"no row {name!r}; the rows are {[row.name for row in self.rows]}")
 
     def to_dict(self, *, per_query: bool = False) -> dict[str, Any]:
-        """Plain types for JSON; NaN becomes None.
+        """Convert to plain types for JSON; NaN becomes None.
 
         Args:
             per_query: include the value of every query.
@@ -148,11 +148,11 @@ class Evaluation:
         return result
 
     def per_query_frame(self) -> pl.DataFrame:
-        """One row for each ranker and query.
+        """Return one row per ranker and query.
 
         Returns:
-            Columns `ranker`, `query` (the id; null for a query that is not in the vocabulary; absent where ids are not
-            known), `query_code` (int64), and the metrics of `Row.per_query`, float64, null where a query has no value.
+            Columns `ranker`, `query` (the id; null for a query outside the vocabulary; absent if ids are not known),
+            `query_code` (int64), and the metrics of `Row.per_query`, float64, null if a query has no value.
         """
         keys: dict[str, Any] = {"query_code": self.queries}
         if self.query_ids is not None:
@@ -163,10 +163,10 @@ class Evaluation:
         return pl.concat(frames).with_columns(pl.selectors.float().fill_nan(None))
 
     def write_per_query(self, path: str | Path) -> Path:
-        """Write `per_query_frame()` as Parquet, whole or not at all.
+        """Write `per_query_frame()` as Parquet, atomically.
 
         Args:
-            path: of the file; its folder is made where it is missing.
+            path: of the file; its folder is created if missing.
         """
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -175,12 +175,12 @@ class Evaluation:
         return target
 
     def __str__(self) -> str:
-        """The table as plain text, a block for each K."""
+        """Format the table as plain text, a block for each K."""
         parts = [line for part in self._parts() for line in ("", *part.lines())]
         return "\n".join([self._title(), *self._subtitle(), *parts, "", *self._closing()])
 
     def __rich__(self) -> Group:
-        """The same table for a rich console."""
+        """Format the same table for a rich console."""
         tables = [part.rich() for part in self._parts()]
         return Group(self._title(), *self._subtitle(), *tables, *self._closing())
 
@@ -191,12 +191,12 @@ class Evaluation:
             yield more
 
     def _more_slices(self) -> TextTable | None:
-        """Cold and user-defined slices, a row for each; None where there are none."""
-        names = [name for group in self.slice_groups if group not in _TOLD_ELSEWHERE for name in self._present(group)]
+        """Build the table of cold and user-defined slices, one row each; None if there are no such slices."""
+        names = [name for group in self.slice_groups if group not in _SHOWN_ELSEWHERE for name in self._present(group)]
         if not names:
             return None
         metric = f"Recall@{self.ks[-1]}"
-        width = max(len(metric), *(len(shortened(name, 30)) for name in names)) + 9  # a column of sizes beside it
+        width = max(len(metric), *(len(shortened(name, 30)) for name in names)) + 9  # plus a column of sizes
         rows: list[Row] = []
         for row in self.rows:
             width += max(len(row.name), 6) + 3
@@ -215,7 +215,7 @@ class Evaluation:
         )
 
     def _present(self, group: str) -> tuple[str, ...]:
-        """The slices of a group that are worth a line: cold and warm only where something is cold."""
+        """List the slices of a group to show: cold and warm only if something is cold."""
         names = self.slice_groups[group]
         if group != "cold":
             return names
@@ -229,7 +229,7 @@ class Evaluation:
         return (
             f"{self.holdout}: {self.num_queries:,} queries, {self.num_targets:,} targets, "
             f"full catalog of {self.num_items:,} items, items already seen "
-            f"{'excluded' if self.exclude_seen else 'kept'}"
+            f"{'excluded' if self.exclude_seen else 'included'}"
         )
 
     def _subtitle(self) -> list[str]:
@@ -243,7 +243,7 @@ class Evaluation:
         ]
 
     def _verdict(self) -> list[str]:
-        """Whether the first row earns its keep, in words."""
+        """Summarize whether the model beats the best baseline."""
         model, *others = self.rows
         metric = f"NDCG@{self.ks[-1]}"
         if not others:

@@ -1,7 +1,7 @@
-"""How sure a mean over queries is, and whether two models differ: bootstrap, paired comparison, many comparisons.
+"""Confidence of means over queries and comparison of models: bootstrap, paired comparison, multiple comparisons.
 
-The query is the unit: queries are drawn again with replacement, and all their values with them. What is measured is
-the spread over queries of one trained model. The spread over seeds of training is another one, and needs several runs.
+The query is the unit: queries are resampled with replacement, together with all their values. This measures the
+variation over queries of one trained model. Variation over training seeds is separate, and needs several runs.
 """
 
 import math
@@ -14,9 +14,9 @@ from numpy.typing import ArrayLike, NDArray
 
 Values = NDArray[np.float64]
 
-#: Counts held at a time, resamples x queries: 32 MB in float64.
+#: Counts in memory at a time, resamples x queries: 32 MB in float64.
 _BLOCK = 1 << 22
-#: A standard deviation below this share of the largest value is rounding.
+#: A standard deviation below this share of the largest value is rounding error.
 _ROUNDING = 1e-12
 
 
@@ -25,7 +25,7 @@ class Interval:
     """A mean over queries and its confidence interval.
 
     Attributes:
-        mean: of the values that are not NaN; NaN where there are none.
+        mean: of the values that are not NaN; NaN if there are none.
         low: lower end; NaN with fewer than 2 values.
         high: upper end; NaN with fewer than 2 values.
         level: confidence, such as 0.95.
@@ -37,22 +37,22 @@ class Interval:
     level: float
 
     def to_dict(self) -> dict[str, float | None]:
-        """Plain types for JSON; None in place of what is not finite."""
+        """Convert to plain types for JSON; non-finite values become None."""
         return _plain(asdict(self))
 
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """Two models on the same queries.
+    """Comparison of two models on the same queries.
 
     Attributes:
         difference: mean over queries of a - b.
-        low: lower end of the difference's confidence interval; NaN where it cannot be bounded: fewer than 2 queries,
-            or so few that differ at all that a resample often holds none of them.
-        high: upper end, NaN likewise.
+        low: lower end of the difference's confidence interval; NaN if it cannot be bounded: fewer than 2 queries, or so
+            few differing queries that a resample often contains none of them.
+        high: upper end; NaN in the same cases.
         p_value: two-sided, under the hypothesis that the mean difference is 0; NaN with fewer than 2 queries.
-        effect_size: Cohen's d_z, the mean difference over its standard deviation over queries (divisor E - 1); 0
-            where all differences are 0, infinite where they are all equal and not 0, NaN with fewer than 2 queries.
+        effect_size: Cohen's d_z, the mean difference over its standard deviation over queries (divisor E - 1); 0 if all
+            differences are 0, infinite if they are all equal and not 0, NaN with fewer than 2 queries.
         num_queries: queries with both values.
     """
 
@@ -64,12 +64,12 @@ class PairedComparison:
     num_queries: int
 
     def to_dict(self) -> dict[str, float | None]:
-        """Plain types for JSON; None in place of what is not finite."""
+        """Convert to plain types for JSON; non-finite values become None."""
         return _plain(asdict(self))
 
 
 def bootstrap_interval(values: ArrayLike, *, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
-    """Confidence interval of a mean over queries by the bias-corrected and accelerated bootstrap (BCa).
+    """Compute the BCa (bias-corrected and accelerated) bootstrap confidence interval of a mean over queries.
 
         z0 = Phi^-1(share of resampled means below the mean)
         a  = sum_e d_e^3 / (6 (sum_e d_e^2)^{3/2}),   d_e = x_e - mean
@@ -77,14 +77,14 @@ def bootstrap_interval(values: ArrayLike, *, level: float = 0.95, resamples: int
             z = Phi^-1((1 -+ level) / 2)
 
     (Efron 1987, eq. 2.3 and 6.6; Efron & Tibshirani 1993, ch. 14.) a is the skewness of the mean over 6: with skewed
-    values, such as NDCG where most queries have 0, the interval leans to the long side as it should. Values that are
-    all the same give an interval of no width.
+    values, such as NDCG where most queries have 0, the interval extends further on the long side, as it should. If all
+    values are equal, the interval has width 0.
 
     Args:
-        values: [E], one for each query; NaN entries are ignored.
+        values: [E], one per query; NaN entries are ignored.
         level: confidence, in (0, 1).
-        resamples: R, how many times the queries are drawn again.
-        seed: of the draws; the same seed draws the same queries for every metric of the same E.
+        resamples: R, number of bootstrap resamples.
+        seed: of the resampling; the same seed draws the same queries for every metric of the same E.
 
     Returns:
         Mean and interval.
@@ -97,7 +97,7 @@ def bootstrap_interval(values: ArrayLike, *, level: float = 0.95, resamples: int
 
 
 def bootstrap_intervals(values: Values, *, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> list[Interval]:
-    """`bootstrap_interval` of several metrics of the same queries at once, from the same resamples.
+    """Compute `bootstrap_interval` for several metrics of the same queries at once, from the same resamples.
 
     Args:
         values: [E, M], without NaN.
@@ -115,7 +115,7 @@ def bootstrap_intervals(values: Values, *, level: float = 0.95, resamples: int =
         means = values[0].tolist() if len(values) else [math.nan] * values.shape[1]
         return [Interval(mean, math.nan, math.nan, level) for mean in means]
     means = values.mean(axis=0)
-    centred = values - means  # rounding is that of the spread, not of the mean
+    centred = values - means  # so that rounding errors scale with the spread, not with the mean
     drawn = np.concatenate([counts @ centred for counts in _resamples(len(values), resamples, seed)]) / len(values)
     return [
         _bca(float(mean), deviation, np.sort(column), level)
@@ -137,26 +137,26 @@ def paired_comparison(
     With d the mean of x, s its standard deviation, se = s / sqrt(E), t = d / se:
 
     - `"bootstrap"`, studentized (Efron & Tibshirani 1993, sec. 16.4; Sakai 2006, "Evaluating evaluation metrics
-      based on the bootstrap"): queries are drawn again, t* = (d* - d) / se*, and
+      based on the bootstrap"): queries are resampled, t* = (d* - d) / se*, and
 
           p = (1 + #{|t*| >= |t|}) / (1 + R),    interval = d -+ (quantile `level` of |t*|) se
 
-      (symmetric bootstrap-t; Hall 1988). A resample without any spread counts as one that is as extreme.
+      (symmetric bootstrap-t; Hall 1988). A resample without spread counts as at least as extreme.
     - `"t-test"`: Student's distribution with E - 1 degrees of freedom in place of t*.
 
-    Interval and p-value are of one piece: 0 lies outside the interval where p <= 1 - level. With many comparisons
+    Interval and p-value are consistent: the interval excludes 0 exactly if p <= 1 - level. For multiple comparisons,
     adjust the p-values (`holm`).
 
     Args:
-        a: [E] values of one model; NaN where the query has none.
+        a: [E] values of one model; NaN for a query without a value.
         b: [E] values of the other, of the same queries in the same order.
-        method: where the distribution of t comes from.
+        method: source of the distribution of t.
         level: confidence of the interval.
         resamples: R; p is no smaller than 1 / (1 + R).
-        seed: of the draws.
+        seed: of the resampling.
 
     Returns:
-        The comparison over the queries that have both values.
+        The comparison over the queries with both values.
 
     Raises:
         ValueError: the shapes disagree, the method is unknown, or a setting is out of range.
@@ -179,14 +179,14 @@ def paired_comparison(
     error = deviation / math.sqrt(count)
     t = abs(difference) / error
     if method == "t-test":
-        from scipy.special import stdtr, stdtrit  # noqa: PLC0415  # a served model reaches this file and needs none of it
+        from scipy.special import stdtr, stdtrit  # noqa: PLC0415  # serving imports this file, but does not need scipy
 
         p_value = 2 * float(stdtr(count - 1, -t))
         reach = float(stdtrit(count - 1, (1 + level) / 2))
     else:
         drawn = _studentized(x - difference, resamples, seed)
         p_value = (1 + int((drawn >= t).sum())) / (1 + resamples)
-        # The order statistic that makes interval and p-value agree: |t| above it gives p <= 1 - level.
+        # The order statistic that makes interval and p-value consistent: |t| above it gives p <= 1 - level.
         place = math.ceil(level * (1 + resamples) - 1e-9) - 1
         reach = float(np.sort(drawn)[place]) if place < resamples else math.inf
     half = reach * error if math.isfinite(reach) else math.nan
@@ -194,14 +194,14 @@ def paired_comparison(
 
 
 def holm(p_values: ArrayLike) -> Values:
-    """Adjust p-values for many comparisons so that any false alarm among them has the asked probability.
+    """Adjust p-values for multiple comparisons, controlling the probability of any false positive.
 
     With p_(1) <= ... <= p_(m):  adjusted p_(i) = max_{j <= i} min(1, (m - j + 1) p_(j))   (Holm 1979).
 
-    Valid whatever the dependence between the comparisons, and never weaker than Bonferroni's m p.
+    Valid for any dependence between the comparisons, and never weaker than Bonferroni's m p.
 
     Args:
-        p_values: [m] in [0, 1]; NaN stays NaN and is not counted.
+        p_values: [m] in [0, 1]; NaN stays NaN and does not count.
 
     Returns:
         [m] adjusted p-values, in the order given.
@@ -221,13 +221,13 @@ def holm(p_values: ArrayLike) -> Values:
 
 
 def _bca(mean: float, deviation: Values, drawn: Values, level: float) -> Interval:
-    """`drawn`: resampled means less the mean, ascending."""
-    from scipy.special import ndtr, ndtri  # noqa: PLC0415  # see above
+    """Compute the interval; `drawn` are the resampled means minus the mean, ascending."""
+    from scipy.special import ndtr, ndtri  # noqa: PLC0415  # as above
 
     square = float((deviation**2).sum())
     if math.sqrt(square / len(deviation)) <= _ROUNDING * abs(mean) or square == 0:
         return Interval(mean, mean, mean, level)
-    # Means of few distinct values often meet the mean itself: half of those that do, whatever their rounding.
+    # Resampled means of few distinct values often equal the mean: half of these count as below, despite rounding.
     edge = _ROUNDING * float(np.abs(deviation).max())
     below = (np.searchsorted(drawn, -edge) + np.searchsorted(drawn, edge)) / 2
     z0 = float(ndtri(np.clip(below / len(drawn), 1 / (1 + len(drawn)), len(drawn) / (1 + len(drawn)))))
@@ -240,7 +240,7 @@ def _bca(mean: float, deviation: Values, drawn: Values, level: float) -> Interva
 
 
 def _studentized(centred: Values, resamples: int, seed: int) -> Values:
-    """|t*| of each resample, [R]; infinite where the resample has no spread."""
+    """Compute |t*| of each resample, [R]; infinite if the resample has no spread."""
     count = len(centred)
     both = np.stack([centred, centred**2], axis=1)
     sums = np.concatenate([counts @ both for counts in _resamples(count, resamples, seed)])
@@ -252,7 +252,7 @@ def _studentized(centred: Values, resamples: int, seed: int) -> Values:
 
 
 def _resamples(count: int, resamples: int, seed: int) -> Iterator[Values]:
-    """How often each query is drawn, float64 [block, E]: multinomial counts, all blocks together R rows."""
+    """Yield how often each query is drawn (multinomial counts), float64 [block, E]; R rows over all blocks."""
     random = np.random.default_rng(seed)
     block = max(1, min(resamples, _BLOCK // count))
     for start in range(0, resamples, block):
@@ -263,7 +263,7 @@ def _resamples(count: int, resamples: int, seed: int) -> Iterator[Values]:
 
 
 def _without_spread(difference: float, count: int, smallest: float) -> PairedComparison:
-    """All differences are the same."""
+    """Handle the case that all differences are equal."""
     if difference == 0:
         return PairedComparison(0.0, 0.0, 0.0, 1.0, 0.0, count)
     return PairedComparison(difference, difference, difference, smallest, math.copysign(math.inf, difference), count)

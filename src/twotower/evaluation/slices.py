@@ -1,4 +1,4 @@
-"""Parts of an evaluation: head, mid and tail, popularity deciles, cold and warm."""
+"""Standard slices of an evaluation: head, mid and tail, popularity deciles, cold and warm."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,22 +7,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 SLICES = ("head", "mid", "tail")
-"""Thirds by number."""
+"""Popularity thirds, by index."""
 
 DECILES = tuple(f"decile {number}" for number in range(1, 11))
-"""Tenths by number: "decile 1" is the fewest items that together make up a tenth of the training interactions."""
+"""Popularity deciles, by index: "decile 1" is the fewest items with together a tenth of the training interactions."""
 
 COLD = ("cold items", "warm items", "cold queries", "warm queries")
-"""Never seen in training, or seen, by side."""
+"""Items and queries not seen in training, or seen."""
 
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """Some of the items, which slice the targets, or some of the queries.
+    """A subset of the items, which slices the targets, or a subset of the queries.
 
     Attributes:
-        items: bool [N], items of the slice; None where it has all of them.
-        queries: bool [E], queries of the slice; None where it has all of them.
+        items: bool [N], items of the slice; None for all items.
+        queries: bool [E], queries of the slice; None for all queries.
     """
 
     items: NDArray[np.bool_] | None = None
@@ -30,20 +30,20 @@ class Slice:
 
 
 def popularity_parts(item_counts: NDArray[np.integer], parts: int) -> NDArray[np.int64]:
-    """Cut the catalog into parts of about equally many training interactions.
+    """Split the catalog into parts with about equally many training interactions.
 
     Items are sorted by training count, descending, ties by code. With c_1 >= c_2 >= ... the counts in that order and n
-    their sum, the item in place p belongs to
+    their sum, the item at position p belongs to
 
         part  min( floor( parts (c_1 + ... + c_{p-1}) / n ), parts - 1 )
 
-    and items never seen in training to the last. So the first part is the fewest items that together make up 1 / parts
-    of the interactions: each part has about as many interactions, and very different numbers of items. A part is empty
-    where a single item has more than its share.
+    and items never seen in training belong to the last part. So the first part is the fewest items with together
+    1 / parts of the interactions: parts have about equal interactions but very different numbers of items. A part is
+    empty if a single item has more than its share.
 
     Args:
         item_counts: [N] training interactions of each item.
-        parts: how many, at least 1.
+        parts: number of parts, at least 1.
 
     Returns:
         [N] int64 in 0 .. parts - 1, 0 the most popular.
@@ -64,13 +64,13 @@ def popularity_parts(item_counts: NDArray[np.integer], parts: int) -> NDArray[np
 
 
 def popularity_thirds(item_counts: NDArray[np.integer]) -> NDArray[np.int8]:
-    """Which third of the training interactions each item belongs to: `popularity_parts` with three parts.
+    """Assign each item to a third of the training interactions: `popularity_parts` with three parts.
 
     Args:
         item_counts: [N] training interactions of each item.
 
     Returns:
-        [N] int8: 0 head, 1 mid, 2 tail (items never seen in training among them).
+        [N] int8: 0 head, 1 mid, 2 tail (including items never seen in training).
     """
     return popularity_parts(item_counts, len(SLICES)).astype(np.int8)
 
@@ -78,12 +78,12 @@ def popularity_thirds(item_counts: NDArray[np.integer]) -> NDArray[np.int8]:
 def standard_slices(
     item_counts: NDArray[np.int64], query_counts: NDArray[np.int64], queries: NDArray[np.int64]
 ) -> dict[str, dict[str, Slice]]:
-    """The slices of every evaluation, by group ("thirds", "deciles", "cold") and name.
+    """Build the slices of every evaluation, by group ("thirds", "deciles", "cold") and name.
 
     Args:
         item_counts: [N] training interactions of each item.
         query_counts: [Q] training interactions of each query.
-        queries: [E] query codes of the holdout; -1 for a query that is not in the vocabulary.
+        queries: [E] query codes of the holdout; -1 for a query outside the vocabulary.
 
     Returns:
         Groups in order, and slices of a group in order.
@@ -101,7 +101,7 @@ def standard_slices(
 
 
 def flat(groups: Mapping[str, Mapping[str, Slice]]) -> dict[str, Slice]:
-    """All slices of all groups by name."""
+    """Merge the slices of all groups into one mapping by name."""
     return {name: part for group in groups.values() for name, part in group.items()}
 
 

@@ -1,4 +1,4 @@
-"""A small table of text, for a terminal or a file."""
+"""A small text table, for a terminal or a file."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ WIDTH = 80
 
 @dataclass(frozen=True)
 class TextTable:
-    """Cells of text: the first column to the left, the others to the right.
+    """Cells of text: the first column left-aligned, the others right-aligned.
 
     Attributes:
         header: titles of the columns.
-        rows: cells, as many in each row.
+        rows: cells, equally many in each row.
     """
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
 
     def lines(self) -> list[str]:
-        """As plain text."""
+        """Format as plain text."""
         lines = [self.header, *self.rows]
         widths = [max(len(line[place]) for line in lines) for place in range(len(self.header))]
         return [
@@ -35,9 +35,9 @@ class TextTable:
         ]
 
     def rich(self) -> Table:
-        """For a rich console."""
-        # Two characters between columns, as many as in `lines`: nine fit into 80. Where that is not enough a cell goes
-        # on in a second line; cut off, a number would be another one.
+        """Format for a rich console."""
+        # Two characters between columns, as in `lines`: nine columns fit into 80 characters. A longer cell wraps to a
+        # second line, because a truncated number would read as another number.
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for place, title in enumerate(self.header):
             table.add_column(title, justify="right" if place else "left", overflow="fold")
@@ -47,5 +47,5 @@ class TextTable:
 
 
 def shortened(text: str, width: int) -> str:
-    """The text, cut to the width where it is longer."""
+    """Truncate text to the width if it is longer."""
     return text if len(text) <= width else text[: width - 1] + "…"

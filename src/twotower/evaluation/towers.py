@@ -1,4 +1,4 @@
-"""A two-tower model as a ranker: one path from queries to items, for validation, evaluation and serving alike."""
+"""A two-tower model as a ranker: the same path from queries to items for validation, evaluation and serving."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ BLOCK = 4096
 
 
 class TowerRanker:
-    """Ranks the whole catalog by <u(x), v(j)>.
+    """A ranker of the whole catalog by <u(x), v(j)>.
 
     Args:
         towers: the model; put into evaluation mode while it ranks.
-        history_length: L, how many recent items the query tower looks at; 0 for a tower without a history.
-        item_embeddings: [N, D], where they are at hand; computed otherwise.
-        progress: show a bar while a long ranking of a holdout runs.
+        history_length: L, how many recent items the query tower uses; 0 for a tower without a history.
+        item_embeddings: [N, D] if already computed; None computes them.
+        progress: show a progress bar during a long ranking of a holdout.
     """
 
     def __init__(
@@ -49,19 +49,19 @@ class TowerRanker:
 
     @cached_property
     def index(self) -> ExactIndex:
-        """Exact search over the items, laid out when first needed: a served model may have an index of another kind."""
+        """Exact search over the items, built on first use: a served model may have another kind of index."""
         return ExactIndex(self.item_embeddings)
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> np.ndarray:
-        """Best items of every query of a holdout, int64 [E, k], -1 where fewer are left."""
+        """Return the best items of every query of a holdout, int64 [E, k], -1 if fewer are left."""
         histories = (holdout.history_offsets, holdout.history_items)
         queries, exclude = self.embed_holdout(holdout), histories if exclude_seen else None
-        with SlowProgress("ranking") as told:
-            _, items = self.index.search(queries, k, exclude, progress=told if self.progress else None)
+        with SlowProgress("ranking") as bar:
+            _, items = self.index.search(queries, k, exclude, progress=bar if self.progress else None)
         return items.cpu().numpy()
 
     def embed_holdout(self, holdout: Holdout) -> Tensor:
-        """u(x) of every query of a holdout, float32 [E, D]."""
+        """Embed every query of a holdout, u(x), float32 [E, D]."""
         histories = (holdout.history_offsets, holdout.history_items)
         return self.embed(holdout.queries, histories, context=holdout.context, gaps=gaps_of(holdout))
 
@@ -74,13 +74,13 @@ class TowerRanker:
         exclude: Exclusion | None,
         gaps: np.ndarray | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Best items of some queries.
+        """Find the best items of some queries.
 
         Args:
             queries: codes, int64 [E]; -1 for a query never seen in training.
             histories: compressed rows (offsets int64 [E+1], item codes), oldest first.
             k: how many items.
-            exclude: compressed rows of items to leave out, or None.
+            exclude: compressed rows of items to exclude, or None.
             gaps: as in `embed`.
 
         Returns:
@@ -98,27 +98,27 @@ class TowerRanker:
         context: Given | EncodedContext | None = None,
         gaps: np.ndarray | None = None,
     ) -> Tensor:
-        """u(x) of every query, float32 [E, D].
+        """Embed queries, u(x), float32 [E, D].
 
         Args:
             queries: codes, int64 [E]; -1 for a query never seen in training.
             histories: compressed rows (offsets int64 [E+1], item codes), oldest first.
-            features: for each query what its declared columns hold, or None for what training knew of it.
-            context: of each query's request: a frame, or for each a mapping or None; or all of them encoded. A tower
-                that looks at no context takes a frame, as every holdout of data with further columns has one, and
-                reads nothing of it.
-            gaps: code of the gap before each item of the histories (data/gaps.py), beside them; None where nobody
-                knows them. Only a tower that reads gaps looks at it.
+            features: values of the declared feature columns for each query; None for a query's features from training.
+            context: the context of each query's request: a frame, or for each query a mapping or None; or all of them
+                encoded. A tower without context accepts and ignores a frame, because holdouts of data with further
+                columns have one.
+            gaps: codes of the gap before each item of the histories (data/gaps.py), aligned with the items; None if
+                unknown. Only a tower that reads gaps uses them.
 
         Raises:
-            InputError: features or contexts are given, and the query tower takes none, or a value is of another kind;
-                a declared feature is missing.
+            InputError: features or contexts are given but the query tower takes none, a value has the wrong type, or a
+                declared feature is missing.
         """
         offsets, items = histories
         inputs = getattr(self.towers.query_tower, "features", None)
         if features is not None and inputs is None:
             raise InputError(
-                "features: the query tower of this model takes none; set query_tower.features and train again"
+                "features: the query tower of this model has no features; set query_tower.features and train again"
             )
         requests = self.encoded_context(context, len(queries))
         since = gaps if getattr(self.towers.query_tower, "gaps", None) is not None else None
@@ -140,16 +140,16 @@ class TowerRanker:
             if since is not None and self.history_length:
                 newest = ragged_histories(offsets, since, rows, self.history_length)
                 between = torch.from_numpy(np.maximum(newest, 0)).to(device)
-            told = None if requests is None else [torch.from_numpy(one[rows]).to(device) for one in requests]
-            parts.append(self.towers.embed_queries(codes, history, given, told, between).float())
+            encoded = None if requests is None else [torch.from_numpy(one[rows]).to(device) for one in requests]
+            parts.append(self.towers.embed_queries(codes, history, given, encoded, between).float())
         self.towers.train(was_training)
         return torch.cat(parts) if parts else torch.empty(0, self.item_embeddings.shape[1], device=device)
 
     def context_features(self) -> FeatureSet:
-        """What encodes the context of a request.
+        """Return the encoder of request contexts.
 
         Raises:
-            InputError: the query tower looks at none.
+            InputError: the query tower has no context.
         """
         features = self.towers.context_features
         if features is None:
@@ -157,7 +157,7 @@ class TowerRanker:
         return features
 
     def encoded_context(self, given: Given | EncodedContext | None, rows: int) -> Encoded | None:
-        """The context of some requests as the tower takes it; see `embed`."""
+        """Encode the context of some requests for the tower; see `embed`."""
         if given is None or (self.towers.context_features is None and isinstance(given, pl.DataFrame)):
             return None
         features = self.context_features()
@@ -174,6 +174,6 @@ class TowerRanker:
 
 
 def gaps_of(holdout: Holdout) -> np.ndarray | None:
-    """Codes of the gaps in the histories of a holdout; None where it has no times."""
+    """Compute codes of the gaps in the histories of a holdout; None if it has no timestamps."""
     times = holdout.history_timestamps
     return None if times is None else gap_codes(holdout.history_offsets, times)

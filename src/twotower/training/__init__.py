@@ -1,4 +1,4 @@
-"""Training: the step, the optimizer, the loop around them."""
+"""Training: the step, the optimizer and the training loop."""
 
 from twotower.training.fit import LAST, FitResult, fit_towers
 from twotower.training.memory_plan import MemoryPlan, plan_memory

@@ -1,4 +1,4 @@
-"""Work beside the training, one piece at a time: the writing of a checkpoint while the next steps are taken."""
+"""A background thread for one task at a time, used to write a checkpoint while training continues."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 
 class Background:
-    """Runs one piece of work at a time in a thread of its own, and keeps its error for whoever asks next.
+    """Runs one task at a time in a separate thread, and keeps its error for the next call.
 
-    The interpreter ends only when the work has: a process that comes to its end leaves nothing half done.
+    The interpreter waits for the task before it exits, so nothing is left half done.
     """
 
     def __init__(self) -> None:
@@ -17,10 +17,10 @@ class Background:
         self._running: Future[None] | None = None
 
     def start(self, work: Callable[[], None]) -> None:
-        """Begin a piece of work, after the one before.
+        """Start a task, after the previous one has ended.
 
         Raises:
-            Exception: what the one before has failed with; nothing is begun then.
+            Exception: the error of the previous task; the new one is not started then.
         """
         self.wait()
         if self._threads is None:
@@ -28,17 +28,17 @@ class Background:
         self._running = self._threads.submit(work)
 
     def wait(self) -> None:
-        """Return when nothing is under way.
+        """Wait until no task is running.
 
         Raises:
-            Exception: what it has failed with, once.
+            Exception: the error of the task, raised once.
         """
         running, self._running = self._running, None
         if running is not None:
             running.result()
 
     def close(self) -> None:
-        """Wait, and end the thread. An error that nobody has asked for is dropped: another one is on its way up."""
+        """Wait, and end the thread. An error not yet raised is dropped: another one is propagating already."""
         threads, self._threads, self._running = self._threads, None, None
         if threads is not None:
             threads.shutdown(wait=True)

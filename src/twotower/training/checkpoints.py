@@ -1,4 +1,4 @@
-"""Checkpoints of a running training: one folder with safetensors and JSON, written whole or not at all, no pickle."""
+"""Checkpoints of a training run: one folder with safetensors and JSON, written whole or not at all, no pickle."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from twotower.training.table_parts import FOLDER, PartOf, load_parts, save_parts
 
 
 class SafeCheckpointIO(CheckpointIO):
-    """Lightning's checkpoints as `state.json` (structure, numbers, strings) beside `tensors.safetensors`.
+    """Lightning's checkpoints as `state.json` (structure, numbers, strings) and `tensors.safetensors`.
 
-    Parts of tables that ranks share stand beside them in `tables/`, in files of each rank (table_parts.py); what is
-    marked as such (`PartOf`) is written and read by all ranks together, and everything else by the first alone.
+    Parts of sharded tables are in `tables/`, in separate files of each rank (table_parts.py). Values marked as such
+    (`PartOf`) are written and read by all ranks together, everything else by rank 0 alone.
 
-    Written in the background, a checkpoint is that of the step at which it was asked for: `save_checkpoint` copies the
-    state, on a CPU, and returns. One is written at a time, so there is one copy; the next `save_checkpoint`, a load and
-    `wait` come after it, and raise what it has failed with. torch's `async_save` is the same thread around the
-    tables alone; here the whole folder has to appear at once, with what the first rank writes beside them.
+    A checkpoint written in the background has the state of the step at which it was requested: `save_checkpoint` copies
+    the state to the CPU and returns. Only one is written at a time, so there is one copy; the next `save_checkpoint`,
+    `load_checkpoint` or `wait` waits for it and raises its error. torch's `async_save` uses the same kind of thread for
+    the tables alone; here the whole folder must appear at once, including what rank 0 writes.
 
     Args:
-        ranks: the processes of the run; a process alone where None.
-        parts: the tables that they hold by parts, by name. Any other table in `tables/` every rank reads whole.
-        in_background: write while training goes on. Collective where there are `parts`: the ranks then have a process
-            group of their own for it, whose exchanges do not meet those of the steps.
-        timeout: seconds that an exchange of this group waits for the others.
+        ranks: the processes of the run; None for a single process.
+        parts: this rank's parts of sharded tables, by name. Any other table in `tables/` is read whole by every rank.
+        in_background: write while training continues. Collective if there are `parts`: the ranks then use a separate
+            process group for it, whose exchanges do not interleave with those of the steps.
+        timeout: timeout of an exchange in this group, in seconds.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class SafeCheckpointIO(CheckpointIO):
             self._writers = Ranks.current(_own_group(self.ranks, timedelta(seconds=timeout)))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write to a temporary folder beside `path`, then rename; collective where there are parts of tables.
+        """Write to a temporary folder next to `path`, then rename; collective if there are sharded tables.
 
         Raises:
-            InputError: the disk is full; in the background, it was when the one before was written.
+            InputError: the disk is full; in the background, it was full when the previous checkpoint was written.
         """
         del storage_options
         self.wait()  # before anything is copied
@@ -88,7 +88,7 @@ class SafeCheckpointIO(CheckpointIO):
             write(folder)
 
     def wait(self) -> None:
-        """Return when the last checkpoint is in its place.
+        """Wait until the last checkpoint is in place.
 
         Raises:
             InputError: the disk was full.
@@ -98,7 +98,7 @@ class SafeCheckpointIO(CheckpointIO):
             self._background.wait()
 
     def settle(self) -> None:
-        """`wait` on every rank, so that all of them find the checkpoint; collective.
+        """Wait on every rank, so that all of them find the checkpoint; collective.
 
         Raises:
             InputError, RankLost: as `wait`.
@@ -108,14 +108,14 @@ class SafeCheckpointIO(CheckpointIO):
             self.ranks.wait()
 
     def close(self) -> None:
-        """Wait, whatever comes of it, and end the thread."""
+        """Wait, ignoring errors, and end the thread."""
         if self._background is not None:
             self._background.close()
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint back; collective where there are parts of tables.
+        """Read a checkpoint; collective if there are sharded tables.
 
         Raises:
             InputError: a file is missing or damaged.
@@ -125,7 +125,7 @@ class SafeCheckpointIO(CheckpointIO):
         return self._load(Path(path))
 
     def load_weights(self, path: str | Path) -> dict[str, Tensor]:
-        """The model's state dict alone: optimizer state of shared tables stays on disk."""
+        """Read the model's state dict alone; optimizer state of sharded tables is not read."""
         self.wait()
         weights: dict[str, Tensor] = self._load(Path(path), "state_dict")["state_dict"]
         return weights
@@ -151,16 +151,16 @@ class SafeCheckpointIO(CheckpointIO):
 
 
 def _own_group(ranks: Ranks, timeout: timedelta) -> Any:
-    """A process group of the same ranks, by gloo: tensors in files are CPU tensors, whatever the steps exchange.
+    """Create a gloo process group of the same ranks: tensors in files are CPU tensors, whatever the steps exchange.
 
-    It lasts as long as the processes are joined: torch gives the next one of some ranks the name of one that has ended.
+    It is never destroyed while the processes are joined: torch would give the next group of some ranks the same name.
     """
     members = None if ranks.group is None else dist.get_process_group_ranks(ranks.group)
     return dist.new_group(members, timeout, "gloo", use_local_synchronization=members is not None)
 
 
 def random_state() -> dict[str, Tensor]:
-    """The state of torch's random generators, for the checkpoint."""
+    """Return the state of torch's random generators, for the checkpoint."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -168,7 +168,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 def restore_random_state(state: dict[str, Tensor]) -> None:
-    """Go on with the random numbers where a checkpoint left off."""
+    """Restore torch's random generators from a checkpoint."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

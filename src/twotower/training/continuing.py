@@ -1,4 +1,4 @@
-"""A trained model's state in a model of more queries, items and feature values: tables grow, the rest goes on."""
+"""Transfer of a trained model's state to a model with more queries, items and feature values."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from twotower.training.optimizers import TableOptimizer, fresh_state
 
 Side = Literal["queries", "items"]
 
-#: Rows of a table that are taken over at once.
+#: Rows of a table that are copied at once.
 BLOCK_ROWS = 1 << 16
 
 
 @dataclass(frozen=True)
 class Maps:
-    """New code of every old code, int64, -1 for one that has left.
+    """New code of every old code, int64; -1 for a code that was removed.
 
     Attributes:
-        queries, items: of the vocabularies.
-        values: by side ("item", "query", "context") and place of the feature, of the codes of a feature's values.
+        queries, items: codes of the vocabularies.
+        values: codes of feature values, by side ("item", "query", "context") and position of the feature.
     """
 
     queries: Tensor
@@ -41,18 +41,18 @@ class Maps:
 
 
 def named_tables(build: Callable[[int, int], nn.Module], num_queries: int, num_items: int) -> dict[str, Side]:
-    """Which tensors of a model have a row for each query or each item.
+    """Find the tensors of a model that have one row per query or per item.
 
-    The model is built three times without memory, with one query and one item more: what grows along is such a table,
-    whatever the tower and its name.
+    The model is built three times on the meta device, with one more query and with one more item: a tensor that grows
+    is such a table, whatever the tower and its name.
 
     Args:
-        build: a model from numbers of queries and items.
+        build: builds a model from the numbers of queries and items.
         num_queries: Q.
         num_items: N.
 
     Returns:
-        Names in the state dict, parameters and buffers alike.
+        Names in the state dict, of parameters and buffers.
     """
     with torch.device("meta"):
         plain = _shapes(build(num_queries, num_items))
@@ -65,13 +65,13 @@ def named_tables(build: Callable[[int, int], nn.Module], num_queries: int, num_i
         for name, shape in plain.items():
             if shapes[name] != shape:
                 if shapes[name][1:] != shape[1:] or shape[0] < (num_queries if side == "queries" else num_items):
-                    raise ValueError(f"{name}: of shape {list(shape)} has no row for each of the {side}")
+                    raise ValueError(f"{name}: shape {list(shape)} does not match the number of {side}")
                 tables[name] = side
     return tables
 
 
 def row_maps(model: nn.Module, tables: Mapping[str, Side], maps: Maps) -> dict[str, Tensor]:
-    """The map of rows of every table of a model that grows, features' tables of values among them, by name."""
+    """Return the row map of every table that grows, including tables of feature values, by name."""
     found = {name: maps.queries if side == "queries" else maps.items for name, side in tables.items()}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, FeatureInputs):
@@ -82,54 +82,54 @@ def row_maps(model: nn.Module, tables: Mapping[str, Side], maps: Maps) -> dict[s
 
 @torch.no_grad()
 def grow(model: nn.Module, state: Mapping[str, RowSource], rows: Mapping[str, Tensor]) -> None:
-    """Put an old model's tensors into a freshly built larger one: kept rows of tables, everything else whole.
+    """Copy an old model's tensors into a larger new one: retained rows of tables, everything else whole.
 
-    Rows that the old model does not have stay as the fresh model has them. Rows beyond a vocabulary's, such as one for
-    padding, stand at the end of a table and are kept there. Of a table that ranks share, each takes its part.
+    Rows that the old model does not have keep their fresh initialization. Extra rows beyond the vocabulary, such as
+    padding, are the last rows of a table and stay there. Of a sharded table, each rank copies its part.
 
     Args:
-        model: fresh; changed in place.
-        state: the old model's state dict, in memory or in its files.
-        rows: `row_maps`.
+        model: freshly built; changed in place.
+        state: the old model's state dict, in memory or in files.
+        rows: the result of `row_maps`.
 
     Raises:
-        InputError: the old model has other parts or shapes.
+        InputError: the old model has other tensors or shapes.
     """
     parts = parts_of(model)
     for name, own in model.state_dict(keep_vars=True).items():
         old: RowSource | None = state.get(name)
         if old is None and own.dtype == torch.bool and name in rows:
-            old = torch.ones(len(rows[name]), dtype=torch.bool)  # an older version kept no such mask: all are trained
+            old = torch.ones(len(rows[name]), dtype=torch.bool)  # older versions saved no mask: all are trained
         if old is None:
-            raise InputError(f"model: {name} is not among the saved weights; continue with the version that wrote them")
+            raise InputError(f"model: {name} is not in the saved weights; continue with the version that wrote them")
         if name in rows:
             grown_rows(own, old, rows[name], parts.get(id(own)))
         elif old.shape != own.shape:
             raise InputError(
                 f"model: {name} is {list(old.shape)} in the saved weights and {list(own.shape)} here; the towers' "
-                "settings cannot be changed when a training is continued"
+                "settings cannot be changed when continuing a model"
             )
         else:
             own.copy_(old[...])
 
 
 def parts_of(model: nn.Module) -> dict[int, Part]:
-    """What this rank has of the tables that it shares, by `id` of their weight."""
+    """Return this rank's parts of sharded tables, by `id` of their weight."""
     return {id(table.weight): table.part for table in shared_tables_of(model) if table.part is not None}
 
 
 @torch.no_grad()
 def grown_rows(own: Tensor, old: RowSource, rows: Tensor, part: Part | None = None) -> None:
-    """Kept rows of an old table into a new one; a mask of rows is joined instead of replaced.
+    """Copy retained rows of an old table into a new one; a boolean mask is combined with "or" instead of replaced.
 
     Args:
         own: the new table, or this rank's part of it; changed in place.
-        old: the whole old one, of which no other rows are read than those that are wanted.
-        rows: new code of every old row, int64 [old N], -1 for one that has left.
-        part: which part of the new table `own` is; all where None.
+        old: the whole old table; only the needed rows are read.
+        rows: new code of every old row, int64 [old N], -1 for a row that was removed.
+        part: which part of the new table `own` is; None for all of it.
     """
     total, first = (len(own), 0) if part is None else (part.rows, part.place(0)[0].start)
-    extra = len(old) - len(rows)  # those at the end stay there
+    extra = len(old) - len(rows)  # extra rows stay at the end
     to = torch.cat([rows, torch.arange(total - extra, total)])
     kept = ((to >= first) & (to < first + len(own))).nonzero().squeeze(1)
     for some in torch.split(kept, BLOCK_ROWS):
@@ -144,19 +144,19 @@ def continue_optimizer(
     maps_of: Mapping[int, Tensor],
     parts: Mapping[int, Part] | None = None,
 ) -> tuple[int, int]:
-    """Let an optimizer go on with an old one's state, row by row in tables that have grown.
+    """Load an old optimizer's state, row by row for tables that have grown.
 
-    New rows begin without a past, as rows do that a step touches for the first time.
+    New rows start without state, as rows do that a step touches for the first time.
 
     Args:
-        optimizer: of the new model, its groups as `parameter_groups` makes them.
+        optimizer: of the new model, with groups from `parameter_groups`.
         saved: the old optimizer's state dict.
-        maps_of: map of rows by `id` of a parameter.
-        parts: what this rank has of those that are shared (`parts_of`).
+        maps_of: row maps by `id` of a parameter.
+        parts: this rank's parts of sharded tables (`parts_of`).
 
     Returns:
-        How many parameters go on, of how many that have a state. One begins afresh where the rule of its group has
-        changed.
+        How many parameters keep their state, and how many had one. A parameter loses its state if the rule of its group
+        has changed.
     """
     done = count = 0
     for group, old_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
@@ -188,9 +188,9 @@ def _whole_shape(value: Tensor, part: Part | None) -> torch.Size:
 
 @torch.no_grad()
 def continue_objective(objective: Objective, saved: Mapping[str, RowSource], items: Tensor) -> None:
-    """Let an objective go on: learned scalars, and streaming frequencies, whose items keep their gaps.
+    """Load an old objective's state: learned scalars, and streaming frequencies with the gaps of retained items.
 
-    What is drawn anew in every step, such as a memory of the last batches or mined items, begins empty.
+    What is refilled during training, such as a cross-batch memory or mined items, starts empty.
 
     Args:
         objective: of the new model; changed in place.
@@ -207,13 +207,13 @@ def continue_objective(objective: Objective, saved: Mapping[str, RowSource], ite
 
 @torch.no_grad()
 def continue_streaming(frequency: StreamingFrequency, saved: Mapping[str, Tensor], items: Tensor) -> None:
-    """The estimate goes on: kept items have their gaps and the row of their last sight, new ones were never seen.
+    """Load an old estimate: retained items keep their gap and the row of their last occurrence, new ones are unseen.
 
     Raises:
-        InputError: hashed tables, whose places depend on codes that have changed.
+        InputError: hashed tables, whose buckets depend on codes that have changed.
     """
     if frequency.buckets is not None or len(items) != saved["gap"].shape[1]:
-        raise InputError("frequency: hashed tables cannot be carried on to other codes; count, or begin anew")
+        raise InputError("frequency: hashed tables do not fit new codes; count, or train from scratch")
     kept = (items >= 0).nonzero().squeeze(1)
     frequency.gap[:, items[kept]] = saved["gap"][:, kept]
     frequency.last[:, items[kept]] = saved["last"][:, kept]
@@ -221,12 +221,12 @@ def continue_streaming(frequency: StreamingFrequency, saved: Mapping[str, Tensor
 
 
 class ContinueOptimizer(Callback):
-    """Brings the optimizer to where that of the model's parent was, before the first step.
+    """Loads the optimizer state of the parent model before the first step.
 
     Args:
-        rows: maps of rows by name of a tensor of the towers, as `row_maps` gives them.
+        rows: row maps by name of a tensor of the towers, from `row_maps`.
         state: state dict of the old optimizer.
-        say: where it is told that some of it cannot go on.
+        say: receives a message if some of the state cannot be used.
     """
 
     def __init__(
@@ -235,7 +235,7 @@ class ContinueOptimizer(Callback):
         self.rows, self.state, self.say = rows, state, say
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A resumed run is restored from its own checkpoint after this."""
+        """Load the parent's state; a resumed run is restored from its own checkpoint after this."""
         towers: nn.Module = pl_module.towers  # type: ignore[assignment]
         named = dict(towers.named_parameters(remove_duplicate=False))
         maps = {id(named[name]): rows for name, rows in self.rows.items() if name in named}
@@ -243,7 +243,7 @@ class ContinueOptimizer(Callback):
             assert isinstance(optimizer, TableOptimizer)
             done, count = continue_optimizer(optimizer, self.state, maps, parts_of(towers))
             if done < count and self.say is not None:
-                self.say(f"optimizer: {count - done} of {count} tensors begin afresh, their update rule has changed")
+                self.say(f"optimizer: {count - done} of {count} tensors start without state: their update rule changed")
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:

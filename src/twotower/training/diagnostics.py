@@ -1,4 +1,4 @@
-"""What an objective's candidates do while training: cheap numbers for the log, and words when one is off."""
+"""Diagnostics of an objective's candidates during training: cheap numbers for the log, and warnings."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from twotower.negatives import Candidates, CrossBatchMemory, compare_frequencies
 
 logger = logging.getLogger("twotower")
 
-#: So many rows are looked at: enough for a mean, and a matrix of all rows is what training avoids.
+#: Rows that are examined: enough for a mean; training avoids a matrix of all rows.
 ROWS = 1024
-#: Popularity thirds as they are called in the log.
+#: Names of the popularity thirds in the log.
 THIRDS = ("head", "mid", "tail")
 
 
 @torch.no_grad()
 def diagnose(embedded: Embedded, drawn: Candidates, temperature: Tensor | float, thirds: Tensor) -> dict[str, float]:
-    """Diagnostics of one batch of a softmax objective, from the weights w_i = exp(s_i - log kappa_i) of its first rows.
+    """Compute diagnostics of a softmax batch, from the weights w_i = exp(s_i - log kappa_i) of its first rows.
 
     Args:
         embedded: the embeddings of the batch.
@@ -29,13 +29,13 @@ def diagnose(embedded: Embedded, drawn: Candidates, temperature: Tensor | float,
         thirds: 0 head, 1 mid, 2 tail for each item, int8 [N].
 
     Returns:
-        effective_candidates: mean over rows of (sum w)^2 / sum w^2, how many candidates the estimate rests on.
+        effective_candidates: mean over rows of (sum w)^2 / sum w^2, the effective sample size of the estimate.
         masked_share: share of (row, candidate) pairs that are masked.
-        uncertainty: mean of 1 - P_hat(y), the model's own chance of being wrong.
+        uncertainty: mean of 1 - P_hat(y), the model's own probability of being wrong.
         largest_weight: mean over rows of max w / sum w.
         gradient_head, gradient_mid, gradient_tail: share of the negatives' gradient that falls on each third.
     """
-    if len(embedded.query) > ROWS:  # of shuffled rows the first are as good as any
+    if len(embedded.query) > ROWS:  # rows are shuffled, so the first ones are a random sample
         own = None if embedded.row_candidates is None else embedded.row_candidates[:ROWS]
         embedded = Embedded(embedded.query[:ROWS], embedded.positive[:ROWS], embedded.candidates, own)
         drawn = drawn.head(ROWS)
@@ -48,7 +48,7 @@ def diagnose(embedded: Embedded, drawn: Candidates, temperature: Tensor | float,
     items = shared if drawn.row_items is None else torch.cat([shared, drawn.row_items.clamp(min=0)], 1)
     items, logits, total = items[alive], logits[alive], total[alive]
     effective = torch.exp(2 * total - torch.logsumexp(2 * logits, 1))
-    # The gradient of a row on candidate i is its probability beside the positive.
+    # The gradient of a row on candidate i is its probability in a softmax that includes the positive.
     gradient = torch.softmax(torch.cat([positive[alive, None], logits], 1), 1)[:, 1:]
     third = thirds[items].long()
     by_third = torch.zeros(3, device=gradient.device, dtype=gradient.dtype).index_add_(
@@ -66,7 +66,7 @@ def diagnose(embedded: Embedded, drawn: Candidates, temperature: Tensor | float,
 
 
 def frequency_drift(objective: Objective, counts: Tensor) -> float | None:
-    """Total variation between an estimated frequency and the counted one; None where p is counted or grouped."""
+    """Return the total variation between an estimated frequency and the counts; None for exact or grouped ones."""
     for frequency in objective.pool.frequencies():
         if not frequency.is_exact and not hasattr(frequency, "members"):
             return compare_frequencies(frequency, counts.to(objective_device(objective))).total_variation
@@ -74,43 +74,43 @@ def frequency_drift(objective: Objective, counts: Tensor) -> float | None:
 
 
 def memory_age(objective: Objective) -> dict[str, float]:
-    """Mean age in steps of what a cross-batch memory holds, as `memory_age`; nothing for a pool without one."""
+    """Return the largest mean age in steps of cross-batch memories, as `memory_age`; empty for a pool without one."""
     ages = [member.age for member in objective.pool.members() if isinstance(member, CrossBatchMemory)]
     return {"memory_age": max(ages)} if ages else {}
 
 
 def objective_device(objective: Objective) -> torch.device:
-    """Where the objective's buffers live."""
+    """Return the device of the objective's buffers."""
     return next((buffer.device for buffer in objective.buffers()), torch.device("cpu"))
 
 
 class Watch:
-    """Says once, in words, when a diagnostic is out of range."""
+    """Logs a warning, once per kind, when a diagnostic is out of range."""
 
     def __init__(self) -> None:
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     def look(self, numbers: dict[str, float]) -> None:
-        """Warn of what is out of range in the diagnostics of a batch."""
+        """Warn about diagnostics of a batch that are out of range."""
         if numbers.get("effective_candidates", 99.0) < 3:
-            self._say(
+            self._warn(
                 "effective_candidates",
                 f"the softmax is estimated from {numbers['effective_candidates']:.1f} effective candidates; draw more, "
-                "or from a proposal nearer to the model: `twotower audit DIR --suggest` measures which",
+                "or use a proposal closer to the model (`twotower audit DIR --suggest` compares them)",
             )
         if numbers.get("masked_share", 0.0) > 0.5:
-            self._say(
+            self._warn(
                 "masked_share",
-                f"{numbers['masked_share']:.0%} of the candidates are masked as positives; draw more uniform ones",
+                f"{numbers['masked_share']:.0%} of the candidates are masked as positives; draw more of them uniformly",
             )
         if numbers.get("frequency_drift", 0.0) > 0.3:
-            self._say(
+            self._warn(
                 "frequency_drift",
-                f"the streaming frequency is {numbers['frequency_drift']:.2f} (total variation) away from the counted "
-                "one: corrections are off by that much; count it, or let it see more rows",
+                f"the streaming frequency differs from the counted one by {numbers['frequency_drift']:.2f} (total "
+                "variation), and corrections are off by as much; count frequencies, or let it see more rows",
             )
 
-    def _say(self, kind: str, text: str) -> None:
-        if kind not in self._said:
-            self._said.add(kind)
+    def _warn(self, kind: str, text: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
             logger.warning("%s", text)

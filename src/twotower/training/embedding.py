@@ -1,4 +1,4 @@
-"""Each distinct item through the tower once, some rows at a time where memory is short."""
+"""Embedding of a batch: each distinct item goes through the tower once, in chunks if memory is short."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def embed_queries(
     *,
     chunk: int | None = None,
 ) -> Tensor:
-    """Embeddings of queries, [B, D]; `chunk` of them at a time."""
+    """Embed queries, [B, D], `chunk` of them at a time."""
     if context is None:
         return _in_chunks(towers, towers.embed_queries, queries, history, chunk=chunk)
 
@@ -33,14 +33,14 @@ def embed_queries(
 
 
 def embed_rows(towers: TwoTower, batch: Batch, *, chunk: int | None = None) -> Tensor:
-    """Embeddings of a batch's queries, [B, D]; all positions of its sequences in one pass, where it is made of some."""
+    """Embed the queries of a batch, [B, D]; if it consists of sequences, all their positions in one pass."""
     if batch.sequences is not None:
         return embed_sequences(towers, batch, chunk=chunk)
     return embed_queries(towers, batch.queries, batch.history, batch.context, chunk=chunk)
 
 
 def embed_sequences(towers: TwoTower, batch: Batch, *, chunk: int | None = None) -> Tensor:
-    """Embeddings of all positions of a batch's sequences, [B, D]; `chunk` tokens at a time, whole sequences."""
+    """Embed all positions of a batch's sequences, [B, D], in chunks of `chunk` tokens that keep sequences whole."""
     assert batch.sequences is not None
     if chunk is None:
         return towers.embed_sequences(batch.sequences, batch.queries, batch.context)
@@ -58,19 +58,19 @@ def embed_sequences(towers: TwoTower, batch: Batch, *, chunk: int | None = None)
 
 
 def embed_once(towers: TwoTower, items: Tensor, *, chunk: int | None = None) -> Tensor:
-    """Embeddings of items, [M, D], where each distinct item goes through the tower once; `chunk` of them at a time."""
-    if items.device.type != "cpu":  # the number of distinct items would have to be awaited
+    """Embed items, [M, D], passing each distinct item through the tower once, `chunk` of them at a time."""
+    if items.device.type != "cpu":  # counting distinct items would synchronize with the device
         return _in_chunks(towers, towers.embed_items, items, chunk=chunk)
     distinct, place = torch.unique(items, return_inverse=True)
-    # Not `[place]`: the backward of indexing is five times that of index_select on a CPU.
+    # Not `[place]`: on a CPU the backward pass of indexing takes five times as long as that of index_select.
     return _in_chunks(towers, towers.embed_items, distinct, chunk=chunk).index_select(0, place)
 
 
 def embed_parts(towers: TwoTower, parts: list[Tensor], *, chunk: int | None = None) -> list[Tensor]:
-    """Embeddings of several lists of items, [M, D] each, where each distinct item goes through the tower once.
+    """Embed several lists of items, [M, D] each, passing each distinct item through the tower once.
 
-    Where the second list is in order, without copies, and holds all of the first, as merged candidates hold the batch's
-    positives, it is embedded as it is: its embeddings, perhaps those of a whole catalog, are not copied.
+    If the second list is sorted, has no duplicates and contains all of the first, as merged candidates contain the
+    batch's positives, it is embedded directly: its embeddings, possibly of the whole catalog, are not copied.
     """
     if len(parts) == 2 and parts[1].device.type == "cpu" and len(parts[1]):
         few, many = parts
@@ -82,10 +82,10 @@ def embed_parts(towers: TwoTower, parts: list[Tensor], *, chunk: int | None = No
 
 
 def embed_by_ranks(towers: TwoTower, items: Tensor, ranks: Ranks, *, chunk: int | None = None) -> Tensor:
-    """Embeddings of items that every rank asks for alike, [M, D]; each rank embeds M/W of them.
+    """Embed items that are the same on every rank, [M, D]; each rank embeds M/W of them.
 
-    The parts are gathered with their gradient: the backward pass hands each rank what all ranks' losses give to its
-    own items. Parts are equally large, so nobody has to be asked for a size; the last is filled up.
+    The shares are gathered with their gradient: the backward pass returns to each rank the sum of all ranks' gradients
+    for its own items. Shares have equal size, so no sizes are exchanged; the last one is padded.
 
     Args:
         towers: the model, the same on every rank.
@@ -101,11 +101,11 @@ def embed_by_ranks(towers: TwoTower, items: Tensor, ranks: Ranks, *, chunk: int 
 
 
 def share_of_items(items: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor | None, int]:
-    """This rank's share of items that every rank asks for alike, filled up to ceil(M' / W).
+    """Select this rank's share of items that are the same on every rank, padded to ceil(M' / W).
 
     Returns:
-        The codes; where each of `items` stands among those of all ranks, None for as they are; and M', how many these
-        are.
+        The codes of the share; the position of each of `items` in the concatenation of all shares, or None if they are
+        in that order; and M', the number of items in all shares without padding.
     """
     place = None
     if items.device.type == "cpu":

@@ -1,4 +1,4 @@
-"""The state of a training as JSON and tensors by name, and back: what a checkpoint holds, without pickle."""
+"""Encoding of a training state as JSON and named tensors, and back: the content of a checkpoint, without pickle."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from twotower.training.table_parts import Kept, PartOf
 
 
 class Encoder:
-    """Takes the tensors out of a state, and leaves their names.
+    """Replaces the tensors of a state with their names, and collects them.
 
-    A tensor with two names, as tied weights have, is taken once.
+    A tensor with two names, as with tied weights, is collected once.
 
     Args:
-        copies: take a copy of every tensor, on the CPU, which stays as it is while the state goes on.
-        of_parts: copies of what ranks hold by parts alone: the rest is for the first rank to write.
+        copies: copy every tensor to the CPU, so that training can continue while the copy is written.
+        of_parts: copy only sharded tensors; rank 0 writes the rest.
 
     Attributes:
         whole: tensors by name, on the CPU; no two of them share memory.
-        parts: parts of shared tables by name, on the CPU.
+        parts: parts of sharded tables by name, on the CPU.
     """
 
     def __init__(self, *, copies: bool, of_parts: bool = False) -> None:
@@ -35,13 +35,13 @@ class Encoder:
         self._used: set[int] = set()
 
     def encode(self, value: Any, name: str) -> Any:
-        """A state of dicts, lists, tuples, numbers, strings, paths and tensors as JSON values.
+        """Encode dicts, lists, tuples, numbers, strings, paths and tensors as JSON values.
 
         Raises:
-            TypeError: something that JSON and safetensors do not hold.
+            TypeError: a value that neither JSON nor safetensors can represent.
         """
         if isinstance(value, PartOf):
-            name = self._named.setdefault((id(value),), name)  # not by its memory: several may have none here
+            name = self._named.setdefault((id(value),), name)  # not by its memory: several may be empty here
             if name not in self.parts:
                 self.parts[name] = replace(value, tensor=_on_cpu(value.tensor, copy=self.copies))
             dtype = str(value.tensor.dtype).removeprefix("torch.")
@@ -60,18 +60,18 @@ class Encoder:
             return str(value)
         if value is None or isinstance(value, str | bool | int | float):
             return value
-        raise TypeError(f"{name}: a {type(value).__name__} cannot be kept in a checkpoint without pickle")
+        raise TypeError(f"{name}: a {type(value).__name__} cannot be saved in a checkpoint without pickle")
 
     def _take(self, value: Tensor, name: str) -> None:
         own = _on_cpu(value, copy=self.copies and not self.of_parts)
         place = own.untyped_storage().data_ptr()
-        # safetensors refuses what overlaps in memory.
+        # safetensors refuses tensors that overlap in memory.
         self.whole[name] = own.clone() if place and place in self._used else own
         self._used.add(place)
 
 
 def decode(value: Any, tensors: Mapping[str, Any]) -> Any:
-    """The state that `Encoder.encode` has taken apart."""
+    """Rebuild the state that `Encoder.encode` encoded."""
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
@@ -86,10 +86,10 @@ def decode(value: Any, tensors: Mapping[str, Any]) -> Any:
 
 
 def parts_in(value: Any) -> Iterator[tuple[str, Kept]]:
-    """The parts of tables in an encoded state, by name."""
+    """Yield the sharded tensors in an encoded state, by name."""
     if isinstance(value, dict) and "part" in value:
-        told = value["part"]
-        yield told["name"], Kept(told["shape"], getattr(torch, told["dtype"]), told.get("table"))
+        part = value["part"]
+        yield part["name"], Kept(part["shape"], getattr(torch, part["dtype"]), part.get("table"))
     elif isinstance(value, dict | list):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from parts_in(inner)
@@ -100,7 +100,7 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _on_cpu(tensor: Tensor, *, copy: bool) -> Tensor:
-    """On the CPU; with `copy` in memory of its own: an accelerator's is copied on the way, and not once more."""
+    """Return the tensor on the CPU; with `copy` in separate memory, without a second copy if it was on a device."""
     own = tensor.detach().cpu().contiguous()
     is_same = own.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
     return own.clone() if copy and is_same else own

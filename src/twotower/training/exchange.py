@@ -1,4 +1,4 @@
-"""Gradients summed over ranks: those of layers in one buffer, those of tables by the rows that were touched."""
+"""Sums of gradients over ranks: layers in one buffer, tables by the rows that a step touched."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from twotower.training.rows import combine_rows
 
 
 class GradientExchange:
-    """Gives every rank the sum of all ranks' gradients.
+    """Sums every gradient over all ranks.
 
-    Layers and small tables are reduced together in one flat buffer. A sparse gradient is exchanged as its rows,
-    P_r of each rank, and their D numbers each: what travels depends on the rows that a step touched, not on the N rows
-    of the table. Of a table that ranks share, each row's gradient goes to the rank that holds it, or a rank's columns
-    of it to that rank. torch's DistributedDataParallel is not used: NCCL cannot reduce sparse gradients with other rows
-    on each rank, and the gradient cache embeds again inside the backward pass, which its hooks take for a second
-    gradient.
+    Layers and small tables are reduced together in one flat buffer. A sparse gradient is exchanged as the P_r rows of
+    each rank with D numbers each, so the traffic depends on the rows that a step touched, not on the N rows of the
+    table. For a sharded table, each row's gradient goes to the rank that owns the row, or a rank's columns of it to
+    that rank. torch's DistributedDataParallel is not used: NCCL cannot reduce sparse gradients whose rows differ by
+    rank, and the gradient cache embeds again inside the backward pass, which DDP's hooks take for a second gradient.
 
-    Which parameters have gradients is agreed upon in the first step: a rank without rows then knows what to send.
+    The ranks agree in the first step on which parameters have gradients, so that a rank without rows knows what to
+    send.
 
     Args:
         model: its sparse `nn.Embedding` modules are the tables with sparse gradients.
@@ -43,7 +43,7 @@ class GradientExchange:
 
     @torch.no_grad()
     def sum_gradients(self) -> None:
-        """Replace every parameter's `grad` by the sum over ranks; collective.
+        """Replace every parameter's `grad` with the sum over ranks; collective.
 
         Raises:
             RuntimeError: a parameter has a gradient for the first time after the first step: ranks would disagree.
@@ -85,18 +85,18 @@ class GradientExchange:
         table.grad = _sparse(every[0], every[1], table.shape)
 
     def _hand_back(self, table: EmbeddingTable) -> None:
-        """The gradient of this rank's part of a shared table, from all ranks that fetched its rows."""
-        at_hand, weight, part = table.at_hand, table.weight, table.part
+        """Set the gradient of this rank's part of a sharded table, from all ranks that fetched its rows."""
+        fetched, weight, part = table.at_hand, table.weight, table.part
         table.release()
         weight.grad = None
-        if at_hand is None or part is None:
+        if fetched is None or part is None:
             return
-        # No rows are a gradient as well: the optimizer counts the steps of a table, on all of its parts alike.
-        rows, values = hand_back(at_hand, part)
-        if not table.sparse:  # as one process has it: dense Adam moves all rows of a small table in every step
+        # An empty gradient counts too: the optimizer counts the steps of a table, identically for all of its parts.
+        rows, values = hand_back(fetched, part)
+        if not table.sparse:  # as with one process: dense Adam moves all rows of a small table in every step
             weight.grad = torch.zeros_like(weight).index_add_(0, rows, values)
             return
-        if weight.dtype != values.dtype:  # sums of 16 bits would lose what several ranks say of one row
+        if weight.dtype != values.dtype:  # 16-bit sums of several ranks' gradients would lose precision
             rows, values = combine_rows(_sparse(rows, values, weight.shape))
         weight.grad = _sparse(rows, values.to(weight.dtype), weight.shape)
 
@@ -114,7 +114,7 @@ def _touched(table: nn.Parameter) -> tuple[Tensor, Tensor]:
 
 
 def same_start(model: nn.Module, ranks: Ranks) -> None:
-    """Give every rank the parameters and buffers of rank 0, but for its own parts of shared tables; collective."""
+    """Copy the parameters and buffers of rank 0 to every rank, except its own parts of sharded tables; collective."""
     held = {id(table.weight) for table in shared_tables_of(model)}
     tensors: Iterable[Tensor] = (p for p in (*model.parameters(), *model.buffers()) if id(p) not in held)
     ranks.copy_first([tensor.detach() for tensor in tensors])

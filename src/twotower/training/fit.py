@@ -1,4 +1,4 @@
-"""Fit towers with Lightning: progress, early stopping, the best checkpoint, interruption and resumption."""
+"""The training loop, with Lightning: progress bar, early stopping, best checkpoint, interruption and resumption."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from twotower.training.loggers import make_logger
 from twotower.training.model import LOG_EVERY, TrainingModule
 from twotower.training.strategy import trainer_options
 
-#: In the folder of a run: the checkpoint that `resume` goes on from.
+#: In a run folder: the checkpoint that `resume` starts from.
 LAST = Path("checkpoints") / "last.ckpt"
 
-#: Warnings of Lightning that tell a user of this library nothing to act on.
+#: Lightning warnings that a user of this library can do nothing about.
 LIGHTNING_NOISE = (
     ".*isinstance\\(treespec, LeafSpec\\).* is deprecated.*",
     ".*does not have many workers.*",
@@ -42,40 +42,40 @@ LIGHTNING_NOISE = (
     ".*number of training batches .* is smaller than the logging interval.*",
     ".*Trying to infer the `batch_size`.*",
     ".*GPU available but not used.*",
-    ".*recommended to use `self.log.*sync_dist=True.*",  # every rank has the numbers of all
+    ".*recommended to use `self.log.*sync_dist=True.*",  # every rank already has the global values
     ".*MLFlow only allows.*special characters in metric name.*",  # NDCG@10 becomes NDCG10
 )
 
 
 class SizedBatches(Protocol):
-    """An epoch of batches whose number is known."""
+    """Batches of an epoch, of known number."""
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """Return the number of batches in an epoch."""
         ...
 
     def __iter__(self) -> Iterable[Batch]:
-        """The batches of the current epoch."""
+        """Iterate over the batches of the current epoch."""
         ...
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the epoch."""
+        """Select the epoch, which determines the order."""
         ...
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """What came of a training.
+    """Result of a training run.
 
     Attributes:
         towers: the model with its best weights.
-        best: the validation metric of these weights, None without validation.
-        epochs: epochs begun.
+        best: the validation metric of these weights; None without validation.
+        epochs: epochs started.
         seconds: wall time of the fit.
-        cpu_seconds: time of all threads of this process in the fit.
-        peak_memory: the most memory this process has held so far, bytes; None where the system does not tell.
+        cpu_seconds: CPU time of all threads of this process during the fit.
+        peak_memory: peak memory of this process so far, in bytes; None if the system does not report it.
         history: validation metrics of every epoch.
-        checkpoint: the best one, with the optimizer's state; None where none was written.
+        checkpoint: the best checkpoint, including the optimizer state; None if none was written.
     """
 
     towers: TwoTower
@@ -112,20 +112,21 @@ def fit_towers(
         objective: what is minimised.
         batches: the training rows.
         settings: section `training`, without "auto" (`Config.resolved`).
-        directory: where checkpoints (`checkpoints/`) and logs (`logs/`) go.
-        known_positives: what a row must not be pushed away from; None to mask its own positive alone.
+        directory: where checkpoints (`checkpoints/`) and logs (`logs/`) are written.
+        known_positives: items that are never negatives of a row; None masks only the row's own positive.
         counts: training interactions of each item, [N], for diagnostics by popularity.
-        mine: refreshes mined negatives from the current towers; called before every epoch but the first.
-        validate: measures the towers after each epoch; without it the last weights are taken.
-        resume: go on from `directory/checkpoints/last`.
+        mine: refreshes mined negatives from the current towers; called before every epoch except the first.
+        validate: measures the towers after each epoch; without it the last weights are used.
+        resume: resume from `directory/checkpoints/last.ckpt`.
         progress: show a progress bar.
-        hyperparameters: what the logger shows beside the curves, where it can.
-        start: brings the optimizer to where a parent's was (training/continuing.py); a fresh one where None.
-        in_background: write checkpoints while training goes on, from a copy of the state.
+        hyperparameters: shown by the logger next to the curves, if it supports them.
+        start: warm-starts the optimizer from a parent's state (training/continuing.py); None starts fresh.
+        in_background: write checkpoints in the background, from a copy of the state.
 
     Raises:
-        InputError: there is nothing to resume from, a checkpoint cannot be written, or the logger's package is missing.
-        Interrupted: Ctrl-C; `directory/checkpoints/last` holds the state to resume from.
+        InputError: there is no checkpoint to resume from, a checkpoint cannot be written, or the logger's package is
+            missing.
+        Interrupted: Ctrl-C; `directory/checkpoints/last.ckpt` holds the state to resume from.
     """
     ranks = Ranks.current()
     parts = {table.name: table.part for table in shared_tables_of(towers) if table.name and table.part}
@@ -163,7 +164,7 @@ def fit_towers(
     if settings.checkpoint_every is not None:
         callbacks.append(_SaveEvery(last, settings.checkpoint_every))
     if progress and ranks.is_first:
-        # Standard output belongs to results.
+        # Standard output is for results.
         callbacks.append(RichProgressBar(leave=False, console_kwargs={"stderr": True}))
     _quiet_lightning()
     trainer = pl.Trainer(
@@ -183,7 +184,7 @@ def fit_towers(
         **trainer_options(settings.exchange_timeout),
     )
     started, cpu_started = time.perf_counter(), time.process_time()
-    # One placeholder: a validation ranks the whole catalog itself.
+    # One placeholder batch: validation ranks the whole catalog itself.
     placeholder = DataLoader([0], batch_size=1) if validate else None  # type: ignore[arg-type,var-annotated]
     try:
         with warnings.catch_warnings(), stop:
@@ -193,16 +194,16 @@ def fit_towers(
         io.settle()
     except MisconfigurationException as error:
         raise InputError(
-            f"{last}: cannot go on from this checkpoint with these settings ({' '.join(str(error).split())}); give the "
-            "run's own config.yaml, or train anew"
+            f"{last}: cannot resume from this checkpoint with these settings ({' '.join(str(error).split())}); use the "
+            "run's own config.yaml, or train from scratch"
         ) from error
-    except SystemExit as exit_:  # Lightning's answer to KeyboardInterrupt
+    except SystemExit as exit_:  # Lightning turns KeyboardInterrupt into SystemExit
         io.wait()
-        raise Interrupted(f"interrupted; the state is in {last}") from exit_
+        raise Interrupted(f"interrupted; the state was saved to {last}") from exit_
     finally:
         io.close()
     for optimizer in trainer.optimizers:
-        optimizer.state.clear()  # the checkpoints have it, and the best weights need the room
+        optimizer.state.clear()  # the checkpoints contain it, and loading the best weights needs the memory
     best = _load_best(towers, keep_best, io, has_metric=validate is not None)
     return FitResult(
         towers,
@@ -227,7 +228,7 @@ def _load_best(towers: TwoTower, keep_best: ModelCheckpoint, io: SafeCheckpointI
 
 
 class _BestAndLast(ModelCheckpoint):
-    """Leaves the last state of every epoch too: Lightning writes it only where it has written a new best one."""
+    """Saves the last state of every epoch too: Lightning saves it only after it has written a new best checkpoint."""
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
@@ -236,7 +237,7 @@ class _BestAndLast(ModelCheckpoint):
 
 
 class _EpochOrder(Callback):
-    """Tells the batches which epoch it is, so that the order is that of (seed, epoch)."""
+    """Sets the epoch of the batches, so that their order depends on (seed, epoch)."""
 
     def __init__(self, batches: SizedBatches) -> None:
         self.batches = batches
@@ -247,7 +248,7 @@ class _EpochOrder(Callback):
 
 
 class _SaveEvery(Callback):
-    """Leaves a checkpoint every so many steps, from which a run goes on after a fault."""
+    """Saves a checkpoint every `steps` steps, from which a run can be resumed after a failure."""
 
     def __init__(self, path: Path, steps: int) -> None:
         self.path, self.steps = path, steps
@@ -256,13 +257,13 @@ class _SaveEvery(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         del pl_module, outputs, batch
-        # The end of an epoch has its own, after the validation that belongs to it.
+        # The end of an epoch has its own checkpoint, after the validation of that epoch.
         if trainer.global_step % self.steps == 0 and batch_idx + 1 < trainer.num_training_batches:
             trainer.save_checkpoint(self.path)
 
 
 class _Mine(Callback):
-    """Refreshes mined negatives before every epoch but the first, when there is nothing to mine with yet."""
+    """Refreshes mined negatives before every epoch except the first, when the towers are still untrained."""
 
     def __init__(self, mine: Callable[[TwoTower], None]) -> None:
         self.mine = mine
@@ -273,7 +274,7 @@ class _Mine(Callback):
 
 
 class _History(Callback):
-    """Validation metrics of every epoch, kept over a resumption."""
+    """Validation metrics of every epoch; saved in checkpoints, so a resumed run continues the list."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []

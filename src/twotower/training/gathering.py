@@ -1,4 +1,4 @@
-"""The loss of a batch whose rows are spread over ranks: the candidates of all, the rows of one."""
+"""The loss of a batch distributed over ranks: candidates of the global batch, rows of this rank."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ def gathered_loss(
     generator: torch.Generator,
     micro_batch: int | None = None,
 ) -> tuple[Tensor, Embedded, Candidates]:
-    """This rank's share of the mean loss over the rows of all ranks: the shares of all ranks add up to it.
+    """Compute this rank's share of the mean loss over the rows of all ranks; the shares add up to it.
 
-    With rows b in B of all ranks and their weights w (1 where there are none),
+    With rows b in B of all ranks and their weights w (1 without weights),
 
         share of a rank = sum of w_b loss_b over its own rows / sum of w_b over all rows,
 
-    so that gradients are to be *summed* over ranks (`sum_gradients`), whatever number of rows each rank has. Every
-    rank draws the candidates of the whole batch, with the same generator: kappa is that of B - 1 other rows, not of
-    the rank's own. It makes the masks of its own rows, and embeds its share of the candidates. Rows of shared tables
-    are fetched first, once for all that looks them up; `GradientExchange` hands their gradients back.
+    so gradients must be *summed* over ranks (`sum_gradients`), whatever number of rows each rank has. Every rank draws
+    the candidates of the whole batch with the same generator: kappa is that of B - 1 other rows, not of the rank's
+    own. A rank builds the masks of its own rows and embeds its share of the candidates. Rows of sharded tables are
+    fetched first, once for all lookups; `GradientExchange` returns their gradients.
 
-    Where blocks of rows have draws of their own (`objective.rows_per_draw`), a rank embeds what its own rows meet and
-    nothing is gathered: with M candidates for r rows that is M b / r items for its b rows and those of two more blocks
-    at most, which the ends of its rows cut, where sharing would move the embeddings of all B / r draws to every rank.
+    If blocks of rows have separate draws (`objective.rows_per_draw`), a rank embeds the candidates of its own rows and
+    nothing is gathered. With M candidates for r rows this is M b / r items for its b rows, plus those of at most two
+    more blocks that cross its boundaries; sharing would move the embeddings of all B / r draws to every rank.
 
     Args:
         towers: the model, the same on every rank.
         objective: what is minimised, in the same state on every rank.
-        batch: the rank's own rows; there may be none.
+        batch: the rank's own rows, possibly none.
         ranks: the processes of the run.
-        known_positives: what a row must not be pushed away from.
+        known_positives: items that are never negatives of a row.
         generator: of the draws, in the same state on every rank.
         micro_batch: rows that go through a tower at a time.
 
     Returns:
-        The share, a scalar with a gradient on every rank; embeddings and candidates of the rank's rows.
+        The share, a scalar with a gradient on every rank; embeddings and candidates of this rank's rows.
     """
     sizes = _sizes(batch, ranks)
     windows = None if batch.sequences is None else batch.sequences.windows
@@ -75,23 +75,23 @@ def gathered_loss(
         rows=own,
         windows=windows,
     )
-    # Where the batch's own items are candidates they are embedded already, by whichever rank.
+    # If the batch's own items are candidates, some rank embeds them already.
     holds_positives = _holds_positives(objective) and (windows is None or windows.drawn > 1)
     place = _places(drawn.items, batch.items) if holds_positives else None
-    asked = [] if drawn.row_items is None else [drawn.row_items.clamp(min=0).reshape(-1)]
+    requested = [] if drawn.row_items is None else [drawn.row_items.clamp(min=0).reshape(-1)]
     if place is None:
-        asked.append(batch.items)
+        requested.append(batch.items)
     mine = share_of_items(drawn.items, ranks)[0] if len(drawn.items) else drawn.items
-    fetch_for(towers, items=torch.cat([mine, *asked]), queries=batch.queries, history=history)
+    fetch_for(towers, items=torch.cat([mine, *requested]), queries=batch.queries, history=history)
     candidates = embed_by_ranks(towers, drawn.items, ranks, chunk=micro_batch)
     weights = _weights(batch, sizes, ranks)
     if len(batch) == 0:
         return _nothing(towers, candidates), _no_rows(candidates), drawn
     query = embed_rows(towers, batch, chunk=micro_batch)
     vectors: list[Tensor] = []
-    if asked:
-        embedded = embed_once(towers, torch.cat(asked), chunk=micro_batch)
-        vectors = list(torch.split(embedded, [len(part) for part in asked]))
+    if requested:
+        embedded = embed_once(towers, torch.cat(requested), chunk=micro_batch)
+        vectors = list(torch.split(embedded, [len(part) for part in requested]))
     result = Embedded(
         query,
         vectors.pop() if place is None else candidates.index_select(0, place),
@@ -102,14 +102,14 @@ def gathered_loss(
 
 
 def _sizes(batch: Batch, ranks: Ranks) -> list[int]:
-    """Rows of every rank."""
+    """Return the number of rows of every rank."""
     if batch.sizes is not None:
         return list(batch.sizes)
     return ranks.sizes(len(batch), batch.items.device) if batch.total is None else ranks.shares(batch.total)
 
 
 def _weights(batch: Batch, sizes: list[int], ranks: Ranks) -> Tensor:
-    """Weights of this rank's rows, [B]: those of all ranks sum to one; collective where rows carry some."""
+    """Return the weights of this rank's rows, [B], summing to one over all ranks; collective if rows have weights."""
     if batch.weights is None:
         return torch.full((len(batch),), 1.0 / sum(sizes), device=batch.items.device)
     return batch.weights / ranks.sum(batch.weights.sum())
@@ -119,14 +119,14 @@ def _holds_positives(objective: Objective) -> bool:
     return any(isinstance(member, InBatch) for member in objective.pool.members())
 
 
-def _places(items: Tensor, asked: Tensor) -> Tensor:
-    """Where each asked item stands among the items, int64 [B]; every one does."""
+def _places(items: Tensor, requested: Tensor) -> Tensor:
+    """Return the position of each requested item in `items`, int64 [B]; all of them must occur."""
     ordered, order = torch.sort(items, stable=True)
-    return order[torch.searchsorted(ordered, asked)]
+    return order[torch.searchsorted(ordered, requested)]
 
 
 def _nothing(towers: TwoTower, candidates: Tensor) -> Tensor:
-    """The share of a rank without rows: 0, with a graph, for others may have losses by the items embedded here."""
+    """Return 0 with a graph, for a rank without rows: losses of other ranks may depend on the items embedded here."""
     held = {id(table.weight) for table in shared_tables_of(towers)}
     anchor = min((p for p in towers.parameters() if p.requires_grad and id(p) not in held), key=lambda p: p.numel())
     return candidates.sum() * 0.0 + anchor.sum() * 0.0

@@ -1,9 +1,9 @@
-"""The gradient cache: a batch far larger than its activations' memory, with the very same gradients.
+"""The gradient cache: exact gradients of a batch far larger than the memory for its activations allows.
 
 A loss with in-batch candidates needs all embeddings of the batch at once, but not all activations of the towers: the
 gradient of a tower's weights is the sum over rows of the gradient by the embedding times that of the embedding by the
-weights. So the rows are embedded in chunks without a graph; the loss is taken of the embeddings; and each chunk is
-embedded again, this time with a graph, which the gradient by its embeddings runs through.
+weights. So the rows are embedded in chunks without a graph, the loss is computed from the embeddings, and each chunk is
+embedded again with a graph, through which the gradient of its embeddings is propagated.
 
 Source: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", section 3.
 """
@@ -19,18 +19,18 @@ from torch import Tensor
 
 
 def cached_embedding(embed: Callable[..., Tensor], *inputs: Tensor | None, chunk: int, anchor: Tensor) -> Tensor:
-    """embed(*inputs), in chunks of rows and without keeping what is inside.
+    """Compute embed(*inputs) in chunks of rows, without keeping activations.
 
-    Value and gradient are those of embedding each chunk as it is, with the dropout of the first time: the state of the
-    random generators is kept for each chunk (CPU, and CUDA where the rows live there) and used again. A layer that
-    looks at other rows, such as batch normalisation, sees its chunk alone.
+    Value and gradient are those of embedding each chunk directly. Dropout is the same in both passes: the state of the
+    random generators is saved for each chunk (CPU, and CUDA if the rows are there) and restored. A layer that looks at
+    other rows, such as batch normalisation, sees only its chunk.
 
     Args:
-        embed: from tensors of rows to [rows, D], such as `towers.embed_queries`; its parameters get their gradients.
+        embed: maps tensors of rows to [rows, D], such as `towers.embed_queries`; its parameters get their gradients.
         inputs: [rows, ...] each, or None.
         chunk: rows at a time.
-        anchor: any tensor with `requires_grad`, such as a parameter of the tower: it tells autograd that the result has
-            a gradient, and gets none of its own from here.
+        anchor: any tensor with `requires_grad`, such as a parameter of the tower: it marks the result as
+            differentiable for autograd, and gets no gradient itself.
 
     Returns:
         [rows, D].
@@ -44,14 +44,14 @@ def cached_embedding(embed: Callable[..., Tensor], *inputs: Tensor | None, chunk
 
 
 def cached_parts(embed: Callable[..., Tensor], parts: list[tuple[Any, ...]], *, anchor: Tensor) -> Tensor:
-    """The embeddings of all parts one after the other, without keeping what is inside; see `cached_embedding`.
+    """Embed all parts and concatenate the results, without keeping activations; see `cached_embedding`.
 
         torch.cat([embed(*part) for part in parts])
 
     Args:
-        embed: from what a part holds to [rows, D], such as `towers.embed_sequences` of packed sequences.
+        embed: maps a part to [rows, D], such as `towers.embed_sequences` of packed sequences.
         parts: at least one.
-        anchor: as in `cached_embedding`; its device is that of the rows.
+        anchor: as in `cached_embedding`; on the device of the rows.
     """
     if len(parts) == 1 or not torch.is_grad_enabled():
         return torch.cat([embed(*part) for part in parts])
@@ -88,14 +88,14 @@ class _Cached(torch.autograd.Function):
 
 
 def _random_state(device: torch.device) -> list[tuple[torch.device | None, Tensor]]:
-    """The state of the CPU's generator, and of that of the CUDA device that the rows live on."""
+    """Return the state of the CPU generator, and of the rows' CUDA device if they are on one."""
     states: list[tuple[torch.device | None, Tensor]] = [(None, torch.get_rng_state())]
     return [*states, (device, torch.cuda.get_rng_state(device))] if device.type == "cuda" else states
 
 
 @contextmanager
 def _replayed(states: list[tuple[torch.device | None, Tensor]]) -> Iterator[None]:
-    """Random numbers as they were then; afterwards the generators go on as if nothing had been drawn."""
+    """Replay earlier random states in the block; afterwards the generators continue as if nothing had been drawn."""
     now = [(d, torch.get_rng_state() if d is None else torch.cuda.get_rng_state(d)) for d, _ in states]
     _restore(states)
     try:

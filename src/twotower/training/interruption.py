@@ -1,7 +1,7 @@
-"""Ctrl-C while training: finish the step, leave a checkpoint, stop. A second Ctrl-C stops at once.
+"""Ctrl-C during training: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once.
 
-Several processes stop together, at a step that they agree on, and on SIGTERM too: it is what torchrun passes on, and
-what a machine that is taken away sends.
+Several processes stop together, at a step that they agree on. They also stop on SIGTERM, which torchrun forwards and
+which a preempted machine receives.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from pytorch_lightning.callbacks import Callback
 
 from twotower.ranks import Ranks
 
-#: Steps between questions whether any rank was asked to stop.
+#: Steps between checks whether any rank was asked to stop.
 AGREE_EVERY = 10
 
 
 class StopBetweenSteps(Callback):
-    """Turns an interrupt into a checkpoint of the moment between two steps, where a resumed run goes on exactly.
+    """Turns an interrupt into a checkpoint between two steps, from which a resumed run continues exactly.
 
     Use as a context manager around the fit, and as a callback in it.
 
     Args:
-        path: where the checkpoint goes.
-        ranks: the processes that stop together; one that is alone where None.
-        settled: returns on every rank when what is being written is in its place; called by all of them.
+        path: where the checkpoint is saved.
+        ranks: the processes that stop together; None for a single process.
+        settled: waits on every rank until the checkpoint being written is in place; called by all ranks.
     """
 
     def __init__(self, path: Path, ranks: Ranks | None = None, settled: Callable[[], None] | None = None) -> None:
@@ -41,9 +41,9 @@ class StopBetweenSteps(Callback):
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopBetweenSteps:
-        # Only the main thread receives signals; elsewhere an interrupt is the caller's to handle.
+        # Only the main thread receives signals; elsewhere the caller handles interrupts.
         if threading.current_thread() is threading.main_thread():
-            self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._ask)
+            self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._request_stop)
         return self
 
     def __exit__(
@@ -54,34 +54,34 @@ class StopBetweenSteps(Callback):
             signal.signal(number, previous)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take SIGTERM over from Lightning, whose handler exchanges with the other ranks in the middle of a step."""
+        """Take over SIGTERM from Lightning, whose handler communicates with the other ranks in the middle of a step."""
         del trainer, pl_module
         if self.ranks.size > 1 and signal.SIGINT in self._previous:
-            self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._ask)
+            self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._request_stop)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop after this step, unless it ends the epoch: its validation belongs to it."""
+        """Stop after this step, unless it ends the epoch: the validation comes first then."""
         del pl_module, outputs, batch
         stops = self.asked
-        if self.ranks.size > 1:  # to ask in every step would cost more than to wait a few
+        if self.ranks.size > 1:  # asking in every step would cost more than waiting a few
             stops = (batch_idx + 1) % AGREE_EVERY == 0 and self.ranks.agree(self.asked)
         if stops and batch_idx + 1 < trainer.num_training_batches:
             trainer.save_checkpoint(self.path)
-            self.settled()  # here, where another signal changes nothing
+            self.settled()  # here, where another signal has no effect
             raise KeyboardInterrupt
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop before the next epoch: the checkpoint of the last one has just been written."""
+        """Stop before the next epoch: the checkpoint of the previous one has just been written."""
         del trainer, pl_module
         if not self.ranks.agree(self.asked):
             return
         self.settled()
-        if self.ranks.agree(self.path.exists()):  # the first rank may have been the only one to write it
+        if self.ranks.agree(self.path.exists()):  # possibly only rank 0 wrote it
             raise KeyboardInterrupt
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _request_stop(self, number: int, frame: FrameType | None) -> None:
         del number, frame
         if self.asked and self.ranks.size == 1:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -90,4 +90,4 @@ class StopBetweenSteps(Callback):
 
 
 def _nothing() -> None:
-    """Checkpoints are written before training goes on."""
+    """Do nothing: checkpoints are written before training continues."""

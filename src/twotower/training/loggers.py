@@ -1,4 +1,4 @@
-"""Where a training tells its loss, its metrics and the diagnostics of its objective: Lightning's loggers by name."""
+"""Loggers of loss, metrics and diagnostics during a training run: Lightning's loggers by name."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pytorch_lightning.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoa
 from twotower.errors import InputError
 from twotower.files import write_text
 
-#: What each logger needs, and the extra that brings it.
+#: The package that each logger needs, and the extra that installs it.
 NEEDS = {"tensorboard": ("tensorboard", "tensorboard"), "mlflow": ("mlflow", "tracking")}
 
-#: The experiment that MLflow lists the runs under.
+#: The MLflow experiment of all runs.
 EXPERIMENT = "twotower"
 
 
@@ -25,14 +25,14 @@ def make_logger(
     directory: Path,
     hyperparameters: Mapping[str, Any] | None = None,
 ) -> Logger | Literal[False]:
-    """The logger of a run.
+    """Create the logger of a run.
 
     Args:
         name: csv writes `logs/metrics.csv`; tensorboard writes an event file in `logs/`; mlflow writes to the address
-            in the environment variable MLFLOW_TRACKING_URI, or to `logs/mlflow/`, and takes up the same MLflow run
-            again when the training is resumed; none keeps nothing.
+            in the environment variable MLFLOW_TRACKING_URI, or to `logs/mlflow/`, and continues the same MLflow run
+            when training is resumed; none logs nothing.
         directory: the run folder.
-        hyperparameters: settings that TensorBoard and MLflow show beside the curves, nested mappings allowed.
+        hyperparameters: settings that TensorBoard and MLflow show next to the curves, nested mappings allowed.
 
     Raises:
         InputError: the package that the logger needs is not installed.
@@ -58,12 +58,12 @@ def make_logger(
 def _mlflow(directory: Path) -> MLFlowLogger:
     logs = directory / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    told = logs / "mlflow_run.txt"
+    run_file = logs / "mlflow_run.txt"
     uri = os.environ.get("MLFLOW_TRACKING_URI") or (logs / "mlflow").resolve().as_uri()
     if uri.startswith("file:"):
-        # MLflow asks who still uses its file store to say so; a run folder is a file store on purpose.
+        # MLflow wants users of its file store to opt in; a run folder uses it on purpose.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-    known = told.read_text(encoding="utf-8").strip() if told.exists() else None
+    known = run_file.read_text(encoding="utf-8").strip() if run_file.exists() else None
     logger = MLFlowLogger(EXPERIMENT, run_name=directory.resolve().name, tracking_uri=uri, run_id=known)
-    write_text(told, f"{logger.run_id}\n")
+    write_text(run_file, f"{logger.run_id}\n")
     return logger

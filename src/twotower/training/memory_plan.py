@@ -1,4 +1,4 @@
-"""How much memory a training will need, computed from its settings before it begins."""
+"""An estimate of the memory of a training run, computed from its settings before it starts."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ BLOCK = 65_536
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a training holds, and what comes on top in its three moments, bytes by name.
+    """Memory held throughout a training run, and added in each of its three phases, in bytes by name.
 
     Attributes:
-        held: from beginning to end. Where a CUDA device trains, the process is in main memory, and all else of this and
-            of the next two on the device.
-        step: on top of it in a training step.
-        ranking: on top of it when the catalog is ranked for a validation or a test.
-        saving: on top of it when the best weights are read back, which are then in main memory.
-        available: main memory that the machine or the container has left; None where it does not tell.
-        mapped: of the prepared data, read from files as it is needed; the system takes it back when memory is short.
-        placed: where the id tables that ranks share are, in words; none for whole tables.
-        state: what a checkpoint holds: of weights, their optimizer state and their average.
-        in_background: whether checkpoints are written from a copy of the state while training goes on.
-        on_device: free memory of the CUDA device that trains, the least of all ranks'; None where none does.
+        held: from start to end. With a CUDA device, "process" is in main memory, and everything else here and in
+            `step` and `ranking` is on the device.
+        step: added during a training step.
+        ranking: added while the catalog is ranked for validation or test.
+        saving: added while the best weights are read back, which are then in main memory.
+        available: main memory left on the machine or in the container; None if it is not reported.
+        mapped: prepared data that is memory-mapped; the system reclaims these pages when memory is short.
+        placed: placement of sharded id tables, as text; empty if all tables are whole.
+        state: size of a checkpoint: weights, optimizer state and weight average.
+        in_background: whether checkpoints are written in the background, from a copy of the state.
+        on_device: free memory of the CUDA device that trains, the minimum over ranks; None if no device is used.
     """
 
     held: dict[str, int]
@@ -59,7 +59,7 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """The most that this process will hold of the memory that the training runs in."""
+        """Peak use of the memory in which training runs."""
         if self.on_device is not None:
             throughout = sum(self.held.values()) - self.held.get("process", 0)
             return throughout + max(sum(part.values()) for part in (self.step, self.ranking))
@@ -68,23 +68,24 @@ class MemoryPlan:
 
     @property
     def needed(self) -> int:
-        """What is still to be asked of that memory: the process and the tables are in main memory already."""
+        """Bytes still to be allocated there: on a CPU the process and the tables are in main memory already."""
         if self.on_device is not None:
             return self.peak
         return self.peak - self.held.get("process", 0) - self.held.get("tables", 0)
 
     @property
     def beside(self) -> int:
-        """Main memory beside the process where a CUDA device trains: a checkpoint's copy, or tables with the best ones.
+        """Main memory needed in addition to the process when a CUDA device trains.
 
-        Tables are made in main memory, moved, and come back in the end; a checkpoint's state is copied there, whether
-        training waits for it or not.
+        Either a checkpoint's copy, or the tables with the best weights. Tables are created in main memory, moved to the
+        device and copied back at the end; a checkpoint's state is copied to main memory whether it is written in the
+        background or not.
         """
         return 0 if self.on_device is None else max(self.state, self.held["tables"] + sum(self.saving.values()))
 
     @property
     def shortages(self) -> list[tuple[str, int, int]]:
-        """(which memory, bytes still needed, bytes there) of each that has less than is needed."""
+        """(memory name, bytes still needed, bytes available) of each memory that is too small."""
         if self.on_device is None:
             found = [("main memory", self.needed, self.available)]
         else:
@@ -94,11 +95,11 @@ class MemoryPlan:
 
     @property
     def is_too_large(self) -> bool:
-        """Whether there is less than is needed."""
+        """Whether some memory is too small."""
         return bool(self.shortages)
 
     def __str__(self) -> str:
-        """A few lines: what is held, the moments, the peak beside what is there, and what to do if it does not fit."""
+        """Format as a few lines: what is held, each phase, peak and available memory, and advice if it does not fit."""
         where = "memory" if self.on_device is None else "memory of the CUDA device"
         held = {name: count for name, count in self.held.items() if self.on_device is None or name != "process"}
         lines = [f"{where}: {size(self.peak)} at most, of which held throughout: {listed(held)}"]
@@ -110,20 +111,20 @@ class MemoryPlan:
         for name, part in moments:
             lines.append(f"  {name} adds {size(sum(part.values()))}: {listed(part)}")
         if self.on_device is not None:
-            process, waits = self.held["process"], "" if self.in_background else ", for which training waits"
+            process, waits = self.held["process"], "" if self.in_background else ", while training pauses"
             lines.append(
                 f"  main memory: {size(process + self.beside)} at most: process {size(process)}, and a checkpoint's "
-                f"copy of the state ({size(self.state)}{waits}) or the best weights beside the tables"
+                f"copy of the state ({size(self.state)}{waits}) or the best weights next to the tables"
             )
         elif self.in_background:
             lines.append(f"  a checkpoint adds {size(self.state)}: a copy of the state, written in the background")
         elif self.state:
-            lines.append(f"  checkpoints: training waits while one is written (a copy would need {size(self.state)})")
+            lines.append(f"  checkpoints: training pauses while one is written (a copy would need {size(self.state)})")
         if self.mapped:
             lines.append(f"  the prepared data, {size(self.mapped)}, stays on disk and is read as needed")
         for name, needed, there in self.shortages:
             lines.append(
-                f"  WARNING: {size(needed)} more of {name} are needed and {size(there)} are there. Smaller: "
+                f"  WARNING: {size(needed)} more of {name} needed, but only {size(there)} available. To reduce: "
                 f"{'; '.join(self._advice())}"
             )
         return "\n".join(lines)
@@ -146,15 +147,15 @@ def plan_memory(
 ) -> MemoryPlan:
     """Compute a plan from the shapes of what was built; nothing is allocated. Collective.
 
-    What is in memory already, such as libraries, counts and what the split took from the data, is asked of the system,
-    and where the training runs on CUDA devices, what is free of them.
+    Memory that is already used, such as libraries, counts and the part of the data that the split selected, is queried
+    from the system, and so is the free memory of CUDA devices if training runs on them.
 
     Args:
         config: the settings, without "auto" (`Config.resolved`).
         towers: the model, in memory.
-        objective: its pool says how many candidates a batch has.
+        objective: its pool determines the number of candidates per batch.
         data: the training interactions.
-        ranks: the processes of the run, which decide together; a process alone where None.
+        ranks: the processes of the run, which decide together; None for a single process.
     """
     ranks = ranks or Ranks()
     found = machine.memory(Launch.of_environment().local_size if ranks.size > 1 else 1)
@@ -176,7 +177,7 @@ def plan_memory(
     }
     if config.training.weight_average:
         held["average of the weights"] = _saved(towers)
-    # Looked up, pooled and masked; then the gradient of what was looked up. A dense one is as large as its table.
+    # Looked up, pooled and masked, plus the gradient of the looked-up rows. A dense gradient is as large as its table.
     at_once = min(rows, int(config.training.micro_batch or rows))
     of_history = at_once * length * (3 * width * F4 + 4 * I8)
     if config.query_tower.history is not None and config.query_tower.history.sequence is not None:
@@ -194,25 +195,25 @@ def plan_memory(
     shared = shared_tables_of(towers)
     count = ranks.size if shared else 1
     if shared:
-        # Fetched rows, their gradient, one for each of two lookups; rows given to others and what comes back for them:
-        # as many, but on a rank that has all rows of a table.
+        # Fetched rows and their gradients, for each of two lookups; rows sent to other ranks and the gradients received
+        # for them: the same number, except on a rank that holds all rows of a table.
         fetched = min(-(-embedded // count) + -(-rows // count) * (length + 1), data.num_items)
         gives_all = any(isinstance(table.part, Rows) and table.part.holder == ranks.rank for table in shared)
         step["rows of shared tables"] = (4 + 3 * (count if gives_all else 1)) * fetched * width * F4
     catalog = -(-data.num_items // count) * width * F4
     ranking = {
-        "gradients": step["gradients"],  # those of the last step are still there
+        "gradients": step["gradients"],  # of the last step, not yet freed
         "item embeddings": catalog if shared else 2 * catalog + 2 * min(data.num_items, BLOCK) * width * F4,
-        # The items in its order, in bfloat16 (on a CPU), and which are NaN; of a part of the items it has no copy.
+        # The items in index order, in bfloat16 (on a CPU), and a NaN mask; a shard of the items is not copied.
         "index": catalog * (not shared) + catalog // 2 * on_cpu + catalog // 4,
     }
     tuned = process.tuning()
     if on_cpu and tuned is not None and tuned.kept_below is not None:
-        # What a step has freed stays with the process, and need not fit what a ranking asks for.
+        # Memory freed by a step stays with the process, and is not always reusable for a ranking.
         freed = step["histories"] + step["embeddings"]
         ranking["kept for reuse"] = min(freed, process.KEPT_IN_ALL)
     saving = {"best weights": in_tables}
-    # What `select` took from the prepared data is in memory already, and so counted with the process.
+    # What `select` took from the prepared data is in memory already, and so is counted with the process.
     state = _saved(towers, objective) + held["optimizer state"] + held.get("average of the weights", 0)
     placed = ", ".join(f"{table.name} {table.part}" for table in shared) + f", over {count} ranks" if shared else ""
     plan = MemoryPlan(held, step, ranking, saving, found.available, _mapped(data), placed, state, on_device=on_device)
@@ -220,24 +221,24 @@ def plan_memory(
 
 
 def _is_in_background(plan: MemoryPlan, config: Config, ranks: Ranks) -> bool:
-    """As the settings say; with auto where on every rank a copy of the state needs half of what is left, or less."""
-    asked = config.training.checkpoint_in_background
-    if asked != "auto":
-        return asked
-    taken = plan.needed if plan.on_device is None else 0  # of main memory, by the training
+    """Return the setting; for "auto", whether every rank can spare twice the memory of a copy of the state."""
+    setting = config.training.checkpoint_in_background
+    if setting != "auto":
+        return setting
+    taken = plan.needed if plan.on_device is None else 0  # main memory used by training
     is_short = plan.available is not None and 2 * plan.state > plan.available - taken
     return not ranks.agree(is_short)
 
 
 def least_of_all(available: int | None, ranks: Ranks) -> int | None:
-    """The least that any rank has, so that all decide alike; None where one does not know. Collective."""
-    told = torch.tensor([-1 if available is None else available], device=ranks.device)
-    least = int(ranks.gather(told, [1] * ranks.size).min())
+    """Return the minimum over ranks, so that all decide alike; None if any rank does not know. Collective."""
+    values = torch.tensor([-1 if available is None else available], device=ranks.device)
+    least = int(ranks.gather(values, [1] * ranks.size).min())
     return None if least < 0 else least
 
 
 def candidates_of(objective: Objective, rows: int, num_items: int) -> tuple[int, int]:
-    """(shared, of each row alone): how many candidates a batch has at most, copies of an item once where it may."""
+    """Return the maximum number of candidates of a batch, (shared, per row); copies are counted once if merged."""
     shared, own = 0, 0
     for source in objective.pool.members():
         size = int(getattr(source, "size", 0))
@@ -248,25 +249,25 @@ def candidates_of(objective: Objective, rows: int, num_items: int) -> tuple[int,
         elif getattr(source, "per_row", False):
             own += size
         else:
-            shared += size or num_items  # a source that says no size is the catalog
+            shared += size or num_items  # a source without a size is the whole catalog
     return (min(shared, num_items) if objective.merges_copies or objective.pool.unique else shared), own
 
 
 def of_sequences(history: HistoryConfig, rows: int, width: int) -> int:
-    """What an encoder keeps of a batch's sequences for the backward pass, bytes; a sixth more tokens than rows."""
+    """Return the bytes that an encoder keeps of a batch's sequences for backward; tokens are 7/6 of the rows."""
     sequence = history.sequence
     if sequence is None:
         return 0
     if sequence.kind == "gru":
         each: float = sequence.blocks * 6 * width
     else:
-        # Norms, projections and masks; the feed-forward layer, its activation and its mask; scores and their softmax.
+        # Norms, projections and masks; the feed-forward layer, its activation and mask; scores and their softmax.
         each = sequence.blocks * ((12 + 3 * sequence.expansion) * width + 2 * sequence.heads * (history.length + 1))
     return round(rows * 7 / 6 * (each + (3 + sequence.recency) * width) * F4)
 
 
 def _saved(*modules: nn.Module) -> int:
-    """Bytes of parameters and buffers that are kept; tied ones once."""
+    """Return the bytes of parameters and buffers that are saved, tied ones counted once."""
     return sum({v.data_ptr(): v.nbytes for module in modules for v in module.state_dict().values()}.values())
 
 
@@ -286,11 +287,11 @@ def _mapped(data: Interactions) -> int:
 
 
 def listed(parts: dict[str, int]) -> str:
-    """Every part that is worth a word, largest first."""
+    """Format every part of at least 1 MiB, largest first."""
     named = sorted(parts.items(), key=lambda part: -part[1])
     return ", ".join(f"{name} {size(count)}" for name, count in named if count >= 1 << 20) or "less than 1 MiB"
 
 
 def size(count: int) -> str:
-    """Bytes as MiB or GiB."""
+    """Format bytes as MiB or GiB."""
     return f"{count / 2**30:.1f} GiB" if count >= 1 << 30 else f"{count / 2**20:.0f} MiB"

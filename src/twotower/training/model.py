@@ -1,4 +1,4 @@
-"""The training step: rows in, loss out."""
+"""The training step: from a batch to its loss."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from twotower.training.optimizers import TableOptimizer, parameter_groups
 from twotower.training.randomness import DROPOUT, ROUNDING, draws_of, step_seed
 from twotower.training.shared_draws import draw_by_blocks, loss_by_draws
 
-#: Steps between entries of the log, and between diagnostics of the objective in it.
+#: Steps between log entries, and between diagnostics of the objective in the log.
 LOG_EVERY = 10
 DIAGNOSE_EVERY = 50
 
@@ -42,13 +42,13 @@ def batch_loss(
     micro_batch: int | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Embedded, Candidates]:
-    """The mean loss of a batch, weighted where rows carry weights, with the embeddings and the candidates of it.
+    """Compute the mean loss of a batch, weighted if its rows have weights, and return its embeddings and candidates.
 
-    Rows that are positions of sequences are embedded in one pass over those. Where the objective draws more than once
-    for a batch, the embeddings and candidates given back are those of the last draw.
+    Rows that are positions of sequences are embedded in one pass over the sequences. If the objective draws more than
+    once per batch, the returned embeddings and candidates are those of the last draw.
 
     The candidates are drawn first, so that the item tower embeds each distinct item once. With `micro_batch` the towers
-    embed so many rows at a time and keep nothing of it: see gradient_cache.py.
+    embed that many rows at a time and keep no activations; see gradient_cache.py.
     """
     weights = None if batch.weights is None else batch.weights / batch.weights.sum()
     if objective.rows_per_draw is not None:
@@ -79,17 +79,17 @@ def batch_loss(
 
 
 class TrainingModule(pl.LightningModule):
-    """Towers and objective as Lightning sees them.
+    """Towers and objective as a LightningModule.
 
     Args:
         towers: the model.
         objective: what is minimised.
-        settings: learning rate, warm-up, seed and the like, without "auto" (`Config.resolved`).
+        settings: learning rate, warm-up, seed and so on, without "auto" (`Config.resolved`).
         total_steps: steps of the whole schedule.
-        known_positives: looks up what a row must not be pushed away from; None to mask its own positive alone.
-        counts: training interactions of each item, [N], for the diagnostics by popularity; none without it.
+        known_positives: items that are never negatives of a row; None masks only the row's own positive.
+        counts: training interactions of each item, [N], for diagnostics by popularity; None for no such diagnostics.
         validate: measures the towers; called after each epoch, returns metrics by name.
-        ranks: the processes that train together; one that is alone where None.
+        ranks: the processes that train together; None for a single process.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class TrainingModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.towers = towers
-        # A moving average of the weights (Polyak & Juditsky 1992): what is measured and kept instead.
+        # A moving average of the weights (Polyak & Juditsky 1992), evaluated and saved in place of the weights.
         self.averaged = copy.deepcopy(towers).requires_grad_(False) if settings.weight_average else None
         self.objective = objective
         self.settings = settings
@@ -122,7 +122,7 @@ class TrainingModule(pl.LightningModule):
         self._since = time.perf_counter()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean loss of the batch, weighted where rows carry weights; of several ranks, this one's share of it."""
+        """Return the mean loss of the batch, weighted if its rows have weights; on several ranks, this rank's share."""
         mean, embedded, drawn = self._loss(batch)
         self._rows += len(batch.items) if batch.total is None else batch.total
         if (batch_idx + 1) % LOG_EVERY == 0:
@@ -162,17 +162,17 @@ class TrainingModule(pl.LightningModule):
         self._exchange.sum_gradients()
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Round tables alike on every rank."""
+        """Seed stochastic rounding, so that tables are rounded identically on every rank."""
         del optimizer
         if self.ranks.size > 1:
             torch.manual_seed(step_seed(self.settings.seed, self.global_step, ROUNDING))
 
-    def optimizer_step(self, *told: Any, **named: Any) -> None:
-        """Move the average towards the weights: slowly, but in the first steps, so that the start is soon forgotten.
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Take the step and update the weight average: faster in the first steps, so that the start is soon forgotten.
 
-        With the step and not after the batch, when Lightning asks callbacks first: a checkpoint would be without it.
+        Done here and not after the batch, where callbacks run first: a checkpoint saved by one would miss the update.
         """
-        super().optimizer_step(*told, **named)
+        super().optimizer_step(*args, **kwargs)
         if self.averaged is not None:
             step = self.global_step + 1  # Lightning counts the step when this returns
             keep = min(self.settings.weight_average, step / (step + 9))
@@ -180,7 +180,7 @@ class TrainingModule(pl.LightningModule):
                 torch._foreach_lerp_(list(self.averaged.parameters()), list(self.towers.parameters()), 1.0 - keep)
 
     def on_train_epoch_start(self) -> None:
-        """Start the clock of rows/s afresh: validation is not training."""
+        """Restart the clock of rows/s: validation time does not count."""
         self._rows, self._since = 0, time.perf_counter()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -194,7 +194,7 @@ class TrainingModule(pl.LightningModule):
                 self.log(name, value, prog_bar=name == self.settings.metric, batch_size=1)
 
     def configure_optimizers(self) -> Any:
-        """One optimizer for layers and tables; linear warm-up, then a cosine to a tenth of the learning rate."""
+        """Build one optimizer for layers and tables; linear warm-up, then cosine decay to a tenth of the rate."""
         settings = self.settings
         groups = parameter_groups(
             torch.nn.ModuleList([self.towers, self.objective]),
@@ -216,15 +216,15 @@ class TrainingModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the random generators' state, so that a resumed run draws what the uninterrupted one would have."""
+        """Save the state of the random generators, so that a resumed run draws what an uninterrupted one would have."""
         checkpoint["random_state"] = random_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore it when training starts: building the model and its sanity checks also use random numbers."""
+        """Keep it until training starts: building the model and sanity checks also use random numbers."""
         self._random_state = checkpoint["random_state"]
 
     def on_train_start(self) -> None:
-        """See `on_load_checkpoint`."""
+        """Restore the random state; see `on_load_checkpoint`."""
         if hasattr(self, "_random_state"):
             restore_random_state(self._random_state)
             del self._random_state

@@ -1,4 +1,4 @@
-"""A checkpoint whose tensors stay in their files: for who goes on with some of their rows."""
+"""Lazily opened checkpoints, of which selected rows are read without loading whole tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from twotower.training.table_parts import FOLDER
 
 
 def open_checkpoint(source: Path) -> dict[str, Any]:
-    """What `SafeCheckpointIO.load_checkpoint` gives, with tensors left in their files, whoever has written it.
+    """Open a checkpoint as `SafeCheckpointIO.load_checkpoint` returns it, but with tensors left in their files.
 
     Raises:
         InputError: a file is missing or damaged.
@@ -27,20 +27,20 @@ def open_checkpoint(source: Path) -> dict[str, Any]:
         parts = _parts(source / FOLDER) if kept else {}
         shared = {name: _whole(name, torch.Size(one.shape), parts.get(name, [])) for name, one in kept.items()}
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{source}: not a readable checkpoint ({error}); remove it, or train anew") from error
+        raise InputError(f"{source}: not a readable checkpoint ({error}); remove it, or train again") from error
     opened: dict[str, Any] = decode(structure, {**tensors, **shared})
     return opened
 
 
 def _whole(name: str, shape: torch.Size, parts: list[tuple[list[int], StoredRows]]) -> StoredRows | StoredColumns:
-    """One tensor from the parts of all ranks: runs of its rows, or of its columns."""
+    """Combine the parts of all ranks into one tensor: ranges of its rows, or of its columns."""
     if any(rows.shape[1:] != shape[1:] for _, rows in parts):
         return side_by_side(name, shape, [(offsets[1], rows) for offsets, rows in parts])
     return joined(name, shape, [(offsets[0], rows) for offsets, rows in parts])
 
 
 def _parts(folder: Path) -> dict[str, list[tuple[list[int], StoredRows]]]:
-    """Parts of the shared tables, by name, from the files of all ranks, and where in the whole each begins."""
+    """Collect the parts of sharded tables by name, from the files of all ranks, each with its offsets in the whole."""
     from twotower.training.streamed_writer import OFFSETS, PLACE  # noqa: PLC0415  # torch.distributed.checkpoint: seconds
 
     found: dict[str, list[tuple[list[int], StoredRows]]] = {}

@@ -14,33 +14,33 @@ from twotower.towers.lookups import shared_tables_of
 from twotower.towers.parts import Columns
 from twotower.training.rows import adagrad_rows, adam_rows, combine_rows
 
-#: What a parameter group may ask for.
+#: Update rules of a parameter group.
 RULES = ("adam", "rowwise-adagrad")
 
 
 class TableOptimizer(torch.optim.Optimizer):
-    """AdamW for dense gradients; for tables either Adam or row-wise Adagrad, and only of the rows a step has used.
+    """AdamW for dense gradients; Adam or row-wise Adagrad for tables, applied only to the rows of a step.
 
-    One object with one state, one schedule and one checkpoint. A group's `rule` says how its parameters move:
+    One optimizer with one state, one schedule and one checkpoint. A group's `rule` selects the update:
 
     - `adam`: a dense gradient as AdamW (Loshchilov & Hutter 2019). A sparse one lazily: see `adam_rows`.
-    - `rowwise-adagrad`: for tables, [N, D]; a sparse gradient touches only its rows. See `adagrad_rows`.
+    - `rowwise-adagrad`: for tables, [N, D]; a sparse gradient updates only its rows. See `adagrad_rows`.
 
-    Duplicated rows of a sparse gradient are summed once (`combine_rows`), and no temporary is as large as a table: the
-    cost of a step depends on the rows it touched, not on N. bfloat16 tables are moved in float32 and rounded
-    stochastically; their state is float32. A step with row-wise Adagrad is collective where a table lies by columns.
+    Duplicate rows of a sparse gradient are summed once (`combine_rows`), and no temporary is as large as a table: the
+    cost of a step depends on the rows it touches, not on N. bfloat16 tables are updated in float32 and rounded
+    stochastically; their state is float32. A step with row-wise Adagrad is collective for column-sharded tables.
 
     Args:
-        params: parameters or parameter groups; see `parameter_groups`. A group's `columns`, by the `id` of a parameter,
-            says which columns of a shared table it is; this is no part of the group, nor of the saved state.
+        params: parameters or parameter groups; see `parameter_groups`. A group's `columns` maps the `id` of a parameter
+            to its columns of a sharded table; it is not part of the group or of the saved state.
         lr: learning rate.
         betas: decay of Adam's running mean and of its running variance.
         eps: added to the root of the variance, or of the accumulator.
-        weight_decay: decoupled weight decay, of the parameter per unit of learning rate.
-        rule: the rule of groups that name none.
+        weight_decay: decoupled weight decay of the parameter, per unit of learning rate.
+        rule: the rule of groups without one.
 
     Raises:
-        ValueError: a rule is unknown, or `rowwise-adagrad` is asked for a parameter that is no table.
+        ValueError: a rule is unknown, or `rowwise-adagrad` is set for a parameter that is not a table.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class TableOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -89,19 +89,19 @@ class TableOptimizer(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved state.
+        """Restore a saved state.
 
         Raises:
-            InputError: the state is that of other parameters.
+            InputError: the state belongs to other parameters.
         """
         try:
             super().load_state_dict(state_dict)
         except ValueError as error:
             raise InputError(
-                f"optimizer: the saved state does not fit this model ({error}); go on with the settings and the "
-                "version that wrote it, or train anew"
+                f"optimizer: the saved state does not fit this model ({error}); resume with the settings and the "
+                "version that wrote it, or train from scratch"
             ) from error
-        # torch gives state the parameter's type; that of a bfloat16 table is float32, and is to stay so.
+        # torch casts state to the parameter's type; the state of a bfloat16 table must stay float32.
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for number, parameter in zip(saved, parameters, strict=True):
@@ -142,9 +142,9 @@ class TableOptimizer(torch.optim.Optimizer):
 
 
 def fresh_state(parameter: Tensor, rule: str) -> dict[str, Tensor]:
-    """What the optimizer keeps for a parameter before its first step.
+    """Return the optimizer state of a parameter before its first step.
 
-    `adam`: `mean` and `variance`, each as large as the parameter. `rowwise-adagrad`: `sum`, one number for each row.
+    `adam`: `mean` and `variance`, each as large as the parameter. `rowwise-adagrad`: `sum`, one number per row.
     """
     dtype = state_dtype(parameter)
     state = {"step": torch.tensor(0.0)}
@@ -158,24 +158,24 @@ def fresh_state(parameter: Tensor, rule: str) -> dict[str, Tensor]:
 
 
 def state_dtype(parameter: Tensor) -> torch.dtype:
-    """Float32 for a parameter of 16 bits, where sums of squares would soon stop growing; else its own type."""
+    """Return float32 for a 16-bit parameter, where sums of squares would soon stop growing; else its own type."""
     return torch.float32 if parameter.dtype in (torch.bfloat16, torch.float16) else parameter.dtype
 
 
 def parameter_groups(
     model: nn.Module, weight_decay: float, *, lr: float, table_rule: str = "adam", table_lr: float | None = None
 ) -> list[dict[str, Any]]:
-    """Groups for `TableOptimizer`: decayed weight matrices; biases and scalars; tables.
+    """Build the groups of `TableOptimizer`: decayed weight matrices; biases and scalars; tables.
 
-    Tables do not decay. A row is touched as often as its item occurs, so decay would act on popular items most: it
-    would be one more popularity bias.
+    Tables do not decay. A row is touched as often as its item occurs, so decay would affect popular items most, which
+    would be another popularity bias.
 
     Args:
         model: its `nn.Embedding` modules are the tables.
         weight_decay: of the weight matrices of layers.
         lr: learning rate of the layers.
         table_rule: "adam" or "rowwise-adagrad".
-        table_lr: learning rate of the tables; `lr` where None.
+        table_lr: learning rate of the tables; None for `lr`.
     """
     ids = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     tables = [p for p in model.parameters() if id(p) in ids]

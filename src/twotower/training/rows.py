@@ -1,4 +1,4 @@
-"""Updates of the rows of a table that a step has touched; the rest of the table is neither read nor written."""
+"""Updates of the table rows that a step touches; the rest of the table is neither read nor written."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from twotower.towers.parts import Columns
 
 
 def combine_rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """The distinct rows of a sparse gradient, ascending, and the sum of each row's entries.
+    """Return the distinct rows of a sparse gradient, ascending, and the sum of each row's entries.
 
-    Rows that ascend already, as when every distinct item was embedded once, are returned as they are. Otherwise the
-    codes are sorted and each run of equal ones is summed; `Tensor.coalesce` does the same two to three times slower.
+    Rows that are already strictly ascending, as when every distinct item was embedded once, are returned unchanged.
+    Otherwise the codes are sorted and each run of equal codes is summed; `Tensor.coalesce` does the same two to three
+    times slower.
 
     Args:
-        gradient: sparse [N, D] with one sparse dimension, as `nn.Embedding(sparse=True)` gives it.
+        gradient: sparse [N, D] with one sparse dimension, as produced by `nn.Embedding(sparse=True)`.
 
     Returns:
-        (rows int64 [M], sums [M, D]); sums of a bfloat16 gradient are float32.
+        (rows int64 [M], sums [M, D]); the sums of a bfloat16 gradient are float32.
     """
     rows, values = gradient._indices()[0], gradient._values()
     if values.dtype == torch.bfloat16:
@@ -34,20 +35,20 @@ def combine_rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def adam_rows(table: Tensor, rows: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-    """Lazy Adam: mean m and variance v move for the touched rows alone, with the bias correction of step t.
+    """Apply lazy Adam: mean m and variance v of the touched rows alone, with the bias correction of step t.
 
         m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2
         w <- w - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-    Kingma & Ba (2015), algorithm 1, on the rows of the gradient. A row left out for many steps goes on from its old m
-    and v, where Adam would have let them decay and would have gone on moving the row.
+    Kingma & Ba (2015), algorithm 1, on the rows of the gradient. A row that is not touched for many steps resumes with
+    its old m and v, whereas Adam would have decayed them and kept moving the row.
 
     Args:
         table: [N, D], changed in place.
         rows: int64 [M], distinct.
         gradient: [M, D].
         state: `step`, `mean` and `variance` [N, D], changed in place.
-        group: `lr`, `betas`, `eps`, `weight_decay` (decoupled, of touched rows).
+        group: `lr`, `betas`, `eps`, `weight_decay` (decoupled, on touched rows).
     """
     step = float(state["step"])
     beta1, beta2 = group["betas"]
@@ -68,22 +69,21 @@ def adagrad_rows(
     *,
     columns: Columns | None = None,
 ) -> None:
-    """Row-wise Adagrad: one accumulator a for each row, so a table of width D has 1/D of Adagrad's state.
+    """Apply row-wise Adagrad: one accumulator a per row, so a table of width D has 1/D of Adagrad's state.
 
         a_j <- a_j + mean_d g_jd^2,   w_j <- w_j - lr g_j / (sqrt(a_j) + eps)
 
     Adagrad (Duchi, Hazan & Singer 2011) with the accumulator averaged over the row, as `EXACT_ROWWISE_ADAGRAD` of
-    FBGEMM defines it. A row without a gradient stays as it is, so leaving it out changes nothing: lazy and dense
-    updates are the same.
+    FBGEMM defines it. A row without a gradient does not change, so lazy and dense updates are the same.
 
     Args:
         table: [N, D], changed in place.
-        rows: int64 [M], distinct; None where the gradient is that of all N rows.
+        rows: int64 [M], distinct; None if the gradient covers all N rows.
         gradient: [M, D].
         state: `sum` [N], changed in place.
-        group: `lr`, `eps`, `weight_decay` (decoupled, of touched rows).
-        columns: which columns of a wider table these are: the other ranks have the others of the same rows, and the
-            sum over d is that of all of them (collective).
+        group: `lr`, `eps`, `weight_decay` (decoupled, on touched rows).
+        columns: which columns of a wider table these are. Other ranks hold the other columns of the same rows, and the
+            mean over d is over all columns (collective).
     """
     square = torch.linalg.vector_norm(gradient, dim=1).square_()
     if columns is None:
@@ -100,14 +100,14 @@ def adagrad_rows(
 
 
 def move_rows(table: Tensor, rows: Tensor | None, direction: Tensor, rate: float, keep: float = 1.0) -> None:
-    """Set w_j to `keep` w_j - `rate` direction_j for the given rows, in float32; bfloat16 tables are rounded as below.
+    """Set w_j to `keep` w_j - `rate` direction_j for the given rows, in float32; bfloat16 tables are rounded after it.
 
     Args:
         table: [N, D], changed in place.
         rows: int64 [M], distinct; None for all N.
         direction: [M, D].
         rate: step length.
-        keep: what is left of a row after weight decay.
+        keep: factor of a row for weight decay.
     """
     moved = table.clone() if rows is None else table.index_select(0, rows)
     moved = moved.to(direction.dtype)
@@ -123,12 +123,12 @@ def move_rows(table: Tensor, rows: Tensor | None, direction: Tensor, rate: float
 
 
 def round_stochastically(values: Tensor) -> Tensor:
-    """Float32 to bfloat16, up or down with the probability that makes the expectation exact.
+    """Round float32 to bfloat16, up or down with the probability that makes the expectation exact.
 
-    bfloat16 has 8 bits of precision. Rounded to the nearest, a step smaller than 1/512 of a weight would be lost every
-    time, and training would stall; rounded at random, so many of them move it as far as they should
-    (Gupta et al. 2015, "Deep learning with limited numerical precision", section 3). Uses the device's global
-    generator, whose state is part of a checkpoint.
+    bfloat16 has 8 bits of precision. With rounding to nearest, a step smaller than 1/512 of a weight would be lost
+    every time and training would stall; with stochastic rounding the expected movement is right (Gupta et al. 2015,
+    "Deep learning with limited numerical precision", section 3). Uses the device's global generator, whose state is
+    part of a checkpoint.
 
     Args:
         values: float32, finite, any shape.

@@ -1,4 +1,4 @@
-"""The loss of a batch whose rows share their candidates in blocks: more of the catalog is met at the same cost."""
+"""The loss of a batch whose blocks of rows share candidates: more of the catalog is seen at the same cost."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Draw:
     """The candidates that a block of rows shares.
 
     Attributes:
-        rows: which of this process's rows are in the block; there may be none.
-        candidates: their items and counts are those of the whole block, their masks those of `rows`.
+        rows: which of this process's rows are in the block, possibly none.
+        candidates: items and counts of the whole block; masks of `rows` only.
     """
 
     rows: slice
@@ -29,7 +29,7 @@ class Draw:
 
     @property
     def looked_up(self) -> list[Tensor]:
-        """Codes of the items to embed: those of the block and, where there are some, those of single rows; [M] each."""
+        """Return the codes of the items to embed: those of the block and, if present, of single rows; [M] each."""
         own = self.candidates.row_items
         return [self.candidates.items, *([] if own is None else [own.clamp(min=0).reshape(-1)])]
 
@@ -43,17 +43,17 @@ def draw_by_blocks(
     own: slice | None = None,
     generator: torch.Generator | None = None,
 ) -> list[Draw]:
-    """A draw for every `objective.rows_per_draw` rows of the batch over all ranks, in its order.
+    """Draw candidates for every `objective.rows_per_draw` rows of the batch over all ranks, in its order.
 
-    Every rank makes all draws, with the same generator, so that a memory and streaming frequencies see the same on
-    every rank, whoever has the rows. A block may lie on several ranks, and a rank in several blocks.
+    Every rank makes all draws with the same generator, so that cross-batch memory and streaming frequencies see the
+    same draws everywhere. A block may span several ranks, and a rank several blocks.
 
     Args:
-        objective: what is minimised; says how many rows share a draw.
-        batch: the rank's own rows; there may be none.
-        known_positives: what a row must not be pushed away from.
-        everyone: items of the rows of all ranks, int64; the batch's where None.
-        own: which of those are the rank's own; all where None.
+        objective: what is minimised; defines how many rows share a draw.
+        batch: the rank's own rows, possibly none.
+        known_positives: items that are never negatives of a row.
+        everyone: items of the rows of all ranks, int64; None for the batch's own.
+        own: which of those belong to this rank; None for all.
         generator: of the draws, in the same state on every rank.
     """
     items = batch.items if everyone is None else everyone
@@ -86,27 +86,27 @@ def loss_by_draws(
     *,
     micro_batch: int | None = None,
 ) -> tuple[Tensor, Embedded, Candidates]:
-    """The loss of a batch's rows, each block of them with candidates of its own.
+    """Compute the loss of a batch's rows, each block with its own candidates.
 
-    Every block is a draw of the pool like any other, so a row's estimate is as unbiased as with one draw for the batch,
-    and as noisy. What changes is the mean over rows: M candidates shared by B rows err alike in all of them, and the
-    errors of B / `objective.rows_per_draw` independent draws average out. The products are as many.
+    Each block is an independent draw of the pool, so the estimate for a row has the same bias and variance as with one
+    draw per batch. What changes is the mean over rows: M candidates shared by B rows give them correlated errors, while
+    the errors of B / `objective.rows_per_draw` independent draws average out. The number of dot products is the same.
 
     Args:
         towers: the model.
         objective: what is minimised.
         batch: the rows, at least one.
-        draws: what `draw_by_blocks` gave for them.
+        draws: the draws of `draw_by_blocks`.
         weights: of the rows, [B]; they sum to one over all ranks.
         micro_batch: rows that go through a tower at a time; None for all.
 
     Returns:
-        sum of w_b loss_b; embeddings and candidates of the last block that has rows here.
+        sum of w_b loss_b; embeddings and candidates of the last block with rows on this rank.
     """
     drawn = [draw for draw in draws if draw.rows.start < draw.rows.stop]
     query = embed_rows(towers, batch, chunk=micro_batch)
-    asked = [batch.items, *(codes for draw in drawn for codes in draw.looked_up)]
-    vectors = list(torch.split(embed_once(towers, torch.cat(asked), chunk=micro_batch), [len(part) for part in asked]))
+    codes = [batch.items, *(part for draw in drawn for part in draw.looked_up)]
+    vectors = list(torch.split(embed_once(towers, torch.cat(codes), chunk=micro_batch), [len(part) for part in codes]))
     positive = vectors.pop(0)
     losses = []
     for draw in drawn:

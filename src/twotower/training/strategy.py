@@ -1,4 +1,4 @@
-"""How Lightning runs the processes of a training: one that is alone, or the ranks that torchrun started."""
+"""Lightning's strategy for a training run: a single process, or the ranks that torchrun started."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from twotower.training.table_parts import cut_optimizer_state, mark_parts
 
 
 class RankStrategy(DDPStrategy):
-    """Lightning's strategy for several processes, without the wrapper around the model.
+    """Lightning's strategy for several processes, without the DDP wrapper around the model.
 
-    Devices, process group, decisions taken together and checkpoints written by the first rank are Lightning's.
-    Gradients are summed by `GradientExchange`, which says why.
+    Lightning handles devices, the process group, collective decisions and checkpoints written by rank 0. Gradients are
+    summed by `GradientExchange`, which explains why.
     """
 
     def configure_ddp(self) -> None:
-        """Give every rank the weights of the first, and leave the model as it is."""
+        """Copy the weights of rank 0 to every rank, and leave the model unwrapped."""
         assert isinstance(self.model, torch.nn.Module)
         same_start(self.model, Ranks.current())
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Written by the first rank, or by all where they share tables."""
+        """Write a checkpoint: rank 0 alone, or all ranks together if they share tables."""
         module = self.lightning_module
         if module is None or not shared_tables_of(module):
             super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -41,7 +41,7 @@ class RankStrategy(DDPStrategy):
         self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Of a state that was saved whole this rank takes its parts of the tables that are shared now."""
+        """Load the optimizer state, cut to this rank's parts of sharded tables if it was saved whole."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             assert self.lightning_module is not None
             cut_optimizer_state(state, optimizer, self.lightning_module)
@@ -49,13 +49,13 @@ class RankStrategy(DDPStrategy):
 
 
 def trainer_options(timeout: int) -> dict[str, Any]:
-    """Arguments of Lightning's `Trainer` that say where to run: this process alone, or the ranks of torchrun."""
-    told = Launch.of_environment()
+    """Return the arguments of Lightning's `Trainer` for a single process or for the ranks of torchrun."""
+    launch = Launch.of_environment()
     if Ranks.current().size == 1:
         return {"devices": 1}
     return {
-        "devices": told.local_size,
-        "num_nodes": told.nodes,
+        "devices": launch.local_size,
+        "num_nodes": launch.nodes,
         "strategy": RankStrategy(timeout=timedelta(seconds=timeout)),
         "use_distributed_sampler": False,
     }

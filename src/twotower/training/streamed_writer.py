@@ -1,4 +1,4 @@
-"""A storage writer for torch.distributed.checkpoint that holds nothing of a table twice."""
+"""A storage writer for torch.distributed.checkpoint that never holds a second copy of a table."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch.futures import Future
 from twotower.ranks import Ranks
 from twotower.shared_files import save_rows
 
-#: Where `HuggingFaceStorageReader` looks for the place of a file's rows among all rows.
+#: Metadata key under which `HuggingFaceStorageReader` looks for the offsets of a file's rows.
 PLACE, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
 
 
 class StreamedWriter(HuggingFaceStorageWriter):
-    """The files of `HuggingFaceStorageWriter` with `save_distributed`, one for each tensor of each rank.
+    """A writer of the files of `HuggingFaceStorageWriter` with `save_distributed`, one per tensor and rank.
 
-    It serialises a file in memory before it writes it, so that a rank would need its rows up to three times; here they
-    go to the file a block at a time.
+    The base class serializes a file in memory before writing it, so that a rank would need up to three times the memory
+    of its rows; here they are written block by block.
     """
 
     def __init__(self, path: str) -> None:
@@ -32,9 +32,9 @@ class StreamedWriter(HuggingFaceStorageWriter):
         """Write this rank's tensors."""
         shard = plan.storage_data["shard_index"]
         for number, item in enumerate(plan.items, start=1):
-            told = item.tensor_data
-            assert told is not None
-            place = {item.index.fqn: {OFFSETS: list(told.chunk.offsets)}}
+            data = item.tensor_data
+            assert data is not None
+            place = {item.index.fqn: {OFFSETS: list(data.chunk.offsets)}}
             name = f"shard-{shard:05d}-model-{number:05d}-of-{len(plan.items):05d}.safetensors"
             tensor: Any = planner.resolve_data(item)
             save_rows(Path(self.path) / name, {item.index.fqn: tensor}, {}, Ranks(), {PLACE: json.dumps(place)})

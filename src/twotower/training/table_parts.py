@@ -1,7 +1,7 @@
-"""Shared tables in a checkpoint: their parts and the optimizer's state of them, by torch.distributed.checkpoint.
+"""Sharded tables in a checkpoint, with their optimizer state, by torch.distributed.checkpoint.
 
-Each rank writes its part into files of its own, safetensors with the place of the part in the header, so that any
-number of ranks finds what it needs in them again, however a table was and is placed, and nothing is unpickled.
+Each rank writes its part to its own files, in safetensors format with the offsets of the part in the header, so that
+any number of ranks can read what it needs, for any old and new placement, and nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
     from twotower.towers import EmbeddingTable
 
-#: Folder of a checkpoint that holds the parts of shared tables.
+#: Folder of a checkpoint that contains the parts of sharded tables.
 FOLDER = "tables"
 
 
 @dataclass(frozen=True)
 class PartOf:
-    """A tensor of which this rank has a part.
+    """A tensor of which this rank holds a part.
 
     Attributes:
         tensor: this rank's part.
         part: which part of the whole it is.
-        table: the name of the table that it belongs to.
+        table: the name of the table it belongs to.
     """
 
     tensor: Tensor
@@ -45,17 +45,17 @@ class PartOf:
 
     @property
     def shape(self) -> list[int]:
-        """Of the whole tensor."""
+        """Shape of the whole tensor."""
         return self.part.whole_shape(self.tensor)
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What a checkpoint holds of a table, or of its optimizer state, in `tables/`.
+    """Description of a table, or of its optimizer state, in `tables/` of a checkpoint.
 
     Attributes:
         shape, dtype: of the whole tensor.
-        table: the name of the table; None where an older version wrote it.
+        table: the name of the table; None in checkpoints of older versions.
     """
 
     shape: list[int]
@@ -64,9 +64,9 @@ class Kept:
 
 
 def mark_parts(checkpoint: dict[str, Any], module: nn.Module, optimizers: Collection[torch.optim.Optimizer]) -> None:
-    """Replace in a checkpoint of Lightning what belongs to parts of shared tables by `PartOf`."""
+    """Replace the tensors of sharded tables in a Lightning checkpoint with `PartOf`."""
     tables = {id(table.weight): table for table in shared_tables_of(module)}
-    marked: dict[int, PartOf] = {}  # a table with two names is one object under both, and so written once
+    marked: dict[int, PartOf] = {}  # a table with two names is the same object under both, so it is written once
     for name, parameter in module.named_parameters(remove_duplicate=False):
         table = tables.get(id(parameter))
         if table is not None:
@@ -74,7 +74,7 @@ def mark_parts(checkpoint: dict[str, Any], module: nn.Module, optimizers: Collec
             checkpoint["state_dict"][name] = marked[id(parameter)]
     for optimizer, saved in zip(optimizers, checkpoint.get("optimizer_states", []), strict=False):
         for number, table in _numbered(optimizer, tables).items():
-            if number in saved["state"]:  # a new mapping: the optimizer goes on with the old one
+            if number in saved["state"]:  # a new mapping: the optimizer still uses the old one
                 state = saved["state"][number]
                 saved["state"][number] = {n: _part_of(v, table) if v.ndim else v for n, v in state.items()}
 
@@ -82,14 +82,14 @@ def mark_parts(checkpoint: dict[str, Any], module: nn.Module, optimizers: Collec
 def _part_of(tensor: Tensor, table: EmbeddingTable) -> PartOf:
     part = table.part
     assert part is not None and table.name is not None
-    if isinstance(part, Columns) and tensor.ndim == 1:  # one number for each row, the same on all ranks
+    if isinstance(part, Columns) and tensor.ndim == 1:  # one number per row, the same on all ranks
         run = Rows(part.ranks, part.rows)
         return PartOf(tensor[run.own], run, table.name)
     return PartOf(tensor, part, table.name)
 
 
 def cut_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
-    """Leave this rank's parts of a state that was saved whole."""
+    """Cut a whole optimizer state to this rank's parts of sharded tables."""
     tables = {id(table.weight): table for table in shared_tables_of(module)}
     for number, table in _numbered(optimizer, tables).items():
         for name, value in state["state"].get(number, {}).items():
@@ -107,14 +107,14 @@ def save_parts(folder: Path, parts: Mapping[str, PartOf], ranks: Ranks) -> None:
     """Write parts, by name, into a folder; collective.
 
     Args:
-        folder: made where it is not there.
+        folder: created if missing.
         parts: on the CPU.
-        ranks: who writes; their group exchanges CPU tensors.
+        ranks: the processes that write; their group exchanges CPU tensors.
 
     Raises:
-        OSError: a rank could not write.
+        OSError: a rank could not write its part.
     """
-    # Seconds, which only shared tables are worth.
+    # Importing these takes seconds, so only runs with sharded tables do.
     from torch.distributed.checkpoint.api import CheckpointException  # noqa: PLC0415
     from torch.distributed.checkpoint.state_dict_saver import save  # noqa: PLC0415
 
@@ -131,16 +131,16 @@ def save_parts(folder: Path, parts: Mapping[str, PartOf], ranks: Ranks) -> None:
 
 
 def load_parts(folder: Path, wanted: Mapping[str, Kept], ranks: Ranks, parts: Mapping[str, Part]) -> dict[str, Tensor]:
-    """Read this rank's parts of the tables that `parts` names, and any other table whole; collective.
+    """Read this rank's parts of the tables in `parts`, and any other table whole; collective.
 
     Args:
-        folder: what `save_parts` wrote, by any number of ranks and from any placement.
-        wanted: what is read, by name.
-        ranks: who reads.
-        parts: the tables that these ranks hold by parts, by name.
+        folder: written by `save_parts`, by any number of ranks and with any placement.
+        wanted: the tensors to read, by name.
+        ranks: the processes that read.
+        parts: this rank's parts of sharded tables, by name.
 
     Raises:
-        ValueError: something of a table is missing: the file of a rank is not there.
+        ValueError: a table is incomplete: the file of a rank is missing.
     """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader  # noqa: PLC0415
     from torch.distributed.checkpoint.state_dict_loader import load  # noqa: PLC0415
@@ -148,11 +148,11 @@ def load_parts(folder: Path, wanted: Mapping[str, Kept], ranks: Ranks, parts: Ma
     reader = HuggingFaceStorageReader(str(folder))
     kept = reader.read_metadata().state_dict_metadata
     for name, one in wanted.items():
-        # What no file holds would be left as it is, without a word.
+        # torch silently leaves values uninitialized that are in no file.
         chunks: list[Any] = getattr(kept.get(name), "chunks", [])
         there, needed = sum(math.prod(chunk.sizes) for chunk in chunks), math.prod(one.shape)
         if there != needed:
-            raise ValueError(f"{folder.name}/: {there:,} of the {needed:,} numbers of {name}; a file is missing")
+            raise ValueError(f"{folder.name}/: found {there:,} of the {needed:,} numbers of {name}; a file is missing")
     state: dict[str, Tensor] = {}
     found: dict[str, Tensor] = {}
     mesh = _mesh(ranks) if ranks.size > 1 else None
@@ -178,12 +178,12 @@ def _mesh(ranks: Ranks) -> DeviceMesh:
 
 
 def _has(part: Part) -> bool:
-    """Whether this rank writes and reads something of it: of a table on one rank the others do not."""
+    """Return whether this rank reads and writes any of it: for a table on one rank, the others do not."""
     return isinstance(part, Columns) or part.holder in (None, part.ranks.rank)
 
 
 def _distributed(own: Tensor, part: Part, mesh: DeviceMesh) -> Tensor:
-    """The part as a tensor that knows where in the whole it stands."""
+    """Wrap the part as a DTensor, which knows its offsets in the whole."""
     from torch.distributed.tensor import DTensor, Shard  # noqa: PLC0415
 
     if isinstance(part, Rows) and part.holder is not None:
