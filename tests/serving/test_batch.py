@@ -66,9 +66,9 @@ def test_an_interrupted_file_goes_on(model, source, tmp_path):
     parts = tmp_path / ".recs.parquet.parts"
     times = {path.name: path.stat().st_mtime_ns for path in parts.glob("part-*.parquet")}
     assert len(times) == 3
-    with pytest.raises(InputError, match="go on with --resume, or start anew with --force"):
+    with pytest.raises(InputError, match="pass --resume to continue it, or --force to start over"):
         recommend_file(model.retriever, source, target, block=4)
-    with pytest.raises(InputError, match=r"asked something else \(k, popularity\)"):
+    with pytest.raises(InputError, match=r"had other options \(k, popularity\)"):
         recommend_file(model.retriever, source, target, block=4, k=3, popularity=0.2, resume=True)
     (parts / "part-000002.parquet").unlink()  # as if the machine had stopped in it
     report = recommend_file(model.retriever, source, target, block=4, resume=True)
@@ -88,7 +88,7 @@ def test_a_changed_file_is_not_gone_on_with(model, source, tmp_path):
     with pytest.raises(Interrupted):
         recommend_file(model.retriever, source, target, block=4, progress=stop)
     pl.DataFrame({"user_id": QUERIES[:9]}).write_parquet(source)
-    with pytest.raises(InputError, match=r"asked something else \(source\)"):
+    with pytest.raises(InputError, match=r"had other options \(source\)"):
         recommend_file(model.retriever, source, target, block=4, resume=True)
     assert recommend_file(model.retriever, source, target, block=4, force=True).queries == 9
 
@@ -114,7 +114,7 @@ def test_wrong_files_are_refused(model, tmp_path, table, message):
 def test_what_is_there_is_not_overwritten(model, source, tmp_path):
     target = tmp_path / "recs.parquet"
     target.write_text("mine")
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="already exists"):
         recommend_file(model.retriever, source, target)
     assert target.read_text() == "mine"
     source.write_text("not Parquet")
@@ -142,5 +142,5 @@ def test_other_models_are_other_questions(model, folder, source, tmp_path):
     with pytest.raises(Interrupted):
         recommend_file(Retriever.load(folder), source, target, block=4, progress=stop)
     assert json.loads((tmp_path / ".recs.parquet.parts" / "journal.json").read_text())["k"] == 10
-    with pytest.raises(InputError, match=r"asked something else \(model\)"):
+    with pytest.raises(InputError, match=r"had other options \(model\)"):
         recommend_file(model.retriever, source, target, block=4, resume=True)

@@ -189,10 +189,10 @@ def test_evaluation_ranks_the_catalog_of_the_training(folder, planted_split, mod
         (lambda c: c.update([{"item_id": 777}], embeddings=[[1.0] * 16]), "777 is not in the catalog; add it"),
         (lambda c: c.remove([3, 777]), "777 is not in the catalog"),
         (lambda c: c.remove([]), "expected a list of item ids"),
-        (lambda c: c.add([{"item_id": 777}]), "knows items by their id alone.*column 'embedding' with 16 numbers"),
+        (lambda c: c.add([{"item_id": 777}]), "represents items by their id alone.*column 'embedding' with 16 numbers"),
         (lambda c: c.add([{"item_id": 777}], embeddings=[[1.0] * 15]), r"expected shape \[1, 16\], found \[1, 15\]"),
-        (lambda c: c.add([{"item_id": 777}], embeddings=[[np.nan] * 16]), "no direction, or is not finite"),
-        (lambda c: c.add([{"item_id": 777}], embeddings=[[0.0] * 16]), "no direction, or is not finite"),
+        (lambda c: c.add([{"item_id": 777}], embeddings=[[np.nan] * 16]), "its embedding is zero, or not finite"),
+        (lambda c: c.add([{"item_id": 777}], embeddings=[[0.0] * 16]), "its embedding is zero, or not finite"),
         (lambda c: c.add([{"item_id": 7.5}], embeddings=[[1.0] * 16]), "floats lose ids"),
         (lambda c: c.add([{"item_id": "x"}], embeddings=[[1.0] * 16]), "not an integer"),
         (lambda c: c.add([{"title": "x"}], embeddings=[[1.0] * 16]), "expected a column of item ids"),
@@ -296,7 +296,7 @@ def test_what_does_not_belong_is_refused(folder, tmp_path):
         Retriever.load(run)
     Artifact.load(run).save(run / "model")  # trained again: the changes were of the old catalog
     assert 3 in found(Retriever.load(run), "u001")["item"]
-    with pytest.raises(InputError, match="another model is there"):
+    with pytest.raises(InputError, match="now contains another model"):
         save_changes(retriever.catalog, drawn_elsewhere(tmp_path, folder))
 
 
@@ -311,7 +311,7 @@ def test_ids_that_join_a_vocabulary():
     both = GrownVocabulary(first, ["b", "d"])
     assert both.encode(["a", "b", "c", "d", "e"]).tolist() == [0, 2, 1, 3, -1] and len(both) == 4
     assert both.decode([3, 0, -1]).to_list() == ["d", "a", None]
-    with pytest.raises(InputError, match="there already"):
+    with pytest.raises(InputError, match="an added id exists already"):
         GrownVocabulary(first, ["c"])
     numbers = GrownVocabulary(Vocabulary([5, 1]), ["7"])
     assert numbers.encode(["7", "1"]).tolist() == [2, 1] and numbers.ids.dtype == pl.Int64

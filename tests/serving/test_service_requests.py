@@ -76,7 +76,7 @@ HOSTILE = {
     "the dial is out of range": ("/recommend", {**U, "popularity": 2.1}, 422, "popularity"),
     "exclude_seen is text": ("/recommend", {**U, "exclude_seen": "no"}, 422, "exclude_seen"),
     "an unknown field": ("/recommend", {**U, "exclude": True}, 422, "exclude"),
-    "features": ("/recommend", {**U, "features": {"age": 3}}, 422, "takes none"),
+    "features": ("/recommend", {**U, "features": {"age": 3}}, 422, "takes no features"),
     "an unknown model": ("/recommend", {**U, "model": "../other"}, 404, "model"),
     "an empty filter": ("/recommend", {**U, "filter": ""}, 422, "filter"),
     "a long filter": ("/recommend", {**U, "filter": "x" * 1001}, 422, "filter"),

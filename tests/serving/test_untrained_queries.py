@@ -50,7 +50,7 @@ def test_a_history_answers_for_them(by_history, held):
     history = retriever.history(query)["item"].to_list()
     found = retriever.recommend([query], k=5)
     assert found["item"].to_list() == retriever.recommend(histories=[history], k=5)["item"].to_list()
-    with pytest.raises(InputError, match="has no training row.*give items that it has met"):
+    with pytest.raises(InputError, match="has no training row.*give its history"):
         retriever.recommend([query], histories=[[]])
 
 
