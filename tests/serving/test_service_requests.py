@@ -62,7 +62,7 @@ HOSTILE = {
     "half a surrogate": ("/recommend", b'{"query_id": "\\ud800"}', 422, ""),
     "a zero byte": ("/recommend", {"query_id": "u001\0"}, 422, "not an id"),
     "an unknown id": ("/recommend", {"query_id": "' OR 1=1 --"}, 422, "not an id"),
-    "nothing asked": ("/recommend", {"k": 5}, 422, "expected query_id or history"),
+    "nothing asked": ("/recommend", {"k": 5}, 422, "expected query_id, history or features"),
     "an empty history": ("/recommend", {"history": []}, 422, "history"),
     "only unknown items": ("/recommend", {"history": ["../../etc/passwd", 10**12]}, 422, "none of its items"),
     "a long history": ("/recommend", {"history": [1] * 5001}, 422, "5000"),
