@@ -178,7 +178,7 @@ def test_an_interrupted_run_is_not_overwritten(run_folder, command):
     (run_folder / "config.yaml").unlink()
     assert code == 2 and "config.yaml: is there and is not of a run" in " ".join(err.split())
     code, _, err = command("recommend", "cut", "--query", "u001")
-    assert code == 2 and "go on with `twotower train DATA --out cut --resume`" in " ".join(err.split())
+    assert code == 2 and "resume with `twotower train DATA --out cut --resume`" in " ".join(err.split())
 
 
 def test_validation_without_targets_is_refused_before_training(run_folder, command):

@@ -23,7 +23,7 @@ Context = Annotated[
     typer.Option("--context", metavar="JSON", help='Context of the request, as JSON: \'{"device": "phone"}\'.'),
 ]
 Popularity = Annotated[
-    float, typer.Option("--popularity", help="Popularity dial from 0 (discovery) over 1 (as trained) to 2.")
+    float, typer.Option("--popularity", help="Popularity dial: 0 for discovery, 1 as trained, at most 2.")
 ]
 Filter = Annotated[
     str | None, typer.Option("--filter", help="Condition on the item table: \"country = 'FR' and price < 20\".")
@@ -99,8 +99,8 @@ def recommend(
     for of, rows in found.group_by("query", maintain_order=True):
         if query is not None:
             print_frame(f"The latest items of {of[0]}", retriever.history(of[0]).tail(5).reverse())
-        whom = of[0] if query is not None else "this query" if history is None else "this history"
-        print_frame(f"Recommended for {whom}", rows.drop("query"))
+        name = of[0] if query is not None else "this query" if history is None else "this history"
+        print_frame(f"Recommended for {name}", rows.drop("query"))
     if not len(found):
         console.print("No items left to recommend.")
     _print_index(retriever)

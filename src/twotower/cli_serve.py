@@ -31,8 +31,8 @@ def serve(
     allow_host: Annotated[
         list[str] | None, typer.Option("--allow-host", metavar="NAME", help="Further host name that requests may use.")
     ] = None,
-    queue: Annotated[int, typer.Option("--queue", min=1, help="Requests that may wait in the queue.")] = 512,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Most requests searched together.")] = 128,
+    queue: Annotated[int, typer.Option("--queue", min=1, help="Maximum requests in the queue.")] = 512,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Maximum requests searched together.")] = 128,
     watch: Annotated[
         float,
         typer.Option(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from twotower.errors import InputError
 from twotower.schema import Vocabulary, listed
 
-#: Longest accepted condition, in characters: nobody writes a longer one by hand, and the parser recurses.
+#: Longest accepted condition, in characters; the parser recurses, and no one writes a longer one by hand.
 LONGEST = 4000
 
 #: Characters of a condition that an error message shows.

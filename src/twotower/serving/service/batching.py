@@ -28,8 +28,8 @@ class Batcher:
     Args:
         run: `run(key, questions)`, called in `executor`, one batch at a time.
         executor: executor that `run` is called in.
-        capacity: requests that may wait.
-        largest: most requests in one batch.
+        capacity: maximum number of waiting requests.
+        largest: maximum number of requests in one batch.
         metrics: metrics that count batches and refusals.
     """
 

@@ -29,7 +29,7 @@ _KINDS = {
     "svg": "image/svg+xml",
 }
 
-#: Most distinct values of a column that can colour the map.
+#: Maximum number of distinct values of a column that can colour the map.
 _MOST_GROUPS = 40
 
 

@@ -61,7 +61,7 @@ class RecommendRequest(_Request):
     filter: Condition | None = Field(
         default=None, description="Condition on the item table in SQL, such as: country = 'FR' and price < 20"
     )
-    popularity: Dial = Field(default=1.0, description="Popularity dial from 0 (discovery) over 1 (as trained) to 2.")
+    popularity: Dial = Field(default=1.0, description="Popularity dial: 0 for discovery, 1 as trained, at most 2.")
 
 
 class SimilarRequest(_Request):

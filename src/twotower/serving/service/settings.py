@@ -24,7 +24,7 @@ LONGEST_FILTER = 1000
 #: Longest id or search text, in characters.
 LONGEST_ID = 200
 
-#: Most items explained in one request: each needs a pass over the catalog.
+#: Maximum number of items explained in one request: each needs a pass over the catalog.
 MOST_EXPLAINED = 20
 
 #: Shortest token, in characters. A shorter one could be guessed.
@@ -39,8 +39,8 @@ class ServiceSettings:
         token: token required in `Authorization: Bearer`; None to answer every client.
         hosts: names allowed in the `Host` header; None for any. This refuses requests of other sites whose name was
             made to resolve to this machine (DNS rebinding).
-        queue: requests that may wait; further ones are answered 503 with Retry-After.
-        largest_batch: most requests searched together.
+        queue: maximum number of waiting requests; further ones are answered 503 with Retry-After.
+        largest_batch: maximum number of requests searched together.
         body_seconds: seconds that a client may take to send a body.
         watch_seconds: seconds between checks of the model folders; 0 for never.
     """
