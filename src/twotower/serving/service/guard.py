@@ -103,7 +103,7 @@ class Guard:
         if scope["method"] in _WITH_BODY:
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json" and (kind or headers.get("content-length", "0") != "0"):
-                # A form on another site cannot send this type without a preflight request.
+                # Another site cannot send this type without a preflight request.
                 raise Problem(415, "Content-Type: expected application/json")
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
