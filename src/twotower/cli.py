@@ -21,7 +21,7 @@ from twotower.errors import InputError
 from twotower.terminal import Json, Run, console, messages, print_json
 
 app = typer.Typer(
-    help="Train, evaluate and use retrieval models whose negatives are corrected by construction.",
+    help="Train, evaluate and serve retrieval models with corrected negatives.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -39,17 +39,17 @@ def _root(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    from twotower.launch import Launch  # noqa: PLC0415  # as in `train`
+    from twotower.launch import Launch  # noqa: PLC0415  # imported late, as in `train`
 
     _STATE["debug"] = debug
     if Launch.of_environment().size > 1 and context.invoked_subcommand not in OVER_RANKS:
         raise InputError(
             f"torchrun: `twotower {context.invoked_subcommand}` runs in one process; start it without torchrun "
-            f"(over several: {', '.join(OVER_RANKS)})"
+            f"(commands that support torchrun: {', '.join(OVER_RANKS)})"
         )
 
 
-#: Commands that several processes run together.
+#: Commands that run on several ranks.
 OVER_RANKS = ("train",)
 
 
@@ -59,31 +59,34 @@ _STATE: dict[str, bool] = {"debug": False}
 @app.command()
 def train(
     data: Annotated[str, typer.Argument(metavar="DATA", help="A file, a folder, or the name of a data set.")],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The run folder to write.")],
-    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="Settings in YAML.")] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Run folder to write.")],
+    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file with settings.")] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting, such as training.seed=1.")
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one setting, e.g. training.seed=1.")
     ] = None,
-    items: Annotated[str | None, typer.Option("--items", metavar="FILE", help="Item features and titles.")] = None,
+    items: Annotated[
+        str | None, typer.Option("--items", metavar="FILE", help="File with item features and titles.")
+    ] = None,
     start: Annotated[
-        Path | None, typer.Option("--from", metavar="DIR", help="Go on with the model in DIR; DATA holds new days.")
+        Path | None, typer.Option("--from", metavar="DIR", help="Continue training the model in DIR on new DATA.")
     ] = None,
     withdraw: Annotated[
-        Path | None, typer.Option("--withdraw", metavar="FILE", help="With --from: item ids that leave the catalog.")
+        Path | None,
+        typer.Option("--withdraw", metavar="FILE", help="With --from: ids of items to remove from the catalog."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in DIR.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace the model that is in DIR.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the interrupted run in DIR.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the model in DIR.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a model, evaluate it beside baselines, and write it to DIR."""
-    from twotower import run  # noqa: PLC0415  # the heavy imports only when they are needed
+    """Train a model, evaluate it against baselines, and save it to DIR."""
+    from twotower import run  # noqa: PLC0415  # heavy imports only when needed
     from twotower.config import Config  # noqa: PLC0415
     from twotower.launch import Launch  # noqa: PLC0415
 
     if withdraw is not None and start is None:
-        raise InputError("--withdraw: needs --from DIR, the model whose catalog the items leave")
+        raise InputError("--withdraw: requires --from DIR, the model whose catalog the items are removed from")
     if start is not None and config is not None:
-        raise InputError("--config: the settings of a continued training are those of --from; change some with --set")
+        raise InputError("--config: with --from, the settings come from that model; override single ones with --set")
     if resume and config is None and (out / "config.yaml").exists():
         config = out / "config.yaml"
     changes = list(overrides or [])
@@ -92,8 +95,8 @@ def train(
     base = run.settings_of(start) if start is not None and config is None else None
     settings = Config.load(config, changes, base=base)
     if start is not None and out.resolve() == start.resolve():
-        raise InputError(f"{out}: --out is the folder of --from; give the continued model a folder of its own")
-    told = messages if as_json else console
+        raise InputError(f"{out}: --out is the folder of --from; choose another folder for the continued model")
+    progress = messages if as_json else console
     _, measured = run.train_run(
         data,
         out,
@@ -102,7 +105,7 @@ def train(
         withdraw=withdraw,
         resume=resume,
         replace=force,
-        say=lambda text: told.print(str(text), highlight=False, markup=False, soft_wrap=True),
+        say=lambda text: progress.print(str(text), highlight=False, markup=False, soft_wrap=True),
     )
     if not Launch.of_environment().is_first:
         return
@@ -110,22 +113,22 @@ def train(
         print_json(measured.to_dict())
         return
     console.print(measured)
-    console.print(f"\nThe model is in {out}. Next:", highlight=False)
+    console.print(f"\nThe model is in {out}. Next steps:", highlight=False)
     console.print(f"  twotower recommend {out} --query ID\n  twotower similar {out} --item ID", highlight=False)
 
 
 @app.command()
 def evaluate(
     directory: Run,
-    data: Annotated[str | None, typer.Option("--data", help="Where the data is now, if it has moved.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Current location of the data, if it has moved.")] = None,
     report: Annotated[
         Path | None,
-        typer.Option("--report", metavar="FILE", help="Where the report goes; DIR/report.html unless told."),
+        typer.Option("--report", metavar="FILE", help="Report file to write; default: DIR/report.html."),
     ] = None,
-    no_report: Annotated[bool, typer.Option("--no-report", help="Write no report and no per_query.parquet.")] = False,
+    no_report: Annotated[bool, typer.Option("--no-report", help="Do not write a report or per_query.parquet.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure a model on its test queries again, beside baselines, and write a report into its folder."""
+    """Evaluate a trained model on its test queries against baselines, and write a report into its folder."""
     from twotower.comparison import evaluate_folder  # noqa: PLC0415
 
     page = None if no_report else report or directory / "report.html"
@@ -142,22 +145,26 @@ def evaluate(
 def compare(
     data: Annotated[str, typer.Argument(metavar="DATA", help="A file, a folder, or the name of a data set.")],
     objectives: Annotated[
-        str, typer.Option("--objectives", metavar="A,B", help="Names, YAML files, or NAME=FILE.yaml, with commas.")
+        str,
+        typer.Option("--objectives", metavar="A,B", help="Names, YAML files or NAME=FILE.yaml, separated by commas."),
     ],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder of the comparison.")],
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Trainings of each objective.")] = 3,
-    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="Settings in YAML.")] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the comparison.")],
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Training runs per objective.")] = 3,
+    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file with settings.")] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting, such as training.max_epochs=4.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override one setting, e.g. training.max_epochs=4."),
     ] = None,
-    items: Annotated[str | None, typer.Option("--items", metavar="FILE", help="Item features and titles.")] = None,
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Trainings at once.")] = 1,
-    no_audit: Annotated[bool, typer.Option("--no-audit", help="Leave out bias and spread of the gradients.")] = False,
+    items: Annotated[
+        str | None, typer.Option("--items", metavar="FILE", help="File with item features and titles.")
+    ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Training runs in parallel.")] = 1,
+    no_audit: Annotated[bool, typer.Option("--no-audit", help="Skip the bias and spread of the gradients.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train objectives alike, compare them on the same test queries, and write a report to DIR.
+    """Train several objectives under the same settings, compare them on the same test queries, and report to DIR.
 
-    The same command goes on where it was interrupted; what is finished is not repeated.
+    Run the same command again to resume an interrupted comparison; finished runs are not repeated.
     """
     from twotower.comparison import compare_run  # noqa: PLC0415
     from twotower.config import Config  # noqa: PLC0415
@@ -166,7 +173,7 @@ def compare(
     changes = list(overrides or [])
     if items is not None:
         changes.append(f"data.items={json.dumps(items)}")
-    told = messages if as_json else console
+    progress = messages if as_json else console
     try:
         found = compare_run(
             data,
@@ -177,10 +184,12 @@ def compare(
             jobs=jobs,
             audited=not no_audit,
             command=shlex.join(["twotower", *sys.argv[1:]]),
-            say=lambda text: told.print(text, highlight=False, markup=False, soft_wrap=True),
+            say=lambda text: progress.print(text, highlight=False, markup=False, soft_wrap=True),
         )
     except Interrupted as stop:
-        messages.print(f"twotower: {stop}; the same command goes on", highlight=False, markup=False, soft_wrap=True)
+        messages.print(
+            f"twotower: {stop}; run the same command again to resume", highlight=False, markup=False, soft_wrap=True
+        )
         raise typer.Exit(130) from stop
     if as_json:
         print_json(found.to_dict())
@@ -192,28 +201,31 @@ def compare(
 @app.command()
 def audit(
     directory: Annotated[
-        Path | None, typer.Argument(metavar="[DIR]", help="A run folder that `twotower train` made.")
+        Path | None, typer.Argument(metavar="[DIR]", help="Run folder written by `twotower train`.")
     ] = None,
     objectives: Annotated[
-        str | None, typer.Option("--objectives", metavar="A,B", help="Other objectives to measure as well.")
+        str | None,
+        typer.Option("--objectives", metavar="A,B", help="Further objectives to measure, separated by commas."),
     ] = None,
-    suggest: Annotated[bool, typer.Option("--suggest", help="Look for the candidate pool with least spread.")] = False,
-    study: Annotated[bool, typer.Option("--study", help="The reference study; needs no model.")] = False,
-    rows: Annotated[int, typer.Option("--rows", min=2, help="Rows of the training data to measure.")] = 64,
+    suggest: Annotated[
+        bool, typer.Option("--suggest", help="Search for the candidate pool with the least spread.")
+    ] = False,
+    study: Annotated[bool, typer.Option("--study", help="Run the reference study; needs no model.")] = False,
+    rows: Annotated[int, typer.Option("--rows", min=2, help="Training rows to measure.")] = 64,
     draws: Annotated[
-        int | None, typer.Option("--draws", min=2, help="Redraws; by default 50, 16 to suggest, 1,500 in the study.")
+        int | None, typer.Option("--draws", min=2, help="Redraws; default: 50, 16 with --suggest, 1,500 with --study.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of rows, batches and draws.")] = 0,
-    data: Annotated[str | None, typer.Option("--data", help="Where the data is now, if it has moved.")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of rows, batches and draws.")] = 0,
+    data: Annotated[str | None, typer.Option("--data", help="Current location of the data, if it has moved.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what the gradient of an objective is worth: its bias against full softmax, and its spread."""
+    """Measure the gradient of an objective: its bias against full softmax, and its spread."""
     from twotower import analysis, run  # noqa: PLC0415
 
     if study == (directory is not None):
         raise InputError("audit: expected either DIR, the run folder of a trained model, or --study")
     if objectives is not None and (suggest or study):
-        raise InputError("audit: --objectives goes with DIR alone, not with --suggest or --study")
+        raise InputError("audit: --objectives cannot be combined with --suggest or --study")
     found: analysis.Study | analysis.Suggestion | analysis.Audit
     if directory is None:
         found = analysis.study(draws=draws or 1500, seed=seed)
@@ -231,13 +243,13 @@ def audit(
 
 
 def main() -> None:
-    """Run the command line: exit code 0 done, 1 a failure of the program, 2 bad usage or bad input."""
+    """Run the command line. Exit code: 0 success, 1 failure, 2 bad usage or bad input, 130 interrupted."""
     from twotower.errors import Interrupted, RankLost  # noqa: PLC0415
     from twotower.process import tune  # noqa: PLC0415
 
-    if "RANK" in os.environ:  # a rank that is gone is told in one line, without the addresses of C++
+    if "RANK" in os.environ:  # report a lost rank in one line, without C++ addresses
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    tune()  # before torch is imported and before the first large block is asked for
+    tune()  # before torch is imported and before the first large allocation
     try:
         app()
     except InputError as error:
@@ -250,9 +262,9 @@ def main() -> None:
             raise
         messages.print(f"twotower: {lost}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.stderr.flush()
-        os._exit(1)  # threads of the exchange may still wait for the rank that is gone
+        os._exit(1)  # exchange threads may still be waiting for the lost rank
     except Interrupted as stop:
-        messages.print(f"twotower: {stop}; go on with --resume", highlight=False, markup=False, soft_wrap=True)
+        messages.print(f"twotower: {stop}; continue with --resume", highlight=False, markup=False, soft_wrap=True)
         sys.exit(130)
     except Exception as error:
         if _STATE["debug"]:
@@ -260,7 +272,7 @@ def main() -> None:
         text = " ".join(str(error).split()) or type(error).__name__
         messages.print(
             f"twotower: {type(error).__name__}: {text} "
-            "(a fault of the program; twotower --debug COMMAND ... shows where)",
+            "(internal error; twotower --debug COMMAND ... prints the traceback)",
             style="red",
             highlight=False,
             markup=False,

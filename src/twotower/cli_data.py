@@ -1,4 +1,4 @@
-"""Commands before a training: known data sets, features to declare, and what this machine offers."""
+"""Commands to prepare for training: known data sets, feature suggestions, and the state of this machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ commands = typer.Typer()
 
 @commands.command()
 def datasets(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="The data set to fetch.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Data set to fetch.")] = None,
     as_json: Json = False,
 ) -> None:
     """List the known data sets, or fetch one and print its account."""
@@ -32,7 +32,7 @@ def datasets(
     if as_json:
         print_json(rows)
         return
-    table = Table("name", "what", "size", "terms", "here", title="Data sets")
+    table = Table("name", "description", "size", "terms", "downloaded", title="Data sets")
     for row in rows:
         table.add_row(row["name"], row["description"], row["size"], row["terms"], "yes" if row["cached"] else "no")
     console.print(table)
@@ -41,12 +41,12 @@ def datasets(
 @commands.command()
 def features(
     data: Annotated[str, typer.Argument(metavar="DATA", help="A file, a folder, or the name of a data set.")],
-    items: Annotated[str | None, typer.Option("--items", metavar="FILE", help="Item features.")] = None,
-    queries: Annotated[str | None, typer.Option("--queries", metavar="FILE", help="Query features.")] = None,
-    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="Settings in YAML.")] = None,
+    items: Annotated[str | None, typer.Option("--items", metavar="FILE", help="File with item features.")] = None,
+    queries: Annotated[str | None, typer.Option("--queries", metavar="FILE", help="File with query features.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file with settings.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Propose features: what each column of tables and interactions could be, and why, as YAML to paste."""
+    """Suggest a feature kind for each column of the tables and interactions, with reasons, as YAML to paste."""
     from twotower import run  # noqa: PLC0415
     from twotower.config import Config  # noqa: PLC0415
     from twotower.data.proposing import as_yaml  # noqa: PLC0415
@@ -56,20 +56,20 @@ def features(
         print_json({side: [one.to_dict() for one in columns] for side, columns in found.items()})
         return
     for side, columns in found.items():
-        title = "interactions: the context of a request" if side == "context" else f"{side} table"
+        title = "interactions (request context)" if side == "context" else f"{side} table"
         table = Table("column", "kind", "why", "distinct", "missing", title=title, title_justify="left")
         for one in columns:
             kind = "-" if one.declared is None else one.declared.kind
             distinct = "" if one.distinct is None else f"{one.distinct:,}"
             table.add_row(one.column, kind, one.why, distinct, f"{one.missing:.1%}")
         console.print(table)
-    console.print("\nAs settings; change what you know better:\n", highlight=False)
+    console.print("\nAs settings, to adjust where you know better:\n", highlight=False)
     console.print(as_yaml(found), highlight=False, markup=False, soft_wrap=True)
 
 
 @commands.command()
 def doctor(as_json: Json = False) -> None:
-    """Versions, devices, threads, and what is missing."""
+    """Show versions, devices, threads and missing extras."""
     from twotower.doctor import examine  # noqa: PLC0415
 
     found = examine()
@@ -77,7 +77,7 @@ def doctor(as_json: Json = False) -> None:
         print_json(found)
         return
     for section, rows in found.items():
-        table = Table("what", "found", title=section, title_justify="left")
+        table = Table("property", "value", title=section, title_justify="left")
         for name, value in rows.items():
             table.add_row(name, str(value))
         console.print(table)

@@ -1,4 +1,4 @@
-"""Commands that make something of a trained model: an index for its items, its query tower on its own."""
+"""Commands that build from a trained model: an index over its items, an export of its query tower."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ def index(
     directory: Run,
     kind: Annotated[str, typer.Option("--kind", help="exact, hnsw, ivfpq or pgvector.")],
     min_recall: Annotated[
-        float | None, typer.Option("--min-recall", help="Refuse an index that finds less of the exact top K.")
+        float | None, typer.Option("--min-recall", help="Refuse an index with a lower recall of the exact top K.")
     ] = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="K of the recall.")] = 100,
-    queries: Annotated[int, typer.Option("--queries", min=1, help="Known queries that recall is measured on.")] = 500,
+    k: Annotated[int, typer.Option("-k", min=1, help="K at which recall is measured.")] = 100,
+    queries: Annotated[int, typer.Option("--queries", min=1, help="Known queries to measure recall on.")] = 500,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=NUMBER", help="A setting of the kind, such as links=48.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=NUMBER", help="Index setting, e.g. links=48; may be repeated."),
     ] = None,
     url: Annotated[
-        str | None, typer.Option("--url", help="Of the database, for pgvector; otherwise PGHOST and the like.")
+        str | None, typer.Option("--url", help="Database URL for pgvector; default: PGHOST and related variables.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Build an index for a model, measure its recall, and keep it in the model's folder."""
+    """Build an index over a model's items, measure its recall, and save it in the model folder."""
     from twotower.serving import build_stored_index  # noqa: PLC0415
 
     settings: dict[str, Any] = dict(_setting(text) for text in overrides or [])
@@ -40,7 +41,7 @@ def index(
     if as_json:
         print_json({"kind": "exact"} if report is None else report.to_dict())
     elif report is None:
-        console.print("Exact search needs no index; an approximate one is no longer there.", highlight=False)
+        console.print("Exact search needs no index; any approximate index has been removed.", highlight=False)
     else:
         recall = ", ".join(f"{value:.4f} at {name}" for name, value in report.recall.items())
         console.print(
@@ -55,11 +56,11 @@ def index(
 @commands.command()
 def export(
     directory: Run,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write.")],
     format_: Annotated[str, typer.Option("--format", help="onnx or torch.")] = "onnx",
     as_json: Json = False,
 ) -> None:
-    """The query tower on its own, for ONNX Runtime or torch.export, checked against the original."""
+    """Export the query tower for ONNX Runtime or torch.export, and check it against the original."""
     from twotower.serving.export import export_query_tower  # noqa: PLC0415
 
     report = export_query_tower(directory, out, format_)

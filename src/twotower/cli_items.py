@@ -1,4 +1,4 @@
-"""The command that changes a catalog: `twotower items`."""
+"""The command that edits a catalog: `twotower items`."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ commands = typer.Typer()
 def items(
     directory: Run,
     add: Annotated[
-        Path | None, typer.Option("--add", metavar="FILE", help="Items that join: ids, columns, or embeddings.")
+        Path | None, typer.Option("--add", metavar="FILE", help="Items to add: ids with columns or embeddings.")
     ] = None,
     update: Annotated[
-        Path | None, typer.Option("--update", metavar="FILE", help="Items that change; written likewise.")
+        Path | None, typer.Option("--update", metavar="FILE", help="Items to change; same format as --add.")
     ] = None,
     remove: Annotated[
-        str | None, typer.Option("--remove", metavar="IDS", help='Items that leave: "i1,i2,...", or @FILE of ids.')
+        str | None, typer.Option("--remove", metavar="IDS", help='Items to remove: "i1,i2,...", or @FILE with ids.')
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Add, change and remove items of a trained model's catalog, without training and without a new index.
+    """Add, change and remove items in a trained model's catalog, without retraining or rebuilding the index.
 
-    FILE is Parquet or CSV with a column of item ids. What a column of the item table says is kept. An item's embedding
-    is the item tower's, by the declared features, or a column `embedding` with lists of numbers (Parquet).
+    FILE is Parquet or CSV with a column of item ids. Columns of the item table are stored. An item's embedding comes
+    from a column `embedding` with lists of numbers (Parquet), or from the item tower by the declared features.
     """
     from twotower.data.written import read_items  # noqa: PLC0415
     from twotower.serving import Retriever, save_changes  # noqa: PLC0415
@@ -46,13 +46,14 @@ def items(
         retriever.catalog.update(read_items(update))
     if add is not None:
         retriever.catalog.add(read_items(add))
-    told = save_changes(retriever.catalog, directory)
+    counts = save_changes(retriever.catalog, directory)
     if as_json:
-        print_json(told)
+        print_json(counts)
         return
     console.print(
-        f"Since training {told['joined']:,} items have joined the catalog, {told['changed']:,} have changed and "
-        f"{told['left']:,} have left; the {retriever.index.kind} index has it. A running service swaps by itself.",
+        f"Since training, {counts['joined']:,} items were added to the catalog, {counts['changed']:,} changed and "
+        f"{counts['left']:,} removed; the {retriever.index.kind} index is up to date. A running service reloads the "
+        "model by itself.",
         highlight=False,
         soft_wrap=True,
     )

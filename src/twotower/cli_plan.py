@@ -1,4 +1,4 @@
-"""The command that looks ahead: `twotower plan`."""
+"""The command that plans resources: `twotower plan`."""
 
 from __future__ import annotations
 
@@ -23,40 +23,43 @@ LAYOUTS, DEVICES = ("replicated", "row-wise", "column-wise", "table-wise"), ("cp
 
 @commands.command()
 def plan(
-    items: Annotated[float, typer.Option("--items", metavar="N", help="Items of the catalog, such as 1e9.")],
-    dimension: Annotated[int, typer.Option("--dimension", metavar="D", help="Width of the embeddings.")] = 64,
-    batch: Annotated[int, typer.Option("--batch", help="Rows of a step over all ranks.")] = 8192,
-    ranks: Annotated[int, typer.Option("--ranks", metavar="W", help="Processes, one a device.")] = 1,
-    queries: Annotated[float, typer.Option("--queries", help="Rows of the query table; 0 without one.")] = 0,
-    history: Annotated[int, typer.Option("--history", min=0, metavar="L", help="Items of a history.")] = 50,
-    sampled: Annotated[int, typer.Option("--sampled", min=0, help="Candidates beside those of the batch.")] = 1024,
-    hidden: Annotated[str, typer.Option("--hidden", help="Widths of the query tower's layers, with commas.")] = "128",
-    optimizer: Annotated[str, typer.Option("--optimizer", help="Of tables: adam or rowwise-adagrad.")] = "adam",
-    precision: Annotated[str, typer.Option("--precision", help="Of tables: float32 or bfloat16.")] = "float32",
+    items: Annotated[float, typer.Option("--items", metavar="N", help="Items in the catalog, e.g. 1e9.")],
+    dimension: Annotated[int, typer.Option("--dimension", metavar="D", help="Embedding dimension.")] = 64,
+    batch: Annotated[int, typer.Option("--batch", help="Rows per step over all ranks.")] = 8192,
+    ranks: Annotated[int, typer.Option("--ranks", metavar="W", help="Number of ranks, one per device.")] = 1,
+    queries: Annotated[float, typer.Option("--queries", help="Rows of the query table; 0 for none.")] = 0,
+    history: Annotated[int, typer.Option("--history", min=0, metavar="L", help="Items per history.")] = 50,
+    sampled: Annotated[
+        int, typer.Option("--sampled", min=0, help="Sampled candidates, in addition to in-batch.")
+    ] = 1024,
+    hidden: Annotated[str, typer.Option("--hidden", help="Query tower layer widths, comma-separated.")] = "128",
+    optimizer: Annotated[str, typer.Option("--optimizer", help="For tables: adam or rowwise-adagrad.")] = "adam",
+    precision: Annotated[str, typer.Option("--precision", help="For tables: float32 or bfloat16.")] = "float32",
     layout: Annotated[
         str,
         typer.Option(
             "--layout",
-            help="replicated: whole tables on every rank; row-wise, column-wise: a W-th on each; table-wise: on one.",
+            help="replicated: whole tables on every rank; row-wise, column-wise: 1/W on each; table-wise: on one rank.",
         ),
     ] = "replicated",
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda; its rates are measured here.")] = "cpu",
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda; rates are measured on this machine.")] = "cpu",
     device_memory: Annotated[
-        float | None, typer.Option("--device-memory", metavar="GIB", help="Memory of each rank.")
+        float | None, typer.Option("--device-memory", metavar="GIB", help="Memory per rank.")
     ] = None,
     link: Annotated[
-        float | None, typer.Option("--link", metavar="GB/S", help="Between ranks; this machine's loopback unless told.")
+        float | None,
+        typer.Option("--link", metavar="GB/S", help="Bandwidth between ranks; default: this machine's loopback."),
     ] = None,
     latency: Annotated[
-        float | None, typer.Option("--latency", metavar="US", help="Of one exchange, microseconds.")
+        float | None, typer.Option("--latency", metavar="US", help="Latency of one exchange, in microseconds.")
     ] = None,
     rates_file: Annotated[
         Path | None,
-        typer.Option("--rates", metavar="FILE", help="What --json printed elsewhere; nothing is measured."),
+        typer.Option("--rates", metavar="FILE", help="Rates from a saved --json output; nothing is measured."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Memory of each rank, bytes exchanged and time of a step, before anything is trained."""
+    """Estimate memory per rank, bytes exchanged and step time before training."""
     for name, value, known in (
         ("optimizer", optimizer, OPTIMIZERS),
         ("precision", precision, PRECISIONS),
@@ -104,34 +107,35 @@ def _show(found: ScalePlan) -> None:
     from twotower.planning import HELD  # noqa: PLC0415  # as above
 
     for title, parts, scale, unit in (
-        ("Memory of a rank in a training step", found.memory, 2**30, "GiB"),
-        ("Sent by a rank in a step", found.exchanged, 1e6, "MB"),
-        ("Time of a step", found.seconds, 1e-3, "ms"),
+        ("Memory per rank in a training step", found.memory, 2**30, "GiB"),
+        ("Sent per rank in a step", found.exchanged, 1e6, "MB"),
+        ("Time per step", found.seconds, 1e-3, "ms"),
     ):
         if not parts:
             continue
-        table = Table("what", unit, title=title, title_justify="left")
+        table = Table("part", unit, title=title, title_justify="left")
         for name, value in sorted(parts.items(), key=lambda part: -part[1]):
             table.add_row(name, f"{value / scale:,.2f}")
-        table.add_row("together", f"{sum(parts.values()) / scale:,.2f}")
+        table.add_row("total", f"{sum(parts.values()) / scale:,.2f}")
         console.print(table)
     rows = found.workload.batch / found.step
-    console.print(f"{rows:,.0f} rows a second over all ranks; bottleneck: {found.bottleneck}")
+    console.print(f"{rows:,.0f} rows per second over all ranks; bottleneck: {found.bottleneck}")
     added = sum(found.ranking.values()) / 2**30
     console.print(
-        f"A ranking of the whole catalog (validation, test) needs {added:,.1f} GiB beside what is held throughout "
-        f"({', '.join(HELD)}), in place of a step's."
+        f"Ranking the whole catalog (validation, test) needs {added:,.1f} GiB on top of what is always in memory "
+        f"({', '.join(HELD)}), instead of the memory of a step."
     )
     console.print(
         f"A checkpoint written in the background copies {found.checkpoint / 2**30:,.1f} GiB into main memory "
-        "(training.checkpoint_in_background=false: none; training waits)."
+        "(none with training.checkpoint_in_background=false; training then waits)."
     )
     if found.device_memory is not None:
-        there, needed = (
+        available, needed = (
             found.device_memory / 2**30,
             {name: f"{value / 2**30:,.1f}" for name, value in found.moments.items()},
         )
         verdict = "fits" if found.fits else "does NOT fit"
         console.print(
-            f"In all {needed['step']} GiB in a step, {needed['ranking']} in a ranking, of {there:,.1f}: {verdict}"
+            f"Needed: {needed['step']} GiB in a step, {needed['ranking']} GiB in a ranking; available: "
+            f"{available:,.1f} GiB: {verdict}"
         )

@@ -1,4 +1,4 @@
-"""The command that answers over HTTP: `twotower serve`."""
+"""The command that serves models over HTTP: `twotower serve`."""
 
 from __future__ import annotations
 
@@ -18,26 +18,33 @@ def serve(
     directories: Annotated[
         list[Path], typer.Argument(metavar="DIR...", help="Run folders; the page compares two side by side.")
     ],
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 for any.")] = 8000,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 for any free port.")
+    ] = 8000,
     host: Annotated[
-        str, typer.Option("--host", help="Address to listen on; only this machine unless told.")
+        str, typer.Option("--host", help="Address to listen on; default: this machine only.")
     ] = "127.0.0.1",
     token_file: Annotated[
         Path | None,
-        typer.Option("--token-file", metavar="FILE", help="A file with the token that requests must carry."),
+        typer.Option("--token-file", metavar="FILE", help="File with the token that requests must carry."),
     ] = None,
     allow_host: Annotated[
-        list[str] | None, typer.Option("--allow-host", metavar="NAME", help="Another name this service goes by.")
+        list[str] | None, typer.Option("--allow-host", metavar="NAME", help="Further host name that requests may use.")
     ] = None,
-    queue: Annotated[int, typer.Option("--queue", min=1, help="Requests that may wait.")] = 512,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Requests searched at once.")] = 128,
+    queue: Annotated[int, typer.Option("--queue", min=1, help="Maximum requests in the queue.")] = 512,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Maximum requests searched together.")] = 128,
     watch: Annotated[
-        float, typer.Option("--watch", min=0.0, metavar="SECONDS", help="Look for a new model so often; 0 for never.")
+        float,
+        typer.Option(
+            "--watch", min=0.0, metavar="SECONDS", help="Interval between checks for a new model; 0 for never."
+        ),
     ] = 1.0,
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Of one search; torch's choice.")] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Threads per search; default: torch's choice.")
+    ] = None,
     log_level: Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")] = "info",
 ) -> None:
-    """Answer over HTTP, with a page at / to look at. A token in TWOTOWER_TOKEN is asked for as well."""
+    """Serve models over HTTP, with a web page at /. The token can also be set in TWOTOWER_TOKEN."""
     from twotower.errors import InputError  # noqa: PLC0415
     from twotower.serving import app  # noqa: PLC0415
     from twotower.serving.service.settings import allowed_hosts, read_token  # noqa: PLC0415

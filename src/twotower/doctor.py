@@ -1,4 +1,4 @@
-"""What this machine offers a training: versions, devices, threads, memory, and which extras are missing."""
+"""The state of this machine for training: versions, devices, threads, memory, and missing extras."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from twotower import __version__, machine, process
 
-#: Extra -> module that it brings.
+#: Extra -> a module that it installs.
 EXTRAS = {
     "ann": "faiss",
     "onnx": "onnxruntime",
@@ -24,12 +24,12 @@ EXTRAS = {
     "tracking": "mlflow",
 }
 
-#: What matrix products and bfloat16 are fast with, in the order of their making; names of Linux.
+#: CPU flags that make matrix products and bfloat16 fast, oldest first; names as on Linux.
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def examine() -> dict[str, dict[str, Any]]:
-    """Sections of findings: name -> (what -> found)."""
+    """Collect the findings: section -> (name -> value)."""
     return {
         "versions": _versions(),
         "machine": _machine(),
@@ -82,7 +82,7 @@ def _threads(threads: int, cores: int) -> str:
 
 def _instructions(flags: frozenset[str]) -> str:
     if not flags:
-        return "the system does not tell"
+        return "unknown: the system does not report them"
     have = [name for name in FLAGS if name in flags]
     fast = "amx_bf16" in flags or "avx512_bf16" in flags
     return (
@@ -108,20 +108,20 @@ def _allocator() -> str:
     if tuned is not None and tuned.kept_below is not None:
         return f"{name}; freed blocks below {_size(tuned.kept_below)} are kept for reuse"
     if not name.startswith("glibc"):
-        return f"{name}; left as it is"
+        return f"{name}; not tuned"
     given = [key for key in os.environ if key.startswith("MALLOC_") or key == "GLIBC_TUNABLES"]
-    return f"{name}; left as {', '.join(given)} says" if given else f"{name}; default: call twotower.process.tune()"
+    return f"{name}; set by {', '.join(given)}" if given else f"{name}; default: call twotower.process.tune()"
 
 
 def _huge_pages(mode: str | None) -> str:
     if mode is None:
-        return "none here"
-    told = {
-        "always": "large tables get them",
-        "madvise": "large tables ask for them and get them",
-        "never": "switched off; rows of large tables are found more slowly",
+        return "not available"
+    effects = {
+        "always": "used for large tables",
+        "madvise": "requested and used for large tables",
+        "never": "switched off; lookups in large tables are slower",
     }
-    return f"{mode}: {told.get(mode, 'unknown setting')}"
+    return f"{mode}: {effects.get(mode, 'unknown setting')}"
 
 
 def _extras() -> dict[str, str]:

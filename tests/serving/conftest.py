@@ -1,4 +1,4 @@
-"""One small trained model for the whole room, and the same with an item table to filter by."""
+"""Fixtures of the serving tests: one small trained model, and the same model with an item table to filter by."""
 
 from dataclasses import replace
 
@@ -34,7 +34,7 @@ def folder(model, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def priced(model):
-    """The model with the columns price, country (a null among them) and tags in its item table."""
+    """The model with columns price, country (with nulls) and tags in its item table."""
     count = len(model.artifact.items)
     table = model.artifact.item_table.with_columns(
         pl.Series("price", np.arange(count) * 0.5),

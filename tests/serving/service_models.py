@@ -20,7 +20,7 @@ TOKEN = "a-token-of-some-length"
 
 
 def drawn(data, folder: Path, seed: int = 0, table=None, *, changes=(), **metadata) -> Path:
-    """A model with weights as they were drawn, written to a folder: what it answers is as good as any to compare."""
+    """Save a model with random weights to a folder; its results are as good as any for comparisons."""
     config = Config.load(None, [*SETTINGS, *changes])
     features = encode_features(config, data)
     torch.manual_seed(seed)
@@ -54,7 +54,7 @@ def drawn(data, folder: Path, seed: int = 0, table=None, *, changes=(), **metada
 
 
 def client(*folders: Path, token: str | None = None, **options) -> TestClient:
-    """A service in this process; to be used as a context."""
+    """Create a test client of a service in this process; use it as a context manager."""
     settings = ServiceSettings(token=token, hosts=("localhost",), **options)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     return TestClient(
@@ -63,21 +63,21 @@ def client(*folders: Path, token: str | None = None, **options) -> TestClient:
 
 
 def replace(folder: Path, other: Path) -> None:
-    """Put a copy of another model in a folder's place the way models are written: whole, by renaming."""
-    beside, old = folder.with_name("beside"), folder.with_name("old")
-    shutil.copytree(other, beside)
+    """Replace a folder by a copy of another model, atomically by renaming, as models are saved."""
+    new, old = folder.with_name("new"), folder.with_name("old")
+    shutil.copytree(other, new)
     folder.rename(old)
-    beside.rename(folder)
+    new.rename(folder)
     shutil.rmtree(old)
 
 
 @contextmanager
 def listening(app):
-    """The real web server on a free port of this machine, in a thread; gives its address."""
-    opened, told = threading.Event(), []
+    """Run the real web server on a free port in a thread; yields its address."""
+    opened, addresses = threading.Event(), []
 
     def open_(address):
-        told.append(address)
+        addresses.append(address)
         opened.set()
 
     one = server(app, host="127.0.0.1", port=0, opened=open_)
@@ -85,7 +85,7 @@ def listening(app):
     thread.start()
     try:
         assert opened.wait(200)
-        yield told[0]
+        yield addresses[0]
     finally:
         one.should_exit = True
         thread.join(200)

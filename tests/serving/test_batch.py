@@ -1,4 +1,4 @@
-"""Recommendations for a file: as those asked one by one, in parts that resume, refused before anything is lost."""
+"""Recommendations for a file: the same as for single queries, in parts that can be resumed, without overwriting."""
 
 import json
 
@@ -19,10 +19,10 @@ def source(tmp_path):
     return path
 
 
-def test_a_file_is_answered_as_its_queries_are(model, source, tmp_path):
-    retriever, target, told = model.retriever, tmp_path / "recs.parquet", []
+def test_a_file_gets_the_same_results_as_its_queries(model, source, tmp_path):
+    retriever, target, calls = model.retriever, tmp_path / "recs.parquet", []
     report = recommend_file(
-        retriever, source, target, k=7, popularity=0.5, deny=[3], block=4, progress=lambda *done: told.append(done)
+        retriever, source, target, k=7, popularity=0.5, deny=[3], block=4, progress=lambda *done: calls.append(done)
     )
     expected = retriever.recommend(QUERIES, k=7, popularity=0.5, deny=[3]).drop("title")
     found = pl.read_parquet(target)
@@ -30,11 +30,11 @@ def test_a_file_is_answered_as_its_queries_are(model, source, tmp_path):
     assert found.drop("score").equals(expected.drop("score"))
     assert found["score"].to_list() == pytest.approx(expected["score"].to_list(), abs=1e-6)
     assert (report.queries, report.answered, report.unknown, report.rows) == (27, 25, 2, 175)
-    assert told[-1] == (27, 27) and len(told) == 7
+    assert calls[-1] == (27, 27) and len(calls) == 7
     assert sorted(path.name for path in tmp_path.iterdir()) == ["queries.parquet", "recs.parquet"]
 
 
-def test_histories_alone_or_beside_ids(model, tmp_path):
+def test_histories_alone_or_with_ids(model, tmp_path):
     retriever, source, target = model.retriever, tmp_path / "q.parquet", tmp_path / "r.parquet"
     histories = [[1, 3, 5], [], [2, 999, 4], None, [999]]
     pl.DataFrame({"history": histories}).write_parquet(source)
@@ -53,7 +53,7 @@ def test_histories_alone_or_beside_ids(model, tmp_path):
     assert found.filter(pl.col("query") == "u001")["item"].to_list() == one["item"].to_list()
 
 
-def test_an_interrupted_file_goes_on(model, source, tmp_path):
+def test_an_interrupted_file_is_resumed(model, source, tmp_path):
     target = tmp_path / "recs.parquet"
 
     def stop(done, total):
@@ -66,11 +66,11 @@ def test_an_interrupted_file_goes_on(model, source, tmp_path):
     parts = tmp_path / ".recs.parquet.parts"
     times = {path.name: path.stat().st_mtime_ns for path in parts.glob("part-*.parquet")}
     assert len(times) == 3
-    with pytest.raises(InputError, match="go on with --resume, or start anew with --force"):
+    with pytest.raises(InputError, match="pass --resume to continue it, or --force to start over"):
         recommend_file(model.retriever, source, target, block=4)
-    with pytest.raises(InputError, match=r"asked something else \(k, popularity\)"):
+    with pytest.raises(InputError, match=r"had other options \(k, popularity\)"):
         recommend_file(model.retriever, source, target, block=4, k=3, popularity=0.2, resume=True)
-    (parts / "part-000002.parquet").unlink()  # as if the machine had stopped in it
+    (parts / "part-000002.parquet").unlink()  # as if the machine had stopped while writing it
     report = recommend_file(model.retriever, source, target, block=4, resume=True)
     assert report.resumed == 8 and report.rows == 250
     assert pl.read_parquet(target).equals(model.retriever.recommend(QUERIES).drop("title")) or (
@@ -79,7 +79,7 @@ def test_an_interrupted_file_goes_on(model, source, tmp_path):
     assert not parts.exists()
 
 
-def test_a_changed_file_is_not_gone_on_with(model, source, tmp_path):
+def test_a_run_on_a_changed_file_is_not_resumed(model, source, tmp_path):
     target = tmp_path / "recs.parquet"
 
     def stop(done, total):
@@ -88,7 +88,7 @@ def test_a_changed_file_is_not_gone_on_with(model, source, tmp_path):
     with pytest.raises(Interrupted):
         recommend_file(model.retriever, source, target, block=4, progress=stop)
     pl.DataFrame({"user_id": QUERIES[:9]}).write_parquet(source)
-    with pytest.raises(InputError, match=r"asked something else \(source\)"):
+    with pytest.raises(InputError, match=r"had other options \(source\)"):
         recommend_file(model.retriever, source, target, block=4, resume=True)
     assert recommend_file(model.retriever, source, target, block=4, force=True).queries == 9
 
@@ -111,10 +111,10 @@ def test_wrong_files_are_refused(model, tmp_path, table, message):
     assert not (tmp_path / "r.parquet").exists()
 
 
-def test_what_is_there_is_not_overwritten(model, source, tmp_path):
+def test_existing_files_are_not_overwritten(model, source, tmp_path):
     target = tmp_path / "recs.parquet"
     target.write_text("mine")
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="already exists"):
         recommend_file(model.retriever, source, target)
     assert target.read_text() == "mine"
     source.write_text("not Parquet")
@@ -125,15 +125,15 @@ def test_what_is_there_is_not_overwritten(model, source, tmp_path):
         recommend_file(model.retriever, source, tmp_path / "nowhere" / "r.parquet")
 
 
-def test_an_empty_file_gives_an_empty_one(model, tmp_path):
+def test_an_empty_input_gives_an_empty_output(model, tmp_path):
     source, target = tmp_path / "q.parquet", tmp_path / "r.parquet"
     pl.DataFrame({"query": pl.Series([], dtype=pl.String)}).write_parquet(source)
     assert recommend_file(model.retriever, source, target).rows == 0
     assert pl.read_parquet(target).columns == ["query", "rank", "item", "score"]
 
 
-def test_other_models_are_other_questions(model, folder, source, tmp_path):
-    """Parts of one model are not mixed with those of another."""
+def test_a_run_of_another_model_is_not_resumed(model, folder, source, tmp_path):
+    """Parts written by different models are not mixed."""
     target = tmp_path / "recs.parquet"
 
     def stop(done, total):
@@ -142,5 +142,5 @@ def test_other_models_are_other_questions(model, folder, source, tmp_path):
     with pytest.raises(Interrupted):
         recommend_file(Retriever.load(folder), source, target, block=4, progress=stop)
     assert json.loads((tmp_path / ".recs.parquet.parts" / "journal.json").read_text())["k"] == 10
-    with pytest.raises(InputError, match=r"asked something else \(model\)"):
+    with pytest.raises(InputError, match=r"had other options \(model\)"):
         recommend_file(model.retriever, source, target, block=4, resume=True)

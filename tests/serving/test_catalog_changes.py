@@ -1,4 +1,4 @@
-"""Items that join, change and leave: found, gone, and nobody else's place moved; against inner products by hand."""
+"""Adding, changing and removing items: results match inner products computed by hand, and other items do not move."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def url():
 
 @pytest.fixture(params=["exact", "hnsw", "ivfpq", "pgvector"])
 def loaded(request, folder, planted_data, tmp_path):
-    """A model in a folder of its own, with an index of a kind; IVF-PQ needs a catalog of a thousand items."""
+    """A model in its own folder, with each kind of index; IVF-PQ needs a catalog of a thousand items."""
     kind = request.param
     if kind in ("hnsw", "ivfpq"):
         pytest.importorskip("faiss", reason="faiss is not installed: pip install 'twotower[ann]'")
@@ -69,7 +69,7 @@ def large(folder, items=1200):
 
 
 def embedded(retriever, query):
-    """u(x) of a known query, in float64."""
+    """Embed a known query: u(x) in float64."""
     artifact = retriever.artifact
     code = artifact.queries.encode([query])
     start, stop = artifact.history_offsets[code[0]], artifact.history_offsets[code[0] + 1]
@@ -78,7 +78,7 @@ def embedded(retriever, query):
 
 
 def catalog_of(retriever):
-    """Id -> vector, by hand."""
+    """Map each item id to its vector."""
     return dict(zip(retriever.artifact.items.ids.to_list(), retriever.artifact.item_embeddings.double(), strict=True))
 
 
@@ -93,8 +93,8 @@ def found(retriever, query, k=EVERYTHING, **asked):
 QUERIES = ("u001", "u002", "u017", "u030")
 
 
-def test_items_come_change_and_go_and_the_rest_stays(loaded):
-    """Through every kind of index; everything is asked for, so that approximate ones have no excuse."""
+def test_items_are_added_changed_and_removed_and_the_rest_stays(loaded):
+    """For every kind of index; all items are requested, so that approximate indexes must find each one."""
     run, retriever = loaded
     catalog = catalog_of(retriever)
     dim = retriever.artifact.item_embeddings.shape[1]
@@ -102,7 +102,7 @@ def test_items_come_change_and_go_and_the_rest_stays(loaded):
     k = len(before["u001"])
     assert before["u001"]["item"].to_list() == best(catalog, embedded(retriever, "u001"), k)
 
-    # Joins: the best item there could be for u001.
+    # Add the best possible item for u001.
     retriever.catalog.add([{"item_id": 5000, "title": "Brand new"}], embeddings=[embedded(retriever, "u001").tolist()])
     catalog[5000] = torch.nn.functional.normalize(embedded(retriever, "u001"), dim=0)
     for query in QUERIES:
@@ -116,7 +116,7 @@ def test_items_come_change_and_go_and_the_rest_stays(loaded):
     assert found(retriever, "u001", filter="title = 'Brand new'")["item"].to_list() == [5000]
     assert retriever.search_titles("brand")["item"].to_list() == [5000]
 
-    # Leaves: the two best of u002.
+    # Remove the two best items of u002.
     gone = [item for item in found(retriever, "u002", k=3)["item"] if item != 5000][:2]
     retriever.catalog.remove(gone)
     for item in gone:
@@ -128,7 +128,7 @@ def test_items_come_change_and_go_and_the_rest_stays(loaded):
     assert not set(gone) & set(retriever.similar([next(iter(catalog))], k=len(catalog))["item"])
     assert not set(gone) & set(retriever.search_titles("item number", k=EVERYTHING)["item"])
 
-    # Changes: an item of the middle of u017's list comes first.
+    # Change an item in the middle of the list of u017 so that it comes first.
     moved = found(retriever, "u017")["item"].to_list()[20]
     retriever.catalog.update([{"item_id": moved}], embeddings=embedded(retriever, "u017")[None].numpy())
     catalog[moved] = torch.nn.functional.normalize(embedded(retriever, "u017"), dim=0)
@@ -137,13 +137,13 @@ def test_items_come_change_and_go_and_the_rest_stays(loaded):
         assert now["item"].to_list() == best(catalog, embedded(retriever, query), len(catalog))
     assert retriever.describe([moved])["title"][0] == f"Item number {moved}"
 
-    # Comes back, with a title of its own; and all of it is kept in the folder.
+    # Add a removed item again with its own title, and save all changes in the folder.
     retriever.catalog.add(
         pl.DataFrame({"item_id": [gone[0]], "title": ["Back"], "embedding": [[1.0] + [0.0] * (dim - 1)]})
     )
     catalog[gone[0]] = torch.eye(dim, dtype=torch.float64)[0]
-    told = save_changes(retriever.catalog, run)
-    assert told == {"joined": 1, "changed": 2, "left": 1}
+    counts = save_changes(retriever.catalog, run)
+    assert counts == {"joined": 1, "changed": 2, "left": 1}
     again = Retriever.load(run)
     assert again.index.kind == retriever.index.kind
     for query in QUERIES:
@@ -153,7 +153,7 @@ def test_items_come_change_and_go_and_the_rest_stays(loaded):
         assert found(again, query, k=len(catalog))["item"].to_list() == best(
             catalog, embedded(again, query), len(catalog)
         )
-    # And changed once more from there.
+    # Change the loaded catalog once more.
     again.catalog.remove([5000])
     assert save_changes(again.catalog, run) == {"joined": 1, "changed": 2, "left": 2}
     assert 5000 not in found(Retriever.load(run), "u001")["item"]
@@ -162,20 +162,20 @@ def test_items_come_change_and_go_and_the_rest_stays(loaded):
             one.index.engine.close()
 
 
-def test_histories_may_hold_items_that_the_tower_does_not_know(folder):
+def test_histories_may_have_items_that_the_tower_does_not_know(folder):
     retriever = Retriever.load(folder)
     plain = retriever.recommend(histories=[[3, 5, 9]], k=30)
     retriever.catalog.add([{"item_id": 5000}], embeddings=[embedded(retriever, "u001").tolist()])
     with_it = retriever.recommend(histories=[[3, 5000, 5, 9]], k=30)
     assert 5000 not in with_it["item"] and 5000 in retriever.recommend(histories=[[3, 5, 9]], k=101)["item"]
     assert with_it["item"].to_list() == [item for item in plain["item"] if item != 5000]
-    told = retriever.explain(item=5000, history=[3, 5000, 9])
-    assert dict(zip(told.history["item"], told.history["contribution"], strict=True))[5000] == pytest.approx(
-        0, abs=1e-6
-    )
+    explanation = retriever.explain(item=5000, history=[3, 5000, 9])
+    assert dict(zip(explanation.history["item"], explanation.history["contribution"], strict=True))[
+        5000
+    ] == pytest.approx(0, abs=1e-6)
 
 
-def test_evaluation_ranks_the_catalog_of_the_training(folder, planted_split, model):
+def test_evaluation_ranks_trained_items_only(folder, planted_split, model):
     retriever = Retriever.load(folder)
     before = retriever.rank(planted_split.test, 10, True)
     retriever.catalog.add([{"item_id": 5000}], embeddings=[embedded(retriever, "u001").tolist()])
@@ -189,10 +189,10 @@ def test_evaluation_ranks_the_catalog_of_the_training(folder, planted_split, mod
         (lambda c: c.update([{"item_id": 777}], embeddings=[[1.0] * 16]), "777 is not in the catalog; add it"),
         (lambda c: c.remove([3, 777]), "777 is not in the catalog"),
         (lambda c: c.remove([]), "expected a list of item ids"),
-        (lambda c: c.add([{"item_id": 777}]), "knows items by their id alone.*column 'embedding' with 16 numbers"),
+        (lambda c: c.add([{"item_id": 777}]), "represents items by their id alone.*column 'embedding' with 16 numbers"),
         (lambda c: c.add([{"item_id": 777}], embeddings=[[1.0] * 15]), r"expected shape \[1, 16\], found \[1, 15\]"),
-        (lambda c: c.add([{"item_id": 777}], embeddings=[[np.nan] * 16]), "no direction, or is not finite"),
-        (lambda c: c.add([{"item_id": 777}], embeddings=[[0.0] * 16]), "no direction, or is not finite"),
+        (lambda c: c.add([{"item_id": 777}], embeddings=[[np.nan] * 16]), "its embedding is zero, or not finite"),
+        (lambda c: c.add([{"item_id": 777}], embeddings=[[0.0] * 16]), "its embedding is zero, or not finite"),
         (lambda c: c.add([{"item_id": 7.5}], embeddings=[[1.0] * 16]), "floats lose ids"),
         (lambda c: c.add([{"item_id": "x"}], embeddings=[[1.0] * 16]), "not an integer"),
         (lambda c: c.add([{"title": "x"}], embeddings=[[1.0] * 16]), "expected a column of item ids"),
@@ -211,8 +211,8 @@ def test_refusals_change_nothing(folder, change, message):
 FEATURES = ["item_tower.features=[{column: colour, kind: categorical}, {column: price, kind: numeric}]"]
 
 
-def test_an_item_that_joins_by_its_features_lies_where_its_twin_does(planted_data, tmp_path):
-    """Without ids, the same features are the same embedding; with ids, an update keeps the item's own part."""
+def test_an_added_item_has_the_embedding_of_an_item_with_the_same_features(planted_data, tmp_path):
+    """Without id embeddings, same features mean same embedding; with them, an update keeps the item's own part."""
     ids = planted_data.items.ids
     table = pl.DataFrame(
         {"colour": [("red", "blue")[j % 2] for j in range(100)], "price": [float(j) for j in range(100)]}
@@ -241,12 +241,12 @@ def test_an_item_that_joins_by_its_features_lies_where_its_twin_does(planted_dat
         assert torch.allclose(moved, now[50], atol=1e-6) is not with_ids
         assert not torch.allclose(moved, now[8], atol=1e-4)
         retriever.catalog.update([{"id": 8, "price": 8.0}])
-        assert torch.allclose(catalog_of(retriever)[8], now[8], atol=1e-6), "back to what it was"
+        assert torch.allclose(catalog_of(retriever)[8], now[8], atol=1e-6), "the original embedding is restored"
         with pytest.raises(InputError, match="colour"):
             retriever.catalog.add(pl.DataFrame({"id": [901], "colour": [[1]], "price": [1.0]}))
 
 
-def test_the_command_and_a_service_that_swaps(folder, tmp_path):
+def test_the_command_and_a_service_that_reloads(folder, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(folder, run / "model")
     direction = embedded(Retriever.load(run), "u001").tolist()
@@ -256,10 +256,10 @@ def test_the_command_and_a_service_that_swaps(folder, tmp_path):
     ask = CliRunner()
     with client(run, watch_seconds=0) as service:
         first = service.post("/recommend", json={"query_id": "u001", "k": 2}).json()
-        told = ask.invoke(
+        result = ask.invoke(
             cli.app, ["items", str(run), "--add", str(tmp_path / "a.parquet"), "--remove", "3,4", "--json"]
         )
-        assert json.loads(told.stdout) == {"joined": 1, "changed": 0, "left": 2}, told
+        assert json.loads(result.stdout) == {"joined": 1, "changed": 0, "left": 2}, result
         assert service.app.state.service.models.refresh() == {"run": "swapped"}
         second = service.post("/recommend", json={"query_id": "u001", "k": 100}).json()
         ids = [row["item"] for row in second["items"]]
@@ -273,7 +273,7 @@ def test_the_command_and_a_service_that_swaps(folder, tmp_path):
         ask.invoke(cli.app, ["items", str(run), "--add", str(tmp_path / "none.csv")], catch_exceptions=False)
 
 
-def test_what_does_not_belong_is_refused(folder, tmp_path):
+def test_changes_that_do_not_match_are_refused(folder, tmp_path):
     pytest.importorskip("faiss", reason="faiss is not installed: pip install 'twotower[ann]'")
     run = tmp_path / "run"
     shutil.copytree(folder, run / "model")
@@ -289,14 +289,14 @@ def test_what_does_not_belong_is_refused(folder, tmp_path):
     (run / "model" / "index" / "index.json").write_text(index_before)
     with pytest.raises(InputError, match="another state of the catalog"):
         Retriever.load(run)
-    build_stored_index(run, "hnsw", k=5)  # which is the advice
+    build_stored_index(run, "hnsw", k=5)  # as the message advises
     assert 3 not in found(Retriever.load(run), "u001")["item"]
     (run / "model" / "changes" / "joined.parquet").write_bytes(b"x")
     with pytest.raises(InputError, match=r"joined.parquet: missing, or its checksum differs"):
         Retriever.load(run)
-    Artifact.load(run).save(run / "model")  # trained again: the changes were of the old catalog
+    Artifact.load(run).save(run / "model")  # saved again: the changes belonged to the old catalog
     assert 3 in found(Retriever.load(run), "u001")["item"]
-    with pytest.raises(InputError, match="another model is there"):
+    with pytest.raises(InputError, match="now contains another model"):
         save_changes(retriever.catalog, drawn_elsewhere(tmp_path, folder))
 
 
@@ -306,12 +306,12 @@ def drawn_elsewhere(tmp_path, folder):
     return other.save(tmp_path / "other" / "model")
 
 
-def test_ids_that_join_a_vocabulary():
+def test_ids_added_to_a_vocabulary():
     first = Vocabulary(["a", "c"])
     both = GrownVocabulary(first, ["b", "d"])
     assert both.encode(["a", "b", "c", "d", "e"]).tolist() == [0, 2, 1, 3, -1] and len(both) == 4
     assert both.decode([3, 0, -1]).to_list() == ["d", "a", None]
-    with pytest.raises(InputError, match="there already"):
+    with pytest.raises(InputError, match="an added id exists already"):
         GrownVocabulary(first, ["c"])
     numbers = GrownVocabulary(Vocabulary([5, 1]), ["7"])
     assert numbers.encode(["7", "1"]).tolist() == [2, 1] and numbers.ids.dtype == pl.Int64

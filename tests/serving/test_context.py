@@ -1,4 +1,4 @@
-"""Where only the context tells which item is met: it is learnt, and every door answers by it."""
+"""Request context that determines the item: it is learned, and every entry point uses it."""
 
 import json
 import sys
@@ -41,7 +41,7 @@ SEQUENCE = "query_tower.history.sequence={kind: gru, blocks: 1, dropout: 0}"
 
 
 def log(days=(0, 14), queries=80, seed=0, devices=("phone", "desk", "tv")):
-    """Anybody takes any item of the device at hand; in the morning its lower half, in the evening its upper half."""
+    """Make a log: items depend on the device, and on the time: lower half in the morning, upper half in the evening."""
     rng = np.random.default_rng(seed)
     rows = []
     for q in range(queries):
@@ -68,13 +68,13 @@ def runs(tmp_path_factory):
 
 
 def places(frame):
-    """Device and half of the day that recommended items belong to."""
+    """Return the device and the half of the day that recommended items belong to."""
     return (frame["item"] // 12).to_numpy(), (frame["item"] % 12 // 6).to_numpy()
 
 
 @pytest.mark.parametrize("name", ["with", "sequence"])
-def test_the_context_tells_what_nothing_else_does(runs, name):
-    """36 items, 6 of them right for a context: the right six in ten places, against ten of 36 by chance."""
+def test_the_context_predicts_what_nothing_else_does(runs, name):
+    """36 items, 6 of them correct for a context: recall of these six at 10, against 10 / 36 by chance."""
     with_, without = runs[name][2]["Recall@10"], runs["without"][2]["Recall@10"]
     assert without < 0.45
     assert with_ > 0.8
@@ -100,9 +100,9 @@ def test_the_service_answers_differently_for_different_contexts(runs, name):
         alone = service.post("/recommend", json={"context": {"device": "tv"}, "k": 6})
         assert alone.status_code == 200
         assert np.mean([one["item"] // 12 == 2 for one in alone.json()["items"]]) > 0.6
-        told = service.post("/explain", json={"query_id": "u07", "items": [3], "context": {"device": "phone"}})
+        phone = service.post("/explain", json={"query_id": "u07", "items": [3], "context": {"device": "phone"}})
         other = service.post("/explain", json={"query_id": "u07", "items": [3], "context": {"device": "tv"}})
-        assert told.json()["items"][0]["logit"] > other.json()["items"][0]["logit"] + 0.5
+        assert phone.json()["items"][0]["logit"] > other.json()["items"][0]["logit"] + 0.5
         alone = service.post("/explain", json={"items": [30], "context": {"device": "tv"}}).json()["items"][0]
         ours = retriever.explain(item=30, context={"device": "tv"})
         assert alone["logit"] == pytest.approx(ours.logit, abs=1e-5) and not alone["history"]
@@ -111,7 +111,7 @@ def test_the_service_answers_differently_for_different_contexts(runs, name):
             assert refused.status_code == 422 and message in refused.text
 
 
-def test_what_is_not_told_is_unknown(runs):
+def test_missing_context_is_unknown(runs):
     retriever = tt.Retriever.load(runs["with"][0])
     plain = retriever.recommend(["u03", "u04"], k=4)
     for context in ({}, {"device": None}, [{}, None], {"timestamp": None, "device": None}):
@@ -125,7 +125,7 @@ def test_what_is_not_told_is_unknown(runs):
     assert (devices[:3] == 1).all() and (devices[3:] == 2).all()
 
 
-def test_wrong_questions_are_told(runs):
+def test_invalid_requests_are_refused(runs):
     retriever = tt.Retriever.load(runs["with"][0])
     with pytest.raises(InputError, match="context: expected one row for each query, 2; found 1"):
         retriever.recommend(["u03", "u04"], context=[{}])
@@ -148,8 +148,8 @@ def test_a_training_row_and_the_same_request_have_one_embedding(runs):
     by_rows = retriever.embed(holdout.queries, histories, context=holdout.context)
     seconds = (holdout.query_times // 1_000_000).tolist()
     asked = [
-        {"device": d, "timestamp": [t, t * 1000, str(moment)][place % 3]}
-        for place, (d, t, moment) in enumerate(
+        {"device": d, "timestamp": [t, t * 1000, str(timestamp)][place % 3]}
+        for place, (d, t, timestamp) in enumerate(
             zip(holdout.context["device"], seconds, holdout.context["timestamp"], strict=True)
         )
     ]
@@ -159,12 +159,12 @@ def test_a_training_row_and_the_same_request_have_one_embedding(runs):
     assert float((by_rows - blind).abs().max()) > 0.1
 
 
-def test_the_service_tells_which_context_it_takes_and_which_column_is_wrong(runs, monkeypatch):
+def test_the_service_reports_the_context_it_takes_and_the_column_at_fault(runs, monkeypatch):
     with client(runs["with"][0]) as service:
-        (told,) = service.get("/models").json()["models"]
+        (summary,) = service.get("/models").json()["models"]
         device = {"column": "device", "kind": "categorical", "values": ["desk", "phone", "tv"], "separator": None}
-        moment = {"column": "timestamp", "kind": "timestamp", "values": None, "separator": None}
-        assert told["context"] == [device, moment]
+        timestamp = {"column": "timestamp", "kind": "timestamp", "values": None, "separator": None}
+        assert summary["context"] == [device, timestamp]
         for path, more in (("/recommend", {}), ("/explain", {"items": [3]})):
             for column, value in (("timestamp", "soon"), ("devi/ce é", 1)):
                 asked = {"query_id": "u07", "context": {"device": "tv", column: value}, **more}
@@ -181,7 +181,7 @@ def test_the_service_tells_which_context_it_takes_and_which_column_is_wrong(runs
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """Rows of each call that encodes features, in order."""
+    """Number of rows of each call that encodes features, in order."""
     calls, original = [], FeatureSet.encode_rows
 
     def counted(features, frame, place):
@@ -207,18 +207,18 @@ def test_the_context_of_a_request_is_encoded_once(runs, name, encoded):
         assert encoded == [1]
 
 
-def listed(told):
-    rows = json.loads(told)["items"]
+def listed(body):
+    rows = json.loads(body)["items"]
     return [row["item"] for row in rows], [row["score"] for row in rows]
 
 
-def assert_same(told, others):
-    """Lists of items, and scores as good as products of batches of different sizes give them."""
-    for (items, scores), (expected, logits) in zip(told, others, strict=True):
+def assert_same(found, others):
+    """Compare item lists, and scores up to the rounding of products with different batch sizes."""
+    for (items, scores), (expected, logits) in zip(found, others, strict=True):
         assert items == expected and np.allclose(scores, logits, atol=1e-5)
 
 
-def test_a_batch_is_encoded_together_and_one_that_is_wrong_is_found_with_few_tries(runs, encoded):
+def test_a_batch_is_encoded_together_and_an_invalid_context_is_found_in_few_calls(runs, encoded):
     model = ServedModel.load("with", runs["with"][0])
     key = RecommendKey("recommend", model, True, None, 1.0, None)
     asked = [Question(4, f"u{n:02d}", context={"device": ("phone", "tv")[n % 2]}) for n in range(32)]
@@ -227,7 +227,7 @@ def test_a_batch_is_encoded_together_and_one_that_is_wrong_is_found_with_few_tri
     encoded.clear()
     assert_same([listed(one) for one in answer(key, asked)], alone)
     assert encoded == [32]
-    # One wrong, one of nobody, one without a context: the others are answered as before.
+    # One invalid context, one unknown query, one without context: the others are answered as before.
     asked[13] = replace(asked[13], context={"timestamp": "soon"})
     asked[21], asked[30] = replace(asked[21], query="nobody"), replace(asked[30], context=None)
     alone[30] = listed(answer(key, [asked[30]])[0])
@@ -237,7 +237,7 @@ def test_a_batch_is_encoded_together_and_one_that_is_wrong_is_found_with_few_tri
     assert_same([listed(found[place]) for place in others], [alone[place] for place in others])
     assert str(found[13]).startswith("context: column 'timestamp', row 1: expected unix time or ISO text")
     assert "query_id" in str(found[21])
-    # The whole batch, then two halves of what is wrong each time; a call more for each sort of context in it.
+    # The whole batch, then two halves of the failing part each time; times the kinds of context in it.
     assert len(encoded) <= 3 * (1 + 2 * 5)
 
 
@@ -261,13 +261,13 @@ def test_the_command_line_and_files(runs, tmp_path, monkeypatch, capsys):
     assert code == 2 and "--context [1]: expected an object" in err
     rows = pl.DataFrame({"user_id": ["u05", "u05", "nobody"], "device": ["desk", "tv", "tv"]})
     rows.write_parquet(tmp_path / "asked.parquet")
-    recommend_file(tt.Retriever.load(folder), tmp_path / "asked.parquet", tmp_path / "told.parquet", k=3)
-    devices, _ = places(pl.read_parquet(tmp_path / "told.parquet"))
+    recommend_file(tt.Retriever.load(folder), tmp_path / "asked.parquet", tmp_path / "found.parquet", k=3)
+    devices, _ = places(pl.read_parquet(tmp_path / "found.parquet"))
     assert devices.tolist() == [1, 1, 1, 2, 2, 2]
     code, out, err = run(monkeypatch, capsys, "features", folder.parent / "log.csv")
     assert code == 0, err
     assert "query_tower:\n  context:" in out and "{column: timestamp, kind: timestamp, parts: [hour, weekday]}" in out
-    assert "determined by the item" in out  # here no item is ever met on two devices
+    assert "goes with the item" in out  # in this log no item occurs on two devices
 
 
 def test_an_export_refuses(runs, tmp_path):
@@ -275,7 +275,7 @@ def test_an_export_refuses(runs, tmp_path):
         export_query_tower(runs["with"][0], tmp_path / "out", "torch")
 
 
-def test_a_saved_model_is_measured_again_on_the_questions_in_their_context(runs):
+def test_a_saved_model_is_evaluated_again_with_the_context_of_the_test(runs):
     folder, model, values = runs["with"]
     artifact, split = reread(folder)
     again = tt.evaluate(tt.Retriever(artifact), split.test, train=split.train, ks=(10,), baselines=False)
@@ -285,7 +285,7 @@ def test_a_saved_model_is_measured_again_on_the_questions_in_their_context(runs)
 
 @pytest.mark.parametrize("name", ["with", "sequence"])
 def test_new_days_bring_new_devices(runs, name, tmp_path):
-    """A training that goes on learns a device of the new days, and keeps what it knew of the old ones."""
+    """Continued training learns a device of the new days, and keeps what it knew of the old ones."""
     folder, model, _ = runs[name]
     log((14, 24), seed=3, devices=("phone", "desk", "watch")).write_csv(tmp_path / "new.csv")
     config = Config.load(None, ["training.max_epochs=6"], base=tt.run.settings_of(folder))
@@ -314,7 +314,7 @@ def test_new_days_bring_new_devices(runs, name, tmp_path):
     data = read_data(tmp_path / "new.csv", config.data, context=["device", "timestamp"])
     assert set(split.test.context["device"]) <= set(data.context["device"])
     again = tt.evaluate(tt.Retriever(artifact), split.test, train=split.train, ks=(10,), baselines=False)
-    told = child.artifact.metadata["metrics"]
+    saved = child.artifact.metadata["metrics"]
     assert again["model"].values["Recall@10"] == pytest.approx(
-        json.loads(json.dumps(told))["rows"][0]["values"]["Recall@10"]
+        json.loads(json.dumps(saved))["rows"][0]["values"]["Recall@10"]
     )

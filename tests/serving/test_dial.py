@@ -1,4 +1,4 @@
-"""The popularity dial: its sign, its meaning, and that an index answers as re-ranking everything by hand does."""
+"""The popularity dial: its sign, its meaning, and an index against re-ranking the whole catalog by hand."""
 
 import math
 
@@ -13,7 +13,7 @@ from twotower.serving import Retriever
 
 
 def by_hand(retriever, query, b, seen):
-    """log P(y|x) + (b - 1) log p(y) over the whole catalog in float64, best first, seen items left out."""
+    """Rank the whole catalog by log P(y|x) + (b - 1) log p(y) in float64, best first, without seen items."""
     artifact = retriever.artifact
     code = artifact.queries.encode([query])
     start, stop = artifact.history_offsets[code[0]], artifact.history_offsets[code[0] + 1]
@@ -35,7 +35,7 @@ def by_hand(retriever, query, b, seen):
 
 
 @pytest.mark.parametrize("b", [0.0, 0.3, 0.5, 1.0, 1.7])
-def test_the_index_answers_as_re_ranking_by_hand(model, b):
+def test_the_index_ranks_as_re_ranking_by_hand(model, b):
     retriever = model.retriever
     found = retriever.recommend(["u007"], k=100, popularity=b)
     expected = by_hand(retriever, "u007", b, seen=True)
@@ -88,7 +88,7 @@ def test_a_setting_out_of_range_is_refused(model, b):
 
 
 def test_one_approximate_index_serves_every_setting(model):
-    """An approximate index over the longer vectors gives the exact answers for every setting, in a small catalog."""
+    """In a small catalog, an approximate index over the extended vectors finds the exact results for every setting."""
     pytest.importorskip("faiss")
     from twotower.index import ApproximateIndex
     from twotower.index.graph import HNSW
@@ -105,7 +105,7 @@ def test_one_approximate_index_serves_every_setting(model):
         assert one["score"].to_list() == pytest.approx(two["score"].to_list(), abs=1e-5)
 
 
-def test_the_curve_is_what_evaluation_measures(model, planted_split):
+def test_the_curve_matches_evaluation(model, planted_split):
     curve = popularity_curve(model.retriever, planted_split.test, train=planted_split.train, k=10, settings=(1.0, 0.0))
     assert [point.popularity for point in curve.points] == [0.0, 1.0]
     discovery, trained = curve.points
@@ -121,7 +121,7 @@ def test_the_curve_is_what_evaluation_measures(model, planted_split):
     assert curve.to_dict()["points"][1]["recall"] == trained.recall
 
 
-def test_the_best_setting_has_the_highest_ndcg_and_of_equal_ones_is_nearest_to_one():
+def test_the_best_setting_has_the_highest_ndcg_and_ties_go_to_the_one_nearest_to_one():
     def point(b, ndcg):
         return DialPoint(b, 0.5, 0.5, ndcg, 0.5, 1.0, 0.5)
 

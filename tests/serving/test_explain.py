@@ -1,4 +1,4 @@
-"""Explanations against recommendations made by hand without one item of the history."""
+"""Explanations, compared with recommendations without one item of the history."""
 
 import json
 
@@ -9,45 +9,45 @@ from twotower.errors import InputError
 
 
 def logit_of(retriever, history, item, b=1.0):
-    """The item's score for a history, in logits; every item is asked for."""
+    """Return the score of an item for a history, in logits."""
     found = retriever.recommend(histories=[history], k=100, exclude_seen=False, popularity=b)
     scores = dict(zip(found["item"], found["score"], strict=True))
     return scores[item] / float(retriever.artifact.towers.temperature.detach())
 
 
 @pytest.mark.parametrize("b", [1.0, 0.5])
-def test_contributions_are_what_the_item_loses_without_them(model, b):
+def test_contributions_are_the_logits_lost_without_them(model, b):
     retriever, history = model.retriever, [1, 3, 5, 8, 11]
-    told = retriever.explain(history=history, item=7, popularity=b)
+    explanation = retriever.explain(history=history, item=7, popularity=b)
     whole = logit_of(retriever, history, 7, b)
-    assert told.logit == pytest.approx(whole, abs=1e-4)
-    got = dict(zip(told.history["item"], told.history["contribution"], strict=True))
+    assert explanation.logit == pytest.approx(whole, abs=1e-4)
+    got = dict(zip(explanation.history["item"], explanation.history["contribution"], strict=True))
     for place, item in enumerate(history):
         without = history[:place] + history[place + 1 :]
         assert got[item] == pytest.approx(whole - logit_of(retriever, without, 7, b), abs=1e-3)
-    assert told.history["contribution"].is_sorted(descending=True)
-    assert told.history["title"][0] == f"Item number {told.history['item'][0]}"
+    assert explanation.history["contribution"].is_sorted(descending=True)
+    assert explanation.history["title"][0] == f"Item number {explanation.history['item'][0]}"
 
 
-def test_an_odd_item_is_pulled_up_by_odd_ones(model):
-    told = model.retriever.explain(history=[1, 3, 5, 7, 2], item=9)
-    assert told.history["item"][-1] == 2, "the even item pulls it up least"
+def test_odd_items_contribute_to_an_odd_item(model):
+    explanation = model.retriever.explain(history=[1, 3, 5, 7, 2], item=9)
+    assert explanation.history["item"][-1] == 2, "the even item contributes least"
 
 
-def test_older_items_than_the_tower_sees_move_up(model):
-    """L is 10; without one of the last ten the eleventh takes its place."""
+def test_items_older_than_the_tower_reads_move_up(model):
+    """L is 10; without one of the last ten items, the eleventh takes its place."""
     history = list(range(1, 60, 4))
-    told = model.retriever.explain(history=history, item=3)
-    assert sorted(told.history["item"]) == history[-10:]
+    explanation = model.retriever.explain(history=history, item=3)
+    assert sorted(explanation.history["item"]) == history[-10:]
     whole = logit_of(model.retriever, history, 3)
     without = logit_of(model.retriever, history[:-1], 3)
-    got = dict(zip(told.history["item"], told.history["contribution"], strict=True))
+    got = dict(zip(explanation.history["item"], explanation.history["contribution"], strict=True))
     assert got[history[-1]] == pytest.approx(whole - without, abs=1e-3)
 
 
 def test_popularity_is_the_fitted_part_of_the_lift(model):
     retriever, artifact = model.retriever, model.artifact
-    told = retriever.explain("u005", item=1)
+    explanation = retriever.explain("u005", item=1)
     found = retriever.recommend(["u005"], k=100, exclude_seen=False)
     codes = artifact.items.encode(found["item"].to_list())
     logits = np.empty(100)
@@ -56,10 +56,14 @@ def test_popularity_is_the_fitted_part_of_the_lift(model):
     log_p = np.log(counts / counts.sum())
     slope, intercept = np.polyfit(log_p, logits, 1)
     code = artifact.items.encode([1])[0]
-    assert told.popularity == pytest.approx(slope * log_p[code] + intercept - logits.mean(), abs=1e-3)
-    assert told.lift == pytest.approx(logits[code] - logits.mean(), abs=1e-4)
-    assert told.popularity_share == pytest.approx(told.popularity / told.lift) if told.lift > 0 else True
-    assert json.loads(json.dumps(told.to_dict()))["item"] == 1
+    assert explanation.popularity == pytest.approx(slope * log_p[code] + intercept - logits.mean(), abs=1e-3)
+    assert explanation.lift == pytest.approx(logits[code] - logits.mean(), abs=1e-4)
+    assert (
+        explanation.popularity_share == pytest.approx(explanation.popularity / explanation.lift)
+        if explanation.lift > 0
+        else True
+    )
+    assert json.loads(json.dumps(explanation.to_dict()))["item"] == 1
 
 
 def test_refusals(model):
@@ -73,7 +77,7 @@ def test_refusals(model):
             ask(model.retriever)
 
 
-def test_titles_are_found_by_what_they_contain(model):
+def test_titles_are_found_by_substring(model):
     found = model.retriever.search_titles("NUMBER 1", k=5)
     assert found.columns == ["item", "title", "interactions"]
     assert all("number 1" in title.lower() for title in found["title"])
@@ -84,7 +88,7 @@ def test_titles_are_found_by_what_they_contain(model):
         model.retriever.search_titles("x", k=0)
 
 
-def test_what_is_known_of_an_item(priced):
+def test_describe_returns_everything_known_about_an_item(priced):
     found = priced.describe([4, 0])
     assert found["title"].to_list() == ["Item number 4", "Item number 0"]
     assert found["country"].to_list() == ["DE", "FR"]

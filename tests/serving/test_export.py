@@ -1,4 +1,4 @@
-"""The exported query tower: equal to the original in batches it was not exported with, run without this package."""
+"""The exported query tower: equal to the original for other batch sizes, and runs without this package."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ from twotower.serving.export import export_query_tower
 
 @pytest.fixture(scope="module")
 def with_ids(planted_split, tmp_path_factory):
-    """A model that knows queries by an id embedding as well as by their history; a third of them has no row."""
+    """A model with query id embeddings and histories; a third of the queries has no training row."""
     settings = ["training.max_epochs=1", "training.batch_size=64", "item_tower.dimension=8",
                 "query_tower.id_embedding=true", "query_tower.history.length=6"]  # fmt: skip
     model = tt.fit(planted_split, Config.load(None, settings), progress=False)
@@ -31,7 +31,7 @@ def with_ids(planted_split, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def with_item_features(tmp_path_factory):
-    """A model whose histories go through an item tower with bags of values, as those of the preset dnn."""
+    """A model whose history goes through an item tower with multi-valued features, as in the preset dnn."""
     rng = np.random.default_rng(0)
     log = pl.DataFrame({"user_id": rng.integers(0, 20, 300), "item_id": rng.integers(0, 25, 300)})
     items = pl.DataFrame({
@@ -81,7 +81,7 @@ def test_an_export_equals_the_original(which, format_, request, tmp_path):
         else:
             found = torch.export.load(path).module()(*map(torch.from_numpy, given)).detach().numpy()
         if which == "with_ids":
-            new = np.where(queries % 3 == 0, -1, queries)  # one without a training row is one nobody has met
+            new = np.where(queries % 3 == 0, -1, queries)  # a query without a training row is a new one
             with torch.no_grad():
                 known = artifact.towers.embed_queries(torch.from_numpy(new), torch.from_numpy(history)).numpy()
             assert np.array_equal(known, expected)
@@ -99,7 +99,7 @@ def test_a_sequence_tower_with_time_gaps_as_onnx(planted_data, kind, tmp_path):
     assert report["inputs"] == {"history": "int64 [B, 6]", "gaps": "int64 [B, 6]"}
     session = onnxruntime.InferenceSession(tmp_path / "out" / report["file"], providers=["CPUExecutionProvider"])
     artifact = Artifact.load(folder)
-    for rows in (1, 2, 117):  # none of them the batch that it was exported with
+    for rows in (1, 2, 117):  # other batch sizes than in the export
         queries, items = asked(artifact, rows, 6, rows)
         days = np.random.default_rng(rows).exponential(20.0, (rows, 6)).cumsum(1)
         codes = [given_gaps((86_400 * row).tolist(), 6) for row in days]  # as the service reads times
@@ -116,7 +116,7 @@ def test_a_sequence_tower_with_time_gaps_as_onnx(planted_data, kind, tmp_path):
 
 
 def test_it_serves_without_torch_and_without_this_package(folder, model, tmp_path):
-    """The answers of the model from the exported folder alone, with onnxruntime, numpy and safetensors."""
+    """The exported folder alone gives the model's results, with onnxruntime, numpy and safetensors."""
     pytest.importorskip("onnxruntime")
     export_query_tower(folder, tmp_path / "out", "onnx")
     history = [1, 3, 5]
@@ -125,10 +125,10 @@ def test_it_serves_without_torch_and_without_this_package(folder, model, tmp_pat
         import json, sys
         import numpy as np, onnxruntime
         from safetensors.numpy import load_file
-        told = json.load(open("export.json"))
-        history = np.full((1, told["history_length"]), -1, dtype=np.int64)
+        report = json.load(open("export.json"))
+        history = np.full((1, report["history_length"]), -1, dtype=np.int64)
         history[0, -3:] = {codes}
-        u = onnxruntime.InferenceSession(told["file"]).run(None, {{"history": history}})[0]
+        u = onnxruntime.InferenceSession(report["file"]).run(None, {{"history": history}})[0]
         items = load_file("items.safetensors")
         scores = items["embeddings"] @ u[0] + (0.5 - 1.0) * items["popularity"]
         scores[{codes}] = -np.inf

@@ -1,4 +1,4 @@
-"""Conditions, allow and deny lists: what passes, what is refused, and that no result is lost."""
+"""Conditions, allow and deny lists: which items pass, what is refused, and that no result is lost."""
 
 import numpy as np
 import polars as pl
@@ -60,18 +60,18 @@ def test_a_condition_passes_the_items_it_holds_for(condition, passing):
         ("regexp_like(country, '(')", "regex"),
     ],
 )
-def test_a_condition_that_cannot_be_understood_is_refused(condition, message):
-    with pytest.raises(InputError, match="^filter") as told:
+def test_an_invalid_condition_is_refused(condition, message):
+    with pytest.raises(InputError, match="^filter") as raised:
         condition_mask(condition, TABLE, 4)
-    assert message in str(told.value)
-    assert len(str(told.value)) < 500 and "\n" not in str(told.value)
+    assert message in str(raised.value)
+    assert len(str(raised.value)) < 500 and "\n" not in str(raised.value)
 
 
-def test_lists_join_with_the_condition():
+def test_lists_and_condition_combine():
     mask = allowed_items(ITEMS, TABLE, condition="price < 28", allow=[10, 20, 40, 99], deny=["40", 98])
     assert mask.tolist() == [True, False, False, False]
     assert allowed_items(ITEMS, TABLE) is None
-    assert allowed_items(ITEMS, None, deny=[1, 2]) is None, "nothing known is denied: nothing to mask"
+    assert allowed_items(ITEMS, None, deny=[1, 2]) is None, "no known item is denied: no mask needed"
 
 
 @pytest.mark.parametrize(
@@ -84,13 +84,13 @@ def test_lists_join_with_the_condition():
         ({"condition": "price < 3"}, "no item table"),
     ],
 )
-def test_lists_that_are_none_are_refused(lists, message):
+def test_invalid_lists_are_refused(lists, message):
     with pytest.raises(InputError, match=message):
         allowed_items(ITEMS, None, **lists)
 
 
 def test_recommend_loses_nothing_to_a_filter(priced):
-    """Filtered answers are the unfiltered ranking with everything else taken out, all of it."""
+    """Filtered results are the complete unfiltered ranking without the items that do not pass."""
     everything = priced.recommend(["u003", "u010"], k=100)
     narrow = priced.recommend(["u003", "u010"], k=100, filter="country = 'FR' and price < 30", deny=[3, 9])
     table = priced.artifact.item_table

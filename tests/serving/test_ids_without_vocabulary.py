@@ -1,4 +1,4 @@
-"""Query ids that are hashed, or codes: retriever, files of queries and service find the rows of the training."""
+"""Query ids that are hashed or codes: retriever, query files and service find the training rows."""
 
 import polars as pl
 import pytest
@@ -11,7 +11,7 @@ from twotower.ids import HashedIds, hash_ids
 from twotower.serving import Artifact, Retriever
 from twotower.serving.batch import recommend_file
 
-ROWS = 40  # for 60 queries: many share one, some rows are empty
+ROWS = 40  # for 60 queries: many share a row, some rows are empty
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +38,13 @@ def history(data, code: int) -> list:
 
 
 def strangers(data) -> tuple[str, str]:
-    """An id that nobody has met whose row is taken, and one whose row is empty."""
+    """Find two unseen ids: one whose row is in use, and one whose row is empty."""
     names = [f"stranger {n}" for n in range(1000)]
     taken = next(name for name in names if history(data, row(name)))
     return taken, next(name for name in names if not history(data, row(name)))
 
 
-def test_the_history_of_a_row_is_that_of_all_who_share_it(data, retriever, folder):
+def test_the_history_of_a_row_is_that_of_all_ids_that_share_it(data, retriever, folder):
     assert Artifact.load(folder).queries == HashedIds(Hashed(ROWS))
     frame = planted()
     for query in ("u000", "u017"):
@@ -52,10 +52,10 @@ def test_the_history_of_a_row_is_that_of_all_who_share_it(data, retriever, folde
         assert retriever.history(query)["item"].to_list() == of_row["item_id"].to_list() == history(data, row(query))
 
 
-def test_retriever_and_service_answer_for_the_row_of_an_id(data, retriever, folder):
+def test_retriever_and_service_use_the_row_of_an_id(data, retriever, folder):
     queries = ["u003", "u021", "u059"]
     found = retriever.recommend(queries, k=5)
-    assert found["query"].to_list() == [query for query in queries for _ in range(5)], "as it was asked"
+    assert found["query"].to_list() == [query for query in queries for _ in range(5)], "the ids as given"
     with client(folder) as service:
         for query in queries:
             own = found.filter(pl.col("query") == query)["item"].to_list()
@@ -67,7 +67,7 @@ def test_retriever_and_service_answer_for_the_row_of_an_id(data, retriever, fold
         assert service.get("/page/queries").json()["queries"] == []
 
 
-def test_an_id_of_an_empty_row_is_unknown_and_one_of_a_taken_row_answers_like_it(data, retriever, folder):
+def test_an_id_with_an_empty_row_is_unknown_and_one_with_a_used_row_gets_its_results(data, retriever, folder):
     taken, empty = strangers(data)
     with pytest.raises(InputError, match=f"query '{empty}': not in"):
         retriever.recommend([empty])

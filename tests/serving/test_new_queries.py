@@ -1,4 +1,4 @@
-"""New queries known by features alone, by features and history, or by id with other features: every door alike."""
+"""Queries given by features alone, by features and history, or by id with other features, at every entry point."""
 
 import json
 import sys
@@ -32,7 +32,7 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def retriever(tmp_path_factory):
-    """Even queries take even items; the query table knows the taste."""
+    """A model of a log where even queries take even items; the query table has the taste."""
     rng = np.random.default_rng(0)
     rows = [
         (f"u{q:02d}", int(item), int(rng.integers(1e9, 1.1e9)))
@@ -57,7 +57,7 @@ def parity(found):
     return float((found["item"] % 2 == 0).mean())
 
 
-def test_features_alone_say_what_a_new_query_likes(retriever):
+def test_features_alone_determine_what_a_new_query_likes(retriever):
     rows = [{"taste": "even", "tags": ["0"]}, {"taste": "odd", "tags": ["1", "x"]}]
     found = retriever.recommend(features=rows, k=10)
     even, odd = (found.filter(pl.col("query") == place) for place in (0, 1))
@@ -79,7 +79,7 @@ def test_the_known_features_given_again_change_nothing(retriever):
 
 
 def test_features_of_requests_that_share_a_batch_do_not_disturb_each_other(tmp_path, planted_data):
-    """Unix seconds beside milliseconds, text and a date; a number beside text: each is read as if it had come alone."""
+    """Mixed formats in a batch (unix seconds, milliseconds, text, dates) are read as in single requests."""
     people = pl.DataFrame({
         "user_id": planted_data.queries.ids, "code": [str(q % 4) for q in range(60)],
         "since": [f"20{10 + q % 9}-05-31" for q in range(60)],
@@ -87,8 +87,8 @@ def test_features_of_requests_that_share_a_batch_do_not_disturb_each_other(tmp_p
     declared = "query_tower.features=[{column: code, kind: categorical}, {column: since, kind: timestamp}]"
     data = replace(planted_data, query_table=people)
     found = tt.Retriever.load(drawn(data, tmp_path / "model", changes=[declared]))
-    moments = [1_400_000_000, 1_400_000_000_000, "1400000000", "2014-05-13 16:53:20", None]
-    rows = [{"code": code, "since": one} for one, code in zip(moments, (3, "3", 3, "3", "none such"), strict=True)]
+    times = [1_400_000_000, 1_400_000_000_000, "1400000000", "2014-05-13 16:53:20", None]
+    rows = [{"code": code, "since": one} for one, code in zip(times, (3, "3", 3, "3", "none such"), strict=True)]
     nobody = np.full(1, -1), (np.zeros(2, dtype=np.int64), np.zeros(0, dtype=np.int32))
     alone = torch.cat([found.embed(*nobody, [row]) for row in rows])
     together = found.embed(np.full(5, -1), (np.zeros(6, dtype=np.int64), nobody[1][1]), rows)
@@ -97,7 +97,7 @@ def test_features_of_requests_that_share_a_batch_do_not_disturb_each_other(tmp_p
     assert float((alone[4] - alone[0]).abs().max()) > 1e-3
 
 
-def test_features_and_history_together_are_what_the_towers_give(retriever):
+def test_features_and_history_together_match_the_towers(retriever):
     row, history = {"taste": "even", "tags": None}, [4, 8, 20]
     found = retriever.recommend(features=[row], histories=[history], k=7)
     towers, artifact = retriever.artifact.towers, retriever.artifact
@@ -119,7 +119,7 @@ def test_features_and_history_together_are_what_the_towers_give(retriever):
         ({}, "query ids, histories or features"),
     ],
 )
-def test_what_cannot_be_asked_is_told(retriever, asked, message):
+def test_invalid_requests_are_refused(retriever, asked, message):
     with pytest.raises(InputError, match=message):
         retriever.recommend(**asked)
 
@@ -129,8 +129,8 @@ def test_a_model_without_query_features_says_so(model):
         tt.Retriever(model.artifact).recommend(features=[{"taste": "even"}])
 
 
-def test_a_history_alone_is_no_question_to_a_model_that_reads_none(tmp_path, planted_data, monkeypatch, capsys):
-    """Refused at every door; beside an id or features it says what was seen, and no more."""
+def test_a_history_alone_is_refused_by_a_model_that_reads_none(tmp_path, planted_data, monkeypatch, capsys):
+    """Refused at every entry point; with an id or features, it only says which items were seen."""
     people = pl.DataFrame({"user_id": planted_data.queries.ids, "code": [str(q % 4) for q in range(60)]})
     changes = [
         "query_tower.history=null",
@@ -171,7 +171,7 @@ def test_a_history_alone_is_no_question_to_a_model_that_reads_none(tmp_path, pla
             assert service.post("/recommend", json={**known, "history": [1, 2]}).status_code == 200
 
 
-def test_the_command_line_and_the_service_answer_alike(retriever, monkeypatch, capsys):
+def test_the_command_line_and_the_service_give_the_same_results(retriever, monkeypatch, capsys):
     row = {"taste": "odd", "tags": ["1"]}
     wanted = retriever.recommend(features=[row], k=4)
     monkeypatch.setattr(

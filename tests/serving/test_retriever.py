@@ -1,4 +1,4 @@
-"""The model folder and the retriever: the same answers after loading, by ids, and clear refusals."""
+"""The model folder and the retriever: the same results after loading, and clear errors."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ def test_a_loaded_model_ranks_and_recommends_the_same(model, folder, planted_spl
 
 
 def test_recommend_returns_what_evaluate_ranks(folder, planted_split):
-    """The ids of `rank` for a holdout's histories are the ids of `recommend` for the same histories."""
+    """`rank` for a holdout and `recommend` for the same histories return the same ids."""
     loaded, test = Retriever.load(folder), planted_split.test
     ranked = loaded.rank(test, 10, True)
     queries = loaded.artifact.queries.decode(test.queries).to_list()
@@ -74,14 +74,14 @@ def test_titles_and_similar(model):
     assert found["title"].to_list() == [f"Item number {j}" for j in found["item"]]
     assert found["score"].is_sorted(descending=True)
     many = model.retriever.similar(list(range(40)), k=6)
-    assert ((many["of"] - many["item"]) % 2 == 0).mean() > 0.7, "items of one taste are near to each other"
+    assert ((many["of"] - many["item"]) % 2 == 0).mean() > 0.7, "items of one taste are near each other"
 
 
 def test_neighbours_of_text_ids_come_without_a_warning(tmp_path):
     data = Interactions.from_frame(planted().with_columns(item_id=pl.format("i{}", "item_id")))
     found = Retriever.load(drawn(data, tmp_path / "model"))
     always = torch.is_warn_always_enabled()
-    torch.set_warn_always(True)  # torch warns once in a process, which may have been in another test
+    torch.set_warn_always(True)  # torch warns once per process, maybe already in another test
     try:
         assert "i4" not in found.similar(["i4"], k=6)["item"].to_list()
     finally:
@@ -100,7 +100,7 @@ def test_neighbours_of_text_ids_come_without_a_warning(tmp_path):
         (lambda r: r.similar([1], k=-1), "at least 1"),
     ],
 )
-def test_bad_questions_are_refused(model, ask, message):
+def test_invalid_requests_are_refused(model, ask, message):
     with pytest.raises(InputError, match=message):
         ask(model.retriever)
 
@@ -141,7 +141,7 @@ def test_a_damaged_folder_is_refused(folder, tmp_path, change, message):
         Artifact.load(tmp_path / "nowhere")
 
 
-def test_saving_replaces_whole_and_leaves_nothing_else(model, tmp_path):
+def test_saving_replaces_the_folder_and_leaves_nothing_else(model, tmp_path):
     first = model.save(tmp_path / "m")
     (first / "stale.txt").write_text("from an older model")
     model.save(tmp_path / "m")
@@ -163,7 +163,7 @@ def test_a_failed_save_keeps_the_old_model(model, tmp_path, monkeypatch):
     assert sorted(path.name for path in target.iterdir()) == before
 
 
-#: What training, evaluation and reports need; a served model is answered without any of it installed.
+#: Packages for training, evaluation and reports; serving works without any of them installed.
 NOT_FOR_SERVING = (
     *("twotower.training", "twotower.analysis", "twotower.run", "twotower.build", "twotower.comparison"),
     *("pytorch_lightning", "lightning", "torchmetrics", "scipy", "pooch", "sklearn", "pandas", "pyarrow", "matplotlib"),
@@ -171,7 +171,7 @@ NOT_FOR_SERVING = (
 
 
 def test_serving_loads_no_trainer(folder):
-    """Neither the retriever nor the service: the packages of training cannot be imported, and nothing of it is."""
+    """Retriever and service run although the training packages cannot be imported."""
     code = f"""
 import sys
 for name in {NOT_FOR_SERVING!r}:

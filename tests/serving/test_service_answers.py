@@ -1,4 +1,4 @@
-"""What the service answers: the ids that `evaluate` ranks and the retriever gives, alone and in batches."""
+"""Results of the service: the ids that `evaluate` ranks and the retriever returns, alone and in batches."""
 
 import asyncio
 import threading
@@ -40,7 +40,7 @@ def ids(answer):
 
 
 class Measured:
-    """A ranker that remembers what evaluation was given."""
+    """A ranker that records its rankings."""
 
     def __init__(self, ranker):
         self.ranker, self.ranked = ranker, []
@@ -51,7 +51,7 @@ class Measured:
 
 
 def test_the_service_answers_what_evaluate_ranks_and_the_retriever_returns(service, retriever, planted_split):
-    """Known queries with the histories of the test, every one, many at a time: the ids that `evaluate` measured."""
+    """Concurrent requests for all test queries with their histories return the ids that `evaluate` measured."""
     test, artifact = planted_split.test, retriever.artifact
     measured = Measured(retriever)
     evaluate(measured, test, train=planted_split.train, ks=(10,), baselines=False)
@@ -84,7 +84,7 @@ def test_the_service_answers_what_evaluate_ranks_and_the_retriever_returns(servi
         ({"query_id": "u008", "filter": "title LIKE '%3%'", "popularity": 2}, {"queries": ["u008"], "popularity": 2.0}),
     ],
 )
-def test_every_way_to_ask_gives_what_the_retriever_gives(service, retriever, body, asked):
+def test_every_kind_of_request_matches_the_retriever(service, retriever, body, asked):
     answer = service.post("/recommend", json=body)
     expected = retriever.recommend(**asked, filter=body.get("filter"))
     assert ids(answer) == expected["item"].to_list()
@@ -96,16 +96,16 @@ def test_every_way_to_ask_gives_what_the_retriever_gives(service, retriever, bod
     assert [row["interactions"] for row in rows] == counts.tolist()
 
 
-def test_neighbours_are_the_retrievers(service, retriever):
+def test_similar_items_match_the_retriever(service, retriever):
     for body in ({"item": 4, "k": 6}, {"item": "17", "k": 99}, {"item": 3, "filter": "title LIKE '%1'"}):
         expected = retriever.similar([int(body["item"])], body.get("k", 10), filter=body.get("filter"))
         assert ids(service.post("/similar", json=body)) == expected["item"].to_list()
 
 
-def test_explanations_are_the_retrievers(service, retriever):
+def test_explanations_match_the_retriever(service, retriever):
     items = ids(service.post("/recommend", json={"query_id": "u003", "k": 4}))
-    told = service.post("/explain", json={"query_id": "u003", "items": items, "popularity": 0.5}).json()["items"]
-    for item, one in zip(items, told, strict=True):
+    explained = service.post("/explain", json={"query_id": "u003", "items": items, "popularity": 0.5}).json()["items"]
+    for item, one in zip(items, explained, strict=True):
         expected = retriever.explain("u003", item=item, popularity=0.5).to_dict()
         assert one["item"] == item and one["lift"] == pytest.approx(expected["lift"], abs=1e-6)
         assert [row["item"] for row in one["history"]] == [row["item"] for row in expected["history"]]
@@ -123,8 +123,8 @@ def test_items_histories_and_queries(service, retriever):
     assert len(service.get("/page/queries", params={"k": 5}).json()["queries"]) == 5
 
 
-def test_the_map_puts_alike_items_together():
-    """Ten clusters: an item's nearest on the map are nearly always of its own, unlike in two principal components."""
+def test_the_map_puts_similar_items_together():
+    """Ten clusters: neighbours on the map nearly always share a cluster, unlike with two principal components."""
     torch.manual_seed(0)
     cluster = torch.arange(300) % 10
     embeddings = torch.randn(10, 32)[cluster] + 0.6 * torch.randn(300, 32)
@@ -136,10 +136,10 @@ def test_the_map_puts_alike_items_together():
     atlas = Atlas.draw(embeddings)
     assert together(atlas.places) > 0.95 > together(principal(atlas.embeddings)) + 0.1
     assert np.abs(atlas.places).max() == pytest.approx(1.0)
-    assert np.array_equal(atlas.places, Atlas.draw(embeddings).places), "the same items, another map"
+    assert np.array_equal(atlas.places, Atlas.draw(embeddings).places), "the same items must give the same map"
 
 
-def test_items_outside_of_the_sample_lie_among_their_nearest(monkeypatch):
+def test_items_outside_the_sample_lie_among_their_nearest(monkeypatch):
     monkeypatch.setattr("twotower.serving.service.atlas.SAMPLE", 150)
     torch.manual_seed(0)
     cluster = torch.arange(300) % 3
@@ -155,20 +155,24 @@ def test_items_outside_of_the_sample_lie_among_their_nearest(monkeypatch):
 def test_the_map_over_http(service):
     found = service.get("/page/map").json()
     assert len(found["x"]) == len(found["titles"]) == 100
-    told = service.post("/page/places", json={"items": [7, "nothing", 8]}).json()["places"]
+    places = service.post("/page/places", json={"items": [7, "nothing", 8]}).json()["places"]
     place = found["items"].index(7)
-    assert told[1] is None and told[0] == [found["x"][place], found["y"][place]]
+    assert places[1] is None and places[0] == [found["x"][place], found["y"][place]]
 
 
-def test_the_card_tells_where_the_model_comes_from_without_folders(service):
+def test_the_card_describes_the_model_without_folder_names(service):
     card = service.get("/page/card").json()
     assert card["model"]["num_items"] == 100 and card["data"]["account"] and card["data"]["source"] == "purchases.csv"
-    told = {"note": "/work/data/set/rows.parquet (a/b)", "list": ["read /a/b.csv, 3/4 of http://host/x"], "n": 1}
-    assert without_folders(told) == {"note": "rows.parquet (a/b)", "list": ["read b.csv, 3/4 of http://host/x"], "n": 1}
+    values = {"note": "/work/data/set/rows.parquet (a/b)", "list": ["read /a/b.csv, 3/4 of http://host/x"], "n": 1}
+    assert without_folders(values) == {
+        "note": "rows.parquet (a/b)",
+        "list": ["read b.csv, 3/4 of http://host/x"],
+        "n": 1,
+    }
 
 
-def test_requests_that_come_together_are_searched_together():
-    """While one batch is searched the others gather; settings are never mixed; each question fails on its own."""
+def test_concurrent_requests_are_searched_together():
+    """Requests queue while a batch is searched; settings are never mixed; each request fails on its own."""
     release, calls = threading.Event(), []
 
     def run(key, questions):
@@ -208,9 +212,9 @@ def test_operations(service):
     assert service.get("/healthz").json()["status"] == "alive"
     assert list(service.get("/readyz").json()["models"]) == [service.get("/models").json()["models"][0]["name"]]
     service.post("/recommend", json={"query_id": "u001"})
-    told = service.get("/metrics").text
-    assert 'twotower_requests_total{method="POST",route="/recommend",status="200"}' in told
-    assert "twotower_batch_size_count" in told and "process_resident_memory_bytes" in told
+    text = service.get("/metrics").text
+    assert 'twotower_requests_total{method="POST",route="/recommend",status="200"}' in text
+    assert "twotower_batch_size_count" in text and "process_resident_memory_bytes" in text
 
 
 def test_two_models_by_name(planted_data, folder, tmp_path):

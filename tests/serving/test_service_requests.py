@@ -1,4 +1,4 @@
-"""What the service refuses, and how: the right status, a reason in words, nothing of the inside."""
+"""Requests that the service refuses: the right status, a clear reason, no internal details."""
 
 import contextlib
 import json
@@ -32,8 +32,8 @@ def guarded(folder):
         yield made
 
 
-def told(answer, status):
-    """A problem of this status, with a reason and without the inside of the program."""
+def problem_detail(answer, status):
+    """Check for a problem of this status, and return its detail; it must not reveal internals."""
     assert answer.status_code == status, (answer.status_code, answer.text)
     assert answer.headers["content-type"] == "application/problem+json"
     problem = answer.json()
@@ -62,7 +62,7 @@ HOSTILE = {
     "half a surrogate": ("/recommend", b'{"query_id": "\\ud800"}', 422, ""),
     "a zero byte": ("/recommend", {"query_id": "u001\0"}, 422, "not an id"),
     "an unknown id": ("/recommend", {"query_id": "' OR 1=1 --"}, 422, "not an id"),
-    "nothing asked": ("/recommend", {"k": 5}, 422, "expected query_id or history"),
+    "nothing asked": ("/recommend", {"k": 5}, 422, "expected query_id, history or features"),
     "an empty history": ("/recommend", {"history": []}, 422, "history"),
     "only unknown items": ("/recommend", {"history": ["../../etc/passwd", 10**12]}, 422, "none of its items"),
     "a long history": ("/recommend", {"history": [1] * 5001}, 422, "5000"),
@@ -76,7 +76,7 @@ HOSTILE = {
     "the dial is out of range": ("/recommend", {**U, "popularity": 2.1}, 422, "popularity"),
     "exclude_seen is text": ("/recommend", {**U, "exclude_seen": "no"}, 422, "exclude_seen"),
     "an unknown field": ("/recommend", {**U, "exclude": True}, 422, "exclude"),
-    "features": ("/recommend", {**U, "features": {"age": 3}}, 422, "takes none"),
+    "features": ("/recommend", {**U, "features": {"age": 3}}, 422, "takes no features"),
     "an unknown model": ("/recommend", {**U, "model": "../other"}, 404, "model"),
     "an empty filter": ("/recommend", {**U, "filter": ""}, 422, "filter"),
     "a long filter": ("/recommend", {**U, "filter": "x" * 1001}, 422, "filter"),
@@ -100,17 +100,17 @@ HOSTILE = {
 def test_a_hostile_body_gets_the_right_4xx(service, name):
     path, body, status, part = HOSTILE[name]
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    assert part in told(service.post(path, content=content, headers=JSON), status)
+    assert part in problem_detail(service.post(path, content=content, headers=JSON), status)
 
 
 @pytest.mark.parametrize(
     ("method", "path", "headers", "status"),
     [
-        ("POST", "/recommend", {"Content-Type": "text/plain"}, 415),  # what a form of another site could send
+        ("POST", "/recommend", {"Content-Type": "text/plain"}, 415),  # what a form on another site could send
         ("POST", "/recommend", {"Content-Type": "application/x-www-form-urlencoded"}, 415),
         ("POST", "/recommend", {**JSON, "Content-Length": "99999999"}, 413),
         ("POST", "/recommend", {**JSON, "Content-Length": "-1"}, 413),
-        ("POST", "/recommend", {**JSON, "Host": "evil.example"}, 421),  # a name made to point at this machine
+        ("POST", "/recommend", {**JSON, "Host": "evil.example"}, 421),  # DNS rebinding
         ("GET", "/items/1", {"Host": "localhost.evil.example"}, 421),
         ("PUT", "/recommend", JSON, 405),
         ("GET", "/recommend", {}, 405),
@@ -131,40 +131,40 @@ def test_a_hostile_body_gets_the_right_4xx(service, name):
 )
 def test_a_hostile_address_or_header_gets_the_right_4xx(service, method, path, headers, status):
     body = b"{}" if method in ("POST", "PUT") else None
-    told(service.request(method, path, headers=headers, content=body), status)
+    problem_detail(service.request(method, path, headers=headers, content=body), status)
 
 
-def test_a_token_is_asked_for_everywhere_but_where_nothing_is_told(guarded):
+def test_a_token_is_required_except_on_public_paths(guarded):
     for given in ("", "Bearer wrong", f"Basic {TOKEN}", f"Bearer {TOKEN}x", TOKEN, "Bearer \xe4".encode("latin-1")):
         headers = {"Authorization": given}
         answer = guarded.post("/recommend", json=U, headers=headers)
-        told(answer, 401)
+        problem_detail(answer, 401)
         assert answer.headers["www-authenticate"] == "Bearer"
     bare = {"Authorization": ""}
     for path in ("/models", "/items/1", "/metrics", "/page/map", "/page/card", "/page/queries", "/nothing"):
-        told(guarded.get(path, headers=bare), 401)
-    told(guarded.post("/reload", json={}, headers=bare), 401)
+        problem_detail(guarded.get(path, headers=bare), 401)
+    problem_detail(guarded.post("/reload", json={}, headers=bare), 401)
     for path in ("/", "/static/page.js", "/healthz", "/readyz", "/openapi.json"):
         assert guarded.get(path, headers=bare).status_code == 200
     assert guarded.post("/recommend", json=U).status_code == 200
     assert list(guarded.post("/reload", json={}).json()["models"].values()) == ["unchanged"]
 
 
-def test_every_answer_says_that_nothing_comes_from_elsewhere(service):
+def test_every_response_has_the_security_headers(service):
     for answer in (service.get("/"), service.get("/static/page.css"), service.get("/nothing"), service.get("/models")):
         assert answer.headers["content-security-policy"].startswith("default-src 'self';")
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert "server" not in answer.headers and "access-control-allow-origin" not in answer.headers
 
 
-def test_a_fault_of_the_service_tells_nothing_and_is_logged_without_ids(service, monkeypatch, caplog):
+def test_an_internal_error_reveals_nothing_and_is_logged_without_ids(service, monkeypatch, caplog):
     def broken(*_):
         raise RuntimeError("something about u001 in /somewhere/secret")
 
     lines = []
     monkeypatch.setattr("twotower.serving.service.answering.stored_histories", broken)
     with caplog.at_level(logging.INFO, logger="twotower.service"):
-        detail = told(service.post("/recommend", json=U), 500)
+        detail = problem_detail(service.post("/recommend", json=U), 500)
         service.get("/items/17")
         service.get("/page/history", params={"query_id": "u002"})
     lines = [json.loads(JsonLines().format(record)) for record in caplog.records if record.name == "twotower.service"]
@@ -176,28 +176,28 @@ def test_a_fault_of_the_service_tells_nothing_and_is_logged_without_ids(service,
     assert not any(word in text for word in ("u001", "u002", "/items/17", "secret", "testclient", "127.0.0.1"))
 
 
-def test_a_full_queue_answers_503_and_when_to_come_back(folder):
+def test_a_full_queue_answers_503_with_retry_after(folder):
     with client(folder, queue=1, watch_seconds=0) as small:
         batcher = small.app.state.service._batcher
         batcher._count = 1
         answer = small.post("/recommend", json=U)
         assert answer.headers["retry-after"] == "1"
-        told(answer, 503)
+        problem_detail(answer, 503)
         batcher._count = 0
         assert small.post("/recommend", json=U).status_code == 200
 
 
 def raw(address, data):
-    """Bytes on the wire, and the first bytes that come back."""
+    """Send bytes and return the first bytes received."""
     host, port = address.removeprefix("http://").rstrip("/").split(":")
     with socket.create_connection((host, int(port)), timeout=200) as line:
-        with contextlib.suppress(ConnectionResetError, BrokenPipeError):  # refused before all of it was sent
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError):  # refused before all bytes were sent
             line.sendall(data)
         return line.recv(4096)
 
 
-def test_what_never_becomes_a_request(folder):
-    """On the wire: no HTTP, heads without an end, bodies without a length that are too large or never come."""
+def test_invalid_http_is_refused(folder):
+    """Raw bytes: not HTTP, endless headers, bodies without a length that are too large or never arrive."""
     app = create_app([folder], ServiceSettings(hosts=("127.0.0.1",), body_seconds=0.5, watch_seconds=0))
     post = b"POST /recommend HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     with listening(app) as address:
@@ -208,7 +208,7 @@ def test_what_never_becomes_a_request(folder):
         assert b" 413 " in raw(address, post + b"Transfer-Encoding: chunked\r\n\r\n" + 33 * chunk)
         began = time.monotonic()
         assert b" 408 " in raw(address, post + b"Content-Length: 100\r\n\r\n{")
-        assert time.monotonic() - began < ServiceSettings().body_seconds, "what was set, and not what is the rule"
+        assert time.monotonic() - began < ServiceSettings().body_seconds, "the time limit that was set, not the default"
         assert b" 200 " in raw(address, post + b"Content-Length: 21\r\n\r\n" + b'{"query_id": "u001" }')
 
 
@@ -225,7 +225,7 @@ def test_a_bad_token_is_refused_at_the_start(tmp_path, text):
     assert settings.read_token(file, "another one of some length") == TOKEN
 
 
-def test_only_this_machines_names_where_bound_to_it():
+def test_loopback_allows_only_the_names_of_this_machine():
     assert settings.allowed_hosts("127.0.0.1", ()) == ("localhost", "127.0.0.1", "[::1]")
     assert settings.allowed_hosts("0.0.0.0", ()) is None
     assert settings.allowed_hosts("0.0.0.0", ("a.example",)) == ("0.0.0.0", "a.example")

@@ -1,4 +1,4 @@
-"""Models that are replaced while they answer, and the process that serves them: no request is lost."""
+"""Models replaced while in use, and the serving process: no request is lost."""
 
 import os
 import re
@@ -20,13 +20,13 @@ from twotower.serving.app import ServiceSettings, create_app
 
 BODY = {"query_id": "u001", "k": 20}
 
-#: Seconds; nothing is measured here, and a busy machine is slow.
+#: Timeout in seconds; generous, because a busy machine is slow.
 PATIENCE = 200
 
 
 @pytest.fixture(scope="module")
 def two(planted_data, tmp_path_factory):
-    """Two models and what each answers."""
+    """Two models and the results of each."""
     folder = tmp_path_factory.mktemp("two")
     models = [drawn(planted_data, folder / name / "model", seed) for seed, name in enumerate("ab")]
     answers = [Retriever.load(model).recommend(["u001"], k=20)["item"].to_list() for model in models]
@@ -39,7 +39,7 @@ def items(answer):
 
 
 def test_models_are_swapped_under_load_without_a_lost_request(two, tmp_path):
-    """Every answer is whole and of the model it names; both versions answer; none fails."""
+    """Every response is complete and from the model it names; both versions respond; no request fails."""
     (first, second), answers = two
     run = tmp_path / "run" / "model"
     shutil.copytree(first, run)
@@ -66,23 +66,23 @@ def test_models_are_swapped_under_load_without_a_lost_request(two, tmp_path):
                 while (
                     now := httpx.get(f"{address}models", timeout=PATIENCE).json()["models"][0]["version"]
                 ) == versions[-1]:
-                    assert time.monotonic() < deadline, "the new model did not take over"
+                    assert time.monotonic() < deadline, "the new model was not loaded"
                     time.sleep(0.01)
                 versions.append(now)
                 before = sum(asked)
-                while sum(asked) < before + 12 and not failures:  # the new one answers, too
+                while sum(asked) < before + 12 and not failures:  # wait for answers of the new model
                     time.sleep(0.005)
         finally:
             stop.set()
         for worker in workers:
             worker.result()
-        told = httpx.get(f"{address}metrics", timeout=PATIENCE).text
+        metrics = httpx.get(f"{address}metrics", timeout=PATIENCE).text
     assert not failures and versions[::2] == [versions[0]] * 4 and versions[1::2] == [versions[1]] * 3
     assert by_version == {versions[0]: {tuple(answers[0])}, versions[1]: {tuple(answers[1])}}
-    assert 'twotower_model_reloads_total{model="run",outcome="swapped"} 6.0' in told
+    assert 'twotower_model_reloads_total{model="run",outcome="swapped"} 6.0' in metrics
 
 
-def test_a_broken_model_is_refused_and_the_old_one_goes_on(two, tmp_path):
+def test_a_broken_model_is_refused_and_the_old_one_stays_in_use(two, tmp_path):
     (first, second), answers = two
     run = tmp_path / "run" / "model"
     shutil.copytree(first, run)
@@ -103,18 +103,18 @@ def test_a_broken_model_is_refused_and_the_old_one_goes_on(two, tmp_path):
         (tmp_path / "away").rename(run)
         replace(run, second)
         assert (reload(), items(service.post("/recommend", json=BODY))) == ("swapped", answers[1])
-        told = service.get("/metrics").text
-    assert 'outcome="broken"} 2.0' in told and 'outcome="swapped"} 1.0' in told
-    assert told.count("twotower_model_info{") == 1
+        metrics = service.get("/metrics").text
+    assert 'outcome="broken"} 2.0' in metrics and 'outcome="swapped"} 1.0' in metrics
+    assert metrics.count("twotower_model_info{") == 1
 
 
-def test_the_process_serves_swaps_on_sighup_and_ends_in_order(two, tmp_path):
+def test_the_process_serves_reloads_on_sighup_and_shuts_down_cleanly(two, tmp_path):
     (first, second), answers = two
     run = tmp_path / "run" / "model"
     shutil.copytree(first, run)
     command = [sys.executable, "-W", "error", "-m", "twotower.cli", "serve", str(run), "--port", "0", "--watch", "0"]
     environment = {**os.environ, "TWOTOWER_TOKEN": TOKEN}
-    with (  # its log is a file: a pipe that nobody reads fills up, and it would wait
+    with (  # log to a file: a pipe that is not read fills up and blocks the process
         (tmp_path / "log").open("w") as log,
         subprocess.Popen(command, stdout=log, stderr=subprocess.PIPE, text=True, env=environment) as one,
     ):
@@ -139,7 +139,7 @@ def test_the_process_serves_swaps_on_sighup_and_ends_in_order(two, tmp_path):
     assert "u001" not in logs and TOKEN not in logs
 
 
-def test_what_cannot_be_served_is_said_at_once(two, tmp_path):
+def test_invalid_models_are_refused_at_startup(two, tmp_path):
     (first, _), _ = two
     for folders, reason in (([tmp_path / "none"], "no such folder"), ([first, first], "twice"), ([], "at least one")):
         with pytest.raises(InputError, match=reason):

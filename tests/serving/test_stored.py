@@ -1,4 +1,4 @@
-"""An index beside its model: built through the front door, found again, refused when it does not belong."""
+"""An index stored with its model: built, loaded, and refused if it does not match."""
 
 import json
 import shutil
@@ -25,8 +25,8 @@ def _faiss():
 def test_the_index_is_found_and_answers_within_its_recall(copy):
     report = build_stored_index(copy, "hnsw", k=10, min_recall=0.95, queries=30)
     assert set(report.recall) == {"popularity 1", "popularity 0"} and min(report.recall.values()) >= 0.95
-    told = read_index_report(copy / "model")
-    assert told["recall"] == report.recall and told["min_recall"] == 0.95 and told["num_queries"] == 30
+    saved = read_index_report(copy / "model")
+    assert saved["recall"] == report.recall and saved["min_recall"] == 0.95 and saved["num_queries"] == 30
     loaded, exact = Retriever.load(copy), Retriever.load(copy, exact=True)
     assert loaded.index.kind == "hnsw" and not loaded.index.is_exact and exact.index.is_exact
     queries = exact.artifact.queries.ids.to_list()
@@ -39,20 +39,20 @@ def test_the_index_is_found_and_answers_within_its_recall(copy):
     assert len(found) == 70 and not seen & set(found["item"])
 
 
-def test_rank_stays_exact_beside_an_index(copy, model, planted_split):
-    """What evaluate ranks does not depend on an index that lies beside the model."""
+def test_rank_stays_exact_with_an_index(copy, model, planted_split):
+    """Evaluation does not depend on an index stored with the model."""
     build_stored_index(copy, "hnsw", k=5, settings={"links": 4, "build_effort": 4, "effort": 1})
     test = planted_split.test
     assert np.array_equal(Retriever.load(copy).rank(test, 10, True), model.rank(test, 10, True))
 
 
-def test_exact_takes_the_index_away(copy):
+def test_exact_removes_the_index(copy):
     build_stored_index(copy, "hnsw", k=5)
     assert build_stored_index(copy, "exact") is None
     assert read_index_report(copy / "model") is None and Retriever.load(copy).index.kind == "exact"
 
 
-def test_saving_a_model_takes_its_old_index_away(copy):
+def test_saving_a_model_removes_its_old_index(copy):
     build_stored_index(copy, "hnsw", k=5)
     Artifact.load(copy).save(copy / "model")
     assert Retriever.load(copy).index.is_exact
@@ -92,7 +92,7 @@ def edit(**changes):
         (edit(kind="magic"), "unknown kind 'magic'"),
     ],
 )
-def test_an_index_that_does_not_belong_is_refused(copy, change, message):
+def test_an_index_that_does_not_match_is_refused(copy, change, message):
     build_stored_index(copy, "hnsw", k=5)
     change(copy / "model" / "index")
     with pytest.raises(InputError, match=message):
@@ -108,7 +108,7 @@ def test_refusals(copy):
     assert read_index_report(copy / "model") is None
 
 
-def test_a_database_beside_the_model(copy):
+def test_an_index_in_a_database(copy):
     with postgres() as url:
         report = build_stored_index(copy, "pgvector", k=10, min_recall=0.9, settings={"url": url})
         assert report.settings["table"].startswith("twotower_")

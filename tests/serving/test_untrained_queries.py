@@ -1,4 +1,4 @@
-"""Queries of the data without a training row, for a model with ids: answered by what else is known, or refused."""
+"""Queries without a training row, for a model with query ids: served by other known inputs, or refused."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ def by_history(held):
 
 @pytest.fixture(scope="module")
 def by_id(held, tmp_path_factory):
-    """A model that knows queries by nothing but their ids."""
+    """A model that represents queries by their ids alone."""
     settings = Config.load(None, [*SMALL, "query_tower={history: null, id_embedding: true}"])
     return tt.fit(held, settings, progress=False).save(tmp_path_factory.mktemp("ids") / "model")
 
@@ -44,13 +44,13 @@ def test_held_out_queries_are_ranked_as_new_ones(by_history, held):
     assert not np.array_equal(by_history.rank(known, 10, True), by_history.rank(new, 10, True))
 
 
-def test_a_history_answers_for_them(by_history, held):
+def test_they_are_served_by_their_history(by_history, held):
     retriever, code = by_history.retriever, int(held.test.queries[0])
     (query,) = retriever.artifact.queries.decode([code])
     history = retriever.history(query)["item"].to_list()
     found = retriever.recommend([query], k=5)
     assert found["item"].to_list() == retriever.recommend(histories=[history], k=5)["item"].to_list()
-    with pytest.raises(InputError, match="has no training row.*give items that it has met"):
+    with pytest.raises(InputError, match="has no training row.*give its history"):
         retriever.recommend([query], histories=[[]])
 
 
@@ -64,8 +64,8 @@ def test_by_the_id_alone_they_are_refused(by_id, held, tmp_path):
     ):
         retriever.recommend([*known, unknown])
     pl.DataFrame({"query": [known[0], unknown, "nobody"]}).write_parquet(tmp_path / "asked.parquet")
-    told = recommend_file(retriever, tmp_path / "asked.parquet", tmp_path / "answers.parquet", k=3)
-    assert set(pl.read_parquet(tmp_path / "answers.parquet")["query"]) == {known[0]}, told
+    report = recommend_file(retriever, tmp_path / "asked.parquet", tmp_path / "answers.parquet", k=3)
+    assert set(pl.read_parquet(tmp_path / "answers.parquet")["query"]) == {known[0]}, report
     with client(by_id) as service:
         assert service.post("/recommend", json={"query_id": known[0]}).status_code == 200
         refused = service.post("/recommend", json={"query_id": unknown})

@@ -94,14 +94,14 @@ def test_incremental_runs_follow_each_other(tmp_path, capsys, command):
     shutil.copytree(tmp_path / "june", tmp_path / "older")
     without_validation(tmp_path / "older" / "model")
     code, _, err = command(capsys, "dial", tmp_path / "older", "--on", "validation")
-    assert code == 2 and "has not kept its validation" in err and "twotower train" in err
+    assert code == 2 and "which did not save its validation queries" in err and "twotower train" in err
     code, _, err = command(capsys, "dial", tmp_path / "older", "--json")
     assert code == 0, err
     (tmp_path / "elsewhere").rename(tmp_path / "may")
     refused = {
-        ("--config", "mf"): "--config: the settings of a continued training are those of --from",
+        ("--config", "mf"): "--config: with --from, the settings come from that model",
         ("--set", "item_tower.dimension=16"): "item_tower.dimension: 8 in the model, 16 here",
-        ("--out", tmp_path / "may"): "give the continued model a folder of its own",
+        ("--out", tmp_path / "may"): "choose another folder for the continued model",
     }
     for change, message in refused.items():
         out_again = () if "--out" in change else ("--out", tmp_path / "july")
@@ -113,7 +113,7 @@ def test_incremental_runs_follow_each_other(tmp_path, capsys, command):
     )
     assert code == 2 and "nothing to train on" in err
     code, _, err = command(capsys, "train", tmp_path / "may.parquet", "--withdraw", "x.txt", "--out", tmp_path / "x")
-    assert code == 2 and "--withdraw: needs --from" in err
+    assert code == 2 and "--withdraw: requires --from" in err
     (tmp_path / "gone.txt").write_text("nobody\n")
     code, _, err = command(
         capsys, *words[:-1], tmp_path / "y", "--withdraw", tmp_path / "gone.txt", "--set", "training.max_epochs=1"

@@ -1,4 +1,4 @@
-"""A trained model as a folder, and as something that answers. Imports nothing of training."""
+"""Saved models and retrieval from them. Imports nothing from the training code."""
 
 from twotower.serving.artifact import Artifact, find_model, read_metadata
 from twotower.serving.embedding import QueryEmbedder

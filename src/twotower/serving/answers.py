@@ -1,4 +1,4 @@
-"""What comes back: codes turned into tables of ids, scores and titles."""
+"""Result tables: item codes turned into ids, scores and titles."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Codes = NDArray[np.int64]
 
 
 class Answers:
-    """Tables in ids for results in codes.
+    """Result tables of one model, with ids in place of codes.
 
     Args:
         artifact: the model, its vocabularies and its item table.
-        alive: bool [N], False for items that have left; None where all are there.
+        alive: bool [N], False for removed items; None if no item was removed.
     """
 
     def __init__(self, artifact: Artifact, alive: NDArray[np.bool_] | None = None) -> None:
@@ -27,16 +27,16 @@ class Answers:
         self.title_column = None if artifact.item_table is None else title_column(artifact.item_table)
 
     def ranked(
-        self, name: str, asked: pl.Series, items: Tensor, scores: Tensor, *, titles: bool = True
+        self, name: str, values: pl.Series, items: Tensor, scores: Tensor, *, titles: bool = True
     ) -> pl.DataFrame:
-        """One row for each item found.
+        """Make a table with one row for each item found.
 
         Args:
-            name: the column of what was asked.
-            asked: its values, one a row of the result.
-            items: int64 [B, K], -1 where nothing was left.
+            name: name of the first column.
+            values: what was asked for in each of the B rows: query ids, item ids or positions.
+            items: int64 [B, K], -1 where no item was left.
             scores: [B, K].
-            titles: add the column `title` where there is one.
+            titles: add the column `title` if the items have titles.
 
         Returns:
             Columns `name`, `rank` from 1, `item`, `score`, and `title`.
@@ -47,7 +47,7 @@ class Answers:
         described = self.items(codes[found], titles=titles)
         frame = pl.DataFrame(
             {
-                name: asked.gather(np.repeat(np.arange(count), k)[found]),  # a Series keeps the ids' type
+                name: values.gather(np.repeat(np.arange(count), k)[found]),  # a Series keeps the type of the ids
                 "rank": np.tile(np.arange(1, k + 1), count)[found],
                 "item": described["item"],
                 "score": scores.cpu().numpy().reshape(-1)[found],
@@ -56,18 +56,18 @@ class Answers:
         return frame if "title" not in described.columns else frame.with_columns(described["title"])
 
     def items(self, codes: Codes, *, titles: bool = True) -> pl.DataFrame:
-        """Columns `item`, and `title` where there is one."""
+        """Make a table with the columns `item` and, if the items have titles, `title`."""
         frame = pl.DataFrame({"item": self.artifact.items.decode(codes)})
         if not titles or self.artifact.item_table is None or self.title_column is None:
             return frame
         return frame.with_columns(self.artifact.item_table[self.title_column].gather(codes).alias("title"))
 
     def described(self, codes: Codes) -> pl.DataFrame:
-        """What is known of items.
+        """Make a table of everything known about items.
 
         Returns:
-            Columns `item`, `title` where there is one, `interactions` in training, and every other column of the item
-            table that does not go by one of these names.
+            Columns `item`, `title` if the items have titles, `interactions` in training, and the columns of the item
+            table that have none of these names.
         """
         frame = self.items(codes).with_columns(
             pl.Series("interactions", self.artifact.item_counts.numpy()[codes], dtype=pl.Int64)
@@ -79,10 +79,10 @@ class Answers:
         return frame.hstack(table.select(pl.col(others).gather(codes))) if others else frame
 
     def titled(self, text: str, k: int) -> Codes:
-        """Items whose title (id, where there are no titles) contains `text`, whatever the case.
+        """Find items whose title (id, if there are no titles) contains `text`, ignoring case.
 
         Returns:
-            At most K codes: titles that begin with the text first, then by interactions in training.
+            At most K codes: first the titles that begin with the text, then by interactions in training.
         """
         wanted = text.strip().lower()
         names = self.items(np.arange(len(self.artifact.items))).to_series(-1).cast(pl.String).str.to_lowercase()

@@ -1,4 +1,4 @@
-"""The service: answers over HTTP, and a page to look at them."""
+"""The HTTP service and its web page."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ __all__ = ["ServiceSettings", "create_app", "serve"]
 
 
 def create_app(directories: Sequence[str | Path], settings: ServiceSettings | None = None) -> FastAPI:
-    """An ASGI application that answers from model folders.
+    """Create an ASGI application that serves model folders.
 
     Args:
-        directories: model or run folders; each is a model by the name of its folder, the first is the one asked where
-            a request names none.
+        directories: model or run folders. Each model has the name of its folder; the first answers requests that name
+            no model.
         settings: options of the service.
 
     Returns:
-        The application; its `state.service` has the models.
+        The application; `state.service` holds the models.
 
     Raises:
         InputError: a model cannot be read.
@@ -56,7 +56,7 @@ def create_app(directories: Sequence[str | Path], settings: ServiceSettings | No
             pending.add(task)
             task.add_done_callback(pending.discard)
 
-        # Only the main thread may take signals, and not every system has this one.
+        # Only the main thread may handle signals, and some systems have no SIGHUP.
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError, AttributeError):
             loop.add_signal_handler(signal.SIGHUP, hang_up)
         yield
@@ -67,7 +67,7 @@ def create_app(directories: Sequence[str | Path], settings: ServiceSettings | No
         version=version("twotower"),
         description="Recommendations from trained two-tower models.",
         lifespan=lifespan,
-        # The usual viewers load their scripts from elsewhere.
+        # The built-in documentation pages load scripts from other hosts.
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
@@ -91,21 +91,23 @@ def serve(
     log_level: str = "info",
     opened: Callable[[str], None] | None = None,
 ) -> None:
-    """Answer until told to end (SIGINT, SIGTERM); requests in flight are answered first. SIGHUP looks for new models.
+    """Serve until SIGINT or SIGTERM; requests in flight are answered first. SIGHUP checks for new models.
 
     Args:
         directories: see `create_app`.
         host: address to listen on.
         port: port to listen on; 0 for any free one.
         settings: options of the service.
-        log_level: of the log on standard output, one JSON object a line.
-        opened: called with the address of the page once it can be asked.
+        log_level: level of the log on standard output, one JSON object per line.
+        opened: called with the address of the page once the server is listening.
 
     Raises:
-        InputError: a model cannot be read, or the address cannot be had.
+        InputError: a model cannot be read, or the server cannot listen on the address.
     """
     app = create_app(directories, settings)
     logs.configure(log_level)
     if not is_loopback(host) and (settings is None or settings.token is None):
-        logs.log("anybody who reaches this address may ask: no token is set", level=logging.WARNING, address=host)
+        logs.log(
+            "no token is set: every client that reaches this address is answered", level=logging.WARNING, address=host
+        )
     server.run(app, host=host, port=port, opened=opened)

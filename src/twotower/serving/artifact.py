@@ -1,20 +1,20 @@
-"""The model folder: safetensors, Parquet and JSON, written whole or not at all, verified when read, never unpickled.
+"""The model folder: safetensors, Parquet and JSON, written atomically, verified when read, never unpickled.
 
 metadata.json          schema version, config, data account and fingerprint, split, metrics, versions, checksums
 towers.safetensors     weights of both towers
 items.safetensors      item embeddings [N, D] float32, ready for an index, and training counts [N]
-histories.safetensors  what each query has interacted with: offsets [Q+1], item codes, oldest first; codes of the gaps
-                       before them where the query tower reads gaps
+histories.safetensors  history of each query: offsets [Q+1], item codes, oldest first; codes of the gaps before them
+                       if the query tower reads gaps
 queries.parquet        query vocabulary, row = code
 items.parquet          item vocabulary
-item_table.parquet     features and titles of the items, row = code (where there were any)
-rows.safetensors       which rows were trained on, and their times, so that a training can go on; not read to answer
-item_features.json     fitted encoders of the declared features, and beside it the features of every item, encoded:
-                       item_features.safetensors; likewise query_features (where features were declared), and
-                       context_features, which has no rows
-context.parquet        context of each row of the histories, so that a training can go on, and test_context.parquet,
-                       that of a continued model's test and, behind it, of its validation (where context was declared);
-                       not read to answer
+item_table.parquet     features and titles of the items, row = code (if the data has any)
+rows.safetensors       which rows were trained on, and their timestamps, to continue training; not read for serving
+item_features.json     fitted encoders of the declared features, with the encoded features of every item in
+                       item_features.safetensors; query_features is the same for queries (if features are declared);
+                       context_features has no rows
+context.parquet        context of each row of the histories, to continue training (if context is declared), and
+                       test_context.parquet, the context of a continued model's test rows followed by its validation
+                       rows; neither is read for serving
 """
 
 from __future__ import annotations
@@ -60,22 +60,21 @@ TOWERS = "towers.safetensors"
 
 @dataclass(frozen=True)
 class Artifact:
-    """Everything that a model needs to answer, and to say where it comes from.
+    """A trained model: everything needed to serve it, and where it comes from.
 
     Attributes:
         config: the settings it was trained with.
         towers: both towers, in evaluation mode.
-        item_embeddings: float32 [N, D]; while ranks share the tables, those of this rank's part of the items.
+        item_embeddings: float32 [N, D]; if ranks share the tables, only the rows of this rank's items.
         item_counts: training interactions of each item, int64 [N].
         queries, items: the vocabularies.
         history_offsets: int64 [Q+1].
         history_items: int32 [n], oldest first within a query.
-        history_gaps: int8 [n], codes of the gap before each (data/gaps.py); None where the tower reads none.
+        history_gaps: int8 [n], code of the gap before each item (data/gaps.py); None if the tower reads no gaps.
         item_table: one row for each item code, or None.
         metadata: data account, fingerprint, split, metrics: JSON values.
-        rows: what continuing the training needs to know of the rows of the histories; `load` leaves it on disk
-            (continuing/kept.py).
-        contexts: likewise, of rows and of the test's questions, by name of the file.
+        rows: what is needed of the history rows to continue training; `load` does not read it (continuing/kept.py).
+        contexts: context of the history rows and of the test queries, by file name; `load` does not read it.
     """
 
     config: Config
@@ -94,21 +93,21 @@ class Artifact:
 
     @property
     def is_shared(self) -> bool:
-        """Whether the tables lie in parts on several ranks."""
+        """True if the tables are sharded over several ranks."""
         return bool(shared_tables_of(self.towers))
 
     def save(self, directory: str | Path, ranks: Ranks | None = None) -> Path:
-        """Write to a temporary folder beside `directory`, then rename; an older model there is replaced at once.
+        """Write to a temporary folder next to `directory`, then rename it, which replaces an older model atomically.
 
         Args:
             directory: the model folder.
-            ranks: those that share the tables: all of them write, each its own rows, into a folder that all see.
+            ranks: the ranks that share the tables. Each writes its own rows; all must see the same file system.
 
         Returns:
             The folder written.
 
         Raises:
-            InputError: something other than a model is there, or the disk is full.
+            InputError: `directory` exists and is not a model folder, or the disk is full.
         """
         target = Path(directory)
         require_replaceable(target, TOWERS, "model")
@@ -124,10 +123,10 @@ class Artifact:
         return target
 
     def _write_rows(self, folder: Path, ranks: Ranks) -> None:
-        """The two large files, to which every rank adds its own rows: nobody has the whole of them."""
+        """Write the two large files. Every rank adds its own rows; no rank holds all of them."""
         parts = {id(table.weight): table.part for table in shared_tables_of(self.towers)}
         names: dict[int, str] = {}
-        others: dict[str, str] = {}  # a tensor with two names is written under the first, as `save_model` does
+        others: dict[str, str] = {}  # a tensor with two names is saved under the first, as in `save_model`
         rows: dict[str, int] = {}
         state = self.towers.state_dict(keep_vars=True)
         for name, tensor in sorted(state.items()):
@@ -173,26 +172,28 @@ class Artifact:
 
     @classmethod
     def load(cls, directory: str | Path, *, weights: bool = True, verify: bool = True) -> Artifact:
-        """Read a model folder, or the run folder around it, and verify every file.
+        """Read a model folder, or the run folder that contains it, and verify every file.
 
         Args:
             directory: the folder.
-            weights: whether weights and item embeddings are wanted. Without them the towers have tables of the right
-                shape and layers that are not the model's, and there are no item embeddings: for who reads rows of the
-                tables from `towers.safetensors` (stored_rows.py).
-            verify: compare the checksums; without it, that the files are there.
+            weights: load weights and item embeddings. If False, tables have the right shape but no memory, layers have
+                other weights than the model, and there are no item embeddings: for callers that read single rows from
+                `towers.safetensors` (stored_rows.py).
+            verify: compare the checksums. If False, only check that the files exist.
 
         Raises:
-            InputError: no model there, written by a newer version, a file is missing or its checksum differs.
+            InputError: there is no model, another version wrote it, a file is missing or its checksum differs.
         """
         folder = find_model(directory)
         metadata = read_metadata(folder)
         for name, checksum in metadata["checksums"].items():
             path = folder / name
             if not path.is_file():
-                raise InputError(f"{path}: missing; the model folder is incomplete, copy it again or train again")
+                raise InputError(f"{path}: missing; the model folder is incomplete; copy it again or train again")
             if verify and _sha256(path) != checksum:
-                raise InputError(f"{path}: its checksum differs from metadata.json; copy it again or train again")
+                raise InputError(
+                    f"{path}: its checksum differs from metadata.json; copy the folder again or train again"
+                )
         try:
             config = Config.model_validate(metadata["config"])
             with nullcontext() if weights else tables_without_memory():
@@ -231,11 +232,11 @@ class Artifact:
 
 
 def _nothing(folder: Path) -> None:
-    """What the ranks after the first add to the small files."""
+    """Write no small files, on ranks after the first."""
 
 
 def _map(towers: TwoTower, path: Path) -> None:
-    """Let the weights lie in the file: pages come in as they are used, and processes share them."""
+    """Map the weights from the file: pages are read when used, and processes share them."""
     stored = load_file(path)
     for name, weight in towers.named_parameters():
         mapped = stored.get(name)
@@ -244,27 +245,27 @@ def _map(towers: TwoTower, path: Path) -> None:
 
 
 def find_model(directory: str | Path) -> Path:
-    """The model folder in `directory`, which may be that folder itself or a run folder that holds `model/`.
+    """Find the model folder: `directory` itself, or `model/` in a run folder.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no model folder.
     """
     given = Path(directory)
     for folder in (given, given / FOLDER):
         if (folder / "metadata.json").is_file():
             return folder
     if not given.exists():
-        raise InputError(f"{given}: no such folder; expected one that `twotower train ... --out {given}` made")
+        raise InputError(f"{given}: no such folder; expected one written by `twotower train ... --out {given}`")
     if (given / "checkpoints").is_dir():
         raise InputError(
-            f"{given}: no model in this folder, but an interrupted training; it is written when that is over: "
-            f"go on with `twotower train DATA --out {given} --resume`"
+            f"{given}: no model in this folder, but an interrupted training run; the model is written at its end: "
+            f"resume with `twotower train DATA --out {given} --resume`"
         )
     raise InputError(f"{given}: no model in this folder; expected metadata.json, as `twotower train` writes it")
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
-    """`metadata.json` of a model folder, its schema version checked."""
+    """Read `metadata.json` of a model folder and check its schema version."""
     path = folder / "metadata.json"
     try:
         metadata = json.loads(path.read_text(encoding="utf-8"))
@@ -284,7 +285,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
+    """List the versions of the libraries that results depend on."""
     names = ("twotower", "torch", "polars", "pytorch-lightning", "numpy", "safetensors", "pydantic")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 

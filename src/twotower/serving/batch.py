@@ -1,4 +1,4 @@
-"""Recommendations for a file of queries: in blocks, so that memory is bounded; in parts, so that it resumes."""
+"""Recommendations for a file of queries: read in blocks to bound memory, written in parts to allow resuming."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ HISTORY_NAMES = ("history", "histories", "items", "itemids", "sequence")
 
 @dataclass(frozen=True)
 class BatchReport:
-    """What became of a file of queries.
+    """Counts for a file of queries.
 
     Attributes:
         queries: rows of the input.
         answered: queries with at least one recommendation.
-        unknown: queries that are not in the model and have no history with a known item that the model reads.
+        unknown: queries with neither a known id nor, if the model reads histories, a known item in their history.
         rows: recommendations written.
-        resumed: queries whose part was there from an earlier, interrupted run.
+        resumed: queries whose part was written by an earlier, interrupted run.
     """
 
     queries: int
@@ -73,35 +73,35 @@ def recommend_file(
 ) -> BatchReport:
     """Recommend for every row of a Parquet file.
 
-    Finished blocks are kept beside `target` in `.NAME.parts/` until all are done; then they become one file, whole or
-    not at all.
+    Finished blocks are kept next to `target` in `.NAME.parts/` until all are done, then merged into one file, which is
+    written atomically.
 
     Args:
         retriever: the model.
         source: Parquet with a column of query ids (`query`, `user_id`, ... ), or a column `history` with lists of item
-            ids, oldest first, or both: a query that is not known is then answered by its history, if the model reads
-            histories; if not, they only say what was seen, and ids are needed. Columns that are declared in
-            query_tower.context tell the context of each row's request.
-        target: Parquet to write, columns `query` (id; the row's number from 0 where there are only histories), `rank`,
+            ids, oldest first, or both: an unknown query is then answered by its history. If the model reads no
+            histories, they only say which items were seen, and ids are required. Columns declared in
+            query_tower.context give the context of each row's request.
+        target: Parquet to write, columns `query` (id, or the row number from 0 if there are only histories), `rank`,
             `item`, `score`.
-        k: how many items for each query.
+        k: number of items per query.
         exclude_seen: leave out the items of the history.
         filter: a condition on the columns of the item table.
         allow: the only item ids that may be recommended.
         deny: item ids that may not be.
         popularity: b, the popularity dial.
-        resume: go on with an interrupted run.
-        force: replace `target`, and forget an interrupted run.
+        resume: resume an interrupted run.
+        force: replace `target`, and discard an interrupted run.
         block: queries in one part.
-        progress: called with the queries done and their number.
+        progress: called with the number of queries done and the total.
 
     Returns:
-        The counts. Queries that nothing is known of have no rows.
+        The counts. Queries of which nothing is known get no rows.
 
     Raises:
-        InputError: a file or column is not there or of a wrong type, something to be overwritten is there, or an
-            interrupted run had asked something else.
-        Interrupted: Ctrl-C; finished parts stay.
+        InputError: a file or column is missing or of the wrong type, `target` exists, or an interrupted run had other
+            options.
+        Interrupted: Ctrl-C; finished parts are kept.
     """
     source, target = Path(source), Path(target)
     allowed = allowed_items(
@@ -110,7 +110,7 @@ def recommend_file(
     reader = _Reader.of(source, retriever.context_columns)
     if reader.query is None and not reads_history(retriever.artifact):
         raise InputError(f"{source}: column {reader.history!r}: {NO_HISTORY}")
-    asked = {
+    options = {
         "model": _fingerprint(retriever),
         "source": [str(source.resolve()), source.stat().st_size, source.stat().st_mtime_ns],
         "block": block,
@@ -119,7 +119,7 @@ def recommend_file(
         "allowed": None if allowed is None else hashlib.sha256(np.packbits(allowed).tobytes()).hexdigest(),
         "popularity": checked_popularity(popularity),
     }
-    parts = _open_parts(target, asked, resume=resume, force=force)
+    parts = _open_parts(target, options, resume=resume, force=force)
     answer = partial(
         retriever.answer, k=k, exclude_seen=exclude_seen, allowed=allowed, popularity=popularity, titles=False
     )
@@ -143,18 +143,18 @@ def recommend_file(
         raise Interrupted(f"{target}: stopped; finished parts are in {parts}") from None
     with whole_file(target) as temporary:
         pl.scan_parquet(parts / "part-*.parquet").sink_parquet(temporary)
-    told = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(parts.glob("part-*.json"))]
+    counts_by_part = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(parts.glob("part-*.json"))]
     shutil.rmtree(parts)
     return BatchReport(
         queries=reader.rows,
-        **{name: sum(part[name] for part in told) for name in ("answered", "unknown", "rows")},
+        **{name: sum(part[name] for part in counts_by_part) for name in ("answered", "unknown", "rows")},
         resumed=resumed,
     )
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """The input, read in slices."""
+    """A Parquet file with queries, read in slices."""
 
     path: Path
     rows: int
@@ -180,11 +180,11 @@ class _Reader:
                 f"{path}: expected a column of query ids (query, user_id, ...) or a column history with lists of item "
                 f"ids; found {listed(columns)}"
             )
-        beside = tuple(name for name in context if name in columns and name != query)
-        return cls(path, rows, query, lists[0] if lists else None, beside)
+        context_columns = tuple(name for name in context if name in columns and name != query)
+        return cls(path, rows, query, lists[0] if lists else None, context_columns)
 
     def questions(self, retriever: Retriever, start: int, stop: int) -> Questions:
-        """Rows start .. stop - 1; nothing is refused here."""
+        """Read rows start .. stop - 1, without refusing any query."""
         columns = [name for name in (self.query, self.history, *self.context) if name is not None]
         rows = pl.scan_parquet(self.path).select(columns).slice(start, stop - start).collect()
         artifact = retriever.artifact
@@ -220,7 +220,7 @@ class _Reader:
 
 
 def _with_something_known(retriever: Retriever, asked: Questions) -> tuple[Questions, int]:
-    """The queries that can be answered, and how many cannot."""
+    """Select the queries that can be answered, and count the others."""
     sizes = np.diff(asked.offsets)
     known = asked.codes >= 0 if asked.context is not None else told_by_id(retriever.artifact, asked.codes)
     if reads_history(retriever.artifact):
@@ -238,31 +238,33 @@ def _with_something_known(retriever: Retriever, asked: Questions) -> tuple[Quest
     return kept, int((~known).sum())
 
 
-def _open_parts(target: Path, asked: dict[str, Any], *, resume: bool, force: bool) -> Path:
+def _open_parts(target: Path, options: dict[str, Any], *, resume: bool, force: bool) -> Path:
     parts = target.with_name(f".{target.name}.parts")
     journal = parts / "journal.json"
     if force:
         shutil.rmtree(parts, ignore_errors=True)
     elif journal.exists():
         if not resume:
-            raise InputError(f"{target}: an interrupted run is there; go on with --resume, or start anew with --force")
+            raise InputError(
+                f"{target}: an interrupted run exists; pass --resume to continue it, or --force to start over"
+            )
         before = json.loads(journal.read_text(encoding="utf-8"))
-        changed = sorted(name for name in asked if before.get(name) != asked[name])
+        changed = sorted(name for name in options if before.get(name) != options[name])
         if changed:
             raise InputError(
-                f"{target}: the interrupted run asked something else ({', '.join(changed)}); ask the same, or start "
-                "anew with --force"
+                f"{target}: the interrupted run had other options ({', '.join(changed)}); use the same ones, or start "
+                "over with --force"
             )
     elif target.exists():
-        raise InputError(f"{target}: is there already; choose another --output, or replace it with --force")
+        raise InputError(f"{target}: already exists; choose another --output, or replace it with --force")
     if not target.parent.is_dir():
-        raise InputError(f"{target.parent}: no such folder; make it first")
+        raise InputError(f"{target.parent}: no such folder; create it first")
     parts.mkdir(exist_ok=True)
-    write_text(journal, json.dumps(asked))
+    write_text(journal, json.dumps(options))
     return parts
 
 
 def _fingerprint(retriever: Retriever) -> str:
     checksums = retriever.artifact.metadata.get("checksums", {})
-    told = {"files": checksums, "index": retriever.index.kind}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    identity = {"files": checksums, "index": retriever.index.kind}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -1,9 +1,9 @@
-"""Items that join, change and leave a catalog after training: the model as it answers then, and what is kept of it.
+"""Items added, changed and removed after training: the changed model, and the files that store the changes.
 
-model/changes/changes.json         schema version, how many joined, changed and left, checksums
-model/changes/changes.safetensors  codes and embeddings [n, D] of items that joined or changed; codes of those that left
-model/changes/joined.parquet       ids of the items that joined, in the order of their codes N, N + 1, ...
-model/changes/item_table.parquet   rows of the item table of the items that joined or changed (where there is a table)
+model/changes/changes.json         schema version, counts of added, changed and removed items, checksums
+model/changes/changes.safetensors  codes and embeddings [n, D] of added and changed items; codes of removed items
+model/changes/joined.parquet       ids of the added items, in the order of their codes N, N + 1, ...
+model/changes/item_table.parquet   rows of the item table of added and changed items (if there is a table)
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ SCHEMA_VERSION = 1
 
 
 class GrownVocabulary(Vocabulary):
-    """A vocabulary with ids that joined later: their codes follow, and nobody else's code moves.
+    """A vocabulary with ids added later: their codes follow the existing ones, which stay the same.
 
     Args:
-        first: the ids that were there.
-        later: ids that joined, none of them in `first`.
+        first: the existing ids.
+        later: the added ids, none of them in `first`.
 
     Raises:
-        InputError: an id is there already, or repeats.
+        InputError: an added id exists already, or repeats.
     """
 
     def __init__(self, first: Vocabulary, later: IdValues) -> None:
         self._first, self._later = first, Vocabulary(_as(first, later))
         if bool((first.encode(self._later.ids) >= 0).any()):
-            raise InputError("vocabulary: an id that joins is there already")
+            raise InputError("vocabulary: an added id exists already")
         self._ids = pl.concat([first.ids, self._later.ids]).rechunk()
         self._ascending = None
 
     def encode(self, ids: IdValues) -> Codes:
         """See `Vocabulary.encode`."""
         wanted = ids_of(ids, "ids")
-        codes = np.array(self._first.encode(wanted))  # what comes back may not be written to
+        codes = np.array(self._first.encode(wanted))  # the result may be read-only
         missing = np.flatnonzero(codes < 0)
         if len(missing):
             later = self._later.encode(wanted.gather(missing))
@@ -67,13 +67,13 @@ class GrownVocabulary(Vocabulary):
 
 @dataclass(frozen=True)
 class Changes:
-    """What became of a catalog after training.
+    """Changes of a catalog since training.
 
     Attributes:
-        joined: ids of the items that joined, in the order of their codes, which follow the trained ones.
-        codes: int64 [n], ascending: items that joined, and others with another embedding or other columns.
-        embeddings: float32 [n, D], theirs.
-        rows: theirs in the item table, or None where there is none.
+        joined: ids of added items, in the order of their codes, which follow the codes of the trained items.
+        codes: int64 [n], ascending: added items, and items whose embedding or columns changed.
+        embeddings: float32 [n, D], embeddings of `codes`.
+        rows: rows of `codes` in the item table, or None if there is no table.
         left: int64, codes of removed items.
     """
 
@@ -85,13 +85,13 @@ class Changes:
 
     @classmethod
     def between(cls, trained: Artifact, now: Artifact, codes: Codes, alive: Mask) -> Changes:
-        """What leads from a trained model to what it is now.
+        """Compute the changes from a trained model to its current state.
 
         Args:
             trained: the model as it was saved.
-            now: with items that joined and changed.
-            codes: those items.
-            alive: bool [N], False for removed ones.
+            now: the model with added and changed items.
+            codes: codes of these items.
+            alive: bool [N], False for removed items.
         """
         table = now.item_table
         return cls(
@@ -103,23 +103,23 @@ class Changes:
         )
 
     def applied(self, trained: Artifact) -> tuple[Artifact, Mask]:
-        """The model as it is now, and bool [N], False for removed items."""
+        """Apply the changes. Returns the changed model, and a bool [N] mask that is False for removed items."""
         count, joined = len(trained.items), len(self.joined)
-        there = int(np.searchsorted(self.codes, count))  # before it: items that were there in training
+        split = int(np.searchsorted(self.codes, count))  # codes before it are trained items
         embeddings = trained.item_embeddings
-        if there:
-            embeddings = embeddings.index_copy(0, torch.from_numpy(self.codes[:there]), self.embeddings[:there])
+        if split:
+            embeddings = embeddings.index_copy(0, torch.from_numpy(self.codes[:split]), self.embeddings[:split])
         table = trained.item_table
         if table is not None and self.rows is not None:
             table = with_rows(table, self.codes, self.rows)
         alive = np.ones(count + joined, dtype=np.bool_)
         alive[self.left] = False
         if joined:
-            embeddings = torch.cat([embeddings, self.embeddings[there:]])
+            embeddings = torch.cat([embeddings, self.embeddings[split:]])
         return grown(trained, self.joined, embeddings, table), alive
 
     def write(self, folder: Path) -> None:
-        """Into an empty folder, what `read` reads."""
+        """Write the files that `read` reads into an empty folder."""
         tensors = {
             "codes": torch.from_numpy(self.codes),
             "embeddings": self.embeddings.float().contiguous(),
@@ -129,30 +129,30 @@ class Changes:
         pl.DataFrame({"id": self.joined}).write_parquet(folder / "joined.parquet")
         if self.rows is not None:
             self.rows.write_parquet(folder / "item_table.parquet")
-        told = {
+        metadata = {
             "schema_version": SCHEMA_VERSION,
             "changed_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": library_versions(),
             **self.to_dict(),
             "checksums": {path.name: checksum(path) for path in sorted(folder.iterdir())},
         }
-        (folder / "changes.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
+        (folder / "changes.json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
 
     @classmethod
     def read(cls, model: Path) -> Changes | None:
-        """The changes in a model folder, verified; None where there are none.
+        """Read and verify the changes in a model folder; None if there are no changes.
 
         Raises:
-            InputError: damaged, or of another version.
+            InputError: the files are damaged, or of another version.
         """
         folder = model / FOLDER
         path = folder / "changes.json"
         if not path.is_file():
             return None
-        advice = f"take {folder} away and make the changes again"
+        advice = f"delete {folder} and make the changes again"
         try:
-            told = json.loads(path.read_text(encoding="utf-8"))
-            version, checksums = told["schema_version"], told["checksums"]
+            metadata = json.loads(path.read_text(encoding="utf-8"))
+            version, checksums = metadata["schema_version"], metadata["checksums"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: not readable ({error}); {advice}") from error
         if version != SCHEMA_VERSION:
@@ -174,18 +174,18 @@ class Changes:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """How many, as JSON values."""
+        """Count added, changed and removed items, as JSON values."""
         return {"joined": len(self.joined), "changed": len(self.codes) - len(self.joined), "left": len(self.left)}
 
 
 def grown(artifact: Artifact, joined: pl.Series, embeddings: Tensor, table: pl.DataFrame | None) -> Artifact:
-    """The model with the items `joined` behind the others, which nobody has interacted with in training.
+    """Append items to a model; their training count is 0.
 
     Args:
         artifact: the model before.
-        joined: their ids; may be none.
+        joined: ids of the added items; may be empty.
         embeddings: float32 [N + n, D], of all items.
-        table: of all items, or None.
+        table: item table of all items, or None.
     """
     if not len(joined):
         return dataclasses.replace(artifact, item_embeddings=embeddings, item_table=table)
@@ -199,27 +199,27 @@ def grown(artifact: Artifact, joined: pl.Series, embeddings: Tensor, table: pl.D
 
 
 def new_embeddings(artifact: Artifact, codes: Codes, given: pl.DataFrame, vectors: Any, what: str) -> Tensor:
-    """Embeddings of items that join or change, float32 [n, D]: given, or the item tower's by their features.
+    """Return embeddings of added or changed items, float32 [n, D]: the given ones, or the item tower's.
 
-    A model that compares by cosine has all its embeddings at length 1, as its towers do.
+    If the model uses cosine similarity, embeddings are normalised to length 1, as the towers do.
 
     Args:
         artifact: the model.
-        codes: int64 [n], -1 for items that join: the tower has no id vector for them.
-        given: what is said of them, with the declared features.
-        vectors: [n, D], or None.
-        what: for messages.
+        codes: int64 [n], -1 for added items, for which the tower has no id vector.
+        given: columns of the items, with the declared features.
+        vectors: embeddings [n, D]; None to compute them from the features.
+        what: subject of error messages.
 
     Raises:
-        InputError: neither vectors nor features, or a wrong shape, or not finite.
+        InputError: neither vectors nor features, a wrong shape, or a value that is not finite.
     """
     width = artifact.item_embeddings.shape[1]
     tower = artifact.towers.item_tower
     if vectors is None:
         if tower.features is None:
             raise InputError(
-                f"{what}: this model knows items by their id alone, so an embedding has to be given: a column "
-                f"'embedding' with {width} numbers; or train with item_tower.features"
+                f"{what}: this model represents items by their id alone, so give embeddings: a column 'embedding' "
+                f"with {width} numbers; or train with item_tower.features"
             )
         known = torch.from_numpy(np.where(codes < tower.num_items, codes, -1))
         return artifact.towers.embed_new_items(given, known)
@@ -233,30 +233,30 @@ def new_embeddings(artifact: Artifact, codes: Codes, given: pl.DataFrame, vector
     if artifact.config.objective.similarity == "cosine":
         bad |= embeddings.norm(dim=1) == 0
     if bool(bad.any()):
-        raise InputError(f"{what}: row {int(bad.nonzero()[0]) + 1}: its embedding has no direction, or is not finite")
+        raise InputError(f"{what}: row {int(bad.nonzero()[0]) + 1}: its embedding is zero, or not finite")
     return F.normalize(embeddings, dim=1) if artifact.config.objective.similarity == "cosine" else embeddings
 
 
 def with_rows(table: pl.DataFrame, codes: Codes, rows: pl.DataFrame) -> pl.DataFrame:
-    """The table with other rows at some codes, [N'] rows; those past its end join it. `rows` has its columns."""
+    """Replace the rows of a table at some codes; append those with codes past its end. `rows` has the same columns."""
     more = int((codes >= len(table)).sum())
-    whole = pl.concat([table, pl.DataFrame(schema=table.schema).clear(more)]) if more else table
-    place = np.arange(len(whole), dtype=np.int64)
-    place[codes] = len(whole) + np.arange(len(codes))
-    return pl.concat([whole, rows.select(table.columns)]).select(pl.all().gather(place))
+    extended = pl.concat([table, pl.DataFrame(schema=table.schema).clear(more)]) if more else table
+    place = np.arange(len(extended), dtype=np.int64)
+    place[codes] = len(extended) + np.arange(len(codes))
+    return pl.concat([extended, rows.select(table.columns)]).select(pl.all().gather(place))
 
 
 def checksum(path: Path) -> str:
-    """sha256 of a file."""
+    """Compute the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _as(vocabulary: Vocabulary, ids: IdValues) -> pl.Series:
-    """Ids in the type of a vocabulary.
+    """Cast ids to the type of a vocabulary's ids.
 
     Raises:
-        InputError: they cannot be.
+        InputError: the ids cannot be cast.
     """
     found = ids_of(ids, "items")
     wanted = vocabulary.ids.dtype

@@ -1,4 +1,4 @@
-"""Items that are to join, change or leave: what a caller says of them, checked and turned into codes and rows."""
+"""Validation of catalog edits: items to add, change or remove, checked and turned into codes and rows."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ EMBEDDING = "embedding"
 
 @dataclass(frozen=True)
 class Edit:
-    """Items that join or change.
+    """Checked items to add or change.
 
     Attributes:
-        ids: theirs.
-        codes: int64 [n], the codes they have; -1 for an id that was never there.
+        ids: ids of the items.
+        codes: int64 [n], their codes; -1 for an id that is new to the vocabulary.
         embeddings: float32 [n, D].
-        rows: their rows in the item table, or None.
+        rows: their rows in the item table, or None if there is no table.
     """
 
     ids: pl.Series
@@ -39,29 +39,29 @@ class Edit:
 
     @classmethod
     def of(cls, artifact: Artifact, alive: Mask, items: Any, embeddings: Any, *, join: bool) -> Edit:
-        """From a frame or rows.
+        """Check items given as a frame or as rows.
 
         Args:
-            artifact: the model now.
+            artifact: the model in its current state.
             alive: bool [N], the items in the catalog now.
-            items: a data frame or a list of dicts: ids, and columns of the item table.
-            embeddings: [n, D], or None: the column `embedding`, or the item tower by the items' features.
-            join: whether they join; otherwise they change.
+            items: a data frame or a list of dicts with ids and columns of the item table.
+            embeddings: [n, D]; None to take the column `embedding`, or else the item tower with the items' features.
+            join: True to add items, False to change existing ones.
 
         Raises:
-            InputError: no ids, one that repeats, is there already or is not there; a value that does not fit its
-                column; embeddings that are missing or of a wrong shape.
+            InputError: there are no ids; an id repeats, exists already (add) or does not exist (change); a value does
+                not fit its column; embeddings are missing or of a wrong shape.
         """
-        what = "items that join" if join else "items that change"
+        what = "items to add" if join else "items to change"
         frame = _framed(items, what)
         column = _id_column(frame, what)
         ids = ids_like(ids_of(frame[column], what), artifact.items, f"{what}: column {column!r}")
         if ids.null_count() or ids.n_unique() < len(ids):
-            raise InputError(f"{what}: column {column!r}: expected every id once, found a null or a repeated one")
+            raise InputError(f"{what}: column {column!r}: expected every id once, found a null or repeated id")
         codes = artifact.items.encode(ids)
-        there = (codes >= 0) & alive[np.maximum(codes, 0)]
-        if bool((there if join else ~there).any()):
-            wrong = ids[int(np.flatnonzero(there if join else ~there)[0])]
+        exists = (codes >= 0) & alive[np.maximum(codes, 0)]
+        if bool((exists if join else ~exists).any()):
+            wrong = ids[int(np.flatnonzero(exists if join else ~exists)[0])]
             raise InputError(
                 f"{what}: {wrong!r} is in the catalog already; update it instead"
                 if join
@@ -70,22 +70,22 @@ class Edit:
         if embeddings is None and EMBEDDING in frame.columns:
             embeddings = frame[EMBEDDING].to_list()
         rows = None if artifact.item_table is None else _rows(artifact.item_table, frame, codes, ids, what)
-        said = frame if rows is None else _overlaid(frame, rows)
-        return cls(ids, codes, new_embeddings(artifact, codes, said, embeddings, what), rows)
+        completed = frame if rows is None else _overlaid(frame, rows)
+        return cls(ids, codes, new_embeddings(artifact, codes, completed, embeddings, what), rows)
 
 
 def leaving(artifact: Artifact, alive: Mask, ids: Sequence[Any]) -> Codes:
-    """Codes of items that are to leave, each once.
+    """Return the codes of items to remove, each once.
 
     Raises:
-        InputError: one is not in the catalog.
+        InputError: an id is not in the catalog.
     """
     if isinstance(ids, str) or not len(ids):
-        raise InputError(f"items that leave: expected a list of item ids, found {ids!r}")
+        raise InputError(f"items to remove: expected a list of item ids, found {ids!r}")
     codes = artifact.items.encode(list(ids))
     gone = (codes < 0) | ~alive[np.maximum(codes, 0)]
     if bool(gone.any()):
-        raise InputError(f"items that leave: {list(ids)[int(np.flatnonzero(gone)[0])]!r} is not in the catalog")
+        raise InputError(f"items to remove: {list(ids)[int(np.flatnonzero(gone)[0])]!r} is not in the catalog")
     return np.unique(codes)
 
 
@@ -94,10 +94,10 @@ def _framed(items: Any, what: str) -> pl.DataFrame:
         try:
             items = pl.DataFrame(list(items), infer_schema_length=None)
         except (TypeError, ValueError, pl.exceptions.PolarsError) as error:
-            raise InputError(f"{what}: rows that do not fit together ({str(error).splitlines()[0]})") from None
+            raise InputError(f"{what}: rows do not fit together ({str(error).splitlines()[0]})") from None
     frame = as_polars(items, what)
     if not len(frame):
-        raise InputError(f"{what}: expected at least one, found none")
+        raise InputError(f"{what}: expected at least one item, found none")
     return frame
 
 
@@ -109,8 +109,8 @@ def _id_column(frame: pl.DataFrame, what: str) -> str:
 
 
 def _rows(table: pl.DataFrame, frame: pl.DataFrame, codes: Codes, ids: pl.Series, what: str) -> pl.DataFrame:
-    """Rows of the item table: what the frame says, what the table has, null."""
-    # Row 0 stands in for items that were never there; their columns start empty.
+    """Build rows of the item table: values of the frame, else of the table, else null."""
+    # New items read row 0 as a placeholder; `known` then replaces its values with null.
     known = pl.Series(codes >= 0)
     held = table.select(pl.all().gather(np.where(codes >= 0, codes, 0)))
     columns = []
@@ -130,5 +130,5 @@ def _rows(table: pl.DataFrame, frame: pl.DataFrame, codes: Codes, ids: pl.Series
 
 
 def _overlaid(frame: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFrame:
-    """What is said of the items, completed by what the item table holds of them."""
+    """Complete the frame with the columns of the item table."""
     return frame.with_columns(rows[name] for name in rows.columns)

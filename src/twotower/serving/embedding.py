@@ -1,4 +1,4 @@
-"""Questions embedded by the query tower of a served model: histories, features, and the context of the requests."""
+"""Query embeddings of a served model, from histories, features and request context."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from twotower.serving.search import ranker_of
 
 
 class QueryEmbedder:
-    """Turns questions into u(x).
+    """A query tower that embeds queries as u(x).
 
     Args:
         artifact: the model as it was trained.
 
     Attributes:
-        ranker: its towers.
-        num_trained: items that the query tower knows: those of the training.
+        ranker: the model's towers.
+        num_trained: number of trained items, the only ones that the query tower knows.
     """
 
     def __init__(self, artifact: Artifact) -> None:
@@ -40,50 +40,50 @@ class QueryEmbedder:
         context: Given | EncodedContext | None = None,
         gaps: np.ndarray | None = None,
     ) -> torch.Tensor:
-        """u(x) of queries by codes, histories, features and contexts, [E, D]; see `TowerRanker.embed`.
+        """Embed queries given by codes, histories, features and contexts: u(x), [E, D]; see `TowerRanker.embed`.
 
-        Items that joined after training say nothing to the tower.
+        Items added after training are left out of the histories.
         """
         known, between = trained_only(histories, gaps, self.num_trained)
         return self.ranker.embed(queries, known, features, context=context, gaps=between)
 
     def in_context(self, context: Mapping[str, Any] | None) -> Embed:
-        """`embed` of queries that all have the same context, which is encoded here, once.
+        """Return a version of `embed` for queries that share one context, which is encoded once, here.
 
         Raises:
-            InputError: as those of `encode_context`.
+            InputError: see `encode_context`.
         """
         one = None if context is None else self.encode_context([context])
 
         def embed(
             queries: np.ndarray, histories: tuple[np.ndarray, np.ndarray], gaps: np.ndarray | None
         ) -> torch.Tensor:
-            told = None if one is None else one.repeated(len(queries))
-            return self.embed(queries, histories, context=told, gaps=gaps)
+            repeated = None if one is None else one.repeated(len(queries))
+            return self.embed(queries, histories, context=repeated, gaps=gaps)
 
         return embed
 
     @property
     def context_columns(self) -> list[str]:
-        """The columns declared in query_tower.context; none where the query tower reads no context."""
+        """The columns declared in query_tower.context; empty if the query tower reads no context."""
         features = self.ranker.towers.context_features
         return [] if features is None else list(features.columns)
 
     def encode_context(self, rows: Sequence[Mapping[str, Any] | None]) -> EncodedContext:
-        """The context of some requests as `embed` takes it; None for a request of which nothing is known.
+        """Encode the context of requests for `embed`; None for a request without context.
 
         Raises:
-            InputError: the query tower takes none, or a column is unknown or of another kind.
+            InputError: the query tower takes no context, or a column is unknown or of the wrong kind.
         """
         return EncodedContext.of(self.ranker.context_features(), rows)
 
     def check_features(self, features: Mapping[str, Any]) -> None:
-        """Refuse features of a query that `embed` could not use, so that one request does not spoil its batch.
+        """Check features of a query before `embed`, so that one bad request does not fail its batch.
 
         Raises:
-            InputError: the query tower takes none, or a column is missing or of another kind.
+            InputError: the query tower takes no features, or a column is missing or of the wrong kind.
         """
         inputs = getattr(self.ranker.towers.query_tower, "features", None)
         if inputs is None:
-            raise InputError("features: the query tower of this model takes none; give a query id or a history")
+            raise InputError("features: the query tower of this model takes no features; give a query id or a history")
         inputs.encode([features])

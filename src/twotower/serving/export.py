@@ -1,4 +1,4 @@
-"""The query tower on its own: for ONNX Runtime, or as a torch.export program; neither needs this package to run."""
+"""Export of the query tower, as ONNX or as a torch.export program; neither needs this package to run."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from twotower.towers import TwoTower
 
 FORMATS = {"onnx": "query_tower.onnx", "torch": "query_tower.pt2"}
 
-#: An export that differs more than this from the original is refused.
+#: Largest accepted difference between the export and the original.
 TOLERANCE = 1e-5
-TOLD = "export.json"
+REPORT = "export.json"
 
 
 class QueryEncoder(nn.Module):
-    """The query tower with its inputs and its output spelled out for an export.
+    """A query tower with explicit inputs and output, for export.
 
     Args:
         towers: the model.
-        uses_queries: whether it has an id embedding; its input `query` is then int64 [B], -1 for a new query.
-        uses_history: whether it looks at a history; `history` is then int64 [B, L], item codes, the newest last, -1 on
-            the left where there are fewer.
-        uses_gaps: whether it reads the time between items; `gaps` is then int64 [B, L], codes as data/gaps.py makes
-            them, 0 where nobody knows.
+        uses_queries: the tower has an id embedding; the input `query` is int64 [B], -1 for a new query.
+        uses_history: the tower reads a history; the input `history` is int64 [B, L], item codes, newest last, padded
+            with -1 on the left.
+        uses_gaps: the tower reads the time between items; the input `gaps` is int64 [B, L], codes of data/gaps.py, 0
+            for an unknown gap.
     """
 
     def __init__(self, towers: TwoTower, *, uses_queries: bool, uses_history: bool, uses_gaps: bool = False) -> None:
@@ -49,7 +49,7 @@ class QueryEncoder(nn.Module):
         self.uses_gaps = uses_gaps
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """The inputs in the order query, history, gaps, as far as there are any -> embedding float32 [B, D]."""
+        """Embed queries, float32 [B, D]. Inputs: query, history and gaps, in this order, those that the tower uses."""
         rows = inputs[0]
         queries = rows if self.uses_queries else torch.full_like(rows[:, 0], -1)
         history = inputs[int(self.uses_queries)] if self.uses_history else None
@@ -57,37 +57,37 @@ class QueryEncoder(nn.Module):
 
 
 def export_query_tower(directory: str | Path, out: str | Path, format: str = "onnx") -> dict[str, Any]:  # noqa: A002
-    """Write the query tower, and what is needed to call it, to a folder.
+    """Write the query tower, and the files needed to use it, to a folder.
 
-    `query_tower.onnx` or `query_tower.pt2`; `items.safetensors` with the item embeddings [N, D] and the popularity
-    coordinate [N] (see `PopularityDial`); `items.parquet` and `queries.parquet`, row = code; `export.json` with the
-    inputs, L, D, the temperature, and the largest difference that was found.
+    The files are `query_tower.onnx` or `query_tower.pt2`; `items.safetensors` with the item embeddings [N, D] and the
+    popularity coordinate [N] (see `PopularityDial`); `items.parquet` and `queries.parquet`, row = code; `export.json`
+    with the inputs, L, D, the temperature, and the largest difference found.
 
-    The file is run on queries of the model, in batches of 1, 3 and 64, and compared with the original.
+    The exported tower is run on random queries in batches of 1, 3 and 64, and compared with the original.
 
     Args:
-        directory: a model folder, or the run folder around it.
+        directory: a model folder, or the run folder that contains it.
         out: the folder to write.
         format: onnx or torch.
 
     Returns:
-        What `export.json` holds.
+        The content of `export.json`.
 
     Raises:
-        InputError: an unknown format, a package that is missing, something other than an export in `out`, or a result
-            that differs by more than 1e-5.
+        InputError: the format is unknown, a package is missing, `out` exists and is not an export, or the result
+            differs from the original by more than 1e-5.
     """
     if format not in FORMATS:
         raise InputError(f"export: unknown format {format!r}; expected onnx or torch")
     target = Path(out)
-    require_replaceable(target, TOLD, "export")
+    require_replaceable(target, REPORT, "export")
     artifact = Artifact.load(find_model(directory))
     config = artifact.config.query_tower
     if not isinstance(config.context, str):
         columns = ", ".join(dict.fromkeys(one.column for one in config.context))
         raise InputError(
-            f"export: the query tower reads the context of a request ({columns}), which an exported file could not "
-            "encode; serve this model with `twotower serve` or the Retriever, or train one without query_tower.context"
+            f"export: the query tower reads the context of a request ({columns}), which an exported file cannot encode"
+            "; serve this model with `twotower serve` or the Retriever, or train one without query_tower.context"
         )
     length = config.history.length if config.history else 0
     encoder = QueryEncoder(
@@ -111,7 +111,7 @@ def export_query_tower(directory: str | Path, out: str | Path, format: str = "on
         if not largest <= TOLERANCE:
             raise InputError(f"export: {format} differs from the model by {largest:.1e}, more than {TOLERANCE:.0e}")
         dial = dial_of(artifact)
-        told = {
+        report = {
             "file": FORMATS[format],
             "inputs": {name: "int64 [B]" if name == "query" else f"int64 [B, {length}]" for name in names},
             "output": f"float32 [B, {artifact.item_embeddings.shape[1]}]",
@@ -122,12 +122,12 @@ def export_query_tower(directory: str | Path, out: str | Path, format: str = "on
             "largest_difference": largest,
         }
         _write_items(artifact, dial.coordinate(), folder)
-        (folder / TOLD).write_text(json.dumps(told, indent=1), encoding="utf-8")
-    return told
+        (folder / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
+    return report
 
 
 def _inputs(artifact: Artifact, rows: int, length: int, names: list[str]) -> tuple[Tensor, ...]:
-    """Random queries: some of them new, histories of every length from one item on."""
+    """Draw random queries, some of them new, with histories of 1 to `length` items."""
     generator = torch.Generator().manual_seed(rows)
     made = {"query": torch.randint(-1, max(len(artifact.queries), 1), (rows,), generator=generator)}
     if length:
@@ -152,7 +152,9 @@ def _export_onnx(encoder: QueryEncoder, example: tuple[Tensor, ...], names: list
         import onnxruntime  # noqa: PLC0415  # an extra
         import onnxscript  # noqa: F401, PLC0415
     except ImportError:
-        raise InputError("export: this format needs ONNX; pip install 'twotower[onnx]'") from None
+        raise InputError(
+            "export: the ONNX packages are missing; install them with: pip install 'twotower[onnx]'"
+        ) from None
     batch = torch.export.Dim("batch", min=1)
     with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
         warnings.simplefilter("ignore")  # the exporter's own deprecations
@@ -161,7 +163,7 @@ def _export_onnx(encoder: QueryEncoder, example: tuple[Tensor, ...], names: list
             example,
             path,
             input_names=names,
-            output_names=["query_vector"],  # the exporter calls its own values "embedding" and the like
+            output_names=["query_vector"],  # the exporter uses names like "embedding" for its own values
             dynamic_shapes={"inputs": tuple({0: batch} for _ in example)},
             dynamo=True,
             external_data=False,
@@ -173,7 +175,7 @@ def _export_onnx(encoder: QueryEncoder, example: tuple[Tensor, ...], names: list
 
 @contextmanager
 def _quiet(*names: str) -> Iterator[None]:
-    """The exporter logs which packages it did without, such as torchvision, and what it left as it is."""
+    """Silence the exporter, which logs optional packages it did not find, such as torchvision."""
     before = {name: logging.getLogger(name).level for name in names}
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Which items may be answered: allow and deny lists of ids, and conditions on the item table."""
+"""Item filters: allow and deny lists of ids, and conditions on the item table."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from twotower.errors import InputError
 from twotower.schema import Vocabulary, listed
 
-#: Longer conditions are refused: nobody writes one by hand, and the parser recurses.
+#: Longest accepted condition, in characters; the parser recurses, and no one writes a longer one by hand.
 LONGEST = 4000
 
-#: So much of a condition stands in a message.
+#: Characters of a condition that an error message shows.
 SHOWN = 80
 
-#: A subquery could name files of this machine as tables. Inside quotes as well: the rules of quoting are the parser's.
+#: A subquery could read files of this machine as tables. Also refused inside quotes: only the parser knows its quoting.
 SUBQUERY = re.compile(r"\b(select|values)\b", re.IGNORECASE)
 
 Mask = NDArray[np.bool_]
@@ -33,22 +33,22 @@ def allowed_items(
     allow: Sequence[Any] | None = None,
     deny: Sequence[Any] | None = None,
 ) -> Mask | None:
-    """The items that pass all of a condition, an allow list and a deny list.
+    """Return the items that pass a condition, an allow list and a deny list.
 
     Args:
         items: the item vocabulary.
         table: one row for each item code, or None.
         condition: SQL on the columns of the table, such as `country = 'FR' and price < 20`; an item for which it is
             unknown (NULL) does not pass.
-        allow: the only ids that may be answered; ids that are not in the catalog are ignored.
-        deny: ids that may not be; likewise.
+        allow: the only ids that may be returned; ids that are not in the catalog are ignored.
+        deny: ids that must not be returned; unknown ids are ignored.
 
     Returns:
-        bool [N], or None where everything may be answered.
+        bool [N], or None if every item passes.
 
     Raises:
-        InputError: the condition cannot be understood, names a column that is not there, compares what cannot be
-            compared, or there is no item table; a list is not a list of ids; nothing in the allow list is known.
+        InputError: the condition cannot be parsed, names an unknown column, compares incompatible types, or there is no
+            item table; a list is not a list of ids; no id of the allow list is in the catalog.
     """
     mask: Mask | None = None
     if condition is not None:
@@ -67,10 +67,10 @@ def allowed_items(
 
 
 def condition_mask(condition: str, table: pl.DataFrame | None, num_items: int) -> Mask:
-    """The items for which a condition holds, bool [N].
+    """Return the items for which a condition is true, bool [N].
 
     The condition is parsed and evaluated by polars' SQL engine: comparisons, `and`, `or`, `not`, `in`, `between`,
-    `like`, `is null`, arithmetic and SQL's functions of one row. It sees the item table and nothing else.
+    `like`, `is null`, arithmetic and the SQL functions of one row. It can read the item table only.
 
     Raises:
         InputError: see `allowed_items`.
@@ -91,10 +91,10 @@ def condition_mask(condition: str, table: pl.DataFrame | None, num_items: int) -
         if column not in table.columns:
             raise InputError(
                 f"filter {shown!r}: no column {column!r} in the item table; found {listed(table.columns)}"
-                + ("" if column.isidentifier() else " (text stands in single quotes)")
+                + ("" if column.isidentifier() else " (put text in single quotes)")
             )
     try:
-        # One value must come for each row: `len` would hide a condition that folds the table into one.
+        # `implode` keeps the number of values: broadcasting would hide a condition that aggregates the whole table.
         result = table.select(pl.len().alias("n"), expression.implode().alias("passes"))
         passes = result["passes"][0]
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
@@ -115,7 +115,7 @@ def _known(items: Vocabulary, ids: Sequence[Any], name: str) -> NDArray[np.int64
         return np.empty(0, dtype=np.int64)
     try:
         codes = items.encode(list(ids))
-    except InputError:  # an id that cannot be one of this catalog's must not spoil the others
+    except InputError:  # an id of another type must not fail the others
         codes = np.concatenate([_one(items, item) for item in ids])
     return codes[codes >= 0]
 

@@ -1,4 +1,4 @@
-"""A catalog whose items come, change and go while it answers: one place for the model, its index and who is left."""
+"""A catalog whose items can be added, changed and removed after training, with its index."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from twotower.serving.search import Search
 
 
 class LiveCatalog:
-    """The items that are recommended: those of the training, and what became of them since.
+    """The items that can be recommended: the trained items with all changes since training.
 
-    Items join, change and leave without a new index, whatever its kind. Not while another thread asks: a service is
-    given the changed folder (`save_changes`) and swaps.
+    Items are added, changed and removed without rebuilding the index, whatever its kind. This is not safe while another
+    thread searches: for a running service, save the changed folder (`save_changes`), and the service swaps to it.
 
     Args:
         trained: the model as it was saved.
-        index: an approximate index over its items, which has the changes already; None for exact search.
-        changes: since training.
+        index: an approximate index over its items that has the changes already; None for exact search.
+        changes: changes since training.
 
     Attributes:
-        artifact: the model with its items as they are now.
-        search: over them.
+        artifact: the model with the current items.
+        search: search over the current items.
     """
 
     def __init__(self, trained: Artifact, index: ApproximateIndex | None, changes: Changes | None) -> None:
@@ -40,27 +40,27 @@ class LiveCatalog:
 
     @property
     def alive(self) -> Mask:
-        """Who is left: bool [N], False for items that are not."""
+        """Mask of the current items, bool [N], False for removed items."""
         alive = self.search.alive
         return np.ones(len(self.artifact.items), dtype=np.bool_) if alive is None else alive
 
     @property
     def is_as_trained(self) -> bool:
-        """Whether no item has joined."""
+        """True if no item was added since training."""
         return len(self.artifact.items) == len(self.trained.items)
 
     @property
     def changes(self) -> Changes:
-        """What became of the items since training."""
+        """All changes since training."""
         return Changes.between(self.trained, self.artifact, self._edited, self.alive)
 
     def add(self, items: Any, embeddings: Any = None) -> None:
-        """Items join; one that has left may come back.
+        """Add items; removed items may be added again.
 
         Args:
-            items: a data frame or a list of dicts: a column of ids, and columns of the item table.
-            embeddings: [n, D]; where None, the column `embedding`, or the item tower by the items' features. Of length
-                1 where the model compares by cosine: others are brought to it.
+            items: a data frame or a list of dicts with a column of ids and columns of the item table.
+            embeddings: [n, D]; None to take the column `embedding`, or else the item tower with the items' features.
+                They are normalised to length 1 if the model uses cosine similarity.
 
         Raises:
             InputError: see `Edit.of`.
@@ -68,17 +68,17 @@ class LiveCatalog:
         self._edit(Edit.of(self.artifact, self.alive, items, embeddings, join=True))
 
     def update(self, items: Any, embeddings: Any = None) -> None:
-        """Items get other embeddings, and other columns in the item table; see `add`.
+        """Change embeddings of items and their columns in the item table; see `add`.
 
-        What a history says through them is the query tower's, and stays.
+        The query tower's own vectors of these items in histories do not change.
         """
         self._edit(Edit.of(self.artifact, self.alive, items, embeddings, join=False))
 
     def remove(self, ids: Sequence[Any]) -> None:
-        """Items leave and are in no answer any more; histories keep them.
+        """Remove items from all results; histories keep them.
 
         Raises:
-            InputError: one is not in the catalog.
+            InputError: an id is not in the catalog.
         """
         codes = leaving(self.artifact, self.alive, ids)
         self.search.index.remove(codes)
@@ -91,27 +91,27 @@ class LiveCatalog:
         count, width = artifact.item_embeddings.shape
         codes = edit.codes.copy()
         codes[fresh] = count + np.arange(int(fresh.sum()))
-        order = np.argsort(codes)  # those that were there before those that join
-        codes, there = codes[order], int((~fresh).sum())
+        order = np.argsort(codes)  # existing items first, then added ones
+        codes, existing = codes[order], int((~fresh).sum())
         vectors = edit.embeddings[torch.from_numpy(order)]
         if self.search.approximate is not None:
             vectors = torch.cat([vectors, self._coordinates(codes)[:, None]], 1)
-        if there:
-            index.update(codes[:there], vectors[:there])
-        if there < len(codes):
-            index.add(vectors[there:])
-        table, joined = artifact.item_table, edit.ids.gather(order[there:])
+        if existing:
+            index.update(codes[:existing], vectors[:existing])
+        if existing < len(codes):
+            index.add(vectors[existing:])
+        table, joined = artifact.item_table, edit.ids.gather(order[existing:])
         if table is not None and edit.rows is not None:
             table = with_rows(table, codes, edit.rows.select(pl.all().gather(order)))
         alive = np.concatenate([self.alive, np.ones(len(joined), dtype=np.bool_)])
         alive[codes] = True
-        # The index's own tensor: the catalog is held once.
+        # Share the index's tensor, so that the embeddings are in memory once.
         self.artifact = grown(artifact, joined, index.vectors.items[:, :width], table)
         self.search = Search(self.artifact, self.search.approximate, alive)
         self._edited = np.union1d(self._edited, codes)
 
     def _coordinates(self, codes: Codes) -> torch.Tensor:
-        """The dial's coordinate of items, [n]; nobody has interacted with those that join."""
+        """Compute the popularity coordinate of items, [n]; added items have a training count of 0."""
         counts = self.artifact.item_counts
         more = max(int(codes.max()) + 1 - len(counts), 0)
         dial = PopularityDial(

@@ -1,4 +1,4 @@
-"""What is asked: known queries and new ones, by ids, turned into codes and histories."""
+"""Batches of queries, known or new: ids turned into codes and histories."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from twotower.serving.artifact import Artifact
 Codes = NDArray[np.int64]
 Gaps = NDArray[np.int8]
 
-#: Why a history alone is no question to a model whose query tower reads none.
+#: Why a model whose query tower reads no history cannot answer a query given by a history alone.
 NO_HISTORY = (
     "this model reads no history (query_tower.history: null), so nothing is known of this query; give the id of a "
-    "known query, or features or context where the model takes them"
+    "known query, or features or context if the model takes them"
 )
 
 
 @dataclass(frozen=True)
 class Questions:
-    """Some queries, ready to be embedded.
+    """A batch of queries, ready to be embedded.
 
     Attributes:
-        ids: what an answer calls them: ids, or positions where only histories were given.
-        codes: int64 [B], -1 for a query that training never saw.
-        offsets, items: their histories in compressed rows, int64 [B+1] and item codes, oldest first.
-        features: for each query what its declared columns hold, or None for what training knew of it; None for all.
-        context: of each query's request, by column, or None for nothing known of it; None for all.
-        gaps: int8, code of the gap before each of `items` (data/gaps.py); None where the tower reads none.
+        ids: names of the queries in results: ids, or positions if only histories were given.
+        codes: int64 [B], -1 for a query that is not in the training data.
+        offsets, items: histories in compressed rows, int64 [B+1] and item codes, oldest first.
+        features: declared columns of each query; None in a row, or for all, to use the features known from training.
+        context: declared columns of each query's request; None in a row, or for all, if the context is unknown.
+        gaps: int8, code of the gap before each of `items` (data/gaps.py); None if the tower reads no gaps.
     """
 
     ids: pl.Series
@@ -51,7 +51,7 @@ class Questions:
 
     @property
     def histories(self) -> tuple[Codes, NDArray[np.int32]]:
-        """The histories as a compressed-row pair."""
+        """The histories as a pair of offsets and items."""
         return self.offsets, self.items
 
     @classmethod
@@ -65,21 +65,21 @@ class Questions:
         context: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
         times: Sequence[Sequence[Any] | None] | None = None,
     ) -> Questions:
-        """From ids.
+        """Make a batch from ids.
 
         Args:
             artifact: the model.
-            queries: ids of known queries; their history in the data is taken unless `histories` is given.
-            histories: item ids, oldest first; unknown items are left out. Where the query tower reads no history they
-                only say which items were seen, and an answer may leave those out: good beside a query id, features or
-                context, and refused alone, as such an answer would be the same for every history.
-            features: what the columns declared in query_tower.features hold, for each query.
-            context: what the columns declared in query_tower.context hold, for each query's request, or for all alike.
-            times: when the items of `histories` were met, one for each; for a model that reads gaps.
+            queries: ids of known queries; their history in the data is used unless `histories` is given.
+            histories: item ids, oldest first; unknown items are left out. If the query tower reads no history, they
+                only say which items were seen, so that results can leave these out. A history alone is then refused,
+                because the result would be the same for every history.
+            features: for each query, the columns declared in query_tower.features.
+            context: for each query's request, the columns declared in query_tower.context; or one mapping for all.
+            times: timestamps of the items of `histories`, one for each; for a model that reads gaps.
 
         Raises:
-            InputError: neither is given, a query is unknown, there is not one history for each query, or nothing that
-                the query tower reads is known of a query.
+            InputError: nothing is given, a query is unknown, the numbers of rows differ, or nothing that the query
+                tower reads is known of a query.
         """
         if queries is None and histories is None and features is None and context is None:
             raise InputError("recommend: expected query ids, histories or features, found none of them")
@@ -105,24 +105,24 @@ class Questions:
             found, gaps = stored_histories(artifact, codes), stored_gaps(artifact, codes)
         else:
             found = np.zeros(len(codes) + 1, dtype=np.int64), np.zeros(0, dtype=np.int32)
-        asked = cls(ids, codes, *found, features, context, gaps)
-        asked.refuse_unknown(artifact)
-        return asked
+        batch = cls(ids, codes, *found, features, context, gaps)
+        batch.refuse_unknown(artifact)
+        return batch
 
     def refuse_unknown(self, artifact: Artifact) -> None:
-        """Refuse a query of which neither id nor features and context tell, with no history that is read.
+        """Refuse queries of which nothing that the query tower reads is known: id, features, context or history.
 
         Raises:
-            InputError: there is one.
+            InputError: there is such a query.
         """
-        nothing, read = ~told_by_id(artifact, self.codes), reads_history(artifact)
+        unknown, read = ~told_by_id(artifact, self.codes), reads_history(artifact)
         if read:
-            nothing &= np.diff(self.offsets) == 0
+            unknown &= np.diff(self.offsets) == 0
         for rows in (self.features, self.context):
             if rows is not None and not isinstance(rows, pl.DataFrame):
-                nothing &= np.array([row is None for row in rows], dtype=np.bool_)
-        if bool(nothing.any()):
-            row = int(np.flatnonzero(nothing)[0])
+                unknown &= np.array([row is None for row in rows], dtype=np.bool_)
+        if bool(unknown.any()):
+            row = int(np.flatnonzero(unknown)[0])
             if self.codes[row] >= 0:
                 raise InputError(f"query {self.ids[row]!r}: {no_training_row(artifact)}")
             if not read:
@@ -134,19 +134,19 @@ class Questions:
 
 
 def reads_history(artifact: Artifact) -> bool:
-    """Whether the query tower looks at histories; where not, they only say which items were seen."""
+    """True if the query tower reads histories; otherwise they only say which items were seen."""
     return artifact.config.query_tower.history is not None
 
 
 def no_training_row(artifact: Artifact) -> str:
-    """Why a query of the data is no question by its id alone, and what to give."""
-    give = "give items that it has met" if reads_history(artifact) else "expected a query with a training row"
+    """Explain why the id alone is not enough for a query without a training row, and what to give instead."""
+    give = "give its history" if reads_history(artifact) else "expected a query with a training row"
     more = "" if artifact.towers.context_features is None else ", or the context of the request"
-    return f"it has no training row, so its id says nothing, and nothing else is known of it; {give}{more}"
+    return f"it has no training row, so its id was not trained, and nothing else is known of it; {give}{more}"
 
 
 def told_by_id(artifact: Artifact, codes: Codes) -> NDArray[np.bool_]:
-    """Which queries their codes tell something of: by features that training knew, or by an id that was trained."""
+    """Mark the queries known by their code, bool [B]: by features from training, or by a trained id."""
     known = codes >= 0
     trained, tower = artifact.towers.trained_queries, artifact.towers.query_tower
     if trained is not None and tower.features is None:
@@ -155,19 +155,19 @@ def told_by_id(artifact: Artifact, codes: Codes) -> NDArray[np.bool_]:
 
 
 def _count(*given: Sequence[Any] | Mapping[str, Any] | None) -> int:
-    """How many new queries are asked for: as many as the first that is given for each of them; one for one context."""
+    """Count new queries: the rows of the first argument given, or 1 for a single context."""
     return next((1 if isinstance(rows, Mapping) else len(rows) for rows in given if rows is not None), 0)
 
 
 def stored_histories(artifact: Artifact, codes: Codes) -> tuple[Codes, NDArray[np.int32]]:
-    """The histories that the model folder holds for known queries."""
+    """Return the histories of known queries from the model folder, in compressed rows."""
     offsets = artifact.history_offsets
     place, ends = take_ranges(offsets[codes], offsets[codes + 1])
     return ends, np.asarray(artifact.history_items[place], dtype=np.int32)
 
 
 def stored_gaps(artifact: Artifact, codes: Codes) -> Gaps | None:
-    """The gaps in the histories that the model folder holds for known queries; None where the tower reads none."""
+    """Return the gaps in the histories of known queries; None if the tower reads no gaps."""
     if artifact.history_gaps is None:
         return None
     offsets = artifact.history_offsets
@@ -178,7 +178,7 @@ def stored_gaps(artifact: Artifact, codes: Codes) -> Gaps | None:
 def trained_only(
     histories: tuple[Codes, NDArray[np.int32]], gaps: Gaps | None, count: int
 ) -> tuple[tuple[Codes, NDArray[np.int32]], Gaps | None]:
-    """Histories without items of codes from `count` on: they joined after training, and a tower has no row for them."""
+    """Drop items with codes from `count` on: they were added after training, and the tower has no row for them."""
     offsets, items = histories
     known = np.asarray(items) < count
     if bool(known.all()):
@@ -188,7 +188,7 @@ def trained_only(
 
 
 def seen_codes(artifact: Artifact, codes: Codes) -> Codes:
-    """Codes of queries, -1 for hashed ones whose row no id of the data has: every id has a row."""
+    """Replace codes of hashed queries by -1 if no id of the data has their row: every id hashes to some row."""
     if not isinstance(artifact.queries, HashedIds):
         return codes
     at = np.maximum(codes, 0)
@@ -196,14 +196,14 @@ def seen_codes(artifact: Artifact, codes: Codes) -> Codes:
 
 
 def known_codes(vocabulary: Vocabulary, ids: Sequence[Any], side: str, artifact: Artifact) -> Codes:
-    """Codes of ids that have to be known.
+    """Return the codes of ids that must be known.
 
     Raises:
-        InputError: one is not.
+        InputError: an id is unknown.
     """
     try:
         codes: Codes = vocabulary.encode(list(ids))
-    except InputError:  # not even of the kind that the ids are
+    except InputError:  # not of the type of the ids
         codes = np.full(len(ids), -1, dtype=np.int64)
     if vocabulary is artifact.queries:
         codes = seen_codes(artifact, codes)
@@ -219,7 +219,7 @@ def known_codes(vocabulary: Vocabulary, ids: Sequence[Any], side: str, artifact:
 def _given(
     items: Vocabulary, histories: Sequence[Sequence[Any]], count: int, times: Sequence[Sequence[Any] | None] | None
 ) -> tuple[tuple[Codes, NDArray[np.int32]], Gaps | None]:
-    """Histories that somebody gives, as codes in compressed rows, and the gaps in them where their times are given."""
+    """Encode given histories as codes in compressed rows, with the gaps in them if `times` is given."""
     if len(histories) != count:
         raise InputError(f"histories: expected one for each query, {count}; found {len(histories)}")
     found = [items.encode(list(history)) if len(history) else np.empty(0, dtype=np.int64) for history in histories]

@@ -1,4 +1,4 @@
-"""A trained model that answers: items for a query, items like an item, and why."""
+"""Retrieval from a trained model: items for a query, similar items, and explanations."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from twotower.serving.stored import load_stored_index
 
 
 class Retriever(QueryEmbedder):
-    """Answers queries from a model folder; needs no trainer.
+    """A trained model for recommendations; needs no training code.
 
-    Items join, change and leave by `retriever.catalog`; see `LiveCatalog`.
+    Items are added, changed and removed through `retriever.catalog`; see `LiveCatalog`.
 
     Args:
-        artifact: what `Artifact.load` read.
-        index: an approximate index over the model's items, as `twotower index` builds it; exact search where None.
-        changes: items that joined, changed and left since training; the index has them already.
+        artifact: the model, as read by `Artifact.load`.
+        index: an approximate index over the model's items, as built by `twotower index`; None for exact search.
+        changes: items added, changed and removed since training; the index has them already.
 
     Example:
         retriever = twotower.Retriever.load("model/")
@@ -51,14 +51,14 @@ class Retriever(QueryEmbedder):
 
     @classmethod
     def load(cls, directory: str | Path, *, exact: bool = False) -> Retriever:
-        """Read a model folder and the index that `twotower index` has put into it, checksums verified.
+        """Read a model folder and its index, if `twotower index` has built one, and verify all checksums.
 
         Args:
-            directory: a model folder, or the run folder around it.
-            exact: search exactly, whatever index is there.
+            directory: a model folder, or the run folder that contains it.
+            exact: ignore an approximate index and search exactly.
 
         Raises:
-            InputError: see `Artifact.load`; an index that is damaged, or needs what is not installed.
+            InputError: see `Artifact.load`; the index is damaged, or needs a package that is not installed.
         """
         folder = find_model(directory)
         artifact, changes = Artifact.load(folder), Changes.read(folder)
@@ -66,12 +66,12 @@ class Retriever(QueryEmbedder):
 
     @property
     def artifact(self) -> Artifact:
-        """The model, with its items as they are now."""
+        """The model with its current items."""
         return self.catalog.artifact
 
     @property
     def search(self) -> Search:
-        """Of the catalog as it is now."""
+        """Search over the current catalog."""
         return self.catalog.search
 
     @property
@@ -80,28 +80,28 @@ class Retriever(QueryEmbedder):
 
     @property
     def index(self) -> Index:
-        """What `recommend` searches; `rank` always searches exactly."""
+        """The index that `recommend` searches; `rank` always searches exactly."""
         return self.search.index
 
     @property
     def title_column(self) -> str | None:
-        """The column of the item table that answers show as `title`."""
+        """The column of the item table that results show as `title`."""
         return self._answers.title_column
 
     @property
     def item_embeddings(self) -> torch.Tensor:
-        """v(j) of every item of the training, [N, D], where the diversity of lists is measured."""
+        """v(j) of every trained item, [N, D]; used to measure the diversity of lists."""
         return self.catalog.trained.item_embeddings
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool, *, popularity: float = 1.0) -> np.ndarray:
-        """Rank for an evaluation, exactly: int64 [E, k]. The very search of `recommend`, unless that has an index."""
+        """Rank items for an evaluation, int64 [E, k], with the exact search of `recommend`, ignoring any index."""
         histories = (holdout.history_offsets, holdout.history_items)
         trained, count = len(self.catalog.trained.items), len(self.artifact.items)
         _, items = self.search.search(
             self.embed(holdout.queries, histories, context=holdout.context, gaps=gaps_of(holdout)),
             k,
             exclude=histories if exclude_seen else None,
-            allowed=None if self.catalog.is_as_trained else np.arange(count) < trained,  # others are in no holdout
+            allowed=None if self.catalog.is_as_trained else np.arange(count) < trained,  # added items are in no holdout
             popularity=checked_popularity(popularity),
             exactly=True,
         )
@@ -117,42 +117,42 @@ class Retriever(QueryEmbedder):
         times: Sequence[Sequence[Any] | None] | None = None,
         k: int = 10,
         exclude_seen: bool = True,
-        filter: str | None = None,  # noqa: A002  # what a request calls it
+        filter: str | None = None,  # noqa: A002  # its name in requests
         allow: Sequence[Any] | None = None,
         deny: Sequence[Any] | None = None,
         popularity: float = 1.0,
     ) -> pl.DataFrame:
-        """The K best items for each query.
+        """Recommend the K best items for each query.
 
         Args:
-            queries: ids of known queries; their whole history in the data is taken, unless `histories` is given.
-            histories: item ids of each query, oldest first; without `queries` the queries are new ones. Unknown items
-                are left out. A model that reads no history only leaves these items out of the answer: it needs
-                `queries`, `features` or `context` beside them.
+            queries: ids of known queries; their whole history in the data is used, unless `histories` is given.
+            histories: item ids of each query, oldest first; without `queries` the queries are new. Unknown items are
+                left out. A model that reads no history only excludes these items from the result, and also needs
+                `queries`, `features` or `context`.
             features: for each query a dict of the columns declared in query_tower.features; without `queries` the
-                queries are new ones, known by their features and, where given, their histories. None in the place of
-                a dict: what training knew.
-            context: for each query a dict of the columns declared in query_tower.context, as its request has them, or
-                one dict for all. What is not there, None, and a value that training never saw are unknown. Context
-                alone asks for somebody of whom nothing else is known.
-            times: when the items of `histories` were met, one for each: dates, ISO text or unix time. For a model that
-                reads the gaps between them; a history without times is read without gaps.
-            k: how many items for each query.
+                queries are new, described by their features and, if given, their histories. None instead of a dict
+                uses the features known from training.
+            context: for each query a dict of the columns declared in query_tower.context, for its request, or one dict
+                for all. A missing column, None, and a value not seen in training are unknown. Context alone describes
+                a new query of which nothing else is known.
+            times: timestamps of the items of `histories`, one for each: dates, ISO text or unix time. For a model that
+                reads the gaps between items; a history without times is read without gaps.
+            k: number of items per query.
             exclude_seen: leave out the items of the history.
             filter: a condition on the columns of the item table, such as `country = 'FR' and price < 20`.
             allow: the only item ids that may be recommended.
-            deny: item ids that may not be.
+            deny: item ids that must not be recommended.
             popularity: b in [0, 2], the popularity dial: 1 as trained, 0 discovery; see `PopularityDial`.
 
         Returns:
-            Columns `query` (id, or position where only histories are given), `rank` from 1, `item` (id), `score`
-            (`<u, v> + (b - 1) T log p`), and `title` where the item table has one. A query with fewer than K items
-            left has fewer rows.
+            Columns `query` (id, or position for new queries), `rank` from 1, `item` (id), `score`
+            (`<u, v> + (b - 1) T log p`), and `title` if the item table has one. A query with fewer than K items left
+            has fewer rows.
 
         Raises:
-            InputError: a query id is unknown; k < 1; nothing asked; for a query of which nothing else is known, a
-                history without any known item, or any history where the model reads none; a filter or list that
-                cannot be understood; a dial out of range.
+            InputError: a query id is unknown; k < 1; no query is given; nothing is known of a query: its history has no
+                known item, or the model reads no history, and there is nothing else; a filter or list is invalid; the
+                dial is out of range.
         """
         return self.answer(
             Questions.of(self.artifact, queries, histories, features, context=context, times=times),
@@ -173,22 +173,22 @@ class Retriever(QueryEmbedder):
         allow: Sequence[Any] | None = None,
         deny: Sequence[Any] | None = None,
     ) -> pl.DataFrame:
-        """The K items nearest to each item, by cosine of the item embeddings; the item itself is left out.
+        """Find the K items nearest to each item, by cosine of the item embeddings, without the item itself.
 
         Args:
             items: item ids.
-            k: how many items for each.
-            filter: a condition on the item table that the answers fulfil.
-            allow: the only item ids that may come back.
-            deny: item ids that may not.
+            k: number of items per item.
+            filter: a condition on the item table that results must pass.
+            allow: the only item ids that may be returned.
+            deny: item ids that must not be returned.
 
         Returns:
-            Columns `of` (the item asked about), `rank`, `item`, `score`, and `title` where there is one.
+            Columns `of` (the given item), `rank`, `item`, `score`, and `title` if the items have titles.
 
         Raises:
-            InputError: an item id is unknown; k < 1; a filter or list that cannot be understood.
+            InputError: an item id is unknown; k < 1; a filter or list is invalid.
         """
-        # A copy: the codes of text ids are memory of polars, and torch warns of what it may not write to.
+        # Copied: the codes of text ids are read-only memory of polars, and torch warns about read-only arrays.
         codes = known_codes(self.artifact.items, items, "item", self.artifact).copy()
         allowed = allowed_items(self.artifact.items, self.artifact.item_table, condition=filter, allow=allow, deny=deny)
         vectors = F.normalize(self.artifact.item_embeddings[torch.from_numpy(codes)], dim=1)
@@ -206,19 +206,19 @@ class Retriever(QueryEmbedder):
         times: Sequence[Any] | None = None,
         popularity: float = 1.0,
     ) -> Explanation:
-        """What pulled an item up for a query: items of its history, and popularity.
+        """Explain why an item is recommended for a query: items of its history, and popularity.
 
         Args:
             query: id of a known query, or None for a new one.
-            item: the item's id.
-            history: item ids, oldest first; the query's own in the data where None.
-            context: of the request that the item was recommended for.
-            times: of the items of `history`.
-            popularity: the setting of the dial that the item was recommended with.
+            item: id of the item.
+            history: item ids, oldest first; None for the query's history in the data.
+            context: context of the request for which the item was recommended.
+            times: timestamps of the items of `history`.
+            popularity: setting of the popularity dial with which the item was recommended.
 
         Raises:
-            InputError: an unknown query or item, neither query, history nor context, a history alone where the model
-                reads none, a dial out of range.
+            InputError: a query or item is unknown; neither query, history nor context is given; a history alone is
+                given and the model reads no history; the dial is out of range.
         """
         asked = Questions.of(
             self.artifact,
@@ -238,15 +238,16 @@ class Retriever(QueryEmbedder):
         )
 
     def history(self, query: Any) -> pl.DataFrame:
-        """The items of a known query in the data, oldest first: columns `item`, and `title` where there is one."""
+        """List the history of a known query, oldest first: columns `item` and, if the items have titles, `title`."""
         codes = known_codes(self.artifact.queries, [query], "query", self.artifact)
         return self._answers.items(stored_histories(self.artifact, codes)[1].astype(np.int64))
 
     def describe(self, items: Sequence[Any]) -> pl.DataFrame:
-        """What is known of some items.
+        """Return everything known about items.
 
         Returns:
-            Columns `item`, `title` where there is one, `interactions` in training, and the item table's other columns.
+            Columns `item`, `title` if the items have titles, `interactions` in training, and the item table's other
+            columns.
 
         Raises:
             InputError: an item id is unknown.
@@ -254,11 +255,11 @@ class Retriever(QueryEmbedder):
         return self._answers.described(known_codes(self.artifact.items, items, "item", self.artifact))
 
     def search_titles(self, text: str, k: int = 10) -> pl.DataFrame:
-        """Items whose title contains `text`, whatever the case. Without titles, ids are searched.
+        """Find items whose title contains `text`, ignoring case. Without titles, search ids.
 
         Returns:
-            At most K rows, titles that begin with the text first, then by interactions in training; columns `item`,
-            `title` where there is one, and `interactions`.
+            At most K rows, first the titles that begin with the text, then by interactions in training; columns `item`,
+            `title` if the items have titles, and `interactions`.
 
         Raises:
             InputError: k < 1.
@@ -276,18 +277,18 @@ class Retriever(QueryEmbedder):
         popularity: float = 1.0,
         titles: bool = True,
     ) -> pl.DataFrame:
-        """What `recommend` does after it has checked what it was given.
+        """Search for a batch of queries that is already checked; `recommend` calls this.
 
         Args:
-            asked: queries as codes.
+            asked: the queries.
             k: K.
             exclude_seen: leave out the items of the histories.
-            allowed: bool [N], as `allowed_items` gives it.
+            allowed: bool [N], as returned by `allowed_items`.
             popularity: b.
-            titles: add titles where there are any.
+            titles: add titles if the items have titles.
 
         Returns:
-            As `recommend`.
+            See `recommend`.
         """
         scores, items = self.search.search(
             self.embed(asked.codes, asked.histories, asked.features, context=asked.context, gaps=asked.gaps),

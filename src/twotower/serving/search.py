@@ -1,4 +1,4 @@
-"""From embedded queries to items: the model's index, narrowed by filters, turned by the popularity dial."""
+"""Search of embedded queries in the model's index, with filters and the popularity dial."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from twotower.serving.artifact import Artifact
 
 
 def ranker_of(artifact: Artifact) -> TowerRanker:
-    """The model's towers and its exact index."""
+    """Build the ranker of a model: its towers with its exact index."""
     history = artifact.config.query_tower.history
     return TowerRanker(artifact.towers, history.length if history else 0, artifact.item_embeddings, progress=True)
 
 
 def dial_of(artifact: Artifact) -> PopularityDial:
-    """The popularity dial of the model's training counts and temperature."""
+    """Build the popularity dial from the model's training counts and temperature."""
     trained = artifact.towers.item_tower.num_items
     return PopularityDial(artifact.item_counts, float(artifact.towers.temperature.detach()), trained)
 
 
 class Search:
-    """One catalog for every setting of the dial.
+    """Search over one catalog, for any setting of the popularity dial.
 
     Args:
         artifact: the model.
-        approximate: an index over the embeddings and the dial's coordinate, D + 1 wide; None for exact search.
-        alive: bool [N], False for removed items; None where all are there.
+        approximate: an index over the embeddings with the popularity coordinate, D + 1 wide; None for exact search.
+        alive: bool [N], False for removed items; None if no item was removed.
     """
 
     def __init__(
@@ -46,17 +46,17 @@ class Search:
 
     @property
     def index(self) -> Index:
-        """What answers with the dial at 1."""
+        """The index used when the dial is 1."""
         return self.plain if self.approximate is None else self.approximate
 
     @cached_property
     def plain(self) -> ExactCatalog:
-        """The exact catalog, made when first asked for."""
+        """The exact catalog, built on first use."""
         return ExactCatalog(self.artifact.item_embeddings, alive=self.alive)
 
     @cached_property
     def neighbours(self) -> ExactCatalog:
-        """The catalog by cosine: itself where a model's embeddings have length 1 already."""
+        """The catalog for cosine similarity; the same as `plain` if the embeddings already have length 1."""
         if self.artifact.config.objective.similarity == "cosine":
             return self.plain
         return ExactCatalog(F.normalize(self.artifact.item_embeddings, dim=1), alive=self.alive)
@@ -72,33 +72,33 @@ class Search:
         popularity: float = 1.0,
         exactly: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """The K items of highest `<u, v> + (b - 1) T log p`.
+        """Find the K items with the highest `<u, v> + (b - 1) T log p`.
 
         Args:
             embedded: u(x), [B, D].
             k: K.
-            exclude: compressed rows of item codes to leave out.
-            allowed: bool [N], the only items that may come back.
+            exclude: item codes to leave out for each query, in compressed rows.
+            allowed: bool [N], the only items that may be returned.
             popularity: b.
-            exactly: search every item, whatever index there is.
+            exactly: search every item, even if there is an approximate index.
 
         Returns:
-            scores and item codes, [B, K] each.
+            Scores and item codes, [B, K] each.
         """
         if self.approximate is not None and not exactly:
             queries = self.dial.queries(embedded, popularity)
             scores, items = self.approximate.search(queries, k, exclude, allowed=allowed)
             return scores + self.dial.offset(popularity), items
         if popularity == 1.0:
-            # The very search that evaluation ranks with: a bias, though zero, could round differently.
+            # The same search as in evaluation: adding a bias, even zero, could round differently.
             return self.plain.search(embedded, k, exclude, allowed=allowed)
         scores, items = self._at(popularity).search(embedded, k, exclude, allowed=allowed)
         return scores + self.dial.offset(popularity), items
 
     def _at(self, popularity: float) -> ExactCatalog:
-        """The exact catalog with the dial turned, which shares everything but one number an item."""
-        held = self._turned
-        if held is None or held[0] != popularity:
-            held = popularity, self.plain.with_bias((popularity - 1.0) * self.dial.coordinate())
-            self._turned = held
-        return held[1]
+        """Return the exact catalog for a setting of the dial; it shares everything but one number per item."""
+        cached = self._turned
+        if cached is None or cached[0] != popularity:
+            cached = popularity, self.plain.with_bias((popularity - 1.0) * self.dial.coordinate())
+            self._turned = cached
+        return cached[1]

@@ -1,7 +1,7 @@
-"""An approximate index beside the model it answers for: built, kept in the model folder, found again.
+"""An approximate index stored in the model folder: built, loaded, and saved with changes of the catalog.
 
-model/index/index.json    kind, settings, recall against exact search, and checksums; of these files and of the items
-model/index/...           what the kind keeps: a graph, clusters; nothing where a database has it
+model/index/index.json    kind, settings, recall against exact search, and checksums of these files and of the items
+model/index/...           files of the kind: a graph or clusters; none if a database stores the index
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from twotower.serving.search import dial_of, ranker_of
 FOLDER = "index"
 SCHEMA_VERSION = 1
 
-#: Settings of the dial at which recall is measured: as trained, and all the way to discovery.
+#: Settings of the dial at which recall is measured: as trained, and full discovery.
 MEASURED_AT = {"popularity 1": 1.0, "popularity 0": 0.0}
 
 
@@ -44,22 +44,22 @@ def build_stored_index(
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
 ) -> IndexReport | None:
-    """Build an index for a model and keep it in its folder, in place of an older one.
+    """Build an index for a model and save it in the model folder, replacing an older one.
 
-    Recall is measured on known queries with the histories they have, with the popularity dial at 1 and at 0; the floor
-    holds for both.
+    Recall is measured on known queries with their histories, with the popularity dial at 1 and at 0; both must reach
+    `min_recall`.
 
     Args:
-        directory: a model folder, or the run folder around it.
+        directory: a model folder, or the run folder that contains it.
         kind: exact, hnsw, ivfpq or pgvector; exact removes an approximate index.
         k: K of the recall.
-        min_recall: the floor; nothing is written below it.
-        queries: how many known queries are drawn.
-        seed: of the draw.
-        settings: of the kind, such as `effort`.
+        min_recall: smallest accepted recall; nothing is written below it.
+        queries: number of known queries to draw.
+        seed: seed of the draw.
+        settings: settings of the index kind, such as `effort`.
 
     Returns:
-        What was built; None for exact search, which needs nothing.
+        Report of the index built; None for exact search, which needs no index.
 
     Raises:
         InputError: see `build_index` and `Artifact.load`.
@@ -93,7 +93,7 @@ def build_stored_index(
         index.remove(np.flatnonzero(~alive))
     with whole_folder(folder / FOLDER) as target:
         index.engine.save(target)
-        told = {
+        metadata = {
             "schema_version": SCHEMA_VERSION,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": library_versions(),
@@ -103,84 +103,86 @@ def build_stored_index(
             **report.to_dict(),
             "checksums": {path.name: checksum(path) for path in sorted(target.iterdir())},
         }
-        (target / "index.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
+        (target / "index.json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
     return report
 
 
 def read_index_report(folder: Path) -> dict[str, Any] | None:
-    """`index.json` of a model folder; None where the model has no approximate index.
+    """Read `index.json` of a model folder; None if the model has no approximate index.
 
     Raises:
-        InputError: it is damaged, or of another version.
+        InputError: the file is damaged, or of another version.
     """
     path = folder / FOLDER / "index.json"
     if not path.is_file():
         return None
     try:
-        told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version = told["schema_version"]
+        metadata: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = metadata["schema_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not readable ({error}); build it again with `twotower index`") from error
+        raise InputError(f"{path}: not readable ({error}); build the index again with `twotower index`") from error
     if version != SCHEMA_VERSION:
         raise InputError(f"{path}: schema version {version}, this twotower reads {SCHEMA_VERSION}; build it again")
-    return told
+    return metadata
 
 
 def load_stored_index(folder: Path, artifact: Artifact, changes: Changes | None = None) -> ApproximateIndex | None:
-    """The index in a model folder, verified; None where there is none.
+    """Load and verify the index in a model folder; None if the model has no approximate index.
 
     Args:
         folder: the model folder.
         artifact: the model as it was trained.
-        changes: what became of its catalog since.
+        changes: changes of its catalog since training.
 
     Raises:
-        InputError: it is damaged, was built for other embeddings, or needs what is not installed.
+        InputError: the index is damaged, was built for other embeddings, or needs a package that is not installed.
     """
-    told = read_index_report(folder)
-    if told is None:
+    metadata = read_index_report(folder)
+    if metadata is None:
         return None
     where = folder / FOLDER
-    if told.get("items") != artifact.metadata["checksums"]["items.safetensors"]:
+    if metadata.get("items") != artifact.metadata["checksums"]["items.safetensors"]:
         raise InputError(f"{where}: built for other item embeddings than this model's; build it again")
-    if told.get("changes") != (None if changes is None else checksum(folder / CHANGES / "changes.json")):
+    if metadata.get("changes") != (None if changes is None else checksum(folder / CHANGES / "changes.json")):
         raise InputError(f"{where}: built for another state of the catalog; build it again with `twotower index`")
-    for name, expected in told["checksums"].items():
+    for name, expected in metadata["checksums"].items():
         if not (where / name).is_file() or checksum(where / name) != expected:
             raise InputError(f"{where / name}: missing, or its checksum differs; build it again with `twotower index`")
     alive = None
     if changes is not None:
         artifact, alive = changes.applied(artifact)
-    index = load_index(told, artifact.item_embeddings, where, alive, last=dial_of(artifact).coordinate())
-    there = index.engine.count()
-    if there != int(index.vectors.alive.sum()):
-        raise InputError(f"{where}: holds {there:,} items, the model {index.vectors.alive.sum():,}; build it again")
+    index = load_index(metadata, artifact.item_embeddings, where, alive, last=dial_of(artifact).coordinate())
+    found = index.engine.count()
+    if found != int(index.vectors.alive.sum()):
+        raise InputError(
+            f"{where}: the index has {found:,} items, the model {index.vectors.alive.sum():,}; build it again"
+        )
     return index
 
 
 def save_changes(catalog: LiveCatalog, directory: str | Path) -> dict[str, Any]:
-    """Keep the changes of a catalog, and of its index, in the model folder it was read from.
+    """Save the changes of a catalog, and of its index, in the model folder it was loaded from.
 
-    The folder is replaced as a whole, so a service that watches it swaps to the new catalog. Files that stay as they
-    are share their space with the old ones. What a database holds has changed already, item by item.
+    The folder is replaced atomically, so a service that watches it swaps to the new catalog. Unchanged files are hard
+    links to the old ones. An index in a database has the changes already.
 
     Args:
-        catalog: of a retriever that was loaded from the folder, with its index; changed since.
-        directory: the model folder, or the run folder around it.
+        catalog: catalog of a retriever that was loaded from the folder with its index, and changed since.
+        directory: the model folder, or the run folder that contains it.
 
     Returns:
-        How many items joined, changed and left since training.
+        Counts of items added, changed and removed since training.
 
     Raises:
-        InputError: another model is there, or the catalog was loaded without the index that is there.
+        InputError: the folder now has another model, or an index that the catalog was loaded without.
     """
     folder = find_model(directory)
-    told = read_index_report(folder)
+    metadata = read_index_report(folder)
     if read_metadata(folder)["checksums"] != catalog.trained.metadata.get("checksums"):
-        raise InputError(f"{folder}: another model is there by now; load it and make the changes again")
+        raise InputError(f"{folder}: the folder now contains another model; load it and make the changes again")
     approximate = catalog.search.approximate
-    if told is not None and approximate is None:
-        raise InputError(f"{folder / FOLDER}: would not have the changes; load the model with its index")
+    if metadata is not None and approximate is None:
+        raise InputError(f"{folder / FOLDER}: this index would not have the changes; load the model with its index")
     changes = catalog.changes
     with whole_folder(folder) as target:
         for path in folder.iterdir():
@@ -188,17 +190,17 @@ def save_changes(catalog: LiveCatalog, directory: str | Path) -> dict[str, Any]:
                 _link(path, target / path.name)
         (target / CHANGES).mkdir()
         changes.write(target / CHANGES)
-        if told is not None and approximate is not None:
+        if metadata is not None and approximate is not None:
             (target / FOLDER).mkdir()
             approximate.engine.save(target / FOLDER)
-            told["changes"] = checksum(target / CHANGES / "changes.json")
-            told["checksums"] = {path.name: checksum(path) for path in sorted((target / FOLDER).iterdir())}
-            (target / FOLDER / "index.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
+            metadata["changes"] = checksum(target / CHANGES / "changes.json")
+            metadata["checksums"] = {path.name: checksum(path) for path in sorted((target / FOLDER).iterdir())}
+            (target / FOLDER / "index.json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
     return changes.to_dict()
 
 
 def _link(path: Path, other: Path) -> None:
-    """The same file under another name; a copy where the file system has no such links."""
+    """Link a file under another name; copy it if the file system has no hard links."""
     if path.is_dir():
         shutil.copytree(path, other)
         return
@@ -209,8 +211,8 @@ def _link(path: Path, other: Path) -> None:
 
 
 def _drawn_queries(artifact: Artifact, count: int, seed: int) -> np.ndarray:
-    """Known queries that have a history, int64 [at most count], ascending."""
+    """Draw known queries with a history, int64 [at most count], ascending."""
     known = np.flatnonzero(np.diff(artifact.history_offsets) > 0)
     if not len(known):
-        raise InputError("index: the model knows no query with a history, so recall cannot be measured; use exact")
+        raise InputError("index: the model has no query with a history, so recall cannot be measured; use --kind exact")
     return np.sort(np.random.default_rng(seed).choice(known, size=min(count, len(known)), replace=False))

@@ -1,1 +1,1 @@
-"""The parts of the service: limits, batching, models that are swapped while they answer, metrics, logs, routes."""
+"""The parts of the HTTP service: limits, batching, model reloading, metrics, logs and routes."""

@@ -1,4 +1,4 @@
-"""Batches of questions answered: the same ids as `Retriever` gives, each question failing on its own."""
+"""Answers to batches of requests: the same ids as from `Retriever`, with errors per request."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from twotower.serving.service.model import Codes, ServedModel, codes_of, known_c
 
 
 class RecommendKey(NamedTuple):
-    """Settings that one search can have. The model is among them: a swap never mixes two in a batch."""
+    """Settings of one search. They include the model, so that a batch never mixes two models."""
 
     kind: str
     model: ServedModel
     exclude_seen: bool
     filter: str | None
     popularity: float
-    k: int | None  # None where any K is a prefix of a larger one: exact search
+    k: int | None  # None for exact search, where the K best are a prefix of a longer list
 
 
 class SimilarKey(NamedTuple):
-    """Settings of one search for neighbours."""
+    """Settings of one search for similar items."""
 
     kind: str
     model: ServedModel
@@ -52,7 +52,7 @@ class SimilarKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Question:
-    """One request: for a query by id, history, features, context, or several of them; for neighbours, an item id."""
+    """One request: a query by id, history, features or context, or several of these; or an item for similar items."""
 
     k: int
     query: Any = None
@@ -64,20 +64,20 @@ class Question:
 
 
 def answer(key: RecommendKey | SimilarKey, questions: Sequence[Question]) -> list[bytes | Exception]:
-    """JSON for each question of a batch, or what is wrong with it."""
+    """Answer a batch: JSON for each request, or its error."""
     if isinstance(key, SimilarKey):
         return _similar(key, questions)
     return _recommend(key, questions)
 
 
 def asked(model: ServedModel, question: Question) -> tuple[int, Codes, Gaps]:
-    """Query code, history, and the gaps in it (all unknown where no times are), of one question.
+    """Return the query code, the history and its gaps (all unknown without times) of one request.
 
-    What its context says is looked at where it is encoded.
+    The values of its context are checked when they are encoded.
 
     Raises:
-        InputError: an unknown query, features or a context that the model does not take, or nothing known that the
-            query tower reads.
+        InputError: the query is unknown, the model takes no features or no context, or nothing that the query tower
+            reads is known.
     """
     query, history, times = question.query, question.history, question.times
     features, context = question.features, question.context
@@ -85,47 +85,47 @@ def asked(model: ServedModel, question: Question) -> tuple[int, Codes, Gaps]:
         model.retriever.check_features(features)
     if context is not None:
         model.retriever.ranker.context_features()
-    told = features is not None or context is not None
+    described = features is not None or context is not None
     code = -1 if query is None else known_code(model.query_codes([query]), "query_id")
     if history is None:
         if times is not None:
-            raise InputError("times: expected with history, whose items they belong to")
-        if code < 0 and told:
+            raise InputError("times: expected together with history, one for each of its items")
+        if code < 0 and described:
             return code, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int8)
         if code < 0:
-            raise InputError("expected query_id or history, or features, found none of them")
+            raise InputError("expected query_id, history or features, found none of them")
         stored = stored_histories(model.artifact, np.array([code]))[1].astype(np.int64)
-        _refuse_untrained(model, code, stored, told=told)
+        _refuse_untrained(model, code, stored, described=described)
         gaps = stored_gaps(model.artifact, np.array([code]))
         return code, stored, np.zeros(len(stored), dtype=np.int8) if gaps is None else gaps
     codes = codes_of(model.artifact.items, history)
     gaps = given_gaps(times, len(codes))[codes >= 0]
     codes = codes[codes >= 0]
-    if code < 0 and not told and not reads_history(model.artifact):
+    if code < 0 and not described and not reads_history(model.artifact):
         raise InputError(f"history: {NO_HISTORY}")
-    if code < 0 and not len(codes) and not told:
+    if code < 0 and not len(codes) and not described:
         raise InputError("history: none of its items is in the catalog; expected at least one known item id")
-    _refuse_untrained(model, code, codes, told=told)
+    _refuse_untrained(model, code, codes, described=described)
     return code, codes, gaps
 
 
-def _refuse_untrained(model: ServedModel, code: int, history: Codes, *, told: bool) -> None:
+def _refuse_untrained(model: ServedModel, code: int, history: Codes, *, described: bool) -> None:
     read = len(history) > 0 and reads_history(model.artifact)
-    if code >= 0 and not told and not read and not told_by_id(model.artifact, np.array([code]))[0]:
+    if code >= 0 and not described and not read and not told_by_id(model.artifact, np.array([code]))[0]:
         raise InputError(f"query_id: {no_training_row(model.artifact)}")
 
 
 def explained(model: ServedModel, question: Question, items: Sequence[Any], popularity: float) -> list[dict[str, Any]]:
-    """What pulled each of some items up, as JSON values, the tower asked only once.
+    """Explain several items for one query, as JSON values; the query tower runs once.
 
     Raises:
-        InputError: an unknown query or item, or nothing known.
-        Problem: a context that cannot be used.
+        InputError: the query or an item is unknown, or nothing is known of the query.
+        Problem: the context cannot be used.
     """
     code, seen, gaps = asked(model, question)
     codes = codes_of(model.artifact.items, items)
     if (codes < 0).any():
-        raise InputError("items: not all are ids that this model knows")
+        raise InputError("items: at least one is not a known item id")
     one = Questions(
         ids=model.artifact.items.ids.head(0),
         codes=np.array([code]),
@@ -133,14 +133,14 @@ def explained(model: ServedModel, question: Question, items: Sequence[Any], popu
         items=seen.astype(np.int32),
         gaps=gaps,
     )
-    kept: list[Tensor] = []
+    cached: list[Tensor] = []
     embed_one = in_context(model.retriever, question.context)
 
     def embed(queries: Codes, histories: tuple[Codes, NDArray[np.int32]], gaps: Gaps | None) -> Tensor:
-        # The same rows for every item: the history as it is, then without each of its items.
-        if not kept:
-            kept.append(embed_one(queries, histories, gaps))
-        return kept[0]
+        # Every item needs the same rows: the whole history, then the history without each of its items.
+        if not cached:
+            cached.append(embed_one(queries, histories, gaps))
+        return cached[0]
 
     answers = Answers(model.artifact)
     return [
@@ -189,8 +189,8 @@ def _recommend(key: RecommendKey, questions: Sequence[Question]) -> list[bytes |
         allowed=model.condition(key.filter),
         popularity=key.popularity,
     )
-    for place, told in zip(places, _told(model, [questions[p].k for p in places], scores, found), strict=True):
-        answers[place] = told
+    for place, body in zip(places, _bodies(model, [questions[p].k for p in places], scores, found), strict=True):
+        answers[place] = body
     return answers
 
 
@@ -209,16 +209,16 @@ def _similar(key: SimilarKey, questions: Sequence[Question]) -> list[bytes | Exc
         (np.arange(len(own) + 1, dtype=np.int64), own),
         allowed=model.condition(key.filter),
     )
-    for place, told in zip(places, _told(model, [questions[p].k for p in places], scores, found), strict=True):
-        answers[place] = told
+    for place, body in zip(places, _bodies(model, [questions[p].k for p in places], scores, found), strict=True):
+        answers[place] = body
     return answers
 
 
-def _told(model: ServedModel, ks: Sequence[int], scores: Tensor, found: Tensor) -> list[bytes]:
-    """Rows of a search as JSON, each cut to its own K."""
-    kept, values = found.numpy(), scores.numpy()
-    sizes = [int((row[:k] >= 0).sum()) for row, k in zip(kept, ks, strict=True)]
-    codes = np.concatenate([row[:size] for row, size in zip(kept, sizes, strict=True)])
+def _bodies(model: ServedModel, ks: Sequence[int], scores: Tensor, found: Tensor) -> list[bytes]:
+    """Write the results of a search as JSON, each cut to its own K."""
+    item_codes, values = found.numpy(), scores.numpy()
+    sizes = [int((row[:k] >= 0).sum()) for row, k in zip(item_codes, ks, strict=True)]
+    codes = np.concatenate([row[:size] for row, size in zip(item_codes, sizes, strict=True)])
     flat = np.concatenate([row[:size] for row, size in zip(values, sizes, strict=True)]).tolist()
     rows = model.listed(codes)
     answers, start = [], 0
@@ -230,6 +230,6 @@ def _told(model: ServedModel, ks: Sequence[int], scores: Tensor, found: Tensor) 
             )
         ]
         start += size
-        told = {"model": model.name, "version": model.version, "items": listed}
-        answers.append(json.dumps(told, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace"))
+        body = {"model": model.name, "version": model.version, "items": listed}
+        answers.append(json.dumps(body, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace"))
     return answers

@@ -1,4 +1,4 @@
-"""A map of the catalog: items in two dimensions, near each other where the model finds them alike."""
+"""A map of the catalog: items in two dimensions, with similar items close together."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-#: Items laid out; larger catalogs are sampled, and the others placed among their nearest neighbours.
+#: Items in the layout; larger catalogs are sampled, and other items are placed among their nearest neighbours.
 SAMPLE = 4000
 
-#: Neighbours that hold an item in its place.
+#: Nearest neighbours that attract an item.
 NEIGHBOURS = 12
 
-#: Random items that push it away, for each that pulls.
+#: Random items that repel an item, for each that attracts it.
 PUSHES = 4
 
 STEPS = 250
@@ -26,12 +26,12 @@ Places = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Atlas:
-    """Places of items in the square [-1, 1] x [-1, 1].
+    """Positions of items in the square [-1, 1] x [-1, 1].
 
     Attributes:
-        sample: codes of the items laid out, ascending.
-        places: [len(sample), 2].
-        embeddings: the catalog's embeddings [N, D]; directions are compared.
+        sample: codes of the items in the layout, ascending.
+        places: their positions, [len(sample), 2].
+        embeddings: the catalog's embeddings [N, D], compared by cosine.
     """
 
     sample: NDArray[np.int64]
@@ -40,15 +40,15 @@ class Atlas:
 
     @classmethod
     def draw(cls, embeddings: Tensor, seed: int = 0) -> Atlas:
-        """Lay out a catalog; a few seconds for `SAMPLE` items.
+        """Lay out a catalog; takes a few seconds for `SAMPLE` items.
 
         Cosine neighbours attract each other and random items repel, by the gradients of UMAP (McInnes, Healy and
-        Melville 2018, section 3.2) with the kernel 1 / (1 + d^2), from the first two principal components. The same
-        embeddings give the same map.
+        Melville 2018, section 3.2) with the kernel 1 / (1 + d^2), starting from the first two principal components. The
+        same embeddings always yield the same map.
 
         Args:
             embeddings: item embeddings [N, D].
-            seed: of the sample and of the items that repel.
+            seed: seed of the sample and of the repelling items.
         """
         rng = np.random.default_rng(seed)
         count = len(embeddings)
@@ -59,7 +59,7 @@ class Atlas:
         return cls(sample.astype(np.int64), _in_square(laid), embeddings)
 
     def place(self, codes: NDArray[np.int64]) -> Places:
-        """Places of any items [n, 2]: their own, or the weighted middle of the five nearest items that have one."""
+        """Return positions of items [n, 2]: their own, or the weighted mean of the five nearest items in the sample."""
         at = np.minimum(np.searchsorted(self.sample, codes), max(len(self.sample) - 1, 0))
         found = self.places[at].copy()
         missing = np.flatnonzero(self.sample[at] != codes)
@@ -72,16 +72,16 @@ class Atlas:
 
 
 def _directions(embeddings: Tensor, codes: NDArray[np.int64]) -> Tensor:
-    """Some items' embeddings, of length one."""
+    """Return embeddings of items, normalised to length 1."""
     return F.normalize(embeddings[torch.from_numpy(codes)].float(), dim=1)
 
 
 def principal(rows: Tensor) -> Places:
-    """The first two principal components of rows [n, D], their larger spread 1; [n, 2]."""
+    """Project rows [n, D] on their first two principal components, scaled so that the larger spread is 1; [n, 2]."""
     centred = (rows - rows.mean(0)).double()
     _, directions = torch.linalg.eigh(centred.T @ centred)
     axes = directions[:, -2:].flip(1)
-    # The sign of an eigenvector is anybody's choice; with this one the same items give the same map.
+    # The sign of an eigenvector is arbitrary; fix it, so that the same items yield the same map.
     axes = axes * torch.where(axes.sum(0) < 0, -1.0, 1.0)
     flat = centred @ axes
     if flat.shape[1] < 2:
@@ -92,7 +92,7 @@ def principal(rows: Tensor) -> Places:
 
 
 def _edges(unit: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Pairs of an item and one of its nearest by cosine."""
+    """List the pairs of an item and one of its nearest neighbours by cosine."""
     near = unit @ unit.T
     near.fill_diagonal_(-torch.inf)
     nearest = near.topk(NEIGHBOURS, dim=1).indices.numpy()
@@ -104,7 +104,7 @@ def _arranged(start: Places, edges: tuple[NDArray[np.int64], NDArray[np.int64]],
     ones, others = edges
     for step in range(STEPS):
         rate = 1.0 - step / STEPS
-        # A fraction of the edges at a time, as in stochastic descent: all at once would overshoot.
+        # A random fraction of the edges per step, as in stochastic gradient descent: all at once would overshoot.
         drawn = rng.random(len(ones)) < 0.25
         a, b = ones[drawn], others[drawn]
         apart = laid[a] - laid[b]
@@ -124,7 +124,7 @@ def _arranged(start: Places, edges: tuple[NDArray[np.int64], NDArray[np.int64]],
 
 
 def _in_square(laid: Places) -> Places:
-    """Centred and scaled to the square, by one factor so that distances keep their proportion."""
+    """Centre and scale to the square, with one factor for both axes to keep proportions."""
     if not len(laid):
         return laid
     middle = (laid.max(0) + laid.min(0)) / 2.0

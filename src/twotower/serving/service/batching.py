@@ -1,7 +1,7 @@
-"""Requests that come together are searched together.
+"""Dynamic batching: requests that arrive together are searched together.
 
-No request waits for company: while one batch is searched the next one gathers, so a lone request is answered at once
-and under load the batches grow by themselves.
+No request waits for others to arrive. While one batch is searched the next one fills, so a single request is answered
+at once, and batches grow under load.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from typing import Any
 from twotower.serving.service.metrics import Metrics
 from twotower.serving.service.problems import Problem
 
-#: Answers to the questions of one batch, in order; an exception is the answer to one question alone.
+#: Answers the requests of one batch, in order; an exception in the result concerns one request only.
 Run = Callable[[Any, Sequence[Any]], Sequence[Any]]
 
 _Waiting = list[tuple[Any, "asyncio.Future[Any]"]]
 
 
 class Batcher:
-    """Gathers questions with the same settings and answers them in one call.
+    """A queue that collects requests with the same settings and answers them in one call.
 
     Args:
         run: `run(key, questions)`, called in `executor`, one batch at a time.
-        executor: where it runs.
-        capacity: questions that may wait.
-        largest: questions of one batch.
-        metrics: told of batches and refusals.
+        executor: executor that `run` is called in.
+        capacity: maximum number of waiting requests.
+        largest: maximum number of requests in one batch.
+        metrics: metrics that count batches and refusals.
     """
 
     def __init__(self, run: Run, executor: Executor, *, capacity: int, largest: int, metrics: Metrics) -> None:
@@ -46,29 +46,29 @@ class Batcher:
         self._closing = False
 
     def start(self) -> None:
-        """Begin to answer; in a running event loop."""
+        """Start answering; call it in a running event loop."""
         self._task = asyncio.get_running_loop().create_task(self._work())
 
     async def stop(self) -> None:
-        """Answer what waits, then end."""
+        """Answer the waiting requests, then stop."""
         self._closing = True
         self._arrived.set()
         if self._task is not None:
             await self._task
 
     async def ask(self, key: Hashable, question: Any) -> Any:
-        """The answer to a question.
+        """Queue a request and wait for its answer.
 
         Args:
-            key: settings; only questions with the same key are answered together.
-            question: what `run` understands.
+            key: settings; only requests with the same key are answered together.
+            question: the request, in the form that `run` expects.
 
         Raises:
-            Problem: 503, too many wait.
+            Problem: 503, too many requests are waiting.
         """
         if self._closing or self._count >= self._capacity:
             self._metrics.refused.inc()
-            raise Problem(503, "too many requests wait; try again", {"Retry-After": "1"})
+            raise Problem(503, "too many requests are waiting; try again", {"Retry-After": "1"})
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(key, []).append((question, future))
         self._count += 1
@@ -87,13 +87,13 @@ class Batcher:
             began = time.perf_counter()
             try:
                 answers = await loop.run_in_executor(self._executor, self._run, key, [one for one, _ in batch])
-            except Exception as error:  # each of the batch is told
+            except Exception as error:  # every request of the batch gets the error
                 answers = [error] * len(batch)
             kind = key[0] if isinstance(key, tuple) else "other"
             self._metrics.batches.labels(kind).observe(len(batch))
             self._metrics.search_seconds.labels(kind).observe(time.perf_counter() - began)
             for (_, future), answer in zip(batch, answers, strict=True):
-                if future.done():  # its client has gone
+                if future.done():  # the client has disconnected
                     continue
                 if isinstance(answer, Exception):
                     future.set_exception(answer)
@@ -101,7 +101,7 @@ class Batcher:
                     future.set_result(answer)
 
     def _next(self) -> tuple[Hashable, _Waiting]:
-        """The next batch. Settings take turns, so that none has to wait until another runs dry."""
+        """Take the next batch. Keys take turns, so that none waits until the queue of another is empty."""
         key, waiting = self._waiting.popitem(last=False)
         batch, rest = waiting[: self._largest], waiting[self._largest :]
         if rest:

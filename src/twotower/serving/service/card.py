@@ -1,4 +1,4 @@
-"""The card of a model: where it comes from, how it was made, what it reaches and what an audit found."""
+"""The model card: data, configuration, training, metrics and audit of a model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from twotower.serving.service.model import ServedModel
 
-#: Looked for beside `metadata.json` and in the run folder around it: `twotower audit DIR --json > DIR/audit.json`.
+#: Expected next to `metadata.json` or in the run folder: `twotower audit DIR --json > DIR/audit.json`.
 AUDIT = "audit.json"
 
 _LARGEST_AUDIT = 4 * 1024 * 1024
@@ -17,14 +17,14 @@ _FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^\s/'\"]+/)+")
 
 
 def card(model: ServedModel) -> dict[str, Any]:
-    """What a reader wants to know of a model, as JSON values; folders of this machine are left out of it."""
-    told, config = model.artifact.metadata, model.artifact.config
-    data, split = told.get("data", {}), told.get("split", {})
+    """Build the card of a model as JSON values, without folder names of this machine."""
+    metadata, config = model.artifact.metadata, model.artifact.config
+    data, split = metadata.get("data", {}), metadata.get("split", {})
     found = {
         "name": model.name,
         "version": model.version,
-        "created": told.get("created"),
-        "versions": told.get("versions", {}),
+        "created": metadata.get("created"),
+        "versions": metadata.get("versions", {}),
         "data": {
             "source": data.get("source"),
             "fingerprint": data.get("fingerprint"),
@@ -43,8 +43,8 @@ def card(model: ServedModel) -> dict[str, Any]:
             "num_queries": len(model.artifact.queries),
             "num_items": len(model.artifact.items),
         },
-        "training": told.get("training", {}),
-        "metrics": told.get("metrics"),
+        "training": metadata.get("training", {}),
+        "metrics": metadata.get("metrics"),
         "audit": read_audit(model.folder),
     }
     cleaned: dict[str, Any] = without_folders(found)
@@ -52,7 +52,7 @@ def card(model: ServedModel) -> dict[str, Any]:
 
 
 def read_audit(folder: Path) -> Any:
-    """The JSON of an audit that lies in the model folder or beside it, or None."""
+    """Read the audit JSON in the model folder or the folder that contains it; None if it is missing or unreadable."""
     for path in (folder / AUDIT, folder.parent / AUDIT):
         try:
             if path.stat().st_size <= _LARGEST_AUDIT:
@@ -63,7 +63,7 @@ def read_audit(folder: Path) -> Any:
 
 
 def without_folders(value: Any) -> Any:
-    """Names of files without the folders they lie in."""
+    """Strip folders from file paths in all strings of a JSON value."""
     if isinstance(value, str):
         return _FOLDERS.sub("", value)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The context of requests in the service: a batch is encoded at once, and what is wrong with one is told of one."""
+"""Encoding of request contexts in the service: a batch in one call, with errors per request."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Context = Mapping[str, Any]
 def encode_batch(
     retriever: Retriever, given: Mapping[int, Context | None]
 ) -> tuple[EncodedContext | None, dict[int, Problem]]:
-    """The contexts of a batch, each encoded once where all are good.
+    """Encode the contexts of a batch of requests.
 
-    Encoding costs by call, not by row, so all are tried together. Where one is wrong the halves are tried, so that
-    the others are still encoded with few calls: a request alone is encoded alone, and so is one that is wrong.
+    The cost of encoding is per call, not per row, so all contexts are tried together. If one is invalid, the two halves
+    are tried, recursively, until the invalid one is alone: the others still need few calls.
 
     Args:
-        retriever: of a model that takes a context.
-        given: by the place of each question; None for a request that brings none.
+        retriever: retriever of a model that takes a context.
+        given: position of each request in the batch -> its context; None for a request without context.
 
     Returns:
-        Those that are good in order, or None where nobody brings one; and what is wrong with the others, by place.
+        The valid contexts in order, or None if no request has one; and the error of each other request, by position.
     """
     if all(one is None for one in given.values()):
         return None, {}
@@ -48,7 +48,7 @@ def encode_batch(
 
 
 def in_context(retriever: Retriever, context: Context | None) -> Embed:
-    """As `Retriever.in_context`.
+    """Call `Retriever.in_context` and turn its error into a problem.
 
     Raises:
         Problem: 422, the context cannot be used.
@@ -60,7 +60,7 @@ def in_context(retriever: Retriever, context: Context | None) -> Embed:
 
 
 def refusal(retriever: Retriever, context: Context, error: InputError) -> Problem:
-    """What is wrong with a context, and the column that it is wrong with: the first that cannot be used alone."""
+    """Describe the error of a context and name the column at fault: the first that fails when encoded alone."""
     for name, value in context.items():
         try:
             retriever.encode_context([{name: value}])

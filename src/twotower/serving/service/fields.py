@@ -1,4 +1,4 @@
-"""The fields that the page shows for a model's context: a column each, with what may be put into it."""
+"""Form fields of the page for a model's context: one per column, with the values it accepts."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from twotower.data.encoders import Bag, Category
 from twotower.data.encoding import FeatureSet
 from twotower.feature_config import MultiFeature
 
-#: Values of a vocabulary that are offered as a list to choose from.
+#: Largest vocabulary offered as a list to choose from.
 MOST_VALUES = 60
 
-#: Between several values in one field, where the declaration names no other sign.
+#: Separator of several values in one field, unless the declaration names another.
 SEPARATOR = ","
 
 
 def context_fields(features: FeatureSet) -> list[dict[str, Any]]:
-    """One field for each declared column, in the order of the declaration.
+    """Describe one field for each declared column, in the order of declaration.
 
     Args:
         features: fitted on the context of the training rows.
 
     Returns:
-        `column`, `kind` (of its first declaration, where it is declared twice), `values` of training in ascending
-        order where there is a vocabulary of at most `MOST_VALUES`, and `separator` where a field holds several values.
+        `column`, `kind` (of its first declaration, if it is declared twice), `values` seen in training in ascending
+        order, if the vocabulary has at most `MOST_VALUES`, and `separator`, if a field takes several values.
     """
     fields: dict[str, dict[str, Any]] = {}
     for declared, encoder in zip(features.declared, features.encoders, strict=True):

@@ -1,4 +1,4 @@
-"""What stands before every route: host, token, size and kind of the body; and after it: headers, metrics, the log."""
+"""Middleware around every route: checks host, token, and body; adds headers, metrics and a log line."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from twotower.serving.service.metrics import Metrics
 from twotower.serving.service.problems import Problem, problem_answer
 from twotower.serving.service.settings import LARGEST_BODY, ServiceSettings
 
-#: Answered without a token: they tell nothing of the data.
+#: Answered without a token: these paths reveal nothing about the data.
 OPEN = ("/", "/healthz", "/readyz", "/openapi.json")
 OPEN_FOLDER = "/static/"
 
-#: The page needs nothing from anywhere else, and nobody else may frame it.
+#: The page loads nothing from other hosts, and no other site may frame it.
 SECURITY = {
     "Content-Security-Policy": (
         "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; object-src 'none'"
@@ -40,8 +40,8 @@ class Guard:
 
     Args:
         app: the application.
-        settings: token, hosts and how long a body may take.
-        metrics: told of every request.
+        settings: token, allowed hosts and the time limit of a body.
+        metrics: metrics that count every request.
     """
 
     def __init__(self, app: ASGIApp, settings: ServiceSettings, metrics: Metrics) -> None:
@@ -78,36 +78,40 @@ class Guard:
             await self.app(scope, receive if body is None else _replayed(body, receive), answer)
         except Problem as problem:
             await problem_answer(problem.status, problem.detail, problem.headers)(scope, receive, answer)
-        except Exception as error:  # nothing of it may reach the client
+        except Exception as error:  # no detail may reach the client
             failure = error
             if not started:
-                await problem_answer(500, f"a fault of the service; its log has request {request_id}")(
+                await problem_answer(500, f"internal error; see request {request_id} in the log of the service")(
                     scope, receive, answer
                 )
         finally:
-            self._told(scope, status, time.perf_counter() - began, request_id, failure)
+            self._record(scope, status, time.perf_counter() - began, request_id, failure)
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
         if self.settings.hosts is not None and _name(headers.get("host", "")) not in self.settings.hosts:
-            raise Problem(421, "Host: this service does not go by that name; start it with --allow-host NAME")
+            raise Problem(421, "Host: this name is not allowed; start the service with --allow-host NAME")
         if self._token is not None and not _is_open(scope["path"]):
             scheme, _, given = headers.get("authorization", "").partition(" ")
             known = hmac.compare_digest(given.strip().encode("utf-8", "replace"), self._token)
             if scheme.lower() != "bearer" or not known:
-                raise Problem(401, "Authorization: expected Bearer and the token", {"WWW-Authenticate": "Bearer"})
+                raise Problem(
+                    401,
+                    "Authorization: expected 'Bearer TOKEN' with the token of this service",
+                    {"WWW-Authenticate": "Bearer"},
+                )
         if scope["method"] in _WITH_BODY:
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json" and (kind or headers.get("content-length", "0") != "0"):
-                # Besides being what is understood, it is what no form of another site can send unasked.
+                # Another site cannot send this type without a preflight request.
                 raise Problem(415, "Content-Type: expected application/json")
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The body, whole and small enough; None for a method that has none."""
+        """Read the whole body within the limits of size and time; None for a method without a body."""
         if scope["method"] not in _WITH_BODY:
             return None
-        told = Headers(scope=scope).get("content-length")
-        if told is not None and (not told.isdigit() or int(told) > LARGEST_BODY):
+        length = Headers(scope=scope).get("content-length")
+        if length is not None and (not length.isdigit() or int(length) > LARGEST_BODY):
             raise _too_large()
         parts, size = [], 0
         try:
@@ -115,7 +119,7 @@ class Guard:
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise Problem(400, "body: the connection ended before it")
+                        raise Problem(400, "body: the connection closed before the end of the body")
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
                     if size > LARGEST_BODY:
@@ -123,12 +127,12 @@ class Guard:
                     if not message.get("more_body", False):
                         return b"".join(parts)
         except TimeoutError:
-            raise Problem(408, f"body: not here after {self.settings.body_seconds:g} seconds") from None
+            raise Problem(408, f"body: not received within {self.settings.body_seconds:g} seconds") from None
 
-    def _told(
+    def _record(
         self, scope: Mapping[str, Any], status: int, seconds: float, request_id: str, failure: BaseException | None
     ) -> None:
-        # The template of the route, never the path: it can have an id in it.
+        # Log the route template, never the path, which can contain an id.
         route = getattr(scope.get("route"), "path", None) or "none"
         method = scope["method"] if scope["method"] in ("GET", "HEAD", "OPTIONS", *_WITH_BODY, "DELETE") else "other"
         self.metrics.requests.labels(route, method, str(status)).inc()
@@ -146,21 +150,21 @@ class Guard:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the body once more, and then what the client does."""
-    given = False
+    """Make a `receive` that returns the body once more, then the further messages of the client."""
+    sent = False
 
     async def again() -> Message:
-        nonlocal given
-        if given:
+        nonlocal sent
+        if sent:
             return await receive()
-        given = True
+        sent = True
         return {"type": "http.request", "body": body, "more_body": False}
 
     return again
 
 
 def _name(host: str) -> str:
-    """The name in a Host header, without its port."""
+    """Return the name in a Host header, without the port."""
     if host.startswith("["):
         return host.partition("]")[0].lower() + "]"
     return host.partition(":")[0].lower()

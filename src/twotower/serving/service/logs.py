@@ -1,4 +1,4 @@
-"""Logs as one JSON object a line: what happened and how long it took, never who asked or for what."""
+"""Logs as one JSON object per line: events and durations, never clients or ids."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ logger = logging.getLogger("twotower.service")
 
 
 class JsonLines(logging.Formatter):
-    """A record as one line of JSON.
+    """A log formatter that writes one JSON object per record.
 
-    Of an exception only its type and the places it went through are written: its message could repeat an id.
+    Of an exception, only the type and the stack frames are written: its message could contain an id.
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
+        """Format a record as one line."""
         values: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -42,11 +42,11 @@ def configure(level: str = "info", stream: TextIO | None = None) -> None:
         one.handlers = [handler] if name != "uvicorn.error" else []
         one.propagate = name == "uvicorn.error"
         one.setLevel(level.upper())
-    # The access log has addresses and the whole path, with ids in it; requests are logged by the service itself.
+    # The access log contains addresses and full paths, with ids; the service logs requests itself.
     access = logging.getLogger("uvicorn.access")
     access.handlers, access.propagate = [], False
 
 
 def log(event: str, *, level: int = logging.INFO, error: BaseException | None = None, **fields: Any) -> None:
-    """One line of the log."""
+    """Write one log line."""
     logger.log(level, event, extra={"fields": fields}, exc_info=error)

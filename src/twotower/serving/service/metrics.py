@@ -1,4 +1,4 @@
-"""What Prometheus reads: requests, batches, the queue, models and swaps."""
+"""Prometheus metrics: requests, batches, the queue, models and reloads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
-    """The metrics of one service, in a registry of their own."""
+    """The metrics of one service, in their own registry."""
 
     content_type = CONTENT_TYPE_LATEST
 
@@ -25,28 +25,36 @@ class Metrics:
         made = self.registry
         self.requests = Counter("twotower_requests", "Requests answered.", ("route", "method", "status"), registry=made)
         self.seconds = Histogram(
-            "twotower_request_seconds", "From the first byte to the last.", ("route",), registry=made, buckets=_SECONDS
+            "twotower_request_seconds",
+            "Time from the first byte of a request to the last byte of its answer.",
+            ("route",),
+            registry=made,
+            buckets=_SECONDS,
         )
         self.batches = Histogram(
             "twotower_batch_size", "Requests searched at once.", ("kind",), registry=made, buckets=_SIZES
         )
         self.search_seconds = Histogram(
-            "twotower_search_seconds", "Of one batch.", ("kind",), registry=made, buckets=_SECONDS
+            "twotower_search_seconds", "Search time of one batch.", ("kind",), registry=made, buckets=_SECONDS
         )
         self.waiting = Gauge("twotower_requests_waiting", "Requests in the queue.", registry=made)
-        self.refused = Counter("twotower_requests_refused", "Requests that found the queue full.", registry=made)
-        self.model = Gauge("twotower_model_info", "1 for the model that answers.", ("model", "version"), registry=made)
+        self.refused = Counter(
+            "twotower_requests_refused", "Requests refused because the queue was full.", registry=made
+        )
+        self.model = Gauge(
+            "twotower_model_info", "1 for the model version in use.", ("model", "version"), registry=made
+        )
         self.swaps = Counter(
-            "twotower_model_reloads", "Looks at a model folder that found another model.", ("model", "outcome"),
+            "twotower_model_reloads", "Attempts to load a changed model folder.", ("model", "outcome"),
             registry=made,
         )  # fmt: skip
 
     def swapped(self, model: str, old: str | None, new: str) -> None:
-        """A model took over."""
+        """Record that a model version is now in use."""
         if old is not None and old != new:
             self.model.remove(model, old)
         self.model.labels(model, new).set(1)
 
     def text(self) -> bytes:
-        """In Prometheus' text format."""
+        """Return all metrics in the Prometheus text format."""
         return generate_latest(self.registry)

@@ -1,4 +1,4 @@
-"""A model as the service holds it: the retriever beside what answers show of items, looked up by ids of any kind."""
+"""A model in the service: its retriever, and lookups of the item data that responses show."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ from twotower.serving.service.fields import context_fields
 Codes = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
-#: Files of a model folder that change with anything in it.
+#: Files of a model folder; whenever the folder changes, one of these changes.
 TELLING = ("metadata.json", "index/index.json", "changes/changes.json")
 
 _INTEGER = re.compile(r"-?[0-9]{1,19}")
 _INT64 = 2**63 - 1
 
-#: Conditions whose items are remembered, N bytes each.
-_KEPT_CONDITIONS = 16
+#: Number of conditions whose item masks are cached, N bytes each.
+_CACHED_CONDITIONS = 16
 
 
 class ServedModel:
-    """One version of a model, from the moment it was loaded until its last request is answered.
+    """One version of a model, used from loading until its last request is answered.
 
     Args:
-        name: what requests call it.
-        version: changes with its files.
-        retriever: answers; exact search, or the approximate index it was given.
-        folder: where it was read, for what stands beside it.
+        name: name of the model in requests.
+        version: hash that changes with the model files.
+        retriever: retriever of the model, with exact search or its approximate index.
+        folder: model folder that it was read from.
     """
 
     def __init__(self, name: str, version: str, retriever: Retriever, folder: Path) -> None:
@@ -65,7 +65,7 @@ class ServedModel:
 
     @classmethod
     def load(cls, name: str, directory: Path) -> ServedModel:
-        """Read a model folder and ask it once, so that what is made at first use is made before it answers.
+        """Read a model folder and run a first search, so that everything built on first use is ready.
 
         Raises:
             InputError: see `Artifact.load`.
@@ -73,12 +73,12 @@ class ServedModel:
         folder = find_model(directory)
         files = [path for name in TELLING if (path := folder / name).is_file()]
         version = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
-        made = cls(name, version, Retriever.load(folder), folder)
-        made.warm_up()
-        return made
+        model = cls(name, version, Retriever.load(folder), folder)
+        model.warm_up()
+        return model
 
     def warm_up(self) -> None:
-        """Make the dialled catalog, if there are items to ask for."""
+        """Search with the dial at 1 and at 0.5, which builds both catalogs, if there are queries and items."""
         if len(self.artifact.queries) and len(self.artifact.items):
             embedded = self.artifact.item_embeddings[:1]
             for popularity in (1.0, 0.5):
@@ -91,18 +91,18 @@ class ServedModel:
             return Atlas.draw(self.artifact.item_embeddings)
 
     def query_codes(self, ids: Sequence[Any]) -> Codes:
-        """Codes of query ids; -1 where unknown."""
+        """Return codes of query ids; -1 for unknown ids."""
         return seen_codes(self.artifact, codes_of(self.artifact.queries, ids))
 
     def item_codes(self, ids: Sequence[Any]) -> Codes:
-        """Codes of item ids; -1 where unknown."""
+        """Return codes of item ids; -1 for unknown ids."""
         return codes_of(self.artifact.items, ids)
 
     def condition(self, condition: str | None) -> Mask | None:
-        """The items for which a condition holds, remembered.
+        """Return the items for which a condition holds, bool [N]; results are cached.
 
         Raises:
-            InputError: it cannot be understood.
+            InputError: the condition is invalid.
         """
         if condition is None:
             return None
@@ -113,12 +113,12 @@ class ServedModel:
         with self._lock:
             self._masks[condition] = found
             self._masks.move_to_end(condition)
-            while len(self._masks) > _KEPT_CONDITIONS:
+            while len(self._masks) > _CACHED_CONDITIONS:
                 self._masks.popitem(last=False)
         return found
 
     def listed(self, codes: Codes) -> list[dict[str, Any]]:
-        """Id, title, interactions and part of some items."""
+        """Return id, title, interactions and popularity bucket of items."""
         rows: list[dict[str, Any]] = [
             {"item": item, "interactions": count, "part": SLICES[part]}
             for item, count, part in zip(
@@ -134,14 +134,14 @@ class ServedModel:
         return rows
 
     def described(self, code: int) -> dict[str, Any]:
-        """Everything known of one item: `listed`, and the item table's columns under `columns`."""
+        """Return everything known about one item: `listed`, and its columns of the item table under `columns`."""
         row = self.listed(np.array([code]))[0]
         table = self.artifact.item_table
         columns = {} if table is None else table.row(code, named=True)
         return {**row, "columns": {name: _plain(value) for name, value in columns.items()}}
 
     def summary(self) -> dict[str, Any]:
-        """What the page shows in its list of models."""
+        """Summarise the model for the list of models."""
         history = self.artifact.config.query_tower.history
         table, reader = self.artifact.item_table, self.retriever
         return {
@@ -158,7 +158,7 @@ class ServedModel:
 
 
 def codes_of(vocabulary: Vocabulary, ids: Sequence[Any]) -> Codes:
-    """Codes of ids, each an integer or text; -1 for any that cannot be one of this vocabulary's."""
+    """Return codes of ids, each an integer or text; -1 for ids that are not in the vocabulary."""
     if isinstance(vocabulary, HashedIds):
         return vocabulary.encode(pl.Series("id", [str(one) for one in ids], dtype=pl.String))
     if isinstance(vocabulary, CodedIds) or vocabulary.ids.dtype == pl.Int64:
@@ -169,10 +169,10 @@ def codes_of(vocabulary: Vocabulary, ids: Sequence[Any]) -> Codes:
 
 
 def known_code(codes: Codes, side: str) -> int:
-    """The only code of an array.
+    """Return the single code of an array.
 
     Raises:
-        InputError: it is -1. The message does not repeat the id.
+        InputError: the code is -1. The message does not repeat the id.
     """
     if codes[0] < 0:
         raise InputError(f"{side}: not an id that this model knows")

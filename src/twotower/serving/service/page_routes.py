@@ -1,4 +1,4 @@
-"""The page, and the routes that only it uses."""
+"""Routes of the web page, and routes that only the page uses."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _KINDS = {
     "svg": "image/svg+xml",
 }
 
-#: Values of a column that colours the map.
+#: Maximum number of distinct values of a column that can colour the map.
 _MOST_GROUPS = 40
 
 
 def page(service: Service) -> APIRouter:
-    """The page and what it asks for."""
+    """Build the routes of the page, its static files and its data."""
     router = APIRouter()
     folder = files("twotower.serving") / "page"
     static = {entry.name: entry.read_bytes() for entry in folder.iterdir() if entry.name.rpartition(".")[2] in _KINDS}
@@ -61,19 +61,19 @@ def _data(service: Service) -> APIRouter:
 
     @router.post("/explain", responses=body)
     async def explain(request: ExplainRequest) -> Response:
-        """What pulled items up: the items of the history, and popularity."""
+        """Explain recommended items: the contribution of each item in the history, and of popularity."""
         model = service.models.model(request.model)
         question = Question(
             len(request.items), request.query_id, request.history, context=request.context, times=request.times
         )
-        told = await service.aside(explained, model, question, request.items, request.popularity)
-        return JSONResponse({"model": model.name, "version": model.version, "items": told})
+        explanations = await service.aside(explained, model, question, request.items, request.popularity)
+        return JSONResponse({"model": model.name, "version": model.version, "items": explanations})
 
     @router.get("/page/history", response_model=Items)
     async def history(
         query_id: Annotated[str, Query(min_length=1, max_length=LONGEST_ID)], model: ModelName = None
     ) -> Response:
-        """What a query of the training data has interacted with, oldest first; the latest 500."""
+        """History of a query in the training data: its latest 500 items, oldest first."""
         served = service.models.model(model)
         code = int(served.query_codes([query_id])[0])
         if code < 0:
@@ -87,19 +87,19 @@ def _data(service: Service) -> APIRouter:
         k: Annotated[int, Query(ge=1, le=100)] = 20,
         model: ModelName = None,
     ) -> Response:
-        """Ids of queries that begin with a text; some at random where it is empty."""
+        """Query ids that begin with a text; a random selection if the text is empty."""
         served = service.models.model(model)
         return JSONResponse({"queries": await service.aside(_queries, served, text, k)})
 
     @router.get("/page/map")
     async def map_(model: ModelName = None) -> Response:
-        """The map of the catalog: places of items, what colours them, and their titles."""
+        """Map of the catalog: positions, colour groups and titles of items."""
         served = service.models.model(model)
         return JSONResponse(await service.aside(_map, served))
 
     @router.post("/page/places", responses=body)
     async def places(request: PlacesRequest) -> Response:
-        """Where items lie on the map; null for unknown ones."""
+        """Positions of items on the map; null for unknown items."""
         served = service.models.model(request.model)
 
         def located() -> list[list[float] | None]:
@@ -111,7 +111,7 @@ def _data(service: Service) -> APIRouter:
 
     @router.get("/page/card")
     async def card_(model: ModelName = None) -> Response:
-        """The model's card: data account, training, metrics by slice, and an audit where there is one."""
+        """Model card: data account, training, metrics by slice, and the audit if there is one."""
         return JSONResponse(await service.aside(card, service.models.model(model)))
 
     return router
@@ -119,7 +119,7 @@ def _data(service: Service) -> APIRouter:
 
 def _queries(model: ServedModel, text: str, k: int) -> list[int | str]:
     wanted = text.strip().encode("utf-8", "replace").decode()
-    if isinstance(model.artifact.queries, HashedIds):  # there is no list to look in
+    if isinstance(model.artifact.queries, HashedIds):  # hashed ids have no list to search
         return [wanted] if wanted and model.query_codes([wanted])[0] >= 0 else []
     ids = model.artifact.queries.ids
     if wanted:
@@ -151,7 +151,7 @@ def _map(model: ServedModel) -> dict[str, Any]:
 
 
 def _groups(model: ServedModel, codes: np.ndarray) -> dict[str, list[str | None]]:
-    """Columns of text with few values, of lists their first one: what can colour the map."""
+    """Find the columns that can colour the map: text with few distinct values, or the first element of text lists."""
     table = model.artifact.item_table
     found: dict[str, list[str | None]] = {}
     if table is None:

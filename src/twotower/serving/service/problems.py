@@ -1,4 +1,4 @@
-"""Answers to requests that cannot be served: RFC 9457 problem details, without stack traces and without echoes."""
+"""Error responses: RFC 9457 problem details, without stack traces and without repeating the request."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from twotower.errors import InputError
 
 
 class Problem(Exception):  # noqa: N818  # RFC 9457 calls it a problem
-    """A request that is answered with an error.
+    """An error response to a request.
 
     Args:
         status: HTTP status.
-        detail: what was found and what was expected, fit to be shown.
-        headers: further headers of the answer.
-        field: the names that lead to the part of the body that is at fault, outermost first, where it is one.
+        detail: what was found and what was expected; shown to the client.
+        headers: further headers of the response.
+        field: path of names to the part of the body at fault, outermost first; empty if unknown.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Problem(Exception):  # noqa: N818  # RFC 9457 calls it a problem
 
 
 def problem_body(status: int, detail: str, field: Sequence[str] = ()) -> bytes:
-    """The JSON of an RFC 9457 problem; with `errors`, as in section 3 there, where a field is at fault."""
+    """Write the JSON of an RFC 9457 problem, with `errors` (section 3) if a field is at fault."""
     values: dict[str, Any] = {
         "type": "about:blank",
         "title": HTTPStatus(status).phrase,
@@ -50,7 +50,7 @@ def problem_body(status: int, detail: str, field: Sequence[str] = ()) -> bytes:
 
 
 def pointer(names: Sequence[str]) -> str:
-    """A JSON pointer (RFC 6901) as a fragment of a URI: `#/context/device`."""
+    """Write a JSON pointer (RFC 6901) as a URI fragment: `#/context/device`."""
     escaped = (name.replace("~", "~0").replace("/", "~1") for name in names)
     return "#" + "".join(f"/{quote(name.encode('utf-8', 'replace'), safe='~')}" for name in escaped)
 
@@ -58,12 +58,12 @@ def pointer(names: Sequence[str]) -> str:
 def problem_answer(
     status: int, detail: str, headers: Mapping[str, str] | None = None, field: Sequence[str] = ()
 ) -> Response:
-    """A problem as an answer."""
+    """Make the HTTP response of a problem."""
     return Response(problem_body(status, detail, field), status, dict(headers or {}), "application/problem+json")
 
 
 def install(app: FastAPI) -> None:
-    """Answer every kind of failure in one form."""
+    """Install handlers that answer every kind of error as a problem."""
 
     @app.exception_handler(Problem)
     async def _problem(_: Request, error: Problem) -> Response:
@@ -85,10 +85,10 @@ def install(app: FastAPI) -> None:
 
 
 def told(errors: Sequence[Any]) -> str:
-    """The first few errors of a validation, each as `field: message`; what was sent is not repeated."""
+    """Summarise the first few validation errors, each as `field: message`, without repeating values of the request."""
     parts: list[str] = []
     for error in errors:
-        # A union reports each of its branches by a name of its own behind the field; a malformed body its position.
+        # A union appends the name of each branch to the field; a malformed body reports a position.
         place = [str(part) for part in error["loc"][1:] if "[" not in str(part) and "constrained" not in str(part)]
         place = [] if error["type"] == "json_invalid" else place
         part = f"{'.'.join(place) or str(error['loc'][0])}: {error['msg']}"
@@ -97,7 +97,7 @@ def told(errors: Sequence[Any]) -> str:
     return "; ".join(parts[:4])
 
 
-#: What a route can answer besides success, for OpenAPI.
+#: Schema of error responses for OpenAPI.
 PROBLEM_SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["type", "title", "status", "detail"],
@@ -108,7 +108,7 @@ PROBLEM_SCHEMA: dict[str, Any] = {
         "detail": {"type": "string"},
         "errors": {
             "type": "array",
-            "description": "Which fields of the body are at fault, by JSON pointer, where that is known.",
+            "description": "Fields of the body at fault, by JSON pointer, if known.",
             "items": {
                 "type": "object",
                 "required": ["detail", "pointer"],
@@ -120,7 +120,7 @@ PROBLEM_SCHEMA: dict[str, Any] = {
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI entries of problems."""
+    """Build the OpenAPI entries for error statuses."""
     return {
         status: {
             "description": HTTPStatus(status).phrase,

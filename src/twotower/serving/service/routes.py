@@ -1,4 +1,4 @@
-"""The routes that programs use."""
+"""Routes of the public API and of operations."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from twotower.serving.service.schemas import (
 from twotower.serving.service.settings import LONGEST_ID
 from twotower.serving.service.state import Service
 
-ModelName = Annotated[str | None, Query(max_length=LONGEST_ID, description="Name of one of the models served.")]
+ModelName = Annotated[str | None, Query(max_length=LONGEST_ID, description="Name of a served model.")]
 
 
 def routes(service: Service) -> APIRouter:
-    """The routes over a service."""
+    """Build the API routes of a service."""
     router = APIRouter(responses=documented(400, 401, 404, 421, 422))
-    asking: dict[int | str, dict[str, Any]] = documented(408, 413, 415, 503)
+    search_errors: dict[int | str, dict[str, Any]] = documented(408, 413, 415, 503)
 
-    @router.post("/recommend", response_model=Answer, responses=asking, tags=["answers"])
+    @router.post("/recommend", response_model=Answer, responses=search_errors, tags=["answers"])
     async def recommend(request: RecommendRequest) -> Response:
-        """The best items for a query: known by `query_id`, or a new one by `history`, `features`, `context`."""
-        told = (request.query_id, request.history, request.features, request.context)
-        if all(one is None for one in told):
-            raise Problem(422, "expected query_id or history, or features, found none of them")
+        """Recommend items for a known query (`query_id`) or a new one (`history`, `features` or `context`)."""
+        inputs = (request.query_id, request.history, request.features, request.context)
+        if all(one is None for one in inputs):
+            raise Problem(422, "expected query_id, history or features, found none of them")
         model = service.models.model(request.model)
         exact = model.search.index.is_exact
         key = RecommendKey(
@@ -56,9 +56,9 @@ def routes(service: Service) -> APIRouter:
         )
         return _json(await service.ask(key, question))
 
-    @router.post("/similar", response_model=Answer, responses=asking, tags=["answers"])
+    @router.post("/similar", response_model=Answer, responses=search_errors, tags=["answers"])
     async def similar(request: SimilarRequest) -> Response:
-        """The items nearest to an item, by cosine of the item embeddings."""
+        """Find the items nearest to an item, by cosine of the item embeddings."""
         key = SimilarKey("similar", service.models.model(request.model), request.filter)
         return _json(await service.ask(key, Question(request.k, item=request.item)))
 
@@ -68,7 +68,7 @@ def routes(service: Service) -> APIRouter:
         k: Annotated[int, Query(ge=1, le=100)] = 10,
         model: ModelName = None,
     ) -> Response:
-        """Items whose title contains a text; their ids, where there are no titles."""
+        """Search items whose title contains a text; without titles, the id."""
         served = service.models.model(model)
 
         def found() -> list[dict[str, Any]]:
@@ -80,7 +80,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/items/{item_id:path}", responses=documented(503), tags=["items"])
     async def item(item_id: str, model: ModelName = None) -> dict[str, Any]:
-        """What is known of an item: title, interactions in training, and its columns in the item table."""
+        """Everything known about an item: title, interactions in training, and its columns in the item table."""
         served = service.models.model(model)
         codes = served.item_codes([item_id])
         if codes[0] < 0:
@@ -89,31 +89,34 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/models", response_model=Models, tags=["models"])
     async def models() -> Response:
-        """The models served."""
+        """List the served models."""
         return JSONResponse({"models": [model.summary() for model in service.models.models()]})
 
     @router.post("/reload", response_model=Reloaded, responses=documented(403, 408, 413, 415), tags=["models"])
     async def reload() -> Response:
-        """Look at the model folders now, instead of at the next turn. Only where a token is asked for."""
+        """Check the model folders for new models now. Only available if the service requires a token."""
         if service.settings.token is None:
-            raise Problem(403, "reload: only with a token; start with --token-file, or send the process SIGHUP")
+            raise Problem(
+                403,
+                "reload: only with a token; start the service with --token-file, or send SIGHUP to the process",
+            )
         return JSONResponse({"models": await service.reload()})
 
     return router
 
 
 def operations(service: Service) -> APIRouter:
-    """The routes that keep a service running."""
+    """Build the routes for monitoring."""
     router = APIRouter(tags=["operations"], responses=documented(400, 421))
 
     @router.get("/healthz", response_model=Health)
     async def healthz() -> Response:
-        """The process answers."""
+        """Report that the process is alive."""
         return JSONResponse({"status": "alive", "models": {}})
 
     @router.get("/readyz", response_model=Health, responses=documented(503))
     async def readyz() -> Response:
-        """The models are loaded and requests are taken."""
+        """Report whether the models are loaded and requests are accepted."""
         if not service.ready:
             raise Problem(503, "not ready", {"Retry-After": "1"})
         models = {model.name: model.version for model in service.models.models()}
@@ -121,7 +124,7 @@ def operations(service: Service) -> APIRouter:
 
     @router.get("/metrics", responses={200: {"content": {"text/plain": {}}}, **documented(401)})
     async def metrics() -> Response:
-        """Metrics for Prometheus."""
+        """Metrics in the Prometheus text format."""
         return Response(service.metrics.text(), headers={"Content-Type": service.metrics.content_type})
 
     return router

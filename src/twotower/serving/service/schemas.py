@@ -1,4 +1,4 @@
-"""What requests and answers look like: the schemas that requests are checked against and that OpenAPI shows."""
+"""Schemas of requests and responses, for validation and OpenAPI."""
 
 from __future__ import annotations
 
@@ -33,38 +33,39 @@ class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: Annotated[str, Field(max_length=LONGEST_ID)] | None = Field(
-        default=None, description="Name of one of the models served; the first where it is left out."
+        default=None, description="Name of a served model; default: the first one."
     )
 
 
 class RecommendRequest(_Request):
-    """Items for a query: one known by id, or a new one by its history or its features."""
+    """Request for recommendations: a query known by id, or a new one by its history, features or context."""
 
-    query_id: Id | None = Field(default=None, description="A query of the training data; its history is known.")
+    query_id: Id | None = Field(default=None, description="Id of a query in the training data; its history is known.")
     history: History | None = Field(
-        default=None, description="Item ids, oldest first; with query_id, in place of its own. Unknown ids are ignored."
+        default=None,
+        description="Item ids, oldest first; with query_id, replaces its history. Unknown ids are ignored.",
     )
     features: dict[str, Any] | None = Field(
         default=None,
-        description="The columns declared in query_tower.features: of a new query, or in place of known ones.",
+        description="Columns declared in query_tower.features: for a new query, or to replace known values.",
     )
     context: dict[str, Any] | None = Field(
         default=None,
-        description="The columns declared in query_tower.context, as this request has them; others are unknown.",
+        description="Columns declared in query_tower.context, for this request; missing columns are unknown.",
     )
     times: Times | None = Field(
-        default=None, description="When the items of history were met, one for each: unix time, dates or ISO text."
+        default=None, description="Timestamps of the items of history, one for each: unix time, dates or ISO text."
     )
-    k: K = Field(default=10, description="How many items.")
-    exclude_seen: bool = Field(default=True, strict=True, description="Leave out the items of the history.")
+    k: K = Field(default=10, description="Number of items.")
+    exclude_seen: bool = Field(default=True, strict=True, description="Leave out items in the history.")
     filter: Condition | None = Field(
         default=None, description="Condition on the item table in SQL, such as: country = 'FR' and price < 20"
     )
-    popularity: Dial = Field(default=1.0, description="The popularity dial: 1 as trained, 0 discovery, up to 2.")
+    popularity: Dial = Field(default=1.0, description="Popularity dial: 0 for discovery, 1 as trained, at most 2.")
 
 
 class SimilarRequest(_Request):
-    """Items like an item, by cosine of the item embeddings."""
+    """Request for items similar to an item, by cosine of the item embeddings."""
 
     item: Id
     k: K = 10
@@ -72,43 +73,45 @@ class SimilarRequest(_Request):
 
 
 class ExplainRequest(_Request):
-    """What pulled items up for a query."""
+    """Request to explain items for a query."""
 
     query_id: Id | None = None
     history: History | None = None
-    context: dict[str, Any] | None = Field(default=None, description="Of the request, as in /recommend.")
-    times: Times | None = Field(default=None, description="Of the history, as in /recommend.")
+    context: dict[str, Any] | None = Field(default=None, description="Context of the request, as in /recommend.")
+    times: Times | None = Field(default=None, description="Timestamps of the history, as in /recommend.")
     items: Annotated[list[Id], Field(min_length=1, max_length=MOST_EXPLAINED)]
     popularity: Dial = 1.0
 
 
 class PlacesRequest(_Request):
-    """Where items lie on the map."""
+    """Request for positions of items on the map."""
 
     items: Annotated[list[Id], Field(max_length=LONGEST_HISTORY)]
 
 
 class Found(BaseModel):
-    """One item of an answer."""
+    """One recommended or similar item."""
 
     rank: int
     item: int | str
     score: float
     title: str | None = None
-    interactions: int = Field(description="In the training data.")
-    part: str = Field(description="head, mid or tail: the third of all training interactions that the item is in.")
+    interactions: int = Field(description="Interactions in the training data.")
+    part: str = Field(
+        description="Popularity bucket, each with a third of the training interactions: head, mid or tail."
+    )
 
 
 class Answer(BaseModel):
     """Items, best first."""
 
     model: str
-    version: str = Field(description="Changes with every model that is swapped in.")
+    version: str = Field(description="Version of the model; changes when a new model is loaded.")
     items: list[Found]
 
 
 class Listed(BaseModel):
-    """One item as a list shows it."""
+    """One item of a list."""
 
     item: int | str
     title: str | None = None
@@ -123,44 +126,44 @@ class Items(BaseModel):
 
 
 class Health(BaseModel):
-    """Whether the service is alive or ready."""
+    """State of the service: alive or ready."""
 
     status: str
     models: dict[str, str] = Field(default_factory=dict, description="Name and version of each model.")
 
 
 class ContextField(BaseModel):
-    """A column that requests may bring as context."""
+    """A context column that requests may give."""
 
     column: str
     kind: str = Field(description="As declared: categorical, multi, numeric, dense, timestamp or text.")
-    values: list[str] | None = Field(description="Those of training, where they are few.")
-    separator: str | None = Field(description="Between several values in one field of a form; null for a single value.")
+    values: list[str] | None = Field(description="Values seen in training, if there are few.")
+    separator: str | None = Field(description="Separator of several values in one form field; null for a single value.")
 
 
 class ModelSummary(BaseModel):
-    """One of the models served."""
+    """A served model."""
 
     name: str
     version: str
     num_queries: int
     num_items: int
-    most_interactions: int = Field(description="Of one item.")
+    most_interactions: int = Field(description="Largest number of interactions of an item.")
     has_titles: bool
     history_length: int
     columns: dict[str, str] = Field(description="Columns of the item table and their types.")
-    context: list[ContextField] = Field(
-        description="Columns declared in query_tower.context; empty where there are none."
-    )
+    context: list[ContextField] = Field(description="Columns declared in query_tower.context; empty if there are none.")
 
 
 class Models(BaseModel):
-    """The models served, the first is asked where a request names none."""
+    """The served models; the first answers requests that name no model."""
 
     models: list[ModelSummary]
 
 
 class Reloaded(BaseModel):
-    """What became of each model folder."""
+    """Result of a reload for each model folder."""
 
-    models: dict[str, str] = Field(description="swapped, unchanged, missing, or broken: the old one goes on.")
+    models: dict[str, str] = Field(
+        description="swapped, unchanged, missing or broken; unless swapped, the old model stays in use."
+    )

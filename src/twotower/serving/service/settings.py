@@ -1,4 +1,4 @@
-"""What a service may be asked and how much it holds: limits that requests are checked against, and options."""
+"""Limits that requests are checked against, and options of the service."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from pathlib import Path
 
 from twotower.errors import InputError
 
-#: Bytes of a request's body. A history of `LONGEST_HISTORY` text ids of usual length fits well.
+#: Largest request body in bytes. A history of `LONGEST_HISTORY` text ids of usual length fits.
 LARGEST_BODY = 128 * 1024
 
-#: K of a request.
+#: Largest K of a request.
 LARGEST_K = 1000
 
-#: Items of a history. Query towers look at far fewer, the rest is only left out of the answer; but of the 6,040 people
-#: of MovieLens-1M, 40 have more than a thousand.
+#: Longest history in items. Query towers read far fewer; the rest is only excluded from results. But 40 of the 6,040
+#: users of MovieLens-1M have more than a thousand items.
 LONGEST_HISTORY = 5000
 
-#: Characters of a condition on the item table.
+#: Longest condition on the item table, in characters.
 LONGEST_FILTER = 1000
 
-#: Characters of an id, and of a text to look for.
+#: Longest id or search text, in characters.
 LONGEST_ID = 200
 
-#: Items explained in one request: each is a pass over the catalog.
+#: Maximum number of items explained in one request: each needs a pass over the catalog.
 MOST_EXPLAINED = 20
 
-#: Characters of a token. Fewer could be guessed.
+#: Shortest token, in characters. A shorter one could be guessed.
 SHORTEST_TOKEN = 16
 
 
@@ -36,13 +36,13 @@ class ServiceSettings:
     """Options of a service.
 
     Attributes:
-        token: what `Authorization: Bearer` has to carry; None where anybody may ask.
-        hosts: names that the `Host` header may have; None for any. A page from elsewhere whose name is made to point
-            at this machine carries its own name, and is refused.
-        queue: requests that may wait; further ones are answered 503 with Retry-After.
-        largest_batch: requests searched at once.
-        body_seconds: how long a client may take to send a body.
-        watch_seconds: how often the model folders are looked at; 0 for never.
+        token: token required in `Authorization: Bearer`; None to answer every client.
+        hosts: names allowed in the `Host` header; None for any. This refuses requests of other sites whose name was
+            made to resolve to this machine (DNS rebinding).
+        queue: maximum number of waiting requests; further ones are answered 503 with Retry-After.
+        largest_batch: maximum number of requests searched together.
+        body_seconds: seconds that a client may take to send a body.
+        watch_seconds: seconds between checks of the model folders; 0 for never.
     """
 
     token: str | None = field(default=None, repr=False)
@@ -54,7 +54,7 @@ class ServiceSettings:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine only."""
+    """True if an address can be reached from this machine only."""
     if host == "localhost":
         return True
     try:
@@ -64,17 +64,17 @@ def is_loopback(host: str) -> bool:
 
 
 def allowed_hosts(bind: str, names: tuple[str, ...]) -> tuple[str, ...] | None:
-    """The names that `Host` may have: those given, besides this machine's own where it is bound to them."""
+    """Return the names allowed in `Host`: the given ones, and this machine's own if bound to loopback; None for any."""
     if is_loopback(bind):
         return ("localhost", "127.0.0.1", "[::1]", *names)
     return (bind, *names) if names else None
 
 
 def read_token(file: Path | None, environment: str | None) -> str | None:
-    """The token of a file, or of the environment where no file is given.
+    """Read the token from a file, or from the environment if no file is given.
 
     Raises:
-        InputError: the file cannot be read, or the token is short or holds what a header cannot carry.
+        InputError: the file cannot be read, or the token is too short or has characters not allowed in a header.
     """
     if file is None:
         token, where = environment, "TWOTOWER_TOKEN"

@@ -1,4 +1,4 @@
-"""What lives as long as the service: models, the queue, threads, and the watch over the model folders."""
+"""State of a running service: models, queue, threads, and the task that watches the model folders."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from twotower.serving.service.swapping import Slots
 P = ParamSpec("P")
 T = TypeVar("T")
 
-#: Other work than searches that may wait: explanations, filters, maps.
+#: Other tasks than searches that may wait: explanations, filters, maps.
 _ASIDE = 64
 
 
 class _Pools:
-    """The threads of a running service."""
+    """Thread pools of a running service."""
 
     def __init__(self) -> None:
-        # One thread searches: a matrix product uses all cores by itself, and batches grow while it is busy.
+        # One thread for searches: a matrix product uses all cores by itself, and batches grow while it is busy.
         self.search = ThreadPoolExecutor(1, "search")
         self.others = ThreadPoolExecutor(2, "others")
         self.loader = ThreadPoolExecutor(1, "loader")
@@ -38,11 +38,11 @@ class _Pools:
 
 
 class Service:
-    """The state of one service.
+    """Models, queue and threads of one service.
 
     Args:
         directories: model or run folders.
-        settings: options.
+        settings: options of the service.
 
     Raises:
         InputError: a model cannot be read.
@@ -59,7 +59,7 @@ class Service:
         self._watch: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Begin to answer."""
+        """Start answering requests."""
         self._pools = _Pools()
         self._batcher = Batcher(
             answer,
@@ -74,7 +74,7 @@ class Service:
         self.ready = True
 
     async def stop(self) -> None:
-        """Answer what waits, then end."""
+        """Answer the waiting requests, then stop."""
         self.ready = False
         if self._watch is not None:
             self._watch.cancel()
@@ -86,28 +86,28 @@ class Service:
             self._pools.shutdown()
 
     async def ask(self, key: RecommendKey | SimilarKey, question: Question) -> bytes:
-        """The JSON that answers a question; a condition is understood before it can hold up others.
+        """Answer a request with JSON. Its filter is evaluated first, so that it cannot delay other requests.
 
         Raises:
             Problem: the queue is full.
-            InputError: what is asked cannot be answered.
+            InputError: the request cannot be answered.
         """
         if self._batcher is None:
             raise Problem(503, "not ready yet", {"Retry-After": "1"})
         if key.filter is not None:
             await self.aside(key.model.condition, key.filter)
-        told: bytes = await self._batcher.ask(key, question)
-        return told
+        body: bytes = await self._batcher.ask(key, question)
+        return body
 
     async def aside(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Do something in a thread, where few enough wait.
+        """Run work in a thread, outside the search queue.
 
         Raises:
-            Problem: 503, too many do.
+            Problem: 503, too many tasks are waiting.
         """
         if self._waiting >= _ASIDE:
             self.metrics.refused.inc()
-            raise Problem(503, "too many requests wait; try again", {"Retry-After": "1"})
+            raise Problem(503, "too many requests are waiting; try again", {"Retry-After": "1"})
         self._waiting += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(
@@ -117,7 +117,7 @@ class Service:
             self._waiting -= 1
 
     async def reload(self, *, again: bool = True) -> dict[str, str]:
-        """Look at the model folders now."""
+        """Check the model folders for new models now."""
         return await asyncio.get_running_loop().run_in_executor(
             self._running().loader, lambda: self.models.refresh(again=again)
         )

@@ -1,4 +1,4 @@
-"""Model folders that are watched: a new model is loaded beside the old one and takes over between two requests."""
+"""Reloading of model folders: a new model is loaded while the old one is in use, and replaces it between requests."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from twotower.serving.service.problems import Problem
 
 Identity = tuple[tuple[int, int, int] | None, ...]
 
-#: A folder that is replaced while it is read is read again, so often.
+#: Attempts to read a folder that is replaced while it is read.
 _TRIES = 5
 
 
 class Slot:
-    """A model folder and the model of it that answers.
+    """A model folder and the model loaded from it.
 
-    `current` is replaced by one assignment. A request takes it once and keeps it to its end, so an old model goes
+    `current` is replaced by one assignment. A request reads it once and keeps the reference, so an old model is freed
     when its last request is answered.
 
     Args:
-        name: what requests call the model.
+        name: name of the model in requests.
         directory: a model or run folder.
-        metrics: told of swaps.
+        metrics: metrics that count reloads.
 
     Raises:
-        InputError: there is no model that can be read.
+        InputError: no model can be read.
     """
 
     def __init__(self, name: str, directory: Path, metrics: Metrics) -> None:
@@ -45,14 +45,14 @@ class Slot:
         metrics.swapped(name, None, self.current.version)
 
     def refresh(self, *, again: bool = False) -> str:
-        """Look at the folder, and let a new model take over if there is one.
+        """Check the folder, and load a new model if there is one.
 
         Args:
-            again: try a model that was broken at the last look once more.
+            again: also retry a model that was broken at the last check.
 
         Returns:
-            swapped; unchanged; missing, where there is no model folder at the moment; or broken. The old model goes on
-            in all but the first case.
+            "swapped"; "unchanged"; "missing", if there is currently no model folder; or "broken". Unless swapped, the
+            old model stays in use.
         """
         with self._lock:
             seen = identity(self.directory)
@@ -62,10 +62,10 @@ class Slot:
                 return "unchanged"
             try:
                 found, model = self._load()
-            except Exception as error:  # whatever is wrong with the new model, the old one goes on
+            except Exception as error:  # whatever is wrong with the new model, keep the old one
                 self._broken = seen
                 self._metrics.swaps.labels(self.name, "broken").inc()
-                log("model broken, the old one goes on", level=logging.ERROR, error=error, model=self.name)
+                log("model broken, keeping the old one", level=logging.ERROR, error=error, model=self.name)
                 return "broken"
             old = self.current.version
             self.current, self._identity, self._broken = model, found, None
@@ -75,7 +75,7 @@ class Slot:
             return "swapped"
 
     def _load(self) -> tuple[Identity | None, ServedModel]:
-        """Load, and make sure that all of it was of one model: the folder may be replaced in the middle."""
+        """Load the model, and check that all files belong to one model: the folder may be replaced during reading."""
         for left in reversed(range(_TRIES)):
             before = identity(self.directory)
             try:
@@ -86,11 +86,11 @@ class Slot:
                 continue
             if identity(self.directory) == before:
                 return before, model
-        raise InputError(f"{self.directory}: replaced again and again while it was read")
+        raise InputError(f"{self.directory}: replaced repeatedly while it was read")
 
 
 def identity(directory: Path) -> Identity | None:
-    """What tells one model from the next: the files that tell of the others. None where there is no model."""
+    """Identify the model in a folder by inode, time and size of its main files; None if there is no model."""
     try:
         folder = find_model(directory)
         found = tuple(_stamp(folder / name) for name in TELLING)
@@ -107,14 +107,14 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
 
 
 class Slots:
-    """The models of a service by name; the first one answers where none is named.
+    """The models of a service by name; the first answers requests that name no model.
 
     Args:
-        directories: model or run folders, each another one.
-        metrics: told of swaps.
+        directories: model or run folders, all different.
+        metrics: metrics that count reloads.
 
     Raises:
-        InputError: no directory, the same one twice, or one that cannot be read.
+        InputError: no directory is given, one is given twice, or one cannot be read.
     """
 
     def __init__(self, directories: Sequence[Path], metrics: Metrics) -> None:
@@ -128,14 +128,14 @@ class Slots:
         }
 
     def models(self) -> list[ServedModel]:
-        """The models that answer now."""
+        """Return the models in use."""
         return [slot.current for slot in self._slots.values()]
 
     def model(self, name: str | None) -> ServedModel:
-        """The model of a name, the first one for None.
+        """Return the model with a name; the first one for None.
 
         Raises:
-            Problem: 404, there is none.
+            Problem: 404, there is no such model.
         """
         if name is None:
             return next(iter(self._slots.values())).current
@@ -144,12 +144,12 @@ class Slots:
         return self._slots[name].current
 
     def refresh(self, *, again: bool = False) -> dict[str, str]:
-        """Look at every folder; what became of each, by name."""
+        """Check every folder; return the result of each by name."""
         return {name: slot.refresh(again=again) for name, slot in self._slots.items()}
 
 
 def _names(directories: Sequence[Path]) -> list[str]:
-    """The folders' own names, of the run folder where it is its model/; numbered where two are the same."""
+    """Name models after their folders, or after the run folder of a `model/` folder; number equal names."""
     names: list[str] = []
     for directory in directories:
         path = directory.resolve()
