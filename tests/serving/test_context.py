@@ -267,7 +267,7 @@ def test_the_command_line_and_files(runs, tmp_path, monkeypatch, capsys):
     code, out, err = run(monkeypatch, capsys, "features", folder.parent / "log.csv")
     assert code == 0, err
     assert "query_tower:\n  context:" in out and "{column: timestamp, kind: timestamp, parts: [hour, weekday]}" in out
-    assert "goes with the item" in out  # in this log no item occurs on two devices
+    assert "determined by the item" in out  # in this log no item occurs on two devices
 
 
 def test_an_export_refuses(runs, tmp_path):
