@@ -19,16 +19,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from twotower.process import tune
+from twotower.system.tuning import tune
 
 tune()  # before the first large tensors are made
 
 import torch  # noqa: E402
 
 import twotower as tt  # noqa: E402
-from twotower.evaluation import EASE, ItemKNN, evaluate_all  # noqa: E402
-from twotower.files import write_text  # noqa: E402
-from twotower.serving.artifact import library_versions  # noqa: E402
+from twotower.evaluation import evaluate_all  # noqa: E402
+from twotower.ranking import EASE, ItemKNN  # noqa: E402
+from twotower.serving.model_folder import library_versions  # noqa: E402
+from twotower.system.filesystem import write_text  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "amazon.json"
 #: HR@10 and NDCG@10: published results of SASRec with sampled softmax, and the goal here.

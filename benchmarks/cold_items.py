@@ -28,11 +28,12 @@ from numpy.typing import NDArray
 
 import twotower as tt
 from twotower.data import Holdout, Interactions, Split
-from twotower.evaluation import EASE, ItemKNN, Popularity, Ranker, evaluate_all
-from twotower.evaluation.towers import TowerRanker
-from twotower.files import write_text
+from twotower.evaluation import evaluate_all
+from twotower.ranking import EASE, ItemKNN, Popularity, Ranker
+from twotower.ranking.tower_ranker import TowerRanker
 from twotower.run import Model, history_length
-from twotower.serving.artifact import library_versions
+from twotower.serving.model_folder import library_versions
+from twotower.system.filesystem import write_text
 
 RESULTS = Path(__file__).parent / "results" / "cold_items.json"
 K = 20

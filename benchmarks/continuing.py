@@ -29,11 +29,11 @@ import torch
 
 import twotower as tt
 from twotower.data import Holdout, Interactions, Split
-from twotower.data.histories import take_ranges
-from twotower.evaluation.towers import TowerRanker
-from twotower.files import write_text
+from twotower.data.loading.histories import take_ranges
+from twotower.ranking.tower_ranker import TowerRanker
 from twotower.run import Model, history_length
-from twotower.serving.artifact import library_versions
+from twotower.serving.model_folder import library_versions
+from twotower.system.filesystem import write_text
 
 RESULTS = Path(__file__).parent / "results" / "continuing.json"
 K = 20

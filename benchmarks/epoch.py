@@ -29,16 +29,16 @@ import torch
 from memory import peak_mib
 from torch.nn import functional as F
 
-from twotower.build import build_objective, masks_known_positives
-from twotower.config import Config
+from twotower.config.run import Config
 from twotower.data import Holdout, Interactions, KnownPositives, TrainingBatches
-from twotower.evaluation import ItemKNN
 from twotower.evaluation.metrics import hits, ndcg_at
-from twotower.evaluation.towers import TowerRanker
+from twotower.objectives.build import build_objective, masks_known_positives
+from twotower.ranking import ItemKNN
+from twotower.ranking.tower_ranker import TowerRanker
 from twotower.run import read_data, split_data
 from twotower.towers import TwoTower, build_towers
 from twotower.training import TableOptimizer, batch_loss
-from twotower.training.optimizers import parameter_groups
+from twotower.training.optimizer import parameter_groups
 
 SEED, K, UNIFORM, LEARNING_RATE = 0, 10, 1024, 2e-3
 SETTINGS = [

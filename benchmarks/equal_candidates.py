@@ -30,11 +30,11 @@ import torch
 import yaml
 
 import twotower as tt
-from twotower.build import build_objective
 from twotower.comparison import compare_run
 from twotower.data import TrainingBatches
-from twotower.files import write_text
+from twotower.objectives.build import build_objective
 from twotower.run import read_data, split_data
+from twotower.system.filesystem import write_text
 
 BATCH, DRAWN, HEAD = 512, 1023, 256
 REST = DRAWN - (BATCH - 1)

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
 
 from twotower.losses import tiled_full_softmax
-from twotower.losses.tiles import TILE_MEMORY
+from twotower.losses.tiled.blocks import TILE_MEMORY
 
 SEED, D, TEMPERATURE = 0, 64, 0.1
 

@@ -44,10 +44,11 @@ from whole_users import ByUsers, Settings, add_settings, parsed, settings_of
 
 import twotower as tt
 from twotower.data import Holdout, Interactions, Split
-from twotower.data.parts import from_parts
-from twotower.evaluation import EASE, ItemKNN, Popularity, evaluate_all
-from twotower.files import write_text
-from twotower.serving.artifact import library_versions
+from twotower.data.splits.from_files import from_parts
+from twotower.evaluation import evaluate_all
+from twotower.ranking import EASE, ItemKNN, Popularity
+from twotower.serving.model_folder import library_versions
+from twotower.system.filesystem import write_text
 
 RESULTS = Path(__file__).parent / "results" / "gowalla.json"
 PUBLISHED = {

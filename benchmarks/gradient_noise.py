@@ -26,16 +26,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twotower.build import build_objective
-from twotower.config import Config, ObjectiveConfig
+from twotower.config.run import Config, ObjectiveConfig
 from twotower.data import Batch, TrainingBatches
 from twotower.data.interactions import Interactions
 from twotower.evaluation import popularity_thirds
-from twotower.files import write_text
+from twotower.objectives.build import build_objective
 from twotower.run import history_length, reread
-from twotower.serving.artifact import library_versions
+from twotower.serving.model_folder import library_versions
+from twotower.system.filesystem import write_text
 from twotower.towers import TwoTower
-from twotower.training.model import batch_loss
+from twotower.training.step import batch_loss
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "full-softmax": {},

@@ -24,13 +24,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import twotower as tt
-from twotower.build import build_objective
 from twotower.data import Split, TrainingBatches
-from twotower.files import write_text
-from twotower.serving.artifact import library_versions
+from twotower.objectives.build import build_objective
+from twotower.serving.model_folder import library_versions
+from twotower.system.filesystem import write_text
 from twotower.towers import TwoTower, build_towers
-from twotower.training.model import batch_loss
-from twotower.training.optimizers import TableOptimizer, parameter_groups
+from twotower.training.optimizer import TableOptimizer, parameter_groups
+from twotower.training.step import batch_loss
 
 RESULTS = Path(__file__).parent / "results" / "learning_speed.json"
 BATCH = 1024

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from twotower.data import Split, TrainingBatches
-from twotower.evaluation.towers import TowerRanker
-from twotower.files import write_text
+from twotower.ranking.tower_ranker import TowerRanker
 from twotower.run import history_length, reread
-from twotower.serving.artifact import Artifact, library_versions
+from twotower.serving.model_folder import Artifact, library_versions
+from twotower.system.filesystem import write_text
 
 BLOCK = 2048
 

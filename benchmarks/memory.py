@@ -3,17 +3,17 @@
 import ctypes
 from pathlib import Path
 
-from twotower import machine
+from twotower.system import hardware
 
 
 def resident_mib() -> float:
     """Return the current resident size."""
-    return (machine.resident_memory() or 0) / 2**20
+    return (hardware.resident_memory() or 0) / 2**20
 
 
 def peak_mib() -> float:
     """Return the peak resident size, since `forget_peak` if that was called."""
-    return (machine.peak_memory() or 0) / 2**20
+    return (hardware.peak_memory() or 0) / 2**20
 
 
 def forget_peak() -> None:

@@ -20,9 +20,9 @@ import polars as pl
 import torch
 
 import twotower as tt
-from twotower.build import OBJECTIVES
-from twotower.files import write_text
-from twotower.serving.artifact import library_versions
+from twotower.objectives.build import OBJECTIVES
+from twotower.serving.model_folder import library_versions
+from twotower.system.filesystem import write_text
 
 RESULTS = Path(__file__).parent / "results" / "objectives.json"
 

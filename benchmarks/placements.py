@@ -23,11 +23,11 @@ from ranks import LENGTH, SEED, STEPS, UNIFORM, Training, interactions, join, ru
 from rounds import how
 from torch import Tensor
 
-from twotower import process
 from twotower.data import Batch, Interactions
+from twotower.distributed.partition import Columns
+from twotower.distributed.row_exchange import Asked, ask, fetch_rows
+from twotower.system import tuning
 from twotower.towers import EmbeddingTable
-from twotower.towers.parts import Columns
-from twotower.towers.shards import Asked, ask, fetch_rows
 
 PLACEMENTS, KNOWN = ("row-wise", "column-wise", "table-wise"), "row-wise, codes exchanged before"
 
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
     args.clock = "wall"
-    process.tune()
+    tuning.tune()
     data = interactions(args.items, args.items + 400_000)
     with tempfile.TemporaryDirectory() as folder:
         found = run(turns, [(rank, folder, data, args) for rank in range(2)])

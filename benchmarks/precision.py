@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 import twotower as tt
-from twotower.files import write_text
-from twotower.serving.artifact import library_versions
+from twotower.serving.model_folder import library_versions
+from twotower.system.filesystem import write_text
 
 RESULTS = Path(__file__).parent / "results" / "precision.json"
 PRECISIONS = ("32-true", "bf16-mixed")

@@ -22,9 +22,10 @@ import torch
 
 import twotower as tt
 from twotower.data import Split
-from twotower.evaluation import EASE, ItemKNN, Popularity, Ranker, evaluate_all
-from twotower.files import write_text
-from twotower.serving.artifact import library_versions
+from twotower.evaluation import evaluate_all
+from twotower.ranking import EASE, ItemKNN, Popularity, Ranker
+from twotower.serving.model_folder import library_versions
+from twotower.system.filesystem import write_text
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 

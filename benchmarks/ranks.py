@@ -30,20 +30,20 @@ import torch.distributed as dist
 from rounds import how
 from torch import nn
 
-from twotower import machine, process
-from twotower.build import build_objective
-from twotower.config import Config
+from twotower.config.run import Config
 from twotower.data import Batch, Interactions, TrainingBatches
-from twotower.measuring_rates import measure_rates
-from twotower.planning import Rates, Workload, plan_scale
-from twotower.ranks import Ranks
+from twotower.distributed.communicator import Ranks
+from twotower.objectives.build import build_objective
+from twotower.system import hardware, tuning
 from twotower.towers import build_towers
 from twotower.training import TableOptimizer, batch_loss
-from twotower.training.exchange import GradientExchange
-from twotower.training.gathering import gathered_loss
-from twotower.training.optimizers import parameter_groups
+from twotower.training.gradient_sync import GradientExchange
+from twotower.training.machine_rates import measure_rates
+from twotower.training.optimizer import parameter_groups
 from twotower.training.placement import place_tables
-from twotower.training.randomness import draws_of
+from twotower.training.scale_plan import Rates, Workload, plan_scale
+from twotower.training.seeds import draws_of
+from twotower.training.step import gathered_loss
 
 STEPS, LENGTH, UNIFORM, SEED = 5, 20, 1024, 0
 Fork = get_context("fork")  # importing takes longer than the work
@@ -153,11 +153,11 @@ def contend(place: int, folder: str, data: Interactions, args: argparse.Namespac
 def hold(rank: int, size: int, folder: str, data: Interactions, args: argparse.Namespace, found: Any) -> None:
     """Run a few steps on a large catalog, and measure memory before the model and at the peak."""
     torch.set_num_threads(1)
-    before = machine.resident_memory() or 0
+    before = hardware.resident_memory() or 0
     training = Training(data, join(folder, rank, size), args, rule=args.rule, layout=args.layout)
     for _ in range(4):
         training.step()
-    found.put((rank, before, machine.peak_memory() or 0))
+    found.put((rank, before, hardware.peak_memory() or 0))
 
 
 def run(target: Callable[..., None], arguments: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
@@ -298,7 +298,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
     args.clock = "wall"
-    process.tune()
+    tuning.tune()
     result: dict[str, Any] = {"how": {**how(args), "seed": SEED, "cores": os.cpu_count()}}
     if args.only in (None, "speed"):
         result["speed"] = speed(args)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from twotower import machine, process
+from twotower.system import hardware, tuning
 
 #: The clock read before and after a call; use `--clock cpu` on a busy machine.
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -55,15 +55,15 @@ def bound(call: Callable[..., object], *arguments: Any) -> Callable[[], object]:
 
 def how(arguments: argparse.Namespace) -> dict[str, Any]:
     """Describe the environment of a result."""
-    tuning = process.tuning()
+    settings = tuning.tuning()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "rounds": arguments.rounds,
         "threads": torch.get_num_threads(),
         "clock": arguments.clock,
         "load": round(os.getloadavg()[0], 1),
-        "kept_below": tuning.kept_below if tuning else None,
-        "huge_pages": machine.huge_pages(),
+        "kept_below": settings.kept_below if settings else None,
+        "huge_pages": hardware.huge_pages(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
 
@@ -72,7 +72,7 @@ def options(description: str) -> argparse.ArgumentParser:
     """Make the parser with the options that the table benchmarks share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=machine.cores())
+    parser.add_argument("--threads", type=int, default=hardware.cores())
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: CPU time, with --threads 1")
     parser.add_argument("--json", type=Path, default=None, help="where to write the results")
     return parser
@@ -80,6 +80,6 @@ def options(description: str) -> argparse.ArgumentParser:
 
 def apply(arguments: argparse.Namespace) -> None:
     """Apply the options to this process."""
-    process.tune()
+    tuning.tune()
     torch.set_num_threads(arguments.threads)
     _clock["read"] = CLOCKS[arguments.clock]

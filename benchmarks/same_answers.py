@@ -34,7 +34,7 @@ from serving_index import database, room
 
 from twotower.run import reread
 from twotower.serving import Retriever, build_stored_index, find_model, read_index_report
-from twotower.serving.artifact import library_versions
+from twotower.serving.model_folder import library_versions
 
 #: Concurrent connections, so that the service processes batches of varying size.
 CLIENTS = 8

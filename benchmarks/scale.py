@@ -27,11 +27,11 @@ from rounds import apply, bound, how, milliseconds, options, ratio, rounds_of
 from scale_plot import plot
 
 from twotower.data import Batch
-from twotower.losses.objectives import SampledSoftmax
 from twotower.negatives import CountedFrequency, InBatch, Pool
+from twotower.objectives.base import SampledSoftmax
 from twotower.towers import ItemTower, QueryTower, TwoTower
 from twotower.training import TableOptimizer, batch_loss
-from twotower.training.optimizers import parameter_groups
+from twotower.training.optimizer import parameter_groups
 
 SEED = 0
 D = 64

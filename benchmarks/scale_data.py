@@ -145,7 +145,7 @@ def main() -> None:
 
 def _import_peak() -> float:
     """Measure the peak memory of a process that only imports the library, for comparison."""
-    code = "import twotower.data; from twotower import machine; print(machine.peak_memory() / 2**30)"
+    code = "import twotower.data; from twotower.system import hardware; print(hardware.peak_memory() / 2**30)"
     return float(subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 

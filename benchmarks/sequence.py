@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from twotower.process import tune
+from twotower.system.tuning import tune
 
 tune()  # before the first large tensors are made
 
@@ -33,17 +33,17 @@ from torch import Tensor, nn  # noqa: E402
 
 import twotower as tt  # noqa: E402
 from twotower import evaluation  # noqa: E402
-from twotower.build import build_objective, needs_known_positives  # noqa: E402
-from twotower.config import Config  # noqa: E402
+from twotower.config.run import Config  # noqa: E402
 from twotower.data import Holdout, KnownPositives, SequenceBatches  # noqa: E402
-from twotower.evaluation.towers import TowerRanker  # noqa: E402
-from twotower.files import write_text  # noqa: E402
+from twotower.objectives.build import build_objective, needs_known_positives  # noqa: E402
+from twotower.ranking.tower_ranker import TowerRanker  # noqa: E402
 from twotower.run import history_length  # noqa: E402
-from twotower.serving.artifact import library_versions  # noqa: E402
+from twotower.serving.model_folder import library_versions  # noqa: E402
+from twotower.system.filesystem import write_text  # noqa: E402
 from twotower.towers import TwoTower, build_towers  # noqa: E402
 from twotower.training import batch_loss  # noqa: E402
-from twotower.training.checkpoints import SafeCheckpointIO, random_state, restore_random_state  # noqa: E402
-from twotower.training.optimizers import TableOptimizer, parameter_groups  # noqa: E402
+from twotower.training.checkpoint.io import SafeCheckpointIO, random_state, restore_random_state  # noqa: E402
+from twotower.training.optimizer import TableOptimizer, parameter_groups  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "sequence.json"
 WARMUP_STEPS = 100

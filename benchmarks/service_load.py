@@ -29,7 +29,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from twotower.serving.artifact import Artifact, library_versions
+from twotower.serving.model_folder import Artifact, library_versions
 
 LUA = """
 local ids = {%s}
@@ -44,7 +44,7 @@ end
 @contextmanager
 def service(folder: Path, *options: str) -> Iterator[str]:
     """Run `twotower serve` in a separate process and yield its address."""
-    command = [sys.executable, "-m", "twotower.cli", "serve", str(folder), "--port", "0", "--log-level", "warning"]
+    command = [sys.executable, "-m", "twotower", "serve", str(folder), "--port", "0", "--log-level", "warning"]
     with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:

@@ -39,7 +39,7 @@ from torch.nn import functional as F
 
 from twotower.errors import InputError
 from twotower.index import ExactCatalog, Index, build_index, load_index
-from twotower.index.build import exact_answers, recall_of
+from twotower.index.approximate.build import exact_answers, recall_of
 
 SEED = 0
 #: Columns of a tile of the matrix product.

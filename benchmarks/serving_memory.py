@@ -23,10 +23,10 @@ import numpy as np
 import polars as pl
 import torch
 
-from twotower.config import Config
-from twotower.schema import Vocabulary
-from twotower.serving.artifact import Artifact, library_versions
-from twotower.serving.stored import build_stored_index
+from twotower.config.run import Config
+from twotower.data.schema.vocabulary import Vocabulary
+from twotower.serving.model_folder import Artifact, library_versions
+from twotower.serving.stored_index import build_stored_index
 from twotower.towers import build_towers
 
 SEED = 0

@@ -30,9 +30,9 @@ from typing import Any
 
 from rounds import ratio
 
-from twotower import machine
-from twotower.files import write_text
-from twotower.serving.artifact import library_versions
+from twotower.serving.model_folder import library_versions
+from twotower.system import hardware
+from twotower.system.filesystem import write_text
 
 WAYS = {"spinning": {}, "asleep": {"GOMP_SPINCOUNT": "1000"}, "one thread": {"OMP_NUM_THREADS": "1"}}
 BUSY = "import torch; torch.set_num_threads(1); a = torch.rand(512, 512)\nwhile True: a @ a"
@@ -109,7 +109,7 @@ def main() -> None:
         "data": asked.data,
         "epochs": asked.epochs,
         "seed": 0,
-        "cores": machine.cores(),
+        "cores": hardware.cores(),
         "limit": asked.limit,
         "load_before": round(os.getloadavg()[0], 1),
         "runs": [measured(asked, busy) for busy in (False, True)],

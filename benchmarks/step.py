@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twotower.data import Batch
-from twotower.losses import Embedded, SampledSoftmax
 from twotower.negatives import CountedFrequency, InBatch, Pool
+from twotower.objectives import Embedded, SampledSoftmax
 from twotower.training import TableOptimizer, batch_loss
 
 SEED, D, N, KNOWN, TEMPERATURE = 0, 64, 1_000_000, 20, 0.1

@@ -14,7 +14,7 @@ import torch
 from rounds import how, options
 from step import KNOWN, D, Known, Ours, Products, Towers, zipf
 
-from twotower.losses import Embedded
+from twotower.objectives import Embedded
 from twotower.training.embedding import embed_parts
 
 ROWS = 8192

@@ -24,9 +24,9 @@ from gowalla import at_dials, kept_runs, measured
 from whole_users import ByUsers, add_settings, parsed, settings_of
 
 import twotower as tt
-from twotower.evaluation import EASE, ItemKNN, Popularity
-from twotower.files import write_text
-from twotower.serving.artifact import library_versions
+from twotower.ranking import EASE, ItemKNN, Popularity
+from twotower.serving.model_folder import library_versions
+from twotower.system.filesystem import write_text
 
 RESULTS = Path(__file__).parent / "results" / "warm_items.json"
 

@@ -18,14 +18,14 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """The page with its marker replaced; other pages as they are."""
     if MARKER not in markdown:
         return markdown
-    from twotower.config import Config  # noqa: PLC0415 - only the page that needs it pays for the import
+    from twotower.config.run import Config  # noqa: PLC0415 - only the page that needs it pays for the import
 
     return markdown.replace(MARKER, "\n\n".join([*sections(Config), *features()]))
 
 
 def features() -> list[str]:
     """One part for each kind of feature."""
-    from twotower.feature_config import KINDS  # noqa: PLC0415
+    from twotower.config.features import KINDS  # noqa: PLC0415
 
     parts = [
         "## Features",

@@ -1,7 +1,7 @@
 """Retrieval training whose negatives are corrected by construction.
 
-Two levels of API: the components (`negatives`, `losses`, `towers`), for use in any PyTorch training loop, and the
-complete pipeline (`Interactions`, `splits`, `fit`, `evaluate`, `Retriever`).
+Two doors: the pieces (`negatives`, `losses`, `towers`), usable in anybody's own PyTorch loop, and the whole
+(`Interactions`, `splits`, `fit`, `evaluate`, `Retriever`).
 """
 
 from typing import TYPE_CHECKING, Any
@@ -9,14 +9,25 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from twotower import data, evaluation, index, losses, negatives, serving, towers, training
+    from twotower import data, evaluation, index, losses, negatives, objectives, ranking, serving, towers, training
     from twotower.config import Config
     from twotower.data import Interactions, datasets, splits
     from twotower.errors import InputError
     from twotower.run import Model, continue_with, evaluate, fit
     from twotower.serving import Retriever
 
-_ROOMS = ("data", "evaluation", "index", "losses", "negatives", "serving", "towers", "training")
+_ROOMS = (
+    "data",
+    "evaluation",
+    "index",
+    "losses",
+    "negatives",
+    "objectives",
+    "ranking",
+    "serving",
+    "towers",
+    "training",
+)
 _NAMES = {
     "Config": "twotower.config",
     "InputError": "twotower.errors",
@@ -45,6 +56,8 @@ __all__ = [
     "index",
     "losses",
     "negatives",
+    "objectives",
+    "ranking",
     "serving",
     "splits",
     "towers",
@@ -53,7 +66,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use, so that the components do not load the trainer and `--help` does not load torch.
+    # Imported when first used, so that the pieces do not load the trainer and `--help` does not load torch.
     from importlib import import_module  # noqa: PLC0415
 
     if name in _ROOMS:

@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.slow_reference import Row, as_sequences, sequences
-from twotower.data import Interactions, preparing
-from twotower.data.storing import META
+from support.slow_reference import Row, as_sequences, sequences
+from twotower.data import Interactions
+from twotower.data.io.layout import META
+from twotower.data.prepare import bucket_sort
 from twotower.errors import InputError
 
 SECOND = 1_000_000
@@ -75,8 +76,8 @@ def test_many_small_buckets_and_chunks_give_the_same(
 ) -> None:
     rows = some_rows(500)
     path = write_as(frame_of(rows), "parquet", tmp_path)
-    monkeypatch.setattr(preparing, "BUCKET_ROWS", bucket)
-    monkeypatch.setattr("twotower.data.reading.CHUNK_ROWS", 33)
+    monkeypatch.setattr(bucket_sort, "BUCKET_ROWS", bucket)
+    monkeypatch.setattr("twotower.data.io.readers.CHUNK_ROWS", 33)
     data = Interactions.read(path)
     monkeypatch.undo()
     assert as_sequences(data) == sequences(rows)
@@ -307,7 +308,7 @@ def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path: Path, monkeypatch:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(preparing.ColumnFile, "append", full)
+    monkeypatch.setattr(bucket_sort.ColumnFile, "append", full)
     with pytest.raises(InputError, match="disk is full"):
         Interactions.read(path, cache=tmp_path / "cache" / "here")
     assert not list((tmp_path / "cache").iterdir())

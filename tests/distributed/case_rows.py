@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from twotower.data import Batch, Interactions, SequenceBatches, TrainingBatches
-from twotower.ranks import Ranks
+from twotower.distributed.communicator import Ranks
 
 NUM_QUERIES, NUM_ITEMS, STEPS, LENGTH = 40, 60, 20, 5
 

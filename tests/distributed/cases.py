@@ -16,18 +16,18 @@ from case_rows import (
 )
 from torch import Tensor, nn
 
-from twotower.build import build_objective, needs_known_positives, reads_sequences
-from twotower.config import Config
+from twotower.config.run import Config
 from twotower.data import KnownPositives
-from twotower.ranks import Ranks
+from twotower.distributed.communicator import Ranks
+from twotower.distributed.partition import Columns, Rows
+from twotower.objectives.build import build_objective, needs_known_positives, reads_sequences
 from twotower.towers import EmbeddingTable, build_towers
-from twotower.towers.parts import Columns, Rows
 from twotower.training import TableOptimizer, batch_loss
-from twotower.training.exchange import GradientExchange
-from twotower.training.gathering import gathered_loss
-from twotower.training.optimizers import parameter_groups
+from twotower.training.gradient_sync import GradientExchange
+from twotower.training.optimizer import parameter_groups
 from twotower.training.placement import place_tables
-from twotower.training.randomness import draws_of
+from twotower.training.seeds import draws_of
+from twotower.training.step import gathered_loss
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from twotower import cli
+from twotower.cli import main as cli
 
 SETTINGS = [
     "item_tower.dimension=8",

@@ -14,26 +14,27 @@ import torch.distributed as dist
 import torch.distributed.checkpoint  # once, before the ranks are forked
 from torch import Tensor
 
-import twotower.ranks
+import twotower.distributed.communicator
 from twotower import evaluation
-from twotower.build import build_objective
-from twotower.config import Config
+from twotower.config.run import Config
 from twotower.data import Split, leave_last_out
+from twotower.distributed.communicator import Ranks
+from twotower.distributed.partition import Columns, Part, Rows, placed_tables
+from twotower.distributed.row_exchange import hand_back
+from twotower.distributed.row_files import write_folder
 from twotower.errors import InputError
-from twotower.evaluation.by_parts import ShardedRanker, own_item_embeddings
-from twotower.evaluation.towers import TowerRanker
 from twotower.negatives import Mined
-from twotower.ranks import Ranks
+from twotower.objectives.build import build_objective
+from twotower.ranking.distributed import ShardedRanker, own_item_embeddings
+from twotower.ranking.tower_ranker import TowerRanker
 from twotower.run.mining import miner
 from twotower.serving import Artifact
-from twotower.shared_files import write_folder
 from twotower.towers import TwoTower, build_towers
-from twotower.towers.parts import Columns, Part, Rows, placed_tables
-from twotower.towers.shards import hand_back
-from twotower.training import TableOptimizer, checkpoints
-from twotower.training.checkpoints import SafeCheckpointIO
-from twotower.training.optimizers import parameter_groups
-from twotower.training.table_parts import cut_optimizer_state, mark_parts
+from twotower.training import TableOptimizer
+from twotower.training.checkpoint import io as checkpoint_io
+from twotower.training.checkpoint.io import SafeCheckpointIO
+from twotower.training.checkpoint.sharded import cut_optimizer_state, mark_parts
+from twotower.training.optimizer import parameter_groups
 
 PLACEMENTS = ("row-wise", "column-wise", "by table")
 ELSEWHERE = "another rank could not write its part; nothing was replaced"
@@ -217,7 +218,7 @@ def saved_beside(ranks: Ranks, towers: TwoTower, made: TableOptimizer, path: Pat
     """Write in the background while weights and state change and ranks exchange; then one rank fails to write."""
     io = SafeCheckpointIO(ranks, parts(ranks, PLACEMENTS[0]), in_background=True, timeout=60)
     before = {name: value.clone() for name, value in tensors(checkpoint(towers, made)).items()}
-    release, write = threading.Event(), checkpoints.save_parts
+    release, write = threading.Event(), checkpoint_io.save_parts
 
     def held(*given: Any) -> None:
         assert release.wait(60)
@@ -227,7 +228,7 @@ def saved_beside(ranks: Ranks, towers: TwoTower, made: TableOptimizer, path: Pat
         if ranks.rank == ranks.size - 1:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    checkpoints.save_parts = held
+    checkpoint_io.save_parts = held
     kept = checkpoint(towers, made)
     mark_parts(kept, towers, [made])
     io.save_checkpoint(kept, path)
@@ -240,7 +241,7 @@ def saved_beside(ranks: Ranks, towers: TwoTower, made: TableOptimizer, path: Pat
     assert path.exists(), "every rank sees the checkpoint"
     found = tensors(io.load_checkpoint(path))
     assert all(torch.equal(found[name], value) for name, value in before.items()), "the state of the requested step"
-    checkpoints.save_parts = fails
+    checkpoint_io.save_parts = fails
     io.save_checkpoint(kept, path)
     message = None
     try:
@@ -251,7 +252,7 @@ def saved_beside(ranks: Ranks, towers: TwoTower, made: TableOptimizer, path: Pat
     assert message is not None and message.startswith(
         full if ranks.rank == ranks.size - 1 else f"{path}: {ELSEWHERE}"
     ), message
-    checkpoints.save_parts = write
+    checkpoint_io.save_parts = write
     io.settle()
     io.close()
     assert found.keys() == tensors(SafeCheckpointIO(ranks, io.parts).load_checkpoint(path)).keys()

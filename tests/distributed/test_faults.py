@@ -149,7 +149,7 @@ def test_torchrun_restarts_all_ranks(found, folder, tmp_path, machines, killed):
     data, out = folder / "planted.parquet", tmp_path / "run"
     meeting = [f"--rdzv-endpoint=127.0.0.1:{faults.free_port()}", "--rdzv-backend=c10d", "--rdzv-id=test"]
     several = [*meeting, f"--nnodes={machines}", f"--nproc-per-node={2 // machines}", "--max-restarts=3"]
-    words = [sys.executable, "-m", "torch.distributed.run", *several, "-m", "twotower.cli", *faults.words(data, out)]
+    words = [sys.executable, "-m", "torch.distributed.run", *several, "-m", "twotower", *faults.words(data, out)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     logs = [tmp_path / f"{number}.log" for number in range(machines)]
     agents = []
@@ -181,7 +181,7 @@ def test_a_restart_does_not_resume_a_refused_run(found, folder, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(folder / "one", out)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    words = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "twotower.cli"]
+    words = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "twotower"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     data = folder / "planted.parquet"
     ended = subprocess.run(

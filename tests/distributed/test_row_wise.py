@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from distributed.starting import start
 from planted import planted
 from twotower.serving import Retriever
-from twotower.training.checkpoints import SafeCheckpointIO
+from twotower.training.checkpoint.io import SafeCheckpointIO
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="forks processes, and limits their memory by means of Linux"),

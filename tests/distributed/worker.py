@@ -12,7 +12,7 @@ import cases
 import tables
 from starting import run_ranks
 
-from twotower.ranks import Ranks
+from twotower.distributed.communicator import Ranks
 
 RANKS = 3
 

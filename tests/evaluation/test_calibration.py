@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stand_ins import compressed
 
-from twotower.evaluation import calibration, partition_error, softmax_calibration
+from support.stand_ins import compressed
+from twotower.audit import partition_error
+from twotower.evaluation import calibration, softmax_calibration
 from twotower.negatives import Catalog, CountedFrequency, InBatch, Pool, Sampled, Uniform
 from twotower.negatives.corrections import NoCorrection
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference_ranking import top_items
-from stand_ins import FakeHoldout, Scores, Train
 
+from support.reference_ranking import top_items
+from support.stand_ins import FakeHoldout, Scores, Train
 from twotower.evaluation import evaluate
 
 os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # before ranx: compiling it takes longer than all tests of this folder

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference_ranking import metrics as slow_metrics
-from reference_ranking import thirds as slow_thirds
-from stand_ins import compressed
 
+from support.reference_ranking import metrics as slow_metrics
+from support.reference_ranking import thirds as slow_thirds
+from support.stand_ins import compressed
 from twotower.evaluation import coverage, hit_rate_at, hits, mrr_at, ndcg_at, popularity_thirds, recall_at
 
 

@@ -7,11 +7,11 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from reference_ranking import random_expectation
-from stand_ins import FakeHoldout, Fixed, Scores, Train
 
+from support.reference_ranking import random_expectation
+from support.stand_ins import FakeHoldout, Fixed, Scores, Train
+from twotower.data.schema.vocabulary import Vocabulary
 from twotower.evaluation import bootstrap_interval, evaluate, evaluate_all, paired_comparison
-from twotower.schema import Vocabulary
 
 METRICS = ("Recall", "NDCG", "MRR", "HR")
 

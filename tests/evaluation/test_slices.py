@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference_ranking import metrics as slow_metrics
-from reference_ranking import parts, top_items
-from stand_ins import FakeHoldout, Scores, Train
 
+from support.reference_ranking import metrics as slow_metrics
+from support.reference_ranking import parts, top_items
+from support.stand_ins import FakeHoldout, Scores, Train
 from twotower.errors import InputError
 from twotower.evaluation import COLD, DECILES, SLICES, check_slices, evaluate, popularity_parts, popularity_thirds
-from twotower.evaluation.columns import column_slices
+from twotower.evaluation.slices import column_slices
 
 
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=40), st.integers(1, 12))

@@ -1,19 +1,14 @@
 """The exact index compared with plain loops: ties, exclusions, tile sizes, errors."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from support.reference_ranking import inner_products, splitmix, top_items
 from twotower.index import ExactIndex, pack_keys, tie_order, top_k
 from twotower.index.topk import unpack_columns, unpack_scores
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))
-from reference_ranking import inner_products, splitmix, top_items
 
 
 def compressed(rows):

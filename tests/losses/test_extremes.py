@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from twotower.losses import (
+from twotower.negatives import Candidates, Catalog, CountedFrequency, Hits, InBatch, Pool, Sampled, Uniform, corrections
+from twotower.objectives import (
     BPR,
     Embedded,
     GeneralisedBCE,
@@ -12,7 +13,6 @@ from twotower.losses import (
     RefinedLogQ,
     SampledSoftmax,
 )
-from twotower.negatives import Candidates, Catalog, CountedFrequency, Hits, InBatch, Pool, Sampled, Uniform, corrections
 
 FREQUENCY = CountedFrequency(torch.tensor([5, 3, 2, 1]))
 UNIFORM, IN_BATCH = Sampled(Uniform(4), 3), InBatch(FREQUENCY)

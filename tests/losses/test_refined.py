@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import reference
-from twotower.losses import Embedded, RefinedLogQ, refined_logq, sampled_softmax
+from twotower.losses import refined_logq, sampled_softmax
 from twotower.negatives import CountedFrequency, InBatch, Pool, corrections
+from twotower.objectives import Embedded, RefinedLogQ
 
 
 def case(seed, rows=9, candidates=40, width=6, temperature=2.0):

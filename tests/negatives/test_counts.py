@@ -12,9 +12,9 @@ import math
 
 import pytest
 import torch
-from drawing import Observations, agreement, observe, standard_errors_off
 
 from reference import expected_counts
+from support.drawing import Observations, agreement, observe, standard_errors_off
 from twotower.negatives import (
     Catalog,
     CountedFrequency,

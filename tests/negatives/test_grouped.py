@@ -6,9 +6,9 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from drawing import agreement, observe, standard_errors_off
 
 from reference import expected_counts
+from support.drawing import agreement, observe, standard_errors_off
 from twotower.data import GroupedBatches, Interactions, TrainingBatches
 from twotower.negatives import (
     CountedFrequency,

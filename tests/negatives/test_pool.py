@@ -6,8 +6,7 @@ import re
 import pytest
 import torch
 
-from twotower.build import build_objective
-from twotower.config import Config
+from twotower.config.run import Config
 from twotower.errors import InputError
 from twotower.negatives import (
     CountedFrequency,
@@ -27,8 +26,9 @@ from twotower.negatives import (
     Weighted,
     corrections,
 )
-from twotower.negatives.duplicates import known_in_rows, membership, membership_of_rows
+from twotower.negatives.masks import known_in_rows, membership, membership_of_rows
 from twotower.negatives.sources import Request, log_absence_after, log_complement
+from twotower.objectives.build import build_objective
 
 COUNTS = torch.tensor([50, 20, 10, 8, 5, 3, 2, 1, 1, 0])
 N, B = len(COUNTS), 6

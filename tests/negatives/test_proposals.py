@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from twotower.negatives import FrequencyPower, IndexStream, LogUniform, Uniform, Weighted
-from twotower.negatives.alias import AliasTable, build_alias
+from twotower.negatives.proposals import AliasTable, build_alias
 
 COUNTS = torch.tensor([500, 0, 200, 90, 40, 40, 7, 3, 1, 0, 1, 0])
 N = len(COUNTS)

@@ -4,11 +4,11 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from drawing import Observations, agreement, standard_errors_off
 
+from support.drawing import Observations, agreement, standard_errors_off
 from twotower.data import Interactions, KnownPositives, SequenceBatches
-from twotower.data.packing import Windows
-from twotower.data.shuffling import Shuffle
+from twotower.data.loading.packing import Windows
+from twotower.data.loading.shuffle import Shuffle
 from twotower.errors import InputError
 from twotower.negatives import CountedFrequency, InBatch, Pool, Sampled, Uniform
 from twotower.negatives.sources import Request

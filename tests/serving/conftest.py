@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 import twotower as tt
-from twotower.config import Config
+from twotower.config.run import Config
 from twotower.serving import Retriever
 
 SETTINGS = [

@@ -9,15 +9,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from postgres import postgres
-from serving.service_models import client
-from twotower import cli
-from twotower.config import Config
-from twotower.data.encoding import EncodedTable
+from support.postgres import postgres
+from support.service_models import client
+from twotower.cli import main as cli
+from twotower.config.run import Config
+from twotower.data.schema.vocabulary import Vocabulary
 from twotower.errors import InputError
-from twotower.schema import Vocabulary
+from twotower.features.feature_set import EncodedTable
 from twotower.serving import Artifact, Retriever, build_stored_index, save_changes
-from twotower.serving.changes import GrownVocabulary
+from twotower.serving.catalog_changes import GrownVocabulary
 from twotower.towers import build_towers
 
 EVERYTHING = 400

@@ -9,17 +9,17 @@ import polars as pl
 import pytest
 
 import twotower as tt
-from serving.service_models import client
-from twotower import cli
-from twotower.config import Config
-from twotower.data.encoding import FeatureSet
+from support.service_models import client
+from twotower.cli import main as cli
+from twotower.config.run import Config
 from twotower.errors import InputError
+from twotower.features.feature_set import FeatureSet
 from twotower.run import read_data, reread, train_run
 from twotower.serving.batch import recommend_file
 from twotower.serving.export import export_query_tower
-from twotower.serving.service import fields
-from twotower.serving.service.answering import Question, RecommendKey, answer
-from twotower.serving.service.model import ServedModel
+from twotower.serving.http import models
+from twotower.serving.http.handlers import Question, RecommendKey, answer
+from twotower.serving.http.models import ServedModel
 
 SMALL = [
     "data.split=leave-last-out",
@@ -175,8 +175,8 @@ def test_the_service_reports_the_context_it_takes_and_the_column_at_fault(runs, 
     with client(runs["without"][0]) as service:
         assert service.get("/models").json()["models"][0]["context"] == []
     features = tt.Retriever.load(runs["with"][0]).ranker.context_features()
-    monkeypatch.setattr(fields, "MOST_VALUES", 2)
-    assert fields.context_fields(features)[0] == {**device, "values": None}
+    monkeypatch.setattr(models, "MOST_VALUES", 2)
+    assert models.context_fields(features)[0] == {**device, "values": None}
 
 
 @pytest.fixture

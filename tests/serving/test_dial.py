@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from twotower.analysis.dial import DialCurve, DialPoint, popularity_curve
+from twotower.comparison.popularity_curve import DialCurve, DialPoint, popularity_curve
 from twotower.errors import InputError
 from twotower.index import ExactCatalog, PopularityDial
 from twotower.serving import Retriever
@@ -91,7 +91,7 @@ def test_one_approximate_index_serves_every_setting(model):
     """In a small catalog, an approximate index over the extended vectors finds the exact results for every setting."""
     pytest.importorskip("faiss")
     from twotower.index import ApproximateIndex
-    from twotower.index.graph import HNSW
+    from twotower.index.approximate.hnsw import HNSW
 
     exact = model.retriever
     longer = PopularityDial(model.artifact.item_counts, float(model.artifact.towers.temperature.detach())).items(

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import twotower as tt
-from serving.service_models import drawn
-from twotower.config import Config
-from twotower.data.gaps import given_gaps
+from support.service_models import drawn
+from twotower.config.run import Config
 from twotower.errors import InputError
-from twotower.serving.artifact import Artifact
+from twotower.features.requests import given_gaps
 from twotower.serving.export import export_query_tower
+from twotower.serving.model_folder import Artifact
 
 
 @pytest.fixture(scope="module")

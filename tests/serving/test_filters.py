@@ -4,8 +4,8 @@ import numpy as np
 import polars as pl
 import pytest
 
+from twotower.data.schema.vocabulary import Vocabulary
 from twotower.errors import InputError
-from twotower.schema import Vocabulary
 from twotower.serving.filters import allowed_items, condition_mask
 
 ITEMS = Vocabulary([10, 20, 30, 40])

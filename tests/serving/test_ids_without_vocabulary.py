@@ -4,10 +4,10 @@ import polars as pl
 import pytest
 
 from planted import planted
-from serving.service_models import client, drawn
+from support.service_models import client, drawn
 from twotower.data import Hashed, Interactions
+from twotower.data.schema.vocabulary import HashedIds, hash_ids
 from twotower.errors import InputError
-from twotower.ids import HashedIds, hash_ids
 from twotower.serving import Artifact, Retriever
 from twotower.serving.batch import recommend_file
 

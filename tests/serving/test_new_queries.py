@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import twotower as tt
-from serving.service_models import client, drawn
-from twotower import cli
-from twotower.config import Config
+from support.service_models import client, drawn
+from twotower.cli import main as cli
+from twotower.config.run import Config
 from twotower.data import Interactions, leave_last_out
 from twotower.errors import InputError
 from twotower.serving.batch import recommend_file

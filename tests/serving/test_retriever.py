@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from planted import planted
-from serving.service_models import drawn
+from support.service_models import drawn
 from twotower.data import Interactions
 from twotower.errors import InputError
 from twotower.serving import Artifact, Retriever
@@ -165,7 +165,7 @@ def test_a_failed_save_keeps_the_old_model(model, tmp_path, monkeypatch):
 
 #: Packages for training, evaluation and reports; serving works without any of them installed.
 NOT_FOR_SERVING = (
-    *("twotower.training", "twotower.analysis", "twotower.run", "twotower.build", "twotower.comparison"),
+    *("twotower.training", "twotower.audit", "twotower.run", "twotower.objectives.build", "twotower.comparison"),
     *("pytorch_lightning", "lightning", "torchmetrics", "scipy", "pooch", "sklearn", "pandas", "pyarrow", "matplotlib"),
 )
 
@@ -179,7 +179,7 @@ for name in {NOT_FOR_SERVING!r}:
         sys.modules[name] = None  # importing it is an ImportError
 from starlette.testclient import TestClient
 from twotower.serving import Retriever
-from twotower.serving.app import create_app
+from twotower.serving.http.app import create_app
 assert len(Retriever.load({str(folder)!r}).recommend(["u001"], k=3)) == 3
 with TestClient(create_app([{str(folder)!r}])) as service:
     assert len(service.post("/recommend", json={{"query_id": "u001"}}).json()["items"]) == 10

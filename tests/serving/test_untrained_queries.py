@@ -7,8 +7,8 @@ import polars as pl
 import pytest
 
 import twotower as tt
-from serving.service_models import client
-from twotower.config import Config
+from support.service_models import client
+from twotower.config.run import Config
 from twotower.errors import InputError
 from twotower.serving import Retriever
 from twotower.serving.batch import recommend_file

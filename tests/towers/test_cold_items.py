@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import twotower as tt
-from twotower.config import Config
+from twotower.config.run import Config
 from twotower.data import Interactions, leave_last_out
 from twotower.errors import InputError
 from twotower.serving import Artifact, Retriever

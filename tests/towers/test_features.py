@@ -5,16 +5,10 @@ import polars as pl
 import pytest
 import torch
 
-from twotower.config import Config
-from twotower.data.encoding import EncodedTable
+from twotower.config.features import CategoricalFeature, DenseFeature, MultiFeature, NumericFeature, TextFeature
+from twotower.config.run import Config
 from twotower.errors import InputError
-from twotower.feature_config import (
-    CategoricalFeature,
-    DenseFeature,
-    MultiFeature,
-    NumericFeature,
-    TextFeature,
-)
+from twotower.features.feature_set import EncodedTable
 from twotower.towers import FeatureInputs, ItemTower, build_towers
 from twotower.towers.features import auto_width
 
@@ -234,7 +228,7 @@ def test_text_by_a_model_is_embedded_once(monkeypatch, tmp_path):
             counts.append(len(texts))
             return np.array([[text.count("a"), text.count("b"), 1.0] for text in texts], dtype=np.float32)
 
-    from twotower.data import text
+    from twotower.features import text
 
     monkeypatch.setenv("TWOTOWER_CACHE", str(tmp_path))
     monkeypatch.setattr(text, "_model", lambda name: Letters())

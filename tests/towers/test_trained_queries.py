@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from twotower.config import Config
+from twotower.config.run import Config
 from twotower.towers import build_towers
 
 Q, N = 12, 20

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import twotower as tt
-from twotower.config import Config
-from twotower.losses import Embedded, SampledSoftmax
+from twotower.config.run import Config
 from twotower.negatives import CountedFrequency, CrossBatchMemory, InBatch, Pool, Sampled, StreamingFrequency, Uniform
+from twotower.objectives import Embedded, SampledSoftmax
 from twotower.training import diagnostics
 from twotower.training.diagnostics import Watch, diagnose, frequency_drift
 

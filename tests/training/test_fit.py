@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import twotower as tt
-from twotower.config import Config
+from twotower.config.run import Config
+from twotower.distributed.communicator import Ranks
 from twotower.errors import InputError, Interrupted
-from twotower.ranks import Ranks
-from twotower.training.checkpoints import SafeCheckpointIO
-from twotower.training.model import TrainingModule
+from twotower.training.checkpoint.io import SafeCheckpointIO
+from twotower.training.module import TrainingModule
 
 SMALL = [
     "training.batch_size=64",

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from twotower.data import Batch
-from twotower.losses import SampledSoftmax
 from twotower.negatives import CountedFrequency, InBatch, Pool, Sampled, Uniform
-from twotower.towers.encoders import ItemTower, PooledHistory, QueryTower, TwoTower
-from twotower.training import batch_loss, gradient_cache
+from twotower.objectives import SampledSoftmax
+from twotower.towers.two_tower import ItemTower, PooledHistory, QueryTower, TwoTower
+from twotower.training import batch_loss, embedding
 
 N, D, ROWS, CHUNK = 30, 8, 21, 5
 
@@ -63,7 +63,7 @@ def test_loss_and_gradients_equal_the_plain_step(towers, monkeypatch):
 def test_without_the_same_dropout_the_gradients_differ(towers, monkeypatch):
     if towers.query_tower.history.dropout == 0:
         pytest.skip("nothing random in these towers")
-    monkeypatch.setattr(gradient_cache, "_restore", lambda states: None)
+    monkeypatch.setattr(embedding, "_restore", lambda states: None)
     _, grads, _ = step(towers, CHUNK)
     _, expected, _ = in_chunks(towers, monkeypatch)
     assert not all(torch.allclose(grads[name], grad, rtol=1e-3, atol=1e-4) for name, grad in expected.items())
@@ -79,7 +79,7 @@ def test_only_one_chunk_of_activations_is_kept(towers):
     """Between the forward and the backward pass no activation of all rows is in memory."""
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        query = gradient_cache.cached_embedding(
+        query = embedding.cached_embedding(
             towers.embed_queries, batch().queries, batch().history, chunk=CHUNK, anchor=towers.log_temperature
         )
     assert kept == []
@@ -91,6 +91,6 @@ def test_sparse_tables_gather_their_rows():
     table = torch.nn.Embedding(10, 3, sparse=True)
     codes = torch.tensor([1, 2, 1, 9, 4])
     expected = torch.nn.Embedding(10, 3, sparse=True, _weight=table.weight.detach().clone())
-    gradient_cache.cached_embedding(table, codes, chunk=2, anchor=table.weight).pow(2).sum().backward()
+    embedding.cached_embedding(table, codes, chunk=2, anchor=table.weight).pow(2).sum().backward()
     expected(codes).pow(2).sum().backward()
     assert torch.allclose(table.weight.grad.to_dense(), expected.weight.grad.to_dense())

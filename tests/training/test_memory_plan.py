@@ -9,25 +9,26 @@ from dataclasses import replace
 import pytest
 import torch
 
-from twotower import machine, run
-from twotower.build import build_objective
-from twotower.config import Config
+from twotower import run
+from twotower.config.run import Config
+from twotower.distributed.communicator import Ranks
 from twotower.errors import InputError
-from twotower.losses.tiles import TILE_MEMORY
-from twotower.ranks import Ranks
+from twotower.losses.tiled.blocks import TILE_MEMORY
+from twotower.objectives.build import build_objective
+from twotower.system import hardware
 from twotower.towers import build_towers
 from twotower.training import TableOptimizer, memory_plan, plan_memory
 from twotower.training.memory_plan import candidates_of, least_of_all
-from twotower.training.optimizers import parameter_groups
+from twotower.training.optimizer import parameter_groups
 from twotower.training.placement import place_tables
 
 CODE = """
     import json, sys
     import numpy as np, polars as pl
-    from twotower import process
-    process.tune()
-    from twotower import machine, run
-    from twotower.config import Config
+    from twotower.system import tuning
+    tuning.tune()
+    from twotower.system import hardware; from twotower import run
+    from twotower.config.run import Config
     from twotower.data import Interactions
     rng = np.random.default_rng(0)
     rows, items = 120_000, 110_000
@@ -44,7 +45,7 @@ CODE = """
     plans = []
     run.fit(split, config, progress=False, say=plans.append)
     (plan,) = plans
-    peak = machine.peak_memory()
+    peak = hardware.peak_memory()
     print(json.dumps({"planned": plan.peak, "process": plan.held["process"], "peak": peak, "text": str(plan)}))
 """
 
@@ -124,21 +125,21 @@ def test_too_little_memory_is_reported_before_training(parts, planted_split, mon
     messages = []
     run.fit(planted_split, Config.load(None, ["training.max_epochs=1"]), progress=False, say=messages.append)
     assert len(messages) == 1 and str(messages[0]).startswith("memory: ")
-    nothing = machine.Memory(total=1 << 30, available=1 << 10, limit=None, resident=1 << 20, peak=1 << 20)
-    monkeypatch.setattr(memory_plan.machine, "memory", lambda processes=1: nothing)
+    nothing = hardware.Memory(total=1 << 30, available=1 << 10, limit=None, resident=1 << 20, peak=1 << 20)
+    monkeypatch.setattr(memory_plan.hardware, "memory", lambda processes=1: nothing)
     with pytest.raises(InputError, match="item_tower.dimension: tables of 160 rows .*rowwise-adagrad"):
         place_tables(config, train)
 
 
 def test_free_memory_of_a_device(monkeypatch):
-    assert machine.device_memory("auto") is None or torch.cuda.is_available()
+    assert hardware.device_memory("auto") is None or torch.cuda.is_available()
     for name, value in (("mem_get_info", (5000, 9000)), ("memory_reserved", 700), ("memory_allocated", 300)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert machine.device_memory("auto") == machine.device_memory("gpu") == 5400
-    assert machine.device_memory("cpu") is None
+    assert hardware.device_memory("auto") == hardware.device_memory("gpu") == 5400
+    assert hardware.device_memory("cpu") is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert machine.device_memory("gpu") is None
+    assert hardware.device_memory("gpu") is None
 
 
 def test_all_ranks_use_the_minimum(monkeypatch):
@@ -155,9 +156,9 @@ def there(monkeypatch):
     """Set the free main memory, and the free memory of a CUDA device unless training runs on the CPU."""
 
     def there(main, device):
-        found = machine.Memory(total=None, available=main, limit=None, resident=1 << 28, peak=None)
-        monkeypatch.setattr(machine, "memory", lambda processes=1: found)
-        monkeypatch.setattr(machine, "device_memory", lambda accelerator: None if accelerator == "cpu" else device)
+        found = hardware.Memory(total=None, available=main, limit=None, resident=1 << 28, peak=None)
+        monkeypatch.setattr(hardware, "memory", lambda processes=1: found)
+        monkeypatch.setattr(hardware, "device_memory", lambda accelerator: None if accelerator == "cpu" else device)
         monkeypatch.setattr("twotower.training.placement.least_of_all", lambda found, ranks: found)
         monkeypatch.setattr("twotower.training.placement.SHARED_ABOVE", 0)
 

@@ -5,8 +5,8 @@ import polars as pl
 import pytest
 
 import twotower as tt
-from serving.service_models import client
-from twotower.config import Config
+from support.service_models import client
+from twotower.config.run import Config
 from twotower.data import Interactions
 from twotower.serving.export import export_query_tower
 

@@ -9,17 +9,17 @@ import pytest
 import torch
 
 import twotower as tt
-from twotower.build import build_objective
-from twotower.config import Config
+from twotower.config.run import Config
 from twotower.data import SequenceBatches
 from twotower.errors import InputError
+from twotower.objectives.build import build_objective
 from twotower.run import make_batches
-from twotower.serving.artifact import Artifact
 from twotower.serving.export import export_query_tower
+from twotower.serving.model_folder import Artifact
 from twotower.towers import build_towers
 from twotower.training import batch_loss
-from twotower.training import model as model_module
-from twotower.training.checkpoints import SafeCheckpointIO
+from twotower.training import module as model_module
+from twotower.training.checkpoint.io import SafeCheckpointIO
 
 SMALL = [
     "training.batch_size=128",

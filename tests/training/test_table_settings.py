@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import twotower as tt
-from twotower.config import Config
+from twotower.config.run import Config
 from twotower.errors import Interrupted
 from twotower.towers import EmbeddingTable, build_towers, tables
 from twotower.towers.tables import SPARSE_ABOVE
-from twotower.training.model import TrainingModule
+from twotower.training.module import TrainingModule
 
 SMALL = [
     "training.batch_size=64",

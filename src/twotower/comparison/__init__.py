@@ -1,6 +1,10 @@
-"""Comparison of objectives: same initial weights, same test queries, significance tests and a report."""
+"""Objectives side by side: trained from the same start, measured on the same queries, tested, reported."""
 
-from twotower.comparison.comparing import Comparison, compare_run
-from twotower.comparison.single import evaluate_folder
+from twotower.comparison.compare import Comparison, compare_run
+from twotower.comparison.single_model import evaluate_folder
 
-__all__ = ["Comparison", "compare_run", "evaluate_folder"]
+__all__ = [
+    "Comparison",
+    "compare_run",
+    "evaluate_folder",
+]

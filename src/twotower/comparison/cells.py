@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import yaml
 
-from twotower.build import build_objective
-from twotower.config import Config
+from twotower.config.run import Config
 from twotower.data import Interactions
 from twotower.errors import InputError
-from twotower.serving.artifact import find_model, read_metadata
+from twotower.objectives.build import build_objective
+from twotower.serving.model_folder import find_model, read_metadata
 from twotower.training import LAST
 
 #: Settings that change neither the initial weights, nor the data, nor any training step.

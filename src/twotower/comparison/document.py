@@ -9,11 +9,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from twotower.analysis.compare import Compared, measured
-from twotower.build import OBJECTIVES
-from twotower.config import Config
+from twotower.comparison.statistics import Compared, measured
+from twotower.config.run import Config
 from twotower.data import Interactions
 from twotower.evaluation import Evaluation, Row
+from twotower.objectives.build import OBJECTIVES
 
 #: Incremented when a reader of older documents would misread a newer one.
 DOCUMENT_VERSION = 1

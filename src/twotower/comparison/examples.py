@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twotower.data import Holdout, Interactions
+from twotower.data.schema.columns import title_column
 from twotower.evaluation import SLICES, popularity_thirds
-from twotower.schema import title_column
 
 #: Number of history items and of recommended items shown.
 HISTORY, LISTED = 4, 3

@@ -1,17 +1,16 @@
-"""Reading data, features, histories, splits, batches and known data sets."""
+"""Interactions: reading, preparing, splitting and loading them, and the known data sets."""
 
 from twotower.data import datasets, splits
-from twotower.data.account import Account
-from twotower.data.batches import Batch, GroupedBatches, TrainingBatches
-from twotower.data.histories import gather_histories, ragged_histories
-from twotower.data.holdouts import Holdout
 from twotower.data.interactions import Interactions
-from twotower.data.known import KnownPositives
-from twotower.data.packing import Packed
-from twotower.data.parts import from_parts
-from twotower.data.sequences import SequenceBatches
-from twotower.data.splits import Split, by_time, held_out_queries, leave_last_out
-from twotower.ids import Hashed
+from twotower.data.loading.batches import Batch, GroupedBatches, TrainingBatches
+from twotower.data.loading.histories import KnownPositives, gather_histories, ragged_histories
+from twotower.data.loading.packing import Packed
+from twotower.data.loading.sequences import SequenceBatches
+from twotower.data.schema.account import Account
+from twotower.data.schema.vocabulary import Hashed
+from twotower.data.splits.from_files import from_parts
+from twotower.data.splits.holdout import Holdout
+from twotower.data.splits.protocols import Split, by_time, held_out_queries, leave_last_out
 
 __all__ = [
     "Account",

@@ -1,10 +1,18 @@
-"""Standard slices of an evaluation: head, mid and tail, popularity deciles, cold and warm."""
+"""Standard slices of an evaluation: head, mid and tail, popularity deciles, cold and warm.
 
-from collections.abc import Mapping
+User-defined slices by columns of the item table or of the query table.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
+
+from twotower.data import Interactions
+from twotower.data.schema.vocabulary import listed
+from twotower.errors import InputError
 
 SLICES = ("head", "mid", "tail")
 """Popularity thirds, by index."""
@@ -107,3 +115,139 @@ def flat(groups: Mapping[str, Mapping[str, Slice]]) -> dict[str, Slice]:
 
 def _numbered(names: tuple[str, ...], part: NDArray[np.int64]) -> dict[str, Slice]:
     return {name: Slice(part == number) for number, name in enumerate(names)}
+
+
+#: Values of a column that get their own slice.
+MOST_VALUES = 20
+MISSING = "missing"
+OTHER = "other"
+#: Slices of a numeric column.
+_PARTS = 4
+
+
+def check_slices(train: Interactions, slices: Sequence[str]) -> None:
+    """Refuse slices that the data does not support, before time is spent.
+
+    Args:
+        train: interactions with their tables.
+        slices: such as `"items.genres"` or `"queries.age"`.
+
+    Raises:
+        InputError: a name has another form, the table does not exist, or it has no such column.
+    """
+    for name in slices:
+        _column(train, name)
+
+
+def column_slices(
+    train: Interactions, queries: NDArray[np.int64], slices: Sequence[str]
+) -> dict[str, dict[str, Slice]]:
+    """Build slices by columns: a column of `items` slices the targets, a column of `queries` the queries.
+
+    - Text and other values: a slice for each of the 20 values that occur in most rows of the table (ties by value), and
+      "other" for the rest.
+    - Lists: a row belongs to the slice of each of its values.
+    - Numbers, dates and times with more than 4 distinct values: quarters of the table's rows, cut at the 1/4, 1/2 and
+      3/4 quantiles. Equal values stay together, so a quarter may be larger or missing. The name shows the smallest and
+      largest value.
+    - Nulls, NaN, empty lists, and queries without a row: "missing".
+
+    Args:
+        train: interactions with their tables.
+        queries: [E] query codes, -1 for a query outside the vocabulary.
+        slices: such as `"items.genres"` or `"queries.age"`.
+
+    Returns:
+        By column, slices by name, such as `"items.genres=Comedy"`; most frequent first, numbers ascending.
+
+    Raises:
+        InputError: see `check_slices`.
+    """
+    groups: dict[str, dict[str, Slice]] = {}
+    for name in slices:
+        values = _column(train, name)
+        if name.startswith("items."):
+            groups[name] = {f"{name}={value}": Slice(items=rows) for value, rows in _parts(values).items()}
+            continue
+        unknown = queries < 0
+        of_queries = {value: rows[queries] & ~unknown for value, rows in _parts(values).items()}
+        if unknown.any():
+            of_queries[MISSING] = of_queries.get(MISSING, np.zeros(len(queries), dtype=bool)) | unknown
+        groups[name] = {f"{name}={value}": Slice(queries=rows) for value, rows in of_queries.items()}
+    return groups
+
+
+def _column(train: Interactions, name: str) -> pl.Series:
+    side, _, column = name.partition(".")
+    tables = {"items": train.item_table, "queries": train.query_table}
+    if side not in tables or not column:
+        raise InputError(f"evaluation.slices: {name!r}: expected items.COLUMN or queries.COLUMN, as in items.genres")
+    table = tables[side]
+    if table is None:
+        raise InputError(
+            f"evaluation.slices: {name!r}: the data has no table of {side}; set data.{side}, or remove the slice"
+        )
+    if column not in table.columns:
+        raise InputError(
+            f"evaluation.slices: {name!r}: no such column; the table of {side} has {listed(table.columns)}"
+        )
+    return table[column]
+
+
+def _parts(values: pl.Series) -> dict[str, NDArray[np.bool_]]:
+    """Group rows by value: bool [rows of the table] by the value's name."""
+    if isinstance(values.dtype, pl.List | pl.Array):
+        if isinstance(values.dtype, pl.Array):
+            values = values.arr.to_list()
+        rows = pl.Series(np.arange(len(values))).repeat_by(values.list.len().fill_null(0)).explode().drop_nulls()
+        return _by_value(values.filter(values.list.len() > 0).explode(), rows.to_numpy(), len(values))
+    if values.dtype.is_float():
+        values = values.fill_nan(None)
+    if (values.dtype.is_numeric() or values.dtype.is_temporal()) and values.drop_nulls().n_unique() > _PARTS:
+        return _quarters(values)
+    return _by_value(values, np.arange(len(values)), len(values))
+
+
+def _by_value(values: pl.Series, rows: NDArray[np.int64], count: int) -> dict[str, NDArray[np.bool_]]:
+    """Group rows by value; row `rows[i]` of the table has the value `values[i]`."""
+    frame = pl.DataFrame({"value": values.cast(pl.String), "row": rows}).drop_nulls().unique()
+    order = frame.group_by("value").len().sort(["len", "value"], descending=[True, False])["value"].to_list()
+    parts: dict[str, NDArray[np.bool_]] = {}
+    for value in order[:MOST_VALUES]:
+        parts[value] = _marked(frame.filter(pl.col("value") == value), count)
+    if rest := order[MOST_VALUES:]:
+        others = _marked(frame.filter(pl.col("value").is_in(rest)), count)
+        parts[OTHER] = others | parts.pop(OTHER, np.zeros(count, dtype=bool))
+    return _with_missing(parts, ~_marked(frame, count))
+
+
+def _quarters(values: pl.Series) -> dict[str, NDArray[np.bool_]]:
+    place = values.to_physical().cast(pl.Float64)
+    known = place.drop_nulls().to_numpy()
+    edges = np.quantile(known, np.arange(1, _PARTS) / _PARTS)
+    quarter = np.searchsorted(edges, place.fill_null(np.inf).to_numpy(), side="left")
+    missing = values.is_null().to_numpy()
+    parts: dict[str, NDArray[np.bool_]] = {}
+    for number in range(_PARTS):
+        rows = (quarter == number) & ~missing
+        if rows.any():
+            inside = values.filter(pl.Series(rows))
+            low, high = inside.min(), inside.max()
+            parts[_text(low) if low == high else f"{_text(low)} to {_text(high)}"] = rows
+    return _with_missing(parts, missing)
+
+
+def _with_missing(parts: dict[str, NDArray[np.bool_]], missing: NDArray[np.bool_]) -> dict[str, NDArray[np.bool_]]:
+    if missing.any():
+        parts[MISSING] = parts.pop(MISSING, np.zeros_like(missing)) | missing
+    return parts
+
+
+def _marked(frame: pl.DataFrame, count: int) -> NDArray[np.bool_]:
+    marked = np.zeros(count, dtype=bool)
+    marked[frame["row"].to_numpy()] = True
+    return marked
+
+
+def _text(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,7 +1,7 @@
-"""Search for the best items of query embeddings: exact and approximate indexes, filters, popularity dial, ties."""
+"""From query embeddings to the best items: exact and approximate search, filters, the popularity dial, ties."""
 
-from twotower.index.ann import ApproximateIndex
-from twotower.index.build import KINDS, IndexReport, build_index, load_index
+from twotower.index.approximate.build import KINDS, IndexReport, build_index, load_index
+from twotower.index.approximate.index import ApproximateIndex
 from twotower.index.catalog import ExactCatalog, Index
 from twotower.index.exact import ExactIndex
 from twotower.index.popularity import PopularityDial

@@ -6,10 +6,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from twotower.index import screen
-from twotower.index.exclusions import Exclusion
+from twotower.index import bf16_screen
 from twotower.index.ties import tie_order
-from twotower.index.topk import Progress, top_k
+from twotower.index.topk import Exclusion, Progress, top_k
 
 
 class ExactIndex:
@@ -148,8 +147,8 @@ class ExactIndex:
         )
 
     @cached_property
-    def _screen(self) -> screen.Screen:
-        return screen.Screen(self._items, self._order)
+    def _screen(self) -> bf16_screen.Screen:
+        return bf16_screen.Screen(self._items, self._order)
 
     def _screened(self, queries: int, requested: bool | None) -> bool:
         possible = self._bias is None and self._items.device.type == "cpu" and self.num_items > 0 and queries > 0
@@ -157,7 +156,7 @@ class ExactIndex:
             return requested and possible
         return (
             possible
-            and queries >= screen.LEAST_QUERIES
-            and self.num_items >= screen.LEAST_ITEMS
-            and bool(screen.serves())
+            and queries >= bf16_screen.LEAST_QUERIES
+            and self.num_items >= bf16_screen.LEAST_ITEMS
+            and bool(bf16_screen.serves())
         )

@@ -2,7 +2,11 @@
 
 A model that gives every item the same score must not evaluate better than chance. Ties broken by item code would reward
 it if codes follow popularity or time, so equal scores are ordered by a hash of the code, which depends on neither.
+
+Merging of searches over parts of a catalog into the result of one search over the whole catalog.
 """
+
+from __future__ import annotations
 
 import numpy as np
 import torch
@@ -38,3 +42,23 @@ def tie_order(num_items: int, first: int = 0) -> Tensor:
     """
     hashes = splitmix64(np.arange(first, first + num_items, dtype=np.uint64))
     return torch.from_numpy(np.argsort(hashes, kind="stable").astype(np.int64))
+
+
+def merge_best(scores: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge W lists into the K best of each row, equal scores in the order of `tie_order`.
+
+    Args:
+        scores: [W, B, K] float32, -inf where a list is shorter.
+        items: [W, B, K] int64 codes, distinct within a row over all lists; -1 where a list is shorter.
+
+    Returns:
+        Scores and items, [B, K] each.
+    """
+    width = items.shape[2]
+    every = items.permute(1, 0, 2).flatten(1)
+    flat = scores.permute(1, 0, 2).flatten(1)
+    hashed = splitmix64(every.cpu().numpy()) ^ np.uint64(1 << 63)  # keeps the order when read as signed numbers
+    by_tie = torch.from_numpy(hashed.view(np.int64)).to(every.device).argsort(dim=1, stable=True)
+    by_score = flat.gather(1, by_tie).argsort(dim=1, descending=True, stable=True)[:, :width]
+    chosen = by_tie.gather(1, by_score)
+    return flat.gather(1, chosen), every.gather(1, chosen)

@@ -1,153 +1,84 @@
-"""Binary objectives: the positive and each negative are classified independently. Their losses are in logistic.py."""
+"""Binary losses: the positive and each negative are classified independently. One value per row, no reduction.
+
+All take logits, already divided by the temperature and, where required, corrected: see `candidate_logits`.
+A masked negative has logit -inf and contributes nothing.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
-from torch import Tensor, nn
-
-from twotower.errors import InputError
-from twotower.losses.logistic import bpr, gbce, gbce_beta, logistic
-from twotower.losses.objectives import Embedded, Objective, corrected_logits, scale_log_count, tiled_arguments
-from twotower.losses.tiled import tiled_bpr, tiled_logistic
-from twotower.negatives import Candidates, InBatch, Pool
+from torch import Tensor
+from torch.nn import functional as F
 
 
-class Binary(Objective):
-    """Base class of the binary objectives, with one learned bias b added to all logits.
+def logistic(positive_logit: Tensor, negative_logits: Tensor) -> Tensor:
+    """Compute the summed binary cross-entropy of one positive and its negatives.
 
-    A binary loss models probabilities of single items, most of them tiny, but scores of unit vectors cannot all be far
-    below zero. The bias is the missing constant (log odds; for NCE the log partition). It is the same for every item,
-    so it does not change the ranking and is not needed in an index.
+        loss_x = -log sigmoid(s_y) - sum_i log sigmoid(-s_i)
+
+    With K uniform negatives per positive this is negative sampling (Mikolov et al. 2013, equation 4); with log kappa
+    subtracted from every logit, including the positive's, it is NCE or sampled logistic (Gutmann and Hyvarinen 2010;
+    "Candidate Sampling" in the TensorFlow documentation).
 
     Args:
-        pool: where the candidates come from.
-        initial_bias: initial value of b: -log K for K uncorrected negatives (the odds of a positive), -log N for the
-            corrected losses (probabilities that sum to one). Starting at 0, b would need many steps to get there, and
-            until then the loss would push all scores down, those of popular items most.
-        strength: scales log kappa.
+        positive_logit: [B].
+        negative_logits: [B, K], -inf where masked.
+
+    Returns:
+        [B].
     """
-
-    merges_copies = False
-
-    def __init__(self, pool: Pool, *, initial_bias: float = 0.0, strength: float = 1.0) -> None:
-        super().__init__(pool, strength=strength)
-        self.bias = nn.Parameter(torch.tensor(initial_bias))
-
-    def _biased(self, embedded: Embedded, drawn: Candidates, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
-        positive, negatives = corrected_logits(embedded, drawn, temperature)
-        return positive + self.bias, negatives + self.bias
+    return softplus(-positive_logit) + softplus(negative_logits).sum(1)
 
 
-class Logistic(Binary):
-    """Binary cross-entropy over the candidates, summed. See `logistic`.
+def gbce(positive_logit: Tensor, negative_logits: Tensor, *, beta: float) -> Tensor:
+    """Compute generalised BCE: the positive's probability is raised to beta <= 1 to reduce overconfidence.
+
+        loss_x = -beta log sigmoid(s_y) - sum_i log sigmoid(-s_i)
 
     Args:
-        pool: where the candidates come from.
-        corrected: subtract log kappa from every logit, including the positive's (NCE, sampled logistic).
-        keep_accidental: treat a drawn copy of the row's own positive as noise like any other (NCE) instead of masking
-            it.
-        initial_bias: initial value of the bias; see `Binary`.
-        strength: scales log kappa.
+        positive_logit: [B].
+        negative_logits: [B, K], -inf where masked; K uniform negatives per row.
+        beta: `gbce_beta(K, N, t)`.
 
-    Raises:
-        InputError: `keep_accidental` with in-batch candidates, among which a row's own positive is present without
-            having been drawn.
+    Returns:
+        [B].
+
+    Source: Petrov and Macdonald 2023, "gSASRec", equation 8.
     """
-
-    def __init__(
-        self,
-        pool: Pool,
-        *,
-        corrected: bool = False,
-        keep_accidental: bool = False,
-        initial_bias: float = 0.0,
-        strength: float = 1.0,
-    ) -> None:
-        super().__init__(pool, initial_bias=initial_bias, strength=strength)
-        self.corrected = corrected
-        self.keep_accidental = keep_accidental
-        if keep_accidental and any(isinstance(member, InBatch) for member in pool.members()):
-            raise InputError("objective.sources: nce needs sampled noise; use uniform or frequency, not in_batch")
-
-    def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
-        """Return one loss per row, [B]; see `Objective.forward`."""
-        if self.keep_accidental:
-            drawn = _keep_accidental(drawn)
-        positive, negatives = self._biased(embedded, drawn, temperature)
-        if self.corrected:
-            positive = positive - scale_log_count(drawn.positive_log_count, self.strength).to(positive.dtype)
-        return logistic(positive, negatives)
-
-    def mean(
-        self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float, weights: Tensor | None = None
-    ) -> Tensor:
-        """Return the weighted sum of the rows' losses, a scalar; see `Objective.mean`."""
-        if self.keep_accidental:
-            drawn = _keep_accidental(drawn)
-        return tiled_logistic(
-            **tiled_arguments(embedded, drawn),
-            temperature=temperature,
-            bias=self.bias,
-            own_offset=scale_log_count(drawn.positive_log_count, self.strength) if self.corrected else None,
-            weights=weights,
-        )
+    return beta * softplus(-positive_logit) + softplus(negative_logits).sum(1)
 
 
-class GeneralisedBCE(Binary):
-    """gBCE of gSASRec. See `gbce`.
+def gbce_beta(size: int, num_items: int, calibration: float = 0.75) -> float:
+    """Compute beta = a (t (1 - 1/a) + 1/a) with sampling rate a = K / (N - 1) and calibration t in [0, 1].
+
+    t = 0 is plain binary cross-entropy (beta = 1), t = 1 a fully calibrated one (beta = a). Simplified, which also
+    covers a = 0: beta = 1 - t (1 - a).
+
+    Source: Petrov and Macdonald 2023, "gSASRec", equation 10.
+    """
+    rate = min(size / max(num_items - 1, 1), 1.0)
+    return 1.0 - calibration * (1.0 - rate)
+
+
+def bpr(positive_logit: Tensor, negative_logits: Tensor) -> Tensor:
+    """Compute Bayesian personalised ranking: the mean over negatives of -log sigmoid(s_y - s_i).
 
     Args:
-        pool: K uniform negatives per row.
-        size: K.
-        num_items: N.
-        calibration: t.
-        initial_bias: initial value of the bias; see `Binary`.
+        positive_logit: [B].
+        negative_logits: [B, K], -inf where masked.
+
+    Returns:
+        [B]; 0 for a row without negatives.
+
+    Source: Rendle et al. 2009, section 4.
     """
-
-    def __init__(
-        self, pool: Pool, *, size: int, num_items: int, calibration: float = 0.75, initial_bias: float = 0.0
-    ) -> None:
-        super().__init__(pool, initial_bias=initial_bias)
-        self.beta = gbce_beta(size, num_items, calibration)
-
-    def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
-        """Return one loss per row, [B]; see `Objective.forward`."""
-        return gbce(*self._biased(embedded, drawn, temperature), beta=self.beta)
-
-    def mean(
-        self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float, weights: Tensor | None = None
-    ) -> Tensor:
-        """Return the weighted sum of the rows' losses, a scalar; see `Objective.mean`."""
-        return tiled_logistic(
-            **tiled_arguments(embedded, drawn),
-            temperature=temperature,
-            bias=self.bias,
-            beta=self.beta,
-            weights=weights,
-        )
+    live = ~torch.isneginf(negative_logits)
+    return softplus(negative_logits - positive_logit[:, None]).sum(1) / live.sum(1).clamp(min=1)
 
 
-class BPR(Objective):
-    """Bayesian personalised ranking. See `bpr`."""
-
-    merges_copies = False
-
-    def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
-        """Return one loss per row, [B]; see `Objective.forward`."""
-        return bpr(*corrected_logits(embedded, drawn, temperature))
-
-    def mean(
-        self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float, weights: Tensor | None = None
-    ) -> Tensor:
-        """Return the weighted sum of the rows' losses, a scalar; see `Objective.mean`."""
-        return tiled_bpr(**tiled_arguments(embedded, drawn), temperature=temperature, weights=weights)
-
-
-def _keep_accidental(drawn: Candidates) -> Candidates:
-    """Unmask the drawn copies of each row's own positive."""
-    kept = replace(drawn, masks=drawn.masks.without(drawn.positives, drawn.items))
-    if drawn.row_items is None or drawn.row_hits is None:
-        return kept
-    return replace(kept, row_hits=drawn.row_hits & (drawn.row_items != drawn.positives[:, None]))
+def softplus(logits: Tensor) -> Tensor:
+    """Compute log(1 + e^x), with value and gradient 0 at -inf, where the plain form has a NaN gradient."""
+    masked = torch.isneginf(logits)
+    # Above the threshold torch returns x for log(1 + e^x): at 40 the difference is below float64 precision; at torch's
+    # default, 20, the gradient would be off by 2e-9.
+    return F.softplus(logits.masked_fill(masked, 0.0), threshold=40.0).masked_fill(masked, 0.0)

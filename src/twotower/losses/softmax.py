@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from twotower.errors import InputError
-from twotower.losses.logistic import softplus
+from twotower.losses.binary import softplus
 
 
 def sampled_softmax(

@@ -1,15 +1,31 @@
-"""Candidates and their expected counts: frequencies, proposals, sources, and the pool that combines sources."""
+"""Candidates and their expected counts: frequencies, proposals, sources and the pool that joins them."""
 
 from twotower.negatives import corrections
-from twotower.negatives.always import Catalog, Head, Mined, Observed
 from twotower.negatives.candidates import Candidates
-from twotower.negatives.frequency import CountedFrequency, Frequency, GroupedFrequency
-from twotower.negatives.hits import Hits
-from twotower.negatives.memory import CrossBatchMemory
+from twotower.negatives.frequency import (
+    CountedFrequency,
+    Frequency,
+    FrequencyReport,
+    GroupedFrequency,
+    StreamingFrequency,
+    compare_frequencies,
+    popularity_deciles,
+)
+from twotower.negatives.masks import Hits
 from twotower.negatives.pool import Pool
 from twotower.negatives.proposals import FrequencyPower, IndexStream, LogUniform, Proposal, Uniform, Weighted
-from twotower.negatives.sources import InBatch, RandomSource, Request, Sampled, Source
-from twotower.negatives.streaming import FrequencyReport, StreamingFrequency, compare_frequencies, popularity_deciles
+from twotower.negatives.sources import (
+    Catalog,
+    CrossBatchMemory,
+    Head,
+    InBatch,
+    Mined,
+    Observed,
+    RandomSource,
+    Request,
+    Sampled,
+    Source,
+)
 
 __all__ = [
     "Candidates",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twotower.negatives.hits import Hits
+from twotower.negatives.masks import Hits
 
 
 @dataclass(frozen=True)

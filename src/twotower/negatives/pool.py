@@ -7,11 +7,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from twotower.data.packing import Windows
+from twotower.data.loading.packing import Windows
 from twotower.errors import InputError
 from twotower.negatives.candidates import Candidates
 from twotower.negatives.corrections import Correction, ExpectedCounts
-from twotower.negatives.duplicates import (
+from twotower.negatives.frequency import Frequency, Group
+from twotower.negatives.masks import (
+    Hits,
     as_pairs,
     compact,
     empty_duplicates,
@@ -19,10 +21,7 @@ from twotower.negatives.duplicates import (
     membership_of_rows,
     row_duplicates,
 )
-from twotower.negatives.frequency import Frequency, Group
-from twotower.negatives.hits import Hits
-from twotower.negatives.memory import CrossBatchMemory
-from twotower.negatives.sources import InBatch, RandomSource, Request, Source, log_complement
+from twotower.negatives.sources import CrossBatchMemory, InBatch, RandomSource, Request, Source, log_complement
 
 #: Used in place of a source's index: the item is always included, or copies from several sources were merged.
 FIXED = -2

@@ -9,6 +9,10 @@ A source is either *random* or *always*: an always source includes its items in 
 are masked from every random source of the row. Its candidates are shared by the batch, [m], or *per row*, [B, R].
 
 `Pool` (pool.py) adds expected counts, or multiplies absences, and applies the masks.
+
+Deterministic sources, always included with kappa = 1: the head, the whole catalog, and items known per query.
+
+The cross-batch memory: candidates remembered from the last batches.
 """
 
 from __future__ import annotations
@@ -20,9 +24,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from twotower.data.packing import Windows
+from twotower.data.loading.packing import Windows
 from twotower.errors import InputError
-from twotower.negatives.frequency import Frequency, Group
+from twotower.negatives.frequency import Frequency, Group, GroupedFrequency
 from twotower.negatives.proposals import Proposal
 
 
@@ -199,3 +203,236 @@ class Sampled(RandomSource):
         """Return log q_j."""
         del request
         return self.proposal.log_prob(items)
+
+
+class Head(Source):
+    """The H most frequent items, included in every draw: kappa = 1. With a sampled tail the estimate stays unbiased.
+
+    Args:
+        counts: training interactions of each item, [N].
+        size: H.
+
+    Raises:
+        InputError: size is less than 1.
+    """
+
+    always = True
+    items: Tensor
+
+    def __init__(self, counts: Tensor, size: int) -> None:
+        super().__init__()
+        if size < 1:
+            raise InputError(f"size: expected at least 1 item in the head, found {size}")
+        order = torch.argsort(torch.as_tensor(counts), descending=True, stable=True)
+        self.register_buffer("items", order[:size].sort().values, persistent=False)
+
+    def draw(self, request: Request) -> Tensor:
+        """Return the head, [H]."""
+        del request
+        return self.items
+
+
+class Catalog(Source):
+    """Every item of the catalog exactly once, kappa = 1: the full softmax.
+
+    Args:
+        num_items: N.
+    """
+
+    always = True
+    items: Tensor
+
+    def __init__(self, num_items: int) -> None:
+        super().__init__()
+        self.register_buffer("items", torch.arange(num_items), persistent=False)
+
+    def draw(self, request: Request) -> Tensor:
+        """Return all items, [N]."""
+        del request
+        return self.items
+
+
+class PerQuery(Source):
+    """Items stored per query, always included: observed dislikes, or mined hard negatives.
+
+    The subclasses `Observed` and `Mined` provide the items.
+
+    Args:
+        items: int64 [Q, R], -1 where a query has fewer.
+    """
+
+    always = True
+    per_row = True
+    items: Tensor
+
+    def __init__(self, items: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("items", items)
+
+    def draw(self, request: Request) -> Tensor:
+        """Look up the items of the rows' queries, [B, R], padded with -1.
+
+        Raises:
+            InputError: the request has no queries.
+        """
+        if request.queries is None:
+            raise InputError("queries: this source looks its items up by query; draw with queries=...")
+        known = request.queries >= 0
+        found = self.items[request.queries.clamp(min=0)].long()
+        return found.masked_fill(~known[:, None], -1)
+
+
+class Observed(PerQuery):
+    """The latest `size` observed negatives of the row's query (dislikes, impressions without a click), kappa = 1.
+
+    Args:
+        offsets: int64 [Q+1], where each query's observed negatives begin and end in `item_codes`.
+        item_codes: items of the observed negatives, grouped by query, oldest first.
+        size: R, how many of a query's latest observed negatives are used.
+    """
+
+    def __init__(self, offsets: Tensor, item_codes: Tensor, size: int) -> None:
+        if size < 1:
+            raise InputError(f"size: expected at least 1 observed negative for each row, found {size}")
+        stop = offsets[1:, None]
+        place = stop - size + torch.arange(size)
+        present = place >= offsets[:-1, None]
+        codes = item_codes if len(item_codes) else torch.zeros(1, dtype=torch.int64)
+        latest = codes[place.clamp(min=0, max=len(codes) - 1)].long()
+        super().__init__(torch.where(present, latest, -1))
+
+
+class Mined(PerQuery):
+    """Hard negatives: the items that the current model ranks highest for each query, refreshed periodically, kappa = 1.
+
+    This is stratified sampling: the hard set is summed exactly and masked from the random sources, which estimate the
+    rest, so the pool stays unbiased. Mine by the raw scores: on corrected logits rare items would look hard.
+
+    State (the mined items) is in `state_dict`.
+
+    Args:
+        num_queries: Q.
+        size: R, items per query; empty until the first `refresh`.
+    """
+
+    def __init__(self, num_queries: int, size: int) -> None:
+        if size < 1:
+            raise InputError(f"size: expected at least 1 hard negative for each row, found {size}")
+        super().__init__(torch.full((num_queries, size), -1, dtype=torch.int32))
+        self.size = size
+
+    def refresh(self, queries: Tensor, ranked: Tensor) -> None:
+        """Replace the mined items of some queries by the first R items of a new ranking.
+
+        Args:
+            queries: codes, int64 [E].
+            ranked: their highest-ranked items, known positives excluded, int64 [E, >= R], padded with -1.
+
+        Raises:
+            InputError: the ranking has a different number of queries, or fewer than R items per query.
+        """
+        if ranked.ndim != 2 or len(ranked) != len(queries) or ranked.shape[1] < self.size:
+            raise InputError(
+                f"ranked: expected [{len(queries)}, at least {self.size}], padded with -1; found {list(ranked.shape)}"
+            )
+        self.items[queries] = ranked[:, : self.size].to(self.items.dtype)
+
+
+class CrossBatchMemory(RandomSource):
+    """The last M positives of earlier batches: kappa_j = M p_j, or 1 - (1-p_j)^M if unique.
+
+    The memory contains item codes, not embeddings: remembered items are embedded again in every step, so no embedding
+    is stale and both towers get their gradient. Only the choice of items ages; `age` reports by how much.
+
+    With a grouped frequency each remembered row was drawn within the group g of its own batch, not within the group of
+    the current batch: kappa_j = sum_g M_g p_j^g, with M_g remembered rows of group g.
+
+    State (items, groups, steps, fill level) is in `state_dict`, so a resumed run continues with the same memory.
+
+    Args:
+        frequency: how often each item is a positive.
+        size: M, how many positives are remembered.
+        unique: remove duplicates within the memory.
+
+    Raises:
+        InputError: size is less than 1.
+    """
+
+    items: Tensor
+    groups: Tensor
+    steps: Tensor
+    state: Tensor
+
+    def __init__(self, frequency: Frequency, size: int, *, unique: bool = False) -> None:
+        super().__init__()
+        if size < 1:
+            raise InputError(f"size: expected at least 1 remembered item, found {size}")
+        self.frequency = frequency
+        self.size = size
+        self.unique = unique
+        self.register_buffer("items", torch.zeros(size, dtype=torch.int64))
+        self.register_buffer("groups", torch.zeros(size, dtype=torch.int64))
+        self.register_buffer("steps", torch.zeros(size, dtype=torch.int64))
+        # Filled places, next place, step: Python integers, so that reading them never synchronizes with a device.
+        self._filled, self._next, self._step = 0, 0, 0
+        self.register_buffer("state", torch.zeros(3, dtype=torch.int64))
+        self.register_load_state_dict_post_hook(_restore)  # type: ignore[no-untyped-call]
+
+    def draw(self, request: Request) -> Tensor:
+        """Return the remembered items, [M] or fewer at the start; call `remember` after the draw."""
+        del request
+        return self.items[: self._filled].clone()
+
+    def remember(self, positives: Tensor, group: Group | None = None) -> None:
+        """Store the positives of a finished draw, and their group, in place of the oldest ones."""
+        newest = positives[-self.size :]
+        places = (torch.arange(len(newest), device=self.items.device) + self._next) % self.size
+        self.items[places] = newest
+        self.groups[places] = 0 if group is None else int(group)
+        self.steps[places] = self._step
+        self._next = (self._next + len(newest)) % self.size
+        self._filled = min(self._filled + len(newest), self.size)
+        self._step += 1
+        self.state.copy_(torch.tensor([self._filled, self._next, self._step]))
+
+    @property
+    def age(self) -> float:
+        """Mean age of the remembered items, in steps; 0 while the memory is empty."""
+        return float((self._step - self.steps[: self._filled]).double().mean()) if self._filled else 0.0
+
+    def draws(self, request: Request) -> int:
+        """Return the number of remembered positives."""
+        del request
+        return self._filled
+
+    def log_prob(self, items: Tensor, request: Request) -> Tensor:
+        """Return log p_j; with a grouped frequency, of the mean over the remembered rows' groups."""
+        if not self._mixes_groups:
+            return self.frequency.log_prob(items, request.group)
+        rows, log_prob = self._by_group(items)
+        return torch.logsumexp(log_prob + rows.log(), 0) - math.log(self._filled)
+
+    def log_absence(self, items: Tensor, request: Request) -> Tensor:
+        """Return the log of prod_g (1 - p_j^g)^M_g: no remembered row is item j, float64, the shape of `items`."""
+        if not self._mixes_groups:
+            return super().log_absence(items, request)
+        rows, log_prob = self._by_group(items)
+        absence = rows * torch.log1p(-torch.exp(log_prob))
+        return torch.where(rows > 0, absence, 0.0).sum(0)
+
+    @property
+    def _mixes_groups(self) -> bool:
+        return isinstance(self.frequency, GroupedFrequency) and self._filled > 0
+
+    def _by_group(self, items: Tensor) -> tuple[Tensor, Tensor]:
+        """Count the remembered rows of each group, float64 [G, 1, ...]; also return log p_j within each, [G, ...]."""
+        frequency: GroupedFrequency = self.frequency  # type: ignore[assignment]  # called only if `_mixes_groups`
+        log_prob = torch.stack([frequency.log_prob(items, group) for group in range(len(frequency.members))])
+        rows = torch.zeros(len(log_prob), dtype=torch.float64, device=items.device)
+        remembered = self.groups[: self._filled]
+        rows.index_add_(0, remembered, torch.ones(len(remembered), dtype=torch.float64, device=items.device))
+        return rows.reshape(-1, *[1] * items.ndim), log_prob
+
+
+def _restore(memory: CrossBatchMemory, _: object) -> None:
+    memory._filled, memory._next, memory._step = (int(value) for value in memory.state)

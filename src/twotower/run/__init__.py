@@ -1,10 +1,9 @@
-"""Training and evaluation from a configuration. Only this package and `build.py` map names to classes."""
+"""From settings to a trained, evaluated model."""
 
 from twotower.run.batches import gaps_of, history_length, make_batches
-from twotower.run.fitting import Model, continue_with, fit
-from twotower.run.folders import audit_run, evaluate_run, reread, settings_of, train_run
-from twotower.run.measuring import evaluate
-from twotower.run.reading import propose_features, read_data, split_data
+from twotower.run.data import propose_features, read_data, split_data
+from twotower.run.model import Model, continue_with, evaluate, fit
+from twotower.run.run_folder import audit_run, evaluate_run, reread, settings_of, train_run
 
 __all__ = [
     "Model",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from twotower.build import reads_gaps, reads_sequences
-from twotower.config import Config
+from twotower.config.run import Config
 from twotower.data import GroupedBatches, Interactions, SequenceBatches, TrainingBatches
-from twotower.data.declaring import encode_context
-from twotower.data.encoding import EncodedTable
-from twotower.data.gaps import gap_codes
+from twotower.data.loading.gaps import gap_codes
+from twotower.distributed.communicator import Ranks
 from twotower.errors import InputError
-from twotower.ranks import Ranks
+from twotower.features.feature_set import EncodedTable
+from twotower.features.from_config import encode_context
+from twotower.objectives.build import reads_gaps, reads_sequences
 
 
 def history_length(config: Config) -> int:

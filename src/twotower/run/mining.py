@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from twotower.data import Holdout, Interactions
-from twotower.evaluation import Ranker
-from twotower.evaluation.by_parts import ShardedRanker
-from twotower.evaluation.towers import TowerRanker
-from twotower.losses import Objective
 from twotower.negatives import Mined
+from twotower.objectives import Objective
+from twotower.ranking import Ranker
+from twotower.ranking.distributed import ShardedRanker
+from twotower.ranking.tower_ranker import TowerRanker
 from twotower.towers import TwoTower
-from twotower.towers.lookups import shared_tables_of
+from twotower.towers.sharded_lookup import shared_tables_of
 
 #: Queries mined at once.
 MINING_BLOCK = 8192

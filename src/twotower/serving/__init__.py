@@ -1,11 +1,11 @@
-"""Saved models and retrieval from them. Imports nothing from the training code."""
+"""A trained model as a folder, and what answers from it. Imports nothing of training."""
 
-from twotower.serving.artifact import Artifact, find_model, read_metadata
-from twotower.serving.embedding import QueryEmbedder
 from twotower.serving.explain import Explanation
-from twotower.serving.live import LiveCatalog
+from twotower.serving.live_catalog import LiveCatalog
+from twotower.serving.model_folder import Artifact, find_model, read_metadata
+from twotower.serving.query_encoder import QueryEmbedder
 from twotower.serving.retriever import Retriever
-from twotower.serving.stored import build_stored_index, read_index_report, save_changes
+from twotower.serving.stored_index import build_stored_index, read_index_report, save_changes
 
 __all__ = [
     "Artifact",

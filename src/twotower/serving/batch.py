@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from twotower.data.schema.columns import USUAL_NAMES, plain_name, usual_column
+from twotower.data.schema.vocabulary import Vocabulary, listed
 from twotower.errors import InputError, Interrupted
-from twotower.files import whole_file, write_text
 from twotower.index.popularity import checked_popularity
-from twotower.schema import USUAL_NAMES, Vocabulary, listed, plain_name, usual_column
 from twotower.serving.filters import allowed_items
-from twotower.serving.questions import (
+from twotower.serving.queries import (
     NO_HISTORY,
     Codes,
     Questions,
@@ -30,6 +30,7 @@ from twotower.serving.questions import (
     told_by_id,
 )
 from twotower.serving.retriever import Retriever
+from twotower.system.filesystem import whole_file, write_text
 
 #: Queries in one part.
 BLOCK = 8192

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from twotower.index.popularity import PopularityDial
-from twotower.serving.answers import Answers
-from twotower.serving.questions import Questions
+from twotower.serving.queries import Questions
+from twotower.serving.results import Answers
 
 #: Embeds queries given by codes, histories and, if known, the gaps in them: u(x), [E, D].
 Embed = Callable[[NDArray[np.int64], tuple[NDArray[np.int64], NDArray[np.int32]], NDArray[np.int8] | None], Tensor]

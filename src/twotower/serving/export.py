@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from twotower.data.gaps import GAP_CODES
+from twotower.data.loading.gaps import GAP_CODES
 from twotower.errors import InputError
-from twotower.files import require_replaceable, whole_folder
-from twotower.serving.artifact import Artifact, find_model
+from twotower.serving.model_folder import Artifact, find_model
 from twotower.serving.search import dial_of
+from twotower.system.filesystem import require_replaceable, whole_folder
 from twotower.towers import TwoTower
 
 FORMATS = {"onnx": "query_tower.onnx", "torch": "query_tower.pt2"}

@@ -10,8 +10,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from twotower.data.schema.vocabulary import Vocabulary, listed
 from twotower.errors import InputError
-from twotower.schema import Vocabulary, listed
 
 #: Longest accepted condition, in characters; the parser recurses, and no one writes a longer one by hand.
 LONGEST = 4000

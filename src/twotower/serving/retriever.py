@@ -13,19 +13,19 @@ from torch.nn import functional as F
 
 from twotower.data import Holdout
 from twotower.errors import InputError
-from twotower.evaluation.towers import gaps_of
 from twotower.index import ApproximateIndex, Index
 from twotower.index.popularity import checked_popularity
-from twotower.serving.answers import Answers
-from twotower.serving.artifact import Artifact, find_model
-from twotower.serving.changes import Changes
-from twotower.serving.embedding import QueryEmbedder
+from twotower.ranking.tower_ranker import gaps_of
+from twotower.serving.catalog_changes import Changes
 from twotower.serving.explain import Explanation, explain
 from twotower.serving.filters import allowed_items
-from twotower.serving.live import LiveCatalog
-from twotower.serving.questions import Questions, known_codes, stored_histories
+from twotower.serving.live_catalog import LiveCatalog
+from twotower.serving.model_folder import Artifact, find_model
+from twotower.serving.queries import Questions, known_codes, stored_histories
+from twotower.serving.query_encoder import QueryEmbedder
+from twotower.serving.results import Answers
 from twotower.serving.search import Search
-from twotower.serving.stored import load_stored_index
+from twotower.serving.stored_index import load_stored_index
 
 
 class Retriever(QueryEmbedder):

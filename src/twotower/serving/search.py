@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from twotower.evaluation.towers import TowerRanker
 from twotower.index import ApproximateIndex, ExactCatalog, Exclusion, Index, PopularityDial
 from twotower.index.catalog import Mask
-from twotower.serving.artifact import Artifact
+from twotower.ranking.tower_ranker import TowerRanker
+from twotower.serving.model_folder import Artifact
 
 
 def ranker_of(artifact: Artifact) -> TowerRanker:

@@ -1,16 +1,16 @@
-"""Query and item towers: from ids, features and histories to embeddings of width D."""
+"""Towers: from features to embeddings of width D."""
 
-from twotower.towers.attention import Transformer
 from twotower.towers.build import build_towers
 from twotower.towers.context import Beside, ContextInputs
-from twotower.towers.dnn import DNN, MLP
-from twotower.towers.encoders import PooledHistory, QueryTower, TwoTower
 from twotower.towers.features import FeatureInputs
-from twotower.towers.items import ItemTower
-from twotower.towers.recency import RecencyAverages
-from twotower.towers.recurrent import Recurrent
-from twotower.towers.sequence import SequenceTower
+from twotower.towers.item_tower import ItemTower
+from twotower.towers.layers.attention import Transformer
+from twotower.towers.layers.gru import Recurrent
+from twotower.towers.layers.mlp import DNN, MLP
+from twotower.towers.layers.recency import RecencyAverages
+from twotower.towers.sequence_tower import SequenceTower
 from twotower.towers.tables import EmbeddingTable
+from twotower.towers.two_tower import PooledHistory, QueryTower, TwoTower
 
 __all__ = [
     "DNN",

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from twotower.config import Config, HistoryConfig
-from twotower.data.encoding import EncodedTable
+from twotower.config.run import Config, HistoryConfig
 from twotower.errors import InputError
-from twotower.towers.attention import Transformer
+from twotower.features.feature_set import EncodedTable
 from twotower.towers.context import Beside, ContextInputs
-from twotower.towers.encoders import PooledHistory, QueryTower, TwoTower
 from twotower.towers.features import FeatureInputs
-from twotower.towers.items import ItemTower
-from twotower.towers.recency import RecencyAverages
-from twotower.towers.recurrent import Recurrent
-from twotower.towers.sequence import SequenceTower
+from twotower.towers.item_tower import ItemTower
+from twotower.towers.layers.attention import Transformer
+from twotower.towers.layers.gru import Recurrent
+from twotower.towers.layers.recency import RecencyAverages
+from twotower.towers.sequence_tower import SequenceTower
 from twotower.towers.tables import EmbeddingTable, store_tables
+from twotower.towers.two_tower import PooledHistory, QueryTower, TwoTower
 
 
 def build_towers(

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from twotower.data.encoding import EncodedTable
-from twotower.towers.dnn import dense_layers
+from twotower.features.feature_set import EncodedTable
 from twotower.towers.features import FeatureInputs
+from twotower.towers.layers.mlp import dense_layers
 from twotower.towers.tables import EmbeddingTable
 
 

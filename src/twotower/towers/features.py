@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from twotower.data.encoders import Encoder
-from twotower.data.encoding import EncodedTable, FeatureSet
-from twotower.data.feature_frames import RowsLike, check_columns
-from twotower.data.given import encode_apart
-from twotower.data.values import MISSING, UNKNOWN
+from twotower.features.categorical import MISSING, UNKNOWN, Encoder
+from twotower.features.feature_set import EncodedTable, FeatureSet
+from twotower.features.frames import RowsLike, check_columns
+from twotower.features.requests import encode_apart
 from twotower.towers.tables import EmbeddingTable
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from twotower.process import advise_huge_pages
-from twotower.towers.parts import Columns, fill_normal, part_of
-from twotower.towers.shards import RowsAtHand, ask, fetch_rows
+from twotower.distributed.partition import Columns, fill_normal, part_of
+from twotower.distributed.row_exchange import RowsAtHand, ask, fetch_rows
+from twotower.system.tuning import advise_huge_pages
 
 #: Tables with more rows than this get sparse gradients, so that a step's cost does not grow with the catalog. For
 #: smaller tables a dense gradient is cheaper than sorting the ids that a step touched.

@@ -1,10 +1,12 @@
-"""Training: the step, the optimizer and the training loop."""
+"""Training: the step, the optimizer and the loop around them."""
 
-from twotower.training.fit import LAST, FitResult, fit_towers
+from twotower.training.callbacks import LAST
+from twotower.training.fit import FitResult, fit_towers
 from twotower.training.memory_plan import MemoryPlan, plan_memory
-from twotower.training.model import TrainingModule, batch_loss
-from twotower.training.optimizers import TableOptimizer
+from twotower.training.module import TrainingModule
+from twotower.training.optimizer import TableOptimizer
 from twotower.training.placement import place_tables
+from twotower.training.step import batch_loss
 
 __all__ = [
     "LAST",

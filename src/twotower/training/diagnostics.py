@@ -7,8 +7,8 @@ import logging
 import torch
 from torch import Tensor
 
-from twotower.losses import Embedded, Objective, corrected_logits
 from twotower.negatives import Candidates, CrossBatchMemory, compare_frequencies
+from twotower.objectives import Embedded, Objective, corrected_logits
 
 logger = logging.getLogger("twotower")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pytorch_lightning as pl
 from lightning_fabric.utilities.exceptions import MisconfigurationException
@@ -16,22 +16,28 @@ from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from twotower.config import TrainingConfig
-from twotower.data import Batch, KnownPositives
+from twotower.config.run import TrainingConfig
+from twotower.data import KnownPositives
+from twotower.distributed.communicator import Ranks
 from twotower.errors import InputError, Interrupted
-from twotower.losses import Objective
-from twotower.machine import peak_memory
-from twotower.ranks import Ranks
+from twotower.objectives import Objective
+from twotower.system.hardware import peak_memory
 from twotower.towers import TwoTower
-from twotower.towers.lookups import shared_tables_of
-from twotower.training.checkpoints import SafeCheckpointIO
-from twotower.training.interruption import StopBetweenSteps
+from twotower.towers.sharded_lookup import shared_tables_of
+from twotower.training.callbacks import (
+    LAST,
+    BestAndLast,
+    EpochOrder,
+    History,
+    Mine,
+    SaveEvery,
+    SizedBatches,
+    StopBetweenSteps,
+)
+from twotower.training.checkpoint.io import SafeCheckpointIO
 from twotower.training.loggers import make_logger
-from twotower.training.model import LOG_EVERY, TrainingModule
+from twotower.training.module import LOG_EVERY, TrainingModule
 from twotower.training.strategy import trainer_options
-
-#: In a run folder: the checkpoint that `resume` starts from.
-LAST = Path("checkpoints") / "last.ckpt"
 
 #: Lightning warnings that a user of this library can do nothing about.
 LIGHTNING_NOISE = (
@@ -45,22 +51,6 @@ LIGHTNING_NOISE = (
     ".*recommended to use `self.log.*sync_dist=True.*",  # every rank already has the global values
     ".*MLFlow only allows.*special characters in metric name.*",  # NDCG@10 becomes NDCG10
 )
-
-
-class SizedBatches(Protocol):
-    """Batches of an epoch, of known number."""
-
-    def __len__(self) -> int:
-        """Return the number of batches in an epoch."""
-        ...
-
-    def __iter__(self) -> Iterable[Batch]:
-        """Iterate over the batches of the current epoch."""
-        ...
-
-    def set_epoch(self, epoch: int) -> None:
-        """Select the epoch, which determines the order."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -143,8 +133,8 @@ def fit_towers(
         validate=validate,
         ranks=ranks,
     )
-    history = _History()
-    keep_best = _BestAndLast(
+    history = History()
+    keep_best = BestAndLast(
         last.parent,
         filename="best",
         monitor=settings.metric if validate else None,
@@ -154,15 +144,15 @@ def fit_towers(
     )
     io = SafeCheckpointIO(ranks, parts, in_background=in_background, timeout=settings.exchange_timeout)
     stop = StopBetweenSteps(last, ranks, io.settle)
-    callbacks: list[Callback] = [keep_best, history, _EpochOrder(batches), stop]
+    callbacks: list[Callback] = [keep_best, history, EpochOrder(batches), stop]
     if start is not None:
         callbacks.append(start)
     if mine is not None:
-        callbacks.append(_Mine(mine))
+        callbacks.append(Mine(mine))
     if validate:
         callbacks.append(EarlyStopping(settings.metric, patience=settings.patience, mode="max"))
     if settings.checkpoint_every is not None:
-        callbacks.append(_SaveEvery(last, settings.checkpoint_every))
+        callbacks.append(SaveEvery(last, settings.checkpoint_every))
     if progress and ranks.is_first:
         # Standard output is for results.
         callbacks.append(RichProgressBar(leave=False, console_kwargs={"stderr": True}))
@@ -225,70 +215,6 @@ def _load_best(towers: TwoTower, keep_best: ModelCheckpoint, io: SafeCheckpointI
     towers.load_state_dict({key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)})
     towers.eval()
     return float(keep_best.best_model_score) if has_metric and keep_best.best_model_score is not None else None
-
-
-class _BestAndLast(ModelCheckpoint):
-    """Saves the last state of every epoch too: Lightning saves it only after it has written a new best checkpoint."""
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_epoch_end(trainer, pl_module)
-        if self._last_global_step_saved != trainer.global_step:
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-
-
-class _EpochOrder(Callback):
-    """Sets the epoch of the batches, so that their order depends on (seed, epoch)."""
-
-    def __init__(self, batches: SizedBatches) -> None:
-        self.batches = batches
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        del pl_module
-        self.batches.set_epoch(trainer.current_epoch)
-
-
-class _SaveEvery(Callback):
-    """Saves a checkpoint every `steps` steps, from which a run can be resumed after a failure."""
-
-    def __init__(self, path: Path, steps: int) -> None:
-        self.path, self.steps = path, steps
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        del pl_module, outputs, batch
-        # The end of an epoch has its own checkpoint, after the validation of that epoch.
-        if trainer.global_step % self.steps == 0 and batch_idx + 1 < trainer.num_training_batches:
-            trainer.save_checkpoint(self.path)
-
-
-class _Mine(Callback):
-    """Refreshes mined negatives before every epoch except the first, when the towers are still untrained."""
-
-    def __init__(self, mine: Callable[[TwoTower], None]) -> None:
-        self.mine = mine
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.current_epoch > 0 and isinstance(pl_module, TrainingModule):
-            self.mine(pl_module.towers)
-
-
-class _History(Callback):
-    """Validation metrics of every epoch; saved in checkpoints, so a resumed run continues the list."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, float]] = []
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        del pl_module
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "@" in name}
-        self.rows.append({"epoch": trainer.current_epoch, "step": trainer.global_step, **metrics})
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"rows": list(self.rows)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rows = list(state_dict["rows"])
 
 
 def _quiet_lightning() -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pytorch_lightning.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
 
 from twotower.errors import InputError
-from twotower.files import write_text
+from twotower.system.filesystem import write_text
 
 #: The package that each logger needs, and the extra that installs it.
 NEEDS = {"tensorboard": ("tensorboard", "tensorboard"), "mlflow": ("mlflow", "tracking")}

@@ -8,19 +8,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from twotower import machine, process
-from twotower.config import Config, HistoryConfig
+from twotower.config.run import Config, HistoryConfig
 from twotower.data import Interactions
-from twotower.data.prefetching import DEPTH
-from twotower.launch import Launch
-from twotower.losses import Objective
-from twotower.losses.tiles import tile_starts
+from twotower.data.loading.shuffle import DEPTH
+from twotower.distributed.communicator import Ranks
+from twotower.distributed.launch import Launch
+from twotower.distributed.partition import Rows
+from twotower.losses.tiled.blocks import tile_starts
 from twotower.negatives import CrossBatchMemory, InBatch
-from twotower.ranks import Ranks
+from twotower.objectives import Objective
+from twotower.system import hardware, tuning
 from twotower.towers import TwoTower
-from twotower.towers.lookups import shared_tables_of
-from twotower.towers.parts import Rows
-from twotower.training.optimizers import state_dtype
+from twotower.towers.sharded_lookup import shared_tables_of
+from twotower.training.optimizer import state_dtype
 
 #: Sizes of float32 and int64.
 F4, I8 = 4, 8
@@ -158,8 +158,8 @@ def plan_memory(
         ranks: the processes of the run, which decide together; None for a single process.
     """
     ranks = ranks or Ranks()
-    found = machine.memory(Launch.of_environment().local_size if ranks.size > 1 else 1)
-    on_device = least_of_all(machine.device_memory(config.training.accelerator), ranks)
+    found = hardware.memory(Launch.of_environment().local_size if ranks.size > 1 else 1)
+    on_device = least_of_all(hardware.device_memory(config.training.accelerator), ranks)
     on_cpu = on_device is None
     width, rows = config.item_tower.dimension, int(config.training.batch_size)
     length = config.query_tower.history.length if config.query_tower.history else 0
@@ -207,11 +207,11 @@ def plan_memory(
         # The items in index order, in bfloat16 (on a CPU), and a NaN mask; a shard of the items is not copied.
         "index": catalog * (not shared) + catalog // 2 * on_cpu + catalog // 4,
     }
-    tuned = process.tuning()
+    tuned = tuning.tuning()
     if on_cpu and tuned is not None and tuned.kept_below is not None:
         # Memory freed by a step stays with the process, and is not always reusable for a ranking.
         freed = step["histories"] + step["embeddings"]
-        ranking["kept for reuse"] = min(freed, process.KEPT_IN_ALL)
+        ranking["kept for reuse"] = min(freed, tuning.KEPT_IN_ALL)
     saving = {"best weights": in_tables}
     # What `select` took from the prepared data is in memory already, and so is counted with the process.
     state = _saved(towers, objective) + held["optimizer state"] + held.get("average of the weights", 0)

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from twotower import machine
-from twotower.config import Config
+from twotower.config.run import Config
 from twotower.data import Interactions
+from twotower.distributed.communicator import Ranks
+from twotower.distributed.launch import Launch
+from twotower.distributed.partition import Columns, Part, Rows, placed_tables
 from twotower.errors import InputError
-from twotower.launch import Launch
-from twotower.ranks import Ranks
-from twotower.towers.parts import Columns, Part, Rows, placed_tables
+from twotower.system import hardware
 from twotower.training.memory_plan import F4, least_of_all
 
 #: With automatic sharding, tables that need fewer bytes than this, with their optimizer state, stay whole.
@@ -85,8 +85,8 @@ class _Room:
     @classmethod
     def of(cls, config: Config, ranks: Ranks) -> _Room:
         """Query the system; collective."""
-        here = machine.memory(Launch.of_environment().local_size if ranks.size > 1 else 1).available
-        return cls(least_of_all(here, ranks), least_of_all(machine.device_memory(config.training.accelerator), ranks))
+        here = hardware.memory(Launch.of_environment().local_size if ranks.size > 1 else 1).available
+        return cls(least_of_all(here, ranks), least_of_all(hardware.device_memory(config.training.accelerator), ranks))
 
     def is_scarce(self, weights: int, state: int) -> bool:
         """Return whether tables and their state need more than half of the memory in which training runs."""

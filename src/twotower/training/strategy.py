@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from pytorch_lightning.strategies import DDPStrategy
 
-from twotower.launch import Launch
-from twotower.ranks import Ranks
-from twotower.towers.lookups import shared_tables_of
-from twotower.training.exchange import same_start
-from twotower.training.table_parts import cut_optimizer_state, mark_parts
+from twotower.distributed.communicator import Ranks
+from twotower.distributed.launch import Launch
+from twotower.towers.sharded_lookup import shared_tables_of
+from twotower.training.checkpoint.sharded import cut_optimizer_state, mark_parts
+from twotower.training.gradient_sync import same_start
 
 
 class RankStrategy(DDPStrategy):

@@ -1,0 +1,1 @@
+"""The reference study: bias and spread of every form on synthetic catalogs, without a trained model."""

@@ -1,0 +1,83 @@
+"""Commands to prepare for training: known data sets, feature suggestions, and the state of this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from twotower.cli.console import Json, console, print_json
+
+commands = typer.Typer()
+
+
+@commands.command()
+def datasets(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Data set to fetch.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the known data sets, or fetch one and print its account."""
+    from twotower.data.datasets import registry as known  # noqa: PLC0415
+
+    if name is not None:
+        data = known.load(name)
+        if as_json:
+            print_json(data.account.to_dict())
+        else:
+            console.print(str(data.account), highlight=False)
+        return
+    rows = known.available()
+    if as_json:
+        print_json(rows)
+        return
+    table = Table("name", "description", "size", "terms", "downloaded", title="Data sets")
+    for row in rows:
+        table.add_row(row["name"], row["description"], row["size"], row["terms"], "yes" if row["cached"] else "no")
+    console.print(table)
+
+
+@commands.command()
+def features(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A file, a folder, or the name of a data set.")],
+    items: Annotated[str | None, typer.Option("--items", metavar="FILE", help="File with item features.")] = None,
+    queries: Annotated[str | None, typer.Option("--queries", metavar="FILE", help="File with query features.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file with settings.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Suggest a feature kind for each column of the tables and interactions, with reasons, as YAML to paste."""
+    from twotower import run  # noqa: PLC0415
+    from twotower.config.run import Config  # noqa: PLC0415
+    from twotower.features.suggest import as_yaml  # noqa: PLC0415
+
+    found = run.propose_features(data, Config.load(config).data, items=items, queries=queries)
+    if as_json:
+        print_json({side: [one.to_dict() for one in columns] for side, columns in found.items()})
+        return
+    for side, columns in found.items():
+        title = "interactions (request context)" if side == "context" else f"{side} table"
+        table = Table("column", "kind", "why", "distinct", "missing", title=title, title_justify="left")
+        for one in columns:
+            kind = "-" if one.declared is None else one.declared.kind
+            distinct = "" if one.distinct is None else f"{one.distinct:,}"
+            table.add_row(one.column, kind, one.why, distinct, f"{one.missing:.1%}")
+        console.print(table)
+    console.print("\nAs settings, to adjust where you know better:\n", highlight=False)
+    console.print(as_yaml(found), highlight=False, markup=False, soft_wrap=True)
+
+
+@commands.command()
+def doctor(as_json: Json = False) -> None:
+    """Show versions, devices, threads and missing extras."""
+    from twotower.cli.doctor import examine  # noqa: PLC0415
+
+    found = examine()
+    if as_json:
+        print_json(found)
+        return
+    for section, rows in found.items():
+        table = Table("property", "value", title=section, title_justify="left")
+        for name, value in rows.items():
+            table.add_row(name, str(value))
+        console.print(table)

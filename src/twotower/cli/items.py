@@ -1,0 +1,59 @@
+"""The command that edits a catalog: `twotower items`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from twotower.cli.console import Json, Run, console, print_json
+from twotower.cli.query import listed
+from twotower.errors import InputError
+
+commands = typer.Typer()
+
+
+@commands.command()
+def items(
+    directory: Run,
+    add: Annotated[
+        Path | None, typer.Option("--add", metavar="FILE", help="Items to add: ids with columns or embeddings.")
+    ] = None,
+    update: Annotated[
+        Path | None, typer.Option("--update", metavar="FILE", help="Items to change; same format as --add.")
+    ] = None,
+    remove: Annotated[
+        str | None, typer.Option("--remove", metavar="IDS", help='Items to remove: "i1,i2,...", or @FILE with ids.')
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Add, change and remove items in a trained model's catalog, without retraining or rebuilding the index.
+
+    FILE is Parquet or CSV with a column of item ids. Columns of the item table are stored. An item's embedding comes
+    from a column `embedding` with lists of numbers (Parquet), or from the item tower by the declared features.
+    """
+    from twotower.data.io.id_lists import read_items  # noqa: PLC0415
+    from twotower.serving import Retriever, save_changes  # noqa: PLC0415
+
+    leaving = listed(remove, "--remove")
+    if add is None and update is None and leaving is None:
+        raise InputError("items: expected --add FILE, --update FILE or --remove IDS; found none of them")
+    retriever = Retriever.load(directory)
+    if leaving is not None:
+        retriever.catalog.remove(leaving)
+    if update is not None:
+        retriever.catalog.update(read_items(update))
+    if add is not None:
+        retriever.catalog.add(read_items(add))
+    counts = save_changes(retriever.catalog, directory)
+    if as_json:
+        print_json(counts)
+        return
+    console.print(
+        f"Since training, {counts['joined']:,} items were added to the catalog, {counts['changed']:,} changed and "
+        f"{counts['left']:,} removed; the {retriever.index.kind} index is up to date. A running service reloads the "
+        "model by itself.",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,285 @@
+"""The command line: `twotower COMMAND`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from twotower.cli.console import Json, Run, console, messages, print_json
+from twotower.cli.data import commands as preparing
+from twotower.cli.export import commands as exporting
+from twotower.cli.items import commands as catalog
+from twotower.cli.plan import commands as planning
+from twotower.cli.query import commands
+from twotower.cli.serve import commands as serving
+from twotower.errors import InputError
+
+app = typer.Typer(
+    help="Train, evaluate and serve retrieval models with corrected negatives.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(preparing)
+app.add_typer(commands)
+app.add_typer(exporting)
+app.add_typer(catalog)
+app.add_typer(serving)
+app.add_typer(planning)
+
+
+@app.callback()
+def _root(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    from twotower.distributed.launch import Launch  # noqa: PLC0415  # imported late, as in `train`
+
+    _STATE["debug"] = debug
+    if Launch.of_environment().size > 1 and context.invoked_subcommand not in OVER_RANKS:
+        raise InputError(
+            f"torchrun: `twotower {context.invoked_subcommand}` runs in one process; start it without torchrun "
+            f"(commands that support torchrun: {', '.join(OVER_RANKS)})"
+        )
+
+
+#: Commands that run on several ranks.
+OVER_RANKS = ("train",)
+
+
+_STATE: dict[str, bool] = {"debug": False}
+
+
+@app.command()
+def train(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A file, a folder, or the name of a data set.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Run folder to write.")],
+    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file with settings.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one setting, e.g. training.seed=1.")
+    ] = None,
+    items: Annotated[
+        str | None, typer.Option("--items", metavar="FILE", help="File with item features and titles.")
+    ] = None,
+    start: Annotated[
+        Path | None, typer.Option("--from", metavar="DIR", help="Continue training the model in DIR on new DATA.")
+    ] = None,
+    withdraw: Annotated[
+        Path | None,
+        typer.Option("--withdraw", metavar="FILE", help="With --from: ids of items to remove from the catalog."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the interrupted run in DIR.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the model in DIR.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a model, evaluate it against baselines, and save it to DIR."""
+    from twotower import run  # noqa: PLC0415  # heavy imports only when needed
+    from twotower.config.run import Config  # noqa: PLC0415
+    from twotower.distributed.launch import Launch  # noqa: PLC0415
+
+    if withdraw is not None and start is None:
+        raise InputError("--withdraw: requires --from DIR, the model whose catalog the items are removed from")
+    if start is not None and config is not None:
+        raise InputError("--config: with --from, the settings come from that model; override single ones with --set")
+    if resume and config is None and (out / "config.yaml").exists():
+        config = out / "config.yaml"
+    changes = list(overrides or [])
+    if items is not None:
+        changes.append(f"data.items={json.dumps(items)}")
+    base = run.settings_of(start) if start is not None and config is None else None
+    settings = Config.load(config, changes, base=base)
+    if start is not None and out.resolve() == start.resolve():
+        raise InputError(f"{out}: --out is the folder of --from; choose another folder for the continued model")
+    progress = messages if as_json else console
+    _, measured = run.train_run(
+        data,
+        out,
+        settings,
+        start=start,
+        withdraw=withdraw,
+        resume=resume,
+        replace=force,
+        say=lambda text: progress.print(str(text), highlight=False, markup=False, soft_wrap=True),
+    )
+    if not Launch.of_environment().is_first:
+        return
+    if as_json:
+        print_json(measured.to_dict())
+        return
+    console.print(measured)
+    console.print(f"\nThe model is in {out}. Next steps:", highlight=False)
+    console.print(f"  twotower recommend {out} --query ID\n  twotower similar {out} --item ID", highlight=False)
+
+
+@app.command()
+def evaluate(
+    directory: Run,
+    data: Annotated[str | None, typer.Option("--data", help="Current location of the data, if it has moved.")] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="FILE", help="Report file to write; default: DIR/report.html."),
+    ] = None,
+    no_report: Annotated[bool, typer.Option("--no-report", help="Do not write a report or per_query.parquet.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a trained model on its test queries against baselines, and write a report into its folder."""
+    from twotower.comparison import evaluate_folder  # noqa: PLC0415
+
+    page = None if no_report else report or directory / "report.html"
+    measured = evaluate_folder(directory, data, page=page)
+    if as_json:
+        print_json(measured.to_dict())
+        return
+    console.print(measured)
+    if page is not None:
+        console.print(f"The report is in {page}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def compare(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A file, a folder, or the name of a data set.")],
+    objectives: Annotated[
+        str,
+        typer.Option("--objectives", metavar="A,B", help="Names, YAML files or NAME=FILE.yaml, separated by commas."),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the comparison.")],
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Training runs per objective.")] = 3,
+    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file with settings.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override one setting, e.g. training.max_epochs=4."),
+    ] = None,
+    items: Annotated[
+        str | None, typer.Option("--items", metavar="FILE", help="File with item features and titles.")
+    ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Training runs in parallel.")] = 1,
+    no_audit: Annotated[bool, typer.Option("--no-audit", help="Skip the bias and spread of the gradients.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train several objectives under the same settings, compare them on the same test queries, and report to DIR.
+
+    Run the same command again to resume an interrupted comparison; finished runs are not repeated.
+    """
+    from twotower.comparison import compare_run  # noqa: PLC0415
+    from twotower.config.run import Config  # noqa: PLC0415
+    from twotower.errors import Interrupted  # noqa: PLC0415
+
+    changes = list(overrides or [])
+    if items is not None:
+        changes.append(f"data.items={json.dumps(items)}")
+    progress = messages if as_json else console
+    try:
+        found = compare_run(
+            data,
+            out,
+            Config.load(config, changes),
+            [name.strip() for name in objectives.split(",") if name.strip()],
+            seeds=seeds,
+            jobs=jobs,
+            audited=not no_audit,
+            command=shlex.join(["twotower", *sys.argv[1:]]),
+            say=lambda text: progress.print(text, highlight=False, markup=False, soft_wrap=True),
+        )
+    except Interrupted as stop:
+        messages.print(
+            f"twotower: {stop}; run the same command again to resume", highlight=False, markup=False, soft_wrap=True
+        )
+        raise typer.Exit(130) from stop
+    if as_json:
+        print_json(found.to_dict())
+        return
+    console.print(found)
+    console.print(f"\nThe report is in {out / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def audit(
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="Run folder written by `twotower train`.")
+    ] = None,
+    objectives: Annotated[
+        str | None,
+        typer.Option("--objectives", metavar="A,B", help="Further objectives to measure, separated by commas."),
+    ] = None,
+    suggest: Annotated[
+        bool, typer.Option("--suggest", help="Search for the candidate pool with the least spread.")
+    ] = False,
+    study: Annotated[bool, typer.Option("--study", help="Run the reference study; needs no model.")] = False,
+    rows: Annotated[int, typer.Option("--rows", min=2, help="Training rows to measure.")] = 64,
+    draws: Annotated[
+        int | None, typer.Option("--draws", min=2, help="Redraws; default: 50, 16 with --suggest, 1,500 with --study.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of rows, batches and draws.")] = 0,
+    data: Annotated[str | None, typer.Option("--data", help="Current location of the data, if it has moved.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the gradient of an objective: its bias against full softmax, and its spread."""
+    from twotower import audit, run  # noqa: PLC0415
+
+    if study == (directory is not None):
+        raise InputError("audit: expected either DIR, the run folder of a trained model, or --study")
+    if objectives is not None and (suggest or study):
+        raise InputError("audit: --objectives cannot be combined with --suggest or --study")
+    found: audit.Study | audit.Suggestion | audit.Audit
+    if directory is None:
+        found = audit.study(draws=draws or 1500, seed=seed)
+    else:
+        subject = run.audit_run(directory, data, rows=rows, seed=seed)
+        if suggest:
+            found = audit.suggest(subject, draws=draws or 16, seed=seed)
+        else:
+            names = [name.strip() for name in (objectives or "").split(",") if name.strip()]
+            found = audit.audit(subject, objectives=names, draws=draws or 50, seed=seed)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        console.print(found)
+
+
+def main() -> None:
+    """Run the command line. Exit code: 0 success, 1 failure, 2 bad usage or bad input, 130 interrupted."""
+    from twotower.errors import Interrupted, RankLost  # noqa: PLC0415
+    from twotower.system.tuning import tune  # noqa: PLC0415
+
+    if "RANK" in os.environ:  # report a lost rank in one line, without C++ addresses
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    tune()  # before torch is imported and before the first large allocation
+    try:
+        app()
+    except InputError as error:
+        if _STATE["debug"]:
+            raise
+        messages.print(f"twotower: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2)
+    except RankLost as lost:
+        if _STATE["debug"]:
+            raise
+        messages.print(f"twotower: {lost}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.stderr.flush()
+        os._exit(1)  # exchange threads may still be waiting for the lost rank
+    except Interrupted as stop:
+        messages.print(f"twotower: {stop}; continue with --resume", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(130)
+    except Exception as error:
+        if _STATE["debug"]:
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        messages.print(
+            f"twotower: {type(error).__name__}: {text} "
+            "(internal error; twotower --debug COMMAND ... prints the traceback)",
+            style="red",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

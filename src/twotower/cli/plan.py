@@ -1,0 +1,142 @@
+"""The command that plans resources: `twotower plan`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from twotower.cli.console import Json, console, print_json
+from twotower.errors import InputError
+
+if TYPE_CHECKING:
+    from twotower.training.scale_plan import ScalePlan
+
+
+commands = typer.Typer()
+
+OPTIMIZERS, PRECISIONS = ("adam", "rowwise-adagrad"), ("float32", "bfloat16")
+LAYOUTS, DEVICES = ("replicated", "row-wise", "column-wise", "table-wise"), ("cpu", "cuda")
+
+
+@commands.command()
+def plan(
+    items: Annotated[float, typer.Option("--items", metavar="N", help="Items in the catalog, e.g. 1e9.")],
+    dimension: Annotated[int, typer.Option("--dimension", metavar="D", help="Embedding dimension.")] = 64,
+    batch: Annotated[int, typer.Option("--batch", help="Rows per step over all ranks.")] = 8192,
+    ranks: Annotated[int, typer.Option("--ranks", metavar="W", help="Number of ranks, one per device.")] = 1,
+    queries: Annotated[float, typer.Option("--queries", help="Rows of the query table; 0 for none.")] = 0,
+    history: Annotated[int, typer.Option("--history", min=0, metavar="L", help="Items per history.")] = 50,
+    sampled: Annotated[
+        int, typer.Option("--sampled", min=0, help="Sampled candidates, in addition to in-batch.")
+    ] = 1024,
+    hidden: Annotated[str, typer.Option("--hidden", help="Query tower layer widths, comma-separated.")] = "128",
+    optimizer: Annotated[str, typer.Option("--optimizer", help="For tables: adam or rowwise-adagrad.")] = "adam",
+    precision: Annotated[str, typer.Option("--precision", help="For tables: float32 or bfloat16.")] = "float32",
+    layout: Annotated[
+        str,
+        typer.Option(
+            "--layout",
+            help="replicated: whole tables on every rank; row-wise, column-wise: 1/W on each; table-wise: on one rank.",
+        ),
+    ] = "replicated",
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda; rates are measured on this machine.")] = "cpu",
+    device_memory: Annotated[
+        float | None, typer.Option("--device-memory", metavar="GIB", help="Memory per rank.")
+    ] = None,
+    link: Annotated[
+        float | None,
+        typer.Option("--link", metavar="GB/S", help="Bandwidth between ranks; default: this machine's loopback."),
+    ] = None,
+    latency: Annotated[
+        float | None, typer.Option("--latency", metavar="US", help="Latency of one exchange, in microseconds.")
+    ] = None,
+    rates_file: Annotated[
+        Path | None,
+        typer.Option("--rates", metavar="FILE", help="Rates from a saved --json output; nothing is measured."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Estimate memory per rank, bytes exchanged and step time before training."""
+    for name, value, known in (
+        ("optimizer", optimizer, OPTIMIZERS),
+        ("precision", precision, PRECISIONS),
+        ("layout", layout, LAYOUTS),
+        ("device", device, DEVICES),
+    ):
+        if value not in known:
+            raise InputError(f"--{name}: expected {' or '.join(known)}, found {value!r}")
+    if not all(width.strip().isdigit() for width in hidden.split(",") if width.strip()):
+        raise InputError(f"--hidden: expected widths such as 256,128, found {hidden!r}")
+    from twotower.training.scale_plan import Workload, plan_scale, read_rates  # noqa: PLC0415
+
+    workload = Workload(
+        items=int(items),
+        dimension=dimension,
+        batch=batch,
+        ranks=ranks,
+        queries=int(queries),
+        history=history,
+        sampled=sampled,
+        hidden=tuple(int(width) for width in hidden.split(",") if width.strip()),
+        optimizer=optimizer,  # type: ignore[arg-type]  # checked above
+        precision=precision,  # type: ignore[arg-type]
+        layout=layout,  # type: ignore[arg-type]
+        device=device,  # type: ignore[arg-type]
+    )
+    sent, waited = None if link is None else link * 1e9, None if latency is None else latency * 1e-6
+    if rates_file is None:
+        from twotower.training.machine_rates import measure_rates  # noqa: PLC0415  # torch
+
+        rates = measure_rates(workload, link=sent, latency=waited)
+    else:
+        rates = read_rates(rates_file)
+        rates = replace(
+            rates, link=rates.link if sent is None else sent, latency=rates.latency if waited is None else waited
+        )
+    found = plan_scale(workload, rates, None if device_memory is None else device_memory * 2**30)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        _show(found)
+
+
+def _show(found: ScalePlan) -> None:
+    from twotower.training.scale_plan import HELD  # noqa: PLC0415  # as above
+
+    for title, parts, scale, unit in (
+        ("Memory per rank in a training step", found.memory, 2**30, "GiB"),
+        ("Sent per rank in a step", found.exchanged, 1e6, "MB"),
+        ("Time per step", found.seconds, 1e-3, "ms"),
+    ):
+        if not parts:
+            continue
+        table = Table("part", unit, title=title, title_justify="left")
+        for name, value in sorted(parts.items(), key=lambda part: -part[1]):
+            table.add_row(name, f"{value / scale:,.2f}")
+        table.add_row("total", f"{sum(parts.values()) / scale:,.2f}")
+        console.print(table)
+    rows = found.workload.batch / found.step
+    console.print(f"{rows:,.0f} rows per second over all ranks; bottleneck: {found.bottleneck}")
+    added = sum(found.ranking.values()) / 2**30
+    console.print(
+        f"Ranking the whole catalog (validation, test) needs {added:,.1f} GiB on top of what is always in memory "
+        f"({', '.join(HELD)}), instead of the memory of a step."
+    )
+    console.print(
+        f"A checkpoint written in the background copies {found.checkpoint / 2**30:,.1f} GiB into main memory "
+        "(none with training.checkpoint_in_background=false; training then waits)."
+    )
+    if found.device_memory is not None:
+        available, needed = (
+            found.device_memory / 2**30,
+            {name: f"{value / 2**30:,.1f}" for name, value in found.moments.items()},
+        )
+        verdict = "fits" if found.fits else "does NOT fit"
+        console.print(
+            f"Needed: {needed['step']} GiB in a step, {needed['ranking']} GiB in a ranking; available: "
+            f"{available:,.1f} GiB: {verdict}"
+        )

@@ -1,0 +1,269 @@
+"""Commands that query a trained model: recommend, similar, explain, dial."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from twotower.cli.console import Json, Run, console, messages, print_frame, print_json
+from twotower.errors import InputError
+
+if TYPE_CHECKING:
+    from twotower.serving import Retriever
+
+
+commands = typer.Typer()
+
+Query = Annotated[list[str] | None, typer.Option("--query", help="Id of a query in the data; may be repeated.")]
+History = Annotated[str | None, typer.Option("--history", help='Item ids, oldest first: "i1,i2,...".')]
+Context = Annotated[
+    str | None,
+    typer.Option("--context", metavar="JSON", help='Context of the request, as JSON: \'{"device": "phone"}\'.'),
+]
+Popularity = Annotated[
+    float, typer.Option("--popularity", help="Popularity dial: 0 for discovery, 1 as trained, at most 2.")
+]
+Filter = Annotated[
+    str | None, typer.Option("--filter", help="Condition on the item table: \"country = 'FR' and price < 20\".")
+]
+Allow = Annotated[
+    str | None, typer.Option("--allow", help='Only these items: "i1,i2,...", or @FILE with one per line.')
+]
+Deny = Annotated[str | None, typer.Option("--deny", help="Never these items; same format as --allow.")]
+
+
+@commands.command()
+def recommend(
+    directory: Run,
+    query: Query = None,
+    history: History = None,
+    features: Annotated[
+        str | None, typer.Option("--features", metavar="JSON", help="Features of the query, as JSON: '{\"age\": 30}'.")
+    ] = None,
+    context: Context = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Number of items.")] = 10,
+    keep_seen: Annotated[bool, typer.Option("--keep-seen", help="Also recommend items in the history.")] = False,
+    popularity: Popularity = 1.0,
+    filter_: Filter = None,
+    allow: Allow = None,
+    deny: Deny = None,
+    source: Annotated[
+        Path | None, typer.Option("--input", metavar="FILE", help="Parquet file with query ids or histories.")
+    ] = None,
+    target: Annotated[Path | None, typer.Option("--output", metavar="FILE", help="Parquet file to write.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted --output.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace --output and discard an interrupted run.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Search every item, even if the model has an index.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Recommend items for a query, a history of items, features, or every row of a file."""
+    from twotower.serving import Retriever  # noqa: PLC0415
+
+    options: dict[str, Any] = {
+        "k": k,
+        "exclude_seen": not keep_seen,
+        "popularity": popularity,
+        "filter": filter_,
+        "allow": listed(allow, "--allow"),
+        "deny": listed(deny, "--deny"),
+    }
+    if source is not None or target is not None:
+        if source is None or target is None or any(given is not None for given in (query, history, features, context)):
+            raise InputError(
+                "recommend: expected --input FILE with --output FILE, without --query, --history, --features or "
+                "--context; give the context as columns of FILE"
+            )
+        _file(Retriever.load(directory, exact=exact), source, target, options, resume, force, as_json)
+        return
+    if (query is None) == (history is None) and features is None and context is None:
+        raise InputError("recommend: expected --query ID or --history ITEM,ITEM,...; give one of the two")
+    if query is not None and history is not None:
+        raise InputError("recommend: expected --query ID or --history ITEM,ITEM,...; give one of the two")
+    feature_rows = (
+        None if features is None else [_object(features, "--features")] * (1 if query is None else len(query))
+    )
+    retriever = Retriever.load(directory, exact=exact)
+    item_ids = None if history is None else _history(history, retriever)
+    found = retriever.recommend(
+        query,
+        histories=None if item_ids is None else [item_ids],
+        features=feature_rows,
+        context=None if context is None else _object(context, "--context"),
+        **options,
+    )
+    if as_json:
+        print_json(found.to_dicts())
+        return
+    for of, rows in found.group_by("query", maintain_order=True):
+        if query is not None:
+            print_frame(f"The latest items of {of[0]}", retriever.history(of[0]).tail(5).reverse())
+        name = of[0] if query is not None else "this query" if history is None else "this history"
+        print_frame(f"Recommended for {name}", rows.drop("query"))
+    if not len(found):
+        console.print("No items left to recommend.")
+    _print_index(retriever)
+
+
+@commands.command()
+def similar(
+    directory: Run,
+    item: Annotated[list[str], typer.Option("--item", help="Id of an item; may be repeated.")],
+    k: Annotated[int, typer.Option("-k", min=1, help="Number of items.")] = 10,
+    filter_: Filter = None,
+    as_json: Json = False,
+) -> None:
+    """List the items nearest to an item."""
+    from twotower.serving import Retriever  # noqa: PLC0415
+
+    found = Retriever.load(directory, exact=True).similar(item, k, filter=filter_)
+    if as_json:
+        print_json(found.to_dicts())
+        return
+    for of, rows in found.group_by("of", maintain_order=True):
+        print_frame(f"Like {of[0]}", rows.drop("of"))
+
+
+@commands.command()
+def explain(
+    directory: Run,
+    item: Annotated[str, typer.Option("--item", help="Id of the recommended item.")],
+    query: Annotated[str | None, typer.Option("--query", help="Id of a query in the data.")] = None,
+    history: History = None,
+    context: Context = None,
+    popularity: Popularity = 1.0,
+    as_json: Json = False,
+) -> None:
+    """Explain a recommendation: the contribution of each item in the history, and of popularity."""
+    from twotower.serving import Retriever  # noqa: PLC0415
+
+    if query is None and history is None:
+        raise InputError("explain: expected --query ID or --history ITEM,ITEM,...; found neither")
+    retriever = Retriever.load(directory, exact=True)
+    item_ids = None if history is None else _history(history, retriever)
+    request_context = None if context is None else _object(context, "--context")
+    found = retriever.explain(query, item=item, history=item_ids, context=request_context, popularity=popularity)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    name = retriever.describe([item])
+    shown = name["title"][0] if "title" in name.columns else item
+    console.print(f"{shown}: {found.lift:+.2f} logits above the mean of the catalog,", highlight=False, markup=False)
+    # Round first and add 0.0: a value near zero must not print as -0.00 (-0%).
+    share = "" if found.popularity_share is None else f" ({round(found.popularity_share, 2) + 0.0:.0%})"
+    console.print(f"of which {round(found.popularity, 2) + 0.0:+.2f}{share} is due to its popularity.", highlight=False)
+    print_frame("Drop in logits without this item of the history", found.history.head(10))
+
+
+@commands.command()
+def dial(
+    directory: Run,
+    data: Annotated[str | None, typer.Option("--data", help="Current location of the data, if it has moved.")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Length of the ranked lists.")] = 20,
+    on: Annotated[
+        Literal["test", "validation"], typer.Option("--on", help="Queries to measure; choose a setting on validation.")
+    ] = "test",
+    as_json: Json = False,
+) -> None:
+    """Measure recall against discovery for settings of the popularity dial, on test or validation queries."""
+    from twotower import run  # noqa: PLC0415
+    from twotower.comparison.popularity_curve import popularity_curve  # noqa: PLC0415
+    from twotower.incremental.saved_rows import lost_validation  # noqa: PLC0415
+    from twotower.serving import Retriever  # noqa: PLC0415
+
+    artifact, split = run.reread(directory, data)
+    holdout = split.test if on == "test" else split.validation
+    if on == "validation" and lost_validation(directory):
+        raise InputError(
+            f"--on validation: {directory} continues another model and was written by an older version, which did not "
+            "save its validation queries; train it again with twotower train NEW_DATA --from MODEL"
+        )
+    if not len(holdout):
+        raise InputError(f"--on {on}: the split of this model has no {on} queries")
+    seen = artifact.config.evaluation.exclude_seen
+    found = popularity_curve(Retriever(artifact), holdout, train=split.train, k=k, exclude_seen=seen)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        console.print(found)
+
+
+def _file(
+    retriever: Retriever, source: Path, target: Path, options: dict[str, Any], resume: bool, force: bool, as_json: bool
+) -> None:
+    from rich.progress import Progress, TimeElapsedColumn  # noqa: PLC0415
+
+    from twotower.serving.batch import recommend_file  # noqa: PLC0415
+
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=messages) as bar:
+        task = bar.add_task("queries", total=None)
+        report = recommend_file(
+            retriever,
+            source,
+            target,
+            **options,
+            resume=resume,
+            force=force,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if as_json:
+        print_json(report.__dict__)
+        return
+    console.print(
+        f"{target}: {report.rows:,} rows for {report.answered:,} of {report.queries:,} queries; "
+        f"{report.unknown:,} queries are unknown and have no usable history",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _print_index(retriever: Retriever) -> None:
+    if not retriever.index.is_exact:
+        console.print(f"Found by the {retriever.index.kind} index; --exact searches every item.", highlight=False)
+
+
+def _object(text: str, option: str) -> dict[str, Any]:
+    try:
+        row = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{option} {text}: not valid JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{option} {text}: expected an object of columns and values, such as " + "'{\"age\": 30}'")
+    return row
+
+
+def _ids(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _history(text: str, retriever: Retriever) -> list[str]:
+    """Parse --history and print unknown ids: an answer from the remaining ids looks no different."""
+    ids = _ids(text)
+    items = retriever.artifact.items
+    unknown = [one for one, code in zip(ids, items.encode(ids), strict=True) if code < 0]
+    if 0 < len(unknown) < len(ids):
+        messages.print(
+            f"--history: no such item: {', '.join(map(repr, unknown))}; ignored. Ids look like {items.ids[0]!r}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    return ids
+
+
+def listed(text: str | None, option: str) -> list[Any] | None:
+    """Parse the ids of an option, or read them from the file it names.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    if text is None or not text.startswith("@"):
+        return None if text is None else _ids(text)
+    from twotower.data.io.id_lists import read_ids  # noqa: PLC0415
+
+    try:
+        return read_ids(text[1:]).to_list()
+    except InputError as error:
+        raise InputError(f"{option} @{error}") from None

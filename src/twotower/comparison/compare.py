@@ -1,0 +1,190 @@
+"""The implementation of `twotower compare`: train each objective, evaluate all on the same queries, test, report.
+
+A comparison as a table for the terminal, followed by the findings.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+
+from twotower import report
+from twotower.audit import audit
+from twotower.comparison.cells import Cell, make_cells
+from twotower.comparison.document import build_document, diagnostics
+from twotower.comparison.examples import disagreements
+from twotower.comparison.measure import Measurements, calibrations, measure_cells, per_query_frame
+from twotower.comparison.processes import train_cells
+from twotower.comparison.statistics import compare
+from twotower.config.run import Config
+from twotower.data import Interactions
+from twotower.features.from_config import wanted_context
+from twotower.report import findings
+from twotower.run import audit_run, read_data, split_data
+from twotower.serving.model_folder import TOWERS
+from twotower.system.filesystem import whole_file, write_text
+
+
+def printed(document: dict[str, Any]) -> Group:
+    """Build the table and the findings for a rich console."""
+    metric, tail, kinds = document["metric"], document["tail_metric"], findings.verdicts(document)
+    tests = findings.family(document, "all")
+    contests = {one["name"]: one for one in (tests["contests"] if tests else [])}
+    best = document["models"][0]["values"][metric]["mean"] or 1.0
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("objective", no_wrap=True)  # the longest name and these columns fit into 80 characters
+    for title in (metric, "to best", "p (Holm)", "tail", "cpu s"):
+        table.add_column(title, justify="right")
+    for entry in [*document["models"], *document["baselines"]]:
+        found, one = entry["values"][metric], contests.get(entry["name"])
+        rare = findings.value(entry, tail, "tail")
+        time = findings.processor_time(entry) if "runs" in entry else None
+        table.add_row(
+            entry["name"],
+            findings.number(found["mean"]),
+            "-" if one is None else f"{100 * one['difference'] / best:+.1f} %",
+            "-" if one is None or one["adjusted"] is None else f"{one['adjusted']:.3f}",
+            "-" if rare is None else f"{rare['mean']:.3f}",
+            "-" if time is None else f"{time:,.0f}",
+            style="bold" if kinds.get(entry["name"]) == "best" else None,
+        )
+    evaluation = document["evaluation"]
+    title = (
+        f"{evaluation['num_queries']:,} queries, full catalog of {evaluation['num_items']:,} items, "
+        f"{len(document['seeds'])} seed(s); tail: {tail} on the targets in the tail"
+    )
+    words = [*findings.answer(document), *(f"note: {text}" for text in findings.cautions(document))]
+    return Group(title, table, *(f"* {text}" for text in words))
+
+
+#: Rows and redraws of the report's audit: enough to detect a bias of a few percent, in minutes on a small catalog.
+AUDIT_ROWS, AUDIT_DRAWS = 40, 24
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result of a comparison.
+
+    Attributes:
+        document: all results as JSON values, as in `results.json`.
+        directory: folder with `results.json`, `results.parquet`, `report.html` and the runs.
+    """
+
+    document: dict[str, Any]
+    directory: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the document."""
+        return self.document
+
+    def __rich__(self) -> Group:
+        """Build the table and the findings for a rich console."""
+        return printed(self.document)
+
+
+def compare_run(
+    source: str | Path,
+    out: str | Path,
+    base: Config,
+    objectives: Sequence[str],
+    *,
+    seeds: int = 3,
+    jobs: int = 1,
+    audited: bool = True,
+    command: str | None = None,
+    say: Callable[[str], None] = print,
+) -> Comparison:
+    """Train, evaluate and compare objectives with the same initial weights, data order and budget.
+
+    Args:
+        source: a file, a folder or the name of a data set.
+        out: the folder of the comparison. Finished runs in it are not repeated; interrupted ones are resumed.
+        base: the settings that all objectives share; `training.seed` is the first seed.
+        objectives: names, YAML files with the fields of an objective, or `name=FILE`.
+        seeds: number of runs of each objective, with consecutive seeds.
+        jobs: number of concurrent training runs.
+        audited: measure bias and spread of each objective's gradient on one of the models.
+        command: the command line, shown in the report.
+        say: receives progress messages.
+
+    Raises:
+        InputError: a setting is wrong, or `out` contains runs with other settings or other data.
+        Interrupted: Ctrl-C; the same call resumes the comparison.
+        RuntimeError: a training run failed.
+    """
+    directory = Path(out)
+    data = read_data(source, base.data, context=wanted_context(base))
+    split = split_data(data, base.data)
+    cells = make_cells(base, objectives, seeds, directory, split.train)
+    train_cells(str(source), cells, data.fingerprint, directory, jobs=jobs, say=say)
+    say(f"ranking the test queries with {len(cells)} models")
+    found = measure_cells(cells, split, base.evaluation)
+    ks = tuple(sorted(base.evaluation.ks))
+    compared = compare(found.rows, found.baselines, metric=f"NDCG@{ks[0]}", tail_metric=f"Recall@{ks[0]}")
+    document = build_document(
+        "comparison",
+        compared,
+        found.evaluation,
+        found.baselines,
+        metadata=found.metadata,
+        data=data,
+        jobs=jobs,
+        command=command,
+        objectives={cell.name: cell.config.objective.model_dump(mode="json") for cell in cells},
+        diagnostics={cell.name: diagnostics(cell.directory) for cell in cells if cell.seed == base.training.seed},
+        calibration=calibrations({cell.name: cell.directory for cell in reversed(cells)}, split),
+        examples=disagreements(found.ranked, split.test, split.train, base.evaluation.exclude_seen),
+        audit=_audit(cells, source, directory, say) if audited else None,
+    )
+    _write(document, directory, found, cells, data)
+    return Comparison(document, directory)
+
+
+def _audit(cells: Sequence[Cell], source: str | Path, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Measure bias and spread of each objective's gradient on one model, and cache the result in `audit.json`."""
+    # Only objectives with their default sources: `twotower audit` measures pools from a file, on their own models.
+    plain = {cell.name: cell.config.objective for cell in cells}
+    named = {name for name, own in plain.items() if own.name == name and own.sources is None and own.unique is None}
+    # Not the best model: that depends on the evaluation settings, and a change would invalidate the cached audit.
+    subject = next((cell for cell in cells if cell.name == "expected-count"), cells[0])
+    others = sorted(named - {subject.name})
+    request = {
+        "model": subject.directory.name,
+        "checksum": _weights(subject),
+        "objectives": others,
+        "rows": AUDIT_ROWS,
+        "draws": AUDIT_DRAWS,
+    }
+    cache = out / "audit.json"
+    if cache.exists():
+        known = json.loads(cache.read_text(encoding="utf-8"))
+        if known.get("asked") == request:
+            return dict(known)
+    say(f"auditing the gradients of {len(others) + 1} objectives on {subject.label} (saved in {cache.name})")
+    measured = audit(
+        audit_run(subject.directory, source, rows=AUDIT_ROWS), objectives=others, draws=AUDIT_DRAWS, batches=50
+    )
+    result = {"asked": request, **measured.to_dict()}
+    write_text(cache, json.dumps(result, indent=1))
+    return result
+
+
+def _weights(cell: Cell) -> str:
+    metadata = json.loads((cell.directory / "model" / "metadata.json").read_text(encoding="utf-8"))
+    return str(metadata["checksums"][TOWERS])
+
+
+def _write(document: dict[str, Any], out: Path, found: Measurements, cells: Sequence[Cell], data: Interactions) -> None:
+    write_text(out / "results.json", json.dumps(document, indent=1, ensure_ascii=False))
+    queries = data.queries.decode(np.asarray(found.evaluation.queries))
+    with whole_file(out / "results.parquet") as path:
+        per_query_frame(found, cells, queries).write_parquet(path)
+    write_text(out / "report.html", report.render(document))

@@ -1,0 +1,186 @@
+"""Evaluation of the finished runs of a comparison and of the baselines on the same test queries.
+
+Calibration of the models of a comparison: predicted softmax probabilities against observed frequencies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from twotower import evaluation, ranking
+from twotower.audit import estimates_softmax
+from twotower.comparison.cells import Cell
+from twotower.config.run import EvaluationConfig
+from twotower.data import Holdout, Split
+from twotower.evaluation import Evaluation, Row
+from twotower.evaluation.calibration import softmax_calibration
+from twotower.objectives.build import build_objective
+from twotower.serving import Retriever
+from twotower.serving.model_folder import find_model, read_metadata
+
+
+@dataclass
+class FolderRanker:
+    """A ranker that loads the model of a run folder only while ranking, so that many models need the memory of one.
+
+    Attributes:
+        directory: the run folder.
+        ranked: the most recent ranking, int32 [E, k].
+    """
+
+    directory: Path
+    ranked: NDArray[np.int32] | None = field(default=None, repr=False)
+
+    def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> NDArray[np.int64]:
+        """Return the top k items of every query of a holdout, int64 [E, k]."""
+        ranked: NDArray[np.int64] = Retriever.load(self.directory).rank(holdout, k, exclude_seen)
+        self.ranked = ranked.astype(np.int32)
+        return ranked
+
+    @property
+    def item_embeddings(self) -> NDArray[np.float32]:
+        """Item embeddings [N, D], for the diversity of lists."""
+        embeddings: NDArray[np.float32] = load_file(find_model(self.directory) / "items.safetensors")["embeddings"]
+        return embeddings
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """The evaluation of all models of a comparison on the same queries.
+
+    Attributes:
+        evaluation: the rows of all cells, then of the baselines.
+        rows: objective -> one row per seed.
+        baselines: rows of the baselines.
+        ranked: objective -> ranking of the first seed, int32 [E, max K].
+        metadata: objective -> `metadata.json` of each seed's model.
+    """
+
+    evaluation: Evaluation
+    rows: dict[str, list[Row]]
+    baselines: list[Row]
+    ranked: dict[str, NDArray[np.int32]]
+    metadata: dict[str, list[dict[str, Any]]]
+
+
+def measure_cells(cells: Sequence[Cell], split: Split, settings: EvaluationConfig) -> Measurements:
+    """Rank the test queries once with every finished model and with the baselines."""
+    rankers = {cell.directory.name: FolderRanker(cell.directory) for cell in cells}
+    first, *others = rankers
+    chosen: dict[str, Any] = {name: rankers[name] for name in others}
+    notes: list[str] = []
+    if settings.baselines:
+        chosen["popularity"] = ranking.Popularity(split.train)
+        if reason := ranking.ItemKNN.refusal(split.train):
+            notes.append(f"the item-kNN baseline was left out: {reason}")
+        else:
+            chosen["item-kNN"] = ranking.ItemKNN(split.train)
+    measured = evaluation.evaluate_all(
+        {first: rankers[first], **chosen},
+        split.test,
+        train=split.train,
+        ks=tuple(settings.ks),
+        exclude_seen=settings.exclude_seen,
+        slices=settings.slices,
+        notes=notes,
+    )
+    rows: dict[str, list[Row]] = {}
+    metadata: dict[str, list[dict[str, Any]]] = {}
+    ranked: dict[str, NDArray[np.int32]] = {}
+    for cell in cells:
+        rows.setdefault(cell.name, []).append(measured[cell.directory.name])
+        metadata.setdefault(cell.name, []).append(read_metadata(find_model(cell.directory)))
+        lists = rankers[cell.directory.name].ranked
+        if cell.name not in ranked and lists is not None:
+            ranked[cell.name] = lists
+    baselines = [row for row in measured.rows if row.name not in rankers]
+    return Measurements(measured, rows, baselines, ranked, metadata)
+
+
+def per_query_frame(found: Measurements, cells: Sequence[Cell], queries: pl.Series) -> pl.DataFrame:
+    """Build a frame with one row per model, seed and query: model, seed, query id and every per-query metric.
+
+    Slices are omitted: the slice of a target follows from the data.
+    """
+    places = dict.fromkeys(found.rows, 0)
+    parts = []
+    for cell in cells:
+        row = found.rows[cell.name][places[cell.name]]
+        places[cell.name] += 1
+        parts.append(_frame(cell.name, cell.seed, queries, row))
+    parts += [_frame(row.name, None, queries, row) for row in found.baselines]
+    return pl.concat(parts)
+
+
+def _frame(name: str, seed: int | None, queries: pl.Series, row: Row) -> pl.DataFrame:
+    metrics = {key: values.astype(np.float32) for key, values in row.per_query.items() if "/" not in key}
+    return pl.DataFrame({"query": queries, **metrics}).select(
+        pl.lit(name).alias("model"), pl.lit(seed, dtype=pl.Int64).alias("seed"), pl.all()
+    )
+
+
+#: Maximum number of (query, item) pairs; with more, queries are sampled.
+_PAIRS = 200_000_000
+
+
+def calibrations(directories: Mapping[str, Path], split: Split, *, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Measure the calibration of each model whose objective estimates the softmax.
+
+    Args:
+        directories: name -> run folder.
+        split: the data; its test queries are used.
+        seed: seed of the query sample that is drawn if the catalog is too large to use all queries.
+
+    Returns:
+        Calibration by name, as `to_dict` values.
+    """
+    found = {}
+    rows = _sampled_queries(split, seed)
+    histories, targets = _histories_and_targets(split.test, rows)
+    for name, directory in directories.items():
+        retriever = Retriever.load(directory)
+        artifact = retriever.artifact
+        if not estimates_softmax(build_objective(artifact.config, split.train)):
+            continue
+        context = None if split.test.context is None else split.test.context[rows]
+        queries = retriever.ranker.embed(split.test.queries[rows], histories, context=context)
+        calibration = softmax_calibration(
+            queries,
+            artifact.item_embeddings,
+            targets,
+            temperature=float(artifact.towers.temperature.detach()),
+            exclude=histories if artifact.config.evaluation.exclude_seen else None,
+        )
+        found[name] = calibration.to_dict()
+    return found
+
+
+def _sampled_queries(split: Split, seed: int) -> np.ndarray:
+    count = len(split.test)
+    most = max(_PAIRS // split.train.num_items, 100)
+    if count <= most:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).choice(count, most, replace=False))
+
+
+def _histories_and_targets(
+    holdout: Holdout, rows: np.ndarray
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Select histories and targets of some queries, in compressed-row format."""
+    histories = _select_rows(holdout.history_offsets, holdout.history_items, rows)
+    return histories, _select_rows(holdout.target_offsets, holdout.target_items, rows)
+
+
+def _select_rows(offsets: np.ndarray, items: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    sizes = np.diff(offsets)[rows]
+    ends = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    place = np.repeat(offsets[rows] - ends[:-1], sizes) + np.arange(ends[-1])
+    return ends, np.asarray(items)[place]

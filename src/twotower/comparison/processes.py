@@ -1,0 +1,186 @@
+"""Training of the cells of a comparison, each in a separate process that runs `twotower train`.
+
+With separate processes, peak memory and CPU time belong to a single run, and a crash ends only one cell.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+from twotower.comparison.cells import Cell
+from twotower.errors import Interrupted
+from twotower.system.filesystem import write_text
+
+#: Seconds between checks of the running processes.
+_POLL = 0.1
+
+
+@dataclass
+class Training:
+    """A running training process."""
+
+    cell: Cell
+    process: subprocess.Popen[bytes]
+    log: Path
+    output: IO[bytes]
+    begun: float = field(default_factory=time.monotonic)
+    asked: int = 0  # number of interrupts sent to it
+
+
+def train_cells(
+    source: str, cells: Sequence[Cell], fingerprint: str, out: Path, *, jobs: int, say: Callable[[str], None]
+) -> None:
+    """Train the unfinished cells, `jobs` at a time.
+
+    Args:
+        source: the data, as `twotower train` takes it.
+        cells: all cells.
+        fingerprint: fingerprint of the data.
+        out: the folder of the comparison; the output of each process is written to `out/logs/`.
+        jobs: number of concurrent processes.
+        say: receives progress messages.
+
+    Raises:
+        InputError: a run folder has other settings or other data; nothing is trained.
+        Interrupted: Ctrl-C; each running process has left a checkpoint.
+        RuntimeError: a training run failed; the others were finished first.
+    """
+    states = {cell.label: cell.state(fingerprint) for cell in cells}
+    waiting = [cell for cell in cells if states[cell.label] != "finished"]
+    done = len(cells) - len(waiting)
+    if done:
+        say(f"{done} of {len(cells)} runs are already finished")
+    running: list[Training] = []
+    lasted: list[float] = []
+    failed: list[str] = []
+    with _count_interrupts() as stop, _terminate_on_exit(running):
+        while (waiting and not stop()) or running:
+            while waiting and len(running) < jobs and not stop():
+                cell = waiting.pop(0)
+                resume = states[cell.label] == "interrupted"
+                running.append(_start(source, cell, out, resume=resume, jobs=jobs))
+                number = len(cells) - len(waiting)
+                left = _left(lasted, running, waiting, jobs)
+                say(f"[{number}/{len(cells)}] {cell.label}{' resumed' if resume else ''}{left}")
+            time.sleep(_POLL)
+            for one in running:  # the first interrupt lets it finish its step and save a checkpoint, a second ends it
+                while one.asked < stop():
+                    one.process.send_signal(signal.SIGINT)
+                    one.asked += 1
+            for one in [one for one in running if one.process.poll() is not None]:
+                running.remove(one)
+                one.output.close()
+                if one.process.returncode == 0:
+                    lasted.append(time.monotonic() - one.begun)
+                elif not stop():
+                    failed.append(f"{one.cell.label} ended with code {one.process.returncode}: {_last_line(one.log)}")
+                    say(f"failed: {failed[-1]}")
+    if stop():
+        finished = sum((cell.directory / "results.json").exists() for cell in cells)
+        raise Interrupted(f"interrupted; {finished} of {len(cells)} runs are finished")
+    if failed:
+        raise RuntimeError(
+            f"{len(failed)} of {len(cells)} runs failed; {failed[0]} (full output in {out / 'logs'}); run the same "
+            "command to retry, or drop the failing objectives to compare the rest"
+        )
+
+
+def _start(source: str, cell: Cell, out: Path, *, resume: bool, jobs: int) -> Training:
+    configs, logs = out / "configs", out / "logs"
+    for folder in (configs, logs):
+        folder.mkdir(parents=True, exist_ok=True)
+    config = configs / f"{cell.directory.name}.yaml"
+    write_text(config, cell.config.to_yaml())
+    # `--force`: the folder may contain an aborted attempt at this cell.
+    arguments = [
+        "train",
+        source,
+        "--config",
+        str(config),
+        "--out",
+        str(cell.directory),
+        "--resume" if resume else "--force",
+    ]
+    log = logs / f"{cell.directory.name}.log"
+    output = log.open("wb")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "twotower", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env=_environment(jobs),
+        start_new_session=True,  # Ctrl-C in the terminal reaches only this process, which forwards it
+    )
+    return Training(cell, process, log, output)
+
+
+def _environment(jobs: int) -> dict[str, str]:
+    """Return the environment of a training process: concurrent ones share the cores equally."""
+    environment = dict(os.environ)
+    if jobs > 1:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        environment.setdefault("OMP_NUM_THREADS", str(max(cores // jobs, 1)))
+    return environment
+
+
+@contextmanager
+def _count_interrupts() -> Iterator[Callable[[], int]]:
+    """Yield a function that returns how often Ctrl-C was pressed since the block began."""
+    interrupts = 0
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupts
+        del number, frame
+        interrupts += 1
+
+    previous: Any = signal.getsignal(signal.SIGINT)
+    try:
+        signal.signal(signal.SIGINT, handle)
+        installed = True
+    except ValueError:  # not the main thread: the caller handles interrupts
+        installed = False
+    try:
+        yield lambda: interrupts
+    finally:
+        if installed:
+            signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def _terminate_on_exit(running: Sequence[Training]) -> Iterator[None]:
+    """Terminate the processes that still run when the block ends, such as after an error."""
+    try:
+        yield
+    finally:
+        for one in running:
+            one.process.terminate()
+            one.process.wait()
+
+
+def _left(lasted: Sequence[float], running: Sequence[Training], waiting: Sequence[Cell], jobs: int) -> str:
+    if not lasted:
+        return ""
+    each = sum(lasted) / len(lasted)
+    rounds = -(-(len(running) + len(waiting)) // jobs)
+    return f" (about {_duration(each * rounds)} left)"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "it printed nothing"

@@ -1,0 +1,83 @@
+"""The report of one model: the sections of a comparison that apply to a single model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from twotower import evaluation, report
+from twotower.comparison.document import build_document, diagnostics
+from twotower.comparison.measure import FolderRanker, calibrations
+from twotower.comparison.popularity_curve import popularity_curve
+from twotower.comparison.statistics import compare
+from twotower.evaluation import Evaluation
+from twotower.run import reread
+from twotower.serving import Retriever
+from twotower.serving.model_folder import find_model
+from twotower.system.filesystem import write_text
+
+#: Settings of the popularity dial in the report. Each costs one ranking of the test queries; `twotower dial` uses more.
+DIAL_SETTINGS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+
+
+def evaluate_folder(
+    directory: str | Path,
+    source: str | Path | None = None,
+    *,
+    page: str | Path | None = None,
+    slices: Sequence[str] | None = None,
+) -> Evaluation:
+    """Implement `twotower evaluate`: evaluate a saved model and write `per_query.parquet` and the report.
+
+    Args:
+        directory: a run folder or a model folder; `per_query.parquet` is written to the run folder, next to the model.
+        source: the current location of the data, if it has moved.
+        page: path of the report; if None, neither the report nor `per_query.parquet` is written.
+        slices: columns to slice by, instead of those in the model's settings.
+
+    Raises:
+        InputError: the data was not found, or is not the data the model was trained on.
+    """
+    artifact, split = reread(directory, source)
+    settings = artifact.config.evaluation
+    ranker = FolderRanker(Path(directory))
+    found = evaluation.evaluate(
+        ranker,
+        split.test,
+        train=split.train,
+        ks=tuple(settings.ks),
+        exclude_seen=settings.exclude_seen,
+        baselines=settings.baselines,
+        slices=settings.slices if slices is None else slices,
+    )
+    if page is None:
+        return found
+    folder = find_model(directory)
+    run = folder.parent if folder.name == "model" else folder
+    found.write_per_query(run / "per_query.parquet")
+    model, *baselines = found.rows
+    name = artifact.config.objective.name
+    ks = found.ks
+    compared = compare({name: [model]}, baselines, metric=f"NDCG@{ks[0]}", tail_metric=f"Recall@{ks[0]}")
+    document = build_document(
+        "evaluation",
+        compared,
+        found,
+        baselines,
+        metadata={name: [artifact.metadata]},
+        data=split.data,
+        command=f"twotower evaluate {directory}",
+        objectives={name: artifact.config.objective.model_dump(mode="json")},
+        calibration=calibrations({name: run}, split),
+        diagnostics={name: diagnostics(run)},
+        dial=popularity_curve(
+            Retriever(artifact),
+            split.test,
+            train=split.train,
+            k=ks[-1],
+            settings=DIAL_SETTINGS,
+            exclude_seen=settings.exclude_seen,
+        ).to_dict(),
+    )
+    write_text(Path(page), report.render(document))
+    return found

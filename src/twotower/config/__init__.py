@@ -1,0 +1,26 @@
+"""Settings of a run as pydantic models: pure data that builds nothing."""
+
+from twotower.config.run import (
+    ColumnsConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    HashedConfig,
+    ObjectiveConfig,
+    TrainingConfig,
+)
+from twotower.config.towers import HistoryConfig, ItemTowerConfig, QueryTowerConfig, SequenceConfig
+
+__all__ = [
+    "ColumnsConfig",
+    "Config",
+    "DataConfig",
+    "EvaluationConfig",
+    "HashedConfig",
+    "HistoryConfig",
+    "ItemTowerConfig",
+    "ObjectiveConfig",
+    "QueryTowerConfig",
+    "SequenceConfig",
+    "TrainingConfig",
+]

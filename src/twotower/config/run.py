@@ -1,0 +1,296 @@
+"""The configuration of a run as pydantic models: pure data, builds nothing.
+
+Three kinds of setting are separate: what the model is (`query_tower`, `item_tower`, `objective`), what a run does
+(`data`, `training`, `evaluation`), and live state, which is in the checkpoint and not here.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+
+from twotower.config.features import Section
+from twotower.config.messages import first_fault
+from twotower.config.towers import HistoryConfig, ItemTowerConfig, QueryTowerConfig, SequenceConfig
+from twotower.errors import InputError
+
+__all__ = [
+    "ColumnsConfig",
+    "Config",
+    "DataConfig",
+    "EvaluationConfig",
+    "HashedConfig",
+    "HistoryConfig",
+    "ItemTowerConfig",
+    "ObjectiveConfig",
+    "QueryTowerConfig",
+    "SequenceConfig",
+    "TrainingConfig",
+]
+
+
+class ColumnsConfig(Section):
+    """The column of each role; a role left out is found by the usual names (user_id, item_id, timestamp, ...)."""
+
+    query: str | None = None
+    item: str | None = None
+    timestamp: str | None = None
+    weight: str | None = None
+    label: str | None = None
+    group: str | None = None
+
+
+class HashedConfig(Section):
+    """Ids hashed to rows, without a vocabulary."""
+
+    hashed: int = Field(ge=2, le=2**31 - 1, description="R: ids that share a row are the same to the model.")
+
+
+class DataConfig(Section):
+    """The data to read and how to split it."""
+
+    items: str | None = Field(None, description="Table of item features and titles, joined by item id.")
+    queries: str | None = Field(None, description="Table of query features, joined by query id.")
+    columns: ColumnsConfig = ColumnsConfig()
+    catalog: Literal["interactions", "table"] = Field(
+        "interactions", description="table: items that occur only in the item table are in the catalog too."
+    )
+    query_ids: Literal["vocabulary", "codes"] | HashedConfig = Field(
+        "vocabulary",
+        description="codes: ids are already 0, 1, 2, ... {hashed: R}: hash ids to R rows, without a vocabulary.",
+    )
+    item_ids: Literal["vocabulary", "codes"] = Field(
+        "vocabulary", description="codes: ids are already 0, 1, 2, ...; N is the largest plus one."
+    )
+    workers: PositiveInt | None = Field(
+        None, description="Processes that read the shards of a folder. None: one per core."
+    )
+    positive_label: float | None = Field(
+        None, description="Rows with a label below this are observed negatives, not positives. None: all are positives."
+    )
+    split: Literal["time", "leave-last-out", "held-out-queries"] = Field(
+        "time",
+        description="time: hold out everything after a date. leave-last-out: hold out each query's last item. "
+        "held-out-queries: hold out whole queries.",
+    )
+    validation: float = Field(0.05, gt=0, lt=1, description="Fraction for validation (time, held-out-queries).")
+    test: float = Field(0.1, gt=0, lt=1, description="Fraction for the test (time, held-out-queries).")
+    validation_queries: int | float | str | None = Field(
+        None,
+        description="leave-last-out: queries with a validation item: all (None), a number, a fraction, or a boolean "
+        "column of the query table.",
+    )
+
+
+class ObjectiveConfig(Section):
+    """The objective and its sources of candidates. docs/objectives.md describes each one."""
+
+    name: str = Field("expected-count", description="The name of the objective.")
+    sources: list[dict[str, dict[str, Any] | None]] | None = Field(
+        None, description="Sources of candidates, each a name with its settings. None: the objective's default."
+    )
+    unique: bool | None = Field(
+        None, description="Remove duplicate candidates across all sources. None: the objective's default."
+    )
+    strength: float = Field(1.0, ge=0, le=1, description="Scales log kappa: 0 is no correction, 1 the full correction.")
+    mask_known_positives: bool | None = Field(
+        None, description="Mask the known positives of each row's query. None: the objective's default."
+    )
+    rows_per_draw: PositiveInt | None = Field(
+        None, description="Rows that share one draw of candidates; a batch then has several. None: the whole batch."
+    )
+    frequency: Literal["counted", "streaming", "grouped", "grouped-streaming"] = Field(
+        "counted",
+        description="How p_j is estimated. grouped: within data.columns.group; each batch then comes from one group.",
+    )
+    negatives: int = Field(64, ge=1, description="K of the binary objectives: negatives per row.")
+    calibration: float = Field(0.75, ge=0, le=1, description="t of gbce.")
+    temperature: PositiveFloat | Literal["learned"] = Field(
+        "learned", description="Divides the score before the correction. learned: starts at initial_temperature."
+    )
+    initial_temperature: float = Field(0.1, gt=0)
+    similarity: Literal["cosine", "dot"] = "cosine"
+
+
+#: How an id table is placed on several processes.
+TablePlacement = Literal["auto", "replicated", "row-wise", "column-wise", "table-wise"]
+
+
+class TrainingConfig(Section):
+    """How the model is trained."""
+
+    batch_size: PositiveInt | Literal["auto"] = Field(
+        "auto", description="B. auto: 1024, or smaller if an epoch would have fewer than 50 steps."
+    )
+    max_epochs: int = Field(30, ge=1, description="The learning rate follows a cosine over this many epochs.")
+    learning_rate: float = Field(2e-3, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    table_optimizer: Literal["adam", "rowwise-adagrad"] = Field(
+        "adam",
+        description="Optimizer of the embedding tables. rowwise-adagrad: one number of state per row instead of 2 D.",
+    )
+    table_placement: TablePlacement | dict[str, TablePlacement] = Field(
+        "auto",
+        description="With several processes: each has a full copy of the id tables (replicated), a part of their rows "
+        "(row-wise) or columns (column-wise), or whole tables (table-wise). Per table: {item: row-wise, query: "
+        "table-wise}. auto: row-wise if full copies need more than half of a process's memory, else replicated.",
+    )
+    table_learning_rate_factor: PositiveFloat | Literal["auto"] = Field(
+        "auto", description="Learning rate of the tables over that of the layers. auto: 1 for adam, 10 otherwise."
+    )
+    warmup_steps: NonNegativeInt | Literal["auto"] = Field("auto", description="auto: 100, or one epoch if shorter.")
+    patience: int = Field(5, ge=1, description="Stop after this many validations without an improvement.")
+    validate_every: int = Field(1, ge=1, description="Epochs between validations.")
+    metric: str = Field(
+        "NDCG@10", pattern=r"^(Recall|NDCG|MRR|HR)@[1-9]\d*$", description="Validation metric of early stopping."
+    )
+    seed: int = Field(0, ge=0)
+    replay: float = Field(
+        1.0, ge=0, le=100, description="When training continues on new data (--from): old rows replayed per new row."
+    )
+    accelerator: str = Field("auto", description="auto, cpu, gpu, ... as in Lightning.")
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    checkpoint_every: PositiveInt | None = Field(
+        None, description="Steps between checkpoints to resume from. None: at the end of each epoch."
+    )
+    checkpoint_in_background: bool | Literal["auto"] = Field(
+        "auto",
+        description="Write checkpoints from a copy of the state while training continues. auto: if the copy takes no "
+        "more than half of the memory that training leaves free.",
+    )
+    exchange_timeout: PositiveInt = Field(
+        600, description="With several processes: seconds that a process waits for the others before it fails."
+    )
+    weight_average: float = Field(
+        0.0, ge=0, lt=1, description="Decay of a moving average of the weights, which is evaluated and saved. 0: none."
+    )
+    micro_batch: PositiveInt | None = Field(
+        None,
+        description="Rows the towers embed at a time, in two passes, to save memory; same gradients. None: all rows.",
+    )
+    time_limit: str | None = Field(None, pattern=r"^\d\d:\d\d:\d\d:\d\d$", description="DD:HH:MM:SS. None: no limit.")
+    logger: Literal["csv", "tensorboard", "mlflow", "none"] = Field(
+        "csv", description="Where to log loss, metrics and diagnostics: a file in logs/, TensorBoard, MLflow, nowhere."
+    )
+
+
+class EvaluationConfig(Section):
+    """The evaluation after training."""
+
+    ks: list[Annotated[int, Field(ge=1)]] = Field([10, 20], min_length=1, description="Cut-offs K.")
+    exclude_seen: bool = Field(True, description="Exclude items in the query's history from the ranking.")
+    baselines: bool = Field(True, description="Evaluate popularity and item-kNN too, in the same table.")
+    slices: list[str] = Field(
+        [], description="Columns to slice by: items.COLUMN of the item table, queries.COLUMN of the query table."
+    )
+
+
+def _objective_by_name(value: object) -> object:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class Config(Section):
+    """All settings of a run; the defaults are meant to work well on most data."""
+
+    data: DataConfig = DataConfig()
+    query_tower: QueryTowerConfig = QueryTowerConfig()
+    item_tower: ItemTowerConfig = ItemTowerConfig()
+    objective: Annotated[ObjectiveConfig, BeforeValidator(_objective_by_name)] = ObjectiveConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path | None = None,
+        overrides: list[str] | None = None,
+        *,
+        base: dict[str, Any] | None = None,
+    ) -> Config:
+        """Read a YAML file or a preset, and apply overrides such as "training.max_epochs=3".
+
+        `base` is used if there is no file, for example the settings of a saved model.
+
+        Raises:
+            InputError: the file is missing or not YAML, or a field is unknown or out of range; the message names it.
+        """
+        values: dict[str, Any] = copy.deepcopy(base) if base else {}
+        where = "--set" if overrides else "configuration"
+        if path is not None:
+            where = str(path)
+            values = _read_yaml(_found(Path(path)))
+        for override in overrides or []:
+            _apply(values, override)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise InputError(f"{where}: {first_fault(error, values, cls)}") from error
+
+    def resolved(self, rows: int) -> Config:
+        """Replace every numeric "auto" by its value for this number of training rows."""
+        training = self.training
+        batch = min(max(rows // 50, 64), 1024) if training.batch_size == "auto" else training.batch_size
+        warmup = min(100, max(rows // batch, 1)) if training.warmup_steps == "auto" else training.warmup_steps
+        factor = training.table_learning_rate_factor
+        if factor == "auto":
+            factor = 1.0 if training.table_optimizer == "adam" else 10.0
+        changed = training.model_copy(
+            update={"batch_size": batch, "warmup_steps": warmup, "table_learning_rate_factor": factor}
+        )
+        return self.model_copy(update={"training": changed})
+
+    def to_yaml(self) -> str:
+        """Format the whole configuration as YAML; `Config.load` reads it back to an equal one."""
+        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return text
+
+
+def _found(path: Path) -> Path:
+    """Find the file, or the preset of that name."""
+    if path.suffix or len(path.parts) > 1 or path.exists():
+        return path
+    presets = Path(__file__).parent / "presets"
+    preset = presets / f"{path}.yaml"
+    if not preset.is_file():
+        known = ", ".join(sorted(found.stem for found in presets.glob("*.yaml")))
+        raise InputError(f"{path}: no configuration file or preset with this name; presets: {known}")
+    return preset
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as text: {error}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected sections such as `training:`, found {type(values).__name__}")
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f"--set {override}: expected section.key=value, such as training.max_epochs=3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override}: the value is not valid YAML") from error
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if isinstance(inner, str) and section == "objective":  # `objective: NAME` followed by objective.strength=...
+            inner = values[section] = {"name": inner}
+        if not isinstance(inner, dict):
+            raise InputError(f"--set {override}: {section} is a value, not a section")
+        values = inner
+    values[last] = value

@@ -1,0 +1,99 @@
+"""The settings of both towers as pydantic models: pure data, builds nothing."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from twotower.config.features import Features, Section
+
+
+class SequenceConfig(Section):
+    """A sequence encoder of the history: every position of a sequence is a training row; see docs/sequences.md."""
+
+    kind: Literal["transformer", "gru"] = "transformer"
+    blocks: int = Field(2, ge=1, le=64, description="Transformer blocks, or layers of the GRU.")
+    heads: int = Field(2, ge=1, le=64, description="Attention heads of each block; must divide D.")
+    expansion: float = Field(4.0, gt=0, le=16, description="Width of a block's feed-forward layer as a multiple of D.")
+    gated: bool = Field(False, description="RMSNorm and SwiGLU in the blocks instead of LayerNorm and GELU.")
+    recency: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="Number of averages of the preceding items, with learned weights by distance, added around the "
+        "encoder.",
+    )
+    dropout: float = Field(
+        0.2, ge=0, lt=1, description="Dropout of the input, of the blocks' outputs and of their hidden units."
+    )
+    gaps: bool = Field(False, description="Also read the time between consecutive items; needs timestamps.")
+
+
+class HistoryConfig(Section):
+    """The recent items of a query, pooled with learned recency weights, or read as a sequence."""
+
+    length: int = Field(50, ge=1, le=10_000, description="L: use the L most recent items.")
+    heads: int = Field(4, ge=1, le=64, description="Number of pooled averages, each with its own recency weights.")
+    dropout: float = Field(0.3, ge=0, lt=1, description="Fraction of history items hidden during training.")
+    share_table: bool = Field(True, description="Look up the history's items in the item tower's id table.")
+    item_features: bool = Field(
+        False, description="Embed the history's items with the whole item tower, features included, not by id alone."
+    )
+    sequence: SequenceConfig | None = Field(
+        None, description="Read the history with a transformer or a GRU. None: pool it (heads, MLP)."
+    )
+
+
+class QueryTowerConfig(Section):
+    """The query tower: an id embedding and/or the pooled history, then an MLP."""
+
+    id_embedding: bool = Field(False, description="A learned vector per query seen in training.")
+    history: HistoryConfig | None = HistoryConfig()
+    hidden: list[Annotated[int, Field(ge=1)]] = Field([128], description="Widths of the hidden layers of the MLP.")
+    dropout: float = Field(0.3, ge=0, lt=1)
+    residual: bool = Field(False, description="Skip connections around the MLP's hidden layers.")
+    layer_norm: bool = Field(False, description="Layer norm before the activations of the MLP.")
+    features: Features = Field(
+        "none", description="Columns of the query table: none, auto (what `twotower features` proposes), or a list."
+    )
+    context: Features = Field(
+        "none",
+        description="Columns of the interactions that are also known at request time, such as device or hour: none, "
+        "auto, or a list.",
+    )
+    context_dropout: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="Fraction of training rows whose context is hidden, so that the model also serves requests "
+        "without one.",
+    )
+
+
+class ItemTowerConfig(Section):
+    """The item tower: id embedding and declared features, combined by an MLP."""
+
+    dimension: int = Field(64, ge=1, le=4096, description="D: width of the output embeddings of both towers.")
+    table_precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Storage type of the embedding tables of both towers. bfloat16: half the memory."
+    )
+    hidden: list[Annotated[int, Field(ge=1)]] = Field([], description="Widths of the hidden layers. Empty: no MLP.")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    residual: bool = Field(False, description="Add the id embedding to the output; skip connections in the MLP.")
+    layer_norm: bool = Field(False, description="Layer norm before the activations of the MLP.")
+    features: Features = Field(
+        "none", description="Columns of the item table: none, auto (what `twotower features` proposes), or a list."
+    )
+    id_embedding: bool = Field(True, description="A learned vector per item. false: features only.")
+    id_dropout: float = Field(
+        0.0, ge=0, lt=1, description="Probability that an item's id is hidden during training; needs features."
+    )
+
+    @model_validator(mode="after")
+    def _knows_items(self) -> ItemTowerConfig:
+        if self.features == "none" and (self.id_dropout > 0 or not self.id_embedding):
+            raise ValueError(
+                "id_dropout and id_embedding: false need features; without features an item has only its id"
+            )
+        return self

@@ -1,0 +1,102 @@
+"""Feature tables of items and queries, joined to a vocabulary by id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from twotower.data.io.readers import ROW, FrameSource, Source, open_source
+from twotower.data.schema.account import Account
+from twotower.data.schema.columns import USUAL_NAMES, plain_name, usual_column
+from twotower.data.schema.vocabulary import Vocabulary, ids_of, listed
+from twotower.errors import InputError
+
+TableLike = str | Path | Any
+
+
+class FeatureTable:
+    """A feature table with one row per id, validated but not yet joined.
+
+    Args:
+        table: path of a Parquet, CSV or TSV file, or a data frame.
+        role: "item" or "query".
+        id_column: name of the id column in the interactions; tried first, then the usual names.
+
+    Raises:
+        InputError: unreadable, no id column, or null or repeated ids.
+    """
+
+    def __init__(self, table: TableLike, role: str, id_column: str) -> None:
+        self.role = role
+        source = open_source(Path(table)) if isinstance(table, str | Path) else FrameSource(table, f"{role} table")
+        self.where = source.name
+        frame = pl.concat(source.chunks(source.columns))
+        self.id_column = self._find_id(source, id_column)
+        raw = frame[self.id_column]
+        if raw.null_count():
+            row = frame[ROW][int(raw.is_null().arg_true()[0])]
+            raise InputError(f"{self.where}: column {self.id_column!r}, row {row}: empty {role} id.")
+        ids = ids_of(raw, f"{self.where}: column {self.id_column!r}")
+        repeated = ids.is_first_distinct().not_()
+        if repeated.any():
+            at = int(repeated.arg_true()[0])
+            raise InputError(
+                f"{self.where}: column {self.id_column!r}, row {frame[ROW][at]}: {role} {ids[at]!r} occurs in an "
+                "earlier row; expected one row per id."
+            )
+        frame = frame.drop(ROW)
+        if source.text:
+            frame = frame.with_columns(typed(frame[name]) for name in frame.columns if name != self.id_column)
+        self.ids, self.frame = ids, frame
+
+    def _find_id(self, source: Source, id_column: str) -> str:
+        same = [name for name in source.columns if plain_name(name) == plain_name(id_column)]
+        if len(same) == 1:
+            return same[0]
+        found = usual_column(source.columns, USUAL_NAMES[self.role], self.role, source.name)
+        if found is None:
+            raise InputError(
+                f"{source.name}: no {self.role} id column; expected {id_column!r}. "
+                f"Columns found: {listed(source.columns)}."
+            )
+        return found
+
+    def ids_as(self, dtype: Any) -> pl.Series:
+        """Convert the ids to the type of a vocabulary; null where that is impossible."""
+        return self.ids if self.ids.dtype == dtype else self.ids.cast(dtype, strict=False)
+
+    def joined(self, vocabulary: Vocabulary, account: Account) -> pl.DataFrame:
+        """Join the table to a vocabulary: row i = code i, nulls where the table has no row for an id.
+
+        Raises:
+            InputError: no id in common.
+        """
+        ids = self.ids_as(vocabulary.ids.dtype).alias(self.id_column)
+        wanted = pl.DataFrame({self.id_column: vocabulary.ids})
+        known = int(wanted[self.id_column].is_in(ids.drop_nulls().implode()).sum())
+        if not known:
+            raise InputError(
+                f"{self.where}: none of its {len(ids):,} {self.role} ids occurs in the interactions; the first id of "
+                f"the table is {ids_of(self.ids, '')[0]!r}, the first of the interactions {vocabulary.ids[0]!r}."
+            )
+        if known < len(vocabulary):
+            account.add(f"{self.role} ids without features", len(vocabulary) - known, "their features are null")
+        if known < len(ids):
+            account.add(
+                f"{self.role} table rows unused", len(ids) - known, "no interaction has them"
+                + ("; catalog='table' keeps them" if self.role == "item" else ""),
+            )  # fmt: skip
+        return wanted.join(self.frame.with_columns(ids), on=self.id_column, how="left", maintain_order="left")
+
+
+def typed(column: pl.Series) -> pl.Series:
+    """Convert a text column to integers or floats if every value parses."""
+    for dtype in (pl.Int64(), pl.Float64()):
+        numbers = column.cast(dtype, strict=False)
+        if numbers.null_count() == column.null_count() and len(column) > column.null_count():
+            # Values with leading zeros, such as zip codes, are not numbers.
+            padded = column.drop_nulls().str.contains(r"^[+-]?0\d")
+            return column if padded.any() else numbers
+    return column

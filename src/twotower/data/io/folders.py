@@ -1,0 +1,170 @@
+"""Discovery of the interaction files and feature tables in a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from twotower.data.io.layout import META
+from twotower.data.io.readers import SUFFIXES, suffix_of
+from twotower.data.schema.vocabulary import listed
+from twotower.errors import InputError
+
+INTERACTION_NAMES = ("interactions", "ratings", "transactions", "sequences")
+ITEM_NAMES = ("items", "products", "movies", "articles")
+QUERY_NAMES = ("users", "queries", "customers", "households", "demographics")
+_OF = re.compile(r"(.*?)(\d+)(-of-)(\d+)(\D.*)?")
+SPLIT_NAMES = {"train", "valid", "validation", "test"}
+
+
+@dataclass
+class Files:
+    """The files of a data set: `interactions` in reading order."""
+
+    interactions: list[Path]
+    items: Path | None = None
+    queries: Path | None = None
+    ignored: list[str] = field(default_factory=list)
+
+
+def find_files(path: Path) -> Files:
+    """Find the data files of a path, a file or a folder.
+
+    A folder contains either one file named ``*.inter``, ``interactions.*``, ``ratings.*``, ``transactions.*`` or
+    ``sequences.*``, or shards of one format, read in the order of their names. It may also contain one item table
+    (``*.item``, ``items.*``, ``products.*``, ``movies.*``) and one query table (``*.user``, ``users.*``, ...).
+
+    Raises:
+        InputError: nothing to read, or the choice is ambiguous.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder; give a Parquet, CSV or TSV file, or a folder of them.")
+    if not path.is_dir():
+        return Files([path])
+    files = sorted(p for p in path.iterdir() if p.is_file() and p.name[0] not in "._" and suffix_of(p) in SUFFIXES)
+    if not files:
+        raise InputError(f"{path}: no data files in this folder; expected files named *{', *'.join(SUFFIXES)}.")
+    items = _table(path, files, ".item", ITEM_NAMES)
+    queries = _table(path, files, ".user", QUERY_NAMES)
+    rest = [p for p in files if p not in (items, queries)]
+    named = [p for p in rest if suffix_of(p) == ".inter" or _stem(p) in INTERACTION_NAMES]
+    if len(named) > 1:
+        raise InputError(
+            f"{path}: {listed([p.name for p in named])} could each be the interactions; "
+            "name the file instead of the folder."
+        )
+    if named:
+        return Files(named, items, queries, [p.name for p in rest if p not in named])
+    if not rest:
+        raise InputError(
+            f"{path}: this folder has feature tables but no interactions; add interactions.parquet or .csv."
+        )
+    if len(rest) > 1 and {_stem(p) for p in rest} & SPLIT_NAMES:
+        raise InputError(
+            f"{path}: {listed([p.name for p in rest])} look like a ready-made split; read it with from_parts."
+        )
+    kinds = sorted({suffix_of(p) for p in rest})
+    if len(kinds) > 1 or (kinds == [".txt"] and len(rest) > 1):
+        raise InputError(
+            f"{path}: unclear which of {listed([p.name for p in rest])} has the interactions; "
+            "name the file, or put shards of one format into a separate folder."
+        )
+    _refuse_gaps(rest)
+    return Files(rest, items, queries)
+
+
+def several(paths: Sequence[str | Path]) -> Files:
+    """Find the data files of several paths.
+
+    Raises:
+        InputError: a path does not exist, or the list is empty.
+    """
+    if not paths:
+        raise InputError("the list of files is empty; give at least one.")
+    return Files([file for path in paths for file in find_files(Path(path)).interactions])
+
+
+def listing(source: str | Path) -> dict[str, int]:
+    """Map the interaction files to their sizes in bytes; empty for prepared data and for paths that cannot be read."""
+    path = Path(source)
+    if (path / META).is_file():  # prepared data
+        return {}
+    try:
+        return {str(p): p.stat().st_size for p in find_files(path).interactions}
+    except (InputError, OSError):  # reading the data reports the error
+        return {}
+
+
+def refuse_other_files(before: Mapping[str, int], now: Mapping[str, int], whose: str) -> None:
+    """Check that the files match those of rank 0, or of the interrupted run.
+
+    Args:
+        before: the expected files, from `listing`.
+        now: the files found.
+        whose: subject and verb for the messages, such as "the first rank has".
+
+    Raises:
+        InputError: a shard is missing, has another size, or is new; the message names it.
+    """
+    for file, size in before.items():
+        if file not in now:
+            raise InputError(
+                f"{file}: missing, but {whose} it ({size:,} bytes); restore it, or start a new run without it"
+            )
+        if now[file] != size:
+            raise InputError(
+                f"{file}: has {now[file]:,} bytes, expected {size:,} ({whose} that version); restore it, or start a "
+                "new run"
+            )
+    for file in now:
+        if file not in before:
+            raise InputError(f"{file}: exists, but is not among the files that {whose}; remove it, or start a new run")
+
+
+def _refuse_gaps(files: Sequence[Path]) -> None:
+    """Check that no shard is missing if the names contain the total, as in ``part-00003-of-00010.parquet``."""
+    numbered: dict[tuple[str, ...], dict[int, Path]] = {}
+    for file in files:
+        if found := _OF.fullmatch(file.name):
+            before, number, of, total, after = (part or "" for part in found.groups())
+            numbered.setdefault((before, of, total, after), {})[int(number)] = file
+    for (before, of, total, after), found_shards in numbered.items():
+        first = 1 if int(total) in found_shards else 0
+        for number in range(first, first + int(total)):
+            if number not in found_shards:
+                name = f"{before}{number:0{len(total)}}{of}{total}{after}"
+                example = next(iter(found_shards.values()))
+                raise InputError(
+                    f"{example.with_name(name)}: the shard is missing; the name of {example.name} gives their number."
+                )
+
+
+def _stem(path: Path) -> str:
+    return path.name.split(".", maxsplit=1)[0].lower()
+
+
+def _table(folder: Path, files: Sequence[Path], suffix: str, names: Sequence[str]) -> Path | None:
+    found = [p for p in files if suffix_of(p) == suffix or _stem(p) in names]
+    if len(found) > 1:
+        raise InputError(
+            f"{folder}: {listed([p.name for p in found])} could each be the feature table; keep one, or pass its path."
+        )
+    return found[0] if found else None
+
+
+def cache_root() -> Path:
+    """Return the folder of prepared data and downloads: TWOTOWER_CACHE, or ~/.cache/twotower."""
+    root = os.environ.get("TWOTOWER_CACHE")
+    return Path(root).expanduser() if root else Path.home() / ".cache" / "twotower"
+
+
+def cache_key(files: Sequence[Path], options: dict[str, Any]) -> str:
+    """Return a cache key for the current state of these files and these options."""
+    stamps = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return hashlib.sha256(json.dumps([stamps, options], sort_keys=True).encode()).hexdigest()[:32]

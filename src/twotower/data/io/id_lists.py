@@ -1,0 +1,76 @@
+"""Readers of lists of ids and tables of items in files provided by the user. Ids are read unchanged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from twotower.data.io.feature_tables import typed
+from twotower.data.io.readers import ROW, SUFFIXES, open_source, suffix_of
+from twotower.data.schema.columns import USUAL_NAMES, usual_column
+from twotower.data.schema.vocabulary import Vocabulary, ids_of, listed
+from twotower.errors import InputError
+
+
+def read_ids(path: str | Path, side: str = "item") -> pl.Series:
+    """Read ids from a file: Parquet, CSV or TSV with an id column, or text with one id per line (any other suffix).
+
+    Args:
+        path: the file.
+        side: "item" or "query".
+
+    Returns:
+        Int64 if a Parquet file has integers, otherwise String; text stays exactly as written, for example "007".
+
+    Raises:
+        InputError: not readable, or no id column.
+    """
+    file = Path(path)
+    suffix = suffix_of(file)
+    if suffix not in SUFFIXES or suffix == ".txt":
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{file}: cannot be read ({error}); expected text with one {side} id per line") from None
+        return pl.Series("id", [line.strip() for line in lines if line.strip()], dtype=pl.String)
+    source = open_source(file)
+    name = usual_column(source.columns, (("id",), *USUAL_NAMES[side]), side, source.name)
+    if name is None and len(source.columns) == 1:
+        name = source.columns[0]
+    if name is None:
+        raise InputError(f"{file}: no {side} id column; found {listed(source.columns)}")
+    ids = ids_of(pl.concat(source.chunks([name]))[name].drop_nulls(), f"{file}: column {name!r}")
+    return ids.alias("id")
+
+
+def ids_like(ids: pl.Series, vocabulary: Vocabulary, where: str) -> pl.Series:
+    """Convert ids to the id type of a vocabulary.
+
+    Raises:
+        InputError: an id is text and the vocabulary has integers.
+    """
+    kind: Any = vocabulary.ids.dtype
+    if ids.dtype == kind:
+        return ids
+    cast = ids.cast(kind, strict=False)
+    wrong = cast.is_null() & ids.is_not_null()
+    if wrong.any():
+        row = int(wrong.arg_true()[0])
+        raise InputError(f"{where}: row {row + 1}: {ids[row]!r} is not an integer, and this model has integer ids")
+    return cast
+
+
+def read_items(path: str | Path) -> pl.DataFrame:
+    """Read a table of items. Ids stay as written; the types of other columns of a text file are inferred.
+
+    Raises:
+        InputError: not readable.
+    """
+    source = open_source(Path(path))
+    frame = pl.concat(source.chunks(source.columns)).drop(ROW)
+    if source.text:
+        own = usual_column(source.columns, (("id",), *USUAL_NAMES["item"]), "item", source.name)
+        frame = frame.with_columns(typed(frame[name]) for name in frame.columns if name != own)
+    return frame

@@ -1,0 +1,226 @@
+"""Validation of the rows of a source, and their conversion to one form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from twotower.data.io.readers import LISTS, ROW, Source
+from twotower.data.schema.columns import Columns
+from twotower.data.schema.vocabulary import ids_of
+from twotower.errors import InputError
+
+DATE_FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d")
+MICROSECONDS = {"seconds": 1_000_000, "milliseconds": 1_000, "microseconds": 1}
+
+
+@dataclass
+class Rows:
+    """The validated rows of one chunk.
+
+    Attributes:
+        queries: ids, Int64 or String [n].
+        items: ids, Int64 or String [n].
+        times: [n] microseconds if `calendar`, else the file's numbers, int64 or float64; None without the column.
+        calendar: whether the times are dates.
+        weights: float32 [n] or None.
+        labels: float32 [n] or None.
+        groups: ids [n] or None.
+        context: context columns, unchanged, n rows, or None.
+        empty_lists: number of rows of the file with an empty list of items.
+    """
+
+    queries: pl.Series
+    items: pl.Series
+    times: NDArray[Any] | None
+    calendar: bool
+    weights: NDArray[np.float32] | None
+    labels: NDArray[np.float32] | None
+    groups: pl.Series | None
+    context: pl.DataFrame | None = None
+    empty_lists: int = 0
+
+
+def clean(frame: pl.DataFrame, columns: Columns, source: Source, context: Sequence[str] = ()) -> Rows:
+    """Validate one chunk of a source; `context` names further columns to pass through.
+
+    Raises:
+        InputError: null ids, or unusable ids, timestamps, weights, labels or lists; with file, column and row.
+    """
+    assert columns.query is not None
+    assert columns.item is not None
+    empty = 0
+    if is_list(frame, columns.item):
+        frame, empty = _explode(frame, columns, source, context)
+    at = _Where(source, frame[ROW])
+    calendar, times = False, None
+    if columns.timestamp is not None:
+        calendar, times = _times(frame[columns.timestamp], at)
+    return Rows(
+        queries=_ids(frame[columns.query], at, "query"),
+        items=_ids(frame[columns.item], at, "item"),
+        times=times,
+        calendar=calendar,
+        weights=None if columns.weight is None else _weights(frame[columns.weight], at),
+        labels=None if columns.label is None else _numbers(frame[columns.label], at, "label").astype(np.float32),
+        groups=None if columns.group is None else _ids(frame[columns.group], at, "group"),
+        context=frame.select(context) if context else None,
+        empty_lists=empty,
+    )
+
+
+def is_list(frame: pl.DataFrame, column: str) -> bool:
+    """Return whether a column has lists."""
+    return isinstance(frame.schema[column], LISTS)
+
+
+class _Where:
+    """The file rows of a chunk, for error messages."""
+
+    def __init__(self, source: Source, rows: pl.Series) -> None:
+        self.source, self.rows = source, rows
+
+    def error(self, column: str, position: int, found: str) -> InputError:
+        return InputError(f"{self.source.name}: column {column!r}, row {self.rows[position]}: {found}")
+
+
+def _first(mask: pl.Series) -> int:
+    return int(mask.arg_true()[0])
+
+
+def _ids(series: pl.Series, at: _Where, role: str) -> pl.Series:
+    if series.null_count():
+        raise at.error(series.name, _first(series.is_null()), f"empty {role} id; every row needs one.")
+    typed = ids_of(series, f"{at.source.name}: column {series.name!r}")
+    if typed.dtype == pl.String:
+        blank = typed.str.strip_chars() == ""
+        if blank.any():
+            raise at.error(series.name, _first(blank), f"blank {role} id; every row needs one.")
+        if at.source.text:
+            numbers = typed.cast(pl.Int64, strict=False)
+            # "007" and "+7" stay text, so that the vocabulary returns every id as it was written.
+            if not numbers.null_count() and bool((numbers.cast(pl.String) == typed).all()):
+                return numbers
+    return typed
+
+
+def _numbers(series: pl.Series, at: _Where, role: str) -> NDArray[np.float64]:
+    if series.dtype not in (pl.String, pl.Null) and not series.dtype.is_numeric():
+        raise InputError(f"{at.source.name}: column {series.name!r}: {role}s of type {series.dtype}; expected numbers.")
+    numbers = series.cast(pl.Float64, strict=False)
+    good = numbers.is_finite().fill_null(False)
+    if not good.all():
+        bad = _first(~good)
+        raise at.error(series.name, bad, f"{role} {series[bad]!r}; expected a finite number.")
+    return numbers.to_numpy()
+
+
+def _weights(series: pl.Series, at: _Where) -> NDArray[np.float32]:
+    weights = _numbers(series, at, "weight")
+    negative = np.flatnonzero(weights < 0)
+    if negative.size:
+        bad = int(negative[0])
+        raise at.error(series.name, bad, f"weight {series[bad]!r} is negative; weights must be 0 or more.")
+    return weights.astype(np.float32)
+
+
+def _times(series: pl.Series, at: _Where) -> tuple[bool, NDArray[Any]]:
+    """Return whether the times are dates, and int64 microseconds (dates) or the file's numbers."""
+    if series.null_count():
+        raise at.error(
+            series.name, _first(series.is_null()), "no timestamp; every row needs one, or leave the column out."
+        )
+    dtype = series.dtype
+    if dtype == pl.Date:
+        return True, series.cast(pl.Datetime("us")).to_physical().to_numpy()
+    if isinstance(dtype, pl.Datetime):
+        return True, series.dt.cast_time_unit("us").to_physical().to_numpy()
+    if dtype == pl.String:
+        whole = series.cast(pl.Int64, strict=False)
+        if not whole.null_count():
+            return False, whole.to_numpy()
+        first_is_number = series.head(1).cast(pl.Float64, strict=False).null_count() == 0
+        return (False, _float_times(series, at)) if first_is_number else (True, _dates(series, at))
+    if dtype.is_integer():
+        return False, series.cast(pl.Int64).to_numpy()
+    if dtype.is_float():
+        return False, _float_times(series, at)
+    raise InputError(
+        f"{at.source.name}: column {series.name!r}: timestamps of type {dtype}; expected dates, ISO text or unix time."
+    )
+
+
+def _float_times(series: pl.Series, at: _Where) -> NDArray[Any]:
+    numbers = series.cast(pl.Float64, strict=False)
+    good = numbers.is_finite().fill_null(False)
+    if not good.all():
+        bad = _first(~good)
+        raise at.error(series.name, bad, f"timestamp {series[bad]!r}; expected unix time, as in the rows before it.")
+    values: NDArray[np.float64] = numbers.to_numpy()
+    return values
+
+
+def _dates(series: pl.Series, at: _Where) -> NDArray[np.int64]:
+    spaced = series.str.replace("T", " ", literal=True)
+    zoned = spaced.str.strptime(pl.Datetime("us", "UTC"), "%Y-%m-%d %H:%M:%S%.f%#z", strict=False)
+    parsed = zoned.to_physical()
+    for form in DATE_FORMATS:
+        missing = parsed.null_count()
+        if missing:
+            kind = pl.Date if form == "%Y-%m-%d" else pl.Datetime("us")
+            naive = spaced.str.strptime(kind, form, strict=False).cast(pl.Datetime("us")).to_physical()
+            parsed = parsed.zip_with(parsed.is_not_null(), naive)
+    if parsed.null_count():
+        bad = _first(parsed.is_null())
+        raise at.error(
+            series.name, bad, f"timestamp {series[bad]!r}; expected unix time or ISO text like 2024-05-31 17:05:00."
+        )
+    values: NDArray[np.int64] = parsed.to_numpy()
+    return values
+
+
+def unit_of(largest: float, where: str) -> str:
+    """Infer the unit of numeric timestamps from the largest absolute value of the column.
+
+    Raises:
+        InputError: too large for microseconds.
+    """
+    for unit, below in (("seconds", 1e11), ("milliseconds", 1e14), ("microseconds", 1e17)):
+        if largest < below:
+            return unit
+    raise InputError(
+        f"{where}: timestamps up to {largest:.3g}; expected unix seconds, milliseconds or microseconds. "
+        "Divide nanoseconds by 1000."
+    )
+
+
+def _explode(frame: pl.DataFrame, columns: Columns, source: Source, context: Sequence[str]) -> tuple[pl.DataFrame, int]:
+    """Expand lists to one row per item; the other list columns are expanded with them."""
+    assert columns.item is not None
+    frame = frame.with_columns(
+        pl.col(name).arr.to_list() for name in frame.columns if isinstance(frame.schema[name], pl.Array)
+    )
+    items = frame[columns.item]
+    if items.null_count():
+        row = frame[ROW][_first(items.is_null())]
+        raise InputError(
+            f"{source.name}: column {columns.item!r}, row {row}: null instead of a list of items; use an empty list."
+        )
+    names = list(dict.fromkeys([*columns.roles().values(), *context]))
+    lists = [name for name in names if is_list(frame, name)]
+    if columns.query in lists:
+        raise InputError(f"{source.name}: column {columns.query!r}: lists of query ids; expected one id per row.")
+    for name in lists:
+        uneven = frame[name].list.len().ne_missing(items.list.len())
+        if uneven.any():
+            row = frame[ROW][_first(uneven)]
+            raise InputError(
+                f"{source.name}: column {name!r}, row {row}: the list is not as long as the list in {columns.item!r}."
+            )
+    full = frame.filter(items.list.len() > 0)
+    return full.select(ROW, *names).explode(lists), len(frame) - len(full)

@@ -1,0 +1,1 @@
+"""Batches for training: order, histories, sequences and time gaps."""

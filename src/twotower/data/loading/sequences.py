@@ -1,0 +1,170 @@
+"""Batches of whole sequences: every position is a training row, and one pass over a sequence covers all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from twotower.data.interactions import Interactions
+from twotower.data.loading.batches import Batch, Encoded, context_rows
+from twotower.data.loading.gaps import gap_codes
+from twotower.data.loading.packing import Windows, length_groups, pack
+from twotower.data.loading.shuffle import Place, Shuffle, ahead
+from twotower.distributed.communicator import Ranks
+from twotower.errors import InputError
+from twotower.hashing import mix64
+
+
+class SequenceBatches(Place):
+    """Windows of the queries' sequences; each row of the interactions is in one window per epoch.
+
+    A query with n rows is cut into ceil(n / (L + 1)) windows of at most L + 1 consecutive rows, so that the last row of
+    a full window sees L items. If there are several windows, only the first and the last can be shorter than L + 1: a
+    cut determined by seed, epoch and query divides the remainder between them, so the windows move from epoch to epoch.
+    A row sees only the earlier rows of its window.
+
+    Every batch has the same number of windows, drawn without replacement, so a candidate from another window has a
+    known expected count. The number of rows varies.
+
+    Args:
+        interactions: the rows to train on.
+        batch_size: B, average number of rows in a batch.
+        history_length: L.
+        seed: 0 or more.
+        context: encoded context of all rows of the interactions (`encode_context`), or None.
+        gaps: whether to read the time between items.
+        ranks: this rank gets its part of every batch, whole windows with about as many rows as the other ranks;
+            `batch_size` is the total over all ranks.
+
+    Raises:
+        InputError: no rows, a size or seed out of range, or gaps without timestamps.
+    """
+
+    def __init__(
+        self,
+        interactions: Interactions,
+        batch_size: int,
+        *,
+        history_length: int,
+        seed: int = 0,
+        context: Encoded | None = None,
+        gaps: bool = False,
+        ranks: Ranks | None = None,
+    ) -> None:
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("history_length", history_length, 1),
+            ("seed", seed, 0),
+        ):
+            if value < least:
+                raise InputError(f"{name}: {value}; expected at least {least}.")
+        if not len(interactions):
+            raise InputError("training batches: no interactions to train on.")
+        self.interactions, self.history_length, self.seed = interactions, history_length, seed
+        self.batch_size, self.context, self.ranks = batch_size, context, ranks or Ranks()
+        if gaps and interactions.timestamps is None:
+            raise InputError(
+                "query_tower.history.sequence.gaps: the data has no timestamps; name the column with "
+                "data.columns.timestamp, or leave gaps out"
+            )
+        times = interactions.timestamps if gaps else None
+        self._gaps = None if times is None else gap_codes(interactions.offsets, times)
+        sizes = np.diff(interactions.offsets)
+        self._windows = -(-sizes // (history_length + 1))
+        self.num_windows = int(self._windows.sum())
+        mean = len(interactions) / self.num_windows
+        self.windows_per_batch = min(max(round(batch_size / mean), 1), self.num_windows)
+        # The number of each query's first window.
+        self._first = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self._windows)])
+        self.epoch, self.position = 0, 0
+
+    def __len__(self) -> int:
+        """Return the number of batches in an epoch; the last windows, if they fill no batch, are left out."""
+        return self.num_windows // self.windows_per_batch
+
+    def _fixed(self) -> dict[str, int]:
+        return {
+            "windows_per_batch": self.windows_per_batch,
+            "history_length": self.history_length,
+            "rows": len(self.interactions),
+        }
+
+    def __iter__(self) -> Iterator[Batch]:
+        shuffle, epoch = Shuffle(self.num_windows, self.seed, self.epoch), self.epoch
+        size = self.windows_per_batch
+
+        def make(position: int) -> Batch:
+            return self.batch(shuffle(np.arange(position * size, (position + 1) * size)), epoch)
+
+        for batch in ahead(make, self.position, len(self)):
+            self.position += 1
+            yield batch
+        self.epoch, self.position = self.epoch + 1, 0
+
+    def windows(self, numbers: NDArray[np.int64], epoch: int) -> tuple[NDArray[np.int64], ...]:
+        """Compute (query, first row, number of rows) of windows as cut in an epoch, int64 [S] each."""
+        queries = np.searchsorted(self._first, numbers, side="right") - 1
+        place = numbers - self._first[queries]
+        count = self._windows[queries]
+        start = np.asarray(self.interactions.offsets)[queries]
+        total = np.asarray(self.interactions.offsets)[queries + 1] - start
+        full = self.history_length + 1
+        least = total - (count - 1) * full  # rows of the first window if all others are full
+        first = least + self._cut(queries, epoch) % (full - least + 1) * (count > 1)
+        begin = np.where(place == 0, 0, first + (place - 1) * full)
+        end = np.minimum(np.where(place == 0, first, begin + full), total)
+        return queries, start + begin, end - begin
+
+    def batch(self, numbers: NDArray[np.int64], epoch: int = 0) -> Batch:
+        """Make this rank's part of the batch with these windows, int64 [S]; rows are in the order of `sequences.rows`.
+
+        The windows are ordered as a single process would pack them, and each rank takes a contiguous run: the rows of
+        all ranks, concatenated, are the rows of a single process.
+        """
+        data = self.interactions
+        queries, starts, lengths = self.windows(numbers, epoch)
+        groups = length_groups(lengths)
+        order = np.concatenate(groups)
+        own, sizes = self._shares(lengths[order])
+        chosen, edges = order[own], np.cumsum([0, *(len(group) for group in groups)])
+        mine = [np.arange(max(own.start, low), min(own.stop, high)) - own.start for low, high in pairwise(edges)]
+        packed, _, rows = pack(
+            starts[chosen],
+            lengths[chosen],
+            data.item_codes,
+            last_only=False,
+            gaps=self._gaps,
+            groups=[group for group in mine if len(group)],
+        )
+        return Batch(
+            rows=torch.from_numpy(rows),
+            queries=torch.from_numpy(np.repeat(queries[chosen], lengths[chosen])),
+            items=torch.from_numpy(np.asarray(data.item_codes)[rows].astype(np.int64)),
+            history=torch.empty(len(rows), 0, dtype=torch.int64),
+            weights=None if data.weights is None else torch.from_numpy(np.array(data.weights[rows])),
+            groups=None if data.groups is None else torch.from_numpy(data.groups[rows].astype(np.int64)),
+            total=sum(sizes),
+            sizes=sizes,
+            context=context_rows(self.context, rows),
+            sequences=replace(packed, windows=Windows(len(numbers), self.num_windows, len(data))),
+        )
+
+    def _shares(self, lengths: NDArray[np.int64]) -> tuple[slice, tuple[int, ...]]:
+        """Return this rank's windows and the rows of each rank; the middle row of a window decides its rank."""
+        size, ends = self.ranks.size, np.cumsum(lengths)
+        middle = ends - lengths / 2
+        rank = np.minimum((middle * size / ends[-1]).astype(np.int64), size - 1)
+        first = np.searchsorted(rank, np.arange(size + 1))
+        before = np.concatenate([[0], ends])[first]
+        own = slice(int(first[self.ranks.rank]), int(first[self.ranks.rank + 1]))
+        return own, tuple(int(rows) for rows in np.diff(before))
+
+    def _cut(self, queries: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        """Compute a pseudo-random number per query and epoch, 0 or more: splitmix64, keyed by seed and epoch."""
+        key = np.random.SeedSequence([self.seed, epoch, 1]).generate_state(1, np.uint64)[0]
+        return (mix64(queries.astype(np.uint64) + key) >> np.uint64(1)).astype(np.int64)

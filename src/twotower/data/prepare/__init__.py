@@ -1,0 +1,1 @@
+"""From files to sorted, coded columns, in bounded memory and with several workers."""

@@ -1,0 +1,278 @@
+"""Construction of the prepared folder from sources and feature tables; `Interactions.open` reads it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from twotower.data.io.feature_tables import FeatureTable, TableLike
+from twotower.data.io.layout import combined, digest, vocabulary_digest, write_meta
+from twotower.data.io.readers import SequenceSource, Source
+from twotower.data.prepare.bucket_sort import Finished, finish
+from twotower.data.prepare.chunks import ROLES, Collected
+from twotower.data.prepare.first_pass import FirstPass
+from twotower.data.prepare.request_context import CONTEXT_FILE, Wanted, gathered
+from twotower.data.schema.account import Account
+from twotower.data.schema.columns import Columns
+from twotower.data.schema.vocabulary import Hashed, IdKind, Vocabulary
+from twotower.errors import InputError
+
+VOCABULARY_FILES = {"queries": "queries.parquet", "items": "items.parquet", "groups": "groups.parquet"}
+#: Adds the rows of all files to a `Collected`, and returns the query columns of each file, if any.
+Gather = Callable[[Collected], Sequence[pl.DataFrame | None]]
+TABLE_FILES = {"item": "item_table.parquet", "query": "query_table.parquet"}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Options of `Interactions.read`."""
+
+    columns: Columns = field(default_factory=Columns)
+    positive_label: float | None = None
+    catalog: str = "interactions"
+    part: bool = False
+    context: Wanted = None
+    query_ids: IdKind = "vocabulary"
+    item_ids: IdKind = "vocabulary"
+
+    def __post_init__(self) -> None:
+        if self.catalog not in ("interactions", "table"):
+            raise InputError(f"catalog: {self.catalog!r}; expected 'interactions' or 'table'.")
+        if self.positive_label is not None and not np.isfinite(self.positive_label):
+            raise InputError(f"positive_label: {self.positive_label!r}; expected a finite number.")
+        for name, kind in (("query_ids", self.query_ids), ("item_ids", self.item_ids)):
+            if not isinstance(kind, Hashed) and kind not in ("vocabulary", "codes"):
+                raise InputError(f"{name}: {kind!r}; expected 'vocabulary', 'codes' or Hashed(rows).")
+        if isinstance(self.item_ids, Hashed):
+            raise InputError(
+                "item_ids: hashed items could not be distinguished in results; expected 'vocabulary' or 'codes'."
+            )
+
+    def first_pass(self, sources: Sequence[Source]) -> FirstPass:
+        """Resolve the columns to read from each file."""
+        return FirstPass.of(
+            sources,
+            self.columns,
+            labelled=self.positive_label,
+            context=self.context,
+            ids={"query_ids": self.query_ids, "item_ids": self.item_ids},
+        )
+
+
+def build(
+    sources: Sequence[Source],
+    *,
+    reading: Reading,
+    items: TableLike | None,
+    queries: TableLike | None,
+    directory: Path,
+    account: Account,
+    first: FirstPass | None = None,
+    gather: Gather | None = None,
+) -> None:
+    """Write the layout of `storing` into `directory`, which exists and is empty.
+
+    Args:
+        sources: the files.
+        reading: options.
+        items: table of item features.
+        queries: table of query features.
+        directory: output folder.
+        account: receives the lines on what was read.
+        first: which columns to read from each file; None: resolve them here.
+        gather: collects the rows of all files; None: read them here.
+
+    Raises:
+        InputError: an error in the input, with file, column and row.
+    """
+    with tempfile.TemporaryDirectory(prefix="passes-", dir=directory) as passes:
+        first = first or reading.first_pass(sources)
+        columns, named = first.columns, list(first.context)
+        collected = first.empty(Path(passes))
+        read = [first.read(source, collected) for source in sources] if gather is None else gather(collected)
+        described = [frame for frame in read if frame is not None]
+        extras = pl.concat(described, how="diagonal_relaxed") if described else None
+        if not collected.rows:
+            raise InputError(f"{sources[0].name}: no interactions; every list of items is empty.")
+        if isinstance(reading.query_ids, Hashed) and (queries is not None or described):
+            raise InputError(
+                "query_ids: query features are joined by id, and hashed ids are not stored; leave out the query table "
+                "(or the columns next to the lists of items), or use 'vocabulary' or 'codes'."
+            )
+        tables = {
+            "item": None if items is None else FeatureTable(items, "item", columns.item or "item"),
+            "query": None if queries is None else FeatureTable(queries, "query", columns.query or "query"),
+        }
+        vocabularies = _vocabularies(collected, columns, tables["item"], reading, sources[0].name)
+        negatives = directory / "negatives"
+        negatives.mkdir()
+        finished = finish(
+            collected,
+            vocabularies=vocabularies,
+            positive_label=reading.positive_label,
+            directory=directory,
+            negative_directory=negatives,
+            where=f"{sources[0].name}: column {columns.timestamp!r}",
+        )
+        context = gathered(
+            collected,
+            named,
+            finished.arrival,
+            timestamp=columns.timestamp,
+            times=np.load(directory / "timestamps.npy", mmap_mode="r") if columns.timestamp in named else None,
+            text=any(source.text for source in sources),
+        )
+    rows, below = int(finished.offsets[-1]), int(finished.negative_offsets[-1])
+    if not rows:
+        raise InputError(
+            f"{sources[0].name}: column {columns.label!r}: no row has a label of at least {reading.positive_label}."
+        )
+    _add_lines(
+        account,
+        collected=collected,
+        finished=finished,
+        vocabularies=vocabularies,
+        columns=columns,
+        reading=reading,
+        sources=sources,
+    )
+    if context is not None:
+        account.add("context", None, f"columns {', '.join(context.columns)}: one value for each row")
+        context.write_parquet(directory / CONTEXT_FILE)
+    joined = {
+        role: table.joined(vocabularies[_side(role)], account) for role, table in tables.items() if table is not None
+    }
+    if extras is not None:
+        joined["query"] = _with_extras(extras, joined.get("query"), vocabularies["queries"], columns.query or "query")
+    for role, table in joined.items():
+        table.write_parquet(directory / TABLE_FILES[role])
+    for side, vocabulary in vocabularies.items():
+        vocabulary.write(directory / VOCABULARY_FILES[side])
+    vocabulary_digests = {side: vocabulary_digest(v) for side, v in vocabularies.items()}
+    written = {
+        "columns": asdict(columns),
+        "groups": "groups" in vocabularies,
+        "tables": sorted(joined),
+        "context": context is not None,
+    }
+    if below:
+        np.save(negatives / "offsets.npy", finished.negative_offsets, allow_pickle=False)
+        digests = {**finished.negative_digests, **vocabulary_digests, "offsets": digest(finished.negative_offsets)}
+        write_meta(
+            negatives, {"rows": below, "fields": sorted(finished.negative_digests), "fingerprint": combined(digests)}
+        )
+    else:
+        for path in negatives.iterdir():
+            path.unlink()
+        negatives.rmdir()
+    np.save(directory / "offsets.npy", finished.offsets, allow_pickle=False)
+    digests = {**finished.digests, **vocabulary_digests, "offsets": digest(finished.offsets)}
+    write_meta(
+        directory,
+        {
+            "rows": rows,
+            "fields": sorted(finished.digests),
+            "fingerprint": combined(digests),
+            "negatives": bool(below),
+            "account": account.to_dict(),
+            **written,
+        },
+    )
+
+
+def _side(role: str) -> str:
+    return "items" if role == "item" else "queries"
+
+
+def _vocabularies(
+    collected: Collected, columns: Columns, item_table: FeatureTable | None, reading: Reading, where: str
+) -> dict[str, Vocabulary]:
+    extra: pl.Series | None = None
+    if reading.catalog == "table":
+        if item_table is None:
+            raise InputError("catalog='table' needs an item table; give items=...")
+        if "items" in collected.direct:
+            raise InputError(
+                "catalog='table' adds ids to a vocabulary; codes have none: N is the largest code plus one."
+            )
+        extra = item_table.ids_as(collected.distinct["items"][0].dtype)
+        if extra.null_count():
+            wrong = item_table.ids.filter(extra.is_null())[0]
+            raise InputError(
+                f"{item_table.where}: column {item_table.id_column!r}: id {wrong!r} is text, "
+                "but the interactions have integer ids."
+            )
+    vocabularies = {
+        "queries": collected.vocabulary("queries", columns.query or ""),
+        "items": collected.vocabulary("items", columns.item or "", extra),
+    }
+    if collected.distinct["groups"]:
+        vocabularies["groups"] = collected.vocabulary("groups", columns.group or "")
+    if len(vocabularies["items"]) < 2 and not reading.part:
+        raise InputError(
+            f"{where}: column {columns.item!r}: only one item, {vocabularies['items'].ids[0]!r}; "
+            "retrieval needs at least two."
+        )
+    return vocabularies
+
+
+def _with_extras(extras: pl.DataFrame, table: pl.DataFrame | None, vocabulary: Vocabulary, query: str) -> pl.DataFrame:
+    typed = extras.with_columns(pl.col(query).cast(vocabulary.ids.dtype)).unique(
+        query, keep="first", maintain_order=True
+    )
+    base = table if table is not None else pl.DataFrame({query: vocabulary.ids})
+    left = base.columns[0]
+    fresh = [name for name in typed.columns if name == query or name not in base.columns]
+    return base.join(typed.select(fresh), left_on=left, right_on=query, how="left", maintain_order="left")
+
+
+def _add_lines(
+    account: Account,
+    *,
+    collected: Collected,
+    finished: Finished,
+    vocabularies: dict[str, Vocabulary],
+    columns: Columns,
+    reading: Reading,
+    sources: Sequence[Source],
+) -> None:
+    """Add the lines on what was read and dropped."""
+    rows, below = int(finished.offsets[-1]), int(finished.negative_offsets[-1])
+    files = sources[0].name if len(sources) == 1 else f"{len(sources)} files, the first is {sources[0].name}"
+    account.add("rows read", collected.rows, files)
+    roles = ", ".join(f"{role} = {name}" for role, name in columns.roles().items())
+    account.add("columns", None, roles)
+    if collected.empty_lists:
+        account.add("empty lists", collected.empty_lists, "queries without an item, dropped")
+    if columns.timestamp is None:
+        gaps = any(isinstance(s, SequenceSource) and s.has_gaps for s in sources)
+        account.add(
+            "no timestamps",
+            None,
+            "row order is taken as time order; repeats of a (query, item) pair are kept"
+            + ("; the gaps after the TAB have no origin and are not used" if gaps else ""),
+        )
+    else:
+        account.add("duplicates", finished.duplicates, "same query, item and timestamp; the first is kept")
+    if columns.label is not None and reading.positive_label is None:
+        account.add(
+            "labels ignored",
+            None,
+            f"every row counts as a positive, whatever its {columns.label}; with positive_label=4 "
+            "only labels of at least 4 count",
+        )
+    if reading.positive_label is not None:
+        account.add("negatives", below, f"{columns.label} below {reading.positive_label:g}, stored as .negatives")
+    account.add("interactions", rows, "positives")
+    account.add("queries", len(vocabularies["queries"]))
+    account.add("items", len(vocabularies["items"]))
+    for side, column in collected.direct.items():
+        column.tell(account, ROLES[side], finished.seen[side])
+    if reading.positive_label is not None:
+        silent = int(np.count_nonzero(np.diff(finished.offsets) == 0))
+        account.add("queries without a positive", silent, "they stay in the vocabulary")

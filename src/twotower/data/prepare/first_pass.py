@@ -1,0 +1,115 @@
+"""Settings of the first pass: which columns to read from each file, and how; the same for all files of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import polars as pl
+
+from twotower.data.io.readers import ROW, Source
+from twotower.data.io.validation import clean, is_list
+from twotower.data.prepare.chunks import Collected, direct_column
+from twotower.data.prepare.request_context import Wanted, context_columns
+from twotower.data.schema.columns import Columns
+from twotower.data.schema.vocabulary import Hashed, IdKind, listed
+from twotower.errors import InputError
+
+
+@dataclass(frozen=True)
+class FirstPass:
+    """How to read the rows of a file.
+
+    Attributes:
+        columns: the column of each role that the files have.
+        context: context columns.
+        query_ids: how query ids become codes.
+        item_ids: how item ids become codes.
+    """
+
+    columns: Columns
+    context: tuple[str, ...] = ()
+    query_ids: IdKind = "vocabulary"
+    item_ids: IdKind = "vocabulary"
+
+    @classmethod
+    def of(
+        cls,
+        sources: Sequence[Source],
+        columns: Columns,
+        *,
+        labelled: float | None = None,
+        context: Wanted = None,
+        ids: Mapping[str, IdKind],
+    ) -> FirstPass:
+        """Resolve the columns of all files.
+
+        Args:
+            sources: the files; the columns of the first one determine the roles.
+            columns: the roles set by the caller.
+            labelled: the smallest label of a positive, if labels are needed.
+            context: context columns.
+            ids: `query_ids` and `item_ids`.
+
+        Raises:
+            InputError: a column is missing in one of the files.
+        """
+        found = columns.resolve(sources[0].columns, sources[0].name)
+        named: list[str] = []
+        for source in sources:
+            missing = [name for name in found.roles().values() if name not in source.columns]
+            if missing:
+                raise InputError(
+                    f"{source.name}: column {missing[0]!r} is missing, but {sources[0].name} has it. "
+                    f"Columns found: {listed(source.columns)}."
+                )
+            if labelled is not None and found.label is None:
+                raise InputError(
+                    f"{source.name}: positive_label={labelled} needs a label column (rating, label, score). "
+                    f"Columns found: {listed(source.columns)}."
+                )
+            lists = found.item in source.lists
+            if source is sources[0]:
+                named = context_columns(context, found, source.columns, source.name, lists=lists)
+            others = [name for name in named if name != found.timestamp]
+            context_columns(others, found, source.columns, source.name, lists=lists)
+        return cls(found, tuple(named), **ids)
+
+    def empty(self, directory: Any) -> Collected:
+        """Create an empty `Collected` that writes to a folder."""
+        kinds = {"queries": self.query_ids, "items": self.item_ids}
+        direct = {side: column for side, kind in kinds.items() if (column := direct_column(kind)) is not None}
+        return Collected(directory, direct)
+
+    def read(self, source: Source, collected: Collected) -> pl.DataFrame | None:
+        """Add the rows of a file. If it has lists of items, return its scalar columns: they describe the queries."""
+        columns, extras = self.columns, list[pl.DataFrame]()
+        context = [name for name in self.context if name != columns.timestamp]
+        lists = columns.item in source.lists
+        for frame in source.chunks(
+            list(dict.fromkeys([*columns.roles().values(), *context, *(source.columns if lists else [])]))
+        ):
+            if is_list(frame, columns.item or ""):
+                described = [
+                    name
+                    for name in frame.columns
+                    if name not in (ROW, *columns.roles().values(), *context) and not frame.schema[name].is_nested()
+                ]
+                if described:
+                    extras.append(frame.select(columns.query or "", *described))
+            collected.add(clean(frame, columns, source, context), source.name, source.text, columns)
+        return pl.concat(extras, how="diagonal_relaxed") if extras else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to JSON values for `of_dict`."""
+        return asdict(self)
+
+    @classmethod
+    def of_dict(cls, told: Mapping[str, Any]) -> FirstPass:
+        """Restore from `to_dict`."""
+        kinds = {
+            name: Hashed(**told[name]) if isinstance(told[name], dict) else told[name]
+            for name in ("query_ids", "item_ids")
+        }
+        return cls(Columns(**told["columns"]), tuple(told["context"]), **kinds)

@@ -1,0 +1,38 @@
+"""Helper process that reads shards: `python -m twotower.data.shard_worker`; reads its task from standard input."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+
+from twotower.data.io import readers
+from twotower.data.prepare.cache import into_folder
+from twotower.data.prepare.first_pass import FirstPass
+from twotower.data.prepare.shards import Shards, in_turn
+
+
+def main() -> None:
+    """Read the shards that no other process has taken, until all are read."""
+    task = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Smaller chunks, so that all processes together need as much memory as one.
+    readers.CHUNK_ROWS = max(readers.CHUNK_ROWS // task["shares"], 1)
+    readers.TEXT_CHUNK_ROWS = max(readers.TEXT_CHUNK_ROWS // task["shares"], 1)
+    files = [Path(file) for file in task["files"]]
+    shards = Shards(Path(task["root"]), files, task["reading"], task.get("purpose", ""))
+    for file in in_turn(files, task["number"], task["processes"]):
+        shards.take(file, into_folder(FirstPass.of_dict(task["reading"])), wait=False)
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent ends, for whatever reason: standard input is then closed."""
+    while sys.stdin.read(1):
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

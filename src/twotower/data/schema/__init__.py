@@ -1,0 +1,1 @@
+"""Columns, ids and their codes, and the account of what was read."""

@@ -1,0 +1,147 @@
+"""Column roles, and the vocabularies that map ids of any type to dense codes and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+
+import polars as pl
+
+from twotower.data.schema.vocabulary import listed
+from twotower.errors import InputError
+
+# Usual column names, in tiers: the first tier with a match decides; two matches in one tier are ambiguous. Names are
+# compared without case, spaces, dashes, underscores and the ":token" of typed headers.
+USUAL_NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "query": (
+        ("userid", "user", "customerid", "customer", "householdid", "visitorid", "visitor", "memberid", "clientid"),
+        ("queryid", "query", "sessionid", "session", "accountid", "profileid"),
+    ),
+    "item": (
+        (
+            *("itemid", "item", "movieid", "productid", "stockcode", "articleid", "sku", "asin", "bookid", "trackid"),
+            *("songid", "videoid", "newsid", "businessid", "venueid", "documentid", "adid", "gameid", "recipeid"),
+        ),
+        ("items", "itemids", "sequence", "itemsequence", "product", "movie", "article"),
+    ),
+    "timestamp": (
+        ("timestamp", "timestamps", "ts", "datetime", "eventtime", "transactiontimestamp", "invoicedate", "unixtime"),
+        ("time", "date", "createdat", "orderdate", "tdat", "eventdate", "day"),
+    ),
+    "weight": (("weight", "sampleweight", "weights"),),
+    "label": (("rating", "label", "score", "ratings", "stars"),),
+    "group": (("group", "market"),),
+}
+TITLE_NAMES = (("title", "movietitle", "itemtitle", "producttitle"), ("name", "itemname", "productname", "prodname"),
+               ("description",))  # fmt: skip
+
+
+def plain_name(column: str) -> str:
+    """Normalise a column name for comparison: lower case, no spaces, dashes, underscores or ``:type``."""
+    return re.sub(r"[\s_\-]+", "", column.split(":", maxsplit=1)[0]).lower()
+
+
+def usual_column(columns: Sequence[str], tiers: Sequence[Sequence[str]], role: str, where: str) -> str | None:
+    """Find the one column with a usual name, or None.
+
+    Raises:
+        InputError: two columns match equally well.
+    """
+    for tier in tiers:
+        found = [c for c in columns if plain_name(c) in tier]
+        if len(found) > 1:
+            raise InputError(
+                f"{where}: columns {listed(found)} could each be the {role}; choose one: data.columns.{role}="
+                f"{found[0]} (in Python columns={{{role!r}: {found[0]!r}}}). Columns found: {listed(columns)}."
+            )
+        if found:
+            return found[0]
+    return None
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The column of each role; a role left None is found by the usual column names.
+
+    Attributes:
+        query: id of the user, customer, session or query. Required in the file.
+        item: id of the item, or a list of items in order. Required in the file.
+        timestamp: time of the interaction: dates, ISO text, or unix seconds, milliseconds or microseconds.
+        weight: weight of a row in the loss, finite and not negative.
+        label: a rating or score; see ``positive_label`` of `Interactions.read`.
+        group: market, or another partition of the rows.
+    """
+
+    query: str | None = None
+    item: str | None = None
+    timestamp: str | None = None
+    weight: str | None = None
+    label: str | None = None
+    group: str | None = None
+
+    @classmethod
+    def of(cls, given: Columns | Mapping[str, str | None] | None) -> Columns:
+        """Convert the caller's argument: a `Columns`, a mapping from role to column, or None.
+
+        Raises:
+            InputError: the mapping names a role that does not exist, or one column has two roles.
+        """
+        if given is None:
+            return cls()
+        if not isinstance(given, Columns):
+            known = [f.name for f in fields(cls)]
+            for role in given:
+                if role not in known:
+                    raise InputError(f"columns: {role!r} is not a role; the roles are {listed(known)}.")
+            given = cls(**given)
+        named = [name for name in asdict(given).values() if name is not None]
+        for name in named:
+            if named.count(name) > 1:
+                raise InputError(f"columns: {name!r} has two roles; a column can have only one.")
+        return given
+
+    def resolve(self, columns: Sequence[str], where: str) -> Columns:
+        """Fill in the roles for a file with these columns.
+
+        Args:
+            columns: names of the file's columns.
+            where: name of the file, for messages.
+
+        Raises:
+            InputError: a named column does not exist, a required one is missing, or two match equally well.
+        """
+        found: dict[str, str | None] = {}
+        taken = {name for name in asdict(self).values() if name is not None}
+        for role, tiers in USUAL_NAMES.items():
+            named: str | None = getattr(self, role)
+            if named is not None:
+                match = named if named in columns else named.split(":")[0]
+                if match not in columns:
+                    raise InputError(
+                        f"{where}: column {named!r}, given as the {role}, does not exist. "
+                        f"Columns found: {listed(columns)}."
+                    )
+                found[role] = match
+                continue
+            found[role] = usual_column([c for c in columns if c not in taken], tiers, role, where)
+            if found[role] is None and role in ("query", "item"):
+                usual = "user_id, customer_id, query_id" if role == "query" else "item_id, product_id, movie_id"
+                raise InputError(
+                    f"{where}: no {role} column found (usual names: {usual}); name it: data.columns.{role}=NAME "
+                    f"(in Python columns={{{role!r}: NAME}}). Columns found: {listed(columns)}."
+                )
+        return Columns(**found)
+
+    def roles(self) -> dict[str, str]:
+        """Map each role that has a column to that column."""
+        return {role: name for role, name in asdict(self).items() if name is not None}
+
+
+def title_column(table: pl.DataFrame) -> str | None:
+    """Find the human-readable column of an item table (title, name or description), or None."""
+    for tier in TITLE_NAMES:
+        for column in table.columns:
+            if plain_name(column) in tier and table.schema[column] == pl.String:
+                return column
+    return None

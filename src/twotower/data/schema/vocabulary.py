@@ -1,0 +1,351 @@
+"""Ids without a stored vocabulary: integers that are already codes, and hashed ids."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from twotower.errors import InputError
+from twotower.hashing import GOLDEN, mix64
+from twotower.system.filesystem import whole_file
+
+IdValues = pl.Series | NDArray[Any] | Sequence[Any]
+
+
+def listed(columns: Sequence[str]) -> str:
+    """Format column names for a message, at most 20 of them."""
+    shown = ", ".join(repr(c) for c in columns[:20])
+    return shown + (f" and {len(columns) - 20} more" if len(columns) > 20 else "") if columns else "none"
+
+
+def ids_of(values: IdValues, where: str) -> pl.Series:
+    """Convert ids to a Series of Int64 or String, the two id types.
+
+    Raises:
+        InputError: floats, booleans, dates or mixed types, or an integer above 2^63 - 1.
+    """
+    try:
+        series = values if isinstance(values, pl.Series) else pl.Series("id", values)
+    except (TypeError, pl.exceptions.PolarsError, OverflowError):
+        raise InputError(
+            f"{where}: ids of mixed types; ids must be all integers or all text. Convert them first."
+        ) from None
+    dtype = series.dtype
+    if dtype in (pl.Int64, pl.String):
+        return series
+    if dtype == pl.Null:
+        return series.cast(pl.String)
+    if dtype.is_integer():
+        try:
+            return series.cast(pl.Int64)
+        except pl.exceptions.InvalidOperationError:
+            raise InputError(f"{where}: an integer id above 2^63 - 1; convert the ids to text.") from None
+    if dtype in (pl.Categorical, pl.Enum):
+        return series.cast(pl.String)
+    if dtype == pl.Object:
+        raise InputError(f"{where}: ids of mixed types; ids must be all integers or all text. Convert them first.")
+    raise InputError(
+        f"{where}: ids of type {dtype}; ids must be integers or text"
+        + (" (floats lose ids above 2^53)." if dtype.is_float() else ".")
+        + " Convert the column first."
+    )
+
+
+class Vocabulary:
+    """The ids of the queries, items or groups; the code of an id is its position.
+
+    Args:
+        ids: distinct ids, integers or text, no nulls.
+
+    Raises:
+        InputError: nulls, repeats, or ids that are neither integers nor text.
+    """
+
+    def __init__(self, ids: IdValues) -> None:
+        series = ids_of(ids, "vocabulary").alias("id")
+        if series.null_count():
+            raise InputError("vocabulary: null ids; every id needs a value.")
+        self._ids = series.rechunk()
+        # Ascending integers, the usual case, are looked up by binary search; anything else by a hash join.
+        self._ascending: NDArray[np.int64] | None = None
+        if series.dtype == pl.Int64:
+            values = self._ids.to_numpy()
+            if len(values) < 2 or bool(np.all(values[1:] > values[:-1])):
+                self._ascending = values
+        # Ascending ids cannot repeat. For other ids the check costs a tenth of a second per million.
+        if self._ascending is None and series.n_unique() != len(series):
+            raise InputError("vocabulary: repeated ids; each id must occur once.")
+
+    @property
+    def ids(self) -> pl.Series:
+        """The ids in code order, Int64 or String."""
+        return self._ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vocabulary) and self._ids.equals(other._ids, check_dtypes=True)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Vocabulary({len(self):,} ids, {self._ids.dtype})"
+
+    def encode(self, ids: IdValues) -> NDArray[np.int64]:
+        """Look up the codes of ids, int64 [len(ids)]; -1 where unknown or null.
+
+        An integer vocabulary accepts text if all of it parses (a command line passes ``"1"``); a text vocabulary
+        accepts integers.
+
+        Raises:
+            InputError: ids of a wrong type or of mixed types.
+        """
+        wanted = ids_of(ids, "ids")
+        if not len(wanted) or not len(self):
+            return np.full(len(wanted), -1, dtype=np.int64)
+        if wanted.dtype != self._ids.dtype:
+            if self._ids.dtype == pl.Int64:
+                parsed = wanted.cast(pl.Int64, strict=False)
+                if parsed.null_count() > wanted.null_count():
+                    wrong = wanted.filter(parsed.is_null() & wanted.is_not_null())[0]
+                    raise InputError(f"ids: {wrong!r} is not an integer, and this vocabulary has integer ids.")
+                wanted = parsed
+            else:
+                wanted = wanted.cast(pl.String)
+        if self._ascending is not None and not wanted.null_count():
+            values = wanted.to_numpy()
+            at = np.minimum(np.searchsorted(self._ascending, values), len(self) - 1)
+            return np.where(self._ascending[at] == values, at, -1).astype(np.int64)
+        table = pl.DataFrame({"id": self._ids}).with_row_index("code")
+        joined = pl.DataFrame({"id": wanted}).join(table, on="id", how="left", maintain_order="left")
+        return joined["code"].cast(pl.Int64).fill_null(-1).to_numpy()
+
+    def decode(self, codes: Sequence[int] | NDArray[np.integer[Any]]) -> pl.Series:
+        """Look up the ids of codes, a Series of the vocabulary's type; null where the code is -1.
+
+        Raises:
+            IndexError: a code outside ``-1 .. len - 1``.
+        """
+        at = np.asarray(codes, dtype=np.int64).reshape(-1)
+        if at.size and (at.min() < -1 or at.max() >= len(self)):
+            raise IndexError(f"codes must be in -1..{len(self) - 1}, found {at.min()}..{at.max()}")
+        known = at >= 0
+        if known.all():
+            return self._ids.gather(at)
+        positions = pl.Series("position", np.where(known, at, 0)).set(pl.Series(~known), None)
+        return self._ids.gather(positions) if len(self) else pl.Series("id", [None] * len(at), dtype=self._ids.dtype)
+
+    def write(self, path: str | Path) -> None:
+        """Write to a Parquet file with one column, ``id``; atomic."""
+        with whole_file(Path(path)) as partial:
+            pl.DataFrame({"id": self._ids}).write_parquet(partial, compression="lz4")
+
+    @classmethod
+    def read(cls, path: str | Path) -> Vocabulary:
+        """Read a file written by `write`.
+
+        Raises:
+            InputError: the file is missing, damaged, or not a vocabulary.
+        """
+        try:
+            table = pl.read_parquet(path)
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise InputError(f"{path}: not a readable vocabulary ({str(error).splitlines()[0]}).") from None
+        if table.columns != ["id"]:
+            raise InputError(f"{path}: expected one column 'id', found {listed(table.columns)}.")
+        return cls(table["id"])
+
+
+Codes = NDArray[np.int64]
+
+#: Codes are int32 in prepared data.
+MOST_ROWS = 2**31 - 1
+_CODES, _HASHED = "codes", "hashed_rows"
+
+
+@dataclass(frozen=True)
+class Hashed:
+    """The id kind "hashed to R rows"; ids that share a row are the same to the model.
+
+    Attributes:
+        rows: R, 2 to 2^31 - 1.
+
+    Raises:
+        InputError: out of range.
+    """
+
+    rows: int
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.rows <= MOST_ROWS:
+            raise InputError(f"hashed: {self.rows} rows; expected 2 to {MOST_ROWS:,}")
+
+
+#: How ids become codes: by a vocabulary, unchanged, or by hashing.
+IdKind = Literal["vocabulary", "codes"] | Hashed
+
+
+def hash_ids(ids: IdValues) -> NDArray[np.uint64]:
+    """Hash each id to 64 bits, uint64 [n]: the same in every process, on every machine, in every version.
+
+    Integers go through the finaliser of splitmix64 (Steele, Lea and Flood 2014), text through BLAKE2b. Text that is the
+    canonical form of an integer ("7", not "007") is hashed as that integer, because a command line passes only text.
+
+    Raises:
+        InputError: null ids, or ids that are neither integers nor text.
+    """
+    series = ids_of(ids, "ids")
+    if series.null_count():
+        raise InputError("ids: null ids cannot be hashed; every id needs a value")
+    if series.dtype == pl.Int64:
+        return _hashed(series.to_numpy())
+    distinct = Vocabulary(series.unique().sort())
+    numbers = distinct.ids.cast(pl.Int64, strict=False)
+    plain = (numbers.cast(pl.String) == distinct.ids).fill_null(value=False).to_numpy()
+    hashes = _hashed(numbers.fill_null(0).to_numpy())
+    for place in np.flatnonzero(~plain):
+        text = hashlib.blake2b(distinct.ids[int(place)].encode(), digest_size=8)
+        hashes[place] = int.from_bytes(text.digest(), "little")
+    return hashes[distinct.encode(series)]
+
+
+def expected_shared(ids: int, rows: int) -> float:
+    """Compute the expected fraction of ids that share their row with another: 1 - (1 - 1/R)^(n - 1).
+
+    Args:
+        ids: n, the number of distinct ids, each hashed to any row with the same probability.
+        rows: R.
+    """
+    return float(-np.expm1(max(ids - 1, 0) * np.log1p(-1.0 / rows)))
+
+
+class CodedIds(Vocabulary):
+    """Ids 0 .. size - 1 that are their own codes; stores no list and looks nothing up.
+
+    Args:
+        size: the number of ids.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    @property
+    def ids(self) -> pl.Series:
+        """0, 1, 2, ...: created on each access."""
+        return pl.int_range(self._size, eager=True, dtype=pl.Int64).alias("id")
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is CodedIds and self._size == other._size
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        return f"CodedIds({self._size:,})"
+
+    def encode(self, ids: IdValues) -> Codes:
+        """See `Vocabulary.encode`."""
+        wanted = ids_of(ids, "ids")
+        if wanted.dtype != pl.Int64:
+            numbers = wanted.cast(pl.Int64, strict=False)
+            if numbers.null_count() > wanted.null_count():
+                wrong = wanted.filter(numbers.is_null() & wanted.is_not_null())[0]
+                raise InputError(f"ids: {wrong!r} is not an integer; the ids of this model are integer codes.")
+            wanted = numbers
+        codes = wanted.fill_null(-1).to_numpy()
+        return np.where((codes >= 0) & (codes < self._size), codes, -1)
+
+    def decode(self, codes: Sequence[int] | NDArray[np.integer[Any]]) -> pl.Series:
+        """See `Vocabulary.decode`."""
+        at = np.asarray(codes, dtype=np.int64).reshape(-1)
+        if at.size and (at.min() < -1 or at.max() >= self._size):
+            raise IndexError(f"codes must be in -1..{self._size - 1}, found {at.min()}..{at.max()}")
+        found = pl.Series("id", at)
+        return found if (at >= 0).all() else found.set(pl.Series(at < 0), None)
+
+    def write(self, path: str | Path) -> None:
+        """Write the size to a Parquet file; atomic."""
+        with whole_file(Path(path)) as partial:
+            pl.DataFrame({_CODES: [self._size]}, schema={_CODES: pl.Int64}).write_parquet(partial)
+
+
+class HashedIds(CodedIds):
+    """Ids that are hashed to rows. Every id has a row, even one that training never saw.
+
+    Decoding returns the row number: the ids behind a row are not stored.
+
+    Args:
+        kind: the number of rows.
+    """
+
+    def __init__(self, kind: Hashed) -> None:
+        super().__init__(kind.rows)
+
+    @property
+    def ids(self) -> pl.Series:
+        """Not available: hashed ids are not stored.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            "hashed ids: this needs the list of ids, and hashed ids are not stored; train with "
+            "data.query_ids=vocabulary, or encode the ids yourself and use data.query_ids=codes"
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HashedIds) and self._size == other._size
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        return f"HashedIds({self._size:,} rows)"
+
+    def encode(self, ids: IdValues) -> Codes:
+        """Hash each id to its row; -1 where null."""
+        wanted = ids_of(ids, "ids")
+        present = wanted.is_not_null()
+        codes = np.full(len(wanted), -1, dtype=np.int64)
+        codes[present.to_numpy()] = rows_of(hash_ids(wanted.filter(present)), self._size)
+        return codes
+
+    def write(self, path: str | Path) -> None:
+        """Write the size to a Parquet file; atomic."""
+        with whole_file(Path(path)) as partial:
+            pl.DataFrame({_HASHED: [self._size]}, schema={_HASHED: pl.Int64}).write_parquet(partial)
+
+
+def rows_of(hashes: NDArray[np.uint64], rows: int) -> Codes:
+    """Reduce each hash to a row: the hash modulo `rows`."""
+    return (hashes % np.uint64(rows)).astype(np.int64)
+
+
+def read_vocabulary(path: str | Path) -> Vocabulary:
+    """Read a vocabulary of any kind, written by its `write`.
+
+    Raises:
+        InputError: the file is missing, damaged, or not a vocabulary.
+    """
+    try:
+        columns = pl.read_parquet_schema(path)
+        kind = next((name for name in (_CODES, _HASHED) if list(columns) == [name]), None)
+        if kind is None:
+            return Vocabulary.read(path)
+        size = int(pl.read_parquet(path)[kind][0])
+    except (OSError, pl.exceptions.PolarsError, IndexError, TypeError) as error:
+        raise InputError(f"{path}: not readable ids ({(str(error) or 'empty').splitlines()[0]}).") from None
+    return CodedIds(size) if kind == _CODES else HashedIds(Hashed(size))
+
+
+def _hashed(values: NDArray[np.int64]) -> NDArray[np.uint64]:
+    return mix64(values.astype(np.uint64) + GOLDEN)

@@ -1,0 +1,14 @@
+"""Splits into training, validation and test, by protocol or from files."""
+
+from twotower.data.splits.from_files import from_parts
+from twotower.data.splits.holdout import Holdout
+from twotower.data.splits.protocols import Split, by_time, held_out_queries, leave_last_out
+
+__all__ = [
+    "Holdout",
+    "Split",
+    "by_time",
+    "from_parts",
+    "held_out_queries",
+    "leave_last_out",
+]

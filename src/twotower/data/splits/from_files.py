@@ -1,0 +1,148 @@
+"""Ready-made splits: training, validation and test in separate files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from twotower.data.interactions import ROW_FIELDS, ColumnsLike, Interactions
+from twotower.data.io.feature_tables import FeatureTable, TableLike
+from twotower.data.prepare.request_context import Wanted, joined_context
+from twotower.data.schema.account import Account
+from twotower.data.schema.vocabulary import Vocabulary
+from twotower.data.splits.holdout import Holdout, Window, make_holdout
+from twotower.data.splits.protocols import Cold, Split
+from twotower.errors import InputError
+
+Part = Interactions | str | Path | Sequence[str | Path]
+
+
+def from_parts(
+    train: Part,
+    validation: Part | None,
+    test: Part,
+    *,
+    items: TableLike | None = None,
+    queries: TableLike | None = None,
+    columns: ColumnsLike = None,
+    context: Wanted = None,
+    cold: Cold = "keep",
+) -> Split:
+    """Make a `Split` from ready-made parts, with vocabularies over all of them.
+
+    The history of a test query is its training rows followed by its validation rows.
+
+    Args:
+        train: interactions, a file or several files; ``[train, validation]`` to train on both.
+        validation: interactions, a file or several files; None for no validation.
+        test: interactions, a file or several files.
+        items: item features, joined by id.
+        queries: query features, joined by id.
+        columns: the column of each role in the files.
+        context: context columns to read from the files; see `Interactions.read`.
+        cold: "keep" targets whose item has no training row, as is usual with ready-made splits, or "drop" them.
+
+    Returns:
+        A split whose `data` contains all parts.
+
+    Raises:
+        InputError: a part cannot be read, or the ids of the parts have different types.
+    """
+    if cold not in ("drop", "keep"):
+        raise InputError(f"split: cold={cold!r}; expected 'drop' or 'keep'.")
+    account = Account()
+    parts: dict[str, Interactions] = {}
+    for name, part in (("train", train), ("validation", validation), ("test", test)):
+        if part is None:
+            continue
+        if not isinstance(part, Interactions):
+            part = Interactions.read(part, columns=columns, part=True, context=context)  # noqa: PLW2901
+        parts[name] = part
+        account.add(f"{name} given", len(parts[name]), f"{parts[name].num_queries:,} queries")
+        if parts[name].negatives is not None:
+            account.add(f"{name}: negatives", len(parts[name].negatives or ()), "not used in a ready-made split")
+    stacked = _stack(list(parts.values()))
+    rows = stacked.data
+    tables = {"item": (items, rows.items), "query": (queries, rows.queries)}
+    for role, (table, vocabulary) in tables.items():
+        if table is not None:
+            joined = FeatureTable(table, role, role).joined(vocabulary, account)
+            setattr(rows, f"{role}_table", joined)
+    ends = [rows.offsets[:-1] + before for before in stacked.rows_up_to]
+    fitted = rows.select(stacked.part == 0)
+    account.add("training rows", len(fitted), f"of {int((np.diff(fitted.offsets) > 0).sum()):,} queries")
+    known_items = fitted.item_counts() > 0 if cold == "drop" else None
+    made = {
+        name: make_holdout(rows, name, Window(start, start, end), account, known_items=known_items)
+        for name, start, end in zip(list(parts)[1:], ends[:-1], ends[1:], strict=True)
+    }
+    return Split(
+        train=fitted,
+        validation=made.get("validation", Holdout.empty("validation")),
+        test=made["test"],
+        account=account,
+        name="from_parts",
+        settings={"cold": cold, "fingerprints": {name: part.fingerprint for name, part in parts.items()}},
+        data=_by_time(rows),
+    )
+
+
+@dataclass
+class _Stacked:
+    """All parts with common vocabularies; the rows of a query are in the order of the parts.
+
+    Attributes:
+        data: the rows.
+        part: int8 [n], the part of each row.
+        rows_up_to: for each part, int64 [Q]: the number of a query's rows in this part and the parts before it.
+    """
+
+    data: Interactions
+    part: NDArray[np.int8]
+    rows_up_to: list[NDArray[np.int64]]
+
+
+def _stack(parts: Sequence[Interactions]) -> _Stacked:
+    queries = _union([p.queries for p in parts], "query")
+    items = _union([p.items for p in parts], "item")
+    codes = np.concatenate([queries.encode(p.queries.ids)[p.query_codes()] for p in parts])
+    part = np.repeat(np.arange(len(parts), dtype=np.int8), [len(p) for p in parts])
+    order = np.lexsort((part, codes))
+    columns: dict[str, Any] = {
+        name: np.concatenate([getattr(p, name) for p in parts])[order]
+        for name in ROW_FIELDS
+        if name not in ("item_codes", "groups") and all(getattr(p, name) is not None for p in parts)
+    }
+    item_codes = np.concatenate([items.encode(p.items.ids).astype(np.int32)[p.item_codes] for p in parts])[order]
+    counts = [np.bincount(codes[part == k], minlength=len(queries)) for k in range(len(parts))]
+    offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sum(counts))])
+    context = joined_context([p.context for p in parts], order)
+    data = Interactions(queries, items, offsets, item_codes, context=context, **columns)
+    return _Stacked(data, part[order], list(np.cumsum(counts, axis=0)))
+
+
+def _union(vocabularies: Sequence[Vocabulary], side: str) -> Vocabulary:
+    kinds = {v.ids.dtype for v in vocabularies}
+    if len(kinds) > 1:
+        raise InputError(
+            f"split from_parts: {side} ids are integers in one part and text in another; write them as one type."
+        )
+    return Vocabulary(pl.concat([v.ids for v in vocabularies]).unique().sort())
+
+
+def _by_time(rows: Interactions) -> Interactions:
+    """Sort the rows of each query by time: parts that overlap in time are not sorted yet."""
+    if rows.timestamps is None:
+        return rows
+    order = np.lexsort((rows.timestamps, rows.query_codes()))
+    columns: dict[str, Any] = {n: getattr(rows, n)[order] for n in ROW_FIELDS if getattr(rows, n) is not None}
+    columns["context"] = joined_context([rows.context], order)
+    return Interactions(
+        rows.queries, rows.items, rows.offsets, item_table=rows.item_table, query_table=rows.query_table, **columns
+    )

@@ -1,0 +1,136 @@
+"""`Holdout`: the queries of an evaluation with their histories and targets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from twotower.data.interactions import Interactions
+from twotower.data.loading.histories import take_ranges
+from twotower.data.schema.account import Account
+from twotower.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Holdout:
+    """Queries with their history and their targets, in compressed rows.
+
+    Attributes:
+        name: name in reports.
+        queries: int64 [E], codes in the query vocabulary, ascending.
+        history_offsets: int64 [E+1].
+        history_items: int32, oldest first, only rows before the first target.
+        target_offsets: int64 [E+1].
+        target_items: int32, without duplicates within a query, oldest first.
+        history_timestamps: int64 microseconds, parallel to `history_items`, or None.
+        query_times: int64 [E] microseconds, the time of the first target, or None.
+        context: the context of each query, from the row of its first target, or None.
+    """
+
+    name: str
+    queries: NDArray[np.int64]
+    history_offsets: NDArray[np.int64]
+    history_items: NDArray[np.int32]
+    target_offsets: NDArray[np.int64]
+    target_items: NDArray[np.int32]
+    history_timestamps: NDArray[np.int64] | None = None
+    query_times: NDArray[np.int64] | None = None
+    context: pl.DataFrame | None = None
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def __repr__(self) -> str:
+        return f"Holdout({self.name!r}, {len(self):,} queries, {len(self.target_items):,} targets)"
+
+    @classmethod
+    def empty(cls, name: str) -> Holdout:
+        """Make a holdout without queries, for a split without this part."""
+        zero, none = np.zeros(1, dtype=np.int64), np.zeros(0, dtype=np.int32)
+        return cls(name, none.astype(np.int64), zero, none, zero, none)
+
+
+@dataclass(frozen=True)
+class Window:
+    """The rows of a holdout: arrays of row numbers [Q], one entry per query.
+
+    Attributes:
+        history_end: the history of a query is its rows before this one.
+        start: first row that may be a target.
+        end: one past the last row that may be a target.
+    """
+
+    history_end: NDArray[np.int64]
+    start: NDArray[np.int64]
+    end: NDArray[np.int64]
+
+
+def make_holdout(
+    data: Interactions,
+    name: str,
+    window: Window,
+    account: Account,
+    *,
+    known_items: NDArray[np.bool_] | None = None,
+    known_queries: NDArray[np.bool_] | None = None,
+) -> Holdout:
+    """Make the holdout of a window of rows, and add its lines to the account.
+
+    Args:
+        data: rows, oldest first within a query.
+        name: name of the holdout.
+        window: its rows.
+        account: receives a line for everything that is dropped.
+        known_items: bool [N]; targets with other items are cold and dropped. None keeps them.
+        known_queries: bool [Q]; other queries are cold and dropped. None keeps them.
+
+    Raises:
+        InputError: nothing is left.
+    """
+    queries = np.flatnonzero(window.end > window.start)
+    rows_before = int((window.end - window.start)[queries].sum())
+    account.add(f"{name}: rows held out", rows_before, f"of {len(queries):,} queries")
+    if known_queries is not None:
+        known = known_queries[queries]
+        lost = int((window.end - window.start)[queries[~known]].sum())
+        account.add(f"{name}: cold queries", int((~known).sum()), f"not in training, dropped with {lost:,} rows")
+        queries = queries[known]
+    rows, offsets = take_ranges(window.start[queries], window.end[queries])
+    owner = np.repeat(np.arange(len(queries)), np.diff(offsets))
+    items = np.asarray(data.item_codes[rows])
+    if known_items is not None:
+        warm = known_items[items]
+        account.add(f"{name}: cold items", int((~warm).sum()), "rows whose item is not in training, dropped")
+        rows, owner, items = rows[warm], owner[warm], items[warm]
+    _, first = np.unique(owner * data.num_items + items, return_index=True)
+    first.sort()
+    if len(first) < len(rows):
+        account.add(f"{name}: repeated targets", len(rows) - len(first), "an item counts once for a query")
+    rows, owner, items = rows[first], owner[first], items[first]
+    sizes = np.bincount(owner, minlength=len(queries))
+    if bool((sizes == 0).any()):
+        account.add(f"{name}: queries without targets", int((sizes == 0).sum()), "no target left, dropped")
+    queries, sizes = queries[sizes > 0], sizes[sizes > 0]
+    if not len(queries):
+        raise InputError(
+            f"split: {name} is empty (of {rows_before:,} rows held out, none is left after dropping cold queries and "
+            "items); hold out a larger fraction, keep cold ones with cold='keep', or use more data."
+        )
+    history_rows, history_offsets = take_ranges(data.offsets[queries], window.history_end[queries])
+    target_offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])
+    account.add(f"{name}: targets", len(items), f"of {len(queries):,} queries")
+    times = data.timestamps
+    return Holdout(
+        name=name,
+        queries=queries.astype(np.int64),
+        history_offsets=history_offsets,
+        history_items=np.asarray(data.item_codes[history_rows]),
+        target_offsets=target_offsets,
+        target_items=items,
+        history_timestamps=None if times is None else np.asarray(times[history_rows]),
+        query_times=None if times is None else np.asarray(times[rows[target_offsets[:-1]]]),
+        context=None if data.context is None else data.context[rows[target_offsets[:-1]]],
+    )

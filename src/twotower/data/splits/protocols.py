@@ -1,0 +1,329 @@
+"""Split protocols: training, validation and test, with an account of what was dropped and why.
+
+The training side of a split: rows before the held-out ones, observed negatives, and the validation queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from twotower.data.interactions import Interactions
+from twotower.data.schema.account import Account
+from twotower.data.schema.vocabulary import listed
+from twotower.data.splits.holdout import Holdout, Window, make_holdout
+from twotower.errors import InputError
+
+ValidationQueries = int | float | str | Sequence[Any] | pl.Series | NDArray[Any] | None
+
+
+def rows_before(data: Interactions, cut: int) -> NDArray[np.int64]:
+    """Count the rows of each query before a timestamp, int64 [Q]."""
+    assert data.timestamps is not None
+    earlier = np.flatnonzero(np.asarray(data.timestamps) < cut)
+    return np.diff(np.searchsorted(earlier, data.offsets)).astype(np.int64)
+
+
+def training_rows(data: Interactions, ends: NDArray[np.int64], account: Account) -> Interactions:
+    """Select the rows of each query before `ends` [Q].
+
+    Raises:
+        InputError: no rows are left.
+    """
+    steps = np.zeros(len(data) + 1, dtype=np.int8)  # +1 where a query's training rows begin, -1 after their end
+    np.add.at(steps, data.offsets[:-1], 1)
+    np.add.at(steps, ends, -1)
+    mask = np.cumsum(steps[:-1], dtype=np.int8).astype(bool)
+    del steps
+    if not mask.any():
+        raise InputError("split: training is empty; hold out less.")
+    train = data.select(mask)
+    account.add("training rows", len(train), f"of {int((np.diff(train.offsets) > 0).sum()):,} queries")
+    return train
+
+
+def training_negatives(
+    data: Interactions, account: Account, *, before: int | None = None, train_end: NDArray[np.int64] | None = None
+) -> Interactions | None:
+    """Select the observed negatives for training: none later than the held-out rows."""
+    below = data.negatives
+    if below is None:
+        return None
+    if before is not None and below.timestamps is not None:
+        mask = np.asarray(below.timestamps) < before
+    else:
+        assert train_end is not None
+        complete = train_end == data.offsets[1:]
+        mask = complete[below.query_codes()]
+        if data.timestamps is not None and below.timestamps is not None:
+            # A query with held-out rows keeps the negatives before the first of them, if it has training rows.
+            partly = ~complete & (train_end > data.offsets[:-1])
+            cut = np.full(data.num_queries, np.iinfo(np.int64).min)
+            cut[partly] = np.asarray(data.timestamps[train_end[partly]])
+            mask |= np.asarray(below.timestamps) < cut[below.query_codes()]
+    kept = below.select(mask)
+    account.add("training negatives", len(kept), f"{len(below) - len(kept):,} dropped, held out or later")
+    return kept if len(kept) else None
+
+
+def validation_queries_of(
+    data: Interactions, told: ValidationQueries, eligible: NDArray[np.bool_], seed: int
+) -> NDArray[np.bool_]:
+    """Choose the queries whose second last item is validation, bool [Q].
+
+    Raises:
+        InputError: the setting does not fit the data.
+    """
+    if told is None:
+        return eligible.copy()
+    chosen = np.zeros(data.num_queries, dtype=bool)
+    if isinstance(told, str):
+        table = data.query_table
+        if table is None or told not in table.columns or table.schema[told] != pl.Boolean:
+            found = listed([c for c in table.columns if table.schema[c] == pl.Boolean]) if table is not None else "none"
+            raise InputError(
+                f"split: validation_queries={told!r} is no boolean column of the query table; its boolean columns: "
+                f"{found}."
+            )
+        chosen[table[told].fill_null(False).to_numpy()] = True
+    elif isinstance(told, int | float):
+        able = np.flatnonzero(eligible)
+        count = round(told * len(able)) if isinstance(told, float) and told < 1 else int(told)
+        if not 0 <= count <= len(able):
+            raise InputError(f"split: validation_queries={told}; {len(able):,} queries have 3 interactions or more.")
+        chosen[np.random.default_rng(seed).choice(able, size=count, replace=False)] = True
+    else:
+        codes = data.queries.encode(told)
+        if (codes < 0).any():
+            unknown = pl.Series("id", told)[int(np.flatnonzero(codes < 0)[0])]
+            raise InputError(f"split: validation_queries: query {unknown!r} is not in the data.")
+        chosen[codes] = True
+    return chosen & eligible
+
+
+Cold = Literal["drop", "keep"]
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Training rows, validation holdout and test holdout.
+
+    Attributes:
+        train: the rows to train on, with the vocabularies of all the data.
+        validation: for model selection; empty if the split was made without one.
+        test: for the final evaluation.
+        account: what was dropped and why.
+        name: name of the protocol.
+        settings: its arguments as JSON values.
+        data: all interactions; a served model takes its histories from them.
+    """
+
+    train: Interactions
+    validation: Holdout
+    test: Holdout
+    account: Account
+    name: str
+    settings: dict[str, Any]
+    data: Interactions
+
+    def __repr__(self) -> str:
+        return f"Split({self.name}, train={self.train!r}, validation={self.validation!r}, test={self.test!r})"
+
+
+def by_time(data: Interactions, validation: float = 0.05, test: float = 0.1, *, cold: Cold = "drop") -> Split:
+    """Split at two timestamps, the same for all queries: train on the past, predict the future.
+
+    The last `test` fraction of all interactions is the test, and the `validation` fraction before it the validation.
+    Rows exactly at a cut go to the later part. The history of a test query is all its rows before the cut.
+
+    Args:
+        data: interactions with timestamps.
+        validation: fraction of rows, 0 for none.
+        test: fraction of rows, above 0.
+        cold: "drop" targets whose item has no training row and queries without a training row, or "keep" them.
+
+    Raises:
+        InputError: no timestamps, invalid fractions, or an empty part.
+    """
+    _check_shares(validation, test, cold)
+    times = data.timestamps
+    if times is None:
+        raise InputError(
+            "split by_time: the data has no timestamps; name the column (columns={'timestamp': ...}), or use "
+            "leave_last_out, which needs only the order of the rows."
+        )
+    n = len(data)
+    at = [min(n - 1, round(n * (1 - test - validation))), min(n - 1, round(n * (1 - test)))]
+    ordered = np.partition(times, at)
+    first_cut, second_cut = int(ordered[at[0]]), int(ordered[at[1]])
+    del ordered
+    before_first, before_second = rows_before(data, first_cut), rows_before(data, second_cut)
+    account = Account()
+    account.add("split by time", len(data), f"validation from {_utc(first_cut)}, test from {_utc(second_cut)}")
+    train = training_rows(data, data.offsets[:-1] + before_first, account)
+    train = replace(train, negatives=training_negatives(data, account, before=first_cut))
+    known_items = train.item_counts() > 0 if cold == "drop" else None
+    known_queries = np.diff(train.offsets) > 0 if cold == "drop" else None
+    starts = data.offsets[:-1]
+    windows = {
+        "validation": Window(starts + before_first, starts + before_first, starts + before_second),
+        "test": Window(starts + before_second, starts + before_second, data.offsets[1:]),
+    }
+    if validation and first_cut == second_cut:
+        raise InputError(
+            f"split by_time: validation is empty, because too many rows have the timestamp {_utc(first_cut)}; "
+            "use a larger validation fraction, or validation=0."
+        )
+    made = {
+        name: make_holdout(data, name, window, account, known_items=known_items, known_queries=known_queries)
+        for name, window in windows.items()
+        if name == "test" or validation
+    }
+    settings = {"validation": validation, "test": test, "cold": cold, "cuts": [first_cut, second_cut]}
+    return _split("by_time", train, made=made, account=account, settings=settings, data=data)
+
+
+def leave_last_out(
+    data: Interactions, validation_queries: ValidationQueries = None, *, cold: Cold = "keep", seed: int = 0
+) -> Split:
+    """Hold out the last item of every query for the test, and the second last for validation.
+
+    The protocol of much published work, provided for comparison with it. Its training rows can be later than the test
+    rows of other queries; `by_time` has no such leak. Queries with fewer than 3 interactions stay in training.
+
+    Args:
+        data: interactions; without timestamps, row order is the time order.
+        validation_queries: queries whose second last item is validation: all (None), a number or a fraction of queries
+            drawn with `seed`, ids, or the name of a boolean column of the query table.
+        cold: "keep" targets without a training row, as the published protocols do, or "drop" them.
+        seed: seed of the draw.
+
+    Raises:
+        InputError: no query is long enough, or `validation_queries` does not fit the data.
+    """
+    _check_cold(cold)
+    sizes = np.diff(data.offsets)
+    eligible = sizes >= 3
+    account = Account()
+    if not eligible.any():
+        raise InputError("split leave_last_out: no query has 3 interactions or more; use by_time or held_out_queries.")
+    account.add("split leave-last-out", int(eligible.sum()), "queries whose last item is the test")
+    account.add(
+        "leak through time", None, "some training rows are later than other queries' test rows; by_time avoids this"
+    )
+    short = (sizes < 3) & (sizes > 0)
+    account.add("short queries", int(short.sum()), "fewer than 3 interactions, all in training")
+    chosen = validation_queries_of(data, validation_queries, eligible, seed)
+    ends = data.offsets[1:]
+    last = np.where(eligible, ends - 1, ends)
+    train_end = np.where(chosen, ends - 2, last)
+    train = training_rows(data, train_end, account)
+    train = replace(train, negatives=training_negatives(data, account, train_end=train_end))
+    known_items = train.item_counts() > 0 if cold == "drop" else None
+    made = {}
+    if chosen.any():
+        made["validation"] = make_holdout(
+            data, "validation", Window(train_end, train_end, np.where(chosen, ends - 1, train_end)), account,
+            known_items=known_items,
+        )  # fmt: skip
+    made["test"] = make_holdout(data, "test", Window(last, last, ends), account, known_items=known_items)
+    setting = validation_queries if isinstance(validation_queries, int | float | str | None) else int(chosen.sum())
+    settings = {"validation_queries": setting, "cold": cold, "seed": seed}
+    return _split("leave_last_out", train, made=made, account=account, settings=settings, data=data)
+
+
+def held_out_queries(
+    data: Interactions,
+    validation: float = 0.1,
+    test: float = 0.1,
+    *,
+    fold_in: float = 0.8,
+    seed: int = 0,
+    cold: Cold = "drop",
+) -> Split:
+    """Hold out whole queries: train on the others; the first rows of a held-out query are its history.
+
+    Args:
+        data: interactions.
+        validation: fraction of queries, 0 for none.
+        test: fraction of queries, above 0.
+        fold_in: fraction of a held-out query's rows that are its history; at least one row on each side.
+        seed: seed of the draw.
+        cold: "drop" targets whose item has no training row, or "keep" them.
+
+    Raises:
+        InputError: invalid fractions, or an empty part.
+    """
+    _check_shares(validation, test, cold)
+    if not 0 < fold_in < 1:
+        raise InputError(f"split: fold_in={fold_in}; expected a fraction between 0 and 1.")
+    sizes = np.diff(data.offsets)
+    able = np.flatnonzero(sizes >= 2)
+    wanted = {"validation": round(validation * len(able)), "test": round(test * len(able))}
+    for name, count in wanted.items():
+        if count == 0 and (name == "test" or validation):
+            raise InputError(
+                f"split held_out_queries: {name} is empty, {len(able)} queries have 2 rows or more; hold out a larger "
+                "fraction."
+            )
+    if sum(wanted.values()) >= int((sizes > 0).sum()):
+        raise InputError("split held_out_queries: training is empty; hold out a smaller fraction of the queries.")
+    account = Account()
+    account.add("split by queries", sum(wanted.values()), "whole queries held out; training never sees them")
+    account.add("short queries", int((sizes == 1).sum()), "one interaction, in training")
+    drawn = np.random.default_rng(seed).permutation(able)
+    starts, ends = data.offsets[:-1], data.offsets[1:]
+    parts = {"validation": drawn[: wanted["validation"]], "test": drawn[wanted["validation"] :][: wanted["test"]]}
+    train_end = ends.copy()
+    for part in parts.values():
+        train_end[part] = starts[part]
+    train = training_rows(data, train_end, account)
+    train = replace(train, negatives=training_negatives(data, account, train_end=train_end))
+    known_items = train.item_counts() > 0 if cold == "drop" else None
+    folded = starts + np.clip(np.floor(fold_in * sizes).astype(np.int64), 1, np.maximum(sizes - 1, 1))
+    made = {}
+    for name, part in parts.items():
+        if len(part):
+            start, end = ends.copy(), ends.copy()
+            start[part] = folded[part]
+            made[name] = make_holdout(data, name, Window(start, start, end), account, known_items=known_items)
+    settings = {"validation": validation, "test": test, "fold_in": fold_in, "seed": seed, "cold": cold}
+    return _split("held_out_queries", train, made=made, account=account, settings=settings, data=data)
+
+
+def _split(
+    name: str,
+    train: Interactions,
+    *,
+    made: dict[str, Holdout],
+    account: Account,
+    settings: dict[str, Any],
+    data: Interactions,
+) -> Split:
+    return Split(
+        train, made.get("validation", Holdout.empty("validation")), made["test"], account, name, settings, data
+    )
+
+
+def _check_cold(cold: str) -> None:
+    if cold not in ("drop", "keep"):
+        raise InputError(f"split: cold={cold!r}; expected 'drop' or 'keep'.")
+
+
+def _check_shares(validation: float, test: float, cold: str) -> None:
+    _check_cold(cold)
+    if not (0 <= validation < 1 and 0 < test < 1 and validation + test < 1):
+        raise InputError(
+            f"split: validation={validation}, test={test}; expected validation of at least 0 and test above 0, "
+            "together below 1."
+        )
+
+
+def _utc(microseconds: int) -> str:
+    return datetime.fromtimestamp(microseconds / 1e6, tz=UTC).strftime("%Y-%m-%d %H:%M:%S")

@@ -1,0 +1,368 @@
+"""Launch of several processes as the ranks of one run: torchrun's environment variables, and how processes join.
+
+Coordination of the processes of a run outside of collectives: order, readiness, liveness.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from twotower.errors import InputError, RankLost
+
+if TYPE_CHECKING:
+    from twotower.distributed.communicator import Ranks
+
+
+T = TypeVar("T")
+
+#: Store key: the error that a process of the run has failed with.
+FAILED = "failed"
+#: Key in the store of all attempts: set when one of them has begun the run.
+BEGUN = "begun"
+#: Seconds that rank 0 waits for the others to read its error: the store may disappear with it.
+FAREWELL = 5.0
+#: Heartbeats that a process sends within the time after which its silence counts as failure.
+BEATS = 8
+
+
+@dataclass(frozen=True)
+class Team:
+    """The joined processes of a run.
+
+    A collective must be answered within a short timeout. Long work such as preparing data is awaited here instead, for
+    as long as it takes, provided that the processes doing it are alive.
+
+    Attributes:
+        ranks: for exchanging tensors.
+        store: for messages outside of collectives; None for a single process.
+        patience: seconds of silence after which a process counts as failed.
+        goes_on: whether these processes were restarted after an earlier attempt had begun the run; the same on every
+            rank.
+        attempts: the store of all attempts; None if nothing restarts processes.
+    """
+
+    ranks: Ranks
+    store: Any = None
+    patience: float = 600.0
+    goes_on: bool = False
+    attempts: Any = None
+
+    def begins(self) -> None:
+        """Record that the run folder now belongs to this run: restarted processes resume from it."""
+        if self.attempts is not None and self.ranks.is_first:
+            self.attempts.set(BEGUN, "yes")
+
+    def first_then_others(self, make: Callable[[], T], what: str) -> T:
+        """Call `make()` on rank 0, then on the others, so that what it caches is made only once.
+
+        Raises:
+            RankLost: rank 0 has failed, or is silent.
+        """
+        if self.ranks.is_first or self.store is None:
+            made = make()
+            if self.store is not None:
+                self.store.set(what, "done")
+            return made
+        self._wait_for([what])
+        return make()
+
+    def all_at_once(self, make: Callable[[], T], what: str) -> T:
+        """Call `make()` on every rank at the same time, for shared work; return when all have finished.
+
+        Raises:
+            RankLost: a rank has failed, or is silent.
+        """
+        made = make()
+        if self.store is not None:
+            self.store.set(f"{what} {self.ranks.rank}", "done")
+            self._wait_for([f"{what} {rank}" for rank in range(self.ranks.size)])
+        return made
+
+    def said_by_first(self, what: str, here: str) -> str:
+        """Return the value of `here` on rank 0.
+
+        Raises:
+            RankLost: rank 0 has failed, or is silent.
+        """
+        if self.store is None:
+            return here
+        if self.ranks.is_first:
+            self.store.set(what, here)
+        self._wait_for([what])
+        text: str = self.store.get(what).decode()
+        return text
+
+    def require_shared(self, folder: Path, patience: float = 30.0) -> None:
+        """Check that every rank sees what rank 0 writes into a folder, before hours of work depend on it.
+
+        Args:
+            folder: an existing folder.
+            patience: seconds until a file of rank 0 must be visible: network file systems can be slow.
+
+        Raises:
+            InputError: a rank sees another folder of that name; raised on every rank.
+            RankLost: a rank has failed, or is silent.
+        """
+        if self.store is None:
+            return
+        mark = folder / f".{uuid.uuid4().hex}.mark"
+        if self.ranks.is_first:
+            mark.touch()
+        mark = folder / self.said_by_first(f"mark in {folder.name}", mark.name)
+        until = time.monotonic() + patience
+        while not (seen := mark.exists()) and time.monotonic() < until:
+            time.sleep(0.1)
+        answers = [f"{mark.name} {rank}" for rank in range(self.ranks.size)]
+        self.store.set(answers[self.ranks.rank], str(seen))
+        self._wait_for(answers)
+        blind = [rank for rank, answer in enumerate(answers) if self.store.get(answer) != b"True"]
+        if self.ranks.is_first:
+            mark.unlink(missing_ok=True)
+        if blind:
+            raise InputError(
+                f"{folder}: rank {blind[0]} does not see the files that rank 0 writes there; use a folder on a file "
+                "system that all machines share"
+            )
+
+    @contextmanager
+    def living(self) -> Iterator[None]:
+        """Send heartbeats to the other processes during the block, and report an error that ends it."""
+        if self.store is None:
+            yield
+            return
+        ended = threading.Event()
+        store = self.store.clone()  # a separate connection: a waiting call blocks all that share one
+
+        def beat() -> None:
+            count = 0
+            with suppress(RuntimeError):  # the process with the store is gone; the collectives will fail
+                while not ended.wait(self.patience / BEATS if count else 0):
+                    count += 1
+                    store.set(f"beat of {self.ranks.rank}", str(count))
+
+        thread = threading.Thread(target=beat, name="living", daemon=True)
+        thread.start()
+        try:
+            yield
+        except BaseException as error:
+            with suppress(RuntimeError):
+                message = f"rank {self.ranks.rank} has failed: {error or type(error).__name__}"
+                self.store.compare_set(FAILED, "", message)  # the first error is the cause
+                if self.ranks.is_first and isinstance(error, Exception) and not isinstance(error, RankLost):
+                    self._stay_until_heard()
+            raise
+        finally:
+            with suppress(RuntimeError):
+                self.store.set(f"left {self.ranks.rank}", "yes")
+            ended.set()
+            thread.join(self.patience / BEATS)
+
+    def _stay_until_heard(self) -> None:
+        others = [f"left {rank}" for rank in range(self.ranks.size) if rank != self.ranks.rank]
+        until = time.monotonic() + min(FAREWELL, self.patience)
+        while not self.store.check(others) and time.monotonic() < until:
+            time.sleep(0.02)
+
+    def _wait_for(self, keys: list[str]) -> None:
+        """Wait until all keys are in the store."""
+        import torch.distributed as dist  # noqa: PLC0415  # loads torch, which the CLI imports only to train
+
+        others = [rank for rank in range(self.ranks.size) if rank != self.ranks.rank]
+        beats: dict[int, bytes | None] = dict.fromkeys(others)
+        silent = dict.fromkeys(others, 0.0)
+        looked = began = time.monotonic()
+        while not self.store.check(keys):
+            time.sleep(0.02 if time.monotonic() < began + 1 else 0.2)
+            if self.store.check([FAILED]):
+                raise self.ranks.lost(dist.DistStoreError(self.store.get(FAILED).decode()))
+            if (now := time.monotonic()) < looked + self.patience / BEATS:
+                continue
+            # If this process was suspended, the others may have been too: that does not count as silence.
+            passed, looked = min(now - looked, 2 * self.patience / BEATS), now
+            for rank in others:
+                key = f"beat of {rank}"
+                beat = self.store.get(key) if self.store.check([key]) else None
+                silent[rank] = silent[rank] + passed if beat == beats[rank] else 0.0
+                beats[rank] = beat
+                if silent[rank] > self.patience:
+                    silence = f"rank {rank} has not been heard of for {self.patience:g} s"
+                    raise self.ranks.lost(dist.DistStoreError(silence))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What torchrun's environment variables say about this process.
+
+    Attributes:
+        rank: number of this process among all, from 0.
+        size: number of processes; 1 without torchrun.
+        local_size: processes on this machine.
+        local_rank: number of this process on this machine.
+        restarts: how often torchrun has restarted the processes of this machine; other machines may differ.
+        is_told: whether a launcher started this process as a rank, even as the only one, with a rendezvous address.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_size: int = 1
+    local_rank: int = 0
+    restarts: int = 0
+    is_told: bool = False
+
+    @classmethod
+    def of_environment(cls) -> Launch:
+        """Read the variables that torchrun sets; return a single process if they are not set."""
+        env = os.environ
+        if "RANK" not in env or "WORLD_SIZE" not in env:
+            return cls()
+        return cls(
+            rank=int(env["RANK"]),
+            size=int(env["WORLD_SIZE"]),
+            local_size=int(env.get("LOCAL_WORLD_SIZE", env["WORLD_SIZE"])),
+            local_rank=int(env.get("LOCAL_RANK", env["RANK"])),
+            restarts=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            is_told="MASTER_ADDR" in env,
+        )
+
+    @property
+    def is_first(self) -> bool:
+        """True on rank 0, which writes files and prints."""
+        return self.rank == 0
+
+    @property
+    def nodes(self) -> int:
+        """Number of machines."""
+        return max(self.size // self.local_size, 1)
+
+
+def called_together(store: Any, told: Launch, patience: float) -> tuple[str, bool]:
+    """Agree on a unique name for this attempt of all processes, and on whether an earlier attempt had begun the run.
+
+    torchrun keeps one store for all of its attempts, with keys of processes that are gone, and its restart counts on
+    several machines need not agree. So each process publishes a unique word. Rank 0 publishes the list of words that it
+    finds (the roll), again whenever one changes, and a process that finds its own word there confirms it under the name
+    of rank 0. When all words of the list are confirmed, no process of an earlier attempt is among them.
+
+    Args:
+        store: a store of torch.distributed that all processes reach.
+        told: this process's launch.
+        patience: seconds to wait for the others.
+
+    Returns:
+        The name, and whether an earlier attempt reached `Team.begins`. If the store does not outlive an attempt, the
+        launcher's restart count decides instead.
+
+    Raises:
+        DistStoreError: not all processes joined.
+        InputError: the machines have different numbers of processes; raised on every rank.
+    """
+    import torch.distributed as dist  # noqa: PLC0415  # as in `joined`
+
+    until = time.monotonic() + patience
+
+    def pause(what: str) -> None:
+        if time.monotonic() > until:
+            raise dist.DistStoreError(f"{what} within {patience:g} s")
+        time.sleep(0.02)
+
+    name = uuid.uuid4().hex
+    own = f"{name} {told.restarts} {told.local_size}"
+    places = [f"word of {rank}" for rank in range(told.size)]
+    store.set(places[told.rank], own)
+    if told.is_first:
+        attempts = store.add("attempts of the first rank", 1)
+        store.set(f"{name} {own}", "here")
+        read: list[str] = []
+        while True:
+            if store.check(places):
+                words = [word.decode() for word in store.multi_get(places)]
+                if words != read:
+                    store.set("roll", json.dumps({"name": name, "words": words}))
+                    read = words
+                elif store.check([f"{name} {word}" for word in words]):
+                    break
+            pause("not all ranks joined")
+        restarts, sizes = ({int(word.split()[place]) for word in words} for place in (1, 2))
+        goes_on = store.check([BEGUN]) if attempts > 1 else max(restarts) > 0
+        store.set(f"{name} agreed", json.dumps({"goes on": goes_on, "sizes": sorted(sizes)}))
+    else:
+        while True:
+            roll = json.loads(store.get("roll")) if store.check(["roll"]) else None
+            if roll is not None and own in roll["words"]:
+                break
+            pause("rank 0 did not join")
+        name = roll["name"]
+        store.set(f"{name} {own}", "here")
+        while not store.check([f"{name} agreed"]):
+            pause("not all ranks joined")
+    agreed = json.loads(store.get(f"{name} agreed"))
+    if len(agreed["sizes"]) > 1:
+        counts = " and ".join(map(str, agreed["sizes"]))
+        raise InputError(f"torchrun: machines with {counts} processes; expected the same --nproc-per-node on all")
+    return name, agreed["goes on"]
+
+
+@contextmanager
+def joined(*, timeout: int, accelerator: str = "auto") -> Iterator[Team]:
+    """Join the processes that torchrun has started, for the duration of the block.
+
+    CPU tensors are exchanged by gloo, CUDA tensors by NCCL. A collective that is not answered within `timeout` seconds
+    fails on every rank that waits in it.
+
+    Args:
+        timeout: in seconds.
+        accelerator: as in section `training`; anything but "cpu" uses the machine's CUDA devices if it has any.
+
+    Raises:
+        InputError: more processes on this machine than it has CUDA devices.
+        RankLost: other processes did not join, or a collective in the block has failed.
+    """
+    from twotower.distributed.communicator import Ranks, comes_from_exchange  # noqa: PLC0415  # loads torch, which the CLI imports only to train
+
+    launch = Launch.of_environment()
+    if launch.size == 1 and not launch.is_told:
+        yield Team(Ranks())
+        return
+    import torch  # noqa: PLC0415
+    import torch.distributed as dist  # noqa: PLC0415
+    from torch.distributed.rendezvous import rendezvous  # noqa: PLC0415
+
+    on_cuda = accelerator != "cpu" and torch.cuda.is_available()
+    if on_cuda and launch.size > 1:
+        if launch.local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"torchrun: {launch.local_size} processes on this machine, which has {torch.cuda.device_count()} CUDA "
+                "devices; use that number as --nproc_per_node, or --set training.accelerator=cpu"
+            )
+        torch.cuda.set_device(launch.local_rank)
+    patience = timedelta(seconds=timeout)
+    try:
+        attempts, rank, size = next(iter(rendezvous("env://", timeout=patience)))
+        name, goes_on = called_together(attempts, launch, timeout)
+        if size == 1:
+            yield Team(Ranks(), goes_on=goes_on, attempts=attempts)
+            return
+        store = dist.PrefixStore(name, attempts)  # type: ignore[attr-defined]  # public, but missing in __all__
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size, timeout=patience
+        )
+        store = dist.PrefixStore("twotower", store)  # type: ignore[attr-defined]  # as above
+        team = Team(Ranks.current(), store, float(timeout), goes_on, attempts)
+        with team.living():
+            yield team
+    except RuntimeError as error:
+        if comes_from_exchange(error):
+            raise Ranks(launch.rank, launch.size).lost(error) from error
+        raise
+    # Only if nothing failed: with a rank missing, an orderly shutdown would wait for it.
+    dist.destroy_process_group()

@@ -1,0 +1,171 @@
+"""The partition of id tables over ranks: by rows, by columns, or a whole table on one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from twotower.distributed.communicator import Ranks
+
+#: How many random numbers are drawn at once when a part is initialised; a multiple of 16.
+BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A contiguous range of rows, with all columns: ceil(N / W) rows, fewer or none on the last ranks.
+
+    Attributes:
+        ranks: the processes that share the table.
+        rows: N, rows of the whole table.
+        holder: the rank that has all rows (table-wise); None if each rank has its own range (row-wise).
+    """
+
+    ranks: Ranks
+    rows: int
+    holder: int | None = None
+
+    @property
+    def bounds(self) -> list[int]:
+        """The first row of each rank, followed by N: W + 1 numbers."""
+        if self.holder is None:
+            return runs(self.rows, self.ranks.size)
+        return [0 if rank <= self.holder else self.rows for rank in range(self.ranks.size + 1)]
+
+    @property
+    def own(self) -> slice:
+        """This rank's rows."""
+        bounds = self.bounds
+        return slice(bounds[self.ranks.rank], bounds[self.ranks.rank + 1])
+
+    def __len__(self) -> int:
+        """Return the number of rows on this rank."""
+        bounds = self.bounds
+        return bounds[self.ranks.rank + 1] - bounds[self.ranks.rank]
+
+    def place(self, width: int) -> tuple[slice, slice]:
+        """Return this rank's rows and columns in a table with `width` columns."""
+        return self.own, slice(0, width)
+
+    def whole_shape(self, tensor: Tensor) -> list[int]:
+        """Return the shape of the whole tensor (table or optimizer state) of which `tensor` is this rank's part."""
+        return [self.rows, *tensor.shape[1:]]
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """Cut this rank's part out of a whole tensor, [N, ...]; a part is returned unchanged."""
+        return tensor[self.own] if len(tensor) == self.rows else tensor
+
+    def __str__(self) -> str:
+        """Return the name used in the settings."""
+        return "row-wise" if self.holder is None else f"table-wise (rank {self.holder})"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A contiguous range of columns, with all N rows: ceil(D / W) columns, fewer or none on the last ranks.
+
+    Whatever rows a step looks up, every rank sends equally many numbers. Optimizer state per row, [N], is replicated on
+    every rank.
+
+    Attributes:
+        ranks: the processes that share the table.
+        rows: N.
+        width: D, columns of the whole table.
+    """
+
+    ranks: Ranks
+    rows: int
+    width: int
+
+    @property
+    def bounds(self) -> list[int]:
+        """The first column of each rank, followed by D: W + 1 numbers."""
+        return runs(self.width, self.ranks.size)
+
+    @property
+    def own(self) -> slice:
+        """This rank's columns."""
+        bounds = self.bounds
+        return slice(bounds[self.ranks.rank], bounds[self.ranks.rank + 1])
+
+    def place(self, width: int) -> tuple[slice, slice]:
+        """Return this rank's rows and columns in a table with `width` columns."""
+        del width
+        return slice(0, self.rows), self.own
+
+    def whole_shape(self, tensor: Tensor) -> list[int]:
+        """Return the shape of the whole tensor (table or optimizer state) of which `tensor` is this rank's part."""
+        return [self.rows] if tensor.ndim == 1 else [self.rows, self.width]
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """Cut this rank's part out of a whole tensor, [N, D] or [N]; a part is returned unchanged."""
+        return tensor[:, self.own] if tensor.ndim == 2 and tensor.shape[1] == self.width else tensor
+
+    def __str__(self) -> str:
+        """Return the name used in the settings."""
+        return "column-wise"
+
+
+#: A rank's part of a shared table.
+Part = Rows | Columns
+
+
+def runs(total: int, size: int) -> list[int]:
+    """Split `total` into ranges of ceil(total / W); return where each rank's range begins, then `total`."""
+    each = -(-total // size)
+    return [min(rank * each, total) for rank in range(size + 1)]
+
+
+_placed: ContextVar[Mapping[str, Part] | None] = ContextVar("placed", default=None)
+
+
+@contextmanager
+def placed_tables(parts: Mapping[str, Part]) -> Iterator[None]:
+    """Split tables with these names that are made in the block; all other tables are whole on every rank."""
+    token = _placed.set(parts)
+    try:
+        yield
+    finally:
+        _placed.reset(token)
+
+
+def part_of(name: str | None, rows: int) -> Part | None:
+    """Return this rank's part of a table that is being made; None for the whole table.
+
+    Raises:
+        ValueError: the table was placed with a different number of rows.
+    """
+    part = (_placed.get() or {}).get(name or "")
+    if part is not None and part.rows != rows:
+        raise ValueError(f"table {name}: placed with {part.rows} rows, made with {rows}")
+    return part
+
+
+def fill_normal(weight: Tensor, scale: float, part: Part | None = None) -> None:
+    """Fill with N(0, scale^2) in place; a part gets exactly the numbers that it would have in the whole table.
+
+    A rank with a part draws all numbers of the table, a block at a time, and keeps its own, because the generator
+    cannot jump. The generator ends in the same state as after the whole table.
+    """
+    if part is None:
+        nn.init.normal_(weight, std=scale)
+        return
+    width = part.width if isinstance(part, Columns) else weight.shape[1]
+    (rows, columns), total = part.place(width), part.rows * width
+    begun, first, start = torch.empty(0), 0, 0  # numbers of a row that is not complete yet, and its index
+    while start < total:
+        # torch draws 16 numbers at a time, and redraws the last 16 of a tensor if its size is not a multiple of 16.
+        stop = start + BLOCK if total - start >= BLOCK + 16 else total
+        drawn = torch.cat([begun, torch.empty(stop - start, dtype=torch.float32).normal_(std=scale)])
+        count = len(drawn) // width
+        top, bottom = max(first, rows.start), min(first + count, rows.stop)
+        if top < bottom:
+            complete = drawn[: count * width].view(count, width)
+            own = complete[top - first : bottom - first, columns]
+            weight.detach()[top - rows.start : bottom - rows.start] = own.to(weight.device)
+        begun, first, start = drawn[count * width :], first + count, stop

@@ -1,0 +1,309 @@
+"""Folders and files that several ranks write together, each rank its own rows: complete or not at all.
+
+Tensors left in safetensors files, of which only requested rows are read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import EllipsisType
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from twotower.distributed.communicator import Ranks
+from twotower.errors import InputError
+from twotower.system.filesystem import full_disk_named, whole_folder
+
+#: safetensors names of the types that a table or its embeddings may have.
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL"}
+#: Bytes written at a time.
+BLOCK = 64 << 20
+
+
+def write_folder(target: Path, ranks: Ranks, *writes: Callable[[Path], None]) -> None:
+    """Call every `write(folder)` on every rank with one temporary folder, then rename it to `target`; collective.
+
+    All ranks finish one `write` before the next one starts. So a failure on one rank, such as a full disk while it
+    writes its own files, is raised before other ranks wait for it in an exchange.
+
+    Raises:
+        InputError: the disk is full, or another rank could not write its part. A rank's own error is raised unchanged.
+    """
+    if ranks.is_first:
+        with whole_folder(target) as folder:
+            _shared_name(folder, target, ranks)
+            for write in writes:
+                _write_all(folder, target, ranks, write)
+    else:
+        folder = _shared_name(None, target, ranks)
+        with full_disk_named(target):
+            for write in writes:
+                _write_all(folder, target, ranks, write)
+    ranks.wait()  # no rank reads before rank 0 has renamed the folder
+
+
+@dataclass(frozen=True)
+class RowBlocks:
+    """A rank's range of the rows of a tensor, produced block by block.
+
+    Attributes:
+        rows: number of rows in this range.
+        width: D.
+        dtype: type of the values.
+        blocks: yields the blocks; collective.
+    """
+
+    rows: int
+    width: int
+    dtype: torch.dtype
+    blocks: Callable[[], Iterator[Tensor]]
+
+
+def save_rows(
+    path: Path,
+    tensors: Mapping[str, Tensor | RowBlocks],
+    rows: Mapping[str, int],
+    ranks: Ranks,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write one safetensors file of tensors whose rows are spread over ranks, each its own rows; collective.
+
+    Args:
+        path: the file, on a file system that all ranks share.
+        tensors: by name, in the same order on every rank. A tensor named in `rows` is this rank's range of rows,
+            [n, ...] or in blocks, and the ranges follow in rank order; any other is whole, and written by rank 0.
+        rows: N of the tensors that are spread over ranks.
+        ranks: the processes that write.
+        metadata: of the file.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    begins, end = {}, 0
+    for name, tensor in tensors.items():
+        own = [tensor.rows, tensor.width] if isinstance(tensor, RowBlocks) else list(tensor.shape)
+        shape = [rows.get(name, own[0]), *own[1:]] if own else []
+        begins[name] = end
+        end += int(np.prod(shape, dtype=np.int64)) * tensor.dtype.itemsize
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": shape, "data_offsets": [begins[name], end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    data = 8 + len(text)
+    if ranks.is_first:
+        with path.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(data + end)
+    ranks.wait()
+    with path.open("r+b") as file:
+        for name, tensor in tensors.items():
+            first = 0
+            if name in rows:
+                count = tensor.rows if isinstance(tensor, RowBlocks) else len(tensor)
+                first = sum(ranks.sizes(count, ranks.device)[: ranks.rank])
+            elif not ranks.is_first:
+                continue
+            if isinstance(tensor, RowBlocks):
+                _write_blocks(file, tensor, data + begins[name] + first * tensor.width * tensor.dtype.itemsize)
+                continue
+            each = tensor[0].numel() * tensor.element_size() if tensor.ndim and len(tensor) else tensor.element_size()
+            file.seek(data + begins[name] + first * each)
+            _write(file, tensor.detach(), each)
+    ranks.wait()
+
+
+def _write_blocks(file: BinaryIO, tensor: RowBlocks, begin: int) -> None:
+    """Write blocks; after an error the remaining blocks are still produced, because the other ranks wait for them."""
+    file.seek(begin)
+    failed: OSError | None = None
+    for block in tensor.blocks():
+        try:
+            if failed is None:
+                _write(file, block, tensor.width * tensor.dtype.itemsize)
+        except OSError as error:
+            failed = error
+    if failed is not None:
+        raise failed
+
+
+def _write(file: BinaryIO, tensor: Tensor, each: int) -> None:
+    flat = tensor.reshape(-1) if tensor.ndim < 2 else tensor
+    for block in torch.split(flat, max(BLOCK // max(each, 1), 1)):
+        raw = block.cpu().contiguous().view(-1).view(torch.uint8)
+        file.write(raw.numpy().data)
+
+
+def _write_all(folder: Path, target: Path, ranks: Ranks, write: Callable[[Path], None]) -> None:
+    failed: Exception | None = None
+    try:
+        write(folder)
+    except Exception as error:  # raised after the ranks agree, so that none waits for this one
+        failed = error
+    if ranks.agree(failed is not None):
+        raise failed or InputError(f"{target}: another rank could not write its part; nothing was replaced")
+
+
+def _shared_name(folder: Path | None, target: Path, ranks: Ranks) -> Path:
+    """Return the temporary folder of rank 0, on every rank."""
+    length = len(target.name) + len(f"..{'0' * 12}.partial")
+    name = torch.zeros(4 * length, dtype=torch.uint8, device=ranks.device)
+    if folder is not None:
+        raw = folder.name.encode()
+        name[: len(raw)] = torch.tensor(list(raw), dtype=torch.uint8)
+    ranks.copy_first([name])
+    return target.with_name(bytes(name.tolist()).rstrip(b"\0").decode())
+
+
+#: Types by their safetensors name: those of shared_files.py, and some that only small tensors have.
+TYPES = {name: dtype for dtype, name in DTYPES.items()} | {"F64": torch.float64, "I32": torch.int32, "U8": torch.uint8}
+
+
+class RowSource(Protocol):
+    """A tensor, in memory or in files, from which a larger table is filled."""
+
+    @property
+    def shape(self) -> torch.Size: ...  # noqa: D102
+    @property
+    def dtype(self) -> torch.dtype: ...  # noqa: D102
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: Any, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """A tensor whose ranges of rows are in files.
+
+    The files are memory-mapped: rows that are not requested are not read, and mapped pages do not count as this
+    process's memory. Requested rows are copied.
+
+    Attributes:
+        shape: of the whole tensor.
+        dtype: of the whole tensor.
+        runs: the first row of each range and its bytes, uint8 [n, bytes per row]; together all rows, in order.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    runs: Sequence[tuple[int, NDArray[np.uint8]]]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Tensor | slice | EllipsisType) -> Tensor:
+        """Return rows by number, int64 [M], a slice of rows, or all rows for `...`.
+
+        Raises:
+            IndexError: a row does not exist.
+        """
+        if isinstance(index, Tensor):
+            return self._some(index.numpy())
+        if isinstance(index, slice):
+            return self._some(np.arange(*index.indices(len(self))))
+        return self._tensor(np.concatenate([run for _, run in self.runs]), self.shape)
+
+    def _some(self, rows: NDArray[np.int64]) -> Tensor:
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"rows {rows.min()} to {rows.max()} requested of {len(self)}")
+        first = np.array([start for start, _ in self.runs])
+        run_of = np.searchsorted(first, rows, side="right") - 1
+        found = np.empty((len(rows), self.runs[0][1].shape[1]), dtype=np.uint8)
+        for number in np.unique(run_of):
+            start, run = self.runs[number]
+            here = run_of == number
+            found[here] = run[rows[here] - start]
+        return self._tensor(found, torch.Size([len(rows), *self.shape[1:]]))
+
+    def _tensor(self, raw: NDArray[np.uint8], shape: torch.Size) -> Tensor:
+        return (
+            torch.from_numpy(raw.reshape(-1)).view(self.dtype).view(shape)
+            if raw.size
+            else torch.empty(shape, dtype=self.dtype)
+        )
+
+
+@dataclass(frozen=True)
+class StoredColumns:
+    """A tensor whose ranges of columns are in files, each range with all rows.
+
+    Attributes:
+        shape: of the whole tensor, [N, D].
+        parts: the ranges, in order.
+    """
+
+    shape: torch.Size
+    parts: Sequence[StoredRows]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the values."""
+        return self.parts[0].dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Tensor | slice | EllipsisType) -> Tensor:
+        """Return rows, as `StoredRows` does."""
+        return torch.cat([part[index] for part in self.parts], 1)
+
+
+def stored_tensors(path: Path) -> tuple[dict[str, StoredRows], dict[str, str]]:
+    """Open a safetensors file: its tensors, left in the file, and its metadata.
+
+    Raises:
+        OSError, ValueError: the file is missing or damaged.
+    """
+    with path.open("rb") as file:
+        length = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))[0]
+        size = path.stat().st_size
+        if 8 + length > size:
+            raise ValueError(f"{path.name}: incomplete safetensors file")
+        header = json.loads(file.read(length))
+    metadata = header.pop("__metadata__", {})
+    found = {}
+    for name, entry in header.items():
+        shape, dtype, (begin, end) = torch.Size(entry["shape"]), TYPES[entry["dtype"]], entry["data_offsets"]
+        if 8 + length + end > size:
+            raise ValueError(f"{path.name}: {size:,} bytes, expected {8 + length + end:,}")
+        bytes_shape = (shape[0] if shape else 1, dtype.itemsize * math.prod(shape[1:]))
+        raw: NDArray[np.uint8] = np.empty(bytes_shape, dtype=np.uint8)
+        if end > begin:  # an empty range cannot be mapped
+            raw = np.memmap(path, np.uint8, "r", offset=8 + length + begin, shape=bytes_shape)
+        found[name] = StoredRows(shape, dtype, [(0, raw)])
+    return found, metadata
+
+
+def side_by_side(name: str, shape: torch.Size, parts: Sequence[tuple[int, StoredRows]]) -> StoredColumns:
+    """Combine ranges of columns into one tensor, each given with the number of its first column.
+
+    Raises:
+        ValueError: columns are missing.
+    """
+    runs = [part for _, part in sorted(parts, key=lambda run: run[0]) if part.shape[1]]
+    there = sum(part.shape[1] for part in runs if len(part) == shape[0])
+    if there != shape[1]:
+        raise ValueError(f"found {there:,} of the {shape[1]:,} columns of {name}; a file is missing")
+    return StoredColumns(shape, runs)
+
+
+def joined(name: str, shape: torch.Size, parts: Sequence[tuple[int, StoredRows]]) -> StoredRows:
+    """Combine ranges of rows into one tensor, each given with the number of its first row.
+
+    Raises:
+        ValueError: rows are missing.
+    """
+    runs = sorted(((first, part) for first, part in parts if len(part)), key=lambda run: run[0])
+    there = 0
+    for first, part in runs:
+        there = there + len(part) if first == there and part.shape[1:] == shape[1:] else -1
+        if there < 0:
+            break
+    if there != shape[0]:
+        held = sum(len(part) for _, part in runs)
+        raise ValueError(f"found {held:,} of the {shape[0]:,} rows of {name}; a file is missing")
+    return StoredRows(shape, parts[0][1].dtype, [(first, part.runs[0][1]) for first, part in runs])

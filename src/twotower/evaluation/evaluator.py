@@ -1,0 +1,207 @@
+"""Evaluation of rankers on the full catalog, exactly ranked, next to the baselines that they must beat."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from twotower.data import Holdout, Interactions
+from twotower.errors import InputError
+from twotower.evaluation.metrics import hits
+from twotower.evaluation.per_query import Question, Targets, measure
+from twotower.evaluation.results import Evaluation
+from twotower.evaluation.slices import column_slices, flat, standard_slices
+from twotower.ranking.base import Ranker
+from twotower.ranking.baselines import ItemKNN, Popularity
+
+Empty = Literal["skip", "zero"]
+
+
+def evaluate(
+    ranker: Ranker,
+    holdout: Holdout,
+    *,
+    train: Interactions,
+    ks: Sequence[int] = (10, 20),
+    exclude_seen: bool = True,
+    baselines: bool | Mapping[str, Ranker] = True,
+    name: str = "model",
+    empty: Empty = "skip",
+    allow_approximate: bool = False,
+    slices: Sequence[str] = (),
+) -> Evaluation:
+    """Rank the whole catalog for every query of a holdout, and compare with the baselines.
+
+    With `exclude_seen`, a target that is already in its query's history cannot be ranked: it is removed from the
+    targets, counted, and reported in the notes.
+
+    Args:
+        ranker: the ranker to evaluate; any object with `rank`.
+        holdout: the queries, their histories and their targets.
+        train: the training interactions: they define head, mid and tail, and fit the baselines.
+        ks: the cut-offs K.
+        exclude_seen: exclude items of a query's history from its ranking.
+        baselines: True for popularity and item-kNN; a mapping from names to other rankers; False for none.
+        name: the ranker's name in the table.
+        empty: queries without targets are left out of every mean (`"skip"`) or count as 0 (`"zero"`).
+        allow_approximate: accept a ranker with `is_exact = False`; the result notes it.
+        slices: columns to slice by, `"items.genres"` or `"queries.age"`: a column of the item table slices the targets,
+            one of the query table the queries (see `column_slices` for how values become slices).
+
+    Returns:
+        An `Evaluation`, which prints as a table.
+
+    Raises:
+        ValueError: a setting is out of range, the ranker is inexact, or it returned an invalid ranking (wrong shape,
+            unknown codes, repeats, excluded items).
+        InputError: nothing is left to evaluate, or `slices` names columns that the tables do not have.
+    """
+    chosen, notes = _baselines(train, name) if baselines is True else (dict(baselines or {}), [])
+    if name in chosen:
+        raise ValueError(f"two rankers are called {name!r}: give the model another name")
+    return evaluate_all(
+        {name: ranker, **chosen},
+        holdout,
+        train=train,
+        ks=ks,
+        exclude_seen=exclude_seen,
+        empty=empty,
+        allow_approximate=allow_approximate,
+        slices=slices,
+        notes=notes,
+    )
+
+
+def evaluate_all(
+    rankers: Mapping[str, Ranker],
+    holdout: Holdout,
+    *,
+    train: Interactions,
+    ks: Sequence[int] = (10, 20),
+    exclude_seen: bool = True,
+    empty: Empty = "skip",
+    allow_approximate: bool = False,
+    slices: Sequence[str] = (),
+    notes: Sequence[str] = (),
+) -> Evaluation:
+    """Evaluate several rankers on the same queries and targets; see `evaluate` for the arguments."""
+    if not ks or min(ks) < 1:
+        raise ValueError(f"ks must be cut-offs of at least 1, got {tuple(ks)}")
+    if empty not in ("skip", "zero"):
+        raise ValueError(f"empty must be 'skip' or 'zero', got {empty!r}")
+    for name, ranker in rankers.items():
+        if not (allow_approximate or getattr(ranker, "is_exact", True)):
+            raise ValueError(f"{name} searches an approximate index: pass allow_approximate=True to evaluate it")
+    ks = tuple(sorted(set(ks)))
+    queries = np.asarray(holdout.queries, dtype=np.int64)
+    item_counts = train.item_counts()
+    groups = standard_slices(item_counts, np.diff(train.offsets), queries) | column_slices(train, queries, slices)
+    targets = Targets.of(holdout, train.num_items, exclude_seen)
+    counted = targets.sizes() > 0
+    num_empty = int((~counted).sum())
+    if empty == "zero":
+        counted = np.ones_like(counted)
+    if not counted.any():
+        raise _nothing_to_rank(holdout, targets)
+    question = Question(targets, counted, ks, flat(groups), item_counts)
+    inexact = [name for name, ranker in rankers.items() if not getattr(ranker, "is_exact", True)]
+    rows = []
+    for name, ranker in rankers.items():
+        ranked = _ranked(name, ranker, holdout, k=max(ks), exclude_seen=exclude_seen, num_items=train.num_items)
+        rows.append(measure(name, ranked, question, *_item_embeddings(name, ranker, ranked, train.num_items)))
+    return Evaluation(
+        holdout=holdout.name,
+        ks=ks,
+        exclude_seen=exclude_seen,
+        empty=empty,
+        num_items=train.num_items,
+        num_targets=len(targets.items),
+        num_removed=targets.removed,
+        num_empty=num_empty,
+        queries=queries[counted],
+        slice_sizes={name: question.size(part) for name, part in question.slices.items()},
+        rows=tuple(rows),
+        notes=(*notes, *_notes(targets.removed, num_empty, empty, inexact)),
+        slice_groups={name: tuple(group) for name, group in groups.items()},
+        is_exact=not inexact,
+        query_ids=train.queries,
+    )
+
+
+def _baselines(train: Interactions, name: str) -> tuple[dict[str, Ranker], list[str]]:
+    chosen: dict[str, Ranker] = {"popularity": Popularity(train)}
+    if reason := ItemKNN.refusal(train):
+        return chosen, [f"the item-kNN baseline was left out: {reason}"]
+    if name == "item-kNN":
+        return chosen, []
+    return {**chosen, "item-kNN": ItemKNN(train)}, []
+
+
+def _notes(removed: int, num_empty: int, empty: Empty, inexact: Sequence[str]) -> list[str]:
+    notes = [f"{name} searches an approximate index: its metrics include the errors of the index" for name in inexact]
+    if removed:
+        notes.append(f"{removed:,} targets are already in their query's history and were removed")
+    if num_empty:
+        what = "left out of the means" if empty == "skip" else "counted as 0"
+        notes.append(f"{num_empty:,} queries have no target that can be ranked and were {what}")
+    return notes
+
+
+def check_targets(holdout: Holdout, num_items: int, exclude_seen: bool) -> None:
+    """Refuse a holdout that `evaluate` could not measure, before a model is trained for it.
+
+    Raises:
+        InputError: there are queries, but none has a target that can be ranked.
+    """
+    targets = Targets.of(holdout, num_items, exclude_seen)
+    if len(holdout) and not len(targets.items):
+        raise _nothing_to_rank(holdout, targets)
+
+
+def _nothing_to_rank(holdout: Holdout, targets: Targets) -> InputError:
+    message = f"{holdout.name}: no query has a target that can be ranked, so there is nothing to evaluate"
+    if targets.removed:
+        message += (
+            f"; {targets.removed} targets were removed because they are already in their query's history: "
+            "evaluation.exclude_seen=false ranks them too"
+        )
+    return InputError(message)
+
+
+def _ranked(
+    name: str, ranker: Ranker, holdout: Holdout, *, k: int, exclude_seen: bool, num_items: int
+) -> NDArray[np.int64]:
+    """Rank and validate the result: a repeated item, for example, would count its hit twice."""
+    ranked = torch.as_tensor(ranker.rank(holdout, k, exclude_seen)).cpu().numpy()
+    if ranked.shape != (len(holdout.queries), k) or ranked.dtype != np.int64:
+        raise ValueError(
+            f"{name}: rank() must return int64 [{len(holdout.queries)}, {k}], got {ranked.dtype} {list(ranked.shape)}"
+        )
+    if ranked.size and not -1 <= ranked.min() <= ranked.max() < num_items:
+        raise ValueError(f"{name}: rank() must return item codes below {num_items}, or -1")
+    ordered = np.sort(ranked, axis=1)
+    if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
+        raise ValueError(f"{name}: rank() returned the same item twice for one query")
+    if exclude_seen and hits(ranked, holdout.history_offsets, holdout.history_items).any():
+        raise ValueError(f"{name}: rank() returned an item of the query's history although exclude_seen is set")
+    return ranked
+
+
+def _item_embeddings(
+    name: str, ranker: Ranker, ranked: NDArray[np.int64], num_items: int
+) -> tuple[NDArray[np.floating] | None, NDArray[np.int64] | None]:
+    """Return item embeddings [N, D] and None; if sharded, those of ranked items and the row of each list entry."""
+    by_parts = getattr(ranker, "embeddings_of", None)
+    if by_parts is not None:
+        distinct = np.unique(ranked[ranked >= 0])
+        places = np.where(ranked >= 0, np.searchsorted(distinct, ranked), -1)
+        return by_parts(distinct).cpu().numpy(), places
+    found = getattr(ranker, "item_embeddings", None)
+    if found is None:
+        return None, None
+    embeddings: NDArray[np.floating] = torch.as_tensor(found).detach().float().cpu().numpy()
+    if embeddings.ndim != 2 or len(embeddings) != num_items:
+        raise ValueError(f"{name}: item_embeddings must be [{num_items}, D], got {list(embeddings.shape)}")
+    return embeddings, None

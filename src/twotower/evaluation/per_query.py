@@ -1,0 +1,182 @@
+"""Results of one ranker from its ranked lists: every metric of every query, and means over queries and slices."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twotower.data import Holdout
+from twotower.evaluation.metrics import (
+    coverage,
+    diversity_at,
+    exposure,
+    gini,
+    hit_rate_at,
+    hits,
+    list_mean,
+    mrr_at,
+    ndcg_at,
+    recall_at,
+    self_information,
+)
+from twotower.evaluation.results import Row
+from twotower.evaluation.slices import Slice
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """The targets that can be ranked, in compressed rows without repeats.
+
+    Attributes:
+        offsets: int64 [E+1].
+        items: int64, item codes.
+        removed: targets removed because they are in their query's history.
+    """
+
+    offsets: NDArray[np.int64]
+    items: NDArray[np.int64]
+    removed: int
+
+    @classmethod
+    def of(cls, holdout: Holdout, num_items: int, exclude_seen: bool) -> "Targets":
+        """Collect the targets of a holdout; repeats count once.
+
+        Raises:
+            ValueError: an item code is not in 0 .. N - 1.
+        """
+        wanted = np.unique(_pairs(holdout.target_offsets, holdout.target_items, num_items, f"{holdout.name}: targets"))
+        found = wanted
+        if exclude_seen:
+            seen = _pairs(holdout.history_offsets, holdout.history_items, num_items, f"{holdout.name}: history")
+            found = wanted[~_among(wanted, seen)]
+        queries, items = np.divmod(found, num_items)
+        offsets = np.zeros(len(holdout.target_offsets), dtype=np.int64)
+        np.cumsum(np.bincount(queries, minlength=len(offsets) - 1), out=offsets[1:])
+        return cls(offsets, items, len(wanted) - len(found))
+
+    def sizes(self, part: Slice | None = None) -> NDArray[np.int64]:
+        """Count the targets of each query, [E], within a slice if one is given."""
+        rows = np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+        if part is not None and part.items is not None:
+            rows = rows[part.items[self.items]]
+        sizes = np.bincount(rows, minlength=len(self.offsets) - 1)
+        return sizes if part is None or part.queries is None else sizes * part.queries
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """What every ranker is measured on.
+
+    Attributes:
+        targets: of each query.
+        counted: bool [E], queries that are included in the means.
+        ks: the cut-offs, ascending.
+        slices: by name.
+        item_counts: [N] training interactions of each item.
+    """
+
+    targets: Targets
+    counted: NDArray[np.bool_]
+    ks: tuple[int, ...]
+    slices: Mapping[str, Slice]
+    item_counts: NDArray[np.int64]
+
+    def size(self, part: Slice) -> dict[str, int]:
+        """Return the size of a slice: its `items`, its `targets`, and the `queries` with such a target."""
+        sizes = self.targets.sizes(part)
+        return {
+            "items": len(self.item_counts) if part.items is None else int(part.items.sum()),
+            "targets": int(sizes.sum()),
+            "queries": int((sizes > 0).sum()),
+        }
+
+
+def measure(
+    name: str,
+    ranked: NDArray[np.int64],
+    question: Question,
+    item_embeddings: NDArray[np.floating] | None,
+    places: NDArray[np.int64] | None = None,
+) -> Row:
+    """Compute all results of one ranker.
+
+    Args:
+        name: of the ranker.
+        ranked: [E, K] item codes, best first, -1 where nothing was ranked.
+        question: the targets, cut-offs and slices.
+        item_embeddings: [N, D] for the diversity of lists; None if the ranker has none.
+        places: [E, K] row of `item_embeddings` for each entry of `ranked`; None if rows are item codes.
+    """
+    counted = question.counted
+    hit = hits(ranked, question.targets.offsets, question.targets.items)[counted]
+    ranked, sizes = ranked[counted], question.targets.sizes()[counted]
+    surprise = self_information(question.item_counts)
+    diversities: Sequence[Values] = [np.full(len(ranked), np.nan)] * len(question.ks)
+    if item_embeddings is not None:
+        lists = ranked if places is None else places[counted]
+        diversities = diversity_at(lists, item_embeddings, question.ks)
+    values: dict[str, float] = {}
+    per_query: dict[str, Values] = {}
+    for k, diversity in zip(question.ks, diversities, strict=True):
+        of_queries = {
+            f"Recall@{k}": recall_at(hit, sizes, k),
+            f"NDCG@{k}": ndcg_at(hit, sizes, k),
+            f"MRR@{k}": mrr_at(hit, k),
+            f"HR@{k}": hit_rate_at(hit, k),
+            f"novelty@{k}": list_mean(ranked, surprise, k),
+            f"popularity@{k}": list_mean(ranked, question.item_counts, k),
+            f"diversity@{k}": diversity,
+        }
+        per_query |= of_queries
+        values |= {key: _mean(of_query) for key, of_query in of_queries.items()}
+        values[f"coverage@{k}"] = coverage(ranked[:, :k], len(question.item_counts))
+        values[f"Gini@{k}"] = gini(exposure(ranked[:, :k], len(question.item_counts)))
+    slices: dict[str, dict[str, float]] = {}
+    for label, part in question.slices.items():
+        of_slice = _measure_slice(ranked, hit, part, question)
+        per_query |= {f"{label}/{metric}": value for metric, value in of_slice.items()}
+        slices[label] = {metric: _mean(value) for metric, value in of_slice.items()}
+    return Row(name, values, slices, per_query)
+
+
+def _measure_slice(
+    ranked: NDArray[np.int64], hit: NDArray[np.bool_], part: Slice, question: Question
+) -> dict[str, Values]:
+    """Compute Recall and NDCG on the targets of the slice alone, [E], NaN for a query without one."""
+    inside = question.targets.sizes(part)[question.counted]
+    if part.items is not None:
+        row, place = np.nonzero(hit)  # few, and only hits matter
+        hit = np.zeros_like(hit)
+        hit[row, place] = part.items[ranked[row, place]]
+    values = {}
+    for k in question.ks:
+        for metric, function in (("Recall", recall_at), ("NDCG", ndcg_at)):
+            values[f"{metric}@{k}"] = np.where(inside > 0, function(hit, inside, k), np.nan)
+    return values
+
+
+def _mean(values: Values) -> float:
+    """Return the mean of the values that are not NaN; NaN if all are."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else math.nan
+
+
+def _among(few: NDArray[np.int64], many: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Mark which of `few`, ascending and distinct, occur in `many`, by binary search in `few`; `many` is not sorted."""
+    found = np.zeros(len(few), dtype=bool)
+    if len(few):
+        place = np.minimum(np.searchsorted(few, many), len(few) - 1)
+        found[place[few[place] == many]] = True
+    return found
+
+
+def _pairs(offsets: NDArray[np.int64], items: NDArray[np.integer], num_items: int, what: str) -> NDArray[np.int64]:
+    """Encode (query, item) pairs as single integers: query * N + item."""
+    codes = np.asarray(items, dtype=np.int64)
+    if len(codes) and not 0 <= codes.min() <= codes.max() < num_items:
+        raise ValueError(f"{what} must be item codes in 0 .. {num_items - 1}")
+    return np.repeat(np.arange(len(offsets) - 1, dtype=np.int64), np.diff(offsets)) * num_items + codes

@@ -1,0 +1,1 @@
+"""Features of items, queries and requests: from columns to encoded arrays."""

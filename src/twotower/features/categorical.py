@@ -1,0 +1,216 @@
+"""Encoders of categorical features: fitted on the training rows of a column, they convert any rows to arrays.
+
+An encoder produces one of three forms of array, which is all that a tower needs to know about a feature:
+
+codes    int64 [rows]           row of an embedding table; 0 where missing
+bags     int64 [rows, width]    rows of an embedding table, to be averaged; padded with 0
+numbers  float32 [rows, width]  used unchanged; the last column is 1 where the value is missing, the others then 0
+
+Codes of categorical values: a vocabulary fitted on training rows, or hash buckets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from twotower.config.features import CategoricalFeature, MultiFeature, TextFeature
+from twotower.data.schema.vocabulary import Vocabulary
+from twotower.features.parsing import Place, as_lists, as_text, as_words
+
+#: Codes of missing and unknown values. Hashing has no unknown values, so its buckets begin at UNKNOWN.
+MISSING = 0
+UNKNOWN = 1
+
+
+@dataclass(frozen=True)
+class Values:
+    """Codes of texts: 0 where missing; then 1 for unknown and 2, 3, ... for the vocabulary, or 1, 2, ... for buckets.
+
+    A bucket is the 64-bit BLAKE2b hash of the UTF-8 text modulo the number of buckets: the same in every process.
+
+    Attributes:
+        known: the values, in ascending order; None if they are hashed.
+        buckets: number of buckets; None for a vocabulary.
+    """
+
+    known: Vocabulary | None = None
+    buckets: int | None = None
+
+    @classmethod
+    def fit(cls, texts: pl.Series, *, buckets: int | None, min_count: int) -> Values:
+        """Fit a vocabulary of the values that occur at least `min_count` times; buckets need no fitting."""
+        if buckets is not None:
+            return cls(buckets=buckets)
+        counts = texts.drop_nulls().alias("value").value_counts(name="count")
+        frequent = counts.filter(pl.col("count") >= min_count)["value"].sort()
+        return cls(Vocabulary(frequent.cast(pl.String)))
+
+    @property
+    def size(self) -> int:
+        """Number of codes, including 0."""
+        return len(self.known) + 2 if self.known is not None else (self.buckets or 0) + 1
+
+    def encode(self, texts: pl.Series) -> NDArray[np.int64]:
+        """Encode texts, int64 [rows]."""
+        if self.known is not None:
+            codes = self.known.encode(texts.cast(pl.String)) + 2
+            codes[codes == 1] = UNKNOWN
+            codes[texts.is_null().to_numpy()] = MISSING
+            return codes
+        distinct = Vocabulary(texts.drop_nulls().unique().sort().cast(pl.String))
+        bucket = np.array([1 + self._bucket(value) for value in distinct.ids] or [MISSING], dtype=np.int64)
+        place = distinct.encode(texts.cast(pl.String))
+        return np.where(place < 0, MISSING, bucket[np.maximum(place, 0)])
+
+    def _bucket(self, value: str) -> int:
+        return int.from_bytes(hashlib.blake2b(value.encode(), digest_size=8).digest(), "little") % (self.buckets or 1)
+
+    def told(self, texts: pl.Series) -> str:
+        """Summarise the encoding of these texts in a line: the vocabulary size, or the share of bucket collisions."""
+        distinct = texts.drop_nulls().unique()
+        if self.known is not None:
+            rare = len(distinct) - len(self.known)
+            return f"{len(self.known):,} values" + (f", {rare:,} rarer values count as unknown" if rare else "")
+        codes = self.encode(distinct)
+        shared = int((np.bincount(codes)[codes] > 1).sum()) if len(codes) else 0
+        rate = shared / max(len(codes), 1)
+        return f"{len(distinct):,} values in {self.buckets:,} buckets, {rate:.1%} share a bucket with another value"
+
+    def state(self) -> dict[str, Any]:
+        """Return the fitted state as JSON values, for `restore`."""
+        return {"values": None if self.known is None else self.known.ids.to_list(), "buckets": self.buckets}
+
+    @classmethod
+    def restore(cls, state: dict[str, Any]) -> Values:
+        """Restore from `state`."""
+        if state["values"] is None:
+            return cls(buckets=int(state["buckets"]))
+        return cls(Vocabulary(pl.Series("value", state["values"], dtype=pl.String)))
+
+
+Form = Literal["codes", "bags", "numbers"]
+
+
+class Encoder(Protocol):
+    """A fitted encoder of one feature.
+
+    Attributes:
+        form: form of its arrays.
+        size: number of rows of the embedding table, or width of the numbers.
+        note: summary of the fit, for the account.
+    """
+
+    @property
+    def form(self) -> Form: ...  # noqa: D102
+    @property
+    def size(self) -> int: ...  # noqa: D102
+    @property
+    def note(self) -> str: ...  # noqa: D102
+
+    def encode(self, column: pl.Series, place: Place) -> NDArray[Any]:
+        """Encode rows of the column.
+
+        Raises:
+            InputError: a value of the wrong type, with column and row.
+        """
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Return the fitted state as JSON values, for `restore`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Category:
+    """Encoder of a categorical feature with one value per row."""
+
+    values: Values
+    note: str = ""
+    form: ClassVar[Form] = "codes"
+
+    @classmethod
+    def fit(cls, declared: CategoricalFeature, column: pl.Series, place: Place) -> Category:
+        """Fit the vocabulary of a column."""
+        texts = as_text(column, place)
+        values = Values.fit(texts, buckets=declared.buckets, min_count=declared.min_count)
+        return cls(values, values.told(texts))
+
+    @property
+    def size(self) -> int:
+        """Number of rows of the embedding table."""
+        return self.values.size
+
+    def encode(self, column: pl.Series, place: Place) -> NDArray[np.int64]:
+        """See `Encoder`."""
+        return self.values.encode(as_text(column, place))
+
+    def state(self) -> dict[str, Any]:
+        """See `Encoder`."""
+        return self.values.state()
+
+    @classmethod
+    def restore(cls, declared: CategoricalFeature, state: dict[str, Any]) -> Category:
+        """Restore from `state`."""
+        del declared
+        return cls(Values.restore(state))
+
+
+@dataclass(frozen=True)
+class Bag:
+    """Encoder of a feature with several values per row: genres, tags, words."""
+
+    declared: MultiFeature | TextFeature
+    values: Values
+    note: str = ""
+    form: ClassVar[Form] = "bags"
+
+    @classmethod
+    def fit(cls, declared: MultiFeature | TextFeature, column: pl.Series, place: Place) -> Bag:
+        """Fit the vocabulary of all values in a column."""
+        lists = _lists(declared, column, place)
+        each = lists.explode(keep_nulls=False, empty_as_null=False).cast(pl.String)
+        buckets = declared.buckets if isinstance(declared, MultiFeature) else None
+        values = Values.fit(each, buckets=buckets, min_count=declared.min_count)
+        cut = int((lists.list.len() > declared.max_values).sum())
+        note = values.told(each) + (f"; {cut:,} rows cut to {declared.max_values} values" if cut else "")
+        return cls(declared, values, note)
+
+    @property
+    def size(self) -> int:
+        """Number of rows of the embedding table."""
+        return self.values.size
+
+    def encode(self, column: pl.Series, place: Place) -> NDArray[np.int64]:
+        """See `Encoder`. Values with the same code, such as all unknown values, count once per row."""
+        lists = _lists(self.declared, column, place).list.head(self.declared.max_values)
+        frame = pl.DataFrame({"row": np.arange(len(lists)), "value": lists})
+        each = frame.explode("value", keep_nulls=False, empty_as_null=False)
+        codes = self.values.encode(each["value"].cast(pl.String))
+        once = pl.DataFrame({"row": each["row"], "code": codes}).unique(maintain_order=True)
+        rows = once["row"].to_numpy()
+        starts = np.searchsorted(rows, np.arange(len(lists)))
+        place_in_row = np.arange(len(rows)) - starts[rows]
+        bags = np.zeros((len(lists), int(place_in_row.max(initial=0)) + 1), dtype=np.int64)
+        bags[rows, place_in_row] = once["code"].to_numpy()
+        return bags
+
+    def state(self) -> dict[str, Any]:
+        """See `Encoder`."""
+        return self.values.state()
+
+    @classmethod
+    def restore(cls, declared: MultiFeature | TextFeature, state: dict[str, Any]) -> Bag:
+        """Restore from `state`."""
+        return cls(declared, Values.restore(state))
+
+
+def _lists(declared: MultiFeature | TextFeature, column: pl.Series, place: Place) -> pl.Series:
+    if isinstance(declared, TextFeature):
+        return as_words(column, place)
+    return as_lists(column, declared.separator, place)

@@ -1,0 +1,115 @@
+"""Conversion of tables, files and dicts to data frames with the declared feature columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from twotower.config.features import AnyFeature, DenseFeature
+from twotower.data.io.readers import as_polars
+from twotower.data.schema.vocabulary import Vocabulary, ids_of, listed
+from twotower.errors import InputError
+
+RowsLike = pl.DataFrame | Sequence[Mapping[str, Any]] | Any
+
+
+def frame_of(rows: RowsLike, columns: Sequence[str], name: str) -> pl.DataFrame:
+    """Convert rows to a frame: a data frame keeps its columns, dicts give those of `columns` that any of them has.
+
+    Raises:
+        InputError: no rows, or values of mixed types.
+    """
+    if isinstance(rows, Sequence) and not isinstance(rows, str) and all(isinstance(row, Mapping) for row in rows):
+        values = {column: [row.get(column) for row in rows] for column in columns if any(column in r for r in rows)}
+        if not rows:
+            raise InputError(f"{name}: no rows.")
+        try:
+            return pl.DataFrame([_series(column, given) for column, given in values.items()])
+        except (TypeError, ValueError, pl.exceptions.PolarsError, OverflowError) as error:
+            raise InputError(f"{name}: values of mixed types ({str(error).splitlines()[0]}).") from None
+    return as_polars(rows, name)
+
+
+def _series(column: str, values: list[Any]) -> pl.Series:
+    try:
+        return pl.Series(column, values, strict=True)
+    except (TypeError, pl.exceptions.PolarsError):
+        if any(isinstance(value, list | tuple | np.ndarray) for value in values):
+            raise
+        if all(value is None or isinstance(value, int | float) for value in values):
+            return pl.Series(column, [None if value is None else float(value) for value in values], dtype=pl.Float64)
+        # 3 in one row and "three" in another: use text, so that the encoder can report the invalid row.
+        return pl.Series(column, [None if value is None else str(value) for value in values], dtype=pl.String)
+
+
+def check_columns(frame: pl.DataFrame, declared: Sequence[AnyFeature], name: str, *, needs_table: bool) -> None:
+    """Check that a frame has all declared columns.
+
+    Args:
+        frame: the rows.
+        declared: the features.
+        name: name of the rows in errors; begins with their side.
+        needs_table: whether this side has no table at all.
+
+    Raises:
+        InputError: a column is missing.
+    """
+    for one in declared:
+        if one.column not in frame.columns:
+            side = name.split(maxsplit=1)[0]
+            if needs_table:
+                raise InputError(
+                    f"{side}_tower.features: column {one.column!r} needs the {side} table; give data.{_PLURAL[side]}."
+                )
+            setting = "query_tower.context" if side == "context" else f"{side}_tower.features"
+            raise InputError(
+                f"{name}: column {one.column!r}, declared in {setting}, does not exist. "
+                f"Columns found: {listed(frame.columns)}."
+            )
+
+
+_PLURAL = {"item": "items", "query": "queries"}
+
+
+def with_files(frame: pl.DataFrame, declared: Sequence[AnyFeature], ids: pl.Series) -> pl.DataFrame:
+    """Add a column for each dense feature from a file, null where the file does not have the id.
+
+    Raises:
+        InputError: a file cannot be read, or the numbers of its rows and ids differ.
+    """
+    for one in declared:
+        if isinstance(one, DenseFeature) and one.file is not None:
+            matrix, owners = _matrix(one)
+            place = Vocabulary(owners).encode(ids)
+            values = np.asarray(matrix[np.maximum(place, 0)], dtype=np.float32)
+            column = pl.Series(one.column, values, dtype=pl.Array(pl.Float32, matrix.shape[1]))
+            frame = frame.with_columns(pl.when(pl.lit(pl.Series(place >= 0))).then(pl.lit(column)).alias(one.column))
+    return frame
+
+
+def _matrix(one: DenseFeature) -> tuple[NDArray[Any], pl.Series]:
+    """Open the matrix of a .npy file memory-mapped, and read the ids of its rows."""
+    file, ids_file = Path(one.file or ""), Path(one.ids or "")
+    try:
+        matrix = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: not a readable .npy matrix ({str(error).splitlines()[0]}).") from None
+    if matrix.ndim != 2 or not np.issubdtype(matrix.dtype, np.number):
+        raise InputError(f"{file}: expected a matrix of numbers, found shape {matrix.shape} of {matrix.dtype}.")
+    try:
+        if ids_file.suffix == ".npy":
+            ids = ids_of(pl.Series("id", np.load(ids_file, allow_pickle=False)), str(ids_file))
+        else:
+            ids = pl.Series("id", ids_file.read_text(encoding="utf-8").splitlines())
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{ids_file}: not a readable list of ids ({str(error).splitlines()[0]}).") from None
+    if len(ids) != len(matrix):
+        raise InputError(f"{ids_file}: {len(ids):,} ids, but {file} has {len(matrix):,} rows; expected one id per row.")
+    return matrix, ids

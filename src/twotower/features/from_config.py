@@ -1,0 +1,149 @@
+"""The features declared by a configuration, resolved, fitted and encoded on the training data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from twotower.config.features import AnyFeature, DenseFeature, Features
+from twotower.config.run import Config
+from twotower.data.interactions import Interactions
+from twotower.data.loading.batches import Encoded
+from twotower.data.prepare.request_context import Owners, Wanted
+from twotower.data.schema.columns import title_column
+from twotower.data.schema.vocabulary import Vocabulary, listed
+from twotower.errors import InputError
+from twotower.features.feature_set import EncodedTable, FeatureSet
+from twotower.features.parsing import Place
+from twotower.features.suggest import features_of, propose, propose_context
+
+
+def with_features(config: Config, train: Interactions) -> Config:
+    """Replace `auto` in the feature settings by the proposed features."""
+    changed = {}
+    for side, features, table in _declared(config, train):
+        if features == "auto":
+            section = f"{side}_tower"
+            found = [] if table is None else features_of(propose(table))
+            update: dict[str, Any] = {"features": found or "none"}
+            if side == "item" and not found:
+                update["id_dropout"] = 0.0  # no feature could replace the id
+            changed[section] = getattr(config, section).model_copy(update=update)
+    if config.query_tower.context == "auto":
+        proposed = [] if train.context is None else features_of(propose_context(train))
+        section = changed.get("query_tower", config.query_tower)
+        changed["query_tower"] = section.model_copy(update={"context": proposed or "none"})
+    return config.model_copy(update=changed)
+
+
+def fit_features(config: Config, train: Interactions) -> dict[str, FeatureSet]:
+    """Fit the declared features of each side on the table rows that occur in training; omit sides without features.
+
+    Raises:
+        InputError: a table or column is missing, or a value has the wrong type.
+    """
+    fitted = {
+        side: FeatureSet.fit(side, features, table, ids=_ids(train, side).ids, known=in_training(train, side))
+        for side, features, table in _declared(config, train)
+        if not isinstance(features, str) and features
+    }
+    context = config.query_tower.context
+    if not isinstance(context, str) and context:
+        fitted["context"] = FeatureSet.fit_rows("context", context, context_frame(context, train), context_place(train))
+    return fitted
+
+
+def encode_features(config: Config, train: Interactions) -> dict[str, EncodedTable]:
+    """Fit as `fit_features` and encode the whole tables; the context belongs to rows and has no table."""
+    tables = {"item": train.item_table, "query": train.query_table}
+    return {
+        side: EncodedTable.of_requests(fitted)
+        if side == "context"
+        else EncodedTable(fitted, fitted.encode_table(tables[side], _ids(train, side).ids))
+        for side, fitted in fit_features(config, train).items()
+    }
+
+
+def wanted_context(config: Config) -> Wanted:
+    """Return the context columns to read from the interactions for this configuration."""
+    declared = config.query_tower.context
+    if isinstance(declared, str):
+        return "all" if declared == "auto" else None
+    return tuple(dict.fromkeys(one.column for one in declared)) or None
+
+
+def encode_context(features: FeatureSet, data: Interactions) -> Encoded:
+    """Encode the context of every row as for a request; arrays with n rows.
+
+    Raises:
+        InputError: the data was read without a declared column, or a value has the wrong type.
+    """
+    encoded = features.encode_rows(context_frame(features.declared, data), context_place(data))
+    # int32 codes to save memory: there is one per row.
+    return [array.astype(np.int32) if array.dtype == np.int64 else array for array in encoded]
+
+
+def context_frame(declared: Sequence[AnyFeature], data: Interactions) -> pl.DataFrame:
+    """Return the context of the rows after checking that it has the declared columns.
+
+    Raises:
+        InputError: the data was read without one of them, or one comes from a file, which has vectors of ids.
+    """
+    for one in declared:
+        if isinstance(one, DenseFeature) and one.file is not None:
+            raise InputError(
+                f"query_tower.context: {one.column!r}: a file has vectors of ids, not of requests; expected a column"
+            )
+        if data.context is None or one.column not in data.context.columns:
+            raise InputError(
+                f"query_tower.context: column {one.column!r} was not read with the interactions; in Python pass "
+                f"context=[{one.column!r}] to Interactions.read or from_frame"
+            )
+    assert data.context is not None
+    return data.context
+
+
+def context_place(data: Interactions) -> Place:
+    """Return the location of the context rows for error messages."""
+    return Place("context of the interactions", Owners(data.offsets, data.queries), "query")
+
+
+def unused_tables(config: Config, train: Interactions) -> list[str]:
+    """Return a hint for each table with usable but unused features, and one if the items have no titles."""
+    lines = []
+    for side, features, table in _declared(config, train):
+        columns = ", ".join(one.column for one in features_of(propose(table))) if table is not None else ""
+        if features == "none" and columns:
+            lines.append(
+                f"{side} table: not used as features: {columns}; set {side}_tower.features=auto to use them, "
+                "`twotower features` shows how"
+            )
+    table = train.item_table
+    if table is not None and title_column(table) is None:
+        texts = [c for c in table.columns if table.schema[c] == pl.String and not table[c].equals(train.items.ids)]
+        if texts:
+            lines.append(
+                "item table: no text column is named title, name or description, so items are shown by their ids; "
+                f"rename the human-readable one among {listed(texts)}"
+            )
+    return lines
+
+
+def in_training(train: Interactions, side: str) -> NDArray[np.bool_]:
+    """Return which ids of a side have a training row, bool [ids]."""
+    return train.item_counts() > 0 if side == "item" else np.diff(train.offsets) > 0
+
+
+def _ids(train: Interactions, side: str) -> Vocabulary:
+    return train.items if side == "item" else train.queries
+
+
+def _declared(config: Config, train: Interactions) -> list[tuple[str, Features, pl.DataFrame | None]]:
+    return [
+        ("item", config.item_tower.features, train.item_table),
+        ("query", config.query_tower.features, train.query_table),
+    ]

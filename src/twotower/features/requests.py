@@ -1,0 +1,162 @@
+"""Encoding of the contexts and features in requests: each row is interpreted on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from twotower.config.features import TimestampFeature
+from twotower.data.io.validation import unit_of
+from twotower.data.loading.batches import Encoded
+from twotower.data.loading.gaps import gap_codes
+from twotower.data.schema.vocabulary import listed
+from twotower.errors import InputError
+from twotower.features.feature_set import FeatureSet
+from twotower.features.frames import frame_of
+from twotower.features.parsing import Place, as_moments
+
+
+def given_gaps(times: Sequence[Any] | None, count: int) -> NDArray[np.int8]:
+    """Compute the gap codes of one history of a request from unix times, dates or ISO text; None: unknown times.
+
+    Raises:
+        InputError: not one time per item, or a value that is not a time.
+    """
+    if times is None:
+        return np.zeros(count, dtype=np.int8)
+    if len(times) != count:
+        raise InputError(f"times: expected one per item of the history, {count}; found {len(times)}.")
+    try:
+        series = pl.Series("times", list(times))
+    except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError) as error:
+        raise InputError(f"times: values of mixed types ({str(error).splitlines()[0]}).") from None
+    moments, _ = as_moments(series, Place("history"))
+    if moments.null_count():
+        raise InputError("times: expected one per item of the history; some are missing.")
+    return gap_codes(np.array([0, count]), moments.to_numpy())
+
+
+#: One context per request, None if it is unknown; or a frame with one row per request.
+Given = pl.DataFrame | Sequence[Mapping[str, Any] | None]
+
+
+@dataclass(frozen=True)
+class EncodedContext:
+    """The encoded context of several requests, stored so that it is encoded only once.
+
+    Attributes:
+        arrays: one per feature, row i of request i.
+        rows: number of requests.
+    """
+
+    arrays: Encoded
+    rows: int
+
+    @classmethod
+    def of(cls, features: FeatureSet, rows: Given) -> EncodedContext:
+        """Encode the context of requests; see `encode_given`."""
+        return cls(encode_given(features, rows), len(rows))
+
+    @classmethod
+    def joined(cls, parts: Sequence[EncodedContext]) -> EncodedContext:
+        """Concatenate the requests of several parts; at least one part."""
+        order = np.arange(sum(part.rows for part in parts))
+        columns = zip(*(part.arrays for part in parts), strict=True)
+        return cls([_in_order(list(column), order) for column in columns], len(order))
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def repeated(self, times: int) -> EncodedContext:
+        """Repeat every request `times` times in a row."""
+        return EncodedContext([np.repeat(array, times, axis=0) for array in self.arrays], self.rows * times)
+
+
+def encode_given(features: FeatureSet, rows: Given) -> Encoded:
+    """Encode the context of requests as in training; see `encode_apart`.
+
+    Args:
+        features: fitted on the context of the training rows.
+        rows: a frame, or for each request a mapping from column to value, or None. Absent columns count as missing.
+
+    Raises:
+        InputError: a column that the model does not have, or a value of the wrong type.
+    """
+    if isinstance(rows, pl.DataFrame):
+        return features.encode_rows(rows, Place("context"))
+    known = features.columns
+    for row in rows:
+        for name in row or {}:
+            if name not in known:
+                raise InputError(f"context: the model has no column {name!r}; its context columns are {listed(known)}.")
+    return encode_apart(features, [row or {} for row in rows], "context")
+
+
+def encode_apart(features: FeatureSet, rows: Sequence[Mapping[str, Any]], name: str) -> Encoded:
+    """Encode rows so that each gives the same result as if it were encoded alone.
+
+    Rows whose values have the same types are encoded together. So 3 in one row and "three" in another, or unix time in
+    one and a date in another, do not affect each other.
+
+    Args:
+        features: the fitted encoders.
+        rows: mappings from column to value. Absent columns count as missing; other columns are ignored.
+        name: name of the rows in errors.
+
+    Raises:
+        InputError: a value of the wrong type.
+    """
+    if not rows:
+        return [empty[:0] for empty in features.missing()]
+    known = features.columns
+    groups: dict[tuple[str, ...], list[int]] = {}
+    moments = {one.column for one in features.declared if isinstance(one, TimestampFeature)}
+    for place, row in enumerate(rows):
+        kinds = tuple(_kind(row.get(column), name, moment=column in moments) for column in known)
+        groups.setdefault(kinds, []).append(place)
+    found: list[Encoded] = []
+    for places in groups.values():
+        chosen = [{column: rows[place].get(column) for column in known} for place in places]
+        where = Place(name, [place + 1 for place in places], "row")
+        found.append(features.encode_rows(frame_of(chosen, known, name), where))
+    order = np.concatenate([np.asarray(places, dtype=np.int64) for places in groups.values()])
+    return [_in_order([encoded[one] for encoded in found], order) for one in range(len(features.declared))]
+
+
+def _kind(value: Any, name: str, *, moment: bool) -> str:
+    if isinstance(value, str) and moment:
+        # Unix time as text has a unit too, which is inferred from the largest value encoded together.
+        number = _number(value)
+        return "text" if number is None else f"text of {unit_of(abs(number), name)}"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return unit_of(abs(float(value)), name) if moment and np.isfinite(value) else "number"
+    return type(value).__name__
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if np.isfinite(number) else None
+
+
+def _in_order(parts: list[NDArray[Any]], order: NDArray[np.int64]) -> NDArray[Any]:
+    """Merge the rows of several arrays in their order; bags are padded to the widest."""
+    width = max((part.shape[1] for part in parts if part.ndim == 2), default=0)
+    shape = (len(order), width) if parts[0].ndim == 2 else (len(order),)
+    joined = np.zeros(shape, dtype=parts[0].dtype)
+    start = 0
+    for part in parts:
+        at = order[start : start + len(part)]
+        if part.ndim == 2:
+            joined[at, : part.shape[1]] = part
+        else:
+            joined[at] = part
+        start += len(part)
+    return joined

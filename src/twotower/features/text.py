@@ -1,0 +1,122 @@
+"""Text embeddings from a sentence-transformers model, computed once and stored in the data cache."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from twotower.config.features import TextFeature
+from twotower.data.io.folders import cache_root
+from twotower.errors import InputError
+from twotower.features.categorical import Form
+from twotower.features.numeric import with_missing
+from twotower.features.parsing import Place, as_text, as_vectors
+from twotower.system.filesystem import whole_file
+
+#: Fewer texts than this are not cached: a service embeds one item at a time and would fill the cache with tiny files.
+CACHE_FROM = 64
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """Encoder of text by a pretrained model; vectors have length 1, zeros where the text is missing."""
+
+    declared: TextFeature
+    width: int
+    note: str = ""
+    form: ClassVar[Form] = "numbers"
+
+    @classmethod
+    def fit(cls, declared: TextFeature, column: pl.Series, place: Place) -> Sentence:
+        """Determine the width of the model's vectors; the model itself is not trained."""
+        as_text(column, place)
+        width = int(_model(declared.model).get_embedding_dimension())
+        return cls(declared, width, f"{width} wide, by {Path(declared.model).name}")
+
+    @property
+    def size(self) -> int:
+        """Width: the vector, and one column for missing values."""
+        return self.width + 1
+
+    def encode(self, column: pl.Series, place: Place) -> NDArray[np.float32]:
+        """See `Encoder`. A column of vectors is used directly: the caller has already embedded the texts."""
+        if column.dtype.is_nested():
+            return with_missing(*as_vectors(column, self.width, place), normalise=True)
+        texts = as_text(column, place)
+        missing = texts.is_null().to_numpy()
+        vectors = np.zeros((len(texts), self.width), dtype=np.float32)
+        if not missing.all():
+            known = texts.drop_nulls()
+            distinct = known.unique().sort()
+            vectors[~missing] = embed_texts(distinct, self.declared.model)[distinct.search_sorted(known).to_numpy()]
+        return with_missing(vectors, missing, normalise=True)
+
+    def state(self) -> dict[str, Any]:
+        """See `Encoder`."""
+        return {"width": self.width}
+
+    @classmethod
+    def restore(cls, declared: TextFeature, state: dict[str, Any]) -> Sentence:
+        """Restore from `state`."""
+        return cls(declared, int(state["width"]))
+
+
+def embed_texts(texts: pl.Series, model: str) -> NDArray[np.float32]:
+    """Embed texts, float32 [rows, width], or read their embeddings from the cache.
+
+    Args:
+        texts: without nulls.
+        model: name or folder of a sentence-transformers model.
+
+    Raises:
+        InputError: sentence-transformers is not installed, or cannot load the model.
+    """
+    if len(texts) < CACHE_FROM:
+        return _embedded(texts, model)
+    digest = hashlib.sha256(repr((_stamp(model), texts.to_list())).encode()).hexdigest()[:32]
+    target = cache_root() / "text" / f"{digest}.npy"
+    if target.is_file():
+        cached: NDArray[np.float32] = np.load(target, allow_pickle=False)
+        return cached
+    vectors = _embedded(texts, model)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(target) as partial, partial.open("wb") as file:
+        np.save(file, vectors, allow_pickle=False)
+    return vectors
+
+
+def _stamp(model: str) -> list[tuple[str, int, int]]:
+    """Identify a model for the cache key: its name, and the state of its files if it is a folder."""
+    folder = Path(model)
+    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    return [(model, 0, 0), *((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)]
+
+
+def _embedded(texts: pl.Series, model: str) -> NDArray[np.float32]:
+    vectors = _model(model).encode(texts.to_list(), show_progress_bar=False, convert_to_numpy=True)
+    return np.asarray(vectors, dtype=np.float32)
+
+
+@lru_cache(maxsize=2)
+def _model(name: str) -> Any:
+    try:
+        from sentence_transformers import SentenceTransformer  # noqa: PLC0415  # slow to import, and an optional extra
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"text model {name!r}: needs the package {error.name!r}; run pip install 'twotower[text]', or use model: "
+            "words"
+        ) from None
+    try:
+        return SentenceTransformer(name)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"text model {name!r}: cannot be loaded ({reason}); give the folder of a model, or use model: words"
+        ) from None

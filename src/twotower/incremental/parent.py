@@ -1,0 +1,154 @@
+"""The parent model of an incremental run, and the new data joined to the parent's training data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import polars as pl
+
+from twotower.config.run import Config
+from twotower.data import Interactions, Split
+from twotower.data.schema.vocabulary import IdValues, Vocabulary, ids_of
+from twotower.distributed.launch import Launch
+from twotower.distributed.row_files import RowSource, stored_tensors
+from twotower.errors import InputError
+from twotower.incremental.saved_rows import load_context, load_rows
+from twotower.incremental.split import CARRIED, ContinuedSplit, Past, continued
+from twotower.serving.catalog_changes import Changes
+from twotower.serving.model_folder import TOWERS, Artifact, find_model
+
+if TYPE_CHECKING:
+    from twotower.training import FitResult
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The model that an incremental run continues.
+
+    Attributes:
+        artifact: the model.
+        checkpoint: the checkpoint with its optimizer state, if it still exists.
+        where: its name in messages and in the lineage.
+        removed: ids that were removed from its catalog after training (`twotower items remove`).
+        folder: the model folder, from which rows of weights are read when needed; None if `artifact` has the weights.
+    """
+
+    artifact: Artifact
+    checkpoint: Path | None
+    where: str
+    removed: pl.Series | None = None
+    folder: Path | None = None
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Parent:
+        """Load a run folder, or a model folder alone, which comes without optimizer state.
+
+        Weights are not read. On each machine, only the first process verifies the files.
+
+        Raises:
+            InputError: see `Artifact.load`.
+        """
+        folder = find_model(directory)
+        artifact = Artifact.load(folder, weights=False, verify=Launch.of_environment().local_rank == 0)
+        best = folder.parent / "checkpoints" / "best.ckpt"
+        changes = Changes.read(folder)
+        left = np.zeros(0, dtype=np.int64) if changes is None else changes.left
+        removed = artifact.items.decode(left[left < len(artifact.items)])
+        return cls(
+            replace(artifact, rows=load_rows(folder), contexts=_contexts(folder)),
+            best if best.is_dir() else None,
+            str(Path(directory).resolve()),
+            removed if len(removed) else None,
+            folder,
+        )
+
+    def weights(self) -> Mapping[str, RowSource]:
+        """Return the state dict of its towers, by name; tensors of a folder are read lazily.
+
+        Raises:
+            InputError: the file is damaged, or the tables of the model in memory are sharded over several ranks.
+        """
+        if self.folder is None:
+            if self.artifact.is_shared:
+                raise InputError(
+                    "start: the model's tables are sharded over several ranks; save it, and pass its folder"
+                )
+            return self.artifact.towers.state_dict()
+        path = self.folder / TOWERS
+        try:
+            found, named = stored_tensors(path)
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{path}: not readable ({error}); copy it again or train again") from error
+        # A tensor with two names is stored under one of them; the metadata maps the other name to it.
+        return found | {other: found[name] for other, name in named.items() if name in found}
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of its data."""
+        return str(self.artifact.metadata["data"]["fingerprint"])
+
+    def past(self) -> Past:
+        """Return its training data. Older versions did not save which rows were trained on: all count as learnt."""
+        model, rows = self.artifact, self.artifact.rows or {}
+        times = rows.get("timestamps")
+        names = model.metadata["data"].get("groups")
+        return Past(
+            model.queries,
+            model.items,
+            np.asarray(model.history_offsets, dtype=np.int64),
+            np.asarray(model.history_items),
+            np.asarray(rows.get("learnt", np.diff(model.history_offsets))),
+            {name: np.asarray(rows[name]) for name in CARRIED if name in rows},
+            None if names is None else Vocabulary(names),
+            model.item_table,
+            self.fingerprint,
+            None if times is None or not len(times) else int(np.max(times)),
+            model.contexts.get("context"),
+        )
+
+
+def _contexts(folder: Path) -> dict[str, pl.DataFrame]:
+    context = load_context(folder)
+    return {} if context is None else {"context": context}
+
+
+class Fitted(Protocol):
+    """A model in memory, such as `twotower.Model`."""
+
+    @property
+    def artifact(self) -> Artifact: ...  # noqa: D102
+    @property
+    def fit(self) -> FitResult: ...  # noqa: D102
+
+
+def parent_of(start: Fitted | Parent | str | Path | None) -> Parent | None:
+    """Return the parent for a model or its folder; None for None.
+
+    Raises:
+        InputError: see `Parent.load`.
+    """
+    if start is None or isinstance(start, Parent):
+        return start
+    if isinstance(start, str | Path):
+        return Parent.load(start)
+    return Parent(start.artifact, start.fit.checkpoint, "a model in memory")
+
+
+def new_days(
+    parent: Parent,
+    data: Interactions,
+    config: Config,
+    split: Callable[[Interactions], Split],
+    *,
+    withdrawn: IdValues | None = None,
+) -> ContinuedSplit:
+    """Build the split of `fit(start=...)`: the parent's past and new interactions; see `data.joining.continued`."""
+    if parent.removed is not None:
+        given = parent.removed.head(0) if withdrawn is None else ids_of(pl.Series("id", withdrawn), "withdrawn")
+        withdrawn = pl.concat([parent.removed.alias("id"), given.alias("id")]).unique()
+    cold: Any = "keep" if config.data.split == "leave-last-out" else "drop"
+    return continued(parent.past(), data, split, withdrawn=withdrawn, catalog=config.data.catalog, cold=cold)

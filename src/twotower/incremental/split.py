@@ -1,0 +1,434 @@
+"""Joining of new data to the data that a model was trained on: common vocabularies, and a split of the new data.
+
+The rows of the past and of the new data as one table with common codes.
+
+The data that a model was trained on, and the split of newer data that continues it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from twotower.data.interactions import Interactions
+from twotower.data.loading.histories import take_ranges
+from twotower.data.prepare.request_context import joined_context
+from twotower.data.schema.account import Account
+from twotower.data.schema.vocabulary import IdValues, Vocabulary
+from twotower.data.splits.holdout import Holdout
+from twotower.data.splits.protocols import Split
+from twotower.errors import InputError
+from twotower.incremental.vocabularies import item_map, joined_table, union
+
+Codes = NDArray[np.int64]
+
+#: Row columns that are kept if both the past and the new data have them.
+CARRIED = ("timestamps", "weights", "groups")
+
+
+@dataclass(frozen=True, eq=False)
+class Past:
+    """The data that a model was trained on, as stored in its folder.
+
+    Attributes:
+        queries, items: its vocabularies.
+        offsets, item_codes: its rows, including held-out ones: int64 [Q+1], int32 [n], oldest first within a query.
+        learnt: int64 [Q], the number of rows of each query, from the first, that it was trained on.
+        columns: `timestamps`, `weights`, `groups` of the rows, if known.
+        group_names: the group vocabulary, or None.
+        item_table: one row per item code, or None.
+        fingerprint: fingerprint of its data.
+        last: timestamp of its newest row, microseconds since 1970; None without timestamps.
+        context: context of each row, or None.
+    """
+
+    queries: Vocabulary
+    items: Vocabulary
+    offsets: Codes
+    item_codes: NDArray[np.int32]
+    learnt: Codes
+    columns: dict[str, NDArray[Any]] = field(default_factory=dict)
+    group_names: Vocabulary | None = None
+    item_table: pl.DataFrame | None = None
+    fingerprint: str = ""
+    last: int | None = None
+    context: pl.DataFrame | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ContinuedSplit(Split):
+    """A split of the new data, with the past under the same vocabularies.
+
+    `train` contains everything that training may use: the past, including the parent's held-out rows, and the training
+    rows of the new data. `data` also contains the held-out rows of the new data.
+
+    Attributes:
+        learnt: bool [rows of train], the rows that the parent was trained on.
+        query_map, item_map: new code of each code of the parent, int64; -1 for a withdrawn item.
+        parent: fingerprint of the parent's data.
+        new_item_table: item features from the new data only, in code order; `data.item_table` also has those of the
+            parent.
+        dates: first and last timestamp of the new rows, microseconds, or None.
+    """
+
+    learnt: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
+    query_map: Codes = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    item_map: Codes = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    parent: str = ""
+    dates: tuple[int, int] | None = None
+    new_item_table: pl.DataFrame | None = None
+
+    def rows_to_learn(self, replay: float, seed: int, *, whole: bool = False) -> Codes:
+        """Choose the rows of `train` for a training run: all new rows, and a sample of the parent's rows.
+
+        The sample is drawn once, without replacement, so that the frequency of items in the batches can be counted.
+
+        Args:
+            replay: parent rows per new row; fewer if the parent has fewer.
+            seed: seed of the draw.
+            whole: choose whole queries, for towers that learn from whole sequences: first all queries with a new row,
+                whose old rows count as replayed, then others until there are enough.
+        """
+        known, new = np.flatnonzero(self.learnt), np.flatnonzero(~self.learnt)
+        size = min(round(replay * len(new)), len(known))
+        draw = np.random.default_rng(seed)
+        if not whole:
+            drawn = draw.choice(known, size=size, replace=False) if size else known[:0]
+            return np.sort(np.concatenate([new, drawn])).astype(np.int64)
+        owner = self.train.query_codes()
+        taken = np.zeros(self.train.num_queries, dtype=np.bool_)
+        taken[owner[new]] = True
+        sizes = np.diff(self.train.offsets)
+        missing = size - int(taken[owner[known]].sum())
+        if missing > 0:
+            others = draw.permutation(np.flatnonzero(~taken & (sizes > 0)))
+            taken[others[: int(np.searchsorted(np.cumsum(sizes[others]), missing)) + 1]] = True
+        return np.flatnonzero(taken[owner]).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Maps:
+    """New code of each code of the past and of the new data, -1 where there is none."""
+
+    past_queries: Codes
+    past_items: Codes
+    queries: Codes
+    items: Codes
+
+
+@dataclass(frozen=True)
+class PastRows:
+    """The rows of the past in new codes, without withdrawn items, sorted by new query code."""
+
+    offsets: Codes
+    items: NDArray[np.int32]
+    learnt: NDArray[np.bool_]
+    columns: dict[str, NDArray[Any]]
+    context: pl.DataFrame | None = None
+
+    @classmethod
+    def of(cls, past: Past, maps: Maps, num_queries: int) -> PastRows:
+        """Recode the rows of a past."""
+        sizes = np.diff(past.offsets)
+        queries = np.repeat(maps.past_queries, sizes)
+        place = np.arange(len(past.item_codes)) - np.repeat(past.offsets[:-1], sizes)
+        learnt = place < np.repeat(past.learnt, sizes)
+        items = maps.past_items[past.item_codes]
+        # The order of the queries stays the same if the vocabularies are sorted, but they need not be.
+        order = np.argsort(queries, kind="stable")
+        order = order[items[order] >= 0]
+        counts = np.bincount(queries[order], minlength=num_queries)
+        return cls(
+            np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)]),
+            items[order].astype(np.int32),
+            learnt[order],
+            {name: np.asarray(values)[order] for name, values in past.columns.items()},
+            joined_context([past.context], order),
+        )
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The old and then the new rows of every query.
+
+    Attributes:
+        rows: all rows.
+        trains: bool [n], the rows that training may use.
+        learnt: bool [n], the rows that the parent was trained on.
+    """
+
+    rows: Interactions
+    trains: NDArray[np.bool_]
+    learnt: NDArray[np.bool_]
+
+    @classmethod
+    def of(
+        cls, past: Past, fresh: Interactions, training: Codes, *, queries: Vocabulary, items: Vocabulary, maps: Maps
+    ) -> Joined:
+        """Join the rows of the past and of the new data.
+
+        `training` [Q of fresh] is the number of training rows at the start of each query's new rows.
+        """
+        old = PastRows.of(past, maps, len(queries))
+        sizes = np.diff(fresh.offsets)
+        new_codes = maps.queries[fresh.query_codes()]
+        place = np.arange(len(fresh)) - np.repeat(fresh.offsets[:-1], sizes)
+        codes = np.concatenate([np.repeat(np.arange(len(queries)), np.diff(old.offsets)), new_codes])
+        order = np.argsort(codes, kind="stable")  # stable: the past comes first, and each part keeps its order
+        columns: dict[str, Any] = {}
+        for name in CARRIED:
+            before, after = old.columns.get(name), getattr(fresh, name)
+            if name == "weights" and (before is None) != (after is None):
+                # Rows without a weight have weight 1, as everywhere.
+                before = np.ones(len(old.items), dtype=np.float32) if before is None else before
+                after = np.ones(len(fresh), dtype=np.float32) if after is None else after
+            if before is not None and after is not None:
+                columns[name] = (before, np.asarray(after))
+        names = None
+        if "groups" in columns and past.group_names is not None and fresh.group_names is not None:
+            names = union(past.group_names.ids, fresh.group_names.ids, "group")
+            maps_ = item_map(past.group_names, names), item_map(fresh.group_names, names)
+            columns["groups"] = tuple(
+                m[np.asarray(c)].astype(np.int32) for m, c in zip(maps_, columns["groups"], strict=True)
+            )
+        else:
+            columns.pop("groups", None)
+        arrays: dict[str, Any] = {name: np.concatenate(both)[order] for name, both in columns.items()}
+        rows = Interactions(
+            queries,
+            items,
+            np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(np.bincount(codes, minlength=len(queries)))]),
+            np.concatenate([old.items, maps.items[fresh.item_codes].astype(np.int32)])[order],
+            group_names=names,
+            account=Account(list(fresh.account.lines)),
+            context=joined_context([old.context, fresh.context], order),
+            **arrays,
+        )
+        trains = np.concatenate([np.ones(len(old.items), dtype=np.bool_), place < np.repeat(training, sizes)])[order]
+        learnt = np.concatenate([old.learnt, np.zeros(len(fresh), dtype=np.bool_)])[order]
+        return cls(rows, trains, learnt)
+
+
+def continued(
+    past: Past,
+    data: Interactions,
+    split: Callable[[Interactions], Split],
+    *,
+    withdrawn: IdValues | None = None,
+    catalog: Literal["interactions", "table"] = "interactions",
+    cold: Literal["drop", "keep"] = "drop",
+) -> ContinuedSplit:
+    """Join new data to the past.
+
+    Rows up to the past's last timestamp are left out, so `data` may contain only new rows, or the whole log. In every
+    history, old rows come before new ones. The parent's held-out rows become training rows. Only the new rows are
+    split, so validation and test consist of new data.
+
+    Args:
+        past: the data that the model was trained on.
+        data: the new data; if read with `catalog="table"` it may have items without rows.
+        split: holds out rows of the new data, keeping cold targets.
+        withdrawn: item ids to remove from the catalog.
+        catalog: "table" also removes the parent's items that are neither in the new rows nor in the item table.
+        cold: "drop" or "keep" targets whose query or item has no training row, old or new.
+
+    Raises:
+        InputError: no new rows, ids of another type, an empty holdout, or unknown withdrawn ids.
+    """
+    account = Account()
+    gone = _withdrawn(past, data, withdrawn)
+    fresh = _new_rows(past, data, gone, account)
+    made = split(fresh)
+    account.extend(made.account)
+    new_items = fresh.item_counts() > 0
+    if fresh.negatives is not None:
+        new_items |= fresh.negatives.item_counts() > 0
+    kept = ~_among(past.items, gone)
+    if catalog == "table":  # the data then has the items of its rows and of its item table
+        kept &= item_map(past.items, data.items) >= 0
+    if catalog == "table":
+        new_items |= ~_among(data.items, gone)
+    items = union(past.items.ids.filter(pl.Series(kept)), data.items.ids.filter(pl.Series(new_items)), "item")
+    new_queries = np.diff(fresh.offsets) > 0
+    queries = union(past.queries.ids, data.queries.ids.filter(pl.Series(new_queries)), "query")
+    maps = Maps(
+        past_queries=item_map(past.queries, queries),
+        past_items=np.where(kept, item_map(past.items, items), -1),
+        queries=item_map(data.queries, queries),
+        items=item_map(data.items, items),
+    )
+    account.add("items withdrawn", int((~kept).sum()), "removed from the catalog and the histories")
+    account.add("items new", len(items) - int(kept.sum()), f"of {len(items):,}")
+    account.add("queries new", len(queries) - len(past.queries), f"of {len(queries):,}")
+    joined = Joined.of(past, fresh, np.diff(made.train.offsets), queries=queries, items=items, maps=maps)
+    rows = joined.rows
+    rows.item_table = joined_table(past.item_table, past.items, data.item_table, data.items, items)
+    rows.query_table = joined_table(None, past.queries, data.query_table, data.queries, queries)
+    train = rows.select(joined.trains)
+    if made.train.negatives is not None:
+        train = replace(train, negatives=_recoded(made.train.negatives, queries, items, maps))
+    learnt = joined.learnt[joined.trains]
+    account.add(
+        "rows to learn", int((~learnt).sum()), f"in addition to {int(learnt.sum()):,} that the parent was trained on"
+    )
+    warm_items = train.item_counts() > 0 if cold == "drop" else None
+    warm_queries = np.diff(train.offsets) > 0 if cold == "drop" and made.name == "by_time" else None
+    before = PastRows.of(past, maps, len(queries))
+    holdouts = {
+        name: _carried(getattr(made, name), before, maps, rows, account=account, warm=(warm_items, warm_queries))
+        for name in ("validation", "test")
+    }
+    times = fresh.timestamps
+    return ContinuedSplit(
+        train=train,
+        validation=holdouts["validation"],
+        test=holdouts["test"],
+        account=account,
+        name=made.name,
+        settings={**made.settings, "cold": cold, "continues": past.fingerprint},
+        data=rows,
+        learnt=learnt,
+        query_map=maps.past_queries,
+        item_map=maps.past_items,
+        parent=past.fingerprint,
+        new_item_table=joined_table(None, past.items, data.item_table, data.items, items),
+        dates=None if times is None else (int(np.min(times)), int(np.max(times))),
+    )
+
+
+def _withdrawn(past: Past, data: Interactions, ids: IdValues | None) -> Vocabulary | None:
+    if ids is None or not len(ids):
+        return None
+    values = ids if isinstance(ids, pl.Series) else pl.Series("id", ids)
+    found = Vocabulary(values.unique().drop_nulls())
+    if (past.items.encode(found.ids) < 0).all() and (data.items.encode(found.ids) < 0).all():
+        raise InputError(
+            f"withdrawn: none of the {len(found):,} ids is in the catalog; expected ids such as {past.items.ids[0]!r}"
+        )
+    return found
+
+
+def _among(items: Vocabulary, ids: Vocabulary | None) -> NDArray[np.bool_]:
+    mask = np.zeros(len(items), dtype=np.bool_)
+    if ids is not None:
+        codes = items.encode(ids.ids)
+        mask[codes[codes >= 0]] = True
+    return mask
+
+
+def _new_rows(past: Past, data: Interactions, gone: Vocabulary | None, account: Account) -> Interactions:
+    """Select the rows that are newer than the past, without withdrawn items."""
+    for side, old, new in (("query", past.queries, data.queries), ("item", past.items, data.items)):
+        if old.ids.dtype != new.ids.dtype:
+            kinds = {pl.Int64: "integers", pl.String: "text"}
+            raise InputError(
+                f"{side} ids are {kinds[type(old.ids.dtype)]} in the model and {kinds[type(new.ids.dtype)]} in the new "
+                "data; write them as one type"
+            )
+    rows = np.ones(len(data), dtype=np.bool_)
+    if past.last is not None and data.timestamps is None:
+        raise InputError(
+            "the model's data has timestamps and the new data has none, so new rows cannot be identified; name the "
+            "column with data.columns.timestamp"
+        )
+    if past.last is not None and data.timestamps is not None:
+        rows = np.asarray(data.timestamps) > past.last
+        account.add("rows known", int((~rows).sum()), "up to the last timestamp of the model's data, left out")
+    leaving = _among(data.items, gone)[data.item_codes] & rows
+    if gone is not None:
+        account.add("rows of withdrawn items", int(leaving.sum()), "left out")
+    rows &= ~leaving
+    if not rows.any():
+        raise InputError(
+            "nothing to train on: the new data has no row after the last timestamp of the model's data"
+            if past.last is not None
+            else "nothing to train on: every row has a withdrawn item"
+        )
+    fresh = data.select(rows)
+    below = data.negatives
+    if below is not None:
+        after = np.ones(len(below), dtype=np.bool_)
+        if past.last is not None and below.timestamps is not None:
+            after = np.asarray(below.timestamps) > past.last
+        after &= ~_among(data.items, gone)[below.item_codes]
+        fresh = replace(fresh, negatives=below.select(after) if after.any() else None)
+    account.add("new rows", len(fresh))
+    return replace(fresh, labels=None)
+
+
+def _recoded(below: Interactions, queries: Vocabulary, items: Vocabulary, maps: Maps) -> Interactions | None:
+    """Recode observed negatives; drop those of withdrawn items."""
+    codes, found = maps.queries[below.query_codes()], maps.items[below.item_codes]
+    known = np.flatnonzero((codes >= 0) & (found >= 0))
+    if not len(known):
+        return None
+    order = known[np.argsort(codes[known], kind="stable")]
+    counts = np.bincount(codes[order], minlength=len(queries))
+    return Interactions(
+        queries,
+        items,
+        np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)]),
+        found[order].astype(np.int32),
+        timestamps=None if below.timestamps is None else np.asarray(below.timestamps)[order],
+    )
+
+
+def _carried(
+    holdout: Holdout,
+    before: PastRows,
+    maps: Maps,
+    whole: Interactions,
+    *,
+    account: Account,
+    warm: tuple[NDArray[np.bool_] | None, NDArray[np.bool_] | None],
+) -> Holdout:
+    """Recode a holdout of the new data, put the past in front of its histories, and drop cold targets."""
+    if not len(holdout):
+        return holdout
+    queries = maps.queries[holdout.queries]
+    sizes = np.diff(holdout.target_offsets)
+    owner = np.repeat(np.arange(len(queries)), sizes)
+    targets = maps.items[holdout.target_items]
+    warm_items, warm_queries = warm
+    keep = np.ones(len(targets), dtype=np.bool_)
+    if warm_items is not None:
+        keep &= warm_items[targets]
+    if warm_queries is not None:
+        keep &= warm_queries[queries[owner]]
+    if not keep.all():
+        account.add(f"{holdout.name}: cold targets", int((~keep).sum()), "query or item without a training row")
+    owner, targets = owner[keep], targets[keep]
+    chosen = np.unique(owner)
+    if not len(chosen):
+        raise InputError(
+            f"split: {holdout.name} is empty: every held-out row of the new data has a query or an item without a "
+            "training row; hold out more, or use more data"
+        )
+    # Sorted by query code, like every holdout.
+    chosen = chosen[np.argsort(queries[chosen], kind="stable")]
+    rank = np.full(len(queries), -1)
+    rank[chosen] = np.arange(len(chosen))
+    order = np.argsort(rank[owner], kind="stable")
+    # A history is the first rows of its query: all of the past, and the new rows that the protocol includes.
+    starts = whole.offsets[queries[chosen]]
+    lengths = np.diff(before.offsets)[queries[chosen]] + np.diff(holdout.history_offsets)[chosen]
+    rows, history_offsets = take_ranges(starts, starts + lengths)
+    account.add(f"{holdout.name}: targets, cold ones left out", len(targets), f"of {len(chosen):,} queries")
+    return Holdout(
+        name=holdout.name,
+        queries=queries[chosen],
+        history_offsets=history_offsets,
+        history_items=np.asarray(whole.item_codes[rows]),
+        target_offsets=np.concatenate([[0], np.cumsum(np.bincount(rank[owner], minlength=len(chosen)))]).astype(
+            np.int64
+        ),
+        target_items=targets[order].astype(np.int32),
+        history_timestamps=None if whole.timestamps is None else np.asarray(whole.timestamps[rows]),
+        query_times=None if holdout.query_times is None else holdout.query_times[chosen],
+        context=None if holdout.context is None else holdout.context[chosen],
+    )

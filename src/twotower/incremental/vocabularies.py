@@ -1,0 +1,87 @@
+"""Merging of the vocabularies and feature tables of the past and of the new data."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from twotower.data.schema.vocabulary import Vocabulary
+from twotower.errors import InputError
+
+Codes = NDArray[np.int64]
+
+
+def union(first: pl.Series, second: pl.Series, side: str) -> Vocabulary:
+    """Merge the ids of both in ascending order, like every vocabulary, so a code does not reveal which ids are new.
+
+    Raises:
+        InputError: integers in one and text in the other.
+    """
+    if first.dtype != second.dtype:
+        raise InputError(
+            f"{side} ids are {first.dtype} in the model and {second.dtype} in the new data; write them as one type"
+        )
+    return Vocabulary(pl.concat([first.alias("id"), second.alias("id")]).unique().sort())
+
+
+def item_map(old: Vocabulary, new: Vocabulary) -> Codes:
+    """Map each old code to its new code, int64 [old ids]; -1 for an id that is not in the new vocabulary."""
+    return new.encode(old.ids)
+
+
+def described(table: pl.DataFrame | None, count: int) -> NDArray[np.bool_]:
+    """Return which rows of a joined table have any value other than the id, bool [count]; none without a table."""
+    if table is None or table.width < 2:
+        return np.zeros(count, dtype=np.bool_)
+    own = table.columns[0]
+    return table.select(pl.any_horizontal(pl.exclude(own).is_not_null())).to_series().to_numpy()
+
+
+def joined_table(
+    old: pl.DataFrame | None,
+    old_ids: Vocabulary,
+    new: pl.DataFrame | None,
+    new_ids: Vocabulary,
+    ids: Vocabulary,
+) -> pl.DataFrame | None:
+    """Merge two tables in the order of `ids`: for each id the new table's row if it has one, else the old table's.
+
+    Args:
+        old: table in the order of `old_ids`, id column first; or None.
+        old_ids: its vocabulary.
+        new: table in the order of `new_ids`, id column first; or None.
+        new_ids: its vocabulary.
+        ids: vocabulary of the result.
+
+    Returns:
+        All columns of both, null where nothing is known; None if both tables are None.
+
+    Raises:
+        InputError: a column has another type in the new table.
+    """
+    parts = []
+    for table, vocabulary in ((new, new_ids), (old, old_ids)):
+        if table is not None:
+            own = table.columns[0]
+            has_values = pl.Series(described(table, len(table)))
+            parts.append(table.with_columns(vocabulary.ids.alias(own)).filter(has_values))
+    if not parts:
+        return None
+    name = parts[0].columns[0]
+    if len(parts) == 2:
+        fresh, kept = parts[0], parts[1].rename({parts[1].columns[0]: name})
+        kept = kept.filter(~kept[name].is_in(fresh[name].implode()))
+        for column in kept.columns:
+            if column in fresh.columns and not _alike(kept.schema[column], fresh.schema[column]):
+                raise InputError(
+                    f"item table: column {column!r} is {fresh.schema[column]} in the new table and "
+                    f"{kept.schema[column]} in the model's; write it as one type"
+                )
+        parts = [fresh, kept]
+    merged = pl.concat(parts, how="diagonal_relaxed")
+    return pl.DataFrame({name: ids.ids}).join(merged, on=name, how="left", maintain_order="left")
+
+
+def _alike(first: pl.DataType, second: pl.DataType) -> bool:
+    return first == second or pl.Null in (first, second) or (first.is_numeric() and second.is_numeric())

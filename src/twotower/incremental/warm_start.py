@@ -1,0 +1,381 @@
+"""Transfer of a trained model's state to a model with more queries, items and feature values.
+
+Transfer of a parent model's weights and state to towers with more queries, items and feature values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+import pytorch_lightning as lightning
+import torch
+from numpy.typing import NDArray
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor, nn
+
+from twotower.config.run import Config
+from twotower.data.schema.vocabulary import Vocabulary
+from twotower.distributed.communicator import Ranks
+from twotower.distributed.partition import Columns, Part
+from twotower.distributed.row_files import RowSource
+from twotower.errors import InputError
+from twotower.features.feature_set import EncodedTable
+from twotower.incremental.features import grown, grown_context
+from twotower.incremental.parent import Parent
+from twotower.incremental.split import ContinuedSplit
+from twotower.negatives import StreamingFrequency
+from twotower.objectives import Objective
+from twotower.towers import FeatureInputs, TwoTower, build_towers
+from twotower.towers.sharded_lookup import shared_tables_of
+from twotower.training.checkpoint.lazy import open_checkpoint
+from twotower.training.optimizer import TableOptimizer, fresh_state
+
+Side = Literal["queries", "items"]
+
+#: Rows of a table that are copied at once.
+BLOCK_ROWS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Maps:
+    """New code of every old code, int64; -1 for a code that was removed.
+
+    Attributes:
+        queries, items: codes of the vocabularies.
+        values: codes of feature values, by side ("item", "query", "context") and position of the feature.
+    """
+
+    queries: Tensor
+    items: Tensor
+    values: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+
+
+def named_tables(build: Callable[[int, int], nn.Module], num_queries: int, num_items: int) -> dict[str, Side]:
+    """Find the tensors of a model that have one row per query or per item.
+
+    The model is built three times on the meta device, with one more query and with one more item: a tensor that grows
+    is such a table, whatever the tower and its name.
+
+    Args:
+        build: builds a model from the numbers of queries and items.
+        num_queries: Q.
+        num_items: N.
+
+    Returns:
+        Names in the state dict, of parameters and buffers.
+    """
+    with torch.device("meta"):
+        plain = _shapes(build(num_queries, num_items))
+        more: dict[Side, dict[str, torch.Size]] = {
+            "queries": _shapes(build(num_queries + 1, num_items)),
+            "items": _shapes(build(num_queries, num_items + 1)),
+        }
+    tables: dict[str, Side] = {}
+    for side, shapes in more.items():
+        for name, shape in plain.items():
+            if shapes[name] != shape:
+                if shapes[name][1:] != shape[1:] or shape[0] < (num_queries if side == "queries" else num_items):
+                    raise ValueError(f"{name}: shape {list(shape)} does not match the number of {side}")
+                tables[name] = side
+    return tables
+
+
+def row_maps(model: nn.Module, tables: Mapping[str, Side], maps: Maps) -> dict[str, Tensor]:
+    """Return the row map of every table that grows, including tables of feature values, by name."""
+    found = {name: maps.queries if side == "queries" else maps.items for name, side in tables.items()}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, FeatureInputs):
+            for place, rows in maps.values.get(module.table.features.side, {}).items():
+                found[f"{name}.embeddings.{place}.weight".lstrip(".")] = rows
+    return found
+
+
+@torch.no_grad()
+def grow(model: nn.Module, state: Mapping[str, RowSource], rows: Mapping[str, Tensor]) -> None:
+    """Copy an old model's tensors into a larger new one: retained rows of tables, everything else whole.
+
+    Rows that the old model does not have keep their fresh initialization. Extra rows beyond the vocabulary, such as
+    padding, are the last rows of a table and stay there. Of a sharded table, each rank copies its part.
+
+    Args:
+        model: freshly built; changed in place.
+        state: the old model's state dict, in memory or in files.
+        rows: the result of `row_maps`.
+
+    Raises:
+        InputError: the old model has other tensors or shapes.
+    """
+    parts = parts_of(model)
+    for name, own in model.state_dict(keep_vars=True).items():
+        old: RowSource | None = state.get(name)
+        if old is None and own.dtype == torch.bool and name in rows:
+            old = torch.ones(len(rows[name]), dtype=torch.bool)  # older versions saved no mask: all are trained
+        if old is None:
+            raise InputError(f"model: {name} is not in the saved weights; continue with the version that wrote them")
+        if name in rows:
+            grown_rows(own, old, rows[name], parts.get(id(own)))
+        elif old.shape != own.shape:
+            raise InputError(
+                f"model: {name} is {list(old.shape)} in the saved weights and {list(own.shape)} here; the towers' "
+                "settings cannot be changed when continuing a model"
+            )
+        else:
+            own.copy_(old[...])
+
+
+def parts_of(model: nn.Module) -> dict[int, Part]:
+    """Return this rank's parts of sharded tables, by `id` of their weight."""
+    return {id(table.weight): table.part for table in shared_tables_of(model) if table.part is not None}
+
+
+@torch.no_grad()
+def grown_rows(own: Tensor, old: RowSource, rows: Tensor, part: Part | None = None) -> None:
+    """Copy retained rows of an old table into a new one; a boolean mask is combined with "or" instead of replaced.
+
+    Args:
+        own: the new table, or this rank's part of it; changed in place.
+        old: the whole old table; only the needed rows are read.
+        rows: new code of every old row, int64 [old N], -1 for a row that was removed.
+        part: which part of the new table `own` is; None for all of it.
+    """
+    total, first = (len(own), 0) if part is None else (part.rows, part.place(0)[0].start)
+    extra = len(old) - len(rows)  # extra rows stay at the end
+    to = torch.cat([rows, torch.arange(total - extra, total)])
+    kept = ((to >= first) & (to < first + len(own))).nonzero().squeeze(1)
+    for some in torch.split(kept, BLOCK_ROWS):
+        places, values = (to[some] - first).to(own.device), old[some]
+        values = (part.cut(values) if isinstance(part, Columns) else values).to(own.device, own.dtype)
+        own[places] = own[places] | values if own.dtype == torch.bool else values
+
+
+def continue_optimizer(
+    optimizer: TableOptimizer,
+    saved: Mapping[str, Any],
+    maps_of: Mapping[int, Tensor],
+    parts: Mapping[int, Part] | None = None,
+) -> tuple[int, int]:
+    """Load an old optimizer's state, row by row for tables that have grown.
+
+    New rows start without state, as rows do that a step touches for the first time.
+
+    Args:
+        optimizer: of the new model, with groups from `parameter_groups`.
+        saved: the old optimizer's state dict.
+        maps_of: row maps by `id` of a parameter.
+        parts: this rank's parts of sharded tables (`parts_of`).
+
+    Returns:
+        How many parameters keep their state, and how many had one. A parameter loses its state if the rule of its group
+        has changed.
+    """
+    done = count = 0
+    for group, old_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        for parameter, number in zip(group["params"], old_group["params"], strict=False):
+            old = saved["state"].get(number)
+            count += bool(old)
+            fresh = fresh_state(parameter, group["rule"])
+            rows, part = maps_of.get(id(parameter)), (parts or {}).get(id(parameter))
+            if not old or set(old) != set(fresh) or group["rule"] != old_group["rule"]:
+                continue
+            shapes = {key: _whole_shape(value, part) for key, value in fresh.items()}
+            if any(old[key].shape[1:] != shape[1:] for key, shape in shapes.items()):
+                continue
+            if rows is None and any(old[key].shape != shape for key, shape in shapes.items()):
+                continue
+            for key, value in fresh.items():
+                if rows is None or value.ndim == 0:
+                    value.copy_(old[key][...])
+                else:
+                    grown_rows(value, old[key], rows, part)
+            optimizer.state[parameter] = fresh
+            done += 1
+    return done, count
+
+
+def _whole_shape(value: Tensor, part: Part | None) -> torch.Size:
+    return value.shape if part is None or value.ndim == 0 else torch.Size(part.whole_shape(value))
+
+
+@torch.no_grad()
+def continue_objective(objective: Objective, saved: Mapping[str, RowSource], items: Tensor) -> None:
+    """Load an old objective's state: learned scalars, and streaming frequencies with the gaps of retained items.
+
+    What is refilled during training, such as a cross-batch memory or mined items, starts empty.
+
+    Args:
+        objective: of the new model; changed in place.
+        saved: the old objective's state dict.
+        items: int64 [old N], new codes.
+    """
+    for name, parameter in objective.named_parameters():
+        if name in saved and saved[name].shape == parameter.shape:
+            parameter.copy_(saved[name][...])
+    for name, module in objective.named_modules(remove_duplicate=False):
+        if isinstance(module, StreamingFrequency) and f"{name}.gap" in saved:
+            continue_streaming(module, {key: saved[f"{name}.{key}"][...] for key in ("gap", "last", "clock")}, items)
+
+
+@torch.no_grad()
+def continue_streaming(frequency: StreamingFrequency, saved: Mapping[str, Tensor], items: Tensor) -> None:
+    """Load an old estimate: retained items keep their gap and the row of their last occurrence, new ones are unseen.
+
+    Raises:
+        InputError: hashed tables, whose buckets depend on codes that have changed.
+    """
+    if frequency.buckets is not None or len(items) != saved["gap"].shape[1]:
+        raise InputError("frequency: hashed tables do not fit new codes; count, or train from scratch")
+    kept = (items >= 0).nonzero().squeeze(1)
+    frequency.gap[:, items[kept]] = saved["gap"][:, kept]
+    frequency.last[:, items[kept]] = saved["last"][:, kept]
+    frequency.clock.copy_(saved["clock"])
+
+
+class ContinueOptimizer(Callback):
+    """Loads the optimizer state of the parent model before the first step.
+
+    Args:
+        rows: row maps by name of a tensor of the towers, from `row_maps`.
+        state: state dict of the old optimizer.
+        say: receives a message if some of the state cannot be used.
+    """
+
+    def __init__(
+        self, rows: Mapping[str, Tensor], state: Mapping[str, Any], say: Callable[[object], None] | None = None
+    ) -> None:
+        self.rows, self.state, self.say = rows, state, say
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Load the parent's state; a resumed run is restored from its own checkpoint after this."""
+        towers: nn.Module = pl_module.towers  # type: ignore[assignment]
+        named = dict(towers.named_parameters(remove_duplicate=False))
+        maps = {id(named[name]): rows for name, rows in self.rows.items() if name in named}
+        for optimizer in trainer.optimizers:
+            assert isinstance(optimizer, TableOptimizer)
+            done, count = continue_optimizer(optimizer, self.state, maps, parts_of(towers))
+            if done < count and self.say is not None:
+                self.say(f"optimizer: {count - done} of {count} tensors start without state: their update rule changed")
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in model.state_dict().items()}
+
+
+#: Start of the message when only weights are inherited.
+AFRESH = "optimizer and objective start from scratch, only weights are inherited"
+
+
+@dataclass(frozen=True)
+class Grown:
+    """The features of both sides with the new rows, and the maps from old to new codes.
+
+    Attributes:
+        features: by side, for sides with features.
+        maps: of queries, items and feature values.
+        num_queries, num_items: Q and N of the new model.
+    """
+
+    features: dict[str, EncodedTable]
+    maps: Maps
+    num_queries: int
+    num_items: int
+
+
+def grown_features(parent: Parent, split: ContinuedSplit) -> Grown:
+    """Apply the parent's fitted features to the new rows too; see `data.growing.grown`."""
+    train = split.train
+    sides: dict[str, tuple[Any, Vocabulary, pl.DataFrame | None, NDArray[np.bool_]]] = {
+        "item": (split.item_map, train.items, split.new_item_table, train.item_counts() > 0),
+        "query": (split.query_map, train.queries, train.query_table, np.diff(train.offsets) > 0),
+    }
+    features, values = {}, {}
+    for old in parent.artifact.towers.feature_tables():
+        side = old.features.side
+        if side == "context":
+            one = grown_context(old.features, train, ~split.learnt)
+            features[side] = one.table
+            values[side] = {place: torch.tensor(rows) for place, rows in one.value_maps.items()}
+            continue
+        codes, ids, table, known = sides[side]
+        one = grown(old, codes, table, ids, known)
+        features[side] = one.table
+        values[side] = {place: torch.tensor(rows) for place, rows in one.value_maps.items()}
+    maps = Maps(torch.tensor(split.query_map), torch.tensor(split.item_map), values)
+    return Grown(features, maps, train.num_queries, train.num_items)
+
+
+def carry_on(
+    parent: Parent,
+    config: Config,
+    growth: Grown,
+    *,
+    towers: TwoTower,
+    objective: Objective,
+    ranks: Ranks | None = None,
+    say: Callable[[object], None] | None = None,
+) -> ContinueOptimizer | None:
+    """Load the parent's weights and state into fresh towers and a fresh objective, both changed in place; collective.
+
+    Of sharded tables, each rank reads only the rows that it will hold; optimizer state is read when training starts.
+    The ranks check together that the checkpoint matches the model, each on its share of the rows.
+
+    Args:
+        parent: the model to continue.
+        config: the settings.
+        growth: the result of `grown_features`.
+        towers: freshly built.
+        objective: freshly built.
+        ranks: the processes of the run; None for a single process.
+        say: receives a message if the states of optimizer and objective cannot be inherited.
+
+    Returns:
+        The callback that loads the parent's optimizer state; None if that state is not available.
+    """
+
+    def build(num_queries: int, num_items: int) -> TwoTower:
+        few = {
+            side: EncodedTable(one.features, [rows[:1] for rows in one.arrays]) for side, one in growth.features.items()
+        }
+        return build_towers(
+            config,
+            num_queries=num_queries,
+            num_items=num_items,
+            item_features=few.get("item"),
+            query_features=few.get("query"),
+            context=few.get("context"),
+        )
+
+    tables = named_tables(build, growth.num_queries, growth.num_items)
+    rows = row_maps(towers, tables, growth.maps)
+    ranks, old = ranks or Ranks(), parent.weights()
+    grow(towers, old, rows)
+    if parent.checkpoint is None or not parent.checkpoint.is_dir():
+        if say is not None:
+            say(f"{AFRESH}: {parent.where} has no checkpoint (checkpoints/best.ckpt)")
+        return None
+    saved = open_checkpoint(parent.checkpoint)
+    state: Mapping[str, RowSource] = saved["state_dict"]
+    # The checkpoint matches the model only if it has the same weights: the averaged ones, if there are any.
+    kind = "averaged" if any(name.startswith("averaged.") for name in state) else "towers"
+    if ranks.agree(any(not _same(state.get(f"{kind}.{name}"), own, ranks) for name, own in old.items())):
+        if say is not None:
+            say(f"{AFRESH}: {parent.checkpoint} has other weights than the model")
+        return None
+    prefix = "objective."
+    kept = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    continue_objective(objective, kept, growth.maps.items)
+    return ContinueOptimizer(rows, saved["optimizer_states"][0], say)
+
+
+def _same(saved: RowSource | None, own: RowSource, ranks: Ranks) -> bool:
+    """Return whether two tensors are equal on the rows that this rank checks: rows of a large one are divided."""
+    if saved is None or saved.shape != own.shape or saved.dtype != own.dtype:
+        return False
+    if len(own.shape) < 2 or len(own) <= BLOCK_ROWS:
+        return torch.equal(saved[...], own[...])
+    part = ranks.part(len(own))
+    blocks = (slice(start, min(start + BLOCK_ROWS, part.stop)) for start in range(part.start, part.stop, BLOCK_ROWS))
+    return all(torch.equal(saved[block], own[block]) for block in blocks)

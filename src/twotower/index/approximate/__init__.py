@@ -1,0 +1,1 @@
+"""Approximate indexes: HNSW, IVF-PQ and pgvector, and their measured recall."""

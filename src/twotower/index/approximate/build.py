@@ -1,0 +1,167 @@
+"""Construction of approximate indexes by kind: build, measure recall, refuse recall below a floor, load.
+
+Kinds are mapped to classes here, as towers are in `towers/build.py`, because serving does it without the trainer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from twotower.errors import InputError
+from twotower.index.approximate.hnsw import HNSW
+from twotower.index.approximate.index import ApproximateIndex, Engine
+from twotower.index.approximate.ivfpq import IVFPQ
+from twotower.index.approximate.pgvector import PgVector
+from twotower.index.catalog import ExactCatalog, Index, Mask
+
+KINDS = ("exact", "hnsw", "ivfpq", "pgvector")
+
+#: Kind -> candidates fetched per result. Product quantization has a coarse order; the others compute exact scores.
+OVERSAMPLE = {"hnsw": 1.0, "ivfpq": 4.0, "pgvector": 1.0}
+
+#: Queries searched at once when recall is measured.
+BLOCK = 256
+
+
+@dataclass(frozen=True)
+class IndexReport:
+    """The settings and the measured recall of an index.
+
+    Attributes:
+        kind: hnsw, ivfpq or pgvector.
+        num_items: N.
+        settings: settings of the engine; `effort` is the final value.
+        recall: share of the exact top K that it finds, per named set of queries.
+        k: K.
+        num_queries: queries in the largest set.
+        build_seconds: build time, without measuring recall.
+        bytes: memory, or disk space in a database, the embeddings excluded.
+    """
+
+    kind: str
+    num_items: int
+    settings: dict[str, Any]
+    recall: dict[str, float]
+    k: int
+    num_queries: int
+    build_seconds: float
+    bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to JSON values."""
+        return asdict(self)
+
+
+def build_index(
+    kind: str,
+    items: Tensor,
+    queries: Mapping[str, Tensor],
+    *,
+    k: int = 100,
+    min_recall: float | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> tuple[ApproximateIndex, IndexReport]:
+    """Build an approximate index and measure its recall on realistic queries.
+
+    While recall is below the floor, the search effort is doubled, up to the maximum of the kind.
+
+    Args:
+        kind: hnsw, ivfpq or pgvector.
+        items: float [N, D].
+        queries: sets of queries [E, D] by name; the floor applies to each set.
+        k: K of the recall, at most N.
+        min_recall: the floor, in (0, 1]; None for no floor.
+        settings: settings of the engine, such as `effort`.
+
+    Raises:
+        InputError: the kind or a setting is unknown, the floor is out of range or not reached, or a package or database
+            that the kind needs is missing.
+    """
+    if min_recall is not None and not 0.0 < min_recall <= 1.0:
+        raise InputError(f"min_recall: expected a number above 0 and at most 1, found {min_recall}")
+    kinds: dict[str, type[Any]] = {"hnsw": HNSW, "ivfpq": IVFPQ, "pgvector": PgVector}
+    if kind not in kinds:
+        raise InputError(f"index: unknown kind {kind!r}; expected one of {', '.join(KINDS)}")
+    start = time.perf_counter()
+    try:
+        engine: Engine = kinds[kind](items.detach().float().cpu().numpy(), **(settings or {}))
+    except TypeError as error:
+        raise InputError(f"index: unknown setting for {kind} ({error})") from None
+    seconds = time.perf_counter() - start
+    index = ApproximateIndex(items, engine, oversample=OVERSAMPLE[kind])
+    best = {name: exact_answers(items, chosen, k) for name, chosen in queries.items()}
+    recall = {name: recall_of(index, chosen, best[name]) for name, chosen in queries.items()}
+    while min_recall is not None and min(recall.values()) < min_recall and engine.effort < engine.max_effort:
+        engine.effort = min(2 * engine.effort, engine.max_effort)
+        recall = {name: recall_of(index, chosen, best[name]) for name, chosen in queries.items()}
+    if min_recall is not None and min(recall.values()) < min_recall:
+        worst = min(recall, key=lambda name: recall[name])
+        raise InputError(
+            f"index: {kind} finds {recall[worst]:.4f} of the exact top {min(k, len(items))} ({worst}) at its maximum "
+            f"effort ({engine.effort}), below the floor {min_recall}; nothing was written. Lower --min-recall, raise "
+            "links or build_effort, or use exact"
+        )
+    report = IndexReport(
+        kind=kind,
+        num_items=len(items),
+        settings=engine.settings(),
+        recall={name: round(value, 5) for name, value in recall.items()},
+        k=min(k, len(items)),
+        num_queries=max((len(chosen) for chosen in queries.values()), default=0),
+        build_seconds=round(seconds, 2),
+        bytes=engine.size(),
+    )
+    return index, report
+
+
+def load_index(
+    report: Mapping[str, Any],
+    items: Tensor,
+    folder: Path,
+    alive: Mask | None = None,
+    *,
+    last: Tensor | None = None,
+) -> ApproximateIndex:
+    """Load an index that was built before.
+
+    Args:
+        report: `IndexReport.to_dict()`.
+        items: the embeddings it was built on.
+        folder: where its engine was saved.
+        alive: bool [N], False for removed items.
+        last: float [N], their last coordinate if it is stored separately; see `Vectors`.
+
+    Raises:
+        InputError: the kind is unknown, or a package or database that it needs is missing.
+    """
+    loaders: dict[str, Any] = {"hnsw": HNSW.load, "ivfpq": IVFPQ.load, "pgvector": PgVector.load}
+    kind = report["kind"]
+    if kind not in loaders:
+        raise InputError(f"{folder}: index of unknown kind {kind!r}; rebuild it with `twotower index`")
+    engine: Engine = loaders[kind](folder, dict(report["settings"]))
+    return ApproximateIndex(items, engine, alive=alive, oversample=OVERSAMPLE[kind], last=last)
+
+
+def exact_answers(items: Tensor, queries: Tensor, k: int) -> Tensor:
+    """Compute the exact top K of each query, int64 [E, min(K, N)]."""
+    return ExactCatalog(items).search(queries, min(k, len(items)))[1]
+
+
+def recall_of(index: Index, queries: Tensor, best: Tensor) -> float:
+    """Compute the recall of an index: the mean share of the exact top K, [E, K], that it returns."""
+    shares = []
+    for start in range(0, len(queries), BLOCK):
+        rows = slice(start, start + BLOCK)
+        _, found = index.search(queries[rows], best.shape[1])
+        ascending, expected = found.sort(1).values, best[rows].contiguous()
+        at = torch.searchsorted(ascending.contiguous(), expected).clamp(max=found.shape[1] - 1)
+        shares.append((ascending.gather(1, at) == expected).double().mean(1))
+    return float(np.concatenate([part.numpy() for part in shares]).mean()) if shares else 0.0

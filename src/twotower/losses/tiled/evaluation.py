@@ -1,0 +1,277 @@
+"""The tiled evaluation of a loss: some rows against all candidates at a time, in one reused buffer.
+
+The gradients are computed in the same pass: because the weight of each row in the mean is known in advance, a tile's
+contributions to the gradients of query, positive, candidates, temperature and bias are known as soon as its rows'
+losses are. So nothing is computed twice, and no [B, M] matrix is stored. For the cost see docs/performance.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from twotower.losses.tiled.blocks import (
+    Mask,
+    block_width,
+    fill_masked,
+    masks_of_blocks,
+    products,
+    tile_blocks,
+    tile_memory,
+    tile_starts,
+)
+from twotower.losses.tiled.forms import Form, log2_unit, row_sums
+from twotower.negatives import Hits
+
+#: If all logits are this close to zero, and the candidates' weights are within the range of float32, exponentials need
+#: no row maximum subtracted first.
+SAFE_LOGIT = 50.0
+SAFE_RANGE = 80.0
+#: Matrix products are faster if rows start at cache lines: up to twice as fast with 4,480 candidates as with 4,484.
+WIDTH = 64
+
+
+@dataclass
+class Task:
+    """The inputs of a tiled loss that get no gradient.
+
+    Attributes:
+        form: the loss.
+        weights: weight of each row in the returned sum, [B].
+        log_count: subtracted from the shared candidates' logits, [M]; None for nothing.
+        hits: mask of the shared candidates.
+        row_log_count: subtracted from the per-row candidates' logits, [B, R].
+        row_hits: bool [B, R].
+        row_offset: also subtracted from all candidate logits of a row, [B].
+        own_offset: subtracted from the positive's logit, [B].
+        own_places: int64 [B], positions of the positives among the candidates, which then get the positives' gradient.
+        multiplicity: how many copies each candidate represents, [M]; None for one each.
+        low_precision: products in bfloat16, sums in float32.
+    """
+
+    form: Form
+    weights: Tensor
+    log_count: Tensor | None = None
+    hits: Hits | None = None
+    row_log_count: Tensor | None = None
+    row_hits: Tensor | None = None
+    row_offset: Tensor | None = None
+    own_offset: Tensor | None = None
+    own_places: Tensor | None = None
+    multiplicity: Tensor | None = None
+    low_precision: bool = False
+
+
+class Run:
+    """One evaluation: its inputs in the precision of the sums, and the gradients accumulated so far."""
+
+    def __init__(
+        self,
+        *,
+        scaled: Tensor,
+        positive: Tensor | None,
+        candidates: Tensor,
+        rows: Tensor | None,
+        bias: Tensor | None,
+        task: Task,
+        wanted: bool,
+    ) -> None:
+        self.scaled, self.rows = scaled, rows
+        self.bias, self.task, self.wanted = bias, task, wanted
+        self.is_low = task.low_precision and scaled.dtype == torch.float32
+        shift = None if task.log_count is None else task.log_count.to(scaled.dtype)
+        if bias is not None:
+            shift = -bias.expand(len(candidates)) if shift is None else shift - bias
+        copies = None if task.multiplicity is None else task.multiplicity.to(scaled.dtype)
+        if copies is not None and task.form.sums_exponentials:  # sum over copies of e^l = e^(l + log of their number)
+            shift, copies = -copies.log() if shift is None else shift - copies.log(), None
+        self.candidates, self.shift = self._padded(candidates, shift)
+        self.weight, self.base = self._weights()
+        if copies is not None:
+            self.weight = F.pad(copies, (0, len(self.candidates) - len(copies)))
+        # The right-hand side when a block is multiplied for the queries' gradient.
+        self.weighted = self.candidates if self.weight is None else self.candidates * self.weight[:, None]
+        self.unit = log2_unit(scaled.dtype) if task.form.sums_exponentials and self.base is None else 1.0
+        if self.shift is not None and self.unit != 1.0:
+            self.shift = self.shift * self.unit
+        # The two factors of the logits; the unit is applied to the smaller one.
+        is_first = len(scaled) <= len(self.candidates)
+        self.left = scaled * self.unit if self.unit != 1.0 and is_first else scaled
+        self.right = self.candidates * self.unit if self.unit != 1.0 and not is_first else self.candidates
+        self.positive = candidates.index_select(0, task.own_places) if positive is None else positive  # type: ignore[arg-type]
+        own = (self._of_rows(scaled) * self.positive).sum(1)
+        if bias is not None:
+            own += bias
+        if task.own_offset is not None:
+            own -= task.own_offset.to(own.dtype)
+        offset = None if task.row_offset is None else task.row_offset.to(own.dtype)
+        self.sums = task.form.begin(own, offset=offset, base=self.base)
+        self.row_weights = task.weights.to(scaled.dtype)
+        self.by_scaled = torch.empty_like(scaled) if wanted else scaled.new_empty(0)
+        self.line_weights = scaled.new_empty(len(scaled))
+        self.by_candidates = torch.empty_like(self.candidates) if wanted else scaled.new_empty(0)
+        self.by_rows = None if rows is None or not wanted else torch.empty_like(rows)
+        # One number for the run, summed over all blocks: double precision costs nothing.
+        self.by_bias = torch.zeros((), dtype=torch.float64, device=scaled.device)
+
+    def _padded(self, candidates: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Pad the candidates to a width that makes the products fast; the padding has weight zero."""
+        spare = -len(candidates) % WIDTH
+        if not spare or shift is None or candidates.device.type != "cpu" or len(candidates) < WIDTH:
+            return candidates, shift
+        return F.pad(candidates, (0, 0, 0, spare)), F.pad(shift, (0, spare), value=torch.inf)
+
+    def _weights(self) -> tuple[Tensor | None, float | None]:
+        """Return the candidates' weights exp(base - log count) and the base; (None, None) if a row maximum is needed.
+
+        With weights, sum_j exp(s_j - log kappa_j) = exp(-base) sum_j w_j exp(s_j), so the correction needs no extra
+        pass over the tile: w is applied to the candidates that the tile is multiplied with.
+        """
+        # On an accelerator, reading the deciding numbers would synchronize.
+        is_cpu = self.scaled.device.type == "cpu"
+        if not (self.task.form.sums_exponentials and is_cpu and self.rows is None and self.candidates.numel()):
+            return None, None
+        largest = float(largest_norm(self.scaled) * largest_norm(self.candidates))
+        if not largest <= SAFE_LOGIT:  # also true for NaN
+            return None, None
+        if self.shift is None:
+            return None, 0.0
+        live = self.shift[torch.isfinite(self.shift)]
+        if len(live) == 0 or not float(live.max() - live.min()) + largest <= SAFE_RANGE:
+            return None, None
+        base = float(live.min())
+        return torch.exp(base - self.shift), base
+
+    def total(self) -> Tensor:
+        """Compute the weighted sum of the rows' losses and fill the gradients."""
+        task, rows = self.task, len(self.scaled)
+        starts = tile_starts(rows, len(self.candidates), self.scaled)
+        masks = None if task.hits is None else iter(task.hits.tiles(starts))
+        largest = max((stop - start for start, stop in pairwise(starts)), default=0)
+        memory = tile_memory(largest * len(self.candidates), self.scaled)
+        width = block_width(largest, len(self.candidates), self.scaled)
+        gathering: Iterator[None] = iter(())
+        for start, stop in pairwise(starts):
+            blocks = tile_blocks(memory, stop - start, len(self.candidates), width)
+            gathering = self._tile(slice(start, stop), blocks, None if masks is None else next(masks), gathering)
+        finish(gathering)
+        losses, by_own = self.sums.finish()
+        if self.wanted:
+            self._complete(by_own * self.row_weights)
+        return (task.weights.double() * losses).sum().to(losses.dtype)
+
+    def _complete(self, by_own: Tensor) -> None:
+        """Add the positives' contribution to the gradients, and the factors that are the same for all tiles."""
+        if len(self.scaled) == 0:
+            self.by_candidates.zero_()
+        if self.weight is not None:
+            self.by_candidates.mul_(self.weight[:, None])
+        self.by_query = self._by_query().addcmul_(self.positive, by_own[:, None])
+        self.by_bias += by_own.sum()
+        self.by_positive = self._of_rows(self.scaled) * by_own[:, None]
+        if self.task.own_places is not None:
+            self.by_candidates.index_add_(0, self.task.own_places, self.by_positive)
+
+    def _tile(
+        self, part: slice, blocks: list[tuple[slice, Tensor]], mask: Mask | None, gathering: Iterator[None]
+    ) -> Iterator[None]:
+        """Visit a tile; return an iterator that gathers its gradients block by block while the next tile is visited.
+
+        That way a block is read from memory, gathered into the gradients and overwritten by the next tile's logits
+        while it is in cache. Over large catalogs memory traffic takes as long as the products.
+        """
+        left, sums = self.left[part], self.sums
+        for (cols, block), masked in zip(blocks, masks_of_blocks(mask, blocks), strict=True):
+            next(gathering, None)
+            with products(low=self.is_low):
+                torch.mm(left, self.right[cols].T, out=block)
+            if self.base is None:
+                if self.shift is not None:
+                    block.sub_(self.shift[cols])
+                fill_masked(block, masked, -torch.inf)
+            else:
+                fill_masked(block.exp_(), masked, 0.0)
+            self._visit(part, cols, block)
+            if self.wanted and sums.is_final:  # while the block is in the cache
+                self._add_to_scaled(part, cols, block)
+        finish(gathering)
+        row_block = None if self.rows is None else self._row_logits(self.rows[part], part)
+        if row_block is not None:
+            sums.visit(part, row_block, None)
+        weights = self.line_weights[part].copy_(self._weights_of_lines(part))
+        return self._gather(part, blocks, row_block, weights) if self.wanted else iter(())
+
+    def _of_rows(self, by_line: Tensor) -> Tensor:
+        """Expand per-line values to rows, [G, ...] -> [B, ...]; here every row has its own line of logits."""
+        return by_line
+
+    def _visit(self, part: slice, cols: slice, block: Tensor) -> None:
+        """Add a block of masked logits to the sums."""
+        self.sums.visit(part, block, None if self.weight is None else self.weight[cols])
+
+    def _weights_of_lines(self, part: slice) -> Tensor:
+        """Return the factor from block values to gradients of the sum, for lines with all blocks visited."""
+        scale = self.sums.scale(part)
+        return self.row_weights[part] if scale is None else scale * self.row_weights[part]
+
+    def _by_query(self) -> Tensor:
+        """Return the candidates' contribution to the gradient of each scaled query, [B, D]."""
+        return self.by_scaled.mul_(self.line_weights[:, None])
+
+    def _row_logits(self, rows: Tensor, part: slice) -> Tensor:
+        task = self.task
+        logits = torch.bmm(rows, self.scaled[part, :, None])[:, :, 0]
+        if task.row_log_count is not None:
+            logits -= task.row_log_count[part].to(logits.dtype)
+        if self.bias is not None:
+            logits += self.bias
+        if self.unit != 1.0:
+            logits *= self.unit
+        return logits if task.row_hits is None else logits.masked_fill_(task.row_hits[part], -torch.inf)
+
+    def _add_to_scaled(self, part: slice, cols: slice, block: Tensor) -> None:
+        with products(low=self.is_low):
+            self.by_scaled[part].addmm_(block, self.weighted[cols], beta=0 if cols.start == 0 else 1)
+
+    def _gather(
+        self, part: slice, blocks: list[tuple[slice, Tensor]], row_block: Tensor | None, weights: Tensor
+    ) -> Iterator[None]:
+        """Add a finished tile's contribution to the gradients, given its lines' weights; yields after each block."""
+        scaled, by_scaled = self.scaled[part], self.by_scaled[part]
+        toward = scaled * weights[:, None]
+        if not blocks:
+            by_scaled.zero_()
+        for cols, block in blocks:
+            self._make_whole(part, cols, block)
+            if not self.sums.is_final:
+                self._add_to_scaled(part, cols, block)
+            by_candidates = self.by_candidates[cols]
+            with products(low=self.is_low):
+                torch.addmm(by_candidates, block.T, toward, beta=0 if part.start == 0 else 1, out=by_candidates)
+            if self.bias is not None:
+                self.by_bias += row_sums(block, None if self.weight is None else self.weight[cols]) @ weights
+            yield
+        if row_block is not None and self.by_rows is not None and self.rows is not None:
+            by_scaled += torch.bmm(row_block[:, None, :], self.rows[part])[:, 0]
+            torch.mul(row_block[:, :, None], toward[:, None, :], out=self.by_rows[part])
+            self.by_bias += row_block.sum(1) @ weights
+
+    def _make_whole(self, part: slice, cols: slice, block: Tensor) -> None:
+        """Restore entries of a visited block that belong only to the candidates' gradient; none here."""
+
+
+def finish(gathering: Iterator[None]) -> None:
+    """Run the remaining steps of a gathering."""
+    for _ in gathering:
+        pass
+
+
+def largest_norm(vectors: Tensor) -> Tensor:
+    """Return the largest row norm."""
+    length: Tensor = torch.linalg.vector_norm(vectors, dim=1).max()
+    return length

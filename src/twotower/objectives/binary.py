@@ -1,0 +1,153 @@
+"""Binary objectives: the positive and each negative are classified independently. Their losses are in logistic.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from twotower.errors import InputError
+from twotower.losses.binary import bpr, gbce, gbce_beta, logistic
+from twotower.losses.tiled.api import tiled_bpr, tiled_logistic
+from twotower.negatives import Candidates, InBatch, Pool
+from twotower.objectives.base import Embedded, Objective, corrected_logits, scale_log_count, tiled_arguments
+
+
+class Binary(Objective):
+    """Base class of the binary objectives, with one learned bias b added to all logits.
+
+    A binary loss models probabilities of single items, most of them tiny, but scores of unit vectors cannot all be far
+    below zero. The bias is the missing constant (log odds; for NCE the log partition). It is the same for every item,
+    so it does not change the ranking and is not needed in an index.
+
+    Args:
+        pool: where the candidates come from.
+        initial_bias: initial value of b: -log K for K uncorrected negatives (the odds of a positive), -log N for the
+            corrected losses (probabilities that sum to one). Starting at 0, b would need many steps to get there, and
+            until then the loss would push all scores down, those of popular items most.
+        strength: scales log kappa.
+    """
+
+    merges_copies = False
+
+    def __init__(self, pool: Pool, *, initial_bias: float = 0.0, strength: float = 1.0) -> None:
+        super().__init__(pool, strength=strength)
+        self.bias = nn.Parameter(torch.tensor(initial_bias))
+
+    def _biased(self, embedded: Embedded, drawn: Candidates, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
+        positive, negatives = corrected_logits(embedded, drawn, temperature)
+        return positive + self.bias, negatives + self.bias
+
+
+class Logistic(Binary):
+    """Binary cross-entropy over the candidates, summed. See `logistic`.
+
+    Args:
+        pool: where the candidates come from.
+        corrected: subtract log kappa from every logit, including the positive's (NCE, sampled logistic).
+        keep_accidental: treat a drawn copy of the row's own positive as noise like any other (NCE) instead of masking
+            it.
+        initial_bias: initial value of the bias; see `Binary`.
+        strength: scales log kappa.
+
+    Raises:
+        InputError: `keep_accidental` with in-batch candidates, among which a row's own positive is present without
+            having been drawn.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        *,
+        corrected: bool = False,
+        keep_accidental: bool = False,
+        initial_bias: float = 0.0,
+        strength: float = 1.0,
+    ) -> None:
+        super().__init__(pool, initial_bias=initial_bias, strength=strength)
+        self.corrected = corrected
+        self.keep_accidental = keep_accidental
+        if keep_accidental and any(isinstance(member, InBatch) for member in pool.members()):
+            raise InputError("objective.sources: nce needs sampled noise; use uniform or frequency, not in_batch")
+
+    def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
+        """Return one loss per row, [B]; see `Objective.forward`."""
+        if self.keep_accidental:
+            drawn = _keep_accidental(drawn)
+        positive, negatives = self._biased(embedded, drawn, temperature)
+        if self.corrected:
+            positive = positive - scale_log_count(drawn.positive_log_count, self.strength).to(positive.dtype)
+        return logistic(positive, negatives)
+
+    def mean(
+        self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float, weights: Tensor | None = None
+    ) -> Tensor:
+        """Return the weighted sum of the rows' losses, a scalar; see `Objective.mean`."""
+        if self.keep_accidental:
+            drawn = _keep_accidental(drawn)
+        return tiled_logistic(
+            **tiled_arguments(embedded, drawn),
+            temperature=temperature,
+            bias=self.bias,
+            own_offset=scale_log_count(drawn.positive_log_count, self.strength) if self.corrected else None,
+            weights=weights,
+        )
+
+
+class GeneralisedBCE(Binary):
+    """gBCE of gSASRec. See `gbce`.
+
+    Args:
+        pool: K uniform negatives per row.
+        size: K.
+        num_items: N.
+        calibration: t.
+        initial_bias: initial value of the bias; see `Binary`.
+    """
+
+    def __init__(
+        self, pool: Pool, *, size: int, num_items: int, calibration: float = 0.75, initial_bias: float = 0.0
+    ) -> None:
+        super().__init__(pool, initial_bias=initial_bias)
+        self.beta = gbce_beta(size, num_items, calibration)
+
+    def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
+        """Return one loss per row, [B]; see `Objective.forward`."""
+        return gbce(*self._biased(embedded, drawn, temperature), beta=self.beta)
+
+    def mean(
+        self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float, weights: Tensor | None = None
+    ) -> Tensor:
+        """Return the weighted sum of the rows' losses, a scalar; see `Objective.mean`."""
+        return tiled_logistic(
+            **tiled_arguments(embedded, drawn),
+            temperature=temperature,
+            bias=self.bias,
+            beta=self.beta,
+            weights=weights,
+        )
+
+
+class BPR(Objective):
+    """Bayesian personalised ranking. See `bpr`."""
+
+    merges_copies = False
+
+    def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
+        """Return one loss per row, [B]; see `Objective.forward`."""
+        return bpr(*corrected_logits(embedded, drawn, temperature))
+
+    def mean(
+        self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float, weights: Tensor | None = None
+    ) -> Tensor:
+        """Return the weighted sum of the rows' losses, a scalar; see `Objective.mean`."""
+        return tiled_bpr(**tiled_arguments(embedded, drawn), temperature=temperature, weights=weights)
+
+
+def _keep_accidental(drawn: Candidates) -> Candidates:
+    """Unmask the drawn copies of each row's own positive."""
+    kept = replace(drawn, masks=drawn.masks.without(drawn.positives, drawn.items))
+    if drawn.row_items is None or drawn.row_hits is None:
+        return kept
+    return replace(kept, row_hits=drawn.row_hits & (drawn.row_items != drawn.positives[:, None]))

@@ -1,0 +1,241 @@
+"""Construction of objectives, pools and frequencies from the names in a configuration; see named_objectives.py."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from twotower.config.run import Config, ObjectiveConfig
+from twotower.data import Interactions
+from twotower.errors import InputError
+from twotower.negatives import (
+    Catalog,
+    CountedFrequency,
+    CrossBatchMemory,
+    Frequency,
+    FrequencyPower,
+    GroupedFrequency,
+    Head,
+    InBatch,
+    LogUniform,
+    Mined,
+    Observed,
+    Pool,
+    Proposal,
+    Sampled,
+    Source,
+    StreamingFrequency,
+    Uniform,
+    Weighted,
+)
+from twotower.objectives.base import Objective
+from twotower.objectives.registry import OBJECTIVES, named_objective
+
+__all__ = [
+    "OBJECTIVES",
+    "build_frequency",
+    "build_objective",
+    "build_pool",
+    "masks_known_positives",
+    "named_objective",
+    "needs_known_positives",
+    "reads_gaps",
+    "reads_sequences",
+    "refuse_in_batch",
+]
+
+
+def build_objective(config: Config, train: Interactions, *, learnt: Interactions | None = None) -> Objective:
+    """Build the objective of a configuration, with frequencies counted from the training interactions.
+
+    `learnt` are the rows that batches are made of, if not all of `train`: the frequency of in-batch candidates is
+    counted from them, while heads and proposals use all rows.
+
+    Raises:
+        InputError: the objective, a source or a setting is unknown, or needs something that the data does not have.
+    """
+    settings = config.objective
+    named = named_objective(settings.name)
+    pool = build_pool(settings, train, learnt=learnt)
+    objective = named.make(pool, settings, train.num_items)
+    objective.rows_per_draw = settings.rows_per_draw
+    if settings.rows_per_draw is not None and reads_sequences(config):
+        refuse_in_batch(pool)
+    return objective
+
+
+def reads_sequences(config: Config) -> bool:
+    """Return whether rows are positions of whole sequences."""
+    return config.query_tower.history is not None and config.query_tower.history.sequence is not None
+
+
+def reads_gaps(config: Config) -> bool:
+    """Return whether the tower reads the time between the items of a history."""
+    history = config.query_tower.history
+    return history is not None and history.sequence is not None and history.sequence.gaps
+
+
+def refuse_in_batch(pool: Pool) -> None:
+    """Refuse in-batch candidates if every block of a batch has its own draw: blocks cut sequences apart.
+
+    Raises:
+        InputError: the pool has an in-batch source.
+    """
+    if any(isinstance(member, InBatch) for member in pool.members()):
+        raise InputError(
+            "objective.rows_per_draw: with in_batch and whole sequences all rows of a batch must share one draw; "
+            "remove rows_per_draw, or use frequency, uniform or head instead of in_batch"
+        )
+
+
+def build_pool(settings: ObjectiveConfig, train: Interactions, *, learnt: Interactions | None = None) -> Pool:
+    """Build the pool of an objective's settings; raises the errors of `build_objective`."""
+    named = named_objective(settings.name)
+    unique = named.unique if settings.unique is None else settings.unique
+    written = [
+        (name, _options(options, settings))
+        for source in (named.sources if settings.sources is None else settings.sources)
+        for name, options in source.items()
+    ]
+    builder = _SourceBuilder(train, build_frequency(settings, train if learnt is None else learnt), written)
+    return Pool(
+        *(builder.build(name, options) for name, options in written), unique=unique, correction=named.correction
+    )
+
+
+def masks_known_positives(settings: ObjectiveConfig) -> bool:
+    """Return whether the objective masks a query's other training items."""
+    if settings.mask_known_positives is not None:
+        return settings.mask_known_positives
+    return named_objective(settings.name).mask_known_positives
+
+
+def needs_known_positives(config: Config) -> bool:
+    """Return whether known positives must be masked: by the objective, or for in-batch candidates with sequences."""
+    sources = config.objective.sources or named_objective(config.objective.name).sources
+    in_batch = any("in_batch" in source for source in sources)
+    return masks_known_positives(config.objective) or (in_batch and reads_sequences(config))
+
+
+def build_frequency(settings: ObjectiveConfig, train: Interactions) -> Frequency:
+    """Build the item frequency named by `objective.frequency`.
+
+    Raises:
+        InputError: the frequency is grouped and the data has no group column.
+    """
+    if settings.frequency == "counted":
+        return CountedFrequency(train)
+    if settings.frequency == "streaming":
+        return StreamingFrequency(train.num_items)
+    if settings.frequency == "grouped":
+        return GroupedFrequency.counted(train)
+    if train.groups is None:
+        raise InputError("objective.frequency: grouped-streaming needs a group column; name it with data.columns.group")
+    return GroupedFrequency([StreamingFrequency(train.num_items) for _ in range(int(train.groups.max()) + 1)])
+
+
+def _options(options: dict[str, Any] | None, settings: ObjectiveConfig) -> dict[str, Any]:
+    return {key: settings.negatives if value == "K" else value for key, value in (options or {}).items()}
+
+
+class _SourceBuilder:
+    """A builder for the sources of one pool; with a head, `uniform` and `frequency` draw from the other items only."""
+
+    def __init__(self, train: Interactions, frequency: Frequency, written: list[tuple[str, dict[str, Any]]]) -> None:
+        self.train, self.frequency, self.written = train, frequency, written
+        self.counts = torch.from_numpy(train.item_counts())
+        heads = [int(options.get("size", 0)) for name, options in written if name == "head"]
+        self.head = Head(self.counts, max(heads)).items if heads and max(heads) > 0 else None
+
+    def build(self, name: str, options: dict[str, Any]) -> Source:
+        builders: dict[str, Callable[..., Source]] = {
+            "in_batch": self.in_batch,
+            "uniform": self.uniform,
+            "frequency": self.frequency_power,
+            "log_uniform": self.log_uniform,
+            "memory": self.memory,
+            "head": self.head_source,
+            "observed": self.observed,
+            "mined": self.mined,
+            "catalog": self.catalog,
+        }
+        if name not in builders:
+            raise InputError(f"objective.sources: unknown source {name!r}; expected one of {', '.join(builders)}")
+        known = inspect.signature(builders[name]).parameters
+        for option in options:
+            if option not in known:
+                raise InputError(
+                    f"objective.sources: {name}: unknown setting {option!r}; expected {', '.join(known) or 'none'}"
+                )
+        for option, parameter in known.items():
+            if parameter.default is parameter.empty and option not in options:
+                raise InputError(f"objective.sources: {name}: setting {option!r} is missing")
+        return builders[name](**options)
+
+    def in_batch(self, *, unique: bool = False) -> Source:
+        return InBatch(self.frequency, unique=unique)
+
+    def uniform(self, *, size: int, unique: bool = False, per_row: bool = False) -> Source:
+        proposal = Uniform(self.train.num_items) if self.head is None else self._tail(torch.ones(self.train.num_items))
+        return Sampled(proposal, size, unique=unique, per_row=per_row)
+
+    def frequency_power(
+        self, *, size: int, power: float = 0.75, floor: float = 0.0, unique: bool = False, per_row: bool = False
+    ) -> Source:
+        proposal: Proposal = FrequencyPower(self.counts, power, floor=floor)
+        if self.head is not None:
+            proposal = self._tail(proposal.log_prob(torch.arange(self.train.num_items)).exp())
+        return Sampled(proposal, size, unique=unique, per_row=per_row)
+
+    def log_uniform(self, *, size: int, unique: bool = False, per_row: bool = False) -> Source:
+        return Sampled(LogUniform(self.counts), size, unique=unique, per_row=per_row)
+
+    def memory(self, *, size: int, unique: bool = False) -> Source:
+        return CrossBatchMemory(self.frequency, size, unique=unique)
+
+    def head_source(self, *, size: int) -> Source:
+        return Head(self.counts, size)
+
+    def observed(self, *, size: int) -> Source:
+        negatives = self.train.negatives
+        if negatives is None or not len(negatives):
+            raise InputError(
+                "objective.sources: observed needs observed negatives; set data.positive_label, "
+                "and the rows below it become observed negatives"
+            )
+        codes = torch.from_numpy(negatives.item_codes.astype("int64"))
+        return Observed(torch.from_numpy(negatives.offsets.copy()), codes, size)
+
+    def mined(self, *, size: int) -> Source:
+        return Mined(self.train.num_queries, size)
+
+    def catalog(self) -> Source:
+        return Catalog(self.train.num_items)
+
+    def _tail(self, weights: Tensor) -> Weighted:
+        drawn = int((weights > 0).sum())
+        weights[self.head] = 0.0
+        if not bool((weights > 0).any()):
+            size = max(int(options.get("size", 0)) for name, options in self.written if name == "head")
+            fitting = [
+                (name, {**options, "size": min(int(options["size"]), drawn // 4)} if name == "head" else options)
+                for name, options in self.written
+                if name != "head" or drawn >= 4  # too few items to draw from: suggest no head at all
+            ]
+            occur = int((self.counts > 0).sum())
+            raise InputError(
+                f"objective.sources: head: size {size:,} includes every item that could be drawn: {drawn:,} of the "
+                f"{self.train.num_items:,} items, of which {occur:,} occur in training; make the head smaller, "
+                f"for example --set 'objective.sources={_as_set(fitting)}'"
+            )
+        return Weighted(weights)
+
+
+def _as_set(sources: list[tuple[str, dict[str, Any]]]) -> str:
+    """Format sources for the command line, as the value of --set objective.sources=."""
+    return yaml.safe_dump([{name: options} for name, options in sources], default_flow_style=True, width=10_000).strip()

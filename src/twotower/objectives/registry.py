@@ -1,0 +1,171 @@
+"""The registry of objectives by name: for each its loss, its default sources and its correction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from twotower.config.run import ObjectiveConfig
+from twotower.errors import InputError
+from twotower.negatives import Pool, Sampled, corrections
+from twotower.negatives.corrections import Correction
+from twotower.objectives.base import Objective, PositiveCorrectedSoftmax, RefinedLogQ, SampledSoftmax
+from twotower.objectives.binary import BPR, GeneralisedBCE, Logistic
+
+Sources = list[dict[str, dict[str, Any] | None]]
+
+IN_BATCH: Sources = [{"in_batch": {}}]
+MIXED: Sources = [{"in_batch": {}}, {"uniform": {"size": 1024}}]
+UNIFORM: Sources = [{"uniform": {"size": 1024}}]
+
+
+@dataclass(frozen=True)
+class Named:
+    """The definition of a named objective.
+
+    Attributes:
+        summary: one line for lists.
+        sources: default sources if the configuration has none; `K` means `objective.negatives`.
+        correction: the correction subtracted from the logits.
+        make: builds the objective from its pool.
+        unique: whether duplicates are removed, unless the configuration says otherwise.
+        mask_known_positives: whether a query's other positives are masked, unless the configuration says otherwise.
+    """
+
+    summary: str
+    sources: Sources
+    make: Callable[[Pool, ObjectiveConfig, int], Objective]
+    correction: Correction = field(default_factory=corrections.ExpectedCounts)
+    unique: bool = False
+    mask_known_positives: bool = False
+
+
+def _softmax(pool: Pool, settings: ObjectiveConfig, num_items: int) -> Objective:
+    del num_items
+    return SampledSoftmax(pool, strength=settings.strength)
+
+
+def _logistic(pool: Pool, settings: ObjectiveConfig, num_items: int) -> Objective:
+    del num_items
+    return Logistic(pool, initial_bias=-math.log(settings.negatives))
+
+
+def _corrected_logistic(pool: Pool, settings: ObjectiveConfig, num_items: int) -> Objective:
+    return Logistic(pool, corrected=True, initial_bias=-math.log(num_items), strength=settings.strength)
+
+
+def _noise_contrastive(pool: Pool, settings: ObjectiveConfig, num_items: int) -> Objective:
+    return Logistic(
+        pool, corrected=True, keep_accidental=True, initial_bias=-math.log(num_items), strength=settings.strength
+    )
+
+
+def _gbce(pool: Pool, settings: ObjectiveConfig, num_items: int) -> Objective:
+    size = sum(member.size for member in pool.members() if isinstance(member, Sampled))
+    return GeneralisedBCE(
+        pool,
+        size=size,
+        num_items=num_items,
+        calibration=settings.calibration,
+        initial_bias=-math.log(max(size, 1)),
+    )
+
+
+OBJECTIVES: dict[str, Named] = {
+    "expected-count": Named(
+        "softmax, each candidate weighted by one over its expected count (the default)", MIXED, _softmax, unique=True
+    ),
+    "full-softmax": Named("softmax over the whole catalog, exact", [{"catalog": {}}], _softmax),
+    "sampled-softmax-uniform": Named("softmax over K uniform items, s - log(K/N)", UNIFORM, _softmax),
+    "in-batch": Named(
+        "softmax over the batch, uncorrected: popular items are over-penalised",
+        IN_BATCH,
+        _softmax,
+        corrections.NoCorrection(),
+    ),
+    "in-batch-logq": Named("softmax over the batch, s - log p", IN_BATCH, _softmax, corrections.Probability()),
+    "in-batch-logq-batch-probability": Named(
+        "softmax over the batch, s - log(1 - (1-p)^B)", IN_BATCH, _softmax, corrections.BatchProbability()
+    ),
+    "in-batch-logq-all": Named(
+        "softmax over the batch, s - log p, the positive corrected too: the common industry form",
+        IN_BATCH,
+        lambda pool, settings, _: PositiveCorrectedSoftmax(pool, strength=settings.strength),
+        corrections.Probability(),
+    ),
+    "in-batch-importance": Named(
+        "softmax over the batch, reweighted to uniform: s + log(P/Q)",
+        IN_BATCH,
+        _softmax,
+        corrections.ImportanceToUniform(),
+    ),
+    "refined-logq": Named(
+        "softmax over the batch without the positive, rows weighted by 1 - P(y)",
+        IN_BATCH,
+        lambda pool, settings, _: RefinedLogQ(pool, strength=settings.strength),
+        corrections.Probability(),
+    ),
+    "mixed": Named(
+        "batch and uniform candidates, s - log Q* of the mixture (mixed negative sampling)",
+        MIXED,
+        _softmax,
+        corrections.MixtureProbability(),
+    ),
+    "mixed-by-source": Named(
+        "batch and uniform candidates, each by its own source's q", MIXED, _softmax, corrections.BySourceProbability()
+    ),
+    "negative-sampling": Named(
+        "binary cross-entropy, K uniform negatives for each positive (word2vec)",
+        [{"uniform": {"size": "K", "per_row": True}}],
+        _logistic,
+        corrections.NoCorrection(),
+    ),
+    "logistic-observed": Named(
+        "binary cross-entropy, negatives are observed dislikes or impressions",
+        [{"observed": {"size": "K"}}],
+        _logistic,
+        corrections.NoCorrection(),
+    ),
+    "logistic-popular": Named(
+        "binary cross-entropy, negatives by popularity among items the query has not met",
+        [{"frequency": {"size": "K", "power": 1.0, "per_row": True}}],
+        _logistic,
+        corrections.NoCorrection(),
+        mask_known_positives=True,
+    ),
+    "sampled-logistic": Named(
+        "binary cross-entropy, log kappa subtracted from all logits, accidental hits masked",
+        MIXED,
+        _corrected_logistic,
+    ),
+    "nce": Named(
+        "binary cross-entropy, log kappa subtracted from all logits, accidental hits kept as noise",
+        [{"frequency": {"size": 1024, "power": 1.0}}],
+        _noise_contrastive,
+    ),
+    "gbce": Named(
+        "binary cross-entropy calibrated against overconfidence (gSASRec)",
+        [{"uniform": {"size": "K", "per_row": True}}],
+        _gbce,
+        corrections.NoCorrection(),
+    ),
+    "bpr": Named(
+        "pairwise ranking against K uniform negatives",
+        [{"uniform": {"size": "K", "per_row": True}}],
+        lambda pool, *_: BPR(pool),
+        corrections.NoCorrection(),
+    ),
+}
+
+
+def named_objective(name: str) -> Named:
+    """Return the definition of a named objective.
+
+    Raises:
+        InputError: the name is unknown.
+    """
+    if name not in OBJECTIVES:
+        raise InputError(f"objective.name: unknown objective {name!r}; expected one of {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[name]

@@ -1,0 +1,213 @@
+"""A ranker of a sharded catalog: each rank searches its part of the items, and the results are merged.
+
+A ranker that divides the queries over ranks and returns the whole ranking on all of them.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from twotower.data import Holdout, ragged_histories
+from twotower.distributed.communicator import Ranks
+from twotower.distributed.partition import Rows
+from twotower.distributed.row_exchange import ask, fetch_rows
+from twotower.index import ExactIndex
+from twotower.index.ties import merge_best, tie_order
+from twotower.ranking.base import Ranker
+from twotower.ranking.tower_ranker import TowerRanker
+from twotower.towers import TwoTower
+from twotower.towers.sharded_lookup import rows_at_hand
+
+
+class OverRanks:
+    """A ranker that divides a holdout over ranks; every rank gets the same ranking as a single process.
+
+    Args:
+        ranker: the same on every rank.
+        ranks: the processes; all of them call `rank`, with the same holdout.
+    """
+
+    def __init__(self, ranker: Ranker, ranks: Ranks) -> None:
+        self.ranker, self.ranks = ranker, ranks
+
+    def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> NDArray[np.int64]:
+        """Return the best items of every query, int64 [E, k]."""
+        own = part_of(holdout, self.ranks.part(len(holdout)))
+        ranked = (
+            torch.as_tensor(self.ranker.rank(own, k, exclude_seen)).cpu()
+            if len(own)
+            else torch.empty(0, k, dtype=torch.int64)
+        )
+        device = self.ranks.device
+        every = self.ranks.gather(ranked.to(device), self.ranks.shares(len(holdout)))
+        return every.cpu().numpy()
+
+    def __getattr__(self, name: str) -> Any:
+        # Other attributes that evaluation reads from a ranker: whether it is exact, its embeddings.
+        return getattr(self.ranker, name)
+
+
+def over_ranks(ranker: Ranker, ranks: Ranks) -> Ranker:
+    """Wrap a ranker to divide its work over ranks, if there are several."""
+    return ranker if ranks.size == 1 else OverRanks(ranker, ranks)
+
+
+def part_of(holdout: Holdout, rows: slice) -> Holdout:
+    """Return the queries `rows.start` to `rows.stop` of a holdout."""
+    begin, end = rows.start, rows.stop
+    history, targets = holdout.history_offsets[begin : end + 1], holdout.target_offsets[begin : end + 1]
+    inside = slice(history[0], history[-1])
+    return replace(
+        holdout,
+        queries=holdout.queries[rows],
+        history_offsets=history - history[0],
+        history_items=holdout.history_items[inside],
+        target_offsets=targets - targets[0],
+        target_items=holdout.target_items[targets[0] : targets[-1]],
+        history_timestamps=None if holdout.history_timestamps is None else holdout.history_timestamps[inside],
+        query_times=None if holdout.query_times is None else holdout.query_times[rows],
+        context=None if holdout.context is None else holdout.context[rows],
+    )
+
+
+@torch.no_grad()
+def item_embeddings(towers: TwoTower, ranks: Ranks) -> Tensor:
+    """Compute all item embeddings, [N, D], as `TwoTower.item_embeddings` does; each rank embeds its part."""
+    if ranks.size == 1:
+        return towers.item_embeddings()
+    was_training = towers.training
+    towers.eval()
+    shares = ranks.shares(towers.item_tower.num_items)
+    own = ranks.within(shares)
+    codes = torch.arange(own.start, own.stop, device=towers.log_temperature.device)
+    parts = [towers.embed_items(part).float() for part in torch.split(codes, 65_536)]
+    towers.train(was_training)
+    return ranks.gather(torch.cat(parts), shares)
+
+
+#: Queries searched at a time over all ranks, and items embedded at a time.
+BLOCK = 4096
+
+
+class ShardedRanker:
+    """A ranker that works with the other ranks on a catalog of which each holds ceil(N / W) embeddings.
+
+    Every rank embeds its part of the queries, all queries are searched in every rank's items, and each rank merges the
+    results of its own queries. The ranking equals that of a single index, including ties.
+
+    Args:
+        towers: the model, with sharded tables.
+        history_length: L; 0 for a tower without a history.
+        ranks: the processes; all of them create this and call `rank`, with the same holdout.
+
+    Attributes:
+        part: this rank's items.
+        embeddings: of its own items in tie order, float32 [n, D]; the index uses them without a copy.
+    """
+
+    is_exact = True
+
+    def __init__(self, towers: TwoTower, history_length: int, ranks: Ranks) -> None:
+        self.towers, self.ranks = towers, ranks
+        self.part = Rows(ranks, towers.item_tower.num_items)
+        self._order = tie_order(len(self.part), self.part.own.start)
+        self.embeddings = own_item_embeddings(towers, self.part, self._order)
+        self.queries = TowerRanker(towers, history_length, self.embeddings)
+        self.index = ExactIndex(self.embeddings, first=self.part.own.start, in_tie_order=True)
+
+    def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> NDArray[np.int64]:
+        """Return the best items of every query, int64 [E, k], on every rank."""
+        shares = self.ranks.shares(len(holdout))
+        block = max(BLOCK // self.ranks.size, 1)
+        own = []
+        for begin in range(0, max(shares), block):
+            parts = [
+                slice(sum(shares[:rank]) + min(begin, share), sum(shares[:rank]) + min(begin + block, share))
+                for rank, share in enumerate(shares)
+            ]
+            sizes = [part.stop - part.start for part in parts]
+            queries = self.ranks.gather(self._embedded(part_of(holdout, parts[self.ranks.rank])), sizes)
+            scores, items = self._search(queries, k, _histories(holdout, parts) if exclude_seen else None)
+            mine = sizes[self.ranks.rank]
+            received = [mine] * self.ranks.size
+            shape = (self.ranks.size, mine, k)
+            found = (self.ranks.swap(one, sizes, received).view(shape) for one in (scores, items))
+            own.append(merge_best(*found)[1])
+        merged = torch.cat(own) if own else torch.empty(0, k, dtype=torch.int64, device=self.ranks.device)
+        return self.ranks.gather(merged, shares).cpu().numpy()
+
+    def embeddings_of(self, items: NDArray[np.int64]) -> Tensor:
+        """Return embeddings of items, float32 [n, D], from the ranks that hold them; collective, same items on all."""
+        codes = torch.from_numpy(items).to(self.embeddings.device)
+        requested, place = ask(self.part, codes), torch.argsort(self._order).to(codes.device)
+        fetched = fetch_rows(self.embeddings, self.part, replace(requested, given=place[requested.given]))
+        return fetched.rows.detach()[fetched.place(codes)]
+
+    @torch.no_grad()
+    def _embedded(self, holdout: Holdout) -> Tensor:
+        histories = (holdout.history_offsets, holdout.history_items)
+        history, length = None, self.queries.history_length
+        device = self.embeddings.device
+        if length:
+            recent = ragged_histories(*histories, np.arange(len(holdout)), length)
+            history = torch.from_numpy(recent).to(device)
+        queries = torch.from_numpy(np.asarray(holdout.queries, dtype=np.int64)).to(device)
+        with rows_at_hand(self.towers, queries=queries, history=history):
+            return self.queries.embed_holdout(holdout)
+
+    def _search(
+        self, queries: Tensor, k: int, exclude: tuple[NDArray[np.int64], NDArray[np.int64]] | None
+    ) -> tuple[Tensor, Tensor]:
+        own = self.part.own
+        if not len(self.part):
+            empty = (len(queries), k)
+            return (
+                torch.full(empty, -torch.inf, device=queries.device),
+                torch.full(empty, -1, dtype=torch.int64, device=queries.device),
+            )
+        if exclude is not None:
+            offsets, items = exclude
+            inside = (items >= own.start) & (items < own.stop)
+            exclude = np.concatenate([[0], inside.cumsum()])[offsets], items[inside] - own.start
+        scores, items_found = self.index.search(queries, k, exclude)
+        return scores, torch.where(items_found >= 0, items_found + own.start, -1)
+
+
+@torch.no_grad()
+def own_item_embeddings(towers: TwoTower, part: Rows, order: Tensor | None = None) -> Tensor:
+    """Embed this rank's part of the items, float32 [n, D]; collective.
+
+    If the item table is sharded by the same rows, they are local; otherwise they are fetched, a block at a time.
+
+    Args:
+        towers: the model.
+        part: this rank's items.
+        order: of the items within the part, int64 [n]; None for order by code.
+    """
+    was_training, device = towers.training, towers.log_temperature.device
+    towers.eval()
+    codes = part.own.start + (torch.arange(len(part)) if order is None else order).to(device)
+    embedded = torch.empty(len(part), towers.item_tower.dimension, device=device)
+    table = towers.item_tower.ids
+    is_here = table is None or table.part is None or table.part == part
+    for begin in range(0, len(part) if is_here else part.bounds[1], BLOCK):  # else as many as the largest rank
+        rows = slice(begin, begin + BLOCK)
+        with nullcontext() if is_here else rows_at_hand(towers, items=codes[rows]):
+            embedded[rows] = towers.embed_items(codes[rows])
+    towers.train(was_training)
+    return embedded
+
+
+def _histories(holdout: Holdout, parts: list[slice]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Collect the histories of the queries of several parts, as compressed rows."""
+    chosen = [part_of(holdout, part) for part in parts]
+    sizes = np.concatenate([np.diff(one.history_offsets) for one in chosen])
+    items = np.concatenate([np.asarray(one.history_items, dtype=np.int64) for one in chosen])
+    return np.concatenate([[0], sizes.cumsum()]), items

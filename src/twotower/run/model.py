@@ -1,0 +1,327 @@
+"""Training a model on a split, and continuing from a model on new data.
+
+Evaluation of a model or of any other ranker.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from twotower import evaluation, incremental
+from twotower.config.run import Config
+from twotower.data import Holdout, Interactions, KnownPositives, Split
+from twotower.data.schema.vocabulary import IdValues
+from twotower.distributed.communicator import Ranks
+from twotower.distributed.partition import Rows
+from twotower.errors import InputError
+from twotower.evaluation import Evaluation
+from twotower.features.from_config import encode_features, in_training, with_features
+from twotower.incremental import Parent
+from twotower.incremental.split import ContinuedSplit
+from twotower.objectives.build import build_objective, needs_known_positives
+from twotower.ranking import Ranker
+from twotower.ranking.distributed import ShardedRanker, item_embeddings, over_ranks, own_item_embeddings
+from twotower.ranking.tower_ranker import TowerRanker
+from twotower.run.batches import gaps_of, history_length, make_batches
+from twotower.run.data import split_data
+from twotower.run.mining import miner
+from twotower.serving import Artifact, Retriever
+from twotower.towers import TwoTower, build_towers
+from twotower.towers.sharded_lookup import shared_tables_of
+
+if TYPE_CHECKING:
+    from twotower.training import FitResult
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained model that ranks, recommends and can be saved.
+
+    Attributes:
+        artifact: the content of the model folder.
+        split: the data it was trained and validated on.
+        fit: the result of training.
+    """
+
+    artifact: Artifact
+    split: Split
+    fit: FitResult
+
+    @cached_property
+    def retriever(self) -> Retriever:
+        """A retriever that answers queries by id.
+
+        Raises:
+            InputError: the tables are sharded over ranks.
+        """
+        if self.artifact.is_shared:
+            raise InputError("model: its tables are sharded over several ranks; save it and load it in one process")
+        return Retriever(self.artifact)
+
+    @cached_property
+    def ranker(self) -> Ranker:
+        """The ranker for an evaluation. With several ranks, all of them must access and use it together."""
+        if self.artifact.is_shared:
+            return ShardedRanker(self.artifact.towers, history_length(self.artifact.config), Ranks.current())
+        return over_ranks(self.retriever, Ranks.current())
+
+    def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> np.ndarray:
+        """Return the top k items of every query of a holdout, int64 [E, k]."""
+        return self.retriever.rank(holdout, k, exclude_seen)
+
+    def save(self, directory: str | Path) -> Path:
+        """Write the model folder atomically. If the tables are sharded, all ranks must call this together."""
+        return self.artifact.save(directory, Ranks.current() if self.artifact.is_shared else None)
+
+
+def fit(
+    split: Split,
+    config: Config | str | Path | None = None,
+    *,
+    directory: str | Path | None = None,
+    start: Model | Parent | str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    say: Callable[[object], None] | None = None,
+) -> Model:
+    """Train a two-tower model from scratch, or continue training an existing one on new data.
+
+    Args:
+        split: training interactions, and the validation queries for early stopping; with `start`, the split that
+            `continue_with` returns.
+        config: settings or a YAML file. If None: the settings of `start`, or the defaults.
+        start: the model to continue from, or its folder.
+        directory: folder for checkpoints and logs; a temporary folder if None. With several ranks it is required and
+            must be shared by all of them.
+        resume: resume from the last checkpoint in `directory`.
+        progress: show a progress bar.
+        say: receives the memory plan, and which state of `start` cannot be carried over; None discards them.
+
+    Returns:
+        The model with its best weights.
+
+    Raises:
+        InputError: a setting is wrong, there is no checkpoint to resume from, or `split` does not continue `start`.
+        Interrupted: Ctrl-C; a checkpoint was left in `directory`.
+    """
+    # Imported here because Lightning is slow to import and nothing else needs it.
+    from twotower.incremental.warm_start import carry_on, grown_features  # noqa: PLC0415
+    from twotower.training import fit_towers, place_tables, plan_memory  # noqa: PLC0415
+
+    parent = incremental.parent_of(start)
+    if config is None and parent is not None:
+        config = parent.artifact.config
+    settings = config if isinstance(config, Config) else Config.load(config)
+    if directory is None:
+        if Ranks.current().size > 1:
+            raise InputError("fit(directory=...): required with several ranks; pass a folder that all ranks share")
+        with tempfile.TemporaryDirectory(prefix="twotower-") as temporary:
+            return fit(split, settings, directory=temporary, start=parent, resume=resume, progress=progress, say=say)
+    rows = incremental.rows_to_learn(split, parent, settings)
+    if parent is not None:
+        settings = incremental.settled(parent.artifact.config, settings)
+    settings = with_features(settings.resolved(len(split.train) if rows is None else len(rows)), split.train)
+    train, training = split.train, settings.training
+    learnt = None if rows is None else train.select(rows)
+    ranks = Ranks.current()
+    placement = place_tables(settings, train, ranks)
+    # The seed determines initial weights, row order and draws. The caller's random generators are left unchanged.
+    with torch.random.fork_rng():
+        torch.manual_seed(training.seed)
+        growth = None if parent is None else grown_features(parent, incremental.checked(split))
+        features = encode_features(settings, train) if growth is None else growth.features
+        with placement.applied():
+            towers = build_towers(
+                settings,
+                num_queries=train.num_queries,
+                num_items=train.num_items,
+                item_features=features.get("item"),
+                query_features=features.get("query"),
+                context=features.get("context"),
+                trained_items=torch.from_numpy(in_training(train, "item")),
+                trained_queries=torch.from_numpy(in_training(train, "query")),
+            )
+        length = history_length(settings)
+        batches = make_batches(settings, train, rows, ranks, features.get("context"))
+        known = KnownPositives(train) if needs_known_positives(settings) else None
+        objective = build_objective(settings, train, learnt=learnt)
+        optimizer = mine = None
+        if growth is not None and parent is not None:
+            optimizer = carry_on(parent, settings, growth, towers=towers, objective=objective, ranks=ranks, say=say)
+            if (mine := miner(objective, train, length, gaps_of(settings, train))) is not None and not resume:
+                mine(towers)
+        validate = _validation(split.validation, settings, train) if len(split.validation) else None
+        before = validate(towers) if validate is not None and parent is not None and not resume else None
+        plan = plan_memory(settings, towers, objective, train, ranks)
+        if say is not None:
+            say(plan)
+        result = fit_towers(
+            towers,
+            objective,
+            batches,
+            training,
+            Path(directory),
+            known_positives=known,
+            counts=torch.from_numpy(train.item_counts()),
+            mine=miner(objective, train, length, gaps_of(settings, train)),
+            validate=validate,
+            resume=resume,
+            progress=progress,
+            hyperparameters=settings.model_dump(mode="json"),
+            start=optimizer,
+            in_background=plan.in_background,
+        )
+    artifact = _artifact(settings, split, towers, result)
+    new = len(train) if learnt is None else int((~incremental.checked(split).learnt).sum())
+    artifact.metadata["data"]["lineage"] = incremental.lineage(
+        parent, split, new, 0 if rows is None else len(rows) - new
+    )
+    if before is not None:
+        artifact.metadata["training"]["before"] = before
+    return Model(artifact, split, result)
+
+
+def continue_with(
+    start: Model | Parent | str | Path,
+    data: Interactions,
+    config: Config | None = None,
+    *,
+    withdrawn: IdValues | None = None,
+) -> ContinuedSplit:
+    """Join new interactions to a model's training data and split them, for `fit(split, start=model)`.
+
+    Args:
+        start: the model, or its folder.
+        data: the new interactions, or the complete log: rows up to the model's last timestamp are skipped.
+        config: settings whose section `data` defines the split; the model's settings if None.
+        withdrawn: ids of items to remove from the catalog.
+
+    Returns:
+        A split whose training rows are old and new, and whose validation and test rows are new.
+
+    Raises:
+        InputError: there are no new rows, the ids are of another type, or the split is impossible.
+    """
+    parent = incremental.parent_of(start)
+    assert parent is not None
+    settings = parent.artifact.config if config is None else config
+    return incremental.new_days(
+        parent, data, settings, lambda fresh: split_data(fresh, settings.data, cold="keep"), withdrawn=withdrawn
+    )
+
+
+def _validation(holdout: Holdout, config: Config, train: Interactions) -> Callable[[TwoTower], dict[str, float]]:
+    k = int(config.training.metric.split("@")[1])
+    evaluation.check_targets(holdout, train.num_items, config.evaluation.exclude_seen)
+
+    def validate(towers: TwoTower) -> dict[str, float]:
+        ranks = Ranks.current()
+        ranker: Ranker
+        if shared_tables_of(towers):
+            ranker = ShardedRanker(towers, history_length(config), ranks)
+        else:
+            ranker = over_ranks(TowerRanker(towers, history_length(config), item_embeddings(towers, ranks)), ranks)
+        measured = evaluation.evaluate(
+            ranker,
+            holdout,
+            train=train,
+            ks=(k,),
+            exclude_seen=config.evaluation.exclude_seen,
+            baselines=False,
+        )
+        return {name: value for name, value in measured["model"].values.items() if math.isfinite(value)}
+
+    return validate
+
+
+def _artifact(config: Config, split: Split, towers: TwoTower, result: FitResult) -> Artifact:
+    data = split.data
+    return Artifact(
+        config=config,
+        towers=towers.eval(),
+        item_embeddings=_item_embeddings(towers),
+        item_counts=torch.from_numpy(split.train.item_counts()),
+        queries=data.queries,
+        items=data.items,
+        history_offsets=data.offsets,
+        history_items=data.item_codes,
+        history_gaps=gaps_of(config, data),
+        item_table=data.item_table,
+        rows=incremental.rows_of(split),
+        contexts=incremental.contexts_of(split, config),
+        metadata={
+            "data": {
+                "fingerprint": data.fingerprint,
+                "account": data.account.to_dict(),
+                "groups": None if data.group_names is None else data.group_names.ids.to_list(),
+            },
+            "split": {"name": split.name, "settings": split.settings, "account": split.account.to_dict()},
+            "training": {
+                "epochs": result.epochs,
+                "seconds": round(result.seconds, 1),
+                "cpu_seconds": round(result.cpu_seconds, 1),
+                "peak_memory": result.peak_memory,
+                "best": {config.training.metric: result.best},
+                "history": result.history,
+            },
+        },
+    )
+
+
+def _item_embeddings(towers: TwoTower) -> Tensor:
+    """Embed all items, or only this rank's items if the tables are sharded."""
+    if shared_tables_of(towers):
+        return own_item_embeddings(towers, Rows(Ranks.current(), towers.item_tower.num_items))
+    return towers.item_embeddings()
+
+
+def evaluate(
+    model: Ranker,
+    holdout: Holdout,
+    *,
+    train: Interactions | None = None,
+    ks: tuple[int, ...] = (10, 20),
+    exclude_seen: bool = True,
+    baselines: bool = True,
+    empty: Literal["skip", "zero"] = "skip",
+    slices: Sequence[str] = (),
+) -> Evaluation:
+    """Rank the full catalog for every query of a holdout, with the model and the baselines popularity and item-kNN.
+
+    Args:
+        model: a `Model`, or anything with `rank(holdout, k, exclude_seen)`.
+        holdout: queries with histories and targets, such as `split.test`.
+        train: the training interactions, for baselines and popularity slices; if None, those of the `Model`.
+        ks: cut-offs K.
+        exclude_seen: never rank items of the query's history.
+        baselines: also measure popularity and item-kNN.
+        empty: a query without targets is excluded from every mean (`"skip"`) or counts as 0 (`"zero"`).
+        slices: columns to slice by, such as `"items.genres"` or `"queries.age"`.
+
+    Raises:
+        InputError: `train` is missing and `model` is not a `Model`, or no table has a column named in `slices`.
+    """
+    if train is None:
+        if not isinstance(model, Model):
+            raise InputError("evaluate: pass train=..., the training interactions, for baselines and popularity slices")
+        train = model.split.train
+    return evaluation.evaluate(
+        model.ranker if isinstance(model, Model) else over_ranks(model, Ranks.current()),
+        holdout,
+        train=train,
+        ks=ks,
+        exclude_seen=exclude_seen,
+        baselines=baselines,
+        empty=empty,
+        slices=slices,
+    )

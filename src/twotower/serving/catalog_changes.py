@@ -1,0 +1,389 @@
+"""Validation of catalog edits: items to add, change or remove, checked and turned into codes and rows.
+
+Items added, changed and removed after training: the changed model, and the files that store the changes.
+
+model/changes/changes.json         schema version, counts of added, changed and removed items, checksums
+model/changes/changes.safetensors  codes and embeddings [n, D] of added and changed items; codes of removed items
+model/changes/joined.parquet       ids of the added items, in the order of their codes N, N + 1, ...
+model/changes/item_table.parquet   rows of the item table of added and changed items (if there is a table)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from twotower.data.io.id_lists import ids_like
+from twotower.data.io.readers import as_polars
+from twotower.data.schema.columns import USUAL_NAMES, usual_column
+from twotower.data.schema.vocabulary import IdValues, Vocabulary, ids_of
+from twotower.errors import InputError
+from twotower.serving.model_folder import Artifact, library_versions
+
+Codes = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+
+FOLDER = "changes"
+SCHEMA_VERSION = 1
+
+
+class GrownVocabulary(Vocabulary):
+    """A vocabulary with ids added later: their codes follow the existing ones, which stay the same.
+
+    Args:
+        first: the existing ids.
+        later: the added ids, none of them in `first`.
+
+    Raises:
+        InputError: an added id exists already, or repeats.
+    """
+
+    def __init__(self, first: Vocabulary, later: IdValues) -> None:
+        self._first, self._later = first, Vocabulary(_as(first, later))
+        if bool((first.encode(self._later.ids) >= 0).any()):
+            raise InputError("vocabulary: an added id exists already")
+        self._ids = pl.concat([first.ids, self._later.ids]).rechunk()
+        self._ascending = None
+
+    def encode(self, ids: IdValues) -> Codes:
+        """See `Vocabulary.encode`."""
+        wanted = ids_of(ids, "ids")
+        codes = np.array(self._first.encode(wanted))  # the result may be read-only
+        missing = np.flatnonzero(codes < 0)
+        if len(missing):
+            later = self._later.encode(wanted.gather(missing))
+            codes[missing] = np.where(later >= 0, later + len(self._first), -1)
+        return codes
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Changes of a catalog since training.
+
+    Attributes:
+        joined: ids of added items, in the order of their codes, which follow the codes of the trained items.
+        codes: int64 [n], ascending: added items, and items whose embedding or columns changed.
+        embeddings: float32 [n, D], embeddings of `codes`.
+        rows: rows of `codes` in the item table, or None if there is no table.
+        left: int64, codes of removed items.
+    """
+
+    joined: pl.Series
+    codes: Codes
+    embeddings: Tensor
+    rows: pl.DataFrame | None
+    left: Codes
+
+    @classmethod
+    def between(cls, trained: Artifact, now: Artifact, codes: Codes, alive: Mask) -> Changes:
+        """Compute the changes from a trained model to its current state.
+
+        Args:
+            trained: the model as it was saved.
+            now: the model with added and changed items.
+            codes: codes of these items.
+            alive: bool [N], False for removed items.
+        """
+        table = now.item_table
+        return cls(
+            joined=now.items.ids.slice(len(trained.items)),
+            codes=codes,
+            embeddings=now.item_embeddings[torch.from_numpy(codes)],
+            rows=None if table is None else table.select(pl.all().gather(codes)),
+            left=np.flatnonzero(~alive),
+        )
+
+    def applied(self, trained: Artifact) -> tuple[Artifact, Mask]:
+        """Apply the changes. Returns the changed model, and a bool [N] mask that is False for removed items."""
+        count, joined = len(trained.items), len(self.joined)
+        split = int(np.searchsorted(self.codes, count))  # codes before it are trained items
+        embeddings = trained.item_embeddings
+        if split:
+            embeddings = embeddings.index_copy(0, torch.from_numpy(self.codes[:split]), self.embeddings[:split])
+        table = trained.item_table
+        if table is not None and self.rows is not None:
+            table = with_rows(table, self.codes, self.rows)
+        alive = np.ones(count + joined, dtype=np.bool_)
+        alive[self.left] = False
+        if joined:
+            embeddings = torch.cat([embeddings, self.embeddings[split:]])
+        return grown(trained, self.joined, embeddings, table), alive
+
+    def write(self, folder: Path) -> None:
+        """Write the files that `read` reads into an empty folder."""
+        tensors = {
+            "codes": torch.from_numpy(self.codes),
+            "embeddings": self.embeddings.float().contiguous(),
+            "left": torch.from_numpy(self.left),
+        }
+        save_file(tensors, folder / "changes.safetensors")
+        pl.DataFrame({"id": self.joined}).write_parquet(folder / "joined.parquet")
+        if self.rows is not None:
+            self.rows.write_parquet(folder / "item_table.parquet")
+        metadata = {
+            "schema_version": SCHEMA_VERSION,
+            "changed_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": library_versions(),
+            **self.to_dict(),
+            "checksums": {path.name: checksum(path) for path in sorted(folder.iterdir())},
+        }
+        (folder / "changes.json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
+
+    @classmethod
+    def read(cls, model: Path) -> Changes | None:
+        """Read and verify the changes in a model folder; None if there are no changes.
+
+        Raises:
+            InputError: the files are damaged, or of another version.
+        """
+        folder = model / FOLDER
+        path = folder / "changes.json"
+        if not path.is_file():
+            return None
+        advice = f"delete {folder} and make the changes again"
+        try:
+            metadata = json.loads(path.read_text(encoding="utf-8"))
+            version, checksums = metadata["schema_version"], metadata["checksums"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: not readable ({error}); {advice}") from error
+        if version != SCHEMA_VERSION:
+            raise InputError(f"{path}: schema version {version}, this twotower reads {SCHEMA_VERSION}; {advice}")
+        for name, expected in checksums.items():
+            if not (folder / name).is_file() or checksum(folder / name) != expected:
+                raise InputError(f"{folder / name}: missing, or its checksum differs; {advice}")
+        try:
+            tensors = load_file(folder / "changes.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{folder}: not readable ({error}); {advice}") from error
+        table = folder / "item_table.parquet"
+        return cls(
+            joined=pl.read_parquet(folder / "joined.parquet")["id"],
+            codes=tensors["codes"].numpy(),
+            embeddings=tensors["embeddings"],
+            rows=pl.read_parquet(table) if table.name in checksums else None,
+            left=tensors["left"].numpy(),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Count added, changed and removed items, as JSON values."""
+        return {"joined": len(self.joined), "changed": len(self.codes) - len(self.joined), "left": len(self.left)}
+
+
+def grown(artifact: Artifact, joined: pl.Series, embeddings: Tensor, table: pl.DataFrame | None) -> Artifact:
+    """Append items to a model; their training count is 0.
+
+    Args:
+        artifact: the model before.
+        joined: ids of the added items; may be empty.
+        embeddings: float32 [N + n, D], of all items.
+        table: item table of all items, or None.
+    """
+    if not len(joined):
+        return dataclasses.replace(artifact, item_embeddings=embeddings, item_table=table)
+    return dataclasses.replace(
+        artifact,
+        items=GrownVocabulary(artifact.items, joined),
+        item_embeddings=embeddings,
+        item_counts=torch.cat([artifact.item_counts, artifact.item_counts.new_zeros(len(joined))]),
+        item_table=table,
+    )
+
+
+def new_embeddings(artifact: Artifact, codes: Codes, given: pl.DataFrame, vectors: Any, what: str) -> Tensor:
+    """Return embeddings of added or changed items, float32 [n, D]: the given ones, or the item tower's.
+
+    If the model uses cosine similarity, embeddings are normalised to length 1, as the towers do.
+
+    Args:
+        artifact: the model.
+        codes: int64 [n], -1 for added items, for which the tower has no id vector.
+        given: columns of the items, with the declared features.
+        vectors: embeddings [n, D]; None to compute them from the features.
+        what: subject of error messages.
+
+    Raises:
+        InputError: neither vectors nor features, a wrong shape, or a value that is not finite.
+    """
+    width = artifact.item_embeddings.shape[1]
+    tower = artifact.towers.item_tower
+    if vectors is None:
+        if tower.features is None:
+            raise InputError(
+                f"{what}: this model represents items by their id alone, so give embeddings: a column 'embedding' "
+                f"with {width} numbers; or train with item_tower.features"
+            )
+        known = torch.from_numpy(np.where(codes < tower.num_items, codes, -1))
+        return artifact.towers.embed_new_items(given, known)
+    try:
+        embeddings = torch.as_tensor(np.array(vectors, dtype=np.float32))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{what}: embeddings: expected {width} numbers for each item ({error})") from None
+    if embeddings.shape != (len(given), width):
+        raise InputError(f"{what}: embeddings: expected shape [{len(given)}, {width}], found {list(embeddings.shape)}")
+    bad = ~embeddings.isfinite().all(1)
+    if artifact.config.objective.similarity == "cosine":
+        bad |= embeddings.norm(dim=1) == 0
+    if bool(bad.any()):
+        raise InputError(f"{what}: row {int(bad.nonzero()[0]) + 1}: its embedding is zero, or not finite")
+    return F.normalize(embeddings, dim=1) if artifact.config.objective.similarity == "cosine" else embeddings
+
+
+def with_rows(table: pl.DataFrame, codes: Codes, rows: pl.DataFrame) -> pl.DataFrame:
+    """Replace the rows of a table at some codes; append those with codes past its end. `rows` has the same columns."""
+    more = int((codes >= len(table)).sum())
+    extended = pl.concat([table, pl.DataFrame(schema=table.schema).clear(more)]) if more else table
+    place = np.arange(len(extended), dtype=np.int64)
+    place[codes] = len(extended) + np.arange(len(codes))
+    return pl.concat([extended, rows.select(table.columns)]).select(pl.all().gather(place))
+
+
+def checksum(path: Path) -> str:
+    """Compute the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _as(vocabulary: Vocabulary, ids: IdValues) -> pl.Series:
+    """Cast ids to the type of a vocabulary's ids.
+
+    Raises:
+        InputError: the ids cannot be cast.
+    """
+    found = ids_of(ids, "items")
+    wanted = vocabulary.ids.dtype
+    try:
+        return found if found.dtype == wanted else found.cast(wanted)
+    except pl.exceptions.InvalidOperationError:
+        raise InputError(f"items: expected ids like {vocabulary.decode([0])[0]!r}, found {found[0]!r}") from None
+
+
+#: A column with embeddings, in a frame or file.
+EMBEDDING = "embedding"
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Checked items to add or change.
+
+    Attributes:
+        ids: ids of the items.
+        codes: int64 [n], their codes; -1 for an id that is new to the vocabulary.
+        embeddings: float32 [n, D].
+        rows: their rows in the item table, or None if there is no table.
+    """
+
+    ids: pl.Series
+    codes: Codes
+    embeddings: Tensor
+    rows: pl.DataFrame | None
+
+    @classmethod
+    def of(cls, artifact: Artifact, alive: Mask, items: Any, embeddings: Any, *, join: bool) -> Edit:
+        """Check items given as a frame or as rows.
+
+        Args:
+            artifact: the model in its current state.
+            alive: bool [N], the items in the catalog now.
+            items: a data frame or a list of dicts with ids and columns of the item table.
+            embeddings: [n, D]; None to take the column `embedding`, or else the item tower with the items' features.
+            join: True to add items, False to change existing ones.
+
+        Raises:
+            InputError: there are no ids; an id repeats, exists already (add) or does not exist (change); a value does
+                not fit its column; embeddings are missing or of a wrong shape.
+        """
+        what = "items to add" if join else "items to change"
+        frame = _framed(items, what)
+        column = _id_column(frame, what)
+        ids = ids_like(ids_of(frame[column], what), artifact.items, f"{what}: column {column!r}")
+        if ids.null_count() or ids.n_unique() < len(ids):
+            raise InputError(f"{what}: column {column!r}: expected every id once, found a null or repeated id")
+        codes = artifact.items.encode(ids)
+        exists = (codes >= 0) & alive[np.maximum(codes, 0)]
+        if bool((exists if join else ~exists).any()):
+            wrong = ids[int(np.flatnonzero(exists if join else ~exists)[0])]
+            raise InputError(
+                f"{what}: {wrong!r} is in the catalog already; update it instead"
+                if join
+                else f"{what}: {wrong!r} is not in the catalog; add it instead"
+            )
+        if embeddings is None and EMBEDDING in frame.columns:
+            embeddings = frame[EMBEDDING].to_list()
+        rows = None if artifact.item_table is None else _rows(artifact.item_table, frame, codes, ids, what)
+        completed = frame if rows is None else _overlaid(frame, rows)
+        return cls(ids, codes, new_embeddings(artifact, codes, completed, embeddings, what), rows)
+
+
+def leaving(artifact: Artifact, alive: Mask, ids: Sequence[Any]) -> Codes:
+    """Return the codes of items to remove, each once.
+
+    Raises:
+        InputError: an id is not in the catalog.
+    """
+    if isinstance(ids, str) or not len(ids):
+        raise InputError(f"items to remove: expected a list of item ids, found {ids!r}")
+    codes = artifact.items.encode(list(ids))
+    gone = (codes < 0) | ~alive[np.maximum(codes, 0)]
+    if bool(gone.any()):
+        raise InputError(f"items to remove: {list(ids)[int(np.flatnonzero(gone)[0])]!r} is not in the catalog")
+    return np.unique(codes)
+
+
+def _framed(items: Any, what: str) -> pl.DataFrame:
+    if isinstance(items, Sequence) and not isinstance(items, str) and all(isinstance(row, Mapping) for row in items):
+        try:
+            items = pl.DataFrame(list(items), infer_schema_length=None)
+        except (TypeError, ValueError, pl.exceptions.PolarsError) as error:
+            raise InputError(f"{what}: rows do not fit together ({str(error).splitlines()[0]})") from None
+    frame = as_polars(items, what)
+    if not len(frame):
+        raise InputError(f"{what}: expected at least one item, found none")
+    return frame
+
+
+def _id_column(frame: pl.DataFrame, what: str) -> str:
+    column = usual_column(frame.columns, (("id",), *USUAL_NAMES["item"]), "item", what)
+    if column is None:
+        raise InputError(f"{what}: expected a column of item ids (item_id, item, id), found {', '.join(frame.columns)}")
+    return column
+
+
+def _rows(table: pl.DataFrame, frame: pl.DataFrame, codes: Codes, ids: pl.Series, what: str) -> pl.DataFrame:
+    """Build rows of the item table: values of the frame, else of the table, else null."""
+    # New items read row 0 as a placeholder; `known` then replaces its values with null.
+    known = pl.Series(codes >= 0)
+    held = table.select(pl.all().gather(np.where(codes >= 0, codes, 0)))
+    columns = []
+    for name, dtype in table.schema.items():
+        before = held.select(pl.when(known).then(pl.col(name)).alias(name)).to_series()
+        if name in frame.columns:
+            try:
+                columns.append(frame[name].cast(dtype, strict=True).alias(name))
+            except pl.exceptions.PolarsError as error:
+                reason = str(error).splitlines()[0]
+                raise InputError(f"{what}: column {name!r}: expected {dtype} ({reason})") from None
+        elif usual_column([name], USUAL_NAMES["item"], "item", what) and dtype == ids.dtype:
+            columns.append(ids.alias(name))
+        else:
+            columns.append(before)
+    return pl.DataFrame(columns)
+
+
+def _overlaid(frame: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFrame:
+    """Complete the frame with the columns of the item table."""
+    return frame.with_columns(rows[name] for name in rows.columns)

@@ -1,0 +1,167 @@
+"""Routes of the web page, and routes that only the page uses."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import Annotated, Any
+
+import numpy as np
+import polars as pl
+from fastapi import APIRouter, Query, Response
+from fastapi.responses import JSONResponse
+
+from twotower.data.schema.vocabulary import HashedIds
+from twotower.serving.http.handlers import Question, explained
+from twotower.serving.http.model_card import card
+from twotower.serving.http.models import ServedModel
+from twotower.serving.http.problems import Problem, documented
+from twotower.serving.http.schemas import ExplainRequest, Items, PlacesRequest
+from twotower.serving.http.service import Service
+from twotower.serving.http.settings import LONGEST_ID
+from twotower.serving.queries import stored_histories
+
+ModelName = Annotated[str | None, Query(max_length=LONGEST_ID)]
+
+_KINDS = {
+    "index.html": "text/html; charset=utf-8",
+    "css": "text/css; charset=utf-8",
+    "js": "text/javascript; charset=utf-8",
+    "svg": "image/svg+xml",
+}
+
+#: Maximum number of distinct values of a column that can colour the map.
+_MOST_GROUPS = 40
+
+
+def page(service: Service) -> APIRouter:
+    """Build the routes of the page, its static files and its data."""
+    router = APIRouter()
+    folder = files("twotower.serving.http") / "page"
+    static = {entry.name: entry.read_bytes() for entry in folder.iterdir() if entry.name.rpartition(".")[2] in _KINDS}
+    index = (folder / "index.html").read_bytes()
+
+    @router.get("/", include_in_schema=False)
+    async def home() -> Response:
+        return Response(index, headers={"Content-Type": _KINDS["index.html"], "Cache-Control": "no-cache"})
+
+    @router.get("/static/{name}", include_in_schema=False)
+    async def asset(name: str) -> Response:
+        if name not in static:
+            raise Problem(404, "no such file")
+        kind = _KINDS[name.rpartition(".")[2]]
+        return Response(static[name], headers={"Content-Type": kind, "Cache-Control": "no-cache"})
+
+    router.include_router(_data(service))
+    return router
+
+
+def _data(service: Service) -> APIRouter:
+    router = APIRouter(tags=["page"], responses=documented(400, 401, 404, 421, 422, 503))
+    body = documented(408, 413, 415)
+
+    @router.post("/explain", responses=body)
+    async def explain(request: ExplainRequest) -> Response:
+        """Explain recommended items: the contribution of each item in the history, and of popularity."""
+        model = service.models.model(request.model)
+        question = Question(
+            len(request.items), request.query_id, request.history, context=request.context, times=request.times
+        )
+        explanations = await service.aside(explained, model, question, request.items, request.popularity)
+        return JSONResponse({"model": model.name, "version": model.version, "items": explanations})
+
+    @router.get("/page/history", response_model=Items)
+    async def history(
+        query_id: Annotated[str, Query(min_length=1, max_length=LONGEST_ID)], model: ModelName = None
+    ) -> Response:
+        """History of a query in the training data: its latest 500 items, oldest first."""
+        served = service.models.model(model)
+        code = int(served.query_codes([query_id])[0])
+        if code < 0:
+            raise Problem(404, "query_id: not an id that this model knows")
+        items = stored_histories(served.artifact, np.array([code]))[1].astype(np.int64)[-500:]
+        return JSONResponse({"items": await service.aside(served.listed, items)})
+
+    @router.get("/page/queries")
+    async def queries(
+        text: Annotated[str, Query(max_length=LONGEST_ID)] = "",
+        k: Annotated[int, Query(ge=1, le=100)] = 20,
+        model: ModelName = None,
+    ) -> Response:
+        """Query ids that begin with a text; a random selection if the text is empty."""
+        served = service.models.model(model)
+        return JSONResponse({"queries": await service.aside(_queries, served, text, k)})
+
+    @router.get("/page/map")
+    async def map_(model: ModelName = None) -> Response:
+        """Map of the catalog: positions, colour groups and titles of items."""
+        served = service.models.model(model)
+        return JSONResponse(await service.aside(_map, served))
+
+    @router.post("/page/places", responses=body)
+    async def places(request: PlacesRequest) -> Response:
+        """Positions of items on the map; null for unknown items."""
+        served = service.models.model(request.model)
+
+        def located() -> list[list[float] | None]:
+            codes = served.item_codes(request.items)
+            found = served.atlas.place(np.maximum(codes, 0)).round(4).tolist() if len(codes) else []
+            return [place if code >= 0 else None for place, code in zip(found, codes.tolist(), strict=True)]
+
+        return JSONResponse({"version": served.version, "places": await service.aside(located)})
+
+    @router.get("/page/card")
+    async def card_(model: ModelName = None) -> Response:
+        """Model card: data account, training, metrics by slice, and the audit if there is one."""
+        return JSONResponse(await service.aside(card, service.models.model(model)))
+
+    return router
+
+
+def _queries(model: ServedModel, text: str, k: int) -> list[int | str]:
+    wanted = text.strip().encode("utf-8", "replace").decode()
+    if isinstance(model.artifact.queries, HashedIds):  # hashed ids have no list to search
+        return [wanted] if wanted and model.query_codes([wanted])[0] >= 0 else []
+    ids = model.artifact.queries.ids
+    if wanted:
+        exact = model.query_codes([wanted])
+        first = ids.gather(exact[exact >= 0]).to_list()
+        begins = ids.filter(ids.cast(pl.String).str.starts_with(wanted)).head(k).to_list()
+        return [*first, *(one for one in begins if one not in first)][:k]
+    sizes = np.diff(model.artifact.history_offsets)
+    busy = np.flatnonzero(sizes >= min(5, int(sizes.max()) if len(sizes) else 0))
+    rng = np.random.default_rng()
+    chosen: list[int | str] = ids.gather(rng.choice(busy, min(k, len(busy)), replace=False)).to_list()
+    return chosen
+
+
+def _map(model: ServedModel) -> dict[str, Any]:
+    atlas = model.atlas
+    rows = model.listed(atlas.sample)
+    return {
+        "version": model.version,
+        "num_items": len(model.counts),
+        "x": atlas.places[:, 0].round(4).tolist(),
+        "y": atlas.places[:, 1].round(4).tolist(),
+        "items": [row["item"] for row in rows],
+        "titles": [row.get("title") for row in rows],
+        "interactions": [row["interactions"] for row in rows],
+        "parts": [row["part"] for row in rows],
+        "groups": _groups(model, atlas.sample),
+    }
+
+
+def _groups(model: ServedModel, codes: np.ndarray) -> dict[str, list[str | None]]:
+    """Find the columns that can colour the map: text with few distinct values, or the first element of text lists."""
+    table = model.artifact.item_table
+    found: dict[str, list[str | None]] = {}
+    if table is None:
+        return found
+    for name, dtype in table.schema.items():
+        column = table[name]
+        if dtype == pl.List(pl.String):
+            column = column.list.first()
+        elif dtype != pl.String:
+            continue
+        if 2 <= column.n_unique() <= _MOST_GROUPS:
+            found[name] = column.gather(codes).to_list()
+    return found

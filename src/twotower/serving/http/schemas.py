@@ -1,0 +1,163 @@
+"""Schemas of requests and responses, for validation and OpenAPI."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from twotower.serving.http.settings import LARGEST_K, LONGEST_FILTER, LONGEST_HISTORY, LONGEST_ID, MOST_EXPLAINED
+
+_INT64 = 2**63 - 1
+Id = (
+    Annotated[int, Field(strict=True, ge=-_INT64, le=_INT64)]
+    | Annotated[str, Field(strict=True, min_length=1, max_length=LONGEST_ID)]
+)
+History = Annotated[list[Id], Field(max_length=LONGEST_HISTORY)]
+Times = Annotated[
+    list[Annotated[float, Field(strict=True, allow_inf_nan=False)] | Annotated[str, Field(max_length=LONGEST_ID)]],
+    Field(max_length=LONGEST_HISTORY),
+]
+Condition = Annotated[str, Field(min_length=1, max_length=LONGEST_FILTER)]
+K = Annotated[int, Field(strict=True, ge=1, le=LARGEST_K)]
+Dial = Annotated[float, Field(strict=True, ge=0.0, le=2.0, allow_inf_nan=False)]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    model: Annotated[str, Field(max_length=LONGEST_ID)] | None = Field(
+        default=None, description="Name of a served model; default: the first one."
+    )
+
+
+class RecommendRequest(_Request):
+    """Request for recommendations: a query known by id, or a new one by its history, features or context."""
+
+    query_id: Id | None = Field(default=None, description="Id of a query in the training data; its history is known.")
+    history: History | None = Field(
+        default=None,
+        description="Item ids, oldest first; with query_id, replaces its history. Unknown ids are ignored.",
+    )
+    features: dict[str, Any] | None = Field(
+        default=None,
+        description="Columns declared in query_tower.features: for a new query, or to replace known values.",
+    )
+    context: dict[str, Any] | None = Field(
+        default=None,
+        description="Columns declared in query_tower.context, for this request; missing columns are unknown.",
+    )
+    times: Times | None = Field(
+        default=None, description="Timestamps of the items of history, one for each: unix time, dates or ISO text."
+    )
+    k: K = Field(default=10, description="Number of items.")
+    exclude_seen: bool = Field(default=True, strict=True, description="Leave out items in the history.")
+    filter: Condition | None = Field(
+        default=None, description="Condition on the item table in SQL, such as: country = 'FR' and price < 20"
+    )
+    popularity: Dial = Field(default=1.0, description="Popularity dial: 0 for discovery, 1 as trained, at most 2.")
+
+
+class SimilarRequest(_Request):
+    """Request for items similar to an item, by cosine of the item embeddings."""
+
+    item: Id
+    k: K = 10
+    filter: Condition | None = None
+
+
+class ExplainRequest(_Request):
+    """Request to explain items for a query."""
+
+    query_id: Id | None = None
+    history: History | None = None
+    context: dict[str, Any] | None = Field(default=None, description="Context of the request, as in /recommend.")
+    times: Times | None = Field(default=None, description="Timestamps of the history, as in /recommend.")
+    items: Annotated[list[Id], Field(min_length=1, max_length=MOST_EXPLAINED)]
+    popularity: Dial = 1.0
+
+
+class PlacesRequest(_Request):
+    """Request for positions of items on the map."""
+
+    items: Annotated[list[Id], Field(max_length=LONGEST_HISTORY)]
+
+
+class Found(BaseModel):
+    """One recommended or similar item."""
+
+    rank: int
+    item: int | str
+    score: float
+    title: str | None = None
+    interactions: int = Field(description="Interactions in the training data.")
+    part: str = Field(
+        description="Popularity bucket, each with a third of the training interactions: head, mid or tail."
+    )
+
+
+class Answer(BaseModel):
+    """Items, best first."""
+
+    model: str
+    version: str = Field(description="Version of the model; changes when a new model is loaded.")
+    items: list[Found]
+
+
+class Listed(BaseModel):
+    """One item of a list."""
+
+    item: int | str
+    title: str | None = None
+    interactions: int
+    part: str
+
+
+class Items(BaseModel):
+    """A list of items."""
+
+    items: list[Listed]
+
+
+class Health(BaseModel):
+    """State of the service: alive or ready."""
+
+    status: str
+    models: dict[str, str] = Field(default_factory=dict, description="Name and version of each model.")
+
+
+class ContextField(BaseModel):
+    """A context column that requests may give."""
+
+    column: str
+    kind: str = Field(description="As declared: categorical, multi, numeric, dense, timestamp or text.")
+    values: list[str] | None = Field(description="Values seen in training, if there are few.")
+    separator: str | None = Field(description="Separator of several values in one form field; null for a single value.")
+
+
+class ModelSummary(BaseModel):
+    """A served model."""
+
+    name: str
+    version: str
+    num_queries: int
+    num_items: int
+    most_interactions: int = Field(description="Largest number of interactions of an item.")
+    has_titles: bool
+    history_length: int
+    columns: dict[str, str] = Field(description="Columns of the item table and their types.")
+    context: list[ContextField] = Field(description="Columns declared in query_tower.context; empty if there are none.")
+
+
+class Models(BaseModel):
+    """The served models; the first answers requests that name no model."""
+
+    models: list[ModelSummary]
+
+
+class Reloaded(BaseModel):
+    """Result of a reload for each model folder."""
+
+    models: dict[str, str] = Field(
+        description="swapped, unchanged, missing or broken; unless swapped, the old model stays in use."
+    )

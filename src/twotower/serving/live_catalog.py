@@ -1,0 +1,119 @@
+"""A catalog whose items can be added, changed and removed after training, with its index."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+
+from twotower.index import ApproximateIndex, PopularityDial
+from twotower.serving.catalog_changes import Changes, Codes, Edit, Mask, grown, leaving, with_rows
+from twotower.serving.model_folder import Artifact
+from twotower.serving.search import Search
+
+
+class LiveCatalog:
+    """The items that can be recommended: the trained items with all changes since training.
+
+    Items are added, changed and removed without rebuilding the index, whatever its kind. This is not safe while another
+    thread searches: for a running service, save the changed folder (`save_changes`), and the service swaps to it.
+
+    Args:
+        trained: the model as it was saved.
+        index: an approximate index over its items that has the changes already; None for exact search.
+        changes: changes since training.
+
+    Attributes:
+        artifact: the model with the current items.
+        search: search over the current items.
+    """
+
+    def __init__(self, trained: Artifact, index: ApproximateIndex | None, changes: Changes | None) -> None:
+        self.trained = trained
+        self.artifact, alive = (trained, None) if changes is None else changes.applied(trained)
+        self.search = Search(self.artifact, index, alive)
+        self._edited = np.empty(0, dtype=np.int64) if changes is None else changes.codes
+
+    @property
+    def alive(self) -> Mask:
+        """Mask of the current items, bool [N], False for removed items."""
+        alive = self.search.alive
+        return np.ones(len(self.artifact.items), dtype=np.bool_) if alive is None else alive
+
+    @property
+    def is_as_trained(self) -> bool:
+        """True if no item was added since training."""
+        return len(self.artifact.items) == len(self.trained.items)
+
+    @property
+    def changes(self) -> Changes:
+        """All changes since training."""
+        return Changes.between(self.trained, self.artifact, self._edited, self.alive)
+
+    def add(self, items: Any, embeddings: Any = None) -> None:
+        """Add items; removed items may be added again.
+
+        Args:
+            items: a data frame or a list of dicts with a column of ids and columns of the item table.
+            embeddings: [n, D]; None to take the column `embedding`, or else the item tower with the items' features.
+                They are normalised to length 1 if the model uses cosine similarity.
+
+        Raises:
+            InputError: see `Edit.of`.
+        """
+        self._edit(Edit.of(self.artifact, self.alive, items, embeddings, join=True))
+
+    def update(self, items: Any, embeddings: Any = None) -> None:
+        """Change embeddings of items and their columns in the item table; see `add`.
+
+        The query tower's own vectors of these items in histories do not change.
+        """
+        self._edit(Edit.of(self.artifact, self.alive, items, embeddings, join=False))
+
+    def remove(self, ids: Sequence[Any]) -> None:
+        """Remove items from all results; histories keep them.
+
+        Raises:
+            InputError: an id is not in the catalog.
+        """
+        codes = leaving(self.artifact, self.alive, ids)
+        self.search.index.remove(codes)
+        alive = self.alive.copy()
+        alive[codes] = False
+        self.search = Search(self.artifact, self.search.approximate, alive)
+
+    def _edit(self, edit: Edit) -> None:
+        artifact, index, fresh = self.artifact, self.search.index, edit.codes < 0
+        count, width = artifact.item_embeddings.shape
+        codes = edit.codes.copy()
+        codes[fresh] = count + np.arange(int(fresh.sum()))
+        order = np.argsort(codes)  # existing items first, then added ones
+        codes, existing = codes[order], int((~fresh).sum())
+        vectors = edit.embeddings[torch.from_numpy(order)]
+        if self.search.approximate is not None:
+            vectors = torch.cat([vectors, self._coordinates(codes)[:, None]], 1)
+        if existing:
+            index.update(codes[:existing], vectors[:existing])
+        if existing < len(codes):
+            index.add(vectors[existing:])
+        table, joined = artifact.item_table, edit.ids.gather(order[existing:])
+        if table is not None and edit.rows is not None:
+            table = with_rows(table, codes, edit.rows.select(pl.all().gather(order)))
+        alive = np.concatenate([self.alive, np.ones(len(joined), dtype=np.bool_)])
+        alive[codes] = True
+        # Share the index's tensor, so that the embeddings are in memory once.
+        self.artifact = grown(artifact, joined, index.vectors.items[:, :width], table)
+        self.search = Search(self.artifact, self.search.approximate, alive)
+        self._edited = np.union1d(self._edited, codes)
+
+    def _coordinates(self, codes: Codes) -> torch.Tensor:
+        """Compute the popularity coordinate of items, [n]; added items have a training count of 0."""
+        counts = self.artifact.item_counts
+        more = max(int(codes.max()) + 1 - len(counts), 0)
+        dial = PopularityDial(
+            torch.cat([counts, counts.new_zeros(more)]), self.search.dial.temperature, len(self.trained.items)
+        )
+        return dial.coordinate()[torch.from_numpy(codes)]

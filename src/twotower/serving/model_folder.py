@@ -1,0 +1,293 @@
+"""The model folder: safetensors, Parquet and JSON, written atomically, verified when read, never unpickled.
+
+metadata.json          schema version, config, data account and fingerprint, split, metrics, versions, checksums
+towers.safetensors     weights of both towers
+items.safetensors      item embeddings [N, D] float32, ready for an index, and training counts [N]
+histories.safetensors  history of each query: offsets [Q+1], item codes, oldest first; codes of the gaps before them
+                       if the query tower reads gaps
+queries.parquet        query vocabulary, row = code
+items.parquet          item vocabulary
+item_table.parquet     features and titles of the items, row = code (if the data has any)
+rows.safetensors       which rows were trained on, and their timestamps, to continue training; not read for serving
+item_features.json     fitted encoders of the declared features, with the encoded features of every item in
+                       item_features.safetensors; query_features is the same for queries (if features are declared);
+                       context_features has no rows
+context.parquet        context of each row of the histories, to continue training (if context is declared), and
+                       test_context.parquet, the context of a continued model's test rows followed by its validation
+                       rows; neither is read for serving
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import Tensor
+
+from twotower.config.run import Config
+from twotower.data.schema.vocabulary import Vocabulary, read_vocabulary
+from twotower.distributed.communicator import Ranks
+from twotower.distributed.row_exchange import run_of_rows
+from twotower.distributed.row_files import save_rows, stored_tensors, write_folder
+from twotower.errors import InputError
+from twotower.features.feature_set import EncodedTable
+from twotower.system.filesystem import require_replaceable, whole_folder
+from twotower.towers import TwoTower, build_towers
+from twotower.towers.sharded_lookup import shared_tables_of
+from twotower.towers.tables import tables_without_memory
+
+SCHEMA_VERSION = 1
+FOLDER = "model"
+ROWS = "rows.safetensors"
+ITEMS = "items.safetensors"
+TOWERS = "towers.safetensors"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A trained model: everything needed to serve it, and where it comes from.
+
+    Attributes:
+        config: the settings it was trained with.
+        towers: both towers, in evaluation mode.
+        item_embeddings: float32 [N, D]; if ranks share the tables, only the rows of this rank's items.
+        item_counts: training interactions of each item, int64 [N].
+        queries, items: the vocabularies.
+        history_offsets: int64 [Q+1].
+        history_items: int32 [n], oldest first within a query.
+        history_gaps: int8 [n], code of the gap before each item (data/gaps.py); None if the tower reads no gaps.
+        item_table: one row for each item code, or None.
+        metadata: data account, fingerprint, split, metrics: JSON values.
+        rows: what is needed of the history rows to continue training; `load` does not read it (continuing/kept.py).
+        contexts: context of the history rows and of the test queries, by file name; `load` does not read it.
+    """
+
+    config: Config
+    towers: TwoTower
+    item_embeddings: Tensor
+    item_counts: Tensor
+    queries: Vocabulary
+    items: Vocabulary
+    history_offsets: np.ndarray
+    history_items: np.ndarray
+    item_table: pl.DataFrame | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    rows: dict[str, np.ndarray] | None = None
+    contexts: dict[str, pl.DataFrame] = field(default_factory=dict)
+    history_gaps: np.ndarray | None = None
+
+    @property
+    def is_shared(self) -> bool:
+        """True if the tables are sharded over several ranks."""
+        return bool(shared_tables_of(self.towers))
+
+    def save(self, directory: str | Path, ranks: Ranks | None = None) -> Path:
+        """Write to a temporary folder next to `directory`, then rename it, which replaces an older model atomically.
+
+        Args:
+            directory: the model folder.
+            ranks: the ranks that share the tables. Each writes its own rows; all must see the same file system.
+
+        Returns:
+            The folder written.
+
+        Raises:
+            InputError: `directory` exists and is not a model folder, or the disk is full.
+        """
+        target = Path(directory)
+        require_replaceable(target, TOWERS, "model")
+        if ranks is None:
+            with whole_folder(target) as folder:
+                save_model(self.towers, str(folder / TOWERS))
+                embeddings = self.item_embeddings.float().cpu().contiguous()
+                save_file({"embeddings": embeddings, "counts": self.item_counts.cpu()}, folder / ITEMS)
+                self._write(folder)
+            return target
+        rest = self._write if ranks.is_first else _nothing
+        write_folder(target, ranks, lambda folder: self._write_rows(folder, ranks), rest)
+        return target
+
+    def _write_rows(self, folder: Path, ranks: Ranks) -> None:
+        """Write the two large files. Every rank adds its own rows; no rank holds all of them."""
+        parts = {id(table.weight): table.part for table in shared_tables_of(self.towers)}
+        names: dict[int, str] = {}
+        others: dict[str, str] = {}  # a tensor with two names is saved under the first, as in `save_model`
+        rows: dict[str, int] = {}
+        state = self.towers.state_dict(keep_vars=True)
+        for name, tensor in sorted(state.items()):
+            first = names.setdefault(id(tensor), name)
+            if first != name:
+                others[name] = first
+            elif (part := parts.get(id(tensor))) is not None:
+                rows[name] = part.rows
+        kept = {name: run_of_rows(state[name].detach(), parts.get(id(state[name]))) for name in sorted(names.values())}
+        save_rows(folder / TOWERS, kept, rows, ranks, others)
+        items = {"embeddings": self.item_embeddings.float(), "counts": self.item_counts}
+        save_rows(folder / ITEMS, items, {"embeddings": len(self.item_counts)}, ranks)
+
+    def _write(self, folder: Path) -> None:
+        histories = {
+            "offsets": torch.from_numpy(np.array(self.history_offsets, dtype=np.int64)),
+            "items": torch.from_numpy(np.array(self.history_items, dtype=np.int32)),
+        }
+        if self.history_gaps is not None:
+            histories["gaps"] = torch.from_numpy(np.array(self.history_gaps, dtype=np.int8))
+        save_file(histories, folder / "histories.safetensors")
+        for table in self.towers.feature_tables():
+            table.write(folder)
+        self.queries.write(folder / "queries.parquet")
+        self.items.write(folder / "items.parquet")
+        if self.item_table is not None:
+            self.item_table.write_parquet(folder / "item_table.parquet")
+        if self.rows is not None:
+            save_arrays({name: np.ascontiguousarray(rows) for name, rows in self.rows.items()}, folder / ROWS)
+        for name, frame in self.contexts.items():
+            frame.write_parquet(folder / f"{name}.parquet")
+        metadata = {
+            "schema_version": SCHEMA_VERSION,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": library_versions(),
+            "config": self.config.model_dump(mode="json"),
+            "num_queries": len(self.queries),
+            "num_items": len(self.items),
+            **self.metadata,
+            "checksums": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
+        }
+        (folder / "metadata.json").write_text(json.dumps(metadata, indent=1, ensure_ascii=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: str | Path, *, weights: bool = True, verify: bool = True) -> Artifact:
+        """Read a model folder, or the run folder that contains it, and verify every file.
+
+        Args:
+            directory: the folder.
+            weights: load weights and item embeddings. If False, tables have the right shape but no memory, layers have
+                other weights than the model, and there are no item embeddings: for callers that read single rows from
+                `towers.safetensors` (stored_rows.py).
+            verify: compare the checksums. If False, only check that the files exist.
+
+        Raises:
+            InputError: there is no model, another version wrote it, a file is missing or its checksum differs.
+        """
+        folder = find_model(directory)
+        metadata = read_metadata(folder)
+        for name, checksum in metadata["checksums"].items():
+            path = folder / name
+            if not path.is_file():
+                raise InputError(f"{path}: missing; the model folder is incomplete; copy it again or train again")
+            if verify and _sha256(path) != checksum:
+                raise InputError(
+                    f"{path}: its checksum differs from metadata.json; copy the folder again or train again"
+                )
+        try:
+            config = Config.model_validate(metadata["config"])
+            with nullcontext() if weights else tables_without_memory():
+                towers = build_towers(
+                    config,
+                    num_queries=metadata["num_queries"],
+                    num_items=metadata["num_items"],
+                    item_features=EncodedTable.read(folder, "item"),
+                    query_features=EncodedTable.read(folder, "query"),
+                    context=EncodedTable.read(folder, "context"),
+                )
+            if weights:
+                load_model(towers, folder / TOWERS)
+                _map(towers, folder / TOWERS)
+                items = load_file(folder / ITEMS)
+            else:
+                counts = stored_tensors(folder / ITEMS)[0]["counts"][...]
+                items = {"embeddings": torch.empty(0, config.item_tower.dimension), "counts": counts}
+            histories = load_file(folder / "histories.safetensors")
+        except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"{folder}: the files do not fit together ({error}); train again") from error
+        table = folder / "item_table.parquet"
+        return cls(
+            config=config,
+            towers=towers.eval(),
+            item_embeddings=items["embeddings"],
+            item_counts=items["counts"],
+            queries=read_vocabulary(folder / "queries.parquet"),
+            items=read_vocabulary(folder / "items.parquet"),
+            history_offsets=histories["offsets"].numpy(),
+            history_items=histories["items"].numpy(),
+            history_gaps=histories["gaps"].numpy() if "gaps" in histories else None,
+            item_table=pl.read_parquet(table) if table.name in metadata["checksums"] else None,
+            metadata=metadata,
+        )
+
+
+def _nothing(folder: Path) -> None:
+    """Write no small files, on ranks after the first."""
+
+
+def _map(towers: TwoTower, path: Path) -> None:
+    """Map the weights from the file: pages are read when used, and processes share them."""
+    stored = load_file(path)
+    for name, weight in towers.named_parameters():
+        mapped = stored.get(name)
+        if mapped is not None and mapped.dtype == weight.dtype and mapped.shape == weight.shape:
+            weight.data = mapped
+
+
+def find_model(directory: str | Path) -> Path:
+    """Find the model folder: `directory` itself, or `model/` in a run folder.
+
+    Raises:
+        InputError: there is no model folder.
+    """
+    given = Path(directory)
+    for folder in (given, given / FOLDER):
+        if (folder / "metadata.json").is_file():
+            return folder
+    if not given.exists():
+        raise InputError(f"{given}: no such folder; expected one written by `twotower train ... --out {given}`")
+    if (given / "checkpoints").is_dir():
+        raise InputError(
+            f"{given}: no model in this folder, but an interrupted training run; the model is written at its end: "
+            f"resume with `twotower train DATA --out {given} --resume`"
+        )
+    raise InputError(f"{given}: no model in this folder; expected metadata.json, as `twotower train` writes it")
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """Read `metadata.json` of a model folder and check its schema version."""
+    path = folder / "metadata.json"
+    try:
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+        found = metadata["schema_version"]
+        checksums = metadata["checksums"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: not the metadata of a model ({error}); copy the folder again or train again"
+        ) from error
+    if found != SCHEMA_VERSION or not isinstance(checksums, dict):
+        raise InputError(
+            f"{path}: schema version {found}, this twotower reads {SCHEMA_VERSION}; "
+            "use the version that wrote it, or train again"
+        )
+    result: dict[str, Any] = metadata
+    return result
+
+
+def library_versions() -> dict[str, str]:
+    """List the versions of the libraries that results depend on."""
+    names = ("twotower", "torch", "polars", "pytorch-lightning", "numpy", "safetensors", "pydantic")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

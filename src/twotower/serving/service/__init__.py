@@ -1,1 +1,0 @@
-"""The parts of the HTTP service: limits, batching, model reloading, metrics, logs and routes."""

@@ -1,0 +1,218 @@
+"""An approximate index stored in the model folder: built, loaded, and saved with changes of the catalog.
+
+model/index/index.json    kind, settings, recall against exact search, and checksums of these files and of the items
+model/index/...           files of the kind: a graph or clusters; none if a database stores the index
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from twotower.errors import InputError
+from twotower.index.approximate.build import KINDS, IndexReport, build_index, load_index
+from twotower.index.approximate.index import ApproximateIndex
+from twotower.serving.catalog_changes import FOLDER as CHANGES
+from twotower.serving.catalog_changes import Changes, checksum
+from twotower.serving.live_catalog import LiveCatalog
+from twotower.serving.model_folder import Artifact, find_model, library_versions, read_metadata
+from twotower.serving.queries import stored_gaps, stored_histories
+from twotower.serving.search import dial_of, ranker_of
+from twotower.system.filesystem import whole_folder
+
+FOLDER = "index"
+SCHEMA_VERSION = 1
+
+#: Settings of the dial at which recall is measured: as trained, and full discovery.
+MEASURED_AT = {"popularity 1": 1.0, "popularity 0": 0.0}
+
+
+def build_stored_index(
+    directory: str | Path,
+    kind: str,
+    *,
+    k: int = 100,
+    min_recall: float | None = None,
+    queries: int = 500,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+) -> IndexReport | None:
+    """Build an index for a model and save it in the model folder, replacing an older one.
+
+    Recall is measured on known queries with their histories, with the popularity dial at 1 and at 0; both must reach
+    `min_recall`.
+
+    Args:
+        directory: a model folder, or the run folder that contains it.
+        kind: exact, hnsw, ivfpq or pgvector; exact removes an approximate index.
+        k: K of the recall.
+        min_recall: smallest accepted recall; nothing is written below it.
+        queries: number of known queries to draw.
+        seed: seed of the draw.
+        settings: settings of the index kind, such as `effort`.
+
+    Returns:
+        Report of the index built; None for exact search, which needs no index.
+
+    Raises:
+        InputError: see `build_index` and `Artifact.load`.
+    """
+    if kind not in KINDS:
+        raise InputError(f"index: unknown kind {kind!r}; expected one of {', '.join(KINDS)}")
+    folder = find_model(directory)
+    if kind == "exact":
+        shutil.rmtree(folder / FOLDER, ignore_errors=True)
+        return None
+    artifact, changes = Artifact.load(folder), Changes.read(folder)
+    alive = None
+    if changes is not None:
+        artifact, alive = changes.applied(artifact)
+    drawn = _drawn_queries(artifact, queries, seed)
+    embedded = ranker_of(artifact).embed(drawn, stored_histories(artifact, drawn), gaps=stored_gaps(artifact, drawn))
+    dial = dial_of(artifact)
+    items = artifact.metadata["checksums"]["items.safetensors"]
+    given = dict(settings or {})
+    if kind == "pgvector":
+        given.setdefault("table", f"twotower_{items[:16]}")
+    index, report = build_index(
+        kind,
+        dial.items(artifact.item_embeddings),
+        {name: dial.queries(embedded, popularity) for name, popularity in MEASURED_AT.items()},
+        k=k,
+        min_recall=min_recall,
+        settings=given,
+    )
+    if alive is not None:
+        index.remove(np.flatnonzero(~alive))
+    with whole_folder(folder / FOLDER) as target:
+        index.engine.save(target)
+        metadata = {
+            "schema_version": SCHEMA_VERSION,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": library_versions(),
+            "items": items,
+            "changes": None if changes is None else checksum(folder / CHANGES / "changes.json"),
+            "min_recall": min_recall,
+            **report.to_dict(),
+            "checksums": {path.name: checksum(path) for path in sorted(target.iterdir())},
+        }
+        (target / "index.json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
+    return report
+
+
+def read_index_report(folder: Path) -> dict[str, Any] | None:
+    """Read `index.json` of a model folder; None if the model has no approximate index.
+
+    Raises:
+        InputError: the file is damaged, or of another version.
+    """
+    path = folder / FOLDER / "index.json"
+    if not path.is_file():
+        return None
+    try:
+        metadata: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = metadata["schema_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not readable ({error}); build the index again with `twotower index`") from error
+    if version != SCHEMA_VERSION:
+        raise InputError(f"{path}: schema version {version}, this twotower reads {SCHEMA_VERSION}; build it again")
+    return metadata
+
+
+def load_stored_index(folder: Path, artifact: Artifact, changes: Changes | None = None) -> ApproximateIndex | None:
+    """Load and verify the index in a model folder; None if the model has no approximate index.
+
+    Args:
+        folder: the model folder.
+        artifact: the model as it was trained.
+        changes: changes of its catalog since training.
+
+    Raises:
+        InputError: the index is damaged, was built for other embeddings, or needs a package that is not installed.
+    """
+    metadata = read_index_report(folder)
+    if metadata is None:
+        return None
+    where = folder / FOLDER
+    if metadata.get("items") != artifact.metadata["checksums"]["items.safetensors"]:
+        raise InputError(f"{where}: built for other item embeddings than this model's; build it again")
+    if metadata.get("changes") != (None if changes is None else checksum(folder / CHANGES / "changes.json")):
+        raise InputError(f"{where}: built for another state of the catalog; build it again with `twotower index`")
+    for name, expected in metadata["checksums"].items():
+        if not (where / name).is_file() or checksum(where / name) != expected:
+            raise InputError(f"{where / name}: missing, or its checksum differs; build it again with `twotower index`")
+    alive = None
+    if changes is not None:
+        artifact, alive = changes.applied(artifact)
+    index = load_index(metadata, artifact.item_embeddings, where, alive, last=dial_of(artifact).coordinate())
+    found = index.engine.count()
+    if found != int(index.vectors.alive.sum()):
+        raise InputError(
+            f"{where}: the index has {found:,} items, the model {index.vectors.alive.sum():,}; build it again"
+        )
+    return index
+
+
+def save_changes(catalog: LiveCatalog, directory: str | Path) -> dict[str, Any]:
+    """Save the changes of a catalog, and of its index, in the model folder it was loaded from.
+
+    The folder is replaced atomically, so a service that watches it swaps to the new catalog. Unchanged files are hard
+    links to the old ones. An index in a database has the changes already.
+
+    Args:
+        catalog: catalog of a retriever that was loaded from the folder with its index, and changed since.
+        directory: the model folder, or the run folder that contains it.
+
+    Returns:
+        Counts of items added, changed and removed since training.
+
+    Raises:
+        InputError: the folder now has another model, or an index that the catalog was loaded without.
+    """
+    folder = find_model(directory)
+    metadata = read_index_report(folder)
+    if read_metadata(folder)["checksums"] != catalog.trained.metadata.get("checksums"):
+        raise InputError(f"{folder}: the folder now contains another model; load it and make the changes again")
+    approximate = catalog.search.approximate
+    if metadata is not None and approximate is None:
+        raise InputError(f"{folder / FOLDER}: this index would not have the changes; load the model with its index")
+    changes = catalog.changes
+    with whole_folder(folder) as target:
+        for path in folder.iterdir():
+            if path.name not in (FOLDER, CHANGES):
+                _link(path, target / path.name)
+        (target / CHANGES).mkdir()
+        changes.write(target / CHANGES)
+        if metadata is not None and approximate is not None:
+            (target / FOLDER).mkdir()
+            approximate.engine.save(target / FOLDER)
+            metadata["changes"] = checksum(target / CHANGES / "changes.json")
+            metadata["checksums"] = {path.name: checksum(path) for path in sorted((target / FOLDER).iterdir())}
+            (target / FOLDER / "index.json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
+    return changes.to_dict()
+
+
+def _link(path: Path, other: Path) -> None:
+    """Link a file under another name; copy it if the file system has no hard links."""
+    if path.is_dir():
+        shutil.copytree(path, other)
+        return
+    try:
+        os.link(path, other)
+    except OSError:
+        shutil.copy2(path, other)
+
+
+def _drawn_queries(artifact: Artifact, count: int, seed: int) -> np.ndarray:
+    """Draw known queries with a history, int64 [at most count], ascending."""
+    known = np.flatnonzero(np.diff(artifact.history_offsets) > 0)
+    if not len(known):
+        raise InputError("index: the model has no query with a history, so recall cannot be measured; use --kind exact")
+    return np.sort(np.random.default_rng(seed).choice(known, size=min(count, len(known)), replace=False))

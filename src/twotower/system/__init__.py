@@ -1,0 +1,1 @@
+"""The machine: files, hardware, and the settings of this process."""

@@ -1,0 +1,306 @@
+"""The query tower with a pooled history, and the two-tower model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from twotower.data.loading.packing import Packed
+from twotower.features.feature_set import EncodedTable, FeatureSet
+from twotower.features.frames import RowsLike
+from twotower.towers.context import ContextInputs, KnowsQueries
+from twotower.towers.features import FeatureInputs
+from twotower.towers.item_tower import ItemTower
+from twotower.towers.layers.mlp import Rows, dense_layers
+from twotower.towers.sequence_tower import SequenceTower
+
+
+class PooledHistory(nn.Module):
+    """Averages of the recent items; every head has a learned weight for each step back in time.
+
+        pooled_h = sum_l w_hl e(item_l) / sum_l w_hl [item_l present],   w_hl = exp(a_h[steps back of l])
+
+    The heads start at different time scales, from mostly the last item to an even mean; training determines how much
+    recency matters.
+
+    Args:
+        length: L, the maximum history length.
+        heads: number of averages.
+        dropout: share of items hidden in training, so that the model does not rely on single items of the history.
+    """
+
+    def __init__(self, length: int, heads: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        steps_back = torch.arange(length - 1, -1, -1, dtype=torch.float32)
+        # Half-lives 0.5, 2, 8, ... items; the last head is an even mean.
+        rates = torch.tensor([0.0 if head == heads - 1 else 2.0 * 0.25**head for head in range(heads)])
+        self.log_weight = nn.Parameter(-rates[:, None] * steps_back * 0.6931)
+
+    def forward(self, history: Tensor, table: nn.Embedding) -> Tensor:
+        """Pool histories int64 [B, L], newest last, -1 where empty -> [B, heads, D]; zeros for an empty history."""
+        present = history >= 0
+        if self.training and self.dropout > 0:
+            kept = torch.rand(history.shape, device=history.device) >= self.dropout
+            present = present & kept
+        embedded = table(history.clamp(min=0))
+        log_weight = self.log_weight[:, -history.shape[1] :]
+        scores = log_weight.masked_fill(~present[:, None, :], -torch.inf)
+        # A row with no history is all -inf: softmax would be NaN, and its average is zero by definition.
+        empty = ~present.any(1)
+        weights = scores.masked_fill(empty[:, None, None], 0.0).softmax(-1)
+        weights = weights.masked_fill(empty[:, None, None], 0.0)
+        pooled: Tensor = weights.to(embedded.dtype) @ embedded
+        return pooled
+
+
+class QueryTower(KnowsQueries):
+    """Id embedding, pooled history, features and context: an MLP over all of them plus the sum of the first two.
+
+        u = e_id + mean_h pooled_h + MLP([e_id, pooled_1, ..., pooled_H, features, context])
+
+    If both sides share one table, the sum puts the history in the space of the items from the first step on: items near
+    the recent ones are recommended, and the MLP learns a correction to that.
+
+    Args:
+        num_queries: rows of the id table; 0 for a tower without id embeddings.
+        dimension: D.
+        history: how the history is pooled; None for a tower without a history.
+        history_items: where the history's items are looked up: the item tower's table, a separate table, or an item
+            tower, which embeds each distinct item of the batch's histories with its features.
+        hidden: widths of the MLP's hidden layers.
+        dropout: dropout in the MLP.
+        features: inputs for query features; None for a tower without features.
+        residual: add skip connections around the hidden layers.
+        layer_norm: normalise before their activations.
+        context: inputs for request context; None for a tower that does not use it.
+        trained: queries that have a training row, bool [Q]; None for all.
+    """
+
+    def __init__(
+        self,
+        num_queries: int,
+        dimension: int,
+        *,
+        history: PooledHistory | None = None,
+        history_items: nn.Embedding | ItemTower | None = None,
+        hidden: Sequence[int] = (),
+        dropout: float = 0.0,
+        features: FeatureInputs | None = None,
+        residual: bool = False,
+        layer_norm: bool = False,
+        context: ContextInputs | None = None,
+        trained: Tensor | None = None,
+    ) -> None:
+        super().__init__(num_queries, dimension, trained)
+        if (history is None) != (history_items is None):
+            raise ValueError("history and history_items: expected both or neither")
+        self.history = history
+        self.history_items = history_items
+        heads = 0 if history is None else history.heads
+        self.features = features
+        self.context = context
+        width = dimension * (heads + bool(num_queries)) + sum(part.width for part in (features, context) if part)
+        self.mlp = dense_layers([width, *hidden, dimension], dropout=dropout, residual=residual, layer_norm=layer_norm)
+
+    def forward(
+        self,
+        queries: Tensor,
+        history: Tensor | None,
+        features: list[Tensor] | None = None,
+        context: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Embed queries, given codes int64 [B] (-1 if never seen) and histories int64 [B, L] -> [B, D].
+
+        Args:
+            queries: codes.
+            history: item codes, newest last, -1 where empty; None for a tower without a history.
+            features: encoded feature rows (`FeatureInputs.encode`) of new queries; None to look them up by code.
+            context: encoded request contexts (`encode_given`); None if there are none.
+
+        Raises:
+            ValueError: the tower needs a history and there is none.
+        """
+        parts = self.by_id(queries)
+        total: Tensor | float = sum(parts)
+        if self.history is not None and self.history_items is not None:
+            if history is None:
+                raise ValueError("history: this query tower needs the recent items, int64 [B, L]; found none")
+            pooled = self._pooled(history)
+            parts.append(pooled.flatten(1))
+            total = total + pooled.mean(1)
+        parts += self.by_columns(queries, features, context)
+        embedded: Tensor = self.mlp(torch.cat(parts, 1)) + total
+        return embedded
+
+    def _pooled(self, history: Tensor) -> Tensor:
+        assert self.history is not None
+        table: nn.Module | Rows | None = self.history_items
+        if isinstance(table, ItemTower):
+            # Embed each distinct item once; the history then indexes into these.
+            distinct, place = torch.unique(history.clamp(min=0), return_inverse=True)
+            history, table = torch.where(history >= 0, place, -1), Rows(table(distinct))
+        pooled: Tensor = self.history(history, table)
+        return pooled
+
+
+class TwoTower(nn.Module):
+    """A query tower and an item tower with a common embedding space: s(x, j) = <u(x), v(j)> / temperature.
+
+    Args:
+        query_tower: queries -> [B, D].
+        item_tower: codes -> [M, D].
+        cosine: scale both embeddings to length 1.
+        temperature: initial temperature.
+        learned_temperature: train the temperature.
+    """
+
+    log_temperature: Tensor
+
+    def __init__(
+        self,
+        query_tower: QueryTower | SequenceTower,
+        item_tower: ItemTower,
+        *,
+        cosine: bool = True,
+        temperature: float = 0.1,
+        learned_temperature: bool = True,
+    ) -> None:
+        super().__init__()
+        self.query_tower = query_tower
+        self.item_tower = item_tower
+        self.cosine = cosine
+        start = torch.tensor(temperature).log()
+        if learned_temperature:
+            self.log_temperature = nn.Parameter(start)
+        else:
+            self.register_buffer("log_temperature", start)
+
+    @property
+    def temperature(self) -> Tensor:
+        """The scalar that divides every score."""
+        return self.log_temperature.exp()
+
+    def embed_queries(
+        self,
+        queries: Tensor,
+        history: Tensor | None,
+        features: list[Tensor] | None = None,
+        context: Sequence[Tensor] | None = None,
+        gaps: Tensor | None = None,
+    ) -> Tensor:
+        """Embed queries, u(x): codes int64 [B], histories int64 [B, L] -> [B, D].
+
+        Args:
+            queries: codes.
+            history: item codes, newest last, -1 where empty.
+            features: encoded features that replace the stored ones (`FeatureInputs.encode_some`).
+            context: encoded request contexts (`encode_given`).
+            gaps: codes of the time before each item of the history, int64 [B, L], for a tower that reads them.
+        """
+        given = {"features": features, "context": context, "gaps": gaps}
+        options = {name: value for name, value in given.items() if value is not None}
+        embedded: Tensor = self.query_tower(queries, history, **options)
+        return F.normalize(embedded, dim=-1) if self.cosine else embedded
+
+    def embed_sequences(
+        self, sequences: Packed, queries: Tensor | None = None, context: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """Embed the requested positions of packed sequences in one pass -> [B, D].
+
+        Args:
+            sequences: packed sequences with B requested positions.
+            queries: query codes of these positions, int64 [B]; None if all are unknown.
+            context: encoded request contexts of these positions; None if there are none.
+
+        Raises:
+            TypeError: the query tower does not read sequences.
+        """
+        if not isinstance(self.query_tower, SequenceTower):
+            raise TypeError("this query tower does not read sequences; set query_tower.history.sequence and retrain")
+        embedded = self.query_tower.embed(sequences, queries, context=context)
+        return F.normalize(embedded, dim=-1) if self.cosine else embedded
+
+    def embed_items(self, items: Tensor) -> Tensor:
+        """Embed items, v(j): codes int64 [M] -> [M, D]."""
+        embedded: Tensor = self.item_tower(items)
+        return F.normalize(embedded, dim=-1) if self.cosine else embedded
+
+    @property
+    def context_features(self) -> FeatureSet | None:
+        """The encoders of the request context; None if the query tower does not use it."""
+        context = getattr(self.query_tower, "context", None)
+        return None if context is None else context.inputs.table.features
+
+    @property
+    def trained_queries(self) -> Tensor | None:
+        """Queries that have a trained id embedding, bool [Q]; None if the query tower has no ids."""
+        inputs = getattr(self.query_tower, "beside", self.query_tower)
+        return getattr(inputs, "trained", None)
+
+    def feature_tables(self) -> list[EncodedTable]:
+        """Return the encoded features of items, queries and requests, if any; loading a saved model needs them."""
+        sides = [getattr(self.item_tower, "features", None), getattr(self.query_tower, "features", None)]
+        sides.append(getattr(getattr(self.query_tower, "context", None), "inputs", None))
+        return [side.table for side in sides if isinstance(side, FeatureInputs)]
+
+    @torch.no_grad()
+    def embed_new_items(self, rows: RowsLike, items: Tensor | None = None) -> Tensor:
+        """Embed items that are not in the vocabulary, from their features only, float32 [M, D].
+
+        Args:
+            rows: a data frame, or dicts, with the columns declared in item_tower.features.
+            items: codes int64 [M] of trained items that have new features, -1 for new items; None if all are new.
+
+        Raises:
+            ValueError: the item tower has no features.
+            InputError: a column is missing or has a value of the wrong type.
+        """
+        if self.item_tower.features is None:
+            raise ValueError("this item tower has no features, only ids; set item_tower.features and retrain")
+        with _evaluating(self):
+            embedded = self.item_tower.embed_features(self.item_tower.features.encode(rows), items)
+        return (F.normalize(embedded, dim=-1) if self.cosine else embedded).float()
+
+    @torch.no_grad()
+    def embed_new_queries(self, rows: RowsLike, history: Tensor | None = None) -> Tensor:
+        """Embed queries never seen in training, from their features and, if the tower reads one, their history.
+
+        Args:
+            rows: a data frame, or dicts, with the columns declared in query_tower.features.
+            history: item codes int64 [B, L], -1 where empty; None for empty histories.
+
+        Raises:
+            ValueError: the query tower has no features.
+            InputError: a column is missing or has a value of the wrong type.
+        """
+        inputs = self.query_tower.features
+        if inputs is None:
+            raise ValueError("this query tower has no features; set query_tower.features and retrain")
+        encoded = inputs.encode(rows)
+        unknown = torch.full((len(encoded[0]),), -1, device=encoded[0].device)
+        with _evaluating(self):
+            embedded = self.query_tower(unknown, unknown[:, None] if history is None else history, encoded)
+        return (F.normalize(embedded, dim=-1) if self.cosine else embedded).float()
+
+    @torch.no_grad()
+    def item_embeddings(self, block: int = 65_536) -> Tensor:
+        """Embed all items for an index, [N, D], float32, without gradient."""
+        codes = torch.arange(self.item_tower.num_items, device=self.log_temperature.device)
+        return torch.cat([self.embed_items(part).float() for part in torch.split(codes, block)])
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch the model to evaluation mode inside the block."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,1 @@
+"""Checkpoints without pickle: writing, reading, sharded tables and lazy reads."""

@@ -1,0 +1,215 @@
+"""Checkpoints of a training run: one folder with safetensors and JSON, written whole or not at all, no pickle.
+
+A background thread for one task at a time, used to write a checkpoint while training continues.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning_fabric.plugins import CheckpointIO
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from twotower.distributed.communicator import Ranks
+from twotower.distributed.partition import Part
+from twotower.distributed.row_files import write_folder
+from twotower.errors import InputError
+from twotower.system.filesystem import whole_folder
+from twotower.training.checkpoint.codec import Encoder, decode, parts_in
+from twotower.training.checkpoint.sharded import FOLDER, PartOf, load_parts, save_parts
+
+
+class Background:
+    """Runs one task at a time in a separate thread, and keeps its error for the next call.
+
+    The interpreter waits for the task before it exits, so nothing is left half done.
+    """
+
+    def __init__(self) -> None:
+        self._threads: ThreadPoolExecutor | None = None
+        self._running: Future[None] | None = None
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Start a task, after the previous one has ended.
+
+        Raises:
+            Exception: the error of the previous task; the new one is not started then.
+        """
+        self.wait()
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._running = self._threads.submit(work)
+
+    def wait(self) -> None:
+        """Wait until no task is running.
+
+        Raises:
+            Exception: the error of the task, raised once.
+        """
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def close(self) -> None:
+        """Wait, and end the thread. An error not yet raised is dropped: another one is propagating already."""
+        threads, self._threads, self._running = self._threads, None, None
+        if threads is not None:
+            threads.shutdown(wait=True)
+
+
+class SafeCheckpointIO(CheckpointIO):
+    """Lightning's checkpoints as `state.json` (structure, numbers, strings) and `tensors.safetensors`.
+
+    Parts of sharded tables are in `tables/`, in separate files of each rank (table_parts.py). Values marked as such
+    (`PartOf`) are written and read by all ranks together, everything else by rank 0 alone.
+
+    A checkpoint written in the background has the state of the step at which it was requested: `save_checkpoint` copies
+    the state to the CPU and returns. Only one is written at a time, so there is one copy; the next `save_checkpoint`,
+    `load_checkpoint` or `wait` waits for it and raises its error. torch's `async_save` uses the same kind of thread for
+    the tables alone; here the whole folder must appear at once, including what rank 0 writes.
+
+    Args:
+        ranks: the processes of the run; None for a single process.
+        parts: this rank's parts of sharded tables, by name. Any other table in `tables/` is read whole by every rank.
+        in_background: write while training continues. Collective if there are `parts`: the ranks then use a separate
+            process group for it, whose exchanges do not interleave with those of the steps.
+        timeout: timeout of an exchange in this group, in seconds.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks | None = None,
+        parts: Mapping[str, Part] | None = None,
+        *,
+        in_background: bool = False,
+        timeout: int = 600,
+    ) -> None:
+        self.ranks, self.parts = ranks or Ranks(), dict(parts or {})
+        self._background = Background() if in_background else None
+        self._writers = self.ranks
+        if in_background and self.parts and self.ranks.size > 1:
+            self._writers = Ranks.current(_own_group(self.ranks, timedelta(seconds=timeout)))
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write to a temporary folder next to `path`, then rename; collective if there are sharded tables.
+
+        Raises:
+            InputError: the disk is full; in the background, it was full when the previous checkpoint was written.
+        """
+        del storage_options
+        self.wait()  # before anything is copied
+        state = Encoder(copies=self._background is not None, of_parts=bool(self.parts) and not self.ranks.is_first)
+        structure = state.encode(checkpoint, "checkpoint")
+        if self._background is None:
+            self._write(Path(path), structure, state.whole, state.parts)
+        else:
+            self._background.start(lambda: self._write(Path(path), structure, state.whole, state.parts))
+
+    def _write(self, path: Path, structure: Any, whole: dict[str, Tensor], parts: dict[str, PartOf]) -> None:
+        def write(folder: Path) -> None:
+            if not parts or self.ranks.is_first:
+                save_file(whole, folder / "tensors.safetensors")
+                (folder / "state.json").write_text(json.dumps(structure), encoding="utf-8")
+
+        if parts:
+            ranks = self._writers
+            write_folder(path, ranks, write, lambda folder: save_parts(folder / FOLDER, parts, ranks))
+            return
+        with whole_folder(path) as folder:
+            write(folder)
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is in place.
+
+        Raises:
+            InputError: the disk was full.
+            RankLost: another rank is gone.
+        """
+        if self._background is not None:
+            self._background.wait()
+
+    def settle(self) -> None:
+        """Wait on every rank, so that all of them find the checkpoint; collective.
+
+        Raises:
+            InputError, RankLost: as `wait`.
+        """
+        self.wait()
+        if self._background is not None:
+            self.ranks.wait()
+
+    def close(self) -> None:
+        """Wait, ignoring errors, and end the thread."""
+        if self._background is not None:
+            self._background.close()
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint; collective if there are sharded tables.
+
+        Raises:
+            InputError: a file is missing or damaged.
+        """
+        del map_location, weights_only
+        self.wait()
+        return self._load(Path(path))
+
+    def load_weights(self, path: str | Path) -> dict[str, Tensor]:
+        """Read the model's state dict alone; optimizer state of sharded tables is not read."""
+        self.wait()
+        weights: dict[str, Tensor] = self._load(Path(path), "state_dict")["state_dict"]
+        return weights
+
+    def _load(self, source: Path, only: str | None = None) -> dict[str, Any]:
+        try:
+            tensors = load_file(source / "tensors.safetensors")
+            structure = json.loads((source / "state.json").read_text(encoding="utf-8"))
+            if only is not None:
+                structure = {"dict": [pair for pair in structure["dict"] if pair[0] == only]}
+            wanted = dict(parts_in(structure))
+            if wanted:
+                tensors |= load_parts(source / FOLDER, wanted, self.ranks, self.parts)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(f"{source}: not a readable checkpoint ({error}); remove it and train again") from error
+        checkpoint: dict[str, Any] = decode(structure, tensors)
+        return checkpoint
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Delete the folder."""
+        self.wait()
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _own_group(ranks: Ranks, timeout: timedelta) -> Any:
+    """Create a gloo process group of the same ranks: tensors in files are CPU tensors, whatever the steps exchange.
+
+    It is never destroyed while the processes are joined: torch would give the next group of some ranks the same name.
+    """
+    members = None if ranks.group is None else dist.get_process_group_ranks(ranks.group)
+    return dist.new_group(members, timeout, "gloo", use_local_synchronization=members is not None)
+
+
+def random_state() -> dict[str, Tensor]:
+    """Return the state of torch's random generators, for the checkpoint."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: dict[str, Tensor]) -> None:
+    """Restore torch's random generators from a checkpoint."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,166 @@
+"""Tests of the audit of a trained model, through the command line."""
+
+import json
+import sys
+
+import pytest
+import torch
+import yaml
+
+from twotower import audit
+from twotower.audit.pools import PoolPlan, at_equal_distinct, expected_distinct
+from twotower.audit.suggest import candidate_plans
+from twotower.cli import main as cli
+from twotower.cli.console import console, messages
+from twotower.config.run import Config
+from twotower.errors import InputError
+from twotower.objectives.build import build_pool
+from twotower.run import audit_run
+
+QUICK = (
+    "training.max_epochs=2",
+    "training.batch_size=64",
+    "item_tower.dimension=8",
+    "data.split=leave-last-out",
+    "objective.sources=[{in_batch: {}}, {uniform: {size: 20}}]",
+)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory, interactions_csv):
+    from twotower.run import train_run
+
+    folder = tmp_path_factory.mktemp("audit")
+    interactions_csv(folder / "purchases.csv")
+    train_run(
+        folder / "purchases.csv", folder / "run", Config.load(None, list(QUICK)), progress=False, say=lambda _: None
+    )
+    return folder / "run"
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    for shown in (console, messages):
+        monkeypatch.setattr(shown, "width", 200)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["twotower", "audit", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    return run
+
+
+def test_the_audit_as_json(run_folder, command):
+    others = "in-batch,in-batch-logq,full-softmax,bpr"
+    code, out, err = command(run_folder, "--objectives", others, "--rows", 20, "--draws", 50, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    by_name = {one["name"]: one for one in found["objectives"]}
+    assert list(by_name) == ["expected-count", *others.split(",")]
+    assert by_name["expected-count"]["own"] and not by_name["in-batch"]["own"]
+    assert by_name["in-batch-logq"]["verdict"] == "biased" and by_name["in-batch-logq"]["overall"]["bias"] > 0.03
+    assert by_name["full-softmax"]["verdict"] == "no bias found"
+    assert by_name["full-softmax"]["overall"]["spread"] < 1e-6
+    assert by_name["expected-count"]["overall"]["bias"] < 0.1
+    assert by_name["bpr"]["overall"] is None and by_name["bpr"]["verdict"] == "another target"
+    deciles = by_name["expected-count"]["deciles"]
+    assert len(deciles) == 10 and sum(one["rows"] for one in deciles if one) == 20
+    assert [one["source"] for one in found["appearances"]] == ["in-batch", "uniform, 20 draws"]
+    assert all(one["as_claimed"] for one in found["appearances"])
+    assert 0 < found["masked"] < 0.5 and found["conclusion"]
+
+
+def test_the_audit_as_a_table(run_folder, command):
+    code, out, err = command(run_folder, "--rows", 10, "--draws", 4)
+    assert code == 0, err
+    assert "expected-count (its own)" in out and "10 (tail)" in out and "as claimed" in out
+
+
+def test_the_suggestion(run_folder, command):
+    code, out, err = command(run_folder, "--suggest", "--rows", 6, "--draws", 2, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["pools"][0]["name"] == "present" and len(found["pools"]) > 10
+    distinct = [one["distinct"] for one in found["pools"]]
+    assert max(distinct) - min(distinct) < 0.15 * max(distinct)
+    if found["best"] is None:
+        assert "keep it" in found["conclusion"] and found["yaml"] is None
+    else:
+        assert found["best"]["gain"] - 1 > 2 * found["best"]["gain_error"]
+        settings = Config.model_validate(yaml.safe_load(found["yaml"]))
+        assert settings.objective.sources == found["best"]["sources"]
+
+
+def test_nothing_is_suggested_if_nothing_is_better(run_folder):
+    """Use the whole catalog as the present pool: no pool can have less spread."""
+    subject = audit_run(run_folder, rows=6)
+    objective = subject.config.objective.model_copy(update={"name": "full-softmax", "sources": [{"catalog": {}}]})
+    config = subject.config.model_copy(update={"objective": objective})
+    exact = audit.Subject(config, subject.train, subject.rows, subject.deciles)
+    found = audit.suggest(exact, draws=2)
+    assert found.best is None and "keep it" in found.conclusion()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "either DIR"),
+        (["DIR", "--study"], "either DIR"),
+        (["DIR", "--objectives", "magic"], "unknown objective 'magic'"),
+        (["DIR", "--objectives", "logistic-observed"], "positive_label"),
+        (["DIR", "--suggest", "--objectives", "in-batch"], "--objectives cannot be combined with --suggest or --study"),
+        (["nowhere"], "nowhere: no such folder"),
+        (["DIR", "--data", "movielens-9"], "movielens-9"),
+    ],
+)
+def test_bad_usage_is_one_clear_error(run_folder, command, words, message):
+    code, out, err = command(*(run_folder if word == "DIR" else word for word in words))
+    assert code == 2, out + err
+    assert message in " ".join(err.split()) and "Traceback" not in err
+
+
+def test_other_data_is_refused(run_folder, tmp_path):
+    (tmp_path / "other.csv").write_text("user_id,item_id,timestamp\n" + "a,1,1\na,2,2\na,3,3\n" * 3)
+    with pytest.raises(InputError, match="not the data this model was trained on"):
+        audit_run(run_folder, tmp_path / "other.csv")
+
+
+def test_binary_objectives_get_no_suggestion(run_folder):
+    subject = audit_run(run_folder, rows=4)
+    objective = subject.config.objective.model_copy(update={"name": "bpr", "sources": None})
+    config = subject.config.model_copy(update={"objective": objective})
+    with pytest.raises(InputError, match="does not estimate the softmax"):
+        audit.suggest(audit.Subject(config, subject.train, subject.rows, subject.deciles))
+
+
+def test_expected_distinct_equals_the_mean_of_draws(planted_split):
+    train = planted_split.train
+    plan = PoolPlan("mixed", [{"in_batch": {}}, {"head": {"size": 10}}, {"frequency": {"power": 0.5, "size": 30}}])
+    counts = torch.from_numpy(train.item_counts())
+    for unique in (True, False):
+        pool = build_pool(PoolPlan(plan.name, plan.sources, unique).settings(), train)
+        torch.manual_seed(0)
+        rows = [torch.multinomial(counts.double(), 33, replacement=True) for _ in range(400)]
+        # B - 1 = 32 other rows: the first row's own item is not a draw.
+        seen = [len(torch.unique(pool.draw(row[1:]).items)) for row in rows]
+        expected = expected_distinct(pool, 33)
+        assert abs(sum(seen) / 400 - expected) < 0.5
+    sized, batch_size = at_equal_distinct(plan, 40, train, batch_size=17)
+    assert batch_size == 17
+    assert abs(expected_distinct(build_pool(sized.settings(), train), 17) - 40) < 1.0
+    assert at_equal_distinct(plan, 5, train, batch_size=17) is None
+    assert at_equal_distinct(plan, 1e6, train, batch_size=17) is None
+
+
+def test_suggested_frequencies_can_draw_items_never_seen():
+    everywhere = candidate_plans(50, torch.tensor([3, 2, 1] * 50))
+    somewhere = candidate_plans(50, torch.tensor([3, 2, 0] * 50))
+    options = [
+        [source["frequency"] for plan in plans for source in plan.sources if "frequency" in source]
+        for plans in (everywhere, somewhere)
+    ]
+    assert options[0] and all("floor" not in one for one in options[0])
+    assert options[1] and all(one["floor"] == 1.0 for one in options[1])

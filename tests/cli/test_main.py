@@ -1,0 +1,226 @@
+"""The command line end to end: files in, tables or JSON out, clear errors with the right exit code."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from twotower.cli import main as cli
+from twotower.config.run import Config
+from twotower.errors import InputError
+
+QUICK = [
+    "--set",
+    "training.max_epochs=3",
+    "--set",
+    "training.batch_size=64",
+    "--set",
+    "item_tower.dimension=16",
+    "--set",
+    "training.learning_rate=0.01",
+    "--set",
+    "objective.sources=[{in_batch: {}}, {uniform: {size: 20}}]",
+    "--set",
+    "data.split=leave-last-out",
+]
+
+
+def twotower(*words, cwd=None):
+    """Run the command in its own process."""
+    return subprocess.run(
+        [sys.executable, "-m", "twotower", *map(str, words)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+
+
+@pytest.fixture
+def command(run_folder, monkeypatch, capsys):
+    """Run the command in this process, which saves the imports: `command(words) -> (exit code, stdout, stderr)`."""
+    monkeypatch.chdir(run_folder)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["twotower", *map(str, words)])
+        cli._STATE["debug"] = False
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory, interactions_csv):
+    folder = tmp_path_factory.mktemp("cli")
+    interactions_csv(folder / "purchases.csv")
+    done = twotower("train", "purchases.csv", "--items", "products.csv", "--out", "run", *QUICK, "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert {row["name"] for row in json.loads(done.stdout)["rows"]} >= {"model", "popularity"}
+    assert "leak through time" in done.stderr, "the account of the split goes to stderr; stdout has only JSON"
+    return folder
+
+
+def test_train_writes_a_complete_run_folder(run_folder):
+    run = run_folder / "run"
+    assert {path.name for path in run.iterdir()} == {
+        "config.yaml",
+        "inputs.json",
+        "model",
+        "results.json",
+        "checkpoints",
+        "logs",
+    }
+    assert Config.load(run / "config.yaml").training.max_epochs == 3
+    assert (run / "logs" / "metrics.csv").read_text().count("\n") > 3
+
+
+def test_the_saved_config_reproduces_the_model(run_folder, command):
+    code, _, err = command("train", "purchases.csv", "--config", "run/config.yaml", "--out", "again")
+    assert code == 0, err
+    weights = [(run_folder / run / "model" / "towers.safetensors").read_bytes() for run in ("run", "again")]
+    assert weights[0] == weights[1]
+
+
+def test_evaluate_repeats_the_result(run_folder, command):
+    code, out, err = command("evaluate", "run", "--json")
+    assert code == 0, err
+    assert json.loads(out) == json.loads((run_folder / "run" / "results.json").read_text())
+    assert "item-kNN" in command("evaluate", "run")[1]
+
+
+def test_the_dial_is_chosen_on_validation(command):
+    validation, test = (json.loads(command("dial", "run", "--on", on, "--json")[1]) for on in ("validation", "test"))
+    assert (validation["holdout"], test["holdout"]) == ("validation", "test")
+    best = max(point["ndcg"] for point in validation["points"])
+    assert best in [point["ndcg"] for point in validation["points"] if point["popularity"] == validation["best"]]
+    assert "NDCG@20 is highest at" in command("dial", "run")[1]
+
+
+def test_recommend_and_similar(command):
+    found = json.loads(command("recommend", "run", "--query", "u001", "-k", 3, "--json")[1])
+    assert [row["rank"] for row in found] == [1, 2, 3] and all("title" in row for row in found)
+    table = command("recommend", "run", "--query", "u001", "--query", "u002")[1]
+    assert "u001" in table and "u002" in table and "Item number" in table
+    _, out, err = command("recommend", "run", "--history", "1, 3,999", "-k", 4, "--json")
+    assert len(json.loads(out)) == 4 and "no such item: '999'; ignored. Ids look like" in " ".join(err.split())
+    assert len(json.loads(command("similar", "run", "--item", "4", "-k", 2, "--json")[1])) == 2
+
+
+def test_doctor_and_datasets(command):
+    assert json.loads(command("doctor", "--json")[1])["versions"]["torch"]
+    assert "cores" in command("doctor")[1]
+    names = {row["name"] for row in json.loads(command("datasets", "--json")[1])}
+    assert {"movielens-100k", "movielens-1m", "complete-journey"} <= names
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "nowhere.csv", "--out", "x"], "nowhere.csv"),
+        (["train", "purchases.csv", "--out", "run"], "run: already contains a model"),
+        (["train", "purchases.csv", "--out", "x", "--config", "no.yaml"], "no.yaml: no such configuration file"),
+        (["train", "purchases.csv", "--out", "x", "--set", "training.max_epochs=0"], "field training.max_epochs"),
+        (["train", "purchases.csv", "--out", "x", "--set", "training.speed=9"], "training.speed: no such setting"),
+        (["train", "x", "--out", "x", "--set", "data.colums.query=u"], "mean data.columns? Expected one of items,"),
+        (["train", "x", "--out", "x", "--set", "query_tower.history.lenght=9"], "mean query_tower.history.length?"),
+        (
+            ["train", "purchases.csv", "--out", "x", "--set", "training.batch_size=0"],
+            "than 0 or Input should be 'auto', found 0",
+        ),
+        (
+            ["train", "purchases.csv", "--out", "x", "--set", "training.table_placement={item: rowwise}"],
+            "field training.table_placement.item: Input should be 'auto', 'replicated', 'row-wise', 'column-wise' or",
+        ),
+        (["train", "purchases.csv", "--out", "x", "--set", "nonsense"], "expected section.key=value"),
+        (["train", "purchases.csv", "--out", "x", "--set", "objective=magic"], "unknown objective 'magic'"),
+        (["train", "purchases.csv", "--out", "x", "--set", "objective.sources=[{magic: {}}]"], "unknown source"),
+        (["train", "purchases.csv", "--out", "x", "--set", "objective.sources=[{uniform: {sise: 2}}]"], "sise"),
+        (["train", "purchases.csv", "--out", "x", "--resume"], "no checkpoint to resume from"),
+        (["evaluate", "nowhere"], "nowhere: no such folder"),
+        (["evaluate", "."], "no model in this folder"),
+        (["recommend", "run", "--query", "nobody"], "query 'nobody'"),
+        (["recommend", "run"], "expected --query ID or --history"),
+        (["similar", "run", "--item", "999"], "item '999'"),
+        (["datasets", "movielens-9"], "movielens-9"),
+    ],
+)
+def test_bad_usage_is_one_clear_error(run_folder, command, words, message):
+    code, out, err = command(*words)
+    assert code == 2, out + err
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
+    assert not (run_folder / "x" / "model").exists()
+
+
+def test_exit_codes_of_the_real_process(run_folder):
+    assert twotower("evaluate", "nowhere", cwd=run_folder).returncode == 2
+    assert twotower("train", "--nonsense", cwd=run_folder).returncode == 2
+    assert "Traceback" in twotower("--debug", "evaluate", "nowhere", cwd=run_folder).stderr
+
+
+def test_an_interrupted_run_is_not_overwritten(run_folder, command):
+    (run_folder / "cut" / "checkpoints").mkdir(parents=True)
+    code, _, err = command("train", "purchases.csv", "--out", "cut")
+    assert code == 2 and "pass --resume to continue it, or --force to start over" in " ".join(err.split())
+    (run_folder / "mine" / "model").mkdir(parents=True)
+    (run_folder / "mine" / "model" / "notes.txt").touch()
+    code, _, err = command("train", "purchases.csv", "--out", "mine", "--force")
+    assert code == 2 and "mine/model: exists and contains no model" in " ".join(err.split())
+    (run_folder / "config.yaml").write_text("theme: mine\n")
+    code, _, err = command("train", "purchases.csv", "--out", ".")
+    (run_folder / "config.yaml").unlink()
+    assert code == 2 and "config.yaml: exists and does not belong to a run" in " ".join(err.split())
+    code, _, err = command("recommend", "cut", "--query", "u001")
+    assert code == 2 and "resume with `twotower train DATA --out cut --resume`" in " ".join(err.split())
+
+
+def test_validation_without_targets_is_refused_before_training(run_folder, command):
+    rows = [f"q{query},i{(query + step) % 9}" for query in range(12) for step in (0, 1, 2, 0, 1)]
+    (run_folder / "repeats.csv").write_text("\n".join(["query,item", *rows]) + "\n")
+    words = ["train", "repeats.csv", "--out", "repeats", "--set", "data.split=leave-last-out"]
+    code, _, err = command(*words)
+    message = " ".join(err.split())
+    assert code == 2 and "validation: no query has a target that can be ranked" in message
+    assert "12 targets were removed" in message and "evaluation.exclude_seen=false" in message
+    assert not (run_folder / "repeats").exists()
+
+
+def test_a_single_process_command_is_refused_under_torchrun(command, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = command("evaluate", "run")
+    assert code == 2 and "torchrun: `twotower evaluate` runs in one process" in " ".join(err.split())
+
+
+def test_an_internal_error_exits_with_code_one(command, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("a wheel came off")
+
+    monkeypatch.setattr("twotower.serving.Retriever.load", broken)
+    code, _, err = command("similar", "run", "--item", "4")
+    assert code == 1 and "a wheel came off" in err and "Traceback" not in err
+    assert "(internal error; twotower --debug COMMAND ... prints the traceback)" in " ".join(err.split())
+    with pytest.raises(RuntimeError, match="a wheel came off"):  # as the hint says: --debug before the command
+        command("--debug", "similar", "run", "--item", "4")
+
+
+@pytest.mark.parametrize("text", ["training: [1", "- a\n- b", "training:\n  seed: -1", "training:\n  precision: 8"])
+def test_a_wrong_config_names_the_file(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match="c.yaml"):
+        Config.load(path)
+
+
+def test_overrides_and_round_trip(tmp_path):
+    config = Config.load(None, ["objective=expected-count", "objective.unique=false", "evaluation.ks=[5]"])
+    assert config.objective.name == "expected-count" and not config.objective.unique
+    (tmp_path / "c.yaml").write_text(config.to_yaml())
+    assert Config.load(tmp_path / "c.yaml") == config

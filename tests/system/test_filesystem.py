@@ -1,0 +1,136 @@
+"""Atomic files and folders, errors of a full disk, and locks."""
+
+import errno
+import resource
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from twotower.errors import InputError
+from twotower.system import filesystem
+from twotower.system.filesystem import full_disk_named, is_full_disk, locked, whole_file, whole_folder
+
+WRITERS = {
+    "text": lambda path: path.write_text("x" * 200_000),
+    "numpy": lambda path: np.save(path, np.zeros(50_000)),
+    "polars": lambda path: pl.DataFrame({"x": np.random.default_rng(0).random(50_000)}).write_parquet(path),
+    "safetensors": lambda path: save_file({"x": torch.zeros(50_000)}, path),
+}
+
+
+@pytest.fixture
+def small_files():
+    """Limit files to 50,000 bytes, like `ulimit -f`."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_full_disk_is_reported_by_name_and_keeps_the_old_file(tmp_path, small_files, write):
+    (tmp_path / "file.npy").write_text("before")
+    with (
+        pytest.raises(InputError, match=r"file.npy: cannot be written, the disk is full"),
+        whole_file(tmp_path / "file.npy") as partial,
+    ):
+        write(partial.with_suffix(".npy"))
+    assert (tmp_path / "file.npy").read_text() == "before"
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old").touch()
+    with (
+        pytest.raises(InputError, match=r"folder: cannot be written, the disk is full"),
+        whole_folder(tmp_path / "folder") as folder,
+    ):
+        write(folder / "a.npy")
+    assert [p.name for p in (tmp_path / "folder").iterdir()] == ["old"]
+    assert not list(tmp_path.glob(".folder*"))
+
+
+def test_other_errors_pass_unchanged(tmp_path):
+    with pytest.raises(PermissionError), full_disk_named(tmp_path):
+        raise PermissionError(errno.EACCES, "no")
+    assert is_full_disk(OSError(errno.ENOSPC, "x")) and is_full_disk(OSError(errno.EDQUOT, "x"))
+    assert not is_full_disk(OSError(errno.EIO, "x")) and not is_full_disk(ValueError("full of joy"))
+    with pytest.raises(InputError, match="^mine$"), full_disk_named(tmp_path):
+        raise InputError("mine")
+
+
+def test_a_lock_is_held_by_one_at_a_time(tmp_path):
+    path, inside, most = tmp_path / "a.lock", [], []
+
+    def work():
+        for _ in range(30):
+            with locked(path) as held:
+                assert held
+                inside.append(1)
+                time.sleep(0.001)  # long enough for the others to enter, if the lock did not work
+                most.append(len(inside))
+                inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) == 180 and max(most) == 1
+    assert not path.exists()
+
+
+def test_a_lock_is_released_when_its_process_is_killed(tmp_path):
+    code = f"from twotower.system.filesystem import locked\nfrom pathlib import Path\nwith locked(Path({str(tmp_path / 'a')!r})):\n"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code + " print(1, flush=True)\n input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout.readline() == "1\n"
+    with locked(tmp_path / "a", wait=False) as held:
+        assert not held
+    holder.kill()
+    holder.communicate()
+    assert (tmp_path / "a").exists()
+    with locked(tmp_path / "a") as held:
+        assert held
+    assert not (tmp_path / "a").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_reports_whether_it_excludes_others(tmp_path, monkeypatch):
+    with locked(tmp_path / "a") as lock:
+        assert lock and lock.keeps_out
+        with locked(tmp_path / "a", wait=False) as other:
+            assert not other
+
+    def refused(handle, operation):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(filesystem.fcntl, "flock", refused)
+    with locked(tmp_path / "a") as lock, locked(tmp_path / "a") as other:
+        assert lock and other and not lock.keeps_out and not other.keeps_out
+    monkeypatch.setattr(filesystem, "fcntl", None)
+    with locked(tmp_path / "a") as lock, locked(tmp_path / "a", wait=False) as other:
+        assert lock and other and not lock.keeps_out and not other.keeps_out
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_replace_an_existing_folder_stays(tmp_path):
+    for before in (True, False):
+        target = tmp_path / str(before)
+        with whole_folder(target, replace=False) as folder:
+            (folder / "second").touch()
+            if before:
+                with whole_folder(target, replace=False) as other:
+                    (other / "first").touch()
+        assert [path.name for path in target.iterdir()] == ["first" if before else "second"]
+    with pytest.raises(OSError, match="elsewhere"), whole_folder(tmp_path / "c", replace=False):
+        raise OSError("elsewhere")
+    assert len(list(tmp_path.iterdir())) == 2
