@@ -29,7 +29,7 @@ from torch import Tensor
 from twotower.data import Split, TrainingBatches
 from twotower.ranking.tower_ranker import TowerRanker
 from twotower.run import history_length, reread
-from twotower.serving.model_folder import Artifact, library_versions
+from twotower.serving.model_folder import SavedModel, library_versions
 from twotower.system.filesystem import write_text
 
 BLOCK = 2048
@@ -57,7 +57,7 @@ def numbers(logits: Tensor, targets: Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def measured(artifact: Artifact, split: Split, rows: int) -> dict[str, Any]:
+def measured(artifact: SavedModel, split: Split, rows: int) -> dict[str, Any]:
     """Measure on the test targets (one per query) and on `rows` training rows, the same for every model."""
     towers = artifact.towers.eval()
     length = history_length(artifact.config)
@@ -96,7 +96,7 @@ def main() -> None:
         if split is None:
             artifact, split = reread(run, asked.data)
         else:
-            artifact = Artifact.load(run / "model")
+            artifact = SavedModel.load(run / "model")
         found[run.name] = measured(artifact, split, asked.rows)
         print(run.name, json.dumps(found[run.name]), flush=True)
         stamp = {"versions": library_versions(), "date": datetime.now(UTC).isoformat(timespec="minutes")}

@@ -24,8 +24,8 @@ from rounds import how
 from torch import Tensor
 
 from twotower.data import Batch, Interactions
-from twotower.distributed.partition import Columns
-from twotower.distributed.row_exchange import Asked, ask, fetch_rows
+from twotower.distributed.partition import ColumnShard
+from twotower.distributed.row_exchange import RowRequest, fetch_rows, request_rows
 from twotower.system import tuning
 from twotower.towers import EmbeddingTable
 
@@ -37,7 +37,7 @@ class Fetching:
 
     def __init__(self) -> None:
         self.given = 0  # numbers to other ranks and to this one
-        self.kept: list[Asked] = []
+        self.kept: list[RowRequest] = []
         self.keeps = False
 
     def fetch(self, table: EmbeddingTable, codes: Tensor) -> None:
@@ -47,9 +47,9 @@ class Fetching:
         if self.kept and not self.keeps:
             asked = self.kept.pop(0)
         else:
-            asked = ask(table.part, codes)
+            asked = request_rows(table.part, codes)
             width = table.part.own.stop - table.part.own.start
-            self.given += len(asked.given) * (width if isinstance(table.part, Columns) else table.embedding_dim)
+            self.given += len(asked.given) * (width if isinstance(table.part, ColumnShard) else table.embedding_dim)
         if self.keeps:
             self.kept.append(asked)
         table.at_hand = fetch_rows(table.weight, table.part, asked)

@@ -32,7 +32,7 @@ from torch import nn
 
 from twotower.config.run import Config
 from twotower.data import Batch, Interactions, TrainingBatches
-from twotower.distributed.communicator import Ranks
+from twotower.distributed.communicator import Communicator
 from twotower.objectives.build import build_objective
 from twotower.system import hardware, tuning
 from twotower.towers import build_towers
@@ -67,7 +67,7 @@ class Training:
     def __init__(
         self,
         data: Interactions,
-        ranks: Ranks,
+        ranks: Communicator,
         args: argparse.Namespace,
         rule: str = "adam",
         layout: str = "replicated",
@@ -112,13 +112,13 @@ class Training:
         return float(loss.detach())
 
 
-def join(folder: str, rank: int, size: int) -> Ranks:
+def join(folder: str, rank: int, size: int) -> Communicator:
     """Join a group of ranks through a file store."""
     if size == 1:
-        return Ranks()
+        return Communicator()
     store = dist.FileStore(f"{folder}/store-{size}", size)  # type: ignore[attr-defined]  # missing in __all__
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
-    return Ranks.current()
+    return Communicator.current()
 
 
 def contend(place: int, folder: str, data: Interactions, args: argparse.Namespace, turn: Any, found: Any) -> None:
@@ -190,7 +190,7 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def workload(data: Interactions, size: int, rule: str, layout: str, args: argparse.Namespace) -> Workload:
-    """Describe the sizes of `Training` as a workload."""
+    """Describe the sizes of `TrainingProcess` as a workload."""
     return Workload(
         items=data.num_items,
         dimension=args.dimension,

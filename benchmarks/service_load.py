@@ -29,7 +29,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from twotower.serving.model_folder import Artifact, library_versions
+from twotower.serving.model_folder import SavedModel, library_versions
 
 LUA = """
 local ids = {%s}
@@ -220,7 +220,7 @@ def main() -> None:
     chosen = parser.parse_args()
     if shutil.which("wrk") is None:
         sys.exit("wrk is missing: apt-get install wrk")
-    artifact = Artifact.load(chosen.model)
+    artifact = SavedModel.load(chosen.model)
     found: dict[str, Any] = json.loads(chosen.json.read_text()) if chosen.json and chosen.json.exists() else {}
     found["about"] = {
         "catalog": {"queries": len(artifact.queries), "items": len(artifact.items), "k": 10},

@@ -25,7 +25,7 @@ import torch
 
 from twotower.config.run import Config
 from twotower.data.schema.vocabulary import Vocabulary
-from twotower.serving.model_folder import Artifact, library_versions
+from twotower.serving.model_folder import SavedModel, library_versions
 from twotower.serving.stored_index import build_stored_index
 from twotower.towers import build_towers
 
@@ -67,7 +67,7 @@ def model(folder: Path, items: int, dim: int) -> None:
     torch.manual_seed(SEED)
     towers = build_towers(config, num_queries=QUERIES, num_items=items).eval()
     rng = np.random.default_rng(SEED)
-    Artifact(
+    SavedModel(
         config=config,
         towers=towers,
         item_embeddings=towers.item_embeddings(),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from twotower.config.run import Config
 from twotower.data import Interactions
-from twotower.negatives import Pool, Request
+from twotower.negatives import DrawRequest, Pool
 from twotower.negatives.corrections import BySourceProbability, Correction, Probability, Sources
 from twotower.objectives import Objective, SampledSoftmax
 from twotower.objectives.build import build_objective
@@ -20,7 +20,7 @@ MIXED_BATCH, MIXED_UNIFORM = 129, 127
 class OwnSourceCount(Correction):
     """The correction log(n q_j^s), with n the draws of all sources and q^s the candidate's own source. Unbiased."""
 
-    def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: Request) -> Tensor:
+    def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: DrawRequest) -> Tensor:
         """Return log n + log q_j, with q of the source that drew the candidate."""
         total = sum(member.draws(request) for member in pool.random_sources())
         return BySourceProbability().log_count(pool, items, source, request) + math.log(total)
@@ -29,7 +29,7 @@ class OwnSourceCount(Correction):
 class PlainFrequency(Correction):
     """The correction log(n p_j) for a mixed pool without duplicates: one frequency for all sources."""
 
-    def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: Request) -> Tensor:
+    def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: DrawRequest) -> Tensor:
         """Return log n + log p_j, with p of the in-batch source."""
         total = sum(member.draws(request) for member in pool.random_sources())
         return Probability().log_count(pool, items, source, request) + math.log(total)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from twotower.comparison.statistics import Contest, compare, contest, measured
+from twotower.comparison.statistics import PairwiseTest, compare, contest, measured
 from twotower.evaluation import Row
 from twotower.evaluation.significance import bootstrap_interval, holm, paired_comparison
 
@@ -94,7 +94,7 @@ def test_a_lead_within_the_spread_over_seeds_is_not_significant():
 def test_the_verdict_needs_both_criteria():
     def verdict(**changes):
         values = {"difference": 0.1, "low": 0.05, "high": 0.15, "p_value": 0.01, "adjusted": 0.02, "effect_size": 1.0}
-        return Contest("x", **{**values, "seed_error": 0.01, "num_queries": 9, **changes}).verdict
+        return PairwiseTest("x", **{**values, "seed_error": 0.01, "num_queries": 9, **changes}).verdict
 
     assert verdict() == "ahead" and verdict(difference=-0.1) == "behind"
     assert verdict(adjusted=0.06) == verdict(seed_error=0.06) == verdict(adjusted=float("nan")) == "not told apart"

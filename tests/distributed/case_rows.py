@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from twotower.data import Batch, Interactions, SequenceBatches, TrainingBatches
-from twotower.distributed.communicator import Ranks
+from twotower.distributed.communicator import Communicator
 
 NUM_QUERIES, NUM_ITEMS, STEPS, LENGTH = 40, 60, 20, 5
 
@@ -29,7 +29,7 @@ def interactions() -> Interactions:
     return Interactions.from_frame(pl.DataFrame(columns))
 
 
-def batches(data: Interactions, ranks: Ranks, *, weighted: bool) -> Iterator[Batch]:
+def batches(data: Interactions, ranks: Communicator, *, weighted: bool) -> Iterator[Batch]:
     """Yield batches of 12 rows; then a smaller one, one not divisible by W, and one with rows only on rank 0."""
     source = TrainingBatches(data, 12, history_length=LENGTH, ranks=ranks)
     order = np.random.default_rng(1).permutation(len(data))
@@ -41,7 +41,7 @@ def batches(data: Interactions, ranks: Ranks, *, weighted: bool) -> Iterator[Bat
         yield batch if weighted else replace(batch, weights=None)
 
 
-def sequence_batches(data: Interactions, ranks: Ranks, *, weighted: bool) -> Iterator[Batch]:
+def sequence_batches(data: Interactions, ranks: Communicator, *, weighted: bool) -> Iterator[Batch]:
     """Yield batches of about seven windows; the last but one has a single window, so other ranks have no rows."""
     source = SequenceBatches(data, 40, history_length=LENGTH, ranks=ranks)
     for step in range(STEPS):

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from twotower.config.run import Config
 from twotower.data import KnownPositives
-from twotower.distributed.communicator import Ranks
-from twotower.distributed.partition import Columns, Rows
+from twotower.distributed.communicator import Communicator
+from twotower.distributed.partition import ColumnShard, RowShard
 from twotower.objectives.build import build_objective, needs_known_positives, reads_sequences
 from twotower.towers import EmbeddingTable, build_towers
 from twotower.training import TableOptimizer, batch_loss
@@ -212,7 +212,7 @@ class Trained:
     held: int = 0
 
 
-def train(case: Case, ranks: Ranks) -> Trained:
+def train(case: Case, ranks: Communicator) -> Trained:
     data = interactions()
     config = Config.load(
         None,
@@ -270,7 +270,7 @@ def train(case: Case, ranks: Ranks) -> Trained:
     return found
 
 
-def whole(tensors: dict[str, Tensor], towers: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
+def whole(tensors: dict[str, Tensor], towers: nn.Module, ranks: Communicator) -> dict[str, Tensor]:
     """Return tensors by name, with the parts of sharded tables combined."""
     parts = {
         f"towers.{name}.weight": module.part
@@ -279,8 +279,8 @@ def whole(tensors: dict[str, Tensor], towers: nn.Module, ranks: Ranks) -> dict[s
     }
     found = dict(tensors)
     for name, value in tensors.items():
-        if isinstance(parts.get(name), Rows):
+        if isinstance(parts.get(name), RowShard):
             found[name] = ranks.gather(value)
-        if isinstance(parts.get(name), Columns):
+        if isinstance(parts.get(name), ColumnShard):
             found[name] = ranks.gather(value.T).T
     return found

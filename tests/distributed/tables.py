@@ -18,17 +18,17 @@ import twotower.distributed.communicator
 from twotower import evaluation
 from twotower.config.run import Config
 from twotower.data import Split, leave_last_out
-from twotower.distributed.communicator import Ranks
-from twotower.distributed.partition import Columns, Part, Rows, placed_tables
-from twotower.distributed.row_exchange import hand_back
+from twotower.distributed.communicator import Communicator
+from twotower.distributed.partition import ColumnShard, RowShard, TableShard, placed_tables
+from twotower.distributed.row_exchange import scatter_gradients
 from twotower.distributed.row_files import write_folder
 from twotower.errors import InputError
-from twotower.negatives import Mined
+from twotower.negatives import HardNegatives
 from twotower.objectives.build import build_objective
 from twotower.ranking.distributed import ShardedRanker, own_item_embeddings
 from twotower.ranking.tower_ranker import TowerRanker
-from twotower.run.mining import miner
-from twotower.serving import Artifact
+from twotower.run.mining import refresh_hard_negatives
+from twotower.serving import SavedModel
 from twotower.towers import TwoTower, build_towers
 from twotower.training import TableOptimizer
 from twotower.training.checkpoint import io as checkpoint_io
@@ -56,18 +56,18 @@ def split() -> Split:
     return leave_last_out(cases.interactions())
 
 
-def parts(ranks: Ranks, placement: str) -> dict[str, Part]:
+def parts(ranks: Communicator, placement: str) -> dict[str, TableShard]:
     """Return a rank's parts of the tables; a single process has whole tables."""
     items, queries = cases.NUM_ITEMS, cases.NUM_QUERIES
-    made: dict[str, dict[str, Part]] = {
-        "row-wise": {"item": Rows(ranks, items), "query": Rows(ranks, queries)},
-        "column-wise": {"item": Columns(ranks, items, 8), "query": Columns(ranks, queries, 8)},
-        "by table": {"item": Rows(ranks, items, ranks.size - 1), "query": Columns(ranks, queries, 8)},
+    made: dict[str, dict[str, TableShard]] = {
+        "row-wise": {"item": RowShard(ranks, items), "query": RowShard(ranks, queries)},
+        "column-wise": {"item": ColumnShard(ranks, items, 8), "query": ColumnShard(ranks, queries, 8)},
+        "by table": {"item": RowShard(ranks, items, ranks.size - 1), "query": ColumnShard(ranks, queries, 8)},
     }
     return made[placement] if ranks.size > 1 else {}
 
 
-def model(ranks: Ranks, placement: str = "row-wise", seed: int = 5) -> TwoTower:
+def model(ranks: Communicator, placement: str = "row-wise", seed: int = 5) -> TwoTower:
     """Build towers with the same weights for every placement of tables."""
     torch.manual_seed(seed)
     with placed_tables(parts(ranks, placement)):
@@ -118,9 +118,9 @@ def with_ties(towers: TwoTower) -> TwoTower:
     return towers
 
 
-def artifact(towers: TwoTower, item_embeddings: Tensor) -> Artifact:
+def artifact(towers: TwoTower, item_embeddings: Tensor) -> SavedModel:
     data = cases.interactions()
-    return Artifact(
+    return SavedModel(
         config=CONFIG,
         towers=towers,
         item_embeddings=item_embeddings,
@@ -133,7 +133,7 @@ def artifact(towers: TwoTower, item_embeddings: Tensor) -> Artifact:
     )
 
 
-def work(ranks: Ranks, out: Path) -> None:
+def work(ranks: Communicator, out: Path) -> None:
     """Run one rank of two or three; three ranks read what two have written, and the other way round."""
     for rule in ("adam", "rowwise-adagrad"):
         for placement in PLACEMENTS:
@@ -147,12 +147,12 @@ def work(ranks: Ranks, out: Path) -> None:
         towers, end = with_ties(model(ranks, placement)), f"{placement}.{ranks.size}"
         torch.save(searched(ShardedRanker(towers, cases.LENGTH, ranks)), out / f"searched.{end}.{ranks.rank}.pt")
         torch.save(mined(towers), out / f"mined.{end}.{ranks.rank}.pt")
-        own = own_item_embeddings(towers, Rows(ranks, cases.NUM_ITEMS))
+        own = own_item_embeddings(towers, RowShard(ranks, cases.NUM_ITEMS))
         artifact(towers, own).save(out / f"model.{end}", ranks)
     fail_together(ranks, out / f"folder-{ranks.size}")
 
 
-def save(ranks: Ranks, rule: str, placement: str, out: Path) -> None:
+def save(ranks: Communicator, rule: str, placement: str, out: Path) -> None:
     towers = model(ranks, placement)
     made = optimizer(towers, rule)
     kept = checkpoint(towers, made)
@@ -164,7 +164,7 @@ def save(ranks: Ranks, rule: str, placement: str, out: Path) -> None:
         saved_beside(ranks, towers, made, out / f"beside.{rule}.{ranks.size}.ckpt")
 
 
-def read(ranks: Ranks, rule: str, placement: str, path: Path) -> None:
+def read(ranks: Communicator, rule: str, placement: str, path: Path) -> None:
     """Load a rank's parts from a checkpoint of two ranks, and from a state that was saved whole."""
     towers = model(ranks, placement)
     made = optimizer(towers, rule)
@@ -174,7 +174,7 @@ def read(ranks: Ranks, rule: str, placement: str, path: Path) -> None:
     assert found.keys() == expected.keys()
     assert all(is_same(found[name], value) for name, value in expected.items()), (path, placement)
     assert io.load_weights(path).keys() == towers.state_dict().keys()
-    alone = model(Ranks())
+    alone = model(Communicator())
     whole = optimizer(alone, rule).state_dict()
     cut_optimizer_state(whole, made, towers)
     made.load_state_dict(whole)
@@ -183,7 +183,7 @@ def read(ranks: Ranks, rule: str, placement: str, path: Path) -> None:
     assert all(is_same(again[name], value) for name, value in expected.items()), (rule, placement)
 
 
-def moved(towers: TwoTower, ranks: Ranks) -> dict[str, int]:
+def moved(towers: TwoTower, ranks: Communicator) -> dict[str, int]:
     """Return the larger of bytes sent and received by this rank, when each rank looks up every item."""
     table, numbers = towers.item_tower.ids, {"rows": 0, "gradients": 0}
     swap, gather = dist.all_to_all_single, twotower.ranks._all_gather
@@ -203,7 +203,7 @@ def moved(towers: TwoTower, ranks: Ranks) -> dict[str, int]:
     table.fetch(torch.arange(cases.NUM_ITEMS))
     assert table.at_hand is not None and table.part is not None
     what = "gradients"
-    hand_back(table.at_hand, table.part)
+    scatter_gradients(table.at_hand, table.part)
     table.release()
     dist.all_to_all_single, twotower.ranks._all_gather = swap, gather
     return numbers
@@ -214,7 +214,7 @@ def is_same(found: Tensor, expected: Tensor) -> bool:
     return found.shape == expected.shape and torch.allclose(found, expected, rtol=0, atol=1e-7)
 
 
-def saved_beside(ranks: Ranks, towers: TwoTower, made: TableOptimizer, path: Path) -> None:
+def saved_beside(ranks: Communicator, towers: TwoTower, made: TableOptimizer, path: Path) -> None:
     """Write in the background while weights and state change and ranks exchange; then one rank fails to write."""
     io = SafeCheckpointIO(ranks, parts(ranks, PLACEMENTS[0]), in_background=True, timeout=60)
     before = {name: value.clone() for name, value in tensors(checkpoint(towers, made)).items()}
@@ -261,7 +261,7 @@ def saved_beside(ranks: Ranks, towers: TwoTower, made: TableOptimizer, path: Pat
             value.copy_(before[name])
 
 
-def fail_together(ranks: Ranks, target: Path) -> None:
+def fail_together(ranks: Communicator, target: Path) -> None:
     """Let the last rank fail to write: every rank raises, and no file appears."""
     target.mkdir(exist_ok=True)
     (target / "older").write_text("stays")
@@ -286,12 +286,12 @@ def fail_together(ranks: Ranks, target: Path) -> None:
 def mined(towers: TwoTower) -> Tensor:
     """Mine the hard negatives of all queries, int32 [Q, 5]; queries with many items have few left."""
     objective = build_objective(MINED, cases.interactions())
-    refresh = miner(objective, cases.interactions(), cases.LENGTH)
+    refresh = refresh_hard_negatives(objective, cases.interactions(), cases.LENGTH)
     assert refresh is not None
     refresh(towers)
-    (source,) = (one for one in objective.pool.members() if isinstance(one, Mined))
+    (source,) = (one for one in objective.pool.members() if isinstance(one, HardNegatives))
     return source.items
 
 
 def ranked_alone() -> dict[str, Any]:
-    return searched(TowerRanker(with_ties(model(Ranks())), cases.LENGTH))
+    return searched(TowerRanker(with_ties(model(Communicator())), cases.LENGTH))

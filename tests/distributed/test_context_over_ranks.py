@@ -21,7 +21,7 @@ from starting import run_ranks, start
 
 from twotower.config.run import Config
 from twotower.data import Interactions, SequenceBatches, TrainingBatches, leave_last_out
-from twotower.distributed.communicator import Ranks
+from twotower.distributed.communicator import Communicator
 from twotower.features.from_config import encode_context, encode_features
 from twotower.objectives.build import build_objective, reads_sequences
 from twotower.ranking.distributed import ShardedRanker, over_ranks
@@ -154,7 +154,7 @@ def of_ranks(tmp_path_factory):
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_two_ranks_equal_one_process(of_ranks, name):
-    alone = work(CASES[name], Ranks())
+    alone = work(CASES[name], Communicator())
     gradients = alone["gradients of step 9"]
     of_context = [key for key in gradients if ".context." in key]
     assert len(of_context) == 2, "device and tags each have a table"
@@ -175,7 +175,7 @@ def test_every_query_is_ranked_in_its_own_context(of_ranks):
 
 def work_on_all(out):
     for name, case in CASES.items():
-        torch.save(work(case, Ranks.current()), out / f"{name}.{dist.get_rank()}.pt")
+        torch.save(work(case, Communicator.current()), out / f"{name}.{dist.get_rank()}.pt")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from twotower.data import TrainingBatches
 from twotower.distributed import launch
 from twotower.distributed import launch as team_module
-from twotower.distributed.communicator import Ranks
-from twotower.distributed.launch import BEGUN, Launch, Team, called_together
+from twotower.distributed.communicator import Communicator
+from twotower.distributed.launch import BEGUN, Coordinator, Launch, called_together
 from twotower.errors import InputError, RankLost
 
 
@@ -30,7 +30,8 @@ def together(store, work):
     """Run `work(team)` on three ranks, threads of this process; return the results."""
     gave = [None] * 3
     threads = [
-        threading.Thread(target=lambda r=rank: gave.__setitem__(r, work(Team(Ranks(r, 3), store)))) for rank in range(3)
+        threading.Thread(target=lambda r=rank: gave.__setitem__(r, work(Coordinator(Communicator(r, 3), store))))
+        for rank in range(3)
     ]
     for thread in threads:
         thread.start()
@@ -110,9 +111,9 @@ def test_an_attempt_resumes_if_an_earlier_one_has_begun(store, clock):
 
     assert not goes_on((0, 0, 0))
     assert not goes_on((1, 0, 1)), "the earlier attempt was refused or died too early: the run folder is not its own"
-    Team(Ranks(1, 3), store, attempts=store).begins()
+    Coordinator(Communicator(1, 3), store, attempts=store).begins()
     assert not store.check([BEGUN]), "only rank 0 records it"
-    Team(Ranks(0, 3), store, attempts=store).begins()
+    Coordinator(Communicator(0, 3), store, attempts=store).begins()
     assert goes_on((0, 0, 0)), "a machine whose own processes never died counts no restart"
 
 
@@ -170,7 +171,7 @@ def test_a_busy_rank_is_awaited_and_a_silent_one_is_not(store):
 
     def work(silent):
         def wait(team):
-            team = Team(team.ranks, team.store, patience=1.0)
+            team = Coordinator(team.ranks, team.store, patience=1.0)
             with contextlib.ExitStack() as stack:
                 if team.ranks.rank != silent:
                     stack.enter_context(team.living())
@@ -193,7 +194,7 @@ def test_a_suspended_process_gives_the_others_time_to_send_heartbeats(store, mon
     hours = [0.0]
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + hours[0], sleep=time.sleep)
     monkeypatch.setattr(team_module, "time", clock)
-    first, other = (Team(Ranks(rank, 2), store, patience=60.0) for rank in range(2))
+    first, other = (Coordinator(Communicator(rank, 2), store, patience=60.0) for rank in range(2))
     said = []
     waiting = threading.Thread(target=lambda: said.append(lost(other, lambda t: t._wait_for(["data"]))))
     waiting.start()
@@ -224,8 +225,8 @@ def test_all_ranks_work_at_the_same_time_and_wait_for_each_other(store):
 
 def test_every_rank_gets_the_value_of_rank_0(store):
     assert together(store, lambda team: team.said_by_first("files", f"rank {team.ranks.rank}")) == ["rank 0"] * 3
-    assert Team(Ranks()).said_by_first("files", "mine") == "mine"
-    assert Team(Ranks()).all_at_once(lambda: 5, "data") == 5
+    assert Coordinator(Communicator()).said_by_first("files", "mine") == "mine"
+    assert Coordinator(Communicator()).all_at_once(lambda: 5, "data") == 5
 
 
 def test_a_folder_that_not_all_ranks_share_is_refused_on_every_rank(store, tmp_path):
@@ -248,7 +249,7 @@ def test_a_folder_that_not_all_ranks_share_is_refused_on_every_rank(store, tmp_p
     )
     assert together(dist.PrefixStore("again", store), work(2)) == [f"{places[rank == 2]}: {said}" for rank in range(3)]
     assert not any(list(place.iterdir()) for place in places), "no mark file remains"
-    Team(Ranks()).require_shared(tmp_path / "nowhere")
+    Coordinator(Communicator()).require_shared(tmp_path / "nowhere")
 
 
 class Watched(np.ndarray):
@@ -272,12 +273,14 @@ def test_a_rank_reads_only_its_own_rows_of_the_prepared_data(planted_data):
         watched.read = set()
         planted_data.item_codes = watched
         try:
-            batches = list(TrainingBatches(planted_data, 64, history_length=2, seed=3, ranks=Ranks(rank, 2)))
+            batches = list(TrainingBatches(planted_data, 64, history_length=2, seed=3, ranks=Communicator(rank, 2)))
         finally:
             planted_data.item_codes = codes
         own = set()
         for batch, all_rows in zip(batches, whole, strict=True):
-            assert batch.rows.tolist() == all_rows.rows.tolist()[Ranks(rank, 2).part(64)], "same order as one process"
+            assert batch.rows.tolist() == all_rows.rows.tolist()[Communicator(rank, 2).part(64)], (
+                "same order as one process"
+            )
             own |= set(batch.rows.tolist())
         histories = {max(row - back, 0) for row in own for back in (1, 2)}
         assert own <= watched.read <= own | histories

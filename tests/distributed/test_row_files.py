@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file, save_model
 from torch import nn
 
-from twotower.distributed.communicator import Ranks
-from twotower.distributed.partition import Columns, Rows
+from twotower.distributed.communicator import Communicator
+from twotower.distributed.partition import ColumnShard, RowShard
 from twotower.distributed.row_files import joined, stored_tensors
 from twotower.errors import InputError
 from twotower.incremental.warm_start import continue_optimizer, grown_rows
@@ -94,8 +94,8 @@ def test_parts_of_a_grown_table_form_the_whole_and_read_no_other_rows(tmp_path, 
     assert torch.equal(whole, expected) and not torch.equal(whole, fresh)
     to = torch.cat([new_codes, torch.tensor([total - 1])])
     for rank in range(size):
-        ranks = Ranks(rank, size)
-        for part in (Rows(ranks, total), Rows(ranks, total, 1), Columns(ranks, total, 3)):
+        ranks = Communicator(rank, size)
+        for part in (RowShard(ranks, total), RowShard(ranks, total, 1), ColumnShard(ranks, total, 3)):
             rows, columns = part.place(3)
             own, asked = fresh[rows, columns].clone(), Asked(stored)
             grown_rows(own, asked, new_codes, part)
@@ -111,8 +111,8 @@ def test_the_optimizer_state_of_a_part_is_transferred(rule):
     group = {"params": [0], "rule": rule}
     saved = {"param_groups": [group], "state": {0: {"step": torch.tensor(7.0), **states}}}
     for rank in range(3):
-        ranks = Ranks(rank, 3)
-        for part in (None, Rows(ranks, total), Rows(ranks, total, 1), Columns(ranks, total, width)):
+        ranks = Communicator(rank, 3)
+        for part in (None, RowShard(ranks, total), RowShard(ranks, total, 1), ColumnShard(ranks, total, width)):
             rows, columns = (slice(None), slice(None)) if part is None else part.place(width)
             parameter = nn.Parameter(torch.zeros(total, width)[rows, columns].clone())
             optimizer = TableOptimizer([{"params": [parameter], "rule": rule}], lr=0.1)

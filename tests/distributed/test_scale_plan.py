@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from twotower.cli.main import app
 from twotower.data import Batch, Interactions
-from twotower.distributed.communicator import Ranks
+from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
 from twotower.objectives.build import build_objective
 from twotower.towers import build_towers
@@ -88,7 +88,7 @@ def test_exchanges_match_the_code(monkeypatch, size):
     for module in towers.modules():
         if isinstance(module, torch.nn.Embedding):
             module.sparse = True
-    goal, ranks = build_objective(config, data).train(), Ranks(0, size)
+    goal, ranks = build_objective(config, data).train(), Communicator(0, size)
     positives, histories = torch.arange(24), torch.arange(24, 24 + 24 * 5).view(24, 5)
     own = slice(0, 24 // size)
     numbers = torch.arange(24)[own]
@@ -143,7 +143,7 @@ def test_tables_of_a_rank_match_the_plan(monkeypatch, layout, rule):
     changes = [f"training.table_placement={layout}", f"training.table_optimizer={rule}", "item_tower.dimension=8"]
     config = cases.Config.load(None, [*changes, "query_tower.id_embedding=true"])
     for rank in range(4):
-        with place_tables(config, data, Ranks(rank, 4)).applied():
+        with place_tables(config, data, Communicator(rank, 4)).applied():
             towers = build_towers(config, num_queries=data.num_queries, num_items=data.num_items)
         tables = [m.weight for m in towers.modules() if isinstance(m, torch.nn.Embedding)]
         state = [fresh_state(table, rule) for table in tables]

@@ -12,12 +12,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cases
 import tables
 
-from twotower.distributed.communicator import Ranks
-from twotower.distributed.partition import BLOCK, Columns, Rows, fill_normal, placed_tables
+from twotower.distributed.communicator import Communicator
+from twotower.distributed.partition import BLOCK, ColumnShard, RowShard, fill_normal, placed_tables
 from twotower.errors import InputError
 from twotower.index import ExactIndex
 from twotower.index.ties import merge_best
-from twotower.serving import Artifact
+from twotower.serving import SavedModel
 from twotower.system import hardware
 from twotower.towers import EmbeddingTable
 from twotower.training.checkpoint.io import SafeCheckpointIO
@@ -34,8 +34,8 @@ def test_parts_of_a_table_are_initialized_as_the_whole(rows, width):
     after = torch.rand(2)
     for size in (2, 3, 7):
         for rank in range(size):
-            ranks = Ranks(rank, size)
-            for part in (Rows(ranks, rows), Columns(ranks, rows, width), Rows(ranks, rows, size - 1)):
+            ranks = Communicator(rank, size)
+            for part in (RowShard(ranks, rows), ColumnShard(ranks, rows, width), RowShard(ranks, rows, size - 1)):
                 expected = whole[part.place(width)]
                 torch.manual_seed(2)
                 own = torch.full(expected.shape, torch.nan)
@@ -48,19 +48,19 @@ def test_parts_cover_the_whole_once():
     for rows in (0, 1, 2, 4, 7, 100):
         for size in (2, 3, 5):
             for made in (
-                lambda ranks, n=rows: Rows(ranks, n),
-                lambda ranks, n=rows: Columns(ranks, n, 7),
-                lambda ranks, n=rows: Rows(ranks, n, 1),
+                lambda ranks, n=rows: RowShard(ranks, n),
+                lambda ranks, n=rows: ColumnShard(ranks, n, 7),
+                lambda ranks, n=rows: RowShard(ranks, n, 1),
             ):
                 held = torch.zeros(rows, 7)
                 for rank in range(size):
-                    held[made(Ranks(rank, size)).place(7)] += 1
+                    held[made(Communicator(rank, size)).place(7)] += 1
                 assert bool((held == 1).all())
 
 
 def test_looking_up_a_row_that_was_not_fetched_is_an_error():
-    ranks = Ranks(1, 2)
-    with placed_tables({"item": Rows(ranks, 10), "query": Columns(ranks, 10, 4)}):
+    ranks = Communicator(1, 2)
+    with placed_tables({"item": RowShard(ranks, 10), "query": ColumnShard(ranks, 10, 4)}):
         table, whole = EmbeddingTable(10, 4, name="item"), EmbeddingTable(10, 4)
         columns = EmbeddingTable(10, 4, name="query")
         with pytest.raises(ValueError, match="placed with 10 rows, made with 11"):
@@ -81,7 +81,7 @@ def test_looking_up_a_row_that_was_not_fetched_is_an_error():
 @pytest.mark.parametrize("rule", ["adam", "rowwise-adagrad"])
 @pytest.mark.parametrize("size", [2, 3])
 def test_one_process_reads_a_checkpoint_of_several(done_by_ranks, rule, placement, size):
-    towers = tables.model(Ranks())
+    towers = tables.model(Communicator())
     expected = tables.tensors(tables.checkpoint(towers, tables.optimizer(towers, rule)))
     kept = done_by_ranks / f"{rule}.{placement}.{size}.ckpt"
     found = tables.tensors(SafeCheckpointIO().load_checkpoint(kept))
@@ -119,7 +119,7 @@ def test_a_sharded_search_equals_that_of_one_process(done_by_ranks, size, placem
 @pytest.mark.parametrize("placement", tables.PLACEMENTS)
 @pytest.mark.parametrize("size", [2, 3])
 def test_negatives_mined_by_ranks_equal_those_of_one_process(done_by_ranks, size, placement):
-    expected = tables.mined(tables.with_ties(tables.model(Ranks())))
+    expected = tables.mined(tables.with_ties(tables.model(Communicator())))
     assert bool((expected >= 0).all())
     for rank in range(size):
         assert torch.equal(torch.load(done_by_ranks / f"mined.{placement}.{size}.{rank}.pt"), expected)
@@ -140,7 +140,7 @@ def test_merging_equals_one_index(rng=0):
 @pytest.mark.parametrize("placement", tables.PLACEMENTS)
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_model_written_in_parts_equals_that_of_one_process(done_by_ranks, tmp_path, size, placement):
-    towers = tables.with_ties(tables.model(Ranks()))
+    towers = tables.with_ties(tables.model(Communicator()))
     alone = tables.artifact(towers, towers.item_embeddings())
     alone.save(tmp_path / "alone")
     written = done_by_ranks / f"model.{placement}.{size}"
@@ -149,7 +149,7 @@ def test_a_model_written_in_parts_equals_that_of_one_process(done_by_ranks, tmp_
         assert found.keys() == expected.keys()
         for key, value in expected.items():
             torch.testing.assert_close(found[key], value, rtol=0, atol=1e-6 if key == "embeddings" else 0)
-    read = Artifact.load(written)  # including checksums
+    read = SavedModel.load(written)  # including checksums
     for name, value in towers.state_dict().items():
         assert torch.equal(read.towers.state_dict()[name], value), name
 
@@ -164,7 +164,7 @@ def placed(monkeypatch):
     data = cases.interactions()
 
     def place(available, *changes, size=1):
-        ranks = Ranks(0, size)
+        ranks = Communicator(0, size)
         monkeypatch.setattr(hardware, "memory", lambda processes=1: hardware.Memory(None, available, None, None, None))
         monkeypatch.setattr("twotower.training.placement.least_of_all", lambda found, ranks: found)
         monkeypatch.setattr("twotower.training.placement.SHARED_ABOVE", 50 * 8 * 4 * 3)
@@ -176,7 +176,9 @@ def placed(monkeypatch):
 
 def test_sharding_is_decided_by_size(placed):
     each = (cases.NUM_ITEMS + cases.NUM_QUERIES) * 8 * 4 * 3  # Adam
-    assert placed(each, size=2).parts == {"item": Rows(Ranks(0, 2), cases.NUM_ITEMS)}  # whole tables would fill it
+    assert placed(each, size=2).parts == {
+        "item": RowShard(Communicator(0, 2), cases.NUM_ITEMS)
+    }  # whole tables would fill it
     for available, words in ((3 * each, ()), (None, ()), (3 * each, (placed_as("row-wise"),))):
         size = 1 if words else 2  # a single process has whole tables
         assert placed(available, *words, size=size).parts == {}
@@ -195,16 +197,16 @@ def test_sharding_is_decided_by_size(placed):
 
 
 def test_the_settings_place_each_table(placed):
-    ranks, items, queries = Ranks(0, 2), cases.NUM_ITEMS, cases.NUM_QUERIES
+    ranks, items, queries = Communicator(0, 2), cases.NUM_ITEMS, cases.NUM_QUERIES
     everything = {"item": items, "history": items, "query": queries}
     own = cases.OWN_HISTORY
     found = placed(None, own, placed_as("column-wise"), size=2).parts
-    assert found == {name: Columns(ranks, rows, 8) for name, rows in everything.items()}
+    assert found == {name: ColumnShard(ranks, rows, 8) for name, rows in everything.items()}
     found = placed(None, own, placed_as("table-wise"), size=2).parts
     # Largest first, to the emptiest rank: history, item, then query with one of them.
-    assert found == {name: Rows(ranks, rows, int(name == "item")) for name, rows in everything.items()}
+    assert found == {name: RowShard(ranks, rows, int(name == "item")) for name, rows in everything.items()}
     found = placed(None, own, placed_as("{item: row-wise, query: table-wise}"), size=2).parts
-    assert found == {"item": Rows(ranks, items), "query": Rows(ranks, queries, 0)}
+    assert found == {"item": RowShard(ranks, items), "query": RowShard(ranks, queries, 0)}
     with pytest.raises(InputError, match=r"no table 'items'; this model's id tables: item, query$"):
         placed(None, placed_as("{items: row-wise}"), size=2)
     with pytest.raises(InputError, match=r"table_placement.*'by-row'"):

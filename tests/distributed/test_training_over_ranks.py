@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import cases
 
-from twotower.distributed.communicator import Ranks, comes_from_exchange
+from twotower.distributed.communicator import Communicator, comes_from_exchange
 from twotower.errors import RankLost
 
 pytestmark = pytest.mark.timeout(1000)  # a busy machine
@@ -30,7 +30,7 @@ def of_ranks(done_by_ranks):
 
 @cache
 def trained_alone(name):
-    return cases.train(cases.CASES[name], Ranks())
+    return cases.train(cases.CASES[name], Communicator())
 
 
 def assert_same(found, expected, what):
@@ -96,25 +96,25 @@ def share(count, size, rank):
 def test_shares_cover_everything_once():
     for size in (1, 2, 3, 7):
         for total in (0, 1, 5, 14, 100):
-            parts = [Ranks(rank, size).part(total) for rank in range(size)]
+            parts = [Communicator(rank, size).part(total) for rank in range(size)]
             assert [i for part in parts for i in range(part.start, part.stop)] == list(range(total))
-            assert max(Ranks(0, size).shares(total)) - min(Ranks(0, size).shares(total)) <= 1
+            assert max(Communicator(0, size).shares(total)) - min(Communicator(0, size).shares(total)) <= 1
 
 
 def test_a_single_process_exchanges_nothing():
-    alone, rows = Ranks(), torch.arange(6.0).reshape(3, 2).requires_grad_()
+    alone, rows = Communicator(), torch.arange(6.0).reshape(3, 2).requires_grad_()
     assert alone.gather_with_gradient(rows) is rows
     assert alone.gather(rows) is rows
     assert alone.sizes(4) == [4]
     assert torch.equal(alone.sum(rows), rows)
     assert not alone.agree(False)
-    assert Ranks.current() == alone
+    assert Communicator.current() == alone
 
 
 def test_a_failed_exchange_is_a_lost_rank():
     closed = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553]\n Connection closed by peer")
     message = r"rank 1 of 3: another rank is gone.*--max-restarts.*Connection closed"
-    with pytest.raises(RankLost, match=message), Ranks(1, 3).exchange():
+    with pytest.raises(RankLost, match=message), Communicator(1, 3).exchange():
         raise closed
     assert comes_from_exchange(closed)
     assert comes_from_exchange(RuntimeError("NCCL communicator was aborted on rank 1"))

@@ -12,7 +12,7 @@ import cases
 import tables
 from starting import run_ranks
 
-from twotower.distributed.communicator import Ranks
+from twotower.distributed.communicator import Communicator
 
 RANKS = 3
 
@@ -21,11 +21,11 @@ def work(out: Path) -> None:
     rank, groups = dist.get_rank(), {2: dist.new_group([0, 1]), 3: None}
     for name, case in cases.CASES.items():
         if rank < case.size:
-            found = cases.train(case, Ranks.current(groups[case.size]))
+            found = cases.train(case, Communicator.current(groups[case.size]))
             torch.save(vars(found), out / f"{name}.{rank}.pt")
     for size, group in groups.items():
         if rank < size:
-            tables.work(Ranks.current(group), out)
+            tables.work(Communicator.current(group), out)
 
 
 if __name__ == "__main__":

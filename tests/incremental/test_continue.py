@@ -15,9 +15,9 @@ import twotower as tt
 from twotower.config.run import Config
 from twotower.data import Holdout, Interactions, TrainingBatches
 from twotower.errors import InputError, Interrupted
-from twotower.incremental import Parent
+from twotower.incremental import ParentModel
 from twotower.incremental.warm_start import (
-    Maps,
+    CodeMaps,
     carry_on,
     continue_streaming,
     grow,
@@ -136,7 +136,7 @@ def child(parent, days):
 def grown_towers(parent, days):
     """Return the parent's towers with more rows, before any training."""
     _, folder, _ = parent
-    known = Parent.load(folder)
+    known = ParentModel.load(folder)
     growth = grown_features(known, days)
     trained = torch.from_numpy(days.train.item_counts() > 0)
     towers = build_towers(
@@ -274,7 +274,7 @@ def test_items_removed_from_the_catalog_are_withdrawn(parent, days):
     kind, folder, _ = parent
     if kind != "default":
         pytest.skip("one kind is enough")
-    known = Parent.load(folder)
+    known = ParentModel.load(folder)
     assert known.removed is None
     removed = replace(known, removed=pl.Series("id", [5]))
     new = interactions(NEW, 0, ITEMS, (0, QUERIES))
@@ -344,7 +344,7 @@ class Odd(nn.Module):
 def test_tables_of_any_tower_are_found_and_grow():
     assert named_tables(Odd, 5, 5) == {"people.weight": "queries", "input.weight": "items", "output.weight": "items"}
     old, new = Odd(5, 5), Odd(6, 6)
-    maps = Maps(torch.tensor([0, 1, 3, 4, 5]), torch.tensor([1, 0, -1, 5, 2]))
+    maps = CodeMaps(torch.tensor([0, 1, 3, 4, 5]), torch.tensor([1, 0, -1, 5, 2]))
     before = {name: value.clone() for name, value in new.state_dict().items()}
     grow(new, old.state_dict(), row_maps(new, named_tables(Odd, 6, 6), maps))
     assert torch.equal(new.input.weight[[1, 0, 5, 2, 6]], old.input.weight[[0, 1, 3, 4, 5]])  # 6 and 5: padding

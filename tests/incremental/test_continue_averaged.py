@@ -10,7 +10,7 @@ import torch
 import twotower as tt
 from twotower.config.run import Config
 from twotower.data import Interactions
-from twotower.incremental import Parent
+from twotower.incremental import ParentModel
 from twotower.incremental.warm_start import carry_on, grown_features
 from twotower.objectives.build import build_objective
 from twotower.towers import build_towers
@@ -48,7 +48,7 @@ def days(folder):
 
 def continued(folder, days, *changes):
     """Return the messages, the optimizer's callback, and the inherited objective and towers."""
-    parent, config = Parent.load(folder), Config.load(None, [*SETTINGS, *changes]).resolved(len(days.train))
+    parent, config = ParentModel.load(folder), Config.load(None, [*SETTINGS, *changes]).resolved(len(days.train))
     messages = []
     growth = grown_features(parent, days)
     towers = build_towers(config, num_queries=days.train.num_queries, num_items=days.train.num_items)

@@ -14,7 +14,7 @@ import twotower as tt
 from twotower.config.run import Config
 from twotower.data import Interactions
 from twotower.features.requests import EncodedContext
-from twotower.incremental import Parent
+from twotower.incremental import ParentModel
 from twotower.incremental.warm_start import carry_on, grown_features
 from twotower.objectives.build import build_objective
 from twotower.serving import Retriever
@@ -82,7 +82,7 @@ def folder(model, request, tmp_path):
 
 
 def test_one_more_value_changes_no_vector(model, folder):
-    parent, split = Parent.load(folder), tt.continue_with(folder, days(1_700_000_000, VALUES + 1, 1), SETTINGS)
+    parent, split = ParentModel.load(folder), tt.continue_with(folder, days(1_700_000_000, VALUES + 1, 1), SETTINGS)
     growth = grown_features(parent, split)
     sizes = {side: [one.size for one in table.features.encoders] for side, table in growth.features.items()}
     assert sizes == {"item": [10, 10, 10, 5], "context": [10, 10]}

@@ -10,7 +10,7 @@ from twotower.data.schema.vocabulary import Vocabulary
 from twotower.errors import InputError
 from twotower.features.feature_set import EncodedTable
 from twotower.incremental.features import grown
-from twotower.incremental.split import Past, continued
+from twotower.incremental.split import PastData, continued
 from twotower.incremental.vocabularies import joined_table
 
 DAY = 86_400
@@ -39,7 +39,7 @@ def past_of(frame, *, learnt=0.8, items=None):
     """Make the past of a model that was trained on the first rows of every query."""
     data = Interactions.from_frame(frame, items=items)
     sizes = np.diff(data.offsets)
-    return Past(
+    return PastData(
         data.queries, data.items, data.offsets, data.item_codes, np.floor(learnt * sizes).astype(np.int64),
         {"timestamps": data.timestamps}, item_table=data.item_table, fingerprint="old", last=int(data.timestamps.max()),
     )  # fmt: skip

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from twotower.index import ExactIndex, tie_order
-from twotower.index.bf16_screen import Screen
+from twotower.index.bf16_screen import Bf16Screen
 
 
 def laid_out(items):
     order = tie_order(len(items))
-    return Screen(items[order], order), order
+    return Bf16Screen(items[order], order), order
 
 
 def brute_force(screen, queries, order, k, excluded):
@@ -61,7 +61,7 @@ def test_without_its_margin_the_screen_would_lose_items(monkeypatch):
     screen, order = laid_out(items)
     expected = brute_force(screen, queries, order, 50, [set()] * 8)
     assert screen.search(queries, 50)[1].tolist() == expected
-    monkeypatch.setattr(Screen, "margin", lambda self, queries: torch.zeros(len(queries), 1))
+    monkeypatch.setattr(Bf16Screen, "margin", lambda self, queries: torch.zeros(len(queries), 1))
     assert screen.search(queries, 50)[1].tolist() != expected
 
 

@@ -16,8 +16,8 @@ from twotower.negatives import (
     CountedFrequency,
     CrossBatchMemory,
     FrequencyPower,
+    HardNegatives,
     InBatch,
-    Mined,
     Pool,
     Sampled,
     StreamingFrequency,
@@ -26,7 +26,7 @@ from twotower.negatives import (
 )
 from twotower.objectives import Embedded, RefinedLogQ, SampledSoftmax
 from twotower.objectives.build import build_objective, build_pool
-from twotower.run.mining import miner
+from twotower.run.mining import refresh_hard_negatives
 from twotower.towers.build import build_towers
 from twotower.training.checkpoint.io import SafeCheckpointIO
 
@@ -229,8 +229,8 @@ def test_hard_negatives_are_mined_on_raw_scores(train):
     )
     objective = build_objective(config, train)
     towers = build_towers(config, num_queries=train.num_queries, num_items=train.num_items).eval()
-    miner(objective, train, 0)(towers)
-    mined = next(source for source in objective.pool.members() if isinstance(source, Mined)).items
+    refresh_hard_negatives(objective, train, 0)(towers)
+    mined = next(source for source in objective.pool.members() if isinstance(source, HardNegatives)).items
     with torch.no_grad():
         items = towers.embed_items(torch.arange(train.num_items))
         queries = torch.arange(train.num_queries)

@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from twotower.negatives import Candidates, Catalog, CountedFrequency, Hits, InBatch, Pool, Sampled, Uniform, corrections
+from twotower.negatives import (
+    Candidates,
+    Catalog,
+    CountedFrequency,
+    InBatch,
+    NegativeMask,
+    Pool,
+    Sampled,
+    Uniform,
+    corrections,
+)
 from twotower.objectives import (
     BPR,
     Embedded,
@@ -38,7 +48,7 @@ def drawn_by_hand(log_count, hits, *, row_hits=None, positive_log_count=None):
     return Candidates(
         items=torch.arange(rows, rows + size),
         log_expected_count=torch.as_tensor(log_count, dtype=torch.float32).expand(size).clone(),
-        masks=Hits.of(hits),
+        masks=NegativeMask.of(hits),
         multiplicity=torch.ones(size, dtype=torch.int64),
         source=torch.zeros(size, dtype=torch.int64),
         positives=own,

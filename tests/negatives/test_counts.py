@@ -20,11 +20,11 @@ from twotower.negatives import (
     CountedFrequency,
     CrossBatchMemory,
     FrequencyPower,
+    HardNegatives,
     Head,
     InBatch,
     IndexStream,
     LogUniform,
-    Mined,
     Observed,
     Pool,
     Sampled,
@@ -52,7 +52,7 @@ def observed(*items):
 
 
 def mined(*items):
-    source = Mined(2, 3)
+    source = HardNegatives(2, 3)
     source.refresh(torch.tensor([0, 1]), torch.tensor([[*items, -1, -1, -1][:3], [2, 7, 8]]))
     return source
 

@@ -13,11 +13,11 @@ from twotower.negatives import (
     CrossBatchMemory,
     FrequencyPower,
     GroupedFrequency,
+    HardNegatives,
     Head,
     InBatch,
     IndexStream,
     LogUniform,
-    Mined,
     Observed,
     Pool,
     Sampled,
@@ -27,7 +27,7 @@ from twotower.negatives import (
     corrections,
 )
 from twotower.negatives.masks import known_in_rows, membership, membership_of_rows
-from twotower.negatives.sources import Request, log_absence_after, log_complement
+from twotower.negatives.sources import DrawRequest, log_absence_after, log_complement
 from twotower.objectives.build import build_objective
 
 COUNTS = torch.tensor([50, 20, 10, 8, 5, 3, 2, 1, 1, 0])
@@ -151,7 +151,7 @@ def test_a_positive_that_is_always_included_has_log_count_zero():
 
 def test_counts_of_a_pool_in_another_shape():
     items = torch.arange(N).reshape(2, 5)
-    request = Request(torch.zeros(B, dtype=torch.int64))
+    request = DrawRequest(torch.zeros(B, dtype=torch.int64))
     pool = Pool(InBatch(FREQUENCY), Sampled(Uniform(N), 3), unique=True)
     flat = pool.log_expected_count(items.flatten(), request)
     assert torch.equal(pool.log_expected_count(items, request).flatten(), flat)
@@ -165,7 +165,7 @@ def test_frequencies_are_updated_once_per_step_and_only_in_training():
     assert float(frequency.clock) == 3
     pool.eval().draw(torch.tensor([1, 2, 3]))
     assert float(frequency.clock) == 3
-    assert pool.members()[1].draws(Request(torch.tensor([0]))) == 3
+    assert pool.members()[1].draws(DrawRequest(torch.tensor([0]))) == 3
 
 
 def test_a_drawn_item_without_probability_is_refused():
@@ -202,11 +202,11 @@ def test_a_drawn_item_without_probability_is_refused():
         (lambda: IndexStream(3).add(torch.tensor([-1])), "from 0 to 2"),
         (lambda: CrossBatchMemory(FREQUENCY, 0), "at least 1 remembered"),
         (lambda: Head(COUNTS, 0), "at least 1 item in the head"),
-        (lambda: Mined(3, 0), "at least 1 hard negative"),
-        (lambda: Mined(3, 2).refresh(torch.tensor([0]), torch.tensor([[1]])), "at least 2"),
-        (lambda: Mined(3, 2).refresh(torch.tensor([0, 1]), torch.tensor([[1, 2]])), "at least 2"),
+        (lambda: HardNegatives(3, 0), "at least 1 hard negative"),
+        (lambda: HardNegatives(3, 2).refresh(torch.tensor([0]), torch.tensor([[1]])), "at least 2"),
+        (lambda: HardNegatives(3, 2).refresh(torch.tensor([0, 1]), torch.tensor([[1, 2]])), "at least 2"),
         (lambda: Observed(torch.tensor([0, 1]), torch.tensor([1]), 0), "at least 1 observed"),
-        (lambda: Pool(Mined(3, 2)).draw(torch.tensor([0])), "draw with queries"),
+        (lambda: Pool(HardNegatives(3, 2)).draw(torch.tensor([0])), "draw with queries"),
         (lambda: StreamingFrequency(3, rate=0.0), "rate"),
         (lambda: StreamingFrequency(3, buckets=0), "buckets"),
         (lambda: StreamingFrequency(3, tables=2), "set buckets"),

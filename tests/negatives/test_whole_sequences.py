@@ -11,7 +11,7 @@ from twotower.data.loading.packing import Windows
 from twotower.data.loading.shuffle import Shuffle
 from twotower.errors import InputError
 from twotower.negatives import CountedFrequency, InBatch, Pool, Sampled, Uniform
-from twotower.negatives.sources import Request
+from twotower.negatives.sources import DrawRequest
 
 EPOCHS = 400
 
@@ -151,6 +151,6 @@ def test_rare_items_of_many_sequences_are_precise():
     """3 of 10^8 sequences contain the item: 1 - (1 - 3e-8)^n, where factorials would lose all precision."""
     counts = torch.tensor([3.0, 4e8 - 3.0])
     source = InBatch(CountedFrequency(counts), unique=True)
-    request = Request(torch.zeros(4, dtype=torch.int64), windows=Windows(1001, 10**8 + 1, int(4e8)))
+    request = DrawRequest(torch.zeros(4, dtype=torch.int64), windows=Windows(1001, 10**8 + 1, int(4e8)))
     found = source.log_expected_count(torch.tensor([0]), request).exp().item()
     assert found == pytest.approx(1000 * 3e-8, rel=1e-4)

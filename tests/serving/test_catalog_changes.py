@@ -16,7 +16,7 @@ from twotower.config.run import Config
 from twotower.data.schema.vocabulary import Vocabulary
 from twotower.errors import InputError
 from twotower.features.feature_set import EncodedTable
-from twotower.serving import Artifact, Retriever, build_stored_index, save_changes
+from twotower.serving import Retriever, SavedModel, build_stored_index, save_changes
 from twotower.serving.catalog_changes import GrownVocabulary
 from twotower.towers import build_towers
 
@@ -54,7 +54,7 @@ def large(folder, items=1200):
     torch.manual_seed(0)
     towers = build_towers(config, num_queries=40, num_items=items).eval()
     titles = pl.DataFrame({"title": [f"Item number {j}" for j in range(items)]})
-    return Artifact(
+    return SavedModel(
         config=config,
         towers=towers,
         item_embeddings=towers.item_embeddings(),
@@ -227,7 +227,7 @@ def test_an_added_item_has_the_embedding_of_an_item_with_the_same_features(plant
         towers = build_towers(config, num_queries=60, num_items=100, item_features=fitted).eval()
         if with_ids:
             torch.nn.init.normal_(towers.item_tower.no_id)
-        artifact = Artifact(
+        artifact = SavedModel(
             config, towers, towers.item_embeddings(), torch.ones(100, dtype=torch.int64), planted_data.queries,
             planted_data.items, planted_data.offsets, planted_data.item_codes, table,
         )  # fmt: skip
@@ -294,14 +294,14 @@ def test_changes_that_do_not_match_are_refused(folder, tmp_path):
     (run / "model" / "changes" / "joined.parquet").write_bytes(b"x")
     with pytest.raises(InputError, match=r"joined.parquet: missing, or its checksum differs"):
         Retriever.load(run)
-    Artifact.load(run).save(run / "model")  # saved again: the changes belonged to the old catalog
+    SavedModel.load(run).save(run / "model")  # saved again: the changes belonged to the old catalog
     assert 3 in found(Retriever.load(run), "u001")["item"]
     with pytest.raises(InputError, match="now contains another model"):
         save_changes(retriever.catalog, drawn_elsewhere(tmp_path, folder))
 
 
 def drawn_elsewhere(tmp_path, folder):
-    other = Artifact.load(folder)
+    other = SavedModel.load(folder)
     other.item_embeddings.add_(1.0)
     return other.save(tmp_path / "other" / "model")
 

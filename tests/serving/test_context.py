@@ -18,7 +18,7 @@ from twotower.run import read_data, reread, train_run
 from twotower.serving.batch import recommend_file
 from twotower.serving.export import export_query_tower
 from twotower.serving.http import models
-from twotower.serving.http.handlers import Question, RecommendKey, answer
+from twotower.serving.http.handlers import PendingRequest, RecommendKey, answer
 from twotower.serving.http.models import ServedModel
 
 SMALL = [
@@ -221,7 +221,7 @@ def assert_same(found, others):
 def test_a_batch_is_encoded_together_and_an_invalid_context_is_found_in_few_calls(runs, encoded):
     model = ServedModel.load("with", runs["with"][0])
     key = RecommendKey("recommend", model, True, None, 1.0, None)
-    asked = [Question(4, f"u{n:02d}", context={"device": ("phone", "tv")[n % 2]}) for n in range(32)]
+    asked = [PendingRequest(4, f"u{n:02d}", context={"device": ("phone", "tv")[n % 2]}) for n in range(32)]
     alone = [listed(answer(key, [one])[0]) for one in asked]
     assert len({tuple(items) for items, _ in alone}) > 16
     encoded.clear()

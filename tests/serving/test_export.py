@@ -16,7 +16,7 @@ from twotower.config.run import Config
 from twotower.errors import InputError
 from twotower.features.requests import given_gaps
 from twotower.serving.export import export_query_tower
-from twotower.serving.model_folder import Artifact
+from twotower.serving.model_folder import SavedModel
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_an_export_equals_the_original(which, format_, request, tmp_path):
     folder = request.getfixturevalue(which)
     report = export_query_tower(folder, tmp_path / "out", format_)
     assert report["largest_difference"] <= 1e-5
-    artifact = Artifact.load(folder)
+    artifact = SavedModel.load(folder)
     assert list(report["inputs"]) == (["query", "history"] if which == "with_ids" else ["history"])
     for rows in (1, 2, 117):
         queries, history = asked(artifact, rows, report["history_length"], rows)
@@ -98,7 +98,7 @@ def test_a_sequence_tower_with_time_gaps_as_onnx(planted_data, kind, tmp_path):
     report = export_query_tower(folder, tmp_path / "out", "onnx")
     assert report["inputs"] == {"history": "int64 [B, 6]", "gaps": "int64 [B, 6]"}
     session = onnxruntime.InferenceSession(tmp_path / "out" / report["file"], providers=["CPUExecutionProvider"])
-    artifact = Artifact.load(folder)
+    artifact = SavedModel.load(folder)
     for rows in (1, 2, 117):  # other batch sizes than in the export
         queries, items = asked(artifact, rows, 6, rows)
         days = np.random.default_rng(rows).exponential(20.0, (rows, 6)).cumsum(1)

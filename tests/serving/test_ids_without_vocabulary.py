@@ -8,7 +8,7 @@ from support.service_models import client, drawn
 from twotower.data import Hashed, Interactions
 from twotower.data.schema.vocabulary import HashedIds, hash_ids
 from twotower.errors import InputError
-from twotower.serving import Artifact, Retriever
+from twotower.serving import Retriever, SavedModel
 from twotower.serving.batch import recommend_file
 
 ROWS = 40  # for 60 queries: many share a row, some rows are empty
@@ -45,7 +45,7 @@ def strangers(data) -> tuple[str, str]:
 
 
 def test_the_history_of_a_row_is_that_of_all_ids_that_share_it(data, retriever, folder):
-    assert Artifact.load(folder).queries == HashedIds(Hashed(ROWS))
+    assert SavedModel.load(folder).queries == HashedIds(Hashed(ROWS))
     frame = planted()
     for query in ("u000", "u017"):
         of_row = frame.filter(pl.Series([row(q) == row(query) for q in frame["user_id"]])).sort("timestamp")

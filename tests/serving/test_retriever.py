@@ -14,7 +14,7 @@ from planted import planted
 from support.service_models import drawn
 from twotower.data import Interactions
 from twotower.errors import InputError
-from twotower.serving import Artifact, Retriever
+from twotower.serving import Retriever, SavedModel
 
 
 def test_a_loaded_model_ranks_and_recommends_the_same(model, folder, planted_split):
@@ -136,9 +136,9 @@ def edit_metadata(change):
 )
 def test_a_damaged_folder_is_refused(folder, tmp_path, change, message):
     with pytest.raises(InputError, match=message):
-        Artifact.load(damaged(folder, tmp_path, change))
+        SavedModel.load(damaged(folder, tmp_path, change))
     with pytest.raises(InputError, match="no such folder"):
-        Artifact.load(tmp_path / "nowhere")
+        SavedModel.load(tmp_path / "nowhere")
 
 
 def test_saving_replaces_the_folder_and_leaves_nothing_else(model, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from support.postgres import postgres
 from twotower.errors import InputError
 from twotower.serving import Retriever, build_stored_index, read_index_report
-from twotower.serving.model_folder import Artifact
+from twotower.serving.model_folder import SavedModel
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_exact_removes_the_index(copy):
 
 def test_saving_a_model_removes_its_old_index(copy):
     build_stored_index(copy, "hnsw", k=5)
-    Artifact.load(copy).save(copy / "model")
+    SavedModel.load(copy).save(copy / "model")
     assert Retriever.load(copy).index.is_exact
 
 

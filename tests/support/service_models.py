@@ -12,7 +12,7 @@ from twotower.config.run import Config
 from twotower.features.from_config import encode_features
 from twotower.serving.http.app import ServiceSettings, create_app
 from twotower.serving.http.server import server
-from twotower.serving.model_folder import Artifact
+from twotower.serving.model_folder import SavedModel
 from twotower.towers import build_towers
 
 SETTINGS = ["item_tower.dimension=16", "query_tower.history.length=10"]
@@ -34,7 +34,7 @@ def drawn(data, folder: Path, seed: int = 0, table=None, *, changes=(), **metada
     ).eval()
     with torch.no_grad():
         embeddings = towers.item_embeddings()
-    model = Artifact(
+    model = SavedModel(
         config=config,
         towers=towers,
         item_embeddings=embeddings,

@@ -11,7 +11,7 @@ import twotower as tt
 from twotower.config.run import Config
 from twotower.data import Interactions, leave_last_out
 from twotower.errors import InputError
-from twotower.serving import Artifact, Retriever
+from twotower.serving import Retriever, SavedModel
 
 COLOURS = ["red", "blue", "green", "white"]
 OLD, NEW, QUERIES = 100, 40, 80
@@ -96,7 +96,7 @@ def test_the_resolved_settings_are_saved(model):
 
 def test_a_loaded_model_computes_the_same_embeddings(model, split, tmp_path):
     folder = model.save(tmp_path / "model")
-    loaded = Artifact.load(folder)
+    loaded = SavedModel.load(folder)
     assert torch.equal(loaded.towers.item_embeddings(), model.artifact.towers.item_embeddings())
     rows = [{"colour": "red", "words": None}, {"colour": "mauve", "words": "thing 3"}]
     assert torch.equal(loaded.towers.embed_new_items(rows), model.artifact.towers.embed_new_items(rows))
@@ -107,7 +107,7 @@ def test_a_loaded_model_computes_the_same_embeddings(model, split, tmp_path):
     assert fitted["features"][0]["state"]["values"] == sorted(COLOURS)
     (folder / "item_features.json").write_text("{}")
     with pytest.raises(InputError, match="checksum differs"):
-        Artifact.load(folder)
+        SavedModel.load(folder)
 
 
 def test_auto_features_without_a_table_are_none():

@@ -17,7 +17,7 @@ from twotower.features.requests import given_gaps
 from twotower.ranking.tower_ranker import TowerRanker, gaps_of
 from twotower.run import gaps_of as row_gaps
 from twotower.run import make_batches
-from twotower.towers import Beside, ContextInputs, SequenceTower, build_towers
+from twotower.towers import ContextInputs, SequenceTower, SideInputs, build_towers
 from twotower.training import batch_loss, embedding
 from twotower.training.embedding import embed_rows
 
@@ -109,7 +109,7 @@ def test_with_side_inputs_every_position_equals_its_prefix_alone(data, beside):
     towers, batch, split = made(data, SEQUENCE, f"query_tower.context={CONTEXT}", *beside)
     towers.eval()
     tower = towers.query_tower
-    assert isinstance(tower, SequenceTower) and isinstance(tower.beside, Beside)
+    assert isinstance(tower, SequenceTower) and isinstance(tower.beside, SideInputs)
     offsets, items = split.train.offsets, split.train.item_codes
     with torch.no_grad():
         together = embed_rows(towers, batch)

@@ -12,7 +12,7 @@ from twotower.config.run import Config
 from twotower.negatives import CountedFrequency, CrossBatchMemory, InBatch, Pool, Sampled, StreamingFrequency, Uniform
 from twotower.objectives import Embedded, SampledSoftmax
 from twotower.training import diagnostics
-from twotower.training.diagnostics import Watch, diagnose, frequency_drift
+from twotower.training.diagnostics import DiagnosticsMonitor, diagnose, frequency_drift
 
 COUNTS = torch.tensor([9, 7, 5, 4, 3, 2, 1, 1])
 THIRDS = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2], dtype=torch.int8)
@@ -91,7 +91,7 @@ def test_drift_is_the_distance_of_an_estimate_and_none_for_counts():
     ],
 )
 def test_a_diagnostic_out_of_range_warns_once(caplog, numbers, words):
-    watch = Watch()
+    watch = DiagnosticsMonitor()
     with caplog.at_level(logging.WARNING, logger="twotower"):
         watch.look({"effective_candidates": 50.0, "masked_share": 0.01, "frequency_drift": 0.01})
         assert not caplog.records

@@ -9,7 +9,7 @@ import torch
 
 import twotower as tt
 from twotower.config.run import Config
-from twotower.distributed.communicator import Ranks
+from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError, Interrupted
 from twotower.training.checkpoint.io import SafeCheckpointIO
 from twotower.training.module import TrainingModule
@@ -104,7 +104,7 @@ def test_an_interrupted_run_resumes_to_the_same_model(planted_split, tmp_path, m
 
 
 def test_several_ranks_need_a_folder(planted_split, monkeypatch):
-    monkeypatch.setattr(Ranks, "current", lambda group=None: Ranks(1, 2))
+    monkeypatch.setattr(Communicator, "current", lambda group=None: Communicator(1, 2))
     with pytest.raises(InputError, match="required with several ranks; pass a folder that all ranks share"):
         tt.fit(planted_split, progress=False)
 

@@ -11,7 +11,7 @@ import torch
 
 from twotower import run
 from twotower.config.run import Config
-from twotower.distributed.communicator import Ranks
+from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
 from twotower.losses.tiled.blocks import TILE_MEMORY
 from twotower.objectives.build import build_objective
@@ -144,11 +144,13 @@ def test_free_memory_of_a_device(monkeypatch):
 
 def test_all_ranks_use_the_minimum(monkeypatch):
     others = [30, -1]
-    monkeypatch.setattr(Ranks, "gather", lambda self, values, sizes: torch.cat([values, torch.tensor(others[:1])]))
-    monkeypatch.setattr(Ranks, "device", "cpu")
-    assert [least_of_all(here, Ranks(0, 2)) for here in (20, 40, None)] == [20, 30, None]
+    monkeypatch.setattr(
+        Communicator, "gather", lambda self, values, sizes: torch.cat([values, torch.tensor(others[:1])])
+    )
+    monkeypatch.setattr(Communicator, "device", "cpu")
+    assert [least_of_all(here, Communicator(0, 2)) for here in (20, 40, None)] == [20, 30, None]
     others.pop(0)
-    assert least_of_all(20, Ranks(0, 2)) is None
+    assert least_of_all(20, Communicator(0, 2)) is None
 
 
 @pytest.fixture
@@ -169,7 +171,7 @@ def test_tables_are_placed_by_the_memory_in_which_training_runs(parts, there):
     config, towers, _, train = parts
     on_cpu = config.model_copy(update={"training": config.training.model_copy(update={"accelerator": "cpu"})})
     weights = sum(m.weight.nbytes for m in towers.modules() if isinstance(m, torch.nn.Embedding))
-    everything, two = 3 * weights, Ranks(0, 2)  # Adam
+    everything, two = 3 * weights, Communicator(0, 2)  # Adam
     there(main=weights, device=2 * everything)
     assert place_tables(config, train, two).parts == {}, "the state is not in main memory"
     with pytest.raises(InputError, match="optimizer state need 0 MiB of main memory, but only 0 MiB are free"):

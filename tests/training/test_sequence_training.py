@@ -15,7 +15,7 @@ from twotower.errors import InputError
 from twotower.objectives.build import build_objective
 from twotower.run import make_batches
 from twotower.serving.export import export_query_tower
-from twotower.serving.model_folder import Artifact
+from twotower.serving.model_folder import SavedModel
 from twotower.towers import build_towers
 from twotower.training import batch_loss
 from twotower.training import module as model_module
@@ -197,7 +197,7 @@ def test_onnx(planted_split, tmp_path, kind):
     history = np.array([[-1, -1, -1, -1], [-1, -1, 3, 9], [1, 2, 3, 4], [-1, 7, 5, 5], [-1, -1, -1, 0]])
     session = onnxruntime.InferenceSession(tmp_path / "onnx" / "query_tower.onnx", providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"history": history})
-    towers = Artifact.load(folder).towers
+    towers = SavedModel.load(folder).towers
     with torch.no_grad():
         expected = towers.embed_queries(torch.full((5,), -1), torch.from_numpy(history)).numpy()
     assert np.abs(found - expected).max() <= 1e-5

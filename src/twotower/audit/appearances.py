@@ -12,7 +12,7 @@ from torch import Tensor
 
 from twotower.audit.gradients import follow
 from twotower.data import Batch
-from twotower.negatives import CrossBatchMemory, InBatch, Pool, RandomSource, Request, popularity_deciles
+from twotower.negatives import CrossBatchMemory, DrawRequest, InBatch, Pool, RandomSource, popularity_deciles
 from twotower.negatives.frequency import Group
 
 #: Expected appearances in a bin of one batch: enough for a chi-square.
@@ -121,7 +121,7 @@ def appearances(
         for step in range(count):
             batch = next(batches)
             follow(pool, batch, drawn=False)
-            request = Request(batch.items, batch.queries, batch.group, generator)
+            request = DrawRequest(batch.items, batch.queries, batch.group, generator)
             for test in tests:
                 test.add(step, request)
             follow(pool, batch, drawn=True)
@@ -140,7 +140,7 @@ class _Test:
         self.tallies: dict[int | None, _Tally] = {}
         self.by_decile = torch.zeros(2, 10, dtype=torch.float64)
 
-    def add(self, step: int, request: Request) -> None:
+    def add(self, step: int, request: DrawRequest) -> None:
         """Add the counts of one batch."""
         member = self.member
         if isinstance(member, CrossBatchMemory):

@@ -16,7 +16,7 @@ from twotower.audit.appearances import Appearance, appearances
 from twotower.audit.gradients import Measurement, estimates_softmax, measure
 from twotower.audit.subject import Subject, masked_share, warm_up
 from twotower.config.run import Config, ObjectiveConfig
-from twotower.negatives import Mined
+from twotower.negatives import HardNegatives
 from twotower.objectives import Objective
 from twotower.objectives.build import build_objective, named_objective
 
@@ -218,7 +218,7 @@ def _measured(
     for number in range(10):
         chosen = subject.deciles == number
         deciles.append(summary(found, chosen) if bool(chosen.any()) else None)
-    mined = any(isinstance(member, Mined) for member in objective.pool.members())
+    mined = any(isinstance(member, HardNegatives) for member in objective.pool.members())
     note = "measured without mined negatives, which are not saved with the model" if mined else None
     return ObjectiveAudit(settings.name, own, note, summary(found), deciles)
 

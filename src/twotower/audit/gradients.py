@@ -15,7 +15,7 @@ from torch import Tensor
 
 from twotower.data import Batch
 from twotower.errors import InputError
-from twotower.negatives import Candidates, CrossBatchMemory, Hits, InBatch, Pool
+from twotower.negatives import Candidates, CrossBatchMemory, InBatch, NegativeMask, Pool
 from twotower.objectives import Embedded, Objective, PositiveCorrectedSoftmax, RefinedLogQ, SampledSoftmax
 
 
@@ -251,7 +251,7 @@ def stack(parts: list[Candidates]) -> tuple[Candidates, Tensor]:
     stacked = Candidates(
         items=joined("items"),
         log_expected_count=joined("log_expected_count"),
-        masks=Hits.of(hits),
+        masks=NegativeMask.of(hits),
         multiplicity=joined("multiplicity"),
         source=joined("source"),
         positives=joined("positives"),

@@ -10,7 +10,7 @@ import torch
 
 from twotower.config.run import ObjectiveConfig
 from twotower.data import Interactions
-from twotower.negatives import CrossBatchMemory, Pool, Request, Sampled
+from twotower.negatives import CrossBatchMemory, DrawRequest, Pool, Sampled
 from twotower.negatives.frequency import Group
 from twotower.objectives.build import build_pool
 
@@ -77,7 +77,7 @@ def expected_distinct(pool: Pool, batch_size: int, groups: Sequence[Group | None
     """
     total = 0.0
     for group in groups:
-        request = Request(torch.zeros(batch_size, dtype=torch.int64), group=group)
+        request = DrawRequest(torch.zeros(batch_size, dtype=torch.int64), group=group)
         sources = pool.random_sources()
         items = torch.arange(_catalog(pool))
         absence = torch.zeros(len(items), dtype=torch.float64)
@@ -137,7 +137,7 @@ def _catalog(pool: Pool) -> int:
     frequencies = pool.frequencies()
     if frequencies:
         return frequencies[0].num_items
-    return int(max(int(m.draw(Request(torch.zeros(1, dtype=torch.int64))).max()) for m in pool.members())) + 1
+    return int(max(int(m.draw(DrawRequest(torch.zeros(1, dtype=torch.int64))).max()) for m in pool.members())) + 1
 
 
 def remembers(pool: Pool) -> bool:

@@ -18,7 +18,7 @@ from twotower.errors import InputError
 from twotower.negatives import Pool, popularity_deciles
 from twotower.objectives.build import masks_known_positives, reads_gaps
 from twotower.ranking.tower_ranker import TowerRanker
-from twotower.serving import Artifact
+from twotower.serving import SavedModel
 
 #: Maximum number of logits R x N. In float64 this is 64 MiB per array, and four such arrays are held.
 _LOGITS = 1 << 23
@@ -81,7 +81,7 @@ def _part(block: Batch, rows: slice) -> Batch:
     )
 
 
-def subject_of(artifact: Artifact, train: Interactions, *, rows: int = 64, seed: int = 0) -> Subject:
+def subject_of(artifact: SavedModel, train: Interactions, *, rows: int = 64, seed: int = 0) -> Subject:
     """Choose training rows evenly over the popularity deciles, and compute their logits over the catalog.
 
     Args:

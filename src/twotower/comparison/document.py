@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from twotower.comparison.statistics import Compared, measured
+from twotower.comparison.statistics import ComparisonStatistics, measured
 from twotower.config.run import Config
 from twotower.data import Interactions
 from twotower.evaluation import Evaluation, Row
@@ -32,7 +32,7 @@ DIAGNOSTICS = (
 
 def build_document(
     kind: str,
-    compared: Compared,
+    compared: ComparisonStatistics,
     found: Evaluation,
     baselines: Sequence[Row],
     *,
@@ -113,7 +113,7 @@ def diagnostics(directory: Path) -> dict[str, float]:
     return found
 
 
-def _model(name: str, compared: Compared, metadata: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _model(name: str, compared: ComparisonStatistics, metadata: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     objective = Config.model_validate(metadata[0]["config"]).objective
     known = OBJECTIVES.get(objective.name)
     return {
@@ -141,7 +141,7 @@ def _run(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def _baseline(row: Row) -> dict[str, Any]:
     overall, slices = measured([row])
-    return {"name": row.name, **Compared({row.name: overall}, {row.name: slices}, ()).model(row.name)}
+    return {"name": row.name, **ComparisonStatistics({row.name: overall}, {row.name: slices}, ()).model(row.name)}
 
 
 def _protocol(found: Evaluation) -> dict[str, Any]:

@@ -26,7 +26,7 @@ _POLL = 0.1
 
 
 @dataclass
-class Training:
+class TrainingProcess:
     """A running training process."""
 
     cell: Cell
@@ -60,7 +60,7 @@ def train_cells(
     done = len(cells) - len(waiting)
     if done:
         say(f"{done} of {len(cells)} runs are already finished")
-    running: list[Training] = []
+    running: list[TrainingProcess] = []
     lasted: list[float] = []
     failed: list[str] = []
     with _count_interrupts() as stop, _terminate_on_exit(running):
@@ -95,7 +95,7 @@ def train_cells(
         )
 
 
-def _start(source: str, cell: Cell, out: Path, *, resume: bool, jobs: int) -> Training:
+def _start(source: str, cell: Cell, out: Path, *, resume: bool, jobs: int) -> TrainingProcess:
     configs, logs = out / "configs", out / "logs"
     for folder in (configs, logs):
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,7 +121,7 @@ def _start(source: str, cell: Cell, out: Path, *, resume: bool, jobs: int) -> Tr
         env=_environment(jobs),
         start_new_session=True,  # Ctrl-C in the terminal reaches only this process, which forwards it
     )
-    return Training(cell, process, log, output)
+    return TrainingProcess(cell, process, log, output)
 
 
 def _environment(jobs: int) -> dict[str, str]:
@@ -157,7 +157,7 @@ def _count_interrupts() -> Iterator[Callable[[], int]]:
 
 
 @contextmanager
-def _terminate_on_exit(running: Sequence[Training]) -> Iterator[None]:
+def _terminate_on_exit(running: Sequence[TrainingProcess]) -> Iterator[None]:
     """Terminate the processes that still run when the block ends, such as after an error."""
     try:
         yield
@@ -167,7 +167,7 @@ def _terminate_on_exit(running: Sequence[Training]) -> Iterator[None]:
             one.process.wait()
 
 
-def _left(lasted: Sequence[float], running: Sequence[Training], waiting: Sequence[Cell], jobs: int) -> str:
+def _left(lasted: Sequence[float], running: Sequence[TrainingProcess], waiting: Sequence[Cell], jobs: int) -> str:
     if not lasted:
         return ""
     each = sum(lasted) / len(lasted)

@@ -22,7 +22,7 @@ Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Measured:
+class MetricEstimate:
     """One metric of one objective.
 
     Attributes:
@@ -43,7 +43,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Contest:
+class PairwiseTest:
     """A paired comparison of one objective with the reference of its family.
 
     Attributes:
@@ -77,7 +77,7 @@ class Contest:
 
 
 @dataclass(frozen=True)
-class Family:
+class TestFamily:
     """A family of contests with the same metric and reference, adjusted together.
 
     Attributes:
@@ -92,7 +92,7 @@ class Family:
     metric: str
     part: str | None
     against: str
-    contests: tuple[Contest, ...]
+    contests: tuple[PairwiseTest, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -107,12 +107,12 @@ class Family:
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparisonStatistics:
     """The result of `compare`: metrics of each objective, overall and by slice, and the families of tests."""
 
-    values: dict[str, dict[str, Measured]]
-    slices: dict[str, dict[str, dict[str, Measured]]]
-    families: tuple[Family, ...]
+    values: dict[str, dict[str, MetricEstimate]]
+    slices: dict[str, dict[str, dict[str, MetricEstimate]]]
+    families: tuple[TestFamily, ...]
 
     def best(self, metric: str) -> str:
         """Return the objective with the highest mean."""
@@ -136,7 +136,7 @@ def compare(
     metric: str,
     tail_metric: str,
     tail: str = "tail",
-) -> Compared:
+) -> ComparisonStatistics:
     """Compare objectives by their per-query values, averaged over seeds.
 
     The reference is the objective with the highest mean of `metric`. Every other objective is compared with it twice:
@@ -159,7 +159,7 @@ def compare(
     numbers = {name: measured(runs) for name, runs in rows.items()}
     values = {name: overall for name, (overall, _) in numbers.items()}
     slices = {name: parts for name, (_, parts) in numbers.items()}
-    best = Compared(values, slices, ()).best(metric)
+    best = ComparisonStatistics(values, slices, ()).best(metric)
     families = []
     if len(rows) > 1:
         families.append(contest("all", rows, metric, None, best))
@@ -168,19 +168,19 @@ def compare(
     if baselines:
         with_baselines = {best: rows[best], **{row.name: [row] for row in baselines}}
         families.append(contest("baselines", with_baselines, metric, None, best))
-    return Compared(values, slices, tuple(families))
+    return ComparisonStatistics(values, slices, tuple(families))
 
 
-def measured(runs: Sequence[Row]) -> tuple[dict[str, Measured], dict[str, dict[str, Measured]]]:
+def measured(runs: Sequence[Row]) -> tuple[dict[str, MetricEstimate], dict[str, dict[str, MetricEstimate]]]:
     """Aggregate one objective over its seeds: by metric, and by slice and metric."""
     intervals = _intervals(runs)
 
-    def one(by_seed: tuple[float, ...], key: str) -> Measured:
+    def one(by_seed: tuple[float, ...], key: str) -> MetricEstimate:
         if key not in intervals:
-            return Measured(float(np.mean(by_seed)), None, None, by_seed)
+            return MetricEstimate(float(np.mean(by_seed)), None, None, by_seed)
         found = intervals[key]
         low, high = (value if math.isfinite(value) else None for value in (found.low, found.high))
-        return Measured(found.mean, low, high, by_seed)
+        return MetricEstimate(found.mean, low, high, by_seed)
 
     overall = {key: one(tuple(run.values[key] for run in runs), key) for key in runs[0].values}
     parts = {
@@ -214,7 +214,7 @@ def over_seeds(runs: Sequence[Row], key: str) -> Values:
     return mean
 
 
-def contest(about: str, rows: Mapping[str, Sequence[Row]], metric: str, part: str | None, against: str) -> Family:
+def contest(about: str, rows: Mapping[str, Sequence[Row]], metric: str, part: str | None, against: str) -> TestFamily:
     """Compare every other objective with the reference by the paired bootstrap, with Holm-adjusted p-values."""
     key = metric if part is None else f"{part}/{metric}"
     reference = over_seeds(rows[against], key)
@@ -223,7 +223,7 @@ def contest(about: str, rows: Mapping[str, Sequence[Row]], metric: str, part: st
     adjusted = holm([pair.p_value for pair in pairs])
     spread = _pooled_deviation([[float(np.nanmean(run.per_query[key])) for run in runs] for runs in rows.values()])
     contests = tuple(
-        Contest(
+        PairwiseTest(
             name=name,
             difference=pair.difference,
             low=pair.low,
@@ -236,7 +236,7 @@ def contest(about: str, rows: Mapping[str, Sequence[Row]], metric: str, part: st
         )
         for name, pair, p in zip(others, pairs, adjusted, strict=True)
     )
-    return Family(about, metric, part, against, contests)
+    return TestFamily(about, metric, part, against, contests)
 
 
 def _pooled_deviation(by_seed: Sequence[Sequence[float]]) -> float | None:
@@ -248,7 +248,7 @@ def _pooled_deviation(by_seed: Sequence[Sequence[float]]) -> float | None:
     return math.sqrt(squares / freedom)
 
 
-def _measured(found: Measured) -> dict[str, Any]:
+def _measured(found: MetricEstimate) -> dict[str, Any]:
     return _plain({**asdict(found), "deviation": found.deviation})
 
 

@@ -30,12 +30,12 @@ from twotower.data.io.layout import (
     vocabulary_digest,
     write_meta,
 )
-from twotower.data.io.readers import FrameSource, Source, open_source
-from twotower.data.prepare.build import TABLE_FILES, VOCABULARY_FILES, Reading, build
+from twotower.data.io.readers import FileSource, FrameSource, open_source
+from twotower.data.prepare.build import TABLE_FILES, VOCABULARY_FILES, ReadOptions, build
 from twotower.data.prepare.cache import KEY, is_ready, prepare
 from twotower.data.prepare.request_context import CONTEXT_FILE, Wanted, read_context
 from twotower.data.schema.account import Account
-from twotower.data.schema.columns import Columns
+from twotower.data.schema.columns import ColumnRoles
 from twotower.data.schema.vocabulary import IdKind, Vocabulary, read_vocabulary
 from twotower.errors import InputError
 from twotower.system.hardware import cores
@@ -132,7 +132,7 @@ def _columns(folder: Path, meta: dict[str, Any], num_queries: int) -> dict[str, 
     return arrays
 
 
-ColumnsLike = Columns | Mapping[str, str | None] | None
+ColumnsLike = ColumnRoles | Mapping[str, str | None] | None
 PathLike = str | Path
 COUNT_ROWS = 4_000_000
 
@@ -277,8 +277,8 @@ class Interactions:
         Raises:
             InputError: with file, column and row.
         """
-        reading = Reading(
-            Columns.of(columns), positive_label, catalog, part, _several_names(context), query_ids, item_ids
+        reading = ReadOptions(
+            ColumnRoles.of(columns), positive_label, catalog, part, _several_names(context), query_ids, item_ids
         )
         if isinstance(path, str | Path) and (Path(path) / META).is_file():
             return cls.open(path)
@@ -344,8 +344,8 @@ class Interactions:
         item_ids: IdKind = "vocabulary",
     ) -> Interactions:
         """Build interactions in memory from a polars, pandas or Arrow frame; arguments and errors as in `read`."""
-        reading = Reading(
-            Columns.of(columns), positive_label, catalog, False, _several_names(context), query_ids, item_ids
+        reading = ReadOptions(
+            ColumnRoles.of(columns), positive_label, catalog, False, _several_names(context), query_ids, item_ids
         )
         source = FrameSource(frame)
         with tempfile.TemporaryDirectory(prefix="twotower-") as directory:
@@ -354,8 +354,8 @@ class Interactions:
     @classmethod
     def _built(
         cls,
-        sources: Sequence[Source],
-        reading: Reading,
+        sources: Sequence[FileSource],
+        reading: ReadOptions,
         items: TableLike | None,
         queries: TableLike | None,
         directory: Path,

@@ -19,10 +19,10 @@ _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", Non
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Communicator:
     """The W processes that train one model, and this process among them.
 
-    A single process (`Ranks()`) exchanges nothing, so callers need not check whether there are others. All methods
+    A single process (`Communicator()`) exchanges nothing, so callers need not check whether there are others. All methods
     except `shares`, `part` and `within` are collective: every rank calls them, in the same order.
 
     Attributes:
@@ -36,7 +36,7 @@ class Ranks:
     group: Any = None
 
     @classmethod
-    def current(cls, group: Any = None) -> Ranks:
+    def current(cls, group: Any = None) -> Communicator:
         """Return all processes of torch.distributed, or those of a group; a single process if it is not set up."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
@@ -185,7 +185,7 @@ def comes_from_exchange(error: RuntimeError) -> bool:
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, ranks: Ranks) -> Tensor:
+    def forward(ctx: Any, values: Tensor, ranks: Communicator) -> Tensor:
         ctx.ranks, ctx.rows = ranks, len(values)
         every = values.new_empty(ranks.size * len(values), *values.shape[1:])
         if len(values):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from twotower.errors import InputError, RankLost
 
 if TYPE_CHECKING:
-    from twotower.distributed.communicator import Ranks
+    from twotower.distributed.communicator import Communicator
 
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ BEATS = 8
 
 
 @dataclass(frozen=True)
-class Team:
+class Coordinator:
     """The joined processes of a run.
 
     A collective must be answered within a short timeout. Long work such as preparing data is awaited here instead, for
@@ -51,7 +51,7 @@ class Team:
         attempts: the store of all attempts; None if nothing restarts processes.
     """
 
-    ranks: Ranks
+    ranks: Communicator
     store: Any = None
     patience: float = 600.0
     goes_on: bool = False
@@ -259,7 +259,7 @@ def called_together(store: Any, told: Launch, patience: float) -> tuple[str, boo
         patience: seconds to wait for the others.
 
     Returns:
-        The name, and whether an earlier attempt reached `Team.begins`. If the store does not outlive an attempt, the
+        The name, and whether an earlier attempt reached `Coordinator.begins`. If the store does not outlive an attempt, the
         launcher's restart count decides instead.
 
     Raises:
@@ -313,7 +313,7 @@ def called_together(store: Any, told: Launch, patience: float) -> tuple[str, boo
 
 
 @contextmanager
-def joined(*, timeout: int, accelerator: str = "auto") -> Iterator[Team]:
+def joined(*, timeout: int, accelerator: str = "auto") -> Iterator[Coordinator]:
     """Join the processes that torchrun has started, for the duration of the block.
 
     CPU tensors are exchanged by gloo, CUDA tensors by NCCL. A collective that is not answered within `timeout` seconds
@@ -327,11 +327,11 @@ def joined(*, timeout: int, accelerator: str = "auto") -> Iterator[Team]:
         InputError: more processes on this machine than it has CUDA devices.
         RankLost: other processes did not join, or a collective in the block has failed.
     """
-    from twotower.distributed.communicator import Ranks, comes_from_exchange  # noqa: PLC0415  # loads torch, which the CLI imports only to train
+    from twotower.distributed.communicator import Communicator, comes_from_exchange  # noqa: PLC0415  # loads torch, which the CLI imports only to train
 
     launch = Launch.of_environment()
     if launch.size == 1 and not launch.is_told:
-        yield Team(Ranks())
+        yield Coordinator(Communicator())
         return
     import torch  # noqa: PLC0415
     import torch.distributed as dist  # noqa: PLC0415
@@ -350,19 +350,19 @@ def joined(*, timeout: int, accelerator: str = "auto") -> Iterator[Team]:
         attempts, rank, size = next(iter(rendezvous("env://", timeout=patience)))
         name, goes_on = called_together(attempts, launch, timeout)
         if size == 1:
-            yield Team(Ranks(), goes_on=goes_on, attempts=attempts)
+            yield Coordinator(Communicator(), goes_on=goes_on, attempts=attempts)
             return
         store = dist.PrefixStore(name, attempts)  # type: ignore[attr-defined]  # public, but missing in __all__
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size, timeout=patience
         )
         store = dist.PrefixStore("twotower", store)  # type: ignore[attr-defined]  # as above
-        team = Team(Ranks.current(), store, float(timeout), goes_on, attempts)
+        team = Coordinator(Communicator.current(), store, float(timeout), goes_on, attempts)
         with team.living():
             yield team
     except RuntimeError as error:
         if comes_from_exchange(error):
-            raise Ranks(launch.rank, launch.size).lost(error) from error
+            raise Communicator(launch.rank, launch.size).lost(error) from error
         raise
     # Only if nothing failed: with a rank missing, an orderly shutdown would wait for it.
     dist.destroy_process_group()

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from twotower.distributed.communicator import Ranks
+from twotower.distributed.communicator import Communicator
 
 #: How many random numbers are drawn at once when a part is initialised; a multiple of 16.
 BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowShard:
     """A contiguous range of rows, with all columns: ceil(N / W) rows, fewer or none on the last ranks.
 
     Attributes:
@@ -26,7 +26,7 @@ class Rows:
         holder: the rank that has all rows (table-wise); None if each rank has its own range (row-wise).
     """
 
-    ranks: Ranks
+    ranks: Communicator
     rows: int
     holder: int | None = None
 
@@ -66,7 +66,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Columns:
+class ColumnShard:
     """A contiguous range of columns, with all N rows: ceil(D / W) columns, fewer or none on the last ranks.
 
     Whatever rows a step looks up, every rank sends equally many numbers. Optimizer state per row, [N], is replicated on
@@ -78,7 +78,7 @@ class Columns:
         width: D, columns of the whole table.
     """
 
-    ranks: Ranks
+    ranks: Communicator
     rows: int
     width: int
 
@@ -112,7 +112,7 @@ class Columns:
 
 
 #: A rank's part of a shared table.
-Part = Rows | Columns
+TableShard = RowShard | ColumnShard
 
 
 def runs(total: int, size: int) -> list[int]:
@@ -121,11 +121,11 @@ def runs(total: int, size: int) -> list[int]:
     return [min(rank * each, total) for rank in range(size + 1)]
 
 
-_placed: ContextVar[Mapping[str, Part] | None] = ContextVar("placed", default=None)
+_placed: ContextVar[Mapping[str, TableShard] | None] = ContextVar("placed", default=None)
 
 
 @contextmanager
-def placed_tables(parts: Mapping[str, Part]) -> Iterator[None]:
+def placed_tables(parts: Mapping[str, TableShard]) -> Iterator[None]:
     """Split tables with these names that are made in the block; all other tables are whole on every rank."""
     token = _placed.set(parts)
     try:
@@ -134,7 +134,7 @@ def placed_tables(parts: Mapping[str, Part]) -> Iterator[None]:
         _placed.reset(token)
 
 
-def part_of(name: str | None, rows: int) -> Part | None:
+def part_of(name: str | None, rows: int) -> TableShard | None:
     """Return this rank's part of a table that is being made; None for the whole table.
 
     Raises:
@@ -146,7 +146,7 @@ def part_of(name: str | None, rows: int) -> Part | None:
     return part
 
 
-def fill_normal(weight: Tensor, scale: float, part: Part | None = None) -> None:
+def fill_normal(weight: Tensor, scale: float, part: TableShard | None = None) -> None:
     """Fill with N(0, scale^2) in place; a part gets exactly the numbers that it would have in the whole table.
 
     A rank with a part draws all numbers of the table, a block at a time, and keeps its own, because the generator
@@ -155,7 +155,7 @@ def fill_normal(weight: Tensor, scale: float, part: Part | None = None) -> None:
     if part is None:
         nn.init.normal_(weight, std=scale)
         return
-    width = part.width if isinstance(part, Columns) else weight.shape[1]
+    width = part.width if isinstance(part, ColumnShard) else weight.shape[1]
     (rows, columns), total = part.place(width), part.rows * width
     begun, first, start = torch.empty(0), 0, 0  # numbers of a row that is not complete yet, and its index
     while start < total:

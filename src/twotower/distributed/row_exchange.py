@@ -5,7 +5,7 @@ runs, so each rank requests its distinct rows once, and sends the sum of their g
 updated once per step, with the gradient that a single process would have, even if parts of the batch were embedded
 twice (gradient cache).
 
-By rows (`Rows`) a code goes to the rank that owns its row. By columns (`Columns`) the codes of all ranks go to all
+By rows (`RowShard`) a code goes to the rank that owns its row. By columns (`ColumnShard`) the codes of all ranks go to all
 ranks, each sends its columns of these rows, and the requesting rank concatenates them.
 """
 
@@ -18,7 +18,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from twotower.distributed.partition import Columns, Part, Rows
+from twotower.distributed.partition import ColumnShard, RowShard, TableShard
 from twotower.distributed.row_files import RowBlocks
 
 #: Rows assembled at once when a table is written.
@@ -26,7 +26,7 @@ BLOCK = 65_536
 
 
 @dataclass(frozen=True)
-class Asked:
+class RowRequest:
     """The requests of all ranks for rows of a shared table, as seen by this rank.
 
     Attributes:
@@ -43,7 +43,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class RowsAtHand:
+class FetchedRows:
     """Rows of a shared table that this rank has fetched.
 
     Attributes:
@@ -51,7 +51,7 @@ class RowsAtHand:
         rows: float32 [P, D], a leaf tensor that accumulates the gradient of every lookup.
     """
 
-    asked: Asked
+    asked: RowRequest
     rows: Tensor
 
     def place(self, codes: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class RowsAtHand:
 
 
 @torch.no_grad()
-def ask(part: Part, codes: Tensor) -> Asked:
+def request_rows(part: TableShard, codes: Tensor) -> RowRequest:
     """Exchange row requests: send the codes that this rank needs, receive those that other ranks need; collective.
 
     Args:
@@ -78,18 +78,18 @@ def ask(part: Part, codes: Tensor) -> Asked:
         codes: int64, any shape and order, duplicates allowed; may be empty.
     """
     ranks, distinct = part.ranks, torch.unique(codes)
-    if isinstance(part, Columns):
+    if isinstance(part, ColumnShard):
         sizes = ranks.sizes(len(distinct), distinct.device)
-        return Asked(distinct, ranks.gather(distinct, sizes), [len(distinct)] * ranks.size, sizes)
+        return RowRequest(distinct, ranks.gather(distinct, sizes), [len(distinct)] * ranks.size, sizes)
     edges = torch.tensor(part.bounds[1:-1], device=distinct.device)
     places = [0, *torch.searchsorted(distinct, edges).tolist(), len(distinct)]
     sent = [stop - start for start, stop in pairwise(places)]
     received = ranks.swap(torch.tensor(sent, device=distinct.device)).tolist()
-    return Asked(distinct, ranks.swap(distinct, sent, received) - part.own.start, sent, received)
+    return RowRequest(distinct, ranks.swap(distinct, sent, received) - part.own.start, sent, received)
 
 
 @torch.no_grad()
-def fetch_rows(weight: Tensor, part: Part, asked: Asked) -> RowsAtHand:
+def fetch_rows(weight: Tensor, part: TableShard, asked: RowRequest) -> FetchedRows:
     """Fetch the requested rows; collective.
 
     Args:
@@ -98,7 +98,7 @@ def fetch_rows(weight: Tensor, part: Part, asked: Asked) -> RowsAtHand:
         asked: the requests.
     """
     ranks, own = part.ranks, weight.index_select(0, asked.given)
-    if isinstance(part, Rows):
+    if isinstance(part, RowShard):
         rows = ranks.swap(own, asked.received, asked.sent)
     else:
         widths, count = _widths(part), len(asked.codes)
@@ -106,11 +106,11 @@ def fetch_rows(weight: Tensor, part: Part, asked: Asked) -> RowsAtHand:
         found = ranks.swap(own.view(-1), sent, [count * width for width in widths])
         parts = torch.split(found, [count * width for width in widths])
         rows = torch.cat([one.view(count, width) for one, width in zip(parts, widths, strict=True)], 1)
-    return RowsAtHand(asked, rows.float().requires_grad_())
+    return FetchedRows(asked, rows.float().requires_grad_())
 
 
 @torch.no_grad()
-def hand_back(at_hand: RowsAtHand, part: Part) -> tuple[Tensor, Tensor]:
+def scatter_gradients(at_hand: FetchedRows, part: TableShard) -> tuple[Tensor, Tensor]:
     """Send the gradients of fetched rows back to the ranks that own them; collective.
 
     Returns:
@@ -119,7 +119,7 @@ def hand_back(at_hand: RowsAtHand, part: Part) -> tuple[Tensor, Tensor]:
     """
     ranks, asked, found = part.ranks, at_hand.asked, at_hand.rows.grad
     gradient = torch.zeros_like(at_hand.rows) if found is None else found
-    if isinstance(part, Rows):
+    if isinstance(part, RowShard):
         return asked.given, ranks.swap(gradient, asked.sent, asked.received)
     widths, own = _widths(part), part.own.stop - part.own.start
     every = torch.cat([columns.reshape(-1) for columns in torch.split(gradient, widths, 1)])
@@ -128,25 +128,25 @@ def hand_back(at_hand: RowsAtHand, part: Part) -> tuple[Tensor, Tensor]:
     return asked.given, values.view(len(asked.given), own)
 
 
-def run_of_rows(weight: Tensor, part: Part | None) -> Tensor | RowBlocks:
+def run_of_rows(weight: Tensor, part: TableShard | None) -> Tensor | RowBlocks:
     """Return this rank's range of whole rows of a table, to be written to one file by all ranks (`save_rows`).
 
     By rows this is the part itself. By columns the rows are fetched block by block, so that no rank has more than one
     block in memory. A tensor that is not a part is returned unchanged.
     """
-    if not isinstance(part, Columns):
+    if not isinstance(part, ColumnShard):
         return weight
-    run = Rows(part.ranks, part.rows)
+    run = RowShard(part.ranks, part.rows)
 
     def blocks() -> Iterator[Tensor]:
         for begin in range(0, run.bounds[1], BLOCK):  # bounds[1]: rows of the rank with the most
             start = min(run.own.start + begin, run.own.stop)
             codes = torch.arange(start, min(start + BLOCK, run.own.stop), device=weight.device)
-            yield fetch_rows(weight, part, ask(part, codes)).rows.detach().to(weight.dtype)
+            yield fetch_rows(weight, part, request_rows(part, codes)).rows.detach().to(weight.dtype)
 
     return RowBlocks(len(run), part.width, weight.dtype, blocks)
 
 
-def _widths(part: Columns) -> list[int]:
+def _widths(part: ColumnShard) -> list[int]:
     """Return the number of columns of each rank."""
     return [stop - start for start, stop in pairwise(part.bounds)]

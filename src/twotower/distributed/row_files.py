@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from twotower.distributed.communicator import Ranks
+from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
 from twotower.system.filesystem import full_disk_named, whole_folder
 
@@ -29,7 +29,7 @@ DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torc
 BLOCK = 64 << 20
 
 
-def write_folder(target: Path, ranks: Ranks, *writes: Callable[[Path], None]) -> None:
+def write_folder(target: Path, ranks: Communicator, *writes: Callable[[Path], None]) -> None:
     """Call every `write(folder)` on every rank with one temporary folder, then rename it to `target`; collective.
 
     All ranks finish one `write` before the next one starts. So a failure on one rank, such as a full disk while it
@@ -72,7 +72,7 @@ def save_rows(
     path: Path,
     tensors: Mapping[str, Tensor | RowBlocks],
     rows: Mapping[str, int],
-    ranks: Ranks,
+    ranks: Communicator,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write one safetensors file of tensors whose rows are spread over ranks, each its own rows; collective.
@@ -139,7 +139,7 @@ def _write(file: BinaryIO, tensor: Tensor, each: int) -> None:
         file.write(raw.numpy().data)
 
 
-def _write_all(folder: Path, target: Path, ranks: Ranks, write: Callable[[Path], None]) -> None:
+def _write_all(folder: Path, target: Path, ranks: Communicator, write: Callable[[Path], None]) -> None:
     failed: Exception | None = None
     try:
         write(folder)
@@ -149,7 +149,7 @@ def _write_all(folder: Path, target: Path, ranks: Ranks, write: Callable[[Path],
         raise failed or InputError(f"{target}: another rank could not write its part; nothing was replaced")
 
 
-def _shared_name(folder: Path | None, target: Path, ranks: Ranks) -> Path:
+def _shared_name(folder: Path | None, target: Path, ranks: Communicator) -> Path:
     """Return the temporary folder of rank 0, on every rank."""
     length = len(target.name) + len(f"..{'0' * 12}.partial")
     name = torch.zeros(4 * length, dtype=torch.uint8, device=ranks.device)

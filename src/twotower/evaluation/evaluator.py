@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from twotower.data import Holdout, Interactions
 from twotower.errors import InputError
 from twotower.evaluation.metrics import hits
-from twotower.evaluation.per_query import Question, Targets, measure
+from twotower.evaluation.per_query import EvaluationTask, Targets, measure
 from twotower.evaluation.results import Evaluation
 from twotower.evaluation.slices import column_slices, flat, standard_slices
 from twotower.ranking.base import Ranker
@@ -105,7 +105,7 @@ def evaluate_all(
         counted = np.ones_like(counted)
     if not counted.any():
         raise _nothing_to_rank(holdout, targets)
-    question = Question(targets, counted, ks, flat(groups), item_counts)
+    question = EvaluationTask(targets, counted, ks, flat(groups), item_counts)
     inexact = [name for name, ranker in rankers.items() if not getattr(ranker, "is_exact", True)]
     rows = []
     for name, ranker in rankers.items():

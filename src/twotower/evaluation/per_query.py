@@ -68,7 +68,7 @@ class Targets:
 
 
 @dataclass(frozen=True, eq=False)
-class Question:
+class EvaluationTask:
     """What every ranker is measured on.
 
     Attributes:
@@ -98,7 +98,7 @@ class Question:
 def measure(
     name: str,
     ranked: NDArray[np.int64],
-    question: Question,
+    question: EvaluationTask,
     item_embeddings: NDArray[np.floating] | None,
     places: NDArray[np.int64] | None = None,
 ) -> Row:
@@ -144,7 +144,7 @@ def measure(
 
 
 def _measure_slice(
-    ranked: NDArray[np.int64], hit: NDArray[np.bool_], part: Slice, question: Question
+    ranked: NDArray[np.int64], hit: NDArray[np.bool_], part: Slice, question: EvaluationTask
 ) -> dict[str, Values]:
     """Compute Recall and NDCG on the targets of the slice alone, [E], NaN for a query without one."""
     inside = question.targets.sizes(part)[question.counted]

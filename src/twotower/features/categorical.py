@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from twotower.config.features import CategoricalFeature, MultiFeature, TextFeature
 from twotower.data.schema.vocabulary import Vocabulary
-from twotower.features.parsing import Place, as_lists, as_text, as_words
+from twotower.features.parsing import ErrorLocation, as_lists, as_text, as_words
 
 #: Codes of missing and unknown values. Hashing has no unknown values, so its buckets begin at UNKNOWN.
 MISSING = 0
@@ -29,7 +29,7 @@ UNKNOWN = 1
 
 
 @dataclass(frozen=True)
-class Values:
+class ValueVocabulary:
     """Codes of texts: 0 where missing; then 1 for unknown and 2, 3, ... for the vocabulary, or 1, 2, ... for buckets.
 
     A bucket is the 64-bit BLAKE2b hash of the UTF-8 text modulo the number of buckets: the same in every process.
@@ -43,7 +43,7 @@ class Values:
     buckets: int | None = None
 
     @classmethod
-    def fit(cls, texts: pl.Series, *, buckets: int | None, min_count: int) -> Values:
+    def fit(cls, texts: pl.Series, *, buckets: int | None, min_count: int) -> ValueVocabulary:
         """Fit a vocabulary of the values that occur at least `min_count` times; buckets need no fitting."""
         if buckets is not None:
             return cls(buckets=buckets)
@@ -87,7 +87,7 @@ class Values:
         return {"values": None if self.known is None else self.known.ids.to_list(), "buckets": self.buckets}
 
     @classmethod
-    def restore(cls, state: dict[str, Any]) -> Values:
+    def restore(cls, state: dict[str, Any]) -> ValueVocabulary:
         """Restore from `state`."""
         if state["values"] is None:
             return cls(buckets=int(state["buckets"]))
@@ -97,7 +97,7 @@ class Values:
 Form = Literal["codes", "bags", "numbers"]
 
 
-class Encoder(Protocol):
+class FeatureEncoder(Protocol):
     """A fitted encoder of one feature.
 
     Attributes:
@@ -113,7 +113,7 @@ class Encoder(Protocol):
     @property
     def note(self) -> str: ...  # noqa: D102
 
-    def encode(self, column: pl.Series, place: Place) -> NDArray[Any]:
+    def encode(self, column: pl.Series, place: ErrorLocation) -> NDArray[Any]:
         """Encode rows of the column.
 
         Raises:
@@ -127,18 +127,18 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True)
-class Category:
+class CategoryEncoder:
     """Encoder of a categorical feature with one value per row."""
 
-    values: Values
+    values: ValueVocabulary
     note: str = ""
     form: ClassVar[Form] = "codes"
 
     @classmethod
-    def fit(cls, declared: CategoricalFeature, column: pl.Series, place: Place) -> Category:
+    def fit(cls, declared: CategoricalFeature, column: pl.Series, place: ErrorLocation) -> CategoryEncoder:
         """Fit the vocabulary of a column."""
         texts = as_text(column, place)
-        values = Values.fit(texts, buckets=declared.buckets, min_count=declared.min_count)
+        values = ValueVocabulary.fit(texts, buckets=declared.buckets, min_count=declared.min_count)
         return cls(values, values.told(texts))
 
     @property
@@ -146,37 +146,37 @@ class Category:
         """Number of rows of the embedding table."""
         return self.values.size
 
-    def encode(self, column: pl.Series, place: Place) -> NDArray[np.int64]:
-        """See `Encoder`."""
+    def encode(self, column: pl.Series, place: ErrorLocation) -> NDArray[np.int64]:
+        """See `FeatureEncoder`."""
         return self.values.encode(as_text(column, place))
 
     def state(self) -> dict[str, Any]:
-        """See `Encoder`."""
+        """See `FeatureEncoder`."""
         return self.values.state()
 
     @classmethod
-    def restore(cls, declared: CategoricalFeature, state: dict[str, Any]) -> Category:
+    def restore(cls, declared: CategoricalFeature, state: dict[str, Any]) -> CategoryEncoder:
         """Restore from `state`."""
         del declared
-        return cls(Values.restore(state))
+        return cls(ValueVocabulary.restore(state))
 
 
 @dataclass(frozen=True)
-class Bag:
+class MultiCategory:
     """Encoder of a feature with several values per row: genres, tags, words."""
 
     declared: MultiFeature | TextFeature
-    values: Values
+    values: ValueVocabulary
     note: str = ""
     form: ClassVar[Form] = "bags"
 
     @classmethod
-    def fit(cls, declared: MultiFeature | TextFeature, column: pl.Series, place: Place) -> Bag:
+    def fit(cls, declared: MultiFeature | TextFeature, column: pl.Series, place: ErrorLocation) -> MultiCategory:
         """Fit the vocabulary of all values in a column."""
         lists = _lists(declared, column, place)
         each = lists.explode(keep_nulls=False, empty_as_null=False).cast(pl.String)
         buckets = declared.buckets if isinstance(declared, MultiFeature) else None
-        values = Values.fit(each, buckets=buckets, min_count=declared.min_count)
+        values = ValueVocabulary.fit(each, buckets=buckets, min_count=declared.min_count)
         cut = int((lists.list.len() > declared.max_values).sum())
         note = values.told(each) + (f"; {cut:,} rows cut to {declared.max_values} values" if cut else "")
         return cls(declared, values, note)
@@ -186,8 +186,8 @@ class Bag:
         """Number of rows of the embedding table."""
         return self.values.size
 
-    def encode(self, column: pl.Series, place: Place) -> NDArray[np.int64]:
-        """See `Encoder`. Values with the same code, such as all unknown values, count once per row."""
+    def encode(self, column: pl.Series, place: ErrorLocation) -> NDArray[np.int64]:
+        """See `FeatureEncoder`. Values with the same code, such as all unknown values, count once per row."""
         lists = _lists(self.declared, column, place).list.head(self.declared.max_values)
         frame = pl.DataFrame({"row": np.arange(len(lists)), "value": lists})
         each = frame.explode("value", keep_nulls=False, empty_as_null=False)
@@ -201,16 +201,16 @@ class Bag:
         return bags
 
     def state(self) -> dict[str, Any]:
-        """See `Encoder`."""
+        """See `FeatureEncoder`."""
         return self.values.state()
 
     @classmethod
-    def restore(cls, declared: MultiFeature | TextFeature, state: dict[str, Any]) -> Bag:
+    def restore(cls, declared: MultiFeature | TextFeature, state: dict[str, Any]) -> MultiCategory:
         """Restore from `state`."""
-        return cls(declared, Values.restore(state))
+        return cls(declared, ValueVocabulary.restore(state))
 
 
-def _lists(declared: MultiFeature | TextFeature, column: pl.Series, place: Place) -> pl.Series:
+def _lists(declared: MultiFeature | TextFeature, column: pl.Series, place: ErrorLocation) -> pl.Series:
     if isinstance(declared, TextFeature):
         return as_words(column, place)
     return as_lists(column, declared.separator, place)

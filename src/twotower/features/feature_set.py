@@ -24,11 +24,11 @@ from twotower.config.features import (
     TimestampFeature,
 )
 from twotower.data.loading.batches import Encoded
-from twotower.features.categorical import Bag, Category, Encoder
+from twotower.features.categorical import CategoryEncoder, FeatureEncoder, MultiCategory
 from twotower.features.frames import RowsLike, check_columns, frame_of, with_files
-from twotower.features.numeric import Moment, Number, Quantile, Vector
-from twotower.features.parsing import Place
-from twotower.features.text import Sentence
+from twotower.features.numeric import DenseEncoder, NumericEncoder, Quantile, TimestampEncoder
+from twotower.features.parsing import ErrorLocation
+from twotower.features.text import TextEncoder
 
 _DECLARED: TypeAdapter[AnyFeature] = TypeAdapter(AnyFeature)
 
@@ -36,10 +36,15 @@ _DECLARED: TypeAdapter[AnyFeature] = TypeAdapter(AnyFeature)
 def _kind(declared: AnyFeature) -> Any:
     """Return the encoder class of a declared feature."""
     if isinstance(declared, NumericFeature):
-        return Quantile if declared.scale == "quantiles" else Number
+        return Quantile if declared.scale == "quantiles" else NumericEncoder
     if isinstance(declared, TextFeature):
-        return Bag if declared.model == "words" else Sentence
-    classes = {CategoricalFeature: Category, MultiFeature: Bag, TimestampFeature: Moment, DenseFeature: Vector}
+        return MultiCategory if declared.model == "words" else TextEncoder
+    classes = {
+        CategoricalFeature: CategoryEncoder,
+        MultiFeature: MultiCategory,
+        TimestampFeature: TimestampEncoder,
+        DenseFeature: DenseEncoder,
+    }
     return classes[type(declared)]
 
 
@@ -61,7 +66,7 @@ class FeatureSet:
 
     side: str
     declared: list[AnyFeature]
-    encoders: list[Encoder]
+    encoders: list[FeatureEncoder]
     widths: list[int] | None = None
 
     @classmethod
@@ -90,11 +95,13 @@ class FeatureSet:
         place = _place(side, ids)
         check_columns(frame, declared, place.table, needs_table=table is None)
         rows = np.flatnonzero(known) if known is not None else np.arange(len(frame))
-        place = Place(place.table, ids.gather(rows), side)
+        place = ErrorLocation(place.table, ids.gather(rows), side)
         return cls.fit_rows(side, declared, frame.select({one.column for one in declared})[rows], place)
 
     @classmethod
-    def fit_rows(cls, side: str, declared: Sequence[AnyFeature], frame: pl.DataFrame, place: Place) -> FeatureSet:
+    def fit_rows(
+        cls, side: str, declared: Sequence[AnyFeature], frame: pl.DataFrame, place: ErrorLocation
+    ) -> FeatureSet:
         """Fit on all rows of a frame, whatever the rows are.
 
         Raises:
@@ -103,7 +110,7 @@ class FeatureSet:
         check_columns(frame, declared, place.table, needs_table=False)
         return cls(side, list(declared), [_kind(one).fit(one, frame[one.column], place) for one in declared])
 
-    def encode_rows(self, frame: pl.DataFrame, place: Place) -> Encoded:
+    def encode_rows(self, frame: pl.DataFrame, place: ErrorLocation) -> Encoded:
         """Encode the rows of a frame; an absent column counts as missing in every row.
 
         Raises:
@@ -139,15 +146,17 @@ class FeatureSet:
         name = f"{self.side} features"
         frame = frame_of(rows, self.columns, name)
         check_columns(frame, self.declared, name, needs_table=False)
-        return self._encode(frame, Place(name))
+        return self._encode(frame, ErrorLocation(name))
 
-    def _encode(self, frame: pl.DataFrame, place: Place) -> Encoded:
+    def _encode(self, frame: pl.DataFrame, place: ErrorLocation) -> Encoded:
         pairs = zip(self.declared, self.encoders, strict=True)
         return [encoder.encode(frame[one.column], place) for one, encoder in pairs]
 
     def missing(self) -> Encoded:
         """Encode one row in which every feature is missing."""
-        return self._encode(pl.DataFrame({name: pl.Series([None], dtype=pl.Null) for name in self.columns}), Place(""))
+        return self._encode(
+            pl.DataFrame({name: pl.Series([None], dtype=pl.Null) for name in self.columns}), ErrorLocation("")
+        )
 
     @property
     def columns(self) -> list[str]:
@@ -238,5 +247,5 @@ class EncodedTable:
         return cls(features, [arrays[str(place)] for place in range(len(features.declared))])
 
 
-def _place(side: str, ids: pl.Series) -> Place:
-    return Place(f"{side} table", ids, side)
+def _place(side: str, ids: pl.Series) -> ErrorLocation:
+    return ErrorLocation(f"{side} table", ids, side)

@@ -13,12 +13,12 @@ from twotower.config.features import AnyFeature, DenseFeature, Features
 from twotower.config.run import Config
 from twotower.data.interactions import Interactions
 from twotower.data.loading.batches import Encoded
-from twotower.data.prepare.request_context import Owners, Wanted
+from twotower.data.prepare.request_context import RowQueries, Wanted
 from twotower.data.schema.columns import title_column
 from twotower.data.schema.vocabulary import Vocabulary, listed
 from twotower.errors import InputError
 from twotower.features.feature_set import EncodedTable, FeatureSet
-from twotower.features.parsing import Place
+from twotower.features.parsing import ErrorLocation
 from twotower.features.suggest import features_of, propose, propose_context
 
 
@@ -107,9 +107,9 @@ def context_frame(declared: Sequence[AnyFeature], data: Interactions) -> pl.Data
     return data.context
 
 
-def context_place(data: Interactions) -> Place:
+def context_place(data: Interactions) -> ErrorLocation:
     """Return the location of the context rows for error messages."""
-    return Place("context of the interactions", Owners(data.offsets, data.queries), "query")
+    return ErrorLocation("context of the interactions", RowQueries(data.offsets, data.queries), "query")
 
 
 def unused_tables(config: Config, train: Interactions) -> list[str]:

@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 
 from twotower.config.features import DenseFeature, NumericFeature, TimestampFeature
 from twotower.features.categorical import Form
-from twotower.features.parsing import Place, as_moments, as_numbers, as_vectors
+from twotower.features.parsing import ErrorLocation, as_moments, as_numbers, as_vectors
 
 DAY = 86_400_000_000
 YEAR_DAYS = 365.25
 
 
 @dataclass(frozen=True)
-class Scale:
+class Standardization:
     """Standardisation, z = (x - mean) / deviation, of values clipped to the range seen in fitting.
 
     A price a thousand times the largest training price is then just "expensive", not an input that the model never saw.
@@ -30,7 +30,7 @@ class Scale:
     high: float
 
     @classmethod
-    def fit(cls, values: NDArray[np.float64]) -> Scale:
+    def fit(cls, values: NDArray[np.float64]) -> Standardization:
         """Fit mean, population standard deviation and range of the values, ignoring NaN."""
         known = values[~np.isnan(values)]
         if not len(known):
@@ -49,23 +49,23 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Number:
+class NumericEncoder:
     """Encoder of a number by its standardised value or standardised logarithm."""
 
-    scale: Scale
+    scale: Standardization
     log: bool
     note: str = ""
     form: ClassVar[Form] = "numbers"
     size: ClassVar[int] = 2
 
     @classmethod
-    def fit(cls, declared: NumericFeature, column: pl.Series, place: Place) -> Number:
+    def fit(cls, declared: NumericFeature, column: pl.Series, place: ErrorLocation) -> NumericEncoder:
         """Fit mean and deviation of a column."""
         log = declared.scale == "log"
-        scale = Scale.fit(_numbers(column, place, log=log))
+        scale = Standardization.fit(_numbers(column, place, log=log))
         return cls(scale, log, f"mean {scale.mean:.4g}, deviation {scale.deviation:.4g}" + (" of log(1+x)" * log))
 
-    def encode(self, column: pl.Series, place: Place) -> NDArray[np.float32]:
+    def encode(self, column: pl.Series, place: ErrorLocation) -> NDArray[np.float32]:
         """See `Encoder`."""
         values = _numbers(column, place, log=self.log)
         return np.stack([self.scale(values), np.isnan(values)], axis=1).astype(np.float32)
@@ -75,12 +75,12 @@ class Number:
         return self.scale.state()
 
     @classmethod
-    def restore(cls, declared: NumericFeature, state: dict[str, Any]) -> Number:
+    def restore(cls, declared: NumericFeature, state: dict[str, Any]) -> NumericEncoder:
         """Restore from `state`."""
-        return cls(Scale(**state), declared.scale == "log")
+        return cls(Standardization(**state), declared.scale == "log")
 
 
-def _numbers(column: pl.Series, place: Place, *, log: bool) -> NDArray[np.float64]:
+def _numbers(column: pl.Series, place: ErrorLocation, *, log: bool) -> NDArray[np.float64]:
     values = as_numbers(column, place)
     if not log:
         return values
@@ -101,7 +101,7 @@ class Quantile:
     form: ClassVar[Form] = "codes"
 
     @classmethod
-    def fit(cls, declared: NumericFeature, column: pl.Series, place: Place) -> Quantile:
+    def fit(cls, declared: NumericFeature, column: pl.Series, place: ErrorLocation) -> Quantile:
         """Fit the distinct inner edges at the quantiles 1/bins, 2/bins, ..."""
         values = as_numbers(column, place)
         known = values[~np.isnan(values)]
@@ -116,7 +116,7 @@ class Quantile:
         """Number of rows of the embedding table: the bins, and one for missing values."""
         return len(self.edges) + 2
 
-    def encode(self, column: pl.Series, place: Place) -> NDArray[np.int64]:
+    def encode(self, column: pl.Series, place: ErrorLocation) -> NDArray[np.int64]:
         """See `Encoder`."""
         values = as_numbers(column, place)
         return np.where(np.isnan(values), 0, 1 + np.searchsorted(self.edges, values, side="right"))
@@ -133,32 +133,32 @@ class Quantile:
 
 
 @dataclass(frozen=True)
-class Moment:
+class TimestampEncoder:
     """Encoder of a timestamp by its cyclic parts in UTC, and its age before the latest timestamp seen in fitting."""
 
     declared: TimestampFeature
     unit: str | None
     latest: int
-    age: Scale
+    age: Standardization
     note: str = ""
     form: ClassVar[Form] = "numbers"
 
     @classmethod
-    def fit(cls, declared: TimestampFeature, column: pl.Series, place: Place) -> Moment:
+    def fit(cls, declared: TimestampFeature, column: pl.Series, place: ErrorLocation) -> TimestampEncoder:
         """Fit the unit, the latest timestamp, and the scale of the ages."""
         times, unit = as_moments(column, place)
         last: Any = times.max()
         latest = int(last) if last is not None else 0
         ages = cls._ages(times, latest)
         note = "none known" if last is None else f"latest {pl.Series([latest]).cast(pl.Datetime('us'))[0]}"
-        return cls(declared, unit, latest, Scale.fit(ages), note)
+        return cls(declared, unit, latest, Standardization.fit(ages), note)
 
     @property
     def size(self) -> int:
         """Width: two columns per cyclic part, one for the age, one for missing values."""
         return sum(1 if part == "age" else 2 for part in self.declared.parts) + 1
 
-    def encode(self, column: pl.Series, place: Place) -> NDArray[np.float32]:
+    def encode(self, column: pl.Series, place: ErrorLocation) -> NDArray[np.float32]:
         """See `Encoder`."""
         times, _ = as_moments(column, place, self.unit)
         missing = times.is_null().to_numpy()
@@ -191,13 +191,13 @@ class Moment:
         return {"unit": self.unit, "latest": self.latest, "age": self.age.state()}
 
     @classmethod
-    def restore(cls, declared: TimestampFeature, state: dict[str, Any]) -> Moment:
+    def restore(cls, declared: TimestampFeature, state: dict[str, Any]) -> TimestampEncoder:
         """Restore from `state`."""
-        return cls(declared, state["unit"], int(state["latest"]), Scale(**state["age"]))
+        return cls(declared, state["unit"], int(state["latest"]), Standardization(**state["age"]))
 
 
 @dataclass(frozen=True)
-class Vector:
+class DenseEncoder:
     """Encoder of a given vector, unchanged or scaled to length 1."""
 
     declared: DenseFeature
@@ -206,7 +206,7 @@ class Vector:
     form: ClassVar[Form] = "numbers"
 
     @classmethod
-    def fit(cls, declared: DenseFeature, column: pl.Series, place: Place) -> Vector:
+    def fit(cls, declared: DenseFeature, column: pl.Series, place: ErrorLocation) -> DenseEncoder:
         """Determine the width of the vectors of a column."""
         vectors, _ = as_vectors(column, None, place)
         return cls(declared, vectors.shape[1], f"{vectors.shape[1]} wide")
@@ -216,7 +216,7 @@ class Vector:
         """Width: the vector, and one column for missing values."""
         return self.width + 1
 
-    def encode(self, column: pl.Series, place: Place) -> NDArray[np.float32]:
+    def encode(self, column: pl.Series, place: ErrorLocation) -> NDArray[np.float32]:
         """See `Encoder`."""
         vectors, missing = as_vectors(column, self.width, place)
         return with_missing(vectors, missing, normalise=self.declared.normalise)
@@ -226,7 +226,7 @@ class Vector:
         return {"width": self.width}
 
     @classmethod
-    def restore(cls, declared: DenseFeature, state: dict[str, Any]) -> Vector:
+    def restore(cls, declared: DenseFeature, state: dict[str, Any]) -> DenseEncoder:
         """Restore from `state`."""
         return cls(declared, int(state["width"]))
 

@@ -20,7 +20,7 @@ class Ids(Protocol):
 
 
 @dataclass(frozen=True)
-class Place:
+class ErrorLocation:
     """The location of a cell of a table, for error messages.
 
     Attributes:
@@ -52,7 +52,7 @@ def _first(mask: pl.Series) -> int:
     return int(mask.arg_true()[0])
 
 
-def as_text(series: pl.Series, place: Place) -> pl.Series:
+def as_text(series: pl.Series, place: ErrorLocation) -> pl.Series:
     """Convert to text. 3, 3.0 and "3" become the same text, because integers in a column with nulls may be floats.
 
     Raises:
@@ -75,7 +75,7 @@ def as_text(series: pl.Series, place: Place) -> pl.Series:
     return text.set(text == "", None)
 
 
-def as_numbers(series: pl.Series, place: Place) -> NDArray[np.float64]:
+def as_numbers(series: pl.Series, place: ErrorLocation) -> NDArray[np.float64]:
     """Convert to finite numbers, NaN where missing, float64 [rows].
 
     Raises:
@@ -99,7 +99,7 @@ def as_numbers(series: pl.Series, place: Place) -> NDArray[np.float64]:
     return numbers.fill_null(float("nan")).to_numpy()
 
 
-def as_moments(series: pl.Series, place: Place, unit: str | None = None) -> tuple[pl.Series, str | None]:
+def as_moments(series: pl.Series, place: ErrorLocation, unit: str | None = None) -> tuple[pl.Series, str | None]:
     """Convert times to Int64 microseconds since 1970, null where missing; also return the unit if they are numbers.
 
     Args:
@@ -139,7 +139,7 @@ def as_moments(series: pl.Series, place: Place, unit: str | None = None) -> tupl
     return moments, unit
 
 
-def as_lists(series: pl.Series, separator: str | None, place: Place) -> pl.Series:
+def as_lists(series: pl.Series, separator: str | None, place: ErrorLocation) -> pl.Series:
     """Convert to lists of text, null where missing, without blank values.
 
     Raises:
@@ -164,13 +164,15 @@ def as_lists(series: pl.Series, separator: str | None, place: Place) -> pl.Serie
     return cleaned.list.unique(maintain_order=True).alias(series.name)
 
 
-def as_words(series: pl.Series, place: Place) -> pl.Series:
+def as_words(series: pl.Series, place: ErrorLocation) -> pl.Series:
     """Split text into distinct lower-case words of letters and digits in any script; null where missing."""
     text = as_text(series, place).str.to_lowercase()
     return text.str.extract_all(r"[\p{L}\p{N}]+").list.unique(maintain_order=True)
 
 
-def as_vectors(series: pl.Series, width: int | None, place: Place) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+def as_vectors(
+    series: pl.Series, width: int | None, place: ErrorLocation
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Convert to vectors float32 [rows, width], zeros where missing; also return the mask of missing rows.
 
     Args:

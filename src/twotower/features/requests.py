@@ -18,7 +18,7 @@ from twotower.data.schema.vocabulary import listed
 from twotower.errors import InputError
 from twotower.features.feature_set import FeatureSet
 from twotower.features.frames import frame_of
-from twotower.features.parsing import Place, as_moments
+from twotower.features.parsing import ErrorLocation, as_moments
 
 
 def given_gaps(times: Sequence[Any] | None, count: int) -> NDArray[np.int8]:
@@ -35,7 +35,7 @@ def given_gaps(times: Sequence[Any] | None, count: int) -> NDArray[np.int8]:
         series = pl.Series("times", list(times))
     except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError) as error:
         raise InputError(f"times: values of mixed types ({str(error).splitlines()[0]}).") from None
-    moments, _ = as_moments(series, Place("history"))
+    moments, _ = as_moments(series, ErrorLocation("history"))
     if moments.null_count():
         raise InputError("times: expected one per item of the history; some are missing.")
     return gap_codes(np.array([0, count]), moments.to_numpy())
@@ -88,7 +88,7 @@ def encode_given(features: FeatureSet, rows: Given) -> Encoded:
         InputError: a column that the model does not have, or a value of the wrong type.
     """
     if isinstance(rows, pl.DataFrame):
-        return features.encode_rows(rows, Place("context"))
+        return features.encode_rows(rows, ErrorLocation("context"))
     known = features.columns
     for row in rows:
         for name in row or {}:
@@ -122,7 +122,7 @@ def encode_apart(features: FeatureSet, rows: Sequence[Mapping[str, Any]], name: 
     found: list[Encoded] = []
     for places in groups.values():
         chosen = [{column: rows[place].get(column) for column in known} for place in places]
-        where = Place(name, [place + 1 for place in places], "row")
+        where = ErrorLocation(name, [place + 1 for place in places], "row")
         found.append(features.encode_rows(frame_of(chosen, known, name), where))
     order = np.concatenate([np.asarray(places, dtype=np.int64) for places in groups.values()])
     return [_in_order([encoded[one] for encoded in found], order) for one in range(len(features.declared))]

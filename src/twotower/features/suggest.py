@@ -25,7 +25,7 @@ from twotower.config.features import (
 )
 from twotower.data.interactions import Interactions
 from twotower.errors import InputError
-from twotower.features.parsing import Place, as_moments
+from twotower.features.parsing import ErrorLocation, as_moments
 
 #: An integer column with at most this many distinct values is treated as a code (gender, store, rating).
 FEW_VALUES = 32
@@ -43,7 +43,7 @@ SKEWED = 2.0
 
 
 @dataclass(frozen=True)
-class Proposed:
+class FeatureSuggestion:
     """The proposal for one column.
 
     Attributes:
@@ -74,7 +74,7 @@ class Proposed:
         }
 
 
-def propose(table: pl.DataFrame, id_column: str | None = None) -> list[Proposed]:
+def propose(table: pl.DataFrame, id_column: str | None = None) -> list[FeatureSuggestion]:
     """Propose a feature for every column except the id.
 
     Args:
@@ -85,7 +85,7 @@ def propose(table: pl.DataFrame, id_column: str | None = None) -> list[Proposed]
     return [propose_column(table[name]) for name in table.columns if name != own]
 
 
-def features_of(proposed: list[Proposed]) -> list[AnyFeature]:
+def features_of(proposed: list[FeatureSuggestion]) -> list[AnyFeature]:
     """Return the proposed features, without the columns left out."""
     return [one.declared for one in proposed if one.declared is not None]
 
@@ -98,7 +98,7 @@ SETTINGS = {
 }
 
 
-def as_yaml(found: Mapping[str, list[Proposed]]) -> str:
+def as_yaml(found: Mapping[str, list[FeatureSuggestion]]) -> str:
     """Format the proposals of each side ("item", "query", "context") as configuration YAML."""
     sections: dict[str, list[str]] = {}
     for side, proposed in found.items():
@@ -110,7 +110,7 @@ def as_yaml(found: Mapping[str, list[Proposed]]) -> str:
     return "\n".join("\n".join([f"{section}:", *parts]) for section, parts in sections.items())
 
 
-def propose_column(column: pl.Series) -> Proposed:
+def propose_column(column: pl.Series) -> FeatureSuggestion:
     """Propose a feature for one column."""
     nested = column.dtype.is_nested()
     known = column.drop_nulls()
@@ -140,7 +140,7 @@ def propose_column(column: pl.Series) -> Proposed:
         declared, why = _texts(known.cast(pl.String), distinct or 0)
     else:
         why = f"type {column.dtype}"
-    return Proposed(column.name, declared, why, distinct, missing)
+    return FeatureSuggestion(column.name, declared, why, distinct, missing)
 
 
 def _lists(known: pl.Series) -> tuple[AnyFeature | None, str]:
@@ -175,7 +175,7 @@ def _numbers(known: pl.Series, distinct: int) -> tuple[AnyFeature | None, str]:
 def _texts(known: pl.Series, distinct: int) -> tuple[AnyFeature | None, str]:
     name = known.name
     try:
-        as_moments(known, Place(""))
+        as_moments(known, ErrorLocation(""))
     except InputError:
         pass
     else:
@@ -209,7 +209,7 @@ SETTLED = 0.95
 QUERIES_PER_VALUE = 1.5
 
 
-def propose_context(data: Interactions) -> list[Proposed]:
+def propose_context(data: Interactions) -> list[FeatureSuggestion]:
     """Propose a feature for every context column.
 
     A column that is determined by the item, such as a price or a title in a log, is left out: a request does not have
@@ -221,7 +221,7 @@ def propose_context(data: Interactions) -> list[Proposed]:
     return [_one(data, data.context[name]) for name in data.context.columns]
 
 
-def _one(data: Interactions, column: pl.Series) -> Proposed:
+def _one(data: Interactions, column: pl.Series) -> FeatureSuggestion:
     found = propose_column(column)
     declared = found.declared
     if declared is None:

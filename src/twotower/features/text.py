@@ -17,7 +17,7 @@ from twotower.data.io.folders import cache_root
 from twotower.errors import InputError
 from twotower.features.categorical import Form
 from twotower.features.numeric import with_missing
-from twotower.features.parsing import Place, as_text, as_vectors
+from twotower.features.parsing import ErrorLocation, as_text, as_vectors
 from twotower.system.filesystem import whole_file
 
 #: Fewer texts than this are not cached: a service embeds one item at a time and would fill the cache with tiny files.
@@ -25,7 +25,7 @@ CACHE_FROM = 64
 
 
 @dataclass(frozen=True)
-class Sentence:
+class TextEncoder:
     """Encoder of text by a pretrained model; vectors have length 1, zeros where the text is missing."""
 
     declared: TextFeature
@@ -34,7 +34,7 @@ class Sentence:
     form: ClassVar[Form] = "numbers"
 
     @classmethod
-    def fit(cls, declared: TextFeature, column: pl.Series, place: Place) -> Sentence:
+    def fit(cls, declared: TextFeature, column: pl.Series, place: ErrorLocation) -> TextEncoder:
         """Determine the width of the model's vectors; the model itself is not trained."""
         as_text(column, place)
         width = int(_model(declared.model).get_embedding_dimension())
@@ -45,7 +45,7 @@ class Sentence:
         """Width: the vector, and one column for missing values."""
         return self.width + 1
 
-    def encode(self, column: pl.Series, place: Place) -> NDArray[np.float32]:
+    def encode(self, column: pl.Series, place: ErrorLocation) -> NDArray[np.float32]:
         """See `Encoder`. A column of vectors is used directly: the caller has already embedded the texts."""
         if column.dtype.is_nested():
             return with_missing(*as_vectors(column, self.width, place), normalise=True)
@@ -63,7 +63,7 @@ class Sentence:
         return {"width": self.width}
 
     @classmethod
-    def restore(cls, declared: TextFeature, state: dict[str, Any]) -> Sentence:
+    def restore(cls, declared: TextFeature, state: dict[str, Any]) -> TextEncoder:
         """Restore from `state`."""
         return cls(declared, int(state["width"]))
 

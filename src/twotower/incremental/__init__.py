@@ -4,18 +4,18 @@
 """
 
 from twotower.incremental.lineage import contexts_of, lineage, rows_of, split_again
-from twotower.incremental.parent import Parent, new_days, parent_of
-from twotower.incremental.settings import checked, rows_to_learn, settled
+from twotower.incremental.parent import ParentModel, new_days, parent_of
+from twotower.incremental.settings import inherit_settings, require_continued, rows_to_learn
 
 __all__ = [
-    "Parent",
-    "checked",
+    "ParentModel",
     "contexts_of",
+    "inherit_settings",
     "lineage",
     "new_days",
     "parent_of",
+    "require_continued",
     "rows_of",
     "rows_to_learn",
-    "settled",
     "split_again",
 ]

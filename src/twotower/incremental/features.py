@@ -14,17 +14,17 @@ from twotower.config.features import AnyFeature, DenseFeature
 from twotower.data.interactions import Interactions
 from twotower.data.schema.vocabulary import Vocabulary, listed
 from twotower.errors import InputError
-from twotower.features.categorical import Bag, Category, Encoder, Values
+from twotower.features.categorical import CategoryEncoder, FeatureEncoder, MultiCategory, ValueVocabulary
 from twotower.features.feature_set import EncodedTable, FeatureSet
 from twotower.features.from_config import context_frame, context_place
-from twotower.features.parsing import Place
+from twotower.features.parsing import ErrorLocation
 from twotower.incremental.vocabularies import described
 
 Codes = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Grown:
+class GrownFeatures:
     """The features of a side extended to new rows.
 
     Attributes:
@@ -43,7 +43,7 @@ def grown(
     table: pl.DataFrame | None,
     ids: Vocabulary,
     known: NDArray[np.bool_],
-) -> Grown:
+) -> GrownFeatures:
     """Extend fitted features to new rows.
 
     A vocabulary gains new values that occur often enough (`min_count`) in those rows of the new table that are in
@@ -71,13 +71,13 @@ def grown(
     has_row = described(table, len(ids))
     fitting = np.flatnonzero(has_row & known)
     maps: dict[int, Codes] = {}
-    encoders: list[Encoder] = []
+    encoders: list[FeatureEncoder] = []
     for place, (one, encoder) in enumerate(zip(declared, old.features.encoders, strict=True)):
-        if isinstance(encoder, Category | Bag) and encoder.values.known is not None:
+        if isinstance(encoder, CategoryEncoder | MultiCategory) and encoder.values.known is not None:
             fresh = encoder.values
             if table is not None and one.column in table.columns and len(fitting):
                 column = table[one.column].gather(fitting)
-                where = Place(f"{side} table", ids.ids.gather(fitting), side)
+                where = ErrorLocation(f"{side} table", ids.ids.gather(fitting), side)
                 fresh = type(encoder).fit(one, column, where).values  # type: ignore[arg-type]
             both, maps[place] = _union(encoder.values, fresh)
             encoder = replace(encoder, values=both)  # noqa: PLW2901
@@ -97,10 +97,10 @@ def grown(
         if place in maps:
             rows = maps[place][rows]
         arrays[place] = _put(arrays[place], keeps, rows)
-    return Grown(EncodedTable(features, arrays), maps)
+    return GrownFeatures(EncodedTable(features, arrays), maps)
 
 
-def grown_context(old: FeatureSet, data: Interactions, new: NDArray[np.bool_]) -> Grown:
+def grown_context(old: FeatureSet, data: Interactions, new: NDArray[np.bool_]) -> GrownFeatures:
     """Extend fitted context features: vocabularies gain the values of the new rows, the rest stays as fitted.
 
     Args:
@@ -114,16 +114,16 @@ def grown_context(old: FeatureSet, data: Interactions, new: NDArray[np.bool_]) -
     fresh = data.select(new)
     frame, place = context_frame(old.declared, fresh), context_place(fresh)
     maps: dict[int, Codes] = {}
-    encoders: list[Encoder] = []
+    encoders: list[FeatureEncoder] = []
     for number, (one, encoder) in enumerate(zip(old.declared, old.encoders, strict=True)):
-        if isinstance(encoder, Category | Bag) and encoder.values.known is not None:
+        if isinstance(encoder, CategoryEncoder | MultiCategory) and encoder.values.known is not None:
             found = type(encoder).fit(one, frame[one.column], place).values  # type: ignore[arg-type]
             both, maps[number] = _union(encoder.values, found)
             encoder = replace(encoder, values=both)  # noqa: PLW2901
         elif encoder.form != "numbers":
             maps[number] = np.arange(encoder.size)
         encoders.append(encoder)
-    return Grown(EncodedTable.of_requests(FeatureSet("context", old.declared, encoders, old.widths)), maps)
+    return GrownFeatures(EncodedTable.of_requests(FeatureSet("context", old.declared, encoders, old.widths)), maps)
 
 
 def _check(side: str, declared: Sequence[AnyFeature], table: pl.DataFrame | None) -> None:
@@ -143,10 +143,10 @@ def _check(side: str, declared: Sequence[AnyFeature], table: pl.DataFrame | None
             )
 
 
-def _union(old: Values, new: Values) -> tuple[Values, Codes]:
+def _union(old: ValueVocabulary, new: ValueVocabulary) -> tuple[ValueVocabulary, Codes]:
     """Merge two vocabularies, ascending; also return the new code of each old one."""
     assert old.known is not None and new.known is not None
-    values = Values(Vocabulary(pl.concat([old.known.ids, new.known.ids.alias("id")]).unique().sort()))
+    values = ValueVocabulary(Vocabulary(pl.concat([old.known.ids, new.known.ids.alias("id")]).unique().sort()))
     assert values.known is not None
     return values, np.concatenate([[0, 1], 2 + values.known.encode(old.known.ids)]).astype(np.int64)
 

@@ -17,10 +17,10 @@ from twotower.data.schema.account import Account
 from twotower.data.schema.vocabulary import Vocabulary
 from twotower.errors import InputError
 from twotower.features.from_config import wanted_context
-from twotower.incremental.parent import Parent
+from twotower.incremental.parent import ParentModel
 from twotower.incremental.saved_rows import has_validation, holdout_of
 from twotower.incremental.split import CARRIED, ContinuedSplit
-from twotower.serving.model_folder import Artifact
+from twotower.serving.model_folder import SavedModel
 
 
 def rows_of(split: Split) -> dict[str, NDArray[Any]]:
@@ -68,7 +68,7 @@ def contexts_of(split: Split, config: Config) -> dict[str, pl.DataFrame]:
 
 
 def split_again(
-    artifact: Artifact,
+    artifact: SavedModel,
     rows: Mapping[str, NDArray[Any]],
     context: pl.DataFrame | None = None,
     test_context: pl.DataFrame | None = None,
@@ -119,7 +119,7 @@ def split_again(
     )
 
 
-def lineage(parent: Parent | None, split: Split, learnt: int, replayed: int) -> list[dict[str, Any]]:
+def lineage(parent: ParentModel | None, split: Split, learnt: int, replayed: int) -> list[dict[str, Any]]:
     """List the training runs that produced a model, oldest first, as JSON values: parent, rows, dates."""
     before: list[dict[str, Any]] = [] if parent is None else list(parent.artifact.metadata["data"].get("lineage", []))
     times = split.data.timestamps

@@ -17,16 +17,16 @@ from twotower.distributed.launch import Launch
 from twotower.distributed.row_files import RowSource, stored_tensors
 from twotower.errors import InputError
 from twotower.incremental.saved_rows import load_context, load_rows
-from twotower.incremental.split import CARRIED, ContinuedSplit, Past, continued
-from twotower.serving.catalog_changes import Changes
-from twotower.serving.model_folder import TOWERS, Artifact, find_model
+from twotower.incremental.split import CARRIED, ContinuedSplit, PastData, continued
+from twotower.serving.catalog_changes import CatalogChanges
+from twotower.serving.model_folder import TOWERS, SavedModel, find_model
 
 if TYPE_CHECKING:
     from twotower.training import FitResult
 
 
 @dataclass(frozen=True)
-class Parent:
+class ParentModel:
     """The model that an incremental run continues.
 
     Attributes:
@@ -37,25 +37,25 @@ class Parent:
         folder: the model folder, from which rows of weights are read when needed; None if `artifact` has the weights.
     """
 
-    artifact: Artifact
+    artifact: SavedModel
     checkpoint: Path | None
     where: str
     removed: pl.Series | None = None
     folder: Path | None = None
 
     @classmethod
-    def load(cls, directory: str | Path) -> Parent:
+    def load(cls, directory: str | Path) -> ParentModel:
         """Load a run folder, or a model folder alone, which comes without optimizer state.
 
         Weights are not read. On each machine, only the first process verifies the files.
 
         Raises:
-            InputError: see `Artifact.load`.
+            InputError: see `SavedModel.load`.
         """
         folder = find_model(directory)
-        artifact = Artifact.load(folder, weights=False, verify=Launch.of_environment().local_rank == 0)
+        artifact = SavedModel.load(folder, weights=False, verify=Launch.of_environment().local_rank == 0)
         best = folder.parent / "checkpoints" / "best.ckpt"
-        changes = Changes.read(folder)
+        changes = CatalogChanges.read(folder)
         left = np.zeros(0, dtype=np.int64) if changes is None else changes.left
         removed = artifact.items.decode(left[left < len(artifact.items)])
         return cls(
@@ -91,12 +91,12 @@ class Parent:
         """Fingerprint of its data."""
         return str(self.artifact.metadata["data"]["fingerprint"])
 
-    def past(self) -> Past:
+    def past(self) -> PastData:
         """Return its training data. Older versions did not save which rows were trained on: all count as learnt."""
         model, rows = self.artifact, self.artifact.rows or {}
         times = rows.get("timestamps")
         names = model.metadata["data"].get("groups")
-        return Past(
+        return PastData(
             model.queries,
             model.items,
             np.asarray(model.history_offsets, dtype=np.int64),
@@ -120,26 +120,26 @@ class Fitted(Protocol):
     """A model in memory, such as `twotower.Model`."""
 
     @property
-    def artifact(self) -> Artifact: ...  # noqa: D102
+    def artifact(self) -> SavedModel: ...  # noqa: D102
     @property
     def fit(self) -> FitResult: ...  # noqa: D102
 
 
-def parent_of(start: Fitted | Parent | str | Path | None) -> Parent | None:
+def parent_of(start: Fitted | ParentModel | str | Path | None) -> ParentModel | None:
     """Return the parent for a model or its folder; None for None.
 
     Raises:
-        InputError: see `Parent.load`.
+        InputError: see `ParentModel.load`.
     """
-    if start is None or isinstance(start, Parent):
+    if start is None or isinstance(start, ParentModel):
         return start
     if isinstance(start, str | Path):
-        return Parent.load(start)
-    return Parent(start.artifact, start.fit.checkpoint, "a model in memory")
+        return ParentModel.load(start)
+    return ParentModel(start.artifact, start.fit.checkpoint, "a model in memory")
 
 
 def new_days(
-    parent: Parent,
+    parent: ParentModel,
     data: Interactions,
     config: Config,
     split: Callable[[Interactions], Split],

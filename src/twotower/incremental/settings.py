@@ -10,20 +10,20 @@ from numpy.typing import NDArray
 from twotower.config.run import Config
 from twotower.data import Split
 from twotower.errors import InputError
-from twotower.incremental.parent import Parent
+from twotower.incremental.parent import ParentModel
 from twotower.incremental.split import ContinuedSplit
 
 #: Settings of the towers that may change between runs: no tensor depends on them.
 FREE = ("dropout", "id_dropout", "context_dropout")
 
 
-def checked(split: Split) -> ContinuedSplit:
+def require_continued(split: Split) -> ContinuedSplit:
     """Narrow the type of a split that is known to be a continued one."""
     assert isinstance(split, ContinuedSplit)
     return split
 
 
-def rows_to_learn(split: Split, parent: Parent | None, settings: Config) -> NDArray[np.int64] | None:
+def rows_to_learn(split: Split, parent: ParentModel | None, settings: Config) -> NDArray[np.int64] | None:
     """Return the rows of `split.train` that an incremental run trains on; None for training from scratch.
 
     Raises:
@@ -40,7 +40,7 @@ def rows_to_learn(split: Split, parent: Parent | None, settings: Config) -> NDAr
     return split.rows_to_learn(settings.training.replay, settings.training.seed, whole=whole)
 
 
-def settled(parent: Config, config: Config) -> Config:
+def inherit_settings(parent: Config, config: Config) -> Config:
     """Complete the settings of an incremental run: features and context set to "auto" become the parent's.
 
     Raises:

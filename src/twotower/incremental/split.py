@@ -32,7 +32,7 @@ CARRIED = ("timestamps", "weights", "groups")
 
 
 @dataclass(frozen=True, eq=False)
-class Past:
+class PastData:
     """The data that a model was trained on, as stored in its folder.
 
     Attributes:
@@ -112,7 +112,7 @@ class ContinuedSplit(Split):
 
 
 @dataclass(frozen=True)
-class Maps:
+class JoinedCodes:
     """New code of each code of the past and of the new data, -1 where there is none."""
 
     past_queries: Codes
@@ -132,7 +132,7 @@ class PastRows:
     context: pl.DataFrame | None = None
 
     @classmethod
-    def of(cls, past: Past, maps: Maps, num_queries: int) -> PastRows:
+    def of(cls, past: PastData, maps: JoinedCodes, num_queries: int) -> PastRows:
         """Recode the rows of a past."""
         sizes = np.diff(past.offsets)
         queries = np.repeat(maps.past_queries, sizes)
@@ -153,7 +153,7 @@ class PastRows:
 
 
 @dataclass(frozen=True)
-class Joined:
+class JoinedRows:
     """The old and then the new rows of every query.
 
     Attributes:
@@ -168,8 +168,15 @@ class Joined:
 
     @classmethod
     def of(
-        cls, past: Past, fresh: Interactions, training: Codes, *, queries: Vocabulary, items: Vocabulary, maps: Maps
-    ) -> Joined:
+        cls,
+        past: PastData,
+        fresh: Interactions,
+        training: Codes,
+        *,
+        queries: Vocabulary,
+        items: Vocabulary,
+        maps: JoinedCodes,
+    ) -> JoinedRows:
         """Join the rows of the past and of the new data.
 
         `training` [Q of fresh] is the number of training rows at the start of each query's new rows.
@@ -215,7 +222,7 @@ class Joined:
 
 
 def continued(
-    past: Past,
+    past: PastData,
     data: Interactions,
     split: Callable[[Interactions], Split],
     *,
@@ -256,7 +263,7 @@ def continued(
     items = union(past.items.ids.filter(pl.Series(kept)), data.items.ids.filter(pl.Series(new_items)), "item")
     new_queries = np.diff(fresh.offsets) > 0
     queries = union(past.queries.ids, data.queries.ids.filter(pl.Series(new_queries)), "query")
-    maps = Maps(
+    maps = JoinedCodes(
         past_queries=item_map(past.queries, queries),
         past_items=np.where(kept, item_map(past.items, items), -1),
         queries=item_map(data.queries, queries),
@@ -265,7 +272,7 @@ def continued(
     account.add("items withdrawn", int((~kept).sum()), "removed from the catalog and the histories")
     account.add("items new", len(items) - int(kept.sum()), f"of {len(items):,}")
     account.add("queries new", len(queries) - len(past.queries), f"of {len(queries):,}")
-    joined = Joined.of(past, fresh, np.diff(made.train.offsets), queries=queries, items=items, maps=maps)
+    joined = JoinedRows.of(past, fresh, np.diff(made.train.offsets), queries=queries, items=items, maps=maps)
     rows = joined.rows
     rows.item_table = joined_table(past.item_table, past.items, data.item_table, data.items, items)
     rows.query_table = joined_table(None, past.queries, data.query_table, data.queries, queries)
@@ -301,7 +308,7 @@ def continued(
     )
 
 
-def _withdrawn(past: Past, data: Interactions, ids: IdValues | None) -> Vocabulary | None:
+def _withdrawn(past: PastData, data: Interactions, ids: IdValues | None) -> Vocabulary | None:
     if ids is None or not len(ids):
         return None
     values = ids if isinstance(ids, pl.Series) else pl.Series("id", ids)
@@ -321,7 +328,7 @@ def _among(items: Vocabulary, ids: Vocabulary | None) -> NDArray[np.bool_]:
     return mask
 
 
-def _new_rows(past: Past, data: Interactions, gone: Vocabulary | None, account: Account) -> Interactions:
+def _new_rows(past: PastData, data: Interactions, gone: Vocabulary | None, account: Account) -> Interactions:
     """Select the rows that are newer than the past, without withdrawn items."""
     for side, old, new in (("query", past.queries, data.queries), ("item", past.items, data.items)):
         if old.ids.dtype != new.ids.dtype:
@@ -361,7 +368,7 @@ def _new_rows(past: Past, data: Interactions, gone: Vocabulary | None, account: 
     return replace(fresh, labels=None)
 
 
-def _recoded(below: Interactions, queries: Vocabulary, items: Vocabulary, maps: Maps) -> Interactions | None:
+def _recoded(below: Interactions, queries: Vocabulary, items: Vocabulary, maps: JoinedCodes) -> Interactions | None:
     """Recode observed negatives; drop those of withdrawn items."""
     codes, found = maps.queries[below.query_codes()], maps.items[below.item_codes]
     known = np.flatnonzero((codes >= 0) & (found >= 0))
@@ -381,7 +388,7 @@ def _recoded(below: Interactions, queries: Vocabulary, items: Vocabulary, maps: 
 def _carried(
     holdout: Holdout,
     before: PastRows,
-    maps: Maps,
+    maps: JoinedCodes,
     whole: Interactions,
     *,
     account: Account,

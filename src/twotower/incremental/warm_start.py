@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from twotower.config.run import Config
 from twotower.data.schema.vocabulary import Vocabulary
-from twotower.distributed.communicator import Ranks
-from twotower.distributed.partition import Columns, Part
+from twotower.distributed.communicator import Communicator
+from twotower.distributed.partition import ColumnShard, TableShard
 from twotower.distributed.row_files import RowSource
 from twotower.errors import InputError
 from twotower.features.feature_set import EncodedTable
 from twotower.incremental.features import grown, grown_context
-from twotower.incremental.parent import Parent
+from twotower.incremental.parent import ParentModel
 from twotower.incremental.split import ContinuedSplit
 from twotower.negatives import StreamingFrequency
 from twotower.objectives import Objective
@@ -41,7 +41,7 @@ BLOCK_ROWS = 1 << 16
 
 
 @dataclass(frozen=True)
-class Maps:
+class CodeMaps:
     """New code of every old code, int64; -1 for a code that was removed.
 
     Attributes:
@@ -84,7 +84,7 @@ def named_tables(build: Callable[[int, int], nn.Module], num_queries: int, num_i
     return tables
 
 
-def row_maps(model: nn.Module, tables: Mapping[str, Side], maps: Maps) -> dict[str, Tensor]:
+def row_maps(model: nn.Module, tables: Mapping[str, Side], maps: CodeMaps) -> dict[str, Tensor]:
     """Return the row map of every table that grows, including tables of feature values, by name."""
     found = {name: maps.queries if side == "queries" else maps.items for name, side in tables.items()}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -127,13 +127,13 @@ def grow(model: nn.Module, state: Mapping[str, RowSource], rows: Mapping[str, Te
             own.copy_(old[...])
 
 
-def parts_of(model: nn.Module) -> dict[int, Part]:
+def parts_of(model: nn.Module) -> dict[int, TableShard]:
     """Return this rank's parts of sharded tables, by `id` of their weight."""
     return {id(table.weight): table.part for table in shared_tables_of(model) if table.part is not None}
 
 
 @torch.no_grad()
-def grown_rows(own: Tensor, old: RowSource, rows: Tensor, part: Part | None = None) -> None:
+def grown_rows(own: Tensor, old: RowSource, rows: Tensor, part: TableShard | None = None) -> None:
     """Copy retained rows of an old table into a new one; a boolean mask is combined with "or" instead of replaced.
 
     Args:
@@ -148,7 +148,7 @@ def grown_rows(own: Tensor, old: RowSource, rows: Tensor, part: Part | None = No
     kept = ((to >= first) & (to < first + len(own))).nonzero().squeeze(1)
     for some in torch.split(kept, BLOCK_ROWS):
         places, values = (to[some] - first).to(own.device), old[some]
-        values = (part.cut(values) if isinstance(part, Columns) else values).to(own.device, own.dtype)
+        values = (part.cut(values) if isinstance(part, ColumnShard) else values).to(own.device, own.dtype)
         own[places] = own[places] | values if own.dtype == torch.bool else values
 
 
@@ -156,7 +156,7 @@ def continue_optimizer(
     optimizer: TableOptimizer,
     saved: Mapping[str, Any],
     maps_of: Mapping[int, Tensor],
-    parts: Mapping[int, Part] | None = None,
+    parts: Mapping[int, TableShard] | None = None,
 ) -> tuple[int, int]:
     """Load an old optimizer's state, row by row for tables that have grown.
 
@@ -196,7 +196,7 @@ def continue_optimizer(
     return done, count
 
 
-def _whole_shape(value: Tensor, part: Part | None) -> torch.Size:
+def _whole_shape(value: Tensor, part: TableShard | None) -> torch.Size:
     return value.shape if part is None or value.ndim == 0 else torch.Size(part.whole_shape(value))
 
 
@@ -269,7 +269,7 @@ AFRESH = "optimizer and objective start from scratch, only weights are inherited
 
 
 @dataclass(frozen=True)
-class Grown:
+class WarmFeatures:
     """The features of both sides with the new rows, and the maps from old to new codes.
 
     Attributes:
@@ -279,12 +279,12 @@ class Grown:
     """
 
     features: dict[str, EncodedTable]
-    maps: Maps
+    maps: CodeMaps
     num_queries: int
     num_items: int
 
 
-def grown_features(parent: Parent, split: ContinuedSplit) -> Grown:
+def grown_features(parent: ParentModel, split: ContinuedSplit) -> WarmFeatures:
     """Apply the parent's fitted features to the new rows too; see `data.growing.grown`."""
     train = split.train
     sides: dict[str, tuple[Any, Vocabulary, pl.DataFrame | None, NDArray[np.bool_]]] = {
@@ -303,18 +303,18 @@ def grown_features(parent: Parent, split: ContinuedSplit) -> Grown:
         one = grown(old, codes, table, ids, known)
         features[side] = one.table
         values[side] = {place: torch.tensor(rows) for place, rows in one.value_maps.items()}
-    maps = Maps(torch.tensor(split.query_map), torch.tensor(split.item_map), values)
-    return Grown(features, maps, train.num_queries, train.num_items)
+    maps = CodeMaps(torch.tensor(split.query_map), torch.tensor(split.item_map), values)
+    return WarmFeatures(features, maps, train.num_queries, train.num_items)
 
 
 def carry_on(
-    parent: Parent,
+    parent: ParentModel,
     config: Config,
-    growth: Grown,
+    growth: WarmFeatures,
     *,
     towers: TwoTower,
     objective: Objective,
-    ranks: Ranks | None = None,
+    ranks: Communicator | None = None,
     say: Callable[[object], None] | None = None,
 ) -> ContinueOptimizer | None:
     """Load the parent's weights and state into fresh towers and a fresh objective, both changed in place; collective.
@@ -350,7 +350,7 @@ def carry_on(
 
     tables = named_tables(build, growth.num_queries, growth.num_items)
     rows = row_maps(towers, tables, growth.maps)
-    ranks, old = ranks or Ranks(), parent.weights()
+    ranks, old = ranks or Communicator(), parent.weights()
     grow(towers, old, rows)
     if parent.checkpoint is None or not parent.checkpoint.is_dir():
         if say is not None:
@@ -370,7 +370,7 @@ def carry_on(
     return ContinueOptimizer(rows, saved["optimizer_states"][0], say)
 
 
-def _same(saved: RowSource | None, own: RowSource, ranks: Ranks) -> bool:
+def _same(saved: RowSource | None, own: RowSource, ranks: Communicator) -> bool:
     """Return whether two tensors are equal on the rows that this rank checks: rows of a large one are divided."""
     if saved is None or saved.shape != own.shape or saved.dtype != own.dtype:
         return False

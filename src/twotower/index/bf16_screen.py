@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from twotower.index.topk import (
-    Best,
-    Excluded,
+    BestKeys,
+    ExcludedColumns,
     Exclusion,
     Progress,
-    Results,
-    Told,
+    ProgressReport,
+    TopKResults,
     above,
     blocks,
     chunk_maxima,
@@ -41,7 +41,7 @@ _SLACK = 1.0 + 2.0**-10
 _UNDERFLOW = 2.0**-100
 
 
-class Screen:
+class Bf16Screen:
     """The items of a catalog in bfloat16, in addition to float32.
 
     Args:
@@ -79,9 +79,9 @@ class Screen:
         if k > columns or not bool(queries.isfinite().all()) or not self._in_range(queries):
             return None
         rows = row_block or _ROWS
-        excluded = None if exclude is None else Excluded.of(exclude, len(queries), self._order)
-        counter = Told(progress, len(queries), rows, len(self._items), columns)
-        results = Results(len(queries), k, self._order)
+        excluded = None if exclude is None else ExcludedColumns.of(exclude, len(queries), self._order)
+        counter = ProgressReport(progress, len(queries), rows, len(self._items), columns)
+        results = TopKResults(len(queries), k, self._order)
         room = torch.empty(min(rows, len(queries)) * columns, dtype=torch.bfloat16)
         for block in blocks(len(queries), rows):
             keys = self._block(queries, block, k, excluded=excluded, columns=columns, room=room, counter=counter)
@@ -96,14 +96,14 @@ class Screen:
         block: slice,
         k: int,
         *,
-        excluded: Excluded | None,
+        excluded: ExcludedColumns | None,
         columns: int,
         room: Tensor,
-        counter: Told,
+        counter: ProgressReport,
     ) -> Tensor | None:
         queries = queries[block]
         low, margin = queries.to(torch.bfloat16), self.margin(queries)
-        best = Best(len(queries), k, queries.device, rescore=lambda row, column: self.score(queries, row, column))
+        best = BestKeys(len(queries), k, queries.device, rescore=lambda row, column: self.score(queries, row, column))
         entries = None if excluded is None else excluded.block(block.start, block.stop, columns)
         limit: Tensor | None = None
         for index, part in enumerate(blocks(len(self._items), columns)):

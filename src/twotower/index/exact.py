@@ -147,8 +147,8 @@ class ExactIndex:
         )
 
     @cached_property
-    def _screen(self) -> bf16_screen.Screen:
-        return bf16_screen.Screen(self._items, self._order)
+    def _screen(self) -> bf16_screen.Bf16Screen:
+        return bf16_screen.Bf16Screen(self._items, self._order)
 
     def _screened(self, queries: int, requested: bool | None) -> bool:
         possible = self._bias is None and self._items.device.type == "cpu" and self.num_items > 0 and queries > 0

@@ -65,7 +65,7 @@ Rescore = Callable[[Tensor, Tensor], Tensor]
 """`rescore(row [P], column [P]) -> [P]` float32: the exact scores of candidates that were offered by an estimate."""
 
 
-class Best:
+class BestKeys:
     """The K best keys of each row of one block, and candidates waiting to be merged with them.
 
     Args:
@@ -185,7 +185,7 @@ Exclusion = tuple[Tensor | np.ndarray, Tensor | np.ndarray]
 
 
 @dataclass(frozen=True)
-class Entries:
+class ExcludedEntries:
     """The excluded entries of one block of rows, sorted by column tile."""
 
     rows: Tensor
@@ -199,7 +199,7 @@ class Entries:
 
 
 @dataclass(frozen=True)
-class Excluded:
+class ExcludedColumns:
     """Validated exclusions, with items converted to columns."""
 
     offsets: Tensor
@@ -207,7 +207,7 @@ class Excluded:
     num_items: int
 
     @classmethod
-    def of(cls, exclude: Exclusion, num_rows: int, order: Tensor) -> "Excluded":
+    def of(cls, exclude: Exclusion, num_rows: int, order: Tensor) -> "ExcludedColumns":
         """Validate compressed rows [num_rows + 1] of items; `order` is [N], the item of each column.
 
         Raises:
@@ -226,17 +226,17 @@ class Excluded:
         column_of[order] = torch.arange(num_items, device=order.device)
         return cls(offsets, column_of[items], num_items)
 
-    def block(self, start: int, stop: int, columns: int) -> Entries:
+    def block(self, start: int, stop: int, columns: int) -> ExcludedEntries:
         """Return the entries of rows start:stop, for tiles of `columns` columns."""
         offsets = self.offsets[start : stop + 1]
         column = self.columns[int(offsets[0]) : int(offsets[-1])]
         row = torch.repeat_interleave(torch.arange(stop - start), offsets.diff()).to(column.device)
         if columns >= self.num_items:
-            return Entries(row, column, [0, len(column)])
+            return ExcludedEntries(row, column, [0, len(column)])
         tile, by_tile = (column // columns).sort()
         edges = torch.arange(-(-self.num_items // columns) + 1, device=column.device)
         bounds = torch.searchsorted(tile, edges)
-        return Entries(row[by_tile], column[by_tile], bounds.tolist())
+        return ExcludedEntries(row[by_tile], column[by_tile], bounds.tolist())
 
 
 __all__ = ["Exclusion", "Progress", "ScoreTile", "pack_keys", "top_k", "unpack_columns", "unpack_scores"]
@@ -299,12 +299,12 @@ def top_k(
     # A row needs memory for its results and for one complete tile that passes the filter.
     rows_fit = max(1, 8 * _TILE_ELEMENTS // (kept + columns))
     rows = row_block or max(1, min(_MAX_ROWS, _TILE_ELEMENTS // columns, rows_fit))
-    excluded = None if exclude is None else Excluded.of(exclude, num_rows, order)
-    counter = Told(progress, num_rows, rows, num_items, columns)
+    excluded = None if exclude is None else ExcludedColumns.of(exclude, num_rows, order)
+    counter = ProgressReport(progress, num_rows, rows, num_items, columns)
 
-    results = Results(num_rows, k, order)
+    results = TopKResults(num_rows, k, order)
     for block in blocks(num_rows, rows):
-        best = Best(block.stop - block.start, kept, device)
+        best = BestKeys(block.stop - block.start, kept, device)
         entries = None if excluded is None else excluded.block(block.start, block.stop, columns)
         for index, part in enumerate(blocks(num_items, columns)):
             tile = score_tile(block, part).to(dtype=torch.float32).contiguous()
@@ -316,7 +316,7 @@ def top_k(
     return results.scores, results.items
 
 
-class Told:
+class ProgressReport:
     """A counter of finished tiles that calls the progress function."""
 
     def __init__(self, progress: Progress | None, num_rows: int, rows: int, num_items: int, columns: int) -> None:
@@ -330,7 +330,7 @@ class Told:
             self._progress(self._done, self._total)
 
 
-class Results:
+class TopKResults:
     """The scores and items of a search, filled by blocks of rows.
 
     Args:
@@ -357,7 +357,7 @@ def blocks(total: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, total))
 
 
-def _offer(best: Best, tile: Tensor, left: int) -> None:
+def _offer(best: BestKeys, tile: Tensor, left: int) -> None:
     maxima = chunk_maxima(tile)
     if _has_nan(maxima) or _has_nan(tile[:, maxima.shape[1] * LANES :]):
         raise ValueError("a score is NaN: the model has diverged (look for NaN in its parameters or inputs)")

@@ -11,18 +11,18 @@ from twotower.negatives.frequency import (
     compare_frequencies,
     popularity_deciles,
 )
-from twotower.negatives.masks import Hits
+from twotower.negatives.masks import NegativeMask
 from twotower.negatives.pool import Pool
 from twotower.negatives.proposals import FrequencyPower, IndexStream, LogUniform, Proposal, Uniform, Weighted
 from twotower.negatives.sources import (
     Catalog,
     CrossBatchMemory,
+    DrawRequest,
+    HardNegatives,
     Head,
     InBatch,
-    Mined,
     Observed,
     RandomSource,
-    Request,
     Sampled,
     Source,
 )
@@ -32,21 +32,21 @@ __all__ = [
     "Catalog",
     "CountedFrequency",
     "CrossBatchMemory",
+    "DrawRequest",
     "Frequency",
     "FrequencyPower",
     "FrequencyReport",
     "GroupedFrequency",
+    "HardNegatives",
     "Head",
-    "Hits",
     "InBatch",
     "IndexStream",
     "LogUniform",
-    "Mined",
+    "NegativeMask",
     "Observed",
     "Pool",
     "Proposal",
     "RandomSource",
-    "Request",
     "Sampled",
     "Source",
     "StreamingFrequency",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twotower.negatives.masks import Hits
+from twotower.negatives.masks import NegativeMask
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Candidates:
 
     items: Tensor
     log_expected_count: Tensor
-    masks: Hits
+    masks: NegativeMask
     multiplicity: Tensor
     source: Tensor
     positives: Tensor

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from twotower.errors import InputError
-from twotower.negatives.sources import InBatch, RandomSource, Request, Source, log_absence_after, log_complement
+from twotower.negatives.sources import DrawRequest, InBatch, RandomSource, Source, log_absence_after, log_complement
 
 
 class Sources(Protocol):
@@ -30,7 +30,7 @@ class Sources(Protocol):
         """Return the random sources, in order."""
         ...
 
-    def log_expected_count(self, items: Tensor, request: Request) -> Tensor:
+    def log_expected_count(self, items: Tensor, request: DrawRequest) -> Tensor:
         """Return log kappa_j pooled over all random sources."""
         ...
 
@@ -39,7 +39,7 @@ class Correction(ABC):
     """A rule for log kappa."""
 
     @abstractmethod
-    def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: Request) -> Tensor:
+    def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: DrawRequest) -> Tensor:
         """Compute what is subtracted from the logits of random candidates.
 
         Args:
@@ -56,7 +56,7 @@ class Correction(ABC):
 class ExpectedCounts(Correction):
     """log kappa_j, pooled over all random sources: the estimate is unbiased (docs/theory.md, section 2)."""
 
-    def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: Request) -> Tensor:
+    def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: DrawRequest) -> Tensor:
         """Return the log of the summed counts, or of one minus the product of absences if the pool is unique."""
         del source
         return pool.log_expected_count(items, request)
@@ -65,7 +65,7 @@ class ExpectedCounts(Correction):
 class NoCorrection(Correction):
     """No correction, 0: popular items are drawn more often and therefore penalised more."""
 
-    def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: Request) -> Tensor:
+    def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: DrawRequest) -> Tensor:
         """Return zeros."""
         del pool, source, request
         return torch.zeros(items.shape, dtype=torch.float64, device=items.device)
@@ -74,7 +74,7 @@ class NoCorrection(Correction):
 class Probability(Correction):
     """log p_j, the frequency without the number of draws: the negatives' sum is B-1 times too large."""
 
-    def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: Request) -> Tensor:
+    def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: DrawRequest) -> Tensor:
         """Return log p_j of the in-batch source."""
         del source
         return in_batch_source(pool).log_prob(items, request)
@@ -83,7 +83,7 @@ class Probability(Correction):
 class BatchProbability(Correction):
     """log(1 - (1-p_j)^B): the probability of being in the batch, applied to every copy although duplicates are kept."""
 
-    def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: Request) -> Tensor:
+    def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: DrawRequest) -> Tensor:
         """Return the log inclusion probability in B draws."""
         del source
         log_prob = in_batch_source(pool).log_prob(items, request)
@@ -93,7 +93,7 @@ class BatchProbability(Correction):
 class ImportanceToUniform(Correction):
     """log(Q_j / P_j) with P uniform over the catalog and Q the frequency: log p_j + log N."""
 
-    def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: Request) -> Tensor:
+    def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: DrawRequest) -> Tensor:
         """Return log p_j + log N."""
         del source
         in_batch = in_batch_source(pool)
@@ -103,7 +103,7 @@ class ImportanceToUniform(Correction):
 class MixtureProbability(Correction):
     """log Q*_j, the mixture of all sources weighted by their draws (B for in-batch): a probability, not a count."""
 
-    def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: Request) -> Tensor:
+    def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: DrawRequest) -> Tensor:
         """Return log sum_s n_s q_j^s - log sum_s n_s."""
         del source
         parts, total = [torch.full(items.shape, -torch.inf, dtype=torch.float64, device=items.device)], 0
@@ -118,7 +118,7 @@ class MixtureProbability(Correction):
 class BySourceProbability(Correction):
     """log q_j of the source that drew the candidate: p_j for in-batch, 1/N for uniform."""
 
-    def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: Request) -> Tensor:
+    def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: DrawRequest) -> Tensor:
         """Return log q_j^s.
 
         Raises:
@@ -148,5 +148,5 @@ def in_batch_source(pool: Sources) -> InBatch:
     raise InputError("sources: this objective is defined on in-batch candidates; add in_batch to its sources")
 
 
-def _draws_as_published(member: RandomSource, request: Request) -> int:
+def _draws_as_published(member: RandomSource, request: DrawRequest) -> int:
     return len(request.positives) if isinstance(member, InBatch) else member.draws(request)

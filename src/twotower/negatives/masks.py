@@ -98,7 +98,7 @@ def as_pairs(known: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 Pairs = tuple[Tensor, Tensor]
 
 
-class Hits:
+class NegativeMask:
     """The masked entries of a batch, as (row, item) pairs that are matched against the candidates' items.
 
     For 65,536 rows and as many candidates the matrix takes 4 GiB of booleans, with perhaps a few hundred thousand hits.
@@ -123,7 +123,7 @@ class Hits:
         self._order: Tensor | None = None
 
     @classmethod
-    def of(cls, dense: Tensor) -> Hits:
+    def of(cls, dense: Tensor) -> NegativeMask:
         """Convert a matrix, bool [B, M].
 
         Raises:
@@ -227,29 +227,29 @@ class Hits:
         place = item if keys is None else first_places(keys, item)
         return place if order is None else torch.where(place < 0, -1, order[place])
 
-    def without(self, own: Tensor, candidates: Tensor) -> Hits:
+    def without(self, own: Tensor, candidates: Tensor) -> NegativeMask:
         """Return the hits without each row's own item, [B]; `candidates` are the codes, [M]. Empty slots remain."""
         kept = []
         for row, item in self.pairs:
             code = item if self.items is not None else candidates[item]
             live = code != own[row]
             kept.append((row[live], item[live]))
-        return Hits(kept, rows=self.rows, items=self.items, size=self.size, empty=self.empty)
+        return NegativeMask(kept, rows=self.rows, items=self.items, size=self.size, empty=self.empty)
 
-    def select(self, places: Tensor) -> Hits:
+    def select(self, places: Tensor) -> NegativeMask:
         """Return the hits among some of the candidates, given by position, int64 [M']."""
         items = places if self.items is None else self.items[places]
         empty = None if self.empty is None else self.empty[places]
-        return Hits(self.pairs, rows=self.rows, items=items, size=len(places), empty=empty)
+        return NegativeMask(self.pairs, rows=self.rows, items=items, size=len(places), empty=empty)
 
-    def head(self, rows: int) -> Hits:
+    def head(self, rows: int) -> NegativeMask:
         """Return the hits of the first `rows` rows only."""
         kept = [(row[live], item[live]) for row, item in self.pairs for live in [row < rows]]
-        return Hits(kept, rows=min(rows, self.rows), items=self.items, size=self.size, empty=self.empty)
+        return NegativeMask(kept, rows=min(rows, self.rows), items=self.items, size=self.size, empty=self.empty)
 
-    def to(self, device: torch.device | str) -> Hits:
+    def to(self, device: torch.device | str) -> NegativeMask:
         """Return a copy on another device."""
-        return Hits(
+        return NegativeMask(
             [(row.to(device), item.to(device)) for row, item in self.pairs],
             rows=self.rows,
             items=None if self.items is None else self.items.to(device),

@@ -13,7 +13,7 @@ from twotower.negatives.candidates import Candidates
 from twotower.negatives.corrections import Correction, ExpectedCounts
 from twotower.negatives.frequency import Frequency, Group
 from twotower.negatives.masks import (
-    Hits,
+    NegativeMask,
     as_pairs,
     compact,
     empty_duplicates,
@@ -21,7 +21,7 @@ from twotower.negatives.masks import (
     membership_of_rows,
     row_duplicates,
 )
-from twotower.negatives.sources import CrossBatchMemory, InBatch, RandomSource, Request, Source, log_complement
+from twotower.negatives.sources import CrossBatchMemory, DrawRequest, InBatch, RandomSource, Source, log_complement
 
 #: Used in place of a source's index: the item is always included, or copies from several sources were merged.
 FIXED = -2
@@ -105,7 +105,7 @@ class Pool(nn.Module):
             raise InputError(
                 f"positives: expected int64 item codes of shape [B], found {positives.dtype} {list(positives.shape)}"
             )
-        request = Request(positives, queries, group, generator, windows)
+        request = DrawRequest(positives, queries, group, generator, windows)
         if windows is not None and known_positives is None and any(isinstance(m, InBatch) for m in self.members()):
             raise InputError(
                 "known_positives: rows of one sequence are not random draws for each other; with whole sequences and "
@@ -126,7 +126,7 @@ class Pool(nn.Module):
         result = Candidates(
             items=items,
             log_expected_count=log_count.to(torch.float32),
-            masks=Hits(
+            masks=NegativeMask(
                 [pair for pair in pairs if pair is not None],
                 rows=len(own_positives),
                 items=items,
@@ -154,7 +154,7 @@ class Pool(nn.Module):
                     member.remember(positives, group)
         return result
 
-    def log_expected_count(self, items: Tensor, request: Request) -> Tensor:
+    def log_expected_count(self, items: Tensor, request: DrawRequest) -> Tensor:
         """Pool log kappa_j over all random sources, float64, the shape of `items`; -inf if none can draw the item."""
         sources = self.random_sources()
         if not sources:
@@ -178,7 +178,7 @@ class Pool(nn.Module):
         return [member for member in self.members() if isinstance(member, RandomSource)]
 
     def _gather(
-        self, request: Request, part: slice | None
+        self, request: DrawRequest, part: slice | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Draw from every source; return (always, random, source of random), shared and then per row of `part`."""
         own = request if part is None else replace(request, positives=request.positives[part])
@@ -219,7 +219,7 @@ class Pool(nn.Module):
         source = torch.cat([torch.full_like(fixed, FIXED), source])
         return compact(items, source)
 
-    def _log_count(self, items: Tensor, source: Tensor, request: Request, *, is_fixed: Tensor) -> Tensor:
+    def _log_count(self, items: Tensor, source: Tensor, request: DrawRequest, *, is_fixed: Tensor) -> Tensor:
         if not self.random_sources():
             return torch.zeros(items.shape, dtype=torch.float64, device=items.device)
         log_count = self.correction.log_count(self, items, source, request).masked_fill(is_fixed, 0.0)
@@ -228,7 +228,7 @@ class Pool(nn.Module):
         return log_count
 
     def _positive_log_count(
-        self, positives: Tensor, request: Request, fixed: Tensor, row_fixed: Tensor | None
+        self, positives: Tensor, request: DrawRequest, fixed: Tensor, row_fixed: Tensor | None
     ) -> Tensor:
         if not self.random_sources():
             return torch.zeros(len(positives), device=positives.device)
@@ -249,7 +249,7 @@ class Pool(nn.Module):
         source: Tensor | None,
         known: tuple[Tensor, Tensor] | None,
         shared_fixed: Tensor,
-        request: Request,
+        request: DrawRequest,
     ) -> Candidates:
         """Add the per-row candidates to the shared ones."""
         positives = shared.positives

@@ -31,7 +31,7 @@ from twotower.negatives.proposals import Proposal
 
 
 @dataclass(frozen=True)
-class Request:
+class DrawRequest:
     """The batch that a pool passes to its sources for a draw.
 
     Attributes:
@@ -63,7 +63,7 @@ class Source(nn.Module, ABC):
     per_row: bool = False
 
     @abstractmethod
-    def draw(self, request: Request) -> Tensor:
+    def draw(self, request: DrawRequest) -> Tensor:
         """Draw the candidates, duplicates included, int64 [m]; [B, R] if the source is per row."""
 
 
@@ -71,18 +71,18 @@ class RandomSource(Source):
     """A source of independent draws, with the expected count of every item of the catalog."""
 
     @abstractmethod
-    def draws(self, request: Request) -> int:
+    def draws(self, request: DrawRequest) -> int:
         """Return the number of independent draws per row."""
 
     @abstractmethod
-    def log_prob(self, items: Tensor, request: Request) -> Tensor:
+    def log_prob(self, items: Tensor, request: DrawRequest) -> Tensor:
         """Return the log probability that one draw is the item, float64, the shape of `items`."""
 
-    def log_absence(self, items: Tensor, request: Request) -> Tensor:
+    def log_absence(self, items: Tensor, request: DrawRequest) -> Tensor:
         """Return log (1 - q_j)^n: no draw is item j, float64, the shape of `items`."""
         return log_absence_after(self.draws(request), self.log_prob(items, request))
 
-    def log_expected_count(self, items: Tensor, request: Request) -> Tensor:
+    def log_expected_count(self, items: Tensor, request: DrawRequest) -> Tensor:
         """Return log kappa_j of this source alone: log(n q_j), or log(1 - (1-q_j)^n) if the source is unique."""
         if self.unique:
             return log_complement(self.log_absence(items, request))
@@ -133,21 +133,21 @@ class InBatch(RandomSource):
         self.frequency = frequency
         self.unique = unique
 
-    def draw(self, request: Request) -> Tensor:
+    def draw(self, request: DrawRequest) -> Tensor:
         """Return the positives of the batch, [B]; each row's own is masked as a hit, which leaves B-1 per row."""
         if request.windows is not None and request.windows.drawn < 2:
             return request.positives[:0]  # no other sequence in the batch
         return request.positives
 
-    def draws(self, request: Request) -> int:
+    def draws(self, request: DrawRequest) -> int:
         """Return B-1."""
         return len(request.positives) - 1
 
-    def log_prob(self, items: Tensor, request: Request) -> Tensor:
+    def log_prob(self, items: Tensor, request: DrawRequest) -> Tensor:
         """Return log p_j, within the group of the batch."""
         return self.frequency.log_prob(items, request.group)
 
-    def log_absence(self, items: Tensor, request: Request) -> Tensor:
+    def log_absence(self, items: Tensor, request: DrawRequest) -> Tensor:
         """Return the log probability that no other row, or no other sequence, has the item."""
         if request.windows is None:
             return super().log_absence(items, request)
@@ -157,7 +157,7 @@ class InBatch(RandomSource):
         # If all sequences left contain the item, it cannot be missed: probability 1 at most.
         return torch.log1p(-(holding[..., None] / left).clamp(max=1.0)).sum(-1)
 
-    def log_expected_count(self, items: Tensor, request: Request) -> Tensor:
+    def log_expected_count(self, items: Tensor, request: DrawRequest) -> Tensor:
         """Return log kappa_j over the other rows, or over the rows of the other sequences."""
         if request.windows is None or self.unique:
             return super().log_expected_count(items, request)
@@ -189,17 +189,17 @@ class Sampled(RandomSource):
         self.unique = unique
         self.per_row = per_row
 
-    def draw(self, request: Request) -> Tensor:
+    def draw(self, request: DrawRequest) -> Tensor:
         """Draw `size` items from the proposal, [size] or [B, size]."""
         shape = (len(request.positives), self.size) if self.per_row else (self.size,)
         return self.proposal.sample(shape, request.generator)
 
-    def draws(self, request: Request) -> int:
+    def draws(self, request: DrawRequest) -> int:
         """Return n."""
         del request
         return self.size
 
-    def log_prob(self, items: Tensor, request: Request) -> Tensor:
+    def log_prob(self, items: Tensor, request: DrawRequest) -> Tensor:
         """Return log q_j."""
         del request
         return self.proposal.log_prob(items)
@@ -226,7 +226,7 @@ class Head(Source):
         order = torch.argsort(torch.as_tensor(counts), descending=True, stable=True)
         self.register_buffer("items", order[:size].sort().values, persistent=False)
 
-    def draw(self, request: Request) -> Tensor:
+    def draw(self, request: DrawRequest) -> Tensor:
         """Return the head, [H]."""
         del request
         return self.items
@@ -246,7 +246,7 @@ class Catalog(Source):
         super().__init__()
         self.register_buffer("items", torch.arange(num_items), persistent=False)
 
-    def draw(self, request: Request) -> Tensor:
+    def draw(self, request: DrawRequest) -> Tensor:
         """Return all items, [N]."""
         del request
         return self.items
@@ -255,7 +255,7 @@ class Catalog(Source):
 class PerQuery(Source):
     """Items stored per query, always included: observed dislikes, or mined hard negatives.
 
-    The subclasses `Observed` and `Mined` provide the items.
+    The subclasses `Observed` and `HardNegatives` provide the items.
 
     Args:
         items: int64 [Q, R], -1 where a query has fewer.
@@ -269,7 +269,7 @@ class PerQuery(Source):
         super().__init__()
         self.register_buffer("items", items)
 
-    def draw(self, request: Request) -> Tensor:
+    def draw(self, request: DrawRequest) -> Tensor:
         """Look up the items of the rows' queries, [B, R], padded with -1.
 
         Raises:
@@ -302,7 +302,7 @@ class Observed(PerQuery):
         super().__init__(torch.where(present, latest, -1))
 
 
-class Mined(PerQuery):
+class HardNegatives(PerQuery):
     """Hard negatives: the items that the current model ranks highest for each query, refreshed periodically, kappa = 1.
 
     This is stratified sampling: the hard set is summed exactly and masked from the random sources, which estimate the
@@ -378,7 +378,7 @@ class CrossBatchMemory(RandomSource):
         self.register_buffer("state", torch.zeros(3, dtype=torch.int64))
         self.register_load_state_dict_post_hook(_restore)  # type: ignore[no-untyped-call]
 
-    def draw(self, request: Request) -> Tensor:
+    def draw(self, request: DrawRequest) -> Tensor:
         """Return the remembered items, [M] or fewer at the start; call `remember` after the draw."""
         del request
         return self.items[: self._filled].clone()
@@ -400,19 +400,19 @@ class CrossBatchMemory(RandomSource):
         """Mean age of the remembered items, in steps; 0 while the memory is empty."""
         return float((self._step - self.steps[: self._filled]).double().mean()) if self._filled else 0.0
 
-    def draws(self, request: Request) -> int:
+    def draws(self, request: DrawRequest) -> int:
         """Return the number of remembered positives."""
         del request
         return self._filled
 
-    def log_prob(self, items: Tensor, request: Request) -> Tensor:
+    def log_prob(self, items: Tensor, request: DrawRequest) -> Tensor:
         """Return log p_j; with a grouped frequency, of the mean over the remembered rows' groups."""
         if not self._mixes_groups:
             return self.frequency.log_prob(items, request.group)
         rows, log_prob = self._by_group(items)
         return torch.logsumexp(log_prob + rows.log(), 0) - math.log(self._filled)
 
-    def log_absence(self, items: Tensor, request: Request) -> Tensor:
+    def log_absence(self, items: Tensor, request: DrawRequest) -> Tensor:
         """Return the log of prod_g (1 - p_j^g)^M_g: no remembered row is item j, float64, the shape of `items`."""
         if not self._mixes_groups:
             return super().log_absence(items, request)

@@ -20,10 +20,10 @@ from twotower.negatives import (
     Frequency,
     FrequencyPower,
     GroupedFrequency,
+    HardNegatives,
     Head,
     InBatch,
     LogUniform,
-    Mined,
     Observed,
     Pool,
     Proposal,
@@ -212,7 +212,7 @@ class _SourceBuilder:
         return Observed(torch.from_numpy(negatives.offsets.copy()), codes, size)
 
     def mined(self, *, size: int) -> Source:
-        return Mined(self.train.num_queries, size)
+        return HardNegatives(self.train.num_queries, size)
 
     def catalog(self) -> Source:
         return Catalog(self.train.num_items)

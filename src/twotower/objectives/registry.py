@@ -22,7 +22,7 @@ UNIFORM: Sources = [{"uniform": {"size": 1024}}]
 
 
 @dataclass(frozen=True)
-class Named:
+class ObjectiveSpec:
     """The definition of a named objective.
 
     Attributes:
@@ -73,85 +73,85 @@ def _gbce(pool: Pool, settings: ObjectiveConfig, num_items: int) -> Objective:
     )
 
 
-OBJECTIVES: dict[str, Named] = {
-    "expected-count": Named(
+OBJECTIVES: dict[str, ObjectiveSpec] = {
+    "expected-count": ObjectiveSpec(
         "softmax, each candidate weighted by one over its expected count (the default)", MIXED, _softmax, unique=True
     ),
-    "full-softmax": Named("softmax over the whole catalog, exact", [{"catalog": {}}], _softmax),
-    "sampled-softmax-uniform": Named("softmax over K uniform items, s - log(K/N)", UNIFORM, _softmax),
-    "in-batch": Named(
+    "full-softmax": ObjectiveSpec("softmax over the whole catalog, exact", [{"catalog": {}}], _softmax),
+    "sampled-softmax-uniform": ObjectiveSpec("softmax over K uniform items, s - log(K/N)", UNIFORM, _softmax),
+    "in-batch": ObjectiveSpec(
         "softmax over the batch, uncorrected: popular items are over-penalised",
         IN_BATCH,
         _softmax,
         corrections.NoCorrection(),
     ),
-    "in-batch-logq": Named("softmax over the batch, s - log p", IN_BATCH, _softmax, corrections.Probability()),
-    "in-batch-logq-batch-probability": Named(
+    "in-batch-logq": ObjectiveSpec("softmax over the batch, s - log p", IN_BATCH, _softmax, corrections.Probability()),
+    "in-batch-logq-batch-probability": ObjectiveSpec(
         "softmax over the batch, s - log(1 - (1-p)^B)", IN_BATCH, _softmax, corrections.BatchProbability()
     ),
-    "in-batch-logq-all": Named(
+    "in-batch-logq-all": ObjectiveSpec(
         "softmax over the batch, s - log p, the positive corrected too: the common industry form",
         IN_BATCH,
         lambda pool, settings, _: PositiveCorrectedSoftmax(pool, strength=settings.strength),
         corrections.Probability(),
     ),
-    "in-batch-importance": Named(
+    "in-batch-importance": ObjectiveSpec(
         "softmax over the batch, reweighted to uniform: s + log(P/Q)",
         IN_BATCH,
         _softmax,
         corrections.ImportanceToUniform(),
     ),
-    "refined-logq": Named(
+    "refined-logq": ObjectiveSpec(
         "softmax over the batch without the positive, rows weighted by 1 - P(y)",
         IN_BATCH,
         lambda pool, settings, _: RefinedLogQ(pool, strength=settings.strength),
         corrections.Probability(),
     ),
-    "mixed": Named(
+    "mixed": ObjectiveSpec(
         "batch and uniform candidates, s - log Q* of the mixture (mixed negative sampling)",
         MIXED,
         _softmax,
         corrections.MixtureProbability(),
     ),
-    "mixed-by-source": Named(
+    "mixed-by-source": ObjectiveSpec(
         "batch and uniform candidates, each by its own source's q", MIXED, _softmax, corrections.BySourceProbability()
     ),
-    "negative-sampling": Named(
+    "negative-sampling": ObjectiveSpec(
         "binary cross-entropy, K uniform negatives for each positive (word2vec)",
         [{"uniform": {"size": "K", "per_row": True}}],
         _logistic,
         corrections.NoCorrection(),
     ),
-    "logistic-observed": Named(
+    "logistic-observed": ObjectiveSpec(
         "binary cross-entropy, negatives are observed dislikes or impressions",
         [{"observed": {"size": "K"}}],
         _logistic,
         corrections.NoCorrection(),
     ),
-    "logistic-popular": Named(
+    "logistic-popular": ObjectiveSpec(
         "binary cross-entropy, negatives by popularity among items the query has not met",
         [{"frequency": {"size": "K", "power": 1.0, "per_row": True}}],
         _logistic,
         corrections.NoCorrection(),
         mask_known_positives=True,
     ),
-    "sampled-logistic": Named(
+    "sampled-logistic": ObjectiveSpec(
         "binary cross-entropy, log kappa subtracted from all logits, accidental hits masked",
         MIXED,
         _corrected_logistic,
     ),
-    "nce": Named(
+    "nce": ObjectiveSpec(
         "binary cross-entropy, log kappa subtracted from all logits, accidental hits kept as noise",
         [{"frequency": {"size": 1024, "power": 1.0}}],
         _noise_contrastive,
     ),
-    "gbce": Named(
+    "gbce": ObjectiveSpec(
         "binary cross-entropy calibrated against overconfidence (gSASRec)",
         [{"uniform": {"size": "K", "per_row": True}}],
         _gbce,
         corrections.NoCorrection(),
     ),
-    "bpr": Named(
+    "bpr": ObjectiveSpec(
         "pairwise ranking against K uniform negatives",
         [{"uniform": {"size": "K", "per_row": True}}],
         lambda pool, *_: BPR(pool),
@@ -160,7 +160,7 @@ OBJECTIVES: dict[str, Named] = {
 }
 
 
-def named_objective(name: str) -> Named:
+def named_objective(name: str) -> ObjectiveSpec:
     """Return the definition of a named objective.
 
     Raises:

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from twotower.data import Holdout, ragged_histories
-from twotower.distributed.communicator import Ranks
-from twotower.distributed.partition import Rows
-from twotower.distributed.row_exchange import ask, fetch_rows
+from twotower.distributed.communicator import Communicator
+from twotower.distributed.partition import RowShard
+from twotower.distributed.row_exchange import fetch_rows, request_rows
 from twotower.index import ExactIndex
 from twotower.index.ties import merge_best, tie_order
 from twotower.ranking.base import Ranker
@@ -34,7 +34,7 @@ class OverRanks:
         ranks: the processes; all of them call `rank`, with the same holdout.
     """
 
-    def __init__(self, ranker: Ranker, ranks: Ranks) -> None:
+    def __init__(self, ranker: Ranker, ranks: Communicator) -> None:
         self.ranker, self.ranks = ranker, ranks
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> NDArray[np.int64]:
@@ -54,7 +54,7 @@ class OverRanks:
         return getattr(self.ranker, name)
 
 
-def over_ranks(ranker: Ranker, ranks: Ranks) -> Ranker:
+def over_ranks(ranker: Ranker, ranks: Communicator) -> Ranker:
     """Wrap a ranker to divide its work over ranks, if there are several."""
     return ranker if ranks.size == 1 else OverRanks(ranker, ranks)
 
@@ -78,7 +78,7 @@ def part_of(holdout: Holdout, rows: slice) -> Holdout:
 
 
 @torch.no_grad()
-def item_embeddings(towers: TwoTower, ranks: Ranks) -> Tensor:
+def item_embeddings(towers: TwoTower, ranks: Communicator) -> Tensor:
     """Compute all item embeddings, [N, D], as `TwoTower.item_embeddings` does; each rank embeds its part."""
     if ranks.size == 1:
         return towers.item_embeddings()
@@ -114,9 +114,9 @@ class ShardedRanker:
 
     is_exact = True
 
-    def __init__(self, towers: TwoTower, history_length: int, ranks: Ranks) -> None:
+    def __init__(self, towers: TwoTower, history_length: int, ranks: Communicator) -> None:
         self.towers, self.ranks = towers, ranks
-        self.part = Rows(ranks, towers.item_tower.num_items)
+        self.part = RowShard(ranks, towers.item_tower.num_items)
         self._order = tie_order(len(self.part), self.part.own.start)
         self.embeddings = own_item_embeddings(towers, self.part, self._order)
         self.queries = TowerRanker(towers, history_length, self.embeddings)
@@ -146,7 +146,7 @@ class ShardedRanker:
     def embeddings_of(self, items: NDArray[np.int64]) -> Tensor:
         """Return embeddings of items, float32 [n, D], from the ranks that hold them; collective, same items on all."""
         codes = torch.from_numpy(items).to(self.embeddings.device)
-        requested, place = ask(self.part, codes), torch.argsort(self._order).to(codes.device)
+        requested, place = request_rows(self.part, codes), torch.argsort(self._order).to(codes.device)
         fetched = fetch_rows(self.embeddings, self.part, replace(requested, given=place[requested.given]))
         return fetched.rows.detach()[fetched.place(codes)]
 
@@ -181,7 +181,7 @@ class ShardedRanker:
 
 
 @torch.no_grad()
-def own_item_embeddings(towers: TwoTower, part: Rows, order: Tensor | None = None) -> Tensor:
+def own_item_embeddings(towers: TwoTower, part: RowShard, order: Tensor | None = None) -> Tensor:
     """Embed this rank's part of the items, float32 [n, D]; collective.
 
     If the item table is sharded by the same rows, they are local; otherwise they are fetched, a block at a time.

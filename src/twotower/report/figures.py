@@ -27,7 +27,7 @@ _NARROW_CHARACTERS = frozenset("iljtfr.,:;'|!()[] -")
 
 
 @dataclass(frozen=True)
-class Scale:
+class AxisScale:
     """A linear map from values to pixels."""
 
     low: float
@@ -220,7 +220,7 @@ class Point:
 
 
 @dataclass
-class _Room:
+class _OccupiedArea:
     """The boxes of a figure that are already occupied."""
 
     taken: list[Box] = field(default_factory=list)
@@ -258,7 +258,7 @@ def interval_rows(
         names = max(text_width(row.name, strong=row.kind == "best") for row in rows) + 16 if is_wide else 12.0
         numbers = max(text_width(row.told, strong=row.kind == "best") for row in rows) + 16
         step = 27 if is_wide else 46
-        scale = Scale(low, high, names, width - numbers if is_wide else width - 12)
+        scale = AxisScale(low, high, names, width - numbers if is_wide else width - 12)
         bottom = 8 + step * len(rows)
         elements: list[Html] = []
         for tick in ticks(low, high, 6 if is_wide else 4):
@@ -328,8 +328,8 @@ def small_multiples(
             row, column = divmod(number, columns)
             left = axis + column * (wide + gap)
             upper = top + row * (head + tall + 34) + head
-            x = Scale(min(xs), max(xs), left + 6, left + wide - right)
-            y = Scale(low, high, upper + tall, upper)
+            x = AxisScale(min(xs), max(xs), left + 6, left + wide - right)
+            y = AxisScale(low, high, upper + tall, upper)
             for place, text in enumerate(reversed(heads[number])):
                 kind = "strong" if curve.kind == "best" else ""
                 elements.append(label(left, upper - 8 - 17 * place, text, "start", kind))
@@ -391,7 +391,7 @@ def labelled_points(
         left = max(text_width(plain(tick)) for tick in y_ticks) + 10
         x_ticks = ticks(x_low, x_high, 6 if width > 500 else 4)
         right = max(6.0, *(text_width(plain(tick)) / 2 for tick in x_ticks))  # half of the text extends past its tick
-        x, y = Scale(x_low, x_high, left, width - right), Scale(y_low, y_high, 26 + tall, 26)
+        x, y = AxisScale(x_low, x_high, left, width - right), AxisScale(y_low, y_high, 26 + tall, 26)
         elements: list[Html] = [label(0, 14, y_axis, "start", "muted")]
         for tick in y_ticks:
             elements.append(line(left, y(tick), width, y(tick), "grid"))
@@ -407,7 +407,7 @@ def labelled_points(
                 elements.append(line(a, y(point.y_range[0]), a, y(point.y_range[1]), f"interval {point.kind}"))
             if point.x_range:
                 elements.append(line(x(point.x_range[0]), b, x(point.x_range[1]), b, f"interval {point.kind}"))
-        room = _Room([Box(a - 6, b - 6, a + 6, b + 6) for a, b in places])
+        room = _OccupiedArea([Box(a - 6, b - 6, a + 6, b + 6) for a, b in places])
         inside = Box(left + 2, 22, width, 26 + tall - 2)
         for point, (a, b) in sorted(zip(points, places, strict=True), key=lambda pair: -len(pair[0].name)):
             elements += _named(point, a, b, room, inside)
@@ -418,7 +418,7 @@ def labelled_points(
     return figure(title, description, draw, caption)
 
 
-def _named(point: Point, x: float, y: float, room: _Room, inside: Box) -> list[Html]:
+def _named(point: Point, x: float, y: float, room: _OccupiedArea, inside: Box) -> list[Html]:
     """Place the name of a point in the nearest free space, with a leader line if that is not next to the point."""
     whole = wrapped(point.name, 1e9)
     halves = wrapped(point.name, text_width(point.name) / 2 + 24)

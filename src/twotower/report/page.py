@@ -18,7 +18,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri
 
 
 @dataclass(frozen=True)
-class Section:
+class ReportSection:
     """One section of the report.
 
     Attributes:
@@ -33,23 +33,23 @@ class Section:
 
 
 SECTIONS = (
-    Section("overall", "Overall", results.overall),
-    Section("differences", "Significant differences", results.differences),
-    Section("popularity", "By popularity", results.deciles),
-    Section("coverage", "Catalog coverage", results.coverage),
-    Section("dial", "The popularity dial", results.dial),
-    Section("slices", "Slices", results.slices),
-    Section("learning", "Learning curves", results.learning),
-    Section("audit", "Gradient bias and spread", background.audit),
-    Section("calibration", "Calibration", background.calibration),
-    Section("cost", "Time and memory", results.cost),
-    Section("examples", "Example queries", background.examples),
-    Section("data", "Data", background.data),
-    Section("settings", "Settings", background.settings),
+    ReportSection("overall", "Overall", results.overall),
+    ReportSection("differences", "Significant differences", results.differences),
+    ReportSection("popularity", "By popularity", results.deciles),
+    ReportSection("coverage", "Catalog coverage", results.coverage),
+    ReportSection("dial", "The popularity dial", results.dial),
+    ReportSection("slices", "Slices", results.slices),
+    ReportSection("learning", "Learning curves", results.learning),
+    ReportSection("audit", "Gradient bias and spread", background.audit),
+    ReportSection("calibration", "Calibration", background.calibration),
+    ReportSection("cost", "Time and memory", results.cost),
+    ReportSection("examples", "Example queries", background.examples),
+    ReportSection("data", "Data", background.data),
+    ReportSection("settings", "Settings", background.settings),
 )
 
 
-def render(document: Document, sections: tuple[Section, ...] = SECTIONS) -> str:
+def render(document: Document, sections: tuple[ReportSection, ...] = SECTIONS) -> str:
     """Render the report as one HTML page that opens offline.
 
     Args:

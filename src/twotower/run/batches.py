@@ -7,7 +7,7 @@ import numpy as np
 from twotower.config.run import Config
 from twotower.data import GroupedBatches, Interactions, SequenceBatches, TrainingBatches
 from twotower.data.loading.gaps import gap_codes
-from twotower.distributed.communicator import Ranks
+from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
 from twotower.features.feature_set import EncodedTable
 from twotower.features.from_config import encode_context
@@ -23,7 +23,7 @@ def make_batches(
     config: Config,
     train: Interactions,
     rows: np.ndarray | None = None,
-    ranks: Ranks | None = None,
+    ranks: Communicator | None = None,
     context: EncodedTable | None = None,
 ) -> TrainingBatches | GroupedBatches | SequenceBatches:
     """Build the training batches for a configuration.

@@ -12,9 +12,9 @@ from twotower.data.datasets import registry
 from twotower.data.io.folders import listing, refuse_other_files
 from twotower.data.prepare.request_context import Wanted
 from twotower.data.schema.vocabulary import Hashed
-from twotower.distributed.launch import Launch, Team
+from twotower.distributed.launch import Coordinator, Launch
 from twotower.errors import InputError
-from twotower.features.suggest import Proposed, propose, propose_context
+from twotower.features.suggest import FeatureSuggestion, propose, propose_context
 from twotower.system.hardware import cores
 
 
@@ -41,7 +41,7 @@ def read_data(
 
 
 def read_by_all(
-    source: str | Path, settings: DataConfig, team: Team, *, context: Wanted, before: Path | None
+    source: str | Path, settings: DataConfig, team: Coordinator, *, context: Wanted, before: Path | None
 ) -> tuple[dict[str, int], Interactions]:
     """Read the data on every rank, checking that all ranks read the same rows.
 
@@ -90,7 +90,7 @@ def absolute(source: str | Path) -> str:
 
 def propose_features(
     source: str | Path, settings: DataConfig, *, items: str | None = None, queries: str | None = None
-) -> dict[str, list[Proposed]]:
+) -> dict[str, list[FeatureSuggestion]]:
     """Implement `twotower features`: propose how to encode the columns of each table.
 
     Returns:

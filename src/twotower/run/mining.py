@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from twotower.data import Holdout, Interactions
-from twotower.negatives import Mined
+from twotower.negatives import HardNegatives
 from twotower.objectives import Objective
 from twotower.ranking import Ranker
 from twotower.ranking.distributed import ShardedRanker
@@ -20,7 +20,7 @@ from twotower.towers.sharded_lookup import shared_tables_of
 MINING_BLOCK = 8192
 
 
-def miner(
+def refresh_hard_negatives(
     objective: Objective, train: Interactions, length: int, gaps: np.ndarray | None = None
 ) -> Callable[[TwoTower], None] | None:
     """Return a function that refreshes the mined sources of an objective, or None if it has none.
@@ -34,7 +34,7 @@ def miner(
         length: history length L of the query tower.
         gaps: code of the time gap before each row, int8 [n], if the tower reads gaps.
     """
-    sources = [source for source in objective.pool.members() if isinstance(source, Mined)]
+    sources = [source for source in objective.pool.members() if isinstance(source, HardNegatives)]
     if not sources:
         return None
 

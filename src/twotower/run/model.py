@@ -21,12 +21,12 @@ from twotower import evaluation, incremental
 from twotower.config.run import Config
 from twotower.data import Holdout, Interactions, KnownPositives, Split
 from twotower.data.schema.vocabulary import IdValues
-from twotower.distributed.communicator import Ranks
-from twotower.distributed.partition import Rows
+from twotower.distributed.communicator import Communicator
+from twotower.distributed.partition import RowShard
 from twotower.errors import InputError
 from twotower.evaluation import Evaluation
 from twotower.features.from_config import encode_features, in_training, with_features
-from twotower.incremental import Parent
+from twotower.incremental import ParentModel
 from twotower.incremental.split import ContinuedSplit
 from twotower.objectives.build import build_objective, needs_known_positives
 from twotower.ranking import Ranker
@@ -34,8 +34,8 @@ from twotower.ranking.distributed import ShardedRanker, item_embeddings, over_ra
 from twotower.ranking.tower_ranker import TowerRanker
 from twotower.run.batches import gaps_of, history_length, make_batches
 from twotower.run.data import split_data
-from twotower.run.mining import miner
-from twotower.serving import Artifact, Retriever
+from twotower.run.mining import refresh_hard_negatives
+from twotower.serving import Retriever, SavedModel
 from twotower.towers import TwoTower, build_towers
 from twotower.towers.sharded_lookup import shared_tables_of
 
@@ -53,7 +53,7 @@ class Model:
         fit: the result of training.
     """
 
-    artifact: Artifact
+    artifact: SavedModel
     split: Split
     fit: FitResult
 
@@ -72,8 +72,8 @@ class Model:
     def ranker(self) -> Ranker:
         """The ranker for an evaluation. With several ranks, all of them must access and use it together."""
         if self.artifact.is_shared:
-            return ShardedRanker(self.artifact.towers, history_length(self.artifact.config), Ranks.current())
-        return over_ranks(self.retriever, Ranks.current())
+            return ShardedRanker(self.artifact.towers, history_length(self.artifact.config), Communicator.current())
+        return over_ranks(self.retriever, Communicator.current())
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> np.ndarray:
         """Return the top k items of every query of a holdout, int64 [E, k]."""
@@ -81,7 +81,7 @@ class Model:
 
     def save(self, directory: str | Path) -> Path:
         """Write the model folder atomically. If the tables are sharded, all ranks must call this together."""
-        return self.artifact.save(directory, Ranks.current() if self.artifact.is_shared else None)
+        return self.artifact.save(directory, Communicator.current() if self.artifact.is_shared else None)
 
 
 def fit(
@@ -89,7 +89,7 @@ def fit(
     config: Config | str | Path | None = None,
     *,
     directory: str | Path | None = None,
-    start: Model | Parent | str | Path | None = None,
+    start: Model | ParentModel | str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
     say: Callable[[object], None] | None = None,
@@ -123,22 +123,22 @@ def fit(
         config = parent.artifact.config
     settings = config if isinstance(config, Config) else Config.load(config)
     if directory is None:
-        if Ranks.current().size > 1:
+        if Communicator.current().size > 1:
             raise InputError("fit(directory=...): required with several ranks; pass a folder that all ranks share")
         with tempfile.TemporaryDirectory(prefix="twotower-") as temporary:
             return fit(split, settings, directory=temporary, start=parent, resume=resume, progress=progress, say=say)
     rows = incremental.rows_to_learn(split, parent, settings)
     if parent is not None:
-        settings = incremental.settled(parent.artifact.config, settings)
+        settings = incremental.inherit_settings(parent.artifact.config, settings)
     settings = with_features(settings.resolved(len(split.train) if rows is None else len(rows)), split.train)
     train, training = split.train, settings.training
     learnt = None if rows is None else train.select(rows)
-    ranks = Ranks.current()
+    ranks = Communicator.current()
     placement = place_tables(settings, train, ranks)
     # The seed determines initial weights, row order and draws. The caller's random generators are left unchanged.
     with torch.random.fork_rng():
         torch.manual_seed(training.seed)
-        growth = None if parent is None else grown_features(parent, incremental.checked(split))
+        growth = None if parent is None else grown_features(parent, incremental.require_continued(split))
         features = encode_features(settings, train) if growth is None else growth.features
         with placement.applied():
             towers = build_towers(
@@ -158,7 +158,9 @@ def fit(
         optimizer = mine = None
         if growth is not None and parent is not None:
             optimizer = carry_on(parent, settings, growth, towers=towers, objective=objective, ranks=ranks, say=say)
-            if (mine := miner(objective, train, length, gaps_of(settings, train))) is not None and not resume:
+            if (
+                mine := refresh_hard_negatives(objective, train, length, gaps_of(settings, train))
+            ) is not None and not resume:
                 mine(towers)
         validate = _validation(split.validation, settings, train) if len(split.validation) else None
         before = validate(towers) if validate is not None and parent is not None and not resume else None
@@ -173,7 +175,7 @@ def fit(
             Path(directory),
             known_positives=known,
             counts=torch.from_numpy(train.item_counts()),
-            mine=miner(objective, train, length, gaps_of(settings, train)),
+            mine=refresh_hard_negatives(objective, train, length, gaps_of(settings, train)),
             validate=validate,
             resume=resume,
             progress=progress,
@@ -182,7 +184,7 @@ def fit(
             in_background=plan.in_background,
         )
     artifact = _artifact(settings, split, towers, result)
-    new = len(train) if learnt is None else int((~incremental.checked(split).learnt).sum())
+    new = len(train) if learnt is None else int((~incremental.require_continued(split).learnt).sum())
     artifact.metadata["data"]["lineage"] = incremental.lineage(
         parent, split, new, 0 if rows is None else len(rows) - new
     )
@@ -192,7 +194,7 @@ def fit(
 
 
 def continue_with(
-    start: Model | Parent | str | Path,
+    start: Model | ParentModel | str | Path,
     data: Interactions,
     config: Config | None = None,
     *,
@@ -225,7 +227,7 @@ def _validation(holdout: Holdout, config: Config, train: Interactions) -> Callab
     evaluation.check_targets(holdout, train.num_items, config.evaluation.exclude_seen)
 
     def validate(towers: TwoTower) -> dict[str, float]:
-        ranks = Ranks.current()
+        ranks = Communicator.current()
         ranker: Ranker
         if shared_tables_of(towers):
             ranker = ShardedRanker(towers, history_length(config), ranks)
@@ -244,9 +246,9 @@ def _validation(holdout: Holdout, config: Config, train: Interactions) -> Callab
     return validate
 
 
-def _artifact(config: Config, split: Split, towers: TwoTower, result: FitResult) -> Artifact:
+def _artifact(config: Config, split: Split, towers: TwoTower, result: FitResult) -> SavedModel:
     data = split.data
-    return Artifact(
+    return SavedModel(
         config=config,
         towers=towers.eval(),
         item_embeddings=_item_embeddings(towers),
@@ -281,7 +283,7 @@ def _artifact(config: Config, split: Split, towers: TwoTower, result: FitResult)
 def _item_embeddings(towers: TwoTower) -> Tensor:
     """Embed all items, or only this rank's items if the tables are sharded."""
     if shared_tables_of(towers):
-        return own_item_embeddings(towers, Rows(Ranks.current(), towers.item_tower.num_items))
+        return own_item_embeddings(towers, RowShard(Communicator.current(), towers.item_tower.num_items))
     return towers.item_embeddings()
 
 
@@ -316,7 +318,7 @@ def evaluate(
             raise InputError("evaluate: pass train=..., the training interactions, for baselines and popularity slices")
         train = model.split.train
     return evaluation.evaluate(
-        model.ranker if isinstance(model, Model) else over_ranks(model, Ranks.current()),
+        model.ranker if isinstance(model, Model) else over_ranks(model, Communicator.current()),
         holdout,
         train=train,
         ks=ks,

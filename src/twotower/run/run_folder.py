@@ -13,16 +13,16 @@ from twotower.audit.subject import Subject, subject_of
 from twotower.config.run import Config
 from twotower.data import Split
 from twotower.data.io.id_lists import ids_like, read_ids
-from twotower.distributed.launch import Team, joined
+from twotower.distributed.launch import Coordinator, joined
 from twotower.errors import InputError
 from twotower.evaluation import Evaluation
 from twotower.features.from_config import fit_features, unused_tables, wanted_context, with_features
-from twotower.incremental import Parent
+from twotower.incremental import ParentModel
 from twotower.incremental.saved_rows import load_context, load_rows
 from twotower.objectives.build import build_objective
 from twotower.run.data import absolute, read_by_all, read_data, split_data, with_catalog
 from twotower.run.model import Model, continue_with, evaluate, fit
-from twotower.serving import Artifact, Retriever
+from twotower.serving import Retriever, SavedModel
 from twotower.serving.model_folder import FOLDER, TOWERS, find_model, read_metadata
 from twotower.system.filesystem import require_replaceable, write_text
 from twotower.training import LAST
@@ -106,7 +106,7 @@ def _train(
     source: str | Path,
     directory: Path,
     config: Config,
-    team: Team,
+    team: Coordinator,
     *,
     start: str | Path | None,
     withdraw: str | Path | None,
@@ -118,7 +118,7 @@ def _train(
     parents = directory / "parent.json"
     if start is None and resume and parents.is_file():
         start = json.loads(parents.read_text(encoding="utf-8"))["model"]
-    parent = None if start is None else Parent.load(start)
+    parent = None if start is None else ParentModel.load(start)
     reading = config.data if parent is None else with_catalog(config.data)
     files, data = read_by_all(
         source, reading, team, context=wanted_context(config), before=directory / INPUTS if resume else None
@@ -137,7 +137,7 @@ def _train(
         say(line)
     rows = incremental.rows_to_learn(split, parent, config)
     if parent is not None:
-        config = incremental.settled(parent.artifact.config, config)
+        config = incremental.inherit_settings(parent.artifact.config, config)
     config = with_features(config.resolved(len(split.train) if rows is None else len(rows)), split.train)
     # Raises on wrong settings before anything is written.
     build_objective(config, split.train)
@@ -223,13 +223,13 @@ def evaluate_run(directory: str | Path, source: str | Path | None = None) -> Eva
     )
 
 
-def reread(directory: str | Path, source: str | Path | None = None) -> tuple[Artifact, Split]:
+def reread(directory: str | Path, source: str | Path | None = None) -> tuple[SavedModel, Split]:
     """Load a saved model, and read and split the data it was trained on in the same way.
 
     Raises:
         InputError: the data was not found, or is not the data the model was trained on.
     """
-    artifact = Artifact.load(directory)
+    artifact = SavedModel.load(directory)
     known = artifact.metadata["data"]
     if len(known.get("lineage", [])) > 1:  # the training history exists only in the model folder
         folder = find_model(directory)

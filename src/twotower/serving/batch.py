@@ -22,7 +22,7 @@ from twotower.serving.filters import allowed_items
 from twotower.serving.queries import (
     NO_HISTORY,
     Codes,
-    Questions,
+    QueryBatch,
     reads_history,
     seen_codes,
     stored_gaps,
@@ -184,7 +184,7 @@ class _Reader:
         context_columns = tuple(name for name in context if name in columns and name != query)
         return cls(path, rows, query, lists[0] if lists else None, context_columns)
 
-    def questions(self, retriever: Retriever, start: int, stop: int) -> Questions:
+    def questions(self, retriever: Retriever, start: int, stop: int) -> QueryBatch:
         """Read rows start .. stop - 1, without refusing any query."""
         columns = [name for name in (self.query, self.history, *self.context) if name is not None]
         rows = pl.scan_parquet(self.path).select(columns).slice(start, stop - start).collect()
@@ -211,7 +211,7 @@ class _Reader:
             sizes, items = np.bincount(owner, minlength=len(codes)), found[found >= 0].astype(np.int32)
         context = rows.select(self.context) if self.context else None
         offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        return Questions(ids, codes, offsets, items, context=context, gaps=gaps)
+        return QueryBatch(ids, codes, offsets, items, context=context, gaps=gaps)
 
     def _encoded(self, vocabulary: Vocabulary, ids: pl.Series, column: str) -> Codes:
         try:
@@ -220,7 +220,7 @@ class _Reader:
             raise InputError(f"{self.path}: column {column!r}: {error}") from None
 
 
-def _with_something_known(retriever: Retriever, asked: Questions) -> tuple[Questions, int]:
+def _with_something_known(retriever: Retriever, asked: QueryBatch) -> tuple[QueryBatch, int]:
     """Select the queries that can be answered, and count the others."""
     sizes = np.diff(asked.offsets)
     known = asked.codes >= 0 if asked.context is not None else told_by_id(retriever.artifact, asked.codes)
@@ -228,7 +228,7 @@ def _with_something_known(retriever: Retriever, asked: Questions) -> tuple[Quest
         known |= sizes > 0
     offsets = np.concatenate([[0], np.cumsum(sizes[known])]).astype(np.int64)
     mask, context = pl.Series(known, dtype=pl.Boolean), asked.context
-    kept = Questions(
+    kept = QueryBatch(
         asked.ids.filter(mask),
         asked.codes[known],
         offsets,

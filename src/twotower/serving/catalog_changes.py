@@ -33,7 +33,7 @@ from twotower.data.io.readers import as_polars
 from twotower.data.schema.columns import USUAL_NAMES, usual_column
 from twotower.data.schema.vocabulary import IdValues, Vocabulary, ids_of
 from twotower.errors import InputError
-from twotower.serving.model_folder import Artifact, library_versions
+from twotower.serving.model_folder import SavedModel, library_versions
 
 Codes = NDArray[np.int64]
 Mask = NDArray[np.bool_]
@@ -72,7 +72,7 @@ class GrownVocabulary(Vocabulary):
 
 
 @dataclass(frozen=True)
-class Changes:
+class CatalogChanges:
     """Changes of a catalog since training.
 
     Attributes:
@@ -90,7 +90,7 @@ class Changes:
     left: Codes
 
     @classmethod
-    def between(cls, trained: Artifact, now: Artifact, codes: Codes, alive: Mask) -> Changes:
+    def between(cls, trained: SavedModel, now: SavedModel, codes: Codes, alive: Mask) -> CatalogChanges:
         """Compute the changes from a trained model to its current state.
 
         Args:
@@ -108,7 +108,7 @@ class Changes:
             left=np.flatnonzero(~alive),
         )
 
-    def applied(self, trained: Artifact) -> tuple[Artifact, Mask]:
+    def applied(self, trained: SavedModel) -> tuple[SavedModel, Mask]:
         """Apply the changes. Returns the changed model, and a bool [N] mask that is False for removed items."""
         count, joined = len(trained.items), len(self.joined)
         split = int(np.searchsorted(self.codes, count))  # codes before it are trained items
@@ -145,7 +145,7 @@ class Changes:
         (folder / "changes.json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
 
     @classmethod
-    def read(cls, model: Path) -> Changes | None:
+    def read(cls, model: Path) -> CatalogChanges | None:
         """Read and verify the changes in a model folder; None if there are no changes.
 
         Raises:
@@ -184,7 +184,7 @@ class Changes:
         return {"joined": len(self.joined), "changed": len(self.codes) - len(self.joined), "left": len(self.left)}
 
 
-def grown(artifact: Artifact, joined: pl.Series, embeddings: Tensor, table: pl.DataFrame | None) -> Artifact:
+def grown(artifact: SavedModel, joined: pl.Series, embeddings: Tensor, table: pl.DataFrame | None) -> SavedModel:
     """Append items to a model; their training count is 0.
 
     Args:
@@ -204,7 +204,7 @@ def grown(artifact: Artifact, joined: pl.Series, embeddings: Tensor, table: pl.D
     )
 
 
-def new_embeddings(artifact: Artifact, codes: Codes, given: pl.DataFrame, vectors: Any, what: str) -> Tensor:
+def new_embeddings(artifact: SavedModel, codes: Codes, given: pl.DataFrame, vectors: Any, what: str) -> Tensor:
     """Return embeddings of added or changed items, float32 [n, D]: the given ones, or the item tower's.
 
     If the model uses cosine similarity, embeddings are normalised to length 1, as the towers do.
@@ -277,7 +277,7 @@ EMBEDDING = "embedding"
 
 
 @dataclass(frozen=True)
-class Edit:
+class CatalogEdit:
     """Checked items to add or change.
 
     Attributes:
@@ -293,7 +293,7 @@ class Edit:
     rows: pl.DataFrame | None
 
     @classmethod
-    def of(cls, artifact: Artifact, alive: Mask, items: Any, embeddings: Any, *, join: bool) -> Edit:
+    def of(cls, artifact: SavedModel, alive: Mask, items: Any, embeddings: Any, *, join: bool) -> CatalogEdit:
         """Check items given as a frame or as rows.
 
         Args:
@@ -329,7 +329,7 @@ class Edit:
         return cls(ids, codes, new_embeddings(artifact, codes, completed, embeddings, what), rows)
 
 
-def leaving(artifact: Artifact, alive: Mask, ids: Sequence[Any]) -> Codes:
+def leaving(artifact: SavedModel, alive: Mask, ids: Sequence[Any]) -> Codes:
     """Return the codes of items to remove, each once.
 
     Raises:

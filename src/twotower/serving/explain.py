@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from twotower.index.popularity import PopularityDial
-from twotower.serving.queries import Questions
-from twotower.serving.results import Answers
+from twotower.serving.queries import QueryBatch
+from twotower.serving.results import ResultTables
 
 #: Embeds queries given by codes, histories and, if known, the gaps in them: u(x), [E, D].
 Embed = Callable[[NDArray[np.int64], tuple[NDArray[np.int64], NDArray[np.int32]], NDArray[np.int8] | None], Tensor]
@@ -49,7 +49,14 @@ class Explanation:
 
 
 def explain(
-    answers: Answers, embed: Embed, asked: Questions, code: int, *, length: int, dial: PopularityDial, popularity: float
+    answers: ResultTables,
+    embed: Embed,
+    asked: QueryBatch,
+    code: int,
+    *,
+    length: int,
+    dial: PopularityDial,
+    popularity: float,
 ) -> Explanation:
     """Explain one item for one query.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from twotower.data.loading.gaps import GAP_CODES
 from twotower.errors import InputError
-from twotower.serving.model_folder import Artifact, find_model
+from twotower.serving.model_folder import SavedModel, find_model
 from twotower.serving.search import dial_of
 from twotower.system.filesystem import require_replaceable, whole_folder
 from twotower.towers import TwoTower
@@ -81,7 +81,7 @@ def export_query_tower(directory: str | Path, out: str | Path, format: str = "on
         raise InputError(f"export: unknown format {format!r}; expected onnx or torch")
     target = Path(out)
     require_replaceable(target, REPORT, "export")
-    artifact = Artifact.load(find_model(directory))
+    artifact = SavedModel.load(find_model(directory))
     config = artifact.config.query_tower
     if not isinstance(config.context, str):
         columns = ", ".join(dict.fromkeys(one.column for one in config.context))
@@ -126,7 +126,7 @@ def export_query_tower(directory: str | Path, out: str | Path, format: str = "on
     return report
 
 
-def _inputs(artifact: Artifact, rows: int, length: int, names: list[str]) -> tuple[Tensor, ...]:
+def _inputs(artifact: SavedModel, rows: int, length: int, names: list[str]) -> tuple[Tensor, ...]:
     """Draw random queries, some of them new, with histories of 1 to `length` items."""
     generator = torch.Generator().manual_seed(rows)
     made = {"query": torch.randint(-1, max(len(artifact.queries), 1), (rows,), generator=generator)}
@@ -186,7 +186,7 @@ def _quiet(*names: str) -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
-def _write_items(artifact: Artifact, coordinate: Tensor, folder: Path) -> None:
+def _write_items(artifact: SavedModel, coordinate: Tensor, folder: Path) -> None:
     save_file(
         {"embeddings": artifact.item_embeddings.float().contiguous(), "popularity": coordinate.contiguous()},
         folder / "items.safetensors",

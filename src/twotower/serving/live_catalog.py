@@ -10,8 +10,8 @@ import polars as pl
 import torch
 
 from twotower.index import ApproximateIndex, PopularityDial
-from twotower.serving.catalog_changes import Changes, Codes, Edit, Mask, grown, leaving, with_rows
-from twotower.serving.model_folder import Artifact
+from twotower.serving.catalog_changes import CatalogChanges, CatalogEdit, Codes, Mask, grown, leaving, with_rows
+from twotower.serving.model_folder import SavedModel
 from twotower.serving.search import Search
 
 
@@ -31,7 +31,7 @@ class LiveCatalog:
         search: search over the current items.
     """
 
-    def __init__(self, trained: Artifact, index: ApproximateIndex | None, changes: Changes | None) -> None:
+    def __init__(self, trained: SavedModel, index: ApproximateIndex | None, changes: CatalogChanges | None) -> None:
         self.trained = trained
         self.artifact, alive = (trained, None) if changes is None else changes.applied(trained)
         self.search = Search(self.artifact, index, alive)
@@ -49,9 +49,9 @@ class LiveCatalog:
         return len(self.artifact.items) == len(self.trained.items)
 
     @property
-    def changes(self) -> Changes:
+    def changes(self) -> CatalogChanges:
         """All changes since training."""
-        return Changes.between(self.trained, self.artifact, self._edited, self.alive)
+        return CatalogChanges.between(self.trained, self.artifact, self._edited, self.alive)
 
     def add(self, items: Any, embeddings: Any = None) -> None:
         """Add items; removed items may be added again.
@@ -62,16 +62,16 @@ class LiveCatalog:
                 They are normalised to length 1 if the model uses cosine similarity.
 
         Raises:
-            InputError: see `Edit.of`.
+            InputError: see `CatalogEdit.of`.
         """
-        self._edit(Edit.of(self.artifact, self.alive, items, embeddings, join=True))
+        self._edit(CatalogEdit.of(self.artifact, self.alive, items, embeddings, join=True))
 
     def update(self, items: Any, embeddings: Any = None) -> None:
         """Change embeddings of items and their columns in the item table; see `add`.
 
         The query tower's own vectors of these items in histories do not change.
         """
-        self._edit(Edit.of(self.artifact, self.alive, items, embeddings, join=False))
+        self._edit(CatalogEdit.of(self.artifact, self.alive, items, embeddings, join=False))
 
     def remove(self, ids: Sequence[Any]) -> None:
         """Remove items from all results; histories keep them.
@@ -85,7 +85,7 @@ class LiveCatalog:
         alive[codes] = False
         self.search = Search(self.artifact, self.search.approximate, alive)
 
-    def _edit(self, edit: Edit) -> None:
+    def _edit(self, edit: CatalogEdit) -> None:
         artifact, index, fresh = self.artifact, self.search.index, edit.codes < 0
         count, width = artifact.item_embeddings.shape
         codes = edit.codes.copy()

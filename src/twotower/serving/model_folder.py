@@ -39,7 +39,7 @@ from torch import Tensor
 
 from twotower.config.run import Config
 from twotower.data.schema.vocabulary import Vocabulary, read_vocabulary
-from twotower.distributed.communicator import Ranks
+from twotower.distributed.communicator import Communicator
 from twotower.distributed.row_exchange import run_of_rows
 from twotower.distributed.row_files import save_rows, stored_tensors, write_folder
 from twotower.errors import InputError
@@ -57,7 +57,7 @@ TOWERS = "towers.safetensors"
 
 
 @dataclass(frozen=True)
-class Artifact:
+class SavedModel:
     """A trained model: everything needed to serve it, and where it comes from.
 
     Attributes:
@@ -94,7 +94,7 @@ class Artifact:
         """True if the tables are sharded over several ranks."""
         return bool(shared_tables_of(self.towers))
 
-    def save(self, directory: str | Path, ranks: Ranks | None = None) -> Path:
+    def save(self, directory: str | Path, ranks: Communicator | None = None) -> Path:
         """Write to a temporary folder next to `directory`, then rename it, which replaces an older model atomically.
 
         Args:
@@ -120,7 +120,7 @@ class Artifact:
         write_folder(target, ranks, lambda folder: self._write_rows(folder, ranks), rest)
         return target
 
-    def _write_rows(self, folder: Path, ranks: Ranks) -> None:
+    def _write_rows(self, folder: Path, ranks: Communicator) -> None:
         """Write the two large files. Every rank adds its own rows; no rank holds all of them."""
         parts = {id(table.weight): table.part for table in shared_tables_of(self.towers)}
         names: dict[int, str] = {}
@@ -169,7 +169,7 @@ class Artifact:
         (folder / "metadata.json").write_text(json.dumps(metadata, indent=1, ensure_ascii=False), encoding="utf-8")
 
     @classmethod
-    def load(cls, directory: str | Path, *, weights: bool = True, verify: bool = True) -> Artifact:
+    def load(cls, directory: str | Path, *, weights: bool = True, verify: bool = True) -> SavedModel:
         """Read a model folder, or the run folder that contains it, and verify every file.
 
         Args:

@@ -14,7 +14,7 @@ from twotower.data.loading.histories import take_ranges
 from twotower.data.schema.vocabulary import HashedIds, Vocabulary, ids_of
 from twotower.errors import InputError
 from twotower.features.requests import Given, given_gaps
-from twotower.serving.model_folder import Artifact
+from twotower.serving.model_folder import SavedModel
 
 Codes = NDArray[np.int64]
 Gaps = NDArray[np.int8]
@@ -27,7 +27,7 @@ NO_HISTORY = (
 
 
 @dataclass(frozen=True)
-class Questions:
+class QueryBatch:
     """A batch of queries, ready to be embedded.
 
     Attributes:
@@ -55,14 +55,14 @@ class Questions:
     @classmethod
     def of(
         cls,
-        artifact: Artifact,
+        artifact: SavedModel,
         queries: Sequence[Any] | None,
         histories: Sequence[Sequence[Any]] | None,
         features: Sequence[Mapping[str, Any] | None] | None = None,
         *,
         context: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
         times: Sequence[Sequence[Any] | None] | None = None,
-    ) -> Questions:
+    ) -> QueryBatch:
         """Make a batch from ids.
 
         Args:
@@ -107,7 +107,7 @@ class Questions:
         batch.refuse_unknown(artifact)
         return batch
 
-    def refuse_unknown(self, artifact: Artifact) -> None:
+    def refuse_unknown(self, artifact: SavedModel) -> None:
         """Refuse queries of which nothing that the query tower reads is known: id, features, context or history.
 
         Raises:
@@ -131,19 +131,19 @@ class Questions:
             )
 
 
-def reads_history(artifact: Artifact) -> bool:
+def reads_history(artifact: SavedModel) -> bool:
     """True if the query tower reads histories; otherwise they only say which items were seen."""
     return artifact.config.query_tower.history is not None
 
 
-def no_training_row(artifact: Artifact) -> str:
+def no_training_row(artifact: SavedModel) -> str:
     """Explain why the id alone is not enough for a query without a training row, and what to give instead."""
     give = "give its history" if reads_history(artifact) else "expected a query with a training row"
     more = "" if artifact.towers.context_features is None else ", or the context of the request"
     return f"it has no training row, so its id was not trained, and nothing else is known of it; {give}{more}"
 
 
-def told_by_id(artifact: Artifact, codes: Codes) -> NDArray[np.bool_]:
+def told_by_id(artifact: SavedModel, codes: Codes) -> NDArray[np.bool_]:
     """Mark the queries known by their code, bool [B]: by features from training, or by a trained id."""
     known = codes >= 0
     trained, tower = artifact.towers.trained_queries, artifact.towers.query_tower
@@ -157,14 +157,14 @@ def _count(*given: Sequence[Any] | Mapping[str, Any] | None) -> int:
     return next((1 if isinstance(rows, Mapping) else len(rows) for rows in given if rows is not None), 0)
 
 
-def stored_histories(artifact: Artifact, codes: Codes) -> tuple[Codes, NDArray[np.int32]]:
+def stored_histories(artifact: SavedModel, codes: Codes) -> tuple[Codes, NDArray[np.int32]]:
     """Return the histories of known queries from the model folder, in compressed rows."""
     offsets = artifact.history_offsets
     place, ends = take_ranges(offsets[codes], offsets[codes + 1])
     return ends, np.asarray(artifact.history_items[place], dtype=np.int32)
 
 
-def stored_gaps(artifact: Artifact, codes: Codes) -> Gaps | None:
+def stored_gaps(artifact: SavedModel, codes: Codes) -> Gaps | None:
     """Return the gaps in the histories of known queries; None if the tower reads no gaps."""
     if artifact.history_gaps is None:
         return None
@@ -185,7 +185,7 @@ def trained_only(
     return kept, None if gaps is None else gaps[known]
 
 
-def seen_codes(artifact: Artifact, codes: Codes) -> Codes:
+def seen_codes(artifact: SavedModel, codes: Codes) -> Codes:
     """Replace codes of hashed queries by -1 if no id of the data has their row: every id hashes to some row."""
     if not isinstance(artifact.queries, HashedIds):
         return codes
@@ -193,7 +193,7 @@ def seen_codes(artifact: Artifact, codes: Codes) -> Codes:
     return np.where(artifact.history_offsets[at + 1] > artifact.history_offsets[at], codes, -1)
 
 
-def known_codes(vocabulary: Vocabulary, ids: Sequence[Any], side: str, artifact: Artifact) -> Codes:
+def known_codes(vocabulary: Vocabulary, ids: Sequence[Any], side: str, artifact: SavedModel) -> Codes:
     """Return the codes of ids that must be known.
 
     Raises:

@@ -11,7 +11,7 @@ import torch
 from twotower.errors import InputError
 from twotower.features.requests import EncodedContext, Given
 from twotower.serving.explain import Embed
-from twotower.serving.model_folder import Artifact
+from twotower.serving.model_folder import SavedModel
 from twotower.serving.queries import trained_only
 from twotower.serving.search import ranker_of
 
@@ -27,7 +27,7 @@ class QueryEmbedder:
         num_trained: number of trained items, the only ones that the query tower knows.
     """
 
-    def __init__(self, artifact: Artifact) -> None:
+    def __init__(self, artifact: SavedModel) -> None:
         self.ranker = ranker_of(artifact)
         self.num_trained = len(artifact.items)
 

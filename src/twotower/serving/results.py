@@ -8,12 +8,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from twotower.data.schema.columns import title_column
-from twotower.serving.model_folder import Artifact
+from twotower.serving.model_folder import SavedModel
 
 Codes = NDArray[np.int64]
 
 
-class Answers:
+class ResultTables:
     """Result tables of one model, with ids in place of codes.
 
     Args:
@@ -21,7 +21,7 @@ class Answers:
         alive: bool [N], False for removed items; None if no item was removed.
     """
 
-    def __init__(self, artifact: Artifact, alive: NDArray[np.bool_] | None = None) -> None:
+    def __init__(self, artifact: SavedModel, alive: NDArray[np.bool_] | None = None) -> None:
         self.artifact = artifact
         self.alive = alive
         self.title_column = None if artifact.item_table is None else title_column(artifact.item_table)

@@ -16,14 +16,14 @@ from twotower.errors import InputError
 from twotower.index import ApproximateIndex, Index
 from twotower.index.popularity import checked_popularity
 from twotower.ranking.tower_ranker import gaps_of
-from twotower.serving.catalog_changes import Changes
+from twotower.serving.catalog_changes import CatalogChanges
 from twotower.serving.explain import Explanation, explain
 from twotower.serving.filters import allowed_items
 from twotower.serving.live_catalog import LiveCatalog
-from twotower.serving.model_folder import Artifact, find_model
-from twotower.serving.queries import Questions, known_codes, stored_histories
+from twotower.serving.model_folder import SavedModel, find_model
+from twotower.serving.queries import QueryBatch, known_codes, stored_histories
 from twotower.serving.query_encoder import QueryEmbedder
-from twotower.serving.results import Answers
+from twotower.serving.results import ResultTables
 from twotower.serving.search import Search
 from twotower.serving.stored_index import load_stored_index
 
@@ -34,7 +34,7 @@ class Retriever(QueryEmbedder):
     Items are added, changed and removed through `retriever.catalog`; see `LiveCatalog`.
 
     Args:
-        artifact: the model, as read by `Artifact.load`.
+        artifact: the model, as read by `SavedModel.load`.
         index: an approximate index over the model's items, as built by `twotower index`; None for exact search.
         changes: items added, changed and removed since training; the index has them already.
 
@@ -44,7 +44,7 @@ class Retriever(QueryEmbedder):
     """
 
     def __init__(
-        self, artifact: Artifact, index: ApproximateIndex | None = None, changes: Changes | None = None
+        self, artifact: SavedModel, index: ApproximateIndex | None = None, changes: CatalogChanges | None = None
     ) -> None:
         super().__init__(artifact)
         self.catalog = LiveCatalog(artifact, index, changes)
@@ -58,14 +58,14 @@ class Retriever(QueryEmbedder):
             exact: ignore an approximate index and search exactly.
 
         Raises:
-            InputError: see `Artifact.load`; the index is damaged, or needs a package that is not installed.
+            InputError: see `SavedModel.load`; the index is damaged, or needs a package that is not installed.
         """
         folder = find_model(directory)
-        artifact, changes = Artifact.load(folder), Changes.read(folder)
+        artifact, changes = SavedModel.load(folder), CatalogChanges.read(folder)
         return cls(artifact, None if exact else load_stored_index(folder, artifact, changes), changes)
 
     @property
-    def artifact(self) -> Artifact:
+    def artifact(self) -> SavedModel:
         """The model with its current items."""
         return self.catalog.artifact
 
@@ -75,8 +75,8 @@ class Retriever(QueryEmbedder):
         return self.catalog.search
 
     @property
-    def _answers(self) -> Answers:
-        return Answers(self.artifact, self.search.alive)
+    def _answers(self) -> ResultTables:
+        return ResultTables(self.artifact, self.search.alive)
 
     @property
     def index(self) -> Index:
@@ -155,7 +155,7 @@ class Retriever(QueryEmbedder):
                 dial is out of range.
         """
         return self.answer(
-            Questions.of(self.artifact, queries, histories, features, context=context, times=times),
+            QueryBatch.of(self.artifact, queries, histories, features, context=context, times=times),
             _positive(k),
             exclude_seen=exclude_seen,
             allowed=allowed_items(
@@ -220,7 +220,7 @@ class Retriever(QueryEmbedder):
             InputError: a query or item is unknown; neither query, history nor context is given; a history alone is
                 given and the model reads no history; the dial is out of range.
         """
-        asked = Questions.of(
+        asked = QueryBatch.of(
             self.artifact,
             None if query is None else [query],
             None if history is None else [history],
@@ -269,7 +269,7 @@ class Retriever(QueryEmbedder):
 
     def answer(
         self,
-        asked: Questions,
+        asked: QueryBatch,
         k: int,
         *,
         exclude_seen: bool = True,

@@ -11,16 +11,16 @@ from torch.nn import functional as F
 from twotower.index import ApproximateIndex, ExactCatalog, Exclusion, Index, PopularityDial
 from twotower.index.catalog import Mask
 from twotower.ranking.tower_ranker import TowerRanker
-from twotower.serving.model_folder import Artifact
+from twotower.serving.model_folder import SavedModel
 
 
-def ranker_of(artifact: Artifact) -> TowerRanker:
+def ranker_of(artifact: SavedModel) -> TowerRanker:
     """Build the ranker of a model: its towers with its exact index."""
     history = artifact.config.query_tower.history
     return TowerRanker(artifact.towers, history.length if history else 0, artifact.item_embeddings, progress=True)
 
 
-def dial_of(artifact: Artifact) -> PopularityDial:
+def dial_of(artifact: SavedModel) -> PopularityDial:
     """Build the popularity dial from the model's training counts and temperature."""
     trained = artifact.towers.item_tower.num_items
     return PopularityDial(artifact.item_counts, float(artifact.towers.temperature.detach()), trained)
@@ -36,7 +36,7 @@ class Search:
     """
 
     def __init__(
-        self, artifact: Artifact, approximate: ApproximateIndex | None = None, alive: Mask | None = None
+        self, artifact: SavedModel, approximate: ApproximateIndex | None = None, alive: Mask | None = None
     ) -> None:
         self.artifact = artifact
         self.dial = dial_of(artifact)

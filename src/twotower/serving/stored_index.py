@@ -20,9 +20,9 @@ from twotower.errors import InputError
 from twotower.index.approximate.build import KINDS, IndexReport, build_index, load_index
 from twotower.index.approximate.index import ApproximateIndex
 from twotower.serving.catalog_changes import FOLDER as CHANGES
-from twotower.serving.catalog_changes import Changes, checksum
+from twotower.serving.catalog_changes import CatalogChanges, checksum
 from twotower.serving.live_catalog import LiveCatalog
-from twotower.serving.model_folder import Artifact, find_model, library_versions, read_metadata
+from twotower.serving.model_folder import SavedModel, find_model, library_versions, read_metadata
 from twotower.serving.queries import stored_gaps, stored_histories
 from twotower.serving.search import dial_of, ranker_of
 from twotower.system.filesystem import whole_folder
@@ -62,7 +62,7 @@ def build_stored_index(
         Report of the index built; None for exact search, which needs no index.
 
     Raises:
-        InputError: see `build_index` and `Artifact.load`.
+        InputError: see `build_index` and `SavedModel.load`.
     """
     if kind not in KINDS:
         raise InputError(f"index: unknown kind {kind!r}; expected one of {', '.join(KINDS)}")
@@ -70,7 +70,7 @@ def build_stored_index(
     if kind == "exact":
         shutil.rmtree(folder / FOLDER, ignore_errors=True)
         return None
-    artifact, changes = Artifact.load(folder), Changes.read(folder)
+    artifact, changes = SavedModel.load(folder), CatalogChanges.read(folder)
     alive = None
     if changes is not None:
         artifact, alive = changes.applied(artifact)
@@ -126,7 +126,9 @@ def read_index_report(folder: Path) -> dict[str, Any] | None:
     return metadata
 
 
-def load_stored_index(folder: Path, artifact: Artifact, changes: Changes | None = None) -> ApproximateIndex | None:
+def load_stored_index(
+    folder: Path, artifact: SavedModel, changes: CatalogChanges | None = None
+) -> ApproximateIndex | None:
     """Load and verify the index in a model folder; None if the model has no approximate index.
 
     Args:
@@ -210,7 +212,7 @@ def _link(path: Path, other: Path) -> None:
         shutil.copy2(path, other)
 
 
-def _drawn_queries(artifact: Artifact, count: int, seed: int) -> np.ndarray:
+def _drawn_queries(artifact: SavedModel, count: int, seed: int) -> np.ndarray:
     """Draw known queries with a history, int64 [at most count], ascending."""
     known = np.flatnonzero(np.diff(artifact.history_offsets) > 0)
     if not len(known):

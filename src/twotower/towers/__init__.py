@@ -1,7 +1,7 @@
 """Towers: from features to embeddings of width D."""
 
 from twotower.towers.build import build_towers
-from twotower.towers.context import Beside, ContextInputs
+from twotower.towers.context import ContextInputs, SideInputs
 from twotower.towers.features import FeatureInputs
 from twotower.towers.item_tower import ItemTower
 from twotower.towers.layers.attention import Transformer
@@ -15,7 +15,6 @@ from twotower.towers.two_tower import PooledHistory, QueryTower, TwoTower
 __all__ = [
     "DNN",
     "MLP",
-    "Beside",
     "ContextInputs",
     "EmbeddingTable",
     "FeatureInputs",
@@ -25,6 +24,7 @@ __all__ = [
     "RecencyAverages",
     "Recurrent",
     "SequenceTower",
+    "SideInputs",
     "Transformer",
     "TwoTower",
     "build_towers",

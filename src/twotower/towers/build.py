@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from twotower.config.run import Config, HistoryConfig
 from twotower.errors import InputError
 from twotower.features.feature_set import EncodedTable
-from twotower.towers.context import Beside, ContextInputs
+from twotower.towers.context import ContextInputs, SideInputs
 from twotower.towers.features import FeatureInputs
 from twotower.towers.item_tower import ItemTower
 from twotower.towers.layers.attention import Transformer
@@ -95,7 +95,7 @@ def build_towers(
     if query.history is not None and history_items is not None and sequence is not None:
         beside = None
         if ids or query_inputs is not None or requests is not None:
-            beside = Beside(
+            beside = SideInputs(
                 ids,
                 dimension,
                 features=query_inputs,
@@ -133,7 +133,7 @@ def build_towers(
 
 
 def build_sequence_tower(
-    settings: HistoryConfig, dimension: int, history_items: nn.Embedding | ItemTower, beside: Beside | None = None
+    settings: HistoryConfig, dimension: int, history_items: nn.Embedding | ItemTower, beside: SideInputs | None = None
 ) -> SequenceTower:
     """Build the query tower of `query_tower.history.sequence`, with newly initialised weights.
 

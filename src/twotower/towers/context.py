@@ -57,7 +57,7 @@ def _hide(known: Tensor, nothing: Tensor, hidden: Tensor) -> Tensor:
     return torch.where(hidden[:, None], nothing, known)
 
 
-class KnowsQueries(nn.Module):
+class QueryInputs(nn.Module):
     """Base class for query inputs other than the history: id, features, and the request context.
 
     Args:
@@ -119,7 +119,7 @@ class KnowsQueries(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class Beside(KnowsQueries):
+class SideInputs(QueryInputs):
     """The side inputs of a sequence tower: id, features and request context, combined with the sequence state s.
 
         u = s + e_id + MLP([s, e_id, features, context])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from twotower.features.categorical import MISSING, UNKNOWN, Encoder
+from twotower.features.categorical import MISSING, UNKNOWN, FeatureEncoder
 from twotower.features.feature_set import EncodedTable, FeatureSet
 from twotower.features.frames import RowsLike, check_columns
 from twotower.features.requests import encode_apart
@@ -52,7 +52,7 @@ class FeatureInputs(nn.Module):
         self.width = sum(widths)
 
     @property
-    def encoders(self) -> list[Encoder]:
+    def encoders(self) -> list[FeatureEncoder]:
         """The fitted encoders, in the order of declaration."""
         return self.table.features.encoders
 
@@ -140,7 +140,7 @@ def _widths(features: FeatureSet, dimension: int) -> list[int]:
     return widths
 
 
-def _vectors(encoder: Encoder, width: int) -> EmbeddingTable:
+def _vectors(encoder: FeatureEncoder, width: int) -> EmbeddingTable:
     """Make a table whose missing and unknown rows start at zero: values never trained must have no effect."""
     table = EmbeddingTable(encoder.size, width)
     with torch.no_grad():

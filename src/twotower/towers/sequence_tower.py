@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from twotower.data.loading.gaps import GAP_CODES
 from twotower.data.loading.packing import START, Packed, pack_histories
-from twotower.towers.context import Beside, ContextInputs
+from twotower.towers.context import ContextInputs, SideInputs
 from twotower.towers.features import FeatureInputs
 from twotower.towers.item_tower import ItemTower
 from twotower.towers.layers.attention import Transformer
 from twotower.towers.layers.dropout import keep, threshold_of
 from twotower.towers.layers.gru import Recurrent
-from twotower.towers.layers.mlp import Rows
+from twotower.towers.layers.mlp import EmbeddedRows
 from twotower.towers.layers.recency import RecencyAverages
 
 #: Tokens encoded at once without gradient; bounds the memory of a ranking.
@@ -40,7 +40,7 @@ class SequenceTower(nn.Module):
     x_i = sqrt(D) e(item_i) + g(gap_i), gaps in powers of two (data/gaps.py).
 
     Query ids, query features and request context, if any, are combined with the output at every token by `beside` (see
-    `Beside`).
+    `SideInputs`).
 
     An empty history is the start token alone. Items before the newest L are ignored.
 
@@ -65,7 +65,7 @@ class SequenceTower(nn.Module):
         length: int,
         recency: RecencyAverages | None = None,
         item_dropout: float = 0.0,
-        beside: Beside | None = None,
+        beside: SideInputs | None = None,
         gaps: bool = False,
     ) -> None:
         super().__init__()
@@ -178,10 +178,10 @@ class SequenceTower(nn.Module):
         return returned
 
     def _look_up(self, codes: Tensor) -> Tensor:
-        table: nn.Module | Rows = self.history_items
+        table: nn.Module | EmbeddedRows = self.history_items
         if isinstance(table, ItemTower):
             distinct, codes = torch.unique(codes, return_inverse=True)
-            table = Rows(table(distinct))
+            table = EmbeddedRows(table(distinct))
         embedded: Tensor = table(codes)
         return embedded
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from twotower.distributed.partition import Columns, fill_normal, part_of
-from twotower.distributed.row_exchange import RowsAtHand, ask, fetch_rows
+from twotower.distributed.partition import ColumnShard, fill_normal, part_of
+from twotower.distributed.row_exchange import FetchedRows, fetch_rows, request_rows
 from twotower.system.tuning import advise_huge_pages
 
 #: Tables with more rows than this get sparse gradients, so that a step's cost does not grow with the catalog. For
@@ -60,13 +60,13 @@ class EmbeddingTable(nn.Embedding):
         super().__init__(*held, sparse=rows > SPARSE_ABOVE, _weight=weight)
         self.num_embeddings, self.embedding_dim = rows, dimension
         self.name, self.part = name, part
-        self.at_hand: RowsAtHand | None = None
+        self.at_hand: FetchedRows | None = None
         fill_normal(self.weight, dimension**-0.5 if scale is None else scale, self.part)
 
     def fetch(self, codes: Tensor) -> None:
         """Fetch these rows and hold them until `release`; collective; a no-op if the table is whole."""
         if self.part is not None:
-            self.at_hand = fetch_rows(self.weight, self.part, ask(self.part, codes))
+            self.at_hand = fetch_rows(self.weight, self.part, request_rows(self.part, codes))
 
     def release(self) -> None:
         """Release the fetched rows."""
@@ -83,7 +83,7 @@ class EmbeddingTable(nn.Embedding):
         if self.part is not None:
             own = self.part.own
             is_here = not input.numel() or own.start <= input.min() <= input.max() < own.stop
-            if torch.is_grad_enabled() or isinstance(self.part, Columns) or not is_here:
+            if torch.is_grad_enabled() or isinstance(self.part, ColumnShard) or not is_here:
                 raise RuntimeError("lookup of rows of a shared table before they were fetched (internal error)")
             input = input - own.start  # noqa: A001
         embedded = super().forward(input)

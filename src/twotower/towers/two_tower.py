@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from twotower.data.loading.packing import Packed
 from twotower.features.feature_set import EncodedTable, FeatureSet
 from twotower.features.frames import RowsLike
-from twotower.towers.context import ContextInputs, KnowsQueries
+from twotower.towers.context import ContextInputs, QueryInputs
 from twotower.towers.features import FeatureInputs
 from twotower.towers.item_tower import ItemTower
-from twotower.towers.layers.mlp import Rows, dense_layers
+from twotower.towers.layers.mlp import EmbeddedRows, dense_layers
 from twotower.towers.sequence_tower import SequenceTower
 
 
@@ -59,7 +59,7 @@ class PooledHistory(nn.Module):
         return pooled
 
 
-class QueryTower(KnowsQueries):
+class QueryTower(QueryInputs):
     """Id embedding, pooled history, features and context: an MLP over all of them plus the sum of the first two.
 
         u = e_id + mean_h pooled_h + MLP([e_id, pooled_1, ..., pooled_H, features, context])
@@ -140,11 +140,11 @@ class QueryTower(KnowsQueries):
 
     def _pooled(self, history: Tensor) -> Tensor:
         assert self.history is not None
-        table: nn.Module | Rows | None = self.history_items
+        table: nn.Module | EmbeddedRows | None = self.history_items
         if isinstance(table, ItemTower):
             # Embed each distinct item once; the history then indexes into these.
             distinct, place = torch.unique(history.clamp(min=0), return_inverse=True)
-            history, table = torch.where(history >= 0, place, -1), Rows(table(distinct))
+            history, table = torch.where(history >= 0, place, -1), EmbeddedRows(table(distinct))
         pooled: Tensor = self.history(history, table)
         return pooled
 

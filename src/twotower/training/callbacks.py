@@ -17,7 +17,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 
 from twotower.data import Batch
-from twotower.distributed.communicator import Ranks
+from twotower.distributed.communicator import Communicator
 from twotower.towers import TwoTower
 from twotower.training.module import TrainingModule
 
@@ -36,9 +36,11 @@ class StopBetweenSteps(Callback):
         settled: waits on every rank until the checkpoint being written is in place; called by all ranks.
     """
 
-    def __init__(self, path: Path, ranks: Ranks | None = None, settled: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, path: Path, ranks: Communicator | None = None, settled: Callable[[], None] | None = None
+    ) -> None:
         self.path = path
-        self.ranks = ranks or Ranks()
+        self.ranks = ranks or Communicator()
         self.settled = settled or _nothing
         self.asked = False
         self._previous: dict[int, Any] = {}
@@ -151,7 +153,7 @@ class SaveEvery(Callback):
             trainer.save_checkpoint(self.path)
 
 
-class Mine(Callback):
+class MineHardNegatives(Callback):
     """Refreshes mined negatives before every epoch except the first, when the towers are still untrained."""
 
     def __init__(self, mine: Callable[[TwoTower], None]) -> None:
@@ -162,7 +164,7 @@ class Mine(Callback):
             self.mine(pl_module.towers)
 
 
-class History(Callback):
+class MetricHistory(Callback):
     """Validation metrics of every epoch; saved in checkpoints, so a resumed run continues the list."""
 
     def __init__(self) -> None:

@@ -84,7 +84,7 @@ def objective_device(objective: Objective) -> torch.device:
     return next((buffer.device for buffer in objective.buffers()), torch.device("cpu"))
 
 
-class Watch:
+class DiagnosticsMonitor:
     """Logs a warning, once per kind, when a diagnostic is out of range."""
 
     def __init__(self) -> None:

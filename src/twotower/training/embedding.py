@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from twotower.data import Batch, Packed
-from twotower.distributed.communicator import Ranks
+from twotower.distributed.communicator import Communicator
 from twotower.towers import TwoTower
 
 
@@ -185,7 +185,7 @@ def embed_parts(towers: TwoTower, parts: list[Tensor], *, chunk: int | None = No
     return list(torch.split(embed_once(towers, torch.cat(parts), chunk=chunk), [len(part) for part in parts]))
 
 
-def embed_by_ranks(towers: TwoTower, items: Tensor, ranks: Ranks, *, chunk: int | None = None) -> Tensor:
+def embed_by_ranks(towers: TwoTower, items: Tensor, ranks: Communicator, *, chunk: int | None = None) -> Tensor:
     """Embed items that are the same on every rank, [M, D]; each rank embeds M/W of them.
 
     The shares are gathered with their gradient: the backward pass returns to each rank the sum of all ranks' gradients
@@ -204,7 +204,7 @@ def embed_by_ranks(towers: TwoTower, items: Tensor, ranks: Ranks, *, chunk: int 
     return every if place is None else every.index_select(0, place)
 
 
-def share_of_items(items: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor | None, int]:
+def share_of_items(items: Tensor, ranks: Communicator) -> tuple[Tensor, Tensor | None, int]:
     """Select this rank's share of items that are the same on every rank, padded to ceil(M' / W).
 
     Returns:

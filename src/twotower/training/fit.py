@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from twotower.config.run import TrainingConfig
 from twotower.data import KnownPositives
-from twotower.distributed.communicator import Ranks
+from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError, Interrupted
 from twotower.objectives import Objective
 from twotower.system.hardware import peak_memory
@@ -28,8 +28,8 @@ from twotower.training.callbacks import (
     LAST,
     BestAndLast,
     EpochOrder,
-    History,
-    Mine,
+    MetricHistory,
+    MineHardNegatives,
     SaveEvery,
     SizedBatches,
     StopBetweenSteps,
@@ -118,7 +118,7 @@ def fit_towers(
             missing.
         Interrupted: Ctrl-C; `directory/checkpoints/last.ckpt` holds the state to resume from.
     """
-    ranks = Ranks.current()
+    ranks = Communicator.current()
     parts = {table.name: table.part for table in shared_tables_of(towers) if table.name and table.part}
     last = directory / LAST
     if resume and not last.exists():
@@ -133,7 +133,7 @@ def fit_towers(
         validate=validate,
         ranks=ranks,
     )
-    history = History()
+    history = MetricHistory()
     keep_best = BestAndLast(
         last.parent,
         filename="best",
@@ -148,7 +148,7 @@ def fit_towers(
     if start is not None:
         callbacks.append(start)
     if mine is not None:
-        callbacks.append(Mine(mine))
+        callbacks.append(MineHardNegatives(mine))
     if validate:
         callbacks.append(EarlyStopping(settings.metric, patience=settings.patience, mode="max"))
     if settings.checkpoint_every is not None:

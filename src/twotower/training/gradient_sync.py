@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from twotower.distributed.communicator import Ranks
-from twotower.distributed.row_exchange import hand_back
+from twotower.distributed.communicator import Communicator
+from twotower.distributed.row_exchange import scatter_gradients
 from twotower.towers import EmbeddingTable
 from twotower.towers.sharded_lookup import shared_tables_of
 from twotower.training.optimizer import combine_rows
@@ -31,7 +31,7 @@ class GradientExchange:
         ranks: the processes of the run.
     """
 
-    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
+    def __init__(self, model: nn.Module, ranks: Communicator) -> None:
         self.ranks = ranks
         self.shared = shared_tables_of(model)
         held = {id(table.weight) for table in self.shared}
@@ -92,7 +92,7 @@ class GradientExchange:
         if fetched is None or part is None:
             return
         # An empty gradient counts too: the optimizer counts the steps of a table, identically for all of its parts.
-        rows, values = hand_back(fetched, part)
+        rows, values = scatter_gradients(fetched, part)
         if not table.sparse:  # as with one process: dense Adam moves all rows of a small table in every step
             weight.grad = torch.zeros_like(weight).index_add_(0, rows, values)
             return
@@ -113,7 +113,7 @@ def _touched(table: nn.Parameter) -> tuple[Tensor, Tensor]:
     return rows, values.to(table.dtype)
 
 
-def same_start(model: nn.Module, ranks: Ranks) -> None:
+def same_start(model: nn.Module, ranks: Communicator) -> None:
     """Copy the parameters and buffers of rank 0 to every rank, except its own parts of sharded tables; collective."""
     held = {id(table.weight) for table in shared_tables_of(model)}
     tensors: Iterable[Tensor] = (p for p in (*model.parameters(), *model.buffers()) if id(p) not in held)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from twotower.losses.tiled.api import tiled_softmax
-from twotower.negatives import Hits
+from twotower.negatives import NegativeMask
 from twotower.system import hardware
 from twotower.towers.tables import EmbeddingTable
 from twotower.training.optimizer import TableOptimizer
@@ -67,7 +67,7 @@ def _products(workload: Workload, device: torch.device) -> float:
     counts = torch.rand(candidates, device=device)
 
     def step() -> None:
-        hits = Hits([pairs], rows=rows, items=torch.arange(candidates, device=device), size=candidates)
+        hits = NegativeMask([pairs], rows=rows, items=torch.arange(candidates, device=device), size=candidates)
         positive = items.index_select(0, own)
         tiled_softmax(query, positive, items, counts, hits=hits, temperature=0.1).backward()  # type: ignore[no-untyped-call]
 

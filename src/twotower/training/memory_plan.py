@@ -11,9 +11,9 @@ from torch import nn
 from twotower.config.run import Config, HistoryConfig
 from twotower.data import Interactions
 from twotower.data.loading.shuffle import DEPTH
-from twotower.distributed.communicator import Ranks
+from twotower.distributed.communicator import Communicator
 from twotower.distributed.launch import Launch
-from twotower.distributed.partition import Rows
+from twotower.distributed.partition import RowShard
 from twotower.losses.tiled.blocks import tile_starts
 from twotower.negatives import CrossBatchMemory, InBatch
 from twotower.objectives import Objective
@@ -143,7 +143,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    config: Config, towers: TwoTower, objective: Objective, data: Interactions, ranks: Ranks | None = None
+    config: Config, towers: TwoTower, objective: Objective, data: Interactions, ranks: Communicator | None = None
 ) -> MemoryPlan:
     """Compute a plan from the shapes of what was built; nothing is allocated. Collective.
 
@@ -157,7 +157,7 @@ def plan_memory(
         data: the training interactions.
         ranks: the processes of the run, which decide together; None for a single process.
     """
-    ranks = ranks or Ranks()
+    ranks = ranks or Communicator()
     found = hardware.memory(Launch.of_environment().local_size if ranks.size > 1 else 1)
     on_device = least_of_all(hardware.device_memory(config.training.accelerator), ranks)
     on_cpu = on_device is None
@@ -198,7 +198,7 @@ def plan_memory(
         # Fetched rows and their gradients, for each of two lookups; rows sent to other ranks and the gradients received
         # for them: the same number, except on a rank that holds all rows of a table.
         fetched = min(-(-embedded // count) + -(-rows // count) * (length + 1), data.num_items)
-        gives_all = any(isinstance(table.part, Rows) and table.part.holder == ranks.rank for table in shared)
+        gives_all = any(isinstance(table.part, RowShard) and table.part.holder == ranks.rank for table in shared)
         step["rows of shared tables"] = (4 + 3 * (count if gives_all else 1)) * fetched * width * F4
     catalog = -(-data.num_items // count) * width * F4
     ranking = {
@@ -220,7 +220,7 @@ def plan_memory(
     return replace(plan, in_background=_is_in_background(plan, config, ranks))
 
 
-def _is_in_background(plan: MemoryPlan, config: Config, ranks: Ranks) -> bool:
+def _is_in_background(plan: MemoryPlan, config: Config, ranks: Communicator) -> bool:
     """Return the setting; for "auto", whether every rank can spare twice the memory of a copy of the state."""
     setting = config.training.checkpoint_in_background
     if setting != "auto":
@@ -230,7 +230,7 @@ def _is_in_background(plan: MemoryPlan, config: Config, ranks: Ranks) -> bool:
     return not ranks.agree(is_short)
 
 
-def least_of_all(available: int | None, ranks: Ranks) -> int | None:
+def least_of_all(available: int | None, ranks: Communicator) -> int | None:
     """Return the minimum over ranks, so that all decide alike; None if any rank does not know. Collective."""
     values = torch.tensor([-1 if available is None else available], device=ranks.device)
     least = int(ranks.gather(values, [1] * ranks.size).min())

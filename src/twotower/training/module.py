@@ -14,13 +14,13 @@ from torch import Tensor
 
 from twotower.config.run import TrainingConfig
 from twotower.data import Batch, KnownPositives
-from twotower.distributed.communicator import Ranks
+from twotower.distributed.communicator import Communicator
 from twotower.evaluation import popularity_thirds
 from twotower.negatives import Candidates
 from twotower.objectives import Embedded, Objective
 from twotower.towers import TwoTower
 from twotower.training.checkpoint.io import random_state, restore_random_state
-from twotower.training.diagnostics import Watch, diagnose, frequency_drift, memory_age, objective_device
+from twotower.training.diagnostics import DiagnosticsMonitor, diagnose, frequency_drift, memory_age, objective_device
 from twotower.training.gradient_sync import GradientExchange
 from twotower.training.optimizer import TableOptimizer, parameter_groups
 from twotower.training.seeds import DROPOUT, ROUNDING, draws_of, step_seed
@@ -55,7 +55,7 @@ class TrainingModule(pl.LightningModule):
         known_positives: KnownPositives | None = None,
         counts: Tensor | None = None,
         validate: Callable[[TwoTower], dict[str, float]] | None = None,
-        ranks: Ranks | None = None,
+        ranks: Communicator | None = None,
     ) -> None:
         super().__init__()
         self.towers = towers
@@ -67,9 +67,9 @@ class TrainingModule(pl.LightningModule):
         self.known_positives = known_positives
         self.counts = counts
         self.thirds = None if counts is None else torch.from_numpy(popularity_thirds(counts.numpy()))
-        self._watch = Watch()
+        self._watch = DiagnosticsMonitor()
         self.validate = validate
-        self.ranks = ranks or Ranks()
+        self.ranks = ranks or Communicator()
         self._exchange = GradientExchange(torch.nn.ModuleList([towers, objective]), self.ranks)
         self._rows = 0
         self._since = time.perf_counter()

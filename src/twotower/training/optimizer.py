@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.adamw import adamw
 
-from twotower.distributed.partition import Columns
+from twotower.distributed.partition import ColumnShard
 from twotower.errors import InputError
 from twotower.towers.sharded_lookup import shared_tables_of
 
@@ -74,7 +74,7 @@ def adagrad_rows(
     state: dict[str, Tensor],
     group: dict[str, Any],
     *,
-    columns: Columns | None = None,
+    columns: ColumnShard | None = None,
 ) -> None:
     """Apply row-wise Adagrad: one accumulator a per row, so a table of width D has 1/D of Adagrad's state.
 
@@ -188,7 +188,7 @@ class TableOptimizer(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         rule: str = "adam",
     ) -> None:
-        self._columns: dict[int, Columns] = {}
+        self._columns: dict[int, ColumnShard] = {}
         given: list[Any] = []
         for one in params:
             if isinstance(one, dict):
@@ -316,7 +316,7 @@ def parameter_groups(
     tables = [p for p in model.parameters() if id(p) in ids]
     decayed = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in ids]
     rest = [p for p in model.parameters() if p.ndim < 2 and id(p) not in ids]
-    columns = {id(table.weight): table.part for table in shared_tables_of(model) if isinstance(table.part, Columns)}
+    columns = {id(table.weight): table.part for table in shared_tables_of(model) if isinstance(table.part, ColumnShard)}
     return [
         {"params": decayed, "lr": lr, "weight_decay": weight_decay, "rule": "adam"},
         {"params": rest, "lr": lr, "weight_decay": 0.0, "rule": "adam"},

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from twotower.config.run import Config
 from twotower.data import Interactions
-from twotower.distributed.communicator import Ranks
+from twotower.distributed.communicator import Communicator
 from twotower.distributed.launch import Launch
-from twotower.distributed.partition import Columns, Part, Rows, placed_tables
+from twotower.distributed.partition import ColumnShard, RowShard, TableShard, placed_tables
 from twotower.errors import InputError
 from twotower.system import hardware
 from twotower.training.memory_plan import F4, least_of_all
@@ -27,7 +27,7 @@ class Placement:
         parts: this rank's parts of sharded tables, by name; all other tables are whole on every rank.
     """
 
-    parts: Mapping[str, Part] = field(default_factory=dict)
+    parts: Mapping[str, TableShard] = field(default_factory=dict)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -36,7 +36,7 @@ class Placement:
             yield
 
 
-def place_tables(config: Config, data: Interactions, ranks: Ranks | None = None) -> Placement:
+def place_tables(config: Config, data: Interactions, ranks: Communicator | None = None) -> Placement:
     """Decide the placement of the id tables before any is created; collective.
 
     `training.table_placement` sets it for all tables, or for some by name. Unnamed tables are `auto`: whole as long as
@@ -54,16 +54,16 @@ def place_tables(config: Config, data: Interactions, ranks: Ranks | None = None)
         InputError: a named table does not exist in the model; or the tables and optimizer state of a rank alone need
             more memory than is available, and the system would kill the process during training.
     """
-    ranks, tables = ranks or Ranks(), table_rows(config, data)
+    ranks, tables = ranks or Communicator(), table_rows(config, data)
     asked = _asked(config, tables)
-    room = _Room.of(config, ranks)
-    parts: dict[str, Part] = {}
+    room = _FreeMemory.of(config, ranks)
+    parts: dict[str, TableShard] = {}
     if ranks.size > 1:
         parts = _requested_parts(config, tables, asked, ranks)
         if room.is_scarce(*_needed(config, tables, parts, ranks)):
             each = row_bytes(config)
             large = [name for name, choice in asked.items() if choice == "auto" and tables[name] * each > SHARED_ABOVE]
-            parts |= {name: Rows(ranks, tables[name]) for name in large}
+            parts |= {name: RowShard(ranks, tables[name]) for name in large}
     lacking = room.lacking(*_needed(config, tables, parts, ranks))
     if lacking is not None:
         raise InputError(_refusal(sum(tables.values()), lacking, ranks, is_shared=bool(parts)))
@@ -71,7 +71,7 @@ def place_tables(config: Config, data: Interactions, ranks: Ranks | None = None)
 
 
 @dataclass(frozen=True)
-class _Room:
+class _FreeMemory:
     """Memory available for tables, in bytes, on the rank with the least; None if the system does not report it.
 
     Attributes:
@@ -83,7 +83,7 @@ class _Room:
     device: int | None
 
     @classmethod
-    def of(cls, config: Config, ranks: Ranks) -> _Room:
+    def of(cls, config: Config, ranks: Communicator) -> _FreeMemory:
         """Query the system; collective."""
         here = hardware.memory(Launch.of_environment().local_size if ranks.size > 1 else 1).available
         return cls(least_of_all(here, ranks), least_of_all(hardware.device_memory(config.training.accelerator), ranks))
@@ -147,25 +147,27 @@ def _asked(config: Config, tables: Mapping[str, int]) -> dict[str, str]:
 
 
 def _requested_parts(
-    config: Config, tables: Mapping[str, int], asked: Mapping[str, str], ranks: Ranks
-) -> dict[str, Part]:
+    config: Config, tables: Mapping[str, int], asked: Mapping[str, str], ranks: Communicator
+) -> dict[str, TableShard]:
     """Return the parts of the tables whose placement is set explicitly."""
-    parts: dict[str, Part] = {}
+    parts: dict[str, TableShard] = {}
     filled = [0] * ranks.size
     for name in sorted(tables, key=lambda name: (-tables[name], name)):
         rows = tables[name]
         if asked[name] == "row-wise":
-            parts[name] = Rows(ranks, rows)
+            parts[name] = RowShard(ranks, rows)
         elif asked[name] == "column-wise":
-            parts[name] = Columns(ranks, rows, config.item_tower.dimension)
+            parts[name] = ColumnShard(ranks, rows, config.item_tower.dimension)
         elif asked[name] == "table-wise":
             holder = min(range(ranks.size), key=lambda rank: filled[rank])
             filled[holder] += rows
-            parts[name] = Rows(ranks, rows, holder)
+            parts[name] = RowShard(ranks, rows, holder)
     return parts
 
 
-def _needed(config: Config, tables: Mapping[str, int], parts: Mapping[str, Part], ranks: Ranks) -> tuple[int, int]:
+def _needed(
+    config: Config, tables: Mapping[str, int], parts: Mapping[str, TableShard], ranks: Communicator
+) -> tuple[int, int]:
     """Return the bytes of the tables, and of their optimizer state, on the rank with the most."""
     width, filled = config.item_tower.dimension, [(0, 0)] * ranks.size
     for name, rows in tables.items():
@@ -174,13 +176,13 @@ def _needed(config: Config, tables: Mapping[str, int], parts: Mapping[str, Part]
             held = (rows, width)
             if part is not None:
                 share = part.bounds[rank + 1] - part.bounds[rank]
-                held = (share, width) if isinstance(part, Rows) else (rows, share)
+                held = (share, width) if isinstance(part, RowShard) else (rows, share)
             more = _bytes(config, *held)
             filled[rank] = weights + more[0], state + more[1]
     return max(filled, key=sum)
 
 
-def _refusal(rows: int, lacking: str, ranks: Ranks, *, is_shared: bool) -> str:
+def _refusal(rows: int, lacking: str, ranks: Communicator, *, is_shared: bool) -> str:
     if ranks.size == 1:
         more = "several processes with sharded rows (torchrun; training.table_placement=row-wise), "
     else:

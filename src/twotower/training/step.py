@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from twotower.data import Batch, KnownPositives
-from twotower.distributed.communicator import Ranks
+from twotower.distributed.communicator import Communicator
 from twotower.negatives import Candidates, InBatch
 from twotower.objectives import Embedded, Objective
 from twotower.towers import TwoTower
@@ -21,7 +21,7 @@ from twotower.training.embedding import embed_by_ranks, embed_once, embed_parts,
 
 
 @dataclass(frozen=True)
-class Draw:
+class BlockDraw:
     """The candidates that a block of rows shares.
 
     Attributes:
@@ -47,7 +47,7 @@ def draw_by_blocks(
     everyone: Tensor | None = None,
     own: slice | None = None,
     generator: torch.Generator | None = None,
-) -> list[Draw]:
+) -> list[BlockDraw]:
     """Draw candidates for every `objective.rows_per_draw` rows of the batch over all ranks, in its order.
 
     Every rank makes all draws with the same generator, so that cross-batch memory and streaming frequencies see the
@@ -78,7 +78,7 @@ def draw_by_blocks(
             generator=generator,
             rows=slice(low - start, high - start) if low < high else slice(0, 0),
         )
-        draws.append(Draw(rows, candidates))
+        draws.append(BlockDraw(rows, candidates))
     return draws
 
 
@@ -86,7 +86,7 @@ def loss_by_draws(
     towers: TwoTower,
     objective: Objective,
     batch: Batch,
-    draws: Sequence[Draw],
+    draws: Sequence[BlockDraw],
     weights: Tensor,
     *,
     micro_batch: int | None = None,
@@ -127,7 +127,7 @@ def gathered_loss(
     towers: TwoTower,
     objective: Objective,
     batch: Batch,
-    ranks: Ranks,
+    ranks: Communicator,
     known_positives: KnownPositives | None = None,
     *,
     generator: torch.Generator,
@@ -209,14 +209,14 @@ def gathered_loss(
     return objective.mean(result, drawn, temperature=towers.temperature, weights=weights), result, drawn
 
 
-def _sizes(batch: Batch, ranks: Ranks) -> list[int]:
+def _sizes(batch: Batch, ranks: Communicator) -> list[int]:
     """Return the number of rows of every rank."""
     if batch.sizes is not None:
         return list(batch.sizes)
     return ranks.sizes(len(batch), batch.items.device) if batch.total is None else ranks.shares(batch.total)
 
 
-def _weights(batch: Batch, sizes: list[int], ranks: Ranks) -> Tensor:
+def _weights(batch: Batch, sizes: list[int], ranks: Communicator) -> Tensor:
     """Return the weights of this rank's rows, [B], summing to one over all ranks; collective if rows have weights."""
     if batch.weights is None:
         return torch.full((len(batch),), 1.0 / sum(sizes), device=batch.items.device)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from pytorch_lightning.strategies import DDPStrategy
 
-from twotower.distributed.communicator import Ranks
+from twotower.distributed.communicator import Communicator
 from twotower.distributed.launch import Launch
 from twotower.towers.sharded_lookup import shared_tables_of
 from twotower.training.checkpoint.sharded import cut_optimizer_state, mark_parts
@@ -27,7 +27,7 @@ class RankStrategy(DDPStrategy):
     def configure_ddp(self) -> None:
         """Copy the weights of rank 0 to every rank, and leave the model unwrapped."""
         assert isinstance(self.model, torch.nn.Module)
-        same_start(self.model, Ranks.current())
+        same_start(self.model, Communicator.current())
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
@@ -51,7 +51,7 @@ class RankStrategy(DDPStrategy):
 def trainer_options(timeout: int) -> dict[str, Any]:
     """Return the arguments of Lightning's `Trainer` for a single process or for the ranks of torchrun."""
     launch = Launch.of_environment()
-    if Ranks.current().size == 1:
+    if Communicator.current().size == 1:
         return {"devices": 1}
     return {
         "devices": launch.local_size,

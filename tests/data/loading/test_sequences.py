@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from twotower.data import Interactions, SequenceBatches
-from twotower.distributed.communicator import Ranks
+from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
 
 
@@ -120,7 +120,9 @@ def test_sizes_out_of_range(data, settings):
 @pytest.mark.parametrize("size", [2, 3, 7])
 def test_the_rows_of_all_ranks_match_those_of_one_process_in_order(data, size):
     alone = SequenceBatches(data, 64, history_length=6, seed=2)
-    ranks = [SequenceBatches(data, 64, history_length=6, seed=2, ranks=Ranks(rank, size)) for rank in range(size)]
+    ranks = [
+        SequenceBatches(data, 64, history_length=6, seed=2, ranks=Communicator(rank, size)) for rank in range(size)
+    ]
     assert {len(one) for one in ranks} == {len(alone)}
     for whole, *own in zip(alone, *ranks, strict=True):
         for name in ("rows", "queries", "items"):

@@ -19,9 +19,9 @@ from twotower.data.io.readers import ParquetSource, open_source
 from twotower.data.prepare import cache as preparation
 from twotower.data.prepare import shards
 from twotower.data.prepare.cache import into_folder
-from twotower.data.prepare.first_pass import FirstPass
+from twotower.data.prepare.first_pass import FileReader
 from twotower.data.prepare.shards import FOLDER, Shards, in_turn, take_all
-from twotower.data.schema.columns import Columns
+from twotower.data.schema.columns import ColumnRoles
 from twotower.errors import InputError
 from twotower.system import filesystem as locks
 
@@ -124,9 +124,9 @@ def go(*processes: subprocess.Popen) -> None:
         process.stdin.flush()
 
 
-def first_pass(folder: Path) -> tuple[FirstPass, list[Path]]:
+def first_pass(folder: Path) -> tuple[FileReader, list[Path]]:
     files = folders.find_files(folder).interactions
-    return FirstPass.of([open_source(file) for file in files], Columns(), ids={}), files
+    return FileReader.of([open_source(file) for file in files], ColumnRoles(), ids={}), files
 
 
 @pytest.mark.parametrize("text", [False, True])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twotower.data.schema.columns import Columns, title_column
+from twotower.data.schema.columns import ColumnRoles, title_column
 from twotower.data.schema.vocabulary import Vocabulary
 from twotower.errors import InputError
 
@@ -27,13 +27,13 @@ from twotower.errors import InputError
     ],
 )
 def test_usual_names_are_found(names: list[str], expected: tuple[str | None, ...]) -> None:
-    found = Columns().resolve(names, "f.csv")
+    found = ColumnRoles().resolve(names, "f.csv")
     assert (found.query, found.item, found.timestamp) == expected
 
 
 def test_label_weight_and_group_are_found_and_named_columns_win() -> None:
-    found = Columns(item="b").resolve(["user", "b", "rating", "weight", "market", "item_id"], "f.csv")
-    assert found == Columns("user", "b", None, "weight", "rating", "market")
+    found = ColumnRoles(item="b").resolve(["user", "b", "rating", "weight", "market", "item_id"], "f.csv")
+    assert found == ColumnRoles("user", "b", None, "weight", "rating", "market")
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_label_weight_and_group_are_found_and_named_columns_win() -> None:
 )
 def test_bad_columns_are_refused(given_columns: dict[str, str] | None, names: list[str], parts: list[str]) -> None:
     with pytest.raises(InputError) as caught:
-        Columns.of(given_columns).resolve(names, "f.csv")
+        ColumnRoles.of(given_columns).resolve(names, "f.csv")
     for part in parts:
         assert part in str(caught.value)
 

@@ -20,7 +20,7 @@ from twotower.losses import (
 )
 from twotower.losses.tiled import blocks as cutting
 from twotower.losses.tiled import evaluation as tiled_evaluation
-from twotower.negatives import Hits
+from twotower.negatives import NegativeMask
 
 #: (rows, candidates, per-row candidates, width): odd sizes, one row, one candidate, none.
 SHAPES = [(1, 1, 0, 3), (1, 9, 0, 5), (7, 1, 2, 1), (5, 0, 3, 4), (5, 0, 0, 4), (33, 127, 0, 17), (67, 257, 5, 9)]
@@ -335,7 +335,7 @@ def test_hits_as_pairs_equal_the_matrix(copies):
             (torch.arange(9), torch.randint(20, (9,), generator=rng) * spread),
             (torch.randint(9, (40,), generator=rng), torch.randint(-1, 20, (40,), generator=rng) * spread),
         ]
-        hits = Hits(pairs, rows=9, items=items * spread, size=15, empty=empty)
+        hits = NegativeMask(pairs, rows=9, items=items * spread, size=15, empty=empty)
         dense = hits.dense()
         assert 0 < int(dense.sum()) < dense.numel()
         for starts in ([0, 9], [0, 2, 3, 3, 9]):
@@ -348,8 +348,8 @@ def test_hits_as_pairs_equal_the_matrix(copies):
         assert torch.equal(hits.head(4).dense(), dense[:4])
         chosen = torch.tensor([3, 1, 14])
         assert torch.equal(hits.select(chosen).dense(), dense[:, chosen])
-        assert torch.equal(Hits.of(dense).select(chosen).dense(), dense[:, chosen])
-        assert torch.equal(Hits.of(dense).count(weight), (dense * weight).sum(1))
+        assert torch.equal(NegativeMask.of(dense).select(chosen).dense(), dense[:, chosen])
+        assert torch.equal(NegativeMask.of(dense).count(weight), (dense * weight).sum(1))
 
 
 def test_invalid_arguments_are_refused():
@@ -358,7 +358,7 @@ def test_invalid_arguments_are_refused():
         ({"weights": torch.ones(3)}, "weights: expected"),
         ({"weights": torch.ones(4, requires_grad=True)}, "constants"),
         ({"hits": torch.zeros(4, 4, dtype=torch.bool)}, "hits: expected"),
-        ({"hits": Hits.of(torch.zeros(4, 4, dtype=torch.bool))}, "hits: expected"),
+        ({"hits": NegativeMask.of(torch.zeros(4, 4, dtype=torch.bool))}, "hits: expected"),
         ({"row_offset": torch.ones(3)}, "row_offset: expected"),
         ({"candidates": torch.ones(5, 2)}, "candidates: expected"),
     ):

@@ -5,7 +5,7 @@ import torch
 
 from twotower.losses import bpr, candidate_logits, logistic, sampled_softmax, tiled_bpr, tiled_logistic, tiled_softmax
 from twotower.losses.tiled.copies import find_copies
-from twotower.negatives import Hits
+from twotower.negatives import NegativeMask
 
 B, M, D = 9, 40, 5
 
@@ -21,7 +21,7 @@ def batch(*, seed=0):
         "candidates": table[items],
     }
     pairs = [(torch.arange(B), items[:B]), (torch.randint(B, (20,), generator=rng), torch.randint(15, (20,)))]
-    return leaves, counts[items].double(), Hits(pairs, rows=B, items=items, size=M), items
+    return leaves, counts[items].double(), NegativeMask(pairs, rows=B, items=items, size=M), items
 
 
 def plain(form, leaves, log_count, dense):
@@ -69,9 +69,9 @@ def test_masks_for_an_accelerator_equal_the_matrix():
         _, _, hits, items = batch(seed=seed)
         starts = [0, 2, 3, 3, B]
         assert torch.equal(torch.cat(list(hits.matrices(starts))), hits.dense())
-        places = Hits.of(hits.dense())
+        places = NegativeMask.of(hits.dense())
         assert torch.equal(torch.cat(list(places.matrices(starts))), hits.dense())
-        none = Hits([], rows=B, items=items, size=M)
+        none = NegativeMask([], rows=B, items=items, size=M)
         assert not torch.cat(list(none.matrices(starts))).any()
 
 

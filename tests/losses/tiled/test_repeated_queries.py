@@ -6,8 +6,8 @@ import torch
 from twotower.losses import full_softmax as plain_full_softmax
 from twotower.losses import refined_logq, sampled_softmax, tiled_full_softmax, tiled_softmax
 from twotower.losses.tiled import autograd
-from twotower.losses.tiled.repeated_queries import MOST_ROWS, RepeatedRun, find_lines
-from twotower.negatives import Hits
+from twotower.losses.tiled.repeated_queries import MOST_ROWS, RepeatedEvaluation, find_repeated
+from twotower.negatives import NegativeMask
 
 B, N, D = 60, 30, 5
 
@@ -17,12 +17,12 @@ def runs(monkeypatch):
     """Record every RepeatedRun that is made."""
     made = []
 
-    class Counted(RepeatedRun):
+    class Counted(RepeatedEvaluation):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             made.append(self)
 
-    monkeypatch.setattr(autograd, "RepeatedRun", Counted)
+    monkeypatch.setattr(autograd, "RepeatedEvaluation", Counted)
     return made
 
 
@@ -39,7 +39,7 @@ def batch(*, seed=0, candidates="some", spread=1.0):
     query, table = (torch.randn(n, D, generator=rng, dtype=torch.float64) * spread for n in (12, N))
     leaves = {"query": query[queries], "positive": table[own], "candidates": table[items]}
     counts = torch.randn(len(items), generator=rng, dtype=torch.float64)
-    return leaves, counts, Hits(pairs, rows=B, items=items, size=len(items)), own
+    return leaves, counts, NegativeMask(pairs, rows=B, items=items, size=len(items)), own
 
 
 def compare(found, expected, leaves, *, atol=1e-12):
@@ -104,7 +104,7 @@ def test_nothing_cancels(runs):
     """One row's own item has weight e^45, another row's 1: each row excludes its own and includes the other's."""
     query = torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
     items = torch.tensor([[45.0, 0.0], [0.0, 1.0], [0.1, 0.0]], dtype=torch.float64)
-    hits = Hits([(torch.arange(2), torch.arange(2))], rows=2, items=torch.arange(3), size=3)
+    hits = NegativeMask([(torch.arange(2), torch.arange(2))], rows=2, items=torch.arange(3), size=3)
     leaves = {"query": query, "positive": items[:2].clone(), "candidates": items}
     exact = sampled_softmax(**leaves, log_expected_count=torch.zeros(3), hits=hits.dense())
     single = {name: leaf.float() for name, leaf in leaves.items()}
@@ -123,11 +123,11 @@ def test_rows_that_are_not_the_same_are_computed_one_by_one(runs, case):
     if case == "embedding":
         leaves["query"][7] += 1e-9
     if case == "own items repeated":
-        hits = Hits(hits.pairs, rows=B, items=hits.items.clone().fill_(5), size=hits.size)
+        hits = NegativeMask(hits.pairs, rows=B, items=hits.items.clone().fill_(5), size=hits.size)
     if case == "few repeat":
         leaves["query"] = torch.randn(B, D, dtype=torch.float64)
         leaves["query"][1] = leaves["query"][0]
-    assert (find_lines(leaves["query"], hits) is None) == (case not in {"logits", "embedding"})
+    assert (find_repeated(leaves["query"], hits) is None) == (case not in {"logits", "embedding"})
     leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
     found = tiled_softmax(**leaves, log_expected_count=log_count, hits=hits)
     assert all(run.base is None for run in runs) or case == "embedding"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from twotower.towers.layers.mlp import DNN, MLP, Rows, dense_layers
+from twotower.towers.layers.mlp import DNN, MLP, EmbeddedRows, dense_layers
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -40,6 +40,6 @@ def test_layers_without_options_are_an_mlp():
 def test_rows_are_looked_up_like_a_table():
     weight = torch.randn(5, 2, requires_grad=True)
     codes = torch.tensor([[0, 4], [4, 4]])
-    assert torch.equal(Rows(weight)(codes), F.embedding(codes, weight))
-    Rows(weight)(codes).sum().backward()
+    assert torch.equal(EmbeddedRows(weight)(codes), F.embedding(codes, weight))
+    EmbeddedRows(weight)(codes).sum().backward()
     assert weight.grad[4].tolist() == [3.0, 3.0]

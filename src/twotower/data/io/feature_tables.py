@@ -7,7 +7,7 @@ from typing import Any
 
 import polars as pl
 
-from twotower.data.io.readers import ROW, FrameSource, Source, open_source
+from twotower.data.io.readers import ROW, FileSource, FrameSource, open_source
 from twotower.data.schema.account import Account
 from twotower.data.schema.columns import USUAL_NAMES, plain_name, usual_column
 from twotower.data.schema.vocabulary import Vocabulary, ids_of, listed
@@ -51,7 +51,7 @@ class FeatureTable:
             frame = frame.with_columns(typed(frame[name]) for name in frame.columns if name != self.id_column)
         self.ids, self.frame = ids, frame
 
-    def _find_id(self, source: Source, id_column: str) -> str:
+    def _find_id(self, source: FileSource, id_column: str) -> str:
         same = [name for name in source.columns if plain_name(name) == plain_name(id_column)]
         if len(same) == 1:
             return same[0]

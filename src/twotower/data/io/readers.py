@@ -22,7 +22,7 @@ TAB_SUFFIXES = (".tsv", ".tab", ".inter", ".item", ".user")
 SUFFIXES = (".parquet", ".pq", ".csv", ".txt", *TAB_SUFFIXES)
 
 
-class Source(Protocol):
+class FileSource(Protocol):
     """A file or data frame.
 
     Attributes:
@@ -47,7 +47,7 @@ def suffix_of(path: Path) -> str:
     return Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path) -> FileSource:
     """Open the source for a file.
 
     Raises:
@@ -115,7 +115,7 @@ class ParquetSource:
             raise InputError(f"{path}: the file has columns but no rows.")
 
     def chunks(self, wanted: Sequence[str]) -> Iterator[pl.DataFrame]:
-        """See `Source`."""
+        """See `FileSource`."""
         for start in range(0, self._rows, CHUNK_ROWS):
             try:
                 frame = self._scan.select(wanted).slice(start, CHUNK_ROWS).collect()
@@ -146,7 +146,7 @@ class TextSource:
                 raise InputError(f"{path}: the header has a column without a name: {listed(raw)}.")
 
     def chunks(self, wanted: Sequence[str]) -> Iterator[pl.DataFrame]:
-        """See `Source`. Parses every column, because only then does polars report rows with too many fields."""
+        """See `FileSource`. Parses every column, because only then does polars report rows with too many fields."""
         seen = 0
         try:
             scan = pl.scan_csv(
@@ -203,7 +203,7 @@ class SequenceSource:
         self.has_gaps = "\t" in first_lines(path, 1)[0]
 
     def chunks(self, wanted: Sequence[str]) -> Iterator[pl.DataFrame]:
-        """See `Source`."""
+        """See `FileSource`."""
         try:
             lines = pl.read_csv(
                 self.path, has_header=False, separator="\x01", quote_char=None, infer_schema=False, new_columns=["line"]
@@ -241,7 +241,7 @@ class FrameSource:
             raise InputError(f"{name}: no rows.")
 
     def chunks(self, wanted: Sequence[str]) -> Iterator[pl.DataFrame]:
-        """See `Source`."""
+        """See `FileSource`."""
         for start in range(0, len(self._frame), CHUNK_ROWS):
             yield self._frame.select(wanted).slice(start, CHUNK_ROWS).with_row_index(ROW, offset=start + 1)
 

@@ -10,8 +10,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from twotower.data.io.readers import LISTS, ROW, Source
-from twotower.data.schema.columns import Columns
+from twotower.data.io.readers import LISTS, ROW, FileSource
+from twotower.data.schema.columns import ColumnRoles
 from twotower.data.schema.vocabulary import ids_of
 from twotower.errors import InputError
 
@@ -20,7 +20,7 @@ MICROSECONDS = {"seconds": 1_000_000, "milliseconds": 1_000, "microseconds": 1}
 
 
 @dataclass
-class Rows:
+class CleanRows:
     """The validated rows of one chunk.
 
     Attributes:
@@ -46,7 +46,7 @@ class Rows:
     empty_lists: int = 0
 
 
-def clean(frame: pl.DataFrame, columns: Columns, source: Source, context: Sequence[str] = ()) -> Rows:
+def clean(frame: pl.DataFrame, columns: ColumnRoles, source: FileSource, context: Sequence[str] = ()) -> CleanRows:
     """Validate one chunk of a source; `context` names further columns to pass through.
 
     Raises:
@@ -61,7 +61,7 @@ def clean(frame: pl.DataFrame, columns: Columns, source: Source, context: Sequen
     calendar, times = False, None
     if columns.timestamp is not None:
         calendar, times = _times(frame[columns.timestamp], at)
-    return Rows(
+    return CleanRows(
         queries=_ids(frame[columns.query], at, "query"),
         items=_ids(frame[columns.item], at, "item"),
         times=times,
@@ -82,7 +82,7 @@ def is_list(frame: pl.DataFrame, column: str) -> bool:
 class _Where:
     """The file rows of a chunk, for error messages."""
 
-    def __init__(self, source: Source, rows: pl.Series) -> None:
+    def __init__(self, source: FileSource, rows: pl.Series) -> None:
         self.source, self.rows = source, rows
 
     def error(self, column: str, position: int, found: str) -> InputError:
@@ -199,7 +199,9 @@ def unit_of(largest: float, where: str) -> str:
     )
 
 
-def _explode(frame: pl.DataFrame, columns: Columns, source: Source, context: Sequence[str]) -> tuple[pl.DataFrame, int]:
+def _explode(
+    frame: pl.DataFrame, columns: ColumnRoles, source: FileSource, context: Sequence[str]
+) -> tuple[pl.DataFrame, int]:
     """Expand lists to one row per item; the other list columns are expanded with them."""
     assert columns.item is not None
     frame = frame.with_columns(

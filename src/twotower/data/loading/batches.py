@@ -14,8 +14,8 @@ from torch import Tensor
 from twotower.data.interactions import Interactions
 from twotower.data.loading.histories import gather_histories
 from twotower.data.loading.packing import Packed
-from twotower.data.loading.shuffle import Place, Shuffle, ahead
-from twotower.distributed.communicator import Ranks
+from twotower.data.loading.shuffle import EpochPosition, Shuffle, ahead
+from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
 
 #: One array per feature, in the order of the declarations.
@@ -34,8 +34,8 @@ class Batch:
         weights: float32 [B] or None.
         groups: int64 [B] or None.
         group: the group of all rows if batches are built within groups, else None.
-        total: rows of the batch over all ranks; this rank has the rows `Ranks.part(total)`. None if unknown.
-        sizes: rows of each rank, W numbers, if the parts differ from `Ranks.part`; else None.
+        total: rows of the batch over all ranks; this rank has the rows `Communicator.part(total)`. None if unknown.
+        sizes: rows of each rank, W numbers, if the parts differ from `Communicator.part`; else None.
         sequences: the packed sequences whose positions are the rows, if the batch consists of whole sequences
             (sequences.py); `history` is then [B, 0]. Else None.
         context: the encoded context of each row's request, one tensor with B rows per feature, or None.
@@ -68,7 +68,7 @@ class Batch:
         return replace(self, **moved)
 
 
-class TrainingBatches(Place):
+class TrainingBatches(EpochPosition):
     """All rows of the interactions once per epoch, in an order determined by seed and epoch.
 
     Iterating yields the rest of the current epoch and then advances to the next one. The order is computed, not stored,
@@ -98,7 +98,7 @@ class TrainingBatches(Place):
         seed: int = 0,
         drop_last: bool = True,
         rows: np.ndarray[Any, np.dtype[np.int64]] | None = None,
-        ranks: Ranks | None = None,
+        ranks: Communicator | None = None,
         context: Encoded | None = None,
     ) -> None:
         for name, value, least in (
@@ -114,7 +114,7 @@ class TrainingBatches(Place):
             raise InputError("training batches: no interactions to train on.")
         self.interactions, self.history_length, self.seed = interactions, history_length, seed
         self.batch_size, self.drop_last = min(batch_size, self.num_rows), drop_last
-        self.ranks = ranks or Ranks()
+        self.ranks = ranks or Communicator()
         self.epoch, self.position = 0, 0
 
     def __len__(self) -> int:

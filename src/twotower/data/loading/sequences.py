@@ -14,13 +14,13 @@ from twotower.data.interactions import Interactions
 from twotower.data.loading.batches import Batch, Encoded, context_rows
 from twotower.data.loading.gaps import gap_codes
 from twotower.data.loading.packing import Windows, length_groups, pack
-from twotower.data.loading.shuffle import Place, Shuffle, ahead
-from twotower.distributed.communicator import Ranks
+from twotower.data.loading.shuffle import EpochPosition, Shuffle, ahead
+from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
 from twotower.hashing import mix64
 
 
-class SequenceBatches(Place):
+class SequenceBatches(EpochPosition):
     """Windows of the queries' sequences; each row of the interactions is in one window per epoch.
 
     A query with n rows is cut into ceil(n / (L + 1)) windows of at most L + 1 consecutive rows, so that the last row of
@@ -54,7 +54,7 @@ class SequenceBatches(Place):
         seed: int = 0,
         context: Encoded | None = None,
         gaps: bool = False,
-        ranks: Ranks | None = None,
+        ranks: Communicator | None = None,
     ) -> None:
         for name, value, least in (
             ("batch_size", batch_size, 1),
@@ -66,7 +66,7 @@ class SequenceBatches(Place):
         if not len(interactions):
             raise InputError("training batches: no interactions to train on.")
         self.interactions, self.history_length, self.seed = interactions, history_length, seed
-        self.batch_size, self.context, self.ranks = batch_size, context, ranks or Ranks()
+        self.batch_size, self.context, self.ranks = batch_size, context, ranks or Communicator()
         if gaps and interactions.timestamps is None:
             raise InputError(
                 "query_tower.history.sequence.gaps: the data has no timestamps; name the column with "

@@ -55,7 +55,7 @@ class Shuffle:
         return (left << self._half) | right
 
 
-class Place:
+class EpochPosition:
     """The position of an iteration over epochs: saved in a checkpoint, and validated when it is restored.
 
     A subclass that yields batches sets `seed`, `epoch` and `position`, and returns from `_fixed` the values that its

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from twotower.data.io.layout import ColumnFile
 from twotower.data.io.validation import MICROSECONDS, unit_of
-from twotower.data.prepare.chunks import SIDES, Collected
+from twotower.data.prepare.chunks import SIDES, EncodedChunks
 from twotower.data.schema.vocabulary import Vocabulary
 
 BUCKET_ROWS = 8_000_000
@@ -42,7 +42,7 @@ FINAL_NAMES = {
 
 
 @dataclass
-class Finished:
+class SortedTable:
     """Results of the last pass: counts, digests, and the number of codes in use per direct side."""
 
     offsets: NDArray[np.int64]
@@ -55,14 +55,14 @@ class Finished:
 
 
 def finish(
-    collected: Collected,
+    collected: EncodedChunks,
     *,
     vocabularies: dict[str, Vocabulary],
     positive_label: float | None,
     directory: Path,
     negative_directory: Path,
     where: str,
-) -> Finished:
+) -> SortedTable:
     """Run passes 2 and 3: write the columns to `directory`, and rows below `positive_label` to `negative_directory`."""
     scale = MICROSECONDS[unit_of(collected.largest_time, where)] if collected.calendar is False else 1
     names = [name for name in BUCKET_DTYPES if name in collected.columns]
@@ -121,7 +121,7 @@ def finish(
             column.abandon()
     offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(positive_counts)])
     negative_offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(negative_counts)])
-    return Finished(
+    return SortedTable(
         offsets,
         negative_offsets,
         duplicates,
@@ -140,7 +140,7 @@ def _count(totals: NDArray[np.int64], codes: NDArray[np.int32]) -> None:
 
 
 def _deal(
-    collected: Collected,
+    collected: EncodedChunks,
     *,
     names: list[str],
     maps: dict[str, list[NDArray[np.int32]]],

@@ -12,27 +12,27 @@ import polars as pl
 
 from twotower.data.io.feature_tables import FeatureTable, TableLike
 from twotower.data.io.layout import combined, digest, vocabulary_digest, write_meta
-from twotower.data.io.readers import SequenceSource, Source
-from twotower.data.prepare.bucket_sort import Finished, finish
-from twotower.data.prepare.chunks import ROLES, Collected
-from twotower.data.prepare.first_pass import FirstPass
+from twotower.data.io.readers import FileSource, SequenceSource
+from twotower.data.prepare.bucket_sort import SortedTable, finish
+from twotower.data.prepare.chunks import ROLES, EncodedChunks
+from twotower.data.prepare.first_pass import FileReader
 from twotower.data.prepare.request_context import CONTEXT_FILE, Wanted, gathered
 from twotower.data.schema.account import Account
-from twotower.data.schema.columns import Columns
+from twotower.data.schema.columns import ColumnRoles
 from twotower.data.schema.vocabulary import Hashed, IdKind, Vocabulary
 from twotower.errors import InputError
 
 VOCABULARY_FILES = {"queries": "queries.parquet", "items": "items.parquet", "groups": "groups.parquet"}
-#: Adds the rows of all files to a `Collected`, and returns the query columns of each file, if any.
-Gather = Callable[[Collected], Sequence[pl.DataFrame | None]]
+#: Adds the rows of all files to a `EncodedChunks`, and returns the query columns of each file, if any.
+Gather = Callable[[EncodedChunks], Sequence[pl.DataFrame | None]]
 TABLE_FILES = {"item": "item_table.parquet", "query": "query_table.parquet"}
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadOptions:
     """Options of `Interactions.read`."""
 
-    columns: Columns = field(default_factory=Columns)
+    columns: ColumnRoles = field(default_factory=ColumnRoles)
     positive_label: float | None = None
     catalog: str = "interactions"
     part: bool = False
@@ -53,9 +53,9 @@ class Reading:
                 "item_ids: hashed items could not be distinguished in results; expected 'vocabulary' or 'codes'."
             )
 
-    def first_pass(self, sources: Sequence[Source]) -> FirstPass:
+    def first_pass(self, sources: Sequence[FileSource]) -> FileReader:
         """Resolve the columns to read from each file."""
-        return FirstPass.of(
+        return FileReader.of(
             sources,
             self.columns,
             labelled=self.positive_label,
@@ -65,14 +65,14 @@ class Reading:
 
 
 def build(
-    sources: Sequence[Source],
+    sources: Sequence[FileSource],
     *,
-    reading: Reading,
+    reading: ReadOptions,
     items: TableLike | None,
     queries: TableLike | None,
     directory: Path,
     account: Account,
-    first: FirstPass | None = None,
+    first: FileReader | None = None,
     gather: Gather | None = None,
 ) -> None:
     """Write the layout of `storing` into `directory`, which exists and is empty.
@@ -190,7 +190,7 @@ def _side(role: str) -> str:
 
 
 def _vocabularies(
-    collected: Collected, columns: Columns, item_table: FeatureTable | None, reading: Reading, where: str
+    collected: EncodedChunks, columns: ColumnRoles, item_table: FeatureTable | None, reading: ReadOptions, where: str
 ) -> dict[str, Vocabulary]:
     extra: pl.Series | None = None
     if reading.catalog == "table":
@@ -234,12 +234,12 @@ def _with_extras(extras: pl.DataFrame, table: pl.DataFrame | None, vocabulary: V
 def _add_lines(
     account: Account,
     *,
-    collected: Collected,
-    finished: Finished,
+    collected: EncodedChunks,
+    finished: SortedTable,
     vocabularies: dict[str, Vocabulary],
-    columns: Columns,
-    reading: Reading,
-    sources: Sequence[Source],
+    columns: ColumnRoles,
+    reading: ReadOptions,
+    sources: Sequence[FileSource],
 ) -> None:
     """Add the lines on what was read and dropped."""
     rows, below = int(finished.offsets[-1]), int(finished.negative_offsets[-1])

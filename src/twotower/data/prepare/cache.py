@@ -11,9 +11,9 @@ import polars as pl
 from twotower.data.io.feature_tables import TableLike
 from twotower.data.io.layout import META, appearing
 from twotower.data.io.readers import open_source
-from twotower.data.prepare.build import Reading, build
-from twotower.data.prepare.chunks import Collected
-from twotower.data.prepare.first_pass import FirstPass
+from twotower.data.prepare.build import ReadOptions, build
+from twotower.data.prepare.chunks import EncodedChunks
+from twotower.data.prepare.first_pass import FileReader
 from twotower.data.prepare.shards import (
     BYTES_PER_WORKER,
     FOLDER,
@@ -43,7 +43,7 @@ def prepare(
     key: str | None,
     files: Sequence[Path],
     *,
-    reading: Reading,
+    reading: ReadOptions,
     items: TableLike | None,
     queries: TableLike | None,
     account: Account,
@@ -130,7 +130,7 @@ def _stamp(target: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_mtime_ns
 
 
-def _adopted(shards: Shards, read: Read, collected: Collected) -> list[pl.DataFrame | None]:
+def _adopted(shards: Shards, read: Read, collected: EncodedChunks) -> list[pl.DataFrame | None]:
     """Collect the rows of all shards, in file order."""
     found: list[pl.DataFrame | None] = []
     for file in shards.files:
@@ -139,10 +139,10 @@ def _adopted(shards: Shards, read: Read, collected: Collected) -> list[pl.DataFr
     return found
 
 
-def into_folder(first: FirstPass) -> Read:
+def into_folder(first: FileReader) -> Read:
     """Return a function that reads one file into its own folder."""
 
-    def read(file: Path, folder: Path) -> tuple[Collected, pl.DataFrame | None]:
+    def read(file: Path, folder: Path) -> tuple[EncodedChunks, pl.DataFrame | None]:
         if not file.is_file():
             raise gone(file)
         collected = first.empty(folder)

@@ -13,9 +13,9 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from twotower.data.io.validation import Rows
+from twotower.data.io.validation import CleanRows
 from twotower.data.schema.account import Account
-from twotower.data.schema.columns import Columns
+from twotower.data.schema.columns import ColumnRoles
 from twotower.data.schema.vocabulary import (
     MOST_ROWS,
     CodedIds,
@@ -182,7 +182,7 @@ def local_codes(ids: pl.Series) -> tuple[pl.Series, NDArray[np.int32]]:
 
 
 @dataclass
-class Collected:
+class EncodedChunks:
     """The result of the first pass: codes of each chunk on disk, its distinct ids in memory.
 
     Args:
@@ -207,7 +207,7 @@ class Collected:
         """Number of rows so far."""
         return sum(self.chunk_rows)
 
-    def add(self, rows: Rows, where: str, text: bool, columns: Columns) -> None:
+    def add(self, rows: CleanRows, where: str, text: bool, columns: ColumnRoles) -> None:
         """Add the rows of one chunk.
 
         Raises:

@@ -8,17 +8,17 @@ from typing import Any
 
 import polars as pl
 
-from twotower.data.io.readers import ROW, Source
+from twotower.data.io.readers import ROW, FileSource
 from twotower.data.io.validation import clean, is_list
-from twotower.data.prepare.chunks import Collected, direct_column
+from twotower.data.prepare.chunks import EncodedChunks, direct_column
 from twotower.data.prepare.request_context import Wanted, context_columns
-from twotower.data.schema.columns import Columns
+from twotower.data.schema.columns import ColumnRoles
 from twotower.data.schema.vocabulary import Hashed, IdKind, listed
 from twotower.errors import InputError
 
 
 @dataclass(frozen=True)
-class FirstPass:
+class FileReader:
     """How to read the rows of a file.
 
     Attributes:
@@ -28,7 +28,7 @@ class FirstPass:
         item_ids: how item ids become codes.
     """
 
-    columns: Columns
+    columns: ColumnRoles
     context: tuple[str, ...] = ()
     query_ids: IdKind = "vocabulary"
     item_ids: IdKind = "vocabulary"
@@ -36,13 +36,13 @@ class FirstPass:
     @classmethod
     def of(
         cls,
-        sources: Sequence[Source],
-        columns: Columns,
+        sources: Sequence[FileSource],
+        columns: ColumnRoles,
         *,
         labelled: float | None = None,
         context: Wanted = None,
         ids: Mapping[str, IdKind],
-    ) -> FirstPass:
+    ) -> FileReader:
         """Resolve the columns of all files.
 
         Args:
@@ -76,13 +76,13 @@ class FirstPass:
             context_columns(others, found, source.columns, source.name, lists=lists)
         return cls(found, tuple(named), **ids)
 
-    def empty(self, directory: Any) -> Collected:
-        """Create an empty `Collected` that writes to a folder."""
+    def empty(self, directory: Any) -> EncodedChunks:
+        """Create an empty `EncodedChunks` that writes to a folder."""
         kinds = {"queries": self.query_ids, "items": self.item_ids}
         direct = {side: column for side, kind in kinds.items() if (column := direct_column(kind)) is not None}
-        return Collected(directory, direct)
+        return EncodedChunks(directory, direct)
 
-    def read(self, source: Source, collected: Collected) -> pl.DataFrame | None:
+    def read(self, source: FileSource, collected: EncodedChunks) -> pl.DataFrame | None:
         """Add the rows of a file. If it has lists of items, return its scalar columns: they describe the queries."""
         columns, extras = self.columns, list[pl.DataFrame]()
         context = [name for name in self.context if name != columns.timestamp]
@@ -106,10 +106,10 @@ class FirstPass:
         return asdict(self)
 
     @classmethod
-    def of_dict(cls, told: Mapping[str, Any]) -> FirstPass:
+    def of_dict(cls, told: Mapping[str, Any]) -> FileReader:
         """Restore from `to_dict`."""
         kinds = {
             name: Hashed(**told[name]) if isinstance(told[name], dict) else told[name]
             for name in ("query_ids", "item_ids")
         }
-        return cls(Columns(**told["columns"]), tuple(told["context"]), **kinds)
+        return cls(ColumnRoles(**told["columns"]), tuple(told["context"]), **kinds)

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from twotower.data.io.feature_tables import typed
 from twotower.data.io.layout import read_table
-from twotower.data.prepare.chunks import Collected
-from twotower.data.schema.columns import Columns
+from twotower.data.prepare.chunks import EncodedChunks
+from twotower.data.schema.columns import ColumnRoles
 from twotower.data.schema.vocabulary import Vocabulary, listed
 from twotower.errors import InputError
 
@@ -24,7 +24,9 @@ CONTEXT_FILE = "context.parquet"
 Wanted = Sequence[str] | Literal["all"] | None
 
 
-def context_columns(wanted: Wanted, columns: Columns, found: Sequence[str], where: str, *, lists: bool) -> list[str]:
+def context_columns(
+    wanted: Wanted, columns: ColumnRoles, found: Sequence[str], where: str, *, lists: bool
+) -> list[str]:
     """Resolve the context columns to read, each once.
 
     Args:
@@ -56,7 +58,7 @@ def context_columns(wanted: Wanted, columns: Columns, found: Sequence[str], wher
 
 
 def gathered(
-    collected: Collected,
+    collected: EncodedChunks,
     names: Sequence[str],
     arrival: NDArray[np.int64] | None,
     *,
@@ -121,7 +123,7 @@ def joined_context(parts: Sequence[pl.DataFrame | None], order: NDArray[Any]) ->
 
 
 @dataclass(frozen=True)
-class Owners:
+class RowQueries:
     """The query id of each row, looked up on demand for error messages.
 
     Attributes:

@@ -30,7 +30,7 @@ import numpy as np
 import polars as pl
 
 from twotower.data.io.layout import LAYOUT_VERSION
-from twotower.data.prepare.chunks import SIDES, Collected
+from twotower.data.prepare.chunks import SIDES, EncodedChunks
 from twotower.distributed.launch import Launch
 from twotower.errors import InputError
 from twotower.system.filesystem import full_disk_named, is_full_disk, locked, whole_folder
@@ -48,7 +48,7 @@ FOLDER = ".shards"
 _STATE, _EXTRAS = "shard.json", "extras.parquet"
 
 #: Reads a file into a folder; returns the arguments of `save`.
-Read = Callable[[Path, Path], tuple[Collected, pl.DataFrame | None]]
+Read = Callable[[Path, Path], tuple[EncodedChunks, pl.DataFrame | None]]
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ def worth_starting(files: Sequence[Path], most: int) -> int:
     return max(1, min(most, len(files), bytes_of(files) // BYTES_PER_WORKER))
 
 
-def save(collected: Collected, extras: pl.DataFrame | None) -> None:
+def save(collected: EncodedChunks, extras: pl.DataFrame | None) -> None:
     """Write the in-memory part of a first pass next to its files, for `adopt`."""
     for side in SIDES:
         for chunk, distinct in enumerate(collected.distinct[side]):
@@ -270,7 +270,7 @@ def save(collected: Collected, extras: pl.DataFrame | None) -> None:
     (collected.directory / _STATE).write_text(json.dumps(state), encoding="utf-8")
 
 
-def adopt(collected: Collected, folder: Path, where: str) -> pl.DataFrame | None:
+def adopt(collected: EncodedChunks, folder: Path, where: str) -> pl.DataFrame | None:
     """Add the rows in a folder written by `save`, which stays unchanged; return its query columns, if any.
 
     Raises:

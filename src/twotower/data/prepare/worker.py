@@ -10,7 +10,7 @@ from pathlib import Path
 
 from twotower.data.io import readers
 from twotower.data.prepare.cache import into_folder
-from twotower.data.prepare.first_pass import FirstPass
+from twotower.data.prepare.first_pass import FileReader
 from twotower.data.prepare.shards import Shards, in_turn
 
 
@@ -24,7 +24,7 @@ def main() -> None:
     files = [Path(file) for file in task["files"]]
     shards = Shards(Path(task["root"]), files, task["reading"], task.get("purpose", ""))
     for file in in_turn(files, task["number"], task["processes"]):
-        shards.take(file, into_folder(FirstPass.of_dict(task["reading"])), wait=False)
+        shards.take(file, into_folder(FileReader.of_dict(task["reading"])), wait=False)
 
 
 def _end_with_parent() -> None:

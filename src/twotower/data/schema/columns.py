@@ -61,7 +61,7 @@ def usual_column(columns: Sequence[str], tiers: Sequence[Sequence[str]], role: s
 
 
 @dataclass(frozen=True)
-class Columns:
+class ColumnRoles:
     """The column of each role; a role left None is found by the usual column names.
 
     Attributes:
@@ -81,15 +81,15 @@ class Columns:
     group: str | None = None
 
     @classmethod
-    def of(cls, given: Columns | Mapping[str, str | None] | None) -> Columns:
-        """Convert the caller's argument: a `Columns`, a mapping from role to column, or None.
+    def of(cls, given: ColumnRoles | Mapping[str, str | None] | None) -> ColumnRoles:
+        """Convert the caller's argument: a `ColumnRoles`, a mapping from role to column, or None.
 
         Raises:
             InputError: the mapping names a role that does not exist, or one column has two roles.
         """
         if given is None:
             return cls()
-        if not isinstance(given, Columns):
+        if not isinstance(given, ColumnRoles):
             known = [f.name for f in fields(cls)]
             for role in given:
                 if role not in known:
@@ -101,7 +101,7 @@ class Columns:
                 raise InputError(f"columns: {name!r} has two roles; a column can have only one.")
         return given
 
-    def resolve(self, columns: Sequence[str], where: str) -> Columns:
+    def resolve(self, columns: Sequence[str], where: str) -> ColumnRoles:
         """Fill in the roles for a file with these columns.
 
         Args:
@@ -131,7 +131,7 @@ class Columns:
                     f"{where}: no {role} column found (usual names: {usual}); name it: data.columns.{role}=NAME "
                     f"(in Python columns={{{role!r}: NAME}}). Columns found: {listed(columns)}."
                 )
-        return Columns(**found)
+        return ColumnRoles(**found)
 
     def roles(self) -> dict[str, str]:
         """Map each role that has a column to that column."""

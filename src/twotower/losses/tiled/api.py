@@ -1,7 +1,7 @@
 """The losses as training uses them: weighted sums over the rows, evaluated tile by tile together with the gradients.
 
 Each equals the weighted sum of its plain version in softmax.py or logistic.py, value and gradient, in bounded memory:
-no [B, M] matrix is stored, and a mask is a list of pairs (`Hits`). Use the plain versions if a gradient has to flow
+no [B, M] matrix is stored, and a mask is a list of pairs (`NegativeMask`). Use the plain versions if a gradient has to flow
 through the values of single rows. Under bfloat16 `torch.autocast` the products are rounded to bfloat16 and summed in
 float32.
 """
@@ -14,9 +14,9 @@ from torch import Tensor
 from twotower.errors import InputError
 from twotower.losses.softmax import _check_row_shapes, _check_shapes
 from twotower.losses.tiled.autograd import Tiled
-from twotower.losses.tiled.evaluation import Task
-from twotower.losses.tiled.forms import Form, Logistic, Pairwise, Softmax
-from twotower.negatives import Hits
+from twotower.losses.tiled.evaluation import LossInputs
+from twotower.losses.tiled.forms import TiledLogistic, TiledPairwise, TiledSoftmax, TileLoss
+from twotower.negatives import NegativeMask
 
 
 def tiled_softmax(
@@ -25,7 +25,7 @@ def tiled_softmax(
     candidates: Tensor,
     log_expected_count: Tensor,
     *,
-    hits: Hits | Tensor | None = None,
+    hits: NegativeMask | Tensor | None = None,
     row_candidates: Tensor | None = None,
     row_log_expected_count: Tensor | None = None,
     row_hits: Tensor | None = None,
@@ -57,7 +57,7 @@ def tiled_softmax(
         InputError: shapes do not fit.
     """
     return _tiled(
-        Softmax(log_left),
+        TiledSoftmax(log_left),
         query,
         positive,
         candidates,
@@ -108,10 +108,10 @@ def tiled_full_softmax(
     ):
         raise InputError(f"positive_items: expected codes from 0 to {len(items) - 1}")
     rows = torch.arange(len(query), device=query.device)
-    task = Task(
-        Softmax(),
+    task = LossInputs(
+        TiledSoftmax(),
         _weights(weights, query),
-        hits=Hits([(rows, positive_items)], rows=len(query), items=None, size=len(items)),
+        hits=NegativeMask([(rows, positive_items)], rows=len(query), items=None, size=len(items)),
         own_places=positive_items,
         low_precision=_low_precision(query),
     )
@@ -127,7 +127,7 @@ def tiled_logistic(
     bias: Tensor | None = None,
     own_offset: Tensor | None = None,
     beta: float = 1.0,
-    hits: Hits | Tensor | None = None,
+    hits: NegativeMask | Tensor | None = None,
     row_candidates: Tensor | None = None,
     row_log_expected_count: Tensor | None = None,
     row_hits: Tensor | None = None,
@@ -158,7 +158,7 @@ def tiled_logistic(
         InputError: shapes do not fit.
     """
     return _tiled(
-        Logistic(beta),
+        TiledLogistic(beta),
         query,
         positive,
         candidates,
@@ -180,7 +180,7 @@ def tiled_bpr(
     candidates: Tensor,
     log_expected_count: Tensor,
     *,
-    hits: Hits | Tensor | None = None,
+    hits: NegativeMask | Tensor | None = None,
     row_candidates: Tensor | None = None,
     row_log_expected_count: Tensor | None = None,
     row_hits: Tensor | None = None,
@@ -189,7 +189,7 @@ def tiled_bpr(
 ) -> Tensor:
     """Compute sum_b w_b loss_b of `bpr`; arguments, result and errors as in `tiled_logistic`."""
     return _tiled(
-        Pairwise(),
+        TiledPairwise(),
         query,
         positive,
         candidates,
@@ -204,13 +204,13 @@ def tiled_bpr(
 
 
 def _tiled(
-    form: Form,
+    form: TileLoss,
     query: Tensor,
     positive: Tensor,
     candidates: Tensor,
     log_expected_count: Tensor,
     *,
-    hits: Hits | Tensor | None,
+    hits: NegativeMask | Tensor | None,
     row_candidates: Tensor | None,
     row_log_expected_count: Tensor | None,
     row_hits: Tensor | None,
@@ -223,13 +223,13 @@ def _tiled(
     _check_shapes(query, positive, candidates, log_expected_count, hits if isinstance(hits, Tensor) else None)
     if row_candidates is not None:
         _check_row_shapes(query, row_candidates, row_log_expected_count, row_hits)
-    masks = Hits.of(hits) if isinstance(hits, Tensor) else hits
+    masks = NegativeMask.of(hits) if isinstance(hits, Tensor) else hits
     if masks is not None and masks.shape != (len(query), len(candidates)):
         raise InputError(f"hits: expected shape [{len(query)}, {len(candidates)}], found {list(masks.shape)}")
     for name, offset in (("row_offset", row_offset), ("own_offset", own_offset)):
         if offset is not None and offset.shape != query.shape[:1]:
             raise InputError(f"{name}: expected [{len(query)}], found {list(offset.shape)}")
-    task = Task(
+    task = LossInputs(
         form,
         _weights(weights, query),
         log_count=log_expected_count,
@@ -244,7 +244,7 @@ def _tiled(
 
 
 def _apply(
-    task: Task, query: Tensor, *others: Tensor | None, temperature: float | Tensor, bias: Tensor | None
+    task: LossInputs, query: Tensor, *others: Tensor | None, temperature: float | Tensor, bias: Tensor | None
 ) -> Tensor:
     if not isinstance(temperature, Tensor):
         temperature = torch.tensor(temperature, dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)

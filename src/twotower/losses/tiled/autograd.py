@@ -10,9 +10,9 @@ from torch import Tensor
 
 from twotower.losses.tiled.blocks import exact_products
 from twotower.losses.tiled.copies import find_copies
-from twotower.losses.tiled.evaluation import Run, Task
-from twotower.losses.tiled.forms import Softmax
-from twotower.losses.tiled.repeated_queries import Lines, RepeatedRun, find_lines
+from twotower.losses.tiled.evaluation import LossInputs, TiledEvaluation
+from twotower.losses.tiled.forms import TiledSoftmax
+from twotower.losses.tiled.repeated_queries import RepeatedEvaluation, RepeatedQueries, find_repeated
 
 #: The inputs that get gradients: query, positive, candidates, row candidates, temperature, bias.
 Inputs = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor, Tensor | None]
@@ -22,7 +22,7 @@ class Tiled(torch.autograd.Function):
     """`apply(task, *inputs)` returns the weighted sum of the rows' losses; the forward pass computes the gradients."""
 
     @staticmethod
-    def forward(ctx: Any, task: Task, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, task: LossInputs, *inputs: Any) -> Tensor:
         """Compute value and gradients together."""
         total, ctx.gradients = evaluate(inputs, task, wanted=any(ctx.needs_input_grad))
         ctx.save_for_backward(*inputs)
@@ -43,7 +43,7 @@ class Tiled(torch.autograd.Function):
         return (None, *(one if wants else None for one, wants in zip(gradients, needed, strict=True)))
 
 
-def evaluate(inputs: Inputs, task: Task, *, wanted: bool) -> tuple[Tensor, list[Tensor | None]]:
+def evaluate(inputs: Inputs, task: LossInputs, *, wanted: bool) -> tuple[Tensor, list[Tensor | None]]:
     """Compute the weighted sum, and its gradients with respect to the inputs if `wanted`."""
     query, positive, candidates, row_candidates, temperature, bias = inputs
     with torch.no_grad(), exact_products(query.device.type):
@@ -56,7 +56,9 @@ def evaluate(inputs: Inputs, task: Task, *, wanted: bool) -> tuple[Tensor, list[
             task = replace(task, log_count=log_count, hits=task.hits.select(copies.place), multiplicity=copies.count)
         scaled = query.to(dtype) / temperature.to(dtype)
         run = _run(
-            find_lines(query, task.hits) if isinstance(task.form, Softmax) and row_candidates is bias is None else None,
+            find_repeated(query, task.hits)
+            if isinstance(task.form, TiledSoftmax) and row_candidates is bias is None
+            else None,
             scaled=scaled,
             positive=None if positive is None else positive.to(dtype),
             candidates=shared.to(dtype),
@@ -83,10 +85,10 @@ def evaluate(inputs: Inputs, task: Task, *, wanted: bool) -> tuple[Tensor, list[
         return total, [None if g is None or i is None else g.to(i.dtype) for g, i in pairs]
 
 
-def _run(lines: Lines | None, *, scaled: Tensor, task: Task, **inputs: Any) -> Run:
+def _run(lines: RepeatedQueries | None, *, scaled: Tensor, task: LossInputs, **inputs: Any) -> TiledEvaluation:
     """Choose the cheapest run for these inputs."""
     if lines is not None:
-        repeated = RepeatedRun(lines, scaled=scaled, task=task, **inputs)
+        repeated = RepeatedEvaluation(lines, scaled=scaled, task=task, **inputs)
         if repeated.base is not None:
             return repeated
-    return Run(scaled=scaled, task=task, **inputs)
+    return TiledEvaluation(scaled=scaled, task=task, **inputs)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from twotower.negatives import Hits
+from twotower.negatives import NegativeMask
 
 
 @dataclass(frozen=True)
-class Copies:
+class CandidateCopies:
     """A mapping between candidates, [M], and distinct candidates, [U].
 
     Attributes:
@@ -29,7 +29,7 @@ class Copies:
         return (by_distinct / self.count[:, None]).index_select(0, self.of)
 
 
-def find_copies(candidates: Tensor, log_count: Tensor | None, hits: Hits | None) -> Copies | None:
+def find_copies(candidates: Tensor, log_count: Tensor | None, hits: NegativeMask | None) -> CandidateCopies | None:
     """Find copies of an item with the same embedding and the same log kappa; None if there is nothing to gain.
 
     Such copies contribute equal terms to every loss, so one product and a weight are enough for all of them. With
@@ -55,4 +55,4 @@ def find_copies(candidates: Tensor, log_count: Tensor | None, hits: Hits | None)
         return None  # for example a tower with dropout, which embeds each copy differently
     if log_count is not None and not torch.equal(log_count, log_count[like]):
         return None  # a correction that depends on the source of a copy
-    return Copies(place, of, count.to(candidates.dtype))
+    return CandidateCopies(place, of, count.to(candidates.dtype))

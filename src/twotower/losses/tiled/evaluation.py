@@ -25,8 +25,8 @@ from twotower.losses.tiled.blocks import (
     tile_memory,
     tile_starts,
 )
-from twotower.losses.tiled.forms import Form, log2_unit, row_sums
-from twotower.negatives import Hits
+from twotower.losses.tiled.forms import TileLoss, log2_unit, row_sums
+from twotower.negatives import NegativeMask
 
 #: If all logits are this close to zero, and the candidates' weights are within the range of float32, exponentials need
 #: no row maximum subtracted first.
@@ -37,7 +37,7 @@ WIDTH = 64
 
 
 @dataclass
-class Task:
+class LossInputs:
     """The inputs of a tiled loss that get no gradient.
 
     Attributes:
@@ -54,10 +54,10 @@ class Task:
         low_precision: products in bfloat16, sums in float32.
     """
 
-    form: Form
+    form: TileLoss
     weights: Tensor
     log_count: Tensor | None = None
-    hits: Hits | None = None
+    hits: NegativeMask | None = None
     row_log_count: Tensor | None = None
     row_hits: Tensor | None = None
     row_offset: Tensor | None = None
@@ -67,7 +67,7 @@ class Task:
     low_precision: bool = False
 
 
-class Run:
+class TiledEvaluation:
     """One evaluation: its inputs in the precision of the sums, and the gradients accumulated so far."""
 
     def __init__(
@@ -78,7 +78,7 @@ class Run:
         candidates: Tensor,
         rows: Tensor | None,
         bias: Tensor | None,
-        task: Task,
+        task: LossInputs,
         wanted: bool,
     ) -> None:
         self.scaled, self.rows = scaled, rows

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from twotower.losses.binary import softplus
 
 
-class Form(ABC):
+class TileLoss(ABC):
     """A loss that can be evaluated tile by tile.
 
     Attributes:
@@ -64,7 +64,7 @@ class Sums(ABC):
 
 
 @dataclass
-class Softmax(Form):
+class TiledSoftmax(TileLoss):
     """-s_y + log( exp s_y + sum_i exp l_i ), or the published refined logQ value, which has the same gradient.
 
     Attributes:
@@ -75,7 +75,7 @@ class Softmax(Form):
     sums_exponentials = True
 
     def begin(self, own: Tensor, *, offset: Tensor | None, base: float | None) -> SoftmaxSums:
-        """Start a batch; see `Form.begin`."""
+        """Start a batch; see `TileLoss.begin`."""
         return SoftmaxSums(own, offset, base, self.log_left)
 
 
@@ -133,7 +133,7 @@ class SoftmaxSums(Sums):
 
 
 @dataclass
-class Logistic(Form):
+class TiledLogistic(TileLoss):
     """-beta log sigmoid(s_y) - sum_i log sigmoid(-l_i).
 
     Attributes:
@@ -143,7 +143,7 @@ class Logistic(Form):
     beta: float = 1.0
 
     def begin(self, own: Tensor, *, offset: Tensor | None, base: float | None) -> Sums:
-        """Start a batch; see `Form.begin`."""
+        """Start a batch; see `TileLoss.begin`."""
         del base
         return _LogisticSums(own, offset, self.beta)
 
@@ -166,11 +166,11 @@ class _LogisticSums(Sums):
         return self.beta * softplus(-self.own) + self.total, -self.beta * torch.sigmoid(-self.own)
 
 
-class Pairwise(Form):
+class TiledPairwise(TileLoss):
     """Mean over negatives of -log sigmoid(s_y - l_i)."""
 
     def begin(self, own: Tensor, *, offset: Tensor | None, base: float | None) -> Sums:
-        """Start a batch; see `Form.begin`."""
+        """Start a batch; see `TileLoss.begin`."""
         del base
         return _PairwiseSums(own, offset)
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from twotower.losses.tiled.blocks import tile_starts
-from twotower.losses.tiled.evaluation import Run, Task
-from twotower.losses.tiled.forms import Softmax, SoftmaxSums, row_sums
-from twotower.negatives import Hits
+from twotower.losses.tiled.evaluation import LossInputs, TiledEvaluation
+from twotower.losses.tiled.forms import SoftmaxSums, TiledSoftmax, row_sums
+from twotower.negatives import NegativeMask
 
 #: Maximum number of rows per line: each row is paired with the own items of the line's other rows.
 MOST_ROWS = 16
@@ -25,7 +25,7 @@ WORTH_WHILE = 0.9
 
 
 @dataclass(frozen=True)
-class Lines:
+class RepeatedQueries:
     """Rows grouped by query into G lines.
 
     The rows of a line have the same query and differ only in their own item (the positive): everything else is masked
@@ -46,7 +46,7 @@ class Lines:
     order: Tensor
     of: Tensor
     first: Tensor
-    hits: Hits | None
+    hits: NegativeMask | None
     own_line: Tensor
     own_place: Tensor
     row: Tensor
@@ -61,7 +61,7 @@ class Lines:
         return list(zip(*found, strict=True))
 
 
-def find_lines(query: Tensor, hits: Hits | None) -> Lines | None:
+def find_repeated(query: Tensor, hits: NegativeMask | None) -> RepeatedQueries | None:
     """Group rows by query; None if there is little to gain, or if rows differ in more than their own item.
 
     Queries are the same if their embeddings are equal bit by bit. That happens with towers that read only ids or
@@ -102,11 +102,11 @@ def find_lines(query: Tensor, hits: Hits | None) -> Lines | None:
     skipped = several.cumsum(0) - several - (count.cumsum(0) - count)[of]
     other = torch.arange(len(row)) - skipped[row]
     is_other = other != entry[row]
-    return Lines(
+    return RepeatedQueries(
         order=order,
         of=of,
         first=first,
-        hits=Hits(of_lines, rows=len(first), items=hits.items, size=hits.size) if of_lines else None,
+        hits=NegativeMask(of_lines, rows=len(first), items=hits.items, size=hits.size) if of_lines else None,
         own_line=own_line,
         own_place=own_place,
         row=row[is_other],
@@ -145,7 +145,7 @@ def _is_shared(row: Tensor, item: Tensor, like: Tensor) -> bool:
     return torch.equal(item.index_select(0, torch.arange(len(row)) + (starts[like] - starts)[row]), item)
 
 
-class RepeatedRun(Run):
+class RepeatedEvaluation(TiledEvaluation):
     """One evaluation with one line of logits per query, for logits that need no row maximum subtracted.
 
     A line's sum leaves out the own items of all its rows; each row then adds the own items of the other rows:
@@ -159,16 +159,18 @@ class RepeatedRun(Run):
 
     sums: SoftmaxSums
 
-    def __init__(self, lines: Lines, *, scaled: Tensor, positive: Tensor | None, task: Task, **inputs: Any) -> None:
+    def __init__(
+        self, lines: RepeatedQueries, *, scaled: Tensor, positive: Tensor | None, task: LossInputs, **inputs: Any
+    ) -> None:
         self.lines = lines
 
         def sort(one: Tensor | None) -> Tensor | None:
             return None if one is None else one.index_select(0, lines.order)
 
-        assert isinstance(task.form, Softmax)
+        assert isinstance(task.form, TiledSoftmax)
         task = replace(
             task,
-            form=Softmax(sort(task.form.log_left)),
+            form=TiledSoftmax(sort(task.form.log_left)),
             hits=lines.hits,
             weights=task.weights.index_select(0, lines.order),
             row_offset=sort(task.row_offset),
@@ -178,7 +180,7 @@ class RepeatedRun(Run):
         super().__init__(scaled=scaled.index_select(0, lines.first), positive=sort(positive), task=task, **inputs)
         starts = tile_starts(len(self.scaled), len(self.candidates), self.scaled)
         self.bounds = dict(zip(starts, lines.bounds(starts), strict=False))
-        # Per line, per own item of a line, per row: see `Lines`.
+        # Per line, per own item of a line, per row: see `RepeatedQueries`.
         self.line_sums = scaled.new_zeros(len(lines.first))
         self.exponentials = scaled.new_zeros(len(lines.own_line))
         self.of_others = scaled.new_zeros(len(lines.own_line))

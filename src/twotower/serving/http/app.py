@@ -12,7 +12,7 @@ from pathlib import Path
 
 from twotower.errors import InputError
 from twotower.serving.http import logs, problems, server
-from twotower.serving.http.middleware import Guard
+from twotower.serving.http.middleware import SecurityMiddleware
 from twotower.serving.http.page_routes import page
 from twotower.serving.http.routes import operations, routes
 from twotower.serving.http.service import Service
@@ -76,7 +76,7 @@ def create_app(directories: Sequence[str | Path], settings: ServiceSettings | No
     app.include_router(routes(service), dependencies=guarded)
     app.include_router(page(service), dependencies=guarded)
     problems.install(app)
-    app.add_middleware(Guard, settings=chosen, metrics=service.metrics)
+    app.add_middleware(SecurityMiddleware, settings=chosen, metrics=service.metrics)
     return app
 
 

@@ -24,14 +24,14 @@ from twotower.serving.http.problems import Problem
 from twotower.serving.queries import (
     NO_HISTORY,
     Gaps,
-    Questions,
+    QueryBatch,
     no_training_row,
     reads_history,
     stored_gaps,
     stored_histories,
     told_by_id,
 )
-from twotower.serving.results import Answers
+from twotower.serving.results import ResultTables
 from twotower.serving.retriever import Retriever
 
 Context = Mapping[str, Any]
@@ -112,7 +112,7 @@ class SimilarKey(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Question:
+class PendingRequest:
     """One request: a query by id, history, features or context, or several of these; or an item for similar items."""
 
     k: int
@@ -124,14 +124,14 @@ class Question:
     times: Sequence[Any] | None = None
 
 
-def answer(key: RecommendKey | SimilarKey, questions: Sequence[Question]) -> list[bytes | Exception]:
+def answer(key: RecommendKey | SimilarKey, questions: Sequence[PendingRequest]) -> list[bytes | Exception]:
     """Answer a batch: JSON for each request, or its error."""
     if isinstance(key, SimilarKey):
         return _similar(key, questions)
     return _recommend(key, questions)
 
 
-def asked(model: ServedModel, question: Question) -> tuple[int, Codes, Gaps]:
+def asked(model: ServedModel, question: PendingRequest) -> tuple[int, Codes, Gaps]:
     """Return the query code, the history and its gaps (all unknown without times) of one request.
 
     The values of its context are checked when they are encoded.
@@ -176,7 +176,9 @@ def _refuse_untrained(model: ServedModel, code: int, history: Codes, *, describe
         raise InputError(f"query_id: {no_training_row(model.artifact)}")
 
 
-def explained(model: ServedModel, question: Question, items: Sequence[Any], popularity: float) -> list[dict[str, Any]]:
+def explained(
+    model: ServedModel, question: PendingRequest, items: Sequence[Any], popularity: float
+) -> list[dict[str, Any]]:
     """Explain several items for one query, as JSON values; the query tower runs once.
 
     Raises:
@@ -187,7 +189,7 @@ def explained(model: ServedModel, question: Question, items: Sequence[Any], popu
     codes = codes_of(model.artifact.items, items)
     if (codes < 0).any():
         raise InputError("items: at least one is not a known item id")
-    one = Questions(
+    one = QueryBatch(
         ids=model.artifact.items.ids.head(0),
         codes=np.array([code]),
         offsets=np.array([0, len(seen)]),
@@ -203,7 +205,7 @@ def explained(model: ServedModel, question: Question, items: Sequence[Any], popu
             cached.append(embed_one(queries, histories, gaps))
         return cached[0]
 
-    answers = Answers(model.artifact)
+    answers = ResultTables(model.artifact)
     return [
         explain(
             answers,
@@ -218,7 +220,7 @@ def explained(model: ServedModel, question: Question, items: Sequence[Any], popu
     ]
 
 
-def _recommend(key: RecommendKey, questions: Sequence[Question]) -> list[bytes | Exception]:
+def _recommend(key: RecommendKey, questions: Sequence[PendingRequest]) -> list[bytes | Exception]:
     model, answers = key.model, list[bytes | Exception](b"" for _ in questions)
     good: dict[int, tuple[int, Codes, Gaps]] = {}
     for place, question in enumerate(questions):
@@ -255,7 +257,7 @@ def _recommend(key: RecommendKey, questions: Sequence[Question]) -> list[bytes |
     return answers
 
 
-def _similar(key: SimilarKey, questions: Sequence[Question]) -> list[bytes | Exception]:
+def _similar(key: SimilarKey, questions: Sequence[PendingRequest]) -> list[bytes | Exception]:
     model, answers = key.model, list[bytes | Exception](b"" for _ in questions)
     codes = codes_of(model.artifact.items, [question.item for question in questions])
     for place in np.flatnonzero(codes < 0).tolist():

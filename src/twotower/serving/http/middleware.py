@@ -35,7 +35,7 @@ SECURITY = {
 _WITH_BODY = ("POST", "PUT", "PATCH")
 
 
-class Guard:
+class SecurityMiddleware:
     """ASGI middleware around the whole application.
 
     Args:

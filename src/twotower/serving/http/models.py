@@ -22,7 +22,7 @@ from twotower.config.features import MultiFeature
 from twotower.data.schema.vocabulary import CodedIds, HashedIds, Vocabulary
 from twotower.errors import InputError
 from twotower.evaluation.slices import SLICES, popularity_thirds
-from twotower.features.categorical import Bag, Category
+from twotower.features.categorical import CategoryEncoder, MultiCategory
 from twotower.features.feature_set import FeatureSet
 from twotower.serving.filters import condition_mask
 from twotower.serving.http.catalog_map import Atlas
@@ -50,7 +50,11 @@ def context_fields(features: FeatureSet) -> list[dict[str, Any]]:
     fields: dict[str, dict[str, Any]] = {}
     for declared, encoder in zip(features.declared, features.encoders, strict=True):
         given = declared.separator if isinstance(declared, MultiFeature) else None
-        known = encoder.values.known if isinstance(encoder, Category | Bag) and declared.kind != "text" else None
+        known = (
+            encoder.values.known
+            if isinstance(encoder, CategoryEncoder | MultiCategory) and declared.kind != "text"
+            else None
+        )
         field = {
             "column": declared.column,
             "kind": declared.kind,
@@ -103,7 +107,7 @@ class ServedModel:
         """Read a model folder and run a first search, so that everything built on first use is ready.
 
         Raises:
-            InputError: see `Artifact.load`.
+            InputError: see `SavedModel.load`.
         """
         folder = find_model(directory)
         files = [path for name in TELLING if (path := folder / name).is_file()]

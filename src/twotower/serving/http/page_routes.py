@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse
 
 from twotower.data.schema.vocabulary import HashedIds
-from twotower.serving.http.handlers import Question, explained
+from twotower.serving.http.handlers import PendingRequest, explained
 from twotower.serving.http.model_card import card
 from twotower.serving.http.models import ServedModel
 from twotower.serving.http.problems import Problem, documented
@@ -63,7 +63,7 @@ def _data(service: Service) -> APIRouter:
     async def explain(request: ExplainRequest) -> Response:
         """Explain recommended items: the contribution of each item in the history, and of popularity."""
         model = service.models.model(request.model)
-        question = Question(
+        question = PendingRequest(
             len(request.items), request.query_id, request.history, context=request.context, times=request.times
         )
         explanations = await service.aside(explained, model, question, request.items, request.popularity)

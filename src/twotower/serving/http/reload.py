@@ -20,7 +20,7 @@ Identity = tuple[tuple[int, int, int] | None, ...]
 _TRIES = 5
 
 
-class Slot:
+class ModelSlot:
     """A model folder and the model loaded from it.
 
     `current` is replaced by one assignment. A request reads it once and keeps the reference, so an old model is freed
@@ -106,7 +106,7 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-class Slots:
+class ModelRegistry:
     """The models of a service by name; the first answers requests that name no model.
 
     Args:
@@ -123,7 +123,7 @@ class Slots:
         if len({directory.resolve() for directory in directories}) < len(directories):
             raise InputError("serve: the same folder is given twice; expected different models")
         self._slots = {
-            name: Slot(name, directory, metrics)
+            name: ModelSlot(name, directory, metrics)
             for name, directory in zip(_names(directories), directories, strict=True)
         }
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse
 
-from twotower.serving.http.handlers import Question, RecommendKey, SimilarKey
+from twotower.serving.http.handlers import PendingRequest, RecommendKey, SimilarKey
 from twotower.serving.http.models import known_code
 from twotower.serving.http.problems import Problem, documented
 from twotower.serving.http.schemas import Answer, Health, Items, Models, RecommendRequest, Reloaded, SimilarRequest
@@ -38,7 +38,7 @@ def routes(service: Service) -> APIRouter:
             request.popularity,
             None if exact else request.k,
         )
-        question = Question(
+        question = PendingRequest(
             request.k,
             request.query_id,
             request.history,
@@ -52,7 +52,7 @@ def routes(service: Service) -> APIRouter:
     async def similar(request: SimilarRequest) -> Response:
         """Find the items nearest to an item, by cosine of the item embeddings."""
         key = SimilarKey("similar", service.models.model(request.model), request.filter)
-        return _json(await service.ask(key, Question(request.k, item=request.item)))
+        return _json(await service.ask(key, PendingRequest(request.k, item=request.item)))
 
     @router.get("/items", response_model=Items, responses=documented(503), tags=["items"])
     async def search_items(

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from twotower.serving.http.batching import Batcher
-from twotower.serving.http.handlers import Question, RecommendKey, SimilarKey, answer
+from twotower.serving.http.handlers import PendingRequest, RecommendKey, SimilarKey, answer
 from twotower.serving.http.metrics import Metrics
 from twotower.serving.http.problems import Problem
-from twotower.serving.http.reload import Slots
+from twotower.serving.http.reload import ModelRegistry
 from twotower.serving.http.settings import ServiceSettings
 
 P = ParamSpec("P")
@@ -51,7 +51,7 @@ class Service:
     def __init__(self, directories: Sequence[Path], settings: ServiceSettings) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.models = Slots(directories, self.metrics)
+        self.models = ModelRegistry(directories, self.metrics)
         self.ready = False
         self._waiting = 0
         self._pools: _Pools | None = None
@@ -85,7 +85,7 @@ class Service:
         if self._pools is not None:
             self._pools.shutdown()
 
-    async def ask(self, key: RecommendKey | SimilarKey, question: Question) -> bytes:
+    async def ask(self, key: RecommendKey | SimilarKey, question: PendingRequest) -> bytes:
         """Answer a request with JSON. Its filter is evaluated first, so that it cannot delay other requests.
 
         Raises:

@@ -87,7 +87,7 @@ class FeedForward(nn.Module):
         return output
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Attention and a feed-forward layer, each with a preceding norm and a skip connection ("pre-norm").
 
         x <- x + dropout(attention(norm(x))),   x <- x + dropout(feedforward(norm(x)))
@@ -132,7 +132,7 @@ class Transformer(nn.Module):
         heads: attention heads per block.
         hidden: units of each feed-forward layer.
         dropout: dropout of the input and in the blocks.
-        gated: use gated blocks; see `Block`.
+        gated: use gated blocks; see `TransformerBlock`.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class Transformer(nn.Module):
         self.positions = nn.Parameter(torch.randn(length, width) * 0.02)
         self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(
-            Block(width, heads, hidden=hidden, dropout=dropout, gated=gated) for _ in range(blocks)
+            TransformerBlock(width, heads, hidden=hidden, dropout=dropout, gated=gated) for _ in range(blocks)
         )
         self.norm = (nn.RMSNorm if gated else nn.LayerNorm)(width)
         for module in self.modules():
@@ -158,7 +158,7 @@ class Transformer(nn.Module):
                 nn.init.normal_(module.weight, std=width**-0.5)
                 nn.init.zeros_(module.bias)
         for block in self.blocks:
-            if isinstance(block, Block):
+            if isinstance(block, TransformerBlock):
                 block.start_small(blocks)
 
     def forward(self, x: Tensor, positions: Tensor, shapes: Shapes) -> Tensor:

@@ -31,7 +31,7 @@ class MLP(nn.Module):
         return output
 
 
-class Block(nn.Module):
+class HiddenLayer(nn.Module):
     """One hidden layer: y = dropout(GELU(norm(W x + b))), plus x if `residual` is set and the widths are equal.
 
     Args:
@@ -71,7 +71,7 @@ class DNN(nn.Module):
         super().__init__()
         self.blocks = nn.Sequential(
             *(
-                Block(width, following, dropout=dropout, residual=residual, layer_norm=layer_norm)
+                HiddenLayer(width, following, dropout=dropout, residual=residual, layer_norm=layer_norm)
                 for width, following in pairwise(widths[:-1])
             )
         )
@@ -92,7 +92,7 @@ def dense_layers(
     return MLP(widths, dropout=dropout)
 
 
-class Rows:
+class EmbeddedRows:
     """Embedded vectors with the lookup of a table, for pooling a history whose items an item tower has embedded.
 
     Args:

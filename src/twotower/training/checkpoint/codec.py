@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twotower.training.checkpoint.sharded import Kept, PartOf
+from twotower.training.checkpoint.sharded import StoredTensor, TensorShard
 
 
-class Encoder:
+class StateEncoder:
     """Replaces the tensors of a state with their names, and collects them.
 
     A tensor with two names, as with tied weights, is collected once.
@@ -30,7 +30,7 @@ class Encoder:
     def __init__(self, *, copies: bool, of_parts: bool = False) -> None:
         self.copies, self.of_parts = copies, of_parts
         self.whole: dict[str, Tensor] = {}
-        self.parts: dict[str, PartOf] = {}
+        self.parts: dict[str, TensorShard] = {}
         self._named: dict[tuple[Any, ...], str] = {}
         self._used: set[int] = set()
 
@@ -40,7 +40,7 @@ class Encoder:
         Raises:
             TypeError: a value that neither JSON nor safetensors can represent.
         """
-        if isinstance(value, PartOf):
+        if isinstance(value, TensorShard):
             name = self._named.setdefault((id(value),), name)  # not by its memory: several may be empty here
             if name not in self.parts:
                 self.parts[name] = replace(value, tensor=_on_cpu(value.tensor, copy=self.copies))
@@ -71,7 +71,7 @@ class Encoder:
 
 
 def decode(value: Any, tensors: Mapping[str, Any]) -> Any:
-    """Rebuild the state that `Encoder.encode` encoded."""
+    """Rebuild the state that `StateEncoder.encode` encoded."""
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
@@ -85,11 +85,11 @@ def decode(value: Any, tensors: Mapping[str, Any]) -> Any:
     return items if kind == "list" else tuple(items)
 
 
-def parts_in(value: Any) -> Iterator[tuple[str, Kept]]:
+def parts_in(value: Any) -> Iterator[tuple[str, StoredTensor]]:
     """Yield the sharded tensors in an encoded state, by name."""
     if isinstance(value, dict) and "part" in value:
         part = value["part"]
-        yield part["name"], Kept(part["shape"], getattr(torch, part["dtype"]), part.get("table"))
+        yield part["name"], StoredTensor(part["shape"], getattr(torch, part["dtype"]), part.get("table"))
     elif isinstance(value, dict | list):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from parts_in(inner)

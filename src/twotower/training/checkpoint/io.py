@@ -20,13 +20,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from twotower.distributed.communicator import Ranks
-from twotower.distributed.partition import Part
+from twotower.distributed.communicator import Communicator
+from twotower.distributed.partition import TableShard
 from twotower.distributed.row_files import write_folder
 from twotower.errors import InputError
 from twotower.system.filesystem import whole_folder
-from twotower.training.checkpoint.codec import Encoder, decode, parts_in
-from twotower.training.checkpoint.sharded import FOLDER, PartOf, load_parts, save_parts
+from twotower.training.checkpoint.codec import StateEncoder, decode, parts_in
+from twotower.training.checkpoint.sharded import FOLDER, TensorShard, load_parts, save_parts
 
 
 class Background:
@@ -71,7 +71,7 @@ class SafeCheckpointIO(CheckpointIO):
     """Lightning's checkpoints as `state.json` (structure, numbers, strings) and `tensors.safetensors`.
 
     Parts of sharded tables are in `tables/`, in separate files of each rank (table_parts.py). Values marked as such
-    (`PartOf`) are written and read by all ranks together, everything else by rank 0 alone.
+    (`TensorShard`) are written and read by all ranks together, everything else by rank 0 alone.
 
     A checkpoint written in the background has the state of the step at which it was requested: `save_checkpoint` copies
     the state to the CPU and returns. Only one is written at a time, so there is one copy; the next `save_checkpoint`,
@@ -88,17 +88,17 @@ class SafeCheckpointIO(CheckpointIO):
 
     def __init__(
         self,
-        ranks: Ranks | None = None,
-        parts: Mapping[str, Part] | None = None,
+        ranks: Communicator | None = None,
+        parts: Mapping[str, TableShard] | None = None,
         *,
         in_background: bool = False,
         timeout: int = 600,
     ) -> None:
-        self.ranks, self.parts = ranks or Ranks(), dict(parts or {})
+        self.ranks, self.parts = ranks or Communicator(), dict(parts or {})
         self._background = Background() if in_background else None
         self._writers = self.ranks
         if in_background and self.parts and self.ranks.size > 1:
-            self._writers = Ranks.current(_own_group(self.ranks, timedelta(seconds=timeout)))
+            self._writers = Communicator.current(_own_group(self.ranks, timedelta(seconds=timeout)))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write to a temporary folder next to `path`, then rename; collective if there are sharded tables.
@@ -108,14 +108,14 @@ class SafeCheckpointIO(CheckpointIO):
         """
         del storage_options
         self.wait()  # before anything is copied
-        state = Encoder(copies=self._background is not None, of_parts=bool(self.parts) and not self.ranks.is_first)
+        state = StateEncoder(copies=self._background is not None, of_parts=bool(self.parts) and not self.ranks.is_first)
         structure = state.encode(checkpoint, "checkpoint")
         if self._background is None:
             self._write(Path(path), structure, state.whole, state.parts)
         else:
             self._background.start(lambda: self._write(Path(path), structure, state.whole, state.parts))
 
-    def _write(self, path: Path, structure: Any, whole: dict[str, Tensor], parts: dict[str, PartOf]) -> None:
+    def _write(self, path: Path, structure: Any, whole: dict[str, Tensor], parts: dict[str, TensorShard]) -> None:
         def write(folder: Path) -> None:
             if not parts or self.ranks.is_first:
                 save_file(whole, folder / "tensors.safetensors")
@@ -191,7 +191,7 @@ class SafeCheckpointIO(CheckpointIO):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _own_group(ranks: Ranks, timeout: timedelta) -> Any:
+def _own_group(ranks: Communicator, timeout: timedelta) -> Any:
     """Create a gloo process group of the same ranks: tensors in files are CPU tensors, whatever the steps exchange.
 
     It is never destroyed while the processes are joined: torch would give the next group of some ranks the same name.

@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from twotower.distributed.communicator import Ranks
-from twotower.distributed.partition import Columns, Part, Rows
+from twotower.distributed.communicator import Communicator
+from twotower.distributed.partition import ColumnShard, RowShard, TableShard
 from twotower.distributed.row_files import save_rows
 from twotower.towers.sharded_lookup import shared_tables_of
 
@@ -57,7 +57,7 @@ class StreamedWriter(HuggingFaceStorageWriter):
             place = {item.index.fqn: {OFFSETS: list(data.chunk.offsets)}}
             name = f"shard-{shard:05d}-model-{number:05d}-of-{len(plan.items):05d}.safetensors"
             tensor: Any = planner.resolve_data(item)
-            save_rows(Path(self.path) / name, {item.index.fqn: tensor}, {}, Ranks(), {PLACE: json.dumps(place)})
+            save_rows(Path(self.path) / name, {item.index.fqn: tensor}, {}, Communicator(), {PLACE: json.dumps(place)})
         done: Future[Any] = Future()
         done.set_result([])
         return done
@@ -68,7 +68,7 @@ FOLDER = "tables"
 
 
 @dataclass(frozen=True)
-class PartOf:
+class TensorShard:
     """A tensor of which this rank holds a part.
 
     Attributes:
@@ -78,7 +78,7 @@ class PartOf:
     """
 
     tensor: Tensor
-    part: Part
+    part: TableShard
     table: str
 
     @property
@@ -88,7 +88,7 @@ class PartOf:
 
 
 @dataclass(frozen=True)
-class Kept:
+class StoredTensor:
     """Description of a table, or of its optimizer state, in `tables/` of a checkpoint.
 
     Attributes:
@@ -102,9 +102,9 @@ class Kept:
 
 
 def mark_parts(checkpoint: dict[str, Any], module: nn.Module, optimizers: Collection[torch.optim.Optimizer]) -> None:
-    """Replace the tensors of sharded tables in a Lightning checkpoint with `PartOf`."""
+    """Replace the tensors of sharded tables in a Lightning checkpoint with `TensorShard`."""
     tables = {id(table.weight): table for table in shared_tables_of(module)}
-    marked: dict[int, PartOf] = {}  # a table with two names is the same object under both, so it is written once
+    marked: dict[int, TensorShard] = {}  # a table with two names is the same object under both, so it is written once
     for name, parameter in module.named_parameters(remove_duplicate=False):
         table = tables.get(id(parameter))
         if table is not None:
@@ -117,13 +117,13 @@ def mark_parts(checkpoint: dict[str, Any], module: nn.Module, optimizers: Collec
                 saved["state"][number] = {n: _part_of(v, table) if v.ndim else v for n, v in state.items()}
 
 
-def _part_of(tensor: Tensor, table: EmbeddingTable) -> PartOf:
+def _part_of(tensor: Tensor, table: EmbeddingTable) -> TensorShard:
     part = table.part
     assert part is not None and table.name is not None
-    if isinstance(part, Columns) and tensor.ndim == 1:  # one number per row, the same on all ranks
-        run = Rows(part.ranks, part.rows)
-        return PartOf(tensor[run.own], run, table.name)
-    return PartOf(tensor, part, table.name)
+    if isinstance(part, ColumnShard) and tensor.ndim == 1:  # one number per row, the same on all ranks
+        run = RowShard(part.ranks, part.rows)
+        return TensorShard(tensor[run.own], run, table.name)
+    return TensorShard(tensor, part, table.name)
 
 
 def cut_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
@@ -141,7 +141,7 @@ def _numbered(optimizer: torch.optim.Optimizer, tables: Mapping[int, EmbeddingTa
     return {number: tables[id(one)] for number, one in enumerate(parameters) if id(one) in tables}
 
 
-def save_parts(folder: Path, parts: Mapping[str, PartOf], ranks: Ranks) -> None:
+def save_parts(folder: Path, parts: Mapping[str, TensorShard], ranks: Communicator) -> None:
     """Write parts, by name, into a folder; collective.
 
     Args:
@@ -166,7 +166,9 @@ def save_parts(folder: Path, parts: Mapping[str, PartOf], ranks: Ranks) -> None:
         raise OSError(f"{folder}: {'; '.join(str(one) for one in error.failures.values())}") from error
 
 
-def load_parts(folder: Path, wanted: Mapping[str, Kept], ranks: Ranks, parts: Mapping[str, Part]) -> dict[str, Tensor]:
+def load_parts(
+    folder: Path, wanted: Mapping[str, StoredTensor], ranks: Communicator, parts: Mapping[str, TableShard]
+) -> dict[str, Tensor]:
     """Read this rank's parts of the tables in `parts`, and any other table whole; collective.
 
     Args:
@@ -206,25 +208,25 @@ def load_parts(folder: Path, wanted: Mapping[str, Kept], ranks: Ranks, parts: Ma
     return found
 
 
-def _mesh(ranks: Ranks) -> DeviceMesh:
+def _mesh(ranks: Communicator) -> DeviceMesh:
     from torch.distributed.device_mesh import DeviceMesh  # noqa: PLC0415
 
     group: Any = torch.distributed.group.WORLD if ranks.group is None else ranks.group
     return DeviceMesh.from_group(group, "cpu")
 
 
-def _has(part: Part) -> bool:
+def _has(part: TableShard) -> bool:
     """Return whether this rank reads and writes any of it: for a table on one rank, the others do not."""
-    return isinstance(part, Columns) or part.holder in (None, part.ranks.rank)
+    return isinstance(part, ColumnShard) or part.holder in (None, part.ranks.rank)
 
 
-def _distributed(own: Tensor, part: Part, mesh: DeviceMesh) -> Tensor:
+def _distributed(own: Tensor, part: TableShard, mesh: DeviceMesh) -> Tensor:
     """Wrap the part as a DTensor, which knows its offsets in the whole."""
     from torch.distributed.tensor import DTensor, Shard  # noqa: PLC0415
 
-    if isinstance(part, Rows) and part.holder is not None:
+    if isinstance(part, RowShard) and part.holder is not None:
         return own
     shape = torch.Size(part.whole_shape(own))
     stride = torch.empty(shape, device="meta").stride()
-    placed = [Shard(1 if isinstance(part, Columns) else 0)]
+    placed = [Shard(1 if isinstance(part, ColumnShard) else 0)]
     return DTensor.from_local(own, mesh, placed, run_check=False, shape=shape, stride=stride)
