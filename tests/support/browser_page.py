@@ -1,6 +1,7 @@
 """Checks of a page in a browser: overflow, labels that overlap or are cut off, errors, requests to other hosts."""
 
 from contextlib import contextmanager
+from time import monotonic
 
 import httpx
 
@@ -102,6 +103,9 @@ def looked_at(browser, address, *, width=1280, scheme="light", path=""):
     )
     wrong = []
     try:
+        # Matches no request of the page, but keeps interception on from the first request to the last: when a test
+        # removes its only route and adds another, Chromium turns interception off and on and lets requests through.
+        context.route("**/never-requested", lambda route: route.abort())
         page = context.new_page()
         page.add_init_script(RESTING)
         page.set_default_timeout(WAIT)
@@ -135,7 +139,9 @@ class Held(list):
             route.continue_()
 
     def wait(self):
+        end = monotonic() + WAIT / 1000
         while not self:
+            assert monotonic() < end, "no request was held back"
             self.page.wait_for_timeout(20)
 
     def answer_one(self):

@@ -38,7 +38,7 @@ function card(found, letter, scale) {
   const made = element(
     "article",
     { class: `list ${letter}`, "aria-label": `Card of ${found.name}` },
-    element("h3", {}, element("span", { class: "dot", "aria-hidden": "true" }), found.name),
+    element("h3", {}, element("span", { class: "dot", "aria-hidden": "true" }), element("span", { class: "name", title: found.name }, found.name)),
     element("div", { class: "facts" }, facts.map(([value, name]) => element("div", {}, element("b", {}, value), element("span", {}, name)))),
   );
   if (found.metrics?.rows?.length) made.append(...metrics(found.metrics, scale));

@@ -69,7 +69,7 @@ function drawRows(place, letter, shared) {
   const items = state.found[letter] ?? [];
   const rows = items.map((item) => row(letter, item, shared));
   place.replaceChildren(
-    element("h3", {}, element("span", { class: "dot", "aria-hidden": "true" }), model),
+    element("h3", {}, element("span", { class: "dot", "aria-hidden": "true" }), element("span", { class: "name", title: model }, model)),
     ...(items.length
       ? [popularity(items), element("ol", { class: "results", "aria-label": `Recommendations of ${model}` }, rows)]
       : [element("p", { class: "nothing" }, state.found[letter] === null ? "The request failed. The message in red says why." : "No item is left to recommend with these settings.")]),
@@ -148,7 +148,7 @@ function details(item, columns, explanation) {
     const shown = Object.entries(columns).filter(([, value]) => value !== null && value !== item.title);
     parts.push(element("dl", {}, shown.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, Array.isArray(value) ? value.join(", ") : String(value))))));
   }
-  const pulls = (explanation?.history ?? []).filter((one) => one.contribution !== 0);
+  const pulls = (explanation?.history ?? []).filter((one) => Math.abs(one.contribution) >= 0.005); // others would be written as 0.00
   if (pulls.length) {
     const chosen = pulls.length > FIRST + LAST ? [...pulls.slice(0, FIRST), ...pulls.slice(-LAST)] : pulls;
     const largest = Math.max(...chosen.map((one) => Math.abs(one.contribution)));
