@@ -107,11 +107,9 @@ def test_nothing_is_suggested_if_nothing_is_better(run_folder):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "either DIR"),
-        (["DIR", "--study"], "either DIR"),
         (["DIR", "--objectives", "magic"], "unknown objective 'magic'"),
         (["DIR", "--objectives", "logistic-observed"], "positive_label"),
-        (["DIR", "--suggest", "--objectives", "in-batch"], "--objectives cannot be combined with --suggest or --study"),
+        (["DIR", "--suggest", "--objectives", "in-batch"], "--objectives cannot be combined with --suggest"),
         (["nowhere"], "nowhere: no such folder"),
         (["DIR", "--data", "movielens-9"], "movielens-9"),
     ],

@@ -4,8 +4,8 @@ import json
 
 import pytest
 from reference_study.forms import FORMS, build_form
+from reference_study.study import study
 
-from twotower import audit
 from twotower.audit.gradients import estimates_softmax
 from twotower.objectives.build import OBJECTIVES
 
@@ -22,7 +22,7 @@ def test_every_softmax_objective_is_in_the_study(planted_split):
 
 @pytest.mark.slow
 def test_the_claims_hold():
-    found = audit.study(draws=1500)
+    found = study(draws=1500)
     json.dumps(found.to_dict())
     for row in found.forms:
         assert row.within == row.claims_unbiased, row

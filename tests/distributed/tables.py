@@ -14,10 +14,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint  # once, before the ranks are forked
 from torch import Tensor
 
-import twotower.distributed.communicator
 from twotower import evaluation
 from twotower.config.run import Config
 from twotower.data import Split, leave_last_out
+from twotower.distributed import communicator
 from twotower.distributed.communicator import Communicator
 from twotower.distributed.partition import ColumnShard, RowShard, TableShard, placed_tables
 from twotower.distributed.row_exchange import scatter_gradients
@@ -33,7 +33,7 @@ from twotower.towers import TwoTower, build_towers
 from twotower.training import TableOptimizer
 from twotower.training.checkpoint import io as checkpoint_io
 from twotower.training.checkpoint.io import SafeCheckpointIO
-from twotower.training.checkpoint.sharded import cut_optimizer_state, mark_parts
+from twotower.training.checkpoint.shards import cut_optimizer_state, mark_parts
 from twotower.training.optimizer import parameter_groups
 
 PLACEMENTS = ("row-wise", "column-wise", "by table")
@@ -186,7 +186,7 @@ def read(ranks: Communicator, rule: str, placement: str, path: Path) -> None:
 def moved(towers: TwoTower, ranks: Communicator) -> dict[str, int]:
     """Return the larger of bytes sent and received by this rank, when each rank looks up every item."""
     table, numbers = towers.item_tower.ids, {"rows": 0, "gradients": 0}
-    swap, gather = dist.all_to_all_single, twotower.ranks._all_gather
+    swap, gather = dist.all_to_all_single, communicator._all_gather
 
     def counted_swap(found: Tensor, given: Tensor, received: Any = None, sent: Any = None, **options: Any) -> None:
         if sent is not None:
@@ -198,14 +198,14 @@ def moved(towers: TwoTower, ranks: Communicator) -> dict[str, int]:
         numbers[what] += given.nbytes * (ranks.size - 1) * (len(given) > 1)
         gather(found, given, **options)
 
-    dist.all_to_all_single, twotower.ranks._all_gather = counted_swap, counted_gather
+    dist.all_to_all_single, communicator._all_gather = counted_swap, counted_gather
     what = "rows"
     table.fetch(torch.arange(cases.NUM_ITEMS))
     assert table.at_hand is not None and table.part is not None
     what = "gradients"
     scatter_gradients(table.at_hand, table.part)
     table.release()
-    dist.all_to_all_single, twotower.ranks._all_gather = swap, gather
+    dist.all_to_all_single, communicator._all_gather = swap, gather
     return numbers
 
 

@@ -106,8 +106,8 @@ def test_buckets_match_blake2b_and_are_the_same_in_every_process():
     ]
     assert encoded(declared, ["anything"], words) == by_hand
     code = (
-        "import polars as pl; from twotower.features.categorical import Values; "
-        f"print(Values(buckets=7).encode(pl.Series({words!r})).tolist())"
+        "import polars as pl; from twotower.features.categorical import ValueVocabulary; "
+        f"print(ValueVocabulary(buckets=7).encode(pl.Series({words!r})).tolist())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONHASHSEED": "7"})
     assert done.stdout == f"{by_hand}\n", done.stderr

@@ -85,7 +85,8 @@ def test_a_lock_is_held_by_one_at_a_time(tmp_path):
 
 
 def test_a_lock_is_released_when_its_process_is_killed(tmp_path):
-    code = f"from twotower.system.filesystem import locked\nfrom pathlib import Path\nwith locked(Path({str(tmp_path / 'a')!r})):\n"
+    code = "from twotower.system.filesystem import locked\nfrom pathlib import Path\n"
+    code += f"with locked(Path({str(tmp_path / 'a')!r})):\n"
     holder = subprocess.Popen(
         [sys.executable, "-c", code + " print(1, flush=True)\n input()"],
         stdin=subprocess.PIPE,

@@ -49,7 +49,7 @@ def test_a_tuned_process_reuses_the_memory_of_its_temporaries():
     pages = 10 * (40 << 20) // os.sysconf("SC_PAGE_SIZE")
     plain = run(FAULTS.format(tune="None"))
     assert plain["kept_below"] is None and plain["faults"] > 0.9 * pages, "the system maps every temporary again"
-    tuned = run(FAULTS.format(tune="process.tune()"))
+    tuned = run(FAULTS.format(tune="tuning.tune()"))
     assert tuned["kept_below"] > 40 << 20 and tuned["faults"] < 0.01 * pages
 
 

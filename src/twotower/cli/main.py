@@ -200,9 +200,7 @@ def compare(
 
 @app.command()
 def audit(
-    directory: Annotated[
-        Path | None, typer.Argument(metavar="[DIR]", help="Run folder written by `twotower train`.")
-    ] = None,
+    directory: Run,
     objectives: Annotated[
         str | None,
         typer.Option("--objectives", metavar="A,B", help="Further objectives to measure, separated by commas."),
@@ -210,10 +208,9 @@ def audit(
     suggest: Annotated[
         bool, typer.Option("--suggest", help="Search for the candidate pool with the least spread.")
     ] = False,
-    study: Annotated[bool, typer.Option("--study", help="Run the reference study; needs no model.")] = False,
     rows: Annotated[int, typer.Option("--rows", min=2, help="Training rows to measure.")] = 64,
     draws: Annotated[
-        int | None, typer.Option("--draws", min=2, help="Redraws; default: 50, 16 with --suggest, 1,500 with --study.")
+        int | None, typer.Option("--draws", min=2, help="Redraws; default: 50, or 16 with --suggest.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of rows, batches and draws.")] = 0,
     data: Annotated[str | None, typer.Option("--data", help="Current location of the data, if it has moved.")] = None,
@@ -222,20 +219,15 @@ def audit(
     """Measure the gradient of an objective: its bias against full softmax, and its spread."""
     from twotower import audit, run  # noqa: PLC0415
 
-    if study == (directory is not None):
-        raise InputError("audit: expected either DIR, the run folder of a trained model, or --study")
-    if objectives is not None and (suggest or study):
-        raise InputError("audit: --objectives cannot be combined with --suggest or --study")
-    found: audit.Study | audit.Suggestion | audit.Audit
-    if directory is None:
-        found = audit.study(draws=draws or 1500, seed=seed)
+    if objectives is not None and suggest:
+        raise InputError("audit: --objectives cannot be combined with --suggest")
+    subject = run.audit_run(directory, data, rows=rows, seed=seed)
+    found: audit.Suggestion | audit.Audit
+    if suggest:
+        found = audit.suggest(subject, draws=draws or 16, seed=seed)
     else:
-        subject = run.audit_run(directory, data, rows=rows, seed=seed)
-        if suggest:
-            found = audit.suggest(subject, draws=draws or 16, seed=seed)
-        else:
-            names = [name.strip() for name in (objectives or "").split(",") if name.strip()]
-            found = audit.audit(subject, objectives=names, draws=draws or 50, seed=seed)
+        names = [name.strip() for name in (objectives or "").split(",") if name.strip()]
+        found = audit.audit(subject, objectives=names, draws=draws or 50, seed=seed)
     if as_json:
         print_json(found.to_dict())
     else:

@@ -22,8 +22,8 @@ _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", Non
 class Communicator:
     """The W processes that train one model, and this process among them.
 
-    A single process (`Communicator()`) exchanges nothing, so callers need not check whether there are others. All methods
-    except `shares`, `part` and `within` are collective: every rank calls them, in the same order.
+    A single process (`Communicator()`) exchanges nothing, so callers need not check whether there are others. All
+    methods except `shares`, `part` and `within` are collective: every rank calls them, in the same order.
 
     Attributes:
         rank: number of this process, from 0.

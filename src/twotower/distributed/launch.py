@@ -259,8 +259,8 @@ def called_together(store: Any, told: Launch, patience: float) -> tuple[str, boo
         patience: seconds to wait for the others.
 
     Returns:
-        The name, and whether an earlier attempt reached `Coordinator.begins`. If the store does not outlive an attempt, the
-        launcher's restart count decides instead.
+        The name, and whether an earlier attempt reached `Coordinator.begins`. If the store does not outlive an
+        attempt, the launcher's restart count decides instead.
 
     Raises:
         DistStoreError: not all processes joined.

@@ -5,8 +5,8 @@ runs, so each rank requests its distinct rows once, and sends the sum of their g
 updated once per step, with the gradient that a single process would have, even if parts of the batch were embedded
 twice (gradient cache).
 
-By rows (`RowShard`) a code goes to the rank that owns its row. By columns (`ColumnShard`) the codes of all ranks go to all
-ranks, each sends its columns of these rows, and the requesting rank concatenates them.
+By rows (`RowShard`) a code goes to the rank that owns its row. By columns (`ColumnShard`) the codes of all ranks go to
+all ranks, each sends its columns of these rows, and the requesting rank concatenates them.
 """
 
 from __future__ import annotations

@@ -122,6 +122,7 @@ class BestAndLast(ModelCheckpoint):
     """Saves the last state of every epoch too: Lightning saves it only after it has written a new best checkpoint."""
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the last state if Lightning has not."""
         super().on_train_epoch_end(trainer, pl_module)
         if self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
@@ -134,6 +135,7 @@ class EpochOrder(Callback):
         self.batches = batches
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Set the epoch of the batches."""
         del pl_module
         self.batches.set_epoch(trainer.current_epoch)
 
@@ -147,6 +149,7 @@ class SaveEvery(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Write a checkpoint if one is due."""
         del pl_module, outputs, batch
         # The end of an epoch has its own checkpoint, after the validation of that epoch.
         if trainer.global_step % self.steps == 0 and batch_idx + 1 < trainer.num_training_batches:
@@ -160,6 +163,7 @@ class MineHardNegatives(Callback):
         self.mine = mine
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Mine with the current towers."""
         if trainer.current_epoch > 0 and isinstance(pl_module, TrainingModule):
             self.mine(pl_module.towers)
 
@@ -171,12 +175,15 @@ class MetricHistory(Callback):
         self.rows: list[dict[str, float]] = []
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Append the metrics of this epoch."""
         del pl_module
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "@" in name}
         self.rows.append({"epoch": trainer.current_epoch, "step": trainer.global_step, **metrics})
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the rows, for the checkpoint."""
         return {"rows": list(self.rows)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the rows of the interrupted run."""
         self.rows = list(state_dict["rows"])

@@ -1,9 +1,9 @@
 """The losses as training uses them: weighted sums over the rows, evaluated tile by tile together with the gradients.
 
-Each equals the weighted sum of its plain version in softmax.py or logistic.py, value and gradient, in bounded memory:
-no [B, M] matrix is stored, and a mask is a list of pairs (`NegativeMask`). Use the plain versions if a gradient has to flow
-through the values of single rows. Under bfloat16 `torch.autocast` the products are rounded to bfloat16 and summed in
-float32.
+Each equals the weighted sum of its plain version in softmax.py or binary.py, value and gradient, in bounded memory:
+no [B, M] matrix is stored, and a mask is a list of pairs (`NegativeMask`). Use the plain versions if a gradient has to
+flow through the values of single rows. Under bfloat16 `torch.autocast` the products are rounded to bfloat16 and summed
+in float32.
 """
 
 from __future__ import annotations

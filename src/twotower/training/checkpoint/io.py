@@ -26,7 +26,7 @@ from twotower.distributed.row_files import write_folder
 from twotower.errors import InputError
 from twotower.system.filesystem import whole_folder
 from twotower.training.checkpoint.codec import StateEncoder, decode, parts_in
-from twotower.training.checkpoint.sharded import FOLDER, TensorShard, load_parts, save_parts
+from twotower.training.checkpoint.shards import FOLDER, TensorShard, load_parts, save_parts
 
 
 class Background:

@@ -11,7 +11,7 @@ import torch
 from twotower.distributed.row_files import StoredColumns, StoredRows, joined, side_by_side, stored_tensors
 from twotower.errors import InputError
 from twotower.training.checkpoint.codec import decode, parts_in
-from twotower.training.checkpoint.sharded import FOLDER
+from twotower.training.checkpoint.shards import FOLDER
 
 
 def open_checkpoint(source: Path) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def _whole(name: str, shape: torch.Size, parts: list[tuple[list[int], StoredRows
 
 def _parts(folder: Path) -> dict[str, list[tuple[list[int], StoredRows]]]:
     """Collect the parts of sharded tables by name, from the files of all ranks, each with its offsets in the whole."""
-    from twotower.training.checkpoint.sharded import OFFSETS, PLACE  # noqa: PLC0415  # torch.distributed.checkpoint: seconds
+    from twotower.training.checkpoint.shards import OFFSETS, PLACE  # noqa: PLC0415  # torch.distributed.checkpoint: seconds
 
     found: dict[str, list[tuple[list[int], StoredRows]]] = {}
     for file in sorted(folder.glob("*.safetensors")):
