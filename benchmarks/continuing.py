@@ -141,7 +141,7 @@ def run_seed(args: argparse.Namespace, data: Interactions, seed: int, done: dict
             config = base.model_copy(update={"training": base.training.model_copy(update=changes)})
             kept(
                 f"continued, replay {replay:g}, rate {rate:g}",
-                lambda config=config: measured(tt.fit(days, config, start=folder, progress=False), days.test),
+                lambda config=config: measured(tt.fit(days, config, warm_start=folder, progress=False), days.test),
             )
     more = base.model_copy(update={"training": base.training.model_copy(update={"max_epochs": args.more})})
     kept("afresh", lambda: measured(tt.fit(alone(days), more, progress=False), days.test))

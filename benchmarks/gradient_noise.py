@@ -78,8 +78,8 @@ class Moments:
         first, second = self.means()
         power = torch.as_tensor(self.square) / sum(self.counts)
         found: dict[str, float] = {}
-        masks = {"": thirds >= 0, " head": thirds == 0, " mid": thirds == 1, " tail": thirds == 2}
-        for name, rows in masks.items():
+        negative_mask = {"": thirds >= 0, " head": thirds == 0, " mid": thirds == 1, " tail": thirds == 2}
+        for name, rows in negative_mask.items():
             signal = float((first[rows] * second[rows]).sum())
             found[f"signal{name}"], found[f"power{name}"] = signal, float(power[rows].sum())
             found[f"share{name}"] = signal / float(power[rows].sum())

@@ -7,14 +7,14 @@ def dot(a, b):
     return sum(float(x) * float(y) for x, y in zip(a, b, strict=True))
 
 
-def sampled_softmax(query, positive, candidates, log_kappa, hits, temperature=1.0):
+def sampled_softmax(query, positive, candidates, log_kappa, mask, temperature=1.0):
     """Compute the loss of docs/theory.md, section 2, one row and one candidate at a time."""
     losses = []
     for row, user in enumerate(query):
         score = dot(user, positive[row]) / temperature
         terms = [score]
         for place, item in enumerate(candidates):
-            if not hits[row][place]:
+            if not mask[row][place]:
                 terms.append(dot(user, item) / temperature - float(log_kappa[place]))
         largest = max(terms)
         losses.append(-score + largest + math.log(sum(math.exp(term - largest) for term in terms)))

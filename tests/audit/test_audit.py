@@ -33,7 +33,11 @@ def run_folder(tmp_path_factory, interactions_csv):
     folder = tmp_path_factory.mktemp("audit")
     interactions_csv(folder / "purchases.csv")
     train_run(
-        folder / "purchases.csv", folder / "run", Config.load(None, list(QUICK)), progress=False, say=lambda _: None
+        folder / "purchases.csv",
+        folder / "run",
+        Config.load(None, list(QUICK)),
+        progress=False,
+        on_message=lambda _: None,
     )
     return folder / "run"
 

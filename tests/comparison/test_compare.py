@@ -103,7 +103,7 @@ def test_the_values_of_each_query_average_to_the_results(folder):
 
 def test_a_cell_equals_a_run_of_train(folder, monkeypatch, tmp_path):
     (cell, *_), _ = cells_of(folder, monkeypatch)
-    train_run("purchases.csv", tmp_path / "run", cell.config, progress=False, say=lambda text: None)
+    train_run("purchases.csv", tmp_path / "run", cell.config, progress=False, on_message=lambda text: None)
     weights = "model/towers.safetensors"
     assert (tmp_path / "run" / weights).read_bytes() == (cell.directory / weights).read_bytes()
 
@@ -141,7 +141,7 @@ def test_an_interrupted_run_is_resumed(folder, monkeypatch, started, tmp_path):
     cells, data = cells_of(tmp_path, monkeypatch)
     assert [cell.state(data.fingerprint) for cell in cells] == ["interrupted", "finished"]
     said = []
-    processes.train_cells("purchases.csv", cells, data.fingerprint, tmp_path / "out", jobs=1, say=said.append)
+    processes.train_cells("purchases.csv", cells, data.fingerprint, tmp_path / "out", jobs=1, on_message=said.append)
     (given,) = started
     assert "--resume" in given and str(cells[0].directory) in given
     assert "in-batch, seed 0 resumed" in said[1]
@@ -165,7 +165,9 @@ def test_ctrl_c_leaves_a_checkpoint(folder, monkeypatch, tmp_path):
     thread = threading.Thread(target=press)
     thread.start()
     with pytest.raises(Interrupted, match="0 of 2 runs are finished"):
-        processes.train_cells("purchases.csv", cells, data.fingerprint, tmp_path / "out", jobs=1, say=lambda text: None)
+        processes.train_cells(
+            "purchases.csv", cells, data.fingerprint, tmp_path / "out", jobs=1, on_message=lambda text: None
+        )
     thread.join()
     assert [cell.state(data.fingerprint) for cell in cells] == ["interrupted", "new"]
     assert signal.getsignal(signal.SIGINT) is before
@@ -174,7 +176,7 @@ def test_ctrl_c_leaves_a_checkpoint(folder, monkeypatch, tmp_path):
 def test_a_failed_run_is_reported(folder, monkeypatch, tmp_path):
     cells, data = cells_of(folder, monkeypatch, "training.seed=7", objectives=["in-batch"])
     with pytest.raises(RuntimeError, match=r"1 of 1 runs failed; in-batch, seed 7 ended with code 2: .*nowhere.csv"):
-        processes.train_cells("nowhere.csv", cells, data.fingerprint, tmp_path, jobs=1, say=lambda text: None)
+        processes.train_cells("nowhere.csv", cells, data.fingerprint, tmp_path, jobs=1, on_message=lambda text: None)
 
 
 @pytest.mark.parametrize(

@@ -104,17 +104,17 @@ def test_an_attempt_has_a_unique_name_even_after_an_incomplete_one(store, clock)
 
 
 def test_an_attempt_resumes_if_an_earlier_one_has_begun(store, clock):
-    def goes_on(restarts):
-        (name, goes_on), *others = called(store, [0, 1, 2], clock, restarts=restarts)
-        assert others == [(name, goes_on)] * 2
-        return goes_on
+    def resumes(restarts):
+        (name, resumes), *others = called(store, [0, 1, 2], clock, restarts=restarts)
+        assert others == [(name, resumes)] * 2
+        return resumes
 
-    assert not goes_on((0, 0, 0))
-    assert not goes_on((1, 0, 1)), "the earlier attempt was refused or died too early: the run folder is not its own"
+    assert not resumes((0, 0, 0))
+    assert not resumes((1, 0, 1)), "the earlier attempt was refused or died too early: the run folder is not its own"
     Coordinator(Communicator(1, 3), store, attempts=store).begins()
     assert not store.check([BEGUN]), "only rank 0 records it"
     Coordinator(Communicator(0, 3), store, attempts=store).begins()
-    assert goes_on((0, 0, 0)), "a machine whose own processes never died counts no restart"
+    assert resumes((0, 0, 0)), "a machine whose own processes never died counts no restart"
 
 
 def test_without_a_lasting_store_the_launchers_count_decides(store, clock):
@@ -139,7 +139,7 @@ def lost(team, wait):
     [
         lambda team: team.first_then_others(lambda: None, "data"),
         lambda team: team.all_at_once(lambda: None, "data"),
-        lambda team: team.said_by_first("files", "mine"),
+        lambda team: team.broadcast_text("files", "mine"),
     ],
     ids=["first", "all", "said"],
 )
@@ -224,8 +224,8 @@ def test_all_ranks_work_at_the_same_time_and_wait_for_each_other(store):
 
 
 def test_every_rank_gets_the_value_of_rank_0(store):
-    assert together(store, lambda team: team.said_by_first("files", f"rank {team.ranks.rank}")) == ["rank 0"] * 3
-    assert Coordinator(Communicator()).said_by_first("files", "mine") == "mine"
+    assert together(store, lambda team: team.broadcast_text("files", f"rank {team.ranks.rank}")) == ["rank 0"] * 3
+    assert Coordinator(Communicator()).broadcast_text("files", "mine") == "mine"
     assert Coordinator(Communicator()).all_at_once(lambda: 5, "data") == 5
 
 

@@ -130,7 +130,7 @@ def days(parent):
 @pytest.fixture(scope="module")
 def child(parent, days):
     kind, folder, _ = parent
-    return tt.fit(days, config(kind, "training.max_epochs=6"), start=folder, progress=False)
+    return tt.fit(days, config(kind, "training.max_epochs=6"), warm_start=folder, progress=False)
 
 
 def grown_towers(parent, days):
@@ -362,7 +362,7 @@ def test_an_interrupted_incremental_run_resumes_to_the_same_model(parent, days, 
     if kind == "mf":
         pytest.skip("the towers make no difference here: two kinds are enough")
     settings = config(kind, "training.max_epochs=2", "objective.frequency=streaming")
-    whole = tt.fit(days, settings, start=folder, progress=False)
+    whole = tt.fit(days, settings, warm_start=folder, progress=False)
     original, steps = TrainingModule.training_step, []
 
     def step(self, batch, batch_idx):
@@ -373,9 +373,9 @@ def test_an_interrupted_incremental_run_resumes_to_the_same_model(parent, days, 
 
     monkeypatch.setattr(TrainingModule, "training_step", step)
     with pytest.raises(Interrupted):
-        tt.fit(days, settings, start=folder, directory=tmp_path, progress=False)
+        tt.fit(days, settings, warm_start=folder, directory=tmp_path, progress=False)
     monkeypatch.setattr(TrainingModule, "training_step", original)
-    resumed = tt.fit(days, settings, start=folder, directory=tmp_path, resume=True, progress=False)
+    resumed = tt.fit(days, settings, warm_start=folder, directory=tmp_path, resume=True, progress=False)
     for name, value in whole.artifact.towers.state_dict().items():
         assert torch.equal(value, resumed.artifact.towers.state_dict()[name]), name
 
@@ -393,7 +393,7 @@ def test_other_towers_are_refused(parent, days, change, message):
     if kind != "default":
         pytest.skip("one kind is enough")
     with pytest.raises(InputError, match=message):
-        tt.fit(days, config(kind, change), start=folder, progress=False)
+        tt.fit(days, config(kind, change), warm_start=folder, progress=False)
 
 
 def test_a_split_is_accepted_only_with_its_model(parent, days):
@@ -401,7 +401,7 @@ def test_a_split_is_accepted_only_with_its_model(parent, days):
     with pytest.raises(InputError, match="continue_with"):
         tt.fit(days, progress=False)
     with pytest.raises(InputError, match="continue_with"):
-        tt.fit(model.split, start=folder, progress=False)
+        tt.fit(model.split, warm_start=folder, progress=False)
 
 
 def test_new_data_without_a_feature_of_the_model_is_refused(parent, tmp_path):
@@ -411,10 +411,10 @@ def test_new_data_without_a_feature_of_the_model_is_refused(parent, tmp_path):
     data = Interactions.from_frame(NEW, items=table(0, ITEMS).rename({"colour": "tint"}), queries=people(0, QUERIES))
     days = tt.continue_with(folder, data)
     with pytest.raises(InputError, match="column 'colour', a feature of the model, does not exist"):
-        tt.fit(days, start=folder, progress=False)
+        tt.fit(days, warm_start=folder, progress=False)
     days = tt.continue_with(folder, Interactions.from_frame(NEW))
     with pytest.raises(InputError, match="needs the item table of the new data"):
-        tt.fit(days, start=folder, progress=False)
+        tt.fit(days, warm_start=folder, progress=False)
 
 
 def test_the_model_folder_reproduces_its_evaluation(parent, days, child, tmp_path):

@@ -53,7 +53,7 @@ def continued(folder, days, *changes):
     growth = grown_features(parent, days)
     towers = build_towers(config, num_queries=days.train.num_queries, num_items=days.train.num_items)
     objective = build_objective(config, days.train)
-    start = carry_on(parent, config, growth, towers=towers, objective=objective, say=messages.append)
+    start = carry_on(parent, config, growth, towers=towers, objective=objective, on_message=messages.append)
     module = TrainingModule(towers, objective, config.training, total_steps=10)
     optimizer = module.configure_optimizers()["optimizer"]
 

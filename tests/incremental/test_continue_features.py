@@ -112,7 +112,7 @@ def test_one_more_value_changes_no_vector(model, folder):
 def test_a_model_can_be_continued_repeatedly(folder, tmp_path):
     for step in (1, 2):
         split = tt.continue_with(folder, days(1_650_000_000 + step * 50_000_000, VALUES + 4 * step, step), SETTINGS)
-        child = tt.fit(split, SETTINGS, start=folder, progress=False)
+        child = tt.fit(split, SETTINGS, warm_start=folder, progress=False)
         folder = child.save(tmp_path / f"child{step}")
     tables = child.artifact.towers.item_tower.features.embeddings
     assert [table.weight.shape for table in tables.values()] == [(17, 6)] * 3 + [(5, 5)]

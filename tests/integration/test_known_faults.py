@@ -9,7 +9,7 @@ import torch
 
 from twotower.config.run import Config
 from twotower.data import Interactions, KnownPositives
-from twotower.evaluation.metrics import hits, recall_at
+from twotower.evaluation.metrics import mask, recall_at
 from twotower.index import ExactIndex
 from twotower.losses import refined_logq, sampled_softmax
 from twotower.negatives import (
@@ -48,10 +48,10 @@ def test_accidental_hits_are_removed():
     pool = Pool(InBatch(FREQUENCY), Sampled(Uniform(N), 30), Sampled(Uniform(N), 20, per_row=True))
     positives = torch.tensor([0, 1, 0, 2])
     drawn = pool.draw(positives, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(drawn.hits, drawn.items == positives[:, None])
-    assert torch.equal(drawn.row_hits, drawn.row_items == positives[:, None])
-    assert int(drawn.hits.sum()) > 4
-    assert int(drawn.row_hits.sum()) > 0
+    assert torch.equal(drawn.mask, drawn.items == positives[:, None])
+    assert torch.equal(drawn.row_mask, drawn.row_items == positives[:, None])
+    assert int(drawn.mask.sum()) > 4
+    assert int(drawn.row_mask.sum()) > 0
     # Even with logits so large that a constant added to a masked one would be lost, masked candidates have no effect.
     table = 1e4 * torch.eye(N)
     query = torch.eye(N)[positives]
@@ -163,8 +163,8 @@ def test_ids_are_compared_with_ids_and_not_with_positions():
     """An item whose code equals another candidate's position is not an accidental hit."""
     positives = torch.tensor([3, 0, 1, 2])
     drawn = Pool(InBatch(FREQUENCY)).draw(positives)
-    assert drawn.hits.tolist() == torch.eye(4, dtype=torch.bool).tolist()
-    assert not torch.equal(drawn.hits, torch.arange(4) == positives[:, None])
+    assert drawn.mask.tolist() == torch.eye(4, dtype=torch.bool).tolist()
+    assert not torch.equal(drawn.mask, torch.arange(4) == positives[:, None])
 
 
 def test_ids_do_not_pass_through_float32():
@@ -176,9 +176,9 @@ def test_ids_do_not_pass_through_float32():
     pool.sources[0].proposal.sample = lambda size, generator=None: neighbours
     drawn = pool.draw(neighbours, known_positives=torch.tensor([[-1], [-1]]))
     assert drawn.collapse().items.tolist() == [big, big + 1]
-    assert drawn.hits.tolist() == [[True, False], [False, True]]
+    assert drawn.mask.tolist() == [[True, False], [False, True]]
     known = pool.draw(torch.tensor([0, 1]), known_positives=torch.tensor([[big], [big + 1]]))
-    assert known.hits.tolist() == [[True, False], [False, True]]
+    assert known.mask.tolist() == [[True, False], [False, True]]
 
 
 def test_a_memory_gives_both_towers_their_gradient_and_survives_a_resume():
@@ -215,7 +215,7 @@ def test_known_positives_are_masked_beyond_the_rows_own(train):
     others = 0
     for row, query in enumerate(queries.tolist()):
         known = set(train.item_codes[train.offsets[query] : train.offsets[query + 1]].tolist())
-        assert {int(j) for j, hit in zip(drawn.items, drawn.hits[row], strict=True) if hit} == known & set(
+        assert {int(j) for j, hit in zip(drawn.items, drawn.mask[row], strict=True) if hit} == known & set(
             drawn.items.tolist()
         )
         others += len(known) - 1
@@ -258,7 +258,7 @@ def test_ties_are_not_hits():
     size, k = 500, 10
     _, ranked = ExactIndex(torch.ones(size, 3)).search(torch.ones(size, 3), k)
     offsets = np.arange(size + 1)
-    recall = recall_at(hits(ranked.numpy(), offsets, np.arange(size)), np.ones(size, dtype=np.int64), k)
+    recall = recall_at(mask(ranked.numpy(), offsets, np.arange(size)), np.ones(size, dtype=np.int64), k)
     assert recall.mean() == pytest.approx(k / size)
 
 

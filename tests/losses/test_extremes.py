@@ -40,22 +40,22 @@ FORMS = {
 ROWS = [name for name in FORMS if name != "refined"]
 
 
-def drawn_by_hand(log_count, hits, *, row_hits=None, positive_log_count=None):
+def drawn_by_hand(log_count, mask, *, row_mask=None, positive_log_count=None):
     """Make candidates with given counts and masks."""
-    hits = torch.as_tensor(hits)
-    rows, size = hits.shape
+    mask = torch.as_tensor(mask)
+    rows, size = mask.shape
     own = torch.arange(rows)
     return Candidates(
         items=torch.arange(rows, rows + size),
         log_expected_count=torch.as_tensor(log_count, dtype=torch.float32).expand(size).clone(),
-        masks=NegativeMask.of(hits),
+        negative_mask=NegativeMask.of(mask),
         multiplicity=torch.ones(size, dtype=torch.int64),
         source=torch.zeros(size, dtype=torch.int64),
         positives=own,
         positive_log_count=torch.full((rows,), -1.0) if positive_log_count is None else positive_log_count,
-        row_items=None if row_hits is None else torch.full(row_hits.shape, 99),
-        row_log_expected_count=None if row_hits is None else torch.full(row_hits.shape, float(log_count)),
-        row_hits=row_hits,
+        row_items=None if row_mask is None else torch.full(row_mask.shape, 99),
+        row_log_expected_count=None if row_mask is None else torch.full(row_mask.shape, float(log_count)),
+        row_mask=row_mask,
     )
 
 
@@ -100,10 +100,10 @@ def test_every_candidate_masked(form):
     """Only the positive is left: zero loss for forms that compare, the positive's own term for binary forms."""
     rng = torch.Generator().manual_seed(0)
     query, positive, candidates, rows = (torch.randn(*s, 4, generator=rng) for s in ((3,), (3,), (2,), (3, 2)))
-    hits = torch.ones(3, 2, dtype=torch.bool)
-    forms = ((None, None), (hits, rows)) if form in ROWS else ((None, None),)
-    for row_hits, row_candidates in forms:
-        drawn = drawn_by_hand(0.0, hits, row_hits=row_hits, positive_log_count=torch.zeros(3))
+    mask = torch.ones(3, 2, dtype=torch.bool)
+    forms = ((None, None), (mask, rows)) if form in ROWS else ((None, None),)
+    for row_mask, row_candidates in forms:
+        drawn = drawn_by_hand(0.0, mask, row_mask=row_mask, positive_log_count=torch.zeros(3))
         loss, grads = finite(form, drawn, query, positive, candidates, row_candidates)
         if form in {"softmax", "positive corrected", "refined", "bpr"}:
             assert loss.tolist() == [0.0] * 3
@@ -162,9 +162,9 @@ def test_bfloat16(form):
     """Products are summed in float32: the only error of the loss is the rounding of the inputs."""
     rng = torch.Generator().manual_seed(0)
     query, positive, candidates = (torch.randn(n, 64, generator=rng).to(torch.bfloat16) for n in (6, 6, 30))
-    hits = torch.rand(6, 30, generator=rng) < 0.2
+    mask = torch.rand(6, 30, generator=rng) < 0.2
     rows = torch.randn(6, 5, 64, generator=rng).to(torch.bfloat16) if form in ROWS else None
-    drawn = drawn_by_hand(-9.0, hits, row_hits=None if rows is None else torch.zeros(6, 5, dtype=torch.bool))
+    drawn = drawn_by_hand(-9.0, mask, row_mask=None if rows is None else torch.zeros(6, 5, dtype=torch.bool))
     loss, grads = finite(form, drawn, query, positive, candidates, rows, temperature=4.0)
     assert loss.dtype == torch.float32
     assert grads[0].dtype == torch.bfloat16

@@ -19,9 +19,9 @@ def case(seed, rows=9, candidates=40, width=6, temperature=2.0):
     query = torch.randn(rows, width, generator=rng, dtype=torch.float64)
     positives = torch.multinomial(q, rows, generator=rng)
     items = torch.multinomial(q, candidates, replacement=True, generator=rng)
-    hits = items == positives[:, None]
-    left = (~hits).sum(1).double()
-    return q, table, query, positives, items, hits, left.log(), -torch.log1p(-q[positives]), temperature
+    mask = items == positives[:, None]
+    left = (~mask).sum(1).double()
+    return q, table, query, positives, items, mask, left.log(), -torch.log1p(-q[positives]), temperature
 
 
 def gradients(loss, query, table):
@@ -32,7 +32,7 @@ def gradients(loss, query, table):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_gradients_are_the_same_to_float64(seed):
-    q, table, query, positives, items, hits, log_left, offset, temperature = case(seed)
+    q, table, query, positives, items, mask, log_left, offset, temperature = case(seed)
 
     def refined(u, v):
         return refined_logq(
@@ -40,7 +40,7 @@ def test_the_gradients_are_the_same_to_float64(seed):
             v[positives],
             v[items],
             q[items].log(),
-            hits=hits,
+            mask=mask,
             log_left=log_left,
             row_offset=log_left + offset,
             temperature=temperature,
@@ -48,7 +48,7 @@ def test_the_gradients_are_the_same_to_float64(seed):
 
     def expected_count(u, v, offset=offset):
         return sampled_softmax(
-            u, v[positives], v[items], q[items].log(), hits=hits, temperature=temperature, row_offset=log_left + offset
+            u, v[positives], v[items], q[items].log(), mask=mask, temperature=temperature, row_offset=log_left + offset
         )
 
     first, second = gradients(refined, query, table), gradients(expected_count, query, table)
@@ -63,13 +63,13 @@ def test_the_gradients_are_the_same_to_float64(seed):
 
 
 def test_value_and_weight_equal_the_formulas_of_the_paper():
-    q, table, query, positives, items, hits, log_left, offset, temperature = case(7)
+    q, table, query, positives, items, mask, log_left, offset, temperature = case(7)
     loss, weight = refined_logq(
         query,
         table[positives],
         table[items],
         q[items].log(),
-        hits=hits,
+        mask=mask,
         log_left=log_left,
         row_offset=log_left + offset,
         temperature=temperature,
@@ -104,7 +104,7 @@ def test_the_weight_is_available_and_has_no_gradient():
             table[drawn.positives],
             table[drawn.items],
             drawn.log_expected_count,
-            hits=drawn.hits,
+            mask=drawn.mask,
             row_offset=torch.tensor(
                 [math.log(n) - math.log(1 - c / 23) for n, c in ((3, 9), (3, 9), (5, 7), (5, 5), (5, 2), (3, 9))]
             ),
@@ -125,12 +125,12 @@ def test_strength_scales_the_whole_count(strength):
     query = torch.randn(6, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     table = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     p = counts.double() / counts.sum()
-    hits = positives == positives[:, None]
-    left = (~hits).sum(1).double()
+    mask = positives == positives[:, None]
+    left = (~mask).sum(1).double()
 
     def same(u, v):
         log_kappa = left.log()[:, None] + p[positives].log() - torch.log1p(-p[positives])[:, None]
-        logits = (u @ v[positives].T - strength * log_kappa).masked_fill(hits, -torch.inf)
+        logits = (u @ v[positives].T - strength * log_kappa).masked_fill(mask, -torch.inf)
         own = (u * v[positives]).sum(1)
         return torch.logsumexp(torch.cat([own[:, None], logits], 1), 1) - own
 

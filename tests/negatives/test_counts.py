@@ -371,8 +371,8 @@ def test_per_row_sources_mask_shared_copies_only_in_their_row():
     always = [{0, 2}, {3, 7, 8}, set()]
     for row, items in enumerate(always):
         for place, item in enumerate(drawn.items.tolist()):
-            assert bool(drawn.hits[row, place]) == (item in items or item == int(positives[row]))
-        held = [int(j) for j, hit in zip(drawn.row_items[row], drawn.row_hits[row], strict=True) if not hit]
+            assert bool(drawn.mask[row, place]) == (item in items or item == int(positives[row]))
+        held = [int(j) for j, hit in zip(drawn.row_items[row], drawn.row_mask[row], strict=True) if not hit]
         assert sorted(held) == sorted(items)
 
 
@@ -380,4 +380,4 @@ def test_pools_of_per_row_sources_only_have_no_shared_candidates():
     drawn = Pool(Sampled(Uniform(N), 4, per_row=True)).draw(torch.tensor([1, 2]))
     assert drawn.items.shape == (0,)
     assert drawn.row_items.shape == (2, 4)
-    assert drawn.hits.shape == (2, 0)
+    assert drawn.mask.shape == (2, 0)

@@ -60,7 +60,7 @@ def test_collapse_keeps_every_row_sum(unique):
     totals = []
     for candidates in (drawn, merged):
         weight = (scores[candidates.items] - candidates.log_expected_count.double()).exp()
-        totals.append((weight * ~candidates.hits).sum(1).tolist())
+        totals.append((weight * ~candidates.mask).sum(1).tolist())
     assert totals[1] == pytest.approx(totals[0], rel=1e-5)
 
 
@@ -89,8 +89,8 @@ def test_known_positives_are_masked_only_in_their_row(padded, unique):
         given = (row, known[row, place])
     drawn = pool.draw(positives, known_positives=given, generator=rng)
     for row in range(B):
-        for items, hits in ((drawn.items, drawn.hits[row]), (drawn.row_items[row], drawn.row_hits[row])):
-            for item, hit in zip(items.tolist(), hits.tolist(), strict=True):
+        for items, mask in ((drawn.items, drawn.mask[row]), (drawn.row_items[row], drawn.row_mask[row])):
+            for item, hit in zip(items.tolist(), mask.tolist(), strict=True):
                 assert hit == (item in {int(positives[row]), -1, *known[row].tolist()})
 
 
@@ -126,15 +126,15 @@ def test_empty_slots_have_no_effect(monkeypatch):
             drawn = pool.draw(torch.tensor([2, 1]), generator=rng)
             for candidates in (drawn, drawn.collapse()):
                 for row in range(2):
-                    shared = candidates.items[~candidates.hits[row]].tolist()
-                    own = candidates.row_items[row][~candidates.row_hits[row]].tolist()
+                    shared = candidates.items[~candidates.mask[row]].tolist()
+                    own = candidates.row_items[row][~candidates.row_mask[row]].tolist()
                     sums.append(sorted(shared + own))
             drawn = mixed.draw(rows(rng), generator=rng)
             merged = drawn.collapse()
             numbers.append(int(merged.multiplicity.sum()))
             for candidates in (drawn, merged):
-                assert not bool((candidates.hits.all(0) & torch.isfinite(candidates.log_expected_count)).all())
-                weight = (-candidates.log_expected_count.double()).exp() * ~candidates.hits
+                assert not bool((candidates.mask.all(0) & torch.isfinite(candidates.log_expected_count)).all())
+                weight = (-candidates.log_expected_count.double()).exp() * ~candidates.mask
                 sums.append([round(value, 3) for value in weight.sum(1).tolist()])
         found[place] = (sums, numbers)
     assert found["cut"] == found["kept"]
@@ -236,8 +236,8 @@ def test_ids_above_two_to_the_24th_stay_exact():
     pool = Pool(InBatch(_Flat(2**25)), Sampled(_Only(big), 2, per_row=True))
     shared = pool.draw(torch.tensor([big, big + 1, big + 2]), known_positives=known)
     expected = [[j == y or (y == big and j == big + 1) for j in (big, big + 1, big + 2)] for y in range(big, big + 3)]
-    assert shared.hits.tolist() == expected
-    assert shared.row_hits.tolist() == [[True, True], [False, False], [False, False]]
+    assert shared.mask.tolist() == expected
+    assert shared.row_mask.tolist() == [[True, True], [False, False], [False, False]]
 
 
 class _Flat(CountedFrequency):
@@ -277,7 +277,7 @@ def test_log_space_keeps_tiny_probabilities():
 def test_one_row_and_one_item(unique):
     pool = Pool(InBatch(CountedFrequency(torch.tensor([4]))), Sampled(Uniform(1), 3), unique=unique)
     drawn = pool.draw(torch.tensor([0]))
-    assert drawn.hits.all()
+    assert drawn.mask.all()
     assert torch.isfinite(drawn.log_expected_count).all()
 
 
@@ -295,7 +295,7 @@ def test_sources_without_a_draw_give_an_empty_pool(unique, correction):
 
 def test_candidates_move_to_another_device():
     drawn = Pool(InBatch(FREQUENCY)).draw(torch.tensor([0, 1])).to("meta")
-    assert drawn.hits.device.type == "meta"
+    assert drawn.mask.device.type == "meta"
     assert drawn.row_items is None
 
 

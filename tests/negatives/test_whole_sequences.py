@@ -56,7 +56,7 @@ def observe_row(train, pool, met, *, as_sequences=True):
             known_positives=known.pairs(batch.queries) if as_sequences else None,
             windows=batch.sequences.windows if as_sequences else None,
         )
-        live = ~drawn.hits[at]
+        live = ~drawn.mask[at]
         items, weight = drawn.items[live], torch.exp(-drawn.log_expected_count[live].double())
         counts.append(torch.bincount(items, minlength=N).double())
         weights.append(torch.zeros(N, dtype=torch.float64).index_add_(0, items, weight))

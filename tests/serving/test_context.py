@@ -62,7 +62,9 @@ def runs(tmp_path_factory):
     found = {}
     for name, changes in {"with": [CONTEXT], "without": [], "sequence": [CONTEXT, SEQUENCE]}.items():
         config = Config.load(None, [*SMALL, *changes])
-        model, measured = train_run(folder / "log.csv", folder / name, config, progress=False, say=lambda text: None)
+        model, measured = train_run(
+            folder / "log.csv", folder / name, config, progress=False, on_message=lambda text: None
+        )
         found[name] = folder / name, model, measured["model"].values
     return found
 
@@ -290,7 +292,7 @@ def test_new_days_bring_new_devices(runs, name, tmp_path):
     log((14, 24), seed=3, devices=("phone", "desk", "watch")).write_csv(tmp_path / "new.csv")
     config = Config.load(None, ["training.max_epochs=6"], base=tt.run.settings_of(folder))
     child, _ = train_run(
-        tmp_path / "new.csv", tmp_path / "child", config, start=folder, progress=False, say=lambda text: None
+        tmp_path / "new.csv", tmp_path / "child", config, start=folder, progress=False, on_message=lambda text: None
     )
     features = child.artifact.towers.query_tower.context.inputs.table.features
     assert features.encoders[0].values.known.ids.to_list() == ["desk", "phone", "tv", "watch"]

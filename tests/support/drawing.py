@@ -33,11 +33,11 @@ def observe(draw: Callable[[int], Candidates], times: int, num_items: int, row: 
     cells, weights = [], []
     for number in range(times):
         drawn = draw(number)
-        live = ~drawn.hits[row]
+        live = ~drawn.mask[row]
         cells.append(number * num_items + drawn.items[live])
         weights.append(-drawn.log_expected_count[live])
         if drawn.row_items is not None:
-            live = ~drawn.row_hits[row]
+            live = ~drawn.row_mask[row]
             cells.append(number * num_items + drawn.row_items[row][live])
             weights.append(-drawn.row_log_expected_count[row][live])
     cell, weight = torch.cat(cells), torch.cat(weights).double().exp()

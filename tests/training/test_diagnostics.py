@@ -37,7 +37,7 @@ def test_every_number_equals_a_loop():
             int(item): math.exp(float(embedded.query[row] @ embedded.candidates[place]) / 0.5)
             / math.exp(float(drawn.log_expected_count[place]))
             for place, item in enumerate(drawn.items)
-            if not drawn.hits[row, place]
+            if not drawn.mask[row, place]
         }
         rows.append((math.exp(score), weights))
     totals = [sum(weights.values()) for _, weights in rows]
@@ -48,7 +48,7 @@ def test_every_number_equals_a_loop():
         sum(max(ws.values()) / t for t, (_, ws) in zip(totals, rows, strict=True)) / 3
     )
     assert found["uncertainty"] == pytest.approx(sum(t / (t + e) for t, (e, _) in zip(totals, rows, strict=True)) / 3)
-    assert found["masked_share"] == pytest.approx(1 - sum(len(ws) for _, ws in rows) / drawn.hits.numel())
+    assert found["masked_share"] == pytest.approx(1 - sum(len(ws) for _, ws in rows) / drawn.mask.numel())
     gradient = [0.0, 0.0, 0.0]
     for total, (own, weights) in zip(totals, rows, strict=True):
         for item, weight in weights.items():
@@ -68,7 +68,7 @@ def test_only_the_first_rows_of_a_large_batch_are_examined(monkeypatch):
 
 def test_fully_masked_rows_give_no_numbers():
     embedded, drawn = batch()
-    drawn.hits.fill_(True)
+    drawn.mask.fill_(True)
     assert diagnose(embedded, drawn, 1.0, THIRDS) == {}
 
 

@@ -43,7 +43,7 @@ CODE = """
         "query_tower.history.length=10", "training.accelerator=cpu", *sys.argv[1:],
     ])
     plans = []
-    run.fit(split, config, progress=False, say=plans.append)
+    run.fit(split, config, progress=False, on_message=plans.append)
     (plan,) = plans
     peak = hardware.peak_memory()
     print(json.dumps({"planned": plan.peak, "process": plan.held["process"], "peak": peak, "text": str(plan)}))
@@ -123,7 +123,7 @@ def test_too_little_memory_is_reported_before_training(parts, planted_split, mon
     small = replace(plan, available=plan.needed - 1)
     assert small.is_too_large and "WARNING" in str(small) and "rowwise-adagrad" in str(small)
     messages = []
-    run.fit(planted_split, Config.load(None, ["training.max_epochs=1"]), progress=False, say=messages.append)
+    run.fit(planted_split, Config.load(None, ["training.max_epochs=1"]), progress=False, on_message=messages.append)
     assert len(messages) == 1 and str(messages[0]).startswith("memory: ")
     nothing = hardware.Memory(total=1 << 30, available=1 << 10, limit=None, resident=1 << 20, peak=1 << 20)
     monkeypatch.setattr(memory_plan.hardware, "memory", lambda processes=1: nothing)

@@ -241,8 +241,8 @@ def stack(parts: list[Candidates]) -> tuple[Candidates, Tensor]:
         The batch, and the row that each shared candidate belongs to, int64 [M].
     """
     places = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part.items) for part in parts]))
-    own = torch.cat([part.hits[0] for part in parts])
-    hits = (places != torch.arange(len(parts))[:, None]) | own
+    own = torch.cat([part.mask[0] for part in parts])
+    mask = (places != torch.arange(len(parts))[:, None]) | own
 
     def joined(name: str) -> Tensor:
         return torch.cat([getattr(part, name) for part in parts])
@@ -251,14 +251,14 @@ def stack(parts: list[Candidates]) -> tuple[Candidates, Tensor]:
     stacked = Candidates(
         items=joined("items"),
         log_expected_count=joined("log_expected_count"),
-        masks=NegativeMask.of(hits),
+        negative_mask=NegativeMask.of(mask),
         multiplicity=joined("multiplicity"),
         source=joined("source"),
         positives=joined("positives"),
         positive_log_count=joined("positive_log_count"),
         row_items=joined("row_items") if per_row else None,
         row_log_expected_count=joined("row_log_expected_count") if per_row else None,
-        row_hits=joined("row_hits") if per_row else None,
+        row_mask=joined("row_mask") if per_row else None,
     )
     return stacked, places
 
@@ -287,15 +287,15 @@ class _Totals:
             return
         row = torch.tensor([place for place, _ in self.waiting])
         drawn, of = stack([part for _, part in self.waiting])
-        live = torch.cat([~part.hits[0] for _, part in self.waiting])
+        live = torch.cat([~part.mask[0] for _, part in self.waiting])
         self.waiting = []
         count, number = len(row), self.rows.logits.shape[1]
         items, log_count = drawn.items, drawn.log_expected_count.double()
-        if drawn.row_items is not None and drawn.row_hits is not None and drawn.row_log_expected_count is not None:
+        if drawn.row_items is not None and drawn.row_mask is not None and drawn.row_log_expected_count is not None:
             # Per-row candidates follow the shared ones.
             of = torch.cat([of, torch.arange(count).repeat_interleave(drawn.row_items.shape[1])])
             items = torch.cat([items, drawn.row_items.clamp(min=0).reshape(-1)])
-            live = torch.cat([live, ~drawn.row_hits.reshape(-1)])
+            live = torch.cat([live, ~drawn.row_mask.reshape(-1)])
             log_count = torch.cat([log_count, drawn.row_log_expected_count.double().reshape(-1)])
         scores = self.rows.logits[row[of], items]
         own = self.rows.logits[row, drawn.positives]

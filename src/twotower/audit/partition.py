@@ -94,10 +94,10 @@ def partition_error(
             items[positives],
             items[drawn.items],
             drawn.log_expected_count,
-            hits=drawn.hits,
+            mask=drawn.mask,
             row_candidates=None if rows is None else items[rows.clamp(min=0)],
             row_log_expected_count=drawn.row_log_expected_count,
-            row_hits=drawn.row_hits,
+            row_mask=drawn.row_mask,
             temperature=temperature,
         )
         errors.append(torch.logaddexp(positive, log_sum_exp(logits)) - exact)

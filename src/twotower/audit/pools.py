@@ -85,7 +85,7 @@ def expected_distinct(pool: Pool, batch_size: int, groups: Sequence[Group | None
             absence = absence + source.log_absence(items, request)
         inclusion = -torch.expm1(absence)
         for member in pool.members():
-            if member.always and not member.per_row:
+            if member.deterministic and not member.per_row:
                 inclusion[member.draw(request)] = 1.0
         total += float(inclusion.sum())
     return total / len(groups)

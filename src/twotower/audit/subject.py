@@ -151,15 +151,15 @@ def warm_up(pool: Pool, stream: Iterator[Batch], epoch: int) -> None:
 def masked_share(pool: Pool, stream: Iterator[Batch], subject: Subject, batches: int = 5) -> float:
     """Measure the share of masked candidates over all rows of some real batches."""
     known = KnownPositives(subject.train) if masks_known_positives(subject.config.objective) else None
-    hits, places = 0, 0
+    masked, places = 0, 0
     training = pool.training
     pool.eval()
     for _ in range(batches):
         batch = next(stream)
         pairs = None if known is None else known.pairs(batch.queries)
         drawn = pool.draw(batch.items, known_positives=pairs, queries=batch.queries, group=batch.group)
-        for mask in (drawn.hits, drawn.row_hits):
-            if mask is not None:
-                hits, places = hits + int(mask.sum()), places + mask.numel()
+        for entries in (drawn.mask, drawn.row_mask):
+            if entries is not None:
+                masked, places = masked + int(entries.sum()), places + entries.numel()
     pool.train(training)
-    return hits / max(places, 1)
+    return masked / max(places, 1)

@@ -67,7 +67,7 @@ def train(
     items: Annotated[
         str | None, typer.Option("--items", metavar="FILE", help="File with item features and titles.")
     ] = None,
-    start: Annotated[
+    warm_start: Annotated[
         Path | None, typer.Option("--from", metavar="DIR", help="Continue training the model in DIR on new DATA.")
     ] = None,
     withdraw: Annotated[
@@ -83,29 +83,29 @@ def train(
     from twotower.config.run import Config  # noqa: PLC0415
     from twotower.distributed.launch import Launch  # noqa: PLC0415
 
-    if withdraw is not None and start is None:
+    if withdraw is not None and warm_start is None:
         raise InputError("--withdraw: requires --from DIR, the model whose catalog the items are removed from")
-    if start is not None and config is not None:
+    if warm_start is not None and config is not None:
         raise InputError("--config: with --from, the settings come from that model; override single ones with --set")
     if resume and config is None and (out / "config.yaml").exists():
         config = out / "config.yaml"
     changes = list(overrides or [])
     if items is not None:
         changes.append(f"data.items={json.dumps(items)}")
-    base = run.settings_of(start) if start is not None and config is None else None
+    base = run.settings_of(warm_start) if warm_start is not None and config is None else None
     settings = Config.load(config, changes, base=base)
-    if start is not None and out.resolve() == start.resolve():
+    if warm_start is not None and out.resolve() == warm_start.resolve():
         raise InputError(f"{out}: --out is the folder of --from; choose another folder for the continued model")
     progress = messages if as_json else console
     _, measured = run.train_run(
         data,
         out,
         settings,
-        start=start,
+        warm_start=warm_start,
         withdraw=withdraw,
         resume=resume,
         replace=force,
-        say=lambda text: progress.print(str(text), highlight=False, markup=False, soft_wrap=True),
+        on_message=lambda text: progress.print(str(text), highlight=False, markup=False, soft_wrap=True),
     )
     if not Launch.of_environment().is_first:
         return
@@ -184,7 +184,7 @@ def compare(
             jobs=jobs,
             audited=not no_audit,
             command=shlex.join(["twotower", *sys.argv[1:]]),
-            say=lambda text: progress.print(text, highlight=False, markup=False, soft_wrap=True),
+            on_message=lambda text: progress.print(text, highlight=False, markup=False, soft_wrap=True),
         )
     except Interrupted as stop:
         messages.print(

@@ -100,7 +100,7 @@ def compare_run(
     jobs: int = 1,
     audited: bool = True,
     command: str | None = None,
-    say: Callable[[str], None] = print,
+    on_message: Callable[[str], None] = print,
 ) -> Comparison:
     """Train, evaluate and compare objectives with the same initial weights, data order and budget.
 
@@ -113,7 +113,7 @@ def compare_run(
         jobs: number of concurrent training runs.
         audited: measure bias and spread of each objective's gradient on one of the models.
         command: the command line, shown in the report.
-        say: receives progress messages.
+        on_message: receives progress messages.
 
     Raises:
         InputError: a setting is wrong, or `out` contains runs with other settings or other data.
@@ -124,8 +124,8 @@ def compare_run(
     data = read_data(source, base.data, context=wanted_context(base))
     split = split_data(data, base.data)
     cells = make_cells(base, objectives, seeds, directory, split.train)
-    train_cells(str(source), cells, data.fingerprint, directory, jobs=jobs, say=say)
-    say(f"ranking the test queries with {len(cells)} models")
+    train_cells(str(source), cells, data.fingerprint, directory, jobs=jobs, on_message=on_message)
+    on_message(f"ranking the test queries with {len(cells)} models")
     found = measure_cells(cells, split, base.evaluation)
     ks = tuple(sorted(base.evaluation.ks))
     compared = compare(found.rows, found.baselines, metric=f"NDCG@{ks[0]}", tail_metric=f"Recall@{ks[0]}")
@@ -142,13 +142,13 @@ def compare_run(
         diagnostics={cell.name: diagnostics(cell.directory) for cell in cells if cell.seed == base.training.seed},
         calibration=calibrations({cell.name: cell.directory for cell in reversed(cells)}, split),
         examples=disagreements(found.ranked, split.test, split.train, base.evaluation.exclude_seen),
-        audit=_audit(cells, source, directory, say) if audited else None,
+        audit=_audit(cells, source, directory, on_message) if audited else None,
     )
     _write(document, directory, found, cells, data)
     return Comparison(document, directory)
 
 
-def _audit(cells: Sequence[Cell], source: str | Path, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def _audit(cells: Sequence[Cell], source: str | Path, out: Path, on_message: Callable[[str], None]) -> dict[str, Any]:
     """Measure bias and spread of each objective's gradient on one model, and cache the result in `audit.json`."""
     # Only objectives with their default sources: `twotower audit` measures pools from a file, on their own models.
     plain = {cell.name: cell.config.objective for cell in cells}
@@ -168,7 +168,7 @@ def _audit(cells: Sequence[Cell], source: str | Path, out: Path, say: Callable[[
         known = json.loads(cache.read_text(encoding="utf-8"))
         if known.get("asked") == request:
             return dict(known)
-    say(f"auditing the gradients of {len(others) + 1} objectives on {subject.label} (saved in {cache.name})")
+    on_message(f"auditing the gradients of {len(others) + 1} objectives on {subject.label} (saved in {cache.name})")
     measured = audit(
         audit_run(subject.directory, source, rows=AUDIT_ROWS), objectives=others, draws=AUDIT_DRAWS, batches=50
     )

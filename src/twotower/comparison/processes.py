@@ -38,7 +38,7 @@ class TrainingProcess:
 
 
 def train_cells(
-    source: str, cells: Sequence[Cell], fingerprint: str, out: Path, *, jobs: int, say: Callable[[str], None]
+    source: str, cells: Sequence[Cell], fingerprint: str, out: Path, *, jobs: int, on_message: Callable[[str], None]
 ) -> None:
     """Train the unfinished cells, `jobs` at a time.
 
@@ -48,7 +48,7 @@ def train_cells(
         fingerprint: fingerprint of the data.
         out: the folder of the comparison; the output of each process is written to `out/logs/`.
         jobs: number of concurrent processes.
-        say: receives progress messages.
+        on_message: receives progress messages.
 
     Raises:
         InputError: a run folder has other settings or other data; nothing is trained.
@@ -59,7 +59,7 @@ def train_cells(
     waiting = [cell for cell in cells if states[cell.label] != "finished"]
     done = len(cells) - len(waiting)
     if done:
-        say(f"{done} of {len(cells)} runs are already finished")
+        on_message(f"{done} of {len(cells)} runs are already finished")
     running: list[TrainingProcess] = []
     lasted: list[float] = []
     failed: list[str] = []
@@ -71,7 +71,7 @@ def train_cells(
                 running.append(_start(source, cell, out, resume=resume, jobs=jobs))
                 number = len(cells) - len(waiting)
                 left = _left(lasted, running, waiting, jobs)
-                say(f"[{number}/{len(cells)}] {cell.label}{' resumed' if resume else ''}{left}")
+                on_message(f"[{number}/{len(cells)}] {cell.label}{' resumed' if resume else ''}{left}")
             time.sleep(_POLL)
             for one in running:  # the first interrupt lets it finish its step and save a checkpoint, a second ends it
                 while one.asked < stop():
@@ -84,7 +84,7 @@ def train_cells(
                     lasted.append(time.monotonic() - one.begun)
                 elif not stop():
                     failed.append(f"{one.cell.label} ended with code {one.process.returncode}: {_last_line(one.log)}")
-                    say(f"failed: {failed[-1]}")
+                    on_message(f"failed: {failed[-1]}")
     if stop():
         finished = sum((cell.directory / "results.json").exists() for cell in cells)
         raise Interrupted(f"interrupted; {finished} of {len(cells)} runs are finished")

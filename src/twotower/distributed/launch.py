@@ -46,7 +46,7 @@ class Coordinator:
         ranks: for exchanging tensors.
         store: for messages outside of collectives; None for a single process.
         patience: seconds of silence after which a process counts as failed.
-        goes_on: whether these processes were restarted after an earlier attempt had begun the run; the same on every
+        resumes: whether these processes were restarted after an earlier attempt had begun the run; the same on every
             rank.
         attempts: the store of all attempts; None if nothing restarts processes.
     """
@@ -54,7 +54,7 @@ class Coordinator:
     ranks: Communicator
     store: Any = None
     patience: float = 600.0
-    goes_on: bool = False
+    resumes: bool = False
     attempts: Any = None
 
     def begins(self) -> None:
@@ -88,7 +88,7 @@ class Coordinator:
             self._wait_for([f"{what} {rank}" for rank in range(self.ranks.size)])
         return made
 
-    def said_by_first(self, what: str, here: str) -> str:
+    def broadcast_text(self, what: str, here: str) -> str:
         """Return the value of `here` on rank 0.
 
         Raises:
@@ -118,7 +118,7 @@ class Coordinator:
         mark = folder / f".{uuid.uuid4().hex}.mark"
         if self.ranks.is_first:
             mark.touch()
-        mark = folder / self.said_by_first(f"mark in {folder.name}", mark.name)
+        mark = folder / self.broadcast_text(f"mark in {folder.name}", mark.name)
         until = time.monotonic() + patience
         while not (seen := mark.exists()) and time.monotonic() < until:
             time.sleep(0.1)
@@ -293,8 +293,8 @@ def called_together(store: Any, told: Launch, patience: float) -> tuple[str, boo
                     break
             pause("not all ranks joined")
         restarts, sizes = ({int(word.split()[place]) for word in words} for place in (1, 2))
-        goes_on = store.check([BEGUN]) if attempts > 1 else max(restarts) > 0
-        store.set(f"{name} agreed", json.dumps({"goes on": goes_on, "sizes": sorted(sizes)}))
+        resumes = store.check([BEGUN]) if attempts > 1 else max(restarts) > 0
+        store.set(f"{name} agreed", json.dumps({"goes on": resumes, "sizes": sorted(sizes)}))
     else:
         while True:
             roll = json.loads(store.get("roll")) if store.check(["roll"]) else None
@@ -348,16 +348,16 @@ def joined(*, timeout: int, accelerator: str = "auto") -> Iterator[Coordinator]:
     patience = timedelta(seconds=timeout)
     try:
         attempts, rank, size = next(iter(rendezvous("env://", timeout=patience)))
-        name, goes_on = called_together(attempts, launch, timeout)
+        name, resumes = called_together(attempts, launch, timeout)
         if size == 1:
-            yield Coordinator(Communicator(), goes_on=goes_on, attempts=attempts)
+            yield Coordinator(Communicator(), resumes=resumes, attempts=attempts)
             return
         store = dist.PrefixStore(name, attempts)  # type: ignore[attr-defined]  # public, but missing in __all__
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size, timeout=patience
         )
         store = dist.PrefixStore("twotower", store)  # type: ignore[attr-defined]  # as above
-        team = Coordinator(Communicator.current(), store, float(timeout), goes_on, attempts)
+        team = Coordinator(Communicator.current(), store, float(timeout), resumes, attempts)
         with team.living():
             yield team
     except RuntimeError as error:

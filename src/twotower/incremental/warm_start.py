@@ -240,13 +240,13 @@ class ContinueOptimizer(Callback):
     Args:
         rows: row maps by name of a tensor of the towers, from `row_maps`.
         state: state dict of the old optimizer.
-        say: receives a message if some of the state cannot be used.
+        on_message: receives a message if some of the state cannot be used.
     """
 
     def __init__(
-        self, rows: Mapping[str, Tensor], state: Mapping[str, Any], say: Callable[[object], None] | None = None
+        self, rows: Mapping[str, Tensor], state: Mapping[str, Any], on_message: Callable[[object], None] | None = None
     ) -> None:
-        self.rows, self.state, self.say = rows, state, say
+        self.rows, self.state, self.on_message = rows, state, on_message
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Load the parent's state; a resumed run is restored from its own checkpoint after this."""
@@ -256,8 +256,10 @@ class ContinueOptimizer(Callback):
         for optimizer in trainer.optimizers:
             assert isinstance(optimizer, TableOptimizer)
             done, count = continue_optimizer(optimizer, self.state, maps, parts_of(towers))
-            if done < count and self.say is not None:
-                self.say(f"optimizer: {count - done} of {count} tensors start without state: their update rule changed")
+            if done < count and self.on_message is not None:
+                self.on_message(
+                    f"optimizer: {count - done} of {count} tensors start without state: their update rule changed"
+                )
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
@@ -315,7 +317,7 @@ def carry_on(
     towers: TwoTower,
     objective: Objective,
     ranks: Communicator | None = None,
-    say: Callable[[object], None] | None = None,
+    on_message: Callable[[object], None] | None = None,
 ) -> ContinueOptimizer | None:
     """Load the parent's weights and state into fresh towers and a fresh objective, both changed in place; collective.
 
@@ -329,7 +331,7 @@ def carry_on(
         towers: freshly built.
         objective: freshly built.
         ranks: the processes of the run; None for a single process.
-        say: receives a message if the states of optimizer and objective cannot be inherited.
+        on_message: receives a message if the states of optimizer and objective cannot be inherited.
 
     Returns:
         The callback that loads the parent's optimizer state; None if that state is not available.
@@ -353,21 +355,21 @@ def carry_on(
     ranks, old = ranks or Communicator(), parent.weights()
     grow(towers, old, rows)
     if parent.checkpoint is None or not parent.checkpoint.is_dir():
-        if say is not None:
-            say(f"{AFRESH}: {parent.where} has no checkpoint (checkpoints/best.ckpt)")
+        if on_message is not None:
+            on_message(f"{AFRESH}: {parent.where} has no checkpoint (checkpoints/best.ckpt)")
         return None
     saved = open_checkpoint(parent.checkpoint)
     state: Mapping[str, RowSource] = saved["state_dict"]
     # The checkpoint matches the model only if it has the same weights: the averaged ones, if there are any.
     kind = "averaged" if any(name.startswith("averaged.") for name in state) else "towers"
     if ranks.agree(any(not _same(state.get(f"{kind}.{name}"), own, ranks) for name, own in old.items())):
-        if say is not None:
-            say(f"{AFRESH}: {parent.checkpoint} has other weights than the model")
+        if on_message is not None:
+            on_message(f"{AFRESH}: {parent.checkpoint} has other weights than the model")
         return None
     prefix = "objective."
     kept = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     continue_objective(objective, kept, growth.maps.items)
-    return ContinueOptimizer(rows, saved["optimizer_states"][0], say)
+    return ContinueOptimizer(rows, saved["optimizer_states"][0], on_message)
 
 
 def _same(saved: RowSource | None, own: RowSource, ranks: Communicator) -> bool:

@@ -15,10 +15,10 @@ def sampled_softmax(
     candidates: Tensor,
     log_expected_count: Tensor,
     *,
-    hits: Tensor | None = None,
+    mask: Tensor | None = None,
     row_candidates: Tensor | None = None,
     row_log_expected_count: Tensor | None = None,
-    row_hits: Tensor | None = None,
+    row_mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     row_offset: Tensor | None = None,
 ) -> Tensor:
@@ -38,10 +38,10 @@ def sampled_softmax(
         positive: embeddings of the rows' positives, [B, D].
         candidates: embeddings shared by all rows, [M, D]; M may be 0.
         log_expected_count: log kappa of each candidate, [M].
-        hits: bool [B, M], True where a candidate is not a negative for the row (its own positive, a known positive).
+        mask: bool [B, M], True where a candidate is not a negative for the row (its own positive, a known positive).
         row_candidates: embeddings of per-row candidates, [B, R, D].
         row_log_expected_count: their log kappa, [B, R]; 0 for candidates that are always included.
-        row_hits: bool [B, R], True where a per-row candidate is not a negative for its row.
+        row_mask: bool [B, R], True where a per-row candidate is not a negative for its row.
         temperature: divides every score; a number or a scalar tensor, > 0.
         row_offset: also subtracted from all candidate logits of a row, [B]: the part of a log count that depends on the
             row, such as log n' - log(1 - q_y) of refined logQ. With -log p_y the positive is corrected as well.
@@ -54,7 +54,7 @@ def sampled_softmax(
 
     Example:
         >>> query, item = torch.randn(2, 4), torch.randn(3, 4)
-        >>> sampled_softmax(query, item[:2], item, torch.zeros(3), hits=torch.eye(2, 3, dtype=torch.bool)).shape
+        >>> sampled_softmax(query, item[:2], item, torch.zeros(3), mask=torch.eye(2, 3, dtype=torch.bool)).shape
         torch.Size([2])
     """
     positive_logit, logits = candidate_logits(
@@ -62,10 +62,10 @@ def sampled_softmax(
         positive,
         candidates,
         log_expected_count,
-        hits=hits,
+        mask=mask,
         row_candidates=row_candidates,
         row_log_expected_count=row_log_expected_count,
-        row_hits=row_hits,
+        row_mask=row_mask,
         temperature=temperature,
         row_offset=row_offset,
     )
@@ -78,7 +78,7 @@ def refined_logq(
     candidates: Tensor,
     log_count: Tensor,
     *,
-    hits: Tensor | None = None,
+    mask: Tensor | None = None,
     log_left: Tensor,
     row_offset: Tensor,
     temperature: float | Tensor = 1.0,
@@ -98,7 +98,7 @@ def refined_logq(
         positive: [B, D].
         candidates: [M, D].
         log_count: log q_j of each candidate, minus the log of the number of copies it represents, [M].
-        hits: bool [B, M], True where a candidate is masked.
+        mask: bool [B, M], True where a candidate is masked.
         log_left: log n', [B]: the sum in the loss, unlike the sum in P_hat, is not divided by n'.
         row_offset: log n' - log(1 - q_y), [B], so that `log_count + row_offset` is log(n' Q'_j).
         temperature: divides every score.
@@ -109,7 +109,7 @@ def refined_logq(
     Source: Khrylchenko et al. 2025, "Correcting the LogQ Correction", arXiv 2507.09331, equations 8 to 10.
     """
     positive_logit, logits = candidate_logits(
-        query, positive, candidates, log_count, hits=hits, temperature=temperature, row_offset=row_offset
+        query, positive, candidates, log_count, mask=mask, temperature=temperature, row_offset=row_offset
     )
     # Every logit already contains - log n': the sum here is (1/n') sum_i exp(s_i - log Q'_i).
     log_negatives = torch.logsumexp(logits, 1)
@@ -142,29 +142,29 @@ def candidate_logits(
     candidates: Tensor,
     log_expected_count: Tensor,
     *,
-    hits: Tensor | None = None,
+    mask: Tensor | None = None,
     row_candidates: Tensor | None = None,
     row_log_expected_count: Tensor | None = None,
-    row_hits: Tensor | None = None,
+    row_mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     row_offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute corrected logits, (positive [B], candidates [B, M + R]), -inf where masked. See `sampled_softmax`."""
-    _check_shapes(query, positive, candidates, log_expected_count, hits)
+    _check_shapes(query, positive, candidates, log_expected_count, mask)
     query, positive, candidates = (_accumulating(tensor) for tensor in (query, positive, candidates))
     scaled = query / temperature
     positive_logit = (scaled * positive).sum(-1)
     # Allocate one [B, M] matrix and modify it in place: it accounts for most of a step's memory traffic.
     logits = torch.addmm(-log_expected_count.to(scaled.dtype)[None, :], scaled, candidates.T)
-    if hits is not None:
-        logits = logits.masked_fill_(hits, -torch.inf)
+    if mask is not None:
+        logits = logits.masked_fill_(mask, -torch.inf)
     if row_candidates is not None:
-        _check_row_shapes(query, row_candidates, row_log_expected_count, row_hits)
+        _check_row_shapes(query, row_candidates, row_log_expected_count, row_mask)
         row_logits = torch.einsum("bd,brd->br", scaled, _accumulating(row_candidates))
         if row_log_expected_count is not None:
             row_logits = row_logits - row_log_expected_count.to(scaled.dtype)
-        if row_hits is not None:
-            row_logits = row_logits.masked_fill(row_hits, -torch.inf)
+        if row_mask is not None:
+            row_logits = row_logits.masked_fill(row_mask, -torch.inf)
         logits = torch.cat([logits, row_logits], 1)
     if row_offset is not None:
         if row_offset.shape != query.shape[:1]:
@@ -201,7 +201,7 @@ def _accumulating(tensor: Tensor) -> Tensor:
 
 
 def _check_shapes(
-    query: Tensor, positive: Tensor, candidates: Tensor, log_expected_count: Tensor, hits: Tensor | None
+    query: Tensor, positive: Tensor, candidates: Tensor, log_expected_count: Tensor, mask: Tensor | None
 ) -> None:
     if query.ndim != 2:
         raise InputError(f"query: expected [B, D], found {list(query.shape)}")
@@ -215,12 +215,12 @@ def _check_shapes(
             f"log_expected_count: expected one number per candidate, [{len(candidates)}]; "
             f"found {list(log_expected_count.shape)}"
         )
-    if hits is not None and (hits.shape != (rows, len(candidates)) or hits.dtype != torch.bool):
-        raise InputError(f"hits: expected bool [{rows}, {len(candidates)}], found {hits.dtype} {list(hits.shape)}")
+    if mask is not None and (mask.shape != (rows, len(candidates)) or mask.dtype != torch.bool):
+        raise InputError(f"mask: expected bool [{rows}, {len(candidates)}], found {mask.dtype} {list(mask.shape)}")
 
 
 def _check_row_shapes(
-    query: Tensor, row_candidates: Tensor, row_log_expected_count: Tensor | None, row_hits: Tensor | None
+    query: Tensor, row_candidates: Tensor, row_log_expected_count: Tensor | None, row_mask: Tensor | None
 ) -> None:
     rows, width = query.shape
     if row_candidates.ndim != 3 or row_candidates.shape[0] != rows or row_candidates.shape[2] != width:
@@ -230,5 +230,5 @@ def _check_row_shapes(
         raise InputError(
             f"row_log_expected_count: expected {list(expected)}, found {list(row_log_expected_count.shape)}"
         )
-    if row_hits is not None and (row_hits.shape != expected or row_hits.dtype != torch.bool):
-        raise InputError(f"row_hits: expected bool {list(expected)}, found {row_hits.dtype} {list(row_hits.shape)}")
+    if row_mask is not None and (row_mask.shape != expected or row_mask.dtype != torch.bool):
+        raise InputError(f"row_mask: expected bool {list(expected)}, found {row_mask.dtype} {list(row_mask.shape)}")

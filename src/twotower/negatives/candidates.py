@@ -20,7 +20,7 @@ class Candidates:
         log_expected_count: log kappa_j of each, pooled over all sources, float32 [M]; 0 for an item that is always
             included, inf for an empty slot. After `collapse()`, exp(-log_expected_count) is the total weight of all
             copies of the item.
-        masks: the same as `hits`, as (row, item) pairs; read by the tiled losses.
+        negative_mask: the same as `mask`, as (row, item) pairs; read by the tiled losses.
         multiplicity: how many drawn copies each candidate represents, int64 [M]: 1 before `collapse()`, 0 for an empty
             slot.
         source: index of the source in the pool that drew the candidate, int64 [M]; -1 after copies are merged.
@@ -29,39 +29,39 @@ class Candidates:
             always included. Only losses that correct the positive use it.
         row_items: per-row candidates, int64 [B, R], -1 where empty; None if no source is per row.
         row_log_expected_count: their log kappa, float32 [B, R].
-        row_hits: bool [B, R], True where a per-row candidate is not a negative for its row.
+        row_mask: bool [B, R], True where a per-row candidate is not a negative for its row.
     """
 
     items: Tensor
     log_expected_count: Tensor
-    masks: NegativeMask
+    negative_mask: NegativeMask
     multiplicity: Tensor
     source: Tensor
     positives: Tensor
     positive_log_count: Tensor
     row_items: Tensor | None = None
     row_log_expected_count: Tensor | None = None
-    row_hits: Tensor | None = None
+    row_mask: Tensor | None = None
 
     @property
-    def hits(self) -> Tensor:
+    def mask(self) -> Tensor:
         """Bool [B, M], True where a candidate is not a negative for the row; computed on first access.
 
         A hit is the row's own positive (accidental hit), a known positive, an item that is always included as a per-row
         candidate, or an empty slot.
         """
-        return self.masks.dense()
+        return self.negative_mask.dense()
 
     def head(self, rows: int) -> Candidates:
         """Return the same candidates for the first `rows` rows only."""
         return replace(
             self,
-            masks=self.masks.head(rows),
+            negative_mask=self.negative_mask.head(rows),
             positives=self.positives[:rows],
             positive_log_count=self.positive_log_count[:rows],
             row_items=None if self.row_items is None else self.row_items[:rows],
             row_log_expected_count=None if self.row_log_expected_count is None else self.row_log_expected_count[:rows],
-            row_hits=None if self.row_hits is None else self.row_hits[:rows],
+            row_mask=None if self.row_mask is None else self.row_mask[:rows],
         )
 
     def collapse(self) -> Candidates:
@@ -86,7 +86,7 @@ class Candidates:
             self,
             items=items,
             log_expected_count=-(largest + weight.log()).to(self.log_expected_count.dtype),
-            masks=self.masks.select(chosen),
+            negative_mask=self.negative_mask.select(chosen),
             multiplicity=multiplicity,
             source=torch.full_like(items, -1),
         )

@@ -130,11 +130,11 @@ class NegativeMask:
             InputError: it is not a boolean matrix.
         """
         if dense.ndim != 2 or dense.dtype != torch.bool:
-            raise InputError(f"hits: expected bool [B, M], found {dense.dtype} {list(dense.shape)}")
+            raise InputError(f"mask: expected bool [B, M], found {dense.dtype} {list(dense.shape)}")
         row, place = dense.nonzero(as_tuple=True)
-        hits = cls([(row, place)], rows=dense.shape[0], items=None, size=dense.shape[1])
-        hits._dense = dense
-        return hits
+        mask = cls([(row, place)], rows=dense.shape[0], items=None, size=dense.shape[1])
+        mask._dense = dense
+        return mask
 
     @property
     def shape(self) -> tuple[int, int]:

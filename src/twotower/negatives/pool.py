@@ -51,7 +51,7 @@ class Pool(nn.Module):
         >>> frequency = CountedFrequency(torch.tensor([5, 3, 2, 0]))
         >>> pool = Pool(InBatch(frequency), Sampled(Uniform(4), size=8), unique=True)
         >>> drawn = pool.draw(torch.tensor([0, 1, 0]))
-        >>> drawn.hits.shape == (3, len(drawn.items))
+        >>> drawn.mask.shape == (3, len(drawn.items))
         True
     """
 
@@ -126,7 +126,7 @@ class Pool(nn.Module):
         result = Candidates(
             items=items,
             log_expected_count=log_count.to(torch.float32),
-            masks=NegativeMask(
+            negative_mask=NegativeMask(
                 [pair for pair in pairs if pair is not None],
                 rows=len(own_positives),
                 items=items,
@@ -187,16 +187,16 @@ class Pool(nn.Module):
         places, row_places = [], []
         for place, member in enumerate(self.members()):
             # Per-row random candidates are drawn for all rows, so that they do not depend on how a batch is split.
-            items = member.draw(own if member.always else request)
+            items = member.draw(own if member.deterministic else request)
             if member.per_row:
-                items = items if member.always or part is None else items[part]
+                items = items if member.deterministic or part is None else items[part]
                 items = row_duplicates(items) if member.unique else items
-                rows[member.always].append(items)
-                row_places += [] if member.always else [torch.full_like(items, place)]
+                rows[member.deterministic].append(items)
+                row_places += [] if member.deterministic else [torch.full_like(items, place)]
             else:
                 items = empty_duplicates(items) if member.unique else items
-                shared[member.always].append(items)
-                places += [] if member.always else [torch.full_like(items, place)]
+                shared[member.deterministic].append(items)
+                places += [] if member.deterministic else [torch.full_like(items, place)]
         blank = request.positives.new_empty(0)
         return (
             torch.cat([blank, *shared[True]]),
@@ -269,14 +269,14 @@ class Pool(nn.Module):
         place = torch.cat([torch.full_like(fixed, FIXED), drawn if source is None else source], 1)
         empty = items < 0
         log_count = self._log_count(items.clamp(min=0), place, request, is_fixed=(place == FIXED) | empty)
-        hits = empty | (items == positives[:, None])
+        mask = empty | (items == positives[:, None])
         if known is not None:
-            hits |= known_in_rows(items, *known)
+            mask |= known_in_rows(items, *known)
         return replace(
             shared,
             row_items=items,
             row_log_expected_count=log_count.masked_fill(empty, torch.inf).to(torch.float32),
-            row_hits=hits,
+            row_mask=mask,
         )
 
 

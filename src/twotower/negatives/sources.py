@@ -5,8 +5,9 @@ The numbers of a source, for item j (docs/theory.md, "One estimator: the expecte
     expected count   E[number of times j is among this source's candidates of a row]
     absence          P(j is not among them) = 1 - inclusion probability
 
-A source is either *random* or *always*: an always source includes its items in every draw with kappa = 1, and they
-are masked from every random source of the row. Its candidates are shared by the batch, [m], or *per row*, [B, R].
+A source is either *random* or *deterministic*: a deterministic source includes its items in every draw with kappa =
+1, and they are masked from every random source of the row. Its candidates are shared by the batch, [m], or *per row*,
+[B, R].
 
 `Pool` (pool.py) adds expected counts, or multiplies absences, and applies the masks.
 
@@ -54,12 +55,12 @@ class Source(nn.Module, ABC):
 
     Attributes:
         unique: duplicates within the source are removed, so that the expected count is an inclusion probability.
-        always: the source is deterministic: its items are in every draw and are masked from the random sources.
+        deterministic: its items are in every draw and are masked from the random sources.
         per_row: candidates belong to single rows, [B, R] with -1 for an empty slot, not to the whole batch, [m].
     """
 
     unique: bool = False
-    always: bool = False
+    deterministic: bool = False
     per_row: bool = False
 
     @abstractmethod
@@ -216,7 +217,7 @@ class Head(Source):
         InputError: size is less than 1.
     """
 
-    always = True
+    deterministic = True
     items: Tensor
 
     def __init__(self, counts: Tensor, size: int) -> None:
@@ -239,7 +240,7 @@ class Catalog(Source):
         num_items: N.
     """
 
-    always = True
+    deterministic = True
     items: Tensor
 
     def __init__(self, num_items: int) -> None:
@@ -261,7 +262,7 @@ class PerQuery(Source):
         items: int64 [Q, R], -1 where a query has fewer.
     """
 
-    always = True
+    deterministic = True
     per_row = True
     items: Tensor
 

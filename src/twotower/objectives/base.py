@@ -186,7 +186,7 @@ class RefinedLogQ(Objective):
 
     def __init__(self, pool: Pool, *, strength: float = 1.0) -> None:
         super().__init__(pool, strength=strength)
-        if any(member.always for member in pool.members()):
+        if any(member.deterministic for member in pool.members()):
             raise InputError(
                 "objective.sources: refined-logq is defined on drawn candidates only; head, observed, mined and "
                 "catalog are always included; remove them, or use expected-count"
@@ -228,7 +228,7 @@ class RefinedLogQ(Objective):
             embedded.positive,
             embedded.candidates,
             drawn.log_expected_count,
-            hits=drawn.hits,
+            mask=drawn.mask,
             log_left=self.strength * log_left,
             row_offset=self.strength * (log_left - log_rest),
             temperature=temperature,
@@ -237,7 +237,7 @@ class RefinedLogQ(Objective):
 
 def refined_parts(drawn: Candidates) -> tuple[Tensor, Tensor]:
     """Compute log n' and log(1 - q_y) of each row, float32 [B]; n' counts the unmasked candidates, copies included."""
-    left = (drawn.multiplicity.sum() - drawn.masks.count(drawn.multiplicity)).clamp(min=1)
+    left = (drawn.multiplicity.sum() - drawn.negative_mask.count(drawn.multiplicity)).clamp(min=1)
     q = drawn.positive_log_count.double().exp().clamp(max=1.0)
     # A catalog of one item has q_y = 1; it leaves no candidates, so any finite offset works.
     rest = torch.log1p(-q.clamp(max=1.0 - 1e-15))
@@ -253,10 +253,10 @@ def corrected_logits(
         embedded.positive,
         embedded.candidates,
         drawn.log_expected_count,
-        hits=drawn.hits,
+        mask=drawn.mask,
         row_candidates=embedded.row_candidates,
         row_log_expected_count=drawn.row_log_expected_count,
-        row_hits=drawn.row_hits,
+        row_mask=drawn.row_mask,
         temperature=temperature,
         row_offset=row_offset,
     )
@@ -269,10 +269,10 @@ def tiled_arguments(embedded: Embedded, drawn: Candidates) -> dict[str, Any]:
         "positive": embedded.positive,
         "candidates": embedded.candidates,
         "log_expected_count": drawn.log_expected_count,
-        "hits": drawn.masks,
+        "mask": drawn.negative_mask,
         "row_candidates": embedded.row_candidates,
         "row_log_expected_count": drawn.row_log_expected_count,
-        "row_hits": drawn.row_hits,
+        "row_mask": drawn.row_mask,
     }
 
 

@@ -147,7 +147,7 @@ class BPR(Objective):
 
 def _keep_accidental(drawn: Candidates) -> Candidates:
     """Unmask the drawn copies of each row's own positive."""
-    kept = replace(drawn, masks=drawn.masks.without(drawn.positives, drawn.items))
-    if drawn.row_items is None or drawn.row_hits is None:
+    kept = replace(drawn, negative_mask=drawn.negative_mask.without(drawn.positives, drawn.items))
+    if drawn.row_items is None or drawn.row_mask is None:
         return kept
-    return replace(kept, row_hits=drawn.row_hits & (drawn.row_items != drawn.positives[:, None]))
+    return replace(kept, row_mask=drawn.row_mask & (drawn.row_items != drawn.positives[:, None]))

@@ -54,13 +54,13 @@ def read_by_all(
         InputError: the files or rows differ from those of the first rank, or the files from those in `before`.
     """
     files = listing(source)
-    refuse_other_files(json.loads(team.said_by_first("files", json.dumps(files))), files, "the first rank has")
+    refuse_other_files(json.loads(team.broadcast_text("files", json.dumps(files))), files, "the first rank has")
     if before is not None and before.is_file():
         refuse_other_files(json.loads(before.read_text(encoding="utf-8")), files, "the run began with")
     # Shards are read by all ranks together. A single file is read by the first rank; the others find it in the cache.
     share = team.all_at_once if len(files) > 1 else team.first_then_others
     data = share(lambda: read_data(source, settings, context=context), "data")
-    if team.said_by_first("fingerprint", data.fingerprint) != data.fingerprint:
+    if team.broadcast_text("fingerprint", data.fingerprint) != data.fingerprint:
         raise InputError(
             f"{source}: rank {team.ranks.rank} read other rows than the first rank; give all ranks the same files"
         )

@@ -89,36 +89,38 @@ def fit(
     config: Config | str | Path | None = None,
     *,
     directory: str | Path | None = None,
-    start: Model | ParentModel | str | Path | None = None,
+    warm_start: Model | ParentModel | str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
-    say: Callable[[object], None] | None = None,
+    on_message: Callable[[object], None] | None = None,
 ) -> Model:
     """Train a two-tower model from scratch, or continue training an existing one on new data.
 
     Args:
-        split: training interactions, and the validation queries for early stopping; with `start`, the split that
+        split: training interactions, and the validation queries for early stopping; with `warm_start`, the split that
             `continue_with` returns.
-        config: settings or a YAML file. If None: the settings of `start`, or the defaults.
-        start: the model to continue from, or its folder.
+        config: settings or a YAML file. If None: the settings of `warm_start`, or the defaults.
+        warm_start: the model to continue from, or its folder.
         directory: folder for checkpoints and logs; a temporary folder if None. With several ranks it is required and
             must be shared by all of them.
         resume: resume from the last checkpoint in `directory`.
         progress: show a progress bar.
-        say: receives the memory plan, and which state of `start` cannot be carried over; None discards them.
+        on_message: receives the memory plan, and which state of `warm_start` cannot be carried over; None discards
+            them.
 
     Returns:
         The model with its best weights.
 
     Raises:
-        InputError: a setting is wrong, there is no checkpoint to resume from, or `split` does not continue `start`.
+        InputError: a setting is wrong, there is no checkpoint to resume from, or `split` does not continue
+            `warm_start`.
         Interrupted: Ctrl-C; a checkpoint was left in `directory`.
     """
     # Imported here because Lightning is slow to import and nothing else needs it.
     from twotower.incremental.warm_start import carry_on, grown_features  # noqa: PLC0415
     from twotower.training import fit_towers, place_tables, plan_memory  # noqa: PLC0415
 
-    parent = incremental.parent_of(start)
+    parent = incremental.parent_of(warm_start)
     if config is None and parent is not None:
         config = parent.artifact.config
     settings = config if isinstance(config, Config) else Config.load(config)
@@ -126,7 +128,15 @@ def fit(
         if Communicator.current().size > 1:
             raise InputError("fit(directory=...): required with several ranks; pass a folder that all ranks share")
         with tempfile.TemporaryDirectory(prefix="twotower-") as temporary:
-            return fit(split, settings, directory=temporary, start=parent, resume=resume, progress=progress, say=say)
+            return fit(
+                split,
+                settings,
+                directory=temporary,
+                warm_start=parent,
+                resume=resume,
+                progress=progress,
+                on_message=on_message,
+            )
     rows = incremental.rows_to_learn(split, parent, settings)
     if parent is not None:
         settings = incremental.inherit_settings(parent.artifact.config, settings)
@@ -157,7 +167,9 @@ def fit(
         objective = build_objective(settings, train, learnt=learnt)
         optimizer = mine = None
         if growth is not None and parent is not None:
-            optimizer = carry_on(parent, settings, growth, towers=towers, objective=objective, ranks=ranks, say=say)
+            optimizer = carry_on(
+                parent, settings, growth, towers=towers, objective=objective, ranks=ranks, on_message=on_message
+            )
             if (
                 mine := refresh_hard_negatives(objective, train, length, gaps_of(settings, train))
             ) is not None and not resume:
@@ -165,8 +177,8 @@ def fit(
         validate = _validation(split.validation, settings, train) if len(split.validation) else None
         before = validate(towers) if validate is not None and parent is not None and not resume else None
         plan = plan_memory(settings, towers, objective, train, ranks)
-        if say is not None:
-            say(plan)
+        if on_message is not None:
+            on_message(plan)
         result = fit_towers(
             towers,
             objective,
@@ -180,7 +192,7 @@ def fit(
             resume=resume,
             progress=progress,
             hyperparameters=settings.model_dump(mode="json"),
-            start=optimizer,
+            warm_start=optimizer,
             in_background=plan.in_background,
         )
     artifact = _artifact(settings, split, towers, result)
@@ -194,16 +206,16 @@ def fit(
 
 
 def continue_with(
-    start: Model | ParentModel | str | Path,
+    warm_start: Model | ParentModel | str | Path,
     data: Interactions,
     config: Config | None = None,
     *,
     withdrawn: IdValues | None = None,
 ) -> ContinuedSplit:
-    """Join new interactions to a model's training data and split them, for `fit(split, start=model)`.
+    """Join new interactions to a model's training data and split them, for `fit(split, warm_start=model)`.
 
     Args:
-        start: the model, or its folder.
+        warm_start: the model, or its folder.
         data: the new interactions, or the complete log: rows up to the model's last timestamp are skipped.
         config: settings whose section `data` defines the split; the model's settings if None.
         withdrawn: ids of items to remove from the catalog.
@@ -214,7 +226,7 @@ def continue_with(
     Raises:
         InputError: there are no new rows, the ids are of another type, or the split is impossible.
     """
-    parent = incremental.parent_of(start)
+    parent = incremental.parent_of(warm_start)
     assert parent is not None
     settings = parent.artifact.config if config is None else config
     return incremental.new_days(

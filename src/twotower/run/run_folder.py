@@ -36,12 +36,12 @@ def train_run(
     out: str | Path,
     config: Config,
     *,
-    start: str | Path | None = None,
+    warm_start: str | Path | None = None,
     withdraw: str | Path | None = None,
     resume: bool = False,
     replace: bool = True,
     progress: bool = True,
-    say: Callable[[object], None] = print,
+    on_message: Callable[[object], None] = print,
 ) -> tuple[Model, Evaluation]:
     """Implement `twotower train`: read, split, fit, evaluate on the test queries, write the run folder.
 
@@ -52,12 +52,12 @@ def train_run(
         source: a file, a folder or the name of a data set.
         out: the run folder: `config.yaml`, `model/`, `results.json`, `checkpoints/`, `logs/`.
         config: the settings.
-        start: folder of the model to continue from; `source` is then the new data.
+        warm_start: folder of the model to continue from; `source` is then the new data.
         withdraw: file with the ids of items to remove from the catalog.
         resume: resume an interrupted run in `out`.
         replace: if not resuming, replace an existing run in `out`.
         progress: show a progress bar.
-        say: receives the accounts and progress messages.
+        on_message: receives the accounts and progress messages.
 
     Raises:
         InputError: `out` already contains a run, and neither `resume` nor `replace` is set.
@@ -65,8 +65,8 @@ def train_run(
     """
     training = config.training
     with joined(timeout=training.exchange_timeout, accelerator=training.accelerator) as team:
-        if team.goes_on and not resume:  # torchrun restarts with the same arguments, without --resume
-            resume = bool(team.said_by_first("resume", "yes" if (Path(out) / LAST).exists() else ""))
+        if team.resumes and not resume:  # torchrun restarts with the same arguments, without --resume
+            resume = bool(team.broadcast_text("resume", "yes" if (Path(out) / LAST).exists() else ""))
         elif not resume and team.ranks.is_first:
             _require_free(Path(out), replace=replace)
         return _train(
@@ -74,11 +74,11 @@ def train_run(
             Path(out),
             config,
             team,
-            start=start,
+            warm_start=warm_start,
             withdraw=withdraw,
             resume=resume,
             progress=progress,
-            say=say if team.ranks.is_first else _discard,
+            on_message=on_message if team.ranks.is_first else _discard,
         )
 
 
@@ -108,22 +108,22 @@ def _train(
     config: Config,
     team: Coordinator,
     *,
-    start: str | Path | None,
+    warm_start: str | Path | None,
     withdraw: str | Path | None,
     resume: bool,
     progress: bool,
-    say: Callable[[object], None],
+    on_message: Callable[[object], None],
 ) -> tuple[Model, Evaluation]:
     is_first = team.ranks.is_first
     parents = directory / "parent.json"
-    if start is None and resume and parents.is_file():
-        start = json.loads(parents.read_text(encoding="utf-8"))["model"]
-    parent = None if start is None else ParentModel.load(start)
+    if warm_start is None and resume and parents.is_file():
+        warm_start = json.loads(parents.read_text(encoding="utf-8"))["model"]
+    parent = None if warm_start is None else ParentModel.load(warm_start)
     reading = config.data if parent is None else with_catalog(config.data)
     files, data = read_by_all(
         source, reading, team, context=wanted_context(config), before=directory / INPUTS if resume else None
     )
-    say(data.account)
+    on_message(data.account)
     split: Split
     if parent is None:
         split = split_data(data, config.data)
@@ -132,9 +132,9 @@ def _train(
         if withdraw is not None:
             ids = ids_like(read_ids(withdraw), parent.artifact.items, str(withdraw))
         split = continue_with(parent, data, config, withdrawn=ids)
-    say(split.account)
+    on_message(split.account)
     for line in unused_tables(config, split.train):
-        say(line)
+        on_message(line)
     rows = incremental.rows_to_learn(split, parent, config)
     if parent is not None:
         config = incremental.inherit_settings(parent.artifact.config, config)
@@ -143,7 +143,7 @@ def _train(
     build_objective(config, split.train)
     if parent is None:
         for fitted in fit_features(config, split.train).values():
-            say(fitted)
+            on_message(fitted)
     evaluation.check_slices(split.train, config.evaluation.slices)
     for holdout in (split.validation, split.test):
         evaluation.check_targets(holdout, split.train.num_items, config.evaluation.exclude_seen)
@@ -157,10 +157,12 @@ def _train(
         if parent is not None:
             write_text(parents, json.dumps({"model": parent.where, "fingerprint": parent.fingerprint}))
     team.begins()
-    model = fit(split, config, directory=directory, start=parent, resume=resume, progress=progress, say=say)
+    model = fit(
+        split, config, directory=directory, warm_start=parent, resume=resume, progress=progress, on_message=on_message
+    )
     if resume and is_first:  # only after fit: settings that do not match the checkpoint must not replace the old ones
         write_text(directory / "config.yaml", config.to_yaml())
-    say(_summary(model, config))
+    on_message(_summary(model, config))
     measured = evaluate(
         model,
         split.test,

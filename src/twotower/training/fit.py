@@ -92,7 +92,7 @@ def fit_towers(
     resume: bool = False,
     progress: bool = True,
     hyperparameters: Mapping[str, Any] | None = None,
-    start: Callback | None = None,
+    warm_start: Callback | None = None,
     in_background: bool = False,
 ) -> FitResult:
     """Train until the validation metric stops improving, and return the best weights.
@@ -110,7 +110,7 @@ def fit_towers(
         resume: resume from `directory/checkpoints/last.ckpt`.
         progress: show a progress bar.
         hyperparameters: shown by the logger next to the curves, if it supports them.
-        start: warm-starts the optimizer from a parent's state (training/continuing.py); None starts fresh.
+        warm_start: warm-starts the optimizer from a parent's state (training/continuing.py); None starts fresh.
         in_background: write checkpoints in the background, from a copy of the state.
 
     Raises:
@@ -145,8 +145,8 @@ def fit_towers(
     io = SafeCheckpointIO(ranks, parts, in_background=in_background, timeout=settings.exchange_timeout)
     stop = StopBetweenSteps(last, ranks, io.settle)
     callbacks: list[Callback] = [keep_best, history, EpochOrder(batches), stop]
-    if start is not None:
-        callbacks.append(start)
+    if warm_start is not None:
+        callbacks.append(warm_start)
     if mine is not None:
         callbacks.append(MineHardNegatives(mine))
     if validate:

@@ -67,9 +67,9 @@ def _products(workload: Workload, device: torch.device) -> float:
     counts = torch.rand(candidates, device=device)
 
     def step() -> None:
-        hits = NegativeMask([pairs], rows=rows, items=torch.arange(candidates, device=device), size=candidates)
+        mask = NegativeMask([pairs], rows=rows, items=torch.arange(candidates, device=device), size=candidates)
         positive = items.index_select(0, own)
-        tiled_softmax(query, positive, items, counts, hits=hits, temperature=0.1).backward()  # type: ignore[no-untyped-call]
+        tiled_softmax(query, positive, items, counts, mask=mask, temperature=0.1).backward()  # type: ignore[no-untyped-call]
 
     return 6.0 * rows * candidates * width / _seconds(step, device)
 

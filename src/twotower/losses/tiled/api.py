@@ -25,10 +25,10 @@ def tiled_softmax(
     candidates: Tensor,
     log_expected_count: Tensor,
     *,
-    hits: NegativeMask | Tensor | None = None,
+    mask: NegativeMask | Tensor | None = None,
     row_candidates: Tensor | None = None,
     row_log_expected_count: Tensor | None = None,
-    row_hits: Tensor | None = None,
+    row_mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     row_offset: Tensor | None = None,
     log_left: Tensor | None = None,
@@ -41,10 +41,10 @@ def tiled_softmax(
         positive: [B, D].
         candidates: [M, D].
         log_expected_count: log kappa of each candidate, [M].
-        hits: the mask; `Candidates.masks`, or bool [B, M].
+        mask: the mask; `Candidates.masks`, or bool [B, M].
         row_candidates: [B, R, D].
         row_log_expected_count: [B, R].
-        row_hits: bool [B, R].
+        row_mask: bool [B, R].
         temperature: divides every score; may be a tensor with a gradient.
         row_offset: subtracted from all candidate logits of a row, [B].
         log_left: log n' of refined logQ, [B].
@@ -62,10 +62,10 @@ def tiled_softmax(
         positive,
         candidates,
         log_expected_count,
-        hits=hits,
+        mask=mask,
         row_candidates=row_candidates,
         row_log_expected_count=row_log_expected_count,
-        row_hits=row_hits,
+        row_mask=row_mask,
         temperature=temperature,
         row_offset=row_offset,
         weights=weights,
@@ -111,7 +111,7 @@ def tiled_full_softmax(
     task = LossInputs(
         TiledSoftmax(),
         _weights(weights, query),
-        hits=NegativeMask([(rows, positive_items)], rows=len(query), items=None, size=len(items)),
+        mask=NegativeMask([(rows, positive_items)], rows=len(query), items=None, size=len(items)),
         own_places=positive_items,
         low_precision=_low_precision(query),
     )
@@ -127,10 +127,10 @@ def tiled_logistic(
     bias: Tensor | None = None,
     own_offset: Tensor | None = None,
     beta: float = 1.0,
-    hits: NegativeMask | Tensor | None = None,
+    mask: NegativeMask | Tensor | None = None,
     row_candidates: Tensor | None = None,
     row_log_expected_count: Tensor | None = None,
-    row_hits: Tensor | None = None,
+    row_mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     weights: Tensor | None = None,
 ) -> Tensor:
@@ -144,10 +144,10 @@ def tiled_logistic(
         bias: a scalar added to every logit, including the positive's; may have a gradient.
         own_offset: subtracted from the positive's logit, [B]: its log kappa in the corrected losses.
         beta: weight of the positive.
-        hits: as in `tiled_softmax`; so are the following.
+        mask: as in `tiled_softmax`; so are the following.
         row_candidates: [B, R, D].
         row_log_expected_count: [B, R].
-        row_hits: bool [B, R].
+        row_mask: bool [B, R].
         temperature: divides every score.
         weights: w, [B]; None for the mean.
 
@@ -163,10 +163,10 @@ def tiled_logistic(
         positive,
         candidates,
         log_expected_count,
-        hits=hits,
+        mask=mask,
         row_candidates=row_candidates,
         row_log_expected_count=row_log_expected_count,
-        row_hits=row_hits,
+        row_mask=row_mask,
         temperature=temperature,
         own_offset=own_offset,
         bias=bias,
@@ -180,10 +180,10 @@ def tiled_bpr(
     candidates: Tensor,
     log_expected_count: Tensor,
     *,
-    hits: NegativeMask | Tensor | None = None,
+    mask: NegativeMask | Tensor | None = None,
     row_candidates: Tensor | None = None,
     row_log_expected_count: Tensor | None = None,
-    row_hits: Tensor | None = None,
+    row_mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     weights: Tensor | None = None,
 ) -> Tensor:
@@ -194,10 +194,10 @@ def tiled_bpr(
         positive,
         candidates,
         log_expected_count,
-        hits=hits,
+        mask=mask,
         row_candidates=row_candidates,
         row_log_expected_count=row_log_expected_count,
-        row_hits=row_hits,
+        row_mask=row_mask,
         temperature=temperature,
         weights=weights,
     )
@@ -210,22 +210,22 @@ def _tiled(
     candidates: Tensor,
     log_expected_count: Tensor,
     *,
-    hits: NegativeMask | Tensor | None,
+    mask: NegativeMask | Tensor | None,
     row_candidates: Tensor | None,
     row_log_expected_count: Tensor | None,
-    row_hits: Tensor | None,
+    row_mask: Tensor | None,
     temperature: float | Tensor,
     weights: Tensor | None,
     row_offset: Tensor | None = None,
     own_offset: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    _check_shapes(query, positive, candidates, log_expected_count, hits if isinstance(hits, Tensor) else None)
+    _check_shapes(query, positive, candidates, log_expected_count, mask if isinstance(mask, Tensor) else None)
     if row_candidates is not None:
-        _check_row_shapes(query, row_candidates, row_log_expected_count, row_hits)
-    masks = NegativeMask.of(hits) if isinstance(hits, Tensor) else hits
-    if masks is not None and masks.shape != (len(query), len(candidates)):
-        raise InputError(f"hits: expected shape [{len(query)}, {len(candidates)}], found {list(masks.shape)}")
+        _check_row_shapes(query, row_candidates, row_log_expected_count, row_mask)
+    negative_mask = NegativeMask.of(mask) if isinstance(mask, Tensor) else mask
+    if negative_mask is not None and negative_mask.shape != (len(query), len(candidates)):
+        raise InputError(f"mask: expected shape [{len(query)}, {len(candidates)}], found {list(negative_mask.shape)}")
     for name, offset in (("row_offset", row_offset), ("own_offset", own_offset)):
         if offset is not None and offset.shape != query.shape[:1]:
             raise InputError(f"{name}: expected [{len(query)}], found {list(offset.shape)}")
@@ -233,9 +233,9 @@ def _tiled(
         form,
         _weights(weights, query),
         log_count=log_expected_count,
-        hits=masks,
+        mask=negative_mask,
         row_log_count=row_log_expected_count,
-        row_hits=row_hits,
+        row_mask=row_mask,
         row_offset=row_offset,
         own_offset=own_offset,
         low_precision=_low_precision(query),

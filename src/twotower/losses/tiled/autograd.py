@@ -48,15 +48,15 @@ def evaluate(inputs: Inputs, task: LossInputs, *, wanted: bool) -> tuple[Tensor,
     query, positive, candidates, row_candidates, temperature, bias = inputs
     with torch.no_grad(), exact_products(query.device.type):
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        copies = None if task.own_places is not None else find_copies(candidates, task.log_count, task.hits)
+        copies = None if task.own_places is not None else find_copies(candidates, task.log_count, task.mask)
         shared = candidates
-        if copies is not None and task.hits is not None:
+        if copies is not None and task.mask is not None:
             shared = candidates.index_select(0, copies.place)
             log_count = None if task.log_count is None else task.log_count[copies.place]
-            task = replace(task, log_count=log_count, hits=task.hits.select(copies.place), multiplicity=copies.count)
+            task = replace(task, log_count=log_count, mask=task.mask.select(copies.place), multiplicity=copies.count)
         scaled = query.to(dtype) / temperature.to(dtype)
         run = _run(
-            find_repeated(query, task.hits)
+            find_repeated(query, task.mask)
             if isinstance(task.form, TiledSoftmax) and row_candidates is bias is None
             else None,
             scaled=scaled,

@@ -29,7 +29,7 @@ class CandidateCopies:
         return (by_distinct / self.count[:, None]).index_select(0, self.of)
 
 
-def find_copies(candidates: Tensor, log_count: Tensor | None, hits: NegativeMask | None) -> CandidateCopies | None:
+def find_copies(candidates: Tensor, log_count: Tensor | None, mask: NegativeMask | None) -> CandidateCopies | None:
     """Find copies of an item with the same embedding and the same log kappa; None if there is nothing to gain.
 
     Such copies contribute equal terms to every loss, so one product and a weight are enough for all of them. With
@@ -39,11 +39,11 @@ def find_copies(candidates: Tensor, log_count: Tensor | None, hits: NegativeMask
     Args:
         candidates: [M, D].
         log_count: [M], or None.
-        hits: the mask, which has the candidates' items.
+        mask: the mask, which has the candidates' items.
     """
-    if hits is None or hits.items is None or hits.empty is not None or candidates.device.type != "cpu":
+    if mask is None or mask.items is None or mask.empty is not None or candidates.device.type != "cpu":
         return None
-    items = hits.items
+    items = mask.items
     if len(items) < 2 or bool((items[1:] > items[:-1]).all()):
         return None
     distinct, of, count = torch.unique(items, return_inverse=True, return_counts=True)

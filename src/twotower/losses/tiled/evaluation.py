@@ -44,9 +44,9 @@ class LossInputs:
         form: the loss.
         weights: weight of each row in the returned sum, [B].
         log_count: subtracted from the shared candidates' logits, [M]; None for nothing.
-        hits: mask of the shared candidates.
+        mask: mask of the shared candidates.
         row_log_count: subtracted from the per-row candidates' logits, [B, R].
-        row_hits: bool [B, R].
+        row_mask: bool [B, R].
         row_offset: also subtracted from all candidate logits of a row, [B].
         own_offset: subtracted from the positive's logit, [B].
         own_places: int64 [B], positions of the positives among the candidates, which then get the positives' gradient.
@@ -57,9 +57,9 @@ class LossInputs:
     form: TileLoss
     weights: Tensor
     log_count: Tensor | None = None
-    hits: NegativeMask | None = None
+    mask: NegativeMask | None = None
     row_log_count: Tensor | None = None
-    row_hits: Tensor | None = None
+    row_mask: Tensor | None = None
     row_offset: Tensor | None = None
     own_offset: Tensor | None = None
     own_places: Tensor | None = None
@@ -151,14 +151,16 @@ class TiledEvaluation:
         """Compute the weighted sum of the rows' losses and fill the gradients."""
         task, rows = self.task, len(self.scaled)
         starts = tile_starts(rows, len(self.candidates), self.scaled)
-        masks = None if task.hits is None else iter(task.hits.tiles(starts))
+        tile_masks = None if task.mask is None else iter(task.mask.tiles(starts))
         largest = max((stop - start for start, stop in pairwise(starts)), default=0)
         memory = tile_memory(largest * len(self.candidates), self.scaled)
         width = block_width(largest, len(self.candidates), self.scaled)
         gathering: Iterator[None] = iter(())
         for start, stop in pairwise(starts):
             blocks = tile_blocks(memory, stop - start, len(self.candidates), width)
-            gathering = self._tile(slice(start, stop), blocks, None if masks is None else next(masks), gathering)
+            gathering = self._tile(
+                slice(start, stop), blocks, None if tile_masks is None else next(tile_masks), gathering
+            )
         finish(gathering)
         losses, by_own = self.sums.finish()
         if self.wanted:
@@ -232,7 +234,7 @@ class TiledEvaluation:
             logits += self.bias
         if self.unit != 1.0:
             logits *= self.unit
-        return logits if task.row_hits is None else logits.masked_fill_(task.row_hits[part], -torch.inf)
+        return logits if task.row_mask is None else logits.masked_fill_(task.row_mask[part], -torch.inf)
 
     def _add_to_scaled(self, part: slice, cols: slice, block: Tensor) -> None:
         with products(low=self.is_low):

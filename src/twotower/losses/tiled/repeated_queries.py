@@ -36,7 +36,7 @@ class RepeatedQueries:
         order: the row at each sorted position, int64 [B].
         of: line of each sorted row, int64 [B], ascending.
         first: one row of each line, int64 [G], ascending.
-        hits: what is masked for all rows of a line, [G, M]; None for nothing.
+        mask: what is masked for all rows of a line, [G, M]; None for nothing.
         own_line: line of each own item that is a candidate, once per line, int64 [E], ascending.
         own_place: its position among the candidates, int64 [E].
         row: sorted rows, int64 [P], ascending; with `other`, the pairs of a row and another row's own item.
@@ -46,7 +46,7 @@ class RepeatedQueries:
     order: Tensor
     of: Tensor
     first: Tensor
-    hits: NegativeMask | None
+    mask: NegativeMask | None
     own_line: Tensor
     own_place: Tensor
     row: Tensor
@@ -61,7 +61,7 @@ class RepeatedQueries:
         return list(zip(*found, strict=True))
 
 
-def find_repeated(query: Tensor, hits: NegativeMask | None) -> RepeatedQueries | None:
+def find_repeated(query: Tensor, mask: NegativeMask | None) -> RepeatedQueries | None:
     """Group rows by query; None if there is little to gain, or if rows differ in more than their own item.
 
     Queries are the same if their embeddings are equal bit by bit. That happens with towers that read only ids or
@@ -69,25 +69,25 @@ def find_repeated(query: Tensor, hits: NegativeMask | None) -> RepeatedQueries |
 
     Args:
         query: [B, D].
-        hits: the mask; its first pairs are each row's own item.
+        mask: the mask; its first pairs are each row's own item.
     """
-    if hits is None or hits.empty is not None or query.device.type != "cpu" or len(query) < 2 or not hits.pairs:
+    if mask is None or mask.empty is not None or query.device.type != "cpu" or len(query) < 2 or not mask.pairs:
         return None
     rows = torch.arange(len(query))
-    (own_row, own), *shared = hits.pairs
+    (own_row, own), *shared = mask.pairs
     line, first = _lines(query)
     if len(first) > WORTH_WHILE * len(query) or not torch.equal(own_row, rows):
         return None
     like = first[line]
     is_alike = torch.equal(query.index_select(0, like), query) and all(_is_shared(*pairs, like) for pairs in shared)
-    place = hits.places(own) if is_alike else None
+    place = mask.places(own) if is_alike else None
     if place is None:
         return None
     of_lines = []
     for row, item in shared:
         kept = (like == rows).index_select(0, row).nonzero()[:, 0]
         of_lines.append((line.index_select(0, row.index_select(0, kept)), item.index_select(0, kept)))
-    width = hits.size + 1  # the first place is for an own item that is not a candidate
+    width = mask.size + 1  # the first place is for an own item that is not a candidate
     key, order = torch.sort(line * width + place + 1)
     of, place = key // width, key % width - 1
     is_new = torch.ones_like(of, dtype=torch.bool)
@@ -106,7 +106,7 @@ def find_repeated(query: Tensor, hits: NegativeMask | None) -> RepeatedQueries |
         order=order,
         of=of,
         first=first,
-        hits=NegativeMask(of_lines, rows=len(first), items=hits.items, size=hits.size) if of_lines else None,
+        mask=NegativeMask(of_lines, rows=len(first), items=mask.items, size=mask.size) if of_lines else None,
         own_line=own_line,
         own_place=own_place,
         row=row[is_other],
@@ -171,7 +171,7 @@ class RepeatedEvaluation(TiledEvaluation):
         task = replace(
             task,
             form=TiledSoftmax(sort(task.form.log_left)),
-            hits=lines.hits,
+            mask=lines.mask,
             weights=task.weights.index_select(0, lines.order),
             row_offset=sort(task.row_offset),
             own_offset=sort(task.own_offset),
