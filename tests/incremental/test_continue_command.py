@@ -113,4 +113,4 @@ def test_incremental_runs_follow_each_other(tmp_path, capsys, command):
     code, _, err = command(
         capsys, *words[:-1], tmp_path / "y", "--withdraw", tmp_path / "gone.txt", "--set", "training.max_epochs=1"
     )
-    assert code == 2 and "none of its 1 items is in the catalog" in err
+    assert code == 2 and "none of the 1 ids is in the catalog" in err
