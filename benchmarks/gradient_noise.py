@@ -35,7 +35,7 @@ from twotower.run import history_length, reread
 from twotower.serving.model_folder import library_versions
 from twotower.system.filesystem import write_text
 from twotower.towers import TwoTower
-from twotower.training.step import batch_loss
+from twotower.training.step import compute_loss
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "full-softmax": {},
@@ -96,7 +96,7 @@ def gradients(towers: TwoTower, settings: Config, train: Interactions, batches: 
     moments = Moments()
     for place, batch in enumerate(batches):
         torch.manual_seed(place)  # the same dropout for all, if they use the generator in the same order
-        loss, _, _ = batch_loss(towers, objective, batch)
+        loss, _, _ = compute_loss(towers, objective, batch)
         moments.add(place, torch.autograd.grad(loss, table.weight)[0])
     return moments
 

@@ -41,7 +41,7 @@ from twotower.run import history_length  # noqa: E402
 from twotower.serving.model_folder import library_versions  # noqa: E402
 from twotower.system.filesystem import write_text  # noqa: E402
 from twotower.towers import TwoTower, build_towers  # noqa: E402
-from twotower.training import batch_loss  # noqa: E402
+from twotower.training import compute_loss  # noqa: E402
 from twotower.training.checkpoint.io import SafeCheckpointIO, random_state, restore_random_state  # noqa: E402
 from twotower.training.optimizer import TableOptimizer, parameter_groups  # noqa: E402
 
@@ -94,7 +94,7 @@ class Run:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             with torch.autocast("cpu", torch.bfloat16, enabled=self.config.training.precision == "bf16-mixed"):
-                loss, _, _ = batch_loss(self.towers, self.objective, batch, self.known)
+                loss, _, _ = compute_loss(self.towers, self.objective, batch, known_positives=self.known)
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
             self.optimizer.zero_grad()

@@ -27,12 +27,11 @@ from twotower.objectives.build import build_objective, reads_sequences
 from twotower.ranking.distributed import ShardedRanker, over_ranks
 from twotower.ranking.tower_ranker import TowerRanker
 from twotower.towers import build_towers
-from twotower.training import TableOptimizer, batch_loss
+from twotower.training import TableOptimizer, compute_loss
 from twotower.training.gradient_sync import GradientExchange
 from twotower.training.optimizer import parameter_groups
 from twotower.training.placement import place_tables
 from twotower.training.seeds import draws_of
-from twotower.training.step import gathered_loss
 
 pytestmark = pytest.mark.timeout(1000)  # a busy machine
 
@@ -119,10 +118,7 @@ def work(case, ranks):
     made = batches(config, data, ranks, encode_context(context.features, data))
     for step, batch in enumerate(made):
         options = {"micro_batch": case.micro_batch, "generator": draws_of(0, step, "cpu")}
-        if ranks.size == 1:
-            loss, _, _ = batch_loss(towers, goal, batch, **options)
-        else:
-            loss, _, _ = gathered_loss(towers, goal, batch, ranks, **options)
+        loss, _, _ = compute_loss(towers, goal, batch, ranks, **options)
         optimizer.zero_grad()
         loss.backward()
         exchange.sum_gradients()

@@ -26,7 +26,7 @@ from twotower.training.optimizer import fresh_state, parameter_groups
 from twotower.training.placement import place_tables
 from twotower.training.scale_plan import Rates, Workload, plan_scale, read_rates
 from twotower.training.seeds import draws_of
-from twotower.training.step import gathered_loss
+from twotower.training.step import compute_loss
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -116,7 +116,7 @@ def test_exchanges_match_the_code(monkeypatch, size):
         sent.clear()
         towers.zero_grad()
         now = ""
-        loss, _, drawn = gathered_loss(towers, goal, batch, ranks, generator=draws_of(0, step, "cpu"))
+        loss, _, drawn = compute_loss(towers, goal, batch, ranks, generator=draws_of(0, step, "cpu"))
         loss.backward()
         now = "gradients of tables"
         exchange.sum_gradients()

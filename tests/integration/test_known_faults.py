@@ -139,10 +139,10 @@ def test_the_streaming_table_is_wide_enough_decays_and_is_in_the_checkpoint(tmp_
     frequency = objective.pool.frequencies()[0]
     tail = frequency.log_prob(torch.arange(400, 500)).exp()
     assert 0.5 < float(tail.sum()) / float((weights[400:] / weights.sum()).sum()) < 2.0
-    narrow = StreamingFrequency(500, buckets=16)
+    narrow = StreamingFrequency(16)  # items that share 16 slots
     for _ in range(400):
-        narrow.observe(torch.multinomial(weights, 64, replacement=True, generator=rng))
-    assert float(narrow.log_prob(torch.arange(400, 500)).exp().sum()) > 50 * float(tail.sum()), "too narrow a table"
+        narrow.observe(torch.multinomial(weights, 64, replacement=True, generator=rng) % 16)
+    assert float(narrow.log_prob(torch.arange(400, 500) % 16).exp().sum()) > 50 * float(tail.sum()), "too narrow"
 
     io = SafeCheckpointIO()
     io.save_checkpoint({"state_dict": objective.state_dict()}, tmp_path / "c.ckpt")

@@ -208,8 +208,6 @@ def test_a_drawn_item_without_probability_is_refused():
         (lambda: Observed(torch.tensor([0, 1]), torch.tensor([1]), 0), "at least 1 observed"),
         (lambda: Pool(HardNegatives(3, 2)).draw(torch.tensor([0])), "draw with queries"),
         (lambda: StreamingFrequency(3, rate=0.0), "rate"),
-        (lambda: StreamingFrequency(3, buckets=0), "buckets"),
-        (lambda: StreamingFrequency(3, tables=2), "set buckets"),
         (
             lambda: Pool(Sampled(Uniform(N), 2), correction=corrections.Probability()).draw(torch.tensor([0])),
             "add in_batch",

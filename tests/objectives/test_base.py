@@ -201,14 +201,25 @@ def test_the_training_loss_of_every_objective_equals_its_plain_form(name, mask, 
 
 
 @pytest.mark.parametrize(
-    "name", ["in-batch-logq", "mixed", "mixed-by-source", "sampled-softmax-uniform", "refined-logq"]
+    "name",
+    [
+        "in-batch-logq",
+        "mixed",
+        "mixed-by-source",
+        "sampled-softmax-uniform",
+        "refined-logq",
+        "sampled-logistic",
+        "nce",
+        "bpr",
+    ],
 )
 def test_merging_copies_changes_neither_value_nor_gradient(name, train):
-    case = Case(name, train, small=name != "sampled-softmax-uniform", rows=12, seed=2)
+    sources = {"sources": [{"in_batch": {}}, {"uniform": {"size": 4, "per_row": True}}]} if name == "bpr" else {}
+    case = Case(name, train, small=name not in {"sampled-softmax-uniform", "nce"}, rows=12, seed=2, **sources)
     results = []
     for merged in (True, False):
-        case.objective.merges_copies = merged
-        case.drawn = case.objective.draw(case.positives, generator=torch.Generator().manual_seed(8))
+        draw = case.objective.draw if merged else case.objective.pool.draw
+        case.drawn = draw(case.positives, generator=torch.Generator().manual_seed(8))
         leaves = [case.query.clone().requires_grad_(), case.table.clone().requires_grad_()]
         loss = case.fast(*leaves)
         loss.sum().backward()

@@ -18,7 +18,7 @@ from twotower.ranking.tower_ranker import TowerRanker, gaps_of
 from twotower.run import gaps_of as row_gaps
 from twotower.run import make_batches
 from twotower.towers import ContextInputs, SequenceTower, SideInputs, build_towers
-from twotower.training import batch_loss, embedding
+from twotower.training import compute_loss, embedding
 from twotower.training.embedding import embed_rows
 
 CONTEXT = "[{column: device, kind: categorical}, {column: tags, kind: multi}, {column: price, kind: numeric}]"
@@ -149,7 +149,7 @@ def step(towers, batch, objective, micro_batch):
     torch.manual_seed(5)
     towers.zero_grad()
     generator = torch.Generator().manual_seed(1)
-    loss, _, _ = batch_loss(towers, objective, batch, micro_batch=micro_batch, generator=generator)
+    loss, _, _ = compute_loss(towers, objective, batch, micro_batch=micro_batch, generator=generator)
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in towers.named_parameters() if p.grad is not None}
     return float(loss.detach()), gradients, float(torch.rand(()))

@@ -1,4 +1,4 @@
-"""Construction of objectives, pools and frequencies from the names in a configuration; see named_objectives.py."""
+"""Construction of objectives, pools and frequencies from the names in a configuration; see registry.py."""
 
 from __future__ import annotations
 

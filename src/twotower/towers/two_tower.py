@@ -106,6 +106,8 @@ class QueryTower(QueryInputs):
         self.features = features
         self.context = context
         width = dimension * (heads + bool(num_queries)) + sum(part.width for part in (features, context) if part)
+        # Rows of one query have the same embedding if it depends on nothing but the query.
+        self.repeats_queries = history is None and context is None and not (dropout and hidden)
         self.mlp = dense_layers([width, *hidden, dimension], dropout=dropout, residual=residual, layer_norm=layer_norm)
 
     def forward(
@@ -230,6 +232,11 @@ class TwoTower(nn.Module):
         """Embed items, v(j): codes int64 [M] -> [M, D]."""
         embedded: Tensor = self.item_tower(items)
         return F.normalize(embedded, dim=-1) if self.cosine else embedded
+
+    @property
+    def repeats_queries(self) -> bool:
+        """Whether rows with the same query have the same embedding: the query tower reads only ids or features."""
+        return getattr(self.query_tower, "repeats_queries", False)
 
     @property
     def context_features(self) -> FeatureSet | None:

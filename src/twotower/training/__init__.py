@@ -6,7 +6,7 @@ from twotower.training.memory_plan import MemoryPlan, plan_memory
 from twotower.training.module import TrainingModule
 from twotower.training.optimizer import TableOptimizer
 from twotower.training.placement import place_tables
-from twotower.training.step import batch_loss
+from twotower.training.step import compute_loss
 
 __all__ = [
     "LAST",
@@ -14,7 +14,7 @@ __all__ = [
     "MemoryPlan",
     "TableOptimizer",
     "TrainingModule",
-    "batch_loss",
+    "compute_loss",
     "fit_towers",
     "place_tables",
     "plan_memory",

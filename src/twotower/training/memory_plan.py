@@ -238,7 +238,7 @@ def least_of_all(available: int | None, ranks: Communicator) -> int | None:
 
 
 def candidates_of(objective: Objective, rows: int, num_items: int) -> tuple[int, int]:
-    """Return the maximum number of candidates of a batch, (shared, per row); copies are counted once if merged."""
+    """Return the maximum number of candidates of a batch, (shared, per row), with copies merged."""
     shared, own = 0, 0
     for source in objective.pool.members():
         size = int(getattr(source, "size", 0))
@@ -250,7 +250,7 @@ def candidates_of(objective: Objective, rows: int, num_items: int) -> tuple[int,
             own += size
         else:
             shared += size or num_items  # a source without a size is the whole catalog
-    return (min(shared, num_items) if objective.merges_copies or objective.pool.unique else shared), own
+    return min(shared, num_items), own
 
 
 def of_sequences(history: HistoryConfig, rows: int, width: int) -> int:

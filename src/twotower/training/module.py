@@ -1,4 +1,4 @@
-"""The training step: from a batch to its loss."""
+"""Towers and objective as a LightningModule: optimizer, schedule, weight average and log around the training step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from twotower.training.diagnostics import DiagnosticsMonitor, diagnose, frequenc
 from twotower.training.gradient_sync import GradientExchange
 from twotower.training.optimizer import TableOptimizer, parameter_groups
 from twotower.training.seeds import DROPOUT, ROUNDING, draws_of, step_seed
-from twotower.training.step import batch_loss, gathered_loss
+from twotower.training.step import compute_loss
 
 #: Steps between log entries, and between diagnostics of the objective in the log.
 LOG_EVERY = 10
@@ -83,7 +83,7 @@ class TrainingModule(pl.LightningModule):
             now = time.perf_counter()
             self.log("rows/s", self._rows / max(now - self._since, 1e-9), prog_bar=True)
             self.log("temperature", self.towers.temperature.detach())
-            thirds = self.thirds if self.objective.merges_copies and len(batch) else None
+            thirds = self.thirds if self.objective.sums_exponentials and len(batch) else None
             if thirds is not None and (batch_idx + 1) % DIAGNOSE_EVERY == 0:
                 numbers = diagnose(embedded, drawn, self.towers.temperature, thirds.to(self.device))
                 self._watch.look(numbers)
@@ -93,21 +93,16 @@ class TrainingModule(pl.LightningModule):
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Embedded, Candidates]:
         seed, step = self.settings.seed, self.global_step
-        generator = draws_of(seed, step, objective_device(self.objective))
-        micro_batch = self.settings.micro_batch
-        if self.ranks.size == 1:
-            return batch_loss(
-                self.towers, self.objective, batch, self.known_positives, micro_batch=micro_batch, generator=generator
-            )
-        torch.manual_seed(step_seed(seed, step, DROPOUT, self.ranks.rank))
-        return gathered_loss(
+        if self.ranks.size > 1:
+            torch.manual_seed(step_seed(seed, step, DROPOUT, self.ranks.rank))
+        return compute_loss(
             self.towers,
             self.objective,
             batch,
             self.ranks,
-            self.known_positives,
-            micro_batch=micro_batch,
-            generator=generator,
+            known_positives=self.known_positives,
+            micro_batch=self.settings.micro_batch,
+            generator=draws_of(seed, step, objective_device(self.objective)),
         )
 
     def on_after_backward(self) -> None:
