@@ -3,8 +3,8 @@
     python benchmarks/epoch.py [--data ../shared/data/ml-1m-loo/sequences.parquet] [--epochs 3] [--json FILE]
 
 Ours: pooled history, B = 8192, D = 64, in-batch and 1,024 uniform candidates, duplicates removed, as in `twotower
-train` without Lightning (`TrainingBatches`, `compute_loss`, `TableOptimizer`), then `TowerRanker`. Plain: the same towers
-with the same initial weights and learning rate; everything else as a competent user would write it: padded rows
+train` without Lightning (`TrainingBatches`, `compute_loss`, `TableOptimizer`), then `TowerRanker`. Plain: the same
+towers with the same initial weights and learning rate; everything else as a competent user would write it: padded rows
 gathered by torch, a matrix of logits, log expected count subtracted, the row's own item masked among the other rows and
 the uniform draws, cross_entropy, dense Adam, and the full score matrix with `topk` for evaluation. bfloat16: ours under
 autocast, with the same initial weights and rows. The contenders alternate epoch by epoch. For item-kNN, fit and ranking

@@ -1,4 +1,4 @@
-"""Binary objectives: the positive and each negative are classified independently. The losses are in losses/binary.py."""
+"""Binary objectives: the positive and each negative are classified independently; losses/binary.py has the losses."""
 
 from __future__ import annotations
 

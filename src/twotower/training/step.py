@@ -59,7 +59,9 @@ def compute_loss(
     ranks = communicator or Communicator()
     sizes = _rows_of_ranks(batch, ranks)
     items = ranks.gather(batch.items, sizes)
-    blocks = draw_blocks(objective, batch, items, ranks.within(sizes), known_positives, generator)
+    blocks = draw_blocks(
+        objective, batch, items, ranks.within(sizes), known_positives=known_positives, generator=generator
+    )
     weights = _row_weights(batch, sizes, ranks)
     lookups = plan_lookups(objective, batch, blocks, ranks)
     if ranks.size > 1:
@@ -111,6 +113,7 @@ def draw_blocks(
     batch: Batch,
     items: Tensor,
     own: slice,
+    *,
     known_positives: KnownPositives | None = None,
     generator: torch.Generator | None = None,
 ) -> list[Block]:

@@ -79,9 +79,8 @@ def test_merged_copies_change_neither_value_nor_gradients(form, case, is_tiled):
         found = []
         for one, tiled_form in ((drawn, False), (merged, is_tiled)):
             rng.manual_seed(seed)
-            leaves = {
-                n: torch.randn(r, D, generator=rng, dtype=torch.float64).requires_grad_() for n, r in shapes.items()
-            }
+            normal = {name: torch.randn(size, D, generator=rng, dtype=torch.float64) for name, size in shapes.items()}
+            leaves = {name: tensor.requires_grad_() for name, tensor in normal.items()}
             value = loss(form, leaves, one, is_tiled=tiled_form)
             found.append((value, *torch.autograd.grad(value, list(leaves.values()))))
         for one, other in zip(*found, strict=True):
@@ -91,7 +90,7 @@ def test_merged_copies_change_neither_value_nor_gradients(form, case, is_tiled):
         forgotten = loss(
             form, leaves, replace(merged, multiplicity=merged.multiplicity.clamp(max=1)), is_tiled=is_tiled
         )
-        assert abs(float(forgotten - value)) > 1e-3
+        assert abs(forgotten.item() - value.item()) > 1e-3
 
 
 def test_each_product_is_computed_once(monkeypatch):
