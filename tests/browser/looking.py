@@ -1,6 +1,7 @@
 """What is wrong with a page as a browser shows it: overflow, labels that overlap or are cut off, errors, requests."""
 
 from contextlib import contextmanager
+from time import monotonic
 
 import httpx
 
@@ -99,6 +100,9 @@ def looked_at(browser, address, *, width=1280, scheme="light", path=""):
     )
     wrong = []
     try:
+        # Matches nothing the page asks for, but keeps the browser's interception on from the first request to the last:
+        # where a test removes its only route and adds another, Chromium turns it off and on, and lets requests through.
+        context.route("**/never-asked-for", lambda route: route.abort())
         page = context.new_page()
         page.add_init_script(RESTING)
         page.set_default_timeout(WAIT)
@@ -132,7 +136,9 @@ class Held(list):
             route.continue_()
 
     def wait(self):
+        end = monotonic() + WAIT / 1000
         while not self:
+            assert monotonic() < end, "no question came to be held"
             self.page.wait_for_timeout(20)
 
     def answer_one(self):
