@@ -1,7 +1,7 @@
 """Metrics of ranked lists: pure functions, one value per query, no reduction.
 
-Accuracy metrics depend only on which ranked items are targets, with binary relevance. Beyond-accuracy metrics (coverage,
-novelty, diversity, Gini) depend only on the lists. No metric sees a score.
+Accuracy metrics depend only on which ranked items are targets, with binary relevance. Beyond-accuracy metrics
+(coverage, novelty, diversity, Gini) depend only on the lists. No metric sees a score.
 """
 
 import math
