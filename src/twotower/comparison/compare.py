@@ -1,7 +1,4 @@
-"""The implementation of `twotower compare`: train each objective, evaluate all on the same queries, test, report.
-
-A comparison as a table for the terminal, followed by the findings.
-"""
+"""The implementation of `twotower compare`: train each objective, evaluate all on the same queries, test, report."""
 
 from __future__ import annotations
 
