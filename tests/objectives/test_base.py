@@ -243,7 +243,8 @@ def test_accidental_hits_are_kept_by_nce_and_masked_by_sampled_logistic():
             embedded = Embedded(query, table[drawn.positives], table[drawn.items], rows)
             found = objective(embedded, drawn, temperature=1.0)
             for row, y in enumerate((0, 2)):
-                items = (drawn.row_items[row] if per_row else drawn.items).tolist()
+                copies = drawn.items.repeat_interleave(drawn.multiplicity)
+                items = (drawn.row_items[row] if per_row else copies).tolist()
                 kappa = [40 * c / 13 for c in counts.tolist()]
                 logits = [(query[row] * table[j]).item() - float(np.log(kappa[j])) for j in range(3)]
                 expected = float(np.logaddexp(0, -logits[y]))

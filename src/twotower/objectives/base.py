@@ -1,7 +1,4 @@
-"""Objectives: a pool of candidates together with the loss that fits it.
-
-This file has the softmax objectives; the binary ones are in binary.py.
-"""
+"""The base class of objectives, each a pool of candidates with the loss that fits it, and the softmax objectives."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Ctrl-C during training: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once.
-
-Several processes stop together, at a step that they agree on. They also stop on SIGTERM, which torchrun forwards and
-which a preempted machine receives.
-"""
+"""Callbacks of the training loop: stopping between steps, checkpoints, order of rows, hard negatives, history."""
 
 from __future__ import annotations
 
@@ -27,6 +23,10 @@ AGREE_EVERY = 10
 
 class StopBetweenSteps(Callback):
     """Turns an interrupt into a checkpoint between two steps, from which a resumed run continues exactly.
+
+    Ctrl-C finishes the step, saves a checkpoint and stops; a second Ctrl-C stops at once. Several processes stop
+    together, at a step that they agree on. They also stop on SIGTERM, which torchrun forwards and which a preempted
+    machine receives.
 
     Use as a context manager around the fit, and as a callback in it.
 

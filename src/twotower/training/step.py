@@ -182,7 +182,7 @@ def plan_lookups(objective: Objective, batch: Batch, blocks: list[Block], ranks:
             places = _places(shared, batch.items)
     if places is None:
         own.append(batch.items)
-    for block in blocks:
+    for block in blocks if len(batch) else []:
         drawn = block.candidates
         own += [drawn.items] if shared is None else []
         own += [] if drawn.row_items is None else [drawn.row_items.clamp(min=0).reshape(-1)]

@@ -34,8 +34,8 @@ class LossInputs:
         row_offset: also subtracted from all candidate logits of a row, [B].
         own_offset: subtracted from the positive's logit, [B].
         bias: a scalar added to every logit, including the positive's.
-        multiplicity: how many equal candidates each shared candidate represents, [M]; None for one each. For losses that
-            do not sum exponentials: for the others, the log count contains it (`Candidates.collapse`).
+        multiplicity: how many equal candidates each shared candidate represents, [M]; None for one each. For losses
+            that do not sum exponentials: for the others, the log count contains it (`Candidates.collapse`).
         positive_places: positions of the positives among the candidates, int64 [B]; these then get the positives'
             gradient.
         repeated_queries: look for rows that have the same query, bit by bit, to compute their logits once.
