@@ -20,7 +20,7 @@ def parts(train, *changes):
     config = Config.load(None, ["item_tower.dimension=8", "item_tower.hidden=[]", "query_tower.hidden=[]", *changes])
     torch.manual_seed(0)
     towers = build_towers(config, num_queries=train.num_queries, num_items=train.num_items)
-    return towers, build_objective(config, train)
+    return towers.double(), build_objective(config, train).double()
 
 
 def batch(train, rows=23, *, weighted=False):
@@ -30,8 +30,8 @@ def batch(train, rows=23, *, weighted=False):
     items, queries = (
         torch.from_numpy(codes.astype("int64"))[place] for codes in (train.item_codes, train.query_codes())
     )
-    weights = torch.linspace(0.1, 2.0, rows) if weighted else None
-    return Batch(rows=place, queries=queries, items=items, history=items[:, None][:, :0], weights=weights)
+    weights = torch.linspace(0.1, 2.0, rows, dtype=torch.float64) if weighted else None
+    return Batch(rows=place, queries=queries, items=items, history=items[:, None].expand(-1, 5), weights=weights)
 
 
 def gradients(loss, *modules):
@@ -50,8 +50,8 @@ def test_the_loss_equals_the_plain_losses_of_its_blocks(planted_split, name, eac
     options = {"known_positives": known, "generator": torch.Generator().manual_seed(3)}
     loss, embedded, drawn = compute_loss(towers, objective, rows, **options)
     rng = torch.Generator().manual_seed(3)
-    total = torch.zeros(())
-    weights = torch.ones(len(rows)) if rows.weights is None else rows.weights
+    total = torch.zeros((), dtype=torch.float64)
+    weights = torch.ones(len(rows), dtype=torch.float64) if rows.weights is None else rows.weights
     for start in range(0, len(rows), each or len(rows)):
         part = slice(start, start + (each or len(rows)))
         expected = objective.draw(
@@ -67,9 +67,9 @@ def test_the_loss_equals_the_plain_losses_of_its_blocks(planted_split, name, eac
         total = total + (losses * weights[part]).sum() / weights.sum()
     assert torch.equal(drawn.items, expected.items)
     assert torch.allclose(embedded.query, vectors.query)
-    assert loss.item() == pytest.approx(total.item(), rel=1e-5)
+    assert loss.item() == pytest.approx(total.item(), rel=1e-9)
     for one, other in zip(gradients(loss, towers, objective), gradients(total, towers, objective), strict=True):
-        assert torch.allclose(one, other, atol=1e-6)
+        assert torch.allclose(one, other, atol=1e-9)
         assert other.abs().max() > 1e-4
 
 

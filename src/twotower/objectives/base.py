@@ -14,7 +14,7 @@ from twotower.losses.softmax import candidate_logits, refined_logq, softmax_loss
 from twotower.losses.tiled.autograd import tiled_loss
 from twotower.losses.tiled.forms import TiledSoftmax
 from twotower.losses.tiled.inputs import LossInputs
-from twotower.negatives import Candidates, DrawRequest, Pool
+from twotower.negatives import Candidates, Catalog, DrawRequest, Pool
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,9 @@ class Objective(nn.Module, ABC):
                 log_expected_count=scale_log_count(drawn.log_expected_count, self.strength),
                 row_log_expected_count=None if row_count is None else scale_log_count(row_count, self.strength),
             )
-        # A unique pool has no copies left to merge.
-        return drawn if self.pool.unique else drawn.collapse(sum_weights=self.sums_exponentials)
+        if self.pool.unique or not self.pool.random_sources():  # no copies left to merge
+            return drawn
+        return drawn.collapse(sum_weights=self.sums_exponentials)
 
     @abstractmethod
     def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
@@ -114,7 +115,8 @@ class Objective(nn.Module, ABC):
 class SampledSoftmax(Objective):
     """Softmax over s_j minus the pool's correction; the positive is not corrected. See `sampled_softmax`.
 
-    With the default correction of a pool, the expected count, this is the library's estimate of the full softmax.
+    With the default correction of a pool, the expected count, this is the library's estimate of the full softmax. With
+    the whole catalog as its only source it is the full softmax, evaluated as in `tiled_full_softmax`.
     """
 
     def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
@@ -125,7 +127,11 @@ class SampledSoftmax(Objective):
         self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float, weights: Tensor | None = None
     ) -> Tensor:
         """Return the weighted sum of the rows' losses, a scalar; see `Objective.mean`."""
-        return tiled_loss(TiledSoftmax(), loss_inputs(embedded, drawn, temperature, weights))
+        inputs = loss_inputs(embedded, drawn, temperature, weights)
+        if all(isinstance(member, Catalog) for member in self.pool.members()):
+            # Each item is a candidate once, at the place of its code, and gets the gradient of its positives there.
+            inputs = replace(inputs, positive=None, log_expected_count=None, positive_places=drawn.positives)
+        return tiled_loss(TiledSoftmax(), inputs)
 
 
 class PositiveCorrectedSoftmax(Objective):

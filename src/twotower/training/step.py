@@ -9,7 +9,7 @@ from torch import Tensor
 
 from twotower.data import Batch, KnownPositives
 from twotower.distributed.communicator import Communicator
-from twotower.negatives import Candidates, DrawRequest, InBatch
+from twotower.negatives import Candidates, Catalog, DrawRequest, InBatch
 from twotower.objectives import Embedded, Objective
 from twotower.towers import TwoTower
 from twotower.towers.sharded_lookup import fetch_for, shared_tables_of
@@ -211,10 +211,12 @@ def _history(batch: Batch) -> Tensor:
 
 
 def _contains_positives(objective: Objective, batch: Batch) -> bool:
-    """Return whether the positives of the batch are among its candidates."""
+    """Return whether the positives of the batch are always among its candidates."""
+    members = objective.pool.members()
+    if any(isinstance(member, Catalog) for member in members):
+        return True
     windows = None if batch.sequences is None else batch.sequences.windows
-    in_batch = any(isinstance(member, InBatch) for member in objective.pool.members())
-    return in_batch and (windows is None or windows.drawn > 1)
+    return any(isinstance(member, InBatch) for member in members) and (windows is None or windows.drawn > 1)
 
 
 def _places(items: Tensor, requested: Tensor) -> Tensor:
