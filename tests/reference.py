@@ -1,6 +1,7 @@
 """Slow float64 reference implementations that share no code with `src`."""
 
 import math
+from fractions import Fraction
 
 
 def dot(a, b):
@@ -47,21 +48,50 @@ def expected_counts(parts, *, unique, num_items, always=()):
     return counts
 
 
+def epoch_absence(draws, count, others):
+    """Compute the probability that `draws` of `others` rows, without replacement, miss the `count` rows of an item."""
+    absent = Fraction(1)
+    for drawn in range(draws):
+        absent *= Fraction(max(others - count - drawn, 0), others - drawn)
+    return absent
+
+
+def epoch_counts(parts, *, unique, counts, always=()):
+    """Compute the expected count of every item from draws without replacement, pooled.
+
+    parts: (draws, rows) of independent draws of rows without replacement, each item having `counts` of the rows.
+    """
+    result = []
+    for item, count in enumerate(counts):
+        absent, total = Fraction(1), Fraction(0)
+        for draws, rows in parts:
+            absent *= epoch_absence(draws, count, rows)
+            total += Fraction(draws * count, rows)
+        result.append(1.0 if item in always else float(1 - absent if unique else total))
+    return result
+
+
 class StreamingGaps:
     """The gap estimator in rows, one item at a time."""
 
-    def __init__(self, rate, patience=5.0):
-        self.rate, self.patience = rate, patience
-        self.gap, self.last, self.clock = {}, {}, 0
+    def __init__(self, rate, patience=5.0, rows=None):
+        self.rate, self.patience, self.rows = rate, patience, rows
+        self.gap, self.last, self.number, self.clock = {}, {}, {}, 0
 
     def observe(self, items):
         self.clock += len(items)
         for item in set(items):
             times = items.count(item)
-            between = (self.clock - self.last.get(item, 0)) / times
-            weight = 1.0 - (1.0 - self.rate) ** times
+            elapsed = self.clock - self.last.get(item, 0)
             old = self.gap.get(item)
-            self.gap[item] = between if old is None else (1.0 - weight) * old + weight * between
+            if old is None:
+                if self.rows is not None and elapsed <= self.rows:
+                    elapsed = self.rows * sum(1.0 / (self.rows - k) for k in range(elapsed))
+                self.gap[item], self.number[item] = elapsed / times, 0
+            else:
+                self.number[item] += times
+                weight = max(1.0 - (1.0 - self.rate) ** times, times / self.number[item])
+                self.gap[item] = (1.0 - weight) * old + weight * elapsed / times
             self.last[item] = self.clock
 
     def probability(self, item):
@@ -100,10 +130,10 @@ def _log_sum(terms):
     return largest + math.log(sum(math.exp(term - largest) for term in terms))
 
 
-def log_corrections(name, *, rows, extra, p, num_items):
+def log_corrections(name, *, rows, extra, p, num_items, total):
     """Return what each method of docs/theory.md subtracts: (from a candidate of a source, from the positive).
 
-    rows: B. extra: draws of the second source, or of the only one. p: frequency of every item.
+    rows: B. extra: draws of the second source, or of the only one. p: frequency of every item. total: R.
     """
     uniform = 1.0 / num_items
     candidate = {
@@ -116,8 +146,10 @@ def log_corrections(name, *, rows, extra, p, num_items):
         "in-batch-importance": lambda j, source: -math.log(uniform / p[j]),
         "mixed": lambda j, source: math.log((rows * p[j] + extra * uniform) / (rows + extra)),
         "mixed-by-source": lambda j, source: math.log(p[j] if source == "in_batch" else uniform),
-        "expected-count": lambda j, source: math.log(1.0 - (1.0 - p[j]) ** (rows - 1) * (1.0 - uniform) ** extra),
-        "sampled-logistic": lambda j, source: math.log((rows - 1) * p[j] + extra * uniform),
+        "expected-count": lambda j, source: math.log(
+            1.0 - float(epoch_absence(rows - 1, round(p[j] * total), total - 1)) * (1.0 - uniform) ** extra
+        ),
+        "sampled-logistic": lambda j, source: math.log((rows - 1) * p[j] * total / (total - 1) + extra * uniform),
         "nce": lambda j, source: math.log(extra * p[j]),
     }.get(name, lambda j, source: 0.0)
     positive = candidate if name in {"in-batch-logq-all", "sampled-logistic", "nce"} else lambda j, source: 0.0
@@ -149,7 +181,8 @@ def objective(name, query, table, positives, candidates, *, known, temperature, 
         corrected = [s - strength * candidate(j, source) for s, (j, source) in zip(raw, live, strict=True)]
         if name == "refined-logq":
             p = settings["p"]
-            weight, loss = refined_row(score, raw, [p[j] for j, _ in live], p[y], strength)
+            masked = sum(p[j] for j in known[row] | {y})
+            weight, loss = refined_row(score, raw, [p[j] for j, _ in live], masked, strength)
             losses.append((weight if weights is None else weights[row]) * loss)
         elif name == "bpr":
             losses.append(sum(_softplus(s - score) for s in corrected) / max(len(corrected), 1))

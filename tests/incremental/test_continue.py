@@ -322,12 +322,31 @@ def test_streaming_frequency_is_transferred_with_its_items():
     for _ in range(200):
         old.observe(torch.multinomial(weights, 32, replacement=True, generator=generator))
     items = torch.tensor([0, 2, -1, 3, 5, 6])
-    continue_streaming(new, {key: getattr(old, key) for key in ("gap", "last", "clock")}, items)
+    continue_streaming(new, {key: getattr(old, key) for key in ("gap", "last", "gaps", "clock")}, items)
     kept = items >= 0
     assert torch.equal(new.log_prob(items[kept]), old.log_prob(torch.arange(6)[kept]))
     assert new.log_prob(torch.tensor([1, 4])).exp().max() < 1e-3  # never seen: only its open gap counts
     new.observe(torch.tensor([1] * 16 + [0] * 16))
     assert new.log_prob(torch.tensor([1])) > -8
+
+
+def test_a_new_item_is_right_after_a_few_occurrences():
+    """It is 4 % of the new rows, after a million old ones: its weight was 314 times too large after 4 occurrences."""
+    weights = []
+    for seed in range(60):
+        old, new = StreamingFrequency(2), StreamingFrequency(3)
+        old.observe(torch.zeros(1_000_000, dtype=torch.int64))
+        saved = {key: getattr(old, key) for key in ("gap", "last", "clock")}  # as saved before gaps were counted
+        continue_streaming(new, saved, torch.tensor([0, 1]))
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(40):
+            is_new = torch.rand(32, generator=generator) < 0.04
+            new.observe(torch.where(is_new, 2, 0))
+            if int(new.gaps[0, 2]) >= 4:
+                break
+        weights.append(0.04 / float(new.log_prob(torch.tensor([2])).exp()))
+        assert 0.2 < weights[-1] < 5.0
+    assert sum(weights) / len(weights) == pytest.approx(1.0, abs=0.2)
 
 
 class Odd(nn.Module):

@@ -1,5 +1,7 @@
 """Every objective with extreme inputs: no value and no gradient is NaN or infinite."""
 
+import math
+
 import pytest
 import torch
 
@@ -56,6 +58,7 @@ def drawn_by_hand(log_count, mask, *, row_mask=None, positive_log_count=None):
         row_items=None if row_mask is None else torch.full(row_mask.shape, 99),
         row_log_expected_count=None if row_mask is None else torch.full(row_mask.shape, float(log_count)),
         row_mask=row_mask,
+        log_unmasked=torch.full((rows,), math.log1p(-math.exp(-1.0))),
     )
 
 

@@ -42,7 +42,7 @@ ZIPF = [math.log((r + 2) / (r + 1)) / math.log(N + 1) for r in range(N)]
 TAIL = [0.0] * 3 + [1 / (N - 3)] * (N - 3)
 STREAM = [1 / 7 if j >= 3 else 0.0 for j in range(N)]
 IN_BATCH = (B - 1, P, False)
-FREQUENCY = CountedFrequency(COUNTS)
+FREQUENCY = CountedFrequency(COUNTS, replacement=True)
 
 
 def observed(*items):

@@ -10,6 +10,7 @@ import torch
 from reference import expected_counts
 from support.drawing import agreement, observe, standard_errors_off
 from twotower.data import GroupedBatches, Interactions, TrainingBatches
+from twotower.errors import InputError
 from twotower.negatives import (
     CountedFrequency,
     CrossBatchMemory,
@@ -133,11 +134,16 @@ def test_grouped_members_are_counted_and_observed_separately():
         assert drift.tolist() == pytest.approx(own[group].tolist(), abs=0.08)
 
 
+def independent():
+    """Return the frequency within each market, for rows that are independent draws."""
+    return GroupedFrequency([CountedFrequency(own, replacement=True) for own in of_market()])
+
+
 @pytest.mark.parametrize("unique", [False, True])
 def test_a_memory_over_several_markets_counts_each_row_within_its_own_market(unique):
     """A batch of one market uses remembered rows of both: kappa_j = sum over markets of M_g p_j within g."""
     own = of_market()
-    memory = CrossBatchMemory(GroupedFrequency.counted(markets()), 12)
+    memory = CrossBatchMemory(independent(), 12)
     pool = Pool(memory, unique=unique).eval()
     rng = torch.Generator().manual_seed(4)
     positive = int(torch.nonzero(own[0] > 0)[POSITIVE])
@@ -154,7 +160,19 @@ def test_a_memory_over_several_markets_counts_each_row_within_its_own_market(uni
     assert agreement(found.counts, live) > 1e-4
     assert torch.allclose(found.weights, found.counts / kappa.clamp(min=1e-30), rtol=1e-5)
     state = memory.state_dict()
-    other = CrossBatchMemory(GroupedFrequency.counted(markets()), 12)
+    other = CrossBatchMemory(independent(), 12)
     other.load_state_dict(state)
     first, second = (Pool(m).eval().draw(torch.tensor([positive]), group=0) for m in (memory, other))
     assert torch.equal(first.log_expected_count, second.log_expected_count)
+
+
+def test_a_group_without_a_training_row_does_not_fail():
+    """Rows of group 1 are all held out: its frequency is never drawn from, and the others are as before."""
+    data = markets()
+    kept = data.select(np.flatnonzero(np.asarray(data.groups) != 0))
+    frequency = GroupedFrequency.counted(kept)
+    items = torch.arange(N)
+    assert frequency.log_prob(items, 0).exp().tolist() == [0.0] * N
+    assert frequency.log_prob(items, 1).exp().tolist() == pytest.approx(of_market()[1].tolist())
+    with pytest.raises(InputError, match="expected count is zero"):
+        Pool(InBatch(frequency)).draw(torch.tensor([0, 1]), group=0)

@@ -242,7 +242,7 @@ class _Flat(CountedFrequency):
     """A uniform frequency over a huge catalog, without a table."""
 
     def __init__(self, num_items):
-        super().__init__(torch.ones(1))
+        super().__init__(torch.ones(1), replacement=True)
         self.num_items = num_items
 
     def log_prob(self, items, group=None):
@@ -324,3 +324,12 @@ def test_a_request_and_its_fields_by_name_draw_the_same():
     assert request.generator is None, "the request itself is not changed"
     with pytest.raises(TypeError, match="groups"):
         pool.draw(positives, groups=1)
+
+
+def test_a_batch_of_one_row_has_no_in_batch_candidates():
+    frequency = CountedFrequency(torch.tensor([3, 2]))
+    with pytest.raises(InputError, match="a batch of one row has no other rows"):
+        Pool(InBatch(frequency)).draw(torch.tensor([1]))
+    drawn = Pool(InBatch(frequency), Sampled(Uniform(2), 4), unique=True).draw(torch.tensor([1]))
+    weight = torch.exp(-drawn.log_expected_count[~drawn.mask[0]])
+    assert weight.tolist() == pytest.approx([1 / (1 - 0.5**4)] * len(weight)), "only the uniform draws count"

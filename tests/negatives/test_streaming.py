@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reference import StreamingGaps, popularity_decile, step_gaps
+from twotower.errors import InputError
 from twotower.negatives import CountedFrequency, StreamingFrequency, compare_frequencies, popularity_deciles
 
 
@@ -34,6 +35,101 @@ def test_every_step_equals_the_loop():
         frequency.observe(batch)
         slow.observe(batch.tolist())
         assert estimate(frequency).tolist() == pytest.approx([slow.probability(j) for j in range(30)], rel=1e-12)
+
+
+@pytest.mark.parametrize("rows", [100, 900])
+def test_within_an_epoch_every_step_equals_the_loop(rows):
+    frequency = StreamingFrequency(30, rate=0.2, rows=rows)
+    slow = StreamingGaps(0.2, rows=rows)
+    for batch in stream(zipf(25), 60, 9):
+        frequency.observe(batch)
+        slow.observe(batch.tolist())
+        assert estimate(frequency).tolist() == pytest.approx([slow.probability(j) for j in range(30)], rel=1e-9)
+
+
+def weights_by_occurrence(share, *, before, seeds=4000, occurrences=60, rows=8, rate=0.05):
+    """Follow an item that joins after `before` rows with a share of each later row; return its weight p / p_hat.
+
+    Every seed is an item of one stream, so that one frequency follows all of them. Entry [n] is the mean weight at the
+    step in which an item's n-th occurrence falls, as its in-batch candidates are weighed.
+    """
+    rng = np.random.default_rng(0)
+    total, number = np.zeros(occurrences), np.zeros(occurrences)
+    frequency = StreamingFrequency(seeds + 1, rate=rate)
+    frequency.clock += before
+    seen = np.zeros(seeds, dtype=np.int64)
+    while seen.min() < occurrences:
+        # The same step for all seeds: each has its own rows, so the clock advances by the rows of one.
+        times = rng.binomial(rows, share, seeds)
+        items = torch.from_numpy(np.repeat(np.arange(seeds), times))
+        frequency.clock += rows - len(items)
+        frequency.observe(items)
+        met = np.flatnonzero(times)
+        weight = share / estimate(frequency).numpy()[met]
+        first = seen[met]
+        seen[met] += times[met]
+        for place, at in enumerate(met):
+            for occurrence in range(first[place], min(seen[at], occurrences)):
+                total[occurrence] += weight[place]
+                number[occurrence] += 1
+    return total / number
+
+
+@pytest.mark.parametrize("share", [0.04, 0.3])
+def test_an_item_that_joins_late_is_right_after_a_few_occurrences(share):
+    """The first gap is provisional: if 0.95 of it were kept at each occurrence, it would be 300 times too large."""
+    weight = weights_by_occurrence(share, before=20_000)
+    assert weight[4] == pytest.approx(1.0, abs=0.2)
+    assert weight[5:].tolist() == pytest.approx([1.0] * 55, abs=0.2)
+    assert weight[49:].tolist() == pytest.approx([1.0] * 11, abs=0.05)
+
+
+def test_no_bias_in_steady_state():
+    weight = weights_by_occurrence(0.04, before=0, seeds=1000, occurrences=400)
+    assert float(weight[200:].mean()) == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_the_first_gap_of_an_epoch_has_the_mean_of_the_gaps(count):
+    """Over all places in an epoch of R rows, and one row a step: the mean weight of the first occurrence is R / c."""
+    rows = 60
+    found = []
+    for seed in range(3000):
+        first = int(np.random.default_rng(seed).permutation(rows)[:count].min())
+        frequency = StreamingFrequency(2, rows=rows)
+        frequency.clock += first
+        frequency.observe(torch.zeros(1, dtype=torch.int64))
+        found.append(1.0 / float(estimate(frequency)[0]))
+    error = float(np.std(found)) / math.sqrt(len(found))
+    assert float(np.mean(found)) == pytest.approx(rows / count, abs=4 * error)
+    assert 4 * error < 0.12 * rows / count
+    if count == 1:
+        assert (rows + 1) / 2 < 0.6 * float(np.mean(found)), "the rows so far would be half of it"
+
+
+def test_the_partition_is_right_in_the_first_epochs():
+    """In-batch candidates of a Zipf catalog, weighed by the streaming estimate of a run that has just begun."""
+    counts = (40.0 / torch.arange(1, 401).double()).clamp(min=1.0).round().long()
+    items, rows = torch.repeat_interleave(torch.arange(400), counts), int(counts.sum())
+    size, ratio = 50, []
+    for seed in range(12):
+        frequency, rng = StreamingFrequency(400, rows=rows), torch.Generator().manual_seed(seed)
+        for epoch in range(3):
+            order, total, steps = torch.randperm(rows, generator=rng), 0.0, rows // size
+            for step in range(steps):
+                batch = items[order[step * size : (step + 1) * size]]
+                frequency.observe(batch)
+                total += float((1.0 / (size * estimate(frequency)[batch])).sum()) / steps
+            ratio.append((epoch, total / 400))
+    by_epoch = [float(np.mean([value for at, value in ratio if at == epoch])) for epoch in range(3)]
+    print(by_epoch)
+    assert by_epoch == pytest.approx([1.0] * 3, abs=0.1)
+
+
+def test_settings_out_of_range_are_refused():
+    for options in ({"rate": 0.0}, {"rate": 1.5}, {"patience": 0.0}):
+        with pytest.raises(InputError, match=next(iter(options))):
+            StreamingFrequency(3, **options)
 
 
 def test_it_converges_to_the_counted_truth():
@@ -87,7 +183,8 @@ def test_edge_cases():
     # First occurrence: rows seen so far, divided by occurrences.
     assert estimate(frequency).tolist() == pytest.approx([0.75, 0.25, 0.0, 0.0, 0.0])
     frequency.observe(torch.tensor([2, 2, 1, 0]))
-    assert estimate(frequency)[2] == pytest.approx(2 / 8)
+    # The second occurrence replaces the first gap.
+    assert estimate(frequency).tolist()[:3] == pytest.approx([1 / 4, 1 / 4, 2 / 8])
     assert estimate(frequency)[3:].tolist() == [0.0, 0.0]
     always = StreamingFrequency(2)
     for _ in range(50):
@@ -133,6 +230,8 @@ def test_the_state_resumes_in_the_middle_of_a_stream(hash_keys):
     state = copy.deepcopy(whole.state_dict())
     if hash_keys:
         state["keys"] = torch.tensor([7])
+        del state["gaps"]
+        whole.gaps = torch.isfinite(whole.gap).double() / whole.rate
     resumed = StreamingFrequency(30)
     resumed.load_state_dict(state)
     for batch in batches[20:]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import reference
+from support.drawing import standard_errors_off
 from twotower.config.run import Config
 from twotower.data import Interactions, KnownPositives
 from twotower.errors import InputError
@@ -88,6 +89,7 @@ class Case:
             "extra": K if "K" in sizes else sum(sizes),
             "p": (counts / counts.sum()).tolist(),
             "num_items": N,
+            "total": int(counts.sum()),
         }
 
     def embedded(self, query, table):
@@ -286,11 +288,53 @@ def test_refined_logq_needs_drawn_candidates():
     in_batch = InBatch(CountedFrequency(counts))
     with pytest.raises(InputError, match="always included"):
         RefinedLogQ(Pool(in_batch, Head(counts, 1), correction=corrections.Probability()))
-    objective = RefinedLogQ(Pool(in_batch, Sampled(Uniform(2), 2, per_row=True), correction=corrections.Probability()))
-    drawn = objective.draw(torch.tensor([0, 1]))
-    zero = torch.zeros(2, 1)
     with pytest.raises(InputError, match="shared by the batch"):
-        objective(Embedded(zero, zero, zero, torch.zeros(2, 2, 1)), drawn, temperature=1.0)
+        RefinedLogQ(Pool(in_batch, Sampled(Uniform(2), 2, per_row=True), correction=corrections.Probability()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"unique": True}, "set unique to false, or use expected-count"),
+        ({"sources": [{"in_batch": {"unique": True}}]}, "set unique to false, or use expected-count"),
+        ({"sources": [{"in_batch": {}}, {"uniform": {"size": 4}}]}, "use in_batch alone, or expected-count"),
+        ({"sources": [{"in_batch": {}}, {"memory": {"size": 4}}]}, "use in_batch alone, or expected-count"),
+    ],
+)
+def test_refined_logq_refuses_pools_that_it_does_not_hold_for(settings, message, train):
+    with pytest.raises(InputError, match=message):
+        build("refined-logq", train, **settings)
+
+
+def test_refined_logq_with_masked_known_positives_estimates_the_partition(train):
+    """Over redrawn batches, (1/n') sum exp(s_i) / Q'_i is the sum over the items that the row may be pushed from."""
+    objective, _ = build("refined-logq", train)
+    counts = torch.from_numpy(train.item_counts()).double()
+    known, positive, rows = [0, 1, 1, 4], 4, 30
+    scores = torch.linspace(-1.0, 1.5, N, dtype=torch.float64)[
+        torch.randperm(N, generator=torch.Generator().manual_seed(1))
+    ]
+    one, estimates, old = torch.ones(1, 1, dtype=torch.float64), [], []
+    codes = torch.from_numpy(train.item_codes.astype(np.int64))
+    first = int((codes == positive).nonzero()[0])
+    rest = torch.cat([codes[:first], codes[first + 1 :]])
+    for seed in range(1500):
+        order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))[: rows - 1]
+        positives = torch.cat([torch.tensor([positive]), rest[order]])
+        pairs = (torch.zeros(4, dtype=torch.int64), torch.tensor(known))
+        drawn = objective.draw(positives, known_positives=pairs).head(1)
+        embedded = Embedded(one, scores[positive].reshape(1, 1), scores[drawn.items, None])
+        weight = objective.row_weight(embedded, drawn, temperature=1.0)
+        estimates.append(float(scores[positive].exp() / (1.0 - weight)))
+        old.append(float(drawn.positive_log_count.double().exp()))
+    kept = [j for j in range(N) if counts[j] > 0 and j not in known] + [positive]
+    truth = float(scores[kept].exp().sum())
+    found = torch.tensor(estimates, dtype=torch.float64)
+    assert standard_errors_off(found, truth) < 4
+    # Divided by 1 - q_y instead, the sum is too small by the ratio of the two.
+    q = float(counts[[0, 1, 4]].sum() / counts.sum())
+    wrong = scores[positive].exp() + (found - scores[positive].exp()) * (1 - old[0]) / (1 - q)
+    assert standard_errors_off(wrong, truth) > 8
 
 
 @pytest.mark.parametrize("strength", [-0.1, 1.1, float("nan")])

@@ -9,7 +9,16 @@ import torch
 
 import twotower as tt
 from twotower.config.run import Config
-from twotower.negatives import CountedFrequency, CrossBatchMemory, InBatch, Pool, Sampled, StreamingFrequency, Uniform
+from twotower.negatives import (
+    CountedFrequency,
+    CrossBatchMemory,
+    GroupedFrequency,
+    InBatch,
+    Pool,
+    Sampled,
+    StreamingFrequency,
+    Uniform,
+)
 from twotower.objectives import Embedded, SampledSoftmax
 from twotower.training import diagnostics
 from twotower.training.diagnostics import DiagnosticsMonitor, diagnose, frequency_drift
@@ -80,6 +89,19 @@ def test_drift_is_the_distance_of_an_estimate_and_none_for_counts():
     estimated = SampledSoftmax(Pool(InBatch(stream)))
     # All mass on item 0, which has 9 of 32.
     assert frequency_drift(estimated, COUNTS) == pytest.approx(1 - 9 / 32)
+
+
+def test_drift_of_groups_is_weighted_by_their_rows():
+    streams = [StreamingFrequency(8), StreamingFrequency(8)]
+    objective = SampledSoftmax(Pool(InBatch(GroupedFrequency(streams))))
+    table = torch.stack([3 * COUNTS, COUNTS.flip(0)])
+    for group, item in ((0, 0), (1, 7)):
+        streams[group].observe(torch.full((10,), item))
+    assert frequency_drift(objective, table) == pytest.approx(1 - 9 / 32)
+    streams[1].observe(torch.zeros(10_000, dtype=torch.int64))
+    last = float(COUNTS[-1]) / 32  # item 0 of the second group, on which all of its estimate lies now
+    moved = frequency_drift(objective, table)
+    assert moved == pytest.approx(0.75 * (1 - 9 / 32) + 0.25 * (1 - last), abs=0.01)
 
 
 @pytest.mark.parametrize(

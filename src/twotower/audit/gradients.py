@@ -193,7 +193,8 @@ def follow(pool: Pool, batch: Batch, *, drawn: bool) -> None:
         return
     for member in pool.members():
         if isinstance(member, CrossBatchMemory):
-            member.remember(batch.items)
+            windows = None if batch.sequences is None else batch.sequences.windows
+            member.remember(batch.items, batch.group, epoch=batch.epoch, windows=windows)
 
 
 def _assigned(pool: Pool, rows: AuditedRows, batches: Iterator[Batch], total: int) -> Iterator[tuple[int, Batch]]:
@@ -225,7 +226,12 @@ def _draw(
     positives = torch.cat([rows.positives[row : row + 1], batch.items[1:size]])
     queries = None if rows.queries is None else torch.cat([rows.queries[row : row + 1], batch.queries[1:size]])
     drawn = objective.pool.draw(
-        positives, known_positives=rows.known_of(row), queries=queries, group=batch.group, generator=generator
+        positives,
+        known_positives=rows.known_of(row),
+        queries=queries,
+        group=batch.group,
+        generator=generator,
+        epoch=batch.epoch,
     )
     # Drop the other rows before copies are merged: merging a whole batch is expensive and changes nothing for one row.
     return objective.prepare(drawn.head(1))
@@ -253,6 +259,7 @@ def stack(parts: list[Candidates]) -> tuple[Candidates, Tensor]:
         source=joined("source"),
         positives=joined("positives"),
         positive_log_count=joined("positive_log_count"),
+        log_unmasked=None if parts[0].log_unmasked is None else joined("log_unmasked"),
         row_items=joined("row_items") if per_row else None,
         row_log_expected_count=joined("row_log_expected_count") if per_row else None,
         row_mask=joined("row_mask") if per_row else None,

@@ -56,7 +56,7 @@ class Subject:
 
     def batches(self, seed: int = 0) -> Iterator[Batch]:
         """Yield endless training batches, as in `fit`."""
-        if self.config.objective.frequency.startswith("grouped"):
+        if self.config.objective.is_grouped:
             grouped = GroupedBatches(TrainingBatches(self.train, self.batch_size, seed=seed))
             while True:
                 yield from grouped
@@ -125,7 +125,7 @@ def _choose(
 ) -> np.ndarray:
     """Choose row numbers, int64 [R], evenly over the deciles, among rows that can appear in training batches."""
     sample = np.unique(random.integers(0, len(train), min(len(train), 200_000)))
-    if config.objective.frequency.startswith("grouped") and train.groups is not None:
+    if config.objective.is_grouped and train.groups is not None:
         groups = np.asarray(train.groups, dtype=np.int64)
         large = np.bincount(groups) >= int(config.training.batch_size)
         sample = sample[large[groups[sample]]]

@@ -86,6 +86,13 @@ class DataConfig(Section):
     )
 
 
+class StreamingConfig(Section):
+    """How a frequency is estimated from the batches; see `StreamingFrequency`."""
+
+    rate: float = Field(0.05, gt=0, le=1, description="Weight of one new gap: about 1/rate occurrences are averaged.")
+    patience: float = Field(5.0, gt=0, description="Gaps without the item after which its frequency decays.")
+
+
 class ObjectiveConfig(Section):
     """The objective and its sources of candidates. docs/objectives.md describes each one."""
 
@@ -103,9 +110,13 @@ class ObjectiveConfig(Section):
     rows_per_draw: PositiveInt | None = Field(
         None, description="Rows that share one draw of candidates; a batch then has several. None: the whole batch."
     )
-    frequency: Literal["counted", "streaming", "grouped", "grouped-streaming"] = Field(
+    frequency: (
+        Literal["counted", "streaming", "grouped", "grouped-streaming"]
+        | Annotated[dict[Literal["streaming", "grouped-streaming"], StreamingConfig], Field(min_length=1, max_length=1)]
+    ) = Field(
         "counted",
-        description="How p_j is estimated. grouped: within data.columns.group; each batch then comes from one group.",
+        description="How p_j is estimated. grouped: within data.columns.group; each batch then comes from one group. "
+        "{streaming: {rate: 0.02}}: with settings.",
     )
     negatives: int = Field(64, ge=1, description="K of the binary objectives: negatives per row.")
     calibration: float = Field(0.75, ge=0, le=1, description="t of gbce.")
@@ -114,6 +125,21 @@ class ObjectiveConfig(Section):
     )
     initial_temperature: float = Field(0.1, gt=0)
     similarity: Literal["cosine", "dot"] = "cosine"
+
+    @property
+    def frequency_name(self) -> str:
+        """The name of the frequency, without its settings."""
+        return self.frequency if isinstance(self.frequency, str) else next(iter(self.frequency))
+
+    @property
+    def streaming(self) -> StreamingConfig:
+        """The settings of a streaming frequency."""
+        return StreamingConfig() if isinstance(self.frequency, str) else next(iter(self.frequency.values()))
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether frequencies are those within groups, and each batch comes from one group."""
+        return self.frequency_name.startswith("grouped")
 
 
 #: How an id table is placed on several processes.

@@ -216,12 +216,15 @@ def continue_objective(objective: Objective, saved: Mapping[str, RowSource], ite
             parameter.copy_(saved[name][...])
     for name, module in objective.named_modules(remove_duplicate=False):
         if isinstance(module, StreamingFrequency) and f"{name}.gap" in saved:
-            continue_streaming(module, {key: saved[f"{name}.{key}"][...] for key in ("gap", "last", "clock")}, items)
+            keys = [key for key in ("gap", "last", "gaps", "clock") if f"{name}.{key}" in saved]
+            continue_streaming(module, {key: saved[f"{name}.{key}"][...] for key in keys}, items)
 
 
 @torch.no_grad()
 def continue_streaming(frequency: StreamingFrequency, saved: Mapping[str, Tensor], items: Tensor) -> None:
     """Load an old estimate: retained items keep their gap and the row of their last occurrence, new ones are unseen.
+
+    A new item could not occur before, so its first gap is counted from here, and not over all rows of the old model.
 
     Raises:
         InputError: the saved estimate is of another catalog.
@@ -233,7 +236,11 @@ def continue_streaming(frequency: StreamingFrequency, saved: Mapping[str, Tensor
         )
     kept = (items >= 0).nonzero().squeeze(1)
     frequency.gap[:, items[kept]] = saved["gap"][:, kept]
+    frequency.last.fill_(float(saved["clock"]))
     frequency.last[:, items[kept]] = saved["last"][:, kept]
+    # Versions that did not count the gaps: as averaged fully.
+    gaps = saved["gaps"] if "gaps" in saved else torch.isfinite(saved["gap"]).double() / frequency.rate
+    frequency.gaps[:, items[kept]] = gaps[:, kept].to(frequency.gaps)
     frequency.clock.copy_(saved["clock"])
 
 

@@ -50,7 +50,7 @@ def sampled_softmax(
         One loss per row, [B], float32 (float64 if the inputs are); a row with no negative left has loss 0.
 
     Raises:
-        InputError: shapes do not fit.
+        InputError: shapes do not fit, or the temperature is not above 0 (checked if it is not on an accelerator).
 
     Example:
         >>> query, item = torch.randn(2, 4), torch.randn(3, 4)
@@ -100,7 +100,8 @@ def refined_logq(
         log_count: log q_j of each candidate, minus the log of the number of copies it represents, [M].
         mask: bool [B, M], True where a candidate is masked.
         log_left: log n', [B]: the sum in the loss, unlike the sum in P_hat, is not divided by n'.
-        row_offset: log n' - log(1 - q_y), [B], so that `log_count + row_offset` is log(n' Q'_j).
+        row_offset: log n' - log(1 - q_y), [B], so that `log_count + row_offset` is log(n' Q'_j); if known positives
+            K(x) are masked too, log n' - log(1 - q(K(x) and y)).
         temperature: divides every score.
 
     Returns:
@@ -151,6 +152,7 @@ def candidate_logits(
 ) -> tuple[Tensor, Tensor]:
     """Compute corrected logits, (positive [B], candidates [B, M + R]), -inf where masked. See `sampled_softmax`."""
     _check_shapes(query, positive, candidates, log_expected_count, mask)
+    check_temperature(temperature)
     query, positive, candidates = (_accumulating(tensor) for tensor in (query, positive, candidates))
     scaled = query / temperature
     positive_logit = (scaled * positive).sum(-1)
@@ -190,9 +192,26 @@ def full_softmax(
 
     Returns:
         One loss per row, [B].
+
+    Raises:
+        InputError: the temperature is not above 0.
     """
+    check_temperature(temperature)
     query, items = _accumulating(query), _accumulating(items)
     return torch.nn.functional.cross_entropy((query / temperature) @ items.T, positive_items, reduction="none")
+
+
+def check_temperature(temperature: float | Tensor) -> None:
+    """Refuse a temperature of 0 or below; one on an accelerator is not read, which would synchronize.
+
+    Raises:
+        InputError: the temperature is 0 or below.
+    """
+    if isinstance(temperature, Tensor) and temperature.device.type != "cpu":
+        return
+    value = float(temperature.detach() if isinstance(temperature, Tensor) else temperature)
+    if value <= 0.0:
+        raise InputError(f"temperature: expected a number above 0, found {value}")
 
 
 def _accumulating(tensor: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ class Candidates:
         positives: the rows' positives, int64 [B].
         positive_log_count: the pool's correction evaluated at the positives, float32 [B]; 0 for a positive that is
             always included. Only losses that correct the positive use it.
+        log_unmasked: log of the probability that one draw is neither the row's positive nor one of its known
+            positives, float32 [B]; None unless the objective needs it (`Pool.counts_unmasked`).
         row_items: per-row candidates, int64 [B, R], -1 where empty; None if no source is per row.
         row_log_expected_count: their log kappa, float32 [B, R].
         row_mask: bool [B, R], True where a per-row candidate is not a negative for its row.
@@ -42,6 +44,7 @@ class Candidates:
     row_items: Tensor | None = None
     row_log_expected_count: Tensor | None = None
     row_mask: Tensor | None = None
+    log_unmasked: Tensor | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -59,6 +62,7 @@ class Candidates:
             negative_mask=self.negative_mask.head(rows),
             positives=self.positives[:rows],
             positive_log_count=self.positive_log_count[:rows],
+            log_unmasked=None if self.log_unmasked is None else self.log_unmasked[:rows],
             row_items=None if self.row_items is None else self.row_items[:rows],
             row_log_expected_count=None if self.row_log_expected_count is None else self.row_log_expected_count[:rows],
             row_mask=None if self.row_mask is None else self.row_mask[:rows],

@@ -72,6 +72,15 @@ class Frequency(nn.Module, ABC):
             float64, the shape of `items`; -inf for an item that never occurs.
         """
 
+    def epoch_rows(self, group: Group | None = None) -> float | None:
+        """Return R if a batch is drawn without replacement from an epoch of R rows; None if its rows are independent.
+
+        Args:
+            group: the group that the batch was drawn from; R then counts the rows of this group.
+        """
+        del group
+        return None
+
     def observe(self, items: Tensor, group: Group | None = None) -> None:
         """Update the estimate with the positives of one training step, before the draw; no-op for counted ones."""
         del items, group
@@ -83,8 +92,14 @@ class CountedFrequency(Frequency):
     Items never seen get p_j = 0 (log p_j = -inf): they become candidates only through a source that draws them, such as
     `Sampled(Uniform(N))`, and their expected count then comes from that source alone.
 
+    The counts also give R, the number of rows. Training shuffles the rows once per epoch and cuts them into batches
+    (`TrainingBatches`, any `DataLoader(shuffle=True)`), so the rows of a batch are drawn *without* replacement, and
+    the chance that an item is among them depends on R and not only on p_j.
+
     Args:
         counts: occurrences of each item, [N], whole numbers or weights >= 0; or anything with `item_counts()`.
+        replacement: the rows of a batch are independent draws, with replacement, from the counted ones, and not a part
+            of an epoch. Implied by counts that are not whole numbers, since they do not say how many rows there are.
 
     Raises:
         InputError: counts are negative, not finite, or all zero.
@@ -98,7 +113,7 @@ class CountedFrequency(Frequency):
     is_exact = True
     log_probability: Tensor
 
-    def __init__(self, counts: Tensor | np.ndarray | HasItemCounts) -> None:
+    def __init__(self, counts: Tensor | np.ndarray | HasItemCounts, *, replacement: bool = False) -> None:
         super().__init__()
         if not isinstance(counts, Tensor | np.ndarray):
             counts = counts.item_counts()
@@ -107,8 +122,11 @@ class CountedFrequency(Frequency):
             raise InputError(f"counts: expected one number per item, shape [N]; found shape {list(values.shape)}")
         if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
             raise InputError("counts: expected finite numbers >= 0, one per item")
-        if not bool(values.sum() > 0):
+        total = float(values.sum())
+        if not total > 0:
             raise InputError("counts: all are zero; count them from the training interactions")
+        is_whole = bool((values == values.round()).all())
+        self._rows = total if is_whole and not replacement else None
         self.num_items = len(values)
         # Derived from the data, so it is recomputed instead of stored in every checkpoint.
         self.register_buffer("log_probability", values.log() - values.sum().log(), persistent=False)
@@ -117,6 +135,11 @@ class CountedFrequency(Frequency):
         """Return log p_j, float64, the shape of `items`; `group` is ignored."""
         del group
         return self.log_probability[items]
+
+    def epoch_rows(self, group: Group | None = None) -> float | None:
+        """Return R, the sum of the counts; None for independent draws. `group` is ignored."""
+        del group
+        return self._rows
 
 
 class GroupedFrequency(Frequency):
@@ -148,16 +171,15 @@ class GroupedFrequency(Frequency):
         Raises:
             InputError: the interactions have no group column.
         """
-        if interactions.groups is None:
-            raise InputError("frequency: grouped counts need a group column; name it with data.columns.group")
-        groups = np.asarray(interactions.groups, dtype=np.int64)
-        size, count = interactions.num_items, int(groups.max()) + 1
-        table = np.bincount(groups * size + interactions.item_codes, minlength=count * size).reshape(count, size)
-        return cls([CountedFrequency(row) for row in table])
+        return cls([CountedFrequency(row) if row.any() else _NoRows(len(row)) for row in count_by_group(interactions)])
 
     def log_prob(self, items: Tensor, group: Group | None = None) -> Tensor:
         """Return log p_j within the group, float64, the shape of `items`."""
         return self._member(group).log_prob(items)
+
+    def epoch_rows(self, group: Group | None = None) -> float | None:
+        """Return the number of rows of the group in an epoch; None for independent draws."""
+        return self._member(group).epoch_rows()
 
     def observe(self, items: Tensor, group: Group | None = None) -> None:
         """Update the frequency of the group."""
@@ -170,6 +192,33 @@ class GroupedFrequency(Frequency):
         return member
 
 
+def count_by_group(interactions: HasGroups) -> np.ndarray:
+    """Count the occurrences of each item within each group, int64 [G, N].
+
+    Raises:
+        InputError: the interactions have no group column.
+    """
+    if interactions.groups is None:
+        raise InputError("frequency: grouped counts need a group column; name it with data.columns.group")
+    groups = np.asarray(interactions.groups, dtype=np.int64)
+    size, count = interactions.num_items, int(groups.max()) + 1
+    return np.bincount(groups * size + interactions.item_codes, minlength=count * size).reshape(count, size)
+
+
+class _NoRows(Frequency):
+    """The frequency within a group that has no training row: every p_j is 0, and no batch is drawn from it."""
+
+    is_exact = True
+
+    def __init__(self, num_items: int) -> None:
+        super().__init__()
+        self.num_items = num_items
+
+    def log_prob(self, items: Tensor, group: Group | None = None) -> Tensor:
+        del group
+        return torch.full(items.shape, -torch.inf, dtype=torch.float64, device=items.device)
+
+
 class StreamingFrequency(Frequency):
     """The gap estimator: an item that recurs every g rows has p = 1/g (Yi et al. 2019, algorithm 2).
 
@@ -177,23 +226,28 @@ class StreamingFrequency(Frequency):
     being in a batch, which saturates at 1 for every item that is in all of them. Here gaps are measured in *rows*: an
     item seen c times in a step of B rows, last seen s steps before, has had c gaps of s B / c rows each,
 
-        w = 1 - (1-a)^c,      G[h] <- (1-w) G[h] + w (s B / c),      A[h] <- t,      p = 1 / G[h],
+        w = max( 1 - (1-a)^c, c / n ),      G[h] <- (1-w) G[h] + w (s B / c),      A[h] <- t,      p = 1 / G[h],
 
-    so that p is the probability for one row, several occurrences in a step all count, and for small a the estimate is
-    a ratio of expectations, E[s B] / E[c] = 1/p, at every p. Edge cases:
+    with n the number of gaps so far, these c included. The first gaps are therefore averaged with equal weights, and
+    from n = 1/a on the mean is a moving one. p is the probability for one row, several occurrences in a step all count,
+    and for small a the estimate is a ratio of expectations, E[s B] / E[c] = 1/p, at every p. Edge cases:
 
-    - first occurrence: G[h] is the number of rows seen so far, divided by c;
+    - first occurrence: there is no gap yet. G[h] is the number of rows t since the item could first occur, divided by
+      c, as a provisional value (n = 0), which the next occurrence replaces. Within an epoch of R rows, whose rows are
+      drawn without replacement, it is R (1/R + 1/(R-1) + ... + 1/(R-t+1)) / c, whose mean is R/c_j for an item with c_j
+      rows; t alone would be half of R for an item with one row;
     - never seen: p = 0;
     - p = 1: an item that is in every row has gap 1 and p = 1;
     - an item that no longer occurs: once the open gap exceeds `patience` times G[h], open gap / patience is used
       instead, so that p decays instead of staying constant.
 
-    State (gap, row of the last occurrence, rows seen) is in `state_dict`.
+    State (gap, number of gaps, row of the last occurrence, rows seen) is in `state_dict`.
 
     Args:
         num_items: N.
         rate: a, the weight of one new gap; about 1/a occurrences are averaged.
         patience: see above.
+        rows: R, if the batches of an epoch are drawn without replacement from that many rows (`epoch_rows`).
 
     Raises:
         InputError: a setting is out of range.
@@ -202,19 +256,24 @@ class StreamingFrequency(Frequency):
     is_exact = False
     gap: Tensor
     last: Tensor
+    gaps: Tensor
     clock: Tensor
 
-    def __init__(self, num_items: int, *, rate: float = 0.05, patience: float = 5.0) -> None:
+    def __init__(self, num_items: int, *, rate: float = 0.05, patience: float = 5.0, rows: float | None = None) -> None:
         super().__init__()
         if not 0 < rate <= 1:
             raise InputError(f"rate: expected a number in (0, 1], found {rate}")
+        if not patience > 0:
+            raise InputError(f"patience: expected a number above 0, found {patience}")
         self.num_items = num_items
         self.rate, self.patience = rate, patience
+        self._rows = None if rows is None else float(rows)
         # [1, N], as in checkpoints of versions that had several hashed tables.
         self.register_buffer("gap", torch.full((1, num_items), math.inf, dtype=torch.float64))
         self.register_buffer("last", torch.zeros(1, num_items, dtype=torch.float64))
+        self.register_buffer("gaps", torch.zeros(1, num_items, dtype=torch.float64))
         self.register_buffer("clock", torch.zeros((), dtype=torch.float64))
-        self.register_load_state_dict_pre_hook(_drop_hash_keys)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_from_earlier_versions)  # type: ignore[no-untyped-call]
 
     def observe(self, items: Tensor, group: Group | None = None) -> None:
         """Update the estimate with the positives of one step, int64 [B]; all occurrences count."""
@@ -222,16 +281,33 @@ class StreamingFrequency(Frequency):
         if items.numel() == 0:
             return
         self.clock += items.numel()
-        items, gap, last = items.reshape(-1), self.gap[0], self.last[0]
+        items, gap, last, gaps = items.reshape(-1), self.gap[0], self.last[0], self.gaps[0]
         # `unique` has a data-dependent size, which would stall an accelerator: count over the whole table instead.
         ones = torch.ones(len(items), dtype=torch.float64, device=items.device)
         occurrences = torch.zeros_like(gap).index_add_(0, items, ones)[items]
-        elapsed = (self.clock - last[items]) / occurrences
-        weight = 1.0 - (1.0 - self.rate) ** occurrences
+        elapsed = self.clock - last[items]
         old = gap[items]
+        is_first = torch.isinf(old)
+        number = gaps[items] + occurrences
+        weight = torch.maximum(1.0 - (1.0 - self.rate) ** occurrences, occurrences / number)
+        new = torch.where(is_first, self._first_gap(elapsed), elapsed) / occurrences
         # Every occurrence of an item writes the same value, so their order does not matter.
-        gap[items] = torch.where(torch.isinf(old), elapsed, old + weight * (elapsed - old))
+        gap[items] = torch.where(is_first, new, old + weight * (new - old))
+        gaps[items] = torch.where(is_first, 0.0, number)
         last[items] = self.clock
+
+    def _first_gap(self, elapsed: Tensor) -> Tensor:
+        """Return the provisional gap of an item that occurs for the first time after this many rows."""
+        if self._rows is None:
+            return elapsed
+        within = torch.digamma(torch.tensor(self._rows + 1.0, dtype=torch.float64, device=elapsed.device))
+        within = self._rows * (within - torch.digamma((self._rows - elapsed).clamp(min=0.0) + 1.0))
+        return torch.where(elapsed <= self._rows, within, elapsed)
+
+    def epoch_rows(self, group: Group | None = None) -> float | None:
+        """Return R; None if it is not known. `group` is ignored."""
+        del group
+        return self._rows
 
     def log_prob(self, items: Tensor, group: Group | None = None) -> Tensor:
         """Return log p_j = -log of the gap, or of the open gap / patience if that is larger; the shape of `items`."""
@@ -240,9 +316,11 @@ class StreamingFrequency(Frequency):
         return -torch.maximum(self.gap[0][items], open_gap).clamp(min=1.0).log()
 
 
-def _drop_hash_keys(_: nn.Module, state_dict: dict[str, Any], prefix: str, *__: object) -> None:
-    """Drop the keys of hash functions from a state that was saved by a version with hashed tables."""
-    state_dict.pop(f"{prefix}keys", None)
+def _from_earlier_versions(frequency: StreamingFrequency, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """Drop the keys of hashed tables from a saved state, and count the gaps of one that did not: as averaged fully."""
+    state.pop(f"{prefix}keys", None)
+    if f"{prefix}gap" in state and f"{prefix}gaps" not in state:
+        state[f"{prefix}gaps"] = torch.isfinite(state[f"{prefix}gap"]).double() / frequency.rate
 
 
 @dataclass(frozen=True)

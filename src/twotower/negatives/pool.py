@@ -14,6 +14,7 @@ from twotower.negatives.corrections import Correction, ExpectedCounts
 from twotower.negatives.frequency import Frequency
 from twotower.negatives.masks import (
     NegativeMask,
+    Pairs,
     as_pairs,
     compact,
     empty_duplicates,
@@ -45,7 +46,7 @@ class Pool(nn.Module):
         correction: what is subtracted from the logits; default: the expected count. Others are for comparison.
 
     Raises:
-        InputError: no source is given.
+        InputError: no source is given, or two sources have the same rows.
 
     Example:
         >>> frequency = CountedFrequency(torch.tensor([5, 3, 2, 0]))
@@ -59,9 +60,14 @@ class Pool(nn.Module):
         super().__init__()
         if not sources:
             raise InputError("sources: a pool needs at least one source of candidates, such as InBatch(frequency)")
+        for kind, name in ((InBatch, "in_batch"), (CrossBatchMemory, "memory")):
+            if sum(isinstance(source, kind) for source in sources) > 1:
+                raise InputError(f"sources: {name} twice: both have the same rows; use one of them")
         self.sources = nn.ModuleList(sources)
         self.unique = unique
         self.correction = correction or ExpectedCounts()
+        #: Compute `Candidates.log_unmasked`; set by an objective that needs it.
+        self.counts_unmasked = False
 
     def draw(self, request: DrawRequest | Tensor, **options: Any) -> Candidates:
         """Draw the candidates of one batch.
@@ -78,8 +84,9 @@ class Pool(nn.Module):
             Candidates, [M] of them; includes the positives of the batch if a source is in-batch.
 
         Raises:
-            InputError: `positives` is not int64 [B]; rows are positions of whole sequences, a source is in-batch and
-                there are no known positives; or a candidate has an expected count of zero (CPU only: the check would
+            InputError: `positives` is not int64 [B]; rows are positions of whole sequences, a source is in-batch or a
+                memory and there are no known positives; the batch has more rows than the frequency counted; or a
+                candidate has an expected count of zero (CPU only: the check would
                 stall an accelerator).
         """
         request = DrawRequest.of(request, **options)
@@ -91,13 +98,18 @@ class Pool(nn.Module):
         if (
             request.windows is not None
             and request.known_positives is None
-            and any(isinstance(member, InBatch) for member in self.members())
+            and any(isinstance(member, InBatch | CrossBatchMemory) for member in self.members())
         ):
             raise InputError(
                 "known_positives: rows of one sequence are not random draws for each other; with whole sequences and "
-                "in-batch candidates, pass every row's known positives so that they are masked"
+                "in-batch or remembered candidates, pass every row's known positives so that they are masked"
             )
         own_positives = positives if rows is None else positives[rows]
+        if len(positives) == 1 and request.windows is None and all(isinstance(m, InBatch) for m in self.members()):
+            raise InputError(
+                "positives: a batch of one row has no other rows, so in_batch alone gives it no candidates; use larger "
+                "batches, or add a source such as uniform"
+            )
         if self.training:
             for frequency in self.frequencies():
                 frequency.observe(positives, group)
@@ -123,6 +135,7 @@ class Pool(nn.Module):
             source=source,
             positives=own_positives,
             positive_log_count=self._positive_log_count(own_positives, request, fixed, row_fixed),
+            log_unmasked=self._log_unmasked(own, known, request) if self.counts_unmasked else None,
         )
         if row_fixed is not None or row_drawn is not None:
             result = self._with_rows(
@@ -137,7 +150,7 @@ class Pool(nn.Module):
         if self.training:
             for member in self.members():
                 if isinstance(member, CrossBatchMemory):
-                    member.remember(positives, group)
+                    member.remember(positives, group, epoch=request.epoch, windows=request.windows)
         return result
 
     def log_expected_count(self, items: Tensor, request: DrawRequest) -> Tensor:
@@ -146,7 +159,11 @@ class Pool(nn.Module):
         if not sources:
             return torch.full(items.shape, -torch.inf, dtype=torch.float64, device=items.device)
         if self.unique:
-            absence = torch.stack([source.log_absence(items, request) for source in sources]).sum(0)
+            absence = torch.zeros(items.shape, dtype=torch.float64, device=items.device)
+            already = 0
+            for source in sources:
+                absence += source.log_absence(items, request, already)
+                already += source.epoch_draws(request)
             return log_complement(absence)
         return torch.logsumexp(torch.stack([source.log_expected_count(items, request) for source in sources]), 0)
 
@@ -226,6 +243,23 @@ class Pool(nn.Module):
         if row_fixed is not None:
             always |= (row_fixed == positives[:, None]).any(1)
         return log_count.masked_fill(always, 0.0).to(torch.float32)
+
+    def _log_unmasked(self, own: Pairs, known: Pairs | None, request: DrawRequest) -> Tensor:
+        """Compute log(1 - q(K(x) and y)) of each row, summing q over the distinct items that are masked, [B]."""
+        row, item = own if known is None else tuple(torch.cat(pair) for pair in zip(own, known, strict=True))
+        rows = len(own[0])
+        if known is not None:
+            # An item may be listed several times, and the positive is one of the known positives.
+            order = torch.argsort(item, stable=True)
+            order = order[torch.argsort(row[order], stable=True)]
+            row, item = row[order], item[order]
+        is_new = item >= 0
+        is_new[1:] &= (item[1:] != item[:-1]) | (row[1:] != row[:-1])
+        (source,) = self.random_sources()
+        q = source.log_prob(item.clamp(min=0), request).exp().masked_fill(~is_new, 0.0)
+        masked = torch.zeros(rows, dtype=torch.float64, device=item.device).index_add_(0, row, q)
+        # If every item is masked no candidate is left, and any finite number works.
+        return torch.log1p(-masked.clamp(max=1.0 - 1e-15)).to(torch.float32)
 
     def _with_rows(
         self,

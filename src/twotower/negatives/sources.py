@@ -9,12 +9,16 @@ A source is either *random* (in-batch, sampled from a proposal, remembered from 
 head, the whole catalog, items stored per query). A deterministic source includes its items in every draw with kappa =
 1, and they are masked from every random source of the row. The candidates of a source are shared by the batch, [m], or
 *per row*, [B, R]. `Pool` (pool.py) adds expected counts, or multiplies absences, and applies the masks.
+
+The rows of a batch and of a memory are not independent draws: they are drawn without replacement from the rows (or the
+whole sequences) of an epoch. `log_absence_in_epoch` has their absence.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import deque
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,6 +44,8 @@ class DrawRequest:
         group: the group that the batch was built in, or None for batches that are random draws.
         generator: the random generator of the draw, or None for torch's default.
         windows: how the batch was drawn, if its rows are positions of whole sequences; None for a draw of rows.
+        epoch: number of the epoch that the batch is a part of, so that a memory can tell the rows of this epoch from
+            those of earlier ones; None for data that is not read in epochs, or read once.
         known_positives: other items that a row must not be pushed away from: int64 [B, H] padded with -1, or a pair
             (row [P], item [P]). They are masked for their row; kappa is unchanged (docs/theory.md, rule 7).
         rows: the rows for which masks and per-row candidates are made, with start and stop set; None for all rows.
@@ -53,6 +59,7 @@ class DrawRequest:
     windows: Windows | None = None
     known_positives: Tensor | tuple[Tensor, Tensor] | None = None
     rows: slice | None = None
+    epoch: int | None = None
 
     @classmethod
     def of(cls, request: DrawRequest | Tensor, **options: Any) -> DrawRequest:
@@ -79,18 +86,33 @@ class Source(nn.Module, ABC):
 
 
 class RandomSource(Source):
-    """A source of independent draws, with the expected count of every item of the catalog."""
+    """A source of random draws, with the expected count of every item of the catalog."""
 
     @abstractmethod
     def draws(self, request: DrawRequest) -> int:
-        """Return the number of independent draws per row."""
+        """Return the number of draws per row."""
 
     @abstractmethod
     def log_prob(self, items: Tensor, request: DrawRequest) -> Tensor:
         """Return the log probability that one draw is the item, float64, the shape of `items`."""
 
-    def log_absence(self, items: Tensor, request: DrawRequest) -> Tensor:
-        """Return log (1 - q_j)^n: no draw is item j, float64, the shape of `items`."""
+    def epoch_draws(self, request: DrawRequest) -> int:
+        """Return how many rows, or whole sequences, of the current epoch this source contains; 0 for others."""
+        del request
+        return 0
+
+    def log_absence(self, items: Tensor, request: DrawRequest, already: int = 0) -> Tensor:
+        """Return the log probability that no draw is item j, float64, the shape of `items`.
+
+        Independent draws have log (1 - q_j)^n.
+
+        Args:
+            items: codes, int64, any shape.
+            request: the batch.
+            already: rows, or whole sequences, of the current epoch that other sources of the pool contain, and that
+                are without the item: the probability is conditional on them. Independent draws ignore it.
+        """
+        del already
         return log_absence_after(self.draws(request), self.log_prob(items, request))
 
     def log_expected_count(self, items: Tensor, request: DrawRequest) -> Tensor:
@@ -98,7 +120,7 @@ class RandomSource(Source):
         if self.unique:
             return log_complement(self.log_absence(items, request))
         draws = self.draws(request)
-        return (math.log(draws) if draws else -math.inf) + self.log_prob(items, request)
+        return log_or_infinite(draws) + self.log_prob(items, request)
 
 
 def log_complement(log_probability: Tensor) -> Tensor:
@@ -115,27 +137,82 @@ def log_complement(log_probability: Tensor) -> Tensor:
 def log_absence_after(draws: int, log_prob: Tensor) -> Tensor:
     """Compute log (1 - q)^n = n log1p(-q): the item is in none of n independent draws, float64."""
     # With q = 1 and no draws the formula would be 0 * -inf; nothing is drawn, so the item is absent: log 1.
-    if draws == 0:
+    if draws <= 0:
         return torch.zeros_like(log_prob)
     return draws * torch.log1p(-torch.exp(log_prob))
+
+
+#: Below this Stirling's series is not precise.
+_STIRLING = 10.0
+
+
+def log_absence_in_epoch(draws: int, count: Tensor, others: float) -> Tensor:
+    """Compute log [ C(m-c, n) / C(m, n) ]: n draws without replacement from m rows miss all c rows with the item.
+
+    By symmetry this is sum_{i<c} log(1 - n / (m-i)). With gamma functions, at m = 10^8, all digits would cancel; here
+    the large terms of Stirling's series are subtracted by hand. With u = n/m, v = c/m, w = 1-u-v:
+
+        m [ v log(1-u) + u log(1-v) - w log(1 - u v / ((1-u)(1-v))) ] + log(1 + u v / w) / 2 + r(m-n) - r(mw) - r(m)
+        + r(m-c),        r(z) = 1/(12 z) - 1/(360 z^3) + 1/(1260 z^5)
+
+    Args:
+        draws: n.
+        count: c, float64, any shape; not necessarily whole, since it may be an estimate.
+        others: m.
+
+    Returns:
+        float64, the shape of `count`; -inf where the item cannot be missed.
+    """
+    n, m = float(draws), float(others)
+    if n <= 0.0:
+        return torch.zeros_like(count)
+    if n >= m:
+        return torch.where(count > 0, -torch.inf, 0.0).to(count.dtype)
+    count = count.clamp(max=m)
+    left = m - n - count
+    u, v, w = n / m, count / m, left.clamp(min=1e-9) / m
+    log_u, log_v = math.log1p(-u), torch.log1p(-v.clamp(max=1.0 - 1e-15))
+    both = u * v
+    main = m * (v * log_u + u * log_v - w * torch.log1p(-both / ((1.0 - u) * (1.0 - v)).clamp(min=1e-300)))
+    rest = _stirling(m - n) - _stirling(left) - _stirling(m) + _stirling(m - count)
+    result = main + 0.5 * torch.log1p(both / w) + rest
+    # On an accelerator, finding out whether any count needs the exact form would synchronize.
+    if count.device.type == "cpu" and not bool((left < _STIRLING).any()):
+        return result
+    exact = torch.lgamma(m - count + 1.0) - torch.lgamma(left.clamp(min=0.0) + 1.0)
+    exact = exact - (math.lgamma(m + 1.0) - math.lgamma(m - n + 1.0))
+    return torch.where(left < _STIRLING, exact.masked_fill(left < 0, -torch.inf), result)
+
+
+def _stirling(z: Tensor | float) -> Tensor | float:
+    """Compute the rest of Stirling's series of log z! for z of 10 or more."""
+    inverse = 1.0 / (z if isinstance(z, float) else z.clamp(min=_STIRLING))
+    square = inverse * inverse
+    return inverse * (1.0 / 12.0 - square * (1.0 / 360.0 - square / 1260.0))
 
 
 class InBatch(RandomSource):
     """The other rows' positives: B-1 draws from the item frequency, which are embedded anyway.
 
-    kappa_j = (B-1) p_j; without duplicates 1 - (1-p_j)^(B-1). B-1, not B: the row's own positive is not a draw.
+    An epoch has R rows, c_j = R p_j of them with item j. The other rows of a batch are B-1 of the other R-1, drawn
+    without replacement, and a row's own positive is masked, so an item j != y has all its c_j rows among them:
 
-    In a batch of S of W whole sequences, with c_j = R p_j of all R rows, the rows of a row's own sequence are in the
-    batch with certainty and are not draws; the others are S-1 of the W-1 other sequences, drawn without replacement:
+        kappa_j = (B-1) c_j / (R-1);   without duplicates 1 - C(R-1-c_j, B-1) / C(R-1, B-1)
 
-        kappa_j = c_j (S-1) / (W-1);   without duplicates 1 - prod_{k < S-1} (1 - c_j / (W-1-k))
+    B-1, not B: the row's own positive is not a draw. With rows that are independent draws (`epoch_rows` of the
+    frequency is None) kappa_j = (B-1) p_j; without duplicates 1 - (1-p_j)^(B-1).
 
-    This is exact for every item that the row's query never interacts with; the second formula also assumes that no
-    sequence contains an item twice. Items that the query does interact with are masked (`Pool.draw` requires them):
-    their count among the other sequences would be smaller. See docs/sequences.md.
+    In a batch of S of W whole sequences, w_j of which contain item j, the rows of a row's own sequence are in the batch
+    with certainty and are not draws; the others are S-1 of the W-1 other sequences, drawn without replacement:
+
+        kappa_j = c_j (S-1) / (W-1);   without duplicates 1 - C(W-1-w_j, S-1) / C(W-1, S-1)
+
+    This is exact for every item that the row's query never interacts with. Items that the query does interact with are
+    masked (`Pool.draw` requires them): their count among the other sequences would be smaller. See docs/sequences.md.
 
     Args:
-        frequency: how often each item is a positive; for grouped batches, the frequency within the group.
+        frequency: how often each item is a positive; for grouped batches, the frequency within the group. A batch must
+            be drawn from the rows that it counts.
         unique: remove duplicates within the batch.
     """
 
@@ -158,23 +235,27 @@ class InBatch(RandomSource):
         """Return log p_j, within the group of the batch."""
         return self.frequency.log_prob(items, request.group)
 
-    def log_absence(self, items: Tensor, request: DrawRequest) -> Tensor:
+    def epoch_draws(self, request: DrawRequest) -> int:
+        """Return the number of other rows, or of other sequences."""
+        return (len(request.positives) if request.windows is None else request.windows.drawn) - 1
+
+    def log_absence(self, items: Tensor, request: DrawRequest, already: int = 0) -> Tensor:
         """Return the log probability that no other row, or no other sequence, has the item."""
-        if request.windows is None:
+        epoch = _Epoch.of(self.frequency, request, request.group)
+        if epoch is None:
             return super().log_absence(items, request)
-        others, drawn = request.windows.total - 1, request.windows.drawn - 1
-        holding = torch.exp(self.log_prob(items, request)) * request.windows.rows
-        left = others - torch.arange(drawn, dtype=torch.float64, device=items.device)
-        # If all sequences left contain the item, it cannot be missed: probability 1 at most.
-        return torch.log1p(-(holding[..., None] / left).clamp(max=1.0)).sum(-1)
+        draws = self.epoch_draws(request)
+        epoch.check(draws + 1)
+        return log_absence_in_epoch(draws, epoch.holding(items), epoch.size - 1 - already)
 
     def log_expected_count(self, items: Tensor, request: DrawRequest) -> Tensor:
         """Return log kappa_j over the other rows, or over the rows of the other sequences."""
-        if request.windows is None or self.unique:
+        epoch = None if self.unique else _Epoch.of(self.frequency, request, request.group)
+        if epoch is None:
             return super().log_expected_count(items, request)
-        others, drawn = request.windows.total - 1, request.windows.drawn - 1
-        share = math.log(drawn / others) if drawn else -math.inf
-        return share + math.log(request.windows.rows) + self.log_prob(items, request)
+        draws = self.epoch_draws(request)
+        epoch.check(draws + 1)
+        return log_or_infinite(draws / max(epoch.size - 1, 1)) + math.log(epoch.rows) + self.log_prob(items, request)
 
 
 class Sampled(RandomSource):
@@ -349,16 +430,87 @@ class HardNegatives(PerQuery):
         self.items[queries] = ranked[:, : self.size].to(self.items.dtype)
 
 
+@dataclass(frozen=True)
+class _Epoch:
+    """The rows, or whole sequences, of an epoch, from which batches are drawn without replacement.
+
+    Attributes:
+        size: R rows, or W sequences.
+        rows: R.
+        frequency: the frequency of its items.
+        request: the batch.
+        group: the group that the rows belong to.
+    """
+
+    size: float
+    rows: float
+    frequency: Frequency
+    request: DrawRequest
+    group: Group | None
+
+    @classmethod
+    def of(cls, frequency: Frequency, request: DrawRequest, group: Group | None) -> _Epoch | None:
+        """Return the epoch that a batch was drawn from; None if its rows are independent draws."""
+        if request.windows is not None:
+            return cls(request.windows.total, request.windows.rows, frequency, request, group)
+        rows = frequency.epoch_rows(group)
+        return None if rows is None else cls(rows, rows, frequency, request, group)
+
+    def check(self, drawn: int) -> None:
+        """Refuse a batch that is larger than the epoch that it was drawn from."""
+        if drawn > self.size:
+            raise InputError(
+                f"positives: a batch of {drawn:,}, but the frequency was counted from {self.size:,.0f} rows: no batch "
+                "without replacement; count the rows that batches are drawn from, or pass replacement=True to "
+                "CountedFrequency if the rows of a batch are independent draws"
+            )
+
+    def holding(self, items: Tensor) -> Tensor:
+        """Return the number of rows, or of sequences, that contain each item, float64."""
+        windows = self.request.windows
+        if windows is not None and windows.holding is not None:
+            return windows.holding.of(items)
+        return torch.exp(self.frequency.log_prob(items, self.group)) * self.rows
+
+
+def log_or_infinite(number: float) -> float:
+    """Compute log x; -inf at 0."""
+    return math.log(number) if number > 0 else -math.inf
+
+
+@dataclass(frozen=True)
+class _Remembered:
+    """The part of a memory that comes from one batch: its step, group and epoch, and how many of its rows are left."""
+
+    step: int
+    group: int
+    epoch: int
+    rows: int
+
+
 class CrossBatchMemory(RandomSource):
-    """The last M positives of earlier batches: kappa_j = M p_j, or 1 - (1-p_j)^M if unique.
+    """The positives of the last M rows before the batch.
 
     The memory contains item codes, not embeddings: remembered items are embedded again in every step, so no embedding
     is stale and both towers get their gradient. Only the choice of items ages; `age` reports by how much.
 
+    M_e of the M rows belong to epoch e of R rows, c_j of them with item j. They are drawn without replacement, and in
+    the current epoch the row itself is not among them, so with m = R-1 in the current epoch and m = R in earlier ones
+
+        kappa_j = sum_e M_e c_j / m;   without duplicates 1 - prod_e C(m-c_j, M_e) / C(m, M_e)
+
+    In a pool with `InBatch` the other rows of the batch are no longer among the m. The epoch is that of the request
+    (`DrawRequest.epoch`, `Batch.epoch`). With independent rows (`epoch_rows` of the frequency is None) kappa_j = M p_j,
+    or 1 - (1-p_j)^M.
+
+    With batches of whole sequences the memory contains the last whole batches, as many as have about M rows, and counts
+    sequences as `InBatch` does: part of a batch would be part of its sequences.
+
     With a grouped frequency each remembered row was drawn within the group g of its own batch, not within the group of
     the current batch: kappa_j = sum_g M_g p_j^g, with M_g remembered rows of group g.
 
-    State (items, groups, steps, fill level) is in `state_dict`, so a resumed run continues with the same memory.
+    State (items, groups, steps, epochs, fill level) is in `state_dict`, so a resumed run continues with the same
+    memory.
 
     Args:
         frequency: how often each item is a positive.
@@ -372,6 +524,7 @@ class CrossBatchMemory(RandomSource):
     items: Tensor
     groups: Tensor
     steps: Tensor
+    epochs: Tensor
     state: Tensor
 
     def __init__(self, frequency: Frequency, size: int, *, unique: bool = False) -> None:
@@ -381,12 +534,16 @@ class CrossBatchMemory(RandomSource):
         self.frequency = frequency
         self.size = size
         self.unique = unique
+        # Oldest first, unused places at the end. The other buffers are filled in when they are saved: what a draw needs
+        # of them is in `_batches`, in Python numbers, so that reading them never synchronizes with a device.
         self.register_buffer("items", torch.zeros(size, dtype=torch.int64))
-        self.register_buffer("groups", torch.zeros(size, dtype=torch.int64))
-        self.register_buffer("steps", torch.zeros(size, dtype=torch.int64))
-        # Filled places, next place, step: Python integers, so that reading them never synchronizes with a device.
-        self._filled, self._next, self._step = 0, 0, 0
+        for name in ("groups", "steps", "epochs"):
+            self.register_buffer(name, torch.zeros(size, dtype=torch.int64))
         self.register_buffer("state", torch.zeros(3, dtype=torch.int64))
+        self._batches: deque[_Remembered] = deque()
+        self._filled, self._step = 0, 0
+        self.register_state_dict_pre_hook(_store)
+        self.register_load_state_dict_pre_hook(_fit_buffers)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_restore)  # type: ignore[no-untyped-call]
 
     def draw(self, request: DrawRequest) -> Tensor:
@@ -394,56 +551,133 @@ class CrossBatchMemory(RandomSource):
         del request
         return self.items[: self._filled].clone()
 
-    def remember(self, positives: Tensor, group: Group | None = None) -> None:
-        """Store the positives of a finished draw, and their group, in place of the oldest ones."""
-        newest = positives[-self.size :]
-        places = (torch.arange(len(newest), device=self.items.device) + self._next) % self.size
-        self.items[places] = newest
-        self.groups[places] = 0 if group is None else int(group)
-        self.steps[places] = self._step
-        self._next = (self._next + len(newest)) % self.size
-        self._filled = min(self._filled + len(newest), self.size)
+    def remember(
+        self,
+        positives: Tensor,
+        group: Group | None = None,
+        *,
+        epoch: int | None = None,
+        windows: Windows | None = None,
+    ) -> None:
+        """Store the positives of a finished draw in place of the oldest ones; arguments as in `DrawRequest`."""
+        self._batches.append(_Remembered(self._step, 0 if group is None else int(group), epoch or 0, len(positives)))
         self._step += 1
-        self.state.copy_(torch.tensor([self._filled, self._next, self._step]))
+        held = self._filled + len(positives)
+        if windows is None:
+            surplus = held - self.size
+            while surplus > 0:
+                oldest = self._batches.popleft()
+                if oldest.rows > surplus:
+                    self._batches.appendleft(replace(oldest, rows=oldest.rows - surplus))
+                surplus -= oldest.rows
+        else:
+            batches = max(round(self.size * windows.total / (windows.drawn * windows.rows)), 1)
+            while len(self._batches) > batches:
+                self._batches.popleft()
+        filled = sum(batch.rows for batch in self._batches)
+        items = torch.cat([self.items[: self._filled], positives])[held - filled :]
+        self.items = torch.nn.functional.pad(items, (0, max(self.size - filled, 0)))
+        self._filled = filled
 
     @property
     def age(self) -> float:
         """Mean age of the remembered items, in steps; 0 while the memory is empty."""
-        return float((self._step - self.steps[: self._filled]).double().mean()) if self._filled else 0.0
+        total = sum(batch.rows * (self._step - batch.step) for batch in self._batches)
+        return total / self._filled if self._filled else 0.0
 
     def draws(self, request: DrawRequest) -> int:
         """Return the number of remembered positives."""
         del request
         return self._filled
 
+    def epoch_draws(self, request: DrawRequest) -> int:
+        """Return the number of remembered rows, or sequences, of the current epoch and group."""
+        return self._parts(request).get(self._key(request), 0)
+
     def log_prob(self, items: Tensor, request: DrawRequest) -> Tensor:
         """Return log p_j; with a grouped frequency, of the mean over the remembered rows' groups."""
-        if not self._mixes_groups:
+        rows: dict[int, int] = {}
+        for batch in self._batches:
+            rows[batch.group] = rows.get(batch.group, 0) + batch.rows
+        if not isinstance(self.frequency, GroupedFrequency) or not rows:
             return self.frequency.log_prob(items, request.group)
-        rows, log_prob = self._by_group(items)
-        return torch.logsumexp(log_prob + rows.log(), 0) - math.log(self._filled)
+        parts = [self.frequency.log_prob(items, group) + math.log(n / self._filled) for group, n in rows.items()]
+        return torch.logsumexp(torch.stack(parts), 0)
 
-    def log_absence(self, items: Tensor, request: DrawRequest) -> Tensor:
-        """Return the log of prod_g (1 - p_j^g)^M_g: no remembered row is item j, float64, the shape of `items`."""
-        if not self._mixes_groups:
-            return super().log_absence(items, request)
-        rows, log_prob = self._by_group(items)
-        absence = rows * torch.log1p(-torch.exp(log_prob))
-        return torch.where(rows > 0, absence, 0.0).sum(0)
+    def log_absence(self, items: Tensor, request: DrawRequest, already: int = 0) -> Tensor:
+        """Return the log probability that no remembered row is item j, float64, the shape of `items`."""
+        absence = torch.zeros(items.shape, dtype=torch.float64, device=items.device)
+        for (number, group), draws in self._parts(request).items():
+            epoch = _Epoch.of(self.frequency, request, group)
+            if epoch is None:
+                absence += log_absence_after(draws, self.frequency.log_prob(items, group))
+                continue
+            others = epoch.size - (1 + already if (number, group) == self._key(request) else 0)
+            absence += log_absence_in_epoch(draws, epoch.holding(items), others)
+        return absence
 
-    @property
-    def _mixes_groups(self) -> bool:
-        return isinstance(self.frequency, GroupedFrequency) and self._filled > 0
+    def log_expected_count(self, items: Tensor, request: DrawRequest) -> Tensor:
+        """Return log kappa_j, summed over the epochs and groups of the remembered rows."""
+        parts = self._parts(request)
+        if self.unique or not parts:
+            return super().log_expected_count(items, request)
+        counts = []
+        for (number, group), draws in parts.items():
+            epoch = _Epoch.of(self.frequency, request, group)
+            log_prob = self.frequency.log_prob(items, group)
+            if epoch is None:
+                counts.append(math.log(draws) + log_prob)
+            else:
+                others = epoch.size - ((number, group) == self._key(request))
+                counts.append(math.log(draws / max(others, 1) * epoch.rows) + log_prob)
+        return torch.logsumexp(torch.stack(counts), 0)
 
-    def _by_group(self, items: Tensor) -> tuple[Tensor, Tensor]:
-        """Count the remembered rows of each group, float64 [G, 1, ...]; also return log p_j within each, [G, ...]."""
-        frequency: GroupedFrequency = self.frequency  # type: ignore[assignment]  # called only if `_mixes_groups`
-        log_prob = torch.stack([frequency.log_prob(items, group) for group in range(len(frequency.members))])
-        rows = torch.zeros(len(log_prob), dtype=torch.float64, device=items.device)
-        remembered = self.groups[: self._filled]
-        rows.index_add_(0, remembered, torch.ones(len(remembered), dtype=torch.float64, device=items.device))
-        return rows.reshape(-1, *[1] * items.ndim), log_prob
+    def _key(self, request: DrawRequest) -> tuple[int, int]:
+        """Return the key of the current epoch and group in `_parts`."""
+        is_grouped = isinstance(self.frequency, GroupedFrequency) and request.group is not None
+        return request.epoch or 0, int(request.group) if is_grouped and request.group is not None else 0
+
+    def _parts(self, request: DrawRequest) -> dict[tuple[int, int], int]:
+        """Count the remembered rows, or whole sequences, by epoch and group."""
+        is_grouped = isinstance(self.frequency, GroupedFrequency)
+        parts: dict[tuple[int, int], int] = {}
+        for batch in self._batches:
+            key = batch.epoch, batch.group if is_grouped else 0
+            parts[key] = parts.get(key, 0) + (batch.rows if request.windows is None else request.windows.drawn)
+        return parts
+
+
+def _store(memory: CrossBatchMemory, *_: object) -> None:
+    """Write what a draw keeps in Python numbers into the buffers, which are about to be saved."""
+    spare = len(memory.items) - memory._filled
+    rows = torch.tensor([*(batch.rows for batch in memory._batches), spare])
+    for name in ("group", "step", "epoch"):
+        values = torch.tensor([*(getattr(batch, name) for batch in memory._batches), 0])
+        setattr(memory, f"{name}s", values.repeat_interleave(rows).to(memory.items.device))
+    memory.state.copy_(torch.tensor([memory._filled, memory._filled % memory.size, memory._step]))
+
+
+def _fit_buffers(memory: CrossBatchMemory, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """Prepare for a saved state: it may be longer, and versions without epochs saved none."""
+    if f"{prefix}items" not in state:
+        return
+    state.setdefault(f"{prefix}epochs", torch.zeros_like(state[f"{prefix}steps"]))
+    for name in ("items", "groups", "steps", "epochs"):
+        here = getattr(memory, name)
+        setattr(memory, name, here.new_zeros(state[f"{prefix}{name}"].shape))
 
 
 def _restore(memory: CrossBatchMemory, _: object) -> None:
-    memory._filled, memory._next, memory._step = (int(value) for value in memory.state)
+    filled, following, memory._step = (int(value) for value in memory.state)
+    if filled == len(memory.items) == memory.size:  # versions before this one wrote the newest over the oldest
+        for name in ("items", "groups", "steps", "epochs"):
+            setattr(memory, name, getattr(memory, name).roll(-following))
+    memory._filled = filled
+    memory._batches.clear()
+    columns = [getattr(memory, name)[:filled].tolist() for name in ("steps", "groups", "epochs")]
+    for step, group, epoch in zip(*columns, strict=True):
+        if memory._batches and memory._batches[-1].step == step:
+            last = memory._batches.pop()
+            memory._batches.append(replace(last, rows=last.rows + 1))
+        else:
+            memory._batches.append(_Remembered(step, group, epoch, 1))

@@ -156,14 +156,18 @@ class PositiveCorrectedSoftmax(Objective):
 class RefinedLogQ(Objective):
     """The refined logQ loss in its published form; `row_weight` returns the weight 1 - P_hat(y). See `refined_logq`.
 
+    If known positives K(x) are masked too, n' counts what is left, and 1 - q_y becomes 1 - q(K(x) and y): the
+    probability that a draw is masked for the row.
+
     `strength` scales all of log kappa_j = log(n' q_j / (1 - q_y)), so that 0 gives the uncorrected softmax's gradient.
 
     Args:
-        pool: in-batch candidates.
+        pool: in-batch candidates, duplicates kept.
         strength: scales log kappa.
 
     Raises:
-        InputError: a source of the pool is always included; the loss is defined on drawn candidates only.
+        InputError: the pool has another source, or removes duplicates: n' draws from one q is what the loss is defined
+            on.
     """
 
     def __init__(self, pool: Pool, *, strength: float = 1.0) -> None:
@@ -173,6 +177,22 @@ class RefinedLogQ(Objective):
                 "objective.sources: refined-logq is defined on drawn candidates only; head, observed, mined and "
                 "catalog are always included; remove them, or use expected-count"
             )
+        if any(member.per_row for member in pool.members()):
+            raise InputError(
+                "objective.sources: refined-logq is defined on candidates shared by the batch; "
+                "remove per_row, or use expected-count"
+            )
+        if len(pool.members()) > 1:
+            raise InputError(
+                "objective.sources: refined-logq is defined on the draws of one source, but there are "
+                f"{len(pool.members())}; use in_batch alone, or expected-count"
+            )
+        if pool.unique or pool.random_sources()[0].unique:
+            raise InputError(
+                "objective.unique: refined-logq counts every copy of a candidate, but duplicates are removed; set "
+                "unique to false, or use expected-count"
+            )
+        pool.counts_unmasked = True
 
     def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
         """Return one loss per row, [B]; see `Objective.forward`."""
@@ -192,11 +212,6 @@ class RefinedLogQ(Objective):
 
     def _parts(self, drawn: Candidates) -> tuple[Tensor, Tensor]:
         """Return log n' and the row offset log n' - log(1 - q_y) of `refined_logq`, scaled by the strength, [B]."""
-        if drawn.row_items is not None:
-            raise InputError(
-                "objective.sources: refined-logq is defined on candidates shared by the batch; "
-                "remove the sources with per_row candidates"
-            )
         log_left, log_rest = refined_parts(drawn)
         return self.strength * log_left, self.strength * (log_left - log_rest)
 
@@ -215,12 +230,11 @@ class RefinedLogQ(Objective):
 
 
 def refined_parts(drawn: Candidates) -> tuple[Tensor, Tensor]:
-    """Compute log n' and log(1 - q_y) of each row, float32 [B]; n' counts the unmasked candidates, copies included."""
+    """Compute log n' and log(1 - q(masked)) of each row, float32 [B]; n' counts the unmasked candidates and copies."""
+    if drawn.log_unmasked is None:
+        raise InputError("drawn: the candidates of another objective's pool; draw them with the refined-logq objective")
     left = (drawn.multiplicity.sum() - drawn.negative_mask.count(drawn.multiplicity)).clamp(min=1)
-    q = drawn.positive_log_count.double().exp().clamp(max=1.0)
-    # A catalog of one item has q_y = 1; it leaves no candidates, so any finite offset works.
-    rest = torch.log1p(-q.clamp(max=1.0 - 1e-15))
-    return left.double().log().float(), rest.float()
+    return left.double().log().float(), drawn.log_unmasked
 
 
 def corrected_logits(

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor
@@ -81,15 +82,15 @@ def reads_gaps(config: Config) -> bool:
 
 
 def refuse_in_batch(pool: Pool) -> None:
-    """Refuse in-batch candidates if every block of a batch has its own draw: blocks cut sequences apart.
+    """Refuse candidates from rows if every block of a batch has its own draw: blocks cut sequences apart.
 
     Raises:
-        InputError: the pool has an in-batch source.
+        InputError: the pool has an in-batch source or a memory.
     """
-    if any(isinstance(member, InBatch) for member in pool.members()):
+    if any(isinstance(member, InBatch | CrossBatchMemory) for member in pool.members()):
         raise InputError(
-            "objective.rows_per_draw: with in_batch and whole sequences all rows of a batch must share one draw; "
-            "remove rows_per_draw, or use frequency, uniform or head instead of in_batch"
+            "objective.rows_per_draw: with in_batch or memory and whole sequences all rows of a batch must share one "
+            "draw; remove rows_per_draw, or use frequency, uniform or head instead"
         )
 
 
@@ -116,10 +117,10 @@ def masks_known_positives(settings: ObjectiveConfig) -> bool:
 
 
 def needs_known_positives(config: Config) -> bool:
-    """Return whether known positives must be masked: by the objective, or for in-batch candidates with sequences."""
+    """Return whether known positives must be masked: by the objective, or for rows of sequences as candidates."""
     sources = config.objective.sources or named_objective(config.objective.name).sources
-    in_batch = any("in_batch" in source for source in sources)
-    return masks_known_positives(config.objective) or (in_batch and reads_sequences(config))
+    of_rows = any(name in source for source in sources for name in ("in_batch", "memory"))
+    return masks_known_positives(config.objective) or (of_rows and reads_sequences(config))
 
 
 def build_frequency(settings: ObjectiveConfig, train: Interactions) -> Frequency:
@@ -128,15 +129,17 @@ def build_frequency(settings: ObjectiveConfig, train: Interactions) -> Frequency
     Raises:
         InputError: the frequency is grouped and the data has no group column.
     """
-    if settings.frequency == "counted":
+    name, options = settings.frequency_name, settings.streaming.model_dump()
+    if name == "counted":
         return CountedFrequency(train)
-    if settings.frequency == "streaming":
-        return StreamingFrequency(train.num_items)
-    if settings.frequency == "grouped":
+    if name == "streaming":
+        return StreamingFrequency(train.num_items, **options, rows=len(train))
+    if name == "grouped":
         return GroupedFrequency.counted(train)
     if train.groups is None:
         raise InputError("objective.frequency: grouped-streaming needs a group column; name it with data.columns.group")
-    return GroupedFrequency([StreamingFrequency(train.num_items) for _ in range(int(train.groups.max()) + 1)])
+    rows = np.bincount(np.asarray(train.groups, dtype=np.int64))
+    return GroupedFrequency([StreamingFrequency(train.num_items, **options, rows=max(int(n), 1)) for n in rows])
 
 
 def _options(options: dict[str, Any] | None, settings: ObjectiveConfig) -> dict[str, Any]:

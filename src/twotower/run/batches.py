@@ -39,7 +39,7 @@ def make_batches(
         InputError: the configuration combines a sequence tower with batches built within groups.
     """
     size, seed, length = int(config.training.batch_size), config.training.seed, history_length(config)
-    grouped = config.objective.frequency.startswith("grouped")
+    grouped = config.objective.is_grouped
     if reads_sequences(config):
         if grouped:
             raise InputError("objective.frequency: grouped: a sequence may span several groups; expected counted")

@@ -28,6 +28,7 @@ from twotower.evaluation import Evaluation
 from twotower.features.from_config import encode_features, in_training, with_features
 from twotower.incremental import ParentModel
 from twotower.incremental.split import ContinuedSplit
+from twotower.negatives.frequency import count_by_group
 from twotower.objectives.build import build_objective, needs_known_positives
 from twotower.ranking import Ranker
 from twotower.ranking.distributed import ShardedRanker, item_embeddings, over_ranks, own_item_embeddings
@@ -186,7 +187,7 @@ def fit(
             training,
             Path(directory),
             known_positives=known,
-            counts=torch.from_numpy(train.item_counts()),
+            counts=torch.from_numpy(count_by_group(train) if settings.objective.is_grouped else train.item_counts()),
             mine=refresh_hard_negatives(objective, train, length, gaps_of(settings, train)),
             validate=validate,
             resume=resume,

@@ -7,7 +7,7 @@ import logging
 import torch
 from torch import Tensor
 
-from twotower.negatives import Candidates, CrossBatchMemory, compare_frequencies
+from twotower.negatives import Candidates, CrossBatchMemory, GroupedFrequency, compare_frequencies
 from twotower.objectives import Embedded, Objective, corrected_logits
 
 logger = logging.getLogger("twotower")
@@ -66,10 +66,28 @@ def diagnose(embedded: Embedded, drawn: Candidates, temperature: Tensor | float,
 
 
 def frequency_drift(objective: Objective, counts: Tensor) -> float | None:
-    """Return the total variation between an estimated frequency and the counts; None for exact or grouped ones."""
+    """Return the total variation between an estimated frequency and the counts; None for an exact one.
+
+    Args:
+        objective: the objective.
+        counts: occurrences of each item, [N]; for a grouped frequency those within each group, [G, N]. Its groups are
+            averaged, weighted by their rows.
+    """
+    counts = counts.to(objective_device(objective))
     for frequency in objective.pool.frequencies():
-        if not frequency.is_exact and not hasattr(frequency, "members"):
-            return compare_frequencies(frequency, counts.to(objective_device(objective))).total_variation
+        if frequency.is_exact:
+            continue
+        if not isinstance(frequency, GroupedFrequency):
+            total = counts if counts.ndim == 1 else counts.sum(0)
+            return compare_frequencies(frequency, total).total_variation
+        if counts.ndim == 2:
+            shares = (counts.sum(1) / counts.sum()).tolist()
+            each = [
+                share * compare_frequencies(frequency, counts[group], group).total_variation
+                for group, share in enumerate(shares)
+                if share
+            ]
+            return sum(each)
     return None
 
 

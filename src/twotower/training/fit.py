@@ -104,7 +104,7 @@ def fit_towers(
         settings: section `training`, without "auto" (`Config.resolved`).
         directory: where checkpoints (`checkpoints/`) and logs (`logs/`) are written.
         known_positives: items that are never negatives of a row; None masks only the row's own positive.
-        counts: training interactions of each item, [N], for diagnostics by popularity.
+        counts: training interactions of each item, [N] or by group [G, N], for diagnostics by popularity.
         mine: refreshes mined negatives from the current towers; called before every epoch except the first.
         validate: measures the towers after each epoch; without it the last weights are used.
         resume: resume from `directory/checkpoints/last.ckpt`.

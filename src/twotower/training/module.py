@@ -40,7 +40,8 @@ class TrainingModule(pl.LightningModule):
         settings: learning rate, warm-up, seed and so on, without "auto" (`Config.resolved`).
         total_steps: steps of the whole schedule.
         known_positives: items that are never negatives of a row; None masks only the row's own positive.
-        counts: training interactions of each item, [N], for diagnostics by popularity; None for no such diagnostics.
+        counts: training interactions of each item, [N], for diagnostics by popularity; with batches built within groups
+            those of each group, [G, N]; None for no such diagnostics.
         validate: measures the towers; called after each epoch, returns metrics by name.
         ranks: the processes that train together; None for a single process.
     """
@@ -66,7 +67,8 @@ class TrainingModule(pl.LightningModule):
         self.total_steps = total_steps
         self.known_positives = known_positives
         self.counts = counts
-        self.thirds = None if counts is None else torch.from_numpy(popularity_thirds(counts.numpy()))
+        total = None if counts is None else counts if counts.ndim == 1 else counts.sum(0)
+        self.thirds = None if total is None else torch.from_numpy(popularity_thirds(total.numpy()))
         self._watch = DiagnosticsMonitor()
         self.validate = validate
         self.ranks = ranks or Communicator()

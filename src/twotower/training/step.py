@@ -26,16 +26,18 @@ def compute_loss(
     micro_batch: int | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Embedded, Candidates]:
-    """Compute the mean loss of a batch, or this rank's share of it, with a gradient.
+    """Compute the loss of a batch, the mean over its rows, or this rank's share of it, with a gradient.
 
-    With rows b in B of all ranks and their weights w (1 without weights),
+    With the B rows b of all ranks, their weights w (1 without weights) and the mean weight of all rows of the data,
 
-        share of a rank = sum of w_b loss_b over its own rows / sum of w_b over all rows.
+        share of a rank = sum of w_b loss_b over its own rows / (B mean_weight).
 
-    The shares add up to the mean, so gradients must be *summed* over ranks (`GradientExchange`), whatever number of
-    rows each rank has. Every rank draws the candidates of the whole batch with the same generator, so kappa counts the
-    B - 1 other rows of all ranks, and cross-batch memories and streaming frequencies see the same draws everywhere. A
-    rank makes the masks of its own rows only.
+    So over an epoch every row counts as its weight says; a batch with heavy rows has a larger loss, and one whose rows
+    all weigh 0 has loss 0 and no gradient. (Divided by the sum of the weights of the batch, heavy rows would count
+    less.) The shares add up to the loss of the batch, so gradients must be *summed* over ranks (`GradientExchange`),
+    whatever number of rows each rank has. Every rank draws the candidates of the whole batch with the same generator,
+    so kappa counts the B - 1 other rows of all ranks, and cross-batch memories and streaming frequencies see the same
+    draws everywhere. A rank makes the masks of its own rows only.
 
     Candidates are drawn first, so that each distinct item passes through the item tower once. Several ranks embed the
     candidates of a shared draw together, 1/W each. If every block of `objective.rows_per_draw` rows has a draw of its
@@ -62,7 +64,7 @@ def compute_loss(
     blocks = draw_blocks(
         objective, batch, items, ranks.within(sizes), known_positives=known_positives, generator=generator
     )
-    weights = _row_weights(batch, sizes, ranks)
+    weights = _row_weights(batch, sum(sizes))
     lookups = plan_lookups(objective, batch, blocks, ranks)
     if ranks.size > 1:
         fetch_for(towers, items=lookups.codes(ranks), queries=batch.queries, history=_history(batch))
@@ -147,6 +149,7 @@ def draw_blocks(
             windows,
             None if known_positives is None else known_positives.pairs(queries),
             slice(first - start, last - start) if first < last else slice(0, 0),
+            batch.epoch,
         )
         blocks.append(Block(None if is_one else rows, objective.draw(request)))
     return [block for block in blocks if len(block.candidates.positives)] or blocks[-1:]
@@ -198,11 +201,11 @@ def _rows_of_ranks(batch: Batch, ranks: Communicator) -> list[int]:
     return ranks.sizes(len(batch), batch.items.device) if batch.total is None else ranks.shares(batch.total)
 
 
-def _row_weights(batch: Batch, sizes: list[int], ranks: Communicator) -> Tensor:
-    """Return the weights of this rank's rows, [B], summing to one over all ranks; collective if rows have weights."""
+def _row_weights(batch: Batch, total: int) -> Tensor:
+    """Return the weight of each of this rank's rows in the loss of a batch with `total` rows, float64 [B]."""
     if batch.weights is None:
-        return torch.full((len(batch),), 1.0 / sum(sizes), dtype=torch.float64, device=batch.items.device)
-    return batch.weights / ranks.sum(batch.weights.sum())
+        return torch.full((len(batch),), 1.0 / total, dtype=torch.float64, device=batch.items.device)
+    return batch.weights.double() / (total * batch.mean_weight)
 
 
 def _history(batch: Batch) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from twotower.data import GroupedBatches, Interactions, TrainingBatches
 from twotower.errors import InputError
 
-SIZES = (53, 7, 30, 16)  # with batches of 8: 6, none, 3 and 2
+SIZES = (53, 7, 30, 16)  # with batches of 8: 6, one of 7 rows, 3 and 2
 
 
 def interactions(sizes: tuple[int, ...] = SIZES, seed: int = 0) -> Interactions:
@@ -32,23 +32,24 @@ def test_each_batch_has_one_group_and_every_full_batch_comes_once() -> None:
     groups = np.asarray(data.groups)
     found = batches(data, history_length=3)
     sizes = np.bincount(groups)
-    full = {group: int(size) // 8 for group, size in enumerate(sizes) if size >= 8}
-    assert sorted(full.values()) == [2, 3, 6]
+    full = {group: max(int(size) // 8, 1) for group, size in enumerate(sizes)}
+    assert sorted(full.values()) == [1, 2, 3, 6]
     for epoch in range(4):
         rows: list[int] = []
         count: Counter[int] = Counter()
         for batch in found:
-            assert len(batch) == 8
             assert batch.group is not None
+            size = min(8, int(sizes[batch.group]))
+            assert len(batch) == size
             assert set(groups[batch.rows.numpy()].tolist()) == {batch.group}
             assert batch.groups is not None
-            assert batch.groups.tolist() == [batch.group] * 8
+            assert batch.groups.tolist() == [batch.group] * size
             assert batch.items.tolist() == data.item_codes[batch.rows.numpy()].tolist()
             rows += batch.rows.tolist()
             count[batch.group] += 1
         assert dict(count) == full, epoch
-        assert len(rows) == len(set(rows)) == 8 * len(found)
-    assert len(found) == 11
+        assert len(rows) == len(set(rows)) == 8 * 11 + 7
+    assert len(found) == 12
 
 
 def test_over_many_epochs_every_row_of_a_group_is_drawn_equally_often() -> None:
@@ -61,7 +62,7 @@ def test_over_many_epochs_every_row_of_a_group_is_drawn_equally_often() -> None:
             seen[batch.rows.numpy()] += 1
     groups = np.asarray(data.groups)
     for group, size in enumerate(np.bincount(groups)):
-        share = (size // 8) * 8 / size
+        share = max((size // 8) * 8, min(size, 8)) / size
         of_group = seen[groups == group] / 60
         assert abs(of_group - share).max() < 5 * np.sqrt(share * (1 - share) / 60) + 1e-12
 
@@ -96,8 +97,8 @@ def test_resuming_mid_epoch_gives_the_same_batches() -> None:
 
 def test_data_that_cannot_be_grouped_is_refused() -> None:
     data = interactions()
-    with pytest.raises(InputError, match="no group has 60 rows"):
-        GroupedBatches(TrainingBatches(data, 60))
+    with pytest.raises(InputError, match="every row is alone in its group"):
+        GroupedBatches(TrainingBatches(interactions((1, 1, 1)), 2))
     plain = Interactions.from_frame(pl.DataFrame({"user": [1, 2, 2], "item": [1, 2, 3]}))
     with pytest.raises(InputError, match="need a group column"):
         GroupedBatches(TrainingBatches(plain, 2))
@@ -109,3 +110,10 @@ def test_a_grouped_batch_keeps_its_group_on_a_device() -> None:
     moved = next(iter(batches(interactions()))).to(torch.device("meta"))
     assert isinstance(moved.group, int)
     assert moved.rows.device.type == "meta"
+
+
+def test_rows_that_are_alone_in_their_group_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+    found = batches(interactions((1, 20, 1, 0, 3)))
+    assert found.left_out == 2
+    assert "2 rows are not trained" in caplog.text
+    assert sorted(len(batch) for batch in found) == [3, 8, 8]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -18,6 +19,8 @@ from twotower.data.loading.shuffle import EpochPosition, Shuffle, ahead
 from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
 
+logger = logging.getLogger("twotower")
+
 #: One array per feature, in the order of the declarations.
 Encoded = list[NDArray[Any]]
 
@@ -32,6 +35,7 @@ class Batch:
         items: int64 [B], codes of the positives.
         history: int64 [B, L], the query's items before this row, newest last, padded with -1 on the left.
         weights: float32 [B] or None.
+        mean_weight: mean weight of all rows that are trained on, by which the weights are divided in the loss.
         groups: int64 [B] or None.
         group: the group of all rows if batches are built within groups, else None.
         total: rows of the batch over all ranks; this rank has the rows `Communicator.part(total)`. None if unknown.
@@ -39,6 +43,7 @@ class Batch:
         sequences: the packed sequences whose positions are the rows, if the batch consists of whole sequences
             (sequences.py); `history` is then [B, 0]. Else None.
         context: the encoded context of each row's request, one tensor with B rows per feature, or None.
+        epoch: the epoch that the batch is a part of; None for a batch made by itself.
     """
 
     rows: Tensor
@@ -52,6 +57,8 @@ class Batch:
     sizes: tuple[int, ...] | None = None
     sequences: Packed | None = None
     context: tuple[Tensor, ...] | None = None
+    epoch: int | None = None
+    mean_weight: float = 1.0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -86,7 +93,7 @@ class TrainingBatches(EpochPosition):
         context: encoded context of all rows of the interactions (`encode_context`), or None.
 
     Raises:
-        InputError: no rows, or a size or seed out of range.
+        InputError: no rows, all weights are 0, or a size or seed out of range.
     """
 
     def __init__(
@@ -115,6 +122,7 @@ class TrainingBatches(EpochPosition):
         self.interactions, self.history_length, self.seed = interactions, history_length, seed
         self.batch_size, self.drop_last = min(batch_size, self.num_rows), drop_last
         self.ranks = ranks or Communicator()
+        self.mean_weight = mean_weight(interactions.weights, rows)
         self.epoch, self.position = 0, 0
 
     def __len__(self) -> int:
@@ -126,7 +134,8 @@ class TrainingBatches(EpochPosition):
         return {"batch_size": self.batch_size, "rows": self.num_rows}
 
     def __iter__(self) -> Iterator[Batch]:
-        order = Shuffle(self.num_rows, self.seed, self.epoch)
+        epoch = self.epoch
+        order = Shuffle(self.num_rows, self.seed, epoch)
 
         def shuffle(places: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.int64]]:
             return order(places) if self.rows is None else self.rows[order(places)]
@@ -134,7 +143,7 @@ class TrainingBatches(EpochPosition):
         def make(position: int) -> Batch:
             start = position * self.batch_size
             stop = min(start + self.batch_size, self.num_rows)
-            return self.part(shuffle(np.arange(start, stop)))
+            return replace(self.part(shuffle(np.arange(start, stop))), epoch=epoch)
 
         for batch in ahead(make, self.position, len(self)):
             # Counts batches that were yielded, not those made ahead. Advanced before the yield, so that a state saved
@@ -160,7 +169,25 @@ class TrainingBatches(EpochPosition):
             weights=None if data.weights is None else torch.from_numpy(np.array(data.weights[rows])),
             groups=None if data.groups is None else torch.from_numpy(data.groups[rows].astype(np.int64)),
             context=context_rows(self.context, rows),
+            mean_weight=self.mean_weight,
         )
+
+
+def mean_weight(weights: NDArray[np.floating[Any]] | None, rows: NDArray[np.int64] | None = None) -> float:
+    """Return the mean weight of the rows that are trained on, 1 without weights.
+
+    Raises:
+        InputError: all weights are 0.
+    """
+    if weights is None:
+        return 1.0
+    mean = float(np.mean(weights if rows is None else weights[rows], dtype=np.float64))
+    if not mean > 0:
+        raise InputError(
+            "training batches: the weights of all training rows are 0, so there is nothing to learn; expected some "
+            "above 0 in the column data.columns.weight."
+        )
+    return mean
 
 
 def context_rows(context: Encoded | None, rows: np.ndarray[Any, np.dtype[np.int64]]) -> tuple[Tensor, ...] | None:
@@ -171,14 +198,19 @@ def context_rows(context: Encoded | None, rows: np.ndarray[Any, np.dtype[np.int6
 class GroupedBatches:
     """Batches whose rows all come from one group (market, kind of session), in an order determined by seed and epoch.
 
-    Each group yields as many full batches as it has rows for, and the batches of all groups are shuffled together. Such
-    a batch is not a random draw from all rows, so the objective needs the item frequency within the group.
+    Each group yields as many full batches as it has rows for, a group with fewer rows than a batch one batch of all its
+    rows, and the batches of all groups are shuffled together. Such a batch is not a random draw from all rows, so the
+    objective needs the item frequency within the group. A row that is alone in its group is left out, with a warning:
+    no other row is a candidate for it.
 
     Args:
         batches: provides seed, batch size and history length; its interactions must have groups.
 
+    Attributes:
+        left_out: number of rows that are alone in their group.
+
     Raises:
-        InputError: no group column, or no group has enough rows for one batch.
+        InputError: no group column, or every row is alone in its group.
     """
 
     def __init__(self, batches: TrainingBatches) -> None:
@@ -194,10 +226,18 @@ class GroupedBatches:
             self._rows = batches.rows[self._rows]
         self._sizes = np.bincount(codes)
         self._starts = np.cumsum(self._sizes) - self._sizes
-        self._group_of_batch = np.repeat(np.arange(len(self._sizes)), self._sizes // batches.batch_size)
+        number = np.maximum(self._sizes // batches.batch_size, self._sizes > 1)
+        self._group_of_batch = np.repeat(np.arange(len(self._sizes)), number)
+        self.left_out = int((self._sizes == 1).sum())
         if not len(self._group_of_batch):
             raise InputError(
-                f"training batches: no group has {batches.batch_size} rows; choose a smaller training.batch_size."
+                "training batches: every row is alone in its group, so no batch has two; name another column in "
+                "data.columns.group, or set objective.frequency to counted."
+            )
+        if self.left_out:
+            logger.warning(
+                "%d rows are not trained: each is the only one of its group, so its batch has no other rows",
+                self.left_out,
             )
 
     def __len__(self) -> int:
@@ -218,7 +258,7 @@ class GroupedBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         inner = self.batches
-        size = inner.batch_size
+        size, epoch = inner.batch_size, inner.epoch
         order = Shuffle(len(self), inner.seed, inner.epoch)
         # Groups differ in size, so each needs its own shuffle.
         within = [Shuffle(max(int(n), 1), inner.seed + 1 + g, inner.epoch) for g, n in enumerate(self._sizes)]
@@ -228,8 +268,9 @@ class GroupedBatches:
             number = int(order(np.array([position]))[0])
             group = int(self._group_of_batch[number])
             start = (number - int(first[group])) * size
-            rows = self._rows[self._starts[group] + within[group](np.arange(start, start + size))]
-            return replace(inner.part(rows), group=group)
+            stop = min(start + size, int(self._sizes[group]))
+            rows = self._rows[self._starts[group] + within[group](np.arange(start, stop))]
+            return replace(inner.part(rows), group=group, epoch=epoch)
 
         for batch in ahead(make, inner.position, len(self)):
             inner.position += 1

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +17,14 @@ START = -1
 GROUP_COST = 256
 
 
+class Holding(Protocol):
+    """The number of windows of an epoch that contain each item."""
+
+    def of(self, items: Tensor) -> Tensor:
+        """Return the number of windows that contain each of these items, float64, the shape of `items`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Windows:
     """How the windows of a training batch were drawn: uniformly, without replacement.
@@ -25,11 +33,13 @@ class Windows:
         drawn: S, number of windows in the batch.
         total: W, number of windows in total.
         rows: number of rows of all windows together.
+        holding: how many windows contain each item; None if none contains an item twice, so that rows are counted.
     """
 
     drawn: int
     total: int
     rows: int
+    holding: Holding | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, eq=False)

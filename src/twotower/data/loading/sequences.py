@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from twotower.data.interactions import Interactions
-from twotower.data.loading.batches import Batch, Encoded, context_rows
+from twotower.data.loading.batches import Batch, Encoded, context_rows, mean_weight
 from twotower.data.loading.gaps import gap_codes
 from twotower.data.loading.packing import Windows, length_groups, pack
 from twotower.data.loading.shuffle import EpochPosition, Shuffle, ahead
@@ -42,7 +44,7 @@ class SequenceBatches(EpochPosition):
             `batch_size` is the total over all ranks.
 
     Raises:
-        InputError: no rows, a size or seed out of range, or gaps without timestamps.
+        InputError: no rows, all weights are 0, a size or seed out of range, or gaps without timestamps.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class SequenceBatches(EpochPosition):
                 "data.columns.timestamp, or leave gaps out"
             )
         times = interactions.timestamps if gaps else None
+        self.mean_weight = mean_weight(interactions.weights)
         self._gaps = None if times is None else gap_codes(interactions.offsets, times)
         sizes = np.diff(interactions.offsets)
         self._windows = -(-sizes // (history_length + 1))
@@ -97,9 +100,10 @@ class SequenceBatches(EpochPosition):
     def __iter__(self) -> Iterator[Batch]:
         shuffle, epoch = Shuffle(self.num_windows, self.seed, self.epoch), self.epoch
         size = self.windows_per_batch
+        holding = ItemWindows(self, epoch)
 
         def make(position: int) -> Batch:
-            return self.batch(shuffle(np.arange(position * size, (position + 1) * size)), epoch)
+            return self.batch(shuffle(np.arange(position * size, (position + 1) * size)), epoch, holding)
 
         for batch in ahead(make, self.position, len(self)):
             self.position += 1
@@ -120,11 +124,20 @@ class SequenceBatches(EpochPosition):
         end = np.minimum(np.where(place == 0, first, begin + full), total)
         return queries, start + begin, end - begin
 
-    def batch(self, numbers: NDArray[np.int64], epoch: int = 0) -> Batch:
+    @cached_property
+    def repeats(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The rows whose query had the item before, and the latest such row of each, int64 [P] each."""
+        data, count = self.interactions, np.diff(self.interactions.offsets)
+        key = np.repeat(np.arange(len(count), dtype=np.int64), count) * data.num_items + data.item_codes
+        order = np.argsort(key, kind="stable")
+        again = np.flatnonzero(key[order[1:]] == key[order[:-1]])
+        return order[again + 1], order[again]
+
+    def batch(self, numbers: NDArray[np.int64], epoch: int = 0, holding: ItemWindows | None = None) -> Batch:
         """Make this rank's part of the batch with these windows, int64 [S]; rows are in the order of `sequences.rows`.
 
         The windows are ordered as a single process would pack them, and each rank takes a contiguous run: the rows of
-        all ranks, concatenated, are the rows of a single process.
+        all ranks, concatenated, are the rows of a single process. `holding` shares the counts of an epoch.
         """
         data = self.interactions
         queries, starts, lengths = self.windows(numbers, epoch)
@@ -151,7 +164,12 @@ class SequenceBatches(EpochPosition):
             total=sum(sizes),
             sizes=sizes,
             context=context_rows(self.context, rows),
-            sequences=replace(packed, windows=Windows(len(numbers), self.num_windows, len(data))),
+            epoch=epoch,
+            mean_weight=self.mean_weight,
+            sequences=replace(
+                packed,
+                windows=Windows(len(numbers), self.num_windows, len(data), holding or ItemWindows(self, epoch)),
+            ),
         )
 
     def _shares(self, lengths: NDArray[np.int64]) -> tuple[slice, tuple[int, ...]]:
@@ -168,3 +186,38 @@ class SequenceBatches(EpochPosition):
         """Compute a pseudo-random number per query and epoch, 0 or more: splitmix64, keyed by seed and epoch."""
         key = np.random.SeedSequence([self.seed, epoch, 1]).generate_state(1, np.uint64)[0]
         return (mix64(queries.astype(np.uint64) + key) >> np.uint64(1)).astype(np.int64)
+
+
+class ItemWindows:
+    """The number of windows that contain each item in an epoch, w_j; counted when it is first needed.
+
+    A row that repeats an item of its query counts unless the earlier row is in the same window:
+
+        w_j = c_j - #{rows of item j whose latest earlier row of the same query and item is in their window}
+
+    Args:
+        batches: how sequences are cut.
+        epoch: the epoch.
+    """
+
+    def __init__(self, batches: SequenceBatches, epoch: int) -> None:
+        self._batches, self._epoch = batches, epoch
+        self._counts: Tensor | None = None
+
+    def of(self, items: Tensor) -> Tensor:
+        """Return the number of windows that contain each of these items, float64, the shape of `items`."""
+        if self._counts is None:
+            self._counts = torch.from_numpy(self._count())
+        if self._counts.device != items.device:
+            self._counts = self._counts.to(items.device)
+        return self._counts[items]
+
+    def _count(self) -> NDArray[np.float64]:
+        batches, (later, earlier) = self._batches, self._batches.repeats
+        data = batches.interactions
+        counts = np.bincount(data.item_codes, minlength=data.num_items).astype(np.float64)
+        if len(later):
+            starts = batches.windows(np.arange(batches.num_windows), self._epoch)[1]
+            own = starts[np.searchsorted(starts, later, side="right") - 1]
+            counts -= np.bincount(data.item_codes[later[earlier >= own]], minlength=data.num_items)
+        return counts

@@ -2,8 +2,8 @@
 
 Each equals the weighted sum of its plain version in softmax.py or binary.py, its reference, in value and gradient, and
 in bounded memory: no [B, M] matrix is stored, and a mask is a list of pairs (`NegativeMask`). Use the plain versions if
-a gradient has to flow through the values of single rows. Under bfloat16 `torch.autocast` the products are rounded to
-bfloat16 and summed in float32.
+a gradient has to flow through the values of single rows or through log counts, or to differentiate twice. Under
+bfloat16 `torch.autocast` the products are rounded to bfloat16 and summed in float32.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ def tiled_softmax(
     Raises:
         InputError: shapes do not fit.
     """
+    if log_left is not None and log_left.requires_grad:
+        raise InputError("log_left: expected constants; detach it, or use refined_logq")
     inputs = LossInputs(
         query,
         positive,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from twotower.errors import InputError
 from twotower.losses.tiled.blocks import exact_products
 from twotower.losses.tiled.evaluation import TiledEvaluation
 from twotower.losses.tiled.forms import TiledSoftmax, TileLoss
@@ -18,7 +19,7 @@ def tiled_loss(form: TileLoss, inputs: LossInputs) -> Tensor:
     """Compute the weighted sum of the rows' losses tile by tile, a scalar, float32 (float64 if the inputs are).
 
     Raises:
-        InputError: shapes do not fit.
+        InputError: shapes do not fit, the temperature is not above 0, or a gradient is needed that is not computed.
     """
     inputs = inputs.checked()
     rest = inputs.with_tensors([None] * len(DIFFERENTIABLE))
@@ -42,7 +43,17 @@ class Tiled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Multiply the stored gradients by the gradient of the sum."""
+        """Multiply the stored gradients by the gradient of the sum.
+
+        Raises:
+            InputError: the backward pass is to be differentiated: the stored gradients are constants, so a second
+                derivative would silently be 0.
+        """
+        if torch.is_grad_enabled():
+            raise InputError(
+                "tiled losses: there is no second derivative (create_graph=True); use the plain losses "
+                "(sampled_softmax, refined_logq, logistic, ...), which can be differentiated twice"
+            )
         (grad,) = grads
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # second backward pass through a retained graph: the first one released the gradients

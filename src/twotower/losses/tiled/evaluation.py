@@ -103,7 +103,13 @@ class TiledEvaluation:
         """
         # On an accelerator, reading the deciding numbers would synchronize.
         is_cpu = self.scaled.device.type == "cpu"
-        if not (self.form.sums_exponentials and is_cpu and self.rows is None and self.candidates.numel()):
+        if not (
+            self.form.sums_exponentials
+            and is_cpu
+            and self.rows is None
+            and self.candidates.numel()
+            and self.scaled.numel()
+        ):
             return None, None
         largest = float(largest_norm(self.scaled) * largest_norm(self.candidates))
         if not largest <= SAFE_LOGIT:  # also true for NaN

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from twotower.errors import InputError
-from twotower.losses.softmax import _check_row_shapes, _check_shapes
+from twotower.losses.softmax import _check_row_shapes, _check_shapes, check_temperature
 from twotower.negatives import NegativeMask
 
+#: The inputs without gradients: numbers that belong to the draw, not to the model.
+CONSTANT = ("log_expected_count", "row_log_expected_count", "row_offset", "own_offset", "weights", "multiplicity")
 #: The inputs that get gradients.
 DIFFERENTIABLE = ("query", "positive", "candidates", "row_candidates", "temperature", "bias")
 
@@ -64,8 +66,16 @@ class LossInputs:
         """Return the inputs with their defaults filled in: all weights, the mask as pairs, the precision of autocast.
 
         Raises:
-            InputError: shapes do not fit, or the weights need a gradient.
+            InputError: shapes do not fit, the temperature is not above 0, or a gradient is needed that is not computed.
         """
+        check_temperature(self.temperature)
+        for name in CONSTANT:
+            given = getattr(self, name)
+            if given is not None and given.requires_grad:
+                raise InputError(
+                    f"{name}: expected constants, found a tensor that needs a gradient; the tiled losses compute none "
+                    "for it: detach it, or use the plain losses (sampled_softmax, logistic, ...)"
+                )
         query, candidates, mask = self.query, self.candidates, self.mask
         if self.positive is not None and self.log_expected_count is not None:
             dense = mask if isinstance(mask, Tensor) else None
@@ -117,8 +127,6 @@ def _row_weights(weights: Tensor | None, query: Tensor) -> Tensor:
         return torch.full((rows,), 1.0 / max(rows, 1), dtype=torch.float64, device=query.device)
     if weights.shape != (rows,):
         raise InputError(f"weights: expected [{rows}], found {list(weights.shape)}")
-    if weights.requires_grad:
-        raise InputError("weights: expected constants; use the plain losses if row weights need a gradient")
     return weights
 
 
