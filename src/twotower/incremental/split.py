@@ -248,6 +248,7 @@ def continued(
         InputError: no new rows, ids of another type, an empty holdout, or unknown withdrawn ids.
     """
     account = Account()
+    past, data = _same_id_types(past, data, account)
     gone = _withdrawn(past, data, withdrawn)
     fresh = _new_rows(past, data, gone, account)
     made = split(fresh)
@@ -308,6 +309,36 @@ def continued(
     )
 
 
+def _same_id_types(past: PastData, data: Interactions, account: Account) -> tuple[PastData, Interactions]:
+    """Convert the ids of the new data to the types of the model: a CSV file has no types.
+
+    Where the model has integers and the new data has other text, such as the first id of a guest, the ids of the model
+    become text instead.
+    """
+    for side in ("queries", "items"):
+        old, new = getattr(past, side), getattr(data, side)
+        if old.ids.dtype == new.ids.dtype:
+            continue
+        if old.ids.dtype == pl.String:
+            changed = new.ids.cast(pl.String)
+        else:
+            numbers = new.ids.cast(pl.Int64, strict=False)
+            other = ~(numbers.cast(pl.String) == new.ids).fill_null(value=False)
+            if other.any():
+                past = replace(past, **{side: Vocabulary(old.ids.cast(pl.String))})
+                account.add(
+                    f"{side} now text", len(old),
+                    f"ids were integers in the model; the new data has {new.ids.filter(other)[0]!r}",
+                )  # fmt: skip
+                continue
+            changed = numbers
+        below = data.negatives
+        data = replace(data, **{side: Vocabulary(changed)})
+        if below is not None:
+            data = replace(data, negatives=replace(below, **{side: getattr(data, side)}))
+    return past, data
+
+
 def _withdrawn(past: PastData, data: Interactions, ids: IdValues | None) -> Vocabulary | None:
     if ids is None or not len(ids):
         return None
@@ -330,13 +361,6 @@ def _among(items: Vocabulary, ids: Vocabulary | None) -> NDArray[np.bool_]:
 
 def _new_rows(past: PastData, data: Interactions, gone: Vocabulary | None, account: Account) -> Interactions:
     """Select the rows that are newer than the past, without withdrawn items."""
-    for side, old, new in (("query", past.queries, data.queries), ("item", past.items, data.items)):
-        if old.ids.dtype != new.ids.dtype:
-            kinds = {pl.Int64: "integers", pl.String: "text"}
-            raise InputError(
-                f"{side} ids are {kinds[type(old.ids.dtype)]} in the model and {kinds[type(new.ids.dtype)]} in the new "
-                "data; write them as one type"
-            )
     rows = np.ones(len(data), dtype=np.bool_)
     if past.last is not None and data.timestamps is None:
         raise InputError(

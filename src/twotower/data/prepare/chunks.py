@@ -5,6 +5,7 @@ Output of the first pass: the rows of each chunk on disk, coded against the chun
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from twotower.data.io.timestamps import TimeUnits
 from twotower.data.io.validation import CleanRows
 from twotower.data.schema.account import Account
 from twotower.data.schema.columns import ColumnRoles
@@ -197,8 +199,10 @@ class EncodedChunks:
     origin: dict[str, list[tuple[str, bool]]] = field(default_factory=lambda: {side: [] for side in SIDES})
     columns: set[str] = field(default_factory=set)
     calendar: bool | None = None
-    largest_time: float = 0.0
+    units: TimeUnits = field(default_factory=TimeUnits)
     empty_lists: int = 0
+    unusable: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
     where: str = ""
     adopted: dict[int, tuple[Path, int]] = field(default_factory=dict)
 
@@ -214,6 +218,7 @@ class EncodedChunks:
             InputError: dates in one file and numbers in another.
         """
         self.empty_lists += rows.empty_lists
+        self.unusable = {**rows.unusable, **self.unusable}
         if not len(rows.queries):
             return
         self.where = self.where or where
@@ -232,7 +237,8 @@ class EncodedChunks:
                 self._save(chunk, side, codes)
         if rows.times is not None:
             self.same_calendar(where, rows.calendar)
-            self.largest_time = max(self.largest_time, float(np.abs(rows.times.astype(np.float64)).max()))
+            if not rows.calendar:
+                self.units.add(rows.times)
             self._save(chunk, "times", rows.times)
         for name in ("weights", "labels"):
             values = getattr(rows, name)
@@ -241,6 +247,11 @@ class EncodedChunks:
         if rows.context is not None:  # only codes are sorted; the input position leads back to a row's context
             self._save(chunk, "arrival", np.arange(before, before + len(rows.queries)))
             rows.context.write_parquet(self.directory / f"{chunk}.context.parquet")
+
+    def take_notes(self, notes: Mapping[str, int]) -> None:
+        """Add the notes of one file."""
+        for label, count in notes.items():
+            self.notes[label] = self.notes.get(label, 0) + count
 
     def same_calendar(self, where: str, calendar: bool) -> None:
         """Check that all timestamps are dates, or all are numbers.
@@ -266,7 +277,9 @@ class EncodedChunks:
         Raises:
             InputError: a column has another type in a later file.
         """
-        parts = [pl.read_parquet(self.place(chunk, "context.parquet")) for chunk in range(len(self.chunk_rows))]
+        parts = [
+            pl.read_parquet(self.place(chunk, "context.parquet"), glob=False) for chunk in range(len(self.chunk_rows))
+        ]
         try:
             return pl.concat(parts, how="vertical_relaxed", rechunk=True)
         except pl.exceptions.PolarsError as error:

@@ -49,6 +49,16 @@ def ids_of(values: IdValues, where: str) -> pl.Series:
             raise InputError(f"{where}: an integer id above 2^63 - 1; convert the ids to text.") from None
     if dtype in (pl.Categorical, pl.Enum):
         return series.cast(pl.String)
+    if isinstance(dtype, pl.Decimal) and dtype.scale == 0:  # the integers of many databases
+        try:
+            return series.cast(pl.Int64)
+        except pl.exceptions.InvalidOperationError:
+            raise InputError(f"{where}: an integer id above 2^63 - 1; convert the ids to text.") from None
+    if dtype == pl.Binary:  # text, in Parquet files of programs that do not declare it
+        try:
+            return series.cast(pl.String)
+        except pl.exceptions.PolarsError:
+            raise InputError(f"{where}: binary ids that are not UTF-8 text; convert the column to text.") from None
     if dtype == pl.Object:
         raise InputError(f"{where}: ids of mixed types; ids must be all integers or all text. Convert them first.")
     raise InputError(
@@ -156,7 +166,7 @@ class Vocabulary:
             InputError: the file is missing, damaged, or not a vocabulary.
         """
         try:
-            table = pl.read_parquet(path)
+            table = pl.read_parquet(path, glob=False)
         except (OSError, pl.exceptions.PolarsError) as error:
             raise InputError(f"{path}: not a readable vocabulary ({str(error).splitlines()[0]}).") from None
         if table.columns != ["id"]:
@@ -337,11 +347,11 @@ def read_vocabulary(path: str | Path) -> Vocabulary:
         InputError: the file is missing, damaged, or not a vocabulary.
     """
     try:
-        columns = pl.read_parquet_schema(path)
+        columns = pl.scan_parquet(path, glob=False).collect_schema()
         kind = next((name for name in (_CODES, _HASHED) if list(columns) == [name]), None)
         if kind is None:
             return Vocabulary.read(path)
-        size = int(pl.read_parquet(path)[kind][0])
+        size = int(pl.read_parquet(path, glob=False)[kind][0])
     except (OSError, pl.exceptions.PolarsError, IndexError, TypeError) as error:
         raise InputError(f"{path}: not readable ids ({(str(error) or 'empty').splitlines()[0]}).") from None
     return CodedIds(size) if kind == _CODES else HashedIds(Hashed(size))
