@@ -210,15 +210,15 @@ class Interactions:
             rows: boolean mask [n], or ascending distinct row numbers.
 
         Raises:
-            ValueError: a mask of the wrong length, or row numbers that do not ascend or are out of range.
+            InputError: a mask of the wrong length, or row numbers that do not ascend or are out of range.
         """
         rows = np.asarray(rows)
         if rows.dtype == bool:
             if rows.shape != (len(self),):
-                raise ValueError(f"a mask of shape {rows.shape} for {len(self)} rows")
+                raise InputError(f"a mask of shape {rows.shape} for {len(self)} rows")
             rows = np.flatnonzero(rows)
         elif rows.size and (rows.min() < 0 or rows.max() >= len(self) or bool(np.any(rows[1:] <= rows[:-1]))):
-            raise ValueError(f"row numbers must ascend within 0..{len(self) - 1}")
+            raise InputError(f"row numbers must ascend within 0..{len(self) - 1}")
         rows = rows.astype(np.int64, copy=False)
         chosen: dict[str, Any] = {
             name: np.asarray(getattr(self, name)[rows]) for name in ROW_FIELDS if getattr(self, name) is not None

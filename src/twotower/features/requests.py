@@ -35,10 +35,10 @@ def given_gaps(times: Sequence[Any] | None, count: int) -> NDArray[np.int8]:
         series = pl.Series("times", list(times))
     except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError) as error:
         raise InputError(f"times: values of mixed types ({str(error).splitlines()[0]}).") from None
-    times, _ = as_times(series, ErrorLocation("history"))
-    if times.null_count():
+    parsed, _ = as_times(series, ErrorLocation("history"))
+    if parsed.null_count():
         raise InputError("times: expected one per item of the history; some are missing.")
-    return gap_codes(np.array([0, count]), times.to_numpy())
+    return gap_codes(np.array([0, count]), parsed.to_numpy())
 
 
 #: One context per request, None if it is unknown; or a frame with one row per request.

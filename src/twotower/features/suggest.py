@@ -1,6 +1,6 @@
-"""Proposed feature declarations for the columns of a table, with reasons; meant to be reviewed before use.
+"""Suggested feature declarations for the columns of a table or of the interactions, with reasons, to be reviewed.
 
-Proposed context features from the further columns of the interactions; columns that leak the target are left out.
+Columns that leak the target are left out.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""Joining of new data to the data that a model was trained on: common vocabularies, and a split of the new data.
-
-The rows of the past and of the new data as one table with common codes.
-
-The data that a model was trained on, and the split of newer data that continues it.
-"""
+"""The split of new data that continues a model: joined with the rows of the past under common vocabularies."""
 
 from __future__ import annotations
 
@@ -19,13 +14,11 @@ from twotower.data.interactions import Interactions
 from twotower.data.loading.histories import take_ranges
 from twotower.data.prepare.request_context import joined_context
 from twotower.data.schema.account import Account
-from twotower.data.schema.vocabulary import IdValues, Vocabulary
+from twotower.data.schema.vocabulary import Codes, IdValues, Vocabulary
 from twotower.data.splits.holdout import Holdout
 from twotower.data.splits.protocols import Split
 from twotower.errors import InputError
 from twotower.incremental.vocabularies import item_map, joined_table, union
-
-Codes = NDArray[np.int64]
 
 #: Row columns that are kept if both the past and the new data have them.
 CARRIED = ("timestamps", "weights", "groups")
@@ -315,6 +308,7 @@ def _same_id_types(past: PastData, data: Interactions, account: Account) -> tupl
     Where the model has integers and the new data has other text, such as the first id of a guest, the ids of the model
     become text instead.
     """
+    change: dict[str, Any]
     for side in ("queries", "items"):
         old, new = getattr(past, side), getattr(data, side)
         if old.ids.dtype == new.ids.dtype:
@@ -325,7 +319,8 @@ def _same_id_types(past: PastData, data: Interactions, account: Account) -> tupl
             numbers = new.ids.cast(pl.Int64, strict=False)
             other = ~(numbers.cast(pl.String) == new.ids).fill_null(value=False)
             if other.any():
-                past = replace(past, **{side: Vocabulary(old.ids.cast(pl.String))})
+                change = {side: Vocabulary(old.ids.cast(pl.String))}
+                past = replace(past, **change)
                 account.add(
                     f"{side} now text", len(old),
                     f"ids were integers in the model; the new data has {new.ids.filter(other)[0]!r}",
@@ -333,9 +328,10 @@ def _same_id_types(past: PastData, data: Interactions, account: Account) -> tupl
                 continue
             changed = numbers
         below = data.negatives
-        data = replace(data, **{side: Vocabulary(changed)})
+        change = {side: Vocabulary(changed)}
+        data = replace(data, **change)
         if below is not None:
-            data = replace(data, negatives=replace(below, **{side: getattr(data, side)}))
+            data = replace(data, negatives=replace(below, **change))
     return past, data
 
 

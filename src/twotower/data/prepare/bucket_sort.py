@@ -1,6 +1,6 @@
 """External sort of the rows by query and time, in bounded memory: three passes over temporary files.
 
-1. Read and validate each chunk, code it against its own distinct ids, and write the codes to disk (collecting.py).
+1. Read and validate each chunk, code it against its own distinct ids, and write the codes to disk (chunks.py).
 2. Merge the distinct ids of all chunks into the vocabulary, recode every chunk, and distribute its rows to buckets of
    neighbouring queries.
 3. Sort each bucket by query and time, drop duplicates, and append the columns to the final files.

@@ -297,7 +297,7 @@ def _add_lines(
     for side in ("queries", "items"):
         _report_missing_words(vocabularies[side], ROLES[side], counts.get(side), directory, account)
     for side, column in collected.direct.items():
-        column.tell(account, ROLES[side], finished.seen[side])
+        column.report(account, ROLES[side], finished.seen[side])
     if reading.positive_label is not None:
         silent = int(np.count_nonzero(np.diff(finished.offsets) == 0))
         account.add("queries without a positive", silent, "they stay in the vocabulary")

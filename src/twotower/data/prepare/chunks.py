@@ -1,7 +1,4 @@
-"""Readers of id columns without a vocabulary: ids that are codes, and hashed ids; chunk by chunk.
-
-Output of the first pass: the rows of each chunk on disk, coded against the chunk's own distinct ids.
-"""
+"""Encoded chunks: the rows of each chunk on disk, coded against its own distinct ids, by hashing, or as they are."""
 
 from __future__ import annotations
 
@@ -27,7 +24,7 @@ from twotower.data.schema.vocabulary import (
     Vocabulary,
     expected_shared,
     hash_ids,
-    rows_of,
+    hash_rows,
 )
 from twotower.errors import InputError
 
@@ -86,7 +83,7 @@ class CodeColumn:
             )
         return CodedIds(self._largest + 1)
 
-    def tell(self, account: Account, side: str, seen: int) -> None:
+    def report(self, account: Account, side: str, seen: int) -> None:
         """Add a line on how many of the codes occur."""
         unseen = self._largest + 1 - seen
         account.add(f"{side} ids are codes", seen, f"{unseen:,} of 0 to {self._largest:,} occur in no row")
@@ -112,7 +109,7 @@ class HashColumn:
         del where, column
         hashes = hash_ids(ids)
         self._keep(np.unique(hashes))
-        return rows_of(hashes, self._rows).astype(np.int32)
+        return hash_rows(hashes, self._rows).astype(np.int32)
 
     def _keep(self, hashes: NDArray[np.uint64]) -> None:
         self._hashes = np.union1d(self._hashes, self._sampled(hashes))
@@ -142,11 +139,11 @@ class HashColumn:
 
     def collisions(self) -> tuple[int, float]:
         """Estimate the number of distinct ids, and the fraction of them that share their row with another id."""
-        _, counts = np.unique(rows_of(self._hashes, self._rows), return_counts=True)
+        _, counts = np.unique(hash_rows(self._hashes, self._rows), return_counts=True)
         ids = int(counts.sum())
         return ids << self._halvings, float(counts[counts > 1].sum() / max(ids, 1))
 
-    def tell(self, account: Account, side: str, seen: int) -> None:
+    def report(self, account: Account, side: str, seen: int) -> None:
         """Add a line with the measured and the expected collision rate."""
         ids, shared = self.collisions()
         part = f", measured on one of {1 << self._halvings} rows" if self._halvings else ""

@@ -1,4 +1,4 @@
-"""Column roles, and the vocabularies that map ids of any type to dense codes and back."""
+"""Column roles, and the usual names that they are found by."""
 
 from __future__ import annotations
 

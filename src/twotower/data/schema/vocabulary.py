@@ -1,4 +1,4 @@
-"""Ids without a stored vocabulary: integers that are already codes, and hashed ids."""
+"""Vocabularies: ids and their codes, by a list of distinct ids, as they are, or by hashing."""
 
 from __future__ import annotations
 
@@ -326,7 +326,7 @@ class HashedIds(CodedIds):
         wanted = ids_of(ids, "ids")
         present = wanted.is_not_null()
         codes = np.full(len(wanted), -1, dtype=np.int64)
-        codes[present.to_numpy()] = rows_of(hash_ids(wanted.filter(present)), self._size)
+        codes[present.to_numpy()] = hash_rows(hash_ids(wanted.filter(present)), self._size)
         return codes
 
     def write(self, path: str | Path) -> None:
@@ -335,7 +335,7 @@ class HashedIds(CodedIds):
             pl.DataFrame({_HASHED: [self._size]}, schema={_HASHED: pl.Int64}).write_parquet(partial)
 
 
-def rows_of(hashes: NDArray[np.uint64], rows: int) -> Codes:
+def hash_rows(hashes: NDArray[np.uint64], rows: int) -> Codes:
     """Reduce each hash to a row: the hash modulo `rows`."""
     return (hashes % np.uint64(rows)).astype(np.int64)
 
