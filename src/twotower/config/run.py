@@ -33,15 +33,19 @@ __all__ = [
 ]
 
 
-class ColumnsConfig(Section):
-    """The column of each role; a role left out is found by the usual names (user_id, item_id, timestamp, ...)."""
+#: A column name; YAML reads a name of digits as a number.
+ColumnName = Annotated[str | None, BeforeValidator(lambda name: str(name) if type(name) is int else name)]
 
-    query: str | None = None
-    item: str | None = None
-    timestamp: str | None = None
-    weight: str | None = None
-    label: str | None = None
-    group: str | None = None
+
+class ColumnsConfig(Section):
+    """The column of each role. A role left out is found by the usual names (user_id, ...); "none" has no column."""
+
+    query: ColumnName = None
+    item: ColumnName = None
+    timestamp: ColumnName = None
+    weight: ColumnName = None
+    label: ColumnName = None
+    group: ColumnName = None
 
 
 class HashedConfig(Section):
@@ -293,4 +297,6 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise InputError(f"--set {override}: {section} is a value, not a section")
         values = inner
+    if value is None and sections == ["data", "columns"]:  # files of settings have null for "find it by its name"
+        value = "none"
     values[last] = value

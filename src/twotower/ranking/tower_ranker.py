@@ -117,7 +117,7 @@ class TowerRanker:
     def embed_holdout(self, holdout: Holdout) -> Tensor:
         """Embed every query of a holdout, u(x), float32 [E, D]."""
         histories = (holdout.history_offsets, holdout.history_items)
-        return self.embed(holdout.queries, histories, context=holdout.context, gaps=gaps_of(holdout))
+        return self.embed(holdout.queries, histories, context=holdout.context, gaps=holdout_gaps(holdout))
 
     def search(
         self,
@@ -227,7 +227,7 @@ class TowerRanker:
         return embeddings
 
 
-def gaps_of(holdout: Holdout) -> np.ndarray | None:
+def holdout_gaps(holdout: Holdout) -> np.ndarray | None:
     """Compute codes of the gaps in the histories of a holdout; None if it has no timestamps."""
     times = holdout.history_timestamps
     return None if times is None else gap_codes(holdout.history_offsets, times)

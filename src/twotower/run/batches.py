@@ -53,6 +53,6 @@ def make_batches(
     return GroupedBatches(batches) if grouped else batches
 
 
-def gaps_of(config: Config, data: Interactions) -> np.ndarray | None:
+def row_gaps(config: Config, data: Interactions) -> np.ndarray | None:
     """Return the code of the time gap before each row, int8 [n]; None if unused or if the data has no timestamps."""
     return gap_codes(data.offsets, data.timestamps) if reads_gaps(config) and data.timestamps is not None else None

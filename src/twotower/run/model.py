@@ -32,7 +32,7 @@ from twotower.objectives.build import build_objective, needs_known_positives
 from twotower.ranking import Ranker
 from twotower.ranking.distributed import ShardedRanker, item_embeddings, over_ranks, own_item_embeddings
 from twotower.ranking.tower_ranker import TowerRanker
-from twotower.run.batches import gaps_of, history_length, make_batches
+from twotower.run.batches import history_length, make_batches, row_gaps
 from twotower.run.data import split_data
 from twotower.run.mining import refresh_hard_negatives
 from twotower.serving import Retriever, SavedModel
@@ -171,7 +171,7 @@ def fit(
                 parent, settings, growth, towers=towers, objective=objective, ranks=ranks, on_message=on_message
             )
             if (
-                mine := refresh_hard_negatives(objective, train, length, gaps_of(settings, train))
+                mine := refresh_hard_negatives(objective, train, length, row_gaps(settings, train))
             ) is not None and not resume:
                 mine(towers)
         validate = _validation(split.validation, settings, train) if len(split.validation) else None
@@ -187,7 +187,7 @@ def fit(
             Path(directory),
             known_positives=known,
             counts=torch.from_numpy(train.item_counts()),
-            mine=refresh_hard_negatives(objective, train, length, gaps_of(settings, train)),
+            mine=refresh_hard_negatives(objective, train, length, row_gaps(settings, train)),
             validate=validate,
             resume=resume,
             progress=progress,
@@ -269,9 +269,9 @@ def _artifact(config: Config, split: Split, towers: TwoTower, result: FitResult)
         items=data.items,
         history_offsets=data.offsets,
         history_items=data.item_codes,
-        history_gaps=gaps_of(config, data),
+        history_gaps=row_gaps(config, data),
         item_table=data.item_table,
-        rows=incremental.rows_of(split),
+        rows=incremental.saved_rows_of(split),
         contexts=incremental.contexts_of(split, config),
         metadata={
             "data": {

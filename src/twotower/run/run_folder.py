@@ -13,7 +13,7 @@ from twotower.audit.subject import Subject, subject_of
 from twotower.config.run import Config
 from twotower.data import Split
 from twotower.data.io.id_lists import ids_like, read_ids
-from twotower.distributed.launch import Coordinator, joined
+from twotower.distributed.launch import Coordinator, joined_processes
 from twotower.errors import InputError
 from twotower.evaluation import Evaluation
 from twotower.features.from_config import fit_features, unused_tables, wanted_context, with_features
@@ -64,7 +64,7 @@ def train_run(
         RankLost: another process of the run has died.
     """
     training = config.training
-    with joined(timeout=training.exchange_timeout, accelerator=training.accelerator) as team:
+    with joined_processes(timeout=training.exchange_timeout, accelerator=training.accelerator) as team:
         if team.resumes and not resume:  # torchrun restarts with the same arguments, without --resume
             resume = bool(team.broadcast_text("resume", "yes" if (Path(out) / LAST).exists() else ""))
         elif not resume and team.ranks.is_first:

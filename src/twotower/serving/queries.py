@@ -11,12 +11,11 @@ import polars as pl
 from numpy.typing import NDArray
 
 from twotower.data.loading.histories import take_ranges
-from twotower.data.schema.vocabulary import HashedIds, Vocabulary, ids_of
+from twotower.data.schema.vocabulary import Codes, HashedIds, Vocabulary, ids_of
 from twotower.errors import InputError
 from twotower.features.requests import Given, given_gaps
 from twotower.serving.model_folder import SavedModel
 
-Codes = NDArray[np.int64]
 Gaps = NDArray[np.int8]
 
 #: Why a model whose query tower reads no history cannot answer a query given by a history alone.

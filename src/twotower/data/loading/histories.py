@@ -1,7 +1,4 @@
-"""The newest items of many queries at once, as rectangles or compressed rows.
-
-The known positives of queries, looked up for a whole batch at once.
-"""
+"""Histories of many queries at once: their newest items, and their known positives."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from twotower.config.features import MultiFeature
-from twotower.data.schema.vocabulary import CodedIds, HashedIds, Vocabulary
+from twotower.data.schema.vocabulary import CodedIds, Codes, HashedIds, Vocabulary
 from twotower.errors import InputError
 from twotower.evaluation.slices import SLICES, popularity_thirds
 from twotower.features.categorical import CategoryEncoder, MultiCategory
@@ -65,7 +65,6 @@ def context_fields(features: FeatureSet) -> list[dict[str, Any]]:
     return list(fields.values())
 
 
-Codes = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
 #: Files of a model folder; whenever the folder changes, one of these changes.
