@@ -48,6 +48,8 @@ class Pool(nn.Module):
         InputError: no source is given.
 
     Example:
+        >>> import torch
+        >>> from twotower.negatives import CountedFrequency, InBatch, Pool, Sampled, Uniform
         >>> frequency = CountedFrequency(torch.tensor([5, 3, 2, 0]))
         >>> pool = Pool(InBatch(frequency), Sampled(Uniform(4), size=8), unique=True)
         >>> drawn = pool.draw(torch.tensor([0, 1, 0]))
