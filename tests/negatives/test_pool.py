@@ -311,3 +311,11 @@ def test_a_head_that_leaves_nothing_to_draw_suggests_a_setting(planted_data, pre
     head, tail = build_objective(config, planted_data).pool.sources
     chances = tail.proposal.log_prob(torch.arange(100)).exp()
     assert float(chances[head.items].sum()) == 0.0 and float(chances.sum()) == pytest.approx(1.0)
+
+
+def test_counts_that_vary_by_row_are_refused_for_shared_candidates():
+    varying = Sampled(Uniform(N), 3, per_row=True)
+    varying.varies_by_row = True
+    with pytest.raises(InputError, match=r"counts of Sampled differ from row to row.*\(InBatch\).*per_row=True"):
+        Pool(InBatch(FREQUENCY), varying)
+    Pool(varying, Sampled(Uniform(N), 3, per_row=True))

@@ -1,0 +1,98 @@
+"""A source of your own: candidates of the same category as the row's positive, with their expected count.
+
+    python examples/custom_source.py
+
+An item of another category is often an easy negative. This source draws, for each row, items of the category of the
+row's positive, and says how often each was to be expected. Two tests check that claim: the draws of every item are
+compared with the claimed counts by a chi-square test, and the estimate of the softmax's partition with its true value.
+"""
+
+import math
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+import twotower as tt
+from twotower.negatives.sources import DrawRequest, RandomSource
+
+
+class SameCategory(RandomSource):
+    """n independent, uniform draws per row from the category of its positive: kappa_j = n / |category|, elsewhere 0.
+
+    Args:
+        category: category of each item, int64 [N], from 0 without gaps.
+        size: n, the number of draws per row.
+    """
+
+    per_row = True
+    varies_by_row = True  # the count depends on the row's positive
+    category: Tensor
+
+    def __init__(self, category: Tensor, size: int) -> None:
+        super().__init__()
+        members = torch.bincount(category)
+        if size < 1 or not bool((members > 0).all()):
+            raise tt.InputError("SameCategory: expected size >= 1 and categories from 0 without gaps")
+        self.size = size
+        # Buffers move with the pool (`pool.to(device)`). They follow from the arguments, so no checkpoint has them.
+        self.register_buffer("category", category, persistent=False)
+        self.register_buffer("by_category", category.argsort(stable=True), persistent=False)
+        self.register_buffer("members", members, persistent=False)
+        self.register_buffer("first", members.cumsum(0) - members, persistent=False)
+
+    def draw(self, request: DrawRequest) -> Tensor:
+        """Draw `size` items for each row, [B, size]; the pool masks the row's own positive among them."""
+        own = self.category[request.positives][:, None]
+        bits = torch.randint(2**62, (len(own), self.size), generator=request.generator, device=own.device)
+        return self.by_category[self.first[own] + bits % self.members[own]]
+
+    def draws(self, request: DrawRequest) -> int:
+        """Return n."""
+        del request
+        return self.size
+
+    def log_prob(self, items: Tensor, request: DrawRequest) -> Tensor:
+        """Return -log |category| for items of the row's category and -inf for others; items [B], or [B, R] by row."""
+        if len(items) != len(request.positives):
+            raise tt.InputError(f"items: expected {len(request.positives)} rows, found {list(items.shape)}")
+        own = self.category[request.positives].reshape(-1, *[1] * (items.ndim - 1))
+        log_prob = -self.members[own].double().log().expand(items.shape)
+        return log_prob.masked_fill(self.category[items] != own, -math.inf)
+
+
+def main() -> None:
+    """Draw 4,000 times for one row; compare with the claim, and with a wrong claim."""
+    generator = torch.Generator().manual_seed(0)
+    category = torch.tensor([0] * 8 + [1] * 4 + [2] * 12)
+    row, same, uniform, times = 0, 5, 10, 4000
+    source = SameCategory(category, same)
+    others = tt.negatives.Sampled(tt.negatives.Uniform(len(category)), uniform, per_row=True)  # reaches every item
+    pool = tt.negatives.Pool(source, others)
+    positives, score = torch.tensor([2, 9, 20]), torch.randn(len(category), generator=generator).double()
+    seen, estimates = torch.zeros(len(category), dtype=torch.float64), []
+    for _ in range(times):
+        seen += torch.bincount(source.draw(DrawRequest(positives, generator=generator))[row], minlength=len(category))
+        drawn = pool.draw(positives, generator=generator)
+        live = ~drawn.row_mask[row]
+        weight = (score[drawn.row_items[row]] - drawn.row_log_expected_count[row].double()).exp()
+        estimates.append(score[positives[row]].exp() + weight[live].sum())
+
+    def p_value(claimed: Tensor) -> float:
+        """Compute the p-value of the counts of the category's items: multinomial, so chi-square with one less."""
+        inside = claimed > 0
+        return float(stats.chisquare(seen[inside].numpy(), times * claimed[inside].numpy(), sum_check=False).pvalue)
+
+    everything = torch.arange(len(category)).expand(len(positives), -1)
+    claimed = source.log_expected_count(everything, DrawRequest(positives))[row].exp()
+    assert not seen[claimed == 0].any(), "an item was drawn whose claimed count is zero"
+    estimate, truth = torch.stack(estimates), float(score.exp().sum())
+    errors = float((estimate.mean() - truth) / (estimate.std() / math.sqrt(times)))
+    print(f"expected counts: p = {p_value(claimed):.3f}; of a claim that is 10 % too high: {p_value(1.1 * claimed):.1e}")
+    print(f"partition: {float(estimate.mean()):.3f}, true value {truth:.3f}, {errors:+.1f} standard errors")
+    assert p_value(claimed) > 1e-4 > p_value(1.1 * claimed) and abs(errors) < 4
+    print("the counts are as claimed")
+
+
+if __name__ == "__main__":
+    main()
