@@ -23,14 +23,14 @@ def main() -> None:
         model = tt.fit(split, tt.Config.load(overrides=settings))
         row = tt.evaluate(model, split.test).rows[0]  # the model; the baselines follow
         per_query[objective] = row.per_query[METRIC]
-        print(f"{objective}: {METRIC} {row.values[METRIC]:.3f}, coverage of the catalog {row.values['coverage@20']:.2f}")
+        print(
+            f"{objective}: {METRIC} {row.values[METRIC]:.3f}, coverage of the catalog {row.values['coverage@20']:.2f}"
+        )
 
     first, second = (per_query[objective] for objective in OBJECTIVES)
     found = tt.evaluation.paired_comparison(first, second)
-    print(
-        f"difference {found.difference:+.3f}, 95 % interval {found.low:+.3f} to {found.high:+.3f}, p = {found.p_value:.3f}"
-        f" over {found.num_queries} queries"
-    )
+    interval = f"95 % interval {found.low:+.3f} to {found.high:+.3f}"
+    print(f"difference {found.difference:+.3f}, {interval}, p = {found.p_value:.3f}, {found.num_queries} queries")
     print("this is the variation over queries of one seed: run several seeds before you believe a difference")
 
 

@@ -64,33 +64,31 @@ class SameCategory(RandomSource):
 def main() -> None:
     """Draw 4,000 times for one row; compare with the claim, and with a wrong claim."""
     generator = torch.Generator().manual_seed(0)
-    category = torch.tensor([0] * 8 + [1] * 4 + [2] * 12)
-    row, same, uniform, times = 0, 5, 10, 4000
-    source = SameCategory(category, same)
-    others = tt.negatives.Sampled(tt.negatives.Uniform(len(category)), uniform, per_row=True)  # reaches every item
-    pool = tt.negatives.Pool(source, others)
-    positives, score = torch.tensor([2, 9, 20]), torch.randn(len(category), generator=generator).double()
-    seen, estimates = torch.zeros(len(category), dtype=torch.float64), []
-    for _ in range(times):
-        seen += torch.bincount(source.draw(DrawRequest(positives, generator=generator))[row], minlength=len(category))
+    category, positives, row, times = torch.tensor([0] * 8 + [1] * 4 + [2] * 12), torch.tensor([2, 9, 20]), 0, 4000
+    source = SameCategory(category, size=5)
+    others = tt.negatives.Sampled(tt.negatives.Uniform(len(category)), size=10, per_row=True)  # reaches every item
+    pool, score = tt.negatives.Pool(source, others), torch.randn(len(category), generator=generator).double()
+    seen, estimates = torch.zeros(len(category), dtype=torch.float64), torch.empty(times, dtype=torch.float64)
+    for number in range(times):
+        seen += source.draw(DrawRequest(positives, generator=generator))[row].bincount(minlength=len(category))
         drawn = pool.draw(positives, generator=generator)
-        live = ~drawn.row_mask[row]
-        weight = (score[drawn.row_items[row]] - drawn.row_log_expected_count[row].double()).exp()
-        estimates.append(score[positives[row]].exp() + weight[live].sum())
-
-    def p_value(claimed: Tensor) -> float:
-        """Compute the p-value of the counts of the category's items: multinomial, so chi-square with one less."""
-        inside = claimed > 0
-        return float(stats.chisquare(seen[inside].numpy(), times * claimed[inside].numpy(), sum_check=False).pvalue)
+        assert drawn.row_items is not None and drawn.row_mask is not None and drawn.row_log_expected_count is not None
+        weighted = (score[drawn.row_items[row]] - drawn.row_log_expected_count[row]).exp()
+        estimates[number] = score[positives[row]].exp() + weighted[~drawn.row_mask[row]].sum()
 
     everything = torch.arange(len(category)).expand(len(positives), -1)
     claimed = source.log_expected_count(everything, DrawRequest(positives))[row].exp()
     assert not seen[claimed == 0].any(), "an item was drawn whose claimed count is zero"
-    estimate, truth = torch.stack(estimates), float(score.exp().sum())
-    errors = float((estimate.mean() - truth) / (estimate.std() / math.sqrt(times)))
-    print(f"expected counts: p = {p_value(claimed):.3f}; of a claim that is 10 % too high: {p_value(1.1 * claimed):.1e}")
-    print(f"partition: {float(estimate.mean()):.3f}, true value {truth:.3f}, {errors:+.1f} standard errors")
-    assert p_value(claimed) > 1e-4 > p_value(1.1 * claimed) and abs(errors) < 4
+    inside = claimed > 0  # multinomial counts: chi-square with a degree of freedom fewer than items
+    p, wrong = (
+        float(stats.chisquare(seen[inside].numpy(), times * claim[inside].numpy(), sum_check=False).pvalue)
+        for claim in (claimed, 1.1 * claimed)
+    )
+    truth = float(score.exp().sum())
+    errors = float((estimates.mean() - truth) / (estimates.std() / math.sqrt(times)))
+    print(f"expected counts: p = {p:.3f}; of a claim that is 10 % too high: p = {wrong:.0e}")
+    print(f"partition: {float(estimates.mean()):.2f}, true value {truth:.2f}, {errors:+.1f} standard errors apart")
+    assert p > 1e-4 > wrong and abs(errors) < 4
     print("the counts are as claimed")
 
 

@@ -1,7 +1,7 @@
 """The HTTP service: train a small model, start `twotower serve`, send requests, stop it.
 
-    pip install "twotower[serve]"
-    python examples/serve_http.py
+pip install "twotower[serve]"
+python examples/serve_http.py
 """
 
 import json

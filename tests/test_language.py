@@ -52,7 +52,9 @@ def test_no_phrase_that_we_replace():
 
 def test_phrases_are_found_in_strings_comments_and_pages(tmp_path, monkeypatch):
     monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
-    (tmp_path / "a.py").write_text('"""Result of a training run."""\n# Who is\n# told.\nx = "a training. It goes on with b"\n')
+    (tmp_path / "a.py").write_text(
+        '"""Result of a training run."""\n# Who is\n# told.\nx = "a training. It goes on with b"\n'
+    )
     (tmp_path / "b.md").write_text("A training run stands for one model.\nIt is\ndone anew.\n")
     assert len(found(tmp_path / "a.py")) == 3
     assert len(found(tmp_path / "b.md")) == 1
