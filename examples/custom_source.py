@@ -28,6 +28,9 @@ class SameCategory(RandomSource):
     per_row = True
     varies_by_row = True  # the count depends on the row's positive
     category: Tensor
+    by_category: Tensor
+    members: Tensor
+    first: Tensor
 
     def __init__(self, category: Tensor, size: int) -> None:
         super().__init__()

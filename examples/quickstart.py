@@ -43,7 +43,7 @@ def main() -> None:
         retriever = tt.Retriever.load(folder / "model")  # needs no training code
         found = retriever.recommend(["u000", "u001"], k=5)
         print(found)
-        own_taste = (found["item"] % 2 == found["query"].str.slice(1).cast(int) % 2).mean()
+        own_taste = (found["item"] % 2 == found["query"].str.slice(1).cast(int) % 2).sum() / len(found)
         print(f"recommended items of the user's own taste: {own_taste:.0%}")
 
 
