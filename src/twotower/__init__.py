@@ -1,6 +1,6 @@
 """Retrieval training whose negatives are corrected by construction.
 
-Two doors: the pieces (`negatives`, `losses`, `towers`), usable in anybody's own PyTorch loop, and the whole
+Two doors: the pieces (`negatives`, `losses`, `towers`), usable in your own PyTorch loop, and the whole
 (`Interactions`, `splits`, `fit`, `evaluate`, `Retriever`).
 """
 

@@ -324,3 +324,11 @@ def test_a_request_and_its_fields_by_name_draw_the_same():
     assert request.generator is None, "the request itself is not changed"
     with pytest.raises(TypeError, match="groups"):
         pool.draw(positives, groups=1)
+
+
+def test_counts_that_vary_by_row_are_refused_for_shared_candidates():
+    varying = Sampled(Uniform(N), 3, per_row=True)
+    varying.varies_by_row = True
+    with pytest.raises(InputError, match=r"counts of Sampled differ from row to row.*\(InBatch\).*per_row=True"):
+        Pool(InBatch(FREQUENCY), varying)
+    Pool(varying, Sampled(Uniform(N), 3, per_row=True))

@@ -106,7 +106,7 @@ class ContinuedSplit(Split):
 
 @dataclass(frozen=True)
 class JoinedCodes:
-    """New code of each code of the past and of the new data, -1 where there is none."""
+    """New code of each code of the past and of the new data, -1 for a code that has no new one."""
 
     past_queries: Codes
     past_items: Codes

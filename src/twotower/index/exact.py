@@ -39,7 +39,9 @@ class ExactIndex:
         InputError: shapes disagree, or an embedding or bias is NaN.
 
     Example:
-        >>> index = ExactIndex(torch.eye(3))
+        >>> import torch
+        >>> import twotower as tt
+        >>> index = tt.index.ExactIndex(torch.eye(3))
         >>> scores, items = index.search(torch.tensor([[0.1, 0.9, 0.5]]), k=2)
         >>> items.tolist()
         [[1, 2]]

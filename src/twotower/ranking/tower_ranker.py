@@ -39,6 +39,7 @@ class SlowProgress:
         patience: seconds before the bar appears.
 
     Example:
+        >>> from twotower.ranking.tower_ranker import SlowProgress
         >>> with SlowProgress("ranking") as progress:
         ...     for done in range(1, 4):
         ...         progress(done, 3)

@@ -31,7 +31,9 @@ def gather_histories(
         int64 [B, L].
 
     Example:
-        >>> gather_histories(np.array([0, 3]), np.array([7, 8, 9]), np.array([0]), np.array([2]), 3)
+        >>> import numpy as np
+        >>> import twotower as tt
+        >>> tt.data.gather_histories(np.array([0, 3]), np.array([7, 8, 9]), np.array([0]), np.array([2]), 3)
         array([[-1,  7,  8]])
     """
     ends = np.asarray(rows_end, dtype=np.int64)[:, None]
