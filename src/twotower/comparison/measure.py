@@ -1,7 +1,4 @@
-"""Evaluation of the finished runs of a comparison and of the baselines on the same test queries.
-
-Calibration of the models of a comparison: predicted softmax probabilities against observed frequencies.
-"""
+"""What a comparison measures on its finished runs: ranking metrics on the same test queries, and calibration."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from twotower.errors import InputError
 from twotower.index.exact import ExactIndex
 from twotower.index.ties import tie_order
 from twotower.index.topk import Exclusion
@@ -83,7 +84,7 @@ class Vectors:
             raise ValueError(f"last must have shape [{len(items)}], got {list(last.shape)}")
         for part in (items, last):
             if part is not None and bool(part.isnan().any()):
-                raise ValueError("an item embedding is NaN: the model has diverged")
+                raise InputError("an item embedding is NaN: the model has diverged")
         self.items = items.detach().to("cpu", torch.float32).contiguous()
         self.last = None if last is None else last.detach().to("cpu", torch.float32).contiguous()
         self.alive = np.ones(len(items), dtype=np.bool_) if alive is None else alive.copy()
@@ -151,7 +152,7 @@ class Vectors:
         if vectors.ndim != 2 or vectors.shape[1] != self.dim:
             raise ValueError(f"vectors must have shape [n, {self.dim}], got {list(vectors.shape)}")
         if bool(vectors.isnan().any()):
-            raise ValueError("an item embedding is NaN: the model has diverged")
+            raise InputError("an item embedding is NaN: the model has diverged")
         return vectors.detach().to("cpu", torch.float32)
 
     def _rows(self, codes: Codes) -> Codes:

@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from twotower.errors import InputError
 from twotower.index import bf16_screen
 from twotower.index.ties import tie_order
 from twotower.index.topk import Exclusion, Progress, top_k
@@ -57,7 +58,7 @@ class ExactIndex:
         self._items = (items.detach() if in_tie_order else items.detach()[self._order]).to(torch.float32)
         self._bias = None if bias is None else bias.detach().to(items.device)[self._order].to(torch.float32)
         if bool(self._items.isnan().any()) or (self._bias is not None and bool(self._bias.isnan().any())):
-            raise ValueError("an item embedding or bias is NaN: the model has diverged")
+            raise InputError("an item embedding or bias is NaN: the model has diverged")
 
     @property
     def num_items(self) -> int:

@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from twotower.errors import InputError
+
 _LOW = (1 << 32) - 1
 
 #: Maximum number of columns that fit into a key.
@@ -360,7 +362,7 @@ def blocks(total: int, size: int) -> Iterator[slice]:
 def _offer(best: BestKeys, tile: Tensor, left: int) -> None:
     maxima = chunk_maxima(tile)
     if _has_nan(maxima) or _has_nan(tile[:, maxima.shape[1] * LANES :]):
-        raise ValueError("a score is NaN: the model has diverged (look for NaN in its parameters or inputs)")
+        raise InputError("a score is NaN: the model has diverged (look for NaN in its parameters or inputs)")
     if not best.bounded and (least := kth_largest(tile, maxima, best.k)) is not None:
         best.bound(least)
     row, column, score = above(tile, maxima, best.threshold)
