@@ -166,13 +166,15 @@ def _train(
         _report_features(config, split, on_message)
     team.require_shared(directory)
     if team.ranks.is_first and not resume:
-        _begin(directory, config, files, parent)
+        _begin(directory, config, parent)
+        write_text(directory / INPUTS, json.dumps(files, indent=1))
     team.begins()
     model = fit(
         split, config, directory=directory, warm_start=parent, resume=resume, progress=progress, on_message=on_message
     )
     on_message(_summary(model, config))
-    measured = _measure(model, config, source)
+    measured = _measure(model, config)
+    model.artifact.metadata["data"]["source"] = absolute(source)
     _finish(directory, config, model, measured, is_first=team.ranks.is_first)
     return model, measured
 
@@ -219,18 +221,17 @@ def _check(config: Config, split: Split) -> None:
         evaluation.check_targets(holdout, split.train.num_items, config.evaluation.exclude_seen)
 
 
-def _begin(directory: Path, config: Config, files: dict[str, int], parent: ParentModel | None) -> None:
+def _begin(directory: Path, config: Config, parent: ParentModel | None) -> None:
     """Write what a resumed run needs, in place of what an older run has left."""
     shutil.rmtree((directory / LAST).parent, ignore_errors=True)  # of an older run: must not be resumed
     write_text(directory / CONFIG, config.to_yaml())
-    write_text(directory / INPUTS, json.dumps(files, indent=1))
     (directory / PARENT).unlink(missing_ok=True)
     if parent is not None:
         write_text(directory / PARENT, json.dumps({"model": parent.where, "fingerprint": parent.fingerprint}))
 
 
-def _measure(model: Model, config: Config, source: str | Path) -> Evaluation:
-    """Evaluate on the test queries, and record the result and the location of the data in the model."""
+def _measure(model: Model, config: Config) -> Evaluation:
+    """Evaluate on the test queries, and record the result in the model."""
     settings = config.evaluation
     measured = evaluate(
         model,
@@ -240,7 +241,6 @@ def _measure(model: Model, config: Config, source: str | Path) -> Evaluation:
         baselines=settings.baselines,
         slices=settings.slices,
     )
-    model.artifact.metadata["data"]["source"] = absolute(source)
     model.artifact.metadata["metrics"] = measured.to_dict()
     return measured
 

@@ -96,7 +96,7 @@ def fit_towers(
         resume: resume from `directory/checkpoints/last.ckpt`.
         progress: show a progress bar.
         hyperparameters: shown by the logger next to the curves, if it supports them.
-        warm_start: warm-starts the optimizer from a parent's state (training/continuing.py); None starts fresh.
+        warm_start: loads the optimizer state of a parent model (`ContinueOptimizer`); None starts fresh.
         in_background: write checkpoints in the background, from a copy of the state.
 
     Raises:
@@ -118,9 +118,7 @@ def fit_towers(
     )
     io = _checkpoint_io(towers, settings, ranks, in_background=in_background)
     stop = StopBetweenSteps(directory / LAST, ranks, io.settle)
-    validation = None
-    if validate is not None:
-        validation = Validation(validate, settings.metric, patience=settings.patience, every=settings.validate_every)
+    validation = None if validate is None else _validation(validate, settings)
     checkpoints = Checkpoints(directory, validation, every=settings.checkpoint_every)
     callbacks = [
         EpochOrder(batches),
@@ -151,6 +149,10 @@ def fit_towers(
         history=[] if validation is None else validation.rows,
         checkpoint=checkpoints.best if has_best else None,
     )
+
+
+def _validation(validate: Callable[[TwoTower], dict[str, float]], settings: TrainingConfig) -> Validation:
+    return Validation(validate, settings.metric, patience=settings.patience, every=settings.validate_every)
 
 
 def _checkpoint_io(
