@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -133,7 +134,8 @@ def fit_towers(
     with quiet_lightning(), stop:
         logger = make_logger(settings.logger, directory, hyperparameters)
         trainer = _trainer(settings, callbacks, io, logger, progress=progress and ranks.is_first)
-        _run(trainer, module, batches, io, directory / LAST, resume=resume)
+        with _named_endings(io, directory / LAST):
+            trainer.fit(module, batches, ckpt_path=str(directory / LAST) if resume else None)
     for optimizer in trainer.optimizers:
         optimizer.state.clear()  # the checkpoints contain it, and loading the best weights needs the memory
     has_best = validation is None or validation.best is not None
@@ -187,18 +189,11 @@ def _trainer(
     )
 
 
-def _run(
-    trainer: pl.Trainer,
-    module: TrainingModule,
-    batches: SizedBatches,
-    io: SafeCheckpointIO,
-    last: Path,
-    *,
-    resume: bool,
-) -> None:
-    """Run the loop, and name the ways in which it can end."""
+@contextmanager
+def _named_endings(io: SafeCheckpointIO, last: Path) -> Iterator[None]:
+    """Wait for the last checkpoint, and raise what an interruption or an unfit checkpoint means to the caller."""
     try:
-        trainer.fit(module, batches, ckpt_path=str(last) if resume else None)
+        yield
         io.settle()
     except MisconfigurationException as error:
         raise InputError(
