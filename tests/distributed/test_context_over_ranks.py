@@ -148,7 +148,7 @@ def batches(config, data, ranks, context):
 @pytest.fixture(scope="module")
 def of_ranks(tmp_path_factory):
     out = tmp_path_factory.mktemp("context")
-    start("test_context.py", str(out))
+    start("test_context_over_ranks.py", str(out))
     return {name: [torch.load(out / f"{name}.{rank}.pt", weights_only=True) for rank in range(RANKS)] for name in CASES}
 
 

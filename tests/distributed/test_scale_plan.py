@@ -190,7 +190,8 @@ def test_a_plan_that_fits_only_without_the_ranking_does_not_fit(tmp_path):
     words = ["plan", "--items", "1e8", "--ranks", "8", "--optimizer", "rowwise-adagrad", "--device-memory", "80"]
     result = CliRunner().invoke(app, [*words, "--rates", str(written)])
     assert result.exit_code == 0, result.output
-    assert "bottleneck: memory (ranking)" in result.output and "of 80.0: does NOT fit" in result.output
+    output = " ".join(result.output.split())
+    assert "bottleneck: memory (ranking)" in output and "available: 80.0 GiB: does NOT fit" in output
     found = json.loads(CliRunner().invoke(app, [*words, "--rates", str(written), "--json"]).output)
     assert found["fits"] is False and found["peak"] == found["moments"]["ranking"] == plan.peak
 

@@ -9,7 +9,7 @@ import torch
 
 from twotower.config.run import Config
 from twotower.data import Interactions, KnownPositives
-from twotower.evaluation.metrics import mask, recall_at
+from twotower.evaluation.metrics import hits, recall_at
 from twotower.index import ExactIndex
 from twotower.losses import refined_logq, sampled_softmax
 from twotower.negatives import (
@@ -258,7 +258,7 @@ def test_ties_are_not_hits():
     size, k = 500, 10
     _, ranked = ExactIndex(torch.ones(size, 3)).search(torch.ones(size, 3), k)
     offsets = np.arange(size + 1)
-    recall = recall_at(mask(ranked.numpy(), offsets, np.arange(size)), np.ones(size, dtype=np.int64), k)
+    recall = recall_at(hits(ranked.numpy(), offsets, np.arange(size)), np.ones(size, dtype=np.int64), k)
     assert recall.mean() == pytest.approx(k / size)
 
 

@@ -207,7 +207,7 @@ def test_onnx(planted_split, tmp_path, kind):
     ("change", "said"),
     [
         ("query_tower.history.sequence.heads=3", "heads: 3; expected a divisor of item_tower.dimension, 16"),
-        ("objective.frequency=grouped", "a sequence may run over several groups"),
+        ("objective.frequency=grouped", "a sequence may span several groups"),
     ],
 )
 def test_settings_that_do_not_fit(planted_split, change, said):

@@ -1,4 +1,4 @@
-"""What a comparison measures on its finished runs: ranking metrics on the same test queries, and calibration."""
+"""Evaluation and calibration of the finished runs of a comparison, on the same test queries as the baselines."""
 
 from __future__ import annotations
 

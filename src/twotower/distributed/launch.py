@@ -1,6 +1,6 @@
-"""Launch of several processes as the ranks of one run: torchrun's environment variables, and how processes join.
+"""How the processes that torchrun starts become the ranks of one run, and how they coordinate outside of collectives.
 
-Coordination of the processes of a run outside of collectives: order, readiness, liveness.
+Coordination goes through torchrun's store: who starts first, who is ready, who has failed, who is still alive.
 """
 
 from __future__ import annotations

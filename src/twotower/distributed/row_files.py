@@ -1,6 +1,6 @@
-"""Folders and files that several ranks write together, each rank its own rows: complete or not at all.
+"""Tensors in safetensors files: ranks write their own rows together, and readers read only the rows they request.
 
-Tensors left in safetensors files, of which only requested rows are read.
+A folder or file that ranks write together appears complete or not at all.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Metrics of ranked lists: pure functions, one value per query, no reduction.
 
-They depend only on which ranked items are targets, never on scores. Relevance is binary.
-
-Beyond-accuracy metrics: properties of the lists that do not depend on targets, nor, like all metrics, on scores.
+Accuracy metrics depend only on which ranked items are targets, with binary relevance. Beyond-accuracy metrics
+(coverage, novelty, diversity, Gini) depend only on the lists. No metric sees a score.
 """
 
 import math

@@ -1,7 +1,4 @@
-"""The result of an evaluation: JSON for machines, a table for people.
-
-A small text table, for a terminal or a file.
-"""
+"""The result of an evaluation: JSON for machines, text tables for people."""
 
 import math
 from collections.abc import Iterator, Sequence

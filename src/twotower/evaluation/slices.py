@@ -1,7 +1,4 @@
-"""Standard slices of an evaluation: head, mid and tail, popularity deciles, cold and warm.
-
-User-defined slices by columns of the item table or of the query table.
-"""
+"""Slices of an evaluation: head, mid and tail, popularity deciles, cold and warm, and columns that the user names."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

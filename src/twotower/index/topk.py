@@ -2,19 +2,15 @@
 
 Scores arrive in tiles (a block of rows by a range of columns). Most tiles contain hardly any new result: once a row has
 K results, a random column beats the worst of them with probability K / (columns seen). So a tile is read once, to
-compute the maxima of small chunks; only scores above their row's threshold are gathered, packed into sortable integers
-(`twotower.index.keys`), and merged in batches.
+compute the maxima of small chunks; only scores above their row's threshold are gathered and merged in batches
+(`BestKeys`). Items that a search must leave out are removed tile by tile (`ExcludedColumns`).
 
-The K best scores of each row seen so far, and the filter that finds new candidates for them.
-
-Sort keys: a score and its column as one sortable integer.
+What is sorted is a key: a score and its column as one integer,
 
     key(score, column) = order(score) * 2^32 + (2^32 - 1 - column)
 
 where `order` maps float32 to int32 preserving the order. Keys are distinct, so the largest K are well defined: scores
 descending, then columns ascending. Nothing depends on tile sizes or on the stability of a sort.
-
-Items that a search must leave out, tile by tile.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,7 +1,4 @@
-"""A ranker of a sharded catalog: each rank searches its part of the items, and the results are merged.
-
-A ranker that divides the queries over ranks and returns the whole ranking on all of them.
-"""
+"""Rankers of several ranks: queries divided over ranks, or a sharded catalog searched part by part."""
 
 from __future__ import annotations
 

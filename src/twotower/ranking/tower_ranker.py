@@ -1,7 +1,4 @@
-"""A two-tower model as a ranker: the same path from queries to items for validation, evaluation and serving.
-
-A progress bar that appears only for slow work.
-"""
+"""A two-tower model as a ranker: the same path from queries to items for validation, evaluation and serving."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """One optimizer for the whole model: AdamW for layers, lazy Adam or row-wise Adagrad for embedding tables.
 
-Updates of the table rows that a step touches; the rest of the table is neither read nor written.
+Of a table, only the rows that a step touches are read and written.
 """
 
 from __future__ import annotations
