@@ -234,6 +234,22 @@ class Config(Section):
         except ValidationError as error:
             raise InputError(f"{where}: {first_fault(error, values, cls)}") from error
 
+    @property
+    def history_length(self) -> int:
+        """History length L of the query tower, 0 if it reads no history."""
+        return self.query_tower.history.length if self.query_tower.history else 0
+
+    @property
+    def reads_sequences(self) -> bool:
+        """Whether training rows are positions of whole sequences."""
+        return self.query_tower.history is not None and self.query_tower.history.sequence is not None
+
+    @property
+    def reads_gaps(self) -> bool:
+        """Whether the query tower reads the time between the items of a history."""
+        history = self.query_tower.history
+        return history is not None and history.sequence is not None and history.sequence.gaps
+
     def resolved(self, rows: int) -> Config:
         """Replace every numeric "auto" by its value for this number of training rows."""
         training = self.training

@@ -89,8 +89,11 @@ def value(entry: dict[str, Any], metric: str, part: str | None = None) -> dict[s
 
 
 def processor_time(model: dict[str, Any]) -> float | None:
-    """Return the median CPU seconds of a model's training runs, or None if unknown."""
-    known = [run["cpu_seconds"] for run in model["runs"] if run["cpu_seconds"] is not None]
+    """Return the median CPU seconds of a model's training runs, or None if unknown.
+
+    A time of 0 is unknown: older versions wrote it for a finished run that was resumed.
+    """
+    known = [run["cpu_seconds"] for run in model["runs"] if run["cpu_seconds"]]
     return statistics.median(known) if known else None
 
 

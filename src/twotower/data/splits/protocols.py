@@ -160,6 +160,11 @@ def by_time(data: Interactions, validation: float = 0.05, test: float = 0.1, *, 
     ordered = np.partition(times, at)
     first_cut, second_cut = int(ordered[at[0]]), int(ordered[at[1]])
     del ordered
+    if first_cut == second_cut and int(times.min()) == int(times.max()):
+        raise InputError(
+            f"split by_time: every row has the same timestamp {_utc(first_cut)}; use leave_last_out "
+            "(data.split=leave-last-out), which needs only the order of the rows."
+        )
     before_first, before_second = rows_before(data, first_cut), rows_before(data, second_cut)
     account = Account()
     account.add("split by time", len(data), f"validation from {_utc(first_cut)}, test from {_utc(second_cut)}")
