@@ -83,7 +83,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_data_is_read(tmp
         "training.batch_size=32",
         "training.precision=bf16-mixed",
         "objective.strength=0.5",
-        "query_tower.dropout=0.3",
+        "query_tower.dropout=0.4",
         "data.split=time",
     ],
 )
