@@ -28,7 +28,7 @@ def interactions() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(queries), torch.from_numpy(items)
 
 
-def train(pool: tt.negatives.Pool, queries: torch.Tensor, items: torch.Tensor, epochs: int = 12) -> float:
+def train(pool: tt.negatives.Pool, queries: torch.Tensor, items: torch.Tensor, epochs: int = 8) -> float:
     """Train two embedding tables; return the full softmax loss over the whole catalog, the goal of training."""
     torch.manual_seed(0)
     query_tower, item_tower = torch.nn.Embedding(QUERIES, DIMENSION), torch.nn.Embedding(ITEMS, DIMENSION)
