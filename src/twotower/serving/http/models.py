@@ -24,7 +24,7 @@ from twotower.errors import InputError
 from twotower.evaluation.slices import SLICES, popularity_thirds
 from twotower.features.categorical import CategoryEncoder, MultiCategory
 from twotower.features.feature_set import FeatureSet
-from twotower.serving.filters import condition_mask
+from twotower.serving.conditions import condition_mask
 from twotower.serving.http.catalog_map import Atlas
 from twotower.serving.model_folder import find_model
 from twotower.serving.queries import seen_codes
