@@ -105,7 +105,8 @@ class Term:
 
     Attributes:
         kind: text, number, boolean, time, null, "list of text" and the like, or other.
-        expression: its value for each item: a column, a literal, stored values, or AND, OR, NOT and comparisons of these.
+        expression: its value for each item: a column, a literal, stored values, or AND, OR, NOT and comparisons of
+            these.
         literal: its value, if it is a literal of text or a number.
         is_leaf: True for a column or a literal.
     """
@@ -490,20 +491,18 @@ def _column_term(name: str, dtype: pl.DataType) -> Term:
 
 
 def _kind(dtype: pl.DataType) -> str:
+    if isinstance(dtype, pl.List):
+        inner = _kind(dtype.inner)  # type: ignore[arg-type]  # always an instance in a schema
+        return f"list of {inner}" if inner in ("text", "number", "boolean") else "other"
     if dtype.is_numeric():
         return "number"
-    if dtype in (pl.String, pl.Categorical, pl.Enum):
-        return "text"
-    if dtype == pl.Boolean:
-        return "boolean"
-    if dtype in (pl.Date, pl.Datetime):
-        return "time"
-    if dtype == pl.Null:
-        return "null"
-    inner = getattr(dtype, "inner", None)
-    if isinstance(dtype, pl.List) and inner is not None and _kind(inner) in ("text", "number", "boolean"):
-        return f"list of {_kind(inner)}"
-    return "other"
+    kinds: list[tuple[str, tuple[type[pl.DataType], ...]]] = [
+        ("text", (pl.String, pl.Categorical, pl.Enum)),
+        ("boolean", (pl.Boolean,)),
+        ("time", (pl.Date, pl.Datetime)),
+        ("null", (pl.Null,)),
+    ]
+    return next((kind for kind, types in kinds if isinstance(dtype, types)), "other")
 
 
 def _with_not(children: list[Any]) -> tuple[Any, bool, list[Any]]:

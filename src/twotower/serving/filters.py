@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from twotower.data.schema.vocabulary import Vocabulary
 from twotower.errors import InputError
 from twotower.serving.conditions import Mask, condition_mask
+from twotower.serving.queries import codes_of, id_list
 
 
 def allowed_items(
@@ -56,19 +57,5 @@ def allowed_items(
 
 
 def _known(items: Vocabulary, ids: Sequence[Any], name: str) -> NDArray[np.int64]:
-    if isinstance(ids, str) or not isinstance(ids, Sequence):
-        raise InputError(f"{name}: expected a list of item ids, found {ids!r}")
-    if not len(ids):
-        return np.empty(0, dtype=np.int64)
-    try:
-        codes = items.encode(list(ids))
-    except InputError:  # an id of another type must not fail the others
-        codes = np.concatenate([_one(items, item) for item in ids])
+    codes = codes_of(items, id_list(ids, name))  # an id of another type must not fail the others
     return codes[codes >= 0]
-
-
-def _one(items: Vocabulary, item: Any) -> NDArray[np.int64]:
-    try:
-        return items.encode([item])
-    except InputError:
-        return np.full(1, -1, dtype=np.int64)
