@@ -284,7 +284,12 @@ class _Builder:
     def _as(self, term: Term, kind: str) -> Term:
         """Convert NULL to any kind, and a text literal to a time; other terms stay as they are."""
         if term.kind == "null":
-            dtypes = {"text": pl.String, "number": pl.Float64, "boolean": pl.Boolean, "time": pl.Datetime("us")}
+            dtypes: dict[str, pl.DataType | type[pl.DataType]] = {
+                "text": pl.String,
+                "number": pl.Float64,
+                "boolean": pl.Boolean,
+                "time": pl.Datetime("us"),
+            }
             return Term(kind, pl.lit(None, dtype=dtypes[kind])) if kind in dtypes else term
         if kind == "time" and term.kind == "text" and term.literal is not None:
             return self._moment(term.literal)

@@ -126,7 +126,8 @@ class QueryBatch:
             codes = np.full(_count(histories, features, context), -1, dtype=np.int64)
             ids = pl.Series("query", range(len(codes)), dtype=pl.Int64)
         features = _rows_of(features, "features", len(codes))
-        context = _rows_of([context] * len(codes) if isinstance(context, Mapping) else context, "context", len(codes))
+        contexts = [context] * len(codes) if isinstance(context, Mapping) else context
+        contexts = _rows_of(contexts, "context", len(codes))
         gaps = None
         if times is not None and (histories is None or len(times) != len(histories)):
             raise InputError("times: expected one row of times for each of histories")
@@ -136,7 +137,7 @@ class QueryBatch:
             found, gaps = stored_histories(artifact, codes), stored_gaps(artifact, codes)
         else:
             found = np.zeros(len(codes) + 1, dtype=np.int64), np.zeros(0, dtype=np.int32)
-        batch = cls(ids, codes, *found, features, context, gaps)
+        batch = cls(ids, codes, *found, features, contexts, gaps)
         unknown = np.flatnonzero(~batch.answerable(artifact))
         if len(unknown):
             row = int(unknown[0])

@@ -124,9 +124,9 @@ class ServedModel:
     def listed(self, codes: Codes) -> list[dict[str, Any]]:
         """Return id, title, interactions and popularity bucket of items."""
         rows: list[dict[str, Any]] = [
-            {"item": json_id(item), "interactions": count, "part": SLICES[part]}
+            {"item": item, "interactions": count, "part": SLICES[part]}
             for item, count, part in zip(
-                self.artifact.items.decode(codes).to_list(),
+                self._json_ids(codes),
                 self.counts[codes].tolist(),
                 self.parts[codes].tolist(),
                 strict=True,
@@ -136,6 +136,16 @@ class ServedModel:
             for row, title in zip(rows, self.titles.gather(codes).to_list(), strict=True):
                 row["title"] = title
         return rows
+
+    def _json_ids(self, codes: Codes) -> list[int | str]:
+        ids = self.artifact.items.decode(codes).to_list()
+        return [json_id(one) for one in ids] if self._has_large_ids else ids
+
+    @cached_property
+    def _has_large_ids(self) -> bool:
+        ids = self.artifact.items.ids
+        largest = ids.abs().max() if ids.dtype == pl.Int64 else None
+        return isinstance(largest, int) and largest > LARGEST_EXACT
 
     def described(self, code: int) -> dict[str, Any]:
         """Return everything known about one item: `listed`, and its columns of the item table under `columns`."""
