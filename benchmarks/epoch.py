@@ -3,8 +3,8 @@
     python benchmarks/epoch.py [--data ../shared/data/ml-1m-loo/sequences.parquet] [--epochs 3] [--json FILE]
 
 Ours: pooled history, B = 8192, D = 64, in-batch and 1,024 uniform candidates, duplicates removed, as in `twotower
-train` without Lightning (`TrainingBatches`, `batch_loss`, `TableOptimizer`), then `TowerRanker`. Plain: the same towers
-with the same initial weights and learning rate; everything else as a competent user would write it: padded rows
+train` without Lightning (`TrainingBatches`, `compute_loss`, `TableOptimizer`), then `TowerRanker`. Plain: the same
+towers with the same initial weights and learning rate; everything else as a competent user would write it: padded rows
 gathered by torch, a matrix of logits, log expected count subtracted, the row's own item masked among the other rows and
 the uniform draws, cross_entropy, dense Adam, and the full score matrix with `topk` for evaluation. bfloat16: ours under
 autocast, with the same initial weights and rows. The contenders alternate epoch by epoch. For item-kNN, fit and ranking
@@ -37,7 +37,7 @@ from twotower.ranking import ItemKNN
 from twotower.ranking.tower_ranker import TowerRanker
 from twotower.run import read_data, split_data
 from twotower.towers import TwoTower, build_towers
-from twotower.training import TableOptimizer, batch_loss
+from twotower.training import TableOptimizer, compute_loss
 from twotower.training.optimizer import parameter_groups
 
 SEED, K, UNIFORM, LEARNING_RATE = 0, 10, 1024, 2e-3
@@ -84,7 +84,7 @@ class Ours:
         self.epochs += 1
         for number, batch in enumerate(self.batches, 1):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.low):
-                loss, _, _ = batch_loss(self.towers, self.objective, batch, self.known)
+                loss, _, _ = compute_loss(self.towers, self.objective, batch, known_positives=self.known)
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()

@@ -31,11 +31,11 @@ from twotower.data import Batch, TrainingBatches
 from twotower.data.interactions import Interactions
 from twotower.evaluation import popularity_thirds
 from twotower.objectives.build import build_objective
-from twotower.run import history_length, reread
+from twotower.run import reread
 from twotower.serving.model_folder import library_versions
 from twotower.system.filesystem import write_text
 from twotower.towers import TwoTower
-from twotower.training.step import batch_loss
+from twotower.training.step import compute_loss
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "full-softmax": {},
@@ -96,7 +96,7 @@ def gradients(towers: TwoTower, settings: Config, train: Interactions, batches: 
     moments = Moments()
     for place, batch in enumerate(batches):
         torch.manual_seed(place)  # the same dropout for all, if they use the generator in the same order
-        loss, _, _ = batch_loss(towers, objective, batch)
+        loss, _, _ = compute_loss(towers, objective, batch)
         moments.add(place, torch.autograd.grad(loss, table.weight)[0])
     return moments
 
@@ -114,7 +114,7 @@ def main() -> None:
     artifact, split = reread(asked.run, asked.data)
     train, towers = split.train, artifact.towers
     towers.train(not asked.no_dropout)
-    rows = iter(TrainingBatches(train, asked.batch_size, history_length=history_length(artifact.config), seed=12345))
+    rows = iter(TrainingBatches(train, asked.batch_size, history_length=artifact.config.history_length, seed=12345))
     batches = [next(rows) for _ in range(asked.batches)]
     thirds = torch.from_numpy(popularity_thirds(train.item_counts()))
     found: dict[str, Any] = {}

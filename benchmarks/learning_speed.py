@@ -30,7 +30,7 @@ from twotower.serving.model_folder import library_versions
 from twotower.system.filesystem import write_text
 from twotower.towers import TwoTower, build_towers
 from twotower.training.optimizer import TableOptimizer, parameter_groups
-from twotower.training.step import batch_loss
+from twotower.training.step import compute_loss
 
 RESULTS = Path(__file__).parent / "results" / "learning_speed.json"
 BATCH = 1024
@@ -86,7 +86,7 @@ def train(split: Split, fields: dict[str, Any], seed: int, epochs: int, rate: fl
     for epoch in range(epochs):
         batches.set_epoch(epoch)
         for step, batch in enumerate(batches, 1):
-            loss, _, _ = batch_loss(towers, objective, batch)
+            loss, _, _ = compute_loss(towers, objective, batch)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

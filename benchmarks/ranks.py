@@ -36,14 +36,13 @@ from twotower.distributed.communicator import Communicator
 from twotower.objectives.build import build_objective
 from twotower.system import hardware, tuning
 from twotower.towers import build_towers
-from twotower.training import TableOptimizer, batch_loss
+from twotower.training import TableOptimizer, compute_loss
 from twotower.training.gradient_sync import GradientExchange
 from twotower.training.machine_rates import measure_rates
 from twotower.training.optimizer import parameter_groups
 from twotower.training.placement import place_tables
 from twotower.training.scale_plan import Rates, Workload, plan_scale
 from twotower.training.seeds import draws_of
-from twotower.training.step import gathered_loss
 
 STEPS, LENGTH, UNIFORM, SEED = 5, 20, 1024, 0
 Fork = get_context("fork")  # importing takes longer than the work
@@ -97,9 +96,7 @@ class Training:
     def loss(self, batch: Batch) -> torch.Tensor:
         """Compute the rank's share of a batch's loss."""
         generator = draws_of(SEED, self.step_number, "cpu")
-        if self.ranks.size == 1:
-            return batch_loss(self.towers, self.objective, batch, generator=generator)[0]
-        return gathered_loss(self.towers, self.objective, batch, self.ranks, generator=generator)[0]
+        return compute_loss(self.towers, self.objective, batch, self.ranks, generator=generator)[0]
 
     def step(self, batch: Batch | None = None) -> float:
         """Run one step on the rank's share of the loss, without computing the total loss of all ranks."""

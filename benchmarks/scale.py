@@ -30,7 +30,7 @@ from twotower.data import Batch
 from twotower.negatives import CountedFrequency, InBatch, Pool
 from twotower.objectives.base import SampledSoftmax
 from twotower.towers import ItemTower, QueryTower, TwoTower
-from twotower.training import TableOptimizer, batch_loss
+from twotower.training import TableOptimizer, compute_loss
 from twotower.training.optimizer import parameter_groups
 
 SEED = 0
@@ -75,7 +75,7 @@ class Step:
     def whole(self, batch: Batch) -> None:
         """Run a complete step: towers, candidates, loss, backward, optimizer."""
         self.optimizer.zero_grad()
-        batch_loss(self.towers, self.objective, batch)[0].mean().backward()  # type: ignore[no-untyped-call]
+        compute_loss(self.towers, self.objective, batch)[0].mean().backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
 
     def tables(self, batch: Batch) -> None:

@@ -4,7 +4,7 @@
 
 A step has 1,000,000 users and 1,000,000 items, drawn by Zipf's law. Both are looked up in tables and normalized. The
 candidates are the batch's items, corrected by their expected count, with the row's own item and 20 known positives
-masked; then backward and row-wise Adagrad. Measured are `batch_loss` and `TableOptimizer`, as in training. Each round
+masked; then backward and row-wise Adagrad. Measured are `compute_loss` and `TableOptimizer`, as in training. Each round
 also times:
 
 - products: the three matrix products of the loss, [B, D] x [D, B], [B, B] x [B, D] twice, into preallocated memory;
@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from twotower.data import Batch
 from twotower.negatives import CountedFrequency, InBatch, Pool
 from twotower.objectives import Embedded, SampledSoftmax
-from twotower.training import TableOptimizer, batch_loss
+from twotower.training import TableOptimizer, compute_loss
 
 SEED, D, N, KNOWN, TEMPERATURE = 0, 64, 1_000_000, 20, 0.1
 #: Allocator settings that return nothing to the system: no page faults after the first step.
@@ -59,6 +59,7 @@ class Towers(nn.Module):
         super().__init__()
         self.users, self.items = (nn.Embedding(N, D, sparse=sparse) for _ in range(2))
         self.temperature = torch.tensor(TEMPERATURE)
+        self.repeats_queries = True
 
     def embed_queries(self, queries: Tensor, history: Tensor | None = None) -> Tensor:
         """Embed queries, [B] -> [B, D]."""
@@ -92,17 +93,16 @@ def zipf() -> Tensor:
 class Ours:
     """The training step of the library."""
 
-    def __init__(self, towers: Towers, known: Known, *, unique: bool, merged: bool = True, low: bool = False) -> None:
+    def __init__(self, towers: Towers, known: Known, *, unique: bool, low: bool = False) -> None:
         self.towers, self.known, self.low = towers, known, low
         self.objective = SampledSoftmax(Pool(InBatch(CountedFrequency(zipf())), unique=unique))
-        self.objective.merges_copies = merged
         self.optimizer = TableOptimizer([{"params": list(towers.parameters())}], lr=1e-3, rule="rowwise-adagrad")
 
     def __call__(self, users: Tensor, items: Tensor) -> None:
         """Run one step."""
         batch = Batch(rows=users, queries=users, items=items, history=users[:, None][:, :0])
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.low):
-            loss, _, _ = batch_loss(self.towers, self.objective, batch, self.known)  # type: ignore[arg-type]
+            loss, _, _ = compute_loss(self.towers, self.objective, batch, known_positives=self.known)  # type: ignore[arg-type]
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
@@ -177,7 +177,6 @@ def measure(settings: argparse.Namespace) -> dict[str, Any]:
         "products": Products(settings.rows),
         "kept": Ours(towers, known, unique=False),
         "unique": Ours(towers, known, unique=True),
-        "kept, copies not merged": Ours(towers, known, unique=False, merged=False),
         "kept, bfloat16 products": Ours(towers, known, unique=False, low=True),
     }
     if not settings.compile:
@@ -215,7 +214,7 @@ def loss_memory(rows: int, *, unique: bool, repeated: bool) -> float:
     drawn = objective.draw(items, known_positives=known.pairs(users))
     table = F.normalize(torch.randn(rows, D, generator=rng), dim=1)
     positive, candidates = table.clone().requires_grad_(), table[: len(drawn.items)].clone().requires_grad_()
-    embedded = Embedded(query, positive, candidates)
+    embedded = Embedded(query, positive, candidates, repeated_queries=True)
     forget_peak()
     before = resident_mib()
     objective.mean(embedded, drawn, temperature=TEMPERATURE).backward()  # type: ignore[no-untyped-call]

@@ -40,7 +40,7 @@ def parts(way: Ours, known: Known, users: torch.Tensor, items: torch.Tensor) -> 
     positive, candidates = embed_parts(way.towers, [items, drawn.items])  # type: ignore[arg-type]
     mark("look-ups")
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=way.low):
-        embedded = Embedded(query, positive, candidates)
+        embedded = Embedded(query, positive, candidates, repeated_queries=True)
         loss = way.objective.mean(embedded, drawn, temperature=way.towers.temperature)
     mark("loss and its gradients")
     way.optimizer.zero_grad()

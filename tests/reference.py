@@ -48,32 +48,26 @@ def expected_counts(parts, *, unique, num_items, always=()):
 
 
 class StreamingGaps:
-    """The gap estimator in rows, one item at a time; `slots` maps an item to its slot in each table."""
+    """The gap estimator in rows, one item at a time."""
 
-    def __init__(self, rate, patience=5.0, slots=lambda item: [item]):
-        self.rate, self.patience, self.slots = rate, patience, slots
+    def __init__(self, rate, patience=5.0):
+        self.rate, self.patience = rate, patience
         self.gap, self.last, self.clock = {}, {}, 0
 
     def observe(self, items):
         self.clock += len(items)
-        tables = len(self.slots(items[0]))
-        for table in range(tables):
-            seen = [(table, self.slots(item)[table]) for item in items]
-            for slot in set(seen):
-                times = seen.count(slot)
-                between = (self.clock - self.last.get(slot, 0)) / times
-                weight = 1.0 - (1.0 - self.rate) ** times
-                old = self.gap.get(slot)
-                self.gap[slot] = between if old is None else (1.0 - weight) * old + weight * between
-                self.last[slot] = self.clock
+        for item in set(items):
+            times = items.count(item)
+            between = (self.clock - self.last.get(item, 0)) / times
+            weight = 1.0 - (1.0 - self.rate) ** times
+            old = self.gap.get(item)
+            self.gap[item] = between if old is None else (1.0 - weight) * old + weight * between
+            self.last[item] = self.clock
 
     def probability(self, item):
-        gaps = []
-        for slot in enumerate(self.slots(item)):
-            if slot not in self.gap:
-                return 0.0
-            gaps.append(max(self.gap[slot], (self.clock - self.last[slot]) / self.patience))
-        return 1.0 / max(1.0, *gaps)
+        if item not in self.gap:
+            return 0.0
+        return 1.0 / max(1.0, self.gap[item], (self.clock - self.last[item]) / self.patience)
 
 
 def step_gaps(batches, rate):

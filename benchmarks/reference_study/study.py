@@ -14,7 +14,7 @@ from rich.table import Table
 from reference_study.catalogs import head_mass, learnt_rows, random_batches, zipf_interactions
 from reference_study.forms import FORMS, Form, build_form
 from twotower.audit.gradients import AuditedRows, Measurement, estimates_softmax, measure, spread_gain
-from twotower.audit.pools import PoolPlan, at_equal_distinct, plain_pools
+from twotower.audit.pools import PoolPlan, at_equal_distinct
 from twotower.data import Interactions
 from twotower.objectives import SampledSoftmax
 from twotower.objectives.build import OBJECTIVES, build_pool
@@ -26,6 +26,20 @@ LARGE, CATALOGS, LARGE_RANKS = 20_000, [(0.7, 1.2), (0.3, 1.5), (1.0, 1.0), (1.0
 EQUAL_DISTINCT = (313, 509)
 #: A form counts as unbiased below these relative biases; uniform candidates have the largest Monte-Carlo error.
 BOUND, UNIFORM_BOUND = 0.02, 0.03
+
+
+def plain_pools() -> list[PoolPlan]:
+    """Return the pools of the reference study: 512 draws, or a head of 256 and 256 draws."""
+    head: dict[str, dict[str, Any] | None] = {"head": {"size": 256}}
+    return [
+        PoolPlan("in-batch", [{"in_batch": {}}], unique=False),
+        PoolPlan("in-batch unique", [{"in_batch": {}}]),
+        PoolPlan("uniform", [{"uniform": {"size": 512}}]),
+        PoolPlan("frequency^0.75", [{"frequency": {"power": 0.75, "size": 512}}]),
+        PoolPlan("head + uniform", [head, {"uniform": {"size": 256}}]),
+        PoolPlan("head + frequency", [head, {"frequency": {"power": 1.0, "size": 256}}]),
+        PoolPlan("head + sqrt-frequency", [head, {"frequency": {"power": 0.5, "size": 256}}]),
+    ]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import sys
 import polars as pl
 import pytest
 
+import twotower as tt
 from support.service_models import drawn
 from twotower.cli import main as cli
 from twotower.config.run import Config
@@ -115,6 +116,11 @@ def test_recommend_and_similar(command):
     assert len(json.loads(command("similar", "run", "--item", "4", "-k", 2, "--json")[1])) == 2
 
 
+def test_the_version_and_the_public_names(command):
+    assert command("--version")[:2] == (0, f"twotower {tt.__version__}\n")
+    assert set(tt.__all__) <= set(dir(tt)), "completion offers what is imported when first used"
+
+
 def test_doctor_and_datasets(command):
     assert json.loads(command("doctor", "--json")[1])["versions"]["torch"]
     assert "cores" in command("doctor")[1]
@@ -145,6 +151,11 @@ def test_doctor_and_datasets(command):
         (["train", "purchases.csv", "--out", "x", "--set", "objective.sources=[{magic: {}}]"], "unknown source"),
         (["train", "purchases.csv", "--out", "x", "--set", "objective.sources=[{uniform: {sise: 2}}]"], "sise"),
         (["train", "purchases.csv", "--out", "x", "--resume"], "no checkpoint to resume from"),
+        (["train", "purchases.csv", "--out", "purchases.csv"], "purchases.csv: is a file; choose a folder for --out"),
+        (
+            ["train", "purchases.csv", "--out", "run", "--resume", "--set", "training.learning_rate=0.5"],
+            "training.learning_rate is 0.01, but 0.5 was requested, and --resume would not apply it",
+        ),
         (["evaluate", "nowhere"], "nowhere: no such folder"),
         (["evaluate", "."], "no model in this folder"),
         (["recommend", "run", "--query", "nobody"], "query 'nobody'"),

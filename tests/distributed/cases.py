@@ -20,14 +20,13 @@ from twotower.config.run import Config
 from twotower.data import KnownPositives
 from twotower.distributed.communicator import Communicator
 from twotower.distributed.partition import ColumnShard, RowShard
-from twotower.objectives.build import build_objective, needs_known_positives, reads_sequences
+from twotower.objectives.build import build_objective, needs_known_positives
 from twotower.towers import EmbeddingTable, build_towers
-from twotower.training import TableOptimizer, batch_loss
+from twotower.training import TableOptimizer, compute_loss
 from twotower.training.gradient_sync import GradientExchange
 from twotower.training.optimizer import parameter_groups
 from twotower.training.placement import place_tables
 from twotower.training.seeds import draws_of
-from twotower.training.step import gathered_loss
 
 
 @dataclass(frozen=True)
@@ -243,13 +242,10 @@ def train(case: Case, ranks: Communicator) -> Trained:
     )
     exchange = GradientExchange(model, ranks)
     found = Trained()
-    made = sequence_batches if reads_sequences(config) else batches
+    made = sequence_batches if config.reads_sequences else batches
     for step, batch in enumerate(made(data, ranks, weighted=case.weighted)):
         options = {"micro_batch": case.micro_batch, "generator": draws_of(0, step, "cpu")}
-        if ranks.size == 1:
-            loss, _, _ = batch_loss(towers, goal, batch, known, **options)
-        else:
-            loss, _, _ = gathered_loss(towers, goal, batch, ranks, known, **options)
+        loss, _, _ = compute_loss(towers, goal, batch, ranks, known_positives=known, **options)
         optimizer.zero_grad()
         loss.backward()
         exchange.sum_gradients()

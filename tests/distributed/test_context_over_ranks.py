@@ -23,16 +23,15 @@ from twotower.config.run import Config
 from twotower.data import Interactions, SequenceBatches, TrainingBatches, leave_last_out
 from twotower.distributed.communicator import Communicator
 from twotower.features.from_config import encode_context, encode_features
-from twotower.objectives.build import build_objective, reads_sequences
+from twotower.objectives.build import build_objective
 from twotower.ranking.distributed import ShardedRanker, over_ranks
 from twotower.ranking.tower_ranker import TowerRanker
 from twotower.towers import build_towers
-from twotower.training import TableOptimizer, batch_loss
+from twotower.training import TableOptimizer, compute_loss
 from twotower.training.gradient_sync import GradientExchange
 from twotower.training.optimizer import parameter_groups
 from twotower.training.placement import place_tables
 from twotower.training.seeds import draws_of
-from twotower.training.step import gathered_loss
 
 pytestmark = pytest.mark.timeout(1000)  # a busy machine
 
@@ -119,10 +118,7 @@ def work(case, ranks):
     made = batches(config, data, ranks, encode_context(context.features, data))
     for step, batch in enumerate(made):
         options = {"micro_batch": case.micro_batch, "generator": draws_of(0, step, "cpu")}
-        if ranks.size == 1:
-            loss, _, _ = batch_loss(towers, goal, batch, **options)
-        else:
-            loss, _, _ = gathered_loss(towers, goal, batch, ranks, **options)
+        loss, _, _ = compute_loss(towers, goal, batch, ranks, **options)
         optimizer.zero_grad()
         loss.backward()
         exchange.sum_gradients()
@@ -136,7 +132,7 @@ def work(case, ranks):
 
 def batches(config, data, ranks, context):
     """Yield ten batches, an odd one, and one of a single row or sequence, which leaves one rank without rows."""
-    if reads_sequences(config):
+    if config.reads_sequences:
         windows = SequenceBatches(data, 24, history_length=LENGTH, ranks=ranks, context=context)
         order = np.random.default_rng(1).permutation(windows.num_windows)
         return [windows.batch(numbers) for numbers in (*np.split(order[:50], 10), order[50:57], order[57:58])]
@@ -148,7 +144,7 @@ def batches(config, data, ranks, context):
 @pytest.fixture(scope="module")
 def of_ranks(tmp_path_factory):
     out = tmp_path_factory.mktemp("context")
-    start("test_context.py", str(out))
+    start("test_context_over_ranks.py", str(out))
     return {name: [torch.load(out / f"{name}.{rank}.pt", weights_only=True) for rank in range(RANKS)] for name in CASES}
 
 

@@ -26,7 +26,7 @@ from twotower.training.optimizer import fresh_state, parameter_groups
 from twotower.training.placement import place_tables
 from twotower.training.scale_plan import Rates, Workload, plan_scale, read_rates
 from twotower.training.seeds import draws_of
-from twotower.training.step import gathered_loss
+from twotower.training.step import compute_loss
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -116,7 +116,7 @@ def test_exchanges_match_the_code(monkeypatch, size):
         sent.clear()
         towers.zero_grad()
         now = ""
-        loss, _, drawn = gathered_loss(towers, goal, batch, ranks, generator=draws_of(0, step, "cpu"))
+        loss, _, drawn = compute_loss(towers, goal, batch, ranks, generator=draws_of(0, step, "cpu"))
         loss.backward()
         now = "gradients of tables"
         exchange.sum_gradients()
@@ -190,7 +190,8 @@ def test_a_plan_that_fits_only_without_the_ranking_does_not_fit(tmp_path):
     words = ["plan", "--items", "1e8", "--ranks", "8", "--optimizer", "rowwise-adagrad", "--device-memory", "80"]
     result = CliRunner().invoke(app, [*words, "--rates", str(written)])
     assert result.exit_code == 0, result.output
-    assert "bottleneck: memory (ranking)" in result.output and "of 80.0: does NOT fit" in result.output
+    output = " ".join(result.output.split())
+    assert "bottleneck: memory (ranking)" in output and "available: 80.0 GiB: does NOT fit" in output
     found = json.loads(CliRunner().invoke(app, [*words, "--rates", str(written), "--json"]).output)
     assert found["fits"] is False and found["peak"] == found["moments"]["ranking"] == plan.peak
 

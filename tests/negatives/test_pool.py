@@ -208,8 +208,6 @@ def test_a_drawn_item_without_probability_is_refused():
         (lambda: Observed(torch.tensor([0, 1]), torch.tensor([1]), 0), "at least 1 observed"),
         (lambda: Pool(HardNegatives(3, 2)).draw(torch.tensor([0])), "draw with queries"),
         (lambda: StreamingFrequency(3, rate=0.0), "rate"),
-        (lambda: StreamingFrequency(3, buckets=0), "buckets"),
-        (lambda: StreamingFrequency(3, tables=2), "set buckets"),
         (
             lambda: Pool(Sampled(Uniform(N), 2), correction=corrections.Probability()).draw(torch.tensor([0])),
             "add in_batch",
@@ -311,3 +309,26 @@ def test_a_head_that_leaves_nothing_to_draw_suggests_a_setting(planted_data, pre
     head, tail = build_objective(config, planted_data).pool.sources
     chances = tail.proposal.log_prob(torch.arange(100)).exp()
     assert float(chances[head.items].sum()) == 0.0 and float(chances.sum()) == pytest.approx(1.0)
+
+
+def test_a_request_and_its_fields_by_name_draw_the_same():
+    pool = Pool(InBatch(FREQUENCY), Sampled(Uniform(N), 5))
+    positives, known = torch.tensor([0, 1, 2]), torch.tensor([[3, -1], [-1, -1], [0, 1]])
+    request = DrawRequest(positives, known_positives=known, rows=slice(1, 3))
+    whole = pool.draw(request, generator=torch.Generator().manual_seed(0), known_positives=known[1:])
+    named = pool.draw(
+        positives, known_positives=known[1:], rows=slice(1, 3), generator=torch.Generator().manual_seed(0)
+    )
+    assert torch.equal(whole.items, named.items)
+    assert torch.equal(whole.mask, named.mask)
+    assert request.generator is None, "the request itself is not changed"
+    with pytest.raises(TypeError, match="groups"):
+        pool.draw(positives, groups=1)
+
+
+def test_counts_that_vary_by_row_are_refused_for_shared_candidates():
+    varying = Sampled(Uniform(N), 3, per_row=True)
+    varying.varies_by_row = True
+    with pytest.raises(InputError, match=r"counts of Sampled differ from row to row.*\(InBatch\).*per_row=True"):
+        Pool(InBatch(FREQUENCY), varying)
+    Pool(varying, Sampled(Uniform(N), 3, per_row=True))

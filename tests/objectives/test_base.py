@@ -201,14 +201,25 @@ def test_the_training_loss_of_every_objective_equals_its_plain_form(name, mask, 
 
 
 @pytest.mark.parametrize(
-    "name", ["in-batch-logq", "mixed", "mixed-by-source", "sampled-softmax-uniform", "refined-logq"]
+    "name",
+    [
+        "in-batch-logq",
+        "mixed",
+        "mixed-by-source",
+        "sampled-softmax-uniform",
+        "refined-logq",
+        "sampled-logistic",
+        "nce",
+        "bpr",
+    ],
 )
 def test_merging_copies_changes_neither_value_nor_gradient(name, train):
-    case = Case(name, train, small=name != "sampled-softmax-uniform", rows=12, seed=2)
+    sources = {"sources": [{"in_batch": {}}, {"uniform": {"size": 4, "per_row": True}}]} if name == "bpr" else {}
+    case = Case(name, train, small=name not in {"sampled-softmax-uniform", "nce"}, rows=12, seed=2, **sources)
     results = []
     for merged in (True, False):
-        case.objective.merges_copies = merged
-        case.drawn = case.objective.draw(case.positives, generator=torch.Generator().manual_seed(8))
+        draw = case.objective.draw if merged else case.objective.pool.draw
+        case.drawn = draw(case.positives, generator=torch.Generator().manual_seed(8))
         leaves = [case.query.clone().requires_grad_(), case.table.clone().requires_grad_()]
         loss = case.fast(*leaves)
         loss.sum().backward()
@@ -232,7 +243,8 @@ def test_accidental_hits_are_kept_by_nce_and_masked_by_sampled_logistic():
             embedded = Embedded(query, table[drawn.positives], table[drawn.items], rows)
             found = objective(embedded, drawn, temperature=1.0)
             for row, y in enumerate((0, 2)):
-                items = (drawn.row_items[row] if per_row else drawn.items).tolist()
+                copies = drawn.items.repeat_interleave(drawn.multiplicity)
+                items = (drawn.row_items[row] if per_row else copies).tolist()
                 kappa = [40 * c / 13 for c in counts.tolist()]
                 logits = [(query[row] * table[j]).item() - float(np.log(kappa[j])) for j in range(3)]
                 expected = float(np.logaddexp(0, -logits[y]))

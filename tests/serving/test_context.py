@@ -292,7 +292,12 @@ def test_new_days_bring_new_devices(runs, name, tmp_path):
     log((14, 24), seed=3, devices=("phone", "desk", "watch")).write_csv(tmp_path / "new.csv")
     config = Config.load(None, ["training.max_epochs=6"], base=tt.run.settings_of(folder))
     child, _ = train_run(
-        tmp_path / "new.csv", tmp_path / "child", config, start=folder, progress=False, on_message=lambda text: None
+        tmp_path / "new.csv",
+        tmp_path / "child",
+        config,
+        warm_start=folder,
+        progress=False,
+        on_message=lambda text: None,
     )
     features = child.artifact.towers.query_tower.context.inputs.table.features
     assert features.encoders[0].values.known.ids.to_list() == ["desk", "phone", "tv", "watch"]

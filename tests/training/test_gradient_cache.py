@@ -7,7 +7,7 @@ from twotower.data import Batch
 from twotower.negatives import CountedFrequency, InBatch, Pool, Sampled, Uniform
 from twotower.objectives import SampledSoftmax
 from twotower.towers.two_tower import ItemTower, PooledHistory, QueryTower, TwoTower
-from twotower.training import batch_loss, embedding
+from twotower.training import compute_loss, embedding
 
 N, D, ROWS, CHUNK = 30, 8, 21, 5
 
@@ -33,7 +33,7 @@ def step(towers, micro_batch):
     torch.manual_seed(5)
     pool = Pool(InBatch(CountedFrequency(torch.ones(N))), Sampled(Uniform(N), 9), unique=True)
     towers.zero_grad()
-    loss, _, _ = batch_loss(towers, SampledSoftmax(pool), batch(), micro_batch=micro_batch)
+    loss, _, _ = compute_loss(towers, SampledSoftmax(pool), batch(), micro_batch=micro_batch)
     loss.backward()
     return float(loss.detach()), {n: p.grad.clone() for n, p in towers.named_parameters()}, float(torch.rand(()))
 

@@ -17,7 +17,7 @@ from twotower.run import make_batches
 from twotower.serving.export import export_query_tower
 from twotower.serving.model_folder import SavedModel
 from twotower.towers import build_towers
-from twotower.training import batch_loss
+from twotower.training import compute_loss
 from twotower.training import module as model_module
 from twotower.training.checkpoint.io import SafeCheckpointIO
 
@@ -101,10 +101,10 @@ def broken_off(steps):
     def counted(*args, **kwargs):
         if next(count) > steps:
             raise BrokenOffError
-        return batch_loss(*args, **kwargs)
+        return compute_loss(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_module, "batch_loss", counted)
+        patch.setattr(model_module, "compute_loss", counted)
         yield
 
 
@@ -141,7 +141,7 @@ def test_draws_per_block_equal_one_draw_with_the_whole_catalog(planted_split):
         settings = config("objective.sources=[{catalog: {}}]", *changes)
         towers, objective, batch = parts(planted_split, settings)
         towers.eval()
-        loss, _, _ = batch_loss(towers, objective, batch)
+        loss, _, _ = compute_loss(towers, objective, batch)
         loss.backward()
         found.append((float(loss.detach()), [p.grad.clone() for p in towers.parameters() if p.grad is not None]))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
@@ -158,7 +158,7 @@ def test_more_draws_have_the_same_mean_and_less_noise(planted_split):
         towers.eval()
         found = []
         for number in range(REDRAWS):
-            loss, _, _ = batch_loss(towers, objective, batch, generator=torch.Generator().manual_seed(number))
+            loss, _, _ = compute_loss(towers, objective, batch, generator=torch.Generator().manual_seed(number))
             towers.zero_grad()
             loss.backward()
             found.append(towers.item_tower.ids.weight.grad.flatten().clone())
@@ -207,7 +207,7 @@ def test_onnx(planted_split, tmp_path, kind):
     ("change", "said"),
     [
         ("query_tower.history.sequence.heads=3", "heads: 3; expected a divisor of item_tower.dimension, 16"),
-        ("objective.frequency=grouped", "a sequence may run over several groups"),
+        ("objective.frequency=grouped", "a sequence may span several groups"),
     ],
 )
 def test_settings_that_do_not_fit(planted_split, change, said):

@@ -121,7 +121,7 @@ def appearances(
         for step in range(count):
             batch = next(batches)
             follow(pool, batch, drawn=False)
-            request = DrawRequest(batch.items, batch.queries, batch.group, generator)
+            request = DrawRequest(batch.items, queries=batch.queries, group=batch.group, generator=generator)
             for test in tests:
                 test.add(step, request)
             follow(pool, batch, drawn=True)

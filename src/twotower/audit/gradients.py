@@ -1,7 +1,4 @@
-"""Deviation of an objective's gradient from that of the full softmax, measured by redrawing its candidates.
-
-Input and result of a gradient measurement.
-"""
+"""How far an objective's gradient is from that of the full softmax, measured by redrawing its candidates."""
 
 from __future__ import annotations
 

@@ -51,20 +51,6 @@ class PoolPlan:
         return replace(self, sources=[*self.sources[:-1], {name: {**(options or {}), "size": size}}])
 
 
-def plain_pools() -> list[PoolPlan]:
-    """Return the pools of the reference study: 512 draws, or a head of 256 and 256 draws."""
-    head: dict[str, dict[str, Any] | None] = {"head": {"size": 256}}
-    return [
-        PoolPlan("in-batch", [{"in_batch": {}}], unique=False),
-        PoolPlan("in-batch unique", [{"in_batch": {}}]),
-        PoolPlan("uniform", [{"uniform": {"size": 512}}]),
-        PoolPlan("frequency^0.75", [{"frequency": {"power": 0.75, "size": 512}}]),
-        PoolPlan("head + uniform", [head, {"uniform": {"size": 256}}]),
-        PoolPlan("head + frequency", [head, {"frequency": {"power": 1.0, "size": 256}}]),
-        PoolPlan("head + sqrt-frequency", [head, {"frequency": {"power": 0.5, "size": 256}}]),
-    ]
-
-
 def expected_distinct(pool: Pool, batch_size: int, groups: Sequence[Group | None] = (None,)) -> float:
     """Compute the expected number of distinct items among the candidates of a row.
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from twotower.cli.console import Json, Run, print_json, print_line
-from twotower.cli.query import listed
+from twotower.cli.query import option_ids
 from twotower.errors import InputError
 
 commands = typer.Typer()
@@ -36,7 +36,7 @@ def items(
     from twotower.data.io.id_lists import read_items  # noqa: PLC0415
     from twotower.serving import Retriever, save_changes  # noqa: PLC0415
 
-    removed = listed(remove, "--remove")
+    removed = option_ids(remove, "--remove")
     if add is None and update is None and removed is None:
         raise InputError("items: expected --add FILE, --update FILE or --remove IDS; found none of them")
     retriever = Retriever.load(directory)

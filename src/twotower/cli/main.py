@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from twotower import __version__
 from twotower.cli.console import Json, Run, console, messages, print_json, print_line, print_lines
 from twotower.cli.data import commands as preparing
 from twotower.cli.export import commands as exporting
@@ -34,11 +35,21 @@ app.add_typer(serving)
 app.add_typer(planning)
 
 
+def _print_version(requested: bool) -> None:
+    if requested:
+        console.print(f"twotower {__version__}", highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
 def _root(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
 ) -> None:
+    del version
     from twotower.distributed.launch import Launch  # noqa: PLC0415  # imported late, as in `train`
 
     _STATE["debug"] = debug

@@ -72,8 +72,8 @@ def recommend(
         "exclude_seen": not keep_seen,
         "popularity": popularity,
         "filter": filter_,
-        "allow": listed(allow, "--allow"),
-        "deny": listed(deny, "--deny"),
+        "allow": option_ids(allow, "--allow"),
+        "deny": option_ids(deny, "--deny"),
     }
     if source is not None or target is not None:
         if source is None or target is None or any(given is not None for given in (query, history, features, context)):
@@ -257,7 +257,7 @@ def _history(text: str, retriever: Retriever) -> list[str]:
     return ids
 
 
-def listed(text: str | None, option: str) -> list[Any] | None:
+def option_ids(text: str | None, option: str) -> list[Any] | None:
     """Parse the ids of an option, or read them from the file it names.
 
     Raises:

@@ -1,7 +1,4 @@
-"""Evaluation of the finished runs of a comparison and of the baselines on the same test queries.
-
-Calibration of the models of a comparison: predicted softmax probabilities against observed frequencies.
-"""
+"""Evaluation and calibration of the finished runs of a comparison, on the same test queries as the baselines."""
 
 from __future__ import annotations
 

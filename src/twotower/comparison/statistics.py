@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from twotower.errors import InputError
 from twotower.evaluation import Row
 from twotower.evaluation.significance import Interval, bootstrap_intervals, holm, paired_comparison
 
@@ -152,10 +153,10 @@ def compare(
         tail: name of the tail slice.
 
     Raises:
-        ValueError: no objective, an objective without rows, or rows of different queries.
+        InputError: no objective, an objective without rows, or rows of different queries.
     """
     if not rows or not all(rows.values()):
-        raise ValueError("compare: expected at least one objective, each with a row")
+        raise InputError("compare: expected at least one objective, each with a row")
     numbers = {name: measured(runs) for name, runs in rows.items()}
     values = {name: overall for name, (overall, _) in numbers.items()}
     slices = {name: parts for name, (_, parts) in numbers.items()}

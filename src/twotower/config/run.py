@@ -33,15 +33,19 @@ __all__ = [
 ]
 
 
-class ColumnsConfig(Section):
-    """The column of each role; a role left out is found by the usual names (user_id, item_id, timestamp, ...)."""
+#: A column name; YAML reads a name of digits as a number.
+ColumnName = Annotated[str | None, BeforeValidator(lambda name: str(name) if type(name) is int else name)]
 
-    query: str | None = None
-    item: str | None = None
-    timestamp: str | None = None
-    weight: str | None = None
-    label: str | None = None
-    group: str | None = None
+
+class ColumnsConfig(Section):
+    """The column of each role. A role left out is found by the usual names (user_id, ...); "none" has no column."""
+
+    query: ColumnName = None
+    item: ColumnName = None
+    timestamp: ColumnName = None
+    weight: ColumnName = None
+    label: ColumnName = None
+    group: ColumnName = None
 
 
 class HashedConfig(Section):
@@ -230,6 +234,22 @@ class Config(Section):
         except ValidationError as error:
             raise InputError(f"{where}: {first_fault(error, values, cls)}") from error
 
+    @property
+    def history_length(self) -> int:
+        """History length L of the query tower, 0 if it reads no history."""
+        return self.query_tower.history.length if self.query_tower.history else 0
+
+    @property
+    def reads_sequences(self) -> bool:
+        """Whether training rows are positions of whole sequences."""
+        return self.query_tower.history is not None and self.query_tower.history.sequence is not None
+
+    @property
+    def reads_gaps(self) -> bool:
+        """Whether the query tower reads the time between the items of a history."""
+        history = self.query_tower.history
+        return history is not None and history.sequence is not None and history.sequence.gaps
+
     def resolved(self, rows: int) -> Config:
         """Replace every numeric "auto" by its value for this number of training rows."""
         training = self.training
@@ -293,4 +313,6 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise InputError(f"--set {override}: {section} is a value, not a section")
         values = inner
+    if value is None and sections == ["data", "columns"]:  # files of settings have null for "find it by its name"
+        value = "none"
     values[last] = value

@@ -1,6 +1,6 @@
-"""Folders and files that several ranks write together, each rank its own rows: complete or not at all.
+"""Tensors in safetensors files: ranks write their own rows together, and readers read only the rows they request.
 
-Tensors left in safetensors files, of which only requested rows are read.
+A folder or file that ranks write together appears complete or not at all.
 """
 
 from __future__ import annotations
@@ -291,7 +291,7 @@ def side_by_side(name: str, shape: torch.Size, parts: Sequence[tuple[int, Stored
     return StoredColumns(shape, runs)
 
 
-def joined(name: str, shape: torch.Size, parts: Sequence[tuple[int, StoredRows]]) -> StoredRows:
+def stack_rows(name: str, shape: torch.Size, parts: Sequence[tuple[int, StoredRows]]) -> StoredRows:
     """Combine ranges of rows into one tensor, each given with the number of its first row.
 
     Raises:

@@ -54,13 +54,13 @@ def evaluate(
         An `Evaluation`, which prints as a table.
 
     Raises:
-        ValueError: a setting is out of range, the ranker is inexact, or it returned an invalid ranking (wrong shape,
+        InputError: a setting is out of range, the ranker is inexact, or it returned an invalid ranking (wrong shape,
             unknown codes, repeats, excluded items).
         InputError: nothing is left to evaluate, or `slices` names columns that the tables do not have.
     """
     chosen, notes = _baselines(train, name) if baselines is True else (dict(baselines or {}), [])
     if name in chosen:
-        raise ValueError(f"two rankers are called {name!r}: give the model another name")
+        raise InputError(f"two rankers are called {name!r}: give the model another name")
     return evaluate_all(
         {name: ranker, **chosen},
         holdout,
@@ -88,12 +88,12 @@ def evaluate_all(
 ) -> Evaluation:
     """Evaluate several rankers on the same queries and targets; see `evaluate` for the arguments."""
     if not ks or min(ks) < 1:
-        raise ValueError(f"ks must be cut-offs of at least 1, got {tuple(ks)}")
+        raise InputError(f"ks must be cut-offs of at least 1, got {tuple(ks)}")
     if empty not in ("skip", "zero"):
-        raise ValueError(f"empty must be 'skip' or 'zero', got {empty!r}")
+        raise InputError(f"empty must be 'skip' or 'zero', got {empty!r}")
     for name, ranker in rankers.items():
         if not (allow_approximate or getattr(ranker, "is_exact", True)):
-            raise ValueError(f"{name} searches an approximate index: pass allow_approximate=True to evaluate it")
+            raise InputError(f"{name} searches an approximate index: pass allow_approximate=True to evaluate it")
     ks = tuple(sorted(set(ks)))
     queries = np.asarray(holdout.queries, dtype=np.int64)
     item_counts = train.item_counts()
@@ -176,16 +176,16 @@ def _ranked(
     """Rank and validate the result: a repeated item, for example, would count its hit twice."""
     ranked = torch.as_tensor(ranker.rank(holdout, k, exclude_seen)).cpu().numpy()
     if ranked.shape != (len(holdout.queries), k) or ranked.dtype != np.int64:
-        raise ValueError(
+        raise InputError(
             f"{name}: rank() must return int64 [{len(holdout.queries)}, {k}], got {ranked.dtype} {list(ranked.shape)}"
         )
     if ranked.size and not -1 <= ranked.min() <= ranked.max() < num_items:
-        raise ValueError(f"{name}: rank() must return item codes below {num_items}, or -1")
+        raise InputError(f"{name}: rank() must return item codes below {num_items}, or -1")
     ordered = np.sort(ranked, axis=1)
     if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
-        raise ValueError(f"{name}: rank() returned the same item twice for one query")
+        raise InputError(f"{name}: rank() returned the same item twice for one query")
     if exclude_seen and hits(ranked, holdout.history_offsets, holdout.history_items).any():
-        raise ValueError(f"{name}: rank() returned an item of the query's history although exclude_seen is set")
+        raise InputError(f"{name}: rank() returned an item of the query's history although exclude_seen is set")
     return ranked
 
 
@@ -203,5 +203,5 @@ def _item_embeddings(
         return None, None
     embeddings: NDArray[np.floating] = torch.as_tensor(found).detach().float().cpu().numpy()
     if embeddings.ndim != 2 or len(embeddings) != num_items:
-        raise ValueError(f"{name}: item_embeddings must be [{num_items}, D], got {list(embeddings.shape)}")
+        raise InputError(f"{name}: item_embeddings must be [{num_items}, D], got {list(embeddings.shape)}")
     return embeddings, None

@@ -1,9 +1,4 @@
-"""Joining of new data to the data that a model was trained on: common vocabularies, and a split of the new data.
-
-The rows of the past and of the new data as one table with common codes.
-
-The data that a model was trained on, and the split of newer data that continues it.
-"""
+"""The split of new data that continues a model: joined with the rows of the past under common vocabularies."""
 
 from __future__ import annotations
 
@@ -19,13 +14,11 @@ from twotower.data.interactions import Interactions
 from twotower.data.loading.histories import take_ranges
 from twotower.data.prepare.request_context import joined_context
 from twotower.data.schema.account import Account
-from twotower.data.schema.vocabulary import IdValues, Vocabulary
+from twotower.data.schema.vocabulary import Codes, IdValues, Vocabulary
 from twotower.data.splits.holdout import Holdout
 from twotower.data.splits.protocols import Split
 from twotower.errors import InputError
 from twotower.incremental.vocabularies import item_map, joined_table, union
-
-Codes = NDArray[np.int64]
 
 #: Row columns that are kept if both the past and the new data have them.
 CARRIED = ("timestamps", "weights", "groups")
@@ -113,7 +106,7 @@ class ContinuedSplit(Split):
 
 @dataclass(frozen=True)
 class JoinedCodes:
-    """New code of each code of the past and of the new data, -1 where there is none."""
+    """New code of each code of the past and of the new data, -1 for a code that has no new one."""
 
     past_queries: Codes
     past_items: Codes
@@ -248,6 +241,7 @@ def continued(
         InputError: no new rows, ids of another type, an empty holdout, or unknown withdrawn ids.
     """
     account = Account()
+    past, data = _same_id_types(past, data, account)
     gone = _withdrawn(past, data, withdrawn)
     fresh = _new_rows(past, data, gone, account)
     made = split(fresh)
@@ -308,6 +302,39 @@ def continued(
     )
 
 
+def _same_id_types(past: PastData, data: Interactions, account: Account) -> tuple[PastData, Interactions]:
+    """Convert the ids of the new data to the types of the model: a CSV file has no types.
+
+    Where the model has integers and the new data has other text, such as the first id of a guest, the ids of the model
+    become text instead.
+    """
+    change: dict[str, Any]
+    for side in ("queries", "items"):
+        old, new = getattr(past, side), getattr(data, side)
+        if old.ids.dtype == new.ids.dtype:
+            continue
+        if old.ids.dtype == pl.String:
+            changed = new.ids.cast(pl.String)
+        else:
+            numbers = new.ids.cast(pl.Int64, strict=False)
+            other = ~(numbers.cast(pl.String) == new.ids).fill_null(value=False)
+            if other.any():
+                change = {side: Vocabulary(old.ids.cast(pl.String))}
+                past = replace(past, **change)
+                account.add(
+                    f"{side} now text", len(old),
+                    f"ids were integers in the model; the new data has {new.ids.filter(other)[0]!r}",
+                )  # fmt: skip
+                continue
+            changed = numbers
+        below = data.negatives
+        change = {side: Vocabulary(changed)}
+        data = replace(data, **change)
+        if below is not None:
+            data = replace(data, negatives=replace(below, **change))
+    return past, data
+
+
 def _withdrawn(past: PastData, data: Interactions, ids: IdValues | None) -> Vocabulary | None:
     if ids is None or not len(ids):
         return None
@@ -330,13 +357,6 @@ def _among(items: Vocabulary, ids: Vocabulary | None) -> NDArray[np.bool_]:
 
 def _new_rows(past: PastData, data: Interactions, gone: Vocabulary | None, account: Account) -> Interactions:
     """Select the rows that are newer than the past, without withdrawn items."""
-    for side, old, new in (("query", past.queries, data.queries), ("item", past.items, data.items)):
-        if old.ids.dtype != new.ids.dtype:
-            kinds = {pl.Int64: "integers", pl.String: "text"}
-            raise InputError(
-                f"{side} ids are {kinds[type(old.ids.dtype)]} in the model and {kinds[type(new.ids.dtype)]} in the new "
-                "data; write them as one type"
-            )
     rows = np.ones(len(data), dtype=np.bool_)
     if past.last is not None and data.timestamps is None:
         raise InputError(

@@ -1,7 +1,4 @@
-"""Transfer of a trained model's state to a model with more queries, items and feature values.
-
-Transfer of a parent model's weights and state to towers with more queries, items and feature values.
-"""
+"""Transfer of a parent model's weights and state to towers with more queries, items and feature values."""
 
 from __future__ import annotations
 
@@ -224,10 +221,13 @@ def continue_streaming(frequency: StreamingFrequency, saved: Mapping[str, Tensor
     """Load an old estimate: retained items keep their gap and the row of their last occurrence, new ones are unseen.
 
     Raises:
-        InputError: hashed tables, whose buckets depend on codes that have changed.
+        InputError: the saved estimate is of another catalog.
     """
-    if frequency.buckets is not None or len(items) != saved["gap"].shape[1]:
-        raise InputError("frequency: hashed tables do not fit new codes; count, or train from scratch")
+    if saved["gap"].shape != (1, len(items)):
+        raise InputError(
+            f"frequency: expected an estimate of {len(items)} items, found {list(saved['gap'].shape)}; "
+            "set objective.frequency to counted, or train from scratch"
+        )
     kept = (items >= 0).nonzero().squeeze(1)
     frequency.gap[:, items[kept]] = saved["gap"][:, kept]
     frequency.last[:, items[kept]] = saved["last"][:, kept]

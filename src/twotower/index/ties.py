@@ -1,9 +1,7 @@
-"""The order of items with equal scores: fixed and pseudo-random.
+"""The order of items with equal scores, fixed and pseudo-random, and the merge of partial searches that keeps it.
 
 A model that gives every item the same score must not evaluate better than chance. Ties broken by item code would reward
 it if codes follow popularity or time, so equal scores are ordered by a hash of the code, which depends on neither.
-
-Merging of searches over parts of a catalog into the result of one search over the whole catalog.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Binary losses: the positive and each negative are classified independently. One value per row, no reduction.
 
-All take logits, already divided by the temperature and, where required, corrected: see `candidate_logits`.
-A masked negative has logit -inf and contributes nothing.
+All take logits, already divided by the temperature and, where required, corrected: see `candidate_logits`. A masked
+negative has logit -inf and contributes nothing. `multiplicity` says how many equal negatives each one represents.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def logistic(positive_logit: Tensor, negative_logits: Tensor) -> Tensor:
+def logistic(positive_logit: Tensor, negative_logits: Tensor, *, multiplicity: Tensor | None = None) -> Tensor:
     """Compute the summed binary cross-entropy of one positive and its negatives.
 
         loss_x = -log sigmoid(s_y) - sum_i log sigmoid(-s_i)
@@ -23,14 +23,15 @@ def logistic(positive_logit: Tensor, negative_logits: Tensor) -> Tensor:
     Args:
         positive_logit: [B].
         negative_logits: [B, K], -inf where masked.
+        multiplicity: [K]; None for one each.
 
     Returns:
         [B].
     """
-    return softplus(-positive_logit) + softplus(negative_logits).sum(1)
+    return softplus(-positive_logit) + _summed(softplus(negative_logits), multiplicity)
 
 
-def gbce(positive_logit: Tensor, negative_logits: Tensor, *, beta: float) -> Tensor:
+def gbce(positive_logit: Tensor, negative_logits: Tensor, *, beta: float, multiplicity: Tensor | None = None) -> Tensor:
     """Compute generalised BCE: the positive's probability is raised to beta <= 1 to reduce overconfidence.
 
         loss_x = -beta log sigmoid(s_y) - sum_i log sigmoid(-s_i)
@@ -39,13 +40,14 @@ def gbce(positive_logit: Tensor, negative_logits: Tensor, *, beta: float) -> Ten
         positive_logit: [B].
         negative_logits: [B, K], -inf where masked; K uniform negatives per row.
         beta: `gbce_beta(K, N, t)`.
+        multiplicity: [K]; None for one each.
 
     Returns:
         [B].
 
     Source: Petrov and Macdonald 2023, "gSASRec", equation 8.
     """
-    return beta * softplus(-positive_logit) + softplus(negative_logits).sum(1)
+    return beta * softplus(-positive_logit) + _summed(softplus(negative_logits), multiplicity)
 
 
 def gbce_beta(size: int, num_items: int, calibration: float = 0.75) -> float:
@@ -60,12 +62,13 @@ def gbce_beta(size: int, num_items: int, calibration: float = 0.75) -> float:
     return 1.0 - calibration * (1.0 - rate)
 
 
-def bpr(positive_logit: Tensor, negative_logits: Tensor) -> Tensor:
+def bpr(positive_logit: Tensor, negative_logits: Tensor, *, multiplicity: Tensor | None = None) -> Tensor:
     """Compute Bayesian personalised ranking: the mean over negatives of -log sigmoid(s_y - s_i).
 
     Args:
         positive_logit: [B].
         negative_logits: [B, K], -inf where masked.
+        multiplicity: [K]; None for one each.
 
     Returns:
         [B]; 0 for a row without negatives.
@@ -73,7 +76,13 @@ def bpr(positive_logit: Tensor, negative_logits: Tensor) -> Tensor:
     Source: Rendle et al. 2009, section 4.
     """
     live = ~torch.isneginf(negative_logits)
-    return softplus(negative_logits - positive_logit[:, None]).sum(1) / live.sum(1).clamp(min=1)
+    total = _summed(softplus(negative_logits - positive_logit[:, None]), multiplicity)
+    return total / _summed(live, multiplicity).clamp(min=1)
+
+
+def _summed(terms: Tensor, multiplicity: Tensor | None) -> Tensor:
+    """Sum [B, K] over the negatives, each term as often as its candidate was drawn."""
+    return terms.sum(1) if multiplicity is None else (terms * multiplicity).sum(1)
 
 
 def softplus(logits: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ class Candidates:
             included, inf for an empty slot. After `collapse()`, exp(-log_expected_count) is the total weight of all
             copies of the item.
         negative_mask: the same as `mask`, as (row, item) pairs; read by the tiled losses.
-        multiplicity: how many drawn copies each candidate represents, int64 [M]: 1 before `collapse()`, 0 for an empty
-            slot.
+        multiplicity: how many drawn copies each candidate represents, int64 [M]: 1 before copies are merged, 0 for an
+            empty slot.
         source: index of the source in the pool that drew the candidate, int64 [M]; -1 after copies are merged.
         positives: the rows' positives, int64 [B].
         positive_log_count: the pool's correction evaluated at the positives, float32 [B]; 0 for a positive that is
@@ -64,12 +64,20 @@ class Candidates:
             row_mask=None if self.row_mask is None else self.row_mask[:rows],
         )
 
-    def collapse(self) -> Candidates:
-        """Merge the copies of each shared item into one candidate with their summed weight.
+    def collapse(self, *, sum_weights: bool = True) -> Candidates:
+        """Merge the copies of each shared item, so that no product is computed twice.
 
-        sum over copies of exp(s_j - log kappa_j) = exp(s_j - log kappa'_j), log kappa'_j = -logsumexp(-log kappa_j),
-        so loss and gradient are unchanged and no product is computed twice.
+        Args:
+            sum_weights: merge the copies into their summed weight, for losses that sum exponentials:
+
+                    sum over copies of exp(s_j - log kappa_j) = exp(s_j - log kappa'_j)
+                    log kappa'_j = -logsumexp(-log kappa_j)
+
+                False keeps log kappa, for losses that weigh each candidate by its `multiplicity`; copies with different
+                log kappa then stay apart.
         """
+        if not sum_weights:
+            return self._merge_equal()
         items, inverse = torch.unique(self.items, return_inverse=True)
         weight = torch.zeros(len(items), dtype=torch.float64, device=items.device)
         # The weights of one item's copies are close (the same kappa, or one per source): subtracting the item's own
@@ -89,6 +97,23 @@ class Candidates:
             negative_mask=self.negative_mask.select(chosen),
             multiplicity=multiplicity,
             source=torch.full_like(items, -1),
+        )
+
+    def _merge_equal(self) -> Candidates:
+        """Merge the copies of each shared item that have the same log kappa; see `collapse`."""
+        items, order = torch.sort(self.items, stable=True)
+        log_count = self.log_expected_count[order]
+        is_new = torch.ones_like(items, dtype=torch.bool)
+        is_new[1:] = (items[1:] != items[:-1]) | (log_count[1:] != log_count[:-1])
+        chosen = order[is_new]
+        multiplicity = torch.zeros_like(chosen).index_add_(0, is_new.cumsum(0) - 1, self.multiplicity[order])
+        return replace(
+            self,
+            items=self.items[chosen],
+            log_expected_count=self.log_expected_count[chosen],
+            negative_mask=self.negative_mask.select(chosen),
+            multiplicity=multiplicity,
+            source=torch.full_like(chosen, -1),
         )
 
     def to(self, device: torch.device | str) -> Candidates:

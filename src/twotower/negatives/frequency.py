@@ -1,6 +1,7 @@
 """Item frequencies: the probability p_j that an item is a row's positive, from which in-batch candidates are drawn.
 
-Item frequency estimated from the stream of batches, for data that cannot be counted in advance.
+A frequency is counted from the training interactions, for all batches or for each group of them, or estimated from the
+stream of batches, for data that cannot be counted in advance. `compare_frequencies` measures the error of an estimate.
 """
 
 from __future__ import annotations
@@ -89,9 +90,11 @@ class CountedFrequency(Frequency):
         InputError: counts are negative, not finite, or all zero.
 
     Example:
-        >>> frequency = CountedFrequency(torch.tensor([3, 1, 0]))
-        >>> frequency.log_prob(torch.tensor([0, 1])).exp().tolist()
-        [0.75, 0.25]
+        >>> import torch
+        >>> import twotower as tt
+        >>> frequency = tt.negatives.CountedFrequency(torch.tensor([3, 1, 0]))
+        >>> frequency.log_prob(torch.tensor([0, 1, 2])).exp()
+        tensor([0.7500, 0.2500, 0.0000], dtype=torch.float64)
     """
 
     is_exact = True
@@ -187,18 +190,12 @@ class StreamingFrequency(Frequency):
     - an item that no longer occurs: once the open gap exceeds `patience` times G[h], open gap / patience is used
       instead, so that p decays instead of staying constant.
 
-    With `buckets`, items share d = `tables` independently hashed tables of that size. Collisions only shorten gaps, so
-    the largest of the d gaps is used.
-
-    State (tables, steps, rows) is in `state_dict`.
+    State (gap, row of the last occurrence, rows seen) is in `state_dict`.
 
     Args:
         num_items: N.
         rate: a, the weight of one new gap; about 1/a occurrences are averaged.
-        buckets: size of each hashed table; None for one slot per item.
-        tables: d, the number of hashed tables.
         patience: see above.
-        seed: seed of the hash functions.
 
     Raises:
         InputError: a setting is out of range.
@@ -208,34 +205,18 @@ class StreamingFrequency(Frequency):
     gap: Tensor
     last: Tensor
     clock: Tensor
-    keys: Tensor
 
-    def __init__(
-        self,
-        num_items: int,
-        *,
-        rate: float = 0.05,
-        buckets: int | None = None,
-        tables: int = 1,
-        patience: float = 5.0,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, num_items: int, *, rate: float = 0.05, patience: float = 5.0) -> None:
         super().__init__()
         if not 0 < rate <= 1:
             raise InputError(f"rate: expected a number in (0, 1], found {rate}")
-        if tables < 1 or (buckets is not None and buckets < 1):
-            raise InputError(f"buckets and tables: expected at least 1, found {buckets} and {tables}")
-        if buckets is None and tables != 1:
-            raise InputError("tables: several tables are only useful with hashing; set buckets")
         self.num_items = num_items
-        self.rate, self.buckets, self.patience = rate, buckets, patience
-        generator = torch.Generator().manual_seed(seed)
-        # Keys of the hash functions: part of the state, because the tables are meaningless without them.
-        self.register_buffer("keys", torch.randint(2**62, (tables,), generator=generator))
-        size = num_items if buckets is None else buckets
-        self.register_buffer("gap", torch.full((tables, size), math.inf, dtype=torch.float64))
-        self.register_buffer("last", torch.zeros(tables, size, dtype=torch.float64))
+        self.rate, self.patience = rate, patience
+        # [1, N], as in checkpoints of versions that had several hashed tables.
+        self.register_buffer("gap", torch.full((1, num_items), math.inf, dtype=torch.float64))
+        self.register_buffer("last", torch.zeros(1, num_items, dtype=torch.float64))
         self.register_buffer("clock", torch.zeros((), dtype=torch.float64))
+        self.register_load_state_dict_pre_hook(_drop_hash_keys)  # type: ignore[no-untyped-call]
 
     def observe(self, items: Tensor, group: Group | None = None) -> None:
         """Update the estimate with the positives of one step, int64 [B]; all occurrences count."""
@@ -243,71 +224,27 @@ class StreamingFrequency(Frequency):
         if items.numel() == 0:
             return
         self.clock += items.numel()
-        for table, slots in enumerate(self._slots(items.reshape(-1))):
-            # `unique` has a data-dependent size, which would stall an accelerator: count over the whole table instead.
-            occurrences = torch.zeros_like(self.gap[table]).index_add_(
-                0, slots, torch.ones(len(slots), dtype=torch.float64, device=slots.device)
-            )[slots]
-            elapsed = (self.clock - self.last[table][slots]) / occurrences
-            weight = 1.0 - (1.0 - self.rate) ** occurrences
-            old = self.gap[table][slots]
-            new = torch.where(torch.isinf(old), elapsed, old + weight * (elapsed - old))
-            # Every occurrence of a slot writes the same value, so their order does not matter.
-            self.gap[table][slots] = new
-            self.last[table][slots] = self.clock
+        items, gap, last = items.reshape(-1), self.gap[0], self.last[0]
+        # `unique` has a data-dependent size, which would stall an accelerator: count over the whole table instead.
+        ones = torch.ones(len(items), dtype=torch.float64, device=items.device)
+        occurrences = torch.zeros_like(gap).index_add_(0, items, ones)[items]
+        elapsed = (self.clock - last[items]) / occurrences
+        weight = 1.0 - (1.0 - self.rate) ** occurrences
+        old = gap[items]
+        # Every occurrence of an item writes the same value, so their order does not matter.
+        gap[items] = torch.where(torch.isinf(old), elapsed, old + weight * (elapsed - old))
+        last[items] = self.clock
 
     def log_prob(self, items: Tensor, group: Group | None = None) -> Tensor:
-        """Return log p_j = -log of the largest gap among the tables, float64, the shape of `items`."""
+        """Return log p_j = -log of the gap, or of the open gap / patience if that is larger; the shape of `items`."""
         del group
-        gaps = torch.stack([self._open_gap(table, slots) for table, slots in enumerate(self._slots(items))])
-        return -gaps.amax(0).clamp(min=1.0).log()
-
-    def merge(self, others: Sequence[StreamingFrequency]) -> None:
-        """Merge the estimates of other ranks, which saw other rows of the same stream, weighted by their rows.
-
-        Args:
-            others: estimators with the same settings and keys.
-
-        Raises:
-            InputError: their tables or hash keys differ.
-        """
-        everyone = [self, *others]
-        if any(one.gap.shape != self.gap.shape or not torch.equal(one.keys, self.keys) for one in others):
-            raise InputError("merge: expected estimators with the same tables and the same hash keys")
-        rows = torch.stack([one.clock for one in everyone])
-        probability = torch.stack([torch.where(torch.isinf(one.gap), 0.0, 1.0 / one.gap) for one in everyone])
-        share = (rows / rows.sum().clamp(min=1.0))[:, None, None]
-        self.gap.copy_(1.0 / (probability * share).sum(0))
-        # Set the clock as if one rank had seen all rows, and convert open gaps to this common clock.
-        open_gap = torch.stack([one.clock - one.last for one in everyone]).amin(0)
-        self.clock.copy_(rows.sum())
-        self.last.copy_(torch.where(torch.isinf(self.gap), 0.0, rows.sum() - open_gap * len(everyone)).clamp_(min=0.0))
-
-    def compare_to(self, counts: Tensor) -> FrequencyReport:
-        """Measure the error of the estimate against counted occurrences, [N]; see `compare_frequencies`."""
-        return compare_frequencies(self, counts)
-
-    def _open_gap(self, table: int, slots: Tensor) -> Tensor:
-        return torch.maximum(self.gap[table][slots], (self.clock - self.last[table][slots]) / self.patience)
-
-    def _slots(self, items: Tensor) -> list[Tensor]:
-        if self.buckets is None:
-            return [items]
-        return [splitmix64(items ^ key) % self.buckets for key in self.keys]
+        open_gap = (self.clock - self.last[0][items]) / self.patience
+        return -torch.maximum(self.gap[0][items], open_gap).clamp(min=1.0).log()
 
 
-def splitmix64(values: Tensor) -> Tensor:
-    """Hash to 63 bits (splitmix64 without the sign bit; Steele, Lea and Flood 2014); int64, the shape of `values`."""
-    # The constants are written as signed numbers; products wrap around, as intended.
-    mixed = values + -7046029254386353131
-    mixed = (mixed ^ _shift(mixed, 30)) * -4658895280553007687
-    mixed = (mixed ^ _shift(mixed, 27)) * -7723592293110705685
-    return (mixed ^ _shift(mixed, 31)) & 0x7FFF_FFFF_FFFF_FFFF
-
-
-def _shift(values: Tensor, bits: int) -> Tensor:
-    """Shift right logically, filling with zeros."""
-    return (values >> bits) & ((1 << (64 - bits)) - 1)
+def _drop_hash_keys(_: nn.Module, state_dict: dict[str, Any], prefix: str, *__: object) -> None:
+    """Drop the keys of hash functions from a state that was saved by a version with hashed tables."""
+    state_dict.pop(f"{prefix}keys", None)
 
 
 @dataclass(frozen=True)

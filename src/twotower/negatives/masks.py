@@ -1,8 +1,8 @@
-"""The mask of candidates that are not negatives of a row, stored as pairs; the [B, M] matrix is made on request.
+"""The mask of candidates that are not negatives of a row, and the duplicate and membership tests that it is made with.
 
-Duplicate removal and membership tests in fixed shapes, so that an accelerator never waits for a size.
-
-An empty slot is marked -1. Only `compact` drops empty slots, and only on the CPU, where that saves work.
+`NegativeMask` stores pairs and makes the [B, M] matrix on request. Shapes do not depend on the data, so that an
+accelerator never waits for a size: a removed duplicate leaves an empty slot, marked -1. Only `compact` drops empty
+slots, and only on the CPU, where that saves work.
 """
 
 from __future__ import annotations

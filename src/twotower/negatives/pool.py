@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from twotower.data.loading.packing import Windows
 from twotower.errors import InputError
 from twotower.negatives.candidates import Candidates
 from twotower.negatives.corrections import Correction, ExpectedCounts
-from twotower.negatives.frequency import Frequency, Group
+from twotower.negatives.frequency import Frequency
 from twotower.negatives.masks import (
     NegativeMask,
     as_pairs,
@@ -45,9 +45,11 @@ class Pool(nn.Module):
         correction: what is subtracted from the logits; default: the expected count. Others are for comparison.
 
     Raises:
-        InputError: no source is given.
+        InputError: no source is given, or a source's counts vary by row and another source's candidates are shared.
 
     Example:
+        >>> import torch
+        >>> from twotower.negatives import CountedFrequency, InBatch, Pool, Sampled, Uniform
         >>> frequency = CountedFrequency(torch.tensor([5, 3, 2, 0]))
         >>> pool = Pool(InBatch(frequency), Sampled(Uniform(4), size=8), unique=True)
         >>> drawn = pool.draw(torch.tensor([0, 1, 0]))
@@ -59,39 +61,27 @@ class Pool(nn.Module):
         super().__init__()
         if not sources:
             raise InputError("sources: a pool needs at least one source of candidates, such as InBatch(frequency)")
+        varying = [type(source).__name__ for source in sources if source.varies_by_row]
+        shared = [type(source).__name__ for source in sources if not source.per_row]
+        if varying and shared:
+            raise InputError(
+                f"sources: the expected counts of {varying[0]} differ from row to row, so it cannot be pooled with "
+                f"candidates shared by the batch ({', '.join(shared)}); use sources with per_row=True"
+            )
         self.sources = nn.ModuleList(sources)
         self.unique = unique
         self.correction = correction or ExpectedCounts()
 
-    def draw(
-        self,
-        positives: Tensor,
-        *,
-        known_positives: Tensor | tuple[Tensor, Tensor] | None = None,
-        queries: Tensor | None = None,
-        group: Group | None = None,
-        generator: torch.Generator | None = None,
-        rows: slice | None = None,
-        windows: Windows | None = None,
-    ) -> Candidates:
+    def draw(self, request: DrawRequest | Tensor, **options: Any) -> Candidates:
         """Draw the candidates of one batch.
 
         In training mode (`pool.train()`, the default) streaming frequencies are updated with the positives before the
         draw, and a cross-batch memory after it. In evaluation mode no state changes.
 
-        A batch may be split over processes: each process then passes the positives of all of them, the same generator
-        state, and its own `rows`. Items and kappa are computed for the whole batch, masks for the selected rows.
-
         Args:
-            positives: item of each row, int64 [B].
-            known_positives: other items that a row must not be pushed away from: int64 [B, H] padded with -1, or a
-                pair (row [P], item [P]). They are masked for their row; kappa is unchanged (docs/theory.md, rule 7).
-            queries: query of each row, int64 [B], for sources that look items up by query.
-            group: group that the batch was built in, for grouped frequencies.
-            generator: random generator of the draws.
-            rows: the rows for which masks and per-row candidates are made, with start and stop set. `known_positives`
-                and `queries` then cover only these rows, counted from the first of them. None for all rows.
-            windows: how the batch was drawn, if its rows are positions of whole sequences.
+            request: the batch, or its positives, int64 [B].
+            options: fields of `DrawRequest` by name: `draw(positives, generator=rng)` is short for
+                `draw(DrawRequest(positives, generator=rng))`.
 
         Returns:
             Candidates, [M] of them; includes the positives of the batch if a source is in-batch.
@@ -101,12 +91,17 @@ class Pool(nn.Module):
                 there are no known positives; or a candidate has an expected count of zero (CPU only: the check would
                 stall an accelerator).
         """
+        request = DrawRequest.of(request, **options)
+        positives, group, rows = request.positives, request.group, request.rows
         if positives.ndim != 1 or positives.dtype != torch.int64:
             raise InputError(
                 f"positives: expected int64 item codes of shape [B], found {positives.dtype} {list(positives.shape)}"
             )
-        request = DrawRequest(positives, queries, group, generator, windows)
-        if windows is not None and known_positives is None and any(isinstance(m, InBatch) for m in self.members()):
+        if (
+            request.windows is not None
+            and request.known_positives is None
+            and any(isinstance(member, InBatch) for member in self.members())
+        ):
             raise InputError(
                 "known_positives: rows of one sequence are not random draws for each other; with whole sequences and "
                 "in-batch candidates, pass every row's known positives so that they are masked"
@@ -115,8 +110,8 @@ class Pool(nn.Module):
         if self.training:
             for frequency in self.frequencies():
                 frequency.observe(positives, group)
-        known = None if known_positives is None else as_pairs(known_positives)
-        fixed, drawn, drawn_source, row_fixed, row_drawn, row_source = self._gather(request, rows)
+        known = None if request.known_positives is None else as_pairs(request.known_positives)
+        fixed, drawn, drawn_source, row_fixed, row_drawn, row_source = self._gather(request)
         items, empty, source = self._shared(fixed, drawn, drawn_source)
         log_count = self._log_count(items, source, request, is_fixed=source == FIXED)
         # An empty slot has weight zero: kappa = inf. It is also masked, for losses that do not use kappa.
@@ -178,9 +173,10 @@ class Pool(nn.Module):
         return [member for member in self.members() if isinstance(member, RandomSource)]
 
     def _gather(
-        self, request: DrawRequest, part: slice | None
+        self, request: DrawRequest
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Draw from every source; return (always, random, source of random), shared and then per row of `part`."""
+        """Draw from every source; return (always, random, source of random), shared and then per requested row."""
+        part = request.rows
         own = request if part is None else replace(request, positives=request.positives[part])
         shared: dict[bool, list[Tensor]] = {True: [], False: []}
         rows: dict[bool, list[Tensor]] = {True: [], False: []}
@@ -220,7 +216,7 @@ class Pool(nn.Module):
         return compact(items, source)
 
     def _log_count(self, items: Tensor, source: Tensor, request: DrawRequest, *, is_fixed: Tensor) -> Tensor:
-        if not self.random_sources():
+        if not items.numel() or not self.random_sources():
             return torch.zeros(items.shape, dtype=torch.float64, device=items.device)
         log_count = self.correction.log_count(self, items, source, request).masked_fill(is_fixed, 0.0)
         if items.device.type == "cpu":

@@ -1,6 +1,6 @@
 """Proposals: distributions over the catalog that negatives are drawn from, with exact probabilities.
 
-Walker's alias table: draws from any weights in constant time, one memory access each.
+`AliasTable` (Walker 1977) draws from any weights in constant time, with one memory access for each draw.
 """
 
 from __future__ import annotations

@@ -5,22 +5,18 @@ The numbers of a source, for item j (docs/theory.md, "One estimator: the expecte
     expected count   E[number of times j is among this source's candidates of a row]
     absence          P(j is not among them) = 1 - inclusion probability
 
-A source is either *random* or *deterministic*: a deterministic source includes its items in every draw with kappa =
-1, and they are masked from every random source of the row. Its candidates are shared by the batch, [m], or *per row*,
-[B, R].
-
-`Pool` (pool.py) adds expected counts, or multiplies absences, and applies the masks.
-
-Deterministic sources, always included with kappa = 1: the head, the whole catalog, and items known per query.
-
-The cross-batch memory: candidates remembered from the last batches.
+A source is either *random* (in-batch, sampled from a proposal, remembered from earlier batches) or *deterministic* (the
+head, the whole catalog, items stored per query). A deterministic source includes its items in every draw with kappa =
+1, and they are masked from every random source of the row. The candidates of a source are shared by the batch, [m], or
+*per row*, [B, R]. `Pool` (pool.py) adds expected counts, or multiplies absences, and applies the masks.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +29,10 @@ from twotower.negatives.proposals import Proposal
 
 @dataclass(frozen=True)
 class DrawRequest:
-    """The batch that a pool passes to its sources for a draw.
+    """The batch that candidates are drawn for: the argument of `Objective.draw`, `Pool.draw` and `Source.draw`.
+
+    A batch may be split over processes: each process then passes the positives of all of them, the same generator
+    state, and its own `rows`. Items and kappa are computed for the whole batch, masks for the selected rows.
 
     Attributes:
         positives: item of each row, int64 [B].
@@ -41,6 +40,10 @@ class DrawRequest:
         group: the group that the batch was built in, or None for batches that are random draws.
         generator: the random generator of the draw, or None for torch's default.
         windows: how the batch was drawn, if its rows are positions of whole sequences; None for a draw of rows.
+        known_positives: other items that a row must not be pushed away from: int64 [B, H] padded with -1, or a pair
+            (row [P], item [P]). They are masked for their row; kappa is unchanged (docs/theory.md, rule 7).
+        rows: the rows for which masks and per-row candidates are made, with start and stop set; None for all rows.
+            `known_positives` and `queries` then cover only these rows, counted from the first of them.
     """
 
     positives: Tensor
@@ -48,6 +51,13 @@ class DrawRequest:
     group: Group | None = None
     generator: torch.Generator | None = None
     windows: Windows | None = None
+    known_positives: Tensor | tuple[Tensor, Tensor] | None = None
+    rows: slice | None = None
+
+    @classmethod
+    def of(cls, request: DrawRequest | Tensor, **options: Any) -> DrawRequest:
+        """Return a request, with its fields given by name replaced; a tensor contains the positives."""
+        return replace(request, **options) if isinstance(request, DrawRequest) else cls(request, **options)
 
 
 class Source(nn.Module, ABC):
@@ -57,11 +67,14 @@ class Source(nn.Module, ABC):
         unique: duplicates within the source are removed, so that the expected count is an inclusion probability.
         deterministic: its items are in every draw and are masked from the random sources.
         per_row: candidates belong to single rows, [B, R] with -1 for an empty slot, not to the whole batch, [m].
+        varies_by_row: an item's expected count differs from row to row, for example because it depends on the row's
+            positive. A pool then accepts per-row sources only: a shared candidate has one count for the whole batch.
     """
 
     unique: bool = False
     deterministic: bool = False
     per_row: bool = False
+    varies_by_row: bool = False
 
     @abstractmethod
     def draw(self, request: DrawRequest) -> Tensor:

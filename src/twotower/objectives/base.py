@@ -1,7 +1,4 @@
-"""Objectives: a pool of candidates together with the loss that fits it.
-
-This file has the softmax objectives; the binary ones are in binary.py.
-"""
+"""The base class of objectives, each a pool of candidates with the loss that fits it, and the softmax objectives."""
 
 from __future__ import annotations
 
@@ -12,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twotower.data.loading.packing import Windows
 from twotower.errors import InputError
 from twotower.losses.softmax import candidate_logits, refined_logq, softmax_loss
-from twotower.losses.tiled.api import tiled_softmax
-from twotower.negatives import Candidates, Pool
-from twotower.negatives.frequency import Group
+from twotower.losses.tiled.autograd import tiled_loss
+from twotower.losses.tiled.forms import TiledSoftmax
+from twotower.losses.tiled.inputs import LossInputs
+from twotower.negatives import Candidates, Catalog, DrawRequest, Pool
 
 
 @dataclass(frozen=True)
@@ -29,12 +26,14 @@ class Embedded:
         positive: [B, D].
         candidates: embeddings of `drawn.items`, [M, D].
         row_candidates: embeddings of `drawn.row_items`, [B, R, D], or None.
+        repeated_queries: rows may have the same query embedding, bit by bit; the softmax then computes it once.
     """
 
     query: Tensor
     positive: Tensor
     candidates: Tensor
     row_candidates: Tensor | None = None
+    repeated_queries: bool = False
 
 
 class Objective(nn.Module, ABC):
@@ -48,8 +47,9 @@ class Objective(nn.Module, ABC):
         InputError: strength is not in [0, 1].
     """
 
-    #: Copies of an item may be merged with their summed weight: valid for sums of exponentials, not for binary losses.
-    merges_copies: bool = True
+    #: The loss sums exponentials, so that copies of an item may be merged into their summed weight. Other losses merge
+    #: copies too, but weigh them by their `multiplicity`.
+    sums_exponentials: bool = True
     #: Number of rows that share one draw of candidates; None for all rows of a batch.
     rows_per_draw: int | None = None
 
@@ -60,29 +60,9 @@ class Objective(nn.Module, ABC):
         self.pool = pool
         self.strength = strength
 
-    def draw(
-        self,
-        positives: Tensor,
-        *,
-        known_positives: Tensor | tuple[Tensor, Tensor] | None = None,
-        queries: Tensor | None = None,
-        group: Group | None = None,
-        generator: torch.Generator | None = None,
-        rows: slice | None = None,
-        windows: Windows | None = None,
-    ) -> Candidates:
-        """Draw the candidates of one batch and merge copies where the loss allows it; see `Pool.draw`."""
-        return self.prepare(
-            self.pool.draw(
-                positives,
-                known_positives=known_positives,
-                queries=queries,
-                group=group,
-                generator=generator,
-                rows=rows,
-                windows=windows,
-            )
-        )
+    def draw(self, request: DrawRequest | Tensor, **options: Any) -> Candidates:
+        """Draw the candidates of one batch and merge copies; arguments and errors as in `Pool.draw`."""
+        return self.prepare(self.pool.draw(request, **options))
 
     def prepare(self, drawn: Candidates) -> Candidates:
         """Scale log kappa and merge copies; `draw` applies this to the candidates of the pool."""
@@ -93,8 +73,9 @@ class Objective(nn.Module, ABC):
                 log_expected_count=scale_log_count(drawn.log_expected_count, self.strength),
                 row_log_expected_count=None if row_count is None else scale_log_count(row_count, self.strength),
             )
-        # A unique pool has no copies left to merge.
-        return drawn.collapse() if self.merges_copies and not self.pool.unique else drawn
+        if self.pool.unique or not self.pool.random_sources():  # no copies left to merge
+            return drawn
+        return drawn.collapse(sum_weights=self.sums_exponentials)
 
     @abstractmethod
     def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
@@ -118,7 +99,7 @@ class Objective(nn.Module, ABC):
         temperature: Tensor | float,
         weights: Tensor | None = None,
     ) -> Tensor:
-        """Compute the training loss sum_b w_b loss_b of `forward`, tile by tile in bounded memory (see tiled.py).
+        """Compute the training loss sum_b w_b loss_b tile by tile, in bounded memory; its reference is `forward`.
 
         Args:
             embedded: the embeddings of the batch.
@@ -134,7 +115,8 @@ class Objective(nn.Module, ABC):
 class SampledSoftmax(Objective):
     """Softmax over s_j minus the pool's correction; the positive is not corrected. See `sampled_softmax`.
 
-    With the default correction of a pool, the expected count, this is the library's estimate of the full softmax.
+    With the default correction of a pool, the expected count, this is the library's estimate of the full softmax. With
+    the whole catalog as its only source it is the full softmax, evaluated as in `tiled_full_softmax`.
     """
 
     def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
@@ -145,7 +127,11 @@ class SampledSoftmax(Objective):
         self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float, weights: Tensor | None = None
     ) -> Tensor:
         """Return the weighted sum of the rows' losses, a scalar; see `Objective.mean`."""
-        return tiled_softmax(**tiled_arguments(embedded, drawn), temperature=temperature, weights=weights)
+        inputs = loss_inputs(embedded, drawn, temperature, weights)
+        if all(isinstance(member, Catalog) for member in self.pool.members()):
+            # Each item is a candidate once, at the place of its code, and gets the gradient of its positives there.
+            inputs = replace(inputs, positive=None, log_expected_count=None, positive_places=drawn.positives)
+        return tiled_loss(TiledSoftmax(), inputs)
 
 
 class PositiveCorrectedSoftmax(Objective):
@@ -159,12 +145,8 @@ class PositiveCorrectedSoftmax(Objective):
         self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float, weights: Tensor | None = None
     ) -> Tensor:
         """Return the weighted sum of the rows' losses, a scalar; see `Objective.mean`."""
-        return tiled_softmax(
-            **tiled_arguments(embedded, drawn),
-            temperature=temperature,
-            row_offset=self._offset(drawn),
-            weights=weights,
-        )
+        inputs = loss_inputs(embedded, drawn, temperature, weights, row_offset=self._offset(drawn))
+        return tiled_loss(TiledSoftmax(), inputs)
 
     def _offset(self, drawn: Candidates) -> Tensor:
         # Dividing numerator and denominator by 1/p_y leaves the positive as is and adds log p_y to every candidate.
@@ -204,33 +186,30 @@ class RefinedLogQ(Objective):
         self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float, weights: Tensor | None = None
     ) -> Tensor:
         """Return the weighted sum of the rows' losses, a scalar; see `Objective.mean`."""
-        log_left, log_rest = self._parts(drawn)
-        return tiled_softmax(
-            **tiled_arguments(embedded, drawn),
-            temperature=temperature,
-            row_offset=self.strength * (log_left - log_rest),
-            log_left=self.strength * log_left,
-            weights=weights,
-        )
+        log_left, row_offset = self._parts(drawn)
+        inputs = loss_inputs(embedded, drawn, temperature, weights, row_offset=row_offset)
+        return tiled_loss(TiledSoftmax(log_left), inputs)
 
     def _parts(self, drawn: Candidates) -> tuple[Tensor, Tensor]:
+        """Return log n' and the row offset log n' - log(1 - q_y) of `refined_logq`, scaled by the strength, [B]."""
         if drawn.row_items is not None:
             raise InputError(
                 "objective.sources: refined-logq is defined on candidates shared by the batch; "
                 "remove the sources with per_row candidates"
             )
-        return refined_parts(drawn)
+        log_left, log_rest = refined_parts(drawn)
+        return self.strength * log_left, self.strength * (log_left - log_rest)
 
     def _refined(self, embedded: Embedded, drawn: Candidates, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
-        log_left, log_rest = self._parts(drawn)
+        log_left, row_offset = self._parts(drawn)
         return refined_logq(
             embedded.query,
             embedded.positive,
             embedded.candidates,
             drawn.log_expected_count,
             mask=drawn.mask,
-            log_left=self.strength * log_left,
-            row_offset=self.strength * (log_left - log_rest),
+            log_left=log_left,
+            row_offset=row_offset,
             temperature=temperature,
         )
 
@@ -262,18 +241,24 @@ def corrected_logits(
     )
 
 
-def tiled_arguments(embedded: Embedded, drawn: Candidates) -> dict[str, Any]:
-    """Collect the arguments that all tiled losses share."""
-    return {
-        "query": embedded.query,
-        "positive": embedded.positive,
-        "candidates": embedded.candidates,
-        "log_expected_count": drawn.log_expected_count,
-        "mask": drawn.negative_mask,
-        "row_candidates": embedded.row_candidates,
-        "row_log_expected_count": drawn.row_log_expected_count,
-        "row_mask": drawn.row_mask,
-    }
+def loss_inputs(
+    embedded: Embedded, drawn: Candidates, temperature: Tensor | float, weights: Tensor | None, **others: Any
+) -> LossInputs:
+    """Bundle the inputs that all tiled losses share; `others` are those of one loss, by name."""
+    return LossInputs(
+        embedded.query,
+        embedded.positive,
+        embedded.candidates,
+        drawn.log_expected_count,
+        drawn.negative_mask,
+        embedded.row_candidates,
+        drawn.row_log_expected_count,
+        drawn.row_mask,
+        temperature,
+        weights,
+        repeated_queries=embedded.repeated_queries,
+        **others,
+    )
 
 
 def scale_log_count(log_count: Tensor, strength: float) -> Tensor:

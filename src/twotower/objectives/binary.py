@@ -1,4 +1,4 @@
-"""Binary objectives: the positive and each negative are classified independently. Their losses are in logistic.py."""
+"""Binary objectives: the positive and each negative are classified independently; losses/binary.py has the losses."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from twotower.errors import InputError
 from twotower.losses.binary import bpr, gbce, gbce_beta, logistic
-from twotower.losses.tiled.api import tiled_bpr, tiled_logistic
+from twotower.losses.tiled.autograd import tiled_loss
+from twotower.losses.tiled.forms import TiledLogistic, TiledPairwise
+from twotower.losses.tiled.inputs import LossInputs
 from twotower.negatives import Candidates, InBatch, Pool
-from twotower.objectives.base import Embedded, Objective, corrected_logits, scale_log_count, tiled_arguments
+from twotower.objectives.base import Embedded, Objective, corrected_logits, loss_inputs, scale_log_count
 
 
 class Binary(Objective):
@@ -29,7 +31,7 @@ class Binary(Objective):
         strength: scales log kappa.
     """
 
-    merges_copies = False
+    sums_exponentials = False
 
     def __init__(self, pool: Pool, *, initial_bias: float = 0.0, strength: float = 1.0) -> None:
         super().__init__(pool, strength=strength)
@@ -78,7 +80,7 @@ class Logistic(Binary):
         positive, negatives = self._biased(embedded, drawn, temperature)
         if self.corrected:
             positive = positive - scale_log_count(drawn.positive_log_count, self.strength).to(positive.dtype)
-        return logistic(positive, negatives)
+        return logistic(positive, negatives, multiplicity=_multiplicity(drawn))
 
     def mean(
         self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float, weights: Tensor | None = None
@@ -86,13 +88,9 @@ class Logistic(Binary):
         """Return the weighted sum of the rows' losses, a scalar; see `Objective.mean`."""
         if self.keep_accidental:
             drawn = _keep_accidental(drawn)
-        return tiled_logistic(
-            **tiled_arguments(embedded, drawn),
-            temperature=temperature,
-            bias=self.bias,
-            own_offset=scale_log_count(drawn.positive_log_count, self.strength) if self.corrected else None,
-            weights=weights,
-        )
+        own_offset = scale_log_count(drawn.positive_log_count, self.strength) if self.corrected else None
+        inputs = _inputs(embedded, drawn, temperature, weights, bias=self.bias, own_offset=own_offset)
+        return tiled_loss(TiledLogistic(), inputs)
 
 
 class GeneralisedBCE(Binary):
@@ -114,35 +112,42 @@ class GeneralisedBCE(Binary):
 
     def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
         """Return one loss per row, [B]; see `Objective.forward`."""
-        return gbce(*self._biased(embedded, drawn, temperature), beta=self.beta)
+        logits = self._biased(embedded, drawn, temperature)
+        return gbce(*logits, beta=self.beta, multiplicity=_multiplicity(drawn))
 
     def mean(
         self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float, weights: Tensor | None = None
     ) -> Tensor:
         """Return the weighted sum of the rows' losses, a scalar; see `Objective.mean`."""
-        return tiled_logistic(
-            **tiled_arguments(embedded, drawn),
-            temperature=temperature,
-            bias=self.bias,
-            beta=self.beta,
-            weights=weights,
-        )
+        return tiled_loss(TiledLogistic(self.beta), _inputs(embedded, drawn, temperature, weights, bias=self.bias))
 
 
 class BPR(Objective):
     """Bayesian personalised ranking. See `bpr`."""
 
-    merges_copies = False
+    sums_exponentials = False
 
     def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
         """Return one loss per row, [B]; see `Objective.forward`."""
-        return bpr(*corrected_logits(embedded, drawn, temperature))
+        return bpr(*corrected_logits(embedded, drawn, temperature), multiplicity=_multiplicity(drawn))
 
     def mean(
         self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float, weights: Tensor | None = None
     ) -> Tensor:
         """Return the weighted sum of the rows' losses, a scalar; see `Objective.mean`."""
-        return tiled_bpr(**tiled_arguments(embedded, drawn), temperature=temperature, weights=weights)
+        return tiled_loss(TiledPairwise(), _inputs(embedded, drawn, temperature, weights))
+
+
+def _inputs(
+    embedded: Embedded, drawn: Candidates, temperature: Tensor | float, weights: Tensor | None, **others: Tensor | None
+) -> LossInputs:
+    return loss_inputs(embedded, drawn, temperature, weights, multiplicity=drawn.multiplicity, **others)
+
+
+def _multiplicity(drawn: Candidates) -> Tensor:
+    """Return how many draws each shared and then each per-row candidate represents, int64 [M + R]."""
+    per_row = 0 if drawn.row_items is None else drawn.row_items.shape[1]
+    return torch.cat([drawn.multiplicity, drawn.multiplicity.new_ones(per_row)])
 
 
 def _keep_accidental(drawn: Candidates) -> Candidates:

@@ -1,4 +1,4 @@
-"""Construction of objectives, pools and frequencies from the names in a configuration; see named_objectives.py."""
+"""Construction of objectives, pools and frequencies from the names in a configuration; see registry.py."""
 
 from __future__ import annotations
 
@@ -44,8 +44,6 @@ __all__ = [
     "masks_known_positives",
     "named_objective",
     "needs_known_positives",
-    "reads_gaps",
-    "reads_sequences",
     "refuse_in_batch",
 ]
 
@@ -64,20 +62,9 @@ def build_objective(config: Config, train: Interactions, *, learnt: Interactions
     pool = build_pool(settings, train, learnt=learnt)
     objective = named.make(pool, settings, train.num_items)
     objective.rows_per_draw = settings.rows_per_draw
-    if settings.rows_per_draw is not None and reads_sequences(config):
+    if settings.rows_per_draw is not None and config.reads_sequences:
         refuse_in_batch(pool)
     return objective
-
-
-def reads_sequences(config: Config) -> bool:
-    """Return whether rows are positions of whole sequences."""
-    return config.query_tower.history is not None and config.query_tower.history.sequence is not None
-
-
-def reads_gaps(config: Config) -> bool:
-    """Return whether the tower reads the time between the items of a history."""
-    history = config.query_tower.history
-    return history is not None and history.sequence is not None and history.sequence.gaps
 
 
 def refuse_in_batch(pool: Pool) -> None:
@@ -119,7 +106,7 @@ def needs_known_positives(config: Config) -> bool:
     """Return whether known positives must be masked: by the objective, or for in-batch candidates with sequences."""
     sources = config.objective.sources or named_objective(config.objective.name).sources
     in_batch = any("in_batch" in source for source in sources)
-    return masks_known_positives(config.objective) or (in_batch and reads_sequences(config))
+    return masks_known_positives(config.objective) or (in_batch and config.reads_sequences)
 
 
 def build_frequency(settings: ObjectiveConfig, train: Interactions) -> Frequency:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from twotower.data import Holdout, Interactions
+from twotower.errors import InputError
 from twotower.index import Exclusion, pack_keys, tie_order, top_k
 
 _BLOCK_PAIRS = 1 << 24
@@ -148,18 +149,18 @@ class ItemKNN:
     favour the baseline. The textbook setting, all neighbours and no shrinkage, was weaker in every measurement.
 
     Raises:
-        ValueError: the data is too large (see `refusal`), or a setting is out of range.
+        InputError: the data is too large (see `refusal`), or a setting is out of range.
     """
 
     is_exact = True
 
     def __init__(self, train: Interactions, neighbours: int | None = 10, shrink: float = 30.0) -> None:
         if neighbours is not None and neighbours < 1:
-            raise ValueError(f"neighbours must be at least 1 or None, got {neighbours}")
+            raise InputError(f"neighbours must be at least 1 or None, got {neighbours}")
         if shrink < 0:
-            raise ValueError(f"shrink must not be negative, got {shrink}")
+            raise InputError(f"shrink must not be negative, got {shrink}")
         if reason := self.refusal(train):
-            raise ValueError(reason)
+            raise InputError(reason)
         if neighbours is None:
             _check_dense(train, "item-kNN with all neighbours")
         self._order = tie_order(train.num_items)
@@ -213,14 +214,14 @@ class EASE:
         l2: the ridge penalty; a few hundred suits most data sets.
 
     Raises:
-        ValueError: the catalog is too large, or `l2` is not positive.
+        InputError: the catalog is too large, or `l2` is not positive.
     """
 
     is_exact = True
 
     def __init__(self, train: Interactions, l2: float = 500.0) -> None:
         if l2 <= 0:
-            raise ValueError(f"l2 must be positive, got {l2}")
+            raise InputError(f"l2 must be positive, got {l2}")
         _check_dense(train, "EASE")
         self._order = tie_order(train.num_items)
         precision = gram(train)
@@ -258,7 +259,7 @@ def _seen(holdout: Holdout, exclude_seen: bool) -> Exclusion | None:
 
 def _check_dense(train: Interactions, what: str) -> None:
     if train.num_items > _MAX_DENSE_ITEMS:
-        raise ValueError(
+        raise InputError(
             f"{what} needs a dense {train.num_items:,} x {train.num_items:,} matrix: at most {_MAX_DENSE_ITEMS:,} items"
         )
 

@@ -1,7 +1,4 @@
-"""A ranker of a sharded catalog: each rank searches its part of the items, and the results are merged.
-
-A ranker that divides the queries over ranks and returns the whole ranking on all of them.
-"""
+"""Rankers of several ranks: queries divided over ranks, or a sharded catalog searched part by part."""
 
 from __future__ import annotations
 
@@ -39,7 +36,7 @@ class OverRanks:
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> NDArray[np.int64]:
         """Return the best items of every query, int64 [E, k]."""
-        own = part_of(holdout, self.ranks.part(len(holdout)))
+        own = slice_holdout(holdout, self.ranks.part(len(holdout)))
         ranked = (
             torch.as_tensor(self.ranker.rank(own, k, exclude_seen)).cpu()
             if len(own)
@@ -59,7 +56,7 @@ def over_ranks(ranker: Ranker, ranks: Communicator) -> Ranker:
     return ranker if ranks.size == 1 else OverRanks(ranker, ranks)
 
 
-def part_of(holdout: Holdout, rows: slice) -> Holdout:
+def slice_holdout(holdout: Holdout, rows: slice) -> Holdout:
     """Return the queries `rows.start` to `rows.stop` of a holdout."""
     begin, end = rows.start, rows.stop
     history, targets = holdout.history_offsets[begin : end + 1], holdout.target_offsets[begin : end + 1]
@@ -133,7 +130,7 @@ class ShardedRanker:
                 for rank, share in enumerate(shares)
             ]
             sizes = [part.stop - part.start for part in parts]
-            queries = self.ranks.gather(self._embedded(part_of(holdout, parts[self.ranks.rank])), sizes)
+            queries = self.ranks.gather(self._embedded(slice_holdout(holdout, parts[self.ranks.rank])), sizes)
             scores, items = self._search(queries, k, _histories(holdout, parts) if exclude_seen else None)
             mine = sizes[self.ranks.rank]
             received = [mine] * self.ranks.size
@@ -207,7 +204,7 @@ def own_item_embeddings(towers: TwoTower, part: RowShard, order: Tensor | None =
 
 def _histories(holdout: Holdout, parts: list[slice]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Collect the histories of the queries of several parts, as compressed rows."""
-    chosen = [part_of(holdout, part) for part in parts]
+    chosen = [slice_holdout(holdout, part) for part in parts]
     sizes = np.concatenate([np.diff(one.history_offsets) for one in chosen])
     items = np.concatenate([np.asarray(one.history_items, dtype=np.int64) for one in chosen])
     return np.concatenate([[0], sizes.cumsum()]), items

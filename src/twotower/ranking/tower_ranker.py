@@ -1,7 +1,4 @@
-"""A two-tower model as a ranker: the same path from queries to items for validation, evaluation and serving.
-
-A progress bar that appears only for slow work.
-"""
+"""A two-tower model as a ranker: the same path from queries to items for validation, evaluation and serving."""
 
 from __future__ import annotations
 
@@ -42,6 +39,7 @@ class SlowProgress:
         patience: seconds before the bar appears.
 
     Example:
+        >>> from twotower.ranking.tower_ranker import SlowProgress
         >>> with SlowProgress("ranking") as progress:
         ...     for done in range(1, 4):
         ...         progress(done, 3)
@@ -120,7 +118,7 @@ class TowerRanker:
     def embed_holdout(self, holdout: Holdout) -> Tensor:
         """Embed every query of a holdout, u(x), float32 [E, D]."""
         histories = (holdout.history_offsets, holdout.history_items)
-        return self.embed(holdout.queries, histories, context=holdout.context, gaps=gaps_of(holdout))
+        return self.embed(holdout.queries, histories, context=holdout.context, gaps=holdout_gaps(holdout))
 
     def search(
         self,
@@ -230,7 +228,7 @@ class TowerRanker:
         return embeddings
 
 
-def gaps_of(holdout: Holdout) -> np.ndarray | None:
+def holdout_gaps(holdout: Holdout) -> np.ndarray | None:
     """Compute codes of the gaps in the histories of a holdout; None if it has no timestamps."""
     times = holdout.history_timestamps
     return None if times is None else gap_codes(holdout.history_offsets, times)

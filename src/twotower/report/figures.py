@@ -1,10 +1,8 @@
-"""The three kinds of figure in the report: interval rows, small multiples, and labelled points.
-
-Scales, ticks, marks and labels for figures, drawn twice: for wide and for narrow pages.
+"""The figures of the report: interval rows, small multiples and labelled points.
 
 Figures are written as SVG by hand instead of with matplotlib. Their colours are variables of the page's style sheet, so
-they follow light, dark and print modes. A figure on a phone has its own layout, with text of the same size. The report
-needs no extra package.
+they follow light, dark and print modes. Each is drawn twice, for wide and for narrow pages, with text of the same size.
+The report needs no extra package.
 """
 
 from __future__ import annotations

@@ -89,12 +89,15 @@ def value(entry: dict[str, Any], metric: str, part: str | None = None) -> dict[s
 
 
 def processor_time(model: dict[str, Any]) -> float | None:
-    """Return the median CPU seconds of a model's training runs, or None if unknown."""
-    known = [run["cpu_seconds"] for run in model["runs"] if run["cpu_seconds"] is not None]
+    """Return the median CPU seconds of a model's training runs, or None if unknown.
+
+    A time of 0 is unknown: older versions wrote it for a finished run that was resumed.
+    """
+    known = [run["cpu_seconds"] for run in model["runs"] if run["cpu_seconds"]]
     return statistics.median(known) if known else None
 
 
-def listed(names: Sequence[str], last: str = "and") -> str:
+def in_words(names: Sequence[str], last: str = "and") -> str:
     """Join names as "a, b and c"."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {last} {names[-1]}"
 
@@ -143,8 +146,8 @@ def _use(document: Document) -> str:
     named = [model for model in document["models"] if model["name"] in {best["name"], *same}]
     names = [model["name"] for model in named]
     said = (
-        f"Use {listed(names, 'or')}. {best['name']} has the highest {top}, but does not differ significantly from "
-        f"{listed(same, 'or')}."
+        f"Use {in_words(names, 'or')}. {best['name']} has the highest {top}, but does not differ significantly from "
+        f"{in_words(same, 'or')}."
     )
     times = {model["name"]: processor_time(model) for model in named}
     known = {name: time for name, time in times.items() if time is not None}
@@ -210,7 +213,7 @@ def _tail(document: Document) -> list[str]:
             else ", and over all queries the two do not differ significantly."
         )
         if len(ahead) > 1:
-            said += f" {listed([one['name'] for one in ahead[1:]])} also find{'s' if len(ahead) == 2 else ''} more."
+            said += f" {in_words([one['name'] for one in ahead[1:]])} also find{'s' if len(ahead) == 2 else ''} more."
     worst = min(tests["contests"], key=lambda one: one["difference"])
     if worst["verdict"] == "behind":
         said += f" {worst['name']} finds the least, {share(tail['mean'] + worst['difference'])}."
@@ -265,7 +268,7 @@ def _baselines(document: Document) -> list[str]:
         f"{words[one['verdict']]} {one['name']} ({number(own + one['difference'])}, {p_value(one['adjusted'])})"
         for one in tests["contests"]
     ]
-    return [f"Compared with the baselines by {metric}, {tests['against']} {listed(said)}."]
+    return [f"Compared with the baselines by {metric}, {tests['against']} {in_words(said)}."]
 
 
 def _still_rising(model: dict[str, Any], metric: str) -> bool:

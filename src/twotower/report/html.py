@@ -1,7 +1,4 @@
-"""HTML and SVG elements whose text is escaped by construction: a title in the data can never become markup.
-
-HTML tables that scroll sideways on a narrow page.
-"""
+"""HTML and SVG elements whose text is escaped by construction: a title in the data can never become markup."""
 
 from __future__ import annotations
 

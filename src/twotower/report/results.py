@@ -387,7 +387,7 @@ def cost(document: Document) -> Html | None:
     order = sorted(models, key=lambda model: findings.processor_time(model) or 0.0)
     rows, cells = [], []
     for model in order:
-        times = [run["cpu_seconds"] for run in model["runs"]]
+        times = [run["cpu_seconds"] for run in model["runs"] if run["cpu_seconds"]]
         middle = statistics.median(times)
         rows.append(
             IntervalRow(model["name"], middle, min(times), max(times), kinds[model["name"]], findings.duration(middle))

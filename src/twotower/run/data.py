@@ -30,7 +30,7 @@ def read_data(
         source,
         items=items or settings.items,
         queries=settings.queries,
-        columns=settings.columns.model_dump(),
+        columns=settings.columns.model_dump(exclude_none=True),
         positive_label=settings.positive_label,
         catalog=settings.catalog,
         context=context,

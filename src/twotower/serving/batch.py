@@ -15,13 +15,12 @@ import numpy as np
 import polars as pl
 
 from twotower.data.schema.columns import USUAL_NAMES, plain_name, usual_column
-from twotower.data.schema.vocabulary import Vocabulary, listed
+from twotower.data.schema.vocabulary import Codes, Vocabulary, listed
 from twotower.errors import InputError, Interrupted
 from twotower.index.popularity import checked_popularity
 from twotower.serving.filters import allowed_items
 from twotower.serving.queries import (
     NO_HISTORY,
-    Codes,
     QueryBatch,
     reads_history,
     seen_codes,
@@ -147,7 +146,7 @@ def recommend_file(
     except KeyboardInterrupt:
         raise Interrupted(f"{target}: stopped; finished parts are in {parts}") from None
     with whole_file(target) as temporary:
-        pl.scan_parquet(parts / "part-*.parquet").sink_parquet(temporary)
+        pl.scan_parquet(sorted(parts.glob("part-*.parquet")), glob=False).sink_parquet(temporary)
     counts_by_part = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(parts.glob("part-*.json"))]
     shutil.rmtree(parts)
     return BatchReport(
@@ -172,8 +171,8 @@ class _Reader:
         if not path.is_file():
             raise InputError(f"{path}: no such file; expected Parquet with a column of query ids or of histories")
         try:
-            schema = pl.read_parquet_schema(path)
-            rows = int(pl.scan_parquet(path).select(pl.len()).collect().item())
+            schema = pl.scan_parquet(path, glob=False).collect_schema()
+            rows = int(pl.scan_parquet(path, glob=False).select(pl.len()).collect().item())
         except (OSError, pl.exceptions.PolarsError) as error:
             raise InputError(f"{path}: not readable as Parquet ({str(error).splitlines()[0]})") from None
         columns = list(schema)
@@ -191,7 +190,7 @@ class _Reader:
     def queries(self, retriever: Retriever, start: int, stop: int) -> QueryBatch:
         """Read rows start .. stop - 1, without refusing any query."""
         columns = [name for name in (self.query, self.history, *self.context) if name is not None]
-        rows = pl.scan_parquet(self.path).select(columns).slice(start, stop - start).collect()
+        rows = pl.scan_parquet(self.path, glob=False).select(columns).slice(start, stop - start).collect()
         artifact = retriever.artifact
         if self.query is None:
             ids = pl.Series("query", np.arange(start, stop), dtype=pl.Int64)

@@ -19,7 +19,6 @@ context.parquet        context of each row of the histories, to continue trainin
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from contextlib import nullcontext
@@ -44,6 +43,7 @@ from twotower.distributed.row_exchange import run_of_rows
 from twotower.distributed.row_files import save_rows, stored_tensors, write_folder
 from twotower.errors import InputError
 from twotower.features.feature_set import EncodedTable
+from twotower.hashing import file_sha256
 from twotower.system.filesystem import require_replaceable, whole_folder
 from twotower.towers import TwoTower, build_towers
 from twotower.towers.sharded_lookup import shared_tables_of
@@ -164,7 +164,7 @@ class SavedModel:
             "num_queries": len(self.queries),
             "num_items": len(self.items),
             **self.metadata,
-            "checksums": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
+            "checksums": {path.name: file_sha256(path) for path in sorted(folder.iterdir())},
         }
         (folder / "metadata.json").write_text(json.dumps(metadata, indent=1, ensure_ascii=False), encoding="utf-8")
 
@@ -188,7 +188,7 @@ class SavedModel:
             path = folder / name
             if not path.is_file():
                 raise InputError(f"{path}: missing; the model folder is incomplete; copy it again or train again")
-            if verify and _sha256(path) != checksum:
+            if verify and file_sha256(path) != checksum:
                 raise InputError(
                     f"{path}: its checksum differs from metadata.json; copy the folder again or train again"
                 )
@@ -224,7 +224,7 @@ class SavedModel:
             history_offsets=histories["offsets"].numpy(),
             history_items=histories["items"].numpy(),
             history_gaps=histories["gaps"].numpy() if "gaps" in histories else None,
-            item_table=pl.read_parquet(table) if table.name in metadata["checksums"] else None,
+            item_table=pl.read_parquet(table, glob=False) if table.name in metadata["checksums"] else None,
             metadata=metadata,
         )
 
@@ -286,8 +286,3 @@ def library_versions() -> dict[str, str]:
     """List the versions of the libraries that results depend on."""
     names = ("twotower", "torch", "polars", "pytorch-lightning", "numpy", "safetensors", "pydantic")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

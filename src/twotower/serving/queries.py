@@ -15,12 +15,11 @@ import polars as pl
 from numpy.typing import NDArray
 
 from twotower.data.loading.histories import take_ranges
-from twotower.data.schema.vocabulary import CodedIds, HashedIds, Vocabulary, ids_of
+from twotower.data.schema.vocabulary import CodedIds, Codes, HashedIds, Vocabulary, ids_of
 from twotower.errors import InputError
 from twotower.features.requests import Given, given_gaps
 from twotower.serving.model_folder import SavedModel
 
-Codes = NDArray[np.int64]
 Gaps = NDArray[np.int8]
 
 Mask = NDArray[np.bool_]

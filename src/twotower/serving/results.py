@@ -8,9 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from twotower.data.schema.columns import title_column
+from twotower.data.schema.vocabulary import Codes
 from twotower.serving.model_folder import SavedModel
-
-Codes = NDArray[np.int64]
 
 
 class ResultTables:

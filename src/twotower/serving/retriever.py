@@ -16,7 +16,7 @@ from twotower.data import Holdout
 from twotower.errors import InputError
 from twotower.index import ApproximateIndex, Index
 from twotower.index.popularity import checked_popularity
-from twotower.ranking.tower_ranker import gaps_of
+from twotower.ranking.tower_ranker import holdout_gaps
 from twotower.serving.catalog_changes import CatalogChanges
 from twotower.serving.explain import Explanation, explain
 from twotower.serving.filters import allowed_items
@@ -98,7 +98,7 @@ class Retriever(QueryEmbedder):
         histories = (holdout.history_offsets, holdout.history_items)
         trained, count = len(self.catalog.trained.items), len(self.artifact.items)
         _, items = self.search.search(
-            self.embed(holdout.queries, histories, context=holdout.context, gaps=gaps_of(holdout)),
+            self.embed(holdout.queries, histories, context=holdout.context, gaps=holdout_gaps(holdout)),
             k,
             exclude=histories if exclude_seen else None,
             allowed=None if self.catalog.is_as_trained else np.arange(count) < trained,  # added items are in no holdout

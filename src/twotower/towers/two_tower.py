@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twotower.data.loading.packing import Packed
+from twotower.errors import InputError
 from twotower.features.feature_set import EncodedTable, FeatureSet
 from twotower.features.frames import RowsLike
 from twotower.towers.context import ContextInputs, QueryInputs
@@ -99,13 +100,15 @@ class QueryTower(QueryInputs):
     ) -> None:
         super().__init__(num_queries, dimension, trained)
         if (history is None) != (history_items is None):
-            raise ValueError("history and history_items: expected both or neither")
+            raise InputError("history and history_items: expected both or neither")
         self.history = history
         self.history_items = history_items
         heads = 0 if history is None else history.heads
         self.features = features
         self.context = context
         width = dimension * (heads + bool(num_queries)) + sum(part.width for part in (features, context) if part)
+        # Rows of one query have the same embedding if it depends on nothing but the query.
+        self.repeats_queries = history is None and context is None and not (dropout and hidden)
         self.mlp = dense_layers([width, *hidden, dimension], dropout=dropout, residual=residual, layer_norm=layer_norm)
 
     def forward(
@@ -124,13 +127,13 @@ class QueryTower(QueryInputs):
             context: encoded request contexts (`encode_given`); None if there are none.
 
         Raises:
-            ValueError: the tower needs a history and there is none.
+            InputError: the tower needs a history and there is none.
         """
         parts = self.by_id(queries)
         total: Tensor | float = sum(parts)
         if self.history is not None and self.history_items is not None:
             if history is None:
-                raise ValueError("history: this query tower needs the recent items, int64 [B, L]; found none")
+                raise InputError("history: this query tower needs the recent items, int64 [B, L]; found none")
             pooled = self._pooled(history)
             parts.append(pooled.flatten(1))
             total = total + pooled.mean(1)
@@ -232,6 +235,11 @@ class TwoTower(nn.Module):
         return F.normalize(embedded, dim=-1) if self.cosine else embedded
 
     @property
+    def repeats_queries(self) -> bool:
+        """Whether rows with the same query have the same embedding: the query tower reads only ids or features."""
+        return getattr(self.query_tower, "repeats_queries", False)
+
+    @property
     def context_features(self) -> FeatureSet | None:
         """The encoders of the request context; None if the query tower does not use it."""
         context = getattr(self.query_tower, "context", None)
@@ -258,11 +266,11 @@ class TwoTower(nn.Module):
             items: codes int64 [M] of trained items that have new features, -1 for new items; None if all are new.
 
         Raises:
-            ValueError: the item tower has no features.
+            InputError: the item tower has no features.
             InputError: a column is missing or has a value of the wrong type.
         """
         if self.item_tower.features is None:
-            raise ValueError("this item tower has no features, only ids; set item_tower.features and retrain")
+            raise InputError("this item tower has no features, only ids; set item_tower.features and retrain")
         with _evaluating(self):
             embedded = self.item_tower.embed_features(self.item_tower.features.encode(rows), items)
         return (F.normalize(embedded, dim=-1) if self.cosine else embedded).float()
@@ -276,12 +284,12 @@ class TwoTower(nn.Module):
             history: item codes int64 [B, L], -1 where empty; None for empty histories.
 
         Raises:
-            ValueError: the query tower has no features.
+            InputError: the query tower has no features.
             InputError: a column is missing or has a value of the wrong type.
         """
         inputs = self.query_tower.features
         if inputs is None:
-            raise ValueError("this query tower has no features; set query_tower.features and retrain")
+            raise InputError("this query tower has no features; set query_tower.features and retrain")
         encoded = inputs.encode(rows)
         unknown = torch.full((len(encoded[0]),), -1, device=encoded[0].device)
         with _evaluating(self):

@@ -1,11 +1,10 @@
 """Embedding of a batch: each distinct item goes through the tower once, in chunks if memory is short.
 
-The gradient cache: exact gradients of a batch far larger than the memory for its activations allows.
-
-A loss with in-batch candidates needs all embeddings of the batch at once, but not all activations of the towers: the
-gradient of a tower's weights is the sum over rows of the gradient by the embedding times that of the embedding by the
-weights. So the rows are embedded in chunks without a graph, the loss is computed from the embeddings, and each chunk is
-embedded again with a graph, through which the gradient of its embeddings is propagated.
+Chunks need a gradient cache, which gives the exact gradients of a batch far larger than the memory for its activations
+allows. A loss with in-batch candidates needs all embeddings of the batch at once, but not all activations of the
+towers: the gradient of a tower's weights is the sum over rows of the gradient by the embedding times that of the
+embedding by the weights. So `cached_embedding` embeds the rows in chunks without a graph, the loss is computed from the
+embeddings, and each chunk is embedded again with a graph, through which the gradient of its embeddings is propagated.
 
 Source: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", section 3.
 """
@@ -171,7 +170,7 @@ def embed_once(towers: TwoTower, items: Tensor, *, chunk: int | None = None) -> 
 
 
 def embed_parts(towers: TwoTower, parts: list[Tensor], *, chunk: int | None = None) -> list[Tensor]:
-    """Embed several lists of items, [M, D] each, passing each distinct item through the tower once.
+    """Embed several lists of items, possibly none, [M, D] each, passing each distinct item through the tower once.
 
     If the second list is sorted, has no duplicates and contains all of the first, as merged candidates contain the
     batch's positives, it is embedded directly: its embeddings, possibly of the whole catalog, are not copied.
@@ -182,6 +181,8 @@ def embed_parts(towers: TwoTower, parts: list[Tensor], *, chunk: int | None = No
         if bool((many[1:] > many[:-1]).all()) and torch.equal(many.index_select(0, place), few):
             table = _in_chunks(towers, towers.embed_items, many, chunk=chunk)
             return [table.index_select(0, place), table]
+    if not parts:
+        return []
     return list(torch.split(embed_once(towers, torch.cat(parts), chunk=chunk), [len(part) for part in parts]))
 
 

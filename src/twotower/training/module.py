@@ -1,11 +1,10 @@
-"""The training step: from a batch to its loss."""
+"""The LightningModule of a training run: the step, the optimizer with its schedule, the state of a checkpoint."""
 
 from __future__ import annotations
 
 import copy
 import math
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -24,7 +23,7 @@ from twotower.training.diagnostics import DiagnosticsMonitor, diagnose, frequenc
 from twotower.training.gradient_sync import GradientExchange
 from twotower.training.optimizer import TableOptimizer, parameter_groups
 from twotower.training.seeds import DROPOUT, ROUNDING, draws_of, step_seed
-from twotower.training.step import batch_loss, gathered_loss
+from twotower.training.step import compute_loss
 
 #: Steps between log entries, and between diagnostics of the objective in the log.
 LOG_EVERY = 10
@@ -41,7 +40,6 @@ class TrainingModule(pl.LightningModule):
         total_steps: steps of the whole schedule.
         known_positives: items that are never negatives of a row; None masks only the row's own positive.
         counts: training interactions of each item, [N], for diagnostics by popularity; None for no such diagnostics.
-        validate: measures the towers; called after each epoch, returns metrics by name.
         ranks: the processes that train together; None for a single process.
     """
 
@@ -54,7 +52,6 @@ class TrainingModule(pl.LightningModule):
         total_steps: int,
         known_positives: KnownPositives | None = None,
         counts: Tensor | None = None,
-        validate: Callable[[TwoTower], dict[str, float]] | None = None,
         ranks: Communicator | None = None,
     ) -> None:
         super().__init__()
@@ -68,7 +65,6 @@ class TrainingModule(pl.LightningModule):
         self.counts = counts
         self.thirds = None if counts is None else torch.from_numpy(popularity_thirds(counts.numpy()))
         self._watch = DiagnosticsMonitor()
-        self.validate = validate
         self.ranks = ranks or Communicator()
         self._exchange = GradientExchange(torch.nn.ModuleList([towers, objective]), self.ranks)
         self._rows = 0
@@ -83,7 +79,7 @@ class TrainingModule(pl.LightningModule):
             now = time.perf_counter()
             self.log("rows/s", self._rows / max(now - self._since, 1e-9), prog_bar=True)
             self.log("temperature", self.towers.temperature.detach())
-            thirds = self.thirds if self.objective.merges_copies and len(batch) else None
+            thirds = self.thirds if self.objective.sums_exponentials and len(batch) else None
             if thirds is not None and (batch_idx + 1) % DIAGNOSE_EVERY == 0:
                 numbers = diagnose(embedded, drawn, self.towers.temperature, thirds.to(self.device))
                 self._watch.look(numbers)
@@ -93,21 +89,16 @@ class TrainingModule(pl.LightningModule):
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Embedded, Candidates]:
         seed, step = self.settings.seed, self.global_step
-        generator = draws_of(seed, step, objective_device(self.objective))
-        micro_batch = self.settings.micro_batch
-        if self.ranks.size == 1:
-            return batch_loss(
-                self.towers, self.objective, batch, self.known_positives, micro_batch=micro_batch, generator=generator
-            )
-        torch.manual_seed(step_seed(seed, step, DROPOUT, self.ranks.rank))
-        return gathered_loss(
+        if self.ranks.size > 1:
+            torch.manual_seed(step_seed(seed, step, DROPOUT, self.ranks.rank))
+        return compute_loss(
             self.towers,
             self.objective,
             batch,
             self.ranks,
-            self.known_positives,
-            micro_batch=micro_batch,
-            generator=generator,
+            known_positives=self.known_positives,
+            micro_batch=self.settings.micro_batch,
+            generator=draws_of(seed, step, objective_device(self.objective)),
         )
 
     def on_after_backward(self) -> None:
@@ -136,15 +127,16 @@ class TrainingModule(pl.LightningModule):
         """Restart the clock of rows/s: validation time does not count."""
         self._rows, self._since = 0, time.perf_counter()
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Rank the whole catalog for the validation queries; `batch` is a placeholder."""
-        del batch, batch_idx
+    @property
+    def evaluated(self) -> TwoTower:
+        """The towers that are evaluated and saved: the averaged ones, if there are any."""
+        return self.averaged or self.towers
+
+    def log_frequency_drift(self) -> None:
+        """Log how far an estimated frequency is from the counted one, and warn if it is far."""
         if self.counts is not None and (drift := frequency_drift(self.objective, self.counts)) is not None:
             self.log("frequency_drift", drift, batch_size=1)
             self._watch.look({"frequency_drift": drift})
-        if self.validate is not None:
-            for name, value in self.validate(self.averaged or self.towers).items():
-                self.log(name, value, prog_bar=name == self.settings.metric, batch_size=1)
 
     def configure_optimizers(self) -> Any:
         """Build one optimizer for layers and tables; linear warm-up, then cosine decay to a tenth of the rate."""

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from support.slow_reference import Row, as_questions, as_sequences, distinct, sequences
 from twotower.data import Interactions, Split, by_time, from_parts, held_out_queries, leave_last_out
 from twotower.data.datasets import registry
+from twotower.errors import InputError
 
 SECOND = 1_000_000
 Questions = dict[Any, tuple[list[Any], list[Any]]]
@@ -69,6 +70,13 @@ def test_by_time_never_looks_ahead() -> None:
         owner = np.repeat(np.arange(len(holdout)), np.diff(holdout.history_offsets))
         assert (holdout.history_timestamps < holdout.query_times[owner]).all()
         assert len(holdout.history_timestamps) == len(holdout.history_items)
+
+
+def test_rows_of_one_timestamp_have_no_split_by_time() -> None:
+    rows: list[Row] = [(query, item, 1_704_067_200 * SECOND) for query in range(9) for item in range(5)]
+    with pytest.raises(InputError, match=r"same timestamp 2024-01-01 00:00:00; use leave_last_out \(data.split=leave-"):
+        by_time(interactions(rows))
+    leave_last_out(interactions(rows))
 
 
 def test_the_account_of_by_time_adds_up() -> None:

@@ -153,7 +153,7 @@ def test_a_history_built_with_the_keyboard(browser, address):
 
 
 def test_keys_faster_than_the_suggestions(browser, address):
-    """Enter applies to the text as it stands, not to suggestions for its first letters."""
+    """Enter applies to the text in the field, not to suggestions for its first letters."""
     with looked_at(browser, address) as (page, _):
         late = ("text=number+17&", "text=u01&", "text=u012&")
         held = Held(page, lambda url: any(one in url for one in late))
@@ -241,8 +241,8 @@ def test_late_answers_undo_no_later_action(browser, address):
         with page.expect_response("**/items/*"):
             page.keyboard.press("Enter")
         held.answer_all()
-        asked = {"query_id": "u011", "history": [*done, new]}
-        shows(page, titles(address, "first", **asked))
+        request = {"query_id": "u011", "history": [*done, new]}
+        shows(page, titles(address, "first", **request))
         at_rest(page)
         page.unroute_all()
 
@@ -265,7 +265,7 @@ def test_late_answers_undo_no_later_action(browser, address):
         held = Held(page, "**/explain*")
         page.focus("#dial")
         page.keyboard.press("Home")
-        shows(page, titles(address, "first", **asked, popularity=0.0))
+        shows(page, titles(address, "first", **request, popularity=0.0))
         page.focus("#list-a li:nth-child(2) .item")
         held.answer_all()
         page.locator("#list-a .why em").first.wait_for()
@@ -299,12 +299,12 @@ def test_the_address_keeps_the_state(browser, address):
         page.select_option("#k", "5")
         page.uncheck("#exclude-seen")
         page.fill("#filter", "kind = 'crime'")
-        asked = {"query_id": "u003", "filter": "kind = 'crime'", "exclude_seen": False, "k": 5}
-        shows(page, titles(address, "first", **asked))
+        request = {"query_id": "u003", "filter": "kind = 'crime'", "exclude_seen": False, "k": 5}
+        shows(page, titles(address, "first", **request))
         page.get_by_role("link", name="Map").click()  # a link to a part of the page keeps the state
         page.wait_for_function("() => location.hash.includes('user=u003')")
         page.reload()
-        shows(page, titles(address, "first", **asked))
+        shows(page, titles(address, "first", **request))
         page.locator("#list-a .why em").first.wait_for()
         assert page.locator("#list-b").count() == 0 and page.input_value("#model-b") == ""
         assert page.input_value("#k") == "5" and not page.is_checked("#exclude-seen") and page.is_visible("#filter")

@@ -63,7 +63,7 @@ def test_lines_equal_the_plain_form(runs, candidates, weighted):
         weights[-3:] *= 0
         offset = torch.randn(B, generator=rng, dtype=torch.float64)
         given = {**leaves, "log_expected_count": log_count, "row_offset": offset}
-        found = tiled_softmax(**given, mask=mask, weights=weights)
+        found = tiled_softmax(**given, mask=mask, weights=weights, repeated_queries=True)
         assert len(runs) == seed + 1
         assert len(runs[-1].scaled) < B / 2
         compare(found, sampled_softmax(**given, mask=mask.dense()) @ weights, leaves)
@@ -76,7 +76,7 @@ def test_several_tiles_and_blocks(runs, monkeypatch):
     monkeypatch.setattr("twotower.losses.tiled.blocks.LEAST_WIDTH", 11)
     leaves, log_count, mask, _ = batch()
     leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
-    found = tiled_softmax(**leaves, log_expected_count=log_count, mask=mask)
+    found = tiled_softmax(**leaves, log_expected_count=log_count, mask=mask, repeated_queries=True)
     assert len(runs[0].bounds) > 3
     compare(found, sampled_softmax(**leaves, log_expected_count=log_count, mask=mask.dense()).mean(), leaves)
 
@@ -85,7 +85,7 @@ def test_the_published_refined_form(runs):
     leaves, log_count, mask, _ = batch()
     leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
     extra = {"log_left": torch.rand(B).double(), "row_offset": torch.rand(B).double()}
-    found = tiled_softmax(**leaves, log_expected_count=log_count, mask=mask, **extra)
+    found = tiled_softmax(**leaves, log_expected_count=log_count, mask=mask, repeated_queries=True, **extra)
     expected = refined_logq(**leaves, log_count=log_count, mask=mask.dense(), **extra)[0].mean()
     assert len(runs) == 1
     compare(found, expected, leaves)
@@ -95,7 +95,7 @@ def test_the_whole_catalog(runs):
     leaves, _, _, own = batch()
     leaves = {"query": leaves["query"], "items": torch.randn(N, D, dtype=torch.float64)}
     leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
-    found = tiled_full_softmax(leaves["query"], own, leaves["items"], temperature=0.5)
+    found = tiled_full_softmax(leaves["query"], own, leaves["items"], temperature=0.5, repeated_queries=True)
     assert len(runs) == 1
     compare(found, plain_full_softmax(leaves["query"], own, leaves["items"], temperature=0.5).mean(), leaves)
 
@@ -110,7 +110,9 @@ def test_nothing_cancels(runs):
     single = {name: leaf.float() for name, leaf in leaves.items()}
     for row in range(2):
         weights = torch.eye(2)[row]
-        found = tiled_softmax(**single, log_expected_count=torch.zeros(3), mask=mask, weights=weights)
+        found = tiled_softmax(
+            **single, log_expected_count=torch.zeros(3), mask=mask, weights=weights, repeated_queries=True
+        )
         assert float(found) == pytest.approx(float(exact[row]), rel=1e-6)
     assert len(runs) == 2
 
@@ -129,7 +131,7 @@ def test_rows_that_are_not_the_same_are_computed_one_by_one(runs, case):
         leaves["query"][1] = leaves["query"][0]
     assert (find_repeated(leaves["query"], mask) is None) == (case not in {"logits", "embedding"})
     leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
-    found = tiled_softmax(**leaves, log_expected_count=log_count, mask=mask)
+    found = tiled_softmax(**leaves, log_expected_count=log_count, mask=mask, repeated_queries=True)
     assert all(run.base is None for run in runs) or case == "embedding"
     compare(found, sampled_softmax(**leaves, log_expected_count=log_count, mask=mask.dense()).mean(), leaves, atol=1e-9)
 
@@ -142,5 +144,8 @@ def test_one_product_is_computed_per_line(monkeypatch):
         torch, "mm", lambda one, other, **kwargs: heights.append(len(one)) or multiply(one, other, **kwargs)
     )
     tiled_softmax(**leaves, log_expected_count=log_count, mask=mask)
+    assert sum(heights) == B  # not looked for
+    heights.clear()
+    tiled_softmax(**leaves, log_expected_count=log_count, mask=mask, repeated_queries=True)
     distinct = len(leaves["query"].unique(dim=0))
     assert sum(heights) == distinct + 2  # a query with 35 rows or more has one line per MOST_ROWS rows

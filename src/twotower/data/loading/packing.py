@@ -102,6 +102,8 @@ def length_groups(lengths: NDArray[np.integer[Any]], *, cost: int = GROUP_COST) 
         Sequence numbers of each group, shortest group first; within a group in input order.
 
     Example:
+        >>> import numpy as np
+        >>> from twotower.data.loading.packing import length_groups
         >>> [group.tolist() for group in length_groups(np.array([100, 3, 100, 2]), cost=1)]
         [[1, 3], [0, 2]]
     """

@@ -72,7 +72,7 @@ def from_parts(
     tables = {"item": (items, rows.items), "query": (queries, rows.queries)}
     for role, (table, vocabulary) in tables.items():
         if table is not None:
-            joined = FeatureTable(table, role, role).joined(vocabulary, account)
+            joined = FeatureTable(table, role, role).join_to(vocabulary, account)
             setattr(rows, f"{role}_table", joined)
     ends = [rows.offsets[:-1] + before for before in stacked.rows_up_to]
     fitted = rows.select(stacked.part == 0)

@@ -1,7 +1,4 @@
-"""Split protocols: training, validation and test, with an account of what was dropped and why.
-
-The training side of a split: rows before the held-out ones, observed negatives, and the validation queries.
-"""
+"""Split protocols: training, validation and test, with an account of what was dropped and why."""
 
 from __future__ import annotations
 
@@ -73,35 +70,35 @@ def training_negatives(
 
 
 def validation_queries_of(
-    data: Interactions, told: ValidationQueries, eligible: NDArray[np.bool_], seed: int
+    data: Interactions, setting: ValidationQueries, eligible: NDArray[np.bool_], seed: int
 ) -> NDArray[np.bool_]:
     """Choose the queries whose second last item is validation, bool [Q].
 
     Raises:
         InputError: the setting does not fit the data.
     """
-    if told is None:
+    if setting is None:
         return eligible.copy()
     chosen = np.zeros(data.num_queries, dtype=bool)
-    if isinstance(told, str):
+    if isinstance(setting, str):
         table = data.query_table
-        if table is None or told not in table.columns or table.schema[told] != pl.Boolean:
+        if table is None or setting not in table.columns or table.schema[setting] != pl.Boolean:
             found = listed([c for c in table.columns if table.schema[c] == pl.Boolean]) if table is not None else "none"
             raise InputError(
-                f"split: validation_queries={told!r} is no boolean column of the query table; its boolean columns: "
+                f"split: validation_queries={setting!r} is no boolean column of the query table; its boolean columns: "
                 f"{found}."
             )
-        chosen[table[told].fill_null(False).to_numpy()] = True
-    elif isinstance(told, int | float):
+        chosen[table[setting].fill_null(False).to_numpy()] = True
+    elif isinstance(setting, int | float):
         able = np.flatnonzero(eligible)
-        count = round(told * len(able)) if isinstance(told, float) and told < 1 else int(told)
+        count = round(setting * len(able)) if isinstance(setting, float) and setting < 1 else int(setting)
         if not 0 <= count <= len(able):
-            raise InputError(f"split: validation_queries={told}; {len(able):,} queries have 3 interactions or more.")
+            raise InputError(f"split: validation_queries={setting}; {len(able):,} queries have 3 interactions or more.")
         chosen[np.random.default_rng(seed).choice(able, size=count, replace=False)] = True
     else:
-        codes = data.queries.encode(told)
+        codes = data.queries.encode(setting)
         if (codes < 0).any():
-            unknown = pl.Series("id", told)[int(np.flatnonzero(codes < 0)[0])]
+            unknown = pl.Series("id", setting)[int(np.flatnonzero(codes < 0)[0])]
             raise InputError(f"split: validation_queries: query {unknown!r} is not in the data.")
         chosen[codes] = True
     return chosen & eligible
@@ -163,6 +160,11 @@ def by_time(data: Interactions, validation: float = 0.05, test: float = 0.1, *, 
     ordered = np.partition(times, at)
     first_cut, second_cut = int(ordered[at[0]]), int(ordered[at[1]])
     del ordered
+    if first_cut == second_cut and int(times.min()) == int(times.max()):
+        raise InputError(
+            f"split by_time: every row has the same timestamp {_utc(first_cut)}; use leave_last_out "
+            "(data.split=leave-last-out), which needs only the order of the rows."
+        )
     before_first, before_second = rows_before(data, first_cut), rows_before(data, second_cut)
     account = Account()
     account.add("split by time", len(data), f"validation from {_utc(first_cut)}, test from {_utc(second_cut)}")

@@ -1,9 +1,9 @@
 """The losses as training uses them: weighted sums over the rows, evaluated tile by tile together with the gradients.
 
-Each equals the weighted sum of its plain version in softmax.py or binary.py, value and gradient, in bounded memory:
-no [B, M] matrix is stored, and a mask is a list of pairs (`NegativeMask`). Use the plain versions if a gradient has to
-flow through the values of single rows. Under bfloat16 `torch.autocast` the products are rounded to bfloat16 and summed
-in float32.
+Each equals the weighted sum of its plain version in softmax.py or binary.py, its reference, in value and gradient, and
+in bounded memory: no [B, M] matrix is stored, and a mask is a list of pairs (`NegativeMask`). Use the plain versions if
+a gradient has to flow through the values of single rows. Under bfloat16 `torch.autocast` the products are rounded to
+bfloat16 and summed in float32.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from twotower.errors import InputError
-from twotower.losses.softmax import _check_row_shapes, _check_shapes
-from twotower.losses.tiled.autograd import Tiled
-from twotower.losses.tiled.evaluation import LossInputs
-from twotower.losses.tiled.forms import TiledLogistic, TiledPairwise, TiledSoftmax, TileLoss
+from twotower.losses.tiled.autograd import tiled_loss
+from twotower.losses.tiled.forms import TiledLogistic, TiledPairwise, TiledSoftmax
+from twotower.losses.tiled.inputs import LossInputs
 from twotower.negatives import NegativeMask
 
 
@@ -33,6 +32,7 @@ def tiled_softmax(
     row_offset: Tensor | None = None,
     log_left: Tensor | None = None,
     weights: Tensor | None = None,
+    repeated_queries: bool = False,
 ) -> Tensor:
     """Compute sum_b w_b loss_b of `sampled_softmax`, or of `refined_logq` if `log_left` is given.
 
@@ -49,6 +49,8 @@ def tiled_softmax(
         row_offset: subtracted from all candidate logits of a row, [B].
         log_left: log n' of refined logQ, [B].
         weights: w, [B], constants; None for the mean, 1/B each.
+        repeated_queries: compute the logits of rows with equal queries once. True for a tower that reads only ids or
+            features; otherwise no rows are equal, and looking for them costs time. On the CPU only.
 
     Returns:
         A scalar, float32 (float64 if the inputs are).
@@ -56,20 +58,21 @@ def tiled_softmax(
     Raises:
         InputError: shapes do not fit.
     """
-    return _tiled(
-        TiledSoftmax(log_left),
+    inputs = LossInputs(
         query,
         positive,
         candidates,
         log_expected_count,
-        mask=mask,
-        row_candidates=row_candidates,
-        row_log_expected_count=row_log_expected_count,
-        row_mask=row_mask,
-        temperature=temperature,
+        mask,
+        row_candidates,
+        row_log_expected_count,
+        row_mask,
+        temperature,
+        weights,
         row_offset=row_offset,
-        weights=weights,
+        repeated_queries=repeated_queries,
     )
+    return tiled_loss(TiledSoftmax(log_left), inputs)
 
 
 def tiled_full_softmax(
@@ -79,6 +82,7 @@ def tiled_full_softmax(
     *,
     temperature: float | Tensor = 1.0,
     weights: Tensor | None = None,
+    repeated_queries: bool = False,
 ) -> Tensor:
     """Compute sum_b w_b loss_b of `full_softmax`; in addition to the gradients it needs one tile, at most 256 MiB.
 
@@ -88,6 +92,7 @@ def tiled_full_softmax(
         items: embeddings of all items, [N, D].
         temperature: divides every score.
         weights: w, [B]; None for the mean.
+        repeated_queries: as in `tiled_softmax`.
 
     Returns:
         A scalar.
@@ -108,14 +113,18 @@ def tiled_full_softmax(
     ):
         raise InputError(f"positive_items: expected codes from 0 to {len(items) - 1}")
     rows = torch.arange(len(query), device=query.device)
-    task = LossInputs(
-        TiledSoftmax(),
-        _weights(weights, query),
-        mask=NegativeMask([(rows, positive_items)], rows=len(query), items=None, size=len(items)),
-        own_places=positive_items,
-        low_precision=_low_precision(query),
+    inputs = LossInputs(
+        query,
+        None,
+        items,
+        None,
+        NegativeMask([(rows, positive_items)], rows=len(query), items=None, size=len(items)),
+        temperature=temperature,
+        weights=weights,
+        positive_places=positive_items,
+        repeated_queries=repeated_queries,
     )
-    return _apply(task, query, None, items, None, temperature=temperature, bias=None)
+    return tiled_loss(TiledSoftmax(), inputs)
 
 
 def tiled_logistic(
@@ -133,6 +142,7 @@ def tiled_logistic(
     row_mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     weights: Tensor | None = None,
+    multiplicity: Tensor | None = None,
 ) -> Tensor:
     """Compute sum_b w_b loss_b of `logistic`, or of `gbce` with its beta.
 
@@ -150,6 +160,7 @@ def tiled_logistic(
         row_mask: bool [B, R].
         temperature: divides every score.
         weights: w, [B]; None for the mean.
+        multiplicity: how many equal candidates each shared candidate represents, [M]; None for one each.
 
     Returns:
         A scalar.
@@ -157,21 +168,22 @@ def tiled_logistic(
     Raises:
         InputError: shapes do not fit.
     """
-    return _tiled(
-        TiledLogistic(beta),
+    inputs = LossInputs(
         query,
         positive,
         candidates,
         log_expected_count,
-        mask=mask,
-        row_candidates=row_candidates,
-        row_log_expected_count=row_log_expected_count,
-        row_mask=row_mask,
-        temperature=temperature,
+        mask,
+        row_candidates,
+        row_log_expected_count,
+        row_mask,
+        temperature,
+        weights,
         own_offset=own_offset,
         bias=bias,
-        weights=weights,
+        multiplicity=multiplicity,
     )
+    return tiled_loss(TiledLogistic(beta), inputs)
 
 
 def tiled_bpr(
@@ -186,85 +198,20 @@ def tiled_bpr(
     row_mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     weights: Tensor | None = None,
+    multiplicity: Tensor | None = None,
 ) -> Tensor:
     """Compute sum_b w_b loss_b of `bpr`; arguments, result and errors as in `tiled_logistic`."""
-    return _tiled(
-        TiledPairwise(),
+    inputs = LossInputs(
         query,
         positive,
         candidates,
         log_expected_count,
-        mask=mask,
-        row_candidates=row_candidates,
-        row_log_expected_count=row_log_expected_count,
-        row_mask=row_mask,
-        temperature=temperature,
-        weights=weights,
+        mask,
+        row_candidates,
+        row_log_expected_count,
+        row_mask,
+        temperature,
+        weights,
+        multiplicity=multiplicity,
     )
-
-
-def _tiled(
-    form: TileLoss,
-    query: Tensor,
-    positive: Tensor,
-    candidates: Tensor,
-    log_expected_count: Tensor,
-    *,
-    mask: NegativeMask | Tensor | None,
-    row_candidates: Tensor | None,
-    row_log_expected_count: Tensor | None,
-    row_mask: Tensor | None,
-    temperature: float | Tensor,
-    weights: Tensor | None,
-    row_offset: Tensor | None = None,
-    own_offset: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
-    _check_shapes(query, positive, candidates, log_expected_count, mask if isinstance(mask, Tensor) else None)
-    if row_candidates is not None:
-        _check_row_shapes(query, row_candidates, row_log_expected_count, row_mask)
-    negative_mask = NegativeMask.of(mask) if isinstance(mask, Tensor) else mask
-    if negative_mask is not None and negative_mask.shape != (len(query), len(candidates)):
-        raise InputError(f"mask: expected shape [{len(query)}, {len(candidates)}], found {list(negative_mask.shape)}")
-    for name, offset in (("row_offset", row_offset), ("own_offset", own_offset)):
-        if offset is not None and offset.shape != query.shape[:1]:
-            raise InputError(f"{name}: expected [{len(query)}], found {list(offset.shape)}")
-    task = LossInputs(
-        form,
-        _weights(weights, query),
-        log_count=log_expected_count,
-        mask=negative_mask,
-        row_log_count=row_log_expected_count,
-        row_mask=row_mask,
-        row_offset=row_offset,
-        own_offset=own_offset,
-        low_precision=_low_precision(query),
-    )
-    return _apply(task, query, positive, candidates, row_candidates, temperature=temperature, bias=bias)
-
-
-def _apply(
-    task: LossInputs, query: Tensor, *others: Tensor | None, temperature: float | Tensor, bias: Tensor | None
-) -> Tensor:
-    if not isinstance(temperature, Tensor):
-        temperature = torch.tensor(temperature, dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
-    total: Tensor = Tiled.apply(task, query, *others, temperature.to(query.device), bias)  # type: ignore[no-untyped-call]
-    return total
-
-
-def _weights(weights: Tensor | None, query: Tensor) -> Tensor:
-    rows = len(query)
-    if weights is None:
-        return torch.full((rows,), 1.0 / max(rows, 1), dtype=torch.float64, device=query.device)
-    if weights.shape != (rows,):
-        raise InputError(f"weights: expected [{rows}], found {list(weights.shape)}")
-    if weights.requires_grad:
-        raise InputError("weights: expected constants; use the plain losses if row weights need a gradient")
-    return weights
-
-
-def _low_precision(query: Tensor) -> bool:
-    device = query.device.type
-    if not torch.amp.is_autocast_available(device):
-        return False
-    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+    return tiled_loss(TiledPairwise(), inputs)

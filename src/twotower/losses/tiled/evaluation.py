@@ -8,7 +8,6 @@ losses are. So nothing is computed twice, and no [B, M] matrix is stored. For th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -26,7 +25,7 @@ from twotower.losses.tiled.blocks import (
     tile_starts,
 )
 from twotower.losses.tiled.forms import TileLoss, log2_unit, row_sums
-from twotower.negatives import NegativeMask
+from twotower.losses.tiled.inputs import LossInputs
 
 #: If all logits are this close to zero, and the candidates' weights are within the range of float32, exponentials need
 #: no row maximum subtracted first.
@@ -36,86 +35,56 @@ SAFE_RANGE = 80.0
 WIDTH = 64
 
 
-@dataclass
-class LossInputs:
-    """The inputs of a tiled loss that get no gradient.
+class TiledEvaluation:
+    """One evaluation and the gradients accumulated so far.
 
-    Attributes:
+    Args:
         form: the loss.
-        weights: weight of each row in the returned sum, [B].
-        log_count: subtracted from the shared candidates' logits, [M]; None for nothing.
-        mask: mask of the shared candidates.
-        row_log_count: subtracted from the per-row candidates' logits, [B, R].
-        row_mask: bool [B, R].
-        row_offset: also subtracted from all candidate logits of a row, [B].
-        own_offset: subtracted from the positive's logit, [B].
-        own_places: int64 [B], positions of the positives among the candidates, which then get the positives' gradient.
-        multiplicity: how many copies each candidate represents, [M]; None for one each.
-        low_precision: products in bfloat16, sums in float32.
+        inputs: checked inputs in the precision of the sums; the query is already divided by the temperature.
+        wanted: whether gradients are computed.
     """
 
-    form: TileLoss
-    weights: Tensor
-    log_count: Tensor | None = None
-    mask: NegativeMask | None = None
-    row_log_count: Tensor | None = None
-    row_mask: Tensor | None = None
-    row_offset: Tensor | None = None
-    own_offset: Tensor | None = None
-    own_places: Tensor | None = None
-    multiplicity: Tensor | None = None
-    low_precision: bool = False
-
-
-class TiledEvaluation:
-    """One evaluation: its inputs in the precision of the sums, and the gradients accumulated so far."""
-
-    def __init__(
-        self,
-        *,
-        scaled: Tensor,
-        positive: Tensor | None,
-        candidates: Tensor,
-        rows: Tensor | None,
-        bias: Tensor | None,
-        task: LossInputs,
-        wanted: bool,
-    ) -> None:
-        self.scaled, self.rows = scaled, rows
-        self.bias, self.task, self.wanted = bias, task, wanted
-        self.is_low = task.low_precision and scaled.dtype == torch.float32
-        shift = None if task.log_count is None else task.log_count.to(scaled.dtype)
+    def __init__(self, form: TileLoss, inputs: LossInputs, *, wanted: bool) -> None:
+        scaled, candidates, bias = inputs.query, inputs.candidates, inputs.bias
+        self.form, self.inputs, self.wanted = form, inputs, wanted
+        self.scaled, self.rows, self.bias = scaled, inputs.row_candidates, bias
+        assert inputs.weights is not None and not isinstance(inputs.mask, Tensor)  # done by `LossInputs.checked`
+        self.weights, self.mask = inputs.weights, inputs.mask
+        self.is_low = inputs.low_precision and scaled.dtype == torch.float32
+        shift = None if inputs.log_expected_count is None else inputs.log_expected_count.to(scaled.dtype)
         if bias is not None:
             shift = -bias.expand(len(candidates)) if shift is None else shift - bias
-        copies = None if task.multiplicity is None else task.multiplicity.to(scaled.dtype)
-        if copies is not None and task.form.sums_exponentials:  # sum over copies of e^l = e^(l + log of their number)
-            shift, copies = -copies.log() if shift is None else shift - copies.log(), None
+        copies = None if inputs.multiplicity is None else inputs.multiplicity.to(scaled.dtype)
         self.candidates, self.shift = self._padded(candidates, shift)
         self.weight, self.base = self._weights()
         if copies is not None:
             self.weight = F.pad(copies, (0, len(self.candidates) - len(copies)))
         # The right-hand side when a block is multiplied for the queries' gradient.
         self.weighted = self.candidates if self.weight is None else self.candidates * self.weight[:, None]
-        self.unit = log2_unit(scaled.dtype) if task.form.sums_exponentials and self.base is None else 1.0
+        self.unit = log2_unit(scaled.dtype) if form.sums_exponentials and self.base is None else 1.0
         if self.shift is not None and self.unit != 1.0:
             self.shift = self.shift * self.unit
         # The two factors of the logits; the unit is applied to the smaller one.
         is_first = len(scaled) <= len(self.candidates)
         self.left = scaled * self.unit if self.unit != 1.0 and is_first else scaled
         self.right = self.candidates * self.unit if self.unit != 1.0 and not is_first else self.candidates
-        self.positive = candidates.index_select(0, task.own_places) if positive is None else positive  # type: ignore[arg-type]
-        own = (self._of_rows(scaled) * self.positive).sum(1)
+        positive = inputs.positive
+        if positive is None:
+            assert inputs.positive_places is not None
+            positive = candidates.index_select(0, inputs.positive_places)
+        self.positive = positive
+        own = (self._of_rows(scaled) * positive).sum(1)
         if bias is not None:
             own += bias
-        if task.own_offset is not None:
-            own -= task.own_offset.to(own.dtype)
-        offset = None if task.row_offset is None else task.row_offset.to(own.dtype)
-        self.sums = task.form.begin(own, offset=offset, base=self.base)
-        self.row_weights = task.weights.to(scaled.dtype)
+        if inputs.own_offset is not None:
+            own -= inputs.own_offset.to(own.dtype)
+        offset = None if inputs.row_offset is None else inputs.row_offset.to(own.dtype)
+        self.sums = form.begin(own, offset=offset, base=self.base)
+        self.row_weights = self.weights.to(scaled.dtype)
         self.by_scaled = torch.empty_like(scaled) if wanted else scaled.new_empty(0)
         self.line_weights = scaled.new_empty(len(scaled))
         self.by_candidates = torch.empty_like(self.candidates) if wanted else scaled.new_empty(0)
-        self.by_rows = None if rows is None or not wanted else torch.empty_like(rows)
+        self.by_rows = None if self.rows is None or not wanted else torch.empty_like(self.rows)
         # One number for the run, summed over all blocks: double precision costs nothing.
         self.by_bias = torch.zeros((), dtype=torch.float64, device=scaled.device)
 
@@ -134,7 +103,7 @@ class TiledEvaluation:
         """
         # On an accelerator, reading the deciding numbers would synchronize.
         is_cpu = self.scaled.device.type == "cpu"
-        if not (self.task.form.sums_exponentials and is_cpu and self.rows is None and self.candidates.numel()):
+        if not (self.form.sums_exponentials and is_cpu and self.rows is None and self.candidates.numel()):
             return None, None
         largest = float(largest_norm(self.scaled) * largest_norm(self.candidates))
         if not largest <= SAFE_LOGIT:  # also true for NaN
@@ -149,9 +118,9 @@ class TiledEvaluation:
 
     def total(self) -> Tensor:
         """Compute the weighted sum of the rows' losses and fill the gradients."""
-        task, rows = self.task, len(self.scaled)
+        rows = len(self.scaled)
         starts = tile_starts(rows, len(self.candidates), self.scaled)
-        tile_masks = None if task.mask is None else iter(task.mask.tiles(starts))
+        tile_masks = None if self.mask is None else iter(self.mask.tiles(starts))
         largest = max((stop - start for start, stop in pairwise(starts)), default=0)
         memory = tile_memory(largest * len(self.candidates), self.scaled)
         width = block_width(largest, len(self.candidates), self.scaled)
@@ -165,7 +134,7 @@ class TiledEvaluation:
         losses, by_own = self.sums.finish()
         if self.wanted:
             self._complete(by_own * self.row_weights)
-        return (task.weights.double() * losses).sum().to(losses.dtype)
+        return (self.weights.double() * losses).sum().to(losses.dtype)
 
     def _complete(self, by_own: Tensor) -> None:
         """Add the positives' contribution to the gradients, and the factors that are the same for all tiles."""
@@ -176,8 +145,8 @@ class TiledEvaluation:
         self.by_query = self._by_query().addcmul_(self.positive, by_own[:, None])
         self.by_bias += by_own.sum()
         self.by_positive = self._of_rows(self.scaled) * by_own[:, None]
-        if self.task.own_places is not None:
-            self.by_candidates.index_add_(0, self.task.own_places, self.by_positive)
+        if self.inputs.positive_places is not None:
+            self.by_candidates.index_add_(0, self.inputs.positive_places, self.by_positive)
 
     def _tile(
         self, part: slice, blocks: list[tuple[slice, Tensor]], mask: Mask | None, gathering: Iterator[None]
@@ -226,15 +195,15 @@ class TiledEvaluation:
         return self.by_scaled.mul_(self.line_weights[:, None])
 
     def _row_logits(self, rows: Tensor, part: slice) -> Tensor:
-        task = self.task
+        log_count, mask = self.inputs.row_log_expected_count, self.inputs.row_mask
         logits = torch.bmm(rows, self.scaled[part, :, None])[:, :, 0]
-        if task.row_log_count is not None:
-            logits -= task.row_log_count[part].to(logits.dtype)
+        if log_count is not None:
+            logits -= log_count[part].to(logits.dtype)
         if self.bias is not None:
             logits += self.bias
         if self.unit != 1.0:
             logits *= self.unit
-        return logits if task.row_mask is None else logits.masked_fill_(task.row_mask[part], -torch.inf)
+        return logits if mask is None else logits.masked_fill_(mask[part], -torch.inf)
 
     def _add_to_scaled(self, part: slice, cols: slice, block: Tensor) -> None:
         with products(low=self.is_low):

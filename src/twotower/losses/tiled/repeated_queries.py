@@ -1,21 +1,21 @@
-"""Detection of rows with the same query, so that their logits are computed once.
+"""The tiled softmax for repeated queries: rows with the same query share one line of logits.
 
-The tiled softmax for repeated queries: rows with the same query share one line of logits.
+`find_repeated` groups the rows of a batch by query; `RepeatedEvaluation` computes each group's logits once.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from twotower.losses.tiled.blocks import tile_starts
-from twotower.losses.tiled.evaluation import LossInputs, TiledEvaluation
+from twotower.losses.tiled.evaluation import TiledEvaluation
 from twotower.losses.tiled.forms import SoftmaxSums, TiledSoftmax, row_sums
+from twotower.losses.tiled.inputs import LossInputs
 from twotower.negatives import NegativeMask
 
 #: Maximum number of rows per line: each row is paired with the own items of the line's other rows.
@@ -61,7 +61,7 @@ class RepeatedQueries:
         return list(zip(*found, strict=True))
 
 
-def find_repeated(query: Tensor, mask: NegativeMask | None) -> RepeatedQueries | None:
+def find_repeated(query: Tensor, mask: NegativeMask | Tensor | None) -> RepeatedQueries | None:
     """Group rows by query; None if there is little to gain, or if rows differ in more than their own item.
 
     Queries are the same if their embeddings are equal bit by bit. That happens with towers that read only ids or
@@ -71,7 +71,13 @@ def find_repeated(query: Tensor, mask: NegativeMask | None) -> RepeatedQueries |
         query: [B, D].
         mask: the mask; its first pairs are each row's own item.
     """
-    if mask is None or mask.empty is not None or query.device.type != "cpu" or len(query) < 2 or not mask.pairs:
+    if (
+        not isinstance(mask, NegativeMask)
+        or mask.empty is not None
+        or query.device.type != "cpu"
+        or len(query) < 2
+        or not mask.pairs
+    ):
         return None
     rows = torch.arange(len(query))
     (own_row, own), *shared = mask.pairs
@@ -159,32 +165,30 @@ class RepeatedEvaluation(TiledEvaluation):
 
     sums: SoftmaxSums
 
-    def __init__(
-        self, lines: RepeatedQueries, *, scaled: Tensor, positive: Tensor | None, task: LossInputs, **inputs: Any
-    ) -> None:
+    def __init__(self, lines: RepeatedQueries, form: TiledSoftmax, inputs: LossInputs, *, wanted: bool) -> None:
         self.lines = lines
 
         def sort(one: Tensor | None) -> Tensor | None:
             return None if one is None else one.index_select(0, lines.order)
 
-        assert isinstance(task.form, TiledSoftmax)
-        task = replace(
-            task,
-            form=TiledSoftmax(sort(task.form.log_left)),
+        by_line = replace(
+            inputs,
+            query=inputs.query.index_select(0, lines.first),
+            positive=sort(inputs.positive),
+            positive_places=sort(inputs.positive_places),
             mask=lines.mask,
-            weights=task.weights.index_select(0, lines.order),
-            row_offset=sort(task.row_offset),
-            own_offset=sort(task.own_offset),
-            own_places=sort(task.own_places),
+            weights=sort(inputs.weights),
+            row_offset=sort(inputs.row_offset),
+            own_offset=sort(inputs.own_offset),
         )
-        super().__init__(scaled=scaled.index_select(0, lines.first), positive=sort(positive), task=task, **inputs)
+        super().__init__(TiledSoftmax(sort(form.log_left)), by_line, wanted=wanted)
         starts = tile_starts(len(self.scaled), len(self.candidates), self.scaled)
         self.bounds = dict(zip(starts, lines.bounds(starts), strict=False))
         # Per line, per own item of a line, per row: see `RepeatedQueries`.
-        self.line_sums = scaled.new_zeros(len(lines.first))
-        self.exponentials = scaled.new_zeros(len(lines.own_line))
-        self.of_others = scaled.new_zeros(len(lines.own_line))
-        self.scales = scaled.new_zeros(len(lines.of))
+        self.line_sums = self.scaled.new_zeros(len(lines.first))
+        self.exponentials = self.scaled.new_zeros(len(lines.own_line))
+        self.of_others = self.scaled.new_zeros(len(lines.own_line))
+        self.scales = self.scaled.new_zeros(len(lines.of))
 
     def _of_rows(self, by_line: Tensor) -> Tensor:
         return by_line.index_select(0, self.lines.of)

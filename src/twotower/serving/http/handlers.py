@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from twotower.data.schema.vocabulary import Codes
 from twotower.errors import InputError
 from twotower.features.requests import EncodedContext
 from twotower.serving.explain import Embed, explain
-from twotower.serving.http.models import Codes, ServedModel, json_id
+from twotower.serving.http.models import ServedModel, json_id
 from twotower.serving.http.problems import Problem
 from twotower.serving.queries import (
     UNKNOWN_ID,

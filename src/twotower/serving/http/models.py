@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
+from twotower.data.schema.vocabulary import Codes
 from twotower.errors import InputError
 from twotower.evaluation.slices import SLICES, popularity_thirds
 from twotower.serving.conditions import Mask, condition_mask
@@ -27,7 +27,6 @@ from twotower.serving.model_folder import find_model
 from twotower.serving.queries import codes_of, seen_codes
 from twotower.serving.retriever import Retriever
 
-Codes = NDArray[np.int64]
 #: Whenever a model folder changes, one of these files changes.
 VERSION_FILES = ("metadata.json", "index/index.json", "changes/changes.json")
 

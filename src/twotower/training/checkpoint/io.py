@@ -1,6 +1,6 @@
 """Checkpoints of a training run: one folder with safetensors and JSON, written whole or not at all, no pickle.
 
-A background thread for one task at a time, used to write a checkpoint while training continues.
+A checkpoint can be written by a background thread while training continues.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Sharded tables in a checkpoint, with their optimizer state, by torch.distributed.checkpoint.
 
 Each rank writes its part to its own files, in safetensors format with the offsets of the part in the header, so that
-any number of ranks can read what it needs, for any old and new placement, and nothing is unpickled.
-
-A storage writer for torch.distributed.checkpoint that never holds a second copy of a table.
+any number of ranks can read what it needs, for any old and new placement, and nothing is unpickled. Writing never holds
+a second copy of a table.
 """
 
 from __future__ import annotations
