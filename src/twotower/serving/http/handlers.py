@@ -142,9 +142,8 @@ def resolve_requests(
     errors: dict[int, InputError] = {}
     for place, one in enumerate(requests):
         try:
-            require_something(
-                {"query_id": one.query, "history": one.history, "features": one.features, "context": one.context}
-            )
+            if one.query is None and one.history is None:
+                require_something({"query_id": None, "history": None, "features": one.features, "context": one.context})
             if one.features is not None:
                 model.retriever.check_features(one.features)
             if one.context is not None:
@@ -152,12 +151,14 @@ def resolve_requests(
             resolved[place] = resolve(model.artifact, one.query, one.history, one.times)
         except InputError as error:
             errors[place] = error
+    features = [requests[place].features for place in resolved]
+    contexts = [requests[place].context for place in resolved]
     known = answerable(
         model.artifact,
         np.array([one.code for one in resolved.values()], dtype=np.int64),
         np.array([len(one.items) for one in resolved.values()], dtype=np.int64),
-        [requests[place].features for place in resolved],
-        [requests[place].context for place in resolved],
+        features if any(one is not None for one in features) else None,
+        contexts if any(one is not None for one in contexts) else None,
     )
     for place, is_known in zip(list(resolved), known.tolist(), strict=True):
         if not is_known:
