@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 
+import polars as pl
 import pytest
 
 import twotower as tt
+from support.service_models import drawn
 from twotower.cli import main as cli
 from twotower.config.run import Config
 from twotower.errors import InputError
@@ -235,3 +237,53 @@ def test_overrides_and_round_trip(tmp_path):
     assert config.objective.name == "expected-count" and not config.objective.unique
     (tmp_path / "c.yaml").write_text(config.to_yaml())
     assert Config.load(tmp_path / "c.yaml") == config
+
+
+TITLES = ("Song [live] 17", "AC/DC [/b] 2", "[link=https://evil.example]x[/link]", "\x1b]0;owned\x07", "a\u202eb")
+
+
+def test_titles_are_shown_as_text_in_every_command(planted_data, tmp_path, monkeypatch, capsys):
+    """Brackets stay, nothing fails on `[/b]`, and no escape sequence reaches the terminal."""
+    table = planted_data.item_table.with_columns(title=pl.Series([TITLES[j % 5] for j in range(100)]))
+    folder = drawn(planted_data, tmp_path / "model", table=table)
+    for words in (
+        ["recommend", folder, "--query", "u001", "-k", "30"],
+        ["recommend", folder, "--history", "1,2,3", "-k", "30"],
+        ["similar", folder, "--item", "1", "-k", "30"],
+        ["explain", folder, "--query", "u001", "--item", "1"],
+        ["recommend", folder, "--query", "u001", "-k", "30", "--json"],
+    ):
+        monkeypatch.setattr(sys, "argv", ["twotower", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert not stop.value.code, err
+        assert "\x1b" not in out and "\x07" not in out and "\u202e" not in out
+        if words[0] != "explain":
+            assert "[live]" in out and "[/b]" in out and "\\u202e" in out
+    monkeypatch.setattr(sys, "argv", ["twotower", "recommend", str(folder), "--query", "[/b]\x1b[31m"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2 and "\x1b[31m" not in capsys.readouterr().err
+
+
+def test_k_is_at_most_the_catalog(planted_data, tmp_path, monkeypatch, capsys):
+    folder = drawn(planted_data, tmp_path / "model")
+    for command in (["recommend", "--query", "u001", "--keep-seen"], ["similar", "--item", "1"]):
+        monkeypatch.setattr(
+            sys, "argv", ["twotower", command[0], str(folder), *command[1:], "-k", "1000000000", "--json"]
+        )
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert not stop.value.code, err
+        assert len(json.loads(out)) == (100 if command[0] == "recommend" else 99)
+
+
+@pytest.mark.parametrize("words", [["recommend"], ["explain", "--item", "1"]])
+def test_a_request_without_a_query_names_all_inputs(tmp_path, monkeypatch, capsys, words):
+    monkeypatch.setattr(sys, "argv", ["twotower", words[0], str(tmp_path), *words[1:]])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and "expected --query, --history" in text and "--context; found none of them" in text

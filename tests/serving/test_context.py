@@ -17,7 +17,7 @@ from twotower.features.feature_set import FeatureSet
 from twotower.run import read_data, reread, train_run
 from twotower.serving.batch import recommend_file
 from twotower.serving.export import export_query_tower
-from twotower.serving.http import models
+from twotower.serving.http import form_fields
 from twotower.serving.http.handlers import PendingRequest, RecommendKey, answer
 from twotower.serving.http.models import ServedModel
 
@@ -177,8 +177,8 @@ def test_the_service_reports_the_context_it_takes_and_the_column_at_fault(runs, 
     with client(runs["without"][0]) as service:
         assert service.get("/models").json()["models"][0]["context"] == []
     features = tt.Retriever.load(runs["with"][0]).ranker.context_features()
-    monkeypatch.setattr(models, "MOST_VALUES", 2)
-    assert models.context_fields(features)[0] == {**device, "values": None}
+    monkeypatch.setattr(form_fields, "MOST_VALUES", 2)
+    assert form_fields.context_fields(features)[0] == {**device, "values": None}
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from twotower import __version__
-from twotower.cli.console import Json, Run, console, messages, print_json
+from twotower.cli.console import Json, Run, console, messages, print_json, print_line, print_lines
 from twotower.cli.data import commands as preparing
 from twotower.cli.export import commands as exporting
 from twotower.cli.items import commands as catalog
@@ -116,7 +116,7 @@ def train(
         withdraw=withdraw,
         resume=resume,
         replace=force,
-        on_message=lambda text: progress.print(str(text), highlight=False, markup=False, soft_wrap=True),
+        on_message=lambda text: print_lines(text, to=progress),
     )
     if not Launch.of_environment().is_first:
         return
@@ -124,8 +124,10 @@ def train(
         print_json(measured.to_dict())
         return
     console.print(measured)
-    console.print(f"\nThe model is in {out}. Next steps:", highlight=False)
-    console.print(f"  twotower recommend {out} --query ID\n  twotower similar {out} --item ID", highlight=False)
+    print_lines(
+        f"\nThe model is in {out}. Next steps:\n"
+        f"  twotower recommend {out} --query ID\n  twotower similar {out} --item ID"
+    )
 
 
 @app.command()
@@ -149,7 +151,7 @@ def evaluate(
         return
     console.print(measured)
     if page is not None:
-        console.print(f"The report is in {page}", highlight=False, markup=False, soft_wrap=True)
+        print_line(f"The report is in {page}")
 
 
 @app.command()
@@ -195,18 +197,16 @@ def compare(
             jobs=jobs,
             audited=not no_audit,
             command=shlex.join(["twotower", *sys.argv[1:]]),
-            on_message=lambda text: progress.print(text, highlight=False, markup=False, soft_wrap=True),
+            on_message=lambda text: print_lines(text, to=progress),
         )
     except Interrupted as stop:
-        messages.print(
-            f"twotower: {stop}; run the same command again to resume", highlight=False, markup=False, soft_wrap=True
-        )
+        print_line(f"twotower: {stop}; run the same command again to resume", to=messages)
         raise typer.Exit(130) from stop
     if as_json:
         print_json(found.to_dict())
         return
     console.print(found)
-    console.print(f"\nThe report is in {out / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+    print_lines(f"\nThe report is in {out / 'report.html'}")
 
 
 @app.command()
@@ -258,28 +258,26 @@ def main() -> None:
     except InputError as error:
         if _STATE["debug"]:
             raise
-        messages.print(f"twotower: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        print_line(f"twotower: {error}", to=messages, style="red")
         sys.exit(2)
     except RankLost as lost:
         if _STATE["debug"]:
             raise
-        messages.print(f"twotower: {lost}", style="red", highlight=False, markup=False, soft_wrap=True)
+        print_line(f"twotower: {lost}", to=messages, style="red")
         sys.stderr.flush()
         os._exit(1)  # exchange threads may still be waiting for the lost rank
     except Interrupted as stop:
-        messages.print(f"twotower: {stop}; continue with --resume", highlight=False, markup=False, soft_wrap=True)
+        print_line(f"twotower: {stop}; continue with --resume", to=messages)
         sys.exit(130)
     except Exception as error:
         if _STATE["debug"]:
             raise
         text = " ".join(str(error).split()) or type(error).__name__
-        messages.print(
+        print_line(
             f"twotower: {type(error).__name__}: {text} "
             "(internal error; twotower --debug COMMAND ... prints the traceback)",
+            to=messages,
             style="red",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
         )
         sys.exit(1)
 

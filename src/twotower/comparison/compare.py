@@ -29,6 +29,7 @@ from twotower.run import audit_run, read_data, split_data
 from twotower.run.run_folder import reserved
 from twotower.serving.model_folder import TOWERS
 from twotower.system.filesystem import whole_file, write_text
+from twotower.system.terminal import cell
 
 
 def printed(document: dict[str, Any]) -> Group:
@@ -46,7 +47,7 @@ def printed(document: dict[str, Any]) -> Group:
         rare = findings.value(entry, tail, "tail")
         time = findings.processor_time(entry) if "runs" in entry else None
         table.add_row(
-            entry["name"],
+            cell(entry["name"]),
             findings.number(found["mean"]),
             "-" if one is None else f"{100 * one['difference'] / best:+.1f} %",
             "-" if one is None or one["adjusted"] is None else f"{one['adjusted']:.3f}",
@@ -60,7 +61,7 @@ def printed(document: dict[str, Any]) -> Group:
         f"{len(document['seeds'])} seed(s); tail: {tail} on the targets in the tail"
     )
     words = [*findings.answer(document), *(f"note: {text}" for text in findings.cautions(document))]
-    return Group(title, table, *(f"* {text}" for text in words))
+    return Group(title, table, *(cell(f"* {text}") for text in words))
 
 
 #: Rows and redraws of the report's audit: enough to detect a bias of a few percent, in minutes on a small catalog.

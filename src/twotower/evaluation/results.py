@@ -1,4 +1,4 @@
-"""The result of an evaluation: JSON for machines, text tables for people."""
+"""The result of an evaluation: JSON for machines, and tables for a terminal or a text file."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -18,6 +18,7 @@ from twotower.data.schema.vocabulary import Vocabulary
 from twotower.evaluation.significance import Interval, bootstrap_interval, bootstrap_intervals
 from twotower.evaluation.slices import SLICES
 from twotower.system.filesystem import whole_file
+from twotower.system.terminal import cell
 
 #: Characters of a terminal line.
 WIDTH = 80
@@ -53,9 +54,9 @@ class TextTable:
         # second line, because a truncated number would read as another number.
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for place, title in enumerate(self.header):
-            table.add_column(title, justify="right" if place else "left", overflow="fold")
+            table.add_column(cell(title), justify="right" if place else "left", overflow="fold")
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*map(cell, row))
         return table
 
 
@@ -228,7 +229,7 @@ class Evaluation:
     def __rich__(self) -> Group:
         """Format the same table for a rich console."""
         tables = [part.rich() for part in self._parts()]
-        return Group(self._title(), *self._subtitle(), *tables, *self._closing())
+        return Group(cell(self._title()), *map(cell, self._subtitle()), *tables, *map(cell, self._closing()))
 
     def _parts(self) -> Iterator[TextTable]:
         for k in self.ks:

@@ -33,8 +33,8 @@ def given_gaps(times: Sequence[Any] | None, count: int) -> NDArray[np.int8]:
         raise InputError(f"times: expected one per item of the history, {count}; found {len(times)}.")
     try:
         series = pl.Series("times", list(times))
-    except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError) as error:
-        raise InputError(f"times: values of mixed types ({str(error).splitlines()[0]}).") from None
+    except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError):
+        raise InputError("times: values of mixed types; give all of them as numbers, or all as text.") from None
     parsed, _ = as_times(series, ErrorLocation("history"))
     if parsed.null_count():
         raise InputError("times: expected one per item of the history; some are missing.")

@@ -1,6 +1,4 @@
-"""Validation of catalog edits: items to add, change or remove, checked and turned into codes and rows.
-
-Items added, changed and removed after training: the changed model, and the files that store the changes.
+"""Items added, changed and removed after training: edits checked and turned into codes and rows, and their files.
 
 model/changes/changes.json         schema version, counts of added, changed and removed items, checksums
 model/changes/changes.safetensors  codes and embeddings [n, D] of added and changed items; codes of removed items
