@@ -22,7 +22,7 @@ import argparse
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -58,6 +58,7 @@ def _sequences(name: str) -> Callable[[Path], Split]:
     return lambda data: leave_last_out(Interactions.read(data / "amazon" / name), validation_queries=0.1)
 
 
+PARTS = ("train", "val", "test")
 SETS: dict[str, Callable[[Path], Split]] = {
     "online-retail": _by_time("online-retail/interactions.parquet"),
     "movietweetings": _by_time("movietweetings/interactions.csv"),
@@ -76,7 +77,6 @@ SETS: dict[str, Callable[[Path], Split]] = {
     "beauty": _sequences("beauty.txt"),
     "sports": _sequences("sports.txt"),
 }
-PARTS = ("train", "val", "test")
 
 
 @dataclass
@@ -123,10 +123,10 @@ class Simple:
         self.nothing = torch.zeros(split.train.num_items)
         self.chosen: dict[str, Any] = {}
 
-    def best(self, name: str, tried: Iterator[tuple[Any, Ranker, Ranker]]) -> Ranker:
-        """Return the ranker for the test whose ranker for the validation is best; `tried` yields settings and both."""
+    def best(self, name: str, tried: Iterator[tuple[Any, Sequence[Ranker]]]) -> Ranker:
+        """Return the ranker for the test whose ranker for the validation is best; `tried` yields settings, and both."""
         found: list[tuple[float, Any, Ranker]] = []
-        for settings, validated, tested in tried:
+        for settings, (validated, tested) in tried:
             measured = evaluate_all({name: validated}, self.split.validation, train=self.train, ks=(10,))
             found.append((measured[name].values["NDCG@10"], settings, tested))
         _, self.chosen[name], ranker = max(found, key=lambda one: one[0])
@@ -155,7 +155,7 @@ class Simple:
             found["newest"] = self.best(
                 "newest",
                 (
-                    (share, *(Linear(None, log_p + self.recent(share, test=test)) for test in (False, True)))
+                    (share, [Linear(None, log_p + self.recent(share, test=test)) for test in (False, True)])
                     for share in HALF_LIVES
                 ),
             )
@@ -163,7 +163,7 @@ class Simple:
             found["item-kNN"] = self.best(
                 "item-kNN",
                 (
-                    ([neighbours, shrink], *[ItemKNN(train, neighbours, shrink)] * 2)
+                    ([neighbours, shrink], [ItemKNN(train, neighbours, shrink)] * 2)
                     for neighbours in NEIGHBOURS
                     for shrink in SHRINKAGE
                 ),
@@ -171,7 +171,7 @@ class Simple:
         if train.num_items <= 20_000:
             ridges = RIDGES if train.num_items < 8_000 else RIDGES[1:3]
             found["EASE"] = self.best(
-                "EASE", ((ridge, *[Linear(ease(train, ridge), self.nothing)] * 2) for ridge in ridges)
+                "EASE", ((ridge, [Linear(ease(train, ridge), self.nothing)] * 2) for ridge in ridges)
             )
             if timed:
                 weights = found["EASE"].weights  # type: ignore[attr-defined]
@@ -180,7 +180,7 @@ class Simple:
                     (
                         (
                             [share, strength],
-                            *(Linear(weights, strength * self.recent(share, test=test)) for test in (False, True)),
+                            [Linear(weights, strength * self.recent(share, test=test)) for test in (False, True)],
                         )
                         for share in HALF_LIVES
                         for strength in STRENGTHS
@@ -198,13 +198,13 @@ def measure(name: str, data: Path, seeds: list[int]) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     models, runs = {}, []
     for seed in seeds:
-        said: list[str] = []
+        said: list[object] = []
         started = time.perf_counter()
         model = tt.fit(
             split,
             Config.load(None, [f"training.seed={seed}"]),
             progress=False,
-            on_message=lambda message, said=said: said.append(str(message)),
+            on_message=said.append,
         )
         models[f"model {seed}"] = model.ranker
         runs.append(
@@ -213,7 +213,7 @@ def measure(name: str, data: Path, seeds: list[int]) -> dict[str, Any]:
                 "seconds": round(time.perf_counter() - started, 1),
                 "epochs": model.fit.epochs,
                 "validation": model.fit.best,
-                "messages": [line for line in said if not line.startswith("memory")],
+                "messages": [line for line in map(str, said) if not line.startswith("memory")],
             }
         )
     measured = evaluate_all({**models, **rankers}, split.test, train=split.train, ks=(10, 20))

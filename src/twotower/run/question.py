@@ -45,7 +45,8 @@ def resolve_question(
     Raises:
         InputError: the question needs timestamps, or does not go with sequence towers or grouped batches.
     """
-    question, reason = config.training.question, "as set"
+    question: str = config.training.question
+    reason = "as set"
     if parent is not None and _is_free(config):
         config = _filled(config, _towers_of(parent))
     if question == "auto" and parent is not None:

@@ -271,7 +271,8 @@ class QuestionBatches(EpochPosition):
 
     def _is_target(self, rows: Rows) -> NDArray[np.bool_]:
         place = np.minimum(np.searchsorted(self._targets, rows), len(self._targets) - 1)
-        return self._targets[place] == rows
+        found: NDArray[np.bool_] = self._targets[place] == rows
+        return found
 
     def _random(self, numbers: Rows, epoch: int, stream: int) -> NDArray[np.float64]:
         """Compute a pseudo-random number in [0, 1) for each number: splitmix64, keyed by seed and epoch."""
