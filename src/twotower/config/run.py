@@ -163,6 +163,35 @@ class TrainingConfig(Section):
         "NDCG@10", pattern=r"^(Recall|NDCG|MRR|HR)@[1-9]\d*$", description="Validation metric of early stopping."
     )
     seed: int = Field(0, ge=0)
+    question: Literal["auto", "next", "horizon", "set"] = Field(
+        "auto",
+        description="What a training row asks for. next: the item after everything before it. horizon: all items "
+        "within a span of time after a cut. set: a random part of a query's items, from the others. auto: horizon for "
+        "splits at a time, set for rows without an order, next for leave-last-out, sequence towers and groups.",
+    )
+    horizon: PositiveFloat | Literal["auto"] = Field(
+        "auto", description="Days after the cut (horizon). auto: as many as the test, or the validation, covers."
+    )
+    hidden_share: float = Field(0.5, gt=0, lt=1, description="Probability that an item is hidden and asked for (set).")
+    question_weight: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="a: a question with m targets counts m^a times.",
+    )
+    start: Literal["auto", "random", "linear"] = Field(
+        "auto",
+        description="Initial weights. linear: the item-item matrix of EASE, cut to rank D. auto: linear if the towers "
+        "can express it and the catalog has at most 20,000 items.",
+    )
+    start_ridge: PositiveFloat | Literal["auto"] = Field(
+        "auto", description="Ridge penalty of the linear start. auto: the best of three on the validation."
+    )
+    recent_prior: bool = Field(
+        True,
+        description="Add how much more frequent each item is now than in all of training to its score. Half-life and "
+        "strength are chosen on the validation, left out if it does not help, or the split is not by time.",
+    )
     replay: float = Field(
         1.0, ge=0, le=100, description="When training continues on new data (--from): old rows replayed per new row."
     )

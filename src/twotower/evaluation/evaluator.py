@@ -200,7 +200,8 @@ def _item_embeddings(
         distinct = np.unique(ranked[ranked >= 0])
         places = np.where(ranked >= 0, np.searchsorted(distinct, ranked), -1)
         return by_parts(distinct).cpu().numpy(), places
-    found = getattr(ranker, "item_embeddings", None)
+    found = getattr(ranker, "directions", None)  # without a coordinate for biases, if there is one
+    found = getattr(ranker, "item_embeddings", None) if found is None else found
     if found is None:
         return None, None
     embeddings: NDArray[np.floating] = torch.as_tensor(found).detach().float().cpu().numpy()

@@ -159,7 +159,7 @@ def _train(
     split = _split(data, config, parent, withdraw)
     on_message(split.account)
     _report_unused(config, split, on_message)
-    config, rows = complete_settings(config, split, parent)
+    config, rows = complete_settings(config, split, parent, on_message)
     if resume:
         require_same_settings(directory, config, len(split.train) if rows is None else len(rows))
     _check(config, split)
