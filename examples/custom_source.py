@@ -57,9 +57,10 @@ class SameCategory(RandomSource):
 
     def log_prob(self, items: Tensor, request: DrawRequest) -> Tensor:
         """Return -log |category| for items of the row's category and -inf for others; items [B], or [B, R] by row."""
-        if len(items) != len(request.positives):
-            raise tt.InputError(f"items: expected {len(request.positives)} rows, found {list(items.shape)}")
-        own = self.category[request.positives].reshape(-1, *[1] * (items.ndim - 1))
+        positives = request.positives if request.rows is None else request.positives[request.rows]  # of this process
+        if len(items) != len(positives):
+            raise tt.InputError(f"items: expected {len(positives)} rows, found {list(items.shape)}")
+        own = self.category[positives].reshape(-1, *[1] * (items.ndim - 1))
         log_prob = -self.members[own].double().log().expand(items.shape)
         return log_prob.masked_fill(self.category[items] != own, -math.inf)
 

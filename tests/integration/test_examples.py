@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from twotower.negatives import Pool, Sampled, Uniform
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -37,3 +40,17 @@ def test_example(name, tmp_path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert re.search(PRINTED[name], done.stdout), done.stdout
     assert list(tmp_path.iterdir()) == [], "an example leaves nothing behind"
+
+
+def test_counts_of_the_custom_source_are_the_same_over_several_processes():
+    spec = importlib.util.spec_from_file_location("custom_source", EXAMPLES / "custom_source.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    source = module.SameCategory(torch.tensor([0, 0, 0, 1, 1]), size=4)
+    pool, positives = Pool(source, Sampled(Uniform(5), 3, per_row=True)), torch.tensor([0, 3, 4, 1])
+    whole, part = (
+        pool.draw(positives, generator=torch.Generator().manual_seed(1), rows=rows) for rows in (None, slice(1, 3))
+    )
+    assert len(whole.row_log_expected_count[1:3].unique()) > 1
+    for name in ("row_items", "row_log_expected_count", "row_mask", "positive_log_count"):
+        assert torch.equal(getattr(whole, name)[1:3], getattr(part, name)), name
