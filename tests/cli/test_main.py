@@ -237,7 +237,7 @@ def test_doctor_and_datasets(command):
         (["evaluate", "nowhere"], "nowhere: no such folder"),
         (["evaluate", "."], "no model in this folder"),
         (["recommend", "run", "--query", "nobody"], "query 'nobody'"),
-        (["recommend", "run"], "expected --query ID or --history"),
+        (["recommend", "run"], "expected --query, --history, --features or --context; found none of them"),
         (["similar", "run", "--item", "999"], "item '999'"),
         (["datasets", "movielens-9"], "movielens-9"),
     ],

@@ -261,11 +261,13 @@ def test_the_command_line_and_files(runs, tmp_path, monkeypatch, capsys):
     assert [one["item"] for one in json.loads(out)] == expected["item"].to_list()
     code, _, err = run(monkeypatch, capsys, "recommend", folder, "--query", "u05", "--context", "[1]")
     assert code == 2 and "--context [1]: expected an object" in err
-    rows = pl.DataFrame({"user_id": ["u05", "u05", "nobody"], "device": ["desk", "tv", "tv"]})
+    rows = pl.DataFrame({"user_id": ["u05", "u05", "nobody", "no one"], "device": ["desk", "tv", "tv", None]})
     rows.write_parquet(tmp_path / "asked.parquet")
-    recommend_file(tt.Retriever.load(folder), tmp_path / "asked.parquet", tmp_path / "found.parquet", k=3)
-    devices, _ = places(pl.read_parquet(tmp_path / "found.parquet"))
-    assert devices.tolist() == [1, 1, 1, 2, 2, 2]
+    report = recommend_file(tt.Retriever.load(folder), tmp_path / "asked.parquet", tmp_path / "found.parquet", k=3)
+    found = pl.read_parquet(tmp_path / "found.parquet")
+    assert found["query"].unique(maintain_order=True).to_list() == ["u05", "nobody"] and report.unknown == 1
+    # An unknown query is answered by its context, as from Python and over HTTP.
+    assert places(found)[0].tolist() == [1, 1, 1, 2, 2, 2, 2, 2, 2]
     code, out, err = run(monkeypatch, capsys, "features", folder.parent / "log.csv")
     assert code == 0, err
     assert "query_tower:\n  context:" in out and "{column: timestamp, kind: timestamp, parts: [hour, weekday]}" in out

@@ -80,8 +80,8 @@ def test_lists_and_condition_combine():
     [
         ({"allow": [7, "x"]}, "allow: none of its ids"),
         ({"allow": []}, "allow: none of its ids"),
-        ({"allow": "10"}, "allow: expected a list of item ids"),
-        ({"deny": 10}, "deny: expected a list of item ids"),
+        ({"allow": "10"}, "allow: expected a list of ids, found '10'"),
+        ({"deny": 10}, "deny: expected a list of ids, found 10"),
         ({"condition": "price < 3"}, "no item table"),
     ],
 )

@@ -22,7 +22,7 @@ from twotower.serving.explain import Explanation, explain
 from twotower.serving.filters import allowed_items
 from twotower.serving.live_catalog import LiveCatalog
 from twotower.serving.model_folder import SavedModel, find_model
-from twotower.serving.queries import QueryBatch, known_codes, stored_history
+from twotower.serving.queries import QueryBatch, known_codes, require_something, stored_history
 from twotower.serving.results import ResultTables
 from twotower.serving.search import QueryEmbedder, Search
 from twotower.serving.stored_index import load_stored_index
@@ -220,6 +220,7 @@ class Retriever(QueryEmbedder):
             InputError: a query or item is unknown; neither query, history nor context is given; a history alone is
                 given and the model reads no history; the dial is out of range.
         """
+        require_something({"query": query, "history": history, "context": context})
         batch = QueryBatch.of(
             self.artifact,
             None if query is None else [query],
