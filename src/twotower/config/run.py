@@ -54,6 +54,9 @@ class HashedConfig(Section):
     hashed: int = Field(ge=2, le=2**31 - 1, description="R: ids that share a row are the same to the model.")
 
 
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
 class DataConfig(Section):
     """The data to read and how to split it."""
 
@@ -76,13 +79,20 @@ class DataConfig(Section):
     positive_label: float | None = Field(
         None, description="Rows with a label below this are observed negatives, not positives. None: all are positives."
     )
-    split: Literal["time", "leave-last-out", "held-out-queries"] = Field(
+    split: Literal["time", "random", "leave-last-out", "held-out-queries"] = Field(
         "time",
-        description="time: hold out everything after a date. leave-last-out: hold out each query's last item. "
-        "held-out-queries: hold out whole queries.",
+        description="time: hold out everything after a date. random: hold out random items of each query, for data "
+        "without time. leave-last-out: hold out each query's last item. held-out-queries: hold out whole queries. "
+        "Not used if the data comes as train, validation and test files.",
     )
-    validation: float = Field(0.05, gt=0, lt=1, description="Fraction for validation (time, held-out-queries).")
-    test: float = Field(0.1, gt=0, lt=1, description="Fraction for the test (time, held-out-queries).")
+    validation: Fraction | str = Field(
+        0.05, description="Fraction for validation (time, random, held-out-queries), or the validation file."
+    )
+    test: Fraction | str = Field(
+        0.1,
+        description="Fraction for the test (time, random, held-out-queries), or the test file; the data is then the "
+        "training file.",
+    )
     validation_queries: int | float | str | None = Field(
         None,
         description="leave-last-out: queries with a validation item: all (None), a number, a fraction, or a boolean "
@@ -187,7 +197,11 @@ class EvaluationConfig(Section):
 
     ks: list[Annotated[int, Field(ge=1)]] = Field([10, 20], min_length=1, description="Cut-offs K.")
     exclude_seen: bool = Field(True, description="Exclude items in the query's history from the ranking.")
-    baselines: bool = Field(True, description="Evaluate popularity and item-kNN too, in the same table.")
+    baselines: bool | list[Literal["popularity", "newest", "item-kNN", "EASE"]] = Field(
+        True,
+        description="Evaluate simple methods too, in the same table: popularity, newest (popularity in the newest "
+        "rows), item-kNN and EASE, with settings chosen on the validation. A list names some of them; false: none.",
+    )
     slices: list[str] = Field(
         [], description="Columns to slice by: items.COLUMN of the item table, queries.COLUMN of the query table."
     )

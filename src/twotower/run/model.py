@@ -188,8 +188,17 @@ def continue_with(
     parent = incremental.parent_of(warm_start)
     assert parent is not None
     settings = parent.artifact.config if config is None else config
+    if settings.data.split == "random":
+        raise InputError(
+            "data.split=random: training rows are not before test rows, so a model cannot be continued with it; use "
+            "data.split=time or data.split=leave-last-out for the new data"
+        )
     return incremental.new_days(
-        parent, data, settings, lambda fresh: split_data(fresh, settings.data, cold="keep"), withdrawn=withdrawn
+        parent,
+        data,
+        settings,
+        lambda fresh: split_data(fresh, settings.data, cold="keep", histories=settings.query_tower.history is not None),
+        withdrawn=withdrawn,
     )
 
 
@@ -322,11 +331,12 @@ def evaluate(
     train: Interactions | None = None,
     ks: tuple[int, ...] = (10, 20),
     exclude_seen: bool = True,
-    baselines: bool = True,
+    baselines: bool | Sequence[str] = True,
+    validation: Holdout | None = None,
     empty: Literal["skip", "zero"] = "skip",
     slices: Sequence[str] = (),
 ) -> Evaluation:
-    """Rank the full catalog for every query of a holdout, with the model and the baselines popularity and item-kNN.
+    """Rank the full catalog for every query of a holdout, with the model and the baselines.
 
     Args:
         model: a `Model`, or anything with `rank(holdout, k, exclude_seen)`.
@@ -334,7 +344,9 @@ def evaluate(
         train: the training interactions, for baselines and popularity slices; if None, those of the `Model`.
         ks: cut-offs K.
         exclude_seen: never rank items of the query's history.
-        baselines: also measure popularity and item-kNN.
+        baselines: also measure popularity, in all and in the newest rows, item-kNN and EASE; or the names of some.
+        validation: the validation queries, on which settings of the baselines are chosen; if None, those of the
+            `Model`.
         empty: a query without targets is excluded from every mean (`"skip"`) or counts as 0 (`"zero"`).
         slices: columns to slice by, such as `"items.genres"` or `"queries.age"`.
 
@@ -345,6 +357,8 @@ def evaluate(
         if not isinstance(model, Model):
             raise InputError("evaluate: pass train=..., the training interactions, for baselines and popularity slices")
         train = model.split.train
+    if validation is None and isinstance(model, Model) and holdout is not model.split.validation:
+        validation = model.split.validation
     return evaluation.evaluate(
         model.ranker if isinstance(model, Model) else over_ranks(model, Communicator.current()),
         holdout,
@@ -352,6 +366,7 @@ def evaluate(
         ks=ks,
         exclude_seen=exclude_seen,
         baselines=baselines,
+        validation=validation,
         empty=empty,
         slices=slices,
     )

@@ -20,7 +20,7 @@ from twotower.serving.model_folder import find_model, read_metadata
 #: File of a run folder with the complete settings.
 CONFIG = "config.yaml"
 #: Settings that are paths: two paths to the same file are the same setting.
-PATHS = ("data.items", "data.queries")
+PATHS = ("data.items", "data.queries", "data.validation", "data.test")
 #: Settings that a resumed run applies from where it continues: when it stops, how it computes and records the steps.
 APPLIED_ON_RESUME = (
     "data.workers",
@@ -116,5 +116,5 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]
             yield f"{prefix}{name}", value
 
 
-def _path(value: str | None) -> str | None:
-    return None if value is None else str(Path(value).resolve())
+def _path(value: object) -> object:
+    return str(Path(value).resolve()) if isinstance(value, str) else value
