@@ -26,7 +26,7 @@ BASELINES = ("popularity", "newest", "item-kNN", "EASE")
 SHARES, SHARE = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005), 0.05
 NEIGHBOURS, NEIGHBOUR_COUNT = (5, 10, 20, 50, 100, 200), 10
 SHRINKAGES, SHRINKAGE = (0.0, 10.0, 30.0, 100.0), 30.0
-PENALTIES, PENALTY = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10_000.0), 300.0
+PENALTIES, PENALTY = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10_000.0, 30_000.0), 300.0
 
 #: Validation queries that settings are chosen on; of more, a sample is drawn.
 MOST_QUERIES = 3000

@@ -89,7 +89,7 @@ def _read_parts(files: Files, settings: DataConfig, *, items: str | None, contex
     read = {
         part: Interactions.read(
             file,
-            columns=settings.columns.model_dump(),
+            columns=settings.columns.model_dump(exclude_none=True),
             positive_label=settings.positive_label,
             part=True,
             context=context,
@@ -153,8 +153,10 @@ def split_data(
     options: dict[str, Any] = {} if cold is None else {"cold": cold}
     if settings.split == "leave-last-out":
         return leave_last_out(data, validation_queries=settings.validation_queries, **options)
-    assert not isinstance(settings.validation, str)  # `ready_made` has read the files otherwise
-    assert not isinstance(settings.test, str)
+    if isinstance(settings.validation, str) or isinstance(settings.test, str):
+        raise InputError(
+            "data.validation, data.test: files of a ready-made split, which cannot split other interactions"
+        )
     options |= {"validation": settings.validation, "test": settings.test}
     if settings.split == "held-out-queries":
         return held_out_queries(data, **options)
