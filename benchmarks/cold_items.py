@@ -31,7 +31,7 @@ from twotower.data import Holdout, Interactions, Split
 from twotower.evaluation import evaluate_all
 from twotower.ranking import EASE, ItemKNN, Popularity, Ranker
 from twotower.ranking.tower_ranker import TowerRanker
-from twotower.run import Model, history_length
+from twotower.run import Model
 from twotower.serving.model_folder import library_versions
 from twotower.system.filesystem import write_text
 
@@ -68,7 +68,7 @@ class Among:
         """Return the top k of `items`, int64 [E, k], padded with -1."""
         towers = self.model.artifact.towers
         histories = (holdout.history_offsets, holdout.history_items)
-        embedded = TowerRanker(towers, history_length(self.model.artifact.config)).embed(holdout.queries, histories)
+        embedded = TowerRanker(towers, self.model.artifact.config.history_length).embed(holdout.queries, histories)
         codes = torch.from_numpy(self.items)
         scores = embedded @ towers.embed_items(codes).detach().T
         if exclude_seen:

@@ -31,7 +31,7 @@ import twotower as tt
 from twotower.data import Holdout, Interactions, Split
 from twotower.data.loading.histories import take_ranges
 from twotower.ranking.tower_ranker import TowerRanker
-from twotower.run import Model, history_length
+from twotower.run import Model
 from twotower.serving.model_folder import library_versions
 from twotower.system.filesystem import write_text
 
@@ -86,7 +86,7 @@ def old_test(model: Model, past: pl.DataFrame, held: pl.DataFrame) -> Holdout:
 def recall(model: Model, holdout: Holdout, of: int | None = None) -> dict[str, float]:
     """Measure Recall@K and NDCG@K averaged over `of` queries: queries that the model does not know count 0."""
     values = tt.evaluate(
-        TowerRanker(model.artifact.towers, history_length(model.artifact.config), model.artifact.item_embeddings),
+        TowerRanker(model.artifact.towers, model.artifact.config.history_length, model.artifact.item_embeddings),
         holdout, train=model.split.train, ks=(K,), baselines=False,
     )["model"].values  # fmt: skip
     share = 1.0 if of is None else len(holdout) / of

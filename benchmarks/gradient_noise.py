@@ -31,7 +31,7 @@ from twotower.data import Batch, TrainingBatches
 from twotower.data.interactions import Interactions
 from twotower.evaluation import popularity_thirds
 from twotower.objectives.build import build_objective
-from twotower.run import history_length, reread
+from twotower.run import reread
 from twotower.serving.model_folder import library_versions
 from twotower.system.filesystem import write_text
 from twotower.towers import TwoTower
@@ -114,7 +114,7 @@ def main() -> None:
     artifact, split = reread(asked.run, asked.data)
     train, towers = split.train, artifact.towers
     towers.train(not asked.no_dropout)
-    rows = iter(TrainingBatches(train, asked.batch_size, history_length=history_length(artifact.config), seed=12345))
+    rows = iter(TrainingBatches(train, asked.batch_size, history_length=artifact.config.history_length, seed=12345))
     batches = [next(rows) for _ in range(asked.batches)]
     thirds = torch.from_numpy(popularity_thirds(train.item_counts()))
     found: dict[str, Any] = {}

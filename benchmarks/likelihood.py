@@ -28,7 +28,7 @@ from torch import Tensor
 
 from twotower.data import Split, TrainingBatches
 from twotower.ranking.tower_ranker import TowerRanker
-from twotower.run import history_length, reread
+from twotower.run import reread
 from twotower.serving.model_folder import SavedModel, library_versions
 from twotower.system.filesystem import write_text
 
@@ -60,7 +60,7 @@ def numbers(logits: Tensor, targets: Tensor) -> dict[str, float]:
 def measured(artifact: SavedModel, split: Split, rows: int) -> dict[str, Any]:
     """Measure on the test targets (one per query) and on `rows` training rows, the same for every model."""
     towers = artifact.towers.eval()
-    length = history_length(artifact.config)
+    length = artifact.config.history_length
     ranker = TowerRanker(towers, length)
     items, temperature = ranker.item_embeddings, float(towers.temperature)
     test = split.test

@@ -37,7 +37,6 @@ from twotower.config.run import Config  # noqa: E402
 from twotower.data import Holdout, KnownPositives, SequenceBatches  # noqa: E402
 from twotower.objectives.build import build_objective, needs_known_positives  # noqa: E402
 from twotower.ranking.tower_ranker import TowerRanker  # noqa: E402
-from twotower.run import history_length  # noqa: E402
 from twotower.serving.model_folder import library_versions  # noqa: E402
 from twotower.system.filesystem import write_text  # noqa: E402
 from twotower.towers import TwoTower, build_towers  # noqa: E402
@@ -72,7 +71,7 @@ class Run:
         self.objective = build_objective(config, train)
         self.known = KnownPositives(train) if needs_known_positives(config) else None
         self.batches = SequenceBatches(
-            train, int(training.batch_size), history_length=history_length(config), seed=training.seed
+            train, int(training.batch_size), history_length=config.history_length, seed=training.seed
         )
         groups = parameter_groups(
             nn.ModuleList([self.towers, self.objective]), training.weight_decay, lr=training.learning_rate
@@ -130,7 +129,7 @@ class Run:
 
     def measure(self, towers: TwoTower, holdout: Holdout) -> dict[str, float]:
         """Measure HR@10, NDCG@10 and coverage@10 over the full catalog."""
-        ranker = TowerRanker(towers, history_length(self.config))
+        ranker = TowerRanker(towers, self.config.history_length)
         values = evaluation.evaluate(ranker, holdout, train=self.split.train, ks=(10,), baselines=False)["model"].values
         return {name: round(float(values[name]), 5) for name in ("NDCG@10", "HR@10", "coverage@10")}
 

@@ -1,6 +1,6 @@
 """Retrieval training whose negatives are corrected by construction.
 
-Two doors: the pieces (`negatives`, `losses`, `towers`), usable in anybody's own PyTorch loop, and the whole
+Two doors: the pieces (`negatives`, `losses`, `towers`), usable in your own PyTorch loop, and the whole
 (`Interactions`, `splits`, `fit`, `evaluate`, `Retriever`).
 """
 
@@ -74,3 +74,7 @@ def __getattr__(name: str) -> Any:
     if name in _NAMES:
         return getattr(import_module(_NAMES[name]), name)
     raise AttributeError(f"module 'twotower' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

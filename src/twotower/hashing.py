@@ -1,6 +1,9 @@
-"""Integer mixing: pseudo-random numbers computed from a number instead of drawn."""
+"""Hashes: integer mixing, for pseudo-random numbers computed from a number instead of drawn, and checksums of files."""
 
 from __future__ import annotations
+
+import hashlib
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,3 +24,9 @@ def mix64(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
     mixed = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return np.asarray(mixed ^ (mixed >> np.uint64(31)))
+
+
+def file_sha256(path: Path) -> str:
+    """Compute the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

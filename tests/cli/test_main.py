@@ -5,8 +5,11 @@ import os
 import subprocess
 import sys
 
+import polars as pl
 import pytest
 
+import twotower as tt
+from support.service_models import drawn
 from twotower.cli import main as cli
 from twotower.config.run import Config
 from twotower.errors import InputError
@@ -88,6 +91,84 @@ def test_the_saved_config_reproduces_the_model(run_folder, command):
     assert weights[0] == weights[1]
 
 
+@pytest.fixture(scope="module")
+def parts(run_folder):
+    """Write a ready-made split of the purchases: users of the test without training rows, too."""
+    folder = run_folder / "parts"
+    folder.mkdir()
+    header, *rows = (run_folder / "purchases.csv").read_text().splitlines()
+    chosen = {name: [row for place, row in enumerate(rows) if place % 10 in places]
+              for name, places in (("train", range(7)), ("valid", (7, 8)), ("test", (9,)))}  # fmt: skip
+    chosen["valid"].append("new in validation,4,1650000000")
+    chosen["test"] += ["new in validation,6,1660000000", "new in test,8,1660000000"]
+    for name, part in chosen.items():
+        (folder / f"{name}.csv").write_text("\n".join([header, *part]) + "\n")
+    return folder
+
+
+def test_a_ready_made_split_is_trained_from_its_folder_or_from_named_files(run_folder, parts, command):
+    settings = QUICK[:-2]
+    code, out, err = command("train", "parts", "--out", "ready", *settings, "--json")
+    assert code == 0, err
+    assert "queries without training rows 2 kept; 1 of them have no history at all" in " ".join(err.split())
+    folder = json.loads(out)
+    code, out, err = command(
+        "train", "parts/train.csv", "--validation", "parts/valid.csv", "--test", "parts/test.csv", "--out", "named",
+        *settings, "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    assert json.loads(out) == folder
+    assert json.loads((run_folder / "named" / "inputs.json").read_text()).keys() == {
+        f"parts/{name}.csv" for name in ("train", "valid", "test")
+    }
+    assert json.loads(command("evaluate", "named", "--json")[1]) == folder
+    assert json.loads(command("evaluate", "ready", "--json")[1]) == folder
+    code, _, err = command("train", "parts/train.csv", "--test", "parts/test.csv", "--out", "no-validation", *settings)
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["train", "purchases.csv", "--validation", "parts/valid.csv"],
+            "so the test has to be one too; pass --test FILE",
+        ),
+        (["train", "purchases.csv", "--test", "parts/none.csv"], "test file parts/none.csv: no such file"),
+        (["train", "parts", "--set", "data.item_ids=codes"], "data.item_ids: a split from train and test files"),
+        (["train", "parts", "--from", "run"], "parts: a ready-made split; with --from, DATA is new interactions"),
+        (["train", "purchases.csv", "--from", "run", "--set", "data.split=random"], "data.split=random: training rows"),
+        (["train", "parts", "--set", "data.test=1.5"], "less than 1 or Input should be a valid string, found 1.5"),
+    ],
+)
+def test_bad_splits_are_one_clear_error(run_folder, parts, command, words, message):
+    code, out, err = command(*words, "--out", "x")
+    assert code == 2, out + err
+    assert message in " ".join(err.split())
+    assert not (run_folder / "x" / "model").exists()
+
+
+def test_a_folder_with_half_a_split_says_what_is_missing(run_folder, parts, command):
+    for name in ("train", "valid", "validation"):
+        (run_folder / "half").mkdir(exist_ok=True)
+        (run_folder / "half" / f"{name}.csv").write_text((parts / "train.csv").read_text())
+    assert "valid.csv and validation.csv could each be the validation" in command("train", "half", "--out", "x")[2]
+    (run_folder / "half" / "validation.csv").unlink()
+    assert "without a test file; add test.csv" in " ".join(command("train", "half", "--out", "x")[2].split())
+
+
+def test_random_rows_are_trained_and_evaluated_again(run_folder, command):
+    rows = sorted({tuple(row.split(",")[:2]) for row in (run_folder / "purchases.csv").read_text().split()[1:]})
+    rows.sort(key=lambda row: (row[0], int(row[1])))
+    (run_folder / "sorted.csv").write_text("user_id,item_id\n" + "".join(f"{user},{item}\n" for user, item in rows))
+    code, out, err = command("train", "sorted.csv", "--out", "random", *QUICK[:-1], "data.split=random", "--json")
+    assert code == 0, err
+    assert "sorted by item id" in err and "shuffled, no order is used" in " ".join(err.split())
+    assert json.loads(command("evaluate", "random", "--json")[1]) == json.loads(out)
+    code, _, err = command("train", "sorted.csv", "--out", "x", *QUICK)
+    assert code == 2 and "use data.split=random" in " ".join(err.split())
+
+
 def test_evaluate_repeats_the_result(run_folder, command):
     code, out, err = command("evaluate", "run", "--json")
     assert code == 0, err
@@ -111,6 +192,11 @@ def test_recommend_and_similar(command):
     _, out, err = command("recommend", "run", "--history", "1, 3,999", "-k", 4, "--json")
     assert len(json.loads(out)) == 4 and "no such item: '999'; ignored. Ids look like" in " ".join(err.split())
     assert len(json.loads(command("similar", "run", "--item", "4", "-k", 2, "--json")[1])) == 2
+
+
+def test_the_version_and_the_public_names(command):
+    assert command("--version")[:2] == (0, f"twotower {tt.__version__}\n")
+    assert set(tt.__all__) <= set(dir(tt)), "completion offers what is imported when first used"
 
 
 def test_doctor_and_datasets(command):
@@ -143,10 +229,15 @@ def test_doctor_and_datasets(command):
         (["train", "purchases.csv", "--out", "x", "--set", "objective.sources=[{magic: {}}]"], "unknown source"),
         (["train", "purchases.csv", "--out", "x", "--set", "objective.sources=[{uniform: {sise: 2}}]"], "sise"),
         (["train", "purchases.csv", "--out", "x", "--resume"], "no checkpoint to resume from"),
+        (["train", "purchases.csv", "--out", "purchases.csv"], "purchases.csv: is a file; choose a folder for --out"),
+        (
+            ["train", "purchases.csv", "--out", "run", "--resume", "--set", "training.learning_rate=0.5"],
+            "training.learning_rate is 0.01, but 0.5 was requested, and --resume would not apply it",
+        ),
         (["evaluate", "nowhere"], "nowhere: no such folder"),
         (["evaluate", "."], "no model in this folder"),
         (["recommend", "run", "--query", "nobody"], "query 'nobody'"),
-        (["recommend", "run"], "expected --query ID or --history"),
+        (["recommend", "run"], "expected --query, --history, --features or --context; found none of them"),
         (["similar", "run", "--item", "999"], "item '999'"),
         (["datasets", "movielens-9"], "movielens-9"),
     ],
@@ -224,3 +315,53 @@ def test_overrides_and_round_trip(tmp_path):
     assert config.objective.name == "expected-count" and not config.objective.unique
     (tmp_path / "c.yaml").write_text(config.to_yaml())
     assert Config.load(tmp_path / "c.yaml") == config
+
+
+TITLES = ("Song [live] 17", "AC/DC [/b] 2", "[link=https://evil.example]x[/link]", "\x1b]0;owned\x07", "a\u202eb")
+
+
+def test_titles_are_shown_as_text_in_every_command(planted_data, tmp_path, monkeypatch, capsys):
+    """Brackets stay, nothing fails on `[/b]`, and no escape sequence reaches the terminal."""
+    table = planted_data.item_table.with_columns(title=pl.Series([TITLES[j % 5] for j in range(100)]))
+    folder = drawn(planted_data, tmp_path / "model", table=table)
+    for words in (
+        ["recommend", folder, "--query", "u001", "-k", "30"],
+        ["recommend", folder, "--history", "1,2,3", "-k", "30"],
+        ["similar", folder, "--item", "1", "-k", "30"],
+        ["explain", folder, "--query", "u001", "--item", "1"],
+        ["recommend", folder, "--query", "u001", "-k", "30", "--json"],
+    ):
+        monkeypatch.setattr(sys, "argv", ["twotower", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert not stop.value.code, err
+        assert "\x1b" not in out and "\x07" not in out and "\u202e" not in out
+        if words[0] != "explain":
+            assert "[live]" in out and "[/b]" in out and "\\u202e" in out
+    monkeypatch.setattr(sys, "argv", ["twotower", "recommend", str(folder), "--query", "[/b]\x1b[31m"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2 and "\x1b[31m" not in capsys.readouterr().err
+
+
+def test_k_is_at_most_the_catalog(planted_data, tmp_path, monkeypatch, capsys):
+    folder = drawn(planted_data, tmp_path / "model")
+    for command in (["recommend", "--query", "u001", "--keep-seen"], ["similar", "--item", "1"]):
+        monkeypatch.setattr(
+            sys, "argv", ["twotower", command[0], str(folder), *command[1:], "-k", "1000000000", "--json"]
+        )
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert not stop.value.code, err
+        assert len(json.loads(out)) == (100 if command[0] == "recommend" else 99)
+
+
+@pytest.mark.parametrize("words", [["recommend"], ["explain", "--item", "1"]])
+def test_a_request_without_a_query_names_all_inputs(tmp_path, monkeypatch, capsys, words):
+    monkeypatch.setattr(sys, "argv", ["twotower", words[0], str(tmp_path), *words[1:]])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and "expected --query, --history" in text and "--context; found none of them" in text

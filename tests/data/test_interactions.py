@@ -267,7 +267,7 @@ def test_the_cache_is_used_until_the_source_changes(tmp_path: Path, monkeypatch:
     path = write_as(frame_of(some_rows()), "csv", tmp_path)
     first = Interactions.read(path)
     with monkeypatch.context() as patched:
-        patched.setattr("twotower.data.interactions.build", lambda *a, **k: pytest.fail("read again"))
+        patched.setattr("twotower.data.prepare.cache.build", lambda *a, **k: pytest.fail("read again"))
         assert Interactions.read(path).fingerprint == first.fingerprint
     path.write_text(path.read_text() + "5,100,77\n")
     assert Interactions.read(path).fingerprint != first.fingerprint

@@ -20,7 +20,7 @@ from twotower.config.run import Config
 from twotower.data import KnownPositives
 from twotower.distributed.communicator import Communicator
 from twotower.distributed.partition import ColumnShard, RowShard
-from twotower.objectives.build import build_objective, needs_known_positives, reads_sequences
+from twotower.objectives.build import build_objective, needs_known_positives
 from twotower.towers import EmbeddingTable, build_towers
 from twotower.training import TableOptimizer, compute_loss
 from twotower.training.gradient_sync import GradientExchange
@@ -242,7 +242,7 @@ def train(case: Case, ranks: Communicator) -> Trained:
     )
     exchange = GradientExchange(model, ranks)
     found = Trained()
-    made = sequence_batches if reads_sequences(config) else batches
+    made = sequence_batches if config.reads_sequences else batches
     for step, batch in enumerate(made(data, ranks, weighted=case.weighted)):
         options = {"micro_batch": case.micro_batch, "generator": draws_of(0, step, "cpu")}
         loss, _, _ = compute_loss(towers, goal, batch, ranks, known_positives=known, **options)

@@ -23,7 +23,7 @@ from twotower.config.run import Config
 from twotower.data import Interactions, SequenceBatches, TrainingBatches, leave_last_out
 from twotower.distributed.communicator import Communicator
 from twotower.features.from_config import encode_context, encode_features
-from twotower.objectives.build import build_objective, reads_sequences
+from twotower.objectives.build import build_objective
 from twotower.ranking.distributed import ShardedRanker, over_ranks
 from twotower.ranking.tower_ranker import TowerRanker
 from twotower.towers import build_towers
@@ -132,7 +132,7 @@ def work(case, ranks):
 
 def batches(config, data, ranks, context):
     """Yield ten batches, an odd one, and one of a single row or sequence, which leaves one rank without rows."""
-    if reads_sequences(config):
+    if config.reads_sequences:
         windows = SequenceBatches(data, 24, history_length=LENGTH, ranks=ranks, context=context)
         order = np.random.default_rng(1).permutation(windows.num_windows)
         return [windows.batch(numbers) for numbers in (*np.split(order[:50], 10), order[50:57], order[57:58])]

@@ -9,7 +9,7 @@ from torch import nn
 
 from twotower.distributed.communicator import Communicator
 from twotower.distributed.partition import ColumnShard, RowShard
-from twotower.distributed.row_files import joined, stored_tensors
+from twotower.distributed.row_files import stack_rows, stored_tensors
 from twotower.errors import InputError
 from twotower.incremental.warm_start import continue_optimizer, grown_rows
 from twotower.training.checkpoint.io import SafeCheckpointIO
@@ -150,7 +150,7 @@ def test_an_opened_checkpoint_equals_the_loaded_one(done_by_ranks, tmp_path, kep
 def test_parts_with_gaps_are_refused(tmp_path):
     save_file({"rows": torch.ones(4, 2)}, tmp_path / "part.safetensors")
     rows = stored_tensors(tmp_path / "part.safetensors")[0]["rows"]
-    assert len(joined("rows", torch.Size([8, 2]), [(4, rows), (0, rows)])) == 8
+    assert len(stack_rows("rows", torch.Size([8, 2]), [(4, rows), (0, rows)])) == 8
     for first in (3, 5):
         with pytest.raises(ValueError, match="of the 8 rows of rows"):
-            joined("rows", torch.Size([8, 2]), [(0, rows), (first, rows)])
+            stack_rows("rows", torch.Size([8, 2]), [(0, rows), (first, rows)])

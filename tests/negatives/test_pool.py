@@ -333,3 +333,11 @@ def test_a_batch_of_one_row_has_no_in_batch_candidates():
     drawn = Pool(InBatch(frequency), Sampled(Uniform(2), 4), unique=True).draw(torch.tensor([1]))
     weight = torch.exp(-drawn.log_expected_count[~drawn.mask[0]])
     assert weight.tolist() == pytest.approx([1 / (1 - 0.5**4)] * len(weight)), "only the uniform draws count"
+
+
+def test_counts_that_vary_by_row_are_refused_for_shared_candidates():
+    varying = Sampled(Uniform(N), 3, per_row=True)
+    varying.varies_by_row = True
+    with pytest.raises(InputError, match=r"counts of Sampled differ from row to row.*\(InBatch\).*per_row=True"):
+        Pool(InBatch(FREQUENCY), varying)
+    Pool(varying, Sampled(Uniform(N), 3, per_row=True))

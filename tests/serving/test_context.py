@@ -17,7 +17,7 @@ from twotower.features.feature_set import FeatureSet
 from twotower.run import read_data, reread, train_run
 from twotower.serving.batch import recommend_file
 from twotower.serving.export import export_query_tower
-from twotower.serving.http import models
+from twotower.serving.http import form_fields
 from twotower.serving.http.handlers import PendingRequest, RecommendKey, answer
 from twotower.serving.http.models import ServedModel
 
@@ -177,8 +177,8 @@ def test_the_service_reports_the_context_it_takes_and_the_column_at_fault(runs, 
     with client(runs["without"][0]) as service:
         assert service.get("/models").json()["models"][0]["context"] == []
     features = tt.Retriever.load(runs["with"][0]).ranker.context_features()
-    monkeypatch.setattr(models, "MOST_VALUES", 2)
-    assert models.context_fields(features)[0] == {**device, "values": None}
+    monkeypatch.setattr(form_fields, "MOST_VALUES", 2)
+    assert form_fields.context_fields(features)[0] == {**device, "values": None}
 
 
 @pytest.fixture
@@ -261,11 +261,13 @@ def test_the_command_line_and_files(runs, tmp_path, monkeypatch, capsys):
     assert [one["item"] for one in json.loads(out)] == expected["item"].to_list()
     code, _, err = run(monkeypatch, capsys, "recommend", folder, "--query", "u05", "--context", "[1]")
     assert code == 2 and "--context [1]: expected an object" in err
-    rows = pl.DataFrame({"user_id": ["u05", "u05", "nobody"], "device": ["desk", "tv", "tv"]})
+    rows = pl.DataFrame({"user_id": ["u05", "u05", "nobody", "no one"], "device": ["desk", "tv", "tv", None]})
     rows.write_parquet(tmp_path / "asked.parquet")
-    recommend_file(tt.Retriever.load(folder), tmp_path / "asked.parquet", tmp_path / "found.parquet", k=3)
-    devices, _ = places(pl.read_parquet(tmp_path / "found.parquet"))
-    assert devices.tolist() == [1, 1, 1, 2, 2, 2]
+    report = recommend_file(tt.Retriever.load(folder), tmp_path / "asked.parquet", tmp_path / "found.parquet", k=3)
+    found = pl.read_parquet(tmp_path / "found.parquet")
+    assert found["query"].unique(maintain_order=True).to_list() == ["u05", "nobody"] and report.unknown == 1
+    # An unknown query is answered by its context, as from Python and over HTTP.
+    assert places(found)[0].tolist() == [1, 1, 1, 2, 2, 2, 2, 2, 2]
     code, out, err = run(monkeypatch, capsys, "features", folder.parent / "log.csv")
     assert code == 0, err
     assert "query_tower:\n  context:" in out and "{column: timestamp, kind: timestamp, parts: [hour, weekday]}" in out

@@ -70,7 +70,7 @@ def test_refusals(model):
     for ask, message in [
         (lambda r: r.explain("nobody", item=1), "query 'nobody'"),
         (lambda r: r.explain("u001", item=777), "item 777"),
-        (lambda r: r.explain(item=1), "query ids, histories or features"),
+        (lambda r: r.explain(item=1), "expected query, history or context; found none of them"),
         (lambda r: r.explain(history=[777], item=1), "none of its items"),
     ]:
         with pytest.raises(InputError, match=message):

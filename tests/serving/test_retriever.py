@@ -91,12 +91,12 @@ def test_neighbours_of_text_ids_come_without_a_warning(tmp_path):
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (lambda r: r.recommend(["nobody"]), "query 'nobody': not in"),
-        (lambda r: r.recommend(), "expected query ids, histories or features"),
+        (lambda r: r.recommend(["nobody"]), "query 'nobody': not an id that this model knows"),
+        (lambda r: r.recommend(), "expected query ids, histories, features or context; found none of them"),
         (lambda r: r.recommend(["u001"], k=0), "at least 1"),
         (lambda r: r.recommend(["u001"], histories=[[1], [2]]), "one for each query"),
         (lambda r: r.recommend(histories=[[99999]]), "none of its items is in the catalog"),
-        (lambda r: r.similar([777]), "item 777: not in"),
+        (lambda r: r.similar([777]), "item 777: not an id that this model knows"),
         (lambda r: r.similar([1], k=-1), "at least 1"),
     ],
 )

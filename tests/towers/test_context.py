@@ -14,9 +14,8 @@ from twotower.data.loading.packing import pack
 from twotower.errors import InputError
 from twotower.features.from_config import encode_context, encode_features
 from twotower.features.requests import given_gaps
-from twotower.ranking.tower_ranker import TowerRanker, gaps_of
-from twotower.run import gaps_of as row_gaps
-from twotower.run import make_batches
+from twotower.ranking.tower_ranker import TowerRanker, holdout_gaps
+from twotower.run import make_batches, row_gaps
 from twotower.towers import ContextInputs, SequenceTower, SideInputs, build_towers
 from twotower.training import compute_loss, embedding
 from twotower.training.embedding import embed_rows
@@ -298,7 +297,7 @@ def test_gaps_are_the_same_in_training_and_in_ranking(data, encoder):
         torch.testing.assert_close(
             exported, tower(torch.tensor([-1, -1]), rectangle, gaps=between), atol=1e-5, rtol=1e-4
         )
-    assert len(gaps_of(split.test)) == len(split.test.history_items)
+    assert len(holdout_gaps(split.test)) == len(split.test.history_items)
     config = Config.load(None, [*SMALL, settings])
     assert np.array_equal(row_gaps(config, train), codes) and row_gaps(Config(), train) is None
 

@@ -19,6 +19,7 @@ from twotower.config.run import Config, ObjectiveConfig
 from twotower.negatives import HardNegatives
 from twotower.objectives import Objective
 from twotower.objectives.build import build_objective, named_objective
+from twotower.system.terminal import cell
 
 #: A relative bias up to _NONE, or within twice its error, is reported as none; up to _SMALL, as small.
 _NONE, _SMALL = 0.005, 0.03
@@ -123,19 +124,19 @@ class Audit:
         for one in self.objectives:
             name = f"{one.name} (its own)" if one.own else one.name
             if one.overall is None:
-                table.add_row(name, "-", "-", "-", "-", one.verdict)
+                table.add_row(cell(name), "-", "-", "-", "-", one.verdict)
                 continue
-            table.add_row(name, *_cells(one.overall), one.verdict)
+            table.add_row(cell(name), *_cells(one.overall), one.verdict)
         parts: list[Any] = [head, table, *(self._deciles(one) for one in self.objectives if one.overall is not None)]
-        parts += [f"{one.name}: {one.note}" for one in self.objectives if one.note]
+        parts += [cell(f"{one.name}: {one.note}") for one in self.objectives if one.note]
         if self.appearances:
             parts.append(self._appearances())
         parts.append(f"masked: {self.masked:.2%} of the candidates, over all rows of real batches")
-        return Group(*parts, "", *(f"* {line}" for line in self.conclusion()))
+        return Group(*parts, "", *(cell(f"* {line}") for line in self.conclusion()))
 
     @staticmethod
     def _deciles(one: ObjectiveAudit) -> Table:
-        table = Table(title=f"{one.name}, by popularity decile of the positive", title_justify="left")
+        table = Table(title=cell(f"{one.name}, by popularity decile of the positive"), title_justify="left")
         for title in ("decile", "rows", "bias", "spread", "distinct", "effective"):
             table.add_column(title, justify="right")
         for number, values in enumerate(one.deciles):

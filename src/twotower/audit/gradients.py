@@ -193,8 +193,7 @@ def follow(pool: Pool, batch: Batch, *, drawn: bool) -> None:
         return
     for member in pool.members():
         if isinstance(member, CrossBatchMemory):
-            windows = None if batch.sequences is None else batch.sequences.windows
-            member.remember(batch.items, batch.group, epoch=batch.epoch, windows=windows)
+            member.remember(batch.items, batch.group, epoch=batch.epoch, windows=batch.windows)
 
 
 def _assigned(pool: Pool, rows: AuditedRows, batches: Iterator[Batch], total: int) -> Iterator[tuple[int, Batch]]:

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from twotower.errors import InputError
 from twotower.losses.softmax import candidate_logits, log_sum_exp
 from twotower.negatives import Pool
 
@@ -72,10 +73,10 @@ def partition_error(
         The errors in nats.
 
     Raises:
-        ValueError: no rows, or fewer than 1 draw.
+        InputError: no rows, or fewer than 1 draw.
     """
     if draws < 1 or not len(queries):
-        raise ValueError(f"expected at least 1 draw and 1 row, got {draws} and {len(queries)}")
+        raise InputError(f"expected at least 1 draw and 1 row, got {draws} and {len(queries)}")
     queries, items = queries.double(), items.double()
     exact = torch.cat(
         [

@@ -16,7 +16,7 @@ from twotower.data.loading.gaps import gap_codes
 from twotower.data.loading.histories import gather_histories
 from twotower.errors import InputError
 from twotower.negatives import Pool, popularity_deciles
-from twotower.objectives.build import masks_known_positives, reads_gaps
+from twotower.objectives.build import masks_known_positives
 from twotower.ranking.tower_ranker import TowerRanker
 from twotower.serving import SavedModel
 
@@ -108,7 +108,7 @@ def subject_of(artifact: SavedModel, train: Interactions, *, rows: int = 64, see
     requests = ranker.encoded_context(None if train.context is None else train.context[chosen], len(chosen))
     context = None if requests is None else [torch.from_numpy(one) for one in requests]
     gaps = None
-    if reads_gaps(config) and train.timestamps is not None and length:
+    if config.reads_gaps and train.timestamps is not None and length:
         codes = gap_codes(train.offsets, train.timestamps)
         before = gather_histories(train.offsets, codes, batch.queries.numpy(), chosen, length)
         gaps = torch.from_numpy(np.maximum(before, 0))

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from twotower.system.terminal import cell, plain
 
 if TYPE_CHECKING:
     import polars as pl
@@ -25,13 +30,37 @@ Run = Annotated[Path, typer.Argument(metavar="DIR", help="Run folder written by 
 
 def print_json(value: Any) -> None:
     """Print one JSON value to stdout."""
-    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
+    text = json.dumps(value, indent=1, ensure_ascii=False, default=str)
+    # Of what a terminal obeys, JSON escapes only the first 32 characters.
+    sys.stdout.write(re.sub("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]", _escape, text) + "\n")
+
+
+def _escape(found: re.Match[str]) -> str:
+    return f"\\u{ord(found[0]):04x}"
+
+
+def print_line(text: object, *, to: Console = console, style: str = "") -> None:
+    """Print one line of text as it is, however long; nothing in it is read as markup."""
+    to.print(Text(plain(text), style=style), soft_wrap=True)
+
+
+def print_lines(text: object, *, to: Console = console) -> None:
+    """Print text of several lines, each as `print_line` does."""
+    for line in str(text).split("\n"):
+        print_line(line, to=to)
 
 
 def print_frame(title: str, frame: pl.DataFrame) -> None:
     """Print a data frame as a table, floats with four decimals."""
-    console.print(title, style="italic", highlight=False, markup=False, soft_wrap=True)
-    table = Table(*frame.columns)  # the table's own title would wrap at the width of its columns
-    for row in frame.iter_rows():
-        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row))
+    print_line(title, style="italic")  # the table's own title would wrap at the width of its columns
+    print_table(frame.columns, frame.iter_rows())
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
+    """Print rows as a table; nothing in a cell is read as markup."""
+    table = Table(title=None if title is None else cell(title), title_justify="left")
+    for name in header:
+        table.add_column(cell(name))
+    for row in rows:
+        table.add_row(*map(cell, row))
     console.print(table)

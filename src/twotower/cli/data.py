@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from twotower.cli.console import Json, console, print_json
+from twotower.cli.console import Json, print_json, print_lines, print_table
 
 commands = typer.Typer()
 
@@ -26,16 +25,16 @@ def datasets(
         if as_json:
             print_json(data.account.to_dict())
         else:
-            console.print(str(data.account), highlight=False)
+            print_lines(data.account)
         return
     rows = known.available()
     if as_json:
         print_json(rows)
         return
-    table = Table("name", "description", "size", "terms", "downloaded", title="Data sets")
-    for row in rows:
-        table.add_row(row["name"], row["description"], row["size"], row["terms"], "yes" if row["cached"] else "no")
-    console.print(table)
+    shown = [
+        (row["name"], row["description"], row["size"], row["terms"], "yes" if row["cached"] else "no") for row in rows
+    ]
+    print_table(("name", "description", "size", "terms", "downloaded"), shown, "Data sets")
 
 
 @commands.command()
@@ -57,14 +56,18 @@ def features(
         return
     for side, columns in found.items():
         title = "interactions (request context)" if side == "context" else f"{side} table"
-        table = Table("column", "kind", "why", "distinct", "missing", title=title, title_justify="left")
-        for one in columns:
-            kind = "-" if one.declared is None else one.declared.kind
-            distinct = "" if one.distinct is None else f"{one.distinct:,}"
-            table.add_row(one.column, kind, one.why, distinct, f"{one.missing:.1%}")
-        console.print(table)
-    console.print("\nAs settings, to adjust where you know better:\n", highlight=False)
-    console.print(as_yaml(found), highlight=False, markup=False, soft_wrap=True)
+        rows = [
+            (
+                one.column,
+                "-" if one.declared is None else one.declared.kind,
+                one.why,
+                "" if one.distinct is None else f"{one.distinct:,}",
+                f"{one.missing:.1%}",
+            )
+            for one in columns
+        ]
+        print_table(("column", "kind", "why", "distinct", "missing"), rows, title)
+    print_lines(f"\nAs settings, to adjust where you know better:\n\n{as_yaml(found)}")
 
 
 @commands.command()
@@ -77,7 +80,4 @@ def doctor(as_json: Json = False) -> None:
         print_json(found)
         return
     for section, rows in found.items():
-        table = Table("property", "value", title=section, title_justify="left")
-        for name, value in rows.items():
-            table.add_row(name, str(value))
-        console.print(table)
+        print_table(("property", "value"), [(name, str(value)) for name, value in rows.items()], section)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from twotower.cli.console import Json, Run, console, print_json
+from twotower.cli.console import Json, Run, print_json, print_line
 from twotower.errors import InputError
 
 commands = typer.Typer()
@@ -41,15 +41,13 @@ def index(
     if as_json:
         print_json({"kind": "exact"} if report is None else report.to_dict())
     elif report is None:
-        console.print("Exact search needs no index; any approximate index has been removed.", highlight=False)
+        print_line("Exact search needs no index; any approximate index has been removed.")
     else:
         recall = ", ".join(f"{value:.4f} at {name}" for name, value in report.recall.items())
-        console.print(
+        print_line(
             f"{report.kind}: {report.num_items:,} items in {report.build_seconds:.1f} s, "
             f"{report.bytes / 2**20:.1f} MiB; recall of the exact top {report.k} on {report.num_queries:,} queries: "
-            f"{recall}; effort {report.settings['effort']}",
-            highlight=False,
-            soft_wrap=True,
+            f"{recall}; effort {report.settings['effort']}"
         )
 
 
@@ -67,11 +65,9 @@ def export(
     if as_json:
         print_json(report)
     else:
-        console.print(
+        print_line(
             f"{report['file']}: inputs {', '.join(report['inputs'])}; largest difference from the original "
-            f"{report['largest_difference']:.1e}",
-            highlight=False,
-            soft_wrap=True,
+            f"{report['largest_difference']:.1e}"
         )
 
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from twotower.cli.console import Json, Run, console, print_json
-from twotower.cli.query import listed
+from twotower.cli.console import Json, Run, print_json, print_line
+from twotower.cli.query import option_ids
 from twotower.errors import InputError
 
 commands = typer.Typer()
@@ -36,12 +36,12 @@ def items(
     from twotower.data.io.id_lists import read_items  # noqa: PLC0415
     from twotower.serving import Retriever, save_changes  # noqa: PLC0415
 
-    leaving = listed(remove, "--remove")
-    if add is None and update is None and leaving is None:
+    removed = option_ids(remove, "--remove")
+    if add is None and update is None and removed is None:
         raise InputError("items: expected --add FILE, --update FILE or --remove IDS; found none of them")
     retriever = Retriever.load(directory)
-    if leaving is not None:
-        retriever.catalog.remove(leaving)
+    if removed is not None:
+        retriever.catalog.remove(removed)
     if update is not None:
         retriever.catalog.update(read_items(update))
     if add is not None:
@@ -50,10 +50,8 @@ def items(
     if as_json:
         print_json(counts)
         return
-    console.print(
+    print_line(
         f"Since training, {counts['joined']:,} items were added to the catalog, {counts['changed']:,} changed and "
         f"{counts['left']:,} removed; the {retriever.index.kind} index is up to date. A running service reloads the "
-        "model by itself.",
-        highlight=False,
-        soft_wrap=True,
+        "model by itself."
     )

@@ -11,7 +11,8 @@ from typing import Annotated
 
 import typer
 
-from twotower.cli.console import Json, Run, console, messages, print_json
+from twotower import __version__
+from twotower.cli.console import Json, Run, console, messages, print_json, print_line, print_lines
 from twotower.cli.data import commands as preparing
 from twotower.cli.export import commands as exporting
 from twotower.cli.items import commands as catalog
@@ -34,11 +35,21 @@ app.add_typer(serving)
 app.add_typer(planning)
 
 
+def _print_version(requested: bool) -> None:
+    if requested:
+        console.print(f"twotower {__version__}", highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
 def _root(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
 ) -> None:
+    del version
     from twotower.distributed.launch import Launch  # noqa: PLC0415  # imported late, as in `train`
 
     _STATE["debug"] = debug
@@ -70,6 +81,14 @@ def train(
     warm_start: Annotated[
         Path | None, typer.Option("--from", metavar="DIR", help="Continue training the model in DIR on new DATA.")
     ] = None,
+    validation: Annotated[
+        str | None,
+        typer.Option("--validation", metavar="FILE", help="Validation file of a ready-made split; requires --test."),
+    ] = None,
+    test: Annotated[
+        str | None,
+        typer.Option("--test", metavar="FILE", help="Test file of a ready-made split; DATA is the training file."),
+    ] = None,
     withdraw: Annotated[
         Path | None,
         typer.Option("--withdraw", metavar="FILE", help="With --from: ids of items to remove from the catalog."),
@@ -92,6 +111,9 @@ def train(
     changes = list(overrides or [])
     if items is not None:
         changes.append(f"data.items={json.dumps(items)}")
+    changes += [
+        f"data.{part}={json.dumps(file)}" for part, file in (("validation", validation), ("test", test)) if file
+    ]
     base = run.settings_of(warm_start) if warm_start is not None and config is None else None
     settings = Config.load(config, changes, base=base)
     if warm_start is not None and out.resolve() == warm_start.resolve():
@@ -105,7 +127,7 @@ def train(
         withdraw=withdraw,
         resume=resume,
         replace=force,
-        on_message=lambda text: progress.print(str(text), highlight=False, markup=False, soft_wrap=True),
+        on_message=lambda text: print_lines(text, to=progress),
     )
     if not Launch.of_environment().is_first:
         return
@@ -113,8 +135,10 @@ def train(
         print_json(measured.to_dict())
         return
     console.print(measured)
-    console.print(f"\nThe model is in {out}. Next steps:", highlight=False)
-    console.print(f"  twotower recommend {out} --query ID\n  twotower similar {out} --item ID", highlight=False)
+    print_lines(
+        f"\nThe model is in {out}. Next steps:\n"
+        f"  twotower recommend {out} --query ID\n  twotower similar {out} --item ID"
+    )
 
 
 @app.command()
@@ -138,7 +162,7 @@ def evaluate(
         return
     console.print(measured)
     if page is not None:
-        console.print(f"The report is in {page}", highlight=False, markup=False, soft_wrap=True)
+        print_line(f"The report is in {page}")
 
 
 @app.command()
@@ -184,18 +208,16 @@ def compare(
             jobs=jobs,
             audited=not no_audit,
             command=shlex.join(["twotower", *sys.argv[1:]]),
-            on_message=lambda text: progress.print(text, highlight=False, markup=False, soft_wrap=True),
+            on_message=lambda text: print_lines(text, to=progress),
         )
     except Interrupted as stop:
-        messages.print(
-            f"twotower: {stop}; run the same command again to resume", highlight=False, markup=False, soft_wrap=True
-        )
+        print_line(f"twotower: {stop}; run the same command again to resume", to=messages)
         raise typer.Exit(130) from stop
     if as_json:
         print_json(found.to_dict())
         return
     console.print(found)
-    console.print(f"\nThe report is in {out / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+    print_lines(f"\nThe report is in {out / 'report.html'}")
 
 
 @app.command()
@@ -247,28 +269,26 @@ def main() -> None:
     except InputError as error:
         if _STATE["debug"]:
             raise
-        messages.print(f"twotower: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        print_line(f"twotower: {error}", to=messages, style="red")
         sys.exit(2)
     except RankLost as lost:
         if _STATE["debug"]:
             raise
-        messages.print(f"twotower: {lost}", style="red", highlight=False, markup=False, soft_wrap=True)
+        print_line(f"twotower: {lost}", to=messages, style="red")
         sys.stderr.flush()
         os._exit(1)  # exchange threads may still be waiting for the lost rank
     except Interrupted as stop:
-        messages.print(f"twotower: {stop}; continue with --resume", highlight=False, markup=False, soft_wrap=True)
+        print_line(f"twotower: {stop}; continue with --resume", to=messages)
         sys.exit(130)
     except Exception as error:
         if _STATE["debug"]:
             raise
         text = " ".join(str(error).split()) or type(error).__name__
-        messages.print(
+        print_line(
             f"twotower: {type(error).__name__}: {text} "
             "(internal error; twotower --debug COMMAND ... prints the traceback)",
+            to=messages,
             style="red",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
         )
         sys.exit(1)
 

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from twotower.cli.console import Json, console, print_json
+from twotower.cli.console import Json, console, print_json, print_table
 from twotower.errors import InputError
 
 if TYPE_CHECKING:
@@ -114,11 +113,8 @@ def _show(found: ScalePlan) -> None:
     ):
         if not parts:
             continue
-        table = Table("part", unit, title=title, title_justify="left")
-        for name, value in sorted(parts.items(), key=lambda part: -part[1]):
-            table.add_row(name, f"{value / scale:,.2f}")
-        table.add_row("total", f"{sum(parts.values()) / scale:,.2f}")
-        console.print(table)
+        lines = [*sorted(parts.items(), key=lambda part: -part[1]), ("total", sum(parts.values()))]
+        print_table(("part", unit), [(name, f"{value / scale:,.2f}") for name, value in lines], title)
     rows = found.workload.batch / found.step
     console.print(f"{rows:,.0f} rows per second over all ranks; bottleneck: {found.bottleneck}")
     added = sum(found.ranking.values()) / 2**30

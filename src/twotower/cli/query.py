@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from twotower.cli.console import Json, Run, console, messages, print_frame, print_json
+from twotower.cli.console import Json, Run, console, messages, print_frame, print_json, print_line
 from twotower.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 commands = typer.Typer()
 
 Query = Annotated[list[str] | None, typer.Option("--query", help="Id of a query in the data; may be repeated.")]
-History = Annotated[str | None, typer.Option("--history", help='Item ids, oldest first: "i1,i2,...".')]
+History = Annotated[
+    str | None,
+    typer.Option("--history", help='Item ids, oldest first: "i1,i2,..."; an id with a comma in double quotes.'),
+]
 Context = Annotated[
     str | None,
     typer.Option("--context", metavar="JSON", help='Context of the request, as JSON: \'{"device": "phone"}\'.'),
@@ -61,14 +65,15 @@ def recommend(
 ) -> None:
     """Recommend items for a query, a history of items, features, or every row of a file."""
     from twotower.serving import Retriever  # noqa: PLC0415
+    from twotower.serving.queries import require_something  # noqa: PLC0415
 
     options: dict[str, Any] = {
         "k": k,
         "exclude_seen": not keep_seen,
         "popularity": popularity,
         "filter": filter_,
-        "allow": listed(allow, "--allow"),
-        "deny": listed(deny, "--deny"),
+        "allow": option_ids(allow, "--allow"),
+        "deny": option_ids(deny, "--deny"),
     }
     if source is not None or target is not None:
         if source is None or target is None or any(given is not None for given in (query, history, features, context)):
@@ -78,10 +83,9 @@ def recommend(
             )
         _file(Retriever.load(directory, exact=exact), source, target, options, resume, force, as_json)
         return
-    if (query is None) == (history is None) and features is None and context is None:
-        raise InputError("recommend: expected --query ID or --history ITEM,ITEM,...; give one of the two")
+    require_something({"--query": query, "--history": history, "--features": features, "--context": context})
     if query is not None and history is not None:
-        raise InputError("recommend: expected --query ID or --history ITEM,ITEM,...; give one of the two")
+        raise InputError("recommend: expected --query ID or --history ITEM,ITEM,..., found both; give one of the two")
     feature_rows = (
         None if features is None else [_object(features, "--features")] * (1 if query is None else len(query))
     )
@@ -103,7 +107,7 @@ def recommend(
         name = of[0] if query is not None else "this query" if history is None else "this history"
         print_frame(f"Recommended for {name}", rows.drop("query"))
     if not len(found):
-        console.print("No items left to recommend.")
+        print_line("No items left to recommend.")
     _print_index(retriever)
 
 
@@ -138,9 +142,9 @@ def explain(
 ) -> None:
     """Explain a recommendation: the contribution of each item in the history, and of popularity."""
     from twotower.serving import Retriever  # noqa: PLC0415
+    from twotower.serving.queries import require_something  # noqa: PLC0415
 
-    if query is None and history is None:
-        raise InputError("explain: expected --query ID or --history ITEM,ITEM,...; found neither")
+    require_something({"--query": query, "--history": history, "--context": context})
     retriever = Retriever.load(directory, exact=True)
     item_ids = None if history is None else _history(history, retriever)
     request_context = None if context is None else _object(context, "--context")
@@ -150,10 +154,10 @@ def explain(
         return
     name = retriever.describe([item])
     shown = name["title"][0] if "title" in name.columns else item
-    console.print(f"{shown}: {found.lift:+.2f} logits above the mean of the catalog,", highlight=False, markup=False)
+    print_line(f"{shown}: {found.lift:+.2f} logits above the mean of the catalog,")
     # Round first and add 0.0: a value near zero must not print as -0.00 (-0%).
     share = "" if found.popularity_share is None else f" ({round(found.popularity_share, 2) + 0.0:.0%})"
-    console.print(f"of which {round(found.popularity, 2) + 0.0:+.2f}{share} is due to its popularity.", highlight=False)
+    print_line(f"of which {round(found.popularity, 2) + 0.0:+.2f}{share} is due to its popularity.")
     print_frame("Drop in logits without this item of the history", found.history.head(10))
 
 
@@ -183,6 +187,7 @@ def dial(
     if not len(holdout):
         raise InputError(f"--on {on}: the split of this model has no {on} queries")
     seen = artifact.config.evaluation.exclude_seen
+    k = min(k, max(len(artifact.items), 1))
     found = popularity_curve(Retriever(artifact), holdout, train=split.train, k=k, exclude_seen=seen)
     if as_json:
         print_json(found.to_dict())
@@ -211,17 +216,15 @@ def _file(
     if as_json:
         print_json(report.__dict__)
         return
-    console.print(
+    print_line(
         f"{target}: {report.rows:,} rows for {report.answered:,} of {report.queries:,} queries; "
-        f"{report.unknown:,} queries are unknown and have no usable history",
-        highlight=False,
-        soft_wrap=True,
+        f"nothing is known of {report.unknown:,} queries"
     )
 
 
 def _print_index(retriever: Retriever) -> None:
     if not retriever.index.is_exact:
-        console.print(f"Found by the {retriever.index.kind} index; --exact searches every item.", highlight=False)
+        print_line(f"Found by the {retriever.index.kind} index; --exact searches every item.")
 
 
 def _object(text: str, option: str) -> dict[str, Any]:
@@ -235,25 +238,26 @@ def _object(text: str, option: str) -> dict[str, Any]:
 
 
 def _ids(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+    """Split ids at commas; an id in double quotes may contain commas, as in CSV."""
+    parts = next(csv.reader([text], skipinitialspace=True), [])
+    return [part.strip() for part in parts if part.strip()]
 
 
 def _history(text: str, retriever: Retriever) -> list[str]:
     """Parse --history and print unknown ids: an answer from the remaining ids looks no different."""
-    ids = _ids(text)
-    items = retriever.artifact.items
-    unknown = [one for one, code in zip(ids, items.encode(ids), strict=True) if code < 0]
+    from twotower.serving.queries import codes_of  # noqa: PLC0415
+
+    ids, items = _ids(text), retriever.artifact.items
+    unknown = [one for one, code in zip(ids, codes_of(items, ids), strict=True) if code < 0]
     if 0 < len(unknown) < len(ids):
-        messages.print(
+        print_line(
             f"--history: no such item: {', '.join(map(repr, unknown))}; ignored. Ids look like {items.ids[0]!r}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
+            to=messages,
         )
     return ids
 
 
-def listed(text: str | None, option: str) -> list[Any] | None:
+def option_ids(text: str | None, option: str) -> list[Any] | None:
     """Parse the ids of an option, or read them from the file it names.
 
     Raises:

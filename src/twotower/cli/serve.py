@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from twotower.cli.console import messages
+from twotower.cli.console import messages, print_line
 
 commands = typer.Typer()
 
@@ -68,5 +68,5 @@ def serve(
         port=port,
         settings=settings,
         log_level=log_level,
-        opened=lambda address: messages.print(f"The page is at {address}", highlight=False, soft_wrap=True),
+        opened=lambda address: print_line(f"The page is at {address}", to=messages),
     )

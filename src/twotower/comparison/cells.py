@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,13 +14,12 @@ from twotower.config.run import Config
 from twotower.data import Interactions
 from twotower.errors import InputError
 from twotower.objectives.build import build_objective
+from twotower.run.settings import CONFIG, differences
 from twotower.serving.model_folder import find_model, read_metadata
 from twotower.training import LAST
 
 #: Settings that change neither the initial weights, nor the data, nor any training step.
 FREE = ("evaluation", "training.logger")
-#: Settings that are paths: two paths to the same file are the same setting.
-PATHS = ("data.items", "data.queries")
 
 State = Literal["finished", "interrupted", "new"]
 
@@ -57,13 +56,13 @@ class Cell:
         Raises:
             InputError: the run folder was trained with other settings or on other data.
         """
-        written = self.directory / "config.yaml"
+        written = self.directory / CONFIG
         finished = (self.directory / "results.json").exists()
         if not finished and not (self.directory / LAST).exists():
             return "new"
         # A setting added by a newer version gets its default here, which may be "auto".
         found = Config.load(written).resolved(self.rows)
-        for field, (requested, existing) in differences(self.config, found).items():
+        for field, (requested, existing) in differences(self.config, found, FREE).items():
             raise InputError(
                 f"{written}: {field} is {existing!r}, but {requested!r} was requested; use the settings the comparison "
                 "was started with, or another --out"
@@ -114,18 +113,6 @@ def make_cells(base: Config, objectives: Sequence[str], seeds: int, out: Path, t
     ]
 
 
-def differences(asked: Config, found: Config) -> dict[str, tuple[Any, Any]]:
-    """Return the settings that affect training and differ: name -> (asked, found)."""
-    mine, other = (dict(_flat(config.model_dump(mode="json"))) for config in (asked, found))
-    unequal = {}
-    for field in mine.keys() | other.keys():
-        values = mine.get(field), other.get(field)
-        same = _path(values[0]) == _path(values[1]) if field in PATHS else values[0] == values[1]
-        if not same and not field.startswith(FREE):
-            unequal[field] = values
-    return dict(sorted(unequal.items()))
-
-
 def _objective(base: Config, text: str) -> tuple[str, Config]:
     name, equals, path = text.partition("=")
     if not equals:
@@ -163,15 +150,3 @@ def _seeded(config: Config, seed: int) -> Config:
     training = config.training.model_copy(update={"seed": seed})
     evaluation = config.evaluation.model_copy(update={"baselines": False})  # measured once for all cells
     return config.model_copy(update={"training": training, "evaluation": evaluation})
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def _path(value: str | None) -> str | None:
-    return None if value is None else str(Path(value).resolve())

@@ -26,8 +26,10 @@ from twotower.data import Interactions
 from twotower.features.from_config import wanted_context
 from twotower.report import findings
 from twotower.run import audit_run, read_data, split_data
+from twotower.run.run_folder import reserved
 from twotower.serving.model_folder import TOWERS
 from twotower.system.filesystem import whole_file, write_text
+from twotower.system.terminal import cell
 
 
 def printed(document: dict[str, Any]) -> Group:
@@ -45,7 +47,7 @@ def printed(document: dict[str, Any]) -> Group:
         rare = findings.value(entry, tail, "tail")
         time = findings.processor_time(entry) if "runs" in entry else None
         table.add_row(
-            entry["name"],
+            cell(entry["name"]),
             findings.number(found["mean"]),
             "-" if one is None else f"{100 * one['difference'] / best:+.1f} %",
             "-" if one is None or one["adjusted"] is None else f"{one['adjusted']:.3f}",
@@ -59,7 +61,7 @@ def printed(document: dict[str, Any]) -> Group:
         f"{len(document['seeds'])} seed(s); tail: {tail} on the targets in the tail"
     )
     words = [*findings.answer(document), *(f"note: {text}" for text in findings.cautions(document))]
-    return Group(title, table, *(f"* {text}" for text in words))
+    return Group(title, table, *(cell(f"* {text}") for text in words))
 
 
 #: Rows and redraws of the report's audit: enough to detect a bias of a few percent, in minutes on a small catalog.
@@ -113,36 +115,38 @@ def compare_run(
         on_message: receives progress messages.
 
     Raises:
-        InputError: a setting is wrong, or `out` contains runs with other settings or other data.
+        InputError: a setting is wrong, `out` contains runs with other settings or other data, cannot be written, or
+            another process is writing into it.
         Interrupted: Ctrl-C; the same call resumes the comparison.
         RuntimeError: a training run failed.
     """
     directory = Path(out)
-    data = read_data(source, base.data, context=wanted_context(base))
-    split = split_data(data, base.data)
-    cells = make_cells(base, objectives, seeds, directory, split.train)
-    train_cells(str(source), cells, data.fingerprint, directory, jobs=jobs, on_message=on_message)
-    on_message(f"ranking the test queries with {len(cells)} models")
-    found = measure_cells(cells, split, base.evaluation)
-    ks = tuple(sorted(base.evaluation.ks))
-    compared = compare(found.rows, found.baselines, metric=f"NDCG@{ks[0]}", tail_metric=f"Recall@{ks[0]}")
-    document = build_document(
-        "comparison",
-        compared,
-        found.evaluation,
-        found.baselines,
-        metadata=found.metadata,
-        data=data,
-        jobs=jobs,
-        command=command,
-        objectives={cell.name: cell.config.objective.model_dump(mode="json") for cell in cells},
-        diagnostics={cell.name: diagnostics(cell.directory) for cell in cells if cell.seed == base.training.seed},
-        calibration=calibrations({cell.name: cell.directory for cell in reversed(cells)}, split),
-        examples=disagreements(found.ranked, split.test, split.train, base.evaluation.exclude_seen),
-        audit=_audit(cells, source, directory, on_message) if audited else None,
-    )
-    _write(document, directory, found, cells, data)
-    return Comparison(document, directory)
+    with reserved(directory):
+        data = read_data(source, base.data, context=wanted_context(base))
+        split = split_data(data, base.data, histories=base.query_tower.history is not None)
+        cells = make_cells(base, objectives, seeds, directory, split.train)
+        train_cells(str(source), cells, data.fingerprint, directory, jobs=jobs, on_message=on_message)
+        on_message(f"ranking the test queries with {len(cells)} models")
+        found = measure_cells(cells, split, base.evaluation)
+        ks = tuple(sorted(base.evaluation.ks))
+        compared = compare(found.rows, found.baselines, metric=f"NDCG@{ks[0]}", tail_metric=f"Recall@{ks[0]}")
+        document = build_document(
+            "comparison",
+            compared,
+            found.evaluation,
+            found.baselines,
+            metadata=found.metadata,
+            data=split.data,
+            jobs=jobs,
+            command=command,
+            objectives={cell.name: cell.config.objective.model_dump(mode="json") for cell in cells},
+            diagnostics={cell.name: diagnostics(cell.directory) for cell in cells if cell.seed == base.training.seed},
+            calibration=calibrations({cell.name: cell.directory for cell in reversed(cells)}, split),
+            examples=disagreements(found.ranked, split.test, split.train, base.evaluation.exclude_seen),
+            audit=_audit(cells, source, directory, on_message) if audited else None,
+        )
+        _write(document, directory, found, cells, split.data)
+        return Comparison(document, directory)
 
 
 def _audit(cells: Sequence[Cell], source: str | Path, out: Path, on_message: Callable[[str], None]) -> dict[str, Any]:

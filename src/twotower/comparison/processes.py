@@ -34,7 +34,7 @@ class TrainingProcess:
     log: Path
     output: IO[bytes]
     begun: float = field(default_factory=time.monotonic)
-    asked: int = 0  # number of interrupts sent to it
+    interrupts: int = 0  # sent to it
 
 
 def train_cells(
@@ -74,9 +74,9 @@ def train_cells(
                 on_message(f"[{number}/{len(cells)}] {cell.label}{' resumed' if resume else ''}{left}")
             time.sleep(_POLL)
             for one in running:  # the first interrupt lets it finish its step and save a checkpoint, a second ends it
-                while one.asked < stop():
+                while one.interrupts < stop():
                     one.process.send_signal(signal.SIGINT)
-                    one.asked += 1
+                    one.interrupts += 1
             for one in [one for one in running if one.process.poll() is not None]:
                 running.remove(one)
                 one.output.close()

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from twotower.errors import InputError
 from twotower.evaluation import Row
-from twotower.evaluation.significance import Interval, bootstrap_intervals, holm, paired_comparison
+from twotower.evaluation.significance import SIGNIFICANT, Interval, bootstrap_intervals, holm, paired_comparison
 
-#: A difference is significant below this adjusted p-value ...
-SIGNIFICANT = 0.05
-#: ... if it is also larger than this many standard errors over seeds.
+#: A difference between objectives must also be larger than this many standard errors over seeds.
 SEED_ERRORS = 2.0
 
 Values = NDArray[np.float64]
@@ -152,10 +151,10 @@ def compare(
         tail: name of the tail slice.
 
     Raises:
-        ValueError: no objective, an objective without rows, or rows of different queries.
+        InputError: no objective, an objective without rows, or rows of different queries.
     """
     if not rows or not all(rows.values()):
-        raise ValueError("compare: expected at least one objective, each with a row")
+        raise InputError("compare: expected at least one objective, each with a row")
     numbers = {name: measured(runs) for name, runs in rows.items()}
     values = {name: overall for name, (overall, _) in numbers.items()}
     slices = {name: parts for name, (_, parts) in numbers.items()}

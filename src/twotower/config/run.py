@@ -33,21 +33,28 @@ __all__ = [
 ]
 
 
-class ColumnsConfig(Section):
-    """The column of each role; a role left out is found by the usual names (user_id, item_id, timestamp, ...)."""
+#: A column name; YAML reads a name of digits as a number.
+ColumnName = Annotated[str | None, BeforeValidator(lambda name: str(name) if type(name) is int else name)]
 
-    query: str | None = None
-    item: str | None = None
-    timestamp: str | None = None
-    weight: str | None = None
-    label: str | None = None
-    group: str | None = None
+
+class ColumnsConfig(Section):
+    """The column of each role. A role left out is found by the usual names (user_id, ...); "none" has no column."""
+
+    query: ColumnName = None
+    item: ColumnName = None
+    timestamp: ColumnName = None
+    weight: ColumnName = None
+    label: ColumnName = None
+    group: ColumnName = None
 
 
 class HashedConfig(Section):
     """Ids hashed to rows, without a vocabulary."""
 
     hashed: int = Field(ge=2, le=2**31 - 1, description="R: ids that share a row are the same to the model.")
+
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
 class DataConfig(Section):
@@ -72,13 +79,20 @@ class DataConfig(Section):
     positive_label: float | None = Field(
         None, description="Rows with a label below this are observed negatives, not positives. None: all are positives."
     )
-    split: Literal["time", "leave-last-out", "held-out-queries"] = Field(
+    split: Literal["time", "random", "leave-last-out", "held-out-queries"] = Field(
         "time",
-        description="time: hold out everything after a date. leave-last-out: hold out each query's last item. "
-        "held-out-queries: hold out whole queries.",
+        description="time: hold out everything after a date. random: hold out random items of each query, for data "
+        "without time. leave-last-out: hold out each query's last item. held-out-queries: hold out whole queries. "
+        "Not used if the data comes as train, validation and test files.",
     )
-    validation: float = Field(0.05, gt=0, lt=1, description="Fraction for validation (time, held-out-queries).")
-    test: float = Field(0.1, gt=0, lt=1, description="Fraction for the test (time, held-out-queries).")
+    validation: Fraction | str = Field(
+        0.05, description="Fraction for validation (time, random, held-out-queries), or the validation file."
+    )
+    test: Fraction | str = Field(
+        0.1,
+        description="Fraction for the test (time, random, held-out-queries), or the test file; the data is then the "
+        "training file.",
+    )
     validation_queries: int | float | str | None = Field(
         None,
         description="leave-last-out: queries with a validation item: all (None), a number, a fraction, or a boolean "
@@ -175,6 +189,35 @@ class TrainingConfig(Section):
         "NDCG@10", pattern=r"^(Recall|NDCG|MRR|HR)@[1-9]\d*$", description="Validation metric of early stopping."
     )
     seed: int = Field(0, ge=0)
+    question: Literal["auto", "next", "horizon", "set"] = Field(
+        "auto",
+        description="What a training row asks for. next: the item after everything before it. horizon: all items "
+        "within a span of time after a cut. set: a random part of a query's items, from the others. auto: horizon for "
+        "splits at a time, set for rows without an order, next for leave-last-out, sequence towers and groups.",
+    )
+    horizon: PositiveFloat | Literal["auto"] = Field(
+        "auto", description="Days after the cut (horizon). auto: as many as the test, or the validation, covers."
+    )
+    hidden_share: float = Field(0.5, gt=0, lt=1, description="Probability that an item is hidden and asked for (set).")
+    question_weight: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="a: a question with m targets counts m^a times.",
+    )
+    start: Literal["auto", "random", "linear"] = Field(
+        "auto",
+        description="Initial weights. linear: the item-item matrix of EASE, cut to rank D. auto: linear if the towers "
+        "can express it and the catalog has at most 20,000 items.",
+    )
+    start_ridge: PositiveFloat | Literal["auto"] = Field(
+        "auto", description="Ridge penalty of the linear start. auto: the best of three on the validation."
+    )
+    recent_prior: bool = Field(
+        True,
+        description="Add how much more frequent each item is now than in all of training to its score. Half-life and "
+        "strength are chosen on the validation, left out if it does not help, or the split is not by time.",
+    )
     replay: float = Field(
         1.0, ge=0, le=100, description="When training continues on new data (--from): old rows replayed per new row."
     )
@@ -209,7 +252,11 @@ class EvaluationConfig(Section):
 
     ks: list[Annotated[int, Field(ge=1)]] = Field([10, 20], min_length=1, description="Cut-offs K.")
     exclude_seen: bool = Field(True, description="Exclude items in the query's history from the ranking.")
-    baselines: bool = Field(True, description="Evaluate popularity and item-kNN too, in the same table.")
+    baselines: bool | list[Literal["popularity", "newest", "item-kNN", "EASE"]] = Field(
+        True,
+        description="Evaluate simple methods too, in the same table: popularity, newest (popularity in the newest "
+        "rows), item-kNN and EASE, with settings chosen on the validation. A list names some of them; false: none.",
+    )
     slices: list[str] = Field(
         [], description="Columns to slice by: items.COLUMN of the item table, queries.COLUMN of the query table."
     )
@@ -255,6 +302,22 @@ class Config(Section):
             return cls.model_validate(values)
         except ValidationError as error:
             raise InputError(f"{where}: {first_fault(error, values, cls)}") from error
+
+    @property
+    def history_length(self) -> int:
+        """History length L of the query tower, 0 if it reads no history."""
+        return self.query_tower.history.length if self.query_tower.history else 0
+
+    @property
+    def reads_sequences(self) -> bool:
+        """Whether training rows are positions of whole sequences."""
+        return self.query_tower.history is not None and self.query_tower.history.sequence is not None
+
+    @property
+    def reads_gaps(self) -> bool:
+        """Whether the query tower reads the time between the items of a history."""
+        history = self.query_tower.history
+        return history is not None and history.sequence is not None and history.sequence.gaps
 
     def resolved(self, rows: int) -> Config:
         """Replace every numeric "auto" by its value for this number of training rows."""
@@ -319,4 +382,6 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise InputError(f"--set {override}: {section} is a value, not a section")
         values = inner
+    if value is None and sections == ["data", "columns"]:  # files of settings have null for "find it by its name"
+        value = "none"
     values[last] = value

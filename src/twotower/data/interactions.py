@@ -1,13 +1,10 @@
-"""`Interactions`: the query-item-time table, sorted and in compressed rows, memory-mapped when read from files.
-
-Reading and writing of a folder of saved interactions: rows, vocabularies, tables and account.
-"""
+"""`Interactions`: rows of query, item and time, sorted, in memory or mapped from a folder of one file per column."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +13,8 @@ import polars as pl
 from numpy.typing import NDArray
 
 from twotower.data.io.feature_tables import TableLike
-from twotower.data.io.folders import cache_key, cache_root, find_files, several
 from twotower.data.io.layout import (
     DTYPES,
-    LAYOUT_VERSION,
     META,
     appearing,
     combined,
@@ -30,9 +25,9 @@ from twotower.data.io.layout import (
     vocabulary_digest,
     write_meta,
 )
-from twotower.data.io.readers import FileSource, FrameSource, open_source
+from twotower.data.io.readers import FrameSource
 from twotower.data.prepare.build import TABLE_FILES, VOCABULARY_FILES, ReadOptions, build
-from twotower.data.prepare.cache import KEY, is_ready, prepare
+from twotower.data.prepare.cache import Preparation
 from twotower.data.prepare.request_context import CONTEXT_FILE, Wanted, read_context
 from twotower.data.schema.account import Account
 from twotower.data.schema.columns import ColumnRoles
@@ -132,7 +127,7 @@ def _columns(folder: Path, meta: dict[str, Any], num_queries: int) -> dict[str, 
     return arrays
 
 
-ColumnsLike = ColumnRoles | Mapping[str, str | None] | None
+ColumnsLike = ColumnRoles | Mapping[str, str | int | None] | None
 PathLike = str | Path
 COUNT_ROWS = 4_000_000
 
@@ -215,15 +210,15 @@ class Interactions:
             rows: boolean mask [n], or ascending distinct row numbers.
 
         Raises:
-            ValueError: a mask of the wrong length, or row numbers that do not ascend or are out of range.
+            InputError: a mask of the wrong length, or row numbers that do not ascend or are out of range.
         """
         rows = np.asarray(rows)
         if rows.dtype == bool:
             if rows.shape != (len(self),):
-                raise ValueError(f"a mask of shape {rows.shape} for {len(self)} rows")
+                raise InputError(f"a mask of shape {rows.shape} for {len(self)} rows")
             rows = np.flatnonzero(rows)
         elif rows.size and (rows.min() < 0 or rows.max() >= len(self) or bool(np.any(rows[1:] <= rows[:-1]))):
-            raise ValueError(f"row numbers must ascend within 0..{len(self) - 1}")
+            raise InputError(f"row numbers must ascend within 0..{len(self) - 1}")
         rows = rows.astype(np.int64, copy=False)
         chosen: dict[str, Any] = {
             name: np.asarray(getattr(self, name)[rows]) for name in ROW_FIELDS if getattr(self, name) is not None
@@ -255,12 +250,13 @@ class Interactions:
         """Read a file, a folder or several files. The first call prepares the data in a cache, later calls open it.
 
         Args:
-            path: Parquet, CSV or TSV (also ``.gz``), a text file of ``query item item ...`` lines, a folder (see
-                `folders.find_files`), a folder written by `save`, or a list of files. Files with one row per query and
-                a list of items are read too.
+            path: Parquet, CSV or TSV (also compressed with gzip), a text file of ``query item item ...`` lines, a
+                folder (see `folders.find_files`), a folder written by `save`, or a list of files. Files with one row
+                per query and a list of items are read too. A path is never a pattern.
             items: item features, a file or a data frame with one row per item.
             queries: query features, a file or a data frame with one row per query.
-            columns: the column of each role; the others are found by their usual names.
+            columns: the column of each role, None for a role without a column; the others are found by their usual
+                names.
             positive_label: rows with a smaller label become `negatives`; None makes every row a positive.
             cache: folder of the prepared data; by default a folder in TWOTOWER_CACHE or ``~/.cache/twotower``.
             catalog: "interactions", or "table" to add the items that occur only in the item table.
@@ -277,57 +273,15 @@ class Interactions:
         Raises:
             InputError: with file, column and row.
         """
+        if isinstance(path, str | Path) and (Path(path) / META).is_file():
+            return cls.open(path)
         reading = ReadOptions(
             ColumnRoles.of(columns), positive_label, catalog, part, _several_names(context), query_ids, item_ids
         )
-        if isinstance(path, str | Path) and (Path(path) / META).is_file():
-            return cls.open(path)
-        files = find_files(Path(path)) if isinstance(path, str | Path) else several(path)
-        items = files.items if items is None else items
-        queries = files.queries if queries is None else queries
-        framed = any(not isinstance(table, str | Path | None) for table in (items, queries))
-        account = Account()
-        if files.ignored:
-            account.add("files ignored", len(files.ignored), ", ".join(files.ignored))
-        chosen = {name: value for name, value in asdict(reading).items() if name != "context" or value is not None}
-        options = {"reading": chosen, "tables": [str(items), str(queries)], "layout": LAYOUT_VERSION}
-
-        def stamp() -> str | None:
-            if framed:  # a frame in memory has no modification time, so it is always prepared again
-                return None
-            tables = [Path(t) for t in (items, queries) if isinstance(t, str | Path) and Path(t).is_file()]
-            return cache_key([*files.interactions, *tables], options)
-
-        key = stamp()
-        if cache is not None:
-            target = Path(cache)
-        elif key is not None:
-            target = cache_root() / "interactions" / key
-        else:
-            with tempfile.TemporaryDirectory(prefix="twotower-") as directory:
-                sources = [open_source(p) for p in files.interactions]
-                return cls._built(sources, reading, items, queries, Path(directory), account=account)
-        if (target / META).is_file() and not (target / KEY).is_file() and key is not None:
-            raise InputError(f"{target}: contains saved interactions, not a cache; choose another folder.")
-        damaged = False
-        if is_ready(target, key):
-            try:
-                return cls.open(target)
-            except InputError:
-                damaged = True  # prepare it again
-        prepare(
-            target,
-            key,
-            files.interactions,
-            reading=reading,
-            items=items,
-            queries=queries,
-            account=account,
-            workers=workers or cores(),
-            purpose=repr((cache and str(cache), str(items), str(queries))) if key is not None else str(target),
-            anew=damaged,
-        )
-        return cls.open(target)
+        found = Preparation.of(path, reading, items=items, queries=queries, cache=cache)
+        if found.target is None:
+            return cls._in_memory(found.build)
+        return found.open(cls.open, workers=workers or cores())
 
     @classmethod
     def from_frame(
@@ -347,23 +301,19 @@ class Interactions:
         reading = ReadOptions(
             ColumnRoles.of(columns), positive_label, catalog, False, _several_names(context), query_ids, item_ids
         )
-        source = FrameSource(frame)
-        with tempfile.TemporaryDirectory(prefix="twotower-") as directory:
-            return cls._built([source], reading, items, queries, Path(directory), account=Account())
+        sources = [FrameSource(frame)]
+        return cls._in_memory(
+            lambda directory: build(
+                sources, reading=reading, items=items, queries=queries, directory=directory, account=Account()
+            )
+        )
 
     @classmethod
-    def _built(
-        cls,
-        sources: Sequence[FileSource],
-        reading: ReadOptions,
-        items: TableLike | None,
-        queries: TableLike | None,
-        directory: Path,
-        *,
-        account: Account,
-    ) -> Interactions:
-        build(sources, reading=reading, items=items, queries=queries, directory=directory, account=account)
-        return cls.open(directory)._resident()
+    def _in_memory(cls, write: Callable[[Path], None]) -> Interactions:
+        """Prepare data in a temporary folder, and load it."""
+        with tempfile.TemporaryDirectory(prefix="twotower-") as directory:
+            write(Path(directory))
+            return cls.open(directory)._resident()
 
     def _resident(self) -> Interactions:
         """Copy the arrays into memory: the files they are mapped from are about to be deleted."""

@@ -266,7 +266,7 @@ def called_together(store: Any, told: Launch, patience: float) -> tuple[str, boo
         DistStoreError: not all processes joined.
         InputError: the machines have different numbers of processes; raised on every rank.
     """
-    import torch.distributed as dist  # noqa: PLC0415  # as in `joined`
+    import torch.distributed as dist  # noqa: PLC0415  # as in `joined_processes`
 
     until = time.monotonic() + patience
 
@@ -313,7 +313,7 @@ def called_together(store: Any, told: Launch, patience: float) -> tuple[str, boo
 
 
 @contextmanager
-def joined(*, timeout: int, accelerator: str = "auto") -> Iterator[Coordinator]:
+def joined_processes(*, timeout: int, accelerator: str = "auto") -> Iterator[Coordinator]:
     """Join the processes that torchrun has started, for the duration of the block.
 
     CPU tensors are exchanged by gloo, CUDA tensors by NCCL. A collective that is not answered within `timeout` seconds

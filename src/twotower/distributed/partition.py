@@ -134,7 +134,7 @@ def placed_tables(parts: Mapping[str, TableShard]) -> Iterator[None]:
         _placed.reset(token)
 
 
-def part_of(name: str | None, rows: int) -> TableShard | None:
+def shard_of_table(name: str | None, rows: int) -> TableShard | None:
     """Return this rank's part of a table that is being made; None for the whole table.
 
     Raises:

@@ -291,7 +291,7 @@ def side_by_side(name: str, shape: torch.Size, parts: Sequence[tuple[int, Stored
     return StoredColumns(shape, runs)
 
 
-def joined(name: str, shape: torch.Size, parts: Sequence[tuple[int, StoredRows]]) -> StoredRows:
+def stack_rows(name: str, shape: torch.Size, parts: Sequence[tuple[int, StoredRows]]) -> StoredRows:
     """Combine ranges of rows into one tensor, each given with the number of its first row.
 
     Raises:

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from twotower.errors import InputError
 from twotower.index import Exclusion
 
 #: Logits in memory at a time, queries x N: 16 MB in float64, plus a few arrays of that size.
@@ -107,10 +108,10 @@ def softmax_calibration(
         The calibration over queries with at least one target.
 
     Raises:
-        ValueError: shapes disagree, a setting is out of range, or no query has a target.
+        InputError: shapes disagree, a setting is out of range, or no query has a target.
     """
     if bins < 1:
-        raise ValueError(f"bins must be at least 1, got {bins}")
+        raise InputError(f"bins must be at least 1, got {bins}")
     wanted = _pairs(targets, len(queries), len(items), "targets")
     left_out = np.empty((2, 0), dtype=np.int64)
     if exclude is not None:
@@ -119,7 +120,7 @@ def softmax_calibration(
         wanted = wanted[:, ~seen]
     sizes = np.bincount(wanted[0], minlength=len(queries))
     if not sizes.any():
-        raise ValueError("no query has a target: nothing to calibrate")
+        raise InputError("no query has a target: nothing to calibrate")
     histogram, log_probability = _Histogram(), np.empty(wanted.shape[1])
     catalog = items.double().T / temperature
     block = max(1, _BLOCK // len(items))
@@ -196,9 +197,9 @@ def _pairs(rows: Exclusion, count: int, num_items: int, what: str) -> NDArray[np
     """Return the (query, item) pairs of compressed rows, without repeats, int64 [2, P], sorted by query."""
     offsets, items = (np.asarray(part, dtype=np.int64) for part in rows)
     if offsets.shape != (count + 1,):
-        raise ValueError(f"{what}: offsets must be [{count + 1}], one row for each query, got {list(offsets.shape)}")
+        raise InputError(f"{what}: offsets must be [{count + 1}], one row for each query, got {list(offsets.shape)}")
     if len(items) and not 0 <= items.min() <= items.max() < num_items:
-        raise ValueError(f"{what} must be item codes in 0 .. {num_items - 1}")
+        raise InputError(f"{what} must be item codes in 0 .. {num_items - 1}")
     row = np.repeat(np.arange(count), np.diff(offsets))
     return np.stack(np.divmod(np.unique(row * num_items + items), num_items))
 

@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 
 from twotower.data import Holdout, Interactions
 from twotower.errors import InputError
+from twotower.evaluation.baselines import FittedBaselines, fit_baselines
 from twotower.evaluation.metrics import hits
 from twotower.evaluation.per_query import EvaluationTask, Targets, measure
 from twotower.evaluation.results import Evaluation
 from twotower.evaluation.slices import column_slices, flat, standard_slices
 from twotower.ranking.base import Ranker
-from twotower.ranking.baselines import ItemKNN, Popularity
 
 Empty = Literal["skip", "zero"]
 
@@ -26,7 +26,8 @@ def evaluate(
     train: Interactions,
     ks: Sequence[int] = (10, 20),
     exclude_seen: bool = True,
-    baselines: bool | Mapping[str, Ranker] = True,
+    baselines: bool | Sequence[str] | Mapping[str, Ranker] = True,
+    validation: Holdout | None = None,
     name: str = "model",
     empty: Empty = "skip",
     allow_approximate: bool = False,
@@ -43,7 +44,9 @@ def evaluate(
         train: the training interactions: they define head, mid and tail, and fit the baselines.
         ks: the cut-offs K.
         exclude_seen: exclude items of a query's history from its ranking.
-        baselines: True for popularity and item-kNN; a mapping from names to other rankers; False for none.
+        baselines: True for all baselines of `fit_baselines`, or the names of some; a mapping from names to other
+            rankers; False for none.
+        validation: the validation queries, on which the settings of the baselines are chosen; None for fixed settings.
         name: the ranker's name in the table.
         empty: queries without targets are left out of every mean (`"skip"`) or count as 0 (`"zero"`).
         allow_approximate: accept a ranker with `is_exact = False`; the result notes it.
@@ -54,15 +57,23 @@ def evaluate(
         An `Evaluation`, which prints as a table.
 
     Raises:
-        ValueError: a setting is out of range, the ranker is inexact, or it returned an invalid ranking (wrong shape,
+        InputError: a setting is out of range, the ranker is inexact, or it returned an invalid ranking (wrong shape,
             unknown codes, repeats, excluded items).
         InputError: nothing is left to evaluate, or `slices` names columns that the tables do not have.
     """
-    chosen, notes = _baselines(train, name) if baselines is True else (dict(baselines or {}), [])
-    if name in chosen:
-        raise ValueError(f"two rankers are called {name!r}: give the model another name")
+    fitted = FittedBaselines(dict(baselines), ()) if isinstance(baselines, Mapping) else FittedBaselines({}, ())
+    if baselines and not isinstance(baselines, Mapping):
+        fitted = fit_baselines(
+            train,
+            validation,
+            names=None if baselines is True else baselines,
+            k=min(ks, default=1),
+            exclude_seen=exclude_seen,
+        )
+    if name in fitted.rankers:
+        raise InputError(f"two rankers are called {name!r}: give the model another name")
     return evaluate_all(
-        {name: ranker, **chosen},
+        {name: ranker, **fitted.rankers},
         holdout,
         train=train,
         ks=ks,
@@ -70,7 +81,7 @@ def evaluate(
         empty=empty,
         allow_approximate=allow_approximate,
         slices=slices,
-        notes=notes,
+        notes=fitted.notes,
     )
 
 
@@ -88,12 +99,12 @@ def evaluate_all(
 ) -> Evaluation:
     """Evaluate several rankers on the same queries and targets; see `evaluate` for the arguments."""
     if not ks or min(ks) < 1:
-        raise ValueError(f"ks must be cut-offs of at least 1, got {tuple(ks)}")
+        raise InputError(f"ks must be cut-offs of at least 1, got {tuple(ks)}")
     if empty not in ("skip", "zero"):
-        raise ValueError(f"empty must be 'skip' or 'zero', got {empty!r}")
+        raise InputError(f"empty must be 'skip' or 'zero', got {empty!r}")
     for name, ranker in rankers.items():
         if not (allow_approximate or getattr(ranker, "is_exact", True)):
-            raise ValueError(f"{name} searches an approximate index: pass allow_approximate=True to evaluate it")
+            raise InputError(f"{name} searches an approximate index: pass allow_approximate=True to evaluate it")
     ks = tuple(sorted(set(ks)))
     queries = np.asarray(holdout.queries, dtype=np.int64)
     item_counts = train.item_counts()
@@ -128,15 +139,6 @@ def evaluate_all(
         is_exact=not inexact,
         query_ids=train.queries,
     )
-
-
-def _baselines(train: Interactions, name: str) -> tuple[dict[str, Ranker], list[str]]:
-    chosen: dict[str, Ranker] = {"popularity": Popularity(train)}
-    if reason := ItemKNN.refusal(train):
-        return chosen, [f"the item-kNN baseline was left out: {reason}"]
-    if name == "item-kNN":
-        return chosen, []
-    return {**chosen, "item-kNN": ItemKNN(train)}, []
 
 
 def _notes(removed: int, num_empty: int, empty: Empty, inexact: Sequence[str]) -> list[str]:
@@ -176,16 +178,16 @@ def _ranked(
     """Rank and validate the result: a repeated item, for example, would count its hit twice."""
     ranked = torch.as_tensor(ranker.rank(holdout, k, exclude_seen)).cpu().numpy()
     if ranked.shape != (len(holdout.queries), k) or ranked.dtype != np.int64:
-        raise ValueError(
+        raise InputError(
             f"{name}: rank() must return int64 [{len(holdout.queries)}, {k}], got {ranked.dtype} {list(ranked.shape)}"
         )
     if ranked.size and not -1 <= ranked.min() <= ranked.max() < num_items:
-        raise ValueError(f"{name}: rank() must return item codes below {num_items}, or -1")
+        raise InputError(f"{name}: rank() must return item codes below {num_items}, or -1")
     ordered = np.sort(ranked, axis=1)
     if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
-        raise ValueError(f"{name}: rank() returned the same item twice for one query")
+        raise InputError(f"{name}: rank() returned the same item twice for one query")
     if exclude_seen and hits(ranked, holdout.history_offsets, holdout.history_items).any():
-        raise ValueError(f"{name}: rank() returned an item of the query's history although exclude_seen is set")
+        raise InputError(f"{name}: rank() returned an item of the query's history although exclude_seen is set")
     return ranked
 
 
@@ -198,10 +200,11 @@ def _item_embeddings(
         distinct = np.unique(ranked[ranked >= 0])
         places = np.where(ranked >= 0, np.searchsorted(distinct, ranked), -1)
         return by_parts(distinct).cpu().numpy(), places
-    found = getattr(ranker, "item_embeddings", None)
+    found = getattr(ranker, "directions", None)  # without a coordinate for biases, if there is one
+    found = getattr(ranker, "item_embeddings", None) if found is None else found
     if found is None:
         return None, None
     embeddings: NDArray[np.floating] = torch.as_tensor(found).detach().float().cpu().numpy()
     if embeddings.ndim != 2 or len(embeddings) != num_items:
-        raise ValueError(f"{name}: item_embeddings must be [{num_items}, D], got {list(embeddings.shape)}")
+        raise InputError(f"{name}: item_embeddings must be [{num_items}, D], got {list(embeddings.shape)}")
     return embeddings, None

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from twotower.errors import InputError
+
 Hits = NDArray[np.bool_]
 Values = NDArray[np.float64]
 
@@ -26,10 +28,10 @@ def hits(ranked: NDArray[np.int64], target_offsets: NDArray[np.int64], target_it
         [E, K] bool, False where `ranked` is -1.
 
     Raises:
-        ValueError: the shapes disagree.
+        InputError: the shapes disagree.
     """
     if ranked.ndim != 2 or target_offsets.shape != (len(ranked) + 1,):
-        raise ValueError(
+        raise InputError(
             f"ranked must be [E, K] and target_offsets [E+1], got {ranked.shape} and {target_offsets.shape}"
         )
     if not ranked.size or not target_items.size:
@@ -37,7 +39,7 @@ def hits(ranked: NDArray[np.int64], target_offsets: NDArray[np.int64], target_it
     rows = np.arange(len(ranked), dtype=np.int64)
     width = int(max(ranked.max(), target_items.max())) + 1
     if len(ranked) * width >= 2**63:
-        raise ValueError(f"{len(ranked)} queries by {width} items do not fit 64 bits: evaluate in parts")
+        raise InputError(f"{len(ranked)} queries by {width} items do not fit 64 bits: evaluate in parts")
     # (query, item) pairs as single integers, so that membership in all rows is a single search.
     wanted = np.sort(np.repeat(rows, np.diff(target_offsets)) * width + target_items)
     pairs = rows[:, None] * width + ranked
@@ -128,7 +130,7 @@ def coverage(ranked: NDArray[np.int64], num_items: int) -> float:
 
 def _first(hit: Hits, k: int) -> Hits:
     if not 1 <= k <= hit.shape[1]:
-        raise ValueError(f"k must be in 1 .. {hit.shape[1]} (the width of the ranking), got {k}")
+        raise InputError(f"k must be in 1 .. {hit.shape[1]} (the width of the ranking), got {k}")
     return hit[:, :k]
 
 

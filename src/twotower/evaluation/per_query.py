@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twotower.data import Holdout
+from twotower.errors import InputError
 from twotower.evaluation.metrics import (
     coverage,
     diversity_at,
@@ -46,7 +47,7 @@ class Targets:
         """Collect the targets of a holdout; repeats count once.
 
         Raises:
-            ValueError: an item code is not in 0 .. N - 1.
+            InputError: an item code is not in 0 .. N - 1.
         """
         wanted = np.unique(_pairs(holdout.target_offsets, holdout.target_items, num_items, f"{holdout.name}: targets"))
         found = wanted
@@ -178,5 +179,5 @@ def _pairs(offsets: NDArray[np.int64], items: NDArray[np.integer], num_items: in
     """Encode (query, item) pairs as single integers: query * N + item."""
     codes = np.asarray(items, dtype=np.int64)
     if len(codes) and not 0 <= codes.min() <= codes.max() < num_items:
-        raise ValueError(f"{what} must be item codes in 0 .. {num_items - 1}")
+        raise InputError(f"{what} must be item codes in 0 .. {num_items - 1}")
     return np.repeat(np.arange(len(offsets) - 1, dtype=np.int64), np.diff(offsets)) * num_items + codes

@@ -12,7 +12,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from twotower.errors import InputError
+
 Values = NDArray[np.float64]
+
+#: A difference is significant below this p-value.
+SIGNIFICANT = 0.05
 
 #: Counts in memory at a time, resamples x queries: 32 MB in float64.
 _BLOCK = 1 << 22
@@ -90,7 +95,7 @@ def bootstrap_interval(values: ArrayLike, *, level: float = 0.95, resamples: int
         Mean and interval.
 
     Raises:
-        ValueError: `values` is not [E], or a setting is out of range.
+        InputError: `values` is not [E], or a setting is out of range.
     """
     values = _one_dimensional(values, "values")
     return bootstrap_intervals(values[~np.isnan(values), None], level=level, resamples=resamples, seed=seed)[0]
@@ -110,7 +115,7 @@ def bootstrap_intervals(values: Values, *, level: float = 0.95, resamples: int =
     """
     _check(level, resamples)
     if values.ndim != 2 or np.isnan(values).any():
-        raise ValueError(f"values must be [E, M] without NaN, got shape {values.shape}")
+        raise InputError(f"values must be [E, M] without NaN, got shape {values.shape}")
     if len(values) < 2:
         means = values[0].tolist() if len(values) else [math.nan] * values.shape[1]
         return [Interval(mean, math.nan, math.nan, level) for mean in means]
@@ -159,13 +164,13 @@ def paired_comparison(
         The comparison over the queries with both values.
 
     Raises:
-        ValueError: the shapes disagree, the method is unknown, or a setting is out of range.
+        InputError: the shapes disagree, the method is unknown, or a setting is out of range.
     """
     a, b = _one_dimensional(a, "a"), _one_dimensional(b, "b")
     if a.shape != b.shape:
-        raise ValueError(f"a and b must be values of the same queries, got {len(a)} and {len(b)}")
+        raise InputError(f"a and b must be values of the same queries, got {len(a)} and {len(b)}")
     if method not in ("bootstrap", "t-test"):
-        raise ValueError(f"method must be 'bootstrap' or 't-test', got {method!r}")
+        raise InputError(f"method must be 'bootstrap' or 't-test', got {method!r}")
     _check(level, resamples)
     x = a - b
     x = x[~np.isnan(x)]
@@ -207,11 +212,11 @@ def holm(p_values: ArrayLike) -> Values:
         [m] adjusted p-values, in the order given.
 
     Raises:
-        ValueError: not [m], or a value outside [0, 1].
+        InputError: not [m], or a value outside [0, 1].
     """
     p = _one_dimensional(p_values, "p_values")
     if ((p < 0) | (p > 1)).any():
-        raise ValueError("p_values must lie in [0, 1]")
+        raise InputError("p_values must lie in [0, 1]")
     adjusted = np.full(len(p), np.nan)
     known = np.flatnonzero(~np.isnan(p))
     order = known[np.argsort(p[known], kind="stable")]
@@ -272,15 +277,15 @@ def _without_spread(difference: float, count: int, smallest: float) -> PairedCom
 def _one_dimensional(values: ArrayLike, name: str) -> Values:
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1:
-        raise ValueError(f"{name} must be one-dimensional, got shape {array.shape}")
+        raise InputError(f"{name} must be one-dimensional, got shape {array.shape}")
     return array
 
 
 def _check(level: float, resamples: int) -> None:
     if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, got {level}")
+        raise InputError(f"level must lie between 0 and 1, got {level}")
     if resamples < 1:
-        raise ValueError(f"resamples must be at least 1, got {resamples}")
+        raise InputError(f"resamples must be at least 1, got {resamples}")
 
 
 def _plain(values: dict[str, float]) -> dict[str, float | None]:

@@ -54,10 +54,10 @@ def popularity_parts(item_counts: NDArray[np.integer], parts: int) -> NDArray[np
         [N] int64 in 0 .. parts - 1, 0 the most popular.
 
     Raises:
-        ValueError: fewer than 1 part.
+        InputError: fewer than 1 part.
     """
     if parts < 1:
-        raise ValueError(f"parts must be at least 1, got {parts}")
+        raise InputError(f"parts must be at least 1, got {parts}")
     counts = np.asarray(item_counts, dtype=np.int64)
     order = np.argsort(-counts, kind="stable")
     before = np.cumsum(counts[order]) - counts[order]

@@ -1,12 +1,10 @@
-"""Encoders of categorical features: fitted on the training rows of a column, they convert any rows to arrays.
+"""Encoders of categorical features: vocabularies or hash buckets, fitted on the training rows of a column.
 
 An encoder produces one of three forms of array, which is all that a tower needs to know about a feature:
 
 codes    int64 [rows]           row of an embedding table; 0 where missing
 bags     int64 [rows, width]    rows of an embedding table, to be averaged; padded with 0
 numbers  float32 [rows, width]  used unchanged; the last column is 1 where the value is missing, the others then 0
-
-Codes of categorical values: a vocabulary fitted on training rows, or hash buckets.
 """
 
 from __future__ import annotations
@@ -71,7 +69,7 @@ class ValueVocabulary:
     def _bucket(self, value: str) -> int:
         return int.from_bytes(hashlib.blake2b(value.encode(), digest_size=8).digest(), "little") % (self.buckets or 1)
 
-    def told(self, texts: pl.Series) -> str:
+    def summary(self, texts: pl.Series) -> str:
         """Summarise the encoding of these texts in a line: the vocabulary size, or the share of bucket collisions."""
         distinct = texts.drop_nulls().unique()
         if self.known is not None:
@@ -139,7 +137,7 @@ class CategoryEncoder:
         """Fit the vocabulary of a column."""
         texts = as_text(column, place)
         values = ValueVocabulary.fit(texts, buckets=declared.buckets, min_count=declared.min_count)
-        return cls(values, values.told(texts))
+        return cls(values, values.summary(texts))
 
     @property
     def size(self) -> int:
@@ -178,7 +176,7 @@ class MultiCategory:
         buckets = declared.buckets if isinstance(declared, MultiFeature) else None
         values = ValueVocabulary.fit(each, buckets=buckets, min_count=declared.min_count)
         cut = int((lists.list.len() > declared.max_values).sum())
-        note = values.told(each) + (f"; {cut:,} rows cut to {declared.max_values} values" if cut else "")
+        note = values.summary(each) + (f"; {cut:,} rows cut to {declared.max_values} values" if cut else "")
         return cls(declared, values, note)
 
     @property

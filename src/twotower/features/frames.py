@@ -30,8 +30,11 @@ def frame_of(rows: RowsLike, columns: Sequence[str], name: str) -> pl.DataFrame:
             raise InputError(f"{name}: no rows.")
         try:
             return pl.DataFrame([_series(column, given) for column, given in values.items()])
-        except (TypeError, ValueError, pl.exceptions.PolarsError, OverflowError) as error:
-            raise InputError(f"{name}: values of mixed types ({str(error).splitlines()[0]}).") from None
+        except (TypeError, ValueError, pl.exceptions.PolarsError, OverflowError):
+            raise InputError(
+                f"{name}: values of mixed types; give all values of a column as numbers, all as text, or all as lists "
+                "of one of these."
+            ) from None
     return as_polars(rows, name)
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from twotower.config.features import DenseFeature, NumericFeature, TimestampFeature
 from twotower.features.categorical import Form
-from twotower.features.parsing import ErrorLocation, as_moments, as_numbers, as_vectors
+from twotower.features.parsing import ErrorLocation, as_numbers, as_times, as_vectors
 
 DAY = 86_400_000_000
 YEAR_DAYS = 365.25
@@ -146,7 +146,7 @@ class TimestampEncoder:
     @classmethod
     def fit(cls, declared: TimestampFeature, column: pl.Series, place: ErrorLocation) -> TimestampEncoder:
         """Fit the unit, the latest timestamp, and the scale of the ages."""
-        times, unit = as_moments(column, place)
+        times, unit = as_times(column, place)
         last: Any = times.max()
         latest = int(last) if last is not None else 0
         ages = cls._ages(times, latest)
@@ -160,7 +160,7 @@ class TimestampEncoder:
 
     def encode(self, column: pl.Series, place: ErrorLocation) -> NDArray[np.float32]:
         """See `Encoder`."""
-        times, _ = as_moments(column, place, self.unit)
+        times, _ = as_times(column, place, self.unit)
         missing = times.is_null().to_numpy()
         at = times.fill_null(0)
         calendar = at.cast(pl.Datetime("us"))

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from twotower.data.io.validation import DATE_FORMATS, MICROSECONDS, unit_of
+from twotower.data.io.timestamps import parse_dates, to_microseconds, unit_of
 from twotower.errors import InputError
 
 
@@ -99,7 +99,7 @@ def as_numbers(series: pl.Series, place: ErrorLocation) -> NDArray[np.float64]:
     return numbers.fill_null(float("nan")).to_numpy()
 
 
-def as_moments(series: pl.Series, place: ErrorLocation, unit: str | None = None) -> tuple[pl.Series, str | None]:
+def as_times(series: pl.Series, place: ErrorLocation, unit: str | None = None) -> tuple[pl.Series, str | None]:
     """Convert times to Int64 microseconds since 1970, null where missing; also return the unit if they are numbers.
 
     Args:
@@ -116,27 +116,23 @@ def as_moments(series: pl.Series, place: ErrorLocation, unit: str | None = None)
         return series.cast(pl.Datetime("us")).to_physical(), unit
     if series.dtype.is_numeric():
         numbers = pl.Series(series.name, as_numbers(series, place)).fill_nan(None)
+        present = numbers.drop_nulls().to_numpy()
         if unit is None:
-            largest = numbers.abs().max()
-            unit = unit_of(float(largest) if isinstance(largest, float) else 0.0, f"{place.table}: {series.name!r}")
-        return (numbers * MICROSECONDS[unit]).round().cast(pl.Int64), unit
+            unit = unit_of(present, f"{place.table}: {series.name!r}")
+        times = pl.Series(series.name, [None] * len(series), dtype=pl.Int64)
+        return times.scatter(numbers.is_not_null().arg_true(), to_microseconds(present, unit)), unit
     if series.dtype != pl.String:
         raise place.wrong_type(series, "dates, ISO text or unix time")
     text = as_text(series, place)
     as_number = text.cast(pl.Float64, strict=False)
     if text.null_count() < len(text) and as_number.null_count() == text.null_count():
-        return as_moments(as_number.alias(series.name), place, unit)
-    spaced = text.str.replace("T", " ", literal=True).str.strip_suffix("Z")
-    moments = pl.Series(series.name, [None] * len(series), dtype=pl.Int64)
-    for form in DATE_FORMATS:
-        kind = pl.Date if form == "%Y-%m-%d" else pl.Datetime("us")
-        read = spaced.str.strptime(kind, form, strict=False).cast(pl.Datetime("us")).to_physical()
-        moments = moments.zip_with(moments.is_not_null(), read)
-    wrong = moments.is_null() & text.is_not_null()
+        return as_times(as_number.alias(series.name), place, unit)
+    times = parse_dates(text)
+    wrong = times.is_null() & text.is_not_null()
     if wrong.any():
         row = _first(wrong)
         raise place.error(series.name, row, "unix time or ISO text like 2024-05-31 17:05:00", series[row])
-    return moments, unit
+    return times, unit
 
 
 def as_lists(series: pl.Series, separator: str | None, place: ErrorLocation) -> pl.Series:

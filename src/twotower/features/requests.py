@@ -11,14 +11,14 @@ import polars as pl
 from numpy.typing import NDArray
 
 from twotower.config.features import TimestampFeature
-from twotower.data.io.validation import unit_of
+from twotower.data.io.timestamps import unit_of
 from twotower.data.loading.batches import Encoded
 from twotower.data.loading.gaps import gap_codes
 from twotower.data.schema.vocabulary import listed
 from twotower.errors import InputError
 from twotower.features.feature_set import FeatureSet
 from twotower.features.frames import frame_of
-from twotower.features.parsing import ErrorLocation, as_moments
+from twotower.features.parsing import ErrorLocation, as_times
 
 
 def given_gaps(times: Sequence[Any] | None, count: int) -> NDArray[np.int8]:
@@ -33,12 +33,12 @@ def given_gaps(times: Sequence[Any] | None, count: int) -> NDArray[np.int8]:
         raise InputError(f"times: expected one per item of the history, {count}; found {len(times)}.")
     try:
         series = pl.Series("times", list(times))
-    except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError) as error:
-        raise InputError(f"times: values of mixed types ({str(error).splitlines()[0]}).") from None
-    moments, _ = as_moments(series, ErrorLocation("history"))
-    if moments.null_count():
+    except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError):
+        raise InputError("times: values of mixed types; give all of them as numbers, or all as text.") from None
+    parsed, _ = as_times(series, ErrorLocation("history"))
+    if parsed.null_count():
         raise InputError("times: expected one per item of the history; some are missing.")
-    return gap_codes(np.array([0, count]), moments.to_numpy())
+    return gap_codes(np.array([0, count]), parsed.to_numpy())
 
 
 #: One context per request, None if it is unknown; or a frame with one row per request.
@@ -115,9 +115,9 @@ def encode_apart(features: FeatureSet, rows: Sequence[Mapping[str, Any]], name: 
         return [empty[:0] for empty in features.missing()]
     known = features.columns
     groups: dict[tuple[str, ...], list[int]] = {}
-    moments = {one.column for one in features.declared if isinstance(one, TimestampFeature)}
+    timestamps = {one.column for one in features.declared if isinstance(one, TimestampFeature)}
     for place, row in enumerate(rows):
-        kinds = tuple(_kind(row.get(column), name, moment=column in moments) for column in known)
+        kinds = tuple(_kind(row.get(column), name, timestamp=column in timestamps) for column in known)
         groups.setdefault(kinds, []).append(place)
     found: list[Encoded] = []
     for places in groups.values():
@@ -128,13 +128,13 @@ def encode_apart(features: FeatureSet, rows: Sequence[Mapping[str, Any]], name: 
     return [_in_order([encoded[one] for encoded in found], order) for one in range(len(features.declared))]
 
 
-def _kind(value: Any, name: str, *, moment: bool) -> str:
-    if isinstance(value, str) and moment:
+def _kind(value: Any, name: str, *, timestamp: bool) -> str:
+    if isinstance(value, str) and timestamp:
         # Unix time as text has a unit too, which is inferred from the largest value encoded together.
         number = _number(value)
-        return "text" if number is None else f"text of {unit_of(abs(number), name)}"
+        return "text" if number is None else f"text of {unit_of(np.array([number]), name)}"
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return unit_of(abs(float(value)), name) if moment and np.isfinite(value) else "number"
+        return unit_of(np.array([float(value)]), name) if timestamp and np.isfinite(value) else "number"
     return type(value).__name__
 
 

@@ -1,6 +1,6 @@
-"""Proposed feature declarations for the columns of a table, with reasons; meant to be reviewed before use.
+"""Suggested feature declarations for the columns of a table or of the interactions, with reasons, to be reviewed.
 
-Proposed context features from the further columns of the interactions; columns that leak the target are left out.
+Columns that leak the target are left out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from twotower.config.features import (
 )
 from twotower.data.interactions import Interactions
 from twotower.errors import InputError
-from twotower.features.parsing import ErrorLocation, as_moments
+from twotower.features.parsing import ErrorLocation, as_times
 
 #: An integer column with at most this many distinct values is treated as a code (gender, store, rating).
 FEW_VALUES = 32
@@ -175,7 +175,7 @@ def _numbers(known: pl.Series, distinct: int) -> tuple[AnyFeature | None, str]:
 def _texts(known: pl.Series, distinct: int) -> tuple[AnyFeature | None, str]:
     name = known.name
     try:
-        as_moments(known, ErrorLocation(""))
+        as_times(known, ErrorLocation(""))
     except InputError:
         pass
     else:

@@ -3,7 +3,7 @@
 `warm_start` imports the trainer, which is slow to load: import it where it is needed.
 """
 
-from twotower.incremental.lineage import contexts_of, lineage, rows_of, split_again
+from twotower.incremental.lineage import contexts_of, lineage, saved_rows_of, split_again
 from twotower.incremental.parent import ParentModel, new_days, parent_of
 from twotower.incremental.settings import inherit_settings, require_continued, rows_to_learn
 
@@ -15,7 +15,7 @@ __all__ = [
     "new_days",
     "parent_of",
     "require_continued",
-    "rows_of",
     "rows_to_learn",
+    "saved_rows_of",
     "split_again",
 ]

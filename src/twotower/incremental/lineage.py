@@ -23,7 +23,7 @@ from twotower.incremental.split import CARRIED, ContinuedSplit
 from twotower.serving.model_folder import SavedModel
 
 
-def rows_of(split: Split) -> dict[str, NDArray[Any]]:
+def saved_rows_of(split: Split) -> dict[str, NDArray[Any]]:
     """Collect what a model folder stores of its rows, so that the model can be trained further.
 
     Returns:
@@ -77,7 +77,7 @@ def split_again(
 
     Args:
         artifact: the model.
-        rows: `rows_of` its split. In rows of older versions the validation is missing; it is empty then.
+        rows: `saved_rows_of` its split. In rows of older versions the validation is missing; it is empty then.
         context: of all rows, as in `contexts_of` its split.
         test_context: of the queries of its holdouts, as in `contexts_of` its split.
 

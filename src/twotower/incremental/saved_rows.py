@@ -43,7 +43,7 @@ def load_context(folder: Path, name: str = "context") -> pl.DataFrame | None:
     if not path.is_file():
         return None
     try:
-        return pl.read_parquet(path)
+        return pl.read_parquet(path, glob=False)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise InputError(f"{path}: not readable ({error}); copy it again or train again") from error
 

@@ -1,9 +1,4 @@
-"""Joining of new data to the data that a model was trained on: common vocabularies, and a split of the new data.
-
-The rows of the past and of the new data as one table with common codes.
-
-The data that a model was trained on, and the split of newer data that continues it.
-"""
+"""The split of new data that continues a model: joined with the rows of the past under common vocabularies."""
 
 from __future__ import annotations
 
@@ -19,13 +14,11 @@ from twotower.data.interactions import Interactions
 from twotower.data.loading.histories import take_ranges
 from twotower.data.prepare.request_context import joined_context
 from twotower.data.schema.account import Account
-from twotower.data.schema.vocabulary import IdValues, Vocabulary
+from twotower.data.schema.vocabulary import Codes, IdValues, Vocabulary
 from twotower.data.splits.holdout import Holdout
 from twotower.data.splits.protocols import Split
 from twotower.errors import InputError
 from twotower.incremental.vocabularies import item_map, joined_table, union
-
-Codes = NDArray[np.int64]
 
 #: Row columns that are kept if both the past and the new data have them.
 CARRIED = ("timestamps", "weights", "groups")
@@ -113,7 +106,7 @@ class ContinuedSplit(Split):
 
 @dataclass(frozen=True)
 class JoinedCodes:
-    """New code of each code of the past and of the new data, -1 where there is none."""
+    """New code of each code of the past and of the new data, -1 for a code that has no new one."""
 
     past_queries: Codes
     past_items: Codes
@@ -248,9 +241,11 @@ def continued(
         InputError: no new rows, ids of another type, an empty holdout, or unknown withdrawn ids.
     """
     account = Account()
+    past, data = _same_id_types(past, data, account)
     gone = _withdrawn(past, data, withdrawn)
     fresh = _new_rows(past, data, gone, account)
     made = split(fresh)
+    fresh = made.data  # the rows of a query may have been shuffled
     account.extend(made.account)
     new_items = fresh.item_counts() > 0
     if fresh.negatives is not None:
@@ -286,8 +281,17 @@ def continued(
     warm_items = train.item_counts() > 0 if cold == "drop" else None
     warm_queries = np.diff(train.offsets) > 0 if cold == "drop" and made.name == "by_time" else None
     before = PastRows.of(past, maps, len(queries))
+    histories = bool(made.settings.get("histories"))
     holdouts = {
-        name: _carried(getattr(made, name), before, maps, rows, account=account, warm=(warm_items, warm_queries))
+        name: _carried(
+            getattr(made, name),
+            before,
+            maps,
+            rows,
+            account=account,
+            warm=(warm_items, warm_queries),
+            histories=histories,
+        )
         for name in ("validation", "test")
     }
     times = fresh.timestamps
@@ -306,6 +310,39 @@ def continued(
         new_item_table=joined_table(None, past.items, data.item_table, data.items, items),
         dates=None if times is None else (int(np.min(times)), int(np.max(times))),
     )
+
+
+def _same_id_types(past: PastData, data: Interactions, account: Account) -> tuple[PastData, Interactions]:
+    """Convert the ids of the new data to the types of the model: a CSV file has no types.
+
+    Where the model has integers and the new data has other text, such as the first id of a guest, the ids of the model
+    become text instead.
+    """
+    change: dict[str, Any]
+    for side in ("queries", "items"):
+        old, new = getattr(past, side), getattr(data, side)
+        if old.ids.dtype == new.ids.dtype:
+            continue
+        if old.ids.dtype == pl.String:
+            changed = new.ids.cast(pl.String)
+        else:
+            numbers = new.ids.cast(pl.Int64, strict=False)
+            other = ~(numbers.cast(pl.String) == new.ids).fill_null(value=False)
+            if other.any():
+                change = {side: Vocabulary(old.ids.cast(pl.String))}
+                past = replace(past, **change)
+                account.add(
+                    f"{side} now text", len(old),
+                    f"ids were integers in the model; the new data has {new.ids.filter(other)[0]!r}",
+                )  # fmt: skip
+                continue
+            changed = numbers
+        below = data.negatives
+        change = {side: Vocabulary(changed)}
+        data = replace(data, **change)
+        if below is not None:
+            data = replace(data, negatives=replace(below, **change))
+    return past, data
 
 
 def _withdrawn(past: PastData, data: Interactions, ids: IdValues | None) -> Vocabulary | None:
@@ -330,13 +367,6 @@ def _among(items: Vocabulary, ids: Vocabulary | None) -> NDArray[np.bool_]:
 
 def _new_rows(past: PastData, data: Interactions, gone: Vocabulary | None, account: Account) -> Interactions:
     """Select the rows that are newer than the past, without withdrawn items."""
-    for side, old, new in (("query", past.queries, data.queries), ("item", past.items, data.items)):
-        if old.ids.dtype != new.ids.dtype:
-            kinds = {pl.Int64: "integers", pl.String: "text"}
-            raise InputError(
-                f"{side} ids are {kinds[type(old.ids.dtype)]} in the model and {kinds[type(new.ids.dtype)]} in the new "
-                "data; write them as one type"
-            )
     rows = np.ones(len(data), dtype=np.bool_)
     if past.last is not None and data.timestamps is None:
         raise InputError(
@@ -393,8 +423,12 @@ def _carried(
     *,
     account: Account,
     warm: tuple[NDArray[np.bool_] | None, NDArray[np.bool_] | None],
+    histories: bool,
 ) -> Holdout:
-    """Recode a holdout of the new data, put the past in front of its histories, and drop cold targets."""
+    """Recode a holdout of the new data, put the past in front of its histories, and drop cold targets.
+
+    With `histories`, queries without a training row stay if they have a history.
+    """
     if not len(holdout):
         return holdout
     queries = maps.queries[holdout.queries]
@@ -406,7 +440,7 @@ def _carried(
     if warm_items is not None:
         keep &= warm_items[targets]
     if warm_queries is not None:
-        keep &= warm_queries[queries[owner]]
+        keep &= (warm_queries[queries] | (histories & (np.diff(holdout.history_offsets) > 0)))[owner]
     if not keep.all():
         account.add(f"{holdout.name}: cold targets", int((~keep).sum()), "query or item without a training row")
     owner, targets = owner[keep], targets[keep]

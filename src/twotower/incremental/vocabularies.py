@@ -6,10 +6,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from twotower.data.schema.vocabulary import Vocabulary
+from twotower.data.schema.vocabulary import Codes, Vocabulary
 from twotower.errors import InputError
-
-Codes = NDArray[np.int64]
 
 
 def union(first: pl.Series, second: pl.Series, side: str) -> Vocabulary:

@@ -1,7 +1,4 @@
-"""Transfer of a trained model's state to a model with more queries, items and feature values.
-
-Transfer of a parent model's weights and state to towers with more queries, items and feature values.
-"""
+"""Transfer of a parent model's weights and state to towers with more queries, items and feature values."""
 
 from __future__ import annotations
 

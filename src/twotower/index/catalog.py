@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from twotower.errors import InputError
 from twotower.index.exact import ExactIndex
 from twotower.index.ties import tie_order
 from twotower.index.topk import Exclusion
@@ -73,17 +74,17 @@ class Vectors:
         last: float [N], one more coordinate of each item, or None.
 
     Raises:
-        ValueError: a shape is wrong, or an embedding is NaN.
+        InputError: a shape is wrong, or an embedding is NaN.
     """
 
     def __init__(self, items: Tensor, alive: Mask | None = None, *, last: Tensor | None = None) -> None:
         if items.ndim != 2:
-            raise ValueError(f"items must have shape [N, D], got {list(items.shape)}")
+            raise InputError(f"items must have shape [N, D], got {list(items.shape)}")
         if last is not None and last.shape != items.shape[:1]:
-            raise ValueError(f"last must have shape [{len(items)}], got {list(last.shape)}")
+            raise InputError(f"last must have shape [{len(items)}], got {list(last.shape)}")
         for part in (items, last):
             if part is not None and bool(part.isnan().any()):
-                raise ValueError("an item embedding is NaN: the model has diverged")
+                raise InputError("an item embedding is NaN: the model has diverged")
         self.items = items.detach().to("cpu", torch.float32).contiguous()
         self.last = None if last is None else last.detach().to("cpu", torch.float32).contiguous()
         self.alive = np.ones(len(items), dtype=np.bool_) if alive is None else alive.copy()
@@ -122,7 +123,7 @@ class Vectors:
     def update(self, codes: Codes, vectors: Tensor) -> None:
         """Replace some rows; removed ones are in the catalog again."""
         if len(codes) != len(vectors):
-            raise ValueError(f"vectors must have shape [{len(codes)}, {self.dim}], got {list(vectors.shape)}")
+            raise InputError(f"vectors must have shape [{len(codes)}, {self.dim}], got {list(vectors.shape)}")
         checked, rows = self._checked(vectors), torch.from_numpy(self._rows(codes))
         # index_copy copies: the caller's tensors are not modified.
         self.items = self.items.index_copy(0, rows, checked[:, : self.items.shape[1]])
@@ -137,27 +138,27 @@ class Vectors:
     def allowed(self, wanted: Mask | None) -> Mask | None:
         """Return the mask of rows that are in the catalog and wanted; None for all rows."""
         if wanted is not None and wanted.shape != (self.num_items,):
-            raise ValueError(f"allowed must have shape [{self.num_items}], got {list(wanted.shape)}")
+            raise InputError(f"allowed must have shape [{self.num_items}], got {list(wanted.shape)}")
         mask = self.alive if wanted is None else self.alive & wanted
         return None if mask.all() else mask
 
     def checked_queries(self, queries: Tensor) -> Tensor:
         """Check the shape of queries [B, D] and convert them to float32 on the CPU."""
         if queries.ndim != 2 or queries.shape[1] != self.dim:
-            raise ValueError(f"queries must have shape [B, {self.dim}], got {list(queries.shape)}")
+            raise InputError(f"queries must have shape [B, {self.dim}], got {list(queries.shape)}")
         return queries.detach().to("cpu", torch.float32).contiguous()
 
     def _checked(self, vectors: Tensor) -> Tensor:
         if vectors.ndim != 2 or vectors.shape[1] != self.dim:
-            raise ValueError(f"vectors must have shape [n, {self.dim}], got {list(vectors.shape)}")
+            raise InputError(f"vectors must have shape [n, {self.dim}], got {list(vectors.shape)}")
         if bool(vectors.isnan().any()):
-            raise ValueError("an item embedding is NaN: the model has diverged")
+            raise InputError("an item embedding is NaN: the model has diverged")
         return vectors.detach().to("cpu", torch.float32)
 
     def _rows(self, codes: Codes) -> Codes:
         rows = np.asarray(codes, dtype=np.int64)
         if len(rows) and not 0 <= rows.min() <= rows.max() < self.num_items:
-            raise ValueError(f"codes must be in 0 .. {self.num_items - 1}")
+            raise InputError(f"codes must be in 0 .. {self.num_items - 1}")
         return rows
 
 
@@ -174,7 +175,7 @@ class ExactCatalog:
         bias: float [N], added to the items' scores, or None. A catalog with a bias cannot be changed.
 
     Raises:
-        ValueError: a shape is wrong, or an embedding is NaN.
+        InputError: a shape is wrong, or an embedding is NaN.
     """
 
     kind = "exact"
@@ -206,7 +207,7 @@ class ExactCatalog:
         """Find the K allowed items with the highest inner products; see `Index.search`.
 
         Raises:
-            ValueError: a shape is wrong, a score is NaN, or an exclusion is out of range.
+            InputError: a shape is wrong, a score is NaN, or an exclusion is out of range.
         """
         queries = self.vectors.checked_queries(queries)
         mask = self.vectors.allowed(allowed)
@@ -216,7 +217,7 @@ class ExactCatalog:
             return torch.full((len(queries), k), -torch.inf), torch.full((len(queries), k), -1)
         out = np.flatnonzero(~mask)
         if len(out) * max(len(queries), 1) <= self.num_items // 4:
-            return self._all().search(queries, k, joined(exclude, out, len(queries)))
+            return self._all().search(queries, k, merge_exclusions(exclude, out, len(queries)))
         index, codes = self._subset(mask)
         scores, found = index.search(queries, k, _within(exclude, mask, codes))
         return scores, torch.where(found >= 0, torch.from_numpy(codes)[found.clamp(min=0)], -1)
@@ -240,7 +241,7 @@ class ExactCatalog:
 
     def _refuse_bias(self) -> None:
         if self._bias is not None:
-            raise ValueError("a catalog with a bias is read-only; change the catalog it was made from")
+            raise InputError("a catalog with a bias is read-only; change the catalog it was made from")
 
     def _all(self) -> ExactIndex:
         if self._whole is None:
@@ -266,7 +267,7 @@ class ExactCatalog:
         return index, codes
 
 
-def joined(exclude: Exclusion | None, everywhere: Codes, rows: int) -> Exclusion:
+def merge_exclusions(exclude: Exclusion | None, everywhere: Codes, rows: int) -> Exclusion:
     """Add items to the exclusions of every row."""
     more = np.tile(everywhere, rows)
     sizes = np.full(rows, len(everywhere))
@@ -290,7 +291,7 @@ def _within(exclude: Exclusion | None, mask: Mask, codes: Codes) -> Exclusion | 
         return None
     offsets, items = plain(exclude)
     if len(items) and not 0 <= items.min() <= items.max() < len(mask):
-        raise ValueError(f"exclude: items must be codes in 0 .. {len(mask) - 1}")
+        raise InputError(f"exclude: items must be codes in 0 .. {len(mask) - 1}")
     row_of = np.full(len(mask), -1, dtype=np.int64)
     row_of[codes] = np.arange(len(codes))
     inside = mask[items]

@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from twotower.errors import InputError
 from twotower.index import bf16_screen
 from twotower.index.ties import tie_order
 from twotower.index.topk import Exclusion, Progress, top_k
@@ -35,10 +36,12 @@ class ExactIndex:
         in_tie_order: the items are already float32 in the order of `tie_order`; they are then shared, not copied.
 
     Raises:
-        ValueError: shapes disagree, or an embedding or bias is NaN.
+        InputError: shapes disagree, or an embedding or bias is NaN.
 
     Example:
-        >>> index = ExactIndex(torch.eye(3))
+        >>> import torch
+        >>> import twotower as tt
+        >>> index = tt.index.ExactIndex(torch.eye(3))
         >>> scores, items = index.search(torch.tensor([[0.1, 0.9, 0.5]]), k=2)
         >>> items.tolist()
         [[1, 2]]
@@ -50,14 +53,14 @@ class ExactIndex:
         self, items: Tensor, bias: Tensor | None = None, *, first: int = 0, in_tie_order: bool = False
     ) -> None:
         if items.ndim != 2:
-            raise ValueError(f"items must have shape [N, D], got {list(items.shape)}")
+            raise InputError(f"items must have shape [N, D], got {list(items.shape)}")
         if bias is not None and bias.shape != items.shape[:1]:
-            raise ValueError(f"bias must have shape [{len(items)}], got {list(bias.shape)}")
+            raise InputError(f"bias must have shape [{len(items)}], got {list(bias.shape)}")
         self._order = tie_order(len(items), first).to(items.device)
         self._items = (items.detach() if in_tie_order else items.detach()[self._order]).to(torch.float32)
         self._bias = None if bias is None else bias.detach().to(items.device)[self._order].to(torch.float32)
         if bool(self._items.isnan().any()) or (self._bias is not None and bool(self._bias.isnan().any())):
-            raise ValueError("an item embedding or bias is NaN: the model has diverged")
+            raise InputError("an item embedding or bias is NaN: the model has diverged")
 
     @property
     def num_items(self) -> int:
@@ -73,12 +76,12 @@ class ExactIndex:
         """Return an index with another bias [N]; the items are shared, not copied.
 
         Raises:
-            ValueError: the shape is wrong, or a bias is NaN.
+            InputError: the shape is wrong, or a bias is NaN.
         """
         if bias.shape != self._items.shape[:1]:
-            raise ValueError(f"bias must have shape [{self.num_items}], got {list(bias.shape)}")
+            raise InputError(f"bias must have shape [{self.num_items}], got {list(bias.shape)}")
         if bool(bias.isnan().any()):
-            raise ValueError("an item bias is NaN")
+            raise InputError("an item bias is NaN")
         other = copy.copy(self)
         other._bias = bias.detach().to(self._items.device)[self._order].to(torch.float32)
         return other
@@ -113,10 +116,10 @@ class ExactIndex:
             items: [B, K] int64 item codes, -1 where no item was left.
 
         Raises:
-            ValueError: a shape is wrong, a score is NaN, or an exclusion is out of range.
+            InputError: a shape is wrong, a score is NaN, or an exclusion is out of range.
         """
         if queries.ndim != 2 or queries.shape[1] != self.dim:
-            raise ValueError(f"queries must have shape [B, {self.dim}], got {list(queries.shape)}")
+            raise InputError(f"queries must have shape [B, {self.dim}], got {list(queries.shape)}")
         vectors = queries.detach().to(self._items.device, torch.float32)
         if self._screened(len(vectors), screened):
             found = self._screen.search(

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from twotower.errors import InputError
+
 _LOW = (1 << 32) - 1
 
 #: Maximum number of columns that fit into a key.
@@ -207,17 +209,17 @@ class ExcludedColumns:
         """Validate compressed rows [num_rows + 1] of items; `order` is [N], the item of each column.
 
         Raises:
-            ValueError: the offsets are invalid, or an item is out of range.
+            InputError: the offsets are invalid, or an item is out of range.
         """
         offsets = torch.as_tensor(np.asarray(exclude[0], dtype=np.int64))
         items = torch.as_tensor(np.asarray(exclude[1], dtype=np.int64)).to(order.device)
         num_items = order.numel()
         if offsets.shape != (num_rows + 1,):
-            raise ValueError(f"exclude: offsets must have shape [{num_rows + 1}], got {list(offsets.shape)}")
+            raise InputError(f"exclude: offsets must have shape [{num_rows + 1}], got {list(offsets.shape)}")
         if offsets[0] != 0 or offsets[-1] != len(items) or bool((offsets.diff() < 0).any()):
-            raise ValueError(f"exclude: offsets must increase from 0 to the number of items, {len(items)}")
+            raise InputError(f"exclude: offsets must increase from 0 to the number of items, {len(items)}")
         if len(items) and not 0 <= int(items.min()) <= int(items.max()) < num_items:
-            raise ValueError(f"exclude: items must be codes in 0 .. {num_items - 1}")
+            raise InputError(f"exclude: items must be codes in 0 .. {num_items - 1}")
         column_of = torch.empty_like(order)
         column_of[order] = torch.arange(num_items, device=order.device)
         return cls(offsets, column_of[items], num_items)
@@ -281,13 +283,13 @@ def top_k(
         items: [B, K] int64 item codes, -1 where no item was left. An item with score -inf is never returned.
 
     Raises:
-        ValueError: a score is NaN, or a shape, K or an exclusion is out of range.
+        InputError: a score is NaN, or a shape, K or an exclusion is out of range.
     """
     num_items, device = order.numel(), order.device
     if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+        raise InputError(f"k must be at least 1, got {k}")
     if num_items > MAX_COLUMNS:
-        raise ValueError(f"a catalog of {num_items} items is too large: at most {MAX_COLUMNS} can be ranked")
+        raise InputError(f"a catalog of {num_items} items is too large: at most {MAX_COLUMNS} can be ranked")
     # With few rows, widen the tiles: many small ones would each pay a fixed overhead.
     widest = max(_MAX_TILE_COLUMNS, _TILE_ELEMENTS // (4 * max(num_rows, 1)))
     columns = column_tile or min(max(num_items, 1), widest)
@@ -356,7 +358,7 @@ def blocks(total: int, size: int) -> Iterator[slice]:
 def _offer(best: BestKeys, tile: Tensor, left: int) -> None:
     maxima = chunk_maxima(tile)
     if _has_nan(maxima) or _has_nan(tile[:, maxima.shape[1] * LANES :]):
-        raise ValueError("a score is NaN: the model has diverged (look for NaN in its parameters or inputs)")
+        raise InputError("a score is NaN: the model has diverged (look for NaN in its parameters or inputs)")
     if not best.bounded and (least := kth_largest(tile, maxima, best.k)) is not None:
         best.bound(least)
     row, column, score = above(tile, maxima, best.threshold)

@@ -53,9 +53,12 @@ def sampled_softmax(
         InputError: shapes do not fit, or the temperature is not above 0 (checked if it is not on an accelerator).
 
     Example:
-        >>> query, item = torch.randn(2, 4), torch.randn(3, 4)
-        >>> sampled_softmax(query, item[:2], item, torch.zeros(3), mask=torch.eye(2, 3, dtype=torch.bool)).shape
-        torch.Size([2])
+        >>> import torch
+        >>> import twotower as tt
+        >>> query, items = torch.eye(2, 3), torch.eye(3)  # row b likes item b; all three items are candidates
+        >>> own = torch.eye(2, 3, dtype=torch.bool)
+        >>> tt.losses.sampled_softmax(query, items[:2], items, torch.zeros(3), mask=own)  # -1 + log(e + 2)
+        tensor([0.5514, 0.5514])
     """
     positive_logit, logits = candidate_logits(
         query,

@@ -105,9 +105,11 @@ class CountedFrequency(Frequency):
         InputError: counts are negative, not finite, or all zero.
 
     Example:
-        >>> frequency = CountedFrequency(torch.tensor([3, 1, 0]))
-        >>> frequency.log_prob(torch.tensor([0, 1])).exp().tolist()
-        [0.75, 0.25]
+        >>> import torch
+        >>> import twotower as tt
+        >>> frequency = tt.negatives.CountedFrequency(torch.tensor([3, 1, 0]))
+        >>> frequency.log_prob(torch.tensor([0, 1, 2])).exp()
+        tensor([0.7500, 0.2500, 0.0000], dtype=torch.float64)
     """
 
     is_exact = True

@@ -46,9 +46,12 @@ class Pool(nn.Module):
         correction: what is subtracted from the logits; default: the expected count. Others are for comparison.
 
     Raises:
-        InputError: no source is given, or two sources have the same rows.
+        InputError: no source is given, two sources have the same rows, or a source's counts vary by row and another
+            source's candidates are shared.
 
     Example:
+        >>> import torch
+        >>> from twotower.negatives import CountedFrequency, InBatch, Pool, Sampled, Uniform
         >>> frequency = CountedFrequency(torch.tensor([5, 3, 2, 0]))
         >>> pool = Pool(InBatch(frequency), Sampled(Uniform(4), size=8), unique=True)
         >>> drawn = pool.draw(torch.tensor([0, 1, 0]))
@@ -63,6 +66,13 @@ class Pool(nn.Module):
         for kind, name in ((InBatch, "in_batch"), (CrossBatchMemory, "memory")):
             if sum(isinstance(source, kind) for source in sources) > 1:
                 raise InputError(f"sources: {name} twice: both have the same rows; use one of them")
+        varying = [type(source).__name__ for source in sources if source.varies_by_row]
+        shared = [type(source).__name__ for source in sources if not source.per_row]
+        if varying and shared:
+            raise InputError(
+                f"sources: the expected counts of {varying[0]} differ from row to row, so it cannot be pooled with "
+                f"candidates shared by the batch ({', '.join(shared)}); use sources with per_row=True"
+            )
         self.sources = nn.ModuleList(sources)
         self.unique = unique
         self.correction = correction or ExpectedCounts()
@@ -224,7 +234,7 @@ class Pool(nn.Module):
         return compact(items, source)
 
     def _log_count(self, items: Tensor, source: Tensor, request: DrawRequest, *, is_fixed: Tensor) -> Tensor:
-        if not self.random_sources():
+        if not items.numel() or not self.random_sources():
             return torch.zeros(items.shape, dtype=torch.float64, device=items.device)
         log_count = self.correction.log_count(self, items, source, request).masked_fill(is_fixed, 0.0)
         if items.device.type == "cpu":

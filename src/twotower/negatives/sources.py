@@ -74,11 +74,14 @@ class Source(nn.Module, ABC):
         unique: duplicates within the source are removed, so that the expected count is an inclusion probability.
         deterministic: its items are in every draw and are masked from the random sources.
         per_row: candidates belong to single rows, [B, R] with -1 for an empty slot, not to the whole batch, [m].
+        varies_by_row: an item's expected count differs from row to row, for example because it depends on the row's
+            positive. A pool then accepts per-row sources only: a shared candidate has one count for the whole batch.
     """
 
     unique: bool = False
     deterministic: bool = False
     per_row: bool = False
+    varies_by_row: bool = False
 
     @abstractmethod
     def draw(self, request: DrawRequest) -> Tensor:

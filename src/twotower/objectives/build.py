@@ -34,6 +34,7 @@ from twotower.negatives import (
     Uniform,
     Weighted,
 )
+from twotower.negatives.frequency import HasItemCounts
 from twotower.objectives.base import Objective
 from twotower.objectives.registry import OBJECTIVES, named_objective
 
@@ -45,17 +46,15 @@ __all__ = [
     "masks_known_positives",
     "named_objective",
     "needs_known_positives",
-    "reads_gaps",
-    "reads_sequences",
     "refuse_in_batch",
 ]
 
 
-def build_objective(config: Config, train: Interactions, *, learnt: Interactions | None = None) -> Objective:
+def build_objective(config: Config, train: Interactions, *, learnt: HasItemCounts | None = None) -> Objective:
     """Build the objective of a configuration, with frequencies counted from the training interactions.
 
-    `learnt` are the rows that batches are made of, if not all of `train`: the frequency of in-batch candidates is
-    counted from them, while heads and proposals use all rows.
+    `learnt` counts the items of the rows or questions that batches are made of, if not all rows of `train`: it gives
+    the frequency of in-batch candidates, while heads and proposals use all rows.
 
     Raises:
         InputError: the objective, a source or a setting is unknown, or needs something that the data does not have.
@@ -65,20 +64,10 @@ def build_objective(config: Config, train: Interactions, *, learnt: Interactions
     pool = build_pool(settings, train, learnt=learnt)
     objective = named.make(pool, settings, train.num_items)
     objective.rows_per_draw = settings.rows_per_draw
-    if settings.rows_per_draw is not None and reads_sequences(config):
+    asks_together = config.reads_sequences or config.training.question in ("horizon", "set")
+    if settings.rows_per_draw is not None and asks_together:
         refuse_in_batch(pool)
     return objective
-
-
-def reads_sequences(config: Config) -> bool:
-    """Return whether rows are positions of whole sequences."""
-    return config.query_tower.history is not None and config.query_tower.history.sequence is not None
-
-
-def reads_gaps(config: Config) -> bool:
-    """Return whether the tower reads the time between the items of a history."""
-    history = config.query_tower.history
-    return history is not None and history.sequence is not None and history.sequence.gaps
 
 
 def refuse_in_batch(pool: Pool) -> None:
@@ -89,12 +78,12 @@ def refuse_in_batch(pool: Pool) -> None:
     """
     if any(isinstance(member, InBatch | CrossBatchMemory) for member in pool.members()):
         raise InputError(
-            "objective.rows_per_draw: with in_batch or memory and whole sequences all rows of a batch must share one "
+            "objective.rows_per_draw: with in_batch or memory, the rows of whole sequences or questions must share one "
             "draw; remove rows_per_draw, or use frequency, uniform or head instead"
         )
 
 
-def build_pool(settings: ObjectiveConfig, train: Interactions, *, learnt: Interactions | None = None) -> Pool:
+def build_pool(settings: ObjectiveConfig, train: Interactions, *, learnt: HasItemCounts | None = None) -> Pool:
     """Build the pool of an objective's settings; raises the errors of `build_objective`."""
     named = named_objective(settings.name)
     unique = named.unique if settings.unique is None else settings.unique
@@ -103,7 +92,7 @@ def build_pool(settings: ObjectiveConfig, train: Interactions, *, learnt: Intera
         for source in (named.sources if settings.sources is None else settings.sources)
         for name, options in source.items()
     ]
-    builder = _SourceBuilder(train, build_frequency(settings, train if learnt is None else learnt), written)
+    builder = _SourceBuilder(train, build_frequency(settings, train, learnt), written)
     return Pool(
         *(builder.build(name, options) for name, options in written), unique=unique, correction=named.correction
     )
@@ -120,20 +109,25 @@ def needs_known_positives(config: Config) -> bool:
     """Return whether known positives must be masked: by the objective, or for rows of sequences as candidates."""
     sources = config.objective.sources or named_objective(config.objective.name).sources
     of_rows = any(name in source for source in sources for name in ("in_batch", "memory"))
-    return masks_known_positives(config.objective) or (of_rows and reads_sequences(config))
+    together = config.reads_sequences or config.training.question in ("horizon", "set")  # rows of one query
+    return masks_known_positives(config.objective) or (of_rows and together)
 
 
-def build_frequency(settings: ObjectiveConfig, train: Interactions) -> Frequency:
-    """Build the item frequency named by `objective.frequency`.
+def build_frequency(settings: ObjectiveConfig, train: Interactions, learnt: HasItemCounts | None = None) -> Frequency:
+    """Build the item frequency named by `objective.frequency`, counted from `learnt`, or else from `train`.
 
     Raises:
         InputError: the frequency is grouped and the data has no group column.
     """
     name, options = settings.frequency_name, settings.streaming.model_dump()
+    counted = train if learnt is None else learnt
     if name == "counted":
-        return CountedFrequency(train)
+        return CountedFrequency(counted)
     if name == "streaming":
-        return StreamingFrequency(train.num_items, **options, rows=len(train))
+        # Questions are not rows of an epoch; their batches say how they were drawn (`Batch.windows`).
+        rows = len(counted) if isinstance(counted, Interactions) else None
+        return StreamingFrequency(train.num_items, **options, rows=rows)
+    train = counted if isinstance(counted, Interactions) else train
     if name == "grouped":
         return GroupedFrequency.counted(train)
     if train.groups is None:

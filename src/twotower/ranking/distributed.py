@@ -36,7 +36,7 @@ class OverRanks:
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> NDArray[np.int64]:
         """Return the best items of every query, int64 [E, k]."""
-        own = part_of(holdout, self.ranks.part(len(holdout)))
+        own = slice_holdout(holdout, self.ranks.part(len(holdout)))
         ranked = (
             torch.as_tensor(self.ranker.rank(own, k, exclude_seen)).cpu()
             if len(own)
@@ -56,7 +56,7 @@ def over_ranks(ranker: Ranker, ranks: Communicator) -> Ranker:
     return ranker if ranks.size == 1 else OverRanks(ranker, ranks)
 
 
-def part_of(holdout: Holdout, rows: slice) -> Holdout:
+def slice_holdout(holdout: Holdout, rows: slice) -> Holdout:
     """Return the queries `rows.start` to `rows.stop` of a holdout."""
     begin, end = rows.start, rows.stop
     history, targets = holdout.history_offsets[begin : end + 1], holdout.target_offsets[begin : end + 1]
@@ -130,7 +130,7 @@ class ShardedRanker:
                 for rank, share in enumerate(shares)
             ]
             sizes = [part.stop - part.start for part in parts]
-            queries = self.ranks.gather(self._embedded(part_of(holdout, parts[self.ranks.rank])), sizes)
+            queries = self.ranks.gather(self._embedded(slice_holdout(holdout, parts[self.ranks.rank])), sizes)
             scores, items = self._search(queries, k, _histories(holdout, parts) if exclude_seen else None)
             mine = sizes[self.ranks.rank]
             received = [mine] * self.ranks.size
@@ -145,7 +145,7 @@ class ShardedRanker:
         codes = torch.from_numpy(items).to(self.embeddings.device)
         requested, place = request_rows(self.part, codes), torch.argsort(self._order).to(codes.device)
         fetched = fetch_rows(self.embeddings, self.part, replace(requested, given=place[requested.given]))
-        return fetched.rows.detach()[fetched.place(codes)]
+        return fetched.rows.detach()[fetched.place(codes)][:, : self.towers.item_tower.dimension]
 
     @torch.no_grad()
     def _embedded(self, holdout: Holdout) -> Tensor:
@@ -191,7 +191,7 @@ def own_item_embeddings(towers: TwoTower, part: RowShard, order: Tensor | None =
     was_training, device = towers.training, towers.log_temperature.device
     towers.eval()
     codes = part.own.start + (torch.arange(len(part)) if order is None else order).to(device)
-    embedded = torch.empty(len(part), towers.item_tower.dimension, device=device)
+    embedded = torch.empty(len(part), towers.width, device=device)
     table = towers.item_tower.ids
     is_here = table is None or table.part is None or table.part == part
     for begin in range(0, len(part) if is_here else part.bounds[1], BLOCK):  # else as many as the largest rank
@@ -204,7 +204,7 @@ def own_item_embeddings(towers: TwoTower, part: RowShard, order: Tensor | None =
 
 def _histories(holdout: Holdout, parts: list[slice]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Collect the histories of the queries of several parts, as compressed rows."""
-    chosen = [part_of(holdout, part) for part in parts]
+    chosen = [slice_holdout(holdout, part) for part in parts]
     sizes = np.concatenate([np.diff(one.history_offsets) for one in chosen])
     items = np.concatenate([np.asarray(one.history_items, dtype=np.int64) for one in chosen])
     return np.concatenate([[0], sizes.cumsum()]), items

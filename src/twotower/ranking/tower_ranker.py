@@ -39,6 +39,7 @@ class SlowProgress:
         patience: seconds before the bar appears.
 
     Example:
+        >>> from twotower.ranking.tower_ranker import SlowProgress
         >>> with SlowProgress("ranking") as progress:
         ...     for done in range(1, 4):
         ...         progress(done, 3)
@@ -101,6 +102,11 @@ class TowerRanker:
         self.history_length = history_length
         self.item_embeddings = self._items() if item_embeddings is None else item_embeddings
 
+    @property
+    def directions(self) -> Tensor:
+        """Item embeddings without the coordinate of item bias and recent prior, [N, D]."""
+        return self.item_embeddings[:, : self.towers.item_tower.dimension]
+
     @cached_property
     def index(self) -> ExactIndex:
         """Exact search over the items, built on first use: a served model may have another kind of index."""
@@ -117,7 +123,7 @@ class TowerRanker:
     def embed_holdout(self, holdout: Holdout) -> Tensor:
         """Embed every query of a holdout, u(x), float32 [E, D]."""
         histories = (holdout.history_offsets, holdout.history_items)
-        return self.embed(holdout.queries, histories, context=holdout.context, gaps=gaps_of(holdout))
+        return self.embed(holdout.queries, histories, context=holdout.context, gaps=holdout_gaps(holdout))
 
     def search(
         self,
@@ -227,7 +233,7 @@ class TowerRanker:
         return embeddings
 
 
-def gaps_of(holdout: Holdout) -> np.ndarray | None:
+def holdout_gaps(holdout: Holdout) -> np.ndarray | None:
     """Compute codes of the gaps in the histories of a holdout; None if it has no timestamps."""
     times = holdout.history_timestamps
     return None if times is None else gap_codes(holdout.history_offsets, times)

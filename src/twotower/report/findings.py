@@ -22,10 +22,11 @@ def question(document: Document) -> str:
 
 
 def answer(document: Document) -> list[str]:
-    """Return the findings as paragraphs; the first is the short answer."""
+    """Return the findings as paragraphs; the first is the short answer, above all if a baseline is better."""
     if document["kind"] != "comparison" or len(document["models"]) == 1:
-        return [*_alone(document), *_baselines(document)]
-    return [_use(document), *_behind(document), *_tail(document), *_reference(document), *_baselines(document)]
+        return [*_beaten(document), *_alone(document), *_baselines(document)]
+    said = [_use(document), *_behind(document), *_tail(document), *_reference(document), *_baselines(document)]
+    return [*_beaten(document), *said]
 
 
 def cautions(document: Document) -> list[str]:
@@ -73,12 +74,20 @@ def family(document: Document, about: str) -> dict[str, Any] | None:
 
 
 def verdicts(document: Document, about: str = "all") -> dict[str, str]:
-    """Return the kind of mark of each objective: best, same as the best, ahead of it or behind it."""
+    """Return the kind of mark of each objective: best, same as the best, ahead of it or behind it.
+
+    The only model of a document is "alone", and the best objective is only "top" if a baseline has a higher mean.
+    """
     tests = family(document, about)
     if tests is None:
-        return {model["name"]: "best" for model in document["models"]}
+        return {model["name"]: "alone" for model in document["models"]}
     kinds = {"not told apart": "same", "ahead": "ahead", "behind": "behind"}
-    return {tests["against"]: "best", **{one["name"]: kinds[one["verdict"]] for one in tests["contests"]}}
+    beside = family(document, "baselines")
+    is_best = beside is None or all(one["difference"] <= 0 for one in beside["contests"])
+    return {
+        tests["against"]: "best" if is_best else "top",
+        **{one["name"]: kinds[one["verdict"]] for one in tests["contests"]},
+    }
 
 
 def value(entry: dict[str, Any], metric: str, part: str | None = None) -> dict[str, Any] | None:
@@ -89,12 +98,15 @@ def value(entry: dict[str, Any], metric: str, part: str | None = None) -> dict[s
 
 
 def processor_time(model: dict[str, Any]) -> float | None:
-    """Return the median CPU seconds of a model's training runs, or None if unknown."""
-    known = [run["cpu_seconds"] for run in model["runs"] if run["cpu_seconds"] is not None]
+    """Return the median CPU seconds of a model's training runs, or None if unknown.
+
+    A time of 0 is unknown: older versions wrote it for a finished run that was resumed.
+    """
+    known = [run["cpu_seconds"] for run in model["runs"] if run["cpu_seconds"]]
     return statistics.median(known) if known else None
 
 
-def listed(names: Sequence[str], last: str = "and") -> str:
+def in_words(names: Sequence[str], last: str = "and") -> str:
     """Join names as "a, b and c"."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {last} {names[-1]}"
 
@@ -129,6 +141,27 @@ def _interval(found: dict[str, Any]) -> str:
     return f"{number(found['mean'])} (95 % interval {number(found['low'])} to {number(found['high'])})"
 
 
+def _beaten(document: Document) -> list[str]:
+    """Say first that a baseline is significantly better than every model, and what to try."""
+    tests = family(document, "baselines")
+    ahead = [one for one in tests["contests"] if one["verdict"] == "ahead"] if tests else []
+    if tests is None or not ahead:
+        return []
+    best, metric = max(ahead, key=lambda one: float(one["difference"])), tests["metric"]
+    own = (value(document["models"][0], metric) or {"mean": 0.0})["mean"]
+    numbers = f"{number(own)}, against {number(own + best['difference'])} ({p_value(best['adjusted'])})"
+    if document["kind"] == "comparison" and len(document["models"]) > 1:
+        said = (
+            f"No objective reaches the best baseline, {best['name']}: the highest {metric} of an objective, of "
+            f"{tests['against']}, is {numbers}."
+        )
+    else:
+        said = f"{tests['against']} is below the best baseline, {best['name']}: its {metric} is {numbers}."
+    if advice := document["evaluation"].get("advice"):
+        said += f" Settings to try on this data: {' '.join(f'--set {setting}' for setting in advice)}."
+    return [said]
+
+
 def _use(document: Document) -> str:
     best, metric = document["models"][0], document["metric"]
     same = [name for name, kind in verdicts(document).items() if kind == "same"]
@@ -143,8 +176,8 @@ def _use(document: Document) -> str:
     named = [model for model in document["models"] if model["name"] in {best["name"], *same}]
     names = [model["name"] for model in named]
     said = (
-        f"Use {listed(names, 'or')}. {best['name']} has the highest {top}, but does not differ significantly from "
-        f"{listed(same, 'or')}."
+        f"Use {in_words(names, 'or')}. {best['name']} has the highest {top}, but does not differ significantly from "
+        f"{in_words(same, 'or')}."
     )
     times = {model["name"]: processor_time(model) for model in named}
     known = {name: time for name, time in times.items() if time is not None}
@@ -210,7 +243,7 @@ def _tail(document: Document) -> list[str]:
             else ", and over all queries the two do not differ significantly."
         )
         if len(ahead) > 1:
-            said += f" {listed([one['name'] for one in ahead[1:]])} also find{'s' if len(ahead) == 2 else ''} more."
+            said += f" {in_words([one['name'] for one in ahead[1:]])} also find{'s' if len(ahead) == 2 else ''} more."
     worst = min(tests["contests"], key=lambda one: one["difference"])
     if worst["verdict"] == "behind":
         said += f" {worst['name']} finds the least, {share(tail['mean'] + worst['difference'])}."
@@ -265,7 +298,7 @@ def _baselines(document: Document) -> list[str]:
         f"{words[one['verdict']]} {one['name']} ({number(own + one['difference'])}, {p_value(one['adjusted'])})"
         for one in tests["contests"]
     ]
-    return [f"Compared with the baselines by {metric}, {tests['against']} {listed(said)}."]
+    return [f"Compared with the baselines by {metric}, {tests['against']} {in_words(said)}."]
 
 
 def _still_rising(model: dict[str, Any], metric: str) -> bool:

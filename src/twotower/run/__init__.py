@@ -1,9 +1,11 @@
 """From settings to a trained, evaluated model."""
 
-from twotower.run.batches import gaps_of, history_length, make_batches
+from twotower.run.advice import settings_to_try, with_advice
+from twotower.run.batches import make_batches, row_gaps
 from twotower.run.data import propose_features, read_data, split_data
 from twotower.run.model import Model, continue_with, evaluate, fit
-from twotower.run.run_folder import audit_run, evaluate_run, reread, settings_of, train_run
+from twotower.run.run_folder import audit_run, evaluate_run, reread, train_run
+from twotower.run.settings import settings_of
 
 __all__ = [
     "Model",
@@ -12,13 +14,14 @@ __all__ = [
     "evaluate",
     "evaluate_run",
     "fit",
-    "gaps_of",
-    "history_length",
     "make_batches",
     "propose_features",
     "read_data",
     "reread",
+    "row_gaps",
     "settings_of",
+    "settings_to_try",
     "split_data",
     "train_run",
+    "with_advice",
 ]

@@ -7,16 +7,12 @@ import numpy as np
 from twotower.config.run import Config
 from twotower.data import GroupedBatches, Interactions, SequenceBatches, TrainingBatches
 from twotower.data.loading.gaps import gap_codes
+from twotower.data.loading.questions import QuestionBatches
 from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
 from twotower.features.feature_set import EncodedTable
 from twotower.features.from_config import encode_context
-from twotower.objectives.build import reads_gaps, reads_sequences
-
-
-def history_length(config: Config) -> int:
-    """Return the history length L of the query tower, 0 if it reads no history."""
-    return config.query_tower.history.length if config.query_tower.history else 0
+from twotower.run.question import refuse_question, rule_of
 
 
 def make_batches(
@@ -25,7 +21,7 @@ def make_batches(
     rows: np.ndarray | None = None,
     ranks: Communicator | None = None,
     context: EncodedTable | None = None,
-) -> TrainingBatches | GroupedBatches | SequenceBatches:
+) -> TrainingBatches | GroupedBatches | SequenceBatches | QuestionBatches:
     """Build the training batches for a configuration.
 
     Args:
@@ -38,21 +34,29 @@ def make_batches(
     Raises:
         InputError: the configuration combines a sequence tower with batches built within groups.
     """
-    size, seed, length = int(config.training.batch_size), config.training.seed, history_length(config)
+    size, seed, length = int(config.training.batch_size), config.training.seed, config.history_length
     grouped = config.objective.is_grouped
-    if reads_sequences(config):
+    rule = rule_of(config)
+    if rule is not None:
+        refuse_question(config, train)
+        encoded = None if context is None else encode_context(context.features, train)
+        return QuestionBatches(
+            train, size, rule, history_length=length, seed=seed, rows=rows, ranks=ranks, context=encoded
+        )
+    if config.reads_sequences:
         if grouped:
             raise InputError("objective.frequency: grouped: a sequence may span several groups; expected counted")
         # rows always cover whole queries: ContinuedSplit.rows_to_learn
         learnt = train if rows is None else train.select(rows)
         encoded = None if context is None else encode_context(context.features, learnt)
-        gaps = reads_gaps(config)
-        return SequenceBatches(learnt, size, history_length=length, seed=seed, context=encoded, gaps=gaps, ranks=ranks)
+        return SequenceBatches(
+            learnt, size, history_length=length, seed=seed, context=encoded, gaps=config.reads_gaps, ranks=ranks
+        )
     encoded = None if context is None else encode_context(context.features, train)
     batches = TrainingBatches(train, size, history_length=length, seed=seed, rows=rows, ranks=ranks, context=encoded)
     return GroupedBatches(batches) if grouped else batches
 
 
-def gaps_of(config: Config, data: Interactions) -> np.ndarray | None:
+def row_gaps(config: Config, data: Interactions) -> np.ndarray | None:
     """Return the code of the time gap before each row, int8 [n]; None if unused or if the data has no timestamps."""
-    return gap_codes(data.offsets, data.timestamps) if reads_gaps(config) and data.timestamps is not None else None
+    return gap_codes(data.offsets, data.timestamps) if config.reads_gaps and data.timestamps is not None else None

@@ -21,7 +21,7 @@ MINING_BLOCK = 8192
 
 
 def refresh_hard_negatives(
-    objective: Objective, train: Interactions, length: int, gaps: np.ndarray | None = None
+    objective: Objective, train: Interactions, length: int, *, reads_gaps: bool = False
 ) -> Callable[[TwoTower], None] | None:
     """Return a function that refreshes the mined sources of an objective, or None if it has none.
 
@@ -32,7 +32,7 @@ def refresh_hard_negatives(
         objective: the training objective.
         train: the training interactions.
         length: history length L of the query tower.
-        gaps: code of the time gap before each row, int8 [n], if the tower reads gaps.
+        reads_gaps: whether the query tower reads the time between the items of a history.
     """
     sources = [source for source in objective.pool.members() if isinstance(source, HardNegatives)]
     if not sources:
@@ -44,9 +44,7 @@ def refresh_hard_negatives(
         ranker = _ranker(towers, length)
         # Ranked by raw score: on corrected logits, rare items would look hard.
         for block in np.array_split(np.arange(train.num_queries), -(-train.num_queries // MINING_BLOCK)):
-            items = torch.from_numpy(
-                ranker.rank(_training_queries(train, block, has_times=gaps is not None), size, True)
-            )
+            items = torch.from_numpy(ranker.rank(_training_queries(train, block, has_times=reads_gaps), size, True))
             for source in sources:
                 source.refresh(torch.from_numpy(block).to(source.items.device), items.to(source.items.device))
 

@@ -1,13 +1,11 @@
-"""Training a model on a split, and continuing from a model on new data.
-
-Evaluation of a model or of any other ranker.
-"""
+"""`tt.fit`, `tt.continue_with` and `tt.evaluate`: from a split and settings to a trained, measured model."""
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,17 +13,20 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from twotower import evaluation, incremental
 from twotower.config.run import Config
 from twotower.data import Holdout, Interactions, KnownPositives, Split
+from twotower.data.loading.questions import QuestionBatches
 from twotower.data.schema.vocabulary import IdValues
 from twotower.distributed.communicator import Communicator
 from twotower.distributed.partition import RowShard
 from twotower.errors import InputError
 from twotower.evaluation import Evaluation
-from twotower.features.from_config import encode_features, in_training, with_features
+from twotower.features.feature_set import EncodedTable
+from twotower.features.from_config import encode_features, in_training
 from twotower.incremental import ParentModel
 from twotower.incremental.split import ContinuedSplit
 from twotower.negatives.frequency import count_by_group
@@ -33,9 +34,12 @@ from twotower.objectives.build import build_objective, needs_known_positives
 from twotower.ranking import Ranker
 from twotower.ranking.distributed import ShardedRanker, item_embeddings, over_ranks, own_item_embeddings
 from twotower.ranking.tower_ranker import TowerRanker
-from twotower.run.batches import gaps_of, history_length, make_batches
+from twotower.run.batches import make_batches, row_gaps
 from twotower.run.data import split_data
 from twotower.run.mining import refresh_hard_negatives
+from twotower.run.recent_prior import RecentPrior, add_recent_prior
+from twotower.run.settings import complete_settings
+from twotower.run.start_weights import StartWeights
 from twotower.serving import Retriever, SavedModel
 from twotower.towers import TwoTower, build_towers
 from twotower.towers.sharded_lookup import shared_tables_of
@@ -73,7 +77,7 @@ class Model:
     def ranker(self) -> Ranker:
         """The ranker for an evaluation. With several ranks, all of them must access and use it together."""
         if self.artifact.is_shared:
-            return ShardedRanker(self.artifact.towers, history_length(self.artifact.config), Communicator.current())
+            return ShardedRanker(self.artifact.towers, self.artifact.config.history_length, Communicator.current())
         return over_ranks(self.retriever, Communicator.current())
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> np.ndarray:
@@ -119,63 +123,33 @@ def fit(
     """
     # Imported here because Lightning is slow to import and nothing else needs it.
     from twotower.incremental.warm_start import carry_on, grown_features  # noqa: PLC0415
-    from twotower.training import fit_towers, place_tables, plan_memory  # noqa: PLC0415
+    from twotower.training import fit_towers, plan_memory  # noqa: PLC0415
 
     parent = incremental.parent_of(warm_start)
-    if config is None and parent is not None:
-        config = parent.artifact.config
-    settings = config if isinstance(config, Config) else Config.load(config)
-    if directory is None:
-        if Communicator.current().size > 1:
-            raise InputError("fit(directory=...): required with several ranks; pass a folder that all ranks share")
-        with tempfile.TemporaryDirectory(prefix="twotower-") as temporary:
-            return fit(
-                split,
-                settings,
-                directory=temporary,
-                warm_start=parent,
-                resume=resume,
-                progress=progress,
-                on_message=on_message,
-            )
-    rows = incremental.rows_to_learn(split, parent, settings)
-    if parent is not None:
-        settings = incremental.inherit_settings(parent.artifact.config, settings)
-    settings = with_features(settings.resolved(len(split.train) if rows is None else len(rows)), split.train)
-    train, training = split.train, settings.training
-    learnt = None if rows is None else train.select(rows)
+    settings, rows = complete_settings(_loaded(config, parent), split, parent, on_message)
+    train = split.train
     ranks = Communicator.current()
-    placement = place_tables(settings, train, ranks)
-    # The seed determines initial weights, row order and draws. The caller's random generators are left unchanged.
-    with torch.random.fork_rng():
-        torch.manual_seed(training.seed)
+    with _folder(directory) as folder, _seeded(settings.training.seed):
         growth = None if parent is None else grown_features(parent, incremental.require_continued(split))
         features = encode_features(settings, train) if growth is None else growth.features
-        with placement.applied():
-            towers = build_towers(
-                settings,
-                num_queries=train.num_queries,
-                num_items=train.num_items,
-                item_features=features.get("item"),
-                query_features=features.get("query"),
-                context=features.get("context"),
-                trained_items=torch.from_numpy(in_training(train, "item")),
-                trained_queries=torch.from_numpy(in_training(train, "query")),
-            )
-        length = history_length(settings)
+        towers = _build_towers(settings, train, features, ranks)
         batches = make_batches(settings, train, rows, ranks, features.get("context"))
-        known = KnownPositives(train) if needs_known_positives(settings) else None
-        objective = build_objective(settings, train, learnt=learnt)
-        optimizer = mine = None
-        if growth is not None and parent is not None:
+        questions = batches if isinstance(batches, QuestionBatches) else None
+        learnt = None if rows is None else train.select(rows)
+        objective = build_objective(settings, train, learnt=questions or learnt)
+        known_positives = KnownPositives(train) if needs_known_positives(settings) else None
+        optimizer = None
+        if parent is not None and growth is not None:
             optimizer = carry_on(
                 parent, settings, growth, towers=towers, objective=objective, ranks=ranks, on_message=on_message
             )
-            if (
-                mine := refresh_hard_negatives(objective, train, length, gaps_of(settings, train))
-            ) is not None and not resume:
-                mine(towers)
+        mine = refresh_hard_negatives(objective, train, settings.history_length, reads_gaps=settings.reads_gaps)
+        if mine is not None and parent is not None and not resume:
+            mine(towers)  # from scratch there is nothing to mine with before the first epoch
         validate = _validation(split.validation, settings, train) if len(split.validation) else None
+        start = StartWeights(folder, ranks, resume=resume)
+        if parent is None and not resume:
+            start.make(towers, settings, train, questions, validate=validate, on_message=on_message)
         before = validate(towers) if validate is not None and parent is not None and not resume else None
         plan = plan_memory(settings, towers, objective, train, ranks)
         if on_message is not None:
@@ -184,11 +158,11 @@ def fit(
             towers,
             objective,
             batches,
-            training,
-            Path(directory),
-            known_positives=known,
+            settings.training,
+            folder,
+            known_positives=known_positives,
             counts=torch.from_numpy(count_by_group(train) if settings.objective.is_grouped else train.item_counts()),
-            mine=refresh_hard_negatives(objective, train, length, gaps_of(settings, train)),
+            mine=mine,
             validate=validate,
             resume=resume,
             progress=progress,
@@ -196,14 +170,9 @@ def fit(
             warm_start=optimizer,
             in_background=plan.in_background,
         )
-    artifact = _artifact(settings, split, towers, result)
-    new = len(train) if learnt is None else int((~incremental.require_continued(split).learnt).sum())
-    artifact.metadata["data"]["lineage"] = incremental.lineage(
-        parent, split, new, 0 if rows is None else len(rows) - new
-    )
-    if before is not None:
-        artifact.metadata["training"]["before"] = before
-    return Model(artifact, split, result)
+        result = start.or_better(result, on_message)
+        prior = add_recent_prior(towers, split, settings, validate, on_message)
+    return _model(settings, split, result, parent=parent, rows=rows, before=before, prior=prior)
 
 
 def continue_with(
@@ -230,9 +199,62 @@ def continue_with(
     parent = incremental.parent_of(warm_start)
     assert parent is not None
     settings = parent.artifact.config if config is None else config
+    if settings.data.split == "random":
+        raise InputError(
+            "data.split=random: training rows are not before test rows, so a model cannot be continued with it; use "
+            "data.split=time or data.split=leave-last-out for the new data"
+        )
     return incremental.new_days(
-        parent, data, settings, lambda fresh: split_data(fresh, settings.data, cold="keep"), withdrawn=withdrawn
+        parent,
+        data,
+        settings,
+        lambda fresh: split_data(fresh, settings.data, cold="keep", histories=settings.query_tower.history is not None),
+        withdrawn=withdrawn,
     )
+
+
+def _loaded(config: Config | str | Path | None, parent: ParentModel | None) -> Config:
+    if config is None and parent is not None:
+        return parent.artifact.config
+    return config if isinstance(config, Config) else Config.load(config)
+
+
+@contextmanager
+def _folder(directory: str | Path | None) -> Iterator[Path]:
+    """Yield the folder for checkpoints and logs: a temporary one if None."""
+    if directory is not None:
+        yield Path(directory)
+        return
+    if Communicator.current().size > 1:
+        raise InputError("fit(directory=...): required with several ranks; pass a folder that all ranks share")
+    with tempfile.TemporaryDirectory(prefix="twotower-") as temporary:
+        yield Path(temporary)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed initial weights, row order and draws; the caller's random generators are left unchanged."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _build_towers(
+    config: Config, train: Interactions, features: Mapping[str, EncodedTable], ranks: Communicator
+) -> TwoTower:
+    from twotower.training import place_tables  # noqa: PLC0415  # loads Lightning, as in `fit`
+
+    with place_tables(config, train, ranks).applied():
+        return build_towers(
+            config,
+            num_queries=train.num_queries,
+            num_items=train.num_items,
+            item_features=features.get("item"),
+            query_features=features.get("query"),
+            context=features.get("context"),
+            trained_items=torch.from_numpy(in_training(train, "item")),
+            trained_queries=torch.from_numpy(in_training(train, "query")),
+        )
 
 
 def _validation(holdout: Holdout, config: Config, train: Interactions) -> Callable[[TwoTower], dict[str, float]]:
@@ -243,9 +265,9 @@ def _validation(holdout: Holdout, config: Config, train: Interactions) -> Callab
         ranks = Communicator.current()
         ranker: Ranker
         if shared_tables_of(towers):
-            ranker = ShardedRanker(towers, history_length(config), ranks)
+            ranker = ShardedRanker(towers, config.history_length, ranks)
         else:
-            ranker = over_ranks(TowerRanker(towers, history_length(config), item_embeddings(towers, ranks)), ranks)
+            ranker = over_ranks(TowerRanker(towers, config.history_length, item_embeddings(towers, ranks)), ranks)
         measured = evaluation.evaluate(
             ranker,
             holdout,
@@ -259,38 +281,53 @@ def _validation(holdout: Holdout, config: Config, train: Interactions) -> Callab
     return validate
 
 
-def _artifact(config: Config, split: Split, towers: TwoTower, result: FitResult) -> SavedModel:
-    data = split.data
-    return SavedModel(
+def _model(
+    config: Config,
+    split: Split,
+    result: FitResult,
+    *,
+    parent: ParentModel | None,
+    rows: NDArray[np.int64] | None,
+    before: dict[str, float] | None,
+    prior: RecentPrior | None,
+) -> Model:
+    """Collect what the model folder holds; `before` are the validation metrics of the parent."""
+    data, towers = split.data, result.towers.eval()
+    new = len(split.train) if rows is None else int((~incremental.require_continued(split).learnt).sum())
+    training = {
+        "epochs": result.epochs,
+        "seconds": round(result.seconds, 1),
+        "cpu_seconds": round(result.cpu_seconds, 1),
+        "peak_memory": result.peak_memory,
+        "best": {config.training.metric: result.best},
+        "history": result.history,
+    }
+    artifact = SavedModel(
         config=config,
-        towers=towers.eval(),
+        towers=towers,
         item_embeddings=_item_embeddings(towers),
         item_counts=torch.from_numpy(split.train.item_counts()),
         queries=data.queries,
         items=data.items,
         history_offsets=data.offsets,
         history_items=data.item_codes,
-        history_gaps=gaps_of(config, data),
+        history_gaps=row_gaps(config, data),
         item_table=data.item_table,
-        rows=incremental.rows_of(split),
+        rows=incremental.saved_rows_of(split),
         contexts=incremental.contexts_of(split, config),
         metadata={
             "data": {
                 "fingerprint": data.fingerprint,
                 "account": data.account.to_dict(),
                 "groups": None if data.group_names is None else data.group_names.ids.to_list(),
+                "lineage": incremental.lineage(parent, split, new, 0 if rows is None else len(rows) - new),
             },
             "split": {"name": split.name, "settings": split.settings, "account": split.account.to_dict()},
-            "training": {
-                "epochs": result.epochs,
-                "seconds": round(result.seconds, 1),
-                "cpu_seconds": round(result.cpu_seconds, 1),
-                "peak_memory": result.peak_memory,
-                "best": {config.training.metric: result.best},
-                "history": result.history,
-            },
+            "training": training if before is None else {**training, "before": before},
+            "recent_prior": None if prior is None else prior.to_dict(),
         },
     )
+    return Model(artifact, split, result)
 
 
 def _item_embeddings(towers: TwoTower) -> Tensor:
@@ -307,11 +344,12 @@ def evaluate(
     train: Interactions | None = None,
     ks: tuple[int, ...] = (10, 20),
     exclude_seen: bool = True,
-    baselines: bool = True,
+    baselines: bool | Sequence[str] = True,
+    validation: Holdout | None = None,
     empty: Literal["skip", "zero"] = "skip",
     slices: Sequence[str] = (),
 ) -> Evaluation:
-    """Rank the full catalog for every query of a holdout, with the model and the baselines popularity and item-kNN.
+    """Rank the full catalog for every query of a holdout, with the model and the baselines.
 
     Args:
         model: a `Model`, or anything with `rank(holdout, k, exclude_seen)`.
@@ -319,7 +357,9 @@ def evaluate(
         train: the training interactions, for baselines and popularity slices; if None, those of the `Model`.
         ks: cut-offs K.
         exclude_seen: never rank items of the query's history.
-        baselines: also measure popularity and item-kNN.
+        baselines: also measure popularity, in all and in the newest rows, item-kNN and EASE; or the names of some.
+        validation: the validation queries, on which settings of the baselines are chosen; if None, those of the
+            `Model`.
         empty: a query without targets is excluded from every mean (`"skip"`) or counts as 0 (`"zero"`).
         slices: columns to slice by, such as `"items.genres"` or `"queries.age"`.
 
@@ -330,6 +370,8 @@ def evaluate(
         if not isinstance(model, Model):
             raise InputError("evaluate: pass train=..., the training interactions, for baselines and popularity slices")
         train = model.split.train
+    if validation is None and isinstance(model, Model) and holdout is not model.split.validation:
+        validation = model.split.validation
     return evaluation.evaluate(
         model.ranker if isinstance(model, Model) else over_ranks(model, Communicator.current()),
         holdout,
@@ -337,6 +379,7 @@ def evaluate(
         ks=ks,
         exclude_seen=exclude_seen,
         baselines=baselines,
+        validation=validation,
         empty=empty,
         slices=slices,
     )

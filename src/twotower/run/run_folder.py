@@ -1,34 +1,41 @@
-"""Run folders: the training run behind `twotower train`, and later evaluations and audits of its model."""
+"""Run folders: `twotower train` writes one; its model is evaluated and audited later."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
 
 from twotower import evaluation, incremental
 from twotower.audit.subject import Subject, subject_of
 from twotower.config.run import Config
-from twotower.data import Split
+from twotower.data import Interactions, Parts, Split
 from twotower.data.io.id_lists import ids_like, read_ids
-from twotower.distributed.launch import Coordinator, joined
+from twotower.distributed.launch import Coordinator, joined_processes
 from twotower.errors import InputError
 from twotower.evaluation import Evaluation
-from twotower.features.from_config import fit_features, unused_tables, wanted_context, with_features
+from twotower.features.from_config import fit_features, unused_tables, wanted_context
 from twotower.incremental import ParentModel
 from twotower.incremental.saved_rows import load_context, load_rows
+from twotower.incremental.split import ContinuedSplit
 from twotower.objectives.build import build_objective
-from twotower.run.data import absolute, read_by_all, read_data, split_data, with_catalog
+from twotower.run.advice import with_advice
+from twotower.run.data import absolute, read_by_all, read_data, ready_made, split_data, with_catalog
 from twotower.run.model import Model, continue_with, evaluate, fit
+from twotower.run.settings import CONFIG, complete_settings, require_same_settings
 from twotower.serving import Retriever, SavedModel
-from twotower.serving.model_folder import FOLDER, TOWERS, find_model, read_metadata
-from twotower.system.filesystem import require_replaceable, write_text
-from twotower.training import LAST
+from twotower.serving.model_folder import FOLDER, TOWERS, find_model
+from twotower.system.filesystem import locked, require_replaceable, write_text
+from twotower.training import LAST, require_checkpoint
 
 #: File of a run folder that lists the input files of the run and their sizes.
 INPUTS = "inputs.json"
+#: File of a run folder that names the model that the run continues.
+PARENT = "parent.json"
+#: Lock file of a run folder, while a run writes into it.
+LOCK = ".lock"
 
 
 def train_run(
@@ -60,18 +67,24 @@ def train_run(
         on_message: receives the accounts and progress messages.
 
     Raises:
-        InputError: `out` already contains a run, and neither `resume` nor `replace` is set.
+        InputError: `out` is a file or cannot be written, another run is writing into it, it already contains a run and
+            neither `resume` nor `replace` is set, or `resume` would not apply a setting.
         RankLost: another process of the run has died.
     """
-    training = config.training
-    with joined(timeout=training.exchange_timeout, accelerator=training.accelerator) as team:
+    directory, training = Path(out), config.training
+    with (
+        joined_processes(timeout=training.exchange_timeout, accelerator=training.accelerator) as team,
+        reserved(directory) if team.ranks.is_first else nullcontext(),
+    ):
         if team.resumes and not resume:  # torchrun restarts with the same arguments, without --resume
-            resume = bool(team.broadcast_text("resume", "yes" if (Path(out) / LAST).exists() else ""))
-        elif not resume and team.ranks.is_first:
-            _require_free(Path(out), replace=replace)
+            resume = bool(team.broadcast_text("resume", "yes" if (directory / LAST).exists() else ""))
+        elif resume:
+            require_checkpoint(directory)
+        elif team.ranks.is_first:
+            _require_free(directory, replace=replace)
         return _train(
             source,
-            Path(out),
+            directory,
             config,
             team,
             warm_start=warm_start,
@@ -80,6 +93,32 @@ def train_run(
             progress=progress,
             on_message=on_message if team.ranks.is_first else _discard,
         )
+
+
+@contextmanager
+def reserved(directory: Path) -> Iterator[None]:
+    """Create a folder and hold it for one process during the block; remove it if the block leaves it empty.
+
+    Raises:
+        InputError: it is a file, cannot be written, or another process holds it.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory}: is a file; choose a folder for --out")
+    created = [path for path in (directory, *directory.parents) if not path.exists()]
+    with ExitStack() as stack:
+        try:
+            lock = stack.enter_context(locked(directory / LOCK, wait=False))
+        except OSError as error:
+            raise InputError(f"{directory}: cannot be written ({error.strerror}); choose another --out") from error
+        if not lock:
+            raise InputError(f"{directory}: another run is writing into it; wait for it, or choose another --out")
+        try:
+            yield
+        finally:
+            stack.close()
+            for path in created:
+                with suppress(OSError):
+                    path.rmdir()
 
 
 def _require_free(directory: Path, *, replace: bool) -> None:
@@ -92,7 +131,7 @@ def _require_free(directory: Path, *, replace: bool) -> None:
         raise InputError(
             f"{directory}: contains an interrupted run; pass --resume to continue it, or --force to start over"
         )
-    settings = directory / "config.yaml"
+    settings = directory / CONFIG
     if settings.exists():  # the configuration of a run that stopped before its first checkpoint may be replaced
         try:
             Config.load(settings)
@@ -114,74 +153,113 @@ def _train(
     progress: bool,
     on_message: Callable[[object], None],
 ) -> tuple[Model, Evaluation]:
-    is_first = team.ranks.is_first
-    parents = directory / "parent.json"
-    if warm_start is None and resume and parents.is_file():
-        warm_start = json.loads(parents.read_text(encoding="utf-8"))["model"]
-    parent = None if warm_start is None else ParentModel.load(warm_start)
-    reading = config.data if parent is None else with_catalog(config.data)
-    files, data = read_by_all(
-        source, reading, team, context=wanted_context(config), before=directory / INPUTS if resume else None
-    )
+    parent = _parent(directory, warm_start, resume=resume)
+    files, data = _read(source, config, parent, team, before=directory / INPUTS if resume else None)
     on_message(data.account)
-    split: Split
-    if parent is None:
-        split = split_data(data, config.data)
-    else:
-        ids = None
-        if withdraw is not None:
-            ids = ids_like(read_ids(withdraw), parent.artifact.items, str(withdraw))
-        split = continue_with(parent, data, config, withdrawn=ids)
+    split = _split(data, config, parent, withdraw)
     on_message(split.account)
-    for line in unused_tables(config, split.train):
-        on_message(line)
-    rows = incremental.rows_to_learn(split, parent, config)
-    if parent is not None:
-        config = incremental.inherit_settings(parent.artifact.config, config)
-    config = with_features(config.resolved(len(split.train) if rows is None else len(rows)), split.train)
-    # Raises on wrong settings before anything is written.
-    build_objective(config, split.train)
+    _report_unused(config, split, on_message)
+    config, rows = complete_settings(config, split, parent, on_message)
+    if resume:
+        require_same_settings(directory, config, len(split.train) if rows is None else len(rows))
+    _check(config, split)
     if parent is None:
-        for fitted in fit_features(config, split.train).values():
-            on_message(fitted)
-    evaluation.check_slices(split.train, config.evaluation.slices)
-    for holdout in (split.validation, split.test):
-        evaluation.check_targets(holdout, split.train.num_items, config.evaluation.exclude_seen)
-    directory.mkdir(parents=True, exist_ok=True)
+        _report_features(config, split, on_message)
     team.require_shared(directory)
-    if not resume and is_first:
-        shutil.rmtree((directory / LAST).parent, ignore_errors=True)  # of an older run: must not be resumed
-        write_text(directory / "config.yaml", config.to_yaml())
+    if team.ranks.is_first and not resume:
+        _begin(directory, config, parent)
         write_text(directory / INPUTS, json.dumps(files, indent=1))
-        parents.unlink(missing_ok=True)
-        if parent is not None:
-            write_text(parents, json.dumps({"model": parent.where, "fingerprint": parent.fingerprint}))
     team.begins()
     model = fit(
         split, config, directory=directory, warm_start=parent, resume=resume, progress=progress, on_message=on_message
     )
-    if resume and is_first:  # only after fit: settings that do not match the checkpoint must not replace the old ones
-        write_text(directory / "config.yaml", config.to_yaml())
     on_message(_summary(model, config))
-    measured = evaluate(
-        model,
-        split.test,
-        ks=tuple(config.evaluation.ks),
-        exclude_seen=config.evaluation.exclude_seen,
-        baselines=config.evaluation.baselines,
-        slices=config.evaluation.slices,
-    )
+    on_message(f"evaluating on the test{' next to the baselines' if config.evaluation.baselines else ''}")
+    measured = _measure(model, config)
     model.artifact.metadata["data"]["source"] = absolute(source)
-    model.artifact.metadata["metrics"] = measured.to_dict()
-    _write_results(model, measured, directory, is_first=is_first)
+    _finish(directory, config, model, measured, is_first=team.ranks.is_first)
     return model, measured
 
 
-def _write_results(model: Model, measured: Evaluation, directory: Path, *, is_first: bool) -> None:
-    """Write the model and the results on the first rank; all ranks take part if the tables are sharded."""
+def _parent(directory: Path, warm_start: str | Path | None, *, resume: bool) -> ParentModel | None:
+    """Load the model to continue from; that of an interrupted run is recorded in its folder."""
+    recorded = directory / PARENT
+    if warm_start is None and resume and recorded.is_file():
+        warm_start = json.loads(recorded.read_text(encoding="utf-8"))["model"]
+    return None if warm_start is None else ParentModel.load(warm_start)
+
+
+def _read(
+    source: str | Path, config: Config, parent: ParentModel | None, team: Coordinator, *, before: Path | None
+) -> tuple[dict[str, int], Interactions | Parts]:
+    settings = config.data if parent is None else with_catalog(config.data)
+    if parent is not None and ready_made(source, settings) is not None:
+        raise InputError(
+            f"{source}: a ready-made split; with --from, DATA is new interactions, not split, and data.validation and "
+            "data.test are fractions"
+        )
+    return read_by_all(source, settings, team, context=wanted_context(config), before=before)
+
+
+def _split(
+    data: Interactions | Parts, config: Config, parent: ParentModel | None, withdraw: str | Path | None
+) -> Split | ContinuedSplit:
+    if parent is None:
+        return split_data(data, config.data, histories=config.query_tower.history is not None)
+    assert isinstance(data, Interactions)  # `_read` refuses a ready-made split
+    ids = None if withdraw is None else ids_like(read_ids(withdraw), parent.artifact.items, str(withdraw))
+    return continue_with(parent, data, config, withdrawn=ids)
+
+
+def _report_unused(config: Config, split: Split, on_message: Callable[[object], None]) -> None:
+    for line in unused_tables(config, split.train):
+        on_message(line)
+
+
+def _report_features(config: Config, split: Split, on_message: Callable[[object], None]) -> None:
+    for fitted in fit_features(config, split.train).values():
+        on_message(fitted)
+
+
+def _check(config: Config, split: Split) -> None:
+    """Refuse wrong settings now: before anything is written, and not after hours of training."""
+    build_objective(config, split.train)
+    evaluation.check_slices(split.train, config.evaluation.slices)
+    for holdout in (split.validation, split.test):
+        evaluation.check_targets(holdout, split.train.num_items, config.evaluation.exclude_seen)
+
+
+def _begin(directory: Path, config: Config, parent: ParentModel | None) -> None:
+    """Write what a resumed run needs, in place of what an older run has left."""
+    shutil.rmtree((directory / LAST).parent, ignore_errors=True)  # of an older run: must not be resumed
+    write_text(directory / CONFIG, config.to_yaml())
+    (directory / PARENT).unlink(missing_ok=True)
+    if parent is not None:
+        write_text(directory / PARENT, json.dumps({"model": parent.where, "fingerprint": parent.fingerprint}))
+
+
+def _measure(model: Model, config: Config) -> Evaluation:
+    """Evaluate on the test queries, and record the result in the model."""
+    settings = config.evaluation
+    measured = evaluate(
+        model,
+        model.split.test,
+        ks=tuple(settings.ks),
+        exclude_seen=settings.exclude_seen,
+        baselines=settings.baselines,
+        slices=settings.slices,
+    )
+    measured = with_advice(measured, config)
+    model.artifact.metadata["metrics"] = measured.to_dict()
+    return measured
+
+
+def _finish(directory: Path, config: Config, model: Model, measured: Evaluation, *, is_first: bool) -> None:
+    """Write settings, model and results on the first rank; all ranks take part if the tables are sharded."""
     if is_first or model.artifact.is_shared:
         model.save(directory / FOLDER)
     if is_first:
+        write_text(directory / CONFIG, config.to_yaml())  # a resumed run may have changed some
         write_text(directory / "results.json", json.dumps(measured.to_dict(), indent=1))
 
 
@@ -214,15 +292,17 @@ def evaluate_run(directory: str | Path, source: str | Path | None = None) -> Eva
     """
     artifact, split = reread(directory, source)
     settings = artifact.config.evaluation
-    return evaluation.evaluate(
+    measured = evaluation.evaluate(
         Retriever(artifact),
         split.test,
         train=split.train,
         ks=tuple(settings.ks),
         exclude_seen=settings.exclude_seen,
         baselines=settings.baselines,
+        validation=split.validation,
         slices=settings.slices,
     )
+    return with_advice(measured, artifact.config)
 
 
 def reread(directory: str | Path, source: str | Path | None = None) -> tuple[SavedModel, Split]:
@@ -246,15 +326,9 @@ def reread(directory: str | Path, source: str | Path | None = None) -> tuple[Sav
             f"{location}: not the data this model was trained on (fingerprint {data.fingerprint[:12]}, expected "
             f"{known['fingerprint'][:12]}): the test rows may include its training rows; train on this data instead"
         )
-    return artifact, split_data(data, artifact.config.data)
-
-
-def settings_of(directory: str | Path) -> dict[str, Any]:
-    """Return the settings of a saved model for a run that continues it, with batch size and warm-up back at "auto"."""
-    values: dict[str, Any] = read_metadata(find_model(directory))["config"]
-    for name in ("batch_size", "warmup_steps"):
-        values.get("training", {}).pop(name, None)
-    return values
+    # Models of older versions were tested without the queries that have a history but no training row.
+    histories = bool(artifact.metadata["split"]["settings"].get("histories", False))
+    return artifact, split_data(data, artifact.config.data, histories=histories)
 
 
 def audit_run(directory: str | Path, source: str | Path | None = None, *, rows: int = 64, seed: int = 0) -> Subject:

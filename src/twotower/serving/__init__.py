@@ -3,8 +3,8 @@
 from twotower.serving.explain import Explanation
 from twotower.serving.live_catalog import LiveCatalog
 from twotower.serving.model_folder import SavedModel, find_model, read_metadata
-from twotower.serving.query_encoder import QueryEmbedder
 from twotower.serving.retriever import Retriever
+from twotower.serving.search import QueryEmbedder
 from twotower.serving.stored_index import build_stored_index, read_index_report, save_changes
 
 __all__ = [

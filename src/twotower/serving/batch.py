@@ -15,21 +15,19 @@ import numpy as np
 import polars as pl
 
 from twotower.data.schema.columns import USUAL_NAMES, plain_name, usual_column
-from twotower.data.schema.vocabulary import Vocabulary, listed
+from twotower.data.schema.vocabulary import Codes, Vocabulary, listed
 from twotower.errors import InputError, Interrupted
 from twotower.index.popularity import checked_popularity
 from twotower.serving.filters import allowed_items
 from twotower.serving.queries import (
     NO_HISTORY,
-    Codes,
     QueryBatch,
     reads_history,
     seen_codes,
     stored_gaps,
     stored_histories,
-    told_by_id,
 )
-from twotower.serving.retriever import Retriever
+from twotower.serving.retriever import Retriever, checked_k
 from twotower.system.filesystem import whole_file, write_text
 
 #: Queries in one part.
@@ -44,7 +42,7 @@ class BatchReport:
     Attributes:
         queries: rows of the input.
         answered: queries with at least one recommendation.
-        unknown: queries with neither a known id nor, if the model reads histories, a known item in their history.
+        unknown: queries of which nothing is known, see `answerable`.
         rows: recommendations written.
         resumed: queries whose part was written by an earlier, interrupted run.
     """
@@ -81,8 +79,8 @@ def recommend_file(
         retriever: the model.
         source: Parquet with a column of query ids (`query`, `user_id`, ... ), or a column `history` with lists of item
             ids, oldest first, or both: an unknown query is then answered by its history. If the model reads no
-            histories, they only say which items were seen, and ids are required. Columns declared in
-            query_tower.context give the context of each row's request.
+            histories, they only say which items were seen, and ids or a context are required. Columns declared in
+            query_tower.context give the context of each row's request, which also answers an unknown query.
         target: Parquet to write, columns `query` (id, or the row number from 0 if there are only histories), `rank`,
             `item`, `score`.
         k: number of items per query.
@@ -109,7 +107,7 @@ def recommend_file(
         retriever.artifact.items, retriever.artifact.item_table, condition=filter, allow=allow, deny=deny
     )
     reader = _Reader.of(source, retriever.context_columns)
-    if reader.query is None and not reads_history(retriever.artifact):
+    if reader.query is None and not reader.context and not reads_history(retriever.artifact):
         raise InputError(f"{source}: column {reader.history!r}: {NO_HISTORY}")
     options = {
         "model": _fingerprint(retriever),
@@ -122,7 +120,12 @@ def recommend_file(
     }
     parts = _open_parts(target, options, resume=resume, force=force)
     answer = partial(
-        retriever.answer, k=k, exclude_seen=exclude_seen, allowed=allowed, popularity=popularity, titles=False
+        retriever.answer,
+        k=checked_k(k, retriever.artifact),
+        exclude_seen=exclude_seen,
+        allowed=allowed,
+        popularity=popularity,
+        titles=False,
     )
     resumed = 0
     try:
@@ -132,8 +135,8 @@ def recommend_file(
             if path.exists():
                 resumed += stop - start
             else:
-                questions, unknown = _with_something_known(retriever, reader.questions(retriever, start, stop))
-                found = answer(questions)
+                queries, unknown = _with_something_known(retriever, reader.queries(retriever, start, stop))
+                found = answer(queries)
                 counts = {"unknown": unknown, "answered": found["query"].n_unique(), "rows": len(found)}
                 write_text(path.with_suffix(".json"), json.dumps(counts))
                 with whole_file(path) as temporary:
@@ -143,7 +146,7 @@ def recommend_file(
     except KeyboardInterrupt:
         raise Interrupted(f"{target}: stopped; finished parts are in {parts}") from None
     with whole_file(target) as temporary:
-        pl.scan_parquet(parts / "part-*.parquet").sink_parquet(temporary)
+        pl.scan_parquet(sorted(parts.glob("part-*.parquet")), glob=False).sink_parquet(temporary)
     counts_by_part = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(parts.glob("part-*.json"))]
     shutil.rmtree(parts)
     return BatchReport(
@@ -168,8 +171,8 @@ class _Reader:
         if not path.is_file():
             raise InputError(f"{path}: no such file; expected Parquet with a column of query ids or of histories")
         try:
-            schema = pl.read_parquet_schema(path)
-            rows = int(pl.scan_parquet(path).select(pl.len()).collect().item())
+            schema = pl.scan_parquet(path, glob=False).collect_schema()
+            rows = int(pl.scan_parquet(path, glob=False).select(pl.len()).collect().item())
         except (OSError, pl.exceptions.PolarsError) as error:
             raise InputError(f"{path}: not readable as Parquet ({str(error).splitlines()[0]})") from None
         columns = list(schema)
@@ -184,10 +187,10 @@ class _Reader:
         context_columns = tuple(name for name in context if name in columns and name != query)
         return cls(path, rows, query, lists[0] if lists else None, context_columns)
 
-    def questions(self, retriever: Retriever, start: int, stop: int) -> QueryBatch:
+    def queries(self, retriever: Retriever, start: int, stop: int) -> QueryBatch:
         """Read rows start .. stop - 1, without refusing any query."""
         columns = [name for name in (self.query, self.history, *self.context) if name is not None]
-        rows = pl.scan_parquet(self.path).select(columns).slice(start, stop - start).collect()
+        rows = pl.scan_parquet(self.path, glob=False).select(columns).slice(start, stop - start).collect()
         artifact = retriever.artifact
         if self.query is None:
             ids = pl.Series("query", np.arange(start, stop), dtype=pl.Int64)
@@ -220,21 +223,18 @@ class _Reader:
             raise InputError(f"{self.path}: column {column!r}: {error}") from None
 
 
-def _with_something_known(retriever: Retriever, asked: QueryBatch) -> tuple[QueryBatch, int]:
+def _with_something_known(retriever: Retriever, batch: QueryBatch) -> tuple[QueryBatch, int]:
     """Select the queries that can be answered, and count the others."""
-    sizes = np.diff(asked.offsets)
-    known = asked.codes >= 0 if asked.context is not None else told_by_id(retriever.artifact, asked.codes)
-    if reads_history(retriever.artifact):
-        known |= sizes > 0
+    known, sizes = batch.answerable(retriever.artifact), np.diff(batch.offsets)
     offsets = np.concatenate([[0], np.cumsum(sizes[known])]).astype(np.int64)
-    mask, context = pl.Series(known, dtype=pl.Boolean), asked.context
+    mask, context = pl.Series(known, dtype=pl.Boolean), batch.context
     kept = QueryBatch(
-        asked.ids.filter(mask),
-        asked.codes[known],
+        batch.ids.filter(mask),
+        batch.codes[known],
         offsets,
-        asked.items[np.repeat(known, sizes)],
+        batch.items[np.repeat(known, sizes)],
         context=context.filter(mask) if isinstance(context, pl.DataFrame) else None,
-        gaps=None if asked.gaps is None else asked.gaps[np.repeat(known, sizes)],
+        gaps=None if batch.gaps is None else batch.gaps[np.repeat(known, sizes)],
     )
     return kept, int((~known).sum())
 

@@ -1,6 +1,4 @@
-"""Validation of catalog edits: items to add, change or remove, checked and turned into codes and rows.
-
-Items added, changed and removed after training: the changed model, and the files that store the changes.
+"""Items added, changed and removed after training: edits checked and turned into codes and rows, and their files.
 
 model/changes/changes.json         schema version, counts of added, changed and removed items, checksums
 model/changes/changes.safetensors  codes and embeddings [n, D] of added and changed items; codes of removed items
@@ -11,7 +9,6 @@ model/changes/item_table.parquet   rows of the item table of added and changed i
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,11 +28,11 @@ from torch.nn import functional as F
 from twotower.data.io.id_lists import ids_like
 from twotower.data.io.readers import as_polars
 from twotower.data.schema.columns import USUAL_NAMES, usual_column
-from twotower.data.schema.vocabulary import IdValues, Vocabulary, ids_of
+from twotower.data.schema.vocabulary import Codes, IdValues, Vocabulary, ids_of
 from twotower.errors import InputError
+from twotower.hashing import file_sha256
 from twotower.serving.model_folder import SavedModel, library_versions
 
-Codes = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
 FOLDER = "changes"
@@ -140,7 +137,7 @@ class CatalogChanges:
             "changed_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": library_versions(),
             **self.to_dict(),
-            "checksums": {path.name: checksum(path) for path in sorted(folder.iterdir())},
+            "checksums": {path.name: file_sha256(path) for path in sorted(folder.iterdir())},
         }
         (folder / "changes.json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
 
@@ -164,7 +161,7 @@ class CatalogChanges:
         if version != SCHEMA_VERSION:
             raise InputError(f"{path}: schema version {version}, this twotower reads {SCHEMA_VERSION}; {advice}")
         for name, expected in checksums.items():
-            if not (folder / name).is_file() or checksum(folder / name) != expected:
+            if not (folder / name).is_file() or file_sha256(folder / name) != expected:
                 raise InputError(f"{folder / name}: missing, or its checksum differs; {advice}")
         try:
             tensors = load_file(folder / "changes.safetensors")
@@ -172,10 +169,10 @@ class CatalogChanges:
             raise InputError(f"{folder}: not readable ({error}); {advice}") from error
         table = folder / "item_table.parquet"
         return cls(
-            joined=pl.read_parquet(folder / "joined.parquet")["id"],
+            joined=pl.read_parquet(folder / "joined.parquet", glob=False)["id"],
             codes=tensors["codes"].numpy(),
             embeddings=tensors["embeddings"],
-            rows=pl.read_parquet(table) if table.name in checksums else None,
+            rows=pl.read_parquet(table, glob=False) if table.name in checksums else None,
             left=tensors["left"].numpy(),
         )
 
@@ -250,12 +247,6 @@ def with_rows(table: pl.DataFrame, codes: Codes, rows: pl.DataFrame) -> pl.DataF
     place = np.arange(len(extended), dtype=np.int64)
     place[codes] = len(extended) + np.arange(len(codes))
     return pl.concat([extended, rows.select(table.columns)]).select(pl.all().gather(place))
-
-
-def checksum(path: Path) -> str:
-    """Compute the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _as(vocabulary: Vocabulary, ids: IdValues) -> pl.Series:

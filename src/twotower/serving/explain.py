@@ -49,9 +49,9 @@ class Explanation:
 
 
 def explain(
-    answers: ResultTables,
+    tables: ResultTables,
     embed: Embed,
-    asked: QueryBatch,
+    query: QueryBatch,
     code: int,
     *,
     length: int,
@@ -61,22 +61,22 @@ def explain(
     """Explain one item for one query.
 
     Args:
-        answers: the model's tables.
+        tables: the model's tables.
         embed: function that embeds queries. When an item is left out, the gaps before the others stay the same.
-        asked: one query.
+        query: one query, a batch of size 1.
         code: code of the item.
         length: L, the number of recent items that the query tower reads.
         dial: temperature and log p.
         popularity: b, the setting of the dial.
     """
-    artifact, temperature = answers.artifact, dial.temperature
-    recent = asked.items[max(len(asked.items) - length, 0) :]
+    artifact, temperature = tables.artifact, dial.temperature
+    recent = query.items[max(len(query.items) - length, 0) :]
     count = len(recent)
     # Row 0 is the whole history, row i + 1 leaves out item i. Items older than L are kept: one of them moves up.
-    kept = _without_each(asked.items, count)
-    gaps = None if asked.gaps is None else np.concatenate(_without_each(asked.gaps, count))
+    kept = _without_each(query.items, count)
+    gaps = None if query.gaps is None else np.concatenate(_without_each(query.gaps, count))
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in kept])]).astype(np.int64)
-    embedded = embed(np.repeat(asked.codes, count + 1), (offsets, np.concatenate(kept).astype(np.int32)), gaps).cpu()
+    embedded = embed(np.repeat(query.codes, count + 1), (offsets, np.concatenate(kept).astype(np.int32)), gaps).cpu()
     item = artifact.item_embeddings[code].double()
     own = (embedded.double() @ item) / temperature
     log_p = dial.log_probability
@@ -86,7 +86,7 @@ def explain(
     slope = float((centred * (logits - logits.mean())).sum()) / spread if spread > 0 else 0.0
     lift = float(logits[code] - logits.mean())
     popularity_part = slope * float(centred[code])
-    history = answers.items(recent.astype(np.int64)).with_columns(
+    history = tables.items(recent.astype(np.int64)).with_columns(
         pl.Series("contribution", (own[0] - own[1:]).numpy(), dtype=pl.Float64)
     )
     return Explanation(

@@ -9,8 +9,9 @@ import numpy as np
 import polars as pl
 import torch
 
+from twotower.data.schema.vocabulary import Codes
 from twotower.index import ApproximateIndex, PopularityDial
-from twotower.serving.catalog_changes import CatalogChanges, CatalogEdit, Codes, Mask, grown, leaving, with_rows
+from twotower.serving.catalog_changes import CatalogChanges, CatalogEdit, Mask, grown, leaving, with_rows
 from twotower.serving.model_folder import SavedModel
 from twotower.serving.search import Search
 

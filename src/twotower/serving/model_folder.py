@@ -19,7 +19,6 @@ context.parquet        context of each row of the histories, to continue trainin
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from contextlib import nullcontext
@@ -44,6 +43,7 @@ from twotower.distributed.row_exchange import run_of_rows
 from twotower.distributed.row_files import save_rows, stored_tensors, write_folder
 from twotower.errors import InputError
 from twotower.features.feature_set import EncodedTable
+from twotower.hashing import file_sha256
 from twotower.system.filesystem import require_replaceable, whole_folder
 from twotower.towers import TwoTower, build_towers
 from twotower.towers.sharded_lookup import shared_tables_of
@@ -63,7 +63,8 @@ class SavedModel:
     Attributes:
         config: the settings it was trained with.
         towers: both towers, in evaluation mode.
-        item_embeddings: float32 [N, D]; if ranks share the tables, only the rows of this rank's items.
+        item_embeddings: float32 [N, D], or [N, D+1] (`TwoTower.width`); if ranks share the tables, only the rows of
+            this rank's items.
         item_counts: training interactions of each item, int64 [N].
         queries, items: the vocabularies.
         history_offsets: int64 [Q+1].
@@ -88,6 +89,11 @@ class SavedModel:
     rows: dict[str, np.ndarray] | None = None
     contexts: dict[str, pl.DataFrame] = field(default_factory=dict)
     history_gaps: np.ndarray | None = None
+
+    @property
+    def directions(self) -> Tensor:
+        """Item embeddings without the coordinate of item bias and recent prior, [N, D]: what items are similar by."""
+        return self.item_embeddings[:, : self.config.item_tower.dimension]
 
     @property
     def is_shared(self) -> bool:
@@ -164,7 +170,7 @@ class SavedModel:
             "num_queries": len(self.queries),
             "num_items": len(self.items),
             **self.metadata,
-            "checksums": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
+            "checksums": {path.name: file_sha256(path) for path in sorted(folder.iterdir())},
         }
         (folder / "metadata.json").write_text(json.dumps(metadata, indent=1, ensure_ascii=False), encoding="utf-8")
 
@@ -188,7 +194,7 @@ class SavedModel:
             path = folder / name
             if not path.is_file():
                 raise InputError(f"{path}: missing; the model folder is incomplete; copy it again or train again")
-            if verify and _sha256(path) != checksum:
+            if verify and file_sha256(path) != checksum:
                 raise InputError(
                     f"{path}: its checksum differs from metadata.json; copy the folder again or train again"
                 )
@@ -203,13 +209,15 @@ class SavedModel:
                     query_features=EncodedTable.read(folder, "query"),
                     context=EncodedTable.read(folder, "context"),
                 )
+                if metadata.get("recent_prior"):
+                    towers.set_recent(torch.zeros(metadata["num_items"]))
             if weights:
                 load_model(towers, folder / TOWERS)
                 _map(towers, folder / TOWERS)
                 items = load_file(folder / ITEMS)
             else:
                 counts = stored_tensors(folder / ITEMS)[0]["counts"][...]
-                items = {"embeddings": torch.empty(0, config.item_tower.dimension), "counts": counts}
+                items = {"embeddings": torch.empty(0, towers.width), "counts": counts}
             histories = load_file(folder / "histories.safetensors")
         except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(f"{folder}: the files do not fit together ({error}); train again") from error
@@ -224,7 +232,7 @@ class SavedModel:
             history_offsets=histories["offsets"].numpy(),
             history_items=histories["items"].numpy(),
             history_gaps=histories["gaps"].numpy() if "gaps" in histories else None,
-            item_table=pl.read_parquet(table) if table.name in metadata["checksums"] else None,
+            item_table=pl.read_parquet(table, glob=False) if table.name in metadata["checksums"] else None,
             metadata=metadata,
         )
 
@@ -286,8 +294,3 @@ def library_versions() -> dict[str, str]:
     """List the versions of the libraries that results depend on."""
     names = ("twotower", "torch", "polars", "pytorch-lightning", "numpy", "safetensors", "pydantic")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

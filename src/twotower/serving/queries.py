@@ -1,29 +1,65 @@
-"""Batches of queries, known or new: ids turned into codes and histories."""
+"""Queries, known or new: ids turned into codes and histories, and the one rule for which of them can be answered."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from datetime import date, time, timedelta
+from decimal import Decimal
+from numbers import Integral
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
 from twotower.data.loading.histories import take_ranges
-from twotower.data.schema.vocabulary import HashedIds, Vocabulary, ids_of
+from twotower.data.schema.vocabulary import CodedIds, Codes, HashedIds, Vocabulary, ids_of
 from twotower.errors import InputError
 from twotower.features.requests import Given, given_gaps
 from twotower.serving.model_folder import SavedModel
 
-Codes = NDArray[np.int64]
 Gaps = NDArray[np.int8]
+
+Mask = NDArray[np.bool_]
+
+#: Why an id is refused.
+UNKNOWN_ID = "not an id that this model knows"
+
+#: Why a query is refused whose history has no item of the catalog.
+NO_KNOWN_ITEM = (
+    "none of its items is in the catalog, so nothing is known of this query; give at least one known item id"
+)
+
+#: Why a query is refused whose features and context have no value.
+NO_VALUE = "no value is given, so nothing is known of this query; give a query id, a history, features or a context"
 
 #: Why a model whose query tower reads no history cannot answer a query given by a history alone.
 NO_HISTORY = (
     "this model reads no history (query_tower.history: null), so nothing is known of this query; give the id of a "
     "known query, or features or context if the model takes them"
 )
+
+#: Longest list that a feature or a column of a context may have, and longest text, in characters.
+LONGEST_LIST, LONGEST_TEXT = 5000, 20_000
+
+_INTEGER = re.compile(r"-?[0-9]{1,19}")
+_INT64 = 2**63 - 1
+
+
+class ResolvedQuery(NamedTuple):
+    """One query as codes.
+
+    Attributes:
+        code: code of the query, -1 for a new one.
+        items: codes of its history, oldest first.
+        gaps: codes of the gaps before them, 0 where unknown.
+    """
+
+    code: int
+    items: Codes
+    gaps: Gaps
 
 
 @dataclass(frozen=True)
@@ -79,56 +115,135 @@ class QueryBatch:
             InputError: nothing is given, a query is unknown, the numbers of rows differ, or nothing that the query
                 tower reads is known of a query.
         """
-        if queries is None and histories is None and features is None and context is None:
-            raise InputError("recommend: expected query ids, histories or features, found none of them")
+        require_something({"query ids": queries, "histories": histories, "features": features, "context": context})
         if queries is not None:
+            queries = id_list(queries, "queries")
             codes = known_codes(artifact.queries, queries, "query", artifact)
             hashed = isinstance(artifact.queries, HashedIds)
-            ids = ids_of(list(queries), "queries") if hashed else artifact.queries.decode(codes)
+            ids = ids_of(queries, "queries") if hashed else artifact.queries.decode(codes)
         else:
             codes = np.full(_count(histories, features, context), -1, dtype=np.int64)
             ids = pl.Series("query", range(len(codes)), dtype=pl.Int64)
-        if features is not None and len(features) != len(codes):
-            raise InputError(f"features: expected one row for each query, {len(codes)}; found {len(features)}")
-        if isinstance(context, Mapping):
-            context = [context] * len(codes)
-        if context is not None and len(context) != len(codes):
-            raise InputError(f"context: expected one row for each query, {len(codes)}; found {len(context)}")
+        features = _rows_of(features, "features", len(codes))
+        contexts = [context] * len(codes) if isinstance(context, Mapping) else context
+        contexts = _rows_of(contexts, "context", len(codes))
         gaps = None
         if times is not None and (histories is None or len(times) != len(histories)):
             raise InputError("times: expected one row of times for each of histories")
         if histories is not None:
-            found, gaps = _given(artifact.items, histories, len(codes), times)
+            found, gaps = _encode_histories(artifact.items, histories, len(codes), times)
         elif queries is not None:
             found, gaps = stored_histories(artifact, codes), stored_gaps(artifact, codes)
         else:
             found = np.zeros(len(codes) + 1, dtype=np.int64), np.zeros(0, dtype=np.int32)
-        batch = cls(ids, codes, *found, features, context, gaps)
-        batch.refuse_unknown(artifact)
+        batch = cls(ids, codes, *found, features, contexts, gaps)
+        unknown = np.flatnonzero(~batch.answerable(artifact))
+        if len(unknown):
+            row = int(unknown[0])
+            new = "query" if histories is None else "history"
+            subject = f"query {ids[row]!r}" if codes[row] >= 0 else f"{new} {row + 1}"
+            raise InputError(f"{subject}: {unanswerable(artifact, int(codes[row]), has_history=histories is not None)}")
         return batch
 
-    def refuse_unknown(self, artifact: SavedModel) -> None:
-        """Refuse queries of which nothing that the query tower reads is known: id, features, context or history.
+    def answerable(self, artifact: SavedModel) -> Mask:
+        """Mark the queries that the model can answer; see the function `answerable`."""
+        return answerable(artifact, self.codes, np.diff(self.offsets), self.features, self.context)
 
-        Raises:
-            InputError: there is such a query.
-        """
-        unknown, read = ~told_by_id(artifact, self.codes), reads_history(artifact)
-        if read:
-            unknown &= np.diff(self.offsets) == 0
-        for rows in (self.features, self.context):
-            if rows is not None and not isinstance(rows, pl.DataFrame):
-                unknown &= np.array([row is None for row in rows], dtype=np.bool_)
-        if bool(unknown.any()):
-            row = int(np.flatnonzero(unknown)[0])
-            if self.codes[row] >= 0:
-                raise InputError(f"query {self.ids[row]!r}: {no_training_row(artifact)}")
-            if not read:
-                raise InputError(f"history {row + 1}: {NO_HISTORY}")
-            raise InputError(
-                f"history {row + 1}: none of its items is in the catalog, so nothing is known of this query; "
-                "give at least one known item id"
-            )
+
+def answerable(
+    artifact: SavedModel,
+    codes: Codes,
+    sizes: Codes,
+    features: Sequence[Mapping[str, Any] | None] | None = None,
+    context: Given | None = None,
+) -> Mask:
+    """Mark the queries that a model can answer, bool [B]: those of which something is known that its query tower reads.
+
+    That is an id with a training row or with features from training; a history with an item of the catalog, if the
+    tower reads histories; features; or a context with a value. Whether the model takes features or a context is checked
+    when they are encoded.
+
+    Args:
+        artifact: the model.
+        codes: int64 [B], -1 for a new query.
+        sizes: int64 [B], number of catalog items in the history of each query.
+        features: features of each query; None in a row, or for all, if none are given.
+        context: context of each query's request; None in a row, or for all, if none is given.
+    """
+    known = known_from_training(artifact, codes)
+    if reads_history(artifact):
+        known |= sizes > 0
+    if features is not None:
+        known |= np.array([row is not None for row in features], dtype=np.bool_)
+    if isinstance(context, pl.DataFrame):
+        known |= context.select(pl.any_horizontal(pl.all().is_not_null())).to_series().to_numpy()
+    elif context is not None:
+        known |= np.array([row is not None and any(v is not None for v in row.values()) for row in context], np.bool_)
+    return known
+
+
+def unanswerable(artifact: SavedModel, code: int, *, has_history: bool) -> str:
+    """Explain why a query that is not `answerable` cannot be answered, and what to give instead.
+
+    Args:
+        artifact: the model.
+        code: code of the query, -1 for a new one.
+        has_history: True if the request had a history.
+    """
+    if code < 0 and not has_history:
+        return NO_VALUE
+    if code < 0:
+        return NO_KNOWN_ITEM if reads_history(artifact) else NO_HISTORY
+    instead = "give its history" if reads_history(artifact) else "expected a query with a training row"
+    context = "" if artifact.towers.context_features is None else ", or the context of the request"
+    return "it has no training row, so its id was not trained, and nothing else is known of it; " + instead + context
+
+
+def require_something(inputs: Mapping[str, Any]) -> None:
+    """Check that a request describes its query.
+
+    Args:
+        inputs: name of each input that can describe a query -> what was given, or None.
+
+    Raises:
+        InputError: none of them is given.
+    """
+    if all(value is None for value in inputs.values()):
+        *others, last = inputs
+        raise InputError(f"expected {', '.join(others)} or {last}; found none of them")
+
+
+def resolve(
+    artifact: SavedModel, query: Any, history: Sequence[Any] | None, times: Sequence[Any] | None
+) -> ResolvedQuery:
+    """Turn the id, history and times of one request into codes; whether it can be answered is for `answerable`.
+
+    Args:
+        artifact: the model.
+        query: id of a known query, or None.
+        history: item ids, oldest first; None for the history of the query in the data.
+        times: timestamps of the items of `history`, or None.
+
+    Raises:
+        InputError: the query id is unknown, or the times do not match the history.
+    """
+    code = -1
+    if query is not None:
+        code = int(seen_codes(artifact, codes_of(artifact.queries, [query]))[0])
+        if code < 0:
+            raise InputError(f"query_id: {UNKNOWN_ID}")
+    if history is not None:
+        codes = codes_of(artifact.items, history)
+        gaps = given_gaps(times, len(codes))
+        return ResolvedQuery(code, codes[codes >= 0], gaps[codes >= 0])
+    if times is not None:
+        raise InputError("times: expected together with history, one for each of its items")
+    items = stored_history(artifact, code)
+    stored = artifact.history_gaps
+    gaps = (
+        np.zeros(len(items), dtype=np.int8) if stored is None or code < 0 else np.array(stored[_span(artifact, code)])
+    )
+    return ResolvedQuery(code, items, gaps)
 
 
 def reads_history(artifact: SavedModel) -> bool:
@@ -136,14 +251,7 @@ def reads_history(artifact: SavedModel) -> bool:
     return artifact.config.query_tower.history is not None
 
 
-def no_training_row(artifact: SavedModel) -> str:
-    """Explain why the id alone is not enough for a query without a training row, and what to give instead."""
-    give = "give its history" if reads_history(artifact) else "expected a query with a training row"
-    more = "" if artifact.towers.context_features is None else ", or the context of the request"
-    return f"it has no training row, so its id was not trained, and nothing else is known of it; {give}{more}"
-
-
-def told_by_id(artifact: SavedModel, codes: Codes) -> NDArray[np.bool_]:
+def known_from_training(artifact: SavedModel, codes: Codes) -> Mask:
     """Mark the queries known by their code, bool [B]: by features from training, or by a trained id."""
     known = codes >= 0
     trained, tower = artifact.towers.trained_queries, artifact.towers.query_tower
@@ -154,7 +262,19 @@ def told_by_id(artifact: SavedModel, codes: Codes) -> NDArray[np.bool_]:
 
 def _count(*given: Sequence[Any] | Mapping[str, Any] | None) -> int:
     """Count new queries: the rows of the first argument given, or 1 for a single context."""
-    return next((1 if isinstance(rows, Mapping) else len(rows) for rows in given if rows is not None), 0)
+    rows = next(rows for rows in given if rows is not None)
+    return 1 if isinstance(rows, Mapping) or not hasattr(rows, "__len__") else len(rows)
+
+
+def stored_history(artifact: SavedModel, code: int) -> Codes:
+    """Return the item codes of the history of one query, oldest first; empty for code -1."""
+    if code < 0:
+        return np.empty(0, dtype=np.int64)
+    return np.asarray(artifact.history_items[_span(artifact, code)], dtype=np.int64)
+
+
+def _span(artifact: SavedModel, code: int) -> slice:
+    return slice(int(artifact.history_offsets[code]), int(artifact.history_offsets[code + 1]))
 
 
 def stored_histories(artifact: SavedModel, codes: Codes) -> tuple[Codes, NDArray[np.int32]]:
@@ -193,34 +313,115 @@ def seen_codes(artifact: SavedModel, codes: Codes) -> Codes:
     return np.where(artifact.history_offsets[at + 1] > artifact.history_offsets[at], codes, -1)
 
 
+def codes_of(vocabulary: Vocabulary, ids: Sequence[Any]) -> Codes:
+    """Return the codes of ids, each an integer or text; -1 for an id that is not in the vocabulary."""
+    if isinstance(vocabulary, HashedIds):
+        return vocabulary.encode(pl.Series("id", [str(one) for one in ids], dtype=pl.String))
+    if isinstance(vocabulary, CodedIds) or vocabulary.ids.dtype == pl.Int64:
+        known = [_integer(one) for one in ids]
+        codes = vocabulary.encode(np.array([0 if one is None else one for one in known], dtype=np.int64))
+        return np.where([one is None for one in known], -1, codes) if known else codes
+    return vocabulary.encode(pl.Series("id", [str(one) for one in ids], dtype=pl.String))
+
+
+def _integer(value: Any) -> int | None:
+    if isinstance(value, str):
+        if not _INTEGER.fullmatch(value):
+            return None
+        value = int(value)
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    return int(value) if whole and -_INT64 <= value <= _INT64 else None
+
+
 def known_codes(vocabulary: Vocabulary, ids: Sequence[Any], side: str, artifact: SavedModel) -> Codes:
     """Return the codes of ids that must be known.
 
     Raises:
-        InputError: an id is unknown.
+        InputError: an id is unknown, or `ids` is not a list.
     """
+    ids = id_list(ids, "queries" if side == "query" else "items")
     try:
-        codes: Codes = vocabulary.encode(list(ids))
-    except InputError:  # not of the type of the ids
-        codes = np.full(len(ids), -1, dtype=np.int64)
+        codes: Codes = vocabulary.encode(ids)
+    except InputError:  # not of the type of the ids, or of several types
+        codes = codes_of(vocabulary, ids)
     if vocabulary is artifact.queries:
         codes = seen_codes(artifact, codes)
     if bool((codes < 0).any()):
-        unknown = list(ids)[int(np.flatnonzero(codes < 0)[0])]
-        hashed = isinstance(vocabulary, HashedIds)
-        example = "the data has" if hashed else f"{vocabulary.decode([0])[0]!r}"
-        where = artifact.metadata.get("data", {}).get("source", "the training data")
-        raise InputError(f"{side} {unknown!r}: not in {where}; expected an id such as {example}")
+        unknown = ids[int(np.flatnonzero(codes < 0)[0])]
+        example = "" if isinstance(vocabulary, HashedIds) else f"; expected an id such as {vocabulary.decode([0])[0]!r}"
+        source = artifact.metadata.get("data", {}).get("source")
+        trained = "" if source is None else f" (it was trained on {source})"
+        raise InputError(f"{side} {unknown!r}: {UNKNOWN_ID}{trained}{example}")
     return codes
 
 
-def _given(
+def id_list(ids: Any, name: str) -> list[Any]:
+    """Return ids as a list.
+
+    Raises:
+        InputError: it is a single value: text would be split into characters.
+    """
+    if isinstance(ids, str | bytes | Mapping) or not hasattr(ids, "__iter__") or not hasattr(ids, "__len__"):
+        raise InputError(f"{name}: expected a list of ids, found {ids!r:.80}; write [{ids!r:.80}]")
+    return list(ids)
+
+
+def require_flat(row: Any, name: str) -> None:
+    """Check the values of features or of a context: scalars, and flat lists of bounded length.
+
+    Args:
+        row: a mapping from column to value.
+        name: "features" or "context", for errors.
+
+    Raises:
+        InputError: it is not a mapping, or a value is nested, too long, or an integer beyond 64 bits.
+    """
+    if not isinstance(row, Mapping):
+        raise InputError(f"{name}: expected columns and values, found {type(row).__name__}")
+    for column, value in row.items():
+        where = f"{name}: column {str(column)[:80]!r}: "
+        several = isinstance(value, list | tuple | pl.Series | np.ndarray)
+        if several and len(value) > LONGEST_LIST:
+            raise InputError(f"{where}expected at most {LONGEST_LIST:,} values, found {len(value):,}")
+        for one in value if several else (value,):
+            if not isinstance(one, _SCALARS):
+                raise InputError(
+                    f"{where}expected a number, text, true, false, null or a flat list of these, found "
+                    f"{type(one).__name__}{' in a list' if several else ''}"
+                )
+            if isinstance(one, str) and len(one) > LONGEST_TEXT:
+                raise InputError(f"{where}expected text of at most {LONGEST_TEXT:,} characters, found {len(one):,}")
+            if isinstance(one, int) and abs(one) > _INT64:
+                raise InputError(f"{where}expected an integer of at most 64 bits, found a larger one")
+
+
+_SCALARS = (type(None), bool, int, float, str, date, time, timedelta, Decimal, np.generic)
+
+
+def _rows_of(rows: Any, name: str, count: int) -> Any:
+    """Check one row of values for each query; None stays None."""
+    if rows is None:
+        return None
+    if isinstance(rows, str | bytes | Mapping) or not hasattr(rows, "__len__"):
+        raise InputError(f"{name}: expected a list with one dict for each query, found {type(rows).__name__}")
+    if len(rows) != count:
+        raise InputError(f"{name}: expected one row for each query, {count}; found {len(rows)}")
+    for row in rows:
+        if row is not None:
+            require_flat(row, name)
+    return rows
+
+
+def _encode_histories(
     items: Vocabulary, histories: Sequence[Sequence[Any]], count: int, times: Sequence[Sequence[Any] | None] | None
 ) -> tuple[tuple[Codes, NDArray[np.int32]], Gaps | None]:
     """Encode given histories as codes in compressed rows, with the gaps in them if `times` is given."""
+    if isinstance(histories, str | bytes) or not hasattr(histories, "__len__"):
+        raise InputError(f"histories: expected a list of lists of item ids, found {histories!r:.80}")
     if len(histories) != count:
         raise InputError(f"histories: expected one for each query, {count}; found {len(histories)}")
-    found = [items.encode(list(history)) if len(history) else np.empty(0, dtype=np.int64) for history in histories]
+    lists = [id_list(history, "histories") for history in histories]
+    found = [items.encode(history) if len(history) else np.empty(0, dtype=np.int64) for history in lists]
     known = [codes[codes >= 0] for codes in found]
     offsets = np.concatenate([[0], np.cumsum([len(codes) for codes in known])]).astype(np.int64)
     flat = np.concatenate([*known, np.empty(0, dtype=np.int64)]).astype(np.int32)

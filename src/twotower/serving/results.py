@@ -8,9 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from twotower.data.schema.columns import title_column
+from twotower.data.schema.vocabulary import Codes
 from twotower.serving.model_folder import SavedModel
-
-Codes = NDArray[np.int64]
 
 
 class ResultTables:
@@ -33,7 +32,7 @@ class ResultTables:
 
         Args:
             name: name of the first column.
-            values: what was asked for in each of the B rows: query ids, item ids or positions.
+            values: what each of the B rows is about: query ids, item ids or positions.
             items: int64 [B, K], -1 where no item was left.
             scores: [B, K].
             titles: add the column `title` if the items have titles.

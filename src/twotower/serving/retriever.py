@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,15 @@ from twotower.data import Holdout
 from twotower.errors import InputError
 from twotower.index import ApproximateIndex, Index
 from twotower.index.popularity import checked_popularity
-from twotower.ranking.tower_ranker import gaps_of
+from twotower.ranking.tower_ranker import holdout_gaps
 from twotower.serving.catalog_changes import CatalogChanges
 from twotower.serving.explain import Explanation, explain
 from twotower.serving.filters import allowed_items
 from twotower.serving.live_catalog import LiveCatalog
 from twotower.serving.model_folder import SavedModel, find_model
-from twotower.serving.queries import QueryBatch, known_codes, stored_histories
-from twotower.serving.query_encoder import QueryEmbedder
+from twotower.serving.queries import QueryBatch, known_codes, require_something, stored_history
 from twotower.serving.results import ResultTables
-from twotower.serving.search import Search
+from twotower.serving.search import QueryEmbedder, Search
 from twotower.serving.stored_index import load_stored_index
 
 
@@ -75,7 +75,7 @@ class Retriever(QueryEmbedder):
         return self.catalog.search
 
     @property
-    def _answers(self) -> ResultTables:
+    def _results(self) -> ResultTables:
         return ResultTables(self.artifact, self.search.alive)
 
     @property
@@ -86,19 +86,19 @@ class Retriever(QueryEmbedder):
     @property
     def title_column(self) -> str | None:
         """The column of the item table that results show as `title`."""
-        return self._answers.title_column
+        return self._results.title_column
 
     @property
     def item_embeddings(self) -> torch.Tensor:
         """v(j) of every trained item, [N, D]; used to measure the diversity of lists."""
-        return self.catalog.trained.item_embeddings
+        return self.catalog.trained.directions
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool, *, popularity: float = 1.0) -> np.ndarray:
         """Rank items for an evaluation, int64 [E, k], with the exact search of `recommend`, ignoring any index."""
         histories = (holdout.history_offsets, holdout.history_items)
         trained, count = len(self.catalog.trained.items), len(self.artifact.items)
         _, items = self.search.search(
-            self.embed(holdout.queries, histories, context=holdout.context, gaps=gaps_of(holdout)),
+            self.embed(holdout.queries, histories, context=holdout.context, gaps=holdout_gaps(holdout)),
             k,
             exclude=histories if exclude_seen else None,
             allowed=None if self.catalog.is_as_trained else np.arange(count) < trained,  # added items are in no holdout
@@ -137,7 +137,7 @@ class Retriever(QueryEmbedder):
                 a new query of which nothing else is known.
             times: timestamps of the items of `histories`, one for each: dates, ISO text or unix time. For a model that
                 reads the gaps between items; a history without times is read without gaps.
-            k: number of items per query.
+            k: number of items per query; at most the whole catalog is returned.
             exclude_seen: leave out the items of the history.
             filter: a condition on the columns of the item table, such as `country = 'FR' and price < 20`.
             allow: the only item ids that may be recommended.
@@ -156,7 +156,7 @@ class Retriever(QueryEmbedder):
         """
         return self.answer(
             QueryBatch.of(self.artifact, queries, histories, features, context=context, times=times),
-            _positive(k),
+            checked_k(k, self.artifact),
             exclude_seen=exclude_seen,
             allowed=allowed_items(
                 self.artifact.items, self.artifact.item_table, condition=filter, allow=allow, deny=deny
@@ -191,10 +191,10 @@ class Retriever(QueryEmbedder):
         # Copied: the codes of text ids are read-only memory of polars, and torch warns about read-only arrays.
         codes = known_codes(self.artifact.items, items, "item", self.artifact).copy()
         allowed = allowed_items(self.artifact.items, self.artifact.item_table, condition=filter, allow=allow, deny=deny)
-        vectors = F.normalize(self.artifact.item_embeddings[torch.from_numpy(codes)], dim=1)
+        vectors = F.normalize(self.artifact.directions[torch.from_numpy(codes)], dim=1)
         own = (np.arange(len(codes) + 1, dtype=np.int64), codes)
-        scores, found = self.search.neighbours.search(vectors, _positive(k), own, allowed=allowed)
-        return self._answers.ranked("of", self.artifact.items.decode(codes), found, scores)
+        scores, found = self.search.neighbours.search(vectors, checked_k(k, self.artifact), own, allowed=allowed)
+        return self._results.ranked("of", self.artifact.items.decode(codes), found, scores)
 
     def explain(
         self,
@@ -220,7 +220,8 @@ class Retriever(QueryEmbedder):
             InputError: a query or item is unknown; neither query, history nor context is given; a history alone is
                 given and the model reads no history; the dial is out of range.
         """
-        asked = QueryBatch.of(
+        require_something({"query": query, "history": history, "context": context})
+        batch = QueryBatch.of(
             self.artifact,
             None if query is None else [query],
             None if history is None else [history],
@@ -228,9 +229,9 @@ class Retriever(QueryEmbedder):
             times=None if times is None else [times],
         )
         return explain(
-            self._answers,
+            self._results,
             self.in_context(context),
-            asked,
+            batch,
             int(known_codes(self.artifact.items, [item], "item", self.artifact)[0]),
             length=self.ranker.history_length,
             dial=self.search.dial,
@@ -240,7 +241,7 @@ class Retriever(QueryEmbedder):
     def history(self, query: Any) -> pl.DataFrame:
         """List the history of a known query, oldest first: columns `item` and, if the items have titles, `title`."""
         codes = known_codes(self.artifact.queries, [query], "query", self.artifact)
-        return self._answers.items(stored_histories(self.artifact, codes)[1].astype(np.int64))
+        return self._results.items(stored_history(self.artifact, int(codes[0])))
 
     def describe(self, items: Sequence[Any]) -> pl.DataFrame:
         """Return everything known about items.
@@ -252,7 +253,7 @@ class Retriever(QueryEmbedder):
         Raises:
             InputError: an item id is unknown.
         """
-        return self._answers.described(known_codes(self.artifact.items, items, "item", self.artifact))
+        return self._results.described(known_codes(self.artifact.items, items, "item", self.artifact))
 
     def search_titles(self, text: str, k: int = 10) -> pl.DataFrame:
         """Find items whose title contains `text`, ignoring case. Without titles, search ids.
@@ -264,12 +265,12 @@ class Retriever(QueryEmbedder):
         Raises:
             InputError: k < 1.
         """
-        found = self._answers.described(self._answers.titled(text, _positive(k)))
+        found = self._results.described(self._results.titled(text, checked_k(k, self.artifact)))
         return found.select(name for name in ("item", "title", "interactions") if name in found.columns)
 
     def answer(
         self,
-        asked: QueryBatch,
+        batch: QueryBatch,
         k: int,
         *,
         exclude_seen: bool = True,
@@ -280,7 +281,7 @@ class Retriever(QueryEmbedder):
         """Search for a batch of queries that is already checked; `recommend` calls this.
 
         Args:
-            asked: the queries.
+            batch: the queries.
             k: K.
             exclude_seen: leave out the items of the histories.
             allowed: bool [N], as returned by `allowed_items`.
@@ -291,16 +292,21 @@ class Retriever(QueryEmbedder):
             See `recommend`.
         """
         scores, items = self.search.search(
-            self.embed(asked.codes, asked.histories, asked.features, context=asked.context, gaps=asked.gaps),
+            self.embed(batch.codes, batch.histories, batch.features, context=batch.context, gaps=batch.gaps),
             k,
-            exclude=asked.histories if exclude_seen else None,
+            exclude=batch.histories if exclude_seen else None,
             allowed=allowed,
             popularity=popularity,
         )
-        return self._answers.ranked("query", asked.ids, items, scores, titles=titles)
+        return self._results.ranked("query", batch.ids, items, scores, titles=titles)
 
 
-def _positive(k: int) -> int:
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise InputError(f"k: expected at least 1, found {k}")
-    return k
+def checked_k(k: Any, artifact: SavedModel) -> int:
+    """Return K, at most the number of items in the catalog.
+
+    Raises:
+        InputError: it is not an integer of at least 1.
+    """
+    if isinstance(k, bool | np.bool_) or not isinstance(k, Integral) or k < 1:
+        raise InputError(f"k: expected an integer of at least 1, found {k!r:.80}")
+    return min(int(k), max(len(artifact.items), 1))

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from twotower.errors import InputError
+from twotower.hashing import file_sha256
 from twotower.index.approximate.build import KINDS, IndexReport, build_index, load_index
 from twotower.index.approximate.index import ApproximateIndex
 from twotower.serving.catalog_changes import FOLDER as CHANGES
-from twotower.serving.catalog_changes import CatalogChanges, checksum
+from twotower.serving.catalog_changes import CatalogChanges
 from twotower.serving.live_catalog import LiveCatalog
 from twotower.serving.model_folder import SavedModel, find_model, library_versions, read_metadata
 from twotower.serving.queries import stored_gaps, stored_histories
@@ -98,10 +99,10 @@ def build_stored_index(
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": library_versions(),
             "items": items,
-            "changes": None if changes is None else checksum(folder / CHANGES / "changes.json"),
+            "changes": None if changes is None else file_sha256(folder / CHANGES / "changes.json"),
             "min_recall": min_recall,
             **report.to_dict(),
-            "checksums": {path.name: checksum(path) for path in sorted(target.iterdir())},
+            "checksums": {path.name: file_sha256(path) for path in sorted(target.iterdir())},
         }
         (target / "index.json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
     return report
@@ -145,10 +146,10 @@ def load_stored_index(
     where = folder / FOLDER
     if metadata.get("items") != artifact.metadata["checksums"]["items.safetensors"]:
         raise InputError(f"{where}: built for other item embeddings than this model's; build it again")
-    if metadata.get("changes") != (None if changes is None else checksum(folder / CHANGES / "changes.json")):
+    if metadata.get("changes") != (None if changes is None else file_sha256(folder / CHANGES / "changes.json")):
         raise InputError(f"{where}: built for another state of the catalog; build it again with `twotower index`")
     for name, expected in metadata["checksums"].items():
-        if not (where / name).is_file() or checksum(where / name) != expected:
+        if not (where / name).is_file() or file_sha256(where / name) != expected:
             raise InputError(f"{where / name}: missing, or its checksum differs; build it again with `twotower index`")
     alive = None
     if changes is not None:
@@ -195,8 +196,8 @@ def save_changes(catalog: LiveCatalog, directory: str | Path) -> dict[str, Any]:
         if metadata is not None and approximate is not None:
             (target / FOLDER).mkdir()
             approximate.engine.save(target / FOLDER)
-            metadata["changes"] = checksum(target / CHANGES / "changes.json")
-            metadata["checksums"] = {path.name: checksum(path) for path in sorted((target / FOLDER).iterdir())}
+            metadata["changes"] = file_sha256(target / CHANGES / "changes.json")
+            metadata["checksums"] = {path.name: file_sha256(path) for path in sorted((target / FOLDER).iterdir())}
             (target / FOLDER / "index.json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
     return changes.to_dict()
 

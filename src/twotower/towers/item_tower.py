@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from twotower.errors import InputError
 from twotower.towers.features import FeatureInputs
 from twotower.towers.layers.mlp import dense_layers
 from twotower.towers.tables import EmbeddingTable
@@ -35,7 +36,7 @@ class ItemTower(nn.Module):
         table: name of the id table in placements.
 
     Raises:
-        ValueError: neither ids nor features; id dropout without features.
+        InputError: neither ids nor features; id dropout without features.
     """
 
     trained: Tensor
@@ -57,7 +58,7 @@ class ItemTower(nn.Module):
     ) -> None:
         super().__init__()
         if features is None and (id_dropout > 0 or not id_embedding):
-            raise ValueError("an item tower without features needs its ids")
+            raise InputError("an item tower without features needs its ids")
         self.num_items = num_items
         self.dimension = dimension
         self.ids = EmbeddingTable(num_items, dimension, name=table) if id_embedding else None
@@ -88,10 +89,10 @@ class ItemTower(nn.Module):
         `items` int64 [M] are the codes of items whose id is used as well, -1 for an item without one; None for no ids.
 
         Raises:
-            ValueError: this tower has no features.
+            InputError: this tower has no features.
         """
         if self.features is None:
-            raise ValueError("this item tower has no features, only ids; set item_tower.features and retrain")
+            raise InputError("this item tower has no features, only ids; set item_tower.features and retrain")
         features = self.features.embed(encoded)
         if self.ids is None:
             return self._joined(None, features)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from twotower.data.loading.gaps import GAP_CODES
 from twotower.data.loading.packing import START, Packed, pack_histories
+from twotower.errors import InputError
 from twotower.towers.context import ContextInputs, SideInputs
 from twotower.towers.features import FeatureInputs
 from twotower.towers.item_tower import ItemTower
@@ -111,14 +112,14 @@ class SequenceTower(nn.Module):
             gaps: codes of the gap before each item of the history, int64 [B, n]; None if unknown.
 
         Raises:
-            ValueError: there is no history.
+            InputError: there is no history.
         """
         state = self._states(history, gaps if self.gaps is not None else None)
         return state if self.beside is None else self.beside(state, queries, features, context)
 
     def _states(self, history: Tensor | None, gaps: Tensor | None) -> Tensor:
         if history is None:
-            raise ValueError("history: this query tower needs the recent items, int64 [B, L]; found none")
+            raise InputError("history: this query tower needs the recent items, int64 [B, L]; found none")
         history = history[:, -self.length :]
         since = None if gaps is None else gaps[:, -self.length :]
         if torch.compiler.is_exporting():

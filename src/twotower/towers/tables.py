@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from twotower.distributed.partition import ColumnShard, fill_normal, part_of
+from twotower.distributed.partition import ColumnShard, fill_normal, shard_of_table
 from twotower.distributed.row_exchange import FetchedRows, fetch_rows, request_rows
 from twotower.system.tuning import advise_huge_pages
 
@@ -49,7 +49,7 @@ class EmbeddingTable(nn.Embedding):
     """
 
     def __init__(self, rows: int, dimension: int, *, scale: float | None = None, name: str | None = None) -> None:
-        part = part_of(name, rows)
+        part = shard_of_table(name, rows)
         held = (rows, dimension)
         if part is not None:
             place = part.place(dimension)

@@ -1,6 +1,6 @@
 """Training: the step, the optimizer and the loop around them."""
 
-from twotower.training.callbacks import LAST
+from twotower.training.callbacks import LAST, require_checkpoint
 from twotower.training.fit import FitResult, fit_towers
 from twotower.training.memory_plan import MemoryPlan, plan_memory
 from twotower.training.module import TrainingModule
@@ -18,4 +18,5 @@ __all__ = [
     "fit_towers",
     "place_tables",
     "plan_memory",
+    "require_checkpoint",
 ]

@@ -1,34 +1,69 @@
-"""Callbacks of the training loop: stopping between steps, checkpoints, order of rows, hard negatives, history."""
+"""What happens around the training steps: row order, mining, validation, checkpoints, interruption, divergence.
+
+Each is a Lightning callback. At the end of an epoch they run in this order: the check for divergence, the validation,
+the checkpoints; so a checkpoint contains the metrics of its epoch, and never weights that are not finite.
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+import torch
+from pytorch_lightning.callbacks import Callback, Checkpoint
+from torch import nn
 
 from twotower.data import Batch
 from twotower.distributed.communicator import Communicator
+from twotower.errors import InputError
 from twotower.towers import TwoTower
-from twotower.training.module import TrainingModule
+from twotower.training.module import LOG_EVERY, TrainingModule
 
-#: Steps between checks whether any rank was asked to stop.
+#: Steps between checks whether a stop was requested on any rank.
 AGREE_EVERY = 10
+#: In a run folder: the checkpoint that `resume` starts from, and the one with the best weights.
+LAST = Path("checkpoints") / "last.ckpt"
+BEST = Path("checkpoints") / "best.ckpt"
+
+
+def require_checkpoint(directory: Path) -> None:
+    """Check that a run folder has a checkpoint to resume from.
+
+    Raises:
+        InputError: it has none.
+    """
+    if not (directory / LAST).exists():
+        raise InputError(f"{directory / LAST}: no checkpoint to resume from; train without --resume first")
+
+
+class SizedBatches(Protocol):
+    """Batches of an epoch, of known number."""
+
+    def __len__(self) -> int:
+        """Return the number of batches in an epoch."""
+        ...
+
+    def __iter__(self) -> Iterable[Batch]:
+        """Iterate over the batches of the current epoch."""
+        ...
+
+    def set_epoch(self, epoch: int) -> None:
+        """Select the epoch, which determines the order."""
+        ...
 
 
 class StopBetweenSteps(Callback):
-    """Turns an interrupt into a checkpoint between two steps, from which a resumed run continues exactly.
+    """Turns Ctrl-C into a checkpoint between two steps, from which a resumed run continues exactly.
 
-    Ctrl-C finishes the step, saves a checkpoint and stops; a second Ctrl-C stops at once. Several processes stop
-    together, at a step that they agree on. They also stop on SIGTERM, which torchrun forwards and which a preempted
-    machine receives.
-
-    Use as a context manager around the fit, and as a callback in it.
+    A second Ctrl-C stops at once. Several processes stop together, at a step that they agree on; they also stop on
+    SIGTERM, which torchrun forwards and which a preempted machine receives. Use as a context manager around the fit,
+    and as a callback in it.
 
     Args:
         path: where the checkpoint is saved.
@@ -42,7 +77,7 @@ class StopBetweenSteps(Callback):
         self.path = path
         self.ranks = ranks or Communicator()
         self.settled = settled or _nothing
-        self.asked = False
+        self.requested = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopBetweenSteps:
@@ -69,9 +104,9 @@ class StopBetweenSteps(Callback):
     ) -> None:
         """Stop after this step, unless it ends the epoch: the validation comes first then."""
         del pl_module, outputs, batch
-        stops = self.asked
-        if self.ranks.size > 1:  # asking in every step would cost more than waiting a few
-            stops = (batch_idx + 1) % AGREE_EVERY == 0 and self.ranks.agree(self.asked)
+        stops = self.requested
+        if self.ranks.size > 1:  # agreeing in every step would cost more than waiting a few
+            stops = (batch_idx + 1) % AGREE_EVERY == 0 and self.ranks.agree(self.requested)
         if stops and batch_idx + 1 < trainer.num_training_batches:
             trainer.save_checkpoint(self.path)
             self.settled()  # here, where another signal has no effect
@@ -80,7 +115,7 @@ class StopBetweenSteps(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop before the next epoch: the checkpoint of the previous one has just been written."""
         del trainer, pl_module
-        if not self.ranks.agree(self.asked):
+        if not self.ranks.agree(self.requested):
             return
         self.settled()
         if self.ranks.agree(self.path.exists()):  # possibly only rank 0 wrote it
@@ -88,44 +123,14 @@ class StopBetweenSteps(Callback):
 
     def _request_stop(self, number: int, frame: FrameType | None) -> None:
         del number, frame
-        if self.asked and self.ranks.size == 1:
+        if self.requested and self.ranks.size == 1:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
 
 
 def _nothing() -> None:
     """Do nothing: checkpoints are written before training continues."""
-
-
-#: In a run folder: the checkpoint that `resume` starts from.
-LAST = Path("checkpoints") / "last.ckpt"
-
-
-class SizedBatches(Protocol):
-    """Batches of an epoch, of known number."""
-
-    def __len__(self) -> int:
-        """Return the number of batches in an epoch."""
-        ...
-
-    def __iter__(self) -> Iterable[Batch]:
-        """Iterate over the batches of the current epoch."""
-        ...
-
-    def set_epoch(self, epoch: int) -> None:
-        """Select the epoch, which determines the order."""
-        ...
-
-
-class BestAndLast(ModelCheckpoint):
-    """Saves the last state of every epoch too: Lightning saves it only after it has written a new best checkpoint."""
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the last state if Lightning has not."""
-        super().on_train_epoch_end(trainer, pl_module)
-        if self._last_global_step_saved != trainer.global_step:
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
 class EpochOrder(Callback):
@@ -140,22 +145,6 @@ class EpochOrder(Callback):
         self.batches.set_epoch(trainer.current_epoch)
 
 
-class SaveEvery(Callback):
-    """Saves a checkpoint every `steps` steps, from which a run can be resumed after a failure."""
-
-    def __init__(self, path: Path, steps: int) -> None:
-        self.path, self.steps = path, steps
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Write a checkpoint if one is due."""
-        del pl_module, outputs, batch
-        # The end of an epoch has its own checkpoint, after the validation of that epoch.
-        if trainer.global_step % self.steps == 0 and batch_idx + 1 < trainer.num_training_batches:
-            trainer.save_checkpoint(self.path)
-
-
 class MineHardNegatives(Callback):
     """Refreshes mined negatives before every epoch except the first, when the towers are still untrained."""
 
@@ -168,17 +157,103 @@ class MineHardNegatives(Callback):
             self.mine(pl_module.towers)
 
 
-class MetricHistory(Callback):
-    """Validation metrics of every epoch; saved in checkpoints, so a resumed run continues the list."""
+class StopAtDivergence(Callback):
+    """Raises when the loss or a weight is no longer finite.
 
-    def __init__(self) -> None:
+    Args:
+        learning_rate: the peak learning rate, for the message.
+        ranks: the processes of the run; None for a single process.
+    """
+
+    def __init__(self, learning_rate: float, ranks: Communicator | None = None) -> None:
+        self.learning_rate, self.ranks = learning_rate, ranks or Communicator()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Check the loss in the steps that log it: it is the loss over all ranks, and the transfer is paid for."""
+        del pl_module, outputs, batch
+        if (batch_idx + 1) % LOG_EVERY == 0 and not bool(trainer.callback_metrics["loss"].isfinite()):
+            self._refuse(trainer, f"the loss is {float(trainer.callback_metrics['loss'])}")
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check the weights: those of an item that is rarely drawn may be NaN while the loss is finite."""
+        if self.ranks.agree(not _is_finite(pl_module)):
+            self._refuse(trainer, "a weight is not finite")
+
+    def _refuse(self, trainer: pl.Trainer, found: str) -> None:
+        raise InputError(
+            f"training: the model has diverged in epoch {trainer.current_epoch + 1} ({found}); lower "
+            f"training.learning_rate (now {self.learning_rate:g})"
+        )
+
+
+def _is_finite(module: nn.Module) -> bool:
+    """Return whether all parameters are finite. Sums, because a mask of a large table would need memory."""
+    sums = [parameter.detach().sum(dtype=torch.float32) for parameter in module.parameters()]
+    return bool(torch.stack(sums).isfinite().all())
+
+
+class Validation(Callback):
+    """Measures the towers at the end of epochs, records the metrics, and ends a run that no longer improves.
+
+    The recorded metrics are the only state: which epoch was best, and since when nothing improved, follow from them. A
+    checkpoint contains them, so that a resumed run continues the list.
+
+    Args:
+        measure: returns metrics by name.
+        metric: the metric that decides; larger is better.
+        patience: stop after this many validations without an improvement.
+        every: epochs between validations.
+    """
+
+    def __init__(
+        self, measure: Callable[[TwoTower], dict[str, float]], metric: str, *, patience: int, every: int = 1
+    ) -> None:
+        self.measure, self.metric, self.patience, self.every = measure, metric, patience, every
         self.rows: list[dict[str, float]] = []
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Append the metrics of this epoch."""
+    @property
+    def state_key(self) -> str:
+        """Name of the state in checkpoints, which older versions have written too."""
+        return "_History"
+
+    @property
+    def best(self) -> float | None:
+        """The highest value of the metric so far; None before the first validation."""
+        return max((row[self.metric] for row in self.rows), default=None)
+
+    @property
+    def since_best(self) -> int:
+        """Number of validations after the best one; of equal ones the first is the best."""
+        values = [row[self.metric] for row in self.rows]
+        return len(values) - 1 - values.index(max(values)) if values else 0
+
+    def has_improved(self, epoch: int) -> bool:
+        """Return whether this epoch was validated and is the best so far."""
+        return bool(self.rows) and self.rows[-1]["epoch"] == epoch and self.since_best == 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop a resumed run that had already stopped early."""
         del pl_module
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "@" in name}
+        trainer.should_stop = self.since_best >= self.patience
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure, log and record the metrics of this epoch."""
+        if (trainer.current_epoch + 1) % self.every or not isinstance(pl_module, TrainingModule):
+            return
+        if self.rows and self.rows[-1]["epoch"] == trainer.current_epoch:
+            return  # resumed from a checkpoint that an older version wrote between the validation and the epoch's end
+        for optimizer in trainer.optimizers:
+            optimizer.zero_grad()  # ranking the catalog needs the memory
+        with trainer.precision_plugin.val_step_context():
+            # Rank 0 decides for all, whatever the last bit of a sum is on another machine.
+            metrics: dict[str, float] = trainer.strategy.broadcast(self.measure(pl_module.evaluated))
+        for name, value in metrics.items():
+            pl_module.log(name, value, prog_bar=name == self.metric, batch_size=1)
+        pl_module.log_frequency_drift()
         self.rows.append({"epoch": trainer.current_epoch, "step": trainer.global_step, **metrics})
+        trainer.should_stop = trainer.should_stop or self.since_best >= self.patience
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rows, for the checkpoint."""
@@ -187,3 +262,59 @@ class MetricHistory(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the rows of the interrupted run."""
         self.rows = list(state_dict["rows"])
+
+
+class Checkpoints(Checkpoint):
+    """Writes `last.ckpt` after every epoch, and `best.ckpt` after each epoch that is the best so far.
+
+    Args:
+        directory: the run folder.
+        validation: decides which epoch is the best; None: every new one is.
+        every: also write `last.ckpt` every `every` steps, to resume from after a failure; None for epochs only.
+    """
+
+    def __init__(self, directory: Path, validation: Validation | None = None, *, every: int | None = None) -> None:
+        self.last, self.best = directory / LAST, directory / BEST
+        self.validation, self.every = validation, every
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write `last.ckpt` if it is due. The end of an epoch has its own, after the validation of that epoch."""
+        del pl_module, outputs, batch
+        is_due = self.every is not None and trainer.global_step % self.every == 0
+        if is_due and batch_idx + 1 < trainer.num_training_batches:
+            trainer.save_checkpoint(self.last)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the checkpoints of this epoch."""
+        del pl_module
+        if self.validation is None or self.validation.has_improved(trainer.current_epoch):
+            trainer.save_checkpoint(self.best)
+        trainer.save_checkpoint(self.last)
+
+
+class Clock(Callback):
+    """Measures the time of a run, including its earlier parts if it was interrupted and resumed."""
+
+    def __init__(self) -> None:
+        self._started, self._cpu_started = time.perf_counter(), time.process_time()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time so far."""
+        return time.perf_counter() - self._started
+
+    @property
+    def cpu_seconds(self) -> float:
+        """CPU time so far, of all threads of this process."""
+        return time.process_time() - self._cpu_started
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the times, for the checkpoint."""
+        return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Add the times of the interrupted run."""
+        self._started -= state_dict["seconds"]
+        self._cpu_started -= state_dict["cpu_seconds"]

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import time
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
+from pytorch_lightning.callbacks import Callback, RichProgressBar
+from pytorch_lightning.loggers import Logger
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from twotower.config.run import TrainingConfig
 from twotower.data import KnownPositives
@@ -26,31 +24,20 @@ from twotower.towers import TwoTower
 from twotower.towers.sharded_lookup import shared_tables_of
 from twotower.training.callbacks import (
     LAST,
-    BestAndLast,
+    Checkpoints,
+    Clock,
     EpochOrder,
-    MetricHistory,
     MineHardNegatives,
-    SaveEvery,
     SizedBatches,
+    StopAtDivergence,
     StopBetweenSteps,
+    Validation,
+    require_checkpoint,
 )
 from twotower.training.checkpoint.io import SafeCheckpointIO
-from twotower.training.loggers import make_logger
+from twotower.training.loggers import make_logger, quiet_lightning
 from twotower.training.module import LOG_EVERY, TrainingModule
 from twotower.training.strategy import trainer_options
-
-#: Lightning warnings that a user of this library can do nothing about.
-LIGHTNING_NOISE = (
-    ".*isinstance\\(treespec, LeafSpec\\).* is deprecated.*",
-    ".*does not have many workers.*",
-    ".*Checkpoint directory .* exists and is not empty.*",
-    ".*Experiment logs directory .* exists and is not empty.*",
-    ".*number of training batches .* is smaller than the logging interval.*",
-    ".*Trying to infer the `batch_size`.*",
-    ".*GPU available but not used.*",
-    ".*recommended to use `self.log.*sync_dist=True.*",  # every rank already has the global values
-    ".*MLFlow only allows.*special characters in metric name.*",  # NDCG@10 becomes NDCG10
-)
 
 
 @dataclass(frozen=True)
@@ -61,8 +48,8 @@ class FitResult:
         towers: the model with its best weights.
         best: the validation metric of these weights; None without validation.
         epochs: epochs started.
-        seconds: wall time of the fit.
-        cpu_seconds: CPU time of all threads of this process during the fit.
+        seconds: wall time of the fit, including the interrupted part of a resumed run.
+        cpu_seconds: CPU time of all threads of this process during the fit, including an interrupted part.
         peak_memory: peak memory of this process so far, in bytes; None if the system does not report it.
         history: validation metrics of every epoch.
         checkpoint: the best checkpoint, including the optimizer state; None if none was written.
@@ -110,7 +97,7 @@ def fit_towers(
         resume: resume from `directory/checkpoints/last.ckpt`.
         progress: show a progress bar.
         hyperparameters: shown by the logger next to the curves, if it supports them.
-        warm_start: warm-starts the optimizer from a parent's state (training/continuing.py); None starts fresh.
+        warm_start: loads the optimizer state of a parent model (`ContinueOptimizer`); None starts fresh.
         in_background: write checkpoints in the background, from a copy of the state.
 
     Raises:
@@ -118,11 +105,9 @@ def fit_towers(
             missing.
         Interrupted: Ctrl-C; `directory/checkpoints/last.ckpt` holds the state to resume from.
     """
-    ranks = Communicator.current()
-    parts = {table.name: table.part for table in shared_tables_of(towers) if table.name and table.part}
-    last = directory / LAST
-    if resume and not last.exists():
-        raise InputError(f"{last}: no checkpoint to resume from; train without --resume first")
+    if resume:
+        require_checkpoint(directory)
+    clock, ranks = Clock(), Communicator.current()
     module = TrainingModule(
         towers,
         objective,
@@ -130,57 +115,85 @@ def fit_towers(
         total_steps=settings.max_epochs * len(batches),
         known_positives=known_positives,
         counts=counts,
-        validate=validate,
         ranks=ranks,
     )
-    history = MetricHistory()
-    keep_best = BestAndLast(
-        last.parent,
-        filename="best",
-        monitor=settings.metric if validate else None,
-        mode="max",
-        save_last=True,
-        enable_version_counter=False,
+    io = _checkpoint_io(towers, settings, ranks, in_background=in_background)
+    stop = StopBetweenSteps(directory / LAST, ranks, io.settle)
+    validation = None if validate is None else _validation(validate, settings)
+    checkpoints = Checkpoints(directory, validation, every=settings.checkpoint_every)
+    callbacks = [
+        EpochOrder(batches),
+        stop,
+        clock,
+        StopAtDivergence(settings.learning_rate, ranks),
+        *([] if warm_start is None else [warm_start]),
+        *([] if mine is None else [MineHardNegatives(mine)]),
+        *([] if validation is None else [validation]),
+        checkpoints,
+    ]
+    with quiet_lightning(), stop:
+        logger = make_logger(settings.logger, directory, hyperparameters)
+        trainer = _trainer(settings, callbacks, io, logger, progress=progress and ranks.is_first)
+        with _named_endings(io, directory / LAST):
+            trainer.fit(module, batches, ckpt_path=str(directory / LAST) if resume else None)
+    for optimizer in trainer.optimizers:
+        optimizer.state.clear()  # the checkpoints contain it, and loading the best weights needs the memory
+    has_best = validation is None or validation.best is not None
+    if has_best:
+        _load_weights(towers, io, checkpoints.best)
+    return FitResult(
+        towers,
+        None if validation is None else validation.best,
+        trainer.current_epoch,
+        seconds=clock.seconds,
+        cpu_seconds=clock.cpu_seconds,
+        peak_memory=peak_memory(),
+        history=[] if validation is None else validation.rows,
+        checkpoint=checkpoints.best if has_best else None,
     )
-    io = SafeCheckpointIO(ranks, parts, in_background=in_background, timeout=settings.exchange_timeout)
-    stop = StopBetweenSteps(last, ranks, io.settle)
-    callbacks: list[Callback] = [keep_best, history, EpochOrder(batches), stop]
-    if warm_start is not None:
-        callbacks.append(warm_start)
-    if mine is not None:
-        callbacks.append(MineHardNegatives(mine))
-    if validate:
-        callbacks.append(EarlyStopping(settings.metric, patience=settings.patience, mode="max"))
-    if settings.checkpoint_every is not None:
-        callbacks.append(SaveEvery(last, settings.checkpoint_every))
-    if progress and ranks.is_first:
-        # Standard output is for results.
-        callbacks.append(RichProgressBar(leave=False, console_kwargs={"stderr": True}))
-    _quiet_lightning()
-    trainer = pl.Trainer(
+
+
+def _validation(validate: Callable[[TwoTower], dict[str, float]], settings: TrainingConfig) -> Validation:
+    return Validation(validate, settings.metric, patience=settings.patience, every=settings.validate_every)
+
+
+def _checkpoint_io(
+    towers: TwoTower, settings: TrainingConfig, ranks: Communicator, *, in_background: bool
+) -> SafeCheckpointIO:
+    parts = {table.name: table.part for table in shared_tables_of(towers) if table.name and table.part}
+    return SafeCheckpointIO(ranks, parts, in_background=in_background, timeout=settings.exchange_timeout)
+
+
+def _trainer(
+    settings: TrainingConfig,
+    callbacks: list[Callback],
+    io: SafeCheckpointIO,
+    logger: Logger | Literal[False],
+    *,
+    progress: bool,
+) -> pl.Trainer:
+    # Standard output is for results.
+    bar = [RichProgressBar(leave=False, console_kwargs={"stderr": True})] if progress else []
+    return pl.Trainer(
         max_epochs=settings.max_epochs,
         accelerator=settings.accelerator,
         precision=settings.precision,
         max_time=settings.time_limit,
-        check_val_every_n_epoch=settings.validate_every,
-        num_sanity_val_steps=0,
         log_every_n_steps=LOG_EVERY,
-        callbacks=callbacks,
-        logger=make_logger(settings.logger, directory, hyperparameters),
+        callbacks=[*callbacks, *bar],
+        logger=logger,
         plugins=[io],
-        enable_progress_bar=progress and ranks.is_first,
+        enable_progress_bar=progress,
         enable_model_summary=False,
-        gradient_clip_val=None,
         **trainer_options(settings.exchange_timeout),
     )
-    started, cpu_started = time.perf_counter(), time.process_time()
-    # One placeholder batch: validation ranks the whole catalog itself.
-    placeholder = DataLoader([0], batch_size=1) if validate else None  # type: ignore[arg-type,var-annotated]
+
+
+@contextmanager
+def _named_endings(io: SafeCheckpointIO, last: Path) -> Iterator[None]:
+    """Wait for the last checkpoint, and raise what an interruption or an unfit checkpoint means to the caller."""
     try:
-        with warnings.catch_warnings(), stop:
-            for message in LIGHTNING_NOISE:
-                warnings.filterwarnings("ignore", message)
-            trainer.fit(module, batches, placeholder, ckpt_path=str(last) if resume else None)
+        yield
         io.settle()
     except MisconfigurationException as error:
         raise InputError(
@@ -192,31 +205,11 @@ def fit_towers(
         raise Interrupted(f"interrupted; the state was saved to {last}") from exit_
     finally:
         io.close()
-    for optimizer in trainer.optimizers:
-        optimizer.state.clear()  # the checkpoints contain it, and loading the best weights needs the memory
-    best = _load_best(towers, keep_best, io, has_metric=validate is not None)
-    return FitResult(
-        towers,
-        best,
-        trainer.current_epoch,
-        seconds=time.perf_counter() - started,
-        cpu_seconds=time.process_time() - cpu_started,
-        peak_memory=peak_memory(),
-        history=history.rows,
-        checkpoint=Path(keep_best.best_model_path) if keep_best.best_model_path else None,
-    )
 
 
-def _load_best(towers: TwoTower, keep_best: ModelCheckpoint, io: SafeCheckpointIO, *, has_metric: bool) -> float | None:
-    if not keep_best.best_model_path:
-        return None
-    weights = io.load_weights(keep_best.best_model_path)
+def _load_weights(towers: TwoTower, io: SafeCheckpointIO, checkpoint: Path) -> None:
+    """Load the weights of a checkpoint into the towers: the averaged ones, if there are any."""
+    weights = io.load_weights(checkpoint)
     prefix = "averaged." if any(key.startswith("averaged.") for key in weights) else "towers."
     towers.load_state_dict({key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)})
     towers.eval()
-    return float(keep_best.best_model_score) if has_metric and keep_best.best_model_score is not None else None
-
-
-def _quiet_lightning() -> None:
-    for name in ("pytorch_lightning", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)

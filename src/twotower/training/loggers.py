@@ -1,9 +1,12 @@
-"""Loggers of loss, metrics and diagnostics during a training run: Lightning's loggers by name."""
+"""What a training run logs: Lightning's loggers by name, and Lightning's own messages silenced."""
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +21,35 @@ NEEDS = {"tensorboard": ("tensorboard", "tensorboard"), "mlflow": ("mlflow", "tr
 
 #: The MLflow experiment of all runs.
 EXPERIMENT = "twotower"
+
+#: Warnings of Lightning and its loggers that a user of this library can do nothing about.
+NOISE = (
+    ".*isinstance\\(treespec, LeafSpec\\).* is deprecated.*",
+    ".*does not have many workers.*",
+    ".*Experiment logs directory .* exists and is not empty.*",
+    ".*number of training batches .* is smaller than the logging interval.*",
+    ".*GPU available but not used.*",
+    ".*recommended to use `self.log.*sync_dist=True.*",  # every rank already has the global values
+    ".*callbacks used to create the checkpoint need to be provided.*",  # of older versions; their state is not needed
+    ".*MLFlow only allows.*special characters in metric name.*",  # NDCG@10 becomes NDCG10
+)
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Silence Lightning during the block, except for warnings that a user can act on."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for message in NOISE:
+                warnings.filterwarnings("ignore", message)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def make_logger(

@@ -102,14 +102,14 @@ class MemoryPlan:
         """Format as a few lines: what is held, each phase, peak and available memory, and advice if it does not fit."""
         where = "memory" if self.on_device is None else "memory of the CUDA device"
         held = {name: count for name, count in self.held.items() if self.on_device is None or name != "process"}
-        lines = [f"{where}: {size(self.peak)} at most, of which held throughout: {listed(held)}"]
+        lines = [f"{where}: {size(self.peak)} at most, of which held throughout: {sizes_listed(held)}"]
         if self.placed:
             lines.append(f"  id tables: {self.placed}; each rank ranks its own part of the items")
         moments = [("a step", self.step), ("ranking", self.ranking)]
         if self.on_device is None:
             moments.append(("reading back", self.saving))
         for name, part in moments:
-            lines.append(f"  {name} adds {size(sum(part.values()))}: {listed(part)}")
+            lines.append(f"  {name} adds {size(sum(part.values()))}: {sizes_listed(part)}")
         if self.on_device is not None:
             process, waits = self.held["process"], "" if self.in_background else ", while training pauses"
             lines.append(
@@ -286,7 +286,7 @@ def _mapped(data: Interactions) -> int:
     return sum(array.nbytes for array in arrays if isinstance(array, np.memmap))
 
 
-def listed(parts: dict[str, int]) -> str:
+def sizes_listed(parts: dict[str, int]) -> str:
     """Format every part of at least 1 MiB, largest first."""
     named = sorted(parts.items(), key=lambda part: -part[1])
     return ", ".join(f"{name} {size(count)}" for name, count in named if count >= 1 << 20) or "less than 1 MiB"

@@ -1,11 +1,10 @@
-"""Towers and objective as a LightningModule: optimizer, schedule, weight average and log around the training step."""
+"""The LightningModule of a training run: the step, the optimizer with its schedule, the state of a checkpoint."""
 
 from __future__ import annotations
 
 import copy
 import math
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -42,7 +41,6 @@ class TrainingModule(pl.LightningModule):
         known_positives: items that are never negatives of a row; None masks only the row's own positive.
         counts: training interactions of each item, [N], for diagnostics by popularity; with batches built within groups
             those of each group, [G, N]; None for no such diagnostics.
-        validate: measures the towers; called after each epoch, returns metrics by name.
         ranks: the processes that train together; None for a single process.
     """
 
@@ -55,7 +53,6 @@ class TrainingModule(pl.LightningModule):
         total_steps: int,
         known_positives: KnownPositives | None = None,
         counts: Tensor | None = None,
-        validate: Callable[[TwoTower], dict[str, float]] | None = None,
         ranks: Communicator | None = None,
     ) -> None:
         super().__init__()
@@ -70,7 +67,6 @@ class TrainingModule(pl.LightningModule):
         total = None if counts is None else counts if counts.ndim == 1 else counts.sum(0)
         self.thirds = None if total is None else torch.from_numpy(popularity_thirds(total.numpy()))
         self._watch = DiagnosticsMonitor()
-        self.validate = validate
         self.ranks = ranks or Communicator()
         self._exchange = GradientExchange(torch.nn.ModuleList([towers, objective]), self.ranks)
         self._rows = 0
@@ -133,15 +129,16 @@ class TrainingModule(pl.LightningModule):
         """Restart the clock of rows/s: validation time does not count."""
         self._rows, self._since = 0, time.perf_counter()
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Rank the whole catalog for the validation queries; `batch` is a placeholder."""
-        del batch, batch_idx
+    @property
+    def evaluated(self) -> TwoTower:
+        """The towers that are evaluated and saved: the averaged ones, if there are any."""
+        return self.averaged or self.towers
+
+    def log_frequency_drift(self) -> None:
+        """Log how far an estimated frequency is from the counted one, and warn if it is far."""
         if self.counts is not None and (drift := frequency_drift(self.objective, self.counts)) is not None:
             self.log("frequency_drift", drift, batch_size=1)
             self._watch.look({"frequency_drift": drift})
-        if self.validate is not None:
-            for name, value in self.validate(self.averaged or self.towers).items():
-                self.log(name, value, prog_bar=name == self.settings.metric, batch_size=1)
 
     def configure_optimizers(self) -> Any:
         """Build one optimizer for layers and tables; linear warm-up, then cosine decay to a tenth of the rate."""

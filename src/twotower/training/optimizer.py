@@ -175,7 +175,7 @@ class TableOptimizer(torch.optim.Optimizer):
         rule: the rule of groups without one.
 
     Raises:
-        ValueError: a rule is unknown, or `rowwise-adagrad` is set for a parameter that is not a table.
+        InputError: a rule is unknown, or `rowwise-adagrad` is set for a parameter that is not a table.
     """
 
     def __init__(
@@ -198,9 +198,9 @@ class TableOptimizer(torch.optim.Optimizer):
         super().__init__(given, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rule": rule})
         for group in self.param_groups:
             if group["rule"] not in RULES:
-                raise ValueError(f"rule: expected one of {', '.join(RULES)}, found {group['rule']!r}")
+                raise InputError(f"rule: expected one of {', '.join(RULES)}, found {group['rule']!r}")
             if group["rule"] == "rowwise-adagrad" and any(parameter.ndim != 2 for parameter in group["params"]):
-                raise ValueError("rowwise-adagrad: expected tables, [N, D]; found a parameter of another shape")
+                raise InputError("rowwise-adagrad: expected tables, [N, D]; found a parameter of another shape")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -12,7 +12,7 @@ from twotower.errors import InputError
 from twotower.features.from_config import encode_context, encode_features, fit_features, wanted_context, with_features
 from twotower.features.requests import encode_given
 from twotower.features.suggest import propose_context
-from twotower.ranking.distributed import part_of
+from twotower.ranking.distributed import slice_holdout
 
 DECLARED = """query_tower.context=[{column: device, kind: categorical}, {column: tags, kind: multi},
 {column: price, kind: numeric}, {column: load, kind: numeric, scale: quantiles, bins: 4},
@@ -119,7 +119,7 @@ def test_splits_parts_and_ranks_keep_the_context():
     data = Interactions.from_frame(frame, context=names)
     for split in (leave_last_out(data), by_time(data, 0.1, 0.2)):
         check(split.train, frame, names, (split.validation, split.test))
-        part = part_of(split.test, slice(2, 5))
+        part = slice_holdout(split.test, slice(2, 5))
         assert part.context.equals(split.test.context[2:5])
     parts = [frame.slice(0, 300), frame.slice(300, 50), frame.slice(350)]
     given = from_parts(*(Interactions.from_frame(p, context=names) for p in parts))

@@ -248,7 +248,9 @@ def test_without_locks_only_partial_folders_older_than_an_hour_are_removed(tmp_p
     # The folder is removed after the last required file was read: optional files must not count as absent.
     collected, adopting, parquet = first.empty(tmp_path), shards.pl.read_parquet, [*target.glob("*.parquet")]
     monkeypatch.setattr(
-        shards.pl, "read_parquet", lambda path: (adopting(path), parquet.pop(), parquet or pending.remove())[0]
+        shards.pl,
+        "read_parquet",
+        lambda path, **how: (adopting(path, **how), parquet.pop(), parquet or pending.remove())[0],
     )
     with pytest.raises(FileNotFoundError):
         shards.adopt(collected, target, "x")

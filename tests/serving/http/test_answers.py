@@ -11,11 +11,11 @@ import torch
 from support.service_models import client, drawn
 from twotower.evaluation import evaluate
 from twotower.serving import Retriever
-from twotower.serving.http.batching import Batcher
 from twotower.serving.http.catalog_map import Atlas, principal
 from twotower.serving.http.metrics import Metrics
 from twotower.serving.http.model_card import without_folders
 from twotower.serving.http.problems import Problem
+from twotower.serving.http.service import Batcher
 
 
 @pytest.fixture(scope="module")
@@ -184,20 +184,20 @@ def test_concurrent_requests_are_searched_together():
         with ThreadPoolExecutor(1) as pool:
             batcher = Batcher(run, pool, capacity=8, largest=3, metrics=Metrics())
             batcher.start()
-            first = asyncio.create_task(batcher.ask(("a",), 0))
+            first = asyncio.create_task(batcher.submit(("a",), 0))
             while not calls:
                 await asyncio.sleep(0.001)
-            tasks = [asyncio.create_task(batcher.ask((key,), n)) for key, n in
+            tasks = [asyncio.create_task(batcher.submit((key,), n)) for key, n in
                      [("a", 1), ("b", 2), ("a", 3), ("a", -4), ("a", 5), ("b", 6), ("a", 7), ("b", 8)]]  # fmt: skip
             await asyncio.sleep(0.01)
             with pytest.raises(Problem) as full:
-                await batcher.ask(("a",), 9)
+                await batcher.submit(("a",), 9)
             assert full.value.status == 503 and full.value.headers["Retry-After"] == "1"
             release.set()
             answers = await asyncio.gather(first, *tasks, return_exceptions=True)
             await batcher.stop()
             with pytest.raises(Problem):
-                await batcher.ask(("a",), 10)
+                await batcher.submit(("a",), 10)
             return answers
 
     answers = asyncio.run(scene())

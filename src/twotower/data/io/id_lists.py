@@ -9,6 +9,7 @@ import polars as pl
 
 from twotower.data.io.feature_tables import typed
 from twotower.data.io.readers import ROW, SUFFIXES, open_source, suffix_of
+from twotower.data.io.text_format import read_head, text_blocks
 from twotower.data.schema.columns import USUAL_NAMES, usual_column
 from twotower.data.schema.vocabulary import Vocabulary, ids_of, listed
 from twotower.errors import InputError
@@ -31,7 +32,8 @@ def read_ids(path: str | Path, side: str = "item") -> pl.Series:
     suffix = suffix_of(file)
     if suffix not in SUFFIXES or suffix == ".txt":
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            empty = not file.stat().st_size
+            lines = [] if empty else "".join(text_blocks(file, read_head(file).encoding)).split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{file}: cannot be read ({error}); expected text with one {side} id per line") from None
         return pl.Series("id", [line.strip() for line in lines if line.strip()], dtype=pl.String)
@@ -42,7 +44,7 @@ def read_ids(path: str | Path, side: str = "item") -> pl.Series:
     if name is None:
         raise InputError(f"{file}: no {side} id column; found {listed(source.columns)}")
     ids = ids_of(pl.concat(source.chunks([name]))[name].drop_nulls(), f"{file}: column {name!r}")
-    return ids.alias("id")
+    return (ids.str.strip_chars() if source.text else ids).alias("id")
 
 
 def ids_like(ids: pl.Series, vocabulary: Vocabulary, where: str) -> pl.Series:
@@ -73,4 +75,6 @@ def read_items(path: str | Path) -> pl.DataFrame:
     if source.text:
         own = usual_column(source.columns, (("id",), *USUAL_NAMES["item"]), "item", source.name)
         frame = frame.with_columns(typed(frame[name]) for name in frame.columns if name != own)
+        if own is not None:
+            frame = frame.with_columns(pl.col(own).str.strip_chars())
     return frame

@@ -21,6 +21,8 @@ from twotower.errors import InputError
 from twotower.system.filesystem import changed_places, full_disk_named, require_replaceable
 
 LAYOUT_VERSION = 1
+#: Changes when files are read in another way, so that data prepared by an older version is prepared again.
+READ_VERSION = 2
 META = "meta.json"
 DTYPES: dict[str, Any] = {
     "offsets": np.int64,
@@ -184,7 +186,7 @@ def read_table(path: Path) -> pl.DataFrame:
         InputError: missing or damaged.
     """
     try:
-        return pl.read_parquet(path)
+        return pl.read_parquet(path, glob=False)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise InputError(
             f"{path}: missing or damaged ({str(error).splitlines()[0]}); prepare the data again."

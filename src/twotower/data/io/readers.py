@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
+import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import polars as pl
 
+from twotower.data.io.text_format import (
+    SAMPLE_LINES,
+    StrayQuoteError,
+    TextFormat,
+    TextHead,
+    damaged,
+    find_separator,
+    magic,
+    plain_file,
+    read_head,
+    records,
+    text_blocks,
+    text_format,
+)
+from twotower.data.schema.columns import is_usual, plain_name
 from twotower.data.schema.vocabulary import listed
 from twotower.errors import InputError
 
@@ -19,7 +34,16 @@ ROW = "__row"  # 1-based data row of the file, carried for messages
 CHUNK_ROWS = 8_000_000
 TEXT_CHUNK_ROWS = 2_000_000
 TAB_SUFFIXES = (".tsv", ".tab", ".inter", ".item", ".user")
-SUFFIXES = (".parquet", ".pq", ".csv", ".txt", *TAB_SUFFIXES)
+SUFFIXES = (".parquet", ".pq", ".csv", ".txt", ".dat", *TAB_SUFFIXES)
+#: Columns of a text file that have lists: of items, and of a value for each item.
+ITEM_LIST_NAMES = ("items", "itemids", "sequence", "itemsequence")
+BLANKS = r"\s+"
+VALUE_LIST_NAMES = ("timestamps", "times", "ratings", "weights")
+_PARTITION = re.compile(r"([A-Za-z_]\w*)=(.+)")
+
+
+class EmptyFileError(InputError):
+    """A file without rows: an error if it is the only one, skipped if it is one of several."""
 
 
 class FileSource(Protocol):
@@ -30,12 +54,14 @@ class FileSource(Protocol):
         columns: its column names.
         text: whether every value is text, whose type is inferred from the content.
         lists: columns of lists, as far as they are known before reading.
+        notes: what the account reports of the file, by label (`account.NOTES`): counts, complete after reading.
     """
 
     name: str
     columns: list[str]
     text: bool
     lists: frozenset[str]
+    notes: dict[str, int]
 
     def chunks(self, wanted: Sequence[str]) -> Iterator[pl.DataFrame]:
         """Yield frames with these columns and ROW, in file order."""
@@ -47,11 +73,17 @@ def suffix_of(path: Path) -> str:
     return Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
 
 
-def open_source(path: Path) -> FileSource:
-    """Open the source for a file.
+def open_source(path: Path, *, interactions: bool = False) -> FileSource:
+    """Open the source for a file. The content decides between Parquet, gzip and text, the name only what text it is.
+
+    Args:
+        path: the file.
+        interactions: the file has interactions: folders of its path named ``column=value`` add columns, and text cells
+            with several items are lists.
 
     Raises:
-        InputError: the file is missing, empty, damaged, of an unknown format, or has no usable header.
+        EmptyFileError: no rows.
+        InputError: the file is missing, damaged, of an unknown format, or has no usable header.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a Parquet, CSV or TSV file, a folder, or a data set's name.")
@@ -59,40 +91,34 @@ def open_source(path: Path) -> FileSource:
     if suffix not in SUFFIXES:
         raise InputError(f"{path}: unknown format {suffix!r}; expected one of {', '.join(SUFFIXES)} (also .csv.gz).")
     if path.stat().st_size == 0:
-        raise InputError(f"{path}: the file is empty; expected a header and rows.")
-    if suffix in (".parquet", ".pq"):
+        raise EmptyFileError(f"{path}: the file is empty; expected a header and rows.")
+    source = _open(path, suffix, interactions=interactions)
+    values = {found[1]: found[2] for part in path.parent.parts if (found := _PARTITION.fullmatch(part))}
+    if interactions and any(name not in source.columns for name in values):
+        return PartitionSource(source, values)
+    return source
+
+
+def _open(path: Path, suffix: str, *, interactions: bool) -> FileSource:
+    if suffix in (".parquet", ".pq") or magic(path).startswith(b"PAR1"):
         return ParquetSource(path)
-    if suffix == ".txt":
-        first = first_lines(path, 1)[0]
-        if "," not in first and (" " in first.strip() or "\t" not in first):
-            return SequenceSource(path)
-    return TextSource(path)
+    head = read_head(path)
+    if suffix == ".txt" and not _is_table(head.lines):
+        return SequenceSource(path, head)
+    return TextSource(path, head, interactions=interactions)
 
 
-def first_lines(path: Path, count: int) -> list[str]:
-    """Read the first lines of a text file, gzipped or not, without line ends."""
-    try:
-        with _open_text(path) as stream:
-            lines = [line.rstrip("\r\n") for line in islice(stream, count)]
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise _damaged(path, error) from None
-    if not lines or not lines[0].strip():
-        raise InputError(f"{path}: the file is empty; expected a header and rows.")
-    return lines
-
-
-def _open_text(path: Path) -> Any:
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
-
-
-def _damaged(path: Path, error: Exception) -> InputError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if isinstance(error, UnicodeDecodeError) or "utf-8" in reason:
-        return InputError(f"{path}: not UTF-8 text; convert it, e.g. iconv -f latin1 -t utf-8.")
-    what = "truncated or damaged gzip" if path.suffix.lower() == ".gz" else "truncated or damaged file"
-    return InputError(f"{path}: {what} ({reason}); download or write it again.")
+def _is_table(lines: Sequence[str]) -> bool:
+    """Return whether a ``.txt`` file is a table, not lines of ``query item item ...``."""
+    first = lines[0]
+    if any(is_usual(name) for name in first.split(find_separator(lines))):
+        return True
+    if any(mark in first for mark in ",;|\x01") or first.count("\t") > 1:
+        return True
+    before, tab, after = first.strip().partition("\t")
+    if not tab:
+        return False
+    return " " not in before + after or not all(re.fullmatch(r"-?\d+(\.\d+)?", gap) for gap in after.split())
 
 
 class ParquetSource:
@@ -101,18 +127,19 @@ class ParquetSource:
     text = False
 
     def __init__(self, path: Path) -> None:
-        self.path, self.name = path, str(path)
+        self.path, self.name, self.notes = path, str(path), dict[str, int]()
         try:
-            self._scan = pl.scan_parquet(path)
+            self._scan = pl.scan_parquet(path, glob=False)
             schema = self._scan.collect_schema()
             self.columns, self.lists = schema.names(), _lists(schema)
             self._rows: int = self._scan.select(pl.len()).collect().item()
         except pl.exceptions.DuplicateError as error:
             raise InputError(f"{path}: duplicate column ({str(error).splitlines()[0]}); rename one.") from None
         except (pl.exceptions.PolarsError, OSError) as error:
-            raise _damaged(path, error) from None
+            raise damaged(path, error) from None
+        self.columns = _named(self.columns, self.notes, self.name)
         if not self._rows:
-            raise InputError(f"{path}: the file has columns but no rows.")
+            raise EmptyFileError(f"{path}: the file has columns but no rows.")
 
     def chunks(self, wanted: Sequence[str]) -> Iterator[pl.DataFrame]:
         """See `FileSource`."""
@@ -120,72 +147,165 @@ class ParquetSource:
             try:
                 frame = self._scan.select(wanted).slice(start, CHUNK_ROWS).collect()
             except (pl.exceptions.PolarsError, OSError) as error:
-                raise _damaged(self.path, error) from None
+                raise damaged(self.path, error) from None
             yield frame.with_row_index(ROW, offset=start + 1)
 
 
 class TextSource:
-    """A CSV or TSV file, gzipped or not, with a header; the ``:type`` of typed headers is removed."""
+    """A text table, compressed or not; the ``:type`` of typed headers is removed."""
 
     text = True
-    lists: frozenset[str] = frozenset()
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.name = path, str(path)
-        header = first_lines(path, 1)[0]
-        tabs = suffix_of(path) in TAB_SUFFIXES
-        self.separator = "\t" if tabs else next((s for s in (",", "\t", ";", "|") if s in header), ",")
-        # Files with typed headers never quote, and in them a title may begin with a quotation mark.
-        self.quote = None if tabs and ":" in header else '"'
-        raw = header.split("\t") if self.quote is None else next(csv.reader([header], delimiter=self.separator))
-        self.columns = [name.split(":", maxsplit=1)[0].strip() for name in raw]
-        for name in self.columns:
-            if self.columns.count(name) > 1:
-                raise InputError(f"{path}: column {name!r} occurs twice in the header; rename one.")
-            if not name:
-                raise InputError(f"{path}: the header has a column without a name: {listed(raw)}.")
+    def __init__(self, path: Path, head: TextHead | None = None, *, interactions: bool = False) -> None:
+        self.path, self.name, self.notes = path, str(path), dict[str, int]()
+        head = head or read_head(path)
+        self.form = text_format(path, head, tabs=suffix_of(path) in TAB_SUFFIXES)
+        self.separator, self.quote = self.form.separator, self.form.quote
+        if head.complete and self.form.has_header and not any(x.strip() for x in head.lines[self.form.first + 1 :]):
+            raise EmptyFileError(f"{path}: the file has a header but no rows.")
+        self._all = [name or f"__unnamed_{place}" for place, name in enumerate(self.form.columns)]
+        self.columns = _named(list(self.form.columns), self.notes, self.name)
+        self._split, self._unclear = _list_columns(self.form, head) if interactions else ({}, {})
+        self.lists = frozenset(self._split)
+        if not self.form.has_header:
+            self.notes["no header"] = 1
 
     def chunks(self, wanted: Sequence[str]) -> Iterator[pl.DataFrame]:
-        """See `FileSource`. Parses every column, because only then does polars report rows with too many fields."""
-        seen = 0
-        try:
-            scan = pl.scan_csv(
-                self.path,
-                separator=self.separator,
-                quote_char=self.quote,
-                infer_schema=False,
-                has_header=True,
-                new_columns=self.columns,
-            )
-            for batch in scan.collect_batches(chunk_size=TEXT_CHUNK_ROWS, maintain_order=True):
-                frame = batch.with_row_index(ROW, offset=seen + 1)
-                seen += len(batch)
-                blank = pl.all_horizontal(pl.col(self.columns).is_null())
-                yield frame.filter(~blank).select(ROW, *wanted)
-        except (pl.exceptions.PolarsError, OSError) as error:
-            if "more fields" in str(error):
-                raise self._ragged() from None
-            if "could not parse" in str(error) and "as dtype `str`" in str(error):
-                raise InputError(f'{self.path}: a quotation mark (") is never closed.') from None
-            raise _damaged(self.path, error) from None
+        """See `FileSource`. Parses every column, because only then does polars report rows with too many fields.
+
+        Raises:
+            InputError: cells of several words under a name such as "items", which may be one id or a list.
+        """
+        for name in wanted:
+            if name in self._unclear:
+                raise InputError(
+                    f"{self.path}: column {name!r}: {self._unclear[name]!r} may be one id or a list of ids; write "
+                    "lists as 'a,b,c' in quotation marks or as Parquet lists; if it is one id, name the column item_id."
+                )
+        with tempfile.TemporaryDirectory(prefix="twotower-text-") as folder:
+            plain = plain_file(self.path, self.form, Path(folder))
+            if plain.lines.inside:
+                self.notes["line breaks in fields"] = plain.lines.inside
+            seen = 0
+            try:
+                scan = pl.scan_csv(
+                    plain.path,
+                    separator=plain.separator,
+                    quote_char=plain.quote,
+                    infer_schema=False,
+                    has_header=True,
+                    new_columns=self._all,
+                    glob=False,
+                )
+                for batch in scan.collect_batches(chunk_size=TEXT_CHUNK_ROWS, maintain_order=True):
+                    frame = batch.with_row_index(ROW, offset=seen + 1)
+                    seen += len(batch)
+                    blank = pl.all_horizontal(pl.col(self._all).is_null())
+                    yield self._with_lists(frame.filter(~blank).select(ROW, *wanted))
+            except (pl.exceptions.PolarsError, OSError) as error:
+                if "more fields" in str(error):
+                    raise self._ragged() from None
+                if "could not parse" in str(error) and "as dtype `str`" in str(error):
+                    raise InputError(f'{self.path}: a quotation mark (") is never closed.') from None
+                raise damaged(self.path, error) from None
         if not seen:
             raise InputError(f"{self.path}: the file has a header but no rows.")
+        if seen != plain.lines.outside - 1:
+            raise InputError(
+                f"{self.path}: {plain.lines.outside - 1:,} lines after the header, but {seen:,} rows; "
+                "check the quotation marks and line ends, or write the table as Parquet."
+            )
+
+    def _with_lists(self, frame: pl.DataFrame) -> pl.DataFrame:
+        """Split the cells of list columns."""
+        cells = {
+            name: pl.col(name).fill_null("").str.replace_all(r"""^\s*[\[(]|[\])]\s*$|["']""", "")
+            for name in self._split
+            if name in frame.columns
+        }
+        return frame.with_columns(
+            cell.str.replace_all(self._split[name], " ").str.strip_chars().str.split(" ").list.eval(
+                pl.element().filter(pl.element() != "")
+            )
+            if self._split[name] == BLANKS
+            else cell.str.split(self._split[name]).list.eval(
+                pl.element().str.strip_chars().filter(pl.element().str.strip_chars() != "")
+            )
+            for name, cell in cells.items()
+        )  # fmt: skip
 
     def _ragged(self) -> InputError:
-        expected = len(self.columns)
-        with _open_text(self.path) as stream:
-            if self.quote is None:
-                records: Iterator[list[str]] = (line.rstrip("\r\n").split(self.separator) for line in stream)
-            else:
-                records = iter(csv.reader(stream, delimiter=self.separator))
-            next(records)
-            for row, record in enumerate(records, start=1):
-                if len(record) > expected:
+        expected = len(self._all)
+        blocks = text_blocks(self.path, self.form.encoding)
+        if self.quote is None:
+            lines = "".join(blocks).split("\n")
+            found: Iterator[list[str]] = (line.split(self.separator) for line in lines)
+        else:
+            found = (fields for fields, _ in records(blocks, self.separator, backslash=False))
+        try:
+            for row, fields in enumerate(found, start=-self.form.first):
+                if len(fields) > expected and row > 0:
                     return InputError(
-                        f"{self.path}: row {row} has {len(record)} fields, expected "
+                        f"{self.path}: row {row} has {len(fields)} fields, expected "
                         f"{expected} as in the header ({listed(self.columns)})."
                     )
+        except StrayQuoteError:
+            pass
         return InputError(f"{self.path}: a row has more fields than the header's {expected}.")
+
+
+def _named(columns: list[str], notes: dict[str, int], where: str) -> list[str]:
+    """Leave out the columns without a name, which have no role: pandas and Excel write them."""
+    if ROW in columns:
+        raise InputError(f"{where}: the column name {ROW!r} is reserved; rename the column.")
+    named = [name for name in columns if name]
+    if len(named) < len(columns):
+        notes["columns without a name"] = len(columns) - len(named)
+    return named
+
+
+def _list_columns(form: TextFormat, head: TextHead) -> tuple[dict[str, str], dict[str, str]]:
+    """Find the columns of a text table whose cells are lists of items, and what separates the items of a cell.
+
+    Returns:
+        A separator for each list column, for blanks a regular expression; and an example for each column of items
+        whose cells have several words, which may be one id or a list.
+    """
+    if not any(plain_name(name) in ITEM_LIST_NAMES for name in form.columns):
+        return {}, {}
+    text = head.text.replace("\r\n", "\n").replace("\r", "\n")
+    rows: list[list[str]] = []
+    with suppress(StrayQuoteError):
+        for fields, _ in records(iter([text]), form.separator, backslash=False):
+            rows.append(fields)
+            if len(rows) > form.first + SAMPLE_LINES:
+                break
+    rows = rows[form.first + form.has_header : None if head.complete else -1]
+    found, unclear = dict[str, str](), dict[str, str]()
+    for place, name in enumerate(form.columns):
+        items = plain_name(name) in ITEM_LIST_NAMES
+        if items or plain_name(name) in VALUE_LIST_NAMES:
+            cells = [row[place].strip() for row in rows if place < len(row)]
+            separator = _cell_separator(cells)
+            words = [word for cell in cells for word in cell.split()]
+            if separator == BLANKS and not all(any(c.isdigit() for c in word) for word in words):
+                if items:
+                    unclear[name] = next(cell for cell in cells if " " in cell)[:60]
+            elif separator is not None:
+                found[name] = separator
+    return (found if any(plain_name(name) in ITEM_LIST_NAMES for name in found) else {}), unclear
+
+
+def _cell_separator(cells: Sequence[str]) -> str | None:
+    """Find what separates the items of the cells; None if no cell has several."""
+    brackets = any(cell.startswith(("[", "(")) and cell.endswith(("]", ")")) for cell in cells)
+    inner = [cell.strip("[]() ") for cell in cells]
+    for separator in ("|", ";", ","):
+        if any(separator in cell for cell in inner):
+            return separator
+    if any(" " in cell for cell in inner):
+        return BLANKS
+    return "," if brackets else None
 
 
 class SequenceSource:
@@ -197,19 +317,31 @@ class SequenceSource:
     text = True
     lists: frozenset[str] = frozenset()
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.name = path, str(path)
+    def __init__(self, path: Path, head: TextHead | None = None) -> None:
+        self.path, self.name, self.notes = path, str(path), dict[str, int]()
+        head = head or read_head(path)
         self.columns = ["query", "items"]
-        self.has_gaps = "\t" in first_lines(path, 1)[0]
+        self.has_gaps = "\t" in head.lines[0]
+        self._form = TextFormat(
+            head.encoding, "\x01", None, ("line",), transcoded=head.cr or head.encoding != "utf-8-sig"
+        )
 
     def chunks(self, wanted: Sequence[str]) -> Iterator[pl.DataFrame]:
         """See `FileSource`."""
-        try:
-            lines = pl.read_csv(
-                self.path, has_header=False, separator="\x01", quote_char=None, infer_schema=False, new_columns=["line"]
-            )
-        except (pl.exceptions.PolarsError, OSError) as error:
-            raise _damaged(self.path, error) from None
+        with tempfile.TemporaryDirectory(prefix="twotower-text-") as folder:
+            plain = plain_file(self.path, self._form, Path(folder))
+            try:
+                lines = pl.read_csv(
+                    plain.path,
+                    has_header=False,
+                    separator="\x01",
+                    quote_char=None,
+                    infer_schema=False,
+                    new_columns=["line"],
+                    glob=False,
+                )
+            except (pl.exceptions.PolarsError, OSError) as error:
+                raise damaged(self.path, error) from None
         frame = lines.with_row_index(ROW, offset=1).drop_nulls()
         parts = pl.col("line").str.strip_chars_end().str.splitn("\t", 2).struct
         frame = frame.select(
@@ -217,6 +349,7 @@ class SequenceSource:
             parts.field("field_0").str.strip_chars().str.replace_all(" +", " ").str.split(" ").alias("tokens"),
             parts.field("field_1").str.strip_chars().str.replace_all(" +", " ").str.split(" ").alias("gaps"),
         )
+        self._refuse_triples(frame)
         frame = frame.with_columns(query=pl.col("tokens").list.first(), items=pl.col("tokens").list.slice(1))
         uneven = frame.filter(pl.col("gaps").is_not_null() & (pl.col("gaps").list.len() != pl.col("items").list.len()))
         if len(uneven):
@@ -227,6 +360,48 @@ class SequenceSource:
             )
         yield frame.select(ROW, *wanted)
 
+    def _refuse_triples(self, frame: pl.DataFrame) -> None:
+        """Refuse a table of ``user item timestamp`` without a header, whose times and ratings would become items."""
+        count = int(frame["tokens"].list.len().max() or 0)  # type: ignore[arg-type]
+        alike = bool((frame["tokens"].list.len() == count).all()) and not frame["gaps"].is_not_null().any()
+        if len(frame) < 2 or not alike or count not in (3, 4, 5):
+            return
+        tokens = frame["tokens"]
+        repeated = tokens.list.first().n_unique() <= 0.7 * len(frame)
+        last = tokens.list.last().cast(pl.Float64, strict=False)
+        item = tokens.list.get(1).cast(pl.Float64, strict=False).fill_null(0)
+        timed = not last.null_count() and bool((last >= 1e8).all()) and not bool((item >= 1e8).any())
+        if repeated or timed:
+            example = " ".join(tokens[0].to_list())
+            raise InputError(
+                f"{self.path}: every line has {count} values, such as {example!r}"
+                + (", and the same query is on several lines" if repeated else ", the last of which looks like a time")
+                + ": a table without a header? Add a header line such as 'user_id item_id timestamp', or put all items "
+                "of a query on one line."
+            )
+
+
+class PartitionSource:
+    """A file in folders named ``column=value``, as Hive and Spark write them: each is a column with one value."""
+
+    def __init__(self, source: FileSource, values: Mapping[str, str]) -> None:
+        self._source = source
+        self.name, self.text, self.lists, self.notes = source.name, source.text, source.lists, source.notes
+        self._values = {name: value for name, value in values.items() if name not in source.columns}
+        self.columns = [*source.columns, *self._values]
+
+    def chunks(self, wanted: Sequence[str]) -> Iterator[pl.DataFrame]:
+        """See `FileSource`."""
+        for frame in self._source.chunks([name for name in wanted if name not in self._values]):
+            added = [pl.lit(self._literal(value)).alias(name) for name, value in self._values.items()]
+            yield frame.with_columns(added).select(ROW, *wanted)
+
+    def _literal(self, value: str) -> str | int | None:
+        if value == "__HIVE_DEFAULT_PARTITION__":
+            return None
+        plain = not self.text and re.fullmatch(r"0|-?[1-9]\d{0,17}", value)
+        return int(value) if plain else value
+
 
 class FrameSource:
     """A data frame in memory: polars (also lazy), pandas, Arrow, or anything with an Arrow interface."""
@@ -234,9 +409,9 @@ class FrameSource:
     text = False
 
     def __init__(self, frame: Any, name: str = "data frame") -> None:
-        self.name = name
+        self.name, self.notes = name, dict[str, int]()
         self._frame = as_polars(frame, name)
-        self.columns, self.lists = self._frame.columns, _lists(self._frame.schema)
+        self.columns, self.lists = _named(self._frame.columns, self.notes, name), _lists(self._frame.schema)
         if not len(self._frame):
             raise InputError(f"{name}: no rows.")
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,10 @@ import polars as pl
 from numpy.typing import NDArray
 
 from twotower.data.io.readers import LISTS, ROW, FileSource
+from twotower.data.io.timestamps import parse_dates
 from twotower.data.schema.columns import ColumnRoles
 from twotower.data.schema.vocabulary import ids_of
 from twotower.errors import InputError
-
-DATE_FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d")
-MICROSECONDS = {"seconds": 1_000_000, "milliseconds": 1_000, "microseconds": 1}
 
 
 @dataclass
@@ -33,6 +31,7 @@ class CleanRows:
         groups: ids [n] or None.
         context: context columns, unchanged, n rows, or None.
         empty_lists: number of rows of the file with an empty list of items.
+        unusable: why an optional column could not be read, by field.
     """
 
     queries: pl.Series
@@ -44,10 +43,24 @@ class CleanRows:
     groups: pl.Series | None
     context: pl.DataFrame | None = None
     empty_lists: int = 0
+    unusable: dict[str, str] = field(default_factory=dict)
 
 
-def clean(frame: pl.DataFrame, columns: ColumnRoles, source: FileSource, context: Sequence[str] = ()) -> CleanRows:
-    """Validate one chunk of a source; `context` names further columns to pass through.
+def clean(
+    frame: pl.DataFrame,
+    columns: ColumnRoles,
+    source: FileSource,
+    context: Sequence[str] = (),
+    optional: Collection[str] = (),
+) -> CleanRows:
+    """Validate one chunk of a source.
+
+    Args:
+        frame: the chunk.
+        columns: the column of each role.
+        source: the file; counts of what was changed are added to its notes.
+        context: further columns to pass through.
+        optional: roles whose column is left out if it is unusable: "label", "group".
 
     Raises:
         InputError: null ids, or unusable ids, timestamps, weights, labels or lists; with file, column and row.
@@ -61,16 +74,31 @@ def clean(frame: pl.DataFrame, columns: ColumnRoles, source: FileSource, context
     calendar, times = False, None
     if columns.timestamp is not None:
         calendar, times = _times(frame[columns.timestamp], at)
+    unusable: dict[str, str] = {}
+
+    def usable(role: str, field_name: str, convert: Callable[[pl.Series, _Where, str], Any]) -> Any:
+        column = getattr(columns, role)
+        if column is None:
+            return None
+        try:
+            return convert(frame[column], at, role)
+        except InputError as error:
+            if role not in optional:
+                raise
+            unusable[field_name] = str(error)
+            return None
+
     return CleanRows(
         queries=_ids(frame[columns.query], at, "query"),
         items=_ids(frame[columns.item], at, "item"),
         times=times,
         calendar=calendar,
         weights=None if columns.weight is None else _weights(frame[columns.weight], at),
-        labels=None if columns.label is None else _numbers(frame[columns.label], at, "label").astype(np.float32),
-        groups=None if columns.group is None else _ids(frame[columns.group], at, "group"),
+        labels=usable("label", "labels", lambda *given: _numbers(*given).astype(np.float32)),
+        groups=usable("group", "groups", _ids),
         context=frame.select(context) if context else None,
         empty_lists=empty,
+        unusable=unusable,
     )
 
 
@@ -97,23 +125,53 @@ def _ids(series: pl.Series, at: _Where, role: str) -> pl.Series:
     if series.null_count():
         raise at.error(series.name, _first(series.is_null()), f"empty {role} id; every row needs one.")
     typed = ids_of(series, f"{at.source.name}: column {series.name!r}")
-    if typed.dtype == pl.String:
-        blank = typed.str.strip_chars() == ""
-        if blank.any():
-            raise at.error(series.name, _first(blank), f"blank {role} id; every row needs one.")
-        if at.source.text:
-            numbers = typed.cast(pl.Int64, strict=False)
-            # "007" and "+7" stay text, so that the vocabulary returns every id as it was written.
-            if not numbers.null_count() and bool((numbers.cast(pl.String) == typed).all()):
-                return numbers
-    return typed
+    if typed.dtype != pl.String:
+        return typed
+    numbers = _canonical_integers(typed) if at.source.text else None
+    if numbers is not None:
+        return numbers
+    stripped = typed.str.strip_chars()
+    blank = stripped == ""
+    if blank.any():
+        raise at.error(series.name, _first(blank), f"blank {role} id; every row needs one.")
+    changed = int((stripped != typed).sum())
+    notes = at.source.notes
+    if not at.source.text:
+        if changed:
+            notes["blanks kept around ids"] = notes.get("blanks kept around ids", 0) + changed
+        return typed
+    if "line breaks in fields" in notes:
+        broken = stripped.str.contains("\n", literal=True)
+        if broken.any():
+            bad = _first(broken)
+            raise at.error(
+                series.name, bad, f"the {role} id {stripped[bad][:40]!r} has a line break; is a quotation mark missing?"
+            )
+    if not changed:
+        return typed
+    notes["blanks around ids"] = notes.get("blanks around ids", 0) + changed
+    numbers = _canonical_integers(stripped)
+    return stripped if numbers is None else numbers
+
+
+def _canonical_integers(text: pl.Series) -> pl.Series | None:
+    """Convert to Int64 if the integers are written as text again in the same way: "007" and "+7" stay text."""
+    numbers = text.cast(pl.Int64, strict=False)
+    if not numbers.null_count() and bool((numbers.cast(pl.String) == text).all()):
+        return numbers
+    return None
 
 
 def _numbers(series: pl.Series, at: _Where, role: str) -> NDArray[np.float64]:
-    if series.dtype not in (pl.String, pl.Null) and not series.dtype.is_numeric():
+    if series.dtype not in (pl.String, pl.Null, pl.Boolean) and not series.dtype.is_numeric():
         raise InputError(f"{at.source.name}: column {series.name!r}: {role}s of type {series.dtype}; expected numbers.")
-    numbers = series.cast(pl.Float64, strict=False)
+    text = series.str.strip_chars() if series.dtype == pl.String else series
+    numbers = text.cast(pl.Float64, strict=False)
     good = numbers.is_finite().fill_null(False)
+    if not good.all() and text.dtype == pl.String:
+        words = text.str.to_lowercase().replace_strict({"true": 1.0, "false": 0.0}, default=None)
+        numbers = numbers.zip_with(good, words)
+        good = numbers.is_finite().fill_null(False)
     if not good.all():
         bad = _first(~good)
         raise at.error(series.name, bad, f"{role} {series[bad]!r}; expected a finite number.")
@@ -141,22 +199,43 @@ def _times(series: pl.Series, at: _Where) -> tuple[bool, NDArray[Any]]:
     if isinstance(dtype, pl.Datetime):
         return True, series.dt.cast_time_unit("us").to_physical().to_numpy()
     if dtype == pl.String:
-        whole = series.cast(pl.Int64, strict=False)
-        if not whole.null_count():
-            return False, whole.to_numpy()
-        first_is_number = series.head(1).cast(pl.Float64, strict=False).null_count() == 0
-        return (False, _float_times(series, at)) if first_is_number else (True, _dates(series, at))
+        return _text_times(series, at)
     if dtype.is_integer():
-        return False, series.cast(pl.Int64).to_numpy()
-    if dtype.is_float():
+        try:
+            return False, series.cast(pl.Int64).to_numpy()
+        except pl.exceptions.InvalidOperationError:
+            wrong = _first(series.cast(pl.Int64, strict=False).is_null())
+            raise at.error(series.name, wrong, f"timestamp {series[wrong]}; expected unix time below 2^63.") from None
+    if dtype.is_float() or dtype.is_decimal():
         return False, _float_times(series, at)
     raise InputError(
         f"{at.source.name}: column {series.name!r}: timestamps of type {dtype}; expected dates, ISO text or unix time."
     )
 
 
+def _text_times(series: pl.Series, at: _Where) -> tuple[bool, NDArray[Any]]:
+    whole = _integers(series)
+    if whole is not None:
+        return False, whole.to_numpy()
+    first_is_number = series.head(1).str.strip_chars().cast(pl.Float64, strict=False).null_count() == 0
+    return (False, _float_times(series, at)) if first_is_number else (True, _dates(series, at))
+
+
+def _integers(text: pl.Series) -> pl.Series | None:
+    """Convert text to Int64, ignoring blanks around the digits; None if a value is no integer."""
+    for values in (text, text.str.strip_chars()):
+        numbers = values.cast(pl.Int64, strict=False)
+        if not numbers.null_count():
+            return numbers
+        wrong = values[_first(numbers.is_null())]
+        if wrong == wrong.strip():
+            break
+    return None
+
+
 def _float_times(series: pl.Series, at: _Where) -> NDArray[Any]:
-    numbers = series.cast(pl.Float64, strict=False)
+    text = series.str.strip_chars() if series.dtype == pl.String else series
+    numbers = text.cast(pl.Float64, strict=False)
     good = numbers.is_finite().fill_null(False)
     if not good.all():
         bad = _first(~good)
@@ -166,15 +245,7 @@ def _float_times(series: pl.Series, at: _Where) -> NDArray[Any]:
 
 
 def _dates(series: pl.Series, at: _Where) -> NDArray[np.int64]:
-    spaced = series.str.replace("T", " ", literal=True)
-    zoned = spaced.str.strptime(pl.Datetime("us", "UTC"), "%Y-%m-%d %H:%M:%S%.f%#z", strict=False)
-    parsed = zoned.to_physical()
-    for form in DATE_FORMATS:
-        missing = parsed.null_count()
-        if missing:
-            kind = pl.Date if form == "%Y-%m-%d" else pl.Datetime("us")
-            naive = spaced.str.strptime(kind, form, strict=False).cast(pl.Datetime("us")).to_physical()
-            parsed = parsed.zip_with(parsed.is_not_null(), naive)
+    parsed = parse_dates(series)
     if parsed.null_count():
         bad = _first(parsed.is_null())
         raise at.error(
@@ -182,21 +253,6 @@ def _dates(series: pl.Series, at: _Where) -> NDArray[np.int64]:
         )
     values: NDArray[np.int64] = parsed.to_numpy()
     return values
-
-
-def unit_of(largest: float, where: str) -> str:
-    """Infer the unit of numeric timestamps from the largest absolute value of the column.
-
-    Raises:
-        InputError: too large for microseconds.
-    """
-    for unit, below in (("seconds", 1e11), ("milliseconds", 1e14), ("microseconds", 1e17)):
-        if largest < below:
-            return unit
-    raise InputError(
-        f"{where}: timestamps up to {largest:.3g}; expected unix seconds, milliseconds or microseconds. "
-        "Divide nanoseconds by 1000."
-    )
 
 
 def _explode(

@@ -1,7 +1,4 @@
-"""The newest items of many queries at once, as rectangles or compressed rows.
-
-The known positives of queries, looked up for a whole batch at once.
-"""
+"""Histories of many queries at once: their newest items, and their known positives."""
 
 from __future__ import annotations
 
@@ -34,7 +31,9 @@ def gather_histories(
         int64 [B, L].
 
     Example:
-        >>> gather_histories(np.array([0, 3]), np.array([7, 8, 9]), np.array([0]), np.array([2]), 3)
+        >>> import numpy as np
+        >>> import twotower as tt
+        >>> tt.data.gather_histories(np.array([0, 3]), np.array([7, 8, 9]), np.array([0]), np.array([2]), 3)
         array([[-1,  7,  8]])
     """
     ends = np.asarray(rows_end, dtype=np.int64)[:, None]

@@ -27,18 +27,18 @@ class Holding(Protocol):
 
 @dataclass(frozen=True)
 class Windows:
-    """How the windows of a training batch were drawn: uniformly, without replacement.
+    """How the windows (or questions) of a training batch were drawn: uniformly, without replacement.
 
     Attributes:
         drawn: S, number of windows in the batch.
         total: W, number of windows in total.
-        rows: number of rows of all windows together.
+        rows: number of rows of all windows together; its expectation if windows are drawn at random.
         holding: how many windows contain each item; None if none contains an item twice, so that rows are counted.
     """
 
     drawn: int
     total: int
-    rows: int
+    rows: float
     holding: Holding | None = field(default=None, compare=False)
 
 
@@ -112,6 +112,8 @@ def length_groups(lengths: NDArray[np.integer[Any]], *, cost: int = GROUP_COST) 
         Sequence numbers of each group, shortest group first; within a group in input order.
 
     Example:
+        >>> import numpy as np
+        >>> from twotower.data.loading.packing import length_groups
         >>> [group.tolist() for group in length_groups(np.array([100, 3, 100, 2]), cost=1)]
         [[1, 3], [0, 2]]
     """

@@ -1,7 +1,4 @@
-"""A shuffle that is computed instead of stored, and the resumable position of an iteration over epochs.
-
-Prefetching: computing results ahead on a background thread.
-"""
+"""The order of training rows: a shuffle that is computed, not stored; its position; prefetching on a thread."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ class Shuffle:
 
     def __init__(self, n: int, seed: int, epoch: int) -> None:
         if n < 1:
-            raise ValueError(f"a shuffle of {n} numbers")
+            raise InputError(f"a shuffle of {n} numbers")
         self.n = n
         self._half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
         self._low = np.uint64((1 << int(self._half)) - 1)

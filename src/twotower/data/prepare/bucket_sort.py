@@ -1,6 +1,6 @@
 """External sort of the rows by query and time, in bounded memory: three passes over temporary files.
 
-1. Read and validate each chunk, code it against its own distinct ids, and write the codes to disk (collecting.py).
+1. Read and validate each chunk, code it against its own distinct ids, and write the codes to disk (chunks.py).
 2. Merge the distinct ids of all chunks into the vocabulary, recode every chunk, and distribute its rows to buckets of
    neighbouring queries.
 3. Sort each bucket by query and time, drop duplicates, and append the columns to the final files.
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twotower.data.io.layout import ColumnFile
-from twotower.data.io.validation import MICROSECONDS, unit_of
+from twotower.data.io.timestamps import to_microseconds
 from twotower.data.prepare.chunks import SIDES, EncodedChunks
 from twotower.data.schema.vocabulary import Vocabulary
 
@@ -43,7 +43,7 @@ FINAL_NAMES = {
 
 @dataclass
 class SortedTable:
-    """Results of the last pass: counts, digests, and the number of codes in use per direct side."""
+    """Results of the last pass: counts, digests, the number of codes in use per direct side, and the unit of times."""
 
     offsets: NDArray[np.int64]
     negative_offsets: NDArray[np.int64]
@@ -52,6 +52,7 @@ class SortedTable:
     negative_digests: dict[str, str]
     arrival: NDArray[np.int64] | None = None
     seen: dict[str, int] = field(default_factory=dict)
+    unit: str | None = None
 
 
 def finish(
@@ -64,8 +65,8 @@ def finish(
     where: str,
 ) -> SortedTable:
     """Run passes 2 and 3: write the columns to `directory`, and rows below `positive_label` to `negative_directory`."""
-    scale = MICROSECONDS[unit_of(collected.largest_time, where)] if collected.calendar is False else 1
-    names = [name for name in BUCKET_DTYPES if name in collected.columns]
+    unit = collected.units.unit(where) if collected.calendar is False else None
+    names = [name for name in BUCKET_DTYPES if name in collected.columns and name not in collected.unusable]
     num_queries = len(vocabularies["queries"])
     maps = {
         side: [vocabularies[side].encode(part).astype(np.int32) for part in collected.distinct[side]]
@@ -87,7 +88,7 @@ def finish(
     starts = np.cumsum(fills)
     seen = {"queries": counts > 0}
     seen |= {side: np.zeros(len(vocabularies[side]), dtype=np.bool_) for side in collected.direct if side != "queries"}
-    _deal(collected, names=names, maps=maps, bucket_of=bucket_of, starts=starts, scale=scale, seen=seen)
+    _deal(collected, names=names, maps=maps, bucket_of=bucket_of, starts=starts, unit=unit, seen=seen)
 
     finals = [name for name in names if name not in ("queries", "arrival")]
     arrival: list[NDArray[np.int64]] = []
@@ -129,6 +130,7 @@ def finish(
         negative_digests,
         np.concatenate(arrival) if arrival else None,
         {side: int(occurs.sum()) for side, occurs in seen.items()},
+        unit,
     )
 
 
@@ -146,7 +148,7 @@ def _deal(
     maps: dict[str, list[NDArray[np.int32]]],
     bucket_of: NDArray[np.uint16],
     starts: NDArray[np.int64],
-    scale: int,
+    unit: str | None,
     seen: dict[str, NDArray[np.bool_]],
 ) -> None:
     """Write the rows of every chunk to their buckets, in input order."""
@@ -165,8 +167,8 @@ def _deal(
                     values = _coded(maps, name, chunk, values)
                     if name in seen:
                         seen[name][values] = True
-                elif name == "times":
-                    values = _microseconds(values, scale)
+                elif name == "times" and unit is not None:
+                    values = to_microseconds(values, unit)
                 values = values.astype(BUCKET_DTYPES[name], copy=False)
                 if order is not None:
                     values = values[order]
@@ -182,12 +184,6 @@ def _deal(
 def _coded(maps: dict[str, list[NDArray[np.int32]]], side: str, chunk: int, values: NDArray[Any]) -> NDArray[Any]:
     """Map a chunk's codes to the vocabulary's codes; unchanged on a side without a vocabulary."""
     return maps[side][chunk][values] if side in maps else values
-
-
-def _microseconds(values: NDArray[Any], scale: int) -> NDArray[np.int64]:
-    if values.dtype == np.int64:
-        return values * np.int64(scale)
-    return np.asarray(np.rint(values * float(scale)), dtype=np.int64)
 
 
 def _sorted_buckets(directory: Path, names: list[str], starts: NDArray[np.int64]) -> Iterator[dict[str, Any]]:

@@ -4,27 +4,40 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from twotower.data.io.feature_tables import FeatureTable, TableLike
-from twotower.data.io.layout import combined, digest, vocabulary_digest, write_meta
+from twotower.data.io.layout import HASH_ROWS, combined, digest, vocabulary_digest, write_meta
 from twotower.data.io.readers import FileSource, SequenceSource
+from twotower.data.io.timestamps import report_times
 from twotower.data.prepare.bucket_sort import SortedTable, finish
 from twotower.data.prepare.chunks import ROLES, EncodedChunks
 from twotower.data.prepare.first_pass import FileReader
 from twotower.data.prepare.request_context import CONTEXT_FILE, Wanted, gathered
 from twotower.data.schema.account import Account
 from twotower.data.schema.columns import ColumnRoles
-from twotower.data.schema.vocabulary import Hashed, IdKind, Vocabulary
+from twotower.data.schema.vocabulary import CodedIds, Hashed, IdKind, Vocabulary
 from twotower.errors import InputError
 
 VOCABULARY_FILES = {"queries": "queries.parquet", "items": "items.parquet", "groups": "groups.parquet"}
 #: Adds the rows of all files to a `EncodedChunks`, and returns the query columns of each file, if any.
 Gather = Callable[[EncodedChunks], Sequence[pl.DataFrame | None]]
+_ROLE_OF = {"labels": "label", "groups": "group"}
+#: What the account says of the notes of `FileSource`.
+NOTES = {
+    "no header": "files without a header; the columns were named by their usual order",
+    "columns without a name": "ignored, such as the index of a data frame",
+    "line breaks in fields": "inside quotation marks; such a row has several lines",
+    "blanks around ids": "removed",
+    "blanks kept around ids": "ids that differ only by blanks are different ids",
+}
+#: Ids that often are missing values written as text.
+MISSING_WORDS = ("nan", "null", "none", "na", "n/a", "<na>", "nil", "nat", "undefined", "\\n", "#n/a", "-")
 TABLE_FILES = {"item": "item_table.parquet", "query": "query_table.parquet"}
 
 
@@ -119,6 +132,7 @@ def build(
             negative_directory=negatives,
             where=f"{sources[0].name}: column {columns.timestamp!r}",
         )
+        columns = replace(columns, **dict.fromkeys(_ROLE_OF[name] for name in collected.unusable))
         context = gathered(
             collected,
             named,
@@ -140,12 +154,13 @@ def build(
         columns=columns,
         reading=reading,
         sources=sources,
+        directory=directory,
     )
     if context is not None:
         account.add("context", None, f"columns {', '.join(context.columns)}: one value for each row")
         context.write_parquet(directory / CONTEXT_FILE)
     joined = {
-        role: table.joined(vocabularies[_side(role)], account) for role, table in tables.items() if table is not None
+        role: table.join_to(vocabularies[_side(role)], account) for role, table in tables.items() if table is not None
     }
     if extras is not None:
         joined["query"] = _with_extras(extras, joined.get("query"), vocabularies["queries"], columns.query or "query")
@@ -195,10 +210,10 @@ def _vocabularies(
     extra: pl.Series | None = None
     if reading.catalog == "table":
         if item_table is None:
-            raise InputError("catalog='table' needs an item table; give items=...")
+            raise InputError("data.catalog=table needs an item table; pass --items FILE (in Python items=...)")
         if "items" in collected.direct:
             raise InputError(
-                "catalog='table' adds ids to a vocabulary; codes have none: N is the largest code plus one."
+                "data.catalog=table adds ids to a vocabulary; codes have none: N is the largest code plus one."
             )
         extra = item_table.ids_as(collected.distinct["items"][0].dtype)
         if extra.null_count():
@@ -211,7 +226,7 @@ def _vocabularies(
         "queries": collected.vocabulary("queries", columns.query or ""),
         "items": collected.vocabulary("items", columns.item or "", extra),
     }
-    if collected.distinct["groups"]:
+    if collected.distinct["groups"] and "groups" not in collected.unusable:
         vocabularies["groups"] = collected.vocabulary("groups", columns.group or "")
     if len(vocabularies["items"]) < 2 and not reading.part:
         raise InputError(
@@ -240,6 +255,7 @@ def _add_lines(
     columns: ColumnRoles,
     reading: ReadOptions,
     sources: Sequence[FileSource],
+    directory: Path,
 ) -> None:
     """Add the lines on what was read and dropped."""
     rows, below = int(finished.offsets[-1]), int(finished.negative_offsets[-1])
@@ -247,6 +263,10 @@ def _add_lines(
     account.add("rows read", collected.rows, files)
     roles = ", ".join(f"{role} = {name}" for role, name in columns.roles().items())
     account.add("columns", None, roles)
+    for label, count in collected.notes.items():
+        account.add(label, count, NOTES[label])
+    for name, reason in collected.unusable.items():
+        account.add(f"{_ROLE_OF[name]} ignored", None, reason)
     if collected.empty_lists:
         account.add("empty lists", collected.empty_lists, "queries without an item, dropped")
     if columns.timestamp is None:
@@ -259,11 +279,13 @@ def _add_lines(
         )
     else:
         account.add("duplicates", finished.duplicates, "same query, item and timestamp; the first is kept")
+        times = np.load(directory / "timestamps.npy", mmap_mode="r")
+        report_times(times, finished.unit, collected.units, columns.timestamp, account)
     if columns.label is not None and reading.positive_label is None:
         account.add(
             "labels ignored",
             None,
-            f"every row counts as a positive, whatever its {columns.label}; with positive_label=4 "
+            f"every row counts as a positive, whatever its {columns.label}; with data.positive_label=4 "
             "only labels of at least 4 count",
         )
     if reading.positive_label is not None:
@@ -271,8 +293,30 @@ def _add_lines(
     account.add("interactions", rows, "positives")
     account.add("queries", len(vocabularies["queries"]))
     account.add("items", len(vocabularies["items"]))
+    counts = {"queries": np.diff(finished.offsets) + np.diff(finished.negative_offsets)}
+    for side in ("queries", "items"):
+        _report_missing_words(vocabularies[side], ROLES[side], counts.get(side), directory, account)
     for side, column in collected.direct.items():
-        column.tell(account, ROLES[side], finished.seen[side])
+        column.report(account, ROLES[side], finished.seen[side])
     if reading.positive_label is not None:
         silent = int(np.count_nonzero(np.diff(finished.offsets) == 0))
         account.add("queries without a positive", silent, "they stay in the vocabulary")
+
+
+def _report_missing_words(
+    vocabulary: Vocabulary, role: str, counts: NDArray[np.int64] | None, directory: Path, account: Account
+) -> None:
+    """Report ids that look like missing values written as text."""
+    if isinstance(vocabulary, CodedIds) or vocabulary.ids.dtype != pl.String:
+        return
+    for code in vocabulary.ids.str.to_lowercase().is_in(MISSING_WORDS).arg_true():
+        if counts is None:
+            codes = np.load(directory / "item_codes.npy", mmap_mode="r")
+            rows = sum(int((codes[at : at + HASH_ROWS] == code).sum()) for at in range(0, len(codes), HASH_ROWS))
+        else:
+            rows = int(counts[code])
+        account.add(
+            f"rows with the {role} id {vocabulary.ids[code]!r}",
+            rows,
+            "missing values written as text? Remove these rows, or they count as one " + role,
+        )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import polars as pl
 
 from twotower.data.io.feature_tables import TableLike
-from twotower.data.io.layout import META, appearing
-from twotower.data.io.readers import open_source
+from twotower.data.io.folders import cache_key, cache_root, find_files, several
+from twotower.data.io.layout import LAYOUT_VERSION, META, READ_VERSION, appearing
+from twotower.data.io.readers import EmptyFileError, FileSource, open_source
 from twotower.data.prepare.build import ReadOptions, build
 from twotower.data.prepare.chunks import EncodedChunks
 from twotower.data.prepare.first_pass import FileReader
@@ -26,10 +29,12 @@ from twotower.data.prepare.shards import (
     worth_starting,
 )
 from twotower.data.schema.account import Account
+from twotower.data.schema.vocabulary import listed
 from twotower.errors import InputError
 from twotower.system.filesystem import locked
 
 KEY = "key"
+Opened = TypeVar("Opened")
 
 
 def is_ready(target: Path, key: str | None) -> bool:
@@ -38,81 +43,177 @@ def is_ready(target: Path, key: str | None) -> bool:
     return key is not None and (target / META).is_file() and file.is_file() and file.read_text(encoding="utf-8") == key
 
 
-def prepare(
-    target: Path,
-    key: str | None,
-    files: Sequence[Path],
-    *,
-    reading: ReadOptions,
-    items: TableLike | None,
-    queries: TableLike | None,
-    account: Account,
-    workers: int,
-    purpose: str = "",
-    anew: bool = False,
-) -> None:
-    """Prepare files in a cache folder.
+@dataclass(frozen=True)
+class Preparation:
+    """The preparation of files in a cache folder.
 
-    Several files are shards. All processes that prepare the same data at the same time, including helpers started here,
-    share the reading: each shard is read by one of them. Then one process merges the rows while the others wait. If
-    locks do not work, several processes may do the same work, and the first result is used (shards.py). If a
-    preparation is interrupted, the next one reuses the shards already read.
-
-    Args:
-        target: the cache folder.
-        key: cache key of the data; None to prepare it every time.
+    Attributes:
         files: in the order of their rows.
         reading: options.
         items: table of item features.
         queries: table of query features.
         account: receives the lines on what was read.
-        workers: maximum number of processes that read shards.
-        purpose: further text that identifies the preparation; only preparations with the same text share shards.
-        anew: prepare the data again even if the cache seems complete, because it is damaged.
+        key: cache key of the data; None to prepare it every time, because a frame in memory has no modification time.
+        target: the cache folder; None to prepare the data in memory.
+        purpose: identifies the preparation; only preparations with the same text share shards.
+    """
+
+    files: Sequence[Path]
+    reading: ReadOptions
+    items: TableLike | None
+    queries: TableLike | None
+    account: Account
+    key: str | None
+    target: Path | None
+    purpose: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        path: str | Path | Sequence[str | Path],
+        reading: ReadOptions,
+        *,
+        items: TableLike | None,
+        queries: TableLike | None,
+        cache: str | Path | None,
+    ) -> Preparation:
+        """Find the files of a path, and their folder in the cache.
+
+        Raises:
+            InputError: no files, or `cache` is a folder of saved interactions.
+        """
+        found = find_files(Path(path)) if isinstance(path, str | Path) else several(path)
+        items = found.items if items is None else items
+        queries = found.queries if queries is None else queries
+        account = Account()
+        for label, names in found.reports().items():
+            account.add(label, len(names), listed(names))
+        key = None
+        if all(isinstance(table, str | Path | None) for table in (items, queries)):
+            chosen = {name: value for name, value in asdict(reading).items() if name != "context" or value is not None}
+            options = {
+                "reading": chosen,
+                "tables": [str(items), str(queries)],
+                "layout": LAYOUT_VERSION,
+                "read": READ_VERSION,
+                "reports": found.reports(),
+            }
+            tables = [Path(table) for table in (items, queries) if table is not None and Path(table).is_file()]
+            key = cache_key([*found.interactions, *tables], options)
+        target = Path(cache) if cache is not None else None
+        if target is None and key is not None:
+            target = cache_root() / "interactions" / key
+        if target is not None and (target / META).is_file() and not (target / KEY).is_file() and key is not None:
+            raise InputError(f"{target}: contains saved interactions, not a cache; choose another folder.")
+        purpose = str(target) if key is None else repr((cache and str(cache), str(items), str(queries)))
+        return cls(found.interactions, reading, items, queries, account, key, target, purpose)
+
+    def build(self, directory: Path) -> None:
+        """Prepare the data in an empty folder, outside the cache."""
+        sources, _ = open_all(self.files, self.account)
+        build(
+            sources,
+            reading=self.reading,
+            items=self.items,
+            queries=self.queries,
+            directory=directory,
+            account=self.account,
+        )
+
+    def open(self, open_folder: Callable[[Path], Opened], *, workers: int) -> Opened:
+        """Open the data in the cache, prepared first if it is missing, out of date or damaged.
+
+        Args:
+            open_folder: opens a prepared folder; raises an InputError if it is damaged.
+            workers: maximum number of processes that read shards.
+        """
+        assert self.target is not None
+        replaced = None
+        if is_ready(self.target, self.key):
+            try:
+                return open_folder(self.target)
+            except InputError:
+                replaced = _stamp(self.target)
+        self._prepare(self.target, workers, replaced)
+        return open_folder(self.target)
+
+    def _prepare(self, target: Path, workers: int, replaced: tuple[int, int] | None) -> None:
+        """Prepare the files in the cache folder.
+
+        Several files are shards. All processes that prepare the same data at the same time, including helpers started
+        here, share the reading: each shard is read by one of them. Then one process merges the rows while the others
+        wait. If locks do not work, several processes may do the same work, and the first result is used (shards.py).
+        If a preparation is interrupted, the next one reuses the shards already read.
+
+        Args:
+            target: the cache folder.
+            workers: maximum number of processes that read shards.
+            replaced: stamp of damaged data to replace, or None.
+
+        Raises:
+            InputError: an error in the files, with the file's name; or the disk is full.
+        """
+
+        def ready() -> bool:
+            return is_ready(target, self.key) and (replaced is None or _stamp(target) != replaced)
+
+        sources, files = open_all(self.files, self.account)
+        first = self.reading.first_pass(sources)
+        shards = None
+        if len(files) > 1:
+            purpose = repr((self.purpose, [str(file) for file in files], self.reading))
+            shards = Shards(target.parent / FOLDER, files, first.to_dict(), purpose)
+        try:
+            if shards is not None:
+                take_all(shards, into_folder(first), workers=worth_starting(files, workers), done=ready)
+            with locked(target.parent / f".{target.name}.lock"):
+                if not ready():
+                    try:
+                        with appearing(target) as directory:
+                            build(
+                                sources,
+                                reading=self.reading,
+                                items=self.items,
+                                queries=self.queries,
+                                directory=directory,
+                                account=self.account,
+                                first=first,
+                                gather=None if shards is None else partial(_adopted, shards, into_folder(first)),
+                            )
+                            if self.key is not None:
+                                (directory / KEY).write_text(self.key, encoding="utf-8")
+                            _refuse_second(target, ready)
+                    except OSError:
+                        if not ready():  # otherwise another process has finished and removed the shards
+                            raise
+                if shards is not None:
+                    shards.remove()
+        except InputError:
+            if shards is not None and bytes_of(files) < BYTES_PER_WORKER:
+                shards.remove()  # reading them again is cheap
+            raise
+
+
+def open_all(files: Sequence[Path], account: Account) -> tuple[list[FileSource], list[Path]]:
+    """Open the files with rows; files without rows, which Spark writes, are skipped and counted.
 
     Raises:
-        InputError: an error in the files, with the file's name; or the disk is full.
+        InputError: a file cannot be read, or no file has rows.
     """
-    before = _stamp(target) if anew else None
-
-    def ready() -> bool:
-        return is_ready(target, key) and (before is None or _stamp(target) != before)
-
-    sources = [open_source(file) for file in files]
-    first = reading.first_pass(sources)
-    shards = None
-    if len(files) > 1:
-        purpose = repr((purpose, [str(file) for file in files], reading))
-        shards = Shards(target.parent / FOLDER, files, first.to_dict(), purpose)
-    try:
-        if shards is not None:
-            take_all(shards, into_folder(first), workers=worth_starting(files, workers), done=ready)
-        with locked(target.parent / f".{target.name}.lock"):
-            if not ready():
-                try:
-                    with appearing(target) as directory:
-                        build(
-                            sources,
-                            reading=reading,
-                            items=items,
-                            queries=queries,
-                            directory=directory,
-                            account=account,
-                            first=first,
-                            gather=None if shards is None else partial(_adopted, shards, into_folder(first)),
-                        )
-                        if key is not None:
-                            (directory / KEY).write_text(key, encoding="utf-8")
-                        _refuse_second(target, ready)
-                except OSError:
-                    if not ready():  # otherwise another process has finished and removed the shards
-                        raise
-            if shards is not None:
-                shards.remove()
-    except InputError:
-        if shards is not None and bytes_of(files) < BYTES_PER_WORKER:
-            shards.remove()  # reading them again is cheap
-        raise
+    sources, kept, empty = list[FileSource](), list[Path](), list[str]()
+    for file in files:
+        try:
+            sources.append(open_source(file, interactions=True))
+            kept.append(file)
+        except EmptyFileError:
+            if len(files) == 1:
+                raise
+            empty.append(file.name)
+    if not sources:
+        raise InputError(f"{files[0].parent}: all {len(files)} files are without rows.")
+    if empty:
+        account.add("empty files", len(empty), f"without rows, skipped: {listed(empty)}")
+    return sources, kept
 
 
 def _refuse_second(target: Path, ready: Callable[[], bool]) -> None:
@@ -146,6 +247,6 @@ def into_folder(first: FileReader) -> Read:
         if not file.is_file():
             raise gone(file)
         collected = first.empty(folder)
-        return collected, first.read(open_source(file), collected)
+        return collected, first.read(open_source(file, interactions=True), collected)
 
     return read

@@ -1,10 +1,8 @@
-"""Readers of id columns without a vocabulary: ids that are codes, and hashed ids; chunk by chunk.
-
-Output of the first pass: the rows of each chunk on disk, coded against the chunk's own distinct ids.
-"""
+"""Encoded chunks: the rows of each chunk on disk, coded against its own distinct ids, by hashing, or as they are."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from twotower.data.io.timestamps import TimeUnits
 from twotower.data.io.validation import CleanRows
 from twotower.data.schema.account import Account
 from twotower.data.schema.columns import ColumnRoles
@@ -25,7 +24,7 @@ from twotower.data.schema.vocabulary import (
     Vocabulary,
     expected_shared,
     hash_ids,
-    rows_of,
+    hash_rows,
 )
 from twotower.errors import InputError
 
@@ -84,7 +83,7 @@ class CodeColumn:
             )
         return CodedIds(self._largest + 1)
 
-    def tell(self, account: Account, side: str, seen: int) -> None:
+    def report(self, account: Account, side: str, seen: int) -> None:
         """Add a line on how many of the codes occur."""
         unseen = self._largest + 1 - seen
         account.add(f"{side} ids are codes", seen, f"{unseen:,} of 0 to {self._largest:,} occur in no row")
@@ -110,7 +109,7 @@ class HashColumn:
         del where, column
         hashes = hash_ids(ids)
         self._keep(np.unique(hashes))
-        return rows_of(hashes, self._rows).astype(np.int32)
+        return hash_rows(hashes, self._rows).astype(np.int32)
 
     def _keep(self, hashes: NDArray[np.uint64]) -> None:
         self._hashes = np.union1d(self._hashes, self._sampled(hashes))
@@ -140,11 +139,11 @@ class HashColumn:
 
     def collisions(self) -> tuple[int, float]:
         """Estimate the number of distinct ids, and the fraction of them that share their row with another id."""
-        _, counts = np.unique(rows_of(self._hashes, self._rows), return_counts=True)
+        _, counts = np.unique(hash_rows(self._hashes, self._rows), return_counts=True)
         ids = int(counts.sum())
         return ids << self._halvings, float(counts[counts > 1].sum() / max(ids, 1))
 
-    def tell(self, account: Account, side: str, seen: int) -> None:
+    def report(self, account: Account, side: str, seen: int) -> None:
         """Add a line with the measured and the expected collision rate."""
         ids, shared = self.collisions()
         part = f", measured on one of {1 << self._halvings} rows" if self._halvings else ""
@@ -197,8 +196,10 @@ class EncodedChunks:
     origin: dict[str, list[tuple[str, bool]]] = field(default_factory=lambda: {side: [] for side in SIDES})
     columns: set[str] = field(default_factory=set)
     calendar: bool | None = None
-    largest_time: float = 0.0
+    units: TimeUnits = field(default_factory=TimeUnits)
     empty_lists: int = 0
+    unusable: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
     where: str = ""
     adopted: dict[int, tuple[Path, int]] = field(default_factory=dict)
 
@@ -214,6 +215,7 @@ class EncodedChunks:
             InputError: dates in one file and numbers in another.
         """
         self.empty_lists += rows.empty_lists
+        self.unusable = {**rows.unusable, **self.unusable}
         if not len(rows.queries):
             return
         self.where = self.where or where
@@ -232,7 +234,8 @@ class EncodedChunks:
                 self._save(chunk, side, codes)
         if rows.times is not None:
             self.same_calendar(where, rows.calendar)
-            self.largest_time = max(self.largest_time, float(np.abs(rows.times.astype(np.float64)).max()))
+            if not rows.calendar:
+                self.units.add(rows.times)
             self._save(chunk, "times", rows.times)
         for name in ("weights", "labels"):
             values = getattr(rows, name)
@@ -241,6 +244,11 @@ class EncodedChunks:
         if rows.context is not None:  # only codes are sorted; the input position leads back to a row's context
             self._save(chunk, "arrival", np.arange(before, before + len(rows.queries)))
             rows.context.write_parquet(self.directory / f"{chunk}.context.parquet")
+
+    def take_notes(self, notes: Mapping[str, int]) -> None:
+        """Add the notes of one file."""
+        for label, count in notes.items():
+            self.notes[label] = self.notes.get(label, 0) + count
 
     def same_calendar(self, where: str, calendar: bool) -> None:
         """Check that all timestamps are dates, or all are numbers.
@@ -266,7 +274,9 @@ class EncodedChunks:
         Raises:
             InputError: a column has another type in a later file.
         """
-        parts = [pl.read_parquet(self.place(chunk, "context.parquet")) for chunk in range(len(self.chunk_rows))]
+        parts = [
+            pl.read_parquet(self.place(chunk, "context.parquet"), glob=False) for chunk in range(len(self.chunk_rows))
+        ]
         try:
             return pl.concat(parts, how="vertical_relaxed", rechunk=True)
         except pl.exceptions.PolarsError as error:

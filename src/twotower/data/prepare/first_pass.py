@@ -26,12 +26,14 @@ class FileReader:
         context: context columns.
         query_ids: how query ids become codes.
         item_ids: how item ids become codes.
+        optional: roles whose column is left out if its values are unusable, because nothing needs them.
     """
 
     columns: ColumnRoles
     context: tuple[str, ...] = ()
     query_ids: IdKind = "vocabulary"
     item_ids: IdKind = "vocabulary"
+    optional: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -66,7 +68,7 @@ class FileReader:
                 )
             if labelled is not None and found.label is None:
                 raise InputError(
-                    f"{source.name}: positive_label={labelled} needs a label column (rating, label, score). "
+                    f"{source.name}: data.positive_label={labelled} needs a label column (rating, label, score). "
                     f"Columns found: {listed(source.columns)}."
                 )
             lists = found.item in source.lists
@@ -74,7 +76,8 @@ class FileReader:
                 named = context_columns(context, found, source.columns, source.name, lists=lists)
             others = [name for name in named if name != found.timestamp]
             context_columns(others, found, source.columns, source.name, lists=lists)
-        return cls(found, tuple(named), **ids)
+        optional = [role for role, needed in (("label", labelled), ("group", columns.group)) if needed is None]
+        return cls(found, tuple(named), **ids, optional=tuple(optional))
 
     def empty(self, directory: Any) -> EncodedChunks:
         """Create an empty `EncodedChunks` that writes to a folder."""
@@ -98,7 +101,8 @@ class FileReader:
                 ]
                 if described:
                     extras.append(frame.select(columns.query or "", *described))
-            collected.add(clean(frame, columns, source, context), source.name, source.text, columns)
+            collected.add(clean(frame, columns, source, context, self.optional), source.name, source.text, columns)
+        collected.take_notes(source.notes)
         return pl.concat(extras, how="diagonal_relaxed") if extras else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,10 +110,11 @@ class FileReader:
         return asdict(self)
 
     @classmethod
-    def of_dict(cls, told: Mapping[str, Any]) -> FileReader:
+    def of_dict(cls, values: Mapping[str, Any]) -> FileReader:
         """Restore from `to_dict`."""
         kinds = {
-            name: Hashed(**told[name]) if isinstance(told[name], dict) else told[name]
+            name: Hashed(**values[name]) if isinstance(values[name], dict) else values[name]
             for name in ("query_ids", "item_ids")
         }
-        return cls(ColumnRoles(**told["columns"]), tuple(told["context"]), **kinds)
+        context, optional = tuple(values["context"]), tuple(values["optional"])
+        return cls(ColumnRoles(**values["columns"]), context, **kinds, optional=optional)

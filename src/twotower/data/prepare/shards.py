@@ -12,6 +12,7 @@ writing, the first complete folder is kept, and a process whose shards were remo
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -29,7 +30,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from twotower.data.io.layout import LAYOUT_VERSION
+from twotower.data.io.layout import LAYOUT_VERSION, READ_VERSION
 from twotower.data.prepare.chunks import SIDES, EncodedChunks
 from twotower.distributed.launch import Launch
 from twotower.errors import InputError
@@ -78,7 +79,15 @@ class Shards:
             stat = file.stat()
         except FileNotFoundError:
             raise gone(file) from None
-        key = [str(file.resolve()), stat.st_size, stat.st_mtime_ns, self.reading, self.purpose, LAYOUT_VERSION]
+        key = [
+            str(file.resolve()),
+            stat.st_size,
+            stat.st_mtime_ns,
+            self.reading,
+            self.purpose,
+            LAYOUT_VERSION,
+            READ_VERSION,
+        ]
         return self.root / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
 
     def take(self, file: Path, read: Read, *, wait: bool) -> bool:
@@ -123,7 +132,7 @@ class Shards:
 
     def _sweep(self, target: Path, seconds: float) -> None:
         """Remove partial copies of a folder that were not written to for this long."""
-        for left in self.root.glob(f".{target.name}.*.partial"):
+        for left in self.root.glob(f".{glob.escape(target.name)}.*.partial"):
             with suppress(FileNotFoundError):
                 if not seconds or time.time() - max(p.stat().st_mtime for p in (left, *left.iterdir())) > seconds:
                     shutil.rmtree(left, ignore_errors=True)
@@ -264,7 +273,9 @@ def save(collected: EncodedChunks, extras: pl.DataFrame | None) -> None:
         "text": {side: [text for _, text in collected.origin[side]] for side in SIDES},
         "columns": sorted(collected.columns),
         "calendar": collected.calendar,
-        "largest_time": collected.largest_time,
+        "units": collected.units.to_dict(),
+        "unusable": collected.unusable,
+        "notes": collected.notes,
         "empty_lists": collected.empty_lists,
     }
     (collected.directory / _STATE).write_text(json.dumps(state), encoding="utf-8")
@@ -284,7 +295,7 @@ def adopt(collected: EncodedChunks, folder: Path, where: str) -> pl.DataFrame | 
         collected.chunk_rows.append(rows)
     for side in SIDES:
         for number, text in enumerate(state["text"][side]):
-            collected.distinct[side].append(pl.read_parquet(folder / f"{number}.{side}.parquet")["id"])
+            collected.distinct[side].append(pl.read_parquet(folder / f"{number}.{side}.parquet", glob=False)["id"])
             collected.origin[side].append((where, text))
     for side, column in collected.direct.items():
         if (folder / f"{side}.npz").is_file():
@@ -294,8 +305,10 @@ def adopt(collected: EncodedChunks, folder: Path, where: str) -> pl.DataFrame | 
         collected.same_calendar(where, state["calendar"])
     collected.where = collected.where or where
     collected.columns |= set(state["columns"])
-    collected.largest_time = max(collected.largest_time, state["largest_time"])
+    collected.units.join(state["units"])
+    collected.unusable = {**state["unusable"], **collected.unusable}
+    collected.take_notes(state["notes"])
     collected.empty_lists += state["empty_lists"]
-    extras = pl.read_parquet(folder / _EXTRAS) if (folder / _EXTRAS).is_file() else None
+    extras = pl.read_parquet(folder / _EXTRAS, glob=False) if (folder / _EXTRAS).is_file() else None
     (folder / _STATE).stat()  # raises if the folder was removed: a file missing above may have existed
     return extras

@@ -1,4 +1,4 @@
-"""Helper process that reads shards: `python -m twotower.data.shard_worker`; reads its task from standard input."""
+"""Helper process that reads shards: `python -m twotower.data.prepare.worker`; reads its task from standard input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Column roles, and the vocabularies that map ids of any type to dense codes and back."""
+"""Column roles, and the usual names that they are found by."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import polars as pl
 
 from twotower.data.schema.vocabulary import listed
 from twotower.errors import InputError
+
+#: In place of a column name: the role has no column, even if one has a usual name.
+NO_COLUMN = "none"
 
 # Usual column names, in tiers: the first tier with a match decides; two matches in one tier are ambiguous. Names are
 # compared without case, spaces, dashes, underscores and the ":token" of typed headers.
@@ -42,6 +45,21 @@ def plain_name(column: str) -> str:
     return re.sub(r"[\s_\-]+", "", column.split(":", maxsplit=1)[0]).lower()
 
 
+def is_usual(name: str) -> bool:
+    """Return whether a column with this name has a role."""
+    return any(plain_name(name) in tier for tiers in USUAL_NAMES.values() for tier in tiers)
+
+
+_DATA_LIKE = re.compile(r"[+-]?\d+([.,]\d+)?([eE][+-]?\d+)?|\d{4}[-/.]\d{1,2}[-/.]\d{1,2}([ T].*)?")
+
+
+def header_hint(names: Sequence[str]) -> str:
+    """Return a sentence for an error message if the column names look like data, else an empty string."""
+    if any(_DATA_LIKE.fullmatch(name) for name in names):
+        return " The first line looks like data: add a header line such as user_id,item_id,timestamp."
+    return ""
+
+
 def usual_column(columns: Sequence[str], tiers: Sequence[Sequence[str]], role: str, where: str) -> str | None:
     """Find the one column with a usual name, or None.
 
@@ -62,7 +80,7 @@ def usual_column(columns: Sequence[str], tiers: Sequence[Sequence[str]], role: s
 
 @dataclass(frozen=True)
 class ColumnRoles:
-    """The column of each role; a role left None is found by the usual column names.
+    """The column of each role; None to find it by the usual column names, "none" (`NO_COLUMN`) for no column.
 
     Attributes:
         query: id of the user, customer, session or query. Required in the file.
@@ -81,11 +99,16 @@ class ColumnRoles:
     group: str | None = None
 
     @classmethod
-    def of(cls, given: ColumnRoles | Mapping[str, str | None] | None) -> ColumnRoles:
-        """Convert the caller's argument: a `ColumnRoles`, a mapping from role to column, or None.
+    def of(cls, given: ColumnRoles | Mapping[str, str | int | None] | None) -> ColumnRoles:
+        """Convert the caller's argument.
+
+        Args:
+            given: a `ColumnRoles`, or a mapping from role to column, in which None means that the role has no column.
+                A frame may have integers as column names. None: find all columns by their usual names.
 
         Raises:
-            InputError: the mapping names a role that does not exist, or one column has two roles.
+            InputError: the mapping names a role that does not exist, query or item has no column, or one column has two
+                roles.
         """
         if given is None:
             return cls()
@@ -94,8 +117,11 @@ class ColumnRoles:
             for role in given:
                 if role not in known:
                     raise InputError(f"columns: {role!r} is not a role; the roles are {listed(known)}.")
-            given = cls(**given)
-        named = [name for name in asdict(given).values() if name is not None]
+            given = cls(**{role: NO_COLUMN if name is None else str(name) for role, name in given.items()})
+        for role in ("query", "item"):
+            if getattr(given, role) == NO_COLUMN:
+                raise InputError(f"columns: {role}=none; the {role} needs a column.")
+        named = [name for name in asdict(given).values() if name not in (None, NO_COLUMN)]
         for name in named:
             if named.count(name) > 1:
                 raise InputError(f"columns: {name!r} has two roles; a column can have only one.")
@@ -115,6 +141,9 @@ class ColumnRoles:
         taken = {name for name in asdict(self).values() if name is not None}
         for role, tiers in USUAL_NAMES.items():
             named: str | None = getattr(self, role)
+            if named == NO_COLUMN:
+                found[role] = None
+                continue
             if named is not None:
                 match = named if named in columns else named.split(":")[0]
                 if match not in columns:
@@ -129,7 +158,7 @@ class ColumnRoles:
                 usual = "user_id, customer_id, query_id" if role == "query" else "item_id, product_id, movie_id"
                 raise InputError(
                     f"{where}: no {role} column found (usual names: {usual}); name it: data.columns.{role}=NAME "
-                    f"(in Python columns={{{role!r}: NAME}}). Columns found: {listed(columns)}."
+                    f"(in Python columns={{{role!r}: NAME}}). Columns found: {listed(columns)}." + header_hint(columns)
                 )
         return ColumnRoles(**found)
 

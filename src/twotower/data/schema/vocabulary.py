@@ -1,4 +1,4 @@
-"""Ids without a stored vocabulary: integers that are already codes, and hashed ids."""
+"""Vocabularies: ids and their codes, by a list of distinct ids, as they are, or by hashing."""
 
 from __future__ import annotations
 
@@ -49,6 +49,16 @@ def ids_of(values: IdValues, where: str) -> pl.Series:
             raise InputError(f"{where}: an integer id above 2^63 - 1; convert the ids to text.") from None
     if dtype in (pl.Categorical, pl.Enum):
         return series.cast(pl.String)
+    if isinstance(dtype, pl.Decimal) and dtype.scale == 0:  # the integers of many databases
+        try:
+            return series.cast(pl.Int64)
+        except pl.exceptions.InvalidOperationError:
+            raise InputError(f"{where}: an integer id above 2^63 - 1; convert the ids to text.") from None
+    if dtype == pl.Binary:  # text, in Parquet files of programs that do not declare it
+        try:
+            return series.cast(pl.String)
+        except pl.exceptions.PolarsError:
+            raise InputError(f"{where}: binary ids that are not UTF-8 text; convert the column to text.") from None
     if dtype == pl.Object:
         raise InputError(f"{where}: ids of mixed types; ids must be all integers or all text. Convert them first.")
     raise InputError(
@@ -156,7 +166,7 @@ class Vocabulary:
             InputError: the file is missing, damaged, or not a vocabulary.
         """
         try:
-            table = pl.read_parquet(path)
+            table = pl.read_parquet(path, glob=False)
         except (OSError, pl.exceptions.PolarsError) as error:
             raise InputError(f"{path}: not a readable vocabulary ({str(error).splitlines()[0]}).") from None
         if table.columns != ["id"]:
@@ -316,7 +326,7 @@ class HashedIds(CodedIds):
         wanted = ids_of(ids, "ids")
         present = wanted.is_not_null()
         codes = np.full(len(wanted), -1, dtype=np.int64)
-        codes[present.to_numpy()] = rows_of(hash_ids(wanted.filter(present)), self._size)
+        codes[present.to_numpy()] = hash_rows(hash_ids(wanted.filter(present)), self._size)
         return codes
 
     def write(self, path: str | Path) -> None:
@@ -325,7 +335,7 @@ class HashedIds(CodedIds):
             pl.DataFrame({_HASHED: [self._size]}, schema={_HASHED: pl.Int64}).write_parquet(partial)
 
 
-def rows_of(hashes: NDArray[np.uint64], rows: int) -> Codes:
+def hash_rows(hashes: NDArray[np.uint64], rows: int) -> Codes:
     """Reduce each hash to a row: the hash modulo `rows`."""
     return (hashes % np.uint64(rows)).astype(np.int64)
 
@@ -337,11 +347,11 @@ def read_vocabulary(path: str | Path) -> Vocabulary:
         InputError: the file is missing, damaged, or not a vocabulary.
     """
     try:
-        columns = pl.read_parquet_schema(path)
+        columns = pl.scan_parquet(path, glob=False).collect_schema()
         kind = next((name for name in (_CODES, _HASHED) if list(columns) == [name]), None)
         if kind is None:
             return Vocabulary.read(path)
-        size = int(pl.read_parquet(path)[kind][0])
+        size = int(pl.read_parquet(path, glob=False)[kind][0])
     except (OSError, pl.exceptions.PolarsError, IndexError, TypeError) as error:
         raise InputError(f"{path}: not readable ids ({(str(error) or 'empty').splitlines()[0]}).") from None
     return CodedIds(size) if kind == _CODES else HashedIds(Hashed(size))

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from twotower.errors import InputError
 from twotower.index.catalog import Codes, ExactCatalog, Mask, Vectors, plain
 from twotower.index.ties import tie_order
 from twotower.index.topk import Exclusion, pack_keys, unpack_columns, unpack_scores
@@ -82,7 +83,7 @@ class ApproximateIndex:
         last: float [N], a last coordinate of the vectors that is stored separately from `items`, or None.
 
     Raises:
-        ValueError: a shape is wrong, or an embedding is NaN.
+        InputError: a shape is wrong, or an embedding is NaN.
     """
 
     is_exact = False
@@ -118,10 +119,10 @@ class ApproximateIndex:
         """Find approximately the K allowed items with the highest inner products; see `Index.search`.
 
         Raises:
-            ValueError: a shape is wrong, or K < 1.
+            InputError: a shape is wrong, or K < 1.
         """
         if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
+            raise InputError(f"k must be at least 1, got {k}")
         queries = self.vectors.checked_queries(queries)
         mask = self.vectors.allowed(allowed)
         if mask is not None and mask.sum() <= max(NARROW_ITEMS, self.num_items // NARROW_SHARE):
@@ -236,6 +237,6 @@ def _is_in(values: Codes, ascending: Codes) -> Mask:
 
 def _check(offsets: Codes, items: Codes, rows: int, num_items: int) -> None:
     if offsets.shape != (rows + 1,) or offsets[0] != 0 or offsets[-1] != len(items) or (np.diff(offsets) < 0).any():
-        raise ValueError(f"exclude: offsets must have shape [{rows + 1}] and increase from 0 to {len(items)}")
+        raise InputError(f"exclude: offsets must have shape [{rows + 1}] and increase from 0 to {len(items)}")
     if len(items) and not 0 <= items.min() <= items.max() < num_items:
-        raise ValueError(f"exclude: items must be codes in 0 .. {num_items - 1}")
+        raise InputError(f"exclude: items must be codes in 0 .. {num_items - 1}")

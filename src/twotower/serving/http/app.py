@@ -14,7 +14,7 @@ from twotower.errors import InputError
 from twotower.serving.http import logs, problems, server
 from twotower.serving.http.middleware import SecurityMiddleware
 from twotower.serving.http.page_routes import page
-from twotower.serving.http.routes import operations, routes
+from twotower.serving.http.routes import api, operations
 from twotower.serving.http.service import Service
 from twotower.serving.http.settings import ServiceSettings, is_loopback
 
@@ -72,9 +72,9 @@ def create_app(directories: Sequence[str | Path], settings: ServiceSettings | No
     )
     app.state.service = service
     guarded = [] if chosen.token is None else [Depends(HTTPBearer(auto_error=False))]
-    app.include_router(operations(service))
-    app.include_router(routes(service), dependencies=guarded)
-    app.include_router(page(service), dependencies=guarded)
+    app.include_router(operations)
+    app.include_router(api, dependencies=guarded)
+    app.include_router(page, dependencies=guarded)
     problems.install(app)
     app.add_middleware(SecurityMiddleware, settings=chosen, metrics=service.metrics)
     return app

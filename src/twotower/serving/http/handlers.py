@@ -1,7 +1,4 @@
-"""Answers to batches of requests: the same ids as from `Retriever`, with errors per request.
-
-Encoding of request contexts in the service: a batch in one call, with errors per request.
-"""
+"""Answers to batches of requests: the same ids as from `Retriever`, with an error for each request that is refused."""
 
 from __future__ import annotations
 
@@ -16,20 +13,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from twotower.data.schema.vocabulary import Codes
 from twotower.errors import InputError
-from twotower.features.requests import EncodedContext, given_gaps
+from twotower.features.requests import EncodedContext
 from twotower.serving.explain import Embed, explain
-from twotower.serving.http.models import Codes, ServedModel, codes_of, known_code
+from twotower.serving.http.models import ServedModel, json_id
 from twotower.serving.http.problems import Problem
 from twotower.serving.queries import (
-    NO_HISTORY,
+    UNKNOWN_ID,
     Gaps,
     QueryBatch,
-    no_training_row,
-    reads_history,
-    stored_gaps,
-    stored_histories,
-    told_by_id,
+    ResolvedQuery,
+    answerable,
+    codes_of,
+    require_something,
+    resolve,
+    unanswerable,
 )
 from twotower.serving.results import ResultTables
 from twotower.serving.retriever import Retriever
@@ -54,20 +53,20 @@ def encode_batch(
     """
     if all(one is None for one in given.values()):
         return None, {}
-    wrong: dict[int, Problem] = {}
+    errors: dict[int, Problem] = {}
 
     def encoded(places: list[int]) -> list[EncodedContext]:
         try:
             return [retriever.encode_context([given[place] for place in places])]
         except InputError as error:
             if len(places) == 1:
-                wrong[places[0]] = refusal(retriever, given[places[0]] or {}, error)
+                errors[places[0]] = refusal(retriever, given[places[0]] or {}, error)
                 return []
         middle = len(places) // 2
         return [*encoded(places[:middle]), *encoded(places[middle:])]
 
     parts = encoded(list(given))
-    return EncodedContext.joined(parts) if parts else None, wrong
+    return EncodedContext.joined(parts) if parts else None, errors
 
 
 def in_context(retriever: Retriever, context: Context | None) -> Embed:
@@ -124,60 +123,54 @@ class PendingRequest:
     times: Sequence[Any] | None = None
 
 
-def answer(key: RecommendKey | SimilarKey, questions: Sequence[PendingRequest]) -> list[bytes | Exception]:
+def answer(key: RecommendKey | SimilarKey, requests: Sequence[PendingRequest]) -> list[bytes | Exception]:
     """Answer a batch: JSON for each request, or its error."""
     if isinstance(key, SimilarKey):
-        return _similar(key, questions)
-    return _recommend(key, questions)
+        return _similar(key, requests)
+    return _recommend(key, requests)
 
 
-def asked(model: ServedModel, question: PendingRequest) -> tuple[int, Codes, Gaps]:
-    """Return the query code, the history and its gaps (all unknown without times) of one request.
+def resolve_requests(
+    model: ServedModel, requests: Sequence[PendingRequest]
+) -> tuple[dict[int, ResolvedQuery], dict[int, InputError]]:
+    """Turn the queries of requests into codes; the values of contexts are checked when they are encoded.
 
-    The values of its context are checked when they are encoded.
-
-    Raises:
-        InputError: the query is unknown, the model takes no features or no context, or nothing that the query tower
-            reads is known.
+    Returns:
+        By position, the requests that can be answered, and the error of each other request.
     """
-    query, history, times = question.query, question.history, question.times
-    features, context = question.features, question.context
-    if features is not None:
-        model.retriever.check_features(features)
-    if context is not None:
-        model.retriever.ranker.context_features()
-    described = features is not None or context is not None
-    code = -1 if query is None else known_code(model.query_codes([query]), "query_id")
-    if history is None:
-        if times is not None:
-            raise InputError("times: expected together with history, one for each of its items")
-        if code < 0 and described:
-            return code, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int8)
-        if code < 0:
-            raise InputError("expected query_id, history or features, found none of them")
-        stored = stored_histories(model.artifact, np.array([code]))[1].astype(np.int64)
-        _refuse_untrained(model, code, stored, described=described)
-        gaps = stored_gaps(model.artifact, np.array([code]))
-        return code, stored, np.zeros(len(stored), dtype=np.int8) if gaps is None else gaps
-    codes = codes_of(model.artifact.items, history)
-    gaps = given_gaps(times, len(codes))[codes >= 0]
-    codes = codes[codes >= 0]
-    if code < 0 and not described and not reads_history(model.artifact):
-        raise InputError(f"history: {NO_HISTORY}")
-    if code < 0 and not len(codes) and not described:
-        raise InputError("history: none of its items is in the catalog; expected at least one known item id")
-    _refuse_untrained(model, code, codes, described=described)
-    return code, codes, gaps
-
-
-def _refuse_untrained(model: ServedModel, code: int, history: Codes, *, described: bool) -> None:
-    read = len(history) > 0 and reads_history(model.artifact)
-    if code >= 0 and not described and not read and not told_by_id(model.artifact, np.array([code]))[0]:
-        raise InputError(f"query_id: {no_training_row(model.artifact)}")
+    resolved: dict[int, ResolvedQuery] = {}
+    errors: dict[int, InputError] = {}
+    for place, one in enumerate(requests):
+        try:
+            if one.query is None and one.history is None:
+                require_something({"query_id": None, "history": None, "features": one.features, "context": one.context})
+            if one.features is not None:
+                model.retriever.check_features(one.features)
+            if one.context is not None:
+                model.retriever.ranker.context_features()
+            resolved[place] = resolve(model.artifact, one.query, one.history, one.times)
+        except InputError as error:
+            errors[place] = error
+    features = [requests[place].features for place in resolved]
+    contexts = [requests[place].context for place in resolved]
+    known = answerable(
+        model.artifact,
+        np.array([one.code for one in resolved.values()], dtype=np.int64),
+        np.array([len(one.items) for one in resolved.values()], dtype=np.int64),
+        features if any(one is not None for one in features) else None,
+        contexts if any(one is not None for one in contexts) else None,
+    )
+    for place, is_known in zip(list(resolved), known.tolist(), strict=True):
+        if not is_known:
+            code = resolved.pop(place).code
+            has_history = requests[place].history is not None
+            subject = "query_id" if code >= 0 else "history" if has_history else "context"
+            errors[place] = InputError(f"{subject}: {unanswerable(model.artifact, code, has_history=has_history)}")
+    return resolved, errors
 
 
 def explained(
-    model: ServedModel, question: PendingRequest, items: Sequence[Any], popularity: float
+    model: ServedModel, request: PendingRequest, items: Sequence[Any], popularity: float
 ) -> list[dict[str, Any]]:
     """Explain several items for one query, as JSON values; the query tower runs once.
 
@@ -185,19 +178,22 @@ def explained(
         InputError: the query or an item is unknown, or nothing is known of the query.
         Problem: the context cannot be used.
     """
-    code, seen, gaps = asked(model, question)
+    resolved, errors = resolve_requests(model, [request])
+    if errors:
+        raise errors[0]
+    query = resolved[0]
     codes = codes_of(model.artifact.items, items)
     if (codes < 0).any():
-        raise InputError("items: at least one is not a known item id")
+        raise InputError(f"items: at least one is {UNKNOWN_ID}")
     one = QueryBatch(
         ids=model.artifact.items.ids.head(0),
-        codes=np.array([code]),
-        offsets=np.array([0, len(seen)]),
-        items=seen.astype(np.int32),
-        gaps=gaps,
+        codes=np.array([query.code]),
+        offsets=np.array([0, len(query.items)]),
+        items=query.items.astype(np.int32),
+        gaps=query.gaps,
     )
     cached: list[Tensor] = []
-    embed_one = in_context(model.retriever, question.context)
+    embed_one = in_context(model.retriever, request.context)
 
     def embed(queries: Codes, histories: tuple[Codes, NDArray[np.int32]], gaps: Gaps | None) -> Tensor:
         # Every item needs the same rows: the whole history, then the history without each of its items.
@@ -205,10 +201,10 @@ def explained(
             cached.append(embed_one(queries, histories, gaps))
         return cached[0]
 
-    answers = ResultTables(model.artifact)
-    return [
+    tables = ResultTables(model.artifact)
+    found = [
         explain(
-            answers,
+            tables,
             embed,
             one,
             int(item),
@@ -218,61 +214,60 @@ def explained(
         ).to_dict()
         for item in codes
     ]
+    for explanation in found:
+        for row in (explanation, *explanation["history"]):
+            row["item"] = json_id(row["item"])
+    return found
 
 
-def _recommend(key: RecommendKey, questions: Sequence[PendingRequest]) -> list[bytes | Exception]:
-    model, answers = key.model, list[bytes | Exception](b"" for _ in questions)
-    good: dict[int, tuple[int, Codes, Gaps]] = {}
-    for place, question in enumerate(questions):
-        try:
-            good[place] = asked(model, question)
-        except InputError as error:
-            answers[place] = error
-    context, wrong = encode_batch(model.retriever, {place: questions[place].context for place in good})
-    for place, refused in wrong.items():
-        answers[place] = refused
-        del good[place]
-    if not good:
+def _recommend(key: RecommendKey, requests: Sequence[PendingRequest]) -> list[bytes | Exception]:
+    model, answers = key.model, list[bytes | Exception](b"" for _ in requests)
+    resolved, refused = resolve_requests(model, requests)
+    context, invalid = encode_batch(model.retriever, {place: requests[place].context for place in resolved})
+    for place, error in {**refused, **invalid}.items():
+        answers[place] = error
+        resolved.pop(place, None)
+    if not resolved:
         return answers
-    places, rows = list(good), list(good.values())
-    offsets = np.concatenate([[0], np.cumsum([len(seen) for _, seen, _ in rows])]).astype(np.int64)
-    items = np.concatenate([seen for _, seen, _ in rows]).astype(np.int32)
-    features = [questions[place].features for place in places]
+    places, rows = list(resolved), list(resolved.values())
+    offsets = np.concatenate([[0], np.cumsum([len(row.items) for row in rows])]).astype(np.int64)
+    items = np.concatenate([row.items for row in rows]).astype(np.int32)
+    features = [requests[place].features for place in places]
     embedded = model.retriever.embed(
-        np.array([code for code, _, _ in rows], dtype=np.int64),
+        np.array([row.code for row in rows], dtype=np.int64),
         (offsets, items),
         None if all(row is None for row in features) else features,
         context=context,
-        gaps=np.concatenate([gaps for _, _, gaps in rows]),
+        gaps=np.concatenate([row.gaps for row in rows]),
     )
     scores, found = model.search.search(
         embedded,
-        min(max(questions[place].k for place in places), max(len(model.counts), 1)),
+        min(max(requests[place].k for place in places), max(len(model.counts), 1)),
         exclude=(offsets, items) if key.exclude_seen else None,
         allowed=model.condition(key.filter),
         popularity=key.popularity,
     )
-    for place, body in zip(places, _bodies(model, [questions[p].k for p in places], scores, found), strict=True):
+    for place, body in zip(places, _bodies(model, [requests[p].k for p in places], scores, found), strict=True):
         answers[place] = body
     return answers
 
 
-def _similar(key: SimilarKey, questions: Sequence[PendingRequest]) -> list[bytes | Exception]:
-    model, answers = key.model, list[bytes | Exception](b"" for _ in questions)
-    codes = codes_of(model.artifact.items, [question.item for question in questions])
+def _similar(key: SimilarKey, requests: Sequence[PendingRequest]) -> list[bytes | Exception]:
+    model, answers = key.model, list[bytes | Exception](b"" for _ in requests)
+    codes = codes_of(model.artifact.items, [request.item for request in requests])
     for place in np.flatnonzero(codes < 0).tolist():
-        answers[place] = InputError("item: not an id that this model knows")
+        answers[place] = InputError(f"item: {UNKNOWN_ID}")
     places = np.flatnonzero(codes >= 0).tolist()
     if not places:
         return answers
     own = codes[places]
     scores, found = model.search.neighbours.search(
-        F.normalize(model.artifact.item_embeddings[torch.from_numpy(own)], dim=1),
-        min(max(questions[place].k for place in places), len(model.counts)),
+        F.normalize(model.artifact.directions[torch.from_numpy(own)], dim=1),
+        min(max(requests[place].k for place in places), len(model.counts)),
         (np.arange(len(own) + 1, dtype=np.int64), own),
         allowed=model.condition(key.filter),
     )
-    for place, body in zip(places, _bodies(model, [questions[p].k for p in places], scores, found), strict=True):
+    for place, body in zip(places, _bodies(model, [requests[p].k for p in places], scores, found), strict=True):
         answers[place] = body
     return answers
 

@@ -1,12 +1,9 @@
-"""A model in the service: its retriever, and lookups of the item data that responses show.
-
-Form fields of the page for a model's context: one per column, with the values it accepts.
-"""
+"""The models of a service: each with its item data for responses, replaced between requests when its folder changes."""
 
 from __future__ import annotations
 
 import hashlib
-import re
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -16,63 +13,30 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
-from twotower.config.features import MultiFeature
-from twotower.data.schema.vocabulary import CodedIds, HashedIds, Vocabulary
+from twotower.data.schema.vocabulary import Codes
 from twotower.errors import InputError
 from twotower.evaluation.slices import SLICES, popularity_thirds
-from twotower.features.categorical import CategoryEncoder, MultiCategory
-from twotower.features.feature_set import FeatureSet
-from twotower.serving.filters import condition_mask
+from twotower.serving.conditions import Mask, condition_mask
 from twotower.serving.http.catalog_map import Atlas
+from twotower.serving.http.form_fields import context_fields
+from twotower.serving.http.logs import log
+from twotower.serving.http.metrics import Metrics
+from twotower.serving.http.problems import Problem
 from twotower.serving.model_folder import find_model
-from twotower.serving.queries import seen_codes
+from twotower.serving.queries import codes_of, seen_codes
 from twotower.serving.retriever import Retriever
 
-#: Largest vocabulary offered as a list to choose from.
-MOST_VALUES = 60
+#: Whenever a model folder changes, one of these files changes.
+VERSION_FILES = ("metadata.json", "index/index.json", "changes/changes.json")
 
-#: Separator of several values in one field, unless the declaration names another.
-SEPARATOR = ","
+#: Largest integer that JavaScript and many JSON parsers read exactly.
+LARGEST_EXACT = 2**53 - 1
 
+Identity = tuple[tuple[int, int, int] | None, ...]
 
-def context_fields(features: FeatureSet) -> list[dict[str, Any]]:
-    """Describe one field for each declared column, in the order of declaration.
-
-    Args:
-        features: fitted on the context of the training rows.
-
-    Returns:
-        `column`, `kind` (of its first declaration, if it is declared twice), `values` seen in training in ascending
-        order, if the vocabulary has at most `MOST_VALUES`, and `separator`, if a field takes several values.
-    """
-    fields: dict[str, dict[str, Any]] = {}
-    for declared, encoder in zip(features.declared, features.encoders, strict=True):
-        given = declared.separator if isinstance(declared, MultiFeature) else None
-        known = (
-            encoder.values.known
-            if isinstance(encoder, CategoryEncoder | MultiCategory) and declared.kind != "text"
-            else None
-        )
-        field = {
-            "column": declared.column,
-            "kind": declared.kind,
-            "values": None if known is None or len(known) > MOST_VALUES else known.ids.to_list(),
-            "separator": (given or SEPARATOR) if declared.kind in ("multi", "dense") else None,
-        }
-        fields.setdefault(declared.column, field)
-    return list(fields.values())
-
-
-Codes = NDArray[np.int64]
-Mask = NDArray[np.bool_]
-
-#: Files of a model folder; whenever the folder changes, one of these changes.
-TELLING = ("metadata.json", "index/index.json", "changes/changes.json")
-
-_INTEGER = re.compile(r"-?[0-9]{1,19}")
-_INT64 = 2**63 - 1
+#: Attempts to read a folder that is replaced while it is read.
+_TRIES = 5
 
 #: Number of conditions whose item masks are cached, N bytes each.
 _CACHED_CONDITIONS = 16
@@ -110,7 +74,7 @@ class ServedModel:
             InputError: see `SavedModel.load`.
         """
         folder = find_model(directory)
-        files = [path for name in TELLING if (path := folder / name).is_file()]
+        files = [path for name in VERSION_FILES if (path := folder / name).is_file()]
         version = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
         model = cls(name, version, Retriever.load(folder), folder)
         model.warm_up()
@@ -127,7 +91,7 @@ class ServedModel:
     def atlas(self) -> Atlas:
         """The map of the catalog."""
         with self._lock:
-            return Atlas.draw(self.artifact.item_embeddings)
+            return Atlas.draw(self.artifact.directions)
 
     def query_codes(self, ids: Sequence[Any]) -> Codes:
         """Return codes of query ids; -1 for unknown ids."""
@@ -161,7 +125,7 @@ class ServedModel:
         rows: list[dict[str, Any]] = [
             {"item": item, "interactions": count, "part": SLICES[part]}
             for item, count, part in zip(
-                self.artifact.items.decode(codes).to_list(),
+                self._json_ids(codes),
                 self.counts[codes].tolist(),
                 self.parts[codes].tolist(),
                 strict=True,
@@ -171,6 +135,16 @@ class ServedModel:
             for row, title in zip(rows, self.titles.gather(codes).to_list(), strict=True):
                 row["title"] = title
         return rows
+
+    def _json_ids(self, codes: Codes) -> list[int | str]:
+        ids = self.artifact.items.decode(codes).to_list()
+        return [json_id(one) for one in ids] if self._has_large_ids else ids
+
+    @cached_property
+    def _has_large_ids(self) -> bool:
+        ids = self.artifact.items.ids
+        largest = ids.abs().max() if ids.dtype == pl.Int64 else None
+        return isinstance(largest, int) and largest > LARGEST_EXACT
 
     def described(self, code: int) -> dict[str, Any]:
         """Return everything known about one item: `listed`, and its columns of the item table under `columns`."""
@@ -182,7 +156,7 @@ class ServedModel:
     def summary(self) -> dict[str, Any]:
         """Summarise the model for the list of models."""
         history = self.artifact.config.query_tower.history
-        table, reader = self.artifact.item_table, self.retriever
+        table, retriever = self.artifact.item_table, self.retriever
         return {
             "name": self.name,
             "version": self.version,
@@ -192,45 +166,163 @@ class ServedModel:
             "has_titles": self.titles is not None,
             "history_length": history.length if history else 0,
             "columns": {} if table is None else {name: str(dtype) for name, dtype in table.schema.items()},
-            "context": context_fields(reader.ranker.context_features()) if reader.context_columns else [],
+            "context": context_fields(retriever.ranker.context_features()) if retriever.context_columns else [],
         }
 
 
-def codes_of(vocabulary: Vocabulary, ids: Sequence[Any]) -> Codes:
-    """Return codes of ids, each an integer or text; -1 for ids that are not in the vocabulary."""
-    if isinstance(vocabulary, HashedIds):
-        return vocabulary.encode(pl.Series("id", [str(one) for one in ids], dtype=pl.String))
-    if isinstance(vocabulary, CodedIds) or vocabulary.ids.dtype == pl.Int64:
-        known = [_integer(one) for one in ids]
-        codes = vocabulary.encode(np.array([0 if one is None else one for one in known], dtype=np.int64))
-        return np.where([one is None for one in known], -1, codes) if known else codes
-    return vocabulary.encode(pl.Series("id", [str(one) for one in ids], dtype=pl.String))
-
-
-def known_code(codes: Codes, side: str) -> int:
-    """Return the single code of an array.
-
-    Raises:
-        InputError: the code is -1. The message does not repeat the id.
-    """
-    if codes[0] < 0:
-        raise InputError(f"{side}: not an id that this model knows")
-    return int(codes[0])
-
-
-def _integer(value: Any) -> int | None:
-    if isinstance(value, str):
-        if not _INTEGER.fullmatch(value):
-            return None
-        value = int(value)
-    return value if -_INT64 <= value <= _INT64 else None
+def json_id(value: int | str) -> int | str:
+    """Return an id for JSON: an integer beyond 2^53 as text, because many parsers would round it."""
+    return str(value) if isinstance(value, int) and abs(value) > LARGEST_EXACT else value
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if np.isfinite(value) else None
-    if value is None or isinstance(value, str | int | bool):
+    if isinstance(value, int) and not isinstance(value, bool):
+        return json_id(value)
+    if value is None or isinstance(value, str | bool):
         return value
     if isinstance(value, list | tuple | pl.Series):
         return [_plain(one) for one in value]
     return str(value)
+
+
+class ModelSlot:
+    """A model folder and the model loaded from it.
+
+    `current` is replaced by one assignment. A request reads it once and keeps the reference, so an old model is freed
+    when its last request is answered.
+
+    Args:
+        name: name of the model in requests.
+        directory: a model or run folder.
+        metrics: metrics that count reloads.
+
+    Raises:
+        InputError: no model can be read.
+    """
+
+    def __init__(self, name: str, directory: Path, metrics: Metrics) -> None:
+        self.name = name
+        self.directory = directory
+        self._metrics = metrics
+        self._lock = threading.Lock()
+        self._broken: Identity | None = None
+        self._identity, self.current = self._load()
+        metrics.swapped(name, None, self.current.version)
+
+    def refresh(self, *, again: bool = False) -> str:
+        """Check the folder, and load a new model if there is one.
+
+        Args:
+            again: also retry a model that was broken at the last check.
+
+        Returns:
+            "swapped"; "unchanged"; "missing", if there is currently no model folder; or "broken". Unless swapped, the
+            old model stays in use.
+        """
+        with self._lock:
+            seen = identity(self.directory)
+            if seen is None:
+                return "missing"
+            if seen == self._identity or (seen == self._broken and not again):
+                return "unchanged"
+            try:
+                found, model = self._load()
+            except Exception as error:  # whatever is wrong with the new model, keep the old one
+                self._broken = seen
+                self._metrics.swaps.labels(self.name, "broken").inc()
+                log("model broken, keeping the old one", level=logging.ERROR, error=error, model=self.name)
+                return "broken"
+            old = self.current.version
+            self.current, self._identity, self._broken = model, found, None
+            self._metrics.swapped(self.name, old, model.version)
+            self._metrics.swaps.labels(self.name, "swapped").inc()
+            log("model swapped", model=self.name, old=old, new=model.version)
+            return "swapped"
+
+    def _load(self) -> tuple[Identity | None, ServedModel]:
+        """Load the model, and check that all files belong to one model: the folder may be replaced during reading."""
+        for left in reversed(range(_TRIES)):
+            before = identity(self.directory)
+            try:
+                model = ServedModel.load(self.name, self.directory)
+            except Exception:
+                if identity(self.directory) == before or not left:
+                    raise
+                continue
+            if identity(self.directory) == before:
+                return before, model
+        raise InputError(f"{self.directory}: replaced repeatedly while it was read")
+
+
+def identity(directory: Path) -> Identity | None:
+    """Identify the model in a folder by inode, time and size of its main files; None if there is no model."""
+    try:
+        folder = find_model(directory)
+        found = tuple(_stamp(folder / name) for name in VERSION_FILES)
+        return found if found[0] is not None else None
+    except (InputError, OSError):
+        return None
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    if not path.exists():
+        return None
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+class ModelRegistry:
+    """The models of a service by name; the first answers requests that name no model.
+
+    Args:
+        directories: model or run folders, all different.
+        metrics: metrics that count reloads.
+
+    Raises:
+        InputError: no directory is given, one is given twice, or one cannot be read.
+    """
+
+    def __init__(self, directories: Sequence[Path], metrics: Metrics) -> None:
+        if not directories:
+            raise InputError("serve: expected at least one model folder, found none")
+        if len({directory.resolve() for directory in directories}) < len(directories):
+            raise InputError("serve: the same folder is given twice; expected different models")
+        self._slots = {
+            name: ModelSlot(name, directory, metrics)
+            for name, directory in zip(_names(directories), directories, strict=True)
+        }
+
+    def models(self) -> list[ServedModel]:
+        """Return the models in use."""
+        return [slot.current for slot in self._slots.values()]
+
+    def model(self, name: str | None) -> ServedModel:
+        """Return the model with a name; the first one for None.
+
+        Raises:
+            Problem: 404, there is no such model.
+        """
+        if name is None:
+            return next(iter(self._slots.values())).current
+        if name not in self._slots:
+            raise Problem(404, f"model: expected one of {', '.join(self._slots)}")
+        return self._slots[name].current
+
+    def refresh(self, *, again: bool = False) -> dict[str, str]:
+        """Check every folder; return the result of each by name."""
+        return {name: slot.refresh(again=again) for name, slot in self._slots.items()}
+
+
+def _names(directories: Sequence[Path]) -> list[str]:
+    """Name models after their folders, or after the run folder of a `model/` folder; number equal names."""
+    names: list[str] = []
+    for directory in directories:
+        path = directory.resolve()
+        name = path.parent.name if path.name == "model" else path.name
+        names.append(name or "model")
+    return [
+        name if names.count(name) == 1 else f"{name}-{names[: place + 1].count(name)}"
+        for place, name in enumerate(names)
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Annotated, Any
 
@@ -13,14 +14,12 @@ from fastapi.responses import JSONResponse
 from twotower.data.schema.vocabulary import HashedIds
 from twotower.serving.http.handlers import PendingRequest, explained
 from twotower.serving.http.model_card import card
-from twotower.serving.http.models import ServedModel
+from twotower.serving.http.models import ServedModel, json_id
 from twotower.serving.http.problems import Problem, documented
+from twotower.serving.http.routes import NamedModel, TheService
 from twotower.serving.http.schemas import ExplainRequest, Items, PlacesRequest
-from twotower.serving.http.service import Service
 from twotower.serving.http.settings import LONGEST_ID
-from twotower.serving.queries import stored_histories
-
-ModelName = Annotated[str | None, Query(max_length=LONGEST_ID)]
+from twotower.serving.queries import UNKNOWN_ID, stored_history
 
 _KINDS = {
     "index.html": "text/html; charset=utf-8",
@@ -33,88 +32,93 @@ _KINDS = {
 _MOST_GROUPS = 40
 
 
-def page(service: Service) -> APIRouter:
-    """Build the routes of the page, its static files and its data."""
-    router = APIRouter()
-    folder = files("twotower.serving.http") / "page"
-    static = {entry.name: entry.read_bytes() for entry in folder.iterdir() if entry.name.rpartition(".")[2] in _KINDS}
-    index = (folder / "index.html").read_bytes()
+_PAGE = files("twotower.serving.http") / "page"
+_STATIC = {one.name: one.read_bytes() for one in _PAGE.iterdir() if one.name.rpartition(".")[2] in _KINDS}
+_INDEX = (_PAGE / "index.html").read_bytes()
 
-    @router.get("/", include_in_schema=False)
-    async def home() -> Response:
-        return Response(index, headers={"Content-Type": _KINDS["index.html"], "Cache-Control": "no-cache"})
-
-    @router.get("/static/{name}", include_in_schema=False)
-    async def asset(name: str) -> Response:
-        if name not in static:
-            raise Problem(404, "no such file")
-        kind = _KINDS[name.rpartition(".")[2]]
-        return Response(static[name], headers={"Content-Type": kind, "Cache-Control": "no-cache"})
-
-    router.include_router(_data(service))
-    return router
+page = APIRouter()
+data = APIRouter(tags=["page"], responses=documented(400, 401, 404, 421, 422, 503))
+_BODY_ERRORS = documented(408, 413, 415)
 
 
-def _data(service: Service) -> APIRouter:
-    router = APIRouter(tags=["page"], responses=documented(400, 401, 404, 421, 422, 503))
-    body = documented(408, 413, 415)
+@page.get("/", include_in_schema=False)
+async def home() -> Response:
+    """Return the page."""
+    return Response(_INDEX, headers={"Content-Type": _KINDS["index.html"], "Cache-Control": "no-cache"})
 
-    @router.post("/explain", responses=body)
-    async def explain(request: ExplainRequest) -> Response:
-        """Explain recommended items: the contribution of each item in the history, and of popularity."""
-        model = service.models.model(request.model)
-        question = PendingRequest(
-            len(request.items), request.query_id, request.history, context=request.context, times=request.times
-        )
-        explanations = await service.aside(explained, model, question, request.items, request.popularity)
-        return JSONResponse({"model": model.name, "version": model.version, "items": explanations})
 
-    @router.get("/page/history", response_model=Items)
-    async def history(
-        query_id: Annotated[str, Query(min_length=1, max_length=LONGEST_ID)], model: ModelName = None
-    ) -> Response:
-        """History of a query in the training data: its latest 500 items, oldest first."""
-        served = service.models.model(model)
-        code = int(served.query_codes([query_id])[0])
-        if code < 0:
-            raise Problem(404, "query_id: not an id that this model knows")
-        items = stored_histories(served.artifact, np.array([code]))[1].astype(np.int64)[-500:]
-        return JSONResponse({"items": await service.aside(served.listed, items)})
+@page.get("/static/{name}", include_in_schema=False)
+async def asset(name: str) -> Response:
+    """Return a file of the page."""
+    if name not in _STATIC:
+        raise Problem(404, "no such file")
+    kind = _KINDS[name.rpartition(".")[2]]
+    return Response(_STATIC[name], headers={"Content-Type": kind, "Cache-Control": "no-cache"})
 
-    @router.get("/page/queries")
-    async def queries(
-        text: Annotated[str, Query(max_length=LONGEST_ID)] = "",
-        k: Annotated[int, Query(ge=1, le=100)] = 20,
-        model: ModelName = None,
-    ) -> Response:
-        """Query ids that begin with a text; a random selection if the text is empty."""
-        served = service.models.model(model)
-        return JSONResponse({"queries": await service.aside(_queries, served, text, k)})
 
-    @router.get("/page/map")
-    async def map_(model: ModelName = None) -> Response:
-        """Map of the catalog: positions, colour groups and titles of items."""
-        served = service.models.model(model)
-        return JSONResponse(await service.aside(_map, served))
+@data.post("/explain", responses=_BODY_ERRORS)
+async def explain(request: ExplainRequest, service: TheService) -> Response:
+    """Explain recommended items: the contribution of each item in the history, and of popularity."""
+    model = service.models.model(request.model)
+    query = PendingRequest(
+        len(request.items), request.query_id, request.history, context=request.context, times=request.times
+    )
+    explanations = await service.aside(explained, model, query, request.items, request.popularity)
+    return JSONResponse({"model": model.name, "version": model.version, "items": explanations})
 
-    @router.post("/page/places", responses=body)
-    async def places(request: PlacesRequest) -> Response:
-        """Positions of items on the map; null for unknown items."""
-        served = service.models.model(request.model)
 
-        def located() -> list[list[float] | None]:
-            codes = served.item_codes(request.items)
-            found = served.atlas.place(np.maximum(codes, 0)).round(4).tolist() if len(codes) else []
-            return [place if code >= 0 else None for place, code in zip(found, codes.tolist(), strict=True)]
+@data.get("/page/history", response_model=Items)
+async def history(
+    service: TheService,
+    model: NamedModel,
+    query_id: Annotated[str, Query(min_length=1, max_length=LONGEST_ID)],
+) -> Response:
+    """History of a query in the training data: its latest 500 items, oldest first."""
+    code = int(model.query_codes([query_id])[0])
+    if code < 0:
+        raise Problem(404, f"query_id: {UNKNOWN_ID}")
+    items = stored_history(model.artifact, code)[-500:]
+    return JSONResponse({"items": await service.aside(model.listed, items)})
 
-        return JSONResponse({"version": served.version, "places": await service.aside(located)})
 
-    @router.get("/page/card")
-    async def card_(model: ModelName = None) -> Response:
-        """Model card: data account, training, metrics by slice, and the audit if there is one."""
-        return JSONResponse(await service.aside(card, service.models.model(model)))
+@data.get("/page/queries")
+async def queries(
+    service: TheService,
+    model: NamedModel,
+    text: Annotated[str, Query(max_length=LONGEST_ID)] = "",
+    k: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> Response:
+    """Query ids that begin with a text; a random selection if the text is empty."""
+    found = await service.aside(_queries, model, text, k)
+    return JSONResponse({"queries": [json_id(one) for one in found]})
 
-    return router
+
+@data.get("/page/map")
+async def map_(service: TheService, model: NamedModel) -> Response:
+    """Map of the catalog: positions, colour groups and titles of items."""
+    return JSONResponse(await service.aside(_map, model))
+
+
+@data.post("/page/places", responses=_BODY_ERRORS)
+async def places(request: PlacesRequest, service: TheService) -> Response:
+    """Positions of items on the map; null for unknown items."""
+    model = service.models.model(request.model)
+    return JSONResponse({"version": model.version, "places": await service.aside(_places, model, request.items)})
+
+
+@data.get("/page/card")
+async def card_(service: TheService, model: NamedModel) -> Response:
+    """Model card: data account, training, metrics by slice, and the audit if there is one."""
+    return JSONResponse(await service.aside(card, model))
+
+
+page.include_router(data)
+
+
+def _places(model: ServedModel, items: Sequence[int | str]) -> list[list[float] | None]:
+    codes = model.item_codes(items)
+    found = model.atlas.place(np.maximum(codes, 0)).round(4).tolist() if len(codes) else []
+    return [place if code >= 0 else None for place, code in zip(found, codes.tolist(), strict=True)]
 
 
 def _queries(model: ServedModel, text: str, k: int) -> list[int | str]:

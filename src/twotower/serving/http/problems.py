@@ -77,14 +77,14 @@ def install(app: FastAPI) -> None:
     async def _validation(_: Request, error: RequestValidationError) -> Response:
         errors = error.errors()
         malformed = any(one["type"] == "json_invalid" for one in errors)
-        return problem_answer(400 if malformed else 422, told(errors))
+        return problem_answer(400 if malformed else 422, summary(errors))
 
     @app.exception_handler(HTTPException)
     async def _http(_: Request, error: HTTPException) -> Response:
         return problem_answer(error.status_code, str(error.detail), error.headers)
 
 
-def told(errors: Sequence[Any]) -> str:
+def summary(errors: Sequence[Any]) -> str:
     """Summarise the first few validation errors, each as `field: message`, without repeating values of the request."""
     parts: list[str] = []
     for error in errors:

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
-from twotower.serving.http.settings import LARGEST_K, LONGEST_FILTER, LONGEST_HISTORY, LONGEST_ID, MOST_EXPLAINED
+from twotower.errors import InputError
+from twotower.serving.http.settings import (
+    LARGEST_K,
+    LONGEST_FILTER,
+    LONGEST_HISTORY,
+    LONGEST_ID,
+    MOST_COLUMNS,
+    MOST_EXPLAINED,
+)
+from twotower.serving.queries import LONGEST_LIST, LONGEST_TEXT, require_flat
 
 _INT64 = 2**63 - 1
 Id = (
@@ -21,6 +31,36 @@ Times = Annotated[
 Condition = Annotated[str, Field(min_length=1, max_length=LONGEST_FILTER)]
 K = Annotated[int, Field(strict=True, ge=1, le=LARGEST_K)]
 Dial = Annotated[float, Field(strict=True, ge=0.0, le=2.0, allow_inf_nan=False)]
+
+
+def _flat(row: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    try:
+        require_flat(row, info.field_name or "values")
+    except InputError as error:
+        raise PydanticCustomError("flat", "{reason}", {"reason": str(error).partition(": ")[2]}) from None
+    return row
+
+
+_SCALARS: list[dict[str, Any]] = [
+    {"type": "number", "minimum": -1e308, "maximum": 1e308},
+    {"type": "string", "maxLength": LONGEST_TEXT},
+    {"type": "boolean"},
+    {"type": "null"},
+]
+Values = Annotated[
+    dict[str, Any],
+    Field(max_length=MOST_COLUMNS),
+    AfterValidator(_flat),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "maxProperties": MOST_COLUMNS,
+            "additionalProperties": {
+                "anyOf": [*_SCALARS, {"type": "array", "maxItems": LONGEST_LIST, "items": {"anyOf": _SCALARS}}]
+            },
+        }
+    ),
+]
 
 
 class _Request(BaseModel):
@@ -39,11 +79,11 @@ class RecommendRequest(_Request):
         default=None,
         description="Item ids, oldest first; with query_id, replaces its history. Unknown ids are ignored.",
     )
-    features: dict[str, Any] | None = Field(
+    features: Values | None = Field(
         default=None,
         description="Columns declared in query_tower.features: for a new query, or to replace known values.",
     )
-    context: dict[str, Any] | None = Field(
+    context: Values | None = Field(
         default=None,
         description="Columns declared in query_tower.context, for this request; missing columns are unknown.",
     )
@@ -53,7 +93,7 @@ class RecommendRequest(_Request):
     k: K = Field(default=10, description="Number of items.")
     exclude_seen: bool = Field(default=True, strict=True, description="Leave out items in the history.")
     filter: Condition | None = Field(
-        default=None, description="Condition on the item table in SQL, such as: country = 'FR' and price < 20"
+        default=None, description="Condition on the item table, such as: country = 'FR' and price < 20"
     )
     popularity: Dial = Field(default=1.0, description="Popularity dial: 0 for discovery, 1 as trained, at most 2.")
 
@@ -71,7 +111,7 @@ class ExplainRequest(_Request):
 
     query_id: Id | None = None
     history: History | None = None
-    context: dict[str, Any] | None = Field(default=None, description="Context of the request, as in /recommend.")
+    context: Values | None = Field(default=None, description="Context of the request, as in /recommend.")
     times: Times | None = Field(default=None, description="Timestamps of the history, as in /recommend.")
     items: Annotated[list[Id], Field(min_length=1, max_length=MOST_EXPLAINED)]
     popularity: Dial = 1.0
@@ -87,7 +127,7 @@ class Found(BaseModel):
     """One recommended or similar item."""
 
     rank: int
-    item: int | str
+    item: int | str = Field(description="Id; an integer beyond 2^53 is text, because JSON parsers would round it.")
     score: float
     title: str | None = None
     interactions: int = Field(description="Interactions in the training data.")
@@ -107,7 +147,7 @@ class Answer(BaseModel):
 class Listed(BaseModel):
     """One item of a list."""
 
-    item: int | str
+    item: int | str = Field(description="Id; an integer beyond 2^53 is text, because JSON parsers would round it.")
     title: str | None = None
     interactions: int
     part: str

@@ -1,26 +1,150 @@
-"""State of a running service: models, queue, threads, and the task that watches the model folders."""
+"""State of a running service: models, threads, the task that watches the model folders, and the queue of searches.
+
+Requests that arrive together are searched together. No request waits for others to arrive: while one batch is searched
+the next one fills, so a single request is answered at once, and batches grow under load.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
-from twotower.serving.http.batching import Batcher
 from twotower.serving.http.handlers import PendingRequest, RecommendKey, SimilarKey, answer
 from twotower.serving.http.metrics import Metrics
+from twotower.serving.http.models import ModelRegistry
 from twotower.serving.http.problems import Problem
-from twotower.serving.http.reload import ModelRegistry
 from twotower.serving.http.settings import ServiceSettings
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
+#: Answers the requests of one batch, in order; an exception in the result concerns one request only.
+AnswerBatch = Callable[[Any, Sequence[Any]], Sequence[Any]]
+
+_Waiting = list[tuple[Any, "asyncio.Future[Any]"]]
+
 #: Other tasks than searches that may wait: explanations, filters, maps.
 _ASIDE = 64
+
+
+def run_shielded(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call `work` in a worker thread, and turn what is no `Exception` into one.
+
+    Native code may raise a `BaseException` (a panic of polars), and a `SystemExit` or `KeyboardInterrupt` in a thread
+    concerns its request only: the process is stopped by signals, which reach the main thread. Passed on, they would end
+    the task that answers all requests.
+    """
+    try:
+        return work(*args, **kwargs)
+    except StopIteration as error:  # a future refuses it
+        raise RuntimeError("StopIteration in a worker thread") from error
+    except Exception:
+        raise
+    except BaseException as error:
+        raise RuntimeError(f"{type(error).__name__} in a worker thread") from error
+
+
+class Batcher:
+    """A queue that collects requests with the same settings and answers them in one call.
+
+    Args:
+        run: `run(key, requests)`, called in `executor`, one batch at a time.
+        executor: executor that `run` is called in.
+        capacity: maximum number of waiting requests.
+        largest: maximum number of requests in one batch.
+        metrics: metrics that count batches and refusals.
+    """
+
+    def __init__(self, run: AnswerBatch, executor: Executor, *, capacity: int, largest: int, metrics: Metrics) -> None:
+        self._run = run
+        self._executor = executor
+        self._capacity = capacity
+        self._largest = largest
+        self._metrics = metrics
+        self._waiting: OrderedDict[Hashable, _Waiting] = OrderedDict()
+        self._count = 0
+        self._arrived = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._closing = False
+
+    def start(self) -> None:
+        """Start answering; call it in a running event loop."""
+        self._task = asyncio.get_running_loop().create_task(self._work())
+
+    async def stop(self) -> None:
+        """Answer the waiting requests, then stop."""
+        self._closing = True
+        self._arrived.set()
+        if self._task is not None:
+            await self._task
+
+    async def submit(self, key: Hashable, request: Any) -> Any:
+        """Queue a request and wait for its answer.
+
+        Args:
+            key: settings; only requests with the same key are answered together.
+            request: the request, in the form that `run` expects.
+
+        Raises:
+            Problem: 503, too many requests are waiting.
+        """
+        if self._closing or self._count >= self._capacity:
+            self._metrics.refused.inc()
+            raise Problem(503, "too many requests are waiting; try again", {"Retry-After": "1"})
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(key, []).append((request, future))
+        self._count += 1
+        self._metrics.waiting.set(self._count)
+        self._arrived.set()
+        return await future
+
+    async def _work(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._count or not self._closing:
+            if not self._count:
+                self._arrived.clear()
+                await self._arrived.wait()
+                continue
+            key, batch = self._next()
+            began = time.perf_counter()
+            requests = [request for request, _ in batch]
+            try:
+                answers = await loop.run_in_executor(self._executor, run_shielded, self._answers, key, requests)
+            except Exception as error:  # every request of the batch gets the error, and the next batch is answered
+                answers = [error] * len(batch)
+            kind = key[0] if isinstance(key, tuple) else "other"
+            self._metrics.batches.labels(kind).observe(len(batch))
+            self._metrics.search_seconds.labels(kind).observe(time.perf_counter() - began)
+            for (_, future), found in zip(batch, answers, strict=True):
+                if future.done():  # the client has disconnected, or its time is up
+                    continue
+                if isinstance(found, Exception):
+                    future.set_exception(found)
+                else:
+                    future.set_result(found)
+
+    def _answers(self, key: Hashable, requests: Sequence[Any]) -> list[Any]:
+        """Answer a batch, in its thread."""
+        answers = list(self._run(key, requests))
+        if len(answers) != len(requests):
+            raise RuntimeError(f"{len(answers)} answers to {len(requests)} requests")
+        return answers
+
+    def _next(self) -> tuple[Hashable, _Waiting]:
+        """Take the next batch. Keys take turns, so that none waits until the queue of another is empty."""
+        key, waiting = self._waiting.popitem(last=False)
+        batch, rest = waiting[: self._largest], waiting[self._largest :]
+        if rest:
+            self._waiting[key] = rest
+        self._count -= len(batch)
+        self._metrics.waiting.set(self._count)
+        return key, batch
 
 
 class _Pools:
@@ -85,41 +209,54 @@ class Service:
         if self._pools is not None:
             self._pools.shutdown()
 
-    async def ask(self, key: RecommendKey | SimilarKey, question: PendingRequest) -> bytes:
+    async def search(self, key: RecommendKey | SimilarKey, request: PendingRequest) -> bytes:
         """Answer a request with JSON. Its filter is evaluated first, so that it cannot delay other requests.
 
         Raises:
-            Problem: the queue is full.
+            Problem: 503, the queue is full, or there was no answer in time.
             InputError: the request cannot be answered.
         """
         if self._batcher is None:
             raise Problem(503, "not ready yet", {"Retry-After": "1"})
         if key.filter is not None:
             await self.aside(key.model.condition, key.filter)
-        body: bytes = await self._batcher.ask(key, question)
+        async with self._in_time():
+            body: bytes = await self._batcher.submit(key, request)
         return body
 
     async def aside(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run work in a thread, outside the search queue.
 
         Raises:
-            Problem: 503, too many tasks are waiting.
+            Problem: 503, too many tasks are waiting, or there was no answer in time.
         """
         if self._waiting >= _ASIDE:
             self.metrics.refused.inc()
             raise Problem(503, "too many requests are waiting; try again", {"Retry-After": "1"})
         self._waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(
-                self._running().others, lambda: work(*args, **kwargs)
-            )
+            async with self._in_time():
+                return await asyncio.get_running_loop().run_in_executor(
+                    self._running().others, lambda: run_shielded(work, *args, **kwargs)
+                )
         finally:
             self._waiting -= 1
+
+    @contextlib.asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        """Limit the time of an answer; a thread cannot be stopped, but its client need not wait for it."""
+        try:
+            async with asyncio.timeout(self.settings.answer_seconds):
+                yield
+        except TimeoutError:
+            raise Problem(
+                503, f"no answer within {self.settings.answer_seconds:g} seconds; try again", {"Retry-After": "1"}
+            ) from None
 
     async def reload(self, *, again: bool = True) -> dict[str, str]:
         """Check the model folders for new models now."""
         return await asyncio.get_running_loop().run_in_executor(
-            self._running().loader, lambda: self.models.refresh(again=again)
+            self._running().loader, lambda: run_shielded(self.models.refresh, again=again)
         )
 
     def _running(self) -> _Pools:

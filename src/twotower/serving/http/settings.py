@@ -21,6 +21,9 @@ LONGEST_HISTORY = 5000
 #: Longest condition on the item table, in characters.
 LONGEST_FILTER = 1000
 
+#: Most columns of features or of a context.
+MOST_COLUMNS = 200
+
 #: Longest id or search text, in characters.
 LONGEST_ID = 200
 
@@ -42,6 +45,7 @@ class ServiceSettings:
         queue: maximum number of waiting requests; further ones are answered 503 with Retry-After.
         largest_batch: maximum number of requests searched together.
         body_seconds: seconds that a client may take to send a body.
+        answer_seconds: seconds that a request may wait for its answer, in the queue and in a thread.
         watch_seconds: seconds between checks of the model folders; 0 for never.
     """
 
@@ -50,6 +54,7 @@ class ServiceSettings:
     queue: int = 512
     largest_batch: int = 128
     body_seconds: float = 20.0
+    answer_seconds: float = 60.0
     watch_seconds: float = 1.0
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from twotower.distributed.row_files import StoredColumns, StoredRows, joined, side_by_side, stored_tensors
+from twotower.distributed.row_files import StoredColumns, StoredRows, side_by_side, stack_rows, stored_tensors
 from twotower.errors import InputError
 from twotower.training.checkpoint.codec import decode, parts_in
 from twotower.training.checkpoint.shards import FOLDER
@@ -36,7 +36,7 @@ def _whole(name: str, shape: torch.Size, parts: list[tuple[list[int], StoredRows
     """Combine the parts of all ranks into one tensor: ranges of its rows, or of its columns."""
     if any(rows.shape[1:] != shape[1:] for _, rows in parts):
         return side_by_side(name, shape, [(offsets[1], rows) for offsets, rows in parts])
-    return joined(name, shape, [(offsets[0], rows) for offsets, rows in parts])
+    return stack_rows(name, shape, [(offsets[0], rows) for offsets, rows in parts])
 
 
 def _parts(folder: Path) -> dict[str, list[tuple[list[int], StoredRows]]]:

@@ -1,0 +1,127 @@
+"""The settings of a run: completed from the data, read back from a run folder, compared when the run is resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twotower import incremental
+from twotower.config.run import Config
+from twotower.data import Split
+from twotower.errors import InputError
+from twotower.features.from_config import with_features
+from twotower.incremental import ParentModel
+from twotower.run.question import resolve_question
+from twotower.serving.model_folder import find_model, read_metadata
+
+#: File of a run folder with the complete settings.
+CONFIG = "config.yaml"
+#: Settings that are paths: two paths to the same file are the same setting.
+PATHS = ("data.items", "data.queries", "data.validation", "data.test")
+#: Settings that a resumed run applies from where it continues: when it stops, how it computes and records the steps.
+APPLIED_ON_RESUME = (
+    "data.workers",
+    "evaluation",
+    "training.accelerator",
+    "training.checkpoint_every",
+    "training.checkpoint_in_background",
+    "training.exchange_timeout",
+    "training.logger",
+    "training.max_epochs",
+    "training.micro_batch",
+    "training.patience",
+    "training.table_placement",
+    "training.time_limit",
+    "training.validate_every",
+)
+
+
+def complete_settings(
+    config: Config,
+    split: Split,
+    parent: ParentModel | None = None,
+    on_message: Callable[[object], None] | None = None,
+) -> tuple[Config, NDArray[np.int64] | None]:
+    """Replace every "auto" by its value for this data, and find the rows of an incremental run.
+
+    `on_message` receives which question is trained and why.
+
+    Returns:
+        The settings without "auto", and the rows of `split.train` to train on; None for all.
+
+    Raises:
+        InputError: split and parent do not match, or a setting would need other weights than the parent's.
+    """
+    config = resolve_question(config, split, on_message, parent=None if parent is None else parent.artifact.config)
+    rows = incremental.rows_to_learn(split, parent, config)
+    if parent is not None:
+        config = incremental.inherit_settings(parent.artifact.config, config)
+    return with_features(config.resolved(len(split.train) if rows is None else len(rows)), split.train), rows
+
+
+def settings_of(directory: str | Path) -> dict[str, Any]:
+    """Return the settings of a saved model for a run that continues it; what depends on its data is "auto" again."""
+    values: dict[str, Any] = read_metadata(find_model(directory))["config"]
+    for name in ("batch_size", "warmup_steps", "horizon"):
+        values.get("training", {}).pop(name, None)
+    return values
+
+
+def differences(requested: Config, existing: Config, free: tuple[str, ...] = ()) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ: name -> (requested, existing).
+
+    Args:
+        requested: the settings of this call.
+        existing: the settings of an earlier run.
+        free: names of settings and sections that may differ.
+    """
+    mine, other = (dict(_flat(config.model_dump(mode="json"))) for config in (requested, existing))
+    unequal = {}
+    for field in mine.keys() | other.keys():
+        values = mine.get(field), other.get(field)
+        same = _path(values[0]) == _path(values[1]) if field in PATHS else values[0] == values[1]
+        if not same and not any(field == name or field.startswith(f"{name}.") for name in free):
+            unequal[field] = values
+    return dict(sorted(unequal.items()))
+
+
+def require_same_settings(directory: Path, config: Config, rows: int) -> None:
+    """Check that a resumed run is asked for nothing that it would not apply.
+
+    The checkpoint determines the learning rate, the optimizer and the random state; other settings would apply to the
+    rest of the run only, and give a model that no configuration describes.
+
+    Args:
+        directory: the run folder.
+        config: the settings of this call, without "auto".
+        rows: number of training rows.
+
+    Raises:
+        InputError: a setting differs from that of the interrupted run and is not in `APPLIED_ON_RESUME`.
+    """
+    written = directory / CONFIG
+    if not written.is_file():
+        return
+    # A setting added by a newer version gets its default here, which may be "auto".
+    existing = Config.load(written).resolved(rows)
+    for field, (requested, found) in differences(config, existing, APPLIED_ON_RESUME).items():
+        raise InputError(
+            f"{written}: {field} is {found!r}, but {requested!r} was requested, and --resume would not apply it; "
+            "resume without that setting, or start over with --force"
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _path(value: object) -> object:
+    return str(Path(value).resolve()) if isinstance(value, str) else value

@@ -1,0 +1,43 @@
+"""Form fields of the page for a model's context: one per column, with the values it accepts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twotower.config.features import MultiFeature
+from twotower.features.categorical import CategoryEncoder, MultiCategory
+from twotower.features.feature_set import FeatureSet
+
+#: Largest vocabulary offered as a list to choose from.
+MOST_VALUES = 60
+
+#: Separator of several values in one field, unless the declaration names another.
+SEPARATOR = ","
+
+
+def context_fields(features: FeatureSet) -> list[dict[str, Any]]:
+    """Describe one field for each declared column, in the order of declaration.
+
+    Args:
+        features: fitted on the context of the training rows.
+
+    Returns:
+        `column`, `kind` (of its first declaration, if it is declared twice), `values` seen in training in ascending
+        order, if the vocabulary has at most `MOST_VALUES`, and `separator`, if a field takes several values.
+    """
+    fields: dict[str, dict[str, Any]] = {}
+    for declared, encoder in zip(features.declared, features.encoders, strict=True):
+        given = declared.separator if isinstance(declared, MultiFeature) else None
+        known = (
+            encoder.values.known
+            if isinstance(encoder, CategoryEncoder | MultiCategory) and declared.kind != "text"
+            else None
+        )
+        field = {
+            "column": declared.column,
+            "kind": declared.kind,
+            "values": None if known is None or len(known) > MOST_VALUES else known.ids.to_list(),
+            "separator": (given or SEPARATOR) if declared.kind in ("multi", "dense") else None,
+        }
+        fields.setdefault(declared.column, field)
+    return list(fields.values())
