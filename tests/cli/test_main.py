@@ -91,6 +91,84 @@ def test_the_saved_config_reproduces_the_model(run_folder, command):
     assert weights[0] == weights[1]
 
 
+@pytest.fixture(scope="module")
+def parts(run_folder):
+    """Write a ready-made split of the purchases: users of the test without training rows, too."""
+    folder = run_folder / "parts"
+    folder.mkdir()
+    header, *rows = (run_folder / "purchases.csv").read_text().splitlines()
+    chosen = {name: [row for place, row in enumerate(rows) if place % 10 in places]
+              for name, places in (("train", range(7)), ("valid", (7, 8)), ("test", (9,)))}  # fmt: skip
+    chosen["valid"].append("new in validation,4,1650000000")
+    chosen["test"] += ["new in validation,6,1660000000", "new in test,8,1660000000"]
+    for name, part in chosen.items():
+        (folder / f"{name}.csv").write_text("\n".join([header, *part]) + "\n")
+    return folder
+
+
+def test_a_ready_made_split_is_trained_from_its_folder_or_from_named_files(run_folder, parts, command):
+    settings = QUICK[:-2]
+    code, out, err = command("train", "parts", "--out", "ready", *settings, "--json")
+    assert code == 0, err
+    assert "queries without training rows 2 kept; 1 of them have no history at all" in " ".join(err.split())
+    folder = json.loads(out)
+    code, out, err = command(
+        "train", "parts/train.csv", "--validation", "parts/valid.csv", "--test", "parts/test.csv", "--out", "named",
+        *settings, "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    assert json.loads(out) == folder
+    assert json.loads((run_folder / "named" / "inputs.json").read_text()).keys() == {
+        f"parts/{name}.csv" for name in ("train", "valid", "test")
+    }
+    assert json.loads(command("evaluate", "named", "--json")[1]) == folder
+    assert json.loads(command("evaluate", "ready", "--json")[1]) == folder
+    code, _, err = command("train", "parts/train.csv", "--test", "parts/test.csv", "--out", "no-validation", *settings)
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["train", "purchases.csv", "--validation", "parts/valid.csv"],
+            "so the test has to be one too; pass --test FILE",
+        ),
+        (["train", "purchases.csv", "--test", "parts/none.csv"], "test file parts/none.csv: no such file"),
+        (["train", "parts", "--set", "data.item_ids=codes"], "data.item_ids: a split from train and test files"),
+        (["train", "parts", "--from", "run"], "parts: a ready-made split; with --from, DATA is new interactions"),
+        (["train", "purchases.csv", "--from", "run", "--set", "data.split=random"], "data.split=random: training rows"),
+        (["train", "parts", "--set", "data.test=1.5"], "less than 1 or Input should be a valid string, found 1.5"),
+    ],
+)
+def test_bad_splits_are_one_clear_error(run_folder, parts, command, words, message):
+    code, out, err = command(*words, "--out", "x")
+    assert code == 2, out + err
+    assert message in " ".join(err.split())
+    assert not (run_folder / "x" / "model").exists()
+
+
+def test_a_folder_with_half_a_split_says_what_is_missing(run_folder, parts, command):
+    for name in ("train", "valid", "validation"):
+        (run_folder / "half").mkdir(exist_ok=True)
+        (run_folder / "half" / f"{name}.csv").write_text((parts / "train.csv").read_text())
+    assert "valid.csv and validation.csv could each be the validation" in command("train", "half", "--out", "x")[2]
+    (run_folder / "half" / "validation.csv").unlink()
+    assert "without a test file; add test.csv" in " ".join(command("train", "half", "--out", "x")[2].split())
+
+
+def test_random_rows_are_trained_and_evaluated_again(run_folder, command):
+    rows = sorted({tuple(row.split(",")[:2]) for row in (run_folder / "purchases.csv").read_text().split()[1:]})
+    rows.sort(key=lambda row: (row[0], int(row[1])))
+    (run_folder / "sorted.csv").write_text("user_id,item_id\n" + "".join(f"{user},{item}\n" for user, item in rows))
+    code, out, err = command("train", "sorted.csv", "--out", "random", *QUICK[:-1], "data.split=random", "--json")
+    assert code == 0, err
+    assert "sorted by item id" in err and "shuffled, no order is used" in " ".join(err.split())
+    assert json.loads(command("evaluate", "random", "--json")[1]) == json.loads(out)
+    code, _, err = command("train", "sorted.csv", "--out", "x", *QUICK)
+    assert code == 2 and "use data.split=random" in " ".join(err.split())
+
+
 def test_evaluate_repeats_the_result(run_folder, command):
     code, out, err = command("evaluate", "run", "--json")
     assert code == 0, err

@@ -17,6 +17,7 @@ from twotower.comparison import compare, processes
 from twotower.comparison.cells import differences, make_cells
 from twotower.config.run import Config
 from twotower.errors import InputError, Interrupted
+from twotower.evaluation import BASELINES
 from twotower.run import read_data, split_data, train_run
 
 SETTINGS = [
@@ -82,7 +83,7 @@ def test_every_output_is_written(folder):
         assert {"config.yaml", "model", "results.json", "logs"} <= {path.name for path in run.iterdir()}
     document = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert {model["name"] for model in document["models"]} == set(OBJECTIVES)
-    assert {row["name"] for row in document["baselines"]} == {"popularity", "item-kNN"}
+    assert {row["name"] for row in document["baselines"]} == set(BASELINES)
     assert {one["name"] for one in document["audit"]["objectives"]} == set(OBJECTIVES)
     assert set(document["calibration"]) == set(OBJECTIVES)
     assert all(run["peak_memory"] > 0 and run["cpu_seconds"] > 0 for m in document["models"] for run in m["runs"])
@@ -94,7 +95,7 @@ def test_every_output_is_written(folder):
 def test_the_values_of_each_query_average_to_the_results(folder):
     frame = pl.read_parquet(folder / "out" / "results.parquet")
     document = json.loads((folder / "out" / "results.json").read_text(encoding="utf-8"))
-    assert frame.height == 4 * document["evaluation"]["num_queries"]
+    assert frame.height == 6 * document["evaluation"]["num_queries"]
     means = dict(frame.group_by("model").agg(pl.col("NDCG@10").mean()).iter_rows())
     for entry in [*document["models"], *document["baselines"]]:
         assert means[entry["name"]] == pytest.approx(entry["values"]["NDCG@10"]["mean"], abs=1e-5)

@@ -111,7 +111,7 @@ def test_held_out_queries_are_not_in_training(rows):
 
 def test_leave_last_out_warns_and_names_the_alternative(planted_data):
     account = str(leave_last_out(planted_data).account)
-    assert "leak through time" in account and "by_time avoids this" in account
+    assert "leak through time" in account and "data.split=time avoids this" in account
     assert "leak" not in str(by_time(planted_data).account)
 
 

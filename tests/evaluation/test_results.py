@@ -66,7 +66,7 @@ def test_per_query_values_as_a_frame_and_as_a_file(tmp_path):
     assert frame.equals(result.per_query_frame())
     assert [file.name for file in path.parent.iterdir()] == ["per_query.parquet"]  # no partial file next to it
     assert frame.columns[:3] == ["ranker", "query", "query_code"]
-    assert frame["ranker"].unique(maintain_order=True).to_list() == ["model", "popularity", "item-kNN"]
+    assert frame["ranker"].unique(maintain_order=True).to_list() == ["model", "popularity", "item-kNN", "EASE"]
     for row in result.rows:
         mine = frame.filter(pl.col("ranker") == row.name)
         assert mine["query_code"].to_list() == result.queries.tolist()

@@ -199,6 +199,53 @@ def test_the_answer_names_objectives_that_do_not_differ_significantly():
     assert "does not decide" in many[1]
 
 
+def beside(**verdicts):
+    """Build the tests of baselines against `best`; a baseline that is ahead is better by 0.02."""
+    tests = {**family(**verdicts), "about": "baselines"}
+    for contest in tests["contests"]:
+        contest["difference"] *= -1 if contest["verdict"] == "ahead" else 1
+    return tests
+
+
+def test_a_better_baseline_is_reported_first_with_settings_to_try():
+    document = document_of({}, twin="not told apart", base="behind")
+    document["tests"].append(beside(EASE="ahead", popularity="behind"))
+    document["evaluation"]["advice"] = ["item_tower.dimension=256", "objective.temperature=0.1"]
+    said = findings.answer(document)
+    assert said[0] == (
+        "No objective reaches the best baseline, EASE: the highest NDCG@10 of an objective, of best, is 0.2000, "
+        "against 0.2200 (p = 0.002). Settings to try on this data: --set item_tower.dimension=256 --set "
+        "objective.temperature=0.1."
+    )
+    assert said[1].startswith("Use best or twin.")
+    assert findings.verdicts(document) == {"best": "top", "twin": "same", "base": "behind"}
+    alone = {**document, "kind": "evaluation", "models": document["models"][:1], "tests": document["tests"][1:]}
+    assert findings.answer(alone)[0].startswith("best is below the best baseline, EASE: its NDCG@10 is 0.2000, against")
+    assert findings.verdicts(alone) == {"best": "alone"}
+    document["tests"][1] = beside(popularity="behind")
+    assert findings.answer(document)[0].startswith("Use best or twin.")
+    assert findings.verdicts(document)["best"] == "best"
+    document["tests"][1] = beside(EASE="not told apart")
+    document["tests"][1]["contests"][0]["difference"] = 0.001
+    assert findings.verdicts(document)["best"] == "top", "not marked as best below a baseline, even within noise"
+    assert findings.answer(document)[0].startswith("Use best or twin.")
+
+
+def test_the_legend_marks_nothing_as_best_that_a_baseline_beats(planted_split):
+    alone = render(sample_document(planted_split, names=["expected-count"], seeds=1, kind="evaluation"))
+    assert ">this model</li>" in alone and "highest mean" not in alone and '<tr class="strong"' not in alone
+    document = sample_document(planted_split)
+    for contest in findings.family(document, "baselines")["contests"]:
+        contest.update(difference=-0.1, verdict="behind")
+    page = render(document)
+    assert ">highest mean</li>" in page and "this model" not in page
+    for contest in findings.family(document, "baselines")["contests"]:
+        contest.update(difference=0.1, verdict="ahead")
+    page = render(document)
+    assert ">highest mean of the objectives, below a baseline</li>" in page and ">highest mean</li>" not in page
+    assert '<tr class="strong"' not in page and "mark best" not in page.split('id="dial"')[0]
+
+
 def test_the_answer_names_the_cheaper_of_equals():
     assert "twin takes the least CPU time" in findings.answer(document_of({"twin": 50.0}, twin="not told apart"))[0]
     assert "CPU time" not in findings.answer(document_of({"twin": 95.0}, twin="not told apart"))[0]

@@ -20,7 +20,7 @@ class Train:
         self.offsets, self.item_codes = compressed(rows)
         self.num_items = num_items
         self.num_queries = len(rows)
-        self.queries = self.item_table = self.query_table = None
+        self.queries = self.item_table = self.query_table = self.timestamps = None
 
     def item_counts(self):
         return np.bincount(self.item_codes, minlength=self.num_items).astype(np.int64)

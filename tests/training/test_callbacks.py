@@ -1,5 +1,7 @@
 """Validation, checkpoints and divergence around the training steps."""
 
+from itertools import count
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from twotower.training import callbacks
 from twotower.training.callbacks import BEST, LAST, Clock, Validation
 from twotower.training.checkpoint.io import SafeCheckpointIO
 from twotower.training.module import TrainingModule
+from twotower.training.step import compute_loss
 
 SMALL = [
     "training.batch_size=64",
@@ -165,12 +168,16 @@ def test_a_weight_that_is_not_finite_ends_the_run_before_it_is_saved(planted_spl
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_within_an_epoch(planted_split, tmp_path, monkeypatch):
-    original = TrainingModule.training_step
+    steps = count()
 
-    def training_step(self, batch, batch_idx):
-        return original(self, batch, batch_idx) + (torch.nan if self.trainer.global_step >= 3 else 0.0)
+    def damaged(*arguments, **options):
+        loss, embedded, drawn = compute_loss(*arguments, **options)
+        return loss * (torch.nan if next(steps) >= 3 else 1.0), embedded, drawn
 
-    monkeypatch.setattr(TrainingModule, "training_step", training_step)
-    with pytest.raises(InputError, match=r"the model has diverged in epoch 1 \("):
+    monkeypatch.setattr("twotower.training.module.compute_loss", damaged)
+    with pytest.raises(
+        InputError, match=r"the model has diverged in epoch 1 \(the loss is nan\); lower training.learn"
+    ):
         tt.fit(planted_split, config(), directory=tmp_path, progress=False)
+    assert next(steps) == 10, "the first step that logs the loss"
     assert not (tmp_path / "checkpoints").exists()

@@ -81,6 +81,14 @@ def train(
     warm_start: Annotated[
         Path | None, typer.Option("--from", metavar="DIR", help="Continue training the model in DIR on new DATA.")
     ] = None,
+    validation: Annotated[
+        str | None,
+        typer.Option("--validation", metavar="FILE", help="Validation file of a ready-made split; requires --test."),
+    ] = None,
+    test: Annotated[
+        str | None,
+        typer.Option("--test", metavar="FILE", help="Test file of a ready-made split; DATA is the training file."),
+    ] = None,
     withdraw: Annotated[
         Path | None,
         typer.Option("--withdraw", metavar="FILE", help="With --from: ids of items to remove from the catalog."),
@@ -103,6 +111,9 @@ def train(
     changes = list(overrides or [])
     if items is not None:
         changes.append(f"data.items={json.dumps(items)}")
+    changes += [
+        f"data.{part}={json.dumps(file)}" for part, file in (("validation", validation), ("test", test)) if file
+    ]
     base = run.settings_of(warm_start) if warm_start is not None and config is None else None
     settings = Config.load(config, changes, base=base)
     if warm_start is not None and out.resolve() == warm_start.resolve():

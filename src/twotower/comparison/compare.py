@@ -123,7 +123,7 @@ def compare_run(
     directory = Path(out)
     with reserved(directory):
         data = read_data(source, base.data, context=wanted_context(base))
-        split = split_data(data, base.data)
+        split = split_data(data, base.data, histories=base.query_tower.history is not None)
         cells = make_cells(base, objectives, seeds, directory, split.train)
         train_cells(str(source), cells, data.fingerprint, directory, jobs=jobs, on_message=on_message)
         on_message(f"ranking the test queries with {len(cells)} models")
@@ -136,7 +136,7 @@ def compare_run(
             found.evaluation,
             found.baselines,
             metadata=found.metadata,
-            data=data,
+            data=split.data,
             jobs=jobs,
             command=command,
             objectives={cell.name: cell.config.objective.model_dump(mode="json") for cell in cells},
@@ -145,7 +145,7 @@ def compare_run(
             examples=disagreements(found.ranked, split.test, split.train, base.evaluation.exclude_seen),
             audit=_audit(cells, source, directory, on_message) if audited else None,
         )
-        _write(document, directory, found, cells, data)
+        _write(document, directory, found, cells, split.data)
         return Comparison(document, directory)
 
 

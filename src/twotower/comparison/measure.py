@@ -12,7 +12,7 @@ import polars as pl
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from twotower import evaluation, ranking
+from twotower import evaluation
 from twotower.audit import estimates_softmax
 from twotower.comparison.cells import Cell
 from twotower.config.run import EvaluationConfig
@@ -20,6 +20,7 @@ from twotower.data import Holdout, Split
 from twotower.evaluation import Evaluation, Row
 from twotower.evaluation.calibration import softmax_calibration
 from twotower.objectives.build import build_objective
+from twotower.run import with_advice
 from twotower.serving import Retriever
 from twotower.serving.model_folder import find_model, read_metadata
 
@@ -73,13 +74,17 @@ def measure_cells(cells: Sequence[Cell], split: Split, settings: EvaluationConfi
     rankers = {cell.directory.name: FolderRanker(cell.directory) for cell in cells}
     first, *others = rankers
     chosen: dict[str, Any] = {name: rankers[name] for name in others}
-    notes: list[str] = []
+    notes: tuple[str, ...] = ()
     if settings.baselines:
-        chosen["popularity"] = ranking.Popularity(split.train)
-        if reason := ranking.ItemKNN.refusal(split.train):
-            notes.append(f"the item-kNN baseline was left out: {reason}")
-        else:
-            chosen["item-kNN"] = ranking.ItemKNN(split.train)
+        fitted = evaluation.fit_baselines(
+            split.train,
+            split.validation,
+            names=None if settings.baselines is True else settings.baselines,
+            k=min(settings.ks),
+            exclude_seen=settings.exclude_seen,
+        )
+        chosen |= fitted.rankers
+        notes = fitted.notes
     measured = evaluation.evaluate_all(
         {first: rankers[first], **chosen},
         split.test,
@@ -89,6 +94,7 @@ def measure_cells(cells: Sequence[Cell], split: Split, settings: EvaluationConfi
         slices=settings.slices,
         notes=notes,
     )
+    measured = with_advice(measured, cells[0].config)
     rows: dict[str, list[Row]] = {}
     metadata: dict[str, list[dict[str, Any]]] = {}
     ranked: dict[str, NDArray[np.int32]] = {}

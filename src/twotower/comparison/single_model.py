@@ -11,7 +11,7 @@ from twotower.comparison.measure import FolderRanker, calibrations
 from twotower.comparison.popularity_curve import popularity_curve
 from twotower.comparison.statistics import compare
 from twotower.evaluation import Evaluation
-from twotower.run import reread
+from twotower.run import reread, with_advice
 from twotower.serving import Retriever
 from twotower.serving.model_folder import find_model
 from twotower.system.filesystem import write_text
@@ -48,8 +48,10 @@ def evaluate_folder(
         ks=tuple(settings.ks),
         exclude_seen=settings.exclude_seen,
         baselines=settings.baselines,
+        validation=split.validation,
         slices=settings.slices if slices is None else slices,
     )
+    found = with_advice(found, artifact.config)
     if page is None:
         return found
     folder = find_model(directory)

@@ -12,11 +12,9 @@ from numpy.typing import NDArray
 
 from twotower.errors import InputError
 from twotower.evaluation import Row
-from twotower.evaluation.significance import Interval, bootstrap_intervals, holm, paired_comparison
+from twotower.evaluation.significance import SIGNIFICANT, Interval, bootstrap_intervals, holm, paired_comparison
 
-#: A difference is significant below this adjusted p-value ...
-SIGNIFICANT = 0.05
-#: ... if it is also larger than this many standard errors over seeds.
+#: A difference between objectives must also be larger than this many standard errors over seeds.
 SEED_ERRORS = 2.0
 
 Values = NDArray[np.float64]

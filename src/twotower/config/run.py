@@ -54,6 +54,9 @@ class HashedConfig(Section):
     hashed: int = Field(ge=2, le=2**31 - 1, description="R: ids that share a row are the same to the model.")
 
 
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
 class DataConfig(Section):
     """The data to read and how to split it."""
 
@@ -76,13 +79,20 @@ class DataConfig(Section):
     positive_label: float | None = Field(
         None, description="Rows with a label below this are observed negatives, not positives. None: all are positives."
     )
-    split: Literal["time", "leave-last-out", "held-out-queries"] = Field(
+    split: Literal["time", "random", "leave-last-out", "held-out-queries"] = Field(
         "time",
-        description="time: hold out everything after a date. leave-last-out: hold out each query's last item. "
-        "held-out-queries: hold out whole queries.",
+        description="time: hold out everything after a date. random: hold out random items of each query, for data "
+        "without time. leave-last-out: hold out each query's last item. held-out-queries: hold out whole queries. "
+        "Not used if the data comes as train, validation and test files.",
     )
-    validation: float = Field(0.05, gt=0, lt=1, description="Fraction for validation (time, held-out-queries).")
-    test: float = Field(0.1, gt=0, lt=1, description="Fraction for the test (time, held-out-queries).")
+    validation: Fraction | str = Field(
+        0.05, description="Fraction for validation (time, random, held-out-queries), or the validation file."
+    )
+    test: Fraction | str = Field(
+        0.1,
+        description="Fraction for the test (time, random, held-out-queries), or the test file; the data is then the "
+        "training file.",
+    )
     validation_queries: int | float | str | None = Field(
         None,
         description="leave-last-out: queries with a validation item: all (None), a number, a fraction, or a boolean "
@@ -153,6 +163,35 @@ class TrainingConfig(Section):
         "NDCG@10", pattern=r"^(Recall|NDCG|MRR|HR)@[1-9]\d*$", description="Validation metric of early stopping."
     )
     seed: int = Field(0, ge=0)
+    question: Literal["auto", "next", "horizon", "set"] = Field(
+        "auto",
+        description="What a training row asks for. next: the item after everything before it. horizon: all items "
+        "within a span of time after a cut. set: a random part of a query's items, from the others. auto: horizon for "
+        "splits at a time, set for rows without an order, next for leave-last-out, sequence towers and groups.",
+    )
+    horizon: PositiveFloat | Literal["auto"] = Field(
+        "auto", description="Days after the cut (horizon). auto: as many as the test, or the validation, covers."
+    )
+    hidden_share: float = Field(0.5, gt=0, lt=1, description="Probability that an item is hidden and asked for (set).")
+    question_weight: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="a: a question with m targets counts m^a times.",
+    )
+    start: Literal["auto", "random", "linear"] = Field(
+        "auto",
+        description="Initial weights. linear: the item-item matrix of EASE, cut to rank D. auto: linear if the towers "
+        "can express it and the catalog has at most 20,000 items.",
+    )
+    start_ridge: PositiveFloat | Literal["auto"] = Field(
+        "auto", description="Ridge penalty of the linear start. auto: the best of three on the validation."
+    )
+    recent_prior: bool = Field(
+        True,
+        description="Add how much more frequent each item is now than in all of training to its score. Half-life and "
+        "strength are chosen on the validation, left out if it does not help, or the split is not by time.",
+    )
     replay: float = Field(
         1.0, ge=0, le=100, description="When training continues on new data (--from): old rows replayed per new row."
     )
@@ -187,7 +226,11 @@ class EvaluationConfig(Section):
 
     ks: list[Annotated[int, Field(ge=1)]] = Field([10, 20], min_length=1, description="Cut-offs K.")
     exclude_seen: bool = Field(True, description="Exclude items in the query's history from the ranking.")
-    baselines: bool = Field(True, description="Evaluate popularity and item-kNN too, in the same table.")
+    baselines: bool | list[Literal["popularity", "newest", "item-kNN", "EASE"]] = Field(
+        True,
+        description="Evaluate simple methods too, in the same table: popularity, newest (popularity in the newest "
+        "rows), item-kNN and EASE, with settings chosen on the validation. A list names some of them; false: none.",
+    )
     slices: list[str] = Field(
         [], description="Columns to slice by: items.COLUMN of the item table, queries.COLUMN of the query table."
     )

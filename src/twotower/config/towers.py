@@ -35,6 +35,9 @@ class HistoryConfig(Section):
 
     length: int = Field(50, ge=1, le=10_000, description="L: use the L most recent items.")
     heads: int = Field(4, ge=1, le=64, description="Number of pooled averages, each with its own recency weights.")
+    power: float = Field(
+        0.0, ge=0, le=1, description="a: multiply the averages by n^a, n items in the history. 0: means, 1: sums."
+    )
     dropout: float = Field(0.3, ge=0, lt=1, description="Fraction of history items hidden during training.")
     share_table: bool = Field(True, description="Look up the history's items in the item tower's id table.")
     item_features: bool = Field(
@@ -50,7 +53,10 @@ class QueryTowerConfig(Section):
 
     id_embedding: bool = Field(False, description="A learned vector per query seen in training.")
     history: HistoryConfig | None = HistoryConfig()
-    hidden: list[Annotated[int, Field(ge=1)]] = Field([128], description="Widths of the hidden layers of the MLP.")
+    hidden: list[Annotated[int, Field(ge=1)]] | None = Field(
+        [128],
+        description="Widths of the hidden layers of the MLP. null: no MLP; the embedding is the sum of id and history.",
+    )
     dropout: float = Field(0.3, ge=0, lt=1)
     residual: bool = Field(False, description="Skip connections around the MLP's hidden layers.")
     layer_norm: bool = Field(False, description="Layer norm before the activations of the MLP.")
@@ -86,6 +92,7 @@ class ItemTowerConfig(Section):
         "none", description="Columns of the item table: none, auto (what `twotower features` proposes), or a list."
     )
     id_embedding: bool = Field(True, description="A learned vector per item. false: features only.")
+    bias: bool = Field(False, description="A learned number per item, added to its score: one more coordinate.")
     id_dropout: float = Field(
         0.0, ge=0, lt=1, description="Probability that an item's id is hidden during training; needs features."
     )

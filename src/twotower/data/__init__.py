@@ -8,9 +8,9 @@ from twotower.data.loading.packing import Packed
 from twotower.data.loading.sequences import SequenceBatches
 from twotower.data.schema.account import Account
 from twotower.data.schema.vocabulary import Hashed
-from twotower.data.splits.from_files import from_parts
+from twotower.data.splits.from_files import Parts, from_parts
 from twotower.data.splits.holdout import Holdout
-from twotower.data.splits.protocols import Split, by_time, held_out_queries, leave_last_out
+from twotower.data.splits.protocols import Split, by_time, held_out_queries, leave_last_out, random_rows
 
 __all__ = [
     "Account",
@@ -21,6 +21,7 @@ __all__ = [
     "Interactions",
     "KnownPositives",
     "Packed",
+    "Parts",
     "SequenceBatches",
     "Split",
     "TrainingBatches",
@@ -31,5 +32,6 @@ __all__ = [
     "held_out_queries",
     "leave_last_out",
     "ragged_histories",
+    "random_rows",
     "splits",
 ]

@@ -1,5 +1,6 @@
 """Evaluation over the whole catalog, next to the baselines that a model must beat."""
 
+from twotower.evaluation.baselines import BASELINES, FittedBaselines, fit_baselines
 from twotower.evaluation.calibration import Calibration, softmax_calibration
 from twotower.evaluation.evaluator import check_targets, evaluate, evaluate_all
 from twotower.evaluation.metrics import (
@@ -20,11 +21,13 @@ from twotower.evaluation.significance import Interval, PairedComparison, bootstr
 from twotower.evaluation.slices import COLD, DECILES, SLICES, check_slices, popularity_parts, popularity_thirds
 
 __all__ = [
+    "BASELINES",
     "COLD",
     "DECILES",
     "SLICES",
     "Calibration",
     "Evaluation",
+    "FittedBaselines",
     "Interval",
     "PairedComparison",
     "Row",
@@ -36,6 +39,7 @@ __all__ = [
     "evaluate",
     "evaluate_all",
     "exposure",
+    "fit_baselines",
     "gini",
     "hit_rate_at",
     "hits",

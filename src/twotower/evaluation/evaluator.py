@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 
 from twotower.data import Holdout, Interactions
 from twotower.errors import InputError
+from twotower.evaluation.baselines import FittedBaselines, fit_baselines
 from twotower.evaluation.metrics import hits
 from twotower.evaluation.per_query import EvaluationTask, Targets, measure
 from twotower.evaluation.results import Evaluation
 from twotower.evaluation.slices import column_slices, flat, standard_slices
 from twotower.ranking.base import Ranker
-from twotower.ranking.baselines import ItemKNN, Popularity
 
 Empty = Literal["skip", "zero"]
 
@@ -26,7 +26,8 @@ def evaluate(
     train: Interactions,
     ks: Sequence[int] = (10, 20),
     exclude_seen: bool = True,
-    baselines: bool | Mapping[str, Ranker] = True,
+    baselines: bool | Sequence[str] | Mapping[str, Ranker] = True,
+    validation: Holdout | None = None,
     name: str = "model",
     empty: Empty = "skip",
     allow_approximate: bool = False,
@@ -43,7 +44,9 @@ def evaluate(
         train: the training interactions: they define head, mid and tail, and fit the baselines.
         ks: the cut-offs K.
         exclude_seen: exclude items of a query's history from its ranking.
-        baselines: True for popularity and item-kNN; a mapping from names to other rankers; False for none.
+        baselines: True for all baselines of `fit_baselines`, or the names of some; a mapping from names to other
+            rankers; False for none.
+        validation: the validation queries, on which the settings of the baselines are chosen; None for fixed settings.
         name: the ranker's name in the table.
         empty: queries without targets are left out of every mean (`"skip"`) or count as 0 (`"zero"`).
         allow_approximate: accept a ranker with `is_exact = False`; the result notes it.
@@ -58,11 +61,19 @@ def evaluate(
             unknown codes, repeats, excluded items).
         InputError: nothing is left to evaluate, or `slices` names columns that the tables do not have.
     """
-    chosen, notes = _baselines(train, name) if baselines is True else (dict(baselines or {}), [])
-    if name in chosen:
+    fitted = FittedBaselines(dict(baselines), ()) if isinstance(baselines, Mapping) else FittedBaselines({}, ())
+    if baselines and not isinstance(baselines, Mapping):
+        fitted = fit_baselines(
+            train,
+            validation,
+            names=None if baselines is True else baselines,
+            k=min(ks, default=1),
+            exclude_seen=exclude_seen,
+        )
+    if name in fitted.rankers:
         raise InputError(f"two rankers are called {name!r}: give the model another name")
     return evaluate_all(
-        {name: ranker, **chosen},
+        {name: ranker, **fitted.rankers},
         holdout,
         train=train,
         ks=ks,
@@ -70,7 +81,7 @@ def evaluate(
         empty=empty,
         allow_approximate=allow_approximate,
         slices=slices,
-        notes=notes,
+        notes=fitted.notes,
     )
 
 
@@ -128,15 +139,6 @@ def evaluate_all(
         is_exact=not inexact,
         query_ids=train.queries,
     )
-
-
-def _baselines(train: Interactions, name: str) -> tuple[dict[str, Ranker], list[str]]:
-    chosen: dict[str, Ranker] = {"popularity": Popularity(train)}
-    if reason := ItemKNN.refusal(train):
-        return chosen, [f"the item-kNN baseline was left out: {reason}"]
-    if name == "item-kNN":
-        return chosen, []
-    return {**chosen, "item-kNN": ItemKNN(train)}, []
 
 
 def _notes(removed: int, num_empty: int, empty: Empty, inexact: Sequence[str]) -> list[str]:
@@ -198,7 +200,8 @@ def _item_embeddings(
         distinct = np.unique(ranked[ranked >= 0])
         places = np.where(ranked >= 0, np.searchsorted(distinct, ranked), -1)
         return by_parts(distinct).cpu().numpy(), places
-    found = getattr(ranker, "item_embeddings", None)
+    found = getattr(ranker, "directions", None)  # without a coordinate for biases, if there is one
+    found = getattr(ranker, "item_embeddings", None) if found is None else found
     if found is None:
         return None, None
     embeddings: NDArray[np.floating] = torch.as_tensor(found).detach().float().cpu().numpy()

@@ -15,7 +15,13 @@ from rich.console import Group
 from rich.table import Table
 
 from twotower.data.schema.vocabulary import Vocabulary
-from twotower.evaluation.significance import Interval, bootstrap_interval, bootstrap_intervals
+from twotower.evaluation.significance import (
+    SIGNIFICANT,
+    Interval,
+    bootstrap_interval,
+    bootstrap_intervals,
+    paired_comparison,
+)
 from twotower.evaluation.slices import SLICES
 from twotower.system.filesystem import whole_file
 from twotower.system.terminal import cell
@@ -122,6 +128,7 @@ class Evaluation:
         slice_groups: by group ("thirds", "deciles", "cold", "items.genres"), the names of its slices in order.
         is_exact: whether every ranker searched exactly.
         query_ids: vocabulary of the query codes; None if unknown.
+        advice: overrides of settings to try if a baseline is not beaten, such as `"item_tower.dimension=256"`.
     """
 
     holdout: str
@@ -139,6 +146,7 @@ class Evaluation:
     slice_groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
     is_exact: bool = True
     query_ids: Vocabulary | None = field(default=None, repr=False)
+    advice: tuple[str, ...] = ()
 
     @property
     def num_queries(self) -> int:
@@ -184,6 +192,7 @@ class Evaluation:
                 for row in self.rows
             ],
             "notes": list(self.notes),
+            "advice": list(self.advice),
         }
         if per_query:
             result["queries"] = self.queries.tolist()
@@ -290,19 +299,23 @@ class Evaluation:
         ]
 
     def _verdict(self) -> list[str]:
-        """Summarize whether the model beats the best baseline."""
+        """Compare the evaluated ranker with the best baseline; if it is not better, list the settings to try."""
         model, *others = self.rows
-        metric = f"NDCG@{self.ks[-1]}"
         if not others:
             return []
+        metric = f"NDCG@{self.ks[0]}"
         best = max(others, key=lambda row: row.values[metric])
-        mine, theirs = model.values[metric], best.values[metric]
-        if mine > theirs:
-            return [f"{model.name} is above the best baseline, {best.name}: {metric} {mine:.4f} against {theirs:.4f}"]
-        return [
-            f"{model.name} does not beat {best.name}: {metric} {mine:.4f} against {theirs:.4f}; "
-            "more epochs, more data or another configuration is needed before it earns its keep"
-        ]
+        found = paired_comparison(model.per_query[metric], best.per_query[metric])
+        p = "p unknown" if math.isnan(found.p_value) else f"p {'<' if found.p_value < 0.001 else '='} "
+        p += "" if math.isnan(found.p_value) else f"{max(found.p_value, 0.001):.3f}"
+        numbers = f"{metric} {model.values[metric]:.4f} against {best.values[metric]:.4f} ({p})"
+        if found.p_value < SIGNIFICANT and found.difference > 0:
+            return [f"{model.name} is above the best baseline, {best.name}: {numbers}"]
+        what = "is below" if found.p_value < SIGNIFICANT else "does not differ significantly from"
+        said = [f"{model.name} {what} the best baseline, {best.name}: {numbers}"]
+        if self.advice:
+            said.append(f"settings to try on this data: {' '.join(f'--set {setting}' for setting in self.advice)}")
+        return said
 
     def _closing(self) -> list[str]:
         return [*self._verdict(), *(f"note: {note}" for note in self.notes)]

@@ -77,14 +77,14 @@ class ParentModel:
                 raise InputError(
                     "start: the model's tables are sharded over several ranks; save it, and pass its folder"
                 )
-            return self.artifact.towers.state_dict()
+            return _without_recent(self.artifact.towers.state_dict())
         path = self.folder / TOWERS
         try:
             found, named = stored_tensors(path)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{path}: not readable ({error}); copy it again or train again") from error
         # A tensor with two names is stored under one of them; the metadata maps the other name to it.
-        return found | {other: found[name] for other, name in named.items() if name in found}
+        return _without_recent(found | {other: found[name] for other, name in named.items() if name in found})
 
     @property
     def fingerprint(self) -> str:
@@ -109,6 +109,11 @@ class ParentModel:
             None if times is None or not len(times) else int(np.max(times)),
             model.contexts.get("context"),
         )
+
+
+def _without_recent(weights: Mapping[str, RowSource]) -> dict[str, RowSource]:
+    """Leave out the recent prior: it is of the parent's time, and is chosen again on the new validation."""
+    return {name: value for name, value in weights.items() if name != "recent"}
 
 
 def _contexts(folder: Path) -> dict[str, pl.DataFrame]:

@@ -245,6 +245,7 @@ def continued(
     gone = _withdrawn(past, data, withdrawn)
     fresh = _new_rows(past, data, gone, account)
     made = split(fresh)
+    fresh = made.data  # the rows of a query may have been shuffled
     account.extend(made.account)
     new_items = fresh.item_counts() > 0
     if fresh.negatives is not None:
@@ -280,8 +281,17 @@ def continued(
     warm_items = train.item_counts() > 0 if cold == "drop" else None
     warm_queries = np.diff(train.offsets) > 0 if cold == "drop" and made.name == "by_time" else None
     before = PastRows.of(past, maps, len(queries))
+    histories = bool(made.settings.get("histories"))
     holdouts = {
-        name: _carried(getattr(made, name), before, maps, rows, account=account, warm=(warm_items, warm_queries))
+        name: _carried(
+            getattr(made, name),
+            before,
+            maps,
+            rows,
+            account=account,
+            warm=(warm_items, warm_queries),
+            histories=histories,
+        )
         for name in ("validation", "test")
     }
     times = fresh.timestamps
@@ -413,8 +423,12 @@ def _carried(
     *,
     account: Account,
     warm: tuple[NDArray[np.bool_] | None, NDArray[np.bool_] | None],
+    histories: bool,
 ) -> Holdout:
-    """Recode a holdout of the new data, put the past in front of its histories, and drop cold targets."""
+    """Recode a holdout of the new data, put the past in front of its histories, and drop cold targets.
+
+    With `histories`, queries without a training row stay if they have a history.
+    """
     if not len(holdout):
         return holdout
     queries = maps.queries[holdout.queries]
@@ -426,7 +440,7 @@ def _carried(
     if warm_items is not None:
         keep &= warm_items[targets]
     if warm_queries is not None:
-        keep &= warm_queries[queries[owner]]
+        keep &= (warm_queries[queries] | (histories & (np.diff(holdout.history_offsets) > 0)))[owner]
     if not keep.all():
         account.add(f"{holdout.name}: cold targets", int((~keep).sum()), "query or item without a training row")
     owner, targets = owner[keep], targets[keep]

@@ -33,6 +33,7 @@ from twotower.negatives import (
     Uniform,
     Weighted,
 )
+from twotower.negatives.frequency import HasItemCounts
 from twotower.objectives.base import Objective
 from twotower.objectives.registry import OBJECTIVES, named_objective
 
@@ -48,11 +49,11 @@ __all__ = [
 ]
 
 
-def build_objective(config: Config, train: Interactions, *, learnt: Interactions | None = None) -> Objective:
+def build_objective(config: Config, train: Interactions, *, learnt: HasItemCounts | None = None) -> Objective:
     """Build the objective of a configuration, with frequencies counted from the training interactions.
 
-    `learnt` are the rows that batches are made of, if not all of `train`: the frequency of in-batch candidates is
-    counted from them, while heads and proposals use all rows.
+    `learnt` counts the items of the rows or questions that batches are made of, if not all rows of `train`: it gives
+    the frequency of in-batch candidates, while heads and proposals use all rows.
 
     Raises:
         InputError: the objective, a source or a setting is unknown, or needs something that the data does not have.
@@ -62,7 +63,8 @@ def build_objective(config: Config, train: Interactions, *, learnt: Interactions
     pool = build_pool(settings, train, learnt=learnt)
     objective = named.make(pool, settings, train.num_items)
     objective.rows_per_draw = settings.rows_per_draw
-    if settings.rows_per_draw is not None and config.reads_sequences:
+    asks_together = config.reads_sequences or config.training.question in ("horizon", "set")
+    if settings.rows_per_draw is not None and asks_together:
         refuse_in_batch(pool)
     return objective
 
@@ -75,12 +77,12 @@ def refuse_in_batch(pool: Pool) -> None:
     """
     if any(isinstance(member, InBatch) for member in pool.members()):
         raise InputError(
-            "objective.rows_per_draw: with in_batch and whole sequences all rows of a batch must share one draw; "
+            "objective.rows_per_draw: with in_batch, the rows of whole sequences or questions must share one draw; "
             "remove rows_per_draw, or use frequency, uniform or head instead of in_batch"
         )
 
 
-def build_pool(settings: ObjectiveConfig, train: Interactions, *, learnt: Interactions | None = None) -> Pool:
+def build_pool(settings: ObjectiveConfig, train: Interactions, *, learnt: HasItemCounts | None = None) -> Pool:
     """Build the pool of an objective's settings; raises the errors of `build_objective`."""
     named = named_objective(settings.name)
     unique = named.unique if settings.unique is None else settings.unique
@@ -89,7 +91,7 @@ def build_pool(settings: ObjectiveConfig, train: Interactions, *, learnt: Intera
         for source in (named.sources if settings.sources is None else settings.sources)
         for name, options in source.items()
     ]
-    builder = _SourceBuilder(train, build_frequency(settings, train if learnt is None else learnt), written)
+    builder = _SourceBuilder(train, build_frequency(settings, train, learnt), written)
     return Pool(
         *(builder.build(name, options) for name, options in written), unique=unique, correction=named.correction
     )
@@ -106,21 +108,22 @@ def needs_known_positives(config: Config) -> bool:
     """Return whether known positives must be masked: by the objective, or for in-batch candidates with sequences."""
     sources = config.objective.sources or named_objective(config.objective.name).sources
     in_batch = any("in_batch" in source for source in sources)
-    return masks_known_positives(config.objective) or (in_batch and config.reads_sequences)
+    together = config.reads_sequences or config.training.question in ("horizon", "set")  # rows of one query
+    return masks_known_positives(config.objective) or (in_batch and together)
 
 
-def build_frequency(settings: ObjectiveConfig, train: Interactions) -> Frequency:
-    """Build the item frequency named by `objective.frequency`.
+def build_frequency(settings: ObjectiveConfig, train: Interactions, learnt: HasItemCounts | None = None) -> Frequency:
+    """Build the item frequency named by `objective.frequency`, counted from `learnt`, or else from `train`.
 
     Raises:
         InputError: the frequency is grouped and the data has no group column.
     """
     if settings.frequency == "counted":
-        return CountedFrequency(train)
+        return CountedFrequency(train if learnt is None else learnt)
     if settings.frequency == "streaming":
         return StreamingFrequency(train.num_items)
     if settings.frequency == "grouped":
-        return GroupedFrequency.counted(train)
+        return GroupedFrequency.counted(learnt if isinstance(learnt, Interactions) else train)
     if train.groups is None:
         raise InputError("objective.frequency: grouped-streaming needs a group column; name it with data.columns.group")
     return GroupedFrequency([StreamingFrequency(train.num_items) for _ in range(int(train.groups.max()) + 1)])

@@ -1,8 +1,9 @@
-"""Baselines that a model must beat: popularity, item-kNN and EASE. All of them are rankers.
+"""Baselines that a model must beat: popularity, of all or the newest rows, item-kNN and EASE. All of them are rankers.
 
 Co-occurrence counts of items: the sparse product behind the neighbourhood baselines.
 """
 
+import copy
 import warnings
 from collections.abc import Iterator
 
@@ -111,14 +112,22 @@ class Popularity:
 
     Args:
         train: the training interactions.
+        share: count only this share of the rows, the newest by timestamp; rows with the timestamp of the oldest of them
+            count too.
+
+    Raises:
+        ValueError: `share` is out of range, or below 1 and the rows have no timestamps.
     """
 
     is_exact = True
 
-    def __init__(self, train: Interactions) -> None:
+    def __init__(self, train: Interactions, share: float = 1.0) -> None:
+        if not 0 < share <= 1:
+            raise ValueError(f"share must be above 0 and at most 1, got {share}")
         self._order = tie_order(train.num_items)
         # Ranks among the distinct counts instead of counts: float32 is not exact above 2^24.
-        places = np.unique(train.item_counts(), return_inverse=True)[1]
+        counts = train.item_counts() if share == 1 else _newest_counts(train, share)
+        places = np.unique(counts, return_inverse=True)[1]
         self._places = torch.from_numpy(places.astype(np.float32))[self._order]
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> Tensor:
@@ -167,6 +176,14 @@ class ItemKNN:
         width = max(train.num_items - 1, 1)
         self._columns, self._similarities = _neighbours(train, self._order, min(neighbours or width, width), shrink)
 
+    def with_neighbours(self, neighbours: int) -> "ItemKNN":
+        """Return the same baseline with only the `neighbours` most similar items of those it has."""
+        fewer = copy.copy(self)
+        # Neighbours are stored from most to least similar.
+        fewer._columns = self._columns[:, :neighbours]
+        fewer._similarities = self._similarities[:, :neighbours]
+        return fewer
+
     @staticmethod
     def refusal(train: Interactions) -> str | None:
         """Explain why item-kNN would take too long on this data; None if it would not."""
@@ -207,7 +224,7 @@ class EASE:
 
         P = (X^T X + l2 I)^{-1},   W_ij = -P_ij / P_jj,  W_jj = 0,   score(q, j) = sum_{i in history(q)} W_ij
 
-    A strong reference for small catalogs; it solves a dense N x N system.
+    A strong reference for small catalogs. It solves a dense N x N system: N^3 multiplications, and 16 N^2 bytes.
 
     Args:
         train: the training interactions, at most 20,000 items.
@@ -223,13 +240,40 @@ class EASE:
         if l2 <= 0:
             raise InputError(f"l2 must be positive, got {l2}")
         _check_dense(train, "EASE")
-        self._order = tie_order(train.num_items)
-        precision = gram(train)
-        precision.diagonal().add_(l2)
-        precision = torch.cholesky_inverse(torch.linalg.cholesky(precision))
-        weights = precision / -precision.diagonal()
-        weights.fill_diagonal_(0.0)
-        self._weights = weights[:, self._order]
+        self._solve(gram(train), l2)
+
+    @classmethod
+    def of_products(cls, products: Tensor, l2: float) -> "EASE":
+        """Solve for X^T X, float32 [N, N], as `gram` returns it; it is not changed."""
+        solved = cls.__new__(cls)
+        solved._solve(products.clone(), l2)
+        return solved
+
+    def _solve(self, products: Tensor, l2: float) -> None:
+        self._order = tie_order(len(products))
+        products.diagonal().add_(l2)
+        precision = torch.cholesky_inverse(torch.linalg.cholesky(products))
+        precision /= -precision.diagonal().clone()
+        precision.fill_diagonal_(0.0)
+        self._weights = precision[:, self._order]
+
+    @staticmethod
+    def refusal(train: Interactions, memory: int | None = None) -> str | None:
+        """Explain why EASE does not fit this data; None if it does.
+
+        Args:
+            train: the training interactions.
+            memory: available bytes; None if unknown.
+        """
+        items = train.num_items
+        if items > _MAX_DENSE_ITEMS:
+            return f"EASE needs a dense {items:,} x {items:,} matrix: at most {_MAX_DENSE_ITEMS:,} items"
+        if reason := ItemKNN.refusal(train):
+            return reason.replace("item-kNN", "EASE")
+        needed = 4 * 4 * items**2  # the products, their sum with the penalty, its factor and its inverse
+        if memory is not None and needed > memory:
+            return f"EASE needs {needed / 2**30:.1f} GiB for this catalog, {memory / 2**30:.1f} GiB are available"
+        return None
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> Tensor:
         """Return the k highest-scoring items, [E, k] int64; see `Ranker`."""
@@ -238,9 +282,7 @@ class EASE:
 
         def score_tile(rows: slice, columns: slice) -> Tensor:
             starts = offsets[rows.start : rows.stop + 1]
-            history = torch.zeros(len(starts) - 1, num_items)
-            row = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
-            history[torch.from_numpy(row), torch.from_numpy(items[starts[0] : starts[-1]])] = 1.0
+            history = _csr(starts - starts[0], items[starts[0] : starts[-1]], num_items)
             return history @ self._weights[:, columns]
 
         return top_k(
@@ -255,6 +297,16 @@ class EASE:
 
 def _seen(holdout: Holdout, exclude_seen: bool) -> Exclusion | None:
     return (holdout.history_offsets, holdout.history_items) if exclude_seen else None
+
+
+def _newest_counts(train: Interactions, share: float) -> NDArray[np.int64]:
+    """Count the newest share of the rows by item, [N]."""
+    if train.timestamps is None:
+        raise ValueError("the newest rows need timestamps")
+    times = np.asarray(train.timestamps)
+    oldest = max(len(times) - max(round(share * len(times)), 1), 0)
+    rows = times >= np.partition(times, oldest)[oldest]
+    return np.bincount(np.asarray(train.item_codes)[rows], minlength=train.num_items)
 
 
 def _check_dense(train: Interactions, what: str) -> None:

@@ -145,7 +145,7 @@ class ShardedRanker:
         codes = torch.from_numpy(items).to(self.embeddings.device)
         requested, place = request_rows(self.part, codes), torch.argsort(self._order).to(codes.device)
         fetched = fetch_rows(self.embeddings, self.part, replace(requested, given=place[requested.given]))
-        return fetched.rows.detach()[fetched.place(codes)]
+        return fetched.rows.detach()[fetched.place(codes)][:, : self.towers.item_tower.dimension]
 
     @torch.no_grad()
     def _embedded(self, holdout: Holdout) -> Tensor:
@@ -191,7 +191,7 @@ def own_item_embeddings(towers: TwoTower, part: RowShard, order: Tensor | None =
     was_training, device = towers.training, towers.log_temperature.device
     towers.eval()
     codes = part.own.start + (torch.arange(len(part)) if order is None else order).to(device)
-    embedded = torch.empty(len(part), towers.item_tower.dimension, device=device)
+    embedded = torch.empty(len(part), towers.width, device=device)
     table = towers.item_tower.ids
     is_here = table is None or table.part is None or table.part == part
     for begin in range(0, len(part) if is_here else part.bounds[1], BLOCK):  # else as many as the largest rank

@@ -102,6 +102,11 @@ class TowerRanker:
         self.history_length = history_length
         self.item_embeddings = self._items() if item_embeddings is None else item_embeddings
 
+    @property
+    def directions(self) -> Tensor:
+        """Item embeddings without the coordinate of item bias and recent prior, [N, D]."""
+        return self.item_embeddings[:, : self.towers.item_tower.dimension]
+
     @cached_property
     def index(self) -> ExactIndex:
         """Exact search over the items, built on first use: a served model may have another kind of index."""

@@ -22,10 +22,11 @@ def question(document: Document) -> str:
 
 
 def answer(document: Document) -> list[str]:
-    """Return the findings as paragraphs; the first is the short answer."""
+    """Return the findings as paragraphs; the first is the short answer, above all if a baseline is better."""
     if document["kind"] != "comparison" or len(document["models"]) == 1:
-        return [*_alone(document), *_baselines(document)]
-    return [_use(document), *_behind(document), *_tail(document), *_reference(document), *_baselines(document)]
+        return [*_beaten(document), *_alone(document), *_baselines(document)]
+    said = [_use(document), *_behind(document), *_tail(document), *_reference(document), *_baselines(document)]
+    return [*_beaten(document), *said]
 
 
 def cautions(document: Document) -> list[str]:
@@ -73,12 +74,20 @@ def family(document: Document, about: str) -> dict[str, Any] | None:
 
 
 def verdicts(document: Document, about: str = "all") -> dict[str, str]:
-    """Return the kind of mark of each objective: best, same as the best, ahead of it or behind it."""
+    """Return the kind of mark of each objective: best, same as the best, ahead of it or behind it.
+
+    The only model of a document is "alone", and the best objective is only "top" if a baseline has a higher mean.
+    """
     tests = family(document, about)
     if tests is None:
-        return {model["name"]: "best" for model in document["models"]}
+        return {model["name"]: "alone" for model in document["models"]}
     kinds = {"not told apart": "same", "ahead": "ahead", "behind": "behind"}
-    return {tests["against"]: "best", **{one["name"]: kinds[one["verdict"]] for one in tests["contests"]}}
+    beside = family(document, "baselines")
+    is_best = beside is None or all(one["difference"] <= 0 for one in beside["contests"])
+    return {
+        tests["against"]: "best" if is_best else "top",
+        **{one["name"]: kinds[one["verdict"]] for one in tests["contests"]},
+    }
 
 
 def value(entry: dict[str, Any], metric: str, part: str | None = None) -> dict[str, Any] | None:
@@ -130,6 +139,27 @@ def _interval(found: dict[str, Any]) -> str:
     if found["low"] is None:
         return number(found["mean"])
     return f"{number(found['mean'])} (95 % interval {number(found['low'])} to {number(found['high'])})"
+
+
+def _beaten(document: Document) -> list[str]:
+    """Say first that a baseline is significantly better than every model, and what to try."""
+    tests = family(document, "baselines")
+    ahead = [one for one in tests["contests"] if one["verdict"] == "ahead"] if tests else []
+    if tests is None or not ahead:
+        return []
+    best, metric = max(ahead, key=lambda one: float(one["difference"])), tests["metric"]
+    own = (value(document["models"][0], metric) or {"mean": 0.0})["mean"]
+    numbers = f"{number(own)}, against {number(own + best['difference'])} ({p_value(best['adjusted'])})"
+    if document["kind"] == "comparison" and len(document["models"]) > 1:
+        said = (
+            f"No objective reaches the best baseline, {best['name']}: the highest {metric} of an objective, of "
+            f"{tests['against']}, is {numbers}."
+        )
+    else:
+        said = f"{tests['against']} is below the best baseline, {best['name']}: its {metric} is {numbers}."
+    if advice := document["evaluation"].get("advice"):
+        said += f" Settings to try on this data: {' '.join(f'--set {setting}' for setting in advice)}."
+    return [said]
 
 
 def _use(document: Document) -> str:

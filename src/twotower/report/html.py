@@ -53,26 +53,15 @@ def raw(text: str) -> Html:
     return Html(text)
 
 
-def table(
-    heads: Sequence[str], rows: Sequence[Sequence[str | Html]], about: str, *, strong: Sequence[str] = ()
-) -> Html:
+def table(heads: Sequence[str], rows: Sequence[Sequence[str | Html]], about: str) -> Html:
     """Build a table whose first column names the rows.
 
     Args:
         heads: column headings.
         rows: cells.
         about: label for screen readers.
-        strong: first cells of the rows to set in bold.
     """
-    body = [
-        h(
-            "tr",
-            h("th", row[0], scope="row"),
-            [h("td", cell) for cell in row[1:]],
-            class_="strong" if row[0] in strong else None,
-        )
-        for row in rows
-    ]
+    body = [h("tr", h("th", row[0], scope="row"), [h("td", cell) for cell in row[1:]]) for row in rows]
     head = h("tr", [h("th", text, scope="col") for text in heads])
     return h(
         "div",

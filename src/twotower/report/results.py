@@ -209,14 +209,16 @@ def _slice_table(document: Document, group: str, shown: Sequence[str]) -> Html:
 def legend(kinds: dict[str, str], baselines: bool) -> Html:
     """Explain the marks that occur."""
     words = {
+        "alone": "this model",
         "best": "highest mean",
+        "top": "highest mean of the objectives, below a baseline",
         "same": "not significantly different from it",
         "ahead": "significantly better",
         "behind": "significantly worse",
         "baseline": "baseline",
     }
     used = [kind for kind in words if kind in kinds.values() or (kind == "baseline" and baselines)]
-    if used in (["best"], []):
+    if used in (["alone"], ["best"], []):
         return h("div")
     return h(
         "ul",
@@ -241,7 +243,7 @@ def _row(entry: dict[str, Any], metric: str, kind: str) -> IntervalRow:
 
 
 def _metrics(document: Document) -> Html:
-    k, kinds = document["metric"].split("@")[1], findings.verdicts(document)
+    k = document["metric"].split("@")[1]
     tail = document["tail_metric"]
     columns: list[tuple[str, str, str | None, str]] = [
         ("NDCG", f"NDCG@{k}", None, ".4f"),
@@ -261,10 +263,9 @@ def _metrics(document: Document) -> Html:
     for entry in entries:
         found = [(findings.value(entry, metric, part), form) for _, metric, part, form in columns]
         rows.append([entry["name"], *("–" if one is None else format(one["mean"], form) for one, form in found)])
-    strong = [name for name, kind in kinds.items() if kind == "best"]
     return h(
         "div",
-        table(["", *(column[0] for column in columns)], rows, "All metrics", strong=strong),
+        table(["", *(column[0] for column in columns)], rows, "All metrics"),
         h(
             "p",
             f"All at K = {k}. Head, mid, tail: {tail} on the targets in that third of the training interactions. "

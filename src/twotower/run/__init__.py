@@ -1,5 +1,6 @@
 """From settings to a trained, evaluated model."""
 
+from twotower.run.advice import settings_to_try, with_advice
 from twotower.run.batches import make_batches, row_gaps
 from twotower.run.data import propose_features, read_data, split_data
 from twotower.run.model import Model, continue_with, evaluate, fit
@@ -19,6 +20,8 @@ __all__ = [
     "reread",
     "row_gaps",
     "settings_of",
+    "settings_to_try",
     "split_data",
     "train_run",
+    "with_advice",
 ]

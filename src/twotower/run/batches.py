@@ -7,10 +7,12 @@ import numpy as np
 from twotower.config.run import Config
 from twotower.data import GroupedBatches, Interactions, SequenceBatches, TrainingBatches
 from twotower.data.loading.gaps import gap_codes
+from twotower.data.loading.questions import QuestionBatches
 from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
 from twotower.features.feature_set import EncodedTable
 from twotower.features.from_config import encode_context
+from twotower.run.question import refuse_question, rule_of
 
 
 def make_batches(
@@ -19,7 +21,7 @@ def make_batches(
     rows: np.ndarray | None = None,
     ranks: Communicator | None = None,
     context: EncodedTable | None = None,
-) -> TrainingBatches | GroupedBatches | SequenceBatches:
+) -> TrainingBatches | GroupedBatches | SequenceBatches | QuestionBatches:
     """Build the training batches for a configuration.
 
     Args:
@@ -34,6 +36,13 @@ def make_batches(
     """
     size, seed, length = int(config.training.batch_size), config.training.seed, config.history_length
     grouped = config.objective.frequency.startswith("grouped")
+    rule = rule_of(config)
+    if rule is not None:
+        refuse_question(config, train)
+        encoded = None if context is None else encode_context(context.features, train)
+        return QuestionBatches(
+            train, size, rule, history_length=length, seed=seed, rows=rows, ranks=ranks, context=encoded
+        )
     if config.reads_sequences:
         if grouped:
             raise InputError("objective.frequency: grouped: a sequence may span several groups; expected counted")

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from twotower.config.run import DataConfig, HashedConfig
-from twotower.data import Interactions, Split, by_time, held_out_queries, leave_last_out
+from twotower.data import Interactions, Parts, Split, by_time, held_out_queries, leave_last_out, random_rows
 from twotower.data.datasets import registry
-from twotower.data.io.folders import listing, refuse_other_files
+from twotower.data.io.folders import Files, find_files, listing, refuse_other_files
+from twotower.data.io.layout import META
 from twotower.data.prepare.request_context import Wanted
 from twotower.data.schema.vocabulary import Hashed
 from twotower.distributed.launch import Coordinator, Launch
@@ -20,11 +21,16 @@ from twotower.system.hardware import cores
 
 def read_data(
     source: str | Path, settings: DataConfig, *, items: str | None = None, context: Wanted = None
-) -> Interactions:
+) -> Interactions | Parts:
     """Read a file, a folder or a named data set with the settings of section `data`.
 
     `context` selects additional columns of the interactions; `wanted_context` returns those a configuration needs.
+
+    Returns:
+        Interactions to split, or, if a folder or the settings name files for the parts, a ready-made split.
     """
+    if (parts := ready_made(source, settings)) is not None:
+        return _read_parts(parts, settings, items=items, context=context)
     query_ids = settings.query_ids
     return registry.load(
         source,
@@ -40,9 +46,68 @@ def read_data(
     )
 
 
+def ready_made(source: str | Path, settings: DataConfig) -> Files | None:
+    """Find the files of a ready-made split, if `data.test` names a file or the source is a folder of parts.
+
+    Raises:
+        InputError: a file is missing, or only the validation is a file.
+    """
+    path = Path(source)
+    named = {part: value for part in ("validation", "test") if isinstance(value := getattr(settings, part), str)}
+    if named:
+        if "test" not in named:
+            raise InputError(
+                f"data.validation: {named['validation']} is a file, so the test has to be one too; pass --test FILE"
+            )
+        found = Files([], parts={"train": path, **{part: _near(path, name) for part, name in named.items()}})
+        for part, file in found.parts.items():
+            if not file.is_file():
+                raise InputError(f"{part} file {file}: no such file; with --test, DATA is the training file")
+        return found
+    if not path.is_dir() or (path / META).is_file():
+        return None
+    if any((path / name).is_file() for name in ("ratings.dat", "ratings.parquet")):
+        return None
+    files = find_files(path, parts=True)
+    return files if files.parts else None
+
+
+def _near(source: Path, name: str) -> Path:
+    """Return the path, or the file of that name next to the training file if the data has moved."""
+    path = Path(name)
+    return path if path.exists() or not (source.parent / path.name).exists() else source.parent / path.name
+
+
+def _read_parts(files: Files, settings: DataConfig, *, items: str | None, context: Wanted) -> Parts:
+    for name in ("query_ids", "item_ids"):
+        if getattr(settings, name) != "vocabulary":
+            raise InputError(f"data.{name}: a split from train and test files needs the ids; expected vocabulary")
+    if settings.catalog == "table":
+        raise InputError(
+            "data.catalog: a split from train and test files has the items of its files; expected interactions"
+        )
+    read = {
+        part: Interactions.read(
+            file,
+            columns=settings.columns.model_dump(exclude_none=True),
+            positive_label=settings.positive_label,
+            part=True,
+            context=context,
+        )
+        for part, file in files.parts.items()
+    }
+    return Parts(
+        read["train"],
+        read.get("validation"),
+        read["test"],
+        items=items or settings.items or files.items,
+        queries=settings.queries or files.queries,
+    )
+
+
 def read_by_all(
     source: str | Path, settings: DataConfig, team: Coordinator, *, context: Wanted, before: Path | None
-) -> tuple[dict[str, int], Interactions]:
+) -> tuple[dict[str, int], Interactions | Parts]:
     """Read the data on every rank, checking that all ranks read the same rows.
 
     If the file `before` exists, also check that the input files are those it lists: the files the run began with.
@@ -53,12 +118,13 @@ def read_by_all(
     Raises:
         InputError: the files or rows differ from those of the first rank, or the files from those in `before`.
     """
-    files = listing(source)
+    parts = ready_made(source, settings)
+    files = listing(source) if parts is None else {str(p): p.stat().st_size for p in parts.parts.values()}
     refuse_other_files(json.loads(team.broadcast_text("files", json.dumps(files))), files, "the first rank has")
     if before is not None and before.is_file():
         refuse_other_files(json.loads(before.read_text(encoding="utf-8")), files, "the run began with")
     # Shards are read by all ranks together. A single file is read by the first rank; the others find it in the cache.
-    share = team.all_at_once if len(files) > 1 else team.first_then_others
+    share = team.all_at_once if len(files) > 1 and parts is None else team.first_then_others
     data = share(lambda: read_data(source, settings, context=context), "data")
     if team.broadcast_text("fingerprint", data.fingerprint) != data.fingerprint:
         raise InputError(
@@ -67,14 +133,36 @@ def read_by_all(
     return files, data
 
 
-def split_data(data: Interactions, settings: DataConfig, *, cold: Literal["drop", "keep"] | None = None) -> Split:
-    """Split as section `data` says; `cold` overrides how the protocol handles cold targets."""
+def split_data(
+    data: Interactions | Parts,
+    settings: DataConfig,
+    *,
+    cold: Literal["drop", "keep"] | None = None,
+    histories: bool = False,
+) -> Split:
+    """Split as section `data` says; a ready-made split stays as it is.
+
+    Args:
+        data: what `read_data` returned.
+        settings: section `data`.
+        cold: how the protocol handles cold targets; None for its default.
+        histories: the model reads histories, so a query without a training row can be tested if it has a history.
+    """
+    if isinstance(data, Parts):
+        return data.split()
     options: dict[str, Any] = {} if cold is None else {"cold": cold}
     if settings.split == "leave-last-out":
         return leave_last_out(data, validation_queries=settings.validation_queries, **options)
+    if isinstance(settings.validation, str) or isinstance(settings.test, str):
+        raise InputError(
+            "data.validation, data.test: files of a ready-made split, which cannot split other interactions"
+        )
+    options |= {"validation": settings.validation, "test": settings.test}
     if settings.split == "held-out-queries":
-        return held_out_queries(data, validation=settings.validation, test=settings.test, **options)
-    return by_time(data, validation=settings.validation, test=settings.test, **options)
+        return held_out_queries(data, **options)
+    if settings.split == "random":
+        return random_rows(data, **options)
+    return by_time(data, histories=histories, **options)
 
 
 def with_catalog(settings: DataConfig) -> DataConfig:
@@ -101,7 +189,8 @@ def propose_features(
         InputError: the data cannot be read, or has neither a feature table nor additional columns.
     """
     settings = settings.model_copy(update={"queries": queries or settings.queries})
-    data = read_data(source, settings, items=items, context="all")
+    read = read_data(source, settings, items=items, context="all")
+    data = read.split().data if isinstance(read, Parts) else read
     tables = {"item": data.item_table, "query": data.query_table}
     found = {side: propose(table) for side, table in tables.items() if table is not None and table.width > 1}
     if data.context is not None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from twotower import evaluation, incremental
 from twotower.config.run import Config
 from twotower.data import Holdout, Interactions, KnownPositives, Split
+from twotower.data.loading.questions import QuestionBatches
 from twotower.data.schema.vocabulary import IdValues
 from twotower.distributed.communicator import Communicator
 from twotower.distributed.partition import RowShard
@@ -35,7 +36,9 @@ from twotower.ranking.tower_ranker import TowerRanker
 from twotower.run.batches import make_batches, row_gaps
 from twotower.run.data import split_data
 from twotower.run.mining import refresh_hard_negatives
+from twotower.run.recent_prior import RecentPrior, add_recent_prior
 from twotower.run.settings import complete_settings
+from twotower.run.start_weights import StartWeights
 from twotower.serving import Retriever, SavedModel
 from twotower.towers import TwoTower, build_towers
 from twotower.towers.sharded_lookup import shared_tables_of
@@ -122,7 +125,7 @@ def fit(
     from twotower.training import fit_towers, plan_memory  # noqa: PLC0415
 
     parent = incremental.parent_of(warm_start)
-    settings, rows = complete_settings(_loaded(config, parent), split, parent)
+    settings, rows = complete_settings(_loaded(config, parent), split, parent, on_message)
     train = split.train
     ranks = Communicator.current()
     with _folder(directory) as folder, _seeded(settings.training.seed):
@@ -130,7 +133,9 @@ def fit(
         features = encode_features(settings, train) if growth is None else growth.features
         towers = _build_towers(settings, train, features, ranks)
         batches = make_batches(settings, train, rows, ranks, features.get("context"))
-        objective = build_objective(settings, train, learnt=None if rows is None else train.select(rows))
+        questions = batches if isinstance(batches, QuestionBatches) else None
+        learnt = None if rows is None else train.select(rows)
+        objective = build_objective(settings, train, learnt=questions or learnt)
         known_positives = KnownPositives(train) if needs_known_positives(settings) else None
         optimizer = None
         if parent is not None and growth is not None:
@@ -141,6 +146,9 @@ def fit(
         if mine is not None and parent is not None and not resume:
             mine(towers)  # from scratch there is nothing to mine with before the first epoch
         validate = _validation(split.validation, settings, train) if len(split.validation) else None
+        start = StartWeights(folder, ranks, resume=resume)
+        if parent is None and not resume:
+            start.make(towers, settings, train, questions, validate=validate, on_message=on_message)
         before = validate(towers) if validate is not None and parent is not None and not resume else None
         plan = plan_memory(settings, towers, objective, train, ranks)
         if on_message is not None:
@@ -161,7 +169,9 @@ def fit(
             warm_start=optimizer,
             in_background=plan.in_background,
         )
-    return _model(settings, split, result, parent=parent, rows=rows, before=before)
+        result = start.or_better(result, on_message)
+        prior = add_recent_prior(towers, split, settings, validate, on_message)
+    return _model(settings, split, result, parent=parent, rows=rows, before=before, prior=prior)
 
 
 def continue_with(
@@ -188,8 +198,17 @@ def continue_with(
     parent = incremental.parent_of(warm_start)
     assert parent is not None
     settings = parent.artifact.config if config is None else config
+    if settings.data.split == "random":
+        raise InputError(
+            "data.split=random: training rows are not before test rows, so a model cannot be continued with it; use "
+            "data.split=time or data.split=leave-last-out for the new data"
+        )
     return incremental.new_days(
-        parent, data, settings, lambda fresh: split_data(fresh, settings.data, cold="keep"), withdrawn=withdrawn
+        parent,
+        data,
+        settings,
+        lambda fresh: split_data(fresh, settings.data, cold="keep", histories=settings.query_tower.history is not None),
+        withdrawn=withdrawn,
     )
 
 
@@ -269,6 +288,7 @@ def _model(
     parent: ParentModel | None,
     rows: NDArray[np.int64] | None,
     before: dict[str, float] | None,
+    prior: RecentPrior | None,
 ) -> Model:
     """Collect what the model folder holds; `before` are the validation metrics of the parent."""
     data, towers = split.data, result.towers.eval()
@@ -303,6 +323,7 @@ def _model(
             },
             "split": {"name": split.name, "settings": split.settings, "account": split.account.to_dict()},
             "training": training if before is None else {**training, "before": before},
+            "recent_prior": None if prior is None else prior.to_dict(),
         },
     )
     return Model(artifact, split, result)
@@ -322,11 +343,12 @@ def evaluate(
     train: Interactions | None = None,
     ks: tuple[int, ...] = (10, 20),
     exclude_seen: bool = True,
-    baselines: bool = True,
+    baselines: bool | Sequence[str] = True,
+    validation: Holdout | None = None,
     empty: Literal["skip", "zero"] = "skip",
     slices: Sequence[str] = (),
 ) -> Evaluation:
-    """Rank the full catalog for every query of a holdout, with the model and the baselines popularity and item-kNN.
+    """Rank the full catalog for every query of a holdout, with the model and the baselines.
 
     Args:
         model: a `Model`, or anything with `rank(holdout, k, exclude_seen)`.
@@ -334,7 +356,9 @@ def evaluate(
         train: the training interactions, for baselines and popularity slices; if None, those of the `Model`.
         ks: cut-offs K.
         exclude_seen: never rank items of the query's history.
-        baselines: also measure popularity and item-kNN.
+        baselines: also measure popularity, in all and in the newest rows, item-kNN and EASE; or the names of some.
+        validation: the validation queries, on which settings of the baselines are chosen; if None, those of the
+            `Model`.
         empty: a query without targets is excluded from every mean (`"skip"`) or counts as 0 (`"zero"`).
         slices: columns to slice by, such as `"items.genres"` or `"queries.age"`.
 
@@ -345,6 +369,8 @@ def evaluate(
         if not isinstance(model, Model):
             raise InputError("evaluate: pass train=..., the training interactions, for baselines and popularity slices")
         train = model.split.train
+    if validation is None and isinstance(model, Model) and holdout is not model.split.validation:
+        validation = model.split.validation
     return evaluation.evaluate(
         model.ranker if isinstance(model, Model) else over_ranks(model, Communicator.current()),
         holdout,
@@ -352,6 +378,7 @@ def evaluate(
         ks=ks,
         exclude_seen=exclude_seen,
         baselines=baselines,
+        validation=validation,
         empty=empty,
         slices=slices,
     )

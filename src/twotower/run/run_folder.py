@@ -11,7 +11,7 @@ from pathlib import Path
 from twotower import evaluation, incremental
 from twotower.audit.subject import Subject, subject_of
 from twotower.config.run import Config
-from twotower.data import Interactions, Split
+from twotower.data import Interactions, Parts, Split
 from twotower.data.io.id_lists import ids_like, read_ids
 from twotower.distributed.launch import Coordinator, joined_processes
 from twotower.errors import InputError
@@ -21,7 +21,8 @@ from twotower.incremental import ParentModel
 from twotower.incremental.saved_rows import load_context, load_rows
 from twotower.incremental.split import ContinuedSplit
 from twotower.objectives.build import build_objective
-from twotower.run.data import absolute, read_by_all, read_data, split_data, with_catalog
+from twotower.run.advice import with_advice
+from twotower.run.data import absolute, read_by_all, read_data, ready_made, split_data, with_catalog
 from twotower.run.model import Model, continue_with, evaluate, fit
 from twotower.run.settings import CONFIG, complete_settings, require_same_settings
 from twotower.serving import Retriever, SavedModel
@@ -158,7 +159,7 @@ def _train(
     split = _split(data, config, parent, withdraw)
     on_message(split.account)
     _report_unused(config, split, on_message)
-    config, rows = complete_settings(config, split, parent)
+    config, rows = complete_settings(config, split, parent, on_message)
     if resume:
         require_same_settings(directory, config, len(split.train) if rows is None else len(rows))
     _check(config, split)
@@ -173,6 +174,7 @@ def _train(
         split, config, directory=directory, warm_start=parent, resume=resume, progress=progress, on_message=on_message
     )
     on_message(_summary(model, config))
+    on_message(f"evaluating on the test{' next to the baselines' if config.evaluation.baselines else ''}")
     measured = _measure(model, config)
     model.artifact.metadata["data"]["source"] = absolute(source)
     _finish(directory, config, model, measured, is_first=team.ranks.is_first)
@@ -189,16 +191,22 @@ def _parent(directory: Path, warm_start: str | Path | None, *, resume: bool) -> 
 
 def _read(
     source: str | Path, config: Config, parent: ParentModel | None, team: Coordinator, *, before: Path | None
-) -> tuple[dict[str, int], Interactions]:
+) -> tuple[dict[str, int], Interactions | Parts]:
     settings = config.data if parent is None else with_catalog(config.data)
+    if parent is not None and ready_made(source, settings) is not None:
+        raise InputError(
+            f"{source}: a ready-made split; with --from, DATA is new interactions, not split, and data.validation and "
+            "data.test are fractions"
+        )
     return read_by_all(source, settings, team, context=wanted_context(config), before=before)
 
 
 def _split(
-    data: Interactions, config: Config, parent: ParentModel | None, withdraw: str | Path | None
+    data: Interactions | Parts, config: Config, parent: ParentModel | None, withdraw: str | Path | None
 ) -> Split | ContinuedSplit:
     if parent is None:
-        return split_data(data, config.data)
+        return split_data(data, config.data, histories=config.query_tower.history is not None)
+    assert isinstance(data, Interactions)  # `_read` refuses a ready-made split
     ids = None if withdraw is None else ids_like(read_ids(withdraw), parent.artifact.items, str(withdraw))
     return continue_with(parent, data, config, withdrawn=ids)
 
@@ -241,6 +249,7 @@ def _measure(model: Model, config: Config) -> Evaluation:
         baselines=settings.baselines,
         slices=settings.slices,
     )
+    measured = with_advice(measured, config)
     model.artifact.metadata["metrics"] = measured.to_dict()
     return measured
 
@@ -283,15 +292,17 @@ def evaluate_run(directory: str | Path, source: str | Path | None = None) -> Eva
     """
     artifact, split = reread(directory, source)
     settings = artifact.config.evaluation
-    return evaluation.evaluate(
+    measured = evaluation.evaluate(
         Retriever(artifact),
         split.test,
         train=split.train,
         ks=tuple(settings.ks),
         exclude_seen=settings.exclude_seen,
         baselines=settings.baselines,
+        validation=split.validation,
         slices=settings.slices,
     )
+    return with_advice(measured, artifact.config)
 
 
 def reread(directory: str | Path, source: str | Path | None = None) -> tuple[SavedModel, Split]:
@@ -315,7 +326,9 @@ def reread(directory: str | Path, source: str | Path | None = None) -> tuple[Sav
             f"{location}: not the data this model was trained on (fingerprint {data.fingerprint[:12]}, expected "
             f"{known['fingerprint'][:12]}): the test rows may include its training rows; train on this data instead"
         )
-    return artifact, split_data(data, artifact.config.data)
+    # Models of older versions were tested without the queries that have a history but no training row.
+    histories = bool(artifact.metadata["split"]["settings"].get("histories", False))
+    return artifact, split_data(data, artifact.config.data, histories=histories)
 
 
 def audit_run(directory: str | Path, source: str | Path | None = None, *, rows: int = 64, seed: int = 0) -> Subject:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from twotower.data import Split
 from twotower.errors import InputError
 from twotower.features.from_config import with_features
 from twotower.incremental import ParentModel
+from twotower.run.question import resolve_question
 from twotower.serving.model_folder import find_model, read_metadata
 
 #: File of a run folder with the complete settings.
 CONFIG = "config.yaml"
 #: Settings that are paths: two paths to the same file are the same setting.
-PATHS = ("data.items", "data.queries")
+PATHS = ("data.items", "data.queries", "data.validation", "data.test")
 #: Settings that a resumed run applies from where it continues: when it stops, how it computes and records the steps.
 APPLIED_ON_RESUME = (
     "data.workers",
@@ -40,9 +41,14 @@ APPLIED_ON_RESUME = (
 
 
 def complete_settings(
-    config: Config, split: Split, parent: ParentModel | None = None
+    config: Config,
+    split: Split,
+    parent: ParentModel | None = None,
+    on_message: Callable[[object], None] | None = None,
 ) -> tuple[Config, NDArray[np.int64] | None]:
     """Replace every "auto" by its value for this data, and find the rows of an incremental run.
+
+    `on_message` receives which question is trained and why.
 
     Returns:
         The settings without "auto", and the rows of `split.train` to train on; None for all.
@@ -50,6 +56,7 @@ def complete_settings(
     Raises:
         InputError: split and parent do not match, or a setting would need other weights than the parent's.
     """
+    config = resolve_question(config, split, on_message, parent=None if parent is None else parent.artifact.config)
     rows = incremental.rows_to_learn(split, parent, config)
     if parent is not None:
         config = incremental.inherit_settings(parent.artifact.config, config)
@@ -57,9 +64,9 @@ def complete_settings(
 
 
 def settings_of(directory: str | Path) -> dict[str, Any]:
-    """Return the settings of a saved model for a run that continues it, with batch size and warm-up back at "auto"."""
+    """Return the settings of a saved model for a run that continues it; what depends on its data is "auto" again."""
     values: dict[str, Any] = read_metadata(find_model(directory))["config"]
-    for name in ("batch_size", "warmup_steps"):
+    for name in ("batch_size", "warmup_steps", "horizon"):
         values.get("training", {}).pop(name, None)
     return values
 
@@ -116,5 +123,5 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]
             yield f"{prefix}{name}", value
 
 
-def _path(value: str | None) -> str | None:
-    return None if value is None else str(Path(value).resolve())
+def _path(value: object) -> object:
+    return str(Path(value).resolve()) if isinstance(value, str) else value

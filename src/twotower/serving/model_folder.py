@@ -63,7 +63,8 @@ class SavedModel:
     Attributes:
         config: the settings it was trained with.
         towers: both towers, in evaluation mode.
-        item_embeddings: float32 [N, D]; if ranks share the tables, only the rows of this rank's items.
+        item_embeddings: float32 [N, D], or [N, D+1] (`TwoTower.width`); if ranks share the tables, only the rows of
+            this rank's items.
         item_counts: training interactions of each item, int64 [N].
         queries, items: the vocabularies.
         history_offsets: int64 [Q+1].
@@ -88,6 +89,11 @@ class SavedModel:
     rows: dict[str, np.ndarray] | None = None
     contexts: dict[str, pl.DataFrame] = field(default_factory=dict)
     history_gaps: np.ndarray | None = None
+
+    @property
+    def directions(self) -> Tensor:
+        """Item embeddings without the coordinate of item bias and recent prior, [N, D]: what items are similar by."""
+        return self.item_embeddings[:, : self.config.item_tower.dimension]
 
     @property
     def is_shared(self) -> bool:
@@ -203,13 +209,15 @@ class SavedModel:
                     query_features=EncodedTable.read(folder, "query"),
                     context=EncodedTable.read(folder, "context"),
                 )
+                if metadata.get("recent_prior"):
+                    towers.set_recent(torch.zeros(metadata["num_items"]))
             if weights:
                 load_model(towers, folder / TOWERS)
                 _map(towers, folder / TOWERS)
                 items = load_file(folder / ITEMS)
             else:
                 counts = stored_tensors(folder / ITEMS)[0]["counts"][...]
-                items = {"embeddings": torch.empty(0, config.item_tower.dimension), "counts": counts}
+                items = {"embeddings": torch.empty(0, towers.width), "counts": counts}
             histories = load_file(folder / "histories.safetensors")
         except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(f"{folder}: the files do not fit together ({error}); train again") from error

@@ -91,7 +91,7 @@ class Retriever(QueryEmbedder):
     @property
     def item_embeddings(self) -> torch.Tensor:
         """v(j) of every trained item, [N, D]; used to measure the diversity of lists."""
-        return self.catalog.trained.item_embeddings
+        return self.catalog.trained.directions
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool, *, popularity: float = 1.0) -> np.ndarray:
         """Rank items for an evaluation, int64 [E, k], with the exact search of `recommend`, ignoring any index."""
@@ -191,7 +191,7 @@ class Retriever(QueryEmbedder):
         # Copied: the codes of text ids are read-only memory of polars, and torch warns about read-only arrays.
         codes = known_codes(self.artifact.items, items, "item", self.artifact).copy()
         allowed = allowed_items(self.artifact.items, self.artifact.item_table, condition=filter, allow=allow, deny=deny)
-        vectors = F.normalize(self.artifact.item_embeddings[torch.from_numpy(codes)], dim=1)
+        vectors = F.normalize(self.artifact.directions[torch.from_numpy(codes)], dim=1)
         own = (np.arange(len(codes) + 1, dtype=np.int64), codes)
         scores, found = self.search.neighbours.search(vectors, checked_k(k, self.artifact), own, allowed=allowed)
         return self._results.ranked("of", self.artifact.items.decode(codes), found, scores)

@@ -137,9 +137,10 @@ class Search:
     @cached_property
     def neighbours(self) -> ExactCatalog:
         """The catalog for cosine similarity; the same as `plain` if the embeddings already have length 1."""
-        if self.artifact.config.objective.similarity == "cosine":
+        directions = self.artifact.directions
+        if self.artifact.config.objective.similarity == "cosine" and directions.shape == self.plain.vectors.items.shape:
             return self.plain
-        return ExactCatalog(F.normalize(self.artifact.item_embeddings, dim=1), alive=self.alive)
+        return ExactCatalog(F.normalize(directions, dim=1), alive=self.alive)
 
     @torch.no_grad()
     def search(

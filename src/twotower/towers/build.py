@@ -77,7 +77,9 @@ def build_towers(
     history_items: nn.Embedding | ItemTower | None = None
     if query.history is not None:
         if sequence is None:
-            history = PooledHistory(query.history.length, query.history.heads, dropout=query.history.dropout)
+            history = PooledHistory(
+                query.history.length, query.history.heads, dropout=query.history.dropout, power=query.history.power
+            )
         if query.history.item_features:
             history_items = item_tower if query.history.share_table else new_item_tower("history")
         else:
@@ -100,7 +102,7 @@ def build_towers(
                 dimension,
                 features=query_inputs,
                 context=requests,
-                hidden=query.hidden,
+                hidden=query.hidden or [],
                 dropout=query.dropout,
                 residual=query.residual,
                 layer_norm=query.layer_norm,
@@ -127,6 +129,7 @@ def build_towers(
         cosine=objective.similarity == "cosine",
         temperature=objective.initial_temperature if objective.temperature == "learned" else objective.temperature,
         learned_temperature=objective.temperature == "learned",
+        bias=EmbeddingTable(num_items, 1, scale=0.0) if item.bias else None,
     )
     store_tables(towers, item.table_precision)
     return towers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from twotower.towers.features import FeatureInputs
 from twotower.towers.item_tower import ItemTower
 from twotower.towers.layers.mlp import EmbeddedRows, dense_layers
 from twotower.towers.sequence_tower import SequenceTower
+from twotower.towers.tables import EmbeddingTable
 
 
 class PooledHistory(nn.Module):
@@ -32,11 +34,13 @@ class PooledHistory(nn.Module):
         length: L, the maximum history length.
         heads: number of averages.
         dropout: share of items hidden in training, so that the model does not rely on single items of the history.
+        power: a; the averages are multiplied by n^a, with n the items present. 1 makes them sums.
     """
 
-    def __init__(self, length: int, heads: int, *, dropout: float = 0.0) -> None:
+    def __init__(self, length: int, heads: int, *, dropout: float = 0.0, power: float = 0.0) -> None:
         super().__init__()
         self.heads = heads
+        self.power = power
         self.dropout = dropout
         steps_back = torch.arange(length - 1, -1, -1, dtype=torch.float32)
         # Half-lives 0.5, 2, 8, ... items; the last head is an even mean.
@@ -49,15 +53,46 @@ class PooledHistory(nn.Module):
         if self.training and self.dropout > 0:
             kept = torch.rand(history.shape, device=history.device) >= self.dropout
             present = present & kept
-        embedded = table(history.clamp(min=0))
         log_weight = self.log_weight[:, -history.shape[1] :]
         scores = log_weight.masked_fill(~present[:, None, :], -torch.inf)
         # A row with no history is all -inf: softmax would be NaN, and its average is zero by definition.
         empty = ~present.any(1)
         weights = scores.masked_fill(empty[:, None, None], 0.0).softmax(-1)
         weights = weights.masked_fill(empty[:, None, None], 0.0)
-        pooled: Tensor = weights.to(embedded.dtype) @ embedded
+        if self.heads == 1 and _is_plain(table) and not torch.compiler.is_compiling():
+            pooled = _bags(history, present, weights[:, 0], table)[:, None]
+        else:
+            embedded = table(history.clamp(min=0))
+            pooled = weights.to(embedded.dtype) @ embedded
+        if self.power:
+            pooled = pooled * present.sum(1).clamp(min=1).pow(self.power).to(pooled.dtype)[:, None, None]
         return pooled
+
+
+def _is_plain(table: nn.Module | EmbeddedRows) -> TypeGuard[EmbeddingTable]:
+    """Return whether a table can be read directly: whole, in float32, and in main memory."""
+    return (
+        isinstance(table, EmbeddingTable)
+        and table.part is None
+        and table.weight.dtype == torch.float32
+        and table.weight.device.type == "cpu"
+    )
+
+
+def _bags(history: Tensor, present: Tensor, weights: Tensor, table: EmbeddingTable) -> Tensor:
+    """Sum the items of histories with weights [B, L] -> [B, D], without vectors for the padding.
+
+    Histories are much shorter than L on most data, and the padded vectors, [B, L, D], cost more than all the rest.
+    """
+    counts = present.sum(1)
+    return F.embedding_bag(
+        history[present],
+        table.weight,
+        counts.cumsum(0) - counts,
+        mode="sum",
+        per_sample_weights=weights[present],
+        sparse=table.sparse,
+    )
 
 
 class QueryTower(QueryInputs):
@@ -74,7 +109,7 @@ class QueryTower(QueryInputs):
         history: how the history is pooled; None for a tower without a history.
         history_items: where the history's items are looked up: the item tower's table, a separate table, or an item
             tower, which embeds each distinct item of the batch's histories with its features.
-        hidden: widths of the MLP's hidden layers.
+        hidden: widths of the MLP's hidden layers; None for no MLP, if there are neither features nor context.
         dropout: dropout in the MLP.
         features: inputs for query features; None for a tower without features.
         residual: add skip connections around the hidden layers.
@@ -90,7 +125,7 @@ class QueryTower(QueryInputs):
         *,
         history: PooledHistory | None = None,
         history_items: nn.Embedding | ItemTower | None = None,
-        hidden: Sequence[int] = (),
+        hidden: Sequence[int] | None = (),
         dropout: float = 0.0,
         features: FeatureInputs | None = None,
         residual: bool = False,
@@ -109,7 +144,10 @@ class QueryTower(QueryInputs):
         width = dimension * (heads + bool(num_queries)) + sum(part.width for part in (features, context) if part)
         # Rows of one query have the same embedding if it depends on nothing but the query.
         self.repeats_queries = history is None and context is None and not (dropout and hidden)
-        self.mlp = dense_layers([width, *hidden, dimension], dropout=dropout, residual=residual, layer_norm=layer_norm)
+        self.mlp: nn.Module | None = None
+        if hidden is not None or features is not None or context is not None:
+            widths = [width, *(hidden or ()), dimension]
+            self.mlp = dense_layers(widths, dropout=dropout, residual=residual, layer_norm=layer_norm)
 
     def forward(
         self,
@@ -138,6 +176,9 @@ class QueryTower(QueryInputs):
             parts.append(pooled.flatten(1))
             total = total + pooled.mean(1)
         parts += self.by_columns(queries, features, context)
+        if self.mlp is None:
+            assert isinstance(total, Tensor)
+            return total
         embedded: Tensor = self.mlp(torch.cat(parts, 1)) + total
         return embedded
 
@@ -155,15 +196,23 @@ class QueryTower(QueryInputs):
 class TwoTower(nn.Module):
     """A query tower and an item tower with a common embedding space: s(x, j) = <u(x), v(j)> / temperature.
 
+    With an item bias, a recent prior, or both, s(x, j) = <u(x), v(j)> / T + b_j + r_j. Embeddings then have one more
+    coordinate, 1 for queries and T (b_j + r_j) for items, so that everything that takes inner products includes it.
+
     Args:
         query_tower: queries -> [B, D].
         item_tower: codes -> [M, D].
-        cosine: scale both embeddings to length 1.
+        cosine: scale both embeddings to length 1, before the coordinate is added.
         temperature: initial temperature.
         learned_temperature: train the temperature.
+        bias: one number per item, [N, 1]; None for none.
+
+    Attributes:
+        recent: r, float32 [N], set after training (`set_recent`); None for none.
     """
 
     log_temperature: Tensor
+    recent: Tensor | None
 
     def __init__(
         self,
@@ -173,11 +222,14 @@ class TwoTower(nn.Module):
         cosine: bool = True,
         temperature: float = 0.1,
         learned_temperature: bool = True,
+        bias: EmbeddingTable | None = None,
     ) -> None:
         super().__init__()
         self.query_tower = query_tower
         self.item_tower = item_tower
         self.cosine = cosine
+        self.bias = bias
+        self.register_buffer("recent", None)
         start = torch.tensor(temperature).log()
         if learned_temperature:
             self.log_temperature = nn.Parameter(start)
@@ -188,6 +240,40 @@ class TwoTower(nn.Module):
     def temperature(self) -> Tensor:
         """The scalar that divides every score."""
         return self.log_temperature.exp()
+
+    @property
+    def width(self) -> int:
+        """Width of the embeddings: D, plus one with an item bias or a recent prior."""
+        return self.item_tower.dimension + self._has_offset
+
+    @property
+    def _has_offset(self) -> bool:
+        return self.bias is not None or self.recent is not None
+
+    def set_recent(self, recent: Tensor | None) -> None:
+        """Set the recent prior r of every item, [N]; None removes it."""
+        device = self.log_temperature.device
+        self.recent = None if recent is None else recent.detach().to(device, torch.float32)
+
+    def _of_queries(self, embedded: Tensor) -> Tensor:
+        if self.cosine:
+            embedded = F.normalize(embedded, dim=-1)
+        return torch.cat([embedded, torch.ones_like(embedded[:, :1])], 1) if self._has_offset else embedded
+
+    def _of_items(self, embedded: Tensor, items: Tensor | None) -> Tensor:
+        """Normalise, and add the coordinate of items with these codes; 0 for -1, and for all if there are no codes."""
+        if self.cosine:
+            embedded = F.normalize(embedded, dim=-1)
+        if not self._has_offset:
+            return embedded
+        offset = torch.zeros_like(embedded[:, :1])
+        if items is not None:
+            rows, known = items.clamp(min=0), (items >= 0)[:, None]
+            if self.bias is not None:
+                offset = offset + self.bias(rows) * known
+            if self.recent is not None:
+                offset = offset + self.recent[rows][:, None] * known
+        return torch.cat([embedded, offset * self.temperature], 1)
 
     def embed_queries(
         self,
@@ -208,8 +294,7 @@ class TwoTower(nn.Module):
         """
         given = {"features": features, "context": context, "gaps": gaps}
         options = {name: value for name, value in given.items() if value is not None}
-        embedded: Tensor = self.query_tower(queries, history, **options)
-        return F.normalize(embedded, dim=-1) if self.cosine else embedded
+        return self._of_queries(self.query_tower(queries, history, **options))
 
     def embed_sequences(
         self, sequences: Packed, queries: Tensor | None = None, context: Sequence[Tensor] | None = None
@@ -226,13 +311,11 @@ class TwoTower(nn.Module):
         """
         if not isinstance(self.query_tower, SequenceTower):
             raise TypeError("this query tower does not read sequences; set query_tower.history.sequence and retrain")
-        embedded = self.query_tower.embed(sequences, queries, context=context)
-        return F.normalize(embedded, dim=-1) if self.cosine else embedded
+        return self._of_queries(self.query_tower.embed(sequences, queries, context=context))
 
     def embed_items(self, items: Tensor) -> Tensor:
         """Embed items, v(j): codes int64 [M] -> [M, D]."""
-        embedded: Tensor = self.item_tower(items)
-        return F.normalize(embedded, dim=-1) if self.cosine else embedded
+        return self._of_items(self.item_tower(items), items)
 
     @property
     def repeats_queries(self) -> bool:
@@ -273,7 +356,7 @@ class TwoTower(nn.Module):
             raise InputError("this item tower has no features, only ids; set item_tower.features and retrain")
         with _evaluating(self):
             embedded = self.item_tower.embed_features(self.item_tower.features.encode(rows), items)
-        return (F.normalize(embedded, dim=-1) if self.cosine else embedded).float()
+            return self._of_items(embedded, items).float()
 
     @torch.no_grad()
     def embed_new_queries(self, rows: RowsLike, history: Tensor | None = None) -> Tensor:
@@ -294,7 +377,7 @@ class TwoTower(nn.Module):
         unknown = torch.full((len(encoded[0]),), -1, device=encoded[0].device)
         with _evaluating(self):
             embedded = self.query_tower(unknown, unknown[:, None] if history is None else history, encoded)
-        return (F.normalize(embedded, dim=-1) if self.cosine else embedded).float()
+            return self._of_queries(embedded).float()
 
     @torch.no_grad()
     def item_embeddings(self, block: int = 65_536) -> Tensor:

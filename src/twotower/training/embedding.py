@@ -139,6 +139,9 @@ def embed_rows(towers: TwoTower, batch: Batch, *, chunk: int | None = None) -> T
     """Embed the queries of a batch, [B, D]; if it consists of sequences, all their positions in one pass."""
     if batch.sequences is not None:
         return embed_sequences(towers, batch, chunk=chunk)
+    if batch.asked is not None:  # rows that share a question share its embedding
+        embedded = embed_queries(towers, batch.asked.queries, batch.history, batch.context, chunk=chunk)
+        return embedded.index_select(0, batch.asked.of)
     return embed_queries(towers, batch.queries, batch.history, batch.context, chunk=chunk)
 
 

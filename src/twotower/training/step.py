@@ -84,7 +84,7 @@ def compute_loss(
             block.of(positive),
             candidates,
             None if row_items is None else vectors.pop(0).reshape(*row_items.shape, -1),
-            repeated_queries=getattr(towers, "repeats_queries", False),
+            repeated_queries=batch.asked is not None or getattr(towers, "repeats_queries", False),
         )
         loss = objective.mean(embedded, block.candidates, temperature=towers.temperature, weights=block.of(weights))
         losses.append(loss)
@@ -132,7 +132,7 @@ def draw_blocks(
     """
     is_one = objective.rows_per_draw is None
     each = objective.rows_per_draw or len(items)
-    windows = None if batch.sequences is None or not is_one else batch.sequences.windows
+    windows = batch.windows if is_one else None
     blocks = []
     for start in range(0, len(items), each):
         stop = min(start + each, len(items))
@@ -215,7 +215,7 @@ def _contains_positives(objective: Objective, batch: Batch) -> bool:
     members = objective.pool.members()
     if any(isinstance(member, Catalog) for member in members):
         return True
-    windows = None if batch.sequences is None else batch.sequences.windows
+    windows = batch.windows
     return any(isinstance(member, InBatch) for member in members) and (windows is None or windows.drawn > 1)
 
 

@@ -131,7 +131,7 @@ MALFORMED: list[tuple[str, Callable[[Path], Any], dict[str, Any], list[str]]] = 
     ("no label high enough", text("a.csv", "user,item,rating\n1,2,3\n1,3,3\n"), {"positive_label": 4}, ["a.csv", "'rating'", "at least 4"]),
     ("positive_label NaN", text("a.csv", GOOD), {"positive_label": float("nan")}, ["positive_label", "finite"]),
     ("unknown catalog", text("a.csv", GOOD), {"catalog": "all"}, ["catalog", "'interactions' or 'table'"]),
-    ("catalog of no table", text("a.csv", GOOD), {"catalog": "table"}, ["catalog='table' needs an item table"]),
+    ("catalog of no table", text("a.csv", GOOD), {"catalog": "table"}, ["data.catalog=table needs an item table", "--items"]),
     ("item table repeats an id", text("a.csv", GOOD), ONE_ITEM_TABLE, ["item table", "'item_id'", "row 2", "occurs in an earlier row"]),
     ("item table without id", text("a.csv", GOOD), {"items": pl.DataFrame({"title": ["x"]})}, ["item table", "no item id column", "'title'"]),
     ("item table has null id", text("a.csv", GOOD), {"items": pl.DataFrame({"item_id": [1, None]})}, ["item table", "row 2", "empty item id"]),
@@ -201,7 +201,7 @@ def timed(n: int, queries: int = 3) -> Interactions:
 
 PAIRS_ONLY = {"user": [1, 1, 2, 2], "item": [1, 2, 3, 4]}
 SPLITS: list[tuple[str, Callable[[], Any], list[str]]] = [
-    ("no timestamps", lambda: by_time(Interactions.from_frame(PAIRS_ONLY)), ["no timestamps", "leave_last_out"]),
+    ("no timestamps", lambda: by_time(Interactions.from_frame(PAIRS_ONLY)), ["no timestamps", "data.split=leave-last-out", "data.columns.timestamp"]),
     ("all of it", lambda: by_time(timed(9), validation=0.5, test=0.5), ["together below 1"]),
     ("no test", lambda: by_time(timed(9), test=0), ["test=0"]),
     ("only cold items", lambda: by_time(timed(30)), ["validation is empty", "cold='keep'"]),

@@ -74,9 +74,38 @@ def test_by_time_never_looks_ahead() -> None:
 
 def test_rows_of_one_timestamp_have_no_split_by_time() -> None:
     rows: list[Row] = [(query, item, 1_704_067_200 * SECOND) for query in range(9) for item in range(5)]
-    with pytest.raises(InputError, match=r"same timestamp 2024-01-01 00:00:00; use leave_last_out \(data.split=leave-"):
+    with pytest.raises(InputError, match=r"same timestamp, 2024-01-01 00:00:00, .*data.split=leave-last-out"):
         by_time(interactions(rows))
     leave_last_out(interactions(rows))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6))
+def test_by_time_for_models_that_read_histories_keeps_queries_that_have_one(seed: int) -> None:
+    """A query whose first rows lie in the validation has no training row, but a history when the test asks."""
+    data = interactions(some_rows(400, seed, queries=120))
+    plain, kept = by_time(data, 0.2, 0.3), by_time(data, 0.2, 0.3, histories=True)
+    known = set(as_sequences(kept.train))
+    items = {item for line in as_sequences(kept.train).values() for item, _ in line}
+    everything = as_questions(data, by_time(data, 0.2, 0.3, cold="keep").test)
+    expected = {
+        query: (history, warm)
+        for query, (history, targets) in everything.items()
+        if history and (warm := [item for item in targets if item in items])
+    }
+    assert as_questions(data, kept.test) == expected
+    assert as_questions(data, plain.test) == {q: asked for q, asked in expected.items() if q in known}
+    assert as_questions(data, kept.validation) == as_questions(data, plain.validation)
+    new = set(expected) - known
+    assert kept.account.count("test: queries without training rows") == len(new)
+    assert kept.settings["histories"] is True
+
+
+def test_data_without_a_past_is_refused_with_what_to_use() -> None:
+    with pytest.raises(InputError, match="every row has the same timestamp, 1970-01-01 00:00:05.*leave-last-out"):
+        by_time(interactions([(q, i, 5 * SECOND) for q in range(9) for i in range(9)]))
+    with pytest.raises(InputError, match="lower data.validation and data.test"):
+        by_time(interactions([(q, i, (q + i > 0) * SECOND) for q in range(3) for i in range(3)]), 0.5, 0.49)
 
 
 def test_the_account_of_by_time_adds_up() -> None:
@@ -127,7 +156,7 @@ def test_leave_last_out_matches_the_loops(chosen_queries: Any) -> None:
     expected = {q: line[: -2 if q in questions else -1] if q in long else line for q, line in lines.items()}
     assert {q: [i for i, _ in line] for q, line in as_sequences(split.train).items()} == expected
     assert split.account.count("short queries") == len(lines) - len(long)
-    assert "by_time" in str(split.account)
+    assert "data.split=time" in str(split.account)
 
 
 def test_leave_last_out_can_drop_cold_items() -> None:

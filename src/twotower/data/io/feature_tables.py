@@ -97,7 +97,7 @@ class FeatureTable:
         if known < len(ids):
             account.add(
                 f"{self.role} table rows unused", len(ids) - known, "no interaction has them"
-                + ("; catalog='table' keeps them" if self.role == "item" else ""),
+                + ("; data.catalog=table keeps them" if self.role == "item" else ""),
             )  # fmt: skip
         return wanted.join(self.frame.with_columns(ids), on=self.id_column, how="left", maintain_order="left")
 

@@ -20,7 +20,7 @@ INTERACTION_NAMES = ("interactions", "ratings", "transactions", "sequences")
 ITEM_NAMES = ("items", "products", "movies", "articles")
 QUERY_NAMES = ("users", "queries", "customers", "households", "demographics")
 _OF = re.compile(r"(.*?)(\d+)(-of-)(\d+)(\D.*)?")
-SPLIT_NAMES = {"train", "valid", "validation", "test"}
+SPLIT_NAMES = {"train": "train", "valid": "validation", "val": "validation", "validation": "validation", "test": "test"}
 
 
 @dataclass
@@ -33,6 +33,7 @@ class Files:
         queries: the query table, if any.
         ignored: names of data files that are not read.
         nested: paths, relative to the folder, of files in subfolders that are read.
+        parts: instead of `interactions`, the parts of a ready-made split: train, test, and validation if any.
         skipped: names of subfolders with data files that are not read.
     """
 
@@ -42,6 +43,7 @@ class Files:
     ignored: list[str] = field(default_factory=list)
     nested: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    parts: dict[str, Path] = field(default_factory=dict)
 
     def reports(self) -> dict[str, list[str]]:
         """Return names for the account, by label."""
@@ -53,7 +55,7 @@ class Files:
         return {label: names for label, names in found.items() if names}
 
 
-def find_files(path: Path) -> Files:
+def find_files(path: Path, *, parts: bool = False) -> Files:
     """Find the data files of a path, a file or a folder.
 
     A folder contains either one file named ``*.inter``, ``interactions.*``, ``ratings.*``, ``transactions.*`` or
@@ -62,6 +64,11 @@ def find_files(path: Path) -> Files:
 
     Shards may be in subfolders named ``column=value``, as Hive and Spark write them, or by numbers, such as 2024/01;
     names that begin with ``.`` or ``_`` are not data. Other subfolders are not read, which the account reports.
+
+    Args:
+        path: a file or a folder.
+        parts: accept a folder with a ready-made split: files named ``train.*`` and ``test.*``, and, if there is a
+            validation, ``validation.*``, ``valid.*`` or ``val.*``.
 
     Raises:
         InputError: nothing to read, or the choice is ambiguous.
@@ -87,9 +94,11 @@ def find_files(path: Path) -> Files:
         raise InputError(
             f"{path}: this folder has feature tables but no interactions; add interactions.parquet or .csv."
         )
-    if len(rest) > 1 and {_stem(p) for p in rest} & SPLIT_NAMES:
+    if len(rest) > 1 and {_stem(p) for p in rest} & SPLIT_NAMES.keys():
+        if parts:
+            return _ready_made(path, rest, Files([], items, queries))
         raise InputError(
-            f"{path}: {listed([p.name for p in rest])} look like a ready-made split; read it with from_parts."
+            f"{path}: {listed([p.name for p in rest])} look like a ready-made split; in Python read it with from_parts."
         )
     kinds = sorted({suffix_of(p) for p in rest})
     if len(kinds) > 1 or (kinds == [".txt"] and len(rest) > 1):
@@ -99,6 +108,29 @@ def find_files(path: Path) -> Files:
         )
     _refuse_gaps(rest)
     return Files(rest, items, queries, nested=[str(p.relative_to(path)) for p in rest if p in nested], skipped=skipped)
+
+
+def _ready_made(path: Path, files: Sequence[Path], found: Files) -> Files:
+    """Add the parts of a ready-made split.
+
+    Raises:
+        InputError: a part is missing, or there are two candidates for it.
+    """
+    for file in files:
+        part = SPLIT_NAMES.get(_stem(file))
+        if part is None:
+            found.ignored.append(file.name)
+        elif part in found.parts:
+            raise InputError(f"{path}: {found.parts[part].name} and {file.name} could each be the {part}; remove one.")
+        else:
+            found.parts[part] = file
+    for part in ("train", "test"):
+        if part not in found.parts:
+            raise InputError(
+                f"{path}: {listed([p.name for p in found.parts.values()])} look like a ready-made split without a "
+                f"{part} file; add {part}.csv or .parquet, or name the training file and pass --test FILE."
+            )
+    return found
 
 
 def several(paths: Sequence[str | Path]) -> Files:

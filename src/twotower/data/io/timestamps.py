@@ -182,7 +182,7 @@ def parse_dates(series: pl.Series) -> pl.Series:
     before the time, and an offset, ``Z``, ``UTC`` or ``GMT`` after it.
     """
     text = series.str.strip_chars()
-    spaced = text.str.replace("T", " ", literal=True)
+    spaced = text.str.replace(r"(\d)T(\d)", "${1} ${2}")
     parsed = _parse_plain(spaced)
     missing = parsed.is_null() & text.is_not_null()
     if missing.any():

@@ -13,13 +13,36 @@ from torch import Tensor
 
 from twotower.data.interactions import Interactions
 from twotower.data.loading.histories import gather_histories
-from twotower.data.loading.packing import Packed
+from twotower.data.loading.packing import Packed, Windows
 from twotower.data.loading.shuffle import EpochPosition, Shuffle, ahead
 from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
 
 #: One array per feature, in the order of the declarations.
 Encoded = list[NDArray[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """The questions of a batch: several rows, one for each target, share one query (questions.py).
+
+    Attributes:
+        queries: int64 [G], query code of each question.
+        of: int64 [B], ascending, the question of each row.
+        windows: how the questions were drawn.
+    """
+
+    queries: Tensor
+    of: Tensor
+    windows: Windows
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Asked:
+        """Move to a device."""
+        return Asked(
+            self.queries.to(device, non_blocking=non_blocking),
+            self.of.to(device, non_blocking=non_blocking),
+            self.windows,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +62,8 @@ class Batch:
         sequences: the packed sequences whose positions are the rows, if the batch consists of whole sequences
             (sequences.py); `history` is then [B, 0]. Else None.
         context: the encoded context of each row's request, one tensor with B rows per feature, or None.
+        asked: the questions whose targets are the rows, if several rows share a query; `history` and `context` then
+            have one row per question. Else None.
     """
 
     rows: Tensor
@@ -52,16 +77,24 @@ class Batch:
     sizes: tuple[int, ...] | None = None
     sequences: Packed | None = None
     context: tuple[Tensor, ...] | None = None
+    asked: Asked | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def windows(self) -> Windows | None:
+        """How the whole sequences or questions that the rows belong to were drawn; None for a draw of single rows."""
+        if self.asked is not None:
+            return self.asked.windows
+        return None if self.sequences is None else self.sequences.windows
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Move the batch to a device."""
         moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=non_blocking)
             for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor | Packed)
+            if isinstance(value := getattr(self, f.name), Tensor | Packed | Asked)
         }
         if self.context is not None:
             moved["context"] = tuple(one.to(device, non_blocking=non_blocking) for one in self.context)

@@ -19,17 +19,17 @@ GROUP_COST = 256
 
 @dataclass(frozen=True)
 class Windows:
-    """How the windows of a training batch were drawn: uniformly, without replacement.
+    """How the windows (or questions) of a training batch were drawn: uniformly, without replacement.
 
     Attributes:
         drawn: S, number of windows in the batch.
         total: W, number of windows in total.
-        rows: number of rows of all windows together.
+        rows: number of rows of all windows together; its expectation if windows are drawn at random.
     """
 
     drawn: int
     total: int
-    rows: int
+    rows: float
 
 
 @dataclass(frozen=True, eq=False)

@@ -130,7 +130,7 @@ class SequenceBatches(EpochPosition):
         queries, starts, lengths = self.windows(numbers, epoch)
         groups = length_groups(lengths)
         order = np.concatenate(groups)
-        own, sizes = self._shares(lengths[order])
+        own, sizes = shares_of(lengths[order], self.ranks)
         chosen, edges = order[own], np.cumsum([0, *(len(group) for group in groups)])
         mine = [np.arange(max(own.start, low), min(own.stop, high)) - own.start for low, high in pairwise(edges)]
         packed, _, rows = pack(
@@ -154,17 +154,26 @@ class SequenceBatches(EpochPosition):
             sequences=replace(packed, windows=Windows(len(numbers), self.num_windows, len(data))),
         )
 
-    def _shares(self, lengths: NDArray[np.int64]) -> tuple[slice, tuple[int, ...]]:
-        """Return this rank's windows and the rows of each rank; the middle row of a window decides its rank."""
-        size, ends = self.ranks.size, np.cumsum(lengths)
-        middle = ends - lengths / 2
-        rank = np.minimum((middle * size / ends[-1]).astype(np.int64), size - 1)
-        first = np.searchsorted(rank, np.arange(size + 1))
-        before = np.concatenate([[0], ends])[first]
-        own = slice(int(first[self.ranks.rank]), int(first[self.ranks.rank + 1]))
-        return own, tuple(int(rows) for rows in np.diff(before))
-
     def _cut(self, queries: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
         """Compute a pseudo-random number per query and epoch, 0 or more: splitmix64, keyed by seed and epoch."""
         key = np.random.SeedSequence([self.seed, epoch, 1]).generate_state(1, np.uint64)[0]
         return (mix64(queries.astype(np.uint64) + key) >> np.uint64(1)).astype(np.int64)
+
+
+def shares_of(lengths: NDArray[np.int64], ranks: Communicator) -> tuple[slice, tuple[int, ...]]:
+    """Divide sequences of rows over ranks as whole ones; the middle row of a sequence decides its rank.
+
+    Args:
+        lengths: rows of each sequence, int64 [S].
+        ranks: the processes.
+
+    Returns:
+        The sequences of this rank, and the number of rows of every rank.
+    """
+    size, ends = ranks.size, np.cumsum(lengths)
+    middle = ends - lengths / 2
+    rank = np.minimum((middle * size / ends[-1]).astype(np.int64), size - 1)
+    first = np.searchsorted(rank, np.arange(size + 1))
+    before = np.concatenate([[0], ends])[first]
+    own = slice(int(first[ranks.rank]), int(first[ranks.rank + 1]))
+    return own, tuple(int(rows) for rows in np.diff(before))

@@ -210,10 +210,10 @@ def _vocabularies(
     extra: pl.Series | None = None
     if reading.catalog == "table":
         if item_table is None:
-            raise InputError("catalog='table' needs an item table; give items=...")
+            raise InputError("data.catalog=table needs an item table; pass --items FILE (in Python items=...)")
         if "items" in collected.direct:
             raise InputError(
-                "catalog='table' adds ids to a vocabulary; codes have none: N is the largest code plus one."
+                "data.catalog=table adds ids to a vocabulary; codes have none: N is the largest code plus one."
             )
         extra = item_table.ids_as(collected.distinct["items"][0].dtype)
         if extra.null_count():
@@ -285,7 +285,7 @@ def _add_lines(
         account.add(
             "labels ignored",
             None,
-            f"every row counts as a positive, whatever its {columns.label}; with positive_label=4 "
+            f"every row counts as a positive, whatever its {columns.label}; with data.positive_label=4 "
             "only labels of at least 4 count",
         )
     if reading.positive_label is not None:

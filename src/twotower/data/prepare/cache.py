@@ -96,6 +96,7 @@ class Preparation:
                 "tables": [str(items), str(queries)],
                 "layout": LAYOUT_VERSION,
                 "read": READ_VERSION,
+                "reports": found.reports(),
             }
             tables = [Path(table) for table in (items, queries) if table is not None and Path(table).is_file()]
             key = cache_key([*found.interactions, *tables], options)

@@ -68,7 +68,7 @@ class FileReader:
                 )
             if labelled is not None and found.label is None:
                 raise InputError(
-                    f"{source.name}: positive_label={labelled} needs a label column (rating, label, score). "
+                    f"{source.name}: data.positive_label={labelled} needs a label column (rating, label, score). "
                     f"Columns found: {listed(source.columns)}."
                 )
             lists = found.item in source.lists

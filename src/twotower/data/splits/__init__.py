@@ -2,7 +2,7 @@
 
 from twotower.data.splits.from_files import from_parts
 from twotower.data.splits.holdout import Holdout
-from twotower.data.splits.protocols import Split, by_time, held_out_queries, leave_last_out
+from twotower.data.splits.protocols import Split, by_time, held_out_queries, leave_last_out, random_rows
 
 __all__ = [
     "Holdout",
@@ -11,4 +11,5 @@ __all__ = [
     "from_parts",
     "held_out_queries",
     "leave_last_out",
+    "random_rows",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,48 @@ from numpy.typing import NDArray
 
 from twotower.data.interactions import ROW_FIELDS, ColumnsLike, Interactions
 from twotower.data.io.feature_tables import FeatureTable, TableLike
+from twotower.data.io.layout import combined
 from twotower.data.prepare.request_context import Wanted, joined_context
 from twotower.data.schema.account import Account
 from twotower.data.schema.vocabulary import Vocabulary
 from twotower.data.splits.holdout import Holdout, Window, make_holdout
 from twotower.data.splits.protocols import Cold, Split
+from twotower.data.splits.row_order import without_item_order
 from twotower.errors import InputError
 
 Part = Interactions | str | Path | Sequence[str | Path]
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """The parts of a ready-made split, as read; `from_parts` makes a `Split` of them.
+
+    Attributes:
+        train, validation, test: the interactions; `validation` may be None.
+        items, queries: feature tables, or None.
+    """
+
+    train: Interactions
+    validation: Interactions | None
+    test: Interactions
+    items: TableLike | None = None
+    queries: TableLike | None = None
+
+    @property
+    def account(self) -> Account:
+        """What was read of the training part."""
+        return self.train.account
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the fingerprints of the parts."""
+        parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        return combined({name: part.fingerprint for name, part in parts.items() if part is not None})
+
+    def split(self) -> Split:
+        """Make the split; the fingerprint of its data is that of the parts."""
+        made = from_parts(self.train, self.validation, self.test, items=self.items, queries=self.queries)
+        return replace(made, data=replace(made.data, account=self.account, known_fingerprint=self.fingerprint))
 
 
 def from_parts(
@@ -68,7 +102,7 @@ def from_parts(
         if parts[name].negatives is not None:
             account.add(f"{name}: negatives", len(parts[name].negatives or ()), "not used in a ready-made split")
     stacked = _stack(list(parts.values()))
-    rows = stacked.data
+    rows = without_item_order(stacked.data, account, stacked.part)
     tables = {"item": (items, rows.items), "query": (queries, rows.queries)}
     for role, (table, vocabulary) in tables.items():
         if table is not None:
@@ -82,6 +116,14 @@ def from_parts(
         name: make_holdout(rows, name, Window(start, start, end), account, known_items=known_items)
         for name, start, end in zip(list(parts)[1:], ends[:-1], ends[1:], strict=True)
     }
+    if validation is None:
+        account.add("no validation given", None, "training runs all epochs; settings of the baselines are fixed")
+    new = np.diff(fitted.offsets)[made["test"].queries] == 0
+    empty = int((np.diff(made["test"].history_offsets)[new] == 0).sum())
+    if new.any():
+        account.add(
+            "test: queries without training rows", int(new.sum()), f"kept; {empty:,} of them have no history at all"
+        )
     return Split(
         train=fitted,
         validation=made.get("validation", Holdout.empty("validation")),
@@ -131,7 +173,8 @@ def _union(vocabularies: Sequence[Vocabulary], side: str) -> Vocabulary:
     kinds = {v.ids.dtype for v in vocabularies}
     if len(kinds) > 1:
         raise InputError(
-            f"split from_parts: {side} ids are integers in one part and text in another; write them as one type."
+            f"train, validation and test: {side} ids are integers in one part and text in another; write them as one "
+            "type."
         )
     return Vocabulary(pl.concat([v.ids for v in vocabularies]).unique().sort())
 

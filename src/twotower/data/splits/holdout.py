@@ -96,7 +96,7 @@ def make_holdout(
     if known_queries is not None:
         known = known_queries[queries]
         lost = int((window.end - window.start)[queries[~known]].sum())
-        account.add(f"{name}: cold queries", int((~known).sum()), f"not in training, dropped with {lost:,} rows")
+        account.add(f"{name}: cold queries", int((~known).sum()), f"no earlier rows, dropped with {lost:,} rows")
         queries = queries[known]
     rows, offsets = take_ranges(window.start[queries], window.end[queries])
     owner = np.repeat(np.arange(len(queries)), np.diff(offsets))
@@ -117,7 +117,7 @@ def make_holdout(
     if not len(queries):
         raise InputError(
             f"split: {name} is empty (of {rows_before:,} rows held out, none is left after dropping cold queries and "
-            "items); hold out a larger fraction, keep cold ones with cold='keep', or use more data."
+            f"items); use a larger data.{name}, another data.split, or more data (in Python cold='keep' keeps them)."
         )
     history_rows, history_offsets = take_ranges(data.offsets[queries], window.history_end[queries])
     target_offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])

@@ -15,6 +15,7 @@ from twotower.data.interactions import Interactions
 from twotower.data.schema.account import Account
 from twotower.data.schema.vocabulary import listed
 from twotower.data.splits.holdout import Holdout, Window, make_holdout
+from twotower.data.splits.row_order import in_order, sorted_by_item, without_item_order
 from twotower.errors import InputError
 
 ValidationQueries = int | float | str | Sequence[Any] | pl.Series | NDArray[Any] | None
@@ -39,7 +40,7 @@ def training_rows(data: Interactions, ends: NDArray[np.int64], account: Account)
     mask = np.cumsum(steps[:-1], dtype=np.int8).astype(bool)
     del steps
     if not mask.any():
-        raise InputError("split: training is empty; hold out less.")
+        raise InputError("split: training is empty; lower data.validation and data.test.")
     train = data.select(mask)
     account.add("training rows", len(train), f"of {int((np.diff(train.offsets) > 0).sum()):,} queries")
     return train
@@ -133,7 +134,14 @@ class Split:
         return f"Split({self.name}, train={self.train!r}, validation={self.validation!r}, test={self.test!r})"
 
 
-def by_time(data: Interactions, validation: float = 0.05, test: float = 0.1, *, cold: Cold = "drop") -> Split:
+def by_time(
+    data: Interactions,
+    validation: float = 0.05,
+    test: float = 0.1,
+    *,
+    cold: Cold = "drop",
+    histories: bool = False,
+) -> Split:
     """Split at two timestamps, the same for all queries: train on the past, predict the future.
 
     The last `test` fraction of all interactions is the test, and the `validation` fraction before it the validation.
@@ -144,6 +152,8 @@ def by_time(data: Interactions, validation: float = 0.05, test: float = 0.1, *, 
         validation: fraction of rows, 0 for none.
         test: fraction of rows, above 0.
         cold: "drop" targets whose item has no training row and queries without a training row, or "keep" them.
+        histories: with cold="drop", keep test queries without a training row that have a history: their first rows
+            are in the validation. For models that read histories.
 
     Raises:
         InputError: no timestamps, invalid fractions, or an empty part.
@@ -152,18 +162,18 @@ def by_time(data: Interactions, validation: float = 0.05, test: float = 0.1, *, 
     times = data.timestamps
     if times is None:
         raise InputError(
-            "split by_time: the data has no timestamps; name the column (columns={'timestamp': ...}), or use "
-            "leave_last_out, which needs only the order of the rows."
+            "split by time: the data has no timestamps; name the column with data.columns.timestamp, or use "
+            "data.split=random, or data.split=leave-last-out if the rows of each query are in time order."
         )
     n = len(data)
     at = [min(n - 1, round(n * (1 - test - validation))), min(n - 1, round(n * (1 - test)))]
     ordered = np.partition(times, at)
     first_cut, second_cut = int(ordered[at[0]]), int(ordered[at[1]])
     del ordered
-    if first_cut == second_cut and int(times.min()) == int(times.max()):
+    if int(np.min(times)) == int(np.max(times)):
         raise InputError(
-            f"split by_time: every row has the same timestamp {_utc(first_cut)}; use leave_last_out "
-            "(data.split=leave-last-out), which needs only the order of the rows."
+            f"split by time: every row has the same timestamp, {_utc(first_cut)}, so no row is before another; use "
+            "data.split=random, or data.split=leave-last-out if the rows of each query are in time order."
         )
     before_first, before_second = rows_before(data, first_cut), rows_before(data, second_cut)
     account = Account()
@@ -171,7 +181,7 @@ def by_time(data: Interactions, validation: float = 0.05, test: float = 0.1, *, 
     train = training_rows(data, data.offsets[:-1] + before_first, account)
     train = replace(train, negatives=training_negatives(data, account, before=first_cut))
     known_items = train.item_counts() > 0 if cold == "drop" else None
-    known_queries = np.diff(train.offsets) > 0 if cold == "drop" else None
+    known = {"validation": before_first > 0, "test": (before_second if histories else before_first) > 0}
     starts = data.offsets[:-1]
     windows = {
         "validation": Window(starts + before_first, starts + before_first, starts + before_second),
@@ -179,15 +189,26 @@ def by_time(data: Interactions, validation: float = 0.05, test: float = 0.1, *, 
     }
     if validation and first_cut == second_cut:
         raise InputError(
-            f"split by_time: validation is empty, because too many rows have the timestamp {_utc(first_cut)}; "
-            "use a larger validation fraction, or validation=0."
+            f"split by time: validation is empty, because too many rows have the timestamp {_utc(first_cut)}; "
+            "use a larger data.validation, or data.split=random."
         )
     made = {
-        name: make_holdout(data, name, window, account, known_items=known_items, known_queries=known_queries)
+        name: make_holdout(
+            data, name, window, account, known_items=known_items, known_queries=known[name] if cold == "drop" else None
+        )
         for name, window in windows.items()
         if name == "test" or validation
     }
-    settings = {"validation": validation, "test": test, "cold": cold, "cuts": [first_cut, second_cut]}
+    if histories and cold == "drop":
+        new = before_first[made["test"].queries] == 0
+        account.add("test: queries without training rows", int(new.sum()), "kept, their history is in the validation")
+    settings = {
+        "validation": validation,
+        "test": test,
+        "cold": cold,
+        "histories": histories,
+        "cuts": [first_cut, second_cut],
+    }
     return _split("by_time", train, made=made, account=account, settings=settings, data=data)
 
 
@@ -207,17 +228,27 @@ def leave_last_out(
         seed: seed of the draw.
 
     Raises:
-        InputError: no query is long enough, or `validation_queries` does not fit the data.
+        InputError: no query is long enough, the rows are sorted by item id instead of time, or `validation_queries`
+            does not fit the data.
     """
     _check_cold(cold)
+    if sorted_by_item(data):
+        raise InputError(
+            "split leave-last-out: the rows of each query are sorted by item id, so its last row is not its newest; "
+            "use data.split=random, or name a column of times with data.columns.timestamp."
+        )
     sizes = np.diff(data.offsets)
     eligible = sizes >= 3
     account = Account()
     if not eligible.any():
-        raise InputError("split leave_last_out: no query has 3 interactions or more; use by_time or held_out_queries.")
+        raise InputError(
+            "split leave-last-out: no query has 3 interactions or more; use data.split=time or data.split=random."
+        )
     account.add("split leave-last-out", int(eligible.sum()), "queries whose last item is the test")
     account.add(
-        "leak through time", None, "some training rows are later than other queries' test rows; by_time avoids this"
+        "leak through time",
+        None,
+        "some training rows are later than other queries' test rows; data.split=time avoids this",
     )
     short = (sizes < 3) & (sizes > 0)
     account.add("short queries", int(short.sum()), "fewer than 3 interactions, all in training")
@@ -271,12 +302,13 @@ def held_out_queries(
     for name, count in wanted.items():
         if count == 0 and (name == "test" or validation):
             raise InputError(
-                f"split held_out_queries: {name} is empty, {len(able)} queries have 2 rows or more; hold out a larger "
-                "fraction."
+                f"split held-out-queries: {name} is empty, {len(able)} queries have 2 rows or more; use a larger "
+                f"data.{name}."
             )
     if sum(wanted.values()) >= int((sizes > 0).sum()):
-        raise InputError("split held_out_queries: training is empty; hold out a smaller fraction of the queries.")
+        raise InputError("split held-out-queries: training is empty; lower data.validation and data.test.")
     account = Account()
+    data = without_item_order(data, account)
     account.add("split by queries", sum(wanted.values()), "whole queries held out; training never sees them")
     account.add("short queries", int((sizes == 1).sum()), "one interaction, in training")
     drawn = np.random.default_rng(seed).permutation(able)
@@ -297,6 +329,102 @@ def held_out_queries(
             made[name] = make_holdout(data, name, Window(start, start, end), account, known_items=known_items)
     settings = {"validation": validation, "test": test, "fold_in": fold_in, "seed": seed, "cold": cold}
     return _split("held_out_queries", train, made=made, account=account, settings=settings, data=data)
+
+
+def random_rows(
+    data: Interactions, validation: float = 0.05, test: float = 0.1, *, cold: Cold = "drop", seed: int = 0
+) -> Split:
+    """Hold out random items of each query, for data whose rows have no time order.
+
+    Of n distinct items of a query, n times the fraction are held out, rounded up or down at random so that the fraction
+    is met over all queries. All rows of a held-out (query, item) pair are held out. Queries with fewer than 3 distinct
+    items stay in training, and every query keeps a training item. The history of a validation query is its training
+    rows, the history of a test query all its rows outside the test.
+
+    Args:
+        data: interactions.
+        validation: fraction of each query's items, 0 for none.
+        test: fraction of each query's items, above 0.
+        cold: "drop" targets whose item has no training row, or "keep" them.
+        seed: seed of the draw.
+
+    Raises:
+        InputError: invalid fractions, or an empty part.
+    """
+    _check_shares(validation, test, cold)
+    account = Account()
+    account.add("split by random rows", len(data), f"of each query {test:.0%} test, {validation:.0%} validation")
+    data = without_item_order(data, account)
+    part = _drawn_parts(data, validation, test, seed)
+    short = np.bincount(data.query_codes()[part < 0], minlength=data.num_queries)
+    account.add("short queries", int((short > 0).sum()), "fewer than 3 distinct items, all in training")
+    part = np.maximum(part, 0)
+    train = data.select(part == 0)
+    if not len(train):
+        raise InputError("split: training is empty; lower data.validation and data.test.")
+    account.add("training rows", len(train), f"of {int((np.diff(train.offsets) > 0).sum()):,} queries")
+    train = replace(train, negatives=_outside(data, part, account))
+    known_items = train.item_counts() > 0 if cold == "drop" else None
+    made = {
+        # Rows outside the holdout come first in each query, in their order: they are its history.
+        name: _from_last(
+            data if name == "test" else data.select(part < 2),
+            part == 2 if name == "test" else part[part < 2] == 1,
+            name,
+            account,
+            known_items,
+        )
+        for name in ("validation", "test")
+        if name == "test" or validation
+    }
+    settings = {"validation": validation, "test": test, "cold": cold, "seed": seed}
+    return _split("random_rows", train, made=made, account=account, settings=settings, data=data)
+
+
+def _from_last(
+    data: Interactions,
+    held: NDArray[np.bool_],
+    name: str,
+    account: Account,
+    known_items: NDArray[np.bool_] | None,
+) -> Holdout:
+    """Make the holdout of the rows in `held` [n]; the history of a query is its other rows."""
+    codes = data.query_codes()
+    laid = in_order(data, np.lexsort((held, codes)))  # a stable sort
+    start = laid.offsets[1:] - np.bincount(codes[held], minlength=data.num_queries)
+    return make_holdout(laid, name, Window(start, start, laid.offsets[1:]), account, known_items=known_items)
+
+
+def _drawn_parts(data: Interactions, validation: float, test: float, seed: int) -> NDArray[np.int8]:
+    """Draw the part of each row: 0 training, 1 validation, 2 test, -1 training because its query is short; int8 [n]."""
+    random = np.random.default_rng(seed)
+    pairs, pair_of_row = np.unique(
+        data.query_codes().astype(np.int64) * data.num_items + data.item_codes, return_inverse=True
+    )
+    query = pairs // data.num_items
+    sizes = np.bincount(query, minlength=data.num_queries)
+    counts: list[NDArray[np.int64]] = []
+    for share in (test, validation):
+        count = np.floor(share * sizes + random.random(len(sizes))).astype(np.int64)
+        counts.append(np.where(sizes < 3, 0, np.minimum(count, np.maximum(sizes - 1 - sum(counts), 0))))
+    order = np.lexsort((random.random(len(pairs)), query))
+    place = np.empty(len(pairs), dtype=np.int64)
+    place[order] = np.arange(len(pairs)) - (np.cumsum(sizes) - sizes)[query]
+    part = np.where(place < counts[0][query], 2, np.where(place < (counts[0] + counts[1])[query], 1, 0))
+    part[sizes[query] < 3] = -1
+    return part.astype(np.int8)[pair_of_row]
+
+
+def _outside(data: Interactions, part: NDArray[np.int8], account: Account) -> Interactions | None:
+    """Select the observed negatives whose (query, item) pair is not held out."""
+    below = data.negatives
+    if below is None:
+        return None
+    held = part > 0
+    pairs = data.query_codes()[held].astype(np.int64) * data.num_items + data.item_codes[held]
+    kept = below.select(~np.isin(below.query_codes().astype(np.int64) * data.num_items + below.item_codes, pairs))
+    account.add("training negatives", len(kept), f"{len(below) - len(kept):,} dropped, held out")
+    return kept if len(kept) else None
 
 
 def _split(
@@ -322,8 +450,8 @@ def _check_shares(validation: float, test: float, cold: str) -> None:
     _check_cold(cold)
     if not (0 <= validation < 1 and 0 < test < 1 and validation + test < 1):
         raise InputError(
-            f"split: validation={validation}, test={test}; expected validation of at least 0 and test above 0, "
-            "together below 1."
+            f"split: data.validation={validation}, data.test={test}; expected a validation of at least 0 and a test "
+            "above 0, together below 1."
         )
 
 

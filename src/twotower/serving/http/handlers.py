@@ -262,7 +262,7 @@ def _similar(key: SimilarKey, requests: Sequence[PendingRequest]) -> list[bytes 
         return answers
     own = codes[places]
     scores, found = model.search.neighbours.search(
-        F.normalize(model.artifact.item_embeddings[torch.from_numpy(own)], dim=1),
+        F.normalize(model.artifact.directions[torch.from_numpy(own)], dim=1),
         min(max(requests[place].k for place in places), len(model.counts)),
         (np.arange(len(own) + 1, dtype=np.int64), own),
         allowed=model.condition(key.filter),

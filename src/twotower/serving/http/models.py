@@ -91,7 +91,7 @@ class ServedModel:
     def atlas(self) -> Atlas:
         """The map of the catalog."""
         with self._lock:
-            return Atlas.draw(self.artifact.item_embeddings)
+            return Atlas.draw(self.artifact.directions)
 
     def query_codes(self, ids: Sequence[Any]) -> Codes:
         """Return codes of query ids; -1 for unknown ids."""

@@ -1,0 +1,277 @@
+"""`twotower train FILE` with no setting beside simple methods: each data set under its natural split.
+
+    python benchmarks/defaults.py --data ../shared/data --only online-retail steam --seeds 0 1 2
+
+Methods, NDCG@10 and Recall@20 on the test, with seen items excluded; what a method can choose is chosen on the
+validation:
+
+model             the shipped defaults, for each seed, with the time of training
+popularity        training rows of the item
+newest            popularity with rows halved every so many days, up to the first test query
+item-kNN          as shipped, neighbours and shrinkage chosen
+EASE              ridge chosen; at most 20,000 items
+EASE + recent     EASE plus the recent prior, half-life and strength chosen
+
+p is the paired test over queries of the first seed against the best simple method. Results are saved after each data
+set in results/defaults.json; --again measures data sets that are there already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import twotower as tt
+from twotower.config.run import Config
+from twotower.data import Holdout, Interactions, Split, by_time, from_parts, leave_last_out
+from twotower.evaluation import evaluate_all, paired_comparison
+from twotower.ranking import ItemKNN, Popularity, Ranker
+from twotower.ranking.baselines import distinct_rows, gram
+from twotower.run.question import is_split_by_time
+from twotower.run.recent_prior import DAY, HALF_LIVES, recent_log_ratio
+from twotower.serving.model_folder import library_versions
+from twotower.system.filesystem import write_text
+
+RESULTS = Path(__file__).parent / "results" / "defaults.json"
+RIDGES = (20.0, 100.0, 500.0, 1500.0)
+STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)
+NEIGHBOURS, SHRINKAGE = (10, 50, 200), (0.0, 30.0)
+BLOCK = 512
+
+
+def _by_time(name: str, **columns: str) -> Callable[[Path], Split]:
+    return lambda data: by_time(Interactions.read(data / name, columns=columns or None), 0.05, 0.1)
+
+
+def _sequences(name: str) -> Callable[[Path], Split]:
+    return lambda data: leave_last_out(Interactions.read(data / "amazon" / name), validation_queries=0.1)
+
+
+PARTS = ("train", "val", "test")
+SETS: dict[str, Callable[[Path], Split]] = {
+    "online-retail": _by_time("online-retail/interactions.parquet"),
+    "movietweetings": _by_time("movietweetings/interactions.csv"),
+    "ml-100k": _by_time(
+        "ml-100k/ml-100k.inter", query="user_id:token", item="item_id:token", timestamp="timestamp:float"
+    ),
+    "ml-1m": lambda data: from_parts(*(data / f"ml-1m/temporal_{part}_positives.parquet" for part in PARTS)),
+    "steam": lambda data: from_parts(*(data / f"steam/{part}.csv" for part in ("train", "valid", "test"))),
+    "gowalla": lambda data: from_parts(*(data / f"gowalla/{part}.txt" for part in ("train", "valid", "test"))),
+    "ml-100k-loo": lambda data: leave_last_out(
+        Interactions.read(
+            data / "ml-100k/ml-100k.inter",
+            columns={"query": "user_id:token", "item": "item_id:token", "timestamp": "timestamp:float"},
+        )
+    ),
+    "beauty": _sequences("beauty.txt"),
+    "sports": _sequences("sports.txt"),
+}
+
+
+@dataclass
+class Linear:
+    """Scores of a matrix [N, N] over the history, or of nothing, plus a number per item."""
+
+    weights: Tensor | None
+    offset: Tensor
+
+    def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> Tensor:
+        """Return the k best items of every query, int64 [E, k]."""
+        size, found = len(self.offset), []
+        offsets, items = distinct_rows(holdout.history_offsets, holdout.history_items, size)
+        for start in range(0, len(holdout), BLOCK):
+            stop = min(start + BLOCK, len(holdout))
+            part = offsets[start : stop + 1]
+            row = torch.from_numpy(np.repeat(np.arange(stop - start), np.diff(part)))
+            column = torch.from_numpy(items[part[0] : part[-1]])
+            history = torch.zeros(stop - start, size)
+            history[row, column] = 1.0
+            scores = self.offset.expand(stop - start, -1).clone()
+            if self.weights is not None:
+                scores += history @ self.weights
+            if exclude_seen:
+                scores[row, column] = -torch.inf
+            found.append(scores.topk(k).indices)
+        return torch.cat(found)
+
+
+def ease(train: Interactions, ridge: float) -> Tensor:
+    """Compute the item-item matrix of EASE (Steck 2019)."""
+    inverse = gram(train)
+    inverse.diagonal().add_(ridge)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(inverse))
+    weights = inverse / -inverse.diagonal()
+    return weights.fill_diagonal_(0.0)
+
+
+class Simple:
+    """The simple methods on one split, chosen on its validation."""
+
+    def __init__(self, split: Split) -> None:
+        self.split, self.train = split, split.train
+        self.nothing = torch.zeros(split.train.num_items)
+        self.chosen: dict[str, Any] = {}
+
+    def best(self, name: str, tried: Iterator[tuple[Any, Sequence[Ranker]]]) -> Ranker:
+        """Return the ranker for the test whose ranker for the validation is best; `tried` yields settings, and both."""
+        found: list[tuple[float, Any, Ranker]] = []
+        for settings, (validated, tested) in tried:
+            measured = evaluate_all({name: validated}, self.split.validation, train=self.train, ks=(10,))
+            found.append((measured[name].values["NDCG@10"], settings, tested))
+        _, self.chosen[name], ranker = max(found, key=lambda one: one[0])
+        return ranker
+
+    def recent(self, share: float, *, test: bool) -> Tensor:
+        """Compute log p_now - log p_train before the validation or before the test."""
+        data, holdout = (self.split.data, self.split.test) if test else (self.train, self.split.validation)
+        assert self.train.timestamps is not None and data.timestamps is not None and holdout.query_times is not None
+        span = (int(self.train.timestamps.max()) - int(self.train.timestamps.min())) / DAY
+        return recent_log_ratio(
+            data.timestamps,
+            data.item_codes,
+            self.train.item_counts(),
+            half_life=span * share,
+            now=int(holdout.query_times.min()),
+        )
+
+    def rankers(self) -> dict[str, Ranker]:
+        """Return all of them by name."""
+        train, counts = self.train, torch.from_numpy(self.train.item_counts()).double()
+        log_p = ((counts + 1) / (counts.sum() + len(counts))).log().float()
+        found: dict[str, Ranker] = {"popularity": Popularity(train)}
+        timed = is_split_by_time(self.split)
+        if timed:
+            found["newest"] = self.best(
+                "newest",
+                (
+                    (share, [Linear(None, log_p + self.recent(share, test=test)) for test in (False, True)])
+                    for share in HALF_LIVES
+                ),
+            )
+        if ItemKNN.refusal(train) is None:
+            found["item-kNN"] = self.best(
+                "item-kNN",
+                (
+                    ([neighbours, shrink], [ItemKNN(train, neighbours, shrink)] * 2)
+                    for neighbours in NEIGHBOURS
+                    for shrink in SHRINKAGE
+                ),
+            )
+        if train.num_items <= 20_000:
+            ridges = RIDGES if train.num_items < 8_000 else RIDGES[1:3]
+            found["EASE"] = self.best(
+                "EASE", ((ridge, [Linear(ease(train, ridge), self.nothing)] * 2) for ridge in ridges)
+            )
+            if timed:
+                weights = found["EASE"].weights  # type: ignore[attr-defined]
+                found["EASE + recent"] = self.best(
+                    "EASE + recent",
+                    (
+                        (
+                            [share, strength],
+                            [Linear(weights, strength * self.recent(share, test=test)) for test in (False, True)],
+                        )
+                        for share in HALF_LIVES
+                        for strength in STRENGTHS
+                    ),
+                )
+        return found
+
+
+def measure(name: str, data: Path, seeds: list[int]) -> dict[str, Any]:
+    """Train with the defaults, and measure the model and the simple methods on the same test."""
+    split = SETS[name](data)
+    started = time.perf_counter()
+    simple = Simple(split)
+    rankers = simple.rankers()
+    seconds = time.perf_counter() - started
+    models, runs = {}, []
+    for seed in seeds:
+        said: list[object] = []
+        started = time.perf_counter()
+        model = tt.fit(
+            split,
+            Config.load(None, [f"training.seed={seed}"]),
+            progress=False,
+            on_message=said.append,
+        )
+        models[f"model {seed}"] = model.ranker
+        runs.append(
+            {
+                "seed": seed,
+                "seconds": round(time.perf_counter() - started, 1),
+                "epochs": model.fit.epochs,
+                "validation": model.fit.best,
+                "messages": [line for line in map(str, said) if not line.startswith("memory")],
+            }
+        )
+    measured = evaluate_all({**models, **rankers}, split.test, train=split.train, ks=(10, 20))
+    values = {row.name: [row.values["NDCG@10"], row.values["Recall@20"]] for row in measured.rows}
+    best = max(rankers, key=lambda one: values[one][0])
+    first = f"model {seeds[0]}"
+    paired = paired_comparison(measured[first].per_query["NDCG@10"], measured[best].per_query["NDCG@10"])
+    return {
+        "split": split.name,
+        "queries": len(split.test),
+        "items": split.train.num_items,
+        "values": values,
+        "chosen": simple.chosen,
+        "seconds of the simple methods": round(seconds, 1),
+        "best simple": best,
+        "paired": paired.to_dict(),
+        "runs": runs,
+        "threads": torch.get_num_threads(),
+        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": library_versions(),
+    }
+
+
+def shown(name: str, found: dict[str, Any]) -> str:
+    """Format one data set as a line of Markdown."""
+    values = found["values"]
+    model = np.mean([value for key, value in values.items() if key.startswith("model")], axis=0)
+    cells = [f"{pair[0]:.4f} / {pair[1]:.4f}" if pair is not None else "" for pair in map(values.get, METHODS)]
+    seconds = np.mean([run["seconds"] for run in found["runs"]])
+    p = found["paired"]["p_value"]
+    return (
+        f"| {name} | **{model[0]:.4f} / {model[1]:.4f}** | {' | '.join(cells)} | {found['best simple']}, "
+        f"p {p:.3f} | {seconds:.0f} s |"
+    )
+
+
+METHODS = ("popularity", "newest", "item-kNN", "EASE", "EASE + recent")
+
+
+def main() -> None:
+    """Measure the chosen data sets and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--only", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--again", action="store_true", help="also data sets whose results are saved")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    results: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    print(f"| data | model | {' | '.join(METHODS)} | best simple | training |")
+    print(f"|{'---|' * (len(METHODS) + 4)}")
+    for name in options.only:
+        known = [run["seed"] for run in results.get(name, {}).get("runs", [])]
+        if options.again or not set(options.seeds) <= set(known):
+            results[name] = measure(name, options.data, options.seeds)
+            write_text(RESULTS, json.dumps(results, indent=1))
+        print(shown(name, results[name]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,340 @@
+"""Batches of questions: a query as it is known at a cut, and all of its items that come after, as the evaluation asks.
+
+A training row (everything before row i, row i) asks for the next item. An evaluation asks for any item of a span of
+time after a cut, or, where rows have no order, for items that were left out at random. These batches ask that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from twotower.data.interactions import Interactions
+from twotower.data.loading.batches import Asked, Batch, Encoded, context_rows
+from twotower.data.loading.histories import PAD, gather_histories, take_ranges
+from twotower.data.loading.packing import Windows
+from twotower.data.loading.sequences import shares_of
+from twotower.data.loading.shuffle import EpochPosition, Shuffle, ahead
+from twotower.distributed.communicator import Communicator
+from twotower.errors import InputError
+from twotower.hashing import mix64
+
+#: Steps that an epoch has at least, if there are that many questions.
+STEPS = 50
+#: Rows whose expected counts are computed at a time.
+BLOCK = 1_000_000
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class QuestionRule:
+    """How questions are made from a query's rows.
+
+    Attributes:
+        kind: horizon: the history is everything before a cut, the targets are the rows within `horizon` from the cut
+            on. set: a random part of the rows is the history, the others are the targets.
+        horizon: length H of the span after the cut in microseconds, for horizon.
+        share: probability that a row is a target, for set.
+        weight: a; a question with m targets has weight m^a in the loss, each target m^(a-1). 1 weighs targets alike, 0
+            questions alike.
+        new_only: only the first occurrence of an item in a query's rows can be a target: later ones are excluded from
+            the ranking, because the item is in the history. For set, repeats are left out of the history too.
+    """
+
+    kind: Literal["horizon", "set"]
+    horizon: int = 0
+    share: float = 0.5
+    weight: float = 0.5
+    new_only: bool = True
+
+
+class QuestionBatches(EpochPosition):
+    """One question of every query per epoch, drawn anew in each epoch; several targets share one query embedding.
+
+    horizon: one of the rows that can be targets and are later than the query's first timestamp is drawn, and the cut is
+    at its timestamp. The history is all rows before the cut; targets are the rows within [cut, cut + H). Rows of one
+    timestamp are never divided.
+
+    set: each row is a target with probability `share`, independently; if this leaves no target, a random row becomes
+    one, and if it leaves no history, a random row stays in it.
+
+    Every batch has the same number of questions, drawn without replacement, so in-batch candidates from another
+    question have a known expected count (`item_counts`, `Batch.windows`), like those of whole sequences; the items of a
+    row's own query must be masked. The number of rows varies.
+
+    Args:
+        interactions: the training interactions.
+        batch_size: B, average number of rows in a batch; fewer if an epoch would have fewer than 50 batches.
+        rule: how questions are made.
+        history_length: L, 0 for none.
+        seed: 0 or more.
+        rows: row numbers that may be targets, ascending; None for all. The others are only in histories.
+        ranks: this rank gets whole questions with about as many rows as the other ranks; `batch_size` is the total.
+        context: encoded context of all rows of the interactions (`encode_context`), or None. A question has the context
+            of its first target.
+
+    Raises:
+        InputError: no timestamps for horizon, no query from which a question can be made, or a setting out of range.
+    """
+
+    def __init__(
+        self,
+        interactions: Interactions,
+        batch_size: int,
+        rule: QuestionRule,
+        *,
+        history_length: int = 0,
+        seed: int = 0,
+        rows: Rows | None = None,
+        ranks: Communicator | None = None,
+        context: Encoded | None = None,
+    ) -> None:
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("history_length", history_length, 0),
+            ("seed", seed, 0),
+        ):
+            if value < least:
+                raise InputError(f"{name}: {value}; expected at least {least}.")
+        if not 0 < rule.share < 1 or (rule.kind == "horizon" and rule.horizon < 1):
+            raise InputError(
+                f"training.question: share {rule.share}, horizon {rule.horizon} microseconds; expected a share between "
+                "0 and 1, and a horizon above 0."
+            )
+        if rule.kind == "horizon" and interactions.timestamps is None:
+            raise InputError(
+                "training.question: horizon needs timestamps; name the column (data.columns.timestamp), or use set"
+            )
+        self.interactions, self.rule, self.history_length, self.seed = interactions, rule, history_length, seed
+        self.context, self.ranks = context, ranks or Communicator()
+        can = np.ones(len(interactions), dtype=np.bool_)
+        if rule.new_only:
+            can = first_occurrences(interactions)
+        self._pool = np.flatnonzero(can) if rule.kind == "set" else np.empty(0, dtype=np.int64)
+        if rows is not None:
+            learnt = np.zeros(len(interactions), dtype=np.bool_)
+            learnt[rows] = True
+            can &= learnt
+        if rule.kind == "horizon":
+            times, starts = interactions.timestamps, np.asarray(interactions.offsets[:-1])
+            assert times is not None
+            sizes = np.diff(interactions.offsets)
+            opening = np.repeat(np.asarray(times)[np.minimum(starts, max(len(interactions) - 1, 0))], sizes)
+            can &= np.asarray(times) > opening
+        self._targets = np.flatnonzero(can)
+        offsets = np.asarray(interactions.offsets)
+        #: Targets of each query, and for set all of its rows, as runs of `_targets` and `_pool`.
+        self._runs = np.searchsorted(self._targets, offsets)
+        self._pools = np.searchsorted(self._pool, offsets) if rule.kind == "set" else offsets
+        some = np.diff(self._runs) > 0
+        if rule.kind == "set":
+            some &= np.diff(self._pools) > 1
+        self.queries = np.flatnonzero(some).astype(np.int64)
+        if not len(self.queries):
+            raise InputError(
+                f"training.question: {rule.kind}: no query has rows for a history and for a target; use "
+                "training.question=next"
+            )
+        counts, rows_per_epoch = self._expected()
+        self._counts, self.rows_per_epoch = counts, rows_per_epoch
+        mean = rows_per_epoch / len(self.queries)
+        most = max(len(self.queries) // STEPS, 1)
+        self.questions_per_batch = min(max(round(batch_size / mean), 1), most)
+        self.epoch, self.position = 0, 0
+
+    def __len__(self) -> int:
+        """Return the number of batches in an epoch; the last questions, if they fill no batch, are left out."""
+        return len(self.queries) // self.questions_per_batch
+
+    def item_counts(self) -> NDArray[np.float64]:
+        """Return the expected number of an epoch's questions, over all queries, that have each item as a target, [N].
+
+        Rows, not questions, if an item can be a target of a question twice (`new_only` is not set).
+        """
+        return self._counts
+
+    def _fixed(self) -> dict[str, int]:
+        return {
+            "questions_per_batch": self.questions_per_batch,
+            "questions": len(self.queries),
+            "rows": len(self.interactions),
+            "horizon": self.rule.horizon,
+        }
+
+    def __iter__(self) -> Iterator[Batch]:
+        shuffle, epoch = Shuffle(len(self.queries), self.seed, self.epoch), self.epoch
+        size = self.questions_per_batch
+
+        def make(position: int) -> Batch:
+            return self.batch(shuffle(np.arange(position * size, (position + 1) * size)), epoch)
+
+        for batch in ahead(make, self.position, len(self)):
+            self.position += 1
+            yield batch
+        self.epoch, self.position = self.epoch + 1, 0
+
+    def batch(self, numbers: Rows, epoch: int = 0) -> Batch:
+        """Make this rank's part of the batch with these questions, places in `queries`, int64 [S].
+
+        The rows of all ranks, concatenated, are the rows of a single process.
+        """
+        data = self.interactions
+        queries = self.queries[numbers]
+        rows, offsets, history = (
+            self._horizon(queries, epoch) if self.rule.kind == "horizon" else self._set(queries, epoch)
+        )
+        own, sizes = shares_of(np.diff(offsets), self.ranks)
+        rows, offsets = rows[offsets[own.start] : offsets[own.stop]], offsets[own.start : own.stop + 1]
+        counts, queries = np.diff(offsets), queries[own]
+        of = np.repeat(np.arange(len(queries)), counts)
+        weights = counts.astype(np.float32)[of] ** np.float32(self.rule.weight - 1.0)
+        if data.weights is not None:
+            weights *= np.asarray(data.weights)[rows]
+        firsts = rows[offsets[:-1] - offsets[0]] if len(queries) else rows
+        return Batch(
+            rows=torch.from_numpy(rows),
+            queries=torch.from_numpy(queries[of]),
+            items=torch.from_numpy(np.asarray(data.item_codes)[rows].astype(np.int64)),
+            history=torch.from_numpy(history[own]),
+            weights=torch.from_numpy(weights),
+            groups=None if data.groups is None else torch.from_numpy(np.asarray(data.groups)[rows].astype(np.int64)),
+            total=sum(sizes),
+            sizes=sizes,
+            context=context_rows(self.context, firsts),
+            asked=Asked(
+                torch.from_numpy(queries),
+                torch.from_numpy(of),
+                Windows(len(numbers), len(self.queries), self.rows_per_epoch),
+            ),
+        )
+
+    def batch_of_all(self, count: int) -> Batch:
+        """Make one batch of `count` questions of epoch 0, spread over the queries, whole on every rank."""
+        numbers = np.linspace(0, len(self.queries) - 1, count).astype(np.int64)
+        ranks, self.ranks = self.ranks, Communicator()
+        try:
+            return self.batch(np.unique(numbers))
+        finally:
+            self.ranks = ranks
+
+    def _horizon(self, queries: Rows, epoch: int) -> tuple[Rows, Rows, Rows]:
+        """Draw the cut of each query; return target rows, their offsets [S+1], and histories [S, L]."""
+        data, starts = self.interactions, self._runs[queries]
+        drawn = self._targets[
+            starts + (self._random(queries, epoch, 0) * (self._runs[queries + 1] - starts)).astype(np.int64)
+        ]
+        begin, end = self._span(drawn, queries)
+        history = gather_histories(data.offsets, data.item_codes, queries, begin, self.history_length)
+        low, high = np.searchsorted(self._targets, begin), np.searchsorted(self._targets, end)
+        places, offsets = take_ranges(low, high)
+        return self._targets[places], offsets, history
+
+    def _span(self, rows: Rows, queries: Rows) -> tuple[Rows, Rows]:
+        """Return the first row at or after the time of each row, and the first row after the horizon."""
+        times, offsets = self.interactions.timestamps, np.asarray(self.interactions.offsets)
+        assert times is not None
+        cut = np.asarray(times[rows])
+        first, last = offsets[queries], offsets[queries + 1]
+        return first_at(times, first, rows, cut), first_at(times, rows, last, cut + self.rule.horizon)
+
+    def _set(self, queries: Rows, epoch: int) -> tuple[Rows, Rows, Rows]:
+        """Divide the rows of each query at random; return target rows, their offsets [S+1], and histories [S, L]."""
+        places, offsets = take_ranges(self._pools[queries], self._pools[queries + 1])
+        rows, of = self._pool[places], np.repeat(np.arange(len(queries)), np.diff(offsets))
+        number = self._random(rows, epoch, 1)
+        may = self._is_target(rows)
+        hidden = may & (number < self.rule.share)
+        tie = np.arange(len(rows))
+        # Without a target the row with the smallest number becomes one; without a history, that with the largest stays.
+        order = np.lexsort((tie, np.where(may, number, 2.0), of))
+        smallest = order[offsets[:-1]]
+        hidden[smallest[np.add.reduceat(hidden, offsets[:-1]) == 0]] = True
+        order = np.lexsort((tie, number, of))
+        largest = order[offsets[1:] - 1]
+        hidden[largest[np.add.reduceat(~hidden, offsets[:-1]) == 0]] = False
+        kept = ~hidden
+        history = np.full((len(queries), self.history_length), PAD, dtype=np.int64)
+        if self.history_length:
+            back = np.cumsum(kept[::-1])[::-1]  # kept rows from here to the end
+            after = np.concatenate([back, [0]])[offsets[1:]]
+            column = self.history_length - (back - after[of])
+            shown = kept & (column >= 0)
+            history[of[shown], column[shown]] = np.asarray(self.interactions.item_codes)[rows[shown]]
+        sizes = np.add.reduceat(hidden, offsets[:-1]).astype(np.int64)
+        return rows[hidden], np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64), history
+
+    def _is_target(self, rows: Rows) -> NDArray[np.bool_]:
+        place = np.minimum(np.searchsorted(self._targets, rows), len(self._targets) - 1)
+        found: NDArray[np.bool_] = self._targets[place] == rows
+        return found
+
+    def _random(self, numbers: Rows, epoch: int, stream: int) -> NDArray[np.float64]:
+        """Compute a pseudo-random number in [0, 1) for each number: splitmix64, keyed by seed and epoch."""
+        key = np.random.SeedSequence([self.seed, epoch, 2 + stream]).generate_state(1, np.uint64)[0]
+        return (mix64(numbers.astype(np.uint64) + key) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+    def _expected(self) -> tuple[NDArray[np.float64], float]:
+        """Compute the probability that each row is a target of its query's question, summed by item and in all.
+
+        horizon: of the E_q rows of a query that can be drawn, each with probability 1/E_q, row r is a target of those
+        whose span holds it. set: with n rows, m of them possible targets, s = share,
+
+            P(target) = s + (1-s)^m / m - [m = n] s^n / n.
+        """
+        data = self.interactions
+        counts = np.zeros(data.num_items)
+        offsets = np.asarray(data.offsets)
+        runs = np.diff(self._runs)
+        able = np.zeros(data.num_queries, dtype=np.bool_)
+        able[self.queries] = True
+        if self.rule.kind == "set":
+            s, m, n = self.rule.share, np.maximum(runs, 1).astype(np.float64), np.diff(self._pools).astype(np.float64)
+            each = np.where(able, s + (1 - s) ** m / m - (m == n) * s**n / np.maximum(n, 1), 0.0)
+            chance = np.repeat(each, runs)
+        else:
+            # A difference array over the targets: +1/E at the first target of a span, -1/E after its last.
+            steps = np.zeros(len(self._targets) + 1)
+            for start in range(0, len(self._targets), BLOCK):
+                rows = self._targets[start : start + BLOCK]
+                queries = np.searchsorted(offsets, rows, side="right") - 1
+                begin, end = self._span(rows, queries)
+                share = 1.0 / runs[queries]
+                np.add.at(steps, np.searchsorted(self._targets, begin), share)
+                np.add.at(steps, np.searchsorted(self._targets, end), -share)
+            chance = np.cumsum(steps[:-1]).clip(0.0, 1.0)
+        np.add.at(counts, np.asarray(data.item_codes)[self._targets], chance)
+        return counts, float(chance.sum())
+
+
+def first_occurrences(data: Interactions) -> NDArray[np.bool_]:
+    """Mark the first row of each item among a query's rows, bool [n]."""
+    first = np.zeros(len(data), dtype=np.bool_)
+    offsets = np.asarray(data.offsets)
+    start = 0
+    while start < data.num_queries:
+        stop = max(int(np.searchsorted(offsets, offsets[start] + BLOCK, side="right")) - 1, start + 1)
+        rows = slice(int(offsets[start]), int(offsets[stop]))
+        owner = np.repeat(np.arange(stop - start, dtype=np.int64), np.diff(offsets[start : stop + 1]))
+        keys = owner * data.num_items + np.asarray(data.item_codes[rows])
+        first[rows.start + np.unique(keys, return_index=True)[1]] = True
+        start = stop
+    return first
+
+
+def first_at(times: NDArray[Any], first: Rows, last: Rows, wanted: Rows) -> Rows:
+    """Find, in each ascending run times[first:last], the first place with a time of at least `wanted`; bisection."""
+    low, high = first.astype(np.int64).copy(), last.astype(np.int64).copy()
+    while True:
+        open_ = low < high
+        if not open_.any():
+            return low
+        middle = (low + high) // 2
+        later = np.zeros(len(low), dtype=np.bool_)
+        later[open_] = np.asarray(times[middle[open_]]) >= wanted[open_]
+        low, high = np.where(open_ & ~later, middle + 1, low), np.where(open_ & later, middle, high)

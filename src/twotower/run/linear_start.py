@@ -1,0 +1,207 @@
+"""Initial weights from a linear model in closed form: the item-item matrix of EASE, cut to rank D.
+
+EASE (Steck 2019) scores s(q, j) = sum over the history of W_ij. Of all rank-D matrices, W V V^T with the D leading
+right singular vectors V of X W is nearest to it on the training queries X (reduced-rank regression), and has the form
+of two towers: history vectors W V, summed, and item vectors V.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from twotower.config.run import Config
+from twotower.data import Interactions
+from twotower.data.loading.questions import QuestionBatches
+from twotower.distributed.communicator import Communicator
+from twotower.errors import InputError
+from twotower.ranking.baselines import gram
+from twotower.system.hardware import memory
+from twotower.towers import EmbeddingTable, TwoTower
+from twotower.towers.layers.mlp import DNN, MLP
+from twotower.towers.sharded_lookup import shared_tables_of
+from twotower.towers.two_tower import QueryTower
+
+#: Largest catalog whose item-item matrix is inverted, and matrices of its size that are in memory at once.
+MOST_ITEMS, MATRICES = 20_000, 3
+#: The ridge penalty over the mean number of rows of an item.
+RIDGE = 5.0
+#: Vectors more than D, and rounds, of the randomised singular value decomposition (Halko et al. 2011).
+EXTRA, ROUNDS = 16, 4
+#: Scales of the scores that are tried, and questions they are tried on.
+SCALES, QUESTIONS = 2.0 ** torch.arange(0.0, 10.5, 0.5), 256
+#: Shares of log p that the item bias can start at.
+BIASES = (0.0, 0.5, 1.0)
+
+
+def refusal(towers: TwoTower, num_items: int) -> str | None:
+    """Explain why towers cannot start at a linear model; None if they can."""
+    query, item = towers.query_tower, towers.item_tower
+    pools = isinstance(query, QueryTower) and query.history is not None and query.history.heads == 1
+    own = isinstance(query, QueryTower) and isinstance(query.history_items, EmbeddingTable)
+    checks = {
+        "the query tower does not pool the history with one head (query_tower.history.heads=1)": not pools,
+        "the history has no table of its own (query_tower.history.share_table=false)": not own
+        or query.history_items is item.ids,
+        "the item tower has an MLP around its ids (item_tower.residual=true, or no hidden layers and features)": (
+            item.ids is None or (item.mlp is not None and not item.residual)
+        ),
+        "scores are cosines (objective.similarity=dot)": towers.cosine,
+        "tables are sharded over ranks (training.table_placement=replicated)": bool(shared_tables_of(towers)),
+        f"the catalog has {num_items:,} items, more than {MOST_ITEMS:,}": num_items > MOST_ITEMS,
+        f"{MATRICES} matrices of {num_items:,} x {num_items:,} do not fit into the memory that is free": (
+            num_items <= MOST_ITEMS and MATRICES * 4 * num_items**2 > (memory().available or math.inf)
+        ),
+    }
+    return next((reason for reason, applies in checks.items() if applies), None)
+
+
+def start_linear(
+    towers: TwoTower,
+    config: Config,
+    train: Interactions,
+    questions: QuestionBatches | None,
+    ranks: Communicator,
+    *,
+    measure: Callable[[TwoTower], float] | None = None,
+    on_message: Callable[[object], None] | None = None,
+) -> bool:
+    """Set the towers to the linear model, if `training.start` says so; returns whether it was done. Collective.
+
+    The scores of EASE are no log-probabilities: their scale is the one with the smallest softmax loss on some
+    questions of training, and the item bias starts at the share of log p with the best validation metric.
+
+    Args:
+        towers: freshly built; changed in place.
+        config: the settings, without "auto" except `training.start` and `training.start_ridge`.
+        train: the training interactions.
+        questions: the training questions, for the scale; None if training asks for the next item: the scale is then 1.
+        ranks: the processes; the first one's result is copied to the others.
+        measure: the validation metric of towers; None without validation: the bias then starts at zero.
+        on_message: receives what was done; None discards it.
+
+    Raises:
+        InputError: the towers cannot express it and `training.start` is linear.
+    """
+    if config.training.start == "random":
+        return False
+    reason = refusal(towers, train.num_items)
+    if reason is not None or (config.training.start == "auto" and questions is None):
+        if config.training.start == "linear":
+            raise InputError(f"training.start: linear: {reason}; or use training.start=random")
+        return False
+    dimension = config.item_tower.dimension
+    ridge = config.training.start_ridge
+    counts = torch.from_numpy(train.item_counts()).double()
+    if ridge == "auto":
+        ridge = RIDGE * max(float(counts.sum() / max(int((counts > 0).sum()), 1)), 1.0)
+    if on_message is not None:
+        on_message(f"linear start: EASE with ridge {ridge:.3g} over {train.num_items:,} items, cut to rank {dimension}")
+    query, item = towers.query_tower, towers.item_tower
+    assert isinstance(query, QueryTower) and query.history is not None
+    assert isinstance(query.history_items, EmbeddingTable) and item.ids is not None
+    with torch.no_grad():
+        history, vectors = linear_factors(train, dimension, ridge)
+        _set(query.history_items, history)
+        _set(item.ids, vectors)
+        query.history.log_weight.zero_()
+        if query.ids is not None:
+            query.ids.weight.zero_()
+        for mlp in filter(None, (query.mlp, item.mlp)):
+            _silence(mlp)
+        if questions is not None:
+            scale = _scale(towers, questions).sqrt()
+            for table in (query.history_items, item.ids):
+                table.weight.mul_(scale.to(table.weight.dtype))
+        if towers.bias is not None:
+            _choose_bias(towers, towers.bias, counts, measure)
+        ranks.copy_first([parameter.data for parameter in towers.parameters()])
+    return True
+
+
+def _choose_bias(
+    towers: TwoTower, bias: EmbeddingTable, counts: Tensor, measure: Callable[[TwoTower], float] | None
+) -> None:
+    log_p = ((counts + 1.0) / (counts.sum() + len(counts))).log().float()[:, None]
+    best = 0.0
+    if measure is not None:
+        found = []
+        for share in BIASES:
+            _set(bias, share * log_p)
+            found.append(measure(towers))
+        best = BIASES[max(range(len(found)), key=found.__getitem__)]
+    _set(bias, best * log_p)
+
+
+def linear_factors(train: Interactions, dimension: int, ridge: float) -> tuple[Tensor, Tensor]:
+    """Compute EASE's item-item matrix and cut it to rank D.
+
+    Args:
+        train: the training interactions; repeats count once.
+        dimension: D.
+        ridge: the penalty l2.
+
+    Returns:
+        History vectors H and item vectors V, float32 [N, D] each, with columns of equal norms: the score of an item
+        for a history is the sum of its items' H, times V. Columns beyond the rank are zero.
+    """
+    size = train.num_items
+    cooccurrence = gram(train)
+    weights = cooccurrence.clone()
+    weights.diagonal().add_(ridge)
+    weights = torch.cholesky_inverse(torch.linalg.cholesky(weights))
+    weights /= -weights.diagonal().clone()
+    weights.fill_diagonal_(0.0)
+    rank = min(dimension, size)
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(size, min(rank + EXTRA, size), generator=generator))[0]
+    for _ in range(ROUNDS):  # subspace iteration with W^T X^T X W
+        basis = torch.linalg.qr(weights.T @ (cooccurrence @ (weights @ basis)))[0]
+    image = weights @ basis
+    rotation = torch.linalg.eigh(image.T @ (cooccurrence @ image))[1].flip(1)
+    vectors = (basis @ rotation)[:, :rank]
+    history = weights @ vectors
+    balance = (history.norm(dim=0) / vectors.norm(dim=0).clamp(min=1e-12)).clamp(min=1e-12).sqrt()
+    found = [history / balance, vectors * balance]
+    if rank < dimension:
+        found = [torch.cat([one, one.new_zeros(size, dimension - rank)], 1) for one in found]
+    return found[0], found[1]
+
+
+def _scale(towers: TwoTower, questions: QuestionBatches) -> Tensor:
+    """Return the factor of the scores with the smallest softmax loss on some questions, seen items left out."""
+    number = min(QUESTIONS, len(questions.queries))
+    whole = questions.batch_of_all(number)
+    asked = whole.asked
+    assert asked is not None
+    was_training = towers.training
+    towers.eval()
+    items = towers.item_embeddings()
+    scores = towers.embed_queries(asked.queries, whole.history) @ items.T
+    towers.train(was_training)
+    row = torch.arange(len(scores)).repeat_interleave(whole.history.shape[1])
+    seen = whole.history.reshape(-1)
+    scores[row[seen >= 0], seen[seen >= 0]] = -torch.inf
+    positive = scores[asked.of, whole.items]
+    weights = torch.ones(len(positive)) if whole.weights is None else whole.weights
+    per_question = torch.zeros(len(scores)).index_add_(0, asked.of, weights)
+    losses = [
+        (per_question * (scores * scale).logsumexp(1)).sum() - (weights * positive * scale).sum() for scale in SCALES
+    ]
+    return SCALES[int(torch.stack(losses).argmin())]
+
+
+def _set(table: EmbeddingTable, values: Tensor) -> None:
+    table.weight.copy_(values.to(table.weight.dtype))
+
+
+def _silence(mlp: nn.Module) -> None:
+    """Set the last layer of an MLP to zero, so that it adds nothing until it has learnt something."""
+    assert isinstance(mlp, MLP | DNN)
+    last = mlp.projection if isinstance(mlp, DNN) else mlp.layers[-1]
+    assert isinstance(last, nn.Linear)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)

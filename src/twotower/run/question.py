@@ -1,0 +1,208 @@
+"""What training asks: the question, made like that of the evaluation, and the towers that suit it by default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from twotower.config.run import Config
+from twotower.data import Interactions, Split
+from twotower.data.loading.questions import QuestionRule
+from twotower.errors import InputError
+
+DAY = 86_400_000_000
+#: Largest catalog whose softmax is computed whole by default.
+WHOLE_CATALOG = 20_000
+#: Settings that can be changed without leaving the default towers of a question.
+FREE = {
+    "query_tower": {"history": {"length", "dropout"}},
+    "item_tower": {"dimension", "table_precision"},
+    "objective": {"name", "sources", "unique", "strength", "mask_known_positives", "rows_per_draw", "negatives"},
+}
+
+
+def resolve_question(
+    config: Config,
+    split: Split,
+    on_message: Callable[[object], None] | None = None,
+    *,
+    parent: Config | None = None,
+) -> Config:
+    """Replace `training.question` and `training.horizon` "auto", and choose the towers that suit the question.
+
+    If none of the settings of the towers is set, horizon and set train a linear model: the history is summed from a
+    table of its own, and an item has a vector and a bias (`defaults_of`). A configuration that says anything about the
+    towers keeps the defaults of the settings.
+
+    Args:
+        config: the settings.
+        split: the data.
+        on_message: receives what was chosen and why; None discards it.
+        parent: the settings of the model that is continued: its question and its towers are the defaults.
+
+    Raises:
+        InputError: the question needs timestamps, or does not go with sequence towers or grouped batches.
+    """
+    question: str = config.training.question
+    reason = "as set"
+    if parent is not None and _is_free(config):
+        config = _filled(config, _towers_of(parent))
+    if question == "auto" and parent is not None:
+        question = "next" if parent.training.question == "auto" else parent.training.question
+        reason = "as the model that is continued"
+    if question == "auto":
+        question, reason = _question_of(config, split)
+    if question != "next":
+        refuse_question(config, split.train)
+    update: dict[str, Any] = {"question": question}
+    said = f"training question: {question} ({reason})"
+    if question == "horizon":
+        if config.training.horizon == "auto":
+            update["horizon"] = _days(split)
+        else:
+            update["horizon"] = config.training.horizon
+        said += f"; horizon {update['horizon']:.3g} days"
+    if question != "next" and parent is None and _is_free(config):
+        config = _filled(config, defaults_of(split.train))
+        said += "; towers: linear (a sum over the history, an item bias)"
+    if on_message is not None:
+        on_message(said)
+    return config.model_copy(update={"training": config.training.model_copy(update=update)})
+
+
+def rule_of(config: Config) -> QuestionRule | None:
+    """Return how the questions of a resolved configuration are made; None for the next item."""
+    training = config.training
+    if training.question in ("auto", "next"):
+        return None
+    return QuestionRule(
+        kind="horizon" if training.question == "horizon" else "set",
+        horizon=0 if training.horizon == "auto" else max(round(float(training.horizon) * DAY), 1),
+        share=training.hidden_share,
+        weight=training.question_weight,
+        new_only=config.evaluation.exclude_seen,
+    )
+
+
+def refuse_question(config: Config, train: Interactions) -> None:
+    """Refuse questions that the towers or batches of a configuration cannot answer.
+
+    Raises:
+        InputError: a sequence tower, grouped batches, or a horizon without timestamps.
+    """
+    question = config.training.question
+    if config.reads_sequences:
+        raise InputError(
+            f"training.question: {question}: a sequence tower learns the next item at every position; use "
+            "training.question=next, or a pooled history (query_tower.history.sequence=null)"
+        )
+    if config.objective.frequency.startswith("grouped"):
+        raise InputError(
+            f"training.question: {question}: a question may span several groups; use training.question=next, or "
+            "objective.frequency=counted"
+        )
+    if question == "horizon" and train.timestamps is None:
+        raise InputError(
+            "training.question: horizon needs timestamps; name the column with data.columns.timestamp, or use set"
+        )
+
+
+def is_split_by_time(split: Split) -> bool:
+    """Return whether every test query is asked after the last training row, so that items have a recent frequency."""
+    times, asked = split.train.timestamps, split.test.query_times
+    if times is None or asked is None or not len(times) or not len(asked):
+        return False
+    return int(np.max(times)) <= int(np.min(asked))
+
+
+def defaults_of(train: Interactions) -> dict[str, Any]:
+    """Return the towers and the objective that horizon and set have by default, as sections of a configuration."""
+    sources: list[dict[str, Any]] = [{"catalog": {}}]
+    if train.num_items > WHOLE_CATALOG:
+        sources = [{"head": {"size": 1024}}, {"frequency": {"size": 3072, "power": 0.5}}]
+    return {
+        "query_tower": {
+            "history": {"length": 200, "heads": 1, "dropout": 0.3, "share_table": False, "power": 0.5},
+            "hidden": None,
+            "dropout": 0.0,
+        },
+        "item_tower": {"dimension": _dimension(train.num_items), "bias": True},
+        "objective": {"sources": sources, "similarity": "dot", "temperature": 1.0, "mask_known_positives": True},
+        # Tables that start at random have further to go than those of the linear start.
+        "training": {"learning_rate": 1e-3 if train.num_items <= WHOLE_CATALOG else 3e-3},
+    }
+
+
+def _towers_of(config: Config) -> dict[str, Any]:
+    """Return the sections of the towers and the objective as defaults for another configuration."""
+    found = {name: dict(getattr(config, name)) for name in FREE}
+    history = found["query_tower"]["history"]
+    if history is not None:
+        found["query_tower"]["history"] = dict(history)
+    return found
+
+
+def _dimension(num_items: int) -> int:
+    """Return D: N / 8, as long as a table has at most 2.6 million numbers, from 16 to 512; 128 if N is large."""
+    if num_items > WHOLE_CATALOG:
+        return 128
+    return int(np.clip(min(num_items // 8, 2_600_000 // max(num_items, 1)) // 16 * 16, 16, 512))
+
+
+def _question_of(config: Config, split: Split) -> tuple[str, str]:
+    if config.reads_sequences:
+        return "next", "a sequence tower learns at every position"
+    if config.objective.frequency.startswith("grouped"):
+        return "next", "batches are built within groups"
+    if split.name == "leave_last_out":
+        return "next", "the split asks for the last item"
+    if is_split_by_time(split):
+        return "horizon", "the split asks for all items after a date"
+    if split.name == "held_out_queries" and split.train.timestamps is not None:
+        return "next", "held-out queries are asked for what comes after their first rows"
+    return "set", "the split is not by time"
+
+
+def _days(split: Split) -> float:
+    """Return the days that the test covers, else those of the validation, at least one microsecond."""
+    times, asked = split.data.timestamps, split.test.query_times
+    if times is None or asked is None or not len(asked):
+        raise InputError(
+            "training.horizon: auto needs a test with timestamps; give the days, such as training.horizon=30"
+        )
+    return max(int(np.max(times)) - int(np.min(asked)), 1) / DAY
+
+
+def _is_free(config: Config) -> bool:
+    """Return whether nothing is set that decides the structure of the towers."""
+    for name, free in FREE.items():
+        section = getattr(config, name)
+        for field in section.model_fields_set:
+            if field not in free:
+                return False
+            inner = free[field] if isinstance(free, dict) else None
+            value = getattr(section, field)
+            if inner is not None and (value is None or not value.model_fields_set <= inner):
+                return False
+    return True
+
+
+def _filled(config: Config, defaults: dict[str, Any]) -> Config:
+    """Fill settings that are not set."""
+    changed = {}
+    for name, values in defaults.items():
+        section = getattr(config, name)
+        if name == "objective" and "name" in section.model_fields_set:  # it has sources of its own
+            values = {key: value for key, value in values.items() if key not in ("sources", "name")}  # noqa: PLW2901
+        update = {}
+        for field, value in values.items():
+            if field == "history" and isinstance(value, dict):
+                inner = getattr(section, field)
+                missing = {key: one for key, one in value.items() if key not in inner.model_fields_set}
+                update[field] = inner.model_copy(update=missing)
+            elif field not in section.model_fields_set:
+                update[field] = value
+        changed[name] = section.model_copy(update=update)
+    return config.model_copy(update=changed)

@@ -1,0 +1,171 @@
+"""The recent prior: how much more frequent an item is now than in all of training, as one more coordinate of the item.
+
+A model of all of the training time estimates P(y | x) under the item frequency p_train. If the items' popularity moves,
+and what a query says of its taste does not, Bayes' rule gives (docs/theory.md, section 7)
+
+    log P_now(y | x) = log P_train(y | x) + log p_now(y) - log p_train(y) + const.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from twotower.config.run import Config
+from twotower.data import Interactions, Split
+from twotower.run.question import is_split_by_time
+from twotower.towers import TwoTower
+
+DAY = 86_400_000_000
+#: Half-lives that are tried, as shares of the time that training covers, and strengths.
+HALF_LIVES = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+STRENGTHS = (0.5, 1.5, 2.0)
+#: Rows of the old frequency that are added to the recent ones.
+PSEUDO_ROWS = 10.0
+#: Relative improvement of the validation metric below which the prior is left out.
+LEAST = 0.01
+
+
+@dataclass(frozen=True)
+class RecentPrior:
+    """What was chosen.
+
+    Attributes:
+        half_life: days in which the weight of a row halves.
+        strength: factor of the log ratio; 1 by Bayes' rule.
+        before: validation metrics without the prior.
+        after: validation metrics with it.
+    """
+
+    half_life: float
+    strength: float
+    before: dict[str, float]
+    after: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        shown = [
+            f"{name} {self.before[name]:.4f} -> {value:.4f}"
+            for name, value in self.after.items()
+            if name in self.before and self.before[name] != value
+        ]
+        return (
+            f"recent prior: half-life {self.half_life:.3g} days, strength {self.strength:g}; on the validation "
+            + ", ".join(shown)
+        )
+
+
+def recent_log_ratio(
+    times: NDArray[np.int64],
+    items: NDArray[np.integer[Any]],
+    train_counts: NDArray[np.integer[Any]],
+    *,
+    half_life: float,
+    now: int,
+) -> Tensor:
+    """Compute log p_now - log p_train of each item, float32 [N].
+
+    With w_r = 2^(-(now - t_r) / half-life) over the rows before `now`, c_j = the sum of w over the rows of item j, C
+    their sum, p_train = (count + 1) / (rows + N), and 10 rows of p_train so that few recent rows change little,
+
+        p_now(j) = (c_j + 10 p_train(j)) / (C + 10).
+
+    Items without a training row have 0: the model knows nothing of them, and must not recommend them for being new.
+
+    Args:
+        times: microseconds of the rows.
+        items: their item codes.
+        train_counts: training rows of each item, [N].
+        half_life: days.
+        now: microseconds; later rows do not count.
+    """
+    past = np.asarray(times) < now
+    age = (now - np.asarray(times)[past]) / (half_life * DAY)
+    recent = np.bincount(np.asarray(items)[past], weights=0.5**age, minlength=len(train_counts))
+    before = (train_counts + 1.0) / (train_counts.sum() + len(train_counts))
+    after = (recent + PSEUDO_ROWS * before) / (recent.sum() + PSEUDO_ROWS)
+    ratio = np.log(after) - np.log(before)
+    ratio[train_counts == 0] = 0.0
+    return torch.from_numpy(ratio).float()
+
+
+def add_recent_prior(
+    towers: TwoTower,
+    split: Split,
+    config: Config,
+    validate: Callable[[TwoTower], dict[str, float]] | None,
+    on_message: Callable[[object], None] | None = None,
+) -> RecentPrior | None:
+    """Choose the recent prior on the validation, and give the towers the one of the time of the first test query.
+
+    Args:
+        towers: trained; changed in place.
+        split: the data; the rows before the test, those of the validation too, say what is recent.
+        config: `training.recent_prior` turns it off.
+        validate: measures towers on the validation queries; None without validation: no prior.
+        on_message: receives what was chosen, and what it changed; None discards it.
+
+    Returns:
+        The choice; None if it is turned off, does not help, or the split is not by time.
+    """
+    data, asked, validated = split.data, split.test.query_times, split.validation.query_times
+    if not config.training.recent_prior or validate is None or not is_split_by_time(split):
+        return None
+    assert data.timestamps is not None and asked is not None and validated is not None
+    prior = choose_recent_prior(towers, split.train, validate, config.training.metric, now=int(np.min(validated)))
+    if prior is not None:
+        counts, now = split.train.item_counts(), int(np.min(asked))
+        ratio = recent_log_ratio(data.timestamps, data.item_codes, counts, half_life=prior.half_life, now=now)
+        towers.set_recent(prior.strength * ratio)
+    if on_message is not None:
+        on_message("recent prior: none, it does not help on the validation" if prior is None else prior)
+    return prior
+
+
+def choose_recent_prior(
+    towers: TwoTower,
+    train: Interactions,
+    validate: Callable[[TwoTower], dict[str, float]],
+    metric: str,
+    *,
+    now: int,
+) -> RecentPrior | None:
+    """Choose half-life and strength on the validation; the towers have no prior afterwards.
+
+    First the half-life at strength 1, then the strength at the best half-life: nine validations.
+
+    Args:
+        towers: trained, without a prior.
+        train: the training interactions, with timestamps.
+        validate: measures towers on the validation queries; on every rank the same.
+        metric: the name of the metric that decides.
+        now: time of the first validation row, microseconds.
+
+    Returns:
+        The choice, or None if the best one improves the metric by less than 1 %.
+    """
+    times, counts = train.timestamps, train.item_counts()
+    assert times is not None
+    span = max((int(np.max(times)) - int(np.min(times))) / DAY, 1e-6)
+    before = validate(towers)
+
+    def at(half_life: float, strength: float) -> RecentPrior:
+        ratio = recent_log_ratio(times, train.item_codes, counts, half_life=half_life, now=now)
+        towers.set_recent(strength * ratio)
+        return RecentPrior(half_life, strength, before, validate(towers))
+
+    tried = [at(span * share, 1.0) for share in HALF_LIVES]
+    best = max(tried, key=lambda one: one.after[metric])
+    tried += [at(best.half_life, strength) for strength in STRENGTHS]
+    best = max(tried, key=lambda one: one.after[metric])
+    towers.set_recent(None)
+    return best if best.after[metric] > before[metric] * (1.0 + LEAST) else None

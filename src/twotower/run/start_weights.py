@@ -1,0 +1,90 @@
+"""The weights that training starts at, kept beside the checkpoints: if no epoch is better, they are the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from twotower.config.run import Config
+from twotower.data import Interactions
+from twotower.data.loading.questions import QuestionBatches
+from twotower.distributed.communicator import Communicator
+from twotower.run.linear_start import start_linear
+from twotower.system.filesystem import whole_file
+from twotower.towers import TwoTower
+
+if TYPE_CHECKING:
+    from twotower.training import FitResult
+
+
+class StartWeights:
+    """The start of a run, in `checkpoints/start.safetensors`, so that a resumed run has it too.
+
+    Args:
+        directory: the folder of the run, shared by all ranks.
+        ranks: the processes; the first one writes.
+        resume: keep the start of an earlier run in the folder; else it is removed.
+    """
+
+    def __init__(self, directory: Path, ranks: Communicator, *, resume: bool = False) -> None:
+        self.path, self.ranks = directory / "checkpoints" / "start.safetensors", ranks
+        if not resume and ranks.is_first:
+            self.path.unlink(missing_ok=True)
+
+    def make(
+        self,
+        towers: TwoTower,
+        config: Config,
+        train: Interactions,
+        questions: QuestionBatches | None,
+        *,
+        validate: Callable[[TwoTower], dict[str, float]] | None,
+        on_message: Callable[[object], None] | None = None,
+    ) -> None:
+        """Set freshly built towers to the start that `training.start` names, and keep it; see `start_linear`."""
+        name = config.training.metric
+
+        def measure(towers: TwoTower) -> float:
+            assert validate is not None
+            return validate(towers)[name]
+
+        measured = None if validate is None else measure
+        if not start_linear(towers, config, train, questions, self.ranks, measure=measured, on_message=on_message):
+            return
+        metric = None if measured is None else measured(towers)
+        if metric is None or not self.ranks.is_first:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(self.path) as temporary:
+            save_file(_parameters(towers), temporary, metadata={"metric": json.dumps(metric)})
+
+    @torch.no_grad()
+    def or_better(self, result: FitResult, on_message: Callable[[object], None] | None = None) -> FitResult:
+        """Return the result of training, or the start if no epoch has a better validation metric."""
+        metric = self._metric()
+        if metric is None or result.best is None or metric <= result.best:
+            return result
+        with safe_open(self.path, framework="pt") as stored:
+            for name, parameter in result.towers.named_parameters():
+                parameter.copy_(stored.get_tensor(name))
+        if on_message is not None:
+            on_message(f"no epoch improved on the start, validation {metric:.4f}: the model is the start")
+        return replace(result, best=metric, checkpoint=None)
+
+    def _metric(self) -> float | None:
+        if not self.path.is_file():
+            return None
+        with safe_open(self.path, framework="pt") as stored:
+            return float(json.loads(stored.metadata()["metric"]))
+
+
+def _parameters(towers: TwoTower) -> dict[str, Tensor]:
+    return {name: one.detach().cpu().contiguous() for name, one in towers.named_parameters()}

@@ -1,0 +1,95 @@
+"""The start of training at a linear model: EASE at full rank, the model itself if no epoch is better, or refused."""
+
+import numpy as np
+import pytest
+import torch
+
+from twotower import fit
+from twotower.config.run import Config
+from twotower.distributed.communicator import Communicator
+from twotower.errors import InputError
+from twotower.ranking.baselines import EASE
+from twotower.ranking.tower_ranker import TowerRanker
+from twotower.run.batches import make_batches
+from twotower.run.linear_start import linear_factors, start_linear
+from twotower.run.question import resolve_question
+from twotower.towers import build_towers
+
+
+def configured(*settings):
+    return Config.load(None, list(settings))
+
+
+def built(split, *settings):
+    config = resolve_question(configured(*settings), split).resolved(1000)
+    towers = build_towers(config, num_queries=split.train.num_queries, num_items=split.train.num_items)
+    return config, towers, make_batches(config, split.train)
+
+
+def test_at_full_rank_the_towers_rank_like_ease(planted_time_split):
+    split = planted_time_split
+    config, towers, batches = built(split, f"item_tower.dimension={split.train.num_items}", "training.start_ridge=20")
+    assert start_linear(towers, config, split.train, batches, Communicator())
+    ranked = TowerRanker(towers.eval(), config.query_tower.history.length).rank(split.test, 10, True)
+    expected = EASE(split.train, l2=20.0).rank(split.test, 10, True).numpy()
+    assert (ranked == expected).mean() > 0.97  # other roundings swap near ties
+
+
+def test_the_factors_are_the_best_of_their_rank(planted_time_split):
+    """Reduced-rank regression, against a singular value decomposition of the predictions in float64."""
+    train = planted_time_split.train
+    ones = np.zeros((train.num_queries, train.num_items))
+    ones[train.query_codes(), train.item_codes] = 1.0
+    gram = ones.T @ ones
+    inverse = np.linalg.inv(gram + 20.0 * np.eye(len(gram)))
+    weights = -inverse / np.diag(inverse)
+    np.fill_diagonal(weights, 0.0)
+    singular = np.linalg.svd(ones @ weights, compute_uv=False)
+    history, vectors = linear_factors(train, 8, 20.0)
+    error = np.linalg.norm(ones @ (weights - (history.double() @ vectors.double().T).numpy()))
+    assert error == pytest.approx(np.sqrt((singular[8:] ** 2).sum()), rel=1e-3)
+
+
+def test_a_dimension_above_the_rank_is_filled_with_zeros(planted_time_split):
+    history, vectors = linear_factors(planted_time_split.train, planted_time_split.train.num_items + 5, 20.0)
+    assert history.shape[1] == planted_time_split.train.num_items + 5
+    assert bool((history[:, -5:] == 0).all()) and bool((vectors[:, -5:] == 0).all())
+
+
+def test_the_start_is_the_model_if_no_epoch_is_better(planted_time_split, tmp_path):
+    said = []
+    settings = ["training.learning_rate=50.0", "training.max_epochs=2", "training.warmup_steps=0"]
+    spoilt = fit(planted_time_split, configured(*settings), directory=tmp_path, progress=False, on_message=said.append)
+    assert any("the model is the start" in str(message) for message in said)
+    metric = spoilt.artifact.config.training.metric
+    assert spoilt.fit.best > max(row[metric] for row in spoilt.fit.history)
+    assert spoilt.fit.checkpoint is None
+    random = fit(planted_time_split, configured(*settings, "training.start=random"), progress=False)
+    assert random.fit.best < spoilt.fit.best
+
+
+def test_a_start_that_cannot_be_expressed_is_refused(planted_time_split):
+    for settings, reason in (
+        (["objective.similarity=cosine"], "one head"),
+        (["query_tower.history={heads: 1}"], "table of its own"),
+        (["query_tower.history={heads: 1, share_table: false}"], "cosines"),
+    ):
+        config, towers, batches = built(planted_time_split, *settings, "training.start=linear")
+        with pytest.raises(InputError, match=reason):
+            start_linear(towers, config, planted_time_split.train, batches, Communicator())
+        automatic = config.model_copy(update={"training": config.training.model_copy(update={"start": "auto"})})
+        assert not start_linear(towers, automatic, planted_time_split.train, batches, Communicator())
+
+
+def test_a_tower_with_an_mlp_starts_at_the_linear_model_too(planted_time_split):
+    settings = [
+        "query_tower={hidden: [16], dropout: 0.0, history: {heads: 1, share_table: false, power: 0.5, dropout: 0.0}}",
+        "objective={similarity: dot, temperature: 1.0}", "item_tower.dimension=100", "training.start_ridge=20",
+    ]  # fmt: skip
+    config, towers, batches = built(planted_time_split, *settings)
+    assert start_linear(towers, config, planted_time_split.train, batches, Communicator())
+    ranked = TowerRanker(towers.eval(), 50).rank(planted_time_split.test, 10, True)
+    expected = EASE(planted_time_split.train, l2=20.0).rank(planted_time_split.test, 10, True).numpy()
+    assert (ranked == expected).mean() > 0.97
+    assert towers.query_tower.mlp is not None
+    assert torch.isfinite(towers.item_embeddings()).all()

@@ -1,0 +1,132 @@
+"""The recent prior: its formula, that it is one more coordinate everywhere, and that it is chosen or left out."""
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from twotower import Retriever, evaluate, fit
+from twotower.config.run import Config
+from twotower.data import Interactions, by_time
+from twotower.run import continue_with
+from twotower.run.recent_prior import DAY, PSEUDO_ROWS, recent_log_ratio
+from twotower.serving import SavedModel
+from twotower.serving.batch import recommend_file
+from twotower.towers import build_towers
+
+START = 1_600_000_000
+
+
+@pytest.fixture(scope="module")
+def moving():
+    """Each day has its own popular items, which stay popular for about ten days; tastes say nothing."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for day in range(100):
+        weight = np.exp(-(((np.arange(100) - day) / 5.0) ** 2)) + 0.002
+        users, items = rng.choice(150, 40, replace=False), rng.choice(100, 40, p=weight / weight.sum())
+        rows += [(int(user), int(item), START + day * 86_400) for user, item in zip(users, items, strict=True)]
+    frame = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row").unique(maintain_order=True)
+    return by_time(Interactions.from_frame(frame), 0.05, 0.1)
+
+
+SETTINGS = ["training.max_epochs=1", "item_tower.dimension=8"]
+
+
+@pytest.fixture(scope="module")
+def model(moving):
+    return fit(moving, Config.load(None, SETTINGS), progress=False)
+
+
+def test_the_ratio_is_the_formula():
+    times = np.array([0, 1, 2, 3, 9]) * DAY
+    items = np.array([0, 0, 1, 1, 2])
+    counts = np.array([2, 2, 0, 5])
+    found = recent_log_ratio(times, items, counts, half_life=2.0, now=4 * DAY)
+    weights = [2.0 ** (-(4 - t) / 2.0) for t in (0, 1, 2, 3)]  # the last row is not yet known
+    recent = np.array([weights[0] + weights[1], weights[2] + weights[3], 0.0, 0.0])
+    before = (counts + 1) / (9 + 4)
+    after = (recent + PSEUDO_ROWS * before) / (sum(weights) + PSEUDO_ROWS)
+    expected = np.log(after / before)
+    expected[2] = 0.0  # no training row
+    assert found.numpy() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_coordinate_adds_the_prior_to_every_score(similarity, bias):
+    config = Config.load(None, [f"objective.similarity={similarity}", f"item_tower.bias={bias}"])
+    towers = build_towers(config, num_queries=3, num_items=9).eval()
+    if towers.bias is not None:
+        torch.nn.init.normal_(towers.bias.weight)
+    history = torch.tensor([[-1, 2, 3], [4, 5, 6]])
+
+    def scores():
+        query = towers.embed_queries(torch.tensor([0, 1]), history)
+        assert query.shape[1] == towers.width == towers.item_embeddings().shape[1]
+        return query @ towers.item_embeddings().T / towers.temperature
+
+    before, recent = scores(), torch.randn(9)
+    towers.set_recent(recent)
+    assert torch.allclose(scores(), before + recent, atol=1e-5)
+    towers.set_recent(None)
+    assert torch.equal(scores(), before)
+
+
+def test_the_prior_helps_where_popularity_moves(moving, model):
+    chosen = model.artifact.metadata["recent_prior"]
+    assert chosen["after"]["NDCG@10"] > chosen["before"]["NDCG@10"] * 1.2
+    off = fit(moving, Config.load(None, [*SETTINGS, "training.recent_prior=false"]), progress=False)
+    assert off.artifact.metadata["recent_prior"] is None and off.artifact.towers.recent is None
+    values = [evaluate(one, moving.test, baselines=False)["model"].values["NDCG@10"] for one in (model, off)]
+    assert values[0] > values[1] * 1.2
+
+
+def test_the_prior_is_left_out_of_other_splits(planted_split):
+    other = fit(planted_split, Config.load(None, ["training.max_epochs=1"]), progress=False)
+    assert other.artifact.metadata["recent_prior"] is None and other.artifact.towers.recent is None
+
+
+def test_the_prior_is_that_of_the_time_of_the_test(moving, model):
+    chosen, data = model.artifact.metadata["recent_prior"], moving.data
+    expected = recent_log_ratio(
+        data.timestamps, data.item_codes, moving.train.item_counts(), half_life=chosen["half_life"],
+        now=int(moving.test.query_times.min()),
+    )  # fmt: skip
+    assert torch.allclose(model.artifact.towers.recent, chosen["strength"] * expected)
+
+
+def test_evaluation_serving_and_batch_rank_alike(moving, model, tmp_path):
+    folder = model.save(tmp_path / "model")
+    loaded = Retriever.load(folder)
+    expected = model.rank(moving.test, 10, True)
+    assert np.array_equal(loaded.rank(moving.test, 10, True), expected)
+    assert torch.equal(SavedModel.load(folder).towers.recent, model.artifact.towers.recent)
+    ids = [str(one) for one in range(5)]
+    users = moving.data.queries.ids[:5]
+    single = loaded.recommend(users.to_list(), k=5)
+    pl.DataFrame({"query": users}).write_parquet(tmp_path / "in.parquet")
+    recommend_file(loaded, tmp_path / "in.parquet", tmp_path / "out.parquet", k=5)
+    assert pl.read_parquet(tmp_path / "out.parquet")["item"].to_list() == single["item"].to_list()
+    assert len(ids) == 5
+    # Similar items have similar directions; the prior says nothing about that.
+    similar = loaded.similar([int(moving.data.items.ids[0])], k=3)
+    assert (similar["score"] <= 1.0 + 1e-5).all()
+
+
+def test_a_continued_model_chooses_its_own_prior(moving, model):
+    rng = np.random.default_rng(1)
+    fresh = pl.DataFrame(
+        {
+            "user_id": rng.integers(0, 150, 400),
+            "item_id": rng.integers(0, 100, 400),
+            "timestamp": START + 86_400 * rng.integers(101, 140, 400),
+        }
+    ).unique(maintain_order=True)
+    split = continue_with(model, Interactions.from_frame(fresh))
+    said = []
+    continued = fit(split, warm_start=model, progress=False, on_message=said.append)
+    assert not any("weights" in str(message) and "other" in str(message) for message in said)
+    assert continued.artifact.config.training.question == "horizon"
+    recent = continued.artifact.towers.recent
+    assert recent is None or not torch.equal(recent, model.artifact.towers.recent)
