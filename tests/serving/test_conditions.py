@@ -438,15 +438,15 @@ def test_there_are_200_hostile_conditions():
 def test_hostile_conditions_are_refused_quickly_and_touch_no_file(sealed):
     slowest = 0.0
     for condition in HOSTILE:
-        began = time.perf_counter()
+        began = time.process_time()
         with pytest.raises(InputError, match="^filter") as refused:
             condition_mask(condition, TABLE, COUNT)
             pytest.fail(f"not refused: {condition[:100]!r}")
-        slowest = max(slowest, time.perf_counter() - began)
+        slowest = max(slowest, time.process_time() - began)
         text = str(refused.value)
         assert len(text) < 600 and text.isprintable(), text
         assert not re.search("root:|No such file|os error|polars|panic|Traceback|lark", text), text
-    assert slowest < 0.5, f"{slowest:.3f} s for one condition"  # 30 ms on an idle core
+    assert slowest < 0.5, f"{slowest:.3f} s of processor time for one condition"  # measured: 0.02 s
 
 
 def test_the_largest_condition_is_evaluated_once_per_part(sealed):
@@ -472,9 +472,9 @@ def test_the_largest_condition_is_evaluated_once_per_part(sealed):
             nested = shape.format(nested)
         kind = "boolean" if re.search("true|flag|tags", nested) else "other"
         condition = nested if kind == "boolean" else f"{nested} is not null"
-        began = time.perf_counter()
+        began = time.process_time()
         assert condition_mask(condition, TABLE, COUNT).shape == (COUNT,)
-        assert time.perf_counter() - began < 2, shape
+        assert time.process_time() - began < 2, shape
     long = " or ".join(f"whole + {n} = 3" for n in range(150))
     assert condition_mask(long, TABLE, COUNT).tolist() == [row[2] is not None and -147 < row[2] < 4 for row in ROWS]
 

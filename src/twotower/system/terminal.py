@@ -14,6 +14,7 @@ def plain(value: object) -> str:
     r"""Return a value as text in which characters that a terminal would obey are written as escapes, such as `\x1b`.
 
     Example:
+        >>> from twotower.system.terminal import plain
         >>> plain("a\x1b[31mb")
         'a\\x1b[31mb'
     """
