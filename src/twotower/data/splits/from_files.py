@@ -86,7 +86,7 @@ def from_parts(
         A split whose `data` contains all parts.
 
     Raises:
-        InputError: a part cannot be read, or the ids of the parts have different types.
+        InputError: a part cannot be read.
     """
     if cold not in ("drop", "keep"):
         raise InputError(f"split: cold={cold!r}; expected 'drop' or 'keep'.")
@@ -151,8 +151,8 @@ class _Stacked:
 
 
 def _stack(parts: Sequence[Interactions]) -> _Stacked:
-    queries = _union([p.queries for p in parts], "query")
-    items = _union([p.items for p in parts], "item")
+    queries = _union([p.queries for p in parts])
+    items = _union([p.items for p in parts])
     codes = np.concatenate([queries.encode(p.queries.ids)[p.query_codes()] for p in parts])
     part = np.repeat(np.arange(len(parts), dtype=np.int8), [len(p) for p in parts])
     order = np.lexsort((part, codes))
@@ -169,14 +169,12 @@ def _stack(parts: Sequence[Interactions]) -> _Stacked:
     return _Stacked(data, part[order], list(np.cumsum(counts, axis=0)))
 
 
-def _union(vocabularies: Sequence[Vocabulary], side: str) -> Vocabulary:
-    kinds = {v.ids.dtype for v in vocabularies}
-    if len(kinds) > 1:
-        raise InputError(
-            f"train, validation and test: {side} ids are integers in one part and text in another; write them as one "
-            "type."
-        )
-    return Vocabulary(pl.concat([v.ids for v in vocabularies]).unique().sort())
+def _union(vocabularies: Sequence[Vocabulary]) -> Vocabulary:
+    """Merge vocabularies; integers become text if another part has text, because CSV files have no types."""
+    ids = [vocabulary.ids for vocabulary in vocabularies]
+    if len({one.dtype for one in ids}) > 1:
+        ids = [one.cast(pl.String) for one in ids]
+    return Vocabulary(pl.concat(ids).unique().sort())
 
 
 def _by_time(rows: Interactions) -> Interactions:
