@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from twotower import evaluation
 from twotower.audit import estimates_softmax
 from twotower.comparison.cells import Cell
-from twotower.config.run import EvaluationConfig
+from twotower.config.run import Config, EvaluationConfig
 from twotower.data import Holdout, Split
 from twotower.evaluation import Evaluation, Row
 from twotower.evaluation.calibration import softmax_calibration
@@ -94,7 +94,6 @@ def measure_cells(cells: Sequence[Cell], split: Split, settings: EvaluationConfi
         slices=settings.slices,
         notes=notes,
     )
-    measured = with_advice(measured, cells[0].config)
     rows: dict[str, list[Row]] = {}
     metadata: dict[str, list[dict[str, Any]]] = {}
     ranked: dict[str, NDArray[np.int32]] = {}
@@ -104,6 +103,8 @@ def measure_cells(cells: Sequence[Cell], split: Split, settings: EvaluationConfi
         lists = rankers[cell.directory.name].ranked
         if cell.name not in ranked and lists is not None:
             ranked[cell.name] = lists
+    # The settings of the model, not of the cell: a run resolves what the cell leaves to it.
+    measured = with_advice(measured, Config.model_validate(metadata[cells[0].name][0]["config"]))
     baselines = [row for row in measured.rows if row.name not in rankers]
     return Measurements(measured, rows, baselines, ranked, metadata)
 
