@@ -45,7 +45,8 @@ from twotower.system.filesystem import write_text
 
 RESULTS = Path(__file__).parent / "results" / "defaults.json"
 RIDGES = (20.0, 100.0, 500.0, 1500.0)
-STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)
+#: Strengths of the recent prior of EASE, as shares of the standard deviation of a query's scores.
+STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 NEIGHBOURS, SHRINKAGE = (10, 50, 200), (0.0, 30.0)
 BLOCK = 512
 
@@ -88,7 +89,20 @@ class Linear:
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> Tensor:
         """Return the k best items of every query, int64 [E, k]."""
-        size, found = len(self.offset), []
+        found = []
+        for scores, row, column in self.scores(holdout):
+            if exclude_seen:
+                scores[row, column] = -torch.inf
+            found.append(scores.topk(k).indices)
+        return torch.cat(found)
+
+    def spread(self, holdout: Holdout) -> float:
+        """Return the mean standard deviation of a query's scores."""
+        return float(torch.cat([scores.std(1) for scores, _, _ in self.scores(holdout)]).mean())
+
+    def scores(self, holdout: Holdout) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield the scores of a block of queries, [B, N], with row and column of the items of their histories."""
+        size = len(self.offset)
         offsets, items = distinct_rows(holdout.history_offsets, holdout.history_items, size)
         for start in range(0, len(holdout), BLOCK):
             stop = min(start + BLOCK, len(holdout))
@@ -100,10 +114,7 @@ class Linear:
             scores = self.offset.expand(stop - start, -1).clone()
             if self.weights is not None:
                 scores += history @ self.weights
-            if exclude_seen:
-                scores[row, column] = -torch.inf
-            found.append(scores.topk(k).indices)
-        return torch.cat(found)
+            yield scores, row, column
 
 
 def ease(train: Interactions, ridge: float) -> Tensor:
@@ -175,12 +186,16 @@ class Simple:
             )
             if timed:
                 weights = found["EASE"].weights  # type: ignore[attr-defined]
+                spread = Linear(weights, self.nothing).spread(self.split.validation)
                 found["EASE + recent"] = self.best(
                     "EASE + recent",
                     (
                         (
                             [share, strength],
-                            [Linear(weights, strength * self.recent(share, test=test)) for test in (False, True)],
+                            [
+                                Linear(weights, strength * spread * self.recent(share, test=test))
+                                for test in (False, True)
+                            ],
                         )
                         for share in HALF_LIVES
                         for strength in STRENGTHS

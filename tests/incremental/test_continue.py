@@ -68,7 +68,7 @@ WITHDRAWN = [0, 1, 2, 3]
 
 
 def config(kind, *changes):
-    return Config.load(None, [*SMALL, *KINDS[kind], "training.max_epochs=12", *changes])
+    return Config.load(None, [*SMALL, *KINDS[kind], "training.max_epochs=12", "training.recent_prior=false", *changes])
 
 
 def table(first, last):

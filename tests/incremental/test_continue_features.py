@@ -24,7 +24,7 @@ FEATURES = """[{column: brand, kind: categorical}, {column: tags, kind: multi, s
     {column: title, kind: text, model: words}, {column: price, kind: numeric, scale: quantiles, bins: 4}]"""
 CONTEXT = "[{column: device, kind: categorical}, {column: search, kind: text, model: words}]"
 SETTINGS = Config.load(None, [
-    "training={max_epochs: 1, batch_size: 128, accelerator: cpu, logger: none}",
+    "training={max_epochs: 1, batch_size: 128, accelerator: cpu, logger: none, recent_prior: false}",
     f"item_tower={{dimension: 16, features: {FEATURES}}}",
     f"query_tower={{id_embedding: true, context: {CONTEXT}, history: {{length: 5}}}}",
 ])  # fmt: skip
