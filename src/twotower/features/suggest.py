@@ -29,16 +29,16 @@ from twotower.features.parsing import ErrorLocation, as_times
 
 #: An integer column with at most this many distinct values is treated as a code (gender, store, rating).
 FEW_VALUES = 32
-#: Above this many distinct values, hash to buckets: most values are too rare to learn a vector for each.
+#: Above this many distinct values, they are hashed to buckets: most are too rare to learn a vector for each.
 MANY_VALUES = 10_000
 #: Above this fraction of missing values a column has too little information.
 MOSTLY_MISSING = 0.95
 #: Above this fraction of distinct values, a column of single words identifies rows instead of describing them.
 MOSTLY_UNIQUE = 0.5
 SEPARATORS = ("|", ";", ",", " ")
-#: Lists of numbers of at least this length are vectors, shorter ones are sets of codes.
+#: Lists of numbers of at least this length are vectors; shorter ones are sets of codes.
 VECTOR_LENGTH = 8
-#: Above this skewness, propose the logarithm.
+#: Above this skewness, the logarithm is proposed.
 SKEWED = 2.0
 
 
@@ -47,7 +47,7 @@ class FeatureSuggestion:
     """The proposal for one column.
 
     Attributes:
-        column: its name.
+        column: the column's name.
         declared: the proposed feature, or None to leave the column out.
         why: the reason, in a few words.
         distinct: number of distinct values; None for lists.
@@ -79,7 +79,7 @@ def propose(table: pl.DataFrame, id_column: str | None = None) -> list[FeatureSu
 
     Args:
         table: a feature table, one row per id.
-        id_column: its id column; None: the first column.
+        id_column: name of the id column; None for the first column.
     """
     own = id_column or table.columns[0]
     return [propose_column(table[name]) for name in table.columns if name != own]
@@ -126,7 +126,7 @@ def propose_column(column: pl.Series) -> FeatureSuggestion:
     elif missing > MOSTLY_MISSING:
         why = f"missing in {missing:.0%} of the rows"
     elif distinct == 1:
-        why = "one value everywhere"
+        why = "the same value in every row"
     elif nested:
         declared, why = _lists(known)
     elif column.dtype.is_temporal():
@@ -231,7 +231,7 @@ def _one(data: Interactions, column: pl.Series) -> FeatureSuggestion:
             isinstance(column.dtype, pl.Datetime) and bool((column.dt.time() == time(0)).all())
         )
         parts = ["weekday"] if midnight else ["hour", "weekday"]
-        # Without the age: every request is later than the training data.
+        # The age is left out, because every request is later than the training data.
         return replace(found, declared=TimestampFeature.model_validate({"column": column.name, "parts": parts}))
     rows = np.arange(len(data))
     if len(rows) > SAMPLE:
