@@ -51,7 +51,7 @@ def train_cells(
         on_message: receives progress messages.
 
     Raises:
-        InputError: a run folder has other settings or other data; nothing is trained.
+        InputError: a run folder has different settings or different data; nothing is trained.
         Interrupted: Ctrl-C; each running process has left a checkpoint.
         RuntimeError: a training run failed; the others were finished first.
     """

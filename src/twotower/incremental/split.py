@@ -238,7 +238,7 @@ def continued(
         cold: "drop" or "keep" targets whose query or item has no training row, old or new.
 
     Raises:
-        InputError: no new rows, ids of another type, an empty holdout, or unknown withdrawn ids.
+        InputError: no new rows, ids of a different type, an empty holdout, or unknown withdrawn ids.
     """
     account = Account()
     past, data = _same_id_types(past, data, account)
@@ -305,7 +305,7 @@ def continued(
 def _same_id_types(past: PastData, data: Interactions, account: Account) -> tuple[PastData, Interactions]:
     """Convert the ids of the new data to the types of the model: a CSV file has no types.
 
-    Where the model has integers and the new data has other text, such as the first id of a guest, the ids of the model
+    Where the model has integers and the new data has text, such as the first id of a guest, the ids of the model
     become text instead.
     """
     change: dict[str, Any]

@@ -56,7 +56,7 @@ def joined_table(
         All columns of both, null where nothing is known; None if both tables are None.
 
     Raises:
-        InputError: a column has another type in the new table.
+        InputError: a column has a different type in the new table.
     """
     parts = []
     for table, vocabulary in ((new, new_ids), (old, old_ids)):

@@ -146,7 +146,7 @@ class CatalogChanges:
         """Read and verify the changes in a model folder; None if there are no changes.
 
         Raises:
-            InputError: the files are damaged, or of another version.
+            InputError: the files are damaged, or of a different version.
         """
         folder = model / FOLDER
         path = folder / "changes.json"

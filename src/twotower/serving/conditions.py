@@ -526,5 +526,5 @@ def _balanced(join: Callable[[pl.Expr, pl.Expr], pl.Expr], parts: Sequence[pl.Ex
 
 def _a(kind: str) -> str:
     if kind == "other":
-        return "a value of another type"
+        return "a value of a different type"
     return kind if kind in ("text", "null") or kind.startswith("list") else f"a {kind}"

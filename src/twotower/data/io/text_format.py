@@ -1,7 +1,7 @@
 """Formats of text tables: compression, encoding, line ends, separator, header and quotation marks, found from a file.
 
 polars reads UTF-8 text with one-character separators, line feeds, one header line and quotation marks as in RFC 4180.
-A file that is written in another way is rewritten to a temporary copy, and refused with the row if it has two readings.
+A file in any other format is rewritten to a temporary copy; if it can be read in two ways, it is rejected with the row.
 """
 
 from __future__ import annotations
@@ -241,8 +241,8 @@ def find_separator(lines: Sequence[str], prefer: str | None = None) -> str:
         prefer: the separator that the name of the file promises.
 
     Returns:
-        `prefer` if it is in the header; else the separator with most fields of those that split all lines alike; else
-        the one that splits most lines like the header.
+        `prefer` if it is in the header; else, of the separators that split all lines into equally many fields, the one
+        with the most fields; else the one that splits most lines like the header.
     """
     if prefer is not None and prefer in lines[0]:
         return prefer
