@@ -122,9 +122,9 @@ class ComparisonStatistics:
     def model(self, name: str) -> dict[str, Any]:
         """Return the metrics of one objective as plain JSON values."""
         return {
-            "values": {metric: _measured(found) for metric, found in self.values[name].items()},
+            "values": {metric: _estimate_to_dict(found) for metric, found in self.values[name].items()},
             "slices": {
-                part: {metric: _measured(found) for metric, found in metrics.items()}
+                part: {metric: _estimate_to_dict(found) for metric, found in metrics.items()}
                 for part, metrics in self.slices[name].items()
             },
         }
@@ -249,7 +249,7 @@ def _pooled_deviation(by_seed: Sequence[Sequence[float]]) -> float | None:
     return math.sqrt(squares / freedom)
 
 
-def _measured(found: MetricEstimate) -> dict[str, Any]:
+def _estimate_to_dict(found: MetricEstimate) -> dict[str, Any]:
     return _plain({**asdict(found), "deviation": found.deviation})
 
 

@@ -128,22 +128,22 @@ def propose_column(column: pl.Series) -> FeatureSuggestion:
     elif distinct == 1:
         why = "the same value in every row"
     elif nested:
-        declared, why = _lists(known)
+        declared, why = _propose_list(known)
     elif column.dtype.is_temporal():
         dated = column.dtype == pl.Date or isinstance(column.dtype, pl.Datetime)
         declared, why = (TimestampFeature(column=column.name), "dates") if dated else (None, f"type {column.dtype}")
     elif column.dtype == pl.Boolean:
         declared, why = CategoricalFeature(column=column.name), "true or false"
     elif column.dtype.is_numeric():
-        declared, why = _numbers(known, distinct or 0)
+        declared, why = _propose_number(known, distinct or 0)
     elif column.dtype in (pl.String, pl.Categorical, pl.Enum):
-        declared, why = _texts(known.cast(pl.String), distinct or 0)
+        declared, why = _propose_text(known.cast(pl.String), distinct or 0)
     else:
         why = f"type {column.dtype}"
     return FeatureSuggestion(column.name, declared, why, distinct, missing)
 
 
-def _lists(known: pl.Series) -> tuple[AnyFeature | None, str]:
+def _propose_list(known: pl.Series) -> tuple[AnyFeature | None, str]:
     if isinstance(known.dtype, pl.Array):
         known = known.arr.to_list()
     if not isinstance(known.dtype, pl.List) or known.dtype.inner.is_nested():
@@ -159,7 +159,7 @@ def _lists(known: pl.Series) -> tuple[AnyFeature | None, str]:
     return MultiFeature(column=known.name, **_buckets(values)), f"lists, {values:,} values"
 
 
-def _numbers(known: pl.Series, distinct: int) -> tuple[AnyFeature | None, str]:
+def _propose_number(known: pl.Series, distinct: int) -> tuple[AnyFeature | None, str]:
     whole = known.dtype.is_integer() or bool((known == known.floor()).all())
     if whole and distinct <= FEW_VALUES:
         return CategoricalFeature(column=known.name), f"whole numbers, only {distinct} values"
@@ -172,7 +172,7 @@ def _numbers(known: pl.Series, distinct: int) -> tuple[AnyFeature | None, str]:
     return NumericFeature(column=known.name), "numbers"
 
 
-def _texts(known: pl.Series, distinct: int) -> tuple[AnyFeature | None, str]:
+def _propose_text(known: pl.Series, distinct: int) -> tuple[AnyFeature | None, str]:
     name = known.name
     try:
         as_times(known, ErrorLocation(""))
@@ -218,10 +218,10 @@ def propose_context(data: Interactions) -> list[FeatureSuggestion]:
     """
     if data.context is None:
         return []
-    return [_one(data, data.context[name]) for name in data.context.columns]
+    return [_propose_context_column(data, data.context[name]) for name in data.context.columns]
 
 
-def _one(data: Interactions, column: pl.Series) -> FeatureSuggestion:
+def _propose_context_column(data: Interactions, column: pl.Series) -> FeatureSuggestion:
     found = propose_column(column)
     declared = found.declared
     if declared is None:

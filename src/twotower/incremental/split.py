@@ -272,7 +272,7 @@ def continued(
     rows.query_table = joined_table(None, past.queries, data.query_table, data.queries, queries)
     train = rows.select(joined.trains)
     if made.train.negatives is not None:
-        train = replace(train, negatives=_recoded(made.train.negatives, queries, items, maps))
+        train = replace(train, negatives=_recode_observed(made.train.negatives, queries, items, maps))
     learnt = joined.learnt[joined.trains]
     account.add(
         "rows to learn", int((~learnt).sum()), f"in addition to {int(learnt.sum()):,} that the parent was trained on"
@@ -281,7 +281,9 @@ def continued(
     warm_queries = np.diff(train.offsets) > 0 if cold == "drop" and made.name == "by_time" else None
     before = PastRows.of(past, maps, len(queries))
     holdouts = {
-        name: _carried(getattr(made, name), before, maps, rows, account=account, warm=(warm_items, warm_queries))
+        name: _continued_holdout(
+            getattr(made, name), before, maps, rows, account=account, warm=(warm_items, warm_queries)
+        )
         for name in ("validation", "test")
     }
     times = fresh.timestamps
@@ -388,7 +390,9 @@ def _new_rows(past: PastData, data: Interactions, gone: Vocabulary | None, accou
     return replace(fresh, labels=None)
 
 
-def _recoded(below: Interactions, queries: Vocabulary, items: Vocabulary, maps: JoinedCodes) -> Interactions | None:
+def _recode_observed(
+    below: Interactions, queries: Vocabulary, items: Vocabulary, maps: JoinedCodes
+) -> Interactions | None:
     """Recode observed negatives; drop those of withdrawn items."""
     codes, found = maps.queries[below.query_codes()], maps.items[below.item_codes]
     known = np.flatnonzero((codes >= 0) & (found >= 0))
@@ -405,7 +409,7 @@ def _recoded(below: Interactions, queries: Vocabulary, items: Vocabulary, maps: 
     )
 
 
-def _carried(
+def _continued_holdout(
     holdout: Holdout,
     before: PastRows,
     maps: JoinedCodes,

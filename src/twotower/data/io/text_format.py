@@ -252,12 +252,12 @@ def find_separator(lines: Sequence[str], prefer: str | None = None) -> str:
         count = bare[0].count(separator) if bare else 0
         if not count:
             continue
-        alike = sum(line.count(separator) == count for line in bare) / len(bare)
-        if separator in ("::", " ") and alike < 1:
+        agreement = sum(line.count(separator) == count for line in bare) / len(bare)
+        if separator in ("::", " ") and agreement < 1:
             continue
         # A blank separates fields only if nothing else does; "::" is never text.
         rank = -1 if separator == " " else 1 if separator == "::" else 0
-        key = (alike + rank if alike == 1 else min(alike, 0.999), count, -place)
+        key = (agreement + rank if agreement == 1 else min(agreement, 0.999), count, -place)
         if key > most:
             best, most = separator, key
     return best
