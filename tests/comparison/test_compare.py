@@ -192,7 +192,7 @@ def test_other_settings_are_refused_before_anything_is_trained(folder, monkeypat
 
 def test_other_data_is_refused(folder, monkeypatch):
     (cell, *_), _ = cells_of(folder, monkeypatch)
-    with pytest.raises(InputError, match="trained on other data"):
+    with pytest.raises(InputError, match="trained on different data"):
         cell.state("f" * 64)
 
 

@@ -35,7 +35,7 @@ RNG = np.random.default_rng(0)
         ([f"cup {j} of tea" for j in range(ROWS)], "text", {"model": "words"}, "4.0 words per row"),
         (list(range(ROWS)), None, {}, "looks like an id"),
         ([f"sku-{j}".replace("-", "") for j in range(ROWS)], None, {}, "identifies rows"),
-        (["same"] * ROWS, None, {}, "one value everywhere"),
+        (["same"] * ROWS, None, {}, "the same value in every row"),
         ([None] * ROWS, None, {}, "no values"),
         (["a", "b", *[None] * (ROWS - 2)], None, {}, "missing in 99%"),
         ([dt.timedelta(seconds=j) for j in range(ROWS)], None, {}, "type Duration"),

@@ -131,7 +131,7 @@ def test_invalid_requests_are_refused(runs):
     retriever = tt.Retriever.load(runs["with"][0])
     with pytest.raises(InputError, match="context: expected one row for each query, 2; found 1"):
         retriever.recommend(["u03", "u04"], context=[{}])
-    with pytest.raises(InputError, match="nothing is known of this query"):
+    with pytest.raises(InputError, match="nothing is known about this query"):
         retriever.recommend(histories=[[999]], context=[None])
     plain = tt.Retriever.load(runs["without"][0])
     with pytest.raises(InputError, match="this model looks at none; set query_tower.context"):

@@ -62,7 +62,7 @@ class Appearance:
         """The finding as a sentence."""
         if self.as_claimed:
             return f"close to its claim ({self.deviation:.1%} off)" if self.estimated else "as claimed"
-        misplaced = f"{self.deviation:.1%} of the appearances are on other items than claimed"
+        misplaced = f"{self.deviation:.1%} of the appearances are of items other than those claimed"
         if self.dispersion is None or self.dispersion <= _STEADY:
             return f"not as claimed: {misplaced}"
         # Such differences between batches also make the sum differ from the claim: report the cause first.

@@ -189,13 +189,13 @@ def audit(
         stream = subject.batches(seed)
         pool = build_objective(subject.config, subject.train).pool
         warm_up(pool, stream, len(subject.train) // subject.batch_size)
-        appeared = appearances(pool, stream, batches, item_counts=subject.counts)
+        measured_appearances = appearances(pool, stream, batches, item_counts=subject.counts)
         masked = masked_share(pool, stream, subject)
     rows = torch.arange(len(subject.rows))
     probability = torch.softmax(subject.rows.logits, 1)[rows, subject.rows.positives]
     return Audit(
         measured,
-        appeared,
+        measured_appearances,
         masked,
         rows=len(subject.rows),
         draws=draws,

@@ -91,7 +91,7 @@ def subject_of(artifact: SavedModel, train: Interactions, *, rows: int = 64, see
         seed: seed of the choice.
 
     Raises:
-        InputError: `rows` is less than 2, or the data has another number of items than the model.
+        InputError: `rows` is less than 2, or the data and the model have different numbers of items.
     """
     if rows < 2:
         raise InputError(f"rows: expected at least 2, found {rows}")

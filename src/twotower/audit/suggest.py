@@ -154,7 +154,7 @@ def suggest(subject: Subject, *, draws: int = 16, seed: int = 0) -> Suggestion:
 
     The present pool is measured with expected counts, whatever correction the model was trained with, so that pools are
     compared and not corrections. In-batch candidates come from real batches of the present size. The pool of in-batch
-    candidates alone is skipped if that size gives another number of distinct candidates.
+    candidates alone is skipped if that size gives a different number of distinct candidates.
 
     Args:
         subject: from `subject_of`.

@@ -225,7 +225,7 @@ def audit(
     directory: Run,
     objectives: Annotated[
         str | None,
-        typer.Option("--objectives", metavar="A,B", help="Further objectives to measure, separated by commas."),
+        typer.Option("--objectives", metavar="A,B", help="Additional objectives to measure, separated by commas."),
     ] = None,
     suggest: Annotated[
         bool, typer.Option("--suggest", help="Search for the candidate pool with the least spread.")

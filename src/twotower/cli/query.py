@@ -181,8 +181,8 @@ def dial(
     holdout = split.test if on == "test" else split.validation
     if on == "validation" and lost_validation(directory):
         raise InputError(
-            f"--on validation: {directory} continues another model and was written by an older version, which did not "
-            "save its validation queries; train it again with twotower train NEW_DATA --from MODEL"
+            f"--on validation: {directory} continues a different model and was written by an older version, which did "
+            "not save its validation queries; train it again with twotower train NEW_DATA --from MODEL"
         )
     if not len(holdout):
         raise InputError(f"--on {on}: the split of this model has no {on} queries")
@@ -218,7 +218,7 @@ def _file(
         return
     print_line(
         f"{target}: {report.rows:,} rows for {report.answered:,} of {report.queries:,} queries; "
-        f"nothing is known of {report.unknown:,} queries"
+        f"nothing is known about {report.unknown:,} queries"
     )
 
 

@@ -29,7 +29,8 @@ def serve(
         typer.Option("--token-file", metavar="FILE", help="File with the token that requests must carry."),
     ] = None,
     allow_host: Annotated[
-        list[str] | None, typer.Option("--allow-host", metavar="NAME", help="Further host name that requests may use.")
+        list[str] | None,
+        typer.Option("--allow-host", metavar="NAME", help="Additional host name that requests may use."),
     ] = None,
     queue: Annotated[int, typer.Option("--queue", min=1, help="Maximum requests in the queue.")] = 512,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Maximum requests searched together.")] = 128,

@@ -54,7 +54,7 @@ class Cell:
             fingerprint: fingerprint of the data.
 
         Raises:
-            InputError: the run folder was trained with other settings or on other data.
+            InputError: the run folder was trained with different settings or on different data.
         """
         written = self.directory / CONFIG
         finished = (self.directory / "results.json").exists()
@@ -71,7 +71,7 @@ class Cell:
             known = read_metadata(find_model(self.directory))["data"]["fingerprint"]
             if known != fingerprint:
                 raise InputError(
-                    f"{self.directory}: trained on other data (fingerprint {known[:12]}, the current data has "
+                    f"{self.directory}: trained on different data (fingerprint {known[:12]}, the current data has "
                     f"{fingerprint[:12]}); choose another --out"
                 )
             return "finished"

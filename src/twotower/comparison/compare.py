@@ -115,7 +115,7 @@ def compare_run(
         on_message: receives progress messages.
 
     Raises:
-        InputError: a setting is wrong, `out` contains runs with other settings or other data, cannot be written, or
+        InputError: a setting is wrong, `out` contains runs with different settings or data, cannot be written, or
             another process is writing into it.
         Interrupted: Ctrl-C; the same call resumes the comparison.
         RuntimeError: a training run failed.

@@ -51,7 +51,7 @@ def train_cells(
         on_message: receives progress messages.
 
     Raises:
-        InputError: a run folder has other settings or other data; nothing is trained.
+        InputError: a run folder has different settings or different data; nothing is trained.
         Interrupted: Ctrl-C; each running process has left a checkpoint.
         RuntimeError: a training run failed; the others were finished first.
     """
@@ -61,7 +61,7 @@ def train_cells(
     if done:
         on_message(f"{done} of {len(cells)} runs are already finished")
     running: list[TrainingProcess] = []
-    lasted: list[float] = []
+    durations: list[float] = []
     failed: list[str] = []
     with _count_interrupts() as stop, _terminate_on_exit(running):
         while (waiting and not stop()) or running:
@@ -70,7 +70,7 @@ def train_cells(
                 resume = states[cell.label] == "interrupted"
                 running.append(_start(source, cell, out, resume=resume, jobs=jobs))
                 number = len(cells) - len(waiting)
-                left = _left(lasted, running, waiting, jobs)
+                left = _remaining_time(durations, running, waiting, jobs)
                 on_message(f"[{number}/{len(cells)}] {cell.label}{' resumed' if resume else ''}{left}")
             time.sleep(_POLL)
             for one in running:  # the first interrupt lets it finish its step and save a checkpoint, a second ends it
@@ -81,7 +81,7 @@ def train_cells(
                 running.remove(one)
                 one.output.close()
                 if one.process.returncode == 0:
-                    lasted.append(time.monotonic() - one.begun)
+                    durations.append(time.monotonic() - one.begun)
                 elif not stop():
                     failed.append(f"{one.cell.label} ended with code {one.process.returncode}: {_last_line(one.log)}")
                     on_message(f"failed: {failed[-1]}")
@@ -167,10 +167,12 @@ def _terminate_on_exit(running: Sequence[TrainingProcess]) -> Iterator[None]:
             one.process.wait()
 
 
-def _left(lasted: Sequence[float], running: Sequence[TrainingProcess], waiting: Sequence[Cell], jobs: int) -> str:
-    if not lasted:
+def _remaining_time(
+    durations: Sequence[float], running: Sequence[TrainingProcess], waiting: Sequence[Cell], jobs: int
+) -> str:
+    if not durations:
         return ""
-    each = sum(lasted) / len(lasted)
+    each = sum(durations) / len(durations)
     rounds = -(-(len(running) + len(waiting)) // jobs)
     return f" (about {_duration(each * rounds)} left)"
 

@@ -27,7 +27,7 @@ class MetricEstimate:
     Attributes:
         mean: mean over queries and seeds.
         low, high: 95 % bootstrap interval over queries; None if the metric has no per-query values.
-        by_seed: the mean over queries of each seed.
+        by_seed: the mean over queries for each seed.
     """
 
     mean: float
@@ -77,14 +77,14 @@ class PairwiseTest:
 
 @dataclass(frozen=True)
 class TestFamily:
-    """A family of contests with the same metric and reference, adjusted together.
+    """A family of tests with the same metric and reference, adjusted together.
 
     Attributes:
-        about: `all` queries, the `tail`, or the `baselines`.
-        metric: such as "NDCG@10".
+        about: what is tested: `all` (all queries), `tail` or `baselines`.
+        metric: name of the metric, such as "NDCG@10".
         part: the slice, such as "tail"; None for all queries.
-        against: the reference: the objective that all others are compared with.
-        contests: one for each other objective.
+        against: the reference objective, with which all others are compared.
+        contests: the test of each other objective.
     """
 
     about: str
@@ -120,9 +120,9 @@ class ComparisonStatistics:
     def model(self, name: str) -> dict[str, Any]:
         """Return the metrics of one objective as plain JSON values."""
         return {
-            "values": {metric: _measured(found) for metric, found in self.values[name].items()},
+            "values": {metric: _estimate_to_dict(found) for metric, found in self.values[name].items()},
             "slices": {
-                part: {metric: _measured(found) for metric, found in metrics.items()}
+                part: {metric: _estimate_to_dict(found) for metric, found in metrics.items()}
                 for part, metrics in self.slices[name].items()
             },
         }
@@ -154,7 +154,7 @@ def compare(
         InputError: no objective, an objective without rows, or rows of different queries.
     """
     if not rows or not all(rows.values()):
-        raise InputError("compare: expected at least one objective, each with a row")
+        raise InputError("compare: expected at least one objective, each with at least one row")
     numbers = {name: measured(runs) for name, runs in rows.items()}
     values = {name: overall for name, (overall, _) in numbers.items()}
     slices = {name: parts for name, (_, parts) in numbers.items()}
@@ -239,7 +239,7 @@ def contest(about: str, rows: Mapping[str, Sequence[Row]], metric: str, part: st
 
 
 def _pooled_deviation(by_seed: Sequence[Sequence[float]]) -> float | None:
-    """Pool the standard deviation over seeds across objectives: three seeds alone give a poor estimate."""
+    """Pool the standard deviation over seeds across objectives: one objective's few seeds give a poor estimate."""
     freedom = sum(len(values) - 1 for values in by_seed)
     if freedom == 0:
         return None
@@ -247,7 +247,7 @@ def _pooled_deviation(by_seed: Sequence[Sequence[float]]) -> float | None:
     return math.sqrt(squares / freedom)
 
 
-def _measured(found: MetricEstimate) -> dict[str, Any]:
+def _estimate_to_dict(found: MetricEstimate) -> dict[str, Any]:
     return _plain({**asdict(found), "deviation": found.deviation})
 
 

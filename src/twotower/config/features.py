@@ -72,7 +72,7 @@ class DenseFeature(Feature):
     normalise: bool = Field(True, description="Scale every vector to length 1.")
 
     @model_validator(mode="after")
-    def _both(self) -> DenseFeature:
+    def _require_file_and_ids(self) -> DenseFeature:
         if (self.file is None) != (self.ids is None):
             raise ValueError("a dense feature from a file needs both `file` and `ids`")
         return self

@@ -87,7 +87,7 @@ def open_saved(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Open a folder: the fields of `Interactions`, memory-mapped, and the fields that differ in its negatives, if any.
 
     Raises:
-        InputError: missing, truncated, or of another layout version.
+        InputError: a file is missing or truncated, or has a different layout version.
     """
     meta = read_meta(folder)
     try:
@@ -337,7 +337,7 @@ class Interactions:
         """Open a folder written by `save` or prepared by `read`; the arrays are memory-mapped.
 
         Raises:
-            InputError: missing, truncated, or another layout version.
+            InputError: a file is missing or truncated, or has a different layout version.
         """
         saved, below = open_saved(Path(directory))
         data = cls(**saved)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from twotower.distributed.communicator import Communicator
 
-#: How many random numbers are drawn at once when a part is initialised; a multiple of 16.
+#: How many random numbers are drawn at a time when a part is initialised; a multiple of 16.
 BLOCK = 1 << 20
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from twotower.distributed.partition import ColumnShard, RowShard, TableShard
 from twotower.distributed.row_files import RowBlocks
 
-#: Rows assembled at once when a table is written.
+#: Rows assembled at a time when a table is written.
 BLOCK = 65_536
 
 

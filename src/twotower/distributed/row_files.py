@@ -202,12 +202,12 @@ class StoredRows:
             IndexError: a row does not exist.
         """
         if isinstance(index, Tensor):
-            return self._some(index.numpy())
+            return self._read_rows(index.numpy())
         if isinstance(index, slice):
-            return self._some(np.arange(*index.indices(len(self))))
+            return self._read_rows(np.arange(*index.indices(len(self))))
         return self._tensor(np.concatenate([run for _, run in self.runs]), self.shape)
 
-    def _some(self, rows: NDArray[np.int64]) -> Tensor:
+    def _read_rows(self, rows: NDArray[np.int64]) -> Tensor:
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
             raise IndexError(f"rows {rows.min()} to {rows.max()} requested of {len(self)}")
         first = np.array([start for start, _ in self.runs])

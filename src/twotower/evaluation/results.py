@@ -57,7 +57,7 @@ class TextTable:
     def rich(self) -> Table:
         """Format for a rich console."""
         # Two characters between columns, as in `lines`: nine columns fit into 80 characters. A longer cell wraps to a
-        # second line, because a truncated number would read as another number.
+        # second line, because a truncated number would read as a different number.
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for place, title in enumerate(self.header):
             table.add_column(cell(title), justify="right" if place else "left", overflow="fold")

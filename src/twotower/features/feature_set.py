@@ -57,7 +57,7 @@ class FeatureSet:
         declared: the declared features.
         encoders: one per declared feature.
         widths: the width of each feature in the tower's input, set once a tower has been built on them; None before. A
-            vocabulary that grows keeps its width; `auto` would choose another one for the new number of values.
+            vocabulary that grows keeps its width; `auto` would choose a different one for the new number of values.
 
     Example:
         features = FeatureSet.fit("item", [NumericFeature(column="price")], data.item_table, known=counts > 0)

@@ -148,7 +148,7 @@ def as_lists(series: pl.Series, separator: str | None, place: ErrorLocation) -> 
     if isinstance(series.dtype, pl.List):
         inner = series.explode(keep_nulls=False, empty_as_null=False)
         if len(inner):
-            as_text(inner.alias(series.name), place)  # refuses lists of lists
+            as_text(inner.alias(series.name), place)  # rejects lists of lists
         texts = series.cast(pl.List(pl.String))
     elif series.dtype == pl.String and separator is not None:
         texts = series.str.split(separator)

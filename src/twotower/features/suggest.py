@@ -29,16 +29,16 @@ from twotower.features.parsing import ErrorLocation, as_times
 
 #: An integer column with at most this many distinct values is treated as a code (gender, store, rating).
 FEW_VALUES = 32
-#: Above this many distinct values, hash to buckets: most values are too rare to learn a vector for each.
+#: Above this many distinct values, they are hashed to buckets: most are too rare to learn a vector for each.
 MANY_VALUES = 10_000
 #: Above this fraction of missing values a column has too little information.
 MOSTLY_MISSING = 0.95
 #: Above this fraction of distinct values, a column of single words identifies rows instead of describing them.
 MOSTLY_UNIQUE = 0.5
 SEPARATORS = ("|", ";", ",", " ")
-#: Lists of numbers of at least this length are vectors, shorter ones are sets of codes.
+#: Lists of numbers of at least this length are vectors; shorter ones are sets of codes.
 VECTOR_LENGTH = 8
-#: Above this skewness, propose the logarithm.
+#: Above this skewness, the logarithm is proposed.
 SKEWED = 2.0
 
 
@@ -47,7 +47,7 @@ class FeatureSuggestion:
     """The proposal for one column.
 
     Attributes:
-        column: its name.
+        column: the column's name.
         declared: the proposed feature, or None to leave the column out.
         why: the reason, in a few words.
         distinct: number of distinct values; None for lists.
@@ -79,7 +79,7 @@ def propose(table: pl.DataFrame, id_column: str | None = None) -> list[FeatureSu
 
     Args:
         table: a feature table, one row per id.
-        id_column: its id column; None: the first column.
+        id_column: name of the id column; None for the first column.
     """
     own = id_column or table.columns[0]
     return [propose_column(table[name]) for name in table.columns if name != own]
@@ -126,24 +126,24 @@ def propose_column(column: pl.Series) -> FeatureSuggestion:
     elif missing > MOSTLY_MISSING:
         why = f"missing in {missing:.0%} of the rows"
     elif distinct == 1:
-        why = "one value everywhere"
+        why = "the same value in every row"
     elif nested:
-        declared, why = _lists(known)
+        declared, why = _propose_list(known)
     elif column.dtype.is_temporal():
         dated = column.dtype == pl.Date or isinstance(column.dtype, pl.Datetime)
         declared, why = (TimestampFeature(column=column.name), "dates") if dated else (None, f"type {column.dtype}")
     elif column.dtype == pl.Boolean:
         declared, why = CategoricalFeature(column=column.name), "true or false"
     elif column.dtype.is_numeric():
-        declared, why = _numbers(known, distinct or 0)
+        declared, why = _propose_number(known, distinct or 0)
     elif column.dtype in (pl.String, pl.Categorical, pl.Enum):
-        declared, why = _texts(known.cast(pl.String), distinct or 0)
+        declared, why = _propose_text(known.cast(pl.String), distinct or 0)
     else:
         why = f"type {column.dtype}"
     return FeatureSuggestion(column.name, declared, why, distinct, missing)
 
 
-def _lists(known: pl.Series) -> tuple[AnyFeature | None, str]:
+def _propose_list(known: pl.Series) -> tuple[AnyFeature | None, str]:
     if isinstance(known.dtype, pl.Array):
         known = known.arr.to_list()
     if not isinstance(known.dtype, pl.List) or known.dtype.inner.is_nested():
@@ -159,7 +159,7 @@ def _lists(known: pl.Series) -> tuple[AnyFeature | None, str]:
     return MultiFeature(column=known.name, **_buckets(values)), f"lists, {values:,} values"
 
 
-def _numbers(known: pl.Series, distinct: int) -> tuple[AnyFeature | None, str]:
+def _propose_number(known: pl.Series, distinct: int) -> tuple[AnyFeature | None, str]:
     whole = known.dtype.is_integer() or bool((known == known.floor()).all())
     if whole and distinct <= FEW_VALUES:
         return CategoricalFeature(column=known.name), f"whole numbers, only {distinct} values"
@@ -172,7 +172,7 @@ def _numbers(known: pl.Series, distinct: int) -> tuple[AnyFeature | None, str]:
     return NumericFeature(column=known.name), "numbers"
 
 
-def _texts(known: pl.Series, distinct: int) -> tuple[AnyFeature | None, str]:
+def _propose_text(known: pl.Series, distinct: int) -> tuple[AnyFeature | None, str]:
     name = known.name
     try:
         as_times(known, ErrorLocation(""))
@@ -218,10 +218,10 @@ def propose_context(data: Interactions) -> list[FeatureSuggestion]:
     """
     if data.context is None:
         return []
-    return [_one(data, data.context[name]) for name in data.context.columns]
+    return [_propose_context_column(data, data.context[name]) for name in data.context.columns]
 
 
-def _one(data: Interactions, column: pl.Series) -> FeatureSuggestion:
+def _propose_context_column(data: Interactions, column: pl.Series) -> FeatureSuggestion:
     found = propose_column(column)
     declared = found.declared
     if declared is None:
@@ -231,7 +231,7 @@ def _one(data: Interactions, column: pl.Series) -> FeatureSuggestion:
             isinstance(column.dtype, pl.Datetime) and bool((column.dt.time() == time(0)).all())
         )
         parts = ["weekday"] if midnight else ["hour", "weekday"]
-        # Without the age: every request is later than the training data.
+        # The age is left out, because every request is later than the training data.
         return replace(found, declared=TimestampFeature.model_validate({"column": column.name, "parts": parts}))
     rows = np.arange(len(data))
     if len(rows) > SAMPLE:

@@ -44,7 +44,7 @@ def inherit_settings(parent: Config, config: Config) -> Config:
     """Complete the settings of an incremental run: features and context set to "auto" become the parent's.
 
     Raises:
-        InputError: a setting would need other weights than the parent's; the message names it.
+        InputError: a setting would need weights different from the parent's; the message names it.
     """
     changed = {}
     for section in ("query_tower", "item_tower"):

@@ -238,7 +238,7 @@ def continued(
         cold: "drop" or "keep" targets whose query or item has no training row, old or new.
 
     Raises:
-        InputError: no new rows, ids of another type, an empty holdout, or unknown withdrawn ids.
+        InputError: no new rows, ids of a different type, an empty holdout, or unknown withdrawn ids.
     """
     account = Account()
     past, data = _same_id_types(past, data, account)
@@ -273,7 +273,7 @@ def continued(
     rows.query_table = joined_table(None, past.queries, data.query_table, data.queries, queries)
     train = rows.select(joined.trains)
     if made.train.negatives is not None:
-        train = replace(train, negatives=_recoded(made.train.negatives, queries, items, maps))
+        train = replace(train, negatives=_recode_observed(made.train.negatives, queries, items, maps))
     learnt = joined.learnt[joined.trains]
     account.add(
         "rows to learn", int((~learnt).sum()), f"in addition to {int(learnt.sum()):,} that the parent was trained on"
@@ -315,7 +315,7 @@ def continued(
 def _same_id_types(past: PastData, data: Interactions, account: Account) -> tuple[PastData, Interactions]:
     """Convert the ids of the new data to the types of the model: a CSV file has no types.
 
-    Where the model has integers and the new data has other text, such as the first id of a guest, the ids of the model
+    Where the model has integers and the new data has text, such as the first id of a guest, the ids of the model
     become text instead.
     """
     change: dict[str, Any]
@@ -398,7 +398,9 @@ def _new_rows(past: PastData, data: Interactions, gone: Vocabulary | None, accou
     return replace(fresh, labels=None)
 
 
-def _recoded(below: Interactions, queries: Vocabulary, items: Vocabulary, maps: JoinedCodes) -> Interactions | None:
+def _recode_observed(
+    below: Interactions, queries: Vocabulary, items: Vocabulary, maps: JoinedCodes
+) -> Interactions | None:
     """Recode observed negatives; drop those of withdrawn items."""
     codes, found = maps.queries[below.query_codes()], maps.items[below.item_codes]
     known = np.flatnonzero((codes >= 0) & (found >= 0))
@@ -415,7 +417,7 @@ def _recoded(below: Interactions, queries: Vocabulary, items: Vocabulary, maps: 
     )
 
 
-def _carried(
+def _continued_holdout(
     holdout: Holdout,
     before: PastRows,
     maps: JoinedCodes,

@@ -56,7 +56,7 @@ def joined_table(
         All columns of both, null where nothing is known; None if both tables are None.
 
     Raises:
-        InputError: a column has another type in the new table.
+        InputError: a column has a different type in the new table.
     """
     parts = []
     for table, vocabulary in ((new, new_ids), (old, old_ids)):
@@ -71,7 +71,7 @@ def joined_table(
         fresh, kept = parts[0], parts[1].rename({parts[1].columns[0]: name})
         kept = kept.filter(~kept[name].is_in(fresh[name].implode()))
         for column in kept.columns:
-            if column in fresh.columns and not _alike(kept.schema[column], fresh.schema[column]):
+            if column in fresh.columns and not _can_be_merged(kept.schema[column], fresh.schema[column]):
                 raise InputError(
                     f"item table: column {column!r} is {fresh.schema[column]} in the new table and "
                     f"{kept.schema[column]} in the model's; write it as one type"
@@ -81,5 +81,5 @@ def joined_table(
     return pl.DataFrame({name: ids.ids}).join(merged, on=name, how="left", maintain_order="left")
 
 
-def _alike(first: pl.DataType, second: pl.DataType) -> bool:
+def _can_be_merged(first: pl.DataType, second: pl.DataType) -> bool:
     return first == second or pl.Null in (first, second) or (first.is_numeric() and second.is_numeric())

@@ -33,7 +33,7 @@ from twotower.training.optimizer import TableOptimizer, fresh_state
 
 Side = Literal["queries", "items"]
 
-#: Rows of a table that are copied at once.
+#: Number of table rows copied at a time.
 BLOCK_ROWS = 1 << 16
 
 
@@ -54,8 +54,8 @@ class CodeMaps:
 def named_tables(build: Callable[[int, int], nn.Module], num_queries: int, num_items: int) -> dict[str, Side]:
     """Find the tensors of a model that have one row per query or per item.
 
-    The model is built three times on the meta device, with one more query and with one more item: a tensor that grows
-    is such a table, whatever the tower and its name.
+    The model is built three times on the meta device: as it is, with one more query, and with one more item. A tensor
+    that grows is such a table, whichever tower it is in and whatever it is called.
 
     Args:
         build: builds a model from the numbers of queries and items.
@@ -93,10 +93,10 @@ def row_maps(model: nn.Module, tables: Mapping[str, Side], maps: CodeMaps) -> di
 
 @torch.no_grad()
 def grow(model: nn.Module, state: Mapping[str, RowSource], rows: Mapping[str, Tensor]) -> None:
-    """Copy an old model's tensors into a larger new one: retained rows of tables, everything else whole.
+    """Copy an old model's tensors into a larger new model: the retained rows of tables, and all other tensors whole.
 
     Rows that the old model does not have keep their fresh initialization. Extra rows beyond the vocabulary, such as
-    padding, are the last rows of a table and stay there. Of a sharded table, each rank copies its part.
+    padding, are the last rows of a table and stay there. Each rank copies its own part of a sharded table.
 
     Args:
         model: freshly built; changed in place.
@@ -104,13 +104,13 @@ def grow(model: nn.Module, state: Mapping[str, RowSource], rows: Mapping[str, Te
         rows: the result of `row_maps`.
 
     Raises:
-        InputError: the old model has other tensors or shapes.
+        InputError: the old model has different tensors or shapes.
     """
     parts = parts_of(model)
     for name, own in model.state_dict(keep_vars=True).items():
         old: RowSource | None = state.get(name)
         if old is None and own.dtype == torch.bool and name in rows:
-            old = torch.ones(len(rows[name]), dtype=torch.bool)  # older versions saved no mask: all are trained
+            old = torch.ones(len(rows[name]), dtype=torch.bool)  # older versions saved no mask: all rows are trained
         if old is None:
             raise InputError(f"model: {name} is not in the saved weights; continue with the version that wrote them")
         if name in rows:
@@ -157,17 +157,17 @@ def continue_optimizer(
 ) -> tuple[int, int]:
     """Load an old optimizer's state, row by row for tables that have grown.
 
-    New rows start without state, as rows do that a step touches for the first time.
+    New rows start without state, like any row that a step touches for the first time.
 
     Args:
-        optimizer: of the new model, with groups from `parameter_groups`.
+        optimizer: the new model's optimizer, with groups from `parameter_groups`.
         saved: the old optimizer's state dict.
         maps_of: row maps by `id` of a parameter.
         parts: this rank's parts of sharded tables (`parts_of`).
 
     Returns:
-        How many parameters keep their state, and how many had one. A parameter loses its state if the rule of its group
-        has changed.
+        How many parameters keep their state, and how many had any. A parameter loses its state if its group's update
+        rule has changed.
     """
     done = count = 0
     for group, old_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
@@ -201,10 +201,10 @@ def _whole_shape(value: Tensor, part: TableShard | None) -> torch.Size:
 def continue_objective(objective: Objective, saved: Mapping[str, RowSource], items: Tensor) -> None:
     """Load an old objective's state: learned scalars, and streaming frequencies with the gaps of retained items.
 
-    What is refilled during training, such as a cross-batch memory or mined items, starts empty.
+    Anything refilled during training, such as a cross-batch memory or mined items, starts empty.
 
     Args:
-        objective: of the new model; changed in place.
+        objective: the new model's objective; changed in place.
         saved: the old objective's state dict.
         items: int64 [old N], new codes.
     """
@@ -219,16 +219,16 @@ def continue_objective(objective: Objective, saved: Mapping[str, RowSource], ite
 
 @torch.no_grad()
 def continue_streaming(frequency: StreamingFrequency, saved: Mapping[str, Tensor], items: Tensor) -> None:
-    """Load an old estimate: retained items keep their gap and the row of their last occurrence, new ones are unseen.
+    """Load an old estimate: retained items keep their gap and the row of their last occurrence; new ones are unseen.
 
     A new item could not occur before, so its first gap is counted from here, and not over all rows of the old model.
 
     Raises:
-        InputError: the saved estimate is of another catalog.
+        InputError: the saved estimate is for a different catalog.
     """
     if saved["gap"].shape != (1, len(items)):
         raise InputError(
-            f"frequency: expected an estimate of {len(items)} items, found {list(saved['gap'].shape)}; "
+            f"frequency: expected an estimate for {len(items)} items, found {list(saved['gap'].shape)}; "
             "set objective.frequency to counted, or train from scratch"
         )
     kept = (items >= 0).nonzero().squeeze(1)
@@ -245,8 +245,8 @@ class ContinueOptimizer(Callback):
     """Loads the optimizer state of the parent model before the first step.
 
     Args:
-        rows: row maps by name of a tensor of the towers, from `row_maps`.
-        state: state dict of the old optimizer.
+        rows: row maps by name of the towers' tensor, from `row_maps`.
+        state: the old optimizer's state dict.
         on_message: receives a message if some of the state cannot be used.
     """
 
@@ -273,8 +273,8 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in model.state_dict().items()}
 
 
-#: Start of the message when only weights are inherited.
-AFRESH = "optimizer and objective start from scratch, only weights are inherited"
+#: Beginning of the message shown when only weights are inherited.
+WEIGHTS_ONLY = "optimizer and objective start from scratch; only weights are inherited"
 
 
 @dataclass(frozen=True)
@@ -282,8 +282,8 @@ class WarmFeatures:
     """The features of both sides with the new rows, and the maps from old to new codes.
 
     Attributes:
-        features: by side, for sides with features.
-        maps: of queries, items and feature values.
+        features: encoded features by side, for sides that have any.
+        maps: code maps of queries, items and feature values.
         num_queries, num_items: Q and N of the new model.
     """
 
@@ -328,7 +328,7 @@ def carry_on(
 ) -> ContinueOptimizer | None:
     """Load the parent's weights and state into fresh towers and a fresh objective, both changed in place; collective.
 
-    Of sharded tables, each rank reads only the rows that it will hold; optimizer state is read when training starts.
+    Each rank reads only the rows of sharded tables that it will hold; optimizer state is read when training starts.
     The ranks check together that the checkpoint matches the model, each on its share of the rows.
 
     Args:
@@ -338,7 +338,7 @@ def carry_on(
         towers: freshly built.
         objective: freshly built.
         ranks: the processes of the run; None for a single process.
-        on_message: receives a message if the states of optimizer and objective cannot be inherited.
+        on_message: receives a message if the state of the optimizer and of the objective cannot be inherited.
 
     Returns:
         The callback that loads the parent's optimizer state; None if that state is not available.
@@ -363,7 +363,7 @@ def carry_on(
     grow(towers, old, rows)
     if parent.checkpoint is None or not parent.checkpoint.is_dir():
         if on_message is not None:
-            on_message(f"{AFRESH}: {parent.where} has no checkpoint (checkpoints/best.ckpt)")
+            on_message(f"{WEIGHTS_ONLY}: {parent.where} has no checkpoint (checkpoints/best.ckpt)")
         return None
     saved = open_checkpoint(parent.checkpoint)
     state: Mapping[str, RowSource] = saved["state_dict"]
@@ -371,7 +371,7 @@ def carry_on(
     kind = "averaged" if any(name.startswith("averaged.") for name in state) else "towers"
     if ranks.agree(any(not _same(state.get(f"{kind}.{name}"), own, ranks) for name, own in old.items())):
         if on_message is not None:
-            on_message(f"{AFRESH}: {parent.checkpoint} has other weights than the model")
+            on_message(f"{WEIGHTS_ONLY}: {parent.checkpoint} and the model have different weights")
         return None
     prefix = "objective."
     kept = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
@@ -380,7 +380,7 @@ def carry_on(
 
 
 def _same(saved: RowSource | None, own: RowSource, ranks: Communicator) -> bool:
-    """Return whether two tensors are equal on the rows that this rank checks: rows of a large one are divided."""
+    """Return whether two tensors are equal on the rows that this rank checks; ranks divide a large tensor's rows."""
     if saved is None or saved.shape != own.shape or saved.dtype != own.dtype:
         return False
     if len(own.shape) < 2 or len(own) <= BLOCK_ROWS:

@@ -29,7 +29,7 @@ class Index(Protocol):
 
     @property
     def is_exact(self) -> bool:
-        """True if the K items returned are always the K best; evaluation refuses an index where it is False."""
+        """True if the K items returned are always the K best; evaluation rejects an index where it is False."""
 
     @property
     def num_items(self) -> int:

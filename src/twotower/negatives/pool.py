@@ -317,5 +317,5 @@ def _refuse_impossible(items: Tensor, log_expected_count: Tensor) -> None:
         item = int(items[impossible][0])
         raise InputError(
             f"item code {item} was drawn, but its expected count is zero or not a number: the frequency was counted "
-            "from other data than these batches; count it from the same training interactions"
+            "from data other than these batches; count it from the same training interactions"
         )

@@ -12,7 +12,7 @@ from twotower.data import Holdout
 class Ranker(Protocol):
     """A model or a baseline as seen by evaluation: it returns rankings, not scores.
 
-    A ranker that searches an approximate index sets an attribute `is_exact = False`; evaluation refuses it unless
+    A ranker that searches an approximate index sets an attribute `is_exact = False`; evaluation rejects it unless
     approximate rankers are allowed. A ranker may have an attribute `item_embeddings`, [N, D], from which the diversity
     of its lists is measured, or, if they are sharded, a method `embeddings_of(items [n]) -> [n, D]`.
     """

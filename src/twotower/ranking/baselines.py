@@ -329,9 +329,9 @@ def _neighbours(
     similarities = np.zeros((num_items, neighbours), dtype=np.float32)
     for first, starts, partners, counts in cooccurrences(train):
         row = torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff())
-        apart = partners != row + first
-        row, others = row[apart], partners[apart]
-        similarity = counts[apart] / (norm[row + first] * norm[others] + shrink)
+        distinct_pair = partners != row + first
+        row, others = row[distinct_pair], partners[distinct_pair]
+        similarity = counts[distinct_pair] / (norm[row + first] * norm[others] + shrink)
         # Descending keys, then a stable sort by row: each row's entries from most to least similar.
         by_key = pack_keys(similarity, column_of[others]).argsort(descending=True)
         chosen = by_key[row[by_key].argsort(stable=True)]

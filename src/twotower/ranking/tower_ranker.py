@@ -75,7 +75,7 @@ class SlowProgress:
             self._bar.update(self._task, completed=done, total=total)
 
 
-#: Queries embedded at once: bounds the memory of gathered histories.
+#: Queries embedded at a time: bounds the memory of gathered histories.
 BLOCK = 4096
 
 

@@ -128,7 +128,7 @@ def read_by_all(
     data = share(lambda: read_data(source, settings, context=context), "data")
     if team.broadcast_text("fingerprint", data.fingerprint) != data.fingerprint:
         raise InputError(
-            f"{source}: rank {team.ranks.rank} read other rows than the first rank; give all ranks the same files"
+            f"{source}: rank {team.ranks.rank} read different rows from the first rank; give all ranks the same files"
         )
     return files, data
 

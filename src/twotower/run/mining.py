@@ -16,7 +16,7 @@ from twotower.ranking.tower_ranker import TowerRanker
 from twotower.towers import TwoTower
 from twotower.towers.sharded_lookup import shared_tables_of
 
-#: Queries mined at once.
+#: Queries mined at a time.
 MINING_BLOCK = 8192
 
 

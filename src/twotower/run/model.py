@@ -194,7 +194,7 @@ def continue_with(
         A split whose training rows are old and new, and whose validation and test rows are new.
 
     Raises:
-        InputError: there are no new rows, the ids are of another type, or the split is impossible.
+        InputError: there are no new rows, the ids are of a different type, or the split is impossible.
     """
     parent = incremental.parent_of(warm_start)
     assert parent is not None

@@ -54,7 +54,7 @@ def complete_settings(
         The settings without "auto", and the rows of `split.train` to train on; None for all.
 
     Raises:
-        InputError: split and parent do not match, or a setting would need other weights than the parent's.
+        InputError: split and parent do not match, or a setting would need weights different from the parent's.
     """
     config = resolve_question(config, split, on_message, parent=None if parent is None else parent.artifact.config)
     rows = incremental.rows_to_learn(split, parent, config)
@@ -92,8 +92,8 @@ def differences(requested: Config, existing: Config, free: tuple[str, ...] = ())
 def require_same_settings(directory: Path, config: Config, rows: int) -> None:
     """Check that a resumed run is asked for nothing that it would not apply.
 
-    The checkpoint determines the learning rate, the optimizer and the random state; other settings would apply to the
-    rest of the run only, and give a model that no configuration describes.
+    The checkpoint determines the learning rate, the optimizer and the random state; different settings would apply
+    to the rest of the run only, and give a model that no configuration describes.
 
     Args:
         directory: the run folder.

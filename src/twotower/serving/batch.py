@@ -42,7 +42,7 @@ class BatchReport:
     Attributes:
         queries: rows of the input.
         answered: queries with at least one recommendation.
-        unknown: queries of which nothing is known, see `answerable`.
+        unknown: queries about which nothing is known, see `answerable`.
         rows: recommendations written.
         resumed: queries whose part was written by an earlier, interrupted run.
     """
@@ -95,7 +95,7 @@ def recommend_file(
         progress: called with the number of queries done and the total.
 
     Returns:
-        The counts. Queries of which nothing is known get no rows.
+        The counts. Queries about which nothing is known get no rows.
 
     Raises:
         InputError: a file or column is missing or of the wrong type, `target` exists, or an interrupted run had other

@@ -146,7 +146,7 @@ class CatalogChanges:
         """Read and verify the changes in a model folder; None if there are no changes.
 
         Raises:
-            InputError: the files are damaged, or of another version.
+            InputError: the files are damaged, or of a different version.
         """
         folder = model / FOLDER
         path = folder / "changes.json"
@@ -299,7 +299,7 @@ class CatalogEdit:
                 not fit its column; embeddings are missing or of a wrong shape.
         """
         what = "items to add" if join else "items to change"
-        frame = _framed(items, what)
+        frame = _as_frame(items, what)
         column = _id_column(frame, what)
         ids = ids_like(ids_of(frame[column], what), artifact.items, f"{what}: column {column!r}")
         if ids.null_count() or ids.n_unique() < len(ids):
@@ -335,7 +335,7 @@ def leaving(artifact: SavedModel, alive: Mask, ids: Sequence[Any]) -> Codes:
     return np.unique(codes)
 
 
-def _framed(items: Any, what: str) -> pl.DataFrame:
+def _as_frame(items: Any, what: str) -> pl.DataFrame:
     if isinstance(items, Sequence) and not isinstance(items, str) and all(isinstance(row, Mapping) for row in items):
         try:
             items = pl.DataFrame(list(items), infer_schema_length=None)

@@ -268,13 +268,13 @@ class _Builder:
         return self._predicate(self._compared(str(children[1]), left, right), left, right)
 
     def _compared(self, sign: str, left: Term, right: Term) -> pl.Expr:
-        left, right = self._alike(left, right)
+        left, right = self._to_same_kind(left, right)
         if left.kind == "null":
             return pl.lit(None, dtype=pl.Boolean)
         found: pl.Expr = _COMPARISONS[sign](left.expression, right.expression)
         return found
 
-    def _alike(self, left: Term, right: Term) -> tuple[Term, Term]:
+    def _to_same_kind(self, left: Term, right: Term) -> tuple[Term, Term]:
         """Convert two terms to one kind that can be compared."""
         left, right = self._as(left, right.kind), self._as(right, left.kind)
         if left.kind != right.kind or left.kind.startswith(("list", "other")):
@@ -526,5 +526,5 @@ def _balanced(join: Callable[[pl.Expr, pl.Expr], pl.Expr], parts: Sequence[pl.Ex
 
 def _a(kind: str) -> str:
     if kind == "other":
-        return "a value of another type"
+        return "a value of a different type"
     return kind if kind in ("text", "null") or kind.startswith("list") else f"a {kind}"

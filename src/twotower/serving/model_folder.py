@@ -181,7 +181,7 @@ class SavedModel:
         Args:
             directory: the folder.
             weights: load weights and item embeddings. If False, tables have the right shape but no memory, layers have
-                other weights than the model, and there are no item embeddings: for callers that read single rows from
+                weights other than the model's, and there are no item embeddings: for callers that read single rows from
                 `towers.safetensors` (stored_rows.py).
             verify: compare the checksums. If False, only check that the files exist.
 

@@ -24,20 +24,20 @@ Gaps = NDArray[np.int8]
 
 Mask = NDArray[np.bool_]
 
-#: Why an id is refused.
+#: Why an id is rejected.
 UNKNOWN_ID = "not an id that this model knows"
 
-#: Why a query is refused whose history has no item of the catalog.
+#: Why a query whose history has no item of the catalog is rejected.
 NO_KNOWN_ITEM = (
-    "none of its items is in the catalog, so nothing is known of this query; give at least one known item id"
+    "none of its items is in the catalog, so nothing is known about this query; give at least one known item id"
 )
 
-#: Why a query is refused whose features and context have no value.
-NO_VALUE = "no value is given, so nothing is known of this query; give a query id, a history, features or a context"
+#: Why a query whose features and context have no value is rejected.
+NO_VALUE = "no value is given, so nothing is known about this query; give a query id, a history, features or a context"
 
 #: Why a model whose query tower reads no history cannot answer a query given by a history alone.
 NO_HISTORY = (
-    "this model reads no history (query_tower.history: null), so nothing is known of this query; give the id of a "
+    "this model reads no history (query_tower.history: null), so nothing is known about this query; give the id of a "
     "known query, or features or context if the model takes them"
 )
 
@@ -105,7 +105,7 @@ class QueryBatch:
             artifact: the model.
             queries: ids of known queries; their history in the data is used unless `histories` is given.
             histories: item ids, oldest first; unknown items are left out. If the query tower reads no history, they
-                only say which items were seen, so that results can leave these out. A history alone is then refused,
+                only say which items were seen, so that results can leave these out. A history alone is then rejected,
                 because the result would be the same for every history.
             features: for each query, the columns declared in query_tower.features.
             context: for each query's request, the columns declared in query_tower.context; or one mapping for all.
@@ -113,7 +113,7 @@ class QueryBatch:
 
         Raises:
             InputError: nothing is given, a query is unknown, the numbers of rows differ, or nothing that the query
-                tower reads is known of a query.
+                tower reads is known about a query.
         """
         require_something({"query ids": queries, "histories": histories, "features": features, "context": context})
         if queries is not None:
@@ -196,7 +196,7 @@ def unanswerable(artifact: SavedModel, code: int, *, has_history: bool) -> str:
         return NO_KNOWN_ITEM if reads_history(artifact) else NO_HISTORY
     instead = "give its history" if reads_history(artifact) else "expected a query with a training row"
     context = "" if artifact.towers.context_features is None else ", or the context of the request"
-    return "it has no training row, so its id was not trained, and nothing else is known of it; " + instead + context
+    return "it has no training row, so its id was not trained, and nothing else is known about it; " + instead + context
 
 
 def require_something(inputs: Mapping[str, Any]) -> None:

@@ -134,7 +134,7 @@ class Retriever(QueryEmbedder):
                 uses the features known from training.
             context: for each query a dict of the columns declared in query_tower.context, for its request, or one dict
                 for all. A missing column, None, and a value not seen in training are unknown. Context alone describes
-                a new query of which nothing else is known.
+                a new query about which nothing else is known.
             times: timestamps of the items of `histories`, one for each: dates, ISO text or unix time. For a model that
                 reads the gaps between items; a history without times is read without gaps.
             k: number of items per query; at most the whole catalog is returned.
@@ -150,9 +150,9 @@ class Retriever(QueryEmbedder):
             has fewer rows.
 
         Raises:
-            InputError: a query id is unknown; k < 1; no query is given; nothing is known of a query: its history has no
-                known item, or the model reads no history, and there is nothing else; a filter or list is invalid; the
-                dial is out of range.
+            InputError: a query id is unknown; k < 1; no query is given; nothing is known about a query: its history has
+                no known item, or the model reads no history, and there is nothing else; a filter or list is invalid;
+                the dial is out of range.
         """
         return self.answer(
             QueryBatch.of(self.artifact, queries, histories, features, context=context, times=times),

@@ -112,7 +112,7 @@ def read_index_report(folder: Path) -> dict[str, Any] | None:
     """Read `index.json` of a model folder; None if the model has no approximate index.
 
     Raises:
-        InputError: the file is damaged, or of another version.
+        InputError: the file is damaged, or of a different version.
     """
     path = folder / FOLDER / "index.json"
     if not path.is_file():
@@ -177,7 +177,7 @@ def save_changes(catalog: LiveCatalog, directory: str | Path) -> dict[str, Any]:
         Counts of items added, changed and removed since training.
 
     Raises:
-        InputError: the folder now has another model, or an index that the catalog was loaded without.
+        InputError: the folder now has a different model, or an index that the catalog was loaded without.
     """
     folder = find_model(directory)
     metadata = read_index_report(folder)

@@ -20,7 +20,7 @@ from twotower.towers.layers.gru import Recurrent
 from twotower.towers.layers.mlp import EmbeddedRows
 from twotower.towers.layers.recency import RecencyAverages
 
-#: Tokens encoded at once without gradient; bounds the memory of a ranking.
+#: Tokens encoded at a time without gradient; bounds the memory of a ranking.
 TOKENS = 16_384
 
 

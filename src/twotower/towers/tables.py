@@ -24,7 +24,7 @@ _in_memory: ContextVar[bool] = ContextVar("in_memory", default=True)
 
 @contextmanager
 def tables_without_memory() -> Iterator[None]:
-    """Make tables in the block without memory, on the meta device, for a model whose tables are never read."""
+    """Create the block's tables on the meta device, without memory, for a model whose tables are never read."""
     token = _in_memory.set(False)
     try:
         yield
@@ -38,8 +38,8 @@ class EmbeddingTable(nn.Embedding):
     Its gradient is sparse above 100,000 rows. The memory of a large table is requested in pages of 2 MiB, if the system
     supports them, which makes random lookups faster.
 
-    If it is made inside `placed_tables` under a name that is placed there, it has only this rank's part (`part`), and
-    `fetch` must be called before a lookup; without `fetch` only this rank's own rows can be looked up.
+    If it is created inside `placed_tables` under a name that has a placement, it holds only this rank's part (`part`),
+    and `fetch` must be called before a lookup; without `fetch`, only this rank's own rows can be looked up.
 
     Args:
         rows: number of codes.
@@ -97,7 +97,7 @@ class EmbeddingTable(nn.Embedding):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def to_bfloat16(self) -> None:
-        """Store the rows in bfloat16: half the memory. Call this before an optimizer is made.
+        """Store the rows in bfloat16: half the memory. Call this before creating an optimizer.
 
         The gradient becomes sparse at any size, so that the optimizer can sum a row's gradients in float32.
         """

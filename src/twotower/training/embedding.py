@@ -2,9 +2,10 @@
 
 Chunks need a gradient cache, which gives the exact gradients of a batch far larger than the memory for its activations
 allows. A loss with in-batch candidates needs all embeddings of the batch at once, but not all activations of the
-towers: the gradient of a tower's weights is the sum over rows of the gradient by the embedding times that of the
-embedding by the weights. So `cached_embedding` embeds the rows in chunks without a graph, the loss is computed from the
-embeddings, and each chunk is embedded again with a graph, through which the gradient of its embeddings is propagated.
+towers: the gradient of a tower's weights is the sum over rows of the gradient with respect to the embedding, times that
+of the embedding with respect to the weights. So `cached_embedding` embeds the rows in chunks without a graph,
+the loss is computed from the embeddings, and each chunk is embedded again with a graph, through which the gradient of
+its embeddings is propagated.
 
 Source: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", section 3.
 """

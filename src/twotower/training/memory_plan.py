@@ -24,7 +24,7 @@ from twotower.training.optimizer import state_dtype
 
 #: Sizes of float32 and int64.
 F4, I8 = 4, 8
-#: Rows that `TwoTower.item_embeddings` embeds at once.
+#: Rows that `TwoTower.item_embeddings` embeds at a time.
 BLOCK = 65_536
 
 
@@ -231,7 +231,7 @@ def _is_in_background(plan: MemoryPlan, config: Config, ranks: Communicator) -> 
 
 
 def least_of_all(available: int | None, ranks: Communicator) -> int | None:
-    """Return the minimum over ranks, so that all decide alike; None if any rank does not know. Collective."""
+    """Return the minimum over ranks, so that all make the same decision; None if any rank does not know. Collective."""
     values = torch.tensor([-1 if available is None else available], device=ranks.device)
     least = int(ranks.gather(values, [1] * ranks.size).min())
     return None if least < 0 else least

@@ -1,6 +1,6 @@
 """One optimizer for the whole model: AdamW for layers, lazy Adam or row-wise Adagrad for embedding tables.
 
-Of a table, only the rows that a step touches are read and written.
+Only the table rows that a step touches are read and written.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ class TableOptimizer(torch.optim.Optimizer):
             if group["rule"] not in RULES:
                 raise InputError(f"rule: expected one of {', '.join(RULES)}, found {group['rule']!r}")
             if group["rule"] == "rowwise-adagrad" and any(parameter.ndim != 2 for parameter in group["params"]):
-                raise InputError("rowwise-adagrad: expected tables, [N, D]; found a parameter of another shape")
+                raise InputError("rowwise-adagrad: expected tables, [N, D]; found a parameter of a different shape")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

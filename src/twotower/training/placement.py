@@ -55,18 +55,20 @@ def place_tables(config: Config, data: Interactions, ranks: Communicator | None 
             more memory than is available, and the system would kill the process during training.
     """
     ranks, tables = ranks or Communicator(), table_rows(config, data)
-    asked = _asked(config, tables)
+    requested = _requested_placements(config, tables)
     room = _FreeMemory.of(config, ranks)
     parts: dict[str, TableShard] = {}
     if ranks.size > 1:
-        parts = _requested_parts(config, tables, asked, ranks)
+        parts = _requested_parts(config, tables, requested, ranks)
         if room.is_scarce(*_needed(config, tables, parts, ranks)):
             each = row_bytes(config)
-            large = [name for name, choice in asked.items() if choice == "auto" and tables[name] * each > SHARED_ABOVE]
+            large = [
+                name for name, choice in requested.items() if choice == "auto" and tables[name] * each > SHARED_ABOVE
+            ]
             parts |= {name: RowShard(ranks, tables[name]) for name in large}
-    lacking = room.lacking(*_needed(config, tables, parts, ranks))
-    if lacking is not None:
-        raise InputError(_refusal(sum(tables.values()), lacking, ranks, is_shared=bool(parts)))
+    shortage = room.shortage(*_needed(config, tables, parts, ranks))
+    if shortage is not None:
+        raise InputError(_shortage_message(sum(tables.values()), shortage, ranks, is_shared=bool(parts)))
     return Placement(parts)
 
 
@@ -92,9 +94,9 @@ class _FreeMemory:
         """Return whether tables and their state need more than half of the memory in which training runs."""
         runs_in = self.main if self.device is None else self.device
         is_half = runs_in is not None and weights + state > runs_in // 2
-        return is_half or self.lacking(weights, state) is not None
+        return is_half or self.shortage(weights, state) is not None
 
-    def lacking(self, weights: int, state: int) -> str | None:
+    def shortage(self, weights: int, state: int) -> str | None:
         """Describe which memory is too small, with bytes needed and available; None if all fit."""
         needs = [("and their optimizer state need", weights + state, "main memory", self.main)]
         if self.device is not None:
@@ -133,7 +135,7 @@ def _bytes(config: Config, rows: int, columns: int) -> tuple[int, int]:
     return rows * columns * each, rows * F4 if is_rowwise else rows * columns * 2 * F4
 
 
-def _asked(config: Config, tables: Mapping[str, int]) -> dict[str, str]:
+def _requested_placements(config: Config, tables: Mapping[str, int]) -> dict[str, str]:
     """Return the requested placement of each table."""
     placement = config.training.table_placement
     if isinstance(placement, str):
@@ -147,18 +149,18 @@ def _asked(config: Config, tables: Mapping[str, int]) -> dict[str, str]:
 
 
 def _requested_parts(
-    config: Config, tables: Mapping[str, int], asked: Mapping[str, str], ranks: Communicator
+    config: Config, tables: Mapping[str, int], requested: Mapping[str, str], ranks: Communicator
 ) -> dict[str, TableShard]:
     """Return the parts of the tables whose placement is set explicitly."""
     parts: dict[str, TableShard] = {}
     filled = [0] * ranks.size
     for name in sorted(tables, key=lambda name: (-tables[name], name)):
         rows = tables[name]
-        if asked[name] == "row-wise":
+        if requested[name] == "row-wise":
             parts[name] = RowShard(ranks, rows)
-        elif asked[name] == "column-wise":
+        elif requested[name] == "column-wise":
             parts[name] = ColumnShard(ranks, rows, config.item_tower.dimension)
-        elif asked[name] == "table-wise":
+        elif requested[name] == "table-wise":
             holder = min(range(ranks.size), key=lambda rank: filled[rank])
             filled[holder] += rows
             parts[name] = RowShard(ranks, rows, holder)
@@ -182,14 +184,14 @@ def _needed(
     return max(filled, key=sum)
 
 
-def _refusal(rows: int, lacking: str, ranks: Communicator, *, is_shared: bool) -> str:
+def _shortage_message(rows: int, shortage: str, ranks: Communicator, *, is_shared: bool) -> str:
     if ranks.size == 1:
         more = "several processes with sharded rows (torchrun; training.table_placement=row-wise), "
     else:
         more = "more processes, " if is_shared else "training.table_placement=row-wise, "
     whose = f"a rank's part of tables of {rows:,} rows" if is_shared else f"tables of {rows:,} rows"
     return (
-        f"item_tower.dimension: {whose} {lacking}; "
+        f"item_tower.dimension: {whose} {shortage}; "
         f"expected {more}a smaller dimension, training.table_optimizer=rowwise-adagrad, or "
         "item_tower.table_precision=bfloat16"
     )

@@ -1,7 +1,7 @@
-"""Estimates for a training run over ranks before any machine is rented: memory per rank, bytes exchanged, step time.
+"""Estimates for a distributed run before any machine is rented: memory per rank, bytes exchanged, step time.
 
 The amounts per step follow the code in training/: what is gathered, reduced and touched. Rates are measured on the
-local machine (`measure_rates`), so a plan for other machines is as good as the rates supplied for them.
+local machine (`measure_rates`), so a plan for other machines is only as good as the rates supplied for them.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any, Literal
 from twotower.errors import InputError
 
 F4, I8 = 4, 8
-#: A tile of logits on a CPU and on an accelerator, bytes (losses/tiles.py).
+#: Size in bytes of a tile of logits on a CPU and on an accelerator (losses/tiles.py).
 TILES = {"cpu": 8 << 20, "cuda": 256 << 20}
-#: Entries of `ScalePlan.memory` that are held throughout; the others exist only during a step.
+#: Entries of `ScalePlan.memory` that exist throughout; the others exist only during a step.
 HELD = ("process", "tables", "optimizer state", "layers and their state")
 
 
@@ -31,7 +31,7 @@ class Workload:
         dimension: D.
         batch: rows of a step over all ranks.
         ranks: W.
-        queries: rows of the query table; 0 without one.
+        queries: rows of the query table; 0 if there is none.
         history: L.
         sampled: candidates drawn in addition to those of the batch.
         hidden: widths of the query tower's hidden layers.
@@ -56,7 +56,7 @@ class Workload:
     device: Literal["cpu", "cuda"] = "cpu"
 
     def __post_init__(self) -> None:
-        """Refuse impossible sizes.
+        """Reject impossible sizes.
 
         Raises:
             InputError: a size is out of range.
@@ -74,12 +74,12 @@ class Workload:
 
     @property
     def candidates(self) -> int:
-        """M, at most: the batch's items and the drawn ones, each counted once."""
+        """Upper bound on M: the batch's items and the drawn ones, each counted once."""
         return min(self.batch + self.sampled, self.items)
 
     @property
     def held(self) -> tuple[float, float]:
-        """Rows of all tables on the rank with the most, and the number of columns it holds of them."""
+        """Table rows on the rank that holds the most, and how many of their columns it holds."""
         rows = float(self.items + self.queries)
         if self.layout == "row-wise":
             return rows / self.ranks, self.dimension
@@ -101,7 +101,7 @@ class Workload:
         return sum(a * b + b for a, b in pairwise(widths))
 
     def distinct(self, draws: float) -> float:
-        """Return the expected number of distinct items among this many draws, if uniform: an upper bound."""
+        """Return the expected number of distinct items among this many draws if they are uniform, an upper bound."""
         return self.items * -math.expm1(-draws / self.items)
 
     @property
@@ -117,12 +117,12 @@ class Rates:
 
     Attributes:
         products: floating-point operations (2 per multiply-add) per second in the loss, float32, forward and backward.
-        layers: the same in the towers' layers.
+        layers: the same for the towers' layers.
         updates: table values (rows times D) that the optimizer updates per second.
         lookups: table values looked up per second, including the backward pass.
         link: bytes that one rank sends and receives per second.
         latency: of one exchange, in seconds.
-        process: bytes of memory of the process with its libraries.
+        process: memory of the process with its libraries, in bytes.
     """
 
     products: float
@@ -135,10 +135,10 @@ class Rates:
 
 
 def read_rates(path: Path) -> Rates:
-    """Read rates from the output of `twotower plan --json`, possibly of another machine.
+    """Read rates from the output of `twotower plan --json`, possibly run on another machine.
 
     Raises:
-        InputError: no such file, not JSON, or a rate is missing.
+        InputError: the file does not exist or is not JSON, or a rate is missing.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -157,9 +157,9 @@ class ScalePlan:
         workload: the planned workload.
         rates: the rates from which times are computed.
         memory: bytes by name, at the peak of a training step.
-        ranking: bytes by name that a validation adds while it ranks the catalog, instead of those of a step.
+        ranking: bytes by name that validation needs while it ranks the catalog, in place of a step's bytes.
         exchanged: bytes that a rank sends in a step, by name; it receives as many.
-        seconds: of a step, by name, one after the other.
+        seconds: duration of each part of a step, by name; the parts run one after the other.
         device_memory: bytes available; None if unknown.
     """
 
@@ -179,7 +179,7 @@ class ScalePlan:
 
     @property
     def peak(self) -> float:
-        """The larger of the two."""
+        """The larger total of `moments`."""
         return max(self.moments.values())
 
     @property
@@ -218,8 +218,9 @@ class ScalePlan:
 def plan_scale(workload: Workload, rates: Rates, device_memory: float | None = None) -> ScalePlan:
     """Compute a plan; nothing is allocated.
 
-    An exchange of n bytes by all ranks makes each of them send n (W - 1) / W bytes, as in a ring; a sum of gradients
-    twice that. Exchanges and computation are assumed to run one after the other, as in the code.
+    An exchange of n bytes by all ranks makes each of them send n (W - 1) / W bytes, as in a ring; summing
+    gradients makes each send twice that. Exchanges and computation are assumed to run one after the other, as in the
+    code.
     """
     memory, ranking, exchanged = _memory(workload, rates), _ranking(workload), _exchanged(workload)
     seconds = _computing(workload, rates) | {
@@ -232,7 +233,7 @@ def _memory(work: Workload, rates: Rates) -> dict[str, float]:
     rows, columns = work.held
     number = 2 if work.precision == "bfloat16" else F4
     state = F4 if work.optimizer == "rowwise-adagrad" else 2 * F4 * columns
-    # All ranks' table gradients (rows and vectors) as gathered, and once more combined.
+    # All ranks' table gradients (rows and vectors) as gathered, and a second copy once combined.
     arriving = work.touched * (work.ranks if work.serves_all else 1)
     row = work.dimension * F4
     of_tables = {"gradients of tables": (work.touched + 2 * arriving) * row}

@@ -52,7 +52,7 @@ def _member(archive: zipfile.ZipFile, path: str) -> bytes:
     try:
         return archive.read(path)
     except KeyError:
-        raise InputError(f"{archive.filename}: {path} is not in the archive; is this another version?") from None
+        raise InputError(f"{archive.filename}: {path} is not in the archive; is this a different version?") from None
 
 
 def _unpack_100k(archive: zipfile.ZipFile) -> Tables:

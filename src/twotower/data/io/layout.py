@@ -21,7 +21,7 @@ from twotower.errors import InputError
 from twotower.system.filesystem import changed_places, full_disk_named, require_replaceable
 
 LAYOUT_VERSION = 1
-#: Changes when files are read in another way, so that data prepared by an older version is prepared again.
+#: Incremented when the way files are read changes, so that data prepared by an older version is prepared again.
 READ_VERSION = 2
 META = "meta.json"
 DTYPES: dict[str, Any] = {
@@ -45,7 +45,7 @@ class ColumnFile:
         self._header(0)
 
     def _header(self, rows: int) -> None:
-        # numpy pads the header so that the first axis can grow: the final header fits over the first one.
+        # numpy pads the header so that the first axis can grow: the final header overwrites the first one in place.
         dtype = np.dtype(DTYPES[self.name])
         description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (rows,)}
         self._stream.seek(0)
@@ -70,7 +70,7 @@ class ColumnFile:
 
 
 def digest(values: NDArray[Any] | None) -> str:
-    """Compute the sha256 of an array's values in pieces; empty for None."""
+    """Compute the sha256 of an array's values, piece by piece; an empty string for None."""
     if values is None:
         return ""
     total = hashlib.sha256()
@@ -80,7 +80,7 @@ def digest(values: NDArray[Any] | None) -> str:
 
 
 def vocabulary_digest(vocabulary: Vocabulary | None) -> str:
-    """Compute the sha256 of the ids in order; empty for None."""
+    """Compute the sha256 of the ids in order; an empty string for None."""
     if vocabulary is None:
         return ""
     if isinstance(vocabulary, CodedIds):  # includes HashedIds
@@ -142,11 +142,13 @@ def read_meta(directory: Path) -> dict[str, Any]:
     """Read meta.json.
 
     Raises:
-        InputError: missing, damaged, or of another layout version.
+        InputError: the file is missing or damaged, or has a different layout version.
     """
     path = directory / META
     if not path.is_file():
-        raise InputError(f"{directory}: contains no saved interactions ({META} is missing); give a folder from `save`.")
+        raise InputError(
+            f"{directory}: contains no saved interactions ({META} is missing); pass a folder written by `save`."
+        )
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         layout = meta["layout"]
@@ -163,7 +165,7 @@ def open_column(directory: Path, name: str, rows: int) -> NDArray[Any]:
     """Open a column memory-mapped, and check its size and type.
 
     Raises:
-        InputError: missing, truncated, or not as described in meta.json.
+        InputError: the file is missing or truncated, or does not match meta.json.
     """
     path = directory / f"{name}.npy"
     try:
@@ -183,7 +185,7 @@ def read_table(path: Path) -> pl.DataFrame:
     """Read a saved feature table.
 
     Raises:
-        InputError: missing or damaged.
+        InputError: the file is missing or damaged.
     """
     try:
         return pl.read_parquet(path, glob=False)

@@ -363,8 +363,8 @@ class SequenceSource:
     def _refuse_triples(self, frame: pl.DataFrame) -> None:
         """Refuse a table of ``user item timestamp`` without a header, whose times and ratings would become items."""
         count = int(frame["tokens"].list.len().max() or 0)  # type: ignore[arg-type]
-        alike = bool((frame["tokens"].list.len() == count).all()) and not frame["gaps"].is_not_null().any()
-        if len(frame) < 2 or not alike or count not in (3, 4, 5):
+        same_width = bool((frame["tokens"].list.len() == count).all()) and not frame["gaps"].is_not_null().any()
+        if len(frame) < 2 or not same_width or count not in (3, 4, 5):
             return
         tokens = frame["tokens"]
         repeated = tokens.list.first().n_unique() <= 0.7 * len(frame)

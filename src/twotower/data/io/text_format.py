@@ -1,7 +1,7 @@
 """Formats of text tables: compression, encoding, line ends, separator, header and quotation marks, found from a file.
 
 polars reads UTF-8 text with one-character separators, line feeds, one header line and quotation marks as in RFC 4180.
-A file that is written in another way is rewritten to a temporary copy, and refused with the row if it has two readings.
+A file in any other format is rewritten to a temporary copy; if it can be read in two ways, it is rejected with the row.
 """
 
 from __future__ import annotations
@@ -241,8 +241,8 @@ def find_separator(lines: Sequence[str], prefer: str | None = None) -> str:
         prefer: the separator that the name of the file promises.
 
     Returns:
-        `prefer` if it is in the header; else the separator with most fields of those that split all lines alike; else
-        the one that splits most lines like the header.
+        `prefer` if it is in the header; else, of the separators that split all lines into equally many fields, the one
+        with the most fields; else the one that splits most lines like the header.
     """
     if prefer is not None and prefer in lines[0]:
         return prefer
@@ -252,12 +252,12 @@ def find_separator(lines: Sequence[str], prefer: str | None = None) -> str:
         count = bare[0].count(separator) if bare else 0
         if not count:
             continue
-        alike = sum(line.count(separator) == count for line in bare) / len(bare)
-        if separator in ("::", " ") and alike < 1:
+        agreement = sum(line.count(separator) == count for line in bare) / len(bare)
+        if separator in ("::", " ") and agreement < 1:
             continue
         # A blank separates fields only if nothing else does; "::" is never text.
         rank = -1 if separator == " " else 1 if separator == "::" else 0
-        key = (alike + rank if alike == 1 else min(alike, 0.999), count, -place)
+        key = (agreement + rank if agreement == 1 else min(agreement, 0.999), count, -place)
         if key > most:
             best, most = separator, key
     return best

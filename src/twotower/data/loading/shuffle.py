@@ -79,7 +79,7 @@ class EpochPosition:
         """Continue from a saved `state_dict`, in the same order.
 
         Raises:
-            InputError: the values that the order depends on differ (other data, another batch size).
+            InputError: the values that the order depends on differ (different data or batch size).
         """
         for name, here in self._fixed().items():
             if state.get(name) != here:

@@ -272,7 +272,7 @@ class EncodedChunks:
         """Read the context columns of all chunks, in input order.
 
         Raises:
-            InputError: a column has another type in a later file.
+            InputError: a column has a different type in a later file.
         """
         parts = [
             pl.read_parquet(self.place(chunk, "context.parquet"), glob=False) for chunk in range(len(self.chunk_rows))
@@ -281,7 +281,7 @@ class EncodedChunks:
             return pl.concat(parts, how="vertical_relaxed", rechunk=True)
         except pl.exceptions.PolarsError as error:
             reason = str(error).splitlines()[0]
-            raise InputError(f"context: a column has another type in a later file ({reason}).") from None
+            raise InputError(f"context: a column has a different type in a later file ({reason}).") from None
 
     def _save(self, chunk: int, name: str, values: NDArray[Any]) -> None:
         self.columns.add(name)

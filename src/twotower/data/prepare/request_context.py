@@ -93,7 +93,7 @@ def read_context(directory: Path, rows: int) -> pl.DataFrame:
     """Read the context of saved interactions into memory.
 
     Raises:
-        InputError: missing, damaged, or of another length.
+        InputError: the file is missing or damaged, or has a different length.
     """
     path = directory / CONTEXT_FILE
     frame = read_table(path)
@@ -108,7 +108,7 @@ def joined_context(parts: Sequence[pl.DataFrame | None], order: NDArray[Any]) ->
     Keeps the columns that all of them have.
 
     Raises:
-        InputError: a column has another type in one of them.
+        InputError: a column has a different type in one of them.
     """
     frames = [frame for frame in parts if frame is not None]
     names = [name for name in frames[0].columns if all(name in frame.columns for frame in frames)] if frames else []
@@ -118,7 +118,8 @@ def joined_context(parts: Sequence[pl.DataFrame | None], order: NDArray[Any]) ->
         return pl.concat([frame.select(names) for frame in frames], how="vertical_relaxed")[order]
     except pl.exceptions.PolarsError as error:
         raise InputError(
-            f"context: a column has another type in the new data ({str(error).splitlines()[0]}); write it as one type"
+            f"context: a column has a different type in the new data ({str(error).splitlines()[0]}); "
+            "write it as one type"
         ) from None
 
 

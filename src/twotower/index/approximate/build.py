@@ -1,4 +1,4 @@
-"""Construction of approximate indexes by kind: build, measure recall, refuse recall below a floor, load.
+"""Construction of approximate indexes by kind: build, measure recall, reject recall below a floor, load.
 
 Kinds are mapped to classes here, as towers are in `towers/build.py`, because serving does it without the trainer.
 """
@@ -27,7 +27,7 @@ KINDS = ("exact", "hnsw", "ivfpq", "pgvector")
 #: Kind -> candidates fetched per result. Product quantization has a coarse order; the others compute exact scores.
 OVERSAMPLE = {"hnsw": 1.0, "ivfpq": 4.0, "pgvector": 1.0}
 
-#: Queries searched at once when recall is measured.
+#: Queries searched at a time when recall is measured.
 BLOCK = 256
 
 

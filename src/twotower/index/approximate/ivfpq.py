@@ -12,7 +12,7 @@ from twotower.errors import InputError
 from twotower.index.approximate.hnsw import faiss_module
 from twotower.index.catalog import Codes, Mask
 
-#: Minimum number of training points per centroid recommended by faiss.
+#: Minimum number of training points per centroid that faiss recommends.
 POINTS = 39
 #: Dimensions per byte of code.
 WIDTH = 4
@@ -23,8 +23,8 @@ SMALLEST = 1000
 class IVFPQ:
     """Items in clusters, each stored as a few bytes; a query searches the nearest clusters.
 
-    The smallest index: D / 4 + 8 bytes per item. Its own order is coarse, so several candidates are fetched per result
-    and scored with the exact embeddings. Vectors are padded with zeros to a multiple of 4.
+    The smallest index: D / 4 + 8 bytes per item. Its own ranking is coarse, so several candidates are fetched per
+    result and scored with the exact embeddings. Vectors are padded with zeros to a multiple of 4.
 
     Args:
         vectors: float32 [N, D], N at least 1,000; row = code.

@@ -28,8 +28,8 @@ WORTH_WHILE = 0.9
 class RepeatedQueries:
     """Rows grouped by query into G lines.
 
-    The rows of a line have the same query and differ only in their own item (the positive): everything else is masked
-    alike. One line of logits, without the own items of its rows, therefore serves all of them; each row then adds the
+    The rows of a line have the same query and differ only in their own item (the positive): they share all other
+    masks. One line of logits, without the own items of its rows, therefore serves all of them; each row then adds the
     own items of the others. Rows are sorted by line here, and within a line by the place of their own item.
 
     Attributes:

@@ -55,8 +55,8 @@ class Atlas:
         sample = np.arange(count) if count <= SAMPLE else np.sort(rng.choice(count, SAMPLE, replace=False))
         chosen = _directions(embeddings, sample)
         start = principal(chosen)
-        laid = start if len(sample) <= NEIGHBOURS + 1 else _arranged(start, _edges(chosen), rng)
-        return cls(sample.astype(np.int64), _in_square(laid), embeddings)
+        positions = start if len(sample) <= NEIGHBOURS + 1 else _spread_by_forces(start, _edges(chosen), rng)
+        return cls(sample.astype(np.int64), _in_square(positions), embeddings)
 
     def place(self, codes: NDArray[np.int64]) -> Places:
         """Return positions of items [n, 2]: their own, or the weighted mean of the five nearest items in the sample."""
@@ -99,35 +99,37 @@ def _edges(unit: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return np.repeat(np.arange(len(unit)), NEIGHBOURS), nearest.reshape(-1)
 
 
-def _arranged(start: Places, edges: tuple[NDArray[np.int64], NDArray[np.int64]], rng: np.random.Generator) -> Places:
-    laid, count = 10.0 * start, len(start)
+def _spread_by_forces(
+    start: Places, edges: tuple[NDArray[np.int64], NDArray[np.int64]], rng: np.random.Generator
+) -> Places:
+    positions, count = 10.0 * start, len(start)
     ones, others = edges
     for step in range(STEPS):
         rate = 1.0 - step / STEPS
         # A random fraction of the edges per step, as in stochastic gradient descent: all at once would overshoot.
         drawn = rng.random(len(ones)) < 0.25
         a, b = ones[drawn], others[drawn]
-        apart = laid[a] - laid[b]
-        square = (apart**2).sum(1, keepdims=True)
-        pull = np.clip(-2.0 / (1.0 + square) * apart, -4.0, 4.0)
+        difference = positions[a] - positions[b]
+        square = (difference**2).sum(1, keepdims=True)
+        pull = np.clip(-2.0 / (1.0 + square) * difference, -4.0, 4.0)
         from_ = np.repeat(a, PUSHES)
-        away = laid[from_] - laid[rng.integers(0, count, len(from_))]
-        square = (away**2).sum(1, keepdims=True)
-        push = np.clip(2.0 / ((0.01 + square) * (1.0 + square)) * away, -4.0, 4.0)
+        offset = positions[from_] - positions[rng.integers(0, count, len(from_))]
+        square = (offset**2).sum(1, keepdims=True)
+        push = np.clip(2.0 / ((0.01 + square) * (1.0 + square)) * offset, -4.0, 4.0)
         for axis in (0, 1):
-            laid[:, axis] += rate * (
+            positions[:, axis] += rate * (
                 np.bincount(a, pull[:, axis], count)
                 - np.bincount(b, pull[:, axis], count)
                 + np.bincount(from_, push[:, axis], count)
             )
-    return laid
+    return positions
 
 
-def _in_square(laid: Places) -> Places:
+def _in_square(positions: Places) -> Places:
     """Centre and scale to the square, with one factor for both axes to keep proportions."""
-    if not len(laid):
-        return laid
-    middle = (laid.max(0) + laid.min(0)) / 2.0
-    largest = float(np.abs(laid - middle).max())
-    placed: Places = (laid - middle) / (largest or 1.0)
+    if not len(positions):
+        return positions
+    middle = (positions.max(0) + positions.min(0)) / 2.0
+    largest = float(np.abs(positions - middle).max())
+    placed: Places = (positions - middle) / (largest or 1.0)
     return placed

@@ -1,4 +1,4 @@
-"""Answers to batches of requests: the same ids as from `Retriever`, with an error for each request that is refused."""
+"""Answers to batches of requests: the same ids as from `Retriever`, with an error for each request that is rejected."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def explained(
     """Explain several items for one query, as JSON values; the query tower runs once.
 
     Raises:
-        InputError: the query or an item is unknown, or nothing is known of the query.
+        InputError: the query or an item is unknown, or nothing is known about the query.
         Problem: the context cannot be used.
     """
     resolved, errors = resolve_requests(model, [request])

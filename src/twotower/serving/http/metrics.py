@@ -32,7 +32,7 @@ class Metrics:
             buckets=_SECONDS,
         )
         self.batches = Histogram(
-            "twotower_batch_size", "Requests searched at once.", ("kind",), registry=made, buckets=_SIZES
+            "twotower_batch_size", "Requests searched together.", ("kind",), registry=made, buckets=_SIZES
         )
         self.search_seconds = Histogram(
             "twotower_search_seconds", "Search time of one batch.", ("kind",), registry=made, buckets=_SECONDS

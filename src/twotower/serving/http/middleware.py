@@ -150,7 +150,7 @@ class SecurityMiddleware:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """Make a `receive` that returns the body once more, then the further messages of the client."""
+    """Make a `receive` that returns the body again, then the client's further messages."""
     sent = False
 
     async def again() -> Message:

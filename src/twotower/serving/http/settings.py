@@ -1,4 +1,4 @@
-"""Limits that requests are checked against, and options of the service."""
+"""Request limits and service options."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from pathlib import Path
 
 from twotower.errors import InputError
 
-#: Largest request body in bytes. A history of `LONGEST_HISTORY` text ids of usual length fits.
+#: Largest request body in bytes. A history of `LONGEST_HISTORY` text ids of typical length fits.
 LARGEST_BODY = 128 * 1024
 
-#: Largest K of a request.
+#: Largest K that a request may ask for.
 LARGEST_K = 1000
 
-#: Longest history in items. Query towers read far fewer; the rest is only excluded from results. But 40 of the 6,040
-#: users of MovieLens-1M have more than a thousand items.
+#: Longest history in items. Query towers read far fewer; the rest are only excluded from results. The limit is
+#: generous because 40 of the 6,040 users of MovieLens-1M have more than a thousand items.
 LONGEST_HISTORY = 5000
 
 #: Longest condition on the item table, in characters.
 LONGEST_FILTER = 1000
 
-#: Most columns of features or of a context.
+#: Maximum number of feature columns, or of context columns.
 MOST_COLUMNS = 200
 
 #: Longest id or search text, in characters.
 LONGEST_ID = 200
 
-#: Maximum number of items explained in one request: each needs a pass over the catalog.
+#: Maximum number of items explained in one request: each one needs a pass over the catalog.
 MOST_EXPLAINED = 20
 
 #: Shortest token, in characters. A shorter one could be guessed.
@@ -40,9 +40,9 @@ class ServiceSettings:
 
     Attributes:
         token: token required in `Authorization: Bearer`; None to answer every client.
-        hosts: names allowed in the `Host` header; None for any. This refuses requests of other sites whose name was
-            made to resolve to this machine (DNS rebinding).
-        queue: maximum number of waiting requests; further ones are answered 503 with Retry-After.
+        hosts: names allowed in the `Host` header; None for any. This blocks requests from other sites whose name
+            was made to resolve to this machine (DNS rebinding).
+        queue: maximum number of waiting requests; further ones get a 503 with Retry-After.
         largest_batch: maximum number of requests searched together.
         body_seconds: seconds that a client may take to send a body.
         answer_seconds: seconds that a request may wait for its answer, in the queue and in a thread.
@@ -79,7 +79,7 @@ def read_token(file: Path | None, environment: str | None) -> str | None:
     """Read the token from a file, or from the environment if no file is given.
 
     Raises:
-        InputError: the file cannot be read, or the token is too short or has characters not allowed in a header.
+        InputError: the file cannot be read, or the token is too short or has characters that a header may not contain.
     """
     if file is None:
         token, where = environment, "TWOTOWER_TOKEN"
@@ -96,6 +96,6 @@ def read_token(file: Path | None, environment: str | None) -> str | None:
     if len(token) < SHORTEST_TOKEN or not token.isascii() or any(c.isspace() for c in token):
         raise InputError(
             f"{where}: expected a token of at least {SHORTEST_TOKEN} ASCII characters without spaces, found "
-            f'{len(token)} characters; make one with: python -c "import secrets; print(secrets.token_urlsafe())"'
+            f'{len(token)} characters; generate one with: python -c "import secrets; print(secrets.token_urlsafe())"'
         )
     return token

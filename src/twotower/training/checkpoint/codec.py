@@ -65,7 +65,7 @@ class StateEncoder:
     def _take(self, value: Tensor, name: str) -> None:
         own = _on_cpu(value, copy=self.copies and not self.of_parts)
         place = own.untyped_storage().data_ptr()
-        # safetensors refuses tensors that overlap in memory.
+        # safetensors rejects tensors that overlap in memory.
         self.whole[name] = own.clone() if place and place in self._used else own
         self._used.add(place)
 
