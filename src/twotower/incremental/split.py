@@ -283,7 +283,7 @@ def continued(
     before = PastRows.of(past, maps, len(queries))
     histories = bool(made.settings.get("histories"))
     holdouts = {
-        name: _carried(
+        name: _continued_holdout(
             getattr(made, name),
             before,
             maps,

@@ -545,7 +545,7 @@ class CrossBatchMemory(RandomSource):
         self.register_buffer("state", torch.zeros(3, dtype=torch.int64))
         self._batches: deque[_Remembered] = deque()
         self._filled, self._step = 0, 0
-        self.register_state_dict_pre_hook(_store)
+        self.register_state_dict_pre_hook(_store)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_fit_buffers)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_restore)  # type: ignore[no-untyped-call]
 

@@ -132,8 +132,8 @@ def build_frequency(settings: ObjectiveConfig, train: Interactions, learnt: HasI
         return GroupedFrequency.counted(train)
     if train.groups is None:
         raise InputError("objective.frequency: grouped-streaming needs a group column; name it with data.columns.group")
-    rows = np.bincount(np.asarray(train.groups, dtype=np.int64))
-    return GroupedFrequency([StreamingFrequency(train.num_items, **options, rows=max(int(n), 1)) for n in rows])
+    sizes = np.bincount(np.asarray(train.groups, dtype=np.int64))
+    return GroupedFrequency([StreamingFrequency(train.num_items, **options, rows=max(int(n), 1)) for n in sizes])
 
 
 def _options(options: dict[str, Any] | None, settings: ObjectiveConfig) -> dict[str, Any]:

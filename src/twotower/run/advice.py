@@ -21,7 +21,7 @@ def settings_to_try(config: Config) -> tuple[str, ...]:
     training, item = config.training, config.item_tower
     # Older models have "auto" in their settings and learnt the next item.
     if training.question in ("auto", "next"):
-        grouped = config.objective.frequency.startswith("grouped")
+        grouped = config.objective.frequency_name.startswith("grouped")
         if config.data.split in ("time", "random") and not (config.reads_sequences or grouped):
             return ("training.question=auto",)
         factor = training.table_learning_rate_factor

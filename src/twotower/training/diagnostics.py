@@ -87,7 +87,7 @@ def frequency_drift(objective: Objective, counts: Tensor) -> float | None:
                 for group, share in enumerate(shares)
                 if share
             ]
-            return sum(each)
+            return float(sum(each))
     return None
 
 
