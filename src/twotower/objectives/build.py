@@ -77,7 +77,8 @@ def refuse_in_batch(pool: Pool) -> None:
     """
     if any(isinstance(member, InBatch) for member in pool.members()):
         raise InputError(
-            "objective.rows_per_draw: with in_batch and whole sequences or questions all rows of a batch must share one draw; "
+            "objective.rows_per_draw: with in_batch and whole sequences or questions all rows of a batch must "
+            "share one draw; "
             "remove rows_per_draw, or use frequency, uniform or head instead of in_batch"
         )
 
