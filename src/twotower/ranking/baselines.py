@@ -116,14 +116,14 @@ class Popularity:
             count too.
 
     Raises:
-        ValueError: `share` is out of range, or below 1 and the rows have no timestamps.
+        InputError: `share` is out of range, or below 1 and the rows have no timestamps.
     """
 
     is_exact = True
 
     def __init__(self, train: Interactions, share: float = 1.0) -> None:
         if not 0 < share <= 1:
-            raise ValueError(f"share must be above 0 and at most 1, got {share}")
+            raise InputError(f"share must be above 0 and at most 1, got {share}")
         self._order = tie_order(train.num_items)
         # Ranks among the distinct counts instead of counts: float32 is not exact above 2^24.
         counts = train.item_counts() if share == 1 else _newest_counts(train, share)
@@ -302,7 +302,7 @@ def _seen(holdout: Holdout, exclude_seen: bool) -> Exclusion | None:
 def _newest_counts(train: Interactions, share: float) -> NDArray[np.int64]:
     """Count the newest share of the rows by item, [N]."""
     if train.timestamps is None:
-        raise ValueError("the newest rows need timestamps")
+        raise InputError("the newest rows need timestamps")
     times = np.asarray(train.timestamps)
     oldest = max(len(times) - max(round(share * len(times)), 1), 0)
     rows = times >= np.partition(times, oldest)[oldest]
