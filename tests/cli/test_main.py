@@ -107,7 +107,7 @@ def parts(run_folder):
 
 
 def test_a_ready_made_split_is_trained_from_its_folder_or_from_named_files(run_folder, parts, command):
-    settings = QUICK[:-2]
+    settings = [*QUICK[:-2], "--set", "training.question=next"]
     code, out, err = command("train", "parts", "--out", "ready", *settings, "--json")
     assert code == 0, err
     assert "queries without training rows 2 kept; 1 of them have no history at all" in " ".join(err.split())
@@ -161,7 +161,17 @@ def test_random_rows_are_trained_and_evaluated_again(run_folder, command):
     rows = sorted({tuple(row.split(",")[:2]) for row in (run_folder / "purchases.csv").read_text().split()[1:]})
     rows.sort(key=lambda row: (row[0], int(row[1])))
     (run_folder / "sorted.csv").write_text("user_id,item_id\n" + "".join(f"{user},{item}\n" for user, item in rows))
-    code, out, err = command("train", "sorted.csv", "--out", "random", *QUICK[:-1], "data.split=random", "--json")
+    code, out, err = command(
+        "train",
+        "sorted.csv",
+        "--out",
+        "random",
+        *QUICK[:-1],
+        "data.split=random",
+        "--set",
+        "training.question=next",
+        "--json",
+    )
     assert code == 0, err
     assert "sorted by item id" in err and "shuffled, no order is used" in " ".join(err.split())
     assert json.loads(command("evaluate", "random", "--json")[1]) == json.loads(out)

@@ -57,7 +57,7 @@ class QuestionRule:
 
 
 class QuestionBatches(EpochPosition):
-    """One question of every query per epoch, drawn anew in each epoch; several targets share one query embedding.
+    """One question of every query per epoch, drawn again in each epoch; several targets share one query embedding.
 
     horizon: one of the rows that can be targets and are later than the query's first timestamp is drawn, and the cut is
     at its timestamp. The history is all rows before the cut; targets are the rows within [cut, cut + H). Rows of one
