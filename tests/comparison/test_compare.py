@@ -73,7 +73,7 @@ def cells_of(path, patch, *changes, objectives=OBJECTIVES, seeds=1):
     patch.chdir(path)
     base = Config.load(None, [*SETTINGS, "data.items=products.csv", *changes])
     data = read_data("purchases.csv", base.data)
-    return make_cells(base, objectives, seeds, path / "out", split_data(data, base.data).train), data
+    return make_cells(base, objectives, seeds, path / "out", split_data(data, base.data)), data
 
 
 def test_every_output_is_written(folder):

@@ -175,6 +175,7 @@ def dial(
     from twotower import run  # noqa: PLC0415
     from twotower.comparison.popularity_curve import popularity_curve  # noqa: PLC0415
     from twotower.incremental.saved_rows import lost_validation  # noqa: PLC0415
+    from twotower.run.recent_prior import at_validation  # noqa: PLC0415
     from twotower.serving import Retriever  # noqa: PLC0415
 
     artifact, split = run.reread(directory, data)
@@ -188,6 +189,8 @@ def dial(
         raise InputError(f"--on {on}: the split of this model has no {on} queries")
     seen = artifact.config.evaluation.exclude_seen
     k = min(k, max(len(artifact.items), 1))
+    if on == "validation":
+        artifact = at_validation(artifact, split)
     found = popularity_curve(Retriever(artifact), holdout, train=split.train, k=k, exclude_seen=seen)
     if as_json:
         print_json(found.to_dict())

@@ -11,9 +11,10 @@ from typing import Any, Literal
 import yaml
 
 from twotower.config.run import Config
-from twotower.data import Interactions
+from twotower.data import Split
 from twotower.errors import InputError
 from twotower.objectives.build import build_objective
+from twotower.run.question import resolve_question
 from twotower.run.settings import CONFIG, differences
 from twotower.serving.model_folder import find_model, read_metadata
 from twotower.training import LAST
@@ -78,7 +79,7 @@ class Cell:
         return "interrupted"
 
 
-def make_cells(base: Config, objectives: Sequence[str], seeds: int, out: Path, train: Interactions) -> list[Cell]:
+def make_cells(base: Config, objectives: Sequence[str], seeds: int, out: Path, split: Split) -> list[Cell]:
     """Make the cells of a comparison, ordered by seed and then by objective.
 
     Args:
@@ -86,7 +87,7 @@ def make_cells(base: Config, objectives: Sequence[str], seeds: int, out: Path, t
         objectives: names, YAML files, or `name=FILE`.
         seeds: number of seeds.
         out: the folder of the comparison.
-        train: the training interactions.
+        split: the data; it decides what training asks, and the towers that suit it.
 
     Raises:
         InputError: an objective is unknown, named twice, or does not fit the data.
@@ -96,6 +97,9 @@ def make_cells(base: Config, objectives: Sequence[str], seeds: int, out: Path, t
             "objective.sources, objective.unique: each compared objective has its own; to compare pools, write each to "
             "a YAML file and pass --objectives name=FILE.yaml,..."
         )
+    train, own = split.train, {"sources": None, "mask_known_positives": base.objective.mask_known_positives}
+    base = resolve_question(base, split)
+    base = base.model_copy(update={"objective": base.objective.model_copy(update=own)})
     named: dict[str, Config] = {}
     for text in objectives:
         name, config = _objective(base, text)
@@ -124,7 +128,8 @@ def _objective(base: Config, text: str) -> tuple[str, Config]:
     values = _read(Path(path))
     values = values.get("objective", values)
     changed = base.model_dump(mode="json")
-    changed["objective"] = {"name": values} if isinstance(values, str) else values
+    shared = {name: changed["objective"][name] for name in ("similarity", "temperature", "initial_temperature")}
+    changed["objective"] = shared | ({"name": values} if isinstance(values, str) else values)
     try:
         return name, Config.model_validate(changed)
     except ValueError as error:

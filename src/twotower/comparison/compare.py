@@ -124,7 +124,7 @@ def compare_run(
     with reserved(directory):
         data = read_data(source, base.data, context=wanted_context(base))
         split = split_data(data, base.data, histories=base.query_tower.history is not None)
-        cells = make_cells(base, objectives, seeds, directory, split.train)
+        cells = make_cells(base, objectives, seeds, directory, split)
         train_cells(str(source), cells, data.fingerprint, directory, jobs=jobs, on_message=on_message)
         on_message(f"ranking the test queries with {len(cells)} models")
         found = measure_cells(cells, split, base.evaluation)

@@ -45,9 +45,10 @@ class FolderRanker:
 
     @property
     def item_embeddings(self) -> NDArray[np.float32]:
-        """Item embeddings [N, D], for the diversity of lists."""
-        embeddings: NDArray[np.float32] = load_file(find_model(self.directory) / "items.safetensors")["embeddings"]
-        return embeddings
+        """Item embeddings [N, D], without a coordinate for biases, for the diversity of lists."""
+        folder = find_model(self.directory)
+        embeddings: NDArray[np.float32] = load_file(folder / "items.safetensors")["embeddings"]
+        return embeddings[:, : int(read_metadata(folder)["config"]["item_tower"]["dimension"])]
 
 
 @dataclass(frozen=True)

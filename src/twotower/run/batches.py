@@ -38,7 +38,7 @@ def make_batches(
     grouped = config.objective.is_grouped
     rule = rule_of(config)
     if rule is not None:
-        refuse_question(config, train)
+        refuse_question(config, train, rule.kind)
         encoded = None if context is None else encode_context(context.features, train)
         return QuestionBatches(
             train, size, rule, history_length=length, seed=seed, rows=rows, ranks=ranks, context=encoded

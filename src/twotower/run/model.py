@@ -299,7 +299,7 @@ def _model(
         "seconds": round(result.seconds, 1),
         "cpu_seconds": round(result.cpu_seconds, 1),
         "peak_memory": result.peak_memory,
-        "best": {config.training.metric: result.best},
+        "best": {config.training.metric: result.best if prior is None else prior.after[config.training.metric]},
         "history": result.history,
     }
     artifact = SavedModel(

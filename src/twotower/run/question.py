@@ -55,19 +55,17 @@ def resolve_question(
     if question == "auto":
         question, reason = _question_of(config, split)
     if question != "next":
-        refuse_question(config, split.train)
+        refuse_question(config, split.train, question)
+    chosen = config.training.question == "auto"
     update: dict[str, Any] = {"question": question}
     said = f"training question: {question} ({reason})"
-    if question == "horizon":
-        if config.training.horizon == "auto":
-            update["horizon"] = _days(split)
-        else:
-            update["horizon"] = config.training.horizon
+    if question == "horizon" and config.training.horizon == "auto":
+        chosen, update["horizon"] = True, _days(split)
         said += f"; horizon {update['horizon']:.3g} days"
     if question != "next" and parent is None and _is_free(config):
-        config = _filled(config, defaults_of(split.train))
+        chosen, config = True, _filled(config, defaults_of(split.train))
         said += "; towers: linear (a sum over the history, an item bias)"
-    if on_message is not None:
+    if chosen and on_message is not None:
         on_message(said)
     return config.model_copy(update={"training": config.training.model_copy(update=update)})
 
@@ -86,13 +84,12 @@ def rule_of(config: Config) -> QuestionRule | None:
     )
 
 
-def refuse_question(config: Config, train: Interactions) -> None:
+def refuse_question(config: Config, train: Interactions, question: str) -> None:
     """Refuse questions that the towers or batches of a configuration cannot answer.
 
     Raises:
         InputError: a sequence tower, grouped batches, or a horizon without timestamps.
     """
-    question = config.training.question
     if config.reads_sequences:
         raise InputError(
             f"training.question: {question}: a sequence tower learns the next item at every position; use "
@@ -166,13 +163,17 @@ def _question_of(config: Config, split: Split) -> tuple[str, str]:
 
 
 def _days(split: Split) -> float:
-    """Return the days that the test covers, else those of the validation, at least one microsecond."""
+    """Return the days that the test or the validation covers, whichever is longer; 1 if both are at one time."""
     times, asked = split.data.timestamps, split.test.query_times
     if times is None or asked is None or not len(asked):
         raise InputError(
             "training.horizon: auto needs a test with timestamps; give the days, such as training.horizon=30"
         )
-    return max(int(np.max(times)) - int(np.min(asked)), 1) / DAY
+    begin, validated = int(np.min(asked)), split.validation.query_times
+    span = int(np.max(times)) - begin
+    if validated is not None and len(validated):
+        span = max(span, begin - int(np.min(validated)))
+    return span / DAY if span > 0 else 1.0
 
 
 def _is_free(config: Config) -> bool:

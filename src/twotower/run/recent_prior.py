@@ -9,7 +9,7 @@ and what a query says of its taste does not, Bayes' rule gives (docs/theory.md, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 from twotower.config.run import Config
 from twotower.data import Interactions, Split
 from twotower.run.question import is_split_by_time
+from twotower.serving import SavedModel
 from twotower.towers import TwoTower
 
 DAY = 86_400_000_000
@@ -129,6 +130,29 @@ def add_recent_prior(
     if on_message is not None:
         on_message("recent prior: none, it does not help on the validation" if prior is None else prior)
     return prior
+
+
+def at_validation(model: SavedModel, split: Split) -> SavedModel:
+    """Return a saved model with the recent prior that was known at the first validation query.
+
+    The prior of the model is that of the test's time: it counts the validation's rows, and would leak its targets.
+
+    Args:
+        model: just loaded; its towers are changed in place.
+        split: the data it was trained on.
+    """
+    chosen, train, asked = model.metadata.get("recent_prior"), split.train, split.validation.query_times
+    if not chosen or train.timestamps is None or asked is None or not len(asked):
+        return model
+    ratio = recent_log_ratio(
+        train.timestamps,
+        train.item_codes,
+        train.item_counts(),
+        half_life=chosen["half_life"],
+        now=int(np.min(asked)),
+    )
+    model.towers.set_recent(chosen["strength"] * ratio)
+    return replace(model, item_embeddings=model.towers.item_embeddings())
 
 
 def choose_recent_prior(
