@@ -101,7 +101,10 @@ def test_a_mixture_has_the_counts_of_all_its_sources_and_not_one_frequency():
     positives = torch.tensor([0, 1, 2, 0, 3, 1])
     drawn = pool.draw(positives, generator=torch.Generator().manual_seed(0))
     p = COUNTS[drawn.items] / COUNTS.sum()
-    right = 1 - (1 - p.double()) ** 5 * (1 - 1 / N) ** 30
+    # The five other rows are drawn from an epoch without replacement: C(R-1-c, 5) / C(R-1, 5).
+    rows, count = float(COUNTS.sum()) - 1, COUNTS[drawn.items].double()
+    absent = torch.stack([((rows - count - k) / (rows - k)).clamp(min=0) for k in range(5)]).prod(0)
+    right = 1 - absent * (1 - 1 / N) ** 30
     found = drawn.log_expected_count.double().exp()
     assert torch.allclose(found, right, rtol=1e-5)
     for wrong in (p, 5 * p + 3, (6 * p + 30 / N) / 36):

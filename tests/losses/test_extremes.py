@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from twotower.errors import InputError
 from twotower.negatives import (
     Candidates,
     Catalog,
@@ -150,6 +151,10 @@ def test_a_catalog_of_one_item(form, rows):
     source = Sampled(Uniform(1), 3) if form != "refined" else InBatch(frequency)
     correction = corrections.Probability() if form == "refined" else None
     objective = FORMS[form](Pool(source, correction=correction))
+    if form == "refined" and rows == 1:
+        with pytest.raises(InputError, match="a batch of one row has no other rows"):
+            objective.draw(torch.zeros(rows, dtype=torch.int64))
+        return
     drawn = objective.draw(torch.zeros(rows, dtype=torch.int64))
     table = torch.ones(1, 2, requires_grad=True)
     loss = objective(Embedded(torch.ones(rows, 2), table[drawn.positives], table[drawn.items]), drawn, temperature=0.1)

@@ -40,7 +40,9 @@ def windows_with(batches, epoch):
     return counts
 
 
-def test_windows_that_hold_an_item_equal_the_loop_in_every_epoch(train):
+def test_windows_that_hold_an_item_equal_the_loop_in_every_epoch():
+    rows = [(q, j, t) for q, items in enumerate([*SEQUENCES, [6, 1, 2, 6, 6, 9, 1]]) for t, j in enumerate(items)]
+    train = Interactions.from_frame(pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row"))
     batches = SequenceBatches(train, 12, history_length=L, seed=2)
     found = set()
     for epoch in range(20):
@@ -143,5 +145,5 @@ def test_a_memory_of_sequences_needs_known_positives(train):
         "objective.sources=[{memory: {size: 9}}, {uniform: {size: 4}}]",
     ]
     assert needs_known_positives(Config.load(None, changes))
-    with pytest.raises(InputError, match="in_batch or memory and whole sequences"):
+    with pytest.raises(InputError, match="with in_batch or memory, the rows of whole sequences"):
         build_objective(Config.load(None, [*changes, "objective.rows_per_draw=4"]), train)

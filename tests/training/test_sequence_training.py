@@ -216,7 +216,7 @@ def test_settings_that_do_not_fit(planted_split, change, said):
 
 
 def test_draws_per_block_are_refused_with_in_batch_candidates(planted_split):
-    with pytest.raises(InputError, match="rows_per_draw: with in_batch and whole sequences"):
+    with pytest.raises(InputError, match="rows_per_draw: with in_batch or memory, the rows of whole sequences"):
         parts(planted_split, config("objective.sources=[{in_batch: {}}]", "objective.rows_per_draw=32"))
 
 
