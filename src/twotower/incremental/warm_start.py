@@ -110,9 +110,7 @@ def grow(model: nn.Module, state: Mapping[str, RowSource], rows: Mapping[str, Te
     for name, own in model.state_dict(keep_vars=True).items():
         old: RowSource | None = state.get(name)
         if old is None and own.dtype == torch.bool and name in rows:
-            old = torch.ones(
-                len(rows[name]), dtype=torch.bool
-            )  # older versions saved no mask: all rows count as trained
+            old = torch.ones(len(rows[name]), dtype=torch.bool)  # older versions saved no mask: all rows are trained
         if old is None:
             raise InputError(f"model: {name} is not in the saved weights; continue with the version that wrote them")
         if name in rows:
