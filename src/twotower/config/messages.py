@@ -1,4 +1,4 @@
-"""Readable messages for invalid settings: the field, what was expected, what was found."""
+"""Readable messages for invalid settings, with the field, the expected value and the value found."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def _write_rows(directory: Path, parts: Mapping[str, Any]) -> None:
 
 
 def open_saved(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Open a folder; return the memory-mapped fields of `Interactions`, and those that differ in its negatives, if any.
+    """Open a folder; return the memory-mapped fields of `Interactions`, and the fields that its negatives replace.
 
     Raises:
         InputError: a file is missing or truncated, or has a different layout version.
@@ -150,7 +150,7 @@ class Interactions:
         query_table: row i describes query code i in the same way.
         negatives: rows below ``positive_label``, with the same vocabularies.
         context: row i describes the request of interaction i, such as the user's device; None if no context was read.
-        account: what was read, what was dropped and why.
+        account: rows read, rows dropped and the reasons.
     """
 
     queries: Vocabulary
@@ -204,7 +204,7 @@ class Interactions:
         return np.repeat(np.arange(self.num_queries, dtype=np.int32), np.diff(self.offsets))
 
     def select(self, rows: NDArray[Any]) -> Interactions:
-        """Select rows into memory, with the same vocabularies, tables and negatives.
+        """Copy the selected rows into memory; vocabularies, tables and negatives are unchanged.
 
         Args:
             rows: a boolean mask [n], or distinct row numbers in ascending order.
@@ -257,7 +257,7 @@ class Interactions:
             queries: query features, a file or a data frame with one row per query.
             columns: a mapping from role to column name; None for a role without a column. Roles not mentioned are
                 matched by the usual column names.
-            positive_label: rows with a smaller label become `negatives`; None makes every row a positive.
+            positive_label: rows with a smaller label become `negatives`; with None, all rows are positives.
             cache: folder for the prepared data; by default a folder in TWOTOWER_CACHE or ``~/.cache/twotower``.
             catalog: "interactions", or "table" to add the items that occur only in the item table.
             part: whether the file is only a part of the data, such as a ready-made test set; it may have a single item.

@@ -102,7 +102,7 @@ class Coordinator:
         return text
 
     def require_shared(self, folder: Path, patience: float = 30.0) -> None:
-        """Check, before hours of work depend on it, that every rank sees the files that rank 0 writes to a folder.
+        """Check that every rank sees the files that rank 0 writes to a folder, before hours of work depend on them.
 
         Args:
             folder: an existing folder.

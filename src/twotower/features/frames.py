@@ -56,7 +56,7 @@ def check_columns(frame: pl.DataFrame, declared: Sequence[AnyFeature], name: str
     Args:
         frame: the rows.
         declared: the features.
-        name: name of the rows in messages; begins with their side.
+        name: name of the rows in messages; begins with the side.
         needs_table: whether this side has no table at all.
 
     Raises:

@@ -134,7 +134,7 @@ def unused_tables(config: Config, train: Interactions) -> list[str]:
 
 
 def in_training(train: Interactions, side: str) -> NDArray[np.bool_]:
-    """Return which ids of a side have a training row, bool [ids]."""
+    """Mark the ids of a side that have a training row, bool [ids]."""
     return train.item_counts() > 0 if side == "item" else np.diff(train.offsets) > 0
 
 

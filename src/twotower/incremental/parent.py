@@ -92,7 +92,7 @@ class ParentModel:
         return str(self.artifact.metadata["data"]["fingerprint"])
 
     def past(self) -> PastData:
-        """Return the training data; all rows count as learnt if an older version did not save which ones were."""
+        """Return the training data; in models of older versions, all rows count as learnt."""
         model, rows = self.artifact, self.artifact.rows or {}
         times = rows.get("timestamps")
         names = model.metadata["data"].get("groups")

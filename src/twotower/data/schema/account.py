@@ -1,4 +1,4 @@
-"""The account of a data set: what was read, what was dropped and why. Every preparation step adds lines."""
+"""The account of a data set: rows read, rows dropped and the reasons; every preparation step adds lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Protocols that split data into training, validation and test, with an account of what was dropped and why."""
+"""Protocols that split data into training, validation and test, with an account of dropped rows and the reasons."""
 
 from __future__ import annotations
 
@@ -114,9 +114,9 @@ class Split:
 
     Attributes:
         train: the rows to train on, with the vocabularies of all the data.
-        validation: for model selection; empty if the split was made without one.
-        test: for the final evaluation.
-        account: what was dropped and why.
+        validation: holdout for model selection; empty for a split without validation.
+        test: holdout for the final evaluation.
+        account: dropped rows and the reasons.
         name: name of the protocol.
         settings: the protocol's arguments as JSON values.
         data: all interactions, which provide the histories of a model in production.
@@ -286,7 +286,7 @@ def held_out_queries(
         data: interactions.
         validation: fraction of the queries, 0 for no validation.
         test: fraction of the queries, above 0.
-        fold_in: fraction of a held-out query's rows that are its history; history and targets both get at least one.
+        fold_in: fraction of a held-out query's rows in the history; both history and targets get at least one row.
         seed: seed of the random draw.
         cold: "drop" targets whose item has no training row, or "keep" them.
 
