@@ -1,4 +1,4 @@
-"""Settings of a run as pydantic models: pure data that builds nothing."""
+"""The settings of a run as pydantic models, which are pure data and build nothing."""
 
 from twotower.config.run import (
     ColumnsConfig,

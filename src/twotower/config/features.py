@@ -1,4 +1,4 @@
-"""Feature declarations of items and queries: column, kind, encoding. Pure data, builds nothing."""
+"""Feature declarations of items and queries (column, kind, encoding) as pure data that builds nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Feature(Section):
 
 
 class CategoricalFeature(Feature):
-    """A categorical value: one learned vector per value, one for unknown values, one for missing values."""
+    """A categorical value: one learned vector per value, one for unknown and one for missing values."""
 
     kind: Literal["categorical"] = "categorical"
     buckets: int | None = Field(
@@ -79,7 +79,7 @@ class DenseFeature(Feature):
 
 
 class TimestampFeature(Feature):
-    """A timestamp: cyclic hour, weekday and day of the year; age before the latest timestamp in training."""
+    """A timestamp: cyclic hour, weekday and day of the year, and its age before the latest training timestamp."""
 
     kind: Literal["timestamp"] = "timestamp"
     parts: list[Literal["hour", "weekday", "season", "age"]] = Field(
@@ -115,7 +115,7 @@ AnyFeature = Annotated[
 
 
 def _distinct(features: list[AnyFeature]) -> list[AnyFeature]:
-    """Refuse a column declared twice with the same kind; two kinds for one column are allowed."""
+    """Reject a column declared twice with the same kind; two kinds for one column are allowed."""
     seen: set[tuple[str, str]] = set()
     for feature in features:
         if (feature.column, feature.kind) in seen:
@@ -126,8 +126,8 @@ def _distinct(features: list[AnyFeature]) -> list[AnyFeature]:
 
 FeatureList = Annotated[list[AnyFeature], AfterValidator(_distinct)]
 
-#: `none`, `auto` (what `twotower features` proposes), or a list. The discriminator makes pydantic report an error in a
-#: list as an error of the list.
+#: `none`, `auto` (the proposal of `twotower features`), or a list. Because of the discriminator, pydantic reports an
+#: error in a list as an error of the list.
 Features = Annotated[
     Annotated[Literal["none", "auto"], Tag("name")] | Annotated[FeatureList, Tag("list")],
     Discriminator(lambda value: "name" if isinstance(value, str) else "list"),

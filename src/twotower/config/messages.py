@@ -1,4 +1,4 @@
-"""Readable messages for invalid settings: the field, what was expected, what was found."""
+"""Readable messages for invalid settings, with the field, the expected value and the value found."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pydantic_core import ErrorDetails
 def first_fault(error: ValidationError, values: Mapping[str, Any], model: type[BaseModel]) -> str:
     """Describe the first invalid field, and count the others.
 
-    For a field of union type, pydantic reports one error per member of the union, each under a path that contains the
-    member's name. This merges them into one error that lists what each member expected. If a member's error lies
+    For a field of union type, pydantic reports one error per member of the union, under a path that contains the
+    member's name. This function merges these errors into one that lists what each member expected. If an error lies
     deeper in the value, such as at one key of a mapping, the message names that part.
 
     Args:
         error: the pydantic error.
         values: the validated input.
-        model: the model that it was validated against.
+        model: the model that validated the input.
     """
     fields = [(_field(one, values), one) for one in error.errors()]
     top = fields[0][0]
@@ -36,7 +36,7 @@ def first_fault(error: ValidationError, values: Mapping[str, Any], model: type[B
 
 
 def _instead(field: Sequence[str], model: type[BaseModel]) -> str:
-    """Suggest a replacement for an unknown field name: the closest name, and all valid names."""
+    """Suggest replacements for an unknown field name: the closest name and all valid names."""
     section: Any = model
     *before, last = field
     for name in before:
@@ -52,7 +52,7 @@ def _instead(field: Sequence[str], model: type[BaseModel]) -> str:
 
 
 def _field(error: ErrorDetails, values: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the path of a field without the union members that pydantic inserts into it."""
+    """Return the path of a field without the union members that pydantic inserts."""
     at: Any = values
     path = []
     *before, last = error["loc"] or ("",)

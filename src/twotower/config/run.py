@@ -1,7 +1,7 @@
-"""The configuration of a run as pydantic models: pure data, builds nothing.
+"""The configuration of a run as pydantic models, which are pure data and build nothing.
 
-Three kinds of setting are separate: what the model is (`query_tower`, `item_tower`, `objective`), what a run does
-(`data`, `training`, `evaluation`), and live state, which is in the checkpoint and not here.
+Settings of the model (`query_tower`, `item_tower`, `objective`), settings of the run (`data`, `training`, `evaluation`)
+and live state are kept apart; live state is in the checkpoint, not here.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ __all__ = [
 ]
 
 
-#: A column name; YAML reads a name of digits as a number.
+#: A column name; YAML parses a name made of digits as a number.
 ColumnName = Annotated[str | None, BeforeValidator(lambda name: str(name) if type(name) is int else name)]
 
 
 class ColumnsConfig(Section):
-    """The column of each role. A role left out is found by the usual names (user_id, ...); "none" has no column."""
+    """The column of each role; by default a usual name (user_id, ...), with "none" no column."""
 
     query: ColumnName = None
     item: ColumnName = None
@@ -101,7 +101,7 @@ class DataConfig(Section):
 
 
 class StreamingConfig(Section):
-    """How a frequency is estimated from the batches; see `StreamingFrequency`."""
+    """The estimation of a frequency from the batches; see `StreamingFrequency`."""
 
     rate: float = Field(0.05, gt=0, le=1, description="Weight of one new gap: about 1/rate occurrences are averaged.")
     patience: float = Field(5.0, gt=0, description="Gaps without the item after which its frequency decays.")
@@ -152,16 +152,16 @@ class ObjectiveConfig(Section):
 
     @property
     def is_grouped(self) -> bool:
-        """Whether frequencies are those within groups, and each batch comes from one group."""
+        """Whether frequencies are counted within groups and each batch contains a single group."""
         return self.frequency_name.startswith("grouped")
 
 
-#: How an id table is placed on several processes.
+#: The placement of an id table on several processes.
 TablePlacement = Literal["auto", "replicated", "row-wise", "column-wise", "table-wise"]
 
 
 class TrainingConfig(Section):
-    """How the model is trained."""
+    """The training of the model."""
 
     batch_size: PositiveInt | Literal["auto"] = Field(
         "auto", description="B. auto: 1024, or smaller if an epoch would have fewer than 50 steps."
@@ -267,7 +267,7 @@ def _objective_by_name(value: object) -> object:
 
 
 class Config(Section):
-    """All settings of a run; the defaults are meant to work well on most data."""
+    """All settings of a run, with defaults meant to work well on most data."""
 
     data: DataConfig = DataConfig()
     query_tower: QueryTowerConfig = QueryTowerConfig()
@@ -286,10 +286,10 @@ class Config(Section):
     ) -> Config:
         """Read a YAML file or a preset, and apply overrides such as "training.max_epochs=3".
 
-        `base` is used if there is no file, for example the settings of a saved model.
+        Without a file, the settings start from `base`, for example those of a saved model.
 
         Raises:
-            InputError: the file is missing or not YAML, or a field is unknown or out of range; the message names it.
+            InputError: the file is missing or not YAML, or a field is unknown or out of range; the message says which.
         """
         values: dict[str, Any] = copy.deepcopy(base) if base else {}
         where = "--set" if overrides else "configuration"
@@ -305,12 +305,12 @@ class Config(Section):
 
     @property
     def history_length(self) -> int:
-        """History length L of the query tower, 0 if it reads no history."""
+        """The history length L of the query tower; 0 if the tower reads no history."""
         return self.query_tower.history.length if self.query_tower.history else 0
 
     @property
     def reads_sequences(self) -> bool:
-        """Whether training rows are positions of whole sequences."""
+        """Whether the training rows are positions of whole sequences."""
         return self.query_tower.history is not None and self.query_tower.history.sequence is not None
 
     @property
@@ -320,7 +320,7 @@ class Config(Section):
         return history is not None and history.sequence is not None and history.sequence.gaps
 
     def resolved(self, rows: int) -> Config:
-        """Replace every numeric "auto" by its value for this number of training rows."""
+        """Replace every numeric "auto" with its value for this number of training rows."""
         training = self.training
         batch = min(max(rows // 50, 64), 1024) if training.batch_size == "auto" else training.batch_size
         warmup = min(100, max(rows // batch, 1)) if training.warmup_steps == "auto" else training.warmup_steps
@@ -333,13 +333,13 @@ class Config(Section):
         return self.model_copy(update={"training": changed})
 
     def to_yaml(self) -> str:
-        """Format the whole configuration as YAML; `Config.load` reads it back to an equal one."""
+        """Format the whole configuration as YAML, from which `Config.load` restores an equal configuration."""
         text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         return text
 
 
 def _found(path: Path) -> Path:
-    """Find the file, or the preset of that name."""
+    """Find the file or the preset with this name."""
     if path.suffix or len(path.parts) > 1 or path.exists():
         return path
     presets = Path(__file__).parent / "presets"
@@ -382,6 +382,6 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise InputError(f"--set {override}: {section} is a value, not a section")
         values = inner
-    if value is None and sections == ["data", "columns"]:  # files of settings have null for "find it by its name"
+    if value is None and sections == ["data", "columns"]:  # in settings files, null means "find the column by its name"
         value = "none"
     values[last] = value

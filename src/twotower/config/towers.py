@@ -1,4 +1,4 @@
-"""The settings of both towers as pydantic models: pure data, builds nothing."""
+"""The settings of both towers as pydantic models, which are pure data and build nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from twotower.config.features import Features, Section
 
 
 class SequenceConfig(Section):
-    """A sequence encoder of the history: every position of a sequence is a training row; see docs/sequences.md."""
+    """A sequence encoder of the history, in which every position is a training row; see docs/sequences.md."""
 
     kind: Literal["transformer", "gru"] = "transformer"
     blocks: int = Field(2, ge=1, le=64, description="Transformer blocks, or layers of the GRU.")
@@ -31,7 +31,7 @@ class SequenceConfig(Section):
 
 
 class HistoryConfig(Section):
-    """The recent items of a query, pooled with learned recency weights, or read as a sequence."""
+    """The recent items of a query, pooled with learned recency weights or encoded as a sequence."""
 
     length: int = Field(50, ge=1, le=10_000, description="L: use the L most recent items.")
     heads: int = Field(4, ge=1, le=64, description="Number of pooled averages, each with its own recency weights.")
@@ -78,7 +78,7 @@ class QueryTowerConfig(Section):
 
 
 class ItemTowerConfig(Section):
-    """The item tower: id embedding and declared features, combined by an MLP."""
+    """The item tower: an id embedding and declared features, combined by an MLP."""
 
     dimension: int = Field(64, ge=1, le=4096, description="D: width of the output embeddings of both towers.")
     table_precision: Literal["float32", "bfloat16"] = Field(

@@ -1,4 +1,4 @@
-"""`Interactions`: rows of query, item and time, sorted, in memory or mapped from a folder of one file per column."""
+"""`Interactions`: sorted rows of query, item and time, in memory or mapped from a folder with one file per column."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ROW_FIELDS = ("item_codes", "timestamps", "weights", "labels", "groups")
 
 
 def fingerprint_of(parts: Mapping[str, Any]) -> str:
-    """Compute the sha256 over the rows and vocabularies among the fields of `Interactions`."""
+    """Compute the sha256 of the rows and vocabularies among the fields of `Interactions`."""
     rows = {name: digest(parts[name]) for name in ("offsets", *ROW_FIELDS) if parts[name] is not None}
     sides = {"queries": parts["queries"], "items": parts["items"], "groups_": parts["group_names"]}
     named = {side.rstrip("_"): vocabulary_digest(v) for side, v in sides.items() if v is not None}
@@ -84,7 +84,7 @@ def _write_rows(directory: Path, parts: Mapping[str, Any]) -> None:
 
 
 def open_saved(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Open a folder: the fields of `Interactions`, memory-mapped, and the fields that differ in its negatives, if any.
+    """Open a folder; return the memory-mapped fields of `Interactions`, and the fields that its negatives replace.
 
     Raises:
         InputError: a file is missing or truncated, or has a different layout version.
@@ -120,7 +120,7 @@ def open_saved(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
 def _columns(folder: Path, meta: dict[str, Any], num_queries: int) -> dict[str, Any]:
     """Open the arrays of one folder and check them against its meta.json."""
     arrays = {name: open_column(folder, name, meta["rows"]) for name in meta["fields"]}
-    # Offsets are small and used at every step, so they are read into memory.
+    # Offsets are small and used in every training step, so they are read into memory.
     arrays["offsets"] = np.array(open_column(folder, "offsets", num_queries + 1))
     if int(arrays["offsets"][-1]) != meta["rows"]:
         raise InputError(f"{folder / 'offsets.npy'}: does not match the number of rows; prepare the data again.")
@@ -139,18 +139,18 @@ class Interactions:
     Attributes:
         queries: the query vocabulary.
         items: the item vocabulary.
-        offsets: int64 [Q+1], rows of query q are ``offsets[q]:offsets[q+1]``.
+        offsets: int64 [Q+1]; the rows of query q are ``offsets[q]:offsets[q+1]``.
         item_codes: int32 [n].
-        timestamps: int64 [n], microseconds since 1970; None if row order is the time order.
-        weights: float32 [n], 0 or more, or None.
+        timestamps: int64 [n], microseconds since 1970; None if the rows are already in time order.
+        weights: float32 [n], not negative; or None.
         labels: float32 [n] or None.
         groups: int32 [n], codes in `group_names`, or None.
         group_names: the group vocabulary, or None.
-        item_table: row i describes item code i; nulls if the table has no row for its id.
-        query_table: row i describes query code i.
+        item_table: row i describes item code i and contains nulls if the item file has no row for its id.
+        query_table: row i describes query code i in the same way.
         negatives: rows below ``positive_label``, with the same vocabularies.
-        context: row i describes the request of row i, for example its device; None if no context column was read.
-        account: what was read, what was dropped and why.
+        context: row i describes the request of interaction i, such as the user's device; None if no context was read.
+        account: rows read, rows dropped and the reasons.
     """
 
     queries: Vocabulary
@@ -187,7 +187,7 @@ class Interactions:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over rows and vocabularies; stored with data opened from a folder, computed on first use otherwise."""
+        """The sha256 of rows and vocabularies: stored in the folder, or computed on first use for data in memory."""
         if self.known_fingerprint is None:
             self.known_fingerprint = fingerprint_of(self.__dict__)
         return self.known_fingerprint
@@ -204,13 +204,13 @@ class Interactions:
         return np.repeat(np.arange(self.num_queries, dtype=np.int32), np.diff(self.offsets))
 
     def select(self, rows: NDArray[Any]) -> Interactions:
-        """Select rows into memory, with the same vocabularies, tables and negatives.
+        """Copy the selected rows into memory; vocabularies, tables and negatives are unchanged.
 
         Args:
-            rows: boolean mask [n], or ascending distinct row numbers.
+            rows: a boolean mask [n], or distinct row numbers in ascending order.
 
         Raises:
-            InputError: a mask of the wrong length, or row numbers that do not ascend or are out of range.
+            InputError: the mask has the wrong length, or the row numbers do not ascend or are out of range.
         """
         rows = np.asarray(rows)
         if rows.dtype == bool:
@@ -247,31 +247,31 @@ class Interactions:
         item_ids: IdKind = "vocabulary",
         workers: int | None = None,
     ) -> Interactions:
-        """Read a file, a folder or several files. The first call prepares the data in a cache, later calls open it.
+        """Read a file, a folder or several files. The first call prepares the data in a cache; later calls open it.
 
         Args:
             path: Parquet, CSV or TSV (also compressed with gzip), a text file of ``query item item ...`` lines, a
-                folder (see `folders.find_files`), a folder written by `save`, or a list of files. Files with one row
-                per query and a list of items are read too. A path is never a pattern.
+                folder (see `folders.find_files`), a folder written by `save`, or a list of files. A file may also have
+                one row per query with a list of items. Wildcards in a path are not expanded.
             items: item features, a file or a data frame with one row per item.
             queries: query features, a file or a data frame with one row per query.
-            columns: the column of each role, None for a role without a column; the others are found by their usual
-                names.
-            positive_label: rows with a smaller label become `negatives`; None makes every row a positive.
-            cache: folder of the prepared data; by default a folder in TWOTOWER_CACHE or ``~/.cache/twotower``.
+            columns: a mapping from role to column name; None for a role without a column. Roles not mentioned are
+                matched by the usual column names.
+            positive_label: rows with a smaller label become `negatives`; with None, all rows are positives.
+            cache: folder for the prepared data; by default a folder in TWOTOWER_CACHE or ``~/.cache/twotower``.
             catalog: "interactions", or "table" to add the items that occur only in the item table.
-            part: the file is one part of the data, such as a ready-made test set; a single item is then enough.
-            context: further columns that describe the request of each row, such as its device, or "all" columns
-                without a role. They are held in memory while the data is prepared.
+            part: whether the file is only a part of the data, such as a ready-made test set; it may have a single item.
+            context: additional columns that describe the request of each row, such as the device, or "all" for every
+                column without a role. They are kept in memory while the data is prepared.
             query_ids: "vocabulary", "codes" if the ids are already 0, 1, 2, ..., or `Hashed(rows)`; see docs/data.md.
             item_ids: "vocabulary" or "codes".
-            workers: number of processes that read the shards of a folder; None: one per core.
+            workers: number of processes that read the shards of a folder; None for one per core.
 
         Returns:
             Memory-mapped interactions.
 
         Raises:
-            InputError: with file, column and row.
+            InputError: the data is invalid; the message names file, column and row.
         """
         if isinstance(path, str | Path) and (Path(path) / META).is_file():
             return cls.open(path)
@@ -297,7 +297,7 @@ class Interactions:
         query_ids: IdKind = "vocabulary",
         item_ids: IdKind = "vocabulary",
     ) -> Interactions:
-        """Build interactions in memory from a polars, pandas or Arrow frame; arguments and errors as in `read`."""
+        """Build interactions in memory from a polars, pandas or Arrow frame; see `read`."""
         reading = ReadOptions(
             ColumnRoles.of(columns), positive_label, catalog, False, _several_names(context), query_ids, item_ids
         )
@@ -310,13 +310,13 @@ class Interactions:
 
     @classmethod
     def _in_memory(cls, write: Callable[[Path], None]) -> Interactions:
-        """Prepare data in a temporary folder, and load it."""
+        """Prepare the data in a temporary folder and load it into memory."""
         with tempfile.TemporaryDirectory(prefix="twotower-") as directory:
             write(Path(directory))
             return cls.open(directory)._resident()
 
     def _resident(self) -> Interactions:
-        """Copy the arrays into memory: the files they are mapped from are about to be deleted."""
+        """Copy the arrays into memory, because the mapped files are about to be deleted."""
         arrays: dict[str, Any] = {
             name: np.array(getattr(self, name)) for name in ROW_FIELDS if getattr(self, name) is not None
         }
@@ -324,7 +324,7 @@ class Interactions:
         return replace(self, offsets=np.array(self.offsets), negatives=below, **arrays)
 
     def save(self, directory: PathLike) -> None:
-        """Write to a folder that `open` reads; atomic.
+        """Write atomically to a folder that `open` can read.
 
         Raises:
             InputError: the folder contains something else, or cannot be written.
@@ -334,7 +334,7 @@ class Interactions:
 
     @classmethod
     def open(cls, directory: PathLike) -> Interactions:
-        """Open a folder written by `save` or prepared by `read`; the arrays are memory-mapped.
+        """Open a folder written by `save` or prepared by `read`, with memory-mapped arrays.
 
         Raises:
             InputError: a file is missing or truncated, or has a different layout version.
@@ -347,5 +347,5 @@ class Interactions:
 
 
 def _several_names(context: Wanted) -> Wanted:
-    """Convert the names to a tuple, so that the options compare and hash."""
+    """Convert the names to a tuple, so that the options can be compared and hashed."""
     return context if context is None or isinstance(context, str) else tuple(context)

@@ -1,1 +1,1 @@
-"""Processes of one run: what they exchange, how they start, and rows of tensors that they share."""
+"""Processes of a run: their start, their communication, and the tensor rows that they share."""

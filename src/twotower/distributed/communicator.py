@@ -1,4 +1,4 @@
-"""Communication between the processes of a run: codes, embeddings with their gradient, sums."""
+"""Communication between the processes of a run: codes, embeddings with gradients, sums."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from twotower.errors import RankLost
 
-# Newer torch renamed these collectives, and warns about the old names.
+# Newer versions of torch renamed these collectives, and warn about the old names.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -22,8 +22,8 @@ _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", Non
 class Communicator:
     """The W processes that train one model, and this process among them.
 
-    A single process (`Communicator()`) exchanges nothing, so callers need not check whether there are others. All
-    methods except `shares`, `part` and `within` are collective: every rank calls them, in the same order.
+    A single process (`Communicator()`) exchanges nothing, so callers need not check for other processes. All methods
+    except `shares`, `part` and `within` are collective: every rank must call them, in the same order.
 
     Attributes:
         rank: number of this process, from 0.
@@ -37,18 +37,18 @@ class Communicator:
 
     @classmethod
     def current(cls, group: Any = None) -> Communicator:
-        """Return all processes of torch.distributed, or those of a group; a single process if it is not set up."""
+        """Return all processes of torch.distributed, or of a group; a single process without torch.distributed."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
         return cls(dist.get_rank(group), dist.get_world_size(group), group)
 
     @property
     def is_first(self) -> bool:
-        """True on rank 0, which writes files and prints."""
+        """Whether this process is rank 0, which writes files and prints."""
         return self.rank == 0
 
     def shares(self, total: int) -> list[int]:
-        """Split `total` things over ranks: W numbers that differ by at most one."""
+        """Split `total` things among the ranks; return W numbers that differ by at most one."""
         return [total // self.size + (rank < total % self.size) for rank in range(self.size)]
 
     def part(self, total: int) -> slice:
@@ -60,7 +60,7 @@ class Communicator:
         return slice(sum(sizes[: self.rank]), sum(sizes[: self.rank + 1]))
 
     def sizes(self, count: int, device: torch.device | str = "cpu") -> list[int]:
-        """Gather `count` from every rank, W numbers. Synchronizes with an accelerator."""
+        """Gather `count` from every rank; return W numbers. Synchronizes with an accelerator."""
         if self.size == 1:
             return [count]
         found = torch.empty(self.size, dtype=torch.int64, device=device)
@@ -73,8 +73,8 @@ class Communicator:
         """Concatenate the rows of all ranks, in rank order, without gradient.
 
         Args:
-            values: [n, ...]; n may differ between ranks, and be 0.
-            sizes: n of every rank, if known (`sizes`); None exchanges them first.
+            values: [n, ...]; n may differ between ranks and may be 0.
+            sizes: n of every rank, if known from `sizes`; None to exchange the sizes first.
 
         Returns:
             [sum of sizes, ...].
@@ -95,10 +95,10 @@ class Communicator:
         return torch.cat([every[rank * most : rank * most + size] for rank, size in enumerate(sizes)])
 
     def gather_with_gradient(self, values: Tensor) -> Tensor:
-        """Concatenate the rows of all ranks, [n, D] of each -> [W n, D]; n is the same on all.
+        """Concatenate the rows of all ranks: [n, D] on each rank -> [W n, D]; n is the same on all ranks.
 
-        Backward sums the gradients of all ranks' losses for a row, and returns them to the rank that contributed it
-        (reduce-scatter): the gradient is that of the *sum* of the ranks' losses.
+        Backward sums the gradients of all ranks' losses with respect to a row, and returns the sum to the rank that
+        contributed the row (reduce-scatter), so the gradient is that of the *sum* of the ranks' losses.
         """
         if self.size == 1:
             return values
@@ -110,8 +110,8 @@ class Communicator:
 
         Args:
             values: [n, ...]; dtype and trailing shape are the same on every rank.
-            sent: how many of the n rows go to each rank, W numbers; None for an equal number.
-            received: how many rows come from each rank, W numbers; None for an equal number.
+            sent: number of rows to send to each rank, W numbers that sum to n; None for equal numbers.
+            received: number of rows to receive from each rank, W numbers; None for equal numbers.
 
         Returns:
             [sum of received, ...].
@@ -124,7 +124,7 @@ class Communicator:
         return found
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over ranks into a new tensor without gradient, of the shape of `values`."""
+        """Sum over ranks into a new tensor without gradient, same shape as `values`."""
         return self.sum_in_place(values.detach().clone())
 
     def sum_in_place(self, values: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class Communicator:
         return said if self.size == 1 else bool(self.sum(torch.tensor([float(said)], device=self.device)) > 0)
 
     def copy_first(self, tensors: list[Tensor]) -> None:
-        """Overwrite tensors on every rank with those of rank 0, which have the same shapes."""
+        """Overwrite tensors on every rank with those of rank 0; shapes must be equal."""
         if self.size > 1:
             source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
             with self.exchange():
@@ -147,15 +147,15 @@ class Communicator:
                     dist.broadcast(tensor, source, group=self.group)
 
     def wait(self) -> None:
-        """Wait until every rank has called this."""
+        """Wait until every rank has called this method."""
         self.agree(False)
 
     @contextmanager
     def exchange(self) -> Iterator[None]:
-        """Wrap an exchange, to report a rank that is gone or does not answer.
+        """Wrap an exchange, to report a rank that has ended or does not respond.
 
         Raises:
-            RankLost: in place of the error of torch.distributed.
+            RankLost: torch.distributed has failed; replaces its error.
         """
         try:
             yield
@@ -163,7 +163,7 @@ class Communicator:
             raise self.lost(error) from error
 
     def lost(self, error: RuntimeError) -> RankLost:
-        """Build the error to raise when torch.distributed has failed."""
+        """Build the error to raise after a failure of torch.distributed."""
         reason = " ".join(str(error).split())
         return RankLost(
             f"rank {self.rank} of {self.size}: another rank is gone or did not answer in time; "
@@ -172,14 +172,14 @@ class Communicator:
 
     @property
     def device(self) -> torch.device:
-        """Device on which tensors must be for this group to exchange them; NCCL handles only device memory."""
+        """The device that tensors must be on for an exchange in this group; NCCL handles only device memory."""
         on_cuda = self.size > 1 and "nccl" in str(dist.get_backend(self.group))
         return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
 
 
 def comes_from_exchange(error: RuntimeError) -> bool:
-    """Return whether an error comes from torch.distributed: Lightning has exchanges of its own that are not wrapped."""
-    # gloo raises plain RuntimeErrors with its source paths in the text, and so do aborted NCCL communicators.
+    """Return whether an error is from torch.distributed; exchanges made by Lightning are not wrapped."""
+    # gloo and aborted NCCL communicators raise plain RuntimeErrors with source paths in the text.
     return isinstance(error, dist.DistError) or any(word in str(error) for word in ("/gloo/", "ProcessGroup", "NCCL"))
 
 

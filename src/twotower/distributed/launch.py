@@ -1,6 +1,6 @@
-"""How the processes that torchrun starts become the ranks of one run, and how they coordinate outside of collectives.
+"""Joining of the processes that torchrun starts as ranks of one run, and coordination outside of collectives.
 
-Coordination goes through torchrun's store: who starts first, who is ready, who has failed, who is still alive.
+The ranks use torchrun's store to announce which process starts first, is ready, has failed, or is still alive.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: Store key: the error that a process of the run has failed with.
+#: Store key: the error with which a process of the run has failed.
 FAILED = "failed"
-#: Key in the store of all attempts: set when one of them has begun the run.
+#: Key in the store of all attempts: set when an attempt has begun the run.
 BEGUN = "begun"
-#: Seconds that rank 0 waits for the others to read its error: the store may disappear with it.
+#: Seconds that rank 0 waits for the other ranks to read its error, because the store may disappear with rank 0.
 FAREWELL = 5.0
-#: Heartbeats that a process sends within the time after which its silence counts as failure.
+#: Number of heartbeats that a process sends within the time after which silence counts as failure.
 BEATS = 8
 
 
@@ -39,15 +39,14 @@ BEATS = 8
 class Coordinator:
     """The joined processes of a run.
 
-    A collective must be answered within a short timeout. Long work such as preparing data is awaited here instead, for
-    as long as it takes, provided that the processes doing it are alive.
+    A collective must be answered within a short timeout. Long work, such as preparing data, is awaited here instead,
+    without a time limit, as long as the working processes are alive.
 
     Attributes:
-        ranks: for exchanging tensors.
-        store: for messages outside of collectives; None for a single process.
+        ranks: the processes, for exchanging tensors.
+        store: the store for messages outside of collectives; None for a single process.
         patience: seconds of silence after which a process counts as failed.
-        resumes: whether these processes were restarted after an earlier attempt had begun the run; the same on every
-            rank.
+        resumes: whether these processes were restarted after an earlier attempt had begun the run; equal on all ranks.
         attempts: the store of all attempts; None if nothing restarts processes.
     """
 
@@ -58,15 +57,15 @@ class Coordinator:
     attempts: Any = None
 
     def begins(self) -> None:
-        """Record that the run folder now belongs to this run: restarted processes resume from it."""
+        """Record that the run folder now belongs to this run, so that restarted processes resume from it."""
         if self.attempts is not None and self.ranks.is_first:
             self.attempts.set(BEGUN, "yes")
 
     def first_then_others(self, make: Callable[[], T], what: str) -> T:
-        """Call `make()` on rank 0, then on the others, so that what it caches is made only once.
+        """Call `make()` on rank 0, then on the other ranks, so that cached results are computed only once.
 
         Raises:
-            RankLost: rank 0 has failed, or is silent.
+            RankLost: rank 0 has failed or is silent.
         """
         if self.ranks.is_first or self.store is None:
             made = make()
@@ -77,10 +76,10 @@ class Coordinator:
         return make()
 
     def all_at_once(self, make: Callable[[], T], what: str) -> T:
-        """Call `make()` on every rank at the same time, for shared work; return when all have finished.
+        """Call `make()` on every rank at the same time, for shared work; return when all ranks have finished.
 
         Raises:
-            RankLost: a rank has failed, or is silent.
+            RankLost: a rank has failed or is silent.
         """
         made = make()
         if self.store is not None:
@@ -89,10 +88,10 @@ class Coordinator:
         return made
 
     def broadcast_text(self, what: str, here: str) -> str:
-        """Return the value of `here` on rank 0.
+        """Return the value of `here` on rank 0 to every rank.
 
         Raises:
-            RankLost: rank 0 has failed, or is silent.
+            RankLost: rank 0 has failed or is silent.
         """
         if self.store is None:
             return here
@@ -103,15 +102,15 @@ class Coordinator:
         return text
 
     def require_shared(self, folder: Path, patience: float = 30.0) -> None:
-        """Check that every rank sees what rank 0 writes into a folder, before hours of work depend on it.
+        """Check that every rank sees the files that rank 0 writes to a folder, before hours of work depend on them.
 
         Args:
             folder: an existing folder.
-            patience: seconds until a file of rank 0 must be visible: network file systems can be slow.
+            patience: seconds until a file of rank 0 must be visible; network file systems can be slow.
 
         Raises:
-            InputError: a rank sees another folder of that name; raised on every rank.
-            RankLost: a rank has failed, or is silent.
+            InputError: a rank sees a different folder with that name; raised on every rank.
+            RankLost: a rank has failed or is silent.
         """
         if self.store is None:
             return
@@ -141,11 +140,11 @@ class Coordinator:
             yield
             return
         ended = threading.Event()
-        store = self.store.clone()  # a separate connection: a waiting call blocks all that share one
+        store = self.store.clone()  # a separate connection, because a waiting call blocks all users of its connection
 
         def beat() -> None:
             count = 0
-            with suppress(RuntimeError):  # the process with the store is gone; the collectives will fail
+            with suppress(RuntimeError):  # the process with the store has ended; the collectives will fail
                 while not ended.wait(self.patience / BEATS if count else 0):
                     count += 1
                     store.set(f"beat of {self.ranks.rank}", str(count))
@@ -187,7 +186,7 @@ class Coordinator:
                 raise self.ranks.lost(dist.DistStoreError(self.store.get(FAILED).decode()))
             if (now := time.monotonic()) < looked + self.patience / BEATS:
                 continue
-            # If this process was suspended, the others may have been too: that does not count as silence.
+            # If this process was suspended, the others may have been too; this time does not count as silence.
             passed, looked = min(now - looked, 2 * self.patience / BEATS), now
             for rank in others:
                 key = f"beat of {rank}"
@@ -201,15 +200,15 @@ class Coordinator:
 
 @dataclass(frozen=True)
 class Launch:
-    """What torchrun's environment variables say about this process.
+    """The launch of this process, from torchrun's environment variables.
 
     Attributes:
-        rank: number of this process among all, from 0.
+        rank: number of this process among all processes, from 0.
         size: number of processes; 1 without torchrun.
-        local_size: processes on this machine.
+        local_size: number of processes on this machine.
         local_rank: number of this process on this machine.
-        restarts: how often torchrun has restarted the processes of this machine; other machines may differ.
-        is_told: whether a launcher started this process as a rank, even as the only one, with a rendezvous address.
+        restarts: number of times torchrun has restarted the processes of this machine; may differ between machines.
+        is_told: whether a launcher started this process as a rank, possibly the only one, with a rendezvous address.
     """
 
     rank: int = 0
@@ -221,7 +220,7 @@ class Launch:
 
     @classmethod
     def of_environment(cls) -> Launch:
-        """Read the variables that torchrun sets; return a single process if they are not set."""
+        """Read the variables set by torchrun; return a single process if they are not set."""
         env = os.environ
         if "RANK" not in env or "WORLD_SIZE" not in env:
             return cls()
@@ -241,22 +240,22 @@ class Launch:
 
     @property
     def nodes(self) -> int:
-        """Number of machines."""
+        """The number of machines."""
         return max(self.size // self.local_size, 1)
 
 
 def called_together(store: Any, told: Launch, patience: float) -> tuple[str, bool]:
-    """Agree on a unique name for this attempt of all processes, and on whether an earlier attempt had begun the run.
+    """Agree with all processes on a unique name for this attempt, and on whether an earlier attempt began the run.
 
-    torchrun keeps one store for all of its attempts, with keys of processes that are gone, and its restart counts on
-    several machines need not agree. So each process publishes a unique word. Rank 0 publishes the list of words that it
-    finds (the roll), again whenever one changes, and a process that finds its own word there confirms it under the name
-    of rank 0. When all words of the list are confirmed, no process of an earlier attempt is among them.
+    torchrun keeps one store for all attempts, including the keys of processes that have ended, and restart counts may
+    differ between machines. So each process publishes a unique word. Rank 0 publishes the list of these words (the
+    roll), and again whenever a word changes. A process that finds its own word in the roll confirms it under the name
+    of rank 0. When all words of the roll are confirmed, it contains no process of an earlier attempt.
 
     Args:
-        store: a store of torch.distributed that all processes reach.
-        told: this process's launch.
-        patience: seconds to wait for the others.
+        store: a store of torch.distributed that all processes can reach.
+        told: the launch of this process.
+        patience: seconds to wait for the other processes.
 
     Returns:
         The name, and whether an earlier attempt reached `Coordinator.begins`. If the store does not outlive an
@@ -314,17 +313,17 @@ def called_together(store: Any, told: Launch, patience: float) -> tuple[str, boo
 
 @contextmanager
 def joined_processes(*, timeout: int, accelerator: str = "auto") -> Iterator[Coordinator]:
-    """Join the processes that torchrun has started, for the duration of the block.
+    """Join the processes started by torchrun for the duration of the block.
 
-    CPU tensors are exchanged by gloo, CUDA tensors by NCCL. A collective that is not answered within `timeout` seconds
-    fails on every rank that waits in it.
+    CPU tensors are exchanged by gloo, CUDA tensors by NCCL. A collective that does not finish within `timeout` seconds
+    fails on every waiting rank.
 
     Args:
-        timeout: in seconds.
-        accelerator: as in section `training`; anything but "cpu" uses the machine's CUDA devices if it has any.
+        timeout: time limit in seconds.
+        accelerator: as in section `training`; any value except "cpu" uses the machine's CUDA devices, if any.
 
     Raises:
-        InputError: more processes on this machine than it has CUDA devices.
+        InputError: this machine has more processes than CUDA devices.
         RankLost: other processes did not join, or a collective in the block has failed.
     """
     from twotower.distributed.communicator import Communicator, comes_from_exchange  # noqa: PLC0415  # loads torch, which the CLI imports only to train
@@ -364,5 +363,5 @@ def joined_processes(*, timeout: int, accelerator: str = "auto") -> Iterator[Coo
         if comes_from_exchange(error):
             raise Communicator(launch.rank, launch.size).lost(error) from error
         raise
-    # Only if nothing failed: with a rank missing, an orderly shutdown would wait for it.
+    # Only without a failure: an orderly shutdown would wait for a missing rank.
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The partition of id tables over ranks: by rows, by columns, or a whole table on one rank."""
+"""The partition of id tables among ranks: by rows, by columns, or whole tables on single ranks."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor, nn
 
 from twotower.distributed.communicator import Communicator
 
-#: How many random numbers are drawn at a time when a part is initialised; a multiple of 16.
+#: Number of random values drawn at a time when a part is initialised; a multiple of 16.
 BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
 class RowShard:
-    """A contiguous range of rows, with all columns: ceil(N / W) rows, fewer or none on the last ranks.
+    """A contiguous range of rows with all columns: ceil(N / W) rows, fewer or none on the last ranks.
 
     Attributes:
         ranks: the processes that share the table.
-        rows: N, rows of the whole table.
-        holder: the rank that has all rows (table-wise); None if each rank has its own range (row-wise).
+        rows: N, number of rows of the whole table.
+        holder: the rank with all rows (table-wise); None if each rank has its own range (row-wise).
     """
 
     ranks: Communicator
@@ -32,14 +32,14 @@ class RowShard:
 
     @property
     def bounds(self) -> list[int]:
-        """The first row of each rank, followed by N: W + 1 numbers."""
+        """The first row of each rank, followed by N; W + 1 numbers."""
         if self.holder is None:
             return runs(self.rows, self.ranks.size)
         return [0 if rank <= self.holder else self.rows for rank in range(self.ranks.size + 1)]
 
     @property
     def own(self) -> slice:
-        """This rank's rows."""
+        """The rows of this rank."""
         bounds = self.bounds
         return slice(bounds[self.ranks.rank], bounds[self.ranks.rank + 1])
 
@@ -57,7 +57,7 @@ class RowShard:
         return [self.rows, *tensor.shape[1:]]
 
     def cut(self, tensor: Tensor) -> Tensor:
-        """Cut this rank's part out of a whole tensor, [N, ...]; a part is returned unchanged."""
+        """Cut this rank's part from a whole tensor, [N, ...]; a part is returned unchanged."""
         return tensor[self.own] if len(tensor) == self.rows else tensor
 
     def __str__(self) -> str:
@@ -67,15 +67,15 @@ class RowShard:
 
 @dataclass(frozen=True)
 class ColumnShard:
-    """A contiguous range of columns, with all N rows: ceil(D / W) columns, fewer or none on the last ranks.
+    """A contiguous range of columns with all N rows: ceil(D / W) columns, fewer or none on the last ranks.
 
-    Whatever rows a step looks up, every rank sends equally many numbers. Optimizer state per row, [N], is replicated on
-    every rank.
+    Every rank sends the same amount of data, regardless of the rows that a step looks up. Optimizer state per row, [N],
+    is replicated on every rank.
 
     Attributes:
         ranks: the processes that share the table.
         rows: N.
-        width: D, columns of the whole table.
+        width: D, number of columns of the whole table.
     """
 
     ranks: Communicator
@@ -84,12 +84,12 @@ class ColumnShard:
 
     @property
     def bounds(self) -> list[int]:
-        """The first column of each rank, followed by D: W + 1 numbers."""
+        """The first column of each rank, followed by D; W + 1 numbers."""
         return runs(self.width, self.ranks.size)
 
     @property
     def own(self) -> slice:
-        """This rank's columns."""
+        """The columns of this rank."""
         bounds = self.bounds
         return slice(bounds[self.ranks.rank], bounds[self.ranks.rank + 1])
 
@@ -103,7 +103,7 @@ class ColumnShard:
         return [self.rows] if tensor.ndim == 1 else [self.rows, self.width]
 
     def cut(self, tensor: Tensor) -> Tensor:
-        """Cut this rank's part out of a whole tensor, [N, D] or [N]; a part is returned unchanged."""
+        """Cut this rank's part from a whole tensor, [N, D] or [N]; a part is returned unchanged."""
         return tensor[:, self.own] if tensor.ndim == 2 and tensor.shape[1] == self.width else tensor
 
     def __str__(self) -> str:
@@ -116,7 +116,7 @@ TableShard = RowShard | ColumnShard
 
 
 def runs(total: int, size: int) -> list[int]:
-    """Split `total` into ranges of ceil(total / W); return where each rank's range begins, then `total`."""
+    """Split `total` into ranges of ceil(total / W); return the start of each rank's range, then `total`."""
     each = -(-total // size)
     return [min(rank * each, total) for rank in range(size + 1)]
 
@@ -126,7 +126,7 @@ _placed: ContextVar[Mapping[str, TableShard] | None] = ContextVar("placed", defa
 
 @contextmanager
 def placed_tables(parts: Mapping[str, TableShard]) -> Iterator[None]:
-    """Split tables with these names that are made in the block; all other tables are whole on every rank."""
+    """Split tables with these names that are created in the block; all other tables are whole on every rank."""
     token = _placed.set(parts)
     try:
         yield
@@ -135,7 +135,7 @@ def placed_tables(parts: Mapping[str, TableShard]) -> Iterator[None]:
 
 
 def shard_of_table(name: str | None, rows: int) -> TableShard | None:
-    """Return this rank's part of a table that is being made; None for the whole table.
+    """Return this rank's part of a table that is being created; None for the whole table.
 
     Raises:
         ValueError: the table was placed with a different number of rows.
@@ -147,17 +147,17 @@ def shard_of_table(name: str | None, rows: int) -> TableShard | None:
 
 
 def fill_normal(weight: Tensor, scale: float, part: TableShard | None = None) -> None:
-    """Fill with N(0, scale^2) in place; a part gets exactly the numbers that it would have in the whole table.
+    """Fill with N(0, scale^2) in place; a part gets exactly the values that it would have in the whole table.
 
-    A rank with a part draws all numbers of the table, a block at a time, and keeps its own, because the generator
-    cannot jump. The generator ends in the same state as after the whole table.
+    A rank with a part draws all values of the table, a block at a time, and keeps only those of its part, because the
+    generator cannot skip values. The generator ends in the same state as after filling the whole table.
     """
     if part is None:
         nn.init.normal_(weight, std=scale)
         return
     width = part.width if isinstance(part, ColumnShard) else weight.shape[1]
     (rows, columns), total = part.place(width), part.rows * width
-    begun, first, start = torch.empty(0), 0, 0  # numbers of a row that is not complete yet, and its index
+    begun, first, start = torch.empty(0), 0, 0  # values of an incomplete row, and the index of the row
     while start < total:
         # torch draws 16 numbers at a time, and redraws the last 16 of a tensor if its size is not a multiple of 16.
         stop = start + BLOCK if total - start >= BLOCK + 16 else total

@@ -1,12 +1,12 @@
-"""The exchange of rows of shared tables: every rank fetches the rows that a step looks up from the ranks that own them.
+"""Exchange of rows of shared tables: each rank fetches the rows that a step looks up from the ranks that own them.
 
-A step looks up one table in several places: candidates, positives, histories. The codes are known before any tower
-runs, so each rank requests its distinct rows once, and sends the sum of their gradients back once. A row is then
-updated once per step, with the gradient that a single process would have, even if parts of the batch were embedded
+A step looks up rows of a table in several places: candidates, positives, histories. The codes are known before any
+tower runs, so each rank requests its distinct rows once, and sends the sum of their gradients back once. A row is then
+updated once per step, with the gradient that a single process would compute, even if parts of the batch are embedded
 twice (gradient cache).
 
-By rows (`RowShard`) a code goes to the rank that owns its row. By columns (`ColumnShard`) the codes of all ranks go to
-all ranks, each sends its columns of these rows, and the requesting rank concatenates them.
+With `RowShard`, a code is sent to the rank that owns the row. With `ColumnShard`, all ranks receive all codes; each
+rank sends its columns of these rows, and the requesting rank concatenates the columns.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from twotower.distributed.partition import ColumnShard, RowShard, TableShard
 from twotower.distributed.row_files import RowBlocks
 
-#: Rows assembled at a time when a table is written.
+#: Number of rows assembled at a time when a table is written.
 BLOCK = 65_536
 
 
@@ -31,9 +31,9 @@ class RowRequest:
 
     Attributes:
         codes: codes that this rank requests, int64 [P], ascending and distinct.
-        given: rows of this rank's part that it sends, in the order of the requesting ranks, int64 [G].
-        sent: how many codes this rank requests from each rank.
-        received: how many codes each rank requests from this one.
+        given: rows of this rank's part to send, in the order of the requesting ranks, int64 [G].
+        sent: number of codes that this rank requests from each rank.
+        received: number of codes that each rank requests from this rank.
     """
 
     codes: Tensor
@@ -58,7 +58,7 @@ class FetchedRows:
         """Return the positions of codes among the fetched rows, int64 of the same shape.
 
         Raises:
-            RuntimeError: a code was not fetched (checked on the CPU only: the check would stall an accelerator).
+            RuntimeError: a code was not fetched (checked only on the CPU, as the check would stall an accelerator).
         """
         known = self.asked.codes
         place = torch.searchsorted(known, codes)
@@ -71,7 +71,7 @@ class FetchedRows:
 
 @torch.no_grad()
 def request_rows(part: TableShard, codes: Tensor) -> RowRequest:
-    """Exchange row requests: send the codes that this rank needs, receive those that other ranks need; collective.
+    """Send the codes that this rank needs, and receive the codes that other ranks need; collective.
 
     Args:
         part: this rank's part of the table.
@@ -114,7 +114,7 @@ def scatter_gradients(at_hand: FetchedRows, part: TableShard) -> tuple[Tensor, T
     """Send the gradients of fetched rows back to the ranks that own them; collective.
 
     Returns:
-        Rows of this rank's part, int64 [G], repeated if several ranks looked up the same one; and their gradients,
+        Rows of this rank's part, int64 [G], repeated if several ranks looked up the same row; and their gradients,
         float32 [G, D], or [G, d] by columns.
     """
     ranks, asked, found = part.ranks, at_hand.asked, at_hand.rows.grad
@@ -131,15 +131,15 @@ def scatter_gradients(at_hand: FetchedRows, part: TableShard) -> tuple[Tensor, T
 def run_of_rows(weight: Tensor, part: TableShard | None) -> Tensor | RowBlocks:
     """Return this rank's range of whole rows of a table, to be written to one file by all ranks (`save_rows`).
 
-    By rows this is the part itself. By columns the rows are fetched block by block, so that no rank has more than one
-    block in memory. A tensor that is not a part is returned unchanged.
+    With `RowShard` this range is the part itself. With `ColumnShard` the rows are fetched block by block, so no rank
+    has more than one block in memory. A tensor that is not a part is returned unchanged.
     """
     if not isinstance(part, ColumnShard):
         return weight
     run = RowShard(part.ranks, part.rows)
 
     def blocks() -> Iterator[Tensor]:
-        for begin in range(0, run.bounds[1], BLOCK):  # bounds[1]: rows of the rank with the most
+        for begin in range(0, run.bounds[1], BLOCK):  # bounds[1]: number of rows of the rank with the most rows
             start = min(run.own.start + begin, run.own.stop)
             codes = torch.arange(start, min(start + BLOCK, run.own.stop), device=weight.device)
             yield fetch_rows(weight, part, request_rows(part, codes)).rows.detach().to(weight.dtype)

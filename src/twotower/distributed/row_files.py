@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: ranks write their own rows together, and readers read only the rows they request.
+"""Tensors in safetensors files: each rank writes its own rows, and readers read only the rows they request.
 
 A folder or file that ranks write together appears complete or not at all.
 """
@@ -23,17 +23,17 @@ from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
 from twotower.system.filesystem import full_disk_named, whole_folder
 
-#: safetensors names of the types that a table or its embeddings may have.
+#: safetensors names of the types that a table or embeddings may have.
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL"}
-#: Bytes written at a time.
+#: Number of bytes written at a time.
 BLOCK = 64 << 20
 
 
 def write_folder(target: Path, ranks: Communicator, *writes: Callable[[Path], None]) -> None:
-    """Call every `write(folder)` on every rank with one temporary folder, then rename it to `target`; collective.
+    """Call every `write(folder)` on every rank with the same temporary folder, then rename it to `target`; collective.
 
-    All ranks finish one `write` before the next one starts. So a failure on one rank, such as a full disk while it
-    writes its own files, is raised before other ranks wait for it in an exchange.
+    All ranks finish one `write` before the next `write` starts. So a failure on one rank, such as a full disk, is
+    raised before other ranks wait for this rank in an exchange.
 
     Raises:
         InputError: the disk is full, or another rank could not write its part. A rank's own error is raised unchanged.
@@ -59,7 +59,7 @@ class RowBlocks:
         rows: number of rows in this range.
         width: D.
         dtype: type of the values.
-        blocks: yields the blocks; collective.
+        blocks: function that yields the blocks; collective.
     """
 
     rows: int
@@ -75,15 +75,15 @@ def save_rows(
     ranks: Communicator,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write one safetensors file of tensors whose rows are spread over ranks, each its own rows; collective.
+    """Write one safetensors file of tensors whose rows are divided among the ranks; collective.
 
     Args:
         path: the file, on a file system that all ranks share.
-        tensors: by name, in the same order on every rank. A tensor named in `rows` is this rank's range of rows,
-            [n, ...] or in blocks, and the ranges follow in rank order; any other is whole, and written by rank 0.
-        rows: N of the tensors that are spread over ranks.
+        tensors: tensors by name, in the same order on every rank. A tensor named in `rows` is a rank's range of rows,
+            [n, ...] or in blocks; ranges are in rank order. All other tensors are whole, and written by rank 0.
+        rows: N of the tensors that are divided among the ranks.
         ranks: the processes that write.
-        metadata: of the file.
+        metadata: metadata of the file.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     begins, end = {}, 0
@@ -143,14 +143,14 @@ def _write_all(folder: Path, target: Path, ranks: Communicator, write: Callable[
     failed: Exception | None = None
     try:
         write(folder)
-    except Exception as error:  # raised after the ranks agree, so that none waits for this one
+    except Exception as error:  # raised after the ranks agree, so that no rank waits for this one
         failed = error
     if ranks.agree(failed is not None):
         raise failed or InputError(f"{target}: another rank could not write its part; nothing was replaced")
 
 
 def _shared_name(folder: Path | None, target: Path, ranks: Communicator) -> Path:
-    """Return the temporary folder of rank 0, on every rank."""
+    """Return the temporary folder of rank 0 to every rank."""
     length = len(target.name) + len(f"..{'0' * 12}.partial")
     name = torch.zeros(4 * length, dtype=torch.uint8, device=ranks.device)
     if folder is not None:
@@ -160,7 +160,7 @@ def _shared_name(folder: Path | None, target: Path, ranks: Communicator) -> Path
     return target.with_name(bytes(name.tolist()).rstrip(b"\0").decode())
 
 
-#: Types by their safetensors name: those of shared_files.py, and some that only small tensors have.
+#: Types by safetensors name: those of `DTYPES`, and some that only small tensors have.
 TYPES = {name: dtype for dtype, name in DTYPES.items()} | {"F64": torch.float64, "I32": torch.int32, "U8": torch.uint8}
 
 
@@ -183,9 +183,9 @@ class StoredRows:
     process's memory. Requested rows are copied.
 
     Attributes:
-        shape: of the whole tensor.
-        dtype: of the whole tensor.
-        runs: the first row of each range and its bytes, uint8 [n, bytes per row]; together all rows, in order.
+        shape: shape of the whole tensor.
+        dtype: type of the values.
+        runs: the first row and the bytes, uint8 [n, bytes per row], of each range; the ranges cover all rows, in order.
     """
 
     shape: torch.Size
@@ -229,10 +229,10 @@ class StoredRows:
 
 @dataclass(frozen=True)
 class StoredColumns:
-    """A tensor whose ranges of columns are in files, each range with all rows.
+    """A tensor whose ranges of columns are in files; each range contains all rows.
 
     Attributes:
-        shape: of the whole tensor, [N, D].
+        shape: shape of the whole tensor, [N, D].
         parts: the ranges, in order.
     """
 
@@ -241,19 +241,19 @@ class StoredColumns:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the values."""
+        """The type of the values."""
         return self.parts[0].dtype
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, index: Tensor | slice | EllipsisType) -> Tensor:
-        """Return rows, as `StoredRows` does."""
+        """Return rows as in `StoredRows`."""
         return torch.cat([part[index] for part in self.parts], 1)
 
 
 def stored_tensors(path: Path) -> tuple[dict[str, StoredRows], dict[str, str]]:
-    """Open a safetensors file: its tensors, left in the file, and its metadata.
+    """Open a safetensors file; return the tensors, which stay in the file, and the metadata.
 
     Raises:
         OSError, ValueError: the file is missing or damaged.
@@ -279,7 +279,7 @@ def stored_tensors(path: Path) -> tuple[dict[str, StoredRows], dict[str, str]]:
 
 
 def side_by_side(name: str, shape: torch.Size, parts: Sequence[tuple[int, StoredRows]]) -> StoredColumns:
-    """Combine ranges of columns into one tensor, each given with the number of its first column.
+    """Combine ranges of columns, each paired with the number of its first column, into one tensor.
 
     Raises:
         ValueError: columns are missing.
@@ -292,7 +292,7 @@ def side_by_side(name: str, shape: torch.Size, parts: Sequence[tuple[int, Stored
 
 
 def stack_rows(name: str, shape: torch.Size, parts: Sequence[tuple[int, StoredRows]]) -> StoredRows:
-    """Combine ranges of rows into one tensor, each given with the number of its first row.
+    """Combine ranges of rows, each paired with the number of its first row, into one tensor.
 
     Raises:
         ValueError: rows are missing.

@@ -1,8 +1,8 @@
-"""Encoders of categorical features: vocabularies or hash buckets, fitted on the training rows of a column.
+"""Encoders of categorical features, with vocabularies or hash buckets fitted on the training rows of a column.
 
-An encoder produces one of three forms of array, which is all that a tower needs to know about a feature:
+An encoder produces one of three forms of array; a tower needs to know nothing else about a feature:
 
-codes    int64 [rows]           row of an embedding table; 0 where missing
+codes    int64 [rows]           rows of an embedding table; 0 where missing
 bags     int64 [rows, width]    rows of an embedding table, to be averaged; padded with 0
 numbers  float32 [rows, width]  used unchanged; the last column is 1 where the value is missing, the others then 0
 """
@@ -21,19 +21,19 @@ from twotower.config.features import CategoricalFeature, MultiFeature, TextFeatu
 from twotower.data.schema.vocabulary import Vocabulary
 from twotower.features.parsing import ErrorLocation, as_lists, as_text, as_words
 
-#: Codes of missing and unknown values. Hashing has no unknown values, so its buckets begin at UNKNOWN.
+#: Codes of missing and unknown values. With hashing no value is unknown, so the buckets begin at UNKNOWN.
 MISSING = 0
 UNKNOWN = 1
 
 
 @dataclass(frozen=True)
 class ValueVocabulary:
-    """Codes of texts: 0 where missing; then 1 for unknown and 2, 3, ... for the vocabulary, or 1, 2, ... for buckets.
+    """Codes of texts: 0 for missing, then 1 for unknown and 2, 3, ... for the vocabulary, or 1, 2, ... for buckets.
 
     A bucket is the 64-bit BLAKE2b hash of the UTF-8 text modulo the number of buckets: the same in every process.
 
     Attributes:
-        known: the values, in ascending order; None if they are hashed.
+        known: the values in ascending order; None if values are hashed.
         buckets: number of buckets; None for a vocabulary.
     """
 
@@ -51,7 +51,7 @@ class ValueVocabulary:
 
     @property
     def size(self) -> int:
-        """Number of codes, including 0."""
+        """The number of codes, including 0."""
         return len(self.known) + 2 if self.known is not None else (self.buckets or 0) + 1
 
     def encode(self, texts: pl.Series) -> NDArray[np.int64]:
@@ -70,7 +70,7 @@ class ValueVocabulary:
         return int.from_bytes(hashlib.blake2b(value.encode(), digest_size=8).digest(), "little") % (self.buckets or 1)
 
     def summary(self, texts: pl.Series) -> str:
-        """Summarise the encoding of these texts in a line: the vocabulary size, or the share of bucket collisions."""
+        """Summarise the encoding of these texts in one line: the vocabulary size, or the share of bucket collisions."""
         distinct = texts.drop_nulls().unique()
         if self.known is not None:
             rare = len(distinct) - len(self.known)
@@ -86,7 +86,7 @@ class ValueVocabulary:
 
     @classmethod
     def restore(cls, state: dict[str, Any]) -> ValueVocabulary:
-        """Restore from `state`."""
+        """Restore from the result of `state`."""
         if state["values"] is None:
             return cls(buckets=int(state["buckets"]))
         return cls(Vocabulary(pl.Series("value", state["values"], dtype=pl.String)))
@@ -99,9 +99,9 @@ class FeatureEncoder(Protocol):
     """A fitted encoder of one feature.
 
     Attributes:
-        form: form of its arrays.
+        form: the form of the encoder's arrays.
         size: number of rows of the embedding table, or width of the numbers.
-        note: summary of the fit, for the account.
+        note: summary of the fit for the account.
     """
 
     @property
@@ -112,10 +112,10 @@ class FeatureEncoder(Protocol):
     def note(self) -> str: ...  # noqa: D102
 
     def encode(self, column: pl.Series, place: ErrorLocation) -> NDArray[Any]:
-        """Encode rows of the column.
+        """Encode the rows of a column.
 
         Raises:
-            InputError: a value of the wrong type, with column and row.
+            InputError: a value has the wrong type; the message names column and row.
         """
         ...
 
@@ -141,7 +141,7 @@ class CategoryEncoder:
 
     @property
     def size(self) -> int:
-        """Number of rows of the embedding table."""
+        """The number of rows of the embedding table."""
         return self.values.size
 
     def encode(self, column: pl.Series, place: ErrorLocation) -> NDArray[np.int64]:
@@ -154,7 +154,7 @@ class CategoryEncoder:
 
     @classmethod
     def restore(cls, declared: CategoricalFeature, state: dict[str, Any]) -> CategoryEncoder:
-        """Restore from `state`."""
+        """Restore from the result of `state`."""
         del declared
         return cls(ValueVocabulary.restore(state))
 
@@ -181,11 +181,11 @@ class MultiCategory:
 
     @property
     def size(self) -> int:
-        """Number of rows of the embedding table."""
+        """The number of rows of the embedding table."""
         return self.values.size
 
     def encode(self, column: pl.Series, place: ErrorLocation) -> NDArray[np.int64]:
-        """See `FeatureEncoder`. Values with the same code, such as all unknown values, count once per row."""
+        """Encode as in `FeatureEncoder`; values with the same code, such as all unknown values, count once per row."""
         lists = _lists(self.declared, column, place).list.head(self.declared.max_values)
         frame = pl.DataFrame({"row": np.arange(len(lists)), "value": lists})
         each = frame.explode("value", keep_nulls=False, empty_as_null=False)
@@ -204,7 +204,7 @@ class MultiCategory:
 
     @classmethod
     def restore(cls, declared: MultiFeature | TextFeature, state: dict[str, Any]) -> MultiCategory:
-        """Restore from `state`."""
+        """Restore from the result of `state`."""
         return cls(declared, ValueVocabulary.restore(state))
 
 

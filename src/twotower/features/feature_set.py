@@ -1,4 +1,4 @@
-"""The fitted features of one side: conversion of tables, data frames or dicts to arrays."""
+"""The fitted features of one side, which convert tables, data frames or dicts to arrays."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _DECLARED: TypeAdapter[AnyFeature] = TypeAdapter(AnyFeature)
 
 
 def _kind(declared: AnyFeature) -> Any:
-    """Return the encoder class of a declared feature."""
+    """Return the encoder class for a declared feature."""
     if isinstance(declared, NumericFeature):
         return Quantile if declared.scale == "quantiles" else NumericEncoder
     if isinstance(declared, TextFeature):
@@ -56,8 +56,8 @@ class FeatureSet:
         side: "item", "query", or "context" of a request.
         declared: the declared features.
         encoders: one per declared feature.
-        widths: the width of each feature in the tower's input, set once a tower has been built on them; None before. A
-            vocabulary that grows keeps its width; `auto` would choose a different one for the new number of values.
+        widths: the width of each feature in the tower's input, set when a tower is built; None before. A vocabulary
+            that grows keeps its width; `auto` would choose a different width for the new number of values.
 
     Example:
         features = FeatureSet.fit("item", [NumericFeature(column="price")], data.item_table, known=counts > 0)
@@ -79,17 +79,17 @@ class FeatureSet:
         ids: pl.Series,
         known: NDArray[np.bool_] | None = None,
     ) -> FeatureSet:
-        """Fit vocabularies, means and bins.
+        """Fit the vocabularies, means and bins.
 
         Args:
             side: "item" or "query".
             declared: the features; at least one.
             table: row i describes id i; None if every feature comes from a file.
-            ids: ids of the rows.
-            known: rows that occur in training, bool [rows]; only these are used. None: all.
+            ids: the ids of the rows.
+            known: rows that occur in training, bool [rows]; only these are used. None for all rows.
 
         Raises:
-            InputError: no table, or a column is missing or of the wrong type.
+            InputError: there is no table, or a column is missing or has the wrong type.
         """
         frame = with_files(pl.DataFrame({"": ids}) if table is None else table, declared, ids)
         place = _place(side, ids)
@@ -102,10 +102,10 @@ class FeatureSet:
     def fit_rows(
         cls, side: str, declared: Sequence[AnyFeature], frame: pl.DataFrame, place: ErrorLocation
     ) -> FeatureSet:
-        """Fit on all rows of a frame, whatever the rows are.
+        """Fit on all rows of a frame.
 
         Raises:
-            InputError: a column is missing or of the wrong type, at `place`.
+            InputError: a column is missing or has the wrong type; the message names `place`.
         """
         check_columns(frame, declared, place.table, needs_table=False)
         return cls(side, list(declared), [_kind(one).fit(one, frame[one.column], place) for one in declared])
@@ -114,7 +114,7 @@ class FeatureSet:
         """Encode the rows of a frame; an absent column counts as missing in every row.
 
         Raises:
-            InputError: a value of the wrong type.
+            InputError: a value has the wrong type.
         """
         absent = [name for name in self.columns if name not in frame.columns]
         if absent:
@@ -122,7 +122,7 @@ class FeatureSet:
         return self._encode(frame, place)
 
     def encode_table(self, table: pl.DataFrame | None, ids: pl.Series) -> Encoded:
-        """Encode a whole table, one row per id.
+        """Encode a whole table with one row per id.
 
         Raises:
             InputError: see `fit`.
@@ -131,17 +131,17 @@ class FeatureSet:
         return self._encode(frame, _place(self.side, ids))
 
     def encode(self, rows: RowsLike) -> Encoded:
-        """Encode new rows, with unseen ids or without ids.
+        """Encode new rows, whether their ids are unseen or absent.
 
         Args:
-            rows: a data frame (polars, pandas, Arrow) or a list of dicts with the declared columns; other columns are
-                ignored. None, NaN and blank text mean missing.
+            rows: a data frame (polars, pandas, Arrow) or a list of dicts with the declared columns; additional
+                columns are ignored. None, NaN and blank text count as missing.
 
         Returns:
-            One array per feature; see `encoders` for their forms.
+            One array per feature, in the form of its encoder.
 
         Raises:
-            InputError: a declared column is missing, or a value has the wrong type; with column and row.
+            InputError: a declared column is missing, or a value has the wrong type; the message names column and row.
         """
         name = f"{self.side} features"
         frame = frame_of(rows, self.columns, name)
@@ -160,11 +160,11 @@ class FeatureSet:
 
     @property
     def columns(self) -> list[str]:
-        """The required columns, each once."""
+        """The distinct required columns."""
         return list(dict.fromkeys(one.column for one in self.declared))
 
     def __str__(self) -> str:
-        """Format one line per feature with the summary of its fit."""
+        """Format one line per feature with the summary of the fit."""
         pairs = list(zip(self.declared, self.encoders, strict=True))
         width = max(len(one.column) for one in self.declared)
         return "\n".join(f"{self.side} feature  {one.column:{width}s}  {one.kind}  {it.note}" for one, it in pairs)
@@ -178,17 +178,17 @@ class FeatureSet:
 
     @classmethod
     def from_json(cls, text: str) -> FeatureSet:
-        """Restore a fitted set from `to_json`.
+        """Restore a fitted set from the result of `to_json`.
 
         Raises:
-            ValueError: the text is not from `to_json`.
+            ValueError: `to_json` did not write this text.
         """
         try:
             read = json.loads(text)
             declared = [_DECLARED.validate_python(entry["declared"]) for entry in read["features"]]
             states = [entry["state"] for entry in read["features"]]
             encoders = [_kind(one).restore(one, state) for one, state in zip(declared, states, strict=True)]
-            widths = read.get("widths")  # absent in files of older versions, which derived them from the values
+            widths = read.get("widths")  # absent in files of older versions, which derived widths from the values
             return cls(str(read["side"]), declared, encoders, widths)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not fitted features: {error}") from error
@@ -196,11 +196,11 @@ class FeatureSet:
 
 @dataclass(frozen=True)
 class EncodedTable:
-    """The encoded features of all ids of one side; saved with a model, so that the feature table is no longer needed.
+    """The encoded features of all ids of one side, saved with a model so that the feature table is no longer needed.
 
     Attributes:
         features: the fitted encoders.
-        arrays: one per feature, row i for code i.
+        arrays: one array per feature, in which row i belongs to code i.
     """
 
     features: FeatureSet
@@ -222,7 +222,7 @@ class EncodedTable:
 
     @classmethod
     def of_requests(cls, features: FeatureSet) -> EncodedTable:
-        """Make a table without rows, for features of requests instead of ids."""
+        """Create a table without rows, for features of requests instead of ids."""
         return cls(features, [array[:0] for array in features.missing()])
 
     def write(self, folder: Path) -> None:
@@ -234,10 +234,10 @@ class EncodedTable:
 
     @classmethod
     def read(cls, folder: Path, side: str) -> EncodedTable | None:
-        """Read the files from `write`; return None if this side has no features.
+        """Read the files written by `write`; return None if this side has no features.
 
         Raises:
-            ValueError: damaged.
+            ValueError: a file is damaged.
         """
         path = folder / f"{side}_features.json"
         if not path.is_file():

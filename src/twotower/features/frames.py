@@ -19,10 +19,10 @@ RowsLike = pl.DataFrame | Sequence[Mapping[str, Any]] | Any
 
 
 def frame_of(rows: RowsLike, columns: Sequence[str], name: str) -> pl.DataFrame:
-    """Convert rows to a frame: a data frame keeps its columns, dicts give those of `columns` that any of them has.
+    """Convert rows to a frame: a data frame keeps its columns; dicts yield every one of `columns` that any dict has.
 
     Raises:
-        InputError: no rows, or values of mixed types.
+        InputError: there are no rows, or a column has mixed types.
     """
     if isinstance(rows, Sequence) and not isinstance(rows, str) and all(isinstance(row, Mapping) for row in rows):
         values = {column: [row.get(column) for row in rows] for column in columns if any(column in r for r in rows)}
@@ -56,7 +56,7 @@ def check_columns(frame: pl.DataFrame, declared: Sequence[AnyFeature], name: str
     Args:
         frame: the rows.
         declared: the features.
-        name: name of the rows in errors; begins with their side.
+        name: name of the rows in messages; begins with the side.
         needs_table: whether this side has no table at all.
 
     Raises:
@@ -80,10 +80,10 @@ _PLURAL = {"item": "items", "query": "queries"}
 
 
 def with_files(frame: pl.DataFrame, declared: Sequence[AnyFeature], ids: pl.Series) -> pl.DataFrame:
-    """Add a column for each dense feature from a file, null where the file does not have the id.
+    """Add a column for each dense feature from a file, null where the id is not in the file.
 
     Raises:
-        InputError: a file cannot be read, or the numbers of its rows and ids differ.
+        InputError: a file cannot be read, or has a different number of rows than ids.
     """
     for one in declared:
         if isinstance(one, DenseFeature) and one.file is not None:
@@ -96,7 +96,7 @@ def with_files(frame: pl.DataFrame, declared: Sequence[AnyFeature], ids: pl.Seri
 
 
 def _matrix(one: DenseFeature) -> tuple[NDArray[Any], pl.Series]:
-    """Open the matrix of a .npy file memory-mapped, and read the ids of its rows."""
+    """Memory-map the matrix of a .npy file, and read the ids of its rows."""
     file, ids_file = Path(one.file or ""), Path(one.ids or "")
     try:
         matrix = np.load(file, mmap_mode="r", allow_pickle=False)

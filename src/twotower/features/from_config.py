@@ -1,4 +1,4 @@
-"""The features declared by a configuration, resolved, fitted and encoded on the training data."""
+"""Resolving, fitting and encoding of the features that a configuration declares."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from twotower.features.suggest import features_of, propose, propose_context
 
 
 def with_features(config: Config, train: Interactions) -> Config:
-    """Replace `auto` in the feature settings by the proposed features."""
+    """Replace `auto` in the feature settings with the proposed features."""
     changed = {}
     for side, features, table in _declared(config, train):
         if features == "auto":
@@ -58,7 +58,7 @@ def fit_features(config: Config, train: Interactions) -> dict[str, FeatureSet]:
 
 
 def encode_features(config: Config, train: Interactions) -> dict[str, EncodedTable]:
-    """Fit as `fit_features` and encode the whole tables; the context belongs to rows and has no table."""
+    """Fit as in `fit_features`, then encode the whole tables; the context belongs to rows, so it has no table."""
     tables = {"item": train.item_table, "query": train.query_table}
     return {
         side: EncodedTable.of_requests(fitted)
@@ -77,21 +77,21 @@ def wanted_context(config: Config) -> Wanted:
 
 
 def encode_context(features: FeatureSet, data: Interactions) -> Encoded:
-    """Encode the context of every row as for a request; arrays with n rows.
+    """Encode the context of every interaction as for a request; return arrays with n rows.
 
     Raises:
-        InputError: the data was read without a declared column, or a value has the wrong type.
+        InputError: a declared column was not read, or a value has the wrong type.
     """
     encoded = features.encode_rows(context_frame(features.declared, data), context_place(data))
-    # int32 codes to save memory: there is one per row.
+    # int32 codes save memory, because there is one per interaction.
     return [array.astype(np.int32) if array.dtype == np.int64 else array for array in encoded]
 
 
 def context_frame(declared: Sequence[AnyFeature], data: Interactions) -> pl.DataFrame:
-    """Return the context of the rows after checking that it has the declared columns.
+    """Return the context of the interactions after checking that it has the declared columns.
 
     Raises:
-        InputError: the data was read without one of them, or one comes from a file, which has vectors of ids.
+        InputError: a declared column was not read, or comes from a file, which contains one vector per id.
     """
     for one in declared:
         if isinstance(one, DenseFeature) and one.file is not None:
@@ -113,7 +113,7 @@ def context_place(data: Interactions) -> ErrorLocation:
 
 
 def unused_tables(config: Config, train: Interactions) -> list[str]:
-    """Return a hint for each table with usable but unused features, and one if the items have no titles."""
+    """Return a hint for each table with usable but unused features, and a hint if the items have no titles."""
     lines = []
     for side, features, table in _declared(config, train):
         columns = ", ".join(one.column for one in features_of(propose(table))) if table is not None else ""
@@ -134,7 +134,7 @@ def unused_tables(config: Config, train: Interactions) -> list[str]:
 
 
 def in_training(train: Interactions, side: str) -> NDArray[np.bool_]:
-    """Return which ids of a side have a training row, bool [ids]."""
+    """Mark the ids of a side that have a training row, bool [ids]."""
     return train.item_counts() > 0 if side == "item" else np.diff(train.offsets) > 0
 
 

@@ -1,4 +1,4 @@
-"""Encoders of numbers, timestamps and vectors; see `encoders` for the forms of their arrays."""
+"""Encoders of numbers, timestamps and vectors; categorical.py describes the forms of their arrays."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ YEAR_DAYS = 365.25
 
 @dataclass(frozen=True)
 class Standardization:
-    """Standardisation, z = (x - mean) / deviation, of values clipped to the range seen in fitting.
+    """Standardisation, z = (x - mean) / deviation, of values clipped to the range of the fitted values.
 
-    A price a thousand times the largest training price is then just "expensive", not an input that the model never saw.
+    A price a thousand times the largest training price then simply counts as the largest one.
     """
 
     mean: float
@@ -31,7 +31,7 @@ class Standardization:
 
     @classmethod
     def fit(cls, values: NDArray[np.float64]) -> Standardization:
-        """Fit mean, population standard deviation and range of the values, ignoring NaN."""
+        """Fit the mean, population standard deviation and range of the values, ignoring NaN."""
         known = values[~np.isnan(values)]
         if not len(known):
             return cls(0.0, 1.0, 0.0, 0.0)
@@ -60,23 +60,23 @@ class NumericEncoder:
 
     @classmethod
     def fit(cls, declared: NumericFeature, column: pl.Series, place: ErrorLocation) -> NumericEncoder:
-        """Fit mean and deviation of a column."""
+        """Fit the mean and deviation of a column."""
         log = declared.scale == "log"
         scale = Standardization.fit(_numbers(column, place, log=log))
         return cls(scale, log, f"mean {scale.mean:.4g}, deviation {scale.deviation:.4g}" + (" of log(1+x)" * log))
 
     def encode(self, column: pl.Series, place: ErrorLocation) -> NDArray[np.float32]:
-        """See `Encoder`."""
+        """See `FeatureEncoder`."""
         values = _numbers(column, place, log=self.log)
         return np.stack([self.scale(values), np.isnan(values)], axis=1).astype(np.float32)
 
     def state(self) -> dict[str, Any]:
-        """See `Encoder`."""
+        """See `FeatureEncoder`."""
         return self.scale.state()
 
     @classmethod
     def restore(cls, declared: NumericFeature, state: dict[str, Any]) -> NumericEncoder:
-        """Restore from `state`."""
+        """Restore from the result of `state`."""
         return cls(Standardization(**state), declared.scale == "log")
 
 
@@ -94,7 +94,7 @@ def _numbers(column: pl.Series, place: ErrorLocation, *, log: bool) -> NDArray[n
 
 @dataclass(frozen=True)
 class Quantile:
-    """Encoder of a number by its bin: code 1 + number of inner edges at or below it, 0 where missing."""
+    """Encoder of a number by bin: the code is 1 + the number of inner edges at or below the number; 0 where missing."""
 
     edges: NDArray[np.float64]
     note: str = ""
@@ -113,28 +113,28 @@ class Quantile:
 
     @property
     def size(self) -> int:
-        """Number of rows of the embedding table: the bins, and one for missing values."""
+        """The number of rows of the embedding table: one per bin, and one for missing values."""
         return len(self.edges) + 2
 
     def encode(self, column: pl.Series, place: ErrorLocation) -> NDArray[np.int64]:
-        """See `Encoder`."""
+        """See `FeatureEncoder`."""
         values = as_numbers(column, place)
         return np.where(np.isnan(values), 0, 1 + np.searchsorted(self.edges, values, side="right"))
 
     def state(self) -> dict[str, Any]:
-        """See `Encoder`."""
+        """See `FeatureEncoder`."""
         return {"edges": self.edges.tolist()}
 
     @classmethod
     def restore(cls, declared: NumericFeature, state: dict[str, Any]) -> Quantile:
-        """Restore from `state`."""
+        """Restore from the result of `state`."""
         del declared
         return cls(np.array(state["edges"], dtype=np.float64))
 
 
 @dataclass(frozen=True)
 class TimestampEncoder:
-    """Encoder of a timestamp by its cyclic parts in UTC, and its age before the latest timestamp seen in fitting."""
+    """Encoder of a timestamp by its cyclic parts in UTC and its age before the latest fitted timestamp."""
 
     declared: TimestampFeature
     unit: str | None
@@ -155,11 +155,11 @@ class TimestampEncoder:
 
     @property
     def size(self) -> int:
-        """Width: two columns per cyclic part, one for the age, one for missing values."""
+        """The width: two columns per cyclic part, one for the age and one for missing values."""
         return sum(1 if part == "age" else 2 for part in self.declared.parts) + 1
 
     def encode(self, column: pl.Series, place: ErrorLocation) -> NDArray[np.float32]:
-        """See `Encoder`."""
+        """See `FeatureEncoder`."""
         times, _ = as_times(column, place, self.unit)
         missing = times.is_null().to_numpy()
         at = times.fill_null(0)
@@ -181,18 +181,18 @@ class TimestampEncoder:
 
     @staticmethod
     def _ages(times: pl.Series, latest: int) -> NDArray[np.float64]:
-        """Compute log(1 + days before the latest), 0 for later times; NaN where missing."""
+        """Compute log(1 + days before the latest timestamp): 0 for later times, NaN where missing."""
         days = (latest - times).cast(pl.Float64).fill_null(float("nan")).to_numpy() / DAY
         ages: NDArray[np.float64] = np.log1p(np.maximum(days, 0.0))
         return ages
 
     def state(self) -> dict[str, Any]:
-        """See `Encoder`."""
+        """See `FeatureEncoder`."""
         return {"unit": self.unit, "latest": self.latest, "age": self.age.state()}
 
     @classmethod
     def restore(cls, declared: TimestampFeature, state: dict[str, Any]) -> TimestampEncoder:
-        """Restore from `state`."""
+        """Restore from the result of `state`."""
         return cls(declared, state["unit"], int(state["latest"]), Standardization(**state["age"]))
 
 
@@ -213,21 +213,21 @@ class DenseEncoder:
 
     @property
     def size(self) -> int:
-        """Width: the vector, and one column for missing values."""
+        """The width: that of the vector, and one column for missing values."""
         return self.width + 1
 
     def encode(self, column: pl.Series, place: ErrorLocation) -> NDArray[np.float32]:
-        """See `Encoder`."""
+        """See `FeatureEncoder`."""
         vectors, missing = as_vectors(column, self.width, place)
         return with_missing(vectors, missing, normalise=self.declared.normalise)
 
     def state(self) -> dict[str, Any]:
-        """See `Encoder`."""
+        """See `FeatureEncoder`."""
         return {"width": self.width}
 
     @classmethod
     def restore(cls, declared: DenseFeature, state: dict[str, Any]) -> DenseEncoder:
-        """Restore from `state`."""
+        """Restore from the result of `state`."""
         return cls(declared, int(state["width"]))
 
 

@@ -1,4 +1,4 @@
-"""Conversion of feature columns to one type of value: text, numbers, times, lists, words, vectors; null if missing."""
+"""Conversion of feature columns to text, numbers, times, lists, words or vectors; null where missing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from twotower.errors import InputError
 
 
 class Ids(Protocol):
-    """A lookup from row to id."""
+    """A lookup of the id of each row."""
 
     def __getitem__(self, row: int, /) -> Any: ...
 
@@ -25,7 +25,7 @@ class ErrorLocation:
 
     Attributes:
         table: name of the table.
-        ids: the id of each row, if it has one.
+        ids: the id of each row; None if the rows have no ids.
         side: "item" or "query".
     """
 
@@ -56,7 +56,7 @@ def as_text(series: pl.Series, place: ErrorLocation) -> pl.Series:
     """Convert to text. 3, 3.0 and "3" become the same text, because integers in a column with nulls may be floats.
 
     Raises:
-        InputError: lists or structs.
+        InputError: the column contains lists or structs.
     """
     if series.dtype == pl.Null:
         return series.cast(pl.String)
@@ -79,7 +79,7 @@ def as_numbers(series: pl.Series, place: ErrorLocation) -> NDArray[np.float64]:
     """Convert to finite numbers, NaN where missing, float64 [rows].
 
     Raises:
-        InputError: text that is not a number, an infinite number, dates or lists.
+        InputError: the column contains dates, lists, infinite numbers, or text that is not a number.
     """
     if series.dtype == pl.String:
         text = as_text(series, place)
@@ -100,15 +100,15 @@ def as_numbers(series: pl.Series, place: ErrorLocation) -> NDArray[np.float64]:
 
 
 def as_times(series: pl.Series, place: ErrorLocation, unit: str | None = None) -> tuple[pl.Series, str | None]:
-    """Convert times to Int64 microseconds since 1970, null where missing; also return the unit if they are numbers.
+    """Convert times to Int64 microseconds since 1970, null where missing; also return the unit of numbers.
 
     Args:
         series: dates, ISO text, or unix time.
-        place: location for errors.
-        unit: unit of unix time; None: inferred from the largest value.
+        place: location for messages.
+        unit: unit of unix time; None to infer it from the largest value.
 
     Raises:
-        InputError: a value that is not a time.
+        InputError: a value is not a time.
     """
     if series.dtype == pl.Null:
         return series.cast(pl.Int64), unit
@@ -139,7 +139,7 @@ def as_lists(series: pl.Series, separator: str | None, place: ErrorLocation) -> 
     """Convert to lists of text, null where missing, without blank values.
 
     Raises:
-        InputError: text without a separator, or neither text nor lists.
+        InputError: the column contains text but no separator is given, or neither text nor lists.
     """
     if series.dtype == pl.Null:
         return series.cast(pl.List(pl.String))
@@ -169,15 +169,15 @@ def as_words(series: pl.Series, place: ErrorLocation) -> pl.Series:
 def as_vectors(
     series: pl.Series, width: int | None, place: ErrorLocation
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Convert to vectors float32 [rows, width], zeros where missing; also return the mask of missing rows.
+    """Convert to vectors, float32 [rows, width], zeros where missing; also return the mask of missing rows.
 
     Args:
         series: lists or arrays of numbers.
-        width: required length of each; None: the length of the first.
-        place: location for errors.
+        width: required length of each vector; None for the length of the first vector.
+        place: location for messages.
 
     Raises:
-        InputError: not lists, a wrong length, or a number that is missing or not finite.
+        InputError: a value is not a list or has the wrong length, or a number is missing or not finite.
     """
     if isinstance(series.dtype, pl.Array):
         series = series.arr.to_list()

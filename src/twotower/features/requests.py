@@ -1,4 +1,4 @@
-"""Encoding of the contexts and features in requests: each row is interpreted on its own."""
+"""Encoding of the contexts and features in requests, where each row is interpreted on its own."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from twotower.features.parsing import ErrorLocation, as_times
 
 
 def given_gaps(times: Sequence[Any] | None, count: int) -> NDArray[np.int8]:
-    """Compute the gap codes of one history of a request from unix times, dates or ISO text; None: unknown times.
+    """Compute the gap codes of a request's history from unix times, dates or ISO text; None for unknown times.
 
     Raises:
-        InputError: not one time per item, or a value that is not a time.
+        InputError: the numbers of times and items differ, or a value is not a time.
     """
     if times is None:
         return np.zeros(count, dtype=np.int8)
@@ -41,16 +41,16 @@ def given_gaps(times: Sequence[Any] | None, count: int) -> NDArray[np.int8]:
     return gap_codes(np.array([0, count]), parsed.to_numpy())
 
 
-#: One context per request, None if it is unknown; or a frame with one row per request.
+#: One context per request, None for an unknown context; or a frame with one row per request.
 Given = pl.DataFrame | Sequence[Mapping[str, Any] | None]
 
 
 @dataclass(frozen=True)
 class EncodedContext:
-    """The encoded context of several requests, stored so that it is encoded only once.
+    """The encoded context of several requests, kept so that encoding runs only once.
 
     Attributes:
-        arrays: one per feature, row i of request i.
+        arrays: one array per feature, in which row i belongs to request i.
         rows: number of requests.
     """
 
@@ -64,7 +64,7 @@ class EncodedContext:
 
     @classmethod
     def joined(cls, parts: Sequence[EncodedContext]) -> EncodedContext:
-        """Concatenate the requests of several parts; at least one part."""
+        """Concatenate the requests of one or more parts."""
         order = np.arange(sum(part.rows for part in parts))
         columns = zip(*(part.arrays for part in parts), strict=True)
         return cls([_in_order(list(column), order) for column in columns], len(order))
@@ -73,7 +73,7 @@ class EncodedContext:
         return self.rows
 
     def repeated(self, times: int) -> EncodedContext:
-        """Repeat every request `times` times in a row."""
+        """Repeat every request `times` times consecutively."""
         return EncodedContext([np.repeat(array, times, axis=0) for array in self.arrays], self.rows * times)
 
 
@@ -82,10 +82,10 @@ def encode_given(features: FeatureSet, rows: Given) -> Encoded:
 
     Args:
         features: fitted on the context of the training rows.
-        rows: a frame, or for each request a mapping from column to value, or None. Absent columns count as missing.
+        rows: a frame, or one mapping from column to value (or None) per request. Absent columns count as missing.
 
     Raises:
-        InputError: a column that the model does not have, or a value of the wrong type.
+        InputError: the model does not have a column, or a value has the wrong type.
     """
     if isinstance(rows, pl.DataFrame):
         return features.encode_rows(rows, ErrorLocation("context"))
@@ -98,18 +98,18 @@ def encode_given(features: FeatureSet, rows: Given) -> Encoded:
 
 
 def encode_apart(features: FeatureSet, rows: Sequence[Mapping[str, Any]], name: str) -> Encoded:
-    """Encode rows so that each gives the same result as if it were encoded alone.
+    """Encode rows so that each yields the same result as if encoded alone.
 
-    Rows whose values have the same types are encoded together. So 3 in one row and "three" in another, or unix time in
-    one and a date in another, do not affect each other.
+    Rows whose values have the same types are encoded together, so 3 in one row and "three" in the next, or unix time in
+    one row and a date in the next, do not affect each other.
 
     Args:
         features: the fitted encoders.
-        rows: mappings from column to value. Absent columns count as missing; other columns are ignored.
-        name: name of the rows in errors.
+        rows: mappings from column to value. Absent columns count as missing; additional columns are ignored.
+        name: name of the rows in messages.
 
     Raises:
-        InputError: a value of the wrong type.
+        InputError: a value has the wrong type.
     """
     if not rows:
         return [empty[:0] for empty in features.missing()]
@@ -130,7 +130,7 @@ def encode_apart(features: FeatureSet, rows: Sequence[Mapping[str, Any]], name: 
 
 def _kind(value: Any, name: str, *, timestamp: bool) -> str:
     if isinstance(value, str) and timestamp:
-        # Unix time as text has a unit too, which is inferred from the largest value encoded together.
+        # Unix time as text also has a unit, inferred from the largest of the values encoded together.
         number = _number(value)
         return "text" if number is None else f"text of {unit_of(np.array([number]), name)}"
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -147,7 +147,7 @@ def _number(text: str) -> float | None:
 
 
 def _in_order(parts: list[NDArray[Any]], order: NDArray[np.int64]) -> NDArray[Any]:
-    """Merge the rows of several arrays in their order; bags are padded to the widest."""
+    """Merge the rows of several arrays into the given order; bags are padded to the widest bag."""
     width = max((part.shape[1] for part in parts if part.ndim == 2), default=0)
     shape = (len(order), width) if parts[0].ndim == 2 else (len(order),)
     joined = np.zeros(shape, dtype=parts[0].dtype)

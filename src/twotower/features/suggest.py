@@ -1,6 +1,6 @@
-"""Suggested feature declarations for the columns of a table or of the interactions, with reasons, to be reviewed.
+"""Suggested feature declarations, with reasons, for the columns of a table or of the interactions, to be reviewed.
 
-Columns that leak the target are left out.
+Columns that leak the target are omitted.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from twotower.features.parsing import ErrorLocation, as_times
 
 #: An integer column with at most this many distinct values is treated as a code (gender, store, rating).
 FEW_VALUES = 32
-#: Above this many distinct values, they are hashed to buckets: most are too rare to learn a vector for each.
+#: More distinct values than this are hashed to buckets, because most values are too rare to learn their own vectors.
 MANY_VALUES = 10_000
 #: Above this fraction of missing values a column has too little information.
 MOSTLY_MISSING = 0.95
 #: Above this fraction of distinct values, a column of single words identifies rows instead of describing them.
 MOSTLY_UNIQUE = 0.5
 SEPARATORS = ("|", ";", ",", " ")
-#: Lists of numbers of at least this length are vectors; shorter ones are sets of codes.
+#: Lists of numbers of at least this length are vectors; shorter lists are sets of codes.
 VECTOR_LENGTH = 8
 #: Above this skewness, the logarithm is proposed.
 SKEWED = 2.0
@@ -48,7 +48,7 @@ class FeatureSuggestion:
 
     Attributes:
         column: the column's name.
-        declared: the proposed feature, or None to leave the column out.
+        declared: the proposed feature, or None to omit the column.
         why: the reason, in a few words.
         distinct: number of distinct values; None for lists.
         missing: fraction of rows without a value.
@@ -78,7 +78,7 @@ def propose(table: pl.DataFrame, id_column: str | None = None) -> list[FeatureSu
     """Propose a feature for every column except the id.
 
     Args:
-        table: a feature table, one row per id.
+        table: a feature table with one row per id.
         id_column: name of the id column; None for the first column.
     """
     own = id_column or table.columns[0]
@@ -86,7 +86,7 @@ def propose(table: pl.DataFrame, id_column: str | None = None) -> list[FeatureSu
 
 
 def features_of(proposed: list[FeatureSuggestion]) -> list[AnyFeature]:
-    """Return the proposed features, without the columns left out."""
+    """Return the proposed features, without the omitted columns."""
     return [one.declared for one in proposed if one.declared is not None]
 
 
@@ -201,7 +201,7 @@ def _buckets(values: int) -> dict[str, Any]:
     return {"buckets": MANY_VALUES} if values > MANY_VALUES else {}
 
 
-#: Rows sampled to find out what a column depends on.
+#: Number of rows sampled to determine what a column depends on.
 SAMPLE = 200_000
 #: If more than this fraction of rows has the most frequent value of its item, the column describes the item.
 SETTLED = 0.95
@@ -212,9 +212,9 @@ QUERIES_PER_VALUE = 1.5
 def propose_context(data: Interactions) -> list[FeatureSuggestion]:
     """Propose a feature for every context column.
 
-    A column that is determined by the item, such as a price or a title in a log, is left out: a request does not have
-    it, and a model that reads it in training learns nothing else. A column that identifies sessions is left out too.
-    Values known only afterwards, such as a quantity, cannot be detected here: leave them out by hand.
+    A column determined by the item, such as a price or a title in a log, is omitted: requests do not have the column,
+    and a model that reads it in training learns nothing else. A column that identifies sessions is omitted too. Values
+    known only afterwards, such as a quantity, cannot be detected here: remove these columns by hand.
     """
     if data.context is None:
         return []
@@ -231,7 +231,7 @@ def _propose_context_column(data: Interactions, column: pl.Series) -> FeatureSug
             isinstance(column.dtype, pl.Datetime) and bool((column.dt.time() == time(0)).all())
         )
         parts = ["weekday"] if midnight else ["hour", "weekday"]
-        # The age is left out, because every request is later than the training data.
+        # The age is omitted, because every request is later than the training data.
         return replace(found, declared=TimestampFeature.model_validate({"column": column.name, "parts": parts}))
     rows = np.arange(len(data))
     if len(rows) > SAMPLE:
@@ -247,7 +247,7 @@ def _propose_context_column(data: Interactions, column: pl.Series) -> FeatureSug
         "query": np.searchsorted(data.offsets, rows, side="right") - 1,
     }).drop_nulls()  # fmt: skip
     pairs = frame.group_by("item", "value").len()
-    # Items with a single row always have their most frequent value, so they are not evidence.
+    # An item with a single row always has its most frequent value, so it is no evidence.
     several = pairs.group_by("item").agg(pl.col("len").max().alias("most"), pl.col("len").sum().alias("rows"))
     several = several.filter(pl.col("rows") > 1)
     share = float(several["most"].sum()) / max(float(several["rows"].sum()), 1.0)

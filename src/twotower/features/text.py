@@ -20,13 +20,13 @@ from twotower.features.numeric import with_missing
 from twotower.features.parsing import ErrorLocation, as_text, as_vectors
 from twotower.system.filesystem import whole_file
 
-#: Fewer texts than this are not cached: a service embeds one item at a time and would fill the cache with tiny files.
+#: Fewer texts than this are not cached, because a service embeds single items and would create many tiny files.
 CACHE_FROM = 64
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """Encoder of text by a pretrained model; vectors have length 1, zeros where the text is missing."""
+    """Encoder of text by a pretrained model; vectors have length 1, or are zero where the text is missing."""
 
     declared: TextFeature
     width: int
@@ -42,11 +42,11 @@ class TextEncoder:
 
     @property
     def size(self) -> int:
-        """Width: the vector, and one column for missing values."""
+        """The width: that of the vector, and one column for missing values."""
         return self.width + 1
 
     def encode(self, column: pl.Series, place: ErrorLocation) -> NDArray[np.float32]:
-        """See `Encoder`. A column of vectors is used directly: the caller has already embedded the texts."""
+        """Encode as in `FeatureEncoder`; a column of vectors is used directly, as embeddings computed by the caller."""
         if column.dtype.is_nested():
             return with_missing(*as_vectors(column, self.width, place), normalise=True)
         texts = as_text(column, place)
@@ -59,24 +59,24 @@ class TextEncoder:
         return with_missing(vectors, missing, normalise=True)
 
     def state(self) -> dict[str, Any]:
-        """See `Encoder`."""
+        """See `FeatureEncoder`."""
         return {"width": self.width}
 
     @classmethod
     def restore(cls, declared: TextFeature, state: dict[str, Any]) -> TextEncoder:
-        """Restore from `state`."""
+        """Restore from the result of `state`."""
         return cls(declared, int(state["width"]))
 
 
 def embed_texts(texts: pl.Series, model: str) -> NDArray[np.float32]:
-    """Embed texts, float32 [rows, width], or read their embeddings from the cache.
+    """Compute the embeddings of texts, float32 [rows, width], or read them from the cache.
 
     Args:
-        texts: without nulls.
+        texts: the texts, without nulls.
         model: name or folder of a sentence-transformers model.
 
     Raises:
-        InputError: sentence-transformers is not installed, or cannot load the model.
+        InputError: sentence-transformers is not installed or cannot load the model.
     """
     if len(texts) < CACHE_FROM:
         return _embedded(texts, model)
@@ -93,7 +93,7 @@ def embed_texts(texts: pl.Series, model: str) -> NDArray[np.float32]:
 
 
 def _stamp(model: str) -> list[tuple[str, int, int]]:
-    """Identify a model for the cache key: its name, and the state of its files if it is a folder."""
+    """Identify a model for the cache key by its name and, for a folder, by the state of its files."""
     folder = Path(model)
     files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
     return [(model, 0, 0), *((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)]

@@ -1,6 +1,6 @@
-"""Continuing a model on new data: what is taken over from the model, and how the data is joined.
+"""Continuing a model on new data: inheriting from the model, and joining the data.
 
-`warm_start` imports the trainer, which is slow to load: import it where it is needed.
+`warm_start` imports the trainer, which loads slowly, so import `warm_start` only where it is needed.
 """
 
 from twotower.incremental.lineage import contexts_of, lineage, saved_rows_of, split_again

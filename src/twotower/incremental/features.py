@@ -1,4 +1,4 @@
-"""Extension of fitted features to new rows: vocabularies gain new values, everything else stays as fitted."""
+"""Extension of fitted features to new rows: vocabularies gain new values; everything else stays as fitted."""
 
 from __future__ import annotations
 
@@ -23,12 +23,11 @@ from twotower.incremental.vocabularies import described
 
 @dataclass(frozen=True)
 class GrownFeatures:
-    """The features of a side extended to new rows.
+    """The features of one side, extended to new rows.
 
     Attributes:
-        table: encoders and encoded rows, in the order of the new ids.
-        value_maps: by index of the feature, the new code of each old value code; only features with an embedding
-            table.
+        table: the encoders and encoded rows, in the order of the new ids.
+        value_maps: the new code of each old value code, by feature index; only for features with an embedding table.
     """
 
     table: EncodedTable
@@ -44,25 +43,25 @@ def grown(
 ) -> GrownFeatures:
     """Extend fitted features to new rows.
 
-    A vocabulary gains new values that occur often enough (`min_count`) in those rows of the new table that are in
-    training. Means, deviations, bins and the reference time stay as fitted, because the layers after them were trained
-    on these. Rows described by the new table are encoded again; the others keep their codes.
+    A vocabulary gains the values that occur often enough (`min_count`) in the training rows of the new table. Means,
+    deviations, bins and the reference time stay as fitted, because the following layers were trained with them. Rows
+    described by the new table are encoded again; all other rows keep their codes.
 
     Args:
         old: features of the parent model.
-        code_map: int64 [old ids], new code of each old id; -1 for a withdrawn id.
-        table: the new table in the order of `ids`, nulls where it has no row; or None.
+        code_map: int64 [old ids], the new code of each old id; -1 for a withdrawn id.
+        table: the new table in the order of `ids`, with nulls for ids without a row; or None.
         ids: the new vocabulary of this side.
         known: bool [ids], the ids with a training row.
 
     Raises:
-        InputError: there are new ids and no table, or a declared column is missing or of the wrong type.
+        InputError: there are new ids but no table, or a declared column is missing or has the wrong type.
     """
     side, declared = old.features.side, old.features.declared
     stays = np.zeros(len(ids), dtype=np.bool_)
     stays[code_map[code_map >= 0]] = True
     if table is None and bool(stays.all()):
-        # No new ids: use null rows, so that every id keeps its old codes.
+        # There are no new ids: null rows let every id keep its old codes.
         columns = {name: pl.Series([None] * len(ids), dtype=pl.Null) for name in old.features.columns}
         table = pl.DataFrame({"": ids.ids, **columns})
     _check(side, declared, table)
@@ -99,15 +98,15 @@ def grown(
 
 
 def grown_context(old: FeatureSet, data: Interactions, new: NDArray[np.bool_]) -> GrownFeatures:
-    """Extend fitted context features: vocabularies gain the values of the new rows, the rest stays as fitted.
+    """Extend fitted context features: vocabularies gain the values of the new rows; the rest stays as fitted.
 
     Args:
         old: features of the parent model.
-        data: training rows, old and new.
-        new: bool [n], the new rows.
+        data: old and new training rows.
+        new: bool [n], marks the new rows.
 
     Raises:
-        InputError: a declared column is missing or of the wrong type.
+        InputError: a declared column is missing or has the wrong type.
     """
     fresh = data.select(new)
     frame, place = context_frame(old.declared, fresh), context_place(fresh)
@@ -142,7 +141,7 @@ def _check(side: str, declared: Sequence[AnyFeature], table: pl.DataFrame | None
 
 
 def _union(old: ValueVocabulary, new: ValueVocabulary) -> tuple[ValueVocabulary, Codes]:
-    """Merge two vocabularies, ascending; also return the new code of each old one."""
+    """Merge two vocabularies in ascending order; also return the new code of each old code."""
     assert old.known is not None and new.known is not None
     values = ValueVocabulary(Vocabulary(pl.concat([old.known.ids, new.known.ids.alias("id")]).unique().sort()))
     assert values.known is not None
@@ -150,7 +149,7 @@ def _union(old: ValueVocabulary, new: ValueVocabulary) -> tuple[ValueVocabulary,
 
 
 def _put(array: NDArray[Any], places: Codes, rows: NDArray[Any]) -> NDArray[Any]:
-    """Put `rows` at `places`; bags are padded with 0 to the wider of the two."""
+    """Write `rows` to `places`; bags are padded with 0 to the larger width."""
     if array.ndim == 2 and array.shape[1] < rows.shape[1]:
         array = np.concatenate([array, np.zeros((len(array), rows.shape[1] - array.shape[1]), array.dtype)], axis=1)
     elif array.ndim == 2 and rows.shape[1] < array.shape[1]:

@@ -1,4 +1,4 @@
-"""What a model folder stores so that the model can be trained further: rows, holdouts, lineage."""
+"""Contents of a model folder that further training needs: rows, holdouts and lineage."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from twotower.serving.model_folder import SavedModel
 
 
 def saved_rows_of(split: Split) -> dict[str, NDArray[Any]]:
-    """Collect what a model folder stores of its rows, so that the model can be trained further.
+    """Collect the row data that a model folder stores for further training.
 
     Returns:
-        `learnt`: how many rows of each query, from the first, the model was trained on; `timestamps`, `weights` and
-        `groups` of all rows, if the data has them. After incremental training also its test (`test.*`) and validation
-        (`validation.*`), which cannot be recreated from the new data alone.
+        `learnt`, the number of rows of each query, from the first row, that the model was trained on; and `timestamps`,
+        `weights` and `groups` of all rows, if the data has them. After incremental training also the test (`test.*`)
+        and validation (`validation.*`), which cannot be recreated from the new data alone.
     """
     data, train = split.data, split.train
     counts = np.diff(train.offsets)
     rows, _ = take_ranges(data.offsets[:-1], np.minimum(data.offsets[:-1] + counts, data.offsets[1:]))
     first = len(rows) == len(train) and bool(np.array_equal(data.item_codes[rows], train.item_codes))
-    # If the training rows are not the first ones of their query, all rows count as learnt: none is learnt twice.
+    # If the training rows are not the first rows of their query, all rows count as learnt, so none is learnt twice.
     found: dict[str, NDArray[Any]] = {"learnt": counts if first else np.diff(data.offsets)}
     found |= {name: np.asarray(getattr(data, name)) for name in CARRIED if getattr(data, name) is not None}
     if isinstance(split, ContinuedSplit):
@@ -49,11 +49,11 @@ def saved_rows_of(split: Split) -> dict[str, NDArray[Any]]:
 
 
 def contexts_of(split: Split, config: Config) -> dict[str, pl.DataFrame]:
-    """Collect what a model folder stores of the context of its rows; empty without context.
+    """Collect the row contexts that a model folder stores; an empty dict without context.
 
     Returns:
-        `context` of all rows; after incremental training also `test_context`: of the queries of its test, then of those
-        of its validation.
+        `context`, of all rows; after incremental training also `test_context`, of the test queries followed by the
+        validation queries.
     """
     columns = wanted_context(config)
     found: dict[str, pl.DataFrame] = {}
@@ -73,13 +73,13 @@ def split_again(
     context: pl.DataFrame | None = None,
     test_context: pl.DataFrame | None = None,
 ) -> Split:
-    """Rebuild the split of an incremental run from its model folder alone.
+    """Rebuild the split of an incremental run from the model folder alone.
 
     Args:
         artifact: the model.
-        rows: `saved_rows_of` its split. In rows of older versions the validation is missing; it is empty then.
-        context: of all rows, as in `contexts_of` its split.
-        test_context: of the queries of its holdouts, as in `contexts_of` its split.
+        rows: the rows from `saved_rows_of`. Rows of older versions lack the validation, which is then empty.
+        context: the context of all rows, from `contexts_of`.
+        test_context: the context of the holdout queries, from `contexts_of`.
 
     Raises:
         InputError: the folder does not contain the rows.

@@ -1,4 +1,4 @@
-"""The parent model of an incremental run, and the new data joined to the parent's training data."""
+"""The parent model of an incremental run, and the joining of new data to the parent's training data."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class ParentModel:
 
     Attributes:
         artifact: the model.
-        checkpoint: the checkpoint with its optimizer state, if it still exists.
-        where: its name in messages and in the lineage.
-        removed: ids that were removed from its catalog after training (`twotower items remove`).
+        checkpoint: the checkpoint with the model's optimizer state, if it still exists.
+        where: name of the model in messages and in the lineage.
+        removed: ids that were removed from the model's catalog after training (`twotower items remove`).
         folder: the model folder, from which rows of weights are read when needed; None if `artifact` has the weights.
     """
 
@@ -45,7 +45,7 @@ class ParentModel:
 
     @classmethod
     def load(cls, directory: str | Path) -> ParentModel:
-        """Load a run folder, or a model folder alone, which comes without optimizer state.
+        """Load a run folder, or only a model folder, which has no optimizer state.
 
         Weights are not read. On each machine, only the first process verifies the files.
 
@@ -67,10 +67,10 @@ class ParentModel:
         )
 
     def weights(self) -> Mapping[str, RowSource]:
-        """Return the state dict of its towers, by name; tensors of a folder are read lazily.
+        """Return the state dict of the towers, by name; tensors of a folder are read lazily.
 
         Raises:
-            InputError: the file is damaged, or the tables of the model in memory are sharded over several ranks.
+            InputError: the file is damaged, or the model in memory has tables sharded over several ranks.
         """
         if self.folder is None:
             if self.artifact.is_shared:
@@ -83,16 +83,16 @@ class ParentModel:
             found, named = stored_tensors(path)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{path}: not readable ({error}); copy it again or train again") from error
-        # A tensor with two names is stored under one of them; the metadata maps the other name to it.
+        # A tensor with two names is stored under one name; the metadata maps the second name to the first.
         return _without_recent(found | {other: found[name] for other, name in named.items() if name in found})
 
     @property
     def fingerprint(self) -> str:
-        """Fingerprint of its data."""
+        """The fingerprint of the model's data."""
         return str(self.artifact.metadata["data"]["fingerprint"])
 
     def past(self) -> PastData:
-        """Return its training data. Older versions did not save which rows were trained on: all count as learnt."""
+        """Return the training data; in models of older versions, all rows count as learnt."""
         model, rows = self.artifact, self.artifact.rows or {}
         times = rows.get("timestamps")
         names = model.metadata["data"].get("groups")
@@ -112,7 +112,7 @@ class ParentModel:
 
 
 def _without_recent(weights: Mapping[str, RowSource]) -> dict[str, RowSource]:
-    """Leave out the recent prior: it is of the parent's time, and is chosen again on the new validation."""
+    """Omit the `recent` prior, which belongs to the parent's time and is chosen again on the new validation."""
     return {name: value for name, value in weights.items() if name != "recent"}
 
 
@@ -151,7 +151,7 @@ def new_days(
     *,
     withdrawn: IdValues | None = None,
 ) -> ContinuedSplit:
-    """Build the split of `fit(start=...)`: the parent's past and new interactions; see `data.joining.continued`."""
+    """Build the split of `fit(start=...)`: the parent's past and new interactions; see `split.continued`."""
     if parent.removed is not None:
         given = parent.removed.head(0) if withdrawn is None else ids_of(pl.Series("id", withdrawn), "withdrawn")
         withdrawn = pl.concat([parent.removed.alias("id"), given.alias("id")]).unique()

@@ -1,4 +1,4 @@
-"""Reading of the rows stored in a model folder, which only further training needs."""
+"""Reading of the rows stored in a model folder for further training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from twotower.serving.model_folder import ROWS, find_model, read_metadata
 
 
 def load_rows(folder: Path) -> dict[str, np.ndarray] | None:
-    """Read `rows` of a model folder; None if an older version wrote it.
+    """Read the `rows` of a model folder; return None if an older version wrote the folder.
 
     Raises:
         InputError: the file is damaged.
@@ -34,7 +34,7 @@ def load_rows(folder: Path) -> dict[str, np.ndarray] | None:
 
 
 def load_context(folder: Path, name: str = "context") -> pl.DataFrame | None:
-    """Read one of the `contexts` of a model folder; None if it has none.
+    """Read one of the `contexts` of a model folder; return None if the folder has no such context.
 
     Raises:
         InputError: the file is damaged.
@@ -49,15 +49,15 @@ def load_context(folder: Path, name: str = "context") -> pl.DataFrame | None:
 
 
 def has_validation(rows: Mapping[str, NDArray[Any]]) -> bool:
-    """Return whether the rows of a continued model include its validation; older versions did not save it."""
+    """Return whether the rows of a continued model include the validation, which older versions did not save."""
     return "validation.queries" in rows
 
 
 def lost_validation(directory: str | Path) -> bool:
-    """Return whether a model, or the model of a run folder, was continued from another without saving its validation.
+    """Return whether a model, or the model of a run folder, is a continued model without a saved validation.
 
     Raises:
-        InputError: the folder has no model, or it is damaged.
+        InputError: the folder contains no model, or a damaged one.
     """
     folder = find_model(directory)
     continued = len(read_metadata(folder)["data"].get("lineage", [])) > 1
@@ -71,10 +71,10 @@ def holdout_of(
 
     Args:
         name: "test" or "validation".
-        rows: with `NAME.queries`, `.history` (how many rows of each query, from the first, came before), `.offsets`,
+        rows: the stored rows with `NAME.queries`, `.history` (the number of earlier rows of each query), `.offsets`,
             `.items` and, if rows have timestamps, `.times`.
         data: all rows of the model.
-        context: of each query.
+        context: the context of each query, or None.
     """
     starts = data.offsets[rows[f"{name}.queries"]]
     history, offsets = take_ranges(starts, starts + rows[f"{name}.history"])

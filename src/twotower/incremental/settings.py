@@ -1,4 +1,4 @@
-"""Allowed settings of an incremental run, and the rows it trains on."""
+"""Allowed settings and training rows of an incremental run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from twotower.errors import InputError
 from twotower.incremental.parent import ParentModel
 from twotower.incremental.split import ContinuedSplit
 
-#: Settings of the towers that may change between runs: no tensor depends on them.
+#: Settings of the towers that may change between runs, because no tensor depends on them.
 FREE = ("dropout", "id_dropout", "context_dropout")
 
 
 def require_continued(split: Split) -> ContinuedSplit:
-    """Narrow the type of a split that is known to be a continued one."""
+    """Narrow the type of a split that is known to be a `ContinuedSplit`."""
     assert isinstance(split, ContinuedSplit)
     return split
 
@@ -27,7 +27,7 @@ def rows_to_learn(split: Split, parent: ParentModel | None, settings: Config) ->
     """Return the rows of `split.train` that an incremental run trains on; None for training from scratch.
 
     Raises:
-        InputError: split and parent do not match.
+        InputError: the split and the parent do not match.
     """
     if parent is None and not isinstance(split, ContinuedSplit):
         return None
@@ -41,10 +41,10 @@ def rows_to_learn(split: Split, parent: ParentModel | None, settings: Config) ->
 
 
 def inherit_settings(parent: Config, config: Config) -> Config:
-    """Complete the settings of an incremental run: features and context set to "auto" become the parent's.
+    """Complete the settings of an incremental run: features and context set to "auto" are taken from the parent.
 
     Raises:
-        InputError: a setting would need weights different from the parent's; the message names it.
+        InputError: a setting would need weights different from the parent's; the message names the setting.
     """
     changed = {}
     for section in ("query_tower", "item_tower"):

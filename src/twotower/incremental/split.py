@@ -1,4 +1,4 @@
-"""The split of new data that continues a model: joined with the rows of the past under common vocabularies."""
+"""The split of new data that continues a model, joined with past rows under common vocabularies."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ CARRIED = ("timestamps", "weights", "groups")
 
 @dataclass(frozen=True, eq=False)
 class PastData:
-    """The data that a model was trained on, as stored in its folder.
+    """The training data of a model, as stored in the model folder.
 
     Attributes:
-        queries, items: its vocabularies.
-        offsets, item_codes: its rows, including held-out ones: int64 [Q+1], int32 [n], oldest first within a query.
-        learnt: int64 [Q], the number of rows of each query, from the first, that it was trained on.
-        columns: `timestamps`, `weights`, `groups` of the rows, if known.
+        queries, items: the vocabularies.
+        offsets, item_codes: all rows, including held-out rows: int64 [Q+1], int32 [n], oldest first within a query.
+        learnt: int64 [Q], the number of rows of each query, from the first row, that the model was trained on.
+        columns: `timestamps`, `weights` and `groups` of the rows, if known.
         group_names: the group vocabulary, or None.
         item_table: one row per item code, or None.
-        fingerprint: fingerprint of its data.
-        last: timestamp of its newest row, microseconds since 1970; None without timestamps.
-        context: context of each row, or None.
+        fingerprint: fingerprint of the data.
+        last: timestamp of the newest row, microseconds since 1970; None without timestamps.
+        context: the context of each row, or None.
     """
 
     queries: Vocabulary
@@ -55,18 +55,18 @@ class PastData:
 
 @dataclass(frozen=True, eq=False)
 class ContinuedSplit(Split):
-    """A split of the new data, with the past under the same vocabularies.
+    """A split of the new data, joined with the past under common vocabularies.
 
-    `train` contains everything that training may use: the past, including the parent's held-out rows, and the training
+    `train` contains all rows that training may use: the past, including the parent's held-out rows, and the training
     rows of the new data. `data` also contains the held-out rows of the new data.
 
     Attributes:
-        learnt: bool [rows of train], the rows that the parent was trained on.
-        query_map, item_map: new code of each code of the parent, int64; -1 for a withdrawn item.
+        learnt: bool [rows of train], marks the rows that the parent was trained on.
+        query_map, item_map: the new code of each of the parent's codes, int64; -1 for a withdrawn item.
         parent: fingerprint of the parent's data.
-        new_item_table: item features from the new data only, in code order; `data.item_table` also has those of the
-            parent.
-        dates: first and last timestamp of the new rows, microseconds, or None.
+        new_item_table: item features from the new data only, in code order; `data.item_table` also contains the
+            parent's features.
+        dates: first and last timestamps of the new rows, in microseconds; or None.
     """
 
     learnt: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
@@ -77,15 +77,15 @@ class ContinuedSplit(Split):
     new_item_table: pl.DataFrame | None = None
 
     def rows_to_learn(self, replay: float, seed: int, *, whole: bool = False) -> Codes:
-        """Choose the rows of `train` for a training run: all new rows, and a sample of the parent's rows.
+        """Choose the rows of `train` for a training run: all new rows and a sample of the parent's rows.
 
         The sample is drawn once, without replacement, so that the frequency of items in the batches can be counted.
 
         Args:
-            replay: parent rows per new row; fewer if the parent has fewer.
-            seed: seed of the draw.
-            whole: choose whole queries, for towers that learn from whole sequences: first all queries with a new row,
-                whose old rows count as replayed, then others until there are enough.
+            replay: number of parent rows per new row; fewer if the parent has too few rows.
+            seed: seed of the random draw.
+            whole: whether to choose whole queries, for towers that learn from whole sequences: first all queries with a
+                new row, whose old rows count as replayed, then more queries until there are enough rows.
         """
         known, new = np.flatnonzero(self.learnt), np.flatnonzero(~self.learnt)
         size = min(round(replay * len(new)), len(known))
@@ -106,7 +106,7 @@ class ContinuedSplit(Split):
 
 @dataclass(frozen=True)
 class JoinedCodes:
-    """New code of each code of the past and of the new data, -1 for a code that has no new one."""
+    """The new code of each code of the past and of the new data; -1 for a code without a new code."""
 
     past_queries: Codes
     past_items: Codes
@@ -116,7 +116,7 @@ class JoinedCodes:
 
 @dataclass(frozen=True)
 class PastRows:
-    """The rows of the past in new codes, without withdrawn items, sorted by new query code."""
+    """The past rows in new codes, without withdrawn items, sorted by new query code."""
 
     offsets: Codes
     items: NDArray[np.int32]
@@ -126,13 +126,13 @@ class PastRows:
 
     @classmethod
     def of(cls, past: PastData, maps: JoinedCodes, num_queries: int) -> PastRows:
-        """Recode the rows of a past."""
+        """Recode the rows of past data."""
         sizes = np.diff(past.offsets)
         queries = np.repeat(maps.past_queries, sizes)
         place = np.arange(len(past.item_codes)) - np.repeat(past.offsets[:-1], sizes)
         learnt = place < np.repeat(past.learnt, sizes)
         items = maps.past_items[past.item_codes]
-        # The order of the queries stays the same if the vocabularies are sorted, but they need not be.
+        # The order of queries is unchanged if the vocabularies are sorted, but they may be unsorted.
         order = np.argsort(queries, kind="stable")
         order = order[items[order] >= 0]
         counts = np.bincount(queries[order], minlength=num_queries)
@@ -147,12 +147,12 @@ class PastRows:
 
 @dataclass(frozen=True)
 class JoinedRows:
-    """The old and then the new rows of every query.
+    """The rows of every query, first the old rows, then the new rows.
 
     Attributes:
         rows: all rows.
-        trains: bool [n], the rows that training may use.
-        learnt: bool [n], the rows that the parent was trained on.
+        trains: bool [n], marks the rows that training may use.
+        learnt: bool [n], marks the rows that the parent was trained on.
     """
 
     rows: Interactions
@@ -170,21 +170,21 @@ class JoinedRows:
         items: Vocabulary,
         maps: JoinedCodes,
     ) -> JoinedRows:
-        """Join the rows of the past and of the new data.
+        """Join the past rows and the new rows.
 
-        `training` [Q of fresh] is the number of training rows at the start of each query's new rows.
+        `training`, with one number per query of `fresh`, counts the training rows at the start of the query's new rows.
         """
         old = PastRows.of(past, maps, len(queries))
         sizes = np.diff(fresh.offsets)
         new_codes = maps.queries[fresh.query_codes()]
         place = np.arange(len(fresh)) - np.repeat(fresh.offsets[:-1], sizes)
         codes = np.concatenate([np.repeat(np.arange(len(queries)), np.diff(old.offsets)), new_codes])
-        order = np.argsort(codes, kind="stable")  # stable: the past comes first, and each part keeps its order
+        order = np.argsort(codes, kind="stable")  # stable: the past is first, and each part keeps its order
         columns: dict[str, Any] = {}
         for name in CARRIED:
             before, after = old.columns.get(name), getattr(fresh, name)
             if name == "weights" and (before is None) != (after is None):
-                # Rows without a weight have weight 1, as everywhere.
+                # As everywhere, rows without a weight have weight 1.
                 before = np.ones(len(old.items), dtype=np.float32) if before is None else before
                 after = np.ones(len(fresh), dtype=np.float32) if after is None else after
             if before is not None and after is not None:
@@ -225,20 +225,20 @@ def continued(
 ) -> ContinuedSplit:
     """Join new data to the past.
 
-    Rows up to the past's last timestamp are left out, so `data` may contain only new rows, or the whole log. In every
-    history, old rows come before new ones. The parent's held-out rows become training rows. Only the new rows are
-    split, so validation and test consist of new data.
+    Rows up to the past's last timestamp are omitted, so `data` may contain only new rows or the whole log. In every
+    history, old rows precede new rows. The parent's held-out rows become training rows. Only the new rows are split, so
+    validation and test consist of new data.
 
     Args:
-        past: the data that the model was trained on.
-        data: the new data; if read with `catalog="table"` it may have items without rows.
-        split: holds out rows of the new data, keeping cold targets.
+        past: the training data of the model.
+        data: the new data; if read with `catalog="table"`, it may have items without rows.
+        split: function that splits the new data and keeps cold targets.
         withdrawn: item ids to remove from the catalog.
         catalog: "table" also removes the parent's items that are neither in the new rows nor in the item table.
-        cold: "drop" or "keep" targets whose query or item has no training row, old or new.
+        cold: "drop" or "keep" targets whose query or item has neither old nor new training rows.
 
     Raises:
-        InputError: no new rows, ids of a different type, an empty holdout, or unknown withdrawn ids.
+        InputError: there are no new rows, id types differ, a holdout is empty, or withdrawn ids are unknown.
     """
     account = Account()
     past, data = _same_id_types(past, data, account)
@@ -251,7 +251,7 @@ def continued(
     if fresh.negatives is not None:
         new_items |= fresh.negatives.item_counts() > 0
     kept = ~_among(past.items, gone)
-    if catalog == "table":  # the data then has the items of its rows and of its item table
+    if catalog == "table":  # the new data then has the items of its rows and of its item table
         kept &= item_map(past.items, data.items) >= 0
     if catalog == "table":
         new_items |= ~_among(data.items, gone)
@@ -313,10 +313,10 @@ def continued(
 
 
 def _same_id_types(past: PastData, data: Interactions, account: Account) -> tuple[PastData, Interactions]:
-    """Convert the ids of the new data to the types of the model: a CSV file has no types.
+    """Convert the ids of the new data to the model's id types, because a CSV file has no types.
 
-    Where the model has integers and the new data has text, such as the first id of a guest, the ids of the model
-    become text instead.
+    If the model has integer ids and the new data has text ids, such as the first id of a guest, the model's ids are
+    converted to text instead.
     """
     change: dict[str, Any]
     for side in ("queries", "items"):
@@ -401,7 +401,7 @@ def _new_rows(past: PastData, data: Interactions, gone: Vocabulary | None, accou
 def _recode_observed(
     below: Interactions, queries: Vocabulary, items: Vocabulary, maps: JoinedCodes
 ) -> Interactions | None:
-    """Recode observed negatives; drop those of withdrawn items."""
+    """Recode observed negatives, and drop those of withdrawn items."""
     codes, found = maps.queries[below.query_codes()], maps.items[below.item_codes]
     known = np.flatnonzero((codes >= 0) & (found >= 0))
     if not len(known):
@@ -427,9 +427,9 @@ def _continued_holdout(
     warm: tuple[NDArray[np.bool_] | None, NDArray[np.bool_] | None],
     histories: bool,
 ) -> Holdout:
-    """Recode a holdout of the new data, put the past in front of its histories, and drop cold targets.
+    """Recode a holdout of the new data, prepend the past to the histories, and drop cold targets.
 
-    With `histories`, queries without a training row stay if they have a history.
+    With `histories`, queries without a training row are kept if they have a history.
     """
     if not len(holdout):
         return holdout
@@ -457,7 +457,7 @@ def _continued_holdout(
     rank = np.full(len(queries), -1)
     rank[chosen] = np.arange(len(chosen))
     order = np.argsort(rank[owner], kind="stable")
-    # A history is the first rows of its query: all of the past, and the new rows that the protocol includes.
+    # A history consists of the first rows of its query: all past rows, and the new rows that the protocol includes.
     starts = whole.offsets[queries[chosen]]
     lengths = np.diff(before.offsets)[queries[chosen]] + np.diff(holdout.history_offsets)[chosen]
     rows, history_offsets = take_ranges(starts, starts + lengths)

@@ -1,4 +1,4 @@
-"""Merging of the vocabularies and feature tables of the past and of the new data."""
+"""Merging of vocabularies and feature tables of past and new data."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from twotower.errors import InputError
 
 
 def union(first: pl.Series, second: pl.Series, side: str) -> Vocabulary:
-    """Merge the ids of both in ascending order, like every vocabulary, so a code does not reveal which ids are new.
+    """Merge the ids of both in ascending order, so that a code does not reveal which ids are new.
 
     Raises:
-        InputError: integers in one and text in the other.
+        InputError: one vocabulary has integers, the other has text.
     """
     if first.dtype != second.dtype:
         raise InputError(
@@ -29,7 +29,7 @@ def item_map(old: Vocabulary, new: Vocabulary) -> Codes:
 
 
 def described(table: pl.DataFrame | None, count: int) -> NDArray[np.bool_]:
-    """Return which rows of a joined table have any value other than the id, bool [count]; none without a table."""
+    """Mark the rows of a joined table with any value besides the id, bool [count]; all False without a table."""
     if table is None or table.width < 2:
         return np.zeros(count, dtype=np.bool_)
     own = table.columns[0]
@@ -43,17 +43,17 @@ def joined_table(
     new_ids: Vocabulary,
     ids: Vocabulary,
 ) -> pl.DataFrame | None:
-    """Merge two tables in the order of `ids`: for each id the new table's row if it has one, else the old table's.
+    """Merge two tables in the order of `ids`; an id in both tables gets the row of the new table.
 
     Args:
-        old: table in the order of `old_ids`, id column first; or None.
-        old_ids: its vocabulary.
-        new: table in the order of `new_ids`, id column first; or None.
-        new_ids: its vocabulary.
+        old: table in the order of `old_ids`, with the id column first; or None.
+        old_ids: vocabulary of the old table.
+        new: table in the order of `new_ids`, with the id column first; or None.
+        new_ids: vocabulary of the new table.
         ids: vocabulary of the result.
 
     Returns:
-        All columns of both, null where nothing is known; None if both tables are None.
+        All columns of both tables, null where there is no value; None if both tables are None.
 
     Raises:
         InputError: a column has a different type in the new table.

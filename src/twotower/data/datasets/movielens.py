@@ -30,7 +30,7 @@ def fields(raw: bytes, separator: str, names: tuple[str, ...], where: str) -> pl
     """Parse a latin-1 file without a header to a frame of text.
 
     Raises:
-        InputError: a row with too few or too many fields.
+        InputError: a row has too few or too many fields.
     """
     rows = [line.split(separator) for line in raw.decode("latin-1").splitlines() if line.strip()]
     for number, row in enumerate(rows, start=1):
@@ -47,18 +47,18 @@ def ratings(raw: bytes, separator: str, where: str) -> pl.DataFrame:
 
 
 def movies_1m(raw: bytes, where: str) -> pl.DataFrame:
-    """Parse movies.dat: movie_id, title, year, genres separated by spaces."""
+    """Parse movies.dat: movie_id, title, year, and genres separated by spaces."""
     frame = fields(raw, "::", ("movie_id", "title", "genres"), where)
     return _titled(frame.with_columns(pl.col("genres").str.replace_all("|", " ", literal=True)))
 
 
 def users_1m(raw: bytes, where: str) -> pl.DataFrame:
-    """Parse users.dat: user_id, gender, age (lower end of its class), occupation (code), zip_code."""
+    """Parse users.dat: user_id, gender, age (lower bound of the age class), occupation (code), zip_code."""
     return fields(raw, "::", USERS_1M, where).with_columns(pl.col("user_id", "age", "occupation").cast(pl.Int64))
 
 
 def movies_100k(raw: bytes, where: str) -> pl.DataFrame:
-    """Parse u.item: movie_id, title, year, genres separated by spaces."""
+    """Parse u.item: movie_id, title, year, and genres separated by spaces."""
     frame = fields(raw, "|", ("movie_id", "title", "released", "video", "url", *GENRES), where)
     flags = [pl.when(pl.col(g) == "1").then(pl.lit(g)) for g in GENRES]
     return _titled(frame.select("movie_id", "title", genres=pl.concat_str(flags, separator=" ", ignore_nulls=True)))

@@ -1,4 +1,4 @@
-"""Known data sets, downloaded once with a checksum; `load` accepts their names and also paths."""
+"""Known data sets, downloaded once with a checksum; `load` accepts the names of data sets and also paths."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class DataSet:
     """A known data set.
 
     Attributes:
-        name: name in commands and `load`.
-        folder: usual name of its folder.
-        description: one line.
+        name: name in commands and in `load`.
+        folder: usual name of the folder.
+        description: a description in one line.
         size: download size.
         terms: license terms.
         places: download locations, in the order in which they are tried.
-        unpack: archive -> tables ``interactions``, ``items``, ``users``.
+        unpack: function that converts the archive to the tables ``interactions``, ``items`` and ``users``.
     """
 
     name: str
@@ -135,7 +135,7 @@ REGISTRY = {
 
 
 def available() -> list[dict[str, Any]]:
-    """List the known data sets: name, description, size, terms, and whether they are on this machine (`cached`)."""
+    """List the known data sets with name, description, size, terms and `cached` (whether it is on this machine)."""
     return [
         {
             "name": known.name,
@@ -158,10 +158,10 @@ def _local_folder(known: DataSet) -> Path | None:
 def folder(name: str) -> Path:
     """Return the folder of a known data set, downloading it if necessary.
 
-    Looks in TWOTOWER_DATA, then in the cache. Otherwise downloads the data set and says so on standard error.
+    Looks in TWOTOWER_DATA, then in the cache. Otherwise downloads the data set, with a message on standard error.
 
     Raises:
-        InputError: an unknown name, or the download failed.
+        InputError: the name is unknown, or the download failed.
     """
     if name not in REGISTRY:
         raise InputError(f"{name!r}: no such file, folder or data set; known data sets: {', '.join(REGISTRY)}.")
@@ -197,7 +197,7 @@ def load(
     """Load the interactions of a known data set, a file or a folder, with its feature tables.
 
     Args:
-        name_or_path: a name of `available`, or a path; an existing path takes precedence.
+        name_or_path: a name listed by `available`, or a path; an existing path takes precedence.
         items: see `Interactions.read`; replaces the item table of the data set.
         queries: see `Interactions.read`; replaces the query table of the data set.
         columns: see `Interactions.read`.
@@ -214,7 +214,7 @@ def load(
     """
     path = Path(name_or_path)
     if not path.exists():
-        # If it looks like a path, report the missing file rather than an unknown data set.
+        # If the name looks like a path, report a missing file instead of an unknown data set.
         if path.suffix or len(path.parts) > 1:
             raise InputError(f"{path}: no such file or folder; give a file, a folder, or one of {', '.join(REGISTRY)}.")
         path = folder(str(name_or_path))

@@ -1,1 +1,1 @@
-"""Reading files: formats, validation, tables of features, lists of ids, and the layout of stored data."""
+"""Reading of files: formats, validation, feature tables, id lists, and the layout of stored data."""

@@ -22,10 +22,10 @@ class FeatureTable:
     Args:
         table: path of a Parquet, CSV or TSV file, or a data frame.
         role: "item" or "query".
-        id_column: name of the id column in the interactions; tried first, then the usual names.
+        id_column: name of the id column in the interactions, tried before the usual names.
 
     Raises:
-        InputError: unreadable, no id column, or null or repeated ids.
+        InputError: the table is unreadable or has no id column, or an id is null or repeated.
     """
 
     def __init__(self, table: TableLike, role: str, id_column: str) -> None:
@@ -73,14 +73,14 @@ class FeatureTable:
         return found
 
     def ids_as(self, dtype: Any) -> pl.Series:
-        """Convert the ids to the type of a vocabulary; null where that is impossible."""
+        """Convert the ids to the type of a vocabulary; ids that cannot be converted become null."""
         return self.ids if self.ids.dtype == dtype else self.ids.cast(dtype, strict=False)
 
     def join_to(self, vocabulary: Vocabulary, account: Account) -> pl.DataFrame:
-        """Join the table to a vocabulary: row i = code i, nulls where the table has no row for an id.
+        """Join the table to a vocabulary: row i describes code i, with nulls for an id without a row.
 
         Raises:
-            InputError: no id in common.
+            InputError: the table and the vocabulary have no id in common.
         """
         ids = self.ids_as(vocabulary.ids.dtype).alias(self.id_column)
         wanted = pl.DataFrame({self.id_column: vocabulary.ids})

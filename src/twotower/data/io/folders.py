@@ -1,4 +1,4 @@
-"""Discovery of the interaction files and feature tables in a folder."""
+"""Discovery of interaction files and feature tables in a folder."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Files:
     """The files of a data set.
 
     Attributes:
-        interactions: in reading order.
+        interactions: the interaction files, in reading order.
         items: the item table, if any.
         queries: the query table, if any.
         ignored: names of data files that are not read.
         nested: paths, relative to the folder, of files in subfolders that are read.
-        parts: instead of `interactions`, the parts of a ready-made split: train, test, and validation if any.
+        parts: used instead of `interactions` for the parts of a ready-made split: train, test and optional validation.
         skipped: names of subfolders with data files that are not read.
     """
 
@@ -46,7 +46,7 @@ class Files:
     parts: dict[str, Path] = field(default_factory=dict)
 
     def reports(self) -> dict[str, list[str]]:
-        """Return names for the account, by label."""
+        """Return file names for the account, by label."""
         found = {
             "files ignored": self.ignored,
             "files in subfolders": self.nested,
@@ -59,19 +59,20 @@ def find_files(path: Path, *, parts: bool = False) -> Files:
     """Find the data files of a path, a file or a folder.
 
     A folder contains either one file named ``*.inter``, ``interactions.*``, ``ratings.*``, ``transactions.*`` or
-    ``sequences.*``, or shards of one format, read in the order of their names. It may also contain one item table
+    ``sequences.*``, or shards of a single format, which are read in order of name. It may also contain one item table
     (``*.item``, ``items.*``, ``products.*``, ``movies.*``) and one query table (``*.user``, ``users.*``, ...).
 
-    Shards may be in subfolders named ``column=value``, as Hive and Spark write them, or by numbers, such as 2024/01;
-    names that begin with ``.`` or ``_`` are not data. Other subfolders are not read, which the account reports.
+    Shards may be in subfolders named ``column=value``, as written by Hive and Spark, or named by numbers, such as
+    2024/01. Names that begin with ``.`` or ``_`` are not data. Files in all other subfolders are not read; the account
+    reports these subfolders.
 
     Args:
         path: a file or a folder.
-        parts: accept a folder with a ready-made split: files named ``train.*`` and ``test.*``, and, if there is a
-            validation, ``validation.*``, ``valid.*`` or ``val.*``.
+        parts: whether to accept a folder with a ready-made split: files named ``train.*`` and ``test.*``, optionally
+            ``validation.*``, ``valid.*`` or ``val.*``.
 
     Raises:
-        InputError: nothing to read, or the choice is ambiguous.
+        InputError: there is nothing to read, or the choice is ambiguous.
     """
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; give a Parquet, CSV or TSV file, or a folder of them.")
@@ -114,7 +115,7 @@ def _ready_made(path: Path, files: Sequence[Path], found: Files) -> Files:
     """Add the parts of a ready-made split.
 
     Raises:
-        InputError: a part is missing, or there are two candidates for it.
+        InputError: a part is missing or has two candidates.
     """
     for file in files:
         part = SPLIT_NAMES.get(_stem(file))
@@ -157,11 +158,11 @@ def _data_files(folder: Path) -> tuple[list[Path], set[Path], list[str]]:
     """Find the data files of a folder and its subfolders.
 
     Returns:
-        The files to read, in the order of their paths; those of them in subfolders; and the names of subfolders with
+        The files to read, in order of path; the subset of these files in subfolders; and the names of subfolders with
         data files that are not read.
 
     Raises:
-        InputError: no data files, or only in subfolders that may be different tables.
+        InputError: there are no data files, or only data files in subfolders that may be different tables.
     """
 
     def is_data(path: Path) -> bool:
@@ -196,7 +197,7 @@ def _data_files(folder: Path) -> tuple[list[Path], set[Path], list[str]]:
 
 
 def listing(source: str | Path) -> dict[str, int]:
-    """Map the interaction files to their sizes in bytes; empty for prepared data and for paths that cannot be read."""
+    """Map the interaction files to their sizes in bytes; an empty dict for prepared data and unreadable paths."""
     path = Path(source)
     if (path / META).is_file():  # prepared data
         return {}
@@ -207,7 +208,7 @@ def listing(source: str | Path) -> dict[str, int]:
 
 
 def refuse_other_files(before: Mapping[str, int], now: Mapping[str, int], whose: str) -> None:
-    """Check that the files match those of rank 0, or of the interrupted run.
+    """Check that the files match those of rank 0 or of the interrupted run.
 
     Args:
         before: the expected files, from `listing`.
@@ -215,7 +216,7 @@ def refuse_other_files(before: Mapping[str, int], now: Mapping[str, int], whose:
         whose: subject and verb for the messages, such as "the first rank has".
 
     Raises:
-        InputError: a shard is missing, has another size, or is new; the message names it.
+        InputError: a shard is missing, has a different size or is new; the message names the shard.
     """
     for file, size in before.items():
         if file not in now:
@@ -233,7 +234,7 @@ def refuse_other_files(before: Mapping[str, int], now: Mapping[str, int], whose:
 
 
 def _refuse_gaps(files: Sequence[Path]) -> None:
-    """Check that no shard is missing if the names contain the total, as in ``part-00003-of-00010.parquet``."""
+    """Check that no shard is missing, if the file names contain the total, as in ``part-00003-of-00010.parquet``."""
     numbered: dict[tuple[str, ...], dict[int, Path]] = {}
     for file in files:
         if found := _OF.fullmatch(file.name):
@@ -264,7 +265,7 @@ def _table(folder: Path, files: Sequence[Path], suffix: str, names: Sequence[str
 
 
 def cache_root() -> Path:
-    """Return the folder of prepared data and downloads: TWOTOWER_CACHE, or ~/.cache/twotower."""
+    """Return the folder for prepared data and downloads: TWOTOWER_CACHE or ~/.cache/twotower."""
     root = os.environ.get("TWOTOWER_CACHE")
     return Path(root).expanduser() if root else Path.home() / ".cache" / "twotower"
 

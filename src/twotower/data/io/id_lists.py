@@ -1,4 +1,4 @@
-"""Readers of lists of ids and tables of items in files provided by the user. Ids are read unchanged."""
+"""Readers of id lists and item tables in files provided by the user; ids are read unchanged."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from twotower.errors import InputError
 
 
 def read_ids(path: str | Path, side: str = "item") -> pl.Series:
-    """Read ids from a file: Parquet, CSV or TSV with an id column, or text with one id per line (any other suffix).
+    """Read ids from a file: Parquet, CSV or TSV with an id column, or, for all other suffixes, one id per line.
 
     Args:
         path: the file.
         side: "item" or "query".
 
     Returns:
-        Int64 if a Parquet file has integers, otherwise String; text stays exactly as written, for example "007".
+        Int64 if a Parquet file contains integers, otherwise String; text such as "007" is returned exactly as written.
 
     Raises:
-        InputError: not readable, or no id column.
+        InputError: the file is not readable, or has no id column.
     """
     file = Path(path)
     suffix = suffix_of(file)
@@ -51,7 +51,7 @@ def ids_like(ids: pl.Series, vocabulary: Vocabulary, where: str) -> pl.Series:
     """Convert ids to the id type of a vocabulary.
 
     Raises:
-        InputError: an id is text and the vocabulary has integers.
+        InputError: an id is text, but the vocabulary contains integers.
     """
     kind: Any = vocabulary.ids.dtype
     if ids.dtype == kind:
@@ -65,10 +65,10 @@ def ids_like(ids: pl.Series, vocabulary: Vocabulary, where: str) -> pl.Series:
 
 
 def read_items(path: str | Path) -> pl.DataFrame:
-    """Read a table of items. Ids stay as written; the types of other columns of a text file are inferred.
+    """Read an item table with ids as written; the types of all other columns of a text file are inferred.
 
     Raises:
-        InputError: not readable.
+        InputError: the file is not readable.
     """
     source = open_source(Path(path))
     frame = pl.concat(source.chunks(source.columns)).drop(ROW)

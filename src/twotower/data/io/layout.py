@@ -36,7 +36,7 @@ HASH_ROWS = 4_000_000
 
 
 class ColumnFile:
-    """A .npy file written by appending, whose length is known only at the end; also computes the sha256."""
+    """A .npy file of initially unknown length, written by appending; also computes the sha256 of the values."""
 
     def __init__(self, directory: Path, name: str) -> None:
         self.name, self.rows = name, 0
@@ -65,12 +65,12 @@ class ColumnFile:
         return self._hash.hexdigest()
 
     def abandon(self) -> None:
-        """Close without the final header, after an error."""
+        """Close the file after an error, without the final header."""
         self._stream.close()
 
 
 def digest(values: NDArray[Any] | None) -> str:
-    """Compute the sha256 of an array's values, piece by piece; an empty string for None."""
+    """Compute the sha256 of an array's values in pieces; an empty string for None."""
     if values is None:
         return ""
     total = hashlib.sha256()
@@ -100,10 +100,10 @@ def combined(digests: dict[str, str]) -> str:
 
 @contextmanager
 def appearing(target: Path, marker: str = META) -> Iterator[Path]:
-    """Write a data folder atomically: yield a temporary folder, renamed to `target` on success, removed on failure.
+    """Write a data folder atomically: yield a temporary folder, renamed to `target` on success and removed on failure.
 
     Args:
-        target: the folder; replaced if it exists and contains `marker`.
+        target: the folder to write; an existing folder is replaced if it contains `marker`.
         marker: a file that identifies a complete folder.
 
     Raises:
@@ -134,7 +134,7 @@ def appearing(target: Path, marker: str = META) -> Iterator[Path]:
 
 
 def write_meta(directory: Path, meta: dict[str, Any]) -> None:
-    """Write meta.json; must be the last file written."""
+    """Write meta.json, which must be the last file written."""
     (directory / META).write_text(json.dumps({"layout": LAYOUT_VERSION, **meta}, indent=1), encoding="utf-8")
 
 
@@ -162,7 +162,7 @@ def read_meta(directory: Path) -> dict[str, Any]:
 
 
 def open_column(directory: Path, name: str, rows: int) -> NDArray[Any]:
-    """Open a column memory-mapped, and check its size and type.
+    """Memory-map a column, and check its size and type.
 
     Raises:
         InputError: the file is missing or truncated, or does not match meta.json.

@@ -1,4 +1,4 @@
-"""Readers of the file formats: each source yields its rows in chunks, unchanged."""
+"""Readers of the file formats; each source yields its unchanged rows in chunks."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from twotower.data.schema.vocabulary import listed
 from twotower.errors import InputError
 
 LISTS = pl.List | pl.Array
-ROW = "__row"  # 1-based data row of the file, carried for messages
+ROW = "__row"  # 1-based number of the data row in the file, kept for messages
 CHUNK_ROWS = 8_000_000
 TEXT_CHUNK_ROWS = 2_000_000
 TAB_SUFFIXES = (".tsv", ".tab", ".inter", ".item", ".user")
 SUFFIXES = (".parquet", ".pq", ".csv", ".txt", ".dat", *TAB_SUFFIXES)
-#: Columns of a text file that have lists: of items, and of a value for each item.
+#: List columns of a text file: lists of items, and lists of one value per item.
 ITEM_LIST_NAMES = ("items", "itemids", "sequence", "itemsequence")
 BLANKS = r"\s+"
 VALUE_LIST_NAMES = ("timestamps", "times", "ratings", "weights")
@@ -43,18 +43,18 @@ _PARTITION = re.compile(r"([A-Za-z_]\w*)=(.+)")
 
 
 class EmptyFileError(InputError):
-    """A file without rows: an error if it is the only one, skipped if it is one of several."""
+    """A file without rows: skipped among several files, otherwise an error."""
 
 
 class FileSource(Protocol):
     """A file or data frame.
 
     Attributes:
-        name: its name in messages.
-        columns: its column names.
-        text: whether every value is text, whose type is inferred from the content.
-        lists: columns of lists, as far as they are known before reading.
-        notes: what the account reports of the file, by label (`account.NOTES`): counts, complete after reading.
+        name: name of the source in messages.
+        columns: the column names.
+        text: whether every value is text with a type to be inferred from the content.
+        lists: list columns, as far as known before reading.
+        notes: counts for the account, by label (`build.NOTES`); complete after reading.
     """
 
     name: str
@@ -74,16 +74,16 @@ def suffix_of(path: Path) -> str:
 
 
 def open_source(path: Path, *, interactions: bool = False) -> FileSource:
-    """Open the source for a file. The content decides between Parquet, gzip and text, the name only what text it is.
+    """Open the source for a file; the content determines Parquet, gzip or text, the name only the kind of text.
 
     Args:
         path: the file.
-        interactions: the file has interactions: folders of its path named ``column=value`` add columns, and text cells
-            with several items are lists.
+        interactions: whether the file contains interactions: then folders named ``column=value`` in the path add
+            columns, and text cells with several items are lists.
 
     Raises:
-        EmptyFileError: no rows.
-        InputError: the file is missing, damaged, of an unknown format, or has no usable header.
+        EmptyFileError: the file has no rows.
+        InputError: the file is missing or damaged, has an unknown format, or has no usable header.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a Parquet, CSV or TSV file, a folder, or a data set's name.")
@@ -122,7 +122,7 @@ def _is_table(lines: Sequence[str]) -> bool:
 
 
 class ParquetSource:
-    """A Parquet file, read in slices of the requested columns."""
+    """A Parquet file whose requested columns are read in slices."""
 
     text = False
 
@@ -152,7 +152,7 @@ class ParquetSource:
 
 
 class TextSource:
-    """A text table, compressed or not; the ``:type`` of typed headers is removed."""
+    """A text table, possibly compressed; the ``:type`` of typed headers is removed."""
 
     text = True
 
@@ -171,10 +171,10 @@ class TextSource:
             self.notes["no header"] = 1
 
     def chunks(self, wanted: Sequence[str]) -> Iterator[pl.DataFrame]:
-        """See `FileSource`. Parses every column, because only then does polars report rows with too many fields.
+        """Parse every column, because only then does polars report rows with too many fields; see `FileSource`.
 
         Raises:
-            InputError: cells of several words under a name such as "items", which may be one id or a list.
+            InputError: a column such as "items" has cells of several words, which may be one id or a list.
         """
         for name in wanted:
             if name in self._unclear:
@@ -255,7 +255,7 @@ class TextSource:
 
 
 def _named(columns: list[str], notes: dict[str, int], where: str) -> list[str]:
-    """Leave out the columns without a name, which have no role: pandas and Excel write them."""
+    """Omit columns without a name, which pandas and Excel write and which have no role."""
     if ROW in columns:
         raise InputError(f"{where}: the column name {ROW!r} is reserved; rename the column.")
     named = [name for name in columns if name]
@@ -265,11 +265,11 @@ def _named(columns: list[str], notes: dict[str, int], where: str) -> list[str]:
 
 
 def _list_columns(form: TextFormat, head: TextHead) -> tuple[dict[str, str], dict[str, str]]:
-    """Find the columns of a text table whose cells are lists of items, and what separates the items of a cell.
+    """Find the columns of a text table whose cells are lists of items, and the separators of the items.
 
     Returns:
-        A separator for each list column, for blanks a regular expression; and an example for each column of items
-        whose cells have several words, which may be one id or a list.
+        The separator of each list column (for blanks, a regular expression); and an example of each item column whose
+        cells have several words, which may be one id or a list.
     """
     if not any(plain_name(name) in ITEM_LIST_NAMES for name in form.columns):
         return {}, {}
@@ -297,7 +297,7 @@ def _list_columns(form: TextFormat, head: TextHead) -> tuple[dict[str, str], dic
 
 
 def _cell_separator(cells: Sequence[str]) -> str | None:
-    """Find what separates the items of the cells; None if no cell has several."""
+    """Find the separator of the items in the cells; return None if no cell has several items."""
     brackets = any(cell.startswith(("[", "(")) and cell.endswith(("]", ")")) for cell in cells)
     inner = [cell.strip("[]() ") for cell in cells]
     for separator in ("|", ";", ","):
@@ -311,7 +311,7 @@ def _cell_separator(cells: Sequence[str]) -> str | None:
 class SequenceSource:
     """A file of ``query item item ...`` lines, each optionally followed by a TAB and one gap in seconds per item.
 
-    The gaps have no origin, so they give only an order, which the line already has, and no timestamps.
+    The gaps have no origin, so they provide no timestamps, only the order that the line already has.
     """
 
     text = True
@@ -361,7 +361,7 @@ class SequenceSource:
         yield frame.select(ROW, *wanted)
 
     def _refuse_triples(self, frame: pl.DataFrame) -> None:
-        """Refuse a table of ``user item timestamp`` without a header, whose times and ratings would become items."""
+        """Reject a table of ``user item timestamp`` without a header, whose times and ratings would become items."""
         count = int(frame["tokens"].list.len().max() or 0)  # type: ignore[arg-type]
         same_width = bool((frame["tokens"].list.len() == count).all()) and not frame["gaps"].is_not_null().any()
         if len(frame) < 2 or not same_width or count not in (3, 4, 5):
@@ -382,7 +382,7 @@ class SequenceSource:
 
 
 class PartitionSource:
-    """A file in folders named ``column=value``, as Hive and Spark write them: each is a column with one value."""
+    """A file in folders named ``column=value``, as in Hive and Spark; each folder adds a column with the same value."""
 
     def __init__(self, source: FileSource, values: Mapping[str, str]) -> None:
         self._source = source
@@ -429,7 +429,7 @@ def as_polars(frame: Any, name: str) -> pl.DataFrame:
     """Convert to a polars DataFrame.
 
     Raises:
-        InputError: not a data frame, duplicate columns, or a column of mixed types.
+        InputError: the value is not a data frame, a column name is repeated, or a column has mixed types.
     """
     try:
         if isinstance(frame, pl.DataFrame):

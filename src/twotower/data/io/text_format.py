@@ -1,7 +1,7 @@
-"""Formats of text tables: compression, encoding, line ends, separator, header and quotation marks, found from a file.
+"""Detection of text formats: compression, encoding, line ends, separator, header and quotation marks.
 
 polars reads UTF-8 text with one-character separators, line feeds, one header line and quotation marks as in RFC 4180.
-A file in any other format is rewritten to a temporary copy; if it can be read in two ways, it is rejected with the row.
+A file in a different format is rewritten to a temporary copy; an ambiguous file is rejected with the row number.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from twotower.system.filesystem import is_full_disk
 
 HEAD_BYTES = 1 << 18
 BLOCK_BYTES = 1 << 24
-#: Longest record, in characters, of a file that is rewritten; a longer one has a quotation mark that is never closed.
+#: Longest record of a rewritten file, in characters; a longer record has an unclosed quotation mark.
 LONGEST_RECORD = 1 << 24
 SAMPLE_LINES = 200
 SEPARATORS = (",", "\t", ";", "|", "\x01", "::", " ")
-#: Separator of a rewritten file whose own separator has two characters.
+#: Separator of a rewritten file if the original separator has two characters.
 UNIT = "\x1f"
 QUOTE = '"'
 _LINE_END = re.compile(r"\r\n|\n|\r")
@@ -50,12 +50,12 @@ def magic(path: Path) -> bytes:
 
 
 def is_gzip(path: Path) -> bool:
-    """Return whether the content is gzip, whatever the name."""
+    """Return whether the content is gzip, regardless of the file name."""
     return magic(path).startswith(b"\x1f\x8b")
 
 
 def open_bytes(path: Path) -> IO[bytes]:
-    """Open a file for reading, decompressed if its content is gzip."""
+    """Open a file for reading, and decompress gzip content."""
     return gzip.open(path, "rb") if is_gzip(path) else path.open("rb")  # type: ignore[return-value]
 
 
@@ -65,7 +65,7 @@ class TextHead:
 
     Attributes:
         encoding: name of the codec; "utf-8-sig" for UTF-8 with or without a byte order mark.
-        text: decoded characters.
+        text: the decoded characters.
         complete: whether `text` is the whole file.
     """
 
@@ -75,12 +75,12 @@ class TextHead:
 
     @property
     def cr(self) -> bool:
-        """Whether lines end in a carriage return alone."""
+        """Whether lines end with a carriage return only."""
         return "\n" not in self.text and "\r" in self.text.rstrip("\r")
 
     @property
     def lines(self) -> list[str]:
-        """The first lines, without line ends; a last line that may be cut off is left out."""
+        """The first lines, without line ends and without a possibly incomplete last line."""
         lines = _LINE_END.split(self.text)
         if len(lines) > 1 and (not self.complete or not lines[-1]):
             lines.pop()
@@ -88,10 +88,10 @@ class TextHead:
 
 
 def read_head(path: Path) -> TextHead:
-    """Read the beginning of a text file and find its encoding.
+    """Read the beginning of a text file and detect the encoding.
 
     Raises:
-        InputError: empty, an archive, a damaged gzip file, or not text.
+        InputError: the file is empty, an archive, a damaged gzip file, or not text.
     """
     start = magic(path)
     for mark, what in _ARCHIVES.items():
@@ -133,17 +133,17 @@ def _encoding(raw: bytes, *, latin: bool) -> str:
 
 @dataclass(frozen=True)
 class TextFormat:
-    """How a text table is written.
+    """The format of a text table.
 
     Attributes:
-        encoding: codec.
-        separator: between fields, one or two characters.
-        quote: the quotation mark; None if the file does not quote.
+        encoding: name of the codec.
+        separator: the one or two characters between fields.
+        quote: the quotation mark; None if the file has no quoted fields.
         columns: names of the columns; "" for a column without a name.
         first: number of lines before the header, such as ``sep=;``.
         has_header: whether the file has a header.
-        transcoded: whether polars needs a copy, because of the encoding, the line ends, the separator or the header.
-        requoted: whether polars needs a copy with other quotation marks, even if they are valid.
+        transcoded: whether polars needs a copy because of the encoding, line ends, separator or header.
+        requoted: whether polars needs a copy with different quotation marks, even if the original ones are valid.
     """
 
     encoding: str
@@ -156,7 +156,7 @@ class TextFormat:
     requoted: bool = False
 
 
-#: Columns of files without a header in the format of MovieLens, by the first word of the name and the number of fields.
+#: Columns of MovieLens files without a header, by the first word of the file name and the number of fields.
 HEADLESS = {
     ("movies", 3): ("movie_id", "title", "genres"),
     ("items", 3): ("item_id", "title", "genres"),
@@ -165,15 +165,15 @@ HEADLESS = {
 
 
 def text_format(path: Path, head: TextHead, *, tabs: bool) -> TextFormat:
-    """Find the format of a text table.
+    """Detect the format of a text table.
 
     Args:
         path: the file.
-        head: its beginning.
-        tabs: whether the file name promises tabs.
+        head: the beginning of the file.
+        tabs: whether the file name implies tabs.
 
     Raises:
-        InputError: a column name occurs twice, or a file without a header.
+        InputError: a column name occurs twice, or there is no header.
     """
     lines, first, declared = head.lines, 0, None
     if found := re.fullmatch(r'"?sep=(.)"?', lines[0].strip("\r\n ")):  # written by Excel
@@ -181,7 +181,7 @@ def text_format(path: Path, head: TextHead, *, tabs: bool) -> TextFormat:
         if not lines:
             raise InputError(f"{path}: the file has a header but no rows.")
     separator = declared or find_separator(lines, prefer="\t" if tabs else None)
-    # Files with typed headers never quote, and in them a title may begin with a quotation mark.
+    # Files with typed headers never quote fields, and a title in such a file may begin with a quotation mark.
     quote = None if (separator == "\t" and tabs and ":" in lines[0]) or separator == "::" else QUOTE
     names = lines[0].split(separator)
     spread = False
@@ -226,7 +226,7 @@ def refuse_repeated(path: Path, names: Sequence[str]) -> None:
     """Check that no column name occurs twice.
 
     Raises:
-        InputError: a repeated name.
+        InputError: a name is repeated.
     """
     for name in names:
         if name and list(names).count(name) > 1:
@@ -238,11 +238,11 @@ def find_separator(lines: Sequence[str], prefer: str | None = None) -> str:
 
     Args:
         lines: the first lines of the file, the header first.
-        prefer: the separator that the name of the file promises.
+        prefer: the separator implied by the file name.
 
     Returns:
-        `prefer` if it is in the header; else, of the separators that split all lines into equally many fields, the one
-        with the most fields; else the one that splits most lines like the header.
+        `prefer` if the header contains it. Otherwise, among separators that split all lines into the same number of
+        fields, the separator with the most fields; failing that, the one that splits most lines like the header.
     """
     if prefer is not None and prefer in lines[0]:
         return prefer
@@ -268,9 +268,9 @@ class LineCounts:
     """Line ends and quotation marks of a file.
 
     Attributes:
-        outside: lines outside quotation marks, with the header.
-        inside: line feeds inside quotation marks.
-        valid: whether all quotation marks are as in RFC 4180.
+        outside: number of lines outside quotation marks, including the header.
+        inside: number of line feeds inside quotation marks.
+        valid: whether all quotation marks conform to RFC 4180.
     """
 
     outside: int = 0
@@ -279,10 +279,10 @@ class LineCounts:
 
 
 def count_lines(path: Path, separator: str, *, quoted: bool) -> LineCounts:
-    """Count the lines of a file, and check its quotation marks.
+    """Count the lines of a file and check the quotation marks.
 
-    In RFC 4180 every odd quotation mark follows a separator, a line end, or another mark that it escapes, and every
-    even one is followed by one of these.
+    In RFC 4180 every odd quotation mark follows a separator, a line end, or a second mark that it escapes, and every
+    even quotation mark precedes one of these.
     """
     found, parity, left, last = LineCounts(), 0, b"\n", b"\n"
     allowed = np.zeros(256, dtype=np.bool_)
@@ -322,18 +322,18 @@ class StrayQuoteError(Exception):
 def records(blocks: Iterator[str], separator: str, *, backslash: bool) -> Iterator[tuple[list[str], list[bool]]]:
     """Split text into records of fields.
 
-    A field in quotation marks may have blanks around them. A mark inside other fields is text.
+    Blanks around the quotation marks of a field are allowed. Inside an unquoted field, a quotation mark is text.
 
     Args:
         blocks: the text in pieces of any length, with line feeds as line ends.
-        separator: between fields.
-        backslash: whether a backslash inside quotation marks escapes the character after it, as Spark and MySQL write.
+        separator: the separator between fields.
+        backslash: whether a backslash inside quotation marks escapes the next character, as in Spark and MySQL.
 
     Yields:
-        The fields, and for each whether it was in quotation marks.
+        The fields, and whether each field was in quotation marks.
 
     Raises:
-        StrayQuoteError: a field begins with a quotation mark whose partner is not at the end of the field.
+        StrayQuoteError: a field begins with a quotation mark, but the closing mark is not at the end of the field.
     """
     end = rf"(?={re.escape(separator)}|\n|\Z)"
     blank = "" if separator == " " else " *"
@@ -403,7 +403,7 @@ def text_blocks(path: Path, encoding: str) -> Iterator[str]:
 
 
 def transcode(path: Path, form: TextFormat, target: Path) -> None:
-    """Write a copy in UTF-8 with line feeds, a separator of one character, and a header line first."""
+    """Write a copy in UTF-8 with line feeds, a single-character separator, and a header in the first line."""
     blocks = _after_lines(text_blocks(path, form.encoding), form.first)
     with target.open("w", encoding="utf-8", newline="") as out:
         if not form.has_header:
@@ -413,10 +413,10 @@ def transcode(path: Path, form: TextFormat, target: Path) -> None:
 
 
 def requote(path: Path, form: TextFormat, target: Path, *, backslash: bool) -> None:
-    """Write a copy of a UTF-8 file with quotation marks as in RFC 4180; for `backslash` see `records`.
+    """Write a copy of a UTF-8 file with quotation marks as in RFC 4180; see `records` for `backslash`.
 
     Raises:
-        StrayQuoteError: the quotation marks cannot be read in this way; with the number of the row in front.
+        StrayQuoteError: the quotation marks cannot be read in this way; the message begins with the row number.
     """
     special = re.compile(f'["\n{re.escape(form.separator)}]')
     found = records(text_blocks(path, "utf-8-sig"), form.separator, backslash=backslash)
@@ -444,7 +444,7 @@ def requote(path: Path, form: TextFormat, target: Path, *, backslash: bool) -> N
 
 
 def _after_lines(blocks: Iterator[str], count: int) -> Iterator[str]:
-    """Leave out the first lines."""
+    """Skip the first lines."""
     for block in blocks:
         text = block
         while count and "\n" in text:
@@ -454,7 +454,7 @@ def _after_lines(blocks: Iterator[str], count: int) -> Iterator[str]:
 
 
 def _whole_lines(blocks: Iterator[str]) -> Iterator[str]:
-    """Cut the blocks at line ends, so that no separator is cut."""
+    """Cut the blocks at line ends, so that no separator is split."""
     held = ""
     for block in blocks:
         text = held + block
@@ -470,9 +470,9 @@ class PlainFile:
 
     Attributes:
         path: the file.
-        separator: one character.
+        separator: a single character.
         quote: the quotation mark, or None.
-        lines: its lines.
+        lines: the line counts of the file.
     """
 
     path: Path
@@ -482,10 +482,10 @@ class PlainFile:
 
 
 def plain_file(path: Path, form: TextFormat, folder: Path) -> PlainFile:
-    """Return a file that polars reads as the rows of `path`: itself, or a copy in `folder`.
+    """Return a file from which polars reads the rows of `path`: either `path` or a copy in `folder`.
 
     Raises:
-        InputError: the quotation marks cannot be read; with the row.
+        InputError: the quotation marks cannot be read; the message names the row.
     """
     try:
         plain = path

@@ -1,4 +1,4 @@
-"""Timestamps: the unit of numbers, dates in text, and what the account reports of times that are probably wrong."""
+"""Timestamps: units of numbers, dates in text, and the account's lines on times that are probably wrong."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ DATE_FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d")
 MICROSECONDS = {"seconds": 1_000_000, "milliseconds": 1_000, "microseconds": 1}
 SECOND, YEAR = 1_000_000, 365 * 86_400 * 1_000_000
 
-#: Smallest absolute value of each unit, for times since 1973; smaller numbers, near 1970, fit every unit.
+#: Smallest absolute value of each unit for times since 1973; smaller numbers, near 1970, fit every unit.
 _BANDS = {"near 1970": 0.0, "seconds": 1e8, "milliseconds": 1e11, "microseconds": 1e14, "nanoseconds": 1e17}
-#: The year 9999 in seconds, which means "never"; as milliseconds it would be 1978.
+#: The year 9999 in seconds, which means "never"; the same numbers in milliseconds would be in 1978.
 _NEVER = (253_370_764_800, 253_402_300_800)
-#: Two units are mixed, not one range that crosses a limit above, if this factor lies between their values.
+#: Values on both sides of a limit above have two different units if they are separated by at least this factor.
 _GAP = 30.0
-#: Digits of dates written as one number: 20240131, with the hour, the minute or the second.
+#: Number of digits of dates written as one number: 20240131, or with hour, minute or second added.
 _DIGITS = (8, 10, 12, 14)
 _SAMPLE = 1_000_000
 _FAR_YEARS = 20
 
 
 def never(values: NDArray[Any]) -> NDArray[np.int64]:
-    """Return microseconds of values in the year 9999, in whichever unit they are, and 0 for all others."""
+    """Convert values in the year 9999, in any unit, to microseconds; return 0 for all other values."""
     found = np.zeros(len(values), dtype=np.int64)
     if not len(values) or float(values.max()) < _NEVER[0]:
         return found
@@ -44,7 +44,7 @@ def never(values: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def _compact(values: NDArray[np.int64], digits: int) -> tuple[NDArray[np.int64], bool]:
-    """Read numbers such as 20240131 as microseconds; also return whether all are dates."""
+    """Convert numbers such as 20240131 to microseconds; also return whether all numbers are dates."""
     rest = np.asarray(values, dtype=np.int64)
     parts: list[NDArray[np.int64]] = []
     for _ in range((digits - 4) // 2):
@@ -66,7 +66,7 @@ def _compact(values: NDArray[np.int64], digits: int) -> tuple[NDArray[np.int64],
 
 
 def _digits_of(values: NDArray[Any]) -> int:
-    """Return 8, 10, 12 or 14 if all values are dates written with this number of digits, else 0."""
+    """Return 8, 10, 12 or 14 if all values are dates written with this number of digits; otherwise 0."""
     if not len(values) or values.dtype.kind != "i":
         return 0
     low, high = int(values.min()), int(values.max())
@@ -79,11 +79,11 @@ def _digits_of(values: NDArray[Any]) -> int:
 
 @dataclass
 class TimeUnits:
-    """The sizes of numeric timestamps, from which their unit is inferred when all have been read.
+    """The magnitudes of numeric timestamps, from which the unit is inferred after reading.
 
     Attributes:
-        bands: for each unit that values may have: their number, smallest and largest absolute value.
-        digits: the results of `_digits_of` for the chunks so far.
+        bands: count, smallest and largest absolute value of the values in the range of each unit.
+        digits: the results of `_digits_of` for the chunks read so far.
     """
 
     bands: dict[str, tuple[int, float, float]] = field(default_factory=dict)
@@ -111,7 +111,7 @@ class TimeUnits:
         self.bands[name] = count + band[0], min(low, band[1]), max(high, band[2])
 
     def join(self, state: Mapping[str, Any]) -> None:
-        """Add the state of another object, from `to_dict`."""
+        """Add the state of a second object, as returned by `to_dict`."""
         self.digits |= set(state["digits"])
         for name, band in state["bands"].items():
             self._merge(name, tuple(band))
@@ -124,7 +124,7 @@ class TimeUnits:
         """Infer the unit: "seconds", "milliseconds", "microseconds", or "dates of N digits".
 
         Raises:
-            InputError: two units, or too large for microseconds.
+            InputError: the values have two units, or are too large for microseconds.
         """
         if len(self.digits) == 1 and (digits := next(iter(self.digits))):
             return f"dates of {digits} digits"
@@ -150,7 +150,7 @@ class TimeUnits:
 
 
 def to_microseconds(values: NDArray[Any], unit: str) -> NDArray[np.int64]:
-    """Convert numeric timestamps to microseconds since 1970; `unit` as from `TimeUnits.unit`."""
+    """Convert numeric timestamps to microseconds since 1970; `TimeUnits.unit` returns the `unit`."""
     if unit.startswith("dates of"):
         return _compact(values, int(unit.split()[2]))[0]
     scale = MICROSECONDS[unit]
@@ -168,7 +168,7 @@ def unit_of(values: NDArray[Any], where: str) -> str:
     """Infer the unit of numeric timestamps without nulls: "seconds", "milliseconds" or "microseconds".
 
     Raises:
-        InputError: two units, or too large for microseconds.
+        InputError: the values have two units, or are too large for microseconds.
     """
     units = TimeUnits()
     units.add(values.astype(np.float64))
@@ -176,10 +176,10 @@ def unit_of(values: NDArray[Any], where: str) -> str:
 
 
 def parse_dates(series: pl.Series) -> pl.Series:
-    """Parse dates in text, with or without a time zone, to Int64 microseconds; null where it is no date.
+    """Parse dates in text, with or without a time zone, to Int64 microseconds; null where the text is not a date.
 
     Accepted are ISO 8601 with ``-``, ``/`` or ``.`` between year, month and day (in this order), ``T`` or a blank
-    before the time, and an offset, ``Z``, ``UTC`` or ``GMT`` after it.
+    before the time, and an offset, ``Z``, ``UTC`` or ``GMT`` after the time.
     """
     text = series.str.strip_chars()
     spaced = text.str.replace(r"(\d)T(\d)", "${1} ${2}")
@@ -205,7 +205,7 @@ def _parse_plain(spaced: pl.Series) -> pl.Series:
 
 
 def utc(microseconds: int) -> str:
-    """Format a time in UTC; also outside the years that `datetime` has."""
+    """Format a time in UTC, even if `datetime` does not support the year."""
     try:
         return datetime.fromtimestamp(microseconds // SECOND, tz=UTC).strftime("%Y-%m-%d %H:%M:%S")
     except (ValueError, OverflowError, OSError):
@@ -213,12 +213,12 @@ def utc(microseconds: int) -> str:
 
 
 def report_times(times: NDArray[np.int64], unit: str | None, units: TimeUnits, column: str, account: Account) -> None:
-    """Add the first and the last time to the account, and lines for times that are probably wrong.
+    """Add lines to the account on the first and last times, and on times that are probably wrong.
 
     Args:
         times: int64 [n] microseconds.
-        unit: unit of the numbers; None if the column has dates.
-        units: sizes of the numbers.
+        unit: unit of the numbers; None if the column contains dates.
+        units: magnitudes of the numbers.
         column: name of the column.
         account: receives the lines.
     """
@@ -251,7 +251,7 @@ def report_times(times: NDArray[np.int64], unit: str | None, units: TimeUnits, c
 
 
 def _hint(unit: str | None, units: TimeUnits, column: str) -> str:
-    """Say what the numbers near zero may be instead of unix time."""
+    """Describe what the numbers near zero may be instead of unix time."""
     _, low, high = units.bands.get("near 1970", (0, 0.0, 0.0))
     if unit is None or unit.startswith("dates") or "near 1970" not in units.bands:
         return "placeholders for a missing time?"

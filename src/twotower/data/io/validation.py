@@ -1,4 +1,4 @@
-"""Validation of the rows of a source, and their conversion to one form."""
+"""Validation of the rows of a source, and conversion to a common form."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class CleanRows:
     Attributes:
         queries: ids, Int64 or String [n].
         items: ids, Int64 or String [n].
-        times: [n] microseconds if `calendar`, else the file's numbers, int64 or float64; None without the column.
+        times: [n], microseconds if `calendar`, otherwise the file's numbers, int64 or float64; None without a column.
         calendar: whether the times are dates.
         weights: float32 [n] or None.
         labels: float32 [n] or None.
         groups: ids [n] or None.
-        context: context columns, unchanged, n rows, or None.
-        empty_lists: number of rows of the file with an empty list of items.
-        unusable: why an optional column could not be read, by field.
+        context: the unchanged context columns, with n rows; or None.
+        empty_lists: number of file rows with an empty list of items.
+        unusable: by field, the reason why an optional column could not be read.
     """
 
     queries: pl.Series
@@ -58,12 +58,13 @@ def clean(
     Args:
         frame: the chunk.
         columns: the column of each role.
-        source: the file; counts of what was changed are added to its notes.
-        context: further columns to pass through.
-        optional: roles whose column is left out if it is unusable: "label", "group".
+        source: the file; counts of changed values are added to the notes of the source.
+        context: additional columns to pass through.
+        optional: roles whose column is omitted if unusable: "label", "group".
 
     Raises:
-        InputError: null ids, or unusable ids, timestamps, weights, labels or lists; with file, column and row.
+        InputError: an id is null, or an id, timestamp, weight, label or list is unusable; the message names file,
+            column and row.
     """
     assert columns.query is not None
     assert columns.item is not None
@@ -103,7 +104,7 @@ def clean(
 
 
 def is_list(frame: pl.DataFrame, column: str) -> bool:
-    """Return whether a column has lists."""
+    """Return whether a column contains lists."""
     return isinstance(frame.schema[column], LISTS)
 
 
@@ -155,7 +156,7 @@ def _ids(series: pl.Series, at: _Where, role: str) -> pl.Series:
 
 
 def _canonical_integers(text: pl.Series) -> pl.Series | None:
-    """Convert to Int64 if the integers are written as text again in the same way: "007" and "+7" stay text."""
+    """Convert to Int64 if every text is the canonical form of an integer; "007" and "+7" stay text."""
     numbers = text.cast(pl.Int64, strict=False)
     if not numbers.null_count() and bool((numbers.cast(pl.String) == text).all()):
         return numbers
@@ -188,7 +189,7 @@ def _weights(series: pl.Series, at: _Where) -> NDArray[np.float32]:
 
 
 def _times(series: pl.Series, at: _Where) -> tuple[bool, NDArray[Any]]:
-    """Return whether the times are dates, and int64 microseconds (dates) or the file's numbers."""
+    """Return whether the times are dates, and the times: int64 microseconds for dates, otherwise the file's numbers."""
     if series.null_count():
         raise at.error(
             series.name, _first(series.is_null()), "no timestamp; every row needs one, or leave the column out."
@@ -222,7 +223,7 @@ def _text_times(series: pl.Series, at: _Where) -> tuple[bool, NDArray[Any]]:
 
 
 def _integers(text: pl.Series) -> pl.Series | None:
-    """Convert text to Int64, ignoring blanks around the digits; None if a value is no integer."""
+    """Convert text to Int64, ignoring blanks around the digits; None if a value is not an integer."""
     for values in (text, text.str.strip_chars()):
         numbers = values.cast(pl.Int64, strict=False)
         if not numbers.null_count():
@@ -258,7 +259,7 @@ def _dates(series: pl.Series, at: _Where) -> NDArray[np.int64]:
 def _explode(
     frame: pl.DataFrame, columns: ColumnRoles, source: FileSource, context: Sequence[str]
 ) -> tuple[pl.DataFrame, int]:
-    """Expand lists to one row per item; the other list columns are expanded with them."""
+    """Expand lists to one row per item, and all other list columns in parallel."""
     assert columns.item is not None
     frame = frame.with_columns(
         pl.col(name).arr.to_list() for name in frame.columns if isinstance(frame.schema[name], pl.Array)

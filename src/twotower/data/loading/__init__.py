@@ -1,1 +1,1 @@
-"""Batches for training: order, histories, sequences and time gaps."""
+"""Training batches: row order, histories, sequences and time gaps."""

@@ -1,4 +1,4 @@
-"""Batches of training rows: an exact shuffle of all rows in each epoch, resumable in the middle of an epoch."""
+"""Batches of training rows: an exact shuffle of all rows in each epoch, which can resume in mid-epoch."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Asked:
     """The questions of a batch: several rows, one for each target, share one query (questions.py).
 
     Attributes:
-        queries: int64 [G], query code of each question.
+        queries: int64 [G], the query code of each question.
         of: int64 [B], ascending, the question of each row.
-        windows: how the questions were drawn.
+        windows: the draw of the questions.
     """
 
     queries: Tensor
@@ -40,7 +40,7 @@ class Asked:
     windows: Windows
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Asked:
-        """Move to a device."""
+        """Move the tensors to a device."""
         return Asked(
             self.queries.to(device, non_blocking=non_blocking),
             self.of.to(device, non_blocking=non_blocking),
@@ -56,19 +56,19 @@ class Batch:
         rows: int64 [B], row numbers in the training interactions.
         queries: int64 [B], query codes.
         items: int64 [B], codes of the positives.
-        history: int64 [B, L], the query's items before this row, newest last, padded with -1 on the left.
+        history: int64 [B, L], the query's items before each row, newest last, padded with -1 on the left.
         weights: float32 [B] or None.
-        mean_weight: mean weight of all rows that are trained on, by which the weights are divided in the loss.
+        mean_weight: the mean weight of all training rows; the loss divides the weights by it.
         groups: int64 [B] or None.
-        group: the group of all rows if batches are built within groups, else None.
-        total: rows of the batch over all ranks; this rank has the rows `Communicator.part(total)`. None if unknown.
-        sizes: rows of each rank, W numbers, if the parts differ from `Communicator.part`; else None.
+        group: the group of all rows if batches are built within groups; otherwise None.
+        total: number of rows of all ranks; this rank has the rows `Communicator.part(total)`. None if unknown.
+        sizes: number of rows of each of the W ranks, if it differs from `Communicator.part`; otherwise None.
         sequences: the packed sequences whose positions are the rows, if the batch consists of whole sequences
-            (sequences.py); `history` is then [B, 0]. Else None.
-        context: the encoded context of each row's request, one tensor with B rows per feature, or None.
+            (sequences.py); `history` is then [B, 0]. Otherwise None.
+        context: the encoded context of each row's request, one tensor of B rows per feature; or None.
         asked: the questions whose targets are the rows, if several rows share a query; `history` and `context` then
-            have one row per question. Else None.
-        epoch: the epoch that the batch is a part of; None for a batch made by itself.
+            have one row per question. Otherwise None.
+        epoch: the epoch to which the batch belongs; None for a single batch made outside an epoch.
     """
 
     rows: Tensor
@@ -91,7 +91,7 @@ class Batch:
 
     @property
     def windows(self) -> Windows | None:
-        """How the whole sequences or questions that the rows belong to were drawn; None for a draw of single rows."""
+        """The draw of the whole sequences or questions to which the rows belong; None if single rows were drawn."""
         if self.asked is not None:
             return self.asked.windows
         return None if self.sequences is None else self.sequences.windows
@@ -109,24 +109,24 @@ class Batch:
 
 
 class TrainingBatches(EpochPosition):
-    """All rows of the interactions once per epoch, in an order determined by seed and epoch.
+    """Batches of all interactions, once per epoch, in an order determined by seed and epoch.
 
-    Iterating yields the rest of the current epoch and then advances to the next one. The order is computed, not stored,
-    so 100 million rows need no permutation in memory, and it does not use the global random state. A background thread
-    prepares a few batches ahead; the state counts only the batches already yielded.
+    Iterating yields the rest of the current epoch, then advances to the next epoch. The order is computed, not stored,
+    so 100 million rows need no permutation in memory; the global random state is not used. A background thread
+    prepares a few batches ahead; the saved state counts only the batches already yielded.
 
     Args:
         interactions: the rows to train on.
         batch_size: B.
-        history_length: L, 0 for none.
+        history_length: L, 0 for no history.
         seed: 0 or more.
-        drop_last: leave out the last, smaller batch. With fewer rows than `batch_size` there is still one batch.
-        rows: int64 [n], the row numbers to train on, ascending; None: all.
-        ranks: this rank gets its part of every batch; `batch_size` is the total over all ranks.
-        context: encoded context of all rows of the interactions (`encode_context`), or None.
+        drop_last: omit the last, smaller batch. With fewer rows than `batch_size` there is still one batch.
+        rows: int64 [n], the row numbers to train on, ascending; None for all rows.
+        ranks: the processes; each gets its own part of every batch. `batch_size` is the total over all ranks.
+        context: the encoded context of all interactions (`encode_context`), or None.
 
     Raises:
-        InputError: no rows, all weights are 0, or a size or seed out of range.
+        InputError: there are no rows, all weights are 0, or a size or seed is out of range.
     """
 
     def __init__(
@@ -179,18 +179,18 @@ class TrainingBatches(EpochPosition):
             return replace(self.part(shuffle(np.arange(start, stop))), epoch=epoch)
 
         for batch in ahead(make, self.position, len(self)):
-            # Counts batches that were yielded, not those made ahead. Advanced before the yield, so that a state saved
-            # while a batch is in use already includes it.
+            # Counts the yielded batches, not the prepared ones. Advanced before the yield, so that a state saved
+            # while a batch is in use already includes that batch.
             self.position += 1
             yield batch
         self.epoch, self.position = self.epoch + 1, 0
 
     def part(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Batch:
-        """Make this rank's part of the batch with these row numbers."""
+        """Build this rank's part of the batch with these row numbers."""
         return replace(self.batch(rows[self.ranks.part(len(rows))]), total=len(rows))
 
     def batch(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Batch:
-        """Make the batch with these row numbers, int64 [B]."""
+        """Build the batch with these row numbers, int64 [B]."""
         data = self.interactions
         queries = np.searchsorted(data.offsets, rows, side="right") - 1
         history = gather_histories(data.offsets, data.item_codes, queries, rows, self.history_length)
@@ -207,7 +207,7 @@ class TrainingBatches(EpochPosition):
 
 
 def mean_weight(weights: NDArray[Any] | Tensor | None, rows: NDArray[np.int64] | None = None) -> float:
-    """Return the mean weight of the rows that are trained on, 1 without weights.
+    """Return the mean weight of the training rows; 1 if there are no weights.
 
     Raises:
         InputError: all weights are 0.
@@ -231,19 +231,19 @@ def context_rows(context: Encoded | None, rows: np.ndarray[Any, np.dtype[np.int6
 class GroupedBatches:
     """Batches whose rows all come from one group (market, kind of session), in an order determined by seed and epoch.
 
-    Each group yields as many full batches as it has rows for, a group with fewer rows than a batch one batch of all its
-    rows, and the batches of all groups are shuffled together. Such a batch is not a random draw from all rows, so the
-    objective needs the item frequency within the group. A row that is alone in its group is left out, with a warning:
-    no other row is a candidate for it.
+    Each group yields as many full batches as it has rows for; a group with fewer rows than a batch yields one batch of
+    all its rows. The batches of all groups are shuffled together. Such a batch is not a random draw from all rows, so
+    the objective needs the item frequency within the group. A row that is alone in its group has no candidates, so it
+    is omitted, with a warning.
 
     Args:
-        batches: provides seed, batch size and history length; its interactions must have groups.
+        batches: provide the seed, batch size and history length; their interactions must have groups.
 
     Attributes:
-        left_out: number of rows that are alone in their group.
+        left_out: number of omitted rows, which are alone in their group.
 
     Raises:
-        InputError: no group column, or every row is alone in its group.
+        InputError: there is no group column, or every row is alone in its group.
     """
 
     def __init__(self, batches: TrainingBatches) -> None:

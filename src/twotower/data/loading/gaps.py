@@ -1,4 +1,4 @@
-"""Time gaps between consecutive items, as a small number of codes."""
+"""Codes for the time gaps between consecutive items."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-#: Number of gap codes: 0 for no gap or an unknown one, 1 below 1 s, 2 below 3 s, ... 33 from 136 years on.
+#: Number of gap codes: 0 for an absent or unknown gap, 1 below 1 s, 2 below 3 s, ..., 33 for 136 years or more.
 GAP_CODES = 34
 
 
 def gap_codes(offsets: NDArray[np.integer[Any]], times: NDArray[np.integer[Any]]) -> NDArray[np.int8]:
-    """Compute the code of the gap before each of the compressed rows, int8 [n].
+    """Compute the code of the gap before each row, int8 [n].
 
         code = 1 + min(floor(log2(1 + seconds)), 32),   0 for the first row of each query
 
-    The codes are logarithmic because the order of magnitude of a gap matters: one more minute matters after ten seconds
-    but not after ten days (Li, Wang & McAuley 2020 use the intervals themselves, clipped). A negative gap counts as 0
-    seconds.
+    The codes are logarithmic because the order of magnitude of a gap matters: an additional minute matters after ten
+    seconds but not after ten days (Li, Wang & McAuley 2020 use the clipped intervals themselves). A negative gap counts
+    as 0 seconds.
 
     Args:
-        offsets: int64 [Q+1], rows of each query.
+        offsets: int64 [Q+1], the offsets of the rows of each query.
         times: int64 [n], microseconds, oldest first within a query.
     """
     times = np.asarray(times, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Histories of many queries at once: their newest items, and their known positives."""
+"""Histories and known positives of many queries at a time."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def gather_histories(
     """Gather the `length` items before a row of each query, newest last, padded on the left with -1.
 
     Args:
-        offsets: [Q+1], rows of query q are ``offsets[q]:offsets[q+1]``.
+        offsets: [Q+1]; the rows of query q are ``offsets[q]:offsets[q+1]``.
         item_codes: [n], oldest first within a query.
         rows_query: [B], query codes.
-        rows_end: [B], the row before which a history ends; the item of that row is not included.
+        rows_end: [B], one past the last row of each history.
         length: L, 0 or more.
 
     Returns:
@@ -41,7 +41,7 @@ def gather_histories(
     at = ends - length + np.arange(length)
     if not len(item_codes):
         return np.full(at.shape, PAD, dtype=np.int64)
-    # Positions before row 0 are clipped to it; like all positions before the query's first row they are then padded.
+    # Positions before row 0 are clipped to 0, then padded like all positions before the query's first row.
     history = np.asarray(item_codes).take(at, mode="clip").astype(np.int64)
     np.copyto(history, PAD, where=at < starts)
     return history
@@ -51,9 +51,9 @@ def ragged_histories(offsets: Integers, items: Integers, rows: Integers, length:
     """Gather the newest `length` items of compressed rows, newest last, padded on the left with -1; int64 [B, L].
 
     Args:
-        offsets: [E+1], such as `Holdout.history_offsets`.
-        items: the items of all rows, oldest first, such as `Holdout.history_items`.
-        rows: [B], the rows to gather.
+        offsets: [E+1], for example `Holdout.history_offsets`.
+        items: the items of all rows, oldest first, for example `Holdout.history_items`.
+        rows: [B], numbers of the compressed rows to gather.
         length: L.
     """
     rows = np.asarray(rows)
@@ -61,7 +61,7 @@ def ragged_histories(offsets: Integers, items: Integers, rows: Integers, length:
 
 
 def take_ranges(starts: Integers, ends: Integers) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Concatenate the ranges ``starts[i]:ends[i]``; return their numbers and the offsets of the ranges [E+1]."""
+    """Concatenate the ranges ``starts[i]:ends[i]``; return the numbers in them, and the offsets of the ranges [E+1]."""
     sizes = np.asarray(ends, dtype=np.int64) - np.asarray(starts, dtype=np.int64)
     offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])
     numbers = np.arange(offsets[-1], dtype=np.int64)
@@ -70,7 +70,7 @@ def take_ranges(starts: Integers, ends: Integers) -> tuple[NDArray[np.int64], ND
 
 
 class KnownPositives:
-    """All training items of each query, as (row, item) pairs for a batch, without a loop over rows.
+    """Lookup of all training items of the queries in a batch, as (row, item) pairs, without a loop over rows.
 
     Args:
         interactions: the training interactions.

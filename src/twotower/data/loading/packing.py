@@ -1,4 +1,4 @@
-"""Packing of sequences of different lengths: groups of similar length, to keep the padding small."""
+"""Packing of sequences into groups of similar length, to keep the padding small."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-#: The start token of a sequence, also used for padding; no item has this code.
+#: Code of the start token of a sequence and of padding; no item has this code.
 START = -1
-#: Cost of one more group in an encoder, in tokens: the launch of a few dozen more operations.
+#: Cost of an additional group in an encoder, in tokens: the launch of a few dozen operations.
 GROUP_COST = 256
 
 
@@ -21,19 +21,20 @@ class Holding(Protocol):
     """The number of windows of an epoch that contain each item."""
 
     def of(self, items: Tensor) -> Tensor:
-        """Return the number of windows that contain each of these items, float64, the shape of `items`."""
+        """Return the number of windows that contain each of these items, float64, same shape as `items`."""
         ...
 
 
 @dataclass(frozen=True)
 class Windows:
-    """How the windows (or questions) of a training batch were drawn: uniformly, without replacement.
+    """The draw of the windows (or questions) of a training batch: uniform, without replacement.
 
     Attributes:
         drawn: S, number of windows in the batch.
-        total: W, number of windows in total.
-        rows: number of rows of all windows together; its expectation if windows are drawn at random.
-        holding: how many windows contain each item; None if none contains an item twice, so that rows are counted.
+        total: W, number of all windows.
+        rows: number of rows of all windows, or its expectation if the windows themselves are random.
+        holding: number of windows that contain each item; None if no window contains an item twice, so that counting
+            rows is enough.
     """
 
     drawn: int
@@ -44,19 +45,20 @@ class Windows:
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """Sequences in groups of similar length, each group a rectangle padded on the right.
+    """Sequences in groups of similar length; each group is a rectangle padded on the right.
 
-    A causal encoder attends only to the left, so padding on the right does not change the outputs before it.
+    A causal encoder attends only to the left, so padding on the right does not change the outputs of a sequence.
 
     Attributes:
-        tokens: int64 [P], the input items of all groups concatenated, row by row; -1 for the start of a sequence and
+        tokens: int64 [P], the input items of all groups, concatenated row by row; -1 for the start of a sequence and
             for padding.
-        positions: int64 [P], position of each token within its sequence, 0 for the start.
+        positions: int64 [P], the position of each token in its sequence, 0 for the start.
         shapes: (sequences, longest) of each group; their products sum to P.
-        rows: int64 [B], the tokens whose outputs are needed, ascending; in training all tokens except padding.
-        windows: how the sequences were drawn; None if this is not a training batch.
+        rows: int64 [B], ascending positions of the tokens whose outputs are needed; in training, all tokens except
+            padding.
+        windows: the draw of the sequences; None if this is not a training batch.
         gaps: int64 [P], code of the time since the previous item (gaps.py), 0 if the sequence has no previous item;
-            None if times are not read.
+            None if times are not used.
     """
 
     tokens: Tensor
@@ -67,7 +69,7 @@ class Packed:
     gaps: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Packed:
-        """Move to a device."""
+        """Move the tensors to a device."""
         return replace(
             self,
             tokens=self.tokens.to(device, non_blocking=non_blocking),
@@ -77,7 +79,7 @@ class Packed:
         )
 
     def parts(self, tokens: int) -> list[Packed]:
-        """Split into packs of at most this many tokens, or of one sequence; the outputs stay in the same order."""
+        """Split into packs of at most this many tokens, or of one longer sequence; the output order is unchanged."""
         found, start = [], 0
         for sequences, longest in self.shapes:
             each = max(tokens // longest, 1)
@@ -101,15 +103,15 @@ class Packed:
 def length_groups(lengths: NDArray[np.integer[Any]], *, cost: int = GROUP_COST) -> list[NDArray[np.int64]]:
     """Group sequences of similar length so that the tokens, including padding, plus `cost` per group are minimal.
 
-    Dynamic programming over the distinct lengths: the best grouping of the i shortest lengths ends with one group of
-    lengths j..i, padded to the longest.
+    Uses dynamic programming over the distinct lengths: the best grouping of the i shortest lengths ends with a group of
+    the lengths j..i, padded to the longest.
 
     Args:
-        lengths: [S], above 0.
-        cost: cost of one more group, in tokens.
+        lengths: [S], each above 0.
+        cost: cost of an additional group, in tokens.
 
     Returns:
-        Sequence numbers of each group, shortest group first; within a group in input order.
+        The sequence numbers of each group, shortest sequences first; input order within a group.
 
     Example:
         >>> import numpy as np
@@ -141,23 +143,23 @@ def pack(
     gaps: NDArray[np.integer[Any]] | None = None,
     groups: list[NDArray[np.int64]] | None = None,
 ) -> tuple[Packed, NDArray[np.int64], NDArray[np.int64]]:
-    """Pack the sequences item_codes[starts : starts + lengths], each with the start token in front.
+    """Pack the sequences item_codes[starts : starts + lengths], each preceded by the start token.
 
-    Token t of a sequence is the item before position t, so its output may predict item t: it has seen only items
-    0..t-1.
+    Token t of a sequence is the item before position t. Its output depends only on items 0..t-1, so it may predict
+    item t.
 
     Args:
-        starts: [S], first position of each sequence in `item_codes`.
-        lengths: [S], tokens of each, at least 1; the tokens are the start and the first `length - 1` items.
-        item_codes: the item codes that the sequences are slices of.
+        starts: [S], the first position of each sequence in `item_codes`.
+        lengths: [S], number of tokens of each sequence, at least 1: the start token and the first `length - 1` items.
+        item_codes: the item codes of which the sequences are slices.
         last_only: request only the output of each sequence's last token, instead of every token's.
-        gaps: code of the gap before each item, parallel to `item_codes`. The gap of a sequence's first item is ignored,
-            because the item before it is not in the sequence.
-        groups: numbers of the sequences that are padded together; None: use `length_groups`.
+        gaps: code of the gap before each item, parallel to `item_codes`. The gap before a sequence's first item is
+            ignored, because the previous item is not in the sequence.
+        groups: for each group, the numbers of its sequences; None to use `length_groups`.
 
     Returns:
-        The packed sequences; the sequence numbers in packing order, int64 [S]; and for each output the position in
-        `item_codes` that follows its token, int64 [B].
+        The packed sequences; the sequence numbers in packing order, int64 [S]; and, for each output, the position of
+        the next item in `item_codes`, int64 [B].
     """
     groups = length_groups(lengths) if groups is None else groups
     nothing = np.empty(0, dtype=np.int64)
@@ -196,10 +198,10 @@ def pack(
 def pack_histories(history: Tensor, gaps: Tensor | None = None) -> tuple[Packed, Tensor]:
     """Pack a rectangle of histories, int64 [B, L], padded with -1 on the left; request the output after the last item.
 
-    `gaps` int64 [B, L]: code of the gap before each item.
+    `gaps`, int64 [B, L], contains the code of the gap before each item.
 
     Returns:
-        The packed histories, and for each row of `history` its position among the outputs, int64 [B].
+        The packed histories, and the output position of each row of `history`, int64 [B].
     """
     codes = history.cpu().numpy()
     counts = (codes >= 0).sum(1)
@@ -213,5 +215,5 @@ def pack_histories(history: Tensor, gaps: Tensor | None = None) -> tuple[Packed,
 
 
 def token_counts(shapes: Sequence[tuple[int, int]]) -> list[int]:
-    """Count the tokens of each group, padding included."""
+    """Count the tokens of each group, including padding."""
     return [sequences * longest for sequences, longest in shapes]

@@ -1,7 +1,7 @@
-"""Batches of questions: a query as it is known at a cut, and all of its items that come after, as the evaluation asks.
+"""Batches of questions: the history of a query before a cut, and all of its items after the cut, as in evaluation.
 
-A training row (everything before row i, row i) asks for the next item. An evaluation asks for any item of a span of
-time after a cut, or, where rows have no order, for items that were left out at random. These batches ask that.
+A training row predicts the next item, row i, from everything before it. An evaluation predicts any item in a span of
+time after a cut, or, for rows without an order, items left out at random. These batches train for the same task.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
 from twotower.hashing import mix64
 
-#: Steps that an epoch has at least, if there are that many questions.
+#: Minimum number of steps in an epoch, if there are that many questions.
 STEPS = 50
-#: Questions whose rows give the mean weight: its error is below 1 %.
+#: Number of questions whose rows are used to estimate the mean weight, with an error below 1 %.
 SAMPLE = 10_000
-#: Rows whose expected counts are computed at a time.
+#: Number of rows whose expected counts are computed at a time.
 BLOCK = 1_000_000
 
 Rows = NDArray[np.int64]
@@ -36,17 +36,17 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class QuestionRule:
-    """How questions are made from a query's rows.
+    """The rule that builds questions from a query's rows.
 
     Attributes:
-        kind: horizon: the history is everything before a cut, the targets are the rows within `horizon` from the cut
-            on. set: a random part of the rows is the history, the others are the targets.
-        horizon: length H of the span after the cut in microseconds, for horizon.
-        share: probability that a row is a target, for set.
-        weight: a; a question with m targets has weight m^a in the loss, each target m^(a-1). 1 weighs targets alike, 0
-            questions alike.
-        new_only: only the first occurrence of an item in a query's rows can be a target: later ones are excluded from
-            the ranking, because the item is in the history. For set, repeats are left out of the history too.
+        kind: "horizon": the history is everything before a cut, and the targets are the rows in a span that starts at
+            the cut. "set": a random part of the rows is the history, and the other rows are the targets.
+        horizon: length H of the span in microseconds, for "horizon".
+        share: probability that a row is a target, for "set".
+        weight: a; a question with m targets has weight m^a in the loss, and each target m^(a-1). With 1 all targets
+            have equal weight, with 0 all questions.
+        new_only: only the first occurrence of an item in a query's rows can be a target: repeats are excluded from the
+            ranking, because the item is in the history. For "set", repeats are omitted from the history too.
     """
 
     kind: Literal["horizon", "set"]
@@ -59,31 +59,31 @@ class QuestionRule:
 class QuestionBatches(EpochPosition):
     """One question of every query per epoch, drawn again in each epoch; several targets share one query embedding.
 
-    horizon: one of the rows that can be targets and are later than the query's first timestamp is drawn, and the cut is
-    at its timestamp. The history is all rows before the cut; targets are the rows within [cut, cut + H). Rows of one
-    timestamp are never divided.
+    horizon: one row is drawn from the possible targets later than the query's first timestamp, and the cut is at its
+    timestamp. The history is all rows before the cut; the targets are the rows within [cut, cut + H). Rows with the
+    same timestamp are never separated.
 
-    set: each row is a target with probability `share`, independently; if this leaves no target, a random row becomes
-    one, and if it leaves no history, a random row stays in it.
+    set: each row is independently a target with probability `share`. If there is then no target, a random row becomes
+    one; if there is no history, a random row becomes the history.
 
-    Every batch has the same number of questions, drawn without replacement, so in-batch candidates from another
-    question have a known expected count (`item_counts`, `Batch.windows`), like those of whole sequences; the items of a
+    Every batch has the same number of questions, drawn without replacement, so in-batch candidates from a different
+    question have a known expected count (`item_counts`, `Batch.windows`), as with whole sequences; the items of a
     row's own query must be masked. The number of rows varies.
 
     Args:
         interactions: the training interactions.
-        batch_size: B, average number of rows in a batch; fewer if an epoch would have fewer than 50 batches.
-        rule: how questions are made.
-        history_length: L, 0 for none.
+        batch_size: B, average number of rows in a batch; reduced if an epoch would have fewer than 50 batches.
+        rule: the rule that builds the questions.
+        history_length: L, 0 for no history.
         seed: 0 or more.
-        rows: row numbers that may be targets, ascending; None for all. The others are only in histories.
-        ranks: this rank gets whole questions with about as many rows as the other ranks; `batch_size` is the total.
-        context: encoded context of all rows of the interactions (`encode_context`), or None. A question has the context
-            of its first target.
+        rows: ascending numbers of the rows that may be targets; None for all rows. Other rows occur only in histories.
+        ranks: the processes; each gets whole questions, with about equal numbers of rows. `batch_size` is the total.
+        context: the encoded context of all interactions (`encode_context`), or None. A question has the context of its
+            first target.
 
     Raises:
-        InputError: no timestamps for horizon, no query from which a question can be made, all weights are 0, or a
-            setting out of range.
+        InputError: horizon has no timestamps, no query can form a question, all weights are 0, or a setting is out of
+            range.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class QuestionBatches(EpochPosition):
             can &= np.asarray(times) > opening
         self._targets = np.flatnonzero(can)
         offsets = np.asarray(interactions.offsets)
-        #: Targets of each query, and for set all of its rows, as runs of `_targets` and `_pool`.
+        #: The targets of each query and, for set, all of its rows, as runs of `_targets` and `_pool`.
         self._runs = np.searchsorted(self._targets, offsets)
         self._pools = np.searchsorted(self._pool, offsets) if rule.kind == "set" else offsets
         some = np.diff(self._runs) > 0
@@ -152,17 +152,17 @@ class QuestionBatches(EpochPosition):
         self.epoch, self.position = 0, 0
         self.mean_weight = 1.0
         found = self.batch_of_all(SAMPLE).weights
-        # Of rows that nearly all weigh 0 a sample may contain no other.
+        # If nearly all rows have weight 0, a sample may contain only such rows.
         self.mean_weight = mean_weight(found if found is not None and bool(found.any()) else interactions.weights)
 
     def __len__(self) -> int:
-        """Return the number of batches in an epoch; the last questions, if they fill no batch, are left out."""
+        """Return the number of batches in an epoch; remaining questions that do not fill a batch are omitted."""
         return len(self.queries) // self.questions_per_batch
 
     def item_counts(self) -> NDArray[np.float64]:
-        """Return the expected number of an epoch's questions, over all queries, that have each item as a target, [N].
+        """Return the expected number of questions in an epoch that have each item as a target, [N].
 
-        Rows, not questions, if an item can be a target of a question twice (`new_only` is not set).
+        Counts rows, not questions, if an item can be a target of a question twice (without `new_only`).
         """
         return self._counts
 
@@ -187,9 +187,9 @@ class QuestionBatches(EpochPosition):
         self.epoch, self.position = self.epoch + 1, 0
 
     def batch(self, numbers: Rows, epoch: int = 0) -> Batch:
-        """Make this rank's part of the batch with these questions, places in `queries`, int64 [S].
+        """Build this rank's part of the batch with these questions, given as positions in `queries`, int64 [S].
 
-        The rows of all ranks, concatenated, are the rows of a single process.
+        The concatenated rows of all ranks are the rows that a single process would have.
         """
         data = self.interactions
         queries = self.queries[numbers]
@@ -224,7 +224,7 @@ class QuestionBatches(EpochPosition):
         )
 
     def batch_of_all(self, count: int) -> Batch:
-        """Make one batch of `count` questions of epoch 0, spread over the queries, whole on every rank."""
+        """Build one batch of `count` questions of epoch 0, spread over the queries; every rank gets the whole batch."""
         numbers = np.linspace(0, len(self.queries) - 1, count).astype(np.int64)
         ranks, self.ranks = self.ranks, Communicator()
         try:
@@ -233,7 +233,7 @@ class QuestionBatches(EpochPosition):
             self.ranks = ranks
 
     def _horizon(self, queries: Rows, epoch: int) -> tuple[Rows, Rows, Rows]:
-        """Draw the cut of each query; return target rows, their offsets [S+1], and histories [S, L]."""
+        """Draw the cut of each query; return the target rows, their offsets [S+1], and the histories [S, L]."""
         data, starts = self.interactions, self._runs[queries]
         drawn = self._targets[
             starts + (self._random(queries, epoch, 0) * (self._runs[queries + 1] - starts)).astype(np.int64)
@@ -245,7 +245,7 @@ class QuestionBatches(EpochPosition):
         return self._targets[places], offsets, history
 
     def _span(self, rows: Rows, queries: Rows) -> tuple[Rows, Rows]:
-        """Return the first row at or after the time of each row, and the first row after the horizon."""
+        """Return the query's first row at each row's time, and its first row after the horizon."""
         times, offsets = self.interactions.timestamps, np.asarray(self.interactions.offsets)
         assert times is not None
         cut = np.asarray(times[rows])
@@ -253,14 +253,14 @@ class QuestionBatches(EpochPosition):
         return first_at(times, first, rows, cut), first_at(times, rows, last, cut + self.rule.horizon)
 
     def _set(self, queries: Rows, epoch: int) -> tuple[Rows, Rows, Rows]:
-        """Divide the rows of each query at random; return target rows, their offsets [S+1], and histories [S, L]."""
+        """Divide each query's rows at random; return the target rows, their offsets [S+1], and the histories [S, L]."""
         places, offsets = take_ranges(self._pools[queries], self._pools[queries + 1])
         rows, of = self._pool[places], np.repeat(np.arange(len(queries)), np.diff(offsets))
         number = self._random(rows, epoch, 1)
         may = self._is_target(rows)
         hidden = may & (number < self.rule.share)
         tie = np.arange(len(rows))
-        # Without a target the row with the smallest number becomes one; without a history, that with the largest stays.
+        # If there is no target, the row with the smallest number becomes one; if no history, that with the largest.
         order = np.lexsort((tie, np.where(may, number, 2.0), of))
         smallest = order[offsets[:-1]]
         hidden[smallest[np.add.reduceat(hidden, offsets[:-1]) == 0]] = True
@@ -270,7 +270,7 @@ class QuestionBatches(EpochPosition):
         kept = ~hidden
         history = np.full((len(queries), self.history_length), PAD, dtype=np.int64)
         if self.history_length:
-            back = np.cumsum(kept[::-1])[::-1]  # kept rows from here to the end
+            back = np.cumsum(kept[::-1])[::-1]  # number of kept rows from here to the end
             after = np.concatenate([back, [0]])[offsets[1:]]
             column = self.history_length - (back - after[of])
             shown = kept & (column >= 0)
@@ -284,15 +284,15 @@ class QuestionBatches(EpochPosition):
         return found
 
     def _random(self, numbers: Rows, epoch: int, stream: int) -> NDArray[np.float64]:
-        """Compute a pseudo-random number in [0, 1) for each number: splitmix64, keyed by seed and epoch."""
+        """Compute a pseudo-random value in [0, 1) for each number, with splitmix64 keyed by seed and epoch."""
         key = np.random.SeedSequence([self.seed, epoch, 2 + stream]).generate_state(1, np.uint64)[0]
         return (mix64(numbers.astype(np.uint64) + key) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def _expected(self) -> tuple[NDArray[np.float64], float]:
-        """Compute the probability that each row is a target of its query's question, summed by item and in all.
+        """Compute the probability that each row is a target of its query's question, summed per item and in total.
 
-        horizon: of the E_q rows of a query that can be drawn, each with probability 1/E_q, row r is a target of those
-        whose span holds it. set: with n rows, m of them possible targets, s = share,
+        horizon: each of the E_q eligible rows of a query is drawn with probability 1/E_q, and row r is a target if the
+        span of the drawn row contains it. set: with n rows, m of them possible targets, and s = share,
 
             P(target) = s + (1-s)^m / m - [m = n] s^n / n.
         """
@@ -307,7 +307,7 @@ class QuestionBatches(EpochPosition):
             each = np.where(able, s + (1 - s) ** m / m - (m == n) * s**n / np.maximum(n, 1), 0.0)
             chance = np.repeat(each, runs)
         else:
-            # A difference array over the targets: +1/E at the first target of a span, -1/E after its last.
+            # A difference array over the targets: +1/E at the first target of each span, -1/E after its last target.
             steps = np.zeros(len(self._targets) + 1)
             for start in range(0, len(self._targets), BLOCK):
                 rows = self._targets[start : start + BLOCK]
@@ -322,7 +322,7 @@ class QuestionBatches(EpochPosition):
 
 
 def first_occurrences(data: Interactions) -> NDArray[np.bool_]:
-    """Mark the first row of each item among a query's rows, bool [n]."""
+    """Mark the first row of each item within a query's rows, bool [n]."""
     first = np.zeros(len(data), dtype=np.bool_)
     offsets = np.asarray(data.offsets)
     start = 0
@@ -337,7 +337,7 @@ def first_occurrences(data: Interactions) -> NDArray[np.bool_]:
 
 
 def first_at(times: NDArray[Any], first: Rows, last: Rows, wanted: Rows) -> Rows:
-    """Find, in each ascending run times[first:last], the first place with a time of at least `wanted`; bisection."""
+    """Find the first time of at least `wanted` in each ascending run times[first:last], by bisection."""
     low, high = first.astype(np.int64).copy(), last.astype(np.int64).copy()
     while True:
         open_ = low < high

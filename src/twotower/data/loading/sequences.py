@@ -1,4 +1,4 @@
-"""Batches of whole sequences: every position is a training row, and one pass over a sequence covers all of them."""
+"""Batches of whole sequences: every position is a training row, and one pass over a sequence covers all positions."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from twotower.hashing import mix64
 
 
 class SequenceBatches(EpochPosition):
-    """Windows of the queries' sequences; each row of the interactions is in one window per epoch.
+    """Batches of windows of the queries' sequences; each interaction is in one window per epoch.
 
     A query with n rows is cut into ceil(n / (L + 1)) windows of at most L + 1 consecutive rows, so that the last row of
     a full window sees L items. If there are several windows, only the first and the last can be shorter than L + 1: a
-    cut determined by seed, epoch and query divides the remainder between them, so the windows move from epoch to epoch.
+    cut that depends on seed, epoch and query divides the remainder between them, so the windows differ in each epoch.
     A row sees only the earlier rows of its window.
 
-    Every batch has the same number of windows, drawn without replacement, so a candidate from another window has a
+    Every batch has the same number of windows, drawn without replacement, so a candidate from a different window has a
     known expected count. The number of rows varies.
 
     Args:
@@ -38,13 +38,13 @@ class SequenceBatches(EpochPosition):
         batch_size: B, average number of rows in a batch.
         history_length: L.
         seed: 0 or more.
-        context: encoded context of all rows of the interactions (`encode_context`), or None.
+        context: the encoded context of all interactions (`encode_context`), or None.
         gaps: whether to read the time between items.
-        ranks: this rank gets its part of every batch, whole windows with about as many rows as the other ranks;
-            `batch_size` is the total over all ranks.
+        ranks: the processes; each gets whole windows of every batch, with about equal numbers of rows. `batch_size` is
+            the total over all ranks.
 
     Raises:
-        InputError: no rows, all weights are 0, a size or seed out of range, or gaps without timestamps.
+        InputError: there are no rows, all weights are 0, a size or seed is out of range, or gaps lack timestamps.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class SequenceBatches(EpochPosition):
         self.epoch, self.position = 0, 0
 
     def __len__(self) -> int:
-        """Return the number of batches in an epoch; the last windows, if they fill no batch, are left out."""
+        """Return the number of batches in an epoch; remaining windows that do not fill a batch are omitted."""
         return self.num_windows // self.windows_per_batch
 
     def _fixed(self) -> dict[str, int]:
@@ -111,14 +111,14 @@ class SequenceBatches(EpochPosition):
         self.epoch, self.position = self.epoch + 1, 0
 
     def windows(self, numbers: NDArray[np.int64], epoch: int) -> tuple[NDArray[np.int64], ...]:
-        """Compute (query, first row, number of rows) of windows as cut in an epoch, int64 [S] each."""
+        """Compute (query, first row, number of rows) of windows in an epoch, int64 [S] each."""
         queries = np.searchsorted(self._first, numbers, side="right") - 1
         place = numbers - self._first[queries]
         count = self._windows[queries]
         start = np.asarray(self.interactions.offsets)[queries]
         total = np.asarray(self.interactions.offsets)[queries + 1] - start
         full = self.history_length + 1
-        least = total - (count - 1) * full  # rows of the first window if all others are full
+        least = total - (count - 1) * full  # rows of the first window if all other windows are full
         first = least + self._cut(queries, epoch) % (full - least + 1) * (count > 1)
         begin = np.where(place == 0, 0, first + (place - 1) * full)
         end = np.minimum(np.where(place == 0, first, begin + full), total)
@@ -126,7 +126,7 @@ class SequenceBatches(EpochPosition):
 
     @cached_property
     def repeats(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The rows whose query had the item before, and the latest such row of each, int64 [P] each."""
+        """The rows that repeat an item of their query, and the latest earlier row with the item, int64 [P] each."""
         data, count = self.interactions, np.diff(self.interactions.offsets)
         key = np.repeat(np.arange(len(count), dtype=np.int64), count) * data.num_items + data.item_codes
         order = np.argsort(key, kind="stable")
@@ -134,10 +134,11 @@ class SequenceBatches(EpochPosition):
         return order[again + 1], order[again]
 
     def batch(self, numbers: NDArray[np.int64], epoch: int = 0, holding: ItemWindows | None = None) -> Batch:
-        """Make this rank's part of the batch with these windows, int64 [S]; rows are in the order of `sequences.rows`.
+        """Build this rank's part of the batch with these windows, int64 [S]; rows are in the order of `sequences.rows`.
 
-        The windows are ordered as a single process would pack them, and each rank takes a contiguous run: the rows of
-        all ranks, concatenated, are the rows of a single process. `holding` shares the counts of an epoch.
+        The windows are ordered as a single process would pack them, and each rank takes a contiguous run, so the
+        concatenated rows of all ranks are the rows that a single process would have. `holding` contains the item counts
+        of the epoch, if they exist already.
         """
         data = self.interactions
         queries, starts, lengths = self.windows(numbers, epoch)
@@ -173,21 +174,21 @@ class SequenceBatches(EpochPosition):
         )
 
     def _cut(self, queries: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
-        """Compute a pseudo-random number per query and epoch, 0 or more: splitmix64, keyed by seed and epoch."""
+        """Compute a nonnegative pseudo-random number for each query, with splitmix64 keyed by seed and epoch."""
         key = np.random.SeedSequence([self.seed, epoch, 1]).generate_state(1, np.uint64)[0]
         return (mix64(queries.astype(np.uint64) + key) >> np.uint64(1)).astype(np.int64)
 
 
 class ItemWindows:
-    """The number of windows that contain each item in an epoch, w_j; counted when it is first needed.
+    """The number of windows w_j that contain item j in an epoch, counted when first needed.
 
     A row that repeats an item of its query counts unless the earlier row is in the same window:
 
         w_j = c_j - #{rows of item j whose latest earlier row of the same query and item is in their window}
 
     Args:
-        batches: how sequences are cut.
-        epoch: the epoch.
+        batches: the batches that cut the sequences into windows.
+        epoch: number of the epoch.
     """
 
     def __init__(self, batches: SequenceBatches, epoch: int) -> None:
@@ -195,7 +196,7 @@ class ItemWindows:
         self._counts: Tensor | None = None
 
     def of(self, items: Tensor) -> Tensor:
-        """Return the number of windows that contain each of these items, float64, the shape of `items`."""
+        """Return the number of windows that contain each of these items, float64, same shape as `items`."""
         if self._counts is None:
             self._counts = torch.from_numpy(self._count())
         if self._counts.device != items.device:
@@ -214,10 +215,10 @@ class ItemWindows:
 
 
 def shares_of(lengths: NDArray[np.int64], ranks: Communicator) -> tuple[slice, tuple[int, ...]]:
-    """Divide sequences of rows over ranks as whole ones; the middle row of a sequence decides its rank.
+    """Divide whole sequences of rows among the ranks; the middle row of a sequence determines its rank.
 
     Args:
-        lengths: rows of each sequence, int64 [S].
+        lengths: number of rows of each sequence, int64 [S].
         ranks: the processes.
 
     Returns:

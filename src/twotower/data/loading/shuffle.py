@@ -1,4 +1,4 @@
-"""The order of training rows: a shuffle that is computed, not stored; its position; prefetching on a thread."""
+"""The order of training rows (a shuffle that is computed, not stored), the position in it, and prefetching."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ ROUNDS = 8
 class Shuffle:
     """A pseudo-random bijection of 0..n-1, keyed by seed and epoch.
 
-    A Feistel network permutes 0..m-1, where m is a power of four and at least n. A result outside 0..n-1 goes through
-    the network again until it is inside (cycle walking; Black and Rogaway 2002), fewer than four passes on average.
+    A Feistel network permutes 0..m-1, where m is a power of four and at least n. A result outside 0..n-1 is
+    permuted again until it is inside (cycle walking; Black and Rogaway 2002); this takes fewer than four passes on
+    average.
 
     Args:
-        n: how many numbers, above 0.
+        n: number of values, above 0.
         seed: 0 or more.
-        epoch: 0 or more; each epoch has its own order.
+        epoch: 0 or more; the order differs between epochs.
     """
 
     def __init__(self, n: int, seed: int, epoch: int) -> None:
@@ -53,10 +54,10 @@ class Shuffle:
 
 
 class EpochPosition:
-    """The position of an iteration over epochs: saved in a checkpoint, and validated when it is restored.
+    """The position of an iteration over epochs, saved in checkpoints and validated when restored.
 
-    A subclass that yields batches sets `seed`, `epoch` and `position`, and returns from `_fixed` the values that its
-    order depends on.
+    A subclass yields batches, sets `seed`, `epoch` and `position`, and returns the values that determine its order from
+    `_fixed`.
     """
 
     seed: int
@@ -72,14 +73,14 @@ class EpochPosition:
             self.epoch, self.position = epoch, 0
 
     def state_dict(self) -> dict[str, int]:
-        """Return seed, epoch, the number of batches already yielded, and the values that the order depends on."""
+        """Return seed, epoch, the number of batches already yielded, and the values that determine the order."""
         return {"seed": self.seed, "epoch": self.epoch, "position": self.position, **self._fixed()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue from a saved `state_dict`, in the same order.
 
         Raises:
-            InputError: the values that the order depends on differ (different data or batch size).
+            InputError: the values that determine the order differ, for example because of different data or batch size.
         """
         for name, here in self._fixed().items():
             if state.get(name) != here:
@@ -91,22 +92,22 @@ class EpochPosition:
 
 T = TypeVar("T")
 
-#: Batches computed ahead: enough to hide a slow one, few enough to need little memory.
+#: Number of batches computed ahead: enough to hide a slow batch, few enough to need little memory.
 DEPTH = 3
 
 
 def ahead(make: Callable[[int], T], start: int, stop: int, *, depth: int = DEPTH) -> Iterator[T]:
     """Yield ``make(start), ..., make(stop - 1)`` in order, computed on a background thread up to `depth` ahead.
 
-    A single thread computes one after the other, so `make` need not be thread-safe. An exception in `make` is raised
-    here when its result is due. The thread ends with the iterator: at its end, on an error, on Ctrl-C, or when the
-    iterator is closed or garbage collected.
+    A single thread computes the results sequentially, so `make` need not be thread-safe. An exception in `make` is
+    raised when its result is requested. The thread stops with the iterator: when it is exhausted, fails, is interrupted
+    by Ctrl-C, is closed or is garbage collected.
 
     Args:
-        make: called once with each number, on the background thread.
+        make: function called once with each number, on the background thread.
         start: the first number.
         stop: one past the last number.
-        depth: how many results to compute ahead, at least 1.
+        depth: number of results to compute ahead, at least 1.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
         waiting: deque[Future[T]] = deque()

@@ -1,1 +1,1 @@
-"""From files to sorted, coded columns, in bounded memory and with several workers."""
+"""Conversion of files to sorted, coded columns, in bounded memory and with several workers."""

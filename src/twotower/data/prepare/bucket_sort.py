@@ -1,6 +1,6 @@
-"""External sort of the rows by query and time, in bounded memory: three passes over temporary files.
+"""External sort of the rows by query and time, in bounded memory, with three passes over temporary files.
 
-1. Read and validate each chunk, code it against its own distinct ids, and write the codes to disk (chunks.py).
+1. Read and validate each chunk, encode it with its own distinct ids, and write the codes to disk (chunks.py).
 2. Merge the distinct ids of all chunks into the vocabulary, recode every chunk, and distribute its rows to buckets of
    neighbouring queries.
 3. Sort each bucket by query and time, drop duplicates, and append the columns to the final files.
@@ -43,7 +43,7 @@ FINAL_NAMES = {
 
 @dataclass
 class SortedTable:
-    """Results of the last pass: counts, digests, the number of codes in use per direct side, and the unit of times."""
+    """Results of the last pass: counts, digests, the number of codes in use per direct side, and the time unit."""
 
     offsets: NDArray[np.int64]
     negative_offsets: NDArray[np.int64]
@@ -182,7 +182,7 @@ def _deal(
 
 
 def _coded(maps: dict[str, list[NDArray[np.int32]]], side: str, chunk: int, values: NDArray[Any]) -> NDArray[Any]:
-    """Map a chunk's codes to the vocabulary's codes; unchanged on a side without a vocabulary."""
+    """Map a chunk's codes to the vocabulary's codes; on a side without a vocabulary, codes are unchanged."""
     return maps[side][chunk][values] if side in maps else values
 
 
@@ -209,7 +209,7 @@ def _sorted_buckets(directory: Path, names: list[str], starts: NDArray[np.int64]
 
 
 def _order(queries: NDArray[np.int32], times: NDArray[np.int64] | None) -> NDArray[np.int64]:
-    """Return the stable order by query, then time."""
+    """Return the stable order by query and time."""
     if times is None:
         return np.argsort(queries, kind="stable")
     low, span = int(times.min()), int(times.max()) - int(times.min()) + 1
@@ -222,7 +222,7 @@ def _order(queries: NDArray[np.int32], times: NDArray[np.int64] | None) -> NDArr
 def _duplicates(
     queries: NDArray[np.int32], items: NDArray[np.int32], times: NDArray[np.int64] | None
 ) -> NDArray[np.int64]:
-    """Find the rows that repeat an earlier (query, item, time); none without times, where the row order is the time."""
+    """Find the rows that repeat an earlier (query, item, time); none without times, as row order is then the time."""
     if times is None or len(queries) < 2:
         return np.zeros(0, dtype=np.int64)
     same = (queries[1:] == queries[:-1]) & (times[1:] == times[:-1])

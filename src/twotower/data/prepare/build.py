@@ -25,10 +25,10 @@ from twotower.data.schema.vocabulary import CodedIds, Hashed, IdKind, Vocabulary
 from twotower.errors import InputError
 
 VOCABULARY_FILES = {"queries": "queries.parquet", "items": "items.parquet", "groups": "groups.parquet"}
-#: Adds the rows of all files to a `EncodedChunks`, and returns the query columns of each file, if any.
+#: Function that adds the rows of all files to `EncodedChunks`, and returns the query columns of each file, if any.
 Gather = Callable[[EncodedChunks], Sequence[pl.DataFrame | None]]
 _ROLE_OF = {"labels": "label", "groups": "group"}
-#: What the account says of the notes of `FileSource`.
+#: Explanations in the account for the notes of `FileSource`.
 NOTES = {
     "no header": "files without a header; the columns were named by their usual order",
     "columns without a name": "ignored, such as the index of a data frame",
@@ -36,7 +36,7 @@ NOTES = {
     "blanks around ids": "removed",
     "blanks kept around ids": "ids that differ only by blanks are different ids",
 }
-#: Ids that often are missing values written as text.
+#: Ids that are often missing values written as text.
 MISSING_WORDS = ("nan", "null", "none", "na", "n/a", "<na>", "nil", "nat", "undefined", "\\n", "#n/a", "-")
 TABLE_FILES = {"item": "item_table.parquet", "query": "query_table.parquet"}
 
@@ -88,20 +88,20 @@ def build(
     first: FileReader | None = None,
     gather: Gather | None = None,
 ) -> None:
-    """Write the layout of `storing` into `directory`, which exists and is empty.
+    """Write prepared interactions (see `layout`) to `directory`, which exists and is empty.
 
     Args:
         sources: the files.
-        reading: options.
+        reading: the reading options.
         items: table of item features.
         queries: table of query features.
         directory: output folder.
-        account: receives the lines on what was read.
-        first: which columns to read from each file; None: resolve them here.
-        gather: collects the rows of all files; None: read them here.
+        account: receives the lines on the data read.
+        first: the columns to read from each file; None to resolve them here.
+        gather: collects the rows of all files; None to read the files here.
 
     Raises:
-        InputError: an error in the input, with file, column and row.
+        InputError: the input has an error; the message names file, column and row.
     """
     with tempfile.TemporaryDirectory(prefix="passes-", dir=directory) as passes:
         first = first or reading.first_pass(sources)
@@ -257,7 +257,7 @@ def _add_lines(
     sources: Sequence[FileSource],
     directory: Path,
 ) -> None:
-    """Add the lines on what was read and dropped."""
+    """Add the lines on rows read and dropped."""
     rows, below = int(finished.offsets[-1]), int(finished.negative_offsets[-1])
     files = sources[0].name if len(sources) == 1 else f"{len(sources)} files, the first is {sources[0].name}"
     account.add("rows read", collected.rows, files)

@@ -1,4 +1,4 @@
-"""The cache of prepared data: filled once, by all processes that need the same data at the same time."""
+"""The cache of prepared data, filled once by all processes that need the same data at the same time."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ class Preparation:
     """The preparation of files in a cache folder.
 
     Attributes:
-        files: in the order of their rows.
-        reading: options.
+        files: the files, in row order.
+        reading: the reading options.
         items: table of item features.
         queries: table of query features.
-        account: receives the lines on what was read.
+        account: receives the lines on the data read.
         key: cache key of the data; None to prepare it every time, because a frame in memory has no modification time.
         target: the cache folder; None to prepare the data in memory.
-        purpose: identifies the preparation; only preparations with the same text share shards.
+        purpose: text that identifies the preparation; only preparations with the same text share shards.
     """
 
     files: Sequence[Path]
@@ -77,10 +77,10 @@ class Preparation:
         queries: TableLike | None,
         cache: str | Path | None,
     ) -> Preparation:
-        """Find the files of a path, and their folder in the cache.
+        """Find the files of a path, and the cache folder for these files.
 
         Raises:
-            InputError: no files, or `cache` is a folder of saved interactions.
+            InputError: there are no files, or `cache` is a folder of saved interactions.
         """
         found = find_files(Path(path)) if isinstance(path, str | Path) else several(path)
         items = found.items if items is None else items
@@ -121,10 +121,10 @@ class Preparation:
         )
 
     def open(self, open_folder: Callable[[Path], Opened], *, workers: int) -> Opened:
-        """Open the data in the cache, prepared first if it is missing, out of date or damaged.
+        """Open the data in the cache; prepare it first if it is missing, outdated or damaged.
 
         Args:
-            open_folder: opens a prepared folder; raises an InputError if it is damaged.
+            open_folder: function that opens a prepared folder, and raises an InputError if the folder is damaged.
             workers: maximum number of processes that read shards.
         """
         assert self.target is not None
@@ -140,18 +140,18 @@ class Preparation:
     def _prepare(self, target: Path, workers: int, replaced: tuple[int, int] | None) -> None:
         """Prepare the files in the cache folder.
 
-        Several files are shards. All processes that prepare the same data at the same time, including helpers started
-        here, share the reading: each shard is read by one of them. Then one process merges the rows while the others
-        wait. If locks do not work, several processes may do the same work, and the first result is used (shards.py).
-        If a preparation is interrupted, the next one reuses the shards already read.
+        Several files are treated as shards. All processes that prepare the same data at the same time, including
+        helpers started here, share the reading, and each shard is read by one process. Then one process merges the rows
+        while the others wait. If locks do not work, several processes may do the same work, and the first result is
+        used (shards.py). After an interruption, the next preparation reuses the shards already read.
 
         Args:
             target: the cache folder.
             workers: maximum number of processes that read shards.
-            replaced: stamp of damaged data to replace, or None.
+            replaced: stamp of the damaged data to replace, or None.
 
         Raises:
-            InputError: an error in the files, with the file's name; or the disk is full.
+            InputError: a file has an error (the message names the file), or the disk is full.
         """
 
         def ready() -> bool:
@@ -190,12 +190,12 @@ class Preparation:
                     shards.remove()
         except InputError:
             if shards is not None and bytes_of(files) < BYTES_PER_WORKER:
-                shards.remove()  # reading them again is cheap
+                shards.remove()  # reading the shards again is cheap
             raise
 
 
 def open_all(files: Sequence[Path], account: Account) -> tuple[list[FileSource], list[Path]]:
-    """Open the files with rows; files without rows, which Spark writes, are skipped and counted.
+    """Open the files with rows; skip and count files without rows, which Spark writes.
 
     Raises:
         InputError: a file cannot be read, or no file has rows.
@@ -217,13 +217,13 @@ def open_all(files: Sequence[Path], account: Account) -> tuple[list[FileSource],
 
 
 def _refuse_second(target: Path, ready: Callable[[], bool]) -> None:
-    """Do not replace data that another process has just prepared: it may be open already."""
+    """Check that no other process has just prepared the data, which may be open already."""
     if ready():
         raise FileExistsError(f"{target}: already prepared by another process")
 
 
 def _stamp(target: Path) -> tuple[int, int] | None:
-    """Return a value that changes when the data of a folder is replaced; None if there is no data."""
+    """Return a value that changes when the data in a folder is replaced; None if there is no data."""
     try:
         found = (target / META).stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""Encoded chunks: the rows of each chunk on disk, coded against its own distinct ids, by hashing, or as they are."""
+"""Encoded chunks: rows on disk with ids coded per chunk (by its distinct ids), hashed, or unchanged."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from twotower.errors import InputError
 #: Maximum number of distinct hashes stored to measure collisions; 8 bytes each.
 SAMPLE = 4_000_000
 
-#: Codes of at least SMALL and at least SPARSE times the number of rows are ids mistaken for codes.
+#: Codes of at least SMALL, and at least SPARSE times the number of rows, are assumed to be ids mistaken for codes.
 SPARSE, SMALL = 1000, 10_000_000
 
 _ONE = np.uint64(1)
 
 
 class CodeColumn:
-    """A column whose integers are codes: N is the largest plus one."""
+    """A column whose integers are codes; N is the largest code plus one."""
 
     def __init__(self) -> None:
         self._largest, self._rows = -1, 0
@@ -47,7 +47,7 @@ class CodeColumn:
         """Validate the codes of a chunk.
 
         Raises:
-            InputError: text, or integers out of range.
+            InputError: the ids are text, or integers out of range.
         """
         if ids.dtype != pl.Int64:
             raise InputError(f"{where}: column {column!r}: text such as {ids[0]!r}; codes are integers from 0 upwards.")
@@ -66,7 +66,7 @@ class CodeColumn:
         return {"largest": np.array(self._largest), "rows": np.array(self._rows)}
 
     def join(self, state: dict[str, NDArray[Any]]) -> None:
-        """Add the state of another column."""
+        """Add the state of a second column."""
         self._largest = max(self._largest, int(state["largest"]))
         self._rows += int(state["rows"])
 
@@ -74,7 +74,7 @@ class CodeColumn:
         """Return the vocabulary of the codes.
 
         Raises:
-            InputError: far more codes than rows.
+            InputError: there are far more codes than rows.
         """
         if self._largest >= max(SMALL, SPARSE * self._rows):
             raise InputError(
@@ -84,17 +84,17 @@ class CodeColumn:
         return CodedIds(self._largest + 1)
 
     def report(self, account: Account, side: str, seen: int) -> None:
-        """Add a line on how many of the codes occur."""
+        """Add a line on the number of codes that occur."""
         unseen = self._largest + 1 - seen
         account.add(f"{side} ids are codes", seen, f"{unseen:,} of 0 to {self._largest:,} occur in no row")
 
 
 class HashColumn:
-    """A column that is hashed to rows, with a measurement of collisions.
+    """A column hashed to rows, with a measurement of collisions.
 
-    The ids are not stored. Collisions are counted on a sample of the rows: those whose number is a multiple of 2^s,
-    with s as small as memory allows. All ids of a sampled row are known, and a collision concerns only one row, so the
-    count is exact on the sample and an unbiased estimate for all rows.
+    The ids are not stored. Collisions are counted on a sample: the rows whose number is a multiple of 2^s, with s as
+    small as memory allows. All ids of a sampled row are known, and a collision concerns only one row, so the count is
+    exact on the sample and an unbiased estimate for all rows.
 
     Args:
         kind: the number of rows.
@@ -127,7 +127,7 @@ class HashColumn:
         return {"hashes": self._hashes, "halvings": np.array(self._halvings)}
 
     def join(self, state: dict[str, NDArray[Any]]) -> None:
-        """Add the state of another column."""
+        """Add the state of a second column."""
         self._halvings = max(self._halvings, int(state["halvings"]))
         self._hashes = self._sampled(self._hashes)
         self._keep(state["hashes"])
@@ -138,7 +138,7 @@ class HashColumn:
         return HashedIds(Hashed(self._rows))
 
     def collisions(self) -> tuple[int, float]:
-        """Estimate the number of distinct ids, and the fraction of them that share their row with another id."""
+        """Estimate the number of distinct ids, and the fraction of ids that share their row with another id."""
         _, counts = np.unique(hash_rows(self._hashes, self._rows), return_counts=True)
         ids = int(counts.sum())
         return ids << self._halvings, float(counts[counts > 1].sum() / max(ids, 1))
@@ -156,7 +156,7 @@ class HashColumn:
 
 
 def direct_column(kind: IdKind) -> CodeColumn | HashColumn | None:
-    """Return the reader for this kind of ids; None if they need a vocabulary."""
+    """Return the column reader for this kind of ids; None if the ids need a vocabulary."""
     if isinstance(kind, Hashed):
         return HashColumn(kind)
     return CodeColumn() if kind == "codes" else None
@@ -182,7 +182,7 @@ def local_codes(ids: pl.Series) -> tuple[pl.Series, NDArray[np.int32]]:
 
 @dataclass
 class EncodedChunks:
-    """The result of the first pass: codes of each chunk on disk, its distinct ids in memory.
+    """The result of the first pass: the codes of each chunk on disk and the distinct ids in memory.
 
     Args:
         directory: folder of the temporary files.
@@ -205,14 +205,14 @@ class EncodedChunks:
 
     @property
     def rows(self) -> int:
-        """Number of rows so far."""
+        """The number of rows added so far."""
         return sum(self.chunk_rows)
 
     def add(self, rows: CleanRows, where: str, text: bool, columns: ColumnRoles) -> None:
         """Add the rows of one chunk.
 
         Raises:
-            InputError: dates in one file and numbers in another.
+            InputError: timestamps are dates in one file and numbers in another.
         """
         self.empty_lists += rows.empty_lists
         self.unusable = {**rows.unusable, **self.unusable}
@@ -251,10 +251,10 @@ class EncodedChunks:
             self.notes[label] = self.notes.get(label, 0) + count
 
     def same_calendar(self, where: str, calendar: bool) -> None:
-        """Check that all timestamps are dates, or all are numbers.
+        """Check that the timestamps are all dates or all numbers.
 
         Raises:
-            InputError: dates after numbers, or numbers after dates.
+            InputError: dates follow numbers, or numbers follow dates.
         """
         if self.calendar not in (None, calendar):
             raise InputError(
@@ -264,7 +264,7 @@ class EncodedChunks:
         self.calendar = calendar
 
     def place(self, chunk: int, name: str) -> Path:
-        """Return the file of a chunk's column: here, or in the folder it was adopted from (`shards.adopt`)."""
+        """Return the file of a chunk's column, here or in the folder of an adopted chunk (`shards.adopt`)."""
         folder, number = self.adopted.get(chunk, (self.directory, chunk))
         return folder / f"{number}.{name}"
 
@@ -288,20 +288,20 @@ class EncodedChunks:
         np.save(self.directory / f"{chunk}.{name}.npy", values, allow_pickle=False)
 
     def load(self, chunk: int, name: str) -> NDArray[Any]:
-        """Load a chunk's column, and delete its temporary file unless it was adopted."""
+        """Load a chunk's column, and delete the temporary file unless the chunk was adopted."""
         path = self.place(chunk, f"{name}.npy")
         values: NDArray[Any] = np.load(path, allow_pickle=False)
         if chunk not in self.adopted:
             path.unlink()
-        elif name == "arrival":  # the shard counted from its own first row
+        elif name == "arrival":  # the shard counts from its own first row
             values = values + (sum(self.chunk_rows[:chunk]) - int(values[0]))
         return values
 
     def vocabulary(self, side: str, column: str, extra: pl.Series | None = None) -> Vocabulary:
-        """Build the vocabulary of one side, ascending, with `extra` ids from a feature table.
+        """Build the vocabulary of one side in ascending order, with `extra` ids from a feature table.
 
         Raises:
-            InputError: integers in one file and text in another, in formats with types.
+            InputError: ids are integers in one file and text in another, in formats with types.
         """
         if side in self.direct:
             return self.direct[side].vocabulary(self.where, column)

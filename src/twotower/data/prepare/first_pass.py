@@ -1,4 +1,4 @@
-"""Settings of the first pass: which columns to read from each file, and how; the same for all files of a data set."""
+"""Settings of the first pass, common to all files of a data set: the columns to read, and how to read them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from twotower.errors import InputError
 
 @dataclass(frozen=True)
 class FileReader:
-    """How to read the rows of a file.
+    """Reader of the rows of a file.
 
     Attributes:
-        columns: the column of each role that the files have.
-        context: context columns.
-        query_ids: how query ids become codes.
-        item_ids: how item ids become codes.
-        optional: roles whose column is left out if its values are unusable, because nothing needs them.
+        columns: the column of each role in the files.
+        context: the context columns.
+        query_ids: the conversion of query ids to codes.
+        item_ids: the conversion of item ids to codes.
+        optional: roles whose column is omitted if the values are unusable, because nothing needs these roles.
     """
 
     columns: ColumnRoles
@@ -48,14 +48,14 @@ class FileReader:
         """Resolve the columns of all files.
 
         Args:
-            sources: the files; the columns of the first one determine the roles.
+            sources: the files; the columns of the first file determine the roles.
             columns: the roles set by the caller.
             labelled: the smallest label of a positive, if labels are needed.
-            context: context columns.
+            context: the context columns.
             ids: `query_ids` and `item_ids`.
 
         Raises:
-            InputError: a column is missing in one of the files.
+            InputError: a column is missing in a file.
         """
         found = columns.resolve(sources[0].columns, sources[0].name)
         named: list[str] = []
@@ -86,7 +86,7 @@ class FileReader:
         return EncodedChunks(directory, direct)
 
     def read(self, source: FileSource, collected: EncodedChunks) -> pl.DataFrame | None:
-        """Add the rows of a file. If it has lists of items, return its scalar columns: they describe the queries."""
+        """Add the rows of a file; if the file has item lists, return the scalar columns, which describe the queries."""
         columns, extras = self.columns, list[pl.DataFrame]()
         context = [name for name in self.context if name != columns.timestamp]
         lists = columns.item in source.lists
@@ -111,7 +111,7 @@ class FileReader:
 
     @classmethod
     def of_dict(cls, values: Mapping[str, Any]) -> FileReader:
-        """Restore from `to_dict`."""
+        """Restore from the result of `to_dict`."""
         kinds = {
             name: Hashed(**values[name]) if isinstance(values[name], dict) else values[name]
             for name in ("query_ids", "item_ids")

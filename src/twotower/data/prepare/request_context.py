@@ -1,4 +1,4 @@
-"""Context columns of the interactions, which describe the request, such as device or hour; read on demand."""
+"""Context columns of the interactions, read on demand, which describe the request, such as device or hour."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from twotower.errors import InputError
 
 CONTEXT_FILE = "context.parquet"
 
-#: Names of the columns to read, or "all" columns without another role.
+#: Names of the columns to read, or "all" for every column without a role.
 Wanted = Sequence[str] | Literal["all"] | None
 
 
 def context_columns(
     wanted: Wanted, columns: ColumnRoles, found: Sequence[str], where: str, *, lists: bool
 ) -> list[str]:
-    """Resolve the context columns to read, each once.
+    """Resolve the distinct context columns to read.
 
     Args:
         wanted: the columns requested by the caller.
         columns: the roles.
         found: the columns of the file.
-        where: the file, for messages.
-        lists: whether a row has a list of items. Then "all" means none, because the other columns describe the query.
+        where: name of the file in messages.
+        lists: whether a row has a list of items. If so, "all" means no columns, because they describe the query.
 
     Raises:
-        InputError: a column does not exist, or is the query id or the item id.
+        InputError: a column does not exist, or contains the query id or item id.
     """
     if wanted is None:
         return []
@@ -66,15 +66,15 @@ def gathered(
     times: NDArray[np.int64] | None,
     text: bool,
 ) -> pl.DataFrame | None:
-    """Gather the context in the order of the sorted rows. Holds the context columns of all rows in memory.
+    """Gather the context columns of all rows in memory, in the order of the sorted rows.
 
     Args:
-        collected: the first pass.
+        collected: the result of the first pass.
         names: the context columns, in order.
         arrival: int64 [n], the input row of each sorted row; None if the timestamp is the only context column.
-        timestamp: the timestamp column; its values come from `times`, which are already parsed and checked.
+        timestamp: the timestamp column; its values are taken from `times`, which is already parsed and checked.
         times: int64 [n] microseconds.
-        text: whether values are text, whose type is inferred from the content.
+        text: whether values are text with a type to be inferred from the content.
     """
     if not names:
         return None
@@ -103,12 +103,12 @@ def read_context(directory: Path, rows: int) -> pl.DataFrame:
 
 
 def joined_context(parts: Sequence[pl.DataFrame | None], order: NDArray[Any]) -> pl.DataFrame | None:
-    """Concatenate the contexts of several data sets and reorder the rows; None if one of them has no context.
+    """Concatenate the contexts of several data sets and reorder the rows; None if a data set has no context.
 
-    Keeps the columns that all of them have.
+    Keeps the columns that are in all data sets.
 
     Raises:
-        InputError: a column has a different type in one of them.
+        InputError: the types of a column differ between data sets.
     """
     frames = [frame for frame in parts if frame is not None]
     names = [name for name in frames[0].columns if all(name in frame.columns for frame in frames)] if frames else []
@@ -128,7 +128,7 @@ class RowQueries:
     """The query id of each row, looked up on demand for error messages.
 
     Attributes:
-        offsets: int64 [Q+1], rows of each query.
+        offsets: int64 [Q+1], the offsets of the rows of each query.
         queries: the query vocabulary.
     """
 

@@ -1,13 +1,14 @@
 """The first pass over a folder of shards, shared by all processes that need the same data.
 
-The rows of a shard are validated and coded into a folder of its own, written atomically and named after a hash of the
-file's state and the reading options. Every process that needs the shards reads those that no other process has taken:
-helper processes started here, the ranks of a training run, another run on the same data. If a preparation is
-interrupted, the next one continues with the shards already read. They are removed when the data is prepared.
+The validated and coded rows of each shard are written atomically to a separate folder, named after a hash of the file's
+state and the reading options. Every process that needs the shards (helper processes started here, the ranks of a
+training run, a second run on the same data) reads those that no other process has taken. After an interruption, the
+next preparation continues with the shards already read. The folders are removed when the data is prepared.
 
-Locks keep two processes from reading the same shard. If locks do not work (some network file systems have none, or none
-that other machines see), work may be done twice, but it stays correct: no process touches a folder that another may be
-writing, the first complete folder is kept, and a process whose shards were removed finds the prepared data.
+Locks prevent two processes from reading the same shard. If locks do not work (some network file systems have none, or
+none that other machines see), work may be done twice, but the result is correct: no process touches a folder that
+another may be writing, the first complete folder is kept, and a process whose shards were removed finds the prepared
+data.
 """
 
 from __future__ import annotations
@@ -37,31 +38,31 @@ from twotower.errors import InputError
 from twotower.system.filesystem import full_disk_named, is_full_disk, locked, whole_folder
 from twotower.system.hardware import cores
 
-#: Start one process per this many bytes of shards: for less, starting takes longer than reading. Shards of at least
-#: this size in total are also kept if reading fails on one of them.
+#: Bytes of shards per process: with fewer bytes, starting takes longer than reading. Shards of at least this total size
+#: are also kept if reading one of them fails.
 BYTES_PER_WORKER = 64 << 20
 
-#: The next preparation in the same cache removes shards that were not used for this long.
+#: The next preparation in the same cache removes shards unused for this time.
 KEPT_SECONDS = 14 * 24 * 3600
-#: A partial folder that was not written to for this long belongs to a process that has ended.
+#: A partial folder unchanged for this time is assumed to belong to a process that has ended.
 STALE_SECONDS = 3600
 FOLDER = ".shards"
 _STATE, _EXTRAS = "shard.json", "extras.parquet"
 
-#: Reads a file into a folder; returns the arguments of `save`.
+#: Function that reads a file into a folder and returns the arguments of `save`.
 Read = Callable[[Path, Path], tuple[EncodedChunks, pl.DataFrame | None]]
 
 
 @dataclass(frozen=True)
 class Shards:
-    """The shard files of a data set, and the folders that their rows are read into.
+    """The shard files of a data set, and the folders for the rows of each shard.
 
     Attributes:
         root: parent of the folders.
-        files: in the order of their rows.
+        files: the files, in row order.
         reading: reading options as JSON values.
-        purpose: identifies the preparation. Each purpose has its own folders, because the first process to finish
-            removes them.
+        purpose: text that identifies the preparation. Each purpose has its own folders, because the first process to
+            finish removes them.
     """
 
     root: Path
@@ -70,7 +71,7 @@ class Shards:
     purpose: str = ""
 
     def folder(self, file: Path) -> Path:
-        """Return the folder for a file's rows; it changes when the file or the reading options change.
+        """Return the folder for a file's rows, whose name changes with the file and the reading options.
 
         Raises:
             InputError: the file no longer exists.
@@ -95,15 +96,15 @@ class Shards:
 
         Args:
             file: the file.
-            read: reads a file into a folder.
-            wait: wait if another process is reading it.
+            read: function that reads a file into a folder.
+            wait: whether to wait if another process is reading the file.
 
         Returns:
             Whether the folder exists now; always true with `wait`.
 
         Raises:
-            InputError: an error in the file; or the disk is full.
-            OSError: the folder was removed: another process has prepared the data.
+            InputError: the file has an error, or the disk is full.
+            OSError: the folder was removed, because another process has prepared the data.
         """
         target = self.folder(file)
         if _is_kept(target):
@@ -122,7 +123,7 @@ class Shards:
         return True
 
     def sweep(self) -> None:
-        """Remove partial folders of killed processes; if locks do not work, only those older than an hour."""
+        """Remove partial folders of killed processes; without working locks, only folders older than an hour."""
         for file in self.files:
             with suppress(InputError):
                 target = self.folder(file)
@@ -131,14 +132,14 @@ class Shards:
                         self._sweep(target, 0 if lock.keeps_out else STALE_SECONDS)
 
     def _sweep(self, target: Path, seconds: float) -> None:
-        """Remove partial copies of a folder that were not written to for this long."""
+        """Remove partial copies of a folder that have not changed for this many seconds."""
         for left in self.root.glob(f".{glob.escape(target.name)}.*.partial"):
             with suppress(FileNotFoundError):
                 if not seconds or time.time() - max(p.stat().st_mtime for p in (left, *left.iterdir())) > seconds:
                     shutil.rmtree(left, ignore_errors=True)
 
     def remove(self) -> None:
-        """Remove the folders of all files, unless others may be reading them (no locks), and all old folders."""
+        """Remove all old folders and, unless other processes may be reading them (no locks), those of all files."""
         with suppress(OSError), locked(self.root / "remove.lock") as lock:
             for file in self.files if lock.keeps_out else ():
                 with suppress(InputError):
@@ -150,7 +151,7 @@ class Shards:
 
 
 def _is_kept(target: Path) -> bool:
-    """Return whether a folder exists, and mark it as used now."""
+    """Return whether a folder exists, and mark the folder as used now."""
     with suppress(OSError):
         os.utime(target)
     return target.is_dir()
@@ -162,7 +163,7 @@ def gone(file: Path) -> InputError:
 
 
 def remove_old(root: Path) -> None:
-    """Remove everything that was not used for a long time, and the folder itself if it is empty."""
+    """Remove everything unused for a long time, and also the folder itself if it is then empty."""
     with suppress(OSError):
         for left in root.iterdir():
             if time.time() - left.stat().st_mtime > KEPT_SECONDS:
@@ -171,15 +172,15 @@ def remove_old(root: Path) -> None:
 
 
 def take_all(shards: Shards, read: Read, *, workers: int, done: Callable[[], bool]) -> None:
-    """Read all shards that are not read yet, together with any other process that does the same.
+    """Read all remaining shards, together with all other processes that do the same.
 
-    Rank r of W begins with shards r, r + W, ..., and continues with those that the others have not reached.
+    Rank r of W begins with the shards r, r + W, ..., and continues with shards that other ranks have not reached.
 
     Args:
         shards: the shards.
         read: see `Shards.take`.
         workers: number of reading processes, including this one.
-        done: returns true when another process has prepared the data, so that the rest is not needed.
+        done: function that returns true if another process has prepared the data, so no more reading is needed.
 
     Raises:
         InputError: a shard is missing, damaged or invalid, or the disk is full.
@@ -188,7 +189,7 @@ def take_all(shards: Shards, read: Read, *, workers: int, done: Callable[[], boo
     files = in_turn(shards.files, launch.rank, launch.size * workers)
     try:
         with helpers(shards, workers - 1):
-            for wait in (False, True):  # first the free shards, then wait for those that others are reading
+            for wait in (False, True):  # first the free shards, then wait for shards that other processes are reading
                 for file in files:
                     if done():
                         return
@@ -205,9 +206,9 @@ def take_all(shards: Shards, read: Read, *, workers: int, done: Callable[[], boo
 
 
 def in_turn(files: Sequence[Path], number: int, processes: int) -> list[Path]:
-    """Order the files for one of several processes: first every `processes`-th file from `number` on, then the others.
+    """Order the files for one of several processes: first every `processes`-th file from `number` on, then the rest.
 
-    The processes then rarely compete for a file, and share the work even on file systems without locks.
+    With this order, processes rarely compete for a file, and share the work even on file systems without locks.
     """
     return [*files[number::processes], *(file for place, file in enumerate(files) if (place - number) % processes)]
 
@@ -237,7 +238,7 @@ def helpers(shards: Shards, count: int) -> Iterator[None]:
                 [sys.executable, "-m", "twotower.data.prepare.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,  # this process reads what a helper could not, and reports the error
+                stderr=subprocess.DEVNULL,  # this process reads the files that a helper could not, and reports errors
                 env=os.environ | {"POLARS_MAX_THREADS": str(threads)},
                 text=True,
             )
@@ -254,12 +255,12 @@ def helpers(shards: Shards, count: int) -> Iterator[None]:
 
 
 def worth_starting(files: Sequence[Path], most: int) -> int:
-    """Choose the number of processes to read these files with."""
+    """Choose the number of processes that read these files."""
     return max(1, min(most, len(files), bytes_of(files) // BYTES_PER_WORKER))
 
 
 def save(collected: EncodedChunks, extras: pl.DataFrame | None) -> None:
-    """Write the in-memory part of a first pass next to its files, for `adopt`."""
+    """Write the in-memory part of a first pass to its folder, for `adopt`."""
     for side in SIDES:
         for chunk, distinct in enumerate(collected.distinct[side]):
             pl.DataFrame({"id": distinct}).write_parquet(collected.directory / f"{chunk}.{side}.parquet")
@@ -282,11 +283,11 @@ def save(collected: EncodedChunks, extras: pl.DataFrame | None) -> None:
 
 
 def adopt(collected: EncodedChunks, folder: Path, where: str) -> pl.DataFrame | None:
-    """Add the rows in a folder written by `save`, which stays unchanged; return its query columns, if any.
+    """Add the rows in a folder written by `save`, and return the query columns, if any; the folder is unchanged.
 
     Raises:
-        InputError: dates in one file and numbers in another.
-        FileNotFoundError: the folder does not exist, or was removed while it was read.
+        InputError: timestamps are dates in one file and numbers in another.
+        FileNotFoundError: the folder does not exist, or was removed during reading.
     """
     state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
     first = len(collected.chunk_rows)

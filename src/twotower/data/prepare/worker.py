@@ -1,4 +1,4 @@
-"""Helper process that reads shards: `python -m twotower.data.prepare.worker`; reads its task from standard input."""
+"""Helper process that reads shards: `python -m twotower.data.prepare.worker`, with a task on standard input."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from twotower.data.prepare.shards import Shards, in_turn
 
 
 def main() -> None:
-    """Read the shards that no other process has taken, until all are read."""
+    """Read shards that no other process has taken, until all shards are read."""
     task = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # Smaller chunks, so that all processes together need as much memory as one.
+    # With smaller chunks, all processes together need only as much memory as a single process.
     readers.CHUNK_ROWS = max(readers.CHUNK_ROWS // task["shares"], 1)
     readers.TEXT_CHUNK_ROWS = max(readers.TEXT_CHUNK_ROWS // task["shares"], 1)
     files = [Path(file) for file in task["files"]]
@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent ends, for whatever reason: standard input is then closed."""
+    """End this process when its parent ends for any reason, which closes standard input."""
     while sys.stdin.read(1):
         pass
     os._exit(1)

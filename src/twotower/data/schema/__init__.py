@@ -1,1 +1,1 @@
-"""Columns, ids and their codes, and the account of what was read."""
+"""Columns, ids and codes, and the account of the data read."""

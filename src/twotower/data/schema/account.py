@@ -1,4 +1,4 @@
-"""The account of a data set: what was read, what was dropped and why. Every preparation step adds lines."""
+"""The account of a data set: rows read, rows dropped and the reasons; every preparation step adds lines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Line:
 
 @dataclass
 class Account:
-    """Lines of label, count and note; prints as aligned plain text."""
+    """Lines of label, count and note, printed as aligned plain text."""
 
     lines: list[Line] = field(default_factory=list)
 
@@ -49,5 +49,5 @@ class Account:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Account:
-        """Restore from `to_dict`."""
+        """Restore from the result of `to_dict`."""
         return cls([Line(x["label"], x["count"], x["note"]) for x in data["lines"]])

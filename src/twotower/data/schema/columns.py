@@ -1,4 +1,4 @@
-"""Column roles, and the usual names that they are found by."""
+"""Column roles, and the usual column names of each role."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import polars as pl
 from twotower.data.schema.vocabulary import listed
 from twotower.errors import InputError
 
-#: In place of a column name: the role has no column, even if one has a usual name.
+#: Used instead of a column name: the role has no column, even if a column has a usual name.
 NO_COLUMN = "none"
 
-# Usual column names, in tiers: the first tier with a match decides; two matches in one tier are ambiguous. Names are
-# compared without case, spaces, dashes, underscores and the ":token" of typed headers.
+# Usual column names, in tiers: the first tier with a match decides; two matches in one tier are ambiguous. Comparisons
+# ignore case, spaces, dashes, underscores and the ":token" of typed headers.
 USUAL_NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
     "query": (
         ("userid", "user", "customerid", "customer", "householdid", "visitorid", "visitor", "memberid", "clientid"),
@@ -54,7 +54,7 @@ _DATA_LIKE = re.compile(r"[+-]?\d+([.,]\d+)?([eE][+-]?\d+)?|\d{4}[-/.]\d{1,2}[-/
 
 
 def header_hint(names: Sequence[str]) -> str:
-    """Return a sentence for an error message if the column names look like data, else an empty string."""
+    """Return a sentence for an error message if the column names look like data; otherwise an empty string."""
     if any(_DATA_LIKE.fullmatch(name) for name in names):
         return " The first line looks like data: add a header line such as user_id,item_id,timestamp."
     return ""
@@ -80,15 +80,15 @@ def usual_column(columns: Sequence[str], tiers: Sequence[Sequence[str]], role: s
 
 @dataclass(frozen=True)
 class ColumnRoles:
-    """The column of each role; None to find it by the usual column names, "none" (`NO_COLUMN`) for no column.
+    """The column of each role: None to search for a usual column name, "none" (`NO_COLUMN`) for no column.
 
     Attributes:
-        query: id of the user, customer, session or query. Required in the file.
-        item: id of the item, or a list of items in order. Required in the file.
+        query: id of the user, customer, session or query; every file must have it.
+        item: id of the item, or a list of items in order; every file must have it.
         timestamp: time of the interaction: dates, ISO text, or unix seconds, milliseconds or microseconds.
         weight: weight of a row in the loss, finite and not negative.
         label: a rating or score; see ``positive_label`` of `Interactions.read`.
-        group: market, or another partition of the rows.
+        group: market, or a different partition of the rows.
     """
 
     query: str | None = None
@@ -100,15 +100,14 @@ class ColumnRoles:
 
     @classmethod
     def of(cls, given: ColumnRoles | Mapping[str, str | int | None] | None) -> ColumnRoles:
-        """Convert the caller's argument.
+        """Convert the caller's argument to `ColumnRoles`.
 
         Args:
             given: a `ColumnRoles`, or a mapping from role to column, in which None means that the role has no column.
-                A frame may have integers as column names. None: find all columns by their usual names.
+                A frame may have integers as column names. Without a value, all columns are found by usual names.
 
         Raises:
-            InputError: the mapping names a role that does not exist, query or item has no column, or one column has two
-                roles.
+            InputError: the mapping contains an unknown role, query or item has no column, or a column has two roles.
         """
         if given is None:
             return cls()
@@ -135,7 +134,7 @@ class ColumnRoles:
             where: name of the file, for messages.
 
         Raises:
-            InputError: a named column does not exist, a required one is missing, or two match equally well.
+            InputError: a named column does not exist, a required column is missing, or two columns match equally well.
         """
         found: dict[str, str | None] = {}
         taken = {name for name in asdict(self).values() if name is not None}
@@ -163,12 +162,12 @@ class ColumnRoles:
         return ColumnRoles(**found)
 
     def roles(self) -> dict[str, str]:
-        """Map each role that has a column to that column."""
+        """Map each role with a column to the name of that column."""
         return {role: name for role, name in asdict(self).items() if name is not None}
 
 
 def title_column(table: pl.DataFrame) -> str | None:
-    """Find the human-readable column of an item table (title, name or description), or None."""
+    """Find the human-readable column of an item table (title, name or description); return None if there is none."""
     for tier in TITLE_NAMES:
         for column in table.columns:
             if plain_name(column) in tier and table.schema[column] == pl.String:

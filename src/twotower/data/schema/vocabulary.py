@@ -1,4 +1,4 @@
-"""Vocabularies: ids and their codes, by a list of distinct ids, as they are, or by hashing."""
+"""Vocabularies, which map ids to codes: with a list of distinct ids, unchanged, or by hashing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def ids_of(values: IdValues, where: str) -> pl.Series:
     """Convert ids to a Series of Int64 or String, the two id types.
 
     Raises:
-        InputError: floats, booleans, dates or mixed types, or an integer above 2^63 - 1.
+        InputError: the ids are floats, booleans, dates or of mixed types, or an integer exceeds 2^63 - 1.
     """
     try:
         series = values if isinstance(values, pl.Series) else pl.Series("id", values)
@@ -49,12 +49,12 @@ def ids_of(values: IdValues, where: str) -> pl.Series:
             raise InputError(f"{where}: an integer id above 2^63 - 1; convert the ids to text.") from None
     if dtype in (pl.Categorical, pl.Enum):
         return series.cast(pl.String)
-    if isinstance(dtype, pl.Decimal) and dtype.scale == 0:  # the integers of many databases
+    if isinstance(dtype, pl.Decimal) and dtype.scale == 0:  # many databases store integers this way
         try:
             return series.cast(pl.Int64)
         except pl.exceptions.InvalidOperationError:
             raise InputError(f"{where}: an integer id above 2^63 - 1; convert the ids to text.") from None
-    if dtype == pl.Binary:  # text, in Parquet files of programs that do not declare it
+    if dtype == pl.Binary:  # text in Parquet files of programs that do not declare text
         try:
             return series.cast(pl.String)
         except pl.exceptions.PolarsError:
@@ -69,13 +69,13 @@ def ids_of(values: IdValues, where: str) -> pl.Series:
 
 
 class Vocabulary:
-    """The ids of the queries, items or groups; the code of an id is its position.
+    """The ids of the queries, items or groups; the position of an id is its code.
 
     Args:
-        ids: distinct ids, integers or text, no nulls.
+        ids: distinct integers or texts, without nulls.
 
     Raises:
-        InputError: nulls, repeats, or ids that are neither integers nor text.
+        InputError: an id is null, repeated, or neither an integer nor text.
     """
 
     def __init__(self, ids: IdValues) -> None:
@@ -83,7 +83,7 @@ class Vocabulary:
         if series.null_count():
             raise InputError("vocabulary: null ids; every id needs a value.")
         self._ids = series.rechunk()
-        # Ascending integers, the usual case, are looked up by binary search; anything else by a hash join.
+        # Ascending integers, the usual case, are looked up by binary search; other ids by a hash join.
         self._ascending: NDArray[np.int64] | None = None
         if series.dtype == pl.Int64:
             values = self._ids.to_numpy()
@@ -112,11 +112,11 @@ class Vocabulary:
     def encode(self, ids: IdValues) -> NDArray[np.int64]:
         """Look up the codes of ids, int64 [len(ids)]; -1 where unknown or null.
 
-        An integer vocabulary accepts text if all of it parses (a command line passes ``"1"``); a text vocabulary
+        An integer vocabulary accepts text if every value parses (a command line passes ``"1"``); a text vocabulary
         accepts integers.
 
         Raises:
-            InputError: ids of a wrong type or of mixed types.
+            InputError: the ids have a wrong type or mixed types.
         """
         wanted = ids_of(ids, "ids")
         if not len(wanted) or not len(self):
@@ -142,7 +142,7 @@ class Vocabulary:
         """Look up the ids of codes, a Series of the vocabulary's type; null where the code is -1.
 
         Raises:
-            IndexError: a code outside ``-1 .. len - 1``.
+            IndexError: a code is outside ``-1 .. len - 1``.
         """
         at = np.asarray(codes, dtype=np.int64).reshape(-1)
         if at.size and (at.min() < -1 or at.max() >= len(self)):
@@ -154,7 +154,7 @@ class Vocabulary:
         return self._ids.gather(positions) if len(self) else pl.Series("id", [None] * len(at), dtype=self._ids.dtype)
 
     def write(self, path: str | Path) -> None:
-        """Write to a Parquet file with one column, ``id``; atomic."""
+        """Write atomically to a Parquet file with the single column ``id``."""
         with whole_file(Path(path)) as partial:
             pl.DataFrame({"id": self._ids}).write_parquet(partial, compression="lz4")
 
@@ -163,7 +163,7 @@ class Vocabulary:
         """Read a file written by `write`.
 
         Raises:
-            InputError: the file is missing, damaged, or not a vocabulary.
+            InputError: the file is missing, damaged or not a vocabulary.
         """
         try:
             table = pl.read_parquet(path, glob=False)
@@ -183,13 +183,13 @@ _CODES, _HASHED = "codes", "hashed_rows"
 
 @dataclass(frozen=True)
 class Hashed:
-    """The id kind "hashed to R rows"; ids that share a row are the same to the model.
+    """The id kind "hashed to R rows"; the model does not distinguish ids that share a row.
 
     Attributes:
         rows: R, 2 to 2^31 - 1.
 
     Raises:
-        InputError: out of range.
+        InputError: R is out of range.
     """
 
     rows: int
@@ -199,18 +199,18 @@ class Hashed:
             raise InputError(f"hashed: {self.rows} rows; expected 2 to {MOST_ROWS:,}")
 
 
-#: How ids become codes: by a vocabulary, unchanged, or by hashing.
+#: The conversion of ids to codes: with a vocabulary, unchanged, or by hashing.
 IdKind = Literal["vocabulary", "codes"] | Hashed
 
 
 def hash_ids(ids: IdValues) -> NDArray[np.uint64]:
-    """Hash each id to 64 bits, uint64 [n]: the same in every process, on every machine, in every version.
+    """Hash each id to 64 bits, uint64 [n], identically in all processes, machines and versions.
 
     Integers go through the finaliser of splitmix64 (Steele, Lea and Flood 2014), text through BLAKE2b. Text that is the
     canonical form of an integer ("7", not "007") is hashed as that integer, because a command line passes only text.
 
     Raises:
-        InputError: null ids, or ids that are neither integers nor text.
+        InputError: an id is null, or neither an integer nor text.
     """
     series = ids_of(ids, "ids")
     if series.null_count():
@@ -228,17 +228,17 @@ def hash_ids(ids: IdValues) -> NDArray[np.uint64]:
 
 
 def expected_shared(ids: int, rows: int) -> float:
-    """Compute the expected fraction of ids that share their row with another: 1 - (1 - 1/R)^(n - 1).
+    """Compute the expected fraction of ids that share their row with another id: 1 - (1 - 1/R)^(n - 1).
 
     Args:
-        ids: n, the number of distinct ids, each hashed to any row with the same probability.
+        ids: n, the number of distinct ids, hashed uniformly to the rows.
         rows: R.
     """
     return float(-np.expm1(max(ids - 1, 0) * np.log1p(-1.0 / rows)))
 
 
 class CodedIds(Vocabulary):
-    """Ids 0 .. size - 1 that are their own codes; stores no list and looks nothing up.
+    """Ids 0 .. size - 1 that are also the codes, so no list is stored.
 
     Args:
         size: the number of ids.
@@ -249,7 +249,7 @@ class CodedIds(Vocabulary):
 
     @property
     def ids(self) -> pl.Series:
-        """0, 1, 2, ...: created on each access."""
+        """The ids 0, 1, 2, ..., created on each access."""
         return pl.int_range(self._size, eager=True, dtype=pl.Int64).alias("id")
 
     def __len__(self) -> int:
@@ -284,15 +284,15 @@ class CodedIds(Vocabulary):
         return found if (at >= 0).all() else found.set(pl.Series(at < 0), None)
 
     def write(self, path: str | Path) -> None:
-        """Write the size to a Parquet file; atomic."""
+        """Write the size atomically to a Parquet file."""
         with whole_file(Path(path)) as partial:
             pl.DataFrame({_CODES: [self._size]}, schema={_CODES: pl.Int64}).write_parquet(partial)
 
 
 class HashedIds(CodedIds):
-    """Ids that are hashed to rows. Every id has a row, even one that training never saw.
+    """Ids that are hashed to rows; every id has a row, even if training never saw the id.
 
-    Decoding returns the row number: the ids behind a row are not stored.
+    Decoding returns the row number, because the ids of a row are not stored.
 
     Args:
         kind: the number of rows.
@@ -303,7 +303,7 @@ class HashedIds(CodedIds):
 
     @property
     def ids(self) -> pl.Series:
-        """Not available: hashed ids are not stored.
+        """Not available, because hashed ids are not stored.
 
         Raises:
             InputError: always.
@@ -330,21 +330,21 @@ class HashedIds(CodedIds):
         return codes
 
     def write(self, path: str | Path) -> None:
-        """Write the size to a Parquet file; atomic."""
+        """Write the size atomically to a Parquet file."""
         with whole_file(Path(path)) as partial:
             pl.DataFrame({_HASHED: [self._size]}, schema={_HASHED: pl.Int64}).write_parquet(partial)
 
 
 def hash_rows(hashes: NDArray[np.uint64], rows: int) -> Codes:
-    """Reduce each hash to a row: the hash modulo `rows`."""
+    """Reduce each hash to a row number, the hash modulo `rows`."""
     return (hashes % np.uint64(rows)).astype(np.int64)
 
 
 def read_vocabulary(path: str | Path) -> Vocabulary:
-    """Read a vocabulary of any kind, written by its `write`.
+    """Read a vocabulary of any kind from the file written by `write`.
 
     Raises:
-        InputError: the file is missing, damaged, or not a vocabulary.
+        InputError: the file is missing, damaged or not a vocabulary.
     """
     try:
         columns = pl.scan_parquet(path, glob=False).collect_schema()

@@ -1,4 +1,4 @@
-"""Splits into training, validation and test, by protocol or from files."""
+"""Splits into training, validation and test, by a protocol or from files."""
 
 from twotower.data.splits.from_files import from_parts
 from twotower.data.splits.holdout import Holdout

@@ -27,7 +27,7 @@ Part = Interactions | str | Path | Sequence[str | Path]
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """The parts of a ready-made split, as read; `from_parts` makes a `Split` of them.
+    """The parts of a ready-made split, as read; `split` builds a `Split` from them.
 
     Attributes:
         train, validation, test: the interactions; `validation` may be None.
@@ -42,17 +42,17 @@ class Parts:
 
     @property
     def account(self) -> Account:
-        """What was read of the training part."""
+        """The account of the training part."""
         return self.train.account
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the fingerprints of the parts."""
+        """The sha256 of the parts' fingerprints."""
         parts = {"train": self.train, "validation": self.validation, "test": self.test}
         return combined({name: part.fingerprint for name, part in parts.items() if part is not None})
 
     def split(self) -> Split:
-        """Make the split; the fingerprint of its data is that of the parts."""
+        """Build the split; its data gets the fingerprint of the parts."""
         made = from_parts(self.train, self.validation, self.test, items=self.items, queries=self.queries)
         return replace(made, data=replace(made.data, account=self.account, known_fingerprint=self.fingerprint))
 
@@ -68,7 +68,7 @@ def from_parts(
     context: Wanted = None,
     cold: Cold = "keep",
 ) -> Split:
-    """Make a `Split` from ready-made parts, with vocabularies over all of them.
+    """Build a `Split` from ready-made parts, with common vocabularies.
 
     The history of a test query is its training rows followed by its validation rows.
 
@@ -80,7 +80,7 @@ def from_parts(
         queries: query features, joined by id.
         columns: the column of each role in the files.
         context: context columns to read from the files; see `Interactions.read`.
-        cold: "keep" targets whose item has no training row, as is usual with ready-made splits, or "drop" them.
+        cold: "keep" targets whose item has no training row, as is usual for ready-made splits, or "drop" them.
 
     Returns:
         A split whose `data` contains all parts.
@@ -137,12 +137,12 @@ def from_parts(
 
 @dataclass
 class _Stacked:
-    """All parts with common vocabularies; the rows of a query are in the order of the parts.
+    """All parts with common vocabularies; the rows of each query are ordered by part.
 
     Attributes:
         data: the rows.
         part: int8 [n], the part of each row.
-        rows_up_to: for each part, int64 [Q]: the number of a query's rows in this part and the parts before it.
+        rows_up_to: one array per part, int64 [Q]: how many rows each query has in this part and the earlier ones.
     """
 
     data: Interactions
@@ -170,7 +170,7 @@ def _stack(parts: Sequence[Interactions]) -> _Stacked:
 
 
 def _union(vocabularies: Sequence[Vocabulary]) -> Vocabulary:
-    """Merge vocabularies; integers become text if another part has text, because CSV files have no types."""
+    """Merge vocabularies; integer ids become text if another part has text ids, because CSV files have no types."""
     ids = [vocabulary.ids for vocabulary in vocabularies]
     if len({one.dtype for one in ids}) > 1:
         ids = [one.cast(pl.String) for one in ids]
@@ -178,7 +178,7 @@ def _union(vocabularies: Sequence[Vocabulary]) -> Vocabulary:
 
 
 def _by_time(rows: Interactions) -> Interactions:
-    """Sort the rows of each query by time: parts that overlap in time are not sorted yet."""
+    """Sort the rows of each query by time, because the parts may overlap in time."""
     if rows.timestamps is None:
         return rows
     order = np.lexsort((rows.timestamps, rows.query_codes()))

@@ -1,4 +1,4 @@
-"""`Holdout`: the queries of an evaluation with their histories and targets."""
+"""`Holdout`: the queries of an evaluation, with their histories and targets."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from twotower.errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class Holdout:
-    """Queries with their history and their targets, in compressed rows.
+    """The histories and targets of held-out queries, as compressed rows.
 
     Attributes:
         name: name in reports.
         queries: int64 [E], codes in the query vocabulary, ascending.
         history_offsets: int64 [E+1].
-        history_items: int32, oldest first, only rows before the first target.
+        history_items: int32, oldest first; only items before the first target.
         target_offsets: int64 [E+1].
         target_items: int32, without duplicates within a query, oldest first.
         history_timestamps: int64 microseconds, parallel to `history_items`, or None.
-        query_times: int64 [E] microseconds, the time of the first target, or None.
+        query_times: int64 [E] microseconds, the time of the first target of each query, or None.
         context: the context of each query, from the row of its first target, or None.
     """
 
@@ -48,18 +48,18 @@ class Holdout:
 
     @classmethod
     def empty(cls, name: str) -> Holdout:
-        """Make a holdout without queries, for a split without this part."""
+        """Create a holdout without queries, for a split without this part."""
         zero, none = np.zeros(1, dtype=np.int64), np.zeros(0, dtype=np.int32)
         return cls(name, none.astype(np.int64), zero, none, zero, none)
 
 
 @dataclass(frozen=True)
 class Window:
-    """The rows of a holdout: arrays of row numbers [Q], one entry per query.
+    """The rows of a holdout, as arrays of row numbers [Q], one entry per query.
 
     Attributes:
-        history_end: the history of a query is its rows before this one.
-        start: first row that may be a target.
+        history_end: the query's rows before this row are its history.
+        start: the first row that may be a target.
         end: one past the last row that may be a target.
     """
 
@@ -77,18 +77,18 @@ def make_holdout(
     known_items: NDArray[np.bool_] | None = None,
     known_queries: NDArray[np.bool_] | None = None,
 ) -> Holdout:
-    """Make the holdout of a window of rows, and add its lines to the account.
+    """Build the holdout of a window of rows, and add its lines to the account.
 
     Args:
-        data: rows, oldest first within a query.
+        data: the interactions, oldest first within a query.
         name: name of the holdout.
-        window: its rows.
-        account: receives a line for everything that is dropped.
-        known_items: bool [N]; targets with other items are cold and dropped. None keeps them.
-        known_queries: bool [Q]; other queries are cold and dropped. None keeps them.
+        window: the rows of the holdout.
+        account: receives one line per reason for dropping rows.
+        known_items: bool [N]; targets whose item is not known are cold and dropped. None keeps all targets.
+        known_queries: bool [Q]; queries that are not known are cold and dropped. None keeps all queries.
 
     Raises:
-        InputError: nothing is left.
+        InputError: no query is left.
     """
     queries = np.flatnonzero(window.end > window.start)
     rows_before = int((window.end - window.start)[queries].sum())

@@ -1,4 +1,4 @@
-"""Split protocols: training, validation and test, with an account of what was dropped and why."""
+"""Protocols that split data into training, validation and test, with an account of dropped rows and the reasons."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def rows_before(data: Interactions, cut: int) -> NDArray[np.int64]:
 
 
 def training_rows(data: Interactions, ends: NDArray[np.int64], account: Account) -> Interactions:
-    """Select the rows of each query before `ends` [Q].
+    """Select the rows of each query before the row number `ends` [Q].
 
     Raises:
         InputError: no rows are left.
@@ -49,7 +49,7 @@ def training_rows(data: Interactions, ends: NDArray[np.int64], account: Account)
 def training_negatives(
     data: Interactions, account: Account, *, before: int | None = None, train_end: NDArray[np.int64] | None = None
 ) -> Interactions | None:
-    """Select the observed negatives for training: none later than the held-out rows."""
+    """Select the observed negatives for training, none of them later than the held-out rows."""
     below = data.negatives
     if below is None:
         return None
@@ -73,7 +73,7 @@ def training_negatives(
 def validation_queries_of(
     data: Interactions, setting: ValidationQueries, eligible: NDArray[np.bool_], seed: int
 ) -> NDArray[np.bool_]:
-    """Choose the queries whose second last item is validation, bool [Q].
+    """Choose the queries whose second last item is the validation target, bool [Q].
 
     Raises:
         InputError: the setting does not fit the data.
@@ -114,12 +114,12 @@ class Split:
 
     Attributes:
         train: the rows to train on, with the vocabularies of all the data.
-        validation: for model selection; empty if the split was made without one.
-        test: for the final evaluation.
-        account: what was dropped and why.
+        validation: holdout for model selection; empty for a split without validation.
+        test: holdout for the final evaluation.
+        account: dropped rows and the reasons.
         name: name of the protocol.
-        settings: its arguments as JSON values.
-        data: all interactions; a served model takes its histories from them.
+        settings: the protocol's arguments as JSON values.
+        data: all interactions, which provide the histories of a model in production.
     """
 
     train: Interactions
@@ -144,19 +144,19 @@ def by_time(
 ) -> Split:
     """Split at two timestamps, the same for all queries: train on the past, predict the future.
 
-    The last `test` fraction of all interactions is the test, and the `validation` fraction before it the validation.
-    Rows exactly at a cut go to the later part. The history of a test query is all its rows before the cut.
+    The last `test` fraction of all interactions is the test, and the `validation` fraction before it is the validation.
+    Rows exactly at a cut belong to the later part. The history of a test query is all of its rows before the cut.
 
     Args:
         data: interactions with timestamps.
-        validation: fraction of rows, 0 for none.
-        test: fraction of rows, above 0.
+        validation: fraction of the rows, 0 for no validation.
+        test: fraction of the rows, above 0.
         cold: "drop" targets whose item has no training row and queries without a training row, or "keep" them.
-        histories: with cold="drop", keep test queries without a training row that have a history: their first rows
-            are in the validation. For models that read histories.
+        histories: with cold="drop", keep test queries that have no training row but have validation rows as their
+            history. For models that read histories.
 
     Raises:
-        InputError: no timestamps, invalid fractions, or an empty part.
+        InputError: there are no timestamps, a fraction is invalid, or a part is empty.
     """
     _check_shares(validation, test, cold)
     times = data.timestamps
@@ -217,15 +217,15 @@ def leave_last_out(
 ) -> Split:
     """Hold out the last item of every query for the test, and the second last for validation.
 
-    The protocol of much published work, provided for comparison with it. Its training rows can be later than the test
-    rows of other queries; `by_time` has no such leak. Queries with fewer than 3 interactions stay in training.
+    Much published work uses this protocol; it is provided for comparison. Training rows can be later than the test rows
+    of other queries; `by_time` has no such leak. Queries with fewer than 3 interactions stay in training.
 
     Args:
-        data: interactions; without timestamps, row order is the time order.
-        validation_queries: queries whose second last item is validation: all (None), a number or a fraction of queries
-            drawn with `seed`, ids, or the name of a boolean column of the query table.
-        cold: "keep" targets without a training row, as the published protocols do, or "drop" them.
-        seed: seed of the draw.
+        data: interactions; rows without timestamps are taken to be in time order.
+        validation_queries: queries whose second last item is the validation target: None for all, a number or fraction
+            of queries to draw at random, a list of ids, or the name of a boolean column of the query table.
+        cold: "keep" targets whose item has no training row, as the published protocols do, or "drop" them.
+        seed: seed of the random draw.
 
     Raises:
         InputError: no query is long enough, the rows are sorted by item id instead of time, or `validation_queries`
@@ -280,18 +280,18 @@ def held_out_queries(
     seed: int = 0,
     cold: Cold = "drop",
 ) -> Split:
-    """Hold out whole queries: train on the others; the first rows of a held-out query are its history.
+    """Hold out whole queries and train on the others; the first rows of a held-out query are its history.
 
     Args:
         data: interactions.
-        validation: fraction of queries, 0 for none.
-        test: fraction of queries, above 0.
-        fold_in: fraction of a held-out query's rows that are its history; at least one row on each side.
-        seed: seed of the draw.
+        validation: fraction of the queries, 0 for no validation.
+        test: fraction of the queries, above 0.
+        fold_in: fraction of a held-out query's rows in the history; both history and targets get at least one row.
+        seed: seed of the random draw.
         cold: "drop" targets whose item has no training row, or "keep" them.
 
     Raises:
-        InputError: invalid fractions, or an empty part.
+        InputError: a fraction is invalid, or a part is empty.
     """
     _check_shares(validation, test, cold)
     if not 0 < fold_in < 1:
@@ -336,20 +336,20 @@ def random_rows(
 ) -> Split:
     """Hold out random items of each query, for data whose rows have no time order.
 
-    Of n distinct items of a query, n times the fraction are held out, rounded up or down at random so that the fraction
-    is met over all queries. All rows of a held-out (query, item) pair are held out. Queries with fewer than 3 distinct
-    items stay in training, and every query keeps a training item. The history of a validation query is its training
-    rows, the history of a test query all its rows outside the test.
+    From the n distinct items of a query, n times the fraction are held out, rounded up or down at random so that the
+    fraction holds over all queries. All rows of a held-out (query, item) pair are held out. Queries with fewer than 3
+    distinct items stay in training, and every query keeps a training item. The history of a validation query is its
+    training rows; the history of a test query is all of its rows outside the test.
 
     Args:
         data: interactions.
-        validation: fraction of each query's items, 0 for none.
+        validation: fraction of each query's items, 0 for no validation.
         test: fraction of each query's items, above 0.
         cold: "drop" targets whose item has no training row, or "keep" them.
-        seed: seed of the draw.
+        seed: seed of the random draw.
 
     Raises:
-        InputError: invalid fractions, or an empty part.
+        InputError: a fraction is invalid, or a part is empty.
     """
     _check_shares(validation, test, cold)
     account = Account()
@@ -366,7 +366,7 @@ def random_rows(
     train = replace(train, negatives=_outside(data, part, account))
     known_items = train.item_counts() > 0 if cold == "drop" else None
     made = {
-        # Rows outside the holdout come first in each query, in their order: they are its history.
+        # In each query, rows outside the holdout are placed first, in their original order: they are the history.
         name: _from_last(
             data if name == "test" else data.select(part < 2),
             part == 2 if name == "test" else part[part < 2] == 1,
@@ -388,7 +388,7 @@ def _from_last(
     account: Account,
     known_items: NDArray[np.bool_] | None,
 ) -> Holdout:
-    """Make the holdout of the rows in `held` [n]; the history of a query is its other rows."""
+    """Build the holdout of the rows marked in `held` [n]; the history of a query is its other rows."""
     codes = data.query_codes()
     laid = in_order(data, np.lexsort((held, codes)))  # a stable sort
     start = laid.offsets[1:] - np.bincount(codes[held], minlength=data.num_queries)
@@ -396,7 +396,7 @@ def _from_last(
 
 
 def _drawn_parts(data: Interactions, validation: float, test: float, seed: int) -> NDArray[np.int8]:
-    """Draw the part of each row: 0 training, 1 validation, 2 test, -1 training because its query is short; int8 [n]."""
+    """Draw the part of each row, int8 [n]: 0 training, 1 validation, 2 test, -1 training as the query is too short."""
     random = np.random.default_rng(seed)
     pairs, pair_of_row = np.unique(
         data.query_codes().astype(np.int64) * data.num_items + data.item_codes, return_inverse=True

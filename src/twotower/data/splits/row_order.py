@@ -1,4 +1,4 @@
-"""The order of rows without timestamps: whether it can be a time order, and rows without an order."""
+"""Detection of rows without timestamps whose order cannot be a time order, and a shuffle of such rows."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from twotower.data.interactions import COUNT_ROWS, ROW_FIELDS, Interactions
 from twotower.data.prepare.request_context import joined_context
 from twotower.data.schema.account import Account
 
-#: Rows are sorted by item id if at least this share of the steps within queries does not descend ...
+#: Rows count as sorted by item id if at least this share of the steps within queries ascends ...
 _ASCENDING = 0.98
-#: ... and there are so many steps that a random order is out of the question: each ascends with probability 1/2.
+#: ... and there are at least this many steps, each of which ascends with probability 1/2 in a random order.
 _STEPS = 30
 
 
 def sorted_by_item(data: Interactions) -> bool:
     """Return whether rows without timestamps are sorted by item id within the queries.
 
-    Looks at the steps from one row of a query to its next one, to another item. In a random order half of them ascend,
-    and in real time orders the share stays well below 98 %, even where new items have larger ids. A file sorted by
-    item, or by query and item, has 100 %. Data with timestamps, and with fewer than 30 such steps, is never sorted.
+    The steps from one row of a query to the next are examined if the items differ. In a random order half of them
+    ascend, and in real time orders the share stays well below 98 %, even where new items have larger ids. In a file
+    sorted by item, or by query and item, all ascend. Returns False for data with timestamps or fewer than 30 steps.
     """
     if data.timestamps is not None or len(data) < 2:
         return False
@@ -50,13 +50,13 @@ def in_order(data: Interactions, order: NDArray[np.int64]) -> Interactions:
 def without_item_order(data: Interactions, account: Account, part: NDArray[np.int8] | None = None) -> Interactions:
     """Shuffle the rows of each query if they are sorted by item id, and add a line to the account.
 
-    A model would otherwise learn that the next id is a larger one. The shuffle is the same every time, and the
-    fingerprint stays that of the rows as they were read.
+    Otherwise a model would learn that the next id is larger. The shuffle is deterministic, and the fingerprint remains
+    that of the rows as read.
 
     Args:
-        data: rows.
+        data: the interactions.
         account: receives the line.
-        part: the part of each row; rows stay in the order of their parts within a query.
+        part: the part of each row; within a query, rows remain ordered by part.
     """
     if not sorted_by_item(data if part is None else data.select(part == 0)):  # other parts follow in the same query
         return data
