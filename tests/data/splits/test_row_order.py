@@ -59,8 +59,8 @@ def test_an_order_that_chance_or_growing_ids_explain_is_not_taken_for_sorted() -
 
 @pytest.mark.parametrize(("name", "expected"), [("steam/train.csv", False), ("gowalla/train.txt", False),
                                                 ("ml-1m-loo", False), ("amazon/beauty.txt", False)])  # fmt: skip
-def test_published_files(real_data: Any, name: str, expected: bool) -> None:
-    assert sorted_by_item(Interactions.read(real_data(name))) is expected
+def test_published_files(real_data: Path, name: str, expected: bool) -> None:
+    assert sorted_by_item(Interactions.read(real_data / name)) is expected
 
 
 def test_leave_last_out_is_refused_and_other_splits_shuffle() -> None:
