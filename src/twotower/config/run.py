@@ -207,8 +207,8 @@ class TrainingConfig(Section):
     )
     start: Literal["auto", "random", "linear"] = Field(
         "auto",
-        description="Initial weights. linear: the item-item matrix of EASE, cut to rank D. auto: linear if the towers "
-        "can express it and the catalog has at most 20,000 items.",
+        description="Initial weights. linear: the item-item matrix of EASE, cut to rank D; for more than 20,000 "
+        "items, singular vectors of the scaled training matrix. auto: linear if the towers can express it.",
     )
     start_ridge: PositiveFloat | Literal["auto"] = Field(
         "auto", description="Ridge penalty of the linear start. auto: five times the mean number of rows of an item."
