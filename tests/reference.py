@@ -85,9 +85,10 @@ class StreamingGaps:
             elapsed = self.clock - self.last.get(item, 0)
             old = self.gap.get(item)
             if old is None:
+                chance = (len(items) / elapsed) ** (times - 1)
                 if self.rows is not None and elapsed <= self.rows:
                     elapsed = self.rows * sum(1.0 / (self.rows - k) for k in range(elapsed))
-                self.gap[item], self.number[item] = elapsed / times, 0
+                self.gap[item], self.number[item] = (chance * elapsed + (1 - chance) * len(items)) / times, 0
             else:
                 self.number[item] += times
                 weight = max(1.0 - (1.0 - self.rate) ** times, times / self.number[item])

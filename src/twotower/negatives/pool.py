@@ -95,9 +95,9 @@ class Pool(nn.Module):
 
         Raises:
             InputError: `positives` is not int64 [B]; rows are positions of whole sequences, a source is in-batch or a
-                memory and there are no known positives; the batch has more rows than the frequency counted; or a
-                candidate has an expected count of zero (CPU only: the check would
-                stall an accelerator).
+                memory and there are no known positives; the only source is in-batch and the batch has one row or one
+                sequence; the batch has more rows than the frequency counted; or a candidate has an expected count of
+                zero (CPU only: the check would stall an accelerator).
         """
         request = DrawRequest.of(request, **options)
         positives, group, rows = request.positives, request.group, request.rows
@@ -115,10 +115,11 @@ class Pool(nn.Module):
                 "in-batch or remembered candidates, pass every row's known positives so that they are masked"
             )
         own_positives = positives if rows is None else positives[rows]
-        if len(positives) == 1 and request.windows is None and all(isinstance(m, InBatch) for m in self.members()):
+        size, unit = (len(positives), "row") if request.windows is None else (request.windows.drawn, "sequence")
+        if size == 1 and all(isinstance(m, InBatch) for m in self.members()):
             raise InputError(
-                "positives: a batch of one row has no other rows, so in_batch alone gives it no candidates; use larger "
-                "batches, or add a source such as uniform"
+                f"positives: a batch of one {unit} has no other {unit}s, so in_batch alone gives it no candidates; use "
+                "larger batches, or add a source such as uniform"
             )
         if self.training:
             for frequency in self.frequencies():

@@ -47,6 +47,7 @@ __all__ = [
     "named_objective",
     "needs_known_positives",
     "refuse_in_batch",
+    "source_names",
 ]
 
 
@@ -105,10 +106,15 @@ def masks_known_positives(settings: ObjectiveConfig) -> bool:
     return named_objective(settings.name).mask_known_positives
 
 
+def source_names(settings: ObjectiveConfig) -> list[str]:
+    """Return the names of the sources of an objective's settings."""
+    sources = named_objective(settings.name).sources if settings.sources is None else settings.sources
+    return [name for source in sources for name in source]
+
+
 def needs_known_positives(config: Config) -> bool:
     """Return whether known positives must be masked: by the objective, or for rows of sequences as candidates."""
-    sources = config.objective.sources or named_objective(config.objective.name).sources
-    of_rows = any(name in source for source in sources for name in ("in_batch", "memory"))
+    of_rows = not {"in_batch", "memory"}.isdisjoint(source_names(config.objective))
     together = config.reads_sequences or config.training.question in ("horizon", "set")  # rows of one query
     return masks_known_positives(config.objective) or (of_rows and together)
 
