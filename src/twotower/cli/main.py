@@ -168,11 +168,20 @@ def evaluate(
 @app.command()
 def compare(
     data: Annotated[str, typer.Argument(metavar="DATA", help="A file, a folder, or the name of a data set.")],
-    objectives: Annotated[
-        str,
-        typer.Option("--objectives", metavar="A,B", help="Names, YAML files or NAME=FILE.yaml, separated by commas."),
-    ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the comparison.")],
+    objectives: Annotated[
+        str | None,
+        typer.Option("--objectives", metavar="A,B", help="Names, YAML files or NAME=FILE.yaml, separated by commas."),
+    ] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            "--sweep",
+            metavar="KEY=V1,V2",
+            help="Train with each value of a number, e.g. objective.uniform=0,256,1024 (the size of a source) or "
+            "training.learning_rate=1e-3,3e-3. Without --objectives: the objective of the settings.",
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Training runs per objective.")] = 3,
     config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file with settings.")] = None,
     overrides: Annotated[
@@ -186,14 +195,16 @@ def compare(
     no_audit: Annotated[bool, typer.Option("--no-audit", help="Skip the bias and spread of the gradients.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train several objectives under the same settings, compare them on the same test queries, and report to DIR.
+    """Train objectives, or one with several values of a number, compare them on the same queries, and report to DIR.
 
     Run the same command again to resume an interrupted comparison; finished runs are not repeated.
     """
-    from twotower.comparison import compare_run  # noqa: PLC0415
+    from twotower.comparison import Sweep, compare_run  # noqa: PLC0415
     from twotower.config.run import Config  # noqa: PLC0415
     from twotower.errors import Interrupted  # noqa: PLC0415
 
+    if objectives is None and sweep is None:
+        raise InputError("--objectives: expected names to compare, such as expected-count,in-batch-logq, or --sweep")
     changes = list(overrides or [])
     if items is not None:
         changes.append(f"data.items={json.dumps(items)}")
@@ -203,10 +214,11 @@ def compare(
             data,
             out,
             Config.load(config, changes),
-            [name.strip() for name in objectives.split(",") if name.strip()],
+            [name.strip() for name in (objectives or "").split(",") if name.strip()],
             seeds=seeds,
             jobs=jobs,
             audited=not no_audit,
+            sweep=None if sweep is None else Sweep.parse(sweep),
             command=shlex.join(["twotower", *sys.argv[1:]]),
             on_message=lambda text: print_lines(text, to=progress),
         )

@@ -77,7 +77,9 @@ class DataConfig(Section):
         None, description="Processes that read the shards of a folder. None: one per core."
     )
     positive_label: float | None = Field(
-        None, description="Rows with a label below this are observed negatives, not positives. None: all are positives."
+        None,
+        description="Rows with a label below this are observed negatives, not positives. None: all are positives. Only "
+        "logistic-observed learns from them; the source observed lowers the spread of a softmax.",
     )
     split: Literal["time", "random", "leave-last-out", "held-out-queries"] = Field(
         "time",
@@ -112,7 +114,10 @@ class ObjectiveConfig(Section):
 
     name: str = Field("expected-count", description="The name of the objective.")
     sources: list[dict[str, dict[str, Any] | None]] | None = Field(
-        None, description="Sources of candidates, each a name with its settings. None: the objective's default."
+        None,
+        description="Sources of candidates, each a name with its settings. None: the objective's default. observed, "
+        "mined and head are always included: in a softmax they count once, as all items do, which lowers the spread "
+        "of the estimate and teaches nothing about dislikes.",
     )
     unique: bool | None = Field(
         None, description="Remove duplicate candidates across all sources. None: the objective's default."
@@ -133,6 +138,7 @@ class ObjectiveConfig(Section):
         "{streaming: {rate: 0.02}}: with settings.",
     )
     negatives: int = Field(64, ge=1, description="K of the binary objectives: negatives per row.")
+    bias: bool = Field(True, description="Learn a bias of all logits, in the binary objectives.")
     calibration: float = Field(0.75, ge=0, le=1, description="t of gbce.")
     temperature: PositiveFloat | Literal["learned"] = Field(
         "learned", description="Divides the score before the correction. learned: starts at initial_temperature."

@@ -313,7 +313,8 @@ class Pool(nn.Module):
 
 
 def _refuse_impossible(items: Tensor, log_expected_count: Tensor) -> None:
-    impossible = ~torch.isfinite(log_expected_count) & (items >= 0)
+    # +inf is a published weight of zero, not a count.
+    impossible = ~(log_expected_count > -torch.inf) & (items >= 0)
     if bool(impossible.any()):
         item = int(items[impossible][0])
         raise InputError(

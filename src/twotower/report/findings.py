@@ -16,6 +16,8 @@ _MANY = 3
 
 def question(document: Document) -> str:
     """Return the title of the report: the question it answers."""
+    if document.get("sweep"):
+        return f"What does {document['sweep']['setting']} do to quality, to the tail and to items never seen?"
     if document["kind"] == "comparison":
         return "Which objective should you use on this data, and what does it cost in the tail?"
     return "How good is this model, overall and in the tail?"

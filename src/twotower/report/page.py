@@ -35,6 +35,7 @@ class ReportSection:
 SECTIONS = (
     ReportSection("overall", "Overall", results.overall),
     ReportSection("differences", "Significant differences", results.differences),
+    ReportSection("sweep", "The sweep", results.sweep),
     ReportSection("popularity", "By popularity", results.deciles),
     ReportSection("coverage", "Catalog coverage", results.coverage),
     ReportSection("dial", "The popularity dial", results.dial),
@@ -132,5 +133,7 @@ def _facts(document: Document) -> Html:
     ]
     if document["kind"] == "comparison":
         seeds = len(document["seeds"])
-        facts.append((f"{len(document['models'])} × {seeds}", "objectives × seeds"))
+        facts.append(
+            (f"{len(document['models'])} × {seeds}", f"{'values' if document.get('sweep') else 'objectives'} × seeds")
+        )
     return h("dl", [h("div", h("dt", words), h("dd", number)) for number, words in facts], class_="facts")

@@ -19,7 +19,16 @@ WHOLE_CATALOG = 20_000
 FREE = {
     "query_tower": {"history": {"length", "dropout"}},
     "item_tower": {"dimension", "table_precision"},
-    "objective": {"name", "sources", "unique", "strength", "mask_known_positives", "rows_per_draw", "negatives"},
+    "objective": {
+        "name",
+        "sources",
+        "unique",
+        "strength",
+        "mask_known_positives",
+        "rows_per_draw",
+        "negatives",
+        "bias",
+    },
 }
 
 
