@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -72,9 +73,9 @@ def test_the_audit_as_json(run_folder, command):
     assert by_name["bpr"]["overall"] is None and by_name["bpr"]["verdict"] == "another target"
     deciles = by_name["expected-count"]["deciles"]
     assert len(deciles) == 10 and sum(one["rows"] for one in deciles if one) == 20
-    assert [one["source"] for one in found["appearances"]] == ["in-batch", "uniform, 20 draws"]
+    assert [one["source"] for one in found["appearances"]] == ["in-batch", "uniform, 20 draws", "all sources"]
     assert all(one["as_claimed"] for one in found["appearances"])
-    assert 0 < found["masked"] < 0.5 and found["conclusion"]
+    assert 0 < found["masks"]["share"] < 0.5 and found["masks"]["is_right"] and found["conclusion"]
 
 
 def test_the_audit_as_a_table(run_folder, command):
@@ -103,8 +104,7 @@ def test_nothing_is_suggested_if_nothing_is_better(run_folder):
     subject = audit_run(run_folder, rows=6)
     objective = subject.config.objective.model_copy(update={"name": "full-softmax", "sources": [{"catalog": {}}]})
     config = subject.config.model_copy(update={"objective": objective})
-    exact = audit.Subject(config, subject.train, subject.rows, subject.deciles)
-    found = audit.suggest(exact, draws=2)
+    found = audit.suggest(replace(subject, config=config), draws=2)
     assert found.best is None and "keep it" in found.conclusion()
 
 
@@ -135,7 +135,7 @@ def test_binary_objectives_get_no_suggestion(run_folder):
     objective = subject.config.objective.model_copy(update={"name": "bpr", "sources": None})
     config = subject.config.model_copy(update={"objective": objective})
     with pytest.raises(InputError, match="does not estimate the softmax"):
-        audit.suggest(audit.Subject(config, subject.train, subject.rows, subject.deciles))
+        audit.suggest(replace(subject, config=config))
 
 
 def test_expected_distinct_equals_the_mean_of_draws(planted_split):

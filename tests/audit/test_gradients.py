@@ -3,11 +3,13 @@
 import itertools
 import math
 
+import polars as pl
 import pytest
 import torch
 from reference_study.catalogs import random_batches
 
 from twotower.audit import AuditedRows, measure
+from twotower.data import Interactions, KnownPositives
 from twotower.errors import InputError
 from twotower.negatives import Catalog, CountedFrequency, Head, InBatch, Pool, Sampled, Uniform, corrections
 from twotower.objectives import BPR, Logistic, PositiveCorrectedSoftmax, RefinedLogQ, SampledSoftmax
@@ -90,13 +92,17 @@ def test_full_softmax_has_neither_bias_nor_spread():
 def test_known_positives_are_excluded_from_the_target():
     known = (torch.tensor([0]), torch.tensor([2]))
     logits = torch.tensor([LOGITS], dtype=torch.float64)
-    rows = AuditedRows(logits, torch.tensor([POSITIVE]), known=known)
+    rows = AuditedRows(logits, torch.tensor([POSITIVE]), torch.tensor([0]), known=known)
     probability = softmax([LOGITS[j] for j in (0, 1, 3)])
     expected = torch.tensor([probability[0], probability[1] - 1.0, 0.0, probability[2]], dtype=torch.float64)
     torch.testing.assert_close(rows.exact_gradient()[0], expected)
     batches = random_batches(torch.tensor(COUNTS), 2, torch.Generator())
-    found = measure(SampledSoftmax(Pool(Catalog(4))), rows, batches, draws=2)
+    of_query = KnownPositives(
+        Interactions.from_frame(pl.DataFrame({"query_id": [0, 0, 1, 1], "item_id": [1, 2, 0, 3]}))
+    )
+    found = measure(SampledSoftmax(Pool(Catalog(4))), rows, batches, draws=2, known_positives=of_query)
     assert float(found.bias.max()) < 1e-12
+    assert float(measure(SampledSoftmax(Pool(Catalog(4))), rows, batches, draws=2).bias.max()) > 0.1
 
 
 def study_rows(counts, seed=0):
