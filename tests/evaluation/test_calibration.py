@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from support.stand_ins import compressed
 from twotower.audit import partition_error
-from twotower.evaluation.calibration import refined_weights
 from twotower.evaluation import calibration, softmax_calibration
+from twotower.evaluation.calibration import refined_weights
 from twotower.negatives import Catalog, CountedFrequency, InBatch, Pool, Sampled, Uniform
 from twotower.negatives.corrections import NoCorrection
 
@@ -219,8 +219,8 @@ def test_refined_weights_equal_a_loop():
     for row in range(5):
         left_out = set(seen[1][seen[0][row] : seen[0][row + 1]].tolist())
         scores = {j: math.exp(float(queries[row] @ items[j]) / 0.5) for j in range(7) if j not in left_out}
-        for y in sorted(set(targets[1][targets[0][row] : targets[0][row + 1]].tolist()) - left_out):
-            expected.append((row, y, 1 - scores[y] / sum(scores.values())))
+        own = sorted(set(targets[1][targets[0][row] : targets[0][row + 1]].tolist()) - left_out)
+        expected += [(row, y, 1 - scores[y] / sum(scores.values())) for y in own]
     assert len(expected) == 5, "one target is in the history"
     assert list(zip(query.tolist(), item.tolist(), strict=True)) == [pair[:2] for pair in expected]
     np.testing.assert_allclose(weight, [pair[2] for pair in expected], rtol=1e-12)

@@ -30,6 +30,8 @@ _PER_BIN = 5.0
 SIGNIFICANCE = 1e-4
 #: Quantiles of the normal distribution: of the significance of one of three two-sided tests, and of 95 %.
 _NOTICED, _MOSTLY = 4.15, 1.64
+#: The same for the test of the batches, which measures the scatter.
+_PER_FINE_BIN = 0.5
 #: Tolerance for estimated frequencies, which are never exact: deviation from the claim, and dispersion over batches.
 _CLOSE, _STEADY = 0.1, 1.25
 #: Batches from which the scatter over batches is estimated; with fewer it is taken from the claims.
@@ -218,10 +220,11 @@ class _Tally:
     Attributes:
         bins: bin of each item, int64 [N].
         size: number of bins.
-        observed, claimed, plain: o_tb, e_tb and r_tb of each batch, [size].
-        within: sum of the squared counts of single units about their mean in the batch, summed over batches, [size].
+        observed, claimed: o_tb and e_tb of each batch, [size].
+        plain: r_tb of each batch, by the bins of `fine`.
+        fine: bins of the test of the batches, int64 [N]: smaller ones, since its scatter is measured.
+        within: sum of the squared counts of single units about their mean in the batch, summed over batches.
         units: number of units of each batch.
-        freedom: degrees of freedom of `within`.
         variance: sum over batches of the variance of independent draws, by the claims, [size].
     """
 
@@ -230,24 +233,23 @@ class _Tally:
     observed: list[Tensor] = field(default_factory=list)
     claimed: list[Tensor] = field(default_factory=list)
     plain: list[Tensor] = field(default_factory=list)
-    units: list[float] = field(default_factory=list)
-    freedom: float = 0.0
-    within: Tensor = field(init=False)
+    units: list[int] = field(default_factory=list)
+    fine: Tensor | None = None
+    within: Tensor | None = None
     variance: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.within, self.variance = torch.zeros(2, self.size, dtype=torch.float64)
+        self.variance = torch.zeros(self.size, dtype=torch.float64)
 
     def binned(self, values: Tensor) -> Tensor:
         """Sum values of items, [N], over the bins."""
         return torch.zeros(self.size, dtype=torch.float64).index_add_(0, self.bins, values)
 
-    def add_scatter(self, plain: Tensor, within: Tensor, units: float, sampled: int | None = None) -> None:
-        """Add r_tb of a batch, and the squares within it, of all its units or of `sampled` ones like them."""
+    def add_scatter(self, plain: Tensor, within: Tensor, units: int) -> None:
+        """Add r_tb of a batch, and the squares of its units about their mean."""
         self.plain.append(plain)
-        self.within += within
+        self.within = within if self.within is None else self.within + within
         self.units.append(units)
-        self.freedom += max((units if sampled is None else sampled) - 1.0, 0.0)
 
     def item_chi_square(self, ratio: float) -> tuple[float, float]:
         """Compute X^2 of the items with claims times a ratio, and its degrees of freedom."""
@@ -275,8 +277,10 @@ class _Tally:
 
     def excess(self) -> tuple[list[float], float]:
         """Return Q_t of the batches, whose mean for random draws is the number of bins, and the number of bins."""
+        if self.within is None:
+            return [], 0.0
         plain, units = torch.stack(self.plain), torch.tensor(self.units, dtype=torch.float64)
-        each = self.within / max(self.freedom, 1.0)  # variance of one unit's counts
+        each = self.within / (units - 1.0).sum().clamp(min=1.0)  # variance of one unit's counts
         live = each > 0
         if len(plain) < 2 or not bool(live.any()):
             return [], 0.0
@@ -330,48 +334,49 @@ class _Test:
 
     def add(self, step: int, request: DrawRequest, drawn: Tensor, share: Tensor, units: Tensor) -> None:
         """Add the counts of one batch, with f of the items and the unit of each of its rows."""
+        claimed = self.claims(self.items, request).exp()
+        tally = self._tally(request, claimed)
+        if len(self.members) == 1:
+            self._add_scatter(tally, request, drawn, units)
         if step < self.following:
             return
         memory = sum(member.draws(request) for member in self.members if isinstance(member, CrossBatchMemory))
         if memory:  # overlapping contents are not independent: count again once the whole memory is new
             self.following = step + 1 + -(-memory // len(request.positives))
         copies = torch.bincount(drawn, minlength=len(self.items)).double()
-        claimed = self.claims(self.items, request).exp()
         if all(not isinstance(member, InBatch | CrossBatchMemory) for member in self.members):
             share = torch.ones_like(share)  # independent of the batch
-        tally = self._tally(request, claimed)
         observed = copies.clamp(max=1.0) if self.unique else copies
         variance = claimed * (1.0 - claimed).clamp(min=0.0) if self.unique else claimed
         tally.observed.append(tally.binned(share * observed))
         tally.claimed.append(tally.binned(share * claimed))
         tally.variance += tally.binned(share**2 * variance)
-        if len(self.members) == 1:
-            self._add_scatter(tally, self.members[0], request, drawn, units)
         parts = torch.stack([share * claimed, share * observed])
         self.by_decile.index_add_(1, self.deciles, parts)
 
-    def _add_scatter(
-        self, tally: _Tally, member: RandomSource, request: DrawRequest, drawn: Tensor, units: Tensor
-    ) -> None:
-        """Add what the test of the batches needs: counts with duplicates, and their scatter between units."""
-        copies = tally.binned(torch.bincount(drawn, minlength=len(self.items)).double())
-        share = tally.binned(member.log_prob(self.items, request).exp())
-        windows, from_rows = request.windows, isinstance(member, InBatch | CrossBatchMemory)
-        if windows is None or not from_rows:
+    def _add_scatter(self, tally: _Tally, request: DrawRequest, drawn: Tensor, units: Tensor) -> None:
+        """Add what the test of the batches needs: counts with duplicates, and their scatter between units.
+
+        Sources that depend on the rows of batches are tested by the rows of this batch.
+        """
+        (member,) = self.members
+        if isinstance(member, InBatch | CrossBatchMemory):
+            share = member.frequency.log_prob(self.items, request.group).exp()
+            drawn, windows = request.positives, request.windows
+        else:
+            share, windows = member.log_prob(self.items, request).exp(), None
+        if tally.fine is None:
+            tally.fine = equal_bins(share, _PER_FINE_BIN / max(len(drawn), 1))
+        bins, size = tally.fine, int(tally.fine.max()) + 1
+        share = torch.zeros(size, dtype=torch.float64).index_add_(0, bins, share)
+        copies = torch.bincount(bins[drawn], minlength=size).double()
+        if windows is None:
             tally.add_scatter(copies - len(drawn) * share, copies - copies.square() / max(len(drawn), 1), len(drawn))
             return
         count = int(units[-1]) + 1
-        place = units * tally.size + tally.bins[request.positives]
-        own = torch.bincount(place, minlength=count * tally.size).double().reshape(count, tally.size)
-        number, expected = float(count), windows.rows / windows.total * torch.ones(count, dtype=torch.float64)
-        if isinstance(member, CrossBatchMemory):
-            # Its sequences are not known, but they are draws like those of the batch; only their shares are compared.
-            number, expected = count * len(drawn) / len(units), torch.bincount(units).double()
-            expected_copies = len(drawn) * share
-        else:
-            expected_copies = expected.sum() * share
-        own = own - expected[:, None] * share
-        tally.add_scatter(copies - expected_copies, (own - own.mean(0)).square().sum(0), number, count)
+        own = torch.bincount(units * size + bins[drawn], minlength=count * size).double().reshape(count, size)
+        expected = count * windows.rows / windows.total * share
+        tally.add_scatter(copies - expected, (own - own.mean(0)).square().sum(0), count)
 
     def _tally(self, request: DrawRequest, claimed: Tensor) -> _Tally:
         grouped = any(
@@ -423,7 +428,7 @@ class _Test:
     @staticmethod
     def _excess(tallies: list[_Tally]) -> tuple[Tensor | None, float]:
         """Return Q_t less its expectation, of all batches, and the mean number of bins; None if too few batches."""
-        found = [one.excess() for one in tallies if one.plain]
+        found = [one.excess() for one in tallies]
         excess = [value - bins for values, bins in found for value in values]
         if len(excess) < _SCATTER:
             return None, 1.0
@@ -442,7 +447,7 @@ def _two_sided(difference: float, error: float, number: int, scale: float) -> fl
     """Return the probability of a total that differs at least as much, by chance."""
     if abs(difference) <= _ROUNDING * scale:
         return 1.0
-    t = abs(difference) / max(error, 1e-300)
+    t = min(abs(difference) / max(error, 1e-300), 1e6)
     if number >= _SCATTER:  # the error is estimated: the quantile of Student's t as one of the normal distribution
         freedom = number - 1.0
         t *= (1.0 - 0.25 / freedom) / math.sqrt(1.0 + t * t / (2.0 * freedom))

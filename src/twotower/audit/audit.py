@@ -27,6 +27,8 @@ from twotower.system.terminal import cell
 
 #: A relative bias up to _NONE, or within twice its error, is reported as none; up to _SMALL, as small.
 _NONE, _SMALL = 0.005, 0.03
+#: Three errors of the partition sum with which the cause of a bias is not known.
+_UNSURE = 0.2
 #: Batches whose masks are compared with the interactions.
 _MASKED = 5
 
@@ -381,6 +383,8 @@ def _cause(overall: dict[str, float]) -> str:
     found = f"the estimated partition sum is {ratio:.3f} ± {error:.3f} of the exact one"
     if abs(ratio - 1.0) > max(3.0 * error, _NONE):
         return f"; {found}: its counts or its masks are wrong"
+    if 3.0 * error > _UNSURE:
+        return f"; {found}: whether its counts or few candidates are the cause would show with more --draws"
     return f"; {found}: the bias is that of few candidates, {overall['effective']:.0f} effective, and falls as 1/n"
 
 
