@@ -246,7 +246,14 @@ def audit(
     draws: Annotated[
         int | None, typer.Option("--draws", min=2, help="Redraws; default: 50, or 16 with --suggest.")
     ] = None,
+    batches: Annotated[
+        int, typer.Option("--batches", min=20, help="Batches to test counts against; more show smaller errors.")
+    ] = 200,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of rows, batches and draws.")] = 0,
+    per_query: Annotated[
+        Path | None,
+        typer.Option("--per-query", metavar="FILE", help="Parquet file to write with every row, such as its weight."),
+    ] = None,
     data: Annotated[str | None, typer.Option("--data", help="Current location of the data, if it has moved.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -255,13 +262,17 @@ def audit(
 
     if objectives is not None and suggest:
         raise InputError("audit: --objectives cannot be combined with --suggest")
+    if per_query is not None and suggest:
+        raise InputError("audit: --per-query cannot be combined with --suggest, which measures pools")
     subject = run.audit_run(directory, data, rows=rows, seed=seed)
     found: audit.Suggestion | audit.Audit
     if suggest:
         found = audit.suggest(subject, draws=draws or 16, seed=seed)
     else:
         names = [name.strip() for name in (objectives or "").split(",") if name.strip()]
-        found = audit.audit(subject, objectives=names, draws=draws or 50, seed=seed)
+        found = audit.audit(subject, objectives=names, draws=draws or 50, batches=batches, seed=seed)
+        if per_query is not None:
+            found.write_per_query(per_query)
     if as_json:
         print_json(found.to_dict())
     else:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from twotower import evaluation, report
 from twotower.comparison.document import build_document, diagnostics
-from twotower.comparison.measure import FolderRanker, calibrations
+from twotower.comparison.measure import FolderRanker, calibrations, with_refined_weights
 from twotower.comparison.popularity_curve import popularity_curve
 from twotower.comparison.statistics import compare
 from twotower.evaluation import Evaluation
@@ -28,6 +28,8 @@ def evaluate_folder(
     slices: Sequence[str] | None = None,
 ) -> Evaluation:
     """Implement `twotower evaluate`: evaluate a saved model and write `per_query.parquet` and the report.
+
+    For a model trained by refined-logq both have its row weight 1 - P(y | x) on the test queries.
 
     Args:
         directory: a run folder or a model folder; `per_query.parquet` is written to the run folder, next to the model.
@@ -56,7 +58,8 @@ def evaluate_folder(
         return found
     folder = find_model(directory)
     run = folder.parent if folder.name == "model" else folder
-    found.write_per_query(run / "per_query.parquet")
+    weighted, weights = with_refined_weights(found, run, split)
+    weighted.write_per_query(run / "per_query.parquet")
     model, *baselines = found.rows
     name = artifact.config.objective.name
     ks = found.ks
@@ -71,6 +74,7 @@ def evaluate_folder(
         command=f"twotower evaluate {directory}",
         objectives={name: artifact.config.objective.model_dump(mode="json")},
         calibration=calibrations({name: run}, split),
+        refined_weights=None if weights is None else {name: weights},
         diagnostics={name: diagnostics(run)},
         dial=popularity_curve(
             Retriever(artifact),

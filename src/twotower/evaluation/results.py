@@ -216,7 +216,8 @@ class Evaluation:
         frames = [
             pl.DataFrame({"ranker": [row.name] * len(self.queries), **keys, **row.per_query}) for row in self.rows
         ]
-        return pl.concat(frames).with_columns(pl.selectors.float().fill_nan(None))
+        # A ranker may have values that others do not have.
+        return pl.concat(frames, how="diagonal").with_columns(pl.selectors.float().fill_nan(None))
 
     def write_per_query(self, path: str | Path) -> Path:
         """Write `per_query_frame()` as Parquet, atomically.

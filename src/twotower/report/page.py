@@ -43,6 +43,7 @@ SECTIONS = (
     ReportSection("learning", "Learning curves", results.learning),
     ReportSection("audit", "Gradient bias and spread", background.audit),
     ReportSection("calibration", "Calibration", background.calibration),
+    ReportSection("weights", "Row weights of refined logQ", background.refined_weights),
     ReportSection("cost", "Time and memory", results.cost),
     ReportSection("examples", "Example queries", background.examples),
     ReportSection("data", "Data", background.data),

@@ -1,4 +1,4 @@
-"""Training batches built from a configuration."""
+"""Training batches built from a configuration, and the objective that counts what they contain."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
 from twotower.features.feature_set import EncodedTable
 from twotower.features.from_config import encode_context
-from twotower.objectives.build import source_names
+from twotower.objectives import Objective
+from twotower.objectives.build import build_objective, source_names
 from twotower.run.question import refuse_question, rule_of
 
 
@@ -101,6 +102,22 @@ def _make(
     if grouped:
         return GroupedBatches(batches, in_batch_alone=set(source_names(config.objective)) == {"in_batch"})
     return batches
+
+
+def make_objective(
+    config: Config,
+    train: Interactions,
+    rows: np.ndarray | None,
+    batches: TrainingBatches | GroupedBatches | SequenceBatches | QuestionBatches,
+) -> Objective:
+    """Build the objective for batches of `make_batches`: its frequencies count their rows, or their questions.
+
+    Raises:
+        InputError: see `build_objective`.
+    """
+    if isinstance(batches, QuestionBatches):
+        return build_objective(config, train, learnt=batches)
+    return build_objective(config, train, learnt=None if rows is None else train.select(rows))
 
 
 def row_gaps(config: Config, data: Interactions) -> np.ndarray | None:

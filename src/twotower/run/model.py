@@ -30,11 +30,11 @@ from twotower.features.from_config import encode_features, in_training
 from twotower.incremental import ParentModel
 from twotower.incremental.split import ContinuedSplit
 from twotower.negatives.frequency import count_by_group
-from twotower.objectives.build import build_objective, needs_known_positives
+from twotower.objectives.build import needs_known_positives
 from twotower.ranking import Ranker
 from twotower.ranking.distributed import ShardedRanker, item_embeddings, over_ranks, own_item_embeddings
 from twotower.ranking.tower_ranker import TowerRanker
-from twotower.run.batches import make_batches, row_gaps
+from twotower.run.batches import make_batches, make_objective, row_gaps
 from twotower.run.data import split_data
 from twotower.run.mining import refresh_hard_negatives
 from twotower.run.recent_prior import RecentPrior, add_recent_prior
@@ -135,8 +135,7 @@ def fit(
         towers = _build_towers(settings, train, features, ranks)
         batches = make_batches(settings, train, rows, ranks, features.get("context"))
         questions = batches if isinstance(batches, QuestionBatches) else None
-        learnt = None if rows is None else train.select(rows)
-        objective = build_objective(settings, train, learnt=questions or learnt)
+        objective = make_objective(settings, train, rows, batches)
         known_positives = KnownPositives(train) if needs_known_positives(settings) else None
         optimizer = None
         if parent is not None and growth is not None:
@@ -313,7 +312,7 @@ def _model(
         history_items=data.item_codes,
         history_gaps=row_gaps(config, data),
         item_table=data.item_table,
-        rows=incremental.saved_rows_of(split),
+        rows=incremental.saved_rows_of(split, rows),
         contexts=incremental.contexts_of(split, config),
         metadata={
             "data": {

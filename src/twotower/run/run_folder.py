@@ -6,10 +6,11 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from twotower import evaluation, incremental
-from twotower.audit.subject import Subject, subject_of
+from twotower.audit.subject import Subject, TrainingRun, subject_of
 from twotower.config.run import Config
 from twotower.data import Interactions, Parts, Split
 from twotower.data.io.id_lists import ids_like, read_ids
@@ -22,6 +23,7 @@ from twotower.incremental.saved_rows import load_context, load_rows
 from twotower.incremental.split import ContinuedSplit
 from twotower.objectives.build import build_objective
 from twotower.run.advice import with_advice
+from twotower.run.batches import make_batches, make_objective
 from twotower.run.data import absolute, read_by_all, read_data, ready_made, split_data, with_catalog
 from twotower.run.model import Model, continue_with, evaluate, fit
 from twotower.run.settings import CONFIG, complete_settings, require_same_settings
@@ -29,6 +31,7 @@ from twotower.serving import Retriever, SavedModel
 from twotower.serving.model_folder import FOLDER, TOWERS, find_model
 from twotower.system.filesystem import locked, require_replaceable, write_text
 from twotower.training import LAST, require_checkpoint
+from twotower.training.callbacks import BEST, SizedBatches
 
 #: File of a run folder that lists the input files of the run and their sizes.
 INPUTS = "inputs.json"
@@ -332,10 +335,35 @@ def reread(directory: str | Path, source: str | Path | None = None) -> tuple[Sav
 
 
 def audit_run(directory: str | Path, source: str | Path | None = None, *, rows: int = 64, seed: int = 0) -> Subject:
-    """Load what `twotower audit` measures: a saved model, rows of its training data, and their batches.
+    """Load what `twotower audit` measures: a saved model, rows of its training data, and what it was trained with.
+
+    Batches and objective come from the functions that `fit` takes them from, for the rows that the model was trained
+    on: of an incremental run those are the new rows and the replayed ones. Estimated frequencies continue from the best
+    checkpoint.
 
     Raises:
-        InputError: see `evaluate_run`.
+        InputError: see `evaluate_run`; an older version has not recorded the rows that an incremental run learnt from.
     """
+    from twotower.incremental.warm_start import objective_state  # noqa: PLC0415  # loads the trainer, as in `fit`
+
     artifact, split = reread(directory, source)
-    return subject_of(artifact, split.train, rows=rows, seed=seed)
+    folder, trained = find_model(directory), None
+    if len(artifact.metadata["data"].get("lineage", [])) > 1:
+        trained = (load_rows(folder) or {}).get("trained")
+        if trained is None:
+            raise InputError(
+                f"{directory}: the model does not record which rows it was trained on; continue its parent again with "
+                "this version, or audit the parent"
+            )
+    context = {one.features.side: one for one in artifact.towers.feature_tables()}.get("context")
+    config = artifact.config.resolved(len(split.train) if trained is None else len(trained))
+
+    def batches(config: Config) -> SizedBatches:
+        return make_batches(config, split.train, trained, context=context)
+
+    run = TrainingRun(
+        batches=batches,
+        objective=lambda config: make_objective(config, split.train, trained, batches(config)),
+        state=objective_state(artifact, folder.parent / BEST),
+    )
+    return subject_of(replace(artifact, config=config), split.train, run, rows=rows, seed=seed)
