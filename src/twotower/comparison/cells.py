@@ -92,6 +92,11 @@ def make_cells(base: Config, objectives: Sequence[str], seeds: int, out: Path, s
     Raises:
         InputError: an objective is unknown, named twice, or does not fit the data.
     """
+    if base.training.refit:
+        raise InputError(
+            "training.refit: a refitted model has learnt the test rows, so it cannot be compared; compare without it, "
+            "and train the best objective with --refit"
+        )
     if base.objective.sources is not None or base.objective.unique is not None:
         raise InputError(
             "objective.sources, objective.unique: each compared objective has its own; to compare pools, write each to "
