@@ -19,6 +19,7 @@ from twotower.cli.items import commands as catalog
 from twotower.cli.plan import commands as planning
 from twotower.cli.query import commands
 from twotower.cli.serve import commands as serving
+from twotower.cli.tune import commands as tuning
 from twotower.errors import InputError
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app.add_typer(exporting)
 app.add_typer(catalog)
 app.add_typer(serving)
 app.add_typer(planning)
+app.add_typer(tuning)
 
 
 def _print_version(requested: bool) -> None:
@@ -93,6 +95,9 @@ def train(
         Path | None,
         typer.Option("--withdraw", metavar="FILE", help="With --from: ids of items to remove from the catalog."),
     ] = None,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Then train on all rows, validation and test too, and save that model.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the interrupted run in DIR.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the model in DIR.")] = False,
     as_json: Json = False,
@@ -111,6 +116,8 @@ def train(
     changes = list(overrides or [])
     if items is not None:
         changes.append(f"data.items={json.dumps(items)}")
+    if refit:
+        changes.append("training.refit=true")
     changes += [
         f"data.{part}={json.dumps(file)}" for part, file in (("validation", validation), ("test", test)) if file
     ]

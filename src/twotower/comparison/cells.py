@@ -96,6 +96,11 @@ def make_cells(
     Raises:
         InputError: an objective is unknown, named twice, or does not fit the data.
     """
+    if base.training.refit:
+        raise InputError(
+            "training.refit: a refitted model has learnt the test rows, so it cannot be compared; compare without it, "
+            "and train the best objective with --refit"
+        )
     own = {"sources": None, "mask_known_positives": base.objective.mask_known_positives}
     if sweep is not None and not objectives:  # the objective of the settings, with its own pool
         objectives, own = [base.objective.name], {**own, "sources": base.objective.sources}

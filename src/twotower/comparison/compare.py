@@ -24,6 +24,7 @@ from twotower.comparison.statistics import compare
 from twotower.comparison.sweep import Sweep, sweep_curves
 from twotower.config.run import Config
 from twotower.data import Interactions
+from twotower.errors import InputError
 from twotower.features.from_config import wanted_context
 from twotower.report import findings
 from twotower.run import audit_run, read_data, split_data
@@ -125,6 +126,8 @@ def compare_run(
         RuntimeError: a training run failed.
     """
     directory = Path(out)
+    if base.data.windows > 1:
+        raise InputError("data.windows: objectives are compared on one window; use data.windows=1")
     with reserved(directory):
         data = read_data(source, base.data, context=wanted_context(base))
         split = split_data(data, base.data, histories=base.query_tower.history is not None)

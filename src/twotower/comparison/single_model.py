@@ -11,9 +11,9 @@ from twotower.comparison.measure import FolderRanker, calibrations, with_refined
 from twotower.comparison.popularity_curve import popularity_curve
 from twotower.comparison.statistics import compare
 from twotower.evaluation import Evaluation
-from twotower.run import reread, with_advice
+from twotower.run import annotated, reread
 from twotower.serving import Retriever
-from twotower.serving.model_folder import find_model
+from twotower.serving.model_folder import find_evaluated, find_model
 from twotower.system.filesystem import write_text
 
 #: Settings of the popularity dial in the report. Each costs one ranking of the test queries; `twotower dial` uses more.
@@ -42,7 +42,8 @@ def evaluate_folder(
     """
     artifact, split = reread(directory, source)
     settings = artifact.config.evaluation
-    ranker = FolderRanker(Path(directory))
+    evaluated = find_evaluated(directory)
+    ranker = FolderRanker(evaluated)
     found = evaluation.evaluate(
         ranker,
         split.test,
@@ -53,7 +54,7 @@ def evaluate_folder(
         validation=split.validation,
         slices=settings.slices if slices is None else slices,
     )
-    found = with_advice(found, artifact.config)
+    found = annotated(found, directory, artifact, split)
     if page is None:
         return found
     folder = find_model(directory)
@@ -73,7 +74,7 @@ def evaluate_folder(
         data=split.data,
         command=f"twotower evaluate {directory}",
         objectives={name: artifact.config.objective.model_dump(mode="json")},
-        calibration=calibrations({name: run}, split),
+        calibration=calibrations({name: evaluated}, split),
         refined_weights=None if weights is None else {name: weights},
         diagnostics={name: diagnostics(run)},
         dial=popularity_curve(

@@ -87,6 +87,11 @@ class DataConfig(Section):
         "without time. leave-last-out: hold out each query's last item. held-out-queries: hold out whole queries. "
         "Not used if the data comes as train, validation and test files.",
     )
+    windows: PositiveInt = Field(
+        1,
+        description="Consecutive test windows (time): a model is trained and tested for each, on the rows before it. "
+        "The last one is the test of the split, and its model is saved.",
+    )
     validation: Fraction | str = Field(
         0.05, description="Fraction for validation (time, random, held-out-queries), or the validation file."
     )
@@ -223,6 +228,11 @@ class TrainingConfig(Section):
         True,
         description="Add how much more frequent each item is now than in all of training to its score. Half-life and "
         "strength are chosen on the validation, left out if it does not help, or the split is not by time.",
+    )
+    refit: bool = Field(
+        False,
+        description="After the validated run, train on all rows with its settings, seed and number of epochs, and save "
+        "that model. The metrics stay those of the validated model, which is kept beside it.",
     )
     replay: float = Field(
         1.0, ge=0, le=100, description="When training continues on new data (--from): old rows replayed per new row."

@@ -161,6 +161,8 @@ def _beaten(document: Document) -> list[str]:
         said = f"{tests['against']} is below the best baseline, {best['name']}: its {metric} is {numbers}."
     if advice := document["evaluation"].get("advice"):
         said += f" Settings to try on this data: {' '.join(f'--set {setting}' for setting in advice)}."
+    if command := document["evaluation"].get("command"):
+        said += f" To search them and others: {command}."
     return [said]
 
 

@@ -51,6 +51,8 @@ from twotower.towers.tables import tables_without_memory
 
 SCHEMA_VERSION = 1
 FOLDER = "model"
+#: Folders of a run with `training.refit`: the model that was evaluated, and checkpoints and logs of the refit.
+VALIDATED, REFIT = "validated", "refit"
 ROWS = "rows.safetensors"
 ITEMS = "items.safetensors"
 TOWERS = "towers.safetensors"
@@ -268,6 +270,27 @@ def find_model(directory: str | Path) -> Path:
             f"resume with `twotower train DATA --out {given} --resume`"
         )
     raise InputError(f"{given}: no model in this folder; expected metadata.json, as `twotower train` writes it")
+
+
+def find_evaluated(directory: str | Path) -> Path:
+    """Find the model folder that the metrics of a model belong to.
+
+    A model refitted on all rows has learnt the test rows, so it cannot be evaluated on them: its metrics are those of
+    the model that was validated, in the same run folder.
+
+    Raises:
+        InputError: there is no model folder, or the model was refitted and the validated one is not beside it.
+    """
+    folder = find_model(directory)
+    if not read_metadata(folder).get("refit"):
+        return folder
+    validated = folder.parent / VALIDATED
+    if not (validated / "metadata.json").is_file():
+        raise InputError(
+            f"{folder}: refitted on all rows, the test rows among them, and {validated}, the model that was evaluated, "
+            "is missing; copy the whole run folder"
+        )
+    return validated
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
