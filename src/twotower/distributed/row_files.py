@@ -21,7 +21,7 @@ from torch import Tensor
 
 from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
-from twotower.system.filesystem import full_disk_named, whole_folder
+from twotower.system.filesystem import PARTIAL, TOKEN_LENGTH, full_disk_named, whole_folder
 
 #: safetensors names of the types that a table or embeddings may have.
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL"}
@@ -151,7 +151,7 @@ def _write_all(folder: Path, target: Path, ranks: Communicator, write: Callable[
 
 def _shared_name(folder: Path | None, target: Path, ranks: Communicator) -> Path:
     """Return the temporary folder of rank 0 to every rank."""
-    length = len(target.name) + len(f"..{'0' * 12}.partial")
+    length = len(target.name) + len(f"..{'0' * TOKEN_LENGTH}.{PARTIAL}")
     name = torch.zeros(4 * length, dtype=torch.uint8, device=ranks.device)
     if folder is not None:
         raw = folder.name.encode()
