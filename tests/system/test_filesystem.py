@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -190,7 +191,7 @@ def test_content_is_on_the_disk_before_a_rename_and_the_rename_before_the_return
     real = os.fsync
 
     def fsync(handle):
-        calls.append(os.readlink(f"/proc/self/fd/{handle}").replace(str(tmp_path), ""))
+        calls.append(str(Path(f"/proc/self/fd/{handle}").readlink()).replace(str(tmp_path), ""))
         real(handle)
 
     monkeypatch.setattr(os, "fsync", fsync)
