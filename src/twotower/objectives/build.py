@@ -53,8 +53,8 @@ __all__ = [
 def build_objective(config: Config, train: Interactions, *, learnt: HasItemCounts | None = None) -> Objective:
     """Build the objective of a configuration, with frequencies counted from the training interactions.
 
-    `learnt` counts the items of the rows or questions that batches are made of, if not all rows of `train`: it gives
-    the frequency of in-batch candidates, while heads and proposals use all rows.
+    `learnt` counts the items of the rows or questions that batches are made of, if these are not all rows of `train`.
+    The frequency of in-batch candidates is counted from it; heads and proposals use all rows.
 
     Raises:
         InputError: the objective, a source or a setting is unknown, or needs something that the data does not have.
@@ -71,7 +71,7 @@ def build_objective(config: Config, train: Interactions, *, learnt: HasItemCount
 
 
 def refuse_in_batch(pool: Pool) -> None:
-    """Refuse candidates from rows if every block of a batch has its own draw: blocks cut sequences apart.
+    """Reject in-batch candidates and a memory if each block of a batch has its own draw: blocks cut through sequences.
 
     Raises:
         InputError: the pool has an in-batch source or a memory.
@@ -84,7 +84,7 @@ def refuse_in_batch(pool: Pool) -> None:
 
 
 def build_pool(settings: ObjectiveConfig, train: Interactions, *, learnt: HasItemCounts | None = None) -> Pool:
-    """Build the pool of an objective's settings; raises the errors of `build_objective`."""
+    """Build the pool that an objective's settings describe; raises the errors of `build_objective`."""
     named = named_objective(settings.name)
     unique = named.unique if settings.unique is None else settings.unique
     written = [
@@ -106,7 +106,7 @@ def masks_known_positives(settings: ObjectiveConfig) -> bool:
 
 
 def needs_known_positives(config: Config) -> bool:
-    """Return whether known positives must be masked: by the objective, or for rows of sequences as candidates."""
+    """Return whether known positives must be masked: for the objective, or because rows of one query are candidates."""
     sources = config.objective.sources or named_objective(config.objective.name).sources
     of_rows = any(name in source for source in sources for name in ("in_batch", "memory"))
     together = config.reads_sequences or config.training.question in ("horizon", "set")  # rows of one query
@@ -124,7 +124,7 @@ def build_frequency(settings: ObjectiveConfig, train: Interactions, learnt: HasI
     if name == "counted":
         return CountedFrequency(counted)
     if name == "streaming":
-        # Questions are not rows of an epoch; their batches say how they were drawn (`Batch.windows`).
+        # Questions are not rows of an epoch; `Batch.windows` describes how they were drawn.
         rows = len(counted) if isinstance(counted, Interactions) else None
         return StreamingFrequency(train.num_items, **options, rows=rows)
     train = counted if isinstance(counted, Interactions) else train

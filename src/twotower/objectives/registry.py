@@ -30,8 +30,8 @@ class ObjectiveSpec:
         sources: default sources if the configuration has none; `K` means `objective.negatives`.
         correction: the correction subtracted from the logits.
         make: builds the objective from its pool.
-        unique: whether duplicates are removed, unless the configuration says otherwise.
-        mask_known_positives: whether a query's other positives are masked, unless the configuration says otherwise.
+        unique: default of `objective.unique`: whether duplicates are removed.
+        mask_known_positives: default of `objective.mask_known_positives`: whether a query's other positives are masked.
     """
 
     summary: str
@@ -114,7 +114,7 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
         corrections.MixtureProbability(),
     ),
     "mixed-by-source": ObjectiveSpec(
-        "batch and uniform candidates, each by its own source's q", MIXED, _softmax, corrections.BySourceProbability()
+        "batch and uniform candidates, each with its own source's q", MIXED, _softmax, corrections.BySourceProbability()
     ),
     "negative-sampling": ObjectiveSpec(
         "binary cross-entropy, K uniform negatives for each positive (word2vec)",
@@ -129,7 +129,7 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
         corrections.NoCorrection(),
     ),
     "logistic-popular": ObjectiveSpec(
-        "binary cross-entropy, negatives by popularity among items the query has not met",
+        "binary cross-entropy, negatives drawn by popularity from items the query has no interaction with",
         [{"frequency": {"size": "K", "power": 1.0, "per_row": True}}],
         _logistic,
         corrections.NoCorrection(),
