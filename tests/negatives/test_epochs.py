@@ -145,7 +145,7 @@ def test_a_rare_item_among_a_hundred_million_rows_is_precise():
 
 def test_a_batch_larger_than_the_epoch_is_refused():
     pool = Pool(InBatch(CountedFrequency(torch.tensor([3, 2]))))
-    with pytest.raises(InputError, match="a batch of 6, but the frequency was counted from 5 rows"):
+    with pytest.raises(InputError, match="6 rows cannot be drawn without replacement from the 5 rows"):
         pool.draw(torch.tensor([0, 0, 0, 1, 1, 1]))
     weights = CountedFrequency(torch.tensor([0.3, 0.2]))
     assert weights.epoch_rows() is None
@@ -154,9 +154,9 @@ def test_a_batch_larger_than_the_epoch_is_refused():
 
 def test_two_sources_with_the_same_rows_are_refused():
     frequency = CountedFrequency(torch.tensor([3, 2]))
-    with pytest.raises(InputError, match="memory twice"):
+    with pytest.raises(InputError, match="memory is listed twice"):
         Pool(CrossBatchMemory(frequency, 4), CrossBatchMemory(frequency, 8))
-    with pytest.raises(InputError, match="in_batch twice"):
+    with pytest.raises(InputError, match="in_batch is listed twice"):
         Pool(InBatch(frequency), InBatch(frequency))
 
 

@@ -185,7 +185,7 @@ def test_a_drawn_item_without_probability_is_refused():
         (lambda: CountedFrequency(torch.tensor([1, -1])), "finite numbers"),
         (lambda: CountedFrequency(torch.tensor([1, math.nan])), "finite numbers"),
         (lambda: GroupedFrequency([]), "one frequency per group"),
-        (lambda: GroupedFrequency([FREQUENCY, CountedFrequency(torch.ones(2))]), "over the same catalog"),
+        (lambda: GroupedFrequency([FREQUENCY, CountedFrequency(torch.ones(2))]), "for the same catalog"),
         (lambda: GroupedFrequency([FREQUENCY]).log_prob(torch.tensor([0])), "needs the group of the batch"),
         (lambda: Sampled(Uniform(3), -1), "draws >= 0"),
         (lambda: Uniform(0), "at least 1"),

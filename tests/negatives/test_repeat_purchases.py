@@ -138,7 +138,7 @@ def test_a_memory_holds_whole_batches_and_is_restored(train):
 def test_a_memory_of_sequences_needs_known_positives(train):
     batch = SequenceBatches(train, 12, history_length=L).batch(np.array([0, 1, 2]))
     pool = Pool(CrossBatchMemory(CountedFrequency(train), 13))
-    with pytest.raises(InputError, match="remembered candidates"):
+    with pytest.raises(InputError, match="in_batch or memory"):
         pool.draw(batch.items, windows=batch.sequences.windows)
     changes = [
         "query_tower.history={length: 5, sequence: {kind: gru, blocks: 1}}",

@@ -53,8 +53,8 @@ def gbce(positive_logit: Tensor, negative_logits: Tensor, *, beta: float, multip
 def gbce_beta(size: int, num_items: int, calibration: float = 0.75) -> float:
     """Compute beta = a (t (1 - 1/a) + 1/a) with sampling rate a = K / (N - 1) and calibration t in [0, 1].
 
-    t = 0 is plain binary cross-entropy (beta = 1), t = 1 a fully calibrated one (beta = a). Simplified, which also
-    covers a = 0: beta = 1 - t (1 - a).
+    t = 0 is plain binary cross-entropy (beta = 1), t = 1 is fully calibrated (beta = a). The simplified form
+    beta = 1 - t (1 - a) also covers a = 0.
 
     Source: Petrov and Macdonald 2023, "gSASRec", equation 10.
     """

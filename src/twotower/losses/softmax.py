@@ -50,7 +50,7 @@ def sampled_softmax(
         One loss per row, [B], float32 (float64 if the inputs are); a row with no negative left has loss 0.
 
     Raises:
-        InputError: shapes do not fit, or the temperature is not above 0 (checked if it is not on an accelerator).
+        InputError: shapes do not fit, or the temperature is not above 0 (not checked on an accelerator).
 
     Example:
         >>> import torch
@@ -205,7 +205,7 @@ def full_softmax(
 
 
 def check_temperature(temperature: float | Tensor) -> None:
-    """Refuse a temperature of 0 or below; one on an accelerator is not read, which would synchronize.
+    """Reject a temperature of 0 or below; on an accelerator it is not checked, since reading it would synchronize.
 
     Raises:
         InputError: the temperature is 0 or below.

@@ -1,7 +1,7 @@
 """The corrections subtracted from candidate logits. `ExpectedCounts` is unbiased; the others exist for comparison.
 
-A correction maps candidates to log kappa, or to what a published method uses instead. All have the signature
-`log_count(pool, items, source, request) -> float64`, the shape of `items`.
+A correction maps candidates to log kappa, or to the value that a published method uses instead. All have the signature
+`log_count(pool, items, source, request)` and return float64 in the shape of `items`.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ class Sources(Protocol):
 
 
 class Correction(ABC):
-    """A rule for log kappa."""
+    """A rule for the log count that is subtracted from a candidate's logit."""
 
     @abstractmethod
     def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: DrawRequest) -> Tensor:
-        """Compute what is subtracted from the logits of random candidates.
+        """Compute the values to subtract from the logits of random candidates.
 
         Args:
-            pool: the pool they were drawn from.
-            items: their codes, int64, any shape.
-            source: index of the source in the pool that drew each one, same shape; -1 where duplicates were merged.
+            pool: the pool that they were drawn from.
+            items: codes of the candidates, int64, any shape.
+            source: index in the pool of the source that drew each candidate, same shape; -1 if copies were merged.
             request: the batch.
 
         Returns:
@@ -58,7 +58,7 @@ class ExpectedCounts(Correction):
     """log kappa_j, pooled over all random sources: the estimate is unbiased (docs/theory.md, section 2)."""
 
     def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: DrawRequest) -> Tensor:
-        """Return the log of the summed counts, or of one minus the product of absences if the pool is unique."""
+        """Return the log of the summed counts; for a unique pool, of one minus the product of absence probabilities."""
         del source
         return pool.log_expected_count(items, request)
 
@@ -166,8 +166,8 @@ class BySourceProbability(Correction):
         """
         if pool.unique:
             raise InputError(
-                "objective.unique: a correction by source needs the source of every candidate, but removing duplicates "
-                "over all sources merges them; set unique to false, or choose expected-count"
+                "objective.unique: a correction by source needs the source of every candidate, but copies from several "
+                "sources are merged when duplicates are removed; set unique to false, or choose expected-count"
             )
         count = torch.zeros(items.shape, dtype=torch.float64, device=items.device)
         for place, member in enumerate(pool.members()):

@@ -1,7 +1,7 @@
 """Item frequencies: the probability p_j that an item is a row's positive, from which in-batch candidates are drawn.
 
-A frequency is counted from the training interactions, for all batches or for each group of them, or estimated from the
-stream of batches, for data that cannot be counted in advance. `compare_frequencies` measures the error of an estimate.
+A frequency is counted from the training interactions, over all of them or per group. For data that cannot be counted in
+advance it is estimated from the stream of batches. `compare_frequencies` measures the error of an estimate.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Frequency(nn.Module, ABC):
 
     Attributes:
         num_items: N, the size of the catalog.
-        is_exact: True where p_j is counted, False where it is estimated from a stream.
+        is_exact: True if p_j is counted, False if it is estimated from a stream.
     """
 
     num_items: int
@@ -82,24 +82,24 @@ class Frequency(nn.Module, ABC):
         return None
 
     def observe(self, items: Tensor, group: Group | None = None) -> None:
-        """Update the estimate with the positives of one training step, before the draw; no-op for counted ones."""
+        """Update the estimate with the positives of one training step, before the draw; a no-op if p_j is counted."""
         del items, group
 
 
 class CountedFrequency(Frequency):
     """Exact frequency, counted from the training interactions: p_j = count_j / sum of counts.
 
-    Items never seen get p_j = 0 (log p_j = -inf): they become candidates only through a source that draws them, such as
-    `Sampled(Uniform(N))`, and their expected count then comes from that source alone.
+    Items that never occur get p_j = 0 (log p_j = -inf). They become candidates only through a source that draws them,
+    such as `Sampled(Uniform(N))`, and their expected count then comes from that source alone.
 
     The counts also give R, the number of rows. Training shuffles the rows once per epoch and cuts them into batches
     (`TrainingBatches`, any `DataLoader(shuffle=True)`), so the rows of a batch are drawn *without* replacement, and
     the chance that an item is among them depends on R and not only on p_j.
 
     Args:
-        counts: occurrences of each item, [N], whole numbers or weights >= 0; or anything with `item_counts()`.
-        replacement: the rows of a batch are independent draws, with replacement, from the counted ones, and not a part
-            of an epoch. Implied by counts that are not whole numbers, since they do not say how many rows there are.
+        counts: occurrences of each item, [N], whole numbers or weights >= 0; or an object with `item_counts()`.
+        replacement: True if the rows of a batch are independent draws with replacement from the counted rows, instead
+            of a part of an epoch. Implied by counts that are not whole numbers, because R is then unknown.
 
     Raises:
         InputError: counts are negative, not finite, or all zero.
@@ -161,7 +161,7 @@ class GroupedFrequency(Frequency):
     def __init__(self, members: Sequence[Frequency]) -> None:
         super().__init__()
         if not members or len({member.num_items for member in members}) != 1:
-            raise InputError("members: expected one frequency per group, all over the same catalog")
+            raise InputError("members: expected one frequency per group, all for the same catalog")
         self.members = nn.ModuleList(members)
         self.num_items = members[0].num_items
         self.is_exact = all(member.is_exact for member in members)
@@ -230,9 +230,9 @@ class StreamingFrequency(Frequency):
 
         w = max( 1 - (1-a)^c, c / n ),      G[h] <- (1-w) G[h] + w (s B / c),      A[h] <- t,      p = 1 / G[h],
 
-    with n the number of gaps so far, these c included. The first gaps are therefore averaged with equal weights, and
-    from n = 1/a on the mean is a moving one. p is the probability for one row, several occurrences in a step all count,
-    and for small a the estimate is a ratio of expectations, E[s B] / E[c] = 1/p, at every p. Edge cases:
+    with n the number of gaps so far, including these c. The first gaps are therefore averaged with equal weights; from
+    n = 1/a on, the mean is a moving average. p is the probability for one row, every occurrence in a step counts, and
+    for small a the estimate is a ratio of expectations, E[s B] / E[c] = 1/p, at every p. Edge cases:
 
     - first occurrence: there is no gap yet. G[h] is a provisional value (n = 0), which the next step with the item
       replaces: t / c, with t the rows since the item could first occur. Within an epoch of R rows, drawn without
@@ -254,7 +254,7 @@ class StreamingFrequency(Frequency):
         num_items: N.
         rate: a, the weight of one new gap; about 1/a occurrences are averaged.
         patience: see above.
-        rows: R, if the batches of an epoch are drawn without replacement from that many rows (`epoch_rows`).
+        rows: R, if the batches of an epoch are drawn without replacement from R rows (`epoch_rows`).
 
     Raises:
         InputError: a setting is out of range.
@@ -326,7 +326,7 @@ class StreamingFrequency(Frequency):
 
 
 def _from_earlier_versions(frequency: StreamingFrequency, state: dict[str, Any], prefix: str, *_: object) -> None:
-    """Drop the keys of hashed tables from a saved state, and count the gaps of one that did not: as averaged fully."""
+    """Convert a state saved by an earlier version: drop hash keys, and set a missing gap count to the full 1/a."""
     state.pop(f"{prefix}keys", None)
     if f"{prefix}gap" in state and f"{prefix}gaps" not in state:
         state[f"{prefix}gaps"] = torch.isfinite(state[f"{prefix}gap"]).double() / frequency.rate
@@ -339,8 +339,8 @@ class FrequencyReport:
     Attributes:
         total_variation: half the summed absolute difference of the two distributions (the estimate scaled to sum to
             one): 0 if equal, 1 if disjoint.
-        worst_log_ratio: per popularity decile, most popular first, the largest |log(estimated / counted)| over its
-            items that the estimate has seen; NaN for a decile without any.
+        worst_log_ratio: per popularity decile, most popular first, the largest |log(estimated / counted)| over the
+            items that the estimate has seen; NaN if it has seen none of the decile.
         unseen: per decile, the share of its items that the estimate has never seen.
         mass: the sum of the estimated probabilities; 1 for an estimate without overall bias.
     """
@@ -363,8 +363,8 @@ class FrequencyReport:
 def compare_frequencies(estimate: Frequency, counts: Tensor, group: Group | None = None) -> FrequencyReport:
     """Compare an estimated frequency with counted occurrences.
 
-    Deciles are of training interactions, as everywhere in the library: each contains a tenth of them, so the first are
-    a few popular items and the last thousands of rare ones. Items never counted are left out of the ratios.
+    Each decile has a tenth of the training interactions, as everywhere in the library: the first has a few popular
+    items, the last has thousands of rare ones. Items with a count of zero are left out of the ratios.
 
     Args:
         estimate: any frequency.

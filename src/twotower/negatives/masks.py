@@ -1,4 +1,4 @@
-"""The mask of candidates that are not negatives of a row, and the duplicate and membership tests that it is made with.
+"""The mask of candidates that are not negatives of a row, and the duplicate and membership tests behind it.
 
 `NegativeMask` stores pairs and makes the [B, M] matrix on request. Shapes do not depend on the data, so that an
 accelerator never waits for a size: a removed duplicate leaves an empty slot, marked -1. Only `compact` drops empty
@@ -50,7 +50,7 @@ def membership(items: Tensor, row: Tensor, item: Tensor, *, rows: int) -> Tensor
     Args:
         items: candidates, int64 [M], in any order, duplicates allowed.
         row: row of each member, int64 [P].
-        item: its item code, int64 [P]; -1 marks an empty slot.
+        item: item code of each member, int64 [P]; -1 marks an empty slot.
         rows: B.
 
     Returns:
@@ -81,13 +81,13 @@ def known_in_rows(items: Tensor, row: Tensor, item: Tensor) -> Tensor:
         return torch.zeros_like(items, dtype=torch.bool)
     width = torch.maximum(items.max(), item.max()) + 2
     keys = torch.sort(row * width + item).values
-    wanted = torch.arange(len(items), device=items.device)[:, None] * width + items
-    place = torch.searchsorted(keys, wanted).clamp_(max=len(keys) - 1)
-    return (keys[place] == wanted) & (items >= 0)
+    queried = torch.arange(len(items), device=items.device)[:, None] * width + items
+    place = torch.searchsorted(keys, queried).clamp_(max=len(keys) - 1)
+    return (keys[place] == queried) & (items >= 0)
 
 
 def as_pairs(known: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return row members as (row [P], item [P]), given [B, H] padded with -1 or already as such a pair."""
+    """Convert [B, H], padded with -1, to pairs (row [P], item [P]); pairs are returned unchanged."""
     if isinstance(known, tuple):
         return known
     row = torch.arange(len(known), device=known.device)[:, None].expand_as(known)
@@ -119,7 +119,7 @@ class NegativeMask:
         self.rows, self.size = rows, size
         self.items, self.empty = items, empty
         self._dense: Tensor | None = None
-        self._found: list[tuple[Tensor, Tensor, Tensor | None]] | None = None
+        self._matches: list[tuple[Tensor, Tensor, Tensor | None]] | None = None
         self._order: Tensor | None = None
 
     @classmethod
@@ -146,8 +146,8 @@ class NegativeMask:
         if self._dense is None:
             row, item = (torch.cat(part) for part in zip(*self.pairs, strict=True))
             items = torch.arange(self.size, device=item.device) if self.items is None else self.items
-            found = membership(items, row, item, rows=self.rows)
-            self._dense = found if self.empty is None else found | self.empty
+            hits = membership(items, row, item, rows=self.rows)
+            self._dense = hits if self.empty is None else hits | self.empty
         return self._dense
 
     def tiles(self, starts: list[int]) -> Iterator[Pairs | Tensor]:
@@ -161,20 +161,20 @@ class NegativeMask:
             yield from self.matrices(starts)
             return
         boundaries = torch.tensor(starts)
-        found: list[tuple[Tensor, Tensor, Tensor | None, list[int]]] = []
+        hits: list[tuple[Tensor, Tensor, Tensor | None, list[int]]] = []
         for row, first, copies in self._index():
             bounds = torch.searchsorted(row, boundaries).tolist()
             if copies is None and self._order is not None:
                 first = self._order[first]  # noqa: PLW2901
-            found.append((row, first, copies, bounds))
+            hits.append((row, first, copies, bounds))
         for tile, start in enumerate(starts[:-1]):
             rows, places = [], []
-            for row, first, several, bounds in found:
+            for row, first, copies, bounds in hits:
                 part = slice(bounds[tile], bounds[tile + 1])
-                one, place = row[part], first[part]
-                if several is not None:
-                    one, place = self._expand(one, place, several[part])
-                rows.append(one)
+                hit_row, place = row[part], first[part]
+                if copies is not None:
+                    hit_row, place = self._expand(hit_row, place, copies[part])
+                rows.append(hit_row)
                 places.append(place)
             yield torch.cat(rows) - start, torch.cat(places)
 
@@ -211,8 +211,8 @@ class NegativeMask:
         if self.empty is not None:
             total += weight[self.empty].sum()
             weight = weight.masked_fill(self.empty, 0)
-        found = self._index()
-        key = torch.unique(torch.cat([row * self.size + first for row, first, _ in found]))
+        hits = self._index()
+        key = torch.unique(torch.cat([row * self.size + first for row, first, _ in hits]))
         first = key % self.size
         _, copies, order = self._ordered()
         sums = torch.cat([weight.new_zeros(1), (weight if order is None else weight[order]).cumsum(0)])
@@ -258,13 +258,13 @@ class NegativeMask:
         )
 
     def _index(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-        """Return, for each set of pairs, those that are candidates: (row, ascending; first place in `_order`; copies).
+        """Return the pairs of each set that are candidates: (row, ascending; first place in `_order`; copies).
 
         `copies` is None if no candidate item is repeated.
         """
-        if self._found is None:
+        if self._matches is None:
             keys, copies, self._order = self._ordered()
-            self._found = []
+            self._matches = []
             for row, item in self.pairs:
                 first = item if keys is None else first_places(keys, item)
                 live = (first >= 0).nonzero()[:, 0]
@@ -273,13 +273,13 @@ class NegativeMask:
                 if bool((row[1:] < row[:-1]).any()):
                     row, turn = torch.sort(row, stable=True)  # noqa: PLW2901
                     first = first[turn]
-                self._found.append((row, first, None if copies is None else copies[first]))
-        return self._found
+                self._matches.append((row, first, None if copies is None else copies[first]))
+        return self._matches
 
     def _ordered(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return (items ascending; how many copies of an item follow from each place on; their original positions).
+        """Return (items, ascending; number of copies of the item from each place on; original positions).
 
-        Items are None if pairs contain positions, the copies if no item is repeated, the positions if already sorted.
+        Items are None if pairs contain positions, copies if no item is repeated, positions if items were sorted.
         """
         if self.items is None:
             return None, None, None

@@ -43,11 +43,12 @@ class Pool(nn.Module):
     Args:
         sources: one or more sources.
         unique: remove duplicates over all sources together.
-        correction: what is subtracted from the logits; default: the expected count. Others are for comparison.
+        correction: the values to subtract from the logits; by default the log expected count. The other corrections
+            are for comparison.
 
     Raises:
-        InputError: no source is given, two sources have the same rows, or a source's counts vary by row and another
-            source's candidates are shared.
+        InputError: no source is given, two sources contain the same rows, or the counts of one source vary by row
+            while the candidates of another are shared.
 
     Example:
         >>> import torch
@@ -65,7 +66,7 @@ class Pool(nn.Module):
             raise InputError("sources: a pool needs at least one source of candidates, such as InBatch(frequency)")
         for kind, name in ((InBatch, "in_batch"), (CrossBatchMemory, "memory")):
             if sum(isinstance(source, kind) for source in sources) > 1:
-                raise InputError(f"sources: {name} twice: both have the same rows; use one of them")
+                raise InputError(f"sources: {name} is listed twice, with the same rows; remove one of the two")
         varying = [type(source).__name__ for source in sources if source.varies_by_row]
         shared = [type(source).__name__ for source in sources if not source.per_row]
         if varying and shared:
@@ -91,13 +92,13 @@ class Pool(nn.Module):
                 `draw(DrawRequest(positives, generator=rng))`.
 
         Returns:
-            Candidates, [M] of them; includes the positives of the batch if a source is in-batch.
+            The candidates; with an in-batch source they include the positives of the batch.
 
         Raises:
-            InputError: `positives` is not int64 [B]; rows are positions of whole sequences, a source is in-batch or a
-                memory and there are no known positives; the only source is in-batch and the batch has one row or one
-                sequence; the batch has more rows than the frequency counted; or a candidate has an expected count of
-                zero (CPU only: the check would stall an accelerator).
+            InputError: `positives` is not int64 [B]; known positives are missing although rows are positions of whole
+                sequences and a source is in-batch or a memory; the only source is in-batch and the batch has one row or
+                one sequence; the batch has more rows than the frequency was counted on; or a candidate has an expected
+                count of zero (CPU only: the check would stall an accelerator).
         """
         request = DrawRequest.of(request, **options)
         positives, group, rows = request.positives, request.group, request.rows
@@ -112,7 +113,7 @@ class Pool(nn.Module):
         ):
             raise InputError(
                 "known_positives: rows of one sequence are not random draws for each other; with whole sequences and "
-                "in-batch or remembered candidates, pass every row's known positives so that they are masked"
+                "in_batch or memory, pass the known positives of every row so that they are masked"
             )
         own_positives = positives if rows is None else positives[rows]
         size, unit = (len(positives), "row") if request.windows is None else (request.windows.drawn, "sequence")
@@ -184,8 +185,8 @@ class Pool(nn.Module):
 
     def frequencies(self) -> list[Frequency]:
         """Return the distinct frequencies of the in-batch and memory sources."""
-        found = {id(m.frequency): m.frequency for m in self.members() if isinstance(m, InBatch | CrossBatchMemory)}
-        return list(found.values())
+        by_id = {id(m.frequency): m.frequency for m in self.members() if isinstance(m, InBatch | CrossBatchMemory)}
+        return list(by_id.values())
 
     def random_sources(self) -> list[RandomSource]:
         """Return the random sources, in the order given."""
@@ -194,7 +195,10 @@ class Pool(nn.Module):
     def _gather(
         self, request: DrawRequest
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Draw from every source; return (always, random, source of random), shared and then per requested row."""
+        """Draw from every source; return (fixed items, random items, source of each random item), shared and per row.
+
+        Fixed items are those of deterministic sources. Per-row items are returned for the requested rows only.
+        """
         part = request.rows
         own = request if part is None else replace(request, positives=request.positives[part])
         shared: dict[bool, list[Tensor]] = {True: [], False: []}
@@ -318,6 +322,6 @@ def _refuse_impossible(items: Tensor, log_expected_count: Tensor) -> None:
     if bool(impossible.any()):
         item = int(items[impossible][0])
         raise InputError(
-            f"item code {item} was drawn, but its expected count is zero or not a number: the frequency was counted "
-            "from data other than these batches; count it from the same training interactions"
+            f"item code {item} was drawn, but its expected count is zero or not a number: the frequency was counted on "
+            "different data than these batches; count it from the same training interactions"
         )

@@ -1,6 +1,6 @@
 """Proposals: distributions over the catalog that negatives are drawn from, with exact probabilities.
 
-`AliasTable` (Walker 1977) draws from any weights in constant time, with one memory access for each draw.
+`AliasTable` (Walker 1977) draws from any weights in constant time, with one memory access per draw.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Sources of candidates. Each source draws items and knows its own expected count for every item.
 
-The numbers of a source, for item j (docs/theory.md, "One estimator: the expected count"):
+Each source defines two numbers for an item j (docs/theory.md, "One estimator: the expected count"):
 
     expected count   E[number of times j is among this source's candidates of a row]
     absence          P(j is not among them) = 1 - inclusion probability
@@ -11,7 +11,7 @@ head, the whole catalog, items stored per query). A deterministic source include
 *per row*, [B, R]. `Pool` (pool.py) adds expected counts, or multiplies absences, and applies the masks.
 
 The rows of a batch and of a memory are not independent draws: they are drawn without replacement from the rows (or the
-whole sequences) of an epoch. `log_absence_in_epoch` has their absence.
+whole sequences) of an epoch. `log_absence_in_epoch` computes their absence.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ class DrawRequest:
         queries: query of each row, int64 [B], for sources that look items up by query.
         group: the group that the batch was built in, or None for batches that are random draws.
         generator: the random generator of the draw, or None for torch's default.
-        windows: how the batch was drawn, if its rows are positions of whole sequences; None for a draw of rows.
-        epoch: number of the epoch that the batch is a part of, so that a memory can tell the rows of this epoch from
-            those of earlier ones; None for data that is not read in epochs, or read once.
+        windows: how the batch was drawn, if its rows are positions of whole sequences; None if single rows were drawn.
+        epoch: number of the epoch that the batch belongs to, so that a memory can separate the rows of this epoch from
+            rows of earlier epochs; None for data that is not read in epochs or is read only once.
         known_positives: other items that a row must not be pushed away from: int64 [B, H] padded with -1, or a pair
             (row [P], item [P]). They are masked for their row; kappa is unchanged (docs/theory.md, rule 7).
-        rows: the rows for which masks and per-row candidates are made, with start and stop set; None for all rows.
-            `known_positives` and `queries` then cover only these rows, counted from the first of them.
+        rows: the rows for which masks and per-row candidates are made, a slice with start and stop; None for all rows.
+            If set, `known_positives` and `queries` cover only these rows, numbered from the first of them.
     """
 
     positives: Tensor
@@ -63,7 +63,7 @@ class DrawRequest:
 
     @classmethod
     def of(cls, request: DrawRequest | Tensor, **options: Any) -> DrawRequest:
-        """Return a request, with its fields given by name replaced; a tensor contains the positives."""
+        """Return a request with the given fields replaced; a tensor is taken as the positives."""
         return replace(request, **options) if isinstance(request, DrawRequest) else cls(request, **options)
 
 
@@ -100,7 +100,7 @@ class RandomSource(Source):
         """Return the log probability that one draw is the item, float64, the shape of `items`."""
 
     def epoch_draws(self, request: DrawRequest) -> int:
-        """Return how many rows, or whole sequences, of the current epoch this source contains; 0 for others."""
+        """Return how many rows, or whole sequences, of the current epoch this source contains; 0 if it draws none."""
         del request
         return 0
 
@@ -112,8 +112,8 @@ class RandomSource(Source):
         Args:
             items: codes, int64, any shape.
             request: the batch.
-            already: rows, or whole sequences, of the current epoch that other sources of the pool contain, and that
-                are without the item: the probability is conditional on them. Independent draws ignore it.
+            already: number of rows, or whole sequences, of the current epoch that other sources of the pool contain.
+                The probability is conditional on the item being in none of them. Independent draws ignore it.
         """
         del already
         return log_absence_after(self.draws(request), self.log_prob(items, request))
@@ -145,7 +145,7 @@ def log_absence_after(draws: int, log_prob: Tensor) -> Tensor:
     return draws * torch.log1p(-torch.exp(log_prob))
 
 
-#: Below this Stirling's series is not precise.
+#: For smaller arguments Stirling's series is not precise enough.
 _STIRLING = 10.0
 
 
@@ -188,7 +188,7 @@ def log_absence_in_epoch(draws: int, count: Tensor, others: float) -> Tensor:
 
 
 def _stirling(z: Tensor | float) -> Tensor | float:
-    """Compute the rest of Stirling's series of log z! for z of 10 or more."""
+    """Compute the correction terms of Stirling's series for log z!, for z >= 10."""
     inverse = 1.0 / (z if isinstance(z, float) else z.clamp(min=_STIRLING))
     square = inverse * inverse
     return inverse * (1.0 / 12.0 - square * (1.0 / 360.0 - square / 1260.0))
@@ -210,12 +210,12 @@ class InBatch(RandomSource):
 
         kappa_j = c_j (S-1) / (W-1);   without duplicates 1 - C(W-1-w_j, S-1) / C(W-1, S-1)
 
-    This is exact for every item that the row's query never interacts with. Items that the query does interact with are
-    masked (`Pool.draw` requires them): their count among the other sequences would be smaller. See docs/sequences.md.
+    This is exact for every item that the row's query never interacts with. The items that it does interact with have a
+    smaller count among the other sequences, so they are masked (`Pool.draw` requires them). See docs/sequences.md.
 
     Args:
-        frequency: how often each item is a positive; for grouped batches, the frequency within the group. A batch must
-            be drawn from the rows that it counts.
+        frequency: how often each item is a positive; for grouped batches, the frequency within the group. Batches must
+            be drawn from the rows that it was counted on.
         unique: remove duplicates within the batch.
     """
 
@@ -225,7 +225,7 @@ class InBatch(RandomSource):
         self.unique = unique
 
     def draw(self, request: DrawRequest) -> Tensor:
-        """Return the positives of the batch, [B]; each row's own is masked as a hit, which leaves B-1 per row."""
+        """Return the positives of the batch, [B]; each row's own positive is masked as a hit, leaving B-1 per row."""
         if request.windows is not None and request.windows.drawn < 2:
             return request.positives[:0]  # no other sequence in the batch
         return request.positives
@@ -371,10 +371,10 @@ class PerQuery(Source):
             InputError: the request has no queries.
         """
         if request.queries is None:
-            raise InputError("queries: this source looks its items up by query; draw with queries=...")
+            raise InputError("queries: this source looks up items by query; draw with queries=...")
         known = request.queries >= 0
-        found = self.items[request.queries.clamp(min=0)].long()
-        return found.masked_fill(~known[:, None], -1)
+        items = self.items[request.queries.clamp(min=0)].long()
+        return items.masked_fill(~known[:, None], -1)
 
 
 class Observed(PerQuery):
@@ -405,7 +405,7 @@ class HardNegatives(PerQuery):
     """Hard negatives: the items that the current model ranks highest for each query, refreshed periodically, kappa = 1.
 
     This is stratified sampling: the hard set is summed exactly and masked from the random sources, which estimate the
-    rest, so the pool stays unbiased. Mine by the raw scores: on corrected logits rare items would look hard.
+    rest, so the pool stays unbiased. Mine with the raw scores: in corrected logits rare items would look hard.
 
     State (the mined items) is in `state_dict`.
 
@@ -421,7 +421,7 @@ class HardNegatives(PerQuery):
         self.size = size
 
     def refresh(self, queries: Tensor, ranked: Tensor) -> None:
-        """Replace the mined items of some queries by the first R items of a new ranking.
+        """Replace the mined items of some queries with the first R items of a new ranking.
 
         Args:
             queries: codes, int64 [E].
@@ -464,12 +464,12 @@ class _Epoch:
         return None if rows is None else cls(rows, rows, frequency, request, group)
 
     def check(self, drawn: int) -> None:
-        """Refuse a batch that is larger than the epoch that it was drawn from."""
+        """Reject a batch that is larger than the epoch that it was drawn from."""
         if drawn > self.size:
             raise InputError(
-                f"positives: a batch of {drawn:,}, but the frequency was counted from {self.size:,.0f} rows: no batch "
-                "without replacement; count the rows that batches are drawn from, or pass replacement=True to "
-                "CountedFrequency if the rows of a batch are independent draws"
+                f"positives: {drawn:,} rows cannot be drawn without replacement from the {self.size:,.0f} rows "
+                "that the frequency was counted on; count the rows that batches are drawn from, or pass "
+                "replacement=True to CountedFrequency if the rows of a batch are independent draws"
             )
 
     def holding(self, items: Tensor) -> Tensor:
@@ -487,7 +487,7 @@ def log_or_infinite(number: float) -> float:
 
 @dataclass(frozen=True)
 class _Remembered:
-    """The part of a memory that comes from one batch: its step, group and epoch, and how many of its rows are left."""
+    """The rows of a memory that come from one batch: step, group and epoch of the batch, and how many rows are left."""
 
     step: int
     group: int
@@ -501,8 +501,8 @@ class CrossBatchMemory(RandomSource):
     The memory contains item codes, not embeddings: remembered items are embedded again in every step, so no embedding
     is stale and both towers get their gradient. Only the choice of items ages; `age` reports by how much.
 
-    M_e of the M rows belong to epoch e of R rows, c_j of them with item j. They are drawn without replacement, and in
-    the current epoch the row itself is not among them, so with m = R-1 in the current epoch and m = R in earlier ones
+    M_e of the M rows belong to epoch e. An epoch has R rows, c_j of them with item j. The M_e rows are drawn without
+    replacement, in the current epoch from all but the row itself: m = R-1 in the current epoch, m = R in earlier ones,
 
         kappa_j = sum_e M_e c_j / m;   without duplicates 1 - prod_e C(m-c_j, M_e) / C(m, M_e)
 
@@ -510,8 +510,8 @@ class CrossBatchMemory(RandomSource):
     (`DrawRequest.epoch`, `Batch.epoch`). With independent rows (`epoch_rows` of the frequency is None) kappa_j = M p_j,
     or 1 - (1-p_j)^M.
 
-    With batches of whole sequences the memory contains the last whole batches, as many as have about M rows, and counts
-    sequences as `InBatch` does: part of a batch would be part of its sequences.
+    With batches of whole sequences the memory contains the last whole batches, about M rows in all, and counts
+    sequences as `InBatch` does. It keeps whole batches because a part of a batch could contain parts of sequences.
 
     With a grouped frequency each remembered row was drawn within the group g of its own batch, not within the group of
     the current batch: kappa_j = sum_g M_g p_j^g, with M_g remembered rows of group g.
@@ -541,8 +541,8 @@ class CrossBatchMemory(RandomSource):
         self.frequency = frequency
         self.size = size
         self.unique = unique
-        # Oldest first, unused places at the end. The other buffers are filled in when they are saved: what a draw needs
-        # of them is in `_batches`, in Python numbers, so that reading them never synchronizes with a device.
+        # Oldest first, unused places at the end. The other buffers are only filled when the state is saved: a draw uses
+        # the Python numbers in `_batches`, so that it never synchronizes with a device.
         self.register_buffer("items", torch.zeros(size, dtype=torch.int64))
         for name in ("groups", "steps", "epochs"):
             self.register_buffer(name, torch.zeros(size, dtype=torch.int64))
@@ -602,7 +602,7 @@ class CrossBatchMemory(RandomSource):
         return self._parts(request).get(self._key(request), 0)
 
     def log_prob(self, items: Tensor, request: DrawRequest) -> Tensor:
-        """Return log p_j; with a grouped frequency, of the mean over the remembered rows' groups."""
+        """Return log p_j; with a grouped frequency, p_j is the mean over the groups of the remembered rows."""
         rows: dict[int, int] = {}
         for batch in self._batches:
             rows[batch.group] = rows.get(batch.group, 0) + batch.rows
@@ -655,7 +655,7 @@ class CrossBatchMemory(RandomSource):
 
 
 def _store(memory: CrossBatchMemory, *_: object) -> None:
-    """Write what a draw keeps in Python numbers into the buffers, which are about to be saved."""
+    """Copy the Python numbers that a draw uses into the buffers before these are saved."""
     spare = len(memory.items) - memory._filled
     rows = torch.tensor([*(batch.rows for batch in memory._batches), spare])
     for name in ("group", "step", "epoch"):
@@ -665,7 +665,7 @@ def _store(memory: CrossBatchMemory, *_: object) -> None:
 
 
 def _fit_buffers(memory: CrossBatchMemory, state: dict[str, Any], prefix: str, *_: object) -> None:
-    """Prepare for a saved state: it may be longer, and versions without epochs saved none."""
+    """Resize the buffers to a saved state, and add the epochs that earlier versions did not save."""
     if f"{prefix}items" not in state:
         return
     state.setdefault(f"{prefix}epochs", torch.zeros_like(state[f"{prefix}steps"]))
@@ -676,7 +676,7 @@ def _fit_buffers(memory: CrossBatchMemory, state: dict[str, Any], prefix: str, *
 
 def _restore(memory: CrossBatchMemory, _: object) -> None:
     filled, following, memory._step = (int(value) for value in memory.state)
-    if filled == len(memory.items) == memory.size:  # versions before this one wrote the newest over the oldest
+    if filled == len(memory.items) == memory.size:  # earlier versions overwrote the oldest items in place
         for name in ("items", "groups", "steps", "epochs"):
             setattr(memory, name, getattr(memory, name).roll(-following))
     memory._filled = filled

@@ -1,4 +1,4 @@
-"""The base class of objectives, each a pool of candidates with the loss that fits it, and the softmax objectives."""
+"""The base class of objectives (a pool of candidates with a loss that fits it), and the softmax objectives."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Objective(nn.Module, ABC):
 
         Args:
             embedded: the embeddings of the batch.
-            drawn: the candidates that `draw` returned for its positives.
+            drawn: the candidates that `draw` returned for the positives of the batch.
             temperature: divides every score.
 
         Returns:
@@ -103,7 +103,7 @@ class Objective(nn.Module, ABC):
 
         Args:
             embedded: the embeddings of the batch.
-            drawn: the candidates that `draw` returned for its positives.
+            drawn: the candidates that `draw` returned for the positives of the batch.
             temperature: divides every score.
             weights: w of each row, [B], constants; None for the mean, 1/B each.
 
@@ -129,7 +129,7 @@ class SampledSoftmax(Objective):
         """Return the weighted sum of the rows' losses, a scalar; see `Objective.mean`."""
         inputs = loss_inputs(embedded, drawn, temperature, weights)
         if all(isinstance(member, Catalog) for member in self.pool.members()):
-            # Each item is a candidate once, at the place of its code, and gets the gradient of its positives there.
+            # Each item is one candidate, at the position of its code, which also receives the positives' gradient.
             inputs = replace(inputs, positive=None, log_expected_count=None, positive_places=drawn.positives)
         return tiled_loss(TiledSoftmax(), inputs)
 
@@ -156,18 +156,18 @@ class PositiveCorrectedSoftmax(Objective):
 class RefinedLogQ(Objective):
     """The refined logQ loss in its published form; `row_weight` returns the weight 1 - P_hat(y). See `refined_logq`.
 
-    If known positives K(x) are masked too, n' counts what is left, and 1 - q_y becomes 1 - q(K(x) and y): the
-    probability that a draw is masked for the row.
+    If known positives K(x) are masked too, n' counts the remaining candidates, and 1 - q_y becomes 1 - q(K(x) and y):
+    the probability that a draw is not masked for the row.
 
-    `strength` scales all of log kappa_j = log(n' q_j / (1 - q_y)), so that 0 gives the uncorrected softmax's gradient.
+    `strength` scales all of log kappa_j = log(n' q_j / (1 - q_y)), so 0 gives the gradient of the uncorrected softmax.
 
     Args:
         pool: in-batch candidates, duplicates kept.
         strength: scales log kappa.
 
     Raises:
-        InputError: the pool has another source, or removes duplicates: n' draws from one q is what the loss is defined
-            on.
+        InputError: the pool has several sources, per-row or always-included candidates, or removes duplicates; the loss
+            is defined for n' draws from one q.
     """
 
     def __init__(self, pool: Pool, *, strength: float = 1.0) -> None:
@@ -232,7 +232,7 @@ class RefinedLogQ(Objective):
 def refined_parts(drawn: Candidates) -> tuple[Tensor, Tensor]:
     """Compute log n' and log(1 - q(masked)) of each row, float32 [B]; n' counts the unmasked candidates and copies."""
     if drawn.log_unmasked is None:
-        raise InputError("drawn: the candidates of another objective's pool; draw them with the refined-logq objective")
+        raise InputError("drawn: these candidates are from a different pool; draw them with the refined-logq objective")
     left = (drawn.multiplicity.sum() - drawn.negative_mask.count(drawn.multiplicity)).clamp(min=1)
     return left.double().log().float(), drawn.log_unmasked
 
@@ -258,7 +258,7 @@ def corrected_logits(
 def loss_inputs(
     embedded: Embedded, drawn: Candidates, temperature: Tensor | float, weights: Tensor | None, **others: Any
 ) -> LossInputs:
-    """Bundle the inputs that all tiled losses share; `others` are those of one loss, by name."""
+    """Bundle the inputs that all tiled losses share with `others`, the inputs of this loss by name."""
     return LossInputs(
         embedded.query,
         embedded.positive,

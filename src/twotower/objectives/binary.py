@@ -26,9 +26,9 @@ class Binary(Objective):
     Args:
         pool: where the candidates come from.
         initial_bias: initial value of b: -log K for K uncorrected negatives (the odds of a positive), -log N for the
-            corrected losses (probabilities that sum to one). Starting at 0, b would need many steps to get there, and
-            until then the loss would push all scores down, those of popular items most. None: no bias, as in word2vec,
-            whose dot products are not bounded.
+            corrected losses (probabilities that sum to one). From 0, b would need many steps to reach these values, and
+            until then the loss would push all scores down, most of all the scores of popular items. None: no bias, as
+            in word2vec, whose dot products are not bounded.
         strength: scales log kappa.
     """
 
@@ -57,8 +57,8 @@ class Logistic(Binary):
         strength: scales log kappa.
 
     Raises:
-        InputError: `keep_accidental` with in-batch candidates, among which a row's own positive is present without
-            having been drawn.
+        InputError: `keep_accidental` is set with in-batch candidates, which contain a row's own positive although it
+            was not drawn.
     """
 
     def __init__(

@@ -57,8 +57,8 @@ __all__ = [
 def build_objective(config: Config, train: Interactions, *, learnt: HasItemCounts | None = None) -> Objective:
     """Build the objective of a configuration, with frequencies counted from the training interactions.
 
-    `learnt` counts the items of the rows or questions that batches are made of, if not all rows of `train`: it gives
-    the frequency of in-batch candidates, while heads and proposals use all rows.
+    `learnt` counts the items of the rows or questions that batches are made of, if these are not all rows of `train`.
+    The frequency of in-batch candidates is counted from it; heads and proposals use all rows.
 
     Raises:
         InputError: the objective, a source or a setting is unknown, or needs something that the data does not have.
@@ -91,7 +91,7 @@ def _require_corpus(config: Config) -> None:
 
 
 def refuse_in_batch(pool: Pool) -> None:
-    """Refuse candidates from rows if every block of a batch has its own draw: blocks cut sequences apart.
+    """Reject in-batch candidates and a memory if each block of a batch has its own draw: blocks cut through sequences.
 
     Raises:
         InputError: the pool has an in-batch source or a memory.
@@ -104,7 +104,7 @@ def refuse_in_batch(pool: Pool) -> None:
 
 
 def build_pool(settings: ObjectiveConfig, train: Interactions, *, learnt: HasItemCounts | None = None) -> Pool:
-    """Build the pool of an objective's settings; raises the errors of `build_objective`."""
+    """Build the pool that an objective's settings describe; raises the errors of `build_objective`."""
     named = named_objective(settings.name)
     unique = named.unique if settings.unique is None else settings.unique
     written = [
@@ -132,7 +132,7 @@ def source_names(settings: ObjectiveConfig) -> list[str]:
 
 
 def needs_known_positives(config: Config) -> bool:
-    """Return whether known positives must be masked: by the objective, or for rows of sequences as candidates."""
+    """Return whether known positives must be masked: for the objective, or because rows of one query are candidates."""
     of_rows = not {"in_batch", "memory"}.isdisjoint(source_names(config.objective))
     together = config.reads_sequences or config.training.question in ("horizon", "set")  # rows of one query
     return masks_known_positives(config.objective) or (of_rows and together)
@@ -149,7 +149,7 @@ def build_frequency(settings: ObjectiveConfig, train: Interactions, learnt: HasI
     if name == "counted":
         return CountedFrequency(counted)
     if name == "streaming":
-        # Questions are not rows of an epoch; their batches say how they were drawn (`Batch.windows`).
+        # Questions are not rows of an epoch; `Batch.windows` describes how they were drawn.
         rows = len(counted) if isinstance(counted, Interactions) else None
         return StreamingFrequency(train.num_items, **options, rows=rows)
     train = counted if isinstance(counted, Interactions) else train

@@ -30,8 +30,8 @@ class ObjectiveSpec:
         sources: default sources if the configuration has none; `K` means `objective.negatives`.
         correction: the correction subtracted from the logits, or a function that makes it from the item frequency.
         make: builds the objective from its pool.
-        unique: whether duplicates are removed, unless the configuration says otherwise.
-        mask_known_positives: whether a query's other positives are masked, unless the configuration says otherwise.
+        unique: default of `objective.unique`: whether duplicates are removed.
+        mask_known_positives: default of `objective.mask_known_positives`: whether a query's other positives are masked.
     """
 
     summary: str
@@ -124,7 +124,7 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
         corrections.MixtureProbability(),
     ),
     "mixed-by-source": ObjectiveSpec(
-        "batch and uniform candidates, each by its own source's q", MIXED, _softmax, corrections.BySourceProbability()
+        "batch and uniform candidates, each with its own source's q", MIXED, _softmax, corrections.BySourceProbability()
     ),
     "mixed-by-source-batch-probability": ObjectiveSpec(
         "batch and uniform candidates, each by its own source's 1 - (1-q)^n",
@@ -145,7 +145,7 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
         corrections.NoCorrection(),
     ),
     "logistic-popular": ObjectiveSpec(
-        "binary cross-entropy, negatives by popularity among items the query has not met",
+        "binary cross-entropy, negatives drawn by popularity from items the query has no interaction with",
         [{"frequency": {"size": "K", "power": 1.0, "per_row": True}}],
         _logistic,
         corrections.NoCorrection(),

@@ -1,9 +1,9 @@
 """The losses as training uses them: weighted sums over the rows, evaluated tile by tile together with the gradients.
 
-Each equals the weighted sum of its plain version in softmax.py or binary.py, its reference, in value and gradient, and
-in bounded memory: no [B, M] matrix is stored, and a mask is a list of pairs (`NegativeMask`). Use the plain versions if
-a gradient has to flow through the values of single rows or through log counts, or to differentiate twice. Under
-bfloat16 `torch.autocast` the products are rounded to bfloat16 and summed in float32.
+Each has the value and gradient of the weighted sum of its plain version in softmax.py or binary.py, but needs bounded
+memory: no [B, M] matrix is stored, and a mask is a list of pairs (`NegativeMask`). Use the plain versions if a gradient
+has to flow through the values of single rows or through log counts, or to differentiate twice. Under bfloat16
+`torch.autocast` the products are rounded to bfloat16 and summed in float32.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def tiled_softmax(
         positive: [B, D].
         candidates: [M, D].
         log_expected_count: log kappa of each candidate, [M].
-        mask: the mask; `Candidates.masks`, or bool [B, M].
+        mask: `Candidates.negative_mask`, or bool [B, M], True where a candidate is not a negative for the row.
         row_candidates: [B, R, D].
         row_log_expected_count: [B, R].
         row_mask: bool [B, R].
@@ -49,8 +49,8 @@ def tiled_softmax(
         row_offset: subtracted from all candidate logits of a row, [B].
         log_left: log n' of refined logQ, [B].
         weights: w, [B], constants; None for the mean, 1/B each.
-        repeated_queries: compute the logits of rows with equal queries once. True for a tower that reads only ids or
-            features; otherwise no rows are equal, and looking for them costs time. On the CPU only.
+        repeated_queries: compute the logits of rows with equal queries only once. Set it for a tower that reads only
+            ids or features; with other towers no queries are equal, and comparing them costs time. CPU only.
 
     Returns:
         A scalar, float32 (float64 if the inputs are).
@@ -86,7 +86,7 @@ def tiled_full_softmax(
     weights: Tensor | None = None,
     repeated_queries: bool = False,
 ) -> Tensor:
-    """Compute sum_b w_b loss_b of `full_softmax`; in addition to the gradients it needs one tile, at most 256 MiB.
+    """Compute sum_b w_b loss_b of `full_softmax`; memory: the gradients and one tile of at most 256 MiB.
 
     Args:
         query: [B, D].
@@ -156,7 +156,7 @@ def tiled_logistic(
         bias: a scalar added to every logit, including the positive's; may have a gradient.
         own_offset: subtracted from the positive's logit, [B]: its log kappa in the corrected losses.
         beta: weight of the positive.
-        mask: as in `tiled_softmax`; so are the following.
+        mask: as in `tiled_softmax`.
         row_candidates: [B, R, D].
         row_log_expected_count: [B, R].
         row_mask: bool [B, R].

@@ -1,8 +1,8 @@
 """The tiled evaluation of a loss: some rows against all candidates at a time, in one reused buffer.
 
 The gradients are computed in the same pass: because the weight of each row in the mean is known in advance, a tile's
-contributions to the gradients of query, positive, candidates, temperature and bias are known as soon as its rows'
-losses are. So nothing is computed twice, and no [B, M] matrix is stored. For the cost see docs/performance.md.
+contributions to the gradients of query, positive, candidates, temperature and bias can be computed as soon as the
+losses of its rows are known. Nothing is computed twice, and no [B, M] matrix is stored. Costs: docs/performance.md.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class TiledEvaluation:
     Args:
         form: the loss.
         inputs: checked inputs in the precision of the sums; the query is already divided by the temperature.
-        wanted: whether gradients are computed.
+        needs_grad: whether gradients are computed.
     """
 
-    def __init__(self, form: TileLoss, inputs: LossInputs, *, wanted: bool) -> None:
+    def __init__(self, form: TileLoss, inputs: LossInputs, *, needs_grad: bool) -> None:
         scaled, candidates, bias = inputs.query, inputs.candidates, inputs.bias
-        self.form, self.inputs, self.wanted = form, inputs, wanted
+        self.form, self.inputs, self.needs_grad = form, inputs, needs_grad
         self.scaled, self.rows, self.bias = scaled, inputs.row_candidates, bias
         assert inputs.weights is not None and not isinstance(inputs.mask, Tensor)  # done by `LossInputs.checked`
         self.weights, self.mask = inputs.weights, inputs.mask
@@ -81,12 +81,12 @@ class TiledEvaluation:
         offset = None if inputs.row_offset is None else inputs.row_offset.to(own.dtype)
         self.sums = form.begin(own, offset=offset, base=self.base)
         self.row_weights = self.weights.to(scaled.dtype)
-        self.by_scaled = torch.empty_like(scaled) if wanted else scaled.new_empty(0)
+        self.scaled_grad = torch.empty_like(scaled) if needs_grad else scaled.new_empty(0)
         self.line_weights = scaled.new_empty(len(scaled))
-        self.by_candidates = torch.empty_like(self.candidates) if wanted else scaled.new_empty(0)
-        self.by_rows = None if self.rows is None or not wanted else torch.empty_like(self.rows)
+        self.candidates_grad = torch.empty_like(self.candidates) if needs_grad else scaled.new_empty(0)
+        self.row_grad = None if self.rows is None or not needs_grad else torch.empty_like(self.rows)
         # One number for the run, summed over all blocks: double precision costs nothing.
-        self.by_bias = torch.zeros((), dtype=torch.float64, device=scaled.device)
+        self.bias_grad = torch.zeros((), dtype=torch.float64, device=scaled.device)
 
     def _padded(self, candidates: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Pad the candidates to a width that makes the products fast; the padding has weight zero."""
@@ -137,30 +137,30 @@ class TiledEvaluation:
                 slice(start, stop), blocks, None if tile_masks is None else next(tile_masks), gathering
             )
         finish(gathering)
-        losses, by_own = self.sums.finish()
-        if self.wanted:
-            self._complete(by_own * self.row_weights)
+        losses, own_grad = self.sums.finish()
+        if self.needs_grad:
+            self._complete(own_grad * self.row_weights)
         return (self.weights.double() * losses).sum().to(losses.dtype)
 
-    def _complete(self, by_own: Tensor) -> None:
+    def _complete(self, own_grad: Tensor) -> None:
         """Add the positives' contribution to the gradients, and the factors that are the same for all tiles."""
         if len(self.scaled) == 0:
-            self.by_candidates.zero_()
+            self.candidates_grad.zero_()
         if self.weight is not None:
-            self.by_candidates.mul_(self.weight[:, None])
-        self.by_query = self._by_query().addcmul_(self.positive, by_own[:, None])
-        self.by_bias += by_own.sum()
-        self.by_positive = self._of_rows(self.scaled) * by_own[:, None]
+            self.candidates_grad.mul_(self.weight[:, None])
+        self.query_grad = self._query_grad().addcmul_(self.positive, own_grad[:, None])
+        self.bias_grad += own_grad.sum()
+        self.positive_grad = self._of_rows(self.scaled) * own_grad[:, None]
         if self.inputs.positive_places is not None:
-            self.by_candidates.index_add_(0, self.inputs.positive_places, self.by_positive)
+            self.candidates_grad.index_add_(0, self.inputs.positive_places, self.positive_grad)
 
     def _tile(
         self, part: slice, blocks: list[tuple[slice, Tensor]], mask: Mask | None, gathering: Iterator[None]
     ) -> Iterator[None]:
         """Visit a tile; return an iterator that gathers its gradients block by block while the next tile is visited.
 
-        That way a block is read from memory, gathered into the gradients and overwritten by the next tile's logits
-        while it is in cache. Over large catalogs memory traffic takes as long as the products.
+        A block is then read from memory, gathered into the gradients and overwritten by the next tile's logits while it
+        is in cache. For large catalogs memory traffic takes as long as the products.
         """
         left, sums = self.left[part], self.sums
         for (cols, block), masked in zip(blocks, masks_of_blocks(mask, blocks), strict=True):
@@ -174,17 +174,17 @@ class TiledEvaluation:
             else:
                 fill_masked(block.exp_(), masked, 0.0)
             self._visit(part, cols, block)
-            if self.wanted and sums.is_final:  # while the block is in the cache
+            if self.needs_grad and sums.is_final:  # while the block is in the cache
                 self._add_to_scaled(part, cols, block)
         finish(gathering)
         row_block = None if self.rows is None else self._row_logits(self.rows[part], part)
         if row_block is not None:
             sums.visit(part, row_block, None)
         weights = self.line_weights[part].copy_(self._weights_of_lines(part))
-        return self._gather(part, blocks, row_block, weights) if self.wanted else iter(())
+        return self._gather(part, blocks, row_block, weights) if self.needs_grad else iter(())
 
     def _of_rows(self, by_line: Tensor) -> Tensor:
-        """Expand per-line values to rows, [G, ...] -> [B, ...]; here every row has its own line of logits."""
+        """Expand values per line of logits to rows, [G, ...] -> [B, ...]; in this class every row is its own line."""
         return by_line
 
     def _visit(self, part: slice, cols: slice, block: Tensor) -> None:
@@ -192,13 +192,13 @@ class TiledEvaluation:
         self.sums.visit(part, block, None if self.weight is None else self.weight[cols])
 
     def _weights_of_lines(self, part: slice) -> Tensor:
-        """Return the factor from block values to gradients of the sum, for lines with all blocks visited."""
+        """Return the factor that turns block values into gradients of the sum; all blocks must have been visited."""
         scale = self.sums.scale(part)
         return self.row_weights[part] if scale is None else scale * self.row_weights[part]
 
-    def _by_query(self) -> Tensor:
+    def _query_grad(self) -> Tensor:
         """Return the candidates' contribution to the gradient of each scaled query, [B, D]."""
-        return self.by_scaled.mul_(self.line_weights[:, None])
+        return self.scaled_grad.mul_(self.line_weights[:, None])
 
     def _row_logits(self, rows: Tensor, part: slice) -> Tensor:
         log_count, mask = self.inputs.row_log_expected_count, self.inputs.row_mask
@@ -213,33 +213,33 @@ class TiledEvaluation:
 
     def _add_to_scaled(self, part: slice, cols: slice, block: Tensor) -> None:
         with products(low=self.is_low):
-            self.by_scaled[part].addmm_(block, self.weighted[cols], beta=0 if cols.start == 0 else 1)
+            self.scaled_grad[part].addmm_(block, self.weighted[cols], beta=0 if cols.start == 0 else 1)
 
     def _gather(
         self, part: slice, blocks: list[tuple[slice, Tensor]], row_block: Tensor | None, weights: Tensor
     ) -> Iterator[None]:
         """Add a finished tile's contribution to the gradients, given its lines' weights; yields after each block."""
-        scaled, by_scaled = self.scaled[part], self.by_scaled[part]
+        scaled, scaled_grad = self.scaled[part], self.scaled_grad[part]
         toward = scaled * weights[:, None]
         if not blocks:
-            by_scaled.zero_()
+            scaled_grad.zero_()
         for cols, block in blocks:
             self._make_whole(part, cols, block)
             if not self.sums.is_final:
                 self._add_to_scaled(part, cols, block)
-            by_candidates = self.by_candidates[cols]
+            candidates_grad = self.candidates_grad[cols]
             with products(low=self.is_low):
-                torch.addmm(by_candidates, block.T, toward, beta=0 if part.start == 0 else 1, out=by_candidates)
+                torch.addmm(candidates_grad, block.T, toward, beta=0 if part.start == 0 else 1, out=candidates_grad)
             if self.bias is not None:
-                self.by_bias += row_sums(block, None if self.weight is None else self.weight[cols]) @ weights
+                self.bias_grad += row_sums(block, None if self.weight is None else self.weight[cols]) @ weights
             yield
-        if row_block is not None and self.by_rows is not None and self.rows is not None:
-            by_scaled += torch.bmm(row_block[:, None, :], self.rows[part])[:, 0]
-            torch.mul(row_block[:, :, None], toward[:, None, :], out=self.by_rows[part])
-            self.by_bias += row_block.sum(1) @ weights
+        if row_block is not None and self.row_grad is not None and self.rows is not None:
+            scaled_grad += torch.bmm(row_block[:, None, :], self.rows[part])[:, 0]
+            torch.mul(row_block[:, :, None], toward[:, None, :], out=self.row_grad[part])
+            self.bias_grad += row_block.sum(1) @ weights
 
     def _make_whole(self, part: slice, cols: slice, block: Tensor) -> None:
-        """Restore entries of a visited block that belong only to the candidates' gradient; none here."""
+        """Restore entries of a visited block that count for the candidates' gradient only; none in this class."""
 
 
 def finish(gathering: Iterator[None]) -> None:

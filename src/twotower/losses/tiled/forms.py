@@ -2,8 +2,8 @@
 
 A form receives the logits of some rows block by block, each [R, m], with masked entries at -inf. It overwrites every
 block with numbers g such that the gradient with respect to a logit is w_b `scale`_b g, where w are the rows' weights in
-the mean. Per-row quantities are stored for the whole batch and processed together: after a matrix product even a small
-operation costs a trip to memory, so there should be few of them per tile.
+the mean. Per-row quantities are stored for the whole batch and processed together, because even a small operation reads
+from memory after a matrix product, and a tile should need few of them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class TileLoss(ABC):
         Args:
             own: the positives' logits, [B].
             offset: subtracted from all candidate logits of a row, [B].
-            base: if a number, no row maximum needs to be subtracted: blocks are exponentials, 0 where masked, with
+            base: None if a row maximum has to be subtracted. Otherwise blocks are exponentials, 0 where masked, with
                 weights exp(base - log count), and -base is added to the log of the sum.
         """
 
@@ -45,7 +45,7 @@ class Sums(ABC):
     """The running sums of a batch's rows.
 
     Attributes:
-        is_final: a block has its final values as soon as it was visited, not only after all blocks of its rows were.
+        is_final: a block has its final values once it is visited, before the other blocks of its rows are.
     """
 
     is_final: bool = True
@@ -56,7 +56,7 @@ class Sums(ABC):
 
     @abstractmethod
     def scale(self, part: slice) -> Tensor | None:
-        """Return the factor from block values to gradients, [R], or None for 1. All blocks must have been visited."""
+        """Return the factor that turns block values into gradients, [R]; None for 1. Call after visiting all blocks."""
 
     @abstractmethod
     def finish(self) -> tuple[Tensor, Tensor]:
@@ -178,20 +178,20 @@ class TiledPairwise(TileLoss):
 class _PairwiseSums(Sums):
     def __init__(self, own: Tensor, offset: Tensor | None) -> None:
         self.shift = own if offset is None else own + offset
-        self.total, self.live, self.by_logits = (torch.zeros_like(own) for _ in range(3))
+        self.total, self.live, self.logits_grad = (torch.zeros_like(own) for _ in range(3))
 
     def visit(self, part: slice, block: Tensor, weight: Tensor | None) -> None:
         self.live[part] += row_sums((~torch.isneginf(block)).to(block.dtype), weight)
         block.sub_(self.shift[part, None])
         self.total[part] += row_sums(F.softplus(block, threshold=40.0), weight)
-        self.by_logits[part] += row_sums(block.sigmoid_(), weight)
+        self.logits_grad[part] += row_sums(block.sigmoid_(), weight)
 
     def scale(self, part: slice) -> Tensor:
         return self.live[part].clamp(min=1).reciprocal_()
 
     def finish(self) -> tuple[Tensor, Tensor]:
         number = self.live.clamp(min=1)
-        return self.total / number, -self.by_logits / number
+        return self.total / number, -self.logits_grad / number
 
 
 def log2_unit(dtype: torch.dtype) -> float:

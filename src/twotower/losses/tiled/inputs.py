@@ -36,11 +36,11 @@ class LossInputs:
         row_offset: also subtracted from all candidate logits of a row, [B].
         own_offset: subtracted from the positive's logit, [B].
         bias: a scalar added to every logit, including the positive's.
-        multiplicity: how many equal candidates each shared candidate represents, [M]; None for one each. For losses
-            that do not sum exponentials: for the others, the log count contains it (`Candidates.collapse`).
+        multiplicity: how many equal candidates each shared candidate represents, [M]; None for one each. Only for
+            losses that do not sum exponentials; otherwise the log count includes it (`Candidates.collapse`).
         positive_places: positions of the positives among the candidates, int64 [B]; these then get the positives'
             gradient.
-        repeated_queries: look for rows that have the same query, bit by bit, to compute their logits once.
+        repeated_queries: find rows whose queries are bitwise equal, and compute their logits once.
         low_precision: products in bfloat16, sums in float32.
     """
 
@@ -66,15 +66,16 @@ class LossInputs:
         """Return the inputs with their defaults filled in: all weights, the mask as pairs, the precision of autocast.
 
         Raises:
-            InputError: shapes do not fit, the temperature is not above 0, or a gradient is needed that is not computed.
+            InputError: shapes do not fit, the temperature is not above 0, or an input in `CONSTANT` requires a
+                gradient.
         """
         check_temperature(self.temperature)
         for name in CONSTANT:
             given = getattr(self, name)
             if given is not None and given.requires_grad:
                 raise InputError(
-                    f"{name}: expected constants, found a tensor that needs a gradient; the tiled losses compute none "
-                    "for it: detach it, or use the plain losses (sampled_softmax, logistic, ...)"
+                    f"{name}: expected constants, found a tensor that requires a gradient, which the tiled losses do "
+                    "not compute; detach it, or use the plain losses (sampled_softmax, logistic, ...)"
                 )
         query, candidates, mask = self.query, self.candidates, self.mask
         if self.positive is not None and self.log_expected_count is not None:

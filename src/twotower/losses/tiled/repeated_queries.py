@@ -28,9 +28,9 @@ WORTH_WHILE = 0.9
 class RepeatedQueries:
     """Rows grouped by query into G lines.
 
-    The rows of a line have the same query and differ only in their own item (the positive): they share all other
-    masks. One line of logits, without the own items of its rows, therefore serves all of them; each row then adds the
-    own items of the others. Rows are sorted by line here, and within a line by the place of their own item.
+    The rows of a line have the same query and differ only in their own item (the positive); everything else that is
+    masked is the same. They therefore share one line of logits, without the own items of any of them, and each row adds
+    the own items of the other rows. Rows are sorted by line, and within a line by the place of their own item.
 
     Attributes:
         order: the row at each sorted position, int64 [B].
@@ -64,8 +64,8 @@ class RepeatedQueries:
 def find_repeated(query: Tensor, mask: NegativeMask | Tensor | None) -> RepeatedQueries | None:
     """Group rows by query; None if there is little to gain, or if rows differ in more than their own item.
 
-    Queries are the same if their embeddings are equal bit by bit. That happens with towers that read only ids or
-    features, not with towers that read each row's own history.
+    Queries are the same if their embeddings are bitwise equal. That happens with towers that read only ids or features,
+    not with towers that read each row's own history.
 
     Args:
         query: [B, D].
@@ -121,7 +121,7 @@ def find_repeated(query: Tensor, mask: NegativeMask | Tensor | None) -> Repeated
 
 
 def _lines(query: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (line of each row [B], first row of each line, ascending [G]); hash collisions may mix different rows."""
+    """Return (line of each row [B], first row of each line, ascending [G]); a hash collision may merge two queries."""
     bits = query.detach().contiguous()
     whole = {8: torch.int64, 4: torch.int32, 2: torch.int16}[query.element_size()]
     bits = bits.view(torch.int64 if query.shape[1] * query.element_size() % 8 == 0 else whole)
@@ -152,24 +152,24 @@ def _is_shared(row: Tensor, item: Tensor, like: Tensor) -> bool:
 
 
 class RepeatedEvaluation(TiledEvaluation):
-    """One evaluation with one line of logits per query, for logits that need no row maximum subtracted.
+    """An evaluation with one line of logits per query, for logits so small that no row maximum is subtracted.
 
     A line's sum leaves out the own items of all its rows; each row then adds the own items of the other rows:
 
         Z_b = sum_{j masked for no row of the line} w_j exp s_j + sum_{own items j of other rows} w_j exp s_j
 
-    Nothing is subtracted, so nothing cancels. The gradient with respect to the candidates is one product as well: at an
-    own item the line contains its exponential times the share of the line's weight that belongs to rows with other own
-    items. Products, exponentials and sums are computed per line. `base` is None if the logits are too large for this.
+    Nothing is subtracted, so nothing cancels. The gradient with respect to the candidates is also one product: at an
+    own item the line contains its exponential times the share of the line's weight that belongs to rows with different
+    own items. Products, exponentials and sums are computed per line. `base` is None if the logits are too large.
     """
 
     sums: SoftmaxSums
 
-    def __init__(self, lines: RepeatedQueries, form: TiledSoftmax, inputs: LossInputs, *, wanted: bool) -> None:
+    def __init__(self, lines: RepeatedQueries, form: TiledSoftmax, inputs: LossInputs, *, needs_grad: bool) -> None:
         self.lines = lines
 
-        def sort(one: Tensor | None) -> Tensor | None:
-            return None if one is None else one.index_select(0, lines.order)
+        def sort(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.index_select(0, lines.order)
 
         by_line = replace(
             inputs,
@@ -181,7 +181,7 @@ class RepeatedEvaluation(TiledEvaluation):
             row_offset=sort(inputs.row_offset),
             own_offset=sort(inputs.own_offset),
         )
-        super().__init__(TiledSoftmax(sort(form.log_left)), by_line, wanted=wanted)
+        super().__init__(TiledSoftmax(sort(form.log_left)), by_line, needs_grad=needs_grad)
         starts = tile_starts(len(self.scaled), len(self.candidates), self.scaled)
         self.bounds = dict(zip(starts, lines.bounds(starts), strict=False))
         # Per line, per own item of a line, per row: see `RepeatedQueries`.
@@ -224,24 +224,24 @@ class RepeatedEvaluation(TiledEvaluation):
         back = self.exponentials.index_select(0, own) * self.of_others.index_select(0, own)
         block.view(-1).index_copy_(0, place, back)
 
-    def _by_query(self) -> Tensor:
+    def _query_grad(self) -> Tensor:
         lines = self.lines
         place = lines.own_place.index_select(0, lines.other)
         starts = torch.searchsorted(lines.row, torch.arange(len(lines.of)))
-        by_query = F.embedding_bag(
+        query_grad = F.embedding_bag(
             place,
             self.weighted,
             starts,
             mode="sum",
             per_sample_weights=self.exponentials.index_select(0, lines.other),
         )
-        return by_query.add_(self._of_rows(self.by_scaled)).mul_(self.scales[:, None])
+        return query_grad.add_(self._of_rows(self.scaled_grad)).mul_(self.scales[:, None])
 
-    def _complete(self, by_own: Tensor) -> None:
-        super()._complete(by_own)
+    def _complete(self, own_grad: Tensor) -> None:
+        super()._complete(own_grad)
         order = self.lines.order
-        self.by_query = torch.empty_like(self.by_query).index_copy_(0, order, self.by_query)
-        self.by_positive = torch.empty_like(self.by_positive).index_copy_(0, order, self.by_positive)
+        self.query_grad = torch.empty_like(self.query_grad).index_copy_(0, order, self.query_grad)
+        self.positive_grad = torch.empty_like(self.positive_grad).index_copy_(0, order, self.positive_grad)
 
     def _own_in(self, part: slice, cols: slice, block: Tensor) -> tuple[Tensor, Tensor]:
         """Return the lines' own items that are in a block, int64 [E'], and their places in its memory."""
