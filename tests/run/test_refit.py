@@ -14,8 +14,8 @@ from twotower.comparison import compare_run, evaluate_folder
 from twotower.config.run import Config
 from twotower.data import Interactions, by_time
 from twotower.errors import InputError, Interrupted
-from twotower.run import train_run
-from twotower.run.recent_prior import recent_log_ratio
+from twotower.run import linear_start, train_run
+from twotower.run.recent_prior import prior_of
 from twotower.serving import Retriever, SavedModel
 
 SMALL = ["training.batch_size=64", "training.max_epochs=4", "training.accelerator=cpu", "item_tower.dimension=16"]
@@ -111,26 +111,38 @@ def test_a_linear_start_that_no_epoch_improves_is_refitted_as_a_start(planted_da
     settings = [*SMALL, "training.max_epochs=1", "training.learning_rate=1.0"]
     model = tt.fit(split, Config.load(None, settings), progress=False)
     training = model.artifact.metadata["training"]
-    assert training["kept_epochs"] == 0 and training["start_bias"] is not None
+    assert training["kept_epochs"] == 0 and training["start"]["powers"] is None
     found = run.refit(model, progress=False).artifact
     counts = planted_data.item_counts()
     log_p = np.log((counts + 1.0) / (counts.sum() + len(counts)))
-    assert np.allclose(found.towers.bias.weight.detach()[:, 0], training["start_bias"] * log_p, atol=1e-5)
+    assert np.allclose(found.towers.bias.weight.detach()[:, 0], training["start"]["bias"] * log_p, atol=1e-5)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_the_bias_of_the_start_is_taken_over(planted_data, share):
+@pytest.mark.parametrize(("share", "powers"), [(0.5, None), (1.0, None), (0.5, (0.25, 0.45))])
+def test_the_choices_of_the_start_are_taken_over(planted_data, monkeypatch, share, powers):
     split = by_time(planted_data, validation=0.1, test=0.15)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("twotower.run.linear_start.BIASES", (share,))
-        patch.setattr(
-            "twotower.run.linear_start._choose_bias",
-            lambda towers, bias, counts, measure: bias.weight.copy_(
-                (share * ((counts + 1) / (counts.sum() + len(counts))).log())[:, None]
-            ),
-        )
-        model = tt.fit(split, Config.load(None, [*SMALL, "training.max_epochs=1"]), progress=False)
-    assert model.artifact.metadata["training"]["start_bias"] == pytest.approx(share, abs=1e-6)
+    monkeypatch.setattr(linear_start, "BIASES", (share,))
+    if powers is not None:
+        monkeypatch.setattr(linear_start, "MOST_ITEMS", 10)
+        monkeypatch.setattr(linear_start, "POWERS", (powers,))
+    settings = [*SMALL, "training.max_epochs=1", "training.learning_rate=1.0"]
+    model = tt.fit(split, Config.load(None, settings), progress=False)
+    assert model.artifact.metadata["training"]["start"] == {"bias": share, "powers": powers and list(powers)}
+    monkeypatch.setattr(linear_start, "BIASES", (0.0,))
+    monkeypatch.setattr(linear_start, "POWERS", ((0.5, 0.35),))
+    found = run.refit(model, progress=False).artifact.towers
+    dimension = found.item_tower.ids.weight.shape[1]
+    if powers is None:
+        ridge = linear_start.RIDGE * planted_data.item_counts().sum() / (planted_data.item_counts() > 0).sum()
+        history, vectors = linear_start.linear_factors(planted_data, dimension, float(ridge))
+    else:
+        history, vectors = linear_start.singular_factors(planted_data, dimension, *powers)
+    expected = history @ vectors.T
+    scores = (found.query_tower.history_items.weight @ found.item_tower.ids.weight.T).detach()
+    assert torch.allclose(scores / scores.norm(), expected / expected.norm(), atol=1e-5)
+    counts = planted_data.item_counts()
+    log_p = np.log((counts + 1.0) / (counts.sum() + len(counts)))
+    assert np.allclose(found.bias.weight.detach()[:, 0], share * log_p, atol=1e-5)
 
 
 def test_the_recent_prior_of_a_refit_is_that_of_the_time_after_the_last_row():
@@ -147,14 +159,9 @@ def test_the_recent_prior_of_a_refit_is_that_of_the_time_after_the_last_row():
     assert prior is not None, "the data must need a prior"
     found = run.refit(model, progress=False).artifact
     assert found.metadata["recent_prior"] == prior
-    expected = recent_log_ratio(
-        data.timestamps,
-        data.item_codes,
-        data.item_counts(),
-        half_life=prior["half_life"],
-        now=int(data.timestamps.max()) + 1,
-    )
-    assert torch.allclose(found.towers.recent, prior["strength"] * expected)
+    chosen = {name: prior[name] for name in ("half_life", "strength", "popularity")}
+    expected = prior_of(data, data.item_counts(), now=int(data.timestamps.max()) + 1, **chosen)
+    assert torch.allclose(found.towers.recent, expected)
     assert not torch.allclose(found.towers.recent, model.artifact.towers.recent)
 
 

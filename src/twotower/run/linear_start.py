@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -44,6 +45,19 @@ EXTRA, ROUNDS = 16, 4
 SCALES, QUESTIONS = 2.0 ** torch.arange(0.0, 10.5, 0.5), 256
 #: Shares of log p that the item bias can start at.
 BIASES = (0.0, 0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class StartChoice:
+    """What a linear start chose on the validation.
+
+    Attributes:
+        bias: share of log p that the item bias started at.
+        powers: a and b of the singular value decomposition; None for EASE.
+    """
+
+    bias: float = 0.0
+    powers: tuple[float, float] | None = None
 
 
 def refusal(towers: TwoTower) -> str | None:
@@ -77,9 +91,10 @@ def start_linear(
     ranks: Communicator,
     *,
     measure: Callable[[TwoTower], float] | None = None,
+    choice: StartChoice | None = None,
     on_message: Callable[[object], None] | None = None,
-) -> bool:
-    """Set the towers to the linear model, if `training.start` says so; returns whether it was done. Collective.
+) -> StartChoice | None:
+    """Set the towers to the linear model, if `training.start` says so. Collective.
 
     The scores of EASE are no log-probabilities: their scale is the one with the smallest softmax loss on some
     questions of training, and the item bias starts at the share of log p with the best validation metric.
@@ -91,18 +106,22 @@ def start_linear(
         questions: the training questions, for the scale; None if training asks for the next item: the scale is then 1.
         ranks: the processes; the first one's result is copied to the others.
         measure: the validation metric of towers; None without validation: the bias then starts at zero.
+        choice: what another run chose on its validation, used in place of `measure`.
         on_message: receives what was done; None discards it.
+
+    Returns:
+        What was chosen; None if the towers keep their random weights.
 
     Raises:
         InputError: the towers cannot express it and `training.start` is linear.
     """
     if config.training.start == "random":
-        return False
+        return None
     reason = refusal(towers)
     if reason is not None or (config.training.start == "auto" and questions is None):
         if config.training.start == "linear":
             raise InputError(f"training.start: linear: {reason}; or use training.start=random")
-        return False
+        return None
     dimension, size = config.item_tower.dimension, train.num_items
     counts = torch.from_numpy(train.item_counts()).double()
     query, item = towers.query_tower, towers.item_tower
@@ -115,52 +134,64 @@ def start_linear(
         for mlp in filter(None, (query.mlp, item.mlp)):
             _silence(mlp)
 
-        def begin(history: Tensor, vectors: Tensor) -> float:
-            """Set the tables, the scale and the bias; return the validation metric, 0 without validation."""
+        biases = BIASES if choice is None else (choice.bias,)
+
+        def begin(history: Tensor, vectors: Tensor) -> tuple[float, float]:
+            """Set tables, scale and bias; return the metric, 0 without validation, and the share of log p."""
             _set(query.history_items, history)
             _set(item.ids, vectors)
             if questions is not None:
                 scale = _scale(towers, questions).sqrt()
                 for table in (query.history_items, item.ids):
                     table.weight.mul_(scale.to(table.weight.dtype))
-            return _choose_bias(towers, counts, measure)
+            return _choose_bias(towers, counts, biases, measure)
 
         if can_invert(size):
             ridge = config.training.start_ridge
             if ridge == "auto":
                 ridge = RIDGE * max(float(counts.sum() / max(int((counts > 0).sum()), 1)), 1.0)
             said = f"EASE with ridge {ridge:.3g} over {size:,} items, cut to rank {dimension}"
-            begin(*linear_factors(train, dimension, ridge))
+            found = StartChoice(begin(*linear_factors(train, dimension, ridge))[1])
         else:
-            powers = POWERS if measure is not None else POWERS[:1]
-            factors = {power: singular_factors(train, dimension, *power) for power in powers}
-            metrics = {power: begin(*factors[power]) for power in powers}
-            best = max(powers, key=metrics.__getitem__)
+            powers = POWERS if choice is None or choice.powers is None else (choice.powers,)
+            if measure is None:
+                powers = powers[:1]
+            tried = {}
+            for pair in powers:
+                factors = singular_factors(train, dimension, *pair)
+                tried[pair] = (begin(*factors), factors)
+            best = max(powers, key=lambda pair: tried[pair][0])
             if best != powers[-1]:
-                begin(*factors[best])
+                begin(*tried[best][1])
+            found = StartChoice(tried[best][0][1], best)
             said = (
                 f"singular vectors of {train.num_queries:,} queries x {size:,} items, rank {dimension}, powers {best}"
             )
         if on_message is not None:
             on_message(f"linear start: {said}")
         ranks.copy_first([parameter.data for parameter in towers.parameters()])
-    return True
+    return found
 
 
-def _choose_bias(towers: TwoTower, counts: Tensor, measure: Callable[[TwoTower], float] | None) -> float:
-    """Set the bias, if the towers have one, to the best share of log p; return the validation metric."""
-    if measure is None:
-        return 0.0
-    if towers.bias is None:
-        return measure(towers)
+def _choose_bias(
+    towers: TwoTower, counts: Tensor, shares: tuple[float, ...], measure: Callable[[TwoTower], float] | None
+) -> tuple[float, float]:
+    """Set the bias, if the towers have one, to the best share of log p; return the validation metric and the share."""
     log_p = ((counts + 1.0) / (counts.sum() + len(counts))).log().float()[:, None]
-    metrics = {}
-    for share in BIASES:
-        _set(towers.bias, share * log_p)
-        metrics[share] = measure(towers)
-    best = max(metrics, key=metrics.__getitem__)
-    _set(towers.bias, best * log_p)
-    return metrics[best]
+
+    def metric(share: float) -> float:
+        if towers.bias is not None:
+            _set(towers.bias, share * log_p)
+        return 0.0 if measure is None else measure(towers)
+
+    if measure is None or towers.bias is None:
+        shares = shares[:1]
+    metrics = {share: metric(share) for share in shares}
+    best = max(shares, key=metrics.__getitem__)
+    if best != shares[-1]:
+        assert towers.bias is not None
+        _set(towers.bias, best * log_p)
+    return metrics[best], best
 
 
 def linear_factors(train: Interactions, dimension: int, ridge: float) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -248,7 +248,7 @@ def _fit(
                 train,
                 questions,
                 validate=validate,
-                bias_share=None if refit is None else refit.start_bias,
+                choice=None if refit is None else refit.start,
                 on_message=on_message,
             )
         before = validate(towers) if validate is not None and parent is not None and not resume else None
@@ -284,8 +284,8 @@ def _fit(
             prior = add_recent_prior(towers, split, settings, validate, on_message)
         else:
             refit.set_prior(towers, train)
-        start_bias = start.bias_share(train)
-    return _model(settings, split, result, parent=parent, rows=rows, before=before, prior=prior, start_bias=start_bias)
+        chosen = start.choice()
+    return _model(settings, split, result, parent=parent, rows=rows, before=before, prior=prior, start=chosen)
 
 
 def continue_with(
@@ -406,7 +406,7 @@ def _model(
     rows: NDArray[np.int64] | None,
     before: dict[str, float] | None,
     prior: RecentPrior | None,
-    start_bias: float | None,
+    start: dict[str, Any] | None,
 ) -> Model:
     """Collect what the model folder holds; `before` are the validation metrics of the parent."""
     data, towers = split.data, result.towers.eval()
@@ -414,7 +414,7 @@ def _model(
     training = {
         "epochs": result.epochs,
         "kept_epochs": result.kept,
-        "start_bias": start_bias,
+        "start": start,
         "seconds": round(result.seconds, 1),
         "cpu_seconds": round(result.cpu_seconds, 1),
         "peak_memory": result.peak_memory,

@@ -1,7 +1,7 @@
 """The refit: after the validated run, the same training on all rows, with nothing held out.
 
-Early stopping, the share of log p in the item bias of the linear start, and the recent prior were chosen on the
-validation; the refit takes them over, because it has no validation.
+The number of epochs, the linear start and the recent prior were chosen on the validation; the refit takes them over,
+because it has no validation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from twotower.data import Holdout, Interactions, Split
 from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
 from twotower.evaluation import Evaluation
-from twotower.run.recent_prior import RecentPrior, recent_log_ratio
+from twotower.run.linear_start import StartChoice
+from twotower.run.recent_prior import RecentPrior, prior_of
 from twotower.towers import TwoTower
 
 
@@ -27,19 +28,24 @@ class Refit:
 
     Attributes:
         epochs: epochs that the validated weights have learnt; 0 if they are the start.
-        start_bias: share of log p that the item bias started at, or None.
+        start: what the linear start chose, or None.
         prior: the recent prior that was chosen, or None.
     """
 
     epochs: int
-    start_bias: float | None = None
+    start: StartChoice | None = None
     prior: RecentPrior | None = None
 
     @classmethod
     def of(cls, metadata: Mapping[str, Any]) -> Refit:
         """Read it from the metadata of the validated model."""
         training, prior = metadata["training"], metadata.get("recent_prior")
-        return cls(training["kept_epochs"], training["start_bias"], None if prior is None else RecentPrior(**prior))
+        start = training["start"]
+        return cls(
+            training["kept_epochs"],
+            None if start is None else StartChoice(start["bias"], start["powers"] and tuple(start["powers"])),
+            None if prior is None else RecentPrior(**prior),
+        )
 
     def set_prior(self, towers: TwoTower, data: Interactions) -> None:
         """Give the towers the recent prior of the time after the last row."""
@@ -47,10 +53,7 @@ class Refit:
             return
         assert data.timestamps is not None
         now = int(np.max(data.timestamps)) + 1
-        ratio = recent_log_ratio(
-            data.timestamps, data.item_codes, data.item_counts(), half_life=self.prior.half_life, now=now
-        )
-        towers.set_recent(self.prior.strength * ratio)
+        towers.set_recent(prior_of(data, data.item_counts(), now=now, **self.prior.settings()))
 
 
 def refuse_refit(config: Config, split: Split | None = None, *, continues: bool) -> None:

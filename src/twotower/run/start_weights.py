@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -17,7 +17,7 @@ from twotower.config.run import Config
 from twotower.data import Interactions
 from twotower.data.loading.questions import QuestionBatches
 from twotower.distributed.communicator import Communicator
-from twotower.run.linear_start import start_linear
+from twotower.run.linear_start import StartChoice, start_linear
 from twotower.system.filesystem import whole_file
 from twotower.towers import TwoTower
 
@@ -47,13 +47,10 @@ class StartWeights:
         questions: QuestionBatches | None,
         *,
         validate: Callable[[TwoTower], dict[str, float]] | None,
-        bias_share: float | None = None,
+        choice: StartChoice | None = None,
         on_message: Callable[[object], None] | None = None,
     ) -> None:
-        """Set freshly built towers to the start that `training.start` names, and keep it; see `start_linear`.
-
-        Without validation, the item bias starts at `bias_share` times log p; None for what `start_linear` does.
-        """
+        """Set freshly built towers to the start that `training.start` names, and keep it; see `start_linear`."""
         name = config.training.metric
 
         def measure(towers: TwoTower) -> float:
@@ -61,28 +58,26 @@ class StartWeights:
             return validate(towers)[name]
 
         measured = None if validate is None else measure
-        if not start_linear(towers, config, train, questions, self.ranks, measure=measured, on_message=on_message):
+        found = start_linear(
+            towers, config, train, questions, self.ranks, measure=measured, choice=choice, on_message=on_message
+        )
+        if found is None or measured is None:
             return
-        if measured is None and bias_share is not None and towers.bias is not None:
-            with torch.no_grad():
-                bias = towers.bias.weight
-                bias.copy_((bias_share * _log_p(train))[:, None].to(bias.dtype))
-        metric = None if measured is None else measured(towers)
-        if metric is None or not self.ranks.is_first:
+        metric = measured(towers)
+        if not self.ranks.is_first:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(self.path) as temporary:
-            save_file(_parameters(towers), temporary, metadata={"metric": json.dumps(metric)})
+            save_file(
+                _parameters(towers),
+                temporary,
+                metadata={"metric": json.dumps(metric), "choice": json.dumps(asdict(found))},
+            )
 
-    def bias_share(self, train: Interactions) -> float | None:
-        """Return the share of log p that the item bias started at; None without a linear start or an item bias."""
-        if not self.path.is_file():
-            return None
-        with safe_open(self.path, framework="pt") as stored:
-            if "bias.weight" not in stored.keys():  # noqa: SIM118  # not a mapping
-                return None
-            bias, log_p = stored.get_tensor("bias.weight").double()[:, 0], _log_p(train).double()
-        return float(bias @ log_p / (log_p @ log_p))
+    def choice(self) -> dict[str, Any] | None:
+        """Return what the start chose on the validation, as JSON values; None without a linear start."""
+        found = self._metadata().get("choice")
+        return None if found is None else json.loads(found)
 
     @torch.no_grad()
     def or_better(self, result: FitResult, on_message: Callable[[object], None] | None = None) -> FitResult:
@@ -98,16 +93,14 @@ class StartWeights:
         return replace(result, best=metric, kept=0, checkpoint=None)
 
     def _metric(self) -> float | None:
+        found = self._metadata().get("metric")
+        return None if found is None else float(json.loads(found))
+
+    def _metadata(self) -> dict[str, str]:
         if not self.path.is_file():
-            return None
+            return {}
         with safe_open(self.path, framework="pt") as stored:
-            return float(json.loads(stored.metadata()["metric"]))
-
-
-def _log_p(train: Interactions) -> Tensor:
-    """Return the log frequency of the items, as the linear start smooths it, [N]."""
-    counts = torch.from_numpy(train.item_counts()).double()
-    return ((counts + 1.0) / (counts.sum() + len(counts))).log().float()
+            return dict(stored.metadata())
 
 
 def _parameters(towers: TwoTower) -> dict[str, Tensor]:
