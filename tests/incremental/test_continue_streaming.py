@@ -12,6 +12,8 @@ import twotower as tt
 from twotower.config.run import Config
 from twotower.data import Interactions
 from twotower.negatives import StreamingFrequency
+from twotower.training import module
+from twotower.training.diagnostics import frequency_drift
 
 OLD_ROWS, NEW_ROWS, NEW_ITEMS, SHARE, RATE = 20_000, 2_500, 20, 0.04, 0.05
 #: Occurrences in the table of docs/incremental.md.
@@ -67,6 +69,7 @@ def weights(tmp_path_factory):
     model.save(folder / "model")
     totals = np.zeros((2, max(SHOWN) + 10))
     number = np.zeros(max(SHOWN) + 10)
+    drifts = []
     for seed in range(3):
         new = Interactions.from_frame(frame(30, 30 + NEW_ITEMS, NEW_ROWS, 1_700_000_000, seed + 1, SHARE))
         settings = Config.load(None, [*SETTINGS, f"training.seed={seed}"])
@@ -90,11 +93,18 @@ def weights(tmp_path_factory):
                         number[place - 1] += 1
                         totals[:, place - 1] += p[code] * slow[0].gap[code], p[code] / found
 
+        def reported(*inputs, drifts=drifts):
+            drifts.append(frequency_drift(*inputs))
+            return drifts[-1]
+
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(StreamingFrequency, "observe", follow)
+            patch.setattr(module, "frequency_drift", reported)
             tt.fit(split, settings, warm_start=folder, progress=False)
         assert slow[0].clock - len(learnt) > 0.9 * OLD_ROWS, "the clock of the old model continues"
     assert number.min() >= 40, "all new items are seen that often"
+    assert len(drifts) == 3
+    assert max(drifts) < 0.2, "the drift is from the counts of the rows that are learnt"
     return totals / number
 
 

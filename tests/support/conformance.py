@@ -263,7 +263,7 @@ class Measured:
         gradient: of the real steps, mean, [T, P].
         exact: of the full softmax on the same rows, [T, P].
         steps: number of steps in all.
-        spread: mean over rows of (Z_hat / Z - 1)^2: the 1/n of this pool.
+        spread: variance of Z_hat / Z over rows and steps: the 1/n of this pool.
         positive: mean P(y|x).
     """
 
@@ -336,13 +336,14 @@ def measure(cell: Cell, epochs: int, *, skip: int = 1, ranks: int = 1, change: A
             thread.join()
     sums = [functools.reduce(_Sums.add, parts) for parts in zip(*found, strict=True)]
     rows = torch.tensor([one.rows for one in sums], dtype=torch.float64)
+    error = sum(one.ratio for one in sums) / float(rows.sum()) - 1.0
     return Measured(
         ratio=torch.tensor([one.ratio for one in sums], dtype=torch.float64) / rows,
         items=torch.stack([one.weight / one.due for one in sums]),
         gradient=torch.stack([one.gradient / one.steps for one in sums]),
         exact=torch.stack([one.exact / one.steps for one in sums]),
         steps=sum(one.steps for one in sums),
-        spread=sum(one.square for one in sums) / float(rows.sum()),
+        spread=sum(one.square for one in sums) / float(rows.sum()) - error**2,
         positive=sum(one.positive for one in sums) / float(rows.sum()),
     )
 

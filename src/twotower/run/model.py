@@ -135,7 +135,7 @@ def fit(
         towers = _build_towers(settings, train, features, ranks)
         batches = make_batches(settings, train, rows, ranks, features.get("context"))
         questions = batches if isinstance(batches, QuestionBatches) else None
-        learnt = None if rows is None else train.select(rows)
+        learnt = train if rows is None else train.select(rows)
         objective = build_objective(settings, train, learnt=questions or learnt)
         known_positives = KnownPositives(train) if needs_known_positives(settings) else None
         optimizer = None
@@ -161,7 +161,7 @@ def fit(
             settings.training,
             folder,
             known_positives=known_positives,
-            counts=torch.from_numpy(count_by_group(train) if settings.objective.is_grouped else train.item_counts()),
+            counts=torch.from_numpy(count_by_group(learnt) if settings.objective.is_grouped else learnt.item_counts()),
             mine=mine,
             validate=validate,
             resume=resume,
