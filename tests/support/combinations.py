@@ -107,12 +107,20 @@ LIST = (
         duplicates=("kept",),
     ),
     Combinations(
-        THREE,
+        THREE[:2],
         (*QUESTIONS, *REPEATS),
         known=KNOWN,
         duplicates=("unique",),
         off=0.01,
         why="the mean over cuts is taken inside the product; a batch has at most 1/50 of the questions",
+    ),
+    Combinations(
+        THREE[2:],
+        (*QUESTIONS, *REPEATS),
+        known=KNOWN,
+        duplicates=("unique",),
+        off=0.04,
+        why="the same; batch and memory have 1/12 of the questions here",
     ),
     Combinations(
         THREE,
