@@ -229,6 +229,7 @@ def _fit(
         towers = _build_towers(settings, train, features, ranks)
         batches = make_batches(settings, train, rows, ranks, features.get("context"))
         questions = batches if isinstance(batches, QuestionBatches) else None
+        learnt = train if rows is None else train.select(rows)
         objective = make_objective(settings, train, rows, batches)
         known_positives = KnownPositives(train) if needs_known_positives(settings) else None
         optimizer = None
@@ -266,7 +267,7 @@ def _fit(
                 folder,
                 known_positives=known_positives,
                 counts=torch.from_numpy(
-                    count_by_group(train) if settings.objective.is_grouped else train.item_counts()
+                    count_by_group(learnt) if settings.objective.is_grouped else learnt.item_counts()
                 ),
                 mine=mine,
                 validate=validate,
