@@ -116,6 +116,19 @@ def test_cells_differ_only_in_objective_and_seed(folder, monkeypatch):
         assert set(differences(cells[0].config, cell.config)) <= {"objective.name", "training.seed"}
 
 
+def test_known_positives_are_masked_for_all_objectives_or_for_none(folder, monkeypatch, tmp_path):
+    (tmp_path / "own.yaml").write_text("{name: mixed, mask_known_positives: false}\n")
+    for objectives, expected in (
+        (["in-batch", "in-batch-logq"], [True, True]),
+        (["in-batch", "mixed"], [None, None]),
+        (["expected-count", f"own={tmp_path / 'own.yaml'}"], [True, False]),
+    ):
+        cells, _ = cells_of(folder, monkeypatch, objectives=objectives)
+        assert [cell.config.objective.mask_known_positives for cell in cells] == expected
+    cells, _ = cells_of(folder, monkeypatch, "objective.mask_known_positives=false", objectives=["in-batch-logq"])
+    assert cells[0].config.objective.mask_known_positives is False
+
+
 def test_finished_runs_are_not_repeated(folder, monkeypatch, started, capsys):
     monkeypatch.setattr(compare, "AUDIT_ROWS", 4)
     monkeypatch.setattr(compare, "AUDIT_DRAWS", 4)

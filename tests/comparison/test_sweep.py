@@ -133,6 +133,10 @@ def test_any_number_is_swept_with_the_pool_of_the_settings(folder, monkeypatch):
         ("expected-count@0.01", 0.01),
     ]
     assert all(cell.config.objective.sources == [{"in_batch": {}}, {"head": {"size": 5}}] for cell in cells)
+    by_default = cells_of(folder, monkeypatch, "training.learning_rate=1e-3,0.01", "data.split=time", objectives=[])
+    assert all(cell.config.objective.sources == [{"catalog": {}}] for cell in by_default), "as train does"
+    by_default = cells_of(folder, monkeypatch, "objective.uniform=0,8", "data.split=time", objectives=[])
+    assert by_default[0].config.objective.sources == [{"in_batch": {}}]
     cells = cells_of(folder, monkeypatch, "objective.strength=0,0.5,1")
     assert [cell.config.objective.strength for cell in cells] == [0, 0.5, 1]
     cells = cells_of(folder, monkeypatch, "item_tower.dimension=4,16")
@@ -156,6 +160,9 @@ def test_any_number_is_swept_with_the_pool_of_the_settings(folder, monkeypatch):
         ("objective.uniform=8,16", ["full-softmax"], "includes every item"),
         ("objective.unifrom=8,16", ["mixed"], "unknown source 'unifrom'"),
         ("objective.sources.uniform.colour=1,2", ["mixed"], "unknown setting 'colour'"),
+        ("objective.uniform=0.5,2", ["mixed"], "size: expected a whole number, found 0.5"),
+        ("objective.sources=1,2", ["mixed"], "expected objective.sources.SOURCE.OPTION"),
+        ("objective.sources.uniform.size.x=1,2", ["mixed"], "expected objective.sources.SOURCE.OPTION"),
         ("objective.strength=0.5,2", ["mixed"], "--sweep objective.strength.*less than or equal to 1"),
         ("training.epochs=1,2", ["mixed"], "--sweep training.epochs"),
     ],

@@ -14,7 +14,7 @@ from twotower.comparison.sweep import Sweep
 from twotower.config.run import Config
 from twotower.data import Split
 from twotower.errors import InputError
-from twotower.objectives.build import build_objective
+from twotower.objectives.build import build_objective, masks_known_positives
 from twotower.run.question import resolve_question
 from twotower.run.settings import CONFIG, differences
 from twotower.serving.model_folder import find_model, read_metadata
@@ -101,9 +101,11 @@ def make_cells(
             "training.refit: a refitted model has learnt the test rows, so it cannot be compared; compare without it, "
             "and train the best objective with --refit"
         )
-    own = {"sources": None, "mask_known_positives": base.objective.mask_known_positives}
-    if sweep is not None and not objectives:  # the objective of the settings, with its own pool
-        objectives, own = [base.objective.name], {**own, "sources": base.objective.sources}
+    own: dict[str, Any] = {"sources": None, "mask_known_positives": base.objective.mask_known_positives}
+    if sweep is not None and not objectives:
+        # As `train` would: by default it may include every item, and then the size of a source changes nothing.
+        objectives = [base.objective.name]
+        own = {"sources": base.objective.sources} if sweep.is_of_a_source else {}
     elif base.objective.sources is not None or base.objective.unique is not None:
         raise InputError(
             "objective.sources, objective.unique: each compared objective has its own; to compare pools, write each to "
@@ -120,6 +122,8 @@ def make_cells(
                 raise InputError(f"--objectives: {name} is named twice")
             named[name] = changed.resolved(len(train))
             build_objective(named[name], train)  # raises on a wrong one before anything is trained
+    if base.objective.mask_known_positives is None:
+        named = _masked_alike(named)
     if not named:
         raise InputError("--objectives: expected at least one name, such as expected-count,in-batch-logq")
     first = base.training.seed
@@ -128,6 +132,21 @@ def make_cells(
         for seed in range(first, first + seeds)
         for name, config in named.items()
     ]
+
+
+def _masked_alike(named: dict[str, Config]) -> dict[str, Config]:
+    """Mask known positives for all objectives if one of them does, so that a comparison is one of objectives only.
+
+    An objective from a file that says whether it masks keeps what it says.
+    """
+    if not any(masks_known_positives(config.objective) for config in named.values()):
+        return named
+    return {
+        name: config
+        if config.objective.mask_known_positives is not None
+        else config.model_copy(update={"objective": config.objective.model_copy(update={"mask_known_positives": True})})
+        for name, config in named.items()
+    }
 
 
 def objective_names(objectives: Sequence[str], base: Config) -> list[str]:

@@ -26,8 +26,9 @@ FIXED = ("data.", "evaluation.", "training.seed")
 class Sweep:
     """Values of one numeric setting.
 
-    `objective.SOURCE` and `objective.sources.SOURCE` are the size of a source of candidates, `objective.sources.SOURCE.
-    OPTION` another number of it. A source that the objective does not have is added; size 0 removes it.
+    `objective.SOURCE` and `objective.sources.SOURCE` are the size of a source of candidates, and
+    `objective.sources.SOURCE.OPTION` another number of it. A source that the objective lacks is added; size 0 removes
+    it.
 
     Attributes:
         setting: the setting, such as "training.learning_rate" or "objective.uniform".
@@ -71,6 +72,12 @@ class Sweep:
             raise InputError(f"--sweep {text}: expected 2 to {MOST_VALUES} values, found {len(values)}")
         return cls(setting, tuple(sorted(values)))
 
+    @property
+    def is_of_a_source(self) -> bool:
+        """Whether the setting is a number of a source of candidates, not a setting of its own."""
+        section, key = self.setting.split(".")[:2]
+        return section == "objective" and (key == "sources" or key not in ObjectiveConfig.model_fields)
+
     def named(self, objective: str, value: float) -> str:
         """Return the name of a model in the comparison, which is also a folder name: "mixed@256"."""
         return f"{objective}@{value:g}" if isinstance(value, float) else f"{objective}@{value}"
@@ -82,11 +89,11 @@ class Sweep:
             InputError: the setting does not exist or does not take this number, or no candidates are left.
         """
         values = config.model_dump(mode="json")
-        section, *keys = self.setting.split(".")
-        if section == "objective" and (keys[0] == "sources" or keys[0] not in ObjectiveConfig.model_fields):
-            source, *option = keys[1:] if keys[0] == "sources" else keys
-            if len(option) > 1:
+        if self.is_of_a_source:
+            keys = self.setting.removeprefix("objective.").removeprefix("sources.").split(".")
+            if len(keys) > 2 or keys == ["sources"]:
                 raise InputError(f"--sweep {self.setting}: expected objective.sources.SOURCE.OPTION")
+            source, *option = keys
             values["objective"]["sources"] = self._sources(config.objective, source, (option or ["size"])[0], value)
             return Config.model_validate(values)
         try:

@@ -129,7 +129,9 @@ class ObjectiveConfig(Section):
     )
     strength: float = Field(1.0, ge=0, le=1, description="Scales log kappa: 0 is no correction, 1 the full correction.")
     mask_known_positives: bool | None = Field(
-        None, description="Mask the known positives of each row's query. None: the objective's default."
+        None,
+        description="Mask the other training items of each row's query among its candidates. None: the objective's "
+        "default; `twotower compare` masks for all objectives if it does for one.",
     )
     rows_per_draw: PositiveInt | None = Field(
         None, description="Rows that share one draw of candidates; a batch then has several. None: the whole batch."

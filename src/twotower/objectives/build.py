@@ -195,6 +195,9 @@ class _SourceBuilder:
                 raise InputError(
                     f"objective.sources: {name}: unknown setting {option!r}; expected {', '.join(known) or 'none'}"
                 )
+        for option, value in options.items():
+            if known[option].annotation == "int" and type(value) is not int:
+                raise InputError(f"objective.sources: {name}: {option}: expected a whole number, found {value!r}")
         for option, parameter in known.items():
             if parameter.default is parameter.empty and option not in options:
                 raise InputError(f"objective.sources: {name}: setting {option!r} is missing")

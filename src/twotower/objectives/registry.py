@@ -79,7 +79,11 @@ def _gbce(pool: Pool, settings: ObjectiveConfig, num_items: int) -> Objective:
 
 OBJECTIVES: dict[str, ObjectiveSpec] = {
     "expected-count": ObjectiveSpec(
-        "softmax, each candidate weighted by one over its expected count (the default)", MIXED, _softmax, unique=True
+        "softmax, each candidate weighted by one over its expected count (the default)",
+        MIXED,
+        _softmax,
+        unique=True,
+        mask_known_positives=True,
     ),
     "full-softmax": ObjectiveSpec("softmax over the whole catalog, exact", [{"catalog": {}}], _softmax),
     "sampled-softmax-uniform": ObjectiveSpec("softmax over K uniform items, s - log(K/N)", UNIFORM, _softmax),
@@ -89,9 +93,19 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
         _softmax,
         corrections.NoCorrection(),
     ),
-    "in-batch-logq": ObjectiveSpec("softmax over the batch, s - log p", IN_BATCH, _softmax, corrections.Probability()),
+    "in-batch-logq": ObjectiveSpec(
+        "softmax over the batch, s - log p",
+        IN_BATCH,
+        _softmax,
+        corrections.Probability(),
+        mask_known_positives=True,
+    ),
     "in-batch-logq-batch-probability": ObjectiveSpec(
-        "softmax over the batch, s - log(1 - (1-p)^B)", IN_BATCH, _softmax, corrections.BatchProbability()
+        "softmax over the batch, s - log(1 - (1-p)^B)",
+        IN_BATCH,
+        _softmax,
+        corrections.BatchProbability(),
+        mask_known_positives=True,
     ),
     "in-batch-logq-all": ObjectiveSpec(
         "softmax over the batch, s - log p, the positive corrected too: the common industry form",
@@ -124,13 +138,18 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
         corrections.MixtureProbability(),
     ),
     "mixed-by-source": ObjectiveSpec(
-        "batch and uniform candidates, each with its own source's q", MIXED, _softmax, corrections.BySourceProbability()
+        "batch and uniform candidates, each with its own source's q",
+        MIXED,
+        _softmax,
+        corrections.BySourceProbability(),
+        mask_known_positives=True,
     ),
     "mixed-by-source-batch-probability": ObjectiveSpec(
         "batch and uniform candidates, each by its own source's 1 - (1-q)^n",
         MIXED,
         _softmax,
         corrections.BySourceProbability(of_all_draws=True),
+        mask_known_positives=True,
     ),
     "negative-sampling": ObjectiveSpec(
         "binary cross-entropy, K uniform negatives for each positive (word2vec)",
