@@ -49,7 +49,8 @@ def test_correct_claims_pass():
         Sampled(LogUniform(COUNTS), 80),
         CrossBatchMemory(frequency, 100),
     )
-    assert [one.as_claimed for one in found] == [True] * 6, [one.to_dict() for one in found]
+    assert found[-1].source == "all sources"
+    assert [one.as_claimed for one in found] == [True] * 7, [one.verdict for one in found]
     (distinct,) = audited(InBatch(frequency, unique=True))
     assert distinct.as_claimed, distinct.to_dict()
     assert all(0.8 < one.dispersion < 1.2 for one in found if one.dispersion is not None)
@@ -122,8 +123,39 @@ def test_batches_built_by_market_are_caught_with_the_global_frequency(markets):
         for name, frequency in frequencies(markets).items()
     }
     assert found["grouped"].as_claimed
-    assert not found["global"].as_claimed and found["global"].dispersion > 1.5
+    assert found["global"].differs_by_batch and found["global"].dispersion > 1.5
     assert "not random draws" in found["global"].verdict
+
+
+def test_a_wrong_total_is_no_sign_of_batches_that_are_not_random():
+    """Take dispersion about the observed mean: claims of twice or half as much leave it at 1."""
+
+    class Doubled(Sampled):
+        def draws(self, request):
+            return 2 * self.size
+
+    for source in (Doubled(Uniform(300), 50), Doubled(Uniform(300), 50, unique=True)):
+        (found,) = audited(source)
+        assert found.has_wrong_count and not found.differs_by_batch and 0.8 < found.dispersion < 1.2
+        assert found.verdict.startswith("wrong count") and "not random" not in found.verdict
+
+
+class OneMore(InBatch):
+    """A source that claims B rows in place of B - 1."""
+
+    def draws(self, request):
+        return super().draws(request) + 1
+
+    def epoch_draws(self, request):
+        return super().epoch_draws(request) + 1
+
+
+def test_b_in_place_of_b_minus_1_is_noticed_with_enough_batches():
+    """With B = 256 it is 0.4 %: 20 batches may miss it and say so, 200 notice it."""
+    few, many = (audited(OneMore(CountedFrequency(COUNTS)), count=count, batch_size=256)[0] for count in (20, 200))
+    assert many.verdict.startswith("wrong count: 0.99")
+    assert many.missed < 1 / 256 < few.missed or not few.as_claimed
+    assert few.missed > 2 * many.missed
 
 
 def test_the_gradient_by_market_is_biased_with_the_global_frequency(markets):

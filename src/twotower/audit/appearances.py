@@ -334,15 +334,17 @@ class _Test:
 
     def add(self, step: int, request: DrawRequest, drawn: Tensor, share: Tensor, units: Tensor) -> None:
         """Add the counts of one batch, with f of the items and the unit of each of its rows."""
+        memories = [member.draws(request) for member in self.members if isinstance(member, CrossBatchMemory)]
+        if memories == [0]:  # nothing is claimed yet
+            return
         claimed = self.claims(self.items, request).exp()
         tally = self._tally(request, claimed)
         if len(self.members) == 1:
             self._add_scatter(tally, request, drawn, units)
         if step < self.following:
             return
-        memory = sum(member.draws(request) for member in self.members if isinstance(member, CrossBatchMemory))
-        if memory:  # overlapping contents are not independent: count again once the whole memory is new
-            self.following = step + 1 + -(-memory // len(request.positives))
+        if memories:  # overlapping contents are not independent: count again once the whole memory is new
+            self.following = step + 1 + -(-memories[0] // len(request.positives))
         copies = torch.bincount(drawn, minlength=len(self.items)).double()
         if all(not isinstance(member, InBatch | CrossBatchMemory) for member in self.members):
             share = torch.ones_like(share)  # independent of the batch
@@ -390,7 +392,8 @@ class _Test:
 
     def result(self) -> Appearance:
         """Compute the tests of everything that was added."""
-        tallies = list(self.tallies.values())
+        # A group may have had no batch at a time when the whole memory was new.
+        tallies = [one for one in self.tallies.values() if one.observed]
         observed = torch.cat([torch.stack(one.observed).sum(1) for one in tallies])
         claimed = torch.cat([torch.stack(one.claimed).sum(1) for one in tallies])
         number, most = len(observed), max(float(claimed.sum()), 1e-300)
@@ -401,7 +404,7 @@ class _Test:
         if self.unique:  # the last batch without a frequent item may be among those that were not examined
             error = max(error, floor)
         chi_squares = [one.item_chi_square(ratio) for one in tallies]
-        excess, bins = self._excess(tallies)
+        excess, bins = self._excess(list(self.tallies.values()))
         off = sum(
             float((torch.stack(one.observed).sum(0) - ratio * torch.stack(one.claimed).sum(0)).abs().sum())
             for one in tallies
@@ -417,7 +420,7 @@ class _Test:
             p_total=_two_sided(float(difference.sum()), error, number, most),
             p_counts=survival(sum(x for x, _ in chi_squares), sum(freedom for _, freedom in chi_squares)),
             dispersion=None if excess is None else float(excess.mean()) / bins + 1.0,
-            p_batches=None if excess is None else self._p_batches(excess, tallies),
+            p_batches=None if excess is None else self._p_batches(excess, list(self.tallies.values())),
             estimated=any(
                 not frequency.is_exact
                 for member in self.members
