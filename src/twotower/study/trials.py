@@ -113,20 +113,22 @@ def open_study(folder: Path) -> optuna.Study:
     optuna = import_optuna()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     folder.mkdir(parents=True, exist_ok=True)
-    return optuna.create_study(
+    study: optuna.Study = optuna.create_study(
         study_name=NAME,
         storage=_storage(folder),
         direction="maximize",
         load_if_exists=True,
         pruner=optuna.pruners.MedianPruner(n_startup_trials=UNPRUNED_TRIALS, n_warmup_steps=UNPRUNED_EPOCHS),
     )
+    return study
 
 
 def _storage(folder: Path) -> optuna.storages.RDBStorage:
     optuna = import_optuna()
-    return optuna.storages.RDBStorage(
+    storage: optuna.storages.RDBStorage = optuna.storages.RDBStorage(
         f"sqlite:///{(folder / DATABASE).resolve()}", engine_kwargs={"connect_args": {"timeout": 120}}
     )
+    return storage
 
 
 def import_optuna() -> Any:
@@ -171,7 +173,8 @@ def requeue_stopped(folder: Path) -> int:
 
 def spent(study: optuna.Study, workers: int) -> float:
     """Return the seconds that the search has taken so far, over all sessions."""
-    return sum(trial.user_attrs.get("seconds", 0.0) for trial in study.get_trials(deepcopy=False)) / workers
+    seconds = [float(trial.user_attrs.get("seconds", 0.0)) for trial in study.get_trials(deepcopy=False)]
+    return sum(seconds) / workers
 
 
 def work(
