@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -135,12 +136,14 @@ def import_optuna() -> Any:
     """Import optuna.
 
     Raises:
-        InputError: it is not installed.
+        InputError: it, or scikit-learn, is not installed.
     """
     try:
         import optuna  # noqa: PLC0415  # an extra
     except ImportError:
         raise InputError("twotower tune needs optuna: pip install 'twotower[tune]'") from None
+    if find_spec("sklearn") is None:  # for the importances
+        raise InputError("twotower tune needs scikit-learn: pip install 'twotower[tune]'")
     return optuna
 
 
