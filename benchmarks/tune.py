@@ -128,13 +128,16 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     results: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     for name in options.only:
-        parts = {"tune": lambda name=name: searched(name, options.data, options.budget, options.runs)}
-        if name != "steam":  # no timestamps, so no later window
-            parts["refit"] = lambda name=name: refitted(name, options.data)
-        for part, make in parts.items():
+        for part in ("tune", "refit"):
+            if name == "steam" and part == "refit":
+                continue  # no timestamps, so no later window
             if part not in results.get(name, {}):
+                if part == "tune":
+                    measured = searched(name, options.data, options.budget, options.runs)
+                else:
+                    measured = refitted(name, options.data)
                 results.setdefault(name, {})[part] = {
-                    **make(),
+                    **measured,
                     "threads": torch.get_num_threads(),
                     "measured": datetime.now(UTC).isoformat(timespec="seconds"),
                     "versions": library_versions(),

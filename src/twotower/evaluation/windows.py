@@ -39,7 +39,7 @@ def window_mean(windows: Sequence[tuple[NDArray[np.int64], NDArray[np.float64]]]
 
         c_q = sum over the windows k of q of (x_qk - m_k) / (K E_k),   var(m) = U / (U - 1) sum_q c_q^2
 
-    for U distinct queries (the linearised variance of a cluster sample; Cochran 1977, section 9A). Values of one query
+    for U distinct queries (the linearised variance of a cluster sample; Cochran 1977, chapter 9A). Values of one query
     in two windows are not independent: taken as such, the interval would be too narrow. It says how sure m is for these
     windows, not for windows to come.
 

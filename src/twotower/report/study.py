@@ -76,17 +76,25 @@ def mattered(document: Document) -> Html | None:
             "Importance of the parameters",
             "; ".join(f"{row.name} {row.told}" for row in rows),
             rows,
-            "share of the importance (0 to 1)",
+            "share of the variance (0 to 1)",
             zero=True,
-            caption="PED-ANOVA: how much the values in the best tenth of the trials differ from those in all.",
+            caption="fANOVA: share of the variance of the values, by a random forest over the complete trials. "
+            "Parameters that only some trials have are in the table alone.",
         ),
         table(["parameter", "value", "trials", "best", "median"], _by_value(document), "Values of the parameters"),
     )
 
 
+def _parameters(document: Document) -> list[str]:
+    """Return the names of the parameters, the important ones first."""
+    return list(
+        dict.fromkeys([*document["importances"], *(name for one in _ended(document) for name in one["params"])])
+    )
+
+
 def _by_value(document: Document) -> list[list[str | Html]]:
     rows: list[list[str | Html]] = []
-    for name in document["importances"]:
+    for name in _parameters(document):
         groups: dict[str, list[float]] = {}
         for one in _ended(document):
             if isinstance(value := one["params"].get(name), str):
@@ -101,7 +109,7 @@ def _by_value(document: Document) -> list[list[str | Html]]:
 def ranges(document: Document) -> Html | None:
     """Plot value against each parameter with a range of numbers."""
     made = []
-    for name in document["importances"]:
+    for name in _parameters(document):
         points = [
             Point(str(one["number"]), float(one["params"][name]), one["value"], "same")
             for one in _ended(document)

@@ -45,19 +45,22 @@ def best_trial(study: optuna.Study) -> FrozenTrial | None:
 
 
 def importances(study: optuna.Study) -> dict[str, float]:
-    """Return how much each parameter mattered, 0 to 1, the most important first (PED-ANOVA, Watanabe et al. 2023).
+    """Return the share of the variance of the values that each parameter explains, the largest first.
 
-    A parameter is important if its values in the best tenth of the trials differ from those in all. Empty if fewer
-    than eight trials are complete, or all have the same value.
+    fANOVA (Hutter et al. 2014): a random forest is fitted on the complete trials, and its variance over the space is
+    divided among the parameters. Only parameters that every trial has; those limited by `when` are left out. Empty if
+    fewer than eight trials are complete, or all have the same value.
     """
-    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances  # noqa: PLC0415  # an extra
+    from optuna.importance import FanovaImportanceEvaluator, get_param_importances  # noqa: PLC0415  # an extra
 
     complete = [trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
     if len(complete) < LEAST_TRIALS or len({trial.value for trial in complete}) < 2:
         return {}
-    names = {name for trial in complete for name in trial.params}
-    varied = [name for name in names if len({trial.params.get(name) for trial in complete}) > 1]
-    found = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(), params=sorted(varied))
+    common = set.intersection(*(set(trial.params) for trial in complete))
+    varied = sorted(name for name in common if len({trial.params[name] for trial in complete}) > 1)
+    if not varied:
+        return {}
+    found = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0), params=varied)
     return {name: float(value) for name, value in sorted(found.items(), key=lambda pair: -pair[1])}
 
 

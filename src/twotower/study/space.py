@@ -127,9 +127,9 @@ class Space:
                     )
         needed = [override for other, choices in parameter.when.items() for override in self._of(other, choices[0])]
         tried = [parameter.low, parameter.high, parameter.default] if parameter.is_range else parameter.choices()
-        for choice in tried:
+        for value in tried:
             try:
-                load([*needed, *self._of(name, choice)])
+                load([*needed, *self._of(name, value)])
             except InputError as error:
                 raise InputError(f"{path}: {name}: {str(error).removeprefix('--set: ')}") from error
 
@@ -154,7 +154,8 @@ class Space:
     def _suggested(self, trial: Trial) -> Iterator[tuple[str, Any]]:
         chosen: dict[str, Any] = {}
         for name, one in self.parameters.items():
-            if any(chosen.get(other) not in map(label, choices) for other, choices in one.when.items()):
+            wanted = {other: {label(choice) for choice in choices} for other, choices in one.when.items()}
+            if any(chosen.get(other) not in choices for other, choices in wanted.items()):
                 continue
             if not one.is_range:
                 chosen[name] = trial.suggest_categorical(name, one.choices())

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -113,32 +114,36 @@ def open_study(folder: Path) -> optuna.Study:
     optuna = import_optuna()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     folder.mkdir(parents=True, exist_ok=True)
-    return optuna.create_study(
+    study: optuna.Study = optuna.create_study(
         study_name=NAME,
         storage=_storage(folder),
         direction="maximize",
         load_if_exists=True,
         pruner=optuna.pruners.MedianPruner(n_startup_trials=UNPRUNED_TRIALS, n_warmup_steps=UNPRUNED_EPOCHS),
     )
+    return study
 
 
 def _storage(folder: Path) -> optuna.storages.RDBStorage:
     optuna = import_optuna()
-    return optuna.storages.RDBStorage(
+    storage: optuna.storages.RDBStorage = optuna.storages.RDBStorage(
         f"sqlite:///{(folder / DATABASE).resolve()}", engine_kwargs={"connect_args": {"timeout": 120}}
     )
+    return storage
 
 
 def import_optuna() -> Any:
     """Import optuna.
 
     Raises:
-        InputError: it is not installed.
+        InputError: it, or scikit-learn, is not installed.
     """
     try:
         import optuna  # noqa: PLC0415  # an extra
     except ImportError:
         raise InputError("twotower tune needs optuna: pip install 'twotower[tune]'") from None
+    if find_spec("sklearn") is None:  # for the importances
+        raise InputError("twotower tune needs scikit-learn: pip install 'twotower[tune]'")
     return optuna
 
 
@@ -171,7 +176,8 @@ def requeue_stopped(folder: Path) -> int:
 
 def spent(study: optuna.Study, workers: int) -> float:
     """Return the seconds that the search has taken so far, over all sessions."""
-    return sum(trial.user_attrs.get("seconds", 0.0) for trial in study.get_trials(deepcopy=False)) / workers
+    seconds = [float(trial.user_attrs.get("seconds", 0.0)) for trial in study.get_trials(deepcopy=False)]
+    return sum(seconds) / workers
 
 
 def work(

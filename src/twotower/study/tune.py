@@ -20,6 +20,7 @@ from twotower.evaluation import Evaluation, evaluate_all
 from twotower.evaluation.baselines import BASELINES, fit_baselines
 from twotower.report.study import render_study
 from twotower.run import settings_to_try, train_run
+from twotower.run.refit import refuse_refit
 from twotower.run.run_folder import reserved
 from twotower.run.settings import complete_settings
 from twotower.serving.model_folder import FOLDER
@@ -149,6 +150,8 @@ def tune_run(
         split = plan.read()
         if not len(split.validation):
             raise InputError("tune: the split has no validation to choose settings on; use one with a validation")
+        if refits:
+            refuse_refit(base, split, continues=False)
         resolved = complete_settings(base, split)[0]
         path = packaged_space(resolved.training.question) if space is None else space
         plan = replace(plan, space=Space.read(path, plan.load))

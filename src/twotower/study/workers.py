@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING
 
@@ -66,7 +66,7 @@ def work_in_processes(
         raise RuntimeError(f"{failed.name} ended with code {failed.exitcode}; run the same command again to resume")
 
 
-def _interrupt(processes: list[BaseProcess]) -> None:
+def _interrupt(processes: Sequence[BaseProcess]) -> None:
     for process in processes:
         if process.is_alive() and process.pid is not None:
             os.kill(process.pid, signal.SIGINT)
