@@ -15,8 +15,8 @@ from twotower.cli import main as cli
 from twotower.config.run import Config
 from twotower.data.schema.vocabulary import Vocabulary
 from twotower.errors import InputError
-from twotower.index.approximate.pgvector import DATABASE
 from twotower.features.feature_set import EncodedTable
+from twotower.index.approximate.pgvector import DATABASE
 from twotower.serving import Retriever, SavedModel, build_stored_index, save_changes
 from twotower.serving.catalog_changes import GrownVocabulary
 from twotower.towers import build_towers
