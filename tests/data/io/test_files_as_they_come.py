@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -440,6 +441,19 @@ def test_delta_tables_that_need_more_than_names_are_refused(tmp_path: Path, entr
     (tmp_path / "table" / "_delta_log" / "00000000000000000010.checkpoint.parquet").touch()
     with pytest.raises(InputError, match="with checkpoints in its log"):
         Interactions.read(tmp_path / "table")
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS * 500])
+def test_a_file_rewritten_with_its_size_and_time_is_read_again(tmp_path: Path, monkeypatch, rows: list) -> None:
+    monkeypatch.setattr("twotower.data.io.folders.SAMPLED_BYTES", 100_000)  # the larger file is sampled
+    first = read(tmp_path, table(rows=rows))
+    path = tmp_path / "a.csv"
+    before, content = path.stat(), path.read_bytes()
+    assert (len(content) > 100_000) == (rows is not ROWS)
+    path.write_bytes(content[:-20] + content[-20:].replace(b"i4", b"i3"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    again = Interactions.read(path)
+    assert path.stat().st_size == before.st_size and again.fingerprint != first.fingerprint
 
 
 def test_dat_files(tmp_path: Path) -> None:

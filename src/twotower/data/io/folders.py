@@ -325,7 +325,30 @@ def cache_root() -> Path:
     return Path(root).expanduser() if root else Path.home() / ".cache" / "twotower"
 
 
+#: Bytes of all files together that a cache key reads, and the size of one sample.
+SAMPLED_BYTES, SAMPLE_BYTES = 64 << 20, 4 << 10
+
+
 def cache_key(files: Sequence[Path], options: dict[str, Any]) -> str:
-    """Return a cache key for the current state of these files and these options."""
-    stamps = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    """Return a cache key for the current state of these files and these options.
+
+    The state is path, size, modification time and samples of the content, because a program may write a file again with
+    the size and time of before. Small files are read whole; of large ones, evenly spaced blocks.
+    """
+    each = SAMPLED_BYTES // max(len(files), 1)
+    stamps = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns, _sampled(p, each)) for p in files]
     return hashlib.sha256(json.dumps([stamps, options], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _sampled(path: Path, most: int) -> str:
+    """Compute the checksum of a file of at most `most` bytes; of a larger file, of its ends and blocks between them."""
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with path.open("rb") as file:
+        if size <= most:
+            digest.update(file.read())
+        else:
+            count = max(min(most, 1 << 20) // SAMPLE_BYTES, 3)
+            for block in range(count):
+                file.seek(block * (size - SAMPLE_BYTES) // (count - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
