@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-all lint types docs clean
+.PHONY: install demo test test-all test-oldest lint types docs clean
 
 install: $(STAMP)
 
@@ -42,6 +42,17 @@ test: install
 test-all: install
 	$(PYTEST) -m "slow or not slow"
 
+# The declared lower bounds of the dependencies, in an environment of their own; the tools of the tests are the pinned
+# ones, and extras are left out.
+OLDEST := .venv-oldest
+test-oldest:
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check uv
+	$(OLDEST)/bin/uv pip compile --quiet --resolution lowest-direct pyproject.toml --output-file $(OLDEST)/oldest.txt
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --requirement $(OLDEST)/oldest.txt --no-deps --editable .
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --requirement $(OLDEST)/oldest.txt hypothesis pandas pyarrow pytest pytest-timeout
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest tests/data tests/system tests/serving/test_retriever.py tests/training tests/run tests/cli
+
 lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -53,4 +64,4 @@ docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) site demo .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) site demo .mypy_cache .pytest_cache .ruff_cache

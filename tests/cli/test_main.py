@@ -373,3 +373,9 @@ def test_a_request_without_a_query_names_all_inputs(tmp_path, monkeypatch, capsy
         cli.main()
     text = capsys.readouterr().err
     assert stop.value.code == 2 and "expected --query, --history" in text and "--context; found none of them" in text
+
+
+def test_a_path_that_the_system_rejects_is_no_internal_error(command):
+    for words in (("train", "x" * 300 + ".csv"), ("evaluate", "y" * 300), ("recommend", "z" * 300, "--query", "1")):
+        code, _, err = command(*words)
+        assert code == 2 and "File name too long" in err and "internal error" not in err and err.count("\n") == 1

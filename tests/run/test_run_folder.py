@@ -1,6 +1,7 @@
 """Run folders: one run at a time, refused early if it cannot succeed, resumed with the settings it began with."""
 
 import json
+import shutil
 
 import pytest
 
@@ -8,7 +9,7 @@ from twotower.comparison import evaluate_folder
 from twotower.config.run import Config
 from twotower.errors import InputError
 from twotower.run import train_run
-from twotower.run.run_folder import LOCK
+from twotower.run.run_folder import LOCK, MARKER, is_run
 
 SMALL = [
     "training.batch_size=64",
@@ -72,6 +73,31 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_data_is_read(tmp
     with pytest.raises(InputError, match=r"nowhere\.csv"):
         train("nowhere.csv", tmp_path / "new" / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["file"], "a run that fails at once leaves no empty folder"
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("name", ["checkpoints/epoch3.pt", "results.json", "logs/train.log", "inputs.json"])
+def test_files_of_others_are_never_replaced(purchases, tmp_path, name, force):
+    path = tmp_path / "project" / name
+    path.parent.mkdir(parents=True)
+    path.write_text('{"mine": []}')
+    (tmp_path / "project" / "config.yaml").write_text(Config().to_yaml())  # settings do not make it a run
+    with pytest.raises(InputError, match=rf"is not the folder of a run, but contains '{name.split('/')[0]}'; choose"):
+        train(purchases, tmp_path / "project", replace=force)
+    assert path.read_text() == '{"mine": []}'
+
+
+def test_runs_of_older_versions_are_recognized(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    assert (run / MARKER).is_file() and is_run(run)
+    (run / MARKER).unlink()
+    assert is_run(run)
+    shutil.rmtree(run / "checkpoints")
+    assert is_run(run)
+    shutil.rmtree(run / "model")
+    assert is_run(run), "interrupted before its first checkpoint"
+    (run / "inputs.json").unlink()
+    assert not is_run(run)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Recommendations for a file: the same as for single queries, in parts that can be resumed, without overwriting."""
 
+import gzip
 import json
 
 import polars as pl
@@ -51,6 +52,37 @@ def test_histories_alone_or_with_ids(model, tmp_path):
     assert report.unknown == 1 and answered == ["u001", "u002", "new", "u003"]
     one = retriever.recommend(["u001"], histories=[[1, 3, 5]], k=3)
     assert found.filter(pl.col("query") == "u001")["item"].to_list() == one["item"].to_list()
+
+
+@pytest.mark.parametrize(
+    ("name", "cells"),
+    [
+        ("q.csv", "1 3 5"), ("q.csv", '"1,3,5"'), ("q.csv", "1|3|5"), ("q.tsv", "[1, 3, 5]"), ("q.csv.gz", "1;3;5"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("output", ["r.csv", "r.tsv", "r.parquet", "r"])
+def test_text_is_read_and_written_as_parquet_is(model, tmp_path, name, cells, output):
+    between = "\t" if name == "q.tsv" else ","
+    text = f"query{between}history\nu001{between}{cells}\n u002 {between}\nnew{between}2\n".encode()
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    recommend_file(model.retriever, tmp_path / name, tmp_path / output, k=3)
+    same = pl.DataFrame({"query": ["u001", "u002", "new"], "history": [[1, 3, 5], None, [2]]})
+    same.write_parquet(tmp_path / "same.parquet")
+    recommend_file(model.retriever, tmp_path / "same.parquet", tmp_path / "expected.parquet", k=3)
+    expected = pl.read_parquet(tmp_path / "expected.parquet")
+    if output in ("r", "r.parquet"):
+        assert pl.read_parquet(tmp_path / output).equals(expected)
+    else:
+        found = pl.read_csv(tmp_path / output, separator="\t" if output == "r.tsv" else ",")
+        assert found.drop("score").equals(expected.drop("score"), null_equal=True)
+        assert found["score"].to_list() == pytest.approx(expected["score"].to_list(), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["r.xlsx", "r.json", "r.csv.gz"])
+def test_another_format_to_write_is_refused(model, source, tmp_path, name):
+    with pytest.raises(InputError, match="expected a name ending in .parquet, .csv or .tsv"):
+        recommend_file(model.retriever, source, tmp_path / name)
+    assert not (tmp_path / name).exists()
 
 
 def test_an_interrupted_file_is_resumed(model, source, tmp_path):

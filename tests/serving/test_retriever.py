@@ -112,6 +112,14 @@ def damaged(folder, tmp_path, change):
     return copy
 
 
+def flip_last_bit(name):
+    def flip(folder):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+    return flip
+
+
 def edit_metadata(change):
     def edit(folder):
         path = folder / "metadata.json"
@@ -126,7 +134,8 @@ def edit_metadata(change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: (f / "towers.safetensors").write_bytes(b"x"), "towers.safetensors: its checksum differs"),
+        (lambda f: (f / "towers.safetensors").write_bytes(b"x"), "towers.safetensors: incomplete safetensors file"),
+        (flip_last_bit("towers.safetensors"), "towers.safetensors: its checksum differs"),
         (lambda f: (f / "items.parquet").unlink(), "items.parquet: missing"),
         (lambda f: (f / "metadata.json").write_text("{"), "not the metadata of a model"),
         (lambda f: (f / "metadata.json").unlink(), "no model in this folder"),

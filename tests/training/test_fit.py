@@ -129,7 +129,9 @@ def test_checkpoints_contain_no_pickle_and_refuse_damage(tmp_path):
     io = SafeCheckpointIO()
     state = {"epoch": 3, 5: (1, [2.5, None]), "t": {"x": torch.arange(4), 0: torch.tensor(True)}, "name": "a"}
     io.save_checkpoint(state, tmp_path / "c.ckpt")
-    assert sorted(path.name for path in (tmp_path / "c.ckpt").iterdir()) == ["state.json", "tensors.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "c.ckpt").iterdir()) == [
+        *("SHA256SUMS", "state.json", "tensors.safetensors")
+    ]
     assert json.loads((tmp_path / "c.ckpt" / "state.json").read_text())
     back = io.load_checkpoint(tmp_path / "c.ckpt")
     assert back.keys() == state.keys() and back[5] == (1, [2.5, None]) and back["epoch"] == 3
@@ -138,6 +140,9 @@ def test_checkpoints_contain_no_pickle_and_refuse_damage(tmp_path):
     assert io.load_checkpoint(tmp_path / "c.ckpt") == {"epoch": 4}
     assert [path.name for path in tmp_path.iterdir()] == ["c.ckpt"], "no partial checkpoint may remain"
     (tmp_path / "c.ckpt" / "tensors.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"tensors.safetensors: its checksum differs from SHA256SUMS"):
+        io.load_checkpoint(tmp_path / "c.ckpt")
+    (tmp_path / "c.ckpt" / "SHA256SUMS").unlink()  # as in older versions
     with pytest.raises(InputError, match="not a readable checkpoint"):
         io.load_checkpoint(tmp_path / "c.ckpt")
     with pytest.raises(TypeError, match="without pickle"):

@@ -289,11 +289,13 @@ def audit(
 def main() -> None:
     """Run the command line. Exit code: 0 success, 1 failure, 2 bad usage or bad input, 130 interrupted."""
     from twotower.errors import Interrupted, RankLost  # noqa: PLC0415
+    from twotower.system.bus_errors import report_bus_errors  # noqa: PLC0415
     from twotower.system.tuning import tune  # noqa: PLC0415
 
     if "RANK" in os.environ:  # report a lost rank in one line, without C++ addresses
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     tune()  # before torch is imported and before the first large allocation
+    report_bus_errors()
     try:
         app()
     except InputError as error:
@@ -313,6 +315,10 @@ def main() -> None:
     except Exception as error:
         if _STATE["debug"]:
             raise
+        if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+            # A path that the user gave: not permitted, or its name is too long, or the disk fails.
+            print_line(f"twotower: {error.filename}: {error.strerror}", to=messages, style="red")
+            sys.exit(2)
         text = " ".join(str(error).split()) or type(error).__name__
         print_line(
             f"twotower: {type(error).__name__}: {text} "

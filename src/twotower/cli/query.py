@@ -55,9 +55,11 @@ def recommend(
     allow: Allow = None,
     deny: Deny = None,
     source: Annotated[
-        Path | None, typer.Option("--input", metavar="FILE", help="Parquet file with query ids or histories.")
+        Path | None, typer.Option("--input", metavar="FILE", help="Parquet, CSV or TSV with query ids or histories.")
     ] = None,
-    target: Annotated[Path | None, typer.Option("--output", metavar="FILE", help="Parquet file to write.")] = None,
+    target: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="File to write: .parquet, .csv or .tsv.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted --output.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace --output and discard an interrupted run.")] = False,
     exact: Annotated[bool, typer.Option("--exact", help="Search every item, even if the model has an index.")] = False,

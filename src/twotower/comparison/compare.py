@@ -24,11 +24,12 @@ from twotower.comparison.statistics import compare
 from twotower.comparison.sweep import Sweep, sweep_curves
 from twotower.config.run import Config
 from twotower.data import Interactions
+from twotower.data.schema.vocabulary import listed
 from twotower.errors import InputError
 from twotower.features.from_config import wanted_context
 from twotower.report import findings
 from twotower.run import audit_run, read_data, split_data
-from twotower.run.run_folder import reserved
+from twotower.run.run_folder import is_run, reserved
 from twotower.serving.model_folder import TOWERS
 from twotower.system.filesystem import whole_file, write_text
 from twotower.system.terminal import cell
@@ -129,6 +130,7 @@ def compare_run(
     if base.data.windows > 1:
         raise InputError("data.windows: objectives are compared on one window; use data.windows=1")
     with reserved(directory):
+        _require_own(directory)
         data = read_data(source, base.data, context=wanted_context(base))
         split = split_data(data, base.data, histories=base.query_tower.history is not None)
         cells = make_cells(base, objectives, seeds, directory, split, sweep=sweep)
@@ -164,6 +166,22 @@ def compare_run(
         )
         _write(document, directory, found, cells, split.data)
         return Comparison(document, directory)
+
+
+def _require_own(directory: Path) -> None:
+    """Check that the files which the comparison would replace are those of an earlier comparison, next to its runs.
+
+    Raises:
+        InputError: they are not.
+    """
+    foreign = [
+        name for name in ("results.json", "results.parquet", "report.html", "audit.json") if (directory / name).exists()
+    ]
+    if foreign and not any(is_run(path) for path in directory.iterdir() if path.is_dir()):
+        raise InputError(
+            f"{directory}: exists and is not the folder of a comparison, but contains {listed(foreign)}; choose "
+            "another --out"
+        )
 
 
 def _audit(cells: Sequence[Cell], source: str | Path, out: Path, on_message: Callable[[str], None]) -> dict[str, Any]:

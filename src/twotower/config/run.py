@@ -48,6 +48,19 @@ class ColumnsConfig(Section):
     group: ColumnName = None
 
 
+class ItemColumnsConfig(Section):
+    """The columns of the item table; by default found by a usual name."""
+
+    item: ColumnName = Field(None, description="Id of the item.")
+    title: ColumnName = Field(None, description="Text shown for the item; it becomes the column `title`.")
+
+
+class QueryColumnsConfig(Section):
+    """The columns of the query table; by default found by a usual name."""
+
+    query: ColumnName = Field(None, description="Id of the query.")
+
+
 class HashedConfig(Section):
     """Ids hashed to rows, without a vocabulary."""
 
@@ -63,6 +76,8 @@ class DataConfig(Section):
     items: str | None = Field(None, description="Table of item features and titles, joined by item id.")
     queries: str | None = Field(None, description="Table of query features, joined by query id.")
     columns: ColumnsConfig = ColumnsConfig()
+    item_columns: ItemColumnsConfig = ItemColumnsConfig()
+    query_columns: QueryColumnsConfig = QueryColumnsConfig()
     catalog: Literal["interactions", "table"] = Field(
         "interactions", description="table: items that occur only in the item table are in the catalog too."
     )

@@ -49,7 +49,6 @@ def fingerprint_of(parts: Mapping[str, Any]) -> str:
 
 def write_saved(directory: Path, parts: Mapping[str, Any]) -> None:
     """Write the fields of `Interactions`, including `known_fingerprint`, to an existing empty folder."""
-    _write_rows(directory, parts)
     for side, name in (("queries", "queries"), ("items", "items"), ("groups", "group_names")):
         if parts[name] is not None:
             parts[name].write(directory / VOCABULARY_FILES[side])
@@ -60,6 +59,7 @@ def write_saved(directory: Path, parts: Mapping[str, Any]) -> None:
     if below is not None:
         (directory / "negatives").mkdir()
         _write_rows(directory / "negatives", {**below.__dict__, "known_fingerprint": below.fingerprint})
+    _write_rows(directory, parts)  # last, because it also writes the checksums
 
 
 def _write_rows(directory: Path, parts: Mapping[str, Any]) -> None:
@@ -246,6 +246,8 @@ class Interactions:
         query_ids: IdKind = "vocabulary",
         item_ids: IdKind = "vocabulary",
         workers: int | None = None,
+        item_columns: Mapping[str, str] | None = None,
+        query_columns: Mapping[str, str] | None = None,
     ) -> Interactions:
         """Read a file, a folder or several files. The first call prepares the data in a cache; later calls open it.
 
@@ -266,6 +268,8 @@ class Interactions:
             query_ids: "vocabulary", "codes" if the ids are already 0, 1, 2, ..., or `Hashed(rows)`; see docs/data.md.
             item_ids: "vocabulary" or "codes".
             workers: number of processes that read the shards of a folder; None for one per core.
+            item_columns: columns of the item table by role, "item" (the id) and "title"; others are found by name.
+            query_columns: columns of the query table by role, "query" (the id).
 
         Returns:
             Memory-mapped interactions.
@@ -276,7 +280,15 @@ class Interactions:
         if isinstance(path, str | Path) and (Path(path) / META).is_file():
             return cls.open(path)
         reading = ReadOptions(
-            ColumnRoles.of(columns), positive_label, catalog, part, _several_names(context), query_ids, item_ids
+            ColumnRoles.of(columns),
+            positive_label,
+            catalog,
+            part,
+            _several_names(context),
+            query_ids,
+            item_ids,
+            item_columns,
+            query_columns,
         )
         found = Preparation.of(path, reading, items=items, queries=queries, cache=cache)
         if found.target is None:
@@ -296,10 +308,20 @@ class Interactions:
         context: Wanted = None,
         query_ids: IdKind = "vocabulary",
         item_ids: IdKind = "vocabulary",
+        item_columns: Mapping[str, str] | None = None,
+        query_columns: Mapping[str, str] | None = None,
     ) -> Interactions:
         """Build interactions in memory from a polars, pandas or Arrow frame; see `read`."""
         reading = ReadOptions(
-            ColumnRoles.of(columns), positive_label, catalog, False, _several_names(context), query_ids, item_ids
+            ColumnRoles.of(columns),
+            positive_label,
+            catalog,
+            False,
+            _several_names(context),
+            query_ids,
+            item_ids,
+            item_columns,
+            query_columns,
         )
         sources = [FrameSource(frame)]
         return cls._in_memory(

@@ -43,6 +43,7 @@ def read_data(
         query_ids=Hashed(query_ids.hashed) if isinstance(query_ids, HashedConfig) else query_ids,
         item_ids=settings.item_ids,
         workers=settings.workers or max(cores() // Launch.of_environment().local_size, 1),
+        **_table_columns(settings),
     )
 
 
@@ -102,7 +103,14 @@ def _read_parts(files: Files, settings: DataConfig, *, items: str | None, contex
         read["test"],
         items=items or settings.items or files.items,
         queries=settings.queries or files.queries,
+        **_table_columns(settings),
     )
+
+
+def _table_columns(settings: DataConfig) -> dict[str, dict[str, str] | None]:
+    """Return the named columns of the feature tables as arguments; None for a table without any."""
+    named = {"item_columns": settings.item_columns, "query_columns": settings.query_columns}
+    return {name: columns.model_dump(exclude_none=True) or None for name, columns in named.items()}
 
 
 def read_by_all(

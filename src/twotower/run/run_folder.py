@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from twotower.audit.subject import Subject, TrainingRun, subject_of
 from twotower.config.run import Config
 from twotower.data import Interactions, Parts, Split
 from twotower.data.io.id_lists import ids_like, read_ids
+from twotower.data.schema.vocabulary import listed
 from twotower.distributed.launch import Coordinator, joined_processes
 from twotower.errors import InputError
 from twotower.evaluation import Evaluation
@@ -40,6 +42,7 @@ from twotower.serving.model_folder import (
     find_model,
     read_metadata,
 )
+from twotower.system.checksums import read_json
 from twotower.system.filesystem import locked, require_replaceable, write_text
 from twotower.training import LAST, require_checkpoint
 from twotower.training.callbacks import BEST, SizedBatches
@@ -50,6 +53,10 @@ INPUTS = "inputs.json"
 PARENT = "parent.json"
 #: File of the refit of a run that says which validated model it began with.
 BEGUN = "validated.json"
+#: File that identifies a folder as that of a run; older versions wrote none.
+MARKER = ".twotower-run"
+#: What a run writes over or deletes, besides its model and settings, which have checks of their own.
+OWN = (INPUTS, PARENT, "results.json", "checkpoints", "logs", "refit", "windows")
 #: Lock file of a run folder, while a run writes into it.
 LOCK = ".lock"
 
@@ -141,6 +148,11 @@ def reserved(directory: Path) -> Iterator[None]:
 def _require_free(directory: Path, *, replace: bool) -> None:
     for folder in (FOLDER, VALIDATED):
         require_replaceable(directory / folder, TOWERS, "model")  # fail now, not after hours of training
+    foreign = [] if is_run(directory) else [name for name in OWN if (directory / name).exists()]
+    if foreign:
+        raise InputError(
+            f"{directory}: exists and is not the folder of a run, but contains {listed(foreign)}; choose another --out"
+        )
     if replace:
         return
     if (directory / FOLDER).exists():
@@ -157,6 +169,23 @@ def _require_free(directory: Path, *, replace: bool) -> None:
             raise InputError(
                 f"{settings}: exists and does not belong to a run; choose another --out, or pass --force to replace it"
             ) from None
+
+
+def is_run(directory: Path) -> bool:
+    """Return whether a folder is that of a run: marked, or with the files of a run of an older version."""
+    if (directory / MARKER).is_file():
+        return True
+    if any((directory / LAST.parent).glob("*.ckpt/state.json")):
+        return True
+    return (directory / CONFIG).is_file() and ((directory / FOLDER / TOWERS).is_file() or _lists_inputs(directory))
+
+
+def _lists_inputs(directory: Path) -> bool:
+    try:
+        sizes = read_json(directory / INPUTS).values()
+    except (OSError, ValueError):
+        return False
+    return all(isinstance(size, int) for size in sizes)
 
 
 def _train(
@@ -292,6 +321,7 @@ def _refit(
 
 def _begin(directory: Path, config: Config, parent: ParentModel | None) -> None:
     """Write what a resumed run needs, in place of what an older run has left."""
+    write_text(directory / MARKER, f"{version('twotower')}\n")
     shutil.rmtree((directory / LAST).parent, ignore_errors=True)  # of an older run: must not be resumed
     forget_windows(directory)
     for older, marker in ((directory / VALIDATED, TOWERS), (directory / REFIT, BEGUN)):

@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from twotower.data.io.feature_tables import typed
+from twotower.data.io.readers import ROW, open_source, split_cells
+from twotower.data.io.text_format import magic
 from twotower.data.schema.columns import USUAL_NAMES, plain_name, usual_column
 from twotower.data.schema.vocabulary import Codes, Vocabulary, listed
 from twotower.errors import InputError, Interrupted
@@ -32,6 +35,8 @@ from twotower.system.filesystem import whole_file, write_text
 
 #: Queries in one part.
 BLOCK = 8192
+#: Endings of names of files to write, with the separator of text; None for Parquet.
+OUTPUTS = {"": None, ".parquet": None, ".pq": None, ".csv": ",", ".tsv": "\t", ".tab": "\t"}
 HISTORY_NAMES = ("history", "histories", "items", "itemids", "sequence")
 
 
@@ -70,19 +75,20 @@ def recommend_file(
     block: int = BLOCK,
     progress: Callable[[int, int], None] | None = None,
 ) -> BatchReport:
-    """Recommend for every row of a Parquet file.
+    """Recommend for every row of a file.
 
     Finished blocks are kept next to `target` in `.NAME.parts/` until all are done, then merged into one file, which is
     written atomically.
 
     Args:
         retriever: the model.
-        source: Parquet with a column of query ids (`query`, `user_id`, ... ), or a column `history` with lists of item
-            ids, oldest first, or both: an unknown query is then answered by its history. If the model reads no
-            histories, they only say which items were seen, and ids or a context are required. Columns declared in
-            query_tower.context give the context of each row's request, which also answers an unknown query.
-        target: Parquet to write, columns `query` (id, or the row number from 0 if there are only histories), `rank`,
-            `item`, `score`.
+        source: Parquet, CSV or TSV with a column of query ids (`query`, `user_id`, ... ), or a column `history` with
+            lists of item ids, oldest first (in text separated by blanks, commas, semicolons or bars), or both: an
+            unknown query is then answered by its history. If the model reads no histories, they only say which items
+            were seen, and ids or a context are required. Columns declared in query_tower.context give the context of
+            each row's request, which also answers an unknown query.
+        target: file to write, CSV or TSV by its name and otherwise Parquet, with the columns `query` (id, or the row
+            number from 0 if there are only histories), `rank`, `item`, `score`.
         k: number of items per query.
         exclude_seen: leave out the items of the history.
         filter: a condition on the columns of the item table.
@@ -103,6 +109,7 @@ def recommend_file(
         Interrupted: Ctrl-C; finished parts are kept.
     """
     source, target = Path(source), Path(target)
+    separator = _separator(target)
     allowed = allowed_items(
         retriever.artifact.items, retriever.artifact.item_table, condition=filter, allow=allow, deny=deny
     )
@@ -146,7 +153,11 @@ def recommend_file(
     except KeyboardInterrupt:
         raise Interrupted(f"{target}: stopped; finished parts are in {parts}") from None
     with whole_file(target) as temporary:
-        pl.scan_parquet(sorted(parts.glob("part-*.parquet")), glob=False).sink_parquet(temporary)
+        found = pl.scan_parquet(sorted(parts.glob("part-*.parquet")), glob=False)
+        if separator is None:
+            found.sink_parquet(temporary)
+        else:
+            found.sink_csv(temporary, separator=separator)
     counts_by_part = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(parts.glob("part-*.json"))]
     shutil.rmtree(parts)
     return BatchReport(
@@ -156,11 +167,45 @@ def recommend_file(
     )
 
 
+def _separator(target: Path) -> str | None:
+    """Return the separator of a text file to write; None for Parquet.
+
+    Raises:
+        InputError: the name is that of another format.
+    """
+    if target.suffix.lower() not in OUTPUTS:
+        raise InputError(f"{target}: not a format to write; expected a name ending in .parquet, .csv or .tsv")
+    return OUTPUTS[target.suffix.lower()]
+
+
+def _read(path: Path) -> pl.LazyFrame:
+    """Open a file with queries: Parquet is read in slices, text at once.
+
+    Raises:
+        InputError: it is not readable.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected Parquet or CSV with a column of query ids or of histories")
+    if magic(path).startswith(b"PAR1"):
+        return pl.scan_parquet(path, glob=False)
+    source = open_source(path)
+    frame = pl.concat(source.chunks(source.columns)).drop(ROW)
+    if not source.text:
+        return frame.lazy()
+    ids = usual_column(source.columns, USUAL_NAMES["query"], "query", source.name)
+    return frame.with_columns(
+        split_cells(frame[name]) if plain_name(name) in HISTORY_NAMES
+        else frame[name].str.strip_chars() if name == ids else typed(frame[name])
+        for name in source.columns
+    ).lazy()  # fmt: skip
+
+
 @dataclass(frozen=True)
 class _Reader:
-    """A Parquet file with queries, read in slices."""
+    """A file with queries, read in slices."""
 
     path: Path
+    frame: pl.LazyFrame
     rows: int
     query: str | None
     history: str | None
@@ -168,11 +213,10 @@ class _Reader:
 
     @classmethod
     def of(cls, path: Path, context: Sequence[str] = ()) -> _Reader:
-        if not path.is_file():
-            raise InputError(f"{path}: no such file; expected Parquet with a column of query ids or of histories")
+        frame = _read(path)
         try:
-            schema = pl.scan_parquet(path, glob=False).collect_schema()
-            rows = int(pl.scan_parquet(path, glob=False).select(pl.len()).collect().item())
+            schema = frame.collect_schema()
+            rows = int(frame.select(pl.len()).collect().item())
         except (OSError, pl.exceptions.PolarsError) as error:
             raise InputError(f"{path}: not readable as Parquet ({str(error).splitlines()[0]})") from None
         columns = list(schema)
@@ -185,12 +229,12 @@ class _Reader:
                 f"ids; found {listed(columns)}"
             )
         context_columns = tuple(name for name in context if name in columns and name != query)
-        return cls(path, rows, query, lists[0] if lists else None, context_columns)
+        return cls(path, frame, rows, query, lists[0] if lists else None, context_columns)
 
     def queries(self, retriever: Retriever, start: int, stop: int) -> QueryBatch:
         """Read rows start .. stop - 1, without refusing any query."""
         columns = [name for name in (self.query, self.history, *self.context) if name is not None]
-        rows = pl.scan_parquet(self.path, glob=False).select(columns).slice(start, stop - start).collect()
+        rows = self.frame.select(columns).slice(start, stop - start).collect()
         artifact = retriever.artifact
         if self.query is None:
             ids = pl.Series("query", np.arange(start, stop), dtype=pl.Int64)

@@ -133,9 +133,11 @@ def partial_folder(target: Path, *, shared: bool = False) -> Iterator[Path]:
     try:
         yield temporary
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if handle is not None:
-            os.close(handle)
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+        finally:
+            if handle is not None:
+                os.close(handle)
 
 
 def remove_abandoned(target: Path, seconds: float = 0) -> None:

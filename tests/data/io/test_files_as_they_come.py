@@ -1,6 +1,8 @@
 """Files as other programs write them: read as meant, or refused with what to do; no row is lost silently."""
 
 import gzip
+import json
+import os
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -355,6 +357,103 @@ def test_exact_copies_of_feature_rows_are_left_out(tmp_path: Path) -> None:
     items.write_text("item_id,title\ni1,a\ni1,other\n")
     with pytest.raises(InputError, match="occurs in an earlier row"):
         read(tmp_path, table(), items=items)
+
+
+@pytest.mark.parametrize("kind", ["file", "frame", "folder"])
+def test_columns_of_feature_tables_can_be_named(tmp_path: Path, kind: str) -> None:
+    frame = pl.DataFrame({"nr": [f"i{n}" for n in range(5)], "label": [f"Item {n}" for n in range(5)]})
+    people = pl.DataFrame({"person": [f"u{n}" for n in range(7)], "age": range(7)})
+    named = {"item_columns": {"item": "nr", "title": "label"}, "query_columns": {"query": "person"}}
+    if kind == "folder":
+        folder = tmp_path / "data"
+        read(tmp_path, table(), "data/interactions.csv")
+        frame.write_csv(folder / "items.csv")
+        people.write_parquet(folder / "users.parquet")
+        data = Interactions.read(folder, **named)
+    elif kind == "frame":
+        data = read(tmp_path, table(), items=frame, queries=people, **named)
+    else:
+        frame.write_csv(tmp_path / "i.csv")
+        people.write_csv(tmp_path / "p.tsv", separator="\t")
+        data = read(tmp_path, table(), items=tmp_path / "i.csv", queries=tmp_path / "p.tsv", **named)
+    assert data.item_table["title"].to_list() == [f"Item {n}" for n in range(5)]
+    assert data.query_table["age"].to_list() == list(range(7))
+
+
+def test_named_columns_of_feature_tables_that_do_not_exist_are_refused(tmp_path: Path) -> None:
+    frame = pl.DataFrame({"nr": ["i1"], "label": ["a"], "title": ["b"]})
+    for columns, message in (
+        ({"item": "sku"}, r"no column 'sku', named in item_columns. Columns found: 'nr', 'label', 'title'"),
+        ({"id": "nr"}, "'id' is not a role; the roles are 'item', 'title'"),
+        ({"item": "nr", "title": "label"}, "there is a column 'title'; rename it"),
+        ({"title": "label"}, "no item id column"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read(tmp_path, table(), items=frame, item_columns=columns)
+    for setting, expected in (("data.item_columns.item=nr", "nr"), ("data.item_columns.item=3", "3")):
+        assert Config.load(None, [setting]).data.item_columns.item == expected
+
+
+def delta(folder: Path, *entries: list[dict]) -> Path:
+    (folder / "_delta_log").mkdir(parents=True, exist_ok=True)
+    for number, actions in enumerate(entries):
+        lines = "".join(json.dumps(action) + "\n" for action in actions)
+        (folder / "_delta_log" / f"{number:020d}.json").write_text(lines)
+    return folder
+
+
+def test_a_delta_table_is_read_by_its_log(tmp_path: Path) -> None:
+    """Files that the log removed are still in the folder; reading them would bring deleted rows back."""
+    frame = pl.DataFrame(ROWS, schema=["user_id", "item_id", "timestamp"], orient="row")
+    folder = tmp_path / "table"
+    names = ["part-0.parquet", "part-1.parquet", "day=2024-01-01/part 2.parquet"]
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        frame[number::3].write_parquet(folder / name)
+    frame.write_parquet(folder / "part-old.parquet")
+    delta(
+        folder,
+        [{"protocol": {"minReaderVersion": 1}}, {"metaData": {"id": "a", "configuration": {}}}],
+        [{"add": {"path": "part-old.parquet"}}, {"add": {"path": names[0]}}],
+        [{"remove": {"path": "part-old.parquet"}}, {"add": {"path": names[1]}}, {"commitInfo": {}}],
+        [{"add": {"path": "day=2024-01-01/part%202.parquet"}}],
+    )
+    assert_rows(Interactions.read(folder))
+    (folder / names[1]).unlink()
+    with pytest.raises(InputError, match=r"part-1.parquet: missing, but the log"):
+        Interactions.read(folder)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([[{"add": {"path": "a.parquet", "deletionVector": {"storageType": "u"}}}]], "with deleted rows in files"),
+        ([[{"metaData": {"configuration": {"delta.columnMapping.mode": "name"}}}]], "with renamed columns"),
+        ([[{"add": {"path": "../a.parquet"}}]], "with files in other folders"),
+        ([[{"add": {"path": "/etc/passwd"}}]], "with files in other folders"),
+        ([[{"add": {}}]], "not a readable Delta log"),
+        ([[{"metaData": {}}]], "without files"),
+    ],
+)
+def test_delta_tables_that_need_more_than_names_are_refused(tmp_path: Path, entries: list, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Interactions.read(delta(tmp_path / "table", *entries))
+    (tmp_path / "table" / "_delta_log" / "00000000000000000010.checkpoint.parquet").touch()
+    with pytest.raises(InputError, match="with checkpoints in its log"):
+        Interactions.read(tmp_path / "table")
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS * 500])
+def test_a_file_rewritten_with_its_size_and_time_is_read_again(tmp_path: Path, monkeypatch, rows: list) -> None:
+    monkeypatch.setattr("twotower.data.io.folders.SAMPLED_BYTES", 100_000)  # the larger file is sampled
+    first = read(tmp_path, table(rows=rows))
+    path = tmp_path / "a.csv"
+    before, content = path.stat(), path.read_bytes()
+    assert (len(content) > 100_000) == (rows is not ROWS)
+    path.write_bytes(content[:-20] + content[-20:].replace(b"i4", b"i3"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    again = Interactions.read(path)
+    assert path.stat().st_size == before.st_size and again.fingerprint != first.fingerprint
 
 
 def test_dat_files(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -193,6 +193,8 @@ def load(
     query_ids: IdKind = "vocabulary",
     item_ids: IdKind = "vocabulary",
     workers: int | None = None,
+    item_columns: Mapping[str, str] | None = None,
+    query_columns: Mapping[str, str] | None = None,
 ) -> Interactions:
     """Load the interactions of a known data set, a file or a folder, with its feature tables.
 
@@ -208,6 +210,8 @@ def load(
         query_ids: see `Interactions.read`.
         item_ids: see `Interactions.read`.
         workers: see `Interactions.read`.
+        item_columns: see `Interactions.read`.
+        query_columns: see `Interactions.read`.
 
     Raises:
         InputError: see `Interactions.read` and `folder`.
@@ -236,6 +240,8 @@ def load(
         query_ids=query_ids,
         item_ids=item_ids,
         workers=workers,
+        item_columns=item_columns,
+        query_columns=query_columns,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,21 @@ from twotower.data.schema.vocabulary import Vocabulary, ids_of, listed
 from twotower.errors import InputError
 
 TableLike = str | Path | Any
+#: Roles of columns that can be named, by role of the table.
+TABLE_ROLES = {"item": ("item", "title"), "query": ("query",)}
+
+
+def table_columns(given: Mapping[str, str] | None, role: str) -> dict[str, str]:
+    """Return the columns of a feature table that a caller names, by role.
+
+    Raises:
+        InputError: a role is unknown.
+    """
+    found = {name: str(column) for name, column in (given or {}).items() if column is not None}
+    for name in found:
+        if name not in TABLE_ROLES[role]:
+            raise InputError(f"{role}_columns: {name!r} is not a role; the roles are {listed(TABLE_ROLES[role])}.")
+    return found
 
 
 class FeatureTable:
@@ -25,17 +41,25 @@ class FeatureTable:
         table: path of a Parquet, CSV or TSV file, or a data frame.
         role: "item" or "query".
         id_column: name of the id column in the interactions, tried before the usual names.
+        columns: columns by role (`TABLE_ROLES`) that replace those found by name; the title becomes the column "title".
 
     Raises:
         InputError: the table is unreadable or has no id column, or an id is null or repeated.
     """
 
-    def __init__(self, table: TableLike, role: str, id_column: str) -> None:
+    def __init__(self, table: TableLike, role: str, id_column: str, columns: Mapping[str, str] | None = None) -> None:
         self.role = role
+        columns = table_columns(columns, role)
         source = open_source(Path(table)) if isinstance(table, str | Path) else FrameSource(table, f"{role} table")
         self.where = source.name
         frame = pl.concat(source.chunks(source.columns))
-        self.id_column = self._find_id(source, id_column)
+        for column in columns.values():
+            if column not in frame.columns:
+                raise InputError(
+                    f"{source.name}: no column {column!r}, named in {role}_columns. Columns found: "
+                    f"{listed(source.columns)}."
+                )
+        self.id_column = columns.get(role) or self._find_id(source, id_column)
         raw = frame[self.id_column]
         if raw.null_count():
             row = frame[ROW][int(raw.is_null().arg_true()[0])]
@@ -58,6 +82,12 @@ class FeatureTable:
                 "earlier row; expected one row per id."
             )
         frame = frame.drop(ROW)
+        if (title := columns.get("title", "title")) != "title":
+            if "title" in frame.columns:
+                raise InputError(
+                    f"{self.where}: {title!r} is named as the title, but there is a column 'title'; rename it."
+                )
+            frame = frame.rename({title: "title"})
         if source.text:
             frame = frame.with_columns(typed(frame[name]) for name in frame.columns if name != self.id_column)
         self.ids, self.frame = ids, frame

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from twotower.data.io.layout import META
 from twotower.data.io.readers import SUFFIXES, suffix_of
@@ -19,6 +20,7 @@ from twotower.errors import InputError
 INTERACTION_NAMES = ("interactions", "ratings", "transactions", "sequences")
 ITEM_NAMES = ("items", "products", "movies", "articles")
 QUERY_NAMES = ("users", "queries", "customers", "households", "demographics")
+DELTA_LOG = "_delta_log"
 _OF = re.compile(r"(.*?)(\d+)(-of-)(\d+)(\D.*)?")
 SPLIT_NAMES = {"train": "train", "valid": "validation", "val": "validation", "validation": "validation", "test": "test"}
 
@@ -66,6 +68,8 @@ def find_files(path: Path, *, parts: bool = False) -> Files:
     2024/01. Names that begin with ``.`` or ``_`` are not data. Files in all other subfolders are not read; the account
     reports these subfolders.
 
+    Of a Delta table, a folder with ``_delta_log``, the files that the log names are read.
+
     Args:
         path: a file or a folder.
         parts: whether to accept a folder with a ready-made split: files named ``train.*`` and ``test.*``, optionally
@@ -78,6 +82,9 @@ def find_files(path: Path, *, parts: bool = False) -> Files:
         raise InputError(f"{path}: no such file or folder; give a Parquet, CSV or TSV file, or a folder of them.")
     if not path.is_dir():
         return Files([path])
+    if (path / DELTA_LOG).is_dir():
+        live = delta_files(path)
+        return Files(live, nested=[str(file.relative_to(path)) for file in live if file.parent != path])
     files, nested, skipped = _data_files(path)
     items = _table(path, files, ".item", ITEM_NAMES)
     queries = _table(path, files, ".user", QUERY_NAMES)
@@ -109,6 +116,54 @@ def find_files(path: Path, *, parts: bool = False) -> Files:
         )
     _refuse_gaps(rest)
     return Files(rest, items, queries, nested=[str(p.relative_to(path)) for p in rest if p in nested], skipped=skipped)
+
+
+def delta_files(table: Path) -> list[Path]:
+    """Return the live files of a Delta table by replaying its log.
+
+    Raises:
+        InputError: the log needs more than the names of files: a checkpoint, deleted rows or renamed columns.
+    """
+
+    def refusal(found: str) -> InputError:
+        return InputError(
+            f"{table}: a Delta table with {found}, which this reader does not support; export it as Parquet, e.g. "
+            "DeltaTable(path).to_pyarrow_dataset() written with pyarrow.dataset.write_dataset."
+        )
+
+    log = table / DELTA_LOG
+    if any(log.glob("*.checkpoint*.parquet")):
+        raise refusal("checkpoints in its log")
+    live: dict[str, None] = {}
+    for entry in sorted(log.glob("*.json")):
+        try:
+            actions = [json.loads(line) for line in entry.read_text(encoding="utf-8").splitlines() if line.strip()]
+            for action in actions:
+                if (
+                    action.get("metaData", {}).get("configuration", {}).get("delta.columnMapping.mode", "none")
+                    != "none"
+                ):
+                    raise refusal("renamed columns")
+                if action.get("add", {}).get("deletionVector"):
+                    raise refusal("deleted rows in files that are still read")
+                if "add" in action:
+                    live[unquote(action["add"]["path"])] = None
+                elif "remove" in action:
+                    live.pop(unquote(action["remove"]["path"]), None)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{entry}: not a readable Delta log ({error}).") from None
+    files = [table / name for name in live]
+    outside = next((file for file in files if table not in file.parents or ".." in file.parts), None)
+    if outside is not None:
+        raise refusal("files in other folders")
+    missing = next((file for file in files if not file.is_file()), None)
+    if missing is not None:
+        raise InputError(f"{missing}: missing, but the log of the Delta table names it; restore it.")
+    if not files:
+        raise InputError(f"{table}: a Delta table without files; write rows to it first.")
+    return sorted(files)
 
 
 def _ready_made(path: Path, files: Sequence[Path], found: Files) -> Files:
@@ -270,7 +325,30 @@ def cache_root() -> Path:
     return Path(root).expanduser() if root else Path.home() / ".cache" / "twotower"
 
 
+#: Bytes of all files together that a cache key reads, and the size of one sample.
+SAMPLED_BYTES, SAMPLE_BYTES = 64 << 20, 4 << 10
+
+
 def cache_key(files: Sequence[Path], options: dict[str, Any]) -> str:
-    """Return a cache key for the current state of these files and these options."""
-    stamps = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    """Return a cache key for the current state of these files and these options.
+
+    The state is path, size, modification time and samples of the content, because a program may write a file again with
+    the size and time of before. Small files are read whole; of large ones, evenly spaced blocks.
+    """
+    each = SAMPLED_BYTES // max(len(files), 1)
+    stamps = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns, _sampled(p, each)) for p in files]
     return hashlib.sha256(json.dumps([stamps, options], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _sampled(path: Path, most: int) -> str:
+    """Compute the checksum of a file of at most `most` bytes; of a larger file, of its ends and blocks between them."""
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with path.open("rb") as file:
+        if size <= most:
+            digest.update(file.read())
+        else:
+            count = max(min(most, 1 << 20) // SAMPLE_BYTES, 3)
+            for block in range(count):
+                file.seek(block * (size - SAMPLE_BYTES) // (count - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:16]

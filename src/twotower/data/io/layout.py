@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from twotower.data.schema.vocabulary import CodedIds, Vocabulary
 from twotower.errors import InputError
+from twotower.system.checksums import read_json, verify_checksums, write_checksums
 from twotower.system.filesystem import changed_places, full_disk_named, partial_folder, require_replaceable
 
 LAYOUT_VERSION = 1
@@ -130,25 +131,27 @@ def appearing(target: Path, marker: str = META) -> Iterator[Path]:
 
 
 def write_meta(directory: Path, meta: dict[str, Any]) -> None:
-    """Write meta.json, which must be the last file written."""
+    """Write meta.json, then the checksums of all files in the folder, which must be the last file written."""
     (directory / META).write_text(json.dumps({"layout": LAYOUT_VERSION, **meta}, indent=1), encoding="utf-8")
+    write_checksums(directory, sorted(path.name for path in directory.iterdir() if path.is_file()))
 
 
 def read_meta(directory: Path) -> dict[str, Any]:
-    """Read meta.json.
+    """Read meta.json, and compare the checksums of all files in the folder.
 
     Raises:
-        InputError: the file is missing or damaged, or has a different layout version.
+        InputError: a file is missing or damaged, or meta.json has a different layout version.
     """
     path = directory / META
     if not path.is_file():
         raise InputError(
             f"{directory}: contains no saved interactions ({META} is missing); pass a folder written by `save`."
         )
+    verify_checksums(directory, "prepare the data again.")  # older versions wrote none
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = read_json(path)
         layout = meta["layout"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError):
         raise InputError(f"{path}: damaged; prepare the data again.") from None
     if layout != LAYOUT_VERSION:
         raise InputError(

@@ -218,21 +218,9 @@ class TextSource:
 
     def _with_lists(self, frame: pl.DataFrame) -> pl.DataFrame:
         """Split the cells of list columns."""
-        cells = {
-            name: pl.col(name).fill_null("").str.replace_all(r"""^\s*[\[(]|[\])]\s*$|["']""", "")
-            for name in self._split
-            if name in frame.columns
-        }
         return frame.with_columns(
-            cell.str.replace_all(self._split[name], " ").str.strip_chars().str.split(" ").list.eval(
-                pl.element().filter(pl.element() != "")
-            )
-            if self._split[name] == BLANKS
-            else cell.str.split(self._split[name]).list.eval(
-                pl.element().str.strip_chars().filter(pl.element().str.strip_chars() != "")
-            )
-            for name, cell in cells.items()
-        )  # fmt: skip
+            split_cells(frame[name], separator) for name, separator in self._split.items() if name in frame.columns
+        )
 
     def _ragged(self) -> InputError:
         expected = len(self._all)
@@ -306,6 +294,22 @@ def _cell_separator(cells: Sequence[str]) -> str | None:
     if any(" " in cell for cell in inner):
         return BLANKS
     return "," if brackets else None
+
+
+def split_cells(cells: pl.Series, separator: str | None = None) -> pl.Series:
+    """Split text cells with several ids, such as "a,b,c" or "[1 2 3]", into lists of text without blanks.
+
+    Args:
+        cells: the cells; null for no ids.
+        separator: the separator, a regular expression if it is `BLANKS`; None to find it.
+    """
+    plain = cells.fill_null("").str.replace_all(r"""^\s*[\[(]|[\])]\s*$|["']""", "")
+    if separator is None:
+        separator = next((mark for mark in "|;," if plain.str.contains(mark, literal=True).any()), BLANKS)
+    if separator == BLANKS:
+        plain, separator = plain.str.replace_all(BLANKS, " "), " "
+    element = pl.element().str.strip_chars()
+    return plain.str.split(separator).list.eval(element.filter(element != ""))
 
 
 class SequenceSource:

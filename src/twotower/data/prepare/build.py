@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -52,6 +52,8 @@ class ReadOptions:
     context: Wanted = None
     query_ids: IdKind = "vocabulary"
     item_ids: IdKind = "vocabulary"
+    item_columns: Mapping[str, str] | None = None
+    query_columns: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         if self.catalog not in ("interactions", "table"):
@@ -118,8 +120,12 @@ def build(
                 "(or the columns next to the lists of items), or use 'vocabulary' or 'codes'."
             )
         tables = {
-            "item": None if items is None else FeatureTable(items, "item", columns.item or "item"),
-            "query": None if queries is None else FeatureTable(queries, "query", columns.query or "query"),
+            "item": None
+            if items is None
+            else FeatureTable(items, "item", columns.item or "item", reading.item_columns),
+            "query": None
+            if queries is None
+            else FeatureTable(queries, "query", columns.query or "query", reading.query_columns),
         }
         vocabularies = _vocabularies(collected, columns, tables["item"], reading, sources[0].name)
         negatives = directory / "negatives"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ class Parts:
     Attributes:
         train, validation, test: the interactions; `validation` may be None.
         items, queries: feature tables, or None.
+        item_columns, query_columns: columns of these tables by role; see `Interactions.read`.
     """
 
     train: Interactions
@@ -39,6 +40,8 @@ class Parts:
     test: Interactions
     items: TableLike | None = None
     queries: TableLike | None = None
+    item_columns: Mapping[str, str] | None = None
+    query_columns: Mapping[str, str] | None = None
 
     @property
     def account(self) -> Account:
@@ -53,7 +56,15 @@ class Parts:
 
     def split(self) -> Split:
         """Build the split; its data gets the fingerprint of the parts."""
-        made = from_parts(self.train, self.validation, self.test, items=self.items, queries=self.queries)
+        made = from_parts(
+            self.train,
+            self.validation,
+            self.test,
+            items=self.items,
+            queries=self.queries,
+            item_columns=self.item_columns,
+            query_columns=self.query_columns,
+        )
         return replace(made, data=replace(made.data, account=self.account, known_fingerprint=self.fingerprint))
 
 
@@ -67,6 +78,8 @@ def from_parts(
     columns: ColumnsLike = None,
     context: Wanted = None,
     cold: Cold = "keep",
+    item_columns: Mapping[str, str] | None = None,
+    query_columns: Mapping[str, str] | None = None,
 ) -> Split:
     """Build a `Split` from ready-made parts, with common vocabularies.
 
@@ -81,6 +94,8 @@ def from_parts(
         columns: the column of each role in the files.
         context: context columns to read from the files; see `Interactions.read`.
         cold: "keep" targets whose item has no training row, as is usual for ready-made splits, or "drop" them.
+        item_columns: columns of the item table by role; see `Interactions.read`.
+        query_columns: columns of the query table by role.
 
     Returns:
         A split whose `data` contains all parts.
@@ -103,10 +118,10 @@ def from_parts(
             account.add(f"{name}: negatives", len(parts[name].negatives or ()), "not used in a ready-made split")
     stacked = _stack(list(parts.values()))
     rows = without_item_order(stacked.data, account, stacked.part)
-    tables = {"item": (items, rows.items), "query": (queries, rows.queries)}
-    for role, (table, vocabulary) in tables.items():
+    tables = {"item": (items, rows.items, item_columns), "query": (queries, rows.queries, query_columns)}
+    for role, (table, vocabulary, named) in tables.items():
         if table is not None:
-            joined = FeatureTable(table, role, role).join_to(vocabulary, account)
+            joined = FeatureTable(table, role, role, named).join_to(vocabulary, account)
             setattr(rows, f"{role}_table", joined)
     ends = [rows.offsets[:-1] + before for before in stacked.rows_up_to]
     fitted = rows.select(stacked.part == 0)

@@ -24,9 +24,12 @@ from twotower.distributed.communicator import Communicator
 from twotower.distributed.partition import TableShard
 from twotower.distributed.row_files import write_folder
 from twotower.errors import InputError
+from twotower.system.checksums import verify_checksums, write_checksums
 from twotower.system.filesystem import whole_folder
 from twotower.training.checkpoint.codec import StateEncoder, decode, parts_in
 from twotower.training.checkpoint.shards import FOLDER, TensorShard, load_parts, save_parts
+
+ADVICE = "remove this checkpoint and resume from another, or train again"
 
 
 class Background:
@@ -103,6 +106,8 @@ class SafeCheckpointIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write to a temporary folder next to `path`, then rename; collective if there are sharded tables.
 
+        The files are on the disk before the rename, and have checksums, which `load_checkpoint` compares.
+
         Raises:
             InputError: the disk is full; in the background, it was full when the previous checkpoint was written.
         """
@@ -123,10 +128,16 @@ class SafeCheckpointIO(CheckpointIO):
 
         if parts:
             ranks = self._writers
-            write_folder(path, ranks, write, lambda folder: save_parts(folder / FOLDER, parts, ranks))
+
+            def seal(folder: Path) -> None:
+                if ranks.is_first:
+                    write_checksums(folder)
+
+            write_folder(path, ranks, write, lambda folder: save_parts(folder / FOLDER, parts, ranks), seal)
             return
         with whole_folder(path) as folder:
             write(folder)
+            write_checksums(folder)
 
     def wait(self) -> None:
         """Wait until the last checkpoint is in place.
@@ -159,7 +170,7 @@ class SafeCheckpointIO(CheckpointIO):
         """Read a checkpoint; collective if there are sharded tables.
 
         Raises:
-            InputError: a file is missing or damaged.
+            InputError: a file is missing or damaged, for this rank or for the first, which compares the checksums.
         """
         del map_location, weights_only
         self.wait()
@@ -172,6 +183,7 @@ class SafeCheckpointIO(CheckpointIO):
         return weights
 
     def _load(self, source: Path, only: str | None = None) -> dict[str, Any]:
+        self._verify(source)
         try:
             tensors = load_file(source / "tensors.safetensors")
             structure = json.loads((source / "state.json").read_text(encoding="utf-8"))
@@ -184,6 +196,17 @@ class SafeCheckpointIO(CheckpointIO):
             raise InputError(f"{source}: not a readable checkpoint ({error}); remove it and train again") from error
         checkpoint: dict[str, Any] = decode(structure, tensors)
         return checkpoint
+
+    def _verify(self, source: Path) -> None:
+        """Compare the checksums on the first rank; collective, so that no rank waits for one that has failed."""
+        failed: InputError | None = None
+        if self.ranks.is_first:
+            try:
+                verify_checksums(source, ADVICE)  # older versions wrote none
+            except InputError as error:
+                failed = error
+        if self.ranks.agree(failed is not None):
+            raise failed or InputError(f"{source}: damaged, as the first rank reports")
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete the folder."""

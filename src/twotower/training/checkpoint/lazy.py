@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from twotower.distributed.launch import Launch
 from twotower.distributed.row_files import StoredColumns, StoredRows, side_by_side, stack_rows, stored_tensors
 from twotower.errors import InputError
+from twotower.system.checksums import verify_checksums
 from twotower.training.checkpoint.codec import decode, parts_in
 from twotower.training.checkpoint.shards import FOLDER
 
@@ -17,9 +19,13 @@ from twotower.training.checkpoint.shards import FOLDER
 def open_checkpoint(source: Path) -> dict[str, Any]:
     """Open a checkpoint as `SafeCheckpointIO.load_checkpoint` returns it, but with tensors left in their files.
 
+    On each machine the first process compares the checksums.
+
     Raises:
         InputError: a file is missing or damaged.
     """
+    if Launch.of_environment().local_rank == 0:
+        verify_checksums(source, "remove it, or train again")  # older versions wrote none
     try:
         tensors, _ = stored_tensors(source / "tensors.safetensors")
         structure = json.loads((source / "state.json").read_text(encoding="utf-8"))
