@@ -345,7 +345,9 @@ def run_hostile(address: str, artifact: SavedModel, folder: Path, others: list[P
     finally:
         done.set()
         changer.join()
-    outcomes = {name: value for name, value in metrics(address).items() if name.startswith("twotower_model_reloads")}
+    outcomes = {
+        name: value for name, value in metrics(address).items() if name.startswith("twotower_model_reloads_total")
+    }
     return {
         "connections": CONNECTIONS,
         "phases of each": phases,
@@ -397,6 +399,7 @@ def main() -> None:
     found: dict[str, Any] = json.loads(chosen.json.read_text()) if chosen.json and chosen.json.exists() else {}
     found["about"] = {
         "catalog": {"queries": len(artifact.queries), "items": len(artifact.items), "k": 10},
+        "epochs": artifact.metadata.get("training", {}).get("epochs"),  # searches cost the same whatever the weights
         "versions": library_versions(),
         "machine": {"processors": os.cpu_count(), "platform": platform.platform()},
         "threads": os.environ.get("OMP_NUM_THREADS", "unset"),
