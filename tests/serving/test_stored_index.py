@@ -87,7 +87,7 @@ def edit(**changes):
         (damage("graph.faiss", lambda path: path.write_bytes(b"x")), "graph.faiss: missing, or its checksum differs"),
         (damage("rows.safetensors", lambda path: path.unlink()), "rows.safetensors: missing"),
         (damage("index.json", lambda path: path.write_text("{")), "not readable"),
-        (edit(items="0" * 64), "built for other item embeddings"),
+        (edit(items="0" * 64), "built for different item embeddings"),
         (edit(schema_version=9), "schema version 9"),
         (edit(kind="magic"), "unknown kind 'magic'"),
     ],

@@ -23,7 +23,7 @@ from twotower.comparison.processes import train_cells
 from twotower.comparison.statistics import compare
 from twotower.config.run import Config
 from twotower.data import Interactions
-from twotower.features.from_config import wanted_context
+from twotower.features.from_config import context_to_read
 from twotower.report import findings
 from twotower.run import audit_run, read_data, split_data
 from twotower.run.run_folder import reserved
@@ -105,7 +105,7 @@ def compare_run(
 
     Args:
         source: a file, a folder or the name of a data set.
-        out: the folder of the comparison. Finished runs in it are not repeated; interrupted ones are resumed.
+        out: the folder of the comparison. Finished runs in it are not repeated; interrupted runs are resumed.
         base: the settings that all objectives share; `training.seed` is the first seed.
         objectives: names, YAML files with the fields of an objective, or `name=FILE`.
         seeds: number of runs of each objective, with consecutive seeds.
@@ -117,12 +117,12 @@ def compare_run(
     Raises:
         InputError: a setting is wrong, `out` contains runs with different settings or data, cannot be written, or
             another process is writing into it.
-        Interrupted: Ctrl-C; the same call resumes the comparison.
+        Interrupted: Ctrl-C was pressed; the same call resumes the comparison.
         RuntimeError: a training run failed.
     """
     directory = Path(out)
     with reserved(directory):
-        data = read_data(source, base.data, context=wanted_context(base))
+        data = read_data(source, base.data, context=context_to_read(base))
         split = split_data(data, base.data, histories=base.query_tower.history is not None)
         cells = make_cells(base, objectives, seeds, directory, split)
         train_cells(str(source), cells, data.fingerprint, directory, jobs=jobs, on_message=on_message)
@@ -151,10 +151,11 @@ def compare_run(
 
 def _audit(cells: Sequence[Cell], source: str | Path, out: Path, on_message: Callable[[str], None]) -> dict[str, Any]:
     """Measure bias and spread of each objective's gradient on one model, and cache the result in `audit.json`."""
-    # Only objectives with their default sources: `twotower audit` measures pools from a file, on their own models.
+    # Only objectives with their default sources; pools from a file are measured by `twotower audit` on their own
+    # models.
     plain = {cell.name: cell.config.objective for cell in cells}
     named = {name for name, own in plain.items() if own.name == name and own.sources is None and own.unique is None}
-    # Not the best model: that depends on the evaluation settings, and a change would invalidate the cached audit.
+    # Not the best model, because that depends on the evaluation settings, and a change would invalidate the audit.
     subject = next((cell for cell in cells if cell.name == "expected-count"), cells[0])
     others = sorted(named - {subject.name})
     request = {

@@ -16,7 +16,7 @@ from twotower.data.io.id_lists import ids_like, read_ids
 from twotower.distributed.launch import Coordinator, joined_processes
 from twotower.errors import InputError
 from twotower.evaluation import Evaluation
-from twotower.features.from_config import fit_features, unused_tables, wanted_context
+from twotower.features.from_config import context_to_read, fit_features, unused_tables
 from twotower.incremental import ParentModel
 from twotower.incremental.saved_rows import load_context, load_rows
 from twotower.incremental.split import ContinuedSplit
@@ -68,7 +68,7 @@ def train_run(
 
     Raises:
         InputError: `out` is a file or cannot be written, another run is writing into it, it already contains a run and
-            neither `resume` nor `replace` is set, or `resume` would not apply a setting.
+            neither `resume` nor `replace` is set, or a setting cannot be changed on `resume`.
         RankLost: another process of the run has died.
     """
     directory, training = Path(out), config.training
@@ -97,10 +97,10 @@ def train_run(
 
 @contextmanager
 def reserved(directory: Path) -> Iterator[None]:
-    """Create a folder and hold it for one process during the block; remove it if the block leaves it empty.
+    """Create a folder and lock it for one process during the block; remove it if it is empty at the end.
 
     Raises:
-        InputError: it is a file, cannot be written, or another process holds it.
+        InputError: the path is a file, cannot be written, or is locked by another process.
     """
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory}: is a file; choose a folder for --out")
@@ -122,7 +122,7 @@ def reserved(directory: Path) -> Iterator[None]:
 
 
 def _require_free(directory: Path, *, replace: bool) -> None:
-    require_replaceable(directory / FOLDER, TOWERS, "model")  # fail now, not after hours of training
+    require_replaceable(directory / FOLDER, TOWERS, "model")  # fail before hours of training
     if replace:
         return
     if (directory / FOLDER).exists():
@@ -182,7 +182,7 @@ def _train(
 
 
 def _parent(directory: Path, warm_start: str | Path | None, *, resume: bool) -> ParentModel | None:
-    """Load the model to continue from; that of an interrupted run is recorded in its folder."""
+    """Load the model to continue from; an interrupted run has recorded it in its folder."""
     recorded = directory / PARENT
     if warm_start is None and resume and recorded.is_file():
         warm_start = json.loads(recorded.read_text(encoding="utf-8"))["model"]
@@ -198,7 +198,7 @@ def _read(
             f"{source}: a ready-made split; with --from, DATA is new interactions, not split, and data.validation and "
             "data.test are fractions"
         )
-    return read_by_all(source, settings, team, context=wanted_context(config), before=before)
+    return read_by_all(source, settings, team, context=context_to_read(config), before=before)
 
 
 def _split(
@@ -206,7 +206,7 @@ def _split(
 ) -> Split | ContinuedSplit:
     if parent is None:
         return split_data(data, config.data, histories=config.query_tower.history is not None)
-    assert isinstance(data, Interactions)  # `_read` refuses a ready-made split
+    assert isinstance(data, Interactions)  # `_read` rejects a ready-made split
     ids = None if withdraw is None else ids_like(read_ids(withdraw), parent.artifact.items, str(withdraw))
     return continue_with(parent, data, config, withdrawn=ids)
 
@@ -222,7 +222,7 @@ def _report_features(config: Config, split: Split, on_message: Callable[[object]
 
 
 def _check(config: Config, split: Split) -> None:
-    """Refuse wrong settings now: before anything is written, and not after hours of training."""
+    """Reject wrong settings before anything is written and before hours of training."""
     build_objective(config, split.train)
     evaluation.check_slices(split.train, config.evaluation.slices)
     for holdout in (split.validation, split.test):
@@ -230,8 +230,8 @@ def _check(config: Config, split: Split) -> None:
 
 
 def _begin(directory: Path, config: Config, parent: ParentModel | None) -> None:
-    """Write what a resumed run needs, in place of what an older run has left."""
-    shutil.rmtree((directory / LAST).parent, ignore_errors=True)  # of an older run: must not be resumed
+    """Write the files that a resumed run needs, and remove those of an older run."""
+    shutil.rmtree((directory / LAST).parent, ignore_errors=True)  # checkpoints of an older run must not be resumed
     write_text(directory / CONFIG, config.to_yaml())
     (directory / PARENT).unlink(missing_ok=True)
     if parent is not None:
@@ -259,7 +259,7 @@ def _finish(directory: Path, config: Config, model: Model, measured: Evaluation,
     if is_first or model.artifact.is_shared:
         model.save(directory / FOLDER)
     if is_first:
-        write_text(directory / CONFIG, config.to_yaml())  # a resumed run may have changed some
+        write_text(directory / CONFIG, config.to_yaml())  # a resumed run may have changed settings
         write_text(directory / "results.json", json.dumps(measured.to_dict(), indent=1))
 
 
@@ -283,12 +283,12 @@ def _summary(model: Model, config: Config) -> str:
 
 
 def evaluate_run(directory: str | Path, source: str | Path | None = None) -> Evaluation:
-    """Evaluate a saved model on the test queries of the data it was trained on.
+    """Evaluate a saved model on the test queries of the data that it was trained on.
 
     `source` is the location of the data, if it has moved.
 
     Raises:
-        InputError: the data was not found, or is not the data the model was trained on.
+        InputError: the data was not found, or is not the data that the model was trained on.
     """
     artifact, split = reread(directory, source)
     settings = artifact.config.evaluation
@@ -306,10 +306,10 @@ def evaluate_run(directory: str | Path, source: str | Path | None = None) -> Eva
 
 
 def reread(directory: str | Path, source: str | Path | None = None) -> tuple[SavedModel, Split]:
-    """Load a saved model, and read and split the data it was trained on in the same way.
+    """Load a saved model, and read and split its data as for training.
 
     Raises:
-        InputError: the data was not found, or is not the data the model was trained on.
+        InputError: the data was not found, or is not the data that the model was trained on.
     """
     artifact = SavedModel.load(directory)
     known = artifact.metadata["data"]
@@ -320,22 +320,22 @@ def reread(directory: str | Path, source: str | Path | None = None) -> tuple[Sav
     location = source or known.get("source")
     if location is None:
         raise InputError(f"{directory}: the model does not record where its data is; pass it with --data")
-    data = read_data(location, artifact.config.data, context=wanted_context(artifact.config))
+    data = read_data(location, artifact.config.data, context=context_to_read(artifact.config))
     if data.fingerprint != known["fingerprint"]:
         raise InputError(
             f"{location}: not the data this model was trained on (fingerprint {data.fingerprint[:12]}, expected "
             f"{known['fingerprint'][:12]}): the test rows may include its training rows; train on this data instead"
         )
-    # Models of older versions were tested without the queries that have a history but no training row.
+    # Older versions did not test queries that have a history but no training row.
     histories = bool(artifact.metadata["split"]["settings"].get("histories", False))
     return artifact, split_data(data, artifact.config.data, histories=histories)
 
 
 def audit_run(directory: str | Path, source: str | Path | None = None, *, rows: int = 64, seed: int = 0) -> Subject:
-    """Load what `twotower audit` measures: a saved model, rows of its training data, and their batches.
+    """Load the subject of `twotower audit`: a saved model, rows of its training data, and their batches.
 
     Raises:
-        InputError: see `evaluate_run`.
+        InputError: as in `evaluate_run`.
     """
     artifact, split = reread(directory, source)
     return subject_of(artifact, split.train, rows=rows, seed=seed)

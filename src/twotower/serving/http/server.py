@@ -1,4 +1,4 @@
-"""The web server: reports its address once it listens, and limits the size of request headers."""
+"""A web server that reports its address once it listens, and limits the size of request headers."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def server(app: Any, *, host: str, port: int, opened: Callable[[str], None] | No
     Args:
         app: the application.
         host: address to listen on.
-        port: port; 0 for any free one.
+        port: port to listen on; 0 for any free port.
         opened: called with the address of the page once the server is listening.
     """
     config = uvicorn.Config(
@@ -93,7 +93,7 @@ def run(app: Any, *, host: str, port: int, opened: Callable[[str], None] | None 
         InputError: the address is in use or does not belong to this machine.
     """
     _check(host, port)
-    # uvicorn raises Ctrl-C again after an orderly shutdown; ignore it.
+    # uvicorn raises KeyboardInterrupt again after an orderly shutdown; ignore it.
     with contextlib.suppress(KeyboardInterrupt):
         server(app, host=host, port=port, opened=opened).run()
 
