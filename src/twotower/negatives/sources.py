@@ -198,15 +198,15 @@ class InBatch(RandomSource):
     """The other rows' positives: B-1 draws from the item frequency, which are embedded anyway.
 
     An epoch has R rows, c_j = R p_j of them with item j. The other B-1 rows of a batch are drawn without replacement
-    from the other R-1 rows of the epoch, which include all c_j rows of an item j != y:
+    from the other R-1 rows of the epoch. For any item j except the row's own positive these include all c_j rows:
 
         kappa_j = (B-1) c_j / (R-1);   without duplicates 1 - C(R-1-c_j, B-1) / C(R-1, B-1)
 
     B-1, not B: the row's own positive is not a draw. With rows that are independent draws (`epoch_rows` of the
     frequency is None) kappa_j = (B-1) p_j; without duplicates 1 - (1-p_j)^(B-1).
 
-    In a batch of S of W whole sequences, w_j of which contain item j, the rows of a row's own sequence are in the batch
-    with certainty and are not draws; the others are S-1 of the W-1 other sequences, drawn without replacement:
+    A batch of whole sequences has S of the epoch's W sequences; w_j of the W contain item j. The rows of a row's own
+    sequence are in the batch with certainty and are not draws; the other S-1 sequences are drawn without replacement:
 
         kappa_j = c_j (S-1) / (W-1);   without duplicates 1 - C(W-1-w_j, S-1) / C(W-1, S-1)
 
