@@ -1,18 +1,24 @@
-"""The service under load: throughput, latency, memory over minutes, and model swaps under load.
+"""The service under load: throughput, latency, memory over minutes, model swaps, and hostile requests among others.
 
-    python benchmarks/service_load.py MODEL_DIR --parts load,swaps,soak --json benchmarks/results/service_load.json
+    python benchmarks/service_load.py MODEL_DIR --json benchmarks/results/service_load.json
 
 `twotower serve` runs in a separate process on this machine, and wrk (Debian: apt-get install wrk) requests the ten best
 items of random queries over loopback. For comparison, /healthz is measured in the same run: the limit of the web server
 alone. wrk counts responses other than 2xx and broken connections; the benchmark fails if there are any.
+
+`hostile` compares ordinary requests with and without 1 % of hostile ones on the same 32 connections, in alternating
+phases, while models are swapped and catalogs edited. wrk does not separate the answers to two kinds of requests, so
+this part has its own client, an event loop in this process, whose time is part of the latencies in both columns.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import platform
+import random
 import re
 import shutil
 import signal
@@ -29,7 +35,41 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from twotower.serving import Retriever, save_changes
 from twotower.serving.model_folder import SavedModel, library_versions
+
+#: Connections of the part `hostile`, and its share of hostile requests.
+CONNECTIONS, SHARE = 32, 0.01
+
+#: Filters that read files, reach other hosts, or cost more than they look, and some that are only wrong.
+HOSTILE_FILTERS = (
+    "title in (from read_csv('/etc/passwd'))",
+    "title = (select column_1 from read_csv('http://127.0.0.1:9/x'))",
+    "cast(" * 60 + "title" + " as varchar)" * 60 + " = 'x'",
+    "lpad(title, 1000000000, 'x') = 'x'",
+    "repeat(title, 1000000000) = 'x'",
+    "(" * 480 + "1=1" + ")" * 480,
+    "not " * 240 + "true",
+    "title like '" + "%a" * 300 + "'",
+    "title in (" + "'a'," * 240 + "'a'",
+    "regexp_like(title, '(a+)+$')",
+    "abs(" * 190 + "1" + ")" * 190 + " > 0",
+    "no_such_column = 1",
+)
+
+
+def nested(depth: int, shape: str) -> Any:
+    """Nest lists or objects in each other."""
+    value: Any = 1
+    for _ in range(depth):
+        value = [value] if shape == "list" else {"a": value}
+    return value
+
+
+#: Values of a context or of features that are no scalars or flat lists, or are too long.
+HOSTILE_VALUES = (nested(400, "list"), nested(900, "list"), nested(900, "object"), [1] * 5001, "x" * 20_001, 10**300)
 
 LUA = """
 local ids = {%s}
@@ -206,12 +246,145 @@ def run_soak(address: str, script: Path, seconds: int) -> dict[str, Any]:
     }
 
 
+def framed(body: dict[str, Any]) -> bytes:
+    """Write a request to /recommend as bytes."""
+    text = json.dumps(body).encode()
+    head = (
+        f"POST /recommend HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(text)}"
+    )
+    return f"{head}\r\n\r\n".encode() + text
+
+
+class Client:
+    """Sends ordinary requests on several connections, some of them replaced by hostile ones.
+
+    Args:
+        address: of the service.
+        ordinary, hostile: requests as bytes; ordinary ones are to be answered 200, hostile ones 400 to 499.
+        share: part of the requests that is hostile.
+        seed: of the choice of requests.
+    """
+
+    def __init__(self, address: str, ordinary: list[bytes], hostile: list[bytes], share: float, seed: int) -> None:
+        self.host, self.port = address.removeprefix("http://").rstrip("/").split(":")
+        self.ordinary, self.hostile, self.share, self.seed = ordinary, hostile, share, seed
+        self.milliseconds: dict[str, list[float]] = {"ordinary": [], "hostile": []}
+        self.failed: dict[str, int] = {"ordinary": 0, "hostile": 0}
+
+    async def run(self, seconds: float) -> None:
+        """Send requests for a time; each connection waits for an answer before it sends the next request."""
+        end = time.monotonic() + seconds
+        await asyncio.gather(*(self._connection(random.Random(f"{self.seed} {n}"), end) for n in range(CONNECTIONS)))
+
+    async def _connection(self, rng: random.Random, end: float) -> None:
+        reader, writer = await asyncio.open_connection(self.host, int(self.port))
+        while time.monotonic() < end:
+            kind = "hostile" if rng.random() < self.share else "ordinary"
+            began = time.perf_counter()
+            try:
+                writer.write(rng.choice(self.hostile if kind == "hostile" else self.ordinary))
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = int(re.search(rb"content-length: (\d+)", head)[1])  # type: ignore[index]
+                await reader.readexactly(length)
+                status = int(head.split(b" ", 2)[1])
+            except (OSError, EOFError):  # a connection that ends is an error, too
+                status = 0
+                reader, writer = await asyncio.open_connection(self.host, int(self.port))
+            self.milliseconds[kind].append(1000 * (time.perf_counter() - began))
+            wanted = status == 200 if kind == "ordinary" else 400 <= status < 500
+            self.failed[kind] += not wanted
+        writer.close()
+
+
+def requests_for(artifact: SavedModel) -> tuple[list[bytes], list[bytes]]:
+    """Draw the ordinary requests, a third of them with a filter, and the hostile ones."""
+    rng = random.Random(0)
+    ids = artifact.queries.ids.to_list()
+    ordinary = []
+    for number in range(3000):
+        body: dict[str, Any] = {"query_id": rng.choice(ids), "k": 10}
+        if artifact.item_table is not None and "title" in artifact.item_table.columns and number % 3 == 0:
+            body["filter"] = f"title like '{rng.choice('ABCDEST')}%'"
+        ordinary.append(framed(body))
+    hostile = [framed({"query_id": ids[0], "filter": one}) for one in HOSTILE_FILTERS]
+    for value in HOSTILE_VALUES:
+        hostile += [framed({"query_id": ids[0], name: {"device": value}}) for name in ("context", "features")]
+    return ordinary, hostile
+
+
+def run_hostile(address: str, artifact: SavedModel, folder: Path, others: list[Path], seconds: int) -> dict[str, Any]:
+    """Alternate phases without and with hostile requests, `seconds` of each, during swaps and edits of the catalog."""
+    ordinary, hostile = requests_for(artifact)
+    phases = max(2, round(seconds / 30))
+    clients: dict[float, list[Client]] = {0.0: [], SHARE: []}
+    memory, changes, done = list[list[float]](), {"swaps": 0, "edits": 0}, threading.Event()
+    began = time.monotonic()
+
+    def change() -> None:
+        """Swap the model, then remove an item from it, then swap again; the service looks for changes by itself."""
+        while not done.wait(5):
+            if changes["swaps"] > changes["edits"]:
+                retriever = Retriever.load(folder, exact=True)
+                retriever.catalog.remove([artifact.items.ids[changes["edits"]]])
+                save_changes(retriever.catalog, folder)
+                changes["edits"] += 1
+            else:
+                replaced(folder, others[changes["swaps"] % len(others)])
+                changes["swaps"] += 1
+            resident = metrics(address)["process_resident_memory_bytes"] / 2**20
+            memory.append([round(time.monotonic() - began), round(resident, 1)])
+
+    changer = threading.Thread(target=change)
+    changer.start()
+    try:
+        for phase in range(phases):
+            for share in (0.0, SHARE):
+                client = Client(address, ordinary, hostile, share, phase)
+                asyncio.run(client.run(seconds / phases))
+                clients[share].append(client)
+    finally:
+        done.set()
+        changer.join()
+    outcomes = {name: value for name, value in metrics(address).items() if name.startswith("twotower_model_reloads")}
+    return {
+        "connections": CONNECTIONS,
+        "phases of each": phases,
+        "without": summary_of(clients[0.0], seconds),
+        f"with {SHARE:.0%} hostile": summary_of(clients[SHARE], seconds),
+        **changes,
+        "reloads of the service": outcomes,
+        "seconds_and_memory_mb": memory,
+        "growth_mb_of_the_second_half": round(memory[-1][1] - memory[len(memory) // 2][1], 1),
+    }
+
+
+def summary_of(clients: list[Client], seconds: int) -> dict[str, Any]:
+    """Summarize phases: requests, failures and latencies of each kind of request, over all phases together."""
+    found: dict[str, Any] = {}
+    for kind in ("ordinary", "hostile"):
+        times = np.array([value for client in clients for value in client.milliseconds[kind]])
+        if not len(times):
+            continue
+        found[kind] = {
+            "requests": len(times),
+            "failed": sum(client.failed[kind] for client in clients),
+            "per_second": round(len(times) / seconds, 1),
+            "milliseconds": {f"{q}%": round(float(np.percentile(times, q)), 2) for q in (50, 90, 99, 99.9)},
+            "slowest": round(float(times.max()), 1),
+        }
+    # The 99th percentile of each phase shows how far two phases of the same kind differ.
+    found["99% of each phase"] = [
+        round(float(np.percentile(client.milliseconds["ordinary"], 99)), 1) for client in clients
+    ]
+    return found
+
+
 def main() -> None:
     """Run the parts and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("other", type=Path, nargs="?", help="another model to swap with; default: a copy of the first")
-    parser.add_argument("--parts", default="load,swaps,soak")
+    parser.add_argument("--parts", default="load,swaps,soak,hostile")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=int, default=4)
     parser.add_argument("--soak", type=int, default=300)
@@ -251,16 +424,26 @@ def main() -> None:
                     found[part]["requests in a batch, mean"] = round(total / count, 2)
                 elif part == "swaps":
                     found[part] = run_swaps(address, script, run / "model", others, chosen.swaps)
+                elif part == "hostile":
+                    found[part] = run_hostile(address, artifact, run / "model", others, chosen.soak)
+                    found[part]["date"] = datetime.now(UTC).isoformat(timespec="seconds")
                 else:
                     found[part] = run_soak(address, script, chosen.soak)
                 print(part, json.dumps(found[part], indent=1), flush=True)
                 if chosen.json:
                     chosen.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    failed = [
-        one for part in found.values() for one in (part, *part.values()) if isinstance(one, dict) and one.get("failed")
-    ]
+    failed = list(failures(found))
     if failed:
         sys.exit(f"requests failed: {failed}")
+
+
+def failures(value: Any) -> Iterator[dict[str, Any]]:
+    """Find the measurements with failed requests, at any depth."""
+    if isinstance(value, dict):
+        if value.get("failed"):
+            yield value
+        for one in value.values():
+            yield from failures(one)
 
 
 if __name__ == "__main__":

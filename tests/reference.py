@@ -85,9 +85,10 @@ class StreamingGaps:
             elapsed = self.clock - self.last.get(item, 0)
             old = self.gap.get(item)
             if old is None:
+                chance = (len(items) / elapsed) ** (times - 1)
                 if self.rows is not None and elapsed <= self.rows:
                     elapsed = self.rows * sum(1.0 / (self.rows - k) for k in range(elapsed))
-                self.gap[item], self.number[item] = elapsed / times, 0
+                self.gap[item], self.number[item] = (chance * elapsed + (1 - chance) * len(items)) / times, 0
             else:
                 self.number[item] += times
                 weight = max(1.0 - (1.0 - self.rate) ** times, times / self.number[item])
@@ -144,8 +145,12 @@ def log_corrections(name, *, rows, extra, p, num_items, total):
         "in-batch-logq-batch-probability": lambda j, source: math.log(1.0 - (1.0 - p[j]) ** rows),
         "in-batch-logq-all": lambda j, source: math.log(p[j]),
         "in-batch-importance": lambda j, source: -math.log(uniform / p[j]),
+        "uniform-importance": lambda j, source: math.log(uniform / p[j]) if p[j] else math.inf,
         "mixed": lambda j, source: math.log((rows * p[j] + extra * uniform) / (rows + extra)),
         "mixed-by-source": lambda j, source: math.log(p[j] if source == "in_batch" else uniform),
+        "mixed-by-source-batch-probability": lambda j, source: math.log(
+            1.0 - ((1.0 - p[j]) ** rows if source == "in_batch" else (1.0 - uniform) ** extra)
+        ),
         "expected-count": lambda j, source: math.log(
             1.0 - float(epoch_absence(rows - 1, round(p[j] * total), total - 1)) * (1.0 - uniform) ** extra
         ),
@@ -176,6 +181,7 @@ def objective(name, query, table, positives, candidates, *, known, temperature, 
     for row, y in enumerate(positives):
         own = name == "nce"
         live = [(j, s) for j, s in candidates[row] if (own and j == y) or (j != y and j not in known[row])]
+        live = [(j, s) for j, s in live if candidate(j, s) < math.inf]  # of weight zero
         score = dot(query[row], table[y]) / temperature
         raw = [dot(query[row], table[j]) / temperature for j, _ in live]
         corrected = [s - strength * candidate(j, source) for s, (j, source) in zip(raw, live, strict=True)]

@@ -31,6 +31,7 @@ ROOMS = [
     "run",
     "report",
     "comparison",
+    "study",
     "cli",
 ]
 
@@ -184,10 +185,10 @@ def is_participle(name: str) -> bool:
     return bare == name and name not in NOUNS and (name in irregular or name.endswith(("ing", "ed")))
 
 
-def test_there_are_22_rooms():
+def test_there_are_23_rooms():
     folders = {path.name for path in SOURCE.iterdir() if path.is_dir() and path.name != "__pycache__"}
     files = {path.stem for path in SOURCE.glob("*.py")} - {"__init__", "__main__"}
-    assert folders | files == set(ROOMS) and len(ROOMS) == 22
+    assert folders | files == set(ROOMS) and len(ROOMS) == 23
     assert files == {"errors", "hashing"}, "the root of the package holds nothing else"
 
 

@@ -2,7 +2,9 @@
 
 import json
 import sys
+from dataclasses import replace
 
+import polars as pl
 import pytest
 import torch
 import yaml
@@ -72,15 +74,59 @@ def test_the_audit_as_json(run_folder, command):
     assert by_name["bpr"]["overall"] is None and by_name["bpr"]["verdict"] == "another target"
     deciles = by_name["expected-count"]["deciles"]
     assert len(deciles) == 10 and sum(one["rows"] for one in deciles if one) == 20
-    assert [one["source"] for one in found["appearances"]] == ["in-batch", "uniform, 20 draws"]
+    assert [one["source"] for one in found["appearances"]] == ["in-batch", "uniform, 20 draws", "all sources"]
     assert all(one["as_claimed"] for one in found["appearances"])
-    assert 0 < found["masked"] < 0.5 and found["conclusion"]
+    assert 0 < found["masks"]["share"] < 0.5 and found["masks"]["is_right"] and found["conclusion"]
 
 
 def test_the_audit_as_a_table(run_folder, command):
     code, out, err = command(run_folder, "--rows", 10, "--draws", 4)
     assert code == 0, err
     assert "expected-count (its own)" in out and "10 (tail)" in out and "as claimed" in out
+
+
+@pytest.fixture(scope="module")
+def refined_folder(run_folder):
+    from twotower.run import train_run
+
+    settings = [*QUICK[:-1], "training.question=next", "evaluation.baselines=false", "objective.name=refined-logq"]
+    folder = run_folder.parent
+    config = Config.load(None, settings)
+    train_run(folder / "purchases.csv", folder / "refined", config, progress=False, on_message=lambda _: None)
+    return folder / "refined"
+
+
+def test_the_refined_weight_of_every_row(refined_folder, command, tmp_path):
+    file = tmp_path / "new" / "rows.parquet"
+    words = ("--objectives", "in-batch", "--rows", 20, "--draws", 40)
+    code, out, err = command(refined_folder, *words, "--per-query", file, "--json")
+    assert code == 0, err
+    own = json.loads(out)["objectives"][0]
+    frame = pl.read_parquet(file)
+    rows = frame.filter(pl.col("objective") == "refined-logq")
+    assert len(rows) == 20 and rows["refined_weight"].null_count() == 0
+    assert frame.filter(pl.col("objective") == "in-batch")["refined_weight"].null_count() == 20
+    assert own["overall"]["weight"] == pytest.approx(rows["refined_weight"].mean())
+    # The estimate of 1 - P(y | x), which is known exactly.
+    assert (rows["refined_weight"] - (1 - rows["probability"])).abs().max() < 0.1
+    assert set(rows["query"]) <= {f"u{number:03d}" for number in range(60)}
+    code, out, err = command(refined_folder, "--rows", 4, "--draws", 2)
+    assert code == 0 and "1 - P(y)" in out, err
+    code, _, err = command(refined_folder, "--suggest", "--per-query", file)
+    assert code == 2 and "--per-query cannot be combined with --suggest" in err
+
+
+def test_the_refined_weight_of_every_test_query(refined_folder, run_folder):
+    from twotower.comparison import evaluate_folder
+
+    evaluate_folder(refined_folder, page=refined_folder / "report.html")
+    frame = pl.read_parquet(refined_folder / "per_query.parquet")
+    assert frame["refined_weight"].is_between(0, 1).all() and frame["refined_weight"].n_unique() > 10
+    page = (refined_folder / "report.html").read_text()
+    assert "Row weights of refined logQ" in page and f"{frame['refined_weight'].mean():.3f}" in page
+    evaluate_folder(run_folder, page=run_folder / "report.html")
+    assert "refined_weight" not in pl.read_parquet(run_folder / "per_query.parquet").columns
+    assert "Row weights of refined logQ" not in (run_folder / "report.html").read_text()
 
 
 def test_the_suggestion(run_folder, command):
@@ -103,8 +149,7 @@ def test_nothing_is_suggested_if_nothing_is_better(run_folder):
     subject = audit_run(run_folder, rows=6)
     objective = subject.config.objective.model_copy(update={"name": "full-softmax", "sources": [{"catalog": {}}]})
     config = subject.config.model_copy(update={"objective": objective})
-    exact = audit.Subject(config, subject.train, subject.rows, subject.deciles)
-    found = audit.suggest(exact, draws=2)
+    found = audit.suggest(replace(subject, config=config), draws=2)
     assert found.best is None and "keep it" in found.conclusion()
 
 
@@ -135,7 +180,7 @@ def test_binary_objectives_get_no_suggestion(run_folder):
     objective = subject.config.objective.model_copy(update={"name": "bpr", "sources": None})
     config = subject.config.model_copy(update={"objective": objective})
     with pytest.raises(InputError, match="does not estimate the softmax"):
-        audit.suggest(audit.Subject(config, subject.train, subject.rows, subject.deciles))
+        audit.suggest(replace(subject, config=config))
 
 
 def test_expected_distinct_equals_the_mean_of_draws(planted_split):

@@ -3,11 +3,13 @@
 import itertools
 import math
 
+import polars as pl
 import pytest
 import torch
 from reference_study.catalogs import random_batches
 
 from twotower.audit import AuditedRows, measure
+from twotower.data import Interactions, KnownPositives
 from twotower.errors import InputError
 from twotower.negatives import Catalog, CountedFrequency, Head, InBatch, Pool, Sampled, Uniform, corrections
 from twotower.objectives import BPR, Logistic, PositiveCorrectedSoftmax, RefinedLogQ, SampledSoftmax
@@ -90,13 +92,17 @@ def test_full_softmax_has_neither_bias_nor_spread():
 def test_known_positives_are_excluded_from_the_target():
     known = (torch.tensor([0]), torch.tensor([2]))
     logits = torch.tensor([LOGITS], dtype=torch.float64)
-    rows = AuditedRows(logits, torch.tensor([POSITIVE]), known=known)
+    rows = AuditedRows(logits, torch.tensor([POSITIVE]), torch.tensor([0]), known=known)
     probability = softmax([LOGITS[j] for j in (0, 1, 3)])
     expected = torch.tensor([probability[0], probability[1] - 1.0, 0.0, probability[2]], dtype=torch.float64)
     torch.testing.assert_close(rows.exact_gradient()[0], expected)
     batches = random_batches(torch.tensor(COUNTS), 2, torch.Generator())
-    found = measure(SampledSoftmax(Pool(Catalog(4))), rows, batches, draws=2)
+    of_query = KnownPositives(
+        Interactions.from_frame(pl.DataFrame({"query_id": [0, 0, 1, 1], "item_id": [1, 2, 0, 3]}))
+    )
+    found = measure(SampledSoftmax(Pool(Catalog(4))), rows, batches, draws=2, known_positives=of_query)
     assert float(found.bias.max()) < 1e-12
+    assert float(measure(SampledSoftmax(Pool(Catalog(4))), rows, batches, draws=2).bias.max()) > 0.1
 
 
 def study_rows(counts, seed=0):
@@ -152,6 +158,60 @@ def test_the_refined_form_is_unbiased():
     objective = RefinedLogQ(Pool(InBatch(CountedFrequency(counts)), correction=corrections.Probability()))
     found = measure(objective, study_rows(counts), random_batches(counts, 64, generator), draws=400)
     assert found.corrected_bias()[0] < 0.03
+
+
+def test_the_refined_weight_equals_the_enumeration():
+    """Enumerate the other row of a batch of two: 1 - P_hat(y) with q of the batch, and 0 if no candidate is left."""
+    p = [c / sum(COUNTS) for c in COUNTS]
+    expected = 0.0
+    for j, logit in enumerate(LOGITS):
+        if j != POSITIVE:
+            rest = math.exp(logit) * (1 - p[POSITIVE]) / p[j]
+            expected += p[j] * rest / (math.exp(LOGITS[POSITIVE]) + rest)
+    pool = Pool(InBatch(CountedFrequency(torch.tensor(COUNTS))), correction=corrections.Probability())
+    found = tiny(RefinedLogQ(pool), 2000, 2)
+    assert found.mean("weight") == pytest.approx(expected, abs=0.03) and expected > 0.5
+    assert tiny(SampledSoftmax(pool), 2, 2).weight is None
+
+
+def test_the_partition_sum_is_right_however_few_the_candidates_are():
+    counts = CountedFrequency(torch.tensor(COUNTS), replacement=True)
+    found = tiny(SampledSoftmax(Pool(InBatch(counts))), 1500, 2)
+    value, error = found.mean_partition()
+    assert found.corrected_bias()[0] > 0.05, "one candidate has a bias of 1/n"
+    assert abs(value - 1) < 4 * error < 0.2
+    none = tiny(SampledSoftmax(Pool(InBatch(counts), correction=corrections.NoCorrection())), 1500, 4)
+    value, error = none.mean_partition()
+    assert abs(value - 1) > 8 * error
+
+
+def test_rows_of_a_question_share_their_candidates():
+    """The spread of a question is that of the sum of its rows; of independent rows it would be smaller."""
+    logits = torch.tensor([LOGITS] * 4, dtype=torch.float64)
+    positives, weights = torch.tensor([1, 2, 1, 3]), torch.tensor([1.0, 3.0, 1.0, 1.0])
+    alone = AuditedRows(logits, positives)
+    together = AuditedRows(logits, positives, questions=torch.tensor([0, 0, 1, 1]), weights=weights)
+    pool = Pool(Sampled(Uniform(4), 3))
+    batches = itertools.repeat(next(random_batches(torch.tensor(COUNTS), 2, torch.Generator())))
+    found = measure(SampledSoftmax(pool), together, batches, draws=1500, generator=torch.Generator().manual_seed(0))
+    single = measure(SampledSoftmax(pool), alone, batches, draws=1500, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found.spread, single.spread, rtol=0.1, atol=0)
+    # By enumeration: the mean and the variance of 1/4 g_1 + 3/4 g_2 over all draws of three items.
+    mean, square = torch.zeros(4, dtype=torch.float64), 0.0
+    exact = sum(w * torch.tensor(exact_gradient(LOGITS, y)).double() for w, y in ((0.25, 1), (0.75, 2)))
+    for drawn in itertools.product(range(4), repeat=3):
+        gradient = torch.zeros(4, dtype=torch.float64)
+        for share, y in ((0.25, 1), (0.75, 2)):
+            negatives = [j for j in drawn if j != y]
+            each = [math.exp(LOGITS[y])] + [math.exp(LOGITS[j]) * 4 / 3 for j in negatives]
+            gradient[y] += share * (each[0] / sum(each) - 1)
+            for j, weight in zip(negatives, each[1:], strict=True):
+                gradient[j] += share * weight / sum(each)
+        mean, square = mean + gradient / 64, square + float(gradient @ gradient) / 64
+    assert found.together is not None
+    spread = math.sqrt(square - float(mean @ mean)) / float(exact.norm())
+    assert float(found.together.spread[0]) == pytest.approx(spread, rel=0.06)
+    assert float(found.together.bias[0]) == pytest.approx(float((mean - exact).norm() / exact.norm()), abs=0.03)
 
 
 @pytest.mark.parametrize("form", [Logistic, BPR])

@@ -107,7 +107,7 @@ def parts(run_folder):
 
 
 def test_a_ready_made_split_is_trained_from_its_folder_or_from_named_files(run_folder, parts, command):
-    settings = [*QUICK[:-2], "--set", "training.question=next"]
+    settings = QUICK[:-2]
     code, out, err = command("train", "parts", "--out", "ready", *settings, "--json")
     assert code == 0, err
     assert "queries without training rows 2 kept; 1 of them have no history at all" in " ".join(err.split())
@@ -168,8 +168,6 @@ def test_random_rows_are_trained_and_evaluated_again(run_folder, command):
         "random",
         *QUICK[:-1],
         "data.split=random",
-        "--set",
-        "training.question=next",
         "--json",
     )
     assert code == 0, err

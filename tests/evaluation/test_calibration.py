@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from support.stand_ins import compressed
 from twotower.audit import partition_error
 from twotower.evaluation import calibration, softmax_calibration
+from twotower.evaluation.calibration import refined_weights
 from twotower.negatives import Catalog, CountedFrequency, InBatch, Pool, Sampled, Uniform
 from twotower.negatives.corrections import NoCorrection
 
@@ -206,3 +207,20 @@ def test_per_row_candidates_and_the_mode_of_the_pool():
     assert pool.training and abs(found.mean) < 0.05
     with pytest.raises(ValueError, match="at least 1 draw"):
         partition_error(u, v, positives, pool, draws=0)
+
+
+def test_refined_weights_equal_a_loop():
+    rng = np.random.default_rng(0)
+    queries, items = torch.tensor(rng.normal(size=(5, 3))), torch.tensor(rng.normal(size=(7, 3)))
+    targets = np.array([0, 2, 2, 3, 5, 6]), np.array([4, 1, 6, 0, 3, 2])
+    seen = np.array([0, 1, 1, 1, 2, 4]), np.array([5, 3, 0, 1])
+    query, item, weight = refined_weights(queries, items, targets, temperature=0.5, exclude=seen)
+    expected = []
+    for row in range(5):
+        left_out = set(seen[1][seen[0][row] : seen[0][row + 1]].tolist())
+        scores = {j: math.exp(float(queries[row] @ items[j]) / 0.5) for j in range(7) if j not in left_out}
+        own = sorted(set(targets[1][targets[0][row] : targets[0][row + 1]].tolist()) - left_out)
+        expected += [(row, y, 1 - scores[y] / sum(scores.values())) for y in own]
+    assert len(expected) == 5, "one target is in the history"
+    assert list(zip(query.tolist(), item.tolist(), strict=True)) == [pair[:2] for pair in expected]
+    np.testing.assert_allclose(weight, [pair[2] for pair in expected], rtol=1e-12)

@@ -58,6 +58,7 @@ def without_validation(folder):
     metadata = json.loads((folder / "metadata.json").read_text())
     metadata["checksums"]["rows.safetensors"] = hashlib.sha256((folder / "rows.safetensors").read_bytes()).hexdigest()
     (folder / "metadata.json").write_text(json.dumps(metadata))
+    (folder / "SHA256SUMS").unlink()  # as in older versions
 
 
 def test_incremental_runs_follow_each_other(tmp_path, capsys, command):

@@ -78,6 +78,7 @@ def folder(model, request, tmp_path):
     for path in changed:
         metadata["checksums"][path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
     (written / "metadata.json").write_text(json.dumps(metadata))
+    (written / "SHA256SUMS").unlink()  # as in older versions
     return written
 
 

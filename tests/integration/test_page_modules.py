@@ -10,7 +10,7 @@ import twotower
 #: Top to bottom. Modules of one layer do not import each other, so no view imports another view.
 LAYERS = (
     {"page"},
-    {"address", "atlas", "card", "context", "dial", "lists", "refusals", "settings", "who"},  # views
+    {"address", "atlas", "card", "context", "dial", "heldout", "lists", "refusals", "settings", "who"},  # views
     {"answers", "history"},  # actions
     {"api", "combo", "map", "store"},
     {"items"},

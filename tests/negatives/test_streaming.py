@@ -53,9 +53,16 @@ def weights_by_occurrence(share, *, before, seeds=4000, occurrences=60, rows=8, 
     Every seed is an item of one stream, so that one frequency follows all of them. Entry [n] is the mean weight at the
     step in which an item's n-th occurrence falls, as its in-batch candidates are weighed.
     """
+
+    class Parallel(StreamingFrequency):
+        """Several streams with one clock: a step has `rows` rows of each."""
+
+        def _first_gap(self, elapsed, occurrences, _):
+            return super()._first_gap(elapsed, occurrences, rows)
+
     rng = np.random.default_rng(0)
     total, number = np.zeros(occurrences), np.zeros(occurrences)
-    frequency = StreamingFrequency(seeds + 1, rate=rate)
+    frequency = Parallel(seeds + 1, rate=rate)
     frequency.clock += before
     seen = np.zeros(seeds, dtype=np.int64)
     while seen.min() < occurrences:
@@ -82,6 +89,28 @@ def test_an_item_that_joins_late_is_right_after_a_few_occurrences(share):
     assert weight[4] == pytest.approx(1.0, abs=0.2)
     assert weight[5:].tolist() == pytest.approx([1.0] * 55, abs=0.2)
     assert weight[49:].tolist() == pytest.approx([1.0] * 11, abs=0.05)
+
+
+@pytest.mark.parametrize("before", [100, 20_000])
+@pytest.mark.parametrize("rows", [64, 256, 1024])
+def test_an_item_whose_first_occurrences_share_a_step_is_right(rows, before):
+    """With all rows so far over c, an item with ten occurrences in its first step would weigh 80 times too much."""
+    weight = weights_by_occurrence(0.04, before=before, seeds=1500, rows=rows)
+    assert weight[5:].tolist() == pytest.approx([1.0] * 55, abs=0.2)
+    assert weight[49:].tolist() == pytest.approx([1.0] * 11, abs=0.05)
+
+
+@pytest.mark.parametrize("times", range(2, 12))
+def test_the_first_step_of_an_item_is_at_most_a_little_above_its_own_rows(times):
+    """(B/t)^(c-1) t + (1 - (B/t)^(c-1)) B over B is at most 1.11 from c = 5 on, at any t."""
+    for before in (0, 10, 40, 100, 1000, 10**6):
+        frequency = StreamingFrequency(2)
+        frequency.clock += before
+        frequency.observe(torch.tensor([0] * times + [1] * (50 - times)))
+        chance = (50 / (50 + before)) ** (times - 1)
+        expected = (chance * (50 + before) + (1 - chance) * 50) / times
+        assert 1 / float(estimate(frequency)[0]) == pytest.approx(expected)
+        assert expected * times / 50 <= (1.11 if times >= 5 else 2.0)
 
 
 def test_no_bias_in_steady_state():
@@ -183,8 +212,9 @@ def test_edge_cases():
     # First occurrence: rows seen so far, divided by occurrences.
     assert estimate(frequency).tolist() == pytest.approx([0.75, 0.25, 0.0, 0.0, 0.0])
     frequency.observe(torch.tensor([2, 2, 1, 0]))
-    # The second occurrence replaces the first gap.
-    assert estimate(frequency).tolist()[:3] == pytest.approx([1 / 4, 1 / 4, 2 / 8])
+    # The second occurrence replaces the first gap. Both of item 2 are in the last 4 of 8 rows: by chance in half of all
+    # cases, so the rows are taken for (8 + 4) / 2.
+    assert estimate(frequency).tolist()[:3] == pytest.approx([1 / 4, 1 / 4, 2 / 6])
     assert estimate(frequency)[3:].tolist() == [0.0, 0.0]
     always = StreamingFrequency(2)
     for _ in range(50):

@@ -1,9 +1,12 @@
 """The settings that a run proposes if its model does not beat a baseline."""
 
+from itertools import pairwise
+
+import numpy as np
 import pytest
 
 from twotower.config.run import Config
-from twotower.run import settings_to_try
+from twotower.run import evaluate, settings_to_try, with_advice
 
 RATE = "training.learning_rate=1e-4"
 
@@ -30,3 +33,24 @@ def test_settings_to_try_are_valid_and_not_set_yet(settings, expected):
     assert list(settings_to_try(config)) == expected
     improved = Config.load(None, [*settings, *expected])
     assert not set(settings_to_try(improved)) & set(expected) or "training.question=auto" in expected
+
+
+@pytest.mark.parametrize(("settings", "split"), [([], ""), (["data.split=random"], " --set data.split=random")])
+def test_a_verdict_against_the_model_names_the_search(planted_time_split, settings, split):
+    class Backwards:
+        """Ranks the least popular items first."""
+
+        def rank(self, holdout, k, exclude_seen):
+            counts = planted_time_split.train.item_counts()
+            rows = []
+            for start, stop in pairwise(holdout.history_offsets):
+                scores = -counts.astype(float)
+                scores[holdout.history_items[start:stop]] = -np.inf
+                rows.append(np.argsort(-scores, kind="stable")[:k])
+            return np.stack(rows).astype(np.int64)
+
+    measured = evaluate(Backwards(), planted_time_split.test, train=planted_time_split.train)
+    said = str(with_advice(measured, Config.load(None, settings)))
+    command = f"twotower tune DATA --out NEW_DIR --budget 30m{split}"
+    assert "model is below the best baseline" in said and f"to search them and others: {command}" in said
+    assert with_advice(measured, Config.load(None, settings)).to_dict()["command"] == command

@@ -10,8 +10,9 @@ from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
 from twotower.ranking.baselines import EASE
 from twotower.ranking.tower_ranker import TowerRanker
+from twotower.run import linear_start
 from twotower.run.batches import make_batches
-from twotower.run.linear_start import linear_factors, start_linear
+from twotower.run.linear_start import linear_factors, singular_factors, start_linear
 from twotower.run.question import resolve_question
 from twotower.towers import build_towers
 
@@ -48,6 +49,50 @@ def test_the_factors_are_the_best_of_their_rank(planted_time_split):
     history, vectors = linear_factors(train, 8, 20.0)
     error = np.linalg.norm(ones @ (weights - (history.double() @ vectors.double().T).numpy()))
     assert error == pytest.approx(np.sqrt((singular[8:] ** 2).sum()), rel=1e-3)
+
+
+@pytest.mark.parametrize("powers", [(0.5, 0.35), (0.25, 0.45), (0.0, 0.0)])
+def test_singular_factors_are_the_best_of_their_rank(planted_time_split, powers):
+    """Against the singular value decomposition of the whole matrix in float64."""
+    train = planted_time_split.train
+    ones = np.zeros((train.num_queries, train.num_items))
+    ones[train.query_codes(), train.item_codes] = 1.0
+    a, b = powers
+    rows, columns = (np.maximum(ones.sum(axis), 1.0) for axis in (1, 0))
+    scaled = rows[:, None] ** -a * ones * columns**-b
+    singular = np.linalg.svd(scaled, compute_uv=False)
+    history, vectors = (factor.double().numpy() for factor in singular_factors(train, 8, a, b))
+    projection = columns[:, None] ** b * (history @ vectors.T) * columns**-b  # V V^T
+    assert np.linalg.norm(scaled - scaled @ projection) == pytest.approx(np.sqrt((singular[8:] ** 2).sum()), rel=1e-3)
+    assert np.allclose(projection @ projection, projection, atol=1e-4)
+
+
+def test_large_catalogs_start_at_the_singular_vectors(planted_time_split, monkeypatch):
+    monkeypatch.setattr(linear_start, "MOST_ITEMS", 10)
+    split, messages = planted_time_split, []
+    config, towers, batches = built(split, "item_tower.dimension=8")
+    metrics = iter(
+        [0.1, 0.1, 0.2, 0.1, 0.3, 0.1]
+    )  # of three biases for each pair of powers: the second pair, half log p
+    assert start_linear(
+        towers,
+        config,
+        split.train,
+        batches,
+        Communicator(),
+        measure=lambda _: next(metrics),
+        on_message=messages.append,
+    )
+    assert "singular vectors" in messages[0] and "powers (0.25, 0.45)" in messages[0]
+    history, vectors = singular_factors(split.train, 8, 0.25, 0.45)
+    expected = history @ vectors.T
+    found = (towers.query_tower.history_items.weight @ towers.item_tower.ids.weight.T).detach()
+    scale = float(found.norm() / expected.norm())
+    assert torch.allclose(found, scale * expected, atol=1e-4 * float(found.abs().max()))
+    assert np.log2(scale) * 2 == pytest.approx(round(np.log2(scale) * 2), abs=1e-3)  # one of the scales that are tried
+    counts = split.train.item_counts()
+    log_p = np.log((counts + 1.0) / (counts.sum() + len(counts)))
+    assert towers.bias.weight.detach()[:, 0].numpy() == pytest.approx(0.5 * log_p, rel=1e-4)
 
 
 def test_a_dimension_above_the_rank_is_filled_with_zeros(planted_time_split):

@@ -9,7 +9,7 @@ from twotower import Retriever, evaluate, fit
 from twotower.config.run import Config
 from twotower.data import Interactions, by_time
 from twotower.run import continue_with
-from twotower.run.recent_prior import DAY, PSEUDO_ROWS, recent_log_ratio
+from twotower.run.recent_prior import DAY, PSEUDO_ROWS, choose_recent_prior, prior_of, recent_log_ratio
 from twotower.serving import SavedModel
 from twotower.serving.batch import recommend_file
 from twotower.towers import build_towers
@@ -52,6 +52,38 @@ def test_the_ratio_is_the_formula():
     assert found.numpy() == pytest.approx(expected, rel=1e-5)
 
 
+def test_equal_strengths_are_the_recent_popularity(moving):
+    train, now = moving.train, int(moving.validation.query_times.min())
+    counts, options = train.item_counts(), {"half_life": 5.0, "now": now}
+    found = prior_of(train, counts, strength=3.0, popularity=3.0, **options)
+    age = (now - np.asarray(train.timestamps)) / (5.0 * DAY)
+    recent = np.bincount(train.item_codes, weights=0.5**age, minlength=train.num_items)
+    frequency = (counts + 1) / (counts.sum() + len(counts))
+    expected = 3.0 * np.log((recent + PSEUDO_ROWS * frequency) / (recent.sum() + PSEUDO_ROWS))
+    assert found.numpy()[counts > 0] == pytest.approx(expected[counts > 0], rel=1e-5)
+    assert torch.equal(prior_of(train, counts, strength=1.0, **options), recent_log_ratio(
+        train.timestamps, train.item_codes, counts, **options))  # fmt: skip
+
+
+def test_noise_is_outweighed(moving):
+    """Towers whose scores are noise of size 20: Bayes' strength leaves the noise, a large one leaves the popularity."""
+    towers = build_towers(
+        Config.load(None, ["item_tower.bias=true", "item_tower.dimension=8"]), num_queries=1, num_items=100
+    )
+    noise = 20 * torch.randn(100, generator=torch.Generator().manual_seed(0))
+    asked = np.asarray(moving.validation.target_items)
+
+    def validate(towers):
+        scores = noise if towers.recent is None else noise + towers.recent
+        best = scores.topk(10).indices.numpy()
+        return {"HR@10": float(np.isin(asked, best).mean())}
+
+    now = int(moving.validation.query_times.min())
+    chosen = choose_recent_prior(towers, moving.train, validate, "HR@10", now=now)
+    assert chosen is not None and chosen.strength == chosen.popularity == 16.0
+    assert towers.recent is None
+
+
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_coordinate_adds_the_prior_to_every_score(similarity, bias):
@@ -89,11 +121,11 @@ def test_the_prior_is_left_out_of_other_splits(planted_split):
 
 def test_the_prior_is_that_of_the_time_of_the_test(moving, model):
     chosen, data = model.artifact.metadata["recent_prior"], moving.data
-    expected = recent_log_ratio(
-        data.timestamps, data.item_codes, moving.train.item_counts(), half_life=chosen["half_life"],
-        now=int(moving.test.query_times.min()),
-    )  # fmt: skip
-    assert torch.allclose(model.artifact.towers.recent, chosen["strength"] * expected)
+    counts, now = moving.train.item_counts(), int(moving.test.query_times.min())
+    ratio = recent_log_ratio(data.timestamps, data.item_codes, counts, half_life=chosen["half_life"], now=now)
+    log_p = torch.from_numpy(np.log((counts + 1) / (counts.sum() + len(counts)))).float()
+    expected = chosen["strength"] * ratio + chosen["popularity"] * log_p
+    assert torch.allclose(model.artifact.towers.recent, expected, atol=1e-5)
 
 
 def test_evaluation_serving_and_batch_rank_alike(moving, model, tmp_path):

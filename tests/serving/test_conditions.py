@@ -13,8 +13,9 @@ import numpy as np
 import polars as pl
 import pytest
 
+from support.hostile_conditions import HOSTILE
 from twotower.errors import InputError
-from twotower.serving.conditions import DEEPEST, LONGEST, MOST_VALUES, condition_mask
+from twotower.serving.conditions import LONGEST, condition_mask
 
 ROWS = [
     # text, second text, whole, real, flag, day, tags, sizes
@@ -244,181 +245,6 @@ def test_the_comparison_can_fail():
     assert mask == [row[0] is not None and row[0] != "red" for row in ROWS]
 
 
-FUNCTION_CALLS = [
-    "read_csv('/etc/passwd')",
-    "read_parquet('/etc/*')",
-    "read_json('http://127.0.0.1:9/x')",
-    "read_ipc('s3://bucket/x')",
-    "lpad(name, 1000000000, 'x')",
-    "rpad(name, 1000000000, 'x')",
-    "repeat(name, 1000000000)",
-    "replicate(name, 1000000000)",
-    "replace(name, 'a', 'aaaaaaaaaaaaaaaa')",
-    "concat(name, name)",
-    "concat_ws(name, name, name)",
-    "string_agg(name, 'x')",
-    "array_agg(whole)",
-    "regexp_like(name, '(a+)+$')",
-    "generate_series(1, 1000000000)",
-    "range(1000000000)",
-    "pg_sleep(100)",
-    "sleep(100)",
-    "load_extension('x')",
-    "getenv('HOME')",
-    "count(*)",
-    "max(whole)",
-    "row_number() over (order by whole)",
-    "cast(whole as varchar)",
-    "try_cast(whole as decimal(38, 10))",
-    "eval('1')",
-    "__import__('os')",
-    "name.str.to_uppercase()",
-    "unnest(tags)",
-    "explode(tags)",
-]
-WRAPPERS = ["{} = 'a'", "name in ({})", "not ({} is null)", "lower({}) = 'x'", "flag or {} > 1"]
-STATEMENTS = [
-    "from read_csv('/etc/passwd')",
-    "from read_csv('/etc/passwd') select *",
-    "FROM self SELECT column_1",
-    "select 1",
-    "flag and (select true)",
-    "name in (from read_csv('/etc/passwd'))",
-    "name = (from read_csv('/etc/passwd') limit 1)",
-    "name in (select column_1 from read_csv('/etc/passwd'))",
-    "exists (select 1)",
-    "name = any (select 'a')",
-    "flag union select true",
-    "flag) union select (true",
-    "with t as (select 1) select * from t",
-    "values (1)",
-    "name in (values ('a'))",
-    "table self",
-    "drop table self",
-    "flag; drop table self",
-    "flag; select 1",
-    ";",
-    "flag -- true",
-    "flag /* true */",
-    "/* flag */ true",
-    "flag # true",
-    "flag --",
-    "whole--1 = 2",
-    "whole/**/=1",
-    "whole = 1 \\ 2",
-    "name = 'a' || 'b'",
-    "name || name || name = 'a'",
-    "whole::varchar = '1'",
-    "name::bytea = 'a'",
-    "name = E'\\n'",
-    "name = $$a$$",
-    "name = x'41'",
-    "name = 'unfinished",
-    'name = "unfinished',
-    'name = "passwd"',
-    "self.name = 'a'",
-    "name.whole = 1",
-    "tags[1] = 'a'",
-    "tags[0:10] = 'a'",
-    "{'a': 1}",
-    "[1, 2, 3]",
-    "name = @x",
-    "name = :x",
-    "name = ?",
-    "name = %s",
-    "case whole when 1 then true end",
-    "interval '1 day' > day",
-    "day > now()",
-    "name collate nocase = 'a'",
-    "name = 'a' limit 1",
-    "flag order by whole",
-    "flag group by whole",
-    "*",
-    "* exclude (name)",
-    "columns('.*')",
-    "name similar to '(a|b)*'",
-    "name ~ '(a+)+$'",
-    "name rlike '(a+)+$'",
-    "name regexp '(a+)+$'",
-    "name like name",
-    "name like lower('A')",
-    "name like '" + "%a" * 30 + "'",
-    "name like '" + "a" * 300 + "'",
-    "name like '" + "_%" * 90 + "'",
-    "name ilike '" + "%" + "%x" * 11 + "'",
-    "1 < whole < 3",
-    "whole in ()",
-    "whole in (" + "1," * 1500 + "1)",
-    "whole in (" + ",".join(map(str, range(MOST_VALUES + 1))) + ")",
-    "name in (" + "'a'," * 900 + "'a')",
-    "whole in whole",
-    "(" * 1999 + "1" + ")" * 1999,
-    "(" * 3990,
-    "(" * (DEEPEST + 1) + "flag" + ")" * (DEEPEST + 1),
-    ")" * 100,
-    "not " * 990 + "flag",
-    "not(" * 700 + "flag" + ")" * 700,
-    "-" * 3000 + "1 = whole",
-    "- " * 1900 + "1 = whole",
-    "abs(" * 700 + "whole" + ")" * 700 + " > 1",
-    "lower(" * 500 + "name" + ")" * 500 + " = 'a'",
-    "cast(" * 60 + "whole" + " as varchar)" * 60 + " = '1'",
-    "case when flag then " * 100 + "true" + " end" * 100,
-    "coalesce(" * 300 + "whole" + ", 1)" * 300 + " = 1",
-    "whole + " * 900 + "1 > 0",
-    "whole / (" * 400 + "1" + ")" * 400 + " > 0",
-    "flag and " * 440 + "(1 = 1",
-    "x" * 4001,
-    "flag or " * 600 + "flag",
-    "((" + "whole between 1 and 2) = true between false and true) or flag",
-    "ﬂag",
-    "flаg",  # a Cyrillic letter
-    "ｆｌａｇ",
-    "flag\u202e or 1=1",
-    "flag\u200b",
-    "flag\ufeff and true",
-    "flag\x00",
-    "name = 'a'\x1b[31m",
-    "flag \u037e select",
-    "whole = ١",
-    "whole = 1e999",
-    "whole = 0x10",
-    "whole = 1_000",
-    "whole = 1..2",
-    "whole = nan",
-    "whole = inf",
-    "day > '10000-99-99'",
-    "day > 'soon'",
-    "time '10:00' = day",
-    "date 5 = day",
-    "tags = tags",
-    "tags",
-    "name",
-    "whole",
-    "null",
-    "true",
-    "1 = 1",
-    "'a' = 'a'",
-    "name > 3",
-    "whole = '3'",
-    "flag > 3",
-    "not whole",
-    "whole and flag",
-    "name + 1 > 2",
-    "array_contains(name, 'a')",
-    "array_contains(tags, 3)",
-    "array_contains(tags)",
-    "abs(name) > 1",
-    "lower() = 'a'",
-    "lower(name, name) = 'a'",
-    "year(whole) = 1",
-    "flag\\",
-    "",
-    "   \n\t ",
-]
-HOSTILE = [*(shape.format(call) for call in FUNCTION_CALLS for shape in WRAPPERS), *STATEMENTS]
-
-
 @pytest.fixture
 def sealed(monkeypatch):
     """Fail if anything opens a file or a connection, in Python; polars is not asked at all before a refusal."""
@@ -436,17 +262,18 @@ def test_there_are_200_hostile_conditions():
 
 
 def test_hostile_conditions_are_refused_quickly_and_touch_no_file(sealed):
-    slowest = 0.0
     for condition in HOSTILE:
-        began = time.process_time()
-        with pytest.raises(InputError, match="^filter") as refused:
-            condition_mask(condition, TABLE, COUNT)
-            pytest.fail(f"not refused: {condition[:100]!r}")
-        slowest = max(slowest, time.process_time() - began)
+        seconds = []
+        while len(seconds) < 5 and min(seconds, default=1.0) > 0.05:  # a pause of the machine is no cost of a condition
+            began = time.process_time()
+            with pytest.raises(InputError, match="^filter") as refused:
+                condition_mask(condition, TABLE, COUNT)
+                pytest.fail(f"not refused: {condition[:100]!r}")
+            seconds.append(time.process_time() - began)
+        assert min(seconds) < 0.05, f"{seconds} s of processor time for {condition[:100]!r}"  # measured: at most 0.02
         text = str(refused.value)
         assert len(text) < 600 and text.isprintable(), text
         assert not re.search("root:|No such file|os error|polars|panic|Traceback|lark", text), text
-    assert slowest < 0.5, f"{slowest:.3f} s of processor time for one condition"  # measured: 0.02 s
 
 
 def test_the_largest_condition_is_evaluated_once_per_part(sealed):

@@ -75,7 +75,7 @@ def test_an_id_with_an_empty_row_is_unknown_and_one_with_a_used_row_gets_its_res
     assert retriever.recommend([taken], k=3)["item"].to_list() == same
     with client(folder) as service:
         refused = service.post("/recommend", json={"query_id": empty})
-        assert refused.status_code == 422 and "not an id" in refused.json()["detail"]
+        assert refused.status_code == 404 and "not an id" in refused.json()["detail"]
         assert service.post("/recommend", json={"query_id": taken, "k": 3}).status_code == 200
 
 
@@ -103,4 +103,4 @@ def test_codes_are_the_same_model_as_a_vocabulary_of_them(tmp_path):
     with client(tmp_path / "coded" / "model") as service:
         answer = service.post("/recommend", json={"query_id": "3", "k": 7}).json()["items"]
         assert [item["item"] for item in answer] == plain.recommend([3], k=7)["item"].to_list()
-        assert service.post("/recommend", json={"query_id": 60}).status_code == 422
+        assert service.post("/recommend", json={"query_id": 60}).status_code == 404

@@ -118,6 +118,7 @@ def edit_metadata(change):
         values = json.loads(path.read_text())
         change(values)
         path.write_text(json.dumps(values))
+        path.with_name("SHA256SUMS").unlink()  # as in older versions
 
     return edit
 

@@ -8,6 +8,7 @@ import pytest
 
 from support.postgres import postgres
 from twotower.errors import InputError
+from twotower.index.approximate.pgvector import DATABASE
 from twotower.serving import Retriever, build_stored_index, read_index_report
 from twotower.serving.model_folder import SavedModel
 
@@ -77,6 +78,7 @@ def damage(name, change):
 def edit(**changes):
     def apply(path):
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+        path.with_name("SHA256SUMS").unlink()  # as in older versions
 
     return damage("index.json", apply)
 
@@ -84,9 +86,10 @@ def edit(**changes):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (damage("graph.faiss", lambda path: path.write_bytes(b"x")), "graph.faiss: missing, or its checksum differs"),
+        (damage("graph.faiss", lambda path: path.write_bytes(b"x")), "graph.faiss: its checksum differs"),
         (damage("rows.safetensors", lambda path: path.unlink()), "rows.safetensors: missing"),
         (damage("index.json", lambda path: path.write_text("{")), "not readable"),
+        (edit(checksums={"../../metadata.json": "0" * 64}), "is not the name of a file of this folder"),
         (edit(items="0" * 64), "built for different item embeddings"),
         (edit(schema_version=9), "schema version 9"),
         (edit(kind="magic"), "unknown kind 'magic'"),
@@ -108,8 +111,24 @@ def test_refusals(copy):
     assert read_index_report(copy / "model") is None
 
 
-def test_an_index_in_a_database(copy):
+def test_a_folder_does_not_choose_the_database(copy, monkeypatch):
+    """The URL in index.json is not connected to unless the user has named it too."""
+    monkeypatch.delenv(DATABASE, raising=False)
+    build_stored_index(copy, "hnsw", k=5)
+    settings = {"url": "host=127.0.0.1 port=9", "table": "t", "links": 16, "build_effort": 64, "effort": 100}
+    edit(kind="pgvector", settings=settings)(copy / "model" / "index")
+    psycopg = pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'twotower[pgvector]'")
+    monkeypatch.setattr(psycopg, "connect", lambda *given, **named: pytest.fail(f"connected to {given}"))
+    for own in (None, "", "host=127.0.0.1 port=8", "postgresql://me:secret@elsewhere/db"):
+        monkeypatch.delenv(DATABASE, raising=False) if own is None else monkeypatch.setenv(DATABASE, own)
+        with pytest.raises(InputError, match=r"in the database 'host=127.0.0.1 port=9'; if you trust it") as refusal:
+            Retriever.load(copy)
+        assert "secret" not in str(refusal.value)
+
+
+def test_an_index_in_a_database(copy, monkeypatch):
     with postgres() as url:
+        monkeypatch.setenv(DATABASE, url)
         report = build_stored_index(copy, "pgvector", k=10, min_recall=0.9, settings={"url": url})
         assert report.settings["table"].startswith("twotower_")
         loaded = Retriever.load(copy)

@@ -19,7 +19,7 @@ SETTINGS = ["item_tower.dimension=16", "query_tower.history.length=10"]
 TOKEN = "a-token-of-some-length"
 
 
-def drawn(data, folder: Path, seed: int = 0, table=None, *, changes=(), **metadata) -> Path:
+def drawn(data, folder: Path, seed: int = 0, table=None, *, changes=(), rows=None, **metadata) -> Path:
     """Save a model with random weights to a folder; its results are as good as any for comparisons."""
     config = Config.load(None, [*SETTINGS, *changes])
     features = encode_features(config, data)
@@ -44,6 +44,7 @@ def drawn(data, folder: Path, seed: int = 0, table=None, *, changes=(), **metada
         history_offsets=data.offsets,
         history_items=data.item_codes,
         item_table=data.item_table if table is None else table,
+        rows=rows,
         metadata={
             "data": {"source": "/somewhere/else/purchases.csv", "account": data.account.to_dict()},
             "training": {"epochs": 0},
@@ -80,7 +81,7 @@ def listening(app):
         addresses.append(address)
         opened.set()
 
-    one = server(app, host="127.0.0.1", port=0, opened=open_)
+    one = server(app, host="127.0.0.1", port=0, limits=app.state.service.settings, opened=open_)
     thread = threading.Thread(target=one.run)
     thread.start()
     try:

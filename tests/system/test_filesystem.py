@@ -1,11 +1,13 @@
 """Atomic files and folders, errors of a full disk, and locks."""
 
 import errno
+import os
 import resource
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -135,3 +137,71 @@ def test_without_replace_an_existing_folder_stays(tmp_path):
     with pytest.raises(OSError, match="elsewhere"), whole_folder(tmp_path / "c", replace=False):
         raise OSError("elsewhere")
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def left_by(folder, name="m"):
+    """Let a process create a temporary folder for `name` and be killed; return the folder."""
+    before = set(folder.iterdir())
+    code = "import os, signal\nfrom pathlib import Path\nfrom twotower.system.filesystem import whole_folder\n"
+    code += f"with whole_folder(Path({str(folder / name)!r})) as partial:\n (partial / 'a').touch()\n"
+    killed = subprocess.run([sys.executable, "-c", code + " os.kill(os.getpid(), signal.SIGKILL)"], check=False)
+    assert killed.returncode == -9
+    (left,) = set(folder.glob(f".{name}.*.partial")) - before
+    return left
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    (tmp_path / ".m.notes.partial").mkdir()  # no name of a temporary folder
+    with whole_folder(tmp_path / "m") as alive:
+        left, other = left_by(tmp_path), left_by(tmp_path, "m2")
+        assert alive.is_dir()
+        with whole_folder(tmp_path / "m") as second:
+            assert alive.is_dir() and other.is_dir() and not left.exists()
+            (second / "second").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([".m.notes.partial", other.name, "m"])
+
+
+def test_a_folder_of_another_machine_is_removed_after_an_hour(tmp_path, monkeypatch):
+    monkeypatch.setattr(filesystem, "_MACHINE", "zzzz")
+    left = left_by(tmp_path)
+    filesystem.remove_abandoned(tmp_path / "m")
+    assert left.is_dir()
+    for path in (left / "a", left):
+        os.utime(path, (time.time() - 4000,) * 2)
+    filesystem.remove_abandoned(tmp_path / "m")
+    assert not left.exists()
+
+
+def test_without_locks_no_folder_counts_as_abandoned(tmp_path, monkeypatch):
+    left = left_by(tmp_path)
+    monkeypatch.setattr(filesystem, "fcntl", None)
+    with whole_folder(tmp_path / "m") as folder:
+        (folder / "a").touch()
+    assert left.is_dir() and (tmp_path / "m" / "a").is_file()
+
+
+def test_an_older_folder_that_a_kill_left_under_another_name_is_put_back(tmp_path):
+    previous = left_by(tmp_path).rename(tmp_path / f".m.{filesystem._MACHINE}000000000000.previous")
+    filesystem.remove_abandoned(tmp_path / "m")
+    assert not previous.exists() and (tmp_path / "m" / "a").is_file()
+
+
+def test_content_is_on_the_disk_before_a_rename_and_the_rename_before_the_return(tmp_path, monkeypatch):
+    calls = []
+    real = os.fsync
+
+    def fsync(handle):
+        calls.append(str(Path(f"/proc/self/fd/{handle}").readlink()).replace(str(tmp_path), ""))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with whole_folder(tmp_path / "m") as folder:
+        (folder / "tables").mkdir()
+        (folder / "tables" / "a").touch()
+        name = f"/{folder.name}"
+        assert not calls
+    assert calls == [f"{name}/tables", f"{name}/tables/a", name, ""]
+    calls.clear()
+    with whole_file(tmp_path / "f") as path:
+        path.touch()
+    assert calls == [f"/{path.name}", ""]

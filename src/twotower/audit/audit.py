@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+import polars as pl
 import torch
 from rich.console import Group
 from rich.table import Table
 from torch import Tensor
 
 from twotower.audit.appearances import Appearance, appearances
-from twotower.audit.gradients import Measurement, estimates_softmax, measure
-from twotower.audit.subject import Subject, masked_share, warm_up
-from twotower.config.run import Config, ObjectiveConfig
+from twotower.audit.gradients import AuditedRows, Measurement, estimates_softmax, measure
+from twotower.audit.masks import MaskAudit, audit_masks
+from twotower.audit.subject import Subject
+from twotower.config.run import ObjectiveConfig
 from twotower.negatives import HardNegatives
 from twotower.objectives import Objective
-from twotower.objectives.build import build_objective, named_objective
+from twotower.objectives.build import named_objective
+from twotower.system.filesystem import whole_file
 from twotower.system.terminal import cell
 
 #: A relative bias up to _NONE, or within twice its error, is reported as none; up to _SMALL, as small.
 _NONE, _SMALL = 0.005, 0.03
+#: Three errors of the partition sum with which the cause of a bias is not known.
+_UNSURE = 0.2
+#: Batches whose masks are compared with the interactions.
+_MASKED = 5
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,8 @@ class ObjectiveAudit:
         name: name of the objective.
         own: whether the model was trained with it.
         note: why nothing was measured, or a caveat.
-        overall: bias, error, spread, ...; None if the objective does not estimate the softmax.
+        overall: bias, error, spread, ...; with `weight`, the mean of 1 - P_hat(y), for refined logQ; None if the
+            objective does not estimate the softmax.
         deciles: the same by popularity decile of the positive, most popular first; None for a decile without rows.
     """
 
@@ -61,28 +70,44 @@ class Audit:
     Attributes:
         objectives: the objectives, the model's own first.
         appearances: claims of its random sources against real batches.
-        masked: share of its candidates that are masked, over all rows of real batches.
+        masks: its masks in real batches.
         rows, draws, num_items, seed: size and seed of the measurement.
         probability: mean P(y|x) of the audited rows.
+        questions: number of audited questions, to which the rows belong; None if every row has a query of its own.
+        per_query: one row per measured objective and audited row: `objective`, `query` and `item` (ids), `decile` of
+            the item's popularity, `probability` P(y|x) over the whole catalog without masked items, `bias`, `noise`,
+            `spread`, `distinct`, `effective` and `draws` as in `Measurement`, and `refined_weight`, the mean of the
+            weight 1 - P_hat(y) that refined logQ gives to the row; null for other objectives.
     """
 
     objectives: list[ObjectiveAudit]
     appearances: list[Appearance]
-    masked: float
+    masks: MaskAudit
     rows: int
     draws: int
     num_items: int
     seed: int
     probability: float
+    questions: int | None = None
+    per_query: pl.DataFrame = field(default_factory=pl.DataFrame, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values; None for what could not be measured."""
-        values = asdict(self)
+        """Return plain JSON values, without `per_query`; None for what could not be measured."""
+        values = {name: value for name, value in vars(self).items() if name != "per_query"}
         values["objectives"] = [{**asdict(one), "verdict": one.verdict} for one in self.objectives]
         values["appearances"] = [one.to_dict() for one in self.appearances]
+        values["masks"] = self.masks.to_dict()
         values["conclusion"] = self.conclusion()
         plain: dict[str, Any] = _plain(values)
         return plain
+
+    def write_per_query(self, path: str | Path) -> Path:
+        """Write `per_query` as Parquet, atomically; the folder of the file is created if missing."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(target) as temporary:
+            self.per_query.write_parquet(temporary)
+        return target
 
     def conclusion(self) -> list[str]:
         """Return the conclusions as sentences."""
@@ -90,20 +115,29 @@ class Audit:
         said = [f"{own.name}: {_sentence(own)}"]
         if own.verdict in ("small bias", "biased"):
             best = [one.name for one in self.objectives[1:] if one.verdict == "no bias found"]
-            said.append(
-                f"unbiased on this model: {', '.join(best)}"
-                if best
-                else "expected-count estimates the full softmax; measure it with --objectives expected-count"
-            )
+            if best:
+                said.append(f"unbiased on this model: {', '.join(best)}")
+            elif own.name != "expected-count":
+                said.append("expected-count estimates the full softmax; measure it with --objectives expected-count")
         wrong = [one for one in self.appearances if not one.as_claimed]
         said += [f"{one.source}: {one.verdict}" for one in wrong]
-        if wrong:
+        if any(one.differs_by_batch for one in wrong):
             said.append(
-                "if a source is not as claimed, every correction is wrong: estimate frequencies from the batches "
-                "(objective.frequency: streaming), or within the groups they are built from (grouped)"
+                "batches that are not random draws need frequencies of their own: within the groups they are built "
+                "from (objective.frequency: grouped), or from the batches as they come (streaming)"
             )
+        elif wrong:
+            said.append("a source that is not as claimed makes every correction wrong: kappa is not what it draws")
         elif self.appearances:
             said.append("every source draws its items as often as it claims")
+        if not self.masks.is_right:
+            said.append(self.masks.verdict)
+        for one in self.objectives:
+            if one.overall is not None and "weight" in one.overall:
+                said.append(
+                    f"{one.name}: rows weigh 1 - P(y) = {one.overall['weight']:.3f} on average, the model's own "
+                    "probability of being wrong; every row with --per-query"
+                )
         if own.overall is not None and own.overall["effective"] < 0.1 * own.overall["distinct"]:
             said.append(
                 f"a few candidates dominate the gradient: {own.overall['effective']:.0f} effective of "
@@ -113,8 +147,9 @@ class Audit:
 
     def __rich__(self) -> Group:
         """Build tables for a rich console."""
+        rows = f"{self.rows} rows" if self.questions is None else f"{self.questions} questions with {self.rows} targets"
         head = (
-            f"{self.rows} rows of the training data, {self.draws} draws each, catalog of {self.num_items:,} items, "
+            f"{rows} of the training data, {self.draws} draws each, catalog of {self.num_items:,} items, "
             f"mean P(y|x) {self.probability:.3f}"
         )
         table = Table(title="Gradient against full softmax", title_justify="left")
@@ -131,29 +166,37 @@ class Audit:
         parts += [cell(f"{one.name}: {one.note}") for one in self.objectives if one.note]
         if self.appearances:
             parts.append(self._appearances())
-        parts.append(f"masked: {self.masked:.2%} of the candidates, over all rows of real batches")
+        parts.append(f"masked: {self.masks.share:.2%} of the candidates of real batches, {self.masks.verdict}")
         return Group(*parts, "", *(cell(f"* {line}") for line in self.conclusion()))
 
     @staticmethod
     def _deciles(one: ObjectiveAudit) -> Table:
         table = Table(title=cell(f"{one.name}, by popularity decile of the positive"), title_justify="left")
-        for title in ("decile", "rows", "bias", "spread", "distinct", "effective"):
+        refined = one.overall is not None and "weight" in one.overall
+        titles = ("decile", "rows", "bias", "spread", "distinct", "effective", *(("1 - P(y)",) if refined else ()))
+        for title in titles:
             table.add_column(title, justify="right")
         for number, values in enumerate(one.deciles):
             label = f"{number + 1}" + {0: " (head)", 9: " (tail)"}.get(number, "")
-            table.add_row(label, *(["-"] * 5 if values is None else [f"{values['rows']:.0f}", *_cells(values)]))
+            cells = ["-"] * (len(titles) - 1)
+            if values is not None:
+                weight = [f"{values['weight']:.3f}"] if refined else []
+                cells = [f"{values['rows']:.0f}", *_cells(values), *weight]
+            table.add_row(label, *cells)
         return table
 
     def _appearances(self) -> Table:
         table = Table(title="Appearances in real batches against the claims", title_justify="left")
         table.add_column("source")
-        for title in ("batches", "p (counts)", "batch to batch", "p (batches)"):
+        for title in ("batches", "drawn / claimed", "p (total)", "p (items)", "batch to batch", "p (batches)"):
             table.add_column(title, justify="right")
         table.add_column("verdict")
         for one in self.appearances:
             table.add_row(
                 one.source,
                 str(one.batches),
+                f"{one.ratio:.4f}",
+                f"{one.p_total:.2g}",
                 f"{one.p_counts:.2g}",
                 "-" if one.dispersion is None else f"{one.dispersion:.2f}",
                 "-" if one.p_batches is None else f"{one.p_batches:.2g}",
@@ -171,7 +214,8 @@ def audit(
         subject: from `subject_of`.
         objectives: names of other objectives, each with its own sources and otherwise the settings of the model.
         draws: redraws for each row.
-        batches: number of real batches against which the claims of the sources are tested.
+        batches: number of real batches against which the claims of the sources are tested; more of them show smaller
+            errors (`Appearance.missed`).
         seed: seed of batches and draws.
 
     Raises:
@@ -179,55 +223,116 @@ def audit(
     """
     own = subject.config.objective
     audited = [own] + [_named(own, name) for name in dict.fromkeys(objectives) if name != own.name]
-    built = [build_objective(_with(subject.config, settings), subject.train) for settings in audited]
+    built = [subject.objective(subject.with_objective(settings)) for settings in audited]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
+        frames: list[pl.DataFrame] = []
         measured = [
-            _measured(subject, settings, objective, draws, seed)
+            _measured(subject, settings, objective, draws=draws, seed=seed, frames=frames)
             for settings, objective in zip(audited, built, strict=True)
         ]
         stream = subject.batches(seed)
-        pool = build_objective(subject.config, subject.train).pool
-        warm_up(pool, stream, len(subject.train) // subject.batch_size)
-        measured_appearances = appearances(pool, stream, batches, item_counts=subject.counts)
-        masked = masked_share(pool, stream, subject)
+        objective = subject.objective(subject.config)
+        subject.warm_up(objective.pool, stream)
+        measured_appearances = appearances(
+            objective.pool,
+            stream,
+            batches,
+            item_counts=subject.counts,
+            train=subject.train,
+            rows_per_draw=own.rows_per_draw,
+        )
+        masks = audit_masks(
+            objective,
+            stream,
+            _MASKED,
+            train=subject.train,
+            known_positives=subject.known_positives(subject.config),
+        )
     rows = torch.arange(len(subject.rows))
     probability = torch.softmax(subject.rows.logits, 1)[rows, subject.rows.positives]
     return Audit(
         measured,
         measured_appearances,
-        masked,
+        masks,
         rows=len(subject.rows),
         draws=draws,
         num_items=subject.train.num_items,
         seed=seed,
         probability=float(probability.mean()),
+        questions=None if subject.rows.questions is None else len(subject.rows.units()),
+        per_query=pl.concat(frames) if frames else pl.DataFrame(),
     )
 
 
 def _measured(
-    subject: Subject, settings: ObjectiveConfig, objective: Objective, draws: int, seed: int
+    subject: Subject,
+    settings: ObjectiveConfig,
+    objective: Objective,
+    *,
+    draws: int,
+    seed: int,
+    frames: list[pl.DataFrame],
 ) -> ObjectiveAudit:
+    """Measure one objective, and append its rows to `frames`."""
     own = settings is subject.config.objective
     if not estimates_softmax(objective):
         reason = "binary or pairwise: it does not estimate the softmax, so a bias is not defined"
         return ObjectiveAudit(settings.name, own, reason, None, [None] * 10)
-    stream = subject.batches(seed)
-    warm_up(objective.pool, stream, len(subject.train) // subject.batch_size)
-    found = measure(objective, subject.rows, stream, draws=draws)
+    config, stream = subject.with_objective(settings), subject.batches(seed)
+    subject.warm_up(objective.pool, stream)
+    known = subject.known_positives(config)
+    found = measure(objective, subject.rows_of(config), stream, draws=draws, known_positives=known)
     deciles = []
     for number in range(10):
         chosen = subject.deciles == number
         deciles.append(summary(found, chosen) if bool(chosen.any()) else None)
-    mined = any(isinstance(member, HardNegatives) for member in objective.pool.members())
-    note = "measured without mined negatives, which are not saved with the model" if mined else None
-    return ObjectiveAudit(settings.name, own, note, summary(found), deciles)
+    frames.append(_frame(settings.name, subject, subject.rows_of(config), found))
+    overall = summary(found.together or found)
+    if found.weight is not None:
+        overall["weight"] = found.mean("weight")
+    return ObjectiveAudit(settings.name, own, _note(subject, objective), overall, deciles)
+
+
+def _frame(name: str, subject: Subject, rows: AuditedRows, found: Measurement) -> pl.DataFrame:
+    """Build the rows of `Audit.per_query` of one objective."""
+    probability = 1.0 + rows.exact_gradient()[torch.arange(len(rows)), rows.positives]
+    values = {
+        "probability": probability,
+        **{name: getattr(found, name) for name in ("bias", "noise", "spread", "distinct", "effective", "draws")},
+    }
+    queries = torch.zeros_like(rows.positives) if rows.queries is None else rows.queries
+    return pl.DataFrame(
+        {
+            "objective": [name] * len(rows),
+            "query": subject.train.queries.decode(queries.numpy()),
+            "item": subject.train.items.decode(rows.positives.numpy()),
+            "decile": (subject.deciles + 1).numpy(),
+            **{column: value.numpy() for column, value in values.items()},
+            "refined_weight": pl.Series(
+                [None] * len(rows) if found.weight is None else found.weight.tolist(), dtype=pl.Float64
+            ),
+        }
+    ).with_columns(pl.selectors.float().fill_nan(None))
+
+
+def _note(subject: Subject, objective: Objective) -> str | None:
+    """Return what could not be measured as in training."""
+    if subject.run.state:
+        return None
+    if any(isinstance(member, HardNegatives) for member in objective.pool.members()):
+        return "measured without mined negatives: they are in checkpoints/best.ckpt, which was not found"
+    if not all(frequency.is_exact for frequency in objective.pool.frequencies()):
+        return "frequencies estimated from scratch: their state is in checkpoints/best.ckpt, which was not found"
+    return None
 
 
 def summary(found: Measurement, rows: Tensor | None = None) -> dict[str, float]:
     """Summarize bias (without its noise floor), spread and their errors over some rows."""
     bias, bias_error = found.corrected_bias(rows)
     spread, spread_error = found.mean_spread(rows)
+    partition, partition_error = found.mean_partition() if rows is None else (math.nan, math.nan)
+    weight = {} if found.weight is None else {"weight": found.mean("weight", rows)}
     return {
         "rows": float(len(found.bias) if rows is None else int(rows.sum())),
         "bias": bias,
@@ -238,6 +343,8 @@ def summary(found: Measurement, rows: Tensor | None = None) -> dict[str, float]:
         "spread_error": spread_error,
         "distinct": found.mean("distinct", rows),
         "effective": found.mean("effective", rows),
+        **({} if math.isnan(partition) else {"partition": partition, "partition_error": partition_error}),
+        **weight,
     }
 
 
@@ -245,10 +352,6 @@ def _named(own: ObjectiveConfig, name: str) -> ObjectiveConfig:
     named_objective(name)
     changes = {"name": name, "sources": None, "unique": None, "mask_known_positives": own.mask_known_positives}
     return own.model_copy(update=changes)
-
-
-def _with(config: Config, objective: ObjectiveConfig) -> Config:
-    return config.model_copy(update={"objective": objective})
 
 
 def _cells(values: dict[str, float]) -> list[str]:
@@ -268,8 +371,21 @@ def _sentence(own: ObjectiveAudit) -> str:
         return f"no bias against full softmax was found ({bias:.3f} ± {error:.3f}); one draw is off by {spread:.2f}"
     return (
         f"its gradient has a bias of {bias:.0%} ± {error:.0%} of the full softmax gradient, which does not average out "
-        f"over steps; the spread of one draw is {spread:.2f}, which does"
+        f"over steps; the spread of one draw is {spread:.2f}, which does{_cause(own.overall)}"
     )
+
+
+def _cause(overall: dict[str, float]) -> str:
+    """Return where a bias comes from: a right partition sum of few candidates still has a gradient bias of 1/n."""
+    if "partition" not in overall:
+        return ""
+    ratio, error = overall["partition"], overall["partition_error"]
+    found = f"the estimated partition sum is {ratio:.3f} ± {error:.3f} of the exact one"
+    if abs(ratio - 1.0) > max(3.0 * error, _NONE):
+        return f"; {found}: its counts or its masks are wrong"
+    if 3.0 * error > _UNSURE:
+        return f"; {found}: whether its counts or few candidates are the cause would show with more --draws"
+    return f"; {found}: the bias is that of few candidates, {overall['effective']:.0f} effective, and falls as 1/n"
 
 
 def _plain(value: Any) -> Any:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from twotower.data import Batch
+from twotower.data import Batch, KnownPositives
 from twotower.errors import InputError
 from twotower.negatives import Candidates, CrossBatchMemory, InBatch, NegativeMask, Pool
 from twotower.objectives import Embedded, Objective, PositiveCorrectedSoftmax, RefinedLogQ, SampledSoftmax
+from twotower.training.step import Block, draw_blocks
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class AuditedRows:
         groups: group of each row, int64 [R], if batches are built within groups.
         known: (row [P], item [P]): items masked for a row in addition to its positive. The target is then the softmax
             over the rest of the catalog.
+        numbers: number of each row in the training batches (`Batch.rows`), int64 [R], so that a batch never contains
+            the audited row twice; None if rows have no identity.
+        questions: question of each row, int64 [R], ascending: its rows share one query and one draw. None if every row
+            has its own.
+        weights: weight of each row in the loss of its question, [R]; None for equal weights.
     """
 
     logits: Tensor
@@ -34,27 +40,39 @@ class AuditedRows:
     queries: Tensor | None = None
     groups: Tensor | None = None
     known: tuple[Tensor, Tensor] | None = None
+    numbers: Tensor | None = None
+    questions: Tensor | None = None
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.positives)
 
-    def exact_gradient(self) -> Tensor:
-        """Return dL/ds_j = P(j|x) - [j = y] of the full softmax, float64 [R, N]."""
+    def units(self) -> list[Tensor]:
+        """Return the row indices of every unit that is drawn for: a row, or all rows of a question."""
+        if self.questions is None:
+            return list(torch.arange(len(self))[:, None])
+        sizes = torch.unique_consecutive(self.questions, return_counts=True)[1].tolist()
+        return list(torch.arange(len(self)).split(sizes))
+
+    def shares(self, unit: Tensor) -> Tensor:
+        """Return the share of each row of a question in its loss, float64, summing to 1."""
+        weights = torch.ones(len(self)) if self.weights is None else self.weights
+        return weights[unit].double() / weights[unit].double().sum()
+
+    def target_logits(self) -> Tensor:
+        """Return the logits of the full softmax that is the target, -inf for masked items, float64 [R, N]."""
         logits, rows = self.logits, torch.arange(len(self))
         if self.known is not None:
             logits = logits.clone()
             logits[self.known] = -torch.inf
             logits[rows, self.positives] = self.logits[rows, self.positives]
-        gradient = torch.softmax(logits, 1)
-        gradient[rows, self.positives] -= 1.0
-        return gradient
+        return logits
 
-    def known_of(self, row: int) -> tuple[Tensor, Tensor] | None:
-        """Return the masked items of one row as (row, item) pairs for a batch in which it is row 0."""
-        if self.known is None:
-            return None
-        items = self.known[1][self.known[0] == row]
-        return torch.zeros_like(items), items
+    def exact_gradient(self) -> Tensor:
+        """Return dL/ds_j = P(j|x) - [j = y] of the full softmax, float64 [R, N]."""
+        gradient = torch.softmax(self.target_logits(), 1)
+        gradient[torch.arange(len(self)), self.positives] -= 1.0
+        return gradient
 
 
 @dataclass(frozen=True)
@@ -69,6 +87,12 @@ class Measurement:
         distinct: mean number of distinct negatives of the row.
         effective: mean effective sample size, (sum w)^2 / sum w^2 over the negatives, w = exp(s - log kappa).
         draws: number of draws n for the row.
+        partition: mean of Z_hat / Z, the estimated partition sum over the exact one: 1 if all counts and masks are
+            right, however few the candidates are; NaN for objectives other than `SampledSoftmax`.
+        partition_error: its Monte-Carlo error.
+        weight: mean of the weight 1 - P_hat(y) of refined logQ; None for other objectives.
+        together: the same for whole questions, [G]: of the gradient of a question's loss, sum_i w_i dL_i/ds, whose rows
+            share their candidates, so that their errors do not average out. None if every row has its own draw.
     """
 
     bias: Tensor
@@ -78,6 +102,10 @@ class Measurement:
     distinct: Tensor
     effective: Tensor
     draws: Tensor
+    partition: Tensor
+    partition_error: Tensor
+    weight: Tensor | None = None
+    together: Measurement | None = None
 
     def corrected_bias(self, rows: Tensor | None = None) -> tuple[float, float]:
         """Return the bias over some rows without its noise floor, and its standard error.
@@ -98,7 +126,7 @@ class Measurement:
         return value, min(error / (2 * value), math.sqrt(error)) if value > 0 else math.sqrt(error)
 
     def mean(self, name: str, rows: Tensor | None = None) -> float:
-        """Average `distinct`, `effective`, `bias`, `noise` or `draws` over some rows."""
+        """Average `distinct`, `effective`, `bias`, `noise`, `weight` or `draws` over some rows."""
         values: Tensor = getattr(self, name)[self._measured(rows)]
         return float(values.mean()) if len(values) else math.nan
 
@@ -106,6 +134,12 @@ class Measurement:
         """Select the given rows that have at least two draws, bool [R]: a group may be too rare to get batches."""
         measured = self.draws >= 2
         return measured if rows is None else measured & rows
+
+    def mean_partition(self) -> tuple[float, float]:
+        """Return the mean of Z_hat / Z over the rows, and its Monte-Carlo error; NaN if it is not defined."""
+        chosen = self._measured(None)
+        count = max(int(chosen.sum()), 1)
+        return float(self.partition[chosen].mean()), float(self.partition_error[chosen].norm()) / count
 
     def mean_spread(self, rows: Tensor | None = None) -> tuple[float, float]:
         """Return the root mean square of the spread over some rows, and its Monte-Carlo error."""
@@ -149,19 +183,22 @@ def measure(
     batches: Iterator[Batch],
     *,
     draws: int,
+    known_positives: KnownPositives | None = None,
     generator: torch.Generator | None = None,
 ) -> Measurement:
     """Draw candidates for every row repeatedly, and compare the gradient of the loss with the exact one.
 
-    The objective runs as in training. The embedding of an item is its logit, [N, 1], and the embedding of a query is 1,
-    so the gradient with respect to the embeddings is the gradient with respect to the logits. In each draw, the audited
-    row replaces the first row of a batch, so its in-batch candidates are those of real batches.
+    The objective runs as in training (`draw_blocks`). The embedding of an item is its logit, and the embedding of a
+    query is 1, so the gradient with respect to the embeddings is the gradient with respect to the logits. In each draw
+    the audited row takes a place in a real batch: its own, or that of another row. With whole sequences or questions it
+    takes the place of a whole one, so that the other candidates are a draw of the others.
 
     Args:
         objective: an objective that estimates the softmax.
         rows: the audited rows.
         batches: an endless iterator over training batches.
         draws: number of draws n for each row; an average if batches are built within groups.
+        known_positives: items that training masks for a row; None masks only its own positive.
         generator: random generator of the proposals.
 
     Raises:
@@ -173,12 +210,13 @@ def measure(
         raise InputError(f"draws: expected at least 2, found {draws}")
     training = objective.training
     objective.eval()  # state is updated explicitly by `follow`: an audited row is not a training step
-    totals = _Totals(objective, rows)
+    totals, units = _Totals(objective, rows), rows.units()
     if not depends_on_batch(objective.pool) and rows.groups is None:
         batches = itertools.repeat(next(batches))  # the batch is not used
     try:
-        for row, batch in _assigned(objective.pool, rows, batches, draws * len(rows)):
-            totals.add(row, _draw(objective, rows, row, batch, generator))
+        for unit, batch in _assigned(objective.pool, rows, units, batches, draws * len(units)):
+            drawn = _draw(objective, rows, units[unit], batch, known_positives=known_positives, generator=generator)
+            totals.add(units[unit], unit, drawn)
         totals.flush()
     finally:
         objective.train(training)
@@ -196,44 +234,94 @@ def follow(pool: Pool, batch: Batch, *, drawn: bool) -> None:
             member.remember(batch.items, batch.group, epoch=batch.epoch, windows=batch.windows)
 
 
-def _assigned(pool: Pool, rows: AuditedRows, batches: Iterator[Batch], total: int) -> Iterator[tuple[int, Batch]]:
-    """Pair rows with batches in turn; if batches have groups, only rows of the batch's group."""
-    queues: dict[int | None, list[int]] = {None: list(range(len(rows)))}
+def units_of(batch: Batch) -> Tensor:
+    """Number the rows, whole sequences or questions that a batch was drawn as, int64 [B], ascending from 0."""
+    if batch.asked is not None:
+        return batch.asked.of
+    if batch.sequences is not None:
+        return (batch.sequences.positions[batch.sequences.rows] == 0).cumsum(0) - 1
+    return torch.arange(len(batch))
+
+
+def _assigned(
+    pool: Pool, rows: AuditedRows, units: list[Tensor], batches: Iterator[Batch], total: int
+) -> Iterator[tuple[int, Batch]]:
+    """Pair units with batches in turn; if batches have groups, only units of the batch's group.
+
+    A memory holds rows of the current epoch, among which the audited row cannot be: after its own batch it has to wait
+    for the next epoch.
+    """
+    first = torch.stack([unit[0] for unit in units])
+    queues: dict[int | None, list[int]] = {None: list(range(len(units)))}
     if rows.groups is not None:
-        for row, group in enumerate(rows.groups.tolist()):
-            queues.setdefault(group, []).append(row)
+        for unit, group in enumerate(rows.groups[first].tolist()):
+            queues.setdefault(group, []).append(unit)
     turn = dict.fromkeys(queues, 0)
-    done = 0
+    remembers = any(isinstance(member, CrossBatchMemory) for member in pool.members())
+    gone, epoch, done = torch.zeros(len(units), dtype=torch.bool), None, 0
     for attempt, batch in enumerate(batches):
         if done == total or attempt == 20 * total:
             return
         follow(pool, batch, drawn=False)
+        if batch.epoch != epoch:
+            gone, epoch = torch.zeros_like(gone), batch.epoch
         queue = queues.get(batch.group, [])
-        if queue:
-            yield queue[turn[batch.group] % len(queue)], batch
+        for _ in range(len(queue)):
+            unit = queue[turn[batch.group] % len(queue)]
             turn[batch.group] += 1
-            done += 1
+            if not bool(gone[unit]):
+                yield unit, batch
+                done += 1
+                break
         follow(pool, batch, drawn=True)
+        if remembers:
+            gone |= _are_in(rows, first, batch)
+
+
+def _are_in(rows: AuditedRows, chosen: Tensor, batch: Batch) -> Tensor:
+    """Return whether audited rows are in a batch, bool, [len(chosen)]."""
+    if batch.asked is not None and rows.queries is not None:
+        return torch.isin(rows.queries[chosen], batch.queries)
+    if rows.numbers is None:
+        return torch.zeros(len(chosen), dtype=torch.bool)
+    return torch.isin(rows.numbers[chosen], batch.rows)
 
 
 def _draw(
-    objective: Objective, rows: AuditedRows, row: int, batch: Batch, generator: torch.Generator | None
-) -> Candidates:
-    """Draw the candidates of an audited row that replaces the first row of a batch."""
-    # Without in-batch candidates the other rows have no effect, and a batch of one is cheaper.
-    size = len(batch) if depends_on_batch(objective.pool) else 1
-    positives = torch.cat([rows.positives[row : row + 1], batch.items[1:size]])
-    queries = None if rows.queries is None else torch.cat([rows.queries[row : row + 1], batch.queries[1:size]])
-    drawn = objective.pool.draw(
-        positives,
-        known_positives=rows.known_of(row),
-        queries=queries,
-        group=batch.group,
-        generator=generator,
-        epoch=batch.epoch,
-    )
-    # Drop the other rows before copies are merged: merging a whole batch is expensive and changes nothing for one row.
-    return objective.prepare(drawn.head(1))
+    objective: Objective,
+    rows: AuditedRows,
+    unit: Tensor,
+    batch: Batch,
+    *,
+    known_positives: KnownPositives | None,
+    generator: torch.Generator | None,
+) -> list[Block]:
+    """Draw the candidates of an audited row, or of the rows of a question, with `draw_blocks`."""
+    count, items = len(unit), rows.positives[unit]
+    if depends_on_batch(objective.pool):  # otherwise the other rows have no effect
+        items = torch.cat([items, batch.items[~_replaced(rows, unit, batch)]])
+    if objective.rows_per_draw is not None:
+        items = items[: -(-count // objective.rows_per_draw) * objective.rows_per_draw]
+    queries = torch.full_like(unit, -1) if rows.queries is None else rows.queries[unit]
+    own = replace(batch, queries=queries)
+    return draw_blocks(objective, own, items, slice(0, count), known_positives=known_positives, generator=generator)
+
+
+def _replaced(rows: AuditedRows, unit: Tensor, batch: Batch) -> Tensor:
+    """Choose the row, sequence or question of a batch whose place the audited one takes, bool [B].
+
+    If the batch contains the audited row, it is the row itself. Else it is any: rows and questions are in random order,
+    but sequences are ordered by length.
+    """
+    units = units_of(batch)
+    if batch.asked is not None and rows.queries is not None:
+        own = units[batch.queries == rows.queries[unit[0]]]
+    else:
+        own = units[:0] if rows.numbers is None else units[batch.rows == rows.numbers[unit[0]]]
+    place = own[:1] if len(own) else units[:1]
+    if not len(own) and batch.sequences is not None:
+        place = torch.randint(int(units[-1]) + 1, (1,))
+    return units == place
 
 
 def stack(parts: list[Candidates]) -> tuple[Candidates, Tensor]:
@@ -266,23 +354,58 @@ def stack(parts: list[Candidates]) -> tuple[Candidates, Tensor]:
     return stacked, places
 
 
+def row_of(drawn: Candidates, row: int) -> Candidates:
+    """Return the candidates of a single row of a draw."""
+    part = slice(row, row + 1)
+    return replace(
+        drawn,
+        negative_mask=NegativeMask.of(drawn.mask[part]),
+        positives=drawn.positives[part],
+        positive_log_count=drawn.positive_log_count[part],
+        log_unmasked=None if drawn.log_unmasked is None else drawn.log_unmasked[part],
+        row_items=None if drawn.row_items is None else drawn.row_items[part],
+        row_log_expected_count=None if drawn.row_log_expected_count is None else drawn.row_log_expected_count[part],
+        row_mask=None if drawn.row_mask is None else drawn.row_mask[part],
+    )
+
+
 class _Totals:
-    """Sums over the draws of the gradients, [R, N], and of d = ||g_hat - g||^2 and d^2, [R]."""
+    """Sums over the draws of the gradients, [R, N], and of d = ||g_hat - g||^2 and d^2, of rows and of questions."""
 
     def __init__(self, objective: Objective, rows: AuditedRows) -> None:
         self.objective, self.rows = objective, rows
         self.exact = rows.exact_gradient()
         self.norm = self.exact.norm(dim=1)
         self.gradient = torch.zeros_like(rows.logits)
-        sums = torch.zeros(5, len(rows), dtype=torch.float64)
-        self.squares, self.fourths, self.distinct, self.effective, self.draws = sums
+        self.log_partition = torch.logsumexp(rows.target_logits(), 1)
+        sums = torch.zeros(6, len(rows), dtype=torch.float64)
+        self.squares, self.fourths, self.distinct, self.effective, self.draws, self.weight = sums
+        self.partition = torch.zeros(2, len(rows), dtype=torch.float64)
+        self.of_questions = torch.zeros(2, len(rows.units()), dtype=torch.float64)
         self.waiting: list[tuple[int, Candidates]] = []
 
-    def add(self, row: int, drawn: Candidates) -> None:
-        self.waiting.append((row, drawn))
-        width = sum(len(part.items) for _, part in self.waiting)
-        if len(self.waiting) == _DRAWS or len(self.waiting) * width >= _CELLS:
-            self.flush()
+    def add(self, unit: Tensor, number: int, blocks: list[Block]) -> None:
+        """Add one draw of a row, or of all rows of a question."""
+        if self.rows.questions is None:
+            self.waiting.append((int(unit[0]), blocks[0].candidates))
+            width = sum(len(part.items) for _, part in self.waiting)
+            if len(self.waiting) == _DRAWS or len(self.waiting) * width >= _CELLS:
+                self.flush()
+            return
+        shares, exact = self.rows.shares(unit), torch.zeros(self.rows.logits.shape[1], dtype=torch.float64)
+        total = torch.zeros_like(exact)
+        for block in blocks:
+            for place in range(len(block.candidates.positives)):
+                # The rows of a block are consecutive rows of the question.
+                row = int(block.of(unit)[place])
+                self.waiting = [(row, row_of(block.candidates, place))]
+                before = self.gradient[row].clone()
+                self.flush()
+                share = shares[unit == row]
+                total += share * (self.gradient[row] - before)
+                exact += share * self.exact[row]
+        distance = ((total - exact) ** 2).sum()
+        self.of_questions[:, number] += torch.stack([distance, distance**2])
 
     def flush(self) -> None:
         """Run the loss on the waiting draws and add their gradients to the sums."""
@@ -302,7 +425,7 @@ class _Totals:
             log_count = torch.cat([log_count, drawn.row_log_expected_count.double().reshape(-1)])
         scores = self.rows.logits[row[of], items]
         own = self.rows.logits[row, drawn.positives]
-        gradient, own_gradient = self._gradients(drawn, scores, own)
+        gradient, own_gradient = self._gradients(row, drawn, scores, own)
 
         # Copies of an item in one draw are one coordinate of the gradient; the positive is never among the negatives.
         of, items, gradient, log_weight = of[live], items[live], gradient[live], (scores - log_count)[live]
@@ -319,12 +442,15 @@ class _Totals:
         self.fourths.index_add_(0, row, squares**2)
         self.draws.index_add_(0, row, torch.ones_like(own))
         self.distinct.index_add_(0, row, torch.zeros_like(own).index_add_(0, of_key, torch.ones_like(merged)))
+        ratio = torch.zeros_like(own).index_add_(0, of, torch.exp(log_weight - self.log_partition[row][of]))
+        ratio += torch.exp(self.rows.logits[row, drawn.positives] - self.log_partition[row])
+        self.partition.index_add_(1, row, torch.stack([ratio, ratio**2]))
         largest = torch.full_like(own, -torch.inf).scatter_reduce(0, of, log_weight, "amax")
         weight = torch.exp(log_weight - largest[of])
         first, second = (torch.zeros_like(own).index_add_(0, of, weight**power) for power in (1, 2))
         self.effective.index_add_(0, row, torch.where(second > 0, first**2 / second, 0.0))
 
-    def _gradients(self, drawn: Candidates, scores: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    def _gradients(self, row: Tensor, drawn: Candidates, scores: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the gradients with respect to the logits of the negatives and of the positives."""
         scores, own = scores[:, None].requires_grad_(), own[:, None].requires_grad_()
         shared = scores[: len(drawn.items)]
@@ -333,22 +459,54 @@ class _Totals:
         loss = self.objective(embedded, drawn, temperature=1.0)
         with torch.enable_grad():
             of_scores, of_own = torch.autograd.grad(loss.sum(), [scores, own])
+        if isinstance(self.objective, RefinedLogQ):
+            weight = self.objective.row_weight(embedded, drawn, temperature=1.0).detach()
+            self.weight.index_add_(0, row, weight.double())
         return of_scores[:, 0], of_own[:, 0]
 
     def result(self) -> Measurement:
-        draws, norm = self.draws, self.norm
-        bias = (self.gradient / draws[:, None] - self.exact).norm(dim=1)
-        # E||g_hat - E g_hat||^2 with Bessel's correction; NaN for n < 2, where nothing was measured.
-        variance = (self.squares - draws * bias**2).clamp(min=0.0) / (draws - 1.0)
-        scatter = (self.fourths - self.squares**2 / draws).clamp(min=0.0) / (draws - 1.0)
-        unmeasured = draws < 2
-        variance, scatter = variance.masked_fill(unmeasured, math.nan), scatter.masked_fill(unmeasured, math.nan)
-        return Measurement(
-            bias=bias / norm,
-            noise=(variance / draws).sqrt() / norm,
-            spread=variance.sqrt() / norm,
-            spread_error=(scatter / draws).sqrt() / norm**2,
-            distinct=self.distinct / draws,
-            effective=self.effective / draws,
-            draws=draws,
-        )
+        """Return the measurement of the rows, and of the questions if there are any."""
+        draws, mean = self.draws, self.gradient / self.draws[:, None]
+        each = torch.stack([self.squares, self.fourths, self.distinct / draws, self.effective / draws])
+        ratio, square = self.partition / draws
+        error = ((square - ratio**2).clamp(min=0.0) / (draws - 1.0)).sqrt()
+        each = torch.cat([each, torch.stack([ratio, error])])
+        if not isinstance(self.objective, SampledSoftmax):
+            each[4:] = math.nan
+        found = _measurement(mean, self.exact, draws, each)
+        if isinstance(self.objective, RefinedLogQ):
+            found = replace(found, weight=self.weight / draws)
+        if self.rows.questions is None:
+            return found
+        units = self.rows.units()
+
+        def joined(values: Tensor) -> Tensor:
+            return torch.stack([self.rows.shares(unit) @ values[unit] for unit in units])
+
+        values = (found.distinct, found.effective, found.partition, found.partition_error)
+        each = torch.stack([*self.of_questions, *(joined(value) for value in values)])
+        first = torch.stack([unit[0] for unit in units])
+        return replace(found, together=_measurement(joined(mean), joined(self.exact), draws[first], each))
+
+
+def _measurement(mean: Tensor, exact: Tensor, draws: Tensor, each: Tensor) -> Measurement:
+    """Compute a measurement from mean gradients, [R, N], sums of d and d^2, [2, R], and the values after them."""
+    squares, fourths, distinct, effective, partition, partition_error = each
+    norm = exact.norm(dim=1)
+    bias = (mean - exact).norm(dim=1)
+    # E||g_hat - E g_hat||^2 with Bessel's correction; NaN for n < 2, where nothing was measured.
+    variance = (squares - draws * bias**2).clamp(min=0.0) / (draws - 1.0)
+    scatter = (fourths - squares**2 / draws).clamp(min=0.0) / (draws - 1.0)
+    unmeasured = draws < 2
+    variance, scatter = variance.masked_fill(unmeasured, math.nan), scatter.masked_fill(unmeasured, math.nan)
+    return Measurement(
+        bias=bias / norm,
+        noise=(variance / draws).sqrt() / norm,
+        spread=variance.sqrt() / norm,
+        spread_error=(scatter / draws).sqrt() / norm**2,
+        distinct=distinct,
+        effective=effective,
+        draws=draws,
+        partition=partition,
+        partition_error=partition_error,
+    )

@@ -1,31 +1,57 @@
-"""The subject of an audit: a trained model, rows of its training data, and its training batches."""
+"""The subject of an audit: a trained model, rows of its training data, and the batches that training took."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from twotower.audit.gradients import AuditedRows, follow
-from twotower.config.run import Config
-from twotower.data import Batch, GroupedBatches, Interactions, KnownPositives, TrainingBatches
-from twotower.data.loading.gaps import gap_codes
-from twotower.data.loading.histories import gather_histories
+from twotower.audit.masks import items_of
+from twotower.config.run import Config, ObjectiveConfig
+from twotower.data import Batch, Interactions, KnownPositives
 from twotower.errors import InputError
-from twotower.negatives import Pool, popularity_deciles
-from twotower.objectives.build import masks_known_positives
-from twotower.ranking.tower_ranker import TowerRanker
+from twotower.negatives import CrossBatchMemory, HardNegatives, Pool, StreamingFrequency, popularity_deciles
+from twotower.objectives import Objective
+from twotower.objectives.build import needs_known_positives
 from twotower.serving import SavedModel
+from twotower.towers import TwoTower
+from twotower.training.embedding import embed_rows
 
 #: Maximum number of logits R x N. In float64 this is 64 MiB per array, and four such arrays are held.
 _LOGITS = 1 << 23
 #: Batches that estimated frequencies and memories see before anything is measured.
 _WARM_UP = 500
-#: Number of batches shuffled in one call.
-_AT_ONCE = 16
+#: Rows among which the audited ones are chosen: those of the first batches.
+_POPULATION = 20_000
+#: Most targets of the audited questions, in multiples of the number of questions asked for.
+_TARGETS = 4
+
+
+class MakesObjective(Protocol):
+    """A function from settings to the objective that they train with."""
+
+    def __call__(self, config: Config) -> Objective: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What a model was trained with: an audit takes its batches and its objective from where training takes them.
+
+    Attributes:
+        batches: returns the training batches for a configuration; iterating over them yields an epoch.
+        objective: builds the objective for a configuration, with the frequencies of those batches.
+        state: state of the objective at the end of training, by name in its state dict; empty if it is not known.
+    """
+
+    batches: Callable[[Config], Iterable[Batch]]
+    objective: MakesObjective
+    state: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -37,12 +63,16 @@ class Subject:
         train: the training interactions.
         rows: rows whose gradient is measured, spread over the popularity deciles.
         deciles: popularity decile of each row's positive, int64 [R].
+        run: what the model was trained with.
+        batch_size: mean number of rows B of a batch.
     """
 
     config: Config
     train: Interactions
     rows: AuditedRows
     deciles: Tensor
+    run: TrainingRun
+    batch_size: int
 
     @property
     def counts(self) -> Tensor:
@@ -50,44 +80,81 @@ class Subject:
         return torch.from_numpy(self.train.item_counts())
 
     @property
-    def batch_size(self) -> int:
-        """Batch size B."""
-        return min(int(self.config.training.batch_size), len(self.train))
+    def rows_per_draw(self) -> int:
+        """Number of rows that share one draw of candidates."""
+        return min(self.config.objective.rows_per_draw or self.batch_size, self.batch_size)
 
     def batches(self, seed: int = 0) -> Iterator[Batch]:
-        """Yield endless training batches, as in `fit`."""
-        if self.config.objective.is_grouped:
-            grouped = GroupedBatches(TrainingBatches(self.train, self.batch_size, seed=seed))
-            while True:
-                yield from grouped
-        # Shuffle several batches in one call and split them: the cost is per call more than per row.
-        several = max(min(_AT_ONCE, len(self.train) // self.batch_size), 1)
-        batches = TrainingBatches(self.train, several * self.batch_size, seed=seed)
+        """Yield endless training batches, epoch after epoch, in the order of a seed."""
+        training = self.config.training.model_copy(update={"seed": seed})
+        epochs = self.run.batches(self.config.model_copy(update={"training": training}))
         while True:
-            for block in batches:
-                for start in range(0, len(block), self.batch_size):
-                    yield _part(block, slice(start, start + self.batch_size))
+            yield from epochs
+
+    def with_objective(self, settings: ObjectiveConfig) -> Config:
+        """Return the settings of the model with another objective."""
+        return self.config.model_copy(update={"objective": settings})
+
+    def known_positives(self, config: Config) -> KnownPositives | None:
+        """Return the known positives that training masks with these settings; None if it masks none."""
+        return KnownPositives(self.train) if needs_known_positives(config) else None
+
+    def rows_of(self, config: Config) -> AuditedRows:
+        """Return the audited rows with the items that these settings leave out of their target."""
+        if not needs_known_positives(config) or self.rows.queries is None:
+            return self.rows
+        return replace(self.rows, known=items_of(self.train, self.rows.queries))
+
+    def objective(self, config: Config) -> Objective:
+        """Build an objective, with the frequencies and mined items that training left, as far as they are known."""
+        objective = self.run.objective(config)
+        state = self.run.state
+        estimates = {name[name.index("frequency") :]: value for name, value in state.items() if ".frequency." in name}
+        for name, module in objective.named_modules(remove_duplicate=False):
+            # The place of a frequency among the sources depends on the objective; its place in a group does not.
+            if isinstance(module, StreamingFrequency) and estimates:
+                prefix = f"{name[name.index('frequency') :]}."
+                own = {key.removeprefix(prefix): value for key, value in estimates.items() if key.startswith(prefix)}
+                if own and own["gap"].shape == module.gap.shape:
+                    module.load_state_dict(own)
+            if isinstance(module, HardNegatives):
+                items = state.get(f"{name}.items")
+                if items is not None and items.shape == module.items.shape:
+                    module.items.copy_(items)
+        return objective
+
+    def warm_up(self, pool: Pool, stream: Iterator[Batch]) -> None:
+        """Feed batches to memories, and to estimated frequencies whose state is not known."""
+        estimated = [one for one in pool.frequencies() if not one.is_exact]
+        unknown = any(_is_empty(one) for frequency in estimated for one in frequency.modules())
+        sizes = [member.size for member in pool.members() if isinstance(member, CrossBatchMemory)]
+        steps = max((-(-size // self.batch_size) + 1 for size in sizes), default=0)
+        if unknown:
+            steps = max(steps, len(self.train) // self.batch_size, 1)
+        for _ in range(min(steps, _WARM_UP)):
+            batch = next(stream)
+            follow(pool, batch, drawn=False)
+            follow(pool, batch, drawn=True)
 
 
-def _part(block: Batch, rows: slice) -> Batch:
-    """Select rows of a batch."""
-    return Batch(
-        rows=block.rows[rows],
-        queries=block.queries[rows],
-        items=block.items[rows],
-        history=block.history[rows],
-        weights=None if block.weights is None else block.weights[rows],
-        groups=None if block.groups is None else block.groups[rows],
-    )
+def _is_empty(module: torch.nn.Module) -> bool:
+    return isinstance(module, StreamingFrequency) and not float(module.clock) > 0
 
 
-def subject_of(artifact: SavedModel, train: Interactions, *, rows: int = 64, seed: int = 0) -> Subject:
-    """Choose training rows evenly over the popularity deciles, and compute their logits over the catalog.
+def subject_of(
+    artifact: SavedModel, train: Interactions, run: TrainingRun, *, rows: int = 64, seed: int = 0
+) -> Subject:
+    """Choose rows of training batches evenly over the popularity deciles, and compute their logits over the catalog.
+
+    The queries are embedded as in training: positions of their window, or the history before the cut of their question.
+    A recent prior is left out, since it is added after training.
 
     Args:
-        artifact: the trained model.
+        artifact: the trained model; its settings without "auto".
         train: its training interactions.
-        rows: number of rows R; reduced if the catalog is so large that the logits would not fit into memory.
+        run: what it was trained with.
+        rows: number R of rows, or of questions with at most 4 R targets; reduced if the catalog is so large that the
+            logits would not fit into memory.
         seed: seed of the choice.
 
     Raises:
@@ -97,69 +164,87 @@ def subject_of(artifact: SavedModel, train: Interactions, *, rows: int = 64, see
         raise InputError(f"rows: expected at least 2, found {rows}")
     if train.num_items != len(artifact.item_embeddings):
         raise InputError(f"the data has {train.num_items} items, the model {len(artifact.item_embeddings)}")
-    config = artifact.config.resolved(len(train))
-    rows = max(min(rows, _LOGITS // train.num_items), 2)
-    decile = popularity_deciles(torch.from_numpy(train.item_counts())).numpy()
-    chosen = _choose(train, config, decile, rows, np.random.default_rng(seed))
-    length = config.query_tower.history.length if config.query_tower.history else 0
-    batch = TrainingBatches(train, len(chosen), history_length=length).batch(chosen)
-    ranker = TowerRanker(artifact.towers, length, artifact.item_embeddings)
-    # Each row has its own context; models without context features ignore it.
-    requests = ranker.encoded_context(None if train.context is None else train.context[chosen], len(chosen))
-    context = None if requests is None else [torch.from_numpy(one) for one in requests]
-    gaps = None
-    if config.reads_gaps and train.timestamps is not None and length:
-        codes = gap_codes(train.offsets, train.timestamps)
-        before = gather_histories(train.offsets, codes, batch.queries.numpy(), chosen, length)
-        gaps = torch.from_numpy(np.maximum(before, 0))
-    with torch.no_grad():
-        query = artifact.towers.eval().embed_queries(batch.queries, batch.history, context=context, gaps=gaps)
-        logits = (query @ artifact.item_embeddings.T / artifact.towers.temperature).double()
-    known = KnownPositives(train).pairs(batch.queries) if masks_known_positives(config.objective) else None
-    audited = AuditedRows(logits, batch.items, batch.queries, batch.groups, known)
-    return Subject(config, train, audited, torch.from_numpy(decile)[batch.items])
+    decile = popularity_deciles(torch.from_numpy(train.item_counts()))
+    blank = AuditedRows(torch.zeros(0, train.num_items), torch.zeros(0, dtype=torch.int64))
+    subject = Subject(artifact.config, train, blank, decile[:0], run, 1)
+    batches = _first_batches(subject.batches(seed))
+    most = max(_LOGITS // train.num_items, 2)
+    chosen = _choose(batches, decile, min(rows, most), min(_TARGETS * rows, most), np.random.default_rng(seed))
+    audited = _embedded(artifact, batches, chosen)
+    size = max(sum(len(batch) for batch in batches) // len(batches), 1)
+    return replace(subject, rows=audited, deciles=decile[audited.positives], batch_size=size)
+
+
+def _first_batches(stream: Iterator[Batch]) -> list[Batch]:
+    """Take the first batches of an epoch, with about `_POPULATION` rows."""
+    found: list[Batch] = []
+    for batch in stream:
+        if found and batch.epoch != found[0].epoch:
+            break
+        found.append(batch)
+        if sum(len(one) for one in found) >= _POPULATION:
+            break
+    return found
 
 
 def _choose(
-    train: Interactions, config: Config, decile: np.ndarray, rows: int, random: np.random.Generator
-) -> np.ndarray:
-    """Choose row numbers, int64 [R], evenly over the deciles, among rows that can appear in training batches."""
-    sample = np.unique(random.integers(0, len(train), min(len(train), 200_000)))
-    if config.objective.is_grouped and train.groups is not None:
-        groups = np.asarray(train.groups, dtype=np.int64)
-        large = np.bincount(groups) >= int(config.training.batch_size)
-        sample = sample[large[groups[sample]]]
-    sample = random.permutation(sample)
-    of = decile[train.item_codes[sample]]
-    # Round-robin: the first row of every decile, then the second, ...
-    place = np.zeros(len(sample), dtype=np.int64)
-    for number in range(10):
-        place[of == number] = np.arange((of == number).sum())
-    return np.sort(sample[np.argsort(place, kind="stable")[:rows]])
+    batches: list[Batch], decile: Tensor, units: int, targets: int, random: np.random.Generator
+) -> list[tuple[int, Tensor]]:
+    """Choose rows, or questions with all their rows, as (batch, rows), evenly over the deciles of their positives."""
+    found = []
+    for number, batch in enumerate(batches):
+        if batch.asked is None:
+            found += [(number, row) for row in torch.arange(len(batch))[:, None]]
+        else:
+            sizes = torch.bincount(batch.asked.of).tolist()
+            found += [(number, rows) for rows in torch.arange(len(batch)).split(sizes)]
+    found = [found[place] for place in random.permutation(len(found))]
+    of = np.array([int(decile[batches[number].items[rows[0]]]) for number, rows in found])
+    # Round-robin: the first of every decile, then the second, ...
+    turn = np.zeros(len(found), dtype=np.int64)
+    for each in range(10):
+        turn[of == each] = np.arange((of == each).sum())
+    chosen: list[tuple[int, Tensor]] = []
+    for place in np.argsort(turn, kind="stable")[:units]:
+        targets -= len(found[place][1])
+        if targets >= 0 or len(chosen) < 2:
+            chosen.append(found[place])
+    return sorted(chosen, key=lambda one: (one[0], int(one[1][0])))
 
 
-def warm_up(pool: Pool, stream: Iterator[Batch], epoch: int) -> None:
-    """Feed batches to estimated frequencies and memories, whose state is not saved with the model."""
-    if all(frequency.is_exact for frequency in pool.frequencies()) and not pool.state_dict():
-        return
-    for _ in range(min(max(epoch, 1), _WARM_UP)):
-        batch = next(stream)
-        follow(pool, batch, drawn=False)
-        follow(pool, batch, drawn=True)
+def _embedded(artifact: SavedModel, batches: list[Batch], chosen: list[tuple[int, Tensor]]) -> AuditedRows:
+    """Embed the chosen rows as training does, without dropout, and compute their logits."""
+    parts = []
+    with torch.no_grad(), _as_trained(artifact.towers) as towers:
+        vectors = towers.item_embeddings()
+        for number in dict.fromkeys(number for number, _ in chosen):
+            rows = torch.cat([own for batch, own in chosen if batch == number])
+            query = embed_rows(towers, batches[number])[rows]
+            parts.append(((query @ vectors.T / towers.temperature).double(), batches[number], rows))
+    is_asked, is_grouped = parts[0][1].asked is not None, parts[0][1].group is not None
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(batch, name)[rows] for _, batch, rows in parts])
+
+    sizes = torch.tensor([len(rows) for _, rows in chosen])
+    return AuditedRows(
+        torch.cat([logits for logits, _, _ in parts]),
+        joined("items"),
+        joined("queries"),
+        torch.cat([torch.full_like(rows, batch.group or 0) for _, batch, rows in parts]) if is_grouped else None,
+        numbers=joined("rows"),
+        questions=torch.arange(len(chosen)).repeat_interleave(sizes) if is_asked else None,
+        weights=joined("weights") if is_asked else None,
+    )
 
 
-def masked_share(pool: Pool, stream: Iterator[Batch], subject: Subject, batches: int = 5) -> float:
-    """Measure the share of masked candidates over all rows of some real batches."""
-    known = KnownPositives(subject.train) if masks_known_positives(subject.config.objective) else None
-    masked, places = 0, 0
-    training = pool.training
-    pool.eval()
-    for _ in range(batches):
-        batch = next(stream)
-        pairs = None if known is None else known.pairs(batch.queries)
-        drawn = pool.draw(batch.items, known_positives=pairs, queries=batch.queries, group=batch.group)
-        for entries in (drawn.mask, drawn.row_mask):
-            if entries is not None:
-                masked, places = masked + int(entries.sum()), places + entries.numel()
-    pool.train(training)
-    return masked / max(places, 1)
+@contextmanager
+def _as_trained(towers: TwoTower) -> Iterator[TwoTower]:
+    """Yield the towers in evaluation mode, without a recent prior, which is added after training."""
+    recent = towers.recent
+    towers.eval()
+    towers.set_recent(None)
+    try:
+        yield towers
+    finally:
+        towers.set_recent(recent)

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from twotower.audit.gradients import Measurement, depends_on_batch, estimates_softmax, measure, spread_gain
 from twotower.audit.pools import PoolPlan, at_equal_distinct, remembers
-from twotower.audit.subject import Subject, warm_up
+from twotower.audit.subject import Subject
 from twotower.errors import InputError
-from twotower.objectives import SampledSoftmax
-from twotower.objectives.build import build_objective, build_pool, named_objective
+from twotower.objectives.build import named_objective
 
 #: Number of pools measured again with new draws: the best of many noisy measurements looks better than it is.
 _FINALISTS = 3
@@ -165,7 +164,7 @@ def suggest(subject: Subject, *, draws: int = 16, seed: int = 0) -> Suggestion:
         InputError: the objective does not estimate the softmax, or its pool has per-row candidates.
     """
     own = subject.config.objective
-    objective = build_objective(subject.config, subject.train)
+    objective = subject.run.objective(subject.config)
     if not estimates_softmax(objective):
         raise InputError(
             f"--suggest: objective {own.name} does not estimate the softmax; pools are compared only for objectives "
@@ -204,33 +203,41 @@ class _Bench:
     def __init__(self, subject: Subject, seed: int) -> None:
         self.subject, self.seed, self.round = subject, seed, 0
         stream = subject.batches(seed)
+        #: Rows of sequences and questions share one draw, or none of them is a candidate (`refuse_in_batch`).
+        self.draws_by_blocks = subject.config.objective.rows_per_draw is not None and (
+            subject.config.reads_sequences or subject.rows.questions is not None
+        )
         self.groups = list(dict.fromkeys(next(stream).group for _ in range(20)))
 
     def sized(self, target: float) -> list[PoolPlan]:
         """Return every plan that can be resized to `target` distinct candidates, resized."""
         found = []
         for plan in candidate_plans(target, self.subject.counts):
+            if self.draws_by_blocks and any(name == "in_batch" for source in plan.sources for name in source):
+                continue
             sized = at_equal_distinct(
                 plan,
                 target,
                 self.subject.train,
-                batch_size=self.subject.batch_size,
+                batch_size=self.subject.rows_per_draw,
                 base=self.subject.config.objective,
                 groups=self.groups,
             )
             # A pool of in-batch candidates alone grows only with the batch size, which is fixed here.
-            if sized and math.isclose(sized[1], self.subject.batch_size, rel_tol=0.05):
+            if sized and math.isclose(sized[1], self.subject.rows_per_draw, rel_tol=0.05):
                 found.append(sized[0])
         return found
 
     def measure(self, plan: PoolPlan, draws: int) -> Measurement:
         subject = self.subject
-        objective = SampledSoftmax(build_pool(plan.settings(subject.config.objective), subject.train))
+        config = subject.with_objective(plan.settings(subject.config.objective))
+        objective = subject.objective(config)
         self.round += 1
         stream = subject.batches(self.seed + self.round)
         if depends_on_batch(objective.pool) or remembers(objective.pool):
-            warm_up(objective.pool, stream, len(subject.train) // subject.batch_size)
-        return measure(objective, subject.rows, stream, draws=draws)
+            subject.warm_up(objective.pool, stream)
+        known = subject.known_positives(config)
+        return measure(objective, subject.rows_of(config), stream, draws=draws, known_positives=known)
 
 
 def _pool(plan: PoolPlan, found: Measurement, present: Measurement, *, final: bool) -> PoolMeasure:

@@ -23,6 +23,7 @@ EXTRAS = {
     "tensorboard": "tensorboard",
     "text": "sentence_transformers",
     "tracking": "mlflow",
+    "tune": "optuna",
 }
 
 #: CPU flags that make matrix products and bfloat16 fast, oldest first; names as on Linux.

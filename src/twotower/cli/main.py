@@ -19,6 +19,7 @@ from twotower.cli.items import commands as catalog
 from twotower.cli.plan import commands as planning
 from twotower.cli.query import commands
 from twotower.cli.serve import commands as serving
+from twotower.cli.tune import commands as tuning
 from twotower.errors import InputError
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app.add_typer(exporting)
 app.add_typer(catalog)
 app.add_typer(serving)
 app.add_typer(planning)
+app.add_typer(tuning)
 
 
 def _print_version(requested: bool) -> None:
@@ -93,6 +95,9 @@ def train(
         Path | None,
         typer.Option("--withdraw", metavar="FILE", help="With --from: ids of items to remove from the catalog."),
     ] = None,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Then train on all rows, validation and test too, and save that model.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the interrupted run in DIR.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the model in DIR.")] = False,
     as_json: Json = False,
@@ -111,6 +116,8 @@ def train(
     changes = list(overrides or [])
     if items is not None:
         changes.append(f"data.items={json.dumps(items)}")
+    if refit:
+        changes.append("training.refit=true")
     changes += [
         f"data.{part}={json.dumps(file)}" for part, file in (("validation", validation), ("test", test)) if file
     ]
@@ -168,11 +175,20 @@ def evaluate(
 @app.command()
 def compare(
     data: Annotated[str, typer.Argument(metavar="DATA", help="A file, a folder, or the name of a data set.")],
-    objectives: Annotated[
-        str,
-        typer.Option("--objectives", metavar="A,B", help="Names, YAML files or NAME=FILE.yaml, separated by commas."),
-    ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the comparison.")],
+    objectives: Annotated[
+        str | None,
+        typer.Option("--objectives", metavar="A,B", help="Names, YAML files or NAME=FILE.yaml, separated by commas."),
+    ] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            "--sweep",
+            metavar="KEY=V1,V2",
+            help="Train with each value of a number, e.g. objective.uniform=0,256,1024 (the size of a source) or "
+            "training.learning_rate=1e-3,3e-3. Without --objectives: the objective of the settings.",
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Training runs per objective.")] = 3,
     config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file with settings.")] = None,
     overrides: Annotated[
@@ -186,14 +202,16 @@ def compare(
     no_audit: Annotated[bool, typer.Option("--no-audit", help="Skip the bias and spread of the gradients.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train several objectives under the same settings, compare them on the same test queries, and report to DIR.
+    """Train objectives, or one with several values of a number, compare them on the same queries, and report to DIR.
 
     Run the same command again to resume an interrupted comparison; finished runs are not repeated.
     """
-    from twotower.comparison import compare_run  # noqa: PLC0415
+    from twotower.comparison import Sweep, compare_run  # noqa: PLC0415
     from twotower.config.run import Config  # noqa: PLC0415
     from twotower.errors import Interrupted  # noqa: PLC0415
 
+    if objectives is None and sweep is None:
+        raise InputError("--objectives: expected names to compare, such as expected-count,in-batch-logq, or --sweep")
     changes = list(overrides or [])
     if items is not None:
         changes.append(f"data.items={json.dumps(items)}")
@@ -203,10 +221,11 @@ def compare(
             data,
             out,
             Config.load(config, changes),
-            [name.strip() for name in objectives.split(",") if name.strip()],
+            [name.strip() for name in (objectives or "").split(",") if name.strip()],
             seeds=seeds,
             jobs=jobs,
             audited=not no_audit,
+            sweep=None if sweep is None else Sweep.parse(sweep),
             command=shlex.join(["twotower", *sys.argv[1:]]),
             on_message=lambda text: print_lines(text, to=progress),
         )
@@ -234,7 +253,14 @@ def audit(
     draws: Annotated[
         int | None, typer.Option("--draws", min=2, help="Redraws; default: 50, or 16 with --suggest.")
     ] = None,
+    batches: Annotated[
+        int, typer.Option("--batches", min=20, help="Batches to test counts against; more show smaller errors.")
+    ] = 200,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of rows, batches and draws.")] = 0,
+    per_query: Annotated[
+        Path | None,
+        typer.Option("--per-query", metavar="FILE", help="Parquet file to write with every row, such as its weight."),
+    ] = None,
     data: Annotated[str | None, typer.Option("--data", help="Current location of the data, if it has moved.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -243,13 +269,17 @@ def audit(
 
     if objectives is not None and suggest:
         raise InputError("audit: --objectives cannot be combined with --suggest")
+    if per_query is not None and suggest:
+        raise InputError("audit: --per-query cannot be combined with --suggest, which measures pools")
     subject = run.audit_run(directory, data, rows=rows, seed=seed)
     found: audit.Suggestion | audit.Audit
     if suggest:
         found = audit.suggest(subject, draws=draws or 16, seed=seed)
     else:
         names = [name.strip() for name in (objectives or "").split(",") if name.strip()]
-        found = audit.audit(subject, objectives=names, draws=draws or 50, seed=seed)
+        found = audit.audit(subject, objectives=names, draws=draws or 50, batches=batches, seed=seed)
+        if per_query is not None:
+            found.write_per_query(per_query)
     if as_json:
         print_json(found.to_dict())
     else:

@@ -34,6 +34,7 @@ def serve(
     ] = None,
     queue: Annotated[int, typer.Option("--queue", min=1, help="Maximum requests in the queue.")] = 512,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Maximum requests searched together.")] = 128,
+    connections: Annotated[int, typer.Option("--connections", min=1, help="Maximum open connections.")] = 512,
     watch: Annotated[
         float,
         typer.Option(
@@ -61,6 +62,7 @@ def serve(
         hosts=allowed_hosts(host, tuple(allow_host or ())),
         queue=queue,
         largest_batch=batch,
+        connections=connections,
         watch_seconds=watch,
     )
     app.serve(

@@ -2,9 +2,11 @@
 
 from twotower.comparison.compare import Comparison, compare_run
 from twotower.comparison.single_model import evaluate_folder
+from twotower.comparison.sweep import Sweep
 
 __all__ = [
     "Comparison",
+    "Sweep",
     "compare_run",
     "evaluate_folder",
 ]

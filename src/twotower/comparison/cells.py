@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
+from twotower.comparison.sweep import Sweep
 from twotower.config.run import Config
 from twotower.data import Split
 from twotower.errors import InputError
@@ -79,34 +80,46 @@ class Cell:
         return "interrupted"
 
 
-def make_cells(base: Config, objectives: Sequence[str], seeds: int, out: Path, split: Split) -> list[Cell]:
+def make_cells(
+    base: Config, objectives: Sequence[str], seeds: int, out: Path, split: Split, *, sweep: Sweep | None = None
+) -> list[Cell]:
     """Make the cells of a comparison, ordered by seed and then by objective.
 
     Args:
         base: the settings that all cells share; `training.seed` is the first seed.
-        objectives: names, YAML files, or `name=FILE`.
+        objectives: names, YAML files, or `name=FILE`; with a sweep, none for the objective of `base`.
         seeds: number of seeds.
         out: the folder of the comparison.
         split: the data, which determines the training question and the default towers.
+        sweep: the values that each objective is trained with; None for no sweep.
 
     Raises:
         InputError: an objective is unknown, named twice, or does not fit the data.
     """
-    if base.objective.sources is not None or base.objective.unique is not None:
+    if base.training.refit:
+        raise InputError(
+            "training.refit: a refitted model has learnt the test rows, so it cannot be compared; compare without it, "
+            "and train the best objective with --refit"
+        )
+    own = {"sources": None, "mask_known_positives": base.objective.mask_known_positives}
+    if sweep is not None and not objectives:  # the objective of the settings, with its own pool
+        objectives, own = [base.objective.name], {**own, "sources": base.objective.sources}
+    elif base.objective.sources is not None or base.objective.unique is not None:
         raise InputError(
             "objective.sources, objective.unique: each compared objective has its own; to compare pools, write each to "
             "a YAML file and pass --objectives name=FILE.yaml,..."
         )
-    train, own = split.train, {"sources": None, "mask_known_positives": base.objective.mask_known_positives}
+    train = split.train
     base = resolve_question(base, split)
     base = base.model_copy(update={"objective": base.objective.model_copy(update=own)})
     named: dict[str, Config] = {}
     for text in objectives:
-        name, config = _objective(base, text)
-        if name in named:
-            raise InputError(f"--objectives: {name} is named twice")
-        named[name] = config.resolved(len(train))
-        build_objective(named[name], train)  # raise an error before anything is trained
+        plain, config = _objective(base, text)
+        for name, changed in _swept(plain, config, sweep):
+            if name in named:
+                raise InputError(f"--objectives: {name} is named twice")
+            named[name] = changed.resolved(len(train))
+            build_objective(named[name], train)  # raise an error before anything is trained
     if not named:
         raise InputError("--objectives: expected at least one name, such as expected-count,in-batch-logq")
     first = base.training.seed
@@ -115,6 +128,17 @@ def make_cells(base: Config, objectives: Sequence[str], seeds: int, out: Path, s
         for seed in range(first, first + seeds)
         for name, config in named.items()
     ]
+
+
+def objective_names(objectives: Sequence[str], base: Config) -> list[str]:
+    """Return the names of the objectives, without the values of a sweep."""
+    return [_objective(base, text)[0] for text in objectives or [base.objective.name]]
+
+
+def _swept(name: str, config: Config, sweep: Sweep | None) -> list[tuple[str, Config]]:
+    if sweep is None:
+        return [(name, config)]
+    return [(sweep.named(name, value), sweep.apply(config, value)) for value in sweep.values]
 
 
 def _objective(base: Config, text: str) -> tuple[str, Config]:

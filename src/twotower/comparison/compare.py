@@ -15,14 +15,16 @@ from rich.table import Table
 
 from twotower import report
 from twotower.audit import audit
-from twotower.comparison.cells import Cell, make_cells
+from twotower.comparison.cells import Cell, make_cells, objective_names
 from twotower.comparison.document import build_document, diagnostics
 from twotower.comparison.examples import disagreements
 from twotower.comparison.measure import Measurements, calibrations, measure_cells, per_query_frame
 from twotower.comparison.processes import train_cells
 from twotower.comparison.statistics import compare
+from twotower.comparison.sweep import Sweep, sweep_curves
 from twotower.config.run import Config
 from twotower.data import Interactions
+from twotower.errors import InputError
 from twotower.features.from_config import context_to_read
 from twotower.report import findings
 from twotower.run import audit_run, read_data, split_data
@@ -98,6 +100,7 @@ def compare_run(
     seeds: int = 3,
     jobs: int = 1,
     audited: bool = True,
+    sweep: Sweep | None = None,
     command: str | None = None,
     on_message: Callable[[str], None] = print,
 ) -> Comparison:
@@ -107,10 +110,12 @@ def compare_run(
         source: a file, a folder or the name of a data set.
         out: the folder of the comparison. Finished runs in it are not repeated; interrupted runs are resumed.
         base: the settings that all objectives share; `training.seed` is the first seed.
-        objectives: names, YAML files with the fields of an objective, or `name=FILE`.
+        objectives: names, YAML files with the fields of an objective, or `name=FILE`; with a sweep, none for the
+            objective of `base`.
         seeds: number of runs of each objective, with consecutive seeds.
         jobs: number of concurrent training runs.
-        audited: measure bias and spread of each objective's gradient on one of the models.
+        audited: measure bias and spread of each objective's gradient on one of the models; not of a sweep.
+        sweep: train each objective with every value of one numeric setting.
         command: the command line, shown in the report.
         on_message: receives progress messages.
 
@@ -121,10 +126,12 @@ def compare_run(
         RuntimeError: a training run failed.
     """
     directory = Path(out)
+    if base.data.windows > 1:
+        raise InputError("data.windows: objectives are compared on one window; use data.windows=1")
     with reserved(directory):
         data = read_data(source, base.data, context=context_to_read(base))
         split = split_data(data, base.data, histories=base.query_tower.history is not None)
-        cells = make_cells(base, objectives, seeds, directory, split)
+        cells = make_cells(base, objectives, seeds, directory, split, sweep=sweep)
         train_cells(str(source), cells, data.fingerprint, directory, jobs=jobs, on_message=on_message)
         on_message(f"ranking the test queries with {len(cells)} models")
         found = measure_cells(cells, split, base.evaluation)
@@ -143,7 +150,17 @@ def compare_run(
             diagnostics={cell.name: diagnostics(cell.directory) for cell in cells if cell.seed == base.training.seed},
             calibration=calibrations({cell.name: cell.directory for cell in reversed(cells)}, split),
             examples=disagreements(found.ranked, split.test, split.train, base.evaluation.exclude_seen),
-            audit=_audit(cells, source, directory, on_message) if audited else None,
+            audit=_audit(cells, source, directory, on_message) if audited and sweep is None else None,
+            sweep=None
+            if sweep is None
+            else sweep_curves(
+                sweep,
+                objective_names(objectives, base),
+                compared,
+                found.ranked,
+                split.train.item_counts(),
+                k=ks[0],
+            ),
         )
         _write(document, directory, found, cells, split.data)
         return Comparison(document, directory)

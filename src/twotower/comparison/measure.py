@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
+import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
@@ -18,7 +19,8 @@ from twotower.comparison.cells import Cell
 from twotower.config.run import Config, EvaluationConfig
 from twotower.data import Holdout, Split
 from twotower.evaluation import Evaluation, Row
-from twotower.evaluation.calibration import softmax_calibration
+from twotower.evaluation.calibration import refined_weights, softmax_calibration
+from twotower.negatives import popularity_deciles
 from twotower.objectives.build import build_objective
 from twotower.run import with_advice
 from twotower.serving import Retriever
@@ -166,6 +168,49 @@ def calibrations(directories: Mapping[str, Path], split: Split, *, seed: int = 0
         )
         found[name] = calibration.to_dict()
     return found
+
+
+#: Name of the weight of refined logQ among the values of a query: the mean over its targets.
+REFINED_WEIGHT = "refined_weight"
+
+
+def with_refined_weights(found: Evaluation, directory: Path, split: Split) -> tuple[Evaluation, dict[str, Any] | None]:
+    """Add the weight 1 - P(y | x) of the test queries to the first row of an evaluation, and summarize it.
+
+    Args:
+        found: the evaluation of the model on the test queries.
+        directory: the run folder.
+        split: the data.
+
+    Returns:
+        The evaluation, with `refined_weight` among the per-query values of the model: the mean over the targets of a
+        query, NaN if it has none. And a summary: `mean`, `low`, `middle` and `high` (quartiles) of all pairs of query
+        and target, and `deciles`, the mean by popularity decile of the target (None for a decile without one). Both
+        unchanged and None for a model that was not trained by refined-logq.
+    """
+    retriever = Retriever.load(directory)
+    artifact = retriever.artifact
+    if artifact.config.objective.name != "refined-logq":
+        return found, None
+    histories, targets = _histories_and_targets(split.test, np.arange(len(split.test)))
+    query, item, weight = refined_weights(
+        retriever.ranker.embed_holdout(split.test),
+        artifact.item_embeddings,
+        targets,
+        temperature=artifact.towers.temperature.detach(),
+        exclude=histories if artifact.config.evaluation.exclude_seen else None,
+    )
+    count = np.bincount(query, minlength=len(split.test))
+    mean = np.bincount(query, weight, minlength=len(split.test)) / np.where(count > 0, count, np.nan)
+    place = np.argsort(split.test.queries, kind="stable")
+    counted = place[np.searchsorted(split.test.queries[place], found.queries)]
+    model, *others = found.rows
+    model = replace(model, per_query={**model.per_query, REFINED_WEIGHT: mean[counted]})
+    low, middle, high = (float(value) for value in np.quantile(weight, [0.25, 0.5, 0.75]))
+    decile = popularity_deciles(torch.from_numpy(split.train.item_counts())).numpy()[item]
+    deciles = [float(weight[decile == each].mean()) if bool((decile == each).any()) else None for each in range(10)]
+    summary = {"mean": float(weight.mean()), "low": low, "middle": middle, "high": high, "deciles": deciles}
+    return replace(found, rows=(model, *others)), summary
 
 
 def _sampled_queries(split: Split, seed: int) -> np.ndarray:

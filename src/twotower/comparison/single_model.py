@@ -7,13 +7,13 @@ from pathlib import Path
 
 from twotower import evaluation, report
 from twotower.comparison.document import build_document, diagnostics
-from twotower.comparison.measure import FolderRanker, calibrations
+from twotower.comparison.measure import FolderRanker, calibrations, with_refined_weights
 from twotower.comparison.popularity_curve import popularity_curve
 from twotower.comparison.statistics import compare
 from twotower.evaluation import Evaluation
-from twotower.run import reread, with_advice
+from twotower.run import annotated, reread
 from twotower.serving import Retriever
-from twotower.serving.model_folder import find_model
+from twotower.serving.model_folder import find_evaluated, find_model
 from twotower.system.filesystem import write_text
 
 #: Settings of the popularity dial in the report. Each costs one ranking of the test queries; `twotower dial` uses more.
@@ -29,6 +29,8 @@ def evaluate_folder(
 ) -> Evaluation:
     """Implement `twotower evaluate`: evaluate a saved model and write `per_query.parquet` and the report.
 
+    For a model trained by refined-logq both have its row weight 1 - P(y | x) on the test queries.
+
     Args:
         directory: a run folder or a model folder; `per_query.parquet` is written to the run folder, next to the model.
         source: the current location of the data, if it has moved.
@@ -40,7 +42,8 @@ def evaluate_folder(
     """
     artifact, split = reread(directory, source)
     settings = artifact.config.evaluation
-    ranker = FolderRanker(Path(directory))
+    evaluated = find_evaluated(directory)
+    ranker = FolderRanker(evaluated)
     found = evaluation.evaluate(
         ranker,
         split.test,
@@ -51,12 +54,13 @@ def evaluate_folder(
         validation=split.validation,
         slices=settings.slices if slices is None else slices,
     )
-    found = with_advice(found, artifact.config)
+    found = annotated(found, directory, artifact, split)
     if page is None:
         return found
     folder = find_model(directory)
     run = folder.parent if folder.name == "model" else folder
-    found.write_per_query(run / "per_query.parquet")
+    weighted, weights = with_refined_weights(found, run, split)
+    weighted.write_per_query(run / "per_query.parquet")
     model, *baselines = found.rows
     name = artifact.config.objective.name
     ks = found.ks
@@ -70,7 +74,8 @@ def evaluate_folder(
         data=split.data,
         command=f"twotower evaluate {directory}",
         objectives={name: artifact.config.objective.model_dump(mode="json")},
-        calibration=calibrations({name: run}, split),
+        calibration=calibrations({name: evaluated}, split),
+        refined_weights=None if weights is None else {name: weights},
         diagnostics={name: diagnostics(run)},
         dial=popularity_curve(
             Retriever(artifact),

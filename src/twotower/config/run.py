@@ -77,13 +77,20 @@ class DataConfig(Section):
         None, description="Processes that read the shards of a folder. None: one per core."
     )
     positive_label: float | None = Field(
-        None, description="Rows with a label below this are observed negatives, not positives. None: all are positives."
+        None,
+        description="Rows with a label below this are observed negatives, not positives. None: all are positives. Only "
+        "logistic-observed learns from them; the source observed lowers the spread of a softmax.",
     )
     split: Literal["time", "random", "leave-last-out", "held-out-queries"] = Field(
         "time",
         description="time: hold out everything after a date. random: hold out random items of each query, for data "
         "without time. leave-last-out: hold out each query's last item. held-out-queries: hold out whole queries. "
         "Not used if the data comes as train, validation and test files.",
+    )
+    windows: PositiveInt = Field(
+        1,
+        description="Consecutive test windows (time): a model is trained and tested for each, on the rows before it. "
+        "The last one is the test of the split, and its model is saved.",
     )
     validation: Fraction | str = Field(
         0.05, description="Fraction for validation (time, random, held-out-queries), or the validation file."
@@ -112,7 +119,10 @@ class ObjectiveConfig(Section):
 
     name: str = Field("expected-count", description="The name of the objective.")
     sources: list[dict[str, dict[str, Any] | None]] | None = Field(
-        None, description="Sources of candidates, each a name with its settings. None: the objective's default."
+        None,
+        description="Sources of candidates, each a name with its settings. None: the objective's default. observed, "
+        "mined and head are always included: in a softmax they count once, as all items do, which lowers the spread "
+        "of the estimate and teaches nothing about dislikes.",
     )
     unique: bool | None = Field(
         None, description="Remove duplicate candidates across all sources. None: the objective's default."
@@ -133,6 +143,7 @@ class ObjectiveConfig(Section):
         "{streaming: {rate: 0.02}}: with settings.",
     )
     negatives: int = Field(64, ge=1, description="K of the binary objectives: negatives per row.")
+    bias: bool = Field(True, description="Learn a bias of all logits, in the binary objectives.")
     calibration: float = Field(0.75, ge=0, le=1, description="t of gbce.")
     temperature: PositiveFloat | Literal["learned"] = Field(
         "learned", description="Divides the score before the correction. learned: starts at initial_temperature."
@@ -207,16 +218,21 @@ class TrainingConfig(Section):
     )
     start: Literal["auto", "random", "linear"] = Field(
         "auto",
-        description="Initial weights. linear: the item-item matrix of EASE, cut to rank D. auto: linear if the towers "
-        "can express it and the catalog has at most 20,000 items.",
+        description="Initial weights. linear: the item-item matrix of EASE, cut to rank D; for more than 20,000 "
+        "items, singular vectors of the scaled training matrix. auto: linear if the towers can express it.",
     )
     start_ridge: PositiveFloat | Literal["auto"] = Field(
-        "auto", description="Ridge penalty of the linear start. auto: the best of three on the validation."
+        "auto", description="Ridge penalty of the linear start. auto: five times the mean number of rows of an item."
     )
     recent_prior: bool = Field(
         True,
         description="Add how much more frequent each item is now than in all of training to its score. Half-life and "
         "strength are chosen on the validation, left out if it does not help, or the split is not by time.",
+    )
+    refit: bool = Field(
+        False,
+        description="After the validated run, train on all rows with its settings, seed and number of epochs, and save "
+        "that model. The metrics stay those of the validated model, which is kept beside it.",
     )
     replay: float = Field(
         1.0, ge=0, le=100, description="When training continues on new data (--from): old rows replayed per new row."

@@ -55,6 +55,7 @@ class QueryTowerConfig(Section):
     history: HistoryConfig | None = HistoryConfig()
     hidden: list[Annotated[int, Field(ge=1)]] | None = Field(
         [128],
+        max_length=64,
         description="Widths of the hidden layers of the MLP. null: no MLP; the embedding is the sum of id and history.",
     )
     dropout: float = Field(0.3, ge=0, lt=1)
@@ -84,7 +85,9 @@ class ItemTowerConfig(Section):
     table_precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="Storage type of the embedding tables of both towers. bfloat16: half the memory."
     )
-    hidden: list[Annotated[int, Field(ge=1)]] = Field([], description="Widths of the hidden layers. Empty: no MLP.")
+    hidden: list[Annotated[int, Field(ge=1)]] = Field(
+        [], max_length=64, description="Widths of the hidden layers. Empty: no MLP."
+    )
     dropout: float = Field(0.0, ge=0, lt=1)
     residual: bool = Field(False, description="Add the id embedding to the output; skip connections in the MLP.")
     layer_norm: bool = Field(False, description="Layer norm before the activations of the MLP.")

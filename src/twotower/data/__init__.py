@@ -10,7 +10,7 @@ from twotower.data.schema.account import Account
 from twotower.data.schema.vocabulary import Hashed
 from twotower.data.splits.from_files import Parts, from_parts
 from twotower.data.splits.holdout import Holdout
-from twotower.data.splits.protocols import Split, by_time, held_out_queries, leave_last_out, random_rows
+from twotower.data.splits.protocols import Split, by_time, held_out_queries, leave_last_out, random_rows, rolling
 
 __all__ = [
     "Account",
@@ -33,5 +33,6 @@ __all__ = [
     "leave_last_out",
     "ragged_histories",
     "random_rows",
+    "rolling",
     "splits",
 ]

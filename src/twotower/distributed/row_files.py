@@ -21,7 +21,7 @@ from torch import Tensor
 
 from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
-from twotower.system.filesystem import full_disk_named, whole_folder
+from twotower.system.filesystem import PARTIAL, TOKEN_LENGTH, full_disk_named, whole_folder
 
 #: safetensors names of the types that a table or embeddings may have.
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL"}
@@ -151,7 +151,7 @@ def _write_all(folder: Path, target: Path, ranks: Communicator, write: Callable[
 
 def _shared_name(folder: Path | None, target: Path, ranks: Communicator) -> Path:
     """Return the temporary folder of rank 0 to every rank."""
-    length = len(target.name) + len(f"..{'0' * 12}.partial")
+    length = len(target.name) + len(f"..{'0' * TOKEN_LENGTH}.{PARTIAL}")
     name = torch.zeros(4 * length, dtype=torch.uint8, device=ranks.device)
     if folder is not None:
         raw = folder.name.encode()
@@ -252,28 +252,90 @@ class StoredColumns:
         return torch.cat([part[index] for part in self.parts], 1)
 
 
-def stored_tensors(path: Path) -> tuple[dict[str, StoredRows], dict[str, str]]:
-    """Open a safetensors file; return the tensors, which stay in the file, and the metadata.
+#: Bytes of one value by safetensors type.
+VALUE_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8"), 1),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
+    **dict.fromkeys(("I32", "U32", "F32"), 4),
+    **dict.fromkeys(("I64", "U64", "F64"), 8),
+}
+#: Largest header of a safetensors file, enough for 10,000 tensors.
+MOST_HEADER = 2 << 20
+
+
+@dataclass(frozen=True)
+class StoredShape:
+    """Description of a tensor in the header of a safetensors file.
+
+    Attributes:
+        dtype: type of the values by its safetensors name, such as "F32".
+        shape: shape of the tensor.
+        begin: position of its first byte in the file.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+
+
+def stored_shapes(path: Path) -> tuple[dict[str, StoredShape], dict[str, str]]:
+    """Read the header of a safetensors file: its tensors by name, and the metadata. No tensor is read.
 
     Raises:
-        OSError, ValueError: the file is missing or damaged.
+        OSError: the file cannot be read.
+        ValueError: it is incomplete or damaged: the tensors must fill the file exactly.
     """
     with path.open("rb") as file:
         length = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))[0]
         size = path.stat().st_size
         if 8 + length > size:
             raise ValueError(f"{path.name}: incomplete safetensors file")
-        header = json.loads(file.read(length))
-    metadata = header.pop("__metadata__", {})
+        if length > MOST_HEADER:
+            raise ValueError(f"{path.name}: a header of {length:,} bytes, expected at most {MOST_HEADER:,}")
+        try:
+            header = json.loads(file.read(length))
+            metadata = dict(header.pop("__metadata__", None) or {})
+            found = {
+                name: StoredShape(one["dtype"], tuple(one["shape"]), 8 + length + one["data_offsets"][0])
+                for name, one in header.items()
+            }
+            ends = {name: 8 + length + one["data_offsets"][1] for name, one in header.items()}
+            total = sum(
+                math.prod(_counted(one.shape)) * VALUE_BYTES[one.dtype] if ends[name] - one.begin else 0
+                for name, one in found.items()
+            )
+            fits = all(
+                ends[name] - one.begin == math.prod(_counted(one.shape)) * VALUE_BYTES[one.dtype]
+                and 8 + length <= one.begin <= ends[name] <= size
+                for name, one in found.items()
+            )
+        except (RecursionError, AttributeError, KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"{path.name}: damaged safetensors header ({type(error).__name__}: {error})") from None
+    if not fits or 8 + length + total != size:
+        raise ValueError(f"{path.name}: {size:,} bytes, expected {8 + length + total:,}")
+    return found, metadata
+
+
+def _counted(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if not all(type(count) is int and count >= 0 for count in shape):
+        raise TypeError(f"shape {list(shape)!r:.80}")
+    return shape
+
+
+def stored_tensors(path: Path) -> tuple[dict[str, StoredRows], dict[str, str]]:
+    """Open a safetensors file; return the tensors, which stay in the file, and the metadata.
+
+    Raises:
+        OSError, ValueError: the file is missing or damaged.
+    """
+    described, metadata = stored_shapes(path)
     found = {}
-    for name, entry in header.items():
-        shape, dtype, (begin, end) = torch.Size(entry["shape"]), TYPES[entry["dtype"]], entry["data_offsets"]
-        if 8 + length + end > size:
-            raise ValueError(f"{path.name}: {size:,} bytes, expected {8 + length + end:,}")
+    for name, one in described.items():
+        shape, dtype = torch.Size(one.shape), TYPES[one.dtype]
         bytes_shape = (shape[0] if shape else 1, dtype.itemsize * math.prod(shape[1:]))
         raw: NDArray[np.uint8] = np.empty(bytes_shape, dtype=np.uint8)
-        if end > begin:  # an empty range cannot be mapped
-            raw = np.memmap(path, np.uint8, "r", offset=8 + length + begin, shape=bytes_shape)
+        if raw.size:  # an empty range cannot be mapped
+            raw = np.memmap(path, np.uint8, "r", offset=one.begin, shape=bytes_shape)
         found[name] = StoredRows(shape, dtype, [(0, raw)])
     return found, metadata
 

@@ -143,6 +143,47 @@ def softmax_calibration(
     return Calibration(tuple(merged), error, likelihood, _exp(-likelihood), num_queries)
 
 
+@torch.no_grad()
+def refined_weights(
+    queries: Tensor,
+    items: Tensor,
+    targets: Exclusion,
+    *,
+    temperature: float | Tensor = 1.0,
+    exclude: Exclusion | None = None,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Compute 1 - P(y | x) of every target y of every query x: the weight that refined logQ would give to the pair.
+
+    P is the softmax of `softmax_calibration`, over the whole catalog: training estimates it from candidates. The weight
+    is the model's own probability of being wrong (docs/theory.md).
+
+    Args:
+        queries: u(x) of each query, [E, D].
+        items: v(j), [N, D].
+        targets: compressed rows (offsets int64 [E+1], item codes); repeats count once.
+        temperature: T > 0.
+        exclude: compressed rows of items that P leaves out; a target among them is ignored.
+
+    Returns:
+        Number of the query, item code and weight of each pair, [P] each, sorted by query.
+    """
+    wanted = _pairs(targets, len(queries), len(items), "targets")
+    left_out = np.empty((2, 0), dtype=np.int64)
+    if exclude is not None:
+        left_out = _pairs(exclude, len(queries), len(items), "exclude")
+        wanted = wanted[:, ~np.isin(wanted[0] * len(items) + wanted[1], left_out[0] * len(items) + left_out[1])]
+    weights, catalog = np.empty(wanted.shape[1]), items.double().T / temperature
+    block = max(1, _BLOCK // len(items))
+    for start in range(0, len(queries), block):
+        logits = queries[start : start + block].double() @ catalog
+        row, column = _within(left_out, start, start + block)
+        logits[row, column] = -torch.inf
+        row, column = _within(wanted, start, start + block)
+        inside = (wanted[0] >= start) & (wanted[0] < start + block)
+        weights[inside] = -torch.expm1(torch.log_softmax(logits, 1)[row, column]).cpu().numpy()
+    return wanted[0], wanted[1], weights
+
+
 def _exp(value: float) -> float:
     """Return exp(value), or infinity on overflow."""
     return math.exp(value) if value < math.log(np.finfo(np.float64).max) else math.inf

@@ -23,6 +23,7 @@ from twotower.evaluation.significance import (
     paired_comparison,
 )
 from twotower.evaluation.slices import SLICES
+from twotower.evaluation.windows import WindowTable
 from twotower.system.filesystem import whole_file
 from twotower.system.terminal import cell
 
@@ -129,6 +130,8 @@ class Evaluation:
         is_exact: whether every ranker searched exactly.
         query_ids: vocabulary of the query codes; None if unknown.
         advice: settings to try if the model does not beat the best baseline, such as `"item_tower.dimension=256"`.
+        command: command that searches settings, shown with them; None for none.
+        windows: the same rankers over several test windows, of which this evaluation is the last; None for one.
     """
 
     holdout: str
@@ -147,6 +150,8 @@ class Evaluation:
     is_exact: bool = True
     query_ids: Vocabulary | None = field(default=None, repr=False)
     advice: tuple[str, ...] = ()
+    command: str | None = None
+    windows: WindowTable | None = None
 
     @property
     def num_queries(self) -> int:
@@ -194,6 +199,10 @@ class Evaluation:
             "notes": list(self.notes),
             "advice": list(self.advice),
         }
+        if self.command is not None:
+            result["command"] = self.command
+        if self.windows is not None:
+            result["windows"] = self.windows.to_dict()
         if per_query:
             result["queries"] = self.queries.tolist()
             for row, plain in zip(self.rows, result["rows"], strict=True):
@@ -216,7 +225,8 @@ class Evaluation:
         frames = [
             pl.DataFrame({"ranker": [row.name] * len(self.queries), **keys, **row.per_query}) for row in self.rows
         ]
-        return pl.concat(frames).with_columns(pl.selectors.float().fill_nan(None))
+        # A ranker may have values that others do not have.
+        return pl.concat(frames, how="diagonal").with_columns(pl.selectors.float().fill_nan(None))
 
     def write_per_query(self, path: str | Path) -> Path:
         """Write `per_query_frame()` as Parquet, atomically.
@@ -245,6 +255,8 @@ class Evaluation:
             yield TextTable(self._header(k), [self._cells(row, k) for row in self.rows])
         if (more := self._more_slices()) is not None:
             yield more
+        if self.windows is not None:
+            yield TextTable(self.windows.header(), self.windows.cells())
 
     def _more_slices(self) -> TextTable | None:
         """Build the table of cold and user-defined slices, one row each; None if there are no such slices."""
@@ -315,10 +327,13 @@ class Evaluation:
         lines = [f"{model.name} {what} the best baseline, {best.name}: {numbers}"]
         if self.advice:
             lines.append(f"settings to try on this data: {' '.join(f'--set {setting}' for setting in self.advice)}")
+        if self.command:
+            lines.append(f"to search them and others: {self.command}")
         return lines
 
     def _closing(self) -> list[str]:
-        return [*self._verdict(), *(f"note: {note}" for note in self.notes)]
+        notes = [*self.notes, *([] if self.windows is None else [self.windows.note()])]
+        return [*self._verdict(), *(f"note: {note}" for note in notes)]
 
     @staticmethod
     def _header(k: int) -> list[str]:

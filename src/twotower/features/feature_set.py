@@ -24,12 +24,15 @@ from twotower.config.features import (
     TimestampFeature,
 )
 from twotower.data.loading.batches import Encoded
+from twotower.distributed.row_files import stored_shapes
 from twotower.features.categorical import CategoryEncoder, FeatureEncoder, MultiCategory
 from twotower.features.frames import RowsLike, check_columns, frame_of, with_files
 from twotower.features.numeric import DenseEncoder, NumericEncoder, Quantile, TimestampEncoder
 from twotower.features.parsing import ErrorLocation
 from twotower.features.text import TextEncoder
 
+#: Largest size of the file of fitted encoders, which may have large vocabularies.
+MOST_JSON = 256 << 20
 _DECLARED: TypeAdapter[AnyFeature] = TypeAdapter(AnyFeature)
 
 
@@ -190,7 +193,7 @@ class FeatureSet:
             encoders = [_kind(one).restore(one, state) for one, state in zip(declared, states, strict=True)]
             widths = read.get("widths")  # absent in files of older versions, which derived widths from the values
             return cls(str(read["side"]), declared, encoders, widths)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"not fitted features: {error}") from error
 
 
@@ -242,9 +245,35 @@ class EncodedTable:
         path = folder / f"{side}_features.json"
         if not path.is_file():
             return None
+        if path.stat().st_size > MOST_JSON:
+            raise ValueError(f"{path.name}: {path.stat().st_size:,} bytes, expected at most {MOST_JSON:,}")
         features = FeatureSet.from_json(path.read_text(encoding="utf-8"))
-        arrays = load_file(path.with_suffix(".safetensors"))
-        return cls(features, [arrays[str(place)] for place in range(len(features.declared))])
+        values = path.with_suffix(".safetensors")
+        sizes = [encoder.size for encoder in features.encoders]
+        for name, one in stored_shapes(values)[0].items():  # a bag has every value at most once
+            if not name.isdecimal() or int(name) >= len(sizes) or one.shape[1:] > (sizes[int(name)],):
+                raise ValueError(f"{values.name}: {name} has shape {list(one.shape)}")
+        arrays = load_file(values)
+        found = [arrays[str(place)] for place in range(len(features.declared))]
+        for encoder, array in zip(features.encoders, found, strict=True):
+            _require_form(encoder, array, path.name)
+        return cls(features, found)
+
+
+def _require_form(encoder: FeatureEncoder, array: NDArray[Any], where: str) -> None:
+    """Check that a stored array has the form of its encoder.
+
+    Raises:
+        ValueError: its shape or type differ, or a code has no row in the encoder's table.
+    """
+    dimensions = 1 if encoder.form == "codes" else 2
+    if array.ndim != dimensions or array.dtype != (np.float32 if encoder.form == "numbers" else np.int64):
+        raise ValueError(f"{where}: {encoder.form} of type {array.dtype} {list(array.shape)}")
+    if encoder.form == "numbers":
+        if array.shape[1] != encoder.size:
+            raise ValueError(f"{where}: {array.shape[1]:,} numbers in each row, expected {encoder.size:,}")
+    elif array.size and not 0 <= array.min() <= array.max() < encoder.size:
+        raise ValueError(f"{where}: a code has no row in a table of {encoder.size:,}")
 
 
 def _place(side: str, ids: pl.Series) -> ErrorLocation:

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from twotower.config.features import AnyFeature, DenseFeature
 from twotower.data.interactions import Interactions
+from twotower.data.io.feature_tables import described
 from twotower.data.schema.vocabulary import Codes, Vocabulary, listed
 from twotower.errors import InputError
 from twotower.features.categorical import CategoryEncoder, FeatureEncoder, MultiCategory, ValueVocabulary
 from twotower.features.feature_set import EncodedTable, FeatureSet
 from twotower.features.from_config import context_frame, context_place
 from twotower.features.parsing import ErrorLocation
-from twotower.incremental.vocabularies import described
 
 
 @dataclass(frozen=True)

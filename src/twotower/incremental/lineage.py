@@ -23,13 +23,18 @@ from twotower.incremental.split import CARRIED, ContinuedSplit
 from twotower.serving.model_folder import SavedModel
 
 
-def saved_rows_of(split: Split) -> dict[str, NDArray[Any]]:
-    """Collect the row data that a model folder stores for continued training.
+def saved_rows_of(split: Split, trained: NDArray[np.int64] | None = None) -> dict[str, NDArray[Any]]:
+    """Collect the row data that a model folder stores for continued training and for the audit.
+
+    Args:
+        split: the data.
+        trained: numbers of the rows of `split.train` that an incremental run was trained on; None for all.
 
     Returns:
         `learnt`, the number of rows of each query, from the first row, that the model was trained on; and `timestamps`,
         `weights` and `groups` of all rows, if the data has them. After incremental training also the test (`test.*`)
-        and validation (`validation.*`), which cannot be recreated from the new data alone.
+        and validation (`validation.*`), which cannot be recreated from the new data alone, and `trained`, the numbers
+        of the training rows that batches were made of.
     """
     data, train = split.data, split.train
     counts = np.diff(train.offsets)
@@ -38,6 +43,8 @@ def saved_rows_of(split: Split) -> dict[str, NDArray[Any]]:
     # If the training rows are not the first rows of their query, all rows count as learnt, so none is learnt twice.
     found: dict[str, NDArray[Any]] = {"learnt": counts if first else np.diff(data.offsets)}
     found |= {name: np.asarray(getattr(data, name)) for name in CARRIED if getattr(data, name) is not None}
+    if trained is not None and first:
+        found["trained"] = trained
     if isinstance(split, ContinuedSplit):
         for held in (split.test, split.validation):
             found[f"{held.name}.queries"] = held.queries

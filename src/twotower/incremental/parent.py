@@ -19,7 +19,7 @@ from twotower.errors import InputError
 from twotower.incremental.saved_rows import load_context, load_rows
 from twotower.incremental.split import CARRIED, ContinuedSplit, PastData, continued
 from twotower.serving.catalog_changes import CatalogChanges
-from twotower.serving.model_folder import TOWERS, SavedModel, find_model
+from twotower.serving.model_folder import REFIT, TOWERS, SavedModel, find_model
 
 if TYPE_CHECKING:
     from twotower.training import FitResult
@@ -54,7 +54,8 @@ class ParentModel:
         """
         folder = find_model(directory)
         artifact = SavedModel.load(folder, weights=False, verify=Launch.of_environment().local_rank == 0)
-        best = folder.parent / "checkpoints" / "best.ckpt"
+        run = folder.parent / REFIT if artifact.metadata.get("refit") else folder.parent
+        best = run / "checkpoints" / "best.ckpt"
         changes = CatalogChanges.read(folder)
         left = np.zeros(0, dtype=np.int64) if changes is None else changes.left
         removed = artifact.items.decode(left[left < len(artifact.items)])

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
+from twotower.data.io.feature_tables import described
 from twotower.data.schema.vocabulary import Codes, Vocabulary
 from twotower.errors import InputError
 
@@ -26,14 +25,6 @@ def union(first: pl.Series, second: pl.Series, side: str) -> Vocabulary:
 def item_map(old: Vocabulary, new: Vocabulary) -> Codes:
     """Map each old code to its new code, int64 [old ids]; -1 for an id that is not in the new vocabulary."""
     return new.encode(old.ids)
-
-
-def described(table: pl.DataFrame | None, count: int) -> NDArray[np.bool_]:
-    """Mark the rows of a joined table with any value other than the id, bool [count]; all False without a table."""
-    if table is None or table.width < 2:
-        return np.zeros(count, dtype=np.bool_)
-    own = table.columns[0]
-    return table.select(pl.any_horizontal(pl.exclude(own).is_not_null())).to_series().to_numpy()
 
 
 def joined_table(

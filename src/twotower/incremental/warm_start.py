@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +27,7 @@ from twotower.incremental.parent import ParentModel
 from twotower.incremental.split import ContinuedSplit
 from twotower.negatives import StreamingFrequency
 from twotower.objectives import Objective
+from twotower.serving import SavedModel
 from twotower.towers import FeatureInputs, TwoTower, build_towers
 from twotower.towers.sharded_lookup import shared_tables_of
 from twotower.training.checkpoint.lazy import open_checkpoint
@@ -367,9 +369,7 @@ def load_parent_state(
         return None
     saved = open_checkpoint(parent.checkpoint)
     state: Mapping[str, RowSource] = saved["state_dict"]
-    # The checkpoint matches the model only if the weights are equal: the averaged weights, if there are any.
-    kind = "averaged" if any(name.startswith("averaged.") for name in state) else "towers"
-    if ranks.agree(any(not _same(state.get(f"{kind}.{name}"), own, ranks) for name, own in old.items())):
+    if not _has_weights(state, old, ranks):
         if on_message is not None:
             on_message(f"{WEIGHTS_ONLY}: {parent.checkpoint} and the model have different weights")
         return None
@@ -377,6 +377,29 @@ def load_parent_state(
     kept = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     continue_objective(objective, kept, growth.maps.items)
     return ContinueOptimizer(rows, saved["optimizer_states"][0], on_message)
+
+
+def objective_state(artifact: SavedModel, checkpoint: Path) -> dict[str, Tensor]:
+    """Read the state of the objective with which a model was trained; empty if the checkpoint is not this model's.
+
+    Args:
+        artifact: the model, with its weights.
+        checkpoint: folder of the checkpoint with its best weights, which need not exist.
+    """
+    if not checkpoint.is_dir():
+        return {}
+    state: Mapping[str, RowSource] = open_checkpoint(checkpoint)["state_dict"]
+    parent = ParentModel(artifact, checkpoint, str(checkpoint))
+    if not _has_weights(state, parent.weights(), Communicator()):
+        return {}
+    prefix = "objective."
+    return {name.removeprefix(prefix): value[...] for name, value in state.items() if name.startswith(prefix)}
+
+
+def _has_weights(state: Mapping[str, RowSource], weights: Mapping[str, RowSource], ranks: Communicator) -> bool:
+    """Return whether a checkpoint has these weights: the averaged ones, if there are any; collective."""
+    kind = "averaged" if any(name.startswith("averaged.") for name in state) else "towers"
+    return not ranks.agree(any(not _same(state.get(f"{kind}.{name}"), own, ranks) for name, own in weights.items()))
 
 
 def _same(saved: RowSource | None, own: RowSource, ranks: Communicator) -> bool:

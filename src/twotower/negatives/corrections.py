@@ -11,9 +11,10 @@ from abc import ABC, abstractmethod
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from twotower.errors import InputError
+from twotower.negatives.frequency import Frequency
 from twotower.negatives.sources import DrawRequest, InBatch, RandomSource, Source, log_absence_after, log_complement
 
 
@@ -91,13 +92,44 @@ class BatchProbability(Correction):
 
 
 class ImportanceToUniform(Correction):
-    """log(Q_j / P_j) with P uniform over the catalog and Q the frequency: log p_j + log N."""
+    """log(Q_j / P_j) with P uniform over the catalog and Q the frequency: log p_j + log N.
+
+    Draws from Q with weights P/Q: on average the negatives' sum is (B-1)/N times that of the catalog.
+    """
 
     def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: DrawRequest) -> Tensor:
         """Return log p_j + log N."""
         del source
         in_batch = in_batch_source(pool)
         return in_batch.log_prob(items, request) + math.log(in_batch.frequency.num_items)
+
+
+class ImportanceToFrequency(nn.Module, Correction):
+    """log(P_j / Q_j) with P uniform over the catalog and Q the frequency: -log N - log p_j.
+
+    Draws from P with weights Q/P: on average the negatives' sum over K of them is K E_Q[exp s], that of an uncorrected
+    batch. An item with p_j = 0 has weight 0, whatever the strength.
+
+    Args:
+        frequency: Q.
+
+    Raises:
+        InputError: the frequency is estimated from batches; without in-batch candidates none are observed.
+    """
+
+    def __init__(self, frequency: Frequency) -> None:
+        super().__init__()
+        if not frequency.is_exact:
+            raise InputError(
+                "objective.frequency: uniform-importance weighs candidates by a counted frequency; set it to counted, "
+                "or grouped"
+            )
+        self.frequency = frequency
+
+    def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: DrawRequest) -> Tensor:
+        """Return -log N - log p_j, +inf for items without training rows."""
+        del pool, source
+        return -math.log(self.frequency.num_items) - self.frequency.log_prob(items, request.group)
 
 
 class MixtureProbability(Correction):
@@ -116,10 +148,18 @@ class MixtureProbability(Correction):
 
 
 class BySourceProbability(Correction):
-    """log q_j of the source that drew the candidate: p_j for in-batch, 1/N for uniform."""
+    """log q_j of the source that drew the candidate: p_j for in-batch, 1/N for uniform.
+
+    Args:
+        of_all_draws: use the probability that any of the source's n draws is the item, log(1 - (1 - q_j)^n), with n = B
+            for in-batch, in place of that of one draw.
+    """
+
+    def __init__(self, *, of_all_draws: bool = False) -> None:
+        self.of_all_draws = of_all_draws
 
     def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: DrawRequest) -> Tensor:
-        """Return log q_j^s.
+        """Return log q_j^s, or log(1 - (1 - q_j^s)^n_s).
 
         Raises:
             InputError: the pool is unique: copies from different sources are merged, so candidates have no source.
@@ -132,7 +172,10 @@ class BySourceProbability(Correction):
         count = torch.zeros(items.shape, dtype=torch.float64, device=items.device)
         for place, member in enumerate(pool.members()):
             if isinstance(member, RandomSource):
-                count = torch.where(source == place, member.log_prob(items, request), count)
+                log_prob = member.log_prob(items, request)
+                if self.of_all_draws:
+                    log_prob = log_complement(log_absence_after(_draws_as_published(member, request), log_prob))
+                count = torch.where(source == place, log_prob, count)
         return count
 
 

@@ -234,10 +234,15 @@ class StreamingFrequency(Frequency):
     n = 1/a on, the mean is a moving average. p is the probability for one row, every occurrence in a step counts, and
     for small a the estimate is a ratio of expectations, E[s B] / E[c] = 1/p, at every p. Edge cases:
 
-    - first occurrence: there is no gap yet. G[h] is the number of rows t since the item could first occur, divided by
-      c, as a provisional value (n = 0), which the next occurrence replaces. Within an epoch of R rows, whose rows are
-      drawn without replacement, it is R (1/R + 1/(R-1) + ... + 1/(R-t+1)) / c, whose mean is R/c_j for an item with c_j
-      rows; t alone would be half of R for an item with one row;
+    - first occurrence: there is no gap yet. G[h] is a provisional value (n = 0), which the next step with the item
+      replaces: t / c, with t the rows since the item could first occur. Within an epoch of R rows, drawn without
+      replacement, t becomes R (1/R + 1/(R-1) + ... + 1/(R-t+1)), so that the mean is R/c_j for an item with c_j rows; t
+      alone would be half of R for an item with one row. If an item occurs c > 1 times in its first step, it may have
+      joined only just before: of t rows, all c occurrences are among the last B by chance with (B/t)^(c-1), so
+
+          G[h] = ( (B/t)^(c-1) t + (1 - (B/t)^(c-1)) B ) / c
+
+      which is B/c in the first step of a run, and at most 1.11 B/c from c = 5 on, however long the run has lasted;
     - never seen: p = 0;
     - p = 1: an item that is in every row has gap 1 and p = 1;
     - an item that no longer occurs: once the open gap exceeds `patience` times G[h], open gap / patience is used
@@ -292,19 +297,21 @@ class StreamingFrequency(Frequency):
         is_first = torch.isinf(old)
         number = gaps[items] + occurrences
         weight = torch.maximum(1.0 - (1.0 - self.rate) ** occurrences, occurrences / number)
-        new = torch.where(is_first, self._first_gap(elapsed), elapsed) / occurrences
+        new = torch.where(is_first, self._first_gap(elapsed, occurrences, len(items)), elapsed) / occurrences
         # Every occurrence of an item writes the same value, so their order does not matter.
         gap[items] = torch.where(is_first, new, old + weight * (new - old))
         gaps[items] = torch.where(is_first, 0.0, number)
         last[items] = self.clock
 
-    def _first_gap(self, elapsed: Tensor) -> Tensor:
-        """Return the provisional gap of an item that occurs for the first time after this many rows."""
-        if self._rows is None:
-            return elapsed
-        within = torch.digamma(torch.tensor(self._rows + 1.0, dtype=torch.float64, device=elapsed.device))
-        within = self._rows * (within - torch.digamma((self._rows - elapsed).clamp(min=0.0) + 1.0))
-        return torch.where(elapsed <= self._rows, within, elapsed)
+    def _first_gap(self, elapsed: Tensor, occurrences: Tensor, rows: int) -> Tensor:
+        """Return c G of items that occur c times in this step of B rows, for the first time in `elapsed` rows."""
+        since = elapsed
+        if self._rows is not None:
+            within = torch.digamma(torch.tensor(self._rows + 1.0, dtype=torch.float64, device=elapsed.device))
+            within = self._rows * (within - torch.digamma((self._rows - elapsed).clamp(min=0.0) + 1.0))
+            since = torch.where(elapsed <= self._rows, within, elapsed)
+        by_chance = (rows / elapsed) ** (occurrences - 1.0)
+        return by_chance * since + (1.0 - by_chance) * rows
 
     def epoch_rows(self, group: Group | None = None) -> float | None:
         """Return R; None if it is not known. `group` is ignored."""

@@ -96,8 +96,9 @@ class Pool(nn.Module):
 
         Raises:
             InputError: `positives` is not int64 [B]; known positives are missing although rows are positions of whole
-                sequences and a source is in-batch or a memory; the batch has more rows than the frequency was counted
-                on; or a candidate has an expected count of zero (CPU only: the check would stall an accelerator).
+                sequences and a source is in-batch or a memory; the only source is in-batch and the batch has one row or
+                one sequence; the batch has more rows than the frequency was counted on; or a candidate has an expected
+                count of zero (CPU only: the check would stall an accelerator).
         """
         request = DrawRequest.of(request, **options)
         positives, group, rows = request.positives, request.group, request.rows
@@ -115,10 +116,11 @@ class Pool(nn.Module):
                 "in_batch or memory, pass the known positives of every row so that they are masked"
             )
         own_positives = positives if rows is None else positives[rows]
-        if len(positives) == 1 and request.windows is None and all(isinstance(m, InBatch) for m in self.members()):
+        size, unit = (len(positives), "row") if request.windows is None else (request.windows.drawn, "sequence")
+        if size == 1 and all(isinstance(m, InBatch) for m in self.members()):
             raise InputError(
-                "positives: a batch of one row has no other rows, so in_batch alone gives it no candidates; use larger "
-                "batches, or add a source such as uniform"
+                f"positives: a batch of one {unit} has no other {unit}s, so in_batch alone gives it no candidates; use "
+                "larger batches, or add a source such as uniform"
             )
         if self.training:
             for frequency in self.frequencies():
@@ -315,7 +317,8 @@ class Pool(nn.Module):
 
 
 def _refuse_impossible(items: Tensor, log_expected_count: Tensor) -> None:
-    impossible = ~torch.isfinite(log_expected_count) & (items >= 0)
+    # +inf is a published weight of zero, not a count.
+    impossible = ~(log_expected_count > -torch.inf) & (items >= 0)
     if bool(impossible.any()):
         item = int(items[impossible][0])
         raise InputError(

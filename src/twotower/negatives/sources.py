@@ -380,6 +380,10 @@ class PerQuery(Source):
 class Observed(PerQuery):
     """The latest `size` observed negatives of the row's query (dislikes, impressions without a click), kappa = 1.
 
+    In a softmax, an item with kappa = 1 counts once, as in the full softmax: its part of the partition sum is exact,
+    which lowers the spread of the estimate and changes nothing on average. So a softmax does not learn from it that the
+    query disliked the item; `logistic-observed` does.
+
     Args:
         offsets: int64 [Q+1], where each query's observed negatives begin and end in `item_codes`.
         item_codes: items of the observed negatives, grouped by query, oldest first.

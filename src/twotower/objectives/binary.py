@@ -17,7 +17,7 @@ from twotower.objectives.base import Embedded, Objective, corrected_logits, loss
 
 
 class Binary(Objective):
-    """Base class of the binary objectives, with one learned bias b added to all logits.
+    """Base class of the binary objectives, with one learned bias b added to all logits, or none.
 
     A binary loss models probabilities of single items, most of them tiny, but scores of unit vectors cannot all be far
     below zero. The bias is the missing constant (log odds; for NCE the log partition). It is the same for every item,
@@ -27,19 +27,22 @@ class Binary(Objective):
         pool: where the candidates come from.
         initial_bias: initial value of b: -log K for K uncorrected negatives (the odds of a positive), -log N for the
             corrected losses (probabilities that sum to one). From 0, b would need many steps to reach these values, and
-            until then the loss would push all scores down, most of all the scores of popular items.
+            until then the loss would push all scores down, most of all the scores of popular items. None: no bias, as
+            in word2vec, whose dot products are not bounded.
         strength: scales log kappa.
     """
 
     sums_exponentials = False
 
-    def __init__(self, pool: Pool, *, initial_bias: float = 0.0, strength: float = 1.0) -> None:
+    bias: nn.Parameter | None
+
+    def __init__(self, pool: Pool, *, initial_bias: float | None = 0.0, strength: float = 1.0) -> None:
         super().__init__(pool, strength=strength)
-        self.bias = nn.Parameter(torch.tensor(initial_bias))
+        self.bias = None if initial_bias is None else nn.Parameter(torch.tensor(initial_bias))
 
     def _biased(self, embedded: Embedded, drawn: Candidates, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
         positive, negatives = corrected_logits(embedded, drawn, temperature)
-        return positive + self.bias, negatives + self.bias
+        return (positive, negatives) if self.bias is None else (positive + self.bias, negatives + self.bias)
 
 
 class Logistic(Binary):
@@ -64,7 +67,7 @@ class Logistic(Binary):
         *,
         corrected: bool = False,
         keep_accidental: bool = False,
-        initial_bias: float = 0.0,
+        initial_bias: float | None = 0.0,
         strength: float = 1.0,
     ) -> None:
         super().__init__(pool, initial_bias=initial_bias, strength=strength)
@@ -105,7 +108,7 @@ class GeneralisedBCE(Binary):
     """
 
     def __init__(
-        self, pool: Pool, *, size: int, num_items: int, calibration: float = 0.75, initial_bias: float = 0.0
+        self, pool: Pool, *, size: int, num_items: int, calibration: float = 0.75, initial_bias: float | None = 0.0
     ) -> None:
         super().__init__(pool, initial_bias=initial_bias)
         self.beta = gbce_beta(size, num_items, calibration)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from twotower.config.run import Config, ObjectiveConfig
 from twotower.data import Interactions
+from twotower.data.io.feature_tables import described
 from twotower.errors import InputError
 from twotower.negatives import (
     Catalog,
@@ -24,6 +25,7 @@ from twotower.negatives import (
     HardNegatives,
     Head,
     InBatch,
+    IndexStream,
     LogUniform,
     Observed,
     Pool,
@@ -34,6 +36,7 @@ from twotower.negatives import (
     Uniform,
     Weighted,
 )
+from twotower.negatives.corrections import Correction
 from twotower.negatives.frequency import HasItemCounts
 from twotower.objectives.base import Objective
 from twotower.objectives.registry import OBJECTIVES, named_objective
@@ -47,6 +50,7 @@ __all__ = [
     "named_objective",
     "needs_known_positives",
     "refuse_in_batch",
+    "source_names",
 ]
 
 
@@ -61,6 +65,8 @@ def build_objective(config: Config, train: Interactions, *, learnt: HasItemCount
     """
     settings = config.objective
     named = named_objective(settings.name)
+    if "index_stream" in (name for source in settings.sources or named.sources for name in source):
+        _require_corpus(config)
     pool = build_pool(settings, train, learnt=learnt)
     objective = named.make(pool, settings, train.num_items)
     objective.rows_per_draw = settings.rows_per_draw
@@ -68,6 +74,20 @@ def build_objective(config: Config, train: Interactions, *, learnt: HasItemCount
     if settings.rows_per_draw is not None and asks_together:
         refuse_in_batch(pool)
     return objective
+
+
+def _require_corpus(config: Config) -> None:
+    """Check that items without interactions are in the catalog, and that the item tower can tell them apart."""
+    if config.data.catalog != "table":
+        raise InputError(
+            "objective.sources: index_stream draws from the whole corpus, but the catalog has only items with "
+            "interactions; set data.catalog=table and pass the item table with --items FILE, or use uniform"
+        )
+    if config.item_tower.features in ("none", []):
+        raise InputError(
+            "objective.sources: index_stream draws items without interactions, which are embedded by their features; "
+            "set item_tower.features=auto, or use uniform"
+        )
 
 
 def refuse_in_batch(pool: Pool) -> None:
@@ -92,10 +112,10 @@ def build_pool(settings: ObjectiveConfig, train: Interactions, *, learnt: HasIte
         for source in (named.sources if settings.sources is None else settings.sources)
         for name, options in source.items()
     ]
-    builder = _SourceBuilder(train, build_frequency(settings, train, learnt), written)
-    return Pool(
-        *(builder.build(name, options) for name, options in written), unique=unique, correction=named.correction
-    )
+    frequency = build_frequency(settings, train, learnt)
+    builder = _SourceBuilder(train, frequency, written)
+    correction = named.correction if isinstance(named.correction, Correction) else named.correction(frequency)
+    return Pool(*(builder.build(name, options) for name, options in written), unique=unique, correction=correction)
 
 
 def masks_known_positives(settings: ObjectiveConfig) -> bool:
@@ -105,10 +125,15 @@ def masks_known_positives(settings: ObjectiveConfig) -> bool:
     return named_objective(settings.name).mask_known_positives
 
 
+def source_names(settings: ObjectiveConfig) -> list[str]:
+    """Return the names of the sources of an objective's settings."""
+    sources = named_objective(settings.name).sources if settings.sources is None else settings.sources
+    return [name for source in sources for name in source]
+
+
 def needs_known_positives(config: Config) -> bool:
     """Return whether known positives must be masked: for the objective, or because rows of one query are candidates."""
-    sources = config.objective.sources or named_objective(config.objective.name).sources
-    of_rows = any(name in source for source in sources for name in ("in_batch", "memory"))
+    of_rows = not {"in_batch", "memory"}.isdisjoint(source_names(config.objective))
     together = config.reads_sequences or config.training.question in ("horizon", "set")  # rows of one query
     return masks_known_positives(config.objective) or (of_rows and together)
 
@@ -141,7 +166,7 @@ def _options(options: dict[str, Any] | None, settings: ObjectiveConfig) -> dict[
 
 
 class _SourceBuilder:
-    """A builder for the sources of one pool; with a head, `uniform` and `frequency` draw from the other items only."""
+    """A builder for the sources of one pool; with a head, proposals draw from the other items only."""
 
     def __init__(self, train: Interactions, frequency: Frequency, written: list[tuple[str, dict[str, Any]]]) -> None:
         self.train, self.frequency, self.written = train, frequency, written
@@ -153,6 +178,7 @@ class _SourceBuilder:
         builders: dict[str, Callable[..., Source]] = {
             "in_batch": self.in_batch,
             "uniform": self.uniform,
+            "index_stream": self.index_stream,
             "frequency": self.frequency_power,
             "log_uniform": self.log_uniform,
             "memory": self.memory,
@@ -179,6 +205,15 @@ class _SourceBuilder:
 
     def uniform(self, *, size: int, unique: bool = False, per_row: bool = False) -> Source:
         proposal = Uniform(self.train.num_items) if self.head is None else self._tail(torch.ones(self.train.num_items))
+        return Sampled(proposal, size, unique=unique, per_row=per_row)
+
+    def index_stream(self, *, size: int, unique: bool = False, per_row: bool = False) -> Source:
+        in_corpus = torch.from_numpy(described(self.train.item_table, self.train.num_items))
+        proposal: Proposal
+        if self.head is None:
+            proposal = IndexStream(self.train.num_items, torch.nonzero(in_corpus)[:, 0])
+        else:
+            proposal = self._tail(in_corpus.double())
         return Sampled(proposal, size, unique=unique, per_row=per_row)
 
     def frequency_power(

@@ -9,7 +9,7 @@ from typing import Any
 
 from twotower.config.run import ObjectiveConfig
 from twotower.errors import InputError
-from twotower.negatives import Pool, Sampled, corrections
+from twotower.negatives import Frequency, Pool, Sampled, corrections
 from twotower.negatives.corrections import Correction
 from twotower.objectives.base import Objective, PositiveCorrectedSoftmax, RefinedLogQ, SampledSoftmax
 from twotower.objectives.binary import BPR, GeneralisedBCE, Logistic
@@ -28,7 +28,7 @@ class ObjectiveSpec:
     Attributes:
         summary: one line for lists.
         sources: default sources if the configuration has none; `K` means `objective.negatives`.
-        correction: the correction subtracted from the logits.
+        correction: the correction subtracted from the logits, or a function that makes it from the item frequency.
         make: builds the objective from its pool.
         unique: default of `objective.unique`: whether duplicates are removed.
         mask_known_positives: default of `objective.mask_known_positives`: whether a query's other positives are masked.
@@ -37,7 +37,7 @@ class ObjectiveSpec:
     summary: str
     sources: Sources
     make: Callable[[Pool, ObjectiveConfig, int], Objective]
-    correction: Correction = field(default_factory=corrections.ExpectedCounts)
+    correction: Correction | Callable[[Frequency], Correction] = field(default_factory=corrections.ExpectedCounts)
     unique: bool = False
     mask_known_positives: bool = False
 
@@ -49,17 +49,21 @@ def _softmax(pool: Pool, settings: ObjectiveConfig, num_items: int) -> Objective
 
 def _logistic(pool: Pool, settings: ObjectiveConfig, num_items: int) -> Objective:
     del num_items
-    return Logistic(pool, initial_bias=-math.log(settings.negatives))
+    return Logistic(pool, initial_bias=_initial_bias(settings, settings.negatives))
+
+
+def _initial_bias(settings: ObjectiveConfig, count: int) -> float | None:
+    return -math.log(max(count, 1)) if settings.bias else None
 
 
 def _corrected_logistic(pool: Pool, settings: ObjectiveConfig, num_items: int) -> Objective:
-    return Logistic(pool, corrected=True, initial_bias=-math.log(num_items), strength=settings.strength)
+    bias = _initial_bias(settings, num_items)
+    return Logistic(pool, corrected=True, initial_bias=bias, strength=settings.strength)
 
 
 def _noise_contrastive(pool: Pool, settings: ObjectiveConfig, num_items: int) -> Objective:
-    return Logistic(
-        pool, corrected=True, keep_accidental=True, initial_bias=-math.log(num_items), strength=settings.strength
-    )
+    bias = _initial_bias(settings, num_items)
+    return Logistic(pool, corrected=True, keep_accidental=True, initial_bias=bias, strength=settings.strength)
 
 
 def _gbce(pool: Pool, settings: ObjectiveConfig, num_items: int) -> Objective:
@@ -69,7 +73,7 @@ def _gbce(pool: Pool, settings: ObjectiveConfig, num_items: int) -> Objective:
         size=size,
         num_items=num_items,
         calibration=settings.calibration,
-        initial_bias=-math.log(max(size, 1)),
+        initial_bias=_initial_bias(settings, size),
     )
 
 
@@ -101,6 +105,12 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
         _softmax,
         corrections.ImportanceToUniform(),
     ),
+    "uniform-importance": ObjectiveSpec(
+        "softmax over K uniform items, reweighted to the frequency: s + log(Q/P), as popularity-biased as in-batch",
+        UNIFORM,
+        _softmax,
+        corrections.ImportanceToFrequency,
+    ),
     "refined-logq": ObjectiveSpec(
         "softmax over the batch without the positive, rows weighted by 1 - P(y)",
         IN_BATCH,
@@ -115,6 +125,12 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
     ),
     "mixed-by-source": ObjectiveSpec(
         "batch and uniform candidates, each with its own source's q", MIXED, _softmax, corrections.BySourceProbability()
+    ),
+    "mixed-by-source-batch-probability": ObjectiveSpec(
+        "batch and uniform candidates, each by its own source's 1 - (1-q)^n",
+        MIXED,
+        _softmax,
+        corrections.BySourceProbability(of_all_draws=True),
     ),
     "negative-sampling": ObjectiveSpec(
         "binary cross-entropy, K uniform negatives for each positive (word2vec)",

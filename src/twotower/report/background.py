@@ -49,6 +49,10 @@ def audit(document: Document) -> Html | None:
             ]
         )
     heads = ["objective", "bias", "spread", "distinct", "effective", "gradient on the tail", "verdict"]
+    if any("weight" in one["overall"] for one in known):
+        heads.insert(-1, "mean 1 - P(y)")
+        for one, line in zip(known, cells, strict=True):
+            line.insert(-1, f"{one['overall']['weight']:.3f}" if "weight" in one["overall"] else "–")
     note = (
         f"Measured on {found['rows']} rows of the training data with {found['draws']} draws each, on the model "
         f"{found['asked']['model'] if 'asked' in found else ''}. Bias: distance between the mean gradient and the "
@@ -133,6 +137,29 @@ def calibration(document: Document) -> Html | None:
             class_="note",
         ),
     )
+
+
+def refined_weights(document: Document) -> Html | None:
+    """Show the weight 1 - P(y | x) of the test queries and their targets."""
+    found = document.get("refined_weights")
+    if not found:
+        return None
+    heads = ["", "mean", "quartiles", *(f"decile {number}" for number in range(1, 11))]
+    cells = [
+        [
+            name,
+            f"{one['mean']:.3f}",
+            " / ".join(f"{one[place]:.3f}" for place in ("low", "middle", "high")),
+            *("–" if value is None else f"{value:.3f}" for value in one["deciles"]),
+        ]
+        for name, one in found.items()
+    ]
+    note = (
+        "Refined logQ weighs a row by 1 - P(y), the model's own probability of being wrong: near 0 the row is learnt, "
+        "near 1 it is not. Here P is over the whole catalog, for the test queries and their targets, by popularity "
+        "decile of the target, most popular first. Every query is in per_query.parquet (refined_weight)."
+    )
+    return h("div", h("p", note), table(heads, cells, "Row weights"))
 
 
 def _ratio(part: dict[str, Any]) -> tuple[float, float | None, float | None, float | None]:

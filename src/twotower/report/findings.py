@@ -16,6 +16,8 @@ _MANY = 3
 
 def question(document: Document) -> str:
     """Return the title of the report, the question that it answers."""
+    if document.get("sweep"):
+        return f"What does {document['sweep']['setting']} do to quality, to the tail and to items never seen?"
     if document["kind"] == "comparison":
         return "Which objective should you use on this data, and what does it cost in the tail?"
     return "How good is this model, overall and in the tail?"
@@ -159,6 +161,8 @@ def _beaten(document: Document) -> list[str]:
         said = f"{tests['against']} is below the best baseline, {best['name']}: its {metric} is {numbers}."
     if advice := document["evaluation"].get("advice"):
         said += f" Settings to try on this data: {' '.join(f'--set {setting}' for setting in advice)}."
+    if command := document["evaluation"].get("command"):
+        said += f" To search them and others: {command}."
     return [said]
 
 

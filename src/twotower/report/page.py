@@ -35,6 +35,7 @@ class ReportSection:
 SECTIONS = (
     ReportSection("overall", "Overall", results.overall),
     ReportSection("differences", "Significant differences", results.differences),
+    ReportSection("sweep", "The sweep", results.sweep),
     ReportSection("popularity", "By popularity", results.deciles),
     ReportSection("coverage", "Catalog coverage", results.coverage),
     ReportSection("dial", "The popularity dial", results.dial),
@@ -42,6 +43,7 @@ SECTIONS = (
     ReportSection("learning", "Learning curves", results.learning),
     ReportSection("audit", "Gradient bias and spread", background.audit),
     ReportSection("calibration", "Calibration", background.calibration),
+    ReportSection("weights", "Row weights of refined logQ", background.refined_weights),
     ReportSection("cost", "Time and memory", results.cost),
     ReportSection("examples", "Example queries", background.examples),
     ReportSection("data", "Data", background.data),
@@ -56,12 +58,39 @@ def render(document: Document, sections: tuple[ReportSection, ...] = SECTIONS) -
         document: the content of `results.json`.
         sections: the sections in order.
     """
-    made = [(section, section.make(document)) for section in sections]
-    shown = [(section, content) for section, content in made if content is not None]
     title = findings.question(document)
     answer = findings.answer(document)
     cautions = findings.cautions(document)
-    page = h(
+    head = h(
+        "header",
+        h("p", _kicker(document), class_="kicker"),
+        h("h1", title),
+        h(
+            "div",
+            h("p", _named(answer[0], document), class_="lead"),
+            [h("p", _named(text, document)) for text in answer[1:]],
+            class_="answer",
+        ),
+        h("aside", h("h2", "Before you rely on these results"), h("ul", [h("li", text) for text in cautions]))
+        if cautions
+        else None,
+        _facts(document),
+    )
+    return page(document, f"{title} – {source_name(document['data']['source'])}", head, sections)
+
+
+def page(document: Document, title: str, head: Html, sections: tuple[ReportSection, ...]) -> str:
+    """Build a page that opens offline: a heading, links to the sections, the sections.
+
+    Args:
+        document: what the sections are made from, with `versions`.
+        title: title of the window.
+        head: the heading.
+        sections: the sections in order; one without content is omitted.
+    """
+    made = [(section, section.make(document)) for section in sections]
+    shown = [(section, content) for section, content in made if content is not None]
+    whole = h(
         "html",
         h(
             "head",
@@ -69,31 +98,13 @@ def render(document: Document, sections: tuple[ReportSection, ...] = SECTIONS) -
             h("meta", name="viewport", content="width=device-width, initial-scale=1"),
             h("meta", http_equiv="Content-Security-Policy", content=POLICY),
             h("meta", name="color-scheme", content="light dark"),
-            h("title", f"{title} – {_name(document)}"),
+            h("title", title),
             h("style", raw(files(__package__).joinpath("style.css").read_text(encoding="utf-8"))),
         ),
         h(
             "body",
-            h(
-                "header",
-                h("p", _kicker(document), class_="kicker"),
-                h("h1", title),
-                h(
-                    "div",
-                    h("p", _named(answer[0], document), class_="lead"),
-                    [h("p", _named(text, document)) for text in answer[1:]],
-                    class_="answer",
-                ),
-                h("aside", h("h2", "Before you rely on these results"), h("ul", [h("li", text) for text in cautions]))
-                if cautions
-                else None,
-                _facts(document),
-                h(
-                    "nav",
-                    [h("a", section.title, href=f"#{section.name}") for section, _ in shown],
-                    aria_label="Sections",
-                ),
-            ),
+            head,
+            h("nav", [h("a", section.title, href=f"#{section.name}") for section, _ in shown], aria_label="Sections"),
             h(
                 "main",
                 [h("section", h("h2", section.title), content, id=section.name) for section, content in shown],
@@ -102,7 +113,7 @@ def render(document: Document, sections: tuple[ReportSection, ...] = SECTIONS) -
         ),
         lang="en",
     )
-    return f"<!doctype html>\n{page}\n"
+    return f"<!doctype html>\n{whole}\n"
 
 
 def _named(text: str, document: Document) -> list[Html | str]:
@@ -112,15 +123,17 @@ def _named(text: str, document: Document) -> list[Html | str]:
     return [h("b", part, class_="name") if place % 2 else part for place, part in enumerate(parts)]
 
 
-def _name(document: Document) -> str:
-    source = str(document["data"]["source"] or "data")
+def source_name(source: object) -> str:
+    """Return the last two parts of the path of the data."""
+    source = str(source or "data")
     parts = [part for part in source.replace("\\", "/").split("/") if part]
     return "/".join(parts[-2:])
 
 
 def _kicker(document: Document) -> str:
     what = "Comparison" if document["kind"] == "comparison" else "Evaluation"
-    return f"{what} · {_name(document)} · split {document['data']['split']['name'].replace('_', '-')}"
+    split = document["data"]["split"]["name"].replace("_", "-")
+    return f"{what} · {source_name(document['data']['source'])} · split {split}"
 
 
 def _facts(document: Document) -> Html:
@@ -132,5 +145,7 @@ def _facts(document: Document) -> Html:
     ]
     if document["kind"] == "comparison":
         seeds = len(document["seeds"])
-        facts.append((f"{len(document['models'])} × {seeds}", "objectives × seeds"))
+        facts.append(
+            (f"{len(document['models'])} × {seeds}", f"{'values' if document.get('sweep') else 'objectives'} × seeds")
+        )
     return h("dl", [h("div", h("dt", words), h("dd", number)) for number, words in facts], class_="facts")

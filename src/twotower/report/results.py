@@ -109,6 +109,71 @@ def differences(document: Document) -> Html | None:
     )
 
 
+#: What a sweep is plotted by: key of its points, title, vertical axis, caption.
+_SWEPT = (
+    ("quality", "NDCG@{k}", "NDCG@{k}", "All test queries."),
+    ("tail", "The tail", "Recall@{k} in the tail", "Targets in the last third of the training interactions."),
+    ("never_seen", "Items never seen", "Recall@{k}", "Targets without a training row."),
+    (
+        "never_seen_listed",
+        "Items never seen among the recommended",
+        "share of the top {k}",
+        "Places of the lists that are filled with items without a training row. An objective that never draws them as "
+        "negatives does not lower their scores.",
+    ),
+)
+
+
+def sweep(document: Document) -> Html | None:
+    """Plot quality, tail and never-seen items against the value of a swept setting."""
+    found = document.get("sweep")
+    if not found:
+        return None
+    setting, k, curves = found["setting"], found["k"], found["curves"]
+    kinds = findings.verdicts(document)
+    values = [point["value"] for point in curves[0]["points"]]
+    figures, shown = [], []
+    for key, title, axis, caption in _SWEPT:
+        panels = [
+            Curve(
+                one["objective"],
+                [(float(place), *_swept(point[key])) for place, point in enumerate(one["points"])],
+                "best" if any(kinds.get(point["model"]) == "best" for point in one["points"]) else "other",
+            )
+            for one in curves
+        ]
+        if any(point[1] is None for panel in panels for point in panel.points):
+            continue
+        shown.append((key, title.format(k=k)))
+        figures.append(
+            small_multiples(
+                f"{title.format(k=k)} by {setting}",
+                "; ".join(f"{panel.name}: {ends(panel)}" for panel in panels),
+                panels,
+                f"{setting} (values evenly spaced)",
+                axis.format(k=k),
+                x_ticks=[(float(place), f"{value:,g}") for place, value in enumerate(values)],
+                floor=0.0,
+                caption=f"{caption} Band: 95 % interval over queries."
+                if key != "never_seen_listed"
+                else f"{caption} First seed; {found['never_seen_items']:,} items have no training row.",
+            )
+        )
+    rows = [
+        [point["model"], *(f"{_swept(point[key])[0]:.4f}" for key, _ in shown)]
+        for one in curves
+        for point in one["points"]
+    ]
+    return h("div", figures, table(["", *(title for _, title in shown)], rows, f"By {setting}"))
+
+
+def _swept(found: dict[str, Any] | float | None) -> tuple[float | None, float | None, float | None]:
+    """Return mean, low and high of a point of a sweep."""
+    if isinstance(found, dict):
+        return found["mean"], found["low"], found["high"]
+    return found, None, None
+
+
 def deciles(document: Document) -> Html | None:
     """Plot recall by popularity of the target."""
     names = document["evaluation"]["slice_groups"].get("deciles", [])

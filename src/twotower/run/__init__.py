@@ -3,12 +3,13 @@
 from twotower.run.advice import settings_to_try, with_advice
 from twotower.run.batches import make_batches, row_gaps
 from twotower.run.data import propose_features, read_data, split_data
-from twotower.run.model import Model, continue_with, evaluate, fit
-from twotower.run.run_folder import audit_run, evaluate_run, reread, train_run
+from twotower.run.model import Model, continue_with, evaluate, fit, refit
+from twotower.run.run_folder import annotated, audit_run, evaluate_run, reread, train_run
 from twotower.run.settings import settings_of
 
 __all__ = [
     "Model",
+    "annotated",
     "audit_run",
     "continue_with",
     "evaluate",
@@ -17,6 +18,7 @@ __all__ = [
     "make_batches",
     "propose_features",
     "read_data",
+    "refit",
     "reread",
     "row_gaps",
     "settings_of",

@@ -38,5 +38,10 @@ def settings_to_try(config: Config) -> tuple[str, ...]:
 
 
 def with_advice(measured: Evaluation, config: Config) -> Evaluation:
-    """Add the settings to try to an evaluation, which prints them if the model does not beat the best baseline."""
-    return replace(measured, advice=settings_to_try(config))
+    """Add the settings to try, and the command that searches them, to an evaluation.
+
+    The evaluation prints them if the model does not beat the best baseline.
+    """
+    split = "" if config.data.split == "time" else f" --set data.split={config.data.split}"
+    command = f"twotower tune DATA --out NEW_DIR --budget 30m{split}"
+    return replace(measured, advice=settings_to_try(config), command=command)

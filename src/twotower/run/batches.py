@@ -1,4 +1,4 @@
-"""Training batches built from a configuration."""
+"""Training batches built from a configuration, and the objective that counts what they contain."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import numpy as np
 from twotower.config.run import Config
 from twotower.data import GroupedBatches, Interactions, SequenceBatches, TrainingBatches
 from twotower.data.loading.gaps import gap_codes
-from twotower.data.loading.questions import QuestionBatches
+from twotower.data.loading.questions import STEPS, QuestionBatches
 from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
 from twotower.features.feature_set import EncodedTable
 from twotower.features.from_config import encode_context
+from twotower.objectives import Objective
+from twotower.objectives.build import build_objective, source_names
 from twotower.run.question import refuse_question, rule_of
 
 
@@ -32,8 +34,51 @@ def make_batches(
         context: the encoded request features; None if the towers read none.
 
     Raises:
-        InputError: the configuration combines a sequence tower with batches built within groups.
+        InputError: the configuration combines a sequence tower with batches built within groups, or the only candidates
+            are the other rows of a batch and there are none.
     """
+    batches = _make(config, train, rows, ranks, context)
+    if set(source_names(config.objective)) == {"in_batch"}:
+        _require_others(config, batches)
+    return batches
+
+
+def _require_others(
+    config: Config, batches: TrainingBatches | GroupedBatches | SequenceBatches | QuestionBatches
+) -> None:
+    """Check that a draw covers more than one row, sequence or question.
+
+    Two cases need no check: `draw_blocks` joins a last block of one row to the block before, and batches within groups
+    omit rows that are alone.
+    """
+    if config.objective.rows_per_draw == 1:
+        where, what = "objective.rows_per_draw: 1", "a block of one row has no other rows"
+    elif isinstance(batches, TrainingBatches) and batches.batch_size == 1:
+        where, what = f"training.batch_size: {config.training.batch_size}", "a batch of one row has no other rows"
+    elif isinstance(batches, SequenceBatches) and batches.windows_per_batch == 1:
+        where = f"training.batch_size: {config.training.batch_size}"
+        what = "a batch has one sequence, and a row's candidates come from other ones"
+    elif isinstance(batches, QuestionBatches) and batches.questions_per_batch == 1:
+        where = f"training.batch_size: {config.training.batch_size}"
+        what = (
+            f"a batch has one of {len(batches.queries):,} questions (an epoch has at least {STEPS} batches, if it can)"
+            ", and a row's candidates come from other ones"
+        )
+    else:
+        return
+    raise InputError(
+        f"{where}; {what}, so in_batch alone gives it no candidates; use a larger number, or add a source such as "
+        "uniform"
+    )
+
+
+def _make(
+    config: Config,
+    train: Interactions,
+    rows: np.ndarray | None,
+    ranks: Communicator | None,
+    context: EncodedTable | None,
+) -> TrainingBatches | GroupedBatches | SequenceBatches | QuestionBatches:
     size, seed, length = int(config.training.batch_size), config.training.seed, config.history_length
     grouped = config.objective.is_grouped
     rule = rule_of(config)
@@ -54,7 +99,25 @@ def make_batches(
         )
     encoded = None if context is None else encode_context(context.features, train)
     batches = TrainingBatches(train, size, history_length=length, seed=seed, rows=rows, ranks=ranks, context=encoded)
-    return GroupedBatches(batches) if grouped else batches
+    if grouped:
+        return GroupedBatches(batches, in_batch_alone=set(source_names(config.objective)) == {"in_batch"})
+    return batches
+
+
+def make_objective(
+    config: Config,
+    train: Interactions,
+    rows: np.ndarray | None,
+    batches: TrainingBatches | GroupedBatches | SequenceBatches | QuestionBatches,
+) -> Objective:
+    """Build the objective for batches of `make_batches`: its frequencies count their rows, or their questions.
+
+    Raises:
+        InputError: see `build_objective`.
+    """
+    if isinstance(batches, QuestionBatches):
+        return build_objective(config, train, learnt=batches)
+    return build_objective(config, train, learnt=None if rows is None else train.select(rows))
 
 
 def row_gaps(config: Config, data: Interactions) -> np.ndarray | None:

@@ -148,6 +148,11 @@ def split_data(
         cold: how the protocol handles cold targets; None for its default.
         histories: the model reads histories, so that a query without a training row can be tested if it has a history.
     """
+    if settings.windows > 1 and (isinstance(data, Parts) or settings.split != "time"):
+        raise InputError(
+            f"data.windows: {settings.windows}: test windows follow each other in time; use data.split=time and a "
+            "single data file, or data.windows=1"
+        )
     if isinstance(data, Parts):
         return data.split()
     options: dict[str, Any] = {} if cold is None else {"cold": cold}

@@ -1,8 +1,12 @@
-"""Initial weights from a linear model in closed form: the item-item matrix of EASE, cut to rank D.
+"""Initial weights from a linear model in closed form.
 
-EASE (Steck 2019) scores s(q, j) = sum over the history of W_ij. The rank-D matrix that is closest to W on the training
-queries X is W V V^T, with V the D leading right singular vectors of X W (reduced-rank regression). It has the form of
-two towers: summed history vectors W V, and item vectors V.
+Catalogs of up to 20,000 items start at EASE (Steck 2019), cut to rank D. EASE scores s(q, j) = sum over the history of
+W_ij. The rank-D matrix that is closest to W on the training queries X is W V V^T, with V the D leading right singular
+vectors of X W (reduced-rank regression). It has the form of two towers: summed history vectors W V, and item vectors V.
+
+Larger catalogs, whose N x N matrix is too large to invert, start at the singular value decomposition of the scaled
+training matrix A = R^-a X C^-b, with the row sums R and column sums C of X: history vectors C^-b V, item vectors C^b V
+(the low-pass filter of GF-CF, Shen et al. 2021, which has a = b = 1/2).
 """
 
 from __future__ import annotations
@@ -10,7 +14,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from scipy import sparse
 from torch import Tensor, nn
 
 from twotower.config.run import Config
@@ -18,7 +24,7 @@ from twotower.data import Interactions
 from twotower.data.loading.questions import QuestionBatches
 from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
-from twotower.ranking.baselines import gram
+from twotower.ranking.baselines import distinct_rows, gram
 from twotower.system.hardware import memory
 from twotower.towers import EmbeddingTable, TwoTower
 from twotower.towers.layers.mlp import DNN, MLP
@@ -29,7 +35,9 @@ from twotower.towers.two_tower import QueryTower
 MOST_ITEMS, MATRICES = 20_000, 3
 #: The ridge penalty over the mean number of rows of an item.
 RIDGE = 5.0
-#: Oversampling and iterations of the randomised singular value decomposition (Halko et al. 2011).
+#: Powers a and b of the singular value decomposition, chosen on the validation, and its largest number of queries.
+POWERS, MOST_QUERIES = ((0.5, 0.35), (0.25, 0.45)), 1_000_000
+#: Oversampling and iterations of subspace iteration (Halko et al. 2011).
 EXTRA, ROUNDS = 16, 4
 #: Scales of the scores to try, and number of questions to try them on.
 SCALES, QUESTIONS = 2.0 ** torch.arange(0.0, 10.5, 0.5), 256
@@ -37,7 +45,7 @@ SCALES, QUESTIONS = 2.0 ** torch.arange(0.0, 10.5, 0.5), 256
 BIASES = (0.0, 0.5, 1.0)
 
 
-def refusal(towers: TwoTower, num_items: int) -> str | None:
+def refusal(towers: TwoTower) -> str | None:
     """Explain why towers cannot start at a linear model, or return None."""
     query, item = towers.query_tower, towers.item_tower
     pools = isinstance(query, QueryTower) and query.history is not None and query.history.heads == 1
@@ -51,12 +59,13 @@ def refusal(towers: TwoTower, num_items: int) -> str | None:
         ),
         "scores are cosines (objective.similarity=dot)": towers.cosine,
         "tables are sharded over ranks (training.table_placement=replicated)": bool(shared_tables_of(towers)),
-        f"the catalog has {num_items:,} items, more than {MOST_ITEMS:,}": num_items > MOST_ITEMS,
-        f"{MATRICES} matrices of {num_items:,} x {num_items:,} do not fit into the memory that is free": (
-            num_items <= MOST_ITEMS and MATRICES * 4 * num_items**2 > (memory().available or math.inf)
-        ),
     }
     return next((reason for reason, applies in checks.items() if applies), None)
+
+
+def can_invert(num_items: int) -> bool:
+    """Return whether EASE is computed: at most 20,000 items, and memory for its matrices."""
+    return num_items <= MOST_ITEMS and MATRICES * 4 * num_items**2 <= (memory().available or math.inf)
 
 
 def start_linear(
@@ -88,52 +97,69 @@ def start_linear(
     """
     if config.training.start == "random":
         return False
-    reason = refusal(towers, train.num_items)
+    reason = refusal(towers)
     if reason is not None or (config.training.start == "auto" and questions is None):
         if config.training.start == "linear":
             raise InputError(f"training.start: linear: {reason}; or use training.start=random")
         return False
-    dimension = config.item_tower.dimension
-    ridge = config.training.start_ridge
+    dimension, size = config.item_tower.dimension, train.num_items
     counts = torch.from_numpy(train.item_counts()).double()
-    if ridge == "auto":
-        ridge = RIDGE * max(float(counts.sum() / max(int((counts > 0).sum()), 1)), 1.0)
-    if on_message is not None:
-        on_message(f"linear start: EASE with ridge {ridge:.3g} over {train.num_items:,} items, cut to rank {dimension}")
     query, item = towers.query_tower, towers.item_tower
     assert isinstance(query, QueryTower) and query.history is not None
     assert isinstance(query.history_items, EmbeddingTable) and item.ids is not None
     with torch.no_grad():
-        history, vectors = linear_factors(train, dimension, ridge)
-        _set(query.history_items, history)
-        _set(item.ids, vectors)
         query.history.log_weight.zero_()
         if query.ids is not None:
             query.ids.weight.zero_()
         for mlp in filter(None, (query.mlp, item.mlp)):
             _silence(mlp)
-        if questions is not None:
-            scale = _scale(towers, questions).sqrt()
-            for table in (query.history_items, item.ids):
-                table.weight.mul_(scale.to(table.weight.dtype))
-        if towers.bias is not None:
-            _choose_bias(towers, towers.bias, counts, measure)
+
+        def begin(history: Tensor, vectors: Tensor) -> float:
+            """Set the tables, the scale and the bias; return the validation metric, 0 without validation."""
+            _set(query.history_items, history)
+            _set(item.ids, vectors)
+            if questions is not None:
+                scale = _scale(towers, questions).sqrt()
+                for table in (query.history_items, item.ids):
+                    table.weight.mul_(scale.to(table.weight.dtype))
+            return _choose_bias(towers, counts, measure)
+
+        if can_invert(size):
+            ridge = config.training.start_ridge
+            if ridge == "auto":
+                ridge = RIDGE * max(float(counts.sum() / max(int((counts > 0).sum()), 1)), 1.0)
+            said = f"EASE with ridge {ridge:.3g} over {size:,} items, cut to rank {dimension}"
+            begin(*linear_factors(train, dimension, ridge))
+        else:
+            powers = POWERS if measure is not None else POWERS[:1]
+            factors = {power: singular_factors(train, dimension, *power) for power in powers}
+            metrics = {power: begin(*factors[power]) for power in powers}
+            best = max(powers, key=metrics.__getitem__)
+            if best != powers[-1]:
+                begin(*factors[best])
+            said = (
+                f"singular vectors of {train.num_queries:,} queries x {size:,} items, rank {dimension}, powers {best}"
+            )
+        if on_message is not None:
+            on_message(f"linear start: {said}")
         ranks.copy_first([parameter.data for parameter in towers.parameters()])
     return True
 
 
-def _choose_bias(
-    towers: TwoTower, bias: EmbeddingTable, counts: Tensor, measure: Callable[[TwoTower], float] | None
-) -> None:
+def _choose_bias(towers: TwoTower, counts: Tensor, measure: Callable[[TwoTower], float] | None) -> float:
+    """Set the bias, if the towers have one, to the best share of log p; return the validation metric."""
+    if measure is None:
+        return 0.0
+    if towers.bias is None:
+        return measure(towers)
     log_p = ((counts + 1.0) / (counts.sum() + len(counts))).log().float()[:, None]
-    best = 0.0
-    if measure is not None:
-        found = []
-        for share in BIASES:
-            _set(bias, share * log_p)
-            found.append(measure(towers))
-        best = BIASES[max(range(len(found)), key=found.__getitem__)]
-    _set(bias, best * log_p)
+    metrics = {}
+    for share in BIASES:
+        _set(towers.bias, share * log_p)
+        metrics[share] = measure(towers)
+    best = max(metrics, key=metrics.__getitem__)
+    _set(towers.bias, best * log_p)
+    return metrics[best]
 
 
 def linear_factors(train: Interactions, dimension: int, ridge: float) -> tuple[Tensor, Tensor]:
@@ -155,20 +181,68 @@ def linear_factors(train: Interactions, dimension: int, ridge: float) -> tuple[T
     weights = torch.cholesky_inverse(torch.linalg.cholesky(weights))
     weights /= -weights.diagonal().clone()
     weights.fill_diagonal_(0.0)
-    rank = min(dimension, size)
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(size, min(rank + EXTRA, size), generator=generator))[0]
-    for _ in range(ROUNDS):  # subspace iteration with W^T X^T X W
-        basis = torch.linalg.qr(weights.T @ (cooccurrence @ (weights @ basis)))[0]
-    image = weights @ basis
-    rotation = torch.linalg.eigh(image.T @ (cooccurrence @ image))[1].flip(1)
-    vectors = (basis @ rotation)[:, :rank]
+    vectors = leading_eigenvectors(lambda basis: weights.T @ (cooccurrence @ (weights @ basis)), size, dimension)
     history = weights @ vectors
     balance = (history.norm(dim=0) / vectors.norm(dim=0).clamp(min=1e-12)).clamp(min=1e-12).sqrt()
-    found = [history / balance, vectors * balance]
-    if rank < dimension:
-        found = [torch.cat([one, one.new_zeros(size, dimension - rank)], 1) for one in found]
-    return found[0], found[1]
+    return _padded(history / balance, dimension), _padded(vectors * balance, dimension)
+
+
+def singular_factors(train: Interactions, dimension: int, a: float, b: float) -> tuple[Tensor, Tensor]:
+    """Compute the leading right singular vectors V of A = R^-a X C^-b, for catalogs too large for EASE.
+
+    The cost is (D + 16) times nine passes over the training pairs, and (Q + N) (D + 16) numbers of memory. Of more than
+    a million queries, a random million is used.
+
+    Args:
+        train: the training interactions; repeats count once.
+        dimension: D.
+        a: power of the row sums R.
+        b: power of the column sums C.
+
+    Returns:
+        History vectors C^-b V and item vectors C^b V, float32 [N, D] each. Columns beyond the rank are zero.
+    """
+    size = train.num_items
+    offsets, items = distinct_rows(np.asarray(train.offsets), np.asarray(train.item_codes), size)
+    pairs = sparse.csr_matrix((np.ones(len(items), dtype=np.float32), items, offsets), shape=(len(offsets) - 1, size))
+    if pairs.shape[0] > MOST_QUERIES:
+        chosen = np.random.default_rng(0).choice(pairs.shape[0], MOST_QUERIES, replace=False)
+        pairs = pairs[np.sort(chosen)]
+    rows, columns = (np.maximum(np.asarray(pairs.sum(axis)).ravel(), 1.0) for axis in (1, 0))
+    scaled = (sparse.diags(rows**-a) @ pairs @ sparse.diags(columns**-b)).tocsr().astype(np.float32)
+    transposed = scaled.T.tocsr()
+
+    def multiply(basis: Tensor) -> Tensor:
+        return torch.from_numpy(transposed @ (scaled @ basis.numpy()))
+
+    vectors = leading_eigenvectors(multiply, size, dimension)
+    weights = torch.from_numpy(columns).float()[:, None] ** b
+    return _padded(vectors / weights, dimension), _padded(vectors * weights, dimension)
+
+
+def leading_eigenvectors(multiply: Callable[[Tensor], Tensor], size: int, number: int) -> Tensor:
+    """Compute eigenvectors of a symmetric positive semidefinite matrix M by subspace iteration.
+
+    Args:
+        multiply: M times a matrix float32 [size, columns].
+        size: rows of M.
+        number: how many; at most `size` are returned.
+
+    Returns:
+        Orthonormal columns, float32 [size, min(number, size)], with descending eigenvalues.
+    """
+    rank = min(number, size)
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(size, min(rank + EXTRA, size), generator=generator))[0]
+    for _ in range(ROUNDS):
+        basis = torch.linalg.qr(multiply(basis))[0]
+    rotation = torch.linalg.eigh(basis.T @ multiply(basis))[1].flip(1)
+    return (basis @ rotation)[:, :rank]
+
+
+def _padded(vectors: Tensor, dimension: int) -> Tensor:
+    missing = dimension - vectors.shape[1]
+    return torch.cat([vectors, vectors.new_zeros(len(vectors), missing)], 1) if missing else vectors
 
 
 def _scale(towers: TwoTower, questions: QuestionBatches) -> Tensor:

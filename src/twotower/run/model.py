@@ -6,7 +6,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -30,17 +30,19 @@ from twotower.features.from_config import encode_features, in_training
 from twotower.incremental import ParentModel
 from twotower.incremental.split import ContinuedSplit
 from twotower.negatives.frequency import count_by_group
-from twotower.objectives.build import build_objective, needs_known_positives
+from twotower.objectives.build import needs_known_positives
 from twotower.ranking import Ranker
 from twotower.ranking.distributed import ShardedRanker, item_embeddings, over_ranks, own_item_embeddings
 from twotower.ranking.tower_ranker import TowerRanker
-from twotower.run.batches import make_batches, row_gaps
+from twotower.run.batches import make_batches, make_objective, row_gaps
 from twotower.run.data import split_data
 from twotower.run.mining import refresh_hard_negatives
 from twotower.run.recent_prior import RecentPrior, add_recent_prior
+from twotower.run.refit import Refit, refuse_refit, without_holdouts
 from twotower.run.settings import complete_settings
 from twotower.run.start_weights import StartWeights
 from twotower.serving import Retriever, SavedModel
+from twotower.system.hardware import peak_memory
 from twotower.towers import TwoTower, build_towers
 from twotower.towers.sharded_lookup import shared_tables_of
 
@@ -98,6 +100,7 @@ def fit(
     resume: bool = False,
     progress: bool = True,
     on_message: Callable[[object], None] | None = None,
+    on_epoch: Callable[[dict[str, float]], bool] | None = None,
 ) -> Model:
     """Train a two-tower model from scratch, or continue training an existing one on new data.
 
@@ -112,6 +115,7 @@ def fit(
         progress: show a progress bar.
         on_message: receives the memory plan, and a message if some state of `warm_start` cannot be used; None discards
             them.
+        on_epoch: receives the metrics of each validation, and returns whether to stop; what it raises ends the run.
 
     Returns:
         The model with its best weights.
@@ -121,12 +125,102 @@ def fit(
             `warm_start`.
         Interrupted: Ctrl-C was pressed; `directory` contains a checkpoint.
     """
+    parent = incremental.parent_of(warm_start)
+    config = _loaded(config, parent)
+    if config.training.refit:
+        raise InputError(
+            "training.refit: fit returns the model to evaluate; pass it to twotower.run.refit afterwards, or use "
+            "`twotower train --refit`"
+        )
+    return _fit(
+        split,
+        config,
+        directory=directory,
+        parent=parent,
+        resume=resume,
+        progress=progress,
+        on_message=on_message,
+        on_epoch=on_epoch,
+    )
+
+
+def refit(
+    model: Model,
+    *,
+    directory: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    on_message: Callable[[object], None] | None = None,
+) -> Model:
+    """Train again on all rows, those of the validation and the test too: same settings, seed and number of epochs.
+
+    Choices made on the validation are taken over. The returned model cannot be evaluated on the rows it was trained on:
+    its metrics are those of `model`.
+
+    Args:
+        model: the validated model, from `fit` without `warm_start`.
+        directory: see `fit`.
+        resume: resume from the last checkpoint in `directory`.
+        progress: show a progress bar.
+        on_message: receives progress messages; None discards them.
+
+    Returns:
+        The refitted model, whose split has no holdouts.
+
+    Raises:
+        InputError: `model` was continued from another, has no validation, or is shared by several processes.
+        Interrupted: Ctrl-C; a checkpoint was left in `directory`.
+    """
+    artifact, split = model.artifact, model.split
+    refuse_refit(artifact.config, split, continues=len(artifact.metadata["data"]["lineage"]) > 1)
+    taken = Refit.of(artifact.metadata)
+    if on_message is not None:
+        on_message(
+            f"refit on all {len(split.data):,} rows ({len(split.train):,} before), {taken.epochs} epochs as the "
+            "validated run"
+        )
+    found = _fit(
+        without_holdouts(split),
+        artifact.config,
+        directory=directory,
+        parent=None,
+        resume=resume,
+        progress=progress,
+        on_message=None,
+        refit=taken,
+    )
+    metadata = found.artifact.metadata
+    metadata["training"]["best"] = artifact.metadata["training"]["best"]
+    metadata["recent_prior"] = artifact.metadata["recent_prior"]
+    metadata["refit"] = {
+        "epochs": taken.epochs,
+        "rows": len(split.data),
+        "validated_rows": len(split.train),
+        "metrics": "of the validated model",
+    }
+    settings = artifact.config
+    settings = settings.model_copy(update={"training": settings.training.model_copy(update={"refit": True})})
+    return replace(found, artifact=replace(found.artifact, config=settings))
+
+
+def _fit(
+    split: Split,
+    config: Config,
+    *,
+    directory: str | Path | None,
+    parent: ParentModel | None,
+    resume: bool,
+    progress: bool,
+    on_message: Callable[[object], None] | None,
+    on_epoch: Callable[[dict[str, float]], bool] | None = None,
+    refit: Refit | None = None,
+) -> Model:
+    """Train; `refit` is what a run on all rows takes over from the validated run."""
     # Imported here because Lightning is slow to import and nothing else needs it.
     from twotower.incremental.warm_start import extend_features, load_parent_state  # noqa: PLC0415
-    from twotower.training import fit_towers, plan_memory  # noqa: PLC0415
+    from twotower.training import FitResult, fit_towers, plan_memory  # noqa: PLC0415
 
-    parent = incremental.parent_of(warm_start)
-    settings, rows = complete_settings(_loaded(config, parent), split, parent, on_message)
+    settings, rows = complete_settings(config, split, parent, on_message)
     train = split.train
     ranks = Communicator.current()
     with _folder(directory) as folder, _seeded(settings.training.seed):
@@ -135,8 +229,7 @@ def fit(
         towers = _build_towers(settings, train, features, ranks)
         batches = make_batches(settings, train, rows, ranks, features.get("context"))
         questions = batches if isinstance(batches, QuestionBatches) else None
-        learnt = None if rows is None else train.select(rows)
-        objective = build_objective(settings, train, learnt=questions or learnt)
+        objective = make_objective(settings, train, rows, batches)
         known_positives = KnownPositives(train) if needs_known_positives(settings) else None
         optimizer = None
         if parent is not None and growth is not None:
@@ -149,30 +242,50 @@ def fit(
         validate = _validation(split.validation, settings, train) if len(split.validation) else None
         start = StartWeights(folder, ranks, resume=resume)
         if parent is None and not resume:
-            start.make(towers, settings, train, questions, validate=validate, on_message=on_message)
+            start.make(
+                towers,
+                settings,
+                train,
+                questions,
+                validate=validate,
+                bias_share=None if refit is None else refit.start_bias,
+                on_message=on_message,
+            )
         before = validate(towers) if validate is not None and parent is not None and not resume else None
         plan = plan_memory(settings, towers, objective, train, ranks)
         if on_message is not None:
             on_message(plan)
-        result = fit_towers(
-            towers,
-            objective,
-            batches,
-            settings.training,
-            folder,
-            known_positives=known_positives,
-            counts=torch.from_numpy(count_by_group(train) if settings.objective.is_grouped else train.item_counts()),
-            mine=mine,
-            validate=validate,
-            resume=resume,
-            progress=progress,
-            hyperparameters=settings.model_dump(mode="json"),
-            warm_start=optimizer,
-            in_background=plan.in_background,
-        )
+        if refit is not None and not refit.epochs:
+            result = FitResult(towers, None, 0, 0.0, 0.0, peak_memory(), [], kept=0)
+        else:
+            result = fit_towers(
+                towers,
+                objective,
+                batches,
+                settings.training,
+                folder,
+                known_positives=known_positives,
+                counts=torch.from_numpy(
+                    count_by_group(train) if settings.objective.is_grouped else train.item_counts()
+                ),
+                mine=mine,
+                validate=validate,
+                resume=resume,
+                progress=progress,
+                hyperparameters=settings.model_dump(mode="json"),
+                warm_start=optimizer,
+                in_background=plan.in_background,
+                epochs=None if refit is None else refit.epochs,
+                on_epoch=on_epoch,
+            )
         result = start.or_better(result, on_message)
-        prior = add_recent_prior(towers, split, settings, validate, on_message)
-    return _model(settings, split, result, parent=parent, rows=rows, before=before, prior=prior)
+        prior = None
+        if refit is None:
+            prior = add_recent_prior(towers, split, settings, validate, on_message)
+        else:
+            refit.set_prior(towers, train)
+        start_bias = start.bias_share(train)
+    return _model(settings, split, result, parent=parent, rows=rows, before=before, prior=prior, start_bias=start_bias)
 
 
 def continue_with(
@@ -204,6 +317,8 @@ def continue_with(
             "data.split=random: its training rows are not earlier than its test rows, so it cannot be used to continue "
             "a model; use data.split=time or data.split=leave-last-out for the new data"
         )
+    if settings.data.windows > 1:
+        raise InputError("data.windows: a continued model is tested on the newest rows; use data.windows=1 with --from")
     return incremental.new_days(
         parent,
         data,
@@ -215,7 +330,8 @@ def continue_with(
 
 def _loaded(config: Config | str | Path | None, parent: ParentModel | None) -> Config:
     if config is None and parent is not None:
-        return parent.artifact.config
+        settings = parent.artifact.config
+        return settings.model_copy(update={"training": settings.training.model_copy(update={"refit": False})})
     return config if isinstance(config, Config) else Config.load(config)
 
 
@@ -290,12 +406,15 @@ def _model(
     rows: NDArray[np.int64] | None,
     before: dict[str, float] | None,
     prior: RecentPrior | None,
+    start_bias: float | None,
 ) -> Model:
     """Collect the content of the model folder; `before` has the validation metrics of the parent."""
     data, towers = split.data, result.towers.eval()
     new = len(split.train) if rows is None else int((~incremental.require_continued(split).learnt).sum())
     training = {
         "epochs": result.epochs,
+        "kept_epochs": result.kept,
+        "start_bias": start_bias,
         "seconds": round(result.seconds, 1),
         "cpu_seconds": round(result.cpu_seconds, 1),
         "peak_memory": result.peak_memory,
@@ -313,7 +432,7 @@ def _model(
         history_items=data.item_codes,
         history_gaps=row_gaps(config, data),
         item_table=data.item_table,
-        rows=incremental.saved_rows_of(split),
+        rows=incremental.saved_rows_of(split, rows),
         contexts=incremental.contexts_of(split, config),
         metadata={
             "data": {

@@ -4,6 +4,10 @@ A model trained on the whole period estimates P(y | x) under the item frequency 
 time while P(x | y) does not, Bayes' rule gives (docs/theory.md, section 7)
 
     log P_now(y | x) = log P_train(y | x) + log p_now(y) - log p_train(y) + const.
+
+If tastes say little, the scores of the model are mostly noise, and the best share of them is small. The order of the
+items depends only on the ratio of the two parts, so the prior may have more than the weight that Bayes' rule gives:
+with a large weight on log p_now the model is the popularity of the newest rows.
 """
 
 from __future__ import annotations
@@ -24,9 +28,21 @@ from twotower.serving import SavedModel
 from twotower.towers import TwoTower
 
 DAY = 86_400_000_000
-#: Half-lives to try, as shares of the time that training covers, and strengths to try.
+#: Half-lives to try, as shares of the time that training covers.
 HALF_LIVES = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
-STRENGTHS = (0.5, 1.5, 2.0)
+#: Strengths to try besides 1, each with a multiple of log p_train that is added; with two equal numbers s the prior is
+#: s log p_now.
+STRENGTHS = (
+    (0.5, 0.0),
+    (1.5, 0.0),
+    (2.0, 0.0),
+    (4.0, 0.0),
+    (2.0, 1.0),
+    (1.0, 1.0),
+    (2.0, 2.0),
+    (4.0, 4.0),
+    (16.0, 16.0),
+)
 #: Number of pseudo-rows with the frequency of all of training that are added to the recent rows.
 PSEUDO_ROWS = 10.0
 #: Relative improvement of the validation metric below which the prior is left out.
@@ -39,19 +55,25 @@ class RecentPrior:
 
     Attributes:
         half_life: days in which the weight of a row halves.
-        strength: factor of the log ratio; 1 by Bayes' rule.
+        strength: s, factor of the log ratio; 1 by Bayes' rule.
+        popularity: t, factor of log p_train; 0 by Bayes' rule.
         before: validation metrics without the prior.
         after: validation metrics with the prior.
     """
 
     half_life: float
     strength: float
+    popularity: float
     before: dict[str, float]
     after: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to JSON values."""
         return asdict(self)
+
+    def settings(self) -> dict[str, float]:
+        """Return what `prior_of` needs, by name."""
+        return {"half_life": self.half_life, "strength": self.strength, "popularity": self.popularity}
 
     def __str__(self) -> str:
         shown = [
@@ -60,9 +82,38 @@ class RecentPrior:
             if name in self.before and self.before[name] != value
         ]
         return (
-            f"recent prior: half-life {self.half_life:.3g} days, strength {self.strength:g}; on the validation "
+            f"recent prior: half-life {self.half_life:.3g} days, strength {self.strength:g}"
+            + (f", plus {self.popularity:g} log p" if self.popularity else "")
+            + "; on the validation "
             + ", ".join(shown)
         )
+
+
+def prior_of(
+    data: Interactions,
+    train_counts: NDArray[np.integer[Any]],
+    *,
+    half_life: float,
+    now: int,
+    strength: float,
+    popularity: float = 0.0,
+) -> Tensor:
+    """Compute the prior r = s (log p_now - log p_train) + t log p_train of each item, float32 [N].
+
+    Args:
+        data: interactions with timestamps; rows from `now` on do not count.
+        train_counts: training rows of each item, [N].
+        half_life: days.
+        now: microseconds.
+        strength: s.
+        popularity: t.
+    """
+    assert data.timestamps is not None
+    ratio = recent_log_ratio(data.timestamps, data.item_codes, train_counts, half_life=half_life, now=now)
+    if not popularity:
+        return strength * ratio
+    frequency = (train_counts + 1.0) / (train_counts.sum() + len(train_counts))
+    return strength * ratio + popularity * torch.from_numpy(np.log(frequency)).float()
 
 
 def recent_log_ratio(
@@ -125,8 +176,7 @@ def add_recent_prior(
     prior = choose_recent_prior(towers, split.train, validate, config.training.metric, now=int(np.min(validated)))
     if prior is not None:
         counts, now = split.train.item_counts(), int(np.min(asked))
-        ratio = recent_log_ratio(data.timestamps, data.item_codes, counts, half_life=prior.half_life, now=now)
-        towers.set_recent(prior.strength * ratio)
+        towers.set_recent(prior_of(data, counts, now=now, **prior.settings()))
     if on_message is not None:
         on_message("recent prior: none, it does not help on the validation" if prior is None else prior)
     return prior
@@ -144,14 +194,8 @@ def at_validation(model: SavedModel, split: Split) -> SavedModel:
     chosen, train, asked = model.metadata.get("recent_prior"), split.train, split.validation.query_times
     if not chosen or train.timestamps is None or asked is None or not len(asked):
         return model
-    ratio = recent_log_ratio(
-        train.timestamps,
-        train.item_codes,
-        train.item_counts(),
-        half_life=chosen["half_life"],
-        now=int(np.min(asked)),
-    )
-    model.towers.set_recent(chosen["strength"] * ratio)
+    settings = {name: chosen[name] for name in ("half_life", "strength", "popularity") if name in chosen}
+    model.towers.set_recent(prior_of(train, train.item_counts(), now=int(np.min(asked)), **settings))
     return replace(model, item_embeddings=model.towers.item_embeddings())
 
 
@@ -165,7 +209,8 @@ def choose_recent_prior(
 ) -> RecentPrior | None:
     """Choose half-life and strength on the validation; the towers have no prior afterwards.
 
-    The half-life is chosen at strength 1, then the strength at the best half-life: nine validations in all.
+    The half-life is chosen at strength 1, then the strength at the best half-life, then the half-life again if the best
+    strength includes log p_train: 15 to 20 validations.
 
     Args:
         towers: trained towers without a prior.
@@ -182,14 +227,18 @@ def choose_recent_prior(
     span = max((int(np.max(times)) - int(np.min(times))) / DAY, 1e-6)
     before = validate(towers)
 
-    def at(half_life: float, strength: float) -> RecentPrior:
-        ratio = recent_log_ratio(times, train.item_codes, counts, half_life=half_life, now=now)
-        towers.set_recent(strength * ratio)
-        return RecentPrior(half_life, strength, before, validate(towers))
+    def at(half_life: float, strength: float, popularity: float) -> RecentPrior:
+        settings = {"half_life": half_life, "strength": strength, "popularity": popularity}
+        towers.set_recent(prior_of(train, counts, now=now, **settings))
+        return RecentPrior(**settings, before=before, after=validate(towers))
 
-    tried = [at(span * share, 1.0) for share in HALF_LIVES]
-    best = max(tried, key=lambda one: one.after[metric])
-    tried += [at(best.half_life, strength) for strength in STRENGTHS]
-    best = max(tried, key=lambda one: one.after[metric])
+    def best_of(tried: list[RecentPrior]) -> RecentPrior:
+        return max(tried, key=lambda prior: prior.after[metric])
+
+    half_lives = [span * share for share in HALF_LIVES]
+    best = best_of([at(days, 1.0, 0.0) for days in half_lives])
+    best = best_of([best, *(at(best.half_life, *shares) for shares in STRENGTHS)])
+    if best.popularity:
+        best = best_of([best, *(at(d, best.strength, best.popularity) for d in half_lives if d != best.half_life)])
     towers.set_recent(None)
     return best if best.after[metric] > before[metric] * (1.0 + LEAST) else None

@@ -6,10 +6,12 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from twotower import evaluation, incremental
-from twotower.audit.subject import Subject, subject_of
+from twotower.audit.subject import Subject, TrainingRun, subject_of
 from twotower.config.run import Config
 from twotower.data import Interactions, Parts, Split
 from twotower.data.io.id_lists import ids_like, read_ids
@@ -22,18 +24,32 @@ from twotower.incremental.saved_rows import load_context, load_rows
 from twotower.incremental.split import ContinuedSplit
 from twotower.objectives.build import build_objective
 from twotower.run.advice import with_advice
+from twotower.run.batches import make_batches, make_objective
 from twotower.run.data import absolute, read_by_all, read_data, ready_made, split_data, with_catalog
-from twotower.run.model import Model, continue_with, evaluate, fit
+from twotower.run.model import Model, continue_with, evaluate, fit, refit
+from twotower.run.refit import refuse_refit, with_refit_note
 from twotower.run.settings import CONFIG, complete_settings, require_same_settings
+from twotower.run.windows import forget_windows, measure_earlier, with_windows
 from twotower.serving import Retriever, SavedModel
-from twotower.serving.model_folder import FOLDER, TOWERS, find_model
+from twotower.serving.model_folder import (
+    FOLDER,
+    REFIT,
+    TOWERS,
+    VALIDATED,
+    find_evaluated,
+    find_model,
+    read_metadata,
+)
 from twotower.system.filesystem import locked, require_replaceable, write_text
 from twotower.training import LAST, require_checkpoint
+from twotower.training.callbacks import BEST, SizedBatches
 
 #: File of a run folder that lists the input files of the run and their sizes.
 INPUTS = "inputs.json"
 #: File of a run folder that names the model that the run continues.
 PARENT = "parent.json"
+#: File of the refit of a run that says which validated model it began with.
+BEGUN = "validated.json"
 #: Lock file of a run folder, while a run writes into it.
 LOCK = ".lock"
 
@@ -57,7 +73,8 @@ def train_run(
 
     Args:
         source: a file, a folder or the name of a data set.
-        out: the run folder: `config.yaml`, `model/`, `results.json`, `checkpoints/`, `logs/`.
+        out: the run folder: `config.yaml`, `model/`, `results.json`, `checkpoints/`, `logs/`; with `training.refit`
+            also `validated/`, the model that was evaluated, and `refit/`.
         config: the settings.
         warm_start: folder of the model to continue from; `source` is then the new data.
         withdraw: file with the ids of items to remove from the catalog.
@@ -122,7 +139,8 @@ def reserved(directory: Path) -> Iterator[None]:
 
 
 def _require_free(directory: Path, *, replace: bool) -> None:
-    require_replaceable(directory / FOLDER, TOWERS, "model")  # fail before hours of training
+    for folder in (FOLDER, VALIDATED):
+        require_replaceable(directory / folder, TOWERS, "model")  # fail before hours of training
     if replace:
         return
     if (directory / FOLDER).exists():
@@ -154,15 +172,22 @@ def _train(
     on_message: Callable[[object], None],
 ) -> tuple[Model, Evaluation]:
     parent = _parent(directory, warm_start, resume=resume)
+    if config.training.refit:
+        refuse_refit(config, continues=parent is not None)
     files, data = _read(source, config, parent, team, before=directory / INPUTS if resume else None)
     on_message(data.account)
     split = _split(data, config, parent, withdraw)
     on_message(split.account)
+    if config.data.windows > 1 and team.ranks.size > 1:
+        raise InputError("data.windows: runs in one process; start it without torchrun, or use data.windows=1")
     _report_unused(config, split, on_message)
+    given = config
     config, rows = complete_settings(config, split, parent, on_message)
     if resume:
         require_same_settings(directory, config, len(split.train) if rows is None else len(rows))
     _check(config, split)
+    if config.training.refit:
+        refuse_refit(config, split, continues=False)
     if parent is None:
         _report_features(config, split, on_message)
     team.require_shared(directory)
@@ -171,12 +196,29 @@ def _train(
         write_text(directory / INPUTS, json.dumps(files, indent=1))
     team.begins()
     model = fit(
-        split, config, directory=directory, warm_start=parent, resume=resume, progress=progress, on_message=on_message
+        split,
+        _without_refit(config),
+        directory=directory,
+        warm_start=parent,
+        resume=resume,
+        progress=progress,
+        on_message=on_message,
     )
     on_message(_summary(model, config))
     on_message(f"evaluating on the test{' next to the baselines' if config.evaluation.baselines else ''}")
     measured = _measure(model, config)
+    if config.data.windows > 1:
+        assert isinstance(data, Interactions)  # `split_data` rejects a ready-made split
+        measure_earlier(data, given, directory, resume=resume, progress=progress, on_message=on_message)
+        measured = with_windows(measured, directory, model.split.test, config.data.windows)
+        model.artifact.metadata["metrics"] = measured.to_dict()
     model.artifact.metadata["data"]["source"] = absolute(source)
+    if config.training.refit:
+        model.save(directory / VALIDATED)
+        model = _refit(directory, model, resume=resume, progress=progress, on_message=on_message)
+        measured = with_refit_note(measured, model.artifact.metadata["refit"])
+        model.artifact.metadata["metrics"] = measured.to_dict()
+        model.artifact.metadata["data"]["source"] = absolute(source)
     _finish(directory, config, model, measured, is_first=team.ranks.is_first)
     return model, measured
 
@@ -229,9 +271,32 @@ def _check(config: Config, split: Split) -> None:
         evaluation.check_targets(holdout, split.train.num_items, config.evaluation.exclude_seen)
 
 
+def _without_refit(config: Config) -> Config:
+    return config.model_copy(update={"training": config.training.model_copy(update={"refit": False})})
+
+
+def _refit(
+    directory: Path, model: Model, *, resume: bool, progress: bool, on_message: Callable[[object], None]
+) -> Model:
+    """Refit in `directory/refit`; resume an interrupted refit of the same validated model."""
+    folder, metadata = directory / REFIT, model.artifact.metadata
+    begun = json.dumps({name: metadata["training"][name] for name in ("kept_epochs", "history", "best")})
+    marker = folder / BEGUN
+    resume = resume and (folder / LAST).exists() and marker.is_file() and marker.read_text(encoding="utf-8") == begun
+    if not resume:
+        shutil.rmtree((folder / LAST).parent, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(marker, begun)
+    return refit(model, directory=folder, resume=resume, progress=progress, on_message=on_message)
+
+
 def _begin(directory: Path, config: Config, parent: ParentModel | None) -> None:
     """Write the files that a resumed run needs, and remove those of an older run."""
     shutil.rmtree((directory / LAST).parent, ignore_errors=True)  # checkpoints of an older run must not be resumed
+    forget_windows(directory)
+    for older, marker in ((directory / VALIDATED, TOWERS), (directory / REFIT, BEGUN)):
+        if (older / marker).is_file():
+            shutil.rmtree(older)
     write_text(directory / CONFIG, config.to_yaml())
     (directory / PARENT).unlink(missing_ok=True)
     if parent is not None:
@@ -302,16 +367,31 @@ def evaluate_run(directory: str | Path, source: str | Path | None = None) -> Eva
         validation=split.validation,
         slices=settings.slices,
     )
-    return with_advice(measured, artifact.config)
+    return annotated(measured, directory, artifact, split)
+
+
+def annotated(measured: Evaluation, directory: str | Path, artifact: SavedModel, split: Split) -> Evaluation:
+    """Add what a run says of its evaluation: settings to try, earlier test windows, whether the model was refitted."""
+    measured = with_advice(measured, artifact.config)
+    measured = with_windows(measured, find_model(directory).parent, split.test, artifact.config.data.windows)
+    return with_refit_note(measured, refit_of(directory))
+
+
+def refit_of(directory: str | Path) -> dict[str, Any] | None:
+    """Return what the metadata of a saved model say of its refit; None if it was not refitted."""
+    found: dict[str, Any] | None = read_metadata(find_model(directory)).get("refit")
+    return found
 
 
 def reread(directory: str | Path, source: str | Path | None = None) -> tuple[SavedModel, Split]:
     """Load a saved model, and read and split its data as for training.
 
+    Of a model refitted on all rows, the validated model is loaded: the other has learnt the test rows.
+
     Raises:
         InputError: the data was not found, or is not the data that the model was trained on.
     """
-    artifact = SavedModel.load(directory)
+    artifact = SavedModel.load(find_evaluated(directory))
     known = artifact.metadata["data"]
     if len(known.get("lineage", [])) > 1:  # the training history exists only in the model folder
         folder = find_model(directory)
@@ -332,10 +412,34 @@ def reread(directory: str | Path, source: str | Path | None = None) -> tuple[Sav
 
 
 def audit_run(directory: str | Path, source: str | Path | None = None, *, rows: int = 64, seed: int = 0) -> Subject:
-    """Load the subject of `twotower audit`: a saved model, rows of its training data, and their batches.
+    """Load the subject of `twotower audit`: a saved model, rows of its training data, its batches and its objective.
+
+    The functions that build them for `fit` build them here, for the rows that the model was trained on: for an
+    incremental run, the new rows and the replayed ones. Estimated frequencies continue from the best checkpoint.
 
     Raises:
-        InputError: as in `evaluate_run`.
+        InputError: as in `evaluate_run`; also if an older version did not record the rows of an incremental run.
     """
+    from twotower.incremental.warm_start import objective_state  # noqa: PLC0415  # loads the trainer, as in `fit`
+
     artifact, split = reread(directory, source)
-    return subject_of(artifact, split.train, rows=rows, seed=seed)
+    folder, trained = find_model(directory), None
+    if len(artifact.metadata["data"].get("lineage", [])) > 1:
+        trained = (load_rows(folder) or {}).get("trained")
+        if trained is None:
+            raise InputError(
+                f"{directory}: the model does not record which rows it was trained on; continue its parent again with "
+                "this version, or audit the parent"
+            )
+    context = {one.features.side: one for one in artifact.towers.feature_tables()}.get("context")
+    config = artifact.config.resolved(len(split.train) if trained is None else len(trained))
+
+    def batches(config: Config) -> SizedBatches:
+        return make_batches(config, split.train, trained, context=context)
+
+    run = TrainingRun(
+        batches=batches,
+        objective=lambda config: make_objective(config, split.train, trained, batches(config)),
+        state=objective_state(artifact, folder.parent / BEST),
+    )
+    return subject_of(replace(artifact, config=config), split.train, run, rows=rows, seed=seed)

@@ -66,8 +66,9 @@ def complete_settings(
 def settings_of(directory: str | Path) -> dict[str, Any]:
     """Return the settings of a saved model for a run that continues it, with "auto" for all that depend on its data."""
     values: dict[str, Any] = read_metadata(find_model(directory))["config"]
-    for name in ("batch_size", "warmup_steps", "horizon"):
+    for name in ("batch_size", "warmup_steps", "horizon", "refit"):
         values.get("training", {}).pop(name, None)
+    values.get("data", {}).pop("windows", None)
     return values
 
 

@@ -47,9 +47,13 @@ class StartWeights:
         questions: QuestionBatches | None,
         *,
         validate: Callable[[TwoTower], dict[str, float]] | None,
+        bias_share: float | None = None,
         on_message: Callable[[object], None] | None = None,
     ) -> None:
-        """Initialise new towers as `training.start` specifies, and save the weights; see `start_linear`."""
+        """Initialise new towers as `training.start` specifies, and save the weights; see `start_linear`.
+
+        Without validation, the item bias starts at `bias_share` times log p; None for what `start_linear` does.
+        """
         name = config.training.metric
 
         def measure(towers: TwoTower) -> float:
@@ -59,12 +63,26 @@ class StartWeights:
         measured = None if validate is None else measure
         if not start_linear(towers, config, train, questions, self.ranks, measure=measured, on_message=on_message):
             return
+        if measured is None and bias_share is not None and towers.bias is not None:
+            with torch.no_grad():
+                bias = towers.bias.weight
+                bias.copy_((bias_share * _log_p(train))[:, None].to(bias.dtype))
         metric = None if measured is None else measured(towers)
         if metric is None or not self.ranks.is_first:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(self.path) as temporary:
             save_file(_parameters(towers), temporary, metadata={"metric": json.dumps(metric)})
+
+    def bias_share(self, train: Interactions) -> float | None:
+        """Return the share of log p that the item bias started at; None without a linear start or an item bias."""
+        if not self.path.is_file():
+            return None
+        with safe_open(self.path, framework="pt") as stored:
+            if "bias.weight" not in stored.keys():  # noqa: SIM118  # not a mapping
+                return None
+            bias, log_p = stored.get_tensor("bias.weight").double()[:, 0], _log_p(train).double()
+        return float(bias @ log_p / (log_p @ log_p))
 
     @torch.no_grad()
     def or_better(self, result: FitResult, on_message: Callable[[object], None] | None = None) -> FitResult:
@@ -77,13 +95,19 @@ class StartWeights:
                 parameter.copy_(stored.get_tensor(name))
         if on_message is not None:
             on_message(f"no epoch improved on the start, validation {metric:.4f}: the model is the start")
-        return replace(result, best=metric, checkpoint=None)
+        return replace(result, best=metric, kept=0, checkpoint=None)
 
     def _metric(self) -> float | None:
         if not self.path.is_file():
             return None
         with safe_open(self.path, framework="pt") as stored:
             return float(json.loads(stored.metadata()["metric"]))
+
+
+def _log_p(train: Interactions) -> Tensor:
+    """Return the log frequency of the items, as the linear start smooths it, [N]."""
+    counts = torch.from_numpy(train.item_counts()).double()
+    return ((counts + 1.0) / (counts.sum() + len(counts))).log().float()
 
 
 def _parameters(towers: TwoTower) -> dict[str, Tensor]:

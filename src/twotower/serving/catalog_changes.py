@@ -29,9 +29,12 @@ from twotower.data.io.id_lists import ids_like
 from twotower.data.io.readers import as_polars
 from twotower.data.schema.columns import USUAL_NAMES, usual_column
 from twotower.data.schema.vocabulary import Codes, IdValues, Vocabulary, ids_of
+from twotower.distributed.row_files import stored_shapes
 from twotower.errors import InputError
 from twotower.hashing import file_sha256
+from twotower.serving.folder_checks import parquet_rows, require_names
 from twotower.serving.model_folder import SavedModel, library_versions
+from twotower.system.checksums import read_json, require_file, verify_checksums, write_checksums
 
 Mask = NDArray[np.bool_]
 
@@ -106,8 +109,25 @@ class CatalogChanges:
         )
 
     def applied(self, trained: SavedModel) -> tuple[SavedModel, Mask]:
-        """Return the changed model, and a mask bool [N] that is False for removed items."""
+        """Return the changed model, and a mask bool [N] that is False for removed items.
+
+        Raises:
+            InputError: the changes belong to a different model.
+        """
         count, joined = len(trained.items), len(self.joined)
+        added = self.codes[self.codes >= count]
+        if (
+            not np.array_equal(added, np.arange(count, count + joined))
+            or (len(self.left) and int(self.left.max()) >= count + joined)
+            or self.embeddings.shape[1] != trained.item_embeddings.shape[1]
+            or (self.rows is not None) != (trained.item_table is not None)
+            or (
+                self.rows is not None
+                and trained.item_table is not None
+                and self.rows.schema != trained.item_table.schema
+            )
+        ):
+            raise InputError(f"{FOLDER}: changes of another model; delete the folder and make the changes again")
         split = int(np.searchsorted(self.codes, count))  # codes before it are trained items
         embeddings = trained.item_embeddings
         if split:
@@ -140,6 +160,7 @@ class CatalogChanges:
             "checksums": {path.name: file_sha256(path) for path in sorted(folder.iterdir())},
         }
         (folder / "changes.json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
+        write_checksums(folder, ["changes.json"])
 
     @classmethod
     def read(cls, model: Path) -> CatalogChanges | None:
@@ -153,28 +174,62 @@ class CatalogChanges:
         if not path.is_file():
             return None
         advice = f"delete {folder} and make the changes again"
+        require_file(path, advice)
         try:
-            metadata = json.loads(path.read_text(encoding="utf-8"))
-            version, checksums = metadata["schema_version"], metadata["checksums"]
+            metadata = read_json(path)
+            verify_checksums(folder, advice, only=path.name)  # older versions wrote none
+            version, checksums = metadata["schema_version"], dict(metadata["checksums"])
+        except InputError:
+            raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: not readable ({error}); {advice}") from error
         if version != SCHEMA_VERSION:
-            raise InputError(f"{path}: schema version {version}, this twotower reads {SCHEMA_VERSION}; {advice}")
+            raise InputError(f"{path}: schema version {version!r:.40}, this twotower reads {SCHEMA_VERSION}; {advice}")
+        needed = ("changes.safetensors", "joined.parquet")
+        require_names(folder, checksums, needed, advice)
         for name, expected in checksums.items():
-            if not (folder / name).is_file() or file_sha256(folder / name) != expected:
-                raise InputError(f"{folder / name}: missing, or its checksum differs; {advice}")
+            if file_sha256(folder / name) != expected:
+                raise InputError(f"{folder / name}: its checksum differs; {advice}")
         try:
-            tensors = load_file(folder / "changes.safetensors")
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{folder}: not readable ({error}); {advice}") from error
-        table = folder / "item_table.parquet"
-        return cls(
-            joined=pl.read_parquet(folder / "joined.parquet", glob=False)["id"],
+            return cls._loaded(folder, has_table="item_table.parquet" in checksums)
+        except (
+            *(OSError, ValueError, KeyError, IndexError, TypeError, SafetensorError),
+            *(pl.exceptions.PolarsError, pl.exceptions.PanicException),
+        ) as error:
+            text = " ".join(str(error).split())
+            raise InputError(f"{folder}: not readable ({text:.200}); {advice}") from error
+
+    @classmethod
+    def _loaded(cls, folder: Path, *, has_table: bool) -> CatalogChanges:
+        """Read the files, whose sizes are compared first."""
+        joined, table = folder / "joined.parquet", folder / "item_table.parquet"
+        count = stored_shapes(folder / "changes.safetensors")[0]["codes"].shape[0]
+        if parquet_rows(joined) > count or (has_table and parquet_rows(table) != count):
+            raise ValueError(f"expected {count:,} rows in {table.name}, and at most as many in {joined.name}")
+        tensors = load_file(folder / "changes.safetensors")
+        found = cls(
+            joined=pl.read_parquet(joined, glob=False)["id"],
             codes=tensors["codes"].numpy(),
             embeddings=tensors["embeddings"],
-            rows=pl.read_parquet(table, glob=False) if table.name in checksums else None,
+            rows=pl.read_parquet(table, glob=False) if has_table else None,
             left=tensors["left"].numpy(),
         )
+        found.require_consistent()
+        return found
+
+    def require_consistent(self) -> None:
+        """Check that codes ascend, and that every one has an embedding.
+
+        Raises:
+            ValueError: they do not.
+        """
+        codes, left = self.codes, self.left
+        if codes.dtype != np.int64 or left.dtype != np.int64 or self.embeddings.dtype != torch.float32:
+            raise ValueError("changes.safetensors: expected int64 codes and float32 embeddings")
+        if self.embeddings.ndim != 2 or codes.ndim != 1 or left.ndim != 1 or len(self.embeddings) != len(codes):
+            raise ValueError("changes.safetensors: expected one embedding for each code")
+        if bool((codes[1:] <= codes[:-1]).any()) or (len(codes) and codes[0] < 0) or (len(left) and left.min() < 0):
+            raise ValueError("changes.safetensors: expected ascending codes of 0 and more")
 
     def to_dict(self) -> dict[str, Any]:
         """Count added, changed and removed items, as JSON values."""

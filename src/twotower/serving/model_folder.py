@@ -1,6 +1,7 @@
 """The model folder: safetensors, Parquet and JSON, written atomically, verified when read, never unpickled.
 
 metadata.json          schema version, config, data account and fingerprint, split, metrics, versions, checksums
+SHA256SUMS             checksum of metadata.json (older versions wrote none)
 towers.safetensors     weights of both towers
 items.safetensors      item embeddings [N, D] float32, ready for an index, and training counts [N]
 histories.safetensors  history of each query: offsets [Q+1], item codes, oldest first; codes of the gaps before them
@@ -21,7 +22,8 @@ from __future__ import annotations
 
 import json
 import platform
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -31,12 +33,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from safetensors import SafetensorError
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
 
 from twotower.config.run import Config
+from twotower.data.loading.gaps import GAP_CODES
 from twotower.data.schema.vocabulary import Vocabulary, read_vocabulary
 from twotower.distributed.communicator import Communicator
 from twotower.distributed.row_exchange import run_of_rows
@@ -44,6 +46,8 @@ from twotower.distributed.row_files import save_rows, stored_tensors, write_fold
 from twotower.errors import InputError
 from twotower.features.feature_set import EncodedTable
 from twotower.hashing import file_sha256
+from twotower.serving.folder_checks import ADVICE, NEEDED, OPTIONAL, require_model_names, require_sizes, require_weights
+from twotower.system.checksums import read_json, require_file, verify_checksums, write_checksums
 from twotower.system.filesystem import require_replaceable, whole_folder
 from twotower.towers import TwoTower, build_towers
 from twotower.towers.sharded_lookup import shared_tables_of
@@ -51,6 +55,8 @@ from twotower.towers.tables import tables_without_memory
 
 SCHEMA_VERSION = 1
 FOLDER = "model"
+#: Folders of a run with `training.refit`: the model that was evaluated, and checkpoints and logs of the refit.
+VALIDATED, REFIT = "validated", "refit"
 ROWS = "rows.safetensors"
 ITEMS = "items.safetensors"
 TOWERS = "towers.safetensors"
@@ -175,6 +181,7 @@ class SavedModel:
             "checksums": {path.name: file_sha256(path) for path in sorted(folder.iterdir())},
         }
         (folder / "metadata.json").write_text(json.dumps(metadata, indent=1, ensure_ascii=False), encoding="utf-8")
+        write_checksums(folder, ["metadata.json"])
 
     @classmethod
     def load(cls, directory: str | Path, *, weights: bool = True, verify: bool = True) -> SavedModel:
@@ -188,29 +195,31 @@ class SavedModel:
             verify: compare the checksums. If False, only check that the files exist.
 
         Raises:
-            InputError: there is no model, it has a different schema version, a file is missing or its checksum differs.
+            InputError: there is no model, it has a different schema version, a file is missing or a link, its checksum
+                differs, or the sizes of the files disagree.
         """
         folder = find_model(directory)
         metadata = read_metadata(folder)
-        for name, checksum in metadata["checksums"].items():
-            path = folder / name
-            if not path.is_file():
-                raise InputError(f"{path}: missing; the model folder is incomplete; copy it again or train again")
-            if verify and file_sha256(path) != checksum:
-                raise InputError(
-                    f"{path}: its checksum differs from metadata.json; copy the folder again or train again"
-                )
-        try:
+        require_model_names(folder, metadata["checksums"])
+        with _files_named(folder):
             config = Config.model_validate(metadata["config"])
-            with nullcontext() if weights else tables_without_memory():
-                towers = build_towers(
-                    config,
-                    num_queries=metadata["num_queries"],
-                    num_items=metadata["num_items"],
-                    item_features=EncodedTable.read(folder, "item"),
-                    query_features=EncodedTable.read(folder, "query"),
-                    context=EncodedTable.read(folder, "context"),
+            require_sizes(folder, metadata, config)
+            tables = {
+                "item_features": EncodedTable.read(folder, "item"),
+                "query_features": EncodedTable.read(folder, "query"),
+                "context": EncodedTable.read(folder, "context"),
+            }
+            require_weights(folder, metadata, config, tables)
+        # Only now, because the sizes of the files have turned out to be those of the model.
+        for name in (*NEEDED, *OPTIONAL) if verify else ():
+            if name in metadata["checksums"] and file_sha256(folder / name) != metadata["checksums"][name]:
+                raise InputError(
+                    f"{folder / name}: its checksum differs from metadata.json; copy the folder again or train again"
                 )
+        with _files_named(folder):
+            sizes = {"num_queries": metadata["num_queries"], "num_items": metadata["num_items"]}
+            with nullcontext() if weights else tables_without_memory():
+                towers = build_towers(config, **sizes, **tables)
                 if metadata.get("recent_prior"):
                     towers.set_recent(torch.zeros(metadata["num_items"]))
             if weights:
@@ -220,23 +229,62 @@ class SavedModel:
             else:
                 counts = stored_tensors(folder / ITEMS)[0]["counts"][...]
                 items = {"embeddings": torch.empty(0, towers.width), "counts": counts}
-            histories = load_file(folder / "histories.safetensors")
-        except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
-            raise InputError(f"{folder}: the files do not fit together ({error}); train again") from error
-        table = folder / "item_table.parquet"
-        return cls(
-            config=config,
-            towers=towers.eval(),
-            item_embeddings=items["embeddings"],
-            item_counts=items["counts"],
-            queries=read_vocabulary(folder / "queries.parquet"),
-            items=read_vocabulary(folder / "items.parquet"),
-            history_offsets=histories["offsets"].numpy(),
-            history_items=histories["items"].numpy(),
-            history_gaps=histories["gaps"].numpy() if "gaps" in histories else None,
-            item_table=pl.read_parquet(table, glob=False) if table.name in metadata["checksums"] else None,
-            metadata=metadata,
+            histories = {name: one.numpy() for name, one in load_file(folder / "histories.safetensors").items()}
+            queries, item_ids = read_vocabulary(folder / "queries.parquet"), read_vocabulary(folder / "items.parquet")
+            _require_histories(histories, queries, item_ids, **sizes)
+            table = folder / "item_table.parquet"
+            return cls(
+                config=config,
+                towers=towers.eval(),
+                item_embeddings=items["embeddings"],
+                item_counts=items["counts"],
+                queries=queries,
+                items=item_ids,
+                history_offsets=histories["offsets"],
+                history_items=histories["items"],
+                history_gaps=histories.get("gaps"),
+                item_table=pl.read_parquet(table, glob=False) if table.name in metadata["checksums"] else None,
+                metadata=metadata,
+            )
+
+
+@contextmanager
+def _files_named(folder: Path) -> Iterator[None]:
+    """Turn any error of reading the files of a folder, which anybody may have written, into one line.
+
+    Raises:
+        InputError: the block raised an exception.
+    """
+    try:
+        yield
+    except InputError as error:
+        if str(error).startswith(str(folder)):
+            raise
+        raise InputError(f"{folder}: the files do not fit together ({error}); train again") from error
+    except (Exception, pl.exceptions.PanicException) as error:
+        text = " ".join(f"{error if str(error) else type(error).__name__}".split())
+        raise InputError(f"{folder}: the files do not fit together ({text:.300}); train again") from error
+
+
+def _require_histories(
+    histories: dict[str, np.ndarray], queries: Vocabulary, items: Vocabulary, *, num_queries: int, num_items: int
+) -> None:
+    """Check that the codes of the histories exist.
+
+    Raises:
+        ValueError: they do not, or a vocabulary has another size.
+    """
+    if (len(queries), len(items)) != (num_queries, num_items):
+        raise ValueError(
+            f"{len(queries):,} queries and {len(items):,} items, expected {num_queries:,} and {num_items:,}"
         )
+    offsets, codes, gaps = histories["offsets"], histories["items"], histories.get("gaps")
+    if offsets[0] != 0 or offsets[-1] != len(codes) or bool((offsets[1:] < offsets[:-1]).any()):
+        raise ValueError("histories.safetensors: the offsets are not those of its items")
+    if len(codes) and not 0 <= codes.min() <= codes.max() < num_items:
+        raise ValueError("histories.safetensors: an item has no code in the catalog")
+    if gaps is not None and len(gaps) and not 0 <= gaps.min() <= gaps.max() < GAP_CODES:
+        raise ValueError("histories.safetensors: a gap has no code")
 
 
 def _nothing(folder: Path) -> None:
@@ -272,24 +320,49 @@ def find_model(directory: str | Path) -> Path:
     raise InputError(f"{given}: no model in this folder; expected metadata.json, as `twotower train` writes it")
 
 
+def find_evaluated(directory: str | Path) -> Path:
+    """Find the model folder that the metrics of a model belong to.
+
+    A model refitted on all rows has learnt the test rows, so it cannot be evaluated on them: its metrics are those of
+    the model that was validated, in the same run folder.
+
+    Raises:
+        InputError: there is no model folder, or the model was refitted and the validated one is not beside it.
+    """
+    folder = find_model(directory)
+    if not read_metadata(folder).get("refit"):
+        return folder
+    validated = folder.parent / VALIDATED
+    if not (validated / "metadata.json").is_file():
+        raise InputError(
+            f"{folder}: refitted on all rows, the test rows among them, and {validated}, the model that was evaluated, "
+            "is missing; copy the whole run folder"
+        )
+    return validated
+
+
 def read_metadata(folder: Path) -> dict[str, Any]:
     """Read `metadata.json` of a model folder and check its schema version."""
     path = folder / "metadata.json"
+    require_file(path, ADVICE)
     try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
+        metadata = read_json(path)
+        verify_checksums(folder, ADVICE, only=path.name)  # older versions wrote none
         version = metadata["schema_version"]
         checksums = metadata["checksums"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: not the metadata of a model ({error}); copy the folder again or train again"
-        ) from error
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: not the metadata of a model ({error}); {ADVICE}") from error
     if version != SCHEMA_VERSION or not isinstance(checksums, dict):
         raise InputError(
-            f"{path}: schema version {version}, this twotower reads {SCHEMA_VERSION}; "
+            f"{path}: schema version {version!r:.40}, this twotower reads {SCHEMA_VERSION}; "
             "use the version that wrote it, or train again"
         )
-    result: dict[str, Any] = metadata
-    return result
+    for name in ("data", "split", "training", "metrics"):
+        if not isinstance(metadata.get(name, {}), dict):
+            raise InputError(f"{path}: {name} is not an object; {ADVICE}")
+    return metadata
 
 
 def library_versions() -> dict[str, str]:

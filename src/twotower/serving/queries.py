@@ -48,6 +48,10 @@ _INTEGER = re.compile(r"-?[0-9]{1,19}")
 _INT64 = 2**63 - 1
 
 
+class UnknownIdError(InputError):
+    """The ids that a request depends on are not ids of this model: HTTP answers 404 instead of 422."""
+
+
 class ResolvedQuery(NamedTuple):
     """One query as codes.
 
@@ -225,13 +229,14 @@ def resolve(
         times: timestamps of the items of `history`, or None.
 
     Raises:
-        InputError: the query id is unknown, or the times do not match the history.
+        UnknownIdError: the query id is unknown.
+        InputError: the times do not match the history.
     """
     code = -1
     if query is not None:
         code = int(seen_codes(artifact, codes_of(artifact.queries, [query]))[0])
         if code < 0:
-            raise InputError(f"query_id: {UNKNOWN_ID}")
+            raise UnknownIdError(f"query_id: {UNKNOWN_ID}")
     if history is not None:
         codes = codes_of(artifact.items, history)
         gaps = given_gaps(times, len(codes))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from twotower.errors import InputError
 from twotower.hashing import file_sha256
@@ -22,14 +23,19 @@ from twotower.index.approximate.build import KINDS, IndexReport, build_index, lo
 from twotower.index.approximate.index import ApproximateIndex
 from twotower.serving.catalog_changes import FOLDER as CHANGES
 from twotower.serving.catalog_changes import CatalogChanges
+from twotower.serving.folder_checks import require_names
 from twotower.serving.live_catalog import LiveCatalog
 from twotower.serving.model_folder import SavedModel, find_model, library_versions, read_metadata
 from twotower.serving.queries import stored_gaps, stored_histories
 from twotower.serving.search import dial_of, ranker_of
+from twotower.system.checksums import read_json, require_file, verify_checksums, write_checksums
 from twotower.system.filesystem import whole_folder
 
 FOLDER = "index"
 SCHEMA_VERSION = 1
+#: Largest size of an index per item, without its embedding: links at every level of a graph.
+MOST_ITEM_BYTES = 1 << 16
+ADVICE = "build the index again with `twotower index`"
 
 #: Settings of the dial at which recall is measured: as trained, and full discovery.
 MEASURED_AT = {"popularity 1": 1.0, "popularity 0": 0.0}
@@ -105,6 +111,7 @@ def build_stored_index(
             "checksums": {path.name: file_sha256(path) for path in sorted(target.iterdir())},
         }
         (target / "index.json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
+        write_checksums(target, ["index.json"])
     return report
 
 
@@ -114,16 +121,27 @@ def read_index_report(folder: Path) -> dict[str, Any] | None:
     Raises:
         InputError: the file is damaged or has a different schema version.
     """
-    path = folder / FOLDER / "index.json"
+    where = folder / FOLDER
+    path = where / "index.json"
     if not path.is_file():
         return None
+    require_file(path, ADVICE)
     try:
-        metadata: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version = metadata["schema_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not readable ({error}); build the index again with `twotower index`") from error
+        metadata = read_json(path)
+        verify_checksums(where, ADVICE, only=path.name)  # older versions wrote none
+        version, checksums = metadata["schema_version"], metadata["checksums"]
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: not readable ({error}); {ADVICE}") from error
     if version != SCHEMA_VERSION:
-        raise InputError(f"{path}: schema version {version}, this twotower reads {SCHEMA_VERSION}; build it again")
+        raise InputError(
+            f"{path}: schema version {version!r:.40}, this twotower reads {SCHEMA_VERSION}; build it again"
+        )
+    kinds = {"kind": str, "settings": dict, "checksums": dict}
+    if any(not isinstance(metadata.get(name), kind) for name, kind in kinds.items()):
+        raise InputError(f"{path}: expected a kind, settings and checksums; {ADVICE}")
+    require_names(where, checksums, (), ADVICE)
     return metadata
 
 
@@ -148,14 +166,24 @@ def load_stored_index(
         raise InputError(f"{where}: built for different item embeddings than this model's; build it again")
     if metadata.get("changes") != (None if changes is None else file_sha256(folder / CHANGES / "changes.json")):
         raise InputError(f"{where}: built for a different state of the catalog; build it again with `twotower index`")
+    most = MOST_ITEM_BYTES + len(artifact.items) * (MOST_ITEM_BYTES + 8 * artifact.item_embeddings.shape[1])
     for name, expected in metadata["checksums"].items():
-        if not (where / name).is_file() or file_sha256(where / name) != expected:
-            raise InputError(f"{where / name}: missing, or its checksum differs; build it again with `twotower index`")
+        if (where / name).stat().st_size > most:
+            raise InputError(f"{where / name}: larger than an index of {len(artifact.items):,} items; {ADVICE}")
+        if file_sha256(where / name) != expected:
+            raise InputError(f"{where / name}: its checksum differs; {ADVICE}")
     alive = None
     if changes is not None:
         artifact, alive = changes.applied(artifact)
-    index = load_index(metadata, artifact.item_embeddings, where, alive, last=dial_of(artifact).coordinate())
-    found = index.engine.count()
+    try:
+        index = load_index(metadata, artifact.item_embeddings, where, alive, last=dial_of(artifact).coordinate())
+        found = index.engine.count()
+        index.search(torch.zeros(1, index.vectors.dim), 1)  # codes and widths are those of the items
+    except InputError:
+        raise
+    except Exception as error:  # faiss and the settings of a file that anybody may have written
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{where}: not readable ({text:.200}); {ADVICE}") from error
     if found != int(index.vectors.alive.sum()):
         raise InputError(
             f"{where}: the index has {found:,} items, the model {index.vectors.alive.sum():,}; build it again"
@@ -199,6 +227,7 @@ def save_changes(catalog: LiveCatalog, directory: str | Path) -> dict[str, Any]:
             metadata["changes"] = file_sha256(target / CHANGES / "changes.json")
             metadata["checksums"] = {path.name: file_sha256(path) for path in sorted((target / FOLDER).iterdir())}
             (target / FOLDER / "index.json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
+            write_checksums(target / FOLDER, ["index.json"])
     return changes.to_dict()
 
 

@@ -1,12 +1,16 @@
-"""Atomic writes of files and folders, clear errors for a full disk, and locks."""
+"""Atomic and durable writes of files and folders, clear errors for a full disk, and locks."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import os
+import platform
+import re
 import shutil
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +24,15 @@ try:
 except ImportError:  # pragma: no cover  # Windows has no fcntl, so there are no locks between processes
     fcntl = None  # type: ignore[assignment]
 
+#: Endings of the temporary folders next to a target: one being written, and the older one while it is replaced.
+PARTIAL, PREVIOUS = "partial", "previous"
+#: Beginning of the names of temporary folders of this machine; they are followed by 12 random characters.
+_MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:4]
+TOKEN_LENGTH = len(_MACHINE) + 12
+#: A temporary folder of another machine that is unchanged for this many seconds belongs to a process that has ended.
+STALE_SECONDS = 3600
+#: Errors of fsync on file systems that do not support it, such as for folders on a network drive.
+_NOT_SYNCHRONIZED = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EROFS}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 #: Messages of libraries with their own errors: polars and safetensors (from Rust), numpy (for a short write).
 _FULL_WORDS = (
@@ -34,12 +47,18 @@ _FULL_WORDS = (
 
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
-    """Write a file atomically: yield a temporary path, renamed to `target` on success and removed on failure."""
+    """Write a file atomically: yield a temporary path, renamed to `target` on success and removed on failure.
+
+    The content is on the disk before the rename, and the rename before this returns, so that neither a kill nor a loss
+    of power leaves half a file.
+    """
     temporary = _temporary(target)
     try:
         with full_disk_named(target):
             yield temporary
+            synchronize(temporary)
             temporary.replace(target)
+            synchronize(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -61,35 +80,147 @@ def require_replaceable(target: Path, marker: str, what: str) -> None:
 
 
 @contextmanager
-def whole_folder(target: Path, *, replace: bool = True) -> Iterator[Path]:
+def whole_folder(target: Path, *, replace: bool = True, durable: bool = True) -> Iterator[Path]:
     """Write a folder atomically: yield a temporary folder, renamed to `target` on success and removed on failure.
 
     Args:
         target: the folder to be written.
         replace: whether to replace an existing folder. If false, an existing folder stays and the new one is discarded.
+        durable: whether the files are on the disk before the rename, so that a loss of power leaves the old folder or
+            the new one. False for a cache, which can be made again.
     """
-    temporary, older = _temporary(target), _temporary(target)
     with full_disk_named(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
+    with partial_folder(target, shared=not durable) as temporary:
+        older = _temporary(target, PREVIOUS)
+        try:
+            with full_disk_named(target):
+                yield temporary
+                if durable:
+                    synchronize_tree(temporary)
+            # A folder cannot be renamed over a nonempty folder. Where the system supports it, the two are exchanged in
+            # one step; otherwise the older folder is renamed first, and for a short time there is no `target`.
+            if replace and target.exists() and not changed_places(temporary, target):
+                target.rename(older)
+            if older.exists() or not target.exists():
+                try:
+                    temporary.rename(target)
+                except OSError:  # another process may have created the folder in the meantime
+                    if replace or not target.is_dir():
+                        raise
+            if durable:
+                synchronize(target.parent)
+        finally:
+            if older.exists() and not target.exists():
+                older.rename(target)
+            shutil.rmtree(older, ignore_errors=True)
+
+
+@contextmanager
+def partial_folder(target: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Create a temporary folder next to `target` and remove it at the end, if it still exists.
+
+    The folder is locked during the block, so a free lock identifies what a killed process has left; such folders for
+    the same `target` are removed here.
+
+    Args:
+        target: the folder to be written.
+        shared: whether processes without working locks between them may write `target` at the same time, as in a cache;
+            a folder then counts as left by a killed process only if it is unchanged for an hour.
+    """
+    remove_abandoned(target, STALE_SECONDS if shared else 0)
+    temporary, handle = _locked_folder(target)
     try:
-        with full_disk_named(target):
-            yield temporary
-        # A folder cannot be renamed over a nonempty folder. Where the system supports it, the two are exchanged in one
-        # step; otherwise the older folder is renamed first, and for a short time there is no `target`.
-        if replace and target.exists() and not changed_places(temporary, target):
-            target.rename(older)
-        if older.exists() or not target.exists():
-            try:
-                temporary.rename(target)
-            except OSError:  # another process may have created the folder in the meantime
-                if replace or not target.is_dir():
-                    raise
+        yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        if older.exists() and not target.exists():
-            older.rename(target)
-        shutil.rmtree(older, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def remove_abandoned(target: Path, seconds: float = 0) -> None:
+    """Remove the temporary folders for `target` whose process is gone; without locks between processes, remove none.
+
+    A lock may not exclude other machines, so a folder of another machine must also be unchanged for an hour. If a
+    process was killed between the two renames of `whole_folder`, the older folder is renamed back to `target`.
+
+    Args:
+        target: the folder that they were written for.
+        seconds: the time for which a folder of this machine must be unchanged.
+    """
+    left = re.compile(rf"\.{re.escape(target.name)}\.([0-9a-f]+)\.({PARTIAL}|{PREVIOUS})")
+    for path in sorted(target.parent.iterdir()):
+        found = left.fullmatch(path.name)
+        if found is None or path.is_symlink() or not path.is_dir():
+            continue
+        age = seconds if found[1].startswith(_MACHINE) else STALE_SECONDS
+        if age and time.time() - _last_change(path) < age:
+            continue
+        handle = _lock_folder(path)
+        if handle is None:
+            continue
+        if found[2] == PREVIOUS and not target.exists():
+            path.rename(target)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+        os.close(handle)
+
+
+def _last_change(folder: Path) -> float:
+    with suppress(OSError):  # its process has just removed or renamed it
+        return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+    return time.time()
+
+
+def _locked_folder(target: Path) -> tuple[Path, int | None]:
+    """Create a temporary folder and lock it; the handle is None if the system has no locks."""
+    while True:
+        temporary = _temporary(target)
+        with full_disk_named(target):
+            temporary.mkdir()
+        handle = _lock_folder(temporary)
+        if temporary.is_dir():
+            return temporary, handle
+        if handle is not None:  # `remove_abandoned` of another process was faster than the lock
+            os.close(handle)
+
+
+def _lock_folder(path: Path) -> int | None:
+    """Lock a folder; return None if another process has locked it, it is gone, or the system has no locks."""
+    if fcntl is None:
+        return None
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def synchronize(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk; a no-op for folders on Windows."""
+    if sys.platform == "win32" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NOT_SYNCHRONIZED:
+            raise
+    finally:
+        os.close(handle)
+
+
+def synchronize_tree(folder: Path) -> None:
+    """Wait until everything in a folder is on the disk."""
+    for path in sorted(folder.rglob("*")):
+        if not path.is_symlink():
+            synchronize(path)
+    synchronize(folder)
 
 
 def write_text(target: Path, text: str) -> None:
@@ -205,5 +336,5 @@ def changed_places(one: Path, other: Path) -> bool:
     return bool(rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
 
 
-def _temporary(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.partial")
+def _temporary(target: Path, ending: str = PARTIAL) -> Path:
+    return target.with_name(f".{target.name}.{_MACHINE}{uuid.uuid4().hex[:12]}.{ending}")

@@ -205,12 +205,20 @@ class Validation(Callback):
         metric: the metric that determines the best epoch; larger is better.
         patience: stop after this many validations without an improvement.
         every: epochs between validations.
+        on_epoch: receives the metrics of each validation, and returns whether to stop; None to discard them.
     """
 
     def __init__(
-        self, measure: Callable[[TwoTower], dict[str, float]], metric: str, *, patience: int, every: int = 1
+        self,
+        measure: Callable[[TwoTower], dict[str, float]],
+        metric: str,
+        *,
+        patience: int,
+        every: int = 1,
+        on_epoch: Callable[[dict[str, float]], bool] | None = None,
     ) -> None:
         self.measure, self.metric, self.patience, self.every = measure, metric, patience, every
+        self.on_epoch = on_epoch
         self.rows: list[dict[str, float]] = []
 
     @property
@@ -222,6 +230,11 @@ class Validation(Callback):
     def best(self) -> float | None:
         """The highest value of the metric so far; None before the first validation."""
         return max((row[self.metric] for row in self.rows), default=None)
+
+    @property
+    def best_epoch(self) -> int:
+        """The epoch with the highest value of the metric, of equal ones the first; -1 before the first validation."""
+        return int(max(self.rows, key=lambda row: row[self.metric])["epoch"]) if self.rows else -1
 
     @property
     def since_best(self) -> int:
@@ -253,7 +266,8 @@ class Validation(Callback):
             pl_module.log(name, value, prog_bar=name == self.metric, batch_size=1)
         pl_module.log_frequency_drift()
         self.rows.append({"epoch": trainer.current_epoch, "step": trainer.global_step, **metrics})
-        trainer.should_stop = trainer.should_stop or self.since_best >= self.patience
+        stops = self.on_epoch is not None and self.on_epoch(self.rows[-1])
+        trainer.should_stop = trainer.should_stop or stops or self.since_best >= self.patience
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rows, for the checkpoint."""

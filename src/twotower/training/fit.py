@@ -52,6 +52,7 @@ class FitResult:
         cpu_seconds: CPU time of all threads of this process during the fit, including an interrupted part.
         peak_memory: peak memory of this process so far, in bytes; None if the system does not report it.
         history: validation metrics of every epoch.
+        kept: epochs that the weights have learnt; 0 if they are the start.
         checkpoint: the best checkpoint, including the optimizer state; None if none was written.
     """
 
@@ -62,6 +63,7 @@ class FitResult:
     cpu_seconds: float
     peak_memory: int | None
     history: list[dict[str, float]]
+    kept: int
     checkpoint: Path | None = None
 
 
@@ -81,6 +83,8 @@ def fit_towers(
     hyperparameters: Mapping[str, Any] | None = None,
     warm_start: Callback | None = None,
     in_background: bool = False,
+    epochs: int | None = None,
+    on_epoch: Callable[[dict[str, float]], bool] | None = None,
 ) -> FitResult:
     """Train until the validation metric stops improving, and return the best weights.
 
@@ -99,6 +103,8 @@ def fit_towers(
         hyperparameters: shown by the logger next to the curves, if it supports them.
         warm_start: loads the optimizer state of a parent model (`ContinueOptimizer`); None starts fresh.
         in_background: write checkpoints in the background, from a copy of the state.
+        epochs: stop after this many epochs of the schedule, which `settings.max_epochs` determines; None for all.
+        on_epoch: receives the metrics of each validation, and returns whether to stop; what it raises ends the run.
 
     Raises:
         InputError: there is no checkpoint to resume from, a checkpoint cannot be written, or the logger's package is
@@ -119,7 +125,7 @@ def fit_towers(
     )
     io = _checkpoint_io(towers, settings, ranks, in_background=in_background)
     stop = StopBetweenSteps(directory / LAST, ranks, io.settle)
-    validation = None if validate is None else _validation(validate, settings)
+    validation = None if validate is None else _validation(validate, settings, on_epoch)
     checkpoints = Checkpoints(directory, validation, every=settings.checkpoint_every)
     callbacks = [
         EpochOrder(batches),
@@ -133,7 +139,7 @@ def fit_towers(
     ]
     with quiet_lightning(), stop:
         logger = make_logger(settings.logger, directory, hyperparameters)
-        trainer = _trainer(settings, callbacks, io, logger, progress=progress and ranks.is_first)
+        trainer = _trainer(settings, callbacks, io, logger, epochs=epochs, progress=progress and ranks.is_first)
         with _named_endings(io, directory / LAST):
             trainer.fit(module, batches, ckpt_path=str(directory / LAST) if resume else None)
     for optimizer in trainer.optimizers:
@@ -149,12 +155,19 @@ def fit_towers(
         cpu_seconds=clock.cpu_seconds,
         peak_memory=peak_memory(),
         history=[] if validation is None else validation.rows,
+        kept=trainer.current_epoch if validation is None or not has_best else validation.best_epoch + 1,
         checkpoint=checkpoints.best if has_best else None,
     )
 
 
-def _validation(validate: Callable[[TwoTower], dict[str, float]], settings: TrainingConfig) -> Validation:
-    return Validation(validate, settings.metric, patience=settings.patience, every=settings.validate_every)
+def _validation(
+    validate: Callable[[TwoTower], dict[str, float]],
+    settings: TrainingConfig,
+    on_epoch: Callable[[dict[str, float]], bool] | None,
+) -> Validation:
+    return Validation(
+        validate, settings.metric, patience=settings.patience, every=settings.validate_every, on_epoch=on_epoch
+    )
 
 
 def _checkpoint_io(
@@ -170,12 +183,13 @@ def _trainer(
     io: SafeCheckpointIO,
     logger: Logger | Literal[False],
     *,
+    epochs: int | None,
     progress: bool,
 ) -> pl.Trainer:
     # Standard output is for results.
     bar = [RichProgressBar(leave=False, console_kwargs={"stderr": True})] if progress else []
     return pl.Trainer(
-        max_epochs=settings.max_epochs,
+        max_epochs=settings.max_epochs if epochs is None else epochs,
         accelerator=settings.accelerator,
         precision=settings.precision,
         max_time=settings.time_limit,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -121,8 +122,9 @@ def draw_blocks(
 ) -> list[Block]:
     """Draw the candidates of a batch, or of every `objective.rows_per_draw` rows of it, in its order over all ranks.
 
-    A block may span several ranks, and a rank several blocks. Every rank makes all draws and keeps the blocks that
-    contain its rows; a rank without rows keeps the last block.
+    A last block of one row, which has no other rows, joins the block before. A block may span several ranks, and a rank
+    several blocks. Every rank makes all draws and keeps the blocks that contain its rows; a rank without rows keeps the
+    last block.
 
     Args:
         objective: the objective to minimise.
@@ -135,9 +137,11 @@ def draw_blocks(
     is_one = objective.rows_per_draw is None
     each = objective.rows_per_draw or len(items)
     windows = batch.windows if is_one else None
+    edges = [*range(0, len(items), each), len(items)]
+    if each > 1 and len(edges) > 2 and edges[-1] - edges[-2] == 1:
+        del edges[-2]
     blocks = []
-    for start in range(0, len(items), each):
-        stop = min(start + each, len(items))
+    for start, stop in pairwise(edges):
         first, last = (min(max(edge, own.start), own.stop) for edge in (start, stop))
         rows = slice(first - own.start, last - own.start)
         queries = batch.queries[rows]

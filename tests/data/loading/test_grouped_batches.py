@@ -98,7 +98,7 @@ def test_resuming_mid_epoch_gives_the_same_batches() -> None:
 def test_data_that_cannot_be_grouped_is_refused() -> None:
     data = interactions()
     with pytest.raises(InputError, match="every row is alone in its group"):
-        GroupedBatches(TrainingBatches(interactions((1, 1, 1)), 2))
+        GroupedBatches(TrainingBatches(interactions((1, 1, 1)), 2), in_batch_alone=True)
     plain = Interactions.from_frame(pl.DataFrame({"user": [1, 2, 2], "item": [1, 2, 3]}))
     with pytest.raises(InputError, match="need a group column"):
         GroupedBatches(TrainingBatches(plain, 2))
@@ -113,7 +113,13 @@ def test_a_grouped_batch_keeps_its_group_on_a_device() -> None:
 
 
 def test_rows_that_are_alone_in_their_group_are_reported(caplog: pytest.LogCaptureFixture) -> None:
-    found = batches(interactions((1, 20, 1, 0, 3)))
+    data = interactions((1, 20, 1, 0, 3))
+    found = GroupedBatches(TrainingBatches(data, 8), in_batch_alone=True)
     assert found.left_out == 2
     assert "2 rows are not trained" in caplog.text
     assert sorted(len(batch) for batch in found) == [3, 8, 8]
+    caplog.clear()
+    found = batches(data)
+    assert found.left_out == 0
+    assert caplog.text == ""
+    assert sorted(len(batch) for batch in found) == [1, 1, 3, 8, 8]

@@ -204,3 +204,34 @@ def test_bisection_finds_the_first_place(data):
     times = np.array([1, 3, 3, 7, 2, 2, 9])
     first, last = np.array([0, 0, 0, 4, 4]), np.array([4, 4, 4, 7, 4])
     assert first_at(times, first, last, np.array([3, 4, 8, 9, 1])).tolist() == [1, 3, 4, 6, 4]
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        QuestionRule("horizon", 15 * DAY, new_only=False),
+        QuestionRule("set", share=0.3, new_only=False),
+        QuestionRule("set", share=0.8, new_only=False),
+    ],
+)
+def test_the_questions_that_have_an_item_are_counted_once_with_repeats(data, rule):
+    """Without duplicates a candidate's inclusion counts questions: an item that a question has twice is in one."""
+    batches = QuestionBatches(data, 20, rule, seed=1)
+    everything = np.arange(len(batches.queries))
+    count = 500
+    found = np.zeros((count, data.num_items))
+    rows = np.zeros(data.num_items)
+    for epoch in range(count):
+        batch = batches.batch(everything, epoch)
+        pairs = np.unique(np.stack([batch.asked.of.numpy(), batch.items.numpy()]), axis=1)
+        found[epoch] = np.bincount(pairs[1], minlength=data.num_items)
+        rows += np.bincount(batch.items.numpy(), minlength=data.num_items) / count
+    expected = batches.question_counts()
+    error = found.std(0) / np.sqrt(count)
+    assert (np.abs(found.mean(0) - expected) < 4.5 * error + 1e-9).all()
+    assert (rows - found.mean(0) > 8 * error).any(), "some questions have an item twice"
+    assert (batches.item_counts() >= expected - 1e-9).all()
+    assert batch.windows.holding.of(torch.arange(3)).tolist() == pytest.approx(expected[:3].tolist())
+    plain = QuestionBatches(data, 20, QuestionRule(rule.kind, rule.horizon, rule.share), seed=1)
+    assert plain.batch(everything).windows.holding is None
+    assert plain.question_counts() == pytest.approx(plain.item_counts())

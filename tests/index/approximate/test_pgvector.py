@@ -8,14 +8,15 @@ from torch.nn import functional as F
 from support.postgres import postgres
 from twotower.errors import InputError
 from twotower.index import ExactCatalog, build_index, load_index
-from twotower.index.approximate.pgvector import PgVector
+from twotower.index.approximate.pgvector import DATABASE, PgVector
 
 N, D = 3000, 9
 
 
 @pytest.fixture(scope="module")
 def url():
-    with postgres() as address:
+    with postgres() as address, pytest.MonkeyPatch.context() as patch:
+        patch.setenv(DATABASE, address)
         yield address
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from twotower.data.io.readers import ROW, FileSource, FrameSource, open_source
 from twotower.data.schema.account import Account
@@ -100,6 +102,14 @@ class FeatureTable:
                 + ("; data.catalog=table keeps them" if self.role == "item" else ""),
             )  # fmt: skip
         return wanted.join(self.frame.with_columns(ids), on=self.id_column, how="left", maintain_order="left")
+
+
+def described(table: pl.DataFrame | None, count: int) -> NDArray[np.bool_]:
+    """Mark the rows of a joined table with any value other than the id, bool [count]; all False without a table."""
+    if table is None or table.width < 2:
+        return np.zeros(count, dtype=np.bool_)
+    own = table.columns[0]
+    return table.select(pl.any_horizontal(pl.exclude(own).is_not_null())).to_series().to_numpy()
 
 
 def typed(column: pl.Series) -> pl.Series:

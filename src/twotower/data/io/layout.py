@@ -6,9 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from twotower.data.schema.vocabulary import CodedIds, Vocabulary
 from twotower.errors import InputError
-from twotower.system.filesystem import changed_places, full_disk_named, require_replaceable
+from twotower.system.filesystem import changed_places, full_disk_named, partial_folder, require_replaceable
 
 LAYOUT_VERSION = 1
 #: Incremented when the way files are read changes, so that data prepared by an older version is prepared again.
@@ -109,15 +108,14 @@ def appearing(target: Path, marker: str = META) -> Iterator[Path]:
     Raises:
         InputError: the folder cannot be written, or `target` exists and is not a saved data set.
     """
-    building = target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        building.mkdir()
-    except OSError as error:
-        raise InputError(
-            f"{target}: cannot be written ({error.strerror}); choose another folder (cache=..., or TWOTOWER_CACHE)."
-        ) from None
-    try:
+    with ExitStack() as stack:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            building = stack.enter_context(partial_folder(target, shared=True))
+        except OSError as error:
+            raise InputError(
+                f"{target}: cannot be written ({error.strerror}); choose another folder (cache=..., or TWOTOWER_CACHE)."
+            ) from None
         require_replaceable(target, marker, "saved data set")
         with full_disk_named(target, "free space, or choose another folder (cache=..., or TWOTOWER_CACHE)."):
             yield building
@@ -129,8 +127,6 @@ def appearing(target: Path, marker: str = META) -> Iterator[Path]:
             except OSError:
                 if not (target / marker).is_file():  # otherwise another process wrote the same data first
                     raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def write_meta(directory: Path, meta: dict[str, Any]) -> None:

@@ -233,20 +233,21 @@ class GroupedBatches:
 
     Each group yields as many full batches as it has rows for; a group with fewer rows than a batch yields one batch of
     all its rows. The batches of all groups are shuffled together. Such a batch is not a random draw from all rows, so
-    the objective needs the item frequency within the group. A row that is alone in its group has no candidates, so it
-    is omitted, with a warning.
+    the objective needs the item frequency within the group.
 
     Args:
         batches: provide the seed, batch size and history length; their interactions must have groups.
+        in_batch_alone: the only candidates are the other rows of the batch. A row that is alone in its group then has
+            none; the softmax over its group is 1 and its gradient 0, so it is omitted, with a warning.
 
     Attributes:
         left_out: number of omitted rows, which are alone in their group.
 
     Raises:
-        InputError: there is no group column, or every row is alone in its group.
+        InputError: there is no group column, or every row is alone in its group and would be omitted.
     """
 
-    def __init__(self, batches: TrainingBatches) -> None:
+    def __init__(self, batches: TrainingBatches, *, in_batch_alone: bool = False) -> None:
         groups = batches.interactions.groups
         if groups is None:
             raise InputError(
@@ -259,9 +260,9 @@ class GroupedBatches:
             self._rows = batches.rows[self._rows]
         self._sizes = np.bincount(codes)
         self._starts = np.cumsum(self._sizes) - self._sizes
-        number = np.maximum(self._sizes // batches.batch_size, self._sizes > 1)
+        number = np.maximum(self._sizes // batches.batch_size, self._sizes > in_batch_alone)
         self._group_of_batch = np.repeat(np.arange(len(self._sizes)), number)
-        self.left_out = int((self._sizes == 1).sum())
+        self.left_out = int((self._sizes == 1).sum()) if in_batch_alone else 0
         if not len(self._group_of_batch):
             raise InputError(
                 "training batches: every row is alone in its group, so no batch has two; name another column in "
@@ -269,7 +270,8 @@ class GroupedBatches:
             )
         if self.left_out:
             logger.warning(
-                "%d rows are not trained: each is the only one of its group, so its batch has no other rows",
+                "%d rows are not trained: each is the only one of its group, so in_batch alone gives it no candidates; "
+                "add a source such as uniform",
                 self.left_out,
             )
 

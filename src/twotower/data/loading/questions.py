@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from twotower.data.interactions import Interactions
 from twotower.data.loading.batches import Asked, Batch, Encoded, context_rows, mean_weight
@@ -146,6 +147,7 @@ class QuestionBatches(EpochPosition):
             )
         counts, rows_per_epoch = self._expected()
         self._counts, self.rows_per_epoch = counts, rows_per_epoch
+        self._holding = None if rule.new_only else ItemQuestions(self)
         mean = rows_per_epoch / len(self.queries)
         most = max(len(self.queries) // STEPS, 1)
         self.questions_per_batch = min(max(round(batch_size / mean), 1), most)
@@ -160,11 +162,48 @@ class QuestionBatches(EpochPosition):
         return len(self.queries) // self.questions_per_batch
 
     def item_counts(self) -> NDArray[np.float64]:
-        """Return the expected number of questions in an epoch that have each item as a target, [N].
+        """Return the expected number of rows of an epoch that have each item as a target, [N].
 
-        Counts rows, not questions, if an item can be a target of a question twice (without `new_only`).
+        Without `new_only` an item can be a target of a question twice; `Windows.holding` then counts questions.
         """
         return self._counts
+
+    def question_counts(self) -> NDArray[np.float64]:
+        """Return the expected number of questions of an epoch that have each item as a target, once or several times.
+
+        horizon: a query draws each of its E eligible rows d with probability 1/E, and row r is the *first* target with
+        its item if the span of d contains r and begins after the previous eligible row of the item. set: with k of the
+        n rows having the item, m possible targets, and s = share,
+
+            P = 1 - (1-s)^k + (1-s)^m k / m - [m = n, k = 1] s^n / n.
+
+        Returns:
+            [N].
+        """
+        data, targets = self.interactions, self._targets
+        offsets, items = np.asarray(data.offsets), np.asarray(data.item_codes)[targets].astype(np.int64)
+        queries = np.searchsorted(offsets, targets, side="right") - 1
+        runs = np.diff(self._runs)[queries]
+        counts = np.zeros(data.num_items)
+        keys = queries * data.num_items + items
+        if self.rule.kind == "set":
+            _, first, copies = np.unique(keys, return_index=True, return_counts=True)
+            able = np.isin(queries[first], self.queries)
+            first, k = first[able], copies[able].astype(np.float64)
+            s, m, n = self.rule.share, runs[first].astype(np.float64), np.diff(self._pools)[queries[first]]
+            chance = 1 - (1 - s) ** k + (1 - s) ** m * k / m - ((m == n) & (k == 1)) * s**n / n
+            np.add.at(counts, items[first], chance)
+            return counts
+        order = np.argsort(keys, kind="stable")
+        before = np.full(len(targets), -1, dtype=np.int64)
+        again = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
+        before[order[again + 1]] = targets[order[again]]
+        begin, end = self._span(targets, queries)
+        # Both ascend: the rows d whose spans hold r are a run, from the first span that ends after r.
+        low = np.maximum(np.searchsorted(end, targets, side="right"), np.searchsorted(begin, before, side="right"))
+        high = np.searchsorted(begin, targets, side="right")
+        np.add.at(counts, items, np.maximum(high - low, 0) / runs)
+        return counts
 
     def _fixed(self) -> dict[str, int]:
         return {
@@ -219,7 +258,7 @@ class QuestionBatches(EpochPosition):
             asked=Asked(
                 torch.from_numpy(queries),
                 torch.from_numpy(of),
-                Windows(len(numbers), len(self.queries), self.rows_per_epoch),
+                Windows(len(numbers), len(self.queries), self.rows_per_epoch, self._holding),
             ),
         )
 
@@ -319,6 +358,26 @@ class QuestionBatches(EpochPosition):
             chance = np.cumsum(steps[:-1]).clip(0.0, 1.0)
         np.add.at(counts, np.asarray(data.item_codes)[self._targets], chance)
         return counts, float(chance.sum())
+
+
+class ItemQuestions:
+    """The expected number of questions that have each item as a target, counted when first needed.
+
+    Args:
+        batches: the questions.
+    """
+
+    def __init__(self, batches: QuestionBatches) -> None:
+        self._batches = batches
+        self._counts: Tensor | None = None
+
+    def of(self, items: Tensor) -> Tensor:
+        """Return the number of questions that have each of these items, float64, same shape as `items`."""
+        if self._counts is None:
+            self._counts = torch.from_numpy(self._batches.question_counts())
+        if self._counts.device != items.device:
+            self._counts = self._counts.to(items.device)
+        return self._counts[items]
 
 
 def first_occurrences(data: Interactions) -> NDArray[np.bool_]:

@@ -117,7 +117,7 @@ class Shards:
             self._sweep(target, STALE_SECONDS)
             with (
                 full_disk_named(file, f"its rows are temporarily stored in {self.root}: free space there"),
-                whole_folder(target, replace=False) as folder,
+                whole_folder(target, replace=False, durable=False) as folder,
             ):
                 save(*read(file, folder))
         return True

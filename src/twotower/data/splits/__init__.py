@@ -2,7 +2,7 @@
 
 from twotower.data.splits.from_files import from_parts
 from twotower.data.splits.holdout import Holdout
-from twotower.data.splits.protocols import Split, by_time, held_out_queries, leave_last_out, random_rows
+from twotower.data.splits.protocols import Split, by_time, held_out_queries, leave_last_out, random_rows, rolling
 
 __all__ = [
     "Holdout",
@@ -12,4 +12,5 @@ __all__ = [
     "held_out_queries",
     "leave_last_out",
     "random_rows",
+    "rolling",
 ]

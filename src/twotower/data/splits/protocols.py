@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -165,16 +165,69 @@ def by_time(
             "split by time: the data has no timestamps; name the column with data.columns.timestamp, or use "
             "data.split=random, or data.split=leave-last-out if the rows of each query are in time order."
         )
-    n = len(data)
-    at = [min(n - 1, round(n * (1 - test - validation))), min(n - 1, round(n * (1 - test)))]
-    ordered = np.partition(times, at)
-    first_cut, second_cut = int(ordered[at[0]]), int(ordered[at[1]])
-    del ordered
+    first_cut, second_cut = _quantiles(times, [1 - test - validation, 1 - test])
     if int(np.min(times)) == int(np.max(times)):
         raise InputError(
             f"split by time: every row has the same timestamp, {_utc(first_cut)}, so no row is before another; use "
             "data.split=random, or data.split=leave-last-out if the rows of each query are in time order."
         )
+    settings = {"validation": validation, "test": test, "cold": cold, "histories": histories}
+    return _split_at(data, first_cut, second_cut, settings)
+
+
+def rolling(
+    data: Interactions,
+    validation: float = 0.05,
+    test: float = 0.1,
+    *,
+    windows: int = 3,
+    cold: Cold = "drop",
+    histories: bool = False,
+) -> Iterator[Split]:
+    """Split at consecutive test windows, oldest first; the last one is the split of `by_time`.
+
+    Each window has `test` of all rows. Its split is that of the data as it was when the window ended: later rows do not
+    exist, its validation is the `validation` of all rows before it, and training has the rows before that.
+
+    Args:
+        data: interactions with timestamps.
+        validation: fraction of all rows, 0 for no validation.
+        test: fraction of all rows in each window, above 0.
+        windows: number of windows.
+        cold: see `by_time`.
+        histories: see `by_time`.
+
+    Yields:
+        A split for each window. The data of all but the last are copies of the rows before its end.
+
+    Raises:
+        InputError: see `by_time`; or the windows leave no rows for training.
+    """
+    if windows < 1 or validation + windows * test >= 1:
+        raise InputError(
+            f"split: {windows} windows of data.test={test} and data.validation={validation}; expected at least 1 "
+            "window, and together less than 1, so that the first window has training rows."
+        )
+    whole = by_time(data, validation, test, cold=cold, histories=histories)
+    times = data.timestamps
+    assert times is not None
+    for window in range(1, windows):
+        later = (windows - window) * test
+        cuts = _quantiles(times, [1 - later - test - validation, 1 - later - test, 1 - later])
+        yield _split_at(data.select(np.asarray(times) < cuts[2]), cuts[0], cuts[1], whole.settings)
+    yield whole
+
+
+def _quantiles(times: NDArray[np.int64], shares: Sequence[float]) -> list[int]:
+    """Return the times that these shares of the rows are before."""
+    at = [min(len(times) - 1, round(len(times) * share)) for share in shares]
+    ordered = np.partition(times, at)
+    return [int(ordered[place]) for place in at]
+
+
+def _split_at(data: Interactions, first_cut: int, second_cut: int, settings: dict[str, Any]) -> Split:
+    """Split at two timestamps: validation from the first, test from the second; `settings` as in `by_time`."""
+    validation, cold, histories = settings["validation"], settings["cold"], settings["histories"]
     before_first, before_second = rows_before(data, first_cut), rows_before(data, second_cut)
     account = Account()
     account.add("split by time", len(data), f"validation from {_utc(first_cut)}, test from {_utc(second_cut)}")
@@ -202,13 +255,7 @@ def by_time(
     if histories and cold == "drop":
         new = before_first[made["test"].queries] == 0
         account.add("test: queries without training rows", int(new.sum()), "kept, their history is in the validation")
-    settings = {
-        "validation": validation,
-        "test": test,
-        "cold": cold,
-        "histories": histories,
-        "cuts": [first_cut, second_cut],
-    }
+    settings = {**settings, "cuts": [first_cut, second_cut]}
     return _split("by_time", train, made=made, account=account, settings=settings, data=data)
 
 

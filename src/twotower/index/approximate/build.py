@@ -147,6 +147,12 @@ def load_index(
     if kind not in loaders:
         raise InputError(f"{folder}: index of unknown kind {kind!r}; rebuild it with `twotower index`")
     engine: Engine = loaders[kind](folder, dict(report["settings"]))
+    if (
+        isinstance(engine, HNSW)
+        and len(engine.codes)
+        and not 0 <= engine.codes.min() <= engine.codes.max() < len(items)
+    ):
+        raise InputError(f"{folder}: the graph has other items than the model; rebuild it with `twotower index`")
     return ApproximateIndex(items, engine, alive=alive, oversample=OVERSAMPLE[kind], last=last)
 
 

@@ -59,6 +59,11 @@ class HNSW:
         self._graph.hnsw.efConstruction = build_effort
         self.add(np.arange(len(vectors), dtype=np.int64), vectors)
 
+    @property
+    def codes(self) -> IntArray:
+        """Codes of the rows of the graph, including removed items."""
+        return self._codes
+
     def candidates(self, queries: NDArray[np.float32], k: int, allowed: Mask | None, depth: float) -> IntArray:
         """Return candidates; see `Engine.candidates`."""
         faiss = faiss_module()
@@ -117,4 +122,7 @@ class HNSW:
         engine._graph, engine._mapped = faiss.read_index(str(folder / "graph.faiss"), flag), bool(flag)
         rows = load_file(folder / "rows.safetensors")
         engine._codes, engine._live = rows["codes"], rows["live"]
+        shapes = {engine._codes.shape, engine._live.shape}
+        if shapes != {(engine._graph.ntotal,)} or engine._codes.dtype != np.int64 or engine._live.dtype != np.bool_:
+            raise InputError(f"{folder}: the rows are not those of the graph; build the index again")
         return engine

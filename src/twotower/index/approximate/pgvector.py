@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 #: pgvector's limits: dimensions of an indexed vector, and hnsw.ef_search.
 MAX_DIM, MAX_EFFORT = 2000, 1000
 OLDEST = (0, 8)
+#: Environment variable with the URL of the database that a model folder may name.
+DATABASE = "TWOTOWER_DATABASE"
 
 
 class PgVector:
@@ -125,13 +128,23 @@ class PgVector:
     def load(cls, folder: Path, settings: dict[str, Any]) -> PgVector:
         """Connect to the table named in the settings.
 
+        A model folder may come from anywhere, and a connection sends the user's name and password. So the database in
+        the settings is used only if the user has named it: by PGHOST and its like, or by `TWOTOWER_DATABASE`.
+
         Raises:
-            InputError: the database cannot be reached, or the table does not exist.
+            InputError: the settings name another database, it cannot be reached, or the table does not exist.
         """
         del folder
         engine = cls.__new__(cls)
         names = ("links", "build_effort")
-        engine._start(settings["url"], settings["table"], {n: int(settings[n]) for n in names}, int(settings["effort"]))
+        url, own = _without_password(str(settings["url"])), os.environ.get(DATABASE, "")
+        if url and _without_password(own) != url:
+            raise InputError(
+                f"pgvector: this index is in the database {url!r}; if you trust it, allow the connection with "
+                f"{DATABASE}={url!r}"
+            )
+        numbers = {name: int(settings[name]) for name in names}
+        engine._start(own if url else "", str(settings["table"]), numbers, int(settings["effort"]))
         with engine._cursor() as cursor:
             row = cursor.execute("SELECT to_regclass(%s)", (engine._table,)).fetchone()
             if row is None or row[0] is None:

@@ -108,4 +108,4 @@ def serve(
         logs.log(
             "no token is set: every client that reaches this address is answered", level=logging.WARNING, address=host
         )
-    server.run(app, host=host, port=port, opened=opened)
+    server.run(app, host=host, port=port, limits=settings or ServiceSettings(), opened=opened)

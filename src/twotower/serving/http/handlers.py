@@ -20,10 +20,12 @@ from twotower.serving.explain import Embed, explain
 from twotower.serving.http.models import ServedModel, json_id
 from twotower.serving.http.problems import Problem
 from twotower.serving.queries import (
+    NO_KNOWN_ITEM,
     UNKNOWN_ID,
     Gaps,
     QueryBatch,
     ResolvedQuery,
+    UnknownIdError,
     answerable,
     codes_of,
     require_something,
@@ -165,7 +167,9 @@ def resolve_requests(
             code = resolved.pop(place).code
             has_history = requests[place].history is not None
             subject = "query_id" if code >= 0 else "history" if has_history else "context"
-            errors[place] = InputError(f"{subject}: {unanswerable(model.artifact, code, has_history=has_history)}")
+            reason = unanswerable(model.artifact, code, has_history=has_history)
+            unknown = reason == NO_KNOWN_ITEM and bool(requests[place].history)
+            errors[place] = (UnknownIdError if unknown else InputError)(f"{subject}: {reason}")
     return resolved, errors
 
 
@@ -175,7 +179,8 @@ def explained(
     """Explain several items for one query, as JSON values; the query tower runs once.
 
     Raises:
-        InputError: the query or an item is unknown, or nothing is known about the query.
+        UnknownIdError: the query or an item is unknown.
+        InputError: nothing is known about the query.
         Problem: the context cannot be used.
     """
     resolved, errors = resolve_requests(model, [request])
@@ -184,7 +189,7 @@ def explained(
     query = resolved[0]
     codes = codes_of(model.artifact.items, items)
     if (codes < 0).any():
-        raise InputError(f"items: at least one is {UNKNOWN_ID}")
+        raise UnknownIdError(f"items: at least one is {UNKNOWN_ID}")
     one = QueryBatch(
         ids=model.artifact.items.ids.head(0),
         codes=np.array([query.code]),
@@ -256,7 +261,7 @@ def _similar(key: SimilarKey, requests: Sequence[PendingRequest]) -> list[bytes 
     model, answers = key.model, list[bytes | Exception](b"" for _ in requests)
     codes = codes_of(model.artifact.items, [request.item for request in requests])
     for place in np.flatnonzero(codes < 0).tolist():
-        answers[place] = InputError(f"item: {UNKNOWN_ID}")
+        answers[place] = UnknownIdError(f"item: {UNKNOWN_ID}")
     places = np.flatnonzero(codes >= 0).tolist()
     if not places:
         return answers

@@ -34,6 +34,9 @@ SECURITY = {
 
 _WITH_BODY = ("POST", "PUT", "PATCH")
 
+#: Headers that a request has at most once: of two, this program and a proxy could each read another one.
+_SINGLE = ("host", "authorization", "content-type", "content-length")
+
 
 class SecurityMiddleware:
     """ASGI middleware around the whole application.
@@ -58,6 +61,9 @@ class SecurityMiddleware:
         began, request_id = time.perf_counter(), uuid.uuid4().hex[:16]
         status = 500
         started = False
+        # HEAD is GET without the body of the answer, at every route.
+        head = scope["method"] == "HEAD"
+        routed = {**scope, "method": "GET"} if head else scope
 
         async def answer(message: Message) -> None:
             nonlocal status, started
@@ -69,13 +75,15 @@ class SecurityMiddleware:
                 headers["X-Request-ID"] = request_id
                 if "cache-control" not in headers:
                     headers["Cache-Control"] = "no-store"
+            elif head and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             await send(message)
 
         failure: BaseException | None = None
         try:
             self._check(scope)
             body = await self._body(scope, receive)
-            await self.app(scope, receive if body is None else _replayed(body, receive), answer)
+            await self.app(routed, receive if body is None else _replayed(body, receive), answer)
         except Problem as problem:
             await problem_answer(problem.status, problem.detail, problem.headers)(scope, receive, answer)
         except Exception as error:  # details must not reach the client
@@ -85,10 +93,16 @@ class SecurityMiddleware:
                     scope, receive, answer
                 )
         finally:
-            self._record(scope, status, time.perf_counter() - began, request_id, failure)
+            seconds = time.perf_counter() - began
+            self._record(routed, status, seconds, request_id, failure, method=scope["method"])
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
+        for name in _SINGLE:
+            if len(headers.getlist(name)) > 1:
+                raise Problem(400, f"{name.title()}: expected once, found {len(headers.getlist(name))} times")
+        if "host" not in headers and scope["http_version"] != "1.0":
+            raise Problem(400, "Host: missing")
         if self.settings.hosts is not None and _name(headers.get("host", "")) not in self.settings.hosts:
             raise Problem(421, "Host: this name is not allowed; start the service with --allow-host NAME")
         if self._token is not None and not _is_open(scope["path"]):
@@ -127,14 +141,24 @@ class SecurityMiddleware:
                     if not message.get("more_body", False):
                         return b"".join(parts)
         except TimeoutError:
-            raise Problem(408, f"body: not received within {self.settings.body_seconds:g} seconds") from None
+            raise Problem(
+                408, f"body: not received within {self.settings.body_seconds:g} seconds", {"Connection": "close"}
+            ) from None
 
     def _record(
-        self, scope: Mapping[str, Any], status: int, seconds: float, request_id: str, failure: BaseException | None
+        self,
+        scope: Mapping[str, Any],
+        status: int,
+        seconds: float,
+        request_id: str,
+        failure: BaseException | None,
+        *,
+        method: str,
     ) -> None:
         # Log the route template, never the path, which can contain an id.
         route = getattr(scope.get("route"), "path", None) or "none"
-        method = scope["method"] if scope["method"] in ("GET", "HEAD", "OPTIONS", *_WITH_BODY, "DELETE") else "other"
+        if method not in ("GET", "HEAD", "OPTIONS", *_WITH_BODY, "DELETE"):
+            method = "other"
         self.metrics.requests.labels(route, method, str(status)).inc()
         self.metrics.seconds.labels(route).observe(seconds)
         log(

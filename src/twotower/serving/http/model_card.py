@@ -44,6 +44,7 @@ def card(model: ServedModel) -> dict[str, Any]:
             "num_items": len(model.artifact.items),
         },
         "training": metadata.get("training", {}),
+        "refit": metadata.get("refit"),
         "metrics": metadata.get("metrics"),
         "audit": read_audit(model.folder),
     }

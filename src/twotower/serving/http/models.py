@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from safetensors import SafetensorError, safe_open
 
 from twotower.data.schema.vocabulary import Codes
 from twotower.errors import InputError
@@ -23,7 +25,7 @@ from twotower.serving.http.form_fields import context_fields
 from twotower.serving.http.logs import log
 from twotower.serving.http.metrics import Metrics
 from twotower.serving.http.problems import Problem
-from twotower.serving.model_folder import find_model
+from twotower.serving.model_folder import ROWS, find_model
 from twotower.serving.queries import codes_of, seen_codes
 from twotower.serving.retriever import Retriever
 
@@ -40,6 +42,28 @@ _TRIES = 5
 
 #: Number of conditions whose item masks are cached, N bytes each.
 _CACHED_CONDITIONS = 16
+
+
+class TrainedRows:
+    """How many rows of each query a model was trained on, read from its folder when they are needed.
+
+    The file stays open, so that the rows are those of this model after its folder is replaced.
+
+    Args:
+        folder: the model folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._learnt = None
+        with contextlib.suppress(OSError, SafetensorError):  # models of older versions have no such file
+            file = safe_open(folder / ROWS, "numpy")
+            self._learnt = file.get_slice("learnt")
+
+    def count(self, code: int) -> int | None:
+        """Return the number of training rows of a query, its first ones; None if the folder does not say."""
+        if self._learnt is None or code >= self._learnt.get_shape()[0]:
+            return None
+        return int(self._learnt[code : code + 1][0])
 
 
 class ServedModel:
@@ -59,6 +83,7 @@ class ServedModel:
         self.folder = folder
         self.artifact = retriever.artifact
         self.search = retriever.search
+        self.trained_rows = TrainedRows(folder)
         self.counts: Codes = self.artifact.item_counts.numpy().astype(np.int64)
         self.parts = popularity_thirds(self.counts)
         column, table = retriever.title_column, self.artifact.item_table

@@ -13,11 +13,12 @@ from fastapi.responses import JSONResponse
 
 from twotower.data.schema.vocabulary import HashedIds
 from twotower.serving.http.handlers import PendingRequest, explained
+from twotower.serving.http.held_out import held_out
 from twotower.serving.http.model_card import card
 from twotower.serving.http.models import ServedModel, json_id
 from twotower.serving.http.problems import Problem, documented
 from twotower.serving.http.routes import NamedModel, TheService
-from twotower.serving.http.schemas import ExplainRequest, Items, PlacesRequest
+from twotower.serving.http.schemas import ExplainRequest, HeldOut, Items, PlacesRequest
 from twotower.serving.http.settings import LONGEST_ID
 from twotower.serving.queries import UNKNOWN_ID, stored_history
 
@@ -79,6 +80,20 @@ async def history(
         raise Problem(404, f"query_id: {UNKNOWN_ID}")
     items = stored_history(model.artifact, code)[-500:]
     return JSONResponse({"items": await service.aside(model.listed, items)})
+
+
+@data.get("/page/held-out", response_model=HeldOut)
+async def held_out_(
+    service: TheService,
+    model: NamedModel,
+    query_id: Annotated[str, Query(min_length=1, max_length=LONGEST_ID)],
+) -> Response:
+    """Held-out items of a query in the training data, with the ranks that the model gives them from its other rows."""
+    code = int(model.query_codes([query_id])[0])
+    if code < 0:
+        raise Problem(404, f"query_id: {UNKNOWN_ID}")
+    found = await service.aside(held_out, model, code)
+    return JSONResponse({"model": model.name, "version": model.version, **found})
 
 
 @data.get("/page/queries")

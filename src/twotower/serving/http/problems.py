@@ -14,6 +14,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from twotower.errors import InputError
+from twotower.serving.queries import UnknownIdError
 
 
 class Problem(Exception):  # noqa: N818  # RFC 9457 calls it a problem
@@ -68,6 +69,10 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(Problem)
     async def _problem(_: Request, error: Problem) -> Response:
         return problem_answer(error.status, error.detail, error.headers, error.field)
+
+    @app.exception_handler(UnknownIdError)
+    async def _unknown(_: Request, error: UnknownIdError) -> Response:
+        return problem_answer(404, str(error))
 
     @app.exception_handler(InputError)
     async def _input(_: Request, error: InputError) -> Response:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from twotower.errors import InputError
@@ -18,9 +18,15 @@ from twotower.serving.http.settings import (
 )
 from twotower.serving.queries import LONGEST_LIST, LONGEST_TEXT, require_flat
 
-_INT64 = 2**63 - 1
+
+def _whole(value: Any) -> Any:
+    """Turn 10.0 into 10: JSON has one kind of number. Beyond 2^53 a double may be another number than was written."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
+
+
+# An integer beyond 64 bits is an unknown id.
 Id = (
-    Annotated[int, Field(strict=True, ge=-_INT64, le=_INT64)]
+    Annotated[int, Field(strict=True), BeforeValidator(_whole)]
     | Annotated[str, Field(strict=True, min_length=1, max_length=LONGEST_ID)]
 )
 History = Annotated[list[Id], Field(max_length=LONGEST_HISTORY)]
@@ -29,7 +35,7 @@ Times = Annotated[
     Field(max_length=LONGEST_HISTORY),
 ]
 Condition = Annotated[str, Field(min_length=1, max_length=LONGEST_FILTER)]
-K = Annotated[int, Field(strict=True, ge=1, le=LARGEST_K)]
+K = Annotated[int, Field(strict=True, ge=1, le=LARGEST_K), BeforeValidator(_whole)]
 Dial = Annotated[float, Field(strict=True, ge=0.0, le=2.0, allow_inf_nan=False)]
 
 
@@ -71,8 +77,24 @@ class _Request(BaseModel):
     )
 
 
+def _some_of(**kinds: dict[str, Any]) -> ConfigDict:
+    """Require one of several fields in OpenAPI: name -> what it has to be, to say something about the query."""
+    return ConfigDict(
+        json_schema_extra={"anyOf": [{"required": [name], "properties": {name: kind}} for name, kind in kinds.items()]}
+    )
+
+
+_QUERY: dict[str, dict[str, Any]] = {
+    "query_id": {"type": ["integer", "string"]},
+    "history": {"type": "array", "minItems": 1},
+    "context": {"type": "object", "minProperties": 1},
+}
+
+
 class RecommendRequest(_Request):
     """Request for recommendations: a query known by id, or a new one by its history, features or context."""
+
+    model_config = _some_of(**_QUERY, features={"type": "object"})
 
     query_id: Id | None = Field(default=None, description="Id of a query in the training data; its history is known.")
     history: History | None = Field(
@@ -108,6 +130,8 @@ class SimilarRequest(_Request):
 
 class ExplainRequest(_Request):
     """Request to explain items for a query."""
+
+    model_config = _some_of(**_QUERY)
 
     query_id: Id | None = None
     history: History | None = None
@@ -157,6 +181,22 @@ class Items(BaseModel):
     """A list of items."""
 
     items: list[Listed]
+
+
+class HeldOutItem(Listed):
+    """An item that a query met after its training rows."""
+
+    rank: int | None = Field(description="Rank in the whole catalog, from 1; null behind last_rank.")
+
+
+class HeldOut(BaseModel):
+    """What a model recommended to a known query before it saw its held-out items."""
+
+    model: str
+    version: str
+    trained: int | None = Field(description="Rows of the query that were trained on; null if it is not recorded.")
+    last_rank: int
+    items: list[HeldOutItem] = Field(description="Oldest first.")
 
 
 class Health(BaseModel):

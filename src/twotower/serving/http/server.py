@@ -1,49 +1,153 @@
-"""A web server that reports its address once it listens, and limits the size of request headers."""
+"""A web server that reports its address once it listens, and limits what a connection may cost.
+
+uvicorn only closes connections that are idle between two requests. A connection that sends nothing, half a request
+line, or a body that nobody reads stays open forever, and every new connection is accepted. The limits here are options
+of `http.settings`; the middleware and the service limit the size of bodies and answers.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
+import functools
+import math
 import socket
 from collections.abc import Callable
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from twotower.errors import InputError
-
-#: Largest size of the request line and the headers, in bytes.
-LARGEST_HEAD = 32 * 1024
-
-#: Seconds that requests in flight may take after the service is asked to stop.
-GRACE = 20
-
-#: Seconds that an idle connection stays open.
-KEEP_ALIVE = 30
+from twotower.serving.http.problems import problem_body
+from twotower.serving.http.settings import LARGEST_BODY, LARGEST_HEAD, LARGEST_REST, LINGER, ServiceSettings
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """HTTP protocol with a limit on the headers; the parser alone would buffer them without limit."""
+    """HTTP protocol of one connection, with limits on the head, on time and on the number of connections.
 
-    _head = 0
+    One timer runs whenever no request is being answered, and received bytes do not postpone it: the first head has to
+    be complete `head_seconds` after the connection was made, a later one `head_seconds` after its first byte, which has
+    to arrive `idle_seconds` after the last answer. Another one runs while the client does not take what is sent.
+
+    Args:
+        limits: options of the service.
+        args, kwargs: as uvicorn gives them.
+    """
+
+    def __init__(self, *args: Any, limits: ServiceSettings, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._limits = limits
+        self._left = LARGEST_HEAD  # bytes that may still arrive of this head, or of the rest of this request
+        self._begun = False  # a head has begun and is not complete
+        self._timer: asyncio.TimerHandle | None = None
+        self._unsent: asyncio.TimerHandle | None = None
+        self._stopping = False
+
+    @property
+    def _answering(self) -> bool:
+        """True while a request is in the application."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the timer, or reject the connection if there are too many."""
+        super().connection_made(transport)
+        if len(self.connections) > self._limits.connections:
+            self._refuse(503, "too many connections are open; try again", b"retry-after: 1\r\n")
+            return
+        self._limit(self._limits.head_seconds)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the timers."""
+        self._limit(None)
+        self.resume_writing()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Count and parse received bytes."""
-        self._head += len(data)
+        """Count and parse received bytes; the parser alone would keep a head, or trailers, of any size."""
+        self._left -= len(data)
         super().data_received(data)
-        if self._head > LARGEST_HEAD and not self.transport.is_closing():
-            self.send_400_response("The head of the request is too large.")
+        if self._left >= 0 or self.transport.is_closing():
+            return
+        if self._begun:
+            self._refuse(431, f"the head of the request is too large; expected at most {LARGEST_HEAD:,} bytes")
+        elif self._answering:
+            self._refuse(413, f"the request is too large; expected a body of at most {LARGEST_BODY:,} bytes")
+        else:
+            self.transport.close()
+
+    def on_message_begin(self) -> None:
+        """Start the time of a head."""
+        super().on_message_begin()
+        self._begun = True
+        if not self._answering:
+            self._limit(self._limits.head_seconds)
 
     def on_headers_complete(self) -> None:
-        """Stop counting: the head is complete, and the size of the body is checked elsewhere."""
-        self._head = -(2**62)
+        """Stop the time of the head: that of the body is limited elsewhere, and chunks cost more than their bytes."""
+        self._begun, self._left = False, LARGEST_REST
+        self._limit(None)
         super().on_headers_complete()
+        if self._stopping:
+            self.cycle.keep_alive = False
 
     def on_message_complete(self) -> None:
         """Start counting again for the next request."""
-        self._head = 0
+        self._left = LARGEST_HEAD
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request, or for the client to take the rest of the last answer."""
+        super().on_response_complete()
+        if not self._answering:
+            self._limit(self._limits.idle_seconds)
+
+    def pause_writing(self) -> None:
+        """Start the time in which the client has to take what is sent."""
+        super().pause_writing()
+        self._unsent = self.loop.call_later(self._limits.idle_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Stop that time."""
+        if self._unsent is not None:
+            self._unsent.cancel()
+            self._unsent = None
+        super().resume_writing()
+
+    def shutdown(self) -> None:
+        """Answer what has arrived, a request that is still unread too, then close."""
+        self._stopping = True
+        if self._answering:
+            super().shutdown()
+        else:
+            self._limit(LINGER)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer bytes that are not HTTP."""
+        self._refuse(400, msg)
+
+    def _refuse(self, status: int, detail: str, headers: bytes = b"") -> None:
+        """Answer without the application, and close."""
+        body = problem_body(status, detail)
+        head = b"content-type: application/problem+json\r\ncontent-length: %d\r\nconnection: close\r\n" % len(body)
+        self.transport.write(b"%b%b%b\r\n%b" % (STATUS_LINE[status], head, headers, body))
+        self.transport.close()
+        self._limit(self._limits.idle_seconds)
+
+    def _limit(self, seconds: float | None) -> None:
+        """Set the timer; None for no limit."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None if seconds is None else self.loop.call_later(seconds, self._expired)
+
+    def _expired(self) -> None:
+        if self.transport.is_closing() or self.transport.get_write_buffer_size():
+            self.transport.abort()  # closing would wait for a client that reads nothing
+        elif self._begun and not self._stopping:
+            self._refuse(408, f"the head of the request did not arrive within {self._limits.head_seconds:g} seconds")
+        else:
+            self.transport.close()
 
 
 class Server(uvicorn.Server):
@@ -61,32 +165,38 @@ class Server(uvicorn.Server):
             self._opened(f"http://{f'[{host}]' if ':' in host else host}:{port}/")
 
 
-def server(app: Any, *, host: str, port: int, opened: Callable[[str], None] | None = None) -> Server:
+def server(
+    app: Any, *, host: str, port: int, limits: ServiceSettings, opened: Callable[[str], None] | None = None
+) -> Server:
     """Build a web server for an ASGI application.
 
     Args:
         app: the application.
         host: address to listen on.
         port: port to listen on; 0 for any free port.
+        limits: options of the service.
         opened: called with the address of the page once the server is listening.
     """
     config = uvicorn.Config(
         app,
         host=host,
         port=port,
-        http=BoundedProtocol,
+        http=functools.partial(BoundedProtocol, limits=limits),  # type: ignore[arg-type]
         ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_graceful_shutdown=GRACE,
-        timeout_keep_alive=KEEP_ALIVE,
+        # Every request that was taken ends within this time by its own limits.
+        timeout_graceful_shutdown=math.ceil(limits.body_seconds + limits.answer_seconds + limits.idle_seconds),
+        timeout_keep_alive=math.ceil(limits.idle_seconds),
     )
     return Server(config, opened)
 
 
-def run(app: Any, *, host: str, port: int, opened: Callable[[str], None] | None = None) -> None:
+def run(
+    app: Any, *, host: str, port: int, limits: ServiceSettings, opened: Callable[[str], None] | None = None
+) -> None:
     """Serve an ASGI application until SIGINT or SIGTERM; see `server`.
 
     Raises:
@@ -95,7 +205,7 @@ def run(app: Any, *, host: str, port: int, opened: Callable[[str], None] | None 
     _check(host, port)
     # uvicorn raises KeyboardInterrupt again after an orderly shutdown; ignore it.
     with contextlib.suppress(KeyboardInterrupt):
-        server(app, host=host, port=port, opened=opened).run()
+        server(app, host=host, port=port, limits=limits, opened=opened).run()
 
 
 def _check(host: str, port: int) -> None:

@@ -218,9 +218,9 @@ class Service:
         """
         if self._batcher is None:
             raise Problem(503, "not ready yet", {"Retry-After": "1"})
-        if key.filter is not None:
-            await self.aside(key.model.condition, key.filter)
         async with self._in_time():
+            if key.filter is not None:
+                await self.aside(key.model.condition, key.filter)
             body: bytes = await self._batcher.submit(key, request)
         return body
 

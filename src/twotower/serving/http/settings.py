@@ -8,8 +8,17 @@ from pathlib import Path
 
 from twotower.errors import InputError
 
+#: Largest size of the request line and the headers, in bytes.
+LARGEST_HEAD = 32 * 1024
+
+#: Seconds that an idle connection stays open after the service is asked to stop: a request may have arrived unread.
+LINGER = 0.5
+
 #: Largest request body in bytes. A history of `LONGEST_HISTORY` text ids of typical length fits.
 LARGEST_BODY = 128 * 1024
+
+#: Largest size of what follows the headers, in bytes: the body in chunks of any size, and trailers.
+LARGEST_REST = 8 * LARGEST_BODY
 
 #: Largest K that a request may ask for.
 LARGEST_K = 1000
@@ -44,8 +53,11 @@ class ServiceSettings:
             was made to resolve to this machine (DNS rebinding).
         queue: maximum number of waiting requests; any more get a 503 with Retry-After.
         largest_batch: maximum number of requests searched together.
+        connections: maximum number of open connections; further ones get a 503.
+        head_seconds: seconds that a client may take to send the request line and the headers.
         body_seconds: seconds that a client may take to send a body.
-        answer_seconds: seconds that a request may wait for its answer, in the queue and in a thread.
+        answer_seconds: seconds that a request may wait for its answer, in the queue and in threads.
+        idle_seconds: seconds that a connection stays open without a request, or without the client taking what is sent.
         watch_seconds: seconds between checks of the model folders; 0 for never.
     """
 
@@ -53,8 +65,11 @@ class ServiceSettings:
     hosts: tuple[str, ...] | None = None
     queue: int = 512
     largest_batch: int = 128
+    connections: int = 512
+    head_seconds: float = 10.0
     body_seconds: float = 20.0
     answer_seconds: float = 60.0
+    idle_seconds: float = 30.0
     watch_seconds: float = 1.0
 
 

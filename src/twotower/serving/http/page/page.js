@@ -7,6 +7,7 @@ import * as card from "./card.js";
 import * as context from "./context.js";
 import * as dial from "./dial.js";
 import { byId } from "./dom.js";
+import * as heldOut from "./heldout.js";
 import * as lists from "./lists.js";
 import * as refusals from "./refusals.js";
 import * as settings from "./settings.js";
@@ -31,7 +32,7 @@ function attachTheme() {
 
 async function start() {
   // The context first: it drops what no field can hold before anything is requested.
-  for (const view of [context, settings, who, lists, dial, atlas, card, refusals, address, answers]) view.attach();
+  for (const view of [context, settings, who, lists, heldOut, dial, atlas, card, refusals, address, answers]) view.attach();
   attachTheme();
   try {
     await answers.loadModels();

@@ -1,0 +1,141 @@
+"""Test of the masks of real batches: each row's positives are masked, and nothing else is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from twotower.data import Batch, Interactions, KnownPositives
+from twotower.negatives import Candidates, HardNegatives, Observed
+from twotower.objectives import Objective
+from twotower.training.step import draw_blocks
+
+#: Rows of a batch whose masks are compared.
+_ROWS = 256
+
+
+@dataclass(frozen=True)
+class MaskAudit:
+    """Masked candidates of real batches, compared with the training interactions.
+
+    Attributes:
+        share: share of (row, candidate) pairs that are masked.
+        expected: pairs that have to be masked.
+        missing: pairs of these that are not, so that a row is pushed away from a positive.
+        excess: pairs that are masked although the candidate is a negative of the row.
+    """
+
+    share: float
+    expected: int
+    missing: int
+    excess: int
+
+    @property
+    def is_right(self) -> bool:
+        """Whether exactly the pairs that have to be masked are masked."""
+        return self.missing == self.excess == 0
+
+    @property
+    def verdict(self) -> str:
+        """The finding as a sentence."""
+        if self.is_right:
+            return "as expected"
+        found = []
+        if self.missing:
+            found.append(
+                f"wrong mask: {self.missing:,} of {self.expected:,} candidates that are positives of their row are not "
+                "masked, so the row is pushed away from them"
+            )
+        if self.excess:
+            found.append(f"wrong mask: {self.excess:,} candidates are masked that are negatives of their row")
+        return "; ".join(found)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {**asdict(self), "is_right": self.is_right, "verdict": self.verdict}
+
+
+def items_of(train: Interactions, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the training items of each row's query, as (row [P], item [P]), int64."""
+    parts = [
+        np.asarray(train.item_codes[train.offsets[query] : train.offsets[query + 1]], dtype=np.int64)
+        for query in queries.tolist()
+    ]
+    rows = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))
+    return rows, torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *parts]))
+
+
+@torch.no_grad()
+def audit_masks(
+    objective: Objective,
+    batches: Iterator[Batch],
+    count: int,
+    *,
+    train: Interactions,
+    known_positives: KnownPositives | None,
+    generator: torch.Generator | None = None,
+) -> MaskAudit:
+    """Compare the masks that training makes for the rows of real batches with those that the interactions require.
+
+    Candidate j of a row (x, y) has to be masked if j = y; if known positives are masked, also if j is any training item
+    of x; and if a source always includes j for x (observed or mined items), in the candidates of other sources.
+
+    Args:
+        objective: draws the candidates.
+        batches: an iterator over training batches.
+        count: number of batches.
+        train: the training interactions.
+        known_positives: as passed to the training step; None if only a row's own positive is masked.
+        generator: random generator of the draws.
+    """
+    masked = pairs = expected = missing = excess = 0
+    training = objective.training
+    objective.eval()
+    try:
+        for _ in range(count):
+            batch = next(batches)
+            # Rows of sequences are ordered by the length of the sequence: begin anywhere.
+            start = int(torch.randint(max(len(batch) - _ROWS, 0) + 1, ()))
+            rows = slice(start, min(start + _ROWS, len(batch)))
+            blocks = draw_blocks(
+                objective, batch, batch.items, rows, known_positives=known_positives, generator=generator
+            )
+            for block in blocks:
+                queries = block.of(batch.queries[rows])
+                wanted = _required(objective, block.candidates, queries, train, known_positives is not None)
+                for mask, right in zip(_masks(block.candidates), wanted, strict=True):
+                    masked, pairs = masked + int(mask.sum()), pairs + mask.numel()
+                    expected += int(right.sum())
+                    missing, excess = missing + int((right & ~mask).sum()), excess + int((mask & ~right).sum())
+    finally:
+        objective.train(training)
+    return MaskAudit(masked / max(pairs, 1), expected, missing, excess)
+
+
+def _masks(drawn: Candidates) -> list[Tensor]:
+    """Return the masks of the shared candidates, [B, M], and of those of the rows, [B, R], if any."""
+    return [drawn.mask, *([] if drawn.row_mask is None else [drawn.row_mask])]
+
+
+def _required(
+    objective: Objective, drawn: Candidates, queries: Tensor, train: Interactions, masks_known: bool
+) -> list[Tensor]:
+    """Return which candidates have to be masked, computed row by row from the interactions, as `_masks`."""
+    of_queries = [one for one in objective.pool.members() if isinstance(one, Observed | HardNegatives)]
+    always = [source.items[queries] for source in of_queries]
+    shared, of_rows = [], []
+    for place, (query, own) in enumerate(zip(queries.tolist(), drawn.positives.tolist(), strict=True)):
+        hits = torch.tensor([own])
+        if masks_known:
+            items = np.asarray(train.item_codes[train.offsets[query] : train.offsets[query + 1]], dtype=np.int64)
+            hits = torch.cat([hits, torch.from_numpy(items)])
+        included = torch.cat([hits, *(items[place].long() for items in always)])
+        shared.append(torch.isin(drawn.items, included) | (drawn.multiplicity == 0))
+        if drawn.row_items is not None:
+            of_rows.append(torch.isin(drawn.row_items[place], hits) | (drawn.row_items[place] < 0))
+    return [torch.stack(shared), *([torch.stack(of_rows)] if of_rows else [])]

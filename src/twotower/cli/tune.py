@@ -1,0 +1,76 @@
+"""The command that searches settings: tune."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from twotower.cli.console import Json, console, messages, print_json, print_line, print_lines
+
+commands = typer.Typer()
+
+
+@commands.command()
+def tune(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A file, a folder, or the name of a data set.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Run folder to write.")],
+    budget: Annotated[
+        str, typer.Option("--budget", metavar="TIME", help="Time of the search, such as 90s, 30m or 2h.")
+    ] = "30m",
+    space: Annotated[
+        Path | None, typer.Option("--space", metavar="FILE", help="YAML file with the settings to search.")
+    ] = None,
+    trials: Annotated[int | None, typer.Option("--trials", min=1, help="Most training runs of the search.")] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Training runs in parallel.")] = 1,
+    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file with settings.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override one setting of all training runs."),
+    ] = None,
+    items: Annotated[
+        str | None, typer.Option("--items", metavar="FILE", help="File with item features and titles.")
+    ] = None,
+    no_refit: Annotated[
+        bool, typer.Option("--no-refit", help="Do not train the chosen model on the validation and test rows.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Search settings on the validation, then train the best ones on all rows and save the model to DIR.
+
+    Run the same command again to resume an interrupted search, or to continue it with a larger budget.
+    """
+    from twotower.errors import Interrupted  # noqa: PLC0415  # heavy imports only when needed
+    from twotower.study import Budget, tune_run  # noqa: PLC0415
+
+    changes = list(overrides or [])
+    if items is not None:
+        changes.append(f"data.items={json.dumps(items)}")
+    progress = messages if as_json else console
+    try:
+        found = tune_run(
+            data,
+            out,
+            Budget.parse(budget),
+            config=config,
+            changes=tuple(changes),
+            space=space,
+            trials=trials,
+            workers=workers,
+            refits=not no_refit,
+            command=shlex.join(["twotower", *sys.argv[1:]]),
+            on_message=lambda text: print_lines(text, to=progress),
+        )
+    except KeyboardInterrupt as stop:
+        said = str(stop) if isinstance(stop, Interrupted) else "interrupted"
+        print_line(f"twotower: {said}; run the same command again to resume", to=messages)
+        raise typer.Exit(130) from stop
+    if as_json:
+        print_json(found.document)
+        return
+    console.print(found)
+    print_lines(f"\nThe model is in {out}, the report of the search in {out / 'tune.html'}")

@@ -1,0 +1,136 @@
+"""The same rankers over several consecutive test windows: a value for each window, and their mean with its interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+#: The normal quantile of a 95 % interval.
+Z95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class WindowMean:
+    """A metric of a ranker over windows.
+
+    Attributes:
+        by_window: the mean over the queries of each window, oldest first.
+        mean: the mean of these.
+        low: lower end of its 95 % interval over queries; NaN with fewer than 2 queries.
+        high: upper end.
+    """
+
+    by_window: tuple[float, ...]
+    mean: float
+    low: float
+    high: float
+
+
+def window_mean(windows: Sequence[tuple[NDArray[np.int64], NDArray[np.float64]]]) -> WindowMean:
+    """Average a metric over windows, with an interval that counts a query of several windows once.
+
+    With E_k queries and mean m_k in window k of K, m = sum_k m_k / K, and the queries as independent clusters
+
+        c_q = sum over the windows k of q of (x_qk - m_k) / (K E_k),   var(m) = U / (U - 1) sum_q c_q^2
+
+    for U distinct queries (the linearised variance of a cluster sample; Cochran 1977, section 9A). Values of one query
+    in two windows are not independent: taken as such, the interval would be too narrow. It says how sure m is for these
+    windows, not for windows to come.
+
+    Args:
+        windows: for each window the query codes [E_k], and the values [E_k].
+    """
+    means = [float(values.mean()) for _, values in windows]
+    codes = np.concatenate([queries for queries, _ in windows])
+    shares = np.concatenate(
+        [(values - mean) / (len(windows) * len(values)) for (_, values), mean in zip(windows, means, strict=True)]
+    )
+    distinct, place = np.unique(codes, return_inverse=True)
+    count, mean = len(distinct), float(np.mean(means))
+    if count < 2:
+        return WindowMean(tuple(means), mean, math.nan, math.nan)
+    half = Z95 * math.sqrt(count / (count - 1) * float((np.bincount(place, weights=shares) ** 2).sum()))
+    return WindowMean(tuple(means), mean, mean - half, mean + half)
+
+
+@dataclass(frozen=True)
+class WindowTable:
+    """All rankers over the windows.
+
+    Attributes:
+        begins: the time of the first test row of each window, as text.
+        metrics: the metrics, the deciding one first.
+        rows: ranker -> metric -> its mean; only rankers that were measured in every window.
+    """
+
+    begins: tuple[str, ...]
+    metrics: tuple[str, ...]
+    rows: dict[str, dict[str, WindowMean]]
+
+    @classmethod
+    def of(cls, frames: Sequence[pl.DataFrame], begins: Sequence[str], metrics: Sequence[str]) -> WindowTable:
+        """Build the table from the `Evaluation.per_query_frame` of each window, oldest first."""
+        names = [
+            name
+            for name in frames[-1]["ranker"].unique(maintain_order=True)
+            if all((frame["ranker"] == name).any() for frame in frames)
+        ]
+        rows = {}
+        for name in names:
+            parts = [frame.filter(pl.col("ranker") == name) for frame in frames]
+            rows[name] = {
+                metric: window_mean([(part["query_code"].to_numpy(), part[metric].to_numpy()) for part in parts])
+                for metric in metrics
+            }
+        return cls(tuple(begins), tuple(metrics), rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to plain types for JSON; NaN becomes None."""
+
+        def plain(value: float) -> float | None:
+            return None if math.isnan(value) else value
+
+        return {
+            "begins": list(self.begins),
+            "rows": {
+                name: {
+                    metric: {
+                        "by_window": list(one.by_window),
+                        "mean": one.mean,
+                        "low": plain(one.low),
+                        "high": plain(one.high),
+                    }
+                    for metric, one in found.items()
+                }
+                for name, found in self.rows.items()
+            },
+        }
+
+    def header(self) -> list[str]:
+        """Return the titles of the deciding metric's table."""
+        return [self.metrics[0], *(f"window {place + 1}" for place in range(len(self.begins))), "mean", "95 % interval"]
+
+    def cells(self) -> list[list[str]]:
+        """Return the cells of the deciding metric's table."""
+        return [
+            [
+                name,
+                *(f"{value:.4f}" for value in found[self.metrics[0]].by_window),
+                f"{found[self.metrics[0]].mean:.4f}",
+                f"{found[self.metrics[0]].low:.4f} to {found[self.metrics[0]].high:.4f}",
+            ]
+            for name, found in self.rows.items()
+        ]
+
+    def note(self) -> str:
+        """Say what the table is."""
+        return (
+            f"{len(self.begins)} test windows, from {', '.join(self.begins)}; a model is trained for each on the rows "
+            "before it. The other tables are of the last window"
+        )

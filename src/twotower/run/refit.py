@@ -1,0 +1,94 @@
+"""The refit: after the validated run, the same training on all rows, with nothing held out.
+
+Early stopping, the share of log p in the item bias of the linear start, and the recent prior were chosen on the
+validation; the refit takes them over, because it has no validation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from twotower.config.run import Config
+from twotower.data import Holdout, Interactions, Split
+from twotower.distributed.communicator import Communicator
+from twotower.errors import InputError
+from twotower.evaluation import Evaluation
+from twotower.run.recent_prior import RecentPrior, recent_log_ratio
+from twotower.towers import TwoTower
+
+
+@dataclass(frozen=True)
+class Refit:
+    """What the refit takes over from the validated run.
+
+    Attributes:
+        epochs: epochs that the validated weights have learnt; 0 if they are the start.
+        start_bias: share of log p that the item bias started at, or None.
+        prior: the recent prior that was chosen, or None.
+    """
+
+    epochs: int
+    start_bias: float | None = None
+    prior: RecentPrior | None = None
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, Any]) -> Refit:
+        """Read it from the metadata of the validated model."""
+        training, prior = metadata["training"], metadata.get("recent_prior")
+        return cls(training["kept_epochs"], training["start_bias"], None if prior is None else RecentPrior(**prior))
+
+    def set_prior(self, towers: TwoTower, data: Interactions) -> None:
+        """Give the towers the recent prior of the time after the last row."""
+        if self.prior is None:
+            return
+        assert data.timestamps is not None
+        now = int(np.max(data.timestamps)) + 1
+        ratio = recent_log_ratio(
+            data.timestamps, data.item_codes, data.item_counts(), half_life=self.prior.half_life, now=now
+        )
+        towers.set_recent(self.prior.strength * ratio)
+
+
+def refuse_refit(config: Config, split: Split | None = None, *, continues: bool) -> None:
+    """Reject runs for which a refit has no meaning, before anything is trained; without a split, before it is read.
+
+    Raises:
+        InputError: the run continues a model, has no validation, or has several processes.
+    """
+    if continues:
+        raise InputError(
+            "--refit: a continued model keeps its rows and learns the new ones; continue without --refit, and refit a "
+            "model that is trained from scratch"
+        )
+    if split is not None and not len(split.validation):
+        raise InputError(
+            "--refit: the split has no validation, so nothing says after how many epochs to stop; give it one, or "
+            "train without --refit"
+        )
+    if Communicator.current().size > 1:
+        raise InputError("--refit: runs in one process; start it without torchrun")
+    if config.training.time_limit is not None:
+        raise InputError(
+            "--refit: training.time_limit may end the validated run within an epoch, and a refit has whole epochs; use "
+            "training.max_epochs"
+        )
+
+
+def without_holdouts(split: Split) -> Split:
+    """Return the split whose training rows are all rows."""
+    return replace(split, train=split.data, validation=Holdout.empty("validation"), test=Holdout.empty("test"))
+
+
+def with_refit_note(measured: Evaluation, metadata: Mapping[str, Any] | None) -> Evaluation:
+    """Add a note that the metrics belong to the validated model; `metadata` is section `refit` of the model's."""
+    if not metadata:
+        return measured
+    note = (
+        f"metrics of the validated model, trained on {metadata['validated_rows']:,} rows; the saved model was refitted "
+        f"on all {metadata['rows']:,} rows with its settings and {metadata['epochs']} epochs, and is not measured"
+    )
+    return replace(measured, notes=(note, *measured.notes))

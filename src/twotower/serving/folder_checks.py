@@ -1,0 +1,184 @@
+"""Checks of a model folder before its content is read: names, kinds of files, and sizes that agree with each other.
+
+The sizes come from the metadata and from the headers of the files, so that a folder whose files disagree, or whose
+settings describe a larger model than its files hold, is rejected without reading or allocating what it claims.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+
+from twotower.config.run import Config
+from twotower.distributed.row_files import StoredShape, stored_shapes
+from twotower.errors import InputError
+from twotower.features.feature_set import EncodedTable
+from twotower.system.checksums import is_plain, require_file
+from twotower.towers import build_towers
+from twotower.towers.tables import tables_without_memory
+
+#: Files of every model folder.
+NEEDED = ("towers.safetensors", "items.safetensors", "histories.safetensors", "queries.parquet", "items.parquet")
+#: Files that a model folder may also have.
+OPTIONAL = (
+    *("item_table.parquet", "rows.safetensors", "context.parquet", "test_context.parquet"),
+    *(f"{side}_features.{kind}" for side in ("item", "query", "context") for kind in ("json", "safetensors")),
+)
+#: Largest number of rows of a table or vocabulary; codes are int32.
+MOST_ROWS = 2**31 - 1
+#: Largest mean size of a row of a table.
+MOST_ROW_BYTES = 1 << 20
+ADVICE = "copy the folder again or train again"
+
+
+def require_names(folder: Path, checksums: Mapping[str, object], needed: tuple[str, ...], advice: str) -> None:
+    """Check that checksums have plain names of regular files, and that no needed file lacks one.
+
+    Raises:
+        InputError: a name leads out of the folder, a file is missing, a link or not regular, or has no checksum.
+    """
+    for name, digest in checksums.items():
+        if not is_plain(name) or not isinstance(digest, str):
+            raise InputError(f"{folder}: {name!r:.80} is not the name of a file of this folder; {advice}")
+        require_file(folder / name, advice)
+    for name in needed:
+        if name not in checksums:
+            raise InputError(f"{folder / name}: has no checksum; {advice}")
+
+
+def require_model_names(folder: Path, checksums: Mapping[str, object]) -> None:
+    """Check the names in the metadata of a model folder; see `require_names`."""
+    present = tuple(name for name in OPTIONAL if (folder / name).exists() or (folder / name).is_symlink())
+    require_names(folder, checksums, (*NEEDED, *present), ADVICE)
+
+
+def parquet_rows(path: Path) -> int:
+    """Return the number of rows of a Parquet file, from its footer.
+
+    Raises:
+        ValueError: the footer is damaged.
+    """
+    try:
+        return int(pl.scan_parquet(path, glob=False).select(pl.len()).collect().item())
+    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        raise ValueError(f"{path.name}: not readable ({str(error).splitlines()[0]})") from None
+
+
+def require_sizes(folder: Path, metadata: Mapping[str, Any], config: Config) -> None:
+    """Check that the headers of the files agree with the metadata and with each other.
+
+    Raises:
+        OSError, ValueError: they do not; the message names the file.
+    """
+    items, queries = (_count(metadata, name) for name in ("num_items", "num_queries"))
+    width = config.item_tower.dimension + (config.item_tower.bias or bool(metadata.get("recent_prior")))
+    _expect(folder / "items.safetensors", {"embeddings": ("F32", (items, width)), "counts": ("I64", (items,))})
+    rows = _shapes(folder / "histories.safetensors").get("items", StoredShape("", (0,), 0)).shape
+    histories = {"offsets": ("I64", (queries + 1,)), "items": ("I32", (*rows,)[:1])}
+    _expect(folder / "histories.safetensors", histories, {"gaps": ("I8", rows)})
+    kept = {name: (kind, rows) for name, kind in (("timestamps", "I64"), ("weights", "F32"), ("groups", "I32"))}
+    if (folder / "rows.safetensors").is_file():
+        _expect(folder / "rows.safetensors", {"learnt": ("I64", (queries,))}, kept, others=queries + rows[0] + 1)
+    tables = {"item_table.parquet": items, "context.parquet": rows[0]}
+    for name, count in {"items.parquet": items, "queries.parquet": queries, **tables}.items():
+        path = folder / name
+        if not path.is_file():
+            continue
+        found = parquet_rows(path)
+        is_coded = name in NEEDED and list(pl.read_parquet_schema(path)) != ["id"]  # one number, the count of the ids
+        if path.stat().st_size > MOST_ROW_BYTES * (found + 64):
+            raise ValueError(f"{name}: {path.stat().st_size:,} bytes for {found:,} rows")
+        if found != (1 if is_coded else count):
+            raise ValueError(f"{name}: {found:,} rows, expected {count:,}")
+    for side, count in (("item", items), ("query", queries), ("context", 0)):
+        if (folder / f"{side}_features.json").is_file():
+            for name, one in _shapes(folder / f"{side}_features.safetensors").items():
+                if one.shape[:1] != (count,):
+                    raise ValueError(
+                        f"{side}_features.safetensors: {name} has shape {list(one.shape)}, not {count:,} rows"
+                    )
+
+
+def require_weights(
+    folder: Path, metadata: Mapping[str, Any], config: Config, tables: Mapping[str, EncodedTable | None]
+) -> None:
+    """Check that the stored weights have the names and shapes of the towers that the settings describe.
+
+    Args:
+        folder: the model folder.
+        metadata: its metadata.
+        config: its settings.
+        tables: encoded features by argument of `build_towers`.
+
+    Raises:
+        OSError, ValueError: they do not.
+    """
+    stored, others = stored_shapes(folder / "towers.safetensors")
+    _require_layers(config, sum(math.prod(one.shape) for one in stored.values()))
+    with tables_without_memory():
+        towers = build_towers(
+            config, num_queries=metadata["num_queries"], num_items=metadata["num_items"], **dict(tables)
+        )
+        if metadata.get("recent_prior"):
+            towers.set_recent(torch.zeros(metadata["num_items"]))
+    expected = {name: tuple(value.shape) for name, value in towers.state_dict().items()}
+    for name, one in stored.items():
+        if expected.get(name) != one.shape:
+            raise ValueError(
+                f"towers.safetensors: {name} has shape {list(one.shape)}, the settings {expected.get(name)}"
+            )
+    # Buffers that older versions did not store are filled when they are loaded.
+    needed = [name for name, _ in towers.named_parameters(remove_duplicate=False)]
+    missing = next((name for name in needed if name not in stored and others.get(name) not in stored), None)
+    if missing is not None:
+        raise ValueError(f"towers.safetensors: {missing} is missing")
+
+
+def _require_layers(config: Config, numbers: int) -> None:
+    """Check that the layers of the settings are not larger than all stored numbers, before they take memory.
+
+    Raises:
+        ValueError: they are.
+    """
+    width, history = config.item_tower.dimension, config.query_tower.history
+    needed = 0
+    for hidden in (config.item_tower.hidden, config.query_tower.hidden or []):
+        needed += sum(one * next_one for one, next_one in pairwise([*hidden, width]))
+    if history is not None and history.sequence is not None:
+        needed += 4 * history.sequence.blocks * width**2
+    if needed > numbers:
+        raise ValueError(f"the settings need {needed:,} weights, towers.safetensors has {numbers:,}")
+
+
+def _count(metadata: Mapping[str, Any], name: str) -> int:
+    found = metadata[name]
+    if type(found) is not int or not 0 <= found <= MOST_ROWS:
+        raise ValueError(f"metadata.json: {name} is {found!r:.40}")
+    return found
+
+
+def _shapes(path: Path) -> dict[str, StoredShape]:
+    return stored_shapes(path)[0]
+
+
+Described = Mapping[str, tuple[str, tuple[int, ...]]]
+
+
+def _expect(path: Path, needed: Described, optional: Described | None = None, *, others: int | None = None) -> None:
+    """Check the tensors of a file; it may have other vectors of at most `others` values, or no other tensors."""
+    found, known = _shapes(path), {**(optional or {}), **needed}
+    for name, one in found.items():
+        if others is not None and len(one.shape) == 1 and one.shape[0] <= others:
+            known.setdefault(name, (one.dtype, one.shape))
+    for name in needed:
+        if name not in found:
+            raise ValueError(f"{path.name}: {name} is missing")
+    for name, one in found.items():
+        if (one.dtype, one.shape) != known.get(name):
+            raise ValueError(f"{path.name}: {name} is {one.dtype} {list(one.shape)}, expected {known.get(name)}")

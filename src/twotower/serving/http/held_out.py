@@ -1,0 +1,53 @@
+"""Held-out items of known queries: the ranks that a model gave them before it saw them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from twotower.serving.http.models import ServedModel
+from twotower.serving.queries import answerable, stored_gaps, stored_history
+
+#: Ranks are searched up to this one; a held-out item behind it has none.
+LAST_RANK = 1000
+
+#: Maximum number of held-out items of one query, the first ones by time.
+_MOST = 200
+
+
+def held_out(model: ServedModel, code: int) -> dict[str, Any]:
+    """Rank the items that a known query met after its training rows, given those rows as its history.
+
+    The whole catalog is searched exactly, with the dial at 1, and without the history if the evaluation of the model
+    left it out (`evaluation.exclude_seen`). A context counts as unknown.
+
+    Args:
+        model: the model.
+        code: code of a known query.
+
+    Returns:
+        JSON values: `trained`, the number of training rows, or None if the folder does not say; `last_rank`; and
+        `items`, oldest first, each with `rank` from 1, or None behind `last_rank`.
+    """
+    whole, trained = stored_history(model.artifact, code), model.trained_rows.count(code)
+    found: dict[str, Any] = {"trained": trained, "last_rank": LAST_RANK, "items": []}
+    if trained is None:
+        return found
+    history = whole[:trained]
+    targets = list(dict.fromkeys(whole[trained:].tolist()))[:_MOST]
+    codes = np.array([code], dtype=np.int64)
+    if not targets or not answerable(model.artifact, codes, np.array([len(history)]))[0]:
+        return found
+    gaps = stored_gaps(model.artifact, codes)
+    rows = np.array([0, len(history)], dtype=np.int64), history.astype(np.int32)
+    _, ranked = model.search.search(
+        model.retriever.embed(codes, rows, gaps=None if gaps is None else gaps[:trained]),
+        min(LAST_RANK, len(model.counts)),
+        exclude=rows if model.artifact.config.evaluation.exclude_seen else None,
+        exactly=True,
+    )
+    ranks = {item: rank for rank, item in enumerate(ranked[0].tolist(), 1) if item >= 0}
+    listed = model.listed(np.array(targets, dtype=np.int64))
+    found["items"] = [{**row, "rank": ranks.get(item)} for row, item in zip(listed, targets, strict=True)]
+    return found
