@@ -11,7 +11,7 @@ from twotower.distributed.communicator import Communicator
 from twotower.distributed.partition import ColumnShard, RowShard
 from twotower.distributed.row_files import stack_rows, stored_tensors
 from twotower.errors import InputError
-from twotower.incremental.warm_start import continue_optimizer, grown_rows
+from twotower.incremental.warm_start import continue_optimizer, copy_old_rows
 from twotower.training.checkpoint.io import SafeCheckpointIO
 from twotower.training.checkpoint.lazy import open_checkpoint
 from twotower.training.optimizer import TableOptimizer
@@ -90,7 +90,7 @@ def test_parts_of_a_grown_table_form_the_whole_and_read_no_other_rows(tmp_path, 
         if new >= 0:
             expected[new] = expected[new] | stored[code : code + 1][0] if dtype == torch.bool else stored[...][code]
     whole = fresh.clone()
-    grown_rows(whole, stored, new_codes)
+    copy_old_rows(whole, stored, new_codes)
     assert torch.equal(whole, expected) and not torch.equal(whole, fresh)
     to = torch.cat([new_codes, torch.tensor([total - 1])])
     for rank in range(size):
@@ -98,7 +98,7 @@ def test_parts_of_a_grown_table_form_the_whole_and_read_no_other_rows(tmp_path, 
         for part in (RowShard(ranks, total), RowShard(ranks, total, 1), ColumnShard(ranks, total, 3)):
             rows, columns = part.place(3)
             own, asked = fresh[rows, columns].clone(), Asked(stored)
-            grown_rows(own, asked, new_codes, part)
+            copy_old_rows(own, asked, new_codes, part)
             assert torch.equal(own, expected[rows, columns])
             assert torch.equal(asked.asked, (to >= rows.start) & (to < rows.stop))
 

@@ -18,10 +18,10 @@ from twotower.errors import InputError, Interrupted
 from twotower.incremental import ParentModel
 from twotower.incremental.warm_start import (
     CodeMaps,
-    carry_on,
     continue_streaming,
+    extend_features,
     grow,
-    grown_features,
+    load_parent_state,
     named_tables,
     row_maps,
 )
@@ -137,7 +137,7 @@ def grown_towers(parent, days):
     """Return the parent's towers with more rows, before any training."""
     _, folder, _ = parent
     known = ParentModel.load(folder)
-    growth = grown_features(known, days)
+    growth = extend_features(known, days)
     trained = torch.from_numpy(days.train.item_counts() > 0)
     towers = build_towers(
         known.artifact.config,
@@ -148,7 +148,7 @@ def grown_towers(parent, days):
         trained_items=trained,
     )
     objective = build_objective(known.artifact.config, days.train)
-    optimizer = carry_on(known, known.artifact.config, growth, towers=towers, objective=objective)
+    optimizer = load_parent_state(known, known.artifact.config, growth, towers=towers, objective=objective)
     return towers.eval(), optimizer
 
 

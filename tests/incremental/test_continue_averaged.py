@@ -11,7 +11,7 @@ import twotower as tt
 from twotower.config.run import Config
 from twotower.data import Interactions
 from twotower.incremental import ParentModel
-from twotower.incremental.warm_start import carry_on, grown_features
+from twotower.incremental.warm_start import extend_features, load_parent_state
 from twotower.objectives.build import build_objective
 from twotower.towers import build_towers
 from twotower.training.checkpoint.io import SafeCheckpointIO
@@ -50,10 +50,10 @@ def continued(folder, days, *changes):
     """Return the messages, the optimizer's callback, and the inherited objective and towers."""
     parent, config = ParentModel.load(folder), Config.load(None, [*SETTINGS, *changes]).resolved(len(days.train))
     messages = []
-    growth = grown_features(parent, days)
+    growth = extend_features(parent, days)
     towers = build_towers(config, num_queries=days.train.num_queries, num_items=days.train.num_items)
     objective = build_objective(config, days.train)
-    start = carry_on(parent, config, growth, towers=towers, objective=objective, on_message=messages.append)
+    start = load_parent_state(parent, config, growth, towers=towers, objective=objective, on_message=messages.append)
     module = TrainingModule(towers, objective, config.training, total_steps=10)
     optimizer = module.configure_optimizers()["optimizer"]
 

@@ -15,7 +15,7 @@ from twotower.config.run import Config
 from twotower.data import Interactions
 from twotower.features.requests import EncodedContext
 from twotower.incremental import ParentModel
-from twotower.incremental.warm_start import carry_on, grown_features
+from twotower.incremental.warm_start import extend_features, load_parent_state
 from twotower.objectives.build import build_objective
 from twotower.serving import Retriever
 from twotower.towers import build_towers
@@ -84,7 +84,7 @@ def folder(model, request, tmp_path):
 
 def test_one_more_value_changes_no_vector(model, folder):
     parent, split = ParentModel.load(folder), tt.continue_with(folder, days(1_700_000_000, VALUES + 1, 1), SETTINGS)
-    growth = grown_features(parent, split)
+    growth = extend_features(parent, split)
     sizes = {side: [one.size for one in table.features.encoders] for side, table in growth.features.items()}
     assert sizes == {"item": [10, 10, 10, 5], "context": [10, 10]}
     towers = build_towers(
@@ -92,7 +92,7 @@ def test_one_more_value_changes_no_vector(model, folder):
         item_features=growth.features["item"], context=growth.features["context"],
         trained_queries=torch.arange(split.train.num_queries) == 3,
     ).eval()  # fmt: skip
-    carry_on(parent, SETTINGS, growth, towers=towers, objective=build_objective(SETTINGS, split.train))
+    load_parent_state(parent, SETTINGS, growth, towers=towers, objective=build_objective(SETTINGS, split.train))
     known = torch.arange(len(model.artifact.queries)) % 3 != 0
     if "query_tower.trained" not in load_file(folder / "towers.safetensors"):
         known[:] = True

@@ -9,7 +9,7 @@ from twotower.data import Interactions, by_time, held_out_queries, leave_last_ou
 from twotower.data.schema.vocabulary import Vocabulary
 from twotower.errors import InputError
 from twotower.features.feature_set import EncodedTable
-from twotower.incremental.features import grown
+from twotower.incremental.features import extend_encoded_table
 from twotower.incremental.split import PastData, continued
 from twotower.incremental.vocabularies import joined_table
 
@@ -172,7 +172,7 @@ def test_features_gain_new_values_without_changing_the_old_ones():
         "price": [None, None, 5.0, 7.0], "shop": [None, None, "x", "z"], "v": [None, None, [3.0, 4.0], None],
     })  # fmt: skip
     known = np.array([True, True, True, False])
-    after = grown(before, np.array([0, -1, 1]), new, ids, known)
+    after = extend_encoded_table(before, np.array([0, -1, 1]), new, ids, known)
     for place, encoder in enumerate(before.features.encoders):
         kept = before.arrays[place][[0, 2]]
         if place in after.value_maps:
@@ -189,9 +189,9 @@ def test_features_gain_new_values_without_changing_the_old_ones():
         ["colour", "tags", "words", "shop", "v"])}])[3][0, 0])  # fmt: skip
     assert np.allclose(after.table.arrays[5][2], [0.6, 0.8, 0.0])
     with pytest.raises(InputError, match="give data.items"):
-        grown(before, np.array([0, -1, 1]), None, ids, known)
+        extend_encoded_table(before, np.array([0, -1, 1]), None, ids, known)
     with pytest.raises(InputError, match="column 'price'"):
-        grown(before, np.array([0, -1, 1]), new.drop("price"), ids, known)
+        extend_encoded_table(before, np.array([0, -1, 1]), new.drop("price"), ids, known)
 
 
 @pytest.mark.parametrize(

@@ -290,7 +290,7 @@ def test_changes_that_do_not_match_are_refused(folder, tmp_path):
     save_changes(retriever.catalog, run)
     (run / "model" / "index" / "index.json").write_text(index_before)
     (run / "model" / "index" / "SHA256SUMS").unlink()  # as in older versions
-    with pytest.raises(InputError, match="another state of the catalog"):
+    with pytest.raises(InputError, match="a different state of the catalog"):
         Retriever.load(run)
     build_stored_index(run, "hnsw", k=5)  # as the message advises
     assert 3 not in found(Retriever.load(run), "u001")["item"]
@@ -299,7 +299,7 @@ def test_changes_that_do_not_match_are_refused(folder, tmp_path):
         Retriever.load(run)
     SavedModel.load(run).save(run / "model")  # saved again: the changes belonged to the old catalog
     assert 3 in found(Retriever.load(run), "u001")["item"]
-    with pytest.raises(InputError, match="now contains another model"):
+    with pytest.raises(InputError, match="now contains a different model"):
         save_changes(retriever.catalog, drawn_elsewhere(tmp_path, folder))
 
 

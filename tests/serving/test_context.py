@@ -134,11 +134,11 @@ def test_invalid_requests_are_refused(runs):
     with pytest.raises(InputError, match="nothing is known about this query"):
         retriever.recommend(histories=[[999]], context=[None])
     plain = tt.Retriever.load(runs["without"][0])
-    with pytest.raises(InputError, match="this model looks at none; set query_tower.context"):
+    with pytest.raises(InputError, match="does not use a request context; set query_tower.context"):
         plain.recommend(["u03"], context={"device": "tv"})
     with client(runs["without"][0]) as service:
         refused = service.post("/recommend", json={"query_id": "u03", "context": {"device": "tv"}})
-        assert refused.status_code == 422 and "looks at none" in refused.text
+        assert refused.status_code == 422 and "does not use a request context" in refused.text
 
 
 def test_a_training_row_and_the_same_request_have_one_embedding(runs):

@@ -90,7 +90,7 @@ def edit(**changes):
         (damage("rows.safetensors", lambda path: path.unlink()), "rows.safetensors: missing"),
         (damage("index.json", lambda path: path.write_text("{")), "not readable"),
         (edit(checksums={"../../metadata.json": "0" * 64}), "is not the name of a file of this folder"),
-        (edit(items="0" * 64), "built for other item embeddings"),
+        (edit(items="0" * 64), "built for different item embeddings"),
         (edit(schema_version=9), "schema version 9"),
         (edit(kind="magic"), "unknown kind 'magic'"),
     ],

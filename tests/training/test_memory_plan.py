@@ -210,7 +210,7 @@ def test_a_plan_uses_the_memory_in_which_training_runs(parts, planted_split, the
     assert short.is_too_large and "more of the CUDA device's memory needed" in str(short)
     assert not planned(1 << 50, plan.needed).is_too_large
     # Main memory: a copy of the state, larger than tables and best weights together, minus the existing tables.
-    assert plan.beside == plan.state > 2 * plan.held["tables"]
+    assert plan.main_memory == plan.state > 2 * plan.held["tables"]
     copied = plan.state - plan.held["tables"]
     assert not planned(copied, 1 << 50).is_too_large
     short = planned(copied - 1, 1 << 50)

@@ -31,7 +31,7 @@ Run = Annotated[Path, typer.Argument(metavar="DIR", help="Run folder written by 
 def print_json(value: Any) -> None:
     """Print one JSON value to stdout."""
     text = json.dumps(value, indent=1, ensure_ascii=False, default=str)
-    # Of what a terminal obeys, JSON escapes only the first 32 characters.
+    # JSON escapes only the first 32 of the characters that control a terminal.
     sys.stdout.write(re.sub("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]", _escape, text) + "\n")
 
 
@@ -40,7 +40,7 @@ def _escape(found: re.Match[str]) -> str:
 
 
 def print_line(text: object, *, to: Console = console, style: str = "") -> None:
-    """Print one line of text as it is, however long; nothing in it is read as markup."""
+    """Print one line of text unchanged, without wrapping or interpreting markup."""
     to.print(Text(plain(text), style=style), soft_wrap=True)
 
 
@@ -52,12 +52,12 @@ def print_lines(text: object, *, to: Console = console) -> None:
 
 def print_frame(title: str, frame: pl.DataFrame) -> None:
     """Print a data frame as a table, floats with four decimals."""
-    print_line(title, style="italic")  # the table's own title would wrap at the width of its columns
+    print_line(title, style="italic")  # a table title would wrap at the width of the table
     print_table(frame.columns, frame.iter_rows())
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
-    """Print rows as a table; nothing in a cell is read as markup."""
+    """Print rows as a table, without interpreting markup in cells."""
     table = Table(title=None if title is None else cell(title), title_justify="left")
     for name in header:
         table.add_column(cell(name))

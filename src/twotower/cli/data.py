@@ -67,7 +67,7 @@ def features(
             for one in columns
         ]
         print_table(("column", "kind", "why", "distinct", "missing"), rows, title)
-    print_lines(f"\nAs settings, to adjust where you know better:\n\n{as_yaml(found)}")
+    print_lines(f"\nAs settings; adjust them as needed:\n\n{as_yaml(found)}")
 
 
 @commands.command()

@@ -112,7 +112,7 @@ def _allocator() -> str:
     if not name.startswith("glibc"):
         return f"{name}; not tuned"
     given = [key for key in os.environ if key.startswith("MALLOC_") or key == "GLIBC_TUNABLES"]
-    return f"{name}; set by {', '.join(given)}" if given else f"{name}; default: call twotower.process.tune()"
+    return f"{name}; set by {', '.join(given)}" if given else f"{name}; default: call twotower.system.tuning.tune()"
 
 
 def _huge_pages(mode: str | None) -> str:

@@ -18,7 +18,7 @@ def index(
     directory: Run,
     kind: Annotated[str, typer.Option("--kind", help="exact, hnsw, ivfpq or pgvector.")],
     min_recall: Annotated[
-        float | None, typer.Option("--min-recall", help="Refuse an index with a lower recall of the exact top K.")
+        float | None, typer.Option("--min-recall", help="Reject an index with a lower recall of the exact top K.")
     ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="K at which recall is measured.")] = 100,
     queries: Annotated[int, typer.Option("--queries", min=1, help="Known queries to measure recall on.")] = 500,

@@ -249,7 +249,7 @@ def _ids(text: str) -> list[str]:
 
 
 def _history(text: str, retriever: Retriever) -> list[str]:
-    """Parse --history and print unknown ids: an answer from the remaining ids looks no different."""
+    """Parse --history and report unknown ids, because a result without them looks the same."""
     from twotower.serving.queries import codes_of  # noqa: PLC0415
 
     ids, items = _ids(text), retriever.artifact.items

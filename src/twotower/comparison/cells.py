@@ -20,7 +20,7 @@ from twotower.run.settings import CONFIG, differences
 from twotower.serving.model_folder import find_model, read_metadata
 from twotower.training import LAST
 
-#: Settings that change neither the initial weights, nor the data, nor any training step.
+#: Settings that do not affect the initial weights, the data or any training step.
 FREE = ("evaluation", "training.logger")
 
 State = Literal["finished", "interrupted", "new"]
@@ -66,8 +66,8 @@ class Cell:
         found = Config.load(written).resolved(self.rows)
         for field, (requested, existing) in differences(self.config, found, FREE).items():
             raise InputError(
-                f"{written}: {field} is {existing!r}, but {requested!r} was requested; use the settings the comparison "
-                "was started with, or another --out"
+                f"{written}: {field} is {existing!r}, but {requested!r} was requested; use the settings of the "
+                "existing comparison, or choose another --out"
             )
         if finished:
             known = read_metadata(find_model(self.directory))["data"]["fingerprint"]
@@ -90,8 +90,8 @@ def make_cells(
         objectives: names, YAML files, or `name=FILE`; with a sweep, none for the objective of `base`.
         seeds: number of seeds.
         out: the folder of the comparison.
-        split: the data; it decides what training asks, and the towers that suit it.
-        sweep: the values that each objective is trained with; None for its settings as they are.
+        split: the data, which determines the training question and the default towers.
+        sweep: the values that each objective is trained with; None for no sweep.
 
     Raises:
         InputError: an objective is unknown, named twice, or does not fit the data.
@@ -121,7 +121,7 @@ def make_cells(
             if name in named:
                 raise InputError(f"--objectives: {name} is named twice")
             named[name] = changed.resolved(len(train))
-            build_objective(named[name], train)  # raises on a wrong one before anything is trained
+            build_objective(named[name], train)  # raise an error before anything is trained
     if base.objective.mask_known_positives is None:
         named = _masked_alike(named)
     if not named:

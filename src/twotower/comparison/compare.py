@@ -26,7 +26,7 @@ from twotower.config.run import Config
 from twotower.data import Interactions
 from twotower.data.schema.vocabulary import listed
 from twotower.errors import InputError
-from twotower.features.from_config import wanted_context
+from twotower.features.from_config import context_to_read
 from twotower.report import findings
 from twotower.run import audit_run, read_data, split_data
 from twotower.run.run_folder import is_run, reserved
@@ -109,7 +109,7 @@ def compare_run(
 
     Args:
         source: a file, a folder or the name of a data set.
-        out: the folder of the comparison. Finished runs in it are not repeated; interrupted ones are resumed.
+        out: the folder of the comparison. Finished runs in it are not repeated; interrupted runs are resumed.
         base: the settings that all objectives share; `training.seed` is the first seed.
         objectives: names, YAML files with the fields of an objective, or `name=FILE`; with a sweep, none for the
             objective of `base`.
@@ -123,7 +123,7 @@ def compare_run(
     Raises:
         InputError: a setting is wrong, `out` contains runs with different settings or data, cannot be written, or
             another process is writing into it.
-        Interrupted: Ctrl-C; the same call resumes the comparison.
+        Interrupted: Ctrl-C was pressed; the same call resumes the comparison.
         RuntimeError: a training run failed.
     """
     directory = Path(out)
@@ -131,7 +131,7 @@ def compare_run(
         raise InputError("data.windows: objectives are compared on one window; use data.windows=1")
     with reserved(directory):
         _require_own(directory)
-        data = read_data(source, base.data, context=wanted_context(base))
+        data = read_data(source, base.data, context=context_to_read(base))
         split = split_data(data, base.data, histories=base.query_tower.history is not None)
         cells = make_cells(base, objectives, seeds, directory, split, sweep=sweep)
         train_cells(str(source), cells, data.fingerprint, directory, jobs=jobs, on_message=on_message)
@@ -186,10 +186,11 @@ def _require_own(directory: Path) -> None:
 
 def _audit(cells: Sequence[Cell], source: str | Path, out: Path, on_message: Callable[[str], None]) -> dict[str, Any]:
     """Measure bias and spread of each objective's gradient on one model, and cache the result in `audit.json`."""
-    # Only objectives with their default sources: `twotower audit` measures pools from a file, on their own models.
+    # Only objectives with their default sources; pools from a file are measured by `twotower audit` on their own
+    # models.
     plain = {cell.name: cell.config.objective for cell in cells}
     named = {name for name, own in plain.items() if own.name == name and own.sources is None and own.unique is None}
-    # Not the best model: that depends on the evaluation settings, and a change would invalidate the cached audit.
+    # Not the best model, because that depends on the evaluation settings, and a change would invalidate the audit.
     subject = next((cell for cell in cells if cell.name == "expected-count"), cells[0])
     others = sorted(named - {subject.name})
     request = {

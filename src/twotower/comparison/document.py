@@ -15,7 +15,7 @@ from twotower.data import Interactions
 from twotower.evaluation import Evaluation, Row
 from twotower.objectives.build import OBJECTIVES
 
-#: Incremented when a reader of older documents would misread a newer one.
+#: Incremented when an older version would misread newer documents.
 DOCUMENT_VERSION = 1
 #: Significant digits of a number.
 DIGITS = 6
@@ -45,11 +45,11 @@ def build_document(
     Args:
         kind: "comparison" or "evaluation".
         compared: means, intervals and tests.
-        found: the evaluation they were computed from.
+        found: the evaluation that these were computed from.
         baselines: evaluation rows of the baselines.
         metadata: for each model, the `metadata.json` of each seed.
         data: the complete interactions.
-        more: further sections: examples, audit, calibration, command, directories, ...
+        more: additional sections: examples, audit, calibration, command, directories, ...
     """
     metric = headline(found)
     order = sorted(compared.values, key=lambda name: -compared.values[name][metric].mean)
@@ -83,12 +83,12 @@ def build_document(
 
 
 def headline(found: Evaluation) -> str:
-    """Return the name of the deciding metric: NDCG at the smallest cut-off."""
+    """Return the name of the headline metric, NDCG at the smallest cut-off."""
     return f"NDCG@{found.ks[0]}"
 
 
 def rounded(value: Any) -> Any:
-    """Round every float to a few significant digits: the rest is noise and would be most of the file."""
+    """Round every float to a few significant digits; the rest is noise and would be most of the file."""
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}")
     if isinstance(value, Mapping):

@@ -23,8 +23,8 @@ def disagreements(
 ) -> list[dict[str, Any]]:
     """Select the queries on which the rank of the target differs most between objectives.
 
-    For each popularity third of the target, take the queries with the largest standard deviation over objectives of the
-    reciprocal rank of the first target. They are selected for disagreement: they show how lists differ, not how often.
+    For each popularity third of the target, select the queries for which the reciprocal rank of the first target has
+    the largest standard deviation over objectives. The examples show how lists differ, not how often.
 
     Args:
         ranked: objective -> ranked item codes, [E, K].

@@ -29,7 +29,7 @@ from twotower.serving.model_folder import find_model, read_metadata
 
 @dataclass
 class FolderRanker:
-    """A ranker that loads the model of a run folder only while ranking, so that many models need the memory of one.
+    """A ranker that loads a run's model only while ranking, so that only one model is in memory at a time.
 
     Attributes:
         directory: the run folder.
@@ -106,7 +106,7 @@ def measure_cells(cells: Sequence[Cell], split: Split, settings: EvaluationConfi
         lists = rankers[cell.directory.name].ranked
         if cell.name not in ranked and lists is not None:
             ranked[cell.name] = lists
-    # The settings of the model, not of the cell: a run resolves what the cell leaves to it.
+    # The settings of the model, not of the cell: the run has replaced every "auto".
     measured = with_advice(measured, Config.model_validate(metadata[cells[0].name][0]["config"]))
     baselines = [row for row in measured.rows if row.name not in rankers]
     return Measurements(measured, rows, baselines, ranked, metadata)
@@ -144,7 +144,7 @@ def calibrations(directories: Mapping[str, Path], split: Split, *, seed: int = 0
     Args:
         directories: name -> run folder.
         split: the data; its test queries are used.
-        seed: seed of the query sample that is drawn if the catalog is too large to use all queries.
+        seed: seed of the sample of queries, used if the catalog is too large for all of them.
 
     Returns:
         Calibration by name, as `to_dict` values.

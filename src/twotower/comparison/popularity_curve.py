@@ -45,7 +45,7 @@ class DialCurve:
     """The result of `popularity_curve`; prints as a table.
 
     A model that has learnt `log P(item | query)` exactly is most accurate at 1. A model trained on few interactions
-    knows popularity better than individual queries, and may be more accurate above 1.
+    estimates popularity better than individual preferences, and may be more accurate above 1.
 
     Attributes:
         holdout: name of the holdout.
@@ -59,7 +59,7 @@ class DialCurve:
 
     @property
     def best(self) -> DialPoint:
-        """The point with the highest NDCG; among ties, the one nearest to the model as trained."""
+        """The point with the highest NDCG; among ties, the one closest to the model as trained."""
         return max(self.points, key=lambda point: (point.ndcg, -abs(point.popularity - 1.0)))
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def popularity_curve(
     Args:
         retriever: the model.
         holdout: queries with targets, such as `split.test`.
-        train: the training interactions; they define the tail and an item's popularity.
+        train: the training interactions, which define the tail and an item's popularity.
         k: length of the lists.
         settings: values of b; see `PopularityDial`.
         exclude_seen: exclude items of a query's history.

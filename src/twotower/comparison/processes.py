@@ -1,6 +1,6 @@
 """Training of the cells of a comparison, each in a separate process that runs `twotower train`.
 
-With separate processes, peak memory and CPU time belong to a single run, and a crash ends only one cell.
+With separate processes, peak memory and CPU time are measured per run, and a crash ends only one cell.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class TrainingProcess:
     log: Path
     output: IO[bytes]
     begun: float = field(default_factory=time.monotonic)
-    interrupts: int = 0  # sent to it
+    interrupts: int = 0  # number of interrupts sent to the process
 
 
 def train_cells(
@@ -52,7 +52,7 @@ def train_cells(
 
     Raises:
         InputError: a run folder has different settings or different data; nothing is trained.
-        Interrupted: Ctrl-C; each running process has left a checkpoint.
+        Interrupted: Ctrl-C was pressed; each running process has written a checkpoint.
         RuntimeError: a training run failed; the others were finished first.
     """
     states = {cell.label: cell.state(fingerprint) for cell in cells}
@@ -73,7 +73,7 @@ def train_cells(
                 left = _remaining_time(durations, running, waiting, jobs)
                 on_message(f"[{number}/{len(cells)}] {cell.label}{' resumed' if resume else ''}{left}")
             time.sleep(_POLL)
-            for one in running:  # the first interrupt lets it finish its step and save a checkpoint, a second ends it
+            for one in running:  # after the first interrupt a process saves a checkpoint; a second ends it
                 while one.interrupts < stop():
                     one.process.send_signal(signal.SIGINT)
                     one.interrupts += 1
@@ -125,7 +125,7 @@ def _start(source: str, cell: Cell, out: Path, *, resume: bool, jobs: int) -> Tr
 
 
 def _environment(jobs: int) -> dict[str, str]:
-    """Return the environment of a training process: concurrent ones share the cores equally."""
+    """Return the environment of a training process; concurrent processes share the cores equally."""
     environment = dict(os.environ)
     if jobs > 1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -158,7 +158,7 @@ def _count_interrupts() -> Iterator[Callable[[], int]]:
 
 @contextmanager
 def _terminate_on_exit(running: Sequence[TrainingProcess]) -> Iterator[None]:
-    """Terminate the processes that still run when the block ends, such as after an error."""
+    """Terminate the processes that are still running when the block ends, for example after an error."""
     try:
         yield
     finally:

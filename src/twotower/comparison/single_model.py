@@ -35,10 +35,10 @@ def evaluate_folder(
         directory: a run folder or a model folder; `per_query.parquet` is written to the run folder, next to the model.
         source: the current location of the data, if it has moved.
         page: path of the report; if None, neither the report nor `per_query.parquet` is written.
-        slices: columns to slice by, instead of those in the model's settings.
+        slices: columns to slice by, instead of the columns in the model's settings.
 
     Raises:
-        InputError: the data was not found, or is not the data the model was trained on.
+        InputError: the data was not found, or is not the data that the model was trained on.
     """
     artifact, split = reread(directory, source)
     settings = artifact.config.evaluation

@@ -47,7 +47,7 @@ class PairwiseTest:
 
     Attributes:
         name: the objective.
-        difference: mean over queries of its value minus that of the reference, both averaged over seeds.
+        difference: mean over queries of its value minus the reference's value, both averaged over seeds.
         low, high: 95 % interval over queries.
         p_value: two-sided p-value of the paired bootstrap.
         adjusted: p_value after Holm's adjustment over the family.
@@ -83,7 +83,7 @@ class TestFamily:
         about: what is tested: `all` (all queries), `tail` or `baselines`.
         metric: name of the metric, such as "NDCG@10".
         part: the slice, such as "tail"; None for all queries.
-        against: the reference objective, with which all others are compared.
+        against: the reference objective that all others are compared with.
         contests: the test of each other objective.
     """
 
@@ -140,8 +140,8 @@ def compare(
 
     The reference is the objective with the highest mean of `metric`. Every other objective is compared with it twice:
     on all queries by `metric`, and on the tail by `tail_metric`. The baselines are compared with it by `metric`.
-    Selecting the reference by the same numbers favours it slightly: a small lead means less than its p-value suggests.
-    The adjustment for multiple comparisons compensates for part of this.
+    Selecting the reference by the same numbers favours it slightly, so a small lead means less than its p-value
+    suggests. The adjustment for multiple comparisons compensates for part of this.
 
     Args:
         rows: for each objective one evaluated row per seed, all of the same queries.
@@ -151,7 +151,7 @@ def compare(
         tail: name of the tail slice.
 
     Raises:
-        InputError: no objective, an objective without rows, or rows of different queries.
+        InputError: there is no objective, an objective has no rows, or rows are of different queries.
     """
     if not rows or not all(rows.values()):
         raise InputError("compare: expected at least one objective, each with at least one row")
@@ -239,7 +239,7 @@ def contest(about: str, rows: Mapping[str, Sequence[Row]], metric: str, part: st
 
 
 def _pooled_deviation(by_seed: Sequence[Sequence[float]]) -> float | None:
-    """Pool the standard deviation over seeds across objectives: one objective's few seeds give a poor estimate."""
+    """Pool the standard deviation over seeds across objectives, because few seeds of one give a poor estimate."""
     freedom = sum(len(values) - 1 for values in by_seed)
     if freedom == 0:
         return None

@@ -319,7 +319,7 @@ class Config(Section):
     ) -> Config:
         """Read a YAML file or a preset, and apply overrides such as "training.max_epochs=3".
 
-        Without a file, the settings start from `base`, for example those of a saved model.
+        Without a file, the settings start from `base`, for example the settings of a saved model.
 
         Raises:
             InputError: the file is missing or not YAML, or a field is unknown or out of range; the message says which.

@@ -28,7 +28,7 @@ from twotower.data.io.layout import (
 from twotower.data.io.readers import FrameSource
 from twotower.data.prepare.build import TABLE_FILES, VOCABULARY_FILES, ReadOptions, build
 from twotower.data.prepare.cache import Preparation
-from twotower.data.prepare.request_context import CONTEXT_FILE, Wanted, read_context
+from twotower.data.prepare.request_context import CONTEXT_FILE, ContextColumns, read_context
 from twotower.data.schema.account import Account
 from twotower.data.schema.columns import ColumnRoles
 from twotower.data.schema.vocabulary import IdKind, Vocabulary, read_vocabulary
@@ -242,7 +242,7 @@ class Interactions:
         cache: PathLike | None = None,
         catalog: str = "interactions",
         part: bool = False,
-        context: Wanted = None,
+        context: ContextColumns = None,
         query_ids: IdKind = "vocabulary",
         item_ids: IdKind = "vocabulary",
         workers: int | None = None,
@@ -305,7 +305,7 @@ class Interactions:
         positive_label: float | None = None,
         *,
         catalog: str = "interactions",
-        context: Wanted = None,
+        context: ContextColumns = None,
         query_ids: IdKind = "vocabulary",
         item_ids: IdKind = "vocabulary",
         item_columns: Mapping[str, str] | None = None,
@@ -368,6 +368,6 @@ class Interactions:
         return data
 
 
-def _several_names(context: Wanted) -> Wanted:
+def _several_names(context: ContextColumns) -> ContextColumns:
     """Convert the names to a tuple, so that the options can be compared and hashed."""
     return context if context is None or isinstance(context, str) else tuple(context)

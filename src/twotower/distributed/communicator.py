@@ -139,7 +139,7 @@ class Communicator:
         return said if self.size == 1 else bool(self.sum(torch.tensor([float(said)], device=self.device)) > 0)
 
     def copy_first(self, tensors: list[Tensor]) -> None:
-        """Overwrite tensors on every rank with those of rank 0; shapes must be equal."""
+        """Overwrite tensors on every rank with the tensors of rank 0; shapes must be equal."""
         if self.size > 1:
             source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
             with self.exchange():

@@ -244,7 +244,7 @@ class Launch:
         return max(self.size // self.local_size, 1)
 
 
-def called_together(store: Any, told: Launch, patience: float) -> tuple[str, bool]:
+def called_together(store: Any, launch: Launch, patience: float) -> tuple[str, bool]:
     """Agree with all processes on a unique name for this attempt, and on whether an earlier attempt began the run.
 
     torchrun keeps one store for all attempts, including the keys of processes that have ended, and restart counts may
@@ -254,7 +254,7 @@ def called_together(store: Any, told: Launch, patience: float) -> tuple[str, boo
 
     Args:
         store: a store of torch.distributed that all processes can reach.
-        told: the launch of this process.
+        launch: the launch of this process.
         patience: seconds to wait for the other processes.
 
     Returns:
@@ -275,10 +275,10 @@ def called_together(store: Any, told: Launch, patience: float) -> tuple[str, boo
         time.sleep(0.02)
 
     name = uuid.uuid4().hex
-    own = f"{name} {told.restarts} {told.local_size}"
-    places = [f"word of {rank}" for rank in range(told.size)]
-    store.set(places[told.rank], own)
-    if told.is_first:
+    own = f"{name} {launch.restarts} {launch.local_size}"
+    places = [f"word of {rank}" for rank in range(launch.size)]
+    store.set(places[launch.rank], own)
+    if launch.is_first:
         attempts = store.add("attempts of the first rank", 1)
         store.set(f"{name} {own}", "here")
         read: list[str] = []

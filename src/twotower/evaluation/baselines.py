@@ -1,4 +1,4 @@
-"""The baselines next to a model: fitted on the training rows, their settings chosen on the validation."""
+"""Fit the baselines of an evaluation on the training rows, and choose their settings on the validation queries."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,17 +22,17 @@ from twotower.system.hardware import memory
 #: Names of the baselines, in the order of the table.
 BASELINES = ("popularity", "newest", "item-kNN", "EASE")
 
-#: The settings to choose from, and those used without a validation.
+#: Settings to choose from, and the setting that is used without a validation.
 SHARES, SHARE = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005), 0.05
 NEIGHBOURS, NEIGHBOUR_COUNT = (5, 10, 20, 50, 100, 200), 10
 SHRINKAGES, SHRINKAGE = (0.0, 10.0, 30.0, 100.0), 30.0
 PENALTIES, PENALTY = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10_000.0, 30_000.0), 300.0
 
-#: Validation queries that settings are chosen on; of more, a sample is drawn.
+#: Settings are chosen on at most this many validation queries, a random sample if there are more.
 MOST_QUERIES = 3000
 #: Bounds on the choice of settings: counted item pairs, and bytes of the lists of neighbours.
 _PAIRS, _NEIGHBOUR_BYTES = 2_000_000_000, 1 << 30
-#: The penalty of EASE is chosen on this many items, the most popular: a solution costs N^3.
+#: The penalty of EASE is chosen on this many of the most popular items, because each solution costs N^3.
 _EASE_ITEMS = 5000
 
 
@@ -41,8 +41,8 @@ class FittedBaselines:
     """The baselines of an evaluation.
 
     Attributes:
-        rankers: by name, in the order of the table.
-        notes: for the reader: the chosen settings, and what was left out.
+        rankers: the fitted baselines by name, in the order of the table.
+        notes: remarks for the reader: the chosen settings, and the baselines that were left out.
     """
 
     rankers: dict[str, Ranker]
@@ -53,7 +53,7 @@ class ValidationScore:
     """NDCG@K of a ranker on the validation queries.
 
     Args:
-        holdout: the validation; of more than `MOST_QUERIES` queries, a sample.
+        holdout: the validation queries; at most `MOST_QUERIES` are used, a random sample if there are more.
         num_items: N.
         k: K.
         exclude_seen: exclude items of a query's history.
@@ -70,7 +70,7 @@ class ValidationScore:
         self.k, self.exclude_seen, self.progress, self.done = k, exclude_seen, progress, 0
 
     def among(self, items: NDArray[np.int64], num_items: int) -> "ValidationScore":
-        """Restrict histories and targets to some items, ascending, whose codes are then 0, 1, ..."""
+        """Restrict histories and targets to some items, ascending, and renumber these 0, 1, ..."""
         codes = np.full(num_items, -1, dtype=np.int64)
         codes[items] = np.arange(len(items))
         return ValidationScore(_recoded(self.holdout, codes), len(items), self.k, self.exclude_seen, self.progress)
@@ -87,17 +87,17 @@ class ValidationScore:
         return float(ndcg_at(hit, self.targets.sizes(), self.k).mean())
 
     def best(self, candidates: Iterator[tuple[str, Ranker]]) -> tuple[str, Ranker]:
-        """Return the best candidate; of equal ones the first."""
-        found: tuple[float, str, Ranker] | None = None
+        """Return the best candidate, the first if several are equal."""
+        best: tuple[float, str, Ranker] | None = None
         for settings, ranker in candidates:
             value = self(ranker)
-            if found is None or value > found[0]:
-                found = value, settings, ranker
-        assert found is not None
-        return found[1:]
+            if best is None or value > best[0]:
+                best = value, settings, ranker
+        assert best is not None
+        return best[1:]
 
 
-#: Rankings of a complete choice, for the progress bar.
+#: Number of rankings if all settings are tried, for the progress bar.
 _RANKINGS = len(SHARES) + len(NEIGHBOURS) * len(SHRINKAGES) + len(PENALTIES)
 
 
@@ -111,24 +111,24 @@ def fit_baselines(
 ) -> FittedBaselines:
     """Fit the baselines on the training rows, and choose their settings by NDCG@K on the validation.
 
-    The test is not used. Without a validation, and where a choice would take too long, the settings are fixed ones; the
-    notes say which. EASE is left out of catalogs of more than 20,000 items or without memory for it, item-kNN where too
-    many pairs of items would be counted.
+    The test queries are not used. Without validation queries, or if the choice would take too long, fixed settings are
+    used, and the notes list them. EASE is left out if the catalog has more than 20,000 items or does not fit in memory,
+    item-kNN if it would have to count too many pairs of items.
 
     Args:
         train: the training interactions.
         validation: the validation queries; None or empty for fixed settings.
-        names: the baselines to fit, of `BASELINES`; None for all that the data allows.
+        names: the names in `BASELINES` to fit; None for all that the data allows.
         k: K.
         exclude_seen: exclude items of a query's history when settings are chosen.
 
     Raises:
-        InputError: an unknown name.
+        InputError: a name is unknown.
     """
     for name in names or ():
         if name not in BASELINES:
             raise InputError(f"evaluation.baselines: {name!r} is unknown; expected names among {', '.join(BASELINES)}")
-    wanted = [name for name in BASELINES if names is None or name in names]
+    selected = [name for name in BASELINES if names is None or name in names]
     rankers: dict[str, Ranker] = {}
     chosen: list[str] = []
     fixed: list[str] = []
@@ -137,7 +137,7 @@ def fit_baselines(
         score = None
         if validation is not None and len(validation):
             score = ValidationScore(validation, train.num_items, k, exclude_seen, progress)
-        for name in wanted:
+        for name in selected:
             if reason := _refusal(name, train):
                 if names is not None or name != "newest":
                     notes.append(f"the {name} baseline was left out: {reason}")
@@ -145,9 +145,9 @@ def fit_baselines(
             if name == "popularity":
                 rankers[name] = Popularity(train)
                 continue
-            found = None if score is None or not len(score) else _CHOOSE[name](train, score)
-            settings, rankers[name] = found or _FIXED[name](train)
-            (fixed if found is None else chosen).append(f"{name}: {settings}")
+            choice = None if score is None or not len(score) else _CHOOSE[name](train, score)
+            settings, rankers[name] = choice or _FIXED[name](train)
+            (fixed if choice is None else chosen).append(f"{name}: {settings}")
     if chosen:
         notes.append(f"settings of the baselines, chosen by NDCG@{k} on the validation: {'; '.join(chosen)}")
     if fixed:
@@ -156,7 +156,7 @@ def fit_baselines(
 
 
 def _refusal(name: str, train: Interactions) -> str | None:
-    """Explain why this data does not allow a baseline, or None."""
+    """Explain why a baseline cannot be fitted on this data, or return None."""
     if name == "newest":
         return None if train.timestamps is not None else "the data has no timestamps"
     if name == "item-kNN":
@@ -193,7 +193,7 @@ def _choose_knn(train: Interactions, score: ValidationScore) -> tuple[str, Ranke
 
 
 def _choose_ease(train: Interactions, score: ValidationScore) -> tuple[str, Ranker] | None:
-    """Climb from the usual penalty to the best one: NDCG has a single maximum in it, up to noise."""
+    """Climb from the default penalty to the best one: up to noise, NDCG has a single maximum."""
     products = gram(train)
     few, small = score, products
     if train.num_items > _EASE_ITEMS:
@@ -226,7 +226,7 @@ _FIXED: dict[str, Callable[[Interactions], tuple[str, Ranker]]] = {
 
 
 def _recoded(holdout: Holdout, codes: NDArray[np.int64]) -> Holdout:
-    """Recode the items of a holdout, and drop those whose new code is -1."""
+    """Recode the items of a holdout, and drop items whose new code is -1."""
     parts: dict[str, Any] = {}
     for side in ("history", "target"):
         offsets, items = getattr(holdout, f"{side}_offsets"), codes[getattr(holdout, f"{side}_items")]

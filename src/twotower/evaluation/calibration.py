@@ -1,8 +1,8 @@
 """Calibration of a model's softmax probabilities.
 
-It uses scores, which no ranking metric does, and only makes sense for a two-tower model whose scores estimate
-log P(y | x) up to a constant per query: one trained with a (sampled) softmax and correct corrections. It is separate
-from ranking metrics, because a model may rank well and be badly calibrated, or the other way round.
+It uses scores, unlike the ranking metrics. It only makes sense for a two-tower model whose scores estimate log P(y | x)
+up to a constant per query, which means one trained with a (sampled) softmax and unbiased corrections. It is separate
+from the ranking metrics because a model may rank well and be badly calibrated, or the reverse.
 """
 
 import math
@@ -32,8 +32,8 @@ class CalibrationBin:
         low: smallest probability of the range.
         high: largest probability of the range.
         pairs: number of pairs.
-        predicted: their mean P(item | query).
-        observed: their mean observed share of the query's targets.
+        predicted: mean P(item | query) of the pairs.
+        observed: mean observed share of the query's targets over the pairs.
         targets: number of targets among the pairs; if small, `observed` is uncertain.
     """
 
@@ -92,16 +92,16 @@ def softmax_calibration(
     Both sum to 1 over the items of a query. All E N pairs (not only the targets) are binned by P, so that each bin has
     about the same predicted mass. In a calibrated model the mean observed share of a bin equals the mean predicted one
     (reliability diagram: DeGroot & Fienberg 1983). The expected calibration error sums the differences weighted by
-    mass, not by pairs as in Naeini et al. 2015, because nearly all pairs have a P near 0. Even in a calibrated model
-    it has a positive part from chance, which shrinks with more targets per bin.
+    mass, not by pairs as in Naeini et al. 2015, because nearly all pairs have a P near 0. Because of sampling noise it
+    is positive even for a calibrated model; the noise shrinks with more targets per bin.
 
     Args:
         queries: u(x) of each query, [E, D].
         items: v(j), [N, D].
         targets: compressed rows (offsets int64 [E+1], item codes); repeats count once.
         temperature: T > 0.
-        exclude: compressed rows of items that cannot be recommended, such as the history: P is over the remaining
-            items. A target among them is ignored.
+        exclude: compressed rows of items that cannot be recommended, such as the history. P is over the remaining
+            items, and an excluded target is ignored.
         bins: maximum number of bins; fewer if many pairs have the same P.
 
     Returns:
@@ -112,16 +112,16 @@ def softmax_calibration(
     """
     if bins < 1:
         raise InputError(f"bins must be at least 1, got {bins}")
-    wanted = _pairs(targets, len(queries), len(items), "targets")
+    target_pairs = _pairs(targets, len(queries), len(items), "targets")
     left_out = np.empty((2, 0), dtype=np.int64)
     if exclude is not None:
         left_out = _pairs(exclude, len(queries), len(items), "exclude")
-        seen = np.isin(wanted[0] * len(items) + wanted[1], left_out[0] * len(items) + left_out[1])
-        wanted = wanted[:, ~seen]
-    sizes = np.bincount(wanted[0], minlength=len(queries))
+        seen = np.isin(target_pairs[0] * len(items) + target_pairs[1], left_out[0] * len(items) + left_out[1])
+        target_pairs = target_pairs[:, ~seen]
+    sizes = np.bincount(target_pairs[0], minlength=len(queries))
     if not sizes.any():
         raise InputError("no query has a target: nothing to calibrate")
-    histogram, log_probability = _Histogram(), np.empty(wanted.shape[1])
+    histogram, log_probability = _Histogram(), np.empty(target_pairs.shape[1])
     catalog = items.double().T / temperature
     block = max(1, _BLOCK // len(items))
     for start in range(0, len(queries), block):
@@ -130,17 +130,17 @@ def softmax_calibration(
         row, column = _within(left_out, start, start + block)
         logits[row, column] = -torch.inf
         log_p = torch.log_softmax(logits, 1)
-        row, column = _within(wanted, start, start + block)
-        inside = (wanted[0] >= start) & (wanted[0] < start + block)
+        row, column = _within(target_pairs, start, start + block)
+        inside = (target_pairs[0] >= start) & (target_pairs[0] < start + block)
         log_probability[inside] = log_p[row, column].cpu().numpy()
         histogram.add(log_p[rows])
-    share = 1.0 / sizes[wanted[0]]
+    share = 1.0 / sizes[target_pairs[0]]
     histogram.observe(log_probability, share)
     num_queries = int((sizes > 0).sum())
-    found = histogram.bins(bins)
+    merged = histogram.bins(bins)
     likelihood = float(log_probability @ share) / num_queries
-    error = sum(one.pairs * abs(one.predicted - one.observed) for one in found) / num_queries
-    return Calibration(tuple(found), error, likelihood, _exp(-likelihood), num_queries)
+    error = sum(part.pairs * abs(part.predicted - part.observed) for part in merged) / num_queries
+    return Calibration(tuple(merged), error, likelihood, _exp(-likelihood), num_queries)
 
 
 @torch.no_grad()
@@ -190,7 +190,7 @@ def _exp(value: float) -> float:
 
 
 class _Histogram:
-    """Pairs, predicted and observed mass by cells of log2 P, so that one pass over all pairs suffices."""
+    """Counts of pairs and their predicted and observed mass by cell of log2 P, collected in one pass over all pairs."""
 
     def __init__(self) -> None:
         cells = _OCTAVES * _CELLS_PER_OCTAVE
@@ -206,7 +206,7 @@ class _Histogram:
         self.predicted += np.bincount(cell, np.exp(flat), len(self.pairs))
 
     def observe(self, log_p: NDArray[np.float64], share: NDArray[np.float64]) -> None:
-        """Add the targets among the pairs."""
+        """Add the observed mass of the pairs that are targets."""
         cell = self._cell(log_p)
         self.targets += np.bincount(cell, minlength=len(self.pairs))
         self.observed += np.bincount(cell, share, len(self.pairs))
@@ -216,7 +216,7 @@ class _Histogram:
         mass = np.cumsum(self.predicted)
         # A cell belongs to the bin that contains the middle of its mass.
         of_cell = np.minimum(((mass - self.predicted / 2) / mass[-1] * count).astype(np.int64), count - 1)
-        found = []
+        merged = []
         for number in range(count):
             cells = np.flatnonzero((of_cell == number) & (self.pairs > 0))
             if len(cells):
@@ -226,8 +226,8 @@ class _Histogram:
                 targets = int(self.targets[cells].sum())
                 # The first cell extends down to 0.
                 smallest = 0.0 if cells[0] == 0 else 2.0**low
-                found.append(CalibrationBin(smallest, 2.0**high, pairs, predicted / pairs, observed / pairs, targets))
-        return found
+                merged.append(CalibrationBin(smallest, 2.0**high, pairs, predicted / pairs, observed / pairs, targets))
+        return merged
 
     def _cell(self, log_p: NDArray[np.float64]) -> NDArray[np.int64]:
         cell = np.floor((log_p / math.log(2) + _OCTAVES) * _CELLS_PER_OCTAVE).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Evaluation of rankers on the full catalog, exactly ranked, next to the baselines that they must beat."""
+"""Evaluation of rankers on an exact ranking of the full catalog, next to the baselines that they must beat."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -41,17 +41,17 @@ def evaluate(
     Args:
         ranker: the ranker to evaluate; any object with `rank`.
         holdout: the queries, their histories and their targets.
-        train: the training interactions: they define head, mid and tail, and fit the baselines.
+        train: the training interactions, which define head, mid and tail, and on which the baselines are fitted.
         ks: the cut-offs K.
         exclude_seen: exclude items of a query's history from its ranking.
-        baselines: True for all baselines of `fit_baselines`, or the names of some; a mapping from names to other
-            rankers; False for none.
+        baselines: True for all baselines of `fit_baselines`, or the names of some; False for none; or your own rankers
+            by name.
         validation: the validation queries, on which the settings of the baselines are chosen; None for fixed settings.
         name: the ranker's name in the table.
         empty: queries without targets are left out of every mean (`"skip"`) or count as 0 (`"zero"`).
         allow_approximate: accept a ranker with `is_exact = False`; the result notes it.
         slices: columns to slice by, `"items.genres"` or `"queries.age"`: a column of the item table slices the targets,
-            one of the query table the queries (see `column_slices` for how values become slices).
+            a column of the query table slices the queries (see `column_slices` for how values become slices).
 
     Returns:
         An `Evaluation`, which prints as a table.
@@ -116,12 +116,12 @@ def evaluate_all(
         counted = np.ones_like(counted)
     if not counted.any():
         raise _nothing_to_rank(holdout, targets)
-    question = EvaluationTask(targets, counted, ks, flat(groups), item_counts)
+    task = EvaluationTask(targets, counted, ks, flat(groups), item_counts)
     inexact = [name for name, ranker in rankers.items() if not getattr(ranker, "is_exact", True)]
     rows = []
     for name, ranker in rankers.items():
         ranked = _ranked(name, ranker, holdout, k=max(ks), exclude_seen=exclude_seen, num_items=train.num_items)
-        rows.append(measure(name, ranked, question, *_item_embeddings(name, ranker, ranked, train.num_items)))
+        rows.append(measure(name, ranked, task, *_item_embeddings(name, ranker, ranked, train.num_items)))
     return Evaluation(
         holdout=holdout.name,
         ks=ks,
@@ -132,7 +132,7 @@ def evaluate_all(
         num_removed=targets.removed,
         num_empty=num_empty,
         queries=queries[counted],
-        slice_sizes={name: question.size(part) for name, part in question.slices.items()},
+        slice_sizes={name: task.size(part) for name, part in task.slices.items()},
         rows=tuple(rows),
         notes=(*notes, *_notes(targets.removed, num_empty, empty, inexact)),
         slice_groups={name: tuple(group) for name, group in groups.items()},
@@ -152,10 +152,10 @@ def _notes(removed: int, num_empty: int, empty: Empty, inexact: Sequence[str]) -
 
 
 def check_targets(holdout: Holdout, num_items: int, exclude_seen: bool) -> None:
-    """Refuse a holdout that `evaluate` could not measure, before a model is trained for it.
+    """Reject a holdout that `evaluate` could not measure, before a model is trained for it.
 
     Raises:
-        InputError: there are queries, but none has a target that can be ranked.
+        InputError: no query of the holdout has a target that can be ranked.
     """
     targets = Targets.of(holdout, num_items, exclude_seen)
     if len(holdout) and not len(targets.items):
@@ -166,8 +166,8 @@ def _nothing_to_rank(holdout: Holdout, targets: Targets) -> InputError:
     message = f"{holdout.name}: no query has a target that can be ranked, so there is nothing to evaluate"
     if targets.removed:
         message += (
-            f"; {targets.removed} targets were removed because they are already in their query's history: "
-            "evaluation.exclude_seen=false ranks them too"
+            f"; {targets.removed} targets were removed because they are already in their query's history; set "
+            "evaluation.exclude_seen=false to rank them too"
         )
     return InputError(message)
 
@@ -194,17 +194,17 @@ def _ranked(
 def _item_embeddings(
     name: str, ranker: Ranker, ranked: NDArray[np.int64], num_items: int
 ) -> tuple[NDArray[np.floating] | None, NDArray[np.int64] | None]:
-    """Return item embeddings [N, D] and None; if sharded, those of ranked items and the row of each list entry."""
+    """Return (item embeddings [N, D], None); if sharded, (embeddings of the ranked items, row of each list entry)."""
     by_parts = getattr(ranker, "embeddings_of", None)
     if by_parts is not None:
         distinct = np.unique(ranked[ranked >= 0])
         places = np.where(ranked >= 0, np.searchsorted(distinct, ranked), -1)
         return by_parts(distinct).cpu().numpy(), places
-    found = getattr(ranker, "directions", None)  # without a coordinate for biases, if there is one
-    found = getattr(ranker, "item_embeddings", None) if found is None else found
-    if found is None:
+    vectors = getattr(ranker, "directions", None)  # without a coordinate for biases, if there is one
+    vectors = getattr(ranker, "item_embeddings", None) if vectors is None else vectors
+    if vectors is None:
         return None, None
-    embeddings: NDArray[np.floating] = torch.as_tensor(found).detach().float().cpu().numpy()
+    embeddings: NDArray[np.floating] = torch.as_tensor(vectors).detach().float().cpu().numpy()
     if embeddings.ndim != 2 or len(embeddings) != num_items:
         raise InputError(f"{name}: item_embeddings must be [{num_items}, D], got {list(embeddings.shape)}")
     return embeddings, None

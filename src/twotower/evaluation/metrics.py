@@ -40,11 +40,11 @@ def hits(ranked: NDArray[np.int64], target_offsets: NDArray[np.int64], target_it
     width = int(max(ranked.max(), target_items.max())) + 1
     if len(ranked) * width >= 2**63:
         raise InputError(f"{len(ranked)} queries by {width} items do not fit 64 bits: evaluate in parts")
-    # (query, item) pairs as single integers, so that membership in all rows is a single search.
-    wanted = np.sort(np.repeat(rows, np.diff(target_offsets)) * width + target_items)
+    # Encode (query, item) pairs as single integers, so that one search tests membership in all rows.
+    target_keys = np.sort(np.repeat(rows, np.diff(target_offsets)) * width + target_items)
     pairs = rows[:, None] * width + ranked
-    place = np.minimum(np.searchsorted(wanted, pairs), len(wanted) - 1)
-    return np.asarray((wanted[place] == pairs) & (ranked >= 0))
+    place = np.minimum(np.searchsorted(target_keys, pairs), len(target_keys) - 1)
+    return np.asarray((target_keys[place] == pairs) & (ranked >= 0))
 
 
 def recall_at(hit: Hits, num_targets: NDArray[np.int64], k: int) -> Values:
@@ -60,8 +60,8 @@ def recall_at(hit: Hits, num_targets: NDArray[np.int64], k: int) -> Values:
     Returns:
         [E] in [0, 1]; 0 for a query without targets.
     """
-    found = _first(hit, k).sum(axis=1)
-    return np.asarray(found / np.maximum(num_targets, 1), dtype=np.float64)
+    hit_count = _first(hit, k).sum(axis=1)
+    return np.asarray(hit_count / np.maximum(num_targets, 1), dtype=np.float64)
 
 
 def ndcg_at(hit: Hits, num_targets: NDArray[np.int64], k: int) -> Values:
@@ -179,8 +179,8 @@ def self_information(item_counts: NDArray[np.integer]) -> Values:
 
         p_j = (c_j + 1) / (n + N)
 
-    the share of item j among the n training interactions, with add-one smoothing over the N items so that unseen items
-    have a probability too and all sum to one.
+    is the share of item j among the n training interactions, with add-one smoothing over the N items, so that unseen
+    items have a probability too and all probabilities sum to one.
 
     Args:
         item_counts: [N] c_j, training interactions of each item.

@@ -1,4 +1,4 @@
-"""Results of one ranker from its ranked lists: every metric of every query, and means over queries and slices."""
+"""Compute a ranker's results from its ranked lists: every metric per query, and means over queries and slices."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -49,15 +49,15 @@ class Targets:
         Raises:
             InputError: an item code is not in 0 .. N - 1.
         """
-        wanted = np.unique(_pairs(holdout.target_offsets, holdout.target_items, num_items, f"{holdout.name}: targets"))
-        found = wanted
+        every = np.unique(_pairs(holdout.target_offsets, holdout.target_items, num_items, f"{holdout.name}: targets"))
+        rankable = every
         if exclude_seen:
             seen = _pairs(holdout.history_offsets, holdout.history_items, num_items, f"{holdout.name}: history")
-            found = wanted[~_among(wanted, seen)]
-        queries, items = np.divmod(found, num_items)
+            rankable = every[~_among(every, seen)]
+        queries, items = np.divmod(rankable, num_items)
         offsets = np.zeros(len(holdout.target_offsets), dtype=np.int64)
         np.cumsum(np.bincount(queries, minlength=len(offsets) - 1), out=offsets[1:])
-        return cls(offsets, items, len(wanted) - len(found))
+        return cls(offsets, items, len(every) - len(rankable))
 
     def sizes(self, part: Slice | None = None) -> NDArray[np.int64]:
         """Count the targets of each query, [E], within a slice if one is given."""
@@ -70,13 +70,13 @@ class Targets:
 
 @dataclass(frozen=True, eq=False)
 class EvaluationTask:
-    """What every ranker is measured on.
+    """The targets, queries and slices that every ranker is measured on.
 
     Attributes:
-        targets: of each query.
+        targets: the targets of each query.
         counted: bool [E], queries that are included in the means.
         ks: the cut-offs, ascending.
-        slices: by name.
+        slices: the slices by name.
         item_counts: [N] training interactions of each item.
     """
 
@@ -87,7 +87,7 @@ class EvaluationTask:
     item_counts: NDArray[np.int64]
 
     def size(self, part: Slice) -> dict[str, int]:
-        """Return the size of a slice: its `items`, its `targets`, and the `queries` with such a target."""
+        """Return the size of a slice: its `items`, its `targets`, and the `queries` with a target in it."""
         sizes = self.targets.sizes(part)
         return {
             "items": len(self.item_counts) if part.items is None else int(part.items.sum()),
@@ -99,62 +99,62 @@ class EvaluationTask:
 def measure(
     name: str,
     ranked: NDArray[np.int64],
-    question: EvaluationTask,
+    task: EvaluationTask,
     item_embeddings: NDArray[np.floating] | None,
     places: NDArray[np.int64] | None = None,
 ) -> Row:
     """Compute all results of one ranker.
 
     Args:
-        name: of the ranker.
+        name: name of the ranker.
         ranked: [E, K] item codes, best first, -1 where nothing was ranked.
-        question: the targets, cut-offs and slices.
+        task: the targets, cut-offs and slices.
         item_embeddings: [N, D] for the diversity of lists; None if the ranker has none.
         places: [E, K] row of `item_embeddings` for each entry of `ranked`; None if rows are item codes.
     """
-    counted = question.counted
-    hit = hits(ranked, question.targets.offsets, question.targets.items)[counted]
-    ranked, sizes = ranked[counted], question.targets.sizes()[counted]
-    surprise = self_information(question.item_counts)
-    diversities: Sequence[Values] = [np.full(len(ranked), np.nan)] * len(question.ks)
+    counted = task.counted
+    hit = hits(ranked, task.targets.offsets, task.targets.items)[counted]
+    ranked, sizes = ranked[counted], task.targets.sizes()[counted]
+    surprise = self_information(task.item_counts)
+    diversities: Sequence[Values] = [np.full(len(ranked), np.nan)] * len(task.ks)
     if item_embeddings is not None:
         lists = ranked if places is None else places[counted]
-        diversities = diversity_at(lists, item_embeddings, question.ks)
+        diversities = diversity_at(lists, item_embeddings, task.ks)
     values: dict[str, float] = {}
     per_query: dict[str, Values] = {}
-    for k, diversity in zip(question.ks, diversities, strict=True):
+    for k, diversity in zip(task.ks, diversities, strict=True):
         of_queries = {
             f"Recall@{k}": recall_at(hit, sizes, k),
             f"NDCG@{k}": ndcg_at(hit, sizes, k),
             f"MRR@{k}": mrr_at(hit, k),
             f"HR@{k}": hit_rate_at(hit, k),
             f"novelty@{k}": list_mean(ranked, surprise, k),
-            f"popularity@{k}": list_mean(ranked, question.item_counts, k),
+            f"popularity@{k}": list_mean(ranked, task.item_counts, k),
             f"diversity@{k}": diversity,
         }
         per_query |= of_queries
         values |= {key: _mean(of_query) for key, of_query in of_queries.items()}
-        values[f"coverage@{k}"] = coverage(ranked[:, :k], len(question.item_counts))
-        values[f"Gini@{k}"] = gini(exposure(ranked[:, :k], len(question.item_counts)))
+        values[f"coverage@{k}"] = coverage(ranked[:, :k], len(task.item_counts))
+        values[f"Gini@{k}"] = gini(exposure(ranked[:, :k], len(task.item_counts)))
     slices: dict[str, dict[str, float]] = {}
-    for label, part in question.slices.items():
-        of_slice = _measure_slice(ranked, hit, part, question)
+    for label, part in task.slices.items():
+        of_slice = _measure_slice(ranked, hit, part, task)
         per_query |= {f"{label}/{metric}": value for metric, value in of_slice.items()}
         slices[label] = {metric: _mean(value) for metric, value in of_slice.items()}
     return Row(name, values, slices, per_query)
 
 
 def _measure_slice(
-    ranked: NDArray[np.int64], hit: NDArray[np.bool_], part: Slice, question: EvaluationTask
+    ranked: NDArray[np.int64], hit: NDArray[np.bool_], part: Slice, task: EvaluationTask
 ) -> dict[str, Values]:
-    """Compute Recall and NDCG on the targets of the slice alone, [E], NaN for a query without one."""
-    inside = question.targets.sizes(part)[question.counted]
+    """Compute Recall and NDCG on the targets of the slice alone, [E], NaN for a query without a target in it."""
+    inside = task.targets.sizes(part)[task.counted]
     if part.items is not None:
-        row, place = np.nonzero(hit)  # few, and only hits matter
+        row, place = np.nonzero(hit)  # only hits matter, and hits are few
         hit = np.zeros_like(hit)
         hit[row, place] = part.items[ranked[row, place]]
     values = {}
-    for k in question.ks:
+    for k in task.ks:
         for metric, function in (("Recall", recall_at), ("NDCG", ndcg_at)):
             values[f"{metric}@{k}"] = np.where(inside > 0, function(hit, inside, k), np.nan)
     return values
@@ -167,12 +167,12 @@ def _mean(values: Values) -> float:
 
 
 def _among(few: NDArray[np.int64], many: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Mark which of `few`, ascending and distinct, occur in `many`, by binary search in `few`; `many` is not sorted."""
-    found = np.zeros(len(few), dtype=bool)
+    """Mark which of `few` (ascending and distinct) occur in `many` (unsorted), by binary search in `few`."""
+    occurs = np.zeros(len(few), dtype=bool)
     if len(few):
         place = np.minimum(np.searchsorted(few, many), len(few) - 1)
-        found[place[few[place] == many]] = True
-    return found
+        occurs[place[few[place] == many]] = True
+    return occurs
 
 
 def _pairs(offsets: NDArray[np.int64], items: NDArray[np.integer], num_items: int, what: str) -> NDArray[np.int64]:

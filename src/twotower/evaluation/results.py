@@ -37,7 +37,7 @@ class TextTable:
 
     Attributes:
         header: titles of the columns.
-        rows: cells, equally many in each row.
+        rows: cells, the same number in each row.
     """
 
     header: Sequence[str]
@@ -58,7 +58,7 @@ class TextTable:
     def rich(self) -> Table:
         """Format for a rich console."""
         # Two characters between columns, as in `lines`: nine columns fit into 80 characters. A longer cell wraps to a
-        # second line, because a truncated number would read as a different number.
+        # second line, because a truncated number would look like a different number.
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for place, title in enumerate(self.header):
             table.add_column(cell(title), justify="right" if place else "left", overflow="fold")
@@ -73,7 +73,7 @@ def shortened(text: str, width: int) -> str:
 
 
 METRICS = ("Recall", "NDCG", "MRR", "HR")
-#: Groups that are shown in the main table, or only in figures.
+#: Groups of slices that are shown in the main table or only in figures.
 _SHOWN_ELSEWHERE = ("thirds", "deciles")
 
 
@@ -86,11 +86,11 @@ class Row:
         values: by metric and K (`"Recall@20"`), the mean over queries of Recall, NDCG, MRR, HR, novelty (bits),
             popularity (training interactions) and diversity, and the coverage and Gini index of all lists together; NaN
             if not measurable, such as the diversity of a ranker without item embeddings.
-        slices: by slice (`"head"`, `"decile 3"`, `"cold items"`, `"items.genres=Comedy"`), the mean of Recall and NDCG
-            over the queries with a target in the slice, counting only those targets, at their rank in the whole list;
-            NaN if no query has one.
+        slices: by slice (`"head"`, `"decile 3"`, `"cold items"`, `"items.genres=Comedy"`), the mean Recall and NDCG
+            over the queries with a target in the slice. Only these targets count, at their rank in the whole list; NaN
+            if no query has a target in the slice.
         per_query: the values behind the means, [E] by metric name, `"tail/Recall@20"` for a slice (NaN if the query has
-            no target there). Rows of one `Evaluation` are aligned, so they can be compared in pairs
+            no target in it). Rows of one `Evaluation` are aligned, so they can be compared in pairs
             (`paired_comparison`).
     """
 
@@ -105,8 +105,8 @@ class Row:
         overall = {name: values for name, values in self.per_query.items() if "/" not in name}
         complete = [name for name, values in overall.items() if not np.isnan(values).any()]
         together = np.stack([overall[name] for name in complete], axis=1) if complete else np.empty((0, 0))
-        found = dict(zip(complete, bootstrap_intervals(together), strict=True))
-        return {name: found[name] if name in found else bootstrap_interval(overall[name]) for name in overall}
+        computed = dict(zip(complete, bootstrap_intervals(together), strict=True))
+        return {name: computed[name] if name in computed else bootstrap_interval(overall[name]) for name in overall}
 
 
 @dataclass(frozen=True)
@@ -123,13 +123,13 @@ class Evaluation:
         num_removed: targets removed because they are already in their query's history.
         num_empty: queries left without targets.
         queries: [E] the query codes that were counted, in the order of `per_query`.
-        slice_sizes: by slice, the number of `items`, of `targets`, and of `queries` with such a target.
+        slice_sizes: by slice, the number of `items`, of `targets`, and of `queries` with a target in the slice.
         rows: the evaluated ranker first, then the baselines.
         notes: remarks for the reader.
         slice_groups: by group ("thirds", "deciles", "cold", "items.genres"), the names of its slices in order.
         is_exact: whether every ranker searched exactly.
         query_ids: vocabulary of the query codes; None if unknown.
-        advice: overrides of settings to try if a baseline is not beaten, such as `"item_tower.dimension=256"`.
+        advice: settings to try if the model does not beat the best baseline, such as `"item_tower.dimension=256"`.
         command: command that searches settings, shown with them; None for none.
         windows: the same rankers over several test windows, of which this evaluation is the last; None for one.
     """
@@ -159,7 +159,7 @@ class Evaluation:
         return len(self.queries)
 
     def __getitem__(self, name: str) -> Row:
-        """Return the row of that name; raise KeyError with the known names otherwise."""
+        """Return the row with this name, or raise KeyError with the known names."""
         for row in self.rows:
             if row.name == name:
                 return row
@@ -232,7 +232,7 @@ class Evaluation:
         """Write `per_query_frame()` as Parquet, atomically.
 
         Args:
-            path: of the file; its folder is created if missing.
+            path: path of the file; its folder is created if missing.
         """
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -290,7 +290,7 @@ class Evaluation:
         return tuple(
             name
             for name in names
-            if self.slice_sizes[f"cold {name.split()[1]}"]["targets"]  # of the same side
+            if self.slice_sizes[f"cold {name.split()[1]}"]["targets"]  # items or queries, as in `name`
         )
 
     def _title(self) -> str:
@@ -317,19 +317,19 @@ class Evaluation:
             return []
         metric = f"NDCG@{self.ks[0]}"
         best = max(others, key=lambda row: row.values[metric])
-        found = paired_comparison(model.per_query[metric], best.per_query[metric])
-        p = "p unknown" if math.isnan(found.p_value) else f"p {'<' if found.p_value < 0.001 else '='} "
-        p += "" if math.isnan(found.p_value) else f"{max(found.p_value, 0.001):.3f}"
+        comparison = paired_comparison(model.per_query[metric], best.per_query[metric])
+        p = "p unknown" if math.isnan(comparison.p_value) else f"p {'<' if comparison.p_value < 0.001 else '='} "
+        p += "" if math.isnan(comparison.p_value) else f"{max(comparison.p_value, 0.001):.3f}"
         numbers = f"{metric} {model.values[metric]:.4f} against {best.values[metric]:.4f} ({p})"
-        if found.p_value < SIGNIFICANT and found.difference > 0:
+        if comparison.p_value < SIGNIFICANT and comparison.difference > 0:
             return [f"{model.name} is above the best baseline, {best.name}: {numbers}"]
-        what = "is below" if found.p_value < SIGNIFICANT else "does not differ significantly from"
-        said = [f"{model.name} {what} the best baseline, {best.name}: {numbers}"]
+        what = "is below" if comparison.p_value < SIGNIFICANT else "does not differ significantly from"
+        lines = [f"{model.name} {what} the best baseline, {best.name}: {numbers}"]
         if self.advice:
-            said.append(f"settings to try on this data: {' '.join(f'--set {setting}' for setting in self.advice)}")
+            lines.append(f"settings to try on this data: {' '.join(f'--set {setting}' for setting in self.advice)}")
         if self.command:
-            said.append(f"to search them and others: {self.command}")
-        return said
+            lines.append(f"to search them and others: {self.command}")
+        return lines
 
     def _closing(self) -> list[str]:
         notes = [*self.notes, *([] if self.windows is None else [self.windows.note()])]

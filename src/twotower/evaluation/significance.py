@@ -30,10 +30,10 @@ class Interval:
     """A mean over queries and its confidence interval.
 
     Attributes:
-        mean: of the values that are not NaN; NaN if there are none.
+        mean: mean of the values that are not NaN; NaN if there are none.
         low: lower end; NaN with fewer than 2 values.
         high: upper end; NaN with fewer than 2 values.
-        level: confidence, such as 0.95.
+        level: confidence level, such as 0.95.
     """
 
     mean: float
@@ -52,8 +52,8 @@ class PairedComparison:
 
     Attributes:
         difference: mean over queries of a - b.
-        low: lower end of the difference's confidence interval; NaN if it cannot be bounded: fewer than 2 queries, or so
-            few differing queries that a resample often contains none of them.
+        low: lower end of the difference's confidence interval; NaN if it cannot be bounded, because there are fewer
+            than 2 queries or so few queries that differ that a resample often contains none of them.
         high: upper end; NaN in the same cases.
         p_value: two-sided, under the hypothesis that the mean difference is 0; NaN with fewer than 2 queries.
         effect_size: Cohen's d_z, the mean difference over its standard deviation over queries (divisor E - 1); 0 if all
@@ -81,15 +81,15 @@ def bootstrap_interval(values: ArrayLike, *, level: float = 0.95, resamples: int
         an end is the quantile Phi(z0 + (z0 + z) / (1 - a (z0 + z))) of the resampled means,
             z = Phi^-1((1 -+ level) / 2)
 
-    (Efron 1987, eq. 2.3 and 6.6; Efron & Tibshirani 1993, ch. 14.) a is the skewness of the mean over 6: with skewed
-    values, such as NDCG where most queries have 0, the interval extends further on the long side, as it should. If all
-    values are equal, the interval has width 0.
+    (Efron 1987, eq. 2.3 and 6.6; Efron & Tibshirani 1993, ch. 14.) a is the skewness of the mean divided by 6: with
+    skewed values, such as an NDCG of 0 for most queries, the interval extends further on the long side, as it should.
+    If all values are equal, the interval has width 0.
 
     Args:
         values: [E], one per query; NaN entries are ignored.
         level: confidence, in (0, 1).
         resamples: R, number of bootstrap resamples.
-        seed: of the resampling; the same seed draws the same queries for every metric of the same E.
+        seed: seed of the resampling; the same seed draws the same queries for every metric with the same E.
 
     Returns:
         Mean and interval.
@@ -102,7 +102,7 @@ def bootstrap_interval(values: ArrayLike, *, level: float = 0.95, resamples: int
 
 
 def bootstrap_intervals(values: Values, *, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> list[Interval]:
-    """Compute `bootstrap_interval` for several metrics of the same queries at once, from the same resamples.
+    """Compute `bootstrap_interval` for several metrics of the same queries, from the same resamples.
 
     Args:
         values: [E, M], without NaN.
@@ -154,14 +154,14 @@ def paired_comparison(
 
     Args:
         a: [E] values of one model; NaN for a query without a value.
-        b: [E] values of the other, of the same queries in the same order.
+        b: [E] values of the other model, for the same queries in the same order.
         method: source of the distribution of t.
         level: confidence of the interval.
         resamples: R; p is no smaller than 1 / (1 + R).
-        seed: of the resampling.
+        seed: seed of the resampling.
 
     Returns:
-        The comparison over the queries with both values.
+        The comparison over the queries that have both values.
 
     Raises:
         InputError: the shapes disagree, the method is unknown, or a setting is out of range.
@@ -206,13 +206,13 @@ def holm(p_values: ArrayLike) -> Values:
     Valid for any dependence between the comparisons, and never weaker than Bonferroni's m p.
 
     Args:
-        p_values: [m] in [0, 1]; NaN stays NaN and does not count.
+        p_values: [m] in [0, 1]; NaN stays NaN and is not counted in m.
 
     Returns:
         [m] adjusted p-values, in the order given.
 
     Raises:
-        InputError: not [m], or a value outside [0, 1].
+        InputError: the shape is not [m], or a value is outside [0, 1].
     """
     p = _one_dimensional(p_values, "p_values")
     if ((p < 0) | (p > 1)).any():
@@ -232,7 +232,7 @@ def _bca(mean: float, deviation: Values, drawn: Values, level: float) -> Interva
     square = float((deviation**2).sum())
     if math.sqrt(square / len(deviation)) <= _ROUNDING * abs(mean) or square == 0:
         return Interval(mean, mean, mean, level)
-    # Resampled means of few distinct values often equal the mean: half of these count as below, despite rounding.
+    # Resampled means of few distinct values often equal the mean; half of these count as below it, despite rounding.
     edge = _ROUNDING * float(np.abs(deviation).max())
     below = (np.searchsorted(drawn, -edge) + np.searchsorted(drawn, edge)) / 2
     z0 = float(ndtri(np.clip(below / len(drawn), 1 / (1 + len(drawn)), len(drawn) / (1 + len(drawn)))))

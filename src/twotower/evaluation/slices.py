@@ -15,10 +15,10 @@ SLICES = ("head", "mid", "tail")
 """Popularity thirds, by index."""
 
 DECILES = tuple(f"decile {number}" for number in range(1, 11))
-"""Popularity deciles, by index: "decile 1" is the fewest items with together a tenth of the training interactions."""
+"""Popularity deciles, by index: "decile 1" is the smallest set of items with a tenth of the training interactions."""
 
 COLD = ("cold items", "warm items", "cold queries", "warm queries")
-"""Items and queries not seen in training, or seen."""
+"""Items and queries that are not seen in training (cold) or are (warm)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +42,8 @@ def popularity_parts(item_counts: NDArray[np.integer], parts: int) -> NDArray[np
 
         part  min( floor( parts (c_1 + ... + c_{p-1}) / n ), parts - 1 )
 
-    and items never seen in training belong to the last part. So the first part is the fewest items with together
-    1 / parts of the interactions: parts have about equal interactions but very different numbers of items. A part is
-    empty if a single item has more than its share.
+    and items never seen in training belong to the last part. Parts have about equally many interactions but very
+    different numbers of items; the first part has the fewest. A part is empty if a single item has more than its share.
 
     Args:
         item_counts: [N] training interactions of each item.
@@ -54,7 +53,7 @@ def popularity_parts(item_counts: NDArray[np.integer], parts: int) -> NDArray[np
         [N] int64 in 0 .. parts - 1, 0 the most popular.
 
     Raises:
-        InputError: fewer than 1 part.
+        InputError: `parts` is less than 1.
     """
     if parts < 1:
         raise InputError(f"parts must be at least 1, got {parts}")
@@ -123,14 +122,14 @@ _PARTS = 4
 
 
 def check_slices(train: Interactions, slices: Sequence[str]) -> None:
-    """Refuse slices that the data does not support, before time is spent.
+    """Reject slices that the data does not support, before any work is done.
 
     Args:
         train: interactions with their tables.
         slices: such as `"items.genres"` or `"queries.age"`.
 
     Raises:
-        InputError: a name has another form, the table does not exist, or it has no such column.
+        InputError: a name has a different form, the table does not exist, or it has no such column.
     """
     for name in slices:
         _column(train, name)
@@ -139,10 +138,10 @@ def check_slices(train: Interactions, slices: Sequence[str]) -> None:
 def column_slices(
     train: Interactions, queries: NDArray[np.int64], slices: Sequence[str]
 ) -> dict[str, dict[str, Slice]]:
-    """Build slices by columns: a column of `items` slices the targets, a column of `queries` the queries.
+    """Build slices by columns: a column of `items` slices the targets, a column of `queries` slices the queries.
 
-    - Text and other values: a slice for each of the 20 values that occur in most rows of the table (ties by value), and
-      "other" for the rest.
+    - Text and other values: one slice for each of the 20 most frequent values of the table (ties by value), and "other"
+      for the rest.
     - Lists: a row belongs to the slice of each of its values.
     - Numbers, dates and times with more than 4 distinct values: quarters of the table's rows, cut at the 1/4, 1/2 and
       3/4 quantiles. Equal values stay together, so a quarter may be larger or missing. The name shows the smallest and
@@ -155,10 +154,10 @@ def column_slices(
         slices: such as `"items.genres"` or `"queries.age"`.
 
     Returns:
-        By column, slices by name, such as `"items.genres=Comedy"`; most frequent first, numbers ascending.
+        By column, its slices by name, such as `"items.genres=Comedy"`; most frequent first, numbers ascending.
 
     Raises:
-        InputError: see `check_slices`.
+        InputError: as in `check_slices`.
     """
     groups: dict[str, dict[str, Slice]] = {}
     for name in slices:

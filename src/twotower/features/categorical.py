@@ -4,7 +4,7 @@ An encoder produces one of three forms of array; a tower needs to know nothing e
 
 codes    int64 [rows]           rows of an embedding table; 0 where missing
 bags     int64 [rows, width]    rows of an embedding table, to be averaged; padded with 0
-numbers  float32 [rows, width]  used unchanged; the last column is 1 where the value is missing, the others then 0
+numbers  float32 [rows, width]  used unchanged; where the value is missing, the last column is 1 and the others are 0
 """
 
 from __future__ import annotations

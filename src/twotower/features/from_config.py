@@ -13,7 +13,7 @@ from twotower.config.features import AnyFeature, DenseFeature, Features
 from twotower.config.run import Config
 from twotower.data.interactions import Interactions
 from twotower.data.loading.batches import Encoded
-from twotower.data.prepare.request_context import RowQueries, Wanted
+from twotower.data.prepare.request_context import ContextColumns, RowQueries
 from twotower.data.schema.columns import title_column
 from twotower.data.schema.vocabulary import Vocabulary, listed
 from twotower.errors import InputError
@@ -68,7 +68,7 @@ def encode_features(config: Config, train: Interactions) -> dict[str, EncodedTab
     }
 
 
-def wanted_context(config: Config) -> Wanted:
+def context_to_read(config: Config) -> ContextColumns:
     """Return the context columns to read from the interactions for this configuration."""
     declared = config.query_tower.context
     if isinstance(declared, str):

@@ -42,7 +42,7 @@ def given_gaps(times: Sequence[Any] | None, count: int) -> NDArray[np.int8]:
 
 
 #: One context per request, None for an unknown context; or a frame with one row per request.
-Given = pl.DataFrame | Sequence[Mapping[str, Any] | None]
+ContextRows = pl.DataFrame | Sequence[Mapping[str, Any] | None]
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class EncodedContext:
     rows: int
 
     @classmethod
-    def of(cls, features: FeatureSet, rows: Given) -> EncodedContext:
-        """Encode the context of requests; see `encode_given`."""
-        return cls(encode_given(features, rows), len(rows))
+    def of(cls, features: FeatureSet, rows: ContextRows) -> EncodedContext:
+        """Encode the context of requests; see `encode_context_rows`."""
+        return cls(encode_context_rows(features, rows), len(rows))
 
     @classmethod
     def joined(cls, parts: Sequence[EncodedContext]) -> EncodedContext:
@@ -77,7 +77,7 @@ class EncodedContext:
         return EncodedContext([np.repeat(array, times, axis=0) for array in self.arrays], self.rows * times)
 
 
-def encode_given(features: FeatureSet, rows: Given) -> Encoded:
+def encode_context_rows(features: FeatureSet, rows: ContextRows) -> Encoded:
     """Encode the context of requests as in training; see `encode_apart`.
 
     Args:

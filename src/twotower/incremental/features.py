@@ -34,7 +34,7 @@ class GrownFeatures:
     value_maps: dict[int, Codes]
 
 
-def grown(
+def extend_encoded_table(
     old: EncodedTable,
     code_map: Codes,
     table: pl.DataFrame | None,
@@ -97,7 +97,7 @@ def grown(
     return GrownFeatures(EncodedTable(features, arrays), maps)
 
 
-def grown_context(old: FeatureSet, data: Interactions, new: NDArray[np.bool_]) -> GrownFeatures:
+def extend_encoded_context(old: FeatureSet, data: Interactions, new: NDArray[np.bool_]) -> GrownFeatures:
     """Extend fitted context features: vocabularies gain the values of the new rows; the rest stays as fitted.
 
     Args:

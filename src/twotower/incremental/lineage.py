@@ -1,4 +1,4 @@
-"""Contents of a model folder that further training needs: rows, holdouts and lineage."""
+"""Contents of a model folder that continued training needs: rows, holdouts and lineage."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from twotower.data.loading.histories import take_ranges
 from twotower.data.schema.account import Account
 from twotower.data.schema.vocabulary import Vocabulary
 from twotower.errors import InputError
-from twotower.features.from_config import wanted_context
+from twotower.features.from_config import context_to_read
 from twotower.incremental.parent import ParentModel
 from twotower.incremental.saved_rows import has_validation, holdout_of
 from twotower.incremental.split import CARRIED, ContinuedSplit
@@ -24,7 +24,7 @@ from twotower.serving.model_folder import SavedModel
 
 
 def saved_rows_of(split: Split, trained: NDArray[np.int64] | None = None) -> dict[str, NDArray[Any]]:
-    """Collect the row data that a model folder stores for further training and for the audit.
+    """Collect the row data that a model folder stores for continued training and for the audit.
 
     Args:
         split: the data.
@@ -62,7 +62,7 @@ def contexts_of(split: Split, config: Config) -> dict[str, pl.DataFrame]:
         `context`, of all rows; after incremental training also `test_context`, of the test queries followed by the
         validation queries.
     """
-    columns = wanted_context(config)
+    columns = context_to_read(config)
     found: dict[str, pl.DataFrame] = {}
     if columns is None or isinstance(columns, str) or split.data.context is None:
         return found

@@ -1,4 +1,4 @@
-"""Reading of the rows stored in a model folder for further training."""
+"""Reading of the rows stored in a model folder for continued training."""
 
 from __future__ import annotations
 

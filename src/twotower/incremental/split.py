@@ -401,7 +401,7 @@ def _new_rows(past: PastData, data: Interactions, gone: Vocabulary | None, accou
 def _recode_observed(
     below: Interactions, queries: Vocabulary, items: Vocabulary, maps: JoinedCodes
 ) -> Interactions | None:
-    """Recode observed negatives, and drop those of withdrawn items."""
+    """Recode observed negatives, and drop negatives of withdrawn items."""
     codes, found = maps.queries[below.query_codes()], maps.items[below.item_codes]
     known = np.flatnonzero((codes >= 0) & (found >= 0))
     if not len(known):

@@ -10,7 +10,7 @@ from twotower.errors import InputError
 
 
 def union(first: pl.Series, second: pl.Series, side: str) -> Vocabulary:
-    """Merge the ids of both in ascending order, so that a code does not reveal which ids are new.
+    """Merge two lists of ids in ascending order, so that a code does not reveal whether an id is new.
 
     Raises:
         InputError: one vocabulary has integers, the other has text.

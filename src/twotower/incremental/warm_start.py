@@ -22,7 +22,7 @@ from twotower.distributed.partition import ColumnShard, TableShard
 from twotower.distributed.row_files import RowSource
 from twotower.errors import InputError
 from twotower.features.feature_set import EncodedTable
-from twotower.incremental.features import grown, grown_context
+from twotower.incremental.features import extend_encoded_context, extend_encoded_table
 from twotower.incremental.parent import ParentModel
 from twotower.incremental.split import ContinuedSplit
 from twotower.negatives import StreamingFrequency
@@ -116,7 +116,7 @@ def grow(model: nn.Module, state: Mapping[str, RowSource], rows: Mapping[str, Te
         if old is None:
             raise InputError(f"model: {name} is not in the saved weights; continue with the version that wrote them")
         if name in rows:
-            grown_rows(own, old, rows[name], parts.get(id(own)))
+            copy_old_rows(own, old, rows[name], parts.get(id(own)))
         elif old.shape != own.shape:
             raise InputError(
                 f"model: {name} is {list(old.shape)} in the saved weights and {list(own.shape)} here; the towers' "
@@ -132,7 +132,7 @@ def parts_of(model: nn.Module) -> dict[int, TableShard]:
 
 
 @torch.no_grad()
-def grown_rows(own: Tensor, old: RowSource, rows: Tensor, part: TableShard | None = None) -> None:
+def copy_old_rows(own: Tensor, old: RowSource, rows: Tensor, part: TableShard | None = None) -> None:
     """Copy retained rows of an old table into a new one; a boolean mask is combined with "or" instead of replaced.
 
     Args:
@@ -189,7 +189,7 @@ def continue_optimizer(
                 if rows is None or value.ndim == 0:
                     value.copy_(old[key][...])
                 else:
-                    grown_rows(value, old[key], rows, part)
+                    copy_old_rows(value, old[key], rows, part)
             optimizer.state[parameter] = fresh
             done += 1
     return done, count
@@ -295,8 +295,8 @@ class WarmFeatures:
     num_items: int
 
 
-def grown_features(parent: ParentModel, split: ContinuedSplit) -> WarmFeatures:
-    """Extend the parent's fitted features to the new rows; see `incremental.features.grown`."""
+def extend_features(parent: ParentModel, split: ContinuedSplit) -> WarmFeatures:
+    """Extend the parent's fitted features to the new rows; see `incremental.features.extend_encoded_table`."""
     train = split.train
     sides: dict[str, tuple[Any, Vocabulary, pl.DataFrame | None, NDArray[np.bool_]]] = {
         "item": (split.item_map, train.items, split.new_item_table, train.item_counts() > 0),
@@ -306,19 +306,19 @@ def grown_features(parent: ParentModel, split: ContinuedSplit) -> WarmFeatures:
     for old in parent.artifact.towers.feature_tables():
         side = old.features.side
         if side == "context":
-            one = grown_context(old.features, train, ~split.learnt)
+            one = extend_encoded_context(old.features, train, ~split.learnt)
             features[side] = one.table
             values[side] = {place: torch.tensor(rows) for place, rows in one.value_maps.items()}
             continue
         codes, ids, table, known = sides[side]
-        one = grown(old, codes, table, ids, known)
+        one = extend_encoded_table(old, codes, table, ids, known)
         features[side] = one.table
         values[side] = {place: torch.tensor(rows) for place, rows in one.value_maps.items()}
     maps = CodeMaps(torch.tensor(split.query_map), torch.tensor(split.item_map), values)
     return WarmFeatures(features, maps, train.num_queries, train.num_items)
 
 
-def carry_on(
+def load_parent_state(
     parent: ParentModel,
     config: Config,
     growth: WarmFeatures,
@@ -336,7 +336,7 @@ def carry_on(
     Args:
         parent: the model to continue.
         config: the settings.
-        growth: the result of `grown_features`.
+        growth: the result of `extend_features`.
         towers: the freshly built towers.
         objective: the freshly built objective.
         ranks: the processes of the run; None for a single process.

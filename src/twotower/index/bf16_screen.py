@@ -2,16 +2,16 @@
 
 Processors with bfloat16 matrix units multiply bfloat16 several times faster than float32. A bfloat16 product is only an
 estimate, but its error is bounded, and the bound is small compared with the distance from a typical score to the K-th
-best. So every score is estimated, items that cannot be among the best according to the bound are dropped, and the few
-remaining ones are scored in float32. No item of the exact result is lost.
+best. So every score is estimated, items that cannot be among the K best according to the bound are dropped, and the few
+remaining items are scored in float32. No item of the exact result is lost.
 
 With q = q' + a and x = x' + c, where q' and x' are the embeddings rounded to bfloat16,
 
     |<q, x> - <q', x'>| = |<a, x> + <q', c>| <= |a| |x| + |q'| |c|,
 
-to which the rounding of float32 sums is added: at most D 2^-24 |q||x| for the score, twice that for the estimate
-(matrix units may also round each product). The final rounding of the estimate to bfloat16 needs no bound: it is
-monotone, so an estimate above a limit is still not below that limit rounded down.
+plus the rounding of float32 sums: at most D 2^-24 |q||x| for the score and twice that for the estimate (matrix units
+may also round each product). The final rounding of the estimate to bfloat16 needs no bound. It is monotone, so an
+estimate above a limit is still not below that limit rounded down.
 """
 
 from functools import cache
@@ -35,7 +35,7 @@ from twotower.index.topk import (
 #: With fewer queries in a search, or fewer items in the catalog, a plain product is as fast.
 LEAST_QUERIES, LEAST_ITEMS = 64, 1 << 16
 _ROWS, _COLUMNS = 2048, 8192
-# Norms and limits are computed in float32 themselves; this covers their rounding.
+# Norms and limits are computed in float32; this factor covers their rounding.
 _SLACK = 1.0 + 2.0**-10
 # Matrix units flush numbers below float32's smallest normal number, 2^-126, to zero.
 _UNDERFLOW = 2.0**-100
@@ -71,9 +71,9 @@ class Bf16Screen:
     ) -> tuple[Tensor, Tensor] | None:
         """Search like `ExactIndex.search`; return None if the screen is not applicable.
 
-        It is applicable if at least K items of the first tile have a positive score for every query: positive bfloat16
-        numbers are ordered like the integers with the same bits, which are compared faster. It is also not applicable
-        if products may exceed the range of float32.
+        It is applicable only if at least K items of the first tile have a positive score for every query, because
+        positive bfloat16 numbers are ordered like the integers with the same bits, which are compared faster. It is not
+        applicable if products may exceed the range of float32.
         """
         columns = min(column_tile or _COLUMNS, len(self._items))
         if k > columns or not bool(queries.isfinite().all()) or not self._in_range(queries):
@@ -118,7 +118,7 @@ class Bf16Screen:
                 if least is None:
                     return None
                 value = least.view(torch.bfloat16).float()
-                # K estimates are at least this large; before rounding to nearest they were smaller by 2^-8 at most.
+                # K estimates are at least this large; before rounding to nearest they were at most 2^-8 smaller.
                 best.bound(value * (1.0 - 2.0**-8 * _SLACK) - margin)
                 limit = _limit(best.threshold, margin)
                 if limit is None:

@@ -14,7 +14,7 @@ from twotower.index.exact import ExactIndex
 from twotower.index.ties import tie_order
 from twotower.index.topk import Exclusion
 
-Codes = NDArray[np.int64]
+IntArray = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
 
@@ -25,15 +25,15 @@ class Index(Protocol):
 
     @property
     def kind(self) -> str:
-        """One of exact, hnsw, ivfpq and pgvector."""
+        """Kind of the index: exact, hnsw, ivfpq or pgvector."""
 
     @property
     def is_exact(self) -> bool:
-        """True if the K items returned are always the K best; evaluation rejects an index where it is False."""
+        """True if the K items returned are always the K best; evaluation rejects other indexes."""
 
     @property
     def num_items(self) -> int:
-        """N: codes run from 0 to N - 1, including removed ones."""
+        """N; codes run from 0 to N - 1, including removed items."""
 
     def search(
         self, queries: Tensor, k: int, exclude: Exclusion | None = None, *, allowed: Mask | None = None
@@ -51,22 +51,22 @@ class Index(Protocol):
             items: [B, K] int64 item codes, -1 where no item was left.
         """
 
-    def add(self, vectors: Tensor) -> Codes:
+    def add(self, vectors: Tensor) -> IntArray:
         """Add items [n, D] to the catalog; return their new codes."""
 
-    def update(self, codes: Codes, vectors: Tensor) -> None:
+    def update(self, codes: IntArray, vectors: Tensor) -> None:
         """Replace the embeddings of items, [n, D]."""
 
-    def remove(self, codes: Codes) -> None:
+    def remove(self, codes: IntArray) -> None:
         """Remove items from all future results; their codes are not assigned to other items."""
 
 
 class Vectors:
-    """The embeddings of a catalog, row = code, and a mask of the items still in it.
+    """The embeddings of a catalog (row = code) and a mask of the items that are still in it.
 
     float32 embeddings on the CPU are shared with the caller (they may be memory-mapped) until items are added or
-    updated. A last coordinate can be stored separately: a vector is then `[items, last]`, without copying the
-    embeddings to widen them by one.
+    updated. The last coordinate can be stored separately: a vector is then `[items, last]`, so that the embeddings need
+    not be copied to be widened by one.
 
     Args:
         items: float [N, D].
@@ -111,7 +111,7 @@ class Vectors:
             return self.items @ query
         return torch.addmv(self.last * query[-1], self.items, query[:-1])
 
-    def add(self, vectors: Tensor) -> Codes:
+    def add(self, vectors: Tensor) -> IntArray:
         """Append rows; return their codes."""
         checked = self._checked(vectors)
         self.items = torch.cat([self.items, checked[:, : self.items.shape[1]]])
@@ -120,8 +120,8 @@ class Vectors:
         self.alive = np.concatenate([self.alive, np.ones(len(vectors), dtype=np.bool_)])
         return np.arange(len(self.items) - len(vectors), len(self.items), dtype=np.int64)
 
-    def update(self, codes: Codes, vectors: Tensor) -> None:
-        """Replace some rows; removed ones are in the catalog again."""
+    def update(self, codes: IntArray, vectors: Tensor) -> None:
+        """Replace some rows; removed items return to the catalog."""
         if len(codes) != len(vectors):
             raise InputError(f"vectors must have shape [{len(codes)}, {self.dim}], got {list(vectors.shape)}")
         checked, rows = self._checked(vectors), torch.from_numpy(self._rows(codes))
@@ -131,15 +131,15 @@ class Vectors:
             self.last = self.last.index_copy(0, rows, checked[:, -1])
         self.alive[codes] = True
 
-    def remove(self, codes: Codes) -> None:
+    def remove(self, codes: IntArray) -> None:
         """Mark rows as removed from the catalog."""
         self.alive[self._rows(codes)] = False
 
-    def allowed(self, wanted: Mask | None) -> Mask | None:
-        """Return the mask of rows that are in the catalog and wanted; None for all rows."""
-        if wanted is not None and wanted.shape != (self.num_items,):
-            raise InputError(f"allowed must have shape [{self.num_items}], got {list(wanted.shape)}")
-        mask = self.alive if wanted is None else self.alive & wanted
+    def allowed(self, requested: Mask | None) -> Mask | None:
+        """Combine a mask of requested rows with the rows that are in the catalog; None for all rows."""
+        if requested is not None and requested.shape != (self.num_items,):
+            raise InputError(f"allowed must have shape [{self.num_items}], got {list(requested.shape)}")
+        mask = self.alive if requested is None else self.alive & requested
         return None if mask.all() else mask
 
     def checked_queries(self, queries: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class Vectors:
             raise InputError("an item embedding is NaN: the model has diverged")
         return vectors.detach().to("cpu", torch.float32)
 
-    def _rows(self, codes: Codes) -> Codes:
+    def _rows(self, codes: IntArray) -> IntArray:
         rows = np.asarray(codes, dtype=np.int64)
         if len(rows) and not 0 <= rows.min() <= rows.max() < self.num_items:
             raise InputError(f"codes must be in 0 .. {self.num_items - 1}")
@@ -165,9 +165,8 @@ class Vectors:
 class ExactCatalog:
     """`ExactIndex` over the items of a catalog that are allowed and not removed.
 
-    A restricted search builds an index of the allowed items, cached for the next search with the same mask, so that it
-    costs as much as a search in a smaller catalog. If only a few items are not allowed, they are excluded in every row
-    instead.
+    A restricted search builds an index of the allowed items, which costs as much as a smaller catalog and is cached for
+    the next search with the same mask. If only a few items are not allowed, they are excluded in every row instead.
 
     Args:
         items: float [N, D], or the `Vectors` of another catalog, which are then shared.
@@ -185,12 +184,12 @@ class ExactCatalog:
         self.vectors = items if isinstance(items, Vectors) else Vectors(items, alive)
         self._bias = bias
         self._whole: ExactIndex | None = None
-        self._narrow: tuple[bytes, ExactIndex, Codes] | None = None
+        self._narrow: tuple[bytes, ExactIndex, IntArray] | None = None
 
     def with_bias(self, bias: Tensor) -> ExactCatalog:
         """Return a catalog with `bias` [N] added to the scores; embeddings and layout are shared, not copied.
 
-        The result is a read-only snapshot. After changes to this catalog, request a new one.
+        The result is a read-only snapshot. After changes to this catalog, create a new one.
         """
         other = ExactCatalog(self.vectors, bias=bias)
         other._whole = self._all().with_bias(bias)
@@ -219,29 +218,29 @@ class ExactCatalog:
         if len(out) * max(len(queries), 1) <= self.num_items // 4:
             return self._all().search(queries, k, merge_exclusions(exclude, out, len(queries)))
         index, codes = self._subset(mask)
-        scores, found = index.search(queries, k, _within(exclude, mask, codes))
-        return scores, torch.where(found >= 0, torch.from_numpy(codes)[found.clamp(min=0)], -1)
+        scores, rows = index.search(queries, k, _within(exclude, mask, codes))
+        return scores, torch.where(rows >= 0, torch.from_numpy(codes)[rows.clamp(min=0)], -1)
 
-    def add(self, vectors: Tensor) -> Codes:
+    def add(self, vectors: Tensor) -> IntArray:
         """Add items [n, D]; return their new codes. The next search rebuilds the layout."""
         self._refuse_bias()
         codes = self.vectors.add(vectors)
         self._whole = self._narrow = None
         return codes
 
-    def update(self, codes: Codes, vectors: Tensor) -> None:
+    def update(self, codes: IntArray, vectors: Tensor) -> None:
         """Replace the embeddings of items, [n, D]. The next search rebuilds the layout."""
         self._refuse_bias()
         self.vectors.update(codes, vectors)
         self._whole = self._narrow = None
 
-    def remove(self, codes: Codes) -> None:
+    def remove(self, codes: IntArray) -> None:
         """Remove items from all future results, without a rebuild."""
         self.vectors.remove(codes)
 
     def _refuse_bias(self) -> None:
         if self._bias is not None:
-            raise InputError("a catalog with a bias is read-only; change the catalog it was made from")
+            raise InputError("a catalog with a bias is read-only; change the catalog that it was made from")
 
     def _all(self) -> ExactIndex:
         if self._whole is None:
@@ -250,15 +249,15 @@ class ExactCatalog:
             self._whole = ExactIndex(items, self._bias)
         return self._whole
 
-    def _subset(self, mask: Mask) -> tuple[ExactIndex, Codes]:
+    def _subset(self, mask: Mask) -> tuple[ExactIndex, IntArray]:
         """Return an index over the items of a mask, and the code of each of its rows."""
         key = np.packbits(mask).tobytes()
         if self._narrow is not None and self._narrow[0] == key:
             return self._narrow[1], self._narrow[2]
         order = tie_order(self.num_items).numpy()
         kept = order[mask[order]]
-        # The subset's index breaks ties by a hash of its row numbers. Items are assigned to rows in tie order, so that
-        # equal scores are ordered as in the whole catalog.
+        # The index of the subset breaks ties by a hash of its row numbers. Items are assigned to rows in tie order, so
+        # that equal scores are ordered as in the whole catalog.
         codes = np.empty_like(kept)
         codes[tie_order(len(kept)).numpy()] = kept
         chosen = torch.from_numpy(codes)
@@ -267,7 +266,7 @@ class ExactCatalog:
         return index, codes
 
 
-def merge_exclusions(exclude: Exclusion | None, everywhere: Codes, rows: int) -> Exclusion:
+def merge_exclusions(exclude: Exclusion | None, everywhere: IntArray, rows: int) -> Exclusion:
     """Add items to the exclusions of every row."""
     more = np.tile(everywhere, rows)
     sizes = np.full(rows, len(everywhere))
@@ -279,13 +278,13 @@ def merge_exclusions(exclude: Exclusion | None, everywhere: Codes, rows: int) ->
     return offsets + np.arange(rows + 1, dtype=np.int64) * len(everywhere), both
 
 
-def plain(exclude: Exclusion) -> tuple[Codes, Codes]:
+def plain(exclude: Exclusion) -> tuple[IntArray, IntArray]:
     """Convert an exclusion to two int64 arrays."""
     offsets, items = exclude
     return np.asarray(offsets, dtype=np.int64), np.asarray(items, dtype=np.int64)
 
 
-def _within(exclude: Exclusion | None, mask: Mask, codes: Codes) -> Exclusion | None:
+def _within(exclude: Exclusion | None, mask: Mask, codes: IntArray) -> Exclusion | None:
     """Map exclusions to the rows of a subset; items outside the subset are dropped."""
     if exclude is None:
         return None

@@ -19,21 +19,23 @@ class ExactIndex:
 
         s_j = <q, x_j> + b_j
 
-    in float32. Results are ordered by score, then by the fixed order of `tie_order`. The items are stored once, laid
-    out in that order: ties then need no work, and the catalog is scanned in random order, which keeps the top-k filter
-    effective even if codes follow popularity.
+    in float32. Results are ordered by score, then by `tie_order`. The items are stored once, in tie order, so that ties
+    need no extra work and the catalog is scanned in random order, which keeps the top-k filter effective even if codes
+    follow popularity.
 
-    On processors with bfloat16 matrix units a large search is screened (`twotower.index.screen`): faster, and exact.
+    On processors with bfloat16 matrix units a large search is screened (`twotower.index.bf16_screen`), which is faster
+    and still exact.
 
-    Equal means bit-equal float32. A matrix product may round the last bit differently for other tile shapes, so ties
-    between *different* computations are not guaranteed; tie-breaking is.
+    Scores are equal if their float32 bits are. A matrix product may round the last bit differently for a different tile
+    shape, so *different* computations need not agree on which scores are equal; the order of equal scores is
+    guaranteed.
 
     Args:
         items: [N, D] item embeddings, float16, bfloat16, float32 or float64. Stored as float32 on the same device.
         bias: [N] added to each item's score, or None.
-        first: for a contiguous part of a larger catalog, the code of its first item: ties are broken as in the whole
-            catalog. Results and exclusions are relative to it.
-        in_tie_order: the items are already float32 in the order of `tie_order`; they are then shared, not copied.
+        first: code of the first item, if `items` is a contiguous part of a larger catalog. Ties are broken as in the
+            whole catalog; results and exclusions are relative to it.
+        in_tie_order: the items are already float32 in tie order; they are then shared, not copied.
 
     Raises:
         InputError: shapes disagree, or an embedding or bias is NaN.
@@ -73,7 +75,7 @@ class ExactIndex:
         return int(self._items.shape[1])
 
     def with_bias(self, bias: Tensor) -> "ExactIndex":
-        """Return an index with another bias [N]; the items are shared, not copied.
+        """Return an index with a different bias [N]; the items are shared, not copied.
 
         Raises:
             InputError: the shape is wrong, or a bias is NaN.
@@ -107,9 +109,9 @@ class ExactIndex:
             row_block: rows per tile, automatic if None; the result does not depend on it.
             column_tile: columns per tile, automatic if None; the result does not depend on it.
             progress: `progress(done, total)` is called after every tile.
-            screened: estimate all scores in bfloat16 first, and score in float32 only what may be among the best
-                (`twotower.index.screen`). None: if that is faster, which requires a processor with bfloat16 matrix
-                units, a large catalog, no bias and more than a few queries.
+            screened: estimate all scores in bfloat16 first, and compute in float32 only those that may be among the
+                best (`twotower.index.bf16_screen`). None chooses it if it is faster, which requires a processor with
+                bfloat16 matrix units, a large catalog, no bias and more than a few queries.
 
         Returns:
             scores: [B, K] float32, descending, -inf where no item was left.
@@ -122,11 +124,11 @@ class ExactIndex:
             raise InputError(f"queries must have shape [B, {self.dim}], got {list(queries.shape)}")
         vectors = queries.detach().to(self._items.device, torch.float32)
         if self._screened(len(vectors), screened):
-            found = self._screen.search(
+            result = self._screen.search(
                 vectors, k, exclude, row_block=row_block, column_tile=column_tile, progress=progress
             )
-            if found is not None:
-                return found
+            if result is not None:
+                return result
         buffer: dict[tuple[int, int], Tensor] = {}  # one output per tile shape: at most four
 
         def score_tile(rows: slice, columns: slice) -> Tensor:

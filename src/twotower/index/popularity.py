@@ -20,22 +20,21 @@ class PopularityDial:
 
     with training counts smoothed by one, so that items never seen have a finite score. b = 1 is the model as trained;
     b = 0 ranks by `log P(y|x) - log p(y)`, how much more likely the item is for this query than on average; b > 1
-    favours popular items. An index computes scores without the temperature, so the product of the query's and the
-    item's coordinate must be `(b - 1) T log p(y)`:
+    favours popular items. An index computes scores without the temperature, so the product of the extra coordinates of
+    query and item must be `(b - 1) T log p(y)`:
 
         item:   [v(y), T (log p(y) - m)]         query:  [u(x), b - 1],        m the mean of log p over the items
 
     The mean is the same for all items and does not change the ranking; `offset` corrects the score for it. T is on the
-    item side, and the mean is subtracted, so that the coordinate is small compared with the embeddings: a graph or a
+    item side, and the mean is subtracted, so that the coordinate is small compared with the embeddings. A graph or a
     quantizer built on the extended vectors then also works for the model as trained.
 
-    Items added after training change neither the total, nor N, nor m, which are computed from the trained items, so
-    that no coordinate changes when items are added.
+    The total, N and m are computed from the trained items only, so no coordinate changes when items are added later.
 
     Args:
         counts: training interactions of each item, integers [N].
         temperature: T.
-        trained: number of items in training, the first ones; None for all.
+        trained: number of items at the time of training, which have the first codes; None for all.
     """
 
     def __init__(self, counts: Tensor, temperature: float, trained: int | None = None) -> None:
@@ -66,7 +65,7 @@ def log_popularity(counts: Tensor, trained: int | None = None) -> Tensor:
 
     Args:
         counts: integers [N'].
-        trained: N, the number of items, counted from the first, over which the sum runs; None for all.
+        trained: N; the sum runs over the first N items. None for all.
     """
     smoothed = counts.double().cpu() + 1.0
     return (smoothed / smoothed[:trained].sum()).log()
@@ -76,7 +75,7 @@ def checked_popularity(popularity: float) -> float:
     """Return b as a float after checking that it is a finite number in [0, 2].
 
     Raises:
-        InputError: it is not.
+        InputError: b is not such a number.
     """
     if not (isinstance(popularity, int | float) and math.isfinite(popularity) and 0.0 <= popularity <= 2.0):
         raise InputError(

@@ -1,7 +1,8 @@
 """The order of items with equal scores, fixed and pseudo-random, and the merge of partial searches that keeps it.
 
-A model that gives every item the same score must not evaluate better than chance. Ties broken by item code would reward
-it if codes follow popularity or time, so equal scores are ordered by a hash of the code, which depends on neither.
+A model that gives every item the same score must not do better than chance in an evaluation. If ties were broken by
+item code, it would do better whenever codes follow popularity or time. So equal scores are ordered by a hash of the
+code.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def splitmix64(codes: np.ndarray) -> np.ndarray:
 
 
 def tie_order(num_items: int, first: int = 0) -> Tensor:
-    """Return the item codes from the one that wins every tie to the one that loses every tie.
+    """Return the item codes in tie order: from the item that wins every tie to the item that loses every tie.
 
     The order depends only on the codes: it is the same in every process, on every device and for every model, and the
     order of two items does not change when the catalog grows.

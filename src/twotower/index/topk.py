@@ -1,16 +1,16 @@
 """Top-K over a score matrix that is never completely in memory.
 
 Scores arrive in tiles (a block of rows by a range of columns). Most tiles contain hardly any new result: once a row has
-K results, a random column beats the worst of them with probability K / (columns seen). So a tile is read once, to
+K results, a random column beats the worst of them with probability K / (columns seen). So a tile is read only once, to
 compute the maxima of small chunks; only scores above their row's threshold are gathered and merged in batches
 (`BestKeys`). Items that a search must leave out are removed tile by tile (`ExcludedColumns`).
 
-What is sorted is a key: a score and its column as one integer,
+Scores are sorted by a key, a score and its column as one integer,
 
     key(score, column) = order(score) * 2^32 + (2^32 - 1 - column)
 
-where `order` maps float32 to int32 preserving the order. Keys are distinct, so the largest K are well defined: scores
-descending, then columns ascending. Nothing depends on tile sizes or on the stability of a sort.
+where `order` maps float32 to int32 and preserves the order. Keys are distinct, so the largest K are well defined:
+scores descending, then columns ascending. The result does not depend on tile sizes or on the stability of a sort.
 """
 
 from collections.abc import Callable, Iterator
@@ -56,11 +56,11 @@ def unpack_columns(key: Tensor) -> Tensor:
     return torch.where(key == EMPTY, 0, _LOW - (key & _LOW))
 
 
-#: Scores per chunk maximum. They are strided in memory, so that the maximum is computed with full vector operations.
+#: Scores per chunk. They are strided in memory, so that the maximum is computed with full vector operations.
 LANES = 32
 
 Rescore = Callable[[Tensor, Tensor], Tensor]
-"""`rescore(row [P], column [P]) -> [P]` float32: the exact scores of candidates that were offered by an estimate."""
+"""`rescore(row [P], column [P]) -> [P]` float32: the exact scores of candidates that were offered without a score."""
 
 
 class BestKeys:
@@ -85,7 +85,7 @@ class BestKeys:
         self._keys = torch.full((rows, k), EMPTY, dtype=torch.int64, device=device)
         self._waiting: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self._count = 0
-        # Late merges sort more at once; early merges raise the thresholds sooner.
+        # Waiting for more candidates saves sorts; merging earlier raises the thresholds sooner.
         self._most = rows * max(k // 4, 16)
 
     def bound(self, least: Tensor) -> None:
@@ -149,7 +149,7 @@ def above(tile: Tensor, maxima: Tensor, threshold: Tensor) -> tuple[Tensor, Tens
 
     Args:
         tile: [R, width], contiguous, any ordered dtype.
-        maxima: its `chunk_maxima`.
+        maxima: `chunk_maxima` of the tile.
         threshold: [R, 1] of the same dtype.
     """
     width, chunks = tile.shape[1], maxima.shape[1]
@@ -158,19 +158,19 @@ def above(tile: Tensor, maxima: Tensor, threshold: Tensor) -> tuple[Tensor, Tens
     lanes = torch.arange(0, chunks * LANES, max(chunks, 1), device=tile.device)
     values = tile.view(-1).index_select(0, ((row * width + chunk)[:, None] + lanes).view(-1)).view(len(row), len(lanes))
     hit, lane = (values > threshold[row]).nonzero(as_tuple=True)
-    found = row[hit], chunk[hit] + lane * chunks, values[hit, lane]
+    hits = row[hit], chunk[hit] + lane * chunks, values[hit, lane]
     rest = tile[:, chunks * LANES :]
     if not rest.shape[1]:
-        return found
+        return hits
     rest_row, rest_column = (rest > threshold).nonzero(as_tuple=True)
     more = rest_row, rest_column + chunks * LANES, rest[rest_row, rest_column]
-    return torch.cat([found[0], more[0]]), torch.cat([found[1], more[1]]), torch.cat([found[2], more[2]])
+    return torch.cat([hits[0], more[0]]), torch.cat([hits[1], more[1]]), torch.cat([hits[2], more[2]])
 
 
 def kth_largest(tile: Tensor, maxima: Tensor, k: int) -> Tensor | None:
-    """Return a lower bound on the K-th largest value of each row of a tile, [R, 1]; None if it has < K columns.
+    """Return a lower bound on the K-th largest value of each row of a tile, [R, 1]; None for fewer than K columns.
 
-    Each chunk maximum is a score, so the K-th largest of them is such a bound, at a fraction of the cost.
+    Each chunk maximum is a score, so the K-th largest maximum is such a bound, at a fraction of the cost.
     """
     if tile.shape[1] < k:
         return None
@@ -290,7 +290,7 @@ def top_k(
         raise InputError(f"k must be at least 1, got {k}")
     if num_items > MAX_COLUMNS:
         raise InputError(f"a catalog of {num_items} items is too large: at most {MAX_COLUMNS} can be ranked")
-    # With few rows, widen the tiles: many small ones would each pay a fixed overhead.
+    # With few rows, tiles are wider, because each tile has a fixed overhead.
     widest = max(_MAX_TILE_COLUMNS, _TILE_ELEMENTS // (4 * max(num_rows, 1)))
     columns = column_tile or min(max(num_items, 1), widest)
     kept = min(k, num_items)
@@ -344,9 +344,9 @@ class TopKResults:
 
     def put(self, block: slice, keys: Tensor) -> None:
         """Store the sorted keys of a block of rows, [rows, at most K]."""
-        found, kept = keys != EMPTY, keys.shape[1]
-        self.scores[block, :kept] = torch.where(found, unpack_scores(keys), -torch.inf)
-        self.items[block, :kept] = torch.where(found, self._order[unpack_columns(keys)], -1)
+        is_filled, kept = keys != EMPTY, keys.shape[1]
+        self.scores[block, :kept] = torch.where(is_filled, unpack_scores(keys), -torch.inf)
+        self.items[block, :kept] = torch.where(is_filled, self._order[unpack_columns(keys)], -1)
 
 
 def blocks(total: int, size: int) -> Iterator[slice]:

@@ -197,7 +197,7 @@ class Pool(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Draw from every source; return (fixed items, random items, source of each random item), shared and per row.
 
-        Fixed items are those of deterministic sources. Per-row items are returned for the requested rows only.
+        Fixed items come from deterministic sources. Per-row items are returned for the requested rows only.
         """
         part = request.rows
         own = request if part is None else replace(request, positives=request.positives[part])

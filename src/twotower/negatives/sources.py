@@ -35,7 +35,7 @@ from twotower.negatives.proposals import Proposal
 class DrawRequest:
     """The batch that candidates are drawn for: the argument of `Objective.draw`, `Pool.draw` and `Source.draw`.
 
-    A batch may be split over processes: each process then passes the positives of all of them, the same generator
+    A batch may be split over processes: each process then passes the positives of the whole batch, the same generator
     state, and its own `rows`. Items and kappa are computed for the whole batch, masks for the selected rows.
 
     Attributes:
@@ -197,16 +197,16 @@ def _stirling(z: Tensor | float) -> Tensor | float:
 class InBatch(RandomSource):
     """The other rows' positives: B-1 draws from the item frequency, which are embedded anyway.
 
-    An epoch has R rows, c_j = R p_j of them with item j. The other rows of a batch are B-1 of the other R-1, drawn
-    without replacement, and a row's own positive is masked, so an item j != y has all its c_j rows among them:
+    An epoch has R rows, c_j = R p_j of them with item j. The other B-1 rows of a batch are drawn without replacement
+    from the other R-1 rows of the epoch. For any item j except the row's own positive these include all c_j rows:
 
         kappa_j = (B-1) c_j / (R-1);   without duplicates 1 - C(R-1-c_j, B-1) / C(R-1, B-1)
 
     B-1, not B: the row's own positive is not a draw. With rows that are independent draws (`epoch_rows` of the
     frequency is None) kappa_j = (B-1) p_j; without duplicates 1 - (1-p_j)^(B-1).
 
-    In a batch of S of W whole sequences, w_j of which contain item j, the rows of a row's own sequence are in the batch
-    with certainty and are not draws; the others are S-1 of the W-1 other sequences, drawn without replacement:
+    A batch of whole sequences has S of the epoch's W sequences; w_j of the W contain item j. The rows of a row's own
+    sequence are in the batch with certainty and are not draws; the other S-1 sequences are drawn without replacement:
 
         kappa_j = c_j (S-1) / (W-1);   without duplicates 1 - C(W-1-w_j, S-1) / C(W-1, S-1)
 
@@ -355,7 +355,7 @@ class PerQuery(Source):
     The subclasses `Observed` and `HardNegatives` provide the items.
 
     Args:
-        items: int64 [Q, R], -1 where a query has fewer.
+        items: int64 [Q, R], padded with -1 if a query has fewer than R items.
     """
 
     deterministic = True
@@ -508,9 +508,9 @@ class CrossBatchMemory(RandomSource):
 
         kappa_j = sum_e M_e c_j / m;   without duplicates 1 - prod_e C(m-c_j, M_e) / C(m, M_e)
 
-    In a pool with `InBatch` the other rows of the batch are no longer among the m. The epoch is that of the request
-    (`DrawRequest.epoch`, `Batch.epoch`). With independent rows (`epoch_rows` of the frequency is None) kappa_j = M p_j,
-    or 1 - (1-p_j)^M.
+    In a pool with `InBatch` the other rows of the batch are no longer among the m. The request has the number of the
+    epoch (`DrawRequest.epoch`, `Batch.epoch`). With independent rows (`epoch_rows` of the frequency is None) kappa_j =
+    M p_j, or 1 - (1-p_j)^M.
 
     With batches of whole sequences the memory contains the last whole batches, about M rows in all, and counts
     sequences as `InBatch` does. It keeps whole batches because a part of a batch could contain parts of sequences.

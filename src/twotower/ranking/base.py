@@ -13,8 +13,8 @@ class Ranker(Protocol):
     """A model or a baseline as seen by evaluation: it returns rankings, not scores.
 
     A ranker that searches an approximate index sets an attribute `is_exact = False`; evaluation rejects it unless
-    approximate rankers are allowed. A ranker may have an attribute `item_embeddings`, [N, D], from which the diversity
-    of its lists is measured, or, if they are sharded, a method `embeddings_of(items [n]) -> [n, D]`.
+    approximate rankers are allowed. The diversity of its lists is measured from an optional attribute
+    `item_embeddings`, [N, D], or, if embeddings are sharded, an optional method `embeddings_of(items [n]) -> [n, D]`.
     """
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool, /) -> "Tensor | NDArray[np.int64]":

@@ -1,6 +1,6 @@
-"""Baselines that a model must beat: popularity, of all or the newest rows, item-kNN and EASE. All of them are rankers.
+"""Baselines that a model must beat: popularity (over all or only the newest rows), item-kNN and EASE.
 
-Co-occurrence counts of items: the sparse product behind the neighbourhood baselines.
+All of them are rankers. `cooccurrences` is the sparse product behind item-kNN and EASE.
 """
 
 import copy
@@ -47,9 +47,9 @@ def pair_count(train: Interactions) -> int:
 
 
 def cooccurrences(train: Interactions) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """Compute C = X^T X for the binary [Q, N] matrix X of training pairs, a block of rows at a time.
+    """Compute C = X^T X for the binary [Q, N] matrix X of training pairs, one block of rows at a time.
 
-    Blocks are cut so that each costs about 16 million pairs, for any catalog size.
+    Each block costs about 16 million pairs, for any catalog size.
 
     Args:
         train: the training interactions; repeats count once.
@@ -57,8 +57,8 @@ def cooccurrences(train: Interactions) -> Iterator[tuple[int, Tensor, Tensor, Te
     Yields:
         first: the item code of the block's first row.
         starts: [I+1] compressed rows of the block.
-        columns: the other item's code.
-        counts: float32, in how many queries both appear (the diagonal included).
+        columns: code of the other item of each pair; the diagonal is included.
+        counts: number of queries that contain both items, float32.
     """
     num_items = train.num_items
     offsets, items = distinct_rows(train.offsets, train.item_codes, num_items)
@@ -68,7 +68,7 @@ def cooccurrences(train: Interactions) -> Iterator[tuple[int, Tensor, Tensor, Te
     item_starts = np.zeros(num_items + 1, dtype=np.int64)
     np.cumsum(np.bincount(items, minlength=num_items), out=item_starts[1:])
     item_queries = queries[by_item]
-    # The pairs of item i: the summed lengths of the rows that contain it. Blocks are cut at equal sums of them.
+    # Item i has as many pairs as the rows that contain it have items; blocks have about equal numbers of pairs.
     work = np.concatenate([[0], np.cumsum(lengths[item_queries])])[item_starts]
     cuts = np.searchsorted(work, np.arange(_BLOCK_PAIRS, work[-1], _BLOCK_PAIRS))
     edges = np.unique(np.concatenate([[0], cuts, [num_items]]))
@@ -108,12 +108,12 @@ _MAX_PAIRS = 4_000_000_000
 
 
 class Popularity:
-    """The non-personalized baseline: every query gets the items with most training interactions.
+    """The non-personalized baseline: every query gets the items with the most training interactions.
 
     Args:
         train: the training interactions.
-        share: count only this share of the rows, the newest by timestamp; rows with the timestamp of the oldest of them
-            count too.
+        share: count only this share of the rows, the newest by timestamp, and the rows with the same timestamp as the
+            oldest of these.
 
     Raises:
         InputError: `share` is out of range, or below 1 and the rows have no timestamps.
@@ -125,7 +125,7 @@ class Popularity:
         if not 0 < share <= 1:
             raise InputError(f"share must be above 0 and at most 1, got {share}")
         self._order = tie_order(train.num_items)
-        # Ranks among the distinct counts instead of counts: float32 is not exact above 2^24.
+        # Score by rank among the distinct counts, because float32 counts are not exact above 2^24.
         counts = train.item_counts() if share == 1 else _newest_counts(train, share)
         places = np.unique(counts, return_inverse=True)[1]
         self._places = torch.from_numpy(places.astype(np.float32))[self._order]
@@ -153,9 +153,9 @@ class ItemKNN:
         neighbours: number of most similar items per history item; None for all (small catalogs only).
         shrink: added to the divisor: shrinks similarities with little support towards zero.
 
-    The defaults have the best mean Recall@20 over the test targets of five data sets (MovieLens 100K and 1M, Online
-    Retail, Amazon Beauty and Sports), of nine settings. They were chosen on test targets on purpose: this can only
-    favour the baseline. The textbook setting, all neighbours and no shrinkage, was weaker in every measurement.
+    Of nine settings, the defaults have the best mean Recall@20 on the test targets of five data sets (MovieLens 100K
+    and 1M, Online Retail, Amazon Beauty and Sports). Choosing on test targets can only favour the baseline. The
+    textbook setting, all neighbours and no shrinkage, was worse in every measurement.
 
     Raises:
         InputError: the data is too large (see `refusal`), or a setting is out of range.
@@ -177,7 +177,7 @@ class ItemKNN:
         self._columns, self._similarities = _neighbours(train, self._order, min(neighbours or width, width), shrink)
 
     def with_neighbours(self, neighbours: int) -> "ItemKNN":
-        """Return the same baseline with only the `neighbours` most similar items of those it has."""
+        """Return the same baseline, reduced to the `neighbours` most similar items of each item."""
         fewer = copy.copy(self)
         # Neighbours are stored from most to least similar.
         fewer._columns = self._columns[:, :neighbours]
@@ -186,11 +186,11 @@ class ItemKNN:
 
     @staticmethod
     def refusal(train: Interactions) -> str | None:
-        """Explain why item-kNN would take too long on this data; None if it would not."""
+        """Explain why item-kNN would take too long on this data, or return None."""
         pairs = pair_count(train)
         if pairs <= _MAX_PAIRS:
             return None
-        return f"item-kNN would count {pairs:.1e} item pairs, above its bound of {_MAX_PAIRS:.0e}"
+        return f"item-kNN would count {pairs:.1e} item pairs, more than its limit of {_MAX_PAIRS:.0e}"
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> Tensor:
         """Return the k highest-scoring items, [E, k] int64; see `Ranker`. Items of score 0 rank below all others."""
@@ -202,7 +202,7 @@ class ItemKNN:
             history = items[starts[0] : starts[-1]]
             row = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
             cells = (row[:, None] * num_items + self._columns[history]).ravel()
-            # bincount adds in float64 and in order: the same scores for every block size and on every machine.
+            # bincount adds in float64 and in order, so scores are the same for every block size and machine.
             sums = np.bincount(cells, self._similarities[history].ravel(), minlength=(len(starts) - 1) * num_items)
             return torch.from_numpy(sums.astype(np.float32)).view(len(starts) - 1, num_items)[:, columns]
 
@@ -224,7 +224,7 @@ class EASE:
 
         P = (X^T X + l2 I)^{-1},   W_ij = -P_ij / P_jj,  W_jj = 0,   score(q, j) = sum_{i in history(q)} W_ij
 
-    A strong reference for small catalogs. It solves a dense N x N system: N^3 multiplications, and 16 N^2 bytes.
+    EASE is a strong reference for small catalogs. It solves a dense N x N system: N^3 multiplications, 16 N^2 bytes.
 
     Args:
         train: the training interactions, at most 20,000 items.
@@ -244,7 +244,7 @@ class EASE:
 
     @classmethod
     def of_products(cls, products: Tensor, l2: float) -> "EASE":
-        """Solve for X^T X, float32 [N, N], as `gram` returns it; it is not changed."""
+        """Solve for a given X^T X, float32 [N, N], as returned by `gram`; the matrix is not modified."""
         solved = cls.__new__(cls)
         solved._solve(products.clone(), l2)
         return solved
@@ -259,7 +259,7 @@ class EASE:
 
     @staticmethod
     def refusal(train: Interactions, memory: int | None = None) -> str | None:
-        """Explain why EASE does not fit this data; None if it does.
+        """Explain why the catalog is too large for EASE, or return None.
 
         Args:
             train: the training interactions.
@@ -332,7 +332,7 @@ def _neighbours(
         distinct_pair = partners != row + first
         row, others = row[distinct_pair], partners[distinct_pair]
         similarity = counts[distinct_pair] / (norm[row + first] * norm[others] + shrink)
-        # Descending keys, then a stable sort by row: each row's entries from most to least similar.
+        # Sort by key, descending, then by row with a stable sort: each row goes from most to least similar.
         by_key = pack_keys(similarity, column_of[others]).argsort(descending=True)
         chosen = by_key[row[by_key].argsort(stable=True)]
         row = row[chosen]

@@ -1,4 +1,4 @@
-"""Rankers of several ranks: queries divided over ranks, or a sharded catalog searched part by part."""
+"""Rankers that run on several ranks: queries divided over ranks, or a sharded catalog searched part by part."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from twotower.index.ties import merge_best, tie_order
 from twotower.ranking.base import Ranker
 from twotower.ranking.tower_ranker import TowerRanker
 from twotower.towers import TwoTower
-from twotower.towers.sharded_lookup import rows_at_hand
+from twotower.towers.sharded_lookup import fetched_rows
 
 
 class OverRanks:
@@ -47,7 +47,7 @@ class OverRanks:
         return every.cpu().numpy()
 
     def __getattr__(self, name: str) -> Any:
-        # Other attributes that evaluation reads from a ranker: whether it is exact, its embeddings.
+        # Evaluation also reads other attributes of a ranker, such as `is_exact` and `item_embeddings`.
         return getattr(self.ranker, name)
 
 
@@ -57,7 +57,7 @@ def over_ranks(ranker: Ranker, ranks: Communicator) -> Ranker:
 
 
 def slice_holdout(holdout: Holdout, rows: slice) -> Holdout:
-    """Return the queries `rows.start` to `rows.stop` of a holdout."""
+    """Return the queries of a holdout from `rows.start` up to `rows.stop`."""
     begin, end = rows.start, rows.stop
     history, targets = holdout.history_offsets[begin : end + 1], holdout.target_offsets[begin : end + 1]
     inside = slice(history[0], history[-1])
@@ -94,10 +94,10 @@ BLOCK = 4096
 
 
 class ShardedRanker:
-    """A ranker that works with the other ranks on a catalog of which each holds ceil(N / W) embeddings.
+    """A ranker for a catalog whose embeddings are sharded: each of W ranks has ceil(N / W) of them.
 
-    Every rank embeds its part of the queries, all queries are searched in every rank's items, and each rank merges the
-    results of its own queries. The ranking equals that of a single index, including ties.
+    Every rank embeds its part of the queries, searches its own items for all queries, and merges the results of its
+    part of the queries. The ranking equals the ranking of a single index, including ties.
 
     Args:
         towers: the model, with sharded tables.
@@ -106,7 +106,7 @@ class ShardedRanker:
 
     Attributes:
         part: this rank's items.
-        embeddings: of its own items in tie order, float32 [n, D]; the index uses them without a copy.
+        embeddings: embeddings of this rank's items in tie order, float32 [n, D]; the index uses them without a copy.
     """
 
     is_exact = True
@@ -135,13 +135,13 @@ class ShardedRanker:
             mine = sizes[self.ranks.rank]
             received = [mine] * self.ranks.size
             shape = (self.ranks.size, mine, k)
-            found = (self.ranks.swap(one, sizes, received).view(shape) for one in (scores, items))
-            own.append(merge_best(*found)[1])
+            results = (self.ranks.swap(one, sizes, received).view(shape) for one in (scores, items))
+            own.append(merge_best(*results)[1])
         merged = torch.cat(own) if own else torch.empty(0, k, dtype=torch.int64, device=self.ranks.device)
         return self.ranks.gather(merged, shares).cpu().numpy()
 
     def embeddings_of(self, items: NDArray[np.int64]) -> Tensor:
-        """Return embeddings of items, float32 [n, D], from the ranks that hold them; collective, same items on all."""
+        """Return embeddings of items, float32 [n, D], from the ranks that have them; collective, same items on all."""
         codes = torch.from_numpy(items).to(self.embeddings.device)
         requested, place = request_rows(self.part, codes), torch.argsort(self._order).to(codes.device)
         fetched = fetch_rows(self.embeddings, self.part, replace(requested, given=place[requested.given]))
@@ -156,7 +156,7 @@ class ShardedRanker:
             recent = ragged_histories(*histories, np.arange(len(holdout)), length)
             history = torch.from_numpy(recent).to(device)
         queries = torch.from_numpy(np.asarray(holdout.queries, dtype=np.int64)).to(device)
-        with rows_at_hand(self.towers, queries=queries, history=history):
+        with fetched_rows(self.towers, queries=queries, history=history):
             return self.queries.embed_holdout(holdout)
 
     def _search(
@@ -181,12 +181,12 @@ class ShardedRanker:
 def own_item_embeddings(towers: TwoTower, part: RowShard, order: Tensor | None = None) -> Tensor:
     """Embed this rank's part of the items, float32 [n, D]; collective.
 
-    If the item table is sharded by the same rows, they are local; otherwise they are fetched, a block at a time.
+    If the item table is sharded by the same rows, they are local; otherwise they are fetched one block at a time.
 
     Args:
         towers: the model.
         part: this rank's items.
-        order: of the items within the part, int64 [n]; None for order by code.
+        order: order of the items within the part, int64 [n]; None for order by code.
     """
     was_training, device = towers.training, towers.log_temperature.device
     towers.eval()
@@ -194,9 +194,10 @@ def own_item_embeddings(towers: TwoTower, part: RowShard, order: Tensor | None =
     embedded = torch.empty(len(part), towers.width, device=device)
     table = towers.item_tower.ids
     is_here = table is None or table.part is None or table.part == part
-    for begin in range(0, len(part) if is_here else part.bounds[1], BLOCK):  # else as many as the largest rank
+    # Fetching is collective: every rank makes as many calls as the rank with most items.
+    for begin in range(0, len(part) if is_here else part.bounds[1], BLOCK):
         rows = slice(begin, begin + BLOCK)
-        with nullcontext() if is_here else rows_at_hand(towers, items=codes[rows]):
+        with nullcontext() if is_here else fetched_rows(towers, items=codes[rows]):
             embedded[rows] = towers.embed_items(codes[rows])
     towers.train(was_training)
     return embedded

@@ -19,7 +19,7 @@ from twotower.data.loading.batches import Encoded
 from twotower.data.loading.gaps import gap_codes
 from twotower.errors import InputError
 from twotower.features.feature_set import FeatureSet
-from twotower.features.requests import EncodedContext, Given, encode_given
+from twotower.features.requests import ContextRows, EncodedContext, encode_context_rows
 from twotower.index import ExactIndex, Exclusion
 from twotower.towers import TwoTower
 
@@ -83,7 +83,7 @@ class TowerRanker:
     """A ranker of the whole catalog by <u(x), v(j)>.
 
     Args:
-        towers: the model; put into evaluation mode while it ranks.
+        towers: the model; it is in evaluation mode while it ranks.
         history_length: L, how many recent items the query tower uses; 0 for a tower without a history.
         item_embeddings: [N, D] if already computed; None computes them.
         progress: show a progress bar during a long ranking of a holdout.
@@ -109,7 +109,7 @@ class TowerRanker:
 
     @cached_property
     def index(self) -> ExactIndex:
-        """Exact search over the items, built on first use: a served model may have another kind of index."""
+        """Exact search over the items, built on first use, because a served model may use a different index."""
         return ExactIndex(self.item_embeddings)
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> np.ndarray:
@@ -155,7 +155,7 @@ class TowerRanker:
         histories: tuple[np.ndarray, np.ndarray],
         features: Sequence[Mapping[str, Any] | None] | None = None,
         *,
-        context: Given | EncodedContext | None = None,
+        context: ContextRows | EncodedContext | None = None,
         gaps: np.ndarray | None = None,
     ) -> Tensor:
         """Embed queries, u(x), float32 [E, D].
@@ -163,22 +163,22 @@ class TowerRanker:
         Args:
             queries: codes, int64 [E]; -1 for a query never seen in training.
             histories: compressed rows (offsets int64 [E+1], item codes), oldest first.
-            features: values of the declared feature columns for each query; None for a query's features from training.
-            context: the context of each query's request: a frame, or for each query a mapping or None; or all of them
-                encoded. A tower without context accepts and ignores a frame, because holdouts of data with further
-                columns have one.
-            gaps: codes of the gap before each item of the histories (data/gaps.py), aligned with the items; None if
-                unknown. Only a tower that reads gaps uses them.
+            features: values of the declared feature columns for each query; None to use a query's features from
+                training.
+            context: the context of each query's request: a frame, a mapping or None per query, or encoded contexts. A
+                tower without context ignores a frame, because holdouts of data with additional columns have one.
+            gaps: codes of the gap before each item of the histories (data/loading/gaps.py), aligned with the items;
+                None if unknown. Only a tower that reads gaps uses them.
 
         Raises:
-            InputError: features or contexts are given but the query tower takes none, a value has the wrong type, or a
-                declared feature is missing.
+            InputError: features or contexts are given but the query tower has no such input, a value has the wrong
+                type, or a declared feature is missing.
         """
         offsets, items = histories
         inputs = getattr(self.towers.query_tower, "features", None)
         if features is not None and inputs is None:
             raise InputError(
-                "features: the query tower of this model has no features; set query_tower.features and train again"
+                "features: the query tower of this model has no features; set query_tower.features and retrain"
             )
         requests = self.encoded_context(context, len(queries))
         since = gaps if getattr(self.towers.query_tower, "gaps", None) is not None else None
@@ -213,17 +213,17 @@ class TowerRanker:
         """
         features = self.towers.context_features
         if features is None:
-            raise InputError("context: this model looks at none; set query_tower.context and train again")
+            raise InputError("context: this model does not use a request context; set query_tower.context and retrain")
         return features
 
-    def encoded_context(self, given: Given | EncodedContext | None, rows: int) -> Encoded | None:
+    def encoded_context(self, given: ContextRows | EncodedContext | None, rows: int) -> Encoded | None:
         """Encode the context of some requests for the tower; see `embed`."""
         if given is None or (self.towers.context_features is None and isinstance(given, pl.DataFrame)):
             return None
         features = self.context_features()
         if len(given) != rows:
             raise InputError(f"context: expected one row for each query, {rows}; found {len(given)}")
-        return given.arrays if isinstance(given, EncodedContext) else encode_given(features, given)
+        return given.arrays if isinstance(given, EncodedContext) else encode_context_rows(features, given)
 
     def _items(self) -> Tensor:
         was_training = self.towers.training

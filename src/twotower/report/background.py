@@ -1,4 +1,4 @@
-"""Report sections on where the numbers come from: audit, examples, calibration, data, settings."""
+"""Report sections behind the results: audit, examples, calibration, data, settings."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def audit(document: Document) -> Html | None:
         "div",
         interval_rows(
             "Bias of the gradient",
-            "; ".join(f"{row.name} {row.told}" for row in rows),
+            "; ".join(f"{row.name} {row.value_text}" for row in rows),
             rows,
             "bias in % of full softmax's gradient",
             zero=True,
@@ -73,7 +73,7 @@ def audit(document: Document) -> Html | None:
         ),
         interval_rows(
             "Spread of one draw",
-            "; ".join(f"{row.name} {row.told}" for row in spreads),
+            "; ".join(f"{row.name} {row.value_text}" for row in spreads),
             spreads,
             "spread in % of full softmax's gradient",
             zero=True,
@@ -163,7 +163,7 @@ def refined_weights(document: Document) -> Html | None:
 
 
 def _ratio(part: dict[str, Any]) -> tuple[float, float | None, float | None, float | None]:
-    """Return log10 of the predicted probability, log2 of observed over predicted, and that less and plus two errors."""
+    """Return log10 of the predicted probability, log2 of observed over predicted, and the latter -+ two errors."""
     x = math.log10(part["predicted"])
     if part["observed"] <= 0 or part["targets"] < 1:
         return (x, None, None, None)

@@ -1,8 +1,8 @@
 """The figures of the report: interval rows, small multiples and labelled points.
 
-Figures are written as SVG by hand instead of with matplotlib. Their colours are variables of the page's style sheet, so
-they follow light, dark and print modes. Each is drawn twice, for wide and for narrow pages, with text of the same size.
-The report needs no extra package.
+Figures are built as SVG directly, without matplotlib, so the report needs no extra package. Their colours are variables
+of the page's style sheet, so they follow light, dark and print modes. Each figure is drawn twice, for wide and for
+narrow pages, with text of the same size.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Box:
 
 
 def text_width(text: str, size: float = TEXT, *, strong: bool = False) -> float:
-    """Estimate the width of a text from above; most browser fonts are narrower."""
+    """Estimate an upper bound on the width of a text; most browser fonts are narrower."""
     size *= _STRONG if strong else 1.0
     return sum(0.42 if character in _NARROW_CHARACTERS else _ADVANCE + 0.04 for character in text) * size
 
@@ -95,7 +95,7 @@ def plain(value: float) -> str:
 
 
 def minus(text: str) -> str:
-    """Replace the hyphen of a number by a minus sign."""
+    """Replace the hyphen of a number with a minus sign."""
     return text.replace("-", "−")
 
 
@@ -183,7 +183,7 @@ class IntervalRow:
         value: position of the point.
         low, high: ends of the interval, or None.
         kind: style of the mark: best, same, ahead, behind, baseline.
-        told: the value as text, on the right.
+        value_text: the value as text, on the right.
         seeds: value of each seed, drawn as small ticks.
     """
 
@@ -192,7 +192,7 @@ class IntervalRow:
     low: float | None
     high: float | None
     kind: str
-    told: str
+    value_text: str
     seeds: Sequence[float] = ()
 
 
@@ -254,7 +254,7 @@ def interval_rows(
     def draw(width: int) -> tuple[float, list[Html]]:
         is_wide = width > 500
         names = max(text_width(row.name, strong=row.kind == "best") for row in rows) + 16 if is_wide else 12.0
-        numbers = max(text_width(row.told, strong=row.kind == "best") for row in rows) + 16
+        numbers = max(text_width(row.value_text, strong=row.kind == "best") for row in rows) + 16
         step = 27 if is_wide else 46
         scale = AxisScale(low, high, names, width - numbers if is_wide else width - 12)
         bottom = 8 + step * len(rows)
@@ -267,7 +267,7 @@ def interval_rows(
             text = y + 4.5 if is_wide else y - 14
             strong = "strong" if row.kind == "best" else ""
             elements.append(label(0, text, row.name, "start", strong))
-            elements.append(label(width, text, row.told, "end", f"number {strong}".strip()))
+            elements.append(label(width, text, row.value_text, "end", f"number {strong}".strip()))
             if row.low is not None and row.high is not None:
                 elements.append(line(scale(row.low), y, scale(row.high), y, f"interval {row.kind}"))
             elements += [line(scale(seed), y - 4, scale(seed), y + 4, "seed") for seed in row.seeds]
@@ -291,7 +291,7 @@ def small_multiples(
     reference: float | None = None,
     caption: Html | str | None = None,
 ) -> Html:
-    """Draw one panel for each curve, with the others in grey behind it: ten lines in one panel would be unreadable.
+    """Draw one panel for each curve, with the others in grey behind it, because ten lines in one panel are unreadable.
 
     Args:
         title: see `figure`.
@@ -371,7 +371,7 @@ def labelled_points(
 ) -> Html:
     """Draw points with their names next to them, placed so that no name overlaps another name or point.
 
-    `most` gives the largest possible x and y: no axis extends beyond it. `connected` joins the points by a line in the
+    `most` is the largest possible x and y; axes do not extend beyond it. `connected` joins the points by a line in the
     given order.
     """
 

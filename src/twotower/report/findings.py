@@ -15,7 +15,7 @@ _MANY = 3
 
 
 def question(document: Document) -> str:
-    """Return the title of the report: the question it answers."""
+    """Return the title of the report, the question that it answers."""
     if document.get("sweep"):
         return f"What does {document['sweep']['setting']} do to quality, to the tail and to items never seen?"
     if document["kind"] == "comparison":
@@ -24,7 +24,7 @@ def question(document: Document) -> str:
 
 
 def answer(document: Document) -> list[str]:
-    """Return the findings as paragraphs; the first is the short answer, above all if a baseline is better."""
+    """Return the findings as paragraphs; the first is the short answer, or a warning if a baseline is better."""
     if document["kind"] != "comparison" or len(document["models"]) == 1:
         return [*_beaten(document), *_alone(document), *_baselines(document)]
     said = [_use(document), *_behind(document), *_tail(document), *_reference(document), *_baselines(document)]
@@ -32,7 +32,7 @@ def answer(document: Document) -> list[str]:
 
 
 def cautions(document: Document) -> list[str]:
-    """Return what a reader should know before relying on the results."""
+    """Return caveats that a reader should know before relying on the results."""
     said = []
     models = document["models"]
     if document["kind"] == "comparison" and len(document["seeds"]) == 1:
@@ -64,7 +64,7 @@ def _sentence(text: str) -> str:
 def overlapped(document: Document) -> int:
     """Return the largest number of concurrent training runs, or 0 if they ran one after the other."""
     runs = [run for model in document["models"] for run in model["runs"]]
-    # One second of tolerance: `ended` is in whole seconds, and is later than the end of training.
+    # Allow one second: `ended` is in whole seconds and later than the end of training.
     spans = [(run["ended"] - run["seconds"], run["ended"] - 1) for run in runs]
     most = max((sum(a <= begin < b for a, b in spans) for begin, _ in spans), default=1)
     return most if most > 1 else 0
@@ -78,7 +78,7 @@ def family(document: Document, about: str) -> dict[str, Any] | None:
 def verdicts(document: Document, about: str = "all") -> dict[str, str]:
     """Return the kind of mark of each objective: best, same as the best, ahead of it or behind it.
 
-    The only model of a document is "alone", and the best objective is only "top" if a baseline has a higher mean.
+    The only model of a document is "alone"; the best objective is "top" if a baseline has a higher mean.
     """
     tests = family(document, about)
     if tests is None:
@@ -102,7 +102,7 @@ def value(entry: dict[str, Any], metric: str, part: str | None = None) -> dict[s
 def processor_time(model: dict[str, Any]) -> float | None:
     """Return the median CPU seconds of a model's training runs, or None if unknown.
 
-    A time of 0 is unknown: older versions wrote it for a finished run that was resumed.
+    A time of 0 means unknown, because older versions wrote 0 for a finished run that was resumed.
     """
     known = [run["cpu_seconds"] for run in model["runs"] if run["cpu_seconds"]]
     return statistics.median(known) if known else None
@@ -144,7 +144,7 @@ def _interval(found: dict[str, Any]) -> str:
 
 
 def _beaten(document: Document) -> list[str]:
-    """Say first that a baseline is significantly better than every model, and what to try."""
+    """Return a warning that a baseline is significantly better than every model, with settings to try."""
     tests = family(document, "baselines")
     ahead = [one for one in tests["contests"] if one["verdict"] == "ahead"] if tests else []
     if tests is None or not ahead:

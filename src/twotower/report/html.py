@@ -1,4 +1,4 @@
-"""HTML and SVG elements whose text is escaped by construction: a title in the data can never become markup."""
+"""HTML and SVG elements whose text is always escaped, so that a title in the data can never become markup."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Report sections on the results: overall, differences, popularity deciles, coverage, slices.
+"""Report sections on the results: metrics, differences, popularity deciles, coverage, slices.
 
-Report section on the popularity dial: the trade-off between accuracy and discovery for one model.
-
-Report sections on the training runs: learning curves, time and memory.
+Also the section on the popularity dial (the trade-off between accuracy and discovery for one model), and the sections
+on the training runs (learning curves, time and memory).
 """
 
 from __future__ import annotations
@@ -28,11 +27,12 @@ from twotower.report.html import Html, h, join, table
 
 Document = dict[str, Any]
 
-#: Slices in one table.
+#: Maximum number of slices in one table.
 _SLICES = 8
-#: With more points than _MANY, points below the share _FAR of the best are omitted: they would squeeze the others.
+#: With more than _MANY points, those below the share _FAR of the best are omitted, because they would compress the
+#: rest.
 _MANY, _FAR = 5, 0.75
-#: How the page shows a verdict of `results.json`.
+#: Verdict in `results.json` -> text on the page.
 _VERDICTS = {
     "not told apart": "no significant difference",
     "ahead": "significantly better",
@@ -48,7 +48,7 @@ def overall(document: Document) -> Html:
     many = len(document["seeds"]) > 1
     chart = interval_rows(
         f"{metric} on the test queries",
-        "; ".join(f"{row.name} {row.told}" for row in rows),
+        "; ".join(f"{row.name} {row.value_text}" for row in rows),
         rows,
         f"{metric} (0 to 1, higher is better)",
         caption=join(
@@ -89,7 +89,7 @@ def differences(document: Document) -> Html | None:
         cells.append([model["name"], text, interval, spread, findings.p_value(one["adjusted"]), effect, verdict])
     chart = interval_rows(
         f"Difference from {best['name']}",
-        "; ".join(f"{row.name} {row.told}" for row in rows),
+        "; ".join(f"{row.name} {row.value_text}" for row in rows),
         rows,
         f"difference in {tests['metric']}, in % of {best['name']}",
         zero=True,
@@ -214,7 +214,7 @@ def coverage(document: Document) -> Html | None:
     """Plot accuracy against the share of the catalog that appears in any list."""
     k, kinds = document["metric"].split("@")[1], findings.verdicts(document)
     points = []
-    # Baselines are far below trained models and would squeeze them together.
+    # Baselines are far below trained models and would compress the scale.
     for entry in [*document["models"], *(document["baselines"] if len(document["models"]) < 3 else [])]:
         x, y = findings.value(entry, f"coverage@{k}"), findings.value(entry, document["metric"])
         if x and y:
@@ -251,7 +251,7 @@ def slices(document: Document) -> Html | None:
         ):
             continue
         shown = [name for name in names if sizes.get(name, {}).get("targets")]
-        # Several tables that fit the page: a wider one would be cut off in print.
+        # Several tables that fit the page, because a wider table would be cut off in print.
         tables = [
             _slice_table(document, group, shown[start : start + _SLICES]) for start in range(0, len(shown), _SLICES)
         ]
@@ -471,8 +471,8 @@ def cost(document: Document) -> Html | None:
         )
     heads = ["objective", "CPU s", "× least", "wall s", "peak memory, MiB", "epochs"]
     note = (
-        "Medians over seeds. Times cover training only; peak memory is that of the whole process, data and libraries "
-        "included."
+        "Medians over seeds. Times cover training only; peak memory is for the whole process, including data and "
+        "libraries."
     )
     if most := findings.overlapped(document):
         note += f" Up to {most} runs were trained concurrently: compare CPU times, not wall times."
@@ -481,7 +481,7 @@ def cost(document: Document) -> Html | None:
         parts.append(
             interval_rows(
                 "CPU time of one training run",
-                "; ".join(f"{row.name} {row.told}" for row in rows),
+                "; ".join(f"{row.name} {row.value_text}" for row in rows),
                 rows,
                 "CPU seconds, all threads",
                 zero=True,

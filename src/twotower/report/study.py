@@ -74,7 +74,7 @@ def mattered(document: Document) -> Html | None:
         "div",
         interval_rows(
             "Importance of the parameters",
-            "; ".join(f"{row.name} {row.told}" for row in rows),
+            "; ".join(f"{row.name} {row.value_text}" for row in rows),
             rows,
             "share of the variance (0 to 1)",
             zero=True,

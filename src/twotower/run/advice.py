@@ -11,15 +11,16 @@ from twotower.evaluation import Evaluation
 def settings_to_try(config: Config) -> tuple[str, ...]:
     """List overrides for `--set` that this configuration does not have yet, the most promising first.
 
-    A model that learnt the next item, where the split does not ask for it, tries the question of the split. Models of
-    other questions are linear by default: they try the recent prior, the linear start and a small learning rate, which
-    keeps it, and a larger D. Other models try faster tables, which were never worse on small data.
+    If a model was trained on the next item although the split asks a different question, the advice is the question of
+    the split. Models of other questions are linear by default; for them it is the recent prior, the linear start with a
+    small learning rate (so that the start is not lost), and a larger D. For other models it is a higher learning rate
+    of the tables, which was never worse on small data.
 
     Args:
         config: the settings of the model, as they were resolved for its run.
     """
     training, item = config.training, config.item_tower
-    # Older models have "auto" in their settings and learnt the next item.
+    # Models of older versions have "auto" in their settings and were trained on the next item.
     if training.question in ("auto", "next"):
         grouped = config.objective.frequency_name.startswith("grouped")
         if config.data.split in ("time", "random") and not (config.reads_sequences or grouped):
@@ -37,9 +38,9 @@ def settings_to_try(config: Config) -> tuple[str, ...]:
 
 
 def with_advice(measured: Evaluation, config: Config) -> Evaluation:
-    """Add the settings to try, and the command that tries them, to an evaluation.
+    """Add the settings to try, and the command that searches them, to an evaluation.
 
-    The evaluation prints them if a baseline is not beaten.
+    The evaluation prints them if the model does not beat the best baseline.
     """
     split = "" if config.data.split == "time" else f" --set data.split={config.data.split}"
     command = f"twotower tune DATA --out NEW_DIR --budget 30m{split}"

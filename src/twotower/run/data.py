@@ -11,7 +11,7 @@ from twotower.data import Interactions, Parts, Split, by_time, held_out_queries,
 from twotower.data.datasets import registry
 from twotower.data.io.folders import Files, find_files, listing, refuse_other_files
 from twotower.data.io.layout import META
-from twotower.data.prepare.request_context import Wanted
+from twotower.data.prepare.request_context import ContextColumns
 from twotower.data.schema.vocabulary import Hashed
 from twotower.distributed.launch import Coordinator, Launch
 from twotower.errors import InputError
@@ -20,14 +20,14 @@ from twotower.system.hardware import cores
 
 
 def read_data(
-    source: str | Path, settings: DataConfig, *, items: str | None = None, context: Wanted = None
+    source: str | Path, settings: DataConfig, *, items: str | None = None, context: ContextColumns = None
 ) -> Interactions | Parts:
     """Read a file, a folder or a named data set with the settings of section `data`.
 
-    `context` selects additional columns of the interactions; `wanted_context` returns those a configuration needs.
+    `context` selects additional columns of the interactions; `context_to_read` returns the ones a configuration needs.
 
     Returns:
-        Interactions to split, or, if a folder or the settings name files for the parts, a ready-made split.
+        Interactions to split, or a ready-made split if a folder or the settings name files for the parts.
     """
     if (parts := ready_made(source, settings)) is not None:
         return _read_parts(parts, settings, items=items, context=context)
@@ -48,17 +48,17 @@ def read_data(
 
 
 def ready_made(source: str | Path, settings: DataConfig) -> Files | None:
-    """Find the files of a ready-made split, if `data.test` names a file or the source is a folder of parts.
+    """Find the files of a ready-made split if `data.test` names a file or the source is a folder of parts.
 
     Raises:
-        InputError: a file is missing, or only the validation is a file.
+        InputError: a file is missing, or the validation is a file and the test is not.
     """
     path = Path(source)
     named = {part: value for part in ("validation", "test") if isinstance(value := getattr(settings, part), str)}
     if named:
         if "test" not in named:
             raise InputError(
-                f"data.validation: {named['validation']} is a file, so the test has to be one too; pass --test FILE"
+                f"data.validation: {named['validation']} is a file, so the test has to be a file too; pass --test FILE"
             )
         found = Files([], parts={"train": path, **{part: _near(path, name) for part, name in named.items()}})
         for part, file in found.parts.items():
@@ -79,13 +79,13 @@ def _near(source: Path, name: str) -> Path:
     return path if path.exists() or not (source.parent / path.name).exists() else source.parent / path.name
 
 
-def _read_parts(files: Files, settings: DataConfig, *, items: str | None, context: Wanted) -> Parts:
+def _read_parts(files: Files, settings: DataConfig, *, items: str | None, context: ContextColumns) -> Parts:
     for name in ("query_ids", "item_ids"):
         if getattr(settings, name) != "vocabulary":
-            raise InputError(f"data.{name}: a split from train and test files needs the ids; expected vocabulary")
+            raise InputError(f"data.{name}: a split from train and test files needs a vocabulary; expected vocabulary")
     if settings.catalog == "table":
         raise InputError(
-            "data.catalog: a split from train and test files has the items of its files; expected interactions"
+            "data.catalog: a split from train and test files has only the items of its files; expected interactions"
         )
     read = {
         part: Interactions.read(
@@ -114,17 +114,17 @@ def _table_columns(settings: DataConfig) -> dict[str, dict[str, str] | None]:
 
 
 def read_by_all(
-    source: str | Path, settings: DataConfig, team: Coordinator, *, context: Wanted, before: Path | None
+    source: str | Path, settings: DataConfig, team: Coordinator, *, context: ContextColumns, before: Path | None
 ) -> tuple[dict[str, int], Interactions | Parts]:
     """Read the data on every rank, checking that all ranks read the same rows.
 
-    If the file `before` exists, also check that the input files are those it lists: the files the run began with.
+    If the file `before` exists, also check that the input files are the ones it lists, with which the run began.
 
     Returns:
         The input files with their sizes, and the interactions.
 
     Raises:
-        InputError: the files or rows differ from those of the first rank, or the files from those in `before`.
+        InputError: the files or rows differ from rank 0's, or the files differ from the ones in `before`.
     """
     parts = ready_made(source, settings)
     files = listing(source) if parts is None else {str(p): p.stat().st_size for p in parts.parts.values()}
@@ -148,13 +148,13 @@ def split_data(
     cold: Literal["drop", "keep"] | None = None,
     histories: bool = False,
 ) -> Split:
-    """Split as section `data` says; a ready-made split stays as it is.
+    """Split data by the settings of section `data`; a ready-made split is returned unchanged.
 
     Args:
-        data: what `read_data` returned.
+        data: the result of `read_data`.
         settings: section `data`.
         cold: how the protocol handles cold targets; None for its default.
-        histories: the model reads histories, so a query without a training row can be tested if it has a history.
+        histories: the model reads histories, so that a query without a training row can be tested if it has a history.
     """
     if settings.windows > 1 and (isinstance(data, Parts) or settings.split != "time"):
         raise InputError(
@@ -179,7 +179,7 @@ def split_data(
 
 
 def with_catalog(settings: DataConfig) -> DataConfig:
-    """Return settings that read the complete item table, if any: new data may also update features of old items."""
+    """Return settings that read the complete item table, because new data may update the features of old items."""
     return settings if settings.items is None else settings.model_copy(update={"catalog": "table"})
 
 
@@ -195,8 +195,8 @@ def propose_features(
     """Implement `twotower features`: propose how to encode the columns of each table.
 
     Returns:
-        Proposals by side: "item", "query", and "context" for the additional columns of the interactions, including
-        their timestamp. A side without a table is absent.
+        Proposals by side: "item", "query", and "context" for the additional columns of the interactions, including the
+        timestamp. A side without a table is absent.
 
     Raises:
         InputError: the data cannot be read, or has neither a feature table nor additional columns.

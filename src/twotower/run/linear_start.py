@@ -1,13 +1,12 @@
 """Initial weights from a linear model in closed form.
 
-Catalogs of up to 20,000 items start at EASE (Steck 2019), cut to rank D. It scores s(q, j) = sum over the history of
-W_ij. Of all rank-D matrices, W V V^T with the D leading right singular vectors V of X W is nearest to it on the
-training queries X (reduced-rank regression), and has the form of two towers: history vectors W V, summed, and item
-vectors V.
+Catalogs of up to 20,000 items start at EASE (Steck 2019), cut to rank D. EASE scores s(q, j) = sum over the history of
+W_ij. The rank-D matrix that is closest to W on the training queries X is W V V^T, with V the D leading right singular
+vectors of X W (reduced-rank regression). It has the form of two towers: summed history vectors W V, and item vectors V.
 
 Larger catalogs, whose N x N matrix is too large to invert, start at the singular value decomposition of the scaled
 training matrix A = R^-a X C^-b, with the row sums R and column sums C of X: history vectors C^-b V, item vectors C^b V
-(the low-pass filter of GF-CF, Shen et al. 2021, there with a = b = 1/2).
+(the low-pass filter of GF-CF, Shen et al. 2021, which has a = b = 1/2).
 """
 
 from __future__ import annotations
@@ -33,15 +32,15 @@ from twotower.towers.layers.mlp import DNN, MLP
 from twotower.towers.sharded_lookup import shared_tables_of
 from twotower.towers.two_tower import QueryTower
 
-#: Largest catalog whose item-item matrix is inverted, and matrices of its size that are in memory at once.
+#: Largest catalog whose item-item matrix is inverted, and number of matrices of this size that are in memory together.
 MOST_ITEMS, MATRICES = 20_000, 3
 #: The ridge penalty over the mean number of rows of an item.
 RIDGE = 5.0
 #: Powers a and b of the singular value decomposition, chosen on the validation, and its largest number of queries.
 POWERS, MOST_QUERIES = ((0.5, 0.35), (0.25, 0.45)), 1_000_000
-#: Vectors more than D, and rounds, of subspace iteration (Halko et al. 2011).
+#: Oversampling and iterations of subspace iteration (Halko et al. 2011).
 EXTRA, ROUNDS = 16, 4
-#: Scales of the scores that are tried, and questions they are tried on.
+#: Scales of the scores to try, and number of questions to try them on.
 SCALES, QUESTIONS = 2.0 ** torch.arange(0.0, 10.5, 0.5), 256
 #: Shares of log p that the item bias can start at.
 BIASES = (0.0, 0.5, 1.0)
@@ -61,7 +60,7 @@ class StartChoice:
 
 
 def refusal(towers: TwoTower) -> str | None:
-    """Explain why towers cannot start at a linear model; None if they can."""
+    """Explain why towers cannot start at a linear model, or return None."""
     query, item = towers.query_tower, towers.item_tower
     pools = isinstance(query, QueryTower) and query.history is not None and query.history.heads == 1
     own = isinstance(query, QueryTower) and isinstance(query.history_items, EmbeddingTable)
@@ -94,26 +93,26 @@ def start_linear(
     choice: StartChoice | None = None,
     on_message: Callable[[object], None] | None = None,
 ) -> StartChoice | None:
-    """Set the towers to the linear model, if `training.start` says so. Collective.
+    """Set the towers to the linear model if `training.start` requests it. Collective.
 
-    The scores of EASE are no log-probabilities: their scale is the one with the smallest softmax loss on some
-    questions of training, and the item bias starts at the share of log p with the best validation metric.
+    The scores of EASE are not log-probabilities. They are scaled by the factor with the smallest softmax loss on a
+    sample of training questions, and the item bias starts at the multiple of log p with the best validation metric.
 
     Args:
         towers: freshly built; changed in place.
         config: the settings, without "auto" except `training.start` and `training.start_ridge`.
         train: the training interactions.
-        questions: the training questions, for the scale; None if training asks for the next item: the scale is then 1.
-        ranks: the processes; the first one's result is copied to the others.
-        measure: the validation metric of towers; None without validation: the bias then starts at zero.
+        questions: the training questions, for the scale; None if training asks for the next item (the scale is then 1).
+        ranks: the processes; the result of rank 0 is copied to the others.
+        measure: the validation metric of towers; None without validation (the bias then starts at zero).
         choice: what another run chose on its validation, used in place of `measure`.
-        on_message: receives what was done; None discards it.
+        on_message: receives a description of the start; None discards it.
 
     Returns:
         What was chosen; None if the towers keep their random weights.
 
     Raises:
-        InputError: the towers cannot express it and `training.start` is linear.
+        InputError: the towers cannot express a linear model and `training.start` is linear.
     """
     if config.training.start == "random":
         return None
@@ -203,8 +202,8 @@ def linear_factors(train: Interactions, dimension: int, ridge: float) -> tuple[T
         ridge: the penalty l2.
 
     Returns:
-        History vectors H and item vectors V, float32 [N, D] each, with columns of equal norms: the score of an item
-        for a history is the sum of its items' H, times V. Columns beyond the rank are zero.
+        History vectors H and item vectors V, float32 [N, D] each, with columns of equal norms. The score of item j for
+        a history is <sum of H_i over its items, V_j>. Columns beyond the rank are zero.
     """
     size = train.num_items
     cooccurrence = gram(train)
@@ -278,7 +277,7 @@ def _padded(vectors: Tensor, dimension: int) -> Tensor:
 
 
 def _scale(towers: TwoTower, questions: QuestionBatches) -> Tensor:
-    """Return the factor of the scores with the smallest softmax loss on some questions, seen items left out."""
+    """Return the factor of the scores with the smallest softmax loss on some questions, without seen items."""
     number = min(QUESTIONS, len(questions.queries))
     whole = questions.batch_of_all(number)
     asked = whole.asked
@@ -305,7 +304,7 @@ def _set(table: EmbeddingTable, values: Tensor) -> None:
 
 
 def _silence(mlp: nn.Module) -> None:
-    """Set the last layer of an MLP to zero, so that it adds nothing until it has learnt something."""
+    """Set the last layer of an MLP to zero, so that its output is zero at the start of training."""
     assert isinstance(mlp, MLP | DNN)
     last = mlp.projection if isinstance(mlp, DNN) else mlp.layers[-1]
     assert isinstance(last, nn.Linear)

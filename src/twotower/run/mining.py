@@ -42,7 +42,7 @@ def refresh_hard_negatives(
 
     def mine(towers: TwoTower) -> None:
         ranker = _ranker(towers, length)
-        # Ranked by raw score: on corrected logits, rare items would look hard.
+        # Rank by raw score: with corrected logits, rare items would look hard.
         for block in np.array_split(np.arange(train.num_queries), -(-train.num_queries // MINING_BLOCK)):
             items = torch.from_numpy(ranker.rank(_training_queries(train, block, has_times=reads_gaps), size, True))
             for source in sources:

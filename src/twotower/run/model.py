@@ -56,7 +56,7 @@ class Model:
 
     Attributes:
         artifact: the content of the model folder.
-        split: the data it was trained and validated on.
+        split: the data that the model was trained and validated on.
         fit: the result of training.
     """
 
@@ -77,7 +77,7 @@ class Model:
 
     @cached_property
     def ranker(self) -> Ranker:
-        """The ranker for an evaluation. With several ranks, all of them must access and use it together."""
+        """The ranker for an evaluation; collective if there are several ranks."""
         if self.artifact.is_shared:
             return ShardedRanker(self.artifact.towers, self.artifact.config.history_length, Communicator.current())
         return over_ranks(self.retriever, Communicator.current())
@@ -107,13 +107,13 @@ def fit(
     Args:
         split: training interactions, and the validation queries for early stopping; with `warm_start`, the split that
             `continue_with` returns.
-        config: settings or a YAML file. If None: the settings of `warm_start`, or the defaults.
+        config: settings or a YAML file; None for the settings of `warm_start`, or the defaults.
         warm_start: the model to continue from, or its folder.
         directory: folder for checkpoints and logs; a temporary folder if None. With several ranks it is required and
             must be shared by all of them.
         resume: resume from the last checkpoint in `directory`.
         progress: show a progress bar.
-        on_message: receives the memory plan, and which state of `warm_start` cannot be carried over; None discards
+        on_message: receives the memory plan, and a message if some state of `warm_start` cannot be used; None discards
             them.
         on_epoch: receives the metrics of each validation, and returns whether to stop; what it raises ends the run.
 
@@ -123,7 +123,7 @@ def fit(
     Raises:
         InputError: a setting is wrong, there is no checkpoint to resume from, or `split` does not continue
             `warm_start`.
-        Interrupted: Ctrl-C; a checkpoint was left in `directory`.
+        Interrupted: Ctrl-C was pressed; `directory` contains a checkpoint.
     """
     parent = incremental.parent_of(warm_start)
     config = _loaded(config, parent)
@@ -217,14 +217,14 @@ def _fit(
 ) -> Model:
     """Train; `refit` is what a run on all rows takes over from the validated run."""
     # Imported here because Lightning is slow to import and nothing else needs it.
-    from twotower.incremental.warm_start import carry_on, grown_features  # noqa: PLC0415
+    from twotower.incremental.warm_start import extend_features, load_parent_state  # noqa: PLC0415
     from twotower.training import FitResult, fit_towers, plan_memory  # noqa: PLC0415
 
     settings, rows = complete_settings(config, split, parent, on_message)
     train = split.train
     ranks = Communicator.current()
     with _folder(directory) as folder, _seeded(settings.training.seed):
-        growth = None if parent is None else grown_features(parent, incremental.require_continued(split))
+        growth = None if parent is None else extend_features(parent, incremental.require_continued(split))
         features = encode_features(settings, train) if growth is None else growth.features
         towers = _build_towers(settings, train, features, ranks)
         batches = make_batches(settings, train, rows, ranks, features.get("context"))
@@ -234,12 +234,12 @@ def _fit(
         known_positives = KnownPositives(train) if needs_known_positives(settings) else None
         optimizer = None
         if parent is not None and growth is not None:
-            optimizer = carry_on(
+            optimizer = load_parent_state(
                 parent, settings, growth, towers=towers, objective=objective, ranks=ranks, on_message=on_message
             )
         mine = refresh_hard_negatives(objective, train, settings.history_length, reads_gaps=settings.reads_gaps)
         if mine is not None and parent is not None and not resume:
-            mine(towers)  # from scratch there is nothing to mine with before the first epoch
+            mine(towers)  # a continued model can mine before the first epoch
         validate = _validation(split.validation, settings, train) if len(split.validation) else None
         start = StartWeights(folder, ranks, resume=resume)
         if parent is None and not resume:
@@ -300,23 +300,23 @@ def continue_with(
 
     Args:
         warm_start: the model, or its folder.
-        data: the new interactions, or the complete log: rows up to the model's last timestamp are skipped.
+        data: the new interactions, or the complete log, of which rows up to the model's last timestamp are skipped.
         config: settings whose section `data` defines the split; the model's settings if None.
         withdrawn: ids of items to remove from the catalog.
 
     Returns:
-        A split whose training rows are old and new, and whose validation and test rows are new.
+        A split with the old rows and some of the new rows for training, and new rows for validation and test.
 
     Raises:
-        InputError: there are no new rows, the ids are of a different type, or the split is impossible.
+        InputError: there are no new rows, the ids have a different type, or the split is impossible.
     """
     parent = incremental.parent_of(warm_start)
     assert parent is not None
     settings = parent.artifact.config if config is None else config
     if settings.data.split == "random":
         raise InputError(
-            "data.split=random: training rows are not before test rows, so a model cannot be continued with it; use "
-            "data.split=time or data.split=leave-last-out for the new data"
+            "data.split=random: its training rows are not earlier than its test rows, so it cannot be used to continue "
+            "a model; use data.split=time or data.split=leave-last-out for the new data"
         )
     if settings.data.windows > 1:
         raise InputError("data.windows: a continued model is tested on the newest rows; use data.windows=1 with --from")
@@ -409,7 +409,7 @@ def _model(
     prior: RecentPrior | None,
     start: dict[str, Any] | None,
 ) -> Model:
-    """Collect what the model folder holds; `before` are the validation metrics of the parent."""
+    """Collect the content of the model folder; `before` has the validation metrics of the parent."""
     data, towers = split.data, result.towers.eval()
     new = len(split.train) if rows is None else int((~incremental.require_continued(split).learnt).sum())
     training = {
@@ -474,11 +474,11 @@ def evaluate(
     Args:
         model: a `Model`, or anything with `rank(holdout, k, exclude_seen)`.
         holdout: queries with histories and targets, such as `split.test`.
-        train: the training interactions, for baselines and popularity slices; if None, those of the `Model`.
+        train: the training interactions, for baselines and popularity slices; None to take them from the `Model`.
         ks: cut-offs K.
         exclude_seen: never rank items of the query's history.
-        baselines: also measure popularity, in all and in the newest rows, item-kNN and EASE; or the names of some.
-        validation: the validation queries, on which settings of the baselines are chosen; if None, those of the
+        baselines: also measure the baselines (see `fit_baselines`), or only those with the given names.
+        validation: the validation queries, on which settings of the baselines are chosen; None to take them from the
             `Model`.
         empty: a query without targets is excluded from every mean (`"skip"`) or counts as 0 (`"zero"`).
         slices: columns to slice by, such as `"items.genres"` or `"queries.age"`.

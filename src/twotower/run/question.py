@@ -1,4 +1,4 @@
-"""What training asks: the question, made like that of the evaluation, and the towers that suit it by default."""
+"""The question that training asks, by default the same as the evaluation's, and the default towers for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from twotower.data.loading.questions import QuestionRule
 from twotower.errors import InputError
 
 DAY = 86_400_000_000
-#: Largest catalog whose softmax is computed whole by default.
+#: Largest catalog for which the full softmax is the default.
 WHOLE_CATALOG = 20_000
 #: Settings that can be changed without leaving the default towers of a question.
 FREE = {
@@ -39,20 +39,20 @@ def resolve_question(
     *,
     parent: Config | None = None,
 ) -> Config:
-    """Replace `training.question` and `training.horizon` "auto", and choose the towers that suit the question.
+    """Replace "auto" in `training.question` and `training.horizon`, and choose the default towers of the question.
 
-    If none of the settings of the towers is set, horizon and set train a linear model: the history is summed from a
-    table of its own, and an item has a vector and a bias (`defaults_of`). A configuration that says anything about the
-    towers keeps the defaults of the settings.
+    If no setting of the towers is set, the questions horizon and set train a linear model: the history is a sum of
+    vectors from its own table, and an item has a vector and a bias (`defaults_of`). If any setting of the towers is
+    set, the others keep their ordinary defaults.
 
     Args:
         config: the settings.
         split: the data.
-        on_message: receives what was chosen and why; None discards it.
-        parent: the settings of the model that is continued: its question and its towers are the defaults.
+        on_message: receives the choice and its reason; None discards it.
+        parent: the settings of the model that is continued; its question and its towers are the defaults.
 
     Raises:
-        InputError: the question needs timestamps, or does not go with sequence towers or grouped batches.
+        InputError: the question needs timestamps, or cannot be combined with sequence towers or grouped batches.
     """
     question: str = config.training.question
     reason = "as set"
@@ -80,7 +80,7 @@ def resolve_question(
 
 
 def rule_of(config: Config) -> QuestionRule | None:
-    """Return how the questions of a resolved configuration are made; None for the next item."""
+    """Return the rule by which a resolved configuration makes its questions; None for the next item."""
     training = config.training
     if training.question in ("auto", "next"):
         return None
@@ -94,10 +94,10 @@ def rule_of(config: Config) -> QuestionRule | None:
 
 
 def refuse_question(config: Config, train: Interactions, question: str) -> None:
-    """Refuse questions that the towers or batches of a configuration cannot answer.
+    """Reject questions that the towers or batches of a configuration do not support.
 
     Raises:
-        InputError: a sequence tower, grouped batches, or a horizon without timestamps.
+        InputError: there is a sequence tower, batches are grouped, or a horizon lacks timestamps.
     """
     if config.reads_sequences:
         raise InputError(
@@ -116,7 +116,7 @@ def refuse_question(config: Config, train: Interactions, question: str) -> None:
 
 
 def is_split_by_time(split: Split) -> bool:
-    """Return whether every test query is asked after the last training row, so that items have a recent frequency."""
+    """Return whether every test query is later than the last training row, so that items have a recent frequency."""
     times, asked = split.train.timestamps, split.test.query_times
     if times is None or asked is None or not len(times) or not len(asked):
         return False
@@ -124,7 +124,7 @@ def is_split_by_time(split: Split) -> bool:
 
 
 def defaults_of(train: Interactions) -> dict[str, Any]:
-    """Return the towers and the objective that horizon and set have by default, as sections of a configuration."""
+    """Return the default towers and objective of horizon and set, as sections of a configuration."""
     sources: list[dict[str, Any]] = [{"catalog": {}}]
     if train.num_items > WHOLE_CATALOG:
         sources = [{"head": {"size": 1024}}, {"frequency": {"size": 3072, "power": 0.5}}]
@@ -136,13 +136,13 @@ def defaults_of(train: Interactions) -> dict[str, Any]:
         },
         "item_tower": {"dimension": _dimension(train.num_items), "bias": True},
         "objective": {"sources": sources, "similarity": "dot", "temperature": 1.0, "mask_known_positives": True},
-        # Tables that start at random have further to go than those of the linear start.
+        # Randomly initialised tables need larger steps than the linear start.
         "training": {"learning_rate": 1e-3 if train.num_items <= WHOLE_CATALOG else 3e-3},
     }
 
 
 def _towers_of(config: Config) -> dict[str, Any]:
-    """Return the sections of the towers and the objective as defaults for another configuration."""
+    """Return the sections of the towers and the objective, as defaults for a different configuration."""
     found = {name: dict(getattr(config, name)) for name in FREE}
     history = found["query_tower"]["history"]
     if history is not None:
@@ -151,7 +151,7 @@ def _towers_of(config: Config) -> dict[str, Any]:
 
 
 def _dimension(num_items: int) -> int:
-    """Return D: N / 4, as long as a table has at most 5.3 million numbers, from 16 to 1024; 128 if N is large.
+    """Return D: N / 4 between 16 and 1024, with at most 5.3 million numbers per table; 128 if N is large.
 
     The linear start loses little of EASE at that rank: on Steam (5,155 items) NDCG@10 is .475, .479, .484, .486 at
     D = 256, 512, 768, 1024, and .489 uncut.
@@ -176,7 +176,7 @@ def _question_of(config: Config, split: Split) -> tuple[str, str]:
 
 
 def _days(split: Split) -> float:
-    """Return the days that the test or the validation covers, whichever is longer; 1 if both are at one time."""
+    """Return the longer of the time spans of test and validation, in days; 1 if both are at a single time."""
     times, asked = split.data.timestamps, split.test.query_times
     if times is None or asked is None or not len(asked):
         raise InputError(
@@ -190,7 +190,7 @@ def _days(split: Split) -> float:
 
 
 def _is_free(config: Config) -> bool:
-    """Return whether nothing is set that decides the structure of the towers."""
+    """Return whether no setting that determines the structure of the towers is set."""
     for name, free in FREE.items():
         section = getattr(config, name)
         for field in section.model_fields_set:
@@ -204,11 +204,11 @@ def _is_free(config: Config) -> bool:
 
 
 def _filled(config: Config, defaults: dict[str, Any]) -> Config:
-    """Fill settings that are not set."""
+    """Fill in settings that are not set."""
     changed = {}
     for name, values in defaults.items():
         section = getattr(config, name)
-        if name == "objective" and "name" in section.model_fields_set:  # it has sources of its own
+        if name == "objective" and "name" in section.model_fields_set:  # a named objective has its own sources
             values = {key: value for key, value in values.items() if key not in ("sources", "name")}  # noqa: PLW2901
         update = {}
         for field, value in values.items():

@@ -1,7 +1,7 @@
-"""The recent prior: how much more frequent an item is now than in all of training, as one more coordinate of the item.
+"""The recent prior: an extra item coordinate, for how much more frequent an item is now than over all of training.
 
-A model of all of the training time estimates P(y | x) under the item frequency p_train. If the items' popularity moves,
-and what a query says of its taste does not, Bayes' rule gives (docs/theory.md, section 7)
+A model trained on the whole period estimates P(y | x) under the item frequency p_train. If item popularity changes over
+time while P(x | y) does not, Bayes' rule gives (docs/theory.md, section 7)
 
     log P_now(y | x) = log P_train(y | x) + log p_now(y) - log p_train(y) + const.
 
@@ -28,9 +28,9 @@ from twotower.serving import SavedModel
 from twotower.towers import TwoTower
 
 DAY = 86_400_000_000
-#: Half-lives that are tried, as shares of the time that training covers.
+#: Half-lives to try, as shares of the time that training covers.
 HALF_LIVES = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
-#: Strengths that are tried besides 1, and shares of log p_train added to them; with equal numbers s the prior is
+#: Strengths to try besides 1, each with a multiple of log p_train that is added; with two equal numbers s the prior is
 #: s log p_now.
 STRENGTHS = (
     (0.5, 0.0),
@@ -43,7 +43,7 @@ STRENGTHS = (
     (4.0, 4.0),
     (16.0, 16.0),
 )
-#: Rows of the old frequency that are added to the recent ones.
+#: Number of pseudo-rows with the frequency of all of training that are added to the recent rows.
 PSEUDO_ROWS = 10.0
 #: Relative improvement of the validation metric below which the prior is left out.
 LEAST = 0.01
@@ -51,14 +51,14 @@ LEAST = 0.01
 
 @dataclass(frozen=True)
 class RecentPrior:
-    """What was chosen.
+    """The chosen recent prior.
 
     Attributes:
         half_life: days in which the weight of a row halves.
         strength: s, factor of the log ratio; 1 by Bayes' rule.
         popularity: t, factor of log p_train; 0 by Bayes' rule.
         before: validation metrics without the prior.
-        after: validation metrics with it.
+        after: validation metrics with the prior.
     """
 
     half_life: float
@@ -126,19 +126,19 @@ def recent_log_ratio(
 ) -> Tensor:
     """Compute log p_now - log p_train of each item, float32 [N].
 
-    With w_r = 2^(-(now - t_r) / half-life) over the rows before `now`, c_j = the sum of w over the rows of item j, C
-    their sum, p_train = (count + 1) / (rows + N), and 10 rows of p_train so that few recent rows change little,
+    With w_r = 2^(-(now - t_r) / half-life) for the rows before `now`, c_j the sum of w over the rows of item j, C the
+    sum of all c_j, p_train = (count + 1) / (rows + N), and 10 pseudo-rows of p_train against noise in few recent rows,
 
         p_now(j) = (c_j + 10 p_train(j)) / (C + 10).
 
-    Items without a training row have 0: the model knows nothing of them, and must not recommend them for being new.
+    Items without a training row get 0, because an untrained item must not be recommended for being new.
 
     Args:
-        times: microseconds of the rows.
-        items: their item codes.
+        times: times of the rows, in microseconds.
+        items: item codes of the rows.
         train_counts: training rows of each item, [N].
-        half_life: days.
-        now: microseconds; later rows do not count.
+        half_life: half-life in days.
+        now: time in microseconds; later rows do not count.
     """
     past = np.asarray(times) < now
     age = (now - np.asarray(times)[past]) / (half_life * DAY)
@@ -157,17 +157,17 @@ def add_recent_prior(
     validate: Callable[[TwoTower], dict[str, float]] | None,
     on_message: Callable[[object], None] | None = None,
 ) -> RecentPrior | None:
-    """Choose the recent prior on the validation, and give the towers the one of the time of the first test query.
+    """Choose the recent prior on the validation, and set it in the towers as of the first test query.
 
     Args:
-        towers: trained; changed in place.
-        split: the data; the rows before the test, those of the validation too, say what is recent.
-        config: `training.recent_prior` turns it off.
-        validate: measures towers on the validation queries; None without validation: no prior.
-        on_message: receives what was chosen, and what it changed; None discards it.
+        towers: the trained towers; changed in place.
+        split: the data; all rows before the test, including validation rows, are used for the recent frequency.
+        config: the settings; `training.recent_prior` turns the prior off.
+        validate: measures towers on the validation queries; None without validation, and then there is no prior.
+        on_message: receives the choice and its effect; None discards it.
 
     Returns:
-        The choice; None if it is turned off, does not help, or the split is not by time.
+        The choice; None if the prior is turned off, does not help, or the split is not by time.
     """
     data, asked, validated = split.data, split.test.query_times, split.validation.query_times
     if not config.training.recent_prior or validate is None or not is_split_by_time(split):
@@ -183,13 +183,13 @@ def add_recent_prior(
 
 
 def at_validation(model: SavedModel, split: Split) -> SavedModel:
-    """Return a saved model with the recent prior that was known at the first validation query.
+    """Return a saved model with the recent prior as of the first validation query.
 
-    The prior of the model is that of the test's time: it counts the validation's rows, and would leak its targets.
+    The model's own prior is as of the test: it counts the validation rows, and would leak their targets.
 
     Args:
-        model: just loaded; its towers are changed in place.
-        split: the data it was trained on.
+        model: a model that was just loaded; its towers are changed in place.
+        split: the data that the model was trained on.
     """
     chosen, train, asked = model.metadata.get("recent_prior"), split.train, split.validation.query_times
     if not chosen or train.timestamps is None or asked is None or not len(asked):
@@ -209,15 +209,15 @@ def choose_recent_prior(
 ) -> RecentPrior | None:
     """Choose half-life and strength on the validation; the towers have no prior afterwards.
 
-    First the half-life at strength 1, then the strength at the best half-life, then, if log p_train is part of the best
-    one, the half-life again: 15 to 20 validations.
+    The half-life is chosen at strength 1, then the strength at the best half-life, then the half-life again if the best
+    strength includes log p_train: 15 to 20 validations.
 
     Args:
-        towers: trained, without a prior.
+        towers: trained towers without a prior.
         train: the training interactions, with timestamps.
-        validate: measures towers on the validation queries; on every rank the same.
-        metric: the name of the metric that decides.
-        now: time of the first validation row, microseconds.
+        validate: measures towers on the validation queries, with the same result on every rank.
+        metric: the name of the metric to improve.
+        now: time of the first validation row, in microseconds.
 
     Returns:
         The choice, or None if the best one improves the metric by less than 1 %.

@@ -20,7 +20,7 @@ from twotower.data.schema.vocabulary import listed
 from twotower.distributed.launch import Coordinator, joined_processes
 from twotower.errors import InputError
 from twotower.evaluation import Evaluation
-from twotower.features.from_config import fit_features, unused_tables, wanted_context
+from twotower.features.from_config import context_to_read, fit_features, unused_tables
 from twotower.incremental import ParentModel
 from twotower.incremental.saved_rows import load_context, load_rows
 from twotower.incremental.split import ContinuedSplit
@@ -92,7 +92,7 @@ def train_run(
 
     Raises:
         InputError: `out` is a file or cannot be written, another run is writing into it, it already contains a run and
-            neither `resume` nor `replace` is set, or `resume` would not apply a setting.
+            neither `resume` nor `replace` is set, or a setting cannot be changed on `resume`.
         RankLost: another process of the run has died.
     """
     directory, training = Path(out), config.training
@@ -121,10 +121,10 @@ def train_run(
 
 @contextmanager
 def reserved(directory: Path) -> Iterator[None]:
-    """Create a folder and hold it for one process during the block; remove it if the block leaves it empty.
+    """Create a folder and lock it for one process during the block; remove it if it is empty at the end.
 
     Raises:
-        InputError: it is a file, cannot be written, or another process holds it.
+        InputError: the path is a file, cannot be written, or is locked by another process.
     """
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory}: is a file; choose a folder for --out")
@@ -147,7 +147,7 @@ def reserved(directory: Path) -> Iterator[None]:
 
 def _require_free(directory: Path, *, replace: bool) -> None:
     for folder in (FOLDER, VALIDATED):
-        require_replaceable(directory / folder, TOWERS, "model")  # fail now, not after hours of training
+        require_replaceable(directory / folder, TOWERS, "model")  # fail before hours of training
     foreign = [] if is_run(directory) else [name for name in OWN if (directory / name).exists()]
     if foreign:
         raise InputError(
@@ -253,7 +253,7 @@ def _train(
 
 
 def _parent(directory: Path, warm_start: str | Path | None, *, resume: bool) -> ParentModel | None:
-    """Load the model to continue from; that of an interrupted run is recorded in its folder."""
+    """Load the model to continue from; an interrupted run has recorded it in its folder."""
     recorded = directory / PARENT
     if warm_start is None and resume and recorded.is_file():
         warm_start = json.loads(recorded.read_text(encoding="utf-8"))["model"]
@@ -269,7 +269,7 @@ def _read(
             f"{source}: a ready-made split; with --from, DATA is new interactions, not split, and data.validation and "
             "data.test are fractions"
         )
-    return read_by_all(source, settings, team, context=wanted_context(config), before=before)
+    return read_by_all(source, settings, team, context=context_to_read(config), before=before)
 
 
 def _split(
@@ -277,7 +277,7 @@ def _split(
 ) -> Split | ContinuedSplit:
     if parent is None:
         return split_data(data, config.data, histories=config.query_tower.history is not None)
-    assert isinstance(data, Interactions)  # `_read` refuses a ready-made split
+    assert isinstance(data, Interactions)  # `_read` rejects a ready-made split
     ids = None if withdraw is None else ids_like(read_ids(withdraw), parent.artifact.items, str(withdraw))
     return continue_with(parent, data, config, withdrawn=ids)
 
@@ -293,7 +293,7 @@ def _report_features(config: Config, split: Split, on_message: Callable[[object]
 
 
 def _check(config: Config, split: Split) -> None:
-    """Refuse wrong settings now: before anything is written, and not after hours of training."""
+    """Reject wrong settings before anything is written and before hours of training."""
     build_objective(config, split.train)
     evaluation.check_slices(split.train, config.evaluation.slices)
     for holdout in (split.validation, split.test):
@@ -320,9 +320,9 @@ def _refit(
 
 
 def _begin(directory: Path, config: Config, parent: ParentModel | None) -> None:
-    """Write what a resumed run needs, in place of what an older run has left."""
+    """Write the files that a resumed run needs, and remove those of an older run."""
     write_text(directory / MARKER, f"{version('twotower')}\n")
-    shutil.rmtree((directory / LAST).parent, ignore_errors=True)  # of an older run: must not be resumed
+    shutil.rmtree((directory / LAST).parent, ignore_errors=True)  # checkpoints of an older run must not be resumed
     forget_windows(directory)
     for older, marker in ((directory / VALIDATED, TOWERS), (directory / REFIT, BEGUN)):
         if (older / marker).is_file():
@@ -354,7 +354,7 @@ def _finish(directory: Path, config: Config, model: Model, measured: Evaluation,
     if is_first or model.artifact.is_shared:
         model.save(directory / FOLDER)
     if is_first:
-        write_text(directory / CONFIG, config.to_yaml())  # a resumed run may have changed some
+        write_text(directory / CONFIG, config.to_yaml())  # a resumed run may have changed settings
         write_text(directory / "results.json", json.dumps(measured.to_dict(), indent=1))
 
 
@@ -378,12 +378,12 @@ def _summary(model: Model, config: Config) -> str:
 
 
 def evaluate_run(directory: str | Path, source: str | Path | None = None) -> Evaluation:
-    """Evaluate a saved model on the test queries of the data it was trained on.
+    """Evaluate a saved model on the test queries of the data that it was trained on.
 
     `source` is the location of the data, if it has moved.
 
     Raises:
-        InputError: the data was not found, or is not the data the model was trained on.
+        InputError: the data was not found, or is not the data that the model was trained on.
     """
     artifact, split = reread(directory, source)
     settings = artifact.config.evaluation
@@ -414,12 +414,12 @@ def refit_of(directory: str | Path) -> dict[str, Any] | None:
 
 
 def reread(directory: str | Path, source: str | Path | None = None) -> tuple[SavedModel, Split]:
-    """Load a saved model, and read and split the data it was trained on in the same way.
+    """Load a saved model, and read and split its data as for training.
 
     Of a model refitted on all rows, the validated model is loaded: the other has learnt the test rows.
 
     Raises:
-        InputError: the data was not found, or is not the data the model was trained on.
+        InputError: the data was not found, or is not the data that the model was trained on.
     """
     artifact = SavedModel.load(find_evaluated(directory))
     known = artifact.metadata["data"]
@@ -430,26 +430,25 @@ def reread(directory: str | Path, source: str | Path | None = None) -> tuple[Sav
     location = source or known.get("source")
     if location is None:
         raise InputError(f"{directory}: the model does not record where its data is; pass it with --data")
-    data = read_data(location, artifact.config.data, context=wanted_context(artifact.config))
+    data = read_data(location, artifact.config.data, context=context_to_read(artifact.config))
     if data.fingerprint != known["fingerprint"]:
         raise InputError(
             f"{location}: not the data this model was trained on (fingerprint {data.fingerprint[:12]}, expected "
             f"{known['fingerprint'][:12]}): the test rows may include its training rows; train on this data instead"
         )
-    # Models of older versions were tested without the queries that have a history but no training row.
+    # Older versions did not test queries that have a history but no training row.
     histories = bool(artifact.metadata["split"]["settings"].get("histories", False))
     return artifact, split_data(data, artifact.config.data, histories=histories)
 
 
 def audit_run(directory: str | Path, source: str | Path | None = None, *, rows: int = 64, seed: int = 0) -> Subject:
-    """Load what `twotower audit` measures: a saved model, rows of its training data, and what it was trained with.
+    """Load the subject of `twotower audit`: a saved model, rows of its training data, its batches and its objective.
 
-    Batches and objective come from the functions that `fit` takes them from, for the rows that the model was trained
-    on: of an incremental run those are the new rows and the replayed ones. Estimated frequencies continue from the best
-    checkpoint.
+    The functions that build them for `fit` build them here, for the rows that the model was trained on: for an
+    incremental run, the new rows and the replayed ones. Estimated frequencies continue from the best checkpoint.
 
     Raises:
-        InputError: see `evaluate_run`; an older version has not recorded the rows that an incremental run learnt from.
+        InputError: as in `evaluate_run`; also if an older version did not record the rows of an incremental run.
     """
     from twotower.incremental.warm_start import objective_state  # noqa: PLC0415  # loads the trainer, as in `fit`
 

@@ -1,4 +1,4 @@
-"""The settings of a run: completed from the data, read back from a run folder, compared when the run is resumed."""
+"""The settings of a run: complete them from the data, read them from a run folder, compare them on resuming."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from twotower.serving.model_folder import find_model, read_metadata
 CONFIG = "config.yaml"
 #: Settings that are paths: two paths to the same file are the same setting.
 PATHS = ("data.items", "data.queries", "data.validation", "data.test")
-#: Settings that a resumed run applies from where it continues: when it stops, how it computes and records the steps.
+#: Settings that may change when a run is resumed: when it stops, and how it computes and records its steps.
 APPLIED_ON_RESUME = (
     "data.workers",
     "evaluation",
@@ -46,15 +46,15 @@ def complete_settings(
     parent: ParentModel | None = None,
     on_message: Callable[[object], None] | None = None,
 ) -> tuple[Config, NDArray[np.int64] | None]:
-    """Replace every "auto" by its value for this data, and find the rows of an incremental run.
+    """Replace every "auto" with its value for this data, and select the rows of an incremental run.
 
-    `on_message` receives which question is trained and why.
+    `on_message` receives the training question and the reason for it.
 
     Returns:
         The settings without "auto", and the rows of `split.train` to train on; None for all.
 
     Raises:
-        InputError: split and parent do not match, or a setting would need weights different from the parent's.
+        InputError: split and parent do not match, or a setting does not fit the parent's weights.
     """
     config = resolve_question(config, split, on_message, parent=None if parent is None else parent.artifact.config)
     rows = incremental.rows_to_learn(split, parent, config)
@@ -64,7 +64,7 @@ def complete_settings(
 
 
 def settings_of(directory: str | Path) -> dict[str, Any]:
-    """Return the settings of a saved model for a run that continues it; what depends on its data is "auto" again."""
+    """Return the settings of a saved model for a run that continues it, with "auto" for all that depend on its data."""
     values: dict[str, Any] = read_metadata(find_model(directory))["config"]
     for name in ("batch_size", "warmup_steps", "horizon", "refit"):
         values.get("training", {}).pop(name, None)
@@ -91,10 +91,10 @@ def differences(requested: Config, existing: Config, free: tuple[str, ...] = ())
 
 
 def require_same_settings(directory: Path, config: Config, rows: int) -> None:
-    """Check that a resumed run is asked for nothing that it would not apply.
+    """Reject settings that a resumed run would not apply.
 
-    The checkpoint determines the learning rate, the optimizer and the random state; different settings would apply
-    to the rest of the run only, and give a model that no configuration describes.
+    The checkpoint determines the learning rate, the optimizer and the random state. Different settings would apply only
+    to the rest of the run, and the resulting model would match no configuration.
 
     Args:
         directory: the run folder.
@@ -102,7 +102,7 @@ def require_same_settings(directory: Path, config: Config, rows: int) -> None:
         rows: number of training rows.
 
     Raises:
-        InputError: a setting differs from that of the interrupted run and is not in `APPLIED_ON_RESUME`.
+        InputError: a setting differs from the interrupted run and is not in `APPLIED_ON_RESUME`.
     """
     written = directory / CONFIG
     if not written.is_file():

@@ -1,4 +1,4 @@
-"""The weights that training starts at, kept beside the checkpoints: if no epoch is better, they are the model."""
+"""The initial weights of a run, saved next to the checkpoints; they become the model if no epoch is better."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 
 class StartWeights:
-    """The start of a run, in `checkpoints/start.safetensors`, so that a resumed run has it too.
+    """The initial weights of a run, in `checkpoints/start.safetensors`, so that a resumed run has them too.
 
     Args:
         directory: the folder of the run, shared by all ranks.
-        ranks: the processes; the first one writes.
-        resume: keep the start of an earlier run in the folder; else it is removed.
+        ranks: the processes; rank 0 writes.
+        resume: keep the initial weights of an earlier run in the folder; otherwise remove them.
     """
 
     def __init__(self, directory: Path, ranks: Communicator, *, resume: bool = False) -> None:
@@ -50,7 +50,7 @@ class StartWeights:
         choice: StartChoice | None = None,
         on_message: Callable[[object], None] | None = None,
     ) -> None:
-        """Set freshly built towers to the start that `training.start` names, and keep it; see `start_linear`."""
+        """Initialise new towers as `training.start` specifies, and save the weights; see `start_linear`."""
         name = config.training.metric
 
         def measure(towers: TwoTower) -> float:
@@ -81,7 +81,7 @@ class StartWeights:
 
     @torch.no_grad()
     def or_better(self, result: FitResult, on_message: Callable[[object], None] | None = None) -> FitResult:
-        """Return the result of training, or the start if no epoch has a better validation metric."""
+        """Return the result of training, or the initial weights if no epoch has a better validation metric."""
         metric = self._metric()
         if metric is None or result.best is None or metric <= result.best:
             return result

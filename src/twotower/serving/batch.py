@@ -1,4 +1,4 @@
-"""Recommendations for a file of queries: read in blocks to bound memory, written in parts to allow resuming."""
+"""Recommend for a file of queries, which is read in blocks to bound memory and answered in parts to allow resuming."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class BatchReport:
     Attributes:
         queries: rows of the input.
         answered: queries with at least one recommendation.
-        unknown: queries about which nothing is known, see `answerable`.
+        unknown: queries that cannot be answered because nothing is known about them; see `answerable`.
         rows: recommendations written.
         resumed: queries whose part was written by an earlier, interrupted run.
     """
@@ -77,23 +77,23 @@ def recommend_file(
 ) -> BatchReport:
     """Recommend for every row of a file.
 
-    Finished blocks are kept next to `target` in `.NAME.parts/` until all are done, then merged into one file, which is
-    written atomically.
+    Finished blocks are kept next to `target` in `.NAME.parts/` until all are done, and then merged into one file that
+    is written atomically.
 
     Args:
         retriever: the model.
-        source: Parquet, CSV or TSV with a column of query ids (`query`, `user_id`, ... ), or a column `history` with
-            lists of item ids, oldest first (in text separated by blanks, commas, semicolons or bars), or both: an
-            unknown query is then answered by its history. If the model reads no histories, they only say which items
-            were seen, and ids or a context are required. Columns declared in query_tower.context give the context of
-            each row's request, which also answers an unknown query.
+        source: Parquet, CSV or TSV with a column of query ids (`query`, `user_id`, ... ), a column `history` with lists
+            of item ids, oldest first (in text separated by blanks, commas, semicolons or bars), or both. With both, an
+            unknown query is answered from its history. If the model reads no histories, they are only used to exclude
+            seen items, and ids or a context are required. Columns declared in query_tower.context are the context of
+            each row's request, from which an unknown query can also be answered.
         target: file to write, CSV or TSV by its name and otherwise Parquet, with the columns `query` (id, or the row
             number from 0 if there are only histories), `rank`, `item`, `score`.
         k: number of items per query.
         exclude_seen: leave out the items of the history.
         filter: a condition on the columns of the item table.
         allow: the only item ids that may be recommended.
-        deny: item ids that may not be.
+        deny: item ids that may not be recommended.
         popularity: b, the popularity dial.
         resume: resume an interrupted run.
         force: replace `target`, and discard an interrupted run.
@@ -101,11 +101,11 @@ def recommend_file(
         progress: called with the number of queries done and the total.
 
     Returns:
-        The counts. Queries about which nothing is known get no rows.
+        The counts. Queries that cannot be answered get no rows.
 
     Raises:
-        InputError: a file or column is missing or of the wrong type, `target` exists, or an interrupted run had other
-            options.
+        InputError: a file or column is missing or has the wrong type, `target` exists, or an interrupted run had
+            different options.
         Interrupted: Ctrl-C; finished parts are kept.
     """
     source, target = Path(source), Path(target)
@@ -232,7 +232,7 @@ class _Reader:
         return cls(path, frame, rows, query, lists[0] if lists else None, context_columns)
 
     def queries(self, retriever: Retriever, start: int, stop: int) -> QueryBatch:
-        """Read rows start .. stop - 1, without refusing any query."""
+        """Read rows start .. stop - 1, including queries that cannot be answered."""
         columns = [name for name in (self.query, self.history, *self.context) if name is not None]
         rows = self.frame.select(columns).slice(start, stop - start).collect()
         artifact = retriever.artifact

@@ -1,4 +1,4 @@
-"""Items added, changed and removed after training: edits checked and turned into codes and rows, and their files.
+"""Items that are added, changed and removed after training: checked edits, their codes and rows, and their files.
 
 model/changes/changes.json         schema version, counts of added, changed and removed items, checksums
 model/changes/changes.safetensors  codes and embeddings [n, D] of added and changed items; codes of removed items
@@ -50,7 +50,7 @@ class GrownVocabulary(Vocabulary):
         later: the added ids, none of them in `first`.
 
     Raises:
-        InputError: an added id exists already, or repeats.
+        InputError: an added id already exists or is repeated.
     """
 
     def __init__(self, first: Vocabulary, later: IdValues) -> None:
@@ -61,7 +61,7 @@ class GrownVocabulary(Vocabulary):
         self._ascending = None
 
     def encode(self, ids: IdValues) -> Codes:
-        """See `Vocabulary.encode`."""
+        """Convert ids to codes; see `Vocabulary.encode`."""
         wanted = ids_of(ids, "ids")
         codes = np.array(self._first.encode(wanted))  # the result may be read-only
         missing = np.flatnonzero(codes < 0)
@@ -77,9 +77,9 @@ class CatalogChanges:
 
     Attributes:
         joined: ids of added items, in the order of their codes, which follow the codes of the trained items.
-        codes: int64 [n], ascending: added items, and items whose embedding or columns changed.
-        embeddings: float32 [n, D], embeddings of `codes`.
-        rows: rows of `codes` in the item table, or None if there is no table.
+        codes: codes of added items, and of items whose embedding or columns changed, int64 [n], ascending.
+        embeddings: embeddings of these items, float32 [n, D].
+        rows: rows of these items in the item table, or None if there is no table.
         left: int64, codes of removed items.
     """
 
@@ -96,7 +96,7 @@ class CatalogChanges:
         Args:
             trained: the model as it was saved.
             now: the model with added and changed items.
-            codes: codes of these items.
+            codes: codes of the added and changed items.
             alive: bool [N], False for removed items.
         """
         table = now.item_table
@@ -109,10 +109,10 @@ class CatalogChanges:
         )
 
     def applied(self, trained: SavedModel) -> tuple[SavedModel, Mask]:
-        """Apply the changes. Returns the changed model, and a bool [N] mask that is False for removed items.
+        """Return the changed model, and a mask bool [N] that is False for removed items.
 
         Raises:
-            InputError: the changes are those of another model.
+            InputError: the changes belong to a different model.
         """
         count, joined = len(trained.items), len(self.joined)
         added = self.codes[self.codes >= count]
@@ -139,7 +139,7 @@ class CatalogChanges:
         alive[self.left] = False
         if joined:
             embeddings = torch.cat([embeddings, self.embeddings[split:]])
-        return grown(trained, self.joined, embeddings, table), alive
+        return with_added_items(trained, self.joined, embeddings, table), alive
 
     def write(self, folder: Path) -> None:
         """Write the files that `read` reads into an empty folder."""
@@ -167,7 +167,7 @@ class CatalogChanges:
         """Read and verify the changes in a model folder; None if there are no changes.
 
         Raises:
-            InputError: the files are damaged, or of a different version.
+            InputError: a file is damaged or has a different schema version.
         """
         folder = model / FOLDER
         path = folder / "changes.json"
@@ -236,13 +236,15 @@ class CatalogChanges:
         return {"joined": len(self.joined), "changed": len(self.codes) - len(self.joined), "left": len(self.left)}
 
 
-def grown(artifact: SavedModel, joined: pl.Series, embeddings: Tensor, table: pl.DataFrame | None) -> SavedModel:
+def with_added_items(
+    artifact: SavedModel, joined: pl.Series, embeddings: Tensor, table: pl.DataFrame | None
+) -> SavedModel:
     """Append items to a model; their training count is 0.
 
     Args:
-        artifact: the model before.
+        artifact: the model to extend.
         joined: ids of the added items; may be empty.
-        embeddings: float32 [N + n, D], of all items.
+        embeddings: embeddings of all items, float32 [N + n, D].
         table: item table of all items, or None.
     """
     if not len(joined):
@@ -257,9 +259,9 @@ def grown(artifact: SavedModel, joined: pl.Series, embeddings: Tensor, table: pl
 
 
 def new_embeddings(artifact: SavedModel, codes: Codes, given: pl.DataFrame, vectors: Any, what: str) -> Tensor:
-    """Return embeddings of added or changed items, float32 [n, D]: the given ones, or the item tower's.
+    """Return embeddings of added or changed items, float32 [n, D], as given or computed by the item tower.
 
-    If the model uses cosine similarity, embeddings are normalised to length 1, as the towers do.
+    If the model uses cosine similarity, embeddings are normalised to length 1, as in the towers.
 
     Args:
         artifact: the model.
@@ -269,7 +271,7 @@ def new_embeddings(artifact: SavedModel, codes: Codes, given: pl.DataFrame, vect
         what: subject of error messages.
 
     Raises:
-        InputError: neither vectors nor features, a wrong shape, or a value that is not finite.
+        InputError: vectors and features are both missing, a shape is wrong, or a value is not finite.
     """
     width = artifact.item_embeddings.shape[1]
     tower = artifact.towers.item_tower
@@ -296,7 +298,7 @@ def new_embeddings(artifact: SavedModel, codes: Codes, given: pl.DataFrame, vect
 
 
 def with_rows(table: pl.DataFrame, codes: Codes, rows: pl.DataFrame) -> pl.DataFrame:
-    """Replace the rows of a table at some codes; append those with codes past its end. `rows` has the same columns."""
+    """Replace the rows of a table at some codes, and append rows with codes past its end; columns are the same."""
     more = int((codes >= len(table)).sum())
     extended = pl.concat([table, pl.DataFrame(schema=table.schema).clear(more)]) if more else table
     place = np.arange(len(extended), dtype=np.int64)
@@ -330,7 +332,7 @@ class CatalogEdit:
         ids: ids of the items.
         codes: int64 [n], their codes; -1 for an id that is new to the vocabulary.
         embeddings: float32 [n, D].
-        rows: their rows in the item table, or None if there is no table.
+        rows: rows of the items in the item table, or None if there is no table.
     """
 
     ids: pl.Series
@@ -344,14 +346,14 @@ class CatalogEdit:
 
         Args:
             artifact: the model in its current state.
-            alive: bool [N], the items in the catalog now.
+            alive: bool [N], the items that are now in the catalog.
             items: a data frame or a list of dicts with ids and columns of the item table.
             embeddings: [n, D]; None to take the column `embedding`, or else the item tower with the items' features.
             join: True to add items, False to change existing ones.
 
         Raises:
-            InputError: there are no ids; an id repeats, exists already (add) or does not exist (change); a value does
-                not fit its column; embeddings are missing or of a wrong shape.
+            InputError: there are no ids; an id is repeated, already exists (add) or does not exist (change); a value
+                does not fit its column; embeddings are missing or have the wrong shape.
         """
         what = "items to add" if join else "items to change"
         frame = _as_frame(items, what)
@@ -410,7 +412,7 @@ def _id_column(frame: pl.DataFrame, what: str) -> str:
 
 
 def _rows(table: pl.DataFrame, frame: pl.DataFrame, codes: Codes, ids: pl.Series, what: str) -> pl.DataFrame:
-    """Build rows of the item table: values of the frame, else of the table, else null."""
+    """Build rows of the item table with the values of the frame, or of the table if these are missing, or null."""
     # New items read row 0 as a placeholder; `known` then replaces its values with null.
     known = pl.Series(codes >= 0)
     held = table.select(pl.all().gather(np.where(codes >= 0, codes, 0)))

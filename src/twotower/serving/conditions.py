@@ -1,8 +1,8 @@
 """The language of conditions on the item table: a grammar, types, bounds, and translation to polars expressions.
 
-The grammar lists everything that a condition may say, so nothing in a condition can name a file, a table or an engine's
-function. Polars receives expressions built here, never text of the condition except as literal values and names of
-existing columns.
+The grammar lists everything that a condition may contain, so a condition cannot name a file, a table or a function of
+an engine. Polars receives expressions that are built here. Text of the condition reaches it only as literal values and
+as names of existing columns.
 """
 
 from __future__ import annotations
@@ -105,9 +105,9 @@ class Term:
 
     Attributes:
         kind: text, number, boolean, time, null, "list of text" and the like, or other.
-        expression: its value for each item: a column, a literal, stored values, or AND, OR, NOT and comparisons of
-            these.
-        literal: its value, if it is a literal of text or a number.
+        expression: value of the term for each item: a column, a literal, stored values, or AND, OR, NOT and
+            comparisons of these.
+        literal: value of the term if it is a text or number literal.
         is_leaf: True for a column or a literal.
     """
 
@@ -117,7 +117,7 @@ class Term:
     is_leaf: bool = False
 
 
-#: Name of a function -> kinds of its arguments, kind of its result, and how it is computed.
+#: Name of a function -> kinds of its arguments, kind of its result, and its implementation.
 FUNCTIONS: dict[str, tuple[tuple[str, ...], str, Callable[..., pl.Expr]]] = {
     "abs": (("number",), "number", lambda x: x.abs()),
     "ceil": (("number",), "number", lambda x: x.ceil()),
@@ -180,7 +180,7 @@ def _parser() -> Lark:
 
 
 def _parsed(condition: str, refuse: Callable[[str], NoReturn]) -> Tree[Token]:
-    """Parse a condition and check its depth and size; neither recurses."""
+    """Parse a condition and check its depth and size, both without recursion."""
     try:
         tree = _parser().parse(condition)
     except UnexpectedInput as error:
@@ -226,11 +226,11 @@ class _Builder:
         return self._table.with_columns(expression.alias("\0"))["\0"]
 
     def _stored(self, kind: str, expression: pl.Expr) -> Term:
-        """Evaluate a term now: polars repeats the operands of many operations, so nesting them doubles every time."""
+        """Evaluate a term now: polars repeats operands of many operations, so each nesting level doubles the work."""
         return Term(kind, pl.lit(self.evaluate(expression)))
 
     def _predicate(self, expression: pl.Expr, *terms: Term, negative: bool = False) -> Term:
-        """Return a predicate on some terms; store it if they are stored, to free them."""
+        """Return a predicate on some terms; if these are stored, store the predicate instead to free them."""
         expression = ~expression if negative else expression
         if all(term.is_leaf for term in terms):
             return Term("boolean", expression)
@@ -397,7 +397,7 @@ class _Builder:
         return self._stored("number", -self._number_of(inner))
 
     def _number_of(self, child: Any) -> pl.Expr:
-        """Translate a number of arithmetic, which is in double precision."""
+        """Translate an operand of arithmetic, which is done in double precision."""
         term = self._as(self.term(child), "number")
         if term.kind != "number":
             self.refuse(f"arithmetic takes numbers, found {_a(term.kind)}", types=True)

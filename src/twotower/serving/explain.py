@@ -32,8 +32,8 @@ class Explanation:
         popularity_share: `popularity / lift`; below 0 if the item ranks high although it is rare, above 1 if it ranks
             lower than its popularity alone predicts; None if the lift is not positive.
         history: columns `item`, `title` if the items have titles, and `contribution`: the logit with the whole history
-            minus the logit without this item. Largest first. Redundant items have small contributions, because the
-            others remain when one is left out; contributions need not sum to the lift.
+            minus the logit without this item, largest first. Similar items have small contributions, because the others
+            remain when one is left out; contributions need not sum to the lift.
     """
 
     item: Any
@@ -62,7 +62,7 @@ def explain(
 
     Args:
         tables: the model's tables.
-        embed: function that embeds queries. When an item is left out, the gaps before the others stay the same.
+        embed: function that embeds queries. When an item is left out, the gaps before the other items stay the same.
         query: one query, a batch of size 1.
         code: code of the item.
         length: L, the number of recent items that the query tower reads.
@@ -72,7 +72,7 @@ def explain(
     artifact, temperature = tables.artifact, dial.temperature
     recent = query.items[max(len(query.items) - length, 0) :]
     count = len(recent)
-    # Row 0 is the whole history, row i + 1 leaves out item i. Items older than L are kept: one of them moves up.
+    # Row 0 is the whole history; row i + 1 leaves out item i. Items older than L are kept: one of them moves up.
     kept = _without_each(query.items, count)
     gaps = None if query.gaps is None else np.concatenate(_without_each(query.gaps, count))
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in kept])]).astype(np.int64)

@@ -37,8 +37,8 @@ class QueryEncoder(nn.Module):
         uses_queries: the tower has an id embedding; the input `query` is int64 [B], -1 for a new query.
         uses_history: the tower reads a history; the input `history` is int64 [B, L], item codes, newest last, padded
             with -1 on the left.
-        uses_gaps: the tower reads the time between items; the input `gaps` is int64 [B, L], codes of data/gaps.py, 0
-            for an unknown gap.
+        uses_gaps: the tower reads the time between items; the input `gaps` is int64 [B, L], codes of
+            data/loading/gaps.py, 0 for an unknown gap.
     """
 
     def __init__(self, towers: TwoTower, *, uses_queries: bool, uses_history: bool, uses_gaps: bool = False) -> None:
@@ -49,7 +49,7 @@ class QueryEncoder(nn.Module):
         self.uses_gaps = uses_gaps
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Embed queries, float32 [B, D]. Inputs: query, history and gaps, in this order, those that the tower uses."""
+        """Embed queries, float32 [B, D]; inputs are query, history and gaps, in this order, if the tower uses them."""
         rows = inputs[0]
         queries = rows if self.uses_queries else torch.full_like(rows[:, 0], -1)
         history = inputs[int(self.uses_queries)] if self.uses_history else None
@@ -61,9 +61,9 @@ def export_query_tower(directory: str | Path, out: str | Path, format: str = "on
 
     The files are `query_tower.onnx` or `query_tower.pt2`; `items.safetensors` with the item embeddings [N, D] and the
     popularity coordinate [N] (see `PopularityDial`); `items.parquet` and `queries.parquet`, row = code; `export.json`
-    with the inputs, L, D, the temperature, and the largest difference found.
+    with the inputs, L, D, the temperature, and the largest difference from the original.
 
-    The exported tower is run on random queries in batches of 1, 3 and 64, and compared with the original.
+    The exported tower is compared with the original on random queries, in batches of 1, 3 and 64.
 
     Args:
         directory: a model folder, or the run folder that contains it.
@@ -157,7 +157,7 @@ def _export_onnx(encoder: QueryEncoder, example: tuple[Tensor, ...], names: list
         ) from None
     batch = torch.export.Dim("batch", min=1)
     with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
-        warnings.simplefilter("ignore")  # the exporter's own deprecations
+        warnings.simplefilter("ignore")  # deprecations inside the exporter
         torch.onnx.export(
             encoder,
             example,

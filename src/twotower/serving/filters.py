@@ -37,8 +37,8 @@ def allowed_items(
         bool [N], or None if every item passes.
 
     Raises:
-        InputError: the condition cannot be parsed, names an unknown column, compares incompatible types, or there is no
-            item table; a list is not a list of ids; no id of the allow list is in the catalog.
+        InputError: the condition is invalid (see `condition_mask`) or there is no item table; a list is not a list of
+            ids; no id of the allow list is in the catalog.
     """
     mask: Mask | None = None
     if condition is not None:
@@ -57,5 +57,5 @@ def allowed_items(
 
 
 def _known(items: Vocabulary, ids: Sequence[Any], name: str) -> NDArray[np.int64]:
-    codes = codes_of(items, id_list(ids, name))  # an id of another type must not fail the others
+    codes = codes_of(items, id_list(ids, name))  # an id of a different type must not make the other ids fail
     return codes[codes >= 0]

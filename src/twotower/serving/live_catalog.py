@@ -11,7 +11,7 @@ import torch
 
 from twotower.data.schema.vocabulary import Codes
 from twotower.index import ApproximateIndex, PopularityDial
-from twotower.serving.catalog_changes import CatalogChanges, CatalogEdit, Mask, grown, leaving, with_rows
+from twotower.serving.catalog_changes import CatalogChanges, CatalogEdit, Mask, leaving, with_added_items, with_rows
 from twotower.serving.model_folder import SavedModel
 from twotower.serving.search import Search
 
@@ -19,12 +19,12 @@ from twotower.serving.search import Search
 class LiveCatalog:
     """The items that can be recommended: the trained items with all changes since training.
 
-    Items are added, changed and removed without rebuilding the index, whatever its kind. This is not safe while another
-    thread searches: for a running service, save the changed folder (`save_changes`), and the service swaps to it.
+    Items are added, changed and removed without rebuilding the index, for any kind of index. This is not safe while
+    another thread searches. For a running service, save the changed folder (`save_changes`); the service swaps to it.
 
     Args:
         trained: the model as it was saved.
-        index: an approximate index over its items that has the changes already; None for exact search.
+        index: an approximate index over its items that already has the changes; None for exact search.
         changes: changes since training.
 
     Attributes:
@@ -63,19 +63,19 @@ class LiveCatalog:
                 They are normalised to length 1 if the model uses cosine similarity.
 
         Raises:
-            InputError: see `CatalogEdit.of`.
+            InputError: as in `CatalogEdit.of`.
         """
         self._edit(CatalogEdit.of(self.artifact, self.alive, items, embeddings, join=True))
 
     def update(self, items: Any, embeddings: Any = None) -> None:
         """Change embeddings of items and their columns in the item table; see `add`.
 
-        The query tower's own vectors of these items in histories do not change.
+        The vectors with which the query tower reads these items in histories do not change.
         """
         self._edit(CatalogEdit.of(self.artifact, self.alive, items, embeddings, join=False))
 
     def remove(self, ids: Sequence[Any]) -> None:
-        """Remove items from all results; histories keep them.
+        """Remove items from all results; they remain in histories.
 
         Raises:
             InputError: an id is not in the catalog.
@@ -91,7 +91,7 @@ class LiveCatalog:
         count, width = artifact.item_embeddings.shape
         codes = edit.codes.copy()
         codes[fresh] = count + np.arange(int(fresh.sum()))
-        order = np.argsort(codes)  # existing items first, then added ones
+        order = np.argsort(codes)  # existing items first, then added items
         codes, existing = codes[order], int((~fresh).sum())
         vectors = edit.embeddings[torch.from_numpy(order)]
         if self.search.approximate is not None:
@@ -106,7 +106,7 @@ class LiveCatalog:
         alive = np.concatenate([self.alive, np.ones(len(joined), dtype=np.bool_)])
         alive[codes] = True
         # Share the index's tensor, so that the embeddings are in memory once.
-        self.artifact = grown(artifact, joined, index.vectors.items[:, :width], table)
+        self.artifact = with_added_items(artifact, joined, index.vectors.items[:, :width], table)
         self.search = Search(self.artifact, self.search.approximate, alive)
         self._edited = np.union1d(self._edited, codes)
 

@@ -64,21 +64,23 @@ TOWERS = "towers.safetensors"
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A trained model: everything needed to serve it, and where it comes from.
+    """A trained model: everything needed to serve it, and a record of its origin.
 
     Attributes:
-        config: the settings it was trained with.
+        config: the settings that it was trained with.
         towers: both towers, in evaluation mode.
-        item_embeddings: float32 [N, D], or [N, D+1] (`TwoTower.width`); if ranks share the tables, only the rows of
-            this rank's items.
+        item_embeddings: float32 [N, D], or [N, D+1] (`TwoTower.width`); with sharded tables, only the rows of this
+            rank's items.
         item_counts: training interactions of each item, int64 [N].
         queries, items: the vocabularies.
         history_offsets: int64 [Q+1].
         history_items: int32 [n], oldest first within a query.
-        history_gaps: int8 [n], code of the gap before each item (data/gaps.py); None if the tower reads no gaps.
+        history_gaps: int8 [n], code of the gap before each item (data/loading/gaps.py); None if the tower reads no
+            gaps.
         item_table: one row for each item code, or None.
         metadata: data account, fingerprint, split, metrics: JSON values.
-        rows: what is needed of the history rows to continue training; `load` does not read it (continuing/kept.py).
+        rows: columns of the history rows that continued training needs; `load` does not read them
+            (incremental/saved_rows.py).
         contexts: context of the history rows and of the test queries, by file name; `load` does not read it.
     """
 
@@ -98,7 +100,7 @@ class SavedModel:
 
     @property
     def directions(self) -> Tensor:
-        """Item embeddings without the coordinate of item bias and recent prior, [N, D]: what items are similar by."""
+        """Item embeddings without the coordinate of item bias and recent prior, [N, D], which define similar items."""
         return self.item_embeddings[:, : self.config.item_tower.dimension]
 
     @property
@@ -107,11 +109,11 @@ class SavedModel:
         return bool(shared_tables_of(self.towers))
 
     def save(self, directory: str | Path, ranks: Communicator | None = None) -> Path:
-        """Write to a temporary folder next to `directory`, then rename it, which replaces an older model atomically.
+        """Write to a temporary folder next to `directory` and rename it, which replaces an existing model atomically.
 
         Args:
             directory: the model folder.
-            ranks: the ranks that share the tables. Each writes its own rows; all must see the same file system.
+            ranks: the ranks over which tables are sharded. Each writes its own rows, to the same file system.
 
         Returns:
             The folder written.
@@ -133,7 +135,7 @@ class SavedModel:
         return target
 
     def _write_rows(self, folder: Path, ranks: Communicator) -> None:
-        """Write the two large files. Every rank adds its own rows; no rank holds all of them."""
+        """Write the two large files. Every rank adds its own rows, so that no rank needs memory for all rows."""
         parts = {id(table.weight): table.part for table in shared_tables_of(self.towers)}
         names: dict[int, str] = {}
         others: dict[str, str] = {}  # a tensor with two names is saved under the first, as in `save_model`
@@ -188,13 +190,13 @@ class SavedModel:
         Args:
             directory: the folder.
             weights: load weights and item embeddings. If False, tables have the right shape but no memory, layers have
-                weights other than the model's, and there are no item embeddings: for callers that read single rows from
-                `towers.safetensors` (stored_rows.py).
+                random weights, and there are no item embeddings; for callers that read single rows of
+                `towers.safetensors` themselves.
             verify: compare the checksums. If False, only check that the files exist.
 
         Raises:
-            InputError: there is no model, another version wrote it, a file is missing or a link, its checksum differs,
-                or the sizes of the files disagree.
+            InputError: there is no model, it has a different schema version, a file is missing or a link, its checksum
+                differs, or the sizes of the files disagree.
         """
         folder = find_model(directory)
         metadata = read_metadata(folder)
@@ -286,11 +288,11 @@ def _require_histories(
 
 
 def _nothing(folder: Path) -> None:
-    """Write no small files, on ranks after the first."""
+    """Write nothing: on ranks after the first, which write no small files."""
 
 
 def _map(towers: TwoTower, path: Path) -> None:
-    """Map the weights from the file: pages are read when used, and processes share them."""
+    """Memory-map the weights: pages are read on demand and shared by processes."""
     stored = load_file(path)
     for name, weight in towers.named_parameters():
         mapped = stored.get(name)
@@ -312,7 +314,7 @@ def find_model(directory: str | Path) -> Path:
         raise InputError(f"{given}: no such folder; expected one written by `twotower train ... --out {given}`")
     if (given / "checkpoints").is_dir():
         raise InputError(
-            f"{given}: no model in this folder, but an interrupted training run; the model is written at its end: "
+            f"{given}: no model in this folder, only an interrupted training run; the model is written at its end: "
             f"resume with `twotower train DATA --out {given} --resume`"
         )
     raise InputError(f"{given}: no model in this folder; expected metadata.json, as `twotower train` writes it")
@@ -346,15 +348,15 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     try:
         metadata = read_json(path)
         verify_checksums(folder, ADVICE, only=path.name)  # older versions wrote none
-        found = metadata["schema_version"]
+        version = metadata["schema_version"]
         checksums = metadata["checksums"]
     except InputError:
         raise
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{path}: not the metadata of a model ({error}); {ADVICE}") from error
-    if found != SCHEMA_VERSION or not isinstance(checksums, dict):
+    if version != SCHEMA_VERSION or not isinstance(checksums, dict):
         raise InputError(
-            f"{path}: schema version {found!r:.40}, this twotower reads {SCHEMA_VERSION}; "
+            f"{path}: schema version {version!r:.40}, this twotower reads {SCHEMA_VERSION}; "
             "use the version that wrote it, or train again"
         )
     for name in ("data", "split", "training", "metrics"):

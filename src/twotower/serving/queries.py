@@ -1,4 +1,4 @@
-"""Queries, known or new: ids turned into codes and histories, and the one rule for which of them can be answered."""
+"""Known and new queries: conversion of ids to codes and histories, and the rule for which queries can be answered."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from twotower.data.loading.histories import take_ranges
 from twotower.data.schema.vocabulary import CodedIds, Codes, HashedIds, Vocabulary, ids_of
 from twotower.errors import InputError
-from twotower.features.requests import Given, given_gaps
+from twotower.features.requests import ContextRows, given_gaps
 from twotower.serving.model_folder import SavedModel
 
 Gaps = NDArray[np.int8]
@@ -56,9 +56,9 @@ class ResolvedQuery(NamedTuple):
     """One query as codes.
 
     Attributes:
-        code: code of the query, -1 for a new one.
-        items: codes of its history, oldest first.
-        gaps: codes of the gaps before them, 0 where unknown.
+        code: code of the query, -1 for a new query.
+        items: item codes of its history, oldest first.
+        gaps: codes of the gaps before these items, 0 where unknown.
     """
 
     code: int
@@ -74,9 +74,9 @@ class QueryBatch:
         ids: names of the queries in results: ids, or positions if only histories were given.
         codes: int64 [B], -1 for a query that is not in the training data.
         offsets, items: histories in compressed rows, int64 [B+1] and item codes, oldest first.
-        features: declared columns of each query; None in a row, or for all, to use the features known from training.
-        context: declared columns of each query's request; None in a row, or for all, if the context is unknown.
-        gaps: int8, code of the gap before each of `items` (data/gaps.py); None if the tower reads no gaps.
+        features: declared columns of each query; None, for one query or all, to use the features known from training.
+        context: declared columns of each query's request; None, for one query or all, if the context is unknown.
+        gaps: int8, code of the gap before each of `items` (data/loading/gaps.py); None if the tower reads no gaps.
     """
 
     ids: pl.Series
@@ -84,7 +84,7 @@ class QueryBatch:
     offsets: Codes
     items: NDArray[np.int32]
     features: Sequence[Mapping[str, Any] | None] | None = None
-    context: Given | None = None
+    context: ContextRows | None = None
     gaps: Gaps | None = None
 
     @property
@@ -108,16 +108,16 @@ class QueryBatch:
         Args:
             artifact: the model.
             queries: ids of known queries; their history in the data is used unless `histories` is given.
-            histories: item ids, oldest first; unknown items are left out. If the query tower reads no history, they
-                only say which items were seen, so that results can leave these out. A history alone is then rejected,
-                because the result would be the same for every history.
+            histories: item ids, oldest first; unknown items are left out. If the query tower reads no history, they are
+                only used to exclude seen items. A history alone is then rejected, because the result would be the same
+                for every history.
             features: for each query, the columns declared in query_tower.features.
             context: for each query's request, the columns declared in query_tower.context; or one mapping for all.
             times: timestamps of the items of `histories`, one for each; for a model that reads gaps.
 
         Raises:
-            InputError: nothing is given, a query is unknown, the numbers of rows differ, or nothing that the query
-                tower reads is known about a query.
+            InputError: no query is given, a query is unknown, the numbers of rows differ, or a query cannot be answered
+                (see `answerable`).
         """
         require_something({"query ids": queries, "histories": histories, "features": features, "context": context})
         if queries is not None:
@@ -135,12 +135,12 @@ class QueryBatch:
         if times is not None and (histories is None or len(times) != len(histories)):
             raise InputError("times: expected one row of times for each of histories")
         if histories is not None:
-            found, gaps = _encode_histories(artifact.items, histories, len(codes), times)
+            compressed, gaps = _encode_histories(artifact.items, histories, len(codes), times)
         elif queries is not None:
-            found, gaps = stored_histories(artifact, codes), stored_gaps(artifact, codes)
+            compressed, gaps = stored_histories(artifact, codes), stored_gaps(artifact, codes)
         else:
-            found = np.zeros(len(codes) + 1, dtype=np.int64), np.zeros(0, dtype=np.int32)
-        batch = cls(ids, codes, *found, features, contexts, gaps)
+            compressed = np.zeros(len(codes) + 1, dtype=np.int64), np.zeros(0, dtype=np.int32)
+        batch = cls(ids, codes, *compressed, features, contexts, gaps)
         unknown = np.flatnonzero(~batch.answerable(artifact))
         if len(unknown):
             row = int(unknown[0])
@@ -159,20 +159,20 @@ def answerable(
     codes: Codes,
     sizes: Codes,
     features: Sequence[Mapping[str, Any] | None] | None = None,
-    context: Given | None = None,
+    context: ContextRows | None = None,
 ) -> Mask:
-    """Mark the queries that a model can answer, bool [B]: those of which something is known that its query tower reads.
+    """Mark the queries that a model can answer, bool [B]: some input that its query tower reads is known.
 
-    That is an id with a training row or with features from training; a history with an item of the catalog, if the
-    tower reads histories; features; or a context with a value. Whether the model takes features or a context is checked
-    when they are encoded.
+    Such an input is an id with a training row or with features from training; a history with an item of the catalog, if
+    the tower reads histories; features; or a context with a value. Whether the model has features or a context is
+    checked when they are encoded.
 
     Args:
         artifact: the model.
         codes: int64 [B], -1 for a new query.
         sizes: int64 [B], number of catalog items in the history of each query.
-        features: features of each query; None in a row, or for all, if none are given.
-        context: context of each query's request; None in a row, or for all, if none is given.
+        features: features of each query; None, for one query or all, if not given.
+        context: context of each query's request; None, for one query or all, if not given.
     """
     known = known_from_training(artifact, codes)
     if reads_history(artifact):
@@ -191,7 +191,7 @@ def unanswerable(artifact: SavedModel, code: int, *, has_history: bool) -> str:
 
     Args:
         artifact: the model.
-        code: code of the query, -1 for a new one.
+        code: code of the query, -1 for a new query.
         has_history: True if the request had a history.
     """
     if code < 0 and not has_history:
@@ -207,10 +207,10 @@ def require_something(inputs: Mapping[str, Any]) -> None:
     """Check that a request describes its query.
 
     Args:
-        inputs: name of each input that can describe a query -> what was given, or None.
+        inputs: name of each input that can describe a query -> its value, or None.
 
     Raises:
-        InputError: none of them is given.
+        InputError: none of the inputs is given.
     """
     if all(value is None for value in inputs.values()):
         *others, last = inputs
@@ -220,7 +220,7 @@ def require_something(inputs: Mapping[str, Any]) -> None:
 def resolve(
     artifact: SavedModel, query: Any, history: Sequence[Any] | None, times: Sequence[Any] | None
 ) -> ResolvedQuery:
-    """Turn the id, history and times of one request into codes; whether it can be answered is for `answerable`.
+    """Turn the id, history and times of one request into codes; `answerable` then tests if it can be answered.
 
     Args:
         artifact: the model.
@@ -252,7 +252,7 @@ def resolve(
 
 
 def reads_history(artifact: SavedModel) -> bool:
-    """True if the query tower reads histories; otherwise they only say which items were seen."""
+    """Return whether the query tower reads histories; otherwise they are only used to exclude seen items."""
     return artifact.config.query_tower.history is not None
 
 
@@ -266,7 +266,7 @@ def known_from_training(artifact: SavedModel, codes: Codes) -> Mask:
 
 
 def _count(*given: Sequence[Any] | Mapping[str, Any] | None) -> int:
-    """Count new queries: the rows of the first argument given, or 1 for a single context."""
+    """Count new queries: the length of the first argument that is given, or 1 for a single context."""
     rows = next(rows for rows in given if rows is not None)
     return 1 if isinstance(rows, Mapping) or not hasattr(rows, "__len__") else len(rows)
 
@@ -311,7 +311,7 @@ def trained_only(
 
 
 def seen_codes(artifact: SavedModel, codes: Codes) -> Codes:
-    """Replace codes of hashed queries by -1 if no id of the data has their row: every id hashes to some row."""
+    """Replace codes of hashed queries with -1 if no id of the data has this row, since every id hashes to some row."""
     if not isinstance(artifact.queries, HashedIds):
         return codes
     at = np.maximum(codes, 0)
@@ -347,7 +347,7 @@ def known_codes(vocabulary: Vocabulary, ids: Sequence[Any], side: str, artifact:
     ids = id_list(ids, "queries" if side == "query" else "items")
     try:
         codes: Codes = vocabulary.encode(ids)
-    except InputError:  # not of the type of the ids, or of several types
+    except InputError:  # the ids have a different type, or several types
         codes = codes_of(vocabulary, ids)
     if vocabulary is artifact.queries:
         codes = seen_codes(artifact, codes)
@@ -364,7 +364,7 @@ def id_list(ids: Any, name: str) -> list[Any]:
     """Return ids as a list.
 
     Raises:
-        InputError: it is a single value: text would be split into characters.
+        InputError: `ids` is a single value; text would be split into characters.
     """
     if isinstance(ids, str | bytes | Mapping) or not hasattr(ids, "__iter__") or not hasattr(ids, "__len__"):
         raise InputError(f"{name}: expected a list of ids, found {ids!r:.80}; write [{ids!r:.80}]")
@@ -379,7 +379,7 @@ def require_flat(row: Any, name: str) -> None:
         name: "features" or "context", for errors.
 
     Raises:
-        InputError: it is not a mapping, or a value is nested, too long, or an integer beyond 64 bits.
+        InputError: the row is not a mapping, or a value is nested, too long, or an integer beyond 64 bits.
     """
     if not isinstance(row, Mapping):
         raise InputError(f"{name}: expected columns and values, found {type(row).__name__}")
@@ -426,11 +426,11 @@ def _encode_histories(
     if len(histories) != count:
         raise InputError(f"histories: expected one for each query, {count}; found {len(histories)}")
     lists = [id_list(history, "histories") for history in histories]
-    found = [items.encode(history) if len(history) else np.empty(0, dtype=np.int64) for history in lists]
-    known = [codes[codes >= 0] for codes in found]
+    encoded = [items.encode(history) if len(history) else np.empty(0, dtype=np.int64) for history in lists]
+    known = [codes[codes >= 0] for codes in encoded]
     offsets = np.concatenate([[0], np.cumsum([len(codes) for codes in known])]).astype(np.int64)
     flat = np.concatenate([*known, np.empty(0, dtype=np.int64)]).astype(np.int32)
     if times is None:
         return (offsets, flat), None
-    gaps = [given_gaps(row, len(codes))[codes >= 0] for row, codes in zip(times, found, strict=True)]
+    gaps = [given_gaps(row, len(codes))[codes >= 0] for row, codes in zip(times, encoded, strict=True)]
     return (offsets, flat), np.concatenate([*gaps, np.empty(0, dtype=np.int8)])

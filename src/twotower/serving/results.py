@@ -32,7 +32,7 @@ class ResultTables:
 
         Args:
             name: name of the first column.
-            values: what each of the B rows is about: query ids, item ids or positions.
+            values: the query id, item id or position of each of the B rows.
             items: int64 [B, K], -1 where no item was left.
             scores: [B, K].
             titles: add the column `title` if the items have titles.
@@ -65,8 +65,8 @@ class ResultTables:
         """Make a table of everything known about items.
 
         Returns:
-            Columns `item`, `title` if the items have titles, `interactions` in training, and the columns of the item
-            table that have none of these names.
+            Columns `item`, `title` if the items have titles, `interactions` in training, and the other columns of the
+            item table.
         """
         frame = self.items(codes).with_columns(
             pl.Series("interactions", self.artifact.item_counts.numpy()[codes], dtype=pl.Int64)
@@ -78,10 +78,10 @@ class ResultTables:
         return frame.hstack(table.select(pl.col(others).gather(codes))) if others else frame
 
     def titled(self, text: str, k: int) -> Codes:
-        """Find items whose title (id, if there are no titles) contains `text`, ignoring case.
+        """Find items whose title (or id, if there are no titles) contains `text`, ignoring case.
 
         Returns:
-            At most K codes: first the titles that begin with the text, then by interactions in training.
+            At most K codes, titles that begin with the text first, each group by interactions in training.
         """
         wanted = text.strip().lower()
         names = self.items(np.arange(len(self.artifact.items))).to_series(-1).cast(pl.String).str.to_lowercase()

@@ -29,14 +29,14 @@ from twotower.serving.stored_index import load_stored_index
 
 
 class Retriever(QueryEmbedder):
-    """A trained model for recommendations; needs no training code.
+    """A trained model for recommendations; it needs no training code.
 
     Items are added, changed and removed through `retriever.catalog`; see `LiveCatalog`.
 
     Args:
         artifact: the model, as read by `SavedModel.load`.
         index: an approximate index over the model's items, as built by `twotower index`; None for exact search.
-        changes: items added, changed and removed since training; the index has them already.
+        changes: items added, changed and removed since training; the index already has them.
 
     Example:
         retriever = twotower.Retriever.load("model/")
@@ -58,7 +58,7 @@ class Retriever(QueryEmbedder):
             exact: ignore an approximate index and search exactly.
 
         Raises:
-            InputError: see `SavedModel.load`; the index is damaged, or needs a package that is not installed.
+            InputError: as in `SavedModel.load`; or the index is damaged, or needs a package that is not installed.
         """
         folder = find_model(directory)
         artifact, changes = SavedModel.load(folder), CatalogChanges.read(folder)
@@ -132,11 +132,11 @@ class Retriever(QueryEmbedder):
             features: for each query a dict of the columns declared in query_tower.features; without `queries` the
                 queries are new, described by their features and, if given, their histories. None instead of a dict
                 uses the features known from training.
-            context: for each query a dict of the columns declared in query_tower.context, for its request, or one dict
-                for all. A missing column, None, and a value not seen in training are unknown. Context alone describes
-                a new query about which nothing else is known.
-            times: timestamps of the items of `histories`, one for each: dates, ISO text or unix time. For a model that
-                reads the gaps between items; a history without times is read without gaps.
+            context: for each query's request a dict of the columns declared in query_tower.context, or one dict for
+                all. A missing column, None, and a value not seen in training are unknown. A context alone is enough for
+                a new query.
+            times: timestamps of the items of `histories`, one per item: dates, ISO text or unix time. Used by a model
+                that reads the gaps between items; a history without times is read without gaps.
             k: number of items per query; at most the whole catalog is returned.
             exclude_seen: leave out the items of the history.
             filter: a condition on the columns of the item table, such as `country = 'FR' and price < 20`.
@@ -150,8 +150,8 @@ class Retriever(QueryEmbedder):
             has fewer rows.
 
         Raises:
-            InputError: a query id is unknown; k < 1; no query is given; nothing is known about a query: its history has
-                no known item, or the model reads no history, and there is nothing else; a filter or list is invalid;
+            InputError: a query id is unknown; k < 1; no query is given; a query cannot be answered (its history has no
+                known item, or the model reads no history, and no other input is given); a filter or list is invalid;
                 the dial is out of range.
         """
         return self.answer(
@@ -193,8 +193,8 @@ class Retriever(QueryEmbedder):
         allowed = allowed_items(self.artifact.items, self.artifact.item_table, condition=filter, allow=allow, deny=deny)
         vectors = F.normalize(self.artifact.directions[torch.from_numpy(codes)], dim=1)
         own = (np.arange(len(codes) + 1, dtype=np.int64), codes)
-        scores, found = self.search.neighbours.search(vectors, checked_k(k, self.artifact), own, allowed=allowed)
-        return self._results.ranked("of", self.artifact.items.decode(codes), found, scores)
+        scores, neighbours = self.search.neighbours.search(vectors, checked_k(k, self.artifact), own, allowed=allowed)
+        return self._results.ranked("of", self.artifact.items.decode(codes), neighbours, scores)
 
     def explain(
         self,
@@ -209,7 +209,7 @@ class Retriever(QueryEmbedder):
         """Explain why an item is recommended for a query: items of its history, and popularity.
 
         Args:
-            query: id of a known query, or None for a new one.
+            query: id of a known query, or None for a new query.
             item: id of the item.
             history: item ids, oldest first; None for the query's history in the data.
             context: context of the request for which the item was recommended.
@@ -247,8 +247,8 @@ class Retriever(QueryEmbedder):
         """Return everything known about items.
 
         Returns:
-            Columns `item`, `title` if the items have titles, `interactions` in training, and the item table's other
-            columns.
+            Columns `item`, `title` if the items have titles, `interactions` in training, and the other columns of the
+            item table.
 
         Raises:
             InputError: an item id is unknown.
@@ -259,14 +259,14 @@ class Retriever(QueryEmbedder):
         """Find items whose title contains `text`, ignoring case. Without titles, search ids.
 
         Returns:
-            At most K rows, first the titles that begin with the text, then by interactions in training; columns `item`,
-            `title` if the items have titles, and `interactions`.
+            At most K rows, titles that begin with the text first, each group by interactions in training. Columns
+            `item`, `title` if the items have titles, and `interactions`.
 
         Raises:
             InputError: k < 1.
         """
-        found = self._results.described(self._results.titled(text, checked_k(k, self.artifact)))
-        return found.select(name for name in ("item", "title", "interactions") if name in found.columns)
+        table = self._results.described(self._results.titled(text, checked_k(k, self.artifact)))
+        return table.select(name for name in ("item", "title", "interactions") if name in table.columns)
 
     def answer(
         self,
@@ -289,7 +289,7 @@ class Retriever(QueryEmbedder):
             titles: add titles if the items have titles.
 
         Returns:
-            See `recommend`.
+            A table as from `recommend`.
         """
         scores, items = self.search.search(
             self.embed(batch.codes, batch.histories, batch.features, context=batch.context, gaps=batch.gaps),
@@ -305,7 +305,7 @@ def checked_k(k: Any, artifact: SavedModel) -> int:
     """Return K, at most the number of items in the catalog.
 
     Raises:
-        InputError: it is not an integer of at least 1.
+        InputError: `k` is not an integer of at least 1.
     """
     if isinstance(k, bool | np.bool_) or not isinstance(k, Integral) or k < 1:
         raise InputError(f"k: expected an integer of at least 1, found {k!r:.80}")

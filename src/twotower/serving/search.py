@@ -1,4 +1,4 @@
-"""Query embeddings of a served model, and their search in its index, with filters and the popularity dial."""
+"""Embed the queries of a served model and search its index, with filters and the popularity dial."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from twotower.errors import InputError
-from twotower.features.requests import EncodedContext, Given
+from twotower.features.requests import ContextRows, EncodedContext
 from twotower.index import ApproximateIndex, ExactCatalog, Exclusion, Index, PopularityDial
 from twotower.index.catalog import Mask
 from twotower.ranking.tower_ranker import TowerRanker
@@ -54,7 +54,7 @@ class QueryEmbedder:
         histories: tuple[np.ndarray, np.ndarray],
         features: Sequence[Mapping[str, Any] | None] | None = None,
         *,
-        context: Given | EncodedContext | None = None,
+        context: ContextRows | EncodedContext | None = None,
         gaps: np.ndarray | None = None,
     ) -> torch.Tensor:
         """Embed queries given by codes, histories, features and contexts: u(x), [E, D]; see `TowerRanker.embed`.
@@ -68,7 +68,7 @@ class QueryEmbedder:
         """Return a version of `embed` for queries that share one context, which is encoded once, here.
 
         Raises:
-            InputError: see `encode_context`.
+            InputError: as in `encode_context`.
         """
         one = None if context is None else self.encode_context([context])
 
@@ -90,7 +90,7 @@ class QueryEmbedder:
         """Encode the context of requests for `embed`; None for a request without context.
 
         Raises:
-            InputError: the query tower takes no context, or a column is unknown or of the wrong kind.
+            InputError: the query tower has no context, or a column is unknown or has the wrong type.
         """
         return EncodedContext.of(self.ranker.context_features(), rows)
 
@@ -98,7 +98,7 @@ class QueryEmbedder:
         """Check features of a query before `embed`, so that one bad request does not fail its batch.
 
         Raises:
-            InputError: the query tower takes no features, or a column is missing or of the wrong kind.
+            InputError: the query tower has no features, or a column is missing or has the wrong type.
         """
         inputs = getattr(self.ranker.towers.query_tower, "features", None)
         if inputs is None:
@@ -171,13 +171,13 @@ class Search:
             scores, items = self.approximate.search(queries, k, exclude, allowed=allowed)
             return scores + self.dial.offset(popularity), items
         if popularity == 1.0:
-            # The same search as in evaluation: adding a bias, even zero, could round differently.
+            # This is the same search as in evaluation; adding a bias, even zero, could round differently.
             return self.plain.search(embedded, k, exclude, allowed=allowed)
         scores, items = self._at(popularity).search(embedded, k, exclude, allowed=allowed)
         return scores + self.dial.offset(popularity), items
 
     def _at(self, popularity: float) -> ExactCatalog:
-        """Return the exact catalog for a setting of the dial; it shares everything but one number per item."""
+        """Return the exact catalog for a setting of the dial; it shares all memory except one number per item."""
         cached = self._turned
         if cached is None or cached[0] != popularity:
             cached = popularity, self.plain.with_bias((popularity - 1.0) * self.dial.coordinate())

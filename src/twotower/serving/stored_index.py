@@ -1,4 +1,4 @@
-"""An approximate index stored in the model folder: built, loaded, and saved with changes of the catalog.
+"""Build, load and save an approximate index in the model folder, including changes of the catalog.
 
 model/index/index.json    kind, settings, recall against exact search, and checksums of these files and of the items
 model/index/...           files of the kind: a graph or clusters; none if a database stores the index
@@ -51,7 +51,7 @@ def build_stored_index(
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
 ) -> IndexReport | None:
-    """Build an index for a model and save it in the model folder, replacing an older one.
+    """Build an index for a model and save it in the model folder, replacing an existing one.
 
     Recall is measured on known queries with their histories, with the popularity dial at 1 and at 0; both must reach
     `min_recall`.
@@ -66,10 +66,10 @@ def build_stored_index(
         settings: settings of the index kind, such as `effort`.
 
     Returns:
-        Report of the index built; None for exact search, which needs no index.
+        Report of the index; None for exact search, which needs no index.
 
     Raises:
-        InputError: see `build_index` and `SavedModel.load`.
+        InputError: as in `build_index` and `SavedModel.load`.
     """
     if kind not in KINDS:
         raise InputError(f"index: unknown kind {kind!r}; expected one of {', '.join(KINDS)}")
@@ -119,7 +119,7 @@ def read_index_report(folder: Path) -> dict[str, Any] | None:
     """Read `index.json` of a model folder; None if the model has no approximate index.
 
     Raises:
-        InputError: the file is damaged, or of a different version.
+        InputError: the file is damaged or has a different schema version.
     """
     where = folder / FOLDER
     path = where / "index.json"
@@ -156,16 +156,16 @@ def load_stored_index(
         changes: changes of its catalog since training.
 
     Raises:
-        InputError: the index is damaged, was built for other embeddings, or needs a package that is not installed.
+        InputError: the index is damaged, was built for different embeddings, or needs a package that is not installed.
     """
     metadata = read_index_report(folder)
     if metadata is None:
         return None
     where = folder / FOLDER
     if metadata.get("items") != artifact.metadata["checksums"]["items.safetensors"]:
-        raise InputError(f"{where}: built for other item embeddings than this model's; build it again")
+        raise InputError(f"{where}: built for different item embeddings than this model's; build it again")
     if metadata.get("changes") != (None if changes is None else file_sha256(folder / CHANGES / "changes.json")):
-        raise InputError(f"{where}: built for another state of the catalog; build it again with `twotower index`")
+        raise InputError(f"{where}: built for a different state of the catalog; build it again with `twotower index`")
     most = MOST_ITEM_BYTES + len(artifact.items) * (MOST_ITEM_BYTES + 8 * artifact.item_embeddings.shape[1])
     for name, expected in metadata["checksums"].items():
         if (where / name).stat().st_size > most:
@@ -192,10 +192,10 @@ def load_stored_index(
 
 
 def save_changes(catalog: LiveCatalog, directory: str | Path) -> dict[str, Any]:
-    """Save the changes of a catalog, and of its index, in the model folder it was loaded from.
+    """Save the changes of a catalog and its index in the model folder that it was loaded from.
 
     The folder is replaced atomically, so a service that watches it swaps to the new catalog. Unchanged files are hard
-    links to the old ones. An index in a database has the changes already.
+    links to the old files. An index in a database already has the changes.
 
     Args:
         catalog: catalog of a retriever that was loaded from the folder with its index, and changed since.
@@ -210,7 +210,7 @@ def save_changes(catalog: LiveCatalog, directory: str | Path) -> dict[str, Any]:
     folder = find_model(directory)
     metadata = read_index_report(folder)
     if read_metadata(folder)["checksums"] != catalog.trained.metadata.get("checksums"):
-        raise InputError(f"{folder}: the folder now contains another model; load it and make the changes again")
+        raise InputError(f"{folder}: the folder now contains a different model; load it and make the changes again")
     approximate = catalog.search.approximate
     if metadata is not None and approximate is None:
         raise InputError(f"{folder / FOLDER}: this index would not have the changes; load the model with its index")

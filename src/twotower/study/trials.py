@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from twotower.config.run import Config
 from twotower.data import Split
 from twotower.errors import InputError, Interrupted
-from twotower.features.from_config import wanted_context
+from twotower.features.from_config import context_to_read
 from twotower.run import fit, read_data, split_data
 from twotower.study.space import Space
 from twotower.training import LAST
@@ -101,7 +101,7 @@ class StudyPlan:
     def read(self) -> Split:
         """Read and split the data; prepared data comes from the cache."""
         config = self.load([])
-        data = read_data(self.source, config.data, context=wanted_context(config))
+        data = read_data(self.source, config.data, context=context_to_read(config))
         return split_data(data, config.data, histories=config.query_tower.history is not None)
 
 

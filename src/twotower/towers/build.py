@@ -1,4 +1,4 @@
-"""Construction of towers from a configuration. In towers/, not run/: a served model is built without the trainer."""
+"""Construction of towers from a configuration. It is in towers/ because a served model is built without the trainer."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def build_towers(
         item_features: item features, fitted and encoded; None if item_tower.features is not set.
         query_features: query features, fitted and encoded; None if query_tower.features is not set.
         context: request features, fitted, without rows; None if query_tower.context is not set.
-        trained_items: items that occur in training, bool [N]; None for all. Loading a saved model replaces it.
+        trained_items: items that occur in training, bool [N]; None for all. Loading a saved model overwrites it.
         trained_queries: queries that occur in training, bool [Q]; None for all.
 
     Raises:
-        InputError: a tower has no inputs, or a setting needs features and there are none.
+        InputError: a tower has no inputs, or a setting needs features that are not declared.
     """
     query, item, objective = config.query_tower, config.item_tower, config.objective
     if not query.id_embedding and query.history is None and query_features is None and context is None:

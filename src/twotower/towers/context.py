@@ -16,7 +16,7 @@ from twotower.towers.tables import EmbeddingTable
 
 
 class ContextInputs(nn.Module):
-    """The concatenated features of requests, [rows, width]; requests without context have a vector of their own.
+    """The concatenated features of requests, [rows, width]; requests without context have a separate vector.
 
     In training the whole context of a row is hidden with probability `dropout`, so that the tower learns to handle
     requests without one.
@@ -38,7 +38,7 @@ class ContextInputs(nn.Module):
         return self.inputs.width
 
     def forward(self, encoded: Sequence[Tensor] | None, rows: int) -> Tensor:
-        """Embed encoded contexts (`encode_given`, `encode_context`), one tensor per feature; None if all unknown."""
+        """Embed contexts encoded by `encode_context_rows` or `encode_context`; None if all are unknown."""
         nothing = [self.inputs.get_buffer(f"rows{place}")[-1:] for place in range(len(self.inputs.encoders))]
         if encoded is None:
             return self.inputs.embed(nothing).expand(rows, -1)
@@ -87,7 +87,7 @@ class QueryInputs(nn.Module):
     def by_id(self, queries: Tensor) -> list[Tensor]:
         """Look up the id embeddings of codes int64 [B]: a list of one tensor [B, D], empty without an id table.
 
-        A new query (-1) gets zeros, as does a query without a training row, whose vector is still the initial one.
+        A new query (-1) gets zeros, as does a query without training rows, whose vector still has its initial value.
         """
         if self.ids is None:
             return []
@@ -97,7 +97,7 @@ class QueryInputs(nn.Module):
     def by_columns(
         self, queries: Tensor, features: list[Tensor] | None, context: Sequence[Tensor] | None
     ) -> list[Tensor]:
-        """Embed features and context, whichever the tower has, [B, width] each.
+        """Embed the features and the context, if the tower has them, [B, width] each.
 
         Args:
             queries: codes int64 [B].
@@ -112,7 +112,7 @@ class QueryInputs(nn.Module):
         return parts
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load also models of older versions, which did not save `trained`: all queries count as trained."""
+        """Load the state; if an older version saved it without `trained`, all queries count as trained."""
         name = f"{prefix}trained"
         if f"{prefix}ids.weight" in state_dict and name not in state_dict and self.ids is not None:
             state_dict = {**state_dict, name: torch.ones_like(self.trained)}
@@ -124,8 +124,8 @@ class SideInputs(QueryInputs):
 
         u = s + e_id + MLP([s, e_id, features, context])
 
-    The same form as `QueryTower`, with the state instead of the pooled history: the sum keeps s in the space of the
-    items, and the MLP sees all inputs together, so that a context can change the meaning of a sequence and not only add
+    The form is that of `QueryTower`, with the state instead of the pooled history. The sum keeps s in the space of the
+    items; the MLP reads all inputs together, so that a context can change what a sequence means instead of only adding
     a preference.
 
     Args:

@@ -32,7 +32,7 @@ class FeatureInputs(nn.Module):
         dimension: D, the maximum width that `auto` chooses.
 
     Attributes:
-        table: the table, with the chosen widths filled in: they stay the same when a vocabulary grows.
+        table: the table with the chosen widths filled in, so that they stay the same when a vocabulary grows.
         width: width of the output.
     """
 
@@ -115,7 +115,7 @@ class FeatureInputs(nn.Module):
 
 
 def _mean(bags: Tensor, table: nn.Module) -> Tensor:
-    """Average the vectors of each bag, zeros for an empty one, without an array of bags by bag width by D."""
+    """Average the vectors of each bag, zeros for an empty one, without an array of [bags, bag width, D]."""
     assert isinstance(table, nn.Embedding)
     # int64, because an exported tower is called with int64 codes, and ONNX does not mix integer types.
     return F.embedding_bag(bags.long(), table.weight, mode="mean", padding_idx=MISSING, sparse=table.sparse).float()
@@ -127,7 +127,7 @@ def auto_width(size: int, dimension: int) -> int:
 
 
 def _widths(features: FeatureSet, dimension: int) -> list[int]:
-    """Return the width of each feature: as stored, as declared, or chosen from its current number of values."""
+    """Return the width of each feature: stored, declared, or chosen from its current number of values."""
     if features.widths is not None:
         return features.widths
     widths = []

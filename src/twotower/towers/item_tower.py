@@ -19,7 +19,7 @@ class ItemTower(nn.Module):
         v = DNN([e, features]), plus e if `residual`;   e = e_id, or a learned vector e_0 if the id is not used
 
     The id is not used for an item that never occurs in training and, with probability `id_dropout`, for any item of a
-    training step: so the features learn to represent an item alone, as they must for a new one (Volkovs et al. 2017,
+    training step. The features then learn to represent an item alone, as they must for a new item (Volkovs et al. 2017,
     "DropoutNet"). Without features the tower is the id embedding, followed by an MLP if there are hidden widths.
 
     Args:
@@ -36,7 +36,7 @@ class ItemTower(nn.Module):
         table: name of the id table in placements.
 
     Raises:
-        InputError: neither ids nor features; id dropout without features.
+        InputError: the tower has neither ids nor features, or id dropout without features.
     """
 
     trained: Tensor
@@ -86,7 +86,7 @@ class ItemTower(nn.Module):
     def embed_features(self, encoded: list[Tensor], items: Tensor | None = None) -> Tensor:
         """Embed items given their encoded features (`FeatureInputs.encode`) -> [M, D].
 
-        `items` int64 [M] are the codes of items whose id is used as well, -1 for an item without one; None for no ids.
+        `items`, int64 [M], has the codes of the items whose id is used as well, -1 for no id; None to use no ids.
 
         Raises:
             InputError: this tower has no features.

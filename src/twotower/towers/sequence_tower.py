@@ -25,7 +25,7 @@ TOKENS = 16_384
 
 
 class SequenceTower(nn.Module):
-    """A causal encoder over a start token and the newest L items; its output at a token is the query's embedding there.
+    """A causal encoder over a start token and the newest L items; its output at a token embeds the query at that point.
 
         u_t = encoder(x_0, ..., x_t)_t,   x_0 = start, x_i = sqrt(D) e(item_i)                     (Vaswani et al. 2017)
 
@@ -35,10 +35,10 @@ class SequenceTower(nn.Module):
         x_i = sqrt(D) e(item_i) + W [r_1,i, ..., r_H,i],   u_t = encoder(x)_t / sqrt(D) + mean_h r_h,t
 
     As in `QueryTower`, if both sides share one table, the output is in the space of the items from the first step on,
-    and the encoder learns a correction to that.
+    and the encoder learns a correction.
 
     With `gaps`, an embedding of the time since the previous item is added to the encoder's input, like a position:
-    x_i = sqrt(D) e(item_i) + g(gap_i), gaps in powers of two (data/gaps.py).
+    x_i = sqrt(D) e(item_i) + g(gap_i), gaps in powers of two (data/loading/gaps.py).
 
     Query ids, query features and request context, if any, are combined with the output at every token by `beside` (see
     `SideInputs`).
@@ -47,7 +47,7 @@ class SequenceTower(nn.Module):
 
     Args:
         encoder: encodes tokens [P, D], given their positions and the shapes of their groups.
-        history_items: where items are looked up: the item tower's table, a separate table, or an item tower, which
+        history_items: the source of item embeddings: the item tower's table, a separate table, or an item tower, which
             embeds each distinct item with its features.
         dimension: D.
         length: L.

@@ -1,4 +1,4 @@
-"""Fetching the rows of shared tables that a model is about to look up."""
+"""Fetch the rows of shared tables that a model is about to look up."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def fetch_for(
         towers: the model.
         items: codes that the item tower will embed; -1 is looked up as 0, as in the towers.
         queries: codes that the query tower will embed.
-        history: item codes of those queries' histories.
+        history: item codes of the queries' histories.
     """
     shared = shared_tables_of(towers)
     if not shared:
@@ -61,7 +61,7 @@ def release(towers: TwoTower) -> None:
 
 
 @contextmanager
-def rows_at_hand(
+def fetched_rows(
     towers: TwoTower,
     *,
     items: Tensor | None = None,

@@ -24,7 +24,7 @@ _in_memory: ContextVar[bool] = ContextVar("in_memory", default=True)
 
 @contextmanager
 def tables_without_memory() -> Iterator[None]:
-    """Create the block's tables on the meta device, without memory, for a model whose tables are never read."""
+    """Create tables on the meta device inside the block, without memory, for a model whose tables are never read."""
     token = _in_memory.set(False)
     try:
         yield
@@ -38,8 +38,8 @@ class EmbeddingTable(nn.Embedding):
     Its gradient is sparse above 100,000 rows. The memory of a large table is requested in pages of 2 MiB, if the system
     supports them, which makes random lookups faster.
 
-    If it is created inside `placed_tables` under a name that has a placement, it holds only this rank's part (`part`),
-    and `fetch` must be called before a lookup; without `fetch`, only this rank's own rows can be looked up.
+    A table that is created inside `placed_tables` under a name with a placement has only this rank's part (`part`).
+    Rows of other ranks can be looked up only after `fetch`.
 
     Args:
         rows: number of codes.
@@ -76,7 +76,7 @@ class EmbeddingTable(nn.Embedding):
         """Look up codes int64 [...] -> float32 [..., D], whatever the precision of the table.
 
         Raises:
-            RuntimeError: the table is shared, and this rank neither owns the whole row nor has fetched it.
+            RuntimeError: the table is shared, and this rank neither owns the whole row nor fetched it.
         """
         if self.at_hand is not None:
             return F.embedding(self.at_hand.place(input), self.at_hand.rows)

@@ -27,8 +27,8 @@ class PooledHistory(nn.Module):
 
         pooled_h = sum_l w_hl e(item_l) / sum_l w_hl [item_l present],   w_hl = exp(a_h[steps back of l])
 
-    The heads start at different time scales, from mostly the last item to an even mean; training determines how much
-    recency matters.
+    The heads start at different time scales, from almost only the last item to an even mean; training determines how
+    much recency matters.
 
     Args:
         length: L, the maximum history length.
@@ -101,15 +101,15 @@ class QueryTower(QueryInputs):
         u = e_id + mean_h pooled_h + MLP([e_id, pooled_1, ..., pooled_H, features, context])
 
     If both sides share one table, the sum puts the history in the space of the items from the first step on: items near
-    the recent ones are recommended, and the MLP learns a correction to that.
+    the recent items are recommended, and the MLP learns a correction.
 
     Args:
         num_queries: rows of the id table; 0 for a tower without id embeddings.
         dimension: D.
         history: how the history is pooled; None for a tower without a history.
-        history_items: where the history's items are looked up: the item tower's table, a separate table, or an item
-            tower, which embeds each distinct item of the batch's histories with its features.
-        hidden: widths of the MLP's hidden layers; None for no MLP, if there are neither features nor context.
+        history_items: the source of item embeddings for the history: the item tower's table, a separate table, or an
+            item tower, which embeds each distinct item of the batch's histories with its features.
+        hidden: widths of the MLP's hidden layers; None for no MLP, possible only without features and context.
         dropout: dropout in the MLP.
         features: inputs for query features; None for a tower without features.
         residual: add skip connections around the hidden layers.
@@ -142,7 +142,7 @@ class QueryTower(QueryInputs):
         self.features = features
         self.context = context
         width = dimension * (heads + bool(num_queries)) + sum(part.width for part in (features, context) if part)
-        # Rows of one query have the same embedding if it depends on nothing but the query.
+        # Rows of one query have the same embedding if it depends only on the query.
         self.repeats_queries = history is None and context is None and not (dropout and hidden)
         self.mlp: nn.Module | None = None
         if hidden is not None or features is not None or context is not None:
@@ -162,10 +162,10 @@ class QueryTower(QueryInputs):
             queries: codes.
             history: item codes, newest last, -1 where empty; None for a tower without a history.
             features: encoded feature rows (`FeatureInputs.encode`) of new queries; None to look them up by code.
-            context: encoded request contexts (`encode_given`); None if there are none.
+            context: encoded request contexts (`encode_context_rows`); None if there are none.
 
         Raises:
-            InputError: the tower needs a history and there is none.
+            InputError: the tower needs a history and none is given.
         """
         parts = self.by_id(queries)
         total: Tensor | float = sum(parts)
@@ -261,7 +261,7 @@ class TwoTower(nn.Module):
         return torch.cat([embedded, torch.ones_like(embedded[:, :1])], 1) if self._has_offset else embedded
 
     def _of_items(self, embedded: Tensor, items: Tensor | None) -> Tensor:
-        """Normalise, and add the coordinate of items with these codes; 0 for -1, and for all if there are no codes."""
+        """Normalise, and append the offset coordinate of each item code; 0 for code -1 and if `items` is None."""
         if self.cosine:
             embedded = F.normalize(embedded, dim=-1)
         if not self._has_offset:
@@ -289,7 +289,7 @@ class TwoTower(nn.Module):
             queries: codes.
             history: item codes, newest last, -1 where empty.
             features: encoded features that replace the stored ones (`FeatureInputs.encode_some`).
-            context: encoded request contexts (`encode_given`).
+            context: encoded request contexts (`encode_context_rows`).
             gaps: codes of the time before each item of the history, int64 [B, L], for a tower that reads them.
         """
         given = {"features": features, "context": context, "gaps": gaps}

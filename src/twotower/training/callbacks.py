@@ -1,7 +1,7 @@
-"""What happens around the training steps: row order, mining, validation, checkpoints, interruption, divergence.
+"""Lightning callbacks around the training steps: row order, mining, validation, checkpoints, interruption, divergence.
 
-Each is a Lightning callback. At the end of an epoch they run in this order: the check for divergence, the validation,
-the checkpoints; so a checkpoint contains the metrics of its epoch, and never weights that are not finite.
+At the end of an epoch they run in this order: divergence check, validation, checkpoints. So a checkpoint contains the
+metrics of its epoch, and never contains weights that are not finite.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from twotower.training.module import LOG_EVERY, TrainingModule
 
 #: Steps between checks whether a stop was requested on any rank.
 AGREE_EVERY = 10
-#: In a run folder: the checkpoint that `resume` starts from, and the one with the best weights.
+#: Paths in a run folder: the checkpoint that `resume` starts from, and the checkpoint with the best weights.
 LAST = Path("checkpoints") / "last.ckpt"
 BEST = Path("checkpoints") / "best.ckpt"
 
@@ -36,14 +36,14 @@ def require_checkpoint(directory: Path) -> None:
     """Check that a run folder has a checkpoint to resume from.
 
     Raises:
-        InputError: it has none.
+        InputError: there is no checkpoint.
     """
     if not (directory / LAST).exists():
         raise InputError(f"{directory / LAST}: no checkpoint to resume from; train without --resume first")
 
 
 class SizedBatches(Protocol):
-    """Batches of an epoch, of known number."""
+    """Batches of an epoch whose number is known."""
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
@@ -61,14 +61,14 @@ class SizedBatches(Protocol):
 class StopBetweenSteps(Callback):
     """Turns Ctrl-C into a checkpoint between two steps, from which a resumed run continues exactly.
 
-    A second Ctrl-C stops at once. Several processes stop together, at a step that they agree on; they also stop on
-    SIGTERM, which torchrun forwards and which a preempted machine receives. Use as a context manager around the fit,
-    and as a callback in it.
+    A second Ctrl-C stops immediately. Several processes stop together, at a step that they agree on; they also stop on
+    SIGTERM, which torchrun forwards and which a preempted machine receives. Use it as a context manager around the fit
+    and as a callback of the trainer.
 
     Args:
         path: where the checkpoint is saved.
         ranks: the processes that stop together; None for a single process.
-        settled: waits on every rank until the checkpoint being written is in place; called by all ranks.
+        settled: waits on every rank until the checkpoint that is being written is in place; called by all ranks.
     """
 
     def __init__(
@@ -102,14 +102,14 @@ class StopBetweenSteps(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop after this step, unless it ends the epoch: the validation comes first then."""
+        """Stop after this step, unless it ends the epoch: then the validation runs first."""
         del pl_module, outputs, batch
         stops = self.requested
-        if self.ranks.size > 1:  # agreeing in every step would cost more than waiting a few
+        if self.ranks.size > 1:  # agreeing in every step would cost more than waiting a few steps
             stops = (batch_idx + 1) % AGREE_EVERY == 0 and self.ranks.agree(self.requested)
         if stops and batch_idx + 1 < trainer.num_training_batches:
             trainer.save_checkpoint(self.path)
-            self.settled()  # here, where another signal has no effect
+            self.settled()  # while a further signal has no effect
             raise KeyboardInterrupt
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -171,25 +171,25 @@ class StopAtDivergence(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Check the loss in the steps that log it: it is the loss over all ranks, and the transfer is paid for."""
+        """Check the loss in the steps that log it, when it is already summed over ranks and copied from the device."""
         del pl_module, outputs, batch
         if (batch_idx + 1) % LOG_EVERY == 0 and not bool(trainer.callback_metrics["loss"].isfinite()):
             self._refuse(trainer, f"the loss is {float(trainer.callback_metrics['loss'])}")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check the weights: those of an item that is rarely drawn may be NaN while the loss is finite."""
+        """Check the weights: a rarely drawn item may have NaN weights while the loss is finite."""
         if self.ranks.agree(not _is_finite(pl_module)):
             self._refuse(trainer, "a weight is not finite")
 
-    def _refuse(self, trainer: pl.Trainer, found: str) -> None:
+    def _refuse(self, trainer: pl.Trainer, reason: str) -> None:
         raise InputError(
-            f"training: the model has diverged in epoch {trainer.current_epoch + 1} ({found}); lower "
+            f"training: the model has diverged in epoch {trainer.current_epoch + 1} ({reason}); lower "
             f"training.learning_rate (now {self.learning_rate:g})"
         )
 
 
 def _is_finite(module: nn.Module) -> bool:
-    """Return whether all parameters are finite. Sums, because a mask of a large table would need memory."""
+    """Return whether all parameters are finite, by their sums: a mask of a large table would need memory."""
     sums = [parameter.detach().sum(dtype=torch.float32) for parameter in module.parameters()]
     return bool(torch.stack(sums).isfinite().all())
 
@@ -197,12 +197,12 @@ def _is_finite(module: nn.Module) -> bool:
 class Validation(Callback):
     """Measures the towers at the end of epochs, records the metrics, and ends a run that no longer improves.
 
-    The recorded metrics are the only state: which epoch was best, and since when nothing improved, follow from them. A
-    checkpoint contains them, so that a resumed run continues the list.
+    The recorded metrics are the only state; the best epoch and the number of validations since then follow from them.
+    A checkpoint contains them, so that a resumed run continues the list.
 
     Args:
         measure: returns metrics by name.
-        metric: the metric that decides; larger is better.
+        metric: the metric that determines the best epoch; larger is better.
         patience: stop after this many validations without an improvement.
         every: epochs between validations.
         on_epoch: receives the metrics of each validation, and returns whether to stop; None to discard them.
@@ -223,7 +223,7 @@ class Validation(Callback):
 
     @property
     def state_key(self) -> str:
-        """Name of the state in checkpoints, which older versions have written too."""
+        """Name of the state in checkpoints, the same as in older versions."""
         return "_History"
 
     @property
@@ -238,7 +238,7 @@ class Validation(Callback):
 
     @property
     def since_best(self) -> int:
-        """Number of validations after the best one; of equal ones the first is the best."""
+        """Number of validations after the best one; among equal ones the first is the best."""
         values = [row[self.metric] for row in self.rows]
         return len(values) - 1 - values.index(max(values)) if values else 0
 
@@ -256,11 +256,11 @@ class Validation(Callback):
         if (trainer.current_epoch + 1) % self.every or not isinstance(pl_module, TrainingModule):
             return
         if self.rows and self.rows[-1]["epoch"] == trainer.current_epoch:
-            return  # resumed from a checkpoint that an older version wrote between the validation and the epoch's end
+            return  # already measured: an older version wrote this checkpoint between validation and end of epoch
         for optimizer in trainer.optimizers:
             optimizer.zero_grad()  # ranking the catalog needs the memory
         with trainer.precision_plugin.val_step_context():
-            # Rank 0 decides for all, whatever the last bit of a sum is on another machine.
+            # Rank 0 decides for all ranks, because the last bit of a sum may differ between machines.
             metrics: dict[str, float] = trainer.strategy.broadcast(self.measure(pl_module.evaluated))
         for name, value in metrics.items():
             pl_module.log(name, value, prog_bar=name == self.metric, batch_size=1)
@@ -283,7 +283,7 @@ class Checkpoints(Checkpoint):
 
     Args:
         directory: the run folder.
-        validation: decides which epoch is the best; None: every new one is.
+        validation: determines the best epoch; without it the latest epoch counts as the best.
         every: also write `last.ckpt` every `every` steps, to resume from after a failure; None for epochs only.
     """
 
@@ -294,7 +294,7 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write `last.ckpt` if it is due. The end of an epoch has its own, after the validation of that epoch."""
+        """Write `last.ckpt` if it is due; the last step of an epoch is left to `on_train_epoch_end`."""
         del pl_module, outputs, batch
         is_due = self.every is not None and trainer.global_step % self.every == 0
         if is_due and batch_idx + 1 < trainer.num_training_batches:

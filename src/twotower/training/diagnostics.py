@@ -12,7 +12,7 @@ from twotower.objectives import Embedded, Objective, corrected_logits
 
 logger = logging.getLogger("twotower")
 
-#: Rows that are examined: enough for a mean; training avoids a matrix of all rows.
+#: Number of rows that are examined: enough for a mean, without a logit matrix of all rows.
 ROWS = 1024
 #: Names of the popularity thirds in the log.
 THIRDS = ("head", "mid", "tail")
@@ -24,8 +24,8 @@ def diagnose(embedded: Embedded, drawn: Candidates, temperature: Tensor | float,
 
     Args:
         embedded: the embeddings of the batch.
-        drawn: its candidates.
-        temperature: of the scores.
+        drawn: the candidates of the batch.
+        temperature: divides every score.
         thirds: 0 head, 1 mid, 2 tail for each item, int8 [N].
 
     Returns:
@@ -35,7 +35,7 @@ def diagnose(embedded: Embedded, drawn: Candidates, temperature: Tensor | float,
         largest_weight: mean over rows of max w / sum w.
         gradient_head, gradient_mid, gradient_tail: share of the negatives' gradient that falls on each third.
     """
-    if len(embedded.query) > ROWS:  # rows are shuffled, so the first ones are a random sample
+    if len(embedded.query) > ROWS:  # rows are shuffled, so the first rows are a random sample
         own = None if embedded.row_candidates is None else embedded.row_candidates[:ROWS]
         embedded = Embedded(embedded.query[:ROWS], embedded.positive[:ROWS], embedded.candidates, own)
         drawn = drawn.head(ROWS)
@@ -48,7 +48,7 @@ def diagnose(embedded: Embedded, drawn: Candidates, temperature: Tensor | float,
     items = shared if drawn.row_items is None else torch.cat([shared, drawn.row_items.clamp(min=0)], 1)
     items, logits, total = items[alive], logits[alive], total[alive]
     effective = torch.exp(2 * total - torch.logsumexp(2 * logits, 1))
-    # The gradient of a row on candidate i is its probability in a softmax that includes the positive.
+    # The gradient of a row with respect to s_i is the probability of candidate i in a softmax with the positive.
     gradient = torch.softmax(torch.cat([positive[alive, None], logits], 1), 1)[:, 1:]
     third = thirds[items].long()
     by_third = torch.zeros(3, device=gradient.device, dtype=gradient.dtype).index_add_(
@@ -66,12 +66,12 @@ def diagnose(embedded: Embedded, drawn: Candidates, temperature: Tensor | float,
 
 
 def frequency_drift(objective: Objective, counts: Tensor) -> float | None:
-    """Return the total variation between an estimated frequency and the counts; None for an exact one.
+    """Return the total variation between an estimated frequency and the counts; None for an exact frequency.
 
     Args:
         objective: the objective.
-        counts: occurrences of each item, [N]; for a grouped frequency those within each group, [G, N]. Its groups are
-            averaged, weighted by their rows.
+        counts: occurrences of each item, [N]; for a grouped frequency, occurrences within each group, [G, N]. The
+            result is then the mean over groups, weighted by their rows.
     """
     counts = counts.to(objective_device(objective))
     for frequency in objective.pool.frequencies():
@@ -92,7 +92,7 @@ def frequency_drift(objective: Objective, counts: Tensor) -> float | None:
 
 
 def memory_age(objective: Objective) -> dict[str, float]:
-    """Return the largest mean age in steps of cross-batch memories, as `memory_age`; empty for a pool without one."""
+    """Return {"memory_age": largest mean age of a cross-batch memory, in steps}, or {} if the pool has no memory."""
     ages = [member.age for member in objective.pool.members() if isinstance(member, CrossBatchMemory)]
     return {"memory_age": max(ages)} if ages else {}
 
@@ -119,13 +119,13 @@ class DiagnosticsMonitor:
         if numbers.get("masked_share", 0.0) > 0.5:
             self._warn(
                 "masked_share",
-                f"{numbers['masked_share']:.0%} of the candidates are masked as positives; draw more of them uniformly",
+                f"{numbers['masked_share']:.0%} of the candidates are masked as positives; add uniform candidates",
             )
         if numbers.get("frequency_drift", 0.0) > 0.3:
             self._warn(
                 "frequency_drift",
-                f"the streaming frequency differs from the counted one by {numbers['frequency_drift']:.2f} (total "
-                "variation), and corrections are off by as much; count frequencies, or let it see more rows",
+                f"the streaming frequency differs from the counts by {numbers['frequency_drift']:.2f} (total "
+                "variation), so corrections are biased; use counted frequencies, or train on more rows",
             )
 
     def _warn(self, kind: str, text: str) -> None:

@@ -1,11 +1,11 @@
 """Embedding of a batch: each distinct item goes through the tower once, in chunks if memory is short.
 
-Chunks need a gradient cache, which gives the exact gradients of a batch far larger than the memory for its activations
-allows. A loss with in-batch candidates needs all embeddings of the batch at once, but not all activations of the
-towers: the gradient of a tower's weights is the sum over rows of the gradient with respect to the embedding, times that
-of the embedding with respect to the weights. So `cached_embedding` embeds the rows in chunks without a graph,
-the loss is computed from the embeddings, and each chunk is embedded again with a graph, through which the gradient of
-its embeddings is propagated.
+Chunks need a gradient cache, which gives the exact gradients of a batch whose activations would not fit in memory. A
+loss with in-batch candidates needs all embeddings of the batch together, but not all activations of the towers: the
+gradient with respect to a tower's weights is a sum over rows, of the gradient with respect to the row's embedding times
+the derivative of the embedding with respect to the weights. So `cached_embedding` embeds the rows in chunks without a
+graph, the loss is computed from the embeddings, and each chunk is embedded again with a graph, through which the
+gradient of its embeddings is propagated.
 
 Source: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", section 3.
 """
@@ -27,16 +27,16 @@ from twotower.towers import TwoTower
 def cached_embedding(embed: Callable[..., Tensor], *inputs: Tensor | None, chunk: int, anchor: Tensor) -> Tensor:
     """Compute embed(*inputs) in chunks of rows, without keeping activations.
 
-    Value and gradient are those of embedding each chunk directly. Dropout is the same in both passes: the state of the
-    random generators is saved for each chunk (CPU, and CUDA if the rows are there) and restored. A layer that looks at
-    other rows, such as batch normalisation, sees only its chunk.
+    Value and gradient are the same as when each chunk is embedded directly. Dropout is the same in both passes: the
+    state of the random generators (CPU, and CUDA if the rows are there) is saved for each chunk and restored. A layer
+    that mixes rows, such as batch normalisation, sees only its chunk.
 
     Args:
         embed: maps tensors of rows to [rows, D], such as `towers.embed_queries`; its parameters get their gradients.
         inputs: [rows, ...] each, or None.
-        chunk: rows at a time.
-        anchor: any tensor with `requires_grad`, such as a parameter of the tower: it marks the result as
-            differentiable for autograd, and gets no gradient itself.
+        chunk: rows per chunk.
+        anchor: any tensor with `requires_grad`, such as a parameter of the tower. It makes the result differentiable
+            for autograd, and gets no gradient.
 
     Returns:
         [rows, D].
@@ -140,7 +140,7 @@ def embed_rows(towers: TwoTower, batch: Batch, *, chunk: int | None = None) -> T
     """Embed the queries of a batch, [B, D]; if it consists of sequences, all their positions in one pass."""
     if batch.sequences is not None:
         return embed_sequences(towers, batch, chunk=chunk)
-    if batch.asked is not None:  # rows that share a question share its embedding
+    if batch.asked is not None:  # rows of one question share its embedding
         embedded = embed_queries(towers, batch.asked.queries, batch.history, batch.context, chunk=chunk)
         return embedded.index_select(0, batch.asked.of)
     return embed_queries(towers, batch.queries, batch.history, batch.context, chunk=chunk)
@@ -174,10 +174,10 @@ def embed_once(towers: TwoTower, items: Tensor, *, chunk: int | None = None) -> 
 
 
 def embed_parts(towers: TwoTower, parts: list[Tensor], *, chunk: int | None = None) -> list[Tensor]:
-    """Embed several lists of items, possibly none, [M, D] each, passing each distinct item through the tower once.
+    """Embed any number of item lists, [M, D] each, passing each distinct item through the tower once.
 
-    If the second list is sorted, has no duplicates and contains all of the first, as merged candidates contain the
-    batch's positives, it is embedded directly: its embeddings, possibly of the whole catalog, are not copied.
+    If the second list is sorted, has no duplicates and contains the first (as merged candidates contain the batch's
+    positives), it is embedded directly, so that its embeddings, possibly of the whole catalog, are not copied.
     """
     if len(parts) == 2 and parts[1].device.type == "cpu" and len(parts[1]):
         few, many = parts

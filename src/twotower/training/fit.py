@@ -90,7 +90,7 @@ def fit_towers(
 
     Args:
         towers: the model; trained in place.
-        objective: what is minimised.
+        objective: the objective to minimise.
         batches: the training rows.
         settings: section `training`, without "auto" (`Config.resolved`).
         directory: where checkpoints (`checkpoints/`) and logs (`logs/`) are written.
@@ -109,7 +109,7 @@ def fit_towers(
     Raises:
         InputError: there is no checkpoint to resume from, a checkpoint cannot be written, or the logger's package is
             missing.
-        Interrupted: Ctrl-C; `directory/checkpoints/last.ckpt` holds the state to resume from.
+        Interrupted: Ctrl-C was pressed; `directory/checkpoints/last.ckpt` has the state to resume from.
     """
     if resume:
         require_checkpoint(directory)
@@ -205,7 +205,7 @@ def _trainer(
 
 @contextmanager
 def _named_endings(io: SafeCheckpointIO, last: Path) -> Iterator[None]:
-    """Wait for the last checkpoint, and raise what an interruption or an unfit checkpoint means to the caller."""
+    """Wait for the last checkpoint, and translate Lightning's errors of an interruption or an unsuitable checkpoint."""
     try:
         yield
         io.settle()
@@ -222,7 +222,7 @@ def _named_endings(io: SafeCheckpointIO, last: Path) -> Iterator[None]:
 
 
 def _load_weights(towers: TwoTower, io: SafeCheckpointIO, checkpoint: Path) -> None:
-    """Load the weights of a checkpoint into the towers: the averaged ones, if there are any."""
+    """Load the weights of a checkpoint into the towers: the averaged weights, if there are any."""
     weights = io.load_weights(checkpoint)
     prefix = "averaged." if any(key.startswith("averaged.") for key in weights) else "towers."
     towers.load_state_dict({key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)})

@@ -1,4 +1,4 @@
-"""Sums of gradients over ranks: layers in one buffer, tables by the rows that a step touched."""
+"""Sum gradients over ranks: layers in one buffer, tables by the rows that a step touched."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from twotower.training.optimizer import combine_rows
 class GradientExchange:
     """Sums every gradient over all ranks.
 
-    Layers and small tables are reduced together in one flat buffer. A sparse gradient is exchanged as the P_r rows of
-    each rank with D numbers each, so the traffic depends on the rows that a step touched, not on the N rows of the
-    table. For a sharded table, each row's gradient goes to the rank that owns the row, or a rank's columns of it to
-    that rank. torch's DistributedDataParallel is not used: NCCL cannot reduce sparse gradients whose rows differ by
-    rank, and the gradient cache embeds again inside the backward pass, which DDP's hooks take for a second gradient.
+    Layers and small tables are reduced together in one flat buffer. For a sparse gradient each rank sends its P_r rows
+    of D numbers, so the traffic depends on the rows that a step touched, not on the N rows of the table. The gradients
+    of a sharded table are sent to the rank that owns the row or columns. torch's DistributedDataParallel is not used:
+    NCCL cannot reduce sparse gradients whose rows differ by rank, and the gradient cache embeds again inside the
+    backward pass, which DDP's hooks would count as a second gradient.
 
-    The ranks agree in the first step on which parameters have gradients, so that a rank without rows knows what to
-    send.
+    In the first step the ranks agree on which parameters have gradients, so that a rank without rows sends the same
+    ones.
 
     Args:
         model: its sparse `nn.Embedding` modules are the tables with sparse gradients.
@@ -46,7 +46,7 @@ class GradientExchange:
         """Replace every parameter's `grad` with the sum over ranks; collective.
 
         Raises:
-            RuntimeError: a parameter has a gradient for the first time after the first step: ranks would disagree.
+            RuntimeError: a parameter without a gradient in the first step has one now, so ranks would disagree.
         """
         if self.ranks.size == 1:
             return
@@ -85,15 +85,15 @@ class GradientExchange:
         table.grad = _sparse(every[0], every[1], table.shape)
 
     def _hand_back(self, table: EmbeddingTable) -> None:
-        """Set the gradient of this rank's part of a sharded table, from all ranks that fetched its rows."""
+        """Set the gradient of this rank's part of a sharded table, summed over all ranks that fetched its rows."""
         fetched, weight, part = table.at_hand, table.weight, table.part
         table.release()
         weight.grad = None
         if fetched is None or part is None:
             return
-        # An empty gradient counts too: the optimizer counts the steps of a table, identically for all of its parts.
+        # Keep an empty gradient too: the optimizer must count the same steps for all parts of a table.
         rows, values = scatter_gradients(fetched, part)
-        if not table.sparse:  # as with one process: dense Adam moves all rows of a small table in every step
+        if not table.sparse:  # as in a single process, dense Adam moves all rows of a small table in every step
             weight.grad = torch.zeros_like(weight).index_add_(0, rows, values)
             return
         if weight.dtype != values.dtype:  # 16-bit sums of several ranks' gradients would lose precision

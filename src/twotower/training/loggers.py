@@ -1,4 +1,4 @@
-"""What a training run logs: Lightning's loggers by name, and Lightning's own messages silenced."""
+"""Lightning's loggers by name, and filters for Lightning's own messages."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NOISE = (
     ".*number of training batches .* is smaller than the logging interval.*",
     ".*GPU available but not used.*",
     ".*recommended to use `self.log.*sync_dist=True.*",  # every rank already has the global values
-    ".*callbacks used to create the checkpoint need to be provided.*",  # of older versions; their state is not needed
+    ".*callbacks used to create the checkpoint need to be provided.*",  # older versions had other callbacks
     ".*MLFlow only allows.*special characters in metric name.*",  # NDCG@10 becomes NDCG10
 )
 
@@ -62,7 +62,7 @@ def make_logger(
     Args:
         name: csv writes `logs/metrics.csv`; tensorboard writes an event file in `logs/`; mlflow writes to the address
             in the environment variable MLFLOW_TRACKING_URI, or to `logs/mlflow/`, and continues the same MLflow run
-            when training is resumed; none logs nothing.
+            when training is resumed; none disables logging.
         directory: the run folder.
         hyperparameters: settings that TensorBoard and MLflow show next to the curves, nested mappings allowed.
 
@@ -93,7 +93,7 @@ def _mlflow(directory: Path) -> MLFlowLogger:
     run_file = logs / "mlflow_run.txt"
     uri = os.environ.get("MLFLOW_TRACKING_URI") or (logs / "mlflow").resolve().as_uri()
     if uri.startswith("file:"):
-        # MLflow wants users of its file store to opt in; a run folder uses it on purpose.
+        # MLflow requires users of its file store to opt in; a run folder uses it on purpose.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
     known = run_file.read_text(encoding="utf-8").strip() if run_file.exists() else None
     logger = MLFlowLogger(EXPERIMENT, run_name=directory.resolve().name, tracking_uri=uri, run_id=known)

@@ -1,4 +1,4 @@
-"""Measurement of this machine's rates for a plan, with the library's own loss, tables and optimizer."""
+"""Measure this machine's rates for a plan, with the library's own loss, tables and optimizer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def measure_rates(workload: Workload, *, link: float | None = None, latency: flo
     """Measure rates for a workload, at bounded sizes: a few seconds and at most a few hundred MiB.
 
     Args:
-        workload: its D, layers and device are measured.
+        workload: the workload whose D, layers and device are used.
         link: bytes per second between ranks; None measures this machine's loopback.
         latency: seconds per exchange; None measures it, or assumes 50 microseconds if `link` is set.
     """
@@ -115,7 +115,7 @@ def _lookups(workload: Workload, device: torch.device) -> float:
 
 
 def _loopback() -> tuple[float, float]:
-    """Return bytes per second and seconds per round trip over TCP between two threads, the transport that gloo uses."""
+    """Return bytes per second and seconds per round trip over TCP, gloo's transport, between two threads."""
     size, trips = 32 << 20, 50
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

@@ -30,16 +30,16 @@ BLOCK = 65_536
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Memory held throughout a training run, and added in each of its three phases, in bytes by name.
+    """Memory of a training run in bytes by name: held throughout, and added in each of its three phases.
 
     Attributes:
-        held: from start to end. With a CUDA device, "process" is in main memory, and everything else here and in
+        held: held from start to end. With a CUDA device, "process" is in main memory, and everything else here and in
             `step` and `ranking` is on the device.
         step: added during a training step.
         ranking: added while the catalog is ranked for validation or test.
-        saving: added while the best weights are read back, which are then in main memory.
-        available: main memory left on the machine or in the container; None if it is not reported.
-        mapped: prepared data that is memory-mapped; the system reclaims these pages when memory is short.
+        saving: added while the best weights are read back into main memory.
+        available: main memory left on the machine or in the container; None if the system does not report it.
+        mapped: memory-mapped prepared data; the system reclaims these pages when memory is short.
         placed: placement of sharded id tables, as text; empty if all tables are whole.
         state: size of a checkpoint: weights, optimizer state and weight average.
         in_background: whether checkpoints are written in the background, from a copy of the state.
@@ -59,7 +59,7 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """Peak use of the memory in which training runs."""
+        """Peak use of the memory in which training runs, in bytes."""
         if self.on_device is not None:
             throughout = sum(self.held.values()) - self.held.get("process", 0)
             return throughout + max(sum(part.values()) for part in (self.step, self.ranking))
@@ -68,18 +68,18 @@ class MemoryPlan:
 
     @property
     def needed(self) -> int:
-        """Bytes still to be allocated there: on a CPU the process and the tables are in main memory already."""
+        """Bytes that are still to be allocated: on a CPU, the process and the tables are already in main memory."""
         if self.on_device is not None:
             return self.peak
         return self.peak - self.held.get("process", 0) - self.held.get("tables", 0)
 
     @property
-    def beside(self) -> int:
+    def main_memory(self) -> int:
         """Main memory needed in addition to the process when a CUDA device trains.
 
-        Either a checkpoint's copy, or the tables with the best weights. Tables are created in main memory, moved to the
-        device and copied back at the end; a checkpoint's state is copied to main memory whether it is written in the
-        background or not.
+        This is the larger of a checkpoint's copy and the tables with the best weights. Tables are created in main
+        memory, moved to the device and copied back at the end; a checkpoint's state is copied to main memory whether it
+        is written in the background or not.
         """
         return 0 if self.on_device is None else max(self.state, self.held["tables"] + sum(self.saving.values()))
 
@@ -87,11 +87,14 @@ class MemoryPlan:
     def shortages(self) -> list[tuple[str, int, int]]:
         """(memory name, bytes still needed, bytes available) of each memory that is too small."""
         if self.on_device is None:
-            found = [("main memory", self.needed, self.available)]
+            needs = [("main memory", self.needed, self.available)]
         else:
-            beside = self.beside - self.held["tables"]
-            found = [("the CUDA device's memory", self.needed, self.on_device), ("main memory", beside, self.available)]
-        return [(name, needed, there) for name, needed, there in found if there is not None and needed > there]
+            main_memory = self.main_memory - self.held["tables"]
+            needs = [
+                ("the CUDA device's memory", self.needed, self.on_device),
+                ("main memory", main_memory, self.available),
+            ]
+        return [(name, needed, there) for name, needed, there in needs if there is not None and needed > there]
 
     @property
     def is_too_large(self) -> bool:
@@ -113,8 +116,8 @@ class MemoryPlan:
         if self.on_device is not None:
             process, waits = self.held["process"], "" if self.in_background else ", while training pauses"
             lines.append(
-                f"  main memory: {size(process + self.beside)} at most: process {size(process)}, and a checkpoint's "
-                f"copy of the state ({size(self.state)}{waits}) or the best weights next to the tables"
+                f"  main memory: {size(process + self.main_memory)} at most: process {size(process)}, and a "
+                f"checkpoint's copy of the state ({size(self.state)}{waits}) or the best weights next to the tables"
             )
         elif self.in_background:
             lines.append(f"  a checkpoint adds {size(self.state)}: a copy of the state, written in the background")
@@ -145,20 +148,20 @@ class MemoryPlan:
 def plan_memory(
     config: Config, towers: TwoTower, objective: Objective, data: Interactions, ranks: Communicator | None = None
 ) -> MemoryPlan:
-    """Compute a plan from the shapes of what was built; nothing is allocated. Collective.
+    """Compute a plan from the shapes of the model and the data; nothing is allocated. Collective.
 
-    Memory that is already used, such as libraries, counts and the part of the data that the split selected, is queried
-    from the system, and so is the free memory of CUDA devices if training runs on them.
+    The system reports the memory already in use (libraries, counts, the part of the data that the split selected) and
+    the free memory of the CUDA devices if training runs on them.
 
     Args:
         config: the settings, without "auto" (`Config.resolved`).
         towers: the model, in memory.
         objective: its pool determines the number of candidates per batch.
         data: the training interactions.
-        ranks: the processes of the run, which decide together; None for a single process.
+        ranks: the processes of the run, which agree on the plan; None for a single process.
     """
     ranks = ranks or Communicator()
-    found = hardware.memory(Launch.of_environment().local_size if ranks.size > 1 else 1)
+    memory = hardware.memory(Launch.of_environment().local_size if ranks.size > 1 else 1)
     on_device = least_of_all(hardware.device_memory(config.training.accelerator), ranks)
     on_cpu = on_device is None
     width, rows = config.item_tower.dimension, int(config.training.batch_size)
@@ -170,14 +173,15 @@ def plan_memory(
     embedded = min(rows + candidates, data.num_items)
     in_tables = sum(table.nbytes for table in tables.values())
     held = {
-        "process": max((found.resident or 0) - in_tables, 0),
+        "process": max((memory.resident or 0) - in_tables, 0),
         "tables": in_tables,
         "optimizer state": sum(_state(t, config.training.table_optimizer) for t in tables.values())
         + sum(_state(p, "adam") for p in layers),
     }
     if config.training.weight_average:
         held["average of the weights"] = _saved(towers)
-    # Looked up, pooled and masked, plus the gradient of the looked-up rows. A dense gradient is as large as its table.
+    # Histories are looked up, pooled and masked, and the rows have a gradient. A dense gradient is as large as its
+    # table.
     at_once = min(rows, int(config.training.micro_batch or rows))
     of_history = at_once * length * (3 * width * F4 + 4 * I8)
     if config.query_tower.history is not None and config.query_tower.history.sequence is not None:
@@ -195,33 +199,33 @@ def plan_memory(
     shared = shared_tables_of(towers)
     count = ranks.size if shared else 1
     if shared:
-        # Fetched rows and their gradients, for each of two lookups; rows sent to other ranks and the gradients received
-        # for them: the same number, except on a rank that holds all rows of a table.
+        # Fetched rows and their gradients, for each of two lookups, and rows sent to other ranks with the gradients
+        # received for them: as many, except on a rank that has all rows of a table.
         fetched = min(-(-embedded // count) + -(-rows // count) * (length + 1), data.num_items)
         gives_all = any(isinstance(table.part, RowShard) and table.part.holder == ranks.rank for table in shared)
         step["rows of shared tables"] = (4 + 3 * (count if gives_all else 1)) * fetched * width * F4
     catalog = -(-data.num_items // count) * width * F4
     ranking = {
-        "gradients": step["gradients"],  # of the last step, not yet freed
+        "gradients": step["gradients"],  # the last step's gradients are not yet freed
         "item embeddings": catalog if shared else 2 * catalog + 2 * min(data.num_items, BLOCK) * width * F4,
-        # The items in index order, in bfloat16 (on a CPU), and a NaN mask; a shard of the items is not copied.
+        # A copy of the items in index order, a bfloat16 copy on a CPU, and a NaN mask; a shard is not copied.
         "index": catalog * (not shared) + catalog // 2 * on_cpu + catalog // 4,
     }
     tuned = tuning.tuning()
     if on_cpu and tuned is not None and tuned.kept_below is not None:
-        # Memory freed by a step stays with the process, and is not always reusable for a ranking.
+        # Memory freed by a step stays with the process, and a ranking cannot always reuse it.
         freed = step["histories"] + step["embeddings"]
         ranking["kept for reuse"] = min(freed, tuning.KEPT_IN_ALL)
     saving = {"best weights": in_tables}
-    # What `select` took from the prepared data is in memory already, and so is counted with the process.
+    # The rows that `select` copied from the prepared data are already counted with the process.
     state = _saved(towers, objective) + held["optimizer state"] + held.get("average of the weights", 0)
     placed = ", ".join(f"{table.name} {table.part}" for table in shared) + f", over {count} ranks" if shared else ""
-    plan = MemoryPlan(held, step, ranking, saving, found.available, _mapped(data), placed, state, on_device=on_device)
+    plan = MemoryPlan(held, step, ranking, saving, memory.available, _mapped(data), placed, state, on_device=on_device)
     return replace(plan, in_background=_is_in_background(plan, config, ranks))
 
 
 def _is_in_background(plan: MemoryPlan, config: Config, ranks: Communicator) -> bool:
-    """Return the setting; for "auto", whether every rank can spare twice the memory of a copy of the state."""
+    """Return the setting; for "auto", whether every rank has twice the memory of a copy of the state to spare."""
     setting = config.training.checkpoint_in_background
     if setting != "auto":
         return setting
@@ -231,7 +235,7 @@ def _is_in_background(plan: MemoryPlan, config: Config, ranks: Communicator) -> 
 
 
 def least_of_all(available: int | None, ranks: Communicator) -> int | None:
-    """Return the minimum over ranks, so that all make the same decision; None if any rank does not know. Collective."""
+    """Return the minimum over ranks, so that all decide the same; None if it is unknown on any rank. Collective."""
     values = torch.tensor([-1 if available is None else available], device=ranks.device)
     least = int(ranks.gather(values, [1] * ranks.size).min())
     return None if least < 0 else least
@@ -254,7 +258,7 @@ def candidates_of(objective: Objective, rows: int, num_items: int) -> tuple[int,
 
 
 def of_sequences(history: HistoryConfig, rows: int, width: int) -> int:
-    """Return the bytes that an encoder keeps of a batch's sequences for backward; tokens are 7/6 of the rows."""
+    """Return the bytes that an encoder stores for the backward pass of a batch; it has 7/6 as many tokens as rows."""
     sequence = history.sequence
     if sequence is None:
         return 0
@@ -267,7 +271,7 @@ def of_sequences(history: HistoryConfig, rows: int, width: int) -> int:
 
 
 def _saved(*modules: nn.Module) -> int:
-    """Return the bytes of parameters and buffers that are saved, tied ones counted once."""
+    """Return the bytes of the parameters and buffers that are saved; tied ones count once."""
     return sum({v.data_ptr(): v.nbytes for module in modules for v in module.state_dict().values()}.values())
 
 

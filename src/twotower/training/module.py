@@ -1,4 +1,4 @@
-"""The LightningModule of a training run: the step, the optimizer with its schedule, the state of a checkpoint."""
+"""The LightningModule of a training run: training step, optimizer with its schedule, and checkpoint state."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class TrainingModule(pl.LightningModule):
 
     Args:
         towers: the model.
-        objective: what is minimised.
+        objective: the objective to minimise.
         settings: learning rate, warm-up, seed and so on, without "auto" (`Config.resolved`).
         total_steps: steps of the whole schedule.
         known_positives: items that are never negatives of a row; None masks only the row's own positive.
-        counts: training interactions of each item, [N], for diagnostics by popularity; with batches built within groups
-            those of each group, [G, N]; None for no such diagnostics.
+        counts: training interactions of each item, [N], for diagnostics by popularity; if batches are built within
+            groups, by group, [G, N]; None for no such diagnostics.
         ranks: the processes that train together; None for a single process.
     """
 
@@ -114,34 +114,35 @@ class TrainingModule(pl.LightningModule):
             torch.manual_seed(step_seed(self.settings.seed, self.global_step, ROUNDING))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Take the step and update the weight average: faster in the first steps, so that the start is soon forgotten.
+        """Take the step and update the weight average, faster in the first steps so that initial weights soon vanish.
 
-        Done here and not after the batch, where callbacks run first: a checkpoint saved by one would miss the update.
+        The average is not updated after the batch, because callbacks run before that, and a checkpoint that one of them
+        saves would miss the update.
         """
         super().optimizer_step(*args, **kwargs)
         if self.averaged is not None:
-            step = self.global_step + 1  # Lightning counts the step when this returns
+            step = self.global_step + 1  # Lightning counts the step after this method returns
             keep = min(self.settings.weight_average, step / (step + 9))
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.averaged.parameters()), list(self.towers.parameters()), 1.0 - keep)
 
     def on_train_epoch_start(self) -> None:
-        """Restart the clock of rows/s: validation time does not count."""
+        """Restart the clock of rows/s, so that validation time does not count."""
         self._rows, self._since = 0, time.perf_counter()
 
     @property
     def evaluated(self) -> TwoTower:
-        """The towers that are evaluated and saved: the averaged ones, if there are any."""
+        """The towers that are evaluated and saved: those with averaged weights, if there are any."""
         return self.averaged or self.towers
 
     def log_frequency_drift(self) -> None:
-        """Log how far an estimated frequency is from the counted one, and warn if it is far."""
+        """Log the difference between an estimated frequency and the counts, and warn if it is large."""
         if self.counts is not None and (drift := frequency_drift(self.objective, self.counts)) is not None:
             self.log("frequency_drift", drift, batch_size=1)
             self._watch.look({"frequency_drift": drift})
 
     def configure_optimizers(self) -> Any:
-        """Build one optimizer for layers and tables; linear warm-up, then cosine decay to a tenth of the rate."""
+        """Build one optimizer for layers and tables, with linear warm-up and cosine decay to a tenth of the rate."""
         settings = self.settings
         groups = parameter_groups(
             torch.nn.ModuleList([self.towers, self.objective]),
@@ -163,11 +164,11 @@ class TrainingModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the state of the random generators, so that a resumed run draws what an uninterrupted one would have."""
+        """Save the state of the random generators, so that a resumed run draws the same as an uninterrupted run."""
         checkpoint["random_state"] = random_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep it until training starts: building the model and sanity checks also use random numbers."""
+        """Keep the random state until training starts, because building the model also uses random numbers."""
         self._random_state = checkpoint["random_state"]
 
     def on_train_start(self) -> None:

@@ -21,9 +21,8 @@ from twotower.towers.sharded_lookup import shared_tables_of
 def combine_rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Return the distinct rows of a sparse gradient, ascending, and the sum of each row's entries.
 
-    Rows that are already strictly ascending, as when every distinct item was embedded once, are returned unchanged.
-    Otherwise the codes are sorted and each run of equal codes is summed; `Tensor.coalesce` does the same two to three
-    times slower.
+    Rows that are already strictly ascending (every distinct item was embedded once) are returned unchanged. Otherwise
+    the codes are sorted and each run of equal codes is summed, two to three times faster than by `Tensor.coalesce`.
 
     Args:
         gradient: sparse [N, D] with one sparse dimension, as produced by `nn.Embedding(sparse=True)`.
@@ -42,7 +41,7 @@ def combine_rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def adam_rows(table: Tensor, rows: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-    """Apply lazy Adam: mean m and variance v of the touched rows alone, with the bias correction of step t.
+    """Apply lazy Adam: update mean m and variance v of the touched rows only, with the bias correction of step t.
 
         m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2
         w <- w - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
@@ -89,7 +88,7 @@ def adagrad_rows(
         gradient: [M, D].
         state: `sum` [N], changed in place.
         group: `lr`, `eps`, `weight_decay` (decoupled, on touched rows).
-        columns: which columns of a wider table these are. Other ranks hold the other columns of the same rows, and the
+        columns: the columns of a wider table in `table`. Other ranks have the other columns of the same rows, and the
             mean over d is over all columns (collective).
     """
     square = torch.linalg.vector_norm(gradient, dim=1).square_()
@@ -107,14 +106,14 @@ def adagrad_rows(
 
 
 def move_rows(table: Tensor, rows: Tensor | None, direction: Tensor, rate: float, keep: float = 1.0) -> None:
-    """Set w_j to `keep` w_j - `rate` direction_j for the given rows, in float32; bfloat16 tables are rounded after it.
+    """Set w_j to `keep` w_j - `rate` direction_j for the given rows, in float32; bfloat16 tables are then rounded.
 
     Args:
         table: [N, D], changed in place.
         rows: int64 [M], distinct; None for all N.
         direction: [M, D].
         rate: step length.
-        keep: factor of a row for weight decay.
+        keep: factor applied to each row for weight decay.
     """
     moved = table.clone() if rows is None else table.index_select(0, rows)
     moved = moved.to(direction.dtype)
@@ -132,10 +131,10 @@ def move_rows(table: Tensor, rows: Tensor | None, direction: Tensor, rate: float
 def round_stochastically(values: Tensor) -> Tensor:
     """Round float32 to bfloat16, up or down with the probability that makes the expectation exact.
 
-    bfloat16 has 8 bits of precision. With rounding to nearest, a step smaller than 1/512 of a weight would be lost
-    every time and training would stall; with stochastic rounding the expected movement is right (Gupta et al. 2015,
-    "Deep learning with limited numerical precision", section 3). Uses the device's global generator, whose state is
-    part of a checkpoint.
+    bfloat16 has 8 bits of precision. With rounding to nearest, a step smaller than 1/512 of a weight would always be
+    lost and training would stall; with stochastic rounding the expected update is exact (Gupta et al. 2015, "Deep
+    learning with limited numerical precision", section 3). It uses the device's global generator, whose state is part
+    of a checkpoint.
 
     Args:
         values: float32, finite, any shape.
@@ -144,7 +143,7 @@ def round_stochastically(values: Tensor) -> Tensor:
         bfloat16, the same shape.
     """
     bits = values.contiguous().view(torch.int32)
-    # bfloat16 is the upper half of a float32: a random lower half carries into it with the right probability.
+    # bfloat16 is the upper half of a float32; random bits added to the lower half carry with the right probability.
     noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device)
     return bits.add(noise).bitwise_and_(-(1 << 16)).view(torch.float32).to(torch.bfloat16)
 
@@ -156,9 +155,10 @@ RULES = ("adam", "rowwise-adagrad")
 class TableOptimizer(torch.optim.Optimizer):
     """AdamW for dense gradients; Adam or row-wise Adagrad for tables, applied only to the rows of a step.
 
-    One optimizer with one state, one schedule and one checkpoint. A group's `rule` selects the update:
+    One optimizer for the whole model has one state, one schedule and one checkpoint. A group's `rule` selects the
+    update:
 
-    - `adam`: a dense gradient as AdamW (Loshchilov & Hutter 2019). A sparse one lazily: see `adam_rows`.
+    - `adam`: AdamW (Loshchilov & Hutter 2019) for a dense gradient, lazy Adam for a sparse gradient. See `adam_rows`.
     - `rowwise-adagrad`: for tables, [N, D]; a sparse gradient updates only its rows. See `adagrad_rows`.
 
     Duplicate rows of a sparse gradient are summed once (`combine_rows`), and no temporary is as large as a table: the
@@ -172,7 +172,7 @@ class TableOptimizer(torch.optim.Optimizer):
         betas: decay of Adam's running mean and of its running variance.
         eps: added to the root of the variance, or of the accumulator.
         weight_decay: decoupled weight decay of the parameter, per unit of learning rate.
-        rule: the rule of groups without one.
+        rule: the rule of groups that do not set one.
 
     Raises:
         InputError: a rule is unknown, or `rowwise-adagrad` is set for a parameter that is not a table.
@@ -227,14 +227,14 @@ class TableOptimizer(torch.optim.Optimizer):
         """Restore a saved state.
 
         Raises:
-            InputError: the state belongs to other parameters.
+            InputError: the state belongs to different parameters.
         """
         try:
             super().load_state_dict(state_dict)
         except ValueError as error:
             raise InputError(
-                f"optimizer: the saved state does not fit this model ({error}); resume with the settings and the "
-                "version that wrote it, or train from scratch"
+                f"optimizer: the saved state does not fit this model ({error}); resume with the version and the "
+                "settings that wrote it, or train from scratch"
             ) from error
         # torch casts state to the parameter's type; the state of a bfloat16 table must stay float32.
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
@@ -293,7 +293,7 @@ def fresh_state(parameter: Tensor, rule: str) -> dict[str, Tensor]:
 
 
 def state_dtype(parameter: Tensor) -> torch.dtype:
-    """Return float32 for a 16-bit parameter, where sums of squares would soon stop growing; else its own type."""
+    """Return the parameter's type, or float32 for 16-bit types, in which sums of squares would soon stop growing."""
     return torch.float32 if parameter.dtype in (torch.bfloat16, torch.float16) else parameter.dtype
 
 
@@ -302,12 +302,12 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Build the groups of `TableOptimizer`: decayed weight matrices; biases and scalars; tables.
 
-    Tables do not decay. A row is touched as often as its item occurs, so decay would affect popular items most, which
-    would be another popularity bias.
+    Tables do not decay. A row is touched as often as its item occurs, so decay would affect popular items most and add
+    a popularity bias.
 
     Args:
         model: its `nn.Embedding` modules are the tables.
-        weight_decay: of the weight matrices of layers.
+        weight_decay: weight decay of the layers' weight matrices.
         lr: learning rate of the layers.
         table_rule: "adam" or "rowwise-adagrad".
         table_lr: learning rate of the tables; None for `lr`.

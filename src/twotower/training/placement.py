@@ -1,4 +1,4 @@
-"""Placement of the id tables over ranks: set by the user, for all or for each, or decided by their size."""
+"""Placement of the id tables over ranks: set by the user, for all tables or per table, or chosen by size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from twotower.errors import InputError
 from twotower.system import hardware
 from twotower.training.memory_plan import F4, least_of_all
 
-#: With automatic sharding, tables that need fewer bytes than this, with their optimizer state, stay whole.
+#: With automatic sharding, tables stay whole if they need fewer bytes than this, including their optimizer state.
 SHARED_ABOVE = 16 << 20
 
 
@@ -37,13 +37,13 @@ class Placement:
 
 
 def place_tables(config: Config, data: Interactions, ranks: Communicator | None = None) -> Placement:
-    """Decide the placement of the id tables before any is created; collective.
+    """Choose the placement of the id tables before any of them is created; collective.
 
-    `training.table_placement` sets it for all tables, or for some by name. Unnamed tables are `auto`: whole as long as
-    they and their optimizer state need at most half of a process's memory; above that, tables of more than 16 MiB are
-    sharded by rows. The memory is the free memory of the CUDA device if one trains, and main memory otherwise. On CUDA,
-    main memory must also hold the tables without their state, because they are created there and copied back at the
-    end. Table-wise tables are placed largest first, each on the rank with the fewest rows so far.
+    `training.table_placement` sets it for all tables, or for some by name. Unnamed tables are `auto`: they are whole as
+    long as they and their optimizer state need at most half of a process's memory; otherwise tables of more than 16 MiB
+    are sharded by rows. The memory is that of the CUDA device if training runs on one, and main memory otherwise. With
+    CUDA the tables, without their state, must also fit into main memory, because they are created there and copied back
+    at the end. Table-wise tables are placed largest first, each on the rank with the fewest rows so far.
 
     Args:
         config: the settings.
@@ -51,8 +51,8 @@ def place_tables(config: Config, data: Interactions, ranks: Communicator | None 
         ranks: the processes of the run; None for a single process.
 
     Raises:
-        InputError: a named table does not exist in the model; or the tables and optimizer state of a rank alone need
-            more memory than is available, and the system would kill the process during training.
+        InputError: a named table does not exist in the model; or the tables and optimizer state of a rank need more
+            memory than is available, so that the system would kill the process during training.
     """
     ranks, tables = ranks or Communicator(), table_rows(config, data)
     requested = _requested_placements(config, tables)
@@ -74,11 +74,11 @@ def place_tables(config: Config, data: Interactions, ranks: Communicator | None 
 
 @dataclass(frozen=True)
 class _FreeMemory:
-    """Memory available for tables, in bytes, on the rank with the least; None if the system does not report it.
+    """Free memory for tables in bytes, on the rank with the least; None if the system does not report it.
 
     Attributes:
         main: main memory.
-        device: memory of its CUDA device; None if training runs in main memory.
+        device: memory of the CUDA device; None if training runs in main memory.
     """
 
     main: int | None
@@ -120,7 +120,7 @@ def table_rows(config: Config, data: Interactions) -> dict[str, int]:
         "history": (data.num_items, separate),
         "query": (data.num_queries, query.id_embedding),
     }
-    return {name: rows for name, (rows, wanted) in tables.items() if wanted}
+    return {name: rows for name, (rows, is_used) in tables.items() if is_used}
 
 
 def row_bytes(config: Config) -> int:

@@ -1,7 +1,8 @@
 """Estimates for a distributed run before any machine is rented: memory per rank, bytes exchanged, step time.
 
-The amounts per step follow the code in training/: what is gathered, reduced and touched. Rates are measured on the
-local machine (`measure_rates`), so a plan for other machines is only as good as the rates supplied for them.
+The amounts per step follow the code in training/: the bytes gathered and reduced, and the rows touched. Rates are
+measured on the local machine (`measure_rates`); a plan for other machines is only as good as the rates supplied for
+them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, Literal
 from twotower.errors import InputError
 
 F4, I8 = 4, 8
-#: Size in bytes of a tile of logits on a CPU and on an accelerator (losses/tiles.py).
+#: Size in bytes of a tile of logits on a CPU and on an accelerator (losses/tiled/blocks.py).
 TILES = {"cpu": 8 << 20, "cuda": 256 << 20}
 #: Entries of `ScalePlan.memory` that exist throughout; the others exist only during a step.
 HELD = ("process", "tables", "optimizer state", "layers and their state")
@@ -33,12 +34,12 @@ class Workload:
         ranks: W.
         queries: rows of the query table; 0 if there is none.
         history: L.
-        sampled: candidates drawn in addition to those of the batch.
+        sampled: candidates drawn in addition to the positives of the batch.
         hidden: widths of the query tower's hidden layers.
         optimizer: update rule of the tables.
         precision: type in which tables are stored.
-        layout: `replicated`: whole tables on every rank; `row-wise`: 1/W of their rows on each; `column-wise`: 1/W of
-            their columns on each; `table-wise`: each table on one rank.
+        layout: `replicated`: whole tables on every rank; `row-wise`: 1/W of the rows per rank; `column-wise`: 1/W of
+            the columns per rank; `table-wise`: each table on one rank.
         device: "cpu" or "cuda".
     """
 
@@ -69,17 +70,17 @@ class Workload:
 
     @property
     def rows(self) -> int:
-        """Rows of a step on the rank with the most."""
+        """Rows of a step on the rank with the most rows."""
         return -(-self.batch // self.ranks)
 
     @property
     def candidates(self) -> int:
-        """Upper bound on M: the batch's items and the drawn ones, each counted once."""
+        """Upper bound on M: the batch's items and the drawn items, each counted once."""
         return min(self.batch + self.sampled, self.items)
 
     @property
     def held(self) -> tuple[float, float]:
-        """Table rows on the rank that holds the most, and how many of their columns it holds."""
+        """Number of table rows on the rank that has the most, and the width of its part of them."""
         rows = float(self.items + self.queries)
         if self.layout == "row-wise":
             return rows / self.ranks, self.dimension
@@ -91,7 +92,7 @@ class Workload:
 
     @property
     def serves_all(self) -> bool:
-        """Whether a rank handles whole rows for all ranks: with replicated tables, or as owner of the item table."""
+        """Whether a rank handles whole rows for all ranks: tables are replicated, or it owns the whole item table."""
         return self.ranks > 1 and self.layout in ("replicated", "table-wise")
 
     @property
@@ -101,12 +102,12 @@ class Workload:
         return sum(a * b + b for a, b in pairwise(widths))
 
     def distinct(self, draws: float) -> float:
-        """Return the expected number of distinct items among this many draws if they are uniform, an upper bound."""
+        """Return the expected number of distinct items among uniform draws, an upper bound for any distribution."""
         return self.items * -math.expm1(-draws / self.items)
 
     @property
     def touched(self) -> float:
-        """Table rows that a rank's own step touches: its share of the candidates, its histories, its queries."""
+        """Table rows that a rank touches in a step: its share of the candidates, its histories and its queries."""
         own = self.candidates / self.ranks
         return own + self.distinct(self.rows * self.history) + (self.rows if self.queries else 0)
 
@@ -117,11 +118,11 @@ class Rates:
 
     Attributes:
         products: floating-point operations (2 per multiply-add) per second in the loss, float32, forward and backward.
-        layers: the same for the towers' layers.
+        layers: operations per second in the towers' layers.
         updates: table values (rows times D) that the optimizer updates per second.
         lookups: table values looked up per second, including the backward pass.
         link: bytes that one rank sends and receives per second.
-        latency: of one exchange, in seconds.
+        latency: latency of one exchange, in seconds.
         process: memory of the process with its libraries, in bytes.
     """
 
@@ -141,11 +142,11 @@ def read_rates(path: Path) -> Rates:
         InputError: the file does not exist or is not JSON, or a rate is missing.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return Rates(**{field.name: found.get("rates", found)[field.name] for field in fields(Rates)})
+        document = json.loads(path.read_text(encoding="utf-8"))
+        return Rates(**{field.name: document.get("rates", document)[field.name] for field in fields(Rates)})
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise InputError(
-            f"{path}: no rates found ({type(error).__name__}: {error}); expected what `twotower plan --json` prints"
+            f"{path}: no rates found ({type(error).__name__}: {error}); expected the output of `twotower plan --json`"
         ) from error
 
 
@@ -158,7 +159,7 @@ class ScalePlan:
         rates: the rates from which times are computed.
         memory: bytes by name, at the peak of a training step.
         ranking: bytes by name that validation needs while it ranks the catalog, in place of a step's bytes.
-        exchanged: bytes that a rank sends in a step, by name; it receives as many.
+        exchanged: bytes that a rank sends in a step, by name; it receives the same number.
         seconds: duration of each part of a step, by name; the parts run one after the other.
         device_memory: bytes available; None if unknown.
     """
@@ -218,9 +219,8 @@ class ScalePlan:
 def plan_scale(workload: Workload, rates: Rates, device_memory: float | None = None) -> ScalePlan:
     """Compute a plan; nothing is allocated.
 
-    An exchange of n bytes by all ranks makes each of them send n (W - 1) / W bytes, as in a ring; summing
-    gradients makes each send twice that. Exchanges and computation are assumed to run one after the other, as in the
-    code.
+    In an exchange of n bytes by all ranks, each rank sends n (W - 1) / W bytes, as in a ring; to sum gradients, each
+    sends twice that. Exchanges and computation are assumed to run one after the other, as in the code.
     """
     memory, ranking, exchanged = _memory(workload, rates), _ranking(workload), _exchanged(workload)
     seconds = _computing(workload, rates) | {
@@ -233,12 +233,12 @@ def _memory(work: Workload, rates: Rates) -> dict[str, float]:
     rows, columns = work.held
     number = 2 if work.precision == "bfloat16" else F4
     state = F4 if work.optimizer == "rowwise-adagrad" else 2 * F4 * columns
-    # All ranks' table gradients (rows and vectors) as gathered, and a second copy once combined.
+    # The gathered table gradients of all ranks (rows and vectors), and a second copy when they are combined.
     arriving = work.touched * (work.ranks if work.serves_all else 1)
     row = work.dimension * F4
     of_tables = {"gradients of tables": (work.touched + 2 * arriving) * row}
     if work.layout != "replicated":
-        # Fetched rows, their gradients and those of a second lookup; rows sent to other ranks, and gradients for them.
+        # Fetched rows and their gradients for two lookups; rows sent to other ranks, and gradients received for them.
         of_tables = {"rows of tables": 3 * work.touched * row, "gradients of rows": (work.touched + 2 * arriving) * row}
     return {
         "process": float(rates.process),
@@ -253,13 +253,13 @@ def _memory(work: Workload, rates: Rates) -> dict[str, float]:
 
 
 def _ranking(work: Workload) -> dict[str, float]:
-    """Estimate as in training/memory_plan.py: embeddings of all items and an index over them, or a rank's shard."""
+    """Estimate as in memory_plan.py: embeddings of all items and an index over them, or of a rank's shard."""
     row, shared = work.dimension * F4, work.layout != "replicated" and work.ranks > 1
     catalog = work.items * row / (work.ranks if shared else 1)
     return {
         "gradients of the last step": work.touched * (work.ranks if work.serves_all else 1) * row,
         "item embeddings": catalog if shared else 2 * catalog,
-        # Items in index order, unless already ordered; a bfloat16 copy on a CPU (index/screen.py); a NaN mask.
+        # Items in index order, unless sharded; a bfloat16 copy on a CPU (index/bf16_screen.py); a NaN mask.
         "index": ((not shared) + 0.5 * (work.device == "cpu") + 0.25) * catalog,
     }
 
@@ -276,8 +276,8 @@ def _exchanged(work: Workload) -> dict[str, float]:
     }
     if work.layout == "replicated":
         return {**sent, "gradients of tables": work.touched * (row + I8) * (work.ranks - 1)}
-    # Rows are fetched from the ranks that own them, and gradients return there. A rank with a whole table sends rows to
-    # all others and receives their gradients: its traffic is counted, because the others send less.
+    # Rows are fetched from the ranks that own them, and gradients are sent back. A rank with a whole table sends rows
+    # to all others and receives their gradients; its traffic is counted, because the other ranks send less.
     if work.layout == "table-wise":
         others = work.touched * (work.ranks - 1)
         return {**sent, "rows of tables": others * (row + I8), "gradients of rows": others * row}

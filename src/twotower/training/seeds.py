@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-#: Purposes of random numbers: draws and the rounding of tables are the same on every rank, dropout is not.
+#: Purposes of random numbers. Draws and the rounding of tables are the same on every rank; dropout is not.
 DRAWS, ROUNDING, DROPOUT = 0, 1, 2
 
 

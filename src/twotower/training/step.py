@@ -1,4 +1,4 @@
-"""The training step: from a batch of rows to its loss, on one process or on the rows of one rank of several."""
+"""The training step: from a batch of rows to its loss, in one process or on one of several ranks."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ def compute_loss(
     micro_batch: int | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Embedded, Candidates]:
-    """Compute the loss of a batch, the mean over its rows, or this rank's share of it, with a gradient.
+    """Compute the loss of a batch, the mean over its rows, or this rank's share of the loss, with a gradient.
 
     With the B rows b of all ranks, their weights w (1 without weights) and the mean weight of all rows of the data,
 
         share of a rank = sum of w_b loss_b over its own rows / (B mean_weight).
 
-    So over an epoch every row counts as its weight says; a batch with heavy rows has a larger loss, and one whose rows
-    all weigh 0 has loss 0 and no gradient. (Divided by the sum of the weights of the batch, heavy rows would count
-    less.) The shares add up to the loss of the batch, so gradients must be *summed* over ranks (`GradientExchange`),
-    whatever number of rows each rank has. Every rank draws the candidates of the whole batch with the same generator,
-    so kappa counts the B - 1 other rows of all ranks, and cross-batch memories and streaming frequencies see the same
-    draws everywhere. A rank makes the masks of its own rows only.
+    Over an epoch every row then counts in proportion to its weight. A batch with heavy rows has a larger loss; a batch
+    whose rows all have weight 0 has loss 0 and no gradient. (If the loss were divided by the sum of the batch's
+    weights, heavy rows would count less.) The shares add up to the loss of the batch, so gradients must be *summed*
+    over ranks (`GradientExchange`), for any number of rows per rank. Every rank draws the candidates of the whole batch
+    with the same generator, so kappa counts the B - 1 other rows of all ranks, and cross-batch memories and streaming
+    frequencies see the same draws everywhere. A rank makes the masks of its own rows only.
 
     Candidates are drawn first, so that each distinct item passes through the item tower once. Several ranks embed the
-    candidates of a shared draw together, 1/W each. If every block of `objective.rows_per_draw` rows has a draw of its
-    own, a rank embeds the candidates of its own rows, and nothing is gathered: sharing would move the embeddings of all
-    draws to every rank. Each block is an independent draw, so the estimate for a row has the bias and variance of one
-    draw per batch, but the errors of different blocks average out, at the same number of dot products.
+    candidates of a shared draw together, 1/W each. If every block of `objective.rows_per_draw` rows has its own draw, a
+    rank embeds the candidates of its own rows and nothing is gathered, because sharing would move the embeddings of all
+    draws to every rank. The blocks are independent draws: the estimate for a row has the bias and variance of one draw
+    per batch, but the errors of different blocks average out, at the same number of dot products.
 
     Args:
         towers: the model, the same on every rank.
-        objective: what is minimised, in the same state on every rank.
+        objective: the objective to minimise, in the same state on every rank.
         batch: the rank's own rows, possibly none if there are several ranks.
         communicator: the processes that train together; None for a single process.
         known_positives: items that are never negatives of a row; None masks only the row's own positive.
@@ -57,7 +57,7 @@ def compute_loss(
         generator: random generator of the draws, in the same state on every rank; None for torch's default.
 
     Returns:
-        The loss, a scalar; embeddings and candidates of this rank's rows, of the last block if there are several.
+        The loss, a scalar, and the embeddings and candidates of this rank's rows (of the last block, if several).
     """
     ranks = communicator or Communicator()
     sizes = _rows_of_ranks(batch, ranks)
@@ -99,8 +99,8 @@ class Block:
     """A block of rows that share one draw of candidates.
 
     Attributes:
-        rows: this rank's rows in the block, counted from its first row; None if the block contains all of them.
-        candidates: items and counts of the whole block; masks of `rows` only.
+        rows: this rank's rows in the block, numbered from the rank's first row; None if the block contains all of them.
+        candidates: items and counts of the whole block, with the masks of `rows` only.
     """
 
     rows: slice | None
@@ -123,16 +123,16 @@ def draw_blocks(
     """Draw the candidates of a batch, or of every `objective.rows_per_draw` rows of it, in its order over all ranks.
 
     A last block of one row, which has no other rows, joins the block before. A block may span several ranks, and a rank
-    several blocks. Every rank makes all draws, and keeps the blocks that
-    have rows on it; a rank without rows keeps the last one.
+    several blocks. Every rank makes all draws and keeps the blocks that contain its rows; a rank without rows keeps the
+    last block.
 
     Args:
-        objective: what is minimised.
+        objective: the objective to minimise.
         batch: the rank's own rows, possibly none.
         items: items of the rows of all ranks, int64.
         own: which of these rows are the rank's own.
         known_positives: items that are never negatives of a row.
-        generator: of the draws, in the same state on every rank.
+        generator: random generator of the draws, in the same state on every rank.
     """
     is_one = objective.rows_per_draw is None
     each = objective.rows_per_draw or len(items)
@@ -166,8 +166,8 @@ class Lookups:
     Attributes:
         shared: candidates that all ranks embed together; None if each rank embeds its own.
         places: positions of the rank's positives among `shared`; None if they are embedded separately.
-        own: what this rank embeds for itself: its positives unless `places` is given, then for each block its
-            candidates unless they are `shared`, and its per-row candidates, if any.
+        own: items that this rank embeds for itself: its positives unless `places` is given, then for each block the
+            candidates unless they are `shared`, and the per-row candidates, if any.
     """
 
     shared: Tensor | None
@@ -227,7 +227,7 @@ def _contains_positives(objective: Objective, batch: Batch) -> bool:
 
 
 def _places(items: Tensor, requested: Tensor) -> Tensor:
-    """Return the position of each requested item in `items`, int64 [B]; all of them must occur."""
+    """Return the position of each requested item in `items`, int64 [B]; every requested item must occur there."""
     ordered, order = torch.sort(items, stable=True)
     return order[torch.searchsorted(ordered, requested)]
 
@@ -235,7 +235,7 @@ def _places(items: Tensor, requested: Tensor) -> Tensor:
 def _loss_without_rows(
     towers: TwoTower, shared: Tensor | None, blocks: list[Block]
 ) -> tuple[Tensor, Embedded, Candidates]:
-    """Return 0 with a graph, for a rank without rows: losses of other ranks may depend on the items embedded here."""
+    """Return a loss of 0 with a graph for a rank without rows: other ranks may need the items that it embedded."""
     candidates = towers.log_temperature.new_empty(0, 0) if shared is None else shared
     held = {id(table.weight) for table in shared_tables_of(towers)}
     anchor = min((p for p in towers.parameters() if p.requires_grad and id(p) not in held), key=lambda p: p.numel())

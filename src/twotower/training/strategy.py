@@ -21,7 +21,7 @@ class RankStrategy(DDPStrategy):
     """Lightning's strategy for several processes, without the DDP wrapper around the model.
 
     Lightning handles devices, the process group, collective decisions and checkpoints written by rank 0. Gradients are
-    summed by `GradientExchange`, which explains why.
+    summed by `GradientExchange`; its docstring explains why.
     """
 
     def configure_ddp(self) -> None:
@@ -32,7 +32,7 @@ class RankStrategy(DDPStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write a checkpoint: rank 0 alone, or all ranks together if they share tables."""
+        """Write a checkpoint, on rank 0 only or, with sharded tables, on all ranks together."""
         module = self.lightning_module
         if module is None or not shared_tables_of(module):
             super().save_checkpoint(checkpoint, filepath, storage_options)

@@ -9,8 +9,8 @@ import pytest
 from twotower.config.run import Config
 from twotower.data import Interactions, SequenceBatches, TrainingBatches, by_time, from_parts, leave_last_out
 from twotower.errors import InputError
-from twotower.features.from_config import encode_context, encode_features, fit_features, wanted_context, with_features
-from twotower.features.requests import encode_given
+from twotower.features.from_config import context_to_read, encode_context, encode_features, fit_features, with_features
+from twotower.features.requests import encode_context_rows
 from twotower.features.suggest import propose_context
 from twotower.ranking.distributed import slice_holdout
 
@@ -132,7 +132,7 @@ def test_training_rows_are_encoded_like_requests():
     """For all kinds, a training row has the same arrays as a request with the same values."""
     frame = log()
     config = Config.load(None, [DECLARED])
-    data = Interactions.from_frame(frame, context=wanted_context(config))
+    data = Interactions.from_frame(frame, context=context_to_read(config))
     train = leave_last_out(data).train
     features = fit_features(config, train)["context"]
     encoded = encode_context(features, train)
@@ -141,7 +141,7 @@ def test_training_rows_are_encoded_like_requests():
     for row, place in zip(batch.rows.tolist(), range(12), strict=True):
         values = {name: by_key[key_of(train, row)][name] for name in features.columns}
         values["timestamp"] = values["timestamp"] if place % 2 else str(train.context["timestamp"][row])
-        alone = encode_given(features, [values])
+        alone = encode_context_rows(features, [values])
         for many, single in zip(batch.context, alone, strict=True):
             own = np.atleast_1d(many[place].numpy())
             one = np.atleast_1d(single[0])
@@ -159,7 +159,7 @@ def test_sequences_have_the_context_of_each_of_their_rows():
 
 def test_requests_with_different_types_do_not_affect_each_other():
     config = Config.load(None, [DECLARED])
-    data = Interactions.from_frame(log(), context=wanted_context(config))
+    data = Interactions.from_frame(log(), context=context_to_read(config))
     features = fit_features(config, data)["context"]
     rows = [
         {"device": "phone", "at": 1_717_000_000, "price": 3},
@@ -170,9 +170,9 @@ def test_requests_with_different_types_do_not_affect_each_other():
         {"device": "never seen", "tags": ["a", "zzz", "b"], "at": "1717000000"},
         {"at": "1717000000000"},
     ]
-    together = encode_given(features, rows)
+    together = encode_context_rows(features, rows)
     for place, row in enumerate(rows):
-        for whole, alone in zip(together, encode_given(features, [row]), strict=True):
+        for whole, alone in zip(together, encode_context_rows(features, [row]), strict=True):
             own = whole[place]
             assert np.array_equal(own[: alone.shape[1]], alone[0]) if alone.ndim == 2 else own == alone[0]
     device = together[0]
@@ -180,7 +180,7 @@ def test_requests_with_different_types_do_not_affect_each_other():
     seconds, *others = (together[4][place] for place in (0, 3, 5, 6))
     for other in others:  # milliseconds, and both as text
         np.testing.assert_array_equal(seconds, other)
-    assert [len(one) for one in encode_given(features, [])] == [0] * len(features.declared)
+    assert [len(one) for one in encode_context_rows(features, [])] == [0] * len(features.declared)
 
 
 @pytest.mark.parametrize(
@@ -195,9 +195,9 @@ def test_requests_with_different_types_do_not_affect_each_other():
 )
 def test_an_invalid_request_is_refused(row, message):
     config = Config.load(None, [DECLARED])
-    data = Interactions.from_frame(log(), context=wanted_context(config))
+    data = Interactions.from_frame(log(), context=context_to_read(config))
     with pytest.raises(InputError, match=message):
-        encode_given(fit_features(config, data)["context"], [{}, row])
+        encode_context_rows(fit_features(config, data)["context"], [{}, row])
 
 
 def test_invalid_context_columns_are_refused():

@@ -18,7 +18,7 @@ from twotower.data.interactions import ColumnsLike, Interactions
 from twotower.data.io.feature_tables import TableLike
 from twotower.data.io.folders import cache_key, cache_root
 from twotower.data.io.layout import META, appearing
-from twotower.data.prepare.request_context import Wanted
+from twotower.data.prepare.request_context import ContextColumns
 from twotower.data.schema.vocabulary import IdKind
 from twotower.errors import InputError
 
@@ -189,7 +189,7 @@ def load(
     *,
     cache: str | Path | None = None,
     catalog: str = "interactions",
-    context: Wanted = None,
+    context: ContextColumns = None,
     query_ids: IdKind = "vocabulary",
     item_ids: IdKind = "vocabulary",
     workers: int | None = None,

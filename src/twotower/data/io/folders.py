@@ -263,7 +263,7 @@ def listing(source: str | Path) -> dict[str, int]:
 
 
 def refuse_other_files(before: Mapping[str, int], now: Mapping[str, int], whose: str) -> None:
-    """Check that the files match those of rank 0 or of the interrupted run.
+    """Check that the files are the same as on rank 0 or in the interrupted run.
 
     Args:
         before: the expected files, from `listing`.

@@ -242,7 +242,7 @@ def find_separator(lines: Sequence[str], prefer: str | None = None) -> str:
 
     Returns:
         `prefer` if the header contains it. Otherwise, among separators that split all lines into the same number of
-        fields, the separator with the most fields; failing that, the one that splits most lines like the header.
+        fields, the separator with the most fields; failing that, the separator that splits most lines like the header.
     """
     if prefer is not None and prefer in lines[0]:
         return prefer

@@ -18,7 +18,7 @@ from twotower.data.io.timestamps import report_times
 from twotower.data.prepare.bucket_sort import SortedTable, finish
 from twotower.data.prepare.chunks import ROLES, EncodedChunks
 from twotower.data.prepare.first_pass import FileReader
-from twotower.data.prepare.request_context import CONTEXT_FILE, Wanted, gathered
+from twotower.data.prepare.request_context import CONTEXT_FILE, ContextColumns, gathered
 from twotower.data.schema.account import Account
 from twotower.data.schema.columns import ColumnRoles
 from twotower.data.schema.vocabulary import CodedIds, Hashed, IdKind, Vocabulary
@@ -49,7 +49,7 @@ class ReadOptions:
     positive_label: float | None = None
     catalog: str = "interactions"
     part: bool = False
-    context: Wanted = None
+    context: ContextColumns = None
     query_ids: IdKind = "vocabulary"
     item_ids: IdKind = "vocabulary"
     item_columns: Mapping[str, str] | None = None

@@ -11,7 +11,7 @@ import polars as pl
 from twotower.data.io.readers import ROW, FileSource
 from twotower.data.io.validation import clean, is_list
 from twotower.data.prepare.chunks import EncodedChunks, direct_column
-from twotower.data.prepare.request_context import Wanted, context_columns
+from twotower.data.prepare.request_context import ContextColumns, context_columns
 from twotower.data.schema.columns import ColumnRoles
 from twotower.data.schema.vocabulary import Hashed, IdKind, listed
 from twotower.errors import InputError
@@ -42,7 +42,7 @@ class FileReader:
         columns: ColumnRoles,
         *,
         labelled: float | None = None,
-        context: Wanted = None,
+        context: ContextColumns = None,
         ids: Mapping[str, IdKind],
     ) -> FileReader:
         """Resolve the columns of all files.

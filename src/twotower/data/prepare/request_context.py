@@ -21,32 +21,32 @@ from twotower.errors import InputError
 CONTEXT_FILE = "context.parquet"
 
 #: Names of the columns to read, or "all" for every column without a role.
-Wanted = Sequence[str] | Literal["all"] | None
+ContextColumns = Sequence[str] | Literal["all"] | None
 
 
 def context_columns(
-    wanted: Wanted, columns: ColumnRoles, found: Sequence[str], where: str, *, lists: bool
+    requested: ContextColumns, columns: ColumnRoles, found: Sequence[str], where: str, *, lists: bool
 ) -> list[str]:
     """Resolve the distinct context columns to read.
 
     Args:
-        wanted: the columns requested by the caller.
+        requested: the columns requested by the caller.
         columns: the roles.
         found: the columns of the file.
         where: name of the file in messages.
-        lists: whether a row has a list of items. If so, "all" means no columns, because they describe the query.
+        lists: whether a row has a list of items. If so, "all" selects no columns, because they describe the query.
 
     Raises:
         InputError: a column does not exist, or contains the query id or item id.
     """
-    if wanted is None:
+    if requested is None:
         return []
-    if wanted == "all":
+    if requested == "all":
         taken = set(columns.roles().values()) - {columns.timestamp}
         return [] if lists else [name for name in found if name not in taken]
-    if isinstance(wanted, str):
-        raise InputError(f"context: expected a list of columns, or 'all'; found {wanted!r}.")
-    for name in wanted:
+    if isinstance(requested, str):
+        raise InputError(f"context: expected a list of columns, or 'all'; found {requested!r}.")
+    for name in requested:
         if name not in found:
             raise InputError(f"{where}: context column {name!r} does not exist. Columns found: {listed(found)}.")
         if name in (columns.query, columns.item):
@@ -54,7 +54,7 @@ def context_columns(
                 f"{where}: context column {name!r} is the query id or the item id, which would leak the target; "
                 "leave it out."
             )
-    return list(dict.fromkeys(wanted))
+    return list(dict.fromkeys(requested))
 
 
 def gathered(

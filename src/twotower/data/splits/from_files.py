@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from twotower.data.interactions import ROW_FIELDS, ColumnsLike, Interactions
 from twotower.data.io.feature_tables import FeatureTable, TableLike
 from twotower.data.io.layout import combined
-from twotower.data.prepare.request_context import Wanted, joined_context
+from twotower.data.prepare.request_context import ContextColumns, joined_context
 from twotower.data.schema.account import Account
 from twotower.data.schema.vocabulary import Vocabulary
 from twotower.data.splits.holdout import Holdout, Window, make_holdout
@@ -76,7 +76,7 @@ def from_parts(
     items: TableLike | None = None,
     queries: TableLike | None = None,
     columns: ColumnsLike = None,
-    context: Wanted = None,
+    context: ContextColumns = None,
     cold: Cold = "keep",
     item_columns: Mapping[str, str] | None = None,
     query_columns: Mapping[str, str] | None = None,

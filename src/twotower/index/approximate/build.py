@@ -1,6 +1,6 @@
-"""Construction of approximate indexes by kind: build, measure recall, reject recall below a floor, load.
+"""Approximate indexes by kind: build one, measure its recall, reject it if recall is below a floor, load it.
 
-Kinds are mapped to classes here, as towers are in `towers/build.py`, because serving does it without the trainer.
+Kinds are mapped to classes here and not in run/, because serving loads indexes without the trainer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from twotower.index.catalog import ExactCatalog, Index, Mask
 
 KINDS = ("exact", "hnsw", "ivfpq", "pgvector")
 
-#: Kind -> candidates fetched per result. Product quantization has a coarse order; the others compute exact scores.
+#: Kind -> candidates fetched per result. Product quantization has coarse scores; the other kinds have exact scores.
 OVERSAMPLE = {"hnsw": 1.0, "ivfpq": 4.0, "pgvector": 1.0}
 
 #: Queries searched at a time when recall is measured.
@@ -39,11 +39,11 @@ class IndexReport:
         kind: hnsw, ivfpq or pgvector.
         num_items: N.
         settings: settings of the engine; `effort` is the final value.
-        recall: share of the exact top K that it finds, per named set of queries.
+        recall: share of the exact top K that the index finds, per named set of queries.
         k: K.
         num_queries: queries in the largest set.
         build_seconds: build time, without measuring recall.
-        bytes: memory, or disk space in a database, the embeddings excluded.
+        bytes: memory, or disk space in a database, excluding the embeddings.
     """
 
     kind: str
@@ -82,8 +82,8 @@ def build_index(
         settings: settings of the engine, such as `effort`.
 
     Raises:
-        InputError: the kind or a setting is unknown, the floor is out of range or not reached, or a package or database
-            that the kind needs is missing.
+        InputError: the kind or a setting is unknown, the floor is out of range or not reached, or the kind needs a
+            package or database that is missing.
     """
     if min_recall is not None and not 0.0 < min_recall <= 1.0:
         raise InputError(f"min_recall: expected a number above 0 and at most 1, found {min_recall}")
@@ -134,13 +134,13 @@ def load_index(
 
     Args:
         report: `IndexReport.to_dict()`.
-        items: the embeddings it was built on.
-        folder: where its engine was saved.
+        items: the embeddings that the index was built on.
+        folder: the folder where its engine was saved.
         alive: bool [N], False for removed items.
-        last: float [N], their last coordinate if it is stored separately; see `Vectors`.
+        last: float [N], the items' last coordinate if it is stored separately; see `Vectors`.
 
     Raises:
-        InputError: the kind is unknown, or a package or database that it needs is missing.
+        InputError: the kind is unknown, or it needs a package or database that is missing.
     """
     loaders: dict[str, Any] = {"hnsw": HNSW.load, "ivfpq": IVFPQ.load, "pgvector": PgVector.load}
     kind = report["kind"]
@@ -166,8 +166,8 @@ def recall_of(index: Index, queries: Tensor, best: Tensor) -> float:
     shares = []
     for start in range(0, len(queries), BLOCK):
         rows = slice(start, start + BLOCK)
-        _, found = index.search(queries[rows], best.shape[1])
-        ascending, expected = found.sort(1).values, best[rows].contiguous()
-        at = torch.searchsorted(ascending.contiguous(), expected).clamp(max=found.shape[1] - 1)
+        _, items = index.search(queries[rows], best.shape[1])
+        ascending, expected = items.sort(1).values, best[rows].contiguous()
+        at = torch.searchsorted(ascending.contiguous(), expected).clamp(max=items.shape[1] - 1)
         shares.append((ascending.gather(1, at) == expected).double().mean(1))
     return float(np.concatenate([part.numpy() for part in shares]).mean()) if shares else 0.0

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from twotower.errors import InputError
-from twotower.index.catalog import Codes, Mask
+from twotower.index.catalog import IntArray, Mask
 
 
 def faiss_module() -> Any:
@@ -30,13 +30,13 @@ class HNSW:
     """A navigable graph over the items, searched from entry points to the neighbourhood of the query.
 
     Removed items remain in the graph as intermediate nodes and are filtered from the results; an updated item is
-    removed and added again. After many removals, rebuilding gives a smaller graph. A loaded graph is memory-mapped:
-    pages are read on demand and shared by processes. Adding the first item copies the whole graph into memory.
+    removed and added again. After many removals, a rebuilt graph is smaller. A loaded graph is memory-mapped: pages are
+    read on demand and shared by processes. Adding the first item copies the whole graph into memory.
 
     Args:
         vectors: float32 [N, D]; row = code.
         links: M, edges per node; 2 M on the lowest level. 8 M bytes per item.
-        build_effort: efConstruction, how many nodes are considered when one is inserted.
+        build_effort: efConstruction, number of candidate neighbours when a node is inserted.
         effort: efSearch, size of the candidate list during search; at least the number of results.
 
     Raises:
@@ -60,15 +60,15 @@ class HNSW:
         self.add(np.arange(len(vectors), dtype=np.int64), vectors)
 
     @property
-    def codes(self) -> Codes:
-        """Codes of the rows of the graph, removed items included."""
+    def codes(self) -> IntArray:
+        """Codes of the rows of the graph, including removed items."""
         return self._codes
 
-    def candidates(self, queries: NDArray[np.float32], k: int, allowed: Mask | None, depth: float) -> Codes:
+    def candidates(self, queries: NDArray[np.float32], k: int, allowed: Mask | None, depth: float) -> IntArray:
         """Return candidates; see `Engine.candidates`."""
         faiss = faiss_module()
-        # efSearch is at least k, so it grows with the depth anyway; the extra factor keeps the recall of the last
-        # candidates as good as that of the first.
+        # efSearch is at least k, so it grows with the depth anyway; the extra factor keeps recall as high for the last
+        # candidates as for the first.
         settings: dict[str, Any] = {"efSearch": round(max(self.effort, k) * min(depth, 2.0))}
         live = self._live if allowed is None else self._live & allowed[self._codes]
         bits = np.packbits(live, bitorder="little")  # faiss keeps a pointer to it while it searches
@@ -81,7 +81,7 @@ class HNSW:
         codes[:, : rows.shape[1]] = np.where(rows >= 0, self._codes[rows], -1)
         return codes
 
-    def add(self, codes: Codes, vectors: NDArray[np.float32]) -> None:
+    def add(self, codes: IntArray, vectors: NDArray[np.float32]) -> None:
         """Add items; see `Engine.add`."""
         if self._mapped:  # faiss aborts the process if an item is added to a mapped graph
             faiss = faiss_module()
@@ -90,7 +90,7 @@ class HNSW:
         self._codes = np.concatenate([self._codes, codes])
         self._live = np.concatenate([self._live, np.ones(len(codes), dtype=np.bool_)])
 
-    def remove(self, codes: Codes) -> None:
+    def remove(self, codes: IntArray) -> None:
         """Remove items; see `Engine.remove`."""
         self._live &= ~np.isin(self._codes, codes)
 

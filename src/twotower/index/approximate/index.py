@@ -11,24 +11,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from twotower.errors import InputError
-from twotower.index.catalog import Codes, ExactCatalog, Mask, Vectors, plain
+from twotower.index.catalog import ExactCatalog, IntArray, Mask, Vectors, plain
 from twotower.index.ties import tie_order
 from twotower.index.topk import Exclusion, pack_keys, unpack_columns, unpack_scores
 
 #: Queries per block; bounds the memory of gathered candidates.
 BLOCK = 256
 
-#: If at most 1/NARROW_SHARE of the catalog or NARROW_ITEMS items are allowed, they are searched exactly: that is faster
-#: than a graph most of whose nodes are not allowed, and loses nothing.
+#: If at most 1/NARROW_SHARE of the catalog or NARROW_ITEMS items are allowed, they are searched exactly. That is faster
+#: than searching a graph in which most nodes are not allowed, and loses no result.
 NARROW_SHARE = 20
 NARROW_ITEMS = 2000
 
 
 class Engine(Protocol):
-    """A backend that proposes candidates: HNSW, IVF-PQ, or a database. Ranks by inner product, never by L2.
+    """A backend that proposes candidates: HNSW, IVF-PQ, or a database. It ranks by inner product, never by L2.
 
     Attributes:
-        kind: its name.
+        kind: name of the engine.
         effort: search effort: a higher value finds more and takes longer.
         max_effort: maximum of `effort`.
     """
@@ -37,7 +37,7 @@ class Engine(Protocol):
     effort: int
     max_effort: int
 
-    def candidates(self, queries: NDArray[np.float32], k: int, allowed: Mask | None, depth: float) -> Codes:
+    def candidates(self, queries: NDArray[np.float32], k: int, allowed: Mask | None, depth: float) -> IntArray:
         """Return the codes of about the k best items of each query, int64 [B, k], -1 where fewer were found.
 
         Args:
@@ -48,23 +48,23 @@ class Engine(Protocol):
                 not allowed; at least 1. The effort is increased accordingly.
         """
 
-    def add(self, codes: Codes, vectors: NDArray[np.float32]) -> None:
+    def add(self, codes: IntArray, vectors: NDArray[np.float32]) -> None:
         """Add items under new codes."""
 
-    def remove(self, codes: Codes) -> None:
+    def remove(self, codes: IntArray) -> None:
         """Remove items; their codes may be added again."""
 
     def count(self) -> int:
-        """Return the number of items, removed ones excluded."""
+        """Return the number of items, without removed ones."""
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings it was built with, as JSON values."""
+        """Return the settings that the engine was built with, as JSON values."""
 
     def size(self) -> int:
-        """Return its size in bytes, the embeddings excluded."""
+        """Return the size of the engine in bytes, without the embeddings."""
 
     def save(self, folder: Path) -> None:
-        """Write the files that `load` of the same class reads."""
+        """Write the files that the `load` method of the same class reads."""
 
 
 class ApproximateIndex:
@@ -72,15 +72,15 @@ class ApproximateIndex:
 
     A search fetches more than K candidates, drops excluded ones, and fetches twice as many for the rows with fewer than
     K left. Rows for which the engine has no more candidates are searched exactly. So K items are returned whenever K
-    are left, as from an exact index. Which items is approximate; their scores are exact inner products in float32.
-    Ties are broken as everywhere, see `tie_order`.
+    are left, as from an exact index. The choice of items is approximate; their scores are exact inner products in
+    float32. Ties are broken by `tie_order`, as in the whole library.
 
     Args:
         items: float [N, D], the embeddings that the engine was built on. They are shared, not copied; see `Vectors`.
-        engine: proposes candidates.
+        engine: the engine that proposes candidates.
         alive: bool [N], False for removed items; None if no item was removed.
-        oversample: candidates fetched per result, for engines with a coarse order of their own.
-        last: float [N], a last coordinate of the vectors that is stored separately from `items`, or None.
+        oversample: candidates fetched per result, above 1 for engines with coarse scores.
+        last: float [N], the last coordinate of the vectors if it is stored separately from `items`, or None.
 
     Raises:
         InputError: a shape is wrong, or an embedding is NaN.
@@ -116,7 +116,7 @@ class ApproximateIndex:
     def search(
         self, queries: Tensor, k: int, exclude: Exclusion | None = None, *, allowed: Mask | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Find approximately the K allowed items with the highest inner products; see `Index.search`.
+        """Find the K allowed items with the highest inner products, approximately; see `Index.search`.
 
         Raises:
             InputError: a shape is wrong, or K < 1.
@@ -140,58 +140,60 @@ class ApproximateIndex:
             scores[start:stop], items[start:stop] = self._block(queries[start:stop], k, np.unique(part), mask)
         return scores, items
 
-    def add(self, vectors: Tensor) -> Codes:
+    def add(self, vectors: Tensor) -> IntArray:
         """Add items [n, D] without a rebuild; return their new codes."""
         codes = self.vectors.add(vectors)
         self._exact = self._ties = None
         self.engine.add(codes, vectors.detach().float().cpu().numpy())
         return codes
 
-    def update(self, codes: Codes, vectors: Tensor) -> None:
+    def update(self, codes: IntArray, vectors: Tensor) -> None:
         """Replace the embeddings of items, [n, D], without a rebuild."""
         self.engine.remove(codes[self.vectors.alive[codes]])
         self.vectors.update(codes, vectors)
         self._exact = None
         self.engine.add(codes, vectors.detach().float().cpu().numpy())
 
-    def remove(self, codes: Codes) -> None:
+    def remove(self, codes: IntArray) -> None:
         """Remove items from all future results."""
         self.engine.remove(codes[self.vectors.alive[codes]])
         self.vectors.remove(codes)
 
-    def _block(self, queries: Tensor, k: int, excluded: Codes, mask: Mask | None) -> tuple[Tensor, Tensor]:
+    def _block(self, queries: Tensor, k: int, excluded: IntArray, mask: Mask | None) -> tuple[Tensor, Tensor]:
         """Search one block of rows; `excluded` are row * N + item, ascending."""
         count = self.num_items if mask is None else int(mask.sum())
         scores = torch.full((len(queries), k), -torch.inf)
         items = torch.full((len(queries), k), -1, dtype=torch.int64)
         rows = np.arange(len(queries))
-        # Allowing for the block's average number of exclusions is usually enough; other rows are searched again.
+        # The block's average number of exclusions is usually a large enough margin; other rows are searched again.
         fetch = min(count, int(np.ceil((k + len(excluded) / max(len(queries), 1)) * self.oversample)))
         while len(rows) and fetch:
             depth = max(1.0, fetch / (k * self.oversample) * (self.num_items / count))
-            found = self.engine.candidates(queries[rows].numpy(), fetch, mask, depth)
+            candidates = self.engine.candidates(queries[rows].numpy(), fetch, mask, depth)
             # A database may contain items that were added after this index was loaded.
-            found = np.where(found < self.num_items, found, -1)
-            kept = (found >= 0) & ~_is_in(rows[:, None] * self.num_items + found, excluded)
-            # Fewer candidates than requested: the engine has no more. Fewer than K left after exclusions: it may have.
+            candidates = np.where(candidates < self.num_items, candidates, -1)
+            kept = (candidates >= 0) & ~_is_in(rows[:, None] * self.num_items + candidates, excluded)
+            # With empty slots, the engine has no more candidates for a row; otherwise it is searched again.
             short = kept.sum(1) < min(k, count)
-            ended = short & ((found < 0).any(1) | (fetch >= count))
+            ended = short & ((candidates < 0).any(1) | (fetch >= count))
             done = ~short
             chosen = torch.from_numpy(rows[done])
-            scores[chosen], items[chosen] = self._best(queries[chosen], found[done], kept[done], k)
+            scores[chosen], items[chosen] = self._best(queries[chosen], candidates[done], kept[done], k)
             for row in rows[ended]:
                 scores[row], items[row] = self._every_item(queries[row], k, int(row), excluded, mask)
             rows = rows[short & ~ended]
             fetch = min(count, 2 * fetch)
         return scores, items
 
-    def _best(self, queries: Tensor, found: Codes, kept: Mask, k: int) -> tuple[Tensor, Tensor]:
+    def _best(self, queries: Tensor, candidates: IntArray, kept: Mask, k: int) -> tuple[Tensor, Tensor]:
         """Select the K best candidates by exact scores."""
-        codes = torch.from_numpy(np.where(kept, found, 0))
+        codes = torch.from_numpy(np.where(kept, candidates, 0))
         scores = torch.bmm(self.vectors.rows(codes), queries[:, :, None])[:, :, 0]
         return self._sorted(scores, codes, torch.from_numpy(kept), k)
 
-    def _every_item(self, query: Tensor, k: int, row: int, excluded: Codes, mask: Mask | None) -> tuple[Tensor, Tensor]:
+    def _every_item(
+        self, query: Tensor, k: int, row: int, excluded: IntArray, mask: Mask | None
+    ) -> tuple[Tensor, Tensor]:
         kept = self.vectors.alive.copy() if mask is None else mask.copy()
         own = excluded[np.searchsorted(excluded, row * self.num_items) :]
         kept[own[: np.searchsorted(own, (row + 1) * self.num_items)] - row * self.num_items] = False
@@ -223,19 +225,19 @@ class ApproximateIndex:
         return self._exact.search(queries, k, exclude, allowed=mask)
 
 
-def _pairs(offsets: Codes, items: Codes, num_items: int) -> Codes:
+def _pairs(offsets: IntArray, items: IntArray, num_items: int) -> IntArray:
     """Encode the (row, item) pairs of compressed rows as single integers, row * N + item."""
     return np.repeat(np.arange(len(offsets) - 1, dtype=np.int64), np.diff(offsets)) * num_items + items
 
 
-def _is_in(values: Codes, ascending: Codes) -> Mask:
+def _is_in(values: IntArray, ascending: IntArray) -> Mask:
     if not len(ascending):
         return np.zeros(values.shape, dtype=np.bool_)
     at = np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
     return np.asarray(ascending[at] == values)
 
 
-def _check(offsets: Codes, items: Codes, rows: int, num_items: int) -> None:
+def _check(offsets: IntArray, items: IntArray, rows: int, num_items: int) -> None:
     if offsets.shape != (rows + 1,) or offsets[0] != 0 or offsets[-1] != len(items) or (np.diff(offsets) < 0).any():
         raise InputError(f"exclude: offsets must have shape [{rows + 1}] and increase from 0 to {len(items)}")
     if len(items) and not 0 <= items.min() <= items.max() < num_items:

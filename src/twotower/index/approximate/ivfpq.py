@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from twotower.errors import InputError
 from twotower.index.approximate.hnsw import faiss_module
-from twotower.index.catalog import Codes, Mask
+from twotower.index.catalog import IntArray, Mask
 
 #: Minimum number of training points per centroid that faiss recommends.
 POINTS = 39
@@ -23,8 +23,8 @@ SMALLEST = 1000
 class IVFPQ:
     """Items in clusters, each stored as a few bytes; a query searches the nearest clusters.
 
-    The smallest index: D / 4 + 8 bytes per item. Its own ranking is coarse, so several candidates are fetched per
-    result and scored with the exact embeddings. Vectors are padded with zeros to a multiple of 4.
+    This is the smallest index, with D / 4 + 8 bytes per item. Its scores are coarse, so several candidates are fetched
+    per result and scored with the exact embeddings. Vectors are padded with zeros to a multiple of 4.
 
     Args:
         vectors: float32 [N, D], N at least 1,000; row = code.
@@ -53,12 +53,12 @@ class IVFPQ:
         self._ivf.cp.spherical = True  # cluster by direction: a centroid with a large norm would attract every query
         self.effort = min(effort, lists)
         self.max_effort = lists
-        # faiss would draw a sample of this size itself, but only after receiving all vectors.
+        # faiss would draw a sample of this size too, but would need all vectors first.
         sample = np.random.default_rng(0).permutation(count)[: 256 * max(lists, 2**bits)]
         self._ivf.train(np.ascontiguousarray(padded[np.sort(sample)]))
         self._ivf.add_with_ids(padded, np.arange(count, dtype=np.int64))
 
-    def candidates(self, queries: NDArray[np.float32], k: int, allowed: Mask | None, depth: float) -> Codes:
+    def candidates(self, queries: NDArray[np.float32], k: int, allowed: Mask | None, depth: float) -> IntArray:
         """Return candidates; see `Engine.candidates`."""
         faiss = faiss_module()
         settings: dict[str, Any] = {"nprobe": min(round(self.effort * depth), self._ivf.nlist)}
@@ -68,11 +68,11 @@ class IVFPQ:
         _, codes = self._ivf.search(_padded(queries), k, params=faiss.SearchParametersIVF(**settings))
         return np.asarray(codes, dtype=np.int64)
 
-    def add(self, codes: Codes, vectors: NDArray[np.float32]) -> None:
+    def add(self, codes: IntArray, vectors: NDArray[np.float32]) -> None:
         """Add items without retraining clusters and codebooks; see `Engine.add`."""
         self._ivf.add_with_ids(_padded(vectors), np.ascontiguousarray(codes))
 
-    def remove(self, codes: Codes) -> None:
+    def remove(self, codes: IntArray) -> None:
         """Remove items; see `Engine.remove`."""
         if len(codes):
             self._ivf.remove_ids(np.ascontiguousarray(codes, dtype=np.int64))

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twotower.errors import InputError
-from twotower.index.catalog import Codes, Mask
+from twotower.index.catalog import IntArray, Mask
 
 if TYPE_CHECKING:
     import psycopg
@@ -30,8 +30,8 @@ DATABASE = "TWOTOWER_DATABASE"
 class PgVector:
     """One table in a database: item codes, and vectors with an HNSW index.
 
-    The table is created in one transaction and replaces an older one of the same name. A restricted search passes the
-    allowed codes to the database, which scans the index until it has K of them or reaches its limit
+    The table is created in one transaction and replaces an existing table of the same name. A restricted search passes
+    the allowed codes to the database, which scans the index until it has K of them or reaches its limit
     (`hnsw.iterative_scan`).
 
     Args:
@@ -78,29 +78,29 @@ class PgVector:
             )
             cursor.execute(f"ANALYZE {self._table}")
 
-    def candidates(self, queries: NDArray[np.float32], k: int, allowed: Mask | None, depth: float) -> Codes:
+    def candidates(self, queries: NDArray[np.float32], k: int, allowed: Mask | None, depth: float) -> IntArray:
         """Return candidates; see `Engine.candidates`."""
-        found = np.full((len(queries), k), -1, dtype=np.int64)
+        codes_found = np.full((len(queries), k), -1, dtype=np.int64)
         effort = min(round(max(self.effort, k) * min(depth, 2.0)), MAX_EFFORT)
         where = ""
-        wanted: tuple[list[int], ...] = ()
+        parameters: tuple[list[int], ...] = ()
         if allowed is not None:
-            where, wanted = "WHERE code = ANY(%s)", (np.flatnonzero(allowed).tolist(),)
+            where, parameters = "WHERE code = ANY(%s)", (np.flatnonzero(allowed).tolist(),)
         text = f"SELECT code FROM {self._table} {where} ORDER BY embedding <#> %s::vector LIMIT %s"
         with self._cursor() as cursor:
             cursor.execute(f"SET LOCAL hnsw.ef_search = {effort}")
             cursor.execute("SET LOCAL hnsw.iterative_scan = strict_order")
             for row, query in enumerate(queries):
-                codes = cursor.execute(text, (*wanted, _literal(query), k)).fetchall()
-                found[row, : len(codes)] = [code for (code,) in codes]
-        return found
+                codes = cursor.execute(text, (*parameters, _literal(query), k)).fetchall()
+                codes_found[row, : len(codes)] = [code for (code,) in codes]
+        return codes_found
 
-    def add(self, codes: Codes, vectors: NDArray[np.float32]) -> None:
+    def add(self, codes: IntArray, vectors: NDArray[np.float32]) -> None:
         """Add items; see `Engine.add`."""
         with self._cursor() as cursor:
             self._copy(cursor, codes, vectors)
 
-    def remove(self, codes: Codes) -> None:
+    def remove(self, codes: IntArray) -> None:
         """Remove items; see `Engine.remove`."""
         with self._cursor() as cursor:
             cursor.execute(f"DELETE FROM {self._table} WHERE code = ANY(%s)", (codes.tolist(),))
@@ -172,7 +172,7 @@ class PgVector:
         self._full_url = url
         self._url = _without_password(url)
         self.effort = effort
-        self._lock = threading.Lock()  # one connection: its transactions take turns
+        self._lock = threading.Lock()  # the threads share one connection, one transaction at a time
         self._connection = None
 
     @contextmanager
@@ -190,7 +190,7 @@ class PgVector:
                 text = " ".join(str(error).split())
                 raise InputError(f"{self._where()}: PostgreSQL does not respond ({text})") from None
 
-    def _copy(self, cursor: psycopg.Cursor[tuple[Any, ...]], codes: Codes, vectors: NDArray[np.float32]) -> None:
+    def _copy(self, cursor: psycopg.Cursor[tuple[Any, ...]], codes: IntArray, vectors: NDArray[np.float32]) -> None:
         with cursor.copy(f"COPY {self._table} (code, embedding) FROM STDIN (FORMAT BINARY)") as copy:
             copy.write(_HEADER)
             for start in range(0, len(codes), 10_000):
@@ -205,8 +205,8 @@ class PgVector:
 _HEADER = b"PGCOPY\n\xff\r\n\x00" + b"\x00" * 8
 
 
-def _binary_rows(codes: Codes, vectors: NDArray[np.float32]) -> bytes:
-    """Encode rows (bigint, vector) in PostgreSQL's binary COPY format, big-endian; a vector is its width, 0, floats."""
+def _binary_rows(codes: IntArray, vectors: NDArray[np.float32]) -> bytes:
+    """Encode rows (bigint, vector) in PostgreSQL's binary COPY format, big-endian; a vector is width, 0, floats."""
     width = vectors.shape[1]
     row = np.dtype(
         [

@@ -31,8 +31,8 @@ def create_app(directories: Sequence[str | Path], settings: ServiceSettings | No
     """Create an ASGI application that serves model folders.
 
     Args:
-        directories: model or run folders. Each model has the name of its folder; the first answers requests that name
-            no model.
+        directories: model or run folders. Each model has the name of its folder; the first model answers requests that
+            do not name one.
         settings: options of the service.
 
     Returns:
@@ -94,7 +94,7 @@ def serve(
     Args:
         directories: see `create_app`.
         host: address to listen on.
-        port: port to listen on; 0 for any free one.
+        port: port to listen on; 0 for any free port.
         settings: options of the service.
         log_level: level of the log on standard output, one JSON object per line.
         opened: called with the address of the page once the server is listening.

@@ -30,7 +30,7 @@ class Atlas:
 
     Attributes:
         sample: codes of the items in the layout, ascending.
-        places: their positions, [len(sample), 2].
+        places: positions of these items, [len(sample), 2].
         embeddings: the catalog's embeddings [N, D], compared by cosine.
     """
 
@@ -106,7 +106,8 @@ def _spread_by_forces(
     ones, others = edges
     for step in range(STEPS):
         rate = 1.0 - step / STEPS
-        # A random fraction of the edges per step, as in stochastic gradient descent: all at once would overshoot.
+        # A random fraction of the edges per step, as in stochastic gradient descent; all edges together would
+        # overshoot.
         drawn = rng.random(len(ones)) < 0.25
         a, b = ones[drawn], others[drawn]
         difference = positions[a] - positions[b]

@@ -1,4 +1,4 @@
-"""Answers to batches of requests: the same ids as from `Retriever`, with an error for each request that is rejected."""
+"""Answers to batches of requests: the same items as from `Retriever`, and an error for each invalid request."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ def encode_batch(
 ) -> tuple[EncodedContext | None, dict[int, Problem]]:
     """Encode the contexts of a batch of requests.
 
-    The cost of encoding is per call, not per row, so all contexts are tried together. If one is invalid, the two halves
-    are tried, recursively, until the invalid one is alone: the others still need few calls.
+    The cost of encoding is per call, not per row, so all contexts are encoded together. If one is invalid, the batch is
+    halved recursively until the invalid context is alone, so that the others still need few calls.
 
     Args:
         retriever: retriever of a model that takes a context.
         given: position of each request in the batch -> its context; None for a request without context.
 
     Returns:
-        The valid contexts in order, or None if no request has one; and the error of each other request, by position.
+        The valid contexts in order, or None if no request has one; and the error of each invalid context, by position.
     """
     if all(one is None for one in given.values()):
         return None, {}
@@ -84,7 +84,7 @@ def in_context(retriever: Retriever, context: Context | None) -> Embed:
 
 
 def refusal(retriever: Retriever, context: Context, error: InputError) -> Problem:
-    """Describe the error of a context and name the column at fault: the first that fails when encoded alone."""
+    """Describe the error of a context and name the column at fault, the first one that fails when encoded alone."""
     for name, value in context.items():
         try:
             retriever.encode_context([{name: value}])
@@ -101,7 +101,7 @@ class RecommendKey(NamedTuple):
     exclude_seen: bool
     filter: str | None
     popularity: float
-    k: int | None  # None for exact search, where the K best are a prefix of a longer list
+    k: int | None  # None for exact search, in which the K best are a prefix of any longer list
 
 
 class SimilarKey(NamedTuple):
@@ -114,7 +114,7 @@ class SimilarKey(NamedTuple):
 
 @dataclass(frozen=True)
 class PendingRequest:
-    """One request: a query by id, history, features or context, or several of these; or an item for similar items."""
+    """One request: a query (by id, history, features or context, or several of these), or an item for similar items."""
 
     k: int
     query: Any = None
@@ -138,7 +138,7 @@ def resolve_requests(
     """Turn the queries of requests into codes; the values of contexts are checked when they are encoded.
 
     Returns:
-        By position, the requests that can be answered, and the error of each other request.
+        By position, the queries that can be answered, and the errors of the others.
     """
     resolved: dict[int, ResolvedQuery] = {}
     errors: dict[int, InputError] = {}

@@ -15,7 +15,7 @@ logger = logging.getLogger("twotower.service")
 class JsonLines(logging.Formatter):
     """A log formatter that writes one JSON object per record.
 
-    Of an exception, only the type and the stack frames are written: its message could contain an id.
+    Only the type and the stack frames of an exception are written, because its message could contain an id.
     """
 
     def format(self, record: logging.LogRecord) -> str:

@@ -18,7 +18,7 @@ from twotower.serving.http.metrics import Metrics
 from twotower.serving.http.problems import Problem, problem_answer
 from twotower.serving.http.settings import LARGEST_BODY, ServiceSettings
 
-#: Answered without a token: these paths reveal nothing about the data.
+#: Paths that are answered without a token, because they reveal nothing about the data.
 OPEN = ("/", "/healthz", "/readyz", "/openapi.json")
 OPEN_FOLDER = "/static/"
 
@@ -86,7 +86,7 @@ class SecurityMiddleware:
             await self.app(routed, receive if body is None else _replayed(body, receive), answer)
         except Problem as problem:
             await problem_answer(problem.status, problem.detail, problem.headers)(scope, receive, answer)
-        except Exception as error:  # no detail may reach the client
+        except Exception as error:  # details must not reach the client
             failure = error
             if not started:
                 await problem_answer(500, f"internal error; see request {request_id} in the log of the service")(
@@ -174,7 +174,7 @@ class SecurityMiddleware:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """Make a `receive` that returns the body again, then the client's further messages."""
+    """Make a `receive` that returns the body again, followed by the client's next messages."""
     sent = False
 
     async def again() -> Message:

@@ -93,10 +93,10 @@ class ServedModel:
 
     @classmethod
     def load(cls, name: str, directory: Path) -> ServedModel:
-        """Read a model folder and run a first search, so that everything built on first use is ready.
+        """Read a model folder and run a first search, which builds everything that is built on first use.
 
         Raises:
-            InputError: see `SavedModel.load`.
+            InputError: as in `SavedModel.load`.
         """
         folder = find_model(directory)
         files = [path for name in VERSION_FILES if (path := folder / name).is_file()]
@@ -243,8 +243,8 @@ class ModelSlot:
             again: also retry a model that was broken at the last check.
 
         Returns:
-            "swapped"; "unchanged"; "missing", if there is currently no model folder; or "broken". Unless swapped, the
-            old model stays in use.
+            "swapped"; "unchanged"; "missing", if there is currently no model folder; or "broken". The old model stays
+            in use unless the result is "swapped".
         """
         with self._lock:
             seen = identity(self.directory)
@@ -254,7 +254,7 @@ class ModelSlot:
                 return "unchanged"
             try:
                 found, model = self._load()
-            except Exception as error:  # whatever is wrong with the new model, keep the old one
+            except Exception as error:  # keep the old model for any error in the new one
                 self._broken = seen
                 self._metrics.swaps.labels(self.name, "broken").inc()
                 log("model broken, keeping the old one", level=logging.ERROR, error=error, model=self.name)
@@ -299,7 +299,7 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
 
 
 class ModelRegistry:
-    """The models of a service by name; the first answers requests that name no model.
+    """The models of a service by name; the first model answers requests that do not name one.
 
     Args:
         directories: model or run folders, all different.
@@ -324,7 +324,7 @@ class ModelRegistry:
         return [slot.current for slot in self._slots.values()]
 
     def model(self, name: str | None) -> ServedModel:
-        """Return the model with a name; the first one for None.
+        """Return the model with this name; None selects the first model.
 
         Raises:
             Problem: 404, there is no such model.

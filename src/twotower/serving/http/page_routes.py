@@ -170,7 +170,7 @@ def _map(model: ServedModel) -> dict[str, Any]:
 
 
 def _groups(model: ServedModel, codes: np.ndarray) -> dict[str, list[str | None]]:
-    """Find the columns that can colour the map: text with few distinct values, or the first element of text lists."""
+    """Find the columns that can colour the map: text with few distinct values, or first elements of text lists."""
     table = model.artifact.item_table
     found: dict[str, list[str | None]] = {}
     if table is None:

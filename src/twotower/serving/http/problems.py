@@ -23,8 +23,8 @@ class Problem(Exception):  # noqa: N818  # RFC 9457 calls it a problem
     Args:
         status: HTTP status.
         detail: what was found and what was expected; shown to the client.
-        headers: further headers of the response.
-        field: path of names to the part of the body at fault, outermost first; empty if unknown.
+        headers: additional headers of the response.
+        field: path to the field of the body at fault, outermost name first; empty if unknown.
     """
 
     def __init__(

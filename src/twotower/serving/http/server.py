@@ -1,8 +1,8 @@
-"""The web server: reports its address once it listens, and limits what a connection may cost.
+"""A web server that reports its address once it listens, and limits what a connection may cost.
 
-uvicorn closes a connection that is idle between two requests, and nothing else: one that sends nothing, half a request
-line, or the rest of a body that nobody reads, stays open forever, and every connection is accepted. The limits here are
-those of `http.settings`; a body and an answer are limited in the middleware and in the service.
+uvicorn only closes connections that are idle between two requests. A connection that sends nothing, half a request
+line, or a body that nobody reads stays open forever, and every new connection is accepted. The limits here are options
+of `http.settings`; the middleware and the service limit the size of bodies and answers.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def server(
     Args:
         app: the application.
         host: address to listen on.
-        port: port; 0 for any free one.
+        port: port to listen on; 0 for any free port.
         limits: options of the service.
         opened: called with the address of the page once the server is listening.
     """
@@ -203,7 +203,7 @@ def run(
         InputError: the address is in use or does not belong to this machine.
     """
     _check(host, port)
-    # uvicorn raises Ctrl-C again after an orderly shutdown; ignore it.
+    # uvicorn raises KeyboardInterrupt again after an orderly shutdown; ignore it.
     with contextlib.suppress(KeyboardInterrupt):
         server(app, host=host, port=port, limits=limits, opened=opened).run()
 

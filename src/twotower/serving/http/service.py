@@ -1,7 +1,7 @@
 """State of a running service: models, threads, the task that watches the model folders, and the queue of searches.
 
-Requests that arrive together are searched together. No request waits for others to arrive: while one batch is searched
-the next one fills, so a single request is answered at once, and batches grow under load.
+Requests that arrive together are searched together. No request waits for others to arrive: while one batch is searched,
+the next one fills. So a single request is answered immediately, and batches grow under load.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from twotower.serving.http.settings import ServiceSettings
 P = ParamSpec("P")
 T = TypeVar("T")
 
-#: Answers the requests of one batch, in order; an exception in the result concerns one request only.
+#: Function that answers the requests of one batch, in order; an exception in the result concerns one request only.
 AnswerBatch = Callable[[Any, Sequence[Any]], Sequence[Any]]
 
 _Waiting = list[tuple[Any, "asyncio.Future[Any]"]]
 
-#: Other tasks than searches that may wait: explanations, filters, maps.
+#: Maximum number of waiting tasks other than searches: explanations, filters, maps.
 _ASIDE = 64
 
 
 def run_shielded(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call `work` in a worker thread, and turn what is no `Exception` into one.
+    """Call `work` in a worker thread, and convert any `BaseException` to an `Exception`.
 
     Native code may raise a `BaseException` (a panic of polars), and a `SystemExit` or `KeyboardInterrupt` in a thread
-    concerns its request only: the process is stopped by signals, which reach the main thread. Passed on, they would end
-    the task that answers all requests.
+    concerns only its request, since the process is stopped by signals in the main thread. If they propagated, they
+    would end the task that answers all requests.
     """
     try:
         return work(*args, **kwargs)
-    except StopIteration as error:  # a future refuses it
+    except StopIteration as error:  # a future does not accept it
         raise RuntimeError("StopIteration in a worker thread") from error
     except Exception:
         raise
@@ -58,7 +58,7 @@ class Batcher:
         executor: executor that `run` is called in.
         capacity: maximum number of waiting requests.
         largest: maximum number of requests in one batch.
-        metrics: metrics that count batches and refusals.
+        metrics: metrics that count batches and rejected requests.
     """
 
     def __init__(self, run: AnswerBatch, executor: Executor, *, capacity: int, largest: int, metrics: Metrics) -> None:
@@ -116,13 +116,13 @@ class Batcher:
             requests = [request for request, _ in batch]
             try:
                 answers = await loop.run_in_executor(self._executor, run_shielded, self._answers, key, requests)
-            except Exception as error:  # every request of the batch gets the error, and the next batch is answered
+            except Exception as error:  # every request of the batch gets the error, and the loop continues
                 answers = [error] * len(batch)
             kind = key[0] if isinstance(key, tuple) else "other"
             self._metrics.batches.labels(kind).observe(len(batch))
             self._metrics.search_seconds.labels(kind).observe(time.perf_counter() - began)
             for (_, future), found in zip(batch, answers, strict=True):
-                if future.done():  # the client has disconnected, or its time is up
+                if future.done():  # the client disconnected, or the request timed out
                     continue
                 if isinstance(found, Exception):
                     future.set_exception(found)
@@ -137,7 +137,7 @@ class Batcher:
         return answers
 
     def _next(self) -> tuple[Hashable, _Waiting]:
-        """Take the next batch. Keys take turns, so that none waits until the queue of another is empty."""
+        """Take the next batch. Keys take turns, so that no key waits until the queue of another is empty."""
         key, waiting = self._waiting.popitem(last=False)
         batch, rest = waiting[: self._largest], waiting[self._largest :]
         if rest:
@@ -244,7 +244,7 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def _in_time(self) -> AsyncIterator[None]:
-        """Limit the time of an answer; a thread cannot be stopped, but its client need not wait for it."""
+        """Limit the time of an answer: a thread cannot be stopped, but its client need not wait for it."""
         try:
             async with asyncio.timeout(self.settings.answer_seconds):
                 yield

@@ -23,7 +23,7 @@ LARGEST_REST = 8 * LARGEST_BODY
 #: Largest K that a request may ask for.
 LARGEST_K = 1000
 
-#: Longest history in items. Query towers read far fewer; the rest are only excluded from results. The limit is
+#: Longest history in items. Query towers read far fewer; older items are only excluded from results. The limit is
 #: generous because 40 of the 6,040 users of MovieLens-1M have more than a thousand items.
 LONGEST_HISTORY = 5000
 
@@ -36,7 +36,7 @@ MOST_COLUMNS = 200
 #: Longest id or search text, in characters.
 LONGEST_ID = 200
 
-#: Maximum number of items explained in one request: each one needs a pass over the catalog.
+#: Maximum number of items explained in one request, because each needs a pass over the catalog.
 MOST_EXPLAINED = 20
 
 #: Shortest token, in characters. A shorter one could be guessed.
@@ -51,7 +51,7 @@ class ServiceSettings:
         token: token required in `Authorization: Bearer`; None to answer every client.
         hosts: names allowed in the `Host` header; None for any. This blocks requests from other sites whose name
             was made to resolve to this machine (DNS rebinding).
-        queue: maximum number of waiting requests; further ones get a 503 with Retry-After.
+        queue: maximum number of waiting requests; any more get a 503 with Retry-After.
         largest_batch: maximum number of requests searched together.
         connections: maximum number of open connections; further ones get a 503.
         head_seconds: seconds that a client may take to send the request line and the headers.
@@ -84,7 +84,7 @@ def is_loopback(host: str) -> bool:
 
 
 def allowed_hosts(bind: str, names: tuple[str, ...]) -> tuple[str, ...] | None:
-    """Return the names allowed in `Host`: the given ones, and this machine's own if bound to loopback; None for any."""
+    """Return the names allowed in `Host`: the given names and, if bound to loopback, this machine's; None for any."""
     if is_loopback(bind):
         return ("localhost", "127.0.0.1", "[::1]", *names)
     return (bind, *names) if names else None

@@ -39,8 +39,8 @@ class CausalAttention(nn.Module):
             # [3, sequences, heads, longest, width per head]
             shaped = part.view(sequences, longest, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
             query, key, value = shaped.unbind(0)
-            found = attend(query, key, value)
-            attended.append(found.transpose(1, 2).reshape(sequences * longest, width))
+            heads = attend(query, key, value)
+            attended.append(heads.transpose(1, 2).reshape(sequences * longest, width))
         output: Tensor = self.output(torch.cat(attended))
         return output
 

@@ -14,7 +14,7 @@ class Dropout(nn.Module):
     """Dropout (Srivastava et al. 2014): y = x m / (1 - p), m = 0 with probability p and 1 otherwise.
 
     On a CPU torch draws one float per number sequentially, which takes longer than the matrix products of a small
-    transformer. Here one draw of 64 bits decides eight numbers. On a CPU p is therefore rounded to a multiple of 1/256,
+    transformer. Here one draw of 64 bits serves eight numbers. On a CPU p is therefore rounded to a multiple of 1/256,
     at most 255/256, and the scale uses the rounded p.
 
     Args:

@@ -25,7 +25,7 @@ class Recurrent(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, positions: Tensor, shapes: tuple[tuple[int, int], ...]) -> Tensor:
-        """Encode tokens [P, D] -> [P, D]; `positions` are ignored, because a recurrence sees the order."""
+        """Encode tokens [P, D] -> [P, D]; `positions` is ignored, because a recurrence sees the order."""
         del positions
         for layer in self.layers:
             parts = torch.split(self.dropout(x), token_counts(shapes))
@@ -40,12 +40,12 @@ def states(layer: nn.Module, part: Tensor, shape: tuple[int, int]) -> Tensor:
     if not isinstance(layer, nn.GRU):
         raise TypeError(f"expected a GRU, found {type(layer).__name__}")
     tokens = part.reshape(*shape, -1)
-    found = step_by_step(layer, tokens) if torch.compiler.is_exporting() else layer(tokens)[0]
-    return found.reshape(part.shape)
+    output = step_by_step(layer, tokens) if torch.compiler.is_exporting() else layer(tokens)[0]
+    return output.reshape(part.shape)
 
 
 def step_by_step(layer: nn.GRU, tokens: Tensor) -> Tensor:
-    """Run `layer` token by token, for an export: torch's own GRU would fix the number of rows.
+    """Run `layer` token by token, for an export: an exported `nn.GRU` would have a fixed number of rows.
 
         r = sigmoid(W_r x + U_r h),  z = sigmoid(W_z x + U_z h),  n = tanh(W_n x + r * U_n h),  h <- (1 - z) n + z h
 
@@ -60,7 +60,7 @@ def step_by_step(layer: nn.GRU, tokens: Tensor) -> Tensor:
     weights: dict[str, Tensor] = dict(layer.named_parameters())
     inputs = nn.functional.linear(tokens, weights["weight_ih_l0"], weights["bias_ih_l0"])
     state = torch.zeros_like(tokens[:, 0])
-    found = []
+    outputs = []
     for place in range(tokens.shape[1]):
         reset, update, new = inputs[:, place].chunk(3, 1)
         by_reset, by_update, by_new = nn.functional.linear(state, weights["weight_hh_l0"], weights["bias_hh_l0"]).chunk(
@@ -69,5 +69,5 @@ def step_by_step(layer: nn.GRU, tokens: Tensor) -> Tensor:
         z = torch.sigmoid(update + by_update)
         n = torch.tanh(new + torch.sigmoid(reset + by_reset) * by_new)
         state = (1 - z) * n + z * state
-        found.append(state)
-    return torch.stack(found, 1)
+        outputs.append(state)
+    return torch.stack(outputs, 1)

@@ -38,7 +38,7 @@ class HiddenLayer(nn.Module):
         width: input width.
         following: output width.
         dropout: probability that an output unit is zeroed in training, before x is added.
-        residual: add the input (He et al. 2016) if it has the output's width.
+        residual: add the input (He et al. 2016) if its width equals the output width.
         layer_norm: normalise before the activation (Ba et al. 2016).
     """
 
@@ -93,7 +93,7 @@ def dense_layers(
 
 
 class EmbeddedRows:
-    """Embedded vectors with the lookup of a table, for pooling a history whose items an item tower has embedded.
+    """Vectors that can be looked up like a table, for pooling a history whose items an item tower has embedded.
 
     Args:
         weight: [rows, D].

@@ -1,4 +1,4 @@
-"""Recency-weighted averages over the preceding tokens: a pooled history at every position at once."""
+"""Recency-weighted averages over the preceding tokens: a pooled history at every position of a sequence."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from twotower.data.loading.packing import token_counts
 
 
 class RecencyAverages(nn.Module):
-    """Averages over the tokens up to each token; every head has a learned weight for each distance.
+    """Averages over each token and the tokens before it; every head has a learned weight for each distance.
 
         average_h,i = sum_{j <= i} w_h(i - j) x_j / sum_{j <= i} w_h(i - j),   w_h(distance) = exp a_h(distance)
 
-    Computes what `PooledHistory` computes for one position, for all positions of a sequence. The weights do not depend
-    on the items, so one matrix serves all sequences. Heads start with half-lives of 0.5, 2, 8, ... tokens, the last as
-    an even mean.
+    This is the average of `PooledHistory`, for all positions of a sequence instead of one. The weights do not depend on
+    the items, so one matrix serves all sequences. Heads start with half-lives of 0.5, 2, 8, ... tokens, the last head
+    as an even mean.
 
     Args:
         length: maximum sequence length, in tokens.
@@ -37,8 +37,8 @@ class RecencyAverages(nn.Module):
         for part, (sequences, longest) in zip(torch.split(x, token_counts(shapes)), shapes, strict=True):
             weights = torch.softmax(by_distance(self.log_weight, longest), -1).to(x.dtype)
             # One product of [heads * longest, longest] with every sequence's tokens.
-            found = weights.reshape(self.heads * longest, longest) @ part.view(sequences, longest, width)
-            shaped = found.view(sequences, self.heads, longest, width).transpose(1, 2)
+            sums = weights.reshape(self.heads * longest, longest) @ part.view(sequences, longest, width)
+            shaped = sums.view(sequences, self.heads, longest, width).transpose(1, 2)
             averages.append(shaped.reshape(sequences * longest, self.heads, width))
         return torch.cat(averages)
 

@@ -41,7 +41,7 @@ class StateEncoder:
             TypeError: a value that neither JSON nor safetensors can represent.
         """
         if isinstance(value, TensorShard):
-            name = self._named.setdefault((id(value),), name)  # not by its memory: several may be empty here
+            name = self._named.setdefault((id(value),), name)  # by id, because empty parts may share an address
             if name not in self.parts:
                 self.parts[name] = replace(value, tensor=_on_cpu(value.tensor, copy=self.copies))
             dtype = str(value.tensor.dtype).removeprefix("torch.")
@@ -100,7 +100,7 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _on_cpu(tensor: Tensor, *, copy: bool) -> Tensor:
-    """Return the tensor on the CPU; with `copy` in separate memory, without a second copy if it was on a device."""
+    """Return the tensor on the CPU; with `copy`, in memory of its own. A tensor from a device is copied only once."""
     own = tensor.detach().cpu().contiguous()
     is_same = own.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
     return own.clone() if copy and is_same else own

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: one folder with safetensors and JSON, written whole or not at all, no pickle.
+"""Checkpoints of a training run: a folder of safetensors and JSON files, without pickle, written atomically.
 
 A checkpoint can be written by a background thread while training continues.
 """
@@ -33,9 +33,9 @@ ADVICE = "remove this checkpoint and resume from another, or train again"
 
 
 class Background:
-    """Runs one task at a time in a separate thread, and keeps its error for the next call.
+    """Runs one task at a time in a separate thread, and raises its error in the next call.
 
-    The interpreter waits for the task before it exits, so nothing is left half done.
+    The interpreter waits for the task before it exits, so no file is left half written.
     """
 
     def __init__(self) -> None:
@@ -43,10 +43,10 @@ class Background:
         self._running: Future[None] | None = None
 
     def start(self, work: Callable[[], None]) -> None:
-        """Start a task, after the previous one has ended.
+        """Start a task after the previous one has ended.
 
         Raises:
-            Exception: the error of the previous task; the new one is not started then.
+            Exception: the error of the previous task; the new task is then not started.
         """
         self.wait()
         if self._threads is None:
@@ -64,7 +64,7 @@ class Background:
             running.result()
 
     def close(self) -> None:
-        """Wait, and end the thread. An error not yet raised is dropped: another one is propagating already."""
+        """Wait, and end the thread. A pending error is dropped, because a different error is already propagating."""
         threads, self._threads, self._running = self._threads, None, None
         if threads is not None:
             threads.shutdown(wait=True)
@@ -73,19 +73,20 @@ class Background:
 class SafeCheckpointIO(CheckpointIO):
     """Lightning's checkpoints as `state.json` (structure, numbers, strings) and `tensors.safetensors`.
 
-    Parts of sharded tables are in `tables/`, in separate files of each rank (table_parts.py). Values marked as such
-    (`TensorShard`) are written and read by all ranks together, everything else by rank 0 alone.
+    Parts of sharded tables are in `tables/`, in separate files per rank (shards.py). They are marked as `TensorShard`,
+    and written and read by all ranks together; rank 0 alone writes and reads everything else.
 
     A checkpoint written in the background has the state of the step at which it was requested: `save_checkpoint` copies
-    the state to the CPU and returns. Only one is written at a time, so there is one copy; the next `save_checkpoint`,
-    `load_checkpoint` or `wait` waits for it and raises its error. torch's `async_save` uses the same kind of thread for
-    the tables alone; here the whole folder must appear at once, including what rank 0 writes.
+    the state to the CPU and returns. Only one checkpoint is written at a time, so there is only one copy; the next
+    `save_checkpoint`, `load_checkpoint` or `wait` waits for it and raises its error. torch's `async_save` uses a
+    similar thread, but only for the tables; here the whole folder is renamed into place together, with the files of
+    rank 0.
 
     Args:
         ranks: the processes of the run; None for a single process.
         parts: this rank's parts of sharded tables, by name. Any other table in `tables/` is read whole by every rank.
         in_background: write while training continues. Collective if there are `parts`: the ranks then use a separate
-            process group for it, whose exchanges do not interleave with those of the steps.
+            process group, whose exchanges do not interleave with the exchanges of the steps.
         timeout: timeout of an exchange in this group, in seconds.
     """
 
@@ -109,7 +110,7 @@ class SafeCheckpointIO(CheckpointIO):
         The files are on the disk before the rename, and have checksums, which `load_checkpoint` compares.
 
         Raises:
-            InputError: the disk is full; in the background, it was full when the previous checkpoint was written.
+            InputError: the disk is full, or was full when the previous checkpoint was written in the background.
         """
         del storage_options
         self.wait()  # before anything is copied
@@ -150,7 +151,7 @@ class SafeCheckpointIO(CheckpointIO):
             self._background.wait()
 
     def settle(self) -> None:
-        """Wait on every rank, so that all of them find the checkpoint; collective.
+        """Wait on every rank until the checkpoint is in place on all of them; collective.
 
         Raises:
             InputError, RankLost: as `wait`.
@@ -189,9 +190,9 @@ class SafeCheckpointIO(CheckpointIO):
             structure = json.loads((source / "state.json").read_text(encoding="utf-8"))
             if only is not None:
                 structure = {"dict": [pair for pair in structure["dict"] if pair[0] == only]}
-            wanted = dict(parts_in(structure))
-            if wanted:
-                tensors |= load_parts(source / FOLDER, wanted, self.ranks, self.parts)
+            stored = dict(parts_in(structure))
+            if stored:
+                tensors |= load_parts(source / FOLDER, stored, self.ranks, self.parts)
         except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"{source}: not a readable checkpoint ({error}); remove it and train again") from error
         checkpoint: dict[str, Any] = decode(structure, tensors)
@@ -215,9 +216,9 @@ class SafeCheckpointIO(CheckpointIO):
 
 
 def _own_group(ranks: Communicator, timeout: timedelta) -> Any:
-    """Create a gloo process group of the same ranks: tensors in files are CPU tensors, whatever the steps exchange.
+    """Create a gloo process group of the same ranks: checkpoints have CPU tensors, whatever backend the steps use.
 
-    It is never destroyed while the processes are joined: torch would give the next group of some ranks the same name.
+    It is never destroyed before the default group, because torch could give a later group of some ranks the same name.
     """
     members = None if ranks.group is None else dist.get_process_group_ranks(ranks.group)
     return dist.new_group(members, timeout, "gloo", use_local_synchronization=members is not None)

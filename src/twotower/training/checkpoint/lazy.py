@@ -1,4 +1,4 @@
-"""Lazily opened checkpoints, of which selected rows are read without loading whole tensors."""
+"""Open checkpoints lazily, to read selected rows without loading whole tensors."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def _whole(name: str, shape: torch.Size, parts: list[tuple[list[int], StoredRows
 
 
 def _parts(folder: Path) -> dict[str, list[tuple[list[int], StoredRows]]]:
-    """Collect the parts of sharded tables by name, from the files of all ranks, each with its offsets in the whole."""
+    """Collect the parts of sharded tables by name from the files of all ranks, each with its offsets in the table."""
     from twotower.training.checkpoint.shards import OFFSETS, PLACE  # noqa: PLC0415  # torch.distributed.checkpoint: seconds
 
-    found: dict[str, list[tuple[list[int], StoredRows]]] = {}
+    parts: dict[str, list[tuple[list[int], StoredRows]]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors, metadata = stored_tensors(file)
         place = json.loads(metadata[PLACE])
         for name, rows in tensors.items():
-            found.setdefault(name, []).append((place[name][OFFSETS], rows))
-    return found
+            parts.setdefault(name, []).append((place[name][OFFSETS], rows))
+    return parts

@@ -1,8 +1,8 @@
 """Sharded tables in a checkpoint, with their optimizer state, by torch.distributed.checkpoint.
 
-Each rank writes its part to its own files, in safetensors format with the offsets of the part in the header, so that
-any number of ranks can read what it needs, for any old and new placement, and nothing is unpickled. Writing never holds
-a second copy of a table.
+Each rank writes its part to its own files, in safetensors format with the offsets of the part in the header. So any
+number of ranks can read the rows they need, for any old and new placement, and nothing is unpickled. Writing never
+needs a second copy of a table.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ PLACE, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
 
 
 class StreamedWriter(HuggingFaceStorageWriter):
-    """A writer of the files of `HuggingFaceStorageWriter` with `save_distributed`, one per tensor and rank.
+    """A writer of the same files as `HuggingFaceStorageWriter` with `save_distributed`, one per tensor and rank.
 
-    The base class serializes a file in memory before writing it, so that a rank would need up to three times the memory
-    of its rows; here they are written block by block.
+    The base class serializes a file in memory before writing it, so a rank would need up to three times the memory of
+    its rows. This class writes the rows block by block.
     """
 
     def __init__(self, path: str) -> None:
@@ -68,12 +68,12 @@ FOLDER = "tables"
 
 @dataclass(frozen=True)
 class TensorShard:
-    """A tensor of which this rank holds a part.
+    """A tensor that is sharded over ranks.
 
     Attributes:
         tensor: this rank's part.
-        part: which part of the whole it is.
-        table: the name of the table it belongs to.
+        part: the rows or columns of the whole tensor in this part.
+        table: the name of the table that it belongs to.
     """
 
     tensor: Tensor
@@ -91,7 +91,7 @@ class StoredTensor:
     """Description of a table, or of its optimizer state, in `tables/` of a checkpoint.
 
     Attributes:
-        shape, dtype: of the whole tensor.
+        shape, dtype: shape and dtype of the whole tensor.
         table: the name of the table; None in checkpoints of older versions.
     """
 
@@ -111,7 +111,7 @@ def mark_parts(checkpoint: dict[str, Any], module: nn.Module, optimizers: Collec
             checkpoint["state_dict"][name] = marked[id(parameter)]
     for optimizer, saved in zip(optimizers, checkpoint.get("optimizer_states", []), strict=False):
         for number, table in _numbered(optimizer, tables).items():
-            if number in saved["state"]:  # a new mapping: the optimizer still uses the old one
+            if number in saved["state"]:  # replaced, not modified: the optimizer still uses the old mapping
                 state = saved["state"][number]
                 saved["state"][number] = {n: _part_of(v, table) if v.ndim else v for n, v in state.items()}
 
@@ -145,7 +145,7 @@ def save_parts(folder: Path, parts: Mapping[str, TensorShard], ranks: Communicat
 
     Args:
         folder: created if missing.
-        parts: on the CPU.
+        parts: the parts to write, on the CPU.
         ranks: the processes that write; their group exchanges CPU tensors.
 
     Raises:
@@ -166,45 +166,49 @@ def save_parts(folder: Path, parts: Mapping[str, TensorShard], ranks: Communicat
 
 
 def load_parts(
-    folder: Path, wanted: Mapping[str, StoredTensor], ranks: Communicator, parts: Mapping[str, TableShard]
+    folder: Path, stored: Mapping[str, StoredTensor], ranks: Communicator, parts: Mapping[str, TableShard]
 ) -> dict[str, Tensor]:
     """Read this rank's parts of the tables in `parts`, and any other table whole; collective.
 
     Args:
         folder: written by `save_parts`, by any number of ranks and with any placement.
-        wanted: the tensors to read, by name.
+        stored: the tensors to read, by name.
         ranks: the processes that read.
         parts: this rank's parts of sharded tables, by name.
 
     Raises:
-        ValueError: a table is incomplete: the file of a rank is missing.
+        ValueError: a table is incomplete, because the file of a rank is missing.
     """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader  # noqa: PLC0415
     from torch.distributed.checkpoint.state_dict_loader import load  # noqa: PLC0415
 
     reader = HuggingFaceStorageReader(str(folder))
     kept = reader.read_metadata().state_dict_metadata
-    for name, one in wanted.items():
-        # torch silently leaves values uninitialized that are in no file.
+    for name, tensor in stored.items():
+        # torch silently leaves values that are in no file uninitialized.
         chunks: list[Any] = getattr(kept.get(name), "chunks", [])
-        there, needed = sum(math.prod(chunk.sizes) for chunk in chunks), math.prod(one.shape)
+        there, needed = sum(math.prod(chunk.sizes) for chunk in chunks), math.prod(tensor.shape)
         if there != needed:
             raise ValueError(f"{folder.name}/: found {there:,} of the {needed:,} numbers of {name}; a file is missing")
     state: dict[str, Tensor] = {}
-    found: dict[str, Tensor] = {}
+    loaded: dict[str, Tensor] = {}
     mesh = _mesh(ranks) if ranks.size > 1 else None
-    for name, one in wanted.items():
-        part = parts.get(one.table or "")
-        if mesh is None or part is None or part.cut(torch.empty(one.shape, device="meta")).shape == tuple(one.shape):
-            found[name] = state[name] = torch.empty(one.shape, dtype=one.dtype)
+    for name, tensor in stored.items():
+        part = parts.get(tensor.table or "")
+        if (
+            mesh is None
+            or part is None
+            or part.cut(torch.empty(tensor.shape, device="meta")).shape == tuple(tensor.shape)
+        ):
+            loaded[name] = state[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
             continue
-        found[name] = torch.empty(part.cut(torch.empty(one.shape, device="meta")).shape, dtype=one.dtype)
+        loaded[name] = torch.empty(part.cut(torch.empty(tensor.shape, device="meta")).shape, dtype=tensor.dtype)
         if _has(part):
-            state[name] = _distributed(found[name], part, mesh)
+            state[name] = _distributed(loaded[name], part, mesh)
     with warnings.catch_warnings(), ranks.exchange():
         warnings.filterwarnings("ignore", ".*assuming the intent is to load in a single process.*")
         load(state, storage_reader=reader, process_group=ranks.group, no_dist=ranks.size == 1)
-    return found
+    return loaded
 
 
 def _mesh(ranks: Communicator) -> DeviceMesh:
@@ -215,12 +219,12 @@ def _mesh(ranks: Communicator) -> DeviceMesh:
 
 
 def _has(part: TableShard) -> bool:
-    """Return whether this rank reads and writes any of it: for a table on one rank, the others do not."""
+    """Return whether this rank reads and writes any of it; a table on one rank is only read and written there."""
     return isinstance(part, ColumnShard) or part.holder in (None, part.ranks.rank)
 
 
 def _distributed(own: Tensor, part: TableShard, mesh: DeviceMesh) -> Tensor:
-    """Wrap the part as a DTensor, which knows its offsets in the whole."""
+    """Wrap the part as a DTensor, which has its offsets in the whole tensor."""
     from torch.distributed.tensor import DTensor, Shard  # noqa: PLC0415
 
     if isinstance(part, RowShard) and part.holder is not None:
