@@ -111,22 +111,22 @@ def open_study(folder: Path) -> optuna.Study:
     Raises:
         InputError: optuna is not installed.
     """
-    optuna = import_optuna()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    package = import_optuna()
+    package.logging.set_verbosity(package.logging.ERROR)
     folder.mkdir(parents=True, exist_ok=True)
-    study: optuna.Study = optuna.create_study(
+    study: optuna.Study = package.create_study(
         study_name=NAME,
         storage=_storage(folder),
         direction="maximize",
         load_if_exists=True,
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=UNPRUNED_TRIALS, n_warmup_steps=UNPRUNED_EPOCHS),
+        pruner=package.pruners.MedianPruner(n_startup_trials=UNPRUNED_TRIALS, n_warmup_steps=UNPRUNED_EPOCHS),
     )
     return study
 
 
 def _storage(folder: Path) -> optuna.storages.RDBStorage:
-    optuna = import_optuna()
-    storage: optuna.storages.RDBStorage = optuna.storages.RDBStorage(
+    package = import_optuna()
+    storage: optuna.storages.RDBStorage = package.storages.RDBStorage(
         f"sqlite:///{(folder / DATABASE).resolve()}", engine_kwargs={"connect_args": {"timeout": 120}}
     )
     return storage
