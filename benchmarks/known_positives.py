@@ -117,7 +117,7 @@ def step_seconds(split: Split, pool: str) -> dict[str, float]:
             for batch in islice(batches, STEPS):
                 loss, _, _ = compute_loss(towers, objective, batch, known_positives=known)
                 optimizer.zero_grad()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
 
         ways[masked] = steps

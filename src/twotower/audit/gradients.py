@@ -52,7 +52,7 @@ class AuditedRows:
         if self.questions is None:
             return list(torch.arange(len(self))[:, None])
         sizes = torch.unique_consecutive(self.questions, return_counts=True)[1].tolist()
-        return list(torch.arange(len(self)).split(sizes))
+        return list(torch.arange(len(self)).split(sizes))  # type: ignore[no-untyped-call]
 
     def shares(self, unit: Tensor) -> Tensor:
         """Return the share of each row of a question in its loss, float64, summing to 1."""

@@ -197,7 +197,7 @@ def _choose(
             found += [(number, row) for row in torch.arange(len(batch))[:, None]]
         else:
             sizes = torch.bincount(batch.asked.of).tolist()
-            found += [(number, rows) for rows in torch.arange(len(batch)).split(sizes)]
+            found += [(number, rows) for rows in torch.arange(len(batch)).split(sizes)]  # type: ignore[no-untyped-call]
     found = [found[place] for place in random.permutation(len(found))]
     of = np.array([int(decile[batches[number].items[rows[0]]]) for number, rows in found])
     # Round-robin: the first of every decile, then the second, ...

@@ -16,6 +16,9 @@ from twotower.objectives import Objective
 from twotower.objectives.build import build_objective, source_names
 from twotower.run.question import refuse_question, rule_of
 
+#: The batches of one epoch, of rows, of groups, of whole sequences or of questions.
+Batches = TrainingBatches | GroupedBatches | SequenceBatches | QuestionBatches
+
 
 def make_batches(
     config: Config,
@@ -23,7 +26,7 @@ def make_batches(
     rows: np.ndarray | None = None,
     ranks: Communicator | None = None,
     context: EncodedTable | None = None,
-) -> TrainingBatches | GroupedBatches | SequenceBatches | QuestionBatches:
+) -> Batches:
     """Build the training batches for a configuration.
 
     Args:
@@ -108,7 +111,7 @@ def make_objective(
     config: Config,
     train: Interactions,
     rows: np.ndarray | None,
-    batches: TrainingBatches | GroupedBatches | SequenceBatches | QuestionBatches,
+    batches: Batches,
 ) -> Objective:
     """Build the objective for batches of `make_batches`: its frequencies count their rows, or their questions.
 

@@ -125,7 +125,8 @@ def start_linear(
     counts = torch.from_numpy(train.item_counts()).double()
     query, item = towers.query_tower, towers.item_tower
     assert isinstance(query, QueryTower) and query.history is not None
-    assert isinstance(query.history_items, EmbeddingTable) and item.ids is not None
+    history_table, item_table = query.history_items, item.ids
+    assert isinstance(history_table, EmbeddingTable) and isinstance(item_table, EmbeddingTable)
     with torch.no_grad():
         query.history.log_weight.zero_()
         if query.ids is not None:
@@ -137,11 +138,11 @@ def start_linear(
 
         def begin(history: Tensor, vectors: Tensor) -> tuple[float, float]:
             """Set tables, scale and bias; return the metric, 0 without validation, and the share of log p."""
-            _set(query.history_items, history)
-            _set(item.ids, vectors)
+            _set(history_table, history)
+            _set(item_table, vectors)
             if questions is not None:
                 scale = _scale(towers, questions).sqrt()
-                for table in (query.history_items, item.ids):
+                for table in (history_table, item_table):
                     table.weight.mul_(scale.to(table.weight.dtype))
             return _choose_bias(towers, counts, biases, measure)
 

@@ -26,7 +26,7 @@ from twotower.incremental.saved_rows import load_context, load_rows
 from twotower.incremental.split import ContinuedSplit
 from twotower.objectives.build import build_objective
 from twotower.run.advice import with_advice
-from twotower.run.batches import make_batches, make_objective
+from twotower.run.batches import Batches, make_batches, make_objective
 from twotower.run.data import absolute, read_by_all, read_data, ready_made, split_data, with_catalog
 from twotower.run.model import Model, continue_with, evaluate, fit, refit
 from twotower.run.refit import refuse_refit, with_refit_note
@@ -45,7 +45,7 @@ from twotower.serving.model_folder import (
 from twotower.system.checksums import read_json
 from twotower.system.filesystem import locked, require_replaceable, write_text
 from twotower.training import LAST, require_checkpoint
-from twotower.training.callbacks import BEST, SizedBatches
+from twotower.training.callbacks import BEST
 
 #: File of a run folder that lists the input files of the run and their sizes.
 INPUTS = "inputs.json"
@@ -464,7 +464,7 @@ def audit_run(directory: str | Path, source: str | Path | None = None, *, rows: 
     context = {one.features.side: one for one in artifact.towers.feature_tables()}.get("context")
     config = artifact.config.resolved(len(split.train) if trained is None else len(trained))
 
-    def batches(config: Config) -> SizedBatches:
+    def batches(config: Config) -> Batches:
         return make_batches(config, split.train, trained, context=context)
 
     run = TrainingRun(

@@ -153,11 +153,11 @@ def recommend_file(
     except KeyboardInterrupt:
         raise Interrupted(f"{target}: stopped; finished parts are in {parts}") from None
     with whole_file(target) as temporary:
-        found = pl.scan_parquet(sorted(parts.glob("part-*.parquet")), glob=False)
+        every = pl.scan_parquet(sorted(parts.glob("part-*.parquet")), glob=False)
         if separator is None:
-            found.sink_parquet(temporary)
+            every.sink_parquet(temporary)
         else:
-            found.sink_csv(temporary, separator=separator)
+            every.sink_csv(temporary, separator=separator)
     counts_by_part = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(parts.glob("part-*.json"))]
     shutil.rmtree(parts)
     return BatchReport(

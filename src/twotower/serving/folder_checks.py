@@ -106,7 +106,7 @@ def require_sizes(folder: Path, metadata: Mapping[str, Any], config: Config) -> 
 
 
 def require_weights(
-    folder: Path, metadata: Mapping[str, Any], config: Config, tables: Mapping[str, EncodedTable | None]
+    folder: Path, metadata: Mapping[str, Any], config: Config, tables: Mapping[str, Any]
 ) -> None:
     """Check that the stored weights have the names and shapes of the towers that the settings describe.
 

@@ -204,7 +204,7 @@ class SavedModel:
         with _files_named(folder):
             config = Config.model_validate(metadata["config"])
             require_sizes(folder, metadata, config)
-            tables = {
+            tables: dict[str, Any] = {
                 "item_features": EncodedTable.read(folder, "item"),
                 "query_features": EncodedTable.read(folder, "query"),
                 "context": EncodedTable.read(folder, "context"),

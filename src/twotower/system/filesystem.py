@@ -189,7 +189,8 @@ def _locked_folder(target: Path) -> tuple[Path, int | None]:
 
 def _lock_folder(path: Path) -> int | None:
     """Lock a folder; return None if another process has locked it, it is gone, or the system has no locks."""
-    if fcntl is None:
+    has_locks = fcntl is not None
+    if not has_locks:
         return None
     try:
         handle = os.open(path, os.O_RDONLY)

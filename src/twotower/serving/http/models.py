@@ -57,7 +57,7 @@ class TrainedRows:
         self._learnt = None
         with contextlib.suppress(OSError, SafetensorError):  # models of older versions have no such file
             file = safe_open(folder / ROWS, "numpy")
-            self._learnt = file.get_slice("learnt")
+            self._learnt = file.get_slice("learnt")  # type: ignore[no-untyped-call]
 
     def count(self, code: int) -> int | None:
         """Return the number of training rows of a query, its first ones; None if the folder does not say."""
