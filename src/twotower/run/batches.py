@@ -46,9 +46,7 @@ def make_batches(
     return batches
 
 
-def _require_others(
-    config: Config, batches: TrainingBatches | GroupedBatches | SequenceBatches | QuestionBatches
-) -> None:
+def _require_others(config: Config, batches: Batches) -> None:
     """Check that a draw covers more than one row, sequence or question.
 
     Two cases need no check: `draw_blocks` joins a last block of one row to the block before, and batches within groups
@@ -81,7 +79,7 @@ def _make(
     rows: np.ndarray | None,
     ranks: Communicator | None,
     context: EncodedTable | None,
-) -> TrainingBatches | GroupedBatches | SequenceBatches | QuestionBatches:
+) -> Batches:
     size, seed, length = int(config.training.batch_size), config.training.seed, config.history_length
     grouped = config.objective.is_grouped
     rule = rule_of(config)

@@ -269,7 +269,8 @@ def leading_eigenvectors(multiply: Callable[[Tensor], Tensor], size: int, number
     for _ in range(ROUNDS):
         basis = torch.linalg.qr(multiply(basis))[0]
     rotation = torch.linalg.eigh(basis.T @ multiply(basis))[1].flip(1)
-    return (basis @ rotation)[:, :rank]
+    vectors: Tensor = (basis @ rotation)[:, :rank]
+    return vectors
 
 
 def _padded(vectors: Tensor, dimension: int) -> Tensor:

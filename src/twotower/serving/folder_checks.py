@@ -18,7 +18,6 @@ import torch
 from twotower.config.run import Config
 from twotower.distributed.row_files import StoredShape, stored_shapes
 from twotower.errors import InputError
-from twotower.features.feature_set import EncodedTable
 from twotower.system.checksums import is_plain, require_file
 from twotower.towers import build_towers
 from twotower.towers.tables import tables_without_memory
@@ -105,9 +104,7 @@ def require_sizes(folder: Path, metadata: Mapping[str, Any], config: Config) -> 
                     )
 
 
-def require_weights(
-    folder: Path, metadata: Mapping[str, Any], config: Config, tables: Mapping[str, Any]
-) -> None:
+def require_weights(folder: Path, metadata: Mapping[str, Any], config: Config, tables: Mapping[str, Any]) -> None:
     """Check that the stored weights have the names and shapes of the towers that the settings describe.
 
     Args:
