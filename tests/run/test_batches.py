@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from twotower.config.run import Config
-from twotower.data import Interactions
+from twotower.data import Interactions, KnownPositives
 from twotower.errors import InputError
 from twotower.objectives.build import build_objective
 from twotower.run import make_batches
@@ -46,21 +46,35 @@ def config(train, *changes):
         (("training.batch_size=1",), "training.batch_size: 1; a batch of one row has no other rows"),
         (("training.batch_size=8", "objective.rows_per_draw=1"), "objective.rows_per_draw: 1; a block of one row"),
         (("training.batch_size=1", SEQUENCE), "training.batch_size: 1; a batch has one sequence"),
-        (
-            ("training.batch_size=8", "training.question=set"),
-            "training.batch_size: 8; a batch has one of 10 questions (an epoch has at least 50 batches",
-        ),
     ],
 )
 def test_in_batch_alone_is_rejected_before_training_if_a_draw_has_no_other_rows(changes, message):
-    """The sequences and the questions were trained on no candidates at all, with loss 0, without a message."""
+    """The sequences were trained on no candidates at all, with loss 0, without a message."""
     train = interactions()
     with pytest.raises(InputError, match=re.escape(message)) as error:
         make_batches(config(train, IN_BATCH, *changes), train)
-    assert "in_batch alone gives it no candidates; use a larger number, or add a source such as uniform" in str(
+    assert "in_batch alone gives it no candidates; use larger batches, or add a source such as uniform" in str(
         error.value
     )
     make_batches(config(train, MIXED, *changes), train)
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_few_questions_share_a_batch_if_in_batch_candidates_are_alone(size):
+    """Fewer than 100 questions had one a batch, so that an epoch has 50 batches: no candidates, and loss 0."""
+    train = interactions()
+    settings = config(train, IN_BATCH, f"training.batch_size={size}", "training.question=set")
+    batches = make_batches(settings, train)
+    assert batches.questions_per_batch == 2
+    objective = build_objective(settings, train, learnt=batches)
+    towers = build_towers(settings, num_queries=train.num_queries, num_items=train.num_items)
+    losses = [
+        float(compute_loss(towers, objective, batch, known_positives=KnownPositives(train))[0].detach())
+        for batch in batches
+    ]
+    assert max(losses) > 0
+    settings = config(train, MIXED, f"training.batch_size={size}", "training.question=set")
+    assert make_batches(settings, train).questions_per_batch == 1, "other candidates do not need another question"
 
 
 def test_one_row_to_train_on_is_rejected_with_in_batch_alone():

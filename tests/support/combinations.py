@@ -165,7 +165,6 @@ LIST = (
     Combinations(
         ("in-batch",), ("one whole sequence a batch",), rejected="training.batch_size: 1; a batch has one sequence"
     ),
-    Combinations(("in-batch",), ("one question a batch",), rejected="training.batch_size: 1; a batch has one of"),
     Combinations(("in-batch twice",), ("rows",), rejected="sources: in_batch twice"),
     Combinations(("memory twice",), ("rows",), rejected="sources: memory twice"),
 )

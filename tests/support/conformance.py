@@ -92,7 +92,6 @@ BATCHES = {
     "one row a batch": (*ROWS, "training.batch_size=1"),
     "rows in blocks of 1": (*ROWS, "objective.rows_per_draw=1"),
     "one whole sequence a batch": (*SEQUENCE, "training.batch_size=1"),
-    "one question a batch": (*ROWS, "training.question=set", "training.batch_size=1"),
     "horizon questions": (*ROWS, "training.question=horizon", "training.horizon=9"),
     "horizon questions of a continued model": (*ROWS, "training.question=horizon", "training.horizon=9"),
     "horizon questions with repeats": (

@@ -7,7 +7,7 @@ import numpy as np
 from twotower.config.run import Config
 from twotower.data import GroupedBatches, Interactions, SequenceBatches, TrainingBatches
 from twotower.data.loading.gaps import gap_codes
-from twotower.data.loading.questions import STEPS, QuestionBatches
+from twotower.data.loading.questions import QuestionBatches
 from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
 from twotower.features.feature_set import EncodedTable
@@ -41,9 +41,14 @@ def make_batches(
             are the other rows of a batch and there are none.
     """
     batches = _make(config, train, rows, ranks, context)
-    if set(source_names(config.objective)) == {"in_batch"}:
+    if _is_in_batch_alone(config):
         _require_others(config, batches)
     return batches
+
+
+def _is_in_batch_alone(config: Config) -> bool:
+    """Return whether the only candidates are the other rows of a batch."""
+    return set(source_names(config.objective)) == {"in_batch"}
 
 
 def _require_others(config: Config, batches: Batches) -> None:
@@ -60,15 +65,11 @@ def _require_others(config: Config, batches: Batches) -> None:
         where = f"training.batch_size: {config.training.batch_size}"
         what = "a batch has one sequence, and a row's candidates come from other ones"
     elif isinstance(batches, QuestionBatches) and batches.questions_per_batch == 1:
-        where = f"training.batch_size: {config.training.batch_size}"
-        what = (
-            f"a batch has one of {len(batches.queries):,} questions (an epoch has at least {STEPS} batches, if it can)"
-            ", and a row's candidates come from other ones"
-        )
+        where, what = f"training.question: {config.training.question}", "there is only one question"
     else:
         return
     raise InputError(
-        f"{where}; {what}, so in_batch alone gives it no candidates; use a larger number, or add a source such as "
+        f"{where}; {what}, so in_batch alone gives it no candidates; use larger batches, or add a source such as "
         "uniform"
     )
 
@@ -87,7 +88,15 @@ def _make(
         refuse_question(config, train, rule.kind)
         encoded = None if context is None else encode_context(context.features, train)
         return QuestionBatches(
-            train, size, rule, history_length=length, seed=seed, rows=rows, ranks=ranks, context=encoded
+            train,
+            size,
+            rule,
+            history_length=length,
+            seed=seed,
+            rows=rows,
+            ranks=ranks,
+            context=encoded,
+            least=2 if _is_in_batch_alone(config) else 1,
         )
     if config.reads_sequences:
         if grouped:
@@ -101,7 +110,7 @@ def _make(
     encoded = None if context is None else encode_context(context.features, train)
     batches = TrainingBatches(train, size, history_length=length, seed=seed, rows=rows, ranks=ranks, context=encoded)
     if grouped:
-        return GroupedBatches(batches, in_batch_alone=set(source_names(config.objective)) == {"in_batch"})
+        return GroupedBatches(batches, in_batch_alone=_is_in_batch_alone(config))
     return batches
 
 

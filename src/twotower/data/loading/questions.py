@@ -81,6 +81,8 @@ class QuestionBatches(EpochPosition):
         ranks: the processes; each gets whole questions, with about equal numbers of rows. `batch_size` is the total.
         context: the encoded context of all interactions (`encode_context`), or None. A question has the context of its
             first target.
+        least: smallest number of questions in a batch, if there are that many. With 2, a row always has candidates from
+            another question.
 
     Raises:
         InputError: horizon has no timestamps, no query can form a question, all weights are 0, or a setting is out of
@@ -98,14 +100,15 @@ class QuestionBatches(EpochPosition):
         rows: Rows | None = None,
         ranks: Communicator | None = None,
         context: Encoded | None = None,
+        least: int = 1,
     ) -> None:
-        for name, value, least in (
+        for name, value, smallest in (
             ("batch_size", batch_size, 1),
             ("history_length", history_length, 0),
             ("seed", seed, 0),
         ):
-            if value < least:
-                raise InputError(f"{name}: {value}; expected at least {least}.")
+            if value < smallest:
+                raise InputError(f"{name}: {value}; expected at least {smallest}.")
         if not 0 < rule.share < 1 or (rule.kind == "horizon" and rule.horizon < 1):
             raise InputError(
                 f"training.question: share {rule.share}, horizon {rule.horizon} microseconds; expected a share between "
@@ -150,7 +153,7 @@ class QuestionBatches(EpochPosition):
         self._holding = None if rule.new_only else ItemQuestions(self)
         mean = rows_per_epoch / len(self.queries)
         most = max(len(self.queries) // STEPS, 1)
-        self.questions_per_batch = min(max(round(batch_size / mean), 1), most)
+        self.questions_per_batch = min(max(min(round(batch_size / mean), most), least), len(self.queries))
         self.epoch, self.position = 0, 0
         self.mean_weight = 1.0
         found = self.batch_of_all(SAMPLE).weights
