@@ -175,7 +175,7 @@ def main() -> None:
                         part["runs"][f"{way} {seed}"] = found = measure(split, config)
                         print(f"{name}, {pool}, {way} {seed}: {found['values']}, {found['seconds']:.0f} s", flush=True)
                         write_text(RUNS, json.dumps(known))
-    complete = {
+    complete: dict[str, dict[str, Any]] = {
         name: {"epochs": SETS[name][1]}
         | {pool: summary(part["runs"], part["step_seconds"]) for pool, part in pools.items()}
         for name, pools in known.items()
