@@ -52,7 +52,7 @@ class StartWeights:
     ) -> None:
         """Initialise new towers as `training.start` specifies, and save the weights; see `start_linear`.
 
-        Without validation, the item bias starts at `bias_share` times log p; None for what `start_linear` does.
+        Without validation, the item bias starts at `bias_share` times log p; with None, `start_linear` sets it.
         """
         name = config.training.metric
 
@@ -105,7 +105,7 @@ class StartWeights:
 
 
 def _log_p(train: Interactions) -> Tensor:
-    """Return the log frequency of the items, as the linear start smooths it, [N]."""
+    """Return the log frequency of the items, [N], smoothed as in the linear start."""
     counts = torch.from_numpy(train.item_counts()).double()
     return ((counts + 1.0) / (counts.sum() + len(counts))).log().float()
 

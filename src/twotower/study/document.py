@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
 
-#: Finished trials from which importances are estimated at the least, and trials in the terminal's table.
+#: Minimum number of finished trials for importances, and number of trials in the terminal's table.
 LEAST_TRIALS, SHOWN = 8, 5
-#: Optuna's states -> those of the report.
+#: Optuna's state -> state in the report.
 STATES = {
     "COMPLETE": "complete",
     "PRUNED": "pruned",
@@ -30,7 +30,7 @@ STATES = {
 
 
 def candidates(study: optuna.Study) -> list[FrozenTrial]:
-    """Return the trials that can be chosen: finished ones, and interrupted ones with at least one validation."""
+    """Return the trials that can be chosen: finished trials, and interrupted ones with at least one validation."""
     interrupted = [
         trial
         for trial in study.get_trials(deepcopy=False)
@@ -40,15 +40,15 @@ def candidates(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def best_trial(study: optuna.Study) -> FrozenTrial | None:
-    """Return the trial with the best value, of equal ones the first; None if there is none."""
+    """Return the trial with the best value, or None without trials. The first of equal trials is the best."""
     return max(candidates(study), key=score, default=None)
 
 
 def importances(study: optuna.Study) -> dict[str, float]:
     """Return how much each parameter mattered, 0 to 1, the most important first (PED-ANOVA, Watanabe et al. 2023).
 
-    A parameter is important if its values in the best tenth of the trials differ from those in all. Empty if fewer
-    than eight trials are complete, or all have the same value.
+    A parameter is important if its values in the best tenth of the trials differ from its values in all trials. The
+    result is empty if fewer than eight trials are complete or if all have the same value.
     """
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances  # noqa: PLC0415  # an extra
 
@@ -70,7 +70,7 @@ def describe(
         study: the study.
         metric: the validation metric.
         baselines: name -> its value on the validation, `value`, and its settings, `settings`.
-        more: further sections: data, budget, seconds, chosen, test, ...
+        more: additional sections: data, budget, seconds, chosen, test, ...
     """
     best = best_trial(study)
     document = {
