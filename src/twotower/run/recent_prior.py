@@ -30,8 +30,8 @@ from twotower.towers import TwoTower
 DAY = 86_400_000_000
 #: Half-lives to try, as shares of the time that training covers.
 HALF_LIVES = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
-#: Strengths to try besides 1, each with a multiple of log p_train that is added; with two equal numbers s the prior is
-#: s log p_now.
+#: Strengths to try in addition to 1, each with a multiple of log p_train that is added; with two equal numbers s the
+#: prior is s log p_now.
 STRENGTHS = (
     (0.5, 0.0),
     (1.5, 0.0),
