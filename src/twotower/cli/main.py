@@ -95,9 +95,7 @@ def train(
         Path | None,
         typer.Option("--withdraw", metavar="FILE", help="With --from: ids of items to remove from the catalog."),
     ] = None,
-    refit: Annotated[
-        bool, typer.Option("--refit", help="Then train on all rows, validation and test too, and save that model.")
-    ] = False,
+    refit: Annotated[bool, typer.Option("--refit", help="Afterwards train on all rows, and save that model.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the interrupted run in DIR.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the model in DIR.")] = False,
     as_json: Json = False,
@@ -185,8 +183,8 @@ def compare(
         typer.Option(
             "--sweep",
             metavar="KEY=V1,V2",
-            help="Train with each value of a number, e.g. objective.uniform=0,256,1024 (the size of a source) or "
-            "training.learning_rate=1e-3,3e-3. Without --objectives: the objective of the settings.",
+            help="Train with several values of one setting, e.g. objective.uniform=0,256,1024 (the size of a source) "
+            "or training.learning_rate=1e-3,3e-3. Without --objectives: the objective of the settings.",
         ),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Training runs per objective.")] = 3,
@@ -254,12 +252,12 @@ def audit(
         int | None, typer.Option("--draws", min=2, help="Redraws; default: 50, or 16 with --suggest.")
     ] = None,
     batches: Annotated[
-        int, typer.Option("--batches", min=20, help="Batches to test counts against; more show smaller errors.")
+        int, typer.Option("--batches", min=20, help="Number of batches to count; more batches show smaller errors.")
     ] = 200,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of rows, batches and draws.")] = 0,
     per_query: Annotated[
         Path | None,
-        typer.Option("--per-query", metavar="FILE", help="Parquet file to write with every row, such as its weight."),
+        typer.Option("--per-query", metavar="FILE", help="Parquet file to write, with values for each audited row."),
     ] = None,
     data: Annotated[str | None, typer.Option("--data", help="Current location of the data, if it has moved.")] = None,
     as_json: Json = False,

@@ -87,7 +87,7 @@ def make_cells(
 
     Args:
         base: the settings that all cells share; `training.seed` is the first seed.
-        objectives: names, YAML files, or `name=FILE`; with a sweep, none for the objective of `base`.
+        objectives: names, YAML files, or `name=FILE`. If empty, which needs a sweep, the objective of `base` is used.
         seeds: number of seeds.
         out: the folder of the comparison.
         split: the data, which determines the training question and the default towers.

@@ -170,7 +170,7 @@ def calibrations(directories: Mapping[str, Path], split: Split, *, seed: int = 0
     return found
 
 
-#: Name of the weight of refined logQ among the values of a query: the mean over its targets.
+#: Name of the weight of refined logQ in the per-query values; the value is the mean over the targets of the query.
 REFINED_WEIGHT = "refined_weight"
 
 
@@ -183,10 +183,10 @@ def with_refined_weights(found: Evaluation, directory: Path, split: Split) -> tu
         split: the data.
 
     Returns:
-        The evaluation, with `refined_weight` among the per-query values of the model: the mean over the targets of a
-        query, NaN if it has none. And a summary: `mean`, `low`, `middle` and `high` (quartiles) of all pairs of query
-        and target, and `deciles`, the mean by popularity decile of the target (None for a decile without one). Both
-        unchanged and None for a model that was not trained by refined-logq.
+        The evaluation, with `refined_weight` in the per-query values of the model: the mean over the targets of a
+        query, or NaN without targets. And a summary over all pairs of query and target: `mean`, the quartiles `low`,
+        `middle` and `high`, and `deciles`, the mean for each popularity decile of the target, None without targets. If
+        the model was not trained with refined-logq, the evaluation is unchanged and the summary is None.
     """
     retriever = Retriever.load(directory)
     artifact = retriever.artifact

@@ -29,7 +29,7 @@ def evaluate_folder(
 ) -> Evaluation:
     """Implement `twotower evaluate`: evaluate a saved model and write `per_query.parquet` and the report.
 
-    For a model trained by refined-logq both have its row weight 1 - P(y | x) on the test queries.
+    For a model trained with refined-logq, both include the row weight 1 - P(y | x) of the test queries.
 
     Args:
         directory: a run folder or a model folder; `per_query.parquet` is written to the run folder, next to the model.

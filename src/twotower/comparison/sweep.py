@@ -16,9 +16,9 @@ from twotower.config.run import Config, ObjectiveConfig
 from twotower.errors import InputError
 from twotower.objectives.build import named_objective
 
-#: Most values of a sweep: each is a training run for every objective and seed.
+#: Maximum number of values of a sweep. Each is a training run for every objective and seed.
 MOST_VALUES = 16
-#: Settings that would change the test queries or what is measured, or that are varied already.
+#: Settings that cannot be swept: they change the test queries or the metrics, or the comparison varies them already.
 FIXED = ("data.", "evaluation.", "training.seed")
 
 
@@ -27,8 +27,8 @@ class Sweep:
     """Values of one numeric setting.
 
     `objective.SOURCE` and `objective.sources.SOURCE` are the size of a source of candidates, and
-    `objective.sources.SOURCE.OPTION` another number of it. A source that the objective lacks is added; size 0 removes
-    it.
+    `objective.sources.SOURCE.OPTION` is a different number of it. A source that the objective does not have is added;
+    size 0 removes a source.
 
     Attributes:
         setting: the setting, such as "training.learning_rate" or "objective.uniform".
@@ -43,8 +43,8 @@ class Sweep:
         """Parse "objective.uniform=0,256,1024".
 
         Raises:
-            InputError: the text has another form, a value is no number or given twice, there are too many values, or
-                the setting cannot be swept.
+            InputError: the text has a different form, a value is not a number or is given twice, there are too many
+                values, or the setting cannot be swept.
         """
         setting, equals, listed = text.partition("=")
         setting, words = setting.strip(), [word.strip() for word in listed.split(",")]
@@ -79,14 +79,14 @@ class Sweep:
         return section == "objective" and (key == "sources" or key not in ObjectiveConfig.model_fields)
 
     def named(self, objective: str, value: float) -> str:
-        """Return the name of a model in the comparison, which is also a folder name: "mixed@256"."""
+        """Return the name of a model in the comparison, such as "mixed@256"; its folder has the same name."""
         return f"{objective}@{value:g}" if isinstance(value, float) else f"{objective}@{value}"
 
     def apply(self, config: Config, value: float) -> Config:
         """Return the settings with one value of the sweep.
 
         Raises:
-            InputError: the setting does not exist or does not take this number, or no candidates are left.
+            InputError: the setting does not exist or does not allow this number, or no source of candidates is left.
         """
         values = config.model_dump(mode="json")
         if self.is_of_a_source:
@@ -139,21 +139,21 @@ def sweep_curves(
     *,
     k: int,
 ) -> dict[str, Any]:
-    """Collect quality, tail and never-seen items by value, as JSON values.
+    """Collect the metrics of quality, tail and never-seen items for each value, as JSON values.
 
     Args:
         sweep: the sweep.
         objectives: the objectives that were swept.
         compared: metrics of every model.
-        ranked: the ranking of each model's first seed, int32 [E, >= k], -1 where fewer are left.
+        ranked: the ranking of each model's first seed, int32 [E, >= k], padded with -1.
         item_counts: training interactions of each item, [N].
         k: K of the metrics.
 
     Returns:
-        `setting`, `k` and for each objective its `points`: `model`, `value`, and `quality` (NDCG@K), `tail` (Recall@K
-        of the targets in the tail) and `never_seen` (Recall@K of targets without a training row) with mean and
-        interval, None without such targets; `never_seen_listed`, the share of the places in the lists, which is the
-        share that an objective gives to items that it cannot rank if it never draws them.
+        `setting`, `k` and the `points` of each objective. A point has `model`, `value`, and the means and intervals of
+        `quality` (NDCG@K), `tail` (Recall@K of the targets in the tail) and `never_seen` (Recall@K of targets without a
+        training row), each None without such targets. `never_seen_listed` is the share of places in the lists that
+        never-seen items take; an objective that never draws these items cannot rank them.
     """
     curves = []
     for objective in objectives:

@@ -104,8 +104,8 @@ class DataConfig(Section):
     )
     windows: PositiveInt = Field(
         1,
-        description="Consecutive test windows (time): a model is trained and tested for each, on the rows before it. "
-        "The last one is the test of the split, and its model is saved.",
+        description="Number of consecutive test windows (split by time). A model is trained on the rows before each "
+        "window and tested on the window. The last window is the test of the split, and its model is saved.",
     )
     validation: Fraction | str = Field(
         0.05, description="Fraction for validation (time, random, held-out-queries), or the validation file."
@@ -135,9 +135,9 @@ class ObjectiveConfig(Section):
     name: str = Field("expected-count", description="The name of the objective.")
     sources: list[dict[str, dict[str, Any] | None]] | None = Field(
         None,
-        description="Sources of candidates, each a name with its settings. None: the objective's default. observed, "
-        "mined and head are always included: in a softmax they count once, as all items do, which lowers the spread "
-        "of the estimate and teaches nothing about dislikes.",
+        description="Sources of candidates, each a name with its settings. None: the objective's default. Items of "
+        "observed, mined and head are always included. In a softmax they count once, like all items: this lowers the "
+        "spread of the estimate, but a softmax does not learn dislikes from them.",
     )
     unique: bool | None = Field(
         None, description="Remove duplicate candidates across all sources. None: the objective's default."
@@ -160,7 +160,7 @@ class ObjectiveConfig(Section):
         "{streaming: {rate: 0.02}}: with settings.",
     )
     negatives: int = Field(64, ge=1, description="K of the binary objectives: negatives per row.")
-    bias: bool = Field(True, description="Learn a bias of all logits, in the binary objectives.")
+    bias: bool = Field(True, description="Binary objectives: learn a bias that is added to all logits.")
     calibration: float = Field(0.75, ge=0, le=1, description="t of gbce.")
     temperature: PositiveFloat | Literal["learned"] = Field(
         "learned", description="Divides the score before the correction. learned: starts at initial_temperature."
@@ -248,8 +248,8 @@ class TrainingConfig(Section):
     )
     refit: bool = Field(
         False,
-        description="After the validated run, train on all rows with its settings, seed and number of epochs, and save "
-        "that model. The metrics stay those of the validated model, which is kept beside it.",
+        description="After the validated run, train on all rows with the same settings, seed and number of epochs, and "
+        "save that model. The metrics are still those of the validated model, which is kept in `validated/`.",
     )
     replay: float = Field(
         1.0, ge=0, le=100, description="When training continues on new data (--from): old rows replayed per new row."

@@ -152,7 +152,7 @@ def fill_normal(weight: Tensor, scale: float, part: TableShard | None = None) ->
     A rank with a part draws all values of the table, a block at a time, and keeps only those of its part, because the
     generator cannot skip values. The generator ends in the same state as after filling the whole table.
     """
-    if weight.is_meta:  # without memory; torch imports its compiler, for seconds, to fill such a tensor
+    if weight.is_meta:  # no memory to fill; torch would take seconds to import its compiler
         return
     if part is None:
         nn.init.normal_(weight, std=scale)

@@ -283,7 +283,7 @@ def stored_shapes(path: Path) -> tuple[dict[str, StoredShape], dict[str, str]]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is incomplete or damaged: the tensors must fill the file exactly.
+        ValueError: the file is incomplete or damaged; the tensors must fill it exactly.
     """
     with path.open("rb") as file:
         length = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))[0]

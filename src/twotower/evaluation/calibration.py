@@ -152,17 +152,17 @@ def refined_weights(
     temperature: float | Tensor = 1.0,
     exclude: Exclusion | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """Compute 1 - P(y | x) of every target y of every query x: the weight that refined logQ would give to the pair.
+    """Compute 1 - P(y | x), the weight of refined logQ, for every target y of every query x.
 
-    P is the softmax of `softmax_calibration`, over the whole catalog: training estimates it from candidates. The weight
-    is the model's own probability of being wrong (docs/theory.md).
+    P is the softmax over the whole catalog, as in `softmax_calibration`; training estimates it from candidates. The
+    weight is the model's own probability of being wrong (docs/theory.md).
 
     Args:
         queries: u(x) of each query, [E, D].
         items: v(j), [N, D].
         targets: compressed rows (offsets int64 [E+1], item codes); repeats count once.
         temperature: T > 0.
-        exclude: compressed rows of items that P leaves out; a target among them is ignored.
+        exclude: compressed rows of items that P excludes; an excluded target is ignored.
 
     Returns:
         Number of the query, item code and weight of each pair, [P] each, sorted by query.

@@ -130,8 +130,8 @@ class Evaluation:
         is_exact: whether every ranker searched exactly.
         query_ids: vocabulary of the query codes; None if unknown.
         advice: settings to try if the model does not beat the best baseline, such as `"item_tower.dimension=256"`.
-        command: command that searches settings, shown with them; None for none.
-        windows: the same rankers over several test windows, of which this evaluation is the last; None for one.
+        command: command that searches for settings, shown with the advice; None to show no command.
+        windows: metrics over several test windows, of which this evaluation is the last; None for a single window.
     """
 
     holdout: str
@@ -225,7 +225,7 @@ class Evaluation:
         frames = [
             pl.DataFrame({"ranker": [row.name] * len(self.queries), **keys, **row.per_query}) for row in self.rows
         ]
-        # A ranker may have values that others do not have.
+        # Not all rankers have the same values.
         return pl.concat(frames, how="diagonal").with_columns(pl.selectors.float().fill_nan(None))
 
     def write_per_query(self, path: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""The same rankers over several consecutive test windows: a value for each window, and their mean with its interval."""
+"""Metrics over several consecutive test windows: a value for each window, and their mean with its interval."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class WindowMean:
 
     Attributes:
         by_window: the mean over the queries of each window, oldest first.
-        mean: the mean of these.
-        low: lower end of its 95 % interval over queries; NaN with fewer than 2 queries.
-        high: upper end.
+        mean: the mean of `by_window`.
+        low: lower end of the mean's 95 % interval over queries; NaN with fewer than 2 queries.
+        high: upper end of the interval.
     """
 
     by_window: tuple[float, ...]
@@ -33,18 +33,19 @@ class WindowMean:
 
 
 def window_mean(windows: Sequence[tuple[NDArray[np.int64], NDArray[np.float64]]]) -> WindowMean:
-    """Average a metric over windows, with an interval that counts a query of several windows once.
+    """Average a metric over windows, with an interval that treats each query as one cluster.
 
-    With E_k queries and mean m_k in window k of K, m = sum_k m_k / K, and the queries as independent clusters
+    Window k of K has E_k queries and the mean m_k. The mean over windows is m = sum_k m_k / K. With U distinct queries
+    as independent clusters (the linearised variance of a cluster sample; Cochran 1977, section 9A),
 
         c_q = sum over the windows k of q of (x_qk - m_k) / (K E_k),   var(m) = U / (U - 1) sum_q c_q^2
 
-    for U distinct queries (the linearised variance of a cluster sample; Cochran 1977, chapter 9A). Values of one query
-    in two windows are not independent: taken as such, the interval would be too narrow. It says how sure m is for these
-    windows, not for windows to come.
+    for U distinct queries (the linearised variance of a cluster sample; Cochran 1977, chapter 9A).
+    The values of one query in two windows are not independent; if they were treated as independent, the interval would
+    be too narrow. The interval describes the uncertainty of m for these windows, not for future windows.
 
     Args:
-        windows: for each window the query codes [E_k], and the values [E_k].
+        windows: the query codes [E_k] and the values [E_k] of each window.
     """
     means = [float(values.mean()) for _, values in windows]
     codes = np.concatenate([queries for queries, _ in windows])
@@ -61,12 +62,12 @@ def window_mean(windows: Sequence[tuple[NDArray[np.int64], NDArray[np.float64]]]
 
 @dataclass(frozen=True)
 class WindowTable:
-    """All rankers over the windows.
+    """Metrics of all rankers over the windows.
 
     Attributes:
         begins: the time of the first test row of each window, as text.
-        metrics: the metrics, the deciding one first.
-        rows: ranker -> metric -> its mean; only rankers that were measured in every window.
+        metrics: the metrics; the first one decides.
+        rows: ranker -> metric -> its mean; includes only rankers that were measured in every window.
     """
 
     begins: tuple[str, ...]
@@ -113,7 +114,7 @@ class WindowTable:
         }
 
     def header(self) -> list[str]:
-        """Return the titles of the deciding metric's table."""
+        """Return the column titles of the deciding metric's table."""
         return [self.metrics[0], *(f"window {place + 1}" for place in range(len(self.begins))), "mean", "95 % interval"]
 
     def cells(self) -> list[list[str]]:
@@ -129,7 +130,7 @@ class WindowTable:
         ]
 
     def note(self) -> str:
-        """Say what the table is."""
+        """Return a sentence that describes the table."""
         return (
             f"{len(self.begins)} test windows, from {', '.join(self.begins)}; a model is trained for each on the rows "
             "before it. The other tables are of the last window"

@@ -250,7 +250,7 @@ class EncodedTable:
         features = FeatureSet.from_json(path.read_text(encoding="utf-8"))
         values = path.with_suffix(".safetensors")
         sizes = [encoder.size for encoder in features.encoders]
-        for name, one in stored_shapes(values)[0].items():  # a bag has every value at most once
+        for name, one in stored_shapes(values)[0].items():  # a bag contains each value at most once
             if not name.isdecimal() or int(name) >= len(sizes) or one.shape[1:] > (sizes[int(name)],):
                 raise ValueError(f"{values.name}: {name} has shape {list(one.shape)}")
         arrays = load_file(values)
@@ -264,7 +264,7 @@ def _require_form(encoder: FeatureEncoder, array: NDArray[Any], where: str) -> N
     """Check that a stored array has the form of its encoder.
 
     Raises:
-        ValueError: its shape or type differ, or a code has no row in the encoder's table.
+        ValueError: the shape or the type differs, or a code has no row in the encoder's table.
     """
     dimensions = 1 if encoder.form == "codes" else 2
     if array.ndim != dimensions or array.dtype != (np.float32 if encoder.form == "numbers" else np.int64):

@@ -28,13 +28,13 @@ def saved_rows_of(split: Split, trained: NDArray[np.int64] | None = None) -> dic
 
     Args:
         split: the data.
-        trained: numbers of the rows of `split.train` that an incremental run was trained on; None for all.
+        trained: indices of the rows of `split.train` that an incremental run was trained on; None for all.
 
     Returns:
         `learnt`, the number of rows of each query, from the first row, that the model was trained on; and `timestamps`,
         `weights` and `groups` of all rows, if the data has them. After incremental training also the test (`test.*`)
-        and validation (`validation.*`), which cannot be recreated from the new data alone, and `trained`, the numbers
-        of the training rows that batches were made of.
+        and validation (`validation.*`), which cannot be recreated from the new data alone, and `trained`, the indices
+        of the training rows in the batches.
     """
     data, train = split.data, split.train
     counts = np.diff(train.offsets)

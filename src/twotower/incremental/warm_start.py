@@ -380,11 +380,11 @@ def load_parent_state(
 
 
 def objective_state(artifact: SavedModel, checkpoint: Path) -> dict[str, Tensor]:
-    """Read the state of the objective with which a model was trained; empty if the checkpoint is not this model's.
+    """Read the state of a model's objective from a checkpoint; empty if the checkpoint belongs to a different model.
 
     Args:
         artifact: the model, with its weights.
-        checkpoint: folder of the checkpoint with its best weights, which need not exist.
+        checkpoint: folder of the checkpoint with the model's best weights; it need not exist.
     """
     if not checkpoint.is_dir():
         return {}
@@ -397,7 +397,7 @@ def objective_state(artifact: SavedModel, checkpoint: Path) -> dict[str, Tensor]
 
 
 def _has_weights(state: Mapping[str, RowSource], weights: Mapping[str, RowSource], ranks: Communicator) -> bool:
-    """Return whether a checkpoint has these weights: the averaged ones, if there are any; collective."""
+    """Return whether a checkpoint has these weights, averaged if it has averaged weights; collective."""
     kind = "averaged" if any(name.startswith("averaged.") for name in state) else "towers"
     return not ranks.agree(any(not _same(state.get(f"{kind}.{name}"), own, ranks) for name, own in weights.items()))
 

@@ -94,7 +94,8 @@ class BatchProbability(Correction):
 class ImportanceToUniform(Correction):
     """log(Q_j / P_j) with P uniform over the catalog and Q the frequency: log p_j + log N.
 
-    Draws from Q with weights P/Q: on average the negatives' sum is (B-1)/N times that of the catalog.
+    This is importance sampling from Q with weights P/Q. The expected sum over the negatives is (B-1)/N times the sum
+    over the catalog.
     """
 
     def log_count(self, pool: Sources, items: Tensor, source: Tensor, request: DrawRequest) -> Tensor:
@@ -107,14 +108,14 @@ class ImportanceToUniform(Correction):
 class ImportanceToFrequency(nn.Module, Correction):
     """log(P_j / Q_j) with P uniform over the catalog and Q the frequency: -log N - log p_j.
 
-    Draws from P with weights Q/P: on average the negatives' sum over K of them is K E_Q[exp s], that of an uncorrected
-    batch. An item with p_j = 0 has weight 0, whatever the strength.
+    This is importance sampling from P with weights Q/P. The expected sum over K negatives is K E_Q[exp s], as in an
+    uncorrected batch. An item with p_j = 0 has weight 0 at every strength.
 
     Args:
         frequency: Q.
 
     Raises:
-        InputError: the frequency is estimated from batches; without in-batch candidates none are observed.
+        InputError: the frequency is a streaming estimate, which needs in-batch candidates.
     """
 
     def __init__(self, frequency: Frequency) -> None:
@@ -151,8 +152,8 @@ class BySourceProbability(Correction):
     """log q_j of the source that drew the candidate: p_j for in-batch, 1/N for uniform.
 
     Args:
-        of_all_draws: use the probability that any of the source's n draws is the item, log(1 - (1 - q_j)^n), with n = B
-            for in-batch, in place of that of one draw.
+        of_all_draws: instead of the probability of one draw, use the probability that any of the source's n draws is
+            the item: log(1 - (1 - q_j)^n), with n = B for in-batch.
     """
 
     def __init__(self, *, of_all_draws: bool = False) -> None:

@@ -235,10 +235,11 @@ class StreamingFrequency(Frequency):
     for small a the estimate is a ratio of expectations, E[s B] / E[c] = 1/p, at every p. Edge cases:
 
     - first occurrence: there is no gap yet. G[h] is a provisional value (n = 0), which the next step with the item
-      replaces: t / c, with t the rows since the item could first occur. Within an epoch of R rows, drawn without
-      replacement, t becomes R (1/R + 1/(R-1) + ... + 1/(R-t+1)), so that the mean is R/c_j for an item with c_j rows; t
-      alone would be half of R for an item with one row. If an item occurs c > 1 times in its first step, it may have
-      joined only just before: of t rows, all c occurrences are among the last B by chance with (B/t)^(c-1), so
+      replaces: t / c, with t the number of rows since the item could first occur. Within an epoch of R rows, drawn
+      without replacement, t becomes R (1/R + 1/(R-1) + ... + 1/(R-t+1)), so that the mean is R/c_j for an item with c_j
+      rows; without this the mean would be R/2 for an item with one row. An item that occurs c > 1 times in its first
+      step may have joined the catalog shortly before. If it had not, all c occurrences would be among the last B of t
+      rows with probability (B/t)^(c-1), so
 
           G[h] = ( (B/t)^(c-1) t + (1 - (B/t)^(c-1)) B ) / c
 
@@ -304,7 +305,7 @@ class StreamingFrequency(Frequency):
         last[items] = self.clock
 
     def _first_gap(self, elapsed: Tensor, occurrences: Tensor, rows: int) -> Tensor:
-        """Return c G of items that occur c times in this step of B rows, for the first time in `elapsed` rows."""
+        """Return c G for items that first occur in this step of B rows, c times, after `elapsed` rows."""
         since = elapsed
         if self._rows is not None:
             within = torch.digamma(torch.tensor(self._rows + 1.0, dtype=torch.float64, device=elapsed.device))

@@ -317,7 +317,7 @@ class Pool(nn.Module):
 
 
 def _refuse_impossible(items: Tensor, log_expected_count: Tensor) -> None:
-    # +inf is a published weight of zero, not a count.
+    # +inf is a weight of zero in a published correction, not a count.
     impossible = ~(log_expected_count > -torch.inf) & (items >= 0)
     if bool(impossible.any()):
         item = int(items[impossible][0])

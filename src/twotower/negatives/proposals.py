@@ -237,10 +237,10 @@ class LogUniform(Proposal):
 
 
 class IndexStream(Proposal):
-    """Uniform over the items of the corpus: the index stream of mixed negative sampling (Yang et al. 2020).
+    """The uniform distribution over the items of the corpus: the index stream of Yang et al. (2020).
 
-    Items have a probability whether or not they occur in training, and can be added and withdrawn during training. The
-    set of active items is live state, part of `state_dict`. In a run, the active items are the rows of the item table.
+    Items have a probability even if they do not occur in training, and can be added and withdrawn during training. The
+    set of active items is part of `state_dict`. In a run, the active items are the rows of the item table.
 
     Args:
         num_items: N, the maximum size of the catalog (rows of the item table).

@@ -382,8 +382,8 @@ class PerQuery(Source):
 class Observed(PerQuery):
     """The latest `size` observed negatives of the row's query (dislikes, impressions without a click), kappa = 1.
 
-    In a softmax, an item with kappa = 1 counts once, as in the full softmax: its part of the partition sum is exact,
-    which lowers the spread of the estimate and changes nothing on average. So a softmax does not learn from it that the
+    In a softmax, an item with kappa = 1 counts once, as in the full softmax. Its part of the partition sum is exact,
+    which lowers the spread of the estimate but does not change its mean. A softmax therefore does not learn that the
     query disliked the item; `logistic-observed` does.
 
     Args:

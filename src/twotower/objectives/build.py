@@ -77,7 +77,7 @@ def build_objective(config: Config, train: Interactions, *, learnt: HasItemCount
 
 
 def _require_corpus(config: Config) -> None:
-    """Check that items without interactions are in the catalog, and that the item tower can tell them apart."""
+    """Check that the catalog has items without interactions, and that the item tower has features to embed them."""
     if config.data.catalog != "table":
         raise InputError(
             "objective.sources: index_stream draws from the whole corpus, but the catalog has only items with "
@@ -166,7 +166,7 @@ def _options(options: dict[str, Any] | None, settings: ObjectiveConfig) -> dict[
 
 
 class _SourceBuilder:
-    """A builder for the sources of one pool; with a head, proposals draw from the other items only."""
+    """A builder for the sources of one pool. If the pool has a head, proposals draw only from the other items."""
 
     def __init__(self, train: Interactions, frequency: Frequency, written: list[tuple[str, dict[str, Any]]]) -> None:
         self.train, self.frequency, self.written = train, frequency, written

@@ -28,7 +28,8 @@ class ObjectiveSpec:
     Attributes:
         summary: one line for lists.
         sources: default sources if the configuration has none; `K` means `objective.negatives`.
-        correction: the correction subtracted from the logits, or a function that makes it from the item frequency.
+        correction: the correction that is subtracted from the logits, or a function of the item frequency that
+            creates it.
         make: builds the objective from its pool.
         unique: default of `objective.unique`: whether duplicates are removed.
         mask_known_positives: default of `objective.mask_known_positives`: whether a query's other positives are masked.

@@ -155,9 +155,10 @@ def refined_weights(document: Document) -> Html | None:
         for name, one in found.items()
     ]
     note = (
-        "Refined logQ weighs a row by 1 - P(y), the model's own probability of being wrong: near 0 the row is learnt, "
-        "near 1 it is not. Here P is over the whole catalog, for the test queries and their targets, by popularity "
-        "decile of the target, most popular first. Every query is in per_query.parquet (refined_weight)."
+        "Refined logQ weights a row by 1 - P(y), the model's own probability of being wrong: near 0 the model has "
+        "learnt the row, near 1 it has not. The table shows the weights of the test queries and their targets, with P "
+        "over the whole catalog, by popularity decile of the target, most popular first. The values of each query are "
+        "in per_query.parquet (refined_weight)."
     )
     return h("div", h("p", note), table(heads, cells, "Row weights"))
 

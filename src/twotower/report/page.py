@@ -80,11 +80,11 @@ def render(document: Document, sections: tuple[ReportSection, ...] = SECTIONS) -
 
 
 def page(document: Document, title: str, head: Html, sections: tuple[ReportSection, ...]) -> str:
-    """Build a page that opens offline: a heading, links to the sections, the sections.
+    """Build a self-contained page: a heading, links to the sections, and the sections.
 
     Args:
-        document: what the sections are made from, with `versions`.
-        title: title of the window.
+        document: the content of the sections, with `versions`.
+        title: title of the page.
         head: the heading.
         sections: the sections in order; one without content is omitted.
     """

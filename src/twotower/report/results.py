@@ -109,7 +109,7 @@ def differences(document: Document) -> Html | None:
     )
 
 
-#: What a sweep is plotted by: key of its points, title, vertical axis, caption.
+#: The plots of a sweep: key of the points, title, vertical axis, caption.
 _SWEPT = (
     ("quality", "NDCG@{k}", "NDCG@{k}", "All test queries."),
     ("tail", "The tail", "Recall@{k} in the tail", "Targets in the last third of the training interactions."),
@@ -118,7 +118,7 @@ _SWEPT = (
         "never_seen_listed",
         "Items never seen among the recommended",
         "share of the top {k}",
-        "Places of the lists that are filled with items without a training row. An objective that never draws them as "
+        "Share of the places in the lists that never-seen items take. An objective that never draws these items as "
         "negatives does not lower their scores.",
     ),
 )

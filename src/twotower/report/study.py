@@ -1,4 +1,4 @@
-"""The report of a search for settings: the curve, what mattered, the trials and the test of the chosen model."""
+"""The report of a search for settings: best value, importances, trials, and the test of the chosen model."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def curve(document: Document) -> Html | None:
         "trial",
         metric,
         x_ticks=[(float(mark), str(mark)) for mark in marks],
-        caption="Each panel has the others in grey. Baselines have settings chosen on the same validation.",
+        caption="Each panel shows the other curves in grey. The settings of the baselines were chosen on the same "
+        "validation.",
     )
 
 
@@ -107,7 +108,7 @@ def _by_value(document: Document) -> list[list[str | Html]]:
 
 
 def ranges(document: Document) -> Html | None:
-    """Plot value against each parameter with a range of numbers."""
+    """Plot the metric against each parameter that is a range of numbers."""
     made = []
     for name in _parameters(document):
         points = [
@@ -129,7 +130,7 @@ def ranges(document: Document) -> Html | None:
 
 
 def trials(document: Document) -> Html | None:
-    """List the trials, the best first."""
+    """List the trials, best first."""
     ended = sorted(_ended(document), key=lambda one: -one["value"])
     failed = [one for one in document["trials"] if one["error"]]
     if not ended:
@@ -153,7 +154,7 @@ def trials(document: Document) -> Html | None:
 
 
 def baselines(document: Document) -> Html | None:
-    """List the baselines on the validation."""
+    """List the baselines with their validation metrics."""
     rows: list[list[str | Html]] = [
         [name, f"{found['value']:.4f}", found["settings"] or "–"] for name, found in document["baselines"].items()
     ]

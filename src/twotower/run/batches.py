@@ -37,8 +37,8 @@ def make_batches(
         context: the encoded request features; None if the towers read none.
 
     Raises:
-        InputError: the configuration combines a sequence tower with batches built within groups, or the only candidates
-            are the other rows of a batch and there are none.
+        InputError: the configuration combines a sequence tower with batches built within groups, or it has only
+            in-batch candidates and a batch has a single row.
     """
     batches = _make(config, train, rows, ranks, context)
     if _is_in_batch_alone(config):
@@ -54,8 +54,8 @@ def _is_in_batch_alone(config: Config) -> bool:
 def _require_others(config: Config, batches: Batches) -> None:
     """Check that a draw covers more than one row, sequence or question.
 
-    Two cases need no check: `draw_blocks` joins a last block of one row to the block before, and batches within groups
-    omit rows that are alone.
+    Two cases need no check: `draw_blocks` merges a last block of one row with the block before it, and batches within
+    groups omit the only row of a group.
     """
     if config.objective.rows_per_draw == 1:
         where, what = "objective.rows_per_draw: 1", "a block of one row has no other rows"
@@ -120,7 +120,7 @@ def make_objective(
     rows: np.ndarray | None,
     batches: Batches,
 ) -> Objective:
-    """Build the objective for batches of `make_batches`: its frequencies count their rows, or their questions.
+    """Build the objective for batches of `make_batches`, whose rows or questions its frequencies count.
 
     Raises:
         InputError: see `build_objective`.

@@ -78,7 +78,7 @@ def refusal(towers: TwoTower) -> str | None:
 
 
 def can_invert(num_items: int) -> bool:
-    """Return whether EASE is computed: at most 20,000 items, and memory for its matrices."""
+    """Return whether EASE can be computed: at most 20,000 items, and enough memory for its matrices."""
     return num_items <= MOST_ITEMS and MATRICES * 4 * num_items**2 <= (memory().available or math.inf)
 
 
@@ -222,8 +222,8 @@ def linear_factors(train: Interactions, dimension: int, ridge: float) -> tuple[T
 def singular_factors(train: Interactions, dimension: int, a: float, b: float) -> tuple[Tensor, Tensor]:
     """Compute the leading right singular vectors V of A = R^-a X C^-b, for catalogs too large for EASE.
 
-    The cost is (D + 16) times nine passes over the training pairs, and (Q + N) (D + 16) numbers of memory. Of more than
-    a million queries, a random million is used.
+    The time is (D + 16) times nine passes over the training pairs; the memory is (Q + N) (D + 16) numbers. If there are
+    more than a million queries, a random million is used.
 
     Args:
         train: the training interactions; repeats count once.
@@ -258,7 +258,7 @@ def leading_eigenvectors(multiply: Callable[[Tensor], Tensor], size: int, number
     Args:
         multiply: M times a matrix float32 [size, columns].
         size: rows of M.
-        number: how many; at most `size` are returned.
+        number: number of eigenvectors; at most `size` are returned.
 
     Returns:
         Orthonormal columns, float32 [size, min(number, size)], with descending eigenvalues.

@@ -115,7 +115,7 @@ def fit(
         progress: show a progress bar.
         on_message: receives the memory plan, and a message if some state of `warm_start` cannot be used; None discards
             them.
-        on_epoch: receives the metrics of each validation, and returns whether to stop; what it raises ends the run.
+        on_epoch: receives the metrics of each validation and returns whether to stop; an exception ends the run.
 
     Returns:
         The model with its best weights.
@@ -152,10 +152,10 @@ def refit(
     progress: bool = True,
     on_message: Callable[[object], None] | None = None,
 ) -> Model:
-    """Train again on all rows, those of the validation and the test too: same settings, seed and number of epochs.
+    """Train again on all rows, including validation and test, with the same settings, seed and number of epochs.
 
-    Choices made on the validation are taken over. The returned model cannot be evaluated on the rows it was trained on:
-    its metrics are those of `model`.
+    Choices made on the validation are reused. The returned model cannot be evaluated on the rows that it was trained
+    on; the metrics in its metadata are the metrics of `model`.
 
     Args:
         model: the validated model, from `fit` without `warm_start`.
@@ -168,8 +168,8 @@ def refit(
         The refitted model, whose split has no holdouts.
 
     Raises:
-        InputError: `model` was continued from another, has no validation, or is shared by several processes.
-        Interrupted: Ctrl-C; a checkpoint was left in `directory`.
+        InputError: `model` continues another model, has no validation, or is shared by several processes.
+        Interrupted: Ctrl-C was pressed; `directory` contains a checkpoint.
     """
     artifact, split = model.artifact, model.split
     refuse_refit(artifact.config, split, continues=len(artifact.metadata["data"]["lineage"]) > 1)
@@ -215,7 +215,7 @@ def _fit(
     on_epoch: Callable[[dict[str, float]], bool] | None = None,
     refit: Refit | None = None,
 ) -> Model:
-    """Train; `refit` is what a run on all rows takes over from the validated run."""
+    """Train; `refit` has the choices of the validated run that a run on all rows reuses."""
     # Imported here because Lightning is slow to import and nothing else needs it.
     from twotower.incremental.warm_start import extend_features, load_parent_state  # noqa: PLC0415
     from twotower.training import FitResult, fit_towers, plan_memory  # noqa: PLC0415

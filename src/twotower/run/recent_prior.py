@@ -5,9 +5,9 @@ time while P(x | y) does not, Bayes' rule gives (docs/theory.md, section 7)
 
     log P_now(y | x) = log P_train(y | x) + log p_now(y) - log p_train(y) + const.
 
-If tastes say little, the scores of the model are mostly noise, and the best share of them is small. The order of the
-items depends only on the ratio of the two parts, so the prior may have more than the weight that Bayes' rule gives:
-with a large weight on log p_now the model is the popularity of the newest rows.
+If histories predict little, the scores of the model are mostly noise and should have a small weight. The order of the
+items depends only on the ratio of the two weights, so the prior may have a larger weight than Bayes' rule gives. With a
+large weight on log p_now, the model ranks by the popularity of the newest rows.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from twotower.towers import TwoTower
 DAY = 86_400_000_000
 #: Half-lives to try, as shares of the time that training covers.
 HALF_LIVES = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
-#: Strengths to try besides 1, each with a multiple of log p_train that is added; with two equal numbers s the prior is
-#: s log p_now.
+#: Strengths to try in addition to 1, each with a multiple of log p_train that is added; with two equal numbers s the
+#: prior is s log p_now.
 STRENGTHS = (
     (0.5, 0.0),
     (1.5, 0.0),
@@ -54,9 +54,9 @@ class RecentPrior:
     """The chosen recent prior.
 
     Attributes:
-        half_life: days in which the weight of a row halves.
-        strength: s, factor of the log ratio; 1 by Bayes' rule.
-        popularity: t, factor of log p_train; 0 by Bayes' rule.
+        half_life: time after which the weight of a row halves, in days.
+        strength: s, factor of the log ratio; 1 according to Bayes' rule.
+        popularity: t, factor of log p_train; 0 according to Bayes' rule.
         before: validation metrics without the prior.
         after: validation metrics with the prior.
     """
@@ -72,7 +72,7 @@ class RecentPrior:
         return asdict(self)
 
     def settings(self) -> dict[str, float]:
-        """Return what `prior_of` needs, by name."""
+        """Return the settings as arguments of `prior_of`."""
         return {"half_life": self.half_life, "strength": self.strength, "popularity": self.popularity}
 
     def __str__(self) -> str:
@@ -103,8 +103,8 @@ def prior_of(
     Args:
         data: interactions with timestamps; rows from `now` on do not count.
         train_counts: training rows of each item, [N].
-        half_life: days.
-        now: microseconds.
+        half_life: half-life in days.
+        now: time in microseconds.
         strength: s.
         popularity: t.
     """

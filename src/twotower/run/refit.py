@@ -1,7 +1,7 @@
-"""The refit: after the validated run, the same training on all rows, with nothing held out.
+"""The refit: after the validated run, train again on all rows, with nothing held out.
 
-The number of epochs, the linear start and the recent prior were chosen on the validation; the refit takes them over,
-because it has no validation.
+The refit has no validation. It therefore reuses what the validated run chose on its validation: the number of epochs,
+the linear start and the recent prior.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from twotower.towers import TwoTower
 
 @dataclass(frozen=True)
 class Refit:
-    """What the refit takes over from the validated run.
+    """The choices of the validated run that the refit reuses.
 
     Attributes:
-        epochs: epochs that the validated weights have learnt; 0 if they are the start.
+        epochs: number of epochs after which the validated weights were saved; 0 if they are the initial weights.
         start: what the linear start chose, or None.
         prior: the recent prior that was chosen, or None.
     """
@@ -38,7 +38,7 @@ class Refit:
 
     @classmethod
     def of(cls, metadata: Mapping[str, Any]) -> Refit:
-        """Read it from the metadata of the validated model."""
+        """Read the choices from the metadata of the validated model."""
         training, prior = metadata["training"], metadata.get("recent_prior")
         start = training["start"]
         return cls(
@@ -48,7 +48,7 @@ class Refit:
         )
 
     def set_prior(self, towers: TwoTower, data: Interactions) -> None:
-        """Give the towers the recent prior of the time after the last row."""
+        """Set the recent prior of the towers, computed for the time after the last row."""
         if self.prior is None:
             return
         assert data.timestamps is not None
@@ -57,7 +57,7 @@ class Refit:
 
 
 def refuse_refit(config: Config, split: Split | None = None, *, continues: bool) -> None:
-    """Reject runs for which a refit has no meaning, before anything is trained; without a split, before it is read.
+    """Reject runs that cannot be refitted, before anything is trained; without a split, before the data is read.
 
     Raises:
         InputError: the run continues a model, has no validation, or has several processes.
@@ -82,12 +82,12 @@ def refuse_refit(config: Config, split: Split | None = None, *, continues: bool)
 
 
 def without_holdouts(split: Split) -> Split:
-    """Return the split whose training rows are all rows."""
+    """Return a split whose training rows are all rows."""
     return replace(split, train=split.data, validation=Holdout.empty("validation"), test=Holdout.empty("test"))
 
 
 def with_refit_note(measured: Evaluation, metadata: Mapping[str, Any] | None) -> Evaluation:
-    """Add a note that the metrics belong to the validated model; `metadata` is section `refit` of the model's."""
+    """Add a note that the metrics belong to the validated model. `metadata` is the model's `refit` section."""
     if not metadata:
         return measured
     note = (

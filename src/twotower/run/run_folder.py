@@ -51,7 +51,7 @@ from twotower.training.callbacks import BEST
 INPUTS = "inputs.json"
 #: File of a run folder that names the model that the run continues.
 PARENT = "parent.json"
-#: File of the refit of a run that says which validated model it began with.
+#: File in the folder of a refit that identifies the validated model.
 BEGUN = "validated.json"
 #: File that identifies a folder as that of a run; older versions wrote none.
 MARKER = ".twotower-run"
@@ -401,14 +401,14 @@ def evaluate_run(directory: str | Path, source: str | Path | None = None) -> Eva
 
 
 def annotated(measured: Evaluation, directory: str | Path, artifact: SavedModel, split: Split) -> Evaluation:
-    """Add what a run says of its evaluation: settings to try, earlier test windows, whether the model was refitted."""
+    """Add notes of the run to an evaluation: settings to try, earlier test windows, and whether it was refitted."""
     measured = with_advice(measured, artifact.config)
     measured = with_windows(measured, find_model(directory).parent, split.test, artifact.config.data.windows)
     return with_refit_note(measured, refit_of(directory))
 
 
 def refit_of(directory: str | Path) -> dict[str, Any] | None:
-    """Return what the metadata of a saved model say of its refit; None if it was not refitted."""
+    """Return the section `refit` of a saved model's metadata, or None if the model was not refitted."""
     found: dict[str, Any] | None = read_metadata(find_model(directory)).get("refit")
     return found
 
@@ -416,7 +416,8 @@ def refit_of(directory: str | Path) -> dict[str, Any] | None:
 def reread(directory: str | Path, source: str | Path | None = None) -> tuple[SavedModel, Split]:
     """Load a saved model, and read and split its data as for training.
 
-    Of a model refitted on all rows, the validated model is loaded: the other has learnt the test rows.
+    If the model was refitted on all rows, the validated model is loaded instead, because the refit has learnt the test
+    rows.
 
     Raises:
         InputError: the data was not found, or is not the data that the model was trained on.

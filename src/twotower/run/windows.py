@@ -1,4 +1,4 @@
-"""Rolling time windows: a model trained and tested for each of several consecutive windows (`data.windows`)."""
+"""Rolling time windows: train and test a model for each of several consecutive windows (`data.windows`)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from twotower.run.model import evaluate, fit
 from twotower.system.filesystem import write_text
 from twotower.training import LAST
 
-#: Folder of a run with the earlier windows, and the files of each: what is measured for each query, and its time.
+#: Folder of the earlier windows in a run folder, and the files of a window: the metrics of each query, and the time.
 FOLDER, QUERIES, WINDOW = "windows", "per_query.parquet", "window.json"
 
 
@@ -37,7 +37,7 @@ def measure_earlier(
 
     Args:
         data: all interactions.
-        config: the settings as they were given: every window completes them from its own rows.
+        config: the settings before "auto" is resolved; each window resolves it from its own rows.
         directory: the run folder.
         resume: keep finished windows, and resume the interrupted one.
         progress: show a progress bar.
@@ -79,7 +79,7 @@ def forget_windows(directory: Path) -> None:
 
 
 def with_windows(measured: Evaluation, directory: Path, test: Holdout, windows: int) -> Evaluation:
-    """Add the table of all windows to the evaluation of the last one; unchanged with one window, or without them.
+    """Add the table of all windows to the evaluation of the last window, if the run folder has earlier windows.
 
     Args:
         measured: the evaluation of the last window.

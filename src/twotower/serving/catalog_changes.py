@@ -201,7 +201,7 @@ class CatalogChanges:
 
     @classmethod
     def _loaded(cls, folder: Path, *, has_table: bool) -> CatalogChanges:
-        """Read the files, whose sizes are compared first."""
+        """Compare the sizes of the files, then read them."""
         joined, table = folder / "joined.parquet", folder / "item_table.parquet"
         count = stored_shapes(folder / "changes.safetensors")[0]["codes"].shape[0]
         if parquet_rows(joined) > count or (has_table and parquet_rows(table) != count):
@@ -218,10 +218,10 @@ class CatalogChanges:
         return found
 
     def require_consistent(self) -> None:
-        """Check that codes ascend, and that every one has an embedding.
+        """Check that the codes ascend, and that every code has an embedding.
 
         Raises:
-            ValueError: they do not.
+            ValueError: the codes or the embeddings are inconsistent.
         """
         codes, left = self.codes, self.left
         if codes.dtype != np.int64 or left.dtype != np.int64 or self.embeddings.dtype != torch.float32:

@@ -1,7 +1,7 @@
-"""Checks of a model folder before its content is read: names, kinds of files, and sizes that agree with each other.
+"""Checks of a model folder before its content is read: file names, kinds of files, and consistent sizes.
 
-The sizes come from the metadata and from the headers of the files, so that a folder whose files disagree, or whose
-settings describe a larger model than its files hold, is rejected without reading or allocating what it claims.
+The sizes come from the metadata and from the headers of the files. If the files disagree, or the settings describe a
+larger model than the files contain, the folder is rejected before the claimed amount is read or allocated.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def require_names(folder: Path, checksums: Mapping[str, object], needed: tuple[s
     """Check that checksums have plain names of regular files, and that no needed file lacks one.
 
     Raises:
-        InputError: a name leads out of the folder, a file is missing, a link or not regular, or has no checksum.
+        InputError: a name leads out of the folder, or a file is missing, is not a regular file or has no checksum.
     """
     for name, digest in checksums.items():
         if not is_plain(name) or not isinstance(digest, str):
@@ -73,7 +73,7 @@ def require_sizes(folder: Path, metadata: Mapping[str, Any], config: Config) -> 
     """Check that the headers of the files agree with the metadata and with each other.
 
     Raises:
-        OSError, ValueError: they do not; the message names the file.
+        OSError, ValueError: they disagree; the message names the file.
     """
     items, queries = (_count(metadata, name) for name in ("num_items", "num_queries"))
     width = config.item_tower.dimension + (config.item_tower.bias or bool(metadata.get("recent_prior")))
@@ -114,7 +114,7 @@ def require_weights(folder: Path, metadata: Mapping[str, Any], config: Config, t
         tables: encoded features by argument of `build_towers`.
 
     Raises:
-        OSError, ValueError: they do not.
+        OSError, ValueError: a name or a shape differs.
     """
     stored, others = stored_shapes(folder / "towers.safetensors")
     _require_layers(config, sum(math.prod(one.shape) for one in stored.values()))
@@ -138,10 +138,10 @@ def require_weights(folder: Path, metadata: Mapping[str, Any], config: Config, t
 
 
 def _require_layers(config: Config, numbers: int) -> None:
-    """Check that the layers of the settings are not larger than all stored numbers, before they take memory.
+    """Check, before memory is allocated, that the layers of the settings have no more weights than are stored.
 
     Raises:
-        ValueError: they are.
+        ValueError: they have more.
     """
     width, history = config.item_tower.dimension, config.query_tower.history
     needed = 0
@@ -168,7 +168,10 @@ Described = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 def _expect(path: Path, needed: Described, optional: Described | None = None, *, others: int | None = None) -> None:
-    """Check the tensors of a file; it may have other vectors of at most `others` values, or no other tensors."""
+    """Check the tensors of a file.
+
+    The file may have additional vectors of at most `others` values; with None it may have no additional tensors.
+    """
     found, known = _shapes(path), {**(optional or {}), **needed}
     for name, one in found.items():
         if others is not None and len(one.shape) == 1 and one.shape[0] <= others:

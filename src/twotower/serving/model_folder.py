@@ -210,7 +210,7 @@ class SavedModel:
                 "context": EncodedTable.read(folder, "context"),
             }
             require_weights(folder, metadata, config, tables)
-        # Only now, because the sizes of the files have turned out to be those of the model.
+        # Checksums come after the sizes, so that no file larger than the model is read.
         for name in (*NEEDED, *OPTIONAL) if verify else ():
             if name in metadata["checksums"] and file_sha256(folder / name) != metadata["checksums"][name]:
                 raise InputError(
@@ -250,7 +250,7 @@ class SavedModel:
 
 @contextmanager
 def _files_named(folder: Path) -> Iterator[None]:
-    """Turn any error of reading the files of a folder, which anybody may have written, into one line.
+    """Convert any error in reading the files of a folder, which may be untrusted, to an error of one line.
 
     Raises:
         InputError: the block raised an exception.
@@ -272,7 +272,7 @@ def _require_histories(
     """Check that the codes of the histories exist.
 
     Raises:
-        ValueError: they do not, or a vocabulary has another size.
+        ValueError: a code does not exist, or a vocabulary has a different size.
     """
     if (len(queries), len(items)) != (num_queries, num_items):
         raise ValueError(
@@ -323,11 +323,11 @@ def find_model(directory: str | Path) -> Path:
 def find_evaluated(directory: str | Path) -> Path:
     """Find the model folder that the metrics of a model belong to.
 
-    A model refitted on all rows has learnt the test rows, so it cannot be evaluated on them: its metrics are those of
-    the model that was validated, in the same run folder.
+    A model refitted on all rows has learnt the test rows, so it cannot be evaluated on them. Its metrics belong to the
+    validated model in the same run folder.
 
     Raises:
-        InputError: there is no model folder, or the model was refitted and the validated one is not beside it.
+        InputError: there is no model folder, or the model was refitted and the validated model is missing.
     """
     folder = find_model(directory)
     if not read_metadata(folder).get("refit"):
@@ -335,7 +335,7 @@ def find_evaluated(directory: str | Path) -> Path:
     validated = folder.parent / VALIDATED
     if not (validated / "metadata.json").is_file():
         raise InputError(
-            f"{folder}: refitted on all rows, the test rows among them, and {validated}, the model that was evaluated, "
+            f"{folder}: refitted on all rows, including the test rows, and {validated}, the model that was evaluated, "
             "is missing; copy the whole run folder"
         )
     return validated

@@ -49,7 +49,7 @@ _INT64 = 2**63 - 1
 
 
 class UnknownIdError(InputError):
-    """The ids that a request depends on are not ids of this model: HTTP answers 404 instead of 422."""
+    """Raised if the ids that a request depends on do not exist in this model; HTTP answers 404 instead of 422."""
 
 
 class ResolvedQuery(NamedTuple):

@@ -33,7 +33,7 @@ from twotower.system.filesystem import whole_folder
 
 FOLDER = "index"
 SCHEMA_VERSION = 1
-#: Largest size of an index per item, without its embedding: links at every level of a graph.
+#: Largest size of an index per item, without the embedding: the links of an item at all levels of a graph.
 MOST_ITEM_BYTES = 1 << 16
 ADVICE = "build the index again with `twotower index`"
 
@@ -178,10 +178,10 @@ def load_stored_index(
     try:
         index = load_index(metadata, artifact.item_embeddings, where, alive, last=dial_of(artifact).coordinate())
         found = index.engine.count()
-        index.search(torch.zeros(1, index.vectors.dim), 1)  # codes and widths are those of the items
+        index.search(torch.zeros(1, index.vectors.dim), 1)  # fails if codes or widths do not match the items
     except InputError:
         raise
-    except Exception as error:  # faiss and the settings of a file that anybody may have written
+    except Exception as error:  # faiss raises errors of many types for untrusted files
         text = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"{where}: not readable ({text:.200}); {ADVICE}") from error
     if found != int(index.vectors.alive.sum()):

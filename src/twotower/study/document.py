@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
 
-#: Finished trials from which importances are estimated at the least, and trials in the terminal's table.
+#: Minimum number of finished trials for importances, and number of trials in the terminal's table.
 LEAST_TRIALS, SHOWN = 8, 5
-#: Optuna's states -> those of the report.
+#: Optuna's state -> state in the report.
 STATES = {
     "COMPLETE": "complete",
     "PRUNED": "pruned",
@@ -30,7 +30,7 @@ STATES = {
 
 
 def candidates(study: optuna.Study) -> list[FrozenTrial]:
-    """Return the trials that can be chosen: finished ones, and interrupted ones with at least one validation."""
+    """Return the trials that can be chosen: finished trials, and interrupted ones with at least one validation."""
     interrupted = [
         trial
         for trial in study.get_trials(deepcopy=False)
@@ -40,16 +40,16 @@ def candidates(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def best_trial(study: optuna.Study) -> FrozenTrial | None:
-    """Return the trial with the best value, of equal ones the first; None if there is none."""
+    """Return the trial with the best value, or None without trials. The first of equal trials is the best."""
     return max(candidates(study), key=score, default=None)
 
 
 def importances(study: optuna.Study) -> dict[str, float]:
     """Return the share of the variance of the values that each parameter explains, the largest first.
 
-    fANOVA (Hutter et al. 2014): a random forest is fitted on the complete trials, and its variance over the space is
-    divided among the parameters. Only parameters that every trial has; those limited by `when` are left out. Empty if
-    fewer than eight trials are complete, or all have the same value.
+    fANOVA (Hutter et al. 2014): a random forest is fitted to the complete trials, and the variance of its predictions
+    over the space is divided among the parameters. Only parameters that every trial has are included, not those limited
+    by `when`. The result is empty if fewer than eight trials are complete or if all have the same value.
     """
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances  # noqa: PLC0415  # an extra
 
@@ -73,7 +73,7 @@ def describe(
         study: the study.
         metric: the validation metric.
         baselines: name -> its value on the validation, `value`, and its settings, `settings`.
-        more: further sections: data, budget, seconds, chosen, test, ...
+        more: additional sections: data, budget, seconds, chosen, test, ...
     """
     best = best_trial(study)
     document = {

@@ -19,7 +19,7 @@ from twotower.errors import InputError
 if TYPE_CHECKING:
     from optuna import Trial
 
-#: Reads the settings of a run with further overrides, each `section.key=value`.
+#: Reads the settings of a run with additional overrides, each `section.key=value`.
 Load = Callable[[list[str]], Config]
 
 
@@ -30,9 +30,11 @@ class Parameter(Section):
     options: dict[str, dict[str, Any]] | None = Field(None, min_length=2, description="Settings by name of the option.")
     low: float | int | None = None
     high: float | int | None = None
-    log: bool = Field(False, description="Draw evenly by ratio.")
+    log: bool = Field(False, description="Draw uniformly on a logarithmic scale.")
     default: float | int | None = Field(None, description="The value of the range in the first trial.")
-    when: dict[str, list[Any]] = Field({}, description="Use it only with these choices of earlier parameters.")
+    when: dict[str, list[Any]] = Field(
+        {}, description="Use the parameter only with these choices of earlier parameters."
+    )
 
     @field_validator("options", mode="before")
     @classmethod
@@ -41,12 +43,12 @@ class Parameter(Section):
 
     @property
     def is_range(self) -> bool:
-        """Whether it is a range of numbers."""
+        """Return whether the parameter is a range of numbers."""
         return self.values is None and self.options is None
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is a range of whole numbers."""
+        """Return whether the parameter is a range of whole numbers."""
         return isinstance(self.low, int) and isinstance(self.high, int) and isinstance(self.default, int)
 
     def choices(self) -> list[str]:
@@ -90,7 +92,7 @@ class Space:
 
     @classmethod
     def read(cls, path: Path, load: Load) -> Space:
-        """Read a space and check every value of it with the settings of the run.
+        """Read a space and check each of its values with the settings of the run.
 
         Args:
             path: the YAML file.
@@ -143,11 +145,11 @@ class Space:
         return [] if choice is None else [f"{name}={json.dumps(choice)}"]
 
     def suggest(self, trial: Trial) -> list[str]:
-        """Let a trial choose, and return the overrides of its choices."""
+        """Draw a trial's choices, and return their overrides."""
         return [override for name, choice in self._suggested(trial) for override in self._of(name, choice)]
 
     def changed(self, overrides: Sequence[str]) -> list[str]:
-        """Return the overrides that the first trial does not have, for readers."""
+        """Return the overrides that the first trial does not have, for reports."""
         usual = {one for name, choice in (self.first() or {}).items() for one in self._of(name, choice)}
         return [one for one in overrides if one not in usual]
 
@@ -168,7 +170,7 @@ class Space:
             yield name, chosen[name]
 
     def first(self, settings: Sequence[str] = ()) -> dict[str, Any] | None:
-        """Return the choices of the defaults with some settings changed; None if the space does not contain one.
+        """Return the default choices with some settings changed; None if the space does not contain a changed value.
 
         Args:
             settings: overrides such as "item_tower.dimension=256".
@@ -214,5 +216,5 @@ def _parameter(path: Path, name: str, value: object) -> Parameter:
 
 
 def packaged_space(question: str) -> Path:
-    """Return the file of the default space for what training asks: "next", "horizon" or "set"."""
+    """Return the file of the default space for a training question: "next", "horizon" or "set"."""
     return Path(__file__).parent / "spaces" / ("next.yaml" if question == "next" else "several.yaml")

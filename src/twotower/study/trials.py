@@ -1,4 +1,4 @@
-"""The trials of a study: one training run each, pruned by its validation, in a study that survives a kill."""
+"""The trials of a study. Each trial is a training run that its validation may prune; a killed study can be resumed."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ if TYPE_CHECKING:
 
 #: Name of the study in its database, and the database in the folder of the study.
 NAME, DATABASE = "tune", "study.db"
-#: Trials drawn at random before the sampler learns from the finished ones, and trials before any is pruned.
+#: Number of random trials before the sampler uses the results, and number of trials before pruning starts.
 RANDOM_TRIALS, UNPRUNED_TRIALS = 10, 3
-#: Epochs of a trial before it can be pruned.
+#: Number of epochs after which a trial cannot be pruned yet.
 UNPRUNED_EPOCHS = 2
 
 
 class PrunedTrialError(Exception):
-    """Raised from the validation of a trial that is worse than the median of the others."""
+    """Raised after the validation of a trial whose metric is below the median of the other trials."""
 
 
 @dataclass
 class StopRequest:
-    """Whether Ctrl-C or SIGTERM asked to end the search; a second one ends the process at once."""
+    """A request by Ctrl-C or SIGTERM to end the search. A second signal ends the process immediately."""
 
     is_made: bool = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take over the signals in this block."""
+        """Handle the signals in this block."""
         previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
         def handle(number: int, frame: FrameType | None) -> None:
@@ -70,7 +70,7 @@ class StopRequest:
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """What every worker needs to know of a study; can be sent to another process.
+    """The description of a study that every worker needs; it can be pickled.
 
     Attributes:
         source: the data, as `twotower train` takes it.
@@ -80,7 +80,7 @@ class StudyPlan:
         space: the space.
         metric: validation metric that is maximised.
         seed: seed of the sampler.
-        trials: most trials to finish; None for no limit.
+        trials: maximum number of finished trials; None for no limit.
         deadline: time (`time.time`) at which the search ends.
     """
 
@@ -95,7 +95,7 @@ class StudyPlan:
     deadline: float = field(default=float("inf"))
 
     def load(self, more: list[str]) -> Config:
-        """Read the settings of a run with further overrides."""
+        """Read the settings of a run with additional overrides."""
         return Config.load(self.config, [*self.changes, *more])
 
     def read(self) -> Split:
@@ -148,22 +148,22 @@ def import_optuna() -> Any:
 
 
 def finished(study: optuna.Study) -> list[FrozenTrial]:
-    """Return the trials with a result, in the order of their numbers: complete ones and pruned ones."""
+    """Return the complete and the pruned trials, in the order of their numbers."""
     return [trial for trial in study.get_trials(deepcopy=False) if trial.state.name in ("COMPLETE", "PRUNED")]
 
 
 def score(trial: FrozenTrial) -> float:
-    """Return the value of a finished trial: of a pruned one, the best epoch's."""
+    """Return the value of a finished trial; for a pruned trial, the value of its best epoch."""
     if trial.state.name == "COMPLETE" and trial.value is not None:
         return trial.value
     return max(trial.intermediate_values.values(), default=float("-inf"))
 
 
 def requeue_stopped(folder: Path) -> int:
-    """Let the trials of killed or interrupted workers wait for the next worker, and return their number.
+    """Queue the trials of killed or interrupted workers again, and return their number.
 
-    They keep their numbers and choices, and begin where their checkpoint is. Only the process that holds the folder may
-    call it, before workers start.
+    They keep their numbers and choices, and resume from their checkpoints. Only the process that holds the lock of the
+    folder may call this function, before any worker starts.
     """
     waiting = import_optuna().trial.TrialState.WAITING
     stopped = [trial.number for trial in open_study(folder).get_trials(deepcopy=False) if trial.state.name == "RUNNING"]
@@ -175,7 +175,7 @@ def requeue_stopped(folder: Path) -> int:
 
 
 def spent(study: optuna.Study, workers: int) -> float:
-    """Return the seconds that the search has taken so far, over all sessions."""
+    """Return the seconds that the search has taken so far, summed over all sessions."""
     seconds = [float(trial.user_attrs.get("seconds", 0.0)) for trial in study.get_trials(deepcopy=False)]
     return sum(seconds) / workers
 
@@ -188,10 +188,10 @@ def work(
     worker: int = 0,
     on_trial: Callable[[FrozenTrial], None] | None = None,
 ) -> None:
-    """Run trials until the time is over, enough are finished, or a stop is requested.
+    """Run trials until the time is over, enough trials are finished, or a stop is requested.
 
-    The sampler of a trial is seeded by the number of finished ones, so that one worker that is killed and resumed makes
-    the choices it would have made.
+    The number of finished trials seeds the sampler of the next one. A single worker that is killed and resumed
+    therefore makes the same choices as one that is never killed.
     """
     optuna = import_optuna()
     study = open_study(plan.folder)
@@ -213,7 +213,7 @@ def work(
 
 
 def run_trial(study: optuna.Study, trial: optuna.Trial, plan: StudyPlan, split: Split, stop: StopRequest) -> None:
-    """Train one trial and record its result; an interrupted one stays open, with a checkpoint to resume from."""
+    """Train one trial and record its result. An interrupted trial stays open, with a checkpoint to resume from."""
     state = import_optuna().trial.TrialState
     overrides = plan.space.suggest(trial)
     trial.set_user_attr("overrides", overrides)

@@ -53,16 +53,16 @@ _BUDGET = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 
 @dataclass(frozen=True)
 class Budget:
-    """Seconds of search, over all sessions of a study."""
+    """Seconds of search, summed over all sessions of a study."""
 
     seconds: float
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """Read "90s", "30m", "2h" or "1h30m".
+        """Parse a time such as "90s", "30m", "2h" or "1h30m".
 
         Raises:
-            InputError: anything else, or zero.
+            InputError: the text has a different form, or the time is zero.
         """
         found = _BUDGET.fullmatch(text.strip())
         hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0)
@@ -104,29 +104,28 @@ def tune_run(
     command: str | None = None,
     on_message: Callable[[object], None] = print,
 ) -> Tuned:
-    """Search settings by their validation, then train the best ones, on all rows.
+    """Search for the settings with the best validation metric, then train a model with them on all rows.
 
-    The same call resumes the study of an interrupted or killed search, or continues a finished one with a larger
-    budget. `out` is in the end a run folder as `train_run` writes it, with the study in `study/`, `tune.json` and
-    `tune.html`.
+    The same call resumes an interrupted or killed search, or continues a finished one with a larger budget. `out`
+    becomes a run folder as `train_run` writes it, with the study in `study/` and the files `tune.json` and `tune.html`.
 
     Args:
         source: a file, a folder or the name of a data set.
         out: the run folder.
-        budget: time of the search; training of the chosen model comes on top.
+        budget: time of the search, without the training of the chosen model.
         config: YAML file with the settings that all trials share.
         changes: overrides of these settings.
-        space: YAML file of the space; None for the default space of what training asks.
-        trials: most trials; None for no limit.
+        space: YAML file of the space; None for the default space of the training question.
+        trials: maximum number of trials; None for no limit.
         workers: number of processes.
-        refits: train the chosen model on all rows in the end.
+        refits: finally train the chosen model on all rows.
         command: the command line, shown in the report.
         on_message: receives progress messages.
 
     Raises:
         InputError: optuna is missing, a setting or the space is wrong, the split has no validation, or `out` contains
-            another model or study.
-        Interrupted: Ctrl-C before the first validation, or a second one; the same call resumes.
+            a different model or study.
+        Interrupted: Ctrl-C before the first validation, or a second Ctrl-C; the same call resumes.
     """
     import_optuna()
     directory, folder = Path(out), Path(out) / STUDY
@@ -204,7 +203,7 @@ def _begin(
     advised: tuple[str, ...],
     on_message: Callable[[object], None],
 ) -> None:
-    """Record what the study is about and queue its first trials, or check that a resumed one is about the same."""
+    """Record the inputs of a new study and queue its first trials, or check the inputs of a resumed study."""
     about = {
         "data": fingerprint,
         "settings": base.model_copy(update={"evaluation": Config().evaluation}).model_dump(mode="json"),

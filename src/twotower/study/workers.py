@@ -19,19 +19,19 @@ from twotower.system.hardware import cores
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-#: Seconds between looks at the workers.
+#: Seconds between checks of the workers.
 _POLL = 0.2
 
 
 def work_in_processes(
     plan: StudyPlan, workers: int, stop: StopRequest, on_trial: Callable[[FrozenTrial], None]
 ) -> None:
-    """Run trials in several processes, which share the cores, until all of them are done.
+    """Run trials in several processes, which share the cores, until all processes have ended.
 
     Args:
         plan: the study.
         workers: number of processes.
-        stop: Ctrl-C and SIGTERM are passed on to the workers, whose trials leave a checkpoint.
+        stop: the request to stop; it is passed on to the workers, which save a checkpoint of their trial.
         on_trial: receives every trial that ends.
 
     Raises:
@@ -89,7 +89,7 @@ def _worker(plan: StudyPlan, number: int, threads: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process if the parent is killed: the next search resumes the trial, so two must not train it."""
+    """End this process if its parent is killed, because the next search resumes the trial in a different process."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

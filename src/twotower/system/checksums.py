@@ -1,4 +1,4 @@
-"""Checksums of the files of a folder, in the format of the program `sha256sum`, and checks of files before reading."""
+"""Checksums of the files of a folder, in the format of `sha256sum`, and checks of files before they are read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from twotower.system.hardware import cores
 
 #: File of a folder with the checksums of the others; `sha256sum -c SHA256SUMS` checks them too.
 CHECKSUMS = "SHA256SUMS"
-#: Largest size of a JSON file with settings and accounts, which is parsed whole.
+#: Largest size of a JSON file; it is parsed as a whole.
 MOST_JSON = 16 << 20
 _LINE = re.compile(r"([0-9a-f]{64})  ([^\n]+)\n")
 
@@ -40,11 +40,11 @@ def verify_checksums(folder: Path, advice: str, *, only: str | None = None) -> b
 
     Args:
         folder: the folder.
-        advice: what to do about a damaged file, the end of the message.
-        only: the one file that has a checksum there; None for any.
+        advice: what to do about a damaged file; the end of the message.
+        only: the only file that `SHA256SUMS` may list; None to allow any file of the folder.
 
     Returns:
-        Whether there are checksums: older versions wrote none.
+        Whether the folder has checksums; older versions wrote none.
 
     Raises:
         InputError: a file is missing or its content differs, or the checksums themselves are damaged.
@@ -71,13 +71,13 @@ def verify_checksums(folder: Path, advice: str, *, only: str | None = None) -> b
 
 
 def _digests(paths: Sequence[Path]) -> list[str]:
-    """Compute the checksums of files, several at a time, because hashing does not hold the interpreter's lock."""
+    """Compute the checksums of files in several threads; hashing releases the interpreter's lock."""
     with ThreadPoolExecutor(max_workers=max(min(cores(), len(paths)), 1)) as threads:
         return list(threads.map(file_sha256, paths))
 
 
 def is_plain(name: object) -> bool:
-    """Return whether a name is a plain file name: text without folders, separators or control characters."""
+    """Return whether a name is a plain file name, without separators, `..` or control characters."""
     return (
         isinstance(name, str)
         and 0 < len(name) <= 255
@@ -87,10 +87,10 @@ def is_plain(name: object) -> bool:
 
 
 def require_file(path: Path, advice: str) -> None:
-    """Check that a path is a regular file and not a link, which could lead out of the folder, or to a device.
+    """Check that a path is a regular file and not a link, which could point out of the folder or to a device.
 
     Raises:
-        InputError: it is missing, a link, a folder or a device.
+        InputError: the path does not exist, or is a link, a folder or a device.
     """
     try:
         mode = path.lstat().st_mode
@@ -106,7 +106,7 @@ def read_json(path: Path, *, most: int = MOST_JSON) -> dict[str, Any]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is larger than `most` bytes, nested too deeply, or not a JSON object.
+        ValueError: the file is larger than `most` bytes, nested too deeply, or not a JSON object.
     """
     size = path.stat().st_size
     if size > most:

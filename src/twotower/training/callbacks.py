@@ -233,7 +233,7 @@ class Validation(Callback):
 
     @property
     def best_epoch(self) -> int:
-        """The epoch with the highest value of the metric, of equal ones the first; -1 before the first validation."""
+        """Return the first epoch with the highest value of the metric; -1 before the first validation."""
         return int(max(self.rows, key=lambda row: row[self.metric])["epoch"]) if self.rows else -1
 
     @property

@@ -52,7 +52,7 @@ class FitResult:
         cpu_seconds: CPU time of all threads of this process during the fit, including an interrupted part.
         peak_memory: peak memory of this process so far, in bytes; None if the system does not report it.
         history: validation metrics of every epoch.
-        kept: epochs that the weights have learnt; 0 if they are the start.
+        kept: number of epochs after which the weights were saved; 0 if they are the initial weights.
         checkpoint: the best checkpoint, including the optimizer state; None if none was written.
     """
 
@@ -103,8 +103,8 @@ def fit_towers(
         hyperparameters: shown by the logger next to the curves, if it supports them.
         warm_start: loads the optimizer state of a parent model (`ContinueOptimizer`); None starts fresh.
         in_background: write checkpoints in the background, from a copy of the state.
-        epochs: stop after this many epochs of the schedule, which `settings.max_epochs` determines; None for all.
-        on_epoch: receives the metrics of each validation, and returns whether to stop; what it raises ends the run.
+        epochs: stop after this many epochs; `settings.max_epochs` still determines the schedule. None for all epochs.
+        on_epoch: receives the metrics of each validation and returns whether to stop; an exception ends the run.
 
     Raises:
         InputError: there is no checkpoint to resume from, a checkpoint cannot be written, or the logger's package is

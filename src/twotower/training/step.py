@@ -122,9 +122,9 @@ def draw_blocks(
 ) -> list[Block]:
     """Draw the candidates of a batch, or of every `objective.rows_per_draw` rows of it, in its order over all ranks.
 
-    A last block of one row, which has no other rows, joins the block before. A block may span several ranks, and a rank
-    several blocks. Every rank makes all draws and keeps the blocks that contain its rows; a rank without rows keeps the
-    last block.
+    A last block of one row, which has no other rows, is merged with the block before it. A block may span several
+    ranks, and a rank several blocks. Every rank makes all draws and keeps the blocks that contain its rows; a rank
+    without rows keeps the last block.
 
     Args:
         objective: the objective to minimise.

@@ -135,7 +135,7 @@ class FeatureTable:
 
 
 def described(table: pl.DataFrame | None, count: int) -> NDArray[np.bool_]:
-    """Mark the rows of a joined table with any value other than the id, bool [count]; all False without a table."""
+    """Mark the rows of a joined table that have any value but the id, bool [count]; all False without a table."""
     if table is None or table.width < 2:
         return np.zeros(count, dtype=np.bool_)
     own = table.columns[0]

@@ -237,8 +237,8 @@ class GroupedBatches:
 
     Args:
         batches: provide the seed, batch size and history length; their interactions must have groups.
-        in_batch_alone: the only candidates are the other rows of the batch. A row that is alone in its group then has
-            none; the softmax over its group is 1 and its gradient 0, so it is omitted, with a warning.
+        in_batch_alone: the other rows of the batch are the only candidates. A row that is alone in its group then has
+            no candidates, and its gradient is 0; such rows are omitted, with a warning.
 
     Attributes:
         left_out: number of omitted rows, which are alone in their group.
@@ -270,7 +270,7 @@ class GroupedBatches:
             )
         if self.left_out:
             logger.warning(
-                "%d rows are not trained: each is the only one of its group, so in_batch alone gives it no candidates; "
+                "%d rows are not trained: each is the only row of its group, so in_batch alone gives it no candidates; "
                 "add a source such as uniform",
                 self.left_out,
             )

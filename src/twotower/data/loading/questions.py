@@ -174,9 +174,10 @@ class QuestionBatches(EpochPosition):
     def question_counts(self) -> NDArray[np.float64]:
         """Return the expected number of questions of an epoch that have each item as a target, once or several times.
 
-        horizon: a query draws each of its E eligible rows d with probability 1/E, and row r is the *first* target with
-        its item if the span of d contains r and begins after the previous eligible row of the item. set: with k of the
-        n rows having the item, m possible targets, and s = share,
+        horizon: a query draws each of its E eligible rows d with probability 1/E. Row r is the *first* target with its
+        item if the span of d contains r and begins after the previous eligible row of the item.
+
+        set: if k of the query's n rows have the item, with m possible targets and s = share,
 
             P = 1 - (1-s)^k + (1-s)^m k / m - [m = n, k = 1] s^n / n.
 
@@ -202,7 +203,7 @@ class QuestionBatches(EpochPosition):
         again = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
         before[order[again + 1]] = targets[order[again]]
         begin, end = self._span(targets, queries)
-        # Both ascend: the rows d whose spans hold r are a run, from the first span that ends after r.
+        # Begins and ends ascend, so the rows d whose spans contain r are consecutive; the first span ends after r.
         low = np.maximum(np.searchsorted(end, targets, side="right"), np.searchsorted(begin, before, side="right"))
         high = np.searchsorted(begin, targets, side="right")
         np.add.at(counts, items, np.maximum(high - low, 0) / runs)
@@ -364,7 +365,7 @@ class QuestionBatches(EpochPosition):
 
 
 class ItemQuestions:
-    """The expected number of questions that have each item as a target, counted when first needed.
+    """The expected number of questions that have each item as a target, computed at first use.
 
     Args:
         batches: the questions.
@@ -375,7 +376,7 @@ class ItemQuestions:
         self._counts: Tensor | None = None
 
     def of(self, items: Tensor) -> Tensor:
-        """Return the number of questions that have each of these items, float64, same shape as `items`."""
+        """Return the number of questions with each of these items as a target, float64, same shape as `items`."""
         if self._counts is None:
             self._counts = torch.from_numpy(self._batches.question_counts())
         if self._counts.device != items.device:

@@ -186,8 +186,8 @@ def rolling(
 ) -> Iterator[Split]:
     """Split at consecutive test windows, oldest first; the last one is the split of `by_time`.
 
-    Each window has `test` of all rows. Its split is that of the data as it was when the window ended: later rows do not
-    exist, its validation is the `validation` of all rows before it, and training has the rows before that.
+    Each window has a fraction `test` of all rows. Its split contains no rows after the window. Its validation is a
+    fraction `validation` of all rows, directly before the window, and its training rows are the rows before that.
 
     Args:
         data: interactions with timestamps.
@@ -198,7 +198,7 @@ def rolling(
         histories: see `by_time`.
 
     Yields:
-        A split for each window. The data of all but the last are copies of the rows before its end.
+        A split for each window. The data of every window except the last is a copy of the rows before its end.
 
     Raises:
         InputError: see `by_time`; or the windows leave no rows for training.
@@ -219,7 +219,7 @@ def rolling(
 
 
 def _quantiles(times: NDArray[np.int64], shares: Sequence[float]) -> list[int]:
-    """Return the times that these shares of the rows are before."""
+    """Return, for each share, the time before which this share of the rows lies."""
     at = [min(len(times) - 1, round(len(times) * share)) for share in shares]
     ordered = np.partition(times, at)
     return [int(ordered[place]) for place in at]

@@ -128,11 +128,12 @@ class PgVector:
     def load(cls, folder: Path, settings: dict[str, Any]) -> PgVector:
         """Connect to the table named in the settings.
 
-        A model folder may come from anywhere, and a connection sends the user's name and password. So the database in
-        the settings is used only if the user has named it: by PGHOST and its like, or by `TWOTOWER_DATABASE`.
+        A connection sends the user's name and password, and a model folder may come from an untrusted source. The
+        database in the settings is therefore used only if the user has also named it, with `TWOTOWER_DATABASE`; without
+        a URL in the settings, PGHOST and similar variables apply.
 
         Raises:
-            InputError: the settings name another database, it cannot be reached, or the table does not exist.
+            InputError: the settings name a different database, it cannot be reached, or the table does not exist.
         """
         del folder
         engine = cls.__new__(cls)

@@ -1,4 +1,4 @@
-"""Held-out items of known queries: the ranks that a model gave them before it saw them."""
+"""Held-out items of known queries: the ranks that a model gives to items that it was not trained on."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import numpy as np
 from twotower.serving.http.models import ServedModel
 from twotower.serving.queries import answerable, stored_gaps, stored_history
 
-#: Ranks are searched up to this one; a held-out item behind it has none.
+#: Largest rank that is searched; a held-out item with a larger rank has none.
 LAST_RANK = 1000
 
-#: Maximum number of held-out items of one query, the first ones by time.
+#: Maximum number of held-out items of one query; the earliest ones are kept.
 _MOST = 200
 
 
 def held_out(model: ServedModel, code: int) -> dict[str, Any]:
-    """Rank the items that a known query met after its training rows, given those rows as its history.
+    """Rank the items of a known query's rows after its training rows, with the training rows as its history.
 
-    The whole catalog is searched exactly, with the dial at 1, and without the history if the evaluation of the model
-    left it out (`evaluation.exclude_seen`). A context counts as unknown.
+    The whole catalog is searched exactly, with the popularity dial at 1. Items of the history are excluded if the
+    model's evaluation excluded them (`evaluation.exclude_seen`). All context values are unknown.
 
     Args:
         model: the model.
         code: code of a known query.
 
     Returns:
-        JSON values: `trained`, the number of training rows, or None if the folder does not say; `last_rank`; and
-        `items`, oldest first, each with `rank` from 1, or None behind `last_rank`.
+        JSON values: `trained`, the number of training rows, or None if the folder does not record it; `last_rank`; and
+        `items`, oldest first, each with `rank` from 1, or None if the rank is larger than `last_rank`.
     """
     whole, trained = stored_history(model.artifact, code), model.trained_rows.count(code)
     found: dict[str, Any] = {"trained": trained, "last_rank": LAST_RANK, "items": []}

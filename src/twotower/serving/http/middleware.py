@@ -34,7 +34,7 @@ SECURITY = {
 
 _WITH_BODY = ("POST", "PUT", "PATCH")
 
-#: Headers that a request has at most once: of two, this program and a proxy could each read another one.
+#: Headers that may occur only once. If there were two, this program and a proxy could each use a different one.
 _SINGLE = ("host", "authorization", "content-type", "content-length")
 
 
@@ -61,7 +61,7 @@ class SecurityMiddleware:
         began, request_id = time.perf_counter(), uuid.uuid4().hex[:16]
         status = 500
         started = False
-        # HEAD is GET without the body of the answer, at every route.
+        # On every route, HEAD is GET without the body of the answer.
         head = scope["method"] == "HEAD"
         routed = {**scope, "method": "GET"} if head else scope
 

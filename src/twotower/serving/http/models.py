@@ -45,9 +45,9 @@ _CACHED_CONDITIONS = 16
 
 
 class TrainedRows:
-    """How many rows of each query a model was trained on, read from its folder when they are needed.
+    """The number of training rows of each query, read from the model folder on demand.
 
-    The file stays open, so that the rows are those of this model after its folder is replaced.
+    The file stays open, so that the numbers still belong to this model after its folder is replaced.
 
     Args:
         folder: the model folder.
@@ -60,7 +60,7 @@ class TrainedRows:
             self._learnt = file.get_slice("learnt")  # type: ignore[no-untyped-call]
 
     def count(self, code: int) -> int | None:
-        """Return the number of training rows of a query, its first ones; None if the folder does not say."""
+        """Return the number of training rows of a query, or None if the folder does not record it."""
         if self._learnt is None or code >= self._learnt.get_shape()[0]:
             return None
         return int(self._learnt[code : code + 1][0])

@@ -88,7 +88,7 @@ async def held_out_(
     model: NamedModel,
     query_id: Annotated[str, Query(min_length=1, max_length=LONGEST_ID)],
 ) -> Response:
-    """Held-out items of a query in the training data, with the ranks that the model gives them from its other rows."""
+    """Return the held-out items of a known query, with the ranks that the model gives them."""
     code = int(model.query_codes([query_id])[0])
     if code < 0:
         raise Problem(404, f"query_id: {UNKNOWN_ID}")

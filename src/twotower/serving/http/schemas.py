@@ -20,7 +20,7 @@ from twotower.serving.queries import LONGEST_LIST, LONGEST_TEXT, require_flat
 
 
 def _whole(value: Any) -> Any:
-    """Turn 10.0 into 10: JSON has one kind of number. Beyond 2^53 a double may be another number than was written."""
+    """Convert 10.0 to 10, because JSON has one number type. Above 2^53 a double may differ from the number written."""
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
 
 
@@ -78,7 +78,7 @@ class _Request(BaseModel):
 
 
 def _some_of(**kinds: dict[str, Any]) -> ConfigDict:
-    """Require one of several fields in OpenAPI: name -> what it has to be, to say something about the query."""
+    """Require one of several fields in OpenAPI; `kinds` has the schema that each field must match."""
     return ConfigDict(
         json_schema_extra={"anyOf": [{"required": [name], "properties": {name: kind}} for name, kind in kinds.items()]}
     )
@@ -184,13 +184,13 @@ class Items(BaseModel):
 
 
 class HeldOutItem(Listed):
-    """An item that a query met after its training rows."""
+    """An item of a query's rows after its training rows."""
 
-    rank: int | None = Field(description="Rank in the whole catalog, from 1; null behind last_rank.")
+    rank: int | None = Field(description="Rank in the whole catalog, from 1; null if larger than last_rank.")
 
 
 class HeldOut(BaseModel):
-    """What a model recommended to a known query before it saw its held-out items."""
+    """The held-out items of a known query, with their ranks."""
 
     model: str
     version: str

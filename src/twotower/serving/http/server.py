@@ -27,19 +27,20 @@ from twotower.serving.http.settings import LARGEST_BODY, LARGEST_HEAD, LARGEST_R
 class BoundedProtocol(HttpToolsProtocol):
     """HTTP protocol of one connection, with limits on the head, on time and on the number of connections.
 
-    One timer runs whenever no request is being answered, and received bytes do not postpone it: the first head has to
-    be complete `head_seconds` after the connection was made, a later one `head_seconds` after its first byte, which has
-    to arrive `idle_seconds` after the last answer. Another one runs while the client does not take what is sent.
+    One timer runs whenever no request is being answered; received bytes do not extend it. The first head must be
+    complete within `head_seconds` of the connection. The first byte of a later head must arrive within `idle_seconds`
+    of the last answer, and the head must be complete within `head_seconds` of that byte. A second timer runs while the
+    client does not read the answer.
 
     Args:
         limits: options of the service.
-        args, kwargs: as uvicorn gives them.
+        args, kwargs: passed on to uvicorn's protocol.
     """
 
     def __init__(self, *args: Any, limits: ServiceSettings, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._limits = limits
-        self._left = LARGEST_HEAD  # bytes that may still arrive of this head, or of the rest of this request
+        self._left = LARGEST_HEAD  # remaining bytes of this head, or of the rest of this request
         self._begun = False  # a head has begun and is not complete
         self._timer: asyncio.TimerHandle | None = None
         self._unsent: asyncio.TimerHandle | None = None
@@ -47,7 +48,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     @property
     def _answering(self) -> bool:
-        """True while a request is in the application."""
+        """Return whether the application is answering a request."""
         return self.cycle is not None and not self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -65,7 +66,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Count and parse received bytes; the parser alone would keep a head, or trailers, of any size."""
+        """Count and parse received bytes; the parser alone would accept a head or trailers of any size."""
         self._left -= len(data)
         super().data_received(data)
         if self._left >= 0 or self.transport.is_closing():
@@ -78,14 +79,14 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def on_message_begin(self) -> None:
-        """Start the time of a head."""
+        """Start the time limit of a head."""
         super().on_message_begin()
         self._begun = True
         if not self._answering:
             self._limit(self._limits.head_seconds)
 
     def on_headers_complete(self) -> None:
-        """Stop the time of the head: that of the body is limited elsewhere, and chunks cost more than their bytes."""
+        """Stop the time limit of the head, and set the size limit of the rest; chunks need more than their bytes."""
         self._begun, self._left = False, LARGEST_REST
         self._limit(None)
         super().on_headers_complete()
@@ -98,25 +99,25 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """Wait for the next request, or for the client to take the rest of the last answer."""
+        """Wait for the next request, or for the client to read the rest of the last answer."""
         super().on_response_complete()
         if not self._answering:
             self._limit(self._limits.idle_seconds)
 
     def pause_writing(self) -> None:
-        """Start the time in which the client has to take what is sent."""
+        """Start the time limit within which the client must read the answer."""
         super().pause_writing()
         self._unsent = self.loop.call_later(self._limits.idle_seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """Stop that time."""
+        """Stop the time limit of the client."""
         if self._unsent is not None:
             self._unsent.cancel()
             self._unsent = None
         super().resume_writing()
 
     def shutdown(self) -> None:
-        """Answer what has arrived, a request that is still unread too, then close."""
+        """Answer all requests that have arrived, including an unread one, then close."""
         self._stopping = True
         if self._answering:
             super().shutdown()
@@ -187,7 +188,7 @@ def server(
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        # Every request that was taken ends within this time by its own limits.
+        # The limits of a request end it within this time.
         timeout_graceful_shutdown=math.ceil(limits.body_seconds + limits.answer_seconds + limits.idle_seconds),
         timeout_keep_alive=math.ceil(limits.idle_seconds),
     )

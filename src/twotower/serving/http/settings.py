@@ -11,7 +11,7 @@ from twotower.errors import InputError
 #: Largest size of the request line and the headers, in bytes.
 LARGEST_HEAD = 32 * 1024
 
-#: Seconds that an idle connection stays open after the service is asked to stop: a request may have arrived unread.
+#: Seconds that an idle connection stays open after the service is asked to stop, for a request that is still unread.
 LINGER = 0.5
 
 #: Largest request body in bytes. A history of `LONGEST_HISTORY` text ids of typical length fits.
@@ -53,11 +53,11 @@ class ServiceSettings:
             was made to resolve to this machine (DNS rebinding).
         queue: maximum number of waiting requests; any more get a 503 with Retry-After.
         largest_batch: maximum number of requests searched together.
-        connections: maximum number of open connections; further ones get a 503.
+        connections: maximum number of open connections; additional connections get a 503.
         head_seconds: seconds that a client may take to send the request line and the headers.
         body_seconds: seconds that a client may take to send a body.
         answer_seconds: seconds that a request may wait for its answer, in the queue and in threads.
-        idle_seconds: seconds that a connection stays open without a request, or without the client taking what is sent.
+        idle_seconds: seconds that a connection stays open without a request, or while its client does not read.
         watch_seconds: seconds between checks of the model folders; 0 for never.
     """
 
