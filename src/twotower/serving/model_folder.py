@@ -246,7 +246,7 @@ class SavedModel:
 
 @contextmanager
 def _files_named(folder: Path) -> Iterator[None]:
-    """Turn any error of reading the files of a folder, which anybody may have written, into one line.
+    """Turn any error of reading the files of a folder, which may come from anyone, into one line.
 
     Raises:
         InputError: the block raised an exception.

@@ -181,7 +181,7 @@ def load_stored_index(
         index.search(torch.zeros(1, index.vectors.dim), 1)  # codes and widths are those of the items
     except InputError:
         raise
-    except Exception as error:  # faiss and the settings of a file that anybody may have written
+    except Exception as error:  # faiss and the settings of a file that may come from anyone
         text = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"{where}: not readable ({text:.200}); {ADVICE}") from error
     if found != int(index.vectors.alive.sum()):
