@@ -39,7 +39,7 @@ INPUTS = "inputs.json"
 PARENT = "parent.json"
 #: File that identifies a folder as that of a run; older versions wrote none.
 MARKER = ".twotower-run"
-#: What a run writes over or deletes, besides its model and settings, which have checks of their own.
+#: What a run writes over or deletes, apart from its model and settings, which have checks of their own.
 OWN = (INPUTS, PARENT, "results.json", "checkpoints", "logs")
 #: Lock file of a run folder, while a run writes into it.
 LOCK = ".lock"
