@@ -55,7 +55,7 @@ PARENT = "parent.json"
 BEGUN = "validated.json"
 #: File that identifies a folder as that of a run; older versions wrote none.
 MARKER = ".twotower-run"
-#: What a run writes over or deletes, besides its model and settings, which have checks of their own.
+#: What a run writes over or deletes, apart from its model and settings, which have checks of their own.
 OWN = (INPUTS, PARENT, "results.json", "checkpoints", "logs", "refit", "windows")
 #: Lock file of a run folder, while a run writes into it.
 LOCK = ".lock"
