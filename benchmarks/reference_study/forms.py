@@ -77,6 +77,8 @@ FORMS = [
     Form("refined-logq", "refined-logq", claims_unbiased=True),
     Form("mixed", "mixed", (_MIX,), MIXED_BATCH),
     Form("mixed-by-source", "mixed-by-source", (_MIX,), MIXED_BATCH),
+    Form("mixed-by-source-batch-probability", "mixed-by-source-batch-probability", (_MIX,), MIXED_BATCH),
+    Form("uniform-importance", "uniform-importance", ("sources=[{uniform: {size: 255}}]",)),
     Form("expected-count, in-batch", "expected-count", (_BATCH, "unique=false"), claims_unbiased=True),
     Form("expected-count, in-batch unique", "expected-count", (_BATCH, "unique=true"), claims_unbiased=True),
     Form(

@@ -102,12 +102,14 @@ def at_equal_distinct(
             drawn[-1].size = size
         return expected_distinct(pool, batch_size if drawn else size + 1, groups)
 
+    # A batch has no more rows than an epoch.
+    most = 64 * max(target, train.num_items) if drawn else len(train) - 1
     low, high = 0, 1
     if distinct(1) > target + 1.0:
         return None
     while distinct(high) < target:
         low, high = high, high * 2
-        if high > 64 * max(target, train.num_items):
+        if high > most:
             return None
     while high - low > 1:
         middle = (low + high) // 2

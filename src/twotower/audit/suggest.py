@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from twotower.audit.gradients import Measurement, depends_on_batch, estimates_softmax, measure, spread_gain
-from twotower.audit.pools import PoolPlan, at_equal_distinct, remembers
+from twotower.audit.pools import PoolPlan, at_equal_distinct, expected_distinct, remembers
 from twotower.audit.subject import Subject
 from twotower.errors import InputError
 from twotower.objectives.build import named_objective
@@ -179,7 +179,8 @@ def suggest(subject: Subject, *, draws: int = 16, seed: int = 0) -> Suggestion:
         torch.manual_seed(seed)
         bench = _Bench(subject, seed)
         present = bench.measure(present_plan, draws)
-        target = present.mean("distinct")
+        # Before masks, as the other pools are sized: what is masked is measured, and differs from pool to pool.
+        target = expected_distinct(objective.pool, subject.rows_per_draw, bench.groups)
         first = {plan.name: (plan, bench.measure(plan, draws)) for plan in bench.sized(target)}
         ranked = sorted(first.values(), key=lambda one: -spread_gain(present, one[1])[0])
         final_present = bench.measure(present_plan, 4 * draws)
