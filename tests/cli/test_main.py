@@ -77,6 +77,7 @@ def test_train_writes_a_complete_run_folder(run_folder):
         "inputs.json",
         "model",
         "results.json",
+        ".twotower-run",
         "checkpoints",
         "logs",
         ".twotower-run",
@@ -266,7 +267,8 @@ def test_exit_codes_of_the_real_process(run_folder):
 
 
 def test_an_interrupted_run_is_not_overwritten(run_folder, command):
-    (run_folder / "cut" / "checkpoints").mkdir(parents=True)
+    (run_folder / "cut" / "checkpoints" / "last.ckpt").mkdir(parents=True)
+    (run_folder / "cut" / "checkpoints" / "last.ckpt" / "state.json").touch()
     code, _, err = command("train", "purchases.csv", "--out", "cut")
     assert code == 2 and "pass --resume to continue it, or --force to start over" in " ".join(err.split())
     (run_folder / "mine" / "model").mkdir(parents=True)
@@ -377,6 +379,10 @@ def test_a_request_without_a_query_names_all_inputs(tmp_path, monkeypatch, capsy
 
 
 def test_a_path_that_the_system_rejects_is_no_internal_error(command):
-    for words in (("train", "x" * 300 + ".csv"), ("evaluate", "y" * 300), ("recommend", "z" * 300, "--query", "1")):
+    for words in (
+        ("train", "x" * 300 + ".csv", "--out", "o"),
+        ("evaluate", "y" * 300),
+        ("recommend", "z" * 300, "--query", "1"),
+    ):
         code, _, err = command(*words)
         assert code == 2 and "File name too long" in err and "internal error" not in err and err.count("\n") == 1

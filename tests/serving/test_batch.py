@@ -150,7 +150,7 @@ def test_existing_files_are_not_overwritten(model, source, tmp_path):
         recommend_file(model.retriever, source, target)
     assert target.read_text() == "mine"
     source.write_text("not Parquet")
-    with pytest.raises(InputError, match="not readable as Parquet"):
+    with pytest.raises(InputError, match="truncated or damaged file"):
         recommend_file(model.retriever, source, tmp_path / "other.parquet")
     with pytest.raises(InputError, match="no such folder"):
         pl.DataFrame({"user_id": QUERIES}).write_parquet(source)

@@ -189,19 +189,16 @@ def _locked_folder(target: Path) -> tuple[Path, int | None]:
 
 def _lock_folder(path: Path) -> int | None:
     """Lock a folder; return None if another process has locked it, it is gone, or the system has no locks."""
-    has_locks = fcntl is not None
-    if not has_locks:
-        return None
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:
         return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        return None
-    return handle
+    if fcntl is not None:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+    os.close(handle)
+    return None
 
 
 def synchronize(path: Path) -> None:
