@@ -1,4 +1,4 @@
-"""What checksums and durable writes cost: checkpoints, model-sized files and prepared data, with and without them.
+"""The cost of checksums and durable writes for checkpoints, files of the size of a model, and prepared data.
 
 python benchmarks/checksums.py --mib 256 --rows 5000000 --json benchmarks/results/checksums.json
 """
@@ -41,7 +41,7 @@ def nothing(*given: object, **named: object) -> None:
 
 
 def checkpoints(folder: Path, mib: int, rounds: int) -> dict[str, list[float]]:
-    """Save and load a checkpoint of this size, with and without checksums and fsync."""
+    """Save and load a checkpoint of a given size, with and without checksums and fsync."""
     state = {"state_dict": {"table": torch.randn(mib << 12, 64)}, "epoch": 0}  # 2^12 rows of 64 float32 are one MiB
     target, store = folder / "last.ckpt", io.SafeCheckpointIO()
 
@@ -58,7 +58,7 @@ def checkpoints(folder: Path, mib: int, rounds: int) -> dict[str, list[float]]:
 
 
 def prepared(folder: Path, rows: int, rounds: int) -> dict[str, Any]:
-    """Save and open prepared data of this many rows, with and without checksums."""
+    """Save and open prepared data with a given number of rows, with and without checksums."""
     rng = np.random.default_rng(0)
     frame = {
         "user": rng.integers(0, rows // 50, rows),

@@ -38,7 +38,7 @@ from twotower.system.filesystem import write_text
 RESULTS = Path(__file__).parent / "results" / "cold_items.json"
 K = 20
 
-#: Candidates only from items seen in training: a cold item drawn as a negative would be pushed away for no reason.
+#: Candidates only from items seen in training, because a cold item drawn as a negative is pushed away for no reason.
 SEEN_ONLY = "objective.sources=[{in_batch: {}}, {frequency: {size: 1024, power: 0}}]"
 FEATURES = [
     SEEN_ONLY,

@@ -1,8 +1,8 @@
-"""`twotower train FILE` with no setting beside simple methods: each data set under its natural split.
+"""`twotower train FILE` without settings, compared with simple methods: each data set under its natural split.
 
     python benchmarks/defaults.py --data ../shared/data --only online-retail steam --seeds 0 1 2
 
-Methods, NDCG@10 and Recall@20 on the test, with seen items excluded; what a method can choose is chosen on the
+Reported are NDCG@10 and Recall@20 on the test, with seen items excluded. The settings of a method are chosen on the
 validation:
 
 model             the shipped defaults, for each seed, with the time of training
@@ -13,7 +13,7 @@ EASE              ridge chosen; at most 20,000 items
 EASE + recent     EASE plus the recent prior, half-life and strength chosen
 
 p is the paired test over queries of the first seed against the best simple method. Results are saved after each data
-set in results/defaults.json; --again measures data sets that are there already.
+set in results/defaults.json; --again also measures data sets with saved results.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Simple:
         self.chosen: dict[str, Any] = {}
 
     def best(self, name: str, tried: Iterator[tuple[Any, Sequence[Ranker]]]) -> Ranker:
-        """Return the ranker for the test whose ranker for the validation is best; `tried` yields settings, and both."""
+        """Return the test ranker of the best settings; `tried` yields settings with a validation and a test ranker."""
         found: list[tuple[float, Any, Ranker]] = []
         for settings, (validated, tested) in tried:
             measured = evaluate_all({name: validated}, self.split.validation, train=self.train, ks=(10,))
@@ -157,7 +157,7 @@ class Simple:
         )
 
     def rankers(self) -> dict[str, Ranker]:
-        """Return all of them by name."""
+        """Return all simple methods by name."""
         train, counts = self.train, torch.from_numpy(self.train.item_counts()).double()
         log_p = ((counts + 1) / (counts.sum() + len(counts))).log().float()
         found: dict[str, Ranker] = {"popularity": Popularity(train)}

@@ -4,9 +4,9 @@ r"""Signal and noise of a training step: the item table's gradient over batches 
         --json benchmarks/results/gradient_noise.json
 
 `twotower audit` fixes the rows of a batch and redraws the candidates: it measures how well a pool estimates the full
-softmax *of those rows*. A training step has a second source of noise, the rows themselves, and the two are not
-independent if the candidates are the rows. Here both vary. Measured for each objective with the same batches (and the
-same dropout), over all coordinates of the item table and over those of each popularity third:
+softmax *of these rows*. A training step has a second source of noise, the rows themselves, and the two are not
+independent if the candidates are the rows. Here both vary. For each objective, with the same batches and the same
+dropout, these are measured over all coordinates of the item table and over the coordinates of each popularity third:
 
     signal   |E g|^2, from the product of two halves of the batches, which is unbiased by noise
     power    E |g|^2

@@ -2,11 +2,12 @@
 
     python benchmarks/known_positives.py --data ../shared/data --only ml-100k movietweetings --seeds 0 1 2
 
-Each data set is trained for the next item with `objective.mask_known_positives` off and on, in-batch candidates with
-and without uniform ones, the same seed for both. (Questions `horizon` and `set`, and sequence towers, always mask
-where candidates come from rows.) `difference` is the mean over seeds of on minus off, `seed_error` its standard error
-over seeds, and `p` the paired test over queries, values averaged over seeds. `step_ratio` is the processor time of a
-step, on over off, measured in turn in one process. Finished runs are saved in runs/ and not repeated.
+For each data set, models are trained for the next item with `objective.mask_known_positives` off and on, from the same
+seed, with in-batch candidates with and without uniform ones. (With the questions `horizon` and `set` and with sequence
+towers, candidates that come from rows are always masked.) `difference` is the mean over seeds of on minus off, and
+`seed_error` its standard error over seeds. `p` is the p-value of the paired test over queries, with values averaged
+over seeds. `step_ratio` is the processor time of a step with masks divided by that without, measured alternately in one
+process. Finished runs are saved in runs/ and not repeated.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def measure(split: Split, config: Config) -> dict[str, Any]:
 
 
 def step_seconds(split: Split, pool: str) -> dict[str, float]:
-    """Return the median processor seconds of a step, masked and not, measured in turn."""
+    """Return the median processor seconds of a step with and without masks, measured alternately."""
     ways: dict[bool, Callable[[], None]] = {}
     for masked in (False, True):
         config = settings(pool, 1, 0, masked=masked).resolved(len(split.train))
@@ -152,7 +153,7 @@ def summary(runs: dict[str, dict[str, Any]], seconds: dict[str, float]) -> dict[
 
 
 def main() -> None:
-    """Measure the data sets that are asked for, and save after every run."""
+    """Measure the requested data sets, and save after every run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=list(SETS), default=list(SETS))

@@ -1,4 +1,4 @@
-"""Conversion of the films (title, year, genres) and users of MovieLens-1M to Parquet, for `--items` and `data.queries`.
+"""Convert the films (title, year, genres) and users of MovieLens-1M to Parquet, for `--items` and `data.queries`.
 
 Run: `python benchmarks/ml_1m_tables.py ../shared/data/ml-1m runs/ml-1m-tables`.
 """

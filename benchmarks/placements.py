@@ -2,9 +2,9 @@
 
     python benchmarks/placements.py [--rounds 9] [--json benchmarks/results/placements.json]
 
-The workload is that of benchmarks/ranks.py, with row-wise Adagrad. All placements run in the same two processes and
-alternate every five steps. The last contender is row-wise with the codes of its steps exchanged before the clock
-starts, as if a prefetch had exchanged them at no cost: an upper bound of what prefetching the codes can save.
+The workload is the same as in benchmarks/ranks.py, with row-wise Adagrad. All placements run in the same two processes
+and alternate every five steps. The last contender is row-wise with the codes of its steps exchanged before the clock
+starts, as if a prefetch had exchanged them at no cost: an upper bound on the saving by prefetching.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Fetching:
             self.given += len(asked.given) * (width if isinstance(table.part, ColumnShard) else table.embedding_dim)
         if self.keeps:
             self.kept.append(asked)
-        table.at_hand = fetch_rows(table.weight, table.part, asked)
+        table.fetched = fetch_rows(table.weight, table.part, asked)
 
     def keep(self, training: Training, batches: list[Batch]) -> None:
         """Record the row requests of the steps over these batches."""

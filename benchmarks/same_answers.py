@@ -58,7 +58,7 @@ def asked_by_id(retriever: Retriever, queries: list[Any], histories: list[list[A
 
 
 def served(address: str, queries: list[Any], histories: list[list[Any]], k: int) -> list[list[Any] | str]:
-    """Return the items from the service, or the error message if it refuses a query."""
+    """Return the items from the service, or the error message if it rejects a query."""
     host = urlsplit(address).netloc
 
     def ask(client: int) -> list[list[Any] | str]:

@@ -1,4 +1,4 @@
-"""The service under load: throughput, latency, memory over minutes, model swaps, and hostile requests among others.
+"""The service under load: throughput, latency, memory over minutes, model swaps, and hostile requests.
 
     python benchmarks/service_load.py MODEL_DIR --json benchmarks/results/service_load.json
 
@@ -43,7 +43,7 @@ from twotower.serving.model_folder import SavedModel, library_versions
 #: Connections of the part `hostile`, and its share of hostile requests.
 CONNECTIONS, SHARE = 32, 0.01
 
-#: Filters that read files, reach other hosts, or cost more than they look, and some that are only wrong.
+#: Filters that read files, reach other hosts or are unexpectedly expensive, and some that are only wrong.
 HOSTILE_FILTERS = (
     "title in (from read_csv('/etc/passwd'))",
     "title = (select column_1 from read_csv('http://127.0.0.1:9/x'))",
@@ -68,7 +68,7 @@ def nested(depth: int, shape: str) -> Any:
     return value
 
 
-#: Values of a context or of features that are no scalars or flat lists, or are too long.
+#: Values of a context or of features that are neither scalars nor flat lists, or that are too long.
 HOSTILE_VALUES = (nested(400, "list"), nested(900, "list"), nested(900, "object"), [1] * 5001, "x" * 20_001, 10**300)
 
 LUA = """
@@ -259,10 +259,10 @@ class Client:
     """Sends ordinary requests on several connections, some of them replaced by hostile ones.
 
     Args:
-        address: of the service.
-        ordinary, hostile: requests as bytes; ordinary ones are to be answered 200, hostile ones 400 to 499.
-        share: part of the requests that is hostile.
-        seed: of the choice of requests.
+        address: address of the service.
+        ordinary, hostile: requests as bytes; the expected status is 200 for ordinary and 400 to 499 for hostile ones.
+        share: share of hostile requests.
+        seed: seed of the choice of requests.
     """
 
     def __init__(self, address: str, ordinary: list[bytes], hostile: list[bytes], share: float, seed: int) -> None:
@@ -321,7 +321,7 @@ def run_hostile(address: str, artifact: SavedModel, folder: Path, others: list[P
     began = time.monotonic()
 
     def change() -> None:
-        """Swap the model, then remove an item from it, then swap again; the service looks for changes by itself."""
+        """Swap the model, remove an item from it, swap it again, and so on; the service detects the changes itself."""
         while not done.wait(5):
             if changes["swaps"] > changes["edits"]:
                 retriever = Retriever.load(folder, exact=True)

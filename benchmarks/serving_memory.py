@@ -38,7 +38,7 @@ LENGTH = 20
 ASK = """
 import gc, json, sys
 from twotower.serving import Retriever
-import twotower.index.graph, twotower.data.histories, twotower.evaluation.towers
+import twotower.index.approximate.index, twotower.data.loading.histories, twotower.ranking.tower_ranker
 if sys.argv[2] not in ("exact",):
     import faiss
 def held():

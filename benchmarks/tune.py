@@ -1,14 +1,14 @@
-"""What `twotower tune` gains on the test over the defaults for which budget, and a refit on a later window.
+"""The gain of `twotower tune` over the defaults on the test for a given budget, and the gain of a refit.
 
     python benchmarks/tune.py --data ../shared/data --budget 4m --runs /tmp/tune
 
-For each data set under its natural split, the defaults and the best settings of a search are trained without a refit,
-and tested on the same queries with a paired test; the search, its curve and what mattered are in the results.
+For each data set with its natural split, the defaults and the best settings of a search are trained without a refit and
+compared on the same queries with a paired test. The results include the search, its curve and the importances.
 
-refit: of the rows before the last tenth, the defaults are trained with validation and test as usual, and refitted on
-all of them; both models are then asked for the last tenth, with all rows before it as histories.
+refit: the defaults are trained on the rows before the last tenth, with validation and test as usual, and refitted on
+all of these rows. Both models are then evaluated on the last tenth, with all rows before it as histories.
 
-Results are saved after each part in results/tune.json; a killed run is resumed from the folder `--runs`.
+Results are saved after each part in results/tune.json; a killed benchmark is resumed from the folder `--runs`.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def searched(name: str, data: Path, budget: str, runs: Path) -> dict[str, Any]:
 
 
 def refitted(name: str, data: Path) -> dict[str, Any]:
-    """Measure the validated and the refitted model on the rows after everything that either has seen."""
+    """Measure the validated and the refitted model on rows that are later than the training data of both."""
     file, changes = SETS[name]
     config = Config.load(None, list(changes))
     rows = read_data(data / file, config.data)
@@ -118,7 +118,7 @@ def refitted(name: str, data: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure what is missing in the results, and print it."""
+    """Measure the missing parts of the results, and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--runs", type=Path, required=True, help="folder for the runs")

@@ -5,7 +5,7 @@
 
 Without --final, the model is trained on the rows before the validation and measured on the validation. With --final, it
 is trained on all rows before the test, like the baselines, and measured on the test. Targets without training rows are
-excluded, also for the baselines. Training is that of benchmarks/whole_users.py: one vector for each customer and item,
+excluded, also for the baselines. Training is done by benchmarks/whole_users.py: one vector for each customer and item,
 and the full softmax over all items, computed once per customer. --layers and --popularity are as in
 benchmarks/gowalla.py.
 """

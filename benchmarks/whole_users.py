@@ -7,8 +7,8 @@ per user instead of once per row:
     s_uj   = cos(q_u, v_j) / T + a log p_j,        p_j = (training rows of j + 1) / (all of them + items),
 
 This is exactly the full softmax loss over all rows, at the cost of one row per user, in bfloat16 with float32 sums. The
-gradient and the weight of a row are those of `full-softmax`; the only difference from `twotower train` is that a batch
-consists of whole users.
+gradient and the weight of a row are the same as with `full-softmax`; the only difference from `twotower train` is that
+a batch consists of whole users.
 
 With layers > 0, the vectors are the tables after propagation over the graph of users and items, both in training and in
 the finished model (He et al. 2020, LightGCN, eq. 3, 4 and 8, equal weights):

@@ -41,8 +41,8 @@ class Form:
 
     Attributes:
         name: name in the table.
-        objective: name in `build.OBJECTIVES`.
-        overrides: its settings, as after `--set objective.`.
+        objective: name in `registry.OBJECTIVES`.
+        overrides: settings of the objective, as after `--set objective.`.
         batch_size: B.
         claims_unbiased: whether its bias is claimed to be zero.
         correction: replaces the objective's own correction.

@@ -81,10 +81,10 @@ class PoolResult:
         catalog: (slope, noise) of the catalog.
         head_mass: softmax mass of the 256 most frequent items.
         equal: the number of distinct candidates to which all pools were sized; None at equal draws.
-        draws: draws of its last source, or the number of other rows in the batch.
+        draws: draws of the pool's last source, or the number of other rows in the batch.
         spread: mean over rows of the standard deviation of one draw.
         gain: spread of in-batch candidates over this pool's, geometric mean over rows.
-        gain_error: its standard error, from the scatter over rows.
+        gain_error: standard error of `gain`, from the scatter over rows.
         distinct: mean number of distinct negatives.
     """
 

@@ -201,9 +201,9 @@ def moved(towers: TwoTower, ranks: Communicator) -> dict[str, int]:
     dist.all_to_all_single, communicator._all_gather = counted_swap, counted_gather
     what = "rows"
     table.fetch(torch.arange(cases.NUM_ITEMS))
-    assert table.at_hand is not None and table.part is not None
+    assert table.fetched is not None and table.part is not None
     what = "gradients"
-    scatter_gradients(table.at_hand, table.part)
+    scatter_gradients(table.fetched, table.part)
     table.release()
     dist.all_to_all_single, communicator._all_gather = swap, gather
     return numbers

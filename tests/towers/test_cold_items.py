@@ -105,7 +105,8 @@ def test_a_loaded_model_computes_the_same_embeddings(model, split, tmp_path):
     assert np.array_equal(Retriever(loaded).rank(split.test, 10, True), model.rank(split.test, 10, True))
     fitted = json.loads((folder / "item_features.json").read_text())
     assert fitted["features"][0]["state"]["values"] == sorted(COLOURS)
-    (folder / "item_features.json").write_text("{}")
+    damaged = (folder / "item_features.json").read_text().replace("green", "greem")
+    (folder / "item_features.json").write_text(damaged)
     with pytest.raises(InputError, match="checksum differs"):
         SavedModel.load(folder)
 

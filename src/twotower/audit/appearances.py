@@ -1,4 +1,4 @@
-"""Test of whether candidates appear as often as their source claims, which also detects batches that are not random."""
+"""Tests whether candidates appear as often as their source claims, and whether batches are random draws."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from twotower.negatives import (
 )
 from twotower.negatives.sources import log_complement
 
-#: Expected appearances in a bin of one batch: enough for a chi-square.
+#: Minimum expected appearances per bin and batch, enough for a chi-square test.
 _PER_BIN = 5.0
-#: Significance level: a correct source is called wrong once in ten thousand audits.
+#: Significance level: a correct source is reported as wrong once in ten thousand audits.
 SIGNIFICANCE = 1e-4
 #: Quantiles of the normal distribution: of the significance of one of three two-sided tests, and of 95 %.
 _NOTICED, _MOSTLY = 4.15, 1.64
-#: The same for the test of the batches, which measures the scatter.
+#: Minimum expected appearances per bin in the test of the batches, which measures the scatter.
 _PER_FINE_BIN = 0.5
 #: Tolerance for estimated frequencies, which are never exact: deviation from the claim, and dispersion over batches.
 _CLOSE, _STEADY = 0.1, 1.25
-#: Batches from which the scatter over batches is estimated; with fewer it is taken from the claims.
+#: Number of batches from which the scatter over batches is estimated; with fewer batches it follows from the claims.
 _SCATTER = 20
 #: Relative difference of two counts that is rounding.
 _ROUNDING = 1e-6
@@ -49,17 +49,17 @@ class Appearance:
         batches: number of batches examined.
         claimed: expected appearances by popularity decile of the item, most popular first, summed over the batches.
         observed: observed appearances, in the same deciles.
-        ratio: observed appearances for each claimed one.
-        missed: relative error of the total count that these batches would have shown with a probability of 95 % at
-            least; smaller ones may have been missed.
+        ratio: observed appearances divided by claimed appearances.
+        missed: relative error of the total count that these batches would have shown with a probability of at least
+            95 %; smaller errors may have been missed.
         deviation: half the sum of absolute differences between the observed appearances and `ratio` times the claimed
             ones over all bins, as a share of the observed sum.
         p_total: p-value of the total count, if the claims are correct.
-        p_counts: p-value of the counts of single items, apart from the total.
-        dispersion: variance of the batches about their mean, over that of random draws: 1 for random draws, larger if
-            batches differ from each other; None with fewer than 20 batches.
-        p_batches: p-value of the dispersion, for random draws.
-        estimated: whether the frequency is an estimate, which can only be approximately right.
+        p_counts: p-value of the counts of single items, scaled to the observed total.
+        dispersion: variance of the batches about their mean divided by the variance of random draws: 1 for random
+            draws, larger if batches differ from each other; None with fewer than 20 batches.
+        p_batches: p-value of the dispersion if batches are random draws.
+        estimated: whether the frequency is an estimate, which is only approximately right.
     """
 
     source: str
@@ -77,31 +77,31 @@ class Appearance:
 
     @property
     def as_claimed(self) -> bool:
-        """Whether the observed appearances agree with the claim."""
+        """Return whether the observed appearances agree with the claim."""
         return not (self.has_wrong_count or self.has_wrong_frequencies or self.differs_by_batch)
 
     @property
     def has_wrong_count(self) -> bool:
-        """Whether the source draws more or fewer candidates in total than it claims."""
+        """Return whether the source draws more or fewer candidates in total than it claims."""
         return abs(self.ratio - 1.0) > _CLOSE if self.estimated else self.p_total < SIGNIFICANCE / 3
 
     @property
     def has_wrong_frequencies(self) -> bool:
-        """Whether the source draws other items than it claims."""
+        """Return whether the source draws items with different frequencies than it claims."""
         return self.deviation > _CLOSE if self.estimated else self.p_counts < SIGNIFICANCE / 3
 
     @property
     def differs_by_batch(self) -> bool:
-        """Whether the batches differ from each other by more than chance."""
+        """Return whether the batches differ from each other by more than chance."""
         if self.dispersion is None or self.p_batches is None:
             return False
         return self.dispersion > _STEADY if self.estimated else self.p_batches < SIGNIFICANCE / 3
 
     @property
     def verdict(self) -> str:
-        """The finding as a sentence, which names the cause."""
+        """Return the finding as a sentence that names the cause."""
         if self.differs_by_batch:
-            # The sum over such batches is no test of the counts: its scatter is not known.
+            # The sum over such batches cannot test the counts, because its scatter is unknown.
             return (
                 f"batches are not random draws: they differ from each other {self.dispersion:.2f} times as much as "
                 "random draws would"
@@ -134,25 +134,25 @@ def appearances(
 ) -> list[Appearance]:
     """Test the claims of every random source against the candidates it draws for the rows of real batches.
 
-    A claim holds for the rows for which the item is not masked: a row's own item has one row fewer among the others. So
-    with f_tj the share of the rows (whole sequences, questions) of batch t for which item j is not masked, c_tj its
-    appearances and kappa_tj its expected count, and sums over bins b of items (popular items have their own bin, rare
-    ones share, so that about five are expected in each):
+    A claim holds for the rows for which the item is not masked, because a row's own item occurs in one row fewer of the
+    others. In batch t, let f_tj be the share of the rows (whole sequences, questions) for which item j is not masked,
+    c_tj its appearances and kappa_tj its expected count. Sums are over bins b of items: popular items have a bin of
+    their own, and rare items share bins with about five expected appearances.
 
         o_tb = sum_{j in b} f_tj c_tj,    e_tb = sum_{j in b} f_tj kappa_tj,    rho = sum o_tb / sum e_tb
         total      z   = sum_t d_t / sqrt(T var_t d_t),                             d_t = sum_b (o_tb - e_tb)
         items      X^2 = sum_b (sum_t o_tb - rho e_tb)^2 / (T var_t (o_tb - rho e_tb))
         batches    Q_t = sum_b (r_tb - mean_t r_tb)^2 / v_b,                        r_tb = sum_{j in b} c_tj - kappa_tj
 
-    The first two tests take their scatter from the batches and so are about the claims alone: a wrong total count, or
-    wrong frequencies. The third is about the batches alone: v_b is the variance of random draws of as many rows,
-    sequences or questions, from their scatter within the batches. Bins are correlated (whole sequences contain similar
-    items), so X^2 is compared with a chi-square of (sum_b 1)^2 / tr(R^2) degrees of freedom, R the correlation of the
-    bins (Satterthwaite), and the mean of Q with its own standard error. Batches that partition an epoch without
-    replacement vary slightly less than random draws, which only makes the p-values larger.
+    The first two tests estimate the scatter from the batches. They therefore test only the claims: the total count and
+    the frequencies. The third tests only the batches: v_b is the variance of random draws of as many rows, sequences or
+    questions, estimated from their scatter within the batches. Bins are correlated, because whole sequences contain
+    similar items. X^2 is therefore compared with a chi-square of (sum_b 1)^2 / tr(R^2) degrees of freedom, with R the
+    correlation of the bins (Satterthwaite), and the mean of Q with its own standard error. Batches that partition an
+    epoch without replacement vary slightly less than random draws, which only makes the p-values larger.
 
-    If a pool removes duplicates, claims are those of the distinct items. A pool of several sources is tested as a whole
-    too.
+    If a pool removes duplicates, the claims for distinct items are tested. A pool of several sources is also tested as
+    a whole.
 
     Args:
         pool: the pool; estimated frequencies and cross-batch memories are updated as in training.
@@ -196,7 +196,7 @@ def appearances(
 
 
 def _of_one_row(member: RandomSource, request: DrawRequest) -> Tensor:
-    """Draw the candidates of a source, those of the first row if they are per row."""
+    """Draw the candidates of a source; for per-row candidates, return those of the first row."""
     drawn = member.draw(request)
     return drawn[0] if member.per_row else drawn
 
@@ -221,11 +221,11 @@ class _Tally:
         bins: bin of each item, int64 [N].
         size: number of bins.
         observed, claimed: o_tb and e_tb of each batch, [size].
-        plain: r_tb of each batch, by the bins of `fine`.
-        fine: bins of the test of the batches, int64 [N]: smaller ones, since its scatter is measured.
+        plain: r_tb of each batch, in the bins of `fine`.
+        fine: bins of the test of the batches, int64 [N]; they are smaller, because this test measures its scatter.
         within: sum of the squared counts of single units about their mean in the batch, summed over batches.
         units: number of units of each batch.
-        variance: sum over batches of the variance of independent draws, by the claims, [size].
+        variance: sum over batches of the variance of independent draws according to the claims, [size].
     """
 
     bins: Tensor
@@ -242,17 +242,17 @@ class _Tally:
         self.variance = torch.zeros(self.size, dtype=torch.float64)
 
     def binned(self, values: Tensor) -> Tensor:
-        """Sum values of items, [N], over the bins."""
+        """Sum values of items, [N], in each bin."""
         return torch.zeros(self.size, dtype=torch.float64).index_add_(0, self.bins, values)
 
     def add_scatter(self, plain: Tensor, within: Tensor, units: int) -> None:
-        """Add r_tb of a batch, and the squares of its units about their mean."""
+        """Add r_tb of a batch, and the squared deviations of its units from their mean."""
         self.plain.append(plain)
         self.within = within if self.within is None else self.within + within
         self.units.append(units)
 
     def item_chi_square(self, ratio: float) -> tuple[float, float]:
-        """Compute X^2 of the items with claims times a ratio, and its degrees of freedom."""
+        """Compute X^2 of the items with the claims multiplied by a ratio, and its degrees of freedom."""
         observed, claimed = torch.stack(self.observed), ratio * torch.stack(self.claimed)
         total = observed.sum(0) - claimed.sum(0)
         impossible = claimed.sum(0) <= 0
@@ -276,7 +276,7 @@ class _Tally:
         return float(parts.sum()) * freedom / max(count - 1.0, 1.0), freedom
 
     def excess(self) -> tuple[list[float], float]:
-        """Return Q_t of the batches, whose mean for random draws is the number of bins, and the number of bins."""
+        """Return Q_t of the batches, and the number of bins, which is the mean of Q_t for random draws."""
         if self.within is None:
             return [], 0.0
         plain, units = torch.stack(self.plain), torch.tensor(self.units, dtype=torch.float64)
@@ -317,7 +317,7 @@ class _Test:
 
     @classmethod
     def of_source(cls, member: RandomSource, item_counts: Tensor, *, in_unique_pool: bool) -> _Test:
-        """Test one source, by what the pool reads of it: counts, or absences if it removes duplicates."""
+        """Test one source by what the pool uses: counts, or absences if the pool removes duplicates."""
 
         def inclusion(items: Tensor, request: DrawRequest) -> Tensor:
             return log_complement(member.log_absence(items, request))
@@ -333,7 +333,7 @@ class _Test:
         return cls("all sources", pool.log_expected_count, item_counts, unique=pool.unique, members=members)
 
     def add(self, step: int, request: DrawRequest, drawn: Tensor, share: Tensor, units: Tensor) -> None:
-        """Add the counts of one batch, with f of the items and the unit of each of its rows."""
+        """Add the counts of one batch, with f of the items and the unit of each row."""
         memories = [member.draws(request) for member in self.members if isinstance(member, CrossBatchMemory)]
         if memories == [0]:  # nothing is claimed yet
             return
@@ -343,7 +343,7 @@ class _Test:
             self._add_scatter(tally, request, drawn, units)
         if step < self.following:
             return
-        if memories:  # overlapping contents are not independent: count again once the whole memory is new
+        if memories:  # overlapping contents are not independent, so the next count waits until all content is new
             self.following = step + 1 + -(-memories[0] // len(request.positives))
         copies = torch.bincount(drawn, minlength=len(self.items)).double()
         if all(not isinstance(member, InBatch | CrossBatchMemory) for member in self.members):
@@ -357,9 +357,9 @@ class _Test:
         self.by_decile.index_add_(1, self.deciles, parts)
 
     def _add_scatter(self, tally: _Tally, request: DrawRequest, drawn: Tensor, units: Tensor) -> None:
-        """Add what the test of the batches needs: counts with duplicates, and their scatter between units.
+        """Add the counts for the test of the batches, with duplicates, and their scatter between units.
 
-        Sources that depend on the rows of batches are tested by the rows of this batch.
+        If a source depends on the rows of batches, the rows of this batch are counted.
         """
         (member,) = self.members
         if isinstance(member, InBatch | CrossBatchMemory):
@@ -391,7 +391,7 @@ class _Test:
         return self.tallies[key]
 
     def result(self) -> Appearance:
-        """Compute the tests of everything that was added."""
+        """Compute the tests from all batches that were added."""
         # A group may have had no batch at a time when the whole memory was new.
         tallies = [one for one in self.tallies.values() if one.observed]
         observed = torch.cat([torch.stack(one.observed).sum(1) for one in tallies])
@@ -401,7 +401,7 @@ class _Test:
         difference = observed - claimed
         floor = float(sum(one.variance.sum() for one in tallies)) ** 0.5
         error = float(difference.std()) * number**0.5 if number >= _SCATTER else floor
-        if self.unique:  # the last batch without a frequent item may be among those that were not examined
+        if self.unique:  # the estimated error is too small if all examined batches contain a frequent item
             error = max(error, floor)
         chi_squares = [one.item_chi_square(ratio) for one in tallies]
         excess, bins = self._excess(list(self.tallies.values()))
@@ -430,7 +430,7 @@ class _Test:
 
     @staticmethod
     def _excess(tallies: list[_Tally]) -> tuple[Tensor | None, float]:
-        """Return Q_t less its expectation, of all batches, and the mean number of bins; None if too few batches."""
+        """Return Q_t minus its expectation for all batches (None if too few), and the mean number of bins."""
         found = [one.excess() for one in tallies]
         excess = [value - bins for values, bins in found for value in values]
         if len(excess) < _SCATTER:
@@ -439,7 +439,7 @@ class _Test:
 
     @staticmethod
     def _p_batches(excess: Tensor, tallies: list[_Tally]) -> float:
-        """Return the probability of such a large mean excess: that of its t statistic, whose scale has an error too."""
+        """Return the probability of a mean excess at least as large, from its t statistic with an estimated scale."""
         units = sum(sum(one.units) for one in tallies) / max(sum(len(one.units) for one in tallies), 1)
         error = float(excess.std()) / len(excess) ** 0.5 * (1.0 + 1.0 / max(units - 1.0, 1.0)) ** 0.5
         z = float(excess.mean()) / max(error, 1e-300)
@@ -447,24 +447,24 @@ class _Test:
 
 
 def _two_sided(difference: float, error: float, number: int, scale: float) -> float:
-    """Return the probability of a total that differs at least as much, by chance."""
+    """Return the probability that a total differs at least as much by chance."""
     if abs(difference) <= _ROUNDING * scale:
         return 1.0
     t = min(abs(difference) / max(error, 1e-300), 1e6)
-    if number >= _SCATTER:  # the error is estimated: the quantile of Student's t as one of the normal distribution
+    if number >= _SCATTER:  # the error is estimated: convert Student's t to a normal quantile
         freedom = number - 1.0
         t *= (1.0 - 0.25 / freedom) / math.sqrt(1.0 + t * t / (2.0 * freedom))
     return math.erfc(t / math.sqrt(2.0))
 
 
 def equal_bins(expected: Tensor, least: float = _PER_BIN) -> Tensor:
-    """Assign a bin to every item, int64 [N]: by descending expectation, so that each bin expects at least `least`.
+    """Assign a bin to every item, int64 [N], by descending expectation; each bin expects at least `least`.
 
-    Items with expectation 0 share the last bin, in which a single appearance is one too many.
+    Items with expectation 0 share the last bin, in which every appearance is an error.
     """
     order = torch.argsort(expected, descending=True, stable=True)
     ordered = expected[order]
-    # Items above `least` have their own bin; the rest is cut where the running sum passes a multiple of it.
+    # Items above `least` have their own bin; the others are cut where the running sum passes a multiple of `least`.
     alone = int((ordered >= least).sum())
     rest = (ordered[alone:].cumsum(0) / least).long()
     total = int(rest[-1]) if len(rest) else 0

@@ -1,4 +1,4 @@
-"""The audit of a trained model: bias and spread of its objective's gradient on the user's own data."""
+"""The audit of a trained model: bias and spread of its objective's gradient, measured on the training data."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from twotower.objectives.build import named_objective
 from twotower.system.filesystem import whole_file
 from twotower.system.terminal import cell
 
-#: A relative bias up to _NONE, or within twice its error, is reported as none; up to _SMALL, as small.
+#: A relative bias up to _NONE, or within twice its error, is reported as none, and a bias up to _SMALL as small.
 _NONE, _SMALL = 0.005, 0.03
-#: Three errors of the partition sum with which the cause of a bias is not known.
+#: If three times the error of the partition sum exceeds this, the cause of a bias is reported as unknown.
 _UNSURE = 0.2
-#: Batches whose masks are compared with the interactions.
+#: Number of batches whose masks are compared with the interactions.
 _MASKED = 5
 
 
@@ -39,11 +39,12 @@ class ObjectiveAudit:
 
     Attributes:
         name: name of the objective.
-        own: whether the model was trained with it.
+        own: whether the model was trained with this objective.
         note: why nothing was measured, or a caveat.
-        overall: bias, error, spread, ...; with `weight`, the mean of 1 - P_hat(y), for refined logQ; None if the
+        overall: bias, error, spread, ...; for refined logQ also `weight`, the mean of 1 - P_hat(y). None if the
             objective does not estimate the softmax.
-        deciles: the same by popularity decile of the positive, most popular first; None for a decile without rows.
+        deciles: the same values for each popularity decile of the positive, most popular first; None for a decile
+            without rows.
     """
 
     name: str
@@ -69,11 +70,11 @@ class Audit:
 
     Attributes:
         objectives: the objectives, the model's own first.
-        appearances: claims of its random sources against real batches.
-        masks: its masks in real batches.
+        appearances: tests of the claims of the random sources against real batches.
+        masks: test of the masks in real batches.
         rows, draws, num_items, seed: size and seed of the measurement.
         probability: mean P(y|x) of the audited rows.
-        questions: number of audited questions, to which the rows belong; None if every row has a query of its own.
+        questions: number of audited questions, to which the rows belong; None if each row has its own query.
         per_query: one row per measured objective and audited row: `objective`, `query` and `item` (ids), `decile` of
             the item's popularity, `probability` P(y|x) over the whole catalog without masked items, `bias`, `noise`,
             `spread`, `distinct`, `effective` and `draws` as in `Measurement`, and `refined_weight`, the mean of the
@@ -92,7 +93,7 @@ class Audit:
     per_query: pl.DataFrame = field(default_factory=pl.DataFrame, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values, without `per_query`; None for what could not be measured."""
+        """Return JSON values without `per_query`; values that could not be measured are None."""
         values = {name: value for name, value in vars(self).items() if name != "per_query"}
         values["objectives"] = [{**asdict(one), "verdict": one.verdict} for one in self.objectives]
         values["appearances"] = [one.to_dict() for one in self.appearances]
@@ -102,7 +103,7 @@ class Audit:
         return plain
 
     def write_per_query(self, path: str | Path) -> Path:
-        """Write `per_query` as Parquet, atomically; the folder of the file is created if missing."""
+        """Write `per_query` as Parquet, atomically; a missing folder is created."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(target) as temporary:
@@ -208,13 +209,13 @@ class Audit:
 def audit(
     subject: Subject, *, objectives: Sequence[str] = (), draws: int = 50, batches: int = 200, seed: int = 0
 ) -> Audit:
-    """Measure the model's own objective, and others by name.
+    """Measure the model's own objective, and other objectives by name.
 
     Args:
         subject: from `subject_of`.
         objectives: names of other objectives, each with its own sources and otherwise the settings of the model.
-        draws: redraws for each row.
-        batches: number of real batches against which the claims of the sources are tested; more of them show smaller
+        draws: number of draws for each row.
+        batches: number of real batches against which the claims of the sources are tested; more batches show smaller
             errors (`Appearance.missed`).
         seed: seed of batches and draws.
 
@@ -317,7 +318,7 @@ def _frame(name: str, subject: Subject, rows: AuditedRows, found: Measurement) -
 
 
 def _note(subject: Subject, objective: Objective) -> str | None:
-    """Return what could not be measured as in training."""
+    """Return a note about the state that could not be restored from training, or None."""
     if subject.run.state:
         return None
     if any(isinstance(member, HardNegatives) for member in objective.pool.members()):
@@ -376,7 +377,7 @@ def _sentence(own: ObjectiveAudit) -> str:
 
 
 def _cause(overall: dict[str, float]) -> str:
-    """Return where a bias comes from: a right partition sum of few candidates still has a gradient bias of 1/n."""
+    """Return the cause of a bias: even with a correct partition sum, few candidates have a gradient bias of 1/n."""
     if "partition" not in overall:
         return ""
     ratio, error = overall["partition"], overall["partition_error"]

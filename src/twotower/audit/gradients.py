@@ -1,4 +1,4 @@
-"""How far an objective's gradient is from that of the full softmax, measured by redrawing its candidates."""
+"""Distance of an objective's gradient from the gradient of the full softmax, measured by redrawing candidates."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class AuditedRows:
         groups: group of each row, int64 [R], if batches are built within groups.
         known: (row [P], item [P]): items masked for a row in addition to its positive. The target is then the softmax
             over the rest of the catalog.
-        numbers: number of each row in the training batches (`Batch.rows`), int64 [R], so that a batch never contains
+        numbers: index of each row in the training batches (`Batch.rows`), int64 [R], so that a batch never contains
             the audited row twice; None if rows have no identity.
-        questions: question of each row, int64 [R], ascending: its rows share one query and one draw. None if every row
-            has its own.
+        questions: question of each row, int64 [R], ascending. The rows of a question share one query and one draw. None
+            if every row has its own query and draw.
         weights: weight of each row in the loss of its question, [R]; None for equal weights.
     """
 
@@ -48,14 +48,14 @@ class AuditedRows:
         return len(self.positives)
 
     def units(self) -> list[Tensor]:
-        """Return the row indices of every unit that is drawn for: a row, or all rows of a question."""
+        """Return the row indices of each unit that shares a draw: a row, or all rows of a question."""
         if self.questions is None:
             return list(torch.arange(len(self))[:, None])
         sizes = torch.unique_consecutive(self.questions, return_counts=True)[1].tolist()
         return list(torch.arange(len(self)).split(sizes))  # type: ignore[no-untyped-call]
 
     def shares(self, unit: Tensor) -> Tensor:
-        """Return the share of each row of a question in its loss, float64, summing to 1."""
+        """Return the share of each row in the loss of its question, float64, summing to 1."""
         weights = torch.ones(len(self)) if self.weights is None else self.weights
         return weights[unit].double() / weights[unit].double().sum()
 
@@ -87,12 +87,13 @@ class Measurement:
         distinct: mean number of distinct negatives of the row.
         effective: mean effective sample size, (sum w)^2 / sum w^2 over the negatives, w = exp(s - log kappa).
         draws: number of draws n for the row.
-        partition: mean of Z_hat / Z, the estimated partition sum over the exact one: 1 if all counts and masks are
-            right, however few the candidates are; NaN for objectives other than `SampledSoftmax`.
-        partition_error: its Monte-Carlo error.
+        partition: mean of Z_hat / Z, the estimated partition sum divided by the exact one. It is 1 if all counts and
+            masks are correct, for any number of candidates; NaN for objectives other than `SampledSoftmax`.
+        partition_error: Monte-Carlo error of `partition`.
         weight: mean of the weight 1 - P_hat(y) of refined logQ; None for other objectives.
-        together: the same for whole questions, [G]: of the gradient of a question's loss, sum_i w_i dL_i/ds, whose rows
-            share their candidates, so that their errors do not average out. None if every row has its own draw.
+        together: the same measurement for whole questions, [G], with the gradient of a question's loss, sum_i w_i
+            dL_i/ds. The rows of a question share their candidates, so their errors do not average out. None if every
+            row has its own draw.
     """
 
     bias: Tensor
@@ -126,7 +127,7 @@ class Measurement:
         return value, min(error / (2 * value), math.sqrt(error)) if value > 0 else math.sqrt(error)
 
     def mean(self, name: str, rows: Tensor | None = None) -> float:
-        """Average `distinct`, `effective`, `bias`, `noise`, `weight` or `draws` over some rows."""
+        """Return the mean of `distinct`, `effective`, `bias`, `noise`, `weight` or `draws` over some rows."""
         values: Tensor = getattr(self, name)[self._measured(rows)]
         return float(values.mean()) if len(values) else math.nan
 
@@ -155,7 +156,7 @@ class Measurement:
 def spread_gain(present: Measurement, other: Measurement) -> tuple[float, float]:
     """Return the spread of `present` over that of `other`, geometric mean over the same rows, and its standard error.
 
-    The error is that of the log-ratios of the rows, which includes Monte-Carlo error and differences between rows.
+    The error comes from the log-ratios of the rows; it includes Monte-Carlo error and differences between rows.
     """
     both = (present.draws >= 2) & (other.draws >= 2)
     ratio = (present.spread[both] / other.spread[both]).log()
@@ -168,7 +169,7 @@ _DRAWS, _CELLS = 16, 1 << 15
 
 
 def estimates_softmax(objective: Objective) -> bool:
-    """Return whether an objective estimates the full softmax, so that gradients are comparable. Binary forms do not."""
+    """Return whether an objective estimates the full softmax, so that gradients are comparable; binary ones do not."""
     return isinstance(objective, SampledSoftmax | PositiveCorrectedSoftmax | RefinedLogQ)
 
 
@@ -190,8 +191,8 @@ def measure(
 
     The objective runs as in training (`draw_blocks`). The embedding of an item is its logit, and the embedding of a
     query is 1, so the gradient with respect to the embeddings is the gradient with respect to the logits. In each draw
-    the audited row takes a place in a real batch: its own, or that of another row. With whole sequences or questions it
-    takes the place of a whole one, so that the other candidates are a draw of the others.
+    the audited row takes a place in a real batch: its own place, or the place of a different row. With whole sequences
+    or questions it replaces a whole sequence or question, so that the other candidates are a draw of the others.
 
     Args:
         objective: an objective that estimates the softmax.
@@ -209,7 +210,7 @@ def measure(
     if draws < 2:
         raise InputError(f"draws: expected at least 2, found {draws}")
     training = objective.training
-    objective.eval()  # state is updated explicitly by `follow`: an audited row is not a training step
+    objective.eval()  # `follow` updates the state, because an audited row is not a training step
     totals, units = _Totals(objective, rows), rows.units()
     if not depends_on_batch(objective.pool) and rows.groups is None:
         batches = itertools.repeat(next(batches))  # the batch is not used
@@ -248,8 +249,8 @@ def _assigned(
 ) -> Iterator[tuple[int, Batch]]:
     """Pair units with batches in turn; if batches have groups, only units of the batch's group.
 
-    A memory holds rows of the current epoch, among which the audited row cannot be: after its own batch it has to wait
-    for the next epoch.
+    A memory holds rows of the current epoch and must not contain the audited row. After its own batch, an audited row
+    is therefore not paired again before the next epoch.
     """
     first = torch.stack([unit[0] for unit in units])
     queues: dict[int | None, list[int]] = {None: list(range(len(units)))}
@@ -279,7 +280,7 @@ def _assigned(
 
 
 def _are_in(rows: AuditedRows, chosen: Tensor, batch: Batch) -> Tensor:
-    """Return whether audited rows are in a batch, bool, [len(chosen)]."""
+    """Return whether each chosen audited row is in a batch, bool [len(chosen)]."""
     if batch.asked is not None and rows.queries is not None:
         return torch.isin(rows.queries[chosen], batch.queries)
     if rows.numbers is None:
@@ -308,10 +309,10 @@ def _draw(
 
 
 def _replaced(rows: AuditedRows, unit: Tensor, batch: Batch) -> Tensor:
-    """Choose the row, sequence or question of a batch whose place the audited one takes, bool [B].
+    """Choose the row, sequence or question of a batch that the audited one replaces, bool [B].
 
-    If the batch contains the audited row, it is the row itself. Else it is any: rows and questions are in random order,
-    but sequences are ordered by length.
+    If the batch contains the audited row, the row replaces itself. Otherwise it replaces the first row or question,
+    because they are in random order, or a random sequence, because sequences are ordered by length.
     """
     units = units_of(batch)
     if batch.asked is not None and rows.queries is not None:
@@ -370,7 +371,7 @@ def row_of(drawn: Candidates, row: int) -> Candidates:
 
 
 class _Totals:
-    """Sums over the draws of the gradients, [R, N], and of d = ||g_hat - g||^2 and d^2, of rows and of questions."""
+    """Sums over the draws, for rows and for questions: gradients [R, N], d = ||g_hat - g||^2, and d^2."""
 
     def __init__(self, objective: Objective, rows: AuditedRows) -> None:
         self.objective, self.rows = objective, rows
@@ -408,7 +409,7 @@ class _Totals:
         self.of_questions[:, number] += torch.stack([distance, distance**2])
 
     def flush(self) -> None:
-        """Run the loss on the waiting draws and add their gradients to the sums."""
+        """Run the loss on the collected draws and add their gradients to the sums."""
         if not self.waiting:
             return
         row = torch.tensor([place for place, _ in self.waiting])

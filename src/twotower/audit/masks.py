@@ -1,4 +1,4 @@
-"""Test of the masks of real batches: each row's positives are masked, and nothing else is."""
+"""Test of the masks of real batches: exactly the positives of each row must be masked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from twotower.negatives import Candidates, HardNegatives, Observed
 from twotower.objectives import Objective
 from twotower.training.step import draw_blocks
 
-#: Rows of a batch whose masks are compared.
+#: Number of rows of a batch whose masks are compared.
 _ROWS = 256
 
 
@@ -25,9 +25,9 @@ class MaskAudit:
 
     Attributes:
         share: share of (row, candidate) pairs that are masked.
-        expected: pairs that have to be masked.
-        missing: pairs of these that are not, so that a row is pushed away from a positive.
-        excess: pairs that are masked although the candidate is a negative of the row.
+        expected: number of pairs that must be masked.
+        missing: number of expected pairs that are not masked, so that a row is pushed away from a positive.
+        excess: number of pairs that are masked although the candidate is a negative of the row.
     """
 
     share: float
@@ -37,12 +37,12 @@ class MaskAudit:
 
     @property
     def is_right(self) -> bool:
-        """Whether exactly the pairs that have to be masked are masked."""
+        """Return whether exactly the expected pairs are masked."""
         return self.missing == self.excess == 0
 
     @property
     def verdict(self) -> str:
-        """The finding as a sentence."""
+        """Return the finding as a sentence."""
         if self.is_right:
             return "as expected"
         found = []

@@ -19,7 +19,7 @@ Sources = list[dict[str, dict[str, Any] | None]]
 
 @dataclass(frozen=True)
 class PoolPlan:
-    """A candidate pool that can be resized, by its last sampled source or by the batch.
+    """A candidate pool that can be resized through its last sampled source or the batch size.
 
     Attributes:
         name: name in tables.
@@ -32,7 +32,7 @@ class PoolPlan:
     unique: bool = True
 
     def settings(self, base: ObjectiveConfig | None = None) -> ObjectiveConfig:
-        """Return the settings of `expected-count` with this pool; everything else as in `base`."""
+        """Return the settings of `expected-count` with this pool, and all other settings from `base`."""
         found = base or ObjectiveConfig()
         return found.model_copy(
             update={"name": "expected-count", "sources": self.sources, "unique": self.unique, "strength": 1.0}
@@ -40,7 +40,7 @@ class PoolPlan:
 
     @property
     def grows_with_batch(self) -> bool:
-        """Whether only the batch size can resize the pool."""
+        """Return whether only the batch size can resize the pool."""
         return all(name in ("in_batch", "head") for source in self.sources for name in source)
 
     def sized(self, size: int) -> PoolPlan:
@@ -92,7 +92,7 @@ def at_equal_distinct(
     with every draw.
 
     Returns:
-        The plan and the batch size; None if the pool cannot have so few or so many.
+        The plan and the batch size; None if the pool cannot have that number of distinct candidates.
     """
     pool = build_pool(plan.sized(1).settings(base), train)
     drawn = [member for member in pool.members() if isinstance(member, Sampled)]

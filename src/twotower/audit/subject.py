@@ -1,4 +1,4 @@
-"""The subject of an audit: a trained model, rows of its training data, and the batches that training took."""
+"""The subject of an audit: a trained model, rows of its training data, and its training batches."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ from twotower.serving import SavedModel
 from twotower.towers import TwoTower
 from twotower.training.embedding import embed_rows
 
-#: Maximum number of logits R x N. In float64 this is 64 MiB per array, and four such arrays are held.
+#: Maximum number of logits R x N. An array of this size takes 64 MiB in float64, and four are in memory.
 _LOGITS = 1 << 23
-#: Batches that estimated frequencies and memories see before anything is measured.
+#: Number of batches that estimated frequencies and memories see before anything is measured.
 _WARM_UP = 500
-#: Rows among which the audited ones are chosen: those of the first batches.
+#: Number of rows, from the first batches, among which the audited rows are chosen.
 _POPULATION = 20_000
-#: Most targets of the audited questions, in multiples of the number of questions asked for.
+#: Maximum number of targets per requested question.
 _TARGETS = 4
 
 
 class MakesObjective(Protocol):
-    """A function from settings to the objective that they train with."""
+    """A function that builds the objective for a configuration."""
 
     def __call__(self, config: Config) -> Objective: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What a model was trained with: an audit takes its batches and its objective from where training takes them.
+    """The batches and the objective that a model was trained with, built by the functions that training uses.
 
     Attributes:
         batches: returns the training batches for a configuration; iterating over them yields an epoch.
         objective: builds the objective for a configuration, with the frequencies of those batches.
-        state: state of the objective at the end of training, by name in its state dict; empty if it is not known.
+        state: state dict of the objective at the end of training; empty if it is unknown.
     """
 
     batches: Callable[[Config], Iterable[Batch]]
@@ -63,7 +63,7 @@ class Subject:
         train: the training interactions.
         rows: rows whose gradient is measured, spread over the popularity deciles.
         deciles: popularity decile of each row's positive, int64 [R].
-        run: what the model was trained with.
+        run: the batches and the objective that the model was trained with.
         batch_size: mean number of rows B of a batch.
     """
 
@@ -76,12 +76,12 @@ class Subject:
 
     @property
     def counts(self) -> Tensor:
-        """Training interactions of each item, [N]."""
+        """Return the training interactions of each item, [N]."""
         return torch.from_numpy(self.train.item_counts())
 
     @property
     def rows_per_draw(self) -> int:
-        """Number of rows that share one draw of candidates."""
+        """Return the number of rows that share one draw of candidates."""
         return min(self.config.objective.rows_per_draw or self.batch_size, self.batch_size)
 
     def batches(self, seed: int = 0) -> Iterator[Batch]:
@@ -92,26 +92,26 @@ class Subject:
             yield from epochs
 
     def with_objective(self, settings: ObjectiveConfig) -> Config:
-        """Return the settings of the model with another objective."""
+        """Return the settings of the model with a different objective."""
         return self.config.model_copy(update={"objective": settings})
 
     def known_positives(self, config: Config) -> KnownPositives | None:
-        """Return the known positives that training masks with these settings; None if it masks none."""
+        """Return the known positives that training masks with these settings, or None if it masks none."""
         return KnownPositives(self.train) if needs_known_positives(config) else None
 
     def rows_of(self, config: Config) -> AuditedRows:
-        """Return the audited rows with the items that these settings leave out of their target."""
+        """Return the audited rows, with the items that these settings exclude from the softmax as `known`."""
         if not needs_known_positives(config) or self.rows.queries is None:
             return self.rows
         return replace(self.rows, known=items_of(self.train, self.rows.queries))
 
     def objective(self, config: Config) -> Objective:
-        """Build an objective, with the frequencies and mined items that training left, as far as they are known."""
+        """Build an objective, with the frequencies and mined items of the end of training if they are known."""
         objective = self.run.objective(config)
         state = self.run.state
         estimates = {name[name.index("frequency") :]: value for name, value in state.items() if ".frequency." in name}
         for name, module in objective.named_modules(remove_duplicate=False):
-            # The place of a frequency among the sources depends on the objective; its place in a group does not.
+            # The name of a frequency depends on the position of its source, which differs between objectives.
             if isinstance(module, StreamingFrequency) and estimates:
                 prefix = f"{name[name.index('frequency') :]}."
                 own = {key.removeprefix(prefix): value for key, value in estimates.items() if key.startswith(prefix)}
@@ -124,7 +124,7 @@ class Subject:
         return objective
 
     def warm_up(self, pool: Pool, stream: Iterator[Batch]) -> None:
-        """Feed batches to memories, and to estimated frequencies whose state is not known."""
+        """Feed batches to memories, and to estimated frequencies whose state is unknown."""
         estimated = [one for one in pool.frequencies() if not one.is_exact]
         unknown = any(_is_empty(one) for frequency in estimated for one in frequency.modules())
         sizes = [member.size for member in pool.members() if isinstance(member, CrossBatchMemory)]
@@ -146,13 +146,13 @@ def subject_of(
 ) -> Subject:
     """Choose rows of training batches evenly over the popularity deciles, and compute their logits over the catalog.
 
-    The queries are embedded as in training: positions of their window, or the history before the cut of their question.
-    A recent prior is left out, since it is added after training.
+    The queries are embedded as in training: as positions of their window, or from the history before the cut of their
+    question. A recent prior is ignored, because it is added after training.
 
     Args:
         artifact: the trained model; its settings without "auto".
         train: its training interactions.
-        run: what it was trained with.
+        run: the batches and the objective that it was trained with.
         rows: number R of rows, or of questions with at most 4 R targets; reduced if the catalog is so large that the
             logits would not fit into memory.
         seed: seed of the choice.

@@ -18,9 +18,9 @@ from twotower.audit.subject import Subject
 from twotower.errors import InputError
 from twotower.objectives.build import named_objective
 
-#: Number of pools measured again with new draws: the best of many noisy measurements looks better than it is.
+#: Number of pools measured again with new draws, because the best of many noisy measurements is optimistic.
 _FINALISTS = 3
-#: Largest relative bias of a suggested pool, unless the present one has more.
+#: Largest relative bias of a suggested pool, unless the present pool has a larger bias.
 _SMALL = 0.03
 
 
@@ -33,11 +33,11 @@ class PoolMeasure:
         sources: its sources, as in a configuration.
         unique: its setting `unique`, as in a configuration.
         spread: root mean square over the rows of the standard deviation of one draw.
-        spread_error: its Monte-Carlo error.
+        spread_error: Monte-Carlo error of the spread.
         distinct: mean number of distinct negatives.
         bias: bias of the gradient, without its noise floor.
-        gain: spread of the present pool over that of this one, geometric mean over rows: the gain of a typical row.
-        gain_error: its standard error.
+        gain: spread of the present pool divided by the spread of this pool, geometric mean over rows.
+        gain_error: standard error of the gain.
         worse_rows: share of the rows with more spread than with the present pool.
         final: whether it was measured in the second round, with new draws.
     """
@@ -125,8 +125,8 @@ class Suggestion:
 def candidate_plans(target: float, counts: Tensor) -> list[PoolPlan]:
     """List the pools to try: each proposal alone, with in-batch candidates, and with a head.
 
-    If some items never occur in training, 1 is added to every frequency so that they can be drawn: a pool without them
-    would estimate another sum, with less spread.
+    If some items never occur in training, 1 is added to every frequency so that they can be drawn. A pool without them
+    would estimate a different sum, with less spread.
 
     Args:
         target: number of distinct candidates.
@@ -151,13 +151,14 @@ def candidate_plans(target: float, counts: Tensor) -> list[PoolPlan]:
 def suggest(subject: Subject, *, draws: int = 16, seed: int = 0) -> Suggestion:
     """Measure pools with as many distinct candidates as the present one, and suggest the one with the least spread.
 
-    The present pool is measured with expected counts, whatever correction the model was trained with, so that pools are
-    compared and not corrections. In-batch candidates come from real batches of the present size. The pool of in-batch
-    candidates alone is skipped if that size gives a different number of distinct candidates.
+    The present pool is measured with expected counts even if the model was trained with a different correction, so that
+    the comparison is between pools and not between corrections. In-batch candidates come from real batches of the
+    present size. The pool of in-batch candidates alone is skipped if that size gives a different number of distinct
+    candidates.
 
     Args:
         subject: from `subject_of`.
-        draws: redraws for each row in the first round; the finalists get four times as many.
+        draws: number of draws for each row in the first round; the finalists get four times as many.
         seed: seed of batches and draws.
 
     Raises:
@@ -199,7 +200,7 @@ def _beats(one: PoolMeasure, present: PoolMeasure) -> bool:
 
 
 class _Bench:
-    """A test bench that measures pools on one subject."""
+    """Measures pools on one subject."""
 
     def __init__(self, subject: Subject, seed: int) -> None:
         self.subject, self.seed, self.round = subject, seed, 0

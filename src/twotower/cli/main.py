@@ -314,7 +314,7 @@ def main() -> None:
         if _STATE["debug"]:
             raise
         if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
-            # A path that the user gave: not permitted, or its name is too long, or the disk fails.
+            # A path from the user may be forbidden or too long, or the disk may fail.
             print_line(f"twotower: {error.filename}: {error.strerror}", to=messages, style="red")
             sys.exit(2)
         text = " ".join(str(error).split()) or type(error).__name__

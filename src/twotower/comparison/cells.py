@@ -103,7 +103,7 @@ def make_cells(
         )
     own: dict[str, Any] = {"sources": None, "mask_known_positives": base.objective.mask_known_positives}
     if sweep is not None and not objectives:
-        # As `train` would: by default it may include every item, and then the size of a source changes nothing.
+        # As in `train`. By default the objective may include every item; the size of a source then has no effect.
         objectives = [base.objective.name]
         own = {"sources": base.objective.sources} if sweep.is_of_a_source else {}
     elif base.objective.sources is not None or base.objective.unique is not None:
@@ -135,9 +135,9 @@ def make_cells(
 
 
 def _masked_alike(named: dict[str, Config]) -> dict[str, Config]:
-    """Mask known positives for all objectives if one of them does, so that a comparison is one of objectives only.
+    """Mask known positives for all objectives if one of them does, so that only the objectives differ.
 
-    An objective from a file that says whether it masks keeps what it says.
+    An objective from a file that sets `mask_known_positives` keeps its setting.
     """
     if not any(masks_known_positives(config.objective) for config in named.values()):
         return named

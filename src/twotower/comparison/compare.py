@@ -169,10 +169,10 @@ def compare_run(
 
 
 def _require_own(directory: Path) -> None:
-    """Check that the files which the comparison would replace are those of an earlier comparison, next to its runs.
+    """Check that all files that the comparison would replace belong to an earlier comparison.
 
     Raises:
-        InputError: they are not.
+        InputError: the folder contains other files with these names.
     """
     foreign = [
         name for name in ("results.json", "results.parquet", "report.html", "audit.json") if (directory / name).exists()

@@ -74,7 +74,7 @@ class Sweep:
 
     @property
     def is_of_a_source(self) -> bool:
-        """Whether the setting is a number of a source of candidates, not a setting of its own."""
+        """Return whether the setting belongs to a source of candidates."""
         section, key = self.setting.split(".")[:2]
         return section == "objective" and (key == "sources" or key not in ObjectiveConfig.model_fields)
 

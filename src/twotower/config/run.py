@@ -49,14 +49,14 @@ class ColumnsConfig(Section):
 
 
 class ItemColumnsConfig(Section):
-    """The columns of the item table; by default found by a usual name."""
+    """The columns of the item table; by default they are found by common names."""
 
     item: ColumnName = Field(None, description="Id of the item.")
     title: ColumnName = Field(None, description="Text shown for the item; it becomes the column `title`.")
 
 
 class QueryColumnsConfig(Section):
-    """The columns of the query table; by default found by a usual name."""
+    """The columns of the query table; by default they are found by common names."""
 
     query: ColumnName = Field(None, description="Id of the query.")
 
@@ -146,7 +146,7 @@ class ObjectiveConfig(Section):
     mask_known_positives: bool | None = Field(
         None,
         description="Mask the other training items of each row's query among its candidates. None: the objective's "
-        "default; `twotower compare` masks for all objectives if it does for one.",
+        "default; `twotower compare` masks for all objectives if one of them masks.",
     )
     rows_per_draw: PositiveInt | None = Field(
         None, description="Rows that share one draw of candidates; a batch then has several. None: the whole batch."

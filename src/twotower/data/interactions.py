@@ -268,7 +268,8 @@ class Interactions:
             query_ids: "vocabulary", "codes" if the ids are already 0, 1, 2, ..., or `Hashed(rows)`; see docs/data.md.
             item_ids: "vocabulary" or "codes".
             workers: number of processes that read the shards of a folder; None for one per core.
-            item_columns: columns of the item table by role, "item" (the id) and "title"; others are found by name.
+            item_columns: columns of the item table by role, "item" (the id) and "title"; other columns are found by
+                name.
             query_columns: columns of the query table by role, "query" (the id).
 
         Returns:

@@ -110,15 +110,15 @@ def fetch_rows(weight: Tensor, part: TableShard, asked: RowRequest) -> FetchedRo
 
 
 @torch.no_grad()
-def scatter_gradients(at_hand: FetchedRows, part: TableShard) -> tuple[Tensor, Tensor]:
+def scatter_gradients(fetched: FetchedRows, part: TableShard) -> tuple[Tensor, Tensor]:
     """Send the gradients of fetched rows back to the ranks that own them; collective.
 
     Returns:
         Rows of this rank's part, int64 [G], repeated if several ranks looked up the same row; and their gradients,
         float32 [G, D], or [G, d] by columns.
     """
-    ranks, asked, found = part.ranks, at_hand.asked, at_hand.rows.grad
-    gradient = torch.zeros_like(at_hand.rows) if found is None else found
+    ranks, asked, found = part.ranks, fetched.asked, fetched.rows.grad
+    gradient = torch.zeros_like(fetched.rows) if found is None else found
     if isinstance(part, RowShard):
         return asked.given, ranks.swap(gradient, asked.sent, asked.received)
     widths, own = _widths(part), part.own.stop - part.own.start

@@ -212,8 +212,9 @@ class InBatch(RandomSource):
 
     This is exact for every item that the row's query never interacts with. The items that it does interact with have a
     smaller count among the other sequences, so they are masked (`Pool.draw` requires them). See docs/sequences.md.
-    For S of W questions, whose targets are random, c_j and w_j are expectations: exact with duplicates; without them
-    the inclusion is too high by at most a share of about S / (2 W), where a memory's questions count in S.
+    For S of W questions, whose targets are random, c_j and w_j are expectations. They are exact with duplicates.
+    Without duplicates the inclusion is too high by at most a share of about S / (2 W), where S includes the questions
+    in a memory.
 
     Args:
         frequency: how often each item is a positive; for grouped batches, the frequency within the group. Batches must

@@ -48,7 +48,7 @@ class Objective(nn.Module, ABC):
     """
 
     #: The loss sums exponentials, so that copies of an item may be merged into their summed weight. Other losses merge
-    #: copies too, but weigh them by their `multiplicity`.
+    #: copies too, but weight them by their `multiplicity`.
     sums_exponentials: bool = True
     #: Number of rows that share one draw of candidates; None for all rows of a batch.
     rows_per_draw: int | None = None

@@ -79,15 +79,15 @@ def mattered(document: Document) -> Html | None:
             rows,
             "share of the variance (0 to 1)",
             zero=True,
-            caption="fANOVA: share of the variance of the values, by a random forest over the complete trials. "
-            "Parameters that only some trials have are in the table alone.",
+            caption="fANOVA: share of the variance of the values, from a random forest over the complete trials. "
+            "Parameters that only some trials have are only in the table.",
         ),
         table(["parameter", "value", "trials", "best", "median"], _by_value(document), "Values of the parameters"),
     )
 
 
 def _parameters(document: Document) -> list[str]:
-    """Return the names of the parameters, the important ones first."""
+    """Return the names of the parameters, most important first."""
     return list(
         dict.fromkeys([*document["importances"], *(name for one in _ended(document) for name in one["params"])])
     )

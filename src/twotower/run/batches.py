@@ -16,7 +16,7 @@ from twotower.objectives import Objective
 from twotower.objectives.build import build_objective, source_names
 from twotower.run.question import refuse_question, rule_of
 
-#: The batches of one epoch, of rows, of groups, of whole sequences or of questions.
+#: The batches of one epoch: of rows, of rows within groups, of whole sequences or of questions.
 Batches = TrainingBatches | GroupedBatches | SequenceBatches | QuestionBatches
 
 
@@ -47,7 +47,7 @@ def make_batches(
 
 
 def _is_in_batch_alone(config: Config) -> bool:
-    """Return whether the only candidates are the other rows of a batch."""
+    """Return whether the other rows of a batch are the only candidates."""
     return set(source_names(config.objective)) == {"in_batch"}
 
 

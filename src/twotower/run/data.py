@@ -108,7 +108,7 @@ def _read_parts(files: Files, settings: DataConfig, *, items: str | None, contex
 
 
 def _table_columns(settings: DataConfig) -> dict[str, Any]:
-    """Return the named columns of the feature tables as arguments; None for a table without any."""
+    """Return the named columns of the feature tables as arguments; None for a table without named columns."""
     named = {"item_columns": settings.item_columns, "query_columns": settings.query_columns}
     return {name: columns.model_dump(exclude_none=True) or None for name, columns in named.items()}
 

@@ -48,10 +48,10 @@ BIASES = (0.0, 0.5, 1.0)
 
 @dataclass(frozen=True)
 class StartChoice:
-    """What a linear start chose on the validation.
+    """The choices of a linear start on the validation.
 
     Attributes:
-        bias: share of log p that the item bias started at.
+        bias: share of log p in the initial item bias.
         powers: a and b of the singular value decomposition; None for EASE.
     """
 
@@ -105,11 +105,11 @@ def start_linear(
         questions: the training questions, for the scale; None if training asks for the next item (the scale is then 1).
         ranks: the processes; the result of rank 0 is copied to the others.
         measure: the validation metric of towers; None without validation (the bias then starts at zero).
-        choice: what another run chose on its validation, used in place of `measure`.
+        choice: the choices of a different run, used instead of `measure`.
         on_message: receives a description of the start; None discards it.
 
     Returns:
-        What was chosen; None if the towers keep their random weights.
+        The choices, or None if the towers keep their random weights.
 
     Raises:
         InputError: the towers cannot express a linear model and `training.start` is linear.

@@ -28,7 +28,7 @@ class Refit:
 
     Attributes:
         epochs: number of epochs after which the validated weights were saved; 0 if they are the initial weights.
-        start: what the linear start chose, or None.
+        start: the choices of the linear start, or None.
         prior: the recent prior that was chosen, or None.
     """
 

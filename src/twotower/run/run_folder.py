@@ -53,9 +53,9 @@ INPUTS = "inputs.json"
 PARENT = "parent.json"
 #: File in the folder of a refit that identifies the validated model.
 BEGUN = "validated.json"
-#: File that identifies a folder as that of a run; older versions wrote none.
+#: File that identifies a folder as a run folder; older versions did not write it.
 MARKER = ".twotower-run"
-#: What a run writes over or deletes, apart from its model and settings, which have checks of their own.
+#: Files and folders that a run replaces or deletes, except its model and its settings, which are checked separately.
 OWN = (INPUTS, PARENT, "results.json", "checkpoints", "logs", "refit", "windows")
 #: Lock file of a run folder, while a run writes into it.
 LOCK = ".lock"
@@ -172,7 +172,7 @@ def _require_free(directory: Path, *, replace: bool) -> None:
 
 
 def is_run(directory: Path) -> bool:
-    """Return whether a folder is that of a run: marked, or with the files of a run of an older version."""
+    """Return whether a folder is a run folder: it has the marker, or the files of a run of an older version."""
     if (directory / MARKER).is_file():
         return True
     if any((directory / LAST.parent).glob("*.ckpt/state.json")):

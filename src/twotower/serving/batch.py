@@ -35,7 +35,7 @@ from twotower.system.filesystem import whole_file, write_text
 
 #: Queries in one part.
 BLOCK = 8192
-#: Endings of names of files to write, with the separator of text; None for Parquet.
+#: Extension of the output file -> separator of the text; None for Parquet.
 OUTPUTS = {"": None, ".parquet": None, ".pq": None, ".csv": ",", ".tsv": "\t", ".tab": "\t"}
 HISTORY_NAMES = ("history", "histories", "items", "itemids", "sequence")
 
@@ -87,8 +87,8 @@ def recommend_file(
             unknown query is answered from its history. If the model reads no histories, they are only used to exclude
             seen items, and ids or a context are required. Columns declared in query_tower.context are the context of
             each row's request, from which an unknown query can also be answered.
-        target: file to write, CSV or TSV by its name and otherwise Parquet, with the columns `query` (id, or the row
-            number from 0 if there are only histories), `rank`, `item`, `score`.
+        target: file to write, with the columns `query` (id, or the row number from 0 if there are only histories),
+            `rank`, `item`, `score`. The name decides between CSV, TSV and Parquet, the default.
         k: number of items per query.
         exclude_seen: leave out the items of the history.
         filter: a condition on the columns of the item table.
@@ -171,7 +171,7 @@ def _separator(target: Path) -> str | None:
     """Return the separator of a text file to write; None for Parquet.
 
     Raises:
-        InputError: the name is that of another format.
+        InputError: the name belongs to a different format.
     """
     if target.suffix.lower() not in OUTPUTS:
         raise InputError(f"{target}: not a format to write; expected a name ending in .parquet, .csv or .tsv")
@@ -179,10 +179,10 @@ def _separator(target: Path) -> str | None:
 
 
 def _read(path: Path) -> pl.LazyFrame:
-    """Open a file with queries: Parquet is read in slices, text at once.
+    """Open a file with queries. Parquet is read in slices, text completely.
 
     Raises:
-        InputError: it is not readable.
+        InputError: the file cannot be read.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected Parquet or CSV with a column of query ids or of histories")

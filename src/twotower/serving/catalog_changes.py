@@ -127,7 +127,7 @@ class CatalogChanges:
                 and self.rows.schema != trained.item_table.schema
             )
         ):
-            raise InputError(f"{FOLDER}: changes of another model; delete the folder and make the changes again")
+            raise InputError(f"{FOLDER}: changes of a different model; delete the folder and make the changes again")
         split = int(np.searchsorted(self.codes, count))  # codes before it are trained items
         embeddings = trained.item_embeddings
         if split:

@@ -45,11 +45,11 @@ def best_trial(study: optuna.Study) -> FrozenTrial | None:
 
 
 def importances(study: optuna.Study) -> dict[str, float]:
-    """Return the share of the variance of the values that each parameter explains, the largest first.
+    """Return the share of the variance of the values that each parameter explains, largest first.
 
     fANOVA (Hutter et al. 2014): a random forest is fitted to the complete trials, and the variance of its predictions
-    over the space is divided among the parameters. Only parameters that every trial has are included, not those limited
-    by `when`. The result is empty if fewer than eight trials are complete or if all have the same value.
+    over the space is divided among the parameters. Only parameters that every trial has are included; parameters with
+    `when` are not. The result is empty if fewer than eight trials are complete or if all have the same value.
     """
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances  # noqa: PLC0415  # an extra
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 NAME, DATABASE = "tune", "study.db"
 #: Number of random trials before the sampler uses the results, and number of trials before pruning starts.
 RANDOM_TRIALS, UNPRUNED_TRIALS = 10, 3
-#: Number of epochs after which a trial cannot be pruned yet.
+#: Number of initial epochs in which a trial is never pruned.
 UNPRUNED_EPOCHS = 2
 
 
@@ -136,7 +136,7 @@ def import_optuna() -> Any:
     """Import optuna.
 
     Raises:
-        InputError: it, or scikit-learn, is not installed.
+        InputError: optuna or scikit-learn is not installed.
     """
     try:
         import optuna  # noqa: PLC0415  # an extra

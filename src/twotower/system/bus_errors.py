@@ -1,7 +1,7 @@
-"""A message in place of a silent end when a mapped file is truncated while it is read (SIGBUS, Linux).
+"""A message when a mapped file is truncated while it is read (SIGBUS, Linux). Without it the process ends silently.
 
-Python cannot handle the signal: its handlers run later, when the failed instruction has been repeated. A handler of the
-C library can, and only has to write a line and end the process.
+A Python handler cannot be used, because it runs only after the failed instruction, which is repeated forever. A handler
+of the C library writes a line and ends the process.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class _SigAction(ctypes.Structure):
 
 
 def report_bus_errors() -> bool:
-    """End this process with a line that names the file, and exit code 2, when a mapped file has become too short.
+    """Install a handler that names the file and exits with code 2 when a mapped file has become too short.
 
     Returns:
-        Whether the system supports it.
+        Whether the system supports the handler.
     """
     if sys.platform != "linux" or sys.maxsize < 2**32:
         return False

@@ -60,17 +60,17 @@ class EmbeddingTable(nn.Embedding):
         super().__init__(*held, sparse=rows > SPARSE_ABOVE, _weight=weight)
         self.num_embeddings, self.embedding_dim = rows, dimension
         self.name, self.part = name, part
-        self.at_hand: FetchedRows | None = None
+        self.fetched: FetchedRows | None = None
         fill_normal(self.weight, dimension**-0.5 if scale is None else scale, self.part)
 
     def fetch(self, codes: Tensor) -> None:
         """Fetch these rows and hold them until `release`; collective; a no-op if the table is whole."""
         if self.part is not None:
-            self.at_hand = fetch_rows(self.weight, self.part, request_rows(self.part, codes))
+            self.fetched = fetch_rows(self.weight, self.part, request_rows(self.part, codes))
 
     def release(self) -> None:
         """Release the fetched rows."""
-        self.at_hand = None
+        self.fetched = None
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the parameter name of nn.Embedding
         """Look up codes int64 [...] -> float32 [..., D], whatever the precision of the table.
@@ -78,8 +78,8 @@ class EmbeddingTable(nn.Embedding):
         Raises:
             RuntimeError: the table is shared, and this rank neither owns the whole row nor fetched it.
         """
-        if self.at_hand is not None:
-            return F.embedding(self.at_hand.place(input), self.at_hand.rows)
+        if self.fetched is not None:
+            return F.embedding(self.fetched.place(input), self.fetched.rows)
         if self.part is not None:
             own = self.part.own
             is_here = not input.numel() or own.start <= input.min() <= input.max() < own.stop

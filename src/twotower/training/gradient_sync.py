@@ -86,7 +86,7 @@ class GradientExchange:
 
     def _hand_back(self, table: EmbeddingTable) -> None:
         """Set the gradient of this rank's part of a sharded table, summed over all ranks that fetched its rows."""
-        fetched, weight, part = table.at_hand, table.weight, table.part
+        fetched, weight, part = table.fetched, table.weight, table.part
         table.release()
         weight.grad = None
         if fetched is None or part is None:

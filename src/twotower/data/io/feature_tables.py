@@ -17,12 +17,12 @@ from twotower.data.schema.vocabulary import Vocabulary, ids_of, listed
 from twotower.errors import InputError
 
 TableLike = str | Path | Any
-#: Roles of columns that can be named, by role of the table.
+#: Role of a table -> roles of its columns that can be named.
 TABLE_ROLES = {"item": ("item", "title"), "query": ("query",)}
 
 
 def table_columns(given: Mapping[str, str] | None, role: str) -> dict[str, str]:
-    """Return the columns of a feature table that a caller names, by role.
+    """Return the columns that a caller names for a feature table, by role.
 
     Raises:
         InputError: a role is unknown.
@@ -41,7 +41,8 @@ class FeatureTable:
         table: path of a Parquet, CSV or TSV file, or a data frame.
         role: "item" or "query".
         id_column: name of the id column in the interactions, tried before the usual names.
-        columns: columns by role (`TABLE_ROLES`) that replace those found by name; the title becomes the column "title".
+        columns: column for each role (`TABLE_ROLES`); other roles are found by name. The title becomes the column
+            "title".
 
     Raises:
         InputError: the table is unreadable or has no id column, or an id is null or repeated.

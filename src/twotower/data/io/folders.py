@@ -68,7 +68,7 @@ def find_files(path: Path, *, parts: bool = False) -> Files:
     2024/01. Names that begin with ``.`` or ``_`` are not data. Files in all other subfolders are not read; the account
     reports these subfolders.
 
-    Of a Delta table, a folder with ``_delta_log``, the files that the log names are read.
+    If the folder is a Delta table, which has a folder ``_delta_log``, the files that its log names are read.
 
     Args:
         path: a file or a folder.
@@ -122,7 +122,7 @@ def delta_files(table: Path) -> list[Path]:
     """Return the live files of a Delta table by replaying its log.
 
     Raises:
-        InputError: the log needs more than the names of files: a checkpoint, deleted rows or renamed columns.
+        InputError: the log has features that are not supported: checkpoints, deleted rows or renamed columns.
     """
 
     def refusal(found: str) -> InputError:
@@ -325,15 +325,15 @@ def cache_root() -> Path:
     return Path(root).expanduser() if root else Path.home() / ".cache" / "twotower"
 
 
-#: Bytes of all files together that a cache key reads, and the size of one sample.
+#: Total number of bytes that a cache key reads from all files, and size of one sample.
 SAMPLED_BYTES, SAMPLE_BYTES = 64 << 20, 4 << 10
 
 
 def cache_key(files: Sequence[Path], options: dict[str, Any]) -> str:
     """Return a cache key for the current state of these files and these options.
 
-    The state is path, size, modification time and samples of the content, because a program may write a file again with
-    the size and time of before. Small files are read whole; of large ones, evenly spaced blocks.
+    The state is the path, size, modification time and samples of the content, because a program may rewrite a file with
+    the same size and time. Small files are read completely, large files in evenly spaced blocks.
     """
     each = SAMPLED_BYTES // max(len(files), 1)
     stamps = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns, _sampled(p, each)) for p in files]
@@ -341,7 +341,7 @@ def cache_key(files: Sequence[Path], options: dict[str, Any]) -> str:
 
 
 def _sampled(path: Path, most: int) -> str:
-    """Compute the checksum of a file of at most `most` bytes; of a larger file, of its ends and blocks between them."""
+    """Compute the checksum of a file; if it has more than `most` bytes, of its ends and of blocks between them."""
     digest, size = hashlib.sha256(), path.stat().st_size
     with path.open("rb") as file:
         if size <= most:

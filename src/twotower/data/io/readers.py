@@ -301,7 +301,7 @@ def split_cells(cells: pl.Series, separator: str | None = None) -> pl.Series:
 
     Args:
         cells: the cells; null for no ids.
-        separator: the separator, a regular expression if it is `BLANKS`; None to find it.
+        separator: the separator, which is a regular expression if it is `BLANKS`; None to detect it.
     """
     plain = cells.fill_null("").str.replace_all(r"""^\s*[\[(]|[\])]\s*$|["']""", "")
     if separator is None:

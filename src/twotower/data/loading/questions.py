@@ -82,7 +82,7 @@ class QuestionBatches(EpochPosition):
         context: the encoded context of all interactions (`encode_context`), or None. A question has the context of its
             first target.
         least: smallest number of questions in a batch, if there are that many. With 2, a row always has candidates from
-            another question.
+            a different question.
 
     Raises:
         InputError: horizon has no timestamps, no query can form a question, all weights are 0, or a setting is out of

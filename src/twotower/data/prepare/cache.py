@@ -90,7 +90,7 @@ class Preparation:
             account.add(label, len(names), listed(names))
         key = None
         if all(isinstance(table, str | Path | None) for table in (items, queries)):
-            later = ("context", "item_columns", "query_columns")  # of later versions: absent if they have no value
+            later = ("context", "item_columns", "query_columns")  # newer options; omitted if they have no value
             chosen = {name: value for name, value in asdict(reading).items() if name not in later or value is not None}
             options = {
                 "reading": chosen,

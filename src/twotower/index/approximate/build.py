@@ -152,7 +152,7 @@ def load_index(
         and len(engine.codes)
         and not 0 <= engine.codes.min() <= engine.codes.max() < len(items)
     ):
-        raise InputError(f"{folder}: the graph has other items than the model; rebuild it with `twotower index`")
+        raise InputError(f"{folder}: the items of the graph and of the model differ; rebuild it with `twotower index`")
     return ApproximateIndex(items, engine, alive=alive, oversample=OVERSAMPLE[kind], last=last)
 
 

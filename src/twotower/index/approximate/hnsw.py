@@ -124,5 +124,5 @@ class HNSW:
         engine._codes, engine._live = rows["codes"], rows["live"]
         shapes = {engine._codes.shape, engine._live.shape}
         if shapes != {(engine._graph.ntotal,)} or engine._codes.dtype != np.int64 or engine._live.dtype != np.bool_:
-            raise InputError(f"{folder}: the rows are not those of the graph; build the index again")
+            raise InputError(f"{folder}: the rows do not match the graph; build the index again")
         return engine

@@ -39,7 +39,7 @@ class Metrics:
         )
         self.waiting = Gauge("twotower_requests_waiting", "Requests in the queue.", registry=made)
         self.refused = Counter(
-            "twotower_requests_refused", "Requests refused because the queue was full.", registry=made
+            "twotower_requests_refused", "Requests rejected because the queue was full.", registry=made
         )
         self.model = Gauge(
             "twotower_model_info", "1 for the model version in use.", ("model", "version"), registry=made

@@ -107,7 +107,7 @@ class SafeCheckpointIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write to a temporary folder next to `path`, then rename; collective if there are sharded tables.
 
-        The files are on the disk before the rename, and have checksums, which `load_checkpoint` compares.
+        The files are on the disk before the rename. They have checksums, which `load_checkpoint` compares.
 
         Raises:
             InputError: the disk is full, or was full when the previous checkpoint was written in the background.
@@ -171,7 +171,7 @@ class SafeCheckpointIO(CheckpointIO):
         """Read a checkpoint; collective if there are sharded tables.
 
         Raises:
-            InputError: a file is missing or damaged, for this rank or for the first, which compares the checksums.
+            InputError: a file is missing or damaged, on this rank or on the first, which compares the checksums.
         """
         del map_location, weights_only
         self.wait()
@@ -199,7 +199,7 @@ class SafeCheckpointIO(CheckpointIO):
         return checkpoint
 
     def _verify(self, source: Path) -> None:
-        """Compare the checksums on the first rank; collective, so that no rank waits for one that has failed."""
+        """Compare the checksums on the first rank; collective, so that no rank waits for a failed rank."""
         failed: InputError | None = None
         if self.ranks.is_first:
             try:

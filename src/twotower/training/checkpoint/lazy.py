@@ -19,7 +19,7 @@ from twotower.training.checkpoint.shards import FOLDER
 def open_checkpoint(source: Path) -> dict[str, Any]:
     """Open a checkpoint as `SafeCheckpointIO.load_checkpoint` returns it, but with tensors left in their files.
 
-    On each machine the first process compares the checksums.
+    The first process of each machine compares the checksums.
 
     Raises:
         InputError: a file is missing or damaged.
