@@ -80,7 +80,6 @@ def test_train_writes_a_complete_run_folder(run_folder):
         ".twotower-run",
         "checkpoints",
         "logs",
-        ".twotower-run",
     }
     assert Config.load(run / "config.yaml").training.max_epochs == 3
     assert (run / "logs" / "metrics.csv").read_text().count("\n") > 3
