@@ -129,6 +129,15 @@ def test_known_positives_are_masked_for_all_objectives_or_for_none(folder, monke
     assert cells[0].config.objective.mask_known_positives is False
 
 
+def test_results_of_someone_else_are_not_replaced(folder, monkeypatch, capsys):
+    (folder / "theirs").mkdir()
+    (folder / "theirs" / "results.json").write_text("theirs")
+    given = ["compare", "purchases.csv", "--objectives", "in-batch", "--seeds", "1", "--out", "theirs"]
+    assert command(folder, monkeypatch, *given) == 2
+    assert "not the folder of a comparison, but contains 'results.json'" in " ".join(capsys.readouterr().err.split())
+    assert (folder / "theirs" / "results.json").read_text() == "theirs" and not (folder / "theirs" / "runs").exists()
+
+
 def test_finished_runs_are_not_repeated(folder, monkeypatch, started, capsys):
     monkeypatch.setattr(compare, "AUDIT_ROWS", 4)
     monkeypatch.setattr(compare, "AUDIT_DRAWS", 4)

@@ -177,7 +177,7 @@ def _require_own(directory: Path) -> None:
     foreign = [
         name for name in ("results.json", "results.parquet", "report.html", "audit.json") if (directory / name).exists()
     ]
-    if foreign and not any(is_run(path) for path in directory.iterdir() if path.is_dir()):
+    if foreign and not any(map(is_run, (directory / "runs").glob("*"))):
         raise InputError(
             f"{directory}: exists and is not the folder of a comparison, but contains {listed(foreign)}; choose "
             "another --out"
