@@ -147,4 +147,4 @@ def test_invalid_models_are_refused_at_startup(two, tmp_path):
     with pytest.raises(InputError, match="not one of|cannot|[Nn]ame|address"):
         from twotower.serving.http.server import run
 
-        run(None, host="203.0.113.7", port=0)
+        run(None, host="203.0.113.7", port=0, limits=ServiceSettings())
