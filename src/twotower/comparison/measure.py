@@ -179,7 +179,7 @@ def with_refined_weights(found: Evaluation, directory: Path, split: Split) -> tu
 
     Args:
         found: the evaluation of the model on the test queries.
-        directory: the run folder.
+        directory: the folder of this model.
         split: the data.
 
     Returns:

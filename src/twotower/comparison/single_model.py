@@ -59,7 +59,7 @@ def evaluate_folder(
         return found
     folder = find_model(directory)
     run = folder.parent if folder.name == "model" else folder
-    weighted, weights = with_refined_weights(found, run, split)
+    weighted, weights = with_refined_weights(found, evaluated, split)
     weighted.write_per_query(run / "per_query.parquet")
     model, *baselines = found.rows
     name = artifact.config.objective.name
