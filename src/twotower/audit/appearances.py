@@ -53,7 +53,7 @@ class Appearance:
         missed: relative error of the total count that these batches would have shown with a probability of at least
             95 %; smaller errors may have been missed.
         deviation: half the sum of absolute differences between the observed appearances and `ratio` times the claimed
-            ones over all bins, as a share of the observed sum.
+            appearances over all bins, as a share of the observed sum.
         p_total: p-value of the total count, if the claims are correct.
         p_counts: p-value of the counts of single items, scaled to the observed total.
         dispersion: variance of the batches about their mean divided by the variance of random draws: 1 for random

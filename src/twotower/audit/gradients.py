@@ -190,9 +190,10 @@ def measure(
     """Draw candidates for every row repeatedly, and compare the gradient of the loss with the exact one.
 
     The objective runs as in training (`draw_blocks`). The embedding of an item is its logit, and the embedding of a
-    query is 1, so the gradient with respect to the embeddings is the gradient with respect to the logits. In each draw
-    the audited row takes a place in a real batch: its own place, or the place of a different row. With whole sequences
-    or questions it replaces a whole sequence or question, so that the other candidates are a draw of the others.
+    query is 1, so the gradient with respect to the embeddings is the gradient with respect to the logits. In each
+    draw, the audited row takes a place in a real batch: its own place, or the place of a different row. If batches
+    consist of whole sequences or questions, it replaces a whole one, so that the rest of the batch is still a random
+    draw.
 
     Args:
         objective: an objective that estimates the softmax.

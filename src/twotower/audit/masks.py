@@ -82,7 +82,7 @@ def audit_masks(
 ) -> MaskAudit:
     """Compare the masks that training makes for the rows of real batches with those that the interactions require.
 
-    Candidate j of a row (x, y) has to be masked if j = y; if known positives are masked, also if j is any training item
+    Candidate j of a row (x, y) has to be masked if j = y; if known positives are masked and j is a training item
     of x; and if a source always includes j for x (observed or mined items), in the candidates of other sources.
 
     Args:

@@ -180,7 +180,7 @@ def suggest(subject: Subject, *, draws: int = 16, seed: int = 0) -> Suggestion:
         torch.manual_seed(seed)
         bench = _Bench(subject, seed)
         present = bench.measure(present_plan, draws)
-        # Before masks, as the other pools are sized: what is masked is measured, and differs from pool to pool.
+        # The target is a size before masks, as for the other pools; how many candidates are masked differs by pool.
         target = expected_distinct(objective.pool, subject.rows_per_draw, bench.groups)
         first = {plan.name: (plan, bench.measure(plan, draws)) for plan in bench.sized(target)}
         ranked = sorted(first.values(), key=lambda one: -spread_gain(present, one[1])[0])

@@ -169,7 +169,8 @@ def dial(
     data: Annotated[str | None, typer.Option("--data", help="Current location of the data, if it has moved.")] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Length of the ranked lists.")] = 20,
     on: Annotated[
-        Literal["test", "validation"], typer.Option("--on", help="Queries to measure; choose a setting on validation.")
+        Literal["test", "validation"],
+        typer.Option("--on", help="Queries to measure; use validation queries to choose a setting."),
     ] = "test",
     as_json: Json = False,
 ) -> None:

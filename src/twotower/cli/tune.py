@@ -40,7 +40,7 @@ def tune(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Search settings on the validation, then train the best ones on all rows and save the model to DIR.
+    """Search settings on the validation queries, then train the best ones on all rows and save the model to DIR.
 
     Run the same command again to resume an interrupted search, or to continue it with a larger budget.
     """

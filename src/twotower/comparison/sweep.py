@@ -16,7 +16,7 @@ from twotower.config.run import Config, ObjectiveConfig
 from twotower.errors import InputError
 from twotower.objectives.build import named_objective
 
-#: Maximum number of values of a sweep. Each is a training run for every objective and seed.
+#: Maximum number of values of a sweep. Each value needs a training run for every objective and seed.
 MOST_VALUES = 16
 #: Settings that cannot be swept: they change the test queries or the metrics, or the comparison varies them already.
 FIXED = ("data.", "evaluation.", "training.seed")
@@ -27,8 +27,8 @@ class Sweep:
     """Values of one numeric setting.
 
     `objective.SOURCE` and `objective.sources.SOURCE` are the size of a source of candidates, and
-    `objective.sources.SOURCE.OPTION` is a different number of it. A source that the objective does not have is added;
-    size 0 removes a source.
+    `objective.sources.SOURCE.OPTION` is another numeric option of that source. A source that the objective does not
+    have is added; size 0 removes a source.
 
     Attributes:
         setting: the setting, such as "training.learning_rate" or "objective.uniform".
@@ -40,7 +40,7 @@ class Sweep:
 
     @classmethod
     def parse(cls, text: str) -> Sweep:
-        """Parse "objective.uniform=0,256,1024".
+        """Parse the text of `--sweep`, such as "objective.uniform=0,256,1024".
 
         Raises:
             InputError: the text has a different form, a value is not a number or is given twice, there are too many
@@ -83,7 +83,7 @@ class Sweep:
         return f"{objective}@{value:g}" if isinstance(value, float) else f"{objective}@{value}"
 
     def apply(self, config: Config, value: float) -> Config:
-        """Return the settings with one value of the sweep.
+        """Return the settings, with one value of the sweep applied.
 
         Raises:
             InputError: the setting does not exist or does not allow this number, or no source of candidates is left.
@@ -139,7 +139,7 @@ def sweep_curves(
     *,
     k: int,
 ) -> dict[str, Any]:
-    """Collect the metrics of quality, tail and never-seen items for each value, as JSON values.
+    """Collect metrics of quality, tail and never-seen items at each value of the sweep, in JSON form.
 
     Args:
         sweep: the sweep.
@@ -152,8 +152,8 @@ def sweep_curves(
     Returns:
         `setting`, `k` and the `points` of each objective. A point has `model`, `value`, and the means and intervals of
         `quality` (NDCG@K), `tail` (Recall@K of the targets in the tail) and `never_seen` (Recall@K of targets without a
-        training row), each None without such targets. `never_seen_listed` is the share of places in the lists that
-        never-seen items take; an objective that never draws these items cannot rank them.
+        training row); each is None if there are no such targets. `never_seen_listed` is the share of list places
+        taken by never-seen items; an objective that never draws these items cannot rank them.
     """
     curves = []
     for objective in objectives:

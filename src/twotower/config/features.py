@@ -39,7 +39,7 @@ class MultiFeature(Feature):
 
     kind: Literal["multi"] = "multi"
     separator: str | None = Field(
-        None, min_length=1, description="Separator between the values of a text column. None: the column has lists."
+        None, min_length=1, description="Separator between the values of a text column. null: the column has lists."
     )
     buckets: int | None = Field(
         None, ge=2, description="Hash values to this many vectors instead of storing a vocabulary."

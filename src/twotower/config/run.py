@@ -38,7 +38,7 @@ ColumnName = Annotated[str | None, BeforeValidator(lambda name: str(name) if typ
 
 
 class ColumnsConfig(Section):
-    """The column of each role; by default a usual name (user_id, ...), with "none" no column."""
+    """The column of each role. The default is a common name (user_id, ...); "none" means that there is no column."""
 
     query: ColumnName = None
     item: ColumnName = None
@@ -89,11 +89,11 @@ class DataConfig(Section):
         "vocabulary", description="codes: ids are already 0, 1, 2, ...; N is the largest plus one."
     )
     workers: PositiveInt | None = Field(
-        None, description="Processes that read the shards of a folder. None: one per core."
+        None, description="Processes that read the shards of a folder. null: one per core."
     )
     positive_label: float | None = Field(
         None,
-        description="Rows with a label below this are observed negatives, not positives. None: all are positives. Only "
+        description="Rows with a label below this are observed negatives, not positives. null: all are positives. Only "
         "logistic-observed learns from them; the source observed lowers the spread of a softmax.",
     )
     split: Literal["time", "random", "leave-last-out", "held-out-queries"] = Field(
@@ -105,7 +105,7 @@ class DataConfig(Section):
     windows: PositiveInt = Field(
         1,
         description="Number of consecutive test windows (split by time). A model is trained on the rows before each "
-        "window and tested on the window. The last window is the test of the split, and its model is saved.",
+        "window and tested on the window. The last window has the test queries of the split, and its model is saved.",
     )
     validation: Fraction | str = Field(
         0.05, description="Fraction for validation (time, random, held-out-queries), or the validation file."
@@ -117,7 +117,7 @@ class DataConfig(Section):
     )
     validation_queries: int | float | str | None = Field(
         None,
-        description="leave-last-out: queries with a validation item: all (None), a number, a fraction, or a boolean "
+        description="leave-last-out: queries with a validation item: all (null), a number, a fraction, or a boolean "
         "column of the query table.",
     )
 
@@ -135,21 +135,21 @@ class ObjectiveConfig(Section):
     name: str = Field("expected-count", description="The name of the objective.")
     sources: list[dict[str, dict[str, Any] | None]] | None = Field(
         None,
-        description="Sources of candidates, each a name with its settings. None: the objective's default. Items of "
+        description="Sources of candidates, each a name with its settings. null: the objective's default. Items of "
         "observed, mined and head are always included. In a softmax they count once, like all items: this lowers the "
         "spread of the estimate, but a softmax does not learn dislikes from them.",
     )
     unique: bool | None = Field(
-        None, description="Remove duplicate candidates across all sources. None: the objective's default."
+        None, description="Remove duplicate candidates across all sources. null: the objective's default."
     )
     strength: float = Field(1.0, ge=0, le=1, description="Scales log kappa: 0 is no correction, 1 the full correction.")
     mask_known_positives: bool | None = Field(
         None,
-        description="Mask the other training items of each row's query among its candidates. None: the objective's "
+        description="Mask the other training items of each row's query among its candidates. null: the objective's "
         "default; `twotower compare` masks for all objectives if one of them masks.",
     )
     rows_per_draw: PositiveInt | None = Field(
-        None, description="Rows that share one draw of candidates; a batch then has several. None: the whole batch."
+        None, description="Rows that share one draw of candidates; a batch then has several. null: the whole batch."
     )
     frequency: (
         Literal["counted", "streaming", "grouped", "grouped-streaming"]
@@ -224,7 +224,7 @@ class TrainingConfig(Section):
         "splits at a time, set for rows without an order, next for leave-last-out, sequence towers and groups.",
     )
     horizon: PositiveFloat | Literal["auto"] = Field(
-        "auto", description="Days after the cut (horizon). auto: as many as the test, or the validation, covers."
+        "auto", description="Days after the cut (horizon). auto: the longer of the test and validation spans."
     )
     hidden_share: float = Field(0.5, gt=0, lt=1, description="Probability that an item is hidden and asked for (set).")
     question_weight: float = Field(
@@ -244,7 +244,7 @@ class TrainingConfig(Section):
     recent_prior: bool = Field(
         True,
         description="Add how much more frequent each item is now than in all of training to its score. Half-life and "
-        "strength are chosen on the validation, left out if it does not help, or the split is not by time.",
+        "strength are chosen on the validation queries. Left out if it does not help, or if the split is not by time.",
     )
     refit: bool = Field(
         False,
@@ -257,7 +257,7 @@ class TrainingConfig(Section):
     accelerator: str = Field("auto", description="auto, cpu, gpu, ... as in Lightning.")
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     checkpoint_every: PositiveInt | None = Field(
-        None, description="Steps between checkpoints to resume from. None: at the end of each epoch."
+        None, description="Steps between checkpoints to resume from. null: at the end of each epoch."
     )
     checkpoint_in_background: bool | Literal["auto"] = Field(
         "auto",
@@ -272,9 +272,9 @@ class TrainingConfig(Section):
     )
     micro_batch: PositiveInt | None = Field(
         None,
-        description="Rows the towers embed at a time, in two passes, to save memory; same gradients. None: all rows.",
+        description="Rows the towers embed at a time, in two passes, to save memory; same gradients. null: all rows.",
     )
-    time_limit: str | None = Field(None, pattern=r"^\d\d:\d\d:\d\d:\d\d$", description="DD:HH:MM:SS. None: no limit.")
+    time_limit: str | None = Field(None, pattern=r"^\d\d:\d\d:\d\d:\d\d$", description="DD:HH:MM:SS. null: no limit.")
     logger: Literal["csv", "tensorboard", "mlflow", "none"] = Field(
         "csv", description="Where to log loss, metrics and diagnostics: a file in logs/, TensorBoard, MLflow, nowhere."
     )
@@ -288,7 +288,8 @@ class EvaluationConfig(Section):
     baselines: bool | list[Literal["popularity", "newest", "item-kNN", "EASE"]] = Field(
         True,
         description="Evaluate simple methods too, in the same table: popularity, newest (popularity in the newest "
-        "rows), item-kNN and EASE, with settings chosen on the validation. A list names some of them; false: none.",
+        "rows), item-kNN and EASE, with settings chosen on the validation queries. A list names some of them; "
+        "false: none.",
     )
     slices: list[str] = Field(
         [], description="Columns to slice by: items.COLUMN of the item table, queries.COLUMN of the query table."

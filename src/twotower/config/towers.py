@@ -10,7 +10,7 @@ from twotower.config.features import Features, Section
 
 
 class SequenceConfig(Section):
-    """A sequence encoder of the history, in which every position is a training row; see docs/sequences.md."""
+    """Settings of a sequence encoder, which trains on every position of the history; see docs/sequences.md."""
 
     kind: Literal["transformer", "gru"] = "transformer"
     blocks: int = Field(2, ge=1, le=64, description="Transformer blocks, or layers of the GRU.")
@@ -21,11 +21,11 @@ class SequenceConfig(Section):
         0,
         ge=0,
         le=64,
-        description="Number of averages of the preceding items, with learned weights by distance, added around the "
-        "encoder.",
+        description="Number of averages of the preceding items, each with a learned weight per distance; added "
+        "to the encoder's input and output.",
     )
     dropout: float = Field(
-        0.2, ge=0, lt=1, description="Dropout of the input, of the blocks' outputs and of their hidden units."
+        0.2, ge=0, lt=1, description="Dropout of the input, of the blocks' outputs and of the blocks' hidden units."
     )
     gaps: bool = Field(False, description="Also read the time between consecutive items; needs timestamps.")
 
@@ -33,30 +33,36 @@ class SequenceConfig(Section):
 class HistoryConfig(Section):
     """The recent items of a query, pooled with learned recency weights or encoded as a sequence."""
 
-    length: int = Field(50, ge=1, le=10_000, description="L: use the L most recent items.")
+    length: int = Field(50, ge=1, le=10_000, description="L, the number of most recent items to use.")
     heads: int = Field(4, ge=1, le=64, description="Number of pooled averages, each with its own recency weights.")
     power: float = Field(
-        0.0, ge=0, le=1, description="a: multiply the averages by n^a, n items in the history. 0: means, 1: sums."
+        0.0,
+        ge=0,
+        le=1,
+        description="Exponent a: the averages are multiplied by n^a, where n is the number of items in the history. "
+        "0 gives means, 1 gives sums.",
     )
     dropout: float = Field(0.3, ge=0, lt=1, description="Fraction of history items hidden during training.")
     share_table: bool = Field(True, description="Look up the history's items in the item tower's id table.")
     item_features: bool = Field(
-        False, description="Embed the history's items with the whole item tower, features included, not by id alone."
+        False,
+        description="Embed the history's items with the whole item tower, including features, rather than by id alone.",
     )
     sequence: SequenceConfig | None = Field(
-        None, description="Read the history with a transformer or a GRU. None: pool it (heads, MLP)."
+        None, description="Encode the history with a transformer or a GRU. null: average its items (see heads) instead."
     )
 
 
 class QueryTowerConfig(Section):
-    """The query tower: an id embedding and/or the pooled history, then an MLP."""
+    """The query tower: an id embedding, the history, or both, followed by an MLP."""
 
     id_embedding: bool = Field(False, description="A learned vector per query seen in training.")
     history: HistoryConfig | None = HistoryConfig()
     hidden: list[Annotated[int, Field(ge=1)]] | None = Field(
         [128],
         max_length=64,
-        description="Widths of the hidden layers of the MLP. null: no MLP; the embedding is the sum of id and history.",
+        description="Widths of the hidden layers of the MLP. null: no MLP; the embedding is the sum of the "
+        "id and history vectors.",
     )
     dropout: float = Field(0.3, ge=0, lt=1)
     residual: bool = Field(False, description="Skip connections around the MLP's hidden layers.")
@@ -74,7 +80,7 @@ class QueryTowerConfig(Section):
         ge=0,
         lt=1,
         description="Fraction of training rows whose context is hidden, so that the model also serves requests "
-        "without one.",
+        "without a context.",
     )
 
 
@@ -83,19 +89,21 @@ class ItemTowerConfig(Section):
 
     dimension: int = Field(64, ge=1, le=4096, description="D: width of the output embeddings of both towers.")
     table_precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Storage type of the embedding tables of both towers. bfloat16: half the memory."
+        "float32", description="Storage type of the embedding tables of both towers. bfloat16 halves the memory."
     )
     hidden: list[Annotated[int, Field(ge=1)]] = Field(
         [], max_length=64, description="Widths of the hidden layers. Empty: no MLP."
     )
     dropout: float = Field(0.0, ge=0, lt=1)
-    residual: bool = Field(False, description="Add the id embedding to the output; skip connections in the MLP.")
+    residual: bool = Field(False, description="Add the id embedding to the output, and skip connections to the MLP.")
     layer_norm: bool = Field(False, description="Layer norm before the activations of the MLP.")
     features: Features = Field(
         "none", description="Columns of the item table: none, auto (what `twotower features` proposes), or a list."
     )
     id_embedding: bool = Field(True, description="A learned vector per item. false: features only.")
-    bias: bool = Field(False, description="A learned number per item, added to its score: one more coordinate.")
+    bias: bool = Field(
+        False, description="A learned number per item, added to its score; stored as an extra coordinate."
+    )
     id_dropout: float = Field(
         0.0, ge=0, lt=1, description="Probability that an item's id is hidden during training; needs features."
     )
@@ -104,6 +112,6 @@ class ItemTowerConfig(Section):
     def _knows_items(self) -> ItemTowerConfig:
         if self.features == "none" and (self.id_dropout > 0 or not self.id_embedding):
             raise ValueError(
-                "id_dropout and id_embedding: false need features; without features an item has only its id"
+                "id_dropout above 0 and id_embedding=false need features; without features an item has only its id"
             )
         return self

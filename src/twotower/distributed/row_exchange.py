@@ -131,7 +131,7 @@ def scatter_gradients(fetched: FetchedRows, part: TableShard) -> tuple[Tensor, T
 def run_of_rows(weight: Tensor, part: TableShard | None) -> Tensor | RowBlocks:
     """Return this rank's range of whole rows of a table, to be written to one file by all ranks (`save_rows`).
 
-    With `RowShard` this range is the part itself. With `ColumnShard` the rows are fetched block by block, so no rank
+    With `RowShard`, this range is the part itself. With `ColumnShard`, the rows are fetched block by block, so no rank
     has more than one block in memory. A tensor that is not a part is returned unchanged.
     """
     if not isinstance(part, ColumnShard):

@@ -109,7 +109,7 @@ def fit_baselines(
     k: int = 10,
     exclude_seen: bool = True,
 ) -> FittedBaselines:
-    """Fit the baselines on the training rows, and choose their settings by NDCG@K on the validation.
+    """Fit the baselines on the training rows, and choose their settings by NDCG@K on the validation queries.
 
     The test queries are not used. Without validation queries, or if the choice would take too long, fixed settings are
     used, and the notes list them. EASE is left out if the catalog has more than 20,000 items or does not fit in memory,
@@ -149,7 +149,7 @@ def fit_baselines(
             settings, rankers[name] = choice or _FIXED[name](train)
             (fixed if choice is None else chosen).append(f"{name}: {settings}")
     if chosen:
-        notes.append(f"settings of the baselines, chosen by NDCG@{k} on the validation: {'; '.join(chosen)}")
+        notes.append(f"settings of the baselines, chosen by NDCG@{k} on the validation queries: {'; '.join(chosen)}")
     if fixed:
         notes.append(f"settings of the baselines that were not chosen on a validation: {'; '.join(fixed)}")
     return FittedBaselines(rankers, tuple(notes))

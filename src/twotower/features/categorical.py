@@ -21,7 +21,7 @@ from twotower.config.features import CategoricalFeature, MultiFeature, TextFeatu
 from twotower.data.schema.vocabulary import Vocabulary
 from twotower.features.parsing import ErrorLocation, as_lists, as_text, as_words
 
-#: Codes of missing and unknown values. With hashing no value is unknown, so the buckets begin at UNKNOWN.
+#: Codes of missing and unknown values. With hashing, no value is unknown, so the buckets begin at UNKNOWN.
 MISSING = 0
 UNKNOWN = 1
 

@@ -1,4 +1,4 @@
-"""Conversion of feature columns to text, numbers, times, lists, words or vectors; null where missing."""
+"""Conversion of feature columns to text, numbers, times, lists, words or vectors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Ids(Protocol):
 
 @dataclass(frozen=True)
 class ErrorLocation:
-    """The location of a cell of a table, for error messages.
+    """A table and the ids of its rows, which error messages use to name a cell.
 
     Attributes:
         table: name of the table.
@@ -53,7 +53,7 @@ def _first(mask: pl.Series) -> int:
 
 
 def as_text(series: pl.Series, place: ErrorLocation) -> pl.Series:
-    """Convert to text. 3, 3.0 and "3" become the same text, because integers in a column with nulls may be floats.
+    """Convert to text. 3, 3.0 and "3" become the same text, because integers with nulls are often stored as floats.
 
     Raises:
         InputError: the column contains lists or structs.
@@ -76,7 +76,7 @@ def as_text(series: pl.Series, place: ErrorLocation) -> pl.Series:
 
 
 def as_numbers(series: pl.Series, place: ErrorLocation) -> NDArray[np.float64]:
-    """Convert to finite numbers, NaN where missing, float64 [rows].
+    """Convert to finite numbers, float64 [rows]; missing values become NaN.
 
     Raises:
         InputError: the column contains dates, lists, infinite numbers, or text that is not a number.
@@ -87,7 +87,7 @@ def as_numbers(series: pl.Series, place: ErrorLocation) -> NDArray[np.float64]:
         wrong = numbers.is_null() & text.is_not_null()
         if wrong.any():
             row = _first(wrong)
-            raise place.error(series.name, row, "a number, or an empty cell if it is missing", series[row])
+            raise place.error(series.name, row, "a number, or an empty cell for a missing value", series[row])
     elif series.dtype.is_numeric() or series.dtype in (pl.Boolean, pl.Null):
         numbers = series.cast(pl.Float64)
     else:
@@ -95,16 +95,16 @@ def as_numbers(series: pl.Series, place: ErrorLocation) -> NDArray[np.float64]:
     infinite = numbers.is_infinite().fill_null(False)
     if infinite.any():
         row = _first(infinite)
-        raise place.error(series.name, row, "a finite number, or an empty cell if it is missing", series[row])
+        raise place.error(series.name, row, "a finite number, or an empty cell for a missing value", series[row])
     return numbers.fill_null(float("nan")).to_numpy()
 
 
 def as_times(series: pl.Series, place: ErrorLocation, unit: str | None = None) -> tuple[pl.Series, str | None]:
-    """Convert times to Int64 microseconds since 1970, null where missing; also return the unit of numbers.
+    """Convert times to Int64 microseconds since 1970, null where missing; also return the unit of numeric times.
 
     Args:
         series: dates, ISO text, or unix time.
-        place: location for messages.
+        place: location for error messages.
         unit: unit of unix time; None to infer it from the largest value.
 
     Raises:
@@ -136,10 +136,10 @@ def as_times(series: pl.Series, place: ErrorLocation, unit: str | None = None) -
 
 
 def as_lists(series: pl.Series, separator: str | None, place: ErrorLocation) -> pl.Series:
-    """Convert to lists of text, null where missing, without blank values.
+    """Convert to lists of text without blank or repeated values; null where missing.
 
     Raises:
-        InputError: the column contains text but no separator is given, or neither text nor lists.
+        InputError: the column contains text but no separator is given, or it contains neither text nor lists.
     """
     if series.dtype == pl.Null:
         return series.cast(pl.List(pl.String))
@@ -153,7 +153,7 @@ def as_lists(series: pl.Series, separator: str | None, place: ErrorLocation) -> 
     elif series.dtype == pl.String and separator is not None:
         texts = series.str.split(separator)
     elif series.dtype == pl.String:
-        raise place.wrong_type(series, "lists; for several values in one text set the separator")
+        raise place.wrong_type(series, "lists; if a text holds several values, set the separator")
     else:
         raise place.wrong_type(series, "lists, or text with a separator")
     cleaned = texts.list.eval(pl.element().str.strip_chars().filter(pl.element().str.strip_chars() != ""))
@@ -169,12 +169,12 @@ def as_words(series: pl.Series, place: ErrorLocation) -> pl.Series:
 def as_vectors(
     series: pl.Series, width: int | None, place: ErrorLocation
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Convert to vectors, float32 [rows, width], zeros where missing; also return the mask of missing rows.
+    """Convert to vectors, float32 [rows, width], with zeros for missing rows; also return the mask of missing rows.
 
     Args:
         series: lists or arrays of numbers.
         width: required length of each vector; None for the length of the first vector.
-        place: location for messages.
+        place: location for error messages.
 
     Raises:
         InputError: a value is not a list or has the wrong length, or a number is missing or not finite.

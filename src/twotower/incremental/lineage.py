@@ -84,7 +84,7 @@ def split_again(
 
     Args:
         artifact: the model.
-        rows: the rows from `saved_rows_of`. Rows of older versions lack the validation, which is then empty.
+        rows: the rows from `saved_rows_of`. Older versions saved no validation rows; the validation part is then empty.
         context: the context of all rows, from `contexts_of`.
         test_context: the context of the holdout queries, from `contexts_of`.
 

@@ -49,7 +49,7 @@ def load_context(folder: Path, name: str = "context") -> pl.DataFrame | None:
 
 
 def has_validation(rows: Mapping[str, NDArray[Any]]) -> bool:
-    """Return whether the rows of a continued model include the validation, which older versions did not save."""
+    """Return whether the rows of a continued model include the validation rows, which older versions did not save."""
     return "validation.queries" in rows
 
 

@@ -36,7 +36,7 @@ class PastData:
         group_names: the group vocabulary, or None.
         item_table: one row per item code, or None.
         fingerprint: fingerprint of the data.
-        last: timestamp of the newest row, microseconds since 1970; None without timestamps.
+        last: timestamp of the newest row, microseconds since 1970; None if there are no timestamps.
         context: the context of each row, or None.
     """
 

@@ -29,7 +29,7 @@ class Index(Protocol):
 
     @property
     def is_exact(self) -> bool:
-        """True if the K items returned are always the K best; evaluation rejects other indexes."""
+        """Whether the K items returned are always the K best; evaluation rejects other indexes."""
 
     @property
     def num_items(self) -> int:

@@ -70,7 +70,7 @@ class BestKeys:
         rows: R, rows of the block.
         k: K.
         device: the device of the scores.
-        rescore: computes the scores of candidates that are offered without one.
+        rescore: computes the scores of candidates that are offered without scores.
 
     Attributes:
         threshold: [R, 1] float32; only a score above it can be among the K best. Columns arrive in tie order, so a

@@ -213,7 +213,7 @@ class InBatch(RandomSource):
     This is exact for every item that the row's query never interacts with. The items that it does interact with have a
     smaller count among the other sequences, so they are masked (`Pool.draw` requires them). See docs/sequences.md.
     For S of W questions, whose targets are random, c_j and w_j are expectations. They are exact with duplicates.
-    Without duplicates the inclusion is too high by at most a share of about S / (2 W), where S includes the questions
+    Without duplicates, the inclusion is too high by at most a share of about S / (2 W), where S includes the questions
     in a memory.
 
     Args:
@@ -510,7 +510,7 @@ class CrossBatchMemory(RandomSource):
         kappa_j = sum_e M_e c_j / m;   without duplicates 1 - prod_e C(m-c_j, M_e) / C(m, M_e)
 
     In a pool with `InBatch` the other rows of the batch are no longer among the m. The request has the number of the
-    epoch (`DrawRequest.epoch`, `Batch.epoch`). With independent rows (`epoch_rows` of the frequency is None) kappa_j =
+    epoch (`DrawRequest.epoch`, `Batch.epoch`). With independent rows (`epoch_rows` of the frequency is None), kappa_j =
     M p_j, or 1 - (1-p_j)^M.
 
     With batches of whole sequences the memory contains the last whole batches, about M rows in all, and counts

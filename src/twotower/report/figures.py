@@ -68,7 +68,7 @@ class Box:
 
 
 def text_width(text: str, size: float = TEXT, *, strong: bool = False) -> float:
-    """Estimate an upper bound on the width of a text; most browser fonts are narrower."""
+    """Estimate an upper bound on the width of a string; most browser fonts are narrower."""
     size *= _STRONG if strong else 1.0
     return sum(0.42 if character in _NARROW_CHARACTERS else _ADVANCE + 0.04 for character in text) * size
 
@@ -121,7 +121,7 @@ def axis_name(x: float, y: float, text: str, width: int) -> list[Html]:
 
 
 def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Html:
-    """Draw a straight line in a style."""
+    """Draw a straight line; `kind` names its style."""
     return h("line", x1=float(x1), y1=float(y1), x2=float(x2), y2=float(y2), class_=kind)
 
 
@@ -291,7 +291,7 @@ def small_multiples(
     reference: float | None = None,
     caption: Html | str | None = None,
 ) -> Html:
-    """Draw one panel for each curve, with the others in grey behind it, because ten lines in one panel are unreadable.
+    """Draw one panel for each curve, with the others in grey behind it; ten lines in one panel would be unreadable.
 
     Args:
         title: see `figure`.
@@ -371,8 +371,8 @@ def labelled_points(
 ) -> Html:
     """Draw points with their names next to them, placed so that no name overlaps another name or point.
 
-    `most` is the largest possible x and y; axes do not extend beyond it. `connected` joins the points by a line in the
-    given order.
+    `most` gives the largest possible x and y; the axes do not extend beyond these values. `connected` joins the points
+    by a line in the given order.
     """
 
     def limits(values: list[float], largest: float) -> tuple[float, float]:
@@ -417,7 +417,7 @@ def labelled_points(
 
 
 def _named(point: Point, x: float, y: float, room: _OccupiedArea, inside: Box) -> list[Html]:
-    """Place the name of a point in the nearest free space, with a leader line if that is not next to the point."""
+    """Place the name of a point in the nearest free space, with a leader line if the space is not next to the point."""
     whole = wrapped(point.name, 1e9)
     halves = wrapped(point.name, text_width(point.name) / 2 + 24)
     for away in (0, 16, 32, 48, 64, 84, 104, 128, 152, 180, 210, 240):

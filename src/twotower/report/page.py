@@ -22,8 +22,8 @@ class ReportSection:
     """One section of the report.
 
     Attributes:
-        name: anchor.
-        title: heading.
+        name: anchor of the section in the page.
+        title: heading of the section.
         make: builds the content from the document, or returns None if there is nothing to show.
     """
 
@@ -83,7 +83,7 @@ def page(document: Document, title: str, head: Html, sections: tuple[ReportSecti
     """Build a self-contained page: a heading, links to the sections, and the sections.
 
     Args:
-        document: the content of the sections, with `versions`.
+        document: the results that the sections show; `versions` has the versions of the packages.
         title: title of the page.
         head: the heading.
         sections: the sections in order; one without content is omitted.

@@ -51,7 +51,7 @@ def ready_made(source: str | Path, settings: DataConfig) -> Files | None:
     """Find the files of a ready-made split if `data.test` names a file or the source is a folder of parts.
 
     Raises:
-        InputError: a file is missing, or the validation is a file and the test is not.
+        InputError: a file is missing, or `data.validation` is a file and `data.test` is not.
     """
     path = Path(source)
     named = {part: value for part in ("validation", "test") if isinstance(value := getattr(settings, part), str)}

@@ -36,7 +36,8 @@ from twotower.towers.two_tower import QueryTower
 MOST_ITEMS, MATRICES = 20_000, 3
 #: The ridge penalty over the mean number of rows of an item.
 RIDGE = 5.0
-#: Powers a and b of the singular value decomposition, chosen on the validation, and its largest number of queries.
+#: Powers a and b of the singular value decomposition, chosen on the validation queries.
+#: The decomposition uses at most MOST_QUERIES queries.
 POWERS, MOST_QUERIES = ((0.5, 0.35), (0.25, 0.45)), 1_000_000
 #: Oversampling and iterations of subspace iteration (Halko et al. 2011).
 EXTRA, ROUNDS = 16, 4
@@ -48,7 +49,7 @@ BIASES = (0.0, 0.5, 1.0)
 
 @dataclass(frozen=True)
 class StartChoice:
-    """The choices of a linear start on the validation.
+    """The choices that a linear start makes on the validation queries.
 
     Attributes:
         bias: share of log p in the initial item bias.
@@ -104,7 +105,7 @@ def start_linear(
         train: the training interactions.
         questions: the training questions, for the scale; None if training asks for the next item (the scale is then 1).
         ranks: the processes; the result of rank 0 is copied to the others.
-        measure: the validation metric of towers; None without validation (the bias then starts at zero).
+        measure: the validation metric of towers; None if there is no validation (the bias then starts at zero).
         choice: the choices of a different run, used instead of `measure`.
         on_message: receives a description of the start; None discards it.
 

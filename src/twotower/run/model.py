@@ -154,8 +154,8 @@ def refit(
 ) -> Model:
     """Train again on all rows, including validation and test, with the same settings, seed and number of epochs.
 
-    Choices made on the validation are reused. The returned model cannot be evaluated on the rows that it was trained
-    on; the metrics in its metadata are the metrics of `model`.
+    Choices made on the validation queries are reused. The returned model cannot be evaluated on the rows that it was
+    trained on; the metrics in its metadata are the metrics of `model`.
 
     Args:
         model: the validated model, from `fit` without `warm_start`.

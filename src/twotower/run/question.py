@@ -176,7 +176,7 @@ def _question_of(config: Config, split: Split) -> tuple[str, str]:
 
 
 def _days(split: Split) -> float:
-    """Return the longer of the time spans of test and validation, in days; 1 if both are at a single time."""
+    """Return the longer of the time spans of the test and validation parts, in days; 1 if both are at a single time."""
     times, asked = split.data.timestamps, split.test.query_times
     if times is None or asked is None or not len(asked):
         raise InputError(

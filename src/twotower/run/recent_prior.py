@@ -157,13 +157,13 @@ def add_recent_prior(
     validate: Callable[[TwoTower], dict[str, float]] | None,
     on_message: Callable[[object], None] | None = None,
 ) -> RecentPrior | None:
-    """Choose the recent prior on the validation, and set it in the towers as of the first test query.
+    """Choose the recent prior on the validation queries, and set it in the towers as of the first test query.
 
     Args:
         towers: the trained towers; changed in place.
-        split: the data; all rows before the test, including validation rows, are used for the recent frequency.
+        split: the data; all rows before the test part, including validation rows, are used for the recent frequency.
         config: the settings; `training.recent_prior` turns the prior off.
-        validate: measures towers on the validation queries; None without validation, and then there is no prior.
+        validate: measures towers on the validation queries; None if there is no validation, and then no prior.
         on_message: receives the choice and its effect; None discards it.
 
     Returns:
@@ -185,7 +185,7 @@ def add_recent_prior(
 def at_validation(model: SavedModel, split: Split) -> SavedModel:
     """Return a saved model with the recent prior as of the first validation query.
 
-    The model's own prior is as of the test: it counts the validation rows, and would leak their targets.
+    The model's own prior is as of the first test query: it counts the validation rows, and would leak their targets.
 
     Args:
         model: a model that was just loaded; its towers are changed in place.
@@ -207,7 +207,7 @@ def choose_recent_prior(
     *,
     now: int,
 ) -> RecentPrior | None:
-    """Choose half-life and strength on the validation; the towers have no prior afterwards.
+    """Choose half-life and strength on the validation queries; the towers have no prior afterwards.
 
     The half-life is chosen at strength 1, then the strength at the best half-life, then the half-life again if the best
     strength includes log p_train: 15 to 20 validations.

@@ -57,7 +57,7 @@ class Refit:
 
 
 def refuse_refit(config: Config, split: Split | None = None, *, continues: bool) -> None:
-    """Reject runs that cannot be refitted, before anything is trained; without a split, before the data is read.
+    """Reject runs that cannot be refitted, before training or, if no split is given, before the data is read.
 
     Raises:
         InputError: the run continues a model, has no validation, or has several processes.
@@ -73,7 +73,7 @@ def refuse_refit(config: Config, split: Split | None = None, *, continues: bool)
             "train without --refit"
         )
     if Communicator.current().size > 1:
-        raise InputError("--refit: runs in one process; start it without torchrun")
+        raise InputError("--refit: a refit runs in one process; start the command without torchrun")
     if config.training.time_limit is not None:
         raise InputError(
             "--refit: training.time_limit may end the validated run within an epoch, and a refit has whole epochs; use "

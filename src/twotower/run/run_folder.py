@@ -1,4 +1,4 @@
-"""Run folders: `twotower train` writes one; its model is evaluated and audited later."""
+"""Run folders, which `twotower train` writes, and the evaluation and audit of their models."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ BEGUN = "validated.json"
 MARKER = ".twotower-run"
 #: Files and folders that a run replaces or deletes, except its model and its settings, which are checked separately.
 OWN = (INPUTS, PARENT, "results.json", "checkpoints", "logs", "refit", "windows")
-#: Lock file of a run folder, while a run writes into it.
+#: Lock file of a run folder, which a run holds while it writes into the folder.
 LOCK = ".lock"
 
 
@@ -73,10 +73,10 @@ def train_run(
     progress: bool = True,
     on_message: Callable[[object], None] = print,
 ) -> tuple[Model, Evaluation]:
-    """Implement `twotower train`: read, split, fit, evaluate on the test queries, write the run folder.
+    """Implement `twotower train`: read, split, fit, evaluate on the test queries, and write the run folder.
 
-    Under torchrun, its processes train one model together, and only the first rank writes files and prints. After a
-    restart by torchrun, they resume from the last checkpoint if there is one.
+    The processes that torchrun starts train one model together, and only the first rank writes files and prints. If
+    torchrun restarts them, they resume from the last checkpoint, if there is one.
 
     Args:
         source: a file, a folder or the name of a data set.
@@ -86,9 +86,9 @@ def train_run(
         warm_start: folder of the model to continue from; `source` is then the new data.
         withdraw: file with the ids of items to remove from the catalog.
         resume: resume an interrupted run in `out`.
-        replace: if not resuming, replace an existing run in `out`.
+        replace: replace an existing run in `out`; not used if `resume` is set.
         progress: show a progress bar.
-        on_message: receives the accounts and progress messages.
+        on_message: called with the accounts of the data and with progress messages.
 
     Raises:
         InputError: `out` is a file or cannot be written, another run is writing into it, it already contains a run and
@@ -208,7 +208,9 @@ def _train(
     split = _split(data, config, parent, withdraw)
     on_message(split.account)
     if config.data.windows > 1 and team.ranks.size > 1:
-        raise InputError("data.windows: runs in one process; start it without torchrun, or use data.windows=1")
+        raise InputError(
+            "data.windows: several windows run in one process; start without torchrun, or use data.windows=1"
+        )
     _report_unused(config, split, on_message)
     given = config
     config, rows = complete_settings(config, split, parent, on_message)
@@ -234,7 +236,7 @@ def _train(
         on_message=on_message,
     )
     on_message(_summary(model, config))
-    on_message(f"evaluating on the test{' next to the baselines' if config.evaluation.baselines else ''}")
+    on_message(f"evaluating on the test queries{' next to the baselines' if config.evaluation.baselines else ''}")
     measured = _measure(model, config)
     if config.data.windows > 1:
         assert isinstance(data, Interactions)  # `split_data` rejects a ready-made split
@@ -253,7 +255,7 @@ def _train(
 
 
 def _parent(directory: Path, warm_start: str | Path | None, *, resume: bool) -> ParentModel | None:
-    """Load the model to continue from; an interrupted run has recorded it in its folder."""
+    """Load the model to continue from; an interrupted run has recorded the model in the run folder."""
     recorded = directory / PARENT
     if warm_start is None and resume and recorded.is_file():
         warm_start = json.loads(recorded.read_text(encoding="utf-8"))["model"]
@@ -266,8 +268,8 @@ def _read(
     settings = config.data if parent is None else with_catalog(config.data)
     if parent is not None and ready_made(source, settings) is not None:
         raise InputError(
-            f"{source}: a ready-made split; with --from, DATA is new interactions, not split, and data.validation and "
-            "data.test are fractions"
+            f"{source}: a ready-made split; with --from, DATA is new interactions that are not split, and "
+            "data.validation and data.test are fractions"
         )
     return read_by_all(source, settings, team, context=context_to_read(config), before=before)
 
@@ -401,7 +403,7 @@ def evaluate_run(directory: str | Path, source: str | Path | None = None) -> Eva
 
 
 def annotated(measured: Evaluation, directory: str | Path, artifact: SavedModel, split: Split) -> Evaluation:
-    """Add notes of the run to an evaluation: settings to try, earlier test windows, and whether it was refitted."""
+    """Add notes on the run to an evaluation: settings to try, earlier test windows, and whether there was a refit."""
     measured = with_advice(measured, artifact.config)
     measured = with_windows(measured, find_model(directory).parent, split.test, artifact.config.data.windows)
     return with_refit_note(measured, refit_of(directory))
@@ -416,15 +418,15 @@ def refit_of(directory: str | Path) -> dict[str, Any] | None:
 def reread(directory: str | Path, source: str | Path | None = None) -> tuple[SavedModel, Split]:
     """Load a saved model, and read and split its data as for training.
 
-    If the model was refitted on all rows, the validated model is loaded instead, because the refit has learnt the test
-    rows.
+    If the model was refitted on all rows, the validated model is loaded instead, because the refit was trained on the
+    test rows.
 
     Raises:
         InputError: the data was not found, or is not the data that the model was trained on.
     """
     artifact = SavedModel.load(find_evaluated(directory))
     known = artifact.metadata["data"]
-    if len(known.get("lineage", [])) > 1:  # the training history exists only in the model folder
+    if len(known.get("lineage", [])) > 1:  # only the model folder has the rows of all its training runs
         folder = find_model(directory)
         contexts = load_context(folder), load_context(folder, "test_context")
         return artifact, incremental.split_again(artifact, load_rows(folder) or {}, *contexts)
@@ -435,7 +437,8 @@ def reread(directory: str | Path, source: str | Path | None = None) -> tuple[Sav
     if data.fingerprint != known["fingerprint"]:
         raise InputError(
             f"{location}: not the data this model was trained on (fingerprint {data.fingerprint[:12]}, expected "
-            f"{known['fingerprint'][:12]}): the test rows may include its training rows; train on this data instead"
+            f"{known['fingerprint'][:12]}): the test rows may include rows that the model was trained on; train a "
+            "new model on this data instead"
         )
     # Older versions did not test queries that have a history but no training row.
     histories = bool(artifact.metadata["split"]["settings"].get("histories", False))
@@ -445,13 +448,13 @@ def reread(directory: str | Path, source: str | Path | None = None) -> tuple[Sav
 def audit_run(directory: str | Path, source: str | Path | None = None, *, rows: int = 64, seed: int = 0) -> Subject:
     """Load the subject of `twotower audit`: a saved model, rows of its training data, its batches and its objective.
 
-    The functions that build them for `fit` build them here, for the rows that the model was trained on: for an
-    incremental run, the new rows and the replayed ones. Estimated frequencies continue from the best checkpoint.
+    Batches and objective are built as in `fit`, from the rows that the model was trained on; in an incremental run,
+    these are the new rows and the replayed rows. Estimated frequencies continue from the best checkpoint.
 
     Raises:
         InputError: as in `evaluate_run`; also if an older version did not record the rows of an incremental run.
     """
-    from twotower.incremental.warm_start import objective_state  # noqa: PLC0415  # loads the trainer, as in `fit`
+    from twotower.incremental.warm_start import objective_state  # noqa: PLC0415  # it loads the trainer
 
     artifact, split = reread(directory, source)
     folder, trained = find_model(directory), None

@@ -75,7 +75,7 @@ class StartWeights:
             )
 
     def choice(self) -> dict[str, Any] | None:
-        """Return the choices of the linear start as JSON values; None without a linear start."""
+        """Return the choices of the linear start as JSON values; None if there is no linear start."""
         found = self._metadata().get("choice")
         return None if found is None else json.loads(found)
 

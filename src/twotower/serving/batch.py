@@ -83,10 +83,10 @@ def recommend_file(
     Args:
         retriever: the model.
         source: Parquet, CSV or TSV with a column of query ids (`query`, `user_id`, ... ), a column `history` with lists
-            of item ids, oldest first (in text separated by blanks, commas, semicolons or bars), or both. With both, an
-            unknown query is answered from its history. If the model reads no histories, they are only used to exclude
-            seen items, and ids or a context are required. Columns declared in query_tower.context are the context of
-            each row's request, from which an unknown query can also be answered.
+            of item ids, oldest first (in text separated by blanks, commas, semicolons or bars), or both. If it has
+            both, an unknown query is answered from its history. If the model reads no histories, they are used only to
+            exclude seen items, and ids or a context are required. Columns declared in query_tower.context are the
+            context of each row's request, from which an unknown query can also be answered.
         target: file to write, with the columns `query` (id, or the row number from 0 if there are only histories),
             `rank`, `item`, `score`. The name decides between CSV, TSV and Parquet, the default.
         k: number of items per query.

@@ -46,7 +46,7 @@ class LiveCatalog:
 
     @property
     def is_as_trained(self) -> bool:
-        """True if no item was added since training."""
+        """Whether no item was added since training."""
         return len(self.artifact.items) == len(self.trained.items)
 
     @property

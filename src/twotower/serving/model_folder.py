@@ -105,7 +105,7 @@ class SavedModel:
 
     @property
     def is_shared(self) -> bool:
-        """True if the tables are sharded over several ranks."""
+        """Whether the tables are sharded over several ranks."""
         return bool(shared_tables_of(self.towers))
 
     def save(self, directory: str | Path, ranks: Communicator | None = None) -> Path:
@@ -323,8 +323,8 @@ def find_model(directory: str | Path) -> Path:
 def find_evaluated(directory: str | Path) -> Path:
     """Find the model folder that the metrics of a model belong to.
 
-    A model refitted on all rows has learnt the test rows, so it cannot be evaluated on them. Its metrics belong to the
-    validated model in the same run folder.
+    A model refitted on all rows was trained on the test rows, so it cannot be evaluated on them. Its metrics belong to
+    the validated model in the same run folder.
 
     Raises:
         InputError: there is no model folder, or the model was refitted and the validated model is missing.

@@ -109,7 +109,7 @@ class QueryBatch:
             artifact: the model.
             queries: ids of known queries; their history in the data is used unless `histories` is given.
             histories: item ids, oldest first; unknown items are left out. If the query tower reads no history, they are
-                only used to exclude seen items. A history alone is then rejected, because the result would be the same
+                used only to exclude seen items. A history alone is then rejected, because the result would be the same
                 for every history.
             features: for each query, the columns declared in query_tower.features.
             context: for each query's request, the columns declared in query_tower.context; or one mapping for all.
@@ -252,7 +252,7 @@ def resolve(
 
 
 def reads_history(artifact: SavedModel) -> bool:
-    """Return whether the query tower reads histories; otherwise they are only used to exclude seen items."""
+    """Return whether the query tower reads histories; otherwise they are used only to exclude seen items."""
     return artifact.config.query_tower.history is not None
 
 

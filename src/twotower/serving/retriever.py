@@ -256,7 +256,7 @@ class Retriever(QueryEmbedder):
         return self._results.described(known_codes(self.artifact.items, items, "item", self.artifact))
 
     def search_titles(self, text: str, k: int = 10) -> pl.DataFrame:
-        """Find items whose title contains `text`, ignoring case. Without titles, search ids.
+        """Find items whose title contains `text`, ignoring case; search the ids if there are no titles.
 
         Returns:
             At most K rows, titles that begin with the text first, each group by interactions in training. Columns

@@ -40,7 +40,7 @@ def candidates(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def best_trial(study: optuna.Study) -> FrozenTrial | None:
-    """Return the trial with the best value, or None without trials. The first of equal trials is the best."""
+    """Return the trial with the best value, or None if there are no trials. The first of equal trials is the best."""
     return max(candidates(study), key=score, default=None)
 
 
@@ -72,7 +72,7 @@ def describe(
     Args:
         study: the study.
         metric: the validation metric.
-        baselines: name -> its value on the validation, `value`, and its settings, `settings`.
+        baselines: name -> its value on the validation queries, `value`, and its settings, `settings`.
         more: additional sections: data, budget, seconds, chosen, test, ...
     """
     best = best_trial(study)
@@ -120,7 +120,7 @@ def in_words(document: Mapping[str, Any]) -> list[str]:
     ended = [one for one in document["trials"] if one["value"] is not None]
     pruned = sum(one["state"] == "pruned" for one in ended)
     said = [
-        f"Best of {len(ended)} trials ({pruned} pruned) on the validation: {metric} {best['value']:.4f}, trial "
+        f"Best of {len(ended)} trials ({pruned} pruned) on the validation queries: {metric} {best['value']:.4f}, trial "
         f"{best['number']}"
     ]
     first = next((one for one in ended if one["number"] == document.get("default")), None)

@@ -165,7 +165,9 @@ def tune_run(
         )
         baselines = _baselines(study, split, base)
         for name, found in baselines.items():
-            on_message(f"{name} on the validation: {base.training.metric} {found['value']:.4f} {found['settings']}")
+            on_message(
+                f"{name} on the validation queries: {base.training.metric} {found['value']:.4f} {found['settings']}"
+            )
         _search(plan, study, stop, split=split, budget=budget, workers=workers, on_message=on_message)
         del split
         best = best_trial(study)
@@ -228,7 +230,7 @@ def _begin(
 
 
 def _baselines(study: optuna.Study, split: Split, base: Config) -> dict[str, dict[str, Any]]:
-    """Measure the baselines on the validation, with settings chosen there, as those of the trials are."""
+    """Measure the baselines on the validation queries, where their settings are also chosen, as in the trials."""
     wanted = base.evaluation.baselines
     if not wanted:
         return {}

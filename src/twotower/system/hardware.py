@@ -31,7 +31,7 @@ def cores() -> int:
 
 
 def cpu_quota(root: Path = CGROUP) -> float | None:
-    """Read the container's core limit from the control group; None without a limit."""
+    """Read the container's core limit from the control group; None if there is no limit."""
     limit = (_text(root / "cpu.max") or "").split()
     if len(limit) == 2 and limit[0].isdigit():
         return int(limit[0]) / int(limit[1])
@@ -46,7 +46,7 @@ class Memory:
     Attributes:
         total: memory of the machine.
         available: memory that can be allocated now without swapping, within the container's and process's limits.
-        limit: the container's limit, or the process's `ulimit -v` or `ulimit -d`; None without a limit.
+        limit: the container's limit, or the process's `ulimit -v` or `ulimit -d`; None if there is no limit.
         resident: resident memory of this process.
         peak: peak resident memory of this process.
     """
@@ -122,7 +122,7 @@ def peak_memory() -> int | None:
 
 
 def memory_group(root: Path = CGROUP) -> tuple[int | None, int]:
-    """Read the memory limit and use of the container in bytes, without file cache; (None, 0) without a limit."""
+    """Read the memory limit and use of the container in bytes, without file cache; (None, 0) if there is no limit."""
     limit = _number(root / "memory.max")
     if limit is not None:
         stat = dict(line.split() for line in (_text(root / "memory.stat") or "").splitlines())

@@ -19,7 +19,7 @@ class ContextInputs(nn.Module):
     """The concatenated features of requests, [rows, width]; requests without context have a separate vector.
 
     In training the whole context of a row is hidden with probability `dropout`, so that the tower learns to handle
-    requests without one.
+    requests without a context.
 
     Args:
         table: fitted encoders, without rows (`EncodedTable.of_requests`): a context does not belong to an id.

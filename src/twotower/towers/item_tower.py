@@ -20,7 +20,7 @@ class ItemTower(nn.Module):
 
     The id is not used for an item that never occurs in training and, with probability `id_dropout`, for any item of a
     training step. The features then learn to represent an item alone, as they must for a new item (Volkovs et al. 2017,
-    "DropoutNet"). Without features the tower is the id embedding, followed by an MLP if there are hidden widths.
+    "DropoutNet"). Without features, the tower is the id embedding, followed by an MLP if there are hidden widths.
 
     Args:
         num_items: N.

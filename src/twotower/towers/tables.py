@@ -97,7 +97,7 @@ class EmbeddingTable(nn.Embedding):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def to_bfloat16(self) -> None:
-        """Store the rows in bfloat16: half the memory. Call this before creating an optimizer.
+        """Store the rows in bfloat16, which halves the memory. Call this before creating an optimizer.
 
         The gradient becomes sparse at any size, so that the optimizer can sum a row's gradients in float32.
         """

@@ -238,7 +238,7 @@ class Validation(Callback):
 
     @property
     def since_best(self) -> int:
-        """Number of validations after the best one; among equal ones the first is the best."""
+        """Number of validations after the best one; if several are equally good, the first counts as the best."""
         values = [row[self.metric] for row in self.rows]
         return len(values) - 1 - values.index(max(values)) if values else 0
 

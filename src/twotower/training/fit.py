@@ -46,7 +46,7 @@ class FitResult:
 
     Attributes:
         towers: the model with its best weights.
-        best: the validation metric of these weights; None without validation.
+        best: the validation metric of these weights; None if there is no validation.
         epochs: epochs started.
         seconds: wall time of the fit, including the interrupted part of a resumed run.
         cpu_seconds: CPU time of all threads of this process during the fit, including an interrupted part.

@@ -23,8 +23,8 @@ class GradientExchange:
     NCCL cannot reduce sparse gradients whose rows differ by rank, and the gradient cache embeds again inside the
     backward pass, which DDP's hooks would count as a second gradient.
 
-    In the first step the ranks agree on which parameters have gradients, so that a rank without rows sends the same
-    ones.
+    In the first step, the ranks agree on which parameters have gradients, so that a rank without rows sends gradients
+    of the same parameters.
 
     Args:
         model: its sparse `nn.Embedding` modules are the tables with sparse gradients.

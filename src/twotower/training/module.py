@@ -116,8 +116,8 @@ class TrainingModule(pl.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take the step and update the weight average, faster in the first steps so that initial weights soon vanish.
 
-        The average is not updated after the batch, because callbacks run before that, and a checkpoint that one of them
-        saves would miss the update.
+        The average is not updated after the batch, because callbacks run before that point, and a checkpoint that a
+        callback saves would miss the update.
         """
         super().optimizer_step(*args, **kwargs)
         if self.averaged is not None:

@@ -120,7 +120,7 @@ def draw_blocks(
     known_positives: KnownPositives | None = None,
     generator: torch.Generator | None = None,
 ) -> list[Block]:
-    """Draw the candidates of a batch, or of every `objective.rows_per_draw` rows of it, in its order over all ranks.
+    """Draw the candidates of a batch, one draw per block of `objective.rows_per_draw` rows, in order over all ranks.
 
     A last block of one row, which has no other rows, is merged with the block before it. A block may span several
     ranks, and a rank several blocks. Every rank makes all draws and keeps the blocks that contain its rows; a rank

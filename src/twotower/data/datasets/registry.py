@@ -31,7 +31,7 @@ class DataSet:
 
     Attributes:
         name: name in commands and in `load`.
-        folder: usual name of the folder.
+        folder: name that the folder usually has.
         description: a description in one line.
         size: download size.
         terms: license terms.

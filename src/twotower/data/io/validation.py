@@ -24,7 +24,8 @@ class CleanRows:
     Attributes:
         queries: ids, Int64 or String [n].
         items: ids, Int64 or String [n].
-        times: [n], microseconds if `calendar`, otherwise the file's numbers, int64 or float64; None without a column.
+        times: [n], microseconds if `calendar`, otherwise the file's numbers, int64 or float64; None if there is no
+            column.
         calendar: whether the times are dates.
         weights: float32 [n] or None.
         labels: float32 [n] or None.

@@ -167,7 +167,7 @@ class QuestionBatches(EpochPosition):
     def item_counts(self) -> NDArray[np.float64]:
         """Return the expected number of rows of an epoch that have each item as a target, [N].
 
-        Without `new_only` an item can be a target of a question twice; `Windows.holding` then counts questions.
+        Without `new_only`, an item can be a target of a question twice; `Windows.holding` then counts questions.
         """
         return self._counts
 

@@ -38,8 +38,8 @@ from twotower.errors import InputError
 from twotower.system.filesystem import full_disk_named, is_full_disk, locked, whole_folder
 from twotower.system.hardware import cores
 
-#: Bytes of shards per process: with fewer bytes, starting takes longer than reading. Shards of at least this total size
-#: are also kept if reading one of them fails.
+#: Bytes of shards per process: with fewer bytes, starting a process takes longer than reading. Shards of at
+#: least this total size are also kept if reading one of them fails.
 BYTES_PER_WORKER = 64 << 20
 
 #: The next preparation in the same cache removes shards unused for this time.

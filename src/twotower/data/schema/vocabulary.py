@@ -1,4 +1,4 @@
-"""Vocabularies, which map ids to codes: with a list of distinct ids, unchanged, or by hashing."""
+"""Vocabularies, which map ids to codes: by position in a list of ids, by hashing, or unchanged if ids are codes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def ids_of(values: IdValues, where: str) -> pl.Series:
             return series.cast(pl.Int64)
         except pl.exceptions.InvalidOperationError:
             raise InputError(f"{where}: an integer id above 2^63 - 1; convert the ids to text.") from None
-    if dtype == pl.Binary:  # text in Parquet files of programs that do not declare text
+    if dtype == pl.Binary:  # some programs write text without declaring it as text
         try:
             return series.cast(pl.String)
         except pl.exceptions.PolarsError:
@@ -89,7 +89,7 @@ class Vocabulary:
             values = self._ids.to_numpy()
             if len(values) < 2 or bool(np.all(values[1:] > values[:-1])):
                 self._ascending = values
-        # Ascending ids cannot repeat. For other ids the check costs a tenth of a second per million.
+        # Ascending ids cannot repeat. Checking other ids takes a tenth of a second per million.
         if self._ascending is None and series.n_unique() != len(series):
             raise InputError("vocabulary: repeated ids; each id must occur once.")
 
@@ -112,8 +112,8 @@ class Vocabulary:
     def encode(self, ids: IdValues) -> NDArray[np.int64]:
         """Look up the codes of ids, int64 [len(ids)]; -1 where unknown or null.
 
-        An integer vocabulary accepts text if every value parses (a command line passes ``"1"``); a text vocabulary
-        accepts integers.
+        An integer vocabulary accepts text if every value is an integer (a command line passes ``"1"``); a text
+        vocabulary accepts integers.
 
         Raises:
             InputError: the ids have a wrong type or mixed types.
@@ -176,7 +176,7 @@ class Vocabulary:
 
 Codes = NDArray[np.int64]
 
-#: Codes are int32 in prepared data.
+#: Maximum number of rows, because codes are int32 in prepared data.
 MOST_ROWS = 2**31 - 1
 _CODES, _HASHED = "codes", "hashed_rows"
 
@@ -199,12 +199,12 @@ class Hashed:
             raise InputError(f"hashed: {self.rows} rows; expected 2 to {MOST_ROWS:,}")
 
 
-#: The conversion of ids to codes: with a vocabulary, unchanged, or by hashing.
+#: How ids become codes: by a vocabulary, unchanged (the ids are the codes), or by hashing.
 IdKind = Literal["vocabulary", "codes"] | Hashed
 
 
 def hash_ids(ids: IdValues) -> NDArray[np.uint64]:
-    """Hash each id to 64 bits, uint64 [n], identically in all processes, machines and versions.
+    """Hash each id to 64 bits, uint64 [n]; the result is the same in every process, machine and version.
 
     Integers go through the finaliser of splitmix64 (Steele, Lea and Flood 2014), text through BLAKE2b. Text that is the
     canonical form of an integer ("7", not "007") is hashed as that integer, because a command line passes only text.
@@ -238,7 +238,7 @@ def expected_shared(ids: int, rows: int) -> float:
 
 
 class CodedIds(Vocabulary):
-    """Ids 0 .. size - 1 that are also the codes, so no list is stored.
+    """The ids 0 to size - 1, which are also the codes, so no list is stored.
 
     Args:
         size: the number of ids.
@@ -295,7 +295,7 @@ class HashedIds(CodedIds):
     Decoding returns the row number, because the ids of a row are not stored.
 
     Args:
-        kind: the number of rows.
+        kind: the id kind, with the number of rows.
     """
 
     def __init__(self, kind: Hashed) -> None:

@@ -144,8 +144,9 @@ def by_time(
 ) -> Split:
     """Split at two timestamps, the same for all queries: train on the past, predict the future.
 
-    The last `test` fraction of all interactions is the test, and the `validation` fraction before it is the validation.
-    Rows exactly at a cut belong to the later part. The history of a test query is all of its rows before the cut.
+    The last `test` fraction of all interactions is the test part, and the `validation` fraction before it is the
+    validation part. Rows exactly at a cut belong to the later part. The history of a test query is all of its rows
+    before the cut.
 
     Args:
         data: interactions with timestamps.
@@ -254,7 +255,9 @@ def _split_at(data: Interactions, first_cut: int, second_cut: int, settings: dic
     }
     if histories and cold == "drop":
         new = before_first[made["test"].queries] == 0
-        account.add("test: queries without training rows", int(new.sum()), "kept, their history is in the validation")
+        account.add(
+            "test: queries without training rows", int(new.sum()), "kept, their history is in the validation rows"
+        )
     settings = {**settings, "cuts": [first_cut, second_cut]}
     return _split("by_time", train, made=made, account=account, settings=settings, data=data)
 
@@ -386,7 +389,7 @@ def random_rows(
     From the n distinct items of a query, n times the fraction are held out, rounded up or down at random so that the
     fraction holds over all queries. All rows of a held-out (query, item) pair are held out. Queries with fewer than 3
     distinct items stay in training, and every query keeps a training item. The history of a validation query is its
-    training rows; the history of a test query is all of its rows outside the test.
+    training rows; the history of a test query is all of its rows outside the test part.
 
     Args:
         data: interactions.

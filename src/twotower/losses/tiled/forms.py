@@ -45,7 +45,7 @@ class Sums(ABC):
     """The running sums of a batch's rows.
 
     Attributes:
-        is_final: a block has its final values once it is visited, before the other blocks of its rows are.
+        is_final: whether a block has its final values once it is visited, even if other blocks of its rows are not.
     """
 
     is_final: bool = True

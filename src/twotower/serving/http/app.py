@@ -89,7 +89,7 @@ def serve(
     log_level: str = "info",
     opened: Callable[[str], None] | None = None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM; requests in flight are answered first. SIGHUP checks for new models.
+    """Serve until SIGINT or SIGTERM, then answer the requests in flight and return. SIGHUP loads changed models.
 
     Args:
         directories: see `create_app`.

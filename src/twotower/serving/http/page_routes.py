@@ -74,7 +74,7 @@ async def history(
     model: NamedModel,
     query_id: Annotated[str, Query(min_length=1, max_length=LONGEST_ID)],
 ) -> Response:
-    """History of a query in the training data: its latest 500 items, oldest first."""
+    """Return the history of a query in the training data: its latest 500 items, oldest first."""
     code = int(model.query_codes([query_id])[0])
     if code < 0:
         raise Problem(404, f"query_id: {UNKNOWN_ID}")
@@ -103,27 +103,27 @@ async def queries(
     text: Annotated[str, Query(max_length=LONGEST_ID)] = "",
     k: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> Response:
-    """Query ids that begin with a text; a random selection if the text is empty."""
+    """Return query ids that begin with the given text, or a random selection if the text is empty."""
     found = await service.aside(_queries, model, text, k)
     return JSONResponse({"queries": [json_id(one) for one in found]})
 
 
 @data.get("/page/map")
 async def map_(service: TheService, model: NamedModel) -> Response:
-    """Map of the catalog: positions, colour groups and titles of items."""
+    """Return the map of the catalog: positions, colour groups and titles of items."""
     return JSONResponse(await service.aside(_map, model))
 
 
 @data.post("/page/places", responses=_BODY_ERRORS)
 async def places(request: PlacesRequest, service: TheService) -> Response:
-    """Positions of items on the map; null for unknown items."""
+    """Return the positions of items on the map; null for unknown items."""
     model = service.models.model(request.model)
     return JSONResponse({"version": model.version, "places": await service.aside(_places, model, request.items)})
 
 
 @data.get("/page/card")
 async def card_(service: TheService, model: NamedModel) -> Response:
-    """Model card: data account, training, metrics by slice, and the audit if there is one."""
+    """Return the model card: account of the data, training, metrics by slice, and the audit if there is one."""
     return JSONResponse(await service.aside(card, model))
 
 

@@ -78,13 +78,13 @@ async def search_items(
     text: Annotated[str, Query(min_length=1, max_length=LONGEST_ID)],
     k: Annotated[int, Query(ge=1, le=100)] = 10,
 ) -> Response:
-    """Search items whose title contains a text; without titles, the id."""
+    """Search for items whose title contains the given text, or whose id does if the items have no titles."""
     return JSONResponse({"items": await service.aside(_titled, model, text, k)})
 
 
 @api.get("/items/{item_id:path}", responses=documented(503), tags=["items"])
 async def item(item_id: str, service: TheService, model: NamedModel) -> dict[str, Any]:
-    """Everything known about an item: title, interactions in training, and its columns in the item table."""
+    """Return everything known about an item: title, interactions in training, and its columns in the item table."""
     code = int(model.item_codes([item_id])[0])
     if code < 0:
         raise Problem(404, f"item: {UNKNOWN_ID}")

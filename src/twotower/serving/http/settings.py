@@ -11,7 +11,7 @@ from twotower.errors import InputError
 #: Largest size of the request line and the headers, in bytes.
 LARGEST_HEAD = 32 * 1024
 
-#: Seconds that an idle connection stays open after the service is asked to stop, for a request that is still unread.
+#: Seconds that an idle connection stays open after the service is asked to stop, in case a request is still unread.
 LINGER = 0.5
 
 #: Largest request body in bytes. A history of `LONGEST_HISTORY` text ids of typical length fits.
@@ -23,8 +23,8 @@ LARGEST_REST = 8 * LARGEST_BODY
 #: Largest K that a request may ask for.
 LARGEST_K = 1000
 
-#: Longest history in items. Query towers read far fewer; older items are only excluded from results. The limit is
-#: generous because 40 of the 6,040 users of MovieLens-1M have more than a thousand items.
+#: Longest history in items. Query towers read far fewer; older items serve only to exclude them from the
+#: results. The limit is generous because 40 of the 6,040 users of MovieLens-1M have more than a thousand items.
 LONGEST_HISTORY = 5000
 
 #: Longest condition on the item table, in characters.
@@ -36,7 +36,7 @@ MOST_COLUMNS = 200
 #: Longest id or search text, in characters.
 LONGEST_ID = 200
 
-#: Maximum number of items explained in one request, because each needs a pass over the catalog.
+#: Maximum number of items explained in one request; each item needs a pass over the catalog.
 MOST_EXPLAINED = 20
 
 #: Shortest token, in characters. A shorter one could be guessed.
@@ -49,14 +49,15 @@ class ServiceSettings:
 
     Attributes:
         token: token required in `Authorization: Bearer`; None to answer every client.
-        hosts: names allowed in the `Host` header; None for any. This blocks requests from other sites whose name
-            was made to resolve to this machine (DNS rebinding).
-        queue: maximum number of waiting requests; any more get a 503 with Retry-After.
+        hosts: names allowed in the `Host` header; None for any. This blocks requests from other sites whose
+            names were made to resolve to this machine (DNS rebinding).
+        queue: maximum number of waiting requests; further requests get a 503 with Retry-After.
         largest_batch: maximum number of requests searched together.
-        connections: maximum number of open connections; additional connections get a 503.
+        connections: maximum number of open connections; further connections get a 503.
         head_seconds: seconds that a client may take to send the request line and the headers.
         body_seconds: seconds that a client may take to send a body.
-        answer_seconds: seconds that a request may wait for its answer, in the queue and in threads.
+        answer_seconds: seconds that a request may wait for its answer, including the time in the queue and in worker
+            threads.
         idle_seconds: seconds that a connection stays open without a request, or while its client does not read.
         watch_seconds: seconds between checks of the model folders; 0 for never.
     """
@@ -74,7 +75,7 @@ class ServiceSettings:
 
 
 def is_loopback(host: str) -> bool:
-    """True if an address can be reached from this machine only."""
+    """Return whether an address can be reached only from this machine."""
     if host == "localhost":
         return True
     try:
@@ -84,7 +85,11 @@ def is_loopback(host: str) -> bool:
 
 
 def allowed_hosts(bind: str, names: tuple[str, ...]) -> tuple[str, ...] | None:
-    """Return the names allowed in `Host`: the given names and, if bound to loopback, this machine's; None for any."""
+    """Return the names allowed in `Host`; None allows any name.
+
+    A service bound to loopback accepts the names of this machine and the given names. Any other service accepts its
+    address and the given names, or any name if none are given.
+    """
     if is_loopback(bind):
         return ("localhost", "127.0.0.1", "[::1]", *names)
     return (bind, *names) if names else None

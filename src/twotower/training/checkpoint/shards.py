@@ -219,7 +219,7 @@ def _mesh(ranks: Communicator) -> DeviceMesh:
 
 
 def _has(part: TableShard) -> bool:
-    """Return whether this rank reads and writes any of it; a table on one rank is only read and written there."""
+    """Return whether this rank reads and writes rows of the table; an unsharded table belongs to one rank."""
     return isinstance(part, ColumnShard) or part.holder in (None, part.ranks.rank)
 
 
