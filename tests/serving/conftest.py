@@ -19,6 +19,8 @@ SETTINGS = [
     "item_tower.dimension=16",
     "query_tower.history.length=10",
     "objective.sources=[{in_batch: {}}, {uniform: {size: 20}}]",
+    # With masks, scores on so little data are too far apart for the popularity dial to change much.
+    "objective.mask_known_positives=false",
 ]
 
 

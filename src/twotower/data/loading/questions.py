@@ -81,8 +81,6 @@ class QuestionBatches(EpochPosition):
         ranks: the processes; each gets whole questions, with about equal numbers of rows. `batch_size` is the total.
         context: the encoded context of all interactions (`encode_context`), or None. A question has the context of its
             first target.
-        least: smallest number of questions in a batch, if there are that many. With 2, a row always has candidates from
-            a different question.
 
     Raises:
         InputError: horizon has no timestamps, no query can form a question, all weights are 0, or a setting is out of
@@ -100,7 +98,6 @@ class QuestionBatches(EpochPosition):
         rows: Rows | None = None,
         ranks: Communicator | None = None,
         context: Encoded | None = None,
-        least: int = 1,
     ) -> None:
         for name, value, smallest in (
             ("batch_size", batch_size, 1),
@@ -152,8 +149,9 @@ class QuestionBatches(EpochPosition):
         self._counts, self.rows_per_epoch = counts, rows_per_epoch
         self._holding = None if rule.new_only else ItemQuestions(self)
         mean = rows_per_epoch / len(self.queries)
-        most = max(len(self.queries) // STEPS, 1)
-        self.questions_per_batch = min(max(min(round(batch_size / mean), most), least), len(self.queries))
+        most = len(self.queries) // STEPS
+        # At least two, so that a row has in-batch candidates from a different question.
+        self.questions_per_batch = min(max(min(round(batch_size / mean), most), 2), len(self.queries))
         self.epoch, self.position = 0, 0
         self.mean_weight = 1.0
         found = self.batch_of_all(SAMPLE).weights
