@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -337,7 +337,7 @@ class _Test:
         memories = [member.draws(request) for member in self.members if isinstance(member, CrossBatchMemory)]
         if memories == [0]:  # nothing is claimed yet
             return
-        claimed = self.claims(self.items, request).exp()
+        claimed = self._of_first_row(self.claims, request).exp()
         tally = self._tally(request, claimed)
         if len(self.members) == 1:
             self._add_scatter(tally, request, drawn, units)
@@ -356,6 +356,13 @@ class _Test:
         parts = torch.stack([share * claimed, share * observed])
         self.by_decile.index_add_(1, self.deciles, parts)
 
+    def _of_first_row(self, claims: Callable[[Tensor, DrawRequest], Tensor], request: DrawRequest) -> Tensor:
+        """Return the claims for all items; if they differ by row, those for the first row, which `drawn` is of."""
+        if not any(member.varies_by_row for member in self.members):
+            return claims(self.items, request)
+        queries = None if request.queries is None else request.queries[:1]
+        return claims(self.items[None], replace(request, positives=request.positives[:1], queries=queries))[0]
+
     def _add_scatter(self, tally: _Tally, request: DrawRequest, drawn: Tensor, units: Tensor) -> None:
         """Add the counts for the test of the batches, with duplicates, and their scatter between units.
 
@@ -366,7 +373,7 @@ class _Test:
             share = member.frequency.log_prob(self.items, request.group).exp()
             drawn, windows = request.positives, request.windows
         else:
-            share, windows = member.log_prob(self.items, request).exp(), None
+            share, windows = self._of_first_row(member.log_prob, request).exp(), None
         if tally.fine is None:
             tally.fine = equal_bins(share, _PER_FINE_BIN / max(len(drawn), 1))
         bins, size = tally.fine, int(tally.fine.max()) + 1
