@@ -24,6 +24,8 @@ def address(tmp_path_factory):
 
 def test_users_and_histories_with_odd_ids(browser, address):
     with looked_at(browser, address) as (page, _):
+        page.locator("#list-a .item").first.wait_for()  # the page begins with a user of its own choice
+        at_rest(page)
         for query in QUERIES:
             page.fill("#query", query)
             page.keyboard.press("Enter")
