@@ -32,7 +32,7 @@ def settings_to_try(config: Config) -> tuple[str, ...]:
         "training.recent_prior=true": training.question == "horizon" and not training.recent_prior,
         "training.start=linear": training.start == "random",
         "training.learning_rate=1e-4": training.learning_rate > 1e-4,
-        "item_tower.dimension=256": item.dimension < 256,
+        f"item_tower.dimension={2 * item.dimension}": item.dimension <= 256,
     }
     return tuple(setting for setting, applies in tried.items() if applies)
 
