@@ -5,14 +5,13 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 
 import polars as pl
 import pytest
 
-from twotower.cli import main as cli
+from support.command_line import command
 from twotower.comparison import compare, processes
 from twotower.comparison.cells import differences, make_cells
 from twotower.config.run import Config
@@ -45,15 +44,6 @@ def words(*more):
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
     return ["compare", "purchases.csv", "--objectives", ",".join(OBJECTIVES), "--seeds", "1", "--out", "out",
             "--items", "products.csv", *settings, *more]  # fmt: skip
-
-
-def command(path, patch, *given):
-    """Run the command line in this process; training runs are separate processes."""
-    patch.chdir(path)
-    patch.setattr(sys, "argv", ["twotower", *map(str, given)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return stop.value.code or 0
 
 
 @pytest.fixture

@@ -3,14 +3,13 @@
 import json
 import math
 import shutil
-import sys
 
 import numpy as np
 import polars as pl
 import pytest
 
 from planted import planted, planted_titles
-from twotower.cli import main as cli
+from support.command_line import command
 from twotower.comparison import Sweep, processes
 from twotower.comparison.cells import make_cells
 from twotower.config.run import Config
@@ -33,15 +32,6 @@ def words(*more):
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
     return ["compare", "purchases.csv", "--objectives", "mixed", "--seeds", "1", "--out", "out", "--no-audit",
             "--sweep", "objective.uniform=0,64", "--items", "products.csv", *settings, *more]  # fmt: skip
-
-
-def command(path, patch, *given):
-    """Run the command line in this process; training runs are separate processes."""
-    patch.chdir(path)
-    patch.setattr(sys, "argv", ["twotower", *map(str, given)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return stop.value.code or 0
 
 
 @pytest.fixture(scope="module")

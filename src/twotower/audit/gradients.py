@@ -356,21 +356,6 @@ def stack(parts: list[Candidates]) -> tuple[Candidates, Tensor]:
     return stacked, places
 
 
-def row_of(drawn: Candidates, row: int) -> Candidates:
-    """Return the candidates of a single row of a draw."""
-    part = slice(row, row + 1)
-    return replace(
-        drawn,
-        negative_mask=NegativeMask.of(drawn.mask[part]),
-        positives=drawn.positives[part],
-        positive_log_count=drawn.positive_log_count[part],
-        log_unmasked=None if drawn.log_unmasked is None else drawn.log_unmasked[part],
-        row_items=None if drawn.row_items is None else drawn.row_items[part],
-        row_log_expected_count=None if drawn.row_log_expected_count is None else drawn.row_log_expected_count[part],
-        row_mask=None if drawn.row_mask is None else drawn.row_mask[part],
-    )
-
-
 class _Totals:
     """Sums over the draws, for rows and for questions: gradients [R, N], d = ||g_hat - g||^2, and d^2."""
 
@@ -400,7 +385,7 @@ class _Totals:
             for place in range(len(block.candidates.positives)):
                 # The rows of a block are consecutive rows of the question.
                 row = int(block.of(unit)[place])
-                self.waiting = [(row, row_of(block.candidates, place))]
+                self.waiting = [(row, block.candidates.row(place))]
                 before = self.gradient[row].clone()
                 self.flush()
                 share = shares[unit == row]

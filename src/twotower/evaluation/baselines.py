@@ -43,10 +43,12 @@ class FittedBaselines:
     Attributes:
         rankers: the fitted baselines by name, in the order of the table.
         notes: remarks for the reader: the chosen settings, and the baselines that were left out.
+        settings: the settings of each baseline that has any, as text.
     """
 
     rankers: dict[str, Ranker]
     notes: tuple[str, ...]
+    settings: dict[str, str]
 
 
 class ValidationScore:
@@ -130,6 +132,7 @@ def fit_baselines(
             raise InputError(f"evaluation.baselines: {name!r} is unknown; expected names among {', '.join(BASELINES)}")
     selected = [name for name in BASELINES if names is None or name in names]
     rankers: dict[str, Ranker] = {}
+    settings: dict[str, str] = {}
     chosen: list[str] = []
     fixed: list[str] = []
     notes: list[str] = []
@@ -146,13 +149,13 @@ def fit_baselines(
                 rankers[name] = Popularity(train)
                 continue
             choice = None if score is None or not len(score) else _CHOOSE[name](train, score)
-            settings, rankers[name] = choice or _FIXED[name](train)
-            (fixed if choice is None else chosen).append(f"{name}: {settings}")
+            settings[name], rankers[name] = choice or _FIXED[name](train)
+            (fixed if choice is None else chosen).append(f"{name}: {settings[name]}")
     if chosen:
         notes.append(f"settings of the baselines, chosen by NDCG@{k} on the validation queries: {'; '.join(chosen)}")
     if fixed:
         notes.append(f"settings of the baselines that were not chosen on a validation: {'; '.join(fixed)}")
-    return FittedBaselines(rankers, tuple(notes))
+    return FittedBaselines(rankers, tuple(notes), settings)
 
 
 def _refusal(name: str, train: Interactions) -> str | None:

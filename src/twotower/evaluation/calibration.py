@@ -6,6 +6,7 @@ from the ranking metrics because a model may rank well and be badly calibrated, 
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,28 +113,15 @@ def softmax_calibration(
     """
     if bins < 1:
         raise InputError(f"bins must be at least 1, got {bins}")
-    target_pairs = _pairs(targets, len(queries), len(items), "targets")
-    left_out = np.empty((2, 0), dtype=np.int64)
-    if exclude is not None:
-        left_out = _pairs(exclude, len(queries), len(items), "exclude")
-        seen = np.isin(target_pairs[0] * len(items) + target_pairs[1], left_out[0] * len(items) + left_out[1])
-        target_pairs = target_pairs[:, ~seen]
+    target_pairs, left_out = _targets_and_excluded(targets, exclude, len(queries), len(items))
     sizes = np.bincount(target_pairs[0], minlength=len(queries))
     if not sizes.any():
         raise InputError("no query has a target: nothing to calibrate")
     histogram, log_probability = _Histogram(), np.empty(target_pairs.shape[1])
-    catalog = items.double().T / temperature
-    block = max(1, _BLOCK // len(items))
-    for start in range(0, len(queries), block):
-        rows = np.flatnonzero(sizes[start : start + block])
-        logits = queries[start : start + block].double() @ catalog
-        row, column = _within(left_out, start, start + block)
-        logits[row, column] = -torch.inf
-        log_p = torch.log_softmax(logits, 1)
-        row, column = _within(target_pairs, start, start + block)
-        inside = (target_pairs[0] >= start) & (target_pairs[0] < start + block)
-        log_probability[inside] = log_p[row, column].cpu().numpy()
-        histogram.add(log_p[rows])
+    for start, log_p in _log_softmax_blocks(queries, items, temperature, left_out):
+        inside, found = _of_block(target_pairs, start, log_p)
+        log_probability[inside] = found
+        histogram.add(log_p[np.flatnonzero(sizes[start : start + len(log_p)])])
     share = 1.0 / sizes[target_pairs[0]]
     histogram.observe(log_probability, share)
     num_queries = int((sizes > 0).sum())
@@ -167,21 +155,43 @@ def refined_weights(
     Returns:
         Number of the query, item code and weight of each pair, [P] each, sorted by query.
     """
-    wanted = _pairs(targets, len(queries), len(items), "targets")
-    left_out = np.empty((2, 0), dtype=np.int64)
+    target_pairs, left_out = _targets_and_excluded(targets, exclude, len(queries), len(items))
+    weights = np.empty(target_pairs.shape[1])
+    for start, log_p in _log_softmax_blocks(queries, items, temperature, left_out):
+        inside, found = _of_block(target_pairs, start, log_p)
+        weights[inside] = -np.expm1(found)
+    return target_pairs[0], target_pairs[1], weights
+
+
+def _targets_and_excluded(
+    targets: Exclusion, exclude: Exclusion | None, num_queries: int, num_items: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the pairs of query and target that are not excluded, and the excluded pairs, int64 [2, P] each."""
+    pairs, left_out = _pairs(targets, num_queries, num_items, "targets"), np.empty((2, 0), dtype=np.int64)
     if exclude is not None:
-        left_out = _pairs(exclude, len(queries), len(items), "exclude")
-        wanted = wanted[:, ~np.isin(wanted[0] * len(items) + wanted[1], left_out[0] * len(items) + left_out[1])]
-    weights, catalog = np.empty(wanted.shape[1]), items.double().T / temperature
+        left_out = _pairs(exclude, num_queries, num_items, "exclude")
+        pairs = pairs[:, ~np.isin(pairs[0] * num_items + pairs[1], left_out[0] * num_items + left_out[1])]
+    return pairs, left_out
+
+
+def _log_softmax_blocks(
+    queries: Tensor, items: Tensor, temperature: float | Tensor, left_out: NDArray[np.int64]
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield the first query of each block and log P of the block, float64 [B, N]; -inf for excluded pairs."""
+    catalog = items.double().T / temperature
     block = max(1, _BLOCK // len(items))
     for start in range(0, len(queries), block):
         logits = queries[start : start + block].double() @ catalog
         row, column = _within(left_out, start, start + block)
         logits[row, column] = -torch.inf
-        row, column = _within(wanted, start, start + block)
-        inside = (wanted[0] >= start) & (wanted[0] < start + block)
-        weights[inside] = -torch.expm1(torch.log_softmax(logits, 1)[row, column]).cpu().numpy()
-    return wanted[0], wanted[1], weights
+        yield start, torch.log_softmax(logits, 1)
+
+
+def _of_block(pairs: NDArray[np.int64], start: int, log_p: Tensor) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """Return which pairs are in the block of queries that begins at `start`, and their log P."""
+    row, column = _within(pairs, start, start + len(log_p))
+    inside = (pairs[0] >= start) & (pairs[0] < start + len(log_p))
+    return inside, log_p[row, column].cpu().numpy()
 
 
 def _exp(value: float) -> float:

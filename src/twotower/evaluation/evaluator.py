@@ -61,7 +61,7 @@ def evaluate(
             unknown codes, repeats, excluded items).
         InputError: nothing is left to evaluate, or `slices` names columns that the tables do not have.
     """
-    fitted = FittedBaselines(dict(baselines), ()) if isinstance(baselines, Mapping) else FittedBaselines({}, ())
+    fitted = FittedBaselines(dict(baselines), (), {}) if isinstance(baselines, Mapping) else FittedBaselines({}, (), {})
     if baselines and not isinstance(baselines, Mapping):
         fitted = fit_baselines(
             train,

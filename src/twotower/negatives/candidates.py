@@ -57,15 +57,23 @@ class Candidates:
 
     def head(self, rows: int) -> Candidates:
         """Return the same candidates for the first `rows` rows only."""
+        return self._rows(slice(rows), self.negative_mask.head(rows))
+
+    def row(self, row: int) -> Candidates:
+        """Return the same candidates for a single row."""
+        part = slice(row, row + 1)
+        return self._rows(part, NegativeMask.of(self.mask[part]))
+
+    def _rows(self, part: slice, mask: NegativeMask) -> Candidates:
         return replace(
             self,
-            negative_mask=self.negative_mask.head(rows),
-            positives=self.positives[:rows],
-            positive_log_count=self.positive_log_count[:rows],
-            log_unmasked=None if self.log_unmasked is None else self.log_unmasked[:rows],
-            row_items=None if self.row_items is None else self.row_items[:rows],
-            row_log_expected_count=None if self.row_log_expected_count is None else self.row_log_expected_count[:rows],
-            row_mask=None if self.row_mask is None else self.row_mask[:rows],
+            negative_mask=mask,
+            positives=self.positives[part],
+            positive_log_count=self.positive_log_count[part],
+            log_unmasked=None if self.log_unmasked is None else self.log_unmasked[part],
+            row_items=None if self.row_items is None else self.row_items[part],
+            row_log_expected_count=None if self.row_log_expected_count is None else self.row_log_expected_count[part],
+            row_mask=None if self.row_mask is None else self.row_mask[part],
         )
 
     def collapse(self, *, sum_weights: bool = True) -> Candidates:

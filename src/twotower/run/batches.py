@@ -116,17 +116,17 @@ def _make(
 def make_objective(
     config: Config,
     train: Interactions,
-    rows: np.ndarray | None,
+    learnt: Interactions | None,
     batches: Batches,
 ) -> Objective:
     """Build the objective for batches of `make_batches`, whose rows or questions its frequencies count.
 
+    `learnt` has the rows that the batches are made of; None for all rows of `train`.
+
     Raises:
         InputError: see `build_objective`.
     """
-    if isinstance(batches, QuestionBatches):
-        return build_objective(config, train, learnt=batches)
-    return build_objective(config, train, learnt=None if rows is None else train.select(rows))
+    return build_objective(config, train, learnt=batches if isinstance(batches, QuestionBatches) else learnt)
 
 
 def row_gaps(config: Config, data: Interactions) -> np.ndarray | None:

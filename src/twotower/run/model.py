@@ -230,7 +230,7 @@ def _fit(
         batches = make_batches(settings, train, rows, ranks, features.get("context"))
         questions = batches if isinstance(batches, QuestionBatches) else None
         learnt = train if rows is None else train.select(rows)
-        objective = make_objective(settings, train, rows, batches)
+        objective = make_objective(settings, train, learnt, batches)
         known_positives = KnownPositives(train) if needs_known_positives(settings) else None
         optimizer = None
         if parent is not None and growth is not None:

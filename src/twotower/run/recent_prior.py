@@ -56,16 +56,16 @@ class RecentPrior:
     Attributes:
         half_life: time after which the weight of a row halves, in days.
         strength: s, factor of the log ratio; 1 according to Bayes' rule.
-        popularity: t, factor of log p_train; 0 according to Bayes' rule.
         before: validation metrics without the prior.
         after: validation metrics with the prior.
+        popularity: t, factor of log p_train; 0 according to Bayes' rule, and in models of earlier versions.
     """
 
     half_life: float
     strength: float
-    popularity: float
     before: dict[str, float]
     after: dict[str, float]
+    popularity: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to JSON values."""
@@ -112,8 +112,13 @@ def prior_of(
     ratio = recent_log_ratio(data.timestamps, data.item_codes, train_counts, half_life=half_life, now=now)
     if not popularity:
         return strength * ratio
-    frequency = (train_counts + 1.0) / (train_counts.sum() + len(train_counts))
-    return strength * ratio + popularity * torch.from_numpy(np.log(frequency)).float()
+    return strength * ratio + popularity * torch.from_numpy(np.log(_frequency(train_counts))).float()
+
+
+def _frequency(train_counts: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
+    """Return p_train, with one row added to each item so that it is never 0."""
+    smoothed: NDArray[np.float64] = (train_counts + 1.0) / (train_counts.sum() + len(train_counts))
+    return smoothed
 
 
 def recent_log_ratio(
@@ -143,7 +148,7 @@ def recent_log_ratio(
     past = np.asarray(times) < now
     age = (now - np.asarray(times)[past]) / (half_life * DAY)
     recent = np.bincount(np.asarray(items)[past], weights=0.5**age, minlength=len(train_counts))
-    before = (train_counts + 1.0) / (train_counts.sum() + len(train_counts))
+    before = _frequency(train_counts)
     after = (recent + PSEUDO_ROWS * before) / (recent.sum() + PSEUDO_ROWS)
     ratio = np.log(after) - np.log(before)
     ratio[train_counts == 0] = 0.0
@@ -194,7 +199,7 @@ def at_validation(model: SavedModel, split: Split) -> SavedModel:
     chosen, train, asked = model.metadata.get("recent_prior"), split.train, split.validation.query_times
     if not chosen or train.timestamps is None or asked is None or not len(asked):
         return model
-    settings = {name: chosen[name] for name in ("half_life", "strength", "popularity") if name in chosen}
+    settings = RecentPrior(**chosen).settings()
     model.towers.set_recent(prior_of(train, train.item_counts(), now=int(np.min(asked)), **settings))
     return replace(model, item_embeddings=model.towers.item_embeddings())
 

@@ -468,12 +468,14 @@ def audit_run(directory: str | Path, source: str | Path | None = None, *, rows: 
     context = {one.features.side: one for one in artifact.towers.feature_tables()}.get("context")
     config = artifact.config.resolved(len(split.train) if trained is None else len(trained))
 
+    learnt = None if trained is None else split.train.select(trained)
+
     def batches(config: Config) -> Batches:
         return make_batches(config, split.train, trained, context=context)
 
     run = TrainingRun(
         batches=batches,
-        objective=lambda config: make_objective(config, split.train, trained, batches(config)),
+        objective=lambda config: make_objective(config, split.train, learnt, batches(config)),
         state=objective_state(artifact, folder.parent / BEST),
     )
     return subject_of(replace(artifact, config=config), split.train, run, rows=rows, seed=seed)

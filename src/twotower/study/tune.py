@@ -242,13 +242,8 @@ def _baselines(study: optuna.Study, split: Split, base: Config) -> dict[str, dic
         split.train, split.validation, names=None if wanted is True else names, k=k, exclude_seen=seen
     )
     measured = evaluate_all(fitted.rankers, split.validation, train=split.train, ks=(k,), exclude_seen=seen)
-    chosen = {
-        name: settings
-        for note in fitted.notes
-        for name, _, settings in (part.partition(": ") for part in note.split(": ", 1)[-1].split("; "))
-    }
     found = {
-        row.name: {"value": row.values[base.training.metric], "settings": chosen.get(row.name, "")}
+        row.name: {"value": row.values[base.training.metric], "settings": fitted.settings.get(row.name, "")}
         for row in measured.rows
     }
     study.set_user_attr("baselines", {"names": names, "found": found})

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import polars as pl
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Depends, Query, Response
 from fastapi.responses import JSONResponse
 
 from twotower.data.schema.vocabulary import HashedIds
@@ -68,16 +68,24 @@ async def explain(request: ExplainRequest, service: TheService) -> Response:
     return JSONResponse({"model": model.name, "version": model.version, "items": explanations})
 
 
+def known_query(model: NamedModel, query_id: Annotated[str, Query(min_length=1, max_length=LONGEST_ID)]) -> int:
+    """Return the code of the query with this id."""
+    code = int(model.query_codes([query_id])[0])
+    if code < 0:
+        raise Problem(404, f"query_id: {UNKNOWN_ID}")
+    return code
+
+
+KnownQuery = Annotated[int, Depends(known_query)]
+
+
 @data.get("/page/history", response_model=Items)
 async def history(
     service: TheService,
     model: NamedModel,
-    query_id: Annotated[str, Query(min_length=1, max_length=LONGEST_ID)],
+    code: KnownQuery,
 ) -> Response:
     """Return the history of a query in the training data: its latest 500 items, oldest first."""
-    code = int(model.query_codes([query_id])[0])
-    if code < 0:
-        raise Problem(404, f"query_id: {UNKNOWN_ID}")
     items = stored_history(model.artifact, code)[-500:]
     return JSONResponse({"items": await service.aside(model.listed, items)})
 
@@ -86,12 +94,9 @@ async def history(
 async def held_out_(
     service: TheService,
     model: NamedModel,
-    query_id: Annotated[str, Query(min_length=1, max_length=LONGEST_ID)],
+    code: KnownQuery,
 ) -> Response:
     """Return the held-out items of a known query, with the ranks that the model gives them."""
-    code = int(model.query_codes([query_id])[0])
-    if code < 0:
-        raise Problem(404, f"query_id: {UNKNOWN_ID}")
     found = await service.aside(held_out, model, code)
     return JSONResponse({"model": model.name, "version": model.version, **found})
 
