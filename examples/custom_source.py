@@ -57,7 +57,7 @@ class SameCategory(RandomSource):
 
     def log_prob(self, items: Tensor, request: DrawRequest) -> Tensor:
         """Return -log |category| for items of the row's category and -inf for others; items [B], or [B, R] by row."""
-        positives = request.positives if request.rows is None else request.positives[request.rows]  # of this process
+        positives = request.own_positives  # the rows of this process
         if len(items) != len(positives):
             raise tt.InputError(f"items: expected {len(positives)} rows, found {list(items.shape)}")
         own = self.category[positives].reshape(-1, *[1] * (items.ndim - 1))

@@ -9,6 +9,7 @@ import scipy.stats
 import torch
 from reference_study.catalogs import random_batches
 
+from support.sources import SamePart
 from twotower.audit import AuditedRows, appearances, measure
 from twotower.audit.appearances import equal_bins, survival
 from twotower.data import GroupedBatches, Interactions, TrainingBatches
@@ -57,29 +58,12 @@ def test_correct_claims_pass():
     assert sum(found[0].observed) == pytest.approx(sum(found[0].claimed), rel=0.01)
 
 
-class SameThird(Sampled):
-    """Uniform draws from the third of the catalog that the positive of the row is in."""
-
-    varies_by_row = True
-    factor = 1.0
-
-    def __init__(self, size):
-        super().__init__(Uniform(300), size, per_row=True)
-
-    def draw(self, request):
-        return request.positives[:, None] // 100 * 100 + super().draw(request) % 100
-
-    def log_prob(self, items, request):
-        own = (request.positives // 100).reshape(-1, *[1] * (items.ndim - 1))
-        return torch.where(items // 100 == own, float(np.log(self.factor / 100)), float("-inf")).double()
-
-
 def test_a_source_whose_counts_differ_by_row_is_audited(monkeypatch):
-    (found,) = audited(SameThird(40))
+    (found,) = audited(SamePart(300, 100, 40))
     assert found.as_claimed, found.verdict
     assert sum(found.observed) == pytest.approx(sum(found.claimed), rel=1e-6)
-    monkeypatch.setattr(SameThird, "factor", 1.2)
-    (wrong,) = audited(SameThird(40))
+    monkeypatch.setattr(SamePart, "factor", 1.2)
+    (wrong,) = audited(SamePart(300, 100, 40))
     assert wrong.has_wrong_count and wrong.ratio == pytest.approx(1 / 1.2, rel=1e-3)
 
 

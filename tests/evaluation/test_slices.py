@@ -132,7 +132,7 @@ def test_only_the_most_frequent_values_get_their_own_slice():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("items.genre", "no such column; the table of items has 'genres', 'year'"),
+        ("items.genre", "no column 'genre'; the table of items has 'genres', 'year'"),
         ("queries.age", "no table of queries"),
         ("genres", "expected items.COLUMN"),
         ("items.", "expected items.COLUMN"),

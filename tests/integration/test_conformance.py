@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 
-from support import combinations
+from support import combinations, conformance
 from support.combinations import LIST
 from support.conformance import Cell, Measured, build, measure
 from twotower.errors import InputError
@@ -69,6 +69,13 @@ def verdict(cell):
 @pytest.mark.parametrize("cell", GATE, ids=name)
 def test_a_cell_is_as_the_list_says(cell):
     assert faults(measured(cell, FEW), verdict(cell).off) == []
+
+
+def test_the_name_of_the_sources_does_not_matter(monkeypatch):
+    monkeypatch.setitem(conformance.SOURCES, "one", [{"uniform": {"size": 20}}])
+    monkeypatch.setitem(conformance.SOURCES, "uniform catalog", [{"in_batch": {}}])
+    assert faults(measured(Cell("one"), 4), 0.0) == []
+    assert faults(measured(Cell("uniform catalog", known=True), 4), 0.0) == []
 
 
 @pytest.mark.slow

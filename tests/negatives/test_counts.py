@@ -2,8 +2,9 @@
 
 A row with positive 1 and known positive 4 is observed over many draws. Its counts must follow the table of
 docs/theory.md, section 2, written here as plain arithmetic; its partition estimate must have the mean
-sum over (C without K) + y. Thresholds: seeds are fixed, so a p-value below 1e-4 or a mean 4 standard errors off in one
-of these tests is an error and not bad luck; a wrong count must have a p-value below the same 1e-4.
+sum over (C without K) + y. If the counts of a source differ by row, every row of a batch is observed. Thresholds: seeds
+are fixed, so a p-value below 1e-4 or a mean 4 standard errors off in one of these tests is an error and not bad luck; a
+wrong count must have a p-value below the same 1e-4.
 """
 
 import copy
@@ -15,6 +16,7 @@ import torch
 
 from reference import expected_counts
 from support.drawing import Observations, agreement, observe, standard_errors_off
+from support.sources import SamePart
 from twotower.negatives import (
     Catalog,
     CountedFrequency,
@@ -57,6 +59,11 @@ def mined(*items):
     return source
 
 
+def same_half(positive):
+    """Return the probability that a draw from the half of the catalog with the positive is the item."""
+    return [2 / N if j // (N // 2) == positive // (N // 2) else 0.0 for j in range(N)]
+
+
 def sampled(proposal, size, **options):
     return Sampled(proposal, size, **options)
 
@@ -68,7 +75,8 @@ def stream():
     return source
 
 
-#: name: (sources, pool-unique, (draws, q, own duplicates removed) of the random ones, always included)
+#: name: (sources, pool-unique, (draws, q, own duplicates removed) of the random ones, always included); q is a list, or
+#: a function of the row's positive that returns one.
 POOLS = {
     "in-batch kept": ([lambda: InBatch(FREQUENCY)], False, [IN_BATCH], ()),
     "in-batch unique": ([lambda: InBatch(FREQUENCY, unique=True)], False, [(B - 1, P, True)], ()),
@@ -162,6 +170,14 @@ POOLS = {
         [(5, UNIFORM, False)],
         (3, 7),
     ),
+    "same half kept": ([lambda: SamePart(N, N // 2, 9)], False, [(9, same_half, False)], ()),
+    "same half unique": ([lambda: SamePart(N, N // 2, 4, unique=True)], False, [(4, same_half, True)], ()),
+    "same half and uniform per row unique": (
+        [lambda: SamePart(N, N // 2, 4), lambda: sampled(Uniform(N), 5, per_row=True)],
+        True,
+        [(4, same_half, False), (5, UNIFORM, False)],
+        (),
+    ),
     "catalog": ([lambda: Catalog(N)], False, [], range(N)),
     "catalog and random sources": (
         [lambda: Catalog(N), lambda: InBatch(FREQUENCY), lambda: sampled(Uniform(N), 5, per_row=True)],
@@ -201,10 +217,15 @@ def run(pool, times=DRAWS, seed=0, known=KNOWN) -> Observations:
 @functools.cache
 def case(name):
     """Return a pool's draws (shared by the tests of this file) and its counts by arithmetic."""
-    sources, unique, parts, always = POOLS[name]
-    pool = Pool(*(make() for make in sources), unique=unique)
-    kappa = torch.tensor(expected_counts(parts, unique=unique, always=always, num_items=N), dtype=torch.float64)
-    return run(pool), kappa
+    sources, unique, *_ = POOLS[name]
+    return run(Pool(*(make() for make in sources), unique=unique)), by_arithmetic(name, POSITIVE)
+
+
+def by_arithmetic(name, positive):
+    """Return the expected count of every item for a row with this positive, float64 [N]."""
+    _, unique, parts, always = POOLS[name]
+    parts = [(draws, q(positive) if callable(q) else q, own) for draws, q, own in parts]
+    return torch.tensor(expected_counts(parts, unique=unique, always=always, num_items=N), dtype=torch.float64)
 
 
 def masked(values):
@@ -220,6 +241,40 @@ def test_appearances_follow_the_counts_of_the_theory(name):
     assert agreement(found.counts, masked(kappa)) > 1e-4
     for item in set(POOLS[name][3]) - {POSITIVE, KNOWN}:
         assert found.counts[:, item].tolist() == [1.0] * DRAWS, "always included, and masked from the random sources"
+
+
+#: Positives of a batch of different rows: of both halves of the catalog, rare and popular ones, one of them twice.
+ROWS = (POSITIVE, 6, 0, 9, 3, 6)
+VARYING = [name for name, (_, _, parts, _) in POOLS.items() if any(callable(q) for _, q, _ in parts)]
+
+
+def rows_that_disagree(pool, name):
+    """Return the rows whose draws or weights do not follow the counts of their own positive."""
+    rng = torch.Generator().manual_seed(6)
+    drawn = [pool.draw(torch.tensor(ROWS), generator=rng) for _ in range(DRAWS)]
+    wrong = []
+    for row, positive in enumerate(ROWS):
+        kappa = by_arithmetic(name, positive)
+        kappa[positive] = 0.0
+        found = observe(drawn.__getitem__, DRAWS, N, row)
+        weights = found.counts / kappa.clamp(min=1e-30)
+        if not (agreement(found.counts, kappa) > 1e-4 and torch.allclose(found.weights, weights, rtol=1e-5)):
+            wrong.append(row)
+    return wrong
+
+
+@pytest.mark.parametrize("name", VARYING)
+def test_every_row_follows_the_counts_of_its_own_positive(name):
+    sources, unique, *_ = POOLS[name]
+    assert rows_that_disagree(Pool(*(make() for make in sources), unique=unique).eval(), name) == []
+
+
+@pytest.mark.parametrize("name", VARYING)
+def test_the_counts_of_row_0_for_all_rows_are_detected(name, monkeypatch):
+    """The positive of row 0 decides the draws and the claims of all rows; row 0 itself is right."""
+    monkeypatch.setattr(SamePart, "part", lambda self, positives: positives[:1].expand(len(positives)) // self.width)
+    sources, unique, *_ = POOLS[name]
+    assert rows_that_disagree(Pool(*(make() for make in sources), unique=unique).eval(), name) == [1, 3, 5]
 
 
 @pytest.mark.parametrize("name", POOLS)

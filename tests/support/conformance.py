@@ -70,7 +70,7 @@ SOURCES: dict[str, list[dict[str, dict[str, Any]]]] = {
     "frequency^0.75": [{"frequency": {"size": 30}}],
     "log-uniform": [{"log_uniform": {"size": 30}}],
     "head + frequency^0.75": [{"head": {"size": 4}}, {"frequency": {"size": 30}}],
-    "index stream": [{"uniform": {"size": 20}}],
+    "index stream": [{"index_stream": {"size": 20}}],
     "catalog": [{"catalog": {}}],
     "in-batch twice": [{"in_batch": {}}, {"in_batch": {}}],
     "memory twice": [{"memory": {"size": 8}}, {"memory": {"size": 16}}],
@@ -172,7 +172,7 @@ class Cell:
 
 @dataclass
 class Run:
-    """The parts of a training run, and a record of the candidates that its steps draw."""
+    """The parts of a training run, and a record of the candidates that its steps draw; `rows` are None for all."""
 
     config: Config
     train: Interactions
@@ -180,6 +180,7 @@ class Run:
     objective: Any
     batches: Any
     known: KnownPositives | None
+    rows: Any = None
     drawn: list[Any] = field(default_factory=list)
     ranks: Communicator = field(default_factory=Communicator)
 
@@ -200,24 +201,29 @@ def build(cell: Cell, ranks: Communicator | None = None) -> Run:
     batches = make_batches(config, train, rows, ranks)
     learnt = None if rows is None else train.select(rows)
     questions = batches if isinstance(batches, QuestionBatches) else None
-    objective = build_objective(config, train, learnt=questions or learnt)
+    objective = _streamed(cell) or build_objective(config, train, learnt=questions or learnt)
     if cell.batches == "independent rows":
         batches = Independent(batches)
         if cell.frequency == "counted":
             for member in objective.pool.members():
                 if hasattr(member, "frequency"):
                     member.frequency = CountedFrequency(train, replacement=True)
-    if cell.sources == "index stream":
-        stream = IndexStream(N, torch.arange(0, N, 2))
-        stream.add(torch.tensor([1, 3, N - 1]))
-        stream.withdraw(torch.tensor([0]))
-        objective = SampledSoftmax(Pool(Sampled(stream, 20), unique=cell.duplicates == "unique"))
     known = KnownPositives(train) if needs_known_positives(config) else None
     for member in objective.pool.members():
         if isinstance(member, HardNegatives):
             ranked = torch.rand(QUERIES, N, generator=torch.Generator().manual_seed(2)).argsort(1)
             member.refresh(torch.arange(QUERIES), ranked)
-    return Run(config, train, _towers(config, train), objective, batches, known, ranks=ranks or Communicator())
+    return Run(config, train, _towers(config, train), objective, batches, known, rows, ranks=ranks or Communicator())
+
+
+def _streamed(cell: Cell) -> SampledSoftmax | None:
+    """Build the objective of a cell with an index stream of some items; a configuration would need item features."""
+    if not any("index_stream" in source for source in SOURCES[cell.sources]):
+        return None
+    stream = IndexStream(N, torch.arange(0, N, 2))
+    stream.add(torch.tensor([1, 3, N - 1]))
+    stream.withdraw(torch.tensor([0]))
+    return SampledSoftmax(Pool(Sampled(stream, 20), unique=cell.duplicates == "unique"))
 
 
 class Independent:
@@ -442,25 +448,37 @@ def _weights(drawn: list[Any], rows: int) -> Tensor:
 
 
 def _reachable(run: Run, cell: Cell, batch: Batch) -> Tensor:
-    """Return which items the pool can bring for a row, bool [N] or [B, N]."""
-    seen = torch.from_numpy(run.train.item_counts()) > 0
+    """Return which items the pool can bring for a row, bool [N] or [B, N], by the settings of its sources.
+
+    Raises:
+        NotImplementedError: a source is not listed here; a new one needs its items.
+    """
+    options = {name: options for source in SOURCES[cell.sources] for name, options in source.items()}
     reach = torch.zeros(N, dtype=torch.bool)
-    if cell.sources == "index stream":
+    if "index_stream" in options:
         reach[2::2] = True
         reach[[1, 3, N - 1]] = True
         return reach
-    if any(name in cell.sources for name in ("uniform", "catalog", "log_uniform", "floor")):
-        return torch.ones(N, dtype=torch.bool)
-    if batch.group is not None:
-        rows = np.asarray(run.train.groups) == batch.group
-        reach[torch.from_numpy(run.train.item_codes[rows].astype(np.int64))] = True
-        return reach
+    if not options.keys().isdisjoint(("uniform", "log_uniform", "catalog")):
+        return ~reach
+    for name, settings in options.items():
+        if name in ("in_batch", "memory"):
+            reach |= _in_batches(run, batch)
+        elif name in ("frequency", "head") and not settings.get("floor"):
+            reach |= torch.from_numpy(run.train.item_counts()) > 0
+        else:
+            raise NotImplementedError(f"{name}: which items it can bring")
+    return reach
+
+
+def _in_batches(run: Run, batch: Batch) -> Tensor:
+    """Return which items can be a positive of a batch of the same group, bool [N]."""
     if isinstance(run.batches, QuestionBatches):
         return torch.from_numpy(run.batches.item_counts()) > 0
-    if cell.batches == "rows of a continued model" and "frequency" not in cell.sources:
-        reach[torch.from_numpy(run.train.item_codes[run.batches.rows].astype(np.int64))] = True
-        return reach
-    return seen
+    is_row = np.ones(len(run.train), dtype=bool) if run.rows is None else np.isin(np.arange(len(run.train)), run.rows)
+    if batch.group is not None:
+        is_row &= np.asarray(run.train.groups) == batch.group
+    return torch.from_numpy(np.bincount(run.train.item_codes[is_row], minlength=N)) > 0
 
 
 def _flat(gradients: Any, parameters: list[Tensor]) -> Tensor:

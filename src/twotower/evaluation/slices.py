@@ -8,7 +8,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from twotower.data import Interactions
-from twotower.data.schema.vocabulary import listed
+from twotower.data.io.feature_tables import require_column
 from twotower.errors import InputError
 
 SLICES = ("head", "mid", "tail")
@@ -178,16 +178,7 @@ def _column(train: Interactions, name: str) -> pl.Series:
     tables = {"items": train.item_table, "queries": train.query_table}
     if side not in tables or not column:
         raise InputError(f"evaluation.slices: {name!r}: expected items.COLUMN or queries.COLUMN, as in items.genres")
-    table = tables[side]
-    if table is None:
-        raise InputError(
-            f"evaluation.slices: {name!r}: the data has no table of {side}; set data.{side}, or remove the slice"
-        )
-    if column not in table.columns:
-        raise InputError(
-            f"evaluation.slices: {name!r}: no such column; the table of {side} has {listed(table.columns)}"
-        )
-    return table[column]
+    return require_column(tables[side], side, column, f"evaluation.slices: {name!r}")
 
 
 def _parts(values: pl.Series) -> dict[str, NDArray[np.bool_]]:

@@ -101,7 +101,7 @@ class Pool(nn.Module):
                 count of zero (CPU only: the check would stall an accelerator).
         """
         request = DrawRequest.of(request, **options)
-        positives, group, rows = request.positives, request.group, request.rows
+        positives, group = request.positives, request.group
         if positives.ndim != 1 or positives.dtype != torch.int64:
             raise InputError(
                 f"positives: expected int64 item codes of shape [B], found {positives.dtype} {list(positives.shape)}"
@@ -115,7 +115,6 @@ class Pool(nn.Module):
                 "known_positives: rows of one sequence are not random draws for each other; with whole sequences and "
                 "in_batch or memory, pass the known positives of every row so that they are masked"
             )
-        own_positives = positives if rows is None else positives[rows]
         size, unit = (len(positives), "row") if request.windows is None else (request.windows.drawn, "sequence")
         if size == 1 and all(isinstance(m, InBatch) for m in self.members()):
             raise InputError(
@@ -131,6 +130,7 @@ class Pool(nn.Module):
         log_count = self._log_count(items, source, request, is_fixed=source == FIXED)
         # An empty slot has weight zero: kappa = inf. It is also masked, for losses that do not use kappa.
         log_count = log_count.masked_fill(empty, torch.inf)
+        own_positives = request.own_positives
         own = (torch.arange(len(own_positives), device=own_positives.device), own_positives)
         pairs = [own, known, None if row_fixed is None else as_pairs(row_fixed)]
         result = Candidates(
@@ -200,7 +200,7 @@ class Pool(nn.Module):
         Fixed items come from deterministic sources. Per-row items are returned for the requested rows only.
         """
         part = request.rows
-        own = request if part is None else replace(request, positives=request.positives[part])
+        own = replace(request, positives=request.own_positives)
         shared: dict[bool, list[Tensor]] = {True: [], False: []}
         rows: dict[bool, list[Tensor]] = {True: [], False: []}
         places, row_places = [], []

@@ -61,6 +61,11 @@ class DrawRequest:
     rows: slice | None = None
     epoch: int | None = None
 
+    @property
+    def own_positives(self) -> Tensor:
+        """The positives of the selected rows, [B] without `rows`."""
+        return self.positives if self.rows is None else self.positives[self.rows]
+
     @classmethod
     def of(cls, request: DrawRequest | Tensor, **options: Any) -> DrawRequest:
         """Return a request with the given fields replaced; a tensor is taken as the positives."""

@@ -162,7 +162,18 @@ def build_frequency(settings: ObjectiveConfig, train: Interactions, learnt: HasI
 
 
 def _options(options: dict[str, Any] | None, settings: ObjectiveConfig) -> dict[str, Any]:
-    return {key: settings.negatives if value == "K" else value for key, value in (options or {}).items()}
+    return {
+        key: settings.negatives if key == "size" and value == "K" else value for key, value in (options or {}).items()
+    }
+
+
+#: Annotation of a source's setting -> accepted types, in words.
+_SETTINGS: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "true or false"),
+    "str": ((str,), "text"),
+}
 
 
 class _SourceBuilder:
@@ -196,8 +207,9 @@ class _SourceBuilder:
                     f"objective.sources: {name}: unknown setting {option!r}; expected {', '.join(known) or 'none'}"
                 )
         for option, value in options.items():
-            if known[option].annotation == "int" and type(value) is not int:
-                raise InputError(f"objective.sources: {name}: {option}: expected a whole number, found {value!r}")
+            types, expected = _SETTINGS.get(known[option].annotation, ((object,), ""))
+            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+                raise InputError(f"objective.sources: {name}: {option}: expected {expected}, found {value!r}")
         for option, parameter in known.items():
             if parameter.default is parameter.empty and option not in options:
                 raise InputError(f"objective.sources: {name}: setting {option!r} is missing")

@@ -143,6 +143,25 @@ def described(table: pl.DataFrame | None, count: int) -> NDArray[np.bool_]:
     return table.select(pl.any_horizontal(pl.exclude(own).is_not_null())).to_series().to_numpy()
 
 
+def require_column(table: pl.DataFrame | None, side: str, column: str, setting: str) -> pl.Series:
+    """Return a column of a joined table: row i belongs to code i, with nulls for ids without a row.
+
+    Args:
+        table: the item or query table of `Interactions`.
+        side: "items" or "queries".
+        column: name.
+        setting: the setting that names the column, at the beginning of a message.
+
+    Raises:
+        InputError: the data has no such table, or the table has no such column.
+    """
+    if table is None:
+        raise InputError(f"{setting}: the data has no table of {side}; set data.{side}")
+    if column not in table.columns:
+        raise InputError(f"{setting}: no column {column!r}; the table of {side} has {listed(table.columns)}")
+    return table[column]
+
+
 def typed(column: pl.Series) -> pl.Series:
     """Convert a text column to integers or floats if every value parses; blanks around a number are ignored."""
     if column.dtype != pl.String:
