@@ -15,8 +15,7 @@ from twotower.config.run import TrainingConfig
 from twotower.data import Batch, KnownPositives
 from twotower.distributed.communicator import Communicator
 from twotower.evaluation import popularity_thirds
-from twotower.negatives import Candidates
-from twotower.objectives import Embedded, Objective
+from twotower.objectives import Objective
 from twotower.towers import TwoTower
 from twotower.training.checkpoint.io import random_state, restore_random_state
 from twotower.training.diagnostics import DiagnosticsMonitor, diagnose, frequency_drift, memory_age, objective_device
@@ -74,7 +73,18 @@ class TrainingModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean loss of the batch, weighted if its rows have weights; on several ranks, this rank's share."""
-        mean, embedded, drawn = self._loss(batch)
+        seed, step = self.settings.seed, self.global_step
+        if self.ranks.size > 1:
+            torch.manual_seed(step_seed(seed, step, DROPOUT, self.ranks.rank))
+        mean, embedded, drawn = compute_loss(
+            self.towers,
+            self.objective,
+            batch,
+            self.ranks,
+            known_positives=self.known_positives,
+            micro_batch=self.settings.micro_batch,
+            generator=draws_of(seed, step, objective_device(self.objective)),
+        )
         self._rows += len(batch.items) if batch.total is None else batch.total
         if (batch_idx + 1) % LOG_EVERY == 0:
             self.log("loss", self.ranks.sum(mean), prog_bar=True)
@@ -88,20 +98,6 @@ class TrainingModule(pl.LightningModule):
                 self.log_dict({**numbers, **memory_age(self.objective)})
             self._rows, self._since = 0, now
         return mean
-
-    def _loss(self, batch: Batch) -> tuple[Tensor, Embedded, Candidates]:
-        seed, step = self.settings.seed, self.global_step
-        if self.ranks.size > 1:
-            torch.manual_seed(step_seed(seed, step, DROPOUT, self.ranks.rank))
-        return compute_loss(
-            self.towers,
-            self.objective,
-            batch,
-            self.ranks,
-            known_positives=self.known_positives,
-            micro_batch=self.settings.micro_batch,
-            generator=draws_of(seed, step, objective_device(self.objective)),
-        )
 
     def on_after_backward(self) -> None:
         """Sum the gradients over ranks."""
