@@ -15,7 +15,7 @@ from torch import Tensor
 from twotower.data.interactions import Interactions
 from twotower.data.loading.histories import gather_histories
 from twotower.data.loading.packing import Packed, Windows
-from twotower.data.loading.shuffle import EpochPosition, Shuffle, ahead
+from twotower.data.loading.shuffle import EpochPosition, Shuffle, require_at_least
 from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
 
@@ -141,13 +141,7 @@ class TrainingBatches(EpochPosition):
         ranks: Communicator | None = None,
         context: Encoded | None = None,
     ) -> None:
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("history_length", history_length, 0),
-            ("seed", seed, 0),
-        ):
-            if value < least:
-                raise InputError(f"{name}: {value}; expected at least {least}.")
+        require_at_least(batch_size=(batch_size, 1), history_length=(history_length, 0), seed=(seed, 0))
         self.rows, self.context = rows, context
         self.num_rows = len(interactions) if rows is None else len(rows)
         if not self.num_rows:
@@ -178,12 +172,7 @@ class TrainingBatches(EpochPosition):
             stop = min(start + self.batch_size, self.num_rows)
             return replace(self.part(shuffle(np.arange(start, stop))), epoch=epoch)
 
-        for batch in ahead(make, self.position, len(self)):
-            # Counts the yielded batches, not the prepared ones. Advanced before the yield, so that a state saved
-            # while a batch is in use already includes that batch.
-            self.position += 1
-            yield batch
-        self.epoch, self.position = self.epoch + 1, 0
+        yield from self.rest(make, len(self))
 
     def part(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Batch:
         """Build this rank's part of the batch with these row numbers."""
@@ -307,7 +296,4 @@ class GroupedBatches:
             rows = self._rows[self._starts[group] + within[group](np.arange(start, stop))]
             return replace(inner.part(rows), group=group, epoch=epoch)
 
-        for batch in ahead(make, inner.position, len(self)):
-            inner.position += 1
-            yield batch
-        inner.epoch, inner.position = inner.epoch + 1, 0
+        yield from inner.rest(make, len(self))

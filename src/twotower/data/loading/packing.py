@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +17,24 @@ START = -1
 GROUP_COST = 256
 
 
-class Holding(Protocol):
-    """The number of windows of an epoch that contain each item."""
+class ItemUnits:
+    """The number of windows or questions of an epoch that contain each item, counted at first use.
+
+    Args:
+        count: returns the numbers, float64 [N].
+    """
+
+    def __init__(self, count: Callable[[], NDArray[np.float64]]) -> None:
+        self._count = count
+        self._counts: Tensor | None = None
 
     def of(self, items: Tensor) -> Tensor:
         """Return the number of windows that contain each of these items, float64, same shape as `items`."""
-        ...
+        if self._counts is None:
+            self._counts = torch.from_numpy(self._count())
+        if self._counts.device != items.device:
+            self._counts = self._counts.to(items.device)
+        return self._counts[items]
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,7 @@ class Windows:
     drawn: int
     total: int
     rows: float
-    holding: Holding | None = field(default=None, compare=False)
+    holding: ItemUnits | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, eq=False)

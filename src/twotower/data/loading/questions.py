@@ -13,14 +13,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from twotower.data.interactions import Interactions
 from twotower.data.loading.batches import Asked, Batch, Encoded, context_rows, mean_weight
 from twotower.data.loading.histories import PAD, gather_histories, take_ranges
-from twotower.data.loading.packing import Windows
+from twotower.data.loading.packing import ItemUnits, Windows
 from twotower.data.loading.sequences import shares_of
-from twotower.data.loading.shuffle import EpochPosition, Shuffle, ahead
+from twotower.data.loading.shuffle import EpochPosition, Shuffle, require_at_least
 from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
 from twotower.hashing import mix64
@@ -99,13 +98,7 @@ class QuestionBatches(EpochPosition):
         ranks: Communicator | None = None,
         context: Encoded | None = None,
     ) -> None:
-        for name, value, smallest in (
-            ("batch_size", batch_size, 1),
-            ("history_length", history_length, 0),
-            ("seed", seed, 0),
-        ):
-            if value < smallest:
-                raise InputError(f"{name}: {value}; expected at least {smallest}.")
+        require_at_least(batch_size=(batch_size, 1), history_length=(history_length, 0), seed=(seed, 0))
         if not 0 < rule.share < 1 or (rule.kind == "horizon" and rule.horizon < 1):
             raise InputError(
                 f"training.question: share {rule.share}, horizon {rule.horizon} microseconds; expected a share between "
@@ -147,7 +140,7 @@ class QuestionBatches(EpochPosition):
             )
         counts, rows_per_epoch = self._expected()
         self._counts, self.rows_per_epoch = counts, rows_per_epoch
-        self._holding = None if rule.new_only else ItemQuestions(self)
+        self._holding = None if rule.new_only else ItemUnits(self.question_counts)
         mean = rows_per_epoch / len(self.queries)
         most = len(self.queries) // STEPS
         # At least two, so that a row has in-batch candidates from a different question.
@@ -222,10 +215,7 @@ class QuestionBatches(EpochPosition):
         def make(position: int) -> Batch:
             return self.batch(shuffle(np.arange(position * size, (position + 1) * size)), epoch)
 
-        for batch in ahead(make, self.position, len(self)):
-            self.position += 1
-            yield batch
-        self.epoch, self.position = self.epoch + 1, 0
+        yield from self.rest(make, len(self))
 
     def batch(self, numbers: Rows, epoch: int = 0) -> Batch:
         """Build this rank's part of the batch with these questions, given as positions in `queries`, int64 [S].
@@ -360,26 +350,6 @@ class QuestionBatches(EpochPosition):
             chance = np.cumsum(steps[:-1]).clip(0.0, 1.0)
         np.add.at(counts, np.asarray(data.item_codes)[self._targets], chance)
         return counts, float(chance.sum())
-
-
-class ItemQuestions:
-    """The expected number of questions that have each item as a target, computed at first use.
-
-    Args:
-        batches: the questions.
-    """
-
-    def __init__(self, batches: QuestionBatches) -> None:
-        self._batches = batches
-        self._counts: Tensor | None = None
-
-    def of(self, items: Tensor) -> Tensor:
-        """Return the number of questions with each of these items as a target, float64, same shape as `items`."""
-        if self._counts is None:
-            self._counts = torch.from_numpy(self._batches.question_counts())
-        if self._counts.device != items.device:
-            self._counts = self._counts.to(items.device)
-        return self._counts[items]
 
 
 def first_occurrences(data: Interactions) -> NDArray[np.bool_]:

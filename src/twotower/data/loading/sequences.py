@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from twotower.data.interactions import Interactions
 from twotower.data.loading.batches import Batch, Encoded, context_rows, mean_weight
 from twotower.data.loading.gaps import gap_codes
-from twotower.data.loading.packing import Windows, length_groups, pack
-from twotower.data.loading.shuffle import EpochPosition, Shuffle, ahead
+from twotower.data.loading.packing import ItemUnits, Windows, length_groups, pack
+from twotower.data.loading.shuffle import EpochPosition, Shuffle, require_at_least
 from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
 from twotower.hashing import mix64
@@ -58,13 +57,7 @@ class SequenceBatches(EpochPosition):
         gaps: bool = False,
         ranks: Communicator | None = None,
     ) -> None:
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("history_length", history_length, 1),
-            ("seed", seed, 0),
-        ):
-            if value < least:
-                raise InputError(f"{name}: {value}; expected at least {least}.")
+        require_at_least(batch_size=(batch_size, 1), history_length=(history_length, 1), seed=(seed, 0))
         if not len(interactions):
             raise InputError("training batches: no interactions to train on.")
         self.interactions, self.history_length, self.seed = interactions, history_length, seed
@@ -100,15 +93,12 @@ class SequenceBatches(EpochPosition):
     def __iter__(self) -> Iterator[Batch]:
         shuffle, epoch = Shuffle(self.num_windows, self.seed, self.epoch), self.epoch
         size = self.windows_per_batch
-        holding = ItemWindows(self, epoch)
+        holding = ItemUnits(partial(self.item_windows, epoch))
 
         def make(position: int) -> Batch:
             return self.batch(shuffle(np.arange(position * size, (position + 1) * size)), epoch, holding)
 
-        for batch in ahead(make, self.position, len(self)):
-            self.position += 1
-            yield batch
-        self.epoch, self.position = self.epoch + 1, 0
+        yield from self.rest(make, len(self))
 
     def windows(self, numbers: NDArray[np.int64], epoch: int) -> tuple[NDArray[np.int64], ...]:
         """Compute (query, first row, number of rows) of windows in an epoch, int64 [S] each."""
@@ -133,7 +123,7 @@ class SequenceBatches(EpochPosition):
         again = np.flatnonzero(key[order[1:]] == key[order[:-1]])
         return order[again + 1], order[again]
 
-    def batch(self, numbers: NDArray[np.int64], epoch: int = 0, holding: ItemWindows | None = None) -> Batch:
+    def batch(self, numbers: NDArray[np.int64], epoch: int = 0, holding: ItemUnits | None = None) -> Batch:
         """Build this rank's part of the batch with these windows, int64 [S]; rows are in the order of `sequences.rows`.
 
         The windows are ordered as a single process would pack them, and each rank takes a contiguous run, so the
@@ -169,49 +159,34 @@ class SequenceBatches(EpochPosition):
             mean_weight=self.mean_weight,
             sequences=replace(
                 packed,
-                windows=Windows(len(numbers), self.num_windows, len(data), holding or ItemWindows(self, epoch)),
+                windows=Windows(
+                    len(numbers),
+                    self.num_windows,
+                    len(data),
+                    holding or ItemUnits(partial(self.item_windows, epoch)),
+                ),
             ),
         )
+
+    def item_windows(self, epoch: int) -> NDArray[np.float64]:
+        """Count the windows w_j that contain item j in an epoch, [N].
+
+        A row that repeats an item of its query counts unless the earlier row is in the same window:
+
+            w_j = c_j - #{rows of item j whose latest earlier row of the same query and item is in their window}
+        """
+        data, (later, earlier) = self.interactions, self.repeats
+        counts = np.bincount(data.item_codes, minlength=data.num_items).astype(np.float64)
+        if len(later):
+            starts = self.windows(np.arange(self.num_windows), epoch)[1]
+            own = starts[np.searchsorted(starts, later, side="right") - 1]
+            counts -= np.bincount(data.item_codes[later[earlier >= own]], minlength=data.num_items)
+        return counts
 
     def _cut(self, queries: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
         """Compute a nonnegative pseudo-random number for each query, with splitmix64 keyed by seed and epoch."""
         key = np.random.SeedSequence([self.seed, epoch, 1]).generate_state(1, np.uint64)[0]
         return (mix64(queries.astype(np.uint64) + key) >> np.uint64(1)).astype(np.int64)
-
-
-class ItemWindows:
-    """The number of windows w_j that contain item j in an epoch, counted when first needed.
-
-    A row that repeats an item of its query counts unless the earlier row is in the same window:
-
-        w_j = c_j - #{rows of item j whose latest earlier row of the same query and item is in their window}
-
-    Args:
-        batches: the batches that cut the sequences into windows.
-        epoch: number of the epoch.
-    """
-
-    def __init__(self, batches: SequenceBatches, epoch: int) -> None:
-        self._batches, self._epoch = batches, epoch
-        self._counts: Tensor | None = None
-
-    def of(self, items: Tensor) -> Tensor:
-        """Return the number of windows that contain each of these items, float64, same shape as `items`."""
-        if self._counts is None:
-            self._counts = torch.from_numpy(self._count())
-        if self._counts.device != items.device:
-            self._counts = self._counts.to(items.device)
-        return self._counts[items]
-
-    def _count(self) -> NDArray[np.float64]:
-        batches, (later, earlier) = self._batches, self._batches.repeats
-        data = batches.interactions
-        counts = np.bincount(data.item_codes, minlength=data.num_items).astype(np.float64)
-        if len(later):
-            starts = batches.windows(np.arange(batches.num_windows), self._epoch)[1]
-            own = starts[np.searchsorted(starts, later, side="right") - 1]
-            counts -= np.bincount(data.item_codes[later[earlier >= own]], minlength=data.num_items)
-        return counts
 
 
 def shares_of(lengths: NDArray[np.int64], ranks: Communicator) -> tuple[slice, tuple[int, ...]]:

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from twotower.errors import InputError
 from twotower.hashing import mix64
 
+T = TypeVar("T")
+
 ROUNDS = 8
 
 
@@ -67,6 +69,15 @@ class EpochPosition:
     def _fixed(self) -> dict[str, int]:
         raise NotImplementedError
 
+    def rest(self, make: Callable[[int], T], count: int) -> Iterator[T]:
+        """Yield ``make(position)`` for the rest of an epoch of `count` batches, then advance to the next epoch."""
+        for batch in ahead(make, self.position, count):
+            # Counts the yielded batches, not the prepared ones. Advanced before the yield, so that a state saved
+            # while a batch is in use already includes that batch.
+            self.position += 1
+            yield batch
+        self.epoch, self.position = self.epoch + 1, 0
+
     def set_epoch(self, epoch: int) -> None:
         """Move to the beginning of an epoch; for the current epoch, keep the position."""
         if epoch != self.epoch:
@@ -90,7 +101,16 @@ class EpochPosition:
         self.seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
 
 
-T = TypeVar("T")
+def require_at_least(**values: tuple[int, int]) -> None:
+    """Check settings of batches, each given as (value, smallest allowed value).
+
+    Raises:
+        InputError: a value is too small.
+    """
+    for name, (value, least) in values.items():
+        if value < least:
+            raise InputError(f"{name}: {value}; expected at least {least}.")
+
 
 #: Number of batches computed ahead: enough to hide a slow batch, few enough to need little memory.
 DEPTH = 3
