@@ -137,7 +137,7 @@ def edit_metadata(change):
         (lambda f: (f / "towers.safetensors").write_bytes(b"x"), "towers.safetensors: incomplete safetensors file"),
         (flip_last_bit("towers.safetensors"), "towers.safetensors: its checksum differs"),
         (lambda f: (f / "items.parquet").unlink(), "items.parquet: missing"),
-        (lambda f: (f / "metadata.json").write_text("{"), "not the metadata of a model"),
+        (lambda f: (f / "metadata.json").write_text("{"), "not readable"),
         (lambda f: (f / "metadata.json").unlink(), "no model in this folder"),
         (edit_metadata(lambda v: v.update(schema_version=99)), "schema version 99, this twotower reads 1"),
         (edit_metadata(lambda v: v["config"].update(nonsense=1)), "do not fit together"),

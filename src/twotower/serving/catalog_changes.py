@@ -9,7 +9,6 @@ model/changes/item_table.parquet   rows of the item table of added and changed i
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -32,9 +31,8 @@ from twotower.data.schema.vocabulary import Codes, IdValues, Vocabulary, ids_of
 from twotower.distributed.row_files import stored_shapes
 from twotower.errors import InputError
 from twotower.hashing import file_sha256
-from twotower.serving.folder_checks import parquet_rows, require_names
+from twotower.serving.folder_checks import parquet_rows, read_description, require_names, write_description
 from twotower.serving.model_folder import SavedModel, library_versions
-from twotower.system.checksums import read_json, require_file, verify_checksums, write_checksums
 
 Mask = NDArray[np.bool_]
 
@@ -157,10 +155,8 @@ class CatalogChanges:
             "changed_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": library_versions(),
             **self.to_dict(),
-            "checksums": {path.name: file_sha256(path) for path in sorted(folder.iterdir())},
         }
-        (folder / "changes.json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
-        write_checksums(folder, ["changes.json"])
+        write_description(folder / "changes.json", metadata)
 
     @classmethod
     def read(cls, model: Path) -> CatalogChanges | None:
@@ -174,17 +170,7 @@ class CatalogChanges:
         if not path.is_file():
             return None
         advice = f"delete {folder} and make the changes again"
-        require_file(path, advice)
-        try:
-            metadata = read_json(path)
-            verify_checksums(folder, advice, only=path.name)  # older versions wrote none
-            version, checksums = metadata["schema_version"], dict(metadata["checksums"])
-        except InputError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: not readable ({error}); {advice}") from error
-        if version != SCHEMA_VERSION:
-            raise InputError(f"{path}: schema version {version!r:.40}, this twotower reads {SCHEMA_VERSION}; {advice}")
+        checksums = read_description(path, SCHEMA_VERSION, advice)["checksums"]
         needed = ("changes.safetensors", "joined.parquet")
         require_names(folder, checksums, needed, advice)
         for name, expected in checksums.items():

@@ -6,6 +6,7 @@ larger model than the files contain, the folder is rejected before the claimed a
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from itertools import pairwise
@@ -18,7 +19,8 @@ import torch
 from twotower.config.run import Config
 from twotower.distributed.row_files import StoredShape, stored_shapes
 from twotower.errors import InputError
-from twotower.system.checksums import is_plain, require_file
+from twotower.hashing import file_sha256
+from twotower.system.checksums import is_plain, read_json, require_file, verify_checksums, write_checksums
 from twotower.towers import build_towers
 from twotower.towers.tables import tables_without_memory
 
@@ -49,6 +51,34 @@ def require_names(folder: Path, checksums: Mapping[str, object], needed: tuple[s
     for name in needed:
         if name not in checksums:
             raise InputError(f"{folder / name}: has no checksum; {advice}")
+
+
+def read_description(path: Path, version: int, advice: str) -> dict[str, Any]:
+    """Read the JSON file that describes a folder, with its schema version and the checksums of the other files.
+
+    Raises:
+        InputError: the file is missing, damaged, or has a different schema version.
+    """
+    require_file(path, advice)
+    try:
+        described = read_json(path)
+        verify_checksums(path.parent, advice, only=path.name)  # older versions wrote none
+        found, _ = described["schema_version"], dict(described["checksums"])
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not readable ({error}); {advice}") from error
+    if found != version:
+        raise InputError(f"{path}: schema version {found!r:.40}, this twotower reads {version}; {advice}")
+    return described
+
+
+def write_description(path: Path, values: Mapping[str, Any]) -> None:
+    """Write the JSON file that describes a folder, with the checksums of the other files, which exist already."""
+    checksums = {one.name: file_sha256(one) for one in sorted(path.parent.iterdir())}
+    text = json.dumps({**values, "checksums": checksums}, indent=1, ensure_ascii=False)
+    path.write_text(text, encoding="utf-8")
+    write_checksums(path.parent, [path.name])
 
 
 def require_model_names(folder: Path, checksums: Mapping[str, object]) -> None:

@@ -20,7 +20,6 @@ context.parquet        context of each row of the histories, to continue trainin
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -46,8 +45,16 @@ from twotower.distributed.row_files import save_rows, stored_tensors, write_fold
 from twotower.errors import InputError
 from twotower.features.feature_set import EncodedTable
 from twotower.hashing import file_sha256
-from twotower.serving.folder_checks import ADVICE, NEEDED, OPTIONAL, require_model_names, require_sizes, require_weights
-from twotower.system.checksums import read_json, require_file, verify_checksums, write_checksums
+from twotower.serving.folder_checks import (
+    ADVICE,
+    NEEDED,
+    OPTIONAL,
+    read_description,
+    require_model_names,
+    require_sizes,
+    require_weights,
+    write_description,
+)
 from twotower.system.filesystem import require_replaceable, whole_folder
 from twotower.towers import TwoTower, build_towers
 from twotower.towers.sharded_lookup import shared_tables_of
@@ -178,10 +185,8 @@ class SavedModel:
             "num_queries": len(self.queries),
             "num_items": len(self.items),
             **self.metadata,
-            "checksums": {path.name: file_sha256(path) for path in sorted(folder.iterdir())},
         }
-        (folder / "metadata.json").write_text(json.dumps(metadata, indent=1, ensure_ascii=False), encoding="utf-8")
-        write_checksums(folder, ["metadata.json"])
+        write_description(folder / "metadata.json", metadata)
 
     @classmethod
     def load(cls, directory: str | Path, *, weights: bool = True, verify: bool = True) -> SavedModel:
@@ -344,21 +349,7 @@ def find_evaluated(directory: str | Path) -> Path:
 def read_metadata(folder: Path) -> dict[str, Any]:
     """Read `metadata.json` of a model folder and check its schema version."""
     path = folder / "metadata.json"
-    require_file(path, ADVICE)
-    try:
-        metadata = read_json(path)
-        verify_checksums(folder, ADVICE, only=path.name)  # older versions wrote none
-        version = metadata["schema_version"]
-        checksums = metadata["checksums"]
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: not the metadata of a model ({error}); {ADVICE}") from error
-    if version != SCHEMA_VERSION or not isinstance(checksums, dict):
-        raise InputError(
-            f"{path}: schema version {version!r:.40}, this twotower reads {SCHEMA_VERSION}; "
-            "use the version that wrote it, or train again"
-        )
+    metadata = read_description(path, SCHEMA_VERSION, ADVICE)
     for name in ("data", "split", "training", "metrics"):
         if not isinstance(metadata.get(name, {}), dict):
             raise InputError(f"{path}: {name} is not an object; {ADVICE}")

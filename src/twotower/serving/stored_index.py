@@ -6,7 +6,6 @@ model/index/...           files of the kind: a graph or clusters; none if a data
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -23,12 +22,11 @@ from twotower.index.approximate.build import KINDS, IndexReport, build_index, lo
 from twotower.index.approximate.index import ApproximateIndex
 from twotower.serving.catalog_changes import FOLDER as CHANGES
 from twotower.serving.catalog_changes import CatalogChanges
-from twotower.serving.folder_checks import require_names
+from twotower.serving.folder_checks import read_description, require_names, write_description
 from twotower.serving.live_catalog import LiveCatalog
 from twotower.serving.model_folder import SavedModel, find_model, library_versions, read_metadata
 from twotower.serving.queries import stored_gaps, stored_histories
 from twotower.serving.search import dial_of, ranker_of
-from twotower.system.checksums import read_json, require_file, verify_checksums, write_checksums
 from twotower.system.filesystem import whole_folder
 
 FOLDER = "index"
@@ -108,10 +106,8 @@ def build_stored_index(
             "changes": None if changes is None else file_sha256(folder / CHANGES / "changes.json"),
             "min_recall": min_recall,
             **report.to_dict(),
-            "checksums": {path.name: file_sha256(path) for path in sorted(target.iterdir())},
         }
-        (target / "index.json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
-        write_checksums(target, ["index.json"])
+        write_description(target / "index.json", metadata)
     return report
 
 
@@ -125,23 +121,10 @@ def read_index_report(folder: Path) -> dict[str, Any] | None:
     path = where / "index.json"
     if not path.is_file():
         return None
-    require_file(path, ADVICE)
-    try:
-        metadata = read_json(path)
-        verify_checksums(where, ADVICE, only=path.name)  # older versions wrote none
-        version, checksums = metadata["schema_version"], metadata["checksums"]
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: not readable ({error}); {ADVICE}") from error
-    if version != SCHEMA_VERSION:
-        raise InputError(
-            f"{path}: schema version {version!r:.40}, this twotower reads {SCHEMA_VERSION}; build it again"
-        )
-    kinds = {"kind": str, "settings": dict, "checksums": dict}
-    if any(not isinstance(metadata.get(name), kind) for name, kind in kinds.items()):
-        raise InputError(f"{path}: expected a kind, settings and checksums; {ADVICE}")
-    require_names(where, checksums, (), ADVICE)
+    metadata = read_description(path, SCHEMA_VERSION, ADVICE)
+    if not isinstance(metadata.get("kind"), str) or not isinstance(metadata.get("settings"), dict):
+        raise InputError(f"{path}: expected a kind and settings; {ADVICE}")
+    require_names(where, metadata["checksums"], (), ADVICE)
     return metadata
 
 
@@ -225,9 +208,7 @@ def save_changes(catalog: LiveCatalog, directory: str | Path) -> dict[str, Any]:
             (target / FOLDER).mkdir()
             approximate.engine.save(target / FOLDER)
             metadata["changes"] = file_sha256(target / CHANGES / "changes.json")
-            metadata["checksums"] = {path.name: file_sha256(path) for path in sorted((target / FOLDER).iterdir())}
-            (target / FOLDER / "index.json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
-            write_checksums(target / FOLDER, ["index.json"])
+            write_description(target / FOLDER / "index.json", metadata)
     return changes.to_dict()
 
 
