@@ -1,4 +1,4 @@
-"""Output to the console or as JSON, and arguments that several commands share."""
+"""Output to the console or as JSON."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -23,9 +21,6 @@ if TYPE_CHECKING:
 #: Results go to stdout; progress goes to stderr when stdout is JSON.
 console = Console()
 messages = Console(stderr=True)
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Run = Annotated[Path, typer.Argument(metavar="DIR", help="Run folder written by `twotower train`.")]
 
 
 def print_json(value: Any) -> None:

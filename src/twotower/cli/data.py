@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from twotower.cli.console import Json, print_json, print_lines, print_table
+from twotower.cli.console import print_json, print_lines, print_table
+from twotower.cli.options import ConfigFile, Data, Items, Json
 
 commands = typer.Typer()
 
@@ -39,10 +39,10 @@ def datasets(
 
 @commands.command()
 def features(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="A file, a folder, or the name of a data set.")],
-    items: Annotated[str | None, typer.Option("--items", metavar="FILE", help="File with item features.")] = None,
+    data: Data,
+    items: Items = None,
     queries: Annotated[str | None, typer.Option("--queries", metavar="FILE", help="File with query features.")] = None,
-    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file with settings.")] = None,
+    config: ConfigFile = None,
     as_json: Json = False,
 ) -> None:
     """Suggest a feature kind for each column of the tables and interactions, with reasons, as YAML to paste."""

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from twotower.cli.console import Json, Run, print_json, print_line
+from twotower.cli.console import print_json, print_line
+from twotower.cli.options import Json, Run
 from twotower.cli.query import option_ids
 from twotower.errors import InputError
 

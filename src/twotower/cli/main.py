@@ -12,10 +12,11 @@ from typing import Annotated
 import typer
 
 from twotower import __version__
-from twotower.cli.console import Json, Run, console, messages, print_json, print_line, print_lines
+from twotower.cli.console import console, messages, print_json, print_line, print_lines
 from twotower.cli.data import commands as preparing
 from twotower.cli.export import commands as exporting
 from twotower.cli.items import commands as catalog
+from twotower.cli.options import ConfigFile, Data, Items, Json, MovedData, Overrides, Run, overrides
 from twotower.cli.plan import commands as planning
 from twotower.cli.query import commands
 from twotower.cli.serve import commands as serving
@@ -71,15 +72,11 @@ _STATE: dict[str, bool] = {"debug": False}
 
 @app.command()
 def train(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="A file, a folder, or the name of a data set.")],
+    data: Data,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Run folder to write.")],
-    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file with settings.")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one setting, e.g. training.seed=1.")
-    ] = None,
-    items: Annotated[
-        str | None, typer.Option("--items", metavar="FILE", help="File with item features and titles.")
-    ] = None,
+    config: ConfigFile = None,
+    settings: Overrides = None,
+    items: Items = None,
     warm_start: Annotated[
         Path | None, typer.Option("--from", metavar="DIR", help="Continue training the model in DIR on new DATA.")
     ] = None,
@@ -111,23 +108,21 @@ def train(
         raise InputError("--config: with --from, the settings come from that model; override single ones with --set")
     if resume and config is None and (out / "config.yaml").exists():
         config = out / "config.yaml"
-    changes = list(overrides or [])
-    if items is not None:
-        changes.append(f"data.items={json.dumps(items)}")
+    changes = overrides(settings, items)
     if refit:
         changes.append("training.refit=true")
     changes += [
         f"data.{part}={json.dumps(file)}" for part, file in (("validation", validation), ("test", test)) if file
     ]
     base = run.settings_of(warm_start) if warm_start is not None and config is None else None
-    settings = Config.load(config, changes, base=base)
+    completed = Config.load(config, changes, base=base)
     if warm_start is not None and out.resolve() == warm_start.resolve():
         raise InputError(f"{out}: --out is the folder of --from; choose another folder for the continued model")
     progress = messages if as_json else console
     _, measured = run.train_run(
         data,
         out,
-        settings,
+        completed,
         warm_start=warm_start,
         withdraw=withdraw,
         resume=resume,
@@ -149,7 +144,7 @@ def train(
 @app.command()
 def evaluate(
     directory: Run,
-    data: Annotated[str | None, typer.Option("--data", help="Current location of the data, if it has moved.")] = None,
+    data: MovedData = None,
     report: Annotated[
         Path | None,
         typer.Option("--report", metavar="FILE", help="Report file to write; default: DIR/report.html."),
@@ -172,7 +167,7 @@ def evaluate(
 
 @app.command()
 def compare(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="A file, a folder, or the name of a data set.")],
+    data: Data,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the comparison.")],
     objectives: Annotated[
         str | None,
@@ -188,14 +183,9 @@ def compare(
         ),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Training runs per objective.")] = 3,
-    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file with settings.")] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override one setting, e.g. training.max_epochs=4."),
-    ] = None,
-    items: Annotated[
-        str | None, typer.Option("--items", metavar="FILE", help="File with item features and titles.")
-    ] = None,
+    config: ConfigFile = None,
+    settings: Overrides = None,
+    items: Items = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Training runs in parallel.")] = 1,
     no_audit: Annotated[bool, typer.Option("--no-audit", help="Skip the bias and spread of the gradients.")] = False,
     as_json: Json = False,
@@ -210,15 +200,12 @@ def compare(
 
     if objectives is None and sweep is None:
         raise InputError("--objectives: expected names to compare, such as expected-count,in-batch-logq, or --sweep")
-    changes = list(overrides or [])
-    if items is not None:
-        changes.append(f"data.items={json.dumps(items)}")
     progress = messages if as_json else console
     try:
         found = compare_run(
             data,
             out,
-            Config.load(config, changes),
+            Config.load(config, overrides(settings, items)),
             [name.strip() for name in (objectives or "").split(",") if name.strip()],
             seeds=seeds,
             jobs=jobs,
@@ -259,7 +246,7 @@ def audit(
         Path | None,
         typer.Option("--per-query", metavar="FILE", help="Parquet file to write, with values for each audited row."),
     ] = None,
-    data: Annotated[str | None, typer.Option("--data", help="Current location of the data, if it has moved.")] = None,
+    data: MovedData = None,
     as_json: Json = False,
 ) -> None:
     """Measure the gradient of an objective: its bias against full softmax, and its spread."""

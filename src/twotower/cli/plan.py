@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from twotower.cli.console import Json, console, print_json, print_table
+from twotower.cli.console import console, print_json, print_table
+from twotower.cli.options import Json
 from twotower.errors import InputError
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from twotower.cli.console import Json, Run, console, messages, print_frame, print_json, print_line
+from twotower.cli.console import console, messages, print_frame, print_json, print_line
+from twotower.cli.options import Json, MovedData, Run
 from twotower.errors import InputError
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def explain(
 @commands.command()
 def dial(
     directory: Run,
-    data: Annotated[str | None, typer.Option("--data", help="Current location of the data, if it has moved.")] = None,
+    data: MovedData = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Length of the ranked lists.")] = 20,
     on: Annotated[
         Literal["test", "validation"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -10,14 +9,15 @@ from typing import Annotated
 
 import typer
 
-from twotower.cli.console import Json, console, messages, print_json, print_line, print_lines
+from twotower.cli.console import console, messages, print_json, print_line, print_lines
+from twotower.cli.options import ConfigFile, Data, Items, Json, Overrides, overrides
 
 commands = typer.Typer()
 
 
 @commands.command()
 def tune(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="A file, a folder, or the name of a data set.")],
+    data: Data,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Run folder to write.")],
     budget: Annotated[
         str, typer.Option("--budget", metavar="TIME", help="Time of the search, such as 90s, 30m or 2h.")
@@ -27,14 +27,9 @@ def tune(
     ] = None,
     trials: Annotated[int | None, typer.Option("--trials", min=1, help="Most training runs of the search.")] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Training runs in parallel.")] = 1,
-    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file with settings.")] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override one setting of all training runs."),
-    ] = None,
-    items: Annotated[
-        str | None, typer.Option("--items", metavar="FILE", help="File with item features and titles.")
-    ] = None,
+    config: ConfigFile = None,
+    settings: Overrides = None,
+    items: Items = None,
     no_refit: Annotated[
         bool, typer.Option("--no-refit", help="Do not train the chosen model on the validation and test rows.")
     ] = False,
@@ -47,9 +42,6 @@ def tune(
     from twotower.errors import Interrupted  # noqa: PLC0415  # heavy imports only when needed
     from twotower.study import Budget, tune_run  # noqa: PLC0415
 
-    changes = list(overrides or [])
-    if items is not None:
-        changes.append(f"data.items={json.dumps(items)}")
     progress = messages if as_json else console
     try:
         found = tune_run(
@@ -57,7 +49,7 @@ def tune(
             out,
             Budget.parse(budget),
             config=config,
-            changes=tuple(changes),
+            changes=tuple(overrides(settings, items)),
             space=space,
             trials=trials,
             workers=workers,
