@@ -155,7 +155,7 @@ def test_an_axis_of_shares_ends_at_one_hundred_percent():
 
 def test_the_last_number_under_a_panel_is_not_cut_off():
     curves = [Curve(name, [(x, 0.1 * x, None, None) for x in (1.0, 2.0, 3.0)]) for name in ("one", "two")]
-    page = small_multiples("t", "d", curves, x_axis="x", y_axis="y", x_ticks=[(1.0, "10⁻³"), (3.0, "10⁻¹")])
+    page = small_multiples("t", curves, x_axis="x", y_axis="y", x_ticks=[(1.0, "10⁻³"), (3.0, "10⁻¹")])
     for layout in page.split("<svg")[1:]:
         width = float(re.search(r'viewBox="0 0 (\S+)', layout)[1])
         last = [float(x) for x in re.findall(r'<text x="([^"]*)"[^>]*>10⁻¹<', layout)]

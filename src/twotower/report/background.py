@@ -25,23 +25,15 @@ def audit(document: Document) -> Html | None:
     known = sorted((one for one in found["objectives"] if one["overall"]), key=lambda one: one["overall"]["bias"])
     others = [one["name"] for one in found["objectives"] if not one["overall"]]
     diagnostics = document.get("diagnostics", {})
-    rows, spreads, cells = [], [], []
+    cells = []
     for one in known:
-        values, kind = one["overall"], _VERDICT_KINDS.get(one["verdict"], "other")
-        bias, error = 100 * values["bias"], 100 * values["bias_error"]
-        rows.append(IntervalRow(one["name"], bias, bias - 2 * error, bias + 2 * error, kind, f"{bias:.1f} %"))
-        spread, spread_error = 100 * values["spread"], 100 * values["spread_error"]
-        spreads.append(
-            IntervalRow(
-                one["name"], spread, spread - 2 * spread_error, spread + 2 * spread_error, kind, f"{spread:.0f} %"
-            )
-        )
+        values = one["overall"]
         last = diagnostics.get(one["name"], {})
         cells.append(
             [
                 one["name"],
-                f"{bias:.1f} ± {error:.1f} %",
-                f"{spread:.0f} ± {spread_error:.0f} %",
+                f"{100 * values['bias']:.1f} ± {100 * values['bias_error']:.1f} %",
+                f"{100 * values['spread']:.0f} ± {100 * values['spread_error']:.0f} %",
                 f"{values['distinct']:,.0f}",
                 f"{values['effective']:,.0f}",
                 f"{100 * last['gradient_tail']:.0f} %" if "gradient_tail" in last else "–",
@@ -63,21 +55,8 @@ def audit(document: Document) -> Html | None:
     caption = "Line: two standard errors. Filled: no bias found; ring: small bias; diamond: biased."
     return h(
         "div",
-        interval_rows(
-            "Bias of the gradient",
-            "; ".join(f"{row.name} {row.value_text}" for row in rows),
-            rows,
-            "bias in % of full softmax's gradient",
-            zero=True,
-            caption=caption,
-        ),
-        interval_rows(
-            "Spread of one draw",
-            "; ".join(f"{row.name} {row.value_text}" for row in spreads),
-            spreads,
-            "spread in % of full softmax's gradient",
-            zero=True,
-        ),
+        _with_errors(known, "bias", ".1f", "Bias of the gradient", caption),
+        _with_errors(known, "spread", ".0f", "Spread of one draw"),
         table(heads, cells, "Audit"),
         h("p", note, class_="note"),
         h(
@@ -88,6 +67,16 @@ def audit(document: Document) -> Html | None:
         if others
         else None,
     )
+
+
+def _with_errors(known: list[dict[str, Any]], name: str, form: str, title: str, caption: str | None = None) -> Html:
+    """Draw a value of each objective with two standard errors."""
+    rows = []
+    for one in known:
+        value, error = (100 * one["overall"][key] for key in (name, f"{name}_error"))
+        kind = _VERDICT_KINDS.get(one["verdict"], "other")
+        rows.append(IntervalRow(one["name"], value, value - 2 * error, value + 2 * error, kind, f"{value:{form}} %"))
+    return interval_rows(title, rows, f"{name} in % of full softmax's gradient", zero=True, caption=caption)
 
 
 def calibration(document: Document) -> Html | None:
@@ -119,13 +108,13 @@ def calibration(document: Document) -> Html | None:
         h("p", note),
         small_multiples(
             "Observed over predicted probability",
-            "; ".join(f"{row[0]}: calibration error {row[1]}" for row in cells),
             curves,
             "predicted probability of an item (log scale)",
             "observed / predicted",
             x_ticks=shown,
             y_words=_power_of_two,
             reference=0.0,
+            description="; ".join(f"{row[0]}: calibration error {row[1]}" for row in cells),
             caption="1: as often as predicted. Above 1: the model underestimates such items. Band: two standard "
             "errors, from the number of targets. Grey: the other models.",
         ),

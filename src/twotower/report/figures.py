@@ -48,14 +48,10 @@ class Box:
     right: float
     bottom: float
 
-    def meets(self, other: Box, gap: float = 2.0) -> bool:
-        """Return whether two rectangles overlap or come closer than `gap`."""
-        return (
-            self.left < other.right + gap
-            and other.left < self.right + gap
-            and self.top < other.bottom + gap
-            and other.top < self.bottom + gap
-        )
+    def meets(self, other: Box) -> bool:
+        """Return whether two rectangles overlap or come closer than 2 pixels."""
+        across = max(self.left, other.left) - min(self.right, other.right)
+        return max(across, max(self.top, other.top) - min(self.bottom, other.bottom)) < 2.0
 
     def within(self, other: Box) -> bool:
         """Return whether the rectangle lies inside another."""
@@ -99,11 +95,11 @@ def minus(text: str) -> str:
     return text.replace("-", "−")
 
 
-def wrapped(text: str, width: float, size: float = TEXT) -> list[str]:
+def wrapped(text: str, width: float) -> list[str]:
     """Break a name into lines at hyphens and spaces."""
     lines = [""]
     for part in text.replace("-", "-\0").replace(" ", " \0").split("\0"):
-        if lines[-1] and text_width(lines[-1] + part.rstrip(), size) > width:
+        if lines[-1] and text_width(lines[-1] + part.rstrip()) > width:
             lines.append("")
         lines[-1] += part
     return [line.rstrip() for line in lines]
@@ -228,19 +224,12 @@ class _OccupiedArea:
 
 
 def interval_rows(
-    title: str,
-    description: str,
-    rows: Sequence[IntervalRow],
-    axis: str,
-    *,
-    zero: bool = False,
-    caption: Html | str | None = None,
+    title: str, rows: Sequence[IntervalRow], axis: str, *, zero: bool = False, caption: Html | str | None = None
 ) -> Html:
     """Draw rows of points with intervals on one axis.
 
     Args:
         title: see `figure`.
-        description: see `figure`.
         rows: the rows, from top to bottom.
         axis: axis name and unit.
         zero: extend the axis to 0 and mark it.
@@ -275,12 +264,11 @@ def interval_rows(
         named = axis_name((names + scale.stop) / 2, bottom + 36, axis, width)
         return bottom + 28 + 16 * len(named), [*elements, *named]
 
-    return figure(title, description, draw, caption)
+    return figure(title, "; ".join(f"{row.name} {row.value_text}" for row in rows), draw, caption)
 
 
 def small_multiples(
     title: str,
-    description: str,
     curves: Sequence[Curve],
     x_axis: str,
     y_axis: str,
@@ -289,13 +277,13 @@ def small_multiples(
     floor: float | None = None,
     y_words: Callable[[float], str] = plain,
     reference: float | None = None,
+    description: str | None = None,
     caption: Html | str | None = None,
 ) -> Html:
     """Draw one panel for each curve, with the others in grey behind it; ten lines in one panel would be unreadable.
 
     Args:
         title: see `figure`.
-        description: see `figure`.
         curves: one panel each; all panels share both axes.
         x_axis: axis name and unit.
         y_axis: axis name and unit.
@@ -303,6 +291,7 @@ def small_multiples(
         floor: start of the vertical axis; the lowest value if None.
         y_words: formats a tick of the vertical axis.
         reference: a value that every panel marks with a dotted line.
+        description: see `figure`; None for the first and the last value of each curve.
         caption: see `figure`.
     """
     xs = [x for curve in curves for x, *_ in curve.points]
@@ -355,7 +344,8 @@ def small_multiples(
         named = axis_name((axis + width) / 2, bottom + 8, x_axis, width)
         return bottom + 2 + 16 * len(named), [*elements, *named]
 
-    return figure(title, description, draw, caption)
+    values = "; ".join(f"{curve.name}: {_ends(curve)}" for curve in curves)
+    return figure(title, values if description is None else description, draw, caption)
 
 
 def labelled_points(
@@ -444,7 +434,7 @@ def _named(point: Point, x: float, y: float, room: _OccupiedArea, inside: Box) -
     return []  # the table next to the figure lists every name
 
 
-def ends(curve: Curve) -> str:
+def _ends(curve: Curve) -> str:
     """Describe where a curve begins and ends, for the text alternative of a figure."""
     known: Sequence[float] = [point[1] for point in curve.points if point[1] is not None]
     return f"from {known[0]:.3f} to {known[-1]:.3f}" if known else "no value"

@@ -75,12 +75,12 @@ def family(document: Document, about: str) -> dict[str, Any] | None:
     return next((tests for tests in document["tests"] if tests["about"] == about), None)
 
 
-def verdicts(document: Document, about: str = "all") -> dict[str, str]:
+def verdicts(document: Document) -> dict[str, str]:
     """Return the kind of mark of each objective: best, same as the best, ahead of it or behind it.
 
     The only model of a document is "alone"; the best objective is "top" if a baseline has a higher mean.
     """
-    tests = family(document, about)
+    tests = family(document, "all")
     if tests is None:
         return {model["name"]: "alone" for model in document["models"]}
     kinds = {"not told apart": "same", "ahead": "ahead", "behind": "behind"}

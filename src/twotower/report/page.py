@@ -51,13 +51,8 @@ SECTIONS = (
 )
 
 
-def render(document: Document, sections: tuple[ReportSection, ...] = SECTIONS) -> str:
-    """Render the report as one HTML page that opens offline.
-
-    Args:
-        document: the content of `results.json`.
-        sections: the sections in order.
-    """
+def render(document: Document) -> str:
+    """Render `results.json` as one HTML page that opens offline."""
     title = findings.question(document)
     answer = findings.answer(document)
     cautions = findings.cautions(document)
@@ -76,7 +71,7 @@ def render(document: Document, sections: tuple[ReportSection, ...] = SECTIONS) -
         else None,
         _facts(document),
     )
-    return page(document, f"{title} – {source_name(document['data']['source'])}", head, sections)
+    return page(document, f"{title} – {source_name(document['data']['source'])}", head, SECTIONS)
 
 
 def page(document: Document, title: str, head: Html, sections: tuple[ReportSection, ...]) -> str:

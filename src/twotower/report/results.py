@@ -16,7 +16,6 @@ from twotower.report.figures import (
     Curve,
     IntervalRow,
     Point,
-    ends,
     interval_rows,
     labelled_points,
     mark,
@@ -48,7 +47,6 @@ def overall(document: Document) -> Html:
     many = len(document["seeds"]) > 1
     chart = interval_rows(
         f"{metric} on the test queries",
-        "; ".join(f"{row.name} {row.value_text}" for row in rows),
         rows,
         f"{metric} (0 to 1, higher is better)",
         caption=join(
@@ -89,7 +87,6 @@ def differences(document: Document) -> Html | None:
         cells.append([model["name"], text, interval, spread, findings.p_value(one["adjusted"]), effect, verdict])
     chart = interval_rows(
         f"Difference from {best['name']}",
-        "; ".join(f"{row.name} {row.value_text}" for row in rows),
         rows,
         f"difference in {tests['metric']}, in % of {best['name']}",
         zero=True,
@@ -148,7 +145,6 @@ def sweep(document: Document) -> Html | None:
         figures.append(
             small_multiples(
                 f"{title.format(k=k)} by {setting}",
-                "; ".join(f"{panel.name}: {ends(panel)}" for panel in panels),
                 panels,
                 f"{setting} (values evenly spaced)",
                 axis.format(k=k),
@@ -195,7 +191,6 @@ def deciles(document: Document) -> Html | None:
     first, last = sizes[names[0]]["items"], sizes[names[-1]]["items"]
     chart = small_multiples(
         f"{metric} by popularity of the target",
-        "; ".join(f"{curve.name}: {ends(curve)}" for curve in curves),
         curves,
         "popularity decile of the target (1 most popular, 10 rarest)",
         f"{metric} (share of targets found)",
@@ -434,7 +429,6 @@ def learning(document: Document) -> Html | None:
     step = max(-(-(last - 1) // 4), 1)
     return small_multiples(
         f"Validation {metric} during training",
-        "; ".join(f"{curve.name}: {ends(curve)}" for curve in curves),
         curves,
         "epoch",
         f"validation {metric}",
@@ -481,7 +475,6 @@ def cost(document: Document) -> Html | None:
         parts.append(
             interval_rows(
                 "CPU time of one training run",
-                "; ".join(f"{row.name} {row.value_text}" for row in rows),
                 rows,
                 "CPU seconds, all threads",
                 zero=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from twotower.report.figures import Curve, IntervalRow, Point, interval_rows, labelled_points, small_multiples
@@ -52,10 +53,10 @@ def curve(document: Document) -> Html | None:
     marks = sorted({1, max(last // 2, 1), last})
     return small_multiples(
         f"Best {metric} on the validation",
-        f"from {ended[0]['value']:.4f} to {best:.4f} in {last} trials",
         curves,
         "trial",
         metric,
+        description=f"from {ended[0]['value']:.4f} to {best:.4f} in {last} trials",
         x_ticks=[(float(mark), str(mark)) for mark in marks],
         caption="Each panel shows the other curves in grey. The settings of the baselines were chosen on the same "
         "validation.",
@@ -75,7 +76,6 @@ def mattered(document: Document) -> Html | None:
         "div",
         interval_rows(
             "Importance of the parameters",
-            "; ".join(f"{row.name} {row.value_text}" for row in rows),
             rows,
             "share of the variance (0 to 1)",
             zero=True,
@@ -101,9 +101,7 @@ def _by_value(document: Document) -> list[list[str | Html]]:
             if isinstance(value := one["params"].get(name), str):
                 groups.setdefault(value, []).append(one["value"])
         for value, scores in sorted(groups.items(), key=lambda pair: -max(pair[1])):
-            ordered = sorted(scores)
-            median = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
-            rows.append([name, value, str(len(scores)), f"{ordered[-1]:.4f}", f"{median:.4f}"])
+            rows.append([name, value, str(len(scores)), f"{max(scores):.4f}", f"{statistics.median(scores):.4f}"])
     return rows
 
 
