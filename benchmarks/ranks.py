@@ -33,6 +33,7 @@ from torch import nn
 from twotower.config.run import Config
 from twotower.data import Batch, Interactions, TrainingBatches
 from twotower.distributed.communicator import Communicator
+from twotower.distributed.partition import placed_tables
 from twotower.objectives.build import build_objective
 from twotower.system import hardware, tuning
 from twotower.towers import build_towers
@@ -84,7 +85,7 @@ class Training:
         ).resolved(len(data))
         torch.manual_seed(SEED)
         self.ranks = ranks
-        with place_tables(config, data, ranks).applied():
+        with placed_tables(place_tables(config, data, ranks)):
             self.towers = build_towers(config, num_queries=data.num_queries, num_items=data.num_items).train()
         self.objective = build_objective(config, data).train()
         model = nn.ModuleList([self.towers, self.objective])

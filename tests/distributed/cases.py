@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from twotower.config.run import Config
 from twotower.data import KnownPositives
 from twotower.distributed.communicator import Communicator
-from twotower.distributed.partition import ColumnShard, RowShard
+from twotower.distributed.partition import ColumnShard, RowShard, placed_tables
 from twotower.objectives.build import build_objective, needs_known_positives
 from twotower.towers import EmbeddingTable, build_towers
 from twotower.training import TableOptimizer, compute_loss
@@ -232,7 +232,7 @@ def train(case: Case, ranks: Communicator) -> Trained:
         ],
     ).resolved(len(data))
     torch.manual_seed(3)
-    with place_tables(config, data, ranks).applied():
+    with placed_tables(place_tables(config, data, ranks)):
         towers = build_towers(config, num_queries=data.num_queries, num_items=data.num_items).train()
     for module in towers.modules():
         if isinstance(module, nn.Embedding):

@@ -22,6 +22,7 @@ from starting import run_ranks, start
 from twotower.config.run import Config
 from twotower.data import Interactions, SequenceBatches, TrainingBatches, leave_last_out
 from twotower.distributed.communicator import Communicator
+from twotower.distributed.partition import placed_tables
 from twotower.features.from_config import encode_context, encode_features
 from twotower.objectives.build import build_objective
 from twotower.ranking.distributed import ShardedRanker, over_ranks
@@ -99,7 +100,7 @@ def work(case, ranks):
     config = Config.load(None, [*SETTINGS, *case.changes, placement]).resolved(len(data))
     context = encode_features(config, data)["context"]
     torch.manual_seed(3)
-    with place_tables(config, data, ranks).applied():
+    with placed_tables(place_tables(config, data, ranks)):
         towers = build_towers(config, num_queries=data.num_queries, num_items=data.num_items, context=context)
     for module in towers.modules():
         if isinstance(module, nn.Embedding):

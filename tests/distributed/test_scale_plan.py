@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from twotower.cli.main import app
 from twotower.data import Batch, Interactions
 from twotower.distributed.communicator import Communicator
+from twotower.distributed.partition import placed_tables
 from twotower.errors import InputError
 from twotower.objectives.build import build_objective
 from twotower.towers import build_towers
@@ -143,7 +144,7 @@ def test_tables_of_a_rank_match_the_plan(monkeypatch, layout, rule):
     changes = [f"training.table_placement={layout}", f"training.table_optimizer={rule}", "item_tower.dimension=8"]
     config = cases.Config.load(None, [*changes, "query_tower.id_embedding=true"])
     for rank in range(4):
-        with place_tables(config, data, Communicator(rank, 4)).applied():
+        with placed_tables(place_tables(config, data, Communicator(rank, 4))):
             towers = build_towers(config, num_queries=data.num_queries, num_items=data.num_items)
         tables = [m.weight for m in towers.modules() if isinstance(m, torch.nn.Embedding)]
         state = [fresh_state(table, rule) for table in tables]

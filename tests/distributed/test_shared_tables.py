@@ -179,13 +179,11 @@ def placed(monkeypatch):
 
 def test_sharding_is_decided_by_size(placed):
     each = (cases.NUM_ITEMS + cases.NUM_QUERIES) * 8 * 4 * 3  # Adam
-    assert placed(each, size=2).parts == {
-        "item": RowShard(Communicator(0, 2), cases.NUM_ITEMS)
-    }  # whole tables would fill it
+    assert placed(each, size=2) == {"item": RowShard(Communicator(0, 2), cases.NUM_ITEMS)}  # whole tables would fill it
     for available, words in ((3 * each, ()), (None, ()), (3 * each, (placed_as("row-wise"),))):
         size = 1 if words else 2  # a single process has whole tables
-        assert placed(available, *words, size=size).parts == {}
-    assert placed(each, placed_as("{query: replicated}"), size=2).parts.keys() == {"item"}
+        assert placed(available, *words, size=size) == {}
+    assert placed(each, placed_as("{query: replicated}"), size=2).keys() == {"item"}
     with pytest.raises(InputError, match=r"tables of 100 rows.*several processes with sharded rows.*row-wise"):
         placed(each - 1)
     with pytest.raises(InputError, match="expected training.table_placement=row-wise"):
@@ -194,7 +192,7 @@ def test_sharding_is_decided_by_size(placed):
         placed(each // 2 - 1, placed_as("row-wise"), size=2)
     # Table-wise, the larger table needs more than half.
     largest = cases.NUM_ITEMS * 8 * 4 * 3
-    assert placed(largest, placed_as("table-wise"), size=2).parts.keys() == {"item", "query"}
+    assert placed(largest, placed_as("table-wise"), size=2).keys() == {"item", "query"}
     with pytest.raises(InputError, match=r"a rank's part of tables"):
         placed(largest - 1, placed_as("table-wise"), size=2)
 
@@ -203,12 +201,12 @@ def test_the_settings_place_each_table(placed):
     ranks, items, queries = Communicator(0, 2), cases.NUM_ITEMS, cases.NUM_QUERIES
     everything = {"item": items, "history": items, "query": queries}
     own = cases.OWN_HISTORY
-    found = placed(None, own, placed_as("column-wise"), size=2).parts
+    found = placed(None, own, placed_as("column-wise"), size=2)
     assert found == {name: ColumnShard(ranks, rows, 8) for name, rows in everything.items()}
-    found = placed(None, own, placed_as("table-wise"), size=2).parts
+    found = placed(None, own, placed_as("table-wise"), size=2)
     # Largest first, to the emptiest rank: history, item, then query with one of them.
     assert found == {name: RowShard(ranks, rows, int(name == "item")) for name, rows in everything.items()}
-    found = placed(None, own, placed_as("{item: row-wise, query: table-wise}"), size=2).parts
+    found = placed(None, own, placed_as("{item: row-wise, query: table-wise}"), size=2)
     assert found == {"item": RowShard(ranks, items), "query": RowShard(ranks, queries, 0)}
     with pytest.raises(InputError, match=r"no table 'items'; this model's id tables: item, query$"):
         placed(None, placed_as("{items: row-wise}"), size=2)

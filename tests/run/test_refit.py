@@ -95,7 +95,7 @@ def test_metrics_are_those_of_the_validated_model_and_say_so(refitted, purchases
     hit = (ranked == split.test.target_items[:, None]).any(1)  # one target per query
     assert results["rows"][0]["values"]["HR@10"] == pytest.approx(hit.mean())
     assert not torch.equal(artifact.item_embeddings, SavedModel.load(refitted).item_embeddings)
-    assert run.evaluate_run(refitted).to_dict() == results
+    assert evaluate_folder(refitted).to_dict() == results
     evaluate_folder(refitted, page=refitted / "report.html")
     assert "etrics of the validated model" in (refitted / "report.html").read_text()
 
@@ -114,7 +114,7 @@ def test_a_model_folder_without_the_validated_one_is_served_but_not_evaluated(re
     alone = SavedModel.load(refitted).save(tmp_path / "model")
     assert len(Retriever.load(alone).recommend(["u001"], k=3)) == 3
     with pytest.raises(InputError, match=r"refitted on all rows.* copy the whole run folder$"):
-        run.evaluate_run(alone)
+        evaluate_folder(alone)
 
 
 def test_a_linear_start_that_no_epoch_improves_is_refitted_as_a_start(planted_data):

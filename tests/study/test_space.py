@@ -51,7 +51,7 @@ class Chooser:
         ("item_tower.dimension: 16", "expected a list of values, `options`, or a range, found 16"),
         ("a: {options: {x: {}, y: {training.speed: 1}}}", "a: field training.speed: no such setting"),
         ("a: {options: {x: {}, y: {}}, low: 1}", "expected a list of values, `options`, or a range"),
-        ("item_tower.dimension: {values: [16, 32], when: {a: [x]}}", "when: a is no earlier parameter"),
+        ("item_tower.dimension: {values: [16, 32], when: {a: [x]}}", "when: a is not an earlier parameter"),
         (
             "a: {options: {x: {}, y: {}}}\nitem_tower.dimension: {values: [16, 32], when: {a: [z]}}",
             "when: a has no choice z; its choices: x, y",

@@ -12,10 +12,11 @@ from contextlib import closing
 import pytest
 
 from twotower.cli import main as cli
+from twotower.comparison import evaluate_folder
 from twotower.config.run import Config
 from twotower.errors import InputError
 from twotower.evaluation.baselines import fit_baselines
-from twotower.run import evaluate_run, train_run
+from twotower.run import train_run
 from twotower.run.run_folder import LOCK
 from twotower.serving import Retriever
 from twotower.study import Budget, tune_run
@@ -93,7 +94,7 @@ def test_the_first_trial_has_the_defaults_and_the_best_is_trained_and_refitted(p
     model = json.loads((out / "validated" / "metadata.json").read_text())
     assert model["training"]["best"]["NDCG@10"] == best.value, "the same run again: the same seed, the same data"
     assert len(Retriever.load(out).recommend(["u001"], k=3)) == 3
-    assert evaluate_run(out).to_dict() == json.loads((out / "results.json").read_text()) == found.document["test"]
+    assert evaluate_folder(out).to_dict() == json.loads((out / "results.json").read_text()) == found.document["test"]
     assert not (out / "study" / LOCK).exists() and not list((out / "study").glob("trials/*"))
 
 
@@ -188,9 +189,9 @@ def test_workers_share_the_trials(purchases, tmp_path):
 
 def test_another_study_or_model_in_the_folder_is_rejected(purchases, tuned, tmp_path):
     out = tuned[0]
-    with pytest.raises(InputError, match="a study with other settings; use those that it began with"):
+    with pytest.raises(InputError, match="a study with different settings; use the same settings again"):
         tune(purchases, out, trials=5, changes=(*QUICK[:-1], "training.weight_decay=0.5"))
-    with pytest.raises(InputError, match="a study with other space"):
+    with pytest.raises(InputError, match="a study with different space"):
         tune_run(purchases, out, Budget(60), changes=QUICK[:-1], trials=5, on_message=lambda message: None)
     (tmp_path / "mine" / "model").mkdir(parents=True)
     with pytest.raises(InputError, match="already contains a model that was not tuned; choose another --out"):

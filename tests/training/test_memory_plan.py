@@ -119,9 +119,9 @@ def test_planned_candidates_match_a_draw(parts, planted_split):
 def test_too_little_memory_is_reported_before_training(parts, planted_split, monkeypatch):
     config, towers, objective, train = parts
     plan = plan_memory(config, towers, objective, train)
-    assert not plan.is_too_large and "WARNING" not in str(plan)
+    assert not plan.shortages and "WARNING" not in str(plan)
     small = replace(plan, available=plan.needed - 1)
-    assert small.is_too_large and "WARNING" in str(small) and "rowwise-adagrad" in str(small)
+    assert small.shortages and "WARNING" in str(small) and "rowwise-adagrad" in str(small)
     messages = []
     run.fit(planted_split, Config.load(None, ["training.max_epochs=1"]), progress=False, on_message=messages.append)
     assert [str(message).split(":")[0] for message in messages] == ["training question", "memory"]
@@ -173,19 +173,19 @@ def test_tables_are_placed_by_the_memory_in_which_training_runs(parts, there):
     weights = sum(m.weight.nbytes for m in towers.modules() if isinstance(m, torch.nn.Embedding))
     everything, two = 3 * weights, Communicator(0, 2)  # Adam
     there(main=weights, device=2 * everything)
-    assert place_tables(config, train, two).parts == {}, "the state is not in main memory"
+    assert place_tables(config, train, two) == {}, "the state is not in main memory"
     with pytest.raises(InputError, match="optimizer state need 0 MiB of main memory, but only 0 MiB are free"):
         place_tables(on_cpu, train)
     there(main=1 << 50, device=2 * everything - 1)
-    assert place_tables(config, train, two).parts.keys() == {"item", "query"}, "more than half of the device"
-    assert place_tables(on_cpu, train, two).parts == {}
+    assert place_tables(config, train, two).keys() == {"item", "query"}, "more than half of the device"
+    assert place_tables(on_cpu, train, two) == {}
     place_tables(config, train)
     there(main=1 << 50, device=everything - 1)
     with pytest.raises(InputError, match="state need 0 MiB of the CUDA device's memory, but only 0 MiB are free"):
         place_tables(config, train)
     place_tables(on_cpu, train)
     there(main=weights - 1, device=1 << 50)
-    assert place_tables(config, train, two).parts.keys() == {"item", "query"}
+    assert place_tables(config, train, two).keys() == {"item", "query"}
     with pytest.raises(InputError, match="rows need 0 MiB of main memory, where they are created, but only 0 MiB"):
         place_tables(config, train)
 
@@ -199,7 +199,7 @@ def test_a_plan_uses_the_memory_in_which_training_runs(parts, planted_split, the
 
     here = planned(1 << 50, None)
     plan = planned(1 << 50, 1 << 50)
-    assert not plan.is_too_large and str(plan).startswith("memory of the CUDA device: ")
+    assert not plan.shortages and str(plan).startswith("memory of the CUDA device: ")
     assert plan.held == here.held and plan.state == here.state
     throughout = sum(plan.held[name] for name in ("tables", "optimizer state"))
     assert plan.peak == plan.needed == throughout + max(sum(plan.step.values()), sum(plan.ranking.values()))
@@ -207,12 +207,12 @@ def test_a_plan_uses_the_memory_in_which_training_runs(parts, planted_split, the
     assert here.ranking["index"] - plan.ranking["index"] == train.num_items * config.item_tower.dimension * 2
     assert "kept for reuse" not in plan.ranking
     short = planned(1 << 50, plan.needed - 1)
-    assert short.is_too_large and "more of the CUDA device's memory needed" in str(short)
-    assert not planned(1 << 50, plan.needed).is_too_large
+    assert short.shortages and "more of the CUDA device's memory needed" in str(short)
+    assert not planned(1 << 50, plan.needed).shortages
     # Main memory: a copy of the state, larger than tables and best weights together, minus the existing tables.
     assert plan.main_memory == plan.state > 2 * plan.held["tables"]
     copied = plan.state - plan.held["tables"]
-    assert not planned(copied, 1 << 50).is_too_large
+    assert not planned(copied, 1 << 50).shortages
     short = planned(copied - 1, 1 << 50)
     assert "more of main memory needed" in str(short) and "CUDA device's memory needed" not in str(short)
     assert "more of main memory needed" in str(planned(0, None))

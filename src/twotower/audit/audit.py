@@ -19,6 +19,7 @@ from twotower.audit.gradients import AuditedRows, Measurement, estimates_softmax
 from twotower.audit.masks import MaskAudit, audit_masks
 from twotower.audit.subject import Subject
 from twotower.config.run import ObjectiveConfig
+from twotower.evaluation.significance import finite
 from twotower.negatives import HardNegatives
 from twotower.objectives import Objective
 from twotower.objectives.build import named_objective
@@ -99,7 +100,7 @@ class Audit:
         values["appearances"] = [one.to_dict() for one in self.appearances]
         values["masks"] = self.masks.to_dict()
         values["conclusion"] = self.conclusion()
-        plain: dict[str, Any] = _plain(values)
+        plain: dict[str, Any] = finite(values)
         return plain
 
     def write_per_query(self, path: str | Path) -> Path:
@@ -387,11 +388,3 @@ def _cause(overall: dict[str, float]) -> str:
     if 3.0 * error > _UNSURE:
         return f"; {found}: whether its counts or few candidates are the cause would show with more --draws"
     return f"; {found}: the bias is that of few candidates, {overall['effective']:.0f} effective, and falls as 1/n"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -78,7 +78,6 @@ def audit_masks(
     *,
     train: Interactions,
     known_positives: KnownPositives | None,
-    generator: torch.Generator | None = None,
 ) -> MaskAudit:
     """Compare the masks that training makes for the rows of real batches with those that the interactions require.
 
@@ -91,7 +90,6 @@ def audit_masks(
         count: number of batches.
         train: the training interactions.
         known_positives: as passed to the training step; None if only a row's own positive is masked.
-        generator: random generator of the draws.
     """
     masked = pairs = expected = missing = excess = 0
     training = objective.training
@@ -102,9 +100,7 @@ def audit_masks(
             # Rows of sequences are ordered by the length of the sequence: begin anywhere.
             start = int(torch.randint(max(len(batch) - _ROWS, 0) + 1, ()))
             rows = slice(start, min(start + _ROWS, len(batch)))
-            blocks = draw_blocks(
-                objective, batch, batch.items, rows, known_positives=known_positives, generator=generator
-            )
+            blocks = draw_blocks(objective, batch, batch.items, rows, known_positives=known_positives)
             for block in blocks:
                 queries = block.of(batch.queries[rows])
                 wanted = _required(objective, block.candidates, queries, train, known_positives is not None)

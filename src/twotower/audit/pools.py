@@ -10,7 +10,7 @@ import torch
 
 from twotower.config.run import ObjectiveConfig
 from twotower.data import Interactions
-from twotower.negatives import CrossBatchMemory, DrawRequest, Pool, Sampled
+from twotower.negatives import DrawRequest, Pool, Sampled
 from twotower.negatives.frequency import Group
 from twotower.objectives.build import build_pool
 
@@ -126,8 +126,3 @@ def _catalog(pool: Pool) -> int:
     if frequencies:
         return frequencies[0].num_items
     return int(max(int(m.draw(DrawRequest(torch.zeros(1, dtype=torch.int64))).max()) for m in pool.members())) + 1
-
-
-def remembers(pool: Pool) -> bool:
-    """Return whether candidates come from earlier batches."""
-    return any(isinstance(member, CrossBatchMemory) for member in pool.members())

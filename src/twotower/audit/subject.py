@@ -86,8 +86,7 @@ class Subject:
 
     def batches(self, seed: int = 0) -> Iterator[Batch]:
         """Yield endless training batches, epoch after epoch, in the order of a seed."""
-        training = self.config.training.model_copy(update={"seed": seed})
-        epochs = self.run.batches(self.config.model_copy(update={"training": training}))
+        epochs = self.run.batches(self.config.changed("training", seed=seed))
         while True:
             yield from epochs
 

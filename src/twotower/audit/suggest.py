@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from twotower.audit.gradients import Measurement, depends_on_batch, estimates_softmax, measure, spread_gain
-from twotower.audit.pools import PoolPlan, at_equal_distinct, expected_distinct, remembers
+from twotower.audit.pools import PoolPlan, at_equal_distinct, expected_distinct
 from twotower.audit.subject import Subject
 from twotower.errors import InputError
 from twotower.objectives.build import named_objective
@@ -236,7 +236,7 @@ class _Bench:
         objective = subject.objective(config)
         self.round += 1
         stream = subject.batches(self.seed + self.round)
-        if depends_on_batch(objective.pool) or remembers(objective.pool):
+        if depends_on_batch(objective.pool):
             subject.warm_up(objective.pool, stream)
         known = subject.known_positives(config)
         return measure(objective, subject.rows_of(config), stream, draws=draws, known_positives=known)

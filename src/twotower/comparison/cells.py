@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from twotower.comparison.sweep import Sweep
+from twotower.config.messages import read_yaml
 from twotower.config.run import Config
 from twotower.data import Split
 from twotower.errors import InputError
@@ -113,7 +112,7 @@ def make_cells(
         )
     train = split.train
     base = resolve_question(base, split)
-    base = base.model_copy(update={"objective": base.objective.model_copy(update=own)})
+    base = base.changed("objective", **own)
     named: dict[str, Config] = {}
     for text in objectives:
         plain, config = _objective(base, text)
@@ -128,7 +127,14 @@ def make_cells(
         raise InputError("--objectives: expected at least one name, such as expected-count,in-batch-logq")
     first = base.training.seed
     return [
-        Cell(name, seed, _seeded(config, seed), out / "runs" / f"{name}-{seed}", len(train))
+        # The baselines are measured once for all cells.
+        Cell(
+            name,
+            seed,
+            config.changed("training", seed=seed).changed("evaluation", baselines=False),
+            out / "runs" / f"{name}-{seed}",
+            len(train),
+        )
         for seed in range(first, first + seeds)
         for name, config in named.items()
     ]
@@ -144,7 +150,7 @@ def _masked_alike(named: dict[str, Config]) -> dict[str, Config]:
     return {
         name: config
         if config.objective.mask_known_positives is not None
-        else config.model_copy(update={"objective": config.objective.model_copy(update={"mask_known_positives": True})})
+        else config.changed("objective", mask_known_positives=True)
         for name, config in named.items()
     }
 
@@ -164,11 +170,15 @@ def _objective(base: Config, text: str) -> tuple[str, Config]:
     name, equals, path = text.partition("=")
     if not equals:
         if not text.endswith((".yaml", ".yml")):
-            return text, base.model_copy(update={"objective": base.objective.model_copy(update={"name": text})})
+            return text, base.changed("objective", name=text)
         name, path = Path(text).stem, text
     if not name or set(name) & set("/\\ ") or name.startswith("."):
         raise InputError(f"--objectives: {name!r} is not a valid folder name; pass name=FILE.yaml")
-    values = _read(Path(path))
+    values = read_yaml(Path(path))
+    if not isinstance(values, dict):
+        raise InputError(
+            f"{path}: expected the fields of an objective, such as `name:`, found {json.dumps(values)[:40]}"
+        )
     values = values.get("objective", values)
     changed = base.model_dump(mode="json")
     shared = {name: changed["objective"][name] for name in ("similarity", "temperature", "initial_temperature")}
@@ -178,23 +188,3 @@ def _objective(base: Config, text: str) -> tuple[str, Config]:
     except ValueError as error:
         first = str(error).splitlines()
         raise InputError(f"{path}: not the settings of an objective: {' '.join(first[1:3])}") from error
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise InputError(
-            f"{path}: expected the fields of an objective, such as `name:`, found {json.dumps(values)[:40]}"
-        )
-    return values
-
-
-def _seeded(config: Config, seed: int) -> Config:
-    training = config.training.model_copy(update={"seed": seed})
-    evaluation = config.evaluation.model_copy(update={"baselines": False})  # measured once for all cells
-    return config.model_copy(update={"training": training, "evaluation": evaluation})

@@ -30,7 +30,7 @@ from twotower.features.from_config import context_to_read
 from twotower.report import findings
 from twotower.run import audit_run, read_data, split_data
 from twotower.run.run_folder import is_run, reserved
-from twotower.serving.model_folder import TOWERS
+from twotower.serving.model_folder import TOWERS, find_model, read_metadata
 from twotower.system.filesystem import whole_file, write_text
 from twotower.system.terminal import cell
 
@@ -195,7 +195,7 @@ def _audit(cells: Sequence[Cell], source: str | Path, out: Path, on_message: Cal
     others = sorted(named - {subject.name})
     request = {
         "model": subject.directory.name,
-        "checksum": _weights(subject),
+        "checksum": read_metadata(find_model(subject.directory))["checksums"][TOWERS],
         "objectives": others,
         "rows": AUDIT_ROWS,
         "draws": AUDIT_DRAWS,
@@ -212,11 +212,6 @@ def _audit(cells: Sequence[Cell], source: str | Path, out: Path, on_message: Cal
     result = {"asked": request, **measured.to_dict()}
     write_text(cache, json.dumps(result, indent=1))
     return result
-
-
-def _weights(cell: Cell) -> str:
-    metadata = json.loads((cell.directory / "model" / "metadata.json").read_text(encoding="utf-8"))
-    return str(metadata["checksums"][TOWERS])
 
 
 def _write(document: dict[str, Any], out: Path, found: Measurements, cells: Sequence[Cell], data: Interactions) -> None:

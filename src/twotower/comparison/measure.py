@@ -18,6 +18,7 @@ from twotower.audit import estimates_softmax
 from twotower.comparison.cells import Cell
 from twotower.config.run import Config, EvaluationConfig
 from twotower.data import Holdout, Split
+from twotower.data.loading.histories import take_ranges
 from twotower.evaluation import Evaluation, Row
 from twotower.evaluation.calibration import refined_weights, softmax_calibration
 from twotower.negatives import popularity_deciles
@@ -138,19 +139,18 @@ def _frame(name: str, seed: int | None, queries: pl.Series, row: Row) -> pl.Data
 _PAIRS = 200_000_000
 
 
-def calibrations(directories: Mapping[str, Path], split: Split, *, seed: int = 0) -> dict[str, dict[str, Any]]:
+def calibrations(directories: Mapping[str, Path], split: Split) -> dict[str, dict[str, Any]]:
     """Measure the calibration of each model whose objective estimates the softmax.
 
     Args:
         directories: name -> run folder.
         split: the data; its test queries are used.
-        seed: seed of the sample of queries, used if the catalog is too large for all of them.
 
     Returns:
         Calibration by name, as `to_dict` values.
     """
     found = {}
-    rows = _sampled_queries(split, seed)
+    rows = _sampled_queries(split)
     histories, targets = _histories_and_targets(split.test, rows)
     for name, directory in directories.items():
         retriever = Retriever.load(directory)
@@ -213,24 +213,23 @@ def with_refined_weights(found: Evaluation, directory: Path, split: Split) -> tu
     return replace(found, rows=(model, *others)), summary
 
 
-def _sampled_queries(split: Split, seed: int) -> np.ndarray:
+def _sampled_queries(split: Split) -> np.ndarray:
+    """Choose the test queries to measure: a sample if the catalog is too large for all of them."""
     count = len(split.test)
     most = max(_PAIRS // split.train.num_items, 100)
     if count <= most:
         return np.arange(count)
-    return np.sort(np.random.default_rng(seed).choice(count, most, replace=False))
+    return np.sort(np.random.default_rng(0).choice(count, most, replace=False))
 
 
-def _histories_and_targets(
-    holdout: Holdout, rows: np.ndarray
-) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+CompressedRows = tuple[NDArray[np.int64], NDArray[np.int32]]
+
+
+def _histories_and_targets(holdout: Holdout, rows: np.ndarray) -> tuple[CompressedRows, CompressedRows]:
     """Select histories and targets of some queries, in compressed-row format."""
-    histories = _select_rows(holdout.history_offsets, holdout.history_items, rows)
-    return histories, _select_rows(holdout.target_offsets, holdout.target_items, rows)
 
+    def chosen(offsets: NDArray[np.int64], items: NDArray[np.int32]) -> CompressedRows:
+        place, ends = take_ranges(offsets[rows], offsets[rows + 1])
+        return ends, items[place]
 
-def _select_rows(offsets: np.ndarray, items: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    sizes = np.diff(offsets)[rows]
-    ends = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    place = np.repeat(offsets[rows] - ends[:-1], sizes) + np.arange(ends[-1])
-    return ends, np.asarray(items)[place]
+    return chosen(holdout.history_offsets, holdout.history_items), chosen(holdout.target_offsets, holdout.target_items)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from twotower import evaluation, report
@@ -21,11 +20,7 @@ DIAL_SETTINGS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 def evaluate_folder(
-    directory: str | Path,
-    source: str | Path | None = None,
-    *,
-    page: str | Path | None = None,
-    slices: Sequence[str] | None = None,
+    directory: str | Path, source: str | Path | None = None, *, page: str | Path | None = None
 ) -> Evaluation:
     """Implement `twotower evaluate`: evaluate a saved model and write `per_query.parquet` and the report.
 
@@ -35,7 +30,6 @@ def evaluate_folder(
         directory: a run folder or a model folder; `per_query.parquet` is written to the run folder, next to the model.
         source: the current location of the data, if it has moved.
         page: path of the report; if None, neither the report nor `per_query.parquet` is written.
-        slices: columns to slice by, instead of the columns in the model's settings.
 
     Raises:
         InputError: the data was not found, or is not the data that the model was trained on.
@@ -52,7 +46,7 @@ def evaluate_folder(
         exclude_seen=settings.exclude_seen,
         baselines=settings.baselines,
         validation=split.validation,
-        slices=settings.slices if slices is None else slices,
+        slices=settings.slices,
     )
     found = annotated(found, directory, artifact, split)
     if page is None:

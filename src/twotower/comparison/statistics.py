@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from twotower.errors import InputError
 from twotower.evaluation import Row
-from twotower.evaluation.significance import SIGNIFICANT, Interval, bootstrap_intervals, holm, paired_comparison
+from twotower.evaluation.significance import SIGNIFICANT, Interval, bootstrap_intervals, finite, holm, paired_comparison
 
 #: A difference between objectives must also be larger than this many standard errors over seeds.
 SEED_ERRORS = 2.0
@@ -95,7 +95,7 @@ class TestFamily:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        contests = [{**_plain(asdict(one)), "verdict": one.verdict} for one in self.contests]
+        contests = [{**finite(asdict(one)), "verdict": one.verdict} for one in self.contests]
         return {
             "about": self.about,
             "metric": self.metric,
@@ -248,13 +248,5 @@ def _pooled_deviation(by_seed: Sequence[Sequence[float]]) -> float | None:
 
 
 def _estimate_to_dict(found: MetricEstimate) -> dict[str, Any]:
-    return _plain({**asdict(found), "deviation": found.deviation})
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    def plain(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return [plain(inner) for inner in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return {name: plain(value) for name, value in values.items()}
+    plain: dict[str, Any] = finite({**asdict(found), "deviation": found.deviation})
+    return plain

@@ -12,6 +12,7 @@ import yaml
 from numpy.typing import NDArray
 
 from twotower.comparison.statistics import ComparisonStatistics, MetricEstimate
+from twotower.config.messages import number_or_text
 from twotower.config.run import Config, ObjectiveConfig
 from twotower.errors import InputError
 from twotower.objectives.build import named_objective
@@ -58,11 +59,9 @@ class Sweep:
         values = []
         for word in words:
             try:
-                value = yaml.safe_load(word)
+                value = number_or_text(yaml.safe_load(word))
             except yaml.YAMLError:
                 value = None
-            if isinstance(value, str):  # YAML reads 1e-3 as text
-                value = _number(value)
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise InputError(f"--sweep {text}: {word!r} is not a number")
             values.append(value)
@@ -121,13 +120,6 @@ class Sweep:
         if not changed:
             raise InputError(f"--sweep {self.setting}={value}: no source of candidates is left; begin above 0")
         return changed
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 def sweep_curves(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -13,6 +13,10 @@ class Section(BaseModel):
     """A section of the configuration. Unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def changed(self, section: str, **values: Any) -> Self:
+        """Return a copy with other values in one of its sections; the values are not validated."""
+        return self.model_copy(update={section: getattr(self, section).model_copy(update=values)})
 
 
 class Feature(Section):

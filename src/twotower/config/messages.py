@@ -1,13 +1,39 @@
-"""Readable messages for invalid settings, with the field, the expected value and the value found."""
+"""Settings in YAML, and readable messages for invalid ones, with the field, the expected value and the value found."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, get_args
 
+import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+
+from twotower.errors import InputError
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file.
+
+    Raises:
+        InputError: the file cannot be read, or is not YAML.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def number_or_text(value: object) -> object:
+    """Convert text that is a number, such as 1e-3, which YAML reads as text; other values are unchanged."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def first_fault(error: ValidationError, values: Mapping[str, Any], model: type[BaseModel]) -> str:

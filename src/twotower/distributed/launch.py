@@ -208,7 +208,7 @@ class Launch:
         local_size: number of processes on this machine.
         local_rank: number of this process on this machine.
         restarts: number of times torchrun has restarted the processes of this machine; may differ between machines.
-        is_told: whether a launcher started this process as a rank, possibly the only one, with a rendezvous address.
+        is_rank: whether a launcher started this process as a rank, possibly the only one, with a rendezvous address.
     """
 
     rank: int = 0
@@ -216,7 +216,7 @@ class Launch:
     local_size: int = 1
     local_rank: int = 0
     restarts: int = 0
-    is_told: bool = False
+    is_rank: bool = False
 
     @classmethod
     def of_environment(cls) -> Launch:
@@ -230,7 +230,7 @@ class Launch:
             local_size=int(env.get("LOCAL_WORLD_SIZE", env["WORLD_SIZE"])),
             local_rank=int(env.get("LOCAL_RANK", env["RANK"])),
             restarts=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
-            is_told="MASTER_ADDR" in env,
+            is_rank="MASTER_ADDR" in env,
         )
 
     @property
@@ -293,7 +293,7 @@ def called_together(store: Any, launch: Launch, patience: float) -> tuple[str, b
             pause("not all ranks joined")
         restarts, sizes = ({int(word.split()[place]) for word in words} for place in (1, 2))
         resumes = store.check([BEGUN]) if attempts > 1 else max(restarts) > 0
-        store.set(f"{name} agreed", json.dumps({"goes on": resumes, "sizes": sorted(sizes)}))
+        store.set(f"{name} agreed", json.dumps({"resumes": resumes, "sizes": sorted(sizes)}))
     else:
         while True:
             roll = json.loads(store.get("roll")) if store.check(["roll"]) else None
@@ -308,7 +308,7 @@ def called_together(store: Any, launch: Launch, patience: float) -> tuple[str, b
     if len(agreed["sizes"]) > 1:
         counts = " and ".join(map(str, agreed["sizes"]))
         raise InputError(f"torchrun: machines with {counts} processes; expected the same --nproc-per-node on all")
-    return name, agreed["goes on"]
+    return name, agreed["resumes"]
 
 
 @contextmanager
@@ -329,7 +329,7 @@ def joined_processes(*, timeout: int, accelerator: str = "auto") -> Iterator[Coo
     from twotower.distributed.communicator import Communicator, comes_from_exchange  # noqa: PLC0415  # loads torch, which the CLI imports only to train
 
     launch = Launch.of_environment()
-    if launch.size == 1 and not launch.is_told:
+    if launch.size == 1 and not launch.is_rank:
         yield Coordinator(Communicator())
         return
     import torch  # noqa: PLC0415

@@ -7,7 +7,7 @@ variation over queries of one trained model. Variation over training seeds is se
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -43,7 +43,8 @@ class Interval:
 
     def to_dict(self) -> dict[str, float | None]:
         """Convert to plain types for JSON; non-finite values become None."""
-        return _plain(asdict(self))
+        plain: dict[str, float | None] = finite(asdict(self))
+        return plain
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class PairedComparison:
 
     def to_dict(self) -> dict[str, float | None]:
         """Convert to plain types for JSON; non-finite values become None."""
-        return _plain(asdict(self))
+        plain: dict[str, float | None] = finite(asdict(self))
+        return plain
 
 
 def bootstrap_interval(values: ArrayLike, *, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
@@ -288,5 +290,10 @@ def _check(level: float, resamples: int) -> None:
         raise InputError(f"resamples must be at least 1, got {resamples}")
 
 
-def _plain(values: dict[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+def finite(value: Any) -> Any:
+    """Convert nested values to plain types for JSON: tuples become lists, and non-finite numbers None."""
+    if isinstance(value, dict):
+        return {name: finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+
+from twotower.evaluation.significance import finite
 
 #: The normal quantile of a 95 % interval.
 Z95 = 1.959963984540054
@@ -36,11 +38,10 @@ def window_mean(windows: Sequence[tuple[NDArray[np.int64], NDArray[np.float64]]]
     """Average a metric over windows, with an interval that treats each query as one cluster.
 
     Window k of K has E_k queries and the mean m_k. The mean over windows is m = sum_k m_k / K. With U distinct queries
-    as independent clusters (the linearised variance of a cluster sample; Cochran 1977, section 9A),
+    as independent clusters (the linearised variance of a cluster sample; Cochran 1977, chapter 9A),
 
         c_q = sum over the windows k of q of (x_qk - m_k) / (K E_k),   var(m) = U / (U - 1) sum_q c_q^2
 
-    for U distinct queries (the linearised variance of a cluster sample; Cochran 1977, chapter 9A).
     The values of one query in two windows are not independent; if they were treated as independent, the interval would
     be too narrow. The interval describes the uncertainty of m for these windows, not for future windows.
 
@@ -93,25 +94,9 @@ class WindowTable:
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain types for JSON; NaN becomes None."""
-
-        def plain(value: float) -> float | None:
-            return None if math.isnan(value) else value
-
-        return {
-            "begins": list(self.begins),
-            "rows": {
-                name: {
-                    metric: {
-                        "by_window": list(one.by_window),
-                        "mean": one.mean,
-                        "low": plain(one.low),
-                        "high": plain(one.high),
-                    }
-                    for metric, one in found.items()
-                }
-                for name, found in self.rows.items()
-            },
-        }
+        rows = {name: {metric: asdict(one) for metric, one in found.items()} for name, found in self.rows.items()}
+        plain: dict[str, Any] = finite({"begins": self.begins, "rows": rows})
+        return plain
 
     def header(self) -> list[str]:
         """Return the column titles of the deciding metric's table."""

@@ -74,15 +74,9 @@ class FeatureSuggestion:
         }
 
 
-def propose(table: pl.DataFrame, id_column: str | None = None) -> list[FeatureSuggestion]:
-    """Propose a feature for every column except the id.
-
-    Args:
-        table: a feature table with one row per id.
-        id_column: name of the id column; None for the first column.
-    """
-    own = id_column or table.columns[0]
-    return [propose_column(table[name]) for name in table.columns if name != own]
+def propose(table: pl.DataFrame) -> list[FeatureSuggestion]:
+    """Propose a feature for every column of a feature table except the first, which is the id."""
+    return [propose_column(column) for column in table.get_columns()[1:]]
 
 
 def features_of(proposed: list[FeatureSuggestion]) -> list[AnyFeature]:

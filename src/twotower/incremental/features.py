@@ -67,21 +67,8 @@ def extend_encoded_table(
     _check(side, declared, table)
     has_row = described(table, len(ids))
     fitting = np.flatnonzero(has_row & known)
-    maps: dict[int, Codes] = {}
-    encoders: list[FeatureEncoder] = []
-    for place, (one, encoder) in enumerate(zip(declared, old.features.encoders, strict=True)):
-        if isinstance(encoder, CategoryEncoder | MultiCategory) and encoder.values.known is not None:
-            fresh = encoder.values
-            if table is not None and one.column in table.columns and len(fitting):
-                column = table[one.column].gather(fitting)
-                where = ErrorLocation(f"{side} table", ids.ids.gather(fitting), side)
-                fresh = type(encoder).fit(one, column, where).values  # type: ignore[arg-type]
-            both, maps[place] = _union(encoder.values, fresh)
-            encoder = replace(encoder, values=both)  # noqa: PLW2901
-        elif encoder.form != "numbers":
-            maps[place] = np.arange(encoder.size)
-        encoders.append(encoder)
-    features = FeatureSet(side, declared, encoders, old.features.widths)
+    where = ErrorLocation(f"{side} table", ids.ids.gather(fitting), side)
+    features, maps = _extended(old.features, None if table is None or not len(fitting) else table[fitting], where)
     arrays = features.encode_table(table, ids.ids)
     for place, one in enumerate(declared):
         updated = has_row
@@ -110,17 +97,25 @@ def extend_encoded_context(old: FeatureSet, data: Interactions, new: NDArray[np.
     """
     fresh = data.select(new)
     frame, place = context_frame(old.declared, fresh), context_place(fresh)
+    features, maps = _extended(old, frame, place)
+    return GrownFeatures(EncodedTable.of_requests(features), maps)
+
+
+def _extended(old: FeatureSet, fresh: pl.DataFrame | None, place: ErrorLocation) -> tuple[FeatureSet, dict[int, Codes]]:
+    """Add the values of fresh rows to the vocabularies; return the features, and the maps from old to new codes."""
     maps: dict[int, Codes] = {}
     encoders: list[FeatureEncoder] = []
     for number, (one, encoder) in enumerate(zip(old.declared, old.encoders, strict=True)):
         if isinstance(encoder, CategoryEncoder | MultiCategory) and encoder.values.known is not None:
-            found = type(encoder).fit(one, frame[one.column], place).values  # type: ignore[arg-type]
-            both, maps[number] = _union(encoder.values, found)
+            values = encoder.values
+            if fresh is not None and one.column in fresh.columns:
+                values = type(encoder).fit(one, fresh[one.column], place).values  # type: ignore[arg-type]
+            both, maps[number] = _union(encoder.values, values)
             encoder = replace(encoder, values=both)  # noqa: PLW2901
         elif encoder.form != "numbers":
             maps[number] = np.arange(encoder.size)
         encoders.append(encoder)
-    return GrownFeatures(EncodedTable.of_requests(FeatureSet("context", old.declared, encoders, old.widths)), maps)
+    return FeatureSet(old.side, old.declared, encoders, old.widths), maps
 
 
 def _check(side: str, declared: Sequence[AnyFeature], table: pl.DataFrame | None) -> None:

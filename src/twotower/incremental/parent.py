@@ -76,7 +76,7 @@ class ParentModel:
         if self.folder is None:
             if self.artifact.is_shared:
                 raise InputError(
-                    "start: the model's tables are sharded over several ranks; save it, and pass its folder"
+                    "warm_start: the model's tables are sharded over several ranks; save it, and pass its folder"
                 )
             return _without_recent(self.artifact.towers.state_dict())
         path = self.folder / TOWERS
@@ -152,7 +152,7 @@ def new_days(
     *,
     withdrawn: IdValues | None = None,
 ) -> ContinuedSplit:
-    """Build the split of `fit(start=...)`: the parent's past and new interactions; see `split.continued`."""
+    """Build the split of `fit(warm_start=...)`: the parent's past and new interactions; see `split.continued`."""
     if parent.removed is not None:
         given = parent.removed.head(0) if withdrawn is None else ids_of(pl.Series("id", withdrawn), "withdrawn")
         withdrawn = pl.concat([parent.removed.alias("id"), given.alias("id")]).unique()

@@ -33,7 +33,7 @@ def rows_to_learn(split: Split, parent: ParentModel | None, settings: Config) ->
         return None
     if parent is None or not isinstance(split, ContinuedSplit) or split.parent != parent.fingerprint:
         raise InputError(
-            "fit: to continue a model, pass start=MODEL and the split returned by continue_with(MODEL, data)"
+            "fit: to continue a model, pass warm_start=MODEL and the split returned by continue_with(MODEL, data)"
         )
     history = settings.query_tower.history
     whole = history is not None and history.sequence is not None

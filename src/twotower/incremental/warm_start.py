@@ -307,11 +307,9 @@ def extend_features(parent: ParentModel, split: ContinuedSplit) -> WarmFeatures:
         side = old.features.side
         if side == "context":
             one = extend_encoded_context(old.features, train, ~split.learnt)
-            features[side] = one.table
-            values[side] = {place: torch.tensor(rows) for place, rows in one.value_maps.items()}
-            continue
-        codes, ids, table, known = sides[side]
-        one = extend_encoded_table(old, codes, table, ids, known)
+        else:
+            codes, ids, table, known = sides[side]
+            one = extend_encoded_table(old, codes, table, ids, known)
         features[side] = one.table
         values[side] = {place: torch.tensor(rows) for place, rows in one.value_maps.items()}
     maps = CodeMaps(torch.tensor(split.query_map), torch.tensor(split.item_map), values)

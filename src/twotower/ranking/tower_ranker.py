@@ -20,7 +20,7 @@ from twotower.data.loading.gaps import gap_codes
 from twotower.errors import InputError
 from twotower.features.feature_set import FeatureSet
 from twotower.features.requests import ContextRows, EncodedContext, encode_context_rows
-from twotower.index import ExactIndex, Exclusion
+from twotower.index import ExactIndex
 from twotower.towers import TwoTower
 
 if TYPE_CHECKING:
@@ -124,29 +124,6 @@ class TowerRanker:
         """Embed every query of a holdout, u(x), float32 [E, D]."""
         histories = (holdout.history_offsets, holdout.history_items)
         return self.embed(holdout.queries, histories, context=holdout.context, gaps=holdout_gaps(holdout))
-
-    def search(
-        self,
-        queries: np.ndarray,
-        histories: tuple[np.ndarray, np.ndarray],
-        k: int,
-        *,
-        exclude: Exclusion | None,
-        gaps: np.ndarray | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Find the best items of some queries.
-
-        Args:
-            queries: codes, int64 [E]; -1 for a query never seen in training.
-            histories: compressed rows (offsets int64 [E+1], item codes), oldest first.
-            k: how many items.
-            exclude: compressed rows of items to exclude, or None.
-            gaps: as in `embed`.
-
-        Returns:
-            Scores and item codes, [E, k] each.
-        """
-        return self.index.search(self.embed(queries, histories, gaps=gaps), k, exclude)
 
     @torch.no_grad()
     def embed(

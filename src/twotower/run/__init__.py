@@ -4,7 +4,7 @@ from twotower.run.advice import settings_to_try, with_advice
 from twotower.run.batches import make_batches, row_gaps
 from twotower.run.data import propose_features, read_data, split_data
 from twotower.run.model import Model, continue_with, evaluate, fit, refit
-from twotower.run.run_folder import annotated, audit_run, evaluate_run, reread, train_run
+from twotower.run.run_folder import annotated, audit_run, reread, train_run
 from twotower.run.settings import settings_of
 
 __all__ = [
@@ -13,7 +13,6 @@ __all__ = [
     "audit_run",
     "continue_with",
     "evaluate",
-    "evaluate_run",
     "fit",
     "make_batches",
     "propose_features",

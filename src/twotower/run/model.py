@@ -22,7 +22,7 @@ from twotower.data import Holdout, Interactions, KnownPositives, Split
 from twotower.data.loading.questions import QuestionBatches
 from twotower.data.schema.vocabulary import IdValues
 from twotower.distributed.communicator import Communicator
-from twotower.distributed.partition import RowShard
+from twotower.distributed.partition import RowShard, placed_tables
 from twotower.errors import InputError
 from twotower.evaluation import Evaluation
 from twotower.features.feature_set import EncodedTable
@@ -198,9 +198,7 @@ def refit(
         "validated_rows": len(split.train),
         "metrics": "of the validated model",
     }
-    settings = artifact.config
-    settings = settings.model_copy(update={"training": settings.training.model_copy(update={"refit": True})})
-    return replace(found, artifact=replace(found.artifact, config=settings))
+    return replace(found, artifact=replace(found.artifact, config=artifact.config.changed("training", refit=True)))
 
 
 def _fit(
@@ -331,8 +329,7 @@ def continue_with(
 
 def _loaded(config: Config | str | Path | None, parent: ParentModel | None) -> Config:
     if config is None and parent is not None:
-        settings = parent.artifact.config
-        return settings.model_copy(update={"training": settings.training.model_copy(update={"refit": False})})
+        return parent.artifact.config.changed("training", refit=False)
     return config if isinstance(config, Config) else Config.load(config)
 
 
@@ -361,7 +358,7 @@ def _build_towers(
 ) -> TwoTower:
     from twotower.training import place_tables  # noqa: PLC0415  # loads Lightning, as in `fit`
 
-    with place_tables(config, train, ranks).applied():
+    with placed_tables(place_tables(config, train, ranks)):
         return build_towers(
             config,
             num_queries=train.num_queries,

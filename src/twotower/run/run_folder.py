@@ -32,7 +32,7 @@ from twotower.run.model import Model, continue_with, evaluate, fit, refit
 from twotower.run.refit import refuse_refit, with_refit_note
 from twotower.run.settings import CONFIG, complete_settings, require_same_settings
 from twotower.run.windows import forget_windows, measure_earlier, with_windows
-from twotower.serving import Retriever, SavedModel
+from twotower.serving import SavedModel
 from twotower.serving.model_folder import (
     FOLDER,
     REFIT,
@@ -211,7 +211,8 @@ def _train(
         raise InputError(
             "data.windows: several windows run in one process; start without torchrun, or use data.windows=1"
         )
-    _report_unused(config, split, on_message)
+    for line in unused_tables(config, split.train):
+        on_message(line)
     given = config
     config, rows = complete_settings(config, split, parent, on_message)
     if resume:
@@ -220,7 +221,8 @@ def _train(
     if config.training.refit:
         refuse_refit(config, split, continues=False)
     if parent is None:
-        _report_features(config, split, on_message)
+        for fitted in fit_features(config, split.train).values():
+            on_message(fitted)
     team.require_shared(directory)
     if team.ranks.is_first and not resume:
         _begin(directory, config, parent)
@@ -228,7 +230,7 @@ def _train(
     team.begins()
     model = fit(
         split,
-        _without_refit(config),
+        config.changed("training", refit=False),
         directory=directory,
         warm_start=parent,
         resume=resume,
@@ -284,26 +286,12 @@ def _split(
     return continue_with(parent, data, config, withdrawn=ids)
 
 
-def _report_unused(config: Config, split: Split, on_message: Callable[[object], None]) -> None:
-    for line in unused_tables(config, split.train):
-        on_message(line)
-
-
-def _report_features(config: Config, split: Split, on_message: Callable[[object], None]) -> None:
-    for fitted in fit_features(config, split.train).values():
-        on_message(fitted)
-
-
 def _check(config: Config, split: Split) -> None:
     """Reject wrong settings before anything is written and before hours of training."""
     build_objective(config, split.train)
     evaluation.check_slices(split.train, config.evaluation.slices)
     for holdout in (split.validation, split.test):
         evaluation.check_targets(holdout, split.train.num_items, config.evaluation.exclude_seen)
-
-
-def _without_refit(config: Config) -> Config:
-    return config.model_copy(update={"training": config.training.model_copy(update={"refit": False})})
 
 
 def _refit(
@@ -379,29 +367,6 @@ def _summary(model: Model, config: Config) -> str:
     return f"{text} ({ended}); best validation {metric} {best[metric]:.4f} after epoch {int(best['epoch']) + 1}"
 
 
-def evaluate_run(directory: str | Path, source: str | Path | None = None) -> Evaluation:
-    """Evaluate a saved model on the test queries of the data that it was trained on.
-
-    `source` is the location of the data, if it has moved.
-
-    Raises:
-        InputError: the data was not found, or is not the data that the model was trained on.
-    """
-    artifact, split = reread(directory, source)
-    settings = artifact.config.evaluation
-    measured = evaluation.evaluate(
-        Retriever(artifact),
-        split.test,
-        train=split.train,
-        ks=tuple(settings.ks),
-        exclude_seen=settings.exclude_seen,
-        baselines=settings.baselines,
-        validation=split.validation,
-        slices=settings.slices,
-    )
-    return annotated(measured, directory, artifact, split)
-
-
 def annotated(measured: Evaluation, directory: str | Path, artifact: SavedModel, split: Split) -> Evaluation:
     """Add notes on the run to an evaluation: settings to try, earlier test windows, and whether there was a refit."""
     measured = with_advice(measured, artifact.config)
@@ -452,7 +417,7 @@ def audit_run(directory: str | Path, source: str | Path | None = None, *, rows: 
     these are the new rows and the replayed rows. Estimated frequencies continue from the best checkpoint.
 
     Raises:
-        InputError: as in `evaluate_run`; also if an older version did not record the rows of an incremental run.
+        InputError: as in `reread`; also if an older version did not record the rows of an incremental run.
     """
     from twotower.incremental.warm_start import objective_state  # noqa: PLC0415  # it loads the trainer
 

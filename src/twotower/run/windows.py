@@ -46,7 +46,7 @@ def measure_earlier(
     settings, windows = config.data, config.data.windows
     assert isinstance(settings.validation, float) and isinstance(settings.test, float)
     histories = config.query_tower.history is not None
-    config = config.model_copy(update={"training": config.training.model_copy(update={"refit": False})})
+    config = config.changed("training", refit=False)
     for number, split in enumerate(
         rolling(data, settings.validation, settings.test, windows=windows, histories=histories), start=1
     ):

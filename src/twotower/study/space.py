@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from twotower.config.features import Section
-from twotower.config.messages import first_fault
+from twotower.config.messages import first_fault, number_or_text, read_yaml
 from twotower.config.run import Config
 from twotower.errors import InputError
 
@@ -101,16 +101,11 @@ class Space:
         Raises:
             InputError: the file is missing or not a space, a setting does not exist, or a value is out of range.
         """
-        try:
-            text = path.read_text(encoding="utf-8")
-            found = yaml.safe_load(text)
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: cannot be read as a space: {error}") from error
-        except yaml.YAMLError as error:
-            raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        found = read_yaml(path)
         if not isinstance(found, dict) or not found:
             raise InputError(f"{path}: expected parameters such as `item_tower.dimension: [32, 64]`")
-        space = cls(text, {str(name): _parameter(path, str(name), value) for name, value in found.items()})
+        parameters = {str(name): _parameter(path, str(name), value) for name, value in found.items()}
+        space = cls(path.read_text(encoding="utf-8"), parameters)
         for name in space.parameters:
             space._check(path, name, load)
         return space
@@ -120,7 +115,7 @@ class Space:
         earlier = list(self.parameters)[: list(self.parameters).index(name)]
         for other, choices in parameter.when.items():
             if other not in earlier or self.parameters[other].is_range:
-                raise InputError(f"{path}: {name}: when: {other} is no earlier parameter with values or options")
+                raise InputError(f"{path}: {name}: when: {other} is not an earlier parameter with values or options")
             for choice in map(label, choices):
                 if choice not in self.parameters[other].choices():
                     raise InputError(
@@ -178,8 +173,7 @@ class Space:
         chosen = {name: one.default if one.is_range else one.choices()[0] for name, one in self.parameters.items()}
         for setting in settings:
             name, _, text = setting.partition("=")
-            one, value = self.parameters.get(name), yaml.safe_load(text)
-            value = float(value) if isinstance(value, str) and _is_number(value) else value  # YAML reads 1e-4 as text
+            one, value = self.parameters.get(name), number_or_text(yaml.safe_load(text))
             if one is None or one.options is not None:
                 return None
             if one.is_range:
@@ -192,14 +186,6 @@ class Space:
             else:
                 return None
         return chosen
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _parameter(path: Path, name: str, value: object) -> Parameter:

@@ -148,7 +148,7 @@ def tune_run(
     with reserved(folder), stop.listening():
         split = plan.read()
         if not len(split.validation):
-            raise InputError("tune: the split has no validation to choose settings on; use one with a validation")
+            raise InputError("tune: the split has no validation queries to choose settings on; use another split")
         if refits:
             refuse_refit(base, split, continues=False)
         resolved = complete_settings(base, split)[0]
@@ -215,7 +215,7 @@ def _begin(
         for name, found in study.user_attrs["about"].items():
             if found != about[name]:
                 raise InputError(
-                    f"{plan.folder}: a study with other {name}; use those that it began with, or another --out"
+                    f"{plan.folder}: a study with different {name}; use the same {name} again, or choose another --out"
                 )
         again = requeue_stopped(plan.folder)
         done = len(finished(study))
@@ -262,7 +262,7 @@ def _search(
 ) -> None:
     left = budget.seconds - spent(study, workers)
     if left <= 0 or (plan.trials is not None and len(finished(study)) >= plan.trials):
-        on_message("the search is over; a larger --budget or more --trials continue it")
+        on_message("the search is over; raise --budget or --trials to continue it")
         return
     begun, best = time.time(), [max(map(score, finished(study)), default=float("-inf"))]
     plan = replace(plan, deadline=begun + left)

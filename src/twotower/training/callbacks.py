@@ -189,7 +189,7 @@ class StopAtDivergence(Callback):
 
 
 def _is_finite(module: nn.Module) -> bool:
-    """Return whether all parameters are finite, by their sums: a mask of a large table would need memory."""
+    """Return whether the sum of every parameter is finite; a mask of a large table would need memory."""
     sums = [parameter.detach().sum(dtype=torch.float32) for parameter in module.parameters()]
     return bool(torch.stack(sums).isfinite().all())
 

@@ -96,11 +96,6 @@ class MemoryPlan:
             ]
         return [(name, needed, there) for name, needed, there in needs if there is not None and needed > there]
 
-    @property
-    def is_too_large(self) -> bool:
-        """Whether some memory is too small."""
-        return bool(self.shortages)
-
     def __str__(self) -> str:
         """Format as a few lines: what is held, each phase, peak and available memory, and advice if it does not fit."""
         where = "memory" if self.on_device is None else "memory of the CUDA device"

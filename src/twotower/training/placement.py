@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from twotower.config.run import Config
 from twotower.data import Interactions
 from twotower.distributed.communicator import Communicator
 from twotower.distributed.launch import Launch
-from twotower.distributed.partition import ColumnShard, RowShard, TableShard, placed_tables
+from twotower.distributed.partition import ColumnShard, RowShard, TableShard
 from twotower.errors import InputError
 from twotower.system import hardware
 from twotower.training.memory_plan import F4, least_of_all
@@ -19,25 +18,8 @@ from twotower.training.memory_plan import F4, least_of_all
 SHARED_ABOVE = 16 << 20
 
 
-@dataclass(frozen=True)
-class Placement:
-    """Placement of the id tables, as seen by this rank.
-
-    Attributes:
-        parts: this rank's parts of sharded tables, by name; all other tables are whole on every rank.
-    """
-
-    parts: Mapping[str, TableShard] = field(default_factory=dict)
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Apply this placement to the tables of towers built in the block."""
-        with placed_tables(self.parts):
-            yield
-
-
-def place_tables(config: Config, data: Interactions, ranks: Communicator | None = None) -> Placement:
-    """Choose the placement of the id tables before any of them is created; collective.
+def place_tables(config: Config, data: Interactions, ranks: Communicator | None = None) -> dict[str, TableShard]:
+    """Choose the placement of the id tables before any of them is created, for `placed_tables`; collective.
 
     `training.table_placement` sets it for all tables, or for some by name. Unnamed tables are `auto`: they are whole as
     long as they and their optimizer state need at most half of a process's memory; otherwise tables of more than 16 MiB
@@ -49,6 +31,9 @@ def place_tables(config: Config, data: Interactions, ranks: Communicator | None 
         config: the settings.
         data: the training interactions.
         ranks: the processes of the run; None for a single process.
+
+    Returns:
+        This rank's parts of sharded tables, by name; all other tables are whole on every rank.
 
     Raises:
         InputError: a named table does not exist in the model; or the tables and optimizer state of a rank need more
@@ -69,7 +54,7 @@ def place_tables(config: Config, data: Interactions, ranks: Communicator | None 
     shortage = room.shortage(*_needed(config, tables, parts, ranks))
     if shortage is not None:
         raise InputError(_shortage_message(sum(tables.values()), shortage, ranks, is_shared=bool(parts)))
-    return Placement(parts)
+    return parts
 
 
 @dataclass(frozen=True)

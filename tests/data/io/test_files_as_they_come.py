@@ -385,7 +385,7 @@ def test_named_columns_of_feature_tables_that_do_not_exist_are_refused(tmp_path:
     for columns, message in (
         ({"item": "sku"}, r"no column 'sku', named in item_columns. Columns found: 'nr', 'label', 'title'"),
         ({"id": "nr"}, "'id' is not a role; the roles are 'item', 'title'"),
-        ({"item": "nr", "title": "label"}, "there is a column 'title'; rename it"),
+        ({"item": "nr", "title": "label"}, "a column 'title' exists too"),
         ({"title": "label"}, "no item id column"),
     ):
         with pytest.raises(InputError, match=message):

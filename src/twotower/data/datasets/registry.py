@@ -198,20 +198,8 @@ def load(
 ) -> Interactions:
     """Load the interactions of a known data set, a file or a folder, with its feature tables.
 
-    Args:
-        name_or_path: a name listed by `available`, or a path; an existing path takes precedence.
-        items: see `Interactions.read`; replaces the item table of the data set.
-        queries: see `Interactions.read`; replaces the query table of the data set.
-        columns: see `Interactions.read`.
-        positive_label: see `Interactions.read`.
-        cache: see `Interactions.read`.
-        catalog: see `Interactions.read`.
-        context: see `Interactions.read`.
-        query_ids: see `Interactions.read`.
-        item_ids: see `Interactions.read`.
-        workers: see `Interactions.read`.
-        item_columns: see `Interactions.read`.
-        query_columns: see `Interactions.read`.
+    `name_or_path` is a name listed by `available`, or a path; an existing path takes precedence. The other arguments
+    are those of `Interactions.read`; `items` and `queries` replace the tables of the data set.
 
     Raises:
         InputError: see `Interactions.read` and `folder`.

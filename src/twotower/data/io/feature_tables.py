@@ -86,7 +86,7 @@ class FeatureTable:
         if (title := columns.get("title", "title")) != "title":
             if "title" in frame.columns:
                 raise InputError(
-                    f"{self.where}: {title!r} is named as the title, but there is a column 'title'; rename it."
+                    f"{self.where}: {title!r} is named as the title, but a column 'title' exists too; rename one."
                 )
             frame = frame.rename({title: "title"})
         if source.text:
@@ -136,7 +136,7 @@ class FeatureTable:
 
 
 def described(table: pl.DataFrame | None, count: int) -> NDArray[np.bool_]:
-    """Mark the rows of a joined table that have any value but the id, bool [count]; all False without a table."""
+    """Mark the rows of a joined table that have more values than the id, bool [count]; all False without a table."""
     if table is None or table.width < 2:
         return np.zeros(count, dtype=np.bool_)
     own = table.columns[0]

@@ -15,12 +15,11 @@ from twotower.data.schema.vocabulary import Vocabulary, ids_of, listed
 from twotower.errors import InputError
 
 
-def read_ids(path: str | Path, side: str = "item") -> pl.Series:
-    """Read ids from a file: Parquet, CSV or TSV with an id column, or, for all other suffixes, one id per line.
+def read_ids(path: str | Path) -> pl.Series:
+    """Read item ids from a file: Parquet, CSV or TSV with an id column, or, for all other suffixes, one id per line.
 
     Args:
         path: the file.
-        side: "item" or "query".
 
     Returns:
         Int64 if a Parquet file contains integers, otherwise String; text such as "007" is returned exactly as written.
@@ -35,14 +34,14 @@ def read_ids(path: str | Path, side: str = "item") -> pl.Series:
             empty = not file.stat().st_size
             lines = [] if empty else "".join(text_blocks(file, read_head(file).encoding)).split("\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{file}: cannot be read ({error}); expected text with one {side} id per line") from None
+            raise InputError(f"{file}: cannot be read ({error}); expected text with one item id per line") from None
         return pl.Series("id", [line.strip() for line in lines if line.strip()], dtype=pl.String)
     source = open_source(file)
-    name = usual_column(source.columns, (("id",), *USUAL_NAMES[side]), side, source.name)
+    name = usual_column(source.columns, (("id",), *USUAL_NAMES["item"]), "item", source.name)
     if name is None and len(source.columns) == 1:
         name = source.columns[0]
     if name is None:
-        raise InputError(f"{file}: no {side} id column; found {listed(source.columns)}")
+        raise InputError(f"{file}: no item id column; found {listed(source.columns)}")
     ids = ids_of(pl.concat(source.chunks([name]))[name].drop_nulls(), f"{file}: column {name!r}")
     return (ids.str.strip_chars() if source.text else ids).alias("id")
 
