@@ -226,7 +226,13 @@ class TrainingConfig(Section):
     horizon: PositiveFloat | Literal["auto"] = Field(
         "auto", description="Days after the cut (horizon). auto: the longer of the test and validation spans."
     )
-    hidden_share: float = Field(0.5, gt=0, lt=1, description="Probability that an item is hidden and asked for (set).")
+    hidden_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Probability that an item is hidden and asked for (set). 1: all items of a query are asked for, for "
+        "towers without a history.",
+    )
     question_weight: float = Field(
         0.5,
         ge=0,

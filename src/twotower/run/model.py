@@ -37,6 +37,7 @@ from twotower.ranking.tower_ranker import TowerRanker
 from twotower.run.batches import make_batches, make_objective, row_gaps
 from twotower.run.data import split_data
 from twotower.run.mining import refresh_hard_negatives
+from twotower.run.propagation import start_propagation
 from twotower.run.recent_prior import RecentPrior, add_recent_prior
 from twotower.run.refit import Refit, refuse_refit, without_holdouts
 from twotower.run.settings import complete_settings
@@ -44,6 +45,7 @@ from twotower.run.start_weights import StartWeights
 from twotower.serving import Retriever, SavedModel
 from twotower.system.hardware import peak_memory
 from twotower.towers import TwoTower, build_towers
+from twotower.towers.propagation import fold
 from twotower.towers.sharded_lookup import shared_tables_of
 
 if TYPE_CHECKING:
@@ -237,6 +239,9 @@ def _fit(
             optimizer = load_parent_state(
                 parent, settings, growth, towers=towers, objective=objective, ranks=ranks, on_message=on_message
             )
+        counts = torch.from_numpy(count_by_group(learnt) if settings.objective.is_grouped else learnt.item_counts())
+        towers.set_popularity(counts if counts.ndim == 1 else counts.sum(0))
+        start_propagation(towers, settings, learnt, continues=parent is not None)
         mine = refresh_hard_negatives(objective, train, settings.history_length, reads_gaps=settings.reads_gaps)
         if mine is not None and parent is not None and not resume:
             mine(towers)  # a continued model can mine before the first epoch
@@ -266,9 +271,7 @@ def _fit(
                 settings.training,
                 folder,
                 known_positives=known_positives,
-                counts=torch.from_numpy(
-                    count_by_group(learnt) if settings.objective.is_grouped else learnt.item_counts()
-                ),
+                counts=counts,
                 mine=mine,
                 validate=validate,
                 resume=resume,
@@ -280,6 +283,7 @@ def _fit(
                 on_epoch=on_epoch,
             )
         result = start.or_better(result, on_message)
+        fold(towers)
         prior = None
         if refit is None:
             prior = add_recent_prior(towers, split, settings, validate, on_message)
