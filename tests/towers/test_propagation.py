@@ -53,7 +53,9 @@ def test_lookups_are_the_mean_of_the_powers_of_the_adjacency_matrix(layers):
 @pytest.mark.parametrize("layers", [1, 2])
 def test_gradients_are_those_of_the_dense_matrix(layers):
     model = towers()
-    reference = [table.weight.detach().double().requires_grad_() for table in (model.query_tower.ids, model.item_tower.ids)]
+    reference = [
+        table.weight.detach().double().requires_grad_() for table in (model.query_tower.ids, model.item_tower.ids)
+    ]
     propagate_over(model, PAIRS, layers)
     codes = torch.tensor([2, 5, 2])
     for _ in range(2):  # the second step must not use the freed graph of the first

@@ -232,6 +232,19 @@ def _fit(
         batches = make_batches(settings, train, rows, ranks, features.get("context"))
         questions = batches if isinstance(batches, QuestionBatches) else None
         learnt = train if rows is None else train.select(rows)
+        validate = _validation(split.validation, settings, train) if len(split.validation) else None
+        start = StartWeights(folder, ranks, resume=resume)
+        if parent is None and not resume:
+            start.make(
+                towers,
+                settings,
+                train,
+                questions,
+                validate=validate,
+                choice=None if refit is None else refit.start,
+                on_message=on_message,
+            )
+        settings = start.resize(towers, settings)
         objective = make_objective(settings, train, learnt, batches)
         known_positives = KnownPositives(train) if needs_known_positives(settings) else None
         optimizer = None
@@ -245,18 +258,6 @@ def _fit(
         mine = refresh_hard_negatives(objective, train, settings.history_length, reads_gaps=settings.reads_gaps)
         if mine is not None and parent is not None and not resume:
             mine(towers)  # a continued model can mine before the first epoch
-        validate = _validation(split.validation, settings, train) if len(split.validation) else None
-        start = StartWeights(folder, ranks, resume=resume)
-        if parent is None and not resume:
-            start.make(
-                towers,
-                settings,
-                train,
-                questions,
-                validate=validate,
-                choice=None if refit is None else refit.start,
-                on_message=on_message,
-            )
         before = validate(towers) if validate is not None and parent is not None and not resume else None
         plan = plan_memory(settings, towers, objective, train, ranks)
         if on_message is not None:

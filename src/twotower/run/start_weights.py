@@ -74,6 +74,18 @@ class StartWeights:
                 metadata={"metric": json.dumps(metric), "choice": json.dumps(asdict(found))},
             )
 
+    def resize(self, towers: TwoTower, config: Config) -> Config:
+        """Give the towers of a resumed run the chosen rank, and return settings whose D is that of the towers."""
+        rank = (self.choice() or {}).get("rank")
+        if rank is not None:
+            towers.resize(rank)
+        dimension = towers.item_tower.dimension
+        if dimension == config.item_tower.dimension:
+            return config
+        item = config.item_tower.model_copy(update={"dimension": dimension})
+        training = config.training.model_copy(update={"start_ranks": [1]})
+        return config.model_copy(update={"item_tower": item, "training": training})
+
     def choice(self) -> dict[str, Any] | None:
         """Return the choices of the linear start as JSON values; None if there is no linear start."""
         found = self._metadata().get("choice")

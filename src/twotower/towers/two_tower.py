@@ -341,6 +341,29 @@ class TwoTower(nn.Module):
         return self._of_items(self.item_tower(items), items)
 
     @property
+    def is_linear(self) -> bool:
+        """Whether both towers are sums of rows of tables, without layers and features, so that D can be changed."""
+        query, item = self.query_tower, self.item_tower
+        return isinstance(query, QueryTower) and query.mlp is None and item.mlp is None and item.features is None
+
+    def resize(self, dimension: int) -> None:
+        """Change D of linear towers (`is_linear`): new tables of zeros, and an unchanged item bias; no-op for equal D.
+
+        Raises:
+            TypeError: the towers are not linear.
+        """
+        if dimension == self.item_tower.dimension:
+            return
+        if not self.is_linear:
+            raise TypeError("only towers without layers and features can change their dimension")
+        assert isinstance(self.query_tower, QueryTower)
+        tables = (self.query_tower.ids, self.query_tower.history_items, self.item_tower.ids)
+        for table in {id(one): one for one in tables if isinstance(one, EmbeddingTable)}.values():
+            table.weight = nn.Parameter(table.weight.new_zeros(len(table.weight), dimension))
+            table.embedding_dim = dimension
+        self.item_tower.dimension = dimension
+
+    @property
     def repeats_queries(self) -> bool:
         """Whether rows with the same query have the same embedding: the query tower reads only ids or features."""
         return getattr(self.query_tower, "repeats_queries", False)

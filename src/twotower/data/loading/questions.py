@@ -33,9 +33,7 @@ SAMPLE = 10_000
 BLOCK = 1_000_000
 
 #: Why a tower with a history cannot have all rows as targets.
-NO_HISTORY = (
-    "training.hidden_share: 1 leaves no item for the history; use a share below 1, or query_tower.history=null"
-)
+NO_HISTORY = "training.hidden_share: 1 leaves no item for the history; use a share below 1, or query_tower.history=null"
 
 Rows = NDArray[np.int64]
 
