@@ -230,8 +230,8 @@ class TrainingConfig(Section):
         0.5,
         gt=0,
         le=1,
-        description="Probability that an item is hidden and asked for (set). 1: all items of a query are asked for, for "
-        "towers without a history.",
+        description="Probability that an item is hidden and asked for (set). 1: all items of a query, for towers "
+        "without a history.",
     )
     question_weight: float = Field(
         0.5,

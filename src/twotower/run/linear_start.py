@@ -187,7 +187,8 @@ class _Start:
         """Set tables, scale and bias; return the validation metric, 0 without validation, and the share of log p.
 
         Args:
-            history, vectors: factors [N, D].
+            history: H, [N, D].
+            vectors: V, [N, D].
             bias: the share of log p; None to choose it.
         """
         self.towers.resize(vectors.shape[1])

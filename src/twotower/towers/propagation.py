@@ -5,8 +5,8 @@ of both towers are, for K layers with equal weights,
 
     [Q V] = 1/(K+1) sum_{k=0..K} A^k [Q0 V0],        A_qj = A_jq = 1 / sqrt(n_q n_j) for a pair, else 0.
 
-The result is one vector per query and item, for every K. After training it replaces the tables (`fold`), so that a saved
-model has ordinary id tables and serving needs no graph.
+The result is one vector per query and item, for every K. After training it replaces the tables (`fold`), so that a
+saved model has ordinary id tables and serving needs no graph.
 """
 
 from __future__ import annotations
