@@ -117,3 +117,10 @@ def test_a_propagated_model_cannot_be_continued(trained, tmp_path):
     changes = ("data.split=leave-last-out", "evaluation.exclude_seen=false")
     with pytest.raises(InputError, match="cannot be continued"):
         train(tmp_path / "new.csv", tmp_path / "next", *changes, warm_start=trained)
+
+
+def test_the_preset_trains_and_answers(likes, tmp_path):
+    config = Config.load("lightgcn", ["training.max_epochs=1", "item_tower.dimension=8", "training.accelerator=cpu"])
+    train_run(likes, tmp_path / "run", config, progress=False, on_message=lambda _: None)
+    retriever = tt.Retriever.load(tmp_path / "run" / "model")
+    assert len(retriever.recommend([retriever.artifact.queries.ids[0]], k=5)) == 5

@@ -142,15 +142,16 @@ def propagate_over(towers: TwoTower, pairs: Tensor, layers: int) -> None:
         InputError: a tower is not an id table alone, or a table is sharded or not in float32.
     """
     query, item = towers.query_tower, towers.item_tower
-    alone = isinstance(query, QueryTower) and query.history is None and query.mlp is None and query.ids is not None
-    if not alone or item.ids is None or item.mlp is not None:
+    is_alone = isinstance(query, QueryTower) and query.history is None and query.mlp is None and item.mlp is None
+    if not is_alone or query.ids is None or item.ids is None:
         raise InputError(
             "query_tower.propagation: both towers must be id tables; use query_tower.id_embedding=true, "
             "query_tower.history=null, query_tower.hidden=null, and no features or context"
         )
-    assert query.ids is not None
-    towers.propagation = Propagation(query.ids, item.ids, pairs, layers)
-    query.ids, item.ids = towers.propagation.tables
+    assert isinstance(query.ids, EmbeddingTable)
+    graph = Propagation(query.ids, item.ids, pairs, layers)
+    towers.propagation = graph
+    query.ids, item.ids = graph.tables
 
 
 @torch.no_grad()
@@ -159,7 +160,7 @@ def fold(towers: TwoTower) -> None:
     if towers.propagation is None:
         return
     query, item = towers.query_tower, towers.item_tower
-    assert isinstance(query, QueryTower)
+    assert isinstance(query, QueryTower) and isinstance(towers.propagation, Propagation)
     vectors = towers.propagation.vectors()
     towers.propagation = None
     query.ids, item.ids = (
