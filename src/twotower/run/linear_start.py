@@ -26,6 +26,7 @@ from twotower.data import Interactions
 from twotower.data.loading.questions import QuestionBatches
 from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
+from twotower.ranking import EASE, Ranker
 from twotower.ranking.baselines import distinct_rows, gram
 from twotower.system.hardware import memory
 from twotower.towers import EmbeddingTable, TwoTower
@@ -106,16 +107,17 @@ def start_linear(
     questions: QuestionBatches | None,
     ranks: Communicator,
     *,
-    measure: Callable[[TwoTower], float] | None = None,
+    measure: Callable[[TwoTower | Ranker], float] | None = None,
     choice: StartChoice | None = None,
     on_message: Callable[[object], None] | None = None,
 ) -> StartChoice | None:
     """Set the towers to the linear model if `training.start` requests it. Collective.
 
     The scores of EASE are not log-probabilities. They are scaled by the factor with the smallest softmax loss on a
-    sample of training questions. Chosen on the validation are the ridge penalty, if `training.start_ridge` is auto, the
-    multiple of log p at which the item bias starts, and the rank, among the multiples `training.start_ranks` of D: the
-    smallest within 0.5 % of the best. A decomposition is nested, so that all ranks come from one.
+    sample of training questions. Chosen on the validation are the ridge penalty of uncut EASE, if
+    `training.start_ridge` is auto, the multiple of log p at which the item bias starts, and the rank, among the
+    multiples `training.start_ranks` of D: the smallest within 0.5 % of the best. A decomposition is nested, so that all
+    ranks come from one.
 
     Args:
         towers: freshly built; changed in place, including D.
@@ -177,7 +179,7 @@ class _Start:
         towers: TwoTower,
         counts: Tensor,
         questions: QuestionBatches | None,
-        measure: Callable[[TwoTower], float] | None,
+        measure: Callable[[TwoTower | Ranker], float] | None,
         choice: StartChoice | None,
     ) -> None:
         self.towers, self.questions, self.measure, self.choice = towers, questions, measure, choice
@@ -223,7 +225,7 @@ class _Start:
 
 def _start_at_ease(start: _Start, config: Config, train: Interactions) -> tuple[StartChoice, float]:
     """Set the towers to EASE, and return the choices and the ridge penalty."""
-    counts, dimension, choice = train.item_counts(), config.item_tower.dimension, start.choice
+    counts, choice = train.item_counts(), start.choice
     mean = max(float(counts.sum() / max(int((counts > 0).sum()), 1)), 1.0)
     asked = config.training.start_ridge
     if choice is not None and choice.ridge is not None:
@@ -238,18 +240,19 @@ def _start_at_ease(start: _Start, config: Config, train: Interactions) -> tuple[
     def penalty(factor: float | None) -> float:
         return float(asked) if factor is None else factor * mean
 
-    best, bias = factors[0], None
+    best = factors[0]
     if len(factors) > 1:
-        measured = {}
-        for factor in factors:
-            measured[factor], bias = start.at(*linear_factors(products, dimension, penalty(factor)), bias)
-        best = max(factors, key=measured.__getitem__)
+        assert start.measure is not None
+        metrics = {factor: start.measure(EASE.of_products(products, penalty(factor))) for factor in factors}
+        best = max(factors, key=metrics.__getitem__)
     history, vectors = linear_factors(products, ranks[-1], penalty(best))
     rank = ranks[0]
     if len(ranks) > 1:
-        metrics = {rank: start.at(history[:, :rank], vectors[:, :rank], bias)[0] for rank in ranks}
-        least = (1 - TOLERANCE) * max(metrics.values())
-        rank = next(rank for rank in ranks if metrics[rank] >= least)
+        bias, by_rank = None, {}
+        for rank in ranks:
+            by_rank[rank], bias = start.at(history[:, :rank], vectors[:, :rank], bias)
+        least = (1 - TOLERANCE) * max(by_rank.values())
+        rank = next(rank for rank in ranks if by_rank[rank] >= least)
     _, share = start.at(history[:, :rank], vectors[:, :rank])
     return StartChoice(share, None, best, rank), penalty(best)
 

@@ -379,17 +379,22 @@ def _build_towers(
         )
 
 
-def _validation(holdout: Holdout, config: Config, train: Interactions) -> Callable[[TwoTower], dict[str, float]]:
+def _validation(
+    holdout: Holdout, config: Config, train: Interactions
+) -> Callable[[TwoTower | Ranker], dict[str, float]]:
+    """Return a function that measures towers, or a ranker that is the same on every rank, on a holdout."""
     k = int(config.training.metric.split("@")[1])
     evaluation.check_targets(holdout, train.num_items, config.evaluation.exclude_seen)
 
-    def validate(towers: TwoTower) -> dict[str, float]:
+    def validate(model: TwoTower | Ranker) -> dict[str, float]:
         ranks = Communicator.current()
         ranker: Ranker
-        if shared_tables_of(towers):
-            ranker = ShardedRanker(towers, config.history_length, ranks)
+        if not isinstance(model, TwoTower):
+            ranker = over_ranks(model, ranks)
+        elif shared_tables_of(model):
+            ranker = ShardedRanker(model, config.history_length, ranks)
         else:
-            ranker = over_ranks(TowerRanker(towers, config.history_length, item_embeddings(towers, ranks)), ranks)
+            ranker = over_ranks(TowerRanker(model, config.history_length, item_embeddings(model, ranks)), ranks)
         measured = evaluation.evaluate(
             ranker,
             holdout,

@@ -17,6 +17,7 @@ from twotower.config.run import Config
 from twotower.data import Interactions
 from twotower.data.loading.questions import QuestionBatches
 from twotower.distributed.communicator import Communicator
+from twotower.ranking import Ranker
 from twotower.run.linear_start import StartChoice, start_linear
 from twotower.system.filesystem import whole_file
 from twotower.towers import TwoTower
@@ -46,16 +47,16 @@ class StartWeights:
         train: Interactions,
         questions: QuestionBatches | None,
         *,
-        validate: Callable[[TwoTower], dict[str, float]] | None,
+        validate: Callable[[TwoTower | Ranker], dict[str, float]] | None,
         choice: StartChoice | None = None,
         on_message: Callable[[object], None] | None = None,
     ) -> None:
         """Initialise new towers as `training.start` specifies, and save the weights; see `start_linear`."""
         name = config.training.metric
 
-        def measure(towers: TwoTower) -> float:
+        def measure(model: TwoTower | Ranker) -> float:
             assert validate is not None
-            return validate(towers)[name]
+            return validate(model)[name]
 
         measured = None if validate is None else measure
         found = start_linear(
