@@ -45,7 +45,7 @@ from twotower.serving.model_folder import library_versions
 from twotower.system.filesystem import write_text
 
 RESULTS = Path(__file__).parent / "results" / "defaults.json"
-RIDGES = (20.0, 100.0, 500.0, 1500.0)
+RIDGES = (20.0, 50.0, 100.0, 250.0, 500.0, 1500.0)
 #: Strengths of the recent prior of EASE, as shares of the standard deviation of a query's scores.
 STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 NEIGHBOURS, SHRINKAGE = (10, 50, 200), (0.0, 30.0)
@@ -192,7 +192,7 @@ class Simple:
                 ),
             )
         if train.num_items <= 20_000:
-            ridges = RIDGES if train.num_items < 8_000 else RIDGES[1:3]
+            ridges = RIDGES if train.num_items < 8_000 else (100.0, 500.0)
             found["EASE"] = self.best(
                 "EASE", ((ridge, [Linear(ease(train, ridge), self.nothing)] * 2) for ridge in ridges)
             )

@@ -21,6 +21,7 @@ from twotower.data import KnownPositives
 from twotower.distributed.communicator import Communicator
 from twotower.distributed.partition import ColumnShard, RowShard, placed_tables
 from twotower.objectives.build import build_objective, needs_known_positives
+from twotower.run.propagation import start_propagation
 from twotower.towers import EmbeddingTable, build_towers
 from twotower.training import TableOptimizer, compute_loss
 from twotower.training.gradient_sync import GradientExchange
@@ -65,6 +66,13 @@ KNOWN = ("objective.mask_known_positives=true",)
 ROWWISE = ("training.table_optimizer=rowwise-adagrad",)
 OWN_HISTORY = f"query_tower.history={{length: {LENGTH}, heads: 2, dropout: 0, share_table: false}}"
 BLOCKS = ("objective.rows_per_draw=5",)
+PROPAGATED = (
+    "query_tower.propagation=2",
+    "query_tower.history=null",
+    "query_tower.hidden=null",
+    "item_tower.hidden=[]",
+    "item_tower.popularity=0.5",
+)
 SASREC, DOT = (
     ("{head: {size: 6}}", "{frequency: {size: 9, power: 0.5}}"),
     ("objective.similarity=dot", "objective.temperature=1", "item_tower.hidden=[]"),
@@ -84,6 +92,9 @@ CASES = {
     "per row": Case(objective("gbce", "{uniform: {size: 4, per_row: true}}")),
     "refined": Case(objective("refined-logq", IN_BATCH)),
     "full softmax": Case(objective("full-softmax", "{catalog: {}}"), sparse=True),
+    "propagation, three ranks": Case(
+        objective("expected-count", IN_BATCH, UNIFORM, unique=True, more=PROPAGATED), weighted=True, size=3
+    ),
     # Row-wise: Adam would amplify the rounding of elements whose gradient is nearly zero; it has micro-batches below.
     "micro-batch": Case(
         objective("expected-count", IN_BATCH, UNIFORM, unique=True, more=ROWWISE), sparse=True, micro_batch=3
@@ -237,6 +248,8 @@ def train(case: Case, ranks: Communicator) -> Trained:
     for module in towers.modules():
         if isinstance(module, nn.Embedding):
             module.sparse = case.sparse
+    towers.set_popularity(torch.from_numpy(data.item_counts()))
+    start_propagation(towers, config, data, continues=False)
     goal = build_objective(config, data).train()
     model = nn.ModuleDict({"towers": towers, "objective": goal})
     known = KnownPositives(data) if needs_known_positives(config) else None

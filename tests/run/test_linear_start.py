@@ -7,14 +7,15 @@ import torch
 from twotower import fit
 from twotower.config.run import Config
 from twotower.distributed.communicator import Communicator
-from twotower.errors import InputError
-from twotower.ranking.baselines import EASE
+from twotower.errors import InputError, Interrupted
+from twotower.ranking.baselines import EASE, gram
 from twotower.ranking.tower_ranker import TowerRanker
 from twotower.run import linear_start
 from twotower.run.batches import make_batches
 from twotower.run.linear_start import linear_factors, singular_factors, start_linear
 from twotower.run.question import resolve_question
 from twotower.towers import build_towers
+from twotower.training.callbacks import Checkpoints, StopBetweenSteps
 
 
 def configured(*settings):
@@ -41,12 +42,12 @@ def test_the_factors_are_the_best_of_their_rank(planted_time_split):
     train = planted_time_split.train
     ones = np.zeros((train.num_queries, train.num_items))
     ones[train.query_codes(), train.item_codes] = 1.0
-    gram = ones.T @ ones
-    inverse = np.linalg.inv(gram + 20.0 * np.eye(len(gram)))
+    products = ones.T @ ones
+    inverse = np.linalg.inv(products + 20.0 * np.eye(len(products)))
     weights = -inverse / np.diag(inverse)
     np.fill_diagonal(weights, 0.0)
     singular = np.linalg.svd(ones @ weights, compute_uv=False)
-    history, vectors = linear_factors(train, 8, 20.0)
+    history, vectors = linear_factors(gram(train), 8, 20.0)
     error = np.linalg.norm(ones @ (weights - (history.double() @ vectors.double().T).numpy()))
     assert error == pytest.approx(np.sqrt((singular[8:] ** 2).sum()), rel=1e-3)
 
@@ -95,8 +96,69 @@ def test_large_catalogs_start_at_the_singular_vectors(planted_time_split, monkey
     assert towers.bias.weight.detach()[:, 0].numpy() == pytest.approx(0.5 * log_p, rel=1e-4)
 
 
+def test_ridge_and_rank_are_chosen_on_the_validation(planted_time_split, monkeypatch):
+    """The smallest rank within half a per cent of the best, from the decomposition of the best ridge penalty."""
+    split, tried = planted_time_split, []
+    size = split.train.num_items
+    assert built(split)[0].training.start_ranks == [1, 2, 4]
+    config, towers, batches = built(split, "training.start_ranks=[1, 2, 3, 4]")
+    dimension = config.item_tower.dimension
+    assert 3 * dimension <= size // 2 < 4 * dimension, "ranks above half of the items are not tried"
+    target = linear_factors(gram(split.train), 2 * dimension, float(2.0 * mean_rows(split.train)))
+    wanted = target[0] @ target[1].T
+    uncut = EASE(split.train, l2=float(2.0 * mean_rows(split.train)))
+
+    def measure(towers):
+        """Count as best what is closest to a ridge of 2 and rank 2 D; 3 D is better by 0.2 %."""
+        if isinstance(towers, EASE):
+            return -float((towers._weights - uncut._weights).norm())
+        found = (towers.query_tower.history_items.weight @ towers.item_tower.ids.weight.T).detach()
+        tried.append(towers.item_tower.dimension)
+        likeness = float((found * wanted).sum() / (found.norm() * wanted.norm()))
+        return likeness if tried[-1] <= 2 * dimension else 1.002
+
+    choice = start_linear(towers, config, split.train, batches, Communicator(), measure=measure)
+    assert (choice.ridge, choice.rank, choice.powers) == (2.0, 2 * dimension, None)
+    assert set(tried) == {dimension, 2 * dimension, 3 * dimension}
+    assert measure(towers) > 0.9999, "a cut of a larger decomposition"
+    assert towers.item_embeddings().shape == (size, 2 * dimension + 1)
+    # What is set is not chosen.
+    for setting, rank in (
+        (f"item_tower.dimension={dimension}", dimension),
+        ("training.start_ranks=[2]", 2 * dimension),
+    ):
+        config, towers, batches = built(split, setting, "training.start_ridge=20")
+        choice = start_linear(towers, config, split.train, batches, Communicator(), measure=lambda _: 1.0)
+        assert (choice.ridge, choice.rank) == (None, rank)
+
+
+def mean_rows(train):
+    counts = train.item_counts()
+    return counts.sum() / (counts > 0).sum()
+
+
+def test_the_chosen_rank_is_kept_on_resuming(planted_time_split, tmp_path, monkeypatch):
+    settings = ["training.max_epochs=3", "training.patience=3", "training.start_ranks=[2]"]
+    whole = fit(planted_time_split, configured(*settings), directory=tmp_path / "whole", progress=False)
+    rank = whole.artifact.metadata["training"]["start"]["rank"]
+    assert whole.artifact.config.item_tower.dimension == rank == whole.artifact.towers.item_tower.dimension
+    written = Checkpoints.on_train_epoch_end
+
+    def stop_after_one(self, trainer, pl_module):
+        written(self, trainer, pl_module)
+        if trainer.current_epoch == 0:
+            next(one for one in trainer.callbacks if isinstance(one, StopBetweenSteps)).requested = True
+
+    monkeypatch.setattr(Checkpoints, "on_train_epoch_end", stop_after_one)
+    with pytest.raises(Interrupted):
+        fit(planted_time_split, configured(*settings), directory=tmp_path / "run", progress=False)
+    monkeypatch.undo()
+    again = fit(planted_time_split, configured(*settings), directory=tmp_path / "run", resume=True, progress=False)
+    assert torch.equal(again.artifact.item_embeddings, whole.artifact.item_embeddings)
+
+
 def test_a_dimension_above_the_rank_is_filled_with_zeros(planted_time_split):
-    history, vectors = linear_factors(planted_time_split.train, planted_time_split.train.num_items + 5, 20.0)
+    history, vectors = linear_factors(gram(planted_time_split.train), planted_time_split.train.num_items + 5, 20.0)
     assert history.shape[1] == planted_time_split.train.num_items + 5
     assert bool((history[:, -5:] == 0).all()) and bool((vectors[:, -5:] == 0).all())
 

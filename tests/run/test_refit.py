@@ -15,6 +15,7 @@ from twotower.comparison import compare_run, evaluate_folder
 from twotower.config.run import Config
 from twotower.data import Interactions, by_time
 from twotower.errors import InputError, Interrupted
+from twotower.ranking.baselines import gram
 from twotower.run import linear_start, train_run
 from twotower.run.recent_prior import prior_of
 from twotower.serving import Retriever, SavedModel
@@ -136,16 +137,21 @@ def test_the_choices_of_the_start_are_taken_over(planted_data, monkeypatch, shar
     if powers is not None:
         monkeypatch.setattr(linear_start, "MOST_ITEMS", 10)
         monkeypatch.setattr(linear_start, "POWERS", (powers,))
-    settings = [*SMALL, "training.max_epochs=1", "training.learning_rate=1.0"]
+    settings = [*SMALL, "training.max_epochs=1", "training.learning_rate=1e-9"]
+    settings.remove("item_tower.dimension=16")
     model = tt.fit(split, Config.load(None, settings), progress=False)
-    assert model.artifact.metadata["training"]["start"] == {"bias": share, "powers": powers and list(powers)}
+    start = model.artifact.metadata["training"]["start"]
+    assert (start["bias"], start["powers"]) == (share, powers and list(powers))
+    assert (start["ridge"] in linear_start.RIDGES) == (powers is None)
+    monkeypatch.setattr(linear_start, "RIDGES", (7.0,))
     monkeypatch.setattr(linear_start, "BIASES", (0.0,))
     monkeypatch.setattr(linear_start, "POWERS", ((0.5, 0.35),))
     found = run.refit(model, progress=False).artifact.towers
     dimension = found.item_tower.ids.weight.shape[1]
+    assert dimension == start["rank"] == model.artifact.config.item_tower.dimension
     if powers is None:
-        ridge = linear_start.RIDGE * planted_data.item_counts().sum() / (planted_data.item_counts() > 0).sum()
-        history, vectors = linear_start.linear_factors(planted_data, dimension, float(ridge))
+        ridge = start["ridge"] * planted_data.item_counts().sum() / (planted_data.item_counts() > 0).sum()
+        history, vectors = linear_start.linear_factors(gram(planted_data), dimension, float(ridge))
     else:
         history, vectors = linear_start.singular_factors(planted_data, dimension, *powers)
     expected = history @ vectors.T

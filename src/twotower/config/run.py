@@ -226,7 +226,13 @@ class TrainingConfig(Section):
     horizon: PositiveFloat | Literal["auto"] = Field(
         "auto", description="Days after the cut (horizon). auto: the longer of the test and validation spans."
     )
-    hidden_share: float = Field(0.5, gt=0, lt=1, description="Probability that an item is hidden and asked for (set).")
+    hidden_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Probability that an item is hidden and asked for (set). 1: all items of a query, for towers "
+        "without a history.",
+    )
     question_weight: float = Field(
         0.5,
         ge=0,
@@ -239,7 +245,17 @@ class TrainingConfig(Section):
         "items, singular vectors of the scaled training matrix. auto: linear if the towers can express it.",
     )
     start_ridge: PositiveFloat | Literal["auto"] = Field(
-        "auto", description="Ridge penalty of the linear start. auto: five times the mean number of rows of an item."
+        "auto",
+        description="Ridge penalty of the linear start. auto: 1, 2, 5 or 10 times the mean number of rows of an item, "
+        "chosen on the validation queries.",
+    )
+    start_ranks: list[Annotated[int, Field(ge=1, le=64)]] | None = Field(
+        None,
+        min_length=1,
+        max_length=16,
+        description="Multiples of item_tower.dimension to try as the rank of a linear start of up to 20,000 items, on "
+        "the validation queries; D becomes the smallest within 0.5 % of the best. null: [1, 2, 4] if neither D nor any "
+        "other setting of the towers is set, else [1].",
     )
     recent_prior: bool = Field(
         True,

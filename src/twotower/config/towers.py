@@ -57,6 +57,13 @@ class QueryTowerConfig(Section):
     """The query tower: an id embedding, the history, or both, followed by an MLP."""
 
     id_embedding: bool = Field(False, description="A learned vector per query seen in training.")
+    propagation: int = Field(
+        0,
+        ge=0,
+        le=8,
+        description="Layers of propagation of both id tables over the graph of queries and items during training "
+        "(LightGCN); the saved tables are the propagated ones. Needs id_embedding, and no history, hidden or features.",
+    )
     history: HistoryConfig | None = HistoryConfig()
     hidden: list[Annotated[int, Field(ge=1)]] | None = Field(
         [128],
@@ -103,6 +110,13 @@ class ItemTowerConfig(Section):
     id_embedding: bool = Field(True, description="A learned vector per item. false: features only.")
     bias: bool = Field(
         False, description="A learned number per item, added to its score; stored as an extra coordinate."
+    )
+    popularity: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="a: a log p_j, with the item's share p_j of the training rows, is added to its score, in training "
+        "and in the saved model, so that the vectors represent only preferences; stored as an extra coordinate.",
     )
     id_dropout: float = Field(
         0.0, ge=0, lt=1, description="Probability that an item's id is hidden during training; needs features."

@@ -12,8 +12,9 @@ training matrix A = R^-a X C^-b, with the row sums R and column sums C of X: his
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from twotower.data import Interactions
 from twotower.data.loading.questions import QuestionBatches
 from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
+from twotower.ranking import EASE, Ranker
 from twotower.ranking.baselines import distinct_rows, gram
 from twotower.system.hardware import memory
 from twotower.towers import EmbeddingTable, TwoTower
@@ -34,8 +36,13 @@ from twotower.towers.two_tower import QueryTower
 
 #: Largest catalog whose item-item matrix is inverted, and number of matrices of this size that are in memory together.
 MOST_ITEMS, MATRICES = 20_000, 3
-#: The ridge penalty over the mean number of rows of an item.
-RIDGE = 5.0
+#: Ridge penalties to try, over the mean number of rows of an item. The first is used if there is no validation.
+#: Catalogs above `FEW_ITEMS`, where each one takes long, try two of them.
+RIDGES, FEW_ITEMS = (5.0, 2.0, 1.0, 10.0), 8_000
+#: Most numbers of a table that has a rank above D.
+MOST_NUMBERS = 5_200_000
+#: Relative loss of the validation metric up to which a smaller rank is taken.
+TOLERANCE = 0.005
 #: Powers a and b of the singular value decomposition, chosen on the validation queries.
 #: The decomposition uses at most MOST_QUERIES queries.
 POWERS, MOST_QUERIES = ((0.5, 0.35), (0.25, 0.45)), 1_000_000
@@ -54,10 +61,20 @@ class StartChoice:
     Attributes:
         bias: share of log p in the initial item bias.
         powers: a and b of the singular value decomposition; None for EASE.
+        ridge: the ridge penalty of EASE over the mean number of rows of an item; None for singular vectors or a ridge
+            that was set, and in models of earlier versions.
+        rank: D; None in models of earlier versions.
     """
 
     bias: float = 0.0
     powers: tuple[float, float] | None = None
+    ridge: float | None = None
+    rank: int | None = None
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> StartChoice:
+        """Restore the choices from JSON values."""
+        return cls(**{**saved, "powers": saved["powers"] and tuple(saved["powers"])})
 
 
 def refusal(towers: TwoTower) -> str | None:
@@ -90,22 +107,26 @@ def start_linear(
     questions: QuestionBatches | None,
     ranks: Communicator,
     *,
-    measure: Callable[[TwoTower], float] | None = None,
+    measure: Callable[[TwoTower | Ranker], float] | None = None,
     choice: StartChoice | None = None,
     on_message: Callable[[object], None] | None = None,
 ) -> StartChoice | None:
     """Set the towers to the linear model if `training.start` requests it. Collective.
 
     The scores of EASE are not log-probabilities. They are scaled by the factor with the smallest softmax loss on a
-    sample of training questions, and the item bias starts at the multiple of log p with the best validation metric.
+    sample of training questions. Chosen on the validation are the ridge penalty of uncut EASE, if
+    `training.start_ridge` is auto, the multiple of log p at which the item bias starts, and the rank, among the
+    multiples `training.start_ranks` of D: the smallest within 0.5 % of the best. A decomposition is nested, so that all
+    ranks come from one.
 
     Args:
-        towers: freshly built; changed in place.
+        towers: freshly built; changed in place, including D.
         config: the settings, without "auto" except `training.start` and `training.start_ridge`.
         train: the training interactions.
         questions: the training questions, for the scale; None if training asks for the next item (the scale is then 1).
         ranks: the processes; the result of rank 0 is copied to the others.
-        measure: the validation metric of towers; None if there is no validation (the bias then starts at zero).
+        measure: the validation metric of towers; None if there is no validation (the bias then starts at zero, and
+            ridge and rank are the first ones).
         choice: the choices of a different run, used instead of `measure`.
         on_message: receives a description of the start; None discards it.
 
@@ -126,8 +147,6 @@ def start_linear(
     counts = torch.from_numpy(train.item_counts()).double()
     query, item = towers.query_tower, towers.item_tower
     assert isinstance(query, QueryTower) and query.history is not None
-    history_table, item_table = query.history_items, item.ids
-    assert isinstance(history_table, EmbeddingTable) and isinstance(item_table, EmbeddingTable)
     with torch.no_grad():
         query.history.log_weight.zero_()
         if query.ids is not None:
@@ -135,38 +154,16 @@ def start_linear(
         for mlp in filter(None, (query.mlp, item.mlp)):
             _silence(mlp)
 
-        biases = BIASES if choice is None else (choice.bias,)
-
-        def begin(history: Tensor, vectors: Tensor) -> tuple[float, float]:
-            """Set tables, scale and bias; return the metric, 0 without validation, and the share of log p."""
-            _set(history_table, history)
-            _set(item_table, vectors)
-            if questions is not None:
-                scale = _scale(towers, questions).sqrt()
-                for table in (history_table, item_table):
-                    table.weight.mul_(scale.to(table.weight.dtype))
-            return _choose_bias(towers, counts, biases, measure)
-
+        start = _Start(towers, counts, questions, measure, choice)
         if can_invert(size):
-            ridge = config.training.start_ridge
-            if ridge == "auto":
-                ridge = RIDGE * max(float(counts.sum() / max(int((counts > 0).sum()), 1)), 1.0)
-            said = f"EASE with ridge {ridge:.3g} over {size:,} items, cut to rank {dimension}"
-            found = StartChoice(begin(*linear_factors(train, dimension, ridge))[1])
+            chosen = _start_at_ease(start, config, train)
+            said = f"EASE with ridge {chosen[1]:.3g} over {size:,} items, cut to rank {towers.item_tower.dimension}"
+            found = chosen[0]
         else:
-            powers = POWERS if choice is None or choice.powers is None else (choice.powers,)
-            if measure is None:
-                powers = powers[:1]
-            tried = {}
-            for pair in powers:
-                factors = singular_factors(train, dimension, *pair)
-                tried[pair] = (begin(*factors), factors)
-            best = max(powers, key=lambda pair: tried[pair][0])
-            if best != powers[-1]:
-                begin(*tried[best][1])
-            found = StartChoice(tried[best][0][1], best)
+            found = _start_at_singular_vectors(start, train)
             said = (
-                f"singular vectors of {train.num_queries:,} queries x {size:,} items, rank {dimension}, powers {best}"
+                f"singular vectors of {train.num_queries:,} queries x {size:,} items, rank {dimension}, powers "
+                f"{found.powers}"
             )
         if on_message is not None:
             on_message(f"linear start: {said}")
@@ -174,32 +171,125 @@ def start_linear(
     return found
 
 
-def _choose_bias(
-    towers: TwoTower, counts: Tensor, shares: tuple[float, ...], measure: Callable[[TwoTower], float] | None
-) -> tuple[float, float]:
-    """Set the bias, if the towers have one, to the best share of log p; return the validation metric and the share."""
-    log_p = ((counts + 1.0) / (counts.sum() + len(counts))).log().float()[:, None]
+class _Start:
+    """Towers that are set to linear models and measured."""
 
-    def metric(share: float) -> float:
-        if towers.bias is not None:
-            _set(towers.bias, share * log_p)
-        return 0.0 if measure is None else measure(towers)
+    def __init__(
+        self,
+        towers: TwoTower,
+        counts: Tensor,
+        questions: QuestionBatches | None,
+        measure: Callable[[TwoTower | Ranker], float] | None,
+        choice: StartChoice | None,
+    ) -> None:
+        self.towers, self.questions, self.measure, self.choice = towers, questions, measure, choice
+        self.log_p = ((counts + 1.0) / (counts.sum() + len(counts))).log().float()[:, None]
 
-    if measure is None or towers.bias is None:
-        shares = shares[:1]
-    metrics = {share: metric(share) for share in shares}
-    best = max(shares, key=metrics.__getitem__)
-    if best != shares[-1]:
-        assert towers.bias is not None
-        _set(towers.bias, best * log_p)
-    return metrics[best], best
+    def at(self, history: Tensor, vectors: Tensor, bias: float | None = None) -> tuple[float, float]:
+        """Set tables, scale and bias; return the validation metric, 0 without validation, and the share of log p.
+
+        Args:
+            history: H, [N, D].
+            vectors: V, [N, D].
+            bias: the share of log p; None to choose it.
+        """
+        self.towers.resize(vectors.shape[1])
+        query, item = self.towers.query_tower, self.towers.item_tower
+        assert isinstance(query, QueryTower) and isinstance(query.history_items, EmbeddingTable)
+        assert item.ids is not None
+        for table, values in ((query.history_items, history), (item.ids, vectors)):
+            _set(table, values)
+        if self.questions is not None:
+            scale = _scale(self.towers, self.questions).sqrt()
+            for table in (query.history_items, item.ids):
+                table.weight.mul_(scale.to(table.weight.dtype))
+        shares = BIASES if bias is None else (bias,)
+        if self.choice is not None:
+            shares = (self.choice.bias,)
+        if self.measure is None or self.towers.bias is None:
+            shares = shares[:1]
+        metrics = {share: self._metric(share) for share in shares}
+        best = max(shares, key=metrics.__getitem__)
+        if best != shares[-1]:
+            self._set_bias(best)
+        return metrics[best], best
+
+    def _metric(self, share: float) -> float:
+        self._set_bias(share)
+        return 0.0 if self.measure is None else self.measure(self.towers)
+
+    def _set_bias(self, share: float) -> None:
+        if self.towers.bias is not None:
+            _set(self.towers.bias, share * self.log_p)
 
 
-def linear_factors(train: Interactions, dimension: int, ridge: float) -> tuple[Tensor, Tensor]:
+def _start_at_ease(start: _Start, config: Config, train: Interactions) -> tuple[StartChoice, float]:
+    """Set the towers to EASE, and return the choices and the ridge penalty."""
+    counts, choice = train.item_counts(), start.choice
+    mean = max(float(counts.sum() / max(int((counts > 0).sum()), 1)), 1.0)
+    asked = config.training.start_ridge
+    if choice is not None and choice.ridge is not None:
+        factors: tuple[float | None, ...] = (choice.ridge,)
+    elif asked != "auto" or choice is not None or start.measure is None:
+        factors = (RIDGES[0] if asked == "auto" else None,)
+    else:
+        factors = RIDGES if train.num_items <= FEW_ITEMS else RIDGES[:2]
+    ranks = _ranks(start, config, train.num_items)
+    products = gram(train)
+
+    def penalty(factor: float | None) -> float:
+        return float(asked) if factor is None else factor * mean
+
+    best = factors[0]
+    if len(factors) > 1:
+        assert start.measure is not None
+        metrics = {factor: start.measure(EASE.of_products(products, penalty(factor))) for factor in factors}
+        best = max(factors, key=metrics.__getitem__)
+    history, vectors = linear_factors(products, ranks[-1], penalty(best))
+    rank = ranks[0]
+    if len(ranks) > 1:
+        bias, by_rank = None, {}
+        for rank in ranks:
+            by_rank[rank], bias = start.at(history[:, :rank], vectors[:, :rank], bias)
+        least = (1 - TOLERANCE) * max(by_rank.values())
+        rank = next(rank for rank in ranks if by_rank[rank] >= least)
+    _, share = start.at(history[:, :rank], vectors[:, :rank])
+    return StartChoice(share, None, best, rank), penalty(best)
+
+
+def _ranks(start: _Start, config: Config, num_items: int) -> list[int]:
+    """Return the ranks to try, ascending: the chosen one, or the multiples of D that are below N and can be tried."""
+    dimension = config.item_tower.dimension
+    if start.choice is not None:
+        return [start.choice.rank or dimension]
+    if start.measure is None or not start.towers.is_linear:
+        return [dimension]
+    multiples = sorted(set(config.training.start_ranks or [1]))
+    ranks = [multiple * dimension for multiple in multiples]
+    return [rank for rank in ranks if rank == ranks[0] or rank <= min(MOST_NUMBERS // num_items, num_items // 2)]
+
+
+def _start_at_singular_vectors(start: _Start, train: Interactions) -> StartChoice:
+    """Set the towers to singular vectors, and return the choices."""
+    dimension, choice = start.towers.item_tower.dimension, start.choice
+    powers = POWERS if choice is None or choice.powers is None else (choice.powers,)
+    if start.measure is None:
+        powers = powers[:1]
+    tried = {}
+    for pair in powers:
+        factors = singular_factors(train, dimension, *pair)
+        tried[pair] = (start.at(*factors), factors)
+    best = max(powers, key=lambda pair: tried[pair][0])
+    if best != powers[-1]:
+        start.at(*tried[best][1])
+    return StartChoice(tried[best][0][1], best, None, dimension)
+
+
+def linear_factors(products: Tensor, dimension: int, ridge: float) -> tuple[Tensor, Tensor]:
     """Compute EASE's item-item matrix and cut it to rank D.
 
     Args:
-        train: the training interactions; repeats count once.
+        products: X^T X, float32 [N, N] (`gram`).
         dimension: D.
         ridge: the penalty l2.
 
@@ -207,14 +297,13 @@ def linear_factors(train: Interactions, dimension: int, ridge: float) -> tuple[T
         History vectors H and item vectors V, float32 [N, D] each, with columns of equal norms. The score of item j for
         a history is <sum of H_i over its items, V_j>. Columns beyond the rank are zero.
     """
-    size = train.num_items
-    cooccurrence = gram(train)
-    weights = cooccurrence.clone()
+    size = len(products)
+    weights = products.clone()
     weights.diagonal().add_(ridge)
     weights = torch.cholesky_inverse(torch.linalg.cholesky(weights))
     weights /= -weights.diagonal().clone()
     weights.fill_diagonal_(0.0)
-    vectors = leading_eigenvectors(lambda basis: weights.T @ (cooccurrence @ (weights @ basis)), size, dimension)
+    vectors = leading_eigenvectors(lambda basis: weights.T @ (products @ (weights @ basis)), size, dimension)
     history = weights @ vectors
     balance = (history.norm(dim=0) / vectors.norm(dim=0).clamp(min=1e-12)).clamp(min=1e-12).sqrt()
     return _padded(history / balance, dimension), _padded(vectors * balance, dimension)

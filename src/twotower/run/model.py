@@ -37,6 +37,7 @@ from twotower.ranking.tower_ranker import TowerRanker
 from twotower.run.batches import make_batches, make_objective, row_gaps
 from twotower.run.data import split_data
 from twotower.run.mining import refresh_hard_negatives
+from twotower.run.propagation import start_propagation
 from twotower.run.recent_prior import RecentPrior, add_recent_prior
 from twotower.run.refit import Refit, refuse_refit, without_holdouts
 from twotower.run.settings import complete_settings
@@ -44,6 +45,7 @@ from twotower.run.start_weights import StartWeights
 from twotower.serving import Retriever, SavedModel
 from twotower.system.hardware import peak_memory
 from twotower.towers import TwoTower, build_towers
+from twotower.towers.propagation import fold
 from twotower.towers.sharded_lookup import shared_tables_of
 
 if TYPE_CHECKING:
@@ -228,16 +230,6 @@ def _fit(
         batches = make_batches(settings, train, rows, ranks, features.get("context"))
         questions = batches if isinstance(batches, QuestionBatches) else None
         learnt = train if rows is None else train.select(rows)
-        objective = make_objective(settings, train, learnt, batches)
-        known_positives = KnownPositives(train) if needs_known_positives(settings) else None
-        optimizer = None
-        if parent is not None and growth is not None:
-            optimizer = load_parent_state(
-                parent, settings, growth, towers=towers, objective=objective, ranks=ranks, on_message=on_message
-            )
-        mine = refresh_hard_negatives(objective, train, settings.history_length, reads_gaps=settings.reads_gaps)
-        if mine is not None and parent is not None and not resume:
-            mine(towers)  # a continued model can mine before the first epoch
         validate = _validation(split.validation, settings, train) if len(split.validation) else None
         start = StartWeights(folder, ranks, resume=resume)
         if parent is None and not resume:
@@ -250,6 +242,20 @@ def _fit(
                 choice=None if refit is None else refit.start,
                 on_message=on_message,
             )
+        settings = start.resize(towers, settings)
+        objective = make_objective(settings, train, learnt, batches)
+        known_positives = KnownPositives(train) if needs_known_positives(settings) else None
+        optimizer = None
+        if parent is not None and growth is not None:
+            optimizer = load_parent_state(
+                parent, settings, growth, towers=towers, objective=objective, ranks=ranks, on_message=on_message
+            )
+        counts = torch.from_numpy(count_by_group(learnt) if settings.objective.is_grouped else learnt.item_counts())
+        towers.set_popularity(counts if counts.ndim == 1 else counts.sum(0))
+        start_propagation(towers, settings, learnt, continues=parent is not None)
+        mine = refresh_hard_negatives(objective, train, settings.history_length, reads_gaps=settings.reads_gaps)
+        if mine is not None and parent is not None and not resume:
+            mine(towers)  # a continued model can mine before the first epoch
         before = validate(towers) if validate is not None and parent is not None and not resume else None
         plan = plan_memory(settings, towers, objective, train, ranks)
         if on_message is not None:
@@ -264,9 +270,7 @@ def _fit(
                 settings.training,
                 folder,
                 known_positives=known_positives,
-                counts=torch.from_numpy(
-                    count_by_group(learnt) if settings.objective.is_grouped else learnt.item_counts()
-                ),
+                counts=counts,
                 mine=mine,
                 validate=validate,
                 resume=resume,
@@ -278,6 +282,7 @@ def _fit(
                 on_epoch=on_epoch,
             )
         result = start.or_better(result, on_message)
+        fold(towers)
         prior = None
         if refit is None:
             prior = add_recent_prior(towers, split, settings, validate, on_message)
@@ -371,17 +376,22 @@ def _build_towers(
         )
 
 
-def _validation(holdout: Holdout, config: Config, train: Interactions) -> Callable[[TwoTower], dict[str, float]]:
+def _validation(
+    holdout: Holdout, config: Config, train: Interactions
+) -> Callable[[TwoTower | Ranker], dict[str, float]]:
+    """Return a function that measures towers, or a ranker that is the same on every rank, on a holdout."""
     k = int(config.training.metric.split("@")[1])
     evaluation.check_targets(holdout, train.num_items, config.evaluation.exclude_seen)
 
-    def validate(towers: TwoTower) -> dict[str, float]:
+    def validate(model: TwoTower | Ranker) -> dict[str, float]:
         ranks = Communicator.current()
         ranker: Ranker
-        if shared_tables_of(towers):
-            ranker = ShardedRanker(towers, config.history_length, ranks)
+        if not isinstance(model, TwoTower):
+            ranker = over_ranks(model, ranks)
+        elif shared_tables_of(model):
+            ranker = ShardedRanker(model, config.history_length, ranks)
         else:
-            ranker = over_ranks(TowerRanker(towers, config.history_length, item_embeddings(towers, ranks)), ranks)
+            ranker = over_ranks(TowerRanker(model, config.history_length, item_embeddings(model, ranks)), ranks)
         measured = evaluation.evaluate(
             ranker,
             holdout,

@@ -72,7 +72,10 @@ def resolve_question(
         chosen, update["horizon"] = True, _days(split)
         said += f"; horizon {update['horizon']:.3g} days"
     if question != "next" and parent is None and _is_free(config):
-        chosen, config = True, _filled(config, defaults_of(split.train))
+        defaults = defaults_of(split.train)
+        if "dimension" in config.item_tower.model_fields_set:
+            del defaults["training"]["start_ranks"]
+        chosen, config = True, _filled(config, defaults)
         said += "; towers: linear (a sum over the history, an item bias)"
     if chosen and on_message is not None:
         on_message(said)
@@ -137,7 +140,7 @@ def defaults_of(train: Interactions) -> dict[str, Any]:
         "item_tower": {"dimension": _dimension(train.num_items), "bias": True},
         "objective": {"sources": sources, "similarity": "dot", "temperature": 1.0, "mask_known_positives": True},
         # Randomly initialised tables need larger steps than the linear start.
-        "training": {"learning_rate": 1e-3 if train.num_items <= WHOLE_CATALOG else 3e-3},
+        "training": {"learning_rate": 1e-3 if train.num_items <= WHOLE_CATALOG else 3e-3, "start_ranks": [1, 2, 4]},
     }
 
 

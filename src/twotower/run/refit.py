@@ -43,7 +43,7 @@ class Refit:
         start = training["start"]
         return cls(
             training["kept_epochs"],
-            None if start is None else StartChoice(start["bias"], start["powers"] and tuple(start["powers"])),
+            None if start is None else StartChoice.of(start),
             None if prior is None else RecentPrior(**prior),
         )
 

@@ -17,6 +17,7 @@ from twotower.config.run import Config
 from twotower.data import Interactions
 from twotower.data.loading.questions import QuestionBatches
 from twotower.distributed.communicator import Communicator
+from twotower.ranking import Ranker
 from twotower.run.linear_start import StartChoice, start_linear
 from twotower.system.filesystem import whole_file
 from twotower.towers import TwoTower
@@ -46,16 +47,16 @@ class StartWeights:
         train: Interactions,
         questions: QuestionBatches | None,
         *,
-        validate: Callable[[TwoTower], dict[str, float]] | None,
+        validate: Callable[[TwoTower | Ranker], dict[str, float]] | None,
         choice: StartChoice | None = None,
         on_message: Callable[[object], None] | None = None,
     ) -> None:
         """Initialise new towers as `training.start` specifies, and save the weights; see `start_linear`."""
         name = config.training.metric
 
-        def measure(towers: TwoTower) -> float:
+        def measure(model: TwoTower | Ranker) -> float:
             assert validate is not None
-            return validate(towers)[name]
+            return validate(model)[name]
 
         measured = None if validate is None else measure
         found = start_linear(
@@ -73,6 +74,18 @@ class StartWeights:
                 temporary,
                 metadata={"metric": json.dumps(metric), "choice": json.dumps(asdict(found))},
             )
+
+    def resize(self, towers: TwoTower, config: Config) -> Config:
+        """Give the towers of a resumed run the chosen rank, and return settings whose D is that of the towers."""
+        rank = (self.choice() or {}).get("rank")
+        if rank is not None:
+            towers.resize(rank)
+        dimension = towers.item_tower.dimension
+        if dimension == config.item_tower.dimension:
+            return config
+        item = config.item_tower.model_copy(update={"dimension": dimension})
+        training = config.training.model_copy(update={"start_ranks": [1]})
+        return config.model_copy(update={"item_tower": item, "training": training})
 
     def choice(self) -> dict[str, Any] | None:
         """Return the choices of the linear start as JSON values; None if there is no linear start."""

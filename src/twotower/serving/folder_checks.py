@@ -106,7 +106,8 @@ def require_sizes(folder: Path, metadata: Mapping[str, Any], config: Config) -> 
         OSError, ValueError: they disagree; the message names the file.
     """
     items, queries = (_count(metadata, name) for name in ("num_items", "num_queries"))
-    width = config.item_tower.dimension + (config.item_tower.bias or bool(metadata.get("recent_prior")))
+    item = config.item_tower
+    width = item.dimension + (item.bias or item.popularity > 0 or bool(metadata.get("recent_prior")))
     _expect(folder / "items.safetensors", {"embeddings": ("F32", (items, width)), "counts": ("I64", (items,))})
     rows = _shapes(folder / "histories.safetensors").get("items", StoredShape("", (0,), 0)).shape
     histories = {"offsets": ("I64", (queries + 1,)), "items": ("I32", (*rows,)[:1])}

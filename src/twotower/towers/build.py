@@ -130,6 +130,7 @@ def build_towers(
         temperature=objective.initial_temperature if objective.temperature == "learned" else objective.temperature,
         learned_temperature=objective.temperature == "learned",
         bias=EmbeddingTable(num_items, 1, scale=0.0) if item.bias else None,
+        popularity=item.popularity,
     )
     store_tables(towers, item.table_precision)
     return towers

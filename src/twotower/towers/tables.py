@@ -63,6 +63,14 @@ class EmbeddingTable(nn.Embedding):
         self.fetched: FetchedRows | None = None
         fill_normal(self.weight, dimension**-0.5 if scale is None else scale, self.part)
 
+    @classmethod
+    def of(cls, rows: Tensor, *, name: str | None = None) -> EmbeddingTable:
+        """Return a whole table with these vectors, [rows, D]."""
+        with tables_without_memory():
+            table = cls(*rows.shape)
+        table.name, table.weight = name, nn.Parameter(rows.detach().clone())
+        return table
+
     def fetch(self, codes: Tensor) -> None:
         """Fetch these rows and hold them until `release`; collective; a no-op if the table is whole."""
         if self.part is not None:

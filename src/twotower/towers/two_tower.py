@@ -196,8 +196,12 @@ class QueryTower(QueryInputs):
 class TwoTower(nn.Module):
     """A query tower and an item tower with a common embedding space: s(x, j) = <u(x), v(j)> / temperature.
 
-    With an item bias, a recent prior, or both, s(x, j) = <u(x), v(j)> / T + b_j + r_j. Embeddings then have one more
-    coordinate, 1 for queries and T (b_j + r_j) for items, so that everything that takes inner products includes it.
+    With an item bias b, a share a of log popularity, or a recent prior r,
+
+        s(x, j) = <u(x), v(j)> / T + b_j + a (log p_j - mean log p) + r_j.
+
+    Embeddings then have one more coordinate, 1 for queries and T times the sum of the last three for items, so that
+    everything that takes inner products includes it.
 
     Args:
         query_tower: queries -> [B, D].
@@ -206,13 +210,18 @@ class TwoTower(nn.Module):
         temperature: initial temperature.
         learned_temperature: train the temperature.
         bias: one number per item, [N, 1]; None for none.
+        popularity: a; 0 for none. `set_popularity` must be called before training.
 
     Attributes:
+        popular: a (log p - mean log p), float32 [N]; None for none.
         recent: r, float32 [N], set after training (`set_recent`); None for none.
+        propagation: the propagation of both id tables, during training (`propagate_over`); None for none.
     """
 
     log_temperature: Tensor
+    popular: Tensor | None
     recent: Tensor | None
+    propagation: nn.Module | None
 
     def __init__(
         self,
@@ -223,12 +232,16 @@ class TwoTower(nn.Module):
         temperature: float = 0.1,
         learned_temperature: bool = True,
         bias: EmbeddingTable | None = None,
+        popularity: float = 0.0,
     ) -> None:
         super().__init__()
         self.query_tower = query_tower
         self.item_tower = item_tower
         self.cosine = cosine
         self.bias = bias
+        self.popularity = popularity
+        self.propagation = None
+        self.register_buffer("popular", torch.zeros(item_tower.num_items) if popularity else None)
         self.register_buffer("recent", None)
         start = torch.tensor(temperature).log()
         if learned_temperature:
@@ -243,12 +256,21 @@ class TwoTower(nn.Module):
 
     @property
     def width(self) -> int:
-        """Width of the embeddings: D, plus one with an item bias or a recent prior."""
+        """Width of the embeddings: D, plus one with an item bias, a share of log popularity, or a recent prior."""
         return self.item_tower.dimension + self._has_offset
 
     @property
     def _has_offset(self) -> bool:
-        return self.bias is not None or self.recent is not None
+        return self.bias is not None or self.popular is not None or self.recent is not None
+
+    def set_popularity(self, counts: Tensor) -> None:
+        """Compute a (log p - mean log p) from the training rows of each item, [N]; no-op if a is 0.
+
+        p is smoothed by one row per item, as in the popularity dial.
+        """
+        if self.popular is not None:
+            log_p = ((counts.double() + 1.0) / (counts.sum() + len(counts))).log()
+            self.popular.copy_(self.popularity * (log_p - log_p.mean()))
 
     def set_recent(self, recent: Tensor | None) -> None:
         """Set the recent prior r of every item, [N]; None removes it."""
@@ -271,8 +293,9 @@ class TwoTower(nn.Module):
             rows, known = items.clamp(min=0), (items >= 0)[:, None]
             if self.bias is not None:
                 offset = offset + self.bias(rows) * known
-            if self.recent is not None:
-                offset = offset + self.recent[rows][:, None] * known
+            for coordinate in (self.popular, self.recent):
+                if coordinate is not None:
+                    offset = offset + coordinate[rows][:, None] * known
         return torch.cat([embedded, offset * self.temperature], 1)
 
     def embed_queries(
@@ -316,6 +339,29 @@ class TwoTower(nn.Module):
     def embed_items(self, items: Tensor) -> Tensor:
         """Embed items, v(j): codes int64 [M] -> [M, D]."""
         return self._of_items(self.item_tower(items), items)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether both towers are sums of rows of tables, without layers and features, so that D can be changed."""
+        query, item = self.query_tower, self.item_tower
+        return isinstance(query, QueryTower) and query.mlp is None and item.mlp is None and item.features is None
+
+    def resize(self, dimension: int) -> None:
+        """Change D of linear towers (`is_linear`): new tables of zeros, and an unchanged item bias; no-op for equal D.
+
+        Raises:
+            TypeError: the towers are not linear.
+        """
+        if dimension == self.item_tower.dimension:
+            return
+        if not self.is_linear:
+            raise TypeError("only towers without layers and features can change their dimension")
+        assert isinstance(self.query_tower, QueryTower)
+        tables = (self.query_tower.ids, self.query_tower.history_items, self.item_tower.ids)
+        for table in {id(one): one for one in tables if isinstance(one, EmbeddingTable)}.values():
+            table.weight = nn.Parameter(table.weight.new_zeros(len(table.weight), dimension))
+            table.embedding_dim = dimension
+        self.item_tower.dimension = dimension
 
     @property
     def repeats_queries(self) -> bool:

@@ -191,6 +191,9 @@ def plan_memory(
         "embeddings": (6 * rows + 6 * embedded + 3 * rows * own) * width * F4,
         "tile": _tile(rows, candidates + own, on_cpu=on_cpu),
     }
+    if towers.propagation is not None:
+        # The vectors of this step, their sums, one layer with its scaled rows, and their gradients.
+        step["propagation"] = 6 * in_tables
     shared = shared_tables_of(towers)
     count = ranks.size if shared else 1
     if shared:

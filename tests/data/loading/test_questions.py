@@ -16,6 +16,7 @@ from twotower.negatives import CountedFrequency, InBatch, Pool
 DAY = 86_400_000_000
 HORIZON = QuestionRule("horizon", 5 * DAY)
 SET = QuestionRule("set", share=0.3)
+ALL = QuestionRule("set", share=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,26 @@ def test_a_set_history_has_the_newest_items_that_fit(data):
         assert torch.equal(one.history[:, -2:], other.history)
 
 
+def test_all_items_of_a_query_are_targets_at_a_share_of_one(data):
+    """Also of queries with a single row, which have nothing to divide."""
+    batches = QuestionBatches(data, 20, ALL)
+    items, asked = np.asarray(data.item_codes), []
+    assert (np.diff(data.offsets) == 1).any()
+    whole = batches.batch(np.arange(len(batches.queries)))
+    for query, rows, history in by_question(whole):
+        assert not history
+        assert sorted(items[rows]) == sorted(set(items[data.offsets[query] : data.offsets[query + 1]].tolist()))
+        asked.append(query)
+    assert asked == np.flatnonzero(np.diff(data.offsets)).tolist()
+    counts = np.bincount(whole.items.numpy(), minlength=data.num_items)
+    assert batches.item_counts() == pytest.approx(counts) and batches.question_counts() == pytest.approx(counts)
+    repeats = QuestionBatches(data, 20, QuestionRule("set", share=1.0, new_only=False))
+    assert repeats.item_counts() == pytest.approx(data.item_counts())
+    assert repeats.question_counts() == pytest.approx(counts)
+    with pytest.raises(InputError, match="leaves no item for the history"):
+        QuestionBatches(data, 20, ALL, history_length=5)
+
+
 @pytest.mark.parametrize("rule", [HORIZON, SET, QuestionRule("horizon", 90 * DAY, new_only=False)])
 @pytest.mark.parametrize("some", [False, True])
 def test_items_appear_as_often_as_claimed(data, rule, some):
@@ -103,9 +124,9 @@ def test_items_appear_as_often_as_claimed(data, rule, some):
     assert (((appeared - wrong) ** 2) / np.maximum(wrong, 1.0)).sum() > 2.0 * data.num_items
 
 
-@pytest.mark.parametrize("rule", [HORIZON, SET])
+@pytest.mark.parametrize("rule", [HORIZON, SET, ALL])
 def test_in_batch_candidates_have_the_claimed_expected_count(data, rule):
-    batches = QuestionBatches(data, 25, rule, history_length=5)
+    batches = QuestionBatches(data, 25, rule, history_length=0 if rule is ALL else 5)
     assert batches.questions_per_batch > 3 or len(batches) > 1
     batches.questions_per_batch = 8
     pool, plain = Pool(InBatch(CountedFrequency(batches))), Pool(InBatch(CountedFrequency(data)))

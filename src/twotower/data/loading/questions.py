@@ -31,6 +31,9 @@ SAMPLE = 10_000
 #: Number of rows whose expected counts are computed at a time.
 BLOCK = 1_000_000
 
+#: Why a tower with a history cannot have all rows as targets.
+NO_HISTORY = "training.hidden_share: 1 leaves no item for the history; use a share below 1, or query_tower.history=null"
+
 Rows = NDArray[np.int64]
 
 
@@ -42,7 +45,7 @@ class QuestionRule:
         kind: "horizon": the history is everything before a cut, and the targets are the rows in a span that starts at
             the cut. "set": a random part of the rows is the history, and the other rows are the targets.
         horizon: length H of the span in microseconds, for "horizon".
-        share: probability that a row is a target, for "set".
+        share: probability that a row is a target, for "set". With 1, all rows are targets and there is no history.
         weight: a; a question with m targets has weight m^a in the loss, and each target m^(a-1). With 1 all targets
             have equal weight, with 0 all questions.
         new_only: only the first occurrence of an item in a query's rows can be a target: repeats are excluded from the
@@ -64,7 +67,7 @@ class QuestionBatches(EpochPosition):
     same timestamp are never separated.
 
     set: each row is independently a target with probability `share`. If there is then no target, a random row becomes
-    one; if there is no history, a random row becomes the history.
+    one; if there is no history, a random row becomes the history, unless `share` is 1.
 
     Every batch has the same number of questions, drawn without replacement, so in-batch candidates from a different
     question have a known expected count (`item_counts`, `Batch.windows`), as with whole sequences; the items of a
@@ -99,11 +102,13 @@ class QuestionBatches(EpochPosition):
         context: Encoded | None = None,
     ) -> None:
         require_at_least(batch_size=(batch_size, 1), history_length=(history_length, 0), seed=(seed, 0))
-        if not 0 < rule.share < 1 or (rule.kind == "horizon" and rule.horizon < 1):
+        if not 0 < rule.share <= 1 or (rule.kind == "horizon" and rule.horizon < 1):
             raise InputError(
-                f"training.question: share {rule.share}, horizon {rule.horizon} microseconds; expected a share between "
-                "0 and 1, and a horizon above 0."
+                f"training.question: share {rule.share}, horizon {rule.horizon} microseconds; expected a share above 0 "
+                "and at most 1, and a horizon above 0."
             )
+        if rule.kind == "set" and rule.share == 1 and history_length:
+            raise InputError(NO_HISTORY)
         if rule.kind == "horizon" and interactions.timestamps is None:
             raise InputError(
                 "training.question: horizon needs timestamps; name the column (data.columns.timestamp), or use set"
@@ -130,7 +135,7 @@ class QuestionBatches(EpochPosition):
         self._runs = np.searchsorted(self._targets, offsets)
         self._pools = np.searchsorted(self._pool, offsets) if rule.kind == "set" else offsets
         some = np.diff(self._runs) > 0
-        if rule.kind == "set":
+        if rule.kind == "set" and rule.share < 1:
             some &= np.diff(self._pools) > 1
         self.queries = np.flatnonzero(some).astype(np.int64)
         if not len(self.queries):
@@ -170,7 +175,7 @@ class QuestionBatches(EpochPosition):
 
         set: if k of the query's n rows have the item, with m possible targets and s = share,
 
-            P = 1 - (1-s)^k + (1-s)^m k / m - [m = n, k = 1] s^n / n.
+            P = 1 - (1-s)^k + (1-s)^m k / m - [m = n, k = 1, s < 1] s^n / n.
 
         Returns:
             [N].
@@ -186,7 +191,7 @@ class QuestionBatches(EpochPosition):
             able = np.isin(queries[first], self.queries)
             first, k = first[able], copies[able].astype(np.float64)
             s, m, n = self.rule.share, runs[first].astype(np.float64), np.diff(self._pools)[queries[first]]
-            chance = 1 - (1 - s) ** k + (1 - s) ** m * k / m - ((m == n) & (k == 1)) * s**n / n
+            chance = 1 - (1 - s) ** k + (1 - s) ** m * k / m - ((m == n) & (k == 1) & (s < 1)) * s**n / n
             np.add.at(counts, items[first], chance)
             return counts
         order = np.argsort(keys, kind="stable")
@@ -295,9 +300,10 @@ class QuestionBatches(EpochPosition):
         order = np.lexsort((tie, np.where(may, number, 2.0), of))
         smallest = order[offsets[:-1]]
         hidden[smallest[np.add.reduceat(hidden, offsets[:-1]) == 0]] = True
-        order = np.lexsort((tie, number, of))
-        largest = order[offsets[1:] - 1]
-        hidden[largest[np.add.reduceat(~hidden, offsets[:-1]) == 0]] = False
+        if self.rule.share < 1:
+            order = np.lexsort((tie, number, of))
+            largest = order[offsets[1:] - 1]
+            hidden[largest[np.add.reduceat(~hidden, offsets[:-1]) == 0]] = False
         kept = ~hidden
         history = np.full((len(queries), self.history_length), PAD, dtype=np.int64)
         if self.history_length:
@@ -325,7 +331,7 @@ class QuestionBatches(EpochPosition):
         horizon: each of the E_q eligible rows of a query is drawn with probability 1/E_q, and row r is a target if the
         span of the drawn row contains it. set: with n rows, m of them possible targets, and s = share,
 
-            P(target) = s + (1-s)^m / m - [m = n] s^n / n.
+            P(target) = s + (1-s)^m / m - [m = n, s < 1] s^n / n.
         """
         data = self.interactions
         counts = np.zeros(data.num_items)
@@ -335,7 +341,7 @@ class QuestionBatches(EpochPosition):
         able[self.queries] = True
         if self.rule.kind == "set":
             s, m, n = self.rule.share, np.maximum(runs, 1).astype(np.float64), np.diff(self._pools).astype(np.float64)
-            each = np.where(able, s + (1 - s) ** m / m - (m == n) * s**n / np.maximum(n, 1), 0.0)
+            each = np.where(able, s + (1 - s) ** m / m - ((m == n) & (s < 1)) * s**n / np.maximum(n, 1), 0.0)
             chance = np.repeat(each, runs)
         else:
             # A difference array over the targets: +1/E at the first target of each span, -1/E after its last target.
