@@ -49,6 +49,7 @@ from twotower.hashing import file_sha256
 from twotower.serving.folder_checks import ADVICE, NEEDED, OPTIONAL, require_model_names, require_sizes, require_weights
 from twotower.system.checksums import read_json, require_file, verify_checksums, write_checksums
 from twotower.system.filesystem import require_replaceable, whole_folder
+from twotower.system.parquet import read_parquet
 from twotower.towers import TwoTower, build_towers
 from twotower.towers.sharded_lookup import shared_tables_of
 from twotower.towers.tables import tables_without_memory
@@ -243,7 +244,7 @@ class SavedModel:
                 history_offsets=histories["offsets"],
                 history_items=histories["items"],
                 history_gaps=histories.get("gaps"),
-                item_table=pl.read_parquet(table, glob=False) if table.name in metadata["checksums"] else None,
+                item_table=read_parquet(table) if table.name in metadata["checksums"] else None,
                 metadata=metadata,
             )
 
