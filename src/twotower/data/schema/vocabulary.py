@@ -64,7 +64,7 @@ def ids_of(values: IdValues, where: str) -> pl.Series:
         raise InputError(f"{where}: ids of mixed types; ids must be all integers or all text. Convert them first.")
     raise InputError(
         f"{where}: ids of type {dtype}; ids must be integers or text"
-        + (" (floats lose ids above 2^53)." if dtype.is_float() else ".")
+        + (" (floats cannot represent every integer above 2^53)." if dtype.is_float() else ".")
         + " Convert the column first."
     )
 
@@ -354,7 +354,7 @@ def read_vocabulary(path: str | Path) -> Vocabulary:
             return Vocabulary.read(path)
         size = int(read_parquet(path)[kind][0])
     except (OSError, pl.exceptions.PolarsError, IndexError, TypeError) as error:
-        raise InputError(f"{path}: not readable ids ({(str(error) or 'empty').splitlines()[0]}).") from None
+        raise InputError(f"{path}: not a readable vocabulary ({(str(error) or 'empty').splitlines()[0]}).") from None
     return CodedIds(size) if kind == _CODES else HashedIds(Hashed(size))
 
 
