@@ -1,6 +1,7 @@
 """The structure of the code: imports go one way without circles, and every name is used once and says what it is."""
 
 import ast
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -232,6 +233,24 @@ def test_tests_lie_in_the_folder_of_their_subject():
     allowed = {".", "integration", "integration/browser"}
     rooms = {path.parent.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("__init__.py")}
     assert folders - allowed <= rooms
+
+
+def patterns(source: str) -> list[str]:
+    """Return the calls of polars that would take a path as a pattern, so that data[1].csv would read data1.csv."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return [
+        text
+        for call in calls
+        if re.fullmatch(r"pl\.(read|scan)_\w+", ast.unparse(call.func))
+        and not (text := ast.unparse(call)).endswith("glob=False)")
+        and "(BytesIO(" not in text
+    ]
+
+
+def test_no_path_is_a_pattern():
+    assert {name: found for name, path in modules().items() if (found := patterns(path.read_text("utf-8")))} == {}
+    assert patterns("pl.read_parquet_schema(path)") and patterns("pl.scan_csv(path, separator=';').collect()")
+    assert not patterns("pl.read_parquet(BytesIO(raw)); pl.scan_csv(path, glob=False).collect()")
 
 
 @pytest.mark.parametrize("names", [["tiles", "tiled"], ["building", "build"], ["measuring", "measured"]])

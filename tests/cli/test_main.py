@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -201,6 +202,20 @@ def test_recommend_and_similar(command):
     _, out, err = command("recommend", "run", "--history", "1, 3,999", "-k", 4, "--json")
     assert len(json.loads(out)) == 4 and "no such item: '999'; ignored. Ids look like" in " ".join(err.split())
     assert len(json.loads(command("similar", "run", "--item", "4", "-k", 2, "--json")[1])) == 2
+
+
+@pytest.mark.parametrize("name", ["m_out[1]", "model*", "what?", "{a,b}", "~", "$HOME", "%41", "a#b", "a b"])
+def test_folders_and_files_with_any_name(run_folder, command, name):
+    """A name is never a pattern or an address: a model is found again, and so are its queries and answers."""
+    shutil.copytree(run_folder / "run", run_folder / name)
+    (run_folder / f"{name}.csv").write_text("query\nu001\nu002\n")
+    assert command("recommend", name, "--query", "u001", "--json") == command(
+        "recommend", "run", "--query", "u001", "--json"
+    )
+    code, _, err = command("recommend", name, "--input", f"{name}.csv", "--output", f"{name}.parquet", "-k", 2)
+    assert code == 0, err
+    with (run_folder / f"{name}.parquet").open("rb") as stream:
+        assert pl.read_parquet(stream)["query"].to_list() == ["u001", "u001", "u002", "u002"]
 
 
 def test_the_version_and_the_public_names(command):

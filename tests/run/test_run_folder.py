@@ -57,7 +57,7 @@ def test_a_second_run_into_the_same_folder_is_refused(purchases, tmp_path):
 
     train(purchases, tmp_path / "run", on_message=again)
     assert set(refusals) == {
-        f"{tmp_path / 'run'}: another run is writing into it; wait for it, or choose another --out"
+        f"{tmp_path / 'run'}: in use by another run; wait until that run has ended, or choose another --out"
     }
     assert Config.load(tmp_path / "run" / "config.yaml").training.seed == 0
     assert not (tmp_path / "run" / LOCK).exists()
@@ -82,7 +82,7 @@ def test_files_of_others_are_never_replaced(purchases, tmp_path, name, force):
     path.parent.mkdir(parents=True)
     path.write_text('{"mine": []}')
     (tmp_path / "project" / "config.yaml").write_text(Config().to_yaml())  # settings do not make it a run
-    with pytest.raises(InputError, match=rf"is not the folder of a run, but contains '{name.split('/')[0]}'; choose"):
+    with pytest.raises(InputError, match=rf"not a run folder, but it contains '{name.split('/')[0]}'; choose"):
         train(purchases, tmp_path / "project", replace=force)
     assert path.read_text() == '{"mine": []}'
 

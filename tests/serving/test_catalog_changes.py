@@ -195,7 +195,7 @@ def test_evaluation_ranks_trained_items_only(folder, planted_split, model):
         (lambda c: c.add([{"item_id": 777}], embeddings=[[1.0] * 15]), r"expected shape \[1, 16\], found \[1, 15\]"),
         (lambda c: c.add([{"item_id": 777}], embeddings=[[np.nan] * 16]), "its embedding is zero, or not finite"),
         (lambda c: c.add([{"item_id": 777}], embeddings=[[0.0] * 16]), "its embedding is zero, or not finite"),
-        (lambda c: c.add([{"item_id": 7.5}], embeddings=[[1.0] * 16]), "floats lose ids"),
+        (lambda c: c.add([{"item_id": 7.5}], embeddings=[[1.0] * 16]), "floats cannot represent every integer above"),
         (lambda c: c.add([{"item_id": "x"}], embeddings=[[1.0] * 16]), "not an integer"),
         (lambda c: c.add([{"title": "x"}], embeddings=[[1.0] * 16]), "expected a column of item ids"),
         (lambda c: c.add([{"item_id": 1}, {"item_id": 1}], embeddings=[[1.0] * 16] * 2), "every id once"),

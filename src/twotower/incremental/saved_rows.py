@@ -16,6 +16,7 @@ from twotower.data import Holdout, Interactions
 from twotower.data.loading.histories import take_ranges
 from twotower.errors import InputError
 from twotower.serving.model_folder import ROWS, find_model, read_metadata
+from twotower.system.parquet import read_parquet
 
 
 def load_rows(folder: Path) -> dict[str, np.ndarray] | None:
@@ -43,7 +44,7 @@ def load_context(folder: Path, name: str = "context") -> pl.DataFrame | None:
     if not path.is_file():
         return None
     try:
-        return pl.read_parquet(path, glob=False)
+        return read_parquet(path)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise InputError(f"{path}: not readable ({error}); copy it again or train again") from error
 

@@ -91,7 +91,7 @@ def train_run(
         on_message: called with the accounts of the data and with progress messages.
 
     Raises:
-        InputError: `out` is a file or cannot be written, another run is writing into it, it already contains a run and
+        InputError: `out` is a file or cannot be written, another run is using it, it already contains a run and
             neither `resume` nor `replace` is set, or a setting cannot be changed on `resume`.
         RankLost: another process of the run has died.
     """
@@ -135,7 +135,9 @@ def reserved(directory: Path) -> Iterator[None]:
         except OSError as error:
             raise InputError(f"{directory}: cannot be written ({error.strerror}); choose another --out") from error
         if not lock:
-            raise InputError(f"{directory}: another run is writing into it; wait for it, or choose another --out")
+            raise InputError(
+                f"{directory}: in use by another run; wait until that run has ended, or choose another --out"
+            )
         try:
             yield
         finally:
@@ -150,9 +152,7 @@ def _require_free(directory: Path, *, replace: bool) -> None:
         require_replaceable(directory / folder, TOWERS, "model")  # fail before hours of training
     foreign = [] if is_run(directory) else [name for name in OWN if (directory / name).exists()]
     if foreign:
-        raise InputError(
-            f"{directory}: exists and is not the folder of a run, but contains {listed(foreign)}; choose another --out"
-        )
+        raise InputError(f"{directory}: not a run folder, but it contains {listed(foreign)}; choose another --out")
     if replace:
         return
     if (directory / FOLDER).exists():

@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 
 from twotower.config.run import Config
 from twotower.data import Holdout, Interactions, rolling
@@ -18,6 +17,7 @@ from twotower.evaluation import Evaluation
 from twotower.evaluation.windows import WindowTable
 from twotower.run.model import evaluate, fit
 from twotower.system.filesystem import write_text
+from twotower.system.parquet import read_parquet
 from twotower.training import LAST
 
 #: Folder of the earlier windows in a run folder, and the files of a window: the metrics of each query, and the time.
@@ -90,7 +90,7 @@ def with_windows(measured: Evaluation, directory: Path, test: Holdout, windows: 
     folders = [directory / FOLDER / str(number) for number in range(1, windows)]
     if not folders or not all((folder / QUERIES).is_file() for folder in folders):
         return measured
-    frames = [pl.read_parquet(folder / QUERIES, glob=False) for folder in folders]
+    frames = [read_parquet(folder / QUERIES) for folder in folders]
     begins = [json.loads((folder / WINDOW).read_text(encoding="utf-8"))["begin"] for folder in folders]
     metrics = [f"{name}@{k}" for k in measured.ks for name in ("NDCG", "Recall")]
     if any(metric not in frame.columns for frame in frames for metric in metrics):

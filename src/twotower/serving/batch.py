@@ -32,6 +32,7 @@ from twotower.serving.queries import (
 )
 from twotower.serving.retriever import Retriever, checked_k
 from twotower.system.filesystem import whole_file, write_text
+from twotower.system.parquet import scan_parquet
 
 #: Queries in one part.
 BLOCK = 8192
@@ -153,7 +154,7 @@ def recommend_file(
     except KeyboardInterrupt:
         raise Interrupted(f"{target}: stopped; finished parts are in {parts}") from None
     with whole_file(target) as temporary:
-        every = pl.scan_parquet(sorted(parts.glob("part-*.parquet")), glob=False)
+        every = scan_parquet(*sorted(parts.glob("part-*.parquet")))
         if separator is None:
             every.sink_parquet(temporary)
         else:
@@ -187,7 +188,7 @@ def _read(path: Path) -> pl.LazyFrame:
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected Parquet or CSV with a column of query ids or of histories")
     if magic(path).startswith(b"PAR1"):
-        return pl.scan_parquet(path, glob=False)
+        return scan_parquet(path)
     source = open_source(path)
     frame = pl.concat(source.chunks(source.columns)).drop(ROW)
     if not source.text:

@@ -33,6 +33,7 @@ from twotower.errors import InputError
 from twotower.hashing import file_sha256
 from twotower.serving.folder_checks import parquet_rows, read_description, require_names, write_description
 from twotower.serving.model_folder import SavedModel, library_versions
+from twotower.system.parquet import read_parquet
 
 Mask = NDArray[np.bool_]
 
@@ -194,10 +195,10 @@ class CatalogChanges:
             raise ValueError(f"expected {count:,} rows in {table.name}, and at most as many in {joined.name}")
         tensors = load_file(folder / "changes.safetensors")
         found = cls(
-            joined=pl.read_parquet(joined, glob=False)["id"],
+            joined=read_parquet(joined)["id"],
             codes=tensors["codes"].numpy(),
             embeddings=tensors["embeddings"],
-            rows=pl.read_parquet(table, glob=False) if has_table else None,
+            rows=read_parquet(table) if has_table else None,
             left=tensors["left"].numpy(),
         )
         found.require_consistent()

@@ -21,6 +21,7 @@ from twotower.distributed.row_files import StoredShape, stored_shapes
 from twotower.errors import InputError
 from twotower.hashing import file_sha256
 from twotower.system.checksums import is_plain, read_json, require_file, verify_checksums, write_checksums
+from twotower.system.parquet import scan_parquet
 from twotower.towers import build_towers
 from twotower.towers.tables import tables_without_memory
 
@@ -94,7 +95,7 @@ def parquet_rows(path: Path) -> int:
         ValueError: the footer is damaged.
     """
     try:
-        return int(pl.scan_parquet(path, glob=False).select(pl.len()).collect().item())
+        return int(scan_parquet(path).select(pl.len()).collect().item())
     except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise ValueError(f"{path.name}: not readable ({str(error).splitlines()[0]})") from None
 
@@ -121,7 +122,8 @@ def require_sizes(folder: Path, metadata: Mapping[str, Any], config: Config) -> 
         if not path.is_file():
             continue
         found = parquet_rows(path)
-        is_coded = name in NEEDED and list(pl.read_parquet_schema(path)) != ["id"]  # one number, the count of the ids
+        columns = scan_parquet(path).collect_schema().names()
+        is_coded = name in NEEDED and columns != ["id"]  # one number, the count of the ids
         if path.stat().st_size > MOST_ROW_BYTES * (found + 64):
             raise ValueError(f"{name}: {path.stat().st_size:,} bytes for {found:,} rows")
         if found != (1 if is_coded else count):

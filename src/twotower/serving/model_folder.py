@@ -56,6 +56,7 @@ from twotower.serving.folder_checks import (
     write_description,
 )
 from twotower.system.filesystem import require_replaceable, whole_folder
+from twotower.system.parquet import read_parquet
 from twotower.towers import TwoTower, build_towers
 from twotower.towers.sharded_lookup import shared_tables_of
 from twotower.towers.tables import tables_without_memory
@@ -248,7 +249,7 @@ class SavedModel:
                 history_offsets=histories["offsets"],
                 history_items=histories["items"],
                 history_gaps=histories.get("gaps"),
-                item_table=pl.read_parquet(table, glob=False) if table.name in metadata["checksums"] else None,
+                item_table=read_parquet(table) if table.name in metadata["checksums"] else None,
                 metadata=metadata,
             )
 

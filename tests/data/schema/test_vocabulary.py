@@ -164,7 +164,7 @@ def test_ids_are_written_and_read_back(tmp_path):
         ids.write(tmp_path / "ids.parquet")
         assert read_vocabulary(tmp_path / "ids.parquet") == ids
     (tmp_path / "ids.parquet").write_bytes(b"PAR1")
-    with pytest.raises(InputError, match="not readable ids"):
+    with pytest.raises(InputError, match="not a readable vocabulary"):
         read_vocabulary(tmp_path / "ids.parquet")
 
 

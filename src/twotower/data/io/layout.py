@@ -19,6 +19,7 @@ from twotower.data.schema.vocabulary import CodedIds, Vocabulary
 from twotower.errors import InputError
 from twotower.system.checksums import read_json, verify_checksums, write_checksums
 from twotower.system.filesystem import changed_places, full_disk_named, partial_folder, require_replaceable
+from twotower.system.parquet import read_parquet
 
 LAYOUT_VERSION = 1
 #: Incremented when the way files are read changes, so that data prepared by an older version is prepared again.
@@ -187,7 +188,7 @@ def read_table(path: Path) -> pl.DataFrame:
         InputError: the file is missing or damaged.
     """
     try:
-        return pl.read_parquet(path, glob=False)
+        return read_parquet(path)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise InputError(
             f"{path}: missing or damaged ({str(error).splitlines()[0]}); prepare the data again."

@@ -28,6 +28,7 @@ from twotower.data.io.text_format import (
 from twotower.data.schema.columns import is_usual, plain_name
 from twotower.data.schema.vocabulary import listed
 from twotower.errors import InputError
+from twotower.system.parquet import scan_parquet
 
 LISTS = pl.List | pl.Array
 ROW = "__row"  # 1-based number of the data row in the file, kept for messages
@@ -129,7 +130,7 @@ class ParquetSource:
     def __init__(self, path: Path) -> None:
         self.path, self.name, self.notes = path, str(path), dict[str, int]()
         try:
-            self._scan = pl.scan_parquet(path, glob=False)
+            self._scan = scan_parquet(path)
             schema = self._scan.collect_schema()
             self.columns, self.lists = schema.names(), _lists(schema)
             self._rows: int = self._scan.select(pl.len()).collect().item()
@@ -189,7 +190,7 @@ class TextSource:
             seen = 0
             try:
                 scan = pl.scan_csv(
-                    plain.path,
+                    plain.path.absolute(),  # a path that begins with ~ is not one of the home directory
                     separator=plain.separator,
                     quote_char=plain.quote,
                     infer_schema=False,
@@ -336,7 +337,7 @@ class SequenceSource:
             plain = plain_file(self.path, self._form, Path(folder))
             try:
                 lines = pl.read_csv(
-                    plain.path,
+                    plain.path.absolute(),
                     has_header=False,
                     separator="\x01",
                     quote_char=None,

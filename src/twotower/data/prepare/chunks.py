@@ -27,6 +27,7 @@ from twotower.data.schema.vocabulary import (
     hash_rows,
 )
 from twotower.errors import InputError
+from twotower.system.parquet import read_parquet
 
 #: Maximum number of distinct hashes stored to measure collisions; 8 bytes each.
 SAMPLE = 4_000_000
@@ -274,9 +275,7 @@ class EncodedChunks:
         Raises:
             InputError: a column has a different type in a later file.
         """
-        parts = [
-            pl.read_parquet(self.place(chunk, "context.parquet"), glob=False) for chunk in range(len(self.chunk_rows))
-        ]
+        parts = [read_parquet(self.place(chunk, "context.parquet")) for chunk in range(len(self.chunk_rows))]
         try:
             return pl.concat(parts, how="vertical_relaxed", rechunk=True)
         except pl.exceptions.PolarsError as error:

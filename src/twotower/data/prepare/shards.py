@@ -37,6 +37,7 @@ from twotower.distributed.launch import Launch
 from twotower.errors import InputError
 from twotower.system.filesystem import full_disk_named, is_full_disk, locked, whole_folder
 from twotower.system.hardware import cores
+from twotower.system.parquet import read_parquet
 
 #: Bytes of shards per process: with fewer bytes, starting a process takes longer than reading. Shards of at
 #: least this total size are also kept if reading one of them fails.
@@ -296,7 +297,7 @@ def adopt(collected: EncodedChunks, folder: Path, where: str) -> pl.DataFrame | 
         collected.chunk_rows.append(rows)
     for side in SIDES:
         for number, text in enumerate(state["text"][side]):
-            collected.distinct[side].append(pl.read_parquet(folder / f"{number}.{side}.parquet", glob=False)["id"])
+            collected.distinct[side].append(read_parquet(folder / f"{number}.{side}.parquet")["id"])
             collected.origin[side].append((where, text))
     for side, column in collected.direct.items():
         if (folder / f"{side}.npz").is_file():
@@ -310,6 +311,6 @@ def adopt(collected: EncodedChunks, folder: Path, where: str) -> pl.DataFrame | 
     collected.unusable = {**state["unusable"], **collected.unusable}
     collected.take_notes(state["notes"])
     collected.empty_lists += state["empty_lists"]
-    extras = pl.read_parquet(folder / _EXTRAS, glob=False) if (folder / _EXTRAS).is_file() else None
+    extras = read_parquet(folder / _EXTRAS) if (folder / _EXTRAS).is_file() else None
     (folder / _STATE).stat()  # raises if the folder was removed: a file missing above may have existed
     return extras

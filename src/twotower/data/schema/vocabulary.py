@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from twotower.errors import InputError
 from twotower.hashing import GOLDEN, mix64
 from twotower.system.filesystem import whole_file
+from twotower.system.parquet import read_parquet, scan_parquet
 
 IdValues = pl.Series | NDArray[Any] | Sequence[Any]
 
@@ -63,7 +64,7 @@ def ids_of(values: IdValues, where: str) -> pl.Series:
         raise InputError(f"{where}: ids of mixed types; ids must be all integers or all text. Convert them first.")
     raise InputError(
         f"{where}: ids of type {dtype}; ids must be integers or text"
-        + (" (floats lose ids above 2^53)." if dtype.is_float() else ".")
+        + (" (floats cannot represent every integer above 2^53)." if dtype.is_float() else ".")
         + " Convert the column first."
     )
 
@@ -166,7 +167,7 @@ class Vocabulary:
             InputError: the file is missing, damaged or not a vocabulary.
         """
         try:
-            table = pl.read_parquet(path, glob=False)
+            table = read_parquet(path)
         except (OSError, pl.exceptions.PolarsError) as error:
             raise InputError(f"{path}: not a readable vocabulary ({str(error).splitlines()[0]}).") from None
         if table.columns != ["id"]:
@@ -347,13 +348,13 @@ def read_vocabulary(path: str | Path) -> Vocabulary:
         InputError: the file is missing, damaged or not a vocabulary.
     """
     try:
-        columns = pl.scan_parquet(path, glob=False).collect_schema()
+        columns = scan_parquet(path).collect_schema()
         kind = next((name for name in (_CODES, _HASHED) if list(columns) == [name]), None)
         if kind is None:
             return Vocabulary.read(path)
-        size = int(pl.read_parquet(path, glob=False)[kind][0])
+        size = int(read_parquet(path)[kind][0])
     except (OSError, pl.exceptions.PolarsError, IndexError, TypeError) as error:
-        raise InputError(f"{path}: not readable ids ({(str(error) or 'empty').splitlines()[0]}).") from None
+        raise InputError(f"{path}: not a readable vocabulary ({(str(error) or 'empty').splitlines()[0]}).") from None
     return CodedIds(size) if kind == _CODES else HashedIds(Hashed(size))
 
 

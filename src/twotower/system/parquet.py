@@ -1,0 +1,20 @@
+"""Reading Parquet files by their exact paths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+
+
+def scan_parquet(*paths: str | Path) -> pl.LazyFrame:
+    """Open Parquet files lazily, one after the other.
+
+    Polars would take the path `data[1].parquet` for a pattern, and `~/data.parquet` for a file in the home directory.
+    """
+    return pl.scan_parquet([Path(path).absolute() for path in paths], glob=False)
+
+
+def read_parquet(path: str | Path) -> pl.DataFrame:
+    """Read a Parquet file; see `scan_parquet`."""
+    return scan_parquet(path).collect()
