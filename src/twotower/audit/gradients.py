@@ -179,7 +179,7 @@ _DRAWS, _CELLS = 16, 1 << 15
 def estimates_softmax(objective: Objective) -> bool:
     """Return whether an objective estimates the full softmax, so that gradients are comparable; binary ones do not.
 
-    Neither does a softmax with a binary or pairwise loss on slates; with feedback in the softmax the target is weighted.
+    A softmax with a binary or pairwise loss on slates does not either; with feedback in it the target has weights.
     """
     if objective.feedback is not None and objective.feedback.form != "softmax":
         return False

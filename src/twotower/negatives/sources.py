@@ -388,7 +388,7 @@ class Observed(PerQuery):
 
     In a softmax, an item with kappa = 1 counts once, as in the full softmax. Its part of the partition sum is exact,
     which lowers the spread of the estimate but does not change its mean. A softmax therefore does not learn that the
-    query disliked the item; `logistic-observed` does.
+    query disliked the item; `objective.feedback` and `logistic-observed` do.
 
     Args:
         offsets: int64 [Q+1], where each query's observed negatives begin and end in `item_codes`.

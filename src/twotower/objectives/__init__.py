@@ -8,7 +8,7 @@ from twotower.objectives.base import (
     corrected_logits,
 )
 from twotower.objectives.binary import BPR, GeneralisedBCE, Logistic
-from twotower.objectives.embedded import Embedded
+from twotower.objectives.embeddings import Embedded
 from twotower.objectives.feedback import Feedback
 
 __all__ = [

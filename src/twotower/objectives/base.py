@@ -15,7 +15,7 @@ from twotower.losses.tiled.autograd import tiled_loss
 from twotower.losses.tiled.forms import TiledSoftmax
 from twotower.losses.tiled.inputs import LossInputs
 from twotower.negatives import Candidates, Catalog, DrawRequest, Pool
-from twotower.objectives.embedded import Embedded
+from twotower.objectives.embeddings import Embedded
 from twotower.objectives.feedback import Feedback
 
 

@@ -13,7 +13,7 @@ from twotower.errors import InputError
 from twotower.losses.binary import bpr, slate_logistic
 from twotower.negatives import Candidates, DrawRequest
 from twotower.negatives.masks import as_pairs, known_in_rows, row_duplicates
-from twotower.objectives.embedded import Embedded
+from twotower.objectives.embeddings import Embedded
 
 
 class Feedback(nn.Module):
