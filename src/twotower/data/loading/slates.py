@@ -74,18 +74,15 @@ class Slates:
             keys, of_negatives, joined = _request_keys(data, below, request)
             kept &= joined
         order = np.flatnonzero(kept)
-        by_time = (of_negatives[order],)
-        if below.timestamps is not None:
-            by_time = (np.asarray(below.timestamps)[order], of_negatives[order])
-        order = order[np.lexsort(by_time)]
+        moments = np.zeros(len(items), dtype=np.int64) if below.timestamps is None else np.asarray(below.timestamps)
+        order = order[np.lexsort((moments[order], of_negatives[order]))]
         ordered = of_negatives[order]
         starts, ends = np.searchsorted(ordered, keys), np.searchsorted(ordered, keys, side="right")
         if not untimed:
-            moments = np.asarray(below.timestamps)[order]
             now = np.asarray(data.timestamps)
-            ends = first_at(moments, starts, ends, now + 1)
+            ends = first_at(moments[order], starts, ends, now + 1)
             if window is not None:
-                starts = first_at(moments, starts, ends, now - window)
+                starts = first_at(moments[order], starts, ends, now - window)
         return cls._bounded(items[order], starts, ends, length)
 
     @classmethod
