@@ -21,7 +21,7 @@ from twotower.data import KnownPositives
 from twotower.distributed.communicator import Communicator
 from twotower.distributed.partition import ColumnShard, RowShard, placed_tables
 from twotower.objectives.build import build_objective, needs_known_positives
-from twotower.run.propagation import start_propagation
+from twotower.run.propagation import use_training_rows
 from twotower.towers import EmbeddingTable, build_towers
 from twotower.training import TableOptimizer, compute_loss
 from twotower.training.gradient_sync import GradientExchange
@@ -248,8 +248,7 @@ def train(case: Case, ranks: Communicator) -> Trained:
     for module in towers.modules():
         if isinstance(module, nn.Embedding):
             module.sparse = case.sparse
-    towers.set_popularity(torch.from_numpy(data.item_counts()))
-    start_propagation(towers, config, data, continues=False)
+    use_training_rows(towers, config, data, continues=False)
     goal = build_objective(config, data).train()
     model = nn.ModuleDict({"towers": towers, "objective": goal})
     known = KnownPositives(data) if needs_known_positives(config) else None

@@ -39,6 +39,9 @@ B = 32
 #: Embedding width, and how strongly a query prefers its own items: P(y|x) is about a third.
 WIDTH, SCALE = 16, 6.0
 
+#: w of the feedback.
+PASSED_OVER = 3.0
+
 BASE = (
     f"item_tower.dimension={WIDTH}",
     "query_tower.hidden=[]",
@@ -142,6 +145,7 @@ class Cell:
         known: the known positives of a row's query are masked.
         duplicates: "kept", "unique" over the pool, or "unique by source".
         objective: name.
+        feedback: form of `objective.feedback`, or "" for none; the observed negatives are the feedback.
     """
 
     sources: str
@@ -150,6 +154,7 @@ class Cell:
     known: bool = False
     duplicates: str = "kept"
     objective: str = "expected-count"
+    feedback: str = ""
 
     @property
     def config(self) -> Config:
@@ -167,6 +172,8 @@ class Cell:
             f"objective.unique={str(self.duplicates == 'unique').lower()}",
             f"objective.mask_known_positives={str(self.known).lower()}",
         ]
+        if self.feedback:
+            changes.append(f"objective.feedback={{weight: {PASSED_OVER}, form: {self.feedback}}}")
         return Config.load(None, changes).resolved(len(data()))
 
 
@@ -404,9 +411,16 @@ def _follow(run: Run, cell: Cell, epochs: int, skip: int) -> Iterator[_Sums]:
             due[row, batch.items] = False
             kept = due.clone()
             kept[row, batch.items] = True
-            partition = scores.masked_fill(~kept, -torch.inf).logsumexp(1)
+            omega, slate = due.double(), _slates(run, batch, met)
+            if cell.feedback == "softmax":
+                omega += PASSED_OVER * slate
+            due, kept = omega > 0, kept | (omega > 0)
+            partition = (scores + omega.masked_fill(kept & (omega == 0), 1.0).log()).logsumexp(1)
             weights = torch.ones(len(batch)) if batch.weights is None else batch.weights
-            losses = (partition - scores[row, batch.items]) * weights / (total * batch.mean_weight)
+            losses = partition - scores[row, batch.items]
+            if cell.feedback in ("logistic", "pairwise"):
+                losses = losses + PASSED_OVER * _slate_losses(cell.feedback, scores, batch.items, slate)
+            losses = losses * weights / (total * batch.mean_weight)
             exact = _flat(torch.autograd.grad(losses.sum(), parameters, allow_unused=True), parameters)
             with torch.no_grad():
                 weight = _weights(run.drawn, len(batch))
@@ -421,7 +435,7 @@ def _follow(run: Run, cell: Cell, epochs: int, skip: int) -> Iterator[_Sums]:
                         float((ratio - 1).square().sum()),
                         float((own / partition.exp()).sum()),
                         weight.sum(0),
-                        due.double().sum(0),
+                        omega.sum(0),
                         gradient,
                         exact,
                     )
@@ -429,6 +443,35 @@ def _follow(run: Run, cell: Cell, epochs: int, skip: int) -> Iterator[_Sums]:
                 sums.steps += 1
         if epoch >= skip:
             yield sums
+
+
+def _slates(run: Run, batch: Batch, met: Tensor) -> Tensor:
+    """Return which items each row's query passed over, without the row's masked positives, bool [B, N]."""
+    below = run.train.negatives
+    over = torch.zeros_like(met)
+    over[
+        torch.from_numpy(below.query_codes().astype(np.int64)), torch.from_numpy(below.item_codes.astype(np.int64))
+    ] = True
+    slate = over[batch.queries]
+    if run.known is not None:
+        slate &= ~met[batch.queries]
+    slate[torch.arange(len(batch)), batch.items] = False
+    return slate
+
+
+def _slate_losses(form: str, scores: Tensor, items: Tensor, slate: Tensor) -> Tensor:
+    """Compute the mean binary or pairwise loss of every row on its slate, one row at a time, [B]."""
+    losses = []
+    for row, item in enumerate(items.tolist()):
+        own, shown = scores[row, item], scores[row, slate[row]]
+        if not len(shown):
+            losses.append(own * 0.0)
+        elif form == "pairwise":
+            losses.append(-torch.log(torch.sigmoid(own - shown)).mean())
+        else:
+            each = torch.cat([torch.sigmoid(own)[None], 1.0 - torch.sigmoid(shown)])
+            losses.append(-torch.log(each).mean())
+    return torch.stack(losses)
 
 
 def _weights(drawn: list[Any], rows: int) -> Tensor:

@@ -33,6 +33,8 @@ class AuditedRows:
         questions: question of each row, int64 [R], ascending. The rows of a question share one query and one draw. None
             if every row has its own query and draw.
         weights: weight of each row in the loss of its question, [R]; None for equal weights.
+        passed_over: the slate of each row (`Batch.passed_over`), int64 [R, S]; None without feedback.
+        feedback: w; an item of a row's slate counts 1 + w times in the partition sum of the target.
     """
 
     logits: Tensor
@@ -43,6 +45,8 @@ class AuditedRows:
     numbers: Tensor | None = None
     questions: Tensor | None = None
     weights: Tensor | None = None
+    passed_over: Tensor | None = None
+    feedback: float = 0.0
 
     def __len__(self) -> int:
         return len(self.positives)
@@ -60,12 +64,16 @@ class AuditedRows:
         return weights[unit].double() / weights[unit].double().sum()
 
     def target_logits(self) -> Tensor:
-        """Return the logits of the full softmax that is the target, -inf for masked items, float64 [R, N]."""
-        logits, rows = self.logits, torch.arange(len(self))
+        """Return s_j + log omega_j of the softmax that is the target, -inf for masked items, float64 [R, N]."""
+        logits, rows = self.logits.clone(), torch.arange(len(self))
+        if self.passed_over is not None and self.feedback:
+            row, place = (self.passed_over >= 0).nonzero(as_tuple=True)
+            slate = torch.zeros_like(logits, dtype=torch.bool)
+            slate[row, self.passed_over[row, place]] = True
+            logits += math.log1p(self.feedback) * slate
         if self.known is not None:
-            logits = logits.clone()
             logits[self.known] = -torch.inf
-            logits[rows, self.positives] = self.logits[rows, self.positives]
+        logits[rows, self.positives] = self.logits[rows, self.positives]
         return logits
 
     def exact_gradient(self) -> Tensor:
@@ -169,7 +177,12 @@ _DRAWS, _CELLS = 16, 1 << 15
 
 
 def estimates_softmax(objective: Objective) -> bool:
-    """Return whether an objective estimates the full softmax, so that gradients are comparable; binary ones do not."""
+    """Return whether an objective estimates the full softmax, so that gradients are comparable; binary ones do not.
+
+    A softmax with a binary or pairwise loss on slates does not either; with feedback in it the target has weights.
+    """
+    if objective.feedback is not None and objective.feedback.form != "softmax":
+        return False
     return isinstance(objective, SampledSoftmax | PositiveCorrectedSoftmax | RefinedLogQ)
 
 
@@ -305,7 +318,8 @@ def _draw(
     if objective.rows_per_draw is not None:
         items = items[: -(-count // objective.rows_per_draw) * objective.rows_per_draw]
     queries = torch.full_like(unit, -1) if rows.queries is None else rows.queries[unit]
-    own = replace(batch, queries=queries)
+    slates = None if rows.passed_over is None else rows.passed_over[unit]
+    own = replace(batch, queries=queries, passed_over=slates)
     return draw_blocks(objective, own, items, slice(0, count), known_positives=known_positives, generator=generator)
 
 

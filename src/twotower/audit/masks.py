@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -100,11 +100,13 @@ def audit_masks(
             # Rows of sequences are ordered by the length of the sequence: begin anywhere.
             start = int(torch.randint(max(len(batch) - _ROWS, 0) + 1, ()))
             rows = slice(start, min(start + _ROWS, len(batch)))
-            blocks = draw_blocks(objective, batch, batch.items, rows, known_positives=known_positives)
+            slates = None if batch.passed_over is None else batch.passed_over[rows]
+            own = replace(batch, queries=batch.queries[rows], passed_over=slates)
+            blocks = draw_blocks(objective, own, batch.items, rows, known_positives=known_positives)
             for block in blocks:
-                queries = block.of(batch.queries[rows])
-                wanted = _required(objective, block.candidates, queries, train, known_positives is not None)
-                for mask, right in zip(_masks(block.candidates), wanted, strict=True):
+                queries, drawn = block.of(batch.queries[rows]), block.candidates.without_slate()
+                wanted = _required(objective, drawn, queries, train, known_positives is not None)
+                for mask, right in zip(_masks(drawn), wanted, strict=True):
                     masked, pairs = masked + int(mask.sum()), pairs + mask.numel()
                     expected += int(right.sum())
                     missing, excess = missing + int((right & ~mask).sum()), excess + int((mask & ~right).sum())

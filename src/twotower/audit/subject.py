@@ -99,10 +99,12 @@ class Subject:
         return KnownPositives(self.train) if needs_known_positives(config) else None
 
     def rows_of(self, config: Config) -> AuditedRows:
-        """Return the audited rows, with the items that these settings exclude from the softmax as `known`."""
-        if not needs_known_positives(config) or self.rows.queries is None:
-            return self.rows
-        return replace(self.rows, known=items_of(self.train, self.rows.queries))
+        """Return the audited rows with the target of these settings: the items that it excludes, and its feedback."""
+        term = config.objective.feedback
+        rows = replace(self.rows, feedback=0.0 if term is None or term.form != "softmax" else term.weight)
+        if not needs_known_positives(config) or rows.queries is None:
+            return rows
+        return replace(rows, known=items_of(self.train, rows.queries))
 
     def objective(self, config: Config) -> Objective:
         """Build an objective, with the frequencies and mined items of the end of training if they are known."""
@@ -234,6 +236,7 @@ def _embedded(artifact: SavedModel, batches: list[Batch], chosen: list[tuple[int
         numbers=joined("rows"),
         questions=torch.arange(len(chosen)).repeat_interleave(sizes) if is_asked else None,
         weights=joined("weights") if is_asked else None,
+        passed_over=None if parts[0][1].passed_over is None else joined("passed_over"),
     )
 
 

@@ -8,10 +8,18 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from twotower.config.features import Section
 from twotower.config.messages import first_fault
@@ -23,6 +31,8 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvaluationConfig",
+    "FeedbackConfig",
+    "FeedbackTermConfig",
     "HashedConfig",
     "HistoryConfig",
     "ItemTowerConfig",
@@ -30,6 +40,7 @@ __all__ = [
     "QueryTowerConfig",
     "SequenceConfig",
     "TrainingConfig",
+    "WeightsConfig",
 ]
 
 
@@ -70,6 +81,60 @@ class HashedConfig(Section):
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
+class FeedbackConfig(Section):
+    """The items that were shown to a training row and passed over; `objective.feedback` learns from them.
+
+    They come from a file of impressions, from a list column of the interactions, or, without either, from the rows
+    below `data.positive_label`. Without `request`, a row has the feedback of its query from before the row.
+    """
+
+    file: str | None = Field(
+        None, description="Table of impressions, a row per item shown. Its rows become observed negatives."
+    )
+    columns: ColumnsConfig = Field(
+        ColumnsConfig(),
+        description="Columns of the file: query, item, timestamp and label (the outcome). Without a label every item "
+        "shown is passed over, except the training items of its query.",
+    )
+    passed_over: float | list[str] = Field(
+        1.0,
+        description="Outcomes of an item that was passed over: numbers below this, or a list of values such as "
+        "[skip, dislike].",
+    )
+    column: str | None = Field(
+        None,
+        description="Column of the interactions with the items shown beside the positive: a list, or ids separated by "
+        "spaces, commas or |, best place first.",
+    )
+    request: str | None = Field(
+        None, description="Column with the id of the request, in the interactions and in the file, by which they join."
+    )
+    window: PositiveFloat | None = Field(
+        None, description="Days before a row in which feedback belongs to it. null: all before the row."
+    )
+    length: PositiveInt = Field(
+        20, le=1000, description="Most items of a row. The newest are kept, of a list column the first."
+    )
+
+
+class WeightsConfig(Section):
+    """Weights of the training rows from a column, such as dwell time or watch share."""
+
+    column: str = Field(description="Column of the interactions with numbers of at least 0.", min_length=1)
+    rule: Literal["log1p", "cap", "quantile", "none"] = Field(
+        "log1p",
+        description="The weight of the value x: log(1 + x); min(x, cap); the share of training rows with at most x, in "
+        "steps of 1 %; x.",
+    )
+    cap: PositiveFloat | None = Field(None, description="The largest weight with rule cap.")
+
+    @model_validator(mode="after")
+    def _cap_belongs_to_its_rule(self) -> Self:
+        if (self.cap is None) == (self.rule == "cap"):
+            raise ValueError("cap: expected a number with rule: cap, and none with the other rules")
+        return self
+
+
 class DataConfig(Section):
     """The data to read and how to split it."""
 
@@ -94,7 +159,14 @@ class DataConfig(Section):
     positive_label: float | None = Field(
         None,
         description="Rows with a label below this are observed negatives, not positives. null: all are positives. Only "
-        "logistic-observed learns from them; the source observed lowers the spread of a softmax.",
+        "objective.feedback and logistic-observed learn from them; the source observed lowers the spread of a softmax.",
+    )
+    feedback: FeedbackConfig = FeedbackConfig()
+    weights: WeightsConfig | None = None
+    recency_half_life: PositiveFloat | None = Field(
+        None,
+        description="Days after which the weight of a training row is halved: 2^(-age/half-life), with the age counted "
+        "from the newest training row. null: rows do not age.",
     )
     split: Literal["time", "random", "leave-last-out", "held-out-queries"] = Field(
         "time",
@@ -129,6 +201,17 @@ class StreamingConfig(Section):
     patience: float = Field(5.0, gt=0, description="Gaps without the item after which its frequency decays.")
 
 
+class FeedbackTermConfig(Section):
+    """What a softmax objective learns from the items that a row was shown and passed over (`data.feedback`)."""
+
+    weight: float = Field(ge=0, description="w. 0: nothing is learned from them.")
+    form: Literal["softmax", "logistic", "pairwise"] = Field(
+        "softmax",
+        description="softmax: such an item counts 1 + w times in the partition sum. logistic, pairwise: w times a "
+        "binary or pairwise loss on the row's own items is added.",
+    )
+
+
 class ObjectiveConfig(Section):
     """The objective and its sources of candidates. docs/objectives.md describes each one."""
 
@@ -159,6 +242,7 @@ class ObjectiveConfig(Section):
         description="How p_j is estimated. grouped: within data.columns.group; each batch then comes from one group. "
         "{streaming: {rate: 0.02}}: with settings.",
     )
+    feedback: FeedbackTermConfig | None = None
     negatives: int = Field(64, ge=1, description="K of the binary objectives: negatives per row.")
     bias: bool = Field(True, description="Binary objectives: learn a bias that is added to all logits.")
     calibration: float = Field(0.75, ge=0, le=1, description="t of gbce.")
@@ -368,6 +452,18 @@ class Config(Section):
         """Whether the query tower reads the time between the items of a history."""
         history = self.query_tower.history
         return history is not None and history.sequence is not None and history.sequence.gaps
+
+    @property
+    def reads_feedback(self) -> bool:
+        """Whether the objective learns from the items that a row was shown and passed over."""
+        return self.objective.feedback is not None and self.objective.feedback.weight > 0
+
+    @property
+    def row_columns(self) -> tuple[str, ...]:
+        """The columns of the interactions that the run reads for its rows, in addition to the context."""
+        feedback = (self.data.feedback.column, self.data.feedback.request) if self.reads_feedback else ()
+        weights = () if self.data.weights is None else (self.data.weights.column,)
+        return tuple(dict.fromkeys(name for name in (*feedback, *weights) if name is not None))
 
     def resolved(self, rows: int) -> Config:
         """Replace every numeric "auto" with its value for this number of training rows."""

@@ -1,11 +1,13 @@
 """Interactions: reading, preparing, splitting and loading them, and the known data sets."""
 
 from twotower.data import datasets, splits
+from twotower.data.impressions import with_impressions
 from twotower.data.interactions import Interactions
 from twotower.data.loading.batches import Batch, GroupedBatches, TrainingBatches
 from twotower.data.loading.histories import KnownPositives, gather_histories, ragged_histories
 from twotower.data.loading.packing import Packed
 from twotower.data.loading.sequences import SequenceBatches
+from twotower.data.loading.slates import Slates
 from twotower.data.schema.account import Account
 from twotower.data.schema.vocabulary import Hashed
 from twotower.data.splits.from_files import Parts, from_parts
@@ -23,6 +25,7 @@ __all__ = [
     "Packed",
     "Parts",
     "SequenceBatches",
+    "Slates",
     "Split",
     "TrainingBatches",
     "by_time",
@@ -35,4 +38,5 @@ __all__ = [
     "random_rows",
     "rolling",
     "splits",
+    "with_impressions",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,8 @@ def with_features(config: Config, train: Interactions) -> Config:
                 update["id_dropout"] = 0.0  # no feature could replace the id
             changed[section] = getattr(config, section).model_copy(update=update)
     if config.query_tower.context == "auto":
-        proposed = [] if train.context is None else features_of(propose_context(train))
+        context = None if train.context is None else train.context.drop(config.row_columns, strict=False)
+        proposed = [] if context is None else features_of(propose_context(replace(train, context=context)))
         section = changed.get("query_tower", config.query_tower)
         changed["query_tower"] = section.model_copy(update={"context": proposed or "none"})
     return config.model_copy(update=changed)
@@ -69,11 +71,12 @@ def encode_features(config: Config, train: Interactions) -> dict[str, EncodedTab
 
 
 def context_to_read(config: Config) -> ContextColumns:
-    """Return the context columns to read from the interactions for this configuration."""
+    """Return the columns to read with the interactions: the context, and the row columns of feedback and weights."""
     declared = config.query_tower.context
-    if isinstance(declared, str):
-        return "all" if declared == "auto" else None
-    return tuple(dict.fromkeys(one.column for one in declared)) or None
+    if declared == "auto":
+        return "all"
+    features = () if isinstance(declared, str) else [one.column for one in declared]
+    return tuple(dict.fromkeys([*features, *config.row_columns])) or None
 
 
 def encode_context(features: FeatureSet, data: Interactions) -> Encoded:

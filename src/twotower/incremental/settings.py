@@ -58,6 +58,11 @@ def inherit_settings(parent: Config, config: Config) -> Config:
         section = changed.get("query_tower", config.query_tower)
         changed["query_tower"] = section.model_copy(update={"context": parent.query_tower.context})
     config = config.model_copy(update=changed)
+    if config.reads_feedback and config.data.feedback.column is None:
+        raise InputError(
+            "objective.feedback: a model folder has no feedback of its rows, and a continued model learns some of them "
+            "again; use data.feedback.column, train from scratch, or set objective.feedback to null"
+        )
     old, new = parent.model_dump(mode="json"), config.model_dump(mode="json")
     for section in ("query_tower", "item_tower"):
         found = _difference(old[section], new[section], section)

@@ -80,6 +80,22 @@ def bpr(positive_logit: Tensor, negative_logits: Tensor, *, multiplicity: Tensor
     return total / _summed(live, multiplicity).clamp(min=1)
 
 
+def slate_logistic(positive_logit: Tensor, negative_logits: Tensor) -> Tensor:
+    """Compute the mean binary cross-entropy over a row's slate: the positive and its n negatives.
+
+        loss_x = -( log sigmoid(s_y) + sum_i log sigmoid(-s_i) ) / (1 + n)
+
+    Args:
+        positive_logit: [B].
+        negative_logits: [B, S], -inf where there is no negative.
+
+    Returns:
+        [B]; 0 for a row without negatives.
+    """
+    count = (~torch.isneginf(negative_logits)).sum(1)
+    return logistic(positive_logit, negative_logits).masked_fill(count == 0, 0.0) / (1 + count)
+
+
 def _summed(terms: Tensor, multiplicity: Tensor | None) -> Tensor:
     """Sum [B, K] over the negatives, each term as often as its candidate was drawn."""
     return terms.sum(1) if multiplicity is None else (terms * multiplicity).sum(1)

@@ -32,6 +32,8 @@ class Candidates:
         row_items: per-row candidates, int64 [B, R], -1 where empty; None if no source is per row.
         row_log_expected_count: their log kappa, float32 [B, R].
         row_mask: bool [B, R], True where a per-row candidate is not a negative for its row.
+        slate: bool [B, S], marks the items of each row's slate, which are the last S of its per-row candidates, for a
+            loss on the slate; the partition sum leaves them out (`row_mask`). None without such a loss.
     """
 
     items: Tensor
@@ -45,6 +47,7 @@ class Candidates:
     row_log_expected_count: Tensor | None = None
     row_mask: Tensor | None = None
     log_unmasked: Tensor | None = None
+    slate: Tensor | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -74,6 +77,24 @@ class Candidates:
             row_items=None if self.row_items is None else self.row_items[part],
             row_log_expected_count=None if self.row_log_expected_count is None else self.row_log_expected_count[part],
             row_mask=None if self.row_mask is None else self.row_mask[part],
+            slate=None if self.slate is None else self.slate[part],
+        )
+
+    def without_slate(self) -> Candidates:
+        """Return the candidates of the partition sum alone, without the slates of a loss of their own."""
+        if self.slate is None or self.row_items is None:
+            return self
+        kept = self.row_items.shape[1] - self.slate.shape[1]
+
+        def cut(values: Tensor | None) -> Tensor | None:
+            return None if values is None or not kept else values[:, :kept]
+
+        return replace(
+            self,
+            row_items=cut(self.row_items),
+            row_log_expected_count=cut(self.row_log_expected_count),
+            row_mask=cut(self.row_mask),
+            slate=None,
         )
 
     def collapse(self, *, sum_weights: bool = True) -> Candidates:

@@ -49,7 +49,9 @@ class DrawRequest:
         known_positives: other items that a row must not be pushed away from: int64 [B, H] padded with -1, or a pair
             (row [P], item [P]). They are masked for their row; kappa is unchanged (docs/theory.md, rule 7).
         rows: the rows for which masks and per-row candidates are made, a slice with start and stop; None for all rows.
-            If set, `known_positives` and `queries` cover only these rows, numbered from the first of them.
+            If set, `known_positives`, `queries` and `passed_over` cover only these rows, numbered from the first.
+        passed_over: items that each row was shown and passed over, int64 [B, S], padded with -1, for objectives that
+            learn from them; or None. They change neither the draws nor kappa.
     """
 
     positives: Tensor
@@ -60,6 +62,7 @@ class DrawRequest:
     known_positives: Tensor | tuple[Tensor, Tensor] | None = None
     rows: slice | None = None
     epoch: int | None = None
+    passed_over: Tensor | None = None
 
     @property
     def own_positives(self) -> Tensor:
@@ -390,7 +393,7 @@ class Observed(PerQuery):
 
     In a softmax, an item with kappa = 1 counts once, as in the full softmax. Its part of the partition sum is exact,
     which lowers the spread of the estimate but does not change its mean. A softmax therefore does not learn that the
-    query disliked the item; `logistic-observed` does.
+    query disliked the item; `objective.feedback` and `logistic-observed` do.
 
     Args:
         offsets: int64 [Q+1], where each query's observed negatives begin and end in `item_codes`.

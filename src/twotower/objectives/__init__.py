@@ -1,7 +1,6 @@
 """Objectives: a loss paired with the pool of candidates that it is correct for."""
 
 from twotower.objectives.base import (
-    Embedded,
     Objective,
     PositiveCorrectedSoftmax,
     RefinedLogQ,
@@ -9,10 +8,13 @@ from twotower.objectives.base import (
     corrected_logits,
 )
 from twotower.objectives.binary import BPR, GeneralisedBCE, Logistic
+from twotower.objectives.embeddings import Embedded
+from twotower.objectives.feedback import Feedback
 
 __all__ = [
     "BPR",
     "Embedded",
+    "Feedback",
     "GeneralisedBCE",
     "Logistic",
     "Objective",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,25 +15,8 @@ from twotower.losses.tiled.autograd import tiled_loss
 from twotower.losses.tiled.forms import TiledSoftmax
 from twotower.losses.tiled.inputs import LossInputs
 from twotower.negatives import Candidates, Catalog, DrawRequest, Pool
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """The embeddings of one batch.
-
-    Attributes:
-        query: [B, D].
-        positive: [B, D].
-        candidates: embeddings of `drawn.items`, [M, D].
-        row_candidates: embeddings of `drawn.row_items`, [B, R, D], or None.
-        repeated_queries: rows may have the same query embedding, bit by bit; the softmax then computes it once.
-    """
-
-    query: Tensor
-    positive: Tensor
-    candidates: Tensor
-    row_candidates: Tensor | None = None
-    repeated_queries: bool = False
+from twotower.objectives.embeddings import Embedded
+from twotower.objectives.feedback import Feedback
 
 
 class Objective(nn.Module, ABC):
@@ -59,10 +42,18 @@ class Objective(nn.Module, ABC):
             raise InputError(f"objective.strength: expected a number in [0, 1], found {strength}")
         self.pool = pool
         self.strength = strength
+        #: What is learned from the items that a row was shown and passed over; set by `build_objective`.
+        self.feedback: Feedback | None = None
 
     def draw(self, request: DrawRequest | Tensor, **options: Any) -> Candidates:
-        """Draw the candidates of one batch and merge copies; arguments and errors as in `Pool.draw`."""
-        return self.prepare(self.pool.draw(request, **options))
+        """Draw the candidates of one batch and merge copies; arguments and errors as in `Pool.draw`.
+
+        Raises:
+            InputError: see `Pool.draw`; also if the objective learns from feedback and the request has none.
+        """
+        request = DrawRequest.of(request, **options)
+        drawn = self.prepare(self.pool.draw(request))
+        return drawn if self.feedback is None else self.feedback.add_slates(drawn, request)
 
     def prepare(self, drawn: Candidates) -> Candidates:
         """Scale log kappa and merge copies; `draw` applies this to the candidates of the pool."""
@@ -121,17 +112,29 @@ class SampledSoftmax(Objective):
 
     def forward(self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float) -> Tensor:
         """Return one loss per row, [B]; see `Objective.forward`."""
-        return softmax_loss(*corrected_logits(embedded, drawn, temperature))
+        loss = softmax_loss(*corrected_logits(embedded, drawn, temperature))
+        if self.feedback is None or drawn.slate is None:
+            return loss
+        return loss + self.feedback.loss(embedded, drawn.slate, temperature)
 
     def mean(
         self, embedded: Embedded, drawn: Candidates, *, temperature: Tensor | float, weights: Tensor | None = None
     ) -> Tensor:
         """Return the weighted sum of the rows' losses, a scalar; see `Objective.mean`."""
+        of_slates: Tensor | None = None
+        if self.feedback is not None and drawn.slate is not None:
+            losses = self.feedback.loss(embedded, drawn.slate, temperature)
+            of_slates = losses.mean() if weights is None else (losses * weights.to(losses.dtype)).sum()
+            drawn = drawn.without_slate()
+            rows = embedded.row_candidates
+            kept = None if rows is None or drawn.row_items is None else rows[:, : drawn.row_items.shape[1]]
+            embedded = replace(embedded, row_candidates=kept)
         inputs = loss_inputs(embedded, drawn, temperature, weights)
         if all(isinstance(member, Catalog) for member in self.pool.members()):
             # Each item is one candidate, at the position of its code, which also receives the positives' gradient.
             inputs = replace(inputs, positive=None, log_expected_count=None, positive_places=drawn.positives)
-        return tiled_loss(TiledSoftmax(), inputs)
+        loss = tiled_loss(TiledSoftmax(), inputs)
+        return loss if of_slates is None else loss + of_slates
 
 
 class PositiveCorrectedSoftmax(Objective):

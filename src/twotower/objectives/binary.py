@@ -13,7 +13,8 @@ from twotower.losses.tiled.autograd import tiled_loss
 from twotower.losses.tiled.forms import TiledLogistic, TiledPairwise
 from twotower.losses.tiled.inputs import LossInputs
 from twotower.negatives import Candidates, InBatch, Pool
-from twotower.objectives.base import Embedded, Objective, corrected_logits, loss_inputs, scale_log_count
+from twotower.objectives.base import Objective, corrected_logits, loss_inputs, scale_log_count
+from twotower.objectives.embeddings import Embedded
 
 
 class Binary(Objective):

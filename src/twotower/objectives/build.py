@@ -36,9 +36,10 @@ from twotower.negatives import (
     Uniform,
     Weighted,
 )
-from twotower.negatives.corrections import Correction
+from twotower.negatives.corrections import Correction, ExpectedCounts
 from twotower.negatives.frequency import HasItemCounts
-from twotower.objectives.base import Objective
+from twotower.objectives.base import Objective, SampledSoftmax
+from twotower.objectives.feedback import Feedback
 from twotower.objectives.registry import OBJECTIVES, named_objective
 
 __all__ = [
@@ -70,10 +71,34 @@ def build_objective(config: Config, train: Interactions, *, learnt: HasItemCount
     pool = build_pool(settings, train, learnt=learnt)
     objective = named.make(pool, settings, train.num_items)
     objective.rows_per_draw = settings.rows_per_draw
+    if config.reads_feedback:
+        objective.feedback = _feedback(config, objective)
     asks_together = config.reads_sequences or config.training.question in ("horizon", "set")
     if settings.rows_per_draw is not None and asks_together:
         refuse_in_batch(pool)
     return objective
+
+
+def _feedback(config: Config, objective: Objective) -> Feedback:
+    """Build what an objective learns from feedback.
+
+    Raises:
+        InputError: the objective is no softmax, or, for the form softmax, not an estimate of the full softmax.
+    """
+    settings, term = config.objective, config.objective.feedback
+    assert term is not None
+    if type(objective) is not SampledSoftmax:
+        raise InputError(
+            f"objective.feedback: {settings.name} cannot learn from feedback; use a softmax objective such as "
+            "expected-count"
+        )
+    if term.form == "softmax" and (type(objective.pool.correction) is not ExpectedCounts or settings.strength < 1.0):
+        what = settings.name if settings.strength == 1.0 else f"objective.strength={settings.strength:g}"
+        raise InputError(
+            f"objective.feedback: {what} does not estimate the full softmax, in which an item could count more; use "
+            "form logistic or pairwise, or expected-count with strength 1"
+        )
+    return Feedback(term.weight, term.form, bias=settings.bias, size=config.data.feedback.length)
 
 
 def _require_corpus(config: Config) -> None:

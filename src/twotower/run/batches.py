@@ -8,13 +8,15 @@ from twotower.config.run import Config
 from twotower.data import GroupedBatches, Interactions, SequenceBatches, TrainingBatches
 from twotower.data.loading.gaps import gap_codes
 from twotower.data.loading.questions import QuestionBatches
+from twotower.data.loading.row_weights import weigh_rows
+from twotower.data.loading.slates import Slates
 from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
 from twotower.features.feature_set import EncodedTable
 from twotower.features.from_config import encode_context
 from twotower.objectives import Objective
 from twotower.objectives.build import build_objective, source_names
-from twotower.run.question import refuse_question, rule_of
+from twotower.run.question import DAY, refuse_question, rule_of
 
 #: The batches of one epoch: of rows, of rows within groups, of whole sequences or of questions.
 Batches = TrainingBatches | GroupedBatches | SequenceBatches | QuestionBatches
@@ -96,6 +98,7 @@ def _make(
             rows=rows,
             ranks=ranks,
             context=encoded,
+            slates=make_slates(config, train),
         )
     if config.reads_sequences:
         if grouped:
@@ -104,13 +107,72 @@ def _make(
         learnt = train if rows is None else train.select(rows)
         encoded = None if context is None else encode_context(context.features, learnt)
         return SequenceBatches(
-            learnt, size, history_length=length, seed=seed, context=encoded, gaps=config.reads_gaps, ranks=ranks
+            learnt,
+            size,
+            history_length=length,
+            seed=seed,
+            context=encoded,
+            gaps=config.reads_gaps,
+            ranks=ranks,
+            slates=make_slates(config, learnt),
         )
     encoded = None if context is None else encode_context(context.features, train)
-    batches = TrainingBatches(train, size, history_length=length, seed=seed, rows=rows, ranks=ranks, context=encoded)
+    batches = TrainingBatches(
+        train,
+        size,
+        history_length=length,
+        seed=seed,
+        rows=rows,
+        ranks=ranks,
+        context=encoded,
+        slates=make_slates(config, train),
+    )
     if grouped:
         return GroupedBatches(batches, in_batch_alone=_is_in_batch_alone(config))
     return batches
+
+
+def weigh_train(
+    config: Config, train: Interactions, rows: np.ndarray | None = None, quantiles: list[float] | None = None
+) -> tuple[Interactions, list[float] | None]:
+    """Weigh the training rows by `data.weights` and `data.recency_half_life`; see `weigh_rows`.
+
+    Args:
+        config: the settings.
+        train: the training interactions.
+        rows: indices of the rows to train on; None for all.
+        quantiles: `row_weights` in the metadata of a model that is continued or audited.
+    """
+    rule, half_life = config.data.weights, config.data.recency_half_life
+    if rule is None and half_life is None:
+        return train, None
+    options = {} if rule is None else rule.model_dump()
+    return weigh_rows(train, rows=rows, quantiles=quantiles, half_life=half_life, **options)
+
+
+def make_slates(config: Config, train: Interactions) -> Slates | None:
+    """Build the slates of the training rows by `data.feedback`; None if the objective learns nothing from them.
+
+    Raises:
+        InputError: there is no feedback, or it cannot be joined to the rows.
+    """
+    if not config.reads_feedback:
+        return None
+    settings = config.data.feedback
+    if settings.column is None:
+        window = None if settings.window is None else max(round(settings.window * DAY), 1)
+        return Slates.of_negatives(train, length=settings.length, window=window, request=settings.request)
+    if settings.file is not None or settings.request is not None or settings.window is not None:
+        raise InputError(
+            "data.feedback.column: a list column belongs to its row, so file, request and window have no effect; "
+            "remove them, or column"
+        )
+    if config.data.split == "random":
+        raise InputError(
+            "data.feedback.column: with data.split=random, held-out items would count as passed over; use "
+            "data.split=time or leave-last-out"
+        )
+    return Slates.of_column(train, settings.column, length=settings.length)
 
 
 def make_objective(

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from twotower.config.run import DataConfig, HashedConfig
-from twotower.data import Interactions, Parts, Split, by_time, held_out_queries, leave_last_out, random_rows
+from twotower.data import (
+    Interactions,
+    Parts,
+    Split,
+    by_time,
+    held_out_queries,
+    leave_last_out,
+    random_rows,
+    with_impressions,
+)
 from twotower.data.datasets import registry
 from twotower.data.io.folders import Files, find_files, listing, refuse_other_files
 from twotower.data.io.layout import META
@@ -32,7 +41,7 @@ def read_data(
     if (parts := ready_made(source, settings)) is not None:
         return _read_parts(parts, settings, items=items, context=context)
     query_ids = settings.query_ids
-    return registry.load(
+    data = registry.load(
         source,
         items=items or settings.items,
         queries=settings.queries,
@@ -44,6 +53,16 @@ def read_data(
         item_ids=settings.item_ids,
         workers=settings.workers or max(cores() // Launch.of_environment().local_size, 1),
         **_table_columns(settings),
+    )
+    feedback = settings.feedback
+    if feedback.file is None:
+        return data
+    return with_impressions(
+        data,
+        _near(Path(source), feedback.file),
+        columns=feedback.columns.model_dump(exclude_none=True),
+        passed_over=feedback.passed_over,
+        request=feedback.request,
     )
 
 
@@ -80,6 +99,11 @@ def _near(source: Path, name: str) -> Path:
 
 
 def _read_parts(files: Files, settings: DataConfig, *, items: str | None, context: ContextColumns) -> Parts:
+    if settings.feedback.file is not None:
+        raise InputError(
+            "data.feedback.file: a split from train and test files has no observed negatives; use "
+            "data.feedback.column, or a single data file"
+        )
     for name in ("query_ids", "item_ids"):
         if getattr(settings, name) != "vocabulary":
             raise InputError(f"data.{name}: a split from train and test files needs a vocabulary; expected vocabulary")

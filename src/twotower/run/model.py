@@ -18,7 +18,7 @@ from torch import Tensor
 
 from twotower import evaluation, incremental
 from twotower.config.run import Config
-from twotower.data import Holdout, Interactions, KnownPositives, Split
+from twotower.data import GroupedBatches, Holdout, Interactions, KnownPositives, Split
 from twotower.data.loading.questions import QuestionBatches
 from twotower.data.schema.vocabulary import IdValues
 from twotower.distributed.communicator import Communicator
@@ -34,10 +34,10 @@ from twotower.objectives.build import needs_known_positives
 from twotower.ranking import Ranker
 from twotower.ranking.distributed import ShardedRanker, item_embeddings, over_ranks, own_item_embeddings
 from twotower.ranking.tower_ranker import TowerRanker
-from twotower.run.batches import make_batches, make_objective, row_gaps
+from twotower.run.batches import make_batches, make_objective, row_gaps, weigh_train
 from twotower.run.data import split_data
 from twotower.run.mining import refresh_hard_negatives
-from twotower.run.propagation import start_propagation
+from twotower.run.propagation import use_training_rows
 from twotower.run.recent_prior import RecentPrior, add_recent_prior
 from twotower.run.refit import Refit, refuse_refit, without_holdouts
 from twotower.run.settings import complete_settings
@@ -221,7 +221,8 @@ def _fit(
     from twotower.training import FitResult, fit_towers, plan_memory  # noqa: PLC0415
 
     settings, rows = complete_settings(config, split, parent, on_message)
-    train = split.train
+    kept = None if parent is None else parent.artifact.metadata.get("row_weights")
+    train, quantiles = weigh_train(settings, split.train, rows, kept)
     ranks = Communicator.current()
     with _folder(directory) as folder, _seeded(settings.training.seed):
         growth = None if parent is None else extend_features(parent, incremental.require_continued(split))
@@ -229,6 +230,9 @@ def _fit(
         towers = _build_towers(settings, train, features, ranks)
         batches = make_batches(settings, train, rows, ranks, features.get("context"))
         questions = batches if isinstance(batches, QuestionBatches) else None
+        slates = (batches.batches if isinstance(batches, GroupedBatches) else batches).slates
+        if slates is not None and on_message is not None:
+            on_message(slates)
         learnt = train if rows is None else train.select(rows)
         validate = _validation(split.validation, settings, train) if len(split.validation) else None
         start = StartWeights(folder, ranks, resume=resume)
@@ -244,15 +248,13 @@ def _fit(
             )
         settings = start.resize(towers, settings)
         objective = make_objective(settings, train, learnt, batches)
-        known_positives = KnownPositives(train) if needs_known_positives(settings) else None
         optimizer = None
         if parent is not None and growth is not None:
             optimizer = load_parent_state(
                 parent, settings, growth, towers=towers, objective=objective, ranks=ranks, on_message=on_message
             )
         counts = torch.from_numpy(count_by_group(learnt) if settings.objective.is_grouped else learnt.item_counts())
-        towers.set_popularity(counts if counts.ndim == 1 else counts.sum(0))
-        start_propagation(towers, settings, learnt, continues=parent is not None)
+        use_training_rows(towers, settings, learnt, continues=parent is not None)
         mine = refresh_hard_negatives(objective, train, settings.history_length, reads_gaps=settings.reads_gaps)
         if mine is not None and parent is not None and not resume:
             mine(towers)  # a continued model can mine before the first epoch
@@ -269,7 +271,7 @@ def _fit(
                 batches,
                 settings.training,
                 folder,
-                known_positives=known_positives,
+                known_positives=KnownPositives(train) if needs_known_positives(settings) else None,
                 counts=counts,
                 mine=mine,
                 validate=validate,
@@ -289,7 +291,10 @@ def _fit(
         else:
             refit.set_prior(towers, train)
         chosen = start.choice()
-    return _model(settings, split, result, parent=parent, rows=rows, before=before, prior=prior, start=chosen)
+    model = _model(settings, split, result, parent=parent, rows=rows, before=before, prior=prior, start=chosen)
+    if quantiles is not None:
+        model.artifact.metadata["row_weights"] = quantiles
+    return model
 
 
 def continue_with(

@@ -1,4 +1,4 @@
-"""Propagation during training: its graph, and the settings it cannot be combined with."""
+"""What the towers compute from the training rows: log popularity, and the graph of propagation."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from twotower.towers import TwoTower
 from twotower.towers.propagation import propagate_over
 
 
-def start_propagation(towers: TwoTower, config: Config, train: Interactions, *, continues: bool) -> None:
-    """Propagate the id tables over the training pairs if `query_tower.propagation` is set; changes the towers in place.
+def use_training_rows(towers: TwoTower, config: Config, train: Interactions, *, continues: bool) -> None:
+    """Set `item_tower.popularity` and `query_tower.propagation` of the towers, in place, from the training rows.
 
     Args:
         towers: freshly built.
@@ -25,6 +25,7 @@ def start_propagation(towers: TwoTower, config: Config, train: Interactions, *, 
     Raises:
         InputError: propagation cannot be combined with the other settings.
     """
+    towers.set_popularity(torch.from_numpy(train.item_counts()))
     layers = config.query_tower.propagation
     if not layers:
         return

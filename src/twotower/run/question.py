@@ -28,6 +28,7 @@ FREE = {
         "rows_per_draw",
         "negatives",
         "bias",
+        "feedback",
     },
 }
 

@@ -26,7 +26,7 @@ from twotower.incremental.saved_rows import load_context, load_rows
 from twotower.incremental.split import ContinuedSplit
 from twotower.objectives.build import build_objective
 from twotower.run.advice import with_advice
-from twotower.run.batches import Batches, make_batches, make_objective
+from twotower.run.batches import Batches, make_batches, make_objective, weigh_train
 from twotower.run.data import absolute, read_by_all, read_data, ready_made, split_data, with_catalog
 from twotower.run.model import Model, continue_with, evaluate, fit, refit
 from twotower.run.refit import refuse_refit, with_refit_note
@@ -433,14 +433,15 @@ def audit_run(directory: str | Path, source: str | Path | None = None, *, rows: 
     context = {one.features.side: one for one in artifact.towers.feature_tables()}.get("context")
     config = artifact.config.resolved(len(split.train) if trained is None else len(trained))
 
-    learnt = None if trained is None else split.train.select(trained)
+    train, _ = weigh_train(config, split.train, trained, artifact.metadata.get("row_weights"))
+    learnt = None if trained is None else train.select(trained)
 
     def batches(config: Config) -> Batches:
-        return make_batches(config, split.train, trained, context=context)
+        return make_batches(config, train, trained, context=context)
 
     run = TrainingRun(
         batches=batches,
-        objective=lambda config: make_objective(config, split.train, learnt, batches(config)),
+        objective=lambda config: make_objective(config, train, learnt, batches(config)),
         state=objective_state(artifact, folder.parent / BEST),
     )
-    return subject_of(replace(artifact, config=config), split.train, run, rows=rows, seed=seed)
+    return subject_of(replace(artifact, config=config), train, run, rows=rows, seed=seed)

@@ -21,7 +21,7 @@ from twotower.serving.model_folder import find_model, read_metadata
 #: File of a run folder with the complete settings.
 CONFIG = "config.yaml"
 #: Settings that are paths: two paths to the same file are the same setting.
-PATHS = ("data.items", "data.queries", "data.validation", "data.test")
+PATHS = ("data.items", "data.queries", "data.validation", "data.test", "data.feedback.file")
 #: Settings that may change when a run is resumed: when it stops, and how it computes and records its steps.
 APPLIED_ON_RESUME = (
     "data.workers",

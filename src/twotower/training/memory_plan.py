@@ -252,6 +252,8 @@ def candidates_of(objective: Objective, rows: int, num_items: int) -> tuple[int,
             own += size
         else:
             shared += size or num_items  # a source without a size is the whole catalog
+    if objective.feedback is not None:
+        own += objective.feedback.size
     return min(shared, num_items), own
 
 

@@ -154,6 +154,7 @@ def draw_blocks(
             None if known_positives is None else known_positives.pairs(queries),
             slice(first - start, last - start) if first < last else slice(0, 0),
             batch.epoch,
+            None if batch.passed_over is None else batch.passed_over[rows],
         )
         blocks.append(Block(None if is_one else rows, objective.draw(request)))
     return [block for block in blocks if len(block.candidates.positives)] or blocks[-1:]

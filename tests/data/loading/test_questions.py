@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from twotower.data import Interactions, KnownPositives
-from twotower.data.loading.questions import QuestionBatches, QuestionRule, first_at, first_occurrences
+from twotower.data.loading.histories import first_at
+from twotower.data.loading.questions import QuestionBatches, QuestionRule, first_occurrences
 from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
 from twotower.negatives import CountedFrequency, InBatch, Pool

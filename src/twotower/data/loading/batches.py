@@ -16,6 +16,7 @@ from twotower.data.interactions import Interactions
 from twotower.data.loading.histories import gather_histories
 from twotower.data.loading.packing import Packed, Windows
 from twotower.data.loading.shuffle import EpochPosition, Shuffle, require_at_least
+from twotower.data.loading.slates import Slates
 from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
 
@@ -69,6 +70,7 @@ class Batch:
         asked: the questions whose targets are the rows, if several rows share a query; `history` and `context` then
             have one row per question. Otherwise None.
         epoch: the epoch to which the batch belongs; None for a single batch made outside an epoch.
+        passed_over: the slate of each row (`Slates`), int64 [B, S], padded with -1; None without feedback.
     """
 
     rows: Tensor
@@ -85,6 +87,7 @@ class Batch:
     asked: Asked | None = None
     epoch: int | None = None
     mean_weight: float = 1.0
+    passed_over: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -124,6 +127,7 @@ class TrainingBatches(EpochPosition):
         rows: int64 [n], the row numbers to train on, ascending; None for all rows.
         ranks: the processes; each gets its own part of every batch. `batch_size` is the total over all ranks.
         context: the encoded context of all interactions (`encode_context`), or None.
+        slates: the slates of all interactions, or None.
 
     Raises:
         InputError: there are no rows, all weights are 0, or a size or seed is out of range.
@@ -140,9 +144,10 @@ class TrainingBatches(EpochPosition):
         rows: np.ndarray[Any, np.dtype[np.int64]] | None = None,
         ranks: Communicator | None = None,
         context: Encoded | None = None,
+        slates: Slates | None = None,
     ) -> None:
         require_at_least(batch_size=(batch_size, 1), history_length=(history_length, 0), seed=(seed, 0))
-        self.rows, self.context = rows, context
+        self.rows, self.context, self.slates = rows, context, slates
         self.num_rows = len(interactions) if rows is None else len(rows)
         if not self.num_rows:
             raise InputError("training batches: no interactions to train on.")
@@ -192,6 +197,7 @@ class TrainingBatches(EpochPosition):
             groups=None if data.groups is None else torch.from_numpy(data.groups[rows].astype(np.int64)),
             context=context_rows(self.context, rows),
             mean_weight=self.mean_weight,
+            passed_over=None if self.slates is None else self.slates.of(rows),
         )
 
 

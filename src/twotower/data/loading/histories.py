@@ -69,6 +69,19 @@ def take_ranges(starts: Integers, ends: Integers) -> tuple[NDArray[np.int64], ND
     return numbers, offsets
 
 
+def first_at(times: NDArray[Any], first: Integers, last: Integers, wanted: Integers) -> NDArray[np.int64]:
+    """Find the first time of at least `wanted` in each ascending run times[first:last], by bisection."""
+    low, high = first.astype(np.int64).copy(), last.astype(np.int64).copy()
+    while True:
+        open_ = low < high
+        if not open_.any():
+            return low
+        middle = (low + high) // 2
+        later = np.zeros(len(low), dtype=np.bool_)
+        later[open_] = np.asarray(times[middle[open_]]) >= wanted[open_]
+        low, high = np.where(open_ & ~later, middle + 1, low), np.where(open_ & later, middle, high)
+
+
 class KnownPositives:
     """Lookup of all training items of the queries in a batch, as (row, item) pairs, without a loop over rows.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from twotower.data.interactions import Interactions
 from twotower.data.loading.batches import Asked, Batch, Encoded, context_rows, mean_weight
-from twotower.data.loading.histories import PAD, gather_histories, take_ranges
+from twotower.data.loading.histories import PAD, first_at, gather_histories, take_ranges
 from twotower.data.loading.packing import ItemUnits, Windows
 from twotower.data.loading.sequences import shares_of
 from twotower.data.loading.shuffle import EpochPosition, Shuffle, require_at_least
+from twotower.data.loading.slates import Slates
 from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
 from twotower.hashing import mix64
@@ -83,6 +84,7 @@ class QuestionBatches(EpochPosition):
         ranks: the processes; each gets whole questions, with about equal numbers of rows. `batch_size` is the total.
         context: the encoded context of all interactions (`encode_context`), or None. A question has the context of its
             first target.
+        slates: the slates of all interactions, or None.
 
     Raises:
         InputError: horizon has no timestamps, no query can form a question, all weights are 0, or a setting is out of
@@ -100,6 +102,7 @@ class QuestionBatches(EpochPosition):
         rows: Rows | None = None,
         ranks: Communicator | None = None,
         context: Encoded | None = None,
+        slates: Slates | None = None,
     ) -> None:
         require_at_least(batch_size=(batch_size, 1), history_length=(history_length, 0), seed=(seed, 0))
         if not 0 < rule.share <= 1 or (rule.kind == "horizon" and rule.horizon < 1):
@@ -114,7 +117,7 @@ class QuestionBatches(EpochPosition):
                 "training.question: horizon needs timestamps; name the column (data.columns.timestamp), or use set"
             )
         self.interactions, self.rule, self.history_length, self.seed = interactions, rule, history_length, seed
-        self.context, self.ranks = context, ranks or Communicator()
+        self.context, self.slates, self.ranks = context, slates, ranks or Communicator()
         can = np.ones(len(interactions), dtype=np.bool_)
         if rule.new_only:
             can = first_occurrences(interactions)
@@ -252,6 +255,7 @@ class QuestionBatches(EpochPosition):
             context=context_rows(self.context, firsts),
             epoch=epoch,
             mean_weight=self.mean_weight,
+            passed_over=None if self.slates is None else self.slates.of(rows),
             asked=Asked(
                 torch.from_numpy(queries),
                 torch.from_numpy(of),
@@ -371,16 +375,3 @@ def first_occurrences(data: Interactions) -> NDArray[np.bool_]:
         first[rows.start + np.unique(keys, return_index=True)[1]] = True
         start = stop
     return first
-
-
-def first_at(times: NDArray[Any], first: Rows, last: Rows, wanted: Rows) -> Rows:
-    """Find the first time of at least `wanted` in each ascending run times[first:last], by bisection."""
-    low, high = first.astype(np.int64).copy(), last.astype(np.int64).copy()
-    while True:
-        open_ = low < high
-        if not open_.any():
-            return low
-        middle = (low + high) // 2
-        later = np.zeros(len(low), dtype=np.bool_)
-        later[open_] = np.asarray(times[middle[open_]]) >= wanted[open_]
-        low, high = np.where(open_ & ~later, middle + 1, low), np.where(open_ & later, middle, high)

@@ -16,6 +16,7 @@ from twotower.data.loading.batches import Batch, Encoded, context_rows, mean_wei
 from twotower.data.loading.gaps import gap_codes
 from twotower.data.loading.packing import ItemUnits, Windows, length_groups, pack
 from twotower.data.loading.shuffle import EpochPosition, Shuffle, require_at_least
+from twotower.data.loading.slates import Slates
 from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
 from twotower.hashing import mix64
@@ -41,6 +42,7 @@ class SequenceBatches(EpochPosition):
         gaps: whether to read the time between items.
         ranks: the processes; each gets whole windows of every batch, with about equal numbers of rows. `batch_size` is
             the total over all ranks.
+        slates: the slates of all interactions, or None.
 
     Raises:
         InputError: there are no rows, all weights are 0, a size or seed is out of range, or gaps lack timestamps.
@@ -56,12 +58,14 @@ class SequenceBatches(EpochPosition):
         context: Encoded | None = None,
         gaps: bool = False,
         ranks: Communicator | None = None,
+        slates: Slates | None = None,
     ) -> None:
         require_at_least(batch_size=(batch_size, 1), history_length=(history_length, 1), seed=(seed, 0))
         if not len(interactions):
             raise InputError("training batches: no interactions to train on.")
         self.interactions, self.history_length, self.seed = interactions, history_length, seed
         self.batch_size, self.context, self.ranks = batch_size, context, ranks or Communicator()
+        self.slates = slates
         if gaps and interactions.timestamps is None:
             raise InputError(
                 "query_tower.history.sequence.gaps: the data has no timestamps; name the column with "
@@ -157,6 +161,7 @@ class SequenceBatches(EpochPosition):
             context=context_rows(self.context, rows),
             epoch=epoch,
             mean_weight=self.mean_weight,
+            passed_over=None if self.slates is None else self.slates.of(rows),
             sequences=replace(
                 packed,
                 windows=Windows(

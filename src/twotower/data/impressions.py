@@ -1,0 +1,91 @@
+"""Files of impressions: what queries were shown and passed over, read as the observed negatives of interactions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from twotower.data.interactions import Interactions
+from twotower.data.io.layout import combined
+from twotower.data.schema.account import Account
+from twotower.data.schema.columns import ColumnRoles
+from twotower.errors import InputError
+
+
+def with_impressions(
+    data: Interactions,
+    file: str | Path,
+    *,
+    columns: Mapping[str, str | None] | None = None,
+    passed_over: float | list[str] = 1.0,
+    request: str | None = None,
+) -> Interactions:
+    """Read a table of impressions, and make those that were passed over the observed negatives of the interactions.
+
+    Args:
+        data: the interactions, without observed negatives.
+        file: the table, a row per item shown; read as by `Interactions.read`.
+        columns: its columns by role: query, item, timestamp, and label, the outcome. Without a label column every row
+            counts as passed over, and `negatives.labels` is None.
+        passed_over: outcomes of an item that was passed over: numbers below this, or a list of values.
+        request: column with the id of the request; it becomes the context of the negatives.
+
+    Returns:
+        The interactions with `negatives`. Rows with an unknown query or item are left out; the account counts them. The
+        fingerprint covers both files.
+
+    Raises:
+        InputError: the file or a column cannot be read, no row was passed over, or the interactions already have
+            observed negatives.
+    """
+    if data.negatives is not None:
+        raise InputError(
+            "data.feedback.file: the interactions have observed negatives too (data.positive_label); use the file "
+            "alone, or the rows below data.positive_label alone"
+        )
+    roles, outcome = dict(columns or {}), None
+    if isinstance(passed_over, list):
+        outcome = roles.pop("label", None)
+        if outcome is None:
+            raise InputError("data.feedback.passed_over: a list of outcomes; name their column in columns.label")
+        roles["label"] = "none"
+    read = [name for name in (request, outcome) if name is not None]
+    shown = Interactions.read(file, columns=ColumnRoles.of(roles), part=True, context=read or None)
+    skipped, labels = np.ones(len(shown), dtype=np.bool_), None
+    if isinstance(passed_over, list):
+        assert outcome is not None and shown.context is not None
+        values = shown.context[outcome].cast(pl.String)
+        skipped = values.is_in(passed_over).fill_null(False).to_numpy()
+        labels = np.zeros(len(shown), dtype=np.float32)
+    elif shown.labels is not None:
+        labels = np.asarray(shown.labels)
+        skipped = labels < passed_over
+    queries = data.queries.encode(shown.queries.ids)[shown.query_codes()]
+    items = data.items.encode(shown.items.ids)[shown.item_codes]
+    known = (queries >= 0) & (items >= 0)
+    kept = np.flatnonzero(skipped & known)
+    account = Account(list(data.account.lines))
+    account.add("impressions read", len(shown), f"{Path(file).name}, {int((~skipped).sum()):,} with another outcome")
+    account.add("impressions: unknown ids", int((skipped & ~known).sum()), "query or item not in the data, left out")
+    account.add("impressions passed over", len(kept), "stored as observed negatives")
+    if not len(kept):
+        raise InputError(
+            f"{file}: none of the {len(shown):,} impressions was passed over by a query of the data; check "
+            "data.feedback.columns and data.feedback.passed_over"
+        )
+    order = kept[np.argsort(queries[kept], kind="stable")]  # stable: within a query by time
+    below = Interactions(
+        data.queries,
+        data.items,
+        np.searchsorted(queries[order], np.arange(data.num_queries + 1)).astype(np.int64),
+        items[order].astype(np.int32),
+        timestamps=None if shown.timestamps is None else np.asarray(shown.timestamps)[order],
+        labels=None if labels is None else labels[order],
+        context=None if request is None or shown.context is None else shown.context.select(request)[order],
+    )
+    fingerprint = combined({"interactions": data.fingerprint, "impressions": shown.fingerprint})
+    return replace(data, negatives=below, account=account, known_fingerprint=fingerprint)
