@@ -32,7 +32,7 @@ def read_data(
     if (parts := ready_made(source, settings)) is not None:
         return _read_parts(parts, settings, items=items, context=context)
     query_ids = settings.query_ids
-    return registry.load(
+    read = registry.load(
         source,
         items=items or settings.items,
         queries=settings.queries,
@@ -45,6 +45,11 @@ def read_data(
         workers=settings.workers or max(cores() // Launch.of_environment().local_size, 1),
         **_table_columns(settings),
     )
+    if settings.eligibility is None:
+        return read
+    if isinstance(read, Parts):
+        raise InputError(NO_PARTS)
+    return read.with_eligibility(settings.eligibility)
 
 
 def ready_made(source: str | Path, settings: DataConfig) -> Files | None:
@@ -79,7 +84,16 @@ def _near(source: Path, name: str) -> Path:
     return path if path.exists() or not (source.parent / path.name).exists() else source.parent / path.name
 
 
+#: Why a ready-made split is rejected.
+NO_PARTS = (
+    "data.eligibility: a ready-made split of train and test files has no groups and times of its rows; use one data file "
+    "with data.split=time, random or leave-last-out"
+)
+
+
 def _read_parts(files: Files, settings: DataConfig, *, items: str | None, context: ContextColumns) -> Parts:
+    if settings.eligibility is not None:
+        raise InputError(NO_PARTS)
     for name in ("query_ids", "item_ids"):
         if getattr(settings, name) != "vocabulary":
             raise InputError(f"data.{name}: a split from train and test files needs a vocabulary; expected vocabulary")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twotower import incremental
-from twotower.config.run import Config
+from twotower.config.run import Config, EligibilityConfig
 from twotower.data import Split
 from twotower.errors import InputError
 from twotower.features.from_config import with_features
@@ -56,11 +56,32 @@ def complete_settings(
     Raises:
         InputError: split and parent do not match, or a setting does not fit the parent's weights.
     """
+    config = with_rule_of(config, split)
     config = resolve_question(config, split, on_message, parent=None if parent is None else parent.artifact.config)
     rows = incremental.rows_to_learn(split, parent, config)
     if parent is not None:
         config = incremental.inherit_settings(parent.artifact.config, config)
     return with_features(config.resolved(len(split.train) if rows is None else len(rows)), split.train), rows
+
+
+def with_rule_of(config: Config, split: Split) -> Config:
+    """Return the settings with the rule of the data (`data.eligibility`), which a served model applies too.
+
+    Raises:
+        InputError: the settings have a rule and the data has none or a different one.
+    """
+    rule, wanted = split.data.eligibility, config.data.eligibility
+    found = None if rule is None else rule.settings
+    if wanted is not None and wanted != found:
+        raise InputError(
+            "data.eligibility: the split was made without this rule; read the data with "
+            f"Interactions.read(...).with_eligibility({', '.join(f'{k}={v!r}' for k, v in _named(wanted))}) and split it"
+        )
+    return config.model_copy(update={"data": config.data.model_copy(update={"eligibility": found})})
+
+
+def _named(section: EligibilityConfig) -> list[tuple[str, str]]:
+    return [(name, value) for name, value in section.model_dump().items() if value is not None]
 
 
 def settings_of(directory: str | Path) -> dict[str, Any]:
