@@ -37,7 +37,9 @@ SEPARATOR = "|"
 
 @dataclass(frozen=True, eq=False)
 class Eligibility:
-    """The groups and the interval of every item: item j is eligible in group g at time t if
+    """The groups and the interval of every item.
+
+    Item j is eligible in group g at time t if
 
         g is one of the groups of j,   and   available_from_j <= t < available_until_j.
 
@@ -256,9 +258,7 @@ class EligibleRows:
     def to(self, device: torch.device | str) -> EligibleRows:
         """Return a copy on another device."""
         names = ("groups", "times", "member", "start", "end")
-        moved: dict[str, Any] = {
-            name: value.to(device) for name in names if (value := getattr(self, name)) is not None
-        }
+        moved: dict[str, Any] = {name: value.to(device) for name in names if (value := getattr(self, name)) is not None}
         return replace(self, **moved)
 
 

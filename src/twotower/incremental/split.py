@@ -327,8 +327,8 @@ def _joined_rule(settings: EligibilityConfig, rows: Interactions, account: Accou
     """
     if settings.item_groups is not None and rows.group_names is None:
         raise InputError(
-            "data.eligibility.item_groups: the model that is continued has no groups of its rows; leave the rule out, or "
-            "train a new model on all rows"
+            "data.eligibility.item_groups: the model that is continued has no groups of its rows; leave the rule out, "
+            "or train a new model on all rows"
         )
     rule = Eligibility.of_table(settings, rows.item_table, rows.num_items, rows.group_names)
     groups, times = rows.groups, rows.timestamps

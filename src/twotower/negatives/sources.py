@@ -50,6 +50,8 @@ class DrawRequest:
             (row [P], item [P]). They are masked for their row; kappa is unchanged (docs/theory.md, rule 7).
         rows: the rows for which masks and per-row candidates are made, a slice with start and stop; None for all rows.
             If set, `known_positives` and `queries` cover only these rows, numbered from the first of them.
+        groups: the group of each row, int64 [B], of all rows; for a pool with a rule for eligible items.
+        times: the time of each row in microseconds since 1970, int64 [B], of all rows; for a rule with intervals.
     """
 
     positives: Tensor
@@ -60,6 +62,8 @@ class DrawRequest:
     known_positives: Tensor | tuple[Tensor, Tensor] | None = None
     rows: slice | None = None
     epoch: int | None = None
+    groups: Tensor | None = None
+    times: Tensor | None = None
 
     @classmethod
     def of(cls, request: DrawRequest | Tensor, **options: Any) -> DrawRequest:

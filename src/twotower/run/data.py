@@ -86,8 +86,8 @@ def _near(source: Path, name: str) -> Path:
 
 #: Why a ready-made split is rejected.
 NO_PARTS = (
-    "data.eligibility: a ready-made split of train and test files has no groups and times of its rows; use one data file "
-    "with data.split=time, random or leave-last-out"
+    "data.eligibility: not for a ready-made split of train and test files; use one data file with data.split=time, "
+    "random or leave-last-out"
 )
 
 

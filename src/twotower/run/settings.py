@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twotower import incremental
-from twotower.config.run import Config, EligibilityConfig
+from twotower.config.run import Config
 from twotower.data import Split
 from twotower.errors import InputError
 from twotower.features.from_config import with_features
@@ -73,15 +73,12 @@ def with_rule_of(config: Config, split: Split) -> Config:
     rule, wanted = split.data.eligibility, config.data.eligibility
     found = None if rule is None else rule.settings
     if wanted is not None and wanted != found:
+        columns = ", ".join(f"{name}={value!r}" for name, value in wanted.model_dump(exclude_none=True).items())
         raise InputError(
             "data.eligibility: the split was made without this rule; read the data with "
-            f"Interactions.read(...).with_eligibility({', '.join(f'{k}={v!r}' for k, v in _named(wanted))}) and split it"
+            f"Interactions.read(...).with_eligibility({columns}) and split it"
         )
     return config.model_copy(update={"data": config.data.model_copy(update={"eligibility": found})})
-
-
-def _named(section: EligibilityConfig) -> list[tuple[str, str]]:
-    return [(name, value) for name, value in section.model_dump().items() if value is not None]
 
 
 def settings_of(directory: str | Path) -> dict[str, Any]:

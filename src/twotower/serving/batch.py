@@ -123,7 +123,9 @@ def recommend_file(
     reader = _Reader.of(source, retriever.context_columns, _group_column(retriever, group))
     rule = retriever.artifact.eligibility
     if rule is not None and rule.member is not None and group is None and reader.group is None:
-        raise InputError(f"{source}: expected a column group with the group of each request, or --group for all of them")
+        raise InputError(
+            f"{source}: expected a column group with the group of each request, or --group for all of them"
+        )
     # Checked before anything is written; the groups of a column are checked as they are read.
     shared = None if reader.group is not None else Offer.of(rule, group, time)
     now = None if rule is None or rule.start is None else Offer.moment(rule, time)
@@ -266,8 +268,8 @@ class _Reader:
         if len(codes) and codes.min() < 0:
             row = int(np.flatnonzero(codes < 0)[0])
             raise InputError(
-                f"{self.path}: column {self.group!r}, row {start + row + 1}: {values[row]!r} is not a group of this model; "
-                f"expected one of {rule.known_groups()}"
+                f"{self.path}: column {self.group!r}, row {start + row + 1}: {values[row]!r} is not a group of this "
+                f"model; expected one of {rule.known_groups()}"
             )
         return codes
 

@@ -92,7 +92,9 @@ class Offer:
         has_groups = rule is not None and rule.member is not None
         has_times = rule is not None and rule.start is not None
         if group is not None and not has_groups:
-            raise InputError("group: this model has no groups; leave it out, or train with data.eligibility.item_groups")
+            raise InputError(
+                "group: this model has no groups; leave it out, or train with data.eligibility.item_groups"
+            )
         if moment is not None and not has_times:
             raise InputError(
                 "time: the items of this model have no interval; leave it out, or train with "

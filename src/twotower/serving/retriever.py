@@ -151,8 +151,8 @@ class Retriever(QueryEmbedder):
             allow: the only item ids that may be recommended.
             deny: item ids that must not be recommended.
             popularity: b in [0, 2], the popularity dial: 1 as trained, 0 discovery; see `PopularityDial`.
-            group: the group (market) of the requests, or a list with the group of each. Required if the model has groups
-                (data.eligibility.item_groups): only items of the group are recommended.
+            group: the group (market) of the requests, or a list with the group of each. Required if the model has
+                groups (data.eligibility.item_groups): only items of the group are recommended.
             time: time of the requests, a date, ISO text or unix time; None for now. Only items available at this time
                 are recommended, if the items of the model have intervals.
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from twotower.data.interactions import Interactions
-from twotower.data.loading.batches import Asked, Batch, Encoded, context_rows, mean_weight
+from twotower.data.loading.batches import Asked, Batch, Encoded, context_rows, mean_weight, row_times
 from twotower.data.loading.histories import PAD, gather_histories, take_ranges
 from twotower.data.loading.packing import Windows
 from twotower.data.loading.sequences import shares_of
@@ -257,6 +257,7 @@ class QuestionBatches(EpochPosition):
             context=context_rows(self.context, firsts),
             epoch=epoch,
             mean_weight=self.mean_weight,
+            times=row_times(data, rows),
             asked=Asked(
                 torch.from_numpy(queries),
                 torch.from_numpy(of),

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from twotower.data.interactions import Interactions
-from twotower.data.loading.batches import Batch, Encoded, context_rows, mean_weight
+from twotower.data.loading.batches import Batch, Encoded, context_rows, mean_weight, row_times
 from twotower.data.loading.gaps import gap_codes
 from twotower.data.loading.packing import Windows, length_groups, pack
 from twotower.data.loading.shuffle import EpochPosition, Shuffle, ahead
@@ -167,6 +167,7 @@ class SequenceBatches(EpochPosition):
             context=context_rows(self.context, rows),
             epoch=epoch,
             mean_weight=self.mean_weight,
+            times=row_times(data, rows),
             sequences=replace(
                 packed,
                 windows=Windows(len(numbers), self.num_windows, len(data), holding or ItemWindows(self, epoch)),

@@ -153,7 +153,9 @@ def make_holdout(
         history_timestamps=None if times is None else np.asarray(times[history_rows]),
         query_times=None if times is None else np.asarray(times[rows[target_offsets[:-1]]]),
         context=None if data.context is None else data.context[rows[target_offsets[:-1]]],
-        query_groups=None if data.groups is None else np.asarray(data.groups, dtype=np.int64)[rows[target_offsets[:-1]]],
+        query_groups=None
+        if data.groups is None
+        else np.asarray(data.groups, dtype=np.int64)[rows[target_offsets[:-1]]],
         eligibility=data.eligibility,
     )
 
